@@ -43,7 +43,7 @@ torch.set_num_threads(1)  # tiny models are slower with more threads
 # `run_distributed` forks its processes from a server that has imported these modules, which takes several seconds.
 multiprocessing.set_forkserver_preload(["llm2clip.pipeline"])
 
-pytest_plugins = ["align_fixtures"]
+pytest_plugins = ["align_fixtures", "page_fixtures"]
 HANG_TIMEOUT = 300  # seconds; only a test that hangs waits for so long, so its result does not depend on speed
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3")
 COLOURS = {

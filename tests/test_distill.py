@@ -1,10 +1,13 @@
 """Tests of distilling a model's text side into a small text encoder."""
 
+import json
 import math
 import shutil
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,18 +21,30 @@ from conftest import Killed, make_llm, run_distributed
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
 from llm2clip.config import DistillConfig
-from llm2clip.data.records import open_records
+from llm2clip.data.records import Record, open_records
+from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.reporting import distill_report
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.export import export_model
+from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import run_distill
+from llm2clip.search.backends import Filter
 from llm2clip.search.build import check_model, truncate_to_index
+from llm2clip.store import image_features, writer
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import StoreError
 from llm2clip.train import distill as distill_module
-from llm2clip.train.distill import DistillTexts, cosine_loss, fit_ridge_regression, plan_epoch
-from search_fixtures import create_backend, index_sources, search_names
+from llm2clip.train.distill import (
+    DistillTexts,
+    Teacher,
+    cosine_loss,
+    fit_ridge_regression,
+    open_student,
+    plan_epoch,
+    prepare_texts,
+)
+from search_fixtures import create_backend, create_patient_app, index_sources, search_names
 
 CONFIG = DistillConfig(epochs=4, batch_size=16, lr=3e-3, save_steps=3, precision="fp32")
 TEXTS = ["the left half is red", "a grey picture, blue at its border", "x", "Ein längerer Text über ein Bild, in Grün."]
@@ -126,6 +141,52 @@ def test_steps_contain_texts_of_similar_length_and_repeated_phrases() -> None:
     np.testing.assert_array_equal(epochs[0], plan_epoch(data, 32, 0, 0))
 
 
+def test_texts_are_distinct_and_captions_come_first(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TOKENIZE_CHUNK", "LOOKUP_CHUNK_SIZE"):  # duplicates are in the same chunk and in different chunks
+        monkeypatch.setattr(distill_module, name, 3)
+    records = [
+        Record("1", None, ("a", "b", "a", "c"), phrases=("red", "b")),
+        Record("2", None, ("c", "d"), ("short",), ("long",), phrases=("red", "blue", "query")),
+    ]
+    (tmp_path / "more.txt").write_text("query\nd\n")
+    table = RecordTable.from_records(records)
+    student = open_student("static", teacher, 16, CONFIG)
+    source = Teacher(LLM2CLIP.from_pretrained(teacher, "cpu"), teacher)
+    source.embed(["a", "b", "c", "d", "short", "long", "red", "query"], tmp_path / "store")
+    data = prepare_texts(table, tmp_path / "more.txt", student, source, tmp_path, 0.0)
+    texts = student.tokenizer.decode_batch(data.get_ids(np.arange(len(data))))
+    assert texts == ["a", "b", "c", "d", "short", "long", "query", "red"], "`blue` has no embedding"
+    assert data.num_captions == 7
+    torch.testing.assert_close(data.get_targets(np.arange(8)), source.encode(texts), atol=1e-3, rtol=0)
+    assert not [file for file in tmp_path.iterdir() if file.name not in ("more.txt", "store", "targets")]
+
+
+def test_texts_are_not_held_in_memory(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill_module, "TOKENIZE_CHUNK", 64)
+    for module, name in (
+        (distill_module, "LOOKUP_CHUNK_SIZE"),
+        (writer, "CHUNK_SIZE"),
+        (image_features, "SHARD_SIZE"),
+    ):
+        monkeypatch.setattr(module, name, 2048)
+    table = RecordTable.from_records(Record(str(n), None, (f"{n} {'x' * 200}",)) for n in range(15_000))
+    student = open_student("static", teacher, 16, CONFIG)
+    source = SimpleNamespace(
+        select=lambda texts, is_stored: iter(texts),
+        encode=lambda texts: torch.ones(len(texts), 16),
+        stores=[],
+        model=SimpleNamespace(adapter=torch.nn.Identity(), config=SimpleNamespace(embed_dim=16)),
+    )
+    tracemalloc.start()
+    data = prepare_texts(table, None, student, source, tmp_path, 0.0)  # type: ignore[arg-type]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(data) == 15_000 and len(data.tokens) > 3_000_000
+    assert peak < 6_000_000, f"{peak:,} bytes for 4 MB of text and 12 MB of tokens"
+
+
 def test_student_model_keeps_the_image_encoder_and_learns_the_text_embeddings(
     teacher: Path, student_llm: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -147,6 +208,12 @@ def test_student_model_keeps_the_image_encoder_and_learns_the_text_embeddings(
     assert "captions: T2I R@1" in report
     assert "long_captions: T2I R@1" in report
     assert "queries per second" in report
+    measured = json.loads((tmp_path / "out/report.json").read_text())
+    for name, evaluated in (("teacher", original), ("student", model)):
+        weights = [*evaluated.encoder.st.parameters(), *evaluated.adapter.parameters()]
+        assert measured[name]["bytes of weights"] == 4 * sum(weight.numel() for weight in weights)
+    assert measured["student"]["bytes of weights"] < measured["teacher"]["bytes of weights"]
+    assert "memory of the weights in fp32" in report
 
 
 def test_training_reduces_the_loss(teacher: Path, student_llm: Path, image_folder: Path, tmp_path: Path) -> None:
@@ -269,7 +336,7 @@ def test_index_of_the_teacher_opens_with_the_student(
     assert "has the same image encoder" in capsys.readouterr().out
     assert not index_sources([image_folder], student, truncated)
 
-    old_metadata = {name: value for name, value in backend.metadata().items() if name != "image_fingerprint"}
+    old_metadata = {"model": "old", "embed_dim": 16, "fingerprint": fingerprint(original.identity())}
     check_model(old_metadata, original)
     with pytest.raises(ValueError, match="built with a different model"):
         check_model(old_metadata, student)
@@ -279,6 +346,88 @@ def test_index_of_the_teacher_opens_with_the_student(
     changed_folder = str(changed.save_pretrained(tmp_path / "changed"))
     with pytest.raises(ValueError, match="built with a different model"):
         check_model(backend.metadata(), open_dual_encoder(changed_folder, "cpu"))
+
+
+@pytest.mark.parametrize("student", ["layers:1", "static", "bert"])
+def test_commands_accept_a_student(
+    student: str,
+    teacher: Path,
+    bert: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = str(bert) if student == "bert" else student
+    model = str(run(teacher, image_folder, tmp_path / "out", name, max_skipped=0.9))
+
+    def succeed(*arguments: str | Path) -> str:
+        """Run a command, and return everything that it prints."""
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        output, errors = capsys.readouterr()
+        assert code == 0, errors
+        return output + errors
+
+    index = tmp_path / "index"
+    succeed("index", image_folder, "--model", teacher, "--out", index)
+    assert "has the same image encoder" in succeed("search", index, "the left half is red", "--model", model)
+    own_index = tmp_path / "own"
+    succeed("index", image_folder, "--model", model, "--out", own_index)
+    assert ".png" in succeed("search", own_index, "the left half is red")
+    output = succeed("evaluate", model, f"{image_folder / 'captions.jsonl'}@val", "--out", tmp_path / "evaluation")
+    assert "R@1" in output
+
+    plan = ["plan", "--images", "1000", "--device", "l4", "--align.tower", "test_vit", "--encoder.path", teacher]
+    assert f"student {name}" in succeed(*plan, "--student", name)
+
+    uploads = record_uploads(monkeypatch)
+    assert "Pushed" in succeed("push", model, "me/student")
+    card = uploads["upload_file"]["path_or_fileobj"].decode()
+    assert uploads["upload_folder"]["folder_path"] == Path(model)
+    assert str(teacher) not in card and str(tmp_path) not in card
+
+    capsys.readouterr()
+    assert main(["convert", model, "--to", "hf", "--out", str(tmp_path / "official")]) == 1
+    assert "there is no adapter" in capsys.readouterr().err
+    assert main(["convert", model, "--text", str(bert), "--out", str(tmp_path / "converted")]) == 1
+    assert "already has a caption encoder" in capsys.readouterr().err
+
+
+def record_uploads(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """Replace the hub's API, and return the arguments of its calls by name."""
+    calls: dict[str, dict[str, Any]] = {}
+
+    class Api:
+        def __getattr__(self, name: str) -> Any:
+            def call(*args: Any, **options: Any) -> str:
+                calls[name] = options
+                return "https://hub/me/student"
+
+            return call
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("llm2clip.models.hub.loading.find_hub_problem", lambda: "")
+    return calls
+
+
+@pytest.mark.parametrize("student_name", ["layers:1", "static"])
+def test_server_of_a_student_searches_the_index_of_its_teacher(
+    student_name: str, teacher: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    from fastapi.testclient import TestClient
+
+    backend = create_backend("sqlite", tmp_path / "index")
+    index_sources([image_folder], open_dual_encoder(str(teacher), "cpu"), backend)
+    folder = str(run(teacher, image_folder, tmp_path / "out", student_name))
+    student = truncate_to_index(backend.metadata(), open_dual_encoder(folder, "cpu", "auto"))
+    query = "the left half is red"
+    with TestClient(create_patient_app(student, backend), base_url="http://localhost") as client:
+        response = client.post("/search", json={"texts": [query], "top": 3})
+    assert response.status_code == 200, response.text
+    expected = backend.search(student.encode_texts([query])[0].numpy(), 3, Filter())
+    scores = [hit["score"] for hit in response.json()["hits"]]
+    assert scores == pytest.approx([hit.score for hit in expected], abs=1e-3)
 
 
 @pytest.mark.usefixtures("modules_cache")

@@ -6,7 +6,6 @@ The page runs in the system's Chromium, served by a plain static file server.
 import functools
 import http.server
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,9 +36,9 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search import gallery
 from llm2clip.search.gallery import export_gallery, quantize_vectors
+from page_fixtures import on_both_devices, wait_until
 from search_fixtures import make_index
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WORDS = ("a", "dog", "red", "green", "blue", "picture", "of", "the", "middle", "is", "##s", "half", "1", ",", ".")
 TEXTS = [
     "red",
@@ -243,8 +242,11 @@ def test_gallery_rejects_bad_input(
     out = tmp_path / "out"
     good = export_arguments(student_folder, index_folder, out)
     assert "requires --index" in run("export", str(student_folder), "--to", "gallery", "--out", str(out))
-    onnx_with_index = ["export", str(student_folder), "--to", "onnx", "--index", str(index_folder), "--out", str(out)]
-    assert "--index can only be used with --to gallery" in run(*onnx_with_index)
+    onnx = ["export", str(student_folder), "--to", "onnx", "--out", str(out)]
+    assert "--index can only be used with --to gallery" in run(*onnx, "--index", str(index_folder))
+    assert "--max_mb can only be used with --to gallery" in run(*onnx, "--max_mb", "5")
+    assert "--dim cannot be used with --to gallery" in run(*good, "--dim", "8")
+    assert not out.exists()
     assert "is not an index" in run(*export_arguments(student_folder, tmp_path / "missing", out))
 
     other = make_student(tmp_path / "other", embed_dim=8).save_pretrained(tmp_path / "other/model")
@@ -347,39 +349,9 @@ def address(gallery_folder: Path) -> Iterator[str]:
         thread.join()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=HANG_TIMEOUT * 1000)
-        yield browser
-        browser.close()
-
-
-on_both_devices = pytest.mark.parametrize("page", ["wide", "phone"], indirect=True)
-
-
 @pytest.fixture
-def page(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator[Any]:
-    """The open page. At the end, checks that it loaded only files from its folder and that the console is empty."""
-    options: dict[str, Any] = {"viewport": {"width": 1200, "height": 800}, "color_scheme": "light"}
-    if getattr(request, "param", "wide") == "phone":
-        options = {"viewport": {"width": 380, "height": 700}, "color_scheme": "dark", "has_touch": True}
-        options["is_mobile"] = True
-    context = browser.new_context(**options)
-    context.set_default_timeout(HANG_TIMEOUT * 1000)
-    page, console_messages, requested_urls = context.new_page(), [], []
-    page.on("console", lambda message: console_messages.append(message.text))
-    page.on("pageerror", lambda error: console_messages.append(str(error)))
-    page.on("request", lambda request: requested_urls.append(request.url))
-    page.goto(address)
-    page.wait_for_function("() => window.gallery")
-    yield page
-    assert all(url.startswith((address, "data:", "blob:")) for url in requested_urls)
-    assert not [message for message in console_messages if "preload" not in message]
-    context.close()
+def ready() -> str:
+    return "window.gallery"
 
 
 def search_for(page: Any, text: str) -> list[str]:
@@ -428,7 +400,7 @@ def test_text_search_ranks_like_python(page: Any, student_folder: Path, index_fo
     assert page.locator("#grid .name").first.inner_text() == names[1]
     assert page.locator("#grid .score").first.inner_text() == "1.000" and page.locator(".chip").count() == 1
     page.go_back()
-    page.wait_for_function("() => document.getElementById('text').value === 'the blue half'")
+    wait_until(page, "document.getElementById('text').value === 'the blue half'")
     wait_for_results(page)
     assert page.locator("#grid .name").all_inner_texts() == names
     page.reload()
@@ -449,11 +421,11 @@ def test_keyboard_navigation(page: Any) -> None:
     page.keyboard.press("ArrowRight")
     assert page.locator("#name").inner_text() == names[2]
     page.keyboard.press("Escape")
-    page.wait_for_function("() => !document.getElementById('detail').open")
+    wait_until(page, "!document.getElementById('detail').open")
     # The browser first moves the focus back to the previous image, then the page moves it to the last one shown.
     page.wait_for_function("name => document.activeElement.querySelector('.name')?.textContent === name", arg=names[2])
     page.keyboard.press("m")
-    page.wait_for_function("() => document.querySelectorAll('.chip').length === 1")
+    wait_until(page, "document.querySelectorAll('.chip').length === 1")
     wait_for_results(page)
     assert page.locator("#grid .name").first.inner_text() == names[2]
     page.keyboard.press("/")
@@ -466,9 +438,9 @@ def test_missing_file_is_reported(browser: Any, address: str) -> None:
     page = context.new_page()
     page.route("**/text.onnx", lambda route: route.fulfill(status=404))
     page.goto(address)
-    page.wait_for_function("() => window.gallery")
+    wait_until(page, "window.gallery")
     page.locator("#text").fill("red")
     page.locator("#text").press("Enter")
-    page.wait_for_function("() => document.getElementById('status').classList.contains('error')")
+    wait_until(page, "document.getElementById('status').classList.contains('error')")
     assert page.locator("#status").inner_text() == "text.onnx could not be loaded (status 404)."
     context.close()

@@ -74,7 +74,7 @@ def test_build_index_rejects_another_model(
 
     backend = SqliteBackend(tmp_path / "index", write=True)
     index_sources([photos], dual_encoder, backend)
-    other_weights = {"fingerprint": "0", "image_fingerprint": "0"}
+    other_weights = {"image_fingerprint": "0", "text_fingerprint": "0"}
     backend.initialize({"model": dual_encoder.name, "embed_dim": 16, **other_weights})
     with pytest.raises(ValueError, match="built with a different model"):
         index_sources([photos], dual_encoder, backend)

@@ -1,18 +1,15 @@
 """Tests of the search page in a real browser: the system's Chromium, driven by Playwright."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import HANG_TIMEOUT
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.server import create_app
+from page_fixtures import on_both_devices, wait_until
 from search_fixtures import add_red_detector, create_patient_app, make_index, running_server
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -24,45 +21,9 @@ def address(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dual_e
         yield address
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=HANG_TIMEOUT * 1000)
-        yield browser
-        browser.close()
-
-
-on_both_devices = pytest.mark.parametrize("page", ["wide", "phone"], indirect=True)
-
-
 @pytest.fixture
-def page(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator[Any]:
-    """The open page. At the end, checks that it sent no request to another server and that the console is empty."""
-    options: dict[str, Any] = {"viewport": {"width": 1200, "height": 800}, "color_scheme": "light"}
-    if getattr(request, "param", "wide") == "phone":
-        options = {"viewport": {"width": 380, "height": 700}, "color_scheme": "dark", "has_touch": True}
-        options["is_mobile"] = True
-    context = browser.new_context(**options)
-    context.set_default_timeout(HANG_TIMEOUT * 1000)
-    page, console_messages, requested_urls = context.new_page(), [], []
-    page.on("console", lambda message: console_messages.append(message.text))
-    page.on("pageerror", lambda error: console_messages.append(str(error)))
-    page.on("request", lambda request: requested_urls.append(request.url))
-    page.goto(address)
-    wait_until(page, "document.activeElement.id === 'text'")  # autofocus may follow the load event
-    yield page
-    assert all(url.startswith((address, "data:", "blob:")) for url in requested_urls)
-    # Chromium logs error responses, which some tests provoke.
-    assert not [message for message in console_messages if not message.startswith("Failed to load resource")]
-    context.close()
-
-
-def wait_until(page: Any, expression: str) -> None:
-    """Wait until a JavaScript expression is true. The page's security policy requires a function here."""
-    page.wait_for_function(f"() => {expression}")
+def ready() -> str:
+    return "document.activeElement.id === 'text'"  # autofocus may follow the load event
 
 
 def wait_for_hits(page: Any, count: int = 36) -> Any:

@@ -347,7 +347,12 @@ def sanitize_name(name: str) -> str:
 
 def read_lines(file: Path) -> list[str]:
     """Return the non-empty lines of a UTF-8 text file. Raise DataFormatError if the file is not valid UTF-8."""
-    return [line for _, line in _read_numbered_lines(file)]
+    return list(iterate_lines(file))
+
+
+def iterate_lines(file: Path) -> Iterator[str]:
+    """Yield the non-empty lines of a UTF-8 text file. Raise DataFormatError if the file is not valid UTF-8."""
+    return (line for _, line in _read_numbered_lines(file))
 
 
 def _read_numbered_lines(file: Path) -> Iterator[tuple[int, str]]:

@@ -22,6 +22,7 @@ running the same command again resumes an interrupted run. `fit` writes a run di
 import dataclasses
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -41,7 +42,7 @@ from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.reporting.distill_report import write_distill_report
 from llm2clip.evaluate.reporting.fit_report import build_summary_table, write_fit_report
 from llm2clip.html_report import render_markdown
-from llm2clip.io_utils import read_lines
+from llm2clip.io_utils import iterate_lines
 from llm2clip.models.export.model_card import write_model_card
 from llm2clip.models.hub.loading import check_model_source
 from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
@@ -61,6 +62,8 @@ from llm2clip.train.distill import (
     Teacher,
     build_student_model,
     distill,
+    iterate_captions,
+    iterate_phrases,
     list_token_texts,
     open_student,
     prepare_texts,
@@ -293,7 +296,9 @@ def run_distill(
         teacher = Teacher(LLM2CLIP.from_pretrained(folder, process_state().device), folder, store)
         if not is_trained:
             encoder = open_student(student, folder, teacher.model.config.embed_dim, config)
-    other_texts = read_lines(Path(texts)) if texts else []
+    other_texts = Path(texts) if texts else None
+    if other_texts is not None:
+        deque(iterate_lines(other_texts), maxlen=0)  # raises an error if the file cannot be read
     with run_lock(out):
         log = start_run(out, settings, max_skipped)
         if teacher is None:
@@ -319,7 +324,7 @@ def run_distill(
 
 def _embed_distill_texts(
     data: DataSplits,
-    other_texts: Sequence[str],
+    other_texts: Path | None,
     student: CaptionEncoder,
     teacher: Teacher,
     out: Path,
@@ -329,9 +334,9 @@ def _embed_distill_texts(
     train = add_phrases(data.train)
     held_out_texts = [table.iterate_texts(CAPTION_FIELDS) for table in data.held_out.values()]
     token_texts = filter(None, list_token_texts(student))
-    teacher.embed(chain(train.iterate_texts(TEXT_FIELDS), other_texts, token_texts, *held_out_texts), out / "store")
-    captions = chain(train.iterate_texts(CAPTION_FIELDS), other_texts)
-    return prepare_texts(captions, train.iterate_texts(("phrases",)), student, teacher, out, max_skipped)
+    training_texts = chain(iterate_captions(train, other_texts), iterate_phrases(train))
+    teacher.embed(chain(training_texts, token_texts, *held_out_texts), out / "store")
+    return prepare_texts(train, other_texts, student, teacher, out, max_skipped)
 
 
 # ---- reading data ----------------------------------------------------------------------------------------------------

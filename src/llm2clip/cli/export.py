@@ -62,7 +62,9 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument("--index", type=str, help="With --to gallery: index folder or URL.")
     parser.add_argument(
-        "--max_mb", type=PositiveFloat, default=1000.0, help="With --to gallery: maximum size of the folder in MB."
+        "--max_mb",
+        type=PositiveFloat,
+        help="With --to gallery: maximum size of the folder in MB. Default: 1000.",
     )
 
     parser = commands.add("push", _push, "Upload a model folder or exported model to the hub, with a model card.")
@@ -163,6 +165,8 @@ def _export(args: Namespace) -> list[str]:
         return _export_gallery(args)
     if args["index"] is not None:
         raise ValueError("--index can only be used with --to gallery")
+    if args.max_mb is not None:
+        raise ValueError("--max_mb can only be used with --to gallery")
     from llm2clip.models.llm2clip import LLM2CLIP
 
     model = LLM2CLIP.from_pretrained(args.model, device="cpu")
@@ -175,10 +179,15 @@ def _export_gallery(args: Namespace) -> list[str]:
         raise ValueError("--to gallery requires --index INDEX, the index to search")
     if args.int8:
         raise ValueError("--int8 can only be used with --to onnx: a gallery always has 8-bit weights")
+    if args.dim is not None:
+        raise ValueError(
+            "--dim cannot be used with --to gallery, because a gallery has the vectors of its index: build an index "
+            "with `llm2clip index --dim`"
+        )
     check_index(args["index"])
-    from llm2clip.search.gallery import export_gallery
+    from llm2clip.search.gallery import MAX_MB, export_gallery
 
-    messages = export_gallery(args.model, args["index"], args.out, args.max_mb)
+    messages = export_gallery(args.model, args["index"], args.out, args.max_mb or MAX_MB)
     return [
         *messages,
         f"Exported: {args.out}",

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
+from jsonargparse.typing import NonNegativeInt
 
 from llm2clip.cli.commands import ArgumentParser, Commands, read_builtin_configs, select_arguments
 from llm2clip.cli.train import add_stage_settings
-from llm2clip.config import FitConfig
+from llm2clip.config import DistillConfig, FitConfig
 from llm2clip.runs.output_folder import check_output_folder
 from llm2clip.tools.plan.devices import Machine
 
@@ -34,13 +35,23 @@ def add_commands(commands: Commands) -> None:
     commands.add("configs", _list_configs, "List the built-in configs for --config.")
 
     parser = commands.add(
-        "plan", _plan, "Estimate a `fit` run's parameters, FLOPs, memory and hours, without downloading anything."
+        "plan",
+        _plan,
+        "Estimate the parameters, FLOPs, memory and hours of `fit` and `distill`, without downloading anything.",
     )
     parser.add_argument("--images", type=int, required=True, help="Number of training images.")
     parser.add_argument("--captions_per_image", type=float, default=2.0, help="Average number of captions per image.")
     parser.add_argument("--tokens_per_caption", type=float, default=84.0, help="Average caption length in tokens.")
+    parser.add_argument("--student", type=str, help="Also estimate `distill` after the run, with this --student.")
+    parser.add_argument(
+        "--student_texts",
+        type=NonNegativeInt,
+        default=0,
+        help="With --student: number of texts that are not captions of the run, such as the lines of --texts.",
+    )
     add_machine_arguments(parser)
     add_stage_settings(parser)
+    parser.add_class_arguments(DistillConfig, "distill")
 
 
 def _run_doctor(args: Namespace) -> list[str]:
@@ -89,8 +100,8 @@ def make_plan(args: Namespace) -> Plan:
     from llm2clip.tools.plan.plan import plan_fit
 
     config = FitConfig(**select_arguments(args, "encoder", "tune", "embed", "align"))
-    data = select_arguments(args, "images", "captions_per_image", "tokens_per_caption")
-    return plan_fit(config, make_machine(args), **data)
+    names = ("images", "captions_per_image", "tokens_per_caption", "student", "student_texts", "distill")
+    return plan_fit(config, make_machine(args), **select_arguments(args, *names))
 
 
 def _plan(args: Namespace) -> list[str]:

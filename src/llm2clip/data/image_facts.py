@@ -1,5 +1,6 @@
 """Checks of images without decoding them: size in pixels and hash, from a few kilobytes of each file."""
 
+import hashlib
 import io
 import os
 import stat
@@ -8,7 +9,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from llm2clip.data.columns import UnusableRow
-from llm2clip.data.image_hashes import SAMPLE_BYTES, compute_image_hash, hash_contents, hash_image_sample
+from llm2clip.data.image_hashes import SAMPLE_BYTES, compute_image_hash, hash_content, hash_image_sample
 from llm2clip.data.image_header import (
     MAX_PIXELS,
     START_BYTES,
@@ -69,7 +70,7 @@ def read_image_facts(
     if compute_hash and samples is not None and isinstance(image.ref, FileImage | TarImage):
         image_hash = hash_image_sample(samples.size, samples.middle) if samples.size else 0
         if is_remote(image.ref.path):
-            digest = hash_contents([image.ref])[0] or None
+            digest = hashlib.sha256(image.data).digest() if image.data else hash_content(image.ref) or None
     elif compute_hash:
         image_hash = compute_image_hash(image.ref)
     return ImageFacts(width, height, image_hash, digest)

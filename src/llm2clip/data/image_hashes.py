@@ -41,7 +41,18 @@ def hash_contents(images: Sequence[ImageRef | None]) -> list[bytes]:
     The result is also b"" for empty images and for images in tables, whose keys are already hashes of their bytes.
     """
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        return list(_map_in_chunks(pool, _hash_contents, images))
+        return list(_map_in_chunks(pool, hash_content, images))
+
+
+def hash_content(image: ImageRef | None) -> bytes:
+    """Return the SHA-256 of all bytes of a single image. See `hash_contents`."""
+    location = _locate(image) if isinstance(image, FileImage | TarImage) else None
+    if location is None:
+        return b""
+    try:
+        return _hash_range_cached(*location, get_file_version(location[0]))
+    except OSError:
+        return b""
 
 
 def compute_image_hash(image: ImageRef) -> int:
@@ -142,16 +153,6 @@ def _hash_sample(location: Location) -> bytes:
     path, offset, size = location
     length = min(SAMPLE_BYTES, size)
     return _hash_range(path, offset + (size - length) // 2, length)
-
-
-def _hash_contents(image: ImageRef | None) -> bytes:
-    location = _locate(image) if isinstance(image, FileImage | TarImage) else None
-    if location is None:
-        return b""
-    try:
-        return _hash_range_cached(*location, get_file_version(location[0]))
-    except OSError:
-        return b""
 
 
 @functools.lru_cache(maxsize=1 << 16)

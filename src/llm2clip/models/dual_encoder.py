@@ -72,8 +72,9 @@ class DualEncoder:
             without a logit scale, the function returns None.
         query_templates: prompt templates for short search queries, as saved with the model. `encode_texts` does not use
             them.
-        image_identity: function that returns a dict of everything that affects the image embeddings, or None if this
-            type of model does not support it. Models with equal dicts can search the same index.
+        part_identities: function that returns two dicts of everything that affects the image embeddings and the text
+            embeddings, or None if this type of model does not support it. Models with equal first dicts can search the
+            same index.
     """
 
     name: str
@@ -87,7 +88,7 @@ class DualEncoder:
     dense: DenseEncoder | None = None
     logit_scale: Callable[[], float | None] = lambda: None
     query_templates: QueryTemplates = NO_TEMPLATES
-    image_identity: Callable[[], dict[str, Any] | None] = lambda: None
+    part_identities: Callable[[], tuple[dict[str, Any], dict[str, Any]] | None] = lambda: None
 
     @torch.inference_mode()
     @onednn_matmul()
@@ -111,6 +112,11 @@ class DualEncoder:
         check_dim(dim, self.embed_dim, self.name)
         if dim == self.embed_dim:
             return self
+
+        def add_dim() -> tuple[dict[str, Any], dict[str, Any]] | None:
+            parts = self.part_identities()
+            return None if parts is None else ({**parts[0], "dim": dim}, {**parts[1], "dim": dim})
+
         dense = self.dense
         if dense is not None:
             encode_cells = dense.features
@@ -121,7 +127,7 @@ class DualEncoder:
             self,
             embed_dim=dim,
             identity=lambda: {**self.identity(), "dim": dim},
-            image_identity=lambda: None if (image := self.image_identity()) is None else {**image, "dim": dim},
+            part_identities=add_dim,
             encode_images_raw=lambda images: self.encode_images_raw(images)[:, :dim],
             encode_texts_raw=lambda texts, progress: self.encode_texts_raw(texts, progress)[:, :dim],
             dense=dense,
@@ -203,12 +209,18 @@ def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
         dense=_try_build_dense_encoder(model.tower, model.projection, bf16_images),
         logit_scale=lambda: min(float(model.logit_scale.detach().exp()), MAX_LOGIT_SCALE),
         query_templates=model.config.query_templates,
-        image_identity=lambda: {
-            "tower": model.config.tower,
-            "embed_dim": model.config.embed_dim,
-            "weights": [hash_weights(model.tower), hash_weights(model.projection)],
-        },
+        part_identities=lambda: _identify_parts(model),
     )
+
+
+def _identify_parts(model: LLM2CLIP) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return everything that affects the image embeddings and the text embeddings."""
+    image = {
+        "tower": model.config.tower,
+        "embed_dim": model.config.embed_dim,
+        "weights": [hash_weights(model.tower), hash_weights(model.projection)],
+    }
+    return image, {"llm2clip": model.config.identity(), "weights": hash_weights(model.adapter)}
 
 
 def _try_build_dense_encoder(

@@ -176,8 +176,9 @@ class Backend(Protocol):
     def metadata(self) -> dict[str, Any]:
         """Return the index metadata, or an empty dict if `initialize` has not been called.
 
-        The keys are `model` (the model's name), `fingerprint` (the model's fingerprint) and `embed_dim` (the number of
-        dimensions of the vectors, which may be truncated).
+        The keys are `model` (the model's name), `embed_dim` (the number of dimensions of the vectors, which may be
+        truncated), and either `fingerprint` (the model's fingerprint) or `image_fingerprint` and `text_fingerprint`
+        (those of its image encoder and text encoder).
         """
         ...
 

@@ -153,11 +153,11 @@ def _check_deleted_fraction(source: str, indexed: Mapping[str, ImageState], dele
 def _describe_model(model: DualEncoder) -> dict[str, Any]:
     """Return the metadata of a new index."""
     name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
-    metadata = {"model": name, "fingerprint": fingerprint(model.identity()), "embed_dim": model.embed_dim}
-    image_identity = model.image_identity()
-    if image_identity is not None:
-        metadata["image_fingerprint"] = fingerprint(image_identity)
-    return metadata
+    metadata = {"model": name, "embed_dim": model.embed_dim}
+    parts = model.part_identities()
+    if parts is None:
+        return {**metadata, "fingerprint": fingerprint(model.identity())}
+    return {**metadata, "image_fingerprint": fingerprint(parts[0]), "text_fingerprint": fingerprint(parts[1])}
 
 
 def truncate_to_index(metadata: Mapping[str, Any], model: DualEncoder) -> DualEncoder:
@@ -176,21 +176,24 @@ def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
     """Raise ValueError if an index was built with a different model, whose embeddings are not comparable.
 
     A model with the same image encoder but a different text encoder, such as a student made by `llm2clip distill`, can
-    use the index. In this case, print a message. Indexes of earlier versions work only with their own model.
+    use the index. In this case, print a message. Indexes of earlier versions have a fingerprint of the entire model,
+    and work only with this model.
     """
-    if metadata["fingerprint"] == fingerprint(model.identity()):
-        return
-    image_identity = model.image_identity()
-    has_same_images = image_identity is not None and metadata.get("image_fingerprint") == fingerprint(image_identity)
-    if has_same_images:
-        print_once(
-            f"The index was built with {metadata['model']}. {model.name} has the same image encoder and its own text "
-            "encoder, so the index remains valid"
-        )
+    parts = model.part_identities() if "image_fingerprint" in metadata else None
+    if parts is not None:
+        is_valid = metadata["image_fingerprint"] == fingerprint(parts[0])
+        has_same_texts = metadata.get("text_fingerprint") == fingerprint(parts[1])
     else:
+        is_valid = has_same_texts = metadata.get("fingerprint") == fingerprint(model.identity())
+    if not is_valid:
         raise ValueError(
             f"the index was built with a different model: {metadata['model']} (or an earlier version of it), "
             f"not {model.name}. Pass the original model with --model, or build a new index in another folder."
+        )
+    if not has_same_texts:
+        print_once(
+            f"The index was built with {metadata['model']}. {model.name} has the same image encoder and its own text "
+            "encoder, so the index remains valid"
         )
 
 

@@ -65,7 +65,7 @@ def find_caption_rows(
 ) -> dict[str, CaptionRows]:
     """Find the captions of each record in the store, for each of the fields that has captions.
 
-    Captions that the tokenizer could not encode and phrases without an embedding are left out.
+    Captions that the tokenizer could not encode and phrases without an embedding are skipped.
 
     Args:
         identity: Hash of the texts in these fields; see `RecordTable.compute_identity`.

@@ -130,21 +130,24 @@ def store_image_features(
         StoreError: The store was created with a different encoder.
         TooManySkipped: Too many images cannot be decoded.
     """
-    keys, positions = np.unique(_view_as_bytes(make_image_keys(refs)), return_index=True)
-    image_names = map(get_image_name, refs)
-    with open_for_writing(image_names, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size) as plan:
-        for number, names, bar in _iter_shards(plan, "features", "image"):
-            shard_keys = _view_as_bytes(make_caption_keys(names))
-            shard_refs = [refs[n] for n in positions[np.searchsorted(keys, shard_keys)].tolist()]
+    keys = make_image_keys(refs)
+    indices = map(str, range(len(refs)))  # written to the store's temporary files in place of the images' names
+    with open_for_writing(
+        indices, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size, keys=keys
+    ) as plan:
+        for number, shard_indices, bar in _iter_shards(plan, "features", "image"):
+            shard_rows = np.array(shard_indices, np.int64)
+            shard_refs = [refs[n] for n in shard_rows.tolist()]
             features, decoded = encode_image_batches(shard_refs, encoder, log, bar, batch_size, workers)
             if decoded:
-                decoded_names = [names[i] for i in decoded]
-                plan.writer.write(number, decoded_names, [0] * len(decoded_names), features.numpy())
+                names = [str(shard_refs[i]) for i in decoded]
+                plan.writer.write_keyed(number, keys[shard_rows[decoded]], [0] * len(names), features.numpy(), names)
     store = EmbeddingStore(folder)
     # All processes check the limit at the end: if one process raised an error earlier, the others would wait forever.
     # This process's failures are already in the log, with reasons. Add the images that failed in other processes.
-    rows = store.find_keys(keys.view(np.uint8).reshape(-1, KEY_BYTES))
-    for n in np.sort(positions[rows < 0]).tolist():
+    failed = np.flatnonzero(store.find_keys(keys) < 0)
+    first_of_image = np.unique(keys[failed].view(f"V{KEY_BYTES}")[:, 0], return_index=True)[1]
+    for n in failed[np.sort(first_of_image)].tolist():
         log.skip(str(refs[n]), 0, "undecodable image", "")
     log.check()
     return store
@@ -195,13 +198,8 @@ def encode_image_batches(
     return torch.cat(embeddings), indices
 
 
-def _view_as_bytes(keys: np.ndarray) -> np.ndarray:
-    """Return keys of shape (N, 16), uint8, as an array of N items that NumPy can sort."""
-    return keys.view(f"V{KEY_BYTES}")[:, 0]
-
-
 def _iter_shards(plan: WritePlan, description: str, unit: str) -> Iterator[tuple[int, list[str], ProgressBar]]:
-    """Yield (shard number, image names or texts, progress bar) for each of this process's shards."""
+    """Yield (shard number, image indices or texts, progress bar) for each of this process's shards."""
     with plan.create_progress_bar(description, unit) as bar:
         for number in plan.list_local_shards():
             yield number, plan.read_captions(number), bar

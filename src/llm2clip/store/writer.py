@@ -238,6 +238,7 @@ def open_for_writing(
     *,
     dtype: str,
     shard_size: int,
+    keys: np.ndarray | None = None,
 ) -> Iterator[WritePlan]:
     """Read the captions and yield a plan of the shards to write. On success, write the manifest and the index.
 
@@ -250,6 +251,7 @@ def open_for_writing(
         folder: Store folder, created if it does not exist.
         identity, embed_dim, dtype: See `StoreWriter`.
         shard_size: Number of captions per shard.
+        keys: Key of each caption, uint8 of shape (N, 16). Default: see `make_caption_keys`.
 
     Raises:
         TypeError, ValueError: A caption is not a string or not valid Unicode.
@@ -262,7 +264,7 @@ def open_for_writing(
         with state.main_process_first():
             writer = StoreWriter(folder, identity, embed_dim, dtype)
         if state.is_main_process:
-            _prepare_incoming(writer, captions, incoming, shard_size)
+            _prepare_incoming(writer, captions, keys, incoming, shard_size)
         wait_for_everyone()
         shards = sorted(int(path.stem) for path in incoming.glob("[0-9]*.parquet"))
         yield WritePlan(writer, incoming, shards)
@@ -273,7 +275,9 @@ def open_for_writing(
         wait_for_everyone()
 
 
-def _prepare_incoming(writer: StoreWriter, captions: Iterable[str], incoming: Path, shard_size: int) -> None:
+def _prepare_incoming(
+    writer: StoreWriter, captions: Iterable[str], keys: np.ndarray | None, incoming: Path, shard_size: int
+) -> None:
     """Clean up after an interrupted run, verify the existing shards, and write the captions of the new shards."""
     folder = writer.folder
     shutil.rmtree(incoming, ignore_errors=True)
@@ -284,25 +288,30 @@ def _prepare_incoming(writer: StoreWriter, captions: Iterable[str], incoming: Pa
     if list_shard_numbers(folder):
         store = EmbeddingStore(folder)
         store.verify(progress=True)
-    refused = {row["caption"] for row in read_refused_captions(folder)}
+    refused = {row["caption"] for row in read_refused_captions(folder)} if keys is None else set()
     stream: Iterable[str] = check_texts(ProgressBar(captions, "read", unit="caption", leave=False, delay=1))
     if refused:
         stream = (caption for caption in stream if caption not in refused)
-    write_incoming_captions(stream, incoming, store, shard_size, get_next_shard_number(folder))
+    write_incoming_captions(stream, incoming, store, shard_size, get_next_shard_number(folder), keys)
 
 
 # ---- deduplication -------------------------------------------------------------------------------------------------
 
 
 def write_incoming_captions(
-    captions: Iterable[str], incoming: Path, store: EmbeddingStore | None, shard_size: int, first_shard: int
+    captions: Iterable[str],
+    incoming: Path,
+    store: EmbeddingStore | None,
+    shard_size: int,
+    first_shard: int,
+    keys: np.ndarray | None = None,
 ) -> None:
     """Write the captions that have no embedding in `store` to the empty folder `incoming`, in one file per new shard.
 
-    The new shards are numbered consecutively, starting with `first_shard`.
+    The new shards are numbered consecutively, starting with `first_shard`. For `keys`, see `open_for_writing`.
     """
     is_missing: list[np.ndarray] = []  # one boolean mask per chunk of captions
-    partitions = split_by_key(_write_captions(captions, incoming / TEXTS_FILE, store, is_missing), incoming)
+    partitions = split_by_key(_write_captions(captions, keys, incoming / TEXTS_FILE, store, is_missing), incoming)
     mask = np.concatenate([np.empty(0, np.bool_), *is_missing])
     for records in sort_partitions(partitions):
         mask[records[mask_repeated_keys(records), 2].astype(np.int64)] = False
@@ -316,7 +325,11 @@ def shard_path(incoming: Path, shard: int) -> Path:
 
 
 def _write_captions(
-    captions: Iterable[str], file: Path, store: EmbeddingStore | None, is_missing: list[np.ndarray]
+    captions: Iterable[str],
+    all_keys: np.ndarray | None,
+    file: Path,
+    store: EmbeddingStore | None,
+    is_missing: list[np.ndarray],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Write all captions to a file; yield the keys and positions of the captions that are missing from the store.
 
@@ -327,7 +340,7 @@ def _write_captions(
         start = 0
         for texts in iter_chunks(captions, CHUNK_SIZE):
             writer.write_table(pa.table({"text": texts}))
-            keys = make_caption_keys(texts)
+            keys = make_caption_keys(texts) if all_keys is None else all_keys[start : start + len(texts)]
             mask = np.zeros(len(texts), np.bool_)
             mask[np.unique(keys.view("V16")[:, 0], return_index=True)[1]] = True
             if store is not None:

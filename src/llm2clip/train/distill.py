@@ -10,13 +10,15 @@ form a batch, so there is almost no padding.
 """
 
 import copy
+import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import chain, compress
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -30,6 +32,9 @@ from torch import Tensor, nn
 
 from llm2clip.config import RESUME_SAFE, DistillConfig
 from llm2clip.cpu_tuning import free_memory, keep_freed_memory, onednn_matmul
+from llm2clip.data.columns import CAPTION_FIELDS
+from llm2clip.data.table import RecordTable
+from llm2clip.io_utils import iterate_lines
 from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.hub.fingerprint import fingerprint, hash_weights
 from llm2clip.models.hub.loading import check_model_source
@@ -40,7 +45,7 @@ from llm2clip.models.precision import resolve_precision
 from llm2clip.models.text.batching import TokenizedTexts, batch_by_length, get_default_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, hash_texts, raise_if_not_finite
+from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, raise_if_not_finite
 from llm2clip.runs.fsdp import is_fsdp_enabled
 from llm2clip.runs.output_folder import MANIFEST
 from llm2clip.runs.ranks import print_once, process_state
@@ -109,11 +114,15 @@ class Teacher:
         check_identity({n: stored.get(n) for n in names}, {n: expected[n] for n in names}, store.folder)
 
     def embed(self, texts: Iterable[str], folder: Path) -> None:
-        """Encode all texts that are not in the stores into an additional store. Must be called by all ranks."""
-        missing = [text for chunk in iter_chunks(texts, LOOKUP_CHUNK_SIZE) for text in self._select(chunk, False)]
-        if missing:
+        """Encode all texts that are not in the stores into an additional store. Must be called by all ranks.
+
+        The texts are read in chunks, so memory use hardly depends on their number (see `store/writer.py`).
+        """
+        missing = self.select(texts, is_stored=False)
+        first = next(missing, None)
+        if first is not None:
             encoder = CaptionEncoder.from_pretrained(self.folder, device="cpu")
-            self.stores.append(embed(missing, encoder, folder, device=process_state().device))
+            self.stores.append(embed(chain([first], missing), encoder, folder, device=process_state().device))
             del encoder
             free_memory()
 
@@ -122,13 +131,11 @@ class Teacher:
         if (folder / MANIFEST).is_file():
             self.stores.append(EmbeddingStore(folder))
 
-    def select_encoded(self, texts: Sequence[str]) -> list[str]:
-        """Return the texts that are in a store."""
-        return self._select(texts, True)
-
-    def _select(self, texts: Sequence[str], is_stored: bool) -> list[str]:
-        found = self._find(texts)[0] >= 0
-        return [text for text, is_found in zip(texts, found.tolist(), strict=True) if is_found == is_stored]
+    def select(self, texts: Iterable[str], is_stored: bool) -> Iterator[str]:
+        """Yield the texts that are in a store or, if `is_stored` is False, those that are in none of the stores."""
+        for chunk in iter_chunks(texts, LOOKUP_CHUNK_SIZE):
+            mask = (self._find(chunk)[0] >= 0) == is_stored
+            yield from compress(chunk, mask.tolist())
 
     def _find(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return each text's store number, -1 if it is in no store, and its row, both int64 of shape (N,)."""
@@ -292,7 +299,7 @@ class DistillTexts:
     """Distinct training texts, tokenized by the student: first the captions, then the phrases.
 
     Attributes:
-        tokens: token ids of all texts, int32 of shape (T,).
+        tokens: token ids of all texts, int32 of shape (T,), in a memory-mapped file.
         offsets: index in `tokens` of each text's first token, followed by T, int64 of shape (N + 1,).
         targets: store of the teacher's text embeddings in the shared space.
         rows: each text's row in `targets`, int64 of shape (N,).
@@ -324,65 +331,121 @@ class DistillTexts:
 
 
 def prepare_texts(
-    captions: Iterable[str],
-    phrases: Iterable[str],
+    records: RecordTable,
+    other_texts: Path | None,
     student: CaptionEncoder,
     teacher: Teacher,
     folder: Path,
     max_skipped: float,
 ) -> DistillTexts:
-    """Encode the texts with the teacher and tokenize them for the student. Must be called by all ranks.
+    """Embed the records' captions and phrases with the teacher, and tokenize them. Must be called by all ranks.
 
-    The texts may contain duplicates. Texts that one of the tokenizers cannot encode are left out. Memory: about 300
-    bytes per distinct text while the texts are prepared, and 70 bytes afterwards.
+    Texts that one of the tokenizers cannot encode are skipped.
+
+    The texts are read in chunks from the records' memory-mapped file, and their tokens are written to a temporary file.
+    Memory: about 25 bytes per distinct text, up to 60 bytes at the peak, plus one chunk of texts (about 100 MB). Disk
+    space for the temporary file: 4 bytes per token and rank.
 
     Args:
-        folder: folder for the store `targets` of the teacher's text embeddings in the shared space.
+        records: records with phrases.
+        other_texts: file with additional texts, one per line. They count as captions.
+        folder: folder for the store `targets` of the teacher's text embeddings in the shared space, and for the
+            temporary file.
         max_skipped: maximum fraction of the texts that the student's tokenizer cannot encode.
 
     Raises:
         ValueError: there are no texts, or the student's tokenizer cannot encode too many of them.
     """
-    unique_captions = dict.fromkeys(captions)
-    unique_phrases = [text for text in dict.fromkeys(phrases) if text not in unique_captions]
-    encoded_captions = teacher.select_encoded(list(unique_captions))
-    texts = [*encoded_captions, *teacher.select_encoded(unique_phrases)]
-    if not texts:
-        raise ValueError("there are no texts to learn from: the training records have no captions")
-    tokens, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
-    is_encodable = np.zeros(len(texts), bool)
-    ignored_ids = _find_ignored_ids(student)
-    for start in range(0, len(texts), TOKENIZE_CHUNK):
-        all_ids = student.tokenize(texts[start : start + TOKENIZE_CHUNK]).ids
-        chunk_is_encodable = [not ignored_ids.issuperset(ids) for ids in all_ids]
-        valid_ids = list(compress(all_ids, chunk_is_encodable))
-        is_encodable[start : start + len(all_ids)] = chunk_is_encodable
-        tokens.append(np.fromiter(chain.from_iterable(valid_ids), np.int32))
-        lengths.append(np.array([len(ids) for ids in valid_ids], np.int64))
-    failed = np.flatnonzero(~is_encodable)
-    if len(failed) > max_skipped * len(texts):
-        raise ValueError(
-            f"the student's tokenizer cannot encode {len(failed):,} of {len(texts):,} texts, such as "
-            f"{texts[failed[0]][:120]!r}: they consist of unknown tokens. Choose a student "
-            "for the language of these texts"
-        )
-    if len(failed):
-        print_once(f"{len(failed):,} texts left out, which the student's tokenizer cannot encode: {texts[failed[0]]!r}")
-    num_captions = int(is_encodable[: len(encoded_captions)].sum())
-    texts = [texts[n] for n in np.flatnonzero(is_encodable)]
     identity: dict[str, Any] = {"precision": "fp32"}
     identity["encoder"] = [fingerprint(store.manifest["identity"]) for store in teacher.stores]
     identity["adapter"] = hash_weights(teacher.model.adapter)
     dim = teacher.model.config.embed_dim
+    all_texts = chain(iterate_captions(records, other_texts), iterate_phrases(records))
+    texts = teacher.select(all_texts, is_stored=True)
     targets = store_text_embeddings(texts, teacher.encode, dim, identity, folder / "targets", dtype="float16")
-    return DistillTexts(
-        tokens=np.concatenate(tokens),
-        offsets=np.concatenate([[0], np.cumsum(np.concatenate(lengths))]),
-        targets=targets,
-        rows=targets.find_rows(texts),
-        num_captions=num_captions,
-        text_hash=hash_texts(texts),
-    )
+    with TemporaryFile(dir=folder) as file:
+        tokenized = _TokenWriter(student, targets, file)
+        for chunk in iter_chunks(iterate_captions(records, other_texts), TOKENIZE_CHUNK):
+            tokenized.add(chunk)
+        num_captions = tokenized.count
+        for chunk in iter_chunks(iterate_phrases(records), TOKENIZE_CHUNK):
+            tokenized.add(chunk)
+        return tokenized.finish(num_captions, max_skipped)
+
+
+def iterate_captions(records: RecordTable, other_texts: Path | None) -> Iterator[str]:
+    """Yield the records' captions and the lines of a file, if there is one."""
+    return chain(records.iterate_texts(CAPTION_FIELDS), iterate_lines(other_texts) if other_texts else ())
+
+
+def iterate_phrases(records: RecordTable) -> Iterator[str]:
+    """Yield the records' phrases."""
+    return records.iterate_texts(("phrases",))
+
+
+class _TokenWriter:
+    """Tokenizes distinct texts that have an embedding in `targets`, and writes their tokens to a file.
+
+    Attributes:
+        count: number of texts so far.
+    """
+
+    def __init__(self, student: CaptionEncoder, targets: EmbeddingStore, file: IO[bytes]) -> None:
+        self.student, self.targets, self.file = student, targets, file
+        self.count = 0
+        self._ignored_ids = _find_ignored_ids(student)
+        self._is_seen = np.zeros(1 + sum(shard.rows for shard in targets.shards), bool)  # for each row of `targets`
+        self._rows, self._lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        self._hash = hashlib.sha256()
+        self._num_failed, self._first_failed = 0, ""
+
+    def add(self, texts: Sequence[str]) -> None:
+        """Tokenize those of the texts that are new and have an embedding."""
+        keys = make_caption_keys(texts)
+        rows = self.targets.find_keys(keys)
+        is_new = np.zeros(len(texts), bool)
+        is_new[np.unique(rows, return_index=True)[1]] = True
+        is_new &= (rows >= 0) & ~self._is_seen[rows]
+        self._is_seen[rows[is_new]] = True
+
+        new = np.flatnonzero(is_new)
+        ids = self.student.tokenize([texts[n] for n in new.tolist()]).ids
+        is_encodable = np.array([not self._ignored_ids.issuperset(text_ids) for text_ids in ids], bool)
+        failed = new[~is_encodable]
+        if len(failed) and not self._num_failed:
+            self._first_failed = texts[failed[0]]
+        self._num_failed += len(failed)
+
+        valid, valid_ids = new[is_encodable], list(compress(ids, is_encodable.tolist()))
+        self.file.write(np.fromiter(chain.from_iterable(valid_ids), np.int32).tobytes())
+        self._rows.append(rows[valid])
+        self._lengths.append(np.array([len(text_ids) for text_ids in valid_ids], np.int64))
+        self._hash.update(keys[valid].tobytes())
+        self.count += len(valid)
+
+    def finish(self, num_captions: int, max_skipped: float) -> DistillTexts:
+        """Return the texts. For `max_skipped` and errors, see `prepare_texts`."""
+        total, failed = self.count + self._num_failed, self._num_failed
+        if not total:
+            raise ValueError("there are no texts to learn from: the training records have no captions")
+        if failed > max_skipped * total or not self.count:
+            raise ValueError(
+                f"the student's tokenizer cannot encode {failed:,} of {total:,} texts, such as "
+                f"{self._first_failed[:120]!r}: they consist of unknown tokens. Choose a student "
+                "for the language of these texts"
+            )
+        if failed:
+            print_once(f"{failed:,} texts skipped, which the student's tokenizer cannot encode: {self._first_failed!r}")
+        self.file.flush()
+        lengths = np.concatenate(self._lengths)
+        return DistillTexts(
+            tokens=np.memmap(self.file, np.int32, "r"),  # remains valid after the file has been closed and deleted
+            offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            targets=self.targets,
+            rows=np.concatenate(self._rows),
+            num_captions=num_captions,
+            text_hash=self._hash.hexdigest()[:16],
+        )
 
 
 def _find_ignored_ids(student: CaptionEncoder) -> set[int]:
@@ -398,7 +461,8 @@ def plan_epoch(data: DistillTexts, texts_per_step: int, seed: int, epoch: int) -
     """Return the indices of the texts for each step of an epoch, int64 of shape (steps, texts_per_step).
 
     The texts of a step have similar lengths, and the steps are in random order. Phrases are repeated as in
-    `repeat_phrases`. The remaining texts that do not fill a step are left out, different ones in each epoch.
+    `repeat_phrases`. The remaining texts that do not fill a step are omitted, different ones in each epoch. Memory: 8
+    bytes per text of the epoch, up to 32 bytes at the peak.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(repeat_phrases(np.arange(len(data)), data.num_captions))

@@ -126,7 +126,7 @@ def inherit_text_space(
         model: Model with a new adapter and the same `embed_dim` as the CLIP model. The model is modified in place.
         clip: Text tower of the CLIP model.
         store: Store of the LLM embeddings of the captions and phrases of `records`. Captions that the tokenizer could
-            not encode and phrases that are not in the store are left out.
+            not encode and phrases that are not in the store are skipped.
         seed: Seed for the order of the texts.
         precision: "bf16" enables autocast. With "fp32" or "fp16", the adapter is trained in float32.
         folder: Folder for the weights and the store of CLIP text embeddings.

@@ -129,9 +129,10 @@ def _compare_short_queries(
 
 
 def measure_text_encoder(folder: Path, queries: Sequence[str]) -> dict[str, Any]:
-    """Measure the text side of a model: queries per second on one CPU core, parameters, and bytes on disk.
+    """Measure the text side of a model: queries per second on one CPU core, parameters, and bytes of memory and disk.
 
-    Queries are encoded one at a time in fp32, for at least three seconds.
+    Queries are encoded one at a time in fp32, for at least three seconds. The memory is that of the weights in fp32.
+    Activations and libraries need additional memory.
     """
     model = LLM2CLIP.from_pretrained(folder, "cpu")
     threads = torch.get_num_threads()
@@ -147,12 +148,13 @@ def measure_text_encoder(folder: Path, queries: Sequence[str]) -> dict[str, Any]
                 break
     finally:
         torch.set_num_threads(threads)
-    modules = (model.encoder.st, model.adapter)
+    weights = [weight for module in (model.encoder.st, model.adapter) for weight in module.parameters()]
     adapter_bytes = sum(parameter.nbytes for parameter in model.adapter.parameters())
     text_files = [path for path in (folder / "text").rglob("*") if path.is_file()]
     return {
         "queries per second": count / seconds,
-        "parameters": sum(parameter.numel() for module in modules for parameter in module.parameters()),
+        "parameters": sum(weight.numel() for weight in weights),
+        "bytes of weights": sum(weight.nbytes for weight in weights),
         "bytes on disk": adapter_bytes + sum(path.stat().st_size for path in text_files),
     }
 
@@ -162,7 +164,8 @@ def _build_tables(result: Mapping[str, Any]) -> list[Block]:
     rows: list[list[Any]] = []
     for label, name in (("queries per second on one core", "queries per second"), ("parameters", "parameters")):
         rows.append([label, *(f"{result[side][name]:,.0f}" for side in ("teacher", "student"))])
-    rows.append(["size on disk", *(format_bytes(result[side]["bytes on disk"]) for side in ("teacher", "student"))])
+    for label, name in (("memory of the weights in fp32", "bytes of weights"), ("size on disk", "bytes on disk")):
+        rows.append([label, *(format_bytes(result[side][name]) for side in ("teacher", "student"))])
     blocks.append(Table(["", "teacher", "student"], rows))
     if result["fields"]:
         rows = []

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from torch import Tensor
 
 from llm2clip.models import heads, modeling_llm2clip
 from llm2clip.models.hub.loading import build_config
@@ -119,7 +120,7 @@ def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
     exported.logit_scale.copy_(model.logit_scale[0])
     if model.logit_bias is not None and exported.logit_bias is not None:
         exported.logit_bias.copy_(model.logit_bias[0])
-    _check_text_embeddings(exported, model)
+    _check_export_model(exported, model)
     return exported
 
 
@@ -158,7 +159,7 @@ def _build_export_config(model: LLM2CLIP, llm: Any) -> LLM2CLIPExportConfig:
 
 
 def _find_dense_layers(encoder: CaptionEncoder) -> list[Any]:
-    """Return the linear layers after pooling. `_check_text_embeddings` detects layers with an activation function."""
+    """Return the linear layers after pooling. `check_text_embeddings` detects layers with an activation function."""
     return [module for module in encoder.st if isinstance(module, Dense)]
 
 
@@ -178,22 +179,29 @@ def _build_tower_config(tower: VisionTower) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _check_text_embeddings(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
-    """Raise ValueError if the models produce different embeddings for sample texts.
-
-    This detects caption encoders with a module that the format cannot represent, such as an activation function.
-    """
+def _check_export_model(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
+    """Raise ValueError if the models produce different text embeddings. See `check_text_embeddings`."""
     tokenizer = build_tokenizer(model.encoder)
     embeddings: list[Any] = []
     for text in SAMPLE_TEXTS:
         tokens = tokenizer(text, truncation=True, return_tensors="pt")
         embeddings.append(exported.get_text_features(**tokens).pooler_output)
-    cosines = (torch.cat(embeddings) * model.encode_text(SAMPLE_TEXTS)).sum(1)
-    min_cosine = float(cosines.min())
-    if not min_cosine >= MIN_COSINE:  # this form also catches NaN
+    check_text_embeddings(torch.cat(embeddings), model)
+
+
+def check_text_embeddings(embeddings: Tensor, model: LLM2CLIP) -> None:
+    """Raise ValueError if an exported model's embeddings of `SAMPLE_TEXTS` differ from the original model's.
+
+    This detects caption encoders with a module that the format cannot represent, such as an activation function.
+
+    Args:
+        embeddings: L2-normalised embeddings of shape (N, embed_dim).
+    """
+    cosine = float((embeddings * model.encode_text(SAMPLE_TEXTS)).sum(1).min())
+    if not cosine >= MIN_COSINE:  # this form also catches NaN
         raise ValueError(
             f"the exported model's text embeddings would differ from the original ones (cosine similarity "
-            f"{min_cosine:.4f}): the caption encoder has a module that the format does not support"
+            f"{cosine:.4f}): the caption encoder has a module that the format does not support"
         )
 
 

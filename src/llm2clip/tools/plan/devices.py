@@ -7,7 +7,8 @@ from llm2clip.config import Stage
 
 # Model FLOPs utilisation of each stage on a GPU, from `benchmarks/roofline.py` (see docs/results/speed.md). Vision
 # towers have smaller matrices than LLMs and spend half their time on elementwise operations.
-MFU = {"tune": 0.4, "embed": 0.4, "align": 0.25}
+# Students of `distill` also have small matrices; their value is an assumption.
+MFU = {"tune": 0.4, "embed": 0.4, "align": 0.25, "distill": 0.25}
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Machine:
     count: int = 1
     """Number of devices. One process runs on each device."""
     mfu: float | None = None
-    """Model FLOPs utilisation, as a fraction of peak throughput. Default: 0.25 for align; 0.4 for tune, embed and
-    llava."""
+    """Model FLOPs utilisation, as a fraction of peak throughput. Default: 0.25 for align and distill; 0.4 for tune,
+    embed and llava."""
     tflops: float | None = None
     """Peak throughput per device at the configured precision, in 10^12 FLOP/s. Default: from the data sheet."""
     memory: float | None = None
@@ -116,7 +117,7 @@ class Machine:
         return device
 
     def get_mfu(self, stage: str) -> float:
-        """Return the model FLOPs utilisation of `tune`, `embed` or `align`."""
+        """Return the model FLOPs utilisation of `tune`, `embed`, `align` or `distill`."""
         return self.mfu or MFU[stage]
 
     def estimate_hours(self, flops: float, precision: str, stage: str) -> float:

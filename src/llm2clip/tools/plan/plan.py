@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 
-from llm2clip.config import AlignConfig, FitConfig
+from llm2clip.config import AlignConfig, DistillConfig, FitConfig
 from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
 from llm2clip.runs.checkpoint import MAX_CHECKPOINTS
@@ -32,6 +32,7 @@ from llm2clip.tools.plan.memory import (
     fits_in_memory,
     suggest_flags,
 )
+from llm2clip.tools.plan.student import StudentPlan, plan_student
 from llm2clip.train.losses import get_loss
 from llm2clip.train.sampling import resolve_images_per_step
 
@@ -48,6 +49,7 @@ class Plan:
             too few images.
         machine, images, captions_per_image, tokens_per_caption: See `plan_fit`.
         text, image: Costs of the caption encoder and of the model trained by `align`.
+        student: Estimates for `distill` after the run, or None if it is not planned.
     """
 
     config: FitConfig
@@ -57,6 +59,7 @@ class Plan:
     tokens_per_caption: float
     text: TextCosts
     image: ImageCosts
+    student: StudentPlan | None = None
 
     @cached_property
     def step_flops(self) -> dict[str, float]:
@@ -84,11 +87,15 @@ class Plan:
         embed_flops = self.images * self.captions_per_image * self.text.forward
         feature_flops = self.images * self.image.tower_forward if align.caches_features else 0.0
         align_flops = feature_flops + self.images * align.epochs * self.step_flops["total"]
-        return {
+        hours = {
             "tune": machine.estimate_hours(tune_texts * self.text.count_tune_flops(tune), tune.precision, "tune"),
             "embed": machine.estimate_hours(embed_flops, self.config.embed.precision, "embed"),
             "align": machine.estimate_hours(align_flops, align.precision, "align"),
         }
+        if self.student is not None:
+            precision = self.config.embed.precision
+            hours["distill"] = self.student.estimate_hours(self.text, self.image, precision, machine)
+        return hours
 
     @cached_property
     def memory(self) -> dict[str, Parts]:
@@ -100,6 +107,8 @@ class Plan:
         }
         if self.config.tune.steps == 0:
             del memory["tune"]
+        if self.student is not None:
+            memory["distill"] = self.student.estimate_memory(self.image, self.machine)
         return memory
 
     @property
@@ -153,13 +162,24 @@ class Plan:
 
 
 def plan_fit(
-    config: FitConfig, machine: Machine, images: int, captions_per_image: float, tokens_per_caption: float
+    config: FitConfig,
+    machine: Machine,
+    images: int,
+    captions_per_image: float,
+    tokens_per_caption: float,
+    *,
+    student: str | None = None,
+    student_texts: int = 0,
+    distill: DistillConfig | None = None,
 ) -> Plan:
-    """Estimate the parameters, FLOPs, memory and hours of a `fit` run.
+    """Estimate the parameters, FLOPs, memory and hours of a `fit` run, and of `distill` after it.
 
     Args:
         captions_per_image: Mean number of captions per image. All captions are assumed to be distinct.
         tokens_per_caption: Mean number of tokens per caption, including the template.
+        student: Student of `distill`; see `train.distill.open_student`. Default: `distill` is not planned.
+        student_texts: Number of texts that only the student learns from.
+        distill: Settings of `distill`.
 
     Raises:
         ValueError: A model is unknown, a number is not positive, or there are too few images for one step.
@@ -182,6 +202,21 @@ def plan_fit(
         config.encoder, tune, min(tokens_per_caption, config.encoder.max_length or 512), machine.is_cpu
     )
     captions = min(align.captions_per_image or captions_per_image, captions_per_image)
+    image = measure_image_costs(align, text.embed_dim, captions)
+    student_plan = None
+    if student is not None:
+        student_plan = plan_student(
+            student,
+            distill or DistillConfig(),
+            config.encoder,
+            image,
+            machine,
+            captions=images * captions_per_image,
+            tokens=tokens_per_caption,
+            other_texts=student_texts,
+        )
+    elif student_texts:
+        raise ValueError("--student_texts requires --student")
     return Plan(
         config=dataclasses.replace(config, tune=tune, embed=embed, align=align),
         machine=machine,
@@ -189,7 +224,8 @@ def plan_fit(
         captions_per_image=captions_per_image,
         tokens_per_caption=tokens_per_caption,
         text=text,
-        image=measure_image_costs(align, text.embed_dim, captions),
+        image=image,
+        student=student_plan,
     )
 
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llm2clip.io_utils import format_bytes
+from llm2clip.runs.checkpoint import MAX_CHECKPOINTS
 from llm2clip.tools.plan.memory import USABLE_FRACTION, compute_peak_memory
 from llm2clip.tools.plan.plan import Plan
 
@@ -60,6 +61,9 @@ def _make_parameter_table(plan: Plan) -> Table:
         ("adapter", f"{image.adapter:,}", ""),
         ("tower, projection and adapter", f"{image.parameters:,}", f"{image.trained:,}"),
     ]
+    if plan.student is not None:
+        student = plan.student.costs
+        rows.append((f"student {plan.student.name}", f"{student.parameters:,}", f"{student.trained:,}"))
     return _make_table(("Parameters", "all", "trained"), rows)
 
 
@@ -78,6 +82,8 @@ def _make_flops_table(plan: Plan) -> Table:
         reasons = [name for name in ("gradient_checkpointing", "micro_batch_size") if getattr(align, name)]
         counts[f"  repeated forward ({', '.join(reasons)})"] = flops["repeated"]
     counts["  loss"] = flops["loss"]
+    if plan.student is not None:
+        counts["text in a distill step"] = plan.student.step_flops
     rows = [(name, f"{count / 1e9:,.0f}" if count >= 1e11 else f"{count / 1e9:,.2f}") for name, count in counts.items()]
     return _make_table(("GFLOPs (10^9 FLOPs; a multiply-add counts as 2)", ""), rows)
 
@@ -108,6 +114,11 @@ def _make_time_table(plan: Plan) -> Table:
         "embed": f"{plan.images * plan.captions_per_image:,.0f} captions",
         "align": align,
     }
+    if plan.student is not None:
+        student = plan.student
+        details["distill"] = f"{student.config.epochs:g} epochs of {student.learned_texts:,.0f} texts"
+        if student.new_texts:
+            details["distill"] += f", after the LLM has encoded {student.new_texts:,.0f} texts"
     rows = [(stage, format_hours(plan.stage_hours[stage]), details[stage]) for stage in plan.memory]
     return _make_table((f"Time on {count} x {plan.machine.device_spec.name}", "", ""), rows, right_align=False)
 
@@ -116,6 +127,14 @@ def _format_store_sizes(plan: Plan) -> list[str]:
     lines = [f"Embedding store ({plan.config.embed.dtype}): {format_bytes(plan.store_bytes)} on disk."]
     if plan.feature_bytes:
         lines.append(f"Cached tower features (float16): {format_bytes(plan.feature_bytes)} on disk.")
+    if plan.student is not None:
+        checkpoints = 12 * MAX_CHECKPOINTS * plan.student.costs.trained
+        new_store = plan.student.new_texts * (2 * plan.text.embed_dim + 16)
+        lines.append(
+            f"Distill: {format_bytes(plan.student.target_bytes)} on disk for the teacher's embeddings (float16), "
+            f"{format_bytes(new_store)} for the store of new texts, up to "
+            f"{format_bytes(checkpoints)} for checkpoints. Phrases from the captions are not counted."
+        )
     return lines
 
 
