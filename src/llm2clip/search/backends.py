@@ -241,6 +241,22 @@ class Backend(Protocol):
         """Return a hit's embedding as a float32 array of shape (D,), or None if the id is unknown."""
         ...
 
+    def vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the embeddings of several hits, as float32 arrays of shape (D,). Unknown ids are left out."""
+        ...
+
+    def sample_ids(self, count: int) -> list[str]:
+        """Return the hit ids of at most `count` distinct images, chosen at random. Equal indexes give equal samples."""
+        ...
+
+    def save_calibration(self, data: bytes) -> None:
+        """Store the serialized `search.relevance.Calibration`, or remove it if `data` is empty."""
+        ...
+
+    def load_calibration(self) -> bytes:
+        """Return the data from `save_calibration`, or empty bytes if the index has no calibration."""
+        ...
+
     def thumbnail(self, hit_id: str) -> bytes | None:
         """Return a hit's JPEG thumbnail, or None if the id is unknown."""
         ...
