@@ -102,6 +102,7 @@ class Hit:
         image_count: Total number of images with this content.
         width: Width of the image in pixels, after EXIF rotation.
         height: Height of the image in pixels, after EXIF rotation.
+        relevance: Estimated probability that the image answers the query (see `search.relevance`), or None if unknown.
     """
 
     id: str
@@ -110,6 +111,7 @@ class Hit:
     image_count: int
     width: int
     height: int
+    relevance: float | None = None
 
 
 MAX_CAPTION_FILTER_LENGTH = 500  # in characters
@@ -242,7 +244,10 @@ class Backend(Protocol):
         ...
 
     def vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return the embeddings of several hits, as float32 arrays of shape (D,). Unknown ids are left out."""
+        """Return the embeddings of several hits in the given order, as float32 arrays of shape (D,).
+
+        Unknown ids are left out.
+        """
         ...
 
     def sample_ids(self, count: int) -> list[str]:
@@ -250,11 +255,11 @@ class Backend(Protocol):
         ...
 
     def save_calibration(self, data: bytes) -> None:
-        """Store the serialized `search.relevance.Calibration`, or remove it if `data` is empty."""
+        """Store a serialized `search.relevance.Calibration`, or empty bytes if the index is to have none."""
         ...
 
-    def load_calibration(self) -> bytes:
-        """Return the data from `save_calibration`, or empty bytes if the index has no calibration."""
+    def load_calibration(self) -> bytes | None:
+        """Return the data from `save_calibration`, or None if it has never been called, as in old indexes."""
         ...
 
     def thumbnail(self, hit_id: str) -> bytes | None:

@@ -239,7 +239,7 @@ class QdrantBackend:
             page = list(hit_ids[start : start + PAGE_SIZE])
             for point in self.client.retrieve(self.collection, page, with_payload=False, with_vectors=True):
                 vectors[str(point.id)] = np.array(point.vector, dtype=np.float32)
-        return vectors
+        return {hit_id: vectors[hit_id] for hit_id in hit_ids if hit_id in vectors}
 
     def sample_ids(self, count: int) -> list[str]:
         # Point ids are hashes, and points are listed by id, so the first points are a random sample.
@@ -252,9 +252,9 @@ class QdrantBackend:
         point = models.PointStruct(id=_make_point_id(CALIBRATION_KEY), vector=[0.0] * dim, payload=payload)
         self.client.upsert(self.collection, [point], wait=True)
 
-    def load_calibration(self) -> bytes:
+    def load_calibration(self) -> bytes | None:
         points = self.client.retrieve(self.collection, [_make_point_id(CALIBRATION_KEY)], with_payload=True)
-        return base64.b64decode((points[0].payload or {})["calibration"]) if points else b""
+        return base64.b64decode((points[0].payload or {})["calibration"]) if points else None
 
     def thumbnail(self, hit_id: str) -> bytes | None:
         point = self._retrieve_point(hit_id)

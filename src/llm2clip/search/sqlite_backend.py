@@ -266,14 +266,13 @@ class SqliteBackend:
         with self._db.transaction() as connection:
             connection.execute(CALIBRATION_SCHEMA)
             connection.execute("DELETE FROM calibration")
-            if data:
-                connection.execute("INSERT INTO calibration VALUES (?)", (data,))
+            connection.execute("INSERT INTO calibration VALUES (?)", (data,))
 
-    def load_calibration(self) -> bytes:
+    def load_calibration(self) -> bytes | None:
         if not self._db.query("SELECT 1 FROM sqlite_master WHERE name = 'calibration'"):
-            return b""
+            return None
         rows = self._db.query("SELECT data FROM calibration")
-        return bytes(rows[0][0]) if rows else b""
+        return bytes(rows[0][0])
 
     def thumbnail(self, hit_id: str) -> bytes | None:
         rows = self._db.query("SELECT jpeg FROM thumbnails WHERE id = ?", (_parse_content_id(hit_id),))
