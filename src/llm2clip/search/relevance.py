@@ -18,14 +18,14 @@ sample of at most 2,048 images of the index, whatever the filter. A filter there
 `calibrate` measures m and d with searches in the entire index, so they grow with the number of images just as the
 largest similarity of a query does. There are separate values for text queries and image queries:
 
-    texts     m and d are those of the background queries. If the index has captions, they are also used as queries,
-              once with and once without their image, and a and b are fitted (Platt scaling). Otherwise, a and b are
-              fixed: 1.2 and -1, fitted to photographs and models of different quality.
+    texts     m and d are those of the background queries. If the index has captions, a and b are fitted to captions as
+              queries (Platt scaling). Queries without an answer are captions whose image is left out, and the
+              background queries. Otherwise, a and b are fixed: 1.2 and -0.6, chosen on photographs.
     images    m and d are those of sampled images of the index, without the image itself and its near duplicates. Fixed
-              a and b: 1.2 and 0.7. Images as similar as an image's nearest neighbour usually is count as close.
+              a and b: 1.2 and 1.1. Images as similar as an image's nearest neighbour usually is count as close.
 
 The value of a query is the largest t of its first 10 hits. A query has an answer if the relevance of at least one of
-these hits is 0.25 or more. A calibration takes 2 * D * 2,400 bytes for embeddings of D dimensions (2.5 MB for D = 512,
+these hits is at least a third. A calibration takes 2 * D * 2,400 bytes for embeddings of D dimensions (2.5 MB for D = 512,
 twice as much in memory), and rating a query takes time proportional to D, whatever the size of the index.
 """
 
@@ -52,9 +52,9 @@ SAMPLE_SIZE = 2048
 TAIL_FRACTION = 0.01
 HUBNESS_WEIGHT, MEAN_WEIGHT, TAIL_WEIGHT = 0.25, 0.5, 0.25
 CLOSEST = 10  # number of hits that decide whether a query has an answer
-MIN_RELEVANCE = 0.25  # an answer is at least three times less likely than no answer below this value
-TEXT_SLOPE, TEXT_INTERCEPT = 1.2, -1.0
-IMAGE_SLOPE, IMAGE_INTERCEPT = 1.2, 0.7
+MIN_RELEVANCE = 1 / 3  # below this value, no answer is more than twice as likely as an answer
+TEXT_SLOPE, TEXT_INTERCEPT = 1.2, -0.6
+IMAGE_SLOPE, IMAGE_INTERCEPT = 1.2, 1.1
 MIN_IMAGES = 50  # smaller indexes are not calibrated: all their images fit on a page
 MIN_QUERIES = 30  # minimum number of queries from which a distribution is estimated
 MAX_QUERIES = 256  # number of captions, and of images, that are used as queries
@@ -81,10 +81,12 @@ class Scale:
     slope: float
     intercept: float
 
+    def standardize(self, values: np.ndarray) -> np.ndarray:
+        return (values - self.mean) / self.deviation
+
     def to_relevance(self, values: np.ndarray) -> np.ndarray:
         """Convert values of t to relevances between 0 and 1."""
-        standardized = (values - self.mean) / self.deviation
-        return apply_logistic(self.slope * standardized + self.intercept)
+        return apply_logistic(self.slope * self.standardize(values) + self.intercept)
 
 
 @dataclass(frozen=True)
@@ -199,31 +201,27 @@ def apply_logistic(values: np.ndarray) -> np.ndarray:
 def fit_logistic(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
     """Fit slope a >= 0 and intercept b of 1 / (1 + exp(-a * x - b)) to the values of two classes (Platt scaling).
 
-    Minimises the cross-entropy plus 0.5 * (a - 1.2)^2 with Newton's method. The penalty keeps a finite if the classes
-    do not overlap. As in Platt's method, the targets are (N + 1) / (N + 2) and 1 / (N + 2) instead of 1 and 0.
+    Minimises the cross-entropy, in which both classes have a total weight of 100, plus 0.5 * (a - 1.2)^2 with Newton's
+    method. The penalty keeps a finite if the classes do not overlap.
     """
-    inputs = np.column_stack([np.concatenate([positive, negative]), np.ones(len(positive) + len(negative))])
-    targets = np.concatenate(
-        [
-            np.full(len(positive), (len(positive) + 1) / (len(positive) + 2)),
-            np.full(len(negative), 1 / (len(negative) + 2)),
-        ]
-    )
+    values = np.concatenate([positive, negative])
+    inputs = np.column_stack([values, np.ones(len(values))])
+    targets = np.repeat([1.0, 0.0], [len(positive), len(negative)])
+    weights = np.repeat([100 / len(positive), 100 / len(negative)], [len(positive), len(negative)])
     start, penalty = np.array([TEXT_SLOPE, 0.0]), np.array([1.0, 1e-6])
     coefficients = start
-    for _ in range(50):
+    for _ in range(100):
         probabilities = apply_logistic(inputs @ coefficients)
-        gradient = inputs.T @ (probabilities - targets) + penalty * (coefficients - start)
-        weights = probabilities * (1 - probabilities)
-        hessian = (inputs * weights[:, None]).T @ inputs + np.diag(penalty)
-        step = np.linalg.solve(hessian, gradient)
-        coefficients = coefficients - np.clip(step, -1, 1)
+        gradient = inputs.T @ (weights * (probabilities - targets)) + penalty * (coefficients - start)
+        curvature = weights * probabilities * (1 - probabilities)
+        hessian = (inputs * curvature[:, None]).T @ inputs + np.diag(penalty)
+        step = np.clip(np.linalg.solve(hessian, gradient), -1, 1)
+        coefficients = coefficients - step
         if np.abs(step).max() < 1e-8:
             break
     slope, intercept = coefficients.tolist()
-    if slope < 0:  # positives have lower values than negatives by chance, so the values contain no information
-        slope, intercept = 0.0, float(np.log(len(positive) / len(negative)))
-    return slope, intercept
+    # If positives have lower values than negatives, the values contain no information: the classes are equally likely.
+    return (slope, intercept) if slope > 0 else (0.0, 0.0)
 
 
 # ---- calibration
@@ -300,7 +298,7 @@ def calibrate(backend: Backend, model: DualEncoder) -> Calibration | None:
     if texts is None or images is None:
         print_once("Relevance is not available: too many images of this index are alike.")
         return None
-    texts = _fit_to_captions(texts, backend, model, query_ids, reference)
+    texts = _fit_to_captions(texts, values, backend, model, query_ids, reference)
     return Calibration(*reference, ids, image_count, fingerprint(model.identity()), texts, images)
 
 
@@ -344,7 +342,12 @@ def _search_with_and_without(
 
 
 def _fit_to_captions(
-    scale: Scale, backend: Backend, model: DualEncoder, hit_ids: Sequence[str], reference: Reference
+    scale: Scale,
+    background_values: Sequence[float],
+    backend: Backend,
+    model: DualEncoder,
+    hit_ids: Sequence[str],
+    reference: Reference,
 ) -> Scale:
     """Fit a scale's slope and intercept to the captions of the given images. Without captions, return it unchanged."""
     captions = {}
@@ -356,15 +359,15 @@ def _fit_to_captions(
         return scale
     images = backend.vectors(list(captions))
     queries = dict(zip(captions, embed_texts(model, list(captions.values())), strict=True))
-    positive, negative = [], []
+    positive, negative = [], list(background_values)
     for hit_id, image in images.items():
         with_image, without_image = _search_with_and_without(backend, queries[hit_id], image, reference)
         if without_image is not None:
-            positive.append((with_image - scale.mean) / scale.deviation)
-            negative.append((without_image - scale.mean) / scale.deviation)
+            positive.append(with_image)
+            negative.append(without_image)
     if len(positive) < MIN_QUERIES:
         return scale
-    slope, intercept = fit_logistic(np.array(positive), np.array(negative))
+    slope, intercept = fit_logistic(scale.standardize(np.array(positive)), scale.standardize(np.array(negative)))
     return dataclasses.replace(scale, slope=slope, intercept=intercept)
 
 
