@@ -97,6 +97,7 @@ def test_search_returns_the_hits_of_the_index(
     assert similar["score"] == pytest.approx(1, abs=2e-3)
     assert client.post("/search", json={"texts": ["x"], "filter": {"path": "/nowhere"}}).json() == {
         "hits": [],
+        "nothing_close": False,
         "total": 0,
     }
 

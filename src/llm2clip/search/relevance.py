@@ -25,8 +25,9 @@ largest similarity of a query does. There are separate values for text queries a
               a and b: 1.2 and 1.1. Images as similar as an image's nearest neighbour usually is count as close.
 
 The value of a query is the largest t of its first 10 hits. A query has an answer if the relevance of at least one of
-these hits is at least a third. A calibration takes 2 * D * 2,400 bytes for embeddings of D dimensions (2.5 MB for D = 512,
-twice as much in memory), and rating a query takes time proportional to D, whatever the size of the index.
+these hits is at least a third. A calibration takes 4,800 bytes per dimension of the embeddings (2.5 MB for 512
+dimensions, and twice as much in memory). Rating a query takes time proportional to the number of dimensions. Neither
+depends on the size of the index.
 """
 
 from __future__ import annotations
@@ -286,6 +287,9 @@ def calibrate(backend: Backend, model: DualEncoder) -> Calibration | None:
     sample, ids = np.stack(list(vectors.values())), list(vectors)
     print_once("Calibrating relevance, so that searches can tell when nothing is close...")
     reference = Reference(sample, embed_texts(model, BACKGROUND_QUERIES))
+    if not np.isfinite(reference.background).all():
+        print_once("Relevance is not available: the model returns NaN or infinity for texts.")
+        return None
     values = [_search_with_and_without(backend, query, None, reference)[0] for query in reference.background]
     query_ids = [ids[i] for i in np.random.default_rng(0).permutation(len(ids))[:MAX_QUERIES]]
     image_values = []
