@@ -118,7 +118,8 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--json",
         action="store_true",
-        help="Print each result as a JSON object: rank, score, path, duplicates, captions, taken, width and height.",
+        help="Print each result as a JSON object: rank, score, relevance, path, duplicates, captions, taken, width and "
+        "height.",
     )
     sub.add_argument("--paths", action="store_true", help="Print only the paths, one per line.")
     sub.add_argument("--sheet", type=str, help="Write an HTML page with the results to this folder.")

@@ -159,8 +159,10 @@ def compute_hubness(vectors: np.ndarray, query: np.ndarray, background: np.ndarr
 
     Background queries that have the same meaning as the query itself do not count.
     """
-    others = background[~find_near_duplicates(background, query, background.mean(axis=0))]
-    return np.max(vectors @ others.T, axis=1, initial=-1.0)
+    similarities = vectors @ background.T  # (K, B)
+    similarities[:, find_near_duplicates(background, query, background.mean(axis=0))] = -1
+    hubness: np.ndarray = similarities.max(axis=1, initial=-1.0)
+    return hubness
 
 
 def compute_evidence(query: np.ndarray, vectors: np.ndarray, sample: np.ndarray, background: np.ndarray) -> np.ndarray:
