@@ -21,6 +21,7 @@ from torch import Tensor
 from conftest import HANG_TIMEOUT, make_llm
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.prompts import QueryTemplates
@@ -29,6 +30,7 @@ from llm2clip.models.vision.dense import DenseEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search.backends import Backend, Filter
 from llm2clip.search.build import IndexReport, build_index
+from llm2clip.search.relevance import Calibration, Scale
 from llm2clip.search.sqlite_backend import SqliteBackend
 
 BACKENDS = ("sqlite", "qdrant")
@@ -65,6 +67,15 @@ def make_index(folder: Path, images: Path, model: DualEncoder) -> SqliteBackend:
     backend = SqliteBackend(folder, write=True)
     index_sources([images], model, backend)
     return backend
+
+
+def reject_all_texts(backend: Backend, model: DualEncoder) -> None:
+    """Store a calibration with which no image is close to any text, and every image is close to every image query."""
+    vectors = np.stack(list(backend.vectors(backend.sample_ids(100)).values()))
+    never, always = Scale(0, 1, 1, -20), Scale(0, 1, 1, 20)
+    name = fingerprint(model.identity())
+    calibration = Calibration(vectors, vectors[:1], [], len(vectors), name, texts=never, images=always)
+    backend.save_calibration(calibration.to_bytes())
 
 
 def index_sources(sources: list[Path], model: DualEncoder, backend: Backend, **options: Any) -> IndexReport:

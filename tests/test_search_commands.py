@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+import sqlite3
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from typing import Any
 import pytest
 
 from llm2clip.cli import main
-from llm2clip.cli.search import parse_time, resolve_path_filter
+from llm2clip.cli.search import NOTHING_CLOSE, parse_time, resolve_path_filter
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.model_folder import save_query_templates
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search.backends import Filter
 from llm2clip.search.query import SearchQuery, embed_query
+from llm2clip.search.relevance import NOT_CALIBRATED
 from llm2clip.search.sqlite_backend import SqliteBackend
+from search_fixtures import reject_all_texts
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +75,22 @@ def test_index_and_search_print_their_results(
 
     output = search("--templates", *templates)
     assert all(score in output for score in with_templates)
+
+    reject_all_texts(SqliteBackend(Path(index), write=True), model)
+    assert search() == NOTHING_CLOSE + "\n"
+    output = search("--show_weak")
+    assert "cosine" in output and "None of these images is close to the query." in output
+    assert main(["search", index, "red", "--json"]) == 0
+    output = capsys.readouterr()
+    assert output.out == "" and NOTHING_CLOSE in output.err
+    assert main(["search", index, "red", "--json", "--show_weak"]) == 0
+    assert all(json.loads(line)["relevance"] < 0.01 for line in capsys.readouterr().out.splitlines())
+    with sqlite3.connect(Path(index) / "index.sqlite") as db:
+        db.execute("DROP TABLE calibration")  # as in an index of an earlier version
+    db.close()
+    assert main(["search", index, "red"]) == 0
+    output = capsys.readouterr()
+    assert "cosine" in output.out and NOT_CALIBRATED in output.err
     saved = (model_folder / "config.json").read_text()
     try:
         save_query_templates(model_folder, query.templates)  # the model's identity stays the same

@@ -9,7 +9,7 @@ import pytest
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.server import create_app
 from page_fixtures import on_both_devices, wait_until
-from search_fixtures import add_red_detector, create_patient_app, make_index, running_server
+from search_fixtures import add_red_detector, create_patient_app, make_index, reject_all_texts, running_server
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +243,30 @@ def test_show_more_adds_the_next_page(page: Any) -> None:
     assert scores == sorted(scores, reverse=True)
     page.locator("#grid button").nth(25).click()
     assert page.locator("#locations span").first.inner_text().endswith(page.locator("#grid .name").nth(25).inner_text())
+
+
+def test_weak_hits_are_shown_on_request(
+    browser: Any, image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
+) -> None:
+    index = make_index(tmp_path / "index", image_folder, dual_encoder)
+    reject_all_texts(index, dual_encoder)
+    with running_server(create_patient_app(dual_encoder, index)) as address:
+        page = browser.new_page()
+        page.goto(address)
+        search_for(page, "red", 0)
+        assert page.locator("#status").inner_text() == "Nothing in the index is close to this query."
+        assert not page.locator("#show-more").is_visible()
+        page.get_by_role("button", name="Show the closest images anyway").click()
+        wait_for_hits(page)
+        assert "36 images, none of them close to the query" in page.locator("#status").inner_text()
+        assert not page.locator("#show-weak").is_visible()
+        search_for(page, "blue", 0)  # a new search hides weak hits again
+        page.locator("#show-weak").click()
+        wait_for_hits(page).first.locator("button").click()
+        assert "relevance 0%" in page.locator("#facts").inner_text()
+        page.locator("#like").click()
+        wait_until(page, "document.querySelector('#status').textContent.startsWith('36 images, most similar first')")
+        page.close()
 
 
 def test_detail_view_offers_the_original(page: Any, image_folder: Path) -> None:

@@ -47,7 +47,7 @@ from llm2clip.search.request_images import open_original
 from llm2clip.search.schemas import MAX_IMAGES, MAX_TEMPLATES, MAX_TEXT_LENGTH, MAX_TEXTS, SearchRequest
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
-from search_fixtures import create_patient_app, make_index, wait_until
+from search_fixtures import create_patient_app, make_index, reject_all_texts, wait_until
 
 BASE_URL = "http://localhost"
 JSON = {"content-type": "application/json"}
@@ -97,6 +97,7 @@ def test_search_returns_the_hits_of_the_index(
     assert similar["score"] == pytest.approx(1, abs=2e-3)
     assert client.post("/search", json={"texts": ["x"], "filter": {"path": "/nowhere"}}).json() == {
         "hits": [],
+        "nothing_close": False,
         "total": 0,
     }
 
@@ -118,6 +119,29 @@ def test_search_returns_pages_and_the_total(client: TestClient) -> None:
     assert times == sorted(times, reverse=True) and newest["total"] == 36
     assert [hit["score"] for hit in newest["hits"]] == [None] * 5
     assert search(filter={"path": "*.png"}, top=5, offset=35)["hits"][1:] == []
+
+
+def test_search_hides_weak_hits_unless_the_request_shows_them(
+    dual_encoder: DualEncoder, image_folder: Path, tmp_path: Path
+) -> None:
+    index = make_index(tmp_path / "index", image_folder, dual_encoder)
+    reject_all_texts(index, dual_encoder)
+    with TestClient(create_patient_app(dual_encoder, index), base_url=BASE_URL) as client:
+
+        def search(**request: Any) -> dict[str, Any]:
+            response = client.post("/search", json=request)
+            assert response.status_code == 200, response.text
+            return response.json()
+
+        assert search(texts=["red"]) == {"hits": [], "nothing_close": True, "total": 36}
+        weak = search(texts=["red"], show_weak=True, top=5)
+        assert weak["nothing_close"] and len(weak["hits"]) == 5
+        assert all(hit["relevance"] < 0.01 for hit in weak["hits"])
+        similar = search(like=[weak["hits"][0]["id"]], negative_texts=["red"], top=5)
+        assert not similar["nothing_close"] and all(hit["relevance"] > 0.99 for hit in similar["hits"])
+        for request in ({"negative_texts": ["red"]}, {"filter": {"path": "*.png"}}):
+            answer = search(**request)
+            assert not answer["nothing_close"] and {hit["relevance"] for hit in answer["hits"]} == {None}
 
 
 def test_search_with_only_negatives_returns_the_least_similar_images(client: TestClient) -> None:

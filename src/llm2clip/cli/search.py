@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     from llm2clip.search.backends import Filter
     from llm2clip.search.build import IndexReport
 
+NOTHING_CLOSE = (
+    "Nothing close: no image that matches the filters is close to the query. To see the closest images anyway, add "
+    "--show_weak."
+)
+
 
 def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
@@ -64,6 +69,12 @@ def add_commands(commands: Commands) -> None:
         action="store_true",
         help="Also index images outside the source's folder if caption files or symbolic links refer to them.",
     )
+    sub.add_argument(
+        "--no_relevance",
+        action="store_true",
+        help="Do not calibrate relevance, and remove an existing calibration. Every search then returns results, even "
+        "if nothing in the index is close to the query.",
+    )
     add_reading_arguments(sub, max_skipped=1.0)
     sub.add_argument("--batch_size", type=PositiveInt, default=64, help="Number of images per forward pass.")
     sub.add_argument(
@@ -90,6 +101,7 @@ def add_commands(commands: Commands) -> None:
     )
     _add_templates_argument(sub)
     sub.add_argument("--top", type=PositiveInt, default=10, help="Maximum number of results.")
+    sub.add_argument("--show_weak", action="store_true", help="Also show results if nothing is close to the query.")
     sub.add_argument(
         "--path",
         type=str,
@@ -106,7 +118,8 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--json",
         action="store_true",
-        help="Print each result as a JSON object: rank, score, path, duplicates, captions, taken, width and height.",
+        help="Print each result as a JSON object: rank, score, relevance, path, duplicates, captions, taken, width and "
+        "height.",
     )
     sub.add_argument("--paths", action="store_true", help="Print only the paths, one per line.")
     sub.add_argument("--sheet", type=str, help="Write an HTML page with the results to this folder.")
@@ -207,7 +220,7 @@ def _index(args: Namespace) -> list[str]:
     def update_index() -> tuple[IndexReport, SkipLog]:
         log = SkipLog(skipped_file, args.max_skipped)
         options = select_arguments(args, "columns", "batch_size", "workers", "prune", "allow_outside", "dim")
-        return build_index(args.data, model, backend, log, **options), log
+        return build_index(args.data, model, backend, log, relevance=not args.no_relevance, **options), log
 
     report, log = update_index()
     if args.watch is not None:
@@ -252,31 +265,41 @@ def _search(args: Namespace) -> list[str]:
     from llm2clip.search.backends import open_backend
     from llm2clip.search.build import truncate_to_index
     from llm2clip.search.heatmap import draw_heatmaps, require_dense_encoder
-    from llm2clip.search.query import SearchQuery, embed_query
+    from llm2clip.search.query import SearchQuery, embed_query_parts
+    from llm2clip.search.relevance import NOT_CALIBRATED, load_calibration, search_relevant
     from llm2clip.search.render import hit_to_json, open_in_browser, print_hits, write_contact_sheet
 
     templates = _make_query_templates(args.templates)
     query = SearchQuery(args.texts, args.images, args.negative, args.negative_images, templates=templates)
     with redirect_stdout(sys.stderr):  # keeps everything but the results out of the --json and --paths output
         backend = open_backend(args["index"])
-        vector = None  # without a query, the newest images are returned, and no model is needed
+        vectors = calibration = None  # without a query, the newest images are returned, and no model is needed
         if query:
             metadata = backend.metadata()
             model = truncate_to_index(metadata, open_dual_encoder(args.model or metadata["model"]))
             if args.heatmaps:
                 require_dense_encoder(model)
-            vector = embed_query(model, query)
-        hits = backend.search(vector, args.top, image_filter)
+            vectors = embed_query_parts(model, query)
+            calibration = load_calibration(backend, model)
+            if backend.load_calibration() is None:
+                print(NOT_CALIBRATED)
+        hits, nothing_close = search_relevant(
+            backend, calibration, vectors, args.top, image_filter, show_weak=args.show_weak
+        )
+        if nothing_close and (args.json or args.paths):
+            print(NOTHING_CLOSE)
     if args.json:
         return [hit_to_json(rank, hit) for rank, hit in enumerate(hits, 1)]
     if args.paths:
         return [hit.images[0].name for hit in hits]
+    if nothing_close and not hits:
+        return [NOTHING_CLOSE]
     if not hits:
         return ["No results: the index is empty, or no image matches the filters."]
     if not to_page:
         print_hits(hits, backend, Console())
-        return []
-    heatmaps = draw_heatmaps(model, vector, hits, backend) if args.heatmaps and vector is not None else {}
+        return ["None of these images is close to the query."] if nothing_close else []
+    heatmaps = draw_heatmaps(model, vectors.combined, hits, backend) if args.heatmaps and vectors is not None else {}
     title = " + ".join([*args.texts, *args.images])
     title += "".join(f" without {part}" for part in (*args.negative, *args.negative_images))
     folder = Path(args.sheet) if args.sheet else None
@@ -374,6 +397,7 @@ def _serve(args: Namespace) -> list[str]:
 
     try:
         from llm2clip.search.inference import Limits
+        from llm2clip.search.relevance import NOT_CALIBRATED
         from llm2clip.search.server import LOOPBACK, create_app, serve
     except ModuleNotFoundError as error:
         raise ImportError(f"`serve` requires additional packages ({error}). Run {install_command('search')}") from error
@@ -383,6 +407,8 @@ def _serve(args: Namespace) -> list[str]:
     if model_name is None:
         raise ValueError("pass an index with --index or a model with --model")
     token = choose_token(args.token, args.no_token, args.host)
+    if backend is not None and backend.load_calibration() is None:
+        print_once(NOT_CALIBRATED)
     model_thread = ThreadPoolExecutor(1, "model")
     model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision).result()
     app = create_app(

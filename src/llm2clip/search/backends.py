@@ -102,6 +102,7 @@ class Hit:
         image_count: Total number of images with this content.
         width: Width of the image in pixels, after EXIF rotation.
         height: Height of the image in pixels, after EXIF rotation.
+        relevance: Estimated probability that the image answers the query (see `search.relevance`), or None if unknown.
     """
 
     id: str
@@ -110,6 +111,7 @@ class Hit:
     image_count: int
     width: int
     height: int
+    relevance: float | None = None
 
 
 MAX_CAPTION_FILTER_LENGTH = 500  # in characters
@@ -240,6 +242,25 @@ class Backend(Protocol):
 
     def vector(self, hit_id: str) -> np.ndarray | None:
         """Return a hit's embedding as a float32 array of shape (D,), or None if the id is unknown."""
+        ...
+
+    def vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the embeddings of several hits in the given order, as float32 arrays of shape (D,).
+
+        Unknown ids are left out.
+        """
+        ...
+
+    def sample_ids(self, count: int) -> list[str]:
+        """Return the hit ids of at most `count` distinct images, chosen at random. Equal indexes give equal samples."""
+        ...
+
+    def save_calibration(self, data: bytes) -> None:
+        """Store a serialized `search.relevance.Calibration`, or empty bytes if the index is to have none."""
+        ...
+
+    def load_calibration(self) -> bytes | None:
+        """Return the data from `save_calibration`, or None if it has never been called, as in old indexes."""
         ...
 
     def thumbnail(self, hit_id: str) -> bytes | None:

@@ -28,6 +28,7 @@ from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import REF_TYPES, Backend, ImageState, IndexedContent, IndexedImage
+from llm2clip.search.relevance import remove_calibration, update_calibration
 
 THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
 # If a source has lost more images than both of these limits, the user must confirm with `prune`, because a disk may be
@@ -67,6 +68,7 @@ def build_index(
     prune: bool = False,
     allow_outside: bool = False,
     dim: int | None = None,
+    relevance: bool = True,
 ) -> IndexReport:
     """Synchronise an index with the current images of the given sources. Keep images from other sources in the index.
 
@@ -81,6 +83,7 @@ def build_index(
         allow_outside: If True, also index images outside their source's folder (see `scan_source`).
         dim: Number of dimensions to which embeddings are truncated. Default: that of the index, or the model's own for
             a new index.
+        relevance: If True, calibrate the relevance of hits (see `search.relevance`). If False, remove the calibration.
 
     Raises:
         FolderInUseError: Another run is writing to the index.
@@ -132,12 +135,17 @@ def build_index(
         unreadable = [name for name in indexed if name in not_added]  # changed files that can no longer be decoded
         backend.remove([*deleted, *unreadable])
         backend.finish()
-    return IndexReport(
-        added=len(added - indexed.keys()),
-        changed=len(added & indexed.keys()),
-        removed=len(deleted) + len(unreadable),
-        embedded=embedded,
-    )
+        report = IndexReport(
+            added=len(added - indexed.keys()),
+            changed=len(added & indexed.keys()),
+            removed=len(deleted) + len(unreadable),
+            embedded=embedded,
+        )
+        if relevance:
+            update_calibration(backend, model, changed=bool(report))
+        else:
+            remove_calibration(backend)
+    return report
 
 
 def _check_deleted_fraction(source: str, indexed: Mapping[str, ImageState], deleted: set[str]) -> None:

@@ -21,13 +21,15 @@ from llm2clip.models.truncation import truncate_and_normalize
 from llm2clip.search.backends import Backend
 from llm2clip.search.build import truncate_to_index
 from llm2clip.search.heatmap import compute_heatmap, require_dense_encoder
-from llm2clip.search.query import SearchQuery
+from llm2clip.search.query import QueryVectors, SearchQuery
 from llm2clip.search.queues import Batcher, FairThreadPool
+from llm2clip.search.relevance import Calibration, load_calibration, search_relevant
 from llm2clip.search.request_images import NotFound, RequestImage, TooLarge, load_request_image, open_original
 from llm2clip.search.schemas import HeatmapRequest, SearchRequest, SearchResponse
 
 DECODE_THREADS = 2
 MAX_HEATMAP_CELLS = 4096  # maximum for requests that set image_size; memory can grow quadratically with the cell count
+CALIBRATION_SECONDS = 60.0  # maximum age of the cached calibration of relevance, in seconds
 COUNT_SECONDS = 1.0  # maximum age of the cached image count, in seconds
 SEARCH_THREADS = 2  # each search scans all vectors, so more threads would only compete for memory bandwidth
 
@@ -99,6 +101,8 @@ class InferenceService:
         # Searches need their own thread pool, because a search occupies its thread until it ends, even after a timeout.
         self._searchers = FairThreadPool(SEARCH_THREADS, "searches", limits.max_queue)
         self._count, self._count_time, self._count_lock = 0, -math.inf, threading.Lock()
+        self._calibration: Calibration | None = None
+        self._calibration_time, self._calibration_lock = -math.inf, threading.Lock()
         self._create_metrics()
         encoders: dict[str, Callable[[list[Any]], Any]] = {
             "text": lambda texts: model.encode_texts(texts).numpy(),
@@ -168,15 +172,23 @@ class InferenceService:
         backend, query, image_filter = self.require_backend(), request.to_query(), request.filter.to_filter()
         if not query and not image_filter:
             raise ValueError("the query is empty: provide at least one text, image, hit id or filter")
-        query_vector = await self._embed_query(query) if query else None
+        query_vectors = await self._embed_query(query) if query else None
 
-        def find_hits(vector: np.ndarray | None) -> bytes:
-            hits = backend.search(vector, request.top, image_filter, request.offset)
-            total = backend.count_matches(image_filter)
-            response = SearchResponse.model_validate({"hits": hits, "total": total}, from_attributes=True)
+        def find_hits(vectors: QueryVectors | None) -> bytes:
+            result = search_relevant(
+                backend,
+                self._get_calibration(),
+                vectors,
+                count=request.top,
+                image_filter=image_filter,
+                offset=request.offset,
+                show_weak=request.show_weak,
+            )
+            values = {**result._asdict(), "total": backend.count_matches(image_filter)}
+            response = SearchResponse.model_validate(values, from_attributes=True)
             return response.model_dump_json().encode()
 
-        [response] = await self._searchers.map(find_hits, [query_vector])
+        [response] = await self._searchers.map(find_hits, [query_vectors])
         return response
 
     async def compute_heatmap(self, request: HeatmapRequest) -> np.ndarray:
@@ -187,7 +199,7 @@ class InferenceService:
             raise ValueError(f"this model does not support the variant {variant}: use {' or '.join(dense.variants)}")
         if request.id is not None:
             self.require_backend()
-        query_vector = await self._embed_query(request.to_query())
+        query_vector = (await self._embed_query(request.to_query())).combined
         image_size = request.image_size or dense.localization_size
 
         def prepare(request: HeatmapRequest) -> Tensor:
@@ -226,8 +238,8 @@ class InferenceService:
             raise TooLarge(f"the image file is too large; the limit is {max_bytes:,} bytes")
         return load_request_image(data, self.limits.max_pixels)
 
-    async def _embed_query(self, query: SearchQuery) -> np.ndarray:
-        """Return a query's float32 embedding of shape (D,)."""
+    async def _embed_query(self, query: SearchQuery) -> QueryVectors:
+        """Return the embeddings of a query and its positive parts."""
         prompts, counts = query.build_prompts(self.templates)
         hit_vectors = []
         for hit_id in (*query.like, *query.negative_like):
@@ -241,6 +253,14 @@ class InferenceService:
         images += [RequestImage(uri, f"negative_images.{index}") for index, uri in enumerate(query.negative_images)]
         image_vectors = truncate_vectors(await self.embed_images(images), dim)
         return query.combine(prompt_vectors, counts, image_vectors, hit_vectors)
+
+    def _get_calibration(self) -> Calibration | None:
+        """Return the calibration of relevance, which may be up to a minute old, or None if the index has none."""
+        with self._calibration_lock:
+            if time.monotonic() - self._calibration_time > CALIBRATION_SECONDS:
+                self._calibration = load_calibration(self.require_backend(), self._query_model)
+                self._calibration_time = time.monotonic()
+            return self._calibration
 
     def require_backend(self) -> Backend:
         """Return the index. Raise NotFound if the server was started without an index."""

@@ -1,7 +1,7 @@
 """Qdrant index backend, for data sets that are too large to search on one machine.
 
-Each distinct image content is stored as one point, whose payload lists the images with that content. An additional
-point stores the index metadata.
+Each distinct image content is stored as one point, whose payload lists the images with that content. Two additional
+points store the index metadata and the calibration of relevance.
 
 Path filters must be absolute paths without wildcards, and caption filters match complete words. Without a query, hits
 are ordered by the latest capture time of their images, including images that do not match the filter.
@@ -10,6 +10,7 @@ are ordered by the latest capture time of their images, including images that do
 from __future__ import annotations
 
 import base64
+import itertools
 import os
 import re
 import uuid
@@ -36,8 +37,9 @@ from llm2clip.search.backends import (
     ref_to_json,
 )
 
-# The metadata point's id is derived from this key. All other point ids are derived from content hashes.
-METADATA_KEY = b"llm2clip"
+# The ids of the metadata point and the calibration point are derived from these keys. All other point ids are derived
+# from content hashes.
+METADATA_KEY, CALIBRATION_KEY = b"llm2clip", b"llm2clip calibration"
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 PAGE_SIZE = 1000  # number of points per request
 # Payload fields for filtering and sorting. "paths" lists the folders and files that contain an image, "latest" is the
@@ -231,6 +233,29 @@ class QdrantBackend:
         point = self._retrieve_point(hit_id, with_vector=True)
         return None if point is None else np.array(point.vector, dtype=np.float32)
 
+    def vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
+        vectors = {}
+        for start in range(0, len(hit_ids), PAGE_SIZE):
+            page = list(hit_ids[start : start + PAGE_SIZE])
+            for point in self.client.retrieve(self.collection, page, with_payload=False, with_vectors=True):
+                vectors[str(point.id)] = np.array(point.vector, dtype=np.float32)
+        return {hit_id: vectors[hit_id] for hit_id in hit_ids if hit_id in vectors}
+
+    def sample_ids(self, count: int) -> list[str]:
+        # Point ids are hashes, and points are listed by id, so the first points are a random sample.
+        points = itertools.islice(self._scroll_points(), count)
+        return [str(point.id) for point in points]
+
+    def save_calibration(self, data: bytes) -> None:
+        dim = int(self.metadata()["embed_dim"])
+        payload = {"calibration": base64.b64encode(data).decode()}
+        point = models.PointStruct(id=_make_point_id(CALIBRATION_KEY), vector=[0.0] * dim, payload=payload)
+        self.client.upsert(self.collection, [point], wait=True)
+
+    def load_calibration(self) -> bytes | None:
+        points = self.client.retrieve(self.collection, [_make_point_id(CALIBRATION_KEY)], with_payload=True)
+        return base64.b64decode((points[0].payload or {})["calibration"]) if points else None
+
     def thumbnail(self, hit_id: str) -> bytes | None:
         point = self._retrieve_point(hit_id)
         return None if point is None else base64.b64decode(point.payload["thumbnail"])
@@ -314,7 +339,7 @@ def _matches_path_and_time(image: IndexedImage, image_filter: Filter) -> bool:
 
 
 def _make_qdrant_filter(image_filter: Filter) -> models.Filter:
-    """Convert a filter to a Qdrant filter that also excludes the metadata point.
+    """Convert a filter to a Qdrant filter that also excludes the metadata and calibration points.
 
     Raise ValueError if the path is relative or contains wildcards.
     """
@@ -337,8 +362,8 @@ def _make_qdrant_filter(image_filter: Filter) -> models.Filter:
         must.append(models.FieldCondition(key="images[].captions", match=phrase))
     if image_filter.min_side is not None:
         must.append(models.FieldCondition(key="shorter_side", range=models.Range(gte=image_filter.min_side)))
-    return models.Filter(must=must, must_not=[_make_metadata_point_condition()])
+    return models.Filter(must=must, must_not=[_make_internal_points_condition()])
 
 
-def _make_metadata_point_condition() -> models.HasIdCondition:
-    return models.HasIdCondition(has_id=[_make_point_id(METADATA_KEY)])
+def _make_internal_points_condition() -> models.HasIdCondition:
+    return models.HasIdCondition(has_id=[_make_point_id(METADATA_KEY), _make_point_id(CALIBRATION_KEY)])

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,20 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates, average_prompts, build_query_prompts
 
 NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results have little to do with the positive parts of the query
+
+
+class QueryVectors(NamedTuple):
+    """Embeddings of a query, all L2-normalised and of shape (D,), float32.
+
+    Attributes:
+        combined: The query vector, by which the images are ranked.
+        texts: Normalised mean of the positive texts, or None if the query has no positive texts.
+        images: Normalised mean of the positive images and earlier hits, or None if the query has neither.
+    """
+
+    combined: np.ndarray
+    texts: np.ndarray | None
+    images: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -60,8 +74,8 @@ class SearchQuery:
         counts: Sequence[int],
         images: Sequence[np.ndarray],
         hits: Sequence[np.ndarray] = (),
-    ) -> np.ndarray:
-        """Return the L2-normalised query vector of shape (D,), float32. See `combine_embeddings` for the formula.
+    ) -> QueryVectors:
+        """Return the query vector and its positive parts. See `combine_embeddings` for the formula.
 
         Args:
             prompts: Embeddings of the prompts returned by `build_prompts`, each of shape (D,).
@@ -73,13 +87,23 @@ class SearchQuery:
             ValueError: The query has no parts.
         """
         texts = list(average_prompts(torch.from_numpy(np.stack(prompts)), counts).numpy()) if len(prompts) else []
-        positive = [*hits[: len(self.like)], *texts[: len(self.texts)], *images[: len(self.images)]]
+        positive_texts = texts[: len(self.texts)]
+        positive_images = [*hits[: len(self.like)], *images[: len(self.images)]]
         negative = [*hits[len(self.like) :], *texts[len(self.texts) :], *images[len(self.images) :]]
-        return combine_embeddings(positive, negative)
+        return QueryVectors(
+            combined=combine_embeddings([*positive_texts, *positive_images], negative),
+            texts=combine_embeddings(positive_texts) if positive_texts else None,
+            images=combine_embeddings(positive_images) if positive_images else None,
+        )
 
 
 def embed_query(model: DualEncoder, query: SearchQuery) -> np.ndarray:
-    """Embed a query that does not contain hits. Return an L2-normalised query vector of shape (D,), float32.
+    """Return the L2-normalised vector of a query without hits, of shape (D,), float32. See `embed_query_parts`."""
+    return embed_query_parts(model, query).combined
+
+
+def embed_query_parts(model: DualEncoder, query: SearchQuery) -> QueryVectors:
+    """Embed a query that does not contain hits.
 
     Raises:
         ValueError: The query has no parts, or a text is empty.

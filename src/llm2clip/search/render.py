@@ -49,6 +49,7 @@ def hit_to_json(rank: int, hit: Hit) -> str:
     values = {
         "rank": rank,
         "score": None if hit.score is None else round(float(hit.score), 4),
+        "relevance": None if hit.relevance is None else round(hit.relevance, 4),
         "path": first.name,
         "duplicates": [image.name for image in duplicates],
         "captions": list(first.captions),

@@ -146,6 +146,7 @@ class SearchRequest(QueryRequest):
 
     top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits")
     offset: int = Field(default=0, ge=0, le=MAX_OFFSET, description="number of hits to skip, for pagination")
+    show_weak: bool = Field(default=False, description="also return hits if nothing in the index is close to the query")
     filter: FilterRequest = FilterRequest()  # pydantic copies defaults
 
 
@@ -164,6 +165,10 @@ class HitResponse(BaseModel):
 
     id: str
     score: float | None = Field(description="cosine similarity to the query; null if there is no query")
+    relevance: float | None = Field(
+        description="estimated probability that the image is an answer to the query, between 0 and 1; null if there is "
+        "no query for which it can be estimated, or the index is not calibrated"
+    )
     width: int
     height: int
     images: list[ImageLocation] = Field(description=f"the first {MAX_LOCATIONS} locations")
@@ -174,6 +179,10 @@ class SearchResponse(BaseModel):
     """Search results, best first, or newest first if there is no query."""
 
     hits: list[HitResponse]
+    nothing_close: bool = Field(
+        description="true if no image that matches the filter is close to the query; the response then has no hits, "
+        "unless the request sets show_weak"
+    )
     total: int = Field(description="number of distinct images in the index that match the filter")
 
 

@@ -1,7 +1,7 @@
 """Index backend that stores images, vectors and thumbnails in an SQLite file, and searches the vectors in memory.
 
     INDEX/
-      index.sqlite       metadata, images, image contents and a change log
+      index.sqlite       metadata, images, image contents, a change log and the calibration of relevance
       graph.usearch      HNSW graph; built only for a million or more distinct images
       graph.json         the graph's quantization scale, checksum and id summary
 
@@ -75,6 +75,8 @@ CREATE TRIGGER content_removed AFTER DELETE ON contents
   BEGIN INSERT INTO changes (content) VALUES (old.id); END;
 PRAGMA user_version = {FORMAT_VERSION};
 """
+# Not part of SCHEMA, because indexes of earlier versions do not have this table.
+CALIBRATION_SCHEMA = "CREATE TABLE IF NOT EXISTS calibration (data BLOB NOT NULL)"
 MAX_LOG_LENGTH = 100_000  # readers that have missed more changes than this reload everything
 NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "afs", "lustre", "gpfs", "beegfs", "ceph", "fuse.glusterfs"}
@@ -248,6 +250,29 @@ class SqliteBackend:
     def vector(self, hit_id: str) -> np.ndarray | None:
         rows = self._db.query("SELECT vector FROM contents WHERE id = ?", (_parse_content_id(hit_id),))
         return np.frombuffer(rows[0][0], "<f2").astype(np.float32) if rows else None
+
+    def vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
+        ids = np.array([_parse_content_id(hit_id) for hit_id in hit_ids], np.int64)
+        vectors = self._fetch_vectors(ids).astype(np.float32)
+        return {hit_id: vector for hit_id, vector in zip(hit_ids, vectors, strict=True) if vector.any()}
+
+    def sample_ids(self, count: int) -> list[str]:
+        ids = _read_int_column(self._db.query("SELECT id FROM contents ORDER BY id"))
+        if len(ids) > count:
+            ids = np.sort(np.random.default_rng(0).choice(ids, count, replace=False))
+        return [str(content_id) for content_id in ids.tolist()]
+
+    def save_calibration(self, data: bytes) -> None:
+        with self._db.transaction() as connection:
+            connection.execute(CALIBRATION_SCHEMA)
+            connection.execute("DELETE FROM calibration")
+            connection.execute("INSERT INTO calibration VALUES (?)", (data,))
+
+    def load_calibration(self) -> bytes | None:
+        if not self._db.query("SELECT 1 FROM sqlite_master WHERE name = 'calibration'"):
+            return None
+        rows = self._db.query("SELECT data FROM calibration")
+        return bytes(rows[0][0])
 
     def thumbnail(self, hit_id: str) -> bytes | None:
         rows = self._db.query("SELECT jpeg FROM thumbnails WHERE id = ?", (_parse_content_id(hit_id),))

@@ -15,6 +15,7 @@ const FILTER_LABELS = { negative: "without", caption: "caption contains", path: 
 const DARKEST = 0.8; // opacity of the heat map over the least similar cell
 let hits = [];
 let searchedRequest = null; // search request that returned `hits`
+let showWeak = false; // true if the user asked for the hits of a query to which nothing is close
 let total = 0; // number of images in the index that match the filter of searchedRequest
 let openIndex = -1; // index of the hit in the detail view; -1 until a hit is opened
 let lastRequest = 0; // number of the latest search; results of earlier searches are ignored
@@ -30,6 +31,7 @@ function readRequest() {
     like: query.like,
     negative_texts: getValue("negative") ? [getValue("negative")] : [],
     negative_like: query.negativeLike,
+    show_weak: showWeak,
     filter: {
       caption: getValue("caption") || null,
       path: getValue("path") || null,
@@ -69,7 +71,8 @@ async function postJson(path, body) {
   return answer;
 }
 
-async function search(addToHistory = true) {
+async function search(addToHistory = true, withWeakHits = false) {
+  showWeak = withWeakHits;
   const request = readRequest(), requestNumber = ++lastRequest;
   showChips();
   if (addToHistory) updateUrl();
@@ -89,7 +92,7 @@ async function search(addToHistory = true) {
     searchedRequest = request;
     total = answer.total;
     showHits(answer.hits);
-    showCount(start);
+    showCount(start, answer.nothing_close);
   } catch (error) {
     if (requestNumber !== lastRequest) return;
     if (removeRejectedImage(error)) {
@@ -115,7 +118,7 @@ async function showMore() {
     $("grid").append(...newHits.map((hit, index) => makeGridItem(hit, first + index)));
     hits.push(...newHits);
     total = newHits.length ? answer.total : first;
-    showCount(start);
+    showCount(start, answer.nothing_close);
     if (hasFocus) focusHit(first);
   } catch (error) {
     if (requestNumber === lastRequest) showStatus(error.message, true);
@@ -124,13 +127,20 @@ async function showMore() {
   }
 }
 
-function showCount(start) {
+function showCount(start, nothingClose) {
+  $("show-weak").hidden = !nothingClose || showWeak;
+  if (nothingClose && !showWeak) {
+    showStatus("Nothing in the index is close to this query.");
+    $("show-more").hidden = true;
+    return;
+  }
   let order = "most similar first";
   if (!hasQuery(searchedRequest)) order = "newest first";
   else if (!hasPositivePart(searchedRequest)) order = "least similar to the excluded content first";
   const seconds = ((performance.now() - start) / 1000).toFixed(2);
   const count = hits.length < total ? `${hits.length} of ${total.toLocaleString("en")}` : hits.length;
-  showStatus(hits.length ? `${count} images, ${order} (${seconds} s)` : "No results. Try different filters.");
+  const images = nothingClose ? "images, none of them close to the query" : "images";
+  showStatus(hits.length ? `${count} ${images}, ${order} (${seconds} s)` : "No results. Try different filters.");
   $("show-more").hidden = !hits.length || hits.length >= Math.min(total, MAX_OFFSET);
 }
 
@@ -165,7 +175,7 @@ function restoreQuery() {
 function showHits(newHits) {
   if ($("detail").open) $("detail").close(); // the dialog still shows a hit of the previous search
   hits = newHits;
-  $("empty").hidden = $("show-more").hidden = true;
+  $("empty").hidden = $("show-more").hidden = $("show-weak").hidden = true;
   $("grid").replaceChildren(...hits.map(makeGridItem));
 }
 
@@ -206,6 +216,7 @@ function showDetail(index) {
   $("large").onerror = () => { $("large").onerror = null; $("large").src = `/thumbnail/${hit.id}`; };
   $("large").alt = first.captions[0] || first.name;
   const score = hit.score === null ? [] : [hit.score.toFixed(3)];
+  if (hit.relevance !== null) score.push(`relevance ${Math.round(100 * hit.relevance)}%`);
   $("facts").textContent = [...score, `${hit.width} × ${hit.height}`, formatDate(hit)].join(" · ");
   $("original").href = $("download").href = `/image/${hit.id}`;
   $("download").download = /\]\.[^/]*$/.test(first.name) ? "" : getFileName(first); // images in tables have no file name
@@ -279,7 +290,7 @@ async function toggleHeatmap() {
   showHeatmapStatus("Computing the heat map…");
   const isCurrent = () => hits[openIndex] === hit && $("where").getAttribute("aria-pressed") === "true";
   try {
-    const { filter, ...fields } = searchedRequest;
+    const { filter, show_weak, ...fields } = searchedRequest;
     const answer = await postJson("/heatmap", { id: hit.id, ...fields });
     if (!isCurrent()) return;
     drawHeatmap(answer.rows, hit);
@@ -447,6 +458,7 @@ function submitQuery() {
 $("form").addEventListener("submit", (event) => { event.preventDefault(); submitQuery(); });
 $("filters").addEventListener("change", showChips);
 $("show-more").addEventListener("click", showMore);
+$("show-weak").addEventListener("click", () => search(false, true));
 $("text").addEventListener("input", resizeText);
 $("text").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); submitQuery(); }

@@ -1,0 +1,427 @@
+"""Relevance of search results: the estimated probability that an image is an answer to the query.
+
+Cosine similarities do not tell whether an index contains an answer, because their level depends on the model, the query
+and the image. A hit's cosine similarity s is therefore compared with other similarities of its query and its image:
+
+    t = s - 0.25 * hubness + 0.5 * mean - 0.25 * tail
+
+    hubness   largest similarity between the image and a background query, because some images are similar to all texts
+    mean      mean similarity between the query and all images, which is higher for queries about the index's topics
+    tail      mean of the query's largest 1% of similarities, which is close to s if no image stands out
+
+The background queries are a fixed list of about 300 short texts (`background_queries.txt`). "All images" means a random
+sample of at most 2,048 images of the index, whatever the filter. A filter therefore does not change a hit's relevance.
+
+    x = (t - m) / d                     m, d: mean and standard deviation of t for queries without an answer
+    relevance = 1 / (1 + exp(-a * x - b))
+
+`calibrate` measures m and d with searches in the entire index, so they grow with the number of images just as the
+largest similarity of a query does. There are separate values for text queries and image queries:
+
+    texts     m and d are those of the background queries. If the index has captions, a and b are fitted to captions as
+              queries (Platt scaling). Queries without an answer are captions whose image is left out, and the
+              background queries. Otherwise, a and b are fixed: 1.2 and -0.6, chosen on photographs.
+    images    m and d are those of sampled images of the index, without the image itself and its near duplicates. Fixed
+              a and b: 1.2 and 1.1. Images as similar as an image's nearest neighbour usually is count as close.
+
+The value of a query is the largest t of its first 10 hits. A query has an answer if the relevance of at least one of
+these hits is at least a third. A calibration takes 4,800 bytes per dimension of the embeddings (2.5 MB for 512
+dimensions, and twice as much in memory). Rating a query takes time proportional to the number of dimensions. Neither
+depends on the size of the index.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.hub.fingerprint import fingerprint
+from llm2clip.runs.ranks import print_once
+from llm2clip.search.backends import Backend, Filter, Hit
+from llm2clip.search.query import QueryVectors, SearchQuery
+
+BACKGROUND_QUERIES = Path(__file__).with_name("background_queries.txt").read_text(encoding="utf-8").splitlines()
+SAMPLE_SIZE = 2048
+TAIL_FRACTION = 0.01
+HUBNESS_WEIGHT, MEAN_WEIGHT, TAIL_WEIGHT = 0.25, 0.5, 0.25
+CLOSEST = 10  # number of hits that decide whether a query has an answer
+MIN_RELEVANCE = 1 / 3  # below this value, no answer is more than twice as likely as an answer
+TEXT_SLOPE, TEXT_INTERCEPT = 1.2, -0.6
+IMAGE_SLOPE, IMAGE_INTERCEPT = 1.2, 1.1
+MIN_IMAGES = 50  # smaller indexes are not calibrated: all their images fit on a page
+MIN_QUERIES = 30  # minimum number of queries from which a distribution is estimated
+MAX_QUERIES = 256  # number of captions, and of images, that are used as queries
+NEIGHBOURS = 32  # number of hits to search for if a query's own image and its near duplicates are left out
+NEAR_DUPLICATE = 0.9  # minimum cosine similarity of near duplicates, after subtracting the mean embedding
+NOT_CALIBRATED = (
+    "This index has no calibration, so searches cannot tell when nothing is close to the query. To add it, run the "
+    "`llm2clip index` command of this index again."
+)
+MAX_CHANGED_FRACTION = 0.1  # a calibration is renewed if more of the index has changed
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Conversion of t to a relevance, for one kind of query. See the module's docstring.
+
+    Attributes:
+        mean, deviation: Mean and standard deviation of t for queries without an answer.
+        slope, intercept: Coefficients a and b of the logistic function.
+    """
+
+    mean: float
+    deviation: float
+    slope: float
+    intercept: float
+
+    def standardize(self, values: np.ndarray) -> np.ndarray:
+        return (values - self.mean) / self.deviation
+
+    def to_relevance(self, values: np.ndarray) -> np.ndarray:
+        """Convert values of t to relevances between 0 and 1."""
+        return apply_logistic(self.slope * self.standardize(values) + self.intercept)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Everything that is needed to compute the relevance of an index's hits.
+
+    Attributes:
+        sample: Embeddings of randomly chosen images, of shape (S, D), float32.
+        background: Embeddings of the background queries, of shape (B, D), float32.
+        sample_ids: Hit ids of the sample, to find out how much of it is still in the index.
+        image_count: Number of distinct images in the index.
+        fingerprint: Fingerprint of the model.
+        texts, images: Scales for text queries and image queries.
+    """
+
+    sample: np.ndarray
+    background: np.ndarray
+    sample_ids: list[str]
+    image_count: int
+    fingerprint: str
+    texts: Scale
+    images: Scale
+
+    def rate(self, query: QueryVectors, vectors: np.ndarray) -> np.ndarray:
+        """Return the relevance of hits with the given embeddings of shape (K, D), as a float array of shape (K,).
+
+        Only the positive parts of a query count. If a query contains both texts and images, the relevance is the larger
+        of the relevance to the texts and the relevance to the images.
+
+        Raises:
+            ValueError: The query has no positive parts, or contains NaN or infinity.
+        """
+        ratings = []
+        for part, scale in ((query.texts, self.texts), (query.images, self.images)):
+            if part is not None:
+                if not np.isfinite(part).all():
+                    raise ValueError("the model returned NaN or infinity for the query")
+                ratings.append(scale.to_relevance(compute_evidence(part, vectors, self.sample, self.background)))
+        if not ratings:
+            raise ValueError("the query has no positive texts or images")
+        return np.max(ratings, axis=0)
+
+    def to_bytes(self) -> bytes:
+        values = {"sample_ids": self.sample_ids, "image_count": self.image_count, "fingerprint": self.fingerprint}
+        scales = {"texts": dataclasses.asdict(self.texts), "images": dataclasses.asdict(self.images)}
+        stream = io.BytesIO()
+        np.savez(
+            stream,
+            sample=self.sample.astype(np.float16),
+            background=self.background.astype(np.float16),
+            values=np.array(json.dumps({**values, **scales})),
+        )
+        return stream.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Calibration:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            values = json.loads(str(arrays["values"]))
+            values.update({name: Scale(**values[name]) for name in ("texts", "images")})
+            sample, background = (arrays[name].astype(np.float32) for name in ("sample", "background"))
+        return cls(sample, background, **values)
+
+
+# ---- formulas
+
+
+def compute_hubness(vectors: np.ndarray, query: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Return the largest similarity between each of the K images and a background query, of shape (K,).
+
+    Background queries that have the same meaning as the query itself do not count.
+    """
+    similarities = vectors @ background.T  # (K, B)
+    similarities[:, find_near_duplicates(background, query, background.mean(axis=0))] = -1
+    hubness: np.ndarray = similarities.max(axis=1, initial=-1.0)
+    return hubness
+
+
+def compute_evidence(query: np.ndarray, vectors: np.ndarray, sample: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Return t = s - 0.25 * hubness + 0.5 * mean - 0.25 * tail for each of the K images, of shape (K,).
+
+    Args:
+        query: L2-normalised query vector of shape (D,).
+        vectors: L2-normalised embeddings of the images, of shape (K, D).
+        sample: L2-normalised embeddings of a random sample of the index, of shape (S, D).
+        background: L2-normalised embeddings of the background queries, of shape (B, D).
+    """
+    similarities = sample @ query  # (S,)
+    tail_size = max(1, round(TAIL_FRACTION * len(similarities)))
+    tail = np.partition(similarities, -tail_size)[-tail_size:].mean()
+    offset = MEAN_WEIGHT * similarities.mean() - TAIL_WEIGHT * tail
+    evidence: np.ndarray = vectors @ query - HUBNESS_WEIGHT * compute_hubness(vectors, query, background) + offset
+    return evidence
+
+
+def find_near_duplicates(vectors: np.ndarray, item: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Return a boolean mask of shape (K,) that selects the near duplicates of an image or text, including itself.
+
+    The mean embedding is subtracted, because in some models all embeddings are similar.
+
+    Args:
+        vectors: Embeddings of shape (K, D).
+        item: Embedding of the image or text, of shape (D,).
+        mean: Mean embedding of all images or texts, of shape (D,).
+    """
+    centred, reference = vectors - mean, item - mean
+    norms = np.linalg.norm(centred, axis=1) * np.linalg.norm(reference)
+    return np.asarray(centred @ reference >= NEAR_DUPLICATE * norms)
+
+
+def apply_logistic(values: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.clip(values, -50, 50)))
+
+
+def fit_logistic(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
+    """Fit slope a >= 0 and intercept b of 1 / (1 + exp(-a * x - b)) to the values of two classes (Platt scaling).
+
+    Minimises the cross-entropy, in which both classes have a total weight of 100, plus 0.5 * (a - 1.2)^2 with Newton's
+    method. The penalty keeps a finite if the classes do not overlap.
+    """
+    values = np.concatenate([positive, negative])
+    inputs = np.column_stack([values, np.ones(len(values))])
+    targets = np.repeat([1.0, 0.0], [len(positive), len(negative)])
+    weights = np.repeat([100 / len(positive), 100 / len(negative)], [len(positive), len(negative)])
+    start, penalty = np.array([TEXT_SLOPE, 0.0]), np.array([1.0, 1e-6])
+    coefficients = start
+    for _ in range(100):
+        probabilities = apply_logistic(inputs @ coefficients)
+        gradient = inputs.T @ (weights * (probabilities - targets)) + penalty * (coefficients - start)
+        curvature = weights * probabilities * (1 - probabilities)
+        hessian = (inputs * curvature[:, None]).T @ inputs + np.diag(penalty)
+        step = np.clip(np.linalg.solve(hessian, gradient), -1, 1)
+        coefficients = coefficients - step
+        if np.abs(step).max() < 1e-8:
+            break
+    slope, intercept = coefficients.tolist()
+    # If positives have lower values than negatives, the values contain no information: the classes are equally likely.
+    return (slope, intercept) if slope > 0 else (0.0, 0.0)
+
+
+# ---- calibration
+
+
+class Reference(NamedTuple):
+    """Embeddings to which the similarities of a hit are compared: those of sampled images and background queries."""
+
+    sample: np.ndarray
+    background: np.ndarray
+
+
+def update_calibration(backend: Backend, model: DualEncoder, changed: bool = True) -> None:
+    """Calibrate an index if it has no calibration for this model, or more than a tenth of it has changed since.
+
+    Indexes with fewer than MIN_IMAGES distinct images, or of which nearly all images are alike, get no calibration.
+
+    Args:
+        model: Model of the index, truncated to the number of dimensions of the index.
+        changed: False if no image has been added, changed or removed since the last call.
+    """
+    calibration = load_calibration(backend, model)
+    if calibration is not None and (not changed or not _is_outdated(calibration, backend)):
+        return
+    calibration = calibrate(backend, model)
+    if calibration is not None:
+        backend.save_calibration(calibration.to_bytes())
+    else:
+        remove_calibration(backend)
+
+
+def remove_calibration(backend: Backend) -> None:
+    """Remove an index's calibration, and record that it has been removed."""
+    if backend.load_calibration() != b"":
+        backend.save_calibration(b"")
+
+
+def load_calibration(backend: Backend, model: DualEncoder) -> Calibration | None:
+    """Return the calibration of an index, or None if there is none for this model."""
+    data = backend.load_calibration()
+    calibration = Calibration.from_bytes(data) if data else None
+    if calibration is None or calibration.fingerprint != fingerprint(model.identity()):
+        return None
+    return calibration
+
+
+def _is_outdated(calibration: Calibration, backend: Backend) -> bool:
+    """Return True if the number of images has changed much, or many of the sampled images are no longer there."""
+    _, image_count = backend.count()
+    limit = MAX_CHANGED_FRACTION * calibration.image_count
+    ids = calibration.sample_ids[:MAX_QUERIES]
+    missing = len(ids) - len(backend.vectors(ids))
+    return abs(image_count - calibration.image_count) > limit or missing > MAX_CHANGED_FRACTION * len(ids)
+
+
+def calibrate(backend: Backend, model: DualEncoder) -> Calibration | None:
+    """Calibrate an index, as described in the module's docstring. Return None if its images are too few or alike."""
+    _, image_count = backend.count()
+    if image_count < MIN_IMAGES:
+        return None
+    vectors = backend.vectors(backend.sample_ids(SAMPLE_SIZE))
+    sample, ids = np.stack(list(vectors.values())), list(vectors)
+    print_once("Calibrating relevance, so that searches can tell when nothing is close...")
+    reference = Reference(sample, embed_texts(model, BACKGROUND_QUERIES))
+    if not np.isfinite(reference.background).all():
+        print_once("Relevance is not available: the model returns NaN or infinity for texts.")
+        return None
+    values = [_search_with_and_without(backend, query, None, reference)[0] for query in reference.background]
+    query_ids = [ids[i] for i in np.random.default_rng(0).permutation(len(ids))[:MAX_QUERIES]]
+    image_values = []
+    for hit_id in query_ids:
+        _, value = _search_with_and_without(backend, vectors[hit_id], vectors[hit_id], reference)
+        if value is not None:
+            image_values.append(value)
+    texts = _make_scale(values, TEXT_SLOPE, TEXT_INTERCEPT)
+    images = _make_scale(image_values, IMAGE_SLOPE, IMAGE_INTERCEPT)
+    if texts is None or images is None:
+        print_once("Relevance is not available: too many images of this index are alike.")
+        return None
+    texts = _fit_to_captions(texts, values, backend, model, query_ids, reference)
+    return Calibration(*reference, ids, image_count, fingerprint(model.identity()), texts, images)
+
+
+def embed_texts(model: DualEncoder, texts: Sequence[str]) -> np.ndarray:
+    """Embed texts as separate queries, with the model's prompt templates. Return a float32 array of shape (N, D)."""
+    queries = [SearchQuery([text]) for text in texts]
+    prompts, counts = [], []
+    for query in queries:
+        query_prompts, query_counts = query.build_prompts(model.query_templates)
+        prompts += query_prompts
+        counts += query_counts
+    vectors = model.encode_texts(prompts).numpy()
+    ends = np.cumsum(counts)
+    embeddings = []
+    for query, end, count in zip(queries, ends, counts, strict=True):
+        embeddings.append(query.combine(list(vectors[end - count : end]), [count], []).combined)
+    return np.stack(embeddings)
+
+
+def _make_scale(values: Sequence[float], slope: float, intercept: float) -> Scale | None:
+    """Return a scale with the mean and standard deviation of the values, or None if the values are few or equal."""
+    if len(values) < MIN_QUERIES or not np.std(values) > 1e-4 or not np.isfinite(values).all():
+        return None
+    return Scale(float(np.mean(values)), float(np.std(values)), slope, intercept)
+
+
+def _search_with_and_without(
+    backend: Backend, query: np.ndarray, image: np.ndarray | None, reference: Reference
+) -> tuple[float, float | None]:
+    """Return the largest t of a query's first hits, and the largest t without an image and its near duplicates.
+
+    The second value is None if there is no image to leave out, or there are no other hits.
+    """
+    hits = backend.search(query, CLOSEST if image is None else NEIGHBOURS, Filter())
+    vectors = np.stack(list(backend.vectors([hit.id for hit in hits]).values()))
+    values = compute_evidence(query, vectors, *reference)
+    if image is None:
+        return float(values.max()), None
+    others = values[~find_near_duplicates(vectors, image, reference.sample.mean(axis=0))]
+    return float(values[:CLOSEST].max()), float(others[:CLOSEST].max()) if len(others) else None
+
+
+def _fit_to_captions(
+    scale: Scale,
+    background_values: Sequence[float],
+    backend: Backend,
+    model: DualEncoder,
+    hit_ids: Sequence[str],
+    reference: Reference,
+) -> Scale:
+    """Fit a scale's slope and intercept to the captions of the given images. Without captions, return it unchanged."""
+    captions = {}
+    for hit_id in hit_ids:
+        texts = [text for image in backend.images(hit_id) for text in image.captions if text.strip()]
+        if texts:
+            captions[hit_id] = texts[0]
+    if len(captions) < MIN_QUERIES:
+        return scale
+    images = backend.vectors(list(captions))
+    queries = dict(zip(captions, embed_texts(model, list(captions.values())), strict=True))
+    positive, negative = [], list(background_values)
+    for hit_id, image in images.items():
+        with_image, without_image = _search_with_and_without(backend, queries[hit_id], image, reference)
+        if without_image is not None:
+            positive.append(with_image)
+            negative.append(without_image)
+    if len(positive) < MIN_QUERIES:
+        return scale
+    slope, intercept = fit_logistic(scale.standardize(np.array(positive)), scale.standardize(np.array(negative)))
+    return dataclasses.replace(scale, slope=slope, intercept=intercept)
+
+
+# ---- search
+
+
+class SearchResult(NamedTuple):
+    """Hits of a search, and whether none of the images that match the filter is close to the query."""
+
+    hits: list[Hit]
+    nothing_close: bool
+
+
+def search_relevant(
+    backend: Backend,
+    calibration: Calibration | None,
+    query: QueryVectors | None,
+    count: int,
+    image_filter: Filter,
+    offset: int = 0,
+    show_weak: bool = False,
+) -> SearchResult:
+    """Search an index, and rate the hits. If nothing is close, return no hits unless `show_weak` is set.
+
+    Without a calibration, and for queries without positive parts, hits have no relevance and are always returned.
+
+    Args:
+        query: Embeddings of the query, or None to return the newest images that match the filter.
+        count, image_filter, offset: See `Backend.search`.
+    """
+    vector = None if query is None else query.combined
+    if calibration is None or query is None or (query.texts is None and query.images is None):
+        return SearchResult(backend.search(vector, count, image_filter, offset), False)
+    if offset == 0:
+        hits = rate_hits(backend, calibration, query, backend.search(vector, max(count, CLOSEST), image_filter))
+        leading = hits[:CLOSEST]
+    else:
+        hits = rate_hits(backend, calibration, query, backend.search(vector, count, image_filter, offset))
+        leading = rate_hits(backend, calibration, query, backend.search(vector, CLOSEST, image_filter))
+    relevances = [hit.relevance for hit in leading if hit.relevance is not None]
+    nothing_close = bool(relevances) and max(relevances) < MIN_RELEVANCE
+    return SearchResult([] if nothing_close and not show_weak else hits[:count], nothing_close)
+
+
+def rate_hits(backend: Backend, calibration: Calibration, query: QueryVectors, hits: Sequence[Hit]) -> list[Hit]:
+    """Return the hits with their relevance. Hits that another process has just removed are returned unchanged."""
+    vectors = backend.vectors([hit.id for hit in hits])
+    if not vectors:
+        return list(hits)
+    ratings = dict(zip(vectors, calibration.rate(query, np.stack(list(vectors.values()))).tolist(), strict=True))
+    return [dataclasses.replace(hit, relevance=ratings.get(hit.id)) for hit in hits]

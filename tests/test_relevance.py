@@ -1,0 +1,325 @@
+"""Tests of the relevance of search results: formulas, calibration, and searches for what an index does not contain."""
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from llm2clip.data.image_refs import FileImage
+from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.search import relevance
+from llm2clip.search.backends import Backend, Filter, IndexedContent, IndexedImage
+from llm2clip.search.query import QueryVectors
+from llm2clip.search.relevance import (
+    MIN_RELEVANCE,
+    NEAR_DUPLICATE,
+    Calibration,
+    calibrate,
+    compute_evidence,
+    find_near_duplicates,
+    fit_logistic,
+    load_calibration,
+    remove_calibration,
+    search_relevant,
+    update_calibration,
+)
+from llm2clip.search.sqlite_backend import SqliteBackend
+from search_fixtures import BACKENDS, create_backend, index_sources
+
+DIM = 16
+COUNT = 120
+ABSENT = np.eye(DIM, dtype=np.float32)[-1]  # no image and no other query has this direction
+
+
+def normalize(vectors: np.ndarray) -> np.ndarray:
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def make_images(seed: int = 0, count: int = COUNT) -> np.ndarray:
+    """Random embeddings that do not use the last dimension."""
+    vectors = np.random.default_rng(seed).normal(size=(count, DIM))
+    vectors[:, -1] = 0
+    return normalize(vectors)
+
+
+IMAGES = make_images()
+
+
+@pytest.fixture
+def model(dual_encoder: DualEncoder) -> DualEncoder:
+    """A model whose text embeddings are random, except that the text `image 7` has the embedding of image 7."""
+
+    def encode(texts: Sequence[str], show_progress: bool) -> Tensor:
+        rows = []
+        for text in texts:
+            seed = zlib.crc32(text.encode())
+            rows.append(IMAGES[int(text.split()[1])] if text.startswith("image ") else make_images(seed, 1)[0])
+        return torch.from_numpy(np.stack(rows))
+
+    return dataclasses.replace(dual_encoder, encode_texts_raw=encode)
+
+
+def add_images(backend: Backend, vectors: np.ndarray, captions: bool = False, start: int = 0) -> None:
+    """Add images with the given embeddings. Every tenth image is in the folder /tenth, the others are in /rest."""
+    if not backend.metadata():
+        backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": DIM})
+    contents, images = [], []
+    for number, vector in enumerate(vectors, start):
+        digest = number.to_bytes(32)
+        contents.append(IndexedContent(digest, vector.astype(np.float16), b"jpeg", 1, 1))
+        path = f"/{'rest' if number % 10 else 'tenth'}/{number}.png"
+        texts = (f"image {number}",) if captions else ()
+        images.append((IndexedImage(path, FileImage(path), "/", "1", texts), digest))
+    backend.add(contents, images)
+    backend.finish()
+
+
+def make_query(vector: np.ndarray) -> QueryVectors:
+    return QueryVectors(vector, vector, None)
+
+
+def calibrate_or_fail(backend: Backend, model: DualEncoder) -> Calibration:
+    calibration = calibrate(backend, model)
+    assert calibration is not None
+    return calibration
+
+
+# ---- formulas -------------------------------------------------------------------------------------------------------
+
+
+def test_compute_evidence_matches_the_formula() -> None:
+    rng = np.random.default_rng(1)
+    sample, background, hits = (normalize(rng.normal(size=(n, DIM))) for n in (300, 20, 5))
+    query = normalize(rng.normal(size=DIM))
+    values = compute_evidence(query, hits, sample, background)
+    similarities = sorted(float(image @ query) for image in sample)
+    for hit, value in zip(hits, values, strict=True):
+        hubness = max(float(hit @ text) for text in background)
+        mean, tail = np.mean(similarities), np.mean(similarities[-3:])
+        assert value == pytest.approx(hit @ query - 0.25 * hubness + 0.5 * mean - 0.25 * tail, abs=1e-5)
+
+    # A background query does not count if the user searches for the same text.
+    repeated = compute_evidence(background[0], hits, sample, background)
+    assert repeated == pytest.approx(compute_evidence(background[0], hits, sample, background[1:]), abs=1e-5)
+
+
+def test_find_near_duplicates_subtracts_the_mean() -> None:
+    rng = np.random.default_rng(2)
+    vectors = normalize(rng.normal(size=(50, DIM)) + 20)  # all similarities are above NEAR_DUPLICATE
+    assert (vectors @ vectors[0]).min() > NEAR_DUPLICATE
+    vectors[1] = normalize(vectors[0] + 0.001)
+    mask = find_near_duplicates(vectors, vectors[0], vectors.mean(axis=0))
+    assert np.flatnonzero(mask).tolist() == [0, 1]
+
+
+def test_fit_logistic_recovers_the_log_odds_of_two_normal_distributions() -> None:
+    """For N(2, 1) and N(0, 1), the log odds are 2 * x - 2."""
+    rng = np.random.default_rng(3)
+    slope, intercept = fit_logistic(rng.normal(2, 1, 5000), rng.normal(0, 1, 20000))
+    assert (slope, intercept) == (pytest.approx(2, rel=0.05), pytest.approx(-2, rel=0.05))
+
+
+def test_fit_logistic_stays_finite_and_never_prefers_lower_values() -> None:
+    slope, intercept = fit_logistic(np.full(30, 3.0), np.full(30, -3.0))
+    assert 0 < slope < 10 and abs(intercept) < 0.1
+    assert fit_logistic(np.zeros(30) - 2, np.zeros(30) + 2) == (0, 0)
+
+
+# ---- calibration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.parametrize("captions", [False, True])
+def test_search_finds_nothing_close_only_if_the_answer_was_taken_out(
+    kind: str, captions: bool, model: DualEncoder, tmp_path: Path
+) -> None:
+    backend = create_backend(kind, tmp_path)
+    add_images(backend, IMAGES, captions)
+    update_calibration(backend, model)
+    calibration = load_calibration(backend, model)
+    assert calibration is not None
+    hits, nothing_close = search_relevant(backend, calibration, make_query(IMAGES[5]), 3, Filter())
+    assert not nothing_close and hits[0].images[0].name == "/rest/5.png"
+    ratings = [hit.relevance or 0.0 for hit in hits]
+    assert len(ratings) == 3 and ratings == sorted(ratings, reverse=True) and ratings[0] > 0.7 > MIN_RELEVANCE
+
+    assert search_relevant(backend, calibration, make_query(ABSENT), 3, Filter()) == ([], True)
+    hits, nothing_close = search_relevant(backend, calibration, make_query(ABSENT), 3, Filter(), show_weak=True)
+    assert nothing_close and len(hits) == 3
+    assert all(hit.relevance is not None and 0 <= hit.relevance < MIN_RELEVANCE for hit in hits)
+
+    image_query = QueryVectors(IMAGES[5], None, IMAGES[5])
+    assert not search_relevant(backend, calibration, image_query, 3, Filter()).nothing_close
+    assert search_relevant(backend, calibration, QueryVectors(ABSENT, None, ABSENT), 3, Filter()).nothing_close
+
+
+def test_captions_change_only_the_scale_of_texts(model: DualEncoder, tmp_path: Path) -> None:
+    calibrations = []
+    for captions in (False, True):
+        backend = create_backend("sqlite", tmp_path / str(captions))
+        add_images(backend, IMAGES, captions)
+        calibrations.append(calibrate_or_fail(backend, model))
+    without, fitted = calibrations
+    assert without.images == fitted.images and without.texts.mean == fitted.texts.mean
+    assert (without.texts.slope, without.texts.intercept) == (relevance.TEXT_SLOPE, relevance.TEXT_INTERCEPT)
+    assert fitted.texts.slope > 1.5 * without.texts.slope  # each caption has exactly its image's embedding
+
+
+def test_filter_does_not_change_the_relevance_of_a_hit(model: DualEncoder, tmp_path: Path) -> None:
+    backend = create_backend("sqlite", tmp_path)
+    add_images(backend, IMAGES)
+    calibration = calibrate_or_fail(backend, model)
+    query, tenth = make_query(IMAGES[5]), Filter(path="/tenth")
+    everything = search_relevant(backend, calibration, query, COUNT, Filter()).hits
+    ratings = {hit.id: hit.relevance for hit in everything}
+    hits, nothing_close = search_relevant(backend, calibration, query, COUNT, tenth, show_weak=True)
+    assert len(hits) == COUNT // 10 and len(everything) == COUNT
+    assert [hit.relevance for hit in hits] == pytest.approx([ratings[hit.id] for hit in hits])
+    assert nothing_close  # the answer, /rest/5.png, does not match the filter
+    assert not search_relevant(backend, calibration, query, 1, Filter(path="/rest")).nothing_close
+
+
+def test_later_pages_get_the_same_answer(model: DualEncoder, tmp_path: Path) -> None:
+    backend = create_backend("sqlite", tmp_path)
+    add_images(backend, IMAGES)
+    calibration = calibrate_or_fail(backend, model)
+    hits, nothing_close = search_relevant(backend, calibration, make_query(IMAGES[5]), 10, Filter(), offset=100)
+    assert not nothing_close and len(hits) == 10
+    assert search_relevant(backend, calibration, make_query(ABSENT), 10, Filter(), offset=100) == ([], True)
+
+
+def test_only_positive_parts_of_a_query_count(model: DualEncoder, tmp_path: Path) -> None:
+    backend = create_backend("sqlite", tmp_path)
+    add_images(backend, IMAGES)
+    calibration = calibrate_or_fail(backend, model)
+    negative_only = QueryVectors(ABSENT, None, None)
+    hits, nothing_close = search_relevant(backend, calibration, negative_only, 3, Filter())
+    assert len(hits) == 3 and not nothing_close and {hit.relevance for hit in hits} == {None}
+
+    vectors = IMAGES[:4]
+    mixed = calibration.rate(QueryVectors(IMAGES[0], IMAGES[1], IMAGES[2]), vectors)
+    texts = calibration.rate(QueryVectors(IMAGES[0], IMAGES[1], None), vectors)
+    images = calibration.rate(QueryVectors(IMAGES[0], None, IMAGES[2]), vectors)
+    assert mixed == pytest.approx(np.maximum(texts, images))
+    with_negative = QueryVectors(normalize(IMAGES[1] - 0.5 * IMAGES[2]), IMAGES[1], None)
+    assert calibration.rate(with_negative, vectors) == pytest.approx(texts)
+
+
+def test_calibration_survives_serialization(model: DualEncoder, tmp_path: Path) -> None:
+    backend = create_backend("sqlite", tmp_path)
+    add_images(backend, IMAGES)
+    calibration = calibrate_or_fail(backend, model)
+    loaded = Calibration.from_bytes(calibration.to_bytes())
+    query = make_query(IMAGES[5])
+    assert loaded.rate(query, IMAGES) == pytest.approx(calibration.rate(query, IMAGES), abs=5e-3)
+    assert (loaded.texts, loaded.sample_ids) == (calibration.texts, calibration.sample_ids)
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_calibration_is_renewed_when_the_index_has_changed(
+    kind: str, model: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = create_backend(kind, tmp_path)
+    add_images(backend, IMAGES)
+    assert backend.load_calibration() is None
+    update_calibration(backend, model)
+    first = backend.load_calibration()
+    add_images(backend, make_images(5, 5), start=COUNT)
+    update_calibration(backend, model)
+    assert backend.load_calibration() == first  # only 4% of the images are new
+
+    add_images(backend, make_images(6, 20), start=COUNT + 5)
+    update_calibration(backend, model, changed=False)
+    assert backend.load_calibration() == first
+    update_calibration(backend, model)
+    second = backend.load_calibration()
+    assert second not in (first, None, b"")
+
+    backend.remove([f"/{'rest' if number % 10 else 'tenth'}/{number}.png" for number in range(50)])
+    add_images(backend, make_images(7, 50), start=200)
+    update_calibration(backend, model)
+    assert backend.load_calibration() != second  # the number of images is the same, but their content is not
+
+    other = dataclasses.replace(model, identity=lambda: {"name": "another model"})
+    assert load_calibration(backend, model) is not None and load_calibration(backend, other) is None
+    update_calibration(backend, other, changed=False)
+    assert load_calibration(backend, other) is not None
+    remove_calibration(backend)
+    assert backend.load_calibration() == b"" and load_calibration(backend, other) is None
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_backends_return_samples_and_vectors_in_order(kind: str, tmp_path: Path) -> None:
+    backend = create_backend(kind, tmp_path)
+    add_images(backend, IMAGES)
+    ids = backend.sample_ids(30)
+    assert len(set(ids)) == 30 and ids == backend.sample_ids(30)
+    assert len(set(backend.sample_ids(1000))) == COUNT
+    order = ids[::-1]
+    vectors = backend.vectors([order[0], "99999999", *order[1:]] if kind == "sqlite" else order)
+    assert list(vectors) == order
+    for hit_id, vector in vectors.items():
+        number = int(Path(backend.images(hit_id)[0].name).stem)
+        assert vector == pytest.approx(IMAGES[number], abs=2e-3)
+    backend.save_calibration(b"x")
+    assert backend.count_matches(Filter()) == COUNT  # the calibration is not an image
+    assert len(backend.search(ABSENT, 1000, Filter())) == COUNT
+
+
+# ---- unusual indexes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_small_indexes_have_no_relevance(kind: str, count: int, model: DualEncoder, tmp_path: Path) -> None:
+    backend = create_backend(kind, tmp_path)
+    add_images(backend, IMAGES[:count])
+    update_calibration(backend, model)
+    assert backend.load_calibration() == b"" and load_calibration(backend, model) is None
+    hits, nothing_close = search_relevant(backend, None, make_query(ABSENT), 10, Filter())
+    assert len(hits) == count and not nothing_close
+    assert all(hit.relevance is None for hit in hits)
+
+
+def test_index_of_equal_embeddings_has_no_relevance(
+    model: DualEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend = create_backend("sqlite", tmp_path)
+    add_images(backend, np.repeat(IMAGES[:1], 60, axis=0))
+    assert calibrate(backend, model) is None
+    assert "Relevance is not available: too many images of this index are alike." in capsys.readouterr().out
+
+
+def test_nan_is_reported(model: DualEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backend = create_backend("sqlite", tmp_path)
+    add_images(backend, IMAGES)
+    calibration = calibrate_or_fail(backend, model)
+    with pytest.raises(ValueError, match="NaN or infinity for the query"):
+        search_relevant(backend, calibration, make_query(np.full(DIM, np.nan, np.float32)), 3, Filter())
+    broken = dataclasses.replace(
+        model, encode_texts_raw=lambda texts, show_progress: torch.full((len(texts), DIM), torch.nan)
+    )
+    assert calibrate(backend, broken) is None
+    assert "the model returns NaN or infinity for texts" in capsys.readouterr().out
+
+
+def test_build_index_calibrates_the_index(
+    image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relevance, "MIN_IMAGES", 30)
+    backend = SqliteBackend(tmp_path, write=True)
+    index_sources([image_folder], dual_encoder, backend)
+    calibration = load_calibration(backend, dual_encoder)
+    assert calibration is not None and calibration.image_count == 36
+    assert calibration.sample.shape == (36, DIM)
+    image = backend.vectors(backend.sample_ids(1)).popitem()[1]
+    assert not search_relevant(backend, calibration, QueryVectors(image, None, image), 5, Filter()).nothing_close
+    opposite = -calibration.sample.mean(axis=0) / np.linalg.norm(calibration.sample.mean(axis=0))
+    assert search_relevant(backend, calibration, QueryVectors(opposite, None, opposite), 5, Filter()).nothing_close
+    index_sources([image_folder], dual_encoder, backend, relevance=False)
+    assert backend.load_calibration() == b""
