@@ -33,7 +33,8 @@ THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
 # If a source has lost more images than both of these limits, the user must confirm with `prune`, because a disk may be
 # unmounted.
 MAX_DELETED, MAX_DELETED_FRACTION = 10, 0.2
-EXIF_IFD, EXIF_DATE_TAKEN, EXIF_DATE = 0x8769, 0x9003, 0x0132  # EXIF tags
+EXIF_IFD, EXIF_DATE_TAKEN, EXIF_DATE, EXIF_MAKE, EXIF_MODEL = 0x8769, 0x9003, 0x0132, 0x010F, 0x0110  # EXIF tags
+MAX_CAMERA_LENGTH = 200  # in characters
 CHUNK = 8192  # number of images to read and hash before embedding the new ones
 
 
@@ -102,6 +103,7 @@ def build_index(
         else:
             model = model if dim is None else model.truncate(dim)
             backend.initialize(_describe_model(model))
+        backend.prepare_words()
         parsed = [_parse_source(source, columns or {}) for source in sources]
         indexed_by_source = {str(source): backend.indexed([to_valid_unicode(str(source))]) for source in parsed}
         try:
@@ -251,9 +253,9 @@ def _read_images(
     """
     readable: list[tuple[IndexedImage, bytes]] = []
     for image in ProgressBar(images, desc="read", unit="image"):
-        digest, taken = read_digest_and_date(image, log)
+        digest, described = read_digest_and_exif(image, log)
         if digest is not None:
-            readable.append((dataclasses.replace(image, taken=taken), digest))
+            readable.append((described, digest))
     existing = backend.existing({digest for _, digest in readable})
     known: list[tuple[IndexedImage, bytes]] = []
     unknown: dict[bytes, list[IndexedImage]] = defaultdict(list)
@@ -418,27 +420,34 @@ def read_container_version(path: str) -> str:
     return hashlib.sha256(repr(get_file_version(path)).encode()).hexdigest()[:32]
 
 
-def read_digest_and_date(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, float]:
-    """Return the SHA-256 hash of an image's bytes (None if unreadable) and its capture time as a Unix timestamp."""
+def read_digest_and_exif(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, IndexedImage]:
+    """Return the SHA-256 hash of an image's bytes (None if unreadable), and the image with its EXIF date and camera."""
     try:
         data = image.ref.read()
     except (OSError, ValueError, LookupError) as error:
         log.skip(image.name, 0, "unreadable image", error)
-        return None, 0.0
-    return hashlib.sha256(data).digest(), read_date_taken(data) or image.taken
+        return None, image
+    taken, camera = read_exif(data)
+    return hashlib.sha256(data).digest(), dataclasses.replace(image, taken=taken or image.taken, camera=camera)
 
 
-def read_date_taken(data: bytes) -> float | None:
-    """Return an encoded image's EXIF date as a Unix timestamp, or None if there is no EXIF date.
+def read_exif(data: bytes) -> tuple[float | None, str]:
+    """Return an encoded image's EXIF date as a Unix timestamp (None if there is no date), and its camera.
 
-    EXIF dates have no time zone, so the local time zone is assumed.
+    EXIF dates have no time zone, so the local time zone is assumed. The camera is its make and model, or empty.
     """
     try:
         header = open_header(io.BytesIO(data))
         if header.format == "PNG" and "exif" not in header.info:
-            return None  # Pillow would decode the entire image to look for EXIF data after the pixels
+            return None, ""  # Pillow would decode the entire image to look for EXIF data after the pixels
         exif = header.getexif()
-        date = exif.get_ifd(EXIF_IFD).get(EXIF_DATE_TAKEN) or exif.get(EXIF_DATE)
-        return datetime.strptime(str(date)[:19], "%Y:%m:%d %H:%M:%S").timestamp()
+        make, model = (str(exif.get(tag) or "").strip(" \0") for tag in (EXIF_MAKE, EXIF_MODEL))
+        camera = model if model.casefold().startswith(make.casefold()) else f"{make} {model}"
     except Exception:  # Pillow can raise almost any exception for corrupt headers
-        return None
+        return None, ""
+    try:
+        date = exif.get_ifd(EXIF_IFD).get(EXIF_DATE_TAKEN) or exif.get(EXIF_DATE)
+        taken = datetime.strptime(str(date)[:19], "%Y:%m:%d %H:%M:%S").timestamp()
+    except Exception:
+        taken = None
+    return taken, camera[:MAX_CAMERA_LENGTH]
