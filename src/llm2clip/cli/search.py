@@ -52,6 +52,12 @@ def add_commands(commands: Commands) -> None:
         help="Truncate vectors to this number of dimensions, for a smaller index. Best with a model trained with "
         "--align.matryoshka_dims. `search` and `serve` truncate queries accordingly. Default: all dimensions.",
     )
+    sub.add_argument(
+        "--ocr",
+        action="store_true",
+        help="Also recognise the text in the images, for word search. Requires the `ocr` extra and a local index. "
+        "Takes about a second per image and CPU core.",
+    )
     sub.add_argument("--watch", type=PositiveFloat, help="Keep running and update the index every N seconds.")
     sub.add_argument(
         "--prune",
@@ -91,6 +97,12 @@ def add_commands(commands: Commands) -> None:
     _add_templates_argument(sub)
     sub.add_argument("--top", type=PositiveInt, default=10, help="Maximum number of results.")
     sub.add_argument(
+        "--no_words",
+        action="store_true",
+        help="Rank only by similarity. By default, images rank higher if their captions, recognised text, file name, "
+        "camera and date contain all words of the query.",
+    )
+    sub.add_argument(
         "--path",
         type=str,
         help="Only images in this folder, tar or file. A relative path that does not exist in the current folder "
@@ -106,7 +118,8 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--json",
         action="store_true",
-        help="Print each result as a JSON object: rank, score, path, duplicates, captions, taken, width and height.",
+        help="Print each result as a JSON object: rank, score, path, duplicates, captions, text, matched, taken, width "
+        "and height.",
     )
     sub.add_argument("--paths", action="store_true", help="Print only the paths, one per line.")
     sub.add_argument("--sheet", type=str, help="Write an HTML page with the results to this folder.")
@@ -180,6 +193,8 @@ def _index(args: Namespace) -> list[str]:
         check_output_folder(args.out, "index")
     if not args.prune:
         check_sources(args.data)
+    if args.ocr and "://" in args.out:
+        raise ValueError(f"--ocr requires a local index: recognised texts cannot be stored in {args.out}")
     args.model = resolve_model(args.model)
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.models.dual_encoder import open_dual_encoder
@@ -187,7 +202,9 @@ def _index(args: Namespace) -> list[str]:
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.backends import open_backend
     from llm2clip.search.build import build_index
+    from llm2clip.search.ocr import open_recognizer
 
+    recognize = open_recognizer() if args.ocr else None
     model = open_dual_encoder(args.model)  # loaded first, so that --out stays unchanged if loading fails
     if args.dim is not None:
         check_dim(args.dim, model.embed_dim, model.name)
@@ -199,7 +216,7 @@ def _index(args: Namespace) -> list[str]:
     def update_index() -> tuple[IndexReport, SkipLog]:
         log = SkipLog(skipped_file, args.max_skipped)
         options = select_arguments(args, "columns", "batch_size", "workers", "prune", "allow_outside", "dim")
-        return build_index(args.data, model, backend, log, **options), log
+        return build_index(args.data, model, backend, log, recognize=recognize, **options), log
 
     report, log = update_index()
     if args.watch is not None:
@@ -222,6 +239,9 @@ def _index(args: Namespace) -> list[str]:
         lines.append("Duplicates: " + ", ".join(names[:4]))
     if log.skipped and skipped_file:
         lines.append(f"Unreadable images: {log.skipped.total():,}, listed in {skipped_file}")
+    unread = log.dropped["text not recognised"]
+    if unread:
+        lines.append(f"Images whose text could not be recognised: {unread:,}, listed in {skipped_file}")
     lines.append(f"Next: {format_command('search', args.out, 'a description of an image')}")
     lines.append(f"      {format_command('serve', '--index', args.out)}")
     return lines
@@ -258,7 +278,7 @@ def _search(args: Namespace) -> list[str]:
             if args.heatmaps:
                 require_dense_encoder(model)
             vector = embed_query(model, query)
-        hits = backend.search(vector, args.top, image_filter)
+        hits = backend.search(vector, args.top, image_filter, words=() if args.no_words else args.texts)
     if args.json:
         return [hit_to_json(rank, hit) for rank, hit in enumerate(hits, 1)]
     if args.paths:

@@ -28,6 +28,7 @@ from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import REF_TYPES, Backend, ImageState, IndexedContent, IndexedImage
+from llm2clip.search.ocr import RecognizeText, recognize_texts
 
 THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
 # If a source has lost more images than both of these limits, the user must confirm with `prune`, because a disk may be
@@ -40,21 +41,26 @@ CHUNK = 8192  # number of images to read and hash before embedding the new ones
 
 @dataclass
 class IndexReport:
-    """Numbers of images added, changed, removed and embedded by an indexing run. Identical files are embedded once."""
+    """Numbers of images added, changed, removed and embedded by an indexing run. Identical files are embedded once.
+
+    `read` is the number of distinct images in which text was recognised or searched for, or None without `--ocr`.
+    """
 
     added: int = 0
     changed: int = 0
     removed: int = 0
     embedded: int = 0
+    read: int | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.added or self.changed or self.removed)
+        return bool(self.added or self.changed or self.removed or self.read)
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"Images: {self.added:,} added, {self.changed:,} changed, {self.removed:,} removed, "
             f"{self.embedded:,} embedded"
         )
+        return text if self.read is None else f"{text}, {self.read:,} read for text"
 
 
 def build_index(
@@ -68,6 +74,7 @@ def build_index(
     prune: bool = False,
     allow_outside: bool = False,
     dim: int | None = None,
+    recognize: RecognizeText | None = None,
 ) -> IndexReport:
     """Synchronise an index with the current images of the given sources. Keep images from other sources in the index.
 
@@ -82,6 +89,7 @@ def build_index(
         allow_outside: If True, also index images outside their source's folder (see `scan_source`).
         dim: Number of dimensions to which embeddings are truncated. Default: that of the index, or the model's own for
             a new index.
+        recognize: Function that recognises the text in an image (see `search.ocr`). Default: no text recognition.
 
     Raises:
         FolderInUseError: Another run is writing to the index.
@@ -134,11 +142,16 @@ def build_index(
         unreadable = [name for name in indexed if name in not_added]  # changed files that can no longer be decoded
         backend.remove([*deleted, *unreadable])
         backend.finish()
+        read = None
+        if recognize is not None:
+            names = [to_valid_unicode(str(source)) for source in parsed]
+            read = recognize_texts(names, backend, recognize, log, workers)
     return IndexReport(
         added=len(added - indexed.keys()),
         changed=len(added & indexed.keys()),
         removed=len(deleted) + len(unreadable),
         embedded=embedded,
+        read=read,
     )
 
 

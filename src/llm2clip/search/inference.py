@@ -171,7 +171,8 @@ class InferenceService:
         query_vector = await self._embed_query(query) if query else None
 
         def find_hits(vector: np.ndarray | None) -> bytes:
-            hits = backend.search(vector, request.top, image_filter, request.offset)
+            words = request.texts if request.words else ()
+            hits = backend.search(vector, request.top, image_filter, request.offset, words)
             total = backend.count_matches(image_filter)
             response = SearchResponse.model_validate({"hits": hits, "total": total}, from_attributes=True)
             return response.model_dump_json().encode()

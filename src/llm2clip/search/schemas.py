@@ -147,6 +147,11 @@ class SearchRequest(QueryRequest):
     top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits")
     offset: int = Field(default=0, ge=0, le=MAX_OFFSET, description="number of hits to skip, for pagination")
     filter: FilterRequest = FilterRequest()  # pydantic copies defaults
+    words: bool = Field(
+        default=True,
+        description="rank images higher if their captions, recognised text, file name, camera and date contain all "
+        "words of `texts`",
+    )
 
 
 class ImageLocation(BaseModel):
@@ -168,6 +173,10 @@ class HitResponse(BaseModel):
     height: int
     images: list[ImageLocation] = Field(description=f"the first {MAX_LOCATIONS} locations")
     image_count: int = Field(description="number of locations")
+    matched: list[Literal["caption", "text", "name", "camera", "date"]] = Field(
+        description="fields that contain words of the query, if the image contains all words of the query"
+    )
+    text: str = Field(description="text recognised in the image")
 
 
 class SearchResponse(BaseModel):
