@@ -57,6 +57,12 @@ def add_commands(commands: Commands) -> None:
         help="Truncate vectors to this number of dimensions, for a smaller index. Best with a model trained with "
         "--align.matryoshka_dims. `search` and `serve` truncate queries accordingly. Default: all dimensions.",
     )
+    sub.add_argument(
+        "--ocr",
+        action="store_true",
+        help="Also recognise the text in the images, for word search. Requires the `ocr` extra and a local index. "
+        "Takes about a second per image and CPU core.",
+    )
     sub.add_argument("--watch", type=PositiveFloat, help="Keep running and update the index every N seconds.")
     sub.add_argument(
         "--prune",
@@ -103,6 +109,12 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument("--top", type=PositiveInt, default=10, help="Maximum number of results.")
     sub.add_argument("--show_weak", action="store_true", help="Also show results if nothing is close to the query.")
     sub.add_argument(
+        "--no_words",
+        action="store_true",
+        help="Rank only by similarity. By default, images rank higher if their captions, recognised text, file name, "
+        "camera and date contain all words of the query.",
+    )
+    sub.add_argument(
         "--path",
         type=str,
         help="Only images in this folder, tar or file. A relative path that does not exist in the current folder "
@@ -118,8 +130,8 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--json",
         action="store_true",
-        help="Print each result as a JSON object: rank, score, relevance, path, duplicates, captions, taken, width and "
-        "height.",
+        help="Print each result as a JSON object: rank, score, relevance, path, duplicates, captions, text, matched, "
+        "taken, width and height.",
     )
     sub.add_argument("--paths", action="store_true", help="Print only the paths, one per line.")
     sub.add_argument("--sheet", type=str, help="Write an HTML page with the results to this folder.")
@@ -201,6 +213,8 @@ def _index(args: Namespace) -> list[str]:
         check_output_folder(args.out, "index")
     if not args.prune:
         check_sources(args.data)
+    if args.ocr and "://" in args.out:
+        raise ValueError(f"--ocr requires a local index: recognised texts cannot be stored in {args.out}")
     args.model = resolve_model(args.model)
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.models.dual_encoder import open_dual_encoder
@@ -208,7 +222,9 @@ def _index(args: Namespace) -> list[str]:
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.backends import open_backend
     from llm2clip.search.build import build_index
+    from llm2clip.search.ocr import open_recognizer
 
+    recognize = open_recognizer() if args.ocr else None
     model = open_dual_encoder(args.model)  # loaded first, so that --out stays unchanged if loading fails
     if args.dim is not None:
         check_dim(args.dim, model.embed_dim, model.name)
@@ -220,7 +236,8 @@ def _index(args: Namespace) -> list[str]:
     def update_index() -> tuple[IndexReport, SkipLog]:
         log = SkipLog(skipped_file, args.max_skipped)
         options = select_arguments(args, "columns", "batch_size", "workers", "prune", "allow_outside", "dim")
-        return build_index(args.data, model, backend, log, relevance=not args.no_relevance, **options), log
+        options |= {"relevance": not args.no_relevance, "recognize": recognize}
+        return build_index(args.data, model, backend, log, **options), log
 
     report, log = update_index()
     if args.watch is not None:
@@ -243,6 +260,9 @@ def _index(args: Namespace) -> list[str]:
         lines.append("Duplicates: " + ", ".join(names[:4]))
     if log.skipped and skipped_file:
         lines.append(f"Unreadable images: {log.skipped.total():,}, listed in {skipped_file}")
+    unread = log.dropped["text not recognised"]
+    if unread:
+        lines.append(f"Images whose text could not be recognised: {unread:,}, listed in {skipped_file}")
     lines.append(f"Next: {format_command('search', args.out, 'a description of an image')}")
     lines.append(f"      {format_command('serve', '--index', args.out)}")
     return lines
@@ -284,7 +304,13 @@ def _search(args: Namespace) -> list[str]:
             if backend.load_calibration() is None:
                 print(NOT_CALIBRATED)
         hits, nothing_close = search_relevant(
-            backend, calibration, vectors, args.top, image_filter, show_weak=args.show_weak
+            backend,
+            calibration,
+            vectors,
+            args.top,
+            image_filter,
+            words=() if args.no_words else args.texts,
+            show_weak=args.show_weak,
         )
         if nothing_close and (args.json or args.paths):
             print(NOTHING_CLOSE)

@@ -39,6 +39,7 @@ class IndexedImage:
         file_version: Size and modification time of the file, used to detect changes.
         captions: Captions of the image. Empty if the source has no captions.
         taken: EXIF capture time as a Unix timestamp. For images without an EXIF date, the file's modification time.
+        camera: Camera make and model in the EXIF data, for word search. Search results do not contain it.
     """
 
     name: str
@@ -47,6 +48,7 @@ class IndexedImage:
     file_version: str
     captions: tuple[str, ...] = ()
     taken: float = 0.0
+    camera: str = ""
 
     @property
     def container(self) -> str:
@@ -103,6 +105,9 @@ class Hit:
         width: Width of the image in pixels, after EXIF rotation.
         height: Height of the image in pixels, after EXIF rotation.
         relevance: Estimated probability that the image answers the query (see `search.relevance`), or None if unknown.
+        matched: Fields that contain words of the query (`caption`, `text`, `name`, `camera`, `date`) if the image
+            contains all words of the query, otherwise empty.
+        text: Text recognised in the image. Empty if there is none.
     """
 
     id: str
@@ -112,6 +117,8 @@ class Hit:
     width: int
     height: int
     relevance: float | None = None
+    matched: tuple[str, ...] = ()
+    text: str = ""
 
 
 MAX_CAPTION_FILTER_LENGTH = 500  # in characters
@@ -165,6 +172,10 @@ def ref_from_json(text: str) -> ImageRef:
     return REF_TYPES[name](**fields)
 
 
+class WordIndexError(OSError):
+    """Raised if a search needs the tables for word search and they are damaged."""
+
+
 class Backend(Protocol):
     """Interface for indexes, which store images and search them by embedding."""
 
@@ -186,6 +197,10 @@ class Backend(Protocol):
 
     def initialize(self, metadata: Mapping[str, Any]) -> None:
         """Store the metadata and prepare the backend for adding images."""
+        ...
+
+    def prepare_words(self) -> None:
+        """Create, repair or complete the tables for word search. With Qdrant, it does nothing."""
         ...
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
@@ -223,8 +238,29 @@ class Backend(Protocol):
         """Return the names of duplicate images, grouped by content: at most `limit` groups, largest first."""
         ...
 
-    def search(self, vector: np.ndarray | None, count: int, image_filter: Filter, offset: int = 0) -> list[Hit]:
+    def contents_without_text(self, sources: Sequence[str]) -> list[tuple[bytes, IndexedImage]]:
+        """Return the contents in which no text has been recognised yet, as pairs of content hash and image.
+
+        Only images that `indexed` returns for the sources are included.
+        """
+        ...
+
+    def set_texts(self, texts: Mapping[bytes, str]) -> None:
+        """Store the texts recognised in images, keyed by content hash. With Qdrant, raise ValueError."""
+        ...
+
+    def search(
+        self,
+        vector: np.ndarray | None,
+        count: int,
+        image_filter: Filter,
+        offset: int = 0,
+        words: Sequence[str] = (),
+    ) -> list[Hit]:
         """Return the images that match a filter, most similar to the query vector first.
+
+        Images whose texts contain all words of the query are ranked higher (see `search.words`). Their scores are
+        cosine similarities, so the scores of the hits are then not sorted. Qdrant ignores the words.
 
         Without a query vector, return the newest images first. If several files of an image match the filter, the
         latest of their capture times is used. SQLite orders images with equal times by id.
@@ -233,6 +269,10 @@ class Backend(Protocol):
             vector: L2-normalised query vector of shape (D,), float32, or None.
             count: Maximum number of hits.
             offset: Number of hits to skip.
+            words: Texts of the query, for word search. Used only with a query vector.
+
+        Raises:
+            WordIndexError: The tables for word search are damaged.
         """
         ...
 

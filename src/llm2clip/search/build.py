@@ -28,33 +28,40 @@ from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import REF_TYPES, Backend, ImageState, IndexedContent, IndexedImage
+from llm2clip.search.ocr import RecognizeText, recognize_texts
 from llm2clip.search.relevance import remove_calibration, update_calibration
 
 THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
 # If a source has lost more images than both of these limits, the user must confirm with `prune`, because a disk may be
 # unmounted.
 MAX_DELETED, MAX_DELETED_FRACTION = 10, 0.2
-EXIF_IFD, EXIF_DATE_TAKEN, EXIF_DATE = 0x8769, 0x9003, 0x0132  # EXIF tags
+EXIF_IFD, EXIF_DATE_TAKEN, EXIF_DATE, EXIF_MAKE, EXIF_MODEL = 0x8769, 0x9003, 0x0132, 0x010F, 0x0110  # EXIF tags
+MAX_CAMERA_LENGTH = 200  # in characters
 CHUNK = 8192  # number of images to read and hash before embedding the new ones
 
 
 @dataclass
 class IndexReport:
-    """Numbers of images added, changed, removed and embedded by an indexing run. Identical files are embedded once."""
+    """Numbers of images added, changed, removed and embedded by an indexing run. Identical files are embedded once.
+
+    `read` is the number of distinct images in which text was recognised or searched for, or None without `--ocr`.
+    """
 
     added: int = 0
     changed: int = 0
     removed: int = 0
     embedded: int = 0
+    read: int | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.added or self.changed or self.removed)
+        return bool(self.added or self.changed or self.removed or self.read)
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"Images: {self.added:,} added, {self.changed:,} changed, {self.removed:,} removed, "
             f"{self.embedded:,} embedded"
         )
+        return text if self.read is None else f"{text}, {self.read:,} read for text"
 
 
 def build_index(
@@ -69,6 +76,7 @@ def build_index(
     allow_outside: bool = False,
     dim: int | None = None,
     relevance: bool = True,
+    recognize: RecognizeText | None = None,
 ) -> IndexReport:
     """Synchronise an index with the current images of the given sources. Keep images from other sources in the index.
 
@@ -84,6 +92,7 @@ def build_index(
         dim: Number of dimensions to which embeddings are truncated. Default: that of the index, or the model's own for
             a new index.
         relevance: If True, calibrate the relevance of hits (see `search.relevance`). If False, remove the calibration.
+        recognize: Function that recognises the text in an image (see `search.ocr`). Default: no text recognition.
 
     Raises:
         FolderInUseError: Another run is writing to the index.
@@ -105,6 +114,7 @@ def build_index(
         else:
             model = model if dim is None else model.truncate(dim)
             backend.initialize(_describe_model(model))
+        backend.prepare_words()
         parsed = [_parse_source(source, columns or {}) for source in sources]
         indexed_by_source = {str(source): backend.indexed([to_valid_unicode(str(source))]) for source in parsed}
         try:
@@ -135,11 +145,16 @@ def build_index(
         unreadable = [name for name in indexed if name in not_added]  # changed files that can no longer be decoded
         backend.remove([*deleted, *unreadable])
         backend.finish()
+        read = None
+        if recognize is not None:
+            names = [to_valid_unicode(str(source)) for source in parsed]
+            read = recognize_texts(names, backend, recognize, log, workers)
         report = IndexReport(
             added=len(added - indexed.keys()),
             changed=len(added & indexed.keys()),
             removed=len(deleted) + len(unreadable),
             embedded=embedded,
+            read=read,
         )
         if relevance:
             update_calibration(backend, model, changed=bool(report))
@@ -262,9 +277,9 @@ def _read_images(
     """
     readable: list[tuple[IndexedImage, bytes]] = []
     for image in ProgressBar(images, desc="read", unit="image"):
-        digest, taken = read_digest_and_date(image, log)
+        digest, described = read_digest_and_exif(image, log)
         if digest is not None:
-            readable.append((dataclasses.replace(image, taken=taken), digest))
+            readable.append((described, digest))
     existing = backend.existing({digest for _, digest in readable})
     known: list[tuple[IndexedImage, bytes]] = []
     unknown: dict[bytes, list[IndexedImage]] = defaultdict(list)
@@ -429,27 +444,34 @@ def read_container_version(path: str) -> str:
     return hashlib.sha256(repr(get_file_version(path)).encode()).hexdigest()[:32]
 
 
-def read_digest_and_date(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, float]:
-    """Return the SHA-256 hash of an image's bytes (None if unreadable) and its capture time as a Unix timestamp."""
+def read_digest_and_exif(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, IndexedImage]:
+    """Return the SHA-256 hash of an image's bytes (None if unreadable), and the image with its EXIF date and camera."""
     try:
         data = image.ref.read()
     except (OSError, ValueError, LookupError) as error:
         log.skip(image.name, 0, "unreadable image", error)
-        return None, 0.0
-    return hashlib.sha256(data).digest(), read_date_taken(data) or image.taken
+        return None, image
+    taken, camera = read_exif(data)
+    return hashlib.sha256(data).digest(), dataclasses.replace(image, taken=taken or image.taken, camera=camera)
 
 
-def read_date_taken(data: bytes) -> float | None:
-    """Return an encoded image's EXIF date as a Unix timestamp, or None if there is no EXIF date.
+def read_exif(data: bytes) -> tuple[float | None, str]:
+    """Return an encoded image's EXIF date as a Unix timestamp (None if there is no date), and its camera.
 
-    EXIF dates have no time zone, so the local time zone is assumed.
+    EXIF dates have no time zone, so the local time zone is assumed. The camera is its make and model, or empty.
     """
     try:
         header = open_header(io.BytesIO(data))
         if header.format == "PNG" and "exif" not in header.info:
-            return None  # Pillow would decode the entire image to look for EXIF data after the pixels
+            return None, ""  # Pillow would decode the entire image to look for EXIF data after the pixels
         exif = header.getexif()
-        date = exif.get_ifd(EXIF_IFD).get(EXIF_DATE_TAKEN) or exif.get(EXIF_DATE)
-        return datetime.strptime(str(date)[:19], "%Y:%m:%d %H:%M:%S").timestamp()
+        make, model = (str(exif.get(tag) or "").strip(" \0") for tag in (EXIF_MAKE, EXIF_MODEL))
+        camera = model if model.casefold().startswith(make.casefold()) else f"{make} {model}"
     except Exception:  # Pillow can raise almost any exception for corrupt headers
-        return None
+        return None, ""
+    try:
+        date = exif.get_ifd(EXIF_IFD).get(EXIF_DATE_TAKEN) or exif.get(EXIF_DATE)
+        taken = datetime.strptime(str(date)[:19], "%Y:%m:%d %H:%M:%S").timestamp()
+    except Exception:
+        taken = None
+    return taken, camera[:MAX_CAMERA_LENGTH]

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from llm2clip.data.image_refs import to_valid_unicode
+from llm2clip.search.backends import WordIndexError
 from llm2clip.search.queues import QueueFull
 from llm2clip.search.request_images import InvalidImage, NotFound, TooLarge
 
@@ -20,6 +21,7 @@ ERROR_TYPES = {
     413: "request too large",
     422: "invalid request",
     429: "too many requests",
+    503: "damaged index",
     504: "timeout",
 }
 # Clients receive the messages of these exceptions. All other exceptions are reported as internal errors.
@@ -27,6 +29,7 @@ STATUS_CODES: dict[type[Exception], int] = {
     QueueFull: 429,
     TooLarge: 413,
     NotFound: 404,
+    WordIndexError: 503,
     ValueError: 422,
 }
 MAX_MESSAGE_LENGTH = 1000  # in characters; validation messages may quote parts of the request

@@ -182,6 +182,7 @@ class InferenceService:
                 count=request.top,
                 image_filter=image_filter,
                 offset=request.offset,
+                words=request.texts if request.words else (),
                 show_weak=request.show_weak,
             )
             values = {**result._asdict(), "total": backend.count_matches(image_filter)}

@@ -4,7 +4,8 @@ Each distinct image content is stored as one point, whose payload lists the imag
 points store the index metadata and the calibration of relevance.
 
 Path filters must be absolute paths without wildcards, and caption filters match complete words. Without a query, hits
-are ordered by the latest capture time of their images, including images that do not match the filter.
+are ordered by the latest capture time of their images, including images that do not match the filter. Hits are ranked
+by their vectors only: words of the query and recognised texts are not supported.
 """
 
 from __future__ import annotations
@@ -126,6 +127,9 @@ class QdrantBackend:
         point = models.PointStruct(id=_make_point_id(METADATA_KEY), vector=[0.0] * dim, payload=payload)
         self.client.upsert(self.collection, [point])
 
+    def prepare_words(self) -> None:
+        pass  # Qdrant updates its text index of the captions automatically
+
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
         match = models.MatchAny(any=list(sources))
         conditions: list[Any] = [
@@ -174,6 +178,12 @@ class QdrantBackend:
                 elif str(point.id) not in keep_points:
                     self.client.delete(self.collection, models.PointIdsList(points=[point.id]))
 
+    def contents_without_text(self, sources: Sequence[str]) -> list[tuple[bytes, IndexedImage]]:
+        return []
+
+    def set_texts(self, texts: Mapping[bytes, str]) -> None:
+        raise ValueError(f"{self.collection}: recognised texts (--ocr) can be stored only in a local index")
+
     def finish(self) -> None:
         """Store the image counts. Qdrant updates its HNSW graph automatically."""
         images_per_content = [len(_read_images(point.payload)) for point in self._scroll_points()]
@@ -195,7 +205,14 @@ class QdrantBackend:
         groups.sort(key=lambda names: (-len(names), names))
         return groups[:limit]
 
-    def search(self, vector: np.ndarray | None, count: int, image_filter: Filter, offset: int = 0) -> list[Hit]:
+    def search(
+        self,
+        vector: np.ndarray | None,
+        count: int,
+        image_filter: Filter,
+        offset: int = 0,
+        words: Sequence[str] = (),
+    ) -> list[Hit]:
         condition = _make_qdrant_filter(image_filter)
         if vector is not None:
             points: list[Any] = self.client.query_points(

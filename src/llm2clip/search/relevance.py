@@ -394,27 +394,30 @@ def search_relevant(
     count: int,
     image_filter: Filter,
     offset: int = 0,
+    words: Sequence[str] = (),
     show_weak: bool = False,
 ) -> SearchResult:
     """Search an index, and rate the hits. If nothing is close, return no hits unless `show_weak` is set.
 
-    Without a calibration, and for queries without positive parts, hits have no relevance and are always returned.
+    Images that contain all words of the query count as close. Without a calibration, and for queries without positive
+    parts, hits have no relevance and are always returned.
 
     Args:
         query: Embeddings of the query, or None to return the newest images that match the filter.
-        count, image_filter, offset: See `Backend.search`.
+        count, image_filter, offset, words: See `Backend.search`.
     """
     vector = None if query is None else query.combined
     if calibration is None or query is None or (query.texts is None and query.images is None):
-        return SearchResult(backend.search(vector, count, image_filter, offset), False)
-    if offset == 0:
-        hits = rate_hits(backend, calibration, query, backend.search(vector, max(count, CLOSEST), image_filter))
-        leading = hits[:CLOSEST]
-    else:
-        hits = rate_hits(backend, calibration, query, backend.search(vector, count, image_filter, offset))
-        leading = rate_hits(backend, calibration, query, backend.search(vector, CLOSEST, image_filter))
+        return SearchResult(backend.search(vector, count, image_filter, offset, words), False)
+
+    def find_rated_hits(count: int, offset: int) -> list[Hit]:
+        return rate_hits(backend, calibration, query, backend.search(vector, count, image_filter, offset, words))
+
+    hits = find_rated_hits(count if offset else max(count, CLOSEST), offset)
+    leading = find_rated_hits(CLOSEST, 0) if offset else hits[:CLOSEST]
     relevances = [hit.relevance for hit in leading if hit.relevance is not None]
-    nothing_close = bool(relevances) and max(relevances) < MIN_RELEVANCE
+    is_matched = any(hit.matched for hit in leading)
+    nothing_close = bool(relevances) and max(relevances) < MIN_RELEVANCE and not is_matched
     return SearchResult([] if nothing_close and not show_weak else hits[:count], nothing_close)
 
 

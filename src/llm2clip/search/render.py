@@ -38,6 +38,11 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
         if first.captions:
             caption = shorten(_replace_unprintable_characters(first.captions[0]), CAPTION_LENGTH, placeholder=" …")
             description.append("\n" + caption, style="dim")
+        if hit.text:
+            text = shorten(_replace_unprintable_characters(hit.text), CAPTION_LENGTH, placeholder=" …")
+            description.append(f"\ntext: {text}", style="dim")
+        if hit.matched:
+            description.append(f"\nmatched: {', '.join(hit.matched)}", style="dim")
         thumbnail = [_draw_thumbnail(backend.thumbnail(hit.id))] if with_thumbnails else []
         table.add_row(str(rank), _format_score_or_date(hit), *thumbnail, description)
     console.print(table)
@@ -53,6 +58,8 @@ def hit_to_json(rank: int, hit: Hit) -> str:
         "path": first.name,
         "duplicates": [image.name for image in duplicates],
         "captions": list(first.captions),
+        "text": hit.text,
+        "matched": list(hit.matched),
         "taken": datetime.fromtimestamp(first.taken).isoformat(timespec="seconds"),
         "width": hit.width,
         "height": hit.height,
@@ -115,7 +122,8 @@ def write_contact_sheet(
         label = f"{rank}. {_format_score_or_date(hit)} {Path(hit.images[0].name).name}"
         jpeg = (heatmaps or {}).get(hit.id) or backend.thumbnail(hit.id)
         images.append(ResultImage(jpeg, None, label, _make_file_url(hit)))
-    text = f"{len(hits)} images, most similar first, each with its rank and cosine similarity."
+    order = "best match first" if any(hit.matched for hit in hits) else "most similar first"
+    text = f"{len(hits)} images, {order}, each with its rank and cosine similarity."
     if hits[0].score is None:
         text = f"{len(hits)} images, newest first, each with its rank and date."
     if heatmaps:

@@ -148,6 +148,11 @@ class SearchRequest(QueryRequest):
     offset: int = Field(default=0, ge=0, le=MAX_OFFSET, description="number of hits to skip, for pagination")
     show_weak: bool = Field(default=False, description="also return hits if nothing in the index is close to the query")
     filter: FilterRequest = FilterRequest()  # pydantic copies defaults
+    words: bool = Field(
+        default=True,
+        description="rank images higher if their captions, recognised text, file name, camera and date contain all "
+        "words of `texts`",
+    )
 
 
 class ImageLocation(BaseModel):
@@ -173,6 +178,10 @@ class HitResponse(BaseModel):
     height: int
     images: list[ImageLocation] = Field(description=f"the first {MAX_LOCATIONS} locations")
     image_count: int = Field(description="number of locations")
+    matched: list[Literal["caption", "text", "name", "camera", "date"]] = Field(
+        description="fields that contain words of the query, if the image contains all words of the query"
+    )
+    text: str = Field(description="text recognised in the image")
 
 
 class SearchResponse(BaseModel):

@@ -49,6 +49,7 @@ STATIC_FILES = ("page.css", "page.js")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 SHUTDOWN_TIMEOUT = 5  # in seconds; leaves time to cancel requests, because `docker stop` kills the process after 10 s
 API_ERRORS: dict[int | str, dict[str, Any]] = {code: ERROR_RESPONSES[code] for code in (400, 404, 422, 429, 504)}
+SEARCH_ERRORS = {**API_ERRORS, 503: ERROR_RESPONSES[503]}
 
 
 def create_app(
@@ -203,10 +204,11 @@ def _add_status_routes(app: FastAPI, service: InferenceService, auth: Authentica
 
 
 def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
-    @app.post("/search", response_model=SearchResponse, responses=API_ERRORS)
+    @app.post("/search", response_model=SearchResponse, responses=SEARCH_ERRORS)
     async def search(request: SearchRequest) -> Response:
         """Return the images in the index that are most similar to the given texts, images and earlier hits.
 
+        Images whose texts contain all words of the query are ranked higher, unless `words` is false.
         If there is a filter but no query, return the images that match the filter, newest first.
         """
         return Response(await service.search(request), media_type="application/json")

@@ -6,8 +6,8 @@
       graph.json         the graph's quantization scale, checksum and id summary
 
 SQLite commits each batch atomically, lets other processes read during a write, and stores the database as a single file
-that is easy to copy. Readers keep the quantized vectors in memory. The first search with a caption filter also loads
-the captions into memory. After a write, readers load only the changes listed in the table `changes`.
+that is easy to copy. Readers keep the quantized vectors in memory. After a write, readers load only the changes listed
+in the table `changes`. Word search and caption filters use full-text tables (see `search.words`).
 """
 
 import glob
@@ -35,11 +35,11 @@ from llm2clip.search.backends import (
     ImageState,
     IndexedContent,
     IndexedImage,
+    WordIndexError,
     format_missing_index_message,
     ref_from_json,
     ref_to_json,
 )
-from llm2clip.search.caption_index import CaptionIndex
 from llm2clip.search.vector_index import (
     CHUNK,
     GRAPH_FILE,
@@ -49,6 +49,22 @@ from llm2clip.search.vector_index import (
     VectorIndex,
     open_graph,
     update_graph,
+)
+from llm2clip.search.words import (
+    MAX_FUSED,
+    WORDS_SCHEMA,
+    WordQuery,
+    add_texts,
+    create_tables,
+    find_matched_fields,
+    find_matches,
+    fuse_rankings,
+    is_damage,
+    is_damaged,
+    make_caption_condition,
+    rebuild,
+    remove_texts,
+    set_recognized_text,
 )
 
 # The column "location" is the reference to an image's bytes, and "max_abs" is the largest absolute value in a vector.
@@ -87,8 +103,8 @@ IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"  # same 
 # SQL condition for images inside a path. An image's name must match the pattern :glob, or the pattern followed by "/"
 # (folder), "!" (tar) or "[" (table). File and folder names may also contain "!" and "[", so in these two cases, the
 # image must also be stored in a tar or table whose file name matches the last part of the path (:basename).
-INSIDE_PATH = """(name GLOB :glob OR name GLOB :glob || '/*'
-  OR (name GLOB :glob || '[![]*' AND location NOT LIKE '["FileImage"%'
+INSIDE_PATH = """(images.name GLOB :glob OR images.name GLOB :glob || '/*'
+  OR (images.name GLOB :glob || '[![]*' AND location NOT LIKE '["FileImage"%'
       AND '/' || json_extract(location, '$[1].path') GLOB '*/' || :basename))"""
 FILTER_CONDITIONS = {
     "path": INSIDE_PATH,
@@ -96,7 +112,8 @@ FILTER_CONDITIONS = {
     "before": "taken <= :before",
     "min_side": "min(width, height) >= :min_side",
 }
-MATCH_DTYPE = np.dtype([("row", np.int64), ("content", np.int64), ("taken", np.float64)])
+MATCH_DTYPE = np.dtype([("content", np.int64), ("taken", np.float64)])
+TEXTS_PER_TRANSACTION = 8192  # number of rows that are added at a time to the texts of an index without them
 IDS_PER_QUERY = 500  # SQLite limits the number of parameters per statement
 
 
@@ -125,10 +142,10 @@ class SqliteBackend:
         self._db = SqliteDatabase(folder, write)
         self._may_have_orphans = True  # an interrupted run may leave contents that belong to no image
         self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_cached`
-        # Cached vectors and captions, each with the last position in the change log that it includes.
+        # Cached vectors and the last position in the change log that they include.
         self._vectors: tuple[LogPosition, QuantizedVectors] | None = None
-        self._captions: tuple[LogPosition, CaptionIndex] | None = None
-        self._index_lock, self._vectors_lock, self._captions_lock = (threading.Lock() for _ in range(3))
+        self._index_lock, self._vectors_lock = threading.Lock(), threading.Lock()
+        self._has_words = self._are_words_checked = False
         if not write and (self._db.is_empty or not self.metadata()):
             raise FileNotFoundError(
                 f"{folder} is an incomplete index without images. To complete it, run `llm2clip index` again"
@@ -147,6 +164,24 @@ class SqliteBackend:
         with self._db.transaction() as connection:
             connection.executemany("INSERT OR REPLACE INTO metadata VALUES (?, ?)", rows)
 
+    def prepare_words(self) -> None:
+        """Create the tables for word search, repair damaged tables, and add images of earlier versions."""
+        if self._are_words_checked:
+            return
+        with self._db.transaction() as connection:
+            create_tables(connection)
+            if is_damaged(connection):
+                rebuild(connection)
+                print_once(f"{self._db.file}: the tables for word search were damaged and have been rebuilt")
+        missing = (
+            f"SELECT {IMAGE_COLUMNS} FROM images WHERE name NOT IN (SELECT image FROM texts) "
+            f"LIMIT {TEXTS_PER_TRANSACTION}"
+        )
+        while rows := self._db.query(missing):
+            with self._db.transaction() as connection:
+                add_texts(connection, map(_image_from_row, rows))
+        self._are_words_checked = True
+
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
         states: dict[str, ImageState] = {}
         for source in sources:
@@ -164,11 +199,13 @@ class SqliteBackend:
             self._may_have_orphans = True
             for content in contents:
                 self._add_content(connection, content)
+            remove_texts(connection, [image.name for image, _ in images])
             connection.executemany(
                 f"INSERT OR REPLACE INTO images (content, {IMAGE_COLUMNS}) "
                 "VALUES ((SELECT id FROM contents WHERE hash = ?), ?, ?, ?, ?, ?, ?)",
                 [(digest, *_image_to_row(image)) for image, digest in images],
             )
+            add_texts(connection, {image.name: image for image, _ in images}.values())
             connection.execute("DELETE FROM changes WHERE id <= (SELECT max(id) FROM changes) - ?", (MAX_LOG_LENGTH,))
 
     def _add_content(self, connection: sqlite3.Connection, content: IndexedContent) -> None:
@@ -187,9 +224,30 @@ class SqliteBackend:
         if not names and not self._may_have_orphans:
             return  # avoid a write, because all open readers look for changes after each write
         with self._db.transaction() as connection:
+            remove_texts(connection, names)
             connection.executemany("DELETE FROM images WHERE name = ?", [(name,) for name in names])
             connection.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM images)")
             self._may_have_orphans = False
+
+    def contents_without_text(self, sources: Sequence[str]) -> list[tuple[bytes, IndexedImage]]:
+        missing: dict[bytes, IndexedImage] = {}
+        for source in sources:
+            sql = (
+                f"SELECT hash, {IMAGE_COLUMNS} FROM images JOIN contents ON contents.id = content "
+                "WHERE contents.id NOT IN (SELECT content FROM recognized_texts) "
+                f"AND (source = :source OR {INSIDE_PATH})"
+            )
+            parameters = {"source": source, **_make_path_parameters(glob.escape(source))}
+            for digest, *row in self._db.query(sql, parameters):
+                missing.setdefault(bytes(digest), _image_from_row(row))
+        return list(missing.items())
+
+    def set_texts(self, texts: Mapping[bytes, str]) -> None:
+        with self._db.transaction() as connection:
+            for digest, text in texts.items():
+                row = connection.execute("SELECT id FROM contents WHERE hash = ?", (digest,)).fetchone()
+                if row is not None:
+                    set_recognized_text(connection, row[0], text)
 
     def finish(self) -> None:
         ids = _read_int_column(self._db.query("SELECT id FROM contents ORDER BY id"))
@@ -217,16 +275,23 @@ class SqliteBackend:
             groups.append([name for (name,) in self._db.query(names_of_content, content)])
         return groups
 
-    def search(self, vector: np.ndarray | None, count: int, image_filter: Filter, offset: int = 0) -> list[Hit]:
+    def search(
+        self,
+        vector: np.ndarray | None,
+        count: int,
+        image_filter: Filter,
+        offset: int = 0,
+        words: Sequence[str] = (),
+    ) -> list[Hit]:
         scores: Sequence[float | None]
+        query = WordQuery()
         if vector is None:
             page = self._get_matching_ids(image_filter, newest_first=True)[offset : offset + count]
             scores = [None] * len(page)
         else:
-            allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
-            index = self._get_current_vector_index()
-            ids, cosines = index.search(vector.astype(np.float32), offset + count, allowed_ids)
-            page, scores = ids[offset:], cosines[offset:].tolist()
+            query = WordQuery.parse(words)
+            page, scores = self._rank(vector.astype(np.float32), query, count, image_filter, offset)
+        matched = self._find_matched_fields(query, page)
         conditions, parameters = _make_sql_conditions(image_filter, ("path", "after", "before"))
         hits = []
         for content_id, score in zip(page.tolist(), scores, strict=True):
@@ -241,8 +306,73 @@ class SqliteBackend:
             )
             if images and sizes:  # skip images that another process has removed during this search
                 width, height, image_count = sizes[0]
-                hits.append(Hit(str(content_id), score, images, image_count, width, height))
+                text, fields = self._read_text(content_id), matched.get(content_id, ())
+                hits.append(Hit(str(content_id), score, images, image_count, width, height, fields, text))
         return hits
+
+    def _rank(
+        self, vector: np.ndarray, query: WordQuery, count: int, image_filter: Filter, offset: int
+    ) -> tuple[np.ndarray, list[float]]:
+        """Return the content ids of a page of hits, int64 of shape (N,), and their cosine similarities to a vector."""
+        allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
+        index = self._get_current_vector_index()
+        matches = self._find_word_matches(query, image_filter, allowed_ids)
+        depth = offset + count if not len(matches) else max(offset + count, MAX_FUSED)
+        ids, cosines = index.search(vector, depth, allowed_ids)
+        if not len(matches):
+            return ids[offset:], cosines[offset:].tolist()
+        page = fuse_rankings(ids, matches)[offset : offset + count]
+        score_of = dict(zip(ids.tolist(), cosines.tolist(), strict=True))
+        others = np.array([content for content in page.tolist() if content not in score_of], np.int64)
+        score_of.update(zip(others.tolist(), (self._fetch_vectors(others) @ vector).tolist(), strict=True))
+        return page, [score_of[content] for content in page.tolist()]
+
+    def _find_word_matches(self, query: WordQuery, image_filter: Filter, allowed_ids: np.ndarray | None) -> np.ndarray:
+        """Return the ids from `find_matches`. Those for the last query are cached for further result pages."""
+
+        def find() -> np.ndarray:
+            with self._open_words() as db:
+                return find_matches(db, query, allowed_ids)
+
+        if not query or not self._check_words():
+            return np.empty(0, np.int64)
+        key = self._db.read_state(), query, image_filter
+        ids: np.ndarray = self._get_cached("word matches", key, find)
+        return ids
+
+    def _find_matched_fields(self, query: WordQuery, ids: np.ndarray) -> dict[int, tuple[str, ...]]:
+        if not query or not len(ids) or not self._check_words():
+            return {}
+        with self._open_words() as db:
+            return find_matched_fields(db, query, ids.tolist())
+
+    def _read_text(self, content_id: int) -> str:
+        """Return the text recognised in an image content."""
+        if not self._check_words():
+            return ""
+        rows = self._db.query("SELECT text FROM recognized_texts WHERE content = ?", (content_id,))
+        return str(rows[0][0]) if rows else ""
+
+    def _check_words(self) -> bool:
+        """Return True if the index has the tables for word search. Those of earlier versions do not."""
+        if not self._has_words:
+            tables = self._db.query("SELECT 1 FROM sqlite_master WHERE name = 'recognized_texts'")
+            self._has_words = bool(tables)
+        return self._has_words
+
+    @contextmanager
+    def _open_words(self) -> Iterator[sqlite3.Connection]:
+        """Open a database snapshot for a word search. Raise WordIndexError if the tables are damaged."""
+        try:
+            with self._db.snapshot() as db:
+                yield db
+        except OSError as error:
+            if not is_damage(error.__cause__):
+                raise
+            raise WordIndexError(
+                f"{error}. The tables for word search and caption filters are damaged. To rebuild them, run "
+                "`llm2clip index` again. Until then, search without words and without a caption filter."
+            ) from error
 
     def count_matches(self, image_filter: Filter) -> int:
         return len(self._get_matching_ids(image_filter)) if image_filter else self.count()[1]
@@ -308,43 +438,28 @@ class SqliteBackend:
         their matching images, newest first.
         """
         conditions, parameters = _make_sql_conditions(image_filter, FILTER_CONDITIONS)
-        caption = image_filter.caption
-        rows: np.ndarray | None = None
-        with self._db.snapshot() as db:
-            if conditions or newest_first:
-                # Select all images that match every condition except the caption condition.
-                cursor = db.execute(
-                    "SELECT images.rowid, contents.id, taken FROM images JOIN contents ON contents.id = content "
-                    f"WHERE {' AND '.join(conditions) or 'true'}",
-                    parameters,
+        tables = "images JOIN contents ON contents.id = images.content"
+        if image_filter.caption is not None:
+            if not self._check_words():
+                raise ValueError(
+                    f"{self.folder} was built by an earlier version and has no tables for caption filters. Run "
+                    "`llm2clip index` again, which adds the tables without embedding the images again"
                 )
-                rows = np.fromiter(cursor, MATCH_DTYPE)
-            captions = self._load_current_captions(db) if caption is not None else None
-        if captions is not None and caption is not None:
-            caption_rows, contents = captions.find_captions(caption)
-            if rows is None:
-                return _sort_unique(contents)
-            rows = rows[np.isin(rows["row"], caption_rows)]
-        assert rows is not None
+            if conditions or newest_first:
+                tables = "texts JOIN images ON images.name = texts.image JOIN contents ON contents.id = images.content"
+            else:
+                tables = "texts"
+            condition, parameters["caption"] = make_caption_condition(image_filter.caption)
+            conditions.append(condition)
+        columns = "texts.content, 0.0" if tables == "texts" else "images.content, images.taken"
+        with self._open_words() as db:
+            sql = f"SELECT {columns} FROM {tables} WHERE {' AND '.join(conditions) or 'true'}"
+            rows = np.fromiter(db.execute(sql, parameters), MATCH_DTYPE)
         if not newest_first:
             return _sort_unique(rows["content"])
         ids = rows["content"][np.lexsort((rows["content"], -rows["taken"]))]
         _, first = np.unique(ids, return_index=True)
         return ids[np.sort(first)]
-
-    def _load_current_captions(self, db: sqlite3.Connection) -> CaptionIndex:
-        """Return the captions in a database snapshot, reading only the changes since the last call."""
-        with self._captions_lock:
-            log = self._db.read_log_position(db)
-            sql, parameters = "SELECT rowid, content, captions FROM images WHERE captions != '[]'", {}
-            captions, removed = CaptionIndex(), np.empty(0, np.int64)
-            if self._captions is not None and self._db.can_update(db, self._captions[0], log):
-                captions, parameters = self._captions[1], {"last": self._captions[0].last}
-                removed = _read_int_column(db.execute(f"SELECT DISTINCT {CHANGED_CONTENTS}", parameters))
-                sql += f" AND content IN (SELECT {CHANGED_CONTENTS})"
-            captions = captions.with_changes(removed, db.execute(sql, parameters))
-            self._captions = log, captions
-            return captions
 
     # ---- vectors
 
@@ -528,7 +643,7 @@ class SqliteDatabase:
                 self.connection.execute("PRAGMA foreign_keys = ON")
                 self.connection.execute("PRAGMA recursive_triggers = ON")  # so that REPLACE also logs its changes
                 if version == 0:
-                    self.connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+                    self.connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {WORDS_SCHEMA} COMMIT;")
 
     def query(self, sql: str, parameters: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
         """Run a statement and return all rows."""

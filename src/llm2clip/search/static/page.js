@@ -9,9 +9,9 @@ const MAX_UPLOAD = 20 << 20; // in bytes; limit for files that the browser canno
 const MAX_OFFSET = 10000; // maximum number of results to skip; the server has the same limit
 const query = { images: [], like: [], negativeLike: [] }; // images contains {uri, name}; the other lists contain hit ids
 const FIELDS = { q: "text", without: "negative", caption: "caption", path: "path", after: "after", before: "before",
-  min_side: "min_side" }; // URL parameter -> id of the input element
+  min_side: "min_side", words: "words" }; // URL parameter -> id of the input element
 const FILTER_LABELS = { negative: "without", caption: "caption contains", path: "in", after: "after", before: "before",
-  min_side: "shorter side at least" };
+  min_side: "shorter side at least", words: "words:" };
 const DARKEST = 0.8; // opacity of the heat map over the least similar cell
 let hits = [];
 let searchedRequest = null; // search request that returned `hits`
@@ -32,6 +32,7 @@ function readRequest() {
     negative_texts: getValue("negative") ? [getValue("negative")] : [],
     negative_like: query.negativeLike,
     show_weak: showWeak,
+    words: !getValue("words"),
     filter: {
       caption: getValue("caption") || null,
       path: getValue("path") || null,
@@ -134,7 +135,7 @@ function showCount(start, nothingClose) {
     $("show-more").hidden = true;
     return;
   }
-  let order = "most similar first";
+  let order = hits.some((hit) => hit.matched.length) ? "best match first" : "most similar first";
   if (!hasQuery(searchedRequest)) order = "newest first";
   else if (!hasPositivePart(searchedRequest)) order = "least similar to the excluded content first";
   const seconds = ((performance.now() - start) / 1000).toFixed(2);
@@ -201,10 +202,21 @@ function makeGridItem(hit, index) {
   score.textContent = formatScoreOrDate(hit);
   line.append(name, score);
   button.append(image, line);
+  if (hit.matched.length) {
+    const matched = document.createElement("span");
+    matched.className = "matched";
+    matched.textContent = describeMatch(hit);
+    button.append(matched);
+  }
   button.type = "button";
   button.addEventListener("click", () => showDetail(index));
   item.append(button);
   return item;
+}
+
+function describeMatch(hit) {
+  const names = { caption: "caption", text: "text in image", name: "file name", camera: "camera", date: "date" };
+  return `words in ${hit.matched.map((field) => names[field]).join(", ")}`;
 }
 
 function showDetail(index) {
@@ -217,7 +229,10 @@ function showDetail(index) {
   $("large").alt = first.captions[0] || first.name;
   const score = hit.score === null ? [] : [hit.score.toFixed(3)];
   if (hit.relevance !== null) score.push(`relevance ${Math.round(100 * hit.relevance)}%`);
-  $("facts").textContent = [...score, `${hit.width} × ${hit.height}`, formatDate(hit)].join(" · ");
+  const matched = hit.matched.length ? [describeMatch(hit)] : [];
+  $("facts").textContent = [...score, `${hit.width} × ${hit.height}`, formatDate(hit), ...matched].join(" · ");
+  $("text-in-image").textContent = hit.text && `Text in the image: ${hit.text}`;
+  $("text-in-image").hidden = !hit.text;
   $("original").href = $("download").href = `/image/${hit.id}`;
   $("download").download = /\]\.[^/]*$/.test(first.name) ? "" : getFileName(first); // images in tables have no file name
   $("locations").replaceChildren(...hit.images.map(makeLocation));
@@ -290,7 +305,7 @@ async function toggleHeatmap() {
   showHeatmapStatus("Computing the heat map…");
   const isCurrent = () => hits[openIndex] === hit && $("where").getAttribute("aria-pressed") === "true";
   try {
-    const { filter, show_weak, ...fields } = searchedRequest;
+    const { filter, show_weak, words, ...fields } = searchedRequest;
     const answer = await postJson("/heatmap", { id: hit.id, ...fields });
     if (!isCurrent()) return;
     drawHeatmap(answer.rows, hit);

@@ -1,0 +1,131 @@
+"""Recognition of the text in images (OCR), with the PP-OCR models in the package rapidocr.
+
+The weights are files of the package, so nothing is downloaded. The cost of an image is limited: it is scaled down, and
+the number, the shape and the time of the text lines that are read are bounded.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torchvision.transforms.v2.functional import resize
+
+from llm2clip.data.image_loader import iter_image_batches
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.io_utils import describe_error, install_command
+from llm2clip.progress import ProgressBar
+from llm2clip.search.backends import Backend
+
+MAX_SIDE = 960  # length to which the longer side of larger images is scaled, in pixels
+MAX_LINES = 100  # maximum number of lines of text per image
+MAX_ASPECT = 60  # longer lines are not read; the reader's time is proportional to a line's width divided by its height
+MAX_SECONDS = 30.0  # per image; checked before each line
+MAX_TEXT_LENGTH = 10_000  # in characters, per image
+MIN_CONFIDENCE = 0.5  # of a line, from 0 to 1
+BATCH_SIZE = 16  # number of images per commit
+
+RecognizeText = Callable[[np.ndarray], str]  # RGB image of shape (H, W, 3), uint8 -> lines of text
+
+
+def open_recognizer() -> RecognizeText:
+    """Load the PP-OCR models and return a function that recognises the text in an image.
+
+    Raises:
+        ImportError: The package rapidocr or onnxruntime is not installed, or rapidocr does not contain the weights.
+    """
+    try:
+        import onnxruntime  # noqa: F401
+        from rapidocr import RapidOCR
+        from rapidocr.utils.process_img import get_rotate_crop_image
+    except ModuleNotFoundError as error:
+        raise ImportError(f"--ocr requires additional packages ({error}). Run {install_command('ocr')}") from error
+    params: dict[str, Any] = {
+        "Global.log_level": "critical",  # rapidocr warns about each image without text
+        "Global.use_preprocess_img": False,  # would enlarge narrow images
+        "Det.limit_type": "max",
+        "Det.limit_side_len": MAX_SIDE,
+        "Det.max_candidates": MAX_LINES,
+    }
+    params.update({f"{part}.model_path": path for part, path in _find_weights().items()})
+    engine = RapidOCR(params=params)
+
+    def recognize(image: np.ndarray) -> str:
+        deadline = time.monotonic() + MAX_SECONDS
+        bgr = np.ascontiguousarray(image[:, :, ::-1])
+        boxes = engine(bgr, use_det=True, use_cls=False, use_rec=False).boxes
+        lines: list[str] = []
+        for box in () if boxes is None else boxes[:MAX_LINES]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"recognising the text took more than {MAX_SECONDS:.0f} seconds")
+            line = get_rotate_crop_image(bgr, np.asarray(box, np.float32))
+            height, width = line.shape[:2]
+            if min(height, width) > 0 and max(height, width) <= MAX_ASPECT * min(height, width):
+                result = engine(line, use_det=False, use_cls=True, use_rec=True)
+                pairs = zip(result.txts or (), result.scores or (), strict=True)
+                lines.extend(text for text, confidence in pairs if confidence >= MIN_CONFIDENCE)
+        return "\n".join(lines)
+
+    return recognize
+
+
+def _find_weights() -> dict[str, str]:
+    """Return the paths of rapidocr's weight files. Without explicit paths, rapidocr would download missing files."""
+    spec = find_spec("rapidocr")
+    assert spec is not None and spec.origin is not None
+    folder, weights = Path(spec.origin).parent / "models", {}
+    for part in ("det", "cls", "rec"):
+        files = sorted(folder.glob(f"*_{part}_*.onnx"))
+        if not files:
+            raise ImportError(f"{folder} does not contain PP-OCR weights. Run {install_command('ocr')}")
+        weights[part.capitalize()] = str(files[-1])
+    return weights
+
+
+def shrink_image(image: Tensor) -> np.ndarray:
+    """Scale an image of shape (3, H, W) down to at most MAX_SIDE pixels per side. Return it with shape (h, w, 3)."""
+    height, width = image.shape[-2:]
+    scale = MAX_SIDE / max(height, width)
+    if scale < 1:
+        size = [max(1, round(height * scale)), max(1, round(width * scale))]
+        image = resize(image, size, antialias=True)
+    return image.permute(1, 2, 0).contiguous().numpy()
+
+
+def recognize_texts(
+    sources: Sequence[str], backend: Backend, recognize: RecognizeText, log: SkipLog, workers: int | None = None
+) -> int:
+    """Recognise the texts in the images of the given sources that have no recognised text yet, once per content.
+
+    Images whose text cannot be recognised stay in the index. They are listed in the log, and the next call tries again.
+
+    Returns:
+        The number of contents whose text was stored, including contents without any text.
+    """
+    contents = backend.contents_without_text(sources)
+    stored = 0
+    with ProgressBar(total=len(contents), desc="ocr", unit="image", disable=not contents) as bar:
+        for texts, errors, count in _iter_texts([image.ref for _, image in contents], recognize, workers):
+            backend.set_texts({contents[index][0]: text for index, text in texts.items()})
+            for index, reason in errors.items():
+                log.record_dropped(contents[index][1].name, 0, "text not recognised", reason)
+            stored += len(texts)
+            bar.update(count)
+    return stored
+
+
+def _iter_texts(
+    refs: Sequence[Any], recognize: RecognizeText, workers: int | None
+) -> Iterator[tuple[dict[int, str], dict[int, str], int]]:
+    """Yield batches of texts and of error messages, both keyed by image index, and the number of images per batch."""
+    for indices, images, errors in iter_image_batches(refs, shrink_image, BATCH_SIZE, workers):
+        texts: dict[int, str] = {}
+        for index, image in zip(indices, images, strict=True):
+            try:
+                texts[index] = recognize(np.asarray(image))[:MAX_TEXT_LENGTH]
+            except Exception as error:  # a single image must not stop a run
+                errors[index] = describe_error(error)
+        yield texts, errors, len(texts) + len(errors)

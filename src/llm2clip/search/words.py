@@ -1,0 +1,296 @@
+"""Word search over the texts of indexed images: SQLite's full-text tables (FTS5), and rank fusion.
+
+The table `texts` has one row per image: its captions, the text recognised in the image, its file name, camera and date.
+Two full-text tables index this table: `words` finds whole words, ignoring case and diacritics, and `trigrams` finds
+substrings. They serve languages that separate words with spaces, and all others, such as Chinese and Japanese.
+
+All texts are stored as returned by `normalize`. The original captions are in the table `images`, and the original
+recognised texts are in the table `recognized_texts`.
+"""
+
+import os
+import re
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+
+from llm2clip.data.image_refs import to_valid_unicode
+from llm2clip.search.backends import IndexedImage
+
+# Columns of `words`, and the names of these fields in search results.
+FIELDS = {"captions": "caption", "text": "text", "name": "name", "camera": "camera", "date": "date"}
+SUBSTRING_COLUMNS = ("captions", "text", "name")  # columns of `trigrams`
+FULL_TEXT_TABLES = {"words": tuple(FIELDS), "trigrams": SUBSTRING_COLUMNS}
+WORDS_SCHEMA = """
+CREATE TABLE IF NOT EXISTS recognized_texts (
+  content INTEGER PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, text TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS texts (
+  id INTEGER PRIMARY KEY, image TEXT NOT NULL UNIQUE, content INTEGER NOT NULL, captions TEXT NOT NULL,
+  text TEXT NOT NULL, name TEXT NOT NULL, camera TEXT NOT NULL, date TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS texts_content ON texts(content);
+CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(
+  captions, text, name, camera, date, content='texts', content_rowid='id', tokenize='unicode61 remove_diacritics 2');
+CREATE VIRTUAL TABLE IF NOT EXISTS trigrams USING fts5(
+  captions, text, name, content='texts', content_rowid='id', tokenize='trigram case_sensitive 1');
+"""
+SEPARATOR = "\x1f"  # precedes each caption in `texts`; never occurs in normalised texts
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f]")  # FTS5's trigram tokenizer stops at NUL
+TRIGRAM_LENGTH = 3  # `trigrams` cannot find shorter texts
+# Letters of scripts that do not separate words with spaces: Thai, Lao, Burmese, Khmer, Chinese and Japanese.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+# A query with more or longer words is a description, and is searched only by its embedding.
+MAX_QUERY_WORDS, MAX_QUERY_LENGTH = 32, 500
+MAX_MATCHES = 100_000  # maximum number of images to rank by words
+MAX_FUSED = 1000  # maximum number of word matches, and of most similar images, that change each other's rank
+RRF_K = 60  # constant of reciprocal rank fusion (Cormack et al., 2009)
+
+
+def normalize(text: str) -> str:
+    """Return a text in the form in which it is stored and searched: casefolded, without control characters."""
+    return CONTROL_CHARACTERS.sub("\ufffd", to_valid_unicode(text.casefold()))
+
+
+@dataclass(frozen=True)
+class WordQuery:
+    """Words that must all occur in the texts of an image. All words are normalised.
+
+    Attributes:
+        words: Whole words. A word with punctuation, such as `img_1234.jpg`, is a sequence of words.
+        substrings: Words in scripts without spaces between words. They are matched as substrings.
+    """
+
+    words: tuple[str, ...] = ()
+    substrings: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.words or self.substrings)
+
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> "WordQuery":
+        """Split texts into words. Return an empty query if there are too many words for a word search."""
+        text = normalize(" ".join(texts))
+        if len(text) > MAX_QUERY_LENGTH:
+            return cls()
+        words: dict[str, None] = {}
+        substrings: dict[str, None] = {}
+        for token in text.split():
+            if UNSPACED.search(token):
+                for part in re.findall(r"[^\W_]+", token):
+                    (substrings if UNSPACED.search(part) else words)[part] = None
+            elif re.search(r"[^\W_]", token):
+                words[token] = None
+        if len(words) + len(substrings) > MAX_QUERY_WORDS:
+            return cls()
+        return cls(tuple(words), tuple(substrings))
+
+
+def quote(text: str) -> str:
+    """Return a full-text query that matches a text literally, because FTS5 queries have operators such as NEAR."""
+    return '"' + text.replace('"', '""') + '"'
+
+
+def make_caption_condition(caption: str) -> tuple[str, str]:
+    """Return an SQL condition for the rows of `texts` with a caption that contains a text, and its parameter :caption.
+
+    The condition ignores case. Texts of fewer than three characters require a scan of all captions.
+    """
+    text = normalize(caption)
+    if not text:
+        return "texts.captions != :caption", ""
+    if len(text) < TRIGRAM_LENGTH:
+        return "instr(texts.captions, :caption)", text
+    return "texts.id IN (SELECT rowid FROM trigrams WHERE trigrams MATCH :caption)", f"captions : {quote(text)}"
+
+
+def find_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.ndarray | None) -> np.ndarray:
+    """Return the ids of the image contents that contain all words of a query, best BM25 score first.
+
+    Args:
+        allowed_ids: Ids of the contents that match the filter. Default: all contents.
+
+    Returns:
+        At most MAX_FUSED content ids, int64 of shape (N,).
+    """
+    tables, conditions, parameters = _make_match(query)
+    ranks = " + ".join([f"{table}.rank" for table in FULL_TEXT_TABLES if table in tables] or ["0.0"])
+    sql = f"SELECT texts.content, {ranks} FROM {tables} WHERE {' AND '.join(conditions)} LIMIT {MAX_MATCHES}"
+    rows = np.fromiter(db.execute(sql, parameters), np.dtype([("content", np.int64), ("rank", np.float64)]))
+    if allowed_ids is not None:
+        rows = rows[np.isin(rows["content"], allowed_ids)]
+    ids = rows["content"][np.lexsort((rows["content"], rows["rank"]))]  # a lower rank is better
+    _, first = np.unique(ids, return_index=True)  # an image may have several rows, one per location
+    return ids[np.sort(first)][:MAX_FUSED]
+
+
+def find_matched_fields(db: sqlite3.Connection, query: WordQuery, ids: Sequence[int]) -> dict[int, tuple[str, ...]]:
+    """Return the fields that contain words of the query, for each of the given contents that contains all its words."""
+    tables, conditions, parameters = _make_match(query)
+    columns = []
+    for number, column in enumerate(FIELDS):
+        tests = [f"instr(texts.{column}, :substring{n})" for n in range(len(query.substrings))]
+        if query.words:  # highlight() inserts a separator before each match
+            tests.append(f"instr(highlight(words, {number}, :mark, ''), :mark)")
+        columns.append(" OR ".join(tests))
+    # The captions already contain separators, so matches are marked with another control character.
+    parameters |= {f"substring{n}": text for n, text in enumerate(query.substrings)} | {"mark": "\x01"}
+    listed = ", ".join(str(int(content)) for content in ids)
+    sql = f"SELECT texts.content, {', '.join(columns)} FROM {tables} WHERE {' AND '.join(conditions)}"
+    fields: dict[int, set[str]] = {}
+    for content, *matches in db.execute(f"{sql} AND texts.content IN ({listed})", parameters):
+        matched = fields.setdefault(content, set())
+        matched.update(name for name, is_match in zip(FIELDS.values(), matches, strict=True) if is_match)
+    return {content: tuple(name for name in FIELDS.values() if name in names) for content, names in fields.items()}
+
+
+def _make_match(query: WordQuery) -> tuple[str, list[str], dict[str, str]]:
+    """Return the SQL tables, conditions and parameters that select the rows of `texts` with all words of a query."""
+    tables, conditions = "texts", []
+    parameters: dict[str, str] = {}
+    if query.words:
+        tables += " JOIN words ON words.rowid = texts.id"
+        conditions.append("words MATCH :words")
+        parameters["words"] = " ".join(map(quote, query.words))  # the operator between words is AND
+    long_substrings = [text for text in query.substrings if len(text) >= TRIGRAM_LENGTH]
+    if long_substrings:
+        tables += " JOIN trigrams ON trigrams.rowid = texts.id"
+        conditions.append("trigrams MATCH :trigrams")
+        parameters["trigrams"] = " ".join(map(quote, long_substrings))
+    for number, text in enumerate(text for text in query.substrings if len(text) < TRIGRAM_LENGTH):
+        columns = " || char(31) || ".join(f"texts.{column}" for column in SUBSTRING_COLUMNS)
+        conditions.append(f"instr({columns}, :short{number})")
+        parameters[f"short{number}"] = text
+    return tables, conditions, parameters
+
+
+def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Merge two rankings by reciprocal rank fusion: the score of an id is the sum of 1 / (60 + rank) over the rankings.
+
+    Only the MAX_FUSED best ids of each ranking are fused. The other ids of the first ranking follow in their order, so
+    a longer first ranking does not change the order of the ids that come first.
+
+    Args:
+        first, second: Distinct ids, best first, int64 of shape (N,) and (M,).
+    """
+    scores: dict[int, float] = {}
+    for ranking in (first, second):
+        for rank, content in enumerate(ranking[:MAX_FUSED].tolist(), 1):
+            scores[content] = scores.get(content, 0.0) + 1 / (RRF_K + rank)
+    fused = sorted(scores, key=lambda content: -scores[content])  # stable: ties are ordered by the first ranking
+    rest = [content for content in first[MAX_FUSED:].tolist() if content not in scores]
+    return np.array([*fused, *rest], np.int64)
+
+
+# ---- building
+
+
+def create_tables(connection: sqlite3.Connection) -> None:
+    """Create the tables that do not exist."""
+    for statement in WORDS_SCHEMA.split(";\n"):
+        connection.execute(statement)
+
+
+def is_damaged(connection: sqlite3.Connection) -> bool:
+    """Return True if the full-text tables do not agree with the table `texts`, which takes seconds to check."""
+    try:
+        for table in FULL_TEXT_TABLES:
+            connection.execute(f"INSERT INTO {table} ({table}, rank) VALUES ('integrity-check', 1)")
+    except sqlite3.DatabaseError as error:
+        if not is_damage(error):
+            raise
+        return True
+    return False
+
+
+def is_damage(error: BaseException | None) -> bool:
+    """Return True if an SQLite error means that a full-text table is damaged or missing."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR)
+
+
+def rebuild(connection: sqlite3.Connection) -> None:
+    """Build the full-text tables again from the table `texts`."""
+    for table in FULL_TEXT_TABLES:
+        connection.execute(f"DROP TABLE IF EXISTS {table}")
+    create_tables(connection)
+    for table in FULL_TEXT_TABLES:
+        connection.execute(f"INSERT INTO {table} ({table}) VALUES ('rebuild')")
+
+
+def add_texts(connection: sqlite3.Connection, images: Iterable[IndexedImage]) -> None:
+    """Add rows for images that have no row yet, in the transaction that adds these images."""
+    ((last,),) = connection.execute("SELECT coalesce(max(id), 0) FROM texts")
+    for image in images:
+        connection.execute(
+            "INSERT INTO texts (image, content, captions, text, name, camera, date) "
+            "SELECT name, images.content, ?, '', ?, ?, ? FROM images WHERE name = ?",
+            (*_make_row(image), image.name),
+        )
+    for content, text in connection.execute(
+        "SELECT DISTINCT content, recognized_texts.text FROM texts JOIN recognized_texts USING (content) WHERE id > ?",
+        (last,),
+    ).fetchall():
+        connection.execute("UPDATE texts SET text = ? WHERE content = ? AND id > ?", (normalize(text), content, last))
+    # One statement per table, because FTS5 would write to the disk after each trigger call.
+    for table, columns in FULL_TEXT_TABLES.items():
+        listed = ", ".join(columns)
+        rows = f"SELECT id, {listed} FROM texts WHERE id > ?"
+        connection.execute(f"INSERT INTO {table} (rowid, {listed}) {rows}", (last,))
+
+
+def remove_texts(connection: sqlite3.Connection, names: Iterable[str]) -> None:
+    """Remove the rows of images, in the transaction that removes or replaces these images."""
+    connection.execute("CREATE TEMP TABLE IF NOT EXISTS removed_texts (id INTEGER PRIMARY KEY)")
+    connection.execute("DELETE FROM removed_texts")
+    connection.executemany(
+        "INSERT INTO removed_texts SELECT id FROM texts WHERE image = ?", [(name,) for name in names]
+    )
+    _remove_from_full_text(connection)
+    connection.execute("DELETE FROM texts WHERE id IN removed_texts")
+
+
+def set_recognized_text(connection: sqlite3.Connection, content: int, text: str) -> None:
+    """Store the text recognised in an image content."""
+    connection.execute("CREATE TEMP TABLE IF NOT EXISTS removed_texts (id INTEGER PRIMARY KEY)")
+    connection.execute("DELETE FROM removed_texts")
+    connection.execute("INSERT INTO removed_texts SELECT id FROM texts WHERE content = ?", (content,))
+    connection.execute("INSERT OR REPLACE INTO recognized_texts VALUES (?, ?)", (content, to_valid_unicode(text)))
+    _remove_from_full_text(connection)
+    connection.execute("UPDATE texts SET text = ? WHERE content = ?", (normalize(text), content))
+    for table, columns in FULL_TEXT_TABLES.items():
+        listed = ", ".join(columns)
+        connection.execute(
+            f"INSERT INTO {table} (rowid, {listed}) SELECT id, {listed} FROM texts WHERE id IN removed_texts"
+        )
+
+
+def _remove_from_full_text(connection: sqlite3.Connection) -> None:
+    """Remove the rows listed in `removed_texts` from the full-text tables. Their rows in `texts` must still exist."""
+    for table, columns in FULL_TEXT_TABLES.items():
+        listed = ", ".join(columns)
+        connection.execute(
+            f"INSERT INTO {table} ({table}, rowid, {listed}) "
+            f"SELECT 'delete', id, {listed} FROM texts WHERE id IN removed_texts"
+        )
+
+
+def _make_row(image: IndexedImage) -> tuple[str, str, str, str]:
+    """Return an image's normalised captions, name, camera and date."""
+    captions = "".join(SEPARATOR + normalize(caption) for caption in image.captions)
+    try:
+        date = datetime.fromtimestamp(image.taken).strftime("%Y-%m-%d")
+    except (OverflowError, OSError, ValueError):  # files can have any modification time
+        date = ""
+    return captions, normalize(_make_name_relative(image)), normalize(image.camera), date
+
+
+def _make_name_relative(image: IndexedImage) -> str:
+    """Return an image's name without the folder that also contains its source."""
+    folder = image.source
+    while folder not in ("", "/") and not image.name.startswith(os.path.join(folder, "")):
+        folder = os.path.dirname(folder)
+    return image.name.removeprefix(os.path.join(folder, ""))
