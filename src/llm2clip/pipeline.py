@@ -22,7 +22,6 @@ running the same command again resumes an interrupted run. `fit` writes a run di
 import dataclasses
 import json
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -298,7 +297,8 @@ def run_distill(
             encoder = open_student(student, folder, teacher.model.config.embed_dim, config)
     other_texts = Path(texts) if texts else None
     if other_texts is not None:
-        deque(iterate_lines(other_texts), maxlen=0)  # raises an error if the file cannot be read
+        for _ in iterate_lines(other_texts):  # raises an error if the file cannot be read
+            pass
     with run_lock(out):
         log = start_run(out, settings, max_skipped)
         if teacher is None:
