@@ -26,8 +26,8 @@ largest similarity of a query does. There are separate values for text queries a
 
 The value of a query is the largest t of its first 10 hits. A query has an answer if the relevance of at least one of
 these hits is at least a third. A calibration takes 4,800 bytes per dimension of the embeddings (2.5 MB for 512
-dimensions, and twice as much in memory). Rating a query takes time proportional to the number of dimensions. Neither
-depends on the size of the index.
+dimensions, and twice as much in memory). Rating the hits of a query takes about 1 ms for 512 dimensions and 10 ms for
+4,096. Neither depends on the size of the index.
 """
 
 from __future__ import annotations
