@@ -161,7 +161,7 @@ def _check_deleted_fraction(source: str, indexed: Mapping[str, ImageState], dele
 def _describe_model(model: DualEncoder) -> dict[str, Any]:
     """Return the metadata of a new index."""
     name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
-    metadata = {"model": name, "fingerprint": fingerprint(model.identity()), "embed_dim": model.embed_dim}
+    metadata = {"model": name, "fingerprint": model.fingerprint, "embed_dim": model.embed_dim}
     image_identity = model.image_identity()
     if image_identity is not None:
         metadata["image_fingerprint"] = fingerprint(image_identity)
@@ -186,7 +186,7 @@ def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
     A model with the same image encoder but a different text encoder, such as a student made by `llm2clip distill`, can
     use the index. In this case, print a message. Indexes of earlier versions work only with their own model.
     """
-    if metadata["fingerprint"] == fingerprint(model.identity()):
+    if metadata["fingerprint"] == model.fingerprint:
         return
     image_identity = model.image_identity()
     has_same_images = image_identity is not None and metadata.get("image_fingerprint") == fingerprint(image_identity)

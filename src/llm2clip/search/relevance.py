@@ -43,7 +43,6 @@ from typing import NamedTuple
 import numpy as np
 
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import Backend, Filter, Hit
 from llm2clip.search.query import QueryVectors, SearchQuery
@@ -266,7 +265,7 @@ def load_calibration(backend: Backend, model: DualEncoder) -> Calibration | None
     """Return the calibration of an index, or None if there is none for this model."""
     data = backend.load_calibration()
     calibration = Calibration.from_bytes(data) if data else None
-    if calibration is None or calibration.fingerprint != fingerprint(model.identity()):
+    if calibration is None or calibration.fingerprint != model.fingerprint:
         return None
     return calibration
 
@@ -305,7 +304,7 @@ def calibrate(backend: Backend, model: DualEncoder) -> Calibration | None:
         print_once("Relevance is not available: too many images of this index are alike.")
         return None
     texts = _fit_to_captions(texts, values, backend, model, query_ids, reference)
-    return Calibration(*reference, ids, image_count, fingerprint(model.identity()), texts, images)
+    return Calibration(*reference, ids, image_count, model.fingerprint, texts, images)
 
 
 def embed_texts(model: DualEncoder, texts: Sequence[str]) -> np.ndarray:
