@@ -21,7 +21,6 @@ from torch import Tensor
 from conftest import HANG_TIMEOUT, make_llm
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.prompts import QueryTemplates
@@ -73,8 +72,7 @@ def reject_all_texts(backend: Backend, model: DualEncoder) -> None:
     """Store a calibration with which no image is close to any text, and every image is close to every image query."""
     vectors = np.stack(list(backend.vectors(backend.sample_ids(100)).values()))
     never, always = Scale(0, 1, 1, -20), Scale(0, 1, 1, 20)
-    name = fingerprint(model.identity())
-    calibration = Calibration(vectors, vectors[:1], [], len(vectors), name, texts=never, images=always)
+    calibration = Calibration(vectors, vectors[:1], [], len(vectors), model.fingerprint, texts=never, images=always)
     backend.save_calibration(calibration.to_bytes())
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.transforms import EvalTransform, Preprocess
-from llm2clip.models.hub.fingerprint import hash_weights
+from llm2clip.models.hub.fingerprint import fingerprint, hash_weights
 from llm2clip.models.hub.loading import (
     WITHOUT_HUB_CODE,
     check_model_source,
@@ -100,6 +100,17 @@ class DualEncoder:
     def encode_texts(self, texts: Sequence[str], progress: bool = False) -> Tensor:
         """Encode N texts. Return L2-normalised float32 embeddings of shape (N, embed_dim) as a CPU tensor."""
         return F.normalize(self.encode_texts_raw(texts, progress).float(), dim=-1).cpu()
+
+    @cached_property
+    def part_fingerprints(self) -> tuple[str, str] | None:
+        """Fingerprints of `part_identities`. Computed once, because hashing the weights of an LLM takes seconds."""
+        parts = self.part_identities()
+        return None if parts is None else (fingerprint(parts[0]), fingerprint(parts[1]))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of the entire model."""
+        return fingerprint(self.identity() if self.part_fingerprints is None else {"parts": self.part_fingerprints})
 
     def truncate(self, dim: int) -> DualEncoder:
         """Return the same model, with embeddings truncated to their first `dim` dimensions and normalised again.

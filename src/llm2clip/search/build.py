@@ -177,10 +177,10 @@ def _describe_model(model: DualEncoder) -> dict[str, Any]:
     """Return the metadata of a new index."""
     name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
     metadata = {"model": name, "embed_dim": model.embed_dim}
-    parts = model.part_identities()
+    parts = model.part_fingerprints
     if parts is None:
-        return {**metadata, "fingerprint": fingerprint(model.identity())}
-    return {**metadata, "image_fingerprint": fingerprint(parts[0]), "text_fingerprint": fingerprint(parts[1])}
+        return {**metadata, "fingerprint": model.fingerprint}
+    return {**metadata, "image_fingerprint": parts[0], "text_fingerprint": parts[1]}
 
 
 def truncate_to_index(metadata: Mapping[str, Any], model: DualEncoder) -> DualEncoder:
@@ -202,10 +202,10 @@ def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
     use the index. In this case, print a message. Indexes of earlier versions have a fingerprint of the entire model,
     and work only with this model.
     """
-    parts = model.part_identities() if "image_fingerprint" in metadata else None
+    parts = model.part_fingerprints if "image_fingerprint" in metadata else None
     if parts is not None:
-        is_valid = metadata["image_fingerprint"] == fingerprint(parts[0])
-        has_same_texts = metadata.get("text_fingerprint") == fingerprint(parts[1])
+        is_valid = metadata["image_fingerprint"] == parts[0]
+        has_same_texts = metadata.get("text_fingerprint") == parts[1]
     else:
         is_valid = has_same_texts = metadata.get("fingerprint") == fingerprint(model.identity())
     if not is_valid:
