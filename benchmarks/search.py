@@ -113,7 +113,7 @@ def measure_captions(folder: Path, count: int) -> None:
             add(range(start, min(start + CHUNK, count)))
     backend = SqliteBackend(folder)
     seconds, _ = time_call(lambda: backend._find_matching_ids(Filter(caption="dog")))
-    print(f"{count:,} captions; the first filter, which reads the captions, took {seconds:.1f} s of CPU time\n")
+    print(f"{count:,} captions; the first filter took {1000 * seconds:.0f} ms of CPU time\n")
 
     database = sqlite3.connect(folder / INDEX_FILE)
     database.create_function(

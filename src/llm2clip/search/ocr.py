@@ -51,7 +51,7 @@ def open_recognizer() -> RecognizeText:
         "Det.max_candidates": MAX_LINES,
     }
     params.update({f"{part}.model_path": path for part, path in _find_weights().items()})
-    engine = RapidOCR(params=params)
+    engine: Any = RapidOCR(params=params)  # its return type depends on the arguments
 
     def recognize(image: np.ndarray) -> str:
         deadline = time.monotonic() + MAX_SECONDS

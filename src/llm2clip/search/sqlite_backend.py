@@ -718,7 +718,8 @@ class SqliteDatabase:
         Until the new file contains an index of the same model, continue with the old file, which remains readable even
         after it has been deleted.
         """
-        identity = "SELECT key, value FROM metadata WHERE key IN ('fingerprint', 'image_fingerprint', 'embed_dim') ORDER BY key"
+        identity = """SELECT key, value FROM metadata
+          WHERE key IN ('fingerprint', 'image_fingerprint', 'embed_dim') ORDER BY key"""
         new_id = self._read_file_id()
         with closing(self._connect()) as connection:
             try:
