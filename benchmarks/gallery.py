@@ -4,8 +4,8 @@
     python benchmarks/gallery.py GALLERY
 
 Serves the folder with Python's static file server. Requires the `dev` extra and Chromium. A cold load starts a new
-browser with an empty cache, and enters the query as soon as the page accepts one. Later searches follow one second after
-the thumbnails of the previous results have been loaded.
+browser with an empty cache, and enters the query as soon as the page accepts one. Later searches follow one second
+after the thumbnails of the previous results have been loaded.
 """
 
 import argparse
