@@ -245,7 +245,7 @@ def test_calibration_is_renewed_when_the_index_has_changed(
     update_calibration(backend, model)
     assert backend.load_calibration() != second  # the number of images is the same, but their content is not
 
-    other = dataclasses.replace(model, identity=lambda: {"name": "another model"})
+    other = dataclasses.replace(model, part_identities=lambda: ({"name": "another model"}, {}))
     assert load_calibration(backend, model) is not None and load_calibration(backend, other) is None
     update_calibration(backend, other, changed=False)
     assert load_calibration(backend, other) is not None

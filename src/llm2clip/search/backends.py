@@ -104,10 +104,10 @@ class Hit:
         image_count: Total number of images with this content.
         width: Width of the image in pixels, after EXIF rotation.
         height: Height of the image in pixels, after EXIF rotation.
-        relevance: Estimated probability that the image answers the query (see `search.relevance`), or None if unknown.
         matched: Fields that contain words of the query (`caption`, `text`, `name`, `camera`, `date`) if the image
             contains all words of the query, otherwise empty.
         text: Text recognised in the image. Empty if there is none.
+        relevance: Estimated probability that the image answers the query (see `search.relevance`), or None if unknown.
     """
 
     id: str
@@ -116,9 +116,9 @@ class Hit:
     image_count: int
     width: int
     height: int
-    relevance: float | None = None
     matched: tuple[str, ...] = ()
     text: str = ""
+    relevance: float | None = None
 
 
 MAX_CAPTION_FILTER_LENGTH = 500  # in characters
