@@ -312,6 +312,7 @@ def test_build_index_calibrates_the_index(
     image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(relevance, "MIN_IMAGES", 30)
+    monkeypatch.setattr(relevance, "MIN_RELEVANCE", 0.3)
     backend = SqliteBackend(tmp_path, write=True)
     index_sources([image_folder], dual_encoder, backend)
     calibration = load_calibration(backend, dual_encoder)

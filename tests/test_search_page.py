@@ -233,7 +233,7 @@ def test_show_more_adds_the_next_page(page: Any) -> None:
         route.continue_(post_data={**route.request.post_data_json, "top": 20})
 
     page.route("**/search", shorten_pages)
-    search_for(page, "red", 20)
+    search_for(page, "seven", 20)  # no caption contains this word
     assert "20 of 36 images" in page.locator("#status").inner_text()
     page.locator("#show-more").click()
     wait_for_hits(page)
@@ -253,14 +253,14 @@ def test_weak_hits_are_shown_on_request(
     with running_server(create_patient_app(dual_encoder, index)) as address:
         page = browser.new_page()
         page.goto(address)
-        search_for(page, "red", 0)
+        search_for(page, "unicorn", 0)
         assert page.locator("#status").inner_text() == "Nothing in the index is close to this query."
         assert not page.locator("#show-more").is_visible()
         page.get_by_role("button", name="Show the closest images anyway").click()
         wait_for_hits(page)
         assert "36 images, none of them close to the query" in page.locator("#status").inner_text()
         assert not page.locator("#show-weak").is_visible()
-        search_for(page, "blue", 0)  # a new search hides weak hits again
+        search_for(page, "dragon", 0)  # a new search hides weak hits again
         page.locator("#show-weak").click()
         wait_for_hits(page).first.locator("button").click()
         assert "relevance 0%" in page.locator("#facts").inner_text()

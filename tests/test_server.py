@@ -87,7 +87,7 @@ def test_search_returns_the_hits_of_the_index(
     assert response.status_code == 200
     hits = response.json()["hits"]
     expected = backend.search(
-        embed_query(dual_encoder, SearchQuery(["red"], [image], ["a dog"])), 4, Filter(min_side=40)
+        embed_query(dual_encoder, SearchQuery(["red"], [image], ["a dog"])), 4, Filter(min_side=40), words=["red"]
     )
     assert [hit["id"] for hit in hits] == [hit.id for hit in expected]
     assert hits[0]["images"][0]["captions"]
@@ -133,11 +133,11 @@ def test_search_hides_weak_hits_unless_the_request_shows_them(
             assert response.status_code == 200, response.text
             return response.json()
 
-        assert search(texts=["red"]) == {"hits": [], "nothing_close": True, "total": 36}
-        weak = search(texts=["red"], show_weak=True, top=5)
+        assert search(texts=["unicorn"]) == {"hits": [], "nothing_close": True, "total": 36}
+        weak = search(texts=["unicorn"], show_weak=True, top=5)
         assert weak["nothing_close"] and len(weak["hits"]) == 5
         assert all(hit["relevance"] < 0.01 for hit in weak["hits"])
-        similar = search(like=[weak["hits"][0]["id"]], negative_texts=["red"], top=5)
+        similar = search(like=[weak["hits"][0]["id"]], negative_texts=["unicorn"], top=5)
         assert not similar["nothing_close"] and all(hit["relevance"] > 0.99 for hit in similar["hits"])
         for request in ({"negative_texts": ["red"]}, {"filter": {"path": "*.png"}}):
             answer = search(**request)
@@ -145,7 +145,7 @@ def test_search_hides_weak_hits_unless_the_request_shows_them(
 
 
 def test_search_with_only_negatives_returns_the_least_similar_images(client: TestClient) -> None:
-    positive = client.post("/search", json={"texts": ["red"]}).json()["hits"]
+    positive = client.post("/search", json={"texts": ["red"], "words": False}).json()["hits"]
     for request in ({"negative_texts": ["red"]}, {"negative_like": [positive[0]["id"]]}):
         hits = client.post("/search", json=request).json()["hits"]
         assert hits[-1]["id"] == positive[0]["id"]
@@ -174,7 +174,8 @@ def test_search_averages_short_texts_with_templates(
         return [(hit.id, pytest.approx(hit.score, abs=1e-6)) for hit in hits]
 
     def search(client: TestClient, **fields: Any) -> list[tuple[str, float]]:
-        response = client.post("/search", json={"texts": ["red"], "negative_texts": ["a dog"], "top": 5} | fields)
+        request = {"texts": ["red"], "negative_texts": ["a dog"], "words": False, "top": 5}
+        response = client.post("/search", json=request | fields)
         assert response.status_code == 200, response.text
         return [(hit["id"], hit["score"]) for hit in response.json()["hits"]]
 
