@@ -25,6 +25,7 @@ from qdrant_client import QdrantClient, models
 from llm2clip.runs.output_folder import check_format_version
 from llm2clip.search.backends import (
     FORMAT_VERSION,
+    LOOPBACK_HOSTS,
     MAX_LOCATIONS,
     NEW_INDEX_ADVICE,
     Filter,
@@ -38,7 +39,6 @@ from llm2clip.search.backends import (
 
 # The metadata point's id is derived from this key. All other point ids are derived from content hashes.
 METADATA_KEY = b"llm2clip"
-LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 PAGE_SIZE = 1000  # number of points per request
 # Payload fields for filtering and sorting. "paths" lists the folders and files that contain an image, "latest" is the
 # maximum of "taken" over a point's images, and "shorter_side" is in pixels.
@@ -52,6 +52,11 @@ PAYLOAD_INDEXES: dict[str, models.PayloadSchemaType | models.TextIndexParams] = 
     "shorter_side": models.PayloadSchemaType.INTEGER,
 }
 WITHOUT_THUMBNAIL = models.PayloadSelectorExclude(exclude=["thumbnail"])
+
+
+def open_index(location: str, write: bool, approximate_above: int) -> QdrantBackend:
+    """Open the collection at `qdrant+http(s)://HOST:PORT/COLLECTION`. Qdrant decides when to search approximately."""
+    return QdrantBackend.from_url(location.removeprefix("qdrant+"), write)
 
 
 class QdrantBackend:

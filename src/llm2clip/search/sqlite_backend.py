@@ -27,15 +27,18 @@ import psutil
 from llm2clip.runs.output_folder import INDEX_FILE, check_format_version, folder_lock
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import (
+    APPROXIMATE_ABOVE,
     FORMAT_VERSION,
     MAX_LOCATIONS,
     NEW_INDEX_ADVICE,
+    Backend,
     Filter,
     Hit,
     ImageState,
     IndexedContent,
     IndexedImage,
     format_missing_index_message,
+    parse_content_id,
     ref_from_json,
     ref_to_json,
 )
@@ -79,7 +82,6 @@ MAX_LOG_LENGTH = 100_000  # readers that have missed more changes than this relo
 NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "afs", "lustre", "gpfs", "beegfs", "ceph", "fuse.glusterfs"}
 )
-APPROXIMATE_ABOVE = 1_000_000
 CHANGED_CONTENTS = "content FROM changes WHERE id > :last"
 IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"  # same order as in `_image_to_row`
 # SQL condition for images inside a path. An image's name must match the pattern :glob, or the pattern followed by "/"
@@ -96,6 +98,11 @@ FILTER_CONDITIONS = {
 }
 MATCH_DTYPE = np.dtype([("row", np.int64), ("content", np.int64), ("taken", np.float64)])
 IDS_PER_QUERY = 500  # SQLite limits the number of parameters per statement
+
+
+def open_index(location: str, write: bool, approximate_above: int) -> Backend:
+    """Open the index in a local folder. See `open_backend`."""
+    return SqliteBackend(Path(location), write, approximate_above)
 
 
 class SqliteBackend:
@@ -246,15 +253,15 @@ class SqliteBackend:
         return len(self._get_matching_ids(image_filter)) if image_filter else self.count()[1]
 
     def vector(self, hit_id: str) -> np.ndarray | None:
-        rows = self._db.query("SELECT vector FROM contents WHERE id = ?", (_parse_content_id(hit_id),))
+        rows = self._db.query("SELECT vector FROM contents WHERE id = ?", (parse_content_id(hit_id),))
         return np.frombuffer(rows[0][0], "<f2").astype(np.float32) if rows else None
 
     def thumbnail(self, hit_id: str) -> bytes | None:
-        rows = self._db.query("SELECT jpeg FROM thumbnails WHERE id = ?", (_parse_content_id(hit_id),))
+        rows = self._db.query("SELECT jpeg FROM thumbnails WHERE id = ?", (parse_content_id(hit_id),))
         return bytes(rows[0][0]) if rows else None
 
     def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
-        return self._read_images(_parse_content_id(hit_id))
+        return self._read_images(parse_content_id(hit_id))
 
     def _read_images(
         self, content_id: int, conditions: Sequence[str] = (), parameters: Mapping[str, Any] | None = None
@@ -446,11 +453,6 @@ def _sort_unique(ids: np.ndarray) -> np.ndarray:
     occurs = np.zeros(int(ids.max(initial=-1)) + 1, bool)
     occurs[ids] = True
     return np.flatnonzero(occurs)
-
-
-def _parse_content_id(hit_id: str) -> int:
-    """Convert a hit id to an integer content id. For invalid ids, return -1, which is never a content id."""
-    return int(hit_id) if hit_id.isascii() and hit_id.isdigit() and len(hit_id) < 19 else -1
 
 
 # ---- database
