@@ -46,6 +46,10 @@ class PostgresServer:
     def _data(self) -> Path:
         return self._folder / "data"
 
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def url(self, schema: str) -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/postgres?schema={schema}"
 
@@ -77,7 +81,7 @@ class PostgresServer:
         self._process.wait()
 
     def _delete(self) -> None:
-        if self._process is not None and self._process.poll() is None:
+        if self.is_running:
             self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -10,17 +10,19 @@ are ordered by the latest capture time of their images, including images that do
 from __future__ import annotations
 
 import base64
+import functools
 import os
 import re
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 from qdrant_client import QdrantClient, models
+from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
 from llm2clip.runs.output_folder import check_format_version
 from llm2clip.search.backends import (
@@ -33,6 +35,7 @@ from llm2clip.search.backends import (
     ImageState,
     IndexedContent,
     IndexedImage,
+    IndexUnavailableError,
     ref_from_json,
     ref_to_json,
 )
@@ -51,7 +54,27 @@ PAYLOAD_INDEXES: dict[str, models.PayloadSchemaType | models.TextIndexParams] = 
     "latest": models.PayloadSchemaType.FLOAT,
     "shorter_side": models.PayloadSchemaType.INTEGER,
 }
+UNAVAILABLE_STATUSES = (502, 503, 504)
 WITHOUT_THUMBNAIL = models.PayloadSelectorExclude(exclude=["thumbnail"])
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def _convert_errors(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Make a method raise IndexUnavailableError if the server does not respond or reports that it is unavailable."""
+
+    @functools.wraps(method)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return method(*args, **kwargs)
+        except ResponseHandlingException as error:
+            raise IndexUnavailableError(f"Qdrant does not respond: {error.source}") from error
+        except UnexpectedResponse as error:
+            if error.status_code not in UNAVAILABLE_STATUSES:
+                raise
+            raise IndexUnavailableError(f"Qdrant is unavailable: {error}") from error
+
+    return call
 
 
 def open_index(location: str, write: bool, approximate_above: int) -> QdrantBackend:
@@ -108,6 +131,7 @@ class QdrantBackend:
     def lock(self) -> AbstractContextManager[None]:
         return nullcontext()  # Qdrant has no locks
 
+    @_convert_errors
     def metadata(self) -> dict[str, Any]:
         if not self.client.collection_exists(self.collection):
             return {}
@@ -118,6 +142,7 @@ class QdrantBackend:
         check_format_version(self.collection, payload.get("format_version"), FORMAT_VERSION, NEW_INDEX_ADVICE)
         return dict(payload["metadata"])
 
+    @_convert_errors
     def initialize(self, metadata: Mapping[str, Any]) -> None:
         dim = int(metadata["embed_dim"])
         if not self.client.collection_exists(self.collection):
@@ -129,6 +154,7 @@ class QdrantBackend:
         point = models.PointStruct(id=_make_point_id(METADATA_KEY), vector=[0.0] * dim, payload=payload)
         self.client.upsert(self.collection, [point])
 
+    @_convert_errors
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
         match = models.MatchAny(any=list(sources))
         conditions: list[Any] = [
@@ -141,11 +167,13 @@ class QdrantBackend:
                     states[image.name] = ImageState(image.file_version, image.captions)
         return states
 
+    @_convert_errors
     def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
         hash_of_point = {_make_point_id(digest): digest for digest in hashes}
         points = self.client.retrieve(self.collection, list(hash_of_point), with_payload=False)
         return {hash_of_point[str(point.id)] for point in points}
 
+    @_convert_errors
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
         new_images: dict[str, list[IndexedImage]] = {}  # keyed by point id
         for image, digest in images:
@@ -164,6 +192,7 @@ class QdrantBackend:
                 payload = _make_image_payload(list(by_name.values()))
                 self.client.set_payload(self.collection, payload, points=[point.id])
 
+    @_convert_errors
     def remove(self, names: Sequence[str], keep_points: Collection[str] = ()) -> None:
         # Points that no longer have images are deleted, unless they are in `keep_points`.
         for start in range(0, len(names), PAGE_SIZE):
@@ -177,6 +206,7 @@ class QdrantBackend:
                 elif str(point.id) not in keep_points:
                     self.client.delete(self.collection, models.PointIdsList(points=[point.id]))
 
+    @_convert_errors
     def finish(self) -> None:
         """Store the image counts. Qdrant updates its HNSW graph automatically."""
         images_per_content = [len(_read_images(point.payload)) for point in self._scroll_points()]
@@ -185,10 +215,12 @@ class QdrantBackend:
 
     # ---- searching
 
+    @_convert_errors
     def count(self) -> tuple[int, int]:
         metadata = self.metadata()
         return metadata.get("images", 0), metadata.get("contents", 0)
 
+    @_convert_errors
     def duplicates(self, limit: int = 10) -> list[list[str]]:
         groups = []
         for point in self._scroll_points():
@@ -198,6 +230,7 @@ class QdrantBackend:
         groups.sort(key=lambda names: (-len(names), names))
         return groups[:limit]
 
+    @_convert_errors
     def search(self, vector: np.ndarray | None, count: int, image_filter: Filter, offset: int = 0) -> list[Hit]:
         condition = _make_qdrant_filter(image_filter)
         if vector is not None:
@@ -229,17 +262,21 @@ class QdrantBackend:
             hits.append(Hit(str(point.id), score, locations, len(images), width, height))
         return hits
 
+    @_convert_errors
     def count_matches(self, image_filter: Filter) -> int:
         return self.client.count(self.collection, _make_qdrant_filter(image_filter)).count
 
+    @_convert_errors
     def vector(self, hit_id: str) -> np.ndarray | None:
         point = self._retrieve_point(hit_id, with_vector=True)
         return None if point is None else np.array(point.vector, dtype=np.float32)
 
+    @_convert_errors
     def thumbnail(self, hit_id: str) -> bytes | None:
         point = self._retrieve_point(hit_id)
         return None if point is None else base64.b64decode(point.payload["thumbnail"])
 
+    @_convert_errors
     def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
         point = self._retrieve_point(hit_id)
         return () if point is None else _read_images(point.payload)[:MAX_LOCATIONS]
