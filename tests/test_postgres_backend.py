@@ -1,5 +1,7 @@
 """Tests of the PostgreSQL backend with a real server: filters, failures of the server, writers, and text in queries."""
 
+from __future__ import annotations
+
 import os
 import signal
 import subprocess
@@ -7,14 +9,12 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage, ImageRef, TarImage
-from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError
 from llm2clip.search.backends import (
     Backend,
@@ -26,7 +26,17 @@ from llm2clip.search.backends import (
     open_backend,
 )
 from postgres_fixtures import PostgresServer, get_postgres_server
-from search_fixtures import create_backend, create_patient_app, index_sources, make_postgres_url, search_names
+from search_fixtures import (
+    create_backend,
+    create_patient_app,
+    index_sources,
+    make_postgres_url,
+    search_names,
+    wait_until,
+)
+
+if TYPE_CHECKING:
+    from llm2clip.models.dual_encoder import DualEncoder
 
 postgres_backend = pytest.importorskip("llm2clip.search.postgres_backend")
 DIM = 8
@@ -197,7 +207,7 @@ def test_postgres_approximate_search_returns_all_images_that_match_a_filter(tmp_
 
 
 def _search_exactly(backend: Any, count: int) -> list[Any]:
-    return [hit for hit in sorted(backend.search(QUERY, 2500, Filter()), key=lambda hit: -hit.score)][:count]
+    return sorted(backend.search(QUERY, 2500, Filter()), key=lambda hit: -hit.score)[:count]
 
 
 # ---- failures of the server -----------------------------------------------------------------------------------------
@@ -317,14 +327,16 @@ def test_index_run_resumes_after_the_server_was_killed(
 
 
 KILLED_WRITER = """
-import os, signal, sys
-sys.path[:0] = [sys.argv[2]]
-from test_postgres_backend import add_images, make_content, make_image
-from llm2clip.search.backends import open_backend
+import signal, sys
+import numpy as np
+from llm2clip.data.image_refs import FileImage
+from llm2clip.search.backends import IndexedContent, IndexedImage, open_backend
 
 backend = open_backend(sys.argv[1], write=True)
 with backend.lock():
-    add_images(backend, range(3))
+    for name in ("a", "b", "c"):
+        content = IndexedContent(name.encode(), np.ones(8, np.float16), b"", 1, 1)
+        backend.add([content], [(IndexedImage(f"/p/{name}.png", FileImage(name), "s", "1"), content.hash)])
     with backend._db.write() as connection:
         connection.execute("DELETE FROM images")
         print("deleted", flush=True)
@@ -335,7 +347,7 @@ with backend.lock():
 def test_killed_writer_loses_nothing_that_was_committed(server: PostgresServer, tmp_path: Path) -> None:
     create_index(tmp_path)
     url = make_postgres_url(tmp_path / "postgres")
-    command = [sys.executable, "-c", KILLED_WRITER, url, str(Path(__file__).parent)]
+    command = [sys.executable, "-c", KILLED_WRITER, url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         assert process.stdout is not None and process.stdout.readline() == b"deleted\n"
         backend = open_backend(url, write=True)
@@ -351,7 +363,6 @@ def test_killed_writer_loses_nothing_that_was_committed(server: PostgresServer, 
 
 def wait_for_lock(backend: Backend) -> None:
     """Acquire and release the lock once the server has noticed that the connection of a killed process is closed."""
-    from search_fixtures import wait_until
 
     def try_lock() -> bool:
         try:
@@ -495,6 +506,8 @@ def test_hide_password_keeps_the_rest_of_a_location() -> None:
 def test_commands_index_and_search_in_postgres_without_printing_the_password(
     server: PostgresServer, photos: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from llm2clip.cli import main
+
     url = make_postgres_url(tmp_path).replace("postgres@", "postgres:secret@")
     assert main(["index", str(photos), "--model", str(model_folder), "--out", url, "--workers", "0"]) == 0
     output = capsys.readouterr()

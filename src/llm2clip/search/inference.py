@@ -258,7 +258,7 @@ class InferenceService:
             return self._count
 
     def _count_images_for_metrics(self) -> float:
-        """Return the number of images, or NaN if the index is unavailable, so that all other metrics remain available."""
+        """Return the number of images, or NaN if the index is unavailable, so that the other metrics stay available."""
         try:
             return self.count_images()
         except IndexUnavailableError:

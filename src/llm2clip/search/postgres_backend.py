@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode
 
 import numpy as np
 import psycopg
@@ -492,8 +492,8 @@ def parse_url(url: str) -> tuple[str, str]:
     Raises:
         ValueError: The URL is invalid, or it disables encryption for another machine.
     """
-    parts = urlsplit(url)
-    query = parse_qsl(parts.query, keep_blank_values=True)
+    address, _, query_string = url.partition("?")
+    query = parse_qsl(query_string, keep_blank_values=True)
     schema = dict(query).get("schema", DEFAULT_SCHEMA)
     location = hide_password(url)
     if SCHEMA_NAME.fullmatch(schema) is None:
@@ -503,7 +503,7 @@ def parse_url(url: str) -> tuple[str, str]:
         )
     parameters = urlencode([(key, value) for key, value in query if key != "schema"], quote_via=quote)
     try:
-        options = {**CONNECTION_DEFAULTS, **conninfo_to_dict(parts._replace(query=parameters).geturl())}
+        options = {**CONNECTION_DEFAULTS, **conninfo_to_dict(f"{address}?{parameters}")}
     except psycopg.ProgrammingError as error:
         raise ValueError(
             f"{location}: the URL must have the form postgresql://USER@HOST/DATABASE?schema=NAME ({str(error).strip()})"
