@@ -133,7 +133,7 @@ def test_postgres_filters_match_those_of_sqlite_on_random_data(tmp_path: Path) -
         return Filter(**values)
 
     matched = 0
-    for image_filter in (Filter(), Filter(path="/"), Filter(caption=""), *(choose_filter() for _ in range(200))):
+    for image_filter in (Filter(), Filter(path="/"), Filter(caption=""), *(choose_filter() for _ in range(100))):
         for vector in (None, QUERY):
             expected, actual = (
                 [
@@ -149,7 +149,7 @@ def test_postgres_filters_match_those_of_sqlite_on_random_data(tmp_path: Path) -
         counts = [backend.count_matches(image_filter) for backend in backends]
         assert counts[0] == counts[1], image_filter
         matched += counts[0] > 0
-    assert matched > 60
+    assert matched > 30
     assert backends[1].indexed(["/a", "/50%"]) == backends[0].indexed(["/a", "/50%"]) != {}
     assert backends[1].duplicates() == backends[0].duplicates() != []
     assert backends[1].count() == backends[0].count()
