@@ -5,8 +5,8 @@
 
 Without `--url`, the script starts a PostgreSQL server with pgvector on this machine. Vectors and queries are those of
 benchmarks/search.py. Times are those of complete `Backend.search` calls, from the query vector to the file names. The
-baseline is the local index (SQLite) with the same images, in the same run. The filter is a folder with 1% of the images.
-Recall is measured against the exact search in float32.
+baseline is the local index (SQLite) with the same images, in the same run. The filter is a folder that contains 1% of
+the images. Recall is measured against the exact search in float32.
 """
 
 import argparse

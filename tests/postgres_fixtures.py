@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 
-from conftest import HANG_TIMEOUT
-
+START_TIMEOUT = 300  # seconds; only a server that hangs takes so long
 UNPRIVILEGED_USER = "nobody"  # PostgreSQL does not run as root
 
 
@@ -59,7 +58,7 @@ class PostgresServer:
             command: list[Any] = [self._binaries / "postgres", "-D", self._data, "-k", self._folder, "-h", "127.0.0.1"]
             settings = ["-p", str(self.port), "-c", "fsync=off", "-c", "shared_buffers=32MB"]
             self._process = subprocess.Popen([*command, *settings], stdout=log, stderr=log, **self._options)
-        deadline = time.monotonic() + HANG_TIMEOUT
+        deadline = time.monotonic() + START_TIMEOUT
         while not self._accepts_connections():
             is_starting = self._process.poll() is None and time.monotonic() < deadline
             assert is_starting, (self._folder / "log").read_text()[-2000:]

@@ -79,8 +79,8 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--approximate_above",
         type=NonNegativeInt,
-        default=1_000_000,
-        help="Use approximate search (an HNSW graph) if the index has at least this many distinct images.",
+        help="Use approximate search (an HNSW graph) if the index has at least this many distinct images. Default: "
+        "1,000,000 for a folder, 100,000 for PostgreSQL.",
     )
 
     sub = commands.add(

@@ -24,7 +24,6 @@ BACKENDS = {"qdrant+http": "qdrant", "qdrant+https": "qdrant", "postgresql": "po
 URL_FORMS = "qdrant+http://HOST:6333/COLLECTION or postgresql://USER@HOST/DATABASE?schema=NAME"
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 FORMAT_VERSION = 1  # version of the index format
-APPROXIMATE_ABOVE = 1_000_000  # default of the number of distinct images from which on a search is approximate
 NEW_INDEX_ADVICE = "Build a new index in another folder with `llm2clip index`"
 # These keys are stored in every index, so they must not change when a class is renamed.
 REF_TYPES: dict[str, type[ImageRef]] = {
@@ -270,13 +269,14 @@ class IndexUnavailableError(OSError):
     """The server that stores an index is down, is restarting or cannot be reached. Trying again later may help."""
 
 
-def open_backend(location: str, write: bool = False, approximate_above: int = APPROXIMATE_ABOVE) -> Backend:
+def open_backend(location: str, write: bool = False, approximate_above: int | None = None) -> Backend:
     """Open the index in a local folder or at a URL of one of the forms in URL_FORMS.
 
     Args:
         location: Local folder or URL.
         write: If True, open the index for writing, and create it if it does not exist.
-        approximate_above: Minimum number of distinct images for approximate search. Ignored by Qdrant.
+        approximate_above: Minimum number of distinct images for approximate search. Ignored by Qdrant. Default: 1,000,000
+            for a folder, 100,000 for PostgreSQL.
 
     Raises:
         FileNotFoundError: `write` is False, and there is no index at the location.

@@ -35,7 +35,6 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from llm2clip.data.image_refs import FileImage
 from llm2clip.runs.output_folder import FolderInUseError, check_format_version
 from llm2clip.search.backends import (
-    APPROXIMATE_ABOVE,
     FORMAT_VERSION,
     LOOPBACK_HOSTS,
     MAX_LOCATIONS,
@@ -55,6 +54,9 @@ from llm2clip.search.backends import (
 Connection = psycopg.Connection[tuple[Any, ...]]
 Result = TypeVar("Result")
 
+APPROXIMATE_ABOVE = (
+    100_000  # lower than with SQLite, whose exact search is several times as fast (benchmarks/postgres.py)
+)
 DEFAULT_SCHEMA = "llm2clip"
 SCHEMA_NAME = re.compile(r"(?!pg_|public$)[A-Za-z_][A-Za-z0-9_]{0,62}")
 MIN_PGVECTOR = (0, 8)  # earlier versions cannot continue an HNSW search until enough rows match a filter
@@ -121,9 +123,9 @@ ORIGINAL_CHARACTERS = {stored: original for original, stored in STORABLE_CHARACT
 CAPTION_SEPARATOR = "\U0010f7fe"
 
 
-def open_index(location: str, write: bool, approximate_above: int) -> PostgresBackend:
+def open_index(location: str, write: bool, approximate_above: int | None) -> PostgresBackend:
     """Open the index at `postgresql://USER@HOST/DATABASE?schema=NAME`. See `open_backend`."""
-    backend = PostgresBackend(location, approximate_above)
+    backend = PostgresBackend(location, APPROXIMATE_ABOVE if approximate_above is None else approximate_above)
     if not write and not backend.metadata():
         raise FileNotFoundError(
             f"{hide_password(location)} has no llm2clip index in the schema {backend.schema!r}. Create an index with "

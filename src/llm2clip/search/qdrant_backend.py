@@ -77,7 +77,7 @@ def _convert_errors(method: Callable[Parameters, Result]) -> Callable[Parameters
     return call
 
 
-def open_index(location: str, write: bool, approximate_above: int) -> QdrantBackend:
+def open_index(location: str, write: bool, approximate_above: int | None) -> QdrantBackend:
     """Open the collection at `qdrant+http(s)://HOST:PORT/COLLECTION`. Qdrant decides when to search approximately."""
     return QdrantBackend.from_url(location.removeprefix("qdrant+"), write)
 

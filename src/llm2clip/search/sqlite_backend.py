@@ -27,7 +27,6 @@ import psutil
 from llm2clip.runs.output_folder import INDEX_FILE, check_format_version, folder_lock
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import (
-    APPROXIMATE_ABOVE,
     FORMAT_VERSION,
     MAX_LOCATIONS,
     NEW_INDEX_ADVICE,
@@ -82,6 +81,7 @@ MAX_LOG_LENGTH = 100_000  # readers that have missed more changes than this relo
 NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "afs", "lustre", "gpfs", "beegfs", "ceph", "fuse.glusterfs"}
 )
+APPROXIMATE_ABOVE = 1_000_000
 CHANGED_CONTENTS = "content FROM changes WHERE id > :last"
 IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"  # same order as in `_image_to_row`
 # SQL condition for images inside a path. An image's name must match the pattern :glob, or the pattern followed by "/"
@@ -100,9 +100,9 @@ MATCH_DTYPE = np.dtype([("row", np.int64), ("content", np.int64), ("taken", np.f
 IDS_PER_QUERY = 500  # SQLite limits the number of parameters per statement
 
 
-def open_index(location: str, write: bool, approximate_above: int) -> Backend:
+def open_index(location: str, write: bool, approximate_above: int | None) -> Backend:
     """Open the index in a local folder. See `open_backend`."""
-    return SqliteBackend(Path(location), write, approximate_above)
+    return SqliteBackend(Path(location), write, APPROXIMATE_ABOVE if approximate_above is None else approximate_above)
 
 
 class SqliteBackend:
