@@ -275,8 +275,8 @@ def open_backend(location: str, write: bool = False, approximate_above: int | No
     Args:
         location: Local folder or URL.
         write: If True, open the index for writing, and create it if it does not exist.
-        approximate_above: Minimum number of distinct images for approximate search. Ignored by Qdrant. Default: 1,000,000
-            for a folder, 100,000 for PostgreSQL.
+        approximate_above: Minimum number of distinct images for approximate search. Default: 1,000,000 for a folder,
+            100,000 for PostgreSQL. Ignored by Qdrant.
 
     Raises:
         FileNotFoundError: `write` is False, and there is no index at the location.
