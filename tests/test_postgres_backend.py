@@ -470,7 +470,8 @@ def test_postgres_connections_to_other_machines_are_encrypted(tmp_path: Path, mo
         for mode in ("disable", "allow"):
             with pytest.raises(ValueError, match=r"unencrypted.*ssh -L"):
                 read_sslmode(f"postgresql://u@{remote}/db?sslmode={mode}")
-    assert read_sslmode("postgresql://u@localhost/db?hostaddr=192.0.2.1") == "require"
+    for parameters in ("hostaddr=192.0.2.1", "host=192.0.2.1,192.0.2.2&hostaddr=,"):
+        assert read_sslmode(f"postgresql://u@localhost/db?{parameters}") == "require"
     with monkeypatch.context() as patch:
         patch.setenv("PGHOST", "192.0.2.1")
         assert read_sslmode("postgresql:///db") == "require"

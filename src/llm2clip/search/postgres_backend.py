@@ -505,14 +505,14 @@ def parse_url(url: str) -> tuple[str, str]:
         )
     parameters = urlencode([(key, value) for key, value in query if key != "schema"], quote_via=quote)
     try:
-        options = {**CONNECTION_DEFAULTS, **conninfo_to_dict(f"{address}?{parameters}")}
+        options: dict[str, Any] = {**CONNECTION_DEFAULTS, **conninfo_to_dict(f"{address}?{parameters}")}
     except psycopg.ProgrammingError as error:
         raise ValueError(
             f"{location}: the URL must have the form postgresql://USER@HOST/DATABASE?schema=NAME ({str(error).strip()})"
         ) from error
     options["client_encoding"] = "utf8"
     settings = _resolve_options(make_conninfo(**options))
-    hosts = (settings.get("hostaddr") or settings.get("host") or "").split(",")
+    hosts = f"{settings.get('host', '')},{settings.get('hostaddr', '')}".split(",")
     if not all(host in LOOPBACK_HOSTS or host[:1] in ("", "/", "@") for host in hosts):
         if settings.get("sslmode") in ("disable", "allow"):
             raise ValueError(
@@ -725,10 +725,10 @@ class PostgresDatabase:
             OSError: pgvector is not installed on the server, or the user may not create it.
         """
         rows = connection.execute(
-            "SELECT name, installed_version FROM pg_available_extensions WHERE name IN ('vector', 'pg_trgm')"
+            "SELECT name FROM pg_available_extensions WHERE name IN ('vector', 'pg_trgm')"
         ).fetchall()
-        installed_versions = dict(rows)
-        if "vector" not in installed_versions:
+        names = {name for (name,) in rows}
+        if "vector" not in names:
             raise OSError(f"{self.location}: the server has no pgvector. Install pgvector 0.8 or later on the server")
         try:
             connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
@@ -737,7 +737,7 @@ class PostgresDatabase:
                 f"{self.location}: this database user cannot enable pgvector. Run `CREATE EXTENSION vector` in the "
                 "database as an administrator"
             ) from error
-        if "pg_trgm" in installed_versions:
+        if "pg_trgm" in names:
             with suppress(errors.InsufficientPrivilege):  # without pg_trgm, caption filters read all captions
                 connection.execute("CREATE EXTENSION IF NOT EXISTS pg_trgm")
 
