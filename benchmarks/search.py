@@ -60,7 +60,7 @@ def main() -> None:
     backend = SqliteBackend(folder / "index", write=True, approximate_above=1 << 60)
     seconds = fill(backend, flat, args.count, args.dim)
     print(f"{args.count:,} vectors of dimension {args.dim}, indexed in {seconds:.0f} s")
-    queries = make_queries(flat, args.queries, args.count, args.dim)
+    queries = make_queries(flat, args.queries, args.count)
 
     def search_backend(query: np.ndarray) -> np.ndarray:
         return np.array([int(hit.id) - 1 for hit in backend.search(query, K, Filter())])
@@ -174,11 +174,15 @@ def fill(backend: SqliteBackend, flat: Any, count: int, dim: int) -> float:
     return seconds
 
 
-def make_queries(flat: Any, queries: int, count: int, dim: int) -> np.ndarray:
+def make_queries(flat: Any, queries: int, count: int) -> np.ndarray:
     """Return float32 unit vectors of shape (queries, D), each near a randomly chosen indexed vector."""
     rng = np.random.default_rng(1)
-    vectors = np.stack([flat.reconstruct(int(row)) for row in rng.integers(count, size=queries)])
-    noise = rng.standard_normal(vectors.shape, dtype=np.float32) / np.sqrt(dim)
+    return add_noise(np.stack([flat.reconstruct(int(row)) for row in rng.integers(count, size=queries)]), rng)
+
+
+def add_noise(vectors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return float32 unit vectors that are near the given unit vectors of shape (N, D)."""
+    noise = rng.standard_normal(vectors.shape, dtype=np.float32) / np.sqrt(vectors.shape[1])
     vectors = vectors + 0.5 * noise
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 

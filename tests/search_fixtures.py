@@ -4,6 +4,7 @@ The pytest fixtures `model_folder` and `dual_encoder` in conftest.py are made wi
 """
 
 import dataclasses
+import hashlib
 import socket
 import threading
 import time
@@ -27,12 +28,13 @@ from llm2clip.models.prompts import QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.dense import DenseEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.search.backends import Backend, Filter
+from llm2clip.search.backends import Backend, Filter, open_backend
 from llm2clip.search.build import IndexReport, build_index
 from llm2clip.search.relevance import Calibration, Scale
 from llm2clip.search.sqlite_backend import SqliteBackend
+from postgres_fixtures import get_postgres_server
 
-BACKENDS = ("sqlite", "qdrant")
+BACKENDS = ("sqlite", "qdrant", "postgres")
 
 
 def make_model(folder: Path) -> Path:
@@ -83,14 +85,22 @@ def index_sources(sources: list[Path], model: DualEncoder, backend: Backend, **o
 
 
 def create_backend(kind: str, folder: Path) -> Backend:
-    """Create an empty index of one of BACKENDS; Qdrant runs in this process."""
+    """Create an empty index of one of BACKENDS. Qdrant runs in this process, PostgreSQL in one for all tests."""
     if kind == "sqlite":
         return SqliteBackend(folder, write=True)
+    if kind == "postgres":
+        return open_backend(make_postgres_url(folder), write=True)
     qdrant_backend = pytest.importorskip("llm2clip.search.qdrant_backend")
     from qdrant_client import QdrantClient
 
     backend: Backend = qdrant_backend.QdrantBackend(QdrantClient(path=str(folder)), "pictures")
     return backend
+
+
+def make_postgres_url(folder: Path) -> str:
+    """Return the URL of an index in the tests' PostgreSQL server. Each folder has its own index."""
+    schema = f"index_{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
+    return get_postgres_server().url(schema)
 
 
 def search_names(backend: Backend, image_filter: Filter | None = None, count: int = 100) -> set[str]:

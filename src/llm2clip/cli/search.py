@@ -50,7 +50,12 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--model", type=str, required=True, help="Model folder, or any other model that `evaluate` accepts."
     )
-    sub.add_argument("--out", type=str, required=True, help="Index folder, or qdrant+http://HOST:6333/COLLECTION.")
+    sub.add_argument(
+        "--out",
+        type=str,
+        required=True,
+        help="Index folder, qdrant+http://HOST:6333/COLLECTION or postgresql://USER@HOST/DATABASE?schema=NAME.",
+    )
     sub.add_argument(
         "--dim",
         type=PositiveInt,
@@ -91,8 +96,8 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--approximate_above",
         type=NonNegativeInt,
-        default=1_000_000,
-        help="Use approximate search (an HNSW graph) if the index has at least this many distinct images.",
+        help="Use approximate search (an HNSW graph) if the index has at least this many distinct images. Default: "
+        "1,000,000 for a folder, 100,000 for PostgreSQL.",
     )
 
     sub = commands.add(
@@ -220,7 +225,7 @@ def _index(args: Namespace) -> list[str]:
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.models.truncation import check_dim
     from llm2clip.runs.ranks import print_once
-    from llm2clip.search.backends import open_backend
+    from llm2clip.search.backends import hide_password, open_backend
     from llm2clip.search.build import build_index
     from llm2clip.search.ocr import open_recognizer
 
@@ -255,7 +260,8 @@ def _index(args: Namespace) -> list[str]:
     print_once(str(report), log.summary())
 
     images, contents = backend.count()
-    lines = [f"Index: {args.out} ({images:,} images, {contents:,} distinct)"]
+    location = hide_password(args.out)
+    lines = [f"Index: {location} ({images:,} images, {contents:,} distinct)"]
     for names in backend.duplicates(limit=3):
         lines.append("Duplicates: " + ", ".join(names[:4]))
     if log.skipped and skipped_file:
@@ -263,8 +269,8 @@ def _index(args: Namespace) -> list[str]:
     unread = log.dropped["text not recognised"]
     if unread:
         lines.append(f"Images whose text could not be recognised: {unread:,}, listed in {skipped_file}")
-    lines.append(f"Next: {format_command('search', args.out, 'a description of an image')}")
-    lines.append(f"      {format_command('serve', '--index', args.out)}")
+    lines.append(f"Next: {format_command('search', location, 'a description of an image')}")
+    lines.append(f"      {format_command('serve', '--index', location)}")
     return lines
 
 

@@ -1,9 +1,11 @@
 """Index backend interface, shared data types, and a function that opens an index.
 
-An index is stored in either a local folder (SQLite) or a Qdrant collection.
+An index is stored in a local folder (SQLite), a Qdrant collection or a schema of a PostgreSQL database.
 """
 
+import importlib
 import json
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +18,11 @@ import numpy as np
 from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, to_valid_unicode
 from llm2clip.io_utils import install_command
 
-QDRANT_PREFIX = "qdrant+"
+# Backend of each URL scheme, and the forms of the URLs. The module `search.NAME_backend` defines `open_index`, and the
+# extra with this name installs its packages. Locations without a scheme are folders.
+BACKENDS = {"qdrant+http": "qdrant", "qdrant+https": "qdrant", "postgresql": "postgres", "postgres": "postgres"}
+URL_FORMS = "qdrant+http://HOST:6333/COLLECTION or postgresql://USER@HOST/DATABASE?schema=NAME"
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 FORMAT_VERSION = 1  # version of the index format
 NEW_INDEX_ADVICE = "Build a new index in another folder with `llm2clip index`"
 # These keys are stored in every index, so they must not change when a class is renamed.
@@ -177,7 +183,10 @@ class WordIndexError(OSError):
 
 
 class Backend(Protocol):
-    """Interface for indexes, which store images and search them by embedding."""
+    """Interface for indexes, which store images and search them by embedding.
+
+    The methods of backends on a server raise IndexUnavailableError if the server does not respond.
+    """
 
     def lock(self) -> AbstractContextManager[None]:
         """Return a context manager that prevents other runs from writing to the index. With Qdrant, it does nothing.
@@ -217,8 +226,8 @@ class Backend(Protocol):
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
         """Add images and their contents. An image replaces any existing image of the same name.
 
-        Each image is paired with its content hash. SQLite adds everything in one transaction. Qdrant does not support
-        transactions.
+        Each image is paired with its content hash. SQLite and PostgreSQL add everything in one transaction. Qdrant does
+        not support transactions.
         """
         ...
 
@@ -263,7 +272,7 @@ class Backend(Protocol):
         cosine similarities, so the scores of the hits are then not sorted. Qdrant ignores the words.
 
         Without a query vector, return the newest images first. If several files of an image match the filter, the
-        latest of their capture times is used. SQLite orders images with equal times by id.
+        latest of their capture times is used. SQLite and PostgreSQL order images with equal times by id.
 
         Args:
             vector: L2-normalised query vector of shape (D,), float32, or None.
@@ -318,32 +327,44 @@ def format_missing_index_message(folder: str | Path) -> str:
     return f"{folder} is not an index. Create an index with: llm2clip index PHOTOS --model MODEL --out {out}"
 
 
-def open_backend(location: str, write: bool = False, **options: int) -> Backend:
-    """Open the index in a local folder or at `qdrant+http://HOST:6333/COLLECTION`.
+class IndexUnavailableError(OSError):
+    """The server that stores an index is down, is restarting or cannot be reached. Trying again later may help."""
+
+
+def open_backend(location: str, write: bool = False, approximate_above: int | None = None) -> Backend:
+    """Open the index in a local folder or at a URL of one of the forms in URL_FORMS.
 
     Args:
-        location: Local folder, or URL of a Qdrant collection.
+        location: Local folder or URL.
         write: If True, open the index for writing, and create it if it does not exist.
-        options: Additional arguments for `SqliteBackend`. Ignored by Qdrant.
+        approximate_above: Minimum number of distinct images for approximate search. Default: 1,000,000 for a folder,
+            100,000 for PostgreSQL. Ignored by Qdrant.
 
     Raises:
         FileNotFoundError: `write` is False, and there is no index at the location.
         ImportError: A required package is not installed.
-        ValueError: The URL is not a valid Qdrant location, or the API key would be sent unencrypted.
+        ValueError: The URL is invalid, or a key, a password or data would be sent unencrypted.
+        IndexUnavailableError: The server does not respond.
     """
-    is_qdrant = location.startswith(QDRANT_PREFIX)
-    if "://" in location and not is_qdrant:
-        raise ValueError(
-            f"{location}: the URL of a remote index must have the form {QDRANT_PREFIX}http://HOST:6333/COLLECTION"
-        )
+    scheme, separator, _ = location.partition("://")
+    if separator and scheme not in BACKENDS:
+        raise ValueError(f"{hide_password(location)}: the URL of a remote index must have the form {URL_FORMS}")
+    name = BACKENDS[scheme] if separator else "sqlite"
     try:
-        if is_qdrant:
-            from llm2clip.search.qdrant_backend import QdrantBackend
-
-            return QdrantBackend.from_url(location.removeprefix(QDRANT_PREFIX), write)
-        from llm2clip.search.sqlite_backend import SqliteBackend
-
-        return SqliteBackend(Path(location), write, **options)
+        module = importlib.import_module(f"llm2clip.search.{name}_backend")
+        backend: Backend = module.open_index(location, write, approximate_above)
+        return backend
     except ModuleNotFoundError as error:
-        extra = "qdrant" if is_qdrant else "search"
-        raise ImportError(f"{location}: a package is missing; run `{install_command(extra)}` ({error})") from error
+        command = install_command("search" if name == "sqlite" else name)
+        raise ImportError(f"{hide_password(location)}: a package is missing; run `{command}` ({error})") from error
+
+
+def hide_password(location: str) -> str:
+    """Return the location of an index without the password that a URL can contain, for messages."""
+    location = re.sub(r"^([\w+]+://[^/?#:@]*):[^/?#@]*@", r"\1@", location)
+    return re.sub(r"([?&](?:ssl)?password=)[^&#]*", r"\1***", location)
+
+
+def parse_content_id(hit_id: str) -> int:
+    """Convert a hit id to an integer content id. For invalid ids, return -1, which is never a content id."""
+    return int(hit_id) if hit_id.isascii() and hit_id.isdigit() and len(hit_id) < 19 else -1

@@ -1,5 +1,6 @@
 """HTTP error responses in the JSON format of OpenAI's API."""
 
+import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,9 +10,11 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from llm2clip.data.image_refs import to_valid_unicode
-from llm2clip.search.backends import WordIndexError
+from llm2clip.search.backends import IndexUnavailableError, WordIndexError
 from llm2clip.search.queues import QueueFull
 from llm2clip.search.request_images import InvalidImage, NotFound, TooLarge
+
+logger = logging.getLogger(__name__)
 
 ERROR_TYPES = {
     400: "bad request",
@@ -21,7 +24,7 @@ ERROR_TYPES = {
     413: "request too large",
     422: "invalid request",
     429: "too many requests",
-    503: "damaged index",
+    503: "index unavailable",
     504: "timeout",
 }
 # Clients receive the messages of these exceptions. All other exceptions are reported as internal errors.
@@ -73,6 +76,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _handle_http_exception)
     app.add_exception_handler(RequestValidationError, _handle_validation_error)
     app.add_exception_handler(InvalidImage, _handle_error)
+    app.add_exception_handler(IndexUnavailableError, _handle_unavailable_index)
     for exception in STATUS_CODES:
         app.add_exception_handler(exception, _handle_error)
 
@@ -82,6 +86,11 @@ async def _handle_error(_: Request, error: Exception) -> Response:
         return make_error_response(error.code, str(error), param=error.param)
     code = next(code for exception, code in STATUS_CODES.items() if isinstance(error, exception))
     return make_error_response(code, str(error), RETRY_SOON if code == 429 else None)
+
+
+async def _handle_unavailable_index(_: Request, error: Exception) -> Response:
+    logger.warning("%s", error)  # clients do not receive the message, because it contains addresses
+    return make_error_response(503, "the index is temporarily unavailable; try again later", RETRY_SOON)
 
 
 async def _handle_unexpected_error(_: Request, error: Exception) -> JSONResponse:

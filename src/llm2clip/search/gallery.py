@@ -34,7 +34,7 @@ from llm2clip.models.prompts import MAX_TEMPLATE_CHARACTERS
 from llm2clip.models.truncation import truncate_model
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once
-from llm2clip.search.backends import Backend, Filter, Hit, open_backend
+from llm2clip.search.backends import Backend, Filter, Hit, hide_password, open_backend
 from llm2clip.search.build import truncate_to_index
 
 PAGE_FOLDER = Path(__file__).parent / "gallery_page"
@@ -144,7 +144,7 @@ def check_gallery_size(index: str, backend: Backend, text_parameters: int, max_m
     """Print the estimated size of a gallery by part. Raise ValueError if there are no images or it is too large."""
     _, count = backend.count()
     if not count:
-        raise ValueError(f"{index} contains no images. Add images with `llm2clip index`")
+        raise ValueError(f"{hide_password(index)} contains no images. Add images with `llm2clip index`")
     hits = backend.search(None, SAMPLED_THUMBNAILS, Filter())
     thumbnail_bytes = np.mean([len(backend.thumbnail(hit.id) or b"") for hit in hits])
     parts = {

