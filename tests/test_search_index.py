@@ -445,7 +445,7 @@ def test_path_filter_excludes_siblings_with_the_same_prefix(
 def test_search_pages_follow_each_other(
     kind: str, image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
 ) -> None:
-    """Without a query, the newest images come first. Except with Qdrant, the time of a duplicate must meet the filter."""
+    """Without a query, the newest images come first. Only Qdrant counts the times of duplicates outside the filter."""
     backend, root = create_backend(kind, tmp_path / "index"), tmp_path / "p"
     (root / "old").mkdir(parents=True)
     for n in range(6):

@@ -209,7 +209,7 @@ class Backend(Protocol):
         ...
 
     def prepare_words(self) -> None:
-        """Create, repair or complete the tables for word search. With Qdrant, it does nothing."""
+        """Create, repair or complete the tables for word search. Does nothing except with SQLite."""
         ...
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
@@ -255,7 +255,7 @@ class Backend(Protocol):
         ...
 
     def set_texts(self, texts: Mapping[bytes, str]) -> None:
-        """Store the texts recognised in images, keyed by content hash. With Qdrant, raise ValueError."""
+        """Store the texts recognised in images, keyed by content hash. Raise ValueError except with SQLite."""
         ...
 
     def search(
@@ -269,7 +269,7 @@ class Backend(Protocol):
         """Return the images that match a filter, most similar to the query vector first.
 
         Images whose texts contain all words of the query are ranked higher (see `search.words`). Their scores are
-        cosine similarities, so the scores of the hits are then not sorted. Qdrant ignores the words.
+        cosine similarities, so the scores of the hits are then not sorted. Only SQLite uses the words.
 
         Without a query vector, return the newest images first. If several files of an image match the filter, the
         latest of their capture times is used. SQLite and PostgreSQL order images with equal times by id.

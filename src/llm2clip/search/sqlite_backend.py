@@ -389,7 +389,7 @@ class SqliteBackend:
         return np.frombuffer(rows[0][0], "<f2").astype(np.float32) if rows else None
 
     def vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
-        ids = np.array([_parse_content_id(hit_id) for hit_id in hit_ids], np.int64)
+        ids = np.array([parse_content_id(hit_id) for hit_id in hit_ids], np.int64)
         vectors = self._fetch_vectors(ids).astype(np.float32)
         return {hit_id: vector for hit_id, vector in zip(hit_ids, vectors, strict=True) if vector.any()}
 
