@@ -290,7 +290,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
     @torch.no_grad()
     def project_text_embeddings(self, embeddings: Tensor) -> Tensor:
         """Map caption embeddings (N, text_dim) to L2-normalised float32 embeddings (N, embed_dim) in a CPU tensor."""
-        self.eval()
+        self.adapter.eval()  # not self.eval(), which takes milliseconds for all modules of a vision tower
         _, text, *_ = self(embeddings=embeddings.to(self.device))
         assert text is not None
         return text.cpu()
