@@ -423,7 +423,7 @@ def test_server_of_a_student_searches_the_index_of_its_teacher(
     student = truncate_to_index(backend.metadata(), open_dual_encoder(folder, "cpu", "auto"))
     query = "the left half is red"
     with TestClient(create_patient_app(student, backend), base_url="http://localhost") as client:
-        response = client.post("/search", json={"texts": [query], "top": 3})
+        response = client.post("/search", json={"texts": [query], "words": False, "top": 3})
     assert response.status_code == 200, response.text
     expected = backend.search(student.encode_texts([query])[0].numpy(), 3, Filter())
     scores = [hit["score"] for hit in response.json()["hits"]]

@@ -225,7 +225,7 @@ def test_server_truncates_queries_to_the_index_and_embeddings_to_the_request(
     expected = embed_query(dual_encoder.truncate(DIM), SearchQuery(texts=TEXTS[:1]))
     [first, *_] = truncated_index.search(expected, 1, Filter())
     with TestClient(create_patient_app(dual_encoder, truncated_index), base_url="http://localhost") as client:
-        hits = client.post("/search", json={"texts": TEXTS[:1]}).json()["hits"]
+        hits = client.post("/search", json={"texts": TEXTS[:1], "words": False}).json()["hits"]
         assert (hits[0]["id"], hits[0]["score"]) == (first.id, pytest.approx(first.score, abs=1e-5))
         assert client.post("/search", json={"texts": ["a"], "like": [first.id]}).status_code == 200
         assert client.post("/heatmap", json={"texts": ["a"], "id": first.id}).status_code == 200
@@ -246,7 +246,7 @@ def test_index_command_truncates(
     assert main([*command, "--dim", "17"]) == 1
     assert "cannot be truncated to 17" in capsys.readouterr().err and not (tmp_path / "index").exists()
     assert main([*command, "--dim", str(DIM)]) == 0
-    assert main(["search", str(tmp_path / "index"), *TEXTS[:1], "--paths", "--top", "1"]) == 0
+    assert main(["search", str(tmp_path / "index"), *TEXTS[:1], "--no_words", "--paths", "--top", "1"]) == 0
     model = open_dual_encoder(str(model_folder))
     files = sorted(image_folder.glob("*.png"))
     cosines = truncate_by_hand(encode_images(model, files)) @ truncate_by_hand(model.encode_texts(TEXTS[:1])).T

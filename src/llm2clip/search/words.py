@@ -37,7 +37,10 @@ CREATE VIRTUAL TABLE IF NOT EXISTS trigrams USING fts5(
   captions, text, name, content='texts', content_rowid='id', tokenize='trigram case_sensitive 1');
 """
 SEPARATOR = "\x1f"  # precedes each caption in `texts`; never occurs in normalised texts
-CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f]")  # FTS5's trigram tokenizer stops at NUL
+# FTS5's trigram tokenizer stops at NUL, and SQLite cannot store lone surrogates. They are replaced with symbols, such
+# as U+2400 (␀) for NUL, which separate words as the original characters do.
+REPLACEMENTS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"}
+REPLACEMENTS |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
 TRIGRAM_LENGTH = 3  # `trigrams` cannot find shorter texts
 # Letters of scripts that do not separate words with spaces: Thai, Lao, Burmese, Khmer, Chinese and Japanese.
 UNSPACED = re.compile(
@@ -52,7 +55,7 @@ RRF_K = 60  # constant of reciprocal rank fusion (Cormack et al., 2009)
 
 def normalize(text: str) -> str:
     """Return a text in the form in which it is stored and searched: casefolded, without control characters."""
-    return CONTROL_CHARACTERS.sub("\ufffd", to_valid_unicode(text.casefold()))
+    return text.casefold().translate(REPLACEMENTS)
 
 
 @dataclass(frozen=True)
