@@ -37,10 +37,7 @@ if TYPE_CHECKING:
     from llm2clip.search.backends import Filter
     from llm2clip.search.build import IndexReport
 
-NOTHING_CLOSE = (
-    "Nothing close: no image that matches the filters is close to the query. To see the closest images anyway, add "
-    "--show_weak."
-)
+NOTHING_CLOSE = "Nothing close: no image is close to the query. To see the closest images anyway, add --show_weak."
 
 
 def add_commands(commands: Commands) -> None:
