@@ -497,6 +497,7 @@ def test_hide_password_keeps_the_rest_of_a_location() -> None:
     for location, hidden in (
         ("postgresql://u:secret@h:5432/db?schema=s", "postgresql://u@h:5432/db?schema=s"),
         ("postgresql://h/db?user=u&password=secret&schema=s", "postgresql://h/db?user=u&password=***&schema=s"),
+        ("postgresql://u:se/cr@et@h/db", "postgresql://u@h/db"),
         ("postgresql://u@h/db", "postgresql://u@h/db"),
         ("qdrant+http://localhost:6333/photos", "qdrant+http://localhost:6333/photos"),
         ("/folder:a@b", "/folder:a@b"),

@@ -107,6 +107,7 @@ def test_open_index_switches_to_a_new_index_at_the_same_path(
     index.rename(tmp_path / "old2")
     (tmp_path / "other").rename(index)
     assert search_names(reader) == search_names(reader) == expected
+    assert search_names(reader, Filter(min_side=1)) == expected  # filters also read the open file
     assert capsys.readouterr().out.count("replaced with an index of a different model") == 1
 
 

@@ -87,7 +87,7 @@ def test_search_returns_the_hits_of_the_index(
     assert response.status_code == 200
     hits = response.json()["hits"]
     expected = backend.search(
-        embed_query(dual_encoder, SearchQuery(["red"], [image], ["a dog"])), 4, Filter(min_side=40), words=["red"]
+        embed_query(dual_encoder, SearchQuery(["red"], [image], ["a dog"])), 4, Filter(min_side=40)
     )
     assert [hit["id"] for hit in hits] == [hit.id for hit in expected]
     assert hits[0]["images"][0]["captions"]
@@ -137,6 +137,8 @@ def test_search_hides_weak_hits_unless_the_request_shows_them(
         weak = search(texts=["unicorn"], show_weak=True, top=5)
         assert weak["nothing_close"] and len(weak["hits"]) == 5
         assert all(hit["relevance"] < 0.01 for hit in weak["hits"])
+        filtered = search(texts=["unicorn"], filter={"min_side": 1}, top=5)
+        assert filtered == weak  # with a filter, weak hits are shown
         similar = search(like=[weak["hits"][0]["id"]], negative_texts=["unicorn"], top=5)
         assert not similar["nothing_close"] and all(hit["relevance"] > 0.99 for hit in similar["hits"])
         for request in ({"negative_texts": ["red"]}, {"filter": {"path": "*.png"}}):

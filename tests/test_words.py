@@ -172,7 +172,7 @@ def split_into_words(text: str) -> list[str]:
 def contains_all_words(fields: list[str], query: str) -> bool:
     """Search like `find_matches`, in plain Python."""
     for token in query.split():
-        for part in re.findall(r"[^\W_]+", normalize(token)) if words.UNSPACED.search(token) else [token]:
+        for part in words.UNSPACED_PARTS.findall(normalize(token)) if words.UNSPACED.search(token) else [token]:
             if words.UNSPACED.search(part):
                 if not any(part in normalize(field) for field in fields):
                     return False
@@ -240,6 +240,28 @@ def test_word_search_ranks_matches_first_and_names_their_fields(tmp_path: Path) 
 
 def hits_and_fields(found: list[Hit]) -> list[tuple[Any, ...]]:
     return [(hit.id, hit.score, hit.matched) for hit in found]
+
+
+def test_words_in_many_images_are_ignored(tmp_path: Path) -> None:
+    """Such as the file name prefix IMG, which says nothing about an image."""
+    backend = create_backend(tmp_path)
+    for n in range(150):
+        add_image(backend, f"/p/{n}", [f"number{n}", "common", "rare" if n < 100 else ""], n)
+    plain = [hit.id for hit in search(backend)]
+    assert [hit.id for hit in search(backend, "common")] == plain
+    assert not any(hit.matched for hit in search(backend, "common"))
+    assert len([hit for hit in search(backend, "rare") if hit.matched]) == 100
+    [hit, *_] = search(backend, "common number7")
+    assert hit.matched == ("caption",) and hit.images[0].name == "/p/7"
+
+
+def test_thai_and_decomposed_texts_are_found(tmp_path: Path) -> None:
+    backend = create_backend(tmp_path)
+    captions = ["น้ำตก", "นก", unicodedata.normalize("NFD", "がっこう")]
+    for n, caption in enumerate(captions):
+        add_image(backend, f"/p/{n}", [caption], n)
+    for query, expected in (("น้ำ", {0}), ("นก", {1}), ("がっこう", {2})):
+        assert names_of([hit for hit in search(backend, query) if hit.matched]) == expected
 
 
 def test_word_query_splits_texts_into_words_and_substrings() -> None:

@@ -215,14 +215,17 @@ def _index(args: Namespace) -> list[str]:
         check_output_folder(args.out, "index")
     if not args.prune:
         check_sources(args.data)
+    from llm2clip.search.backends import hide_password, open_backend
+
     if args.ocr and "://" in args.out:
-        raise ValueError(f"--ocr requires a local index: recognised texts cannot be stored in {args.out}")
+        raise ValueError(
+            f"--ocr requires a local index: recognised texts cannot be stored in {hide_password(args.out)}"
+        )
     args.model = resolve_model(args.model)
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.models.truncation import check_dim
     from llm2clip.runs.ranks import print_once
-    from llm2clip.search.backends import hide_password, open_backend
     from llm2clip.search.build import build_index
     from llm2clip.search.ocr import open_recognizer
 
@@ -312,7 +315,7 @@ def _search(args: Namespace) -> list[str]:
             vectors,
             args.top,
             image_filter,
-            words=() if args.no_words else args.texts,
+            words=() if args.no_words or args.negative or args.negative_images else args.texts,
             show_weak=args.show_weak,
         )
         if nothing_close and (args.json or args.paths):

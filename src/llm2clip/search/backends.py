@@ -113,7 +113,8 @@ class Hit:
         matched: Fields that contain words of the query (`caption`, `text`, `name`, `camera`, `date`) if the image
             contains all words of the query, otherwise empty.
         text: Text recognised in the image. Empty if there is none.
-        relevance: Estimated probability that the image answers the query (see `search.relevance`), or None if unknown.
+        relevance: Number from 0 to 1 that estimates whether the index has an answer to the query, judging from this
+            image (see `search.relevance`). None if unknown.
     """
 
     id: str
@@ -361,7 +362,7 @@ def open_backend(location: str, write: bool = False, approximate_above: int | No
 
 def hide_password(location: str) -> str:
     """Return the location of an index without the password that a URL can contain, for messages."""
-    location = re.sub(r"^([\w+]+://[^/?#:@]*):[^/?#@]*@", r"\1@", location)
+    location = re.sub(r"^([\w+]+://[^/?#:@]*):.*@", r"\1@", location)  # a password may contain @
     return re.sub(r"([?&](?:ssl)?password=)[^&#]*", r"\1***", location)
 
 

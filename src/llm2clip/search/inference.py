@@ -174,6 +174,9 @@ class InferenceService:
             raise ValueError("the query is empty: provide at least one text, image, hit id or filter")
         query_vectors = await self._embed_query(query) if query else None
 
+        has_negatives = bool(query.negative_texts or query.negative_images or query.negative_like)
+        words = request.texts if request.words and not has_negatives else ()
+
         def find_hits(vectors: QueryVectors | None) -> bytes:
             result = search_relevant(
                 backend,
@@ -182,7 +185,7 @@ class InferenceService:
                 count=request.top,
                 image_filter=image_filter,
                 offset=request.offset,
-                words=request.texts if request.words else (),
+                words=words,
                 show_weak=request.show_weak,
             )
             values = {**result._asdict(), "total": backend.count_matches(image_filter)}

@@ -56,9 +56,8 @@ from llm2clip.search.backends import (
 Connection = psycopg.Connection[tuple[Any, ...]]
 Result = TypeVar("Result")
 
-APPROXIMATE_ABOVE = (
-    100_000  # lower than with SQLite, whose exact search is several times as fast (benchmarks/postgres.py)
-)
+# Lower than with SQLite, whose exact search is several times as fast (benchmarks/postgres.py).
+APPROXIMATE_ABOVE = 100_000
 DEFAULT_SCHEMA = "llm2clip"
 SCHEMA_NAME = re.compile(r"(?!pg_|public$)[A-Za-z_][A-Za-z0-9_]{0,62}")
 MIN_PGVECTOR = (0, 8)  # earlier versions cannot continue an HNSW search until enough rows match a filter
@@ -544,10 +543,11 @@ def parse_url(url: str) -> tuple[str, str]:
     parameters = urlencode([(key, value) for key, value in query if key != "schema"], quote_via=quote)
     try:
         options: dict[str, Any] = {**CONNECTION_DEFAULTS, **conninfo_to_dict(f"{address}?{parameters}")}
-    except psycopg.ProgrammingError as error:
+    except psycopg.ProgrammingError:
         raise ValueError(
-            f"{location}: the URL must have the form postgresql://USER@HOST/DATABASE?schema=NAME ({str(error).strip()})"
-        ) from error
+            f"{location}: the URL must have the form postgresql://USER@HOST/DATABASE?schema=NAME. Special characters "
+            "in the password must be percent-encoded"
+        ) from None  # the message of libpq may contain the password
     options["client_encoding"] = "utf8"
     settings = _resolve_options(make_conninfo(**options))
     hosts = f"{settings.get('host', '')},{settings.get('hostaddr', '')}".split(",")
@@ -682,8 +682,8 @@ class PostgresDatabase:
 
     def create_schema(self, connection: Connection) -> None:
         """Create the schema if it does not exist. By default, only its owner can read it."""
-        row = connection.execute("SELECT to_regnamespace(%s)", (self.schema,)).fetchone()
-        if row == (None,):
+        row = connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", (self.schema,)).fetchone()
+        if row is None:
             connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(self.schema)))
 
     def _get_writer(self) -> Connection:

@@ -61,7 +61,7 @@ MAX_QUERIES = 256  # number of captions, and of images, that are used as queries
 NEIGHBOURS = 32  # number of hits to search for if a query's own image and its near duplicates are left out
 NEAR_DUPLICATE = 0.9  # minimum cosine similarity of near duplicates, after subtracting the mean embedding
 NOT_CALIBRATED = (
-    "This index has no calibration, so searches cannot tell when nothing is close to the query. To add it, run the "
+    "This index has no calibration, so searches do not report when nothing is close to the query. To add it, run the "
     "`llm2clip index` command of this index again."
 )
 MAX_CHANGED_FRACTION = 0.1  # a calibration is renewed if more of the index has changed
@@ -396,8 +396,9 @@ def search_relevant(
     words: Sequence[str] = (),
     show_weak: bool = False,
 ) -> SearchResult:
-    """Search an index, and rate the hits. If nothing is close, return no hits unless `show_weak` is set.
+    """Search an index, and rate the hits.
 
+    If nothing is close, return no hits, unless `show_weak` is set or there is a filter.
     Images that contain all words of the query count as close. Without a calibration, and for queries without positive
     parts, hits have no relevance and are always returned.
 
@@ -417,7 +418,9 @@ def search_relevant(
     relevances = [hit.relevance for hit in leading if hit.relevance is not None]
     is_matched = any(hit.matched for hit in leading)
     nothing_close = bool(relevances) and max(relevances) < MIN_RELEVANCE and not is_matched
-    return SearchResult([] if nothing_close and not show_weak else hits[:count], nothing_close)
+    # The images that match a filter are usually few, and the right one is often weak compared with the entire index.
+    is_hidden = nothing_close and not show_weak and not image_filter
+    return SearchResult([] if is_hidden else hits[:count], nothing_close)
 
 
 def rate_hits(backend: Backend, calibration: Calibration, query: QueryVectors, hits: Sequence[Hit]) -> list[Hit]:

@@ -190,7 +190,7 @@ class SearchResponse(BaseModel):
     hits: list[HitResponse]
     nothing_close: bool = Field(
         description="true if no image that matches the filter is close to the query; the response then has no hits, "
-        "unless the request sets show_weak"
+        "unless the request sets show_weak or has a filter"
     )
     total: int = Field(description="number of distinct images in the index that match the filter")
 

@@ -291,14 +291,17 @@ class SqliteBackend:
         words: Sequence[str] = (),
     ) -> list[Hit]:
         scores: Sequence[float | None]
-        query = WordQuery()
+        matched: dict[int, tuple[str, ...]] = {}
         if vector is None:
             page = self._get_matching_ids(image_filter, newest_first=True)[offset : offset + count]
             scores = [None] * len(page)
         else:
             query = WordQuery.parse(words)
-            page, scores = self._rank(vector.astype(np.float32), query, count, image_filter, offset)
-        matched = self._find_matched_fields(query, page)
+            allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
+            matches = self._find_word_matches(query, image_filter, allowed_ids)
+            page, scores = self._rank(vector.astype(np.float32), matches, count, allowed_ids, offset)
+            if len(matches):
+                matched = self._find_matched_fields(query, page)
         conditions, parameters = _make_sql_conditions(image_filter, ("path", "after", "before"))
         hits = []
         for content_id, score in zip(page.tolist(), scores, strict=True):
@@ -318,12 +321,10 @@ class SqliteBackend:
         return hits
 
     def _rank(
-        self, vector: np.ndarray, query: WordQuery, count: int, image_filter: Filter, offset: int
+        self, vector: np.ndarray, matches: np.ndarray, count: int, allowed_ids: np.ndarray | None, offset: int
     ) -> tuple[np.ndarray, list[float]]:
         """Return the content ids of a page of hits, int64 of shape (N,), and their cosine similarities to a vector."""
-        allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
         index = self._get_current_vector_index()
-        matches = self._find_word_matches(query, image_filter, allowed_ids)
         depth = offset + count if not len(matches) else max(offset + count, MAX_FUSED)
         ids, cosines = index.search(vector, depth, allowed_ids)
         if not len(matches):
@@ -348,8 +349,6 @@ class SqliteBackend:
         return ids
 
     def _find_matched_fields(self, query: WordQuery, ids: np.ndarray) -> dict[int, tuple[str, ...]]:
-        if not query or not len(ids) or not self._check_words():
-            return {}
         with self._open_words() as db:
             return find_matched_fields(db, query, ids.tolist())
 
@@ -667,7 +666,14 @@ class SqliteDatabase:
 
     @contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
-        """Open a separate connection to read a database snapshot without blocking other threads."""
+        """Open a separate connection to read a database snapshot without blocking other threads.
+
+        If the file has been replaced or deleted, only the existing connection can read it, so other threads wait.
+        """
+        if self._read_file_id() != self._file_id:
+            with self._lock, self._convert_errors():
+                yield self.connection
+            return
         with self._convert_errors(), closing(self._connect()) as db:
             db.execute("BEGIN")
             yield db
@@ -677,7 +683,8 @@ class SqliteDatabase:
     def read_state(self) -> tuple[Any, ...]:
         """Return a value that changes with every write to the database."""
         ((version,),) = self.query("PRAGMA data_version")  # changes when another connection writes
-        return version, self.connection.total_changes, self._immutable_state, self._file_id
+        with self._lock:
+            return version, self.connection.total_changes, self._immutable_state, self._file_id
 
     def read_log_position(self, db: sqlite3.Connection) -> LogPosition:
         """Return the position of the last entry in the change log."""
@@ -729,8 +736,8 @@ class SqliteDatabase:
             except sqlite3.Error:
                 return  # the tables have not been created yet
         if new_model == self.connection.execute(identity).fetchall():
-            self.connection.close()
-            self.connection, self._file_id = self._connect(), new_id
+            old, self.connection, self._file_id = self.connection, self._connect(), new_id
+            old.close()
         elif new_model and self._rejected_id != new_id:
             self._rejected_id = new_id
             print_once(f"{self.file} was replaced with an index of a different model. To use it, restart this command")

@@ -11,6 +11,7 @@ recognised texts are in the table `recognized_texts`.
 import os
 import re
 import sqlite3
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -46,16 +47,19 @@ TRIGRAM_LENGTH = 3  # `trigrams` cannot find shorter texts
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
+UNSPACED_PARTS = re.compile(rf"(?:[^\W_]|{UNSPACED.pattern})+")  # \w excludes vowel signs and tone marks
 # A query with more or longer words is a description, and is searched only by its embedding.
 MAX_QUERY_WORDS, MAX_QUERY_LENGTH = 32, 500
-MAX_MATCHES = 100_000  # maximum number of images to rank by words
+# If more images contain all words of a query, the words say little about each image, such as the file name prefix IMG,
+# and only the embedding is used. The limit is the larger of MIN_COMMON and this fraction of the index.
+MIN_COMMON, MAX_MATCHED_FRACTION, MAX_MATCHES = 100, 0.1, 100_000
 MAX_FUSED = 1000  # maximum number of word matches, and of most similar images, that change each other's rank
 RRF_K = 60  # constant of reciprocal rank fusion (Cormack et al., 2009)
 
 
 def normalize(text: str) -> str:
-    """Return a text in the form in which it is stored and searched: casefolded, without control characters."""
-    return text.casefold().translate(REPLACEMENTS)
+    """Return a text in the form in which it is stored and searched: casefolded, composed (NFC), without controls."""
+    return unicodedata.normalize("NFC", text.casefold()).translate(REPLACEMENTS)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class WordQuery:
         substrings: dict[str, None] = {}
         for token in text.split():
             if UNSPACED.search(token):
-                for part in re.findall(r"[^\W_]+", token):
+                for part in UNSPACED_PARTS.findall(token):
                     (substrings if UNSPACED.search(part) else words)[part] = None
             elif re.search(r"[^\W_]", token):
                 words[token] = None
@@ -117,12 +121,16 @@ def find_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.ndarr
         allowed_ids: Ids of the contents that match the filter. Default: all contents.
 
     Returns:
-        At most MAX_FUSED content ids, int64 of shape (N,).
+        At most MAX_FUSED content ids, int64 of shape (N,). Empty if too many images contain all words.
     """
     tables, conditions, parameters = _make_match(query)
     ranks = " + ".join([f"{table}.rank" for table in FULL_TEXT_TABLES if table in tables] or ["0.0"])
-    sql = f"SELECT texts.content, {ranks} FROM {tables} WHERE {' AND '.join(conditions)} LIMIT {MAX_MATCHES}"
+    ((total,),) = db.execute("SELECT count(*) FROM texts")
+    limit = int(min(max(MIN_COMMON, MAX_MATCHED_FRACTION * total), MAX_MATCHES))
+    sql = f"SELECT texts.content, {ranks} FROM {tables} WHERE {' AND '.join(conditions)} LIMIT {limit + 1}"
     rows = np.fromiter(db.execute(sql, parameters), np.dtype([("content", np.int64), ("rank", np.float64)]))
+    if len(rows) > limit:
+        return np.empty(0, np.int64)
     if allowed_ids is not None:
         rows = rows[np.isin(rows["content"], allowed_ids)]
     ids = rows["content"][np.lexsort((rows["content"], rows["rank"]))]  # a lower rank is better

@@ -129,8 +129,9 @@ async function showMore() {
 }
 
 function showCount(start, nothingClose) {
-  $("show-weak").hidden = !nothingClose || showWeak;
-  if (nothingClose && !showWeak) {
+  const isHidden = nothingClose && !hits.length;
+  $("show-weak").hidden = !isHidden;
+  if (isHidden) {
     showStatus("Nothing in the index is close to this query.");
     $("show-more").hidden = true;
     return;
