@@ -694,6 +694,7 @@ class PostgresDatabase:
                     "after the last complete batch"
                 )
             self._writer = self._connect(create_extensions=True)
+            self._close_idle_connections()  # they may have been opened before the extensions were created
         return self._writer
 
     @contextmanager
