@@ -3,7 +3,7 @@
     python benchmarks/relevance.py DATA MODEL [MODEL ...] --out runs/relevance
 
 DATA contains flickr8k (its validation split is used) and coco_img, each with a captions.jsonl and images. Of each data
-set, the images of 400 queries are left out of the index, and the images of 400 other queries stay in. Each query is one
+set, the images of 400 queries are removed from the index, and the images of 400 other queries stay in. A query is one
 caption. A second set of queries without an answer are captions of the other data set. The indexes are built without and
 with captions. The following scores of a query are compared:
 
@@ -250,7 +250,7 @@ def make_reliability_table(results: Sequence[tuple[str, str, dict[str, Any], dic
 
 
 def draw_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], file: Path) -> None:
-    """Draw the fraction of queries with an answer by relevance. Bins of fewer than 10 queries are left out."""
+    """Draw the fraction of queries with an answer by relevance. Bins of fewer than 10 queries are skipped."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")

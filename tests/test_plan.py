@@ -358,7 +358,8 @@ def test_hours_of_distill_count_new_texts_and_training() -> None:
     assert student.target_bytes == 25_000 * (2 * plan.image.embed_dim + 16)
     memory = plan.memory["distill"]
     assert memory["student"] == 4 * student.costs.parameters and memory["AdamW"] == 8 * student.costs.trained
-    assert memory["model"] == 4 * plan.image.parameters and memory["texts"] == 60 * 25_000
+    assert memory["model"] == 4 * plan.image.parameters
+    assert "texts" not in memory  # they are in the host's memory
     assert compute_peak_memory(memory) < compute_peak_memory(plan.memory["tune"])
     assert plan.fits["distill"]
 

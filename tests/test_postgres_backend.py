@@ -38,7 +38,7 @@ from search_fixtures import (
 if TYPE_CHECKING:
     from llm2clip.models.dual_encoder import DualEncoder
 
-postgres_backend = pytest.importorskip("llm2clip.search.postgres_backend")
+postgres_database = pytest.importorskip("llm2clip.search.postgres_database")
 DIM = 8
 QUERY = np.eye(DIM, dtype=np.float32)[0]
 HOSTILE_TEXTS = (
@@ -283,7 +283,7 @@ def test_server_answers_503_while_the_database_is_down(
             assert response.headers["retry-after"] == "1"
             assert response.json()["error"]["type"] == "index unavailable"
             assert str(server.port) not in response.text
-        client.app.state.service._count_time = -1e9  # type: ignore[attr-defined]
+        client.app.state.service._counts_time = -1e9  # type: ignore[attr-defined]
         assert client.get("/health").status_code == 503
         assert "llm2clip_index_images NaN" in client.get("/metrics").text
         server.start()
@@ -449,7 +449,7 @@ def test_postgres_rejects_missing_indexes_and_other_versions(
         connection.execute("UPDATE metadata SET value = '2' WHERE key = 'format_version'")
     with pytest.raises(FormatVersionError, match=r"format version 2, but.* version 1.*`llm2clip index`"):
         open_backend(make_postgres_url(tmp_path / "postgres"))
-    monkeypatch.setattr(postgres_backend, "MIN_PGVECTOR", (99, 0))
+    monkeypatch.setattr(postgres_database, "MIN_PGVECTOR", (99, 0))
     with pytest.raises(ValueError, match=r"pgvector 0\.\d+\.\d+ is too old; llm2clip requires 99\.0"):
         open_backend(make_postgres_url(tmp_path / "postgres"))
     with pytest.raises(IndexUnavailableError, match='database "none" does not exist'):
@@ -458,7 +458,7 @@ def test_postgres_rejects_missing_indexes_and_other_versions(
 
 def test_postgres_connections_to_other_machines_are_encrypted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_sslmode(url: str) -> str | None:
-        options = postgres_backend.conninfo_to_dict(postgres_backend.parse_url(url)[0])
+        options = postgres_database.conninfo_to_dict(postgres_database.parse_url(url)[0])
         return options.get("sslmode")
 
     for local in ("127.0.0.1", "localhost", "[::1]", "", "%2Frun%2Fpostgresql", "localhost,127.0.0.1"):

@@ -18,6 +18,7 @@ from llm2clip.search.query import QueryVectors
 from llm2clip.search.relevance import (
     MIN_RELEVANCE,
     NEAR_DUPLICATE,
+    NOT_CALIBRATED,
     Calibration,
     calibrate,
     compute_evidence,
@@ -27,6 +28,7 @@ from llm2clip.search.relevance import (
     remove_calibration,
     search_relevant,
     update_calibration,
+    warn_if_not_calibrated,
 )
 from llm2clip.search.sqlite_backend import SqliteBackend
 from search_fixtures import BACKENDS, create_backend, index_sources
@@ -280,7 +282,8 @@ def test_small_indexes_have_no_relevance(kind: str, count: int, model: DualEncod
     backend = create_backend(kind, tmp_path)
     add_images(backend, IMAGES[:count])
     update_calibration(backend, model)
-    assert backend.load_calibration() == b"" and load_calibration(backend, model) is None
+    data = backend.load_calibration()
+    assert data is not None and data.startswith(relevance.UNAVAILABLE) and load_calibration(backend, model) is None
     hits, nothing_close = search_relevant(backend, None, make_query(ABSENT), 10, Filter())
     assert len(hits) == count and not nothing_close
     assert all(hit.relevance is None for hit in hits)
@@ -293,6 +296,38 @@ def test_index_of_equal_embeddings_has_no_relevance(
     add_images(backend, np.repeat(IMAGES[:1], 60, axis=0))
     assert calibrate(backend, model) is None
     assert "Relevance is not available: too many images of this index are alike." in capsys.readouterr().out
+
+
+def test_unchanged_index_that_cannot_be_calibrated_is_not_calibrated_again(
+    model: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = create_backend("sqlite", tmp_path)
+    add_images(backend, np.repeat(IMAGES[:1], 60, axis=0))
+    update_calibration(backend, model)
+    calls: list[Backend] = []
+    monkeypatch.setattr(relevance, "calibrate", lambda backend, model: calls.append(backend))
+    update_calibration(backend, model, changed=False)
+    assert not calls
+    update_calibration(backend, model, changed=True)
+    assert len(calls) == 1
+
+
+def test_unreadable_calibration_is_ignored_and_replaced(
+    model: DualEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = create_backend("sqlite", tmp_path)
+    add_images(backend, IMAGES)
+    data = calibrate_or_fail(backend, model).to_bytes()
+    monkeypatch.setattr(relevance, "VERSION", relevance.VERSION + 1)
+    for unreadable in (b"PK", b"text", data[: len(data) // 2], bytes(100) + data[100:], data):
+        backend.save_calibration(unreadable)
+        assert load_calibration(backend, model) is None
+        warn_if_not_calibrated(backend)
+        assert NOT_CALIBRATED in capsys.readouterr().out
+        update_calibration(backend, model, changed=False)
+        assert load_calibration(backend, model) is not None
+    warn_if_not_calibrated(backend)
+    assert NOT_CALIBRATED not in capsys.readouterr().out
 
 
 def test_nan_is_reported(model: DualEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

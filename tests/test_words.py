@@ -87,7 +87,7 @@ def names_of(found: list[Hit]) -> set[int]:
 
 def check_full_text(backend: SqliteBackend) -> None:
     with backend._db.transaction() as connection:
-        assert not words.is_damaged(connection)
+        assert not words.is_corrupt(connection)
 
 
 # ---- caption filters ------------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def test_damaged_tables_are_reported_and_rebuilt(
             assert response.status_code == status
             assert status == 200 or "run `llm2clip index` again" in response.json()["error"]["message"]
     assert not index_sources([photos], dual_encoder, SqliteBackend(folder, write=True))
-    assert "tables for word search were damaged and have been rebuilt" in capsys.readouterr().out
+    assert "tables for word search were corrupt and have been rebuilt" in capsys.readouterr().out
     assert search_names(reader, Filter(caption="roter ärmel")) == {"0.png"}
     assert any(hit.matched for hit in reader.search(query, 9, Filter(), words=["ärmel"]))
 

@@ -292,7 +292,7 @@ def _search(args: Namespace) -> list[str]:
     from llm2clip.search.build import truncate_to_index
     from llm2clip.search.heatmap import draw_heatmaps, require_dense_encoder
     from llm2clip.search.query import SearchQuery, embed_query_parts
-    from llm2clip.search.relevance import NOT_CALIBRATED, load_calibration, search_relevant
+    from llm2clip.search.relevance import load_calibration, search_relevant, warn_if_not_calibrated
     from llm2clip.search.render import hit_to_json, open_in_browser, print_hits, write_contact_sheet
 
     templates = _make_query_templates(args.templates)
@@ -307,8 +307,7 @@ def _search(args: Namespace) -> list[str]:
                 require_dense_encoder(model)
             vectors = embed_query_parts(model, query)
             calibration = load_calibration(backend, model)
-            if backend.load_calibration() is None:
-                print(NOT_CALIBRATED)
+            warn_if_not_calibrated(backend)
         hits, nothing_close = search_relevant(
             backend,
             calibration,
@@ -429,18 +428,19 @@ def _serve(args: Namespace) -> list[str]:
 
     try:
         from llm2clip.search.inference import Limits
-        from llm2clip.search.relevance import NOT_CALIBRATED
-        from llm2clip.search.server import LOOPBACK, create_app, serve
+        from llm2clip.search.relevance import warn_if_not_calibrated
+        from llm2clip.search.server import LOOPBACK, check_origins, create_app, serve
     except ModuleNotFoundError as error:
         raise ImportError(f"`serve` requires additional packages ({error}). Run {install_command('search')}") from error
     templates = _make_query_templates(args.templates)
+    check_origins(args.allowed_origins)
     backend = open_backend(args["index"]) if args["index"] else None
     model_name = args.model or (backend.metadata()["model"] if backend else None)
     if model_name is None:
         raise ValueError("pass an index with --index or a model with --model")
     token = choose_token(args.token, args.no_token, args.host)
-    if backend is not None and backend.load_calibration() is None:
-        print_once(NOT_CALIBRATED)
+    if backend is not None:
+        warn_if_not_calibrated(backend)
     model_thread = ThreadPoolExecutor(1, "model")
     model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision).result()
     app = create_app(

@@ -180,7 +180,7 @@ def ref_from_json(text: str) -> ImageRef:
 
 
 class WordIndexError(OSError):
-    """Raised if a search needs the tables for word search and they are damaged."""
+    """Raised if a search needs the tables for word search and they are corrupt."""
 
 
 class Backend(Protocol):
@@ -210,7 +210,7 @@ class Backend(Protocol):
         ...
 
     def prepare_words(self) -> None:
-        """Create, repair or complete the tables for word search. Does nothing except with SQLite."""
+        """Create, repair or complete the tables for word search. Only SQLite has such tables."""
         ...
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
@@ -282,7 +282,7 @@ class Backend(Protocol):
             words: Texts of the query, for word search. Used only with a query vector.
 
         Raises:
-            WordIndexError: The tables for word search are damaged.
+            WordIndexError: The tables for word search are corrupt.
         """
         ...
 
@@ -297,7 +297,7 @@ class Backend(Protocol):
     def vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the embeddings of several hits in the given order, as float32 arrays of shape (D,).
 
-        Unknown ids are left out.
+        Unknown ids are skipped.
         """
         ...
 
@@ -330,6 +330,21 @@ def format_missing_index_message(folder: str | Path) -> str:
 
 class IndexUnavailableError(OSError):
     """The server that stores an index is down, is restarting or cannot be reached. Trying again later may help."""
+
+
+class VectorServerBackend:
+    """Base class of the backends on servers, which search by vectors only and do not store recognised texts."""
+
+    location: str  # for error messages
+
+    def prepare_words(self) -> None:
+        pass
+
+    def contents_without_text(self, sources: Sequence[str]) -> list[tuple[bytes, IndexedImage]]:
+        return []
+
+    def set_texts(self, texts: Mapping[bytes, str]) -> None:
+        raise ValueError(f"{self.location}: recognised texts (--ocr) can be stored only in a local index")
 
 
 def open_backend(location: str, write: bool = False, approximate_above: int | None = None) -> Backend:

@@ -85,7 +85,7 @@ async def _handle_error(_: Request, error: Exception) -> Response:
     if isinstance(error, InvalidImage):
         return make_error_response(error.code, str(error), param=error.param)
     code = next(code for exception, code in STATUS_CODES.items() if isinstance(error, exception))
-    return make_error_response(code, str(error), RETRY_SOON if code == 429 else None)
+    return make_error_response(code, str(error), RETRY_SOON if code in (429, 503) else None)
 
 
 async def _handle_unavailable_index(_: Request, error: Exception) -> Response:

@@ -100,7 +100,7 @@ class InferenceService:
         self._decoders = FairThreadPool(DECODE_THREADS, "images", limits.max_queue, lambda: torch.set_num_threads(1))
         # Searches need their own thread pool, because a search occupies its thread until it ends, even after a timeout.
         self._searchers = FairThreadPool(SEARCH_THREADS, "searches", limits.max_queue)
-        self._count, self._count_time, self._count_lock = 0, -math.inf, threading.Lock()
+        self._counts, self._counts_time, self._counts_lock = (0, 0), -math.inf, threading.Lock()
         self._calibration: Calibration | None = None
         self._calibration_time, self._calibration_lock = -math.inf, threading.Lock()
         self._create_metrics()
@@ -188,7 +188,8 @@ class InferenceService:
                 words=words,
                 show_weak=request.show_weak,
             )
-            values = {**result._asdict(), "total": backend.count_matches(image_filter)}
+            total = backend.count_matches(image_filter) if image_filter else self.count_images()[1]
+            values = {**result._asdict(), "total": total}
             response = SearchResponse.model_validate(values, from_attributes=True)
             return response.model_dump_json().encode()
 
@@ -272,19 +273,22 @@ class InferenceService:
             raise NotFound("this server has no index. To search, start it with: llm2clip serve --index INDEX")
         return self.backend
 
-    def count_images(self) -> int:
-        """Return the number of images in the index, which may be up to a second old, or 0 if there is no index."""
+    def count_images(self) -> tuple[int, int]:
+        """Return the numbers of images and of distinct images in the index, which may be up to a second old.
+
+        Without an index, both are 0.
+        """
         if self.backend is None:
-            return 0
-        with self._count_lock:
-            if time.monotonic() - self._count_time > COUNT_SECONDS:
-                self._count, self._count_time = self.backend.count()[0], time.monotonic()
-            return self._count
+            return 0, 0
+        with self._counts_lock:
+            if time.monotonic() - self._counts_time > COUNT_SECONDS:
+                self._counts, self._counts_time = self.backend.count(), time.monotonic()
+            return self._counts
 
     def _count_images_for_metrics(self) -> float:
         """Return the number of images, or NaN if the index is unavailable, so that the other metrics stay available."""
         try:
-            return self.count_images()
+            return self.count_images()[0]
         except IndexUnavailableError:
             return math.nan
 

@@ -19,7 +19,7 @@ sample of at most 2,048 images of the index, whatever the filter. A filter there
 largest similarity of a query does. There are separate values for text queries and image queries:
 
     texts     m and d are those of the background queries. If the index has captions, a and b are fitted to captions as
-              queries (Platt scaling). Queries without an answer are captions whose image is left out, and the
+              queries (Platt scaling). Queries without an answer are captions whose image is excluded, and the
               background queries. Otherwise, a and b are fixed: 1.2 and -0.6, chosen on photographs.
     images    m and d are those of sampled images of the index, without the image itself and its near duplicates. Fixed
               a and b: 1.2 and 1.1. Images as similar as an image's nearest neighbour usually is count as close.
@@ -35,6 +35,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,8 @@ from llm2clip.search.backends import Backend, Filter, Hit
 from llm2clip.search.query import QueryVectors, SearchQuery
 
 BACKGROUND_QUERIES = Path(__file__).with_name("background_queries.txt").read_text(encoding="utf-8").splitlines()
+VERSION = 1  # version of the calibration format; data of other versions is ignored and replaced by `llm2clip index`
+UNAVAILABLE = b"unavailable "  # stored with the model's fingerprint if the index cannot be calibrated
 SAMPLE_SIZE = 2048
 TAIL_FRACTION = 0.01
 HUBNESS_WEIGHT, MEAN_WEIGHT, TAIL_WEIGHT = 0.25, 0.5, 0.25
@@ -58,7 +62,7 @@ IMAGE_SLOPE, IMAGE_INTERCEPT = 1.2, 1.1
 MIN_IMAGES = 50  # smaller indexes are not calibrated: all their images fit on a page
 MIN_QUERIES = 30  # minimum number of queries from which a distribution is estimated
 MAX_QUERIES = 256  # number of captions, and of images, that are used as queries
-NEIGHBOURS = 32  # number of hits to search for if a query's own image and its near duplicates are left out
+NEIGHBOURS = 32  # number of hits to search for if a query's own image and its near duplicates are excluded
 NEAR_DUPLICATE = 0.9  # minimum cosine similarity of near duplicates, after subtracting the mean embedding
 NOT_CALIBRATED = (
     "This index has no calibration, so searches do not report when nothing is close to the query. To add it, run the "
@@ -131,6 +135,7 @@ class Calibration:
 
     def to_bytes(self) -> bytes:
         values = {"sample_ids": self.sample_ids, "image_count": self.image_count, "fingerprint": self.fingerprint}
+        values["version"] = VERSION
         scales = {"texts": dataclasses.asdict(self.texts), "images": dataclasses.asdict(self.images)}
         stream = io.BytesIO()
         np.savez(
@@ -142,12 +147,18 @@ class Calibration:
         return stream.getvalue()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Calibration:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            values = json.loads(str(arrays["values"]))
-            values.update({name: Scale(**values[name]) for name in ("texts", "images")})
-            sample, background = (arrays[name].astype(np.float32) for name in ("sample", "background"))
-        return cls(sample, background, **values)
+    def from_bytes(cls, data: bytes) -> Calibration | None:
+        """Return the calibration from `to_bytes`, or None if the data is corrupt or of a different format version."""
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                values = json.loads(str(arrays["values"]))
+                if values.pop("version", None) != VERSION:
+                    return None
+                values.update({name: Scale(**values[name]) for name in ("texts", "images")})
+                sample, background = (arrays[name].astype(np.float32) for name in ("sample", "background"))
+            return cls(sample, background, **values)
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile, zlib.error):
+            return None
 
 
 # ---- formulas
@@ -248,11 +259,11 @@ def update_calibration(backend: Backend, model: DualEncoder, changed: bool = Tru
     calibration = load_calibration(backend, model)
     if calibration is not None and (not changed or not _is_outdated(calibration, backend)):
         return
+    unavailable = UNAVAILABLE + model.fingerprint.encode()
+    if not changed and backend.load_calibration() == unavailable:
+        return
     calibration = calibrate(backend, model)
-    if calibration is not None:
-        backend.save_calibration(calibration.to_bytes())
-    else:
-        remove_calibration(backend)
+    backend.save_calibration(unavailable if calibration is None else calibration.to_bytes())
 
 
 def remove_calibration(backend: Backend) -> None:
@@ -262,12 +273,20 @@ def remove_calibration(backend: Backend) -> None:
 
 
 def load_calibration(backend: Backend, model: DualEncoder) -> Calibration | None:
-    """Return the calibration of an index, or None if there is none for this model."""
+    """Return the calibration of an index, or None if there is none for this model that can be read."""
     data = backend.load_calibration()
-    calibration = Calibration.from_bytes(data) if data else None
+    calibration = Calibration.from_bytes(data) if data and not data.startswith(UNAVAILABLE) else None
     if calibration is None or calibration.fingerprint != model.fingerprint:
         return None
     return calibration
+
+
+def warn_if_not_calibrated(backend: Backend) -> None:
+    """Print how to calibrate an index that was never calibrated, or whose calibration cannot be read."""
+    data = backend.load_calibration()
+    is_unreadable = bool(data) and not data.startswith(UNAVAILABLE) and Calibration.from_bytes(data) is None
+    if data is None or is_unreadable:
+        print_once(NOT_CALIBRATED)
 
 
 def _is_outdated(calibration: Calibration, backend: Backend) -> bool:

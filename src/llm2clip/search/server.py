@@ -196,7 +196,7 @@ def _add_status_routes(app: FastAPI, service: InferenceService, auth: Authentica
         if auth is not None and not auth.is_authorized(request):
             return HealthResponse()
         model = service.model
-        images = await run_in_threadpool(service.count_images)
+        images, _ = await run_in_threadpool(service.count_images)
         return HealthResponse(model=Path(model.name).name, dimensions=model.embed_dim, images=images)
 
     @app.get("/metrics", response_class=Response)

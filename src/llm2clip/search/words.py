@@ -205,20 +205,20 @@ def create_tables(connection: sqlite3.Connection) -> None:
         connection.execute(statement)
 
 
-def is_damaged(connection: sqlite3.Connection) -> bool:
+def is_corrupt(connection: sqlite3.Connection) -> bool:
     """Return True if the full-text tables do not agree with the table `texts`, which takes seconds to check."""
     try:
         for table in FULL_TEXT_TABLES:
             connection.execute(f"INSERT INTO {table} ({table}, rank) VALUES ('integrity-check', 1)")
     except sqlite3.DatabaseError as error:
-        if not is_damage(error):
+        if not is_corruption(error):
             raise
         return True
     return False
 
 
-def is_damage(error: BaseException | None) -> bool:
-    """Return True if an SQLite error means that a full-text table is damaged or missing."""
+def is_corruption(error: BaseException | None) -> bool:
+    """Return True if an SQLite error means that a full-text table is corrupt or missing."""
     code = getattr(error, "sqlite_errorcode", None)
     return code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR)
 

@@ -60,7 +60,8 @@ class StudentPlan:
         )
         parts = estimate_tune_memory(self.costs, settings, replace(machine, use_fsdp=False))
         parts["student"] = parts.pop("LLM")
-        return {"model": 4.0 * image.parameters, "texts": ROW_BYTES * self.learned_texts, **parts}
+        texts = {"texts": ROW_BYTES * self.learned_texts} if machine.is_cpu else {}  # they stay in the host's memory
+        return {"model": 4.0 * image.parameters, **texts, **parts}
 
 
 def plan_student(

@@ -1,0 +1,307 @@
+"""Connections to the PostgreSQL schema of an index."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, quote, urlencode
+
+import psycopg
+from pgvector.psycopg import register_vector
+from psycopg import errors, pq, sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from llm2clip.runs.output_folder import FolderInUseError
+from llm2clip.search.backends import LOOPBACK_HOSTS, IndexUnavailableError, hide_password
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+Result = TypeVar("Result")
+DEFAULT_SCHEMA = "llm2clip"
+SCHEMA_NAME = re.compile(r"(?!pg_|public$)[A-Za-z_][A-Za-z0-9_]{0,62}")
+MIN_PGVECTOR = (0, 8)  # earlier versions cannot continue an HNSW search until enough rows match a filter
+MAX_CONNECTIONS = 8  # per process, for searches
+# Detect within a minute that the server's machine or the network is down. Parameters in the URL take precedence.
+CONNECTION_DEFAULTS = {
+    "connect_timeout": "10",
+    "keepalives_idle": "30",
+    "keepalives_interval": "10",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "60000",
+    "application_name": "llm2clip",
+}
+LOST_CONNECTION = (errors.AdminShutdown, errors.CrashShutdown, errors.CannotConnectNow)
+
+
+def parse_url(url: str) -> tuple[str, str]:
+    """Split an index URL into a connection string of libpq and the schema name.
+
+    Connections to other machines must be encrypted, because they transmit captions and thumbnails, and may transmit a
+    password.
+
+    Raises:
+        ValueError: The URL is invalid, or it disables encryption for another machine.
+    """
+    address, _, query_string = url.partition("?")
+    query = parse_qsl(query_string, keep_blank_values=True)
+    schema = dict(query).get("schema", DEFAULT_SCHEMA)
+    location = hide_password(url)
+    if SCHEMA_NAME.fullmatch(schema) is None:
+        raise ValueError(
+            f"{location}: the schema must consist of ASCII letters, digits and underscores, and must not be public or "
+            f"start with pg_ (got {schema!r})"
+        )
+    parameters = urlencode([(key, value) for key, value in query if key != "schema"], quote_via=quote)
+    try:
+        options: dict[str, Any] = {**CONNECTION_DEFAULTS, **conninfo_to_dict(f"{address}?{parameters}")}
+    except psycopg.ProgrammingError:
+        raise ValueError(
+            f"{location}: the URL must have the form postgresql://USER@HOST/DATABASE?schema=NAME. Special characters "
+            "in the password must be percent-encoded"
+        ) from None  # the message of libpq may contain the password
+    options["client_encoding"] = "utf8"
+    settings = _resolve_options(make_conninfo(**options))
+    hosts = f"{settings.get('host', '')},{settings.get('hostaddr', '')}".split(",")
+    if not all(host in LOOPBACK_HOSTS or host[:1] in ("", "/", "@") for host in hosts):
+        if settings.get("sslmode") in ("disable", "allow"):
+            raise ValueError(
+                f"{location}: sslmode={settings['sslmode']} would send passwords, captions and thumbnails over the "
+                f"network unencrypted. Use sslmode=require, or forward a local port (ssh -L 5432:localhost:5432 "
+                f"{hosts[0]})"
+            )
+        if settings.get("sslmode") == "prefer":  # libpq's default, which falls back to an unencrypted connection
+            options["sslmode"] = "require"
+    return make_conninfo(**options), schema
+
+
+def _resolve_options(conninfo: str) -> dict[str, str]:
+    """Return all connection options, including those from environment variables and service files.
+
+    `connect_start` opens a socket, but sends nothing.
+    """
+    connection = pq.PGconn.connect_start(conninfo.encode())
+    options = {option.keyword.decode(): option.val.decode() for option in connection.info if option.val is not None}
+    connection.finish()
+    return options
+
+
+class PostgresDatabase:
+    """Connections to the schema of an index. Thread-safe.
+
+    Searches share up to MAX_CONNECTIONS read-only connections. All writes use one other connection, which also holds
+    the lock, so nothing is written after the lock is lost.
+    """
+
+    def __init__(self, conninfo: str, schema: str, location: str) -> None:
+        """
+        Args:
+            location: URL without a password, for error messages.
+        """
+        self.conninfo, self.schema, self.location = conninfo, schema, location
+        self._idle: queue.LifoQueue[Connection] = queue.LifoQueue()
+        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._writer: Connection | None = None
+        self._write_lock, self._is_locked = threading.RLock(), False
+
+    # ---- reading
+
+    def query(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
+        """Run a statement and return all rows."""
+        return self.read(lambda connection: connection.execute(statement, parameters).fetchall())
+
+    def read(self, function: Callable[[Connection], Result]) -> Result:
+        """Call a function with a connection in a read-only transaction, which sees a single state of the database.
+
+        If the connection is lost, for example because the server was restarted, call the function again with a new
+        connection.
+        """
+        with self._slots:
+            try:
+                return self._read_once(function)
+            except _ConnectionLost:
+                self._close_idle_connections()  # they were probably lost too
+            try:
+                return self._read_once(function)
+            except _ConnectionLost as error:
+                raise self._make_unavailable_error(error) from error
+
+    def _read_once(self, function: Callable[[Connection], Result]) -> Result:
+        connection = self._take_connection()
+        try:
+            with connection.transaction():
+                return function(connection)
+        except psycopg.Error as error:
+            if _is_lost(connection, error):
+                connection.close()
+                raise _ConnectionLost(str(error)) from error
+            raise OSError(f"{self.location}: {error}") from error
+        finally:
+            if not connection.closed:
+                self._idle.put(connection)
+
+    def _take_connection(self) -> Connection:
+        try:
+            return self._idle.get_nowait()
+        except queue.Empty:
+            connection = self._connect()
+            connection.read_only = True
+            connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+            return connection
+
+    def _close_idle_connections(self) -> None:
+        while True:
+            try:
+                self._idle.get_nowait().close()
+            except queue.Empty:
+                return
+
+    # ---- writing
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the index's advisory lock. PostgreSQL releases it when the connection ends.
+
+        Raises:
+            FolderInUseError: Another run holds the lock.
+        """
+        digest = hashlib.sha256(f"llm2clip index {self.schema}".encode()).digest()
+        key = int.from_bytes(digest[:8], "big", signed=True)
+        with self._convert_errors():
+            writer = self._get_writer()
+            row = writer.execute("SELECT pg_try_advisory_lock(%s)", (key,)).fetchone()
+        if row != (True,):
+            raise FolderInUseError(f"another run is writing to {self.location}")
+        self._is_locked = True
+        try:
+            yield
+        finally:
+            self._is_locked = False
+            writer.close()
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """Yield a connection with an open transaction, which is rolled back if an exception is raised."""
+        with self._write_lock, self._convert_errors():
+            writer = self._get_writer()
+            with writer.transaction():
+                yield writer
+
+    def vacuum(self, *tables: str) -> None:
+        """Remove deleted rows from tables and update the statistics of the query planner."""
+        with self._write_lock, self._convert_errors():
+            self._get_writer().execute(f"VACUUM (ANALYZE) {', '.join(tables)}")
+
+    def create_schema(self, connection: Connection) -> None:
+        """Create the schema if it does not exist. By default, only its owner can read it."""
+        row = connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", (self.schema,)).fetchone()
+        if row is None:
+            connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(self.schema)))
+
+    def _get_writer(self) -> Connection:
+        if self._writer is None or self._writer.closed:
+            if self._is_locked:
+                raise IndexUnavailableError(
+                    f"{self.location}: the connection that holds the lock was lost. Run the command again: it resumes "
+                    "after the last complete batch"
+                )
+            self._writer = self._connect(create_extensions=True)
+            self._close_idle_connections()  # they may have been opened before the extensions were created
+        return self._writer
+
+    @contextmanager
+    def _convert_errors(self) -> Iterator[None]:
+        """Convert PostgreSQL errors of the writer to OSErrors that name the index."""
+        try:
+            yield
+        except psycopg.Error as error:
+            if self._writer is not None and _is_lost(self._writer, error):
+                self._writer.close()
+                raise self._make_unavailable_error(error) from error
+            raise OSError(f"{self.location}: {str(error).strip()}") from error
+
+    # ---- connecting
+
+    def _connect(self, create_extensions: bool = False) -> Connection:
+        """Open a connection and set it up. With `create_extensions`, create missing extensions first."""
+        try:
+            # Without prepared statements, each plan takes the parameters, such as path patterns, into account.
+            connection = psycopg.connect(self.conninfo, autocommit=True, prepare_threshold=None)
+        except psycopg.OperationalError as error:
+            raise self._make_unavailable_error(error) from error
+        try:
+            if create_extensions:
+                self._create_extensions(connection)
+            self._set_up(connection)
+        except psycopg.Error as error:
+            connection.close()
+            if isinstance(error, psycopg.OperationalError):
+                raise self._make_unavailable_error(error) from error
+            raise OSError(f"{self.location}: {str(error).strip()}") from error
+        except Exception:
+            connection.close()
+            raise
+        return connection
+
+    def _set_up(self, connection: Connection) -> None:
+        """Set the schemas in which tables and extensions are looked up, and register the vector types."""
+        encoding = connection.info.parameter_status("server_encoding")
+        if encoding != "UTF8":
+            raise ValueError(f"{self.location}: the database must have the encoding UTF8 (got {encoding})")
+        rows = connection.execute(
+            "SELECT nspname, extversion FROM pg_extension JOIN pg_namespace ON pg_namespace.oid = extnamespace "
+            "WHERE extname = 'vector'"
+        ).fetchall()
+        schemas = [self.schema]
+        for extension_schema, version in rows:
+            schemas.append(extension_schema)
+            if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < MIN_PGVECTOR:
+                minimum = ".".join(map(str, MIN_PGVECTOR))
+                raise ValueError(
+                    f"{self.location}: pgvector {version} is too old; llm2clip requires {minimum} or later. Install it "
+                    "on the server, then run `ALTER EXTENSION vector UPDATE` in the database"
+                )
+        search_path = sql.SQL(", ").join(map(sql.Identifier, schemas)).as_string(connection)
+        # JIT compilation takes longer than it saves in queries of less than a second.
+        connection.execute(
+            "SELECT set_config('search_path', %s, false), set_config('jit', 'off', false)", (search_path,)
+        )
+        if rows:
+            register_vector(connection)
+
+    def _create_extensions(self, connection: Connection) -> None:
+        """Create the extension pgvector and, if possible, pg_trgm, which makes caption filters faster.
+
+        Raises:
+            OSError: pgvector is not installed on the server, or the user may not create it.
+        """
+        rows = connection.execute(
+            "SELECT name FROM pg_available_extensions WHERE name IN ('vector', 'pg_trgm')"
+        ).fetchall()
+        names = {name for (name,) in rows}
+        if "vector" not in names:
+            raise OSError(f"{self.location}: the server has no pgvector. Install pgvector 0.8 or later on the server")
+        try:
+            connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+        except errors.InsufficientPrivilege as error:
+            raise OSError(
+                f"{self.location}: this database user cannot enable pgvector. Run `CREATE EXTENSION vector` in the "
+                "database as an administrator"
+            ) from error
+        if "pg_trgm" in names:
+            with suppress(errors.InsufficientPrivilege):  # without pg_trgm, caption filters read all captions
+                connection.execute("CREATE EXTENSION IF NOT EXISTS pg_trgm")
+
+    def _make_unavailable_error(self, error: Exception) -> IndexUnavailableError:
+        return IndexUnavailableError(f"{self.location}: no connection to PostgreSQL: {str(error).strip()}")
+
+
+class _ConnectionLost(Exception):
+    """A connection was lost while it was in use."""
+
+
+def _is_lost(connection: Connection, error: psycopg.Error) -> bool:
+    return connection.closed or isinstance(error, LOST_CONNECTION)
