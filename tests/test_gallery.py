@@ -4,6 +4,7 @@ The page runs in the system's Chromium, served by a plain static file server.
 """
 
 import functools
+import hashlib
 import http.server
 import json
 import threading
@@ -21,6 +22,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, StaticEm
 
 from conftest import HANG_TIMEOUT
 from llm2clip.cli import main
+from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import wrap_llm2clip
 from llm2clip.models.export import export_model
 from llm2clip.models.export.onnx import export_text
@@ -35,9 +37,10 @@ from llm2clip.models.prompts import QueryTemplates, is_short_text
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search import gallery
+from llm2clip.search.backends import IndexedContent, IndexedImage
 from llm2clip.search.gallery import export_gallery, quantize_vectors
 from page_fixtures import on_both_devices, wait_until
-from search_fixtures import make_index
+from search_fixtures import BACKENDS, create_backend, make_index
 
 WORDS = ("a", "dog", "red", "green", "blue", "picture", "of", "the", "middle", "is", "##s", "half", "1", ",", ".")
 TEXTS = [
@@ -272,6 +275,27 @@ def test_gallery_rejects_bad_input(
     out.mkdir()
     (out / "file").touch()
     assert "exists: choose another folder" in run(*good)
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_gallery_images_come_from_every_backend(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "HITS_PER_READ", 3)
+    backend = create_backend(kind, tmp_path / "index")
+    backend.initialize({"model": "none", "embed_dim": 8, "fingerprint": "0" * 64})
+    vectors = np.eye(8, dtype=np.float16)
+    for number, vector in enumerate(vectors):
+        digest = hashlib.sha256(bytes([number])).digest()
+        path = str(tmp_path / f"{number}.jpg")
+        image = IndexedImage(path, FileImage(path), str(tmp_path), "1", (f"caption {number}",), taken=1.0)
+        backend.add([IndexedContent(digest, vector, bytes([number]), 10, 20)], [(image, digest)])
+    backend.finish()
+    (tmp_path / "out").mkdir()
+    images = gallery._write_images(backend, tmp_path / "out")
+    assert sorted(images) == [[f"{number}.jpg", f"caption {number}", 10, 20] for number in range(8)]
+    values = np.frombuffer((tmp_path / "out/vectors.bin").read_bytes()[4 * 8 :], np.int8).reshape(8, 8)
+    for position, (name, *_) in enumerate(images):
+        assert (tmp_path / f"out/thumbnails/{position}.jpg").read_bytes() == bytes([int(name[0])])
+        assert values[position].argmax() == int(name[0])
 
 
 def test_gallery_requires_images(tmp_path: Path, student_folder: Path) -> None:
