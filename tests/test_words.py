@@ -298,7 +298,7 @@ def test_pages_of_a_word_search_follow_each_other(tmp_path: Path, monkeypatch: p
         assert [hit.id for hit in pages] == [hit.id for hit in everything]
 
 
-# ---- indexes without full-text tables, or with damaged ones ---------------------------------------------------------
+# ---- indexes without full-text tables, or with corrupt ones ---------------------------------------------------------
 
 
 def drop_tables(folder: Path) -> None:
@@ -334,7 +334,7 @@ def test_index_of_an_earlier_version_gets_its_tables_without_embedding(
     assert Path(hit.images[0].name).name == "0.png" and hit.matched == ("caption",)
 
 
-def test_damaged_tables_are_reported_and_rebuilt(
+def test_corrupt_tables_are_reported_and_rebuilt(
     photos: Path, dual_encoder: DualEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from starlette.testclient import TestClient
@@ -344,7 +344,7 @@ def test_damaged_tables_are_reported_and_rebuilt(
     damage_tables(folder, "words", "trigrams")
     reader = SqliteBackend(folder)
     query = np.eye(16, dtype=np.float32)[0]
-    message = r"index\.sqlite: .*damaged\. To rebuild them, run `llm2clip index` again"
+    message = r"index\.sqlite: .*corrupt\. To rebuild them, run `llm2clip index` again"
     for conditions, texts in (({"caption": "ärmel"}, []), ({}, ["ärmel"])):
         with pytest.raises(WordIndexError, match=message):
             reader.search(query, 9, Filter(**conditions), words=texts)
