@@ -238,12 +238,7 @@ def build_faiss_ivf(task: Task) -> tuple[FindCandidates, Any]:
 
     dim = task.vectors.shape[1]
     lists = min(4096, len(task.vectors) // 40)
-    quantizer = faiss.IndexFlatIP(dim)
-    index = faiss.IndexIVFScalarQuantizer(
-        quantizer, dim, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
-    )
-    index.own_fields = False
-    index.reference = quantizer  # keeps the Python object alive
+    index = faiss.index_factory(dim, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
     _fill_faiss(index, task.vectors)
     return _search_faiss(index), lambda value: setattr(index, "nprobe", value)
 
