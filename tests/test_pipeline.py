@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -26,6 +27,7 @@ from llm2clip.data.records import open_records
 from llm2clip.data.table import RecordTable
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
+from llm2clip.store.store import EmbeddingStore
 from llm2clip.tools.plan import plan as planner
 
 
@@ -110,6 +112,14 @@ def test_fit_writes_the_documented_files(run: Path) -> None:
     assert len((run / "tune/metrics.jsonl").read_text().splitlines()) == 6
     losses = [json.loads(line)["loss"] for line in (run / "align/metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_fit_rotates_the_embedding_space_to_principal_components(run: Path) -> None:
+    """The rotation is computed from one caption per training image. Here, all captions of the store are used."""
+    model, store = LLM2CLIP.from_pretrained(run / "model", "cpu"), EmbeddingStore(run / "store")
+    texts = model.project_text_embeddings(torch.from_numpy(store.take(np.arange(len(store)))))
+    moments = texts.square().mean(0)
+    assert moments[:4].sum() > 20 * moments[-4:].sum()
 
 
 def test_fit_report_describes_the_run_and_shows_searches(run: Path) -> None:

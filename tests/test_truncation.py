@@ -23,7 +23,7 @@ from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.truncation import truncate_model
+from llm2clip.models.truncation import rotate_to_principal_components, truncate_model
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search.backends import Backend, Filter
 from llm2clip.search.build import truncate_to_index
@@ -110,6 +110,26 @@ def test_truncated_models_and_their_exports_return_truncated_embeddings(
     torch.testing.assert_close(loaded.encode_text(TEXTS), truncate_by_hand(texts), atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="cannot be truncated to 999"):
         truncate_model(model, 999)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_rotation_sorts_dimensions_by_variance_and_keeps_similarities(
+    bias: bool, tmp_path: Path, image_folder: Path
+) -> None:
+    model = make_model(tmp_path, matryoshka_dims=[], projection_bias=bias)
+    for layer in (model.projection, model.adapter.out):
+        if layer.bias is not None:
+            torch.nn.init.normal_(layer.bias, std=0.1)
+    files, captions = list_images(image_folder), torch.randn(50, model.config.text_dim)
+    images, texts = model.encode_image(files), model.project_text_embeddings(captions)
+    rotate_to_principal_components(model, captions)
+    rotated_images, rotated_texts = model.encode_image(files), model.project_text_embeddings(captions)
+    torch.testing.assert_close(rotated_texts @ rotated_images.T, texts @ images.T, atol=1e-5, rtol=0)
+    moments = rotated_texts.double().T @ rotated_texts.double()
+    expected = np.linalg.eigvalsh((texts.double().T @ texts.double()).numpy())[::-1].copy()
+    torch.testing.assert_close(moments, torch.diag(torch.from_numpy(expected)), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="only in a model with an image projection and an adapter"):
+        rotate_to_principal_components(make_model(tmp_path, embed_dim=32, adapter=AdapterConfig(depth=0)), captions)
 
 
 def test_matryoshka_dims_are_saved_and_checked(tmp_path: Path) -> None:

@@ -10,6 +10,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from llm2clip.config import AlignConfig, EmbedConfig, EncoderConfig, TuneConfig
 from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.pairs import TuningItem
@@ -34,14 +38,17 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import save_query_templates
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
+from llm2clip.models.truncation import rotate_to_principal_components
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state, wait_for_everyone
 from llm2clip.store.encode import embed as embed_locally
+from llm2clip.store.layout import make_caption_keys
 from llm2clip.store.ray_engine import embed_with_ray
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.train.align import align as train_align
 from llm2clip.train.initial_model import PretrainedParts, create_initial_model
 from llm2clip.train.tune import tune as train_tune
 
+ROTATION_CAPTIONS = 4096  # number of captions from which the rotation of the embedding space is computed
 HeldOut = Mapping[str, Sequence[Record]]  # held-out records, keyed by caption column
 
 
@@ -161,6 +168,9 @@ def align(
         validate = make_validator(held_out, log, store)
     model = train_align(train, store, model, config, out, log, validate, features)
     if state.is_main_process:
+        is_trained_space = model.config.projection and model.config.adapter.depth > 0 and not config.inherit
+        if is_trained_space and not config.matryoshka_dims:
+            rotate_to_principal_components(model, _sample_captions(train, store))
         _save_model(model, model_dir, encoder)
     wait_for_everyone()
     return model_dir
@@ -234,6 +244,14 @@ def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks
         return ShortQueryResult(NO_TEMPLATES, []).to_dict()
     print_once(choice.describe_choice())
     return choice.to_dict()
+
+
+def _sample_captions(train: RecordTable, store: EmbeddingStore) -> Tensor:
+    """Return the embeddings of the first captions of randomly chosen training images, of shape (N, text_dim)."""
+    numbers = np.random.default_rng(0).permutation(len(train))[:ROTATION_CAPTIONS]
+    captions = [captions[0] for captions in (train[int(number)].captions for number in np.sort(numbers)) if captions]
+    rows = store.find_keys(make_caption_keys(captions))
+    return torch.from_numpy(store.take(rows[rows >= 0]))  # the tokenizer could not encode captions without a row
 
 
 def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig | None) -> None:

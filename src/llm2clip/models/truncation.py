@@ -1,7 +1,8 @@
 """Truncation of embeddings to their first dimensions.
 
-The first dimensions of a model trained with `--align.matryoshka_dims` work on their own (Matryoshka representation
-learning, arXiv 2205.13147). The embeddings of other models can be truncated as well, with a larger loss of quality.
+`align` rotates the embedding space so that the first dimensions are the principal components of the training captions
+(see `rotate_to_principal_components`). Models trained with `--align.matryoshka_dims` (Matryoshka representation
+learning, arXiv 2205.13147), without an adapter, or with `--align.inherit` are not rotated.
 """
 
 from __future__ import annotations
@@ -30,6 +31,32 @@ def check_dim(dim: int, embed_dim: int, name: str) -> None:
             f"the embeddings of {name} have {embed_dim} dimensions, so they cannot be truncated to {dim}. Choose a "
             f"number from 1 to {embed_dim}"
         )
+
+
+@torch.no_grad()
+def rotate_to_principal_components(model: LLM2CLIP, captions: Tensor) -> None:
+    """Rotate a model's embedding space, so that the first dimensions are those in which captions differ most.
+
+    The rotation is applied to the weights of the last layers of both towers, which are linear. Cosine similarities do
+    not change, except for rounding. The rows of the rotation are the principal components of the text embeddings
+    without centring: the eigenvectors of their second-moment matrix, largest eigenvalue first.
+
+    Args:
+        model: Model with an image projection and an adapter. The model is modified in place.
+        captions: Caption embeddings from the encoder, unnormalised, float32 of shape (N, text_dim).
+
+    Raises:
+        ValueError: The model has no image projection or no adapter.
+    """
+    if not isinstance(model.projection, nn.Linear) or model.config.adapter.depth == 0:
+        raise ValueError("the embedding space can be rotated only in a model with an image projection and an adapter")
+    texts = model.project_text_embeddings(captions).double()  # (N, D)
+    eigenvectors = torch.linalg.eigh(texts.T @ texts).eigenvectors  # columns, smallest eigenvalue first
+    rotation = eigenvectors.flip(1).T.to(model.device)  # (D, D)
+    for layer in (model.projection, model.adapter.out):
+        layer.weight.copy_(rotation @ layer.weight.double())
+        if layer.bias is not None:
+            layer.bias.copy_(rotation @ layer.bias.double())
 
 
 @torch.no_grad()
