@@ -7,10 +7,12 @@ training images and coco_img, and tested on Flickr8k's 1,000 validation images. 
 all-MiniLM-L6-v2. The vision tower is a frozen EfficientNet-Lite0 at 160 pixels, so only the heads are trained, on
 cached features. The models are:
 
-    plain         the default settings: 512 dimensions, and an adapter of depth 1
+    default       the default settings: 512 dimensions, and an adapter of depth 1. The first dimensions are the
+                  principal components of the training captions
+    unrotated     the default model, randomly rotated: how well its embeddings could be truncated without principal
+                  components
     matryoshka    --align.matryoshka_dims '[64, 128, 256]'
-    pca           the plain model, rotated so that the first dimensions are the principal components of its embeddings
-    depth-0       --align.adapter_depth 0, which has the encoder's 384 dimensions
+    depth-0       --align.adapter_depth 0, which has the encoder's 384 dimensions and is not rotated
     depth-1-384   --align.embed_dim 384, for comparison with depth-0
     depth-4       --align.adapter_depth 4
 
@@ -27,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm2clip.data.records import Record, open_records
+from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.io_utils import atomic_path
@@ -37,7 +39,7 @@ from shared import run_llm2clip
 ENCODER = "all-minilm-l6-v2"
 DIMS = ("64", "128", "256")
 MODELS = {
-    "plain": [],
+    "default": [],
     "matryoshka": ["--align.matryoshka_dims", "[64, 128, 256]"],
     "depth-0": ["--align.adapter_depth", "0"],
     "depth-1-384": ["--align.embed_dim", "384"],
@@ -63,41 +65,32 @@ def main() -> None:
                 sources = ["align", f"{flickr}@train+none", coco, "--store", store, "--encoder.path", ENCODER]
                 run = [*FROZEN, *flags, "--align.seed", str(seed), "--features", features, "--out", str(folder / name)]
                 run_llm2clip([*sources, *run], log)
-        if not (folder / "pca.npz").exists():
-            write_pca_embeddings(folder / "plain/model", Path(flickr), folder / "pca.npz")
+        if not (folder / "unrotated.npz").exists():
+            write_rotated_embeddings(folder / "default/model", flickr, folder / "unrotated.npz")
         first, *others = [str(folder / name / "model") for name in MODELS]
         command = ["evaluate", first, f"{flickr}@val", "--dims", *DIMS, "--out", str(folder / "evaluate")]
-        run_llm2clip([*command, "--baselines", str(folder / "pca.npz"), *others], log)
+        run_llm2clip([*command, "--baselines", str(folder / "unrotated.npz"), *others], log)
     table = make_table([out / f"seed-{seed}" / "evaluate/results.json" for seed in range(args.seeds)])
     (out / "table.md").write_text(table)
     print(table)
 
 
-def write_pca_embeddings(model: Path, flickr: Path, file: Path) -> None:
-    """Write the model's embeddings of the validation split, rotated to the principal components of the training split.
-
-    A rotation does not change cosine similarities, so the results with all dimensions are those of the model itself.
-    The covariance is the mean of the covariances of image and text embeddings.
-    """
+def write_rotated_embeddings(model: Path, flickr: str, file: Path) -> None:
+    """Write the model's embeddings of the validation split, rotated randomly. This does not change similarities."""
     embeddings = ModelEmbeddings(open_dual_encoder(str(model)), SkipLog())
-    records: dict[str | None, list[Record]] = defaultdict(list)
-    for record in open_records(flickr):
-        records[record.split].append(record)
-    images, _ = embeddings.encode_images([record.image for record in records["train"] if record.image is not None])
-    texts = embeddings.encode_texts([record.captions[0] for record in records["train"]])
-    covariance = torch.cov(images.double().T) + torch.cov(texts.double().T)
-    rotation = torch.linalg.eigh(covariance).eigenvectors.flip(1)  # (D, D), largest variance first
-
-    refs = [record.image for record in records["val"] if record.image is not None]
+    records = [record for record in open_records(flickr) if record.split == "val" and record.image is not None]
+    refs = [record.image for record in records]
     images, indices = embeddings.encode_images(refs)
-    captions = list(dict.fromkeys(caption for record in records["val"] for caption in record.captions))
+    captions = list(dict.fromkeys(caption for record in records for caption in record.captions))
     texts = embeddings.encode_texts(captions)
+    dim = images.shape[1]
+    rotation = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(0))).Q  # (D, D)
     with atomic_path(file) as temporary, temporary.open("wb") as stream:
         np.savez(
             stream,
-            images=(images.double() @ rotation).float().numpy(),
+            images=(images @ rotation).numpy(),
             image_names=[str(refs[i]) for i in indices],
-            texts=(texts.double() @ rotation).float().numpy(),
+            texts=(texts @ rotation).numpy(),
             captions=captions,
         )
 
@@ -105,7 +98,7 @@ def write_pca_embeddings(model: Path, flickr: Path, file: Path) -> None:
 def make_table(files: list[Path]) -> str:
     """Return the R@1 of each model and number of dimensions as a Markdown table."""
     scores: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
-    names = [next(iter(MODELS)), "pca", *list(MODELS)[1:]]  # in the order in which `evaluate` lists the models
+    names = [next(iter(MODELS)), "unrotated", *list(MODELS)[1:]]  # in the order in which `evaluate` lists the models
     for file in files:
         results = json.loads(file.read_text())["results"]
         full_models = list(dict.fromkeys(result["full model"] for result in results))

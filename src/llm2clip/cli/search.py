@@ -56,8 +56,8 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--dim",
         type=PositiveInt,
-        help="Truncate vectors to this number of dimensions, for a smaller index. Best with a model trained with "
-        "--align.matryoshka_dims. `search` and `serve` truncate queries accordingly. Default: all dimensions.",
+        help="Truncate vectors to this number of dimensions, for a smaller index. `search` and `serve` truncate "
+        "queries accordingly. Default: all dimensions.",
     )
     sub.add_argument(
         "--ocr",
