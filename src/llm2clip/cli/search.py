@@ -117,6 +117,11 @@ def add_commands(commands: Commands) -> None:
         "camera and date contain all words of the query.",
     )
     sub.add_argument(
+        "--no_group",
+        action="store_true",
+        help="Show bursts and edited copies of an image as separate results. By default, each is one result.",
+    )
+    sub.add_argument(
         "--path",
         type=str,
         help="Only images in this folder, tar or file. A relative path that does not exist in the current folder "
@@ -132,8 +137,8 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--json",
         action="store_true",
-        help="Print each result as a JSON object: rank, score, relevance, path, duplicates, captions, text, matched, "
-        "taken, width and height.",
+        help="Print each result as a JSON object: rank, score, relevance, path, duplicates, similar, captions, text, "
+        "matched, taken, width and height.",
     )
     sub.add_argument("--paths", action="store_true", help="Print only the paths, one per line.")
     sub.add_argument("--sheet", type=str, help="Write an HTML page with the results to this folder.")
@@ -294,6 +299,7 @@ def _search(args: Namespace) -> list[str]:
     from llm2clip.search.query import SearchQuery, embed_query_parts
     from llm2clip.search.relevance import NOT_CALIBRATED, load_calibration, search_relevant
     from llm2clip.search.render import hit_to_json, open_in_browser, print_hits, write_contact_sheet
+    from llm2clip.search.similar import READ_FACTOR, group_similar_hits
 
     templates = _make_query_templates(args.templates)
     query = SearchQuery(args.texts, args.images, args.negative, args.negative_images, templates=templates)
@@ -309,15 +315,18 @@ def _search(args: Namespace) -> list[str]:
             calibration = load_calibration(backend, model)
             if backend.load_calibration() is None:
                 print(NOT_CALIBRATED)
+        is_grouped = bool(query) and not args.no_group
         hits, nothing_close = search_relevant(
             backend,
             calibration,
             vectors,
-            args.top,
+            args.top * (READ_FACTOR if is_grouped else 1),
             image_filter,
             words=() if args.no_words or args.negative or args.negative_images else args.texts,
             show_weak=args.show_weak,
         )
+        if is_grouped:
+            hits = group_similar_hits(hits, backend, args.top).hits
         if nothing_close and (args.json or args.paths):
             print(NOTHING_CLOSE)
     if args.json:

@@ -25,7 +25,8 @@ from llm2clip.search.query import QueryVectors, SearchQuery
 from llm2clip.search.queues import Batcher, FairThreadPool
 from llm2clip.search.relevance import Calibration, load_calibration, search_relevant
 from llm2clip.search.request_images import NotFound, RequestImage, TooLarge, load_request_image, open_original
-from llm2clip.search.schemas import HeatmapRequest, SearchRequest, SearchResponse
+from llm2clip.search.schemas import MAX_OFFSET, HeatmapRequest, SearchRequest, SearchResponse
+from llm2clip.search.similar import READ_FACTOR, HitPage, group_similar_hits
 
 DECODE_THREADS = 2
 MAX_HEATMAP_CELLS = 4096  # maximum for requests that set image_size; memory can grow quadratically with the cell count
@@ -176,19 +177,28 @@ class InferenceService:
 
         has_negatives = bool(query.negative_texts or query.negative_images or query.negative_like)
         words = request.texts if request.words and not has_negatives else ()
+        is_grouped = request.group_similar and bool(query)
 
         def find_hits(vectors: QueryVectors | None) -> bytes:
             result = search_relevant(
                 backend,
                 self._get_calibration(),
                 vectors,
-                count=request.top,
+                count=request.top * (READ_FACTOR if is_grouped else 1),
                 image_filter=image_filter,
                 offset=request.offset,
                 words=words,
                 show_weak=request.show_weak,
             )
-            values = {**result._asdict(), "total": backend.count_matches(image_filter)}
+            hits = result.hits
+            page = group_similar_hits(hits, backend, request.top) if is_grouped else HitPage(hits, len(hits))
+            total, end = backend.count_matches(image_filter), request.offset + page.size
+            values = {
+                "hits": page.hits,
+                "nothing_close": result.nothing_close,
+                "total": total,
+                "next_offset": end if page.hits and end < min(total, MAX_OFFSET + 1) else None,
+            }
             response = SearchResponse.model_validate(values, from_attributes=True)
             return response.model_dump_json().encode()
 

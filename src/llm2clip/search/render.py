@@ -41,6 +41,8 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
         if hit.text:
             text = shorten(_replace_unprintable_characters(hit.text), CAPTION_LENGTH, placeholder=" …")
             description.append(f"\ntext: {text}", style="dim")
+        if hit.similar:
+            description.append(f"\n+{len(hit.similar)} similar", style="dim")
         if hit.matched:
             description.append(f"\nmatched: {', '.join(hit.matched)}", style="dim")
         thumbnail = [_draw_thumbnail(backend.thumbnail(hit.id))] if with_thumbnails else []
@@ -57,6 +59,7 @@ def hit_to_json(rank: int, hit: Hit) -> str:
         "relevance": None if hit.relevance is None else round(hit.relevance, 4),
         "path": first.name,
         "duplicates": [image.name for image in duplicates],
+        "similar": [other.name for other in hit.similar],
         "captions": list(first.captions),
         "text": hit.text,
         "matched": list(hit.matched),
@@ -120,6 +123,8 @@ def write_contact_sheet(
     images = []
     for rank, hit in enumerate(hits, 1):
         label = f"{rank}. {_format_score_or_date(hit)} {Path(hit.images[0].name).name}"
+        if hit.similar:
+            label += f" (+{len(hit.similar)} similar)"
         jpeg = (heatmaps or {}).get(hit.id) or backend.thumbnail(hit.id)
         images.append(ResultImage(jpeg, None, label, _make_file_url(hit)))
     order = "best match first" if any(hit.matched for hit in hits) else "most similar first"

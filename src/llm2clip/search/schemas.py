@@ -144,14 +144,24 @@ class QueryRequest(_StrictModel):
 class SearchRequest(QueryRequest):
     """A query, a filter, or both. Without a query, images that match the filter are sorted newest first."""
 
-    top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits")
-    offset: int = Field(default=0, ge=0, le=MAX_OFFSET, description="number of hits to skip, for pagination")
+    top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits, not counting similar ones")
+    offset: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_OFFSET,
+        description="number of hits to skip, counting similar ones: `next_offset` of the previous page",
+    )
     show_weak: bool = Field(default=False, description="also return hits if nothing in the index is close to the query")
     filter: FilterRequest = FilterRequest()  # pydantic copies defaults
     words: bool = Field(
         default=True,
         description="rank images higher if their captions, recognised text, file name, camera and date contain all "
         "words of `texts`",
+    )
+    group_similar: bool = Field(
+        default=True,
+        description="return bursts and edited copies of an image as one hit, whose `similar` lists the others; ignored "
+        "without a query",
     )
 
 
@@ -163,6 +173,13 @@ class ImageLocation(BaseModel):
     taken: float = Field(
         description="capture time, or file modification time if the capture time is unknown, as a Unix timestamp"
     )
+
+
+class SimilarHitResponse(BaseModel):
+    """A hit that is part of another hit, because the images are similar."""
+
+    id: str
+    name: str = Field(description="name of the image's first location")
 
 
 class HitResponse(BaseModel):
@@ -182,6 +199,9 @@ class HitResponse(BaseModel):
         description="fields that contain words of the query, if the image contains all words of the query"
     )
     text: str = Field(description="text recognised in the image")
+    similar: list[SimilarHitResponse] = Field(
+        description="other hits that are bursts or edited copies of this image, best first"
+    )
 
 
 class SearchResponse(BaseModel):
@@ -193,6 +213,10 @@ class SearchResponse(BaseModel):
         "unless the request sets show_weak or has a filter"
     )
     total: int = Field(description="number of distinct images in the index that match the filter")
+    next_offset: int | None = Field(
+        description="`offset` of the next page; null if there are no further hits, or their offset would be too large. "
+        "`offset` counts hits before similar ones are grouped, so a page can end before or after `offset` + `top`"
+    )
 
 
 class HeatmapRequest(QueryRequest):
