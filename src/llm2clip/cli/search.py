@@ -140,6 +140,11 @@ def add_commands(commands: Commands) -> None:
         help="Print each result as a JSON object: rank, score, relevance, path, duplicates, similar, captions, text, "
         "matched, taken, width and height.",
     )
+    sub.add_argument(
+        "--explain",
+        action="store_true",
+        help="Also print how much each word of the texts changes the similarity of the first result.",
+    )
     sub.add_argument("--paths", action="store_true", help="Print only the paths, one per line.")
     sub.add_argument("--sheet", type=str, help="Write an HTML page with the results to this folder.")
     sub.add_argument("--open", action="store_true", help="Open an HTML page with the results in a browser.")
@@ -288,6 +293,10 @@ def _search(args: Namespace) -> list[str]:
         raise ValueError("--heatmaps requires an HTML page: add --open or --sheet FOLDER")
     if args.json + args.paths + to_page > 1:
         raise ValueError("--json, --paths and the HTML page (--sheet, --open) cannot be combined")
+    if args.explain and not args.texts:
+        raise ValueError("--explain requires a text, because it rates the words of the texts")
+    if args.explain and (args.json or args.paths or to_page):
+        raise ValueError("--explain prints a table: remove --json, --paths, --sheet and --open")
     if args.model is not None:
         args.model = resolve_model(args.model)
     from rich.console import Console
@@ -295,10 +304,17 @@ def _search(args: Namespace) -> list[str]:
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.search.backends import open_backend
     from llm2clip.search.build import truncate_to_index
+    from llm2clip.search.explain import explain_hit
     from llm2clip.search.heatmap import draw_heatmaps, require_dense_encoder
     from llm2clip.search.query import SearchQuery, embed_query_parts
     from llm2clip.search.relevance import NOT_CALIBRATED, load_calibration, search_relevant
-    from llm2clip.search.render import hit_to_json, open_in_browser, print_hits, write_contact_sheet
+    from llm2clip.search.render import (
+        hit_to_json,
+        open_in_browser,
+        print_explanation,
+        print_hits,
+        write_contact_sheet,
+    )
     from llm2clip.search.similar import READ_FACTOR, group_similar_hits
 
     templates = _make_query_templates(args.templates)
@@ -339,6 +355,9 @@ def _search(args: Namespace) -> list[str]:
         return ["No results: the index is empty, or no image matches the filters."]
     if not to_page:
         print_hits(hits, backend, Console())
+        vector = backend.vector(hits[0].id) if args.explain else None
+        if vector is not None:
+            print_explanation(explain_hit(model, query, vector), Console())
         return ["None of these images is close to the query."] if nothing_close else []
     heatmaps = draw_heatmaps(model, vectors.combined, hits, backend) if args.heatmaps and vectors is not None else {}
     title = " + ".join([*args.texts, *args.images])

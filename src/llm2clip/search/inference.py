@@ -20,12 +20,13 @@ from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.models.truncation import truncate_and_normalize
 from llm2clip.search.backends import Backend, IndexUnavailableError
 from llm2clip.search.build import truncate_to_index
+from llm2clip.search.explain import Explanation, prepare_explanation
 from llm2clip.search.heatmap import compute_heatmap, require_dense_encoder
 from llm2clip.search.query import QueryVectors, SearchQuery
 from llm2clip.search.queues import Batcher, FairThreadPool
 from llm2clip.search.relevance import Calibration, load_calibration, search_relevant
 from llm2clip.search.request_images import NotFound, RequestImage, TooLarge, load_request_image, open_original
-from llm2clip.search.schemas import MAX_OFFSET, HeatmapRequest, SearchRequest, SearchResponse
+from llm2clip.search.schemas import MAX_OFFSET, ExplainRequest, HeatmapRequest, SearchRequest, SearchResponse
 from llm2clip.search.similar import READ_FACTOR, HitPage, group_similar_hits
 
 DECODE_THREADS = 2
@@ -205,6 +206,19 @@ class InferenceService:
         [response] = await self._searchers.map(find_hits, [query_vectors])
         return response
 
+    async def explain(self, request: ExplainRequest) -> Explanation:
+        """Embed a query, and the query without each of its words. Return the effect of each word on a hit's score."""
+        query = request.to_query()
+        explainer = prepare_explanation(query, self.templates)
+        vector, *hits = await self._read_vectors([request.id, *query.like, *query.negative_like])
+        images = await self._embed_query_images(query)
+        prompts: list[np.ndarray] = []
+        step = min(self.limits.batch_size, self.limits.max_queue)  # leaves space in the queue for other requests
+        for start in range(0, len(explainer.prompts), step):
+            prompts += await self.embed_texts(explainer.prompts[start : start + step])
+        prompts = truncate_vectors(prompts, self._query_model.embed_dim)
+        return explainer.explain(np.stack(prompts), images, hits, vector)
+
     async def compute_heatmap(self, request: HeatmapRequest) -> np.ndarray:
         """Embed a query. Return its cosine similarity to each image cell, as a float32 array of shape (h, w)."""
         dense = require_dense_encoder(self._query_model)
@@ -255,18 +269,26 @@ class InferenceService:
     async def _embed_query(self, query: SearchQuery) -> QueryVectors:
         """Return the embeddings of a query and its positive parts."""
         prompts, counts = query.build_prompts(self.templates)
-        hit_vectors = []
-        for hit_id in (*query.like, *query.negative_like):
+        hits = await self._read_vectors([*query.like, *query.negative_like])
+        dim = self._query_model.embed_dim
+        prompt_vectors = truncate_vectors(await self.embed_texts(prompts), dim)
+        return query.combine(prompt_vectors, counts, await self._embed_query_images(query), hits)
+
+    async def _embed_query_images(self, query: SearchQuery) -> list[np.ndarray]:
+        """Return the embeddings of a query's images, then of its negative images."""
+        images = [RequestImage(uri, f"images.{index}") for index, uri in enumerate(query.images)]
+        images += [RequestImage(uri, f"negative_images.{index}") for index, uri in enumerate(query.negative_images)]
+        return truncate_vectors(await self.embed_images(images), self._query_model.embed_dim)
+
+    async def _read_vectors(self, hit_ids: Sequence[str]) -> list[np.ndarray]:
+        """Return the embeddings of hits. Raise NotFound if the index does not contain one of them."""
+        vectors = []
+        for hit_id in hit_ids:
             vector = await run_in_threadpool(self.require_backend().vector, hit_id)
             if vector is None:
                 raise NotFound(f"the index contains no image with id {hit_id}")
-            hit_vectors.append(vector)
-        dim = self._query_model.embed_dim
-        prompt_vectors = truncate_vectors(await self.embed_texts(prompts), dim)
-        images = [RequestImage(uri, f"images.{index}") for index, uri in enumerate(query.images)]
-        images += [RequestImage(uri, f"negative_images.{index}") for index, uri in enumerate(query.negative_images)]
-        image_vectors = truncate_vectors(await self.embed_images(images), dim)
-        return query.combine(prompt_vectors, counts, image_vectors, hit_vectors)
+            vectors.append(vector)
+        return vectors
 
     def _get_calibration(self) -> Calibration | None:
         """Return the calibration of relevance, which may be up to a minute old, or None if the index has none."""

@@ -16,6 +16,7 @@ from rich.text import Text as RichText
 
 from llm2clip.html_report import Block, Paragraph, ResultImage, ResultImages, write_report
 from llm2clip.search.backends import Backend, Hit
+from llm2clip.search.explain import Explanation
 
 CAPTION_LENGTH = 160  # maximum length of a displayed caption, in characters
 THUMBNAIL_COLUMNS, THUMBNAIL_ROWS = 24, 24  # in pixels; each character is one pixel wide and two pixels high
@@ -47,6 +48,16 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
             description.append(f"\nmatched: {', '.join(hit.matched)}", style="dim")
         thumbnail = [_draw_thumbnail(backend.thumbnail(hit.id))] if with_thumbnails else []
         table.add_row(str(rank), _format_score_or_date(hit), *thumbnail, description)
+    console.print(table)
+
+
+def print_explanation(explanation: Explanation, console: Console) -> None:
+    """Print a table of the words of a query and their effects on the score of the first hit."""
+    table = RichTable(title="Change of the first result's cosine by each word", title_justify="left")
+    table.add_column("word", overflow="fold")
+    table.add_column("effect", justify="right")
+    for word in explanation.words:
+        table.add_row(RichText(_replace_unprintable_characters(word.text)), f"{word.effect:+.3f}")
     console.print(table)
 
 

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.models.prompts import PLACEHOLDER, QueryTemplates
 from llm2clip.search.backends import MAX_CAPTION_FILTER_LENGTH, MAX_LOCATIONS, Filter
+from llm2clip.search.explain import MAX_WORDS
 from llm2clip.search.query import SearchQuery
 
 DATA_URI_PREFIX = "data:image/"
@@ -248,6 +249,29 @@ class HeatmapResponse(BaseModel):
     rows: list[list[float]] = Field(
         description="cosine similarity between the query and each cell, row by row; the cells divide the image evenly"
     )
+
+
+class ExplainRequest(QueryRequest):
+    """A query with at least one text, and the hit whose score is to be explained."""
+
+    id: HitId = Field(description="id of a hit")
+
+
+class WordResponse(BaseModel):
+    """A word of the query's texts."""
+
+    text: str
+    text_index: int = Field(description="index of the text in `texts` that contains the word")
+    start: int = Field(description="position of the word's first character in the text, in Unicode code points")
+    end: int = Field(description="position after the word's last character")
+    effect: float = Field(description="score with the full query minus the score without this word")
+
+
+class ExplainResponse(BaseModel):
+    """Effects of the words of a query on the score of a hit."""
+
+    score: float = Field(description="cosine similarity to the full query")
+    words: list[WordResponse] = Field(description=f"the first {MAX_WORDS} words of the texts")
 
 
 class EmbedRequest(BaseModel):

@@ -37,6 +37,8 @@ from llm2clip.search.schemas import (
     EmbeddingItem,
     EmbedRequest,
     EmbedResponse,
+    ExplainRequest,
+    ExplainResponse,
     HealthResponse,
     HeatmapRequest,
     HeatmapResponse,
@@ -214,6 +216,11 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
         If there is a filter but no query, return the images that match the filter, newest first.
         """
         return Response(await service.search(request), media_type="application/json")
+
+    @app.post("/explain", responses=API_ERRORS)
+    async def explain(request: ExplainRequest) -> ExplainResponse:
+        """Return how much the score of a hit changes if a word is left out of the query's texts."""
+        return ExplainResponse.model_validate(await service.explain(request), from_attributes=True)
 
     @app.post("/heatmap", responses=API_ERRORS)
     async def heatmap(request: HeatmapRequest) -> HeatmapResponse:
