@@ -122,6 +122,12 @@ def add_commands(commands: Commands) -> None:
         help="Show bursts and edited copies of an image as separate results. By default, each is one result.",
     )
     sub.add_argument(
+        "--rerank",
+        type=str,
+        help="Model that sorts the first 50 results again, by embedding the query and the image files. Any model that "
+        "`evaluate` accepts.",
+    )
+    sub.add_argument(
         "--path",
         type=str,
         help="Only images in this folder, tar or file. A relative path that does not exist in the current folder "
@@ -185,6 +191,11 @@ def add_commands(commands: Commands) -> None:
         help="Other websites whose pages may use the API, such as https://example.org.",
     )
     sub.add_argument("--access_log", action="store_true", help="Write one JSON object per request to standard error.")
+    sub.add_argument(
+        "--rerank",
+        type=str,
+        help="Model with which requests can sort their first 50 results again. Any model that `evaluate` accepts.",
+    )
     _add_templates_argument(sub, " Requests can override the templates.")
     sub.add_argument(
         "--batch_size", type=PositiveInt, default=32, help="Maximum number of texts or images per forward pass."
@@ -295,6 +306,10 @@ def _search(args: Namespace) -> list[str]:
         raise ValueError("--json, --paths and the HTML page (--sheet, --open) cannot be combined")
     if args.explain and not args.texts:
         raise ValueError("--explain requires a text, because it rates the words of the texts")
+    if args.rerank is not None:
+        if not (args.texts or args.images or args.negative or args.negative_images):
+            raise ValueError("--rerank requires a text or an image to search for")
+        args.rerank = resolve_model(args.rerank)
     if args.explain and (args.json or args.paths or to_page):
         raise ValueError("--explain prints a table: remove --json, --paths, --sheet and --open")
     if args.model is not None:
@@ -315,6 +330,7 @@ def _search(args: Namespace) -> list[str]:
         print_hits,
         write_contact_sheet,
     )
+    from llm2clip.search.rerank import RERANKED, rerank_hits
     from llm2clip.search.similar import READ_FACTOR, group_similar_hits
 
     templates = _make_query_templates(args.templates)
@@ -332,17 +348,25 @@ def _search(args: Namespace) -> list[str]:
             if backend.load_calibration() is None:
                 print(NOT_CALIBRATED)
         is_grouped = bool(query) and not args.no_group
+        count = args.top * (READ_FACTOR if is_grouped else 1)
         hits, nothing_close = search_relevant(
             backend,
             calibration,
             vectors,
-            args.top * (READ_FACTOR if is_grouped else 1),
+            count if args.rerank is None else max(RERANKED, count),
             image_filter,
             words=() if args.no_words or args.negative or args.negative_images else args.texts,
             show_weak=args.show_weak,
         )
-        if is_grouped:
-            hits = group_similar_hits(hits, backend, args.top).hits
+        if args.rerank is not None and hits:
+            reranking = rerank_hits(open_dual_encoder(args.rerank), query, hits, backend)
+            hits = reranking.hits
+            if reranking.missing:
+                print(
+                    f"Results that could not be re-ranked, because their files were changed or removed since indexing, "
+                    f"or cannot be decoded: {reranking.missing:,}"
+                )
+        hits = group_similar_hits(hits, backend, args.top).hits if is_grouped else hits[: args.top]
         if nothing_close and (args.json or args.paths):
             print(NOTHING_CLOSE)
     if args.json:
@@ -451,6 +475,10 @@ def _serve(args: Namespace) -> list[str]:
     check_index(args["index"])
     if args.model is not None:
         args.model = resolve_model(args.model)
+    if args.rerank is not None:
+        if not args["index"]:
+            raise ValueError("--rerank requires an index: add --index INDEX")
+        args.rerank = resolve_model(args.rerank)
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.backends import open_backend
@@ -471,6 +499,9 @@ def _serve(args: Namespace) -> list[str]:
         print_once(NOT_CALIBRATED)
     model_thread = ThreadPoolExecutor(1, "model")
     model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision).result()
+    reranker = None
+    if args.rerank is not None:
+        reranker = model_thread.submit(open_dual_encoder, args.rerank, precision=args.precision).result()
     app = create_app(
         model,
         backend,
@@ -481,6 +512,7 @@ def _serve(args: Namespace) -> list[str]:
         templates=templates,
         allowed_origins=args.allowed_origins,
         access_log=args.access_log,
+        reranker=reranker,
     )
     host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6
 

@@ -12,6 +12,7 @@ from llm2clip.models.prompts import PLACEHOLDER, QueryTemplates
 from llm2clip.search.backends import MAX_CAPTION_FILTER_LENGTH, MAX_LOCATIONS, Filter
 from llm2clip.search.explain import MAX_WORDS
 from llm2clip.search.query import SearchQuery
+from llm2clip.search.rerank import RERANKED
 
 DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # in characters
@@ -164,6 +165,11 @@ class SearchRequest(QueryRequest):
         description="return bursts and edited copies of an image as one hit, whose `similar` lists the others; ignored "
         "without a query",
     )
+    rerank: bool = Field(
+        default=False,
+        description=f"sort the first {RERANKED} hits by the similarity of the server's second model, which embeds the "
+        "query and the original image files; ignored without a query and for later pages",
+    )
 
 
 class ImageLocation(BaseModel):
@@ -217,6 +223,11 @@ class SearchResponse(BaseModel):
     next_offset: int | None = Field(
         description="`offset` of the next page; null if there are no further hits, or their offset would be too large. "
         "`offset` counts hits before similar ones are grouped, so a page can end before or after `offset` + `top`"
+    )
+    rerank_seconds: float | None = Field(description="duration of re-ranking in seconds; null without re-ranking")
+    rerank_missing: int | None = Field(
+        description="number of hits that could not be re-ranked, because their image files cannot be decoded, or have "
+        "been changed or removed; they follow the re-ranked hits; null without re-ranking"
     )
 
 

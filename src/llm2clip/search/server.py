@@ -63,6 +63,7 @@ def create_app(
     templates: QueryTemplates | None = None,
     allowed_origins: Sequence[str] = (),
     access_log: bool = False,
+    reranker: DualEncoder | None = None,
 ) -> FastAPI:
     """Create the web application.
 
@@ -81,6 +82,7 @@ def create_app(
         allowed_origins: Origins of other websites, such as `https://example.org`, whose pages may use the API. They
             must send the token in the Authorization header.
         access_log: Whether to write one JSON object per request to standard error.
+        reranker: Model with which requests can sort the first hits again. See `search.rerank`.
 
     Raises:
         ValueError: The index was built with a different model, the token is not printable ASCII without spaces, there
@@ -91,7 +93,7 @@ def create_app(
     if len(templates.templates) > MAX_TEMPLATES:
         raise ValueError(f"too many templates: {len(templates.templates)}; the limit is {MAX_TEMPLATES}")
     check_origins(allowed_origins)
-    service = InferenceService(model, backend, limits or Limits(), model_thread, templates)
+    service = InferenceService(model, backend, limits or Limits(), model_thread, templates, reranker)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
