@@ -258,9 +258,9 @@ class InferenceService:
         images = await self.embed_images(_list_images(query), reranker.model)
         texts = _check_finite(await self._batchers["rerank_text"].submit(prompts), "a text")
         vector = query.combine(texts, counts, images, [like_vectors[hit_id] for hit_id in like]).combined
-        first = [hit.id for hit in hits[:RERANKED]]
-        vectors = await self._embed_originals(reranker, first)
-        return Reranking(sort_hits(hits, vector, vectors), len(first) - len(vectors), time.perf_counter() - start)
+        vectors = await self._embed_originals(reranker, [hit.id for hit in hits[:RERANKED]])
+        scores = {hit_id: float(vector @ hit_vector) for hit_id, hit_vector in vectors.items()}
+        return sort_hits(hits, scores, start)
 
     async def _embed_originals(self, reranker: Reranker, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the re-ranker's embeddings of the image files of hits, without those that cannot be decoded."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from llm2clip.data.image_refs import read_image_file
 from llm2clip.data.images import ImageError, load_image
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search.backends import Backend, Hit
+from llm2clip.search.backends import Backend, Hit, IndexUnavailableError
 from llm2clip.search.query import SearchQuery, embed_query
 from llm2clip.search.request_images import NotFound, TooLarge, open_original
 
@@ -60,6 +60,9 @@ class Reranker:
         Args:
             read: Function that takes a hit id and returns the contents of the image file.
             load: Function that decodes an image file.
+
+        Raises:
+            IndexUnavailableError: The server that stores the index does not respond.
         """
         try:
             data = read(hit_id)
@@ -69,6 +72,8 @@ class Reranker:
                 if vector is not None:
                     self._cache.move_to_end(digest)
             pixels = self.model.transform(load(data)) if vector is None else None
+        except IndexUnavailableError:
+            raise
         except (ImageError, NotFound, TooLarge, OSError):
             return None
         return PreparedImage(digest, vector, pixels)
@@ -97,26 +102,25 @@ def rerank_hits(model: DualEncoder, query: SearchQuery, hits: Sequence[Hit], bac
         with stream:
             return read_image_file(stream)
 
-    vectors = {}
+    scores = {}
     for hit in hits[:RERANKED]:
         prepared = reranker.prepare(hit.id, read, load_image)
         if prepared is not None:
             vector = model.encode_images([prepared.pixels])[0].numpy()
             if np.isfinite(vector).all():
-                vectors[hit.id] = vector
-    missing = len(hits[:RERANKED]) - len(vectors)
-    return Reranking(sort_hits(hits, query_vector, vectors), missing, time.perf_counter() - start)
+                scores[hit.id] = float(vector @ query_vector)
+    return sort_hits(hits, scores, start)
 
 
-def sort_hits(hits: Sequence[Hit], query: np.ndarray, vectors: Mapping[str, np.ndarray]) -> list[Hit]:
-    """Sort the first RERANKED hits by their similarity to a query. The other hits stay in their order.
+def sort_hits(hits: Sequence[Hit], scores: Mapping[str, float], start: float) -> Reranking:
+    """Sort the first RERANKED hits by score, highest first. The other hits stay in their order.
 
     Args:
-        query: L2-normalised embedding of the query, of shape (D,).
-        vectors: Embeddings of hits, each of shape (D,), keyed by hit id. Those of the first RERANKED hits that are not
-            in this dict follow the sorted ones, in their order.
+        scores: Similarities of hits to the query, keyed by hit id. Those of the first RERANKED hits that have no score
+            follow the sorted ones, in their order.
+        start: Value of `time.perf_counter` at which re-ranking started.
     """
     first = hits[:RERANKED]
-    rated = sorted((hit for hit in first if hit.id in vectors), key=lambda hit: -float(vectors[hit.id] @ query))
-    missing = [hit for hit in first if hit.id not in vectors]
-    return [*rated, *missing, *hits[RERANKED:]]
+    rated = sorted((hit for hit in first if hit.id in scores), key=lambda hit: -scores[hit.id])
+    missing = [hit for hit in first if hit.id not in scores]
+    return Reranking([*rated, *missing, *hits[RERANKED:]], len(missing), time.perf_counter() - start)
