@@ -12,15 +12,21 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llm2clip.cli import main
+from llm2clip.data.images import load_image
+from llm2clip.llava.build import build_llava
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import inference, rerank
 from llm2clip.search.inference import Limits
+from llm2clip.search.query import SearchQuery
 from llm2clip.search.rerank import Reranker
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.vlm import VisionLanguageModel, make_question, open_reranker
 from search_fixtures import HANG_TIMEOUT, make_index
+from test_export import hf_tower
 
 BASE_URL = "http://localhost"
 RED = {"texts": ["red"], "words": False, "group_similar": False}
@@ -75,7 +81,9 @@ def few_reranked_hits(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "IMAGES_PER_BATCH", 3)
 
 
-def make_client(model: DualEncoder, backend: SqliteBackend, reranker: DualEncoder | None, **limits: Any) -> TestClient:
+def make_client(
+    model: DualEncoder, backend: SqliteBackend, reranker: DualEncoder | VisionLanguageModel | None, **limits: Any
+) -> TestClient:
     app = create_app(model, backend, Limits(**{"timeout": HANG_TIMEOUT, **limits}), reranker=reranker)
     return TestClient(app, base_url=BASE_URL)
 
@@ -177,14 +185,69 @@ def test_cache_removes_the_least_recently_used_embedding(
         return torch.zeros(3, 1, 1)
 
     def use(name: str) -> None:
-        image = cache.prepare(name, str.encode, decode)
+        image = cache.prepare(name, "", str.encode, decode)
         assert image is not None
-        if image.vector is None:
-            cache.add(image.digest, np.zeros(3, np.float32))
+        if image.result is None:
+            cache.add(image.key, np.zeros(3, np.float32))
 
     for name in ("a", "b", "a", "c", "a", "b"):
         use(name)
     assert decoded == ["a", "b", "c", "b"]
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory: pytest.TempPathFactory, llm: Path) -> Path:
+    """Folder of a random LLaVA model."""
+    folder = tmp_path_factory.mktemp("vlm")
+    return build_llava(hf_tower(folder, "clip_vision_model"), str(llm), folder / "built")
+
+
+def test_vlm_rates_an_image_by_the_probability_of_yes(vlm: Path, photos: Path) -> None:
+    model, image = open_reranker(f"vlm:{vlm}", "fp32"), load_image(str(photos / "3.png"))
+    assert isinstance(model, VisionLanguageModel)
+    question = make_question(SearchQuery(["a dog", "snow"]))
+    assert "a dog, snow" in question
+    (rating,) = model.rate([(model.transform(image), question)])
+
+    processor, network = AutoProcessor.from_pretrained(vlm), AutoModelForImageTextToText.from_pretrained(vlm).eval()
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=prompt, images=Image.open(photos / "3.png"), return_tensors="pt")
+    with torch.no_grad():
+        probabilities = network(**inputs).logits[0, -1].softmax(-1)
+    yes, no = (
+        sum(float(probabilities[processor.tokenizer.encode(letter)[0]]) for letter in letters)
+        for letters in ("yY", "nN")
+    )
+    assert rating == pytest.approx(yes / (yes + no), abs=1e-4)
+    (with_placeholder,) = model.rate([(model.transform(image), question + "<image>")])
+    assert with_placeholder == pytest.approx(rating, abs=0.2)  # the placeholder does not stand for a second image
+
+
+def test_vlm_sorts_only_results_of_texts(dual_encoder: DualEncoder, backend: SqliteBackend, vlm: Path) -> None:
+    model = open_reranker(f"vlm:{vlm}", "fp32")
+    assert isinstance(model, VisionLanguageModel)
+    asked: list[str] = []
+
+    def rate_by_redness(items: Sequence[tuple[Image.Image, str]]) -> np.ndarray:
+        asked.extend(question for _, question in items)
+        return np.array([np.array(image)[0, 0, 0] / 255 for image, _ in items], np.float32)
+
+    model.rate = rate_by_redness  # type: ignore[method-assign]
+    with make_client(dual_encoder, backend, model) as client:
+        numbers = get_numbers(search(client, **RED))
+        result = search(client, **RED, rerank=True)
+        assert get_numbers(result) == [*sorted(numbers[:8], reverse=True), *numbers[8:]]
+        assert set(asked) == {make_question(SearchQuery(["red"]))} and len(asked) == 8
+        search(client, **RED, rerank=True)
+        assert len(asked) == 8  # the probabilities are cached
+        search(client, **{**RED, "texts": ["blue"]}, rerank=True)
+        assert len(asked) == 16
+        for request in ({"like": ["1"]}, {"texts": ["red"], "negative_texts": ["blue"]}):
+            response = client.post("/search", json={**request, "rerank": True})
+            assert (
+                response.status_code == 400 and "queries that consist of texts" in response.json()["error"]["message"]
+            )
 
 
 def test_commands_rerank_results(
@@ -197,9 +260,8 @@ def test_commands_rerank_results(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     models = {str(tmp_path): reranker}
-    monkeypatch.setattr(
-        "llm2clip.models.dual_encoder.open_dual_encoder", lambda name, **_: models.get(name, dual_encoder)
-    )
+    for module in ("llm2clip.models.dual_encoder", "llm2clip.search.vlm"):
+        monkeypatch.setattr(f"{module}.open_dual_encoder", lambda name, **_: models.get(name, dual_encoder))
     monkeypatch.setattr("llm2clip.cli.search.resolve_model", lambda name: name)
     index = str(backend.folder)
 

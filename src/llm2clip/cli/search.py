@@ -124,8 +124,8 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--rerank",
         type=str,
-        help="Model that sorts the first 50 results again, by embedding the query and the image files. Any model that "
-        "`evaluate` accepts.",
+        help="Model that sorts the first 50 results again, using the image files: any model that `evaluate` accepts, "
+        "or vlm:NAME for a vision-language model, which is asked whether each image matches the texts.",
     )
     sub.add_argument(
         "--path",
@@ -194,7 +194,8 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--rerank",
         type=str,
-        help="Model with which requests can sort their first 50 results again. Any model that `evaluate` accepts.",
+        help="Model with which requests can sort their first 50 results again: any model that `evaluate` accepts, or "
+        "vlm:NAME for a vision-language model.",
     )
     _add_templates_argument(sub, " Requests can override the templates.")
     sub.add_argument(
@@ -309,7 +310,7 @@ def _search(args: Namespace) -> list[str]:
     if args.rerank is not None:
         if not (args.texts or args.images or args.negative or args.negative_images):
             raise ValueError("--rerank requires a text or an image to search for")
-        args.rerank = resolve_model(args.rerank)
+        args.rerank = _resolve_reranker(args.rerank)
     if args.explain and (args.json or args.paths or to_page):
         raise ValueError("--explain prints a table: remove --json, --paths, --sheet and --open")
     if args.model is not None:
@@ -332,6 +333,7 @@ def _search(args: Namespace) -> list[str]:
     )
     from llm2clip.search.rerank import RERANKED, rerank_hits
     from llm2clip.search.similar import READ_FACTOR, group_similar_hits
+    from llm2clip.search.vlm import open_reranker
 
     templates = _make_query_templates(args.templates)
     query = SearchQuery(args.texts, args.images, args.negative, args.negative_images, templates=templates)
@@ -359,7 +361,7 @@ def _search(args: Namespace) -> list[str]:
             show_weak=args.show_weak,
         )
         if args.rerank is not None and hits:
-            reranking = rerank_hits(open_dual_encoder(args.rerank), query, hits, backend)
+            reranking = rerank_hits(open_reranker(args.rerank), query, hits, backend)
             hits = reranking.hits
             if reranking.missing:
                 print(
@@ -424,6 +426,12 @@ def _make_filter(args: Namespace) -> Filter:
     return Filter(resolve_path_filter(args.path), args.caption, after, before, args.min_side)
 
 
+def _resolve_reranker(name: str) -> str:
+    """Return the name of a model for re-ranking as in `resolve_model`, which does not know the prefix `vlm:`."""
+    prefix = "vlm:" if name.startswith("vlm:") else ""
+    return prefix + resolve_model(name.removeprefix(prefix))
+
+
 def _make_query_templates(templates: list[str] | None) -> QueryTemplates | None:
     """Return the templates specified by --templates, or None to use the templates saved with the model."""
     from llm2clip.models.prompts import QueryTemplates, check_templates
@@ -478,7 +486,7 @@ def _serve(args: Namespace) -> list[str]:
     if args.rerank is not None:
         if not args["index"]:
             raise ValueError("--rerank requires an index: add --index INDEX")
-        args.rerank = resolve_model(args.rerank)
+        args.rerank = _resolve_reranker(args.rerank)
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.backends import open_backend
@@ -487,6 +495,7 @@ def _serve(args: Namespace) -> list[str]:
         from llm2clip.search.inference import Limits
         from llm2clip.search.relevance import NOT_CALIBRATED
         from llm2clip.search.server import LOOPBACK, create_app, serve
+        from llm2clip.search.vlm import open_reranker
     except ModuleNotFoundError as error:
         raise ImportError(f"`serve` requires additional packages ({error}). Run {install_command('search')}") from error
     templates = _make_query_templates(args.templates)
@@ -501,7 +510,7 @@ def _serve(args: Namespace) -> list[str]:
     model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision).result()
     reranker = None
     if args.rerank is not None:
-        reranker = model_thread.submit(open_dual_encoder, args.rerank, precision=args.precision).result()
+        reranker = model_thread.submit(open_reranker, args.rerank, args.precision).result()
     app = create_app(
         model,
         backend,

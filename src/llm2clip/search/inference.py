@@ -36,6 +36,7 @@ from llm2clip.search.request_images import (
 from llm2clip.search.rerank import IMAGES_PER_BATCH, RERANKED, PreparedImage, Reranker, Reranking, sort_hits
 from llm2clip.search.schemas import MAX_OFFSET, ExplainRequest, HeatmapRequest, SearchRequest, SearchResponse
 from llm2clip.search.similar import READ_FACTOR, HitPage, group_similar_hits
+from llm2clip.search.vlm import VisionLanguageModel, make_question
 
 DECODE_THREADS = 2
 MAX_HEATMAP_CELLS = 4096  # maximum for requests that set image_size; memory can grow quadratically with the cell count
@@ -87,7 +88,7 @@ class InferenceService:
         limits: Limits,
         model_thread: ThreadPoolExecutor | None = None,
         templates: QueryTemplates = NO_TEMPLATES,
-        reranker: DualEncoder | None = None,
+        reranker: DualEncoder | VisionLanguageModel | None = None,
     ) -> None:
         """
         Args:
@@ -122,7 +123,9 @@ class InferenceService:
             "heatmap": lambda items: [compute_heatmap(*item) for item in items],  # not batched, because sizes differ
         }
         self._reranker = None if reranker is None else Reranker(reranker)
-        if reranker is not None:
+        if isinstance(reranker, VisionLanguageModel):
+            encoders["rerank_image"] = reranker.rate
+        elif reranker is not None:
             encoders["rerank_text"] = lambda texts: reranker.encode_texts(texts).numpy()
             encoders["rerank_image"] = lambda images: reranker.encode_images(images).numpy()
         self._batchers: dict[str, Batcher[Any, np.ndarray]] = {}
@@ -244,48 +247,64 @@ class InferenceService:
         return response
 
     async def _rerank(self, reranker: Reranker, query: SearchQuery, hits: list[Hit]) -> Reranking:
-        """Sort the first hits by their similarity to a query, both embedded by the re-ranker."""
-        start = time.perf_counter()
-        prompts, counts = query.build_prompts(reranker.model.query_templates)
+        """Sort the first hits with the second model."""
+        start, first = time.perf_counter(), [hit.id for hit in hits[:RERANKED]]
+        if isinstance(reranker.model, VisionLanguageModel):
+            ratings = await self._process_originals(reranker, first, make_question(query))
+            return sort_hits(hits, {hit_id: float(rating) for hit_id, rating in ratings.items()}, start)
+        vector = await self._embed_query_for_reranking(reranker, reranker.model, query)
+        vectors = await self._process_originals(reranker, first)
+        scores = {hit_id: float(vector @ hit_vector) for hit_id, hit_vector in vectors.items()}
+        return sort_hits(hits, scores, start)
+
+    async def _embed_query_for_reranking(
+        self, reranker: Reranker, model: DualEncoder, query: SearchQuery
+    ) -> np.ndarray:
+        """Return the query vector of the re-ranker's model, which embeds the image files of earlier hits."""
+        prompts, counts = query.build_prompts(model.query_templates)
         like = [*query.like, *query.negative_like]
-        like_vectors = await self._embed_originals(reranker, like)
+        like_vectors = await self._process_originals(reranker, like)
         for hit_id in like:
             if hit_id not in like_vectors:
                 raise NotFound(
                     f"re-ranking needs the image file of hit {hit_id}, which is part of the query, but the file cannot "
                     "be decoded, or has been changed or removed since it was indexed"
                 )
-        images = await self.embed_images(_list_images(query), reranker.model)
+        images = await self.embed_images(_list_images(query), model)
         texts = _check_finite(await self._batchers["rerank_text"].submit(prompts), "a text")
-        vector = query.combine(texts, counts, images, [like_vectors[hit_id] for hit_id in like]).combined
-        vectors = await self._embed_originals(reranker, [hit.id for hit in hits[:RERANKED]])
-        scores = {hit_id: float(vector @ hit_vector) for hit_id, hit_vector in vectors.items()}
-        return sort_hits(hits, scores, start)
+        return query.combine(texts, counts, images, [like_vectors[hit_id] for hit_id in like]).combined
 
-    async def _embed_originals(self, reranker: Reranker, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return the re-ranker's embeddings of the image files of hits, without those that cannot be decoded."""
+    async def _process_originals(
+        self, reranker: Reranker, hit_ids: Sequence[str], question: str = ""
+    ) -> dict[str, np.ndarray]:
+        """Return the re-ranker's results for the image files of hits, without those that cannot be decoded.
 
+        Args:
+            question: Question to a vision-language model, whose results are probabilities. Default: the results are
+                the embeddings of a dual encoder.
+        """
         decode = partial(load_request_image, max_pixels=self.limits.max_pixels)
 
         def prepare(hit_id: str) -> PreparedImage | None:
-            return reranker.prepare(hit_id, self._read_original, decode)
+            return reranker.prepare(hit_id, question, self._read_original, decode)
 
-        vectors: dict[str, np.ndarray] = {}
+        results: dict[str, np.ndarray] = {}
         step = min(IMAGES_PER_BATCH, self.limits.max_queue)
         for start in range(0, len(hit_ids), step):
             batch = hit_ids[start : start + step]
             new: dict[str, PreparedImage] = {}
             for hit_id, image in zip(batch, await self._decoders.map(prepare, batch), strict=True):
-                if image is not None and image.vector is not None:
-                    vectors[hit_id] = image.vector
+                if image is not None and image.result is not None:
+                    results[hit_id] = image.result
                 elif image is not None:
                     new[hit_id] = image
-            encoded = await self._batchers["rerank_image"].submit([image.pixels for image in new.values()])
-            for (hit_id, image), vector in zip(new.items(), encoded, strict=True):
-                if np.isfinite(vector).all():
-                    reranker.add(image.digest, vector)
-                    vectors[hit_id] = vector
-        return vectors
+            items = [(image.pixels, question) if question else image.pixels for image in new.values()]
+            new_results = await self._batchers["rerank_image"].submit(items)
+            for (hit_id, image), result in zip(new.items(), new_results, strict=True):
+                if np.isfinite(result).all():
+                    reranker.add(image.key, result)
+                    results[hit_id] = result
+        return results
 
     async def explain(self, request: ExplainRequest) -> Explanation:
         """Embed a query, and the query without each of its words. Return the effect of each word on a hit's score."""

@@ -167,8 +167,8 @@ class SearchRequest(QueryRequest):
     )
     rerank: bool = Field(
         default=False,
-        description=f"sort the first {RERANKED} hits by the similarity of the server's second model, which embeds the "
-        "query and the original image files; ignored without a query and for later pages",
+        description=f"sort the first {RERANKED} hits again with the server's second model, which uses the original "
+        "image files; ignored without a query and for later pages",
     )
 
 

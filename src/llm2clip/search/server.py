@@ -45,6 +45,7 @@ from llm2clip.search.schemas import (
     SearchRequest,
     SearchResponse,
 )
+from llm2clip.search.vlm import VisionLanguageModel
 
 STATIC_FOLDER = Path(__file__).parent / "static"
 STATIC_FILES = ("page.css", "page.js")
@@ -63,7 +64,7 @@ def create_app(
     templates: QueryTemplates | None = None,
     allowed_origins: Sequence[str] = (),
     access_log: bool = False,
-    reranker: DualEncoder | None = None,
+    reranker: DualEncoder | VisionLanguageModel | None = None,
 ) -> FastAPI:
     """Create the web application.
 
