@@ -131,7 +131,9 @@ class InferenceService:
         self._batchers: dict[str, Batcher[Any, np.ndarray]] = {}
         for kind, encode in encoders.items():
             on_batch = self.batch_sizes.labels(kind).observe
-            batcher = Batcher(encode, self._model_thread, limits.batch_size, limits.max_queue, on_batch)
+            is_vlm = kind == "rerank_image" and isinstance(reranker, VisionLanguageModel)
+            batch_size = 1 if is_vlm else limits.batch_size  # an image takes seconds, during which other requests wait
+            batcher = Batcher(encode, self._model_thread, batch_size, limits.max_queue, on_batch)
             self._batchers[kind] = batcher
             self.queue_size.labels(kind).set_function(batcher.__len__)
 
