@@ -20,7 +20,14 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.backends import Backend, Filter, IndexedContent, IndexedImage
 from llm2clip.search.build import has_exif_time
-from llm2clip.search.similar import BURST_SECONDS, BURST_SIMILARITY, COPY_SIMILARITY, group_similar_hits
+from llm2clip.search.relevance import Calibration, Scale
+from llm2clip.search.similar import (
+    BURST_SECONDS,
+    COPY_SIMILARITY,
+    UNCENTRED_BURST_SIMILARITY,
+    UNCENTRED_COPY_SIMILARITY,
+    group_similar_hits,
+)
 from llm2clip.search.sqlite_backend import SqliteBackend
 from search_fixtures import BACKENDS, create_backend, create_patient_app, make_index
 
@@ -28,7 +35,9 @@ BASE_URL = "http://localhost"
 DIM = 16
 QUERY = np.eye(DIM, dtype=np.float32)[0]
 NOON = 1_717_149_600.0
-COPY, BURST, DISTINCT = (COPY_SIMILARITY + 1) / 2, (COPY_SIMILARITY + BURST_SIMILARITY) / 2, BURST_SIMILARITY - 0.05
+COPY = (UNCENTRED_COPY_SIMILARITY + 1) / 2
+BURST = (UNCENTRED_COPY_SIMILARITY + UNCENTRED_BURST_SIMILARITY) / 2
+DISTINCT = UNCENTRED_BURST_SIMILARITY - 0.05
 
 
 def make_vectors(similarity: float, count: int) -> np.ndarray:
@@ -134,6 +143,24 @@ def test_page_ends_before_the_first_hit_that_needs_another_group(tmp_path: Path)
     for group in groups:
         assert len({is_copy[hit_id] for hit_id in group}) == 1
     assert len(groups) < len(hits)
+
+
+def test_mean_embedding_is_subtracted_if_the_index_is_calibrated(tmp_path: Path) -> None:
+    """In some models, all embeddings are similar."""
+    backend = SqliteBackend(tmp_path, write=True)
+    vectors = make_vectors(COPY, 3)
+    near = vectors[0] + 0.05 * (vectors[1] - vectors[0])
+    vectors = np.stack([*vectors, near / np.linalg.norm(near)])
+    add_images(backend, vectors, [NOON + 1e6 * number for number in range(4)])
+    centred = vectors - make_vectors(COPY, 15).mean(axis=0)
+    centred /= np.linalg.norm(centred, axis=1, keepdims=True)
+    assert centred[0] @ centred[3] > COPY_SIMILARITY > centred[0] @ centred[1]
+    scale = Scale(0, 1, 1, 0)
+    calibration = Calibration(make_vectors(COPY, 15), QUERY[None], [], 4, "f", scale, scale)
+    hits = backend.search(QUERY, 100, Filter())
+    assert [len(hit.similar) for hit in group_similar_hits(hits, backend, 10).hits] == [3]
+    grouped = group_similar_hits(hits, backend, 10, calibration).hits
+    assert sorted(len(hit.similar) for hit in grouped) == [0, 0, 1]
 
 
 def test_removed_hits_are_similar_to_no_other_hit(tmp_path: Path) -> None:
