@@ -37,12 +37,15 @@ from llm2clip.search.schemas import (
     EmbeddingItem,
     EmbedRequest,
     EmbedResponse,
+    ExplainRequest,
+    ExplainResponse,
     HealthResponse,
     HeatmapRequest,
     HeatmapResponse,
     SearchRequest,
     SearchResponse,
 )
+from llm2clip.search.vlm import VisionLanguageModel
 
 STATIC_FOLDER = Path(__file__).parent / "static"
 STATIC_FILES = ("page.css", "page.js")
@@ -61,6 +64,7 @@ def create_app(
     templates: QueryTemplates | None = None,
     allowed_origins: Sequence[str] = (),
     access_log: bool = False,
+    reranker: DualEncoder | VisionLanguageModel | None = None,
 ) -> FastAPI:
     """Create the web application.
 
@@ -79,6 +83,7 @@ def create_app(
         allowed_origins: Origins of other websites, such as `https://example.org`, whose pages may use the API. They
             must send the token in the Authorization header.
         access_log: Whether to write one JSON object per request to standard error.
+        reranker: Model with which requests can sort the first hits again. See `search.rerank`.
 
     Raises:
         ValueError: The index was built with a different model, the token is not printable ASCII without spaces, there
@@ -89,7 +94,7 @@ def create_app(
     if len(templates.templates) > MAX_TEMPLATES:
         raise ValueError(f"too many templates: {len(templates.templates)}; the limit is {MAX_TEMPLATES}")
     check_origins(allowed_origins)
-    service = InferenceService(model, backend, limits or Limits(), model_thread, templates)
+    service = InferenceService(model, backend, limits or Limits(), model_thread, templates, reranker)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -214,6 +219,11 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
         If there is a filter but no query, return the images that match the filter, newest first.
         """
         return Response(await service.search(request), media_type="application/json")
+
+    @app.post("/explain", responses=API_ERRORS)
+    async def explain(request: ExplainRequest) -> ExplainResponse:
+        """Return how much the score of a hit changes if a word is left out of the query's texts."""
+        return ExplainResponse.model_validate(await service.explain(request), from_attributes=True)
 
     @app.post("/heatmap", responses=API_ERRORS)
     async def heatmap(request: HeatmapRequest) -> HeatmapResponse:
