@@ -103,6 +103,11 @@ def make_postgres_url(folder: Path) -> str:
     return get_postgres_server().url(schema)
 
 
+def get_location(kind: str, folder: Path) -> str:
+    """Return the location of an index from `create_backend` for `open_backend`. `kind` is not "qdrant"."""
+    return make_postgres_url(folder) if kind == "postgres" else str(folder)
+
+
 def search_names(backend: Backend, image_filter: Filter | None = None, count: int = 100) -> set[str]:
     """Return the file names of the images that a search with a filter returns."""
     query = np.eye(int(backend.metadata()["embed_dim"]), dtype=np.float32)[0]

@@ -25,6 +25,7 @@ from llm2clip.search.backends import (
     hide_password,
     open_backend,
 )
+from llm2clip.search.words import WordQuery
 from postgres_fixtures import PostgresServer, get_postgres_server
 from search_fixtures import (
     create_backend,
@@ -38,6 +39,7 @@ from search_fixtures import (
 if TYPE_CHECKING:
     from llm2clip.models.dual_encoder import DualEncoder
 
+make_match = pytest.importorskip("llm2clip.search.postgres_words").make_match
 postgres_database = pytest.importorskip("llm2clip.search.postgres_database")
 DIM = 8
 QUERY = np.eye(DIM, dtype=np.float32)[0]
@@ -208,6 +210,104 @@ def test_postgres_approximate_search_returns_all_images_that_match_a_filter(tmp_
 
 def _search_exactly(backend: Any, count: int) -> list[Any]:
     return sorted(backend.search(QUERY, 2500, Filter()), key=lambda hit: -hit.score)[:count]
+
+
+# ---- word search: test_words.py compares both backends --------------------------------------------------------------
+
+
+def search_words(backend: Backend, text: str) -> dict[str, tuple[str, ...]]:
+    """Return the fields that match in each image with all words of a text, keyed by file name."""
+    hits = backend.search(QUERY, 100, Filter(), words=[text])
+    return {Path(hit.images[0].name).name: hit.matched for hit in hits if hit.matched}
+
+
+def make_earlier_index(backend: Any) -> None:
+    """Change the tables of an index to those of the first version, which had no word search."""
+    with backend._db.write() as connection:
+        connection.execute("DROP TABLE recognized_texts")
+        for column in ("camera", "date", "unspaced_texts", "words"):
+            connection.execute(f"ALTER TABLE images DROP COLUMN {column}")
+        for row, captions in connection.execute("SELECT id, captions FROM images").fetchall():
+            folded = "\U0010f7fe".join(captions).casefold()
+            connection.execute("UPDATE images SET folded_captions = %s WHERE id = %s", (folded, row))
+
+
+def test_postgres_index_of_an_earlier_version_gets_its_words_in_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = create_index(tmp_path)
+    for number in range(10):
+        image = make_image(f"/p/{number}.png", [f"Größe {number}", "红色的狗"])
+        backend.add([make_content(number)], [(image, make_content(number).hash)])
+    make_earlier_index(backend)
+    url = make_postgres_url(tmp_path / "postgres")
+    reader = open_backend(url)
+    assert search_words(reader, "grosse") == {} and search_names(reader, Filter(caption="größe 3")) == {"3.png"}
+    assert reader.search(None, 1, Filter())[0].text == ""
+
+    postgres_backend = sys.modules["llm2clip.search.postgres_backend"]
+    monkeypatch.setattr(postgres_backend, "WORDS_BATCH", 4)
+    batches: list[int] = []
+
+    def update_some(connection: Any, rows: Any) -> None:
+        batches.append(len(rows))
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        update_words(connection, rows)
+
+    update_words = postgres_backend._update_words
+    monkeypatch.setattr(postgres_backend, "_update_words", update_some)
+    writer = open_backend(url, write=True)
+    with pytest.raises(KeyboardInterrupt):
+        writer.prepare_words()
+    assert len(search_words(reader, "größe")) == 4
+    open_backend(url, write=True).prepare_words()
+    writer = open_backend(url, write=True)
+    writer.prepare_words()
+    writer.prepare_words()
+    assert batches == [4, 4, 4, 2]
+    assert search_words(reader, "größe 7") == {"7.png": ("caption", "name")}
+    assert len(search_words(reader, "的狗")) == 10
+    assert search_names(reader, Filter(caption="größe 3")) == {"3.png"}
+    writer.set_texts({b"hash 3": "Menü"})
+    assert search_words(reader, "menu 3") == {"3.png": ("caption", "text", "name")}
+
+
+def test_postgres_word_search_accepts_very_long_texts(tmp_path: Path) -> None:
+    backend = create_index(tmp_path)
+    long_word = "ä" * 5000
+    many_words = " ".join(f"word{number}" for number in range(150_000))  # more than a tsvector can store
+    captions = [f"first {long_word} {'狗' * 5000} dog", "cat " * 20_000 + "mouse", f"start {many_words} end"]
+    for number, caption in enumerate(captions):
+        backend.add([make_content(number)], [(make_image(f"/p/{number}.png", [caption]), b"hash %d" % number)])
+    for query, names in (
+        ("first dog", {"0.png"}),
+        (f"first {long_word[:480]}", set()),  # words match completely
+        ("狗" * 400, {"0.png"}),
+        ("cat mouse", {"1.png"}),
+        ("start word30000", {"2.png"}),
+        ("end", set()),
+    ):
+        assert set(search_words(backend, query)) == names, query[:20]
+
+
+def test_postgres_word_search_uses_its_indexes(tmp_path: Path) -> None:
+    backend: Any = open_backend(make_postgres_url(tmp_path), write=True, approximate_above=0)
+    backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": DIM})
+    contents = [make_content(number) for number in range(3000)]
+    images = []
+    for number, content in enumerate(contents):
+        images.append((make_image(f"/p/{number}.png", [f"caption{number} 编号"]), content.hash))
+    backend.add(contents, images)
+    backend.finish()
+    match, parameters = make_match(WordQuery.parse(["caption7"]))
+    assert "images_words" in str(backend._db.query(f"EXPLAIN SELECT content FROM images WHERE {match}", parameters))
+    nearest = backend.search(QUERY, 10, Filter())
+    number = next(number for number in range(3000) if f"/p/{number}.png" not in str(nearest))
+    hits = backend.search(QUERY, 10, Filter(), words=[f"caption{number}"])  # with the HNSW graph
+    assert hits[1].images[0].name == f"/p/{number}.png" and hits[1].matched == ("caption",)
+    assert [hit.id for hit in hits[:1] + hits[2:]] == [hit.id for hit in nearest[:9]]
+    assert hits[1].score == pytest.approx(QUERY @ backend.vector(hits[1].id), abs=1e-3)
 
 
 # ---- failures of the server -----------------------------------------------------------------------------------------

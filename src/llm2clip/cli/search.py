@@ -62,8 +62,8 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--ocr",
         action="store_true",
-        help="Also recognise the text in the images, for word search. Requires the `ocr` extra and a local index. "
-        "Takes about a second per image and CPU core.",
+        help="Also recognise the text in the images, for word search. Requires the `ocr` extra. Not supported "
+        "with Qdrant. Takes about a second per image and CPU core.",
     )
     sub.add_argument("--watch", type=PositiveFloat, help="Keep running and update the index every N seconds.")
     sub.add_argument(
@@ -239,10 +239,8 @@ def _index(args: Namespace) -> list[str]:
         check_sources(args.data)
     from llm2clip.search.backends import hide_password, open_backend
 
-    if args.ocr and "://" in args.out:
-        raise ValueError(
-            f"--ocr requires a local index: recognised texts cannot be stored in {hide_password(args.out)}"
-        )
+    if args.ocr and args.out.startswith("qdrant+"):
+        raise ValueError(f"--ocr is not supported with Qdrant: remove --ocr, or use a local index (got {args.out})")
     args.model = resolve_model(args.model)
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.models.dual_encoder import open_dual_encoder
@@ -290,7 +288,8 @@ def _index(args: Namespace) -> list[str]:
         lines.append(f"Unreadable images: {log.skipped.total():,}, listed in {skipped_file}")
     unread = log.dropped["text not recognised"]
     if unread:
-        lines.append(f"Images whose text could not be recognised: {unread:,}, listed in {skipped_file}")
+        listed = f", listed in {skipped_file}" if skipped_file else ""
+        lines.append(f"Images whose text could not be recognised: {unread:,}{listed}")
     lines.append(f"Next: {format_command('search', location, 'a description of an image')}")
     lines.append(f"      {format_command('serve', '--index', location)}")
     return lines

@@ -225,7 +225,7 @@ class Backend(Protocol):
         ...
 
     def prepare_words(self) -> None:
-        """Create, repair or complete the tables for word search. Only SQLite has such tables."""
+        """Create, repair or complete the tables for word search. Qdrant has no such tables."""
         ...
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
@@ -271,7 +271,7 @@ class Backend(Protocol):
         ...
 
     def set_texts(self, texts: Mapping[bytes, str]) -> None:
-        """Store the texts recognised in images, keyed by content hash. Raise ValueError except with SQLite."""
+        """Store the texts recognised in images, keyed by content hash. With Qdrant, raise ValueError."""
         ...
 
     def search(
@@ -285,7 +285,7 @@ class Backend(Protocol):
         """Return the images that match a filter, most similar to the query vector first.
 
         Images whose texts contain all words of the query are ranked higher (see `search.words`). Their scores are
-        cosine similarities, so the scores of the hits are then not sorted. Only SQLite uses the words.
+        cosine similarities, so the scores of the hits are then not sorted. Qdrant ignores the words.
 
         Without a query vector, return the newest images first. If several files of an image match the filter, the
         latest of their capture times is used. SQLite and PostgreSQL order images with equal times by id.
@@ -345,21 +345,6 @@ def format_missing_index_message(folder: str | Path) -> str:
 
 class IndexUnavailableError(OSError):
     """The server that stores an index is down, is restarting or cannot be reached. Trying again later may help."""
-
-
-class VectorServerBackend:
-    """Base class of the backends on servers, which search by vectors only and do not store recognised texts."""
-
-    location: str  # for error messages
-
-    def prepare_words(self) -> None:
-        pass
-
-    def contents_without_text(self, sources: Sequence[str]) -> list[tuple[bytes, IndexedImage]]:
-        return []
-
-    def set_texts(self, texts: Mapping[bytes, str]) -> None:
-        raise ValueError(f"{self.location}: recognised texts (--ocr) can be stored only in a local index")
 
 
 def open_backend(location: str, write: bool = False, approximate_above: int | None = None) -> Backend:

@@ -2,15 +2,16 @@
 
 Each index is a schema of its own, with these tables:
 
-    metadata      the index metadata and the format version
-    calibration   the calibration of the relevance, in at most one row
-    contents      hash, vector (halfvec of pgvector) and size of each distinct image
-    thumbnails    JPEG thumbnails
-    images        the files of each content, with their captions and capture times
+    metadata           the index metadata and the format version
+    calibration        the calibration of the relevance, in at most one row
+    contents           hash, vector (halfvec of pgvector) and size of each distinct image
+    thumbnails         JPEG thumbnails
+    images             the files of each content, with their captions, capture times and words
+    recognized_texts   the text recognised in each content
 
 All filters are SQL conditions with parameters, so a search reads only matching rows. From `approximate_above` distinct
-images on, `finish` builds an HNSW graph in the database, and searches are approximate. Results are ranked by their
-vectors only: words of the query are ignored, and recognised texts cannot be stored.
+images on, `finish` builds an HNSW graph in the database, and searches are approximate. Word search uses a text index
+(GIN) of the database (see `search.postgres_words`).
 
 Names of schemas are restricted to ASCII letters, digits and underscores. All other text is passed as a parameter.
 """
@@ -19,16 +20,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from pgvector import HalfVector
-from psycopg import sql
 
-from llm2clip.data.image_refs import FileImage
+from llm2clip.data.image_refs import FileImage, to_valid_unicode
 from llm2clip.runs.output_folder import check_format_version
 from llm2clip.search.backends import (
     FORMAT_VERSION,
@@ -39,13 +39,23 @@ from llm2clip.search.backends import (
     ImageState,
     IndexedContent,
     IndexedImage,
-    VectorServerBackend,
     hide_password,
     parse_content_id,
     ref_from_json,
     ref_to_json,
 )
 from llm2clip.search.postgres_database import Connection, PostgresDatabase, parse_url
+from llm2clip.search.postgres_words import (
+    WORD_COLUMNS,
+    create_trigram_index,
+    create_word_tables,
+    escape_pattern,
+    find_matched_fields,
+    find_matches,
+    make_match,
+    make_word_columns,
+)
+from llm2clip.search.words import MAX_FUSED, WordQuery, fuse_rankings, make_fields, normalize
 
 # Lower than with SQLite, whose exact search is several times as fast (benchmarks/postgres.py).
 APPROXIMATE_ABOVE = 100_000
@@ -56,7 +66,7 @@ EF_SEARCH, MAX_EF_SEARCH = 100, 1000  # candidates per HNSW search: the default,
 
 # "key" is the SHA-256 hash of the name, because PostgreSQL limits the length of indexed text to about 2,700 bytes.
 # "container" is the tar file or table that contains the image, and "folded_captions" are the captions in the form in
-# which filters compare them. Both are NULL if there are none.
+# which filters compare them. Both are NULL if there are none. `create_word_tables` adds the columns for word search.
 TABLES = """
 CREATE TABLE metadata (key text PRIMARY KEY, value text NOT NULL);
 CREATE TABLE calibration (data bytea NOT NULL);
@@ -80,13 +90,25 @@ WITH added AS (
 INSERT INTO thumbnails SELECT id, %s FROM added
 """
 INSERT_IMAGE = f"""
-INSERT INTO images (key, content, {IMAGE_COLUMNS}, container, folded_captions)
-VALUES (%s, (SELECT id FROM contents WHERE hash = %s), %s, %s, %s, %s, %s, %s, %s, %s)
+INSERT INTO images (key, content, {IMAGE_COLUMNS}, container, {WORD_COLUMNS})
+VALUES (%s, (SELECT id FROM contents WHERE hash = %s), %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s::tsvector)
 ON CONFLICT (key) DO UPDATE SET content = excluded.content, location = excluded.location, source = excluded.source,
   file_version = excluded.file_version, captions = excluded.captions, taken = excluded.taken,
-  container = excluded.container, folded_captions = excluded.folded_captions
+  container = excluded.container, camera = excluded.camera, date = excluded.date,
+  folded_captions = excluded.folded_captions, unspaced_texts = excluded.unspaced_texts, words = excluded.words
 """
+UPDATE_WORDS = f"UPDATE images SET ({WORD_COLUMNS}) = (%s, %s, %s, %s, %s::tsvector) WHERE id = %s"
+INSERT_TEXT = """
+INSERT INTO recognized_texts SELECT id, %s FROM contents WHERE hash = %s
+ON CONFLICT (content) DO UPDATE SET text = excluded.text
+"""
+TEXT_ROWS = f"""
+SELECT images.id, images.content, coalesce(recognized_texts.text, '') AS text, camera, date, {IMAGE_COLUMNS}
+FROM images LEFT JOIN recognized_texts ON recognized_texts.content = images.content
+"""
+WORDS_BATCH = 1000  # number of images per transaction when words are added to an index of an earlier version
 INSIDE_PATH = "(name LIKE %(path)s OR name LIKE %(path)s || '/%%' OR container LIKE %(path)s)"
+INSIDE_SOURCE = f"(source = %(source)s OR {INSIDE_PATH})"
 IMAGE_CONDITIONS = {
     "path": INSIDE_PATH,
     "after": "taken >= %(after)s",
@@ -95,10 +117,9 @@ IMAGE_CONDITIONS = {
 }
 MIN_SIDE_CONDITION = "least(width, height) >= %(min_side)s"
 # PostgreSQL cannot store NUL characters and lone surrogates. They are stored as private-use characters of plane 16,
-# which do not occur in practice. The separator is one of them too, so no caption filter matches across two captions.
+# which do not occur in practice.
 STORABLE_CHARACTERS = {0: 0x10F7FF, **{code: code + 0x102000 for code in range(0xD800, 0xE000)}}
 ORIGINAL_CHARACTERS = {stored: original for original, stored in STORABLE_CHARACTERS.items()}
-CAPTION_SEPARATOR = "\U0010f7fe"
 
 
 def open_index(location: str, write: bool, approximate_above: int | None) -> PostgresBackend:
@@ -112,7 +133,7 @@ def open_index(location: str, write: bool, approximate_above: int | None) -> Pos
     return backend
 
 
-class PostgresBackend(VectorServerBackend):
+class PostgresBackend:
     """Index backend in a schema of a PostgreSQL database with pgvector. Thread-safe.
 
     Several processes can search an index at the same time, even while one process writes to it.
@@ -135,6 +156,7 @@ class PostgresBackend(VectorServerBackend):
         self._db = PostgresDatabase(conninfo, self.schema, self.location)
         self._has_changes = False
         self._may_have_orphans = True  # an interrupted run may leave contents that belong to no image
+        self._has_words = self._are_words_checked = False
 
     # ---- building
 
@@ -163,13 +185,32 @@ class PostgresBackend(VectorServerBackend):
                 "INSERT INTO metadata VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value", rows
             )
 
+    def prepare_words(self) -> None:
+        """Create the table and columns for word search, and fill them for images of earlier versions."""
+        if self._are_words_checked:
+            return
+        if not self._db.read(self._check_words):
+            with self._db.write() as connection:
+                create_word_tables(connection)
+        last_id = 0
+        missing = f"{TEXT_ROWS} WHERE words IS NULL AND images.id > %s ORDER BY images.id LIMIT {WORDS_BATCH}"
+        while rows := self._db.query(missing, (last_id,)):
+            with self._db.write() as connection:
+                _update_words(connection, rows)
+            last_id, self._has_changes = rows[-1][0], True
+        self._are_words_checked = True
+
+    def _check_words(self, connection: Connection) -> bool:
+        """Return True if the index has the table and columns for word search. Those of earlier versions do not."""
+        if not self._has_words:
+            self._has_words = _exists(connection, f"{self.schema}.recognized_texts")
+        return self._has_words
+
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
         states: dict[str, ImageState] = {}
-        statement = f"SELECT name, file_version, captions FROM images WHERE source = %(source)s OR {INSIDE_PATH}"
+        statement = f"SELECT name, file_version, captions FROM images WHERE {INSIDE_SOURCE}"
         for source in sources:
-            stored_source = _to_storable(source)
-            parameters = {"source": stored_source, "path": _escape_pattern(stored_source)}
-            for name, file_version, captions in self._db.query(statement, parameters):
+            for name, file_version, captions in self._db.query(statement, _make_source_parameters(source)):
                 state = ImageState(_from_storable(file_version), tuple(map(_from_storable, captions)))
                 states[_from_storable(name)] = state
         return states
@@ -185,13 +226,12 @@ class PostgresBackend(VectorServerBackend):
             (content.hash, HalfVector(content.vector), content.width, content.height, content.thumbnail)
             for content in contents
         ]
-        image_rows = [(_hash_name(image.name), digest, *_image_to_row(image)) for image, digest in images]
         self._has_changes = self._may_have_orphans = True
         with self._db.write() as connection, connection.cursor() as cursor:
             if content_rows:
                 cursor.executemany(INSERT_CONTENT, content_rows)
-            if image_rows:
-                cursor.executemany(INSERT_IMAGE, image_rows)
+            if images:
+                cursor.executemany(INSERT_IMAGE, _make_image_rows(connection, images))
 
     def remove(self, names: Sequence[str]) -> None:
         if not names and not self._may_have_orphans:
@@ -204,6 +244,30 @@ class PostgresBackend(VectorServerBackend):
             ).rowcount
         self._has_changes |= removed + orphans > 0
         self._may_have_orphans = False
+
+    def contents_without_text(self, sources: Sequence[str]) -> list[tuple[bytes, IndexedImage]]:
+        missing: dict[bytes, IndexedImage] = {}
+        statement = (
+            f"SELECT hash, {IMAGE_COLUMNS} FROM images JOIN contents ON contents.id = images.content "
+            "WHERE NOT EXISTS (SELECT FROM recognized_texts WHERE recognized_texts.content = contents.id) "
+            f"AND {INSIDE_SOURCE}"
+        )
+        for source in sources:
+            for digest, *row in self._db.query(statement, _make_source_parameters(source)):
+                missing.setdefault(digest, _image_from_row(row))
+        return list(missing.items())
+
+    def set_texts(self, texts: Mapping[bytes, str]) -> None:
+        if not texts:
+            return
+        self._has_changes = True
+        with self._db.write() as connection:
+            text_rows = [(_to_storable(to_valid_unicode(text)), digest) for digest, text in texts.items()]
+            connection.cursor().executemany(INSERT_TEXT, text_rows)
+            rows = connection.execute(
+                f"{TEXT_ROWS} WHERE images.content IN (SELECT id FROM contents WHERE hash = ANY(%s))", (list(texts),)
+            ).fetchall()
+            _update_words(connection, rows)
 
     def finish(self) -> None:
         """Build the HNSW graph if there are enough distinct images, and update the statistics of the query planner.
@@ -245,27 +309,42 @@ class PostgresBackend(VectorServerBackend):
         offset: int = 0,
         words: Sequence[str] = (),
     ) -> list[Hit]:
-        parameters = {**_make_parameters(image_filter), "count": count, "offset": offset}
+        parameters = _make_parameters(image_filter)
+        if vector is not None:
+            parameters["query"] = HalfVector(vector)
+        query = WordQuery.parse(words)
 
         def read(connection: Connection) -> list[Hit]:
+            has_words, matches = self._check_words(connection), np.empty(0, np.int64)
             if vector is None:
-                rows = _find_newest(connection, parameters)
+                ids = _find_newest(connection, {**parameters, "count": count, "offset": offset})
             else:
-                query = {**parameters, "query": HalfVector(vector)}
-                rows = _find_nearest(connection, query, is_approximate=_exists(connection, self._hnsw_index))
-            images = _read_images(connection, [row[0] for row in rows], parameters)
+                if query and has_words:
+                    matches = find_matches(connection, query, _make_content_condition(parameters), parameters)
+                ids = self._rank(connection, matches, count, offset, parameters)
+            matched = _find_matched_fields(connection, query, set(ids) & set(matches.tolist()))
+            images = _read_images(connection, ids, parameters)
             hits = []
-            for content_id, width, height, image_count, distance in rows:
+            for content_id, *sizes, image_count, score, text in _read_contents(connection, ids, parameters, has_words):
                 if content_id in images:  # contents without images are removed at the end of an indexing run
-                    score = None if distance is None else -distance
-                    hits.append(Hit(str(content_id), score, images[content_id], image_count, width, height))
+                    width, height = sizes
+                    fields, locations = matched.get(content_id, ()), images[content_id]
+                    hits.append(Hit(str(content_id), score, locations, image_count, width, height, fields, text))
             return hits
 
         return self._db.read(read)
 
-    @property
-    def _hnsw_index(self) -> str:
-        return f"{self.schema}.{HNSW_INDEX}"
+    def _rank(
+        self, connection: Connection, matches: np.ndarray, count: int, offset: int, parameters: Mapping[str, Any]
+    ) -> list[int]:
+        """Return a page of content ids, ranked by their similarity to the query vector and by their words."""
+        depth = max(offset + count, MAX_FUSED) if len(matches) else count
+        page = {**parameters, "count": depth, "offset": 0 if len(matches) else offset}
+        ids = _find_nearest(connection, page, is_approximate=_exists(connection, f"{self.schema}.{HNSW_INDEX}"))
+        if not len(matches):
+            return ids
+        fused: list[int] = fuse_rankings(np.array(ids, np.int64), matches)[offset : offset + count].tolist()
+        return fused
 
     def count_matches(self, image_filter: Filter) -> int:
         parameters = _make_parameters(image_filter)
@@ -324,15 +403,8 @@ def _create_tables(connection: Connection, dim: int) -> None:
     if dim <= MAX_INLINE_DIM:
         # By default, vectors of more than about 1,000 dimensions are stored in a separate table, which is slow to scan.
         connection.execute("ALTER TABLE contents ALTER COLUMN vector SET STORAGE PLAIN")
-    trigrams = connection.execute(
-        "SELECT nspname FROM pg_extension JOIN pg_namespace ON pg_namespace.oid = extnamespace "
-        "WHERE extname = 'pg_trgm'"
-    ).fetchone()
-    if trigrams is not None:
-        operators = sql.Identifier(trigrams[0], "gin_trgm_ops")
-        connection.execute(
-            sql.SQL("CREATE INDEX images_captions ON images USING gin (folded_captions {})").format(operators)
-        )
+    create_trigram_index(connection, "images_captions", "folded_captions")
+    create_word_tables(connection)
 
 
 def _make_parameters(image_filter: Filter) -> dict[str, Any]:
@@ -344,12 +416,18 @@ def _make_parameters(image_filter: Filter) -> dict[str, Any]:
             parameters[name] = value
     if "path" in parameters:
         path = _to_storable(image_filter.path or "").rstrip("/")
-        pattern = _escape_pattern(path).replace("*", "%").replace("?", "_")
+        pattern = escape_pattern(path).replace("*", "%").replace("?", "_")
         is_absolute = (image_filter.path or "").startswith("/") or not path
         parameters["path"] = pattern if is_absolute else f"%/{pattern}"
     if "caption" in parameters:
-        parameters["caption"] = f"%{_escape_pattern(_fold_caption(image_filter.caption or ''))}%"
+        parameters["caption"] = f"%{escape_pattern(normalize(image_filter.caption or ''))}%"
     return parameters
+
+
+def _make_source_parameters(source: str) -> dict[str, str]:
+    """Return the SQL parameters of INSIDE_SOURCE."""
+    stored_source = _to_storable(source)
+    return {"source": stored_source, "path": escape_pattern(stored_source)}
 
 
 def _make_image_conditions(parameters: Mapping[str, Any], names: Iterable[str] = IMAGE_CONDITIONS) -> list[str]:
@@ -366,34 +444,29 @@ def _make_content_condition(parameters: Mapping[str, Any]) -> str:
     return " AND ".join(conditions) or "true"
 
 
-COUNT_IMAGES = "(SELECT count(*) FROM images WHERE content = page.id)"
-
-
-def _find_newest(connection: Connection, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """Return rows of id, width, height, image count and NULL, sorted by the latest time of the matching images."""
+def _find_newest(connection: Connection, parameters: Mapping[str, Any]) -> list[int]:
+    """Return a page of content ids, sorted by the latest time of the matching images."""
     conditions = _make_image_conditions(parameters)
     if "min_side" in parameters:
         conditions.append(MIN_SIDE_CONDITION)
     statement = (
-        f"SELECT id, width, height, {COUNT_IMAGES}, NULL FROM ("
-        "  SELECT contents.id, width, height, max(taken) AS latest FROM contents JOIN images ON content = contents.id"
-        f"  WHERE {' AND '.join(conditions) or 'true'} GROUP BY contents.id"
-        "  ORDER BY latest DESC, contents.id LIMIT %(count)s OFFSET %(offset)s) AS page ORDER BY latest DESC, id"
+        "SELECT contents.id FROM contents JOIN images ON content = contents.id"
+        f" WHERE {' AND '.join(conditions) or 'true'} GROUP BY contents.id"
+        " ORDER BY max(taken) DESC, contents.id LIMIT %(count)s OFFSET %(offset)s"
     )
-    return connection.execute(statement, parameters).fetchall()
+    return [content_id for (content_id,) in connection.execute(statement, parameters)]
 
 
-def _find_nearest(connection: Connection, parameters: Mapping[str, Any], is_approximate: bool) -> list[tuple[Any, ...]]:
-    """Return rows of id, width, height, image count and negative cosine similarity, most similar first."""
+def _find_nearest(connection: Connection, parameters: Mapping[str, Any], is_approximate: bool) -> list[int]:
+    """Return a page of content ids, most similar first."""
 
-    def select(distance: str, order: str) -> list[tuple[Any, ...]]:
+    def select(distance: str, order: str) -> list[int]:
         statement = (
-            f"SELECT id, width, height, {COUNT_IMAGES}, distance FROM ("
-            f"  SELECT id, width, height, {distance} AS distance FROM contents"
-            f"  WHERE {_make_content_condition(parameters)}"
+            "SELECT id FROM ("
+            f"  SELECT id, {distance} AS distance FROM contents WHERE {_make_content_condition(parameters)}"
             f"  ORDER BY {order} LIMIT %(count)s OFFSET %(offset)s) AS page ORDER BY distance, id"
         )
-        return connection.execute(statement, parameters).fetchall()
+        return [content_id for (content_id,) in connection.execute(statement, parameters)]
 
     if is_approximate:
         ef_search = min(max(EF_SEARCH, parameters["count"] + parameters["offset"]), MAX_EF_SEARCH)
@@ -401,11 +474,48 @@ def _find_nearest(connection: Connection, parameters: Mapping[str, Any], is_appr
             "SELECT set_config('hnsw.ef_search', %s, true), set_config('hnsw.iterative_scan', 'strict_order', true)",
             (str(ef_search),),
         )
-        rows = select("vector <#> %(query)s", "vector <#> %(query)s")
-        if len(rows) == parameters["count"]:
-            return rows
+        ids = select("vector <#> %(query)s", "vector <#> %(query)s")
+        if len(ids) == parameters["count"]:
+            return ids
         # pgvector stops after a number of candidates, so few or none of them may match a selective filter.
     return select("(vector <#> %(query)s) + 0", "distance, id")  # the addition excludes the HNSW graph
+
+
+def _read_contents(
+    connection: Connection, content_ids: Sequence[int], parameters: Mapping[str, Any], has_words: bool
+) -> list[tuple[Any, ...]]:
+    """Return rows of id, width, height, image count, cosine similarity and recognised text, in the given order.
+
+    Without a query vector, the similarity is NULL.
+    """
+    score = "-(vector <#> %(query)s)" if "query" in parameters else "NULL"
+    text = "(SELECT text FROM recognized_texts WHERE content = page.id)" if has_words else "NULL"
+    rows = connection.execute(
+        f"SELECT page.id, width, height, (SELECT count(*) FROM images WHERE content = page.id), {score}, {text} "
+        "FROM unnest(%(ids)s::bigint[]) WITH ORDINALITY AS page(id, position) "
+        "JOIN contents ON contents.id = page.id ORDER BY position",
+        {**parameters, "ids": list(content_ids)},
+    ).fetchall()
+    return [(*row, _from_storable(text or "")) for *row, text in rows]
+
+
+def _find_matched_fields(
+    connection: Connection, query: WordQuery, content_ids: Collection[int]
+) -> dict[int, tuple[str, ...]]:
+    """Return the fields that contain words of the query, for contents with images that contain all words.
+
+    Only MAX_LOCATIONS of these images are read per content.
+    """
+    if not content_ids:
+        return {}
+    match, parameters = make_match(query)
+    rows = connection.execute(
+        f"SELECT matching.* FROM unnest(%(ids)s::bigint[]) AS page(id), LATERAL ("
+        f"  {TEXT_ROWS} WHERE images.content = page.id AND {match} ORDER BY images.id LIMIT %(locations)s) AS matching",
+        {**parameters, "ids": list(content_ids), "locations": MAX_LOCATIONS},
+    ).fetchall()
+    # The stored dates are those of the time zone of the machine that added the images.
+    return find_matched_fields(query, [(row[1], {**_fields_from_row(row), "date": row[4]}) for row in rows])
 
 
 def _read_images(
@@ -447,21 +557,40 @@ def _from_storable(text: str) -> str:
     return text if text.isascii() else text.translate(ORIGINAL_CHARACTERS)
 
 
-def _fold_caption(caption: str) -> str:
-    return _to_storable(caption.casefold())
-
-
-def _escape_pattern(text: str) -> str:
-    """Escape the characters that have a special meaning in LIKE patterns."""
-    return re.sub(r"([\\%_])", r"\\\1", text)
-
-
 def _hash_name(name: str) -> bytes:
     return hashlib.sha256(_to_storable(name).encode()).digest()
 
 
+def _make_image_rows(connection: Connection, images: Sequence[tuple[IndexedImage, bytes]]) -> list[tuple[Any, ...]]:
+    """Return the parameters of INSERT_IMAGE for images and their content hashes."""
+    texts = dict(
+        connection.execute(
+            "SELECT hash, text FROM recognized_texts JOIN contents ON id = content WHERE hash = ANY(%s)",
+            ([digest for _, digest in images],),
+        ).fetchall()
+    )
+    fields = [make_fields(image, _from_storable(texts.get(digest, ""))) for image, digest in images]
+    rows = []
+    for (image, digest), columns in zip(images, make_word_columns(fields), strict=True):
+        rows.append((_hash_name(image.name), digest, *_image_to_row(image), *columns))
+    return rows
+
+
+def _update_words(connection: Connection, rows: Sequence[Sequence[Any]]) -> None:
+    """Compute the columns for word search again, for images in rows of TEXT_ROWS."""
+    columns = make_word_columns([_fields_from_row(row) for row in rows])
+    parameters = [(*values, row[0]) for values, row in zip(columns, rows, strict=True)]
+    connection.cursor().executemany(UPDATE_WORDS, parameters)
+
+
+def _fields_from_row(row: Sequence[Any]) -> dict[str, str]:
+    """Return the fields for word search of an image in a row of TEXT_ROWS."""
+    _, _, text, camera, _, *image_row = row
+    return make_fields(replace(_image_from_row(image_row), camera=camera), _from_storable(text))
+
+
 def _image_to_row(image: IndexedImage) -> tuple[Any, ...]:
-    """Return an image's values for IMAGE_COLUMNS, the container and the folded captions."""
+    """Return an image's values for IMAGE_COLUMNS, and the container."""
     return (
         _to_storable(image.name),
         ref_to_json(image.ref),
@@ -470,7 +599,6 @@ def _image_to_row(image: IndexedImage) -> tuple[Any, ...]:
         [_to_storable(caption) for caption in image.captions],
         image.taken,
         None if isinstance(image.ref, FileImage) else _to_storable(image.container),
-        CAPTION_SEPARATOR.join(map(_fold_caption, image.captions)) if image.captions else None,
     )
 
 

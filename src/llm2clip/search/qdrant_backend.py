@@ -38,7 +38,6 @@ from llm2clip.search.backends import (
     IndexedContent,
     IndexedImage,
     IndexUnavailableError,
-    VectorServerBackend,
     ref_from_json,
     ref_to_json,
 )
@@ -86,7 +85,7 @@ def open_index(location: str, write: bool, approximate_above: int | None) -> Qdr
     return QdrantBackend.from_url(location.removeprefix("qdrant+"), write)
 
 
-class QdrantBackend(VectorServerBackend):
+class QdrantBackend:
     """Index backend based on a Qdrant collection."""
 
     def __init__(self, client: QdrantClient, collection: str) -> None:
@@ -96,7 +95,6 @@ class QdrantBackend(VectorServerBackend):
             collection: Collection name. `initialize` creates the collection if it does not exist.
         """
         self.client, self.collection = client, collection
-        self.location = f"Qdrant collection {collection}"
 
     @classmethod
     def from_url(cls, url: str, write: bool = False) -> QdrantBackend:
@@ -159,6 +157,9 @@ class QdrantBackend(VectorServerBackend):
         point = models.PointStruct(id=_make_point_id(METADATA_KEY), vector=[0.0] * dim, payload=payload)
         self.client.upsert(self.collection, [point])
 
+    def prepare_words(self) -> None:
+        pass  # words are not searched
+
     @_convert_errors
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
         match = models.MatchAny(any=list(sources))
@@ -210,6 +211,12 @@ class QdrantBackend(VectorServerBackend):
                     self.client.set_payload(self.collection, _make_image_payload(remaining), points=[point.id])
                 elif str(point.id) not in keep_points:
                     self.client.delete(self.collection, models.PointIdsList(points=[point.id]))
+
+    def contents_without_text(self, sources: Sequence[str]) -> list[tuple[bytes, IndexedImage]]:
+        return []
+
+    def set_texts(self, texts: Mapping[bytes, str]) -> None:
+        raise ValueError(f"{self.collection}: recognised texts (--ocr) cannot be stored in Qdrant")
 
     @_convert_errors
     def finish(self) -> None:

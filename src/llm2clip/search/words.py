@@ -1,8 +1,9 @@
-"""Word search over the texts of indexed images: SQLite's full-text tables (FTS5), and rank fusion.
+"""Word search over the texts of indexed images: queries, rank fusion, and SQLite's full-text tables (FTS5).
 
-The table `texts` has one row per image: its captions, the text recognised in the image, its file name, camera and date.
-Two full-text tables index this table: `words` finds whole words, ignoring case and diacritics, and `trigrams` finds
-substrings. They serve languages that separate words with spaces, and all others, such as Chinese and Japanese.
+With SQLite, the table `texts` has one row per image: its captions, the text recognised in the image, its file name,
+camera and date. Two full-text tables index this table: `words` finds whole words, ignoring case and diacritics, and
+`trigrams` finds substrings. They serve languages that separate words with spaces, and all others, such as Chinese and
+Japanese. `search.postgres_words` searches the same texts in PostgreSQL.
 
 All texts are stored as returned by `normalize`. The original captions are in the table `images`, and the original
 recognised texts are in the table `recognized_texts`.
@@ -13,6 +14,7 @@ import re
 import sqlite3
 import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -21,11 +23,12 @@ import numpy as np
 from llm2clip.data.image_refs import to_valid_unicode
 from llm2clip.search.backends import IndexedImage
 
-# Columns of `words`, and the names of these fields in search results.
+# The fields of an image's texts, which are the columns of `words`, and their names in search results.
 FIELDS = {"captions": "caption", "text": "text", "name": "name", "camera": "camera", "date": "date"}
 SUBSTRING_COLUMNS = ("captions", "text", "name")  # columns of `trigrams`
 FULL_TEXT_TABLES = {"words": tuple(FIELDS), "trigrams": SUBSTRING_COLUMNS}
-WORDS_SCHEMA = """
+TOKENIZER = "unicode61 remove_diacritics 2"
+WORDS_SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS recognized_texts (
   content INTEGER PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, text TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS texts (
@@ -33,7 +36,7 @@ CREATE TABLE IF NOT EXISTS texts (
   text TEXT NOT NULL, name TEXT NOT NULL, camera TEXT NOT NULL, date TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS texts_content ON texts(content);
 CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(
-  captions, text, name, camera, date, content='texts', content_rowid='id', tokenize='unicode61 remove_diacritics 2');
+  captions, text, name, camera, date, content='texts', content_rowid='id', tokenize='{TOKENIZER}');
 CREATE VIRTUAL TABLE IF NOT EXISTS trigrams USING fts5(
   captions, text, name, content='texts', content_rowid='id', tokenize='trigram case_sensitive 1');
 """
@@ -61,6 +64,48 @@ RRF_K = 60  # constant of reciprocal rank fusion (Cormack et al., 2009)
 def normalize(text: str) -> str:
     """Return a text in the form in which it is stored and searched: casefolded, composed (NFC), without controls."""
     return unicodedata.normalize("NFC", text.casefold()).translate(REPLACEMENTS)
+
+
+def make_fields(image: IndexedImage, text: str = "") -> dict[str, str]:
+    """Return the texts of an image in normalised form, keyed by FIELDS.
+
+    Args:
+        text: Text recognised in the image.
+    """
+    try:
+        date = datetime.fromtimestamp(image.taken).strftime("%Y-%m-%d")
+    except (OverflowError, OSError, ValueError):  # files can have any modification time
+        date = ""
+    return {
+        "captions": "".join(SEPARATOR + normalize(caption) for caption in image.captions),
+        "text": normalize(text),
+        "name": normalize(_make_name_relative(image)),
+        "camera": normalize(image.camera),
+        "date": date,
+    }
+
+
+def _make_name_relative(image: IndexedImage) -> str:
+    """Return an image's name without the folder that also contains its source."""
+    folder = image.source
+    while folder not in ("", "/") and not image.name.startswith(os.path.join(folder, "")):
+        folder = os.path.dirname(folder)
+    return image.name.removeprefix(os.path.join(folder, ""))
+
+
+def split_words(texts: Iterable[str]) -> list[list[str]]:
+    """Split normalised texts into words without diacritics, with the tokenizer of the full-text table `words`."""
+    words: list[list[str]] = []
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        db.execute(f"CREATE VIRTUAL TABLE texts USING fts5(text, content='', tokenize='{TOKENIZER}')")
+        db.execute("CREATE VIRTUAL TABLE words USING fts5vocab(texts, instance)")
+        db.execute("BEGIN")
+        for row, text in enumerate(texts):
+            db.execute("INSERT INTO texts (rowid, text) VALUES (?, ?)", (row, text))
+            words.append([])
+        for row, word in db.execute("SELECT doc, term FROM words ORDER BY doc, offset"):
+            words[row].append(word)
+    return words
 
 
 @dataclass(frozen=True)
@@ -128,7 +173,7 @@ def find_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.ndarr
     ranks = [f"{table}.rank" for table in FULL_TEXT_TABLES if table in tables]
     source = f"FROM {tables} WHERE {' AND '.join(conditions)}"
     ((total,),) = db.execute("SELECT count(*) FROM texts")
-    limit = int(min(max(MIN_COMMON, MAX_MATCHED_FRACTION * total), MAX_MATCHES))
+    limit = compute_match_limit(total)
     if ranks:  # matches are counted first, because computing their BM25 scores takes 20 times as long
         ((matched,),) = db.execute(f"SELECT count(*) FROM (SELECT 1 {source} LIMIT {limit + 1})", parameters)
         if matched > limit:
@@ -184,6 +229,11 @@ def _make_match(query: WordQuery) -> tuple[str, list[str], dict[str, str]]:
         conditions.append(f"instr({columns}, :short{number})")
         parameters[f"short{number}"] = text
     return tables, conditions, parameters
+
+
+def compute_match_limit(total: int) -> int:
+    """Return the maximum number of images that may contain all words of a query in an index of `total` images."""
+    return int(min(max(MIN_COMMON, MAX_MATCHED_FRACTION * total), MAX_MATCHES))
 
 
 def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -249,8 +299,8 @@ def add_texts(connection: sqlite3.Connection, images: Iterable[IndexedImage]) ->
     for image in images:
         connection.execute(
             "INSERT INTO texts (image, content, captions, text, name, camera, date) "
-            "SELECT name, images.content, ?, '', ?, ?, ? FROM images WHERE name = ?",
-            (*_make_row(image), image.name),
+            "SELECT name, images.content, ?, ?, ?, ?, ? FROM images WHERE name = ?",
+            (*make_fields(image).values(), image.name),
         )
     for content, text in connection.execute(
         "SELECT DISTINCT content, recognized_texts.text FROM texts JOIN recognized_texts USING (content) WHERE id > ?",
@@ -298,21 +348,3 @@ def _remove_from_full_text(connection: sqlite3.Connection) -> None:
             f"INSERT INTO {table} ({table}, rowid, {listed}) "
             f"SELECT 'delete', id, {listed} FROM texts WHERE id IN removed_texts"
         )
-
-
-def _make_row(image: IndexedImage) -> tuple[str, str, str, str]:
-    """Return an image's normalised captions, name, camera and date."""
-    captions = "".join(SEPARATOR + normalize(caption) for caption in image.captions)
-    try:
-        date = datetime.fromtimestamp(image.taken).strftime("%Y-%m-%d")
-    except (OverflowError, OSError, ValueError):  # files can have any modification time
-        date = ""
-    return captions, normalize(_make_name_relative(image)), normalize(image.camera), date
-
-
-def _make_name_relative(image: IndexedImage) -> str:
-    """Return an image's name without the folder that also contains its source."""
-    folder = image.source
-    while folder not in ("", "/") and not image.name.startswith(os.path.join(folder, "")):
-        folder = os.path.dirname(folder)
-    return image.name.removeprefix(os.path.join(folder, ""))
