@@ -1,12 +1,14 @@
 "use strict";
 // Search page that shows query results in a grid. It sends requests only to its own server, to the paths /search,
-// /heatmap, /thumbnail and /image.
+// /heatmap, /thumbnail and /image. selection.js selects results, and start.js fills the first screen.
 
 const $ = (id) => document.getElementById(id);
 const MAX_SIDE = 1024; // in pixels; larger images are scaled down before upload
 const MAX_IMAGES = 16; // maximum number of images per request; the server has the same limit
 const MAX_UPLOAD = 20 << 20; // in bytes; limit for files that the browser cannot decode, which are sent unchanged
 const MAX_OFFSET = 10000; // maximum number of results to skip; the server has the same limit
+const PAGE_SIZE = 100; // number of results to load when the user scrolls to the end
+const MIN_SWIPE = 50; // in CSS pixels
 const query = { images: [], like: [], negativeLike: [] }; // images contains {uri, name}; the other lists contain hit ids
 const FIELDS = { q: "text", without: "negative", caption: "caption", path: "path", after: "after", before: "before",
   min_side: "min_side", words: "words" }; // URL parameter -> id of the input element
@@ -15,7 +17,6 @@ const FILTER_LABELS = { negative: "without", caption: "caption contains", path: 
 const DARKEST = 0.8; // opacity of the heat map over the least similar cell
 let hits = [];
 let searchedRequest = null; // search request that returned `hits`
-let showWeak = false; // true if the user asked for the hits of a query to which nothing is close
 let total = 0; // number of images in the index that match the filter of searchedRequest
 let openIndex = -1; // index of the hit in the detail view; -1 until a hit is opened
 let lastRequest = 0; // number of the latest search; results of earlier searches are ignored
@@ -31,7 +32,6 @@ function readRequest() {
     like: query.like,
     negative_texts: getValue("negative") ? [getValue("negative")] : [],
     negative_like: query.negativeLike,
-    show_weak: showWeak,
     words: !getValue("words"),
     filter: {
       caption: getValue("caption") || null,
@@ -47,6 +47,10 @@ function toTimestamp(date, time) {
   return date ? new Date(date + time).getTime() / 1000 : null;
 }
 
+function getQueryFields({ texts, images, like, negative_texts, negative_like }) {
+  return { texts, images, like, negative_texts, negative_like };
+}
+
 function hasPositivePart(request) {
   return request.texts.length > 0 || request.images.length > 0 || request.like.length > 0;
 }
@@ -55,14 +59,14 @@ function hasQuery(request) {
   return hasPositivePart(request) || request.negative_texts.length > 0 || request.negative_like.length > 0;
 }
 
-async function postJson(path, body) {
+function postJson(path, body) {
+  return requestJson(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+}
+
+async function requestJson(path, options) {
   let response;
   try {
-    response = await fetch(path, {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(body),
-    });
+    response = await fetch(path, options);
   } catch {
     throw new Error("The server is not responding. Is it still running?");
   }
@@ -72,19 +76,21 @@ async function postJson(path, body) {
   return answer;
 }
 
-async function search(addToHistory = true, withWeakHits = false) {
-  showWeak = withWeakHits;
-  const request = readRequest(), requestNumber = ++lastRequest;
+function search(addToHistory = true) {
+  const request = readRequest();
   showChips();
   if (addToHistory) updateUrl();
-  if (!hasQuery(request) && Object.values(request.filter).every((condition) => condition === null)) {
-    showHits([]);
-    showStatus("");
-    $("empty").hidden = false;
-    document.body.classList.remove("searching");
-    return;
-  }
-  const start = performance.now();
+  if (hasQuery(request) || Object.values(request.filter).some((condition) => condition !== null)) return runSearch(request);
+  lastRequest++; // results of a search in progress are ignored
+  searchedRequest = null;
+  showHits([]);
+  showStatus("");
+  document.body.classList.remove("searching");
+  showStart();
+}
+
+async function runSearch(request) {
+  const start = performance.now(), requestNumber = ++lastRequest;
   document.body.classList.add("searching");
   showStatus("Searching…");
   try {
@@ -94,6 +100,7 @@ async function search(addToHistory = true, withWeakHits = false) {
     total = answer.total;
     showHits(answer.hits);
     showCount(start, answer.nothing_close);
+    watchEnd();
   } catch (error) {
     if (requestNumber !== lastRequest) return;
     if (removeRejectedImage(error)) {
@@ -108,24 +115,38 @@ async function search(addToHistory = true, withWeakHits = false) {
 }
 
 async function showMore() {
-  const start = performance.now(), request = { ...searchedRequest, offset: hits.length }, requestNumber = lastRequest;
+  if ($("show-more").disabled) return; // the next results are already being loaded
+  const start = performance.now(), requestNumber = lastRequest;
+  const request = { ...searchedRequest, offset: hits.length, top: PAGE_SIZE };
   const hasFocus = document.activeElement === $("show-more");
   $("show-more").disabled = true;
   try {
     const answer = await postJson("/search", request);
-    if (requestNumber !== lastRequest) return;
-    const ids = new Set(hits.map((hit) => hit.id)); // hits already shown are skipped: the index may have changed
-    const newHits = answer.hits.filter((hit) => !ids.has(hit.id)), first = hits.length;
-    $("grid").append(...newHits.map((hit, index) => makeGridItem(hit, first + index)));
-    hits.push(...newHits);
-    total = newHits.length ? answer.total : first;
-    showCount(start, answer.nothing_close);
-    if (hasFocus) focusHit(first);
+    if (requestNumber === lastRequest) {
+      const ids = new Set(hits.map((hit) => hit.id)); // hits already shown are skipped: the index may have changed
+      const newHits = answer.hits.filter((hit) => !ids.has(hit.id)), first = hits.length;
+      $("grid").append(...newHits.map((hit, index) => makeGridItem(hit, first + index)));
+      hits.push(...newHits);
+      total = newHits.length ? answer.total : first;
+      showCount(start, answer.nothing_close);
+      if (hasFocus) focusHit(first);
+    }
+    watchEnd();
   } catch (error) {
     if (requestNumber === lastRequest) showStatus(error.message, true);
   } finally {
     $("show-more").disabled = false;
   }
+}
+
+// Results load before the user scrolls to the end. The button remains for keyboards, screen readers and errors.
+const endObserver = new IntersectionObserver((entries) => {
+  if (entries.some((entry) => entry.isIntersecting)) showMore();
+}, { rootMargin: "1000px" });
+
+function watchEnd() {
+  endObserver.disconnect(); // the observer reports a button again only if it is observed again
+  endObserver.observe($("show-more"));
 }
 
 function showCount(start, nothingClose) {
@@ -144,6 +165,7 @@ function showCount(start, nothingClose) {
   const images = nothingClose ? "images, none of them close to the query" : "images";
   showStatus(hits.length ? `${count} ${images}, ${order} (${seconds} s)` : "No results. Try different filters.");
   $("show-more").hidden = !hits.length || hits.length >= Math.min(total, MAX_OFFSET);
+  $("save").hidden = !location.hash || searchedRequest.images.length > 0;
 }
 
 function showStatus(text, isError = false) {
@@ -177,7 +199,7 @@ function restoreQuery() {
 function showHits(newHits) {
   if ($("detail").open) $("detail").close(); // the dialog still shows a hit of the previous search
   hits = newHits;
-  $("empty").hidden = $("show-more").hidden = $("show-weak").hidden = true;
+  for (const id of ["start", "show-more", "show-weak", "save"]) $(id).hidden = true;
   $("grid").replaceChildren(...hits.map(makeGridItem));
 }
 
@@ -196,6 +218,7 @@ function makeGridItem(hit, index) {
   const first = hit.images[0];
   image.src = `/thumbnail/${hit.id}`;
   image.loading = "lazy";
+  image.draggable = false; // dragging selects images
   image.alt = first.captions[0] || first.name;
   name.className = "name";
   name.textContent = getFileName(first);
@@ -210,9 +233,22 @@ function makeGridItem(hit, index) {
     button.append(matched);
   }
   button.type = "button";
-  button.addEventListener("click", () => showDetail(index));
-  item.append(button);
+  button.addEventListener("click", (event) => {
+    if (event.shiftKey || event.ctrlKey || event.metaKey) toggleSelected(index, event.shiftKey);
+    else showDetail(index);
+  });
+  item.append(button, makeCheckbox(hit, index));
+  item.classList.toggle("selected", selected.has(hit.id));
   return item;
+}
+
+function getTile(index) {
+  return $("grid").children[index];
+}
+
+function getTileIndex(element) {
+  const item = element.closest("#grid > li");
+  return item ? [...$("grid").children].indexOf(item) : -1;
 }
 
 function describeMatch(hit) {
@@ -245,6 +281,7 @@ function showDetail(index) {
   $("back").disabled = index === 0;
   $("next").disabled = index === hits.length - 1;
   $("where").disabled = !hasQuery(searchedRequest);
+  showOpenSelection();
   if (!$("detail").open) $("detail").showModal();
 }
 
@@ -306,8 +343,7 @@ async function toggleHeatmap() {
   showHeatmapStatus("Computing the heat map…");
   const isCurrent = () => hits[openIndex] === hit && $("where").getAttribute("aria-pressed") === "true";
   try {
-    const { filter, show_weak, words, ...fields } = searchedRequest;
-    const answer = await postJson("/heatmap", { id: hit.id, ...fields });
+    const answer = await postJson("/heatmap", { id: hit.id, ...getQueryFields(searchedRequest) });
     if (!isCurrent()) return;
     drawHeatmap(answer.rows, hit);
   } catch (error) {
@@ -335,17 +371,26 @@ function drawHeatmap(rows, hit) {
 
 // ---- more and less like a hit ---------------------------------------------------------------------------------------
 
-function searchMoreLike(hit) {
-  Object.assign(query, { images: [], like: [hit.id], negativeLike: [] });
+// The functions below return true if the search has started.
+
+function searchMoreLike(likedHits) {
+  Object.assign(query, { images: [], like: likedHits.map((hit) => hit.id), negativeLike: [] });
   $("text").value = "";
   $("negative").value = "";
   updateQuery();
+  return true;
 }
 
-function searchLessLike(hit) {
-  if (query.negativeLike.length >= MAX_IMAGES || query.negativeLike.includes(hit.id)) return;
-  query.negativeLike.push(hit.id);
+function searchLessLike(dislikedHits) {
+  const ids = new Set([...query.negativeLike, ...dislikedHits.map((hit) => hit.id)]);
+  if (ids.size > MAX_IMAGES) {
+    if ($("detail").open) $("detail").close();
+    showProblem(`A query can contain at most ${MAX_IMAGES} images that results should not resemble.`);
+    return false;
+  }
+  query.negativeLike = [...ids];
   updateQuery();
+  return true;
 }
 
 function updateQuery() {
@@ -468,13 +513,13 @@ function resizeText() {
 function submitQuery() {
   showProblem("");
   search();
-  if (!$("empty").hidden) showStatus("Enter a description, add an image or set a filter.");
+  if (!$("start").hidden) showStatus("Enter a description, add an image or set a filter.");
 }
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); submitQuery(); });
 $("filters").addEventListener("change", showChips);
 $("show-more").addEventListener("click", showMore);
-$("show-weak").addEventListener("click", () => search(false, true));
+$("show-weak").addEventListener("click", () => runSearch({ ...searchedRequest, show_weak: true }));
 $("text").addEventListener("input", resizeText);
 $("text").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); submitQuery(); }
@@ -486,45 +531,66 @@ $("more").addEventListener("click", () => {
   $("filters").hidden = !$("filters").hidden;
   $("more").setAttribute("aria-expanded", String(!$("filters").hidden));
 });
-$("like").addEventListener("click", () => searchMoreLike(hits[openIndex]));
-$("unlike").addEventListener("click", () => searchLessLike(hits[openIndex]));
+$("like").addEventListener("click", () => searchMoreLike([hits[openIndex]]));
+$("unlike").addEventListener("click", () => searchLessLike([hits[openIndex]]));
 $("where").addEventListener("click", toggleHeatmap);
 $("back").addEventListener("click", () => showDetail(openIndex - 1));
 $("next").addEventListener("click", () => showDetail(openIndex + 1));
 $("close").addEventListener("click", () => $("detail").close());
 $("detail").addEventListener("close", () => {
   // This event fires shortly after the dialog closes. If the search box has focus by then, do not move the focus.
-  const focusable = [document.body, ...$("grid").querySelectorAll("button")];
-  if (hits[openIndex] && focusable.includes(document.activeElement)) focusHit(openIndex);
+  const active = document.activeElement;
+  if (hits[openIndex] && (active === document.body || $("grid").contains(active))) focusHit(openIndex);
 });
 $("detail").addEventListener("click", (event) => { if (event.target === $("detail")) $("detail").close(); });
 
+let swipe = null; // position at which a single finger touched the image
+$("picture").addEventListener("touchstart", (event) => {
+  const [touch] = event.touches, isZoomed = visualViewport.scale > 1.01;
+  swipe = event.touches.length === 1 && !isZoomed ? { x: touch.clientX, y: touch.clientY } : null;
+}, { passive: true });
+$("picture").addEventListener("touchend", (event) => {
+  if (!swipe) return;
+  const [touch] = event.changedTouches, right = touch.clientX - swipe.x, down = touch.clientY - swipe.y;
+  if (Math.abs(right) > Math.max(MIN_SWIPE, 2 * Math.abs(down))) showDetail(openIndex - Math.sign(right));
+  swipe = null;
+});
+
 function focusHit(index) {
-  const buttons = $("grid").querySelectorAll("button");
-  if (buttons.length) buttons[Math.max(0, Math.min(index, buttons.length - 1))].focus();
+  getTile(Math.max(0, Math.min(index, hits.length - 1)))?.querySelector("button").focus();
 }
 
 document.addEventListener("keydown", (event) => {
-  const isTyping = event.target.matches("input, textarea");
+  const isTyping = event.target.matches("input:not([type=checkbox]), textarea, select");
   if (event.ctrlKey || event.metaKey || event.altKey || isTyping) return;
   if ($("detail").open) {
     if (event.key === "ArrowLeft") showDetail(openIndex - 1);
     if (event.key === "ArrowRight") showDetail(openIndex + 1);
-    if (event.key === "m") searchMoreLike(hits[openIndex]);
+    if (event.key === "m") searchMoreLike([hits[openIndex]]);
     if (event.key === "w") toggleHeatmap();
+    if (event.key === "x") toggleSelected(openIndex);
     return;
   }
   if (event.key === "/") { event.preventDefault(); $("text").focus(); return; }
-  const buttons = [...$("grid").querySelectorAll("button")], current = buttons.indexOf(document.activeElement);
+  if (event.key === "Escape") { clearSelection(); return; }
+  const current = getTileIndex(event.target);
   if (current < 0) return;
-  const columns = buttons.filter((button) => button.offsetTop === buttons[0].offsetTop).length;
+  const columns = getComputedStyle($("grid")).gridTemplateColumns.split(" ").length;
   const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
-  if (event.key === "m") searchMoreLike(hits[current]);
+  if (event.key === "m") searchMoreLike([hits[current]]);
+  if (["x", "X", " "].includes(event.key)) {
+    event.preventDefault();
+    toggleSelected(current, event.shiftKey);
+  }
   if (step) {
     event.preventDefault();
-    if (current + step < 0) $("text").focus();
-    else focusHit(current + step);
+    if (current + step < 0) { $("text").focus(); return; }
+    focusHit(current + step);
+    if (event.shiftKey) extendSelection(current, Math.min(current + step, hits.length - 1));
   }
+});
+document.addEventListener("keyup", (event) => {
+  if (event.key === " " && getTileIndex(event.target) >= 0) event.preventDefault(); // Firefox clicks buttons here
 });
 
 let dragDepth = 0; // nesting depth, because dragenter and dragleave fire for every element under the pointer
@@ -544,4 +610,4 @@ addEventListener("paste", (event) => {
 });
 
 addEventListener("popstate", restoreQuery);
-restoreQuery();
+addEventListener("DOMContentLoaded", () => { watchEnd(); restoreQuery(); });
