@@ -37,6 +37,8 @@ OPERATIONS = (
     "POST /embed/upload",
     "GET /thumbnail/{hit_id}",
     "GET /image/{hit_id}",
+    "GET /zip",
+    "GET /examples",
 )
 
 

@@ -22,7 +22,7 @@ MAX_ZIP_BYTES = 4 << 30  # maximum total size of the images in an archive
 MAX_NAME_BYTES = 200  # file systems limit names to 255 bytes
 MISSING_FILE = "not_included.txt"
 RESERVED_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # device names on Windows
-FIRST_ZIP_YEAR, LAST_ZIP_YEAR = 1980, 2107  # dates in zip archives are limited to these years
+FIRST_DATE, LAST_DATE = (1980, 1, 1, 0, 0, 0), (2107, 12, 31, 23, 59, 58)  # range of dates in zip archives
 
 
 def parse_ids(ids: str) -> list[str]:
@@ -64,7 +64,8 @@ async def stream_zip(service: InferenceService, hit_ids: Sequence[str]) -> Async
                     missing.append(f"{images[0].name}: the file was left out because of {limit}")
                     continue
                 total_size += size
-                info = zipfile.ZipInfo(make_unique(make_file_name(images[0], media_type), names), _make_date(images[0]))
+                name = make_unique(make_file_name(images[0], media_type), names)
+                info = zipfile.ZipInfo(name, make_date(images[0]))
                 info.external_attr = 0o644 << 16
                 info.file_size = size
                 with archive.open(info, "w") as entry:
@@ -128,11 +129,10 @@ def make_unique(name: str, names: set[str]) -> str:
     return unique
 
 
-def _make_date(image: IndexedImage) -> tuple[int, int, int, int, int, int]:
-    """Return the capture time of an image as a date for a zip archive."""
+def make_date(image: IndexedImage) -> tuple[int, int, int, int, int, int]:
+    """Return an image's capture time (year, month, day, hour, minute, second), within the range of zip archives."""
     try:
-        date = time.localtime(image.taken)
+        date = time.localtime(image.taken)[:6]
     except (OverflowError, OSError, ValueError):
-        return FIRST_ZIP_YEAR, 1, 1, 0, 0, 0
-    year = min(max(date.tm_year, FIRST_ZIP_YEAR), LAST_ZIP_YEAR)
-    return year, date.tm_mon, date.tm_mday, date.tm_hour, date.tm_min, min(date.tm_sec, 59)
+        return FIRST_DATE
+    return max(FIRST_DATE, min(date, LAST_DATE))
