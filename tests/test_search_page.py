@@ -130,6 +130,19 @@ def test_keyboard_navigation(page: Any) -> None:
     assert page.evaluate("document.activeElement.id") == "text" and page.locator("#text").input_value() == "blue"
 
 
+def test_tab_key_leaves_the_results(page: Any) -> None:
+    """Otherwise, keyboard users could not reach the buttons behind thousands of results."""
+    search_for(page, "blue").nth(3).locator("button").focus()
+    page.keyboard.press("x")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "selection-like"
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate("[...document.querySelectorAll('#grid button')].indexOf(document.activeElement)") == 3
+    page.locator("#selection-clear").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("[...document.querySelectorAll('#grid button')].indexOf(document.activeElement)") == 3
+
+
 def test_closing_the_detail_view_keeps_the_focus_in_the_search_box(page: Any) -> None:
     search_for(page, "blue").first.locator("button").click()
     close_and_focus = """() => new Promise((done) => {

@@ -18,6 +18,7 @@ const DARKEST = 0.8; // opacity of the heat map over the least similar cell
 let hits = [];
 let searchedRequest = null; // search request that returned `hits`
 let total = 0; // number of images in the index that match the filter of searchedRequest
+let tabStop = null; // button of the only result that the Tab key reaches; the arrow keys reach the others
 let openIndex = -1; // index of the hit in the detail view; -1 until a hit is opened
 let lastRequest = 0; // number of the latest search; results of earlier searches are ignored
 
@@ -201,6 +202,8 @@ function showHits(newHits) {
   hits = newHits;
   for (const id of ["start", "show-more", "show-weak", "save"]) $(id).hidden = true;
   $("grid").replaceChildren(...hits.map(makeGridItem));
+  tabStop = null;
+  if (hits.length) setTabStop(getTile(0));
 }
 
 function formatDate(hit) {
@@ -233,6 +236,7 @@ function makeGridItem(hit, index) {
     button.append(matched);
   }
   button.type = "button";
+  button.tabIndex = -1;
   button.addEventListener("click", (event) => {
     if (event.shiftKey || event.ctrlKey || event.metaKey) toggleSelected(index, event.shiftKey);
     else showDetail(index);
@@ -240,6 +244,12 @@ function makeGridItem(hit, index) {
   item.append(button, makeCheckbox(hit, index));
   item.classList.toggle("selected", selected.has(hit.id));
   return item;
+}
+
+function setTabStop(tile) {
+  if (tabStop) tabStop.tabIndex = -1;
+  tabStop = tile.querySelector("button");
+  tabStop.tabIndex = 0;
 }
 
 function getTile(index) {
@@ -555,6 +565,8 @@ $("picture").addEventListener("touchend", (event) => {
   if (Math.abs(right) > Math.max(MIN_SWIPE, 2 * Math.abs(down))) showDetail(openIndex - Math.sign(right));
   swipe = null;
 });
+
+$("grid").addEventListener("focusin", (event) => setTabStop(event.target.closest("#grid > li")));
 
 function focusHit(index) {
   getTile(Math.max(0, Math.min(index, hits.length - 1)))?.querySelector("button").focus();

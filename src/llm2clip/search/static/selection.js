@@ -112,7 +112,7 @@ $("selection-zip").addEventListener("click", () => {
 });
 $("selection-clear").addEventListener("click", () => {
   clearSelection();
-  if (document.activeElement === document.body) focusHit(0); // the focused button is now hidden
+  tabStop?.focus(); // the focused button is now hidden
 });
 $("select").addEventListener("click", () => toggleSelected(openIndex));
 
