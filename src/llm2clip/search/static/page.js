@@ -30,9 +30,9 @@ function readRequest() {
   return {
     texts: getValue("text") ? [getValue("text")] : [],
     images: query.images.map((image) => image.uri),
-    like: query.like,
+    like: [...query.like],
     negative_texts: getValue("negative") ? [getValue("negative")] : [],
-    negative_like: query.negativeLike,
+    negative_like: [...query.negativeLike],
     words: !getValue("words"),
     filter: {
       caption: getValue("caption") || null,
