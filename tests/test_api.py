@@ -39,6 +39,7 @@ OPERATIONS = (
     "GET /image/{hit_id}",
     "GET /zip",
     "GET /examples",
+    "POST /explain",
 )
 
 

@@ -99,6 +99,9 @@ def test_search_returns_the_hits_of_the_index(
         "hits": [],
         "nothing_close": False,
         "total": 0,
+        "next_offset": None,
+        "rerank_seconds": None,
+        "rerank_missing": None,
     }
 
 
@@ -133,7 +136,9 @@ def test_search_hides_weak_hits_unless_the_request_shows_them(
             assert response.status_code == 200, response.text
             return response.json()
 
-        assert search(texts=["unicorn"]) == {"hits": [], "nothing_close": True, "total": 36}
+        hidden = search(texts=["unicorn"])
+        assert (hidden["hits"], hidden["nothing_close"], hidden["total"]) == ([], True, 36)
+        assert hidden["next_offset"] is None
         weak = search(texts=["unicorn"], show_weak=True, top=5)
         assert weak["nothing_close"] and len(weak["hits"]) == 5
         assert all(hit["relevance"] < 0.01 for hit in weak["hits"])

@@ -117,6 +117,17 @@ def add_commands(commands: Commands) -> None:
         "camera and date contain all words of the query.",
     )
     sub.add_argument(
+        "--no_group",
+        action="store_true",
+        help="Show bursts and edited copies of an image as separate results. By default, each is one result.",
+    )
+    sub.add_argument(
+        "--rerank",
+        type=str,
+        help="Model that sorts the first 50 results again, using the image files: any model that `evaluate` accepts, "
+        "or vlm:NAME for a vision-language model, which is asked whether each image matches the texts.",
+    )
+    sub.add_argument(
         "--path",
         type=str,
         help="Only images in this folder, tar or file. A relative path that does not exist in the current folder "
@@ -132,8 +143,13 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--json",
         action="store_true",
-        help="Print each result as a JSON object: rank, score, relevance, path, duplicates, captions, text, matched, "
-        "taken, width and height.",
+        help="Print each result as a JSON object: rank, score, relevance, path, duplicates, similar, captions, text, "
+        "matched, taken, width and height.",
+    )
+    sub.add_argument(
+        "--explain",
+        action="store_true",
+        help="Also print how much each word of the texts changes the similarity of the first result.",
     )
     sub.add_argument("--paths", action="store_true", help="Print only the paths, one per line.")
     sub.add_argument("--sheet", type=str, help="Write an HTML page with the results to this folder.")
@@ -175,6 +191,12 @@ def add_commands(commands: Commands) -> None:
         help="Other websites whose pages may use the API, such as https://example.org.",
     )
     sub.add_argument("--access_log", action="store_true", help="Write one JSON object per request to standard error.")
+    sub.add_argument(
+        "--rerank",
+        type=str,
+        help="Model with which requests can sort their first 50 results again: any model that `evaluate` accepts, or "
+        "vlm:NAME for a vision-language model.",
+    )
     _add_templates_argument(sub, " Requests can override the templates.")
     sub.add_argument(
         "--batch_size", type=PositiveInt, default=32, help="Maximum number of texts or images per forward pass."
@@ -283,6 +305,14 @@ def _search(args: Namespace) -> list[str]:
         raise ValueError("--heatmaps requires an HTML page: add --open or --sheet FOLDER")
     if args.json + args.paths + to_page > 1:
         raise ValueError("--json, --paths and the HTML page (--sheet, --open) cannot be combined")
+    if args.explain and not args.texts:
+        raise ValueError("--explain requires a text, because it rates the words of the texts")
+    if args.rerank is not None:
+        if not (args.texts or args.images or args.negative or args.negative_images):
+            raise ValueError("--rerank requires a text or an image to search for")
+        args.rerank = _resolve_reranker(args.rerank)
+    if args.explain and (args.json or args.paths or to_page):
+        raise ValueError("--explain prints a table: remove --json, --paths, --sheet and --open")
     if args.model is not None:
         args.model = resolve_model(args.model)
     from rich.console import Console
@@ -290,10 +320,20 @@ def _search(args: Namespace) -> list[str]:
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.search.backends import open_backend
     from llm2clip.search.build import truncate_to_index
+    from llm2clip.search.explain import explain_hit
     from llm2clip.search.heatmap import draw_heatmaps, require_dense_encoder
     from llm2clip.search.query import SearchQuery, embed_query_parts
     from llm2clip.search.relevance import NOT_CALIBRATED, load_calibration, search_relevant
-    from llm2clip.search.render import hit_to_json, open_in_browser, print_hits, write_contact_sheet
+    from llm2clip.search.render import (
+        hit_to_json,
+        open_in_browser,
+        print_explanation,
+        print_hits,
+        write_contact_sheet,
+    )
+    from llm2clip.search.rerank import RERANKED, rerank_hits
+    from llm2clip.search.similar import READ_FACTOR, group_similar_hits
+    from llm2clip.search.vlm import open_reranker
 
     templates = _make_query_templates(args.templates)
     query = SearchQuery(args.texts, args.images, args.negative, args.negative_images, templates=templates)
@@ -309,15 +349,26 @@ def _search(args: Namespace) -> list[str]:
             calibration = load_calibration(backend, model)
             if backend.load_calibration() is None:
                 print(NOT_CALIBRATED)
+        is_grouped = bool(query) and not args.no_group
+        count = args.top * (READ_FACTOR if is_grouped else 1)
         hits, nothing_close = search_relevant(
             backend,
             calibration,
             vectors,
-            args.top,
+            count if args.rerank is None else max(RERANKED, count),
             image_filter,
             words=() if args.no_words or args.negative or args.negative_images else args.texts,
             show_weak=args.show_weak,
         )
+        if args.rerank is not None and hits:
+            reranking = rerank_hits(open_reranker(args.rerank), query, hits, backend)
+            hits = reranking.hits
+            if reranking.missing:
+                print(
+                    f"Results that could not be re-ranked, because their files were changed or removed since indexing, "
+                    f"or cannot be decoded: {reranking.missing:,}"
+                )
+        hits = group_similar_hits(hits, backend, args.top).hits if is_grouped else hits[: args.top]
         if nothing_close and (args.json or args.paths):
             print(NOTHING_CLOSE)
     if args.json:
@@ -330,6 +381,9 @@ def _search(args: Namespace) -> list[str]:
         return ["No results: the index is empty, or no image matches the filters."]
     if not to_page:
         print_hits(hits, backend, Console())
+        vector = backend.vector(hits[0].id) if args.explain else None
+        if vector is not None:
+            print_explanation(explain_hit(model, query, vector), Console())
         return ["None of these images is close to the query."] if nothing_close else []
     heatmaps = draw_heatmaps(model, vectors.combined, hits, backend) if args.heatmaps and vectors is not None else {}
     title = " + ".join([*args.texts, *args.images])
@@ -370,6 +424,12 @@ def _make_filter(args: Namespace) -> Filter:
     if after is not None and before is not None and after > before:
         raise ValueError(f"--after {args.after} is later than --before {args.before}, so no image can match")
     return Filter(resolve_path_filter(args.path), args.caption, after, before, args.min_side)
+
+
+def _resolve_reranker(name: str) -> str:
+    """Return the name of a model for re-ranking as in `resolve_model`, which does not know the prefix `vlm:`."""
+    prefix = "vlm:" if name.startswith("vlm:") else ""
+    return prefix + resolve_model(name.removeprefix(prefix))
 
 
 def _make_query_templates(templates: list[str] | None) -> QueryTemplates | None:
@@ -423,6 +483,10 @@ def _serve(args: Namespace) -> list[str]:
     check_index(args["index"])
     if args.model is not None:
         args.model = resolve_model(args.model)
+    if args.rerank is not None:
+        if not args["index"]:
+            raise ValueError("--rerank requires an index: add --index INDEX")
+        args.rerank = _resolve_reranker(args.rerank)
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.backends import open_backend
@@ -431,6 +495,7 @@ def _serve(args: Namespace) -> list[str]:
         from llm2clip.search.inference import Limits
         from llm2clip.search.relevance import NOT_CALIBRATED
         from llm2clip.search.server import LOOPBACK, create_app, serve
+        from llm2clip.search.vlm import open_reranker
     except ModuleNotFoundError as error:
         raise ImportError(f"`serve` requires additional packages ({error}). Run {install_command('search')}") from error
     templates = _make_query_templates(args.templates)
@@ -443,6 +508,9 @@ def _serve(args: Namespace) -> list[str]:
         print_once(NOT_CALIBRATED)
     model_thread = ThreadPoolExecutor(1, "model")
     model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision).result()
+    reranker = None
+    if args.rerank is not None:
+        reranker = model_thread.submit(open_reranker, args.rerank, args.precision).result()
     app = create_app(
         model,
         backend,
@@ -453,6 +521,7 @@ def _serve(args: Namespace) -> list[str]:
         templates=templates,
         allowed_origins=args.allowed_origins,
         access_log=args.access_log,
+        reranker=reranker,
     )
     host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6
 

@@ -45,6 +45,7 @@ class IndexedImage:
         file_version: Size and modification time of the file, used to detect changes.
         captions: Captions of the image. Empty if the source has no captions.
         taken: EXIF capture time as a Unix timestamp. For images without an EXIF date, the file's modification time.
+            `build.has_exif_time` distinguishes them.
         camera: Camera make and model in the EXIF data, for word search. Search results do not contain it.
     """
 
@@ -95,6 +96,18 @@ class IndexedContent:
     height: int
 
 
+class SimilarHit(NamedTuple):
+    """A hit that was added to a similar hit with a better rank (see `search.similar`).
+
+    Args:
+        id: Id of the hit.
+        name: Name of its first image.
+    """
+
+    id: str
+    name: str
+
+
 MAX_LOCATIONS = 100  # maximum per hit; web data sets contain some images hundreds of thousands of times
 FILES_PER_NEWEST = 10  # number of files that `newest_ids` reads per image, because some may have the same content
 
@@ -116,6 +129,7 @@ class Hit:
         text: Text recognised in the image. Empty if there is none.
         relevance: Number from 0 to 1 that estimates whether the index has an answer to the query, judging from this
             image (see `search.relevance`). None if unknown.
+        similar: Hits that were added to this hit because they are similar to it, best first.
     """
 
     id: str
@@ -127,6 +141,7 @@ class Hit:
     matched: tuple[str, ...] = ()
     text: str = ""
     relevance: float | None = None
+    similar: tuple[SimilarHit, ...] = ()
 
 
 MAX_CAPTION_FILTER_LENGTH = 500  # in characters

@@ -37,6 +37,7 @@ THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
 MAX_DELETED, MAX_DELETED_FRACTION = 10, 0.2
 EXIF_IFD, EXIF_DATE_TAKEN, EXIF_DATE, EXIF_MAKE, EXIF_MODEL = 0x8769, 0x9003, 0x0132, 0x010F, 0x0110  # EXIF tags
 MAX_CAMERA_LENGTH = 200  # in characters
+EXIF_TIME_OFFSET = 1e-6  # added to EXIF times that are equal to the file's modification time, in seconds
 CHUNK = 8192  # number of images to read and hash before embedding the new ones
 
 
@@ -432,6 +433,15 @@ def _is_in_folder(path: str, folder: str) -> bool:
     return path == folder or path.startswith(os.path.join(folder, ""))
 
 
+def has_exif_time(image: IndexedImage) -> bool:
+    """Return True if `taken` is an EXIF time. Return False if it is, or could be, the file's modification time.
+
+    For images in a saved data set, the index does not contain the modification time, so the result is always False.
+    """
+    _, _, nanoseconds = image.file_version.partition(" ")
+    return nanoseconds.isdigit() and abs(image.taken - int(nanoseconds) / 1e9) > EXIF_TIME_OFFSET / 2
+
+
 def format_file_version(stat: os.stat_result) -> str:
     """Return a file's size and modification time as a string, used to detect changes."""
     return f"{stat.st_size} {stat.st_mtime_ns}"
@@ -452,7 +462,11 @@ def read_digest_and_exif(image: IndexedImage, log: SkipLog) -> tuple[bytes | Non
         log.skip(image.name, 0, "unreadable image", error)
         return None, image
     taken, camera = read_exif(data)
-    return hashlib.sha256(data).digest(), dataclasses.replace(image, taken=taken or image.taken, camera=camera)
+    if taken is None:
+        taken = image.taken
+    elif taken == image.taken:
+        taken += EXIF_TIME_OFFSET  # see `has_exif_time`
+    return hashlib.sha256(data).digest(), dataclasses.replace(image, taken=taken, camera=camera)
 
 
 def read_exif(data: bytes) -> tuple[float | None, str]:

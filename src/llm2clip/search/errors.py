@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from llm2clip.data.image_refs import to_valid_unicode
 from llm2clip.search.backends import IndexUnavailableError, WordIndexError
 from llm2clip.search.queues import QueueFull
-from llm2clip.search.request_images import InvalidImage, NotFound, TooLarge
+from llm2clip.search.request_images import BadRequest, InvalidImage, NotFound, TooLarge
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ ERROR_TYPES = {
 STATUS_CODES: dict[type[Exception], int] = {
     QueueFull: 429,
     TooLarge: 413,
+    BadRequest: 400,
     NotFound: 404,
     WordIndexError: 503,
     ValueError: 422,

@@ -18,14 +18,25 @@ from torch import Tensor
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.models.truncation import truncate_and_normalize
-from llm2clip.search.backends import Backend, IndexUnavailableError
+from llm2clip.search.backends import Backend, Hit, IndexUnavailableError
 from llm2clip.search.build import truncate_to_index
+from llm2clip.search.explain import Explanation, prepare_explanation
 from llm2clip.search.heatmap import compute_heatmap, require_dense_encoder
 from llm2clip.search.query import QueryVectors, SearchQuery
 from llm2clip.search.queues import Batcher, FairThreadPool
-from llm2clip.search.relevance import Calibration, load_calibration, search_relevant
-from llm2clip.search.request_images import NotFound, RequestImage, TooLarge, load_request_image, open_original
-from llm2clip.search.schemas import HeatmapRequest, SearchRequest, SearchResponse
+from llm2clip.search.relevance import Calibration, SearchResult, load_calibration, search_relevant
+from llm2clip.search.request_images import (
+    BadRequest,
+    NotFound,
+    RequestImage,
+    TooLarge,
+    load_request_image,
+    open_original,
+)
+from llm2clip.search.rerank import IMAGES_PER_BATCH, RERANKED, PreparedImage, Reranker, Reranking, sort_hits
+from llm2clip.search.schemas import MAX_OFFSET, ExplainRequest, HeatmapRequest, SearchRequest, SearchResponse
+from llm2clip.search.similar import READ_FACTOR, HitPage, group_similar_hits
+from llm2clip.search.vlm import VisionLanguageModel, make_question
 
 DECODE_THREADS = 2
 MAX_HEATMAP_CELLS = 4096  # maximum for requests that set image_size; memory can grow quadratically with the cell count
@@ -77,6 +88,7 @@ class InferenceService:
         limits: Limits,
         model_thread: ThreadPoolExecutor | None = None,
         templates: QueryTemplates = NO_TEMPLATES,
+        reranker: DualEncoder | VisionLanguageModel | None = None,
     ) -> None:
         """
         Args:
@@ -85,6 +97,7 @@ class InferenceService:
                 runs PyTorch operations has its own OpenMP thread pool. With more OpenMP threads than cores, the threads
                 do not busy-wait between operations, which halves the model's speed.
             templates: Prompt templates for requests without templates. See `build_query_prompts`.
+            reranker: Model for re-ranking, loaded by `model_thread`. If None, requests for re-ranking are rejected.
 
         Raises:
             ValueError: The index was built with a different model.
@@ -109,10 +122,18 @@ class InferenceService:
             "image": lambda images: model.encode_images(images).numpy(),
             "heatmap": lambda items: [compute_heatmap(*item) for item in items],  # not batched, because sizes differ
         }
+        self._reranker = None if reranker is None else Reranker(reranker)
+        if isinstance(reranker, VisionLanguageModel):
+            encoders["rerank_image"] = reranker.rate
+        elif reranker is not None:
+            encoders["rerank_text"] = lambda texts: reranker.encode_texts(texts).numpy()
+            encoders["rerank_image"] = lambda images: reranker.encode_images(images).numpy()
         self._batchers: dict[str, Batcher[Any, np.ndarray]] = {}
         for kind, encode in encoders.items():
             on_batch = self.batch_sizes.labels(kind).observe
-            batcher = Batcher(encode, self._model_thread, limits.batch_size, limits.max_queue, on_batch)
+            is_vlm = kind == "rerank_image" and isinstance(reranker, VisionLanguageModel)
+            batch_size = 1 if is_vlm else limits.batch_size  # an image takes seconds, during which other requests wait
+            batcher = Batcher(encode, self._model_thread, batch_size, limits.max_queue, on_batch)
             self._batchers[kind] = batcher
             self.queue_size.labels(kind).set_function(batcher.__len__)
 
@@ -155,14 +176,21 @@ class InferenceService:
         """Return a float32 embedding of shape (D,) for each text."""
         return _check_finite(await self._batchers["text"].submit(texts), "a text")
 
-    async def embed_images(self, images: Sequence[RequestImage]) -> list[np.ndarray]:
-        """Decode images and return a float32 embedding of shape (D,) for each image."""
+    async def embed_images(
+        self, images: Sequence[RequestImage], reranker: DualEncoder | None = None
+    ) -> list[np.ndarray]:
+        """Decode images and return a float32 embedding of shape (D,) for each image.
+
+        Args:
+            reranker: The model for re-ranking, which embeds the images. Default: the server's model.
+        """
+        model, kind = (self.model, "image") if reranker is None else (reranker, "rerank_image")
 
         def prepare(image: RequestImage) -> Any:
-            return self.model.transform(image.load(self.limits.max_pixels))
+            return model.transform(image.load(self.limits.max_pixels))
 
         prepared = await self._decoders.map(prepare, images)
-        return _check_finite(await self._batchers["image"].submit(prepared), "an image")
+        return _check_finite(await self._batchers[kind].submit(prepared), "an image")
 
     async def search(self, request: SearchRequest) -> bytes:
         """Embed a query and search the index. Without a query, return the newest images first.
@@ -172,28 +200,126 @@ class InferenceService:
         backend, query, image_filter = self.require_backend(), request.to_query(), request.filter.to_filter()
         if not query and not image_filter:
             raise ValueError("the query is empty: provide at least one text, image, hit id or filter")
+        if request.rerank and self._reranker is None:
+            raise BadRequest("this server has no model for re-ranking. Start it with: llm2clip serve --rerank MODEL")
+        reranker = self._reranker if query and request.rerank and request.offset < RERANKED else None
         query_vectors = await self._embed_query(query) if query else None
 
         has_negatives = bool(query.negative_texts or query.negative_images or query.negative_like)
         words = request.texts if request.words and not has_negatives else ()
+        is_grouped = request.group_similar and bool(query)
+        count = request.top * (READ_FACTOR if is_grouped else 1)
+        # All pages with re-ranked hits are parts of one ranking, so these pages read it from the start.
+        offset = request.offset if reranker is None else 0
+        skipped = request.offset - offset
 
-        def find_hits(vectors: QueryVectors | None) -> bytes:
-            result = search_relevant(
+        def find_hits(vectors: QueryVectors | None) -> SearchResult:
+            return search_relevant(
                 backend,
                 self._get_calibration(),
                 vectors,
-                count=request.top,
+                count=skipped + count if reranker is None else max(RERANKED, skipped + count),
                 image_filter=image_filter,
-                offset=request.offset,
+                offset=offset,
                 words=words,
                 show_weak=request.show_weak,
             )
-            values = {**result._asdict(), "total": backend.count_matches(image_filter)}
+
+        def make_response(result: SearchResult, reranking: Reranking | None = None) -> bytes:
+            hits = (result if reranking is None else reranking).hits[skipped : skipped + count]
+            page = group_similar_hits(hits, backend, request.top) if is_grouped else HitPage(hits, len(hits))
+            total, end = backend.count_matches(image_filter), request.offset + page.size
+            values = {
+                "hits": page.hits,
+                "nothing_close": result.nothing_close,
+                "total": total,
+                "next_offset": end if page.hits and end < min(total, MAX_OFFSET + 1) else None,
+                "rerank_seconds": None if reranking is None else reranking.seconds,
+                "rerank_missing": None if reranking is None else reranking.missing,
+            }
             response = SearchResponse.model_validate(values, from_attributes=True)
             return response.model_dump_json().encode()
 
-        [response] = await self._searchers.map(find_hits, [query_vectors])
+        if reranker is None:
+            [response] = await self._searchers.map(lambda vectors: make_response(find_hits(vectors)), [query_vectors])
+            return response
+        [result] = await self._searchers.map(find_hits, [query_vectors])
+        reranking = await self._rerank(reranker, query, result.hits)
+        [response] = await self._searchers.map(lambda result: make_response(result, reranking), [result])
         return response
+
+    async def _rerank(self, reranker: Reranker, query: SearchQuery, hits: list[Hit]) -> Reranking:
+        """Sort the first hits with the second model."""
+        start, first = time.perf_counter(), [hit.id for hit in hits[:RERANKED]]
+        if isinstance(reranker.model, VisionLanguageModel):
+            ratings = await self._process_originals(reranker, first, make_question(query))
+            return sort_hits(hits, {hit_id: float(rating) for hit_id, rating in ratings.items()}, start)
+        vector = await self._embed_query_for_reranking(reranker, reranker.model, query)
+        vectors = await self._process_originals(reranker, first)
+        scores = {hit_id: float(vector @ hit_vector) for hit_id, hit_vector in vectors.items()}
+        return sort_hits(hits, scores, start)
+
+    async def _embed_query_for_reranking(
+        self, reranker: Reranker, model: DualEncoder, query: SearchQuery
+    ) -> np.ndarray:
+        """Return the query vector of the re-ranker's model, which embeds the image files of earlier hits."""
+        prompts, counts = query.build_prompts(model.query_templates)
+        like = [*query.like, *query.negative_like]
+        like_vectors = await self._process_originals(reranker, like)
+        for hit_id in like:
+            if hit_id not in like_vectors:
+                raise NotFound(
+                    f"re-ranking needs the image file of hit {hit_id}, which is part of the query, but the file cannot "
+                    "be decoded, or has been changed or removed since it was indexed"
+                )
+        images = await self.embed_images(_list_images(query), model)
+        texts = _check_finite(await self._batchers["rerank_text"].submit(prompts), "a text")
+        return query.combine(texts, counts, images, [like_vectors[hit_id] for hit_id in like]).combined
+
+    async def _process_originals(
+        self, reranker: Reranker, hit_ids: Sequence[str], question: str = ""
+    ) -> dict[str, np.ndarray]:
+        """Return the re-ranker's results for the image files of hits, without those that cannot be decoded.
+
+        Args:
+            question: Question to a vision-language model, whose results are probabilities. Default: the results are
+                the embeddings of a dual encoder.
+        """
+        decode = partial(load_request_image, max_pixels=self.limits.max_pixels)
+
+        def prepare(hit_id: str) -> PreparedImage | None:
+            return reranker.prepare(hit_id, question, self._read_original, decode)
+
+        results: dict[str, np.ndarray] = {}
+        step = min(IMAGES_PER_BATCH, self.limits.max_queue)
+        for start in range(0, len(hit_ids), step):
+            batch = hit_ids[start : start + step]
+            new: dict[str, PreparedImage] = {}
+            for hit_id, image in zip(batch, await self._decoders.map(prepare, batch), strict=True):
+                if image is not None and image.result is not None:
+                    results[hit_id] = image.result
+                elif image is not None:
+                    new[hit_id] = image
+            items = [(image.pixels, question) if question else image.pixels for image in new.values()]
+            new_results = await self._batchers["rerank_image"].submit(items)
+            for (hit_id, image), result in zip(new.items(), new_results, strict=True):
+                if np.isfinite(result).all():
+                    reranker.add(image.key, result)
+                    results[hit_id] = result
+        return results
+
+    async def explain(self, request: ExplainRequest) -> Explanation:
+        """Embed a query, and the query without each of its words. Return the effect of each word on a hit's score."""
+        query = request.to_query()
+        explainer = prepare_explanation(query, self.templates)
+        vector, *hits = await self._read_vectors([request.id, *query.like, *query.negative_like])
+        images = await self._embed_query_images(query)
+        prompts: list[np.ndarray] = []
+        step = min(self.limits.batch_size, self.limits.max_queue)  # leaves space in the queue for other requests
+        for start in range(0, len(explainer.prompts), step):
+            prompts += await self.embed_texts(explainer.prompts[start : start + step])
+        prompts = truncate_vectors(prompts, self._query_model.embed_dim)
+        return explainer.explain(np.stack(prompts), images, hits, vector)
 
     async def compute_heatmap(self, request: HeatmapRequest) -> np.ndarray:
         """Embed a query. Return its cosine similarity to each image cell, as a float32 array of shape (h, w)."""
@@ -234,29 +360,39 @@ class InferenceService:
 
     def _load_original(self, hit_id: str) -> Tensor:
         """Decode a hit's image file to a tensor of shape (3, H, W), uint8."""
+        return load_request_image(self._read_original(hit_id), self.limits.max_pixels)
+
+    def _read_original(self, hit_id: str) -> bytes:
+        """Return the contents of a hit's image file."""
         stream, _ = open_original(self.require_backend(), hit_id)
         max_bytes = self.limits.max_body_bytes
         with stream:
             data = stream.read(max_bytes + 1)
         if len(data) > max_bytes:
             raise TooLarge(f"the image file is too large; the limit is {max_bytes:,} bytes")
-        return load_request_image(data, self.limits.max_pixels)
+        return data
 
     async def _embed_query(self, query: SearchQuery) -> QueryVectors:
         """Return the embeddings of a query and its positive parts."""
         prompts, counts = query.build_prompts(self.templates)
-        hit_vectors = []
-        for hit_id in (*query.like, *query.negative_like):
+        hits = await self._read_vectors([*query.like, *query.negative_like])
+        dim = self._query_model.embed_dim
+        prompt_vectors = truncate_vectors(await self.embed_texts(prompts), dim)
+        return query.combine(prompt_vectors, counts, await self._embed_query_images(query), hits)
+
+    async def _embed_query_images(self, query: SearchQuery) -> list[np.ndarray]:
+        """Return the embeddings of a query's images, then of its negative images."""
+        return truncate_vectors(await self.embed_images(_list_images(query)), self._query_model.embed_dim)
+
+    async def _read_vectors(self, hit_ids: Sequence[str]) -> list[np.ndarray]:
+        """Return the embeddings of hits. Raise NotFound if the index does not contain one of them."""
+        vectors = []
+        for hit_id in hit_ids:
             vector = await run_in_threadpool(self.require_backend().vector, hit_id)
             if vector is None:
                 raise NotFound(f"the index contains no image with id {hit_id}")
-            hit_vectors.append(vector)
-        dim = self._query_model.embed_dim
-        prompt_vectors = truncate_vectors(await self.embed_texts(prompts), dim)
-        images = [RequestImage(uri, f"images.{index}") for index, uri in enumerate(query.images)]
-        images += [RequestImage(uri, f"negative_images.{index}") for index, uri in enumerate(query.negative_images)]
-        image_vectors = truncate_vectors(await self.embed_images(images), dim)
-        return query.combine(prompt_vectors, counts, image_vectors, hit_vectors)
+            vectors.append(vector)
+        return vectors
 
     def _get_calibration(self) -> Calibration | None:
         """Return the calibration of relevance, which may be up to a minute old, or None if the index has none."""
@@ -294,6 +430,12 @@ def truncate_vectors(vectors: list[np.ndarray], dim: int) -> list[np.ndarray]:
     if not vectors or len(vectors[0]) == dim:
         return vectors
     return list(truncate_and_normalize(torch.from_numpy(np.stack(vectors)), dim).numpy())
+
+
+def _list_images(query: SearchQuery) -> list[RequestImage]:
+    """Return a query's images, then its negative images."""
+    images = [RequestImage(uri, f"images.{index}") for index, uri in enumerate(query.images)]
+    return images + [RequestImage(uri, f"negative_images.{index}") for index, uri in enumerate(query.negative_images)]
 
 
 def _check_finite(vectors: list[np.ndarray], what: str) -> list[np.ndarray]:

@@ -87,6 +87,16 @@ class SearchQuery:
             ValueError: The query has no parts.
         """
         texts = list(average_prompts(torch.from_numpy(np.stack(prompts)), counts).numpy()) if len(prompts) else []
+        return self.combine_texts(texts, images, hits)
+
+    def combine_texts(
+        self, texts: Sequence[np.ndarray], images: Sequence[np.ndarray], hits: Sequence[np.ndarray] = ()
+    ) -> QueryVectors:
+        """Return the same as `combine`, given the embeddings of the texts, then of the negative texts.
+
+        Raises:
+            ValueError: The query has no parts.
+        """
         positive_texts = texts[: len(self.texts)]
         positive_images = [*hits[: len(self.like)], *images[: len(self.images)]]
         negative = [*hits[len(self.like) :], *texts[len(self.texts) :], *images[len(self.images) :]]

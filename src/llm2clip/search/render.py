@@ -16,6 +16,7 @@ from rich.text import Text as RichText
 
 from llm2clip.html_report import Block, Paragraph, ResultImage, ResultImages, write_report
 from llm2clip.search.backends import Backend, Hit
+from llm2clip.search.explain import Explanation
 
 CAPTION_LENGTH = 160  # maximum length of a displayed caption, in characters
 THUMBNAIL_COLUMNS, THUMBNAIL_ROWS = 24, 24  # in pixels; each character is one pixel wide and two pixels high
@@ -41,10 +42,22 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
         if hit.text:
             text = shorten(_replace_unprintable_characters(hit.text), CAPTION_LENGTH, placeholder=" …")
             description.append(f"\ntext: {text}", style="dim")
+        if hit.similar:
+            description.append(f"\n+{len(hit.similar)} similar", style="dim")
         if hit.matched:
             description.append(f"\nmatched: {', '.join(hit.matched)}", style="dim")
         thumbnail = [_draw_thumbnail(backend.thumbnail(hit.id))] if with_thumbnails else []
         table.add_row(str(rank), _format_score_or_date(hit), *thumbnail, description)
+    console.print(table)
+
+
+def print_explanation(explanation: Explanation, console: Console) -> None:
+    """Print a table of the words of a query and their effects on the score of the first hit."""
+    table = RichTable(title="Change of the first result's cosine by each word", title_justify="left")
+    table.add_column("word", overflow="fold")
+    table.add_column("effect", justify="right")
+    for word in explanation.words:
+        table.add_row(RichText(_replace_unprintable_characters(word.text)), f"{word.effect:+.3f}")
     console.print(table)
 
 
@@ -57,6 +70,7 @@ def hit_to_json(rank: int, hit: Hit) -> str:
         "relevance": None if hit.relevance is None else round(hit.relevance, 4),
         "path": first.name,
         "duplicates": [image.name for image in duplicates],
+        "similar": [other.name for other in hit.similar],
         "captions": list(first.captions),
         "text": hit.text,
         "matched": list(hit.matched),
@@ -120,6 +134,8 @@ def write_contact_sheet(
     images = []
     for rank, hit in enumerate(hits, 1):
         label = f"{rank}. {_format_score_or_date(hit)} {Path(hit.images[0].name).name}"
+        if hit.similar:
+            label += f" (+{len(hit.similar)} similar)"
         jpeg = (heatmaps or {}).get(hit.id) or backend.thumbnail(hit.id)
         images.append(ResultImage(jpeg, None, label, _make_file_url(hit)))
     order = "best match first" if any(hit.matched for hit in hits) else "most similar first"

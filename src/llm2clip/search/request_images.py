@@ -23,6 +23,10 @@ class NotFound(LookupError):
     """Raised when the index, an indexed image, or its original file does not exist."""
 
 
+class BadRequest(ValueError):
+    """Raised when a request is well-formed, but asks for something that is not available for it or on this server."""
+
+
 class TooLarge(ValueError):
     """Raised when an image has too many pixels or its file is too large."""
 

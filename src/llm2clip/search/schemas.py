@@ -10,7 +10,9 @@ from pydantic_core import PydanticCustomError
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.models.prompts import PLACEHOLDER, QueryTemplates
 from llm2clip.search.backends import MAX_CAPTION_FILTER_LENGTH, MAX_LOCATIONS, Filter
+from llm2clip.search.explain import MAX_WORDS
 from llm2clip.search.query import SearchQuery
+from llm2clip.search.rerank import RERANKED
 
 DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # in characters
@@ -144,14 +146,29 @@ class QueryRequest(_StrictModel):
 class SearchRequest(QueryRequest):
     """A query, a filter, or both. Without a query, images that match the filter are sorted newest first."""
 
-    top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits")
-    offset: int = Field(default=0, ge=0, le=MAX_OFFSET, description="number of hits to skip, for pagination")
+    top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits, not counting similar ones")
+    offset: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_OFFSET,
+        description="number of hits to skip, counting similar ones: `next_offset` of the previous page",
+    )
     show_weak: bool = Field(default=False, description="also return hits if nothing in the index is close to the query")
     filter: FilterRequest = FilterRequest()  # pydantic copies defaults
     words: bool = Field(
         default=True,
         description="rank images higher if their captions, recognised text, file name, camera and date contain all "
         "words of `texts`",
+    )
+    group_similar: bool = Field(
+        default=True,
+        description="return bursts and edited copies of an image as one hit, whose `similar` lists the others; ignored "
+        "without a query",
+    )
+    rerank: bool = Field(
+        default=False,
+        description=f"sort the first {RERANKED} hits again with the server's second model, which uses the original "
+        "image files; ignored without a query and for later pages",
     )
 
 
@@ -163,6 +180,13 @@ class ImageLocation(BaseModel):
     taken: float = Field(
         description="capture time, or file modification time if the capture time is unknown, as a Unix timestamp"
     )
+
+
+class SimilarHitResponse(BaseModel):
+    """A hit that is part of another hit, because the images are similar."""
+
+    id: str
+    name: str = Field(description="name of the image's first location")
 
 
 class HitResponse(BaseModel):
@@ -182,6 +206,9 @@ class HitResponse(BaseModel):
         description="fields that contain words of the query, if the image contains all words of the query"
     )
     text: str = Field(description="text recognised in the image")
+    similar: list[SimilarHitResponse] = Field(
+        description="other hits that are bursts or edited copies of this image, best first"
+    )
 
 
 class SearchResponse(BaseModel):
@@ -193,6 +220,15 @@ class SearchResponse(BaseModel):
         "unless the request sets show_weak or has a filter"
     )
     total: int = Field(description="number of distinct images in the index that match the filter")
+    next_offset: int | None = Field(
+        description="`offset` of the next page; null if there are no further hits, or their offset would be too large. "
+        "`offset` counts hits before similar ones are grouped, so a page can end before or after `offset` + `top`"
+    )
+    rerank_seconds: float | None = Field(description="duration of re-ranking in seconds; null without re-ranking")
+    rerank_missing: int | None = Field(
+        description="number of hits that could not be re-ranked, because their image files cannot be decoded, or have "
+        "been changed or removed; they follow the re-ranked hits; null without re-ranking"
+    )
 
 
 class HeatmapRequest(QueryRequest):
@@ -224,6 +260,29 @@ class HeatmapResponse(BaseModel):
     rows: list[list[float]] = Field(
         description="cosine similarity between the query and each cell, row by row; the cells divide the image evenly"
     )
+
+
+class ExplainRequest(QueryRequest):
+    """A query with at least one text, and the hit whose score is to be explained."""
+
+    id: HitId = Field(description="id of a hit")
+
+
+class WordResponse(BaseModel):
+    """A word of the query's texts."""
+
+    text: str
+    text_index: int = Field(description="index of the text in `texts` that contains the word")
+    start: int = Field(description="position of the word's first character in the text, in Unicode code points")
+    end: int = Field(description="position after the word's last character")
+    effect: float = Field(description="score with the full query minus the score without this word")
+
+
+class ExplainResponse(BaseModel):
+    """Effects of the words of a query on the score of a hit."""
+
+    score: float = Field(description="cosine similarity to the full query")
+    words: list[WordResponse] = Field(description=f"the first {MAX_WORDS} words of the texts")
 
 
 class EmbedRequest(BaseModel):

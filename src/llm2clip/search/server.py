@@ -38,12 +38,15 @@ from llm2clip.search.schemas import (
     EmbeddingItem,
     EmbedRequest,
     EmbedResponse,
+    ExplainRequest,
+    ExplainResponse,
     HealthResponse,
     HeatmapRequest,
     HeatmapResponse,
     SearchRequest,
     SearchResponse,
 )
+from llm2clip.search.vlm import VisionLanguageModel
 from llm2clip.search.zip_download import MAX_ZIP_IMAGES, parse_ids, read_chunks, stream_zip
 
 STATIC_FOLDER = Path(__file__).parent / "static"
@@ -63,6 +66,7 @@ def create_app(
     templates: QueryTemplates | None = None,
     allowed_origins: Sequence[str] = (),
     access_log: bool = False,
+    reranker: DualEncoder | VisionLanguageModel | None = None,
 ) -> FastAPI:
     """Create the web application.
 
@@ -81,6 +85,7 @@ def create_app(
         allowed_origins: Origins of other websites, such as `https://example.org`, whose pages may use the API. They
             must send the token in the Authorization header.
         access_log: Whether to write one JSON object per request to standard error.
+        reranker: Model with which requests can sort the first hits again. See `search.rerank`.
 
     Raises:
         ValueError: The index was built with a different model, the token is not printable ASCII without spaces, there
@@ -91,7 +96,7 @@ def create_app(
     if len(templates.templates) > MAX_TEMPLATES:
         raise ValueError(f"too many templates: {len(templates.templates)}; the limit is {MAX_TEMPLATES}")
     check_origins(allowed_origins)
-    service = InferenceService(model, backend, limits or Limits(), model_thread, templates)
+    service = InferenceService(model, backend, limits or Limits(), model_thread, templates, reranker)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -223,6 +228,11 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
     async def get_examples() -> ExamplesResponse:
         """Return example queries, which are captions of random images, and the newest images."""
         return await run_in_threadpool(examples.get, service.require_backend())
+
+    @app.post("/explain", responses=API_ERRORS)
+    async def explain(request: ExplainRequest) -> ExplainResponse:
+        """Return how much the score of a hit changes if a word is left out of the query's texts."""
+        return ExplainResponse.model_validate(await service.explain(request), from_attributes=True)
 
     @app.post("/heatmap", responses=API_ERRORS)
     async def heatmap(request: HeatmapRequest) -> HeatmapResponse:

@@ -1,0 +1,281 @@
+"""Tests of re-ranking: the order of hits, pages, the cache, missing files, and the option --rerank."""
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from starlette.testclient import TestClient
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from llm2clip.cli import main
+from llm2clip.data.images import load_image
+from llm2clip.llava.build import build_llava
+from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.search import inference, rerank
+from llm2clip.search.inference import Limits
+from llm2clip.search.query import SearchQuery
+from llm2clip.search.rerank import Reranker
+from llm2clip.search.server import create_app
+from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.vlm import VisionLanguageModel, make_question, open_reranker
+from search_fixtures import HANG_TIMEOUT, make_index
+from test_export import hf_tower
+
+BASE_URL = "http://localhost"
+RED = {"texts": ["red"], "words": False, "group_similar": False}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twelve images of one colour, from black to red."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(12):
+        Image.new("RGB", (20, 20), (20 * number, 30, 40)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def encoded() -> list[int]:
+    """Sizes of the batches of images that the re-ranker has encoded."""
+    return []
+
+
+@pytest.fixture
+def reranker(dual_encoder: DualEncoder, encoded: list[int]) -> DualEncoder:
+    """A model whose image embedding is the mean colour, and whose text embedding is red."""
+
+    def encode_images(images: list[Tensor]) -> Tensor:
+        encoded.append(len(images))
+        return torch.stack(images)
+
+    def encode_texts(texts: Sequence[str], show_progress: bool) -> Tensor:
+        return torch.eye(3)[[0] * len(texts)]
+
+    return dataclasses.replace(
+        dual_encoder,
+        name="colours",
+        embed_dim=3,
+        transform=lambda image: image.float().mean(dim=(1, 2)),
+        encode_images_raw=encode_images,
+        encode_texts_raw=encode_texts,
+    )
+
+
+@pytest.fixture
+def backend(photos: Path, tmp_path: Path, dual_encoder: DualEncoder) -> SqliteBackend:
+    return make_index(tmp_path / "index", photos, dual_encoder)
+
+
+@pytest.fixture(autouse=True)
+def few_reranked_hits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (inference, rerank):
+        monkeypatch.setattr(module, "RERANKED", 8)
+        monkeypatch.setattr(module, "IMAGES_PER_BATCH", 3)
+
+
+def make_client(
+    model: DualEncoder, backend: SqliteBackend, reranker: DualEncoder | VisionLanguageModel | None, **limits: Any
+) -> TestClient:
+    app = create_app(model, backend, Limits(**{"timeout": HANG_TIMEOUT, **limits}), reranker=reranker)
+    return TestClient(app, base_url=BASE_URL)
+
+
+def search(client: TestClient, **request: Any) -> dict[str, Any]:
+    response = client.post("/search", json=request)
+    assert response.status_code == 200, response.text
+    result: dict[str, Any] = response.json()
+    return result
+
+
+def get_numbers(result: dict[str, Any]) -> list[int]:
+    return [int(Path(hit["images"][0]["name"]).stem) for hit in result["hits"]]
+
+
+def test_first_hits_are_sorted_by_the_similarity_of_the_reranker(
+    dual_encoder: DualEncoder, backend: SqliteBackend, reranker: DualEncoder, encoded: list[int]
+) -> None:
+    with make_client(dual_encoder, backend, reranker) as client:
+        plain, reranked = search(client, **RED), search(client, **RED, rerank=True)
+        numbers = get_numbers(plain)
+        assert get_numbers(reranked) == [*sorted(numbers[:8], reverse=True), *numbers[8:]] != numbers
+        assert plain["rerank_seconds"] is None and plain["rerank_missing"] is None
+        assert reranked["rerank_seconds"] > 0 and reranked["rerank_missing"] == 0
+        assert encoded == [3, 3, 2]
+        scores = {hit["id"]: hit["score"] for hit in plain["hits"]}
+        assert {hit["id"]: hit["score"] for hit in reranked["hits"]} == scores
+
+        again = search(client, **RED, rerank=True)
+        assert again["hits"] == reranked["hits"] and encoded == [3, 3, 2]  # the embeddings are cached
+
+        unlike = search(client, negative_texts=["red"], group_similar=False, rerank=True)
+        assert get_numbers(unlike)[:8] == sorted(get_numbers(unlike)[:8])
+        assert search(client, filter={"min_side": 1}, rerank=True)["rerank_seconds"] is None
+
+
+def test_pages_of_reranked_hits_follow_each_other(
+    dual_encoder: DualEncoder, backend: SqliteBackend, reranker: DualEncoder
+) -> None:
+    with make_client(dual_encoder, backend, reranker) as client:
+        everything = search(client, **RED, rerank=True)["hits"]
+        hits: list[dict[str, Any]] = []
+        offset = 0
+        while offset is not None:
+            page = search(client, **RED, rerank=True, top=3, offset=offset)
+            hits += page["hits"]
+            assert (page["rerank_seconds"] is None) == (offset >= 8)
+            offset = page["next_offset"]
+        assert hits == everything
+
+
+def test_missing_and_oversized_files_follow_the_reranked_hits(
+    dual_encoder: DualEncoder, photos: Path, backend: SqliteBackend, reranker: DualEncoder
+) -> None:
+    with make_client(dual_encoder, backend, reranker) as client:
+        numbers = get_numbers(search(client, **RED))
+        missing = [numbers[1], numbers[5]]
+        for number in missing:
+            (photos / f"{number}.png").unlink()
+        result = search(client, **RED, rerank=True)
+        rated = sorted(set(numbers[:8]) - set(missing), reverse=True)
+        assert get_numbers(result) == [*rated, *missing, *numbers[8:]]
+        assert result["rerank_missing"] == 2
+    with make_client(dual_encoder, backend, reranker, max_pixels=100) as client:
+        result = search(client, **RED, rerank=True)
+        assert get_numbers(result) == numbers and result["rerank_missing"] == 8
+
+
+def test_hits_and_images_in_a_query_are_embedded_by_the_reranker(
+    dual_encoder: DualEncoder, photos: Path, backend: SqliteBackend, reranker: DualEncoder
+) -> None:
+    with make_client(dual_encoder, backend, reranker) as client:
+        hits = search(client, **RED)["hits"]
+        example = next(hit for hit in hits if hit["images"][0]["name"].endswith("/0.png"))
+        result = search(client, like=[example["id"]], group_similar=False, rerank=True)
+        numbers = get_numbers(result)
+        assert numbers[:8] == sorted(numbers[:8]) and numbers[0] == 0
+        (photos / "0.png").unlink()
+        response = client.post("/search", json={"like": [example["id"]], "rerank": True})
+        assert response.status_code == 404
+        assert f"needs the image file of hit {example['id']}" in response.json()["error"]["message"]
+
+
+def test_server_without_a_reranker_rejects_requests_for_it(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
+    with make_client(dual_encoder, backend, None) as client:
+        response = client.post("/search", json={**RED, "rerank": True})
+    assert response.status_code == 400
+    assert "llm2clip serve --rerank MODEL" in response.json()["error"]["message"]
+
+
+def test_cache_removes_the_least_recently_used_embedding(
+    reranker: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rerank, "MAX_CACHED", 2)
+    cache, decoded = Reranker(reranker), []
+
+    def decode(data: bytes) -> Tensor:
+        decoded.append(data.decode())
+        return torch.zeros(3, 1, 1)
+
+    def use(name: str) -> None:
+        image = cache.prepare(name, "", str.encode, decode)
+        assert image is not None
+        if image.result is None:
+            cache.add(image.key, np.zeros(3, np.float32))
+
+    for name in ("a", "b", "a", "c", "a", "b"):
+        use(name)
+    assert decoded == ["a", "b", "c", "b"]
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory: pytest.TempPathFactory, llm: Path) -> Path:
+    """Folder of a random LLaVA model."""
+    folder = tmp_path_factory.mktemp("vlm")
+    return build_llava(hf_tower(folder, "clip_vision_model"), str(llm), folder / "built")
+
+
+def test_vlm_rates_an_image_by_the_probability_of_yes(vlm: Path, photos: Path) -> None:
+    model, image = open_reranker(f"vlm:{vlm}", "fp32"), load_image(str(photos / "3.png"))
+    assert isinstance(model, VisionLanguageModel)
+    question = make_question(SearchQuery(["a dog", "snow"]))
+    assert "a dog, snow" in question
+    (rating,) = model.rate([(model.transform(image), question)])
+
+    processor, network = AutoProcessor.from_pretrained(vlm), AutoModelForImageTextToText.from_pretrained(vlm).eval()
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=prompt, images=Image.open(photos / "3.png"), return_tensors="pt")
+    with torch.no_grad():
+        probabilities = network(**inputs).logits[0, -1].softmax(-1)
+    tokens = processor.tokenizer.convert_tokens_to_ids
+    yes, no = (float(probabilities[tokens([letter, letter.upper()])].sum()) for letter in "yn")
+    assert rating == pytest.approx(yes / (yes + no), abs=1e-4)
+    with_placeholder, with_space = model.rate([(model.transform(image), question + end) for end in ("<image>", " ")])
+    assert with_placeholder == with_space  # the placeholder does not stand for a second image
+
+
+def test_vlm_sorts_only_results_of_texts(dual_encoder: DualEncoder, backend: SqliteBackend, vlm: Path) -> None:
+    model = open_reranker(f"vlm:{vlm}", "fp32")
+    assert isinstance(model, VisionLanguageModel)
+    asked: list[str] = []
+
+    def rate_by_redness(items: Sequence[tuple[Image.Image, str]]) -> np.ndarray:
+        asked.extend(question for _, question in items)
+        return np.array([np.array(image)[0, 0, 0] / 255 for image, _ in items], np.float32)
+
+    model.rate = rate_by_redness  # type: ignore[method-assign]
+    with make_client(dual_encoder, backend, model) as client:
+        numbers = get_numbers(search(client, **RED))
+        result = search(client, **RED, rerank=True)
+        assert get_numbers(result) == [*sorted(numbers[:8], reverse=True), *numbers[8:]]
+        assert set(asked) == {make_question(SearchQuery(["red"]))} and len(asked) == 8
+        search(client, **RED, rerank=True)
+        assert len(asked) == 8  # the probabilities are cached
+        search(client, **{**RED, "texts": ["blue"]}, rerank=True)
+        assert len(asked) == 16
+        for request in ({"like": ["1"]}, {"texts": ["red"], "negative_texts": ["blue"]}):
+            response = client.post("/search", json={**request, "rerank": True})
+            assert response.status_code == 400
+            assert "queries that consist of texts" in response.json()["error"]["message"]
+
+
+def test_commands_rerank_results(
+    dual_encoder: DualEncoder,
+    photos: Path,
+    backend: SqliteBackend,
+    reranker: DualEncoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    models = {str(tmp_path): reranker}
+    for module in ("llm2clip.models.dual_encoder", "llm2clip.search.vlm"):
+        monkeypatch.setattr(f"{module}.open_dual_encoder", lambda name, **_: models.get(name, dual_encoder))
+    monkeypatch.setattr("llm2clip.cli.search.resolve_model", lambda name: name)
+    index = str(backend.folder)
+
+    def list_numbers(*flags: str) -> list[int]:
+        assert main(["search", index, "red", "--no_words", "--no_group", "--paths", "--top", "12", *flags]) == 0
+        return [int(Path(path).stem) for path in capsys.readouterr().out.splitlines()]
+
+    plain = list_numbers()
+    assert list_numbers("--rerank", str(tmp_path)) == [*sorted(plain[:8], reverse=True), *plain[8:]] != plain
+    best = max(plain[:8])
+    assert list_numbers("--rerank", str(tmp_path), "--top", "1") == [best]
+    shutil.move(photos / f"{best}.png", tmp_path / "moved.png")
+    assert main(["search", index, "red", "--no_words", "--no_group", "--rerank", str(tmp_path)]) == 0
+    assert "could not be re-ranked" in capsys.readouterr().err
+    for command, message in (
+        (["search", index, "--min_side", "1", "--rerank", str(tmp_path)], "--rerank requires a text or an image"),
+        (["serve", "--model", "m", "--rerank", str(tmp_path)], "--rerank requires an index"),
+    ):
+        assert main(command) == 1
+        assert message in capsys.readouterr().err
