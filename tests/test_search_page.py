@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.search import similar
 from llm2clip.search.server import create_app
 from page_fixtures import on_both_devices, wait_until
 from search_fixtures import add_red_detector, create_patient_app, make_index, reject_all_texts, running_server
@@ -19,7 +20,8 @@ def address(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dual_e
     """Address of a running server with an index."""
     index = make_index(tmp_path_factory.mktemp("index"), image_folder, dual_encoder)
     model = add_red_detector(dual_encoder, "a red one")
-    with running_server(create_patient_app(model, index)) as address:
+    with pytest.MonkeyPatch.context() as patch, running_server(create_patient_app(model, index)) as address:
+        patch.setattr(similar, "COPY_SIMILARITY", 1.1)  # a random model may consider any images similar
         yield address
 
 
@@ -54,7 +56,7 @@ def test_text_search_detail_view_and_more_like_this(page: Any) -> None:
     page.keyboard.press("Enter")
     assert wait_for_hits(page).first.is_visible() and not page.locator("#start").is_visible()
     assert "36 images" in page.locator("#status").inner_text()
-    scores = [float(text) for text in page.locator("#grid .score").all_inner_texts()]
+    scores = [float(text) for text in page.locator("#grid .score").all_text_contents()]
     assert scores == sorted(scores, reverse=True)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page must not scroll horizontally"
     page.locator("#grid button").nth(1).click()
@@ -82,7 +84,7 @@ def test_text_search_detail_view_and_more_like_this(page: Any) -> None:
 @on_both_devices
 def test_heat_map_is_drawn_over_the_image(page: Any, address: str) -> None:
     search_for(page, "a red one")
-    names = page.locator("#grid .name").all_inner_texts()
+    names = page.locator("#grid .name").all_text_contents()
     page.locator("#grid button").nth(names.index("0.png")).click()  # its left half is red
     wait_until(page, "document.getElementById('large').naturalWidth === 48")
     page.locator("#where").click()
@@ -229,7 +231,7 @@ def test_filters_work_without_a_query_and_are_part_of_the_address(page: Any, ima
 
     page.reload()
     wait_for_hits(page)
-    chips = " ".join(page.locator("#active button").all_inner_texts())
+    chips = " ".join(page.locator("#active button").all_text_contents())
     assert "/*.png" in chips and "at least 30" in chips and "after 2001-02-03" in chips
     page.locator("#active button", has_text="shorter").click()
     wait_for_hits(page)
@@ -265,10 +267,10 @@ def test_results_load_when_the_page_is_scrolled_to_the_end(page: Any) -> None:
     wait_for_hits(page, 32)
     page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
     wait_for_hits(page)
-    assert len(set(page.locator("#grid .name").all_inner_texts())) == 36
+    assert len(set(page.locator("#grid .name").all_text_contents())) == 36
     assert [request.get("offset", 0) for request in requests] == [0, 16, 32]
     assert not page.locator("#show-more").is_visible()
-    scores = [float(text) for text in page.locator("#grid .score").all_inner_texts()]
+    scores = [float(text) for text in page.locator("#grid .score").all_text_contents()]
     assert scores == sorted(scores, reverse=True)
     page.locator("#grid button").nth(25).click()
     assert page.locator("#locations span").first.inner_text().endswith(page.locator("#grid .name").nth(25).inner_text())
@@ -319,6 +321,62 @@ def test_weak_hits_are_shown_on_request(
         page.locator("#like").click()
         wait_until(page, "document.querySelector('#status').textContent.startsWith('36 images, most similar first')")
         page.close()
+
+
+@on_both_devices
+def test_similar_images_are_one_result_that_links_to_them(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session's model considers all images similar if the threshold is low."""
+    monkeypatch.setattr(similar, "COPY_SIMILARITY", -1.0)
+    search_for(page, "seven", 1)
+    assert page.locator("#grid .note").inner_text() == "+35 similar"
+    assert page.locator("#status").inner_text().startswith("36 images")
+    page.locator("#grid button").click()
+    assert page.locator("#similar a").count() == 35 and page.locator("#similar-title").inner_text() == "+35 similar"
+    with page.expect_popup() as popup:
+        page.locator("#similar a").first.click()
+    wait_until(popup.value, "document.images[0]?.naturalWidth === 48")
+    popup.value.close()
+    page.keyboard.press("Escape")
+    page.locator("#more").click()
+    page.locator("#group").select_option("off")
+    page.locator("#text").press("Enter")
+    wait_for_hits(page)
+    assert "group=off" in page.url and page.locator("#grid .note").count() == 0
+    page.locator("#grid button").first.click()
+    assert not page.locator("#similar-title").is_visible() and not page.locator("#similar").is_visible()
+
+
+@on_both_devices
+def test_words_of_the_query_are_shaded_by_their_effect(page: Any) -> None:
+    search_for(page, "a 🚀 red, one").first.locator("button").click()
+    with page.expect_response("**/explain") as response:
+        page.locator("#why").click()
+    page.locator("#explanation ruby").first.wait_for()
+    words = response.value.json()["words"]
+    assert [word["text"] for word in words] == page.locator("#explanation ruby").evaluate_all(
+        "(words) => words.map((word) => word.firstChild.textContent)"
+    )
+    text = page.locator("#explanation p").evaluate(
+        "(line) => [...line.childNodes].map((node) => (node.matches ? node.firstChild : node).textContent).join('')"
+    )
+    assert text == "a 🚀 red, one"
+    effects = [float(text.replace("−", "-")) for text in page.locator("#explanation rt").all_text_contents()]
+    assert effects == pytest.approx([word["effect"] for word in words], abs=6e-4)
+    classes = page.locator("#explanation ruby").evaluate_all("(words) => words.map((word) => word.className)")
+    assert classes == ["lower" if word["effect"] < 0 else "raise" for word in words]
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#explanation ruby").count() == 0 and page.locator("#explanation-status").inner_text() == ""
+    page.keyboard.press("y")
+    page.locator("#explanation ruby").first.wait_for()
+    page.keyboard.press("y")
+    assert page.locator("#explanation ruby").count() == 0
+    page.route("**/explain", lambda route: route.fulfill(status=404, json={"error": {"message": "it is gone"}}))
+    page.locator("#why").click()
+    wait_until(page, "document.querySelector('#explanation-status.error')?.textContent === 'it is gone'")
+    page.locator("#like").click()
+    wait_until(page, "document.querySelectorAll('.chip').length === 1")
+    wait_for_hits(page).first.locator("button").click()
+    assert page.locator("#why").is_disabled(), "the query has no words"
 
 
 # ---- selection ------------------------------------------------------------------------------------------------------
@@ -408,11 +466,11 @@ def test_marked_images_are_searched_for_and_stay_in_the_address(page: Any) -> No
     search_for(page, "seven")
     for n in (3, 5):
         page.locator("#grid > li").nth(n).locator(".mark").click()
-    names = set(page.locator("#grid .selected .name").all_inner_texts())
+    names = set(page.locator("#grid .selected .name").all_text_contents())
     page.locator("#selection-like").click()
     wait_until(page, "document.querySelectorAll('.chip').length === 2")
     wait_for_hits(page)
-    assert set(page.locator("#grid .name").all_inner_texts()[:2]) == names
+    assert set(page.locator("#grid .name").all_text_contents()[:2]) == names
     assert not page.locator("#selection").is_visible() and "like=" in page.url
     page.reload()
     wait_until(page, "document.querySelectorAll('.chip').length === 2")
@@ -424,7 +482,8 @@ def test_marked_images_are_searched_for_and_stay_in_the_address(page: Any) -> No
     page.locator("#grid > li").nth(0).locator(".mark").click()
     page.locator("#grid > li").nth(16).locator(".mark").click(modifiers=["Shift"])
     assert page.locator("#selection-like").is_disabled() and page.locator("#selection-unlike").is_disabled()
-    page.locator("#grid > li").nth(16).locator(".mark").click()
+    negative = page.evaluate("hits.findIndex((hit) => hit.id === query.negativeLike[0])")
+    page.locator("#grid > li").nth(min(negative, 16)).locator(".mark").click()  # the others are not in the query yet
     page.locator("#selection-unlike").click()
     assert "at most 16 images" in page.locator("#problem").inner_text(), "one image is already in the query"
     assert len(get_selected(page)) == 16
@@ -433,7 +492,7 @@ def test_marked_images_are_searched_for_and_stay_in_the_address(page: Any) -> No
 @on_both_devices
 def test_selected_images_are_exported_and_downloaded(page: Any, image_folder: Path, tmp_path: Path) -> None:
     search_for(page, "seven")
-    names = page.locator("#grid .name").all_inner_texts()[:2]
+    names = page.locator("#grid .name").all_text_contents()[:2]
     for n in range(2):
         page.locator("#grid > li").nth(n).locator(".mark").click()
     with page.expect_download() as download:
@@ -501,15 +560,15 @@ def test_searches_are_saved_in_the_browser(page: Any) -> None:
     assert dialogs == ["seven & eight, shorter side at least 30"] + 2 * ["nine, shorter side at least 30"]
     page.goto(page.url.partition("#")[0])
     page.reload()
-    assert page.locator("#saved a").all_inner_texts() == ["<b>nine</b>", "large numbers"]
+    assert page.locator("#saved a").all_text_contents() == ["<b>nine</b>", "large numbers"]
     page.locator("#saved a").nth(1).click()
     wait_for_hits(page)
     assert page.locator("#text").input_value() == "seven & eight" and page.locator("#min_side").input_value() == "30"
     page.go_back()
     page.get_by_role("button", name="Delete saved search large numbers").click()
-    assert page.locator("#saved a").all_inner_texts() == ["<b>nine</b>"]
+    assert page.locator("#saved a").all_text_contents() == ["<b>nine</b>"]
     page.reload()
-    assert page.locator("#saved a").all_inner_texts() == ["<b>nine</b>"]
+    assert page.locator("#saved a").all_text_contents() == ["<b>nine</b>"]
 
 
 def test_search_with_added_images_cannot_be_saved(page: Any, image_folder: Path) -> None:
@@ -561,6 +620,8 @@ def test_axe_finds_no_violations(page: Any, scheme: str) -> None:
     wait_until(page, "document.getElementById('large').naturalWidth === 48")
     page.locator("#where").click()
     page.locator("#heatmap").wait_for()
+    page.locator("#why").click()
+    page.locator("#explanation ruby").first.wait_for()
     assert find_violations(page) == [], "detail view"
 
 
@@ -578,7 +639,7 @@ def test_swiping_shows_the_next_and_previous_image(page: Any) -> None:
         session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
         return Path(page.locator("#locations span").first.inner_text()).name
 
-    names = page.locator("#grid .name").all_inner_texts()
+    names = page.locator("#grid .name").all_text_contents()
     assert swipe(-120, 10) == names[2]
     assert swipe(120, -10) == names[1]
     assert swipe(-30, 0) == swipe(20, 100) == names[1], "short and vertical movements do not count"

@@ -1,22 +1,22 @@
 "use strict";
 // Search page that shows query results in a grid. It sends requests only to its own server, to the paths /search,
-// /heatmap, /thumbnail and /image. selection.js selects results, and start.js fills the first screen.
+// /heatmap, /explain, /thumbnail and /image. selection.js selects results, and start.js fills the first screen.
 
 const $ = (id) => document.getElementById(id);
 const MAX_SIDE = 1024; // in pixels; larger images are scaled down before upload
 const MAX_IMAGES = 16; // maximum number of images per request; the server has the same limit
 const MAX_UPLOAD = 20 << 20; // in bytes; limit for files that the browser cannot decode, which are sent unchanged
-const MAX_OFFSET = 10000; // maximum number of results to skip; the server has the same limit
 const PAGE_SIZE = 100; // number of results to load when the user scrolls to the end
 const MIN_SWIPE = 50; // in CSS pixels
 const query = { images: [], like: [], negativeLike: [] }; // images contains {uri, name}; the other lists contain hit ids
 const FIELDS = { q: "text", without: "negative", caption: "caption", path: "path", after: "after", before: "before",
-  min_side: "min_side", words: "words" }; // URL parameter -> id of the input element
+  min_side: "min_side", words: "words", group: "group" }; // URL parameter -> id of the input element
 const FILTER_LABELS = { negative: "without", caption: "caption contains", path: "in", after: "after", before: "before",
-  min_side: "shorter side at least", words: "words:" };
+  min_side: "shorter side at least", words: "words:", group: "group similar images:" };
 const DARKEST = 0.8; // opacity of the heat map over the least similar cell
 let hits = [];
 let searchedRequest = null; // search request that returned `hits`
+let nextOffset = null; // `offset` of the request for further results; null if there are none
 let total = 0; // number of images in the index that match the filter of searchedRequest
 let tabStop = null; // button of the only result that the Tab key reaches; the arrow keys reach the others
 let openIndex = -1; // index of the hit in the detail view; -1 until a hit is opened
@@ -34,6 +34,7 @@ function readRequest() {
     negative_texts: getValue("negative") ? [getValue("negative")] : [],
     negative_like: [...query.negativeLike],
     words: !getValue("words"),
+    group_similar: !getValue("group"),
     filter: {
       caption: getValue("caption") || null,
       path: getValue("path") || null,
@@ -98,7 +99,7 @@ async function runSearch(request) {
     const answer = await postJson("/search", request);
     if (requestNumber !== lastRequest) return; // a newer search has started
     searchedRequest = request;
-    total = answer.total;
+    ({ total, next_offset: nextOffset } = answer);
     showHits(answer.hits);
     showCount(start, answer.nothing_close);
     watchEnd();
@@ -118,7 +119,7 @@ async function runSearch(request) {
 async function showMore() {
   if ($("show-more").disabled) return; // the next results are already being loaded
   const start = performance.now(), requestNumber = lastRequest;
-  const request = { ...searchedRequest, offset: hits.length, top: PAGE_SIZE };
+  const request = { ...searchedRequest, offset: nextOffset, top: PAGE_SIZE };
   const hasFocus = document.activeElement === $("show-more");
   $("show-more").disabled = true;
   try {
@@ -128,7 +129,7 @@ async function showMore() {
       const newHits = answer.hits.filter((hit) => !ids.has(hit.id)), first = hits.length;
       $("grid").append(...newHits.map((hit, index) => makeGridItem(hit, first + index)));
       hits.push(...newHits);
-      total = newHits.length ? answer.total : first;
+      ({ total, next_offset: nextOffset } = answer);
       showCount(start, answer.nothing_close);
       if (hasFocus) focusHit(first);
     }
@@ -162,10 +163,11 @@ function showCount(start, nothingClose) {
   if (!hasQuery(searchedRequest)) order = "newest first";
   else if (!hasPositivePart(searchedRequest)) order = "least similar to the excluded content first";
   const seconds = ((performance.now() - start) / 1000).toFixed(2);
-  const count = hits.length < total ? `${hits.length} of ${total.toLocaleString("en")}` : hits.length;
+  const shown = hits.reduce((sum, hit) => sum + 1 + hit.similar.length, 0);
+  const count = shown < total ? `${shown.toLocaleString("en")} of ${total.toLocaleString("en")}` : shown;
   const images = nothingClose ? "images, none of them close to the query" : "images";
   showStatus(hits.length ? `${count} ${images}, ${order} (${seconds} s)` : "No results. Try different filters.");
-  $("show-more").hidden = !hits.length || hits.length >= Math.min(total, MAX_OFFSET);
+  $("show-more").hidden = nextOffset === null;
   $("save").hidden = !location.hash || searchedRequest.images.length > 0;
 }
 
@@ -229,11 +231,13 @@ function makeGridItem(hit, index) {
   score.textContent = formatScoreOrDate(hit);
   line.append(name, score);
   button.append(image, line);
-  if (hit.matched.length) {
-    const matched = document.createElement("span");
-    matched.className = "matched";
-    matched.textContent = describeMatch(hit);
-    button.append(matched);
+  const notes = describeSimilar(hit);
+  if (hit.matched.length) notes.push(describeMatch(hit));
+  if (notes.length) {
+    const note = document.createElement("span");
+    note.className = "note";
+    note.textContent = notes.join(" · ");
+    button.append(note);
   }
   button.type = "button";
   button.tabIndex = -1;
@@ -261,6 +265,10 @@ function getTileIndex(element) {
   return item ? [...$("grid").children].indexOf(item) : -1;
 }
 
+function describeSimilar(hit) {
+  return hit.similar.length ? [`+${hit.similar.length} similar`] : [];
+}
+
 function describeMatch(hit) {
   const names = { caption: "caption", text: "text in image", name: "file name", camera: "camera", date: "date" };
   return `words in ${hit.matched.map((field) => names[field]).join(", ")}`;
@@ -270,6 +278,7 @@ function showDetail(index) {
   if (index < 0 || index >= hits.length) return;
   openIndex = index;
   hideHeatmap();
+  hideExplanation();
   const hit = hits[index], first = hit.images[0];
   $("large").src = `/image/${hit.id}`;
   $("large").onerror = () => { $("large").onerror = null; $("large").src = `/thumbnail/${hit.id}`; };
@@ -288,15 +297,31 @@ function showDetail(index) {
     entry.textContent = `and ${(hit.image_count - hit.images.length).toLocaleString()} more`;
     $("locations").append(entry);
   }
+  $("similar-title").textContent = describeSimilar(hit).join("");
+  $("similar").replaceChildren(...hit.similar.map(makeSimilarLink));
   $("back").disabled = index === 0;
   $("next").disabled = index === hits.length - 1;
   $("where").disabled = !hasQuery(searchedRequest);
+  $("why").disabled = !searchedRequest.texts.length;
   showOpenSelection();
   if (!$("detail").open) $("detail").showModal();
 }
 
 function getFileName(image) {
   return image.name.split(/[/!]/).pop();
+}
+
+function makeSimilarLink({ id, name }) {
+  const item = document.createElement("li"), link = document.createElement("a"), image = document.createElement("img");
+  link.href = `/image/${id}`;
+  link.target = "_blank";
+  link.rel = "noopener";
+  link.title = name;
+  image.src = `/thumbnail/${id}`;
+  image.alt = `Open ${getFileName({ name })}`;
+  link.append(image);
+  item.append(link);
+  return item;
 }
 
 function makeLocation(image) {
@@ -377,6 +402,61 @@ function drawHeatmap(rows, hit) {
   canvas.getContext("2d").drawImage(cells, 0, 0, canvas.width, canvas.height);
   canvas.hidden = false;
   showHeatmapStatus(`Bright: most similar to the query (${most.toFixed(3)}). Dark: least similar (${least.toFixed(3)}).`);
+}
+
+// ---- effects of words ------------------------------------------------------------------------------------------------
+
+function hideExplanation() {
+  $("why").setAttribute("aria-pressed", "false");
+  $("explanation-status").textContent = "";
+  $("explanation-status").classList.remove("error");
+  $("explanation").replaceChildren();
+}
+
+async function toggleExplanation() {
+  if ($("why").disabled) return;
+  if ($("why").getAttribute("aria-pressed") === "true") {
+    hideExplanation();
+    return;
+  }
+  const hit = hits[openIndex], texts = searchedRequest.texts;
+  $("why").setAttribute("aria-pressed", "true");
+  $("explanation-status").textContent = "Leaving out one word at a time…";
+  const isCurrent = () => hits[openIndex] === hit && $("why").getAttribute("aria-pressed") === "true";
+  try {
+    const answer = await postJson("/explain", { id: hit.id, ...getQueryFields(searchedRequest) });
+    if (isCurrent()) showExplanation(texts, answer);
+  } catch (error) {
+    if (!isCurrent()) return;
+    hideExplanation();
+    $("explanation-status").textContent = error.message;
+    $("explanation-status").classList.add("error");
+  }
+}
+
+function showExplanation(texts, { score, words }) {
+  const largest = Math.max(...words.map((word) => Math.abs(word.effect)));
+  $("explanation").replaceChildren(...texts.map((text, textIndex) => {
+    const line = document.createElement("p"), characters = [...text]; // positions are counted in code points
+    let position = 0;
+    for (const word of words.filter((word) => word.text_index === textIndex)) {
+      line.append(characters.slice(position, word.start).join(""), makeWord(word, largest));
+      position = word.end;
+    }
+    line.append(characters.slice(position).join(""));
+    return line;
+  }));
+  $("explanation-status").textContent = `Change of the similarity (${score.toFixed(3)}) by each word. Blue words raise it, red words lower it.`;
+}
+
+function makeWord({ text, effect }, largest) {
+  const word = document.createElement("ruby"), number = document.createElement("rt");
+  word.textContent = text;
+  word.className = effect < 0 ? "lower" : "raise";
+  word.style.setProperty("--share", `${largest ? Math.round(100 * Math.abs(effect) / largest) : 0}%`);
+  number.textContent = `${effect < 0 ? "−" : "+"}${Math.abs(effect).toFixed(3)}`;
+  word.append(number);
+  return word;
 }
 
 // ---- more and less like a hit ---------------------------------------------------------------------------------------
@@ -544,6 +624,7 @@ $("more").addEventListener("click", () => {
 $("like").addEventListener("click", () => searchMoreLike([hits[openIndex]]));
 $("unlike").addEventListener("click", () => searchLessLike([hits[openIndex]]));
 $("where").addEventListener("click", toggleHeatmap);
+$("why").addEventListener("click", toggleExplanation);
 $("back").addEventListener("click", () => showDetail(openIndex - 1));
 $("next").addEventListener("click", () => showDetail(openIndex + 1));
 $("close").addEventListener("click", () => $("detail").close());
@@ -580,6 +661,7 @@ document.addEventListener("keydown", (event) => {
     if (event.key === "ArrowRight") showDetail(openIndex + 1);
     if (event.key === "m") searchMoreLike([hits[openIndex]]);
     if (event.key === "w") toggleHeatmap();
+    if (event.key === "y") toggleExplanation();
     if (event.key === "x") toggleSelected(openIndex);
     return;
   }
