@@ -36,8 +36,8 @@ def wait_for_hits(page: Any, count: int = 36) -> Any:
     A search in progress would replace the results later, and close the detail view.
     """
     is_idle = "!document.body.classList.contains('searching')"
-    wait_until(page, f"{is_idle} && document.querySelectorAll('#grid li').length === {count}")
-    return page.locator("#grid li")
+    wait_until(page, f"{is_idle} && document.querySelectorAll('#grid .tile').length === {count}")
+    return page.locator("#grid .tile")
 
 
 def search_for(page: Any, text: str, count: int = 36) -> Any:
@@ -169,7 +169,7 @@ def test_chosen_and_dropped_images(page: Any, image_folder: Path) -> None:
         return shown && document.getElementById('drop').hidden;
     }"""
     page.locator(".chip").click()
-    wait_until(page, "document.querySelectorAll('#grid li').length === 0")
+    wait_until(page, "document.querySelectorAll('#grid .tile').length === 0")
     assert page.evaluate(drop_file, "/image/9")
     wait_until(page, "document.querySelector('#grid .score')?.textContent === '1.000'")
     assert page.locator(".chip img").count() == 1
@@ -259,7 +259,7 @@ def limit_pages(page: Any, top: int) -> list[dict[str, Any]]:
 
 @on_both_devices
 def test_results_load_when_the_page_is_scrolled_to_the_end(page: Any) -> None:
-    page.set_viewport_size({"width": 380, "height": 120})
+    page.set_viewport_size({"width": 380, "height": 120})  # results load 1,000 pixels before the end
     requests = limit_pages(page, 16)
     search_for(page, "seven", 16)  # no caption contains this word
     assert "16 of 36 images" in page.locator("#status").inner_text()
@@ -272,6 +272,7 @@ def test_results_load_when_the_page_is_scrolled_to_the_end(page: Any) -> None:
     assert not page.locator("#show-more").is_visible()
     scores = [float(text) for text in page.locator("#grid .score").all_text_contents()]
     assert scores == sorted(scores, reverse=True)
+    page.set_viewport_size({"width": 380, "height": 700})
     page.locator("#grid button").nth(25).click()
     assert page.locator("#locations span").first.inner_text().endswith(page.locator("#grid .name").nth(25).inner_text())
 
@@ -385,7 +386,7 @@ def test_words_of_the_query_are_shaded_by_their_effect(page: Any) -> None:
 def get_selected(page: Any) -> list[int]:
     """Return the positions of the selected results, and check that their checkboxes are checked."""
     marked: list[list[int]] = page.evaluate("""() => {
-        const tiles = [...document.querySelectorAll('#grid > li')].map((tile, index) => [tile, index]);
+        const tiles = [...document.querySelectorAll('#grid .tile')].map((tile, index) => [tile, index]);
         const list = (test) => tiles.filter(([tile]) => test(tile)).map(([, index]) => index);
         return [list((tile) => tile.matches('.selected')), list((tile) => tile.querySelector('input').checked)];
     }""")
@@ -427,7 +428,7 @@ def test_results_are_selected_with_the_keyboard(page: Any) -> None:
 
 def test_results_are_selected_with_the_mouse(page: Any) -> None:
     search_for(page, "seven")
-    tiles = page.locator("#grid > li")
+    tiles = page.locator("#grid .tile")
     tiles.nth(1).hover()
     assert tiles.nth(1).locator(".mark").evaluate("(mark) => getComputedStyle(mark).opacity") == "1"
     assert tiles.nth(3).locator(".mark").evaluate("(mark) => getComputedStyle(mark).opacity") == "0"
@@ -445,11 +446,11 @@ def test_results_are_selected_with_the_mouse(page: Any) -> None:
 
 def test_rubber_band_selects_the_results_that_it_touches(page: Any) -> None:
     search_for(page, "seven")
-    boxes = [page.locator("#grid > li").nth(n).bounding_box() for n in range(14)]
+    boxes = [page.locator("#grid .tile").nth(n).bounding_box() for n in range(14)]
     columns = sum(box["y"] == boxes[0]["y"] for box in boxes)
     first, last = boxes[1], boxes[columns + 2]
-    page.locator("#grid > li").nth(columns + 1).locator(".mark").click()
-    page.locator("#grid > li").nth(0).locator(".mark").click()
+    page.locator("#grid .tile").nth(columns + 1).locator(".mark").click()
+    page.locator("#grid .tile").nth(0).locator(".mark").click()
     page.mouse.move(first["x"] + first["width"] / 2, first["y"] + first["height"] / 2)
     page.mouse.down()
     page.mouse.move(last["x"] + 2 * last["width"], last["y"] + last["height"] / 2)
@@ -465,7 +466,7 @@ def test_rubber_band_selects_the_results_that_it_touches(page: Any) -> None:
 def test_marked_images_are_searched_for_and_stay_in_the_address(page: Any) -> None:
     search_for(page, "seven")
     for n in (3, 5):
-        page.locator("#grid > li").nth(n).locator(".mark").click()
+        page.locator("#grid .tile").nth(n).locator(".mark").click()
     names = set(page.locator("#grid .selected .name").all_text_contents())
     page.locator("#selection-like").click()
     wait_until(page, "document.querySelectorAll('.chip').length === 2")
@@ -475,15 +476,15 @@ def test_marked_images_are_searched_for_and_stay_in_the_address(page: Any) -> No
     page.reload()
     wait_until(page, "document.querySelectorAll('.chip').length === 2")
     wait_for_hits(page)
-    page.locator("#grid > li").nth(0).locator(".mark").click()
+    page.locator("#grid .tile").nth(0).locator(".mark").click()
     page.locator("#selection-unlike").click()
     wait_until(page, "document.querySelectorAll('.chip.negative').length === 1")
     wait_for_hits(page)
-    page.locator("#grid > li").nth(0).locator(".mark").click()
-    page.locator("#grid > li").nth(16).locator(".mark").click(modifiers=["Shift"])
+    page.locator("#grid .tile").nth(0).locator(".mark").click()
+    page.locator("#grid .tile").nth(16).locator(".mark").click(modifiers=["Shift"])
     assert page.locator("#selection-like").is_disabled() and page.locator("#selection-unlike").is_disabled()
     negative = page.evaluate("hits.findIndex((hit) => hit.id === query.negativeLike[0])")
-    page.locator("#grid > li").nth(min(negative, 16)).locator(".mark").click()  # the others are not in the query yet
+    page.locator("#grid .tile").nth(min(negative, 16)).locator(".mark").click()  # the others are not in the query yet
     page.locator("#selection-unlike").click()
     assert "at most 16 images" in page.locator("#problem").inner_text(), "one image is already in the query"
     assert len(get_selected(page)) == 16
@@ -494,7 +495,7 @@ def test_selected_images_are_exported_and_downloaded(page: Any, image_folder: Pa
     search_for(page, "seven")
     names = page.locator("#grid .name").all_text_contents()[:2]
     for n in range(2):
-        page.locator("#grid > li").nth(n).locator(".mark").click()
+        page.locator("#grid .tile").nth(n).locator(".mark").click()
     with page.expect_download() as download:
         page.locator("#selection-export").click()
     assert download.value.suggested_filename == "images.csv"
@@ -611,10 +612,10 @@ def test_axe_finds_no_violations(page: Any, scheme: str) -> None:
     wait_for_hits(page, 6)
     assert find_violations(page) == [], "results with open filters"
     page.locator("#more").click()
-    page.locator("#grid > li").nth(1).locator(".mark").click()
+    page.locator("#grid .tile").nth(1).locator(".mark").click()
     page.locator("#selection-unlike").click()
     wait_for_hits(page, 6)
-    page.locator("#grid > li").nth(2).locator(".mark").click()
+    page.locator("#grid .tile").nth(2).locator(".mark").click()
     assert find_violations(page) == [], "results with a negative image, active filters and a selection"
     page.locator("#grid button").first.click()
     wait_until(page, "document.getElementById('large').naturalWidth === 48")

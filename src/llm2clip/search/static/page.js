@@ -8,6 +8,7 @@ const MAX_IMAGES = 16; // maximum number of images per request; the server has t
 const MAX_UPLOAD = 20 << 20; // in bytes; limit for files that the browser cannot decode, which are sent unchanged
 const PAGE_SIZE = 100; // number of results to load when the user scrolls to the end
 const MIN_SWIPE = 50; // in CSS pixels
+const ROWS = 6; // number of rows of results in each block of the grid; the browser renders only the blocks near the window
 const query = { images: [], like: [], negativeLike: [] }; // images contains {uri, name}; the other lists contain hit ids
 const FIELDS = { q: "text", without: "negative", caption: "caption", path: "path", after: "after", before: "before",
   min_side: "min_side", words: "words", group: "group" }; // URL parameter -> id of the input element
@@ -15,6 +16,8 @@ const FILTER_LABELS = { negative: "without", caption: "caption contains", path: 
   min_side: "shorter side at least", words: "words:", group: "group similar images:" };
 const DARKEST = 0.8; // opacity of the heat map over the least similar cell
 let hits = [];
+let tiles = []; // elements of the hits
+let columns = 1; // number of columns of the grid
 let searchedRequest = null; // search request that returned `hits`
 let nextOffset = null; // `offset` of the request for further results; null if there are none
 let total = 0; // number of images in the index that match the filter of searchedRequest
@@ -127,8 +130,9 @@ async function showMore() {
     if (requestNumber === lastRequest) {
       const ids = new Set(hits.map((hit) => hit.id)); // hits already shown are skipped: the index may have changed
       const newHits = answer.hits.filter((hit) => !ids.has(hit.id)), first = hits.length;
-      $("grid").append(...newHits.map((hit, index) => makeGridItem(hit, first + index)));
       hits.push(...newHits);
+      tiles.push(...newHits.map((hit, index) => makeTile(hit, first + index)));
+      addToGrid(first);
       ({ total, next_offset: nextOffset } = answer);
       showCount(start, answer.nothing_close);
       if (hasFocus) focusHit(first);
@@ -203,9 +207,12 @@ function showHits(newHits) {
   if ($("detail").open) $("detail").close(); // the dialog still shows a hit of the previous search
   hits = newHits;
   for (const id of ["start", "show-more", "show-weak", "save"]) $(id).hidden = true;
-  $("grid").replaceChildren(...hits.map(makeGridItem));
+  tiles = hits.map(makeTile);
+  columns = countColumns();
+  $("grid").replaceChildren();
+  addToGrid(0);
   tabStop = null;
-  if (hits.length) setTabStop(getTile(0));
+  if (hits.length) setTabStop(tiles[0]);
 }
 
 function formatDate(hit) {
@@ -216,8 +223,43 @@ function formatScoreOrDate(hit) {
   return hit.score === null ? formatDate(hit) : hit.score.toFixed(3);
 }
 
-function makeGridItem(hit, index) {
-  const item = document.createElement("li"), button = document.createElement("button");
+// The layout of thousands of elements in one grid takes too long, so the tiles are in blocks of complete rows.
+
+function countColumns() {
+  return getComputedStyle($("grid")).gridTemplateColumns.split(" ").length;
+}
+
+function addToGrid(first) {
+  const size = columns * ROWS;
+  for (let index = first; index < tiles.length; index++) {
+    if (index % size === 0) {
+      const block = document.createElement("div");
+      block.className = "rows";
+      block.setAttribute("role", "presentation");
+      $("grid").append(block);
+    }
+    $("grid").lastElementChild.append(tiles[index]);
+  }
+  if (!tiles.length) return;
+  const height = tiles[0].offsetHeight, gap = parseFloat(getComputedStyle($("grid")).rowGap);
+  for (let block = Math.floor(first / size); block < $("grid").children.length; block++) {
+    const rows = Math.ceil($("grid").children[block].children.length / columns);
+    const estimate = rows * (height + gap) - gap; // height of the block until it is rendered for the first time
+    $("grid").children[block].style.setProperty("contain-intrinsic-block-size", `auto ${estimate}px`);
+  }
+}
+
+new ResizeObserver(() => {
+  if (countColumns() === columns) return;
+  const focused = $("grid").contains(document.activeElement) ? document.activeElement : null;
+  columns = countColumns();
+  $("grid").replaceChildren();
+  addToGrid(0);
+  focused?.focus();
+}).observe($("grid"));
+
+function makeTile(hit, index) {
+  const tile = document.createElement("div"), button = document.createElement("button");
   const image = document.createElement("img"), line = document.createElement("span");
   const name = document.createElement("span"), score = document.createElement("span");
   const first = hit.images[0];
@@ -245,9 +287,11 @@ function makeGridItem(hit, index) {
     if (event.shiftKey || event.ctrlKey || event.metaKey) toggleSelected(index, event.shiftKey);
     else showDetail(index);
   });
-  item.append(button, makeCheckbox(hit, index));
-  item.classList.toggle("selected", selected.has(hit.id));
-  return item;
+  tile.className = "tile";
+  tile.setAttribute("role", "listitem");
+  tile.append(button, makeCheckbox(hit, index));
+  tile.classList.toggle("selected", selected.has(hit.id));
+  return tile;
 }
 
 function setTabStop(tile) {
@@ -256,13 +300,8 @@ function setTabStop(tile) {
   tabStop.tabIndex = 0;
 }
 
-function getTile(index) {
-  return $("grid").children[index];
-}
-
 function getTileIndex(element) {
-  const item = element.closest("#grid > li");
-  return item ? [...$("grid").children].indexOf(item) : -1;
+  return tiles.indexOf(element.closest(".tile"));
 }
 
 function describeSimilar(hit) {
@@ -647,10 +686,10 @@ $("picture").addEventListener("touchend", (event) => {
   swipe = null;
 });
 
-$("grid").addEventListener("focusin", (event) => setTabStop(event.target.closest("#grid > li")));
+$("grid").addEventListener("focusin", (event) => setTabStop(event.target.closest(".tile")));
 
 function focusHit(index) {
-  getTile(Math.max(0, Math.min(index, hits.length - 1)))?.querySelector("button").focus();
+  tiles[Math.max(0, Math.min(index, hits.length - 1))]?.querySelector("button").focus();
 }
 
 document.addEventListener("keydown", (event) => {
@@ -669,7 +708,6 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") { clearSelection(); return; }
   const current = getTileIndex(event.target);
   if (current < 0) return;
-  const columns = getComputedStyle($("grid")).gridTemplateColumns.split(" ").length;
   const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
   if (event.key === "m") searchMoreLike([hits[current]]);
   if (["x", "X", " "].includes(event.key)) {

@@ -22,7 +22,7 @@ function makeCheckbox(hit, index) {
 }
 
 function setSelected(index, isSelected) {
-  const hit = hits[index], tile = getTile(index);
+  const hit = hits[index], tile = tiles[index];
   if (isSelected) selected.set(hit.id, hit);
   else selected.delete(hit.id);
   tile.classList.toggle("selected", isSelected);
@@ -118,31 +118,43 @@ $("select").addEventListener("click", () => toggleSelected(openIndex));
 
 // ---- rubber band ----------------------------------------------------------------------------------------------------
 
-let drag = null; // position at which the mouse button was pressed, in page coordinates, and the tiles if it has moved
+let drag = null; // position at which the mouse button was pressed, in page coordinates, and the measured tiles if it has moved
 
-function measureTiles() {
-  return [...$("grid").children].map((tile) => {
-    const box = tile.getBoundingClientRect();
-    return { left: box.left + scrollX, right: box.right + scrollX, top: box.top + scrollY, bottom: box.bottom + scrollY };
-  });
+function measure(element) {
+  const box = element.getBoundingClientRect();
+  return { left: box.left + scrollX, right: box.right + scrollX, top: box.top + scrollY, bottom: box.bottom + scrollY };
+}
+
+function findTilesInside(band) {
+  // Measuring a tile renders its block, so only the blocks that the band touches are measured, and only once.
+  const touches = (box) => box.left < band.right && box.right > band.left && box.top < band.bottom && box.bottom > band.top;
+  const inside = new Set();
+  for (const block of $("grid").children) {
+    if (!touches(measure(block))) continue;
+    for (const tile of block.children) {
+      if (!drag.boxes.has(tile)) drag.boxes.set(tile, measure(tile));
+      if (touches(drag.boxes.get(tile))) inside.add(tile);
+    }
+  }
+  return inside;
 }
 
 function updateBand(event) {
   const x = event.clientX + scrollX, y = event.clientY + scrollY;
-  if (!drag.tiles) {
+  if (!drag.boxes) {
     if (Math.hypot(x - drag.x, y - drag.y) < MIN_DRAG) return;
+    drag.boxes = new Map();
     drag.before = new Set(selected.keys());
     getSelection().removeAllRanges();
     document.body.classList.add("dragging");
     $("band").hidden = false;
   }
-  if (drag.tiles?.length !== hits.length) drag.tiles = measureTiles(); // scrolling may have loaded more results
-  const left = Math.min(x, drag.x), right = Math.max(x, drag.x), top = Math.min(y, drag.y), bottom = Math.max(y, drag.y);
-  const position = { left: left - scrollX, top: top - scrollY, width: right - left, height: bottom - top };
+  const band = { left: Math.min(x, drag.x), right: Math.max(x, drag.x), top: Math.min(y, drag.y), bottom: Math.max(y, drag.y) };
+  const position = { left: band.left - scrollX, top: band.top - scrollY, width: band.right - band.left, height: band.bottom - band.top };
   for (const [name, value] of Object.entries(position)) $("band").style[name] = `${value}px`;
-  drag.tiles.forEach((tile, index) => {
-    const isInside = tile.left < right && tile.right > left && tile.top < bottom && tile.bottom > top;
-    const isSelected = isInside || drag.before.has(hits[index].id);
+  const inside = findTilesInside(band);
+  tiles.forEach((tile, index) => {
+    const isSelected = inside.has(tile) || drag.before.has(hits[index].id);
     if (isSelected !== selected.has(hits[index].id)) setSelected(index, isSelected);
   });
   showSelection();
@@ -151,7 +163,7 @@ function updateBand(event) {
 }
 
 function endDrag() {
-  if (drag?.tiles) {
+  if (drag?.boxes) {
     document.body.classList.remove("dragging");
     $("band").hidden = true;
     // The mouse button was released over a result, which must not open.
@@ -165,7 +177,7 @@ function endDrag() {
 document.querySelector("main").addEventListener("pointerdown", (event) => {
   const isOnGrid = event.target.matches("main, #grid, #grid *") && !event.target.closest(".mark");
   if (event.pointerType === "mouse" && event.button === 0 && isOnGrid && hits.length) {
-    drag = { x: event.clientX + scrollX, y: event.clientY + scrollY, tiles: null, before: null };
+    drag = { x: event.clientX + scrollX, y: event.clientY + scrollY, boxes: null, before: null };
   }
 });
 addEventListener("pointermove", (event) => { if (drag) updateBand(event); });
