@@ -37,6 +37,9 @@ OPERATIONS = (
     "POST /embed/upload",
     "GET /thumbnail/{hit_id}",
     "GET /image/{hit_id}",
+    "GET /zip",
+    "GET /examples",
+    "POST /explain",
 )
 
 

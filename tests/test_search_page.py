@@ -1,5 +1,7 @@
 """Tests of the search page in a real browser: the system's Chromium, driven by Playwright."""
 
+import csv
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import pytest
 
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.search import similar
 from llm2clip.search.server import create_app
 from page_fixtures import on_both_devices, wait_until
 from search_fixtures import add_red_detector, create_patient_app, make_index, reject_all_texts, running_server
@@ -17,7 +20,8 @@ def address(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dual_e
     """Address of a running server with an index."""
     index = make_index(tmp_path_factory.mktemp("index"), image_folder, dual_encoder)
     model = add_red_detector(dual_encoder, "a red one")
-    with running_server(create_patient_app(model, index)) as address:
+    with pytest.MonkeyPatch.context() as patch, running_server(create_patient_app(model, index)) as address:
+        patch.setattr(similar, "COPY_SIMILARITY", 1.1)  # a random model may consider any images similar
         yield address
 
 
@@ -32,8 +36,8 @@ def wait_for_hits(page: Any, count: int = 36) -> Any:
     A search in progress would replace the results later, and close the detail view.
     """
     is_idle = "!document.body.classList.contains('searching')"
-    wait_until(page, f"{is_idle} && document.querySelectorAll('#grid li').length === {count}")
-    return page.locator("#grid li")
+    wait_until(page, f"{is_idle} && document.querySelectorAll('#grid .tile').length === {count}")
+    return page.locator("#grid .tile")
 
 
 def search_for(page: Any, text: str, count: int = 36) -> Any:
@@ -45,14 +49,14 @@ def search_for(page: Any, text: str, count: int = 36) -> Any:
 
 @on_both_devices
 def test_text_search_detail_view_and_more_like_this(page: Any) -> None:
-    assert page.locator("#empty").is_visible()
+    assert page.locator("#start").is_visible()
     page.keyboard.type("a red one,")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("in the middle")
     page.keyboard.press("Enter")
-    assert wait_for_hits(page).first.is_visible() and not page.locator("#empty").is_visible()
+    assert wait_for_hits(page).first.is_visible() and not page.locator("#start").is_visible()
     assert "36 images" in page.locator("#status").inner_text()
-    scores = [float(text) for text in page.locator("#grid .score").all_inner_texts()]
+    scores = [float(text) for text in page.locator("#grid .score").all_text_contents()]
     assert scores == sorted(scores, reverse=True)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page must not scroll horizontally"
     page.locator("#grid button").nth(1).click()
@@ -80,7 +84,7 @@ def test_text_search_detail_view_and_more_like_this(page: Any) -> None:
 @on_both_devices
 def test_heat_map_is_drawn_over_the_image(page: Any, address: str) -> None:
     search_for(page, "a red one")
-    names = page.locator("#grid .name").all_inner_texts()
+    names = page.locator("#grid .name").all_text_contents()
     page.locator("#grid button").nth(names.index("0.png")).click()  # its left half is red
     wait_until(page, "document.getElementById('large').naturalWidth === 48")
     page.locator("#where").click()
@@ -128,6 +132,19 @@ def test_keyboard_navigation(page: Any) -> None:
     assert page.evaluate("document.activeElement.id") == "text" and page.locator("#text").input_value() == "blue"
 
 
+def test_tab_key_leaves_the_results(page: Any) -> None:
+    """Otherwise, keyboard users could not reach the buttons behind thousands of results."""
+    search_for(page, "blue").nth(3).locator("button").focus()
+    page.keyboard.press("x")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "selection-like"
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate("[...document.querySelectorAll('#grid button')].indexOf(document.activeElement)") == 3
+    page.locator("#selection-clear").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("[...document.querySelectorAll('#grid button')].indexOf(document.activeElement)") == 3
+
+
 def test_closing_the_detail_view_keeps_the_focus_in_the_search_box(page: Any) -> None:
     search_for(page, "blue").first.locator("button").click()
     close_and_focus = """() => new Promise((done) => {
@@ -152,7 +169,7 @@ def test_chosen_and_dropped_images(page: Any, image_folder: Path) -> None:
         return shown && document.getElementById('drop').hidden;
     }"""
     page.locator(".chip").click()
-    wait_until(page, "document.querySelectorAll('#grid li').length === 0")
+    wait_until(page, "document.querySelectorAll('#grid .tile').length === 0")
     assert page.evaluate(drop_file, "/image/9")
     wait_until(page, "document.querySelector('#grid .score')?.textContent === '1.000'")
     assert page.locator(".chip img").count() == 1
@@ -175,7 +192,7 @@ def test_empty_results_and_errors_are_shown(page: Any, image_folder: Path, tmp_p
     page.locator("#text").fill("")
     page.locator("#caption").fill("")
     page.locator("#text").press("Enter")
-    assert "Enter a description" in page.locator("#status").inner_text() and page.locator("#empty").is_visible()
+    assert "Enter a description" in page.locator("#status").inner_text() and page.locator("#start").is_visible()
 
 
 def test_unreadable_uploads_are_removed_from_the_query(page: Any, image_folder: Path, tmp_path: Path) -> None:
@@ -204,7 +221,7 @@ def test_filters_work_without_a_query_and_are_part_of_the_address(page: Any, ima
     page.locator("#after").fill("2001-02-03")
     page.locator("#path").press("Enter")
     wait_for_hits(page)
-    assert "newest first" in page.locator("#status").inner_text() and not page.locator("#empty").is_visible()
+    assert "newest first" in page.locator("#status").inner_text() and not page.locator("#start").is_visible()
     assert not page.locator("#active").is_visible()
     page.locator("#more").click()
     assert page.locator("#active button").count() == 3
@@ -214,7 +231,7 @@ def test_filters_work_without_a_query_and_are_part_of_the_address(page: Any, ima
 
     page.reload()
     wait_for_hits(page)
-    chips = " ".join(page.locator("#active button").all_inner_texts())
+    chips = " ".join(page.locator("#active button").all_text_contents())
     assert "/*.png" in chips and "at least 30" in chips and "after 2001-02-03" in chips
     page.locator("#active button", has_text="shorter").click()
     wait_for_hits(page)
@@ -228,21 +245,56 @@ def test_filters_work_without_a_query_and_are_part_of_the_address(page: Any, ima
     assert page.locator(".chip.negative").count() == 1 and page.locator("#active").inner_text() == "without a red one ✕"
 
 
-def test_show_more_adds_the_next_page(page: Any) -> None:
-    def shorten_pages(route: Any) -> None:
-        route.continue_(post_data={**route.request.post_data_json, "top": 20})
+def limit_pages(page: Any, top: int) -> list[dict[str, Any]]:
+    """Limit the number of results per request. Return the list of search requests, which grows later."""
+    requests: list[dict[str, Any]] = []
 
-    page.route("**/search", shorten_pages)
-    search_for(page, "seven", 20)  # no caption contains this word
-    assert "20 of 36 images" in page.locator("#status").inner_text()
-    page.locator("#show-more").click()
+    def limit(route: Any) -> None:
+        requests.append(route.request.post_data_json)
+        route.continue_(post_data={**requests[-1], "top": top})
+
+    page.route("**/search", limit)
+    return requests
+
+
+@on_both_devices
+def test_results_load_when_the_page_is_scrolled_to_the_end(page: Any) -> None:
+    page.set_viewport_size({"width": 380, "height": 120})  # results load 1,000 pixels before the end
+    requests = limit_pages(page, 16)
+    search_for(page, "seven", 16)  # no caption contains this word
+    assert "16 of 36 images" in page.locator("#status").inner_text()
+    page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
+    wait_for_hits(page, 32)
+    page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
     wait_for_hits(page)
-    assert len(set(page.locator("#grid .name").all_inner_texts())) == 36
+    assert len(set(page.locator("#grid .name").all_text_contents())) == 36
+    assert [request.get("offset", 0) for request in requests] == [0, 16, 32]
     assert not page.locator("#show-more").is_visible()
-    scores = [float(text) for text in page.locator("#grid .score").all_inner_texts()]
+    scores = [float(text) for text in page.locator("#grid .score").all_text_contents()]
     assert scores == sorted(scores, reverse=True)
+    page.set_viewport_size({"width": 380, "height": 700})
     page.locator("#grid button").nth(25).click()
     assert page.locator("#locations span").first.inner_text().endswith(page.locator("#grid .name").nth(25).inner_text())
+
+
+def test_results_that_fail_to_load_can_be_loaded_with_the_button(page: Any) -> None:
+    failures = [True]
+
+    def fail_once(route: Any) -> None:
+        if route.request.post_data_json.get("offset") and failures:
+            failures.pop()
+            route.fulfill(status=503, json={"error": {"message": "try again"}})
+        else:
+            route.continue_(post_data={**route.request.post_data_json, "top": 20})
+
+    page.route("**/search", fail_once)
+    search_for(page, "seven", 20)
+    wait_until(page, "document.querySelector('#status.error')?.textContent === 'try again'")
+    page.locator("#show-more").focus()
+    page.keyboard.press("Enter")
+    wait_for_hits(page)
+    assert "36 images" in page.locator("#status").inner_text() and page.locator("#status.error").count() == 0
+    assert page.evaluate("[...document.querySelectorAll('#grid button')].indexOf(document.activeElement)") == 20
 
 
 def test_weak_hits_are_shown_on_request(
@@ -256,7 +308,10 @@ def test_weak_hits_are_shown_on_request(
         search_for(page, "unicorn", 0)
         assert page.locator("#status").inner_text() == "Nothing in the index is close to this query."
         assert not page.locator("#show-more").is_visible()
-        page.get_by_role("button", name="Show the closest images anyway").click()
+        page.locator("#text").fill("not searched yet")
+        with page.expect_request("**/search") as request:
+            page.get_by_role("button", name="Show the closest images anyway").click()
+        assert request.value.post_data_json["texts"] == ["unicorn"], "the last search is repeated"
         wait_for_hits(page)
         assert "36 images, none of them close to the query" in page.locator("#status").inner_text()
         assert not page.locator("#show-weak").is_visible()
@@ -267,6 +322,332 @@ def test_weak_hits_are_shown_on_request(
         page.locator("#like").click()
         wait_until(page, "document.querySelector('#status').textContent.startsWith('36 images, most similar first')")
         page.close()
+
+
+@on_both_devices
+def test_similar_images_are_one_result_that_links_to_them(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session's model considers all images similar if the threshold is low."""
+    monkeypatch.setattr(similar, "COPY_SIMILARITY", -1.0)
+    search_for(page, "seven", 1)
+    assert page.locator("#grid .note").inner_text() == "+35 similar"
+    assert page.locator("#status").inner_text().startswith("36 images")
+    page.locator("#grid button").click()
+    assert page.locator("#similar a").count() == 35 and page.locator("#similar-title").inner_text() == "+35 similar"
+    with page.expect_popup() as popup:
+        page.locator("#similar a").first.click()
+    wait_until(popup.value, "document.images[0]?.naturalWidth === 48")
+    popup.value.close()
+    page.keyboard.press("Escape")
+    page.locator("#more").click()
+    page.locator("#group").select_option("off")
+    page.locator("#text").press("Enter")
+    wait_for_hits(page)
+    assert "group=off" in page.url and page.locator("#grid .note").count() == 0
+    page.locator("#grid button").first.click()
+    assert not page.locator("#similar-title").is_visible() and not page.locator("#similar").is_visible()
+
+
+@on_both_devices
+def test_words_of_the_query_are_shaded_by_their_effect(page: Any) -> None:
+    search_for(page, "a 🚀 red, one").first.locator("button").click()
+    with page.expect_response("**/explain") as response:
+        page.locator("#why").click()
+    page.locator("#explanation ruby").first.wait_for()
+    words = response.value.json()["words"]
+    assert [word["text"] for word in words] == page.locator("#explanation ruby").evaluate_all(
+        "(words) => words.map((word) => word.firstChild.textContent)"
+    )
+    text = page.locator("#explanation p").evaluate(
+        "(line) => [...line.childNodes].map((node) => (node.matches ? node.firstChild : node).textContent).join('')"
+    )
+    assert text == "a 🚀 red, one"
+    effects = [float(text.replace("−", "-")) for text in page.locator("#explanation rt").all_text_contents()]
+    assert effects == pytest.approx([word["effect"] for word in words], abs=6e-4)
+    classes = page.locator("#explanation ruby").evaluate_all("(words) => words.map((word) => word.className)")
+    assert classes == ["lower" if word["effect"] < 0 else "raise" for word in words]
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#explanation ruby").count() == 0 and page.locator("#explanation-status").inner_text() == ""
+    page.keyboard.press("y")
+    page.locator("#explanation ruby").first.wait_for()
+    page.keyboard.press("y")
+    assert page.locator("#explanation ruby").count() == 0
+    page.route("**/explain", lambda route: route.fulfill(status=404, json={"error": {"message": "it is gone"}}))
+    page.locator("#why").click()
+    wait_until(page, "document.querySelector('#explanation-status.error')?.textContent === 'it is gone'")
+    page.locator("#like").click()
+    wait_until(page, "document.querySelectorAll('.chip').length === 1")
+    wait_for_hits(page).first.locator("button").click()
+    assert page.locator("#why").is_disabled(), "the query has no words"
+
+
+# ---- selection ------------------------------------------------------------------------------------------------------
+
+
+def get_selected(page: Any) -> list[int]:
+    """Return the positions of the selected results, and check that their checkboxes are checked."""
+    marked: list[list[int]] = page.evaluate("""() => {
+        const tiles = [...document.querySelectorAll('#grid .tile')].map((tile, index) => [tile, index]);
+        const list = (test) => tiles.filter(([tile]) => test(tile)).map(([, index]) => index);
+        return [list((tile) => tile.matches('.selected')), list((tile) => tile.querySelector('input').checked)];
+    }""")
+    assert marked[0] == marked[1]
+    return marked[0]
+
+
+def test_results_are_selected_with_the_keyboard(page: Any) -> None:
+    search_for(page, "seven")
+    page.keyboard.press("ArrowDown")
+    assert not page.locator("#selection").is_visible()
+    page.keyboard.press("x")
+    assert page.locator("#selection-count").inner_text() == "1 image selected"
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Space")
+    assert get_selected(page) == [0, 2] and not page.locator("#detail").is_visible()
+    page.keyboard.press("Space")
+    assert get_selected(page) == [0]
+    page.keyboard.press("Space")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Shift+X")
+    assert get_selected(page) == [0, 2, 3, 4]
+    page.keyboard.press("Shift+ArrowRight")
+    assert get_selected(page) == [0, 2, 3, 4, 5]
+    page.keyboard.press("Enter")
+    assert page.locator("#select").get_attribute("aria-pressed") == "true"
+    page.keyboard.press("x")
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#select").get_attribute("aria-pressed") == "false"
+    page.locator("#select").click()
+    page.keyboard.press("Escape")
+    page.locator("#detail").wait_for(state="hidden")
+    assert get_selected(page) == [0, 2, 3, 4, 6]
+    page.keyboard.press("Escape")
+    assert get_selected(page) == [] and not page.locator("#selection").is_visible()
+
+
+def test_results_are_selected_with_the_mouse(page: Any) -> None:
+    search_for(page, "seven")
+    tiles = page.locator("#grid .tile")
+    tiles.nth(1).hover()
+    assert tiles.nth(1).locator(".mark").evaluate("(mark) => getComputedStyle(mark).opacity") == "1"
+    assert tiles.nth(3).locator(".mark").evaluate("(mark) => getComputedStyle(mark).opacity") == "0"
+    tiles.nth(1).locator(".mark").click()
+    tiles.nth(4).locator(".mark").click(modifiers=["Shift"])
+    tiles.nth(8).locator("button").click(modifiers=["Control"])
+    assert get_selected(page) == [1, 2, 3, 4, 8] and not page.locator("#detail").is_visible()
+    tiles.nth(2).locator(".mark").click()
+    search_for(page, "eight")
+    assert page.locator("#selection-count").inner_text() == "4 images selected", "a search keeps the selection"
+    assert len(get_selected(page)) == 4
+    page.locator("#selection-clear").click()
+    assert get_selected(page) == []
+
+
+def test_rubber_band_selects_the_results_that_it_touches(page: Any) -> None:
+    search_for(page, "seven")
+    boxes = [page.locator("#grid .tile").nth(n).bounding_box() for n in range(14)]
+    columns = sum(box["y"] == boxes[0]["y"] for box in boxes)
+    first, last = boxes[1], boxes[columns + 2]
+    page.locator("#grid .tile").nth(columns + 1).locator(".mark").click()
+    page.locator("#grid .tile").nth(0).locator(".mark").click()
+    page.mouse.move(first["x"] + first["width"] / 2, first["y"] + first["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(last["x"] + 2 * last["width"], last["y"] + last["height"] / 2)
+    assert page.locator("#band").is_visible()
+    page.mouse.move(last["x"] + last["width"] / 2, last["y"] + last["height"] / 2, steps=3)
+    page.mouse.up()
+    assert get_selected(page) == [0, 1, 2, columns + 1, columns + 2]
+    assert not page.locator("#band").is_visible() and not page.locator("#detail").is_visible()
+    page.locator("#grid button").first.click()
+    assert page.locator("#detail").is_visible(), "a click without movement opens the image"
+
+
+def test_marked_images_are_searched_for_and_stay_in_the_address(page: Any) -> None:
+    search_for(page, "seven")
+    for n in (3, 5):
+        page.locator("#grid .tile").nth(n).locator(".mark").click()
+    names = set(page.locator("#grid .selected .name").all_text_contents())
+    page.locator("#selection-like").click()
+    wait_until(page, "document.querySelectorAll('.chip').length === 2")
+    wait_for_hits(page)
+    assert set(page.locator("#grid .name").all_text_contents()[:2]) == names
+    assert not page.locator("#selection").is_visible() and "like=" in page.url
+    page.reload()
+    wait_until(page, "document.querySelectorAll('.chip').length === 2")
+    wait_for_hits(page)
+    page.locator("#grid .tile").nth(0).locator(".mark").click()
+    page.locator("#selection-unlike").click()
+    wait_until(page, "document.querySelectorAll('.chip.negative').length === 1")
+    wait_for_hits(page)
+    page.locator("#grid .tile").nth(0).locator(".mark").click()
+    page.locator("#grid .tile").nth(16).locator(".mark").click(modifiers=["Shift"])
+    assert page.locator("#selection-like").is_disabled() and page.locator("#selection-unlike").is_disabled()
+    negative = page.evaluate("hits.findIndex((hit) => hit.id === query.negativeLike[0])")
+    page.locator("#grid .tile").nth(min(negative, 16)).locator(".mark").click()  # the others are not in the query yet
+    page.locator("#selection-unlike").click()
+    assert "at most 16 images" in page.locator("#problem").inner_text(), "one image is already in the query"
+    assert len(get_selected(page)) == 16
+
+
+@on_both_devices
+def test_selected_images_are_exported_and_downloaded(page: Any, image_folder: Path, tmp_path: Path) -> None:
+    search_for(page, "seven")
+    names = page.locator("#grid .name").all_text_contents()[:2]
+    for n in range(2):
+        page.locator("#grid .tile").nth(n).locator(".mark").click()
+    with page.expect_download() as download:
+        page.locator("#selection-export").click()
+    assert download.value.suggested_filename == "images.csv"
+    with Path(download.value.path()).open(encoding="utf-8-sig", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["name"] for row in rows] == [str(image_folder / name) for name in names]
+    assert all(" on grey" in row["captions"] and row["id"].isdigit() for row in rows)
+    with page.expect_download() as download:
+        page.locator("#selection-zip").click()
+    with zipfile.ZipFile(download.value.path()) as archive:
+        assert archive.namelist() == names
+        assert archive.read(names[0]) == (image_folder / names[0]).read_bytes()
+
+
+def test_exported_cells_are_never_formulas(page: Any) -> None:
+    cells = page.evaluate("""() => makeCsv([{id: '7', images: [
+        {name: '/a "quoted", name.jpg', captions: ['=HYPERLINK("x")', 'two']}, {name: '-b', captions: []}]}])""")
+    rows = list(csv.reader(cells.removeprefix("\ufeff").splitlines(keepends=True)))
+    assert rows == [
+        ["id", "name", "captions"],
+        ["7", '/a "quoted", name.jpg', '\'=HYPERLINK("x")\ntwo'],
+        ["7", "'-b", ""],
+    ]
+
+
+# ---- first screen ---------------------------------------------------------------------------------------------------
+
+
+@on_both_devices
+def test_first_screen_links_to_example_queries_and_the_newest_images(page: Any) -> None:
+    page.locator("#queries a").first.wait_for()
+    assert page.locator("#queries a").count() == 6 and page.locator("#newest a").count() == 12
+    text = page.locator("#queries a").first.inner_text()
+    page.locator("#queries a").first.click()
+    wait_for_hits(page)
+    assert page.locator("#text").input_value() == text and not page.locator("#start").is_visible()
+    page.go_back()
+    page.locator("#newest a").first.click()
+    wait_until(page, "document.querySelector('#grid .score')?.textContent === '1.000'")
+    assert page.locator(".chip").count() == 1
+
+
+def test_searches_are_saved_in_the_browser(page: Any) -> None:
+    dialogs: list[str] = []
+
+    def answer(name: str | None) -> None:
+        def handle(dialog: Any) -> None:
+            dialogs.append(dialog.default_value)
+            dialog.accept(name) if name else dialog.dismiss()
+
+        page.once("dialog", handle)
+        page.locator("#save").click()
+
+    assert not page.locator("#save").is_visible() and not page.locator("#saved-searches").is_visible()
+    page.locator("#more").click()
+    page.locator("#min_side").fill("30")
+    search_for(page, "seven & eight")
+    answer("large numbers")
+    assert "Saved" in page.locator("#status").inner_text()
+    search_for(page, "nine")
+    answer(None)
+    answer("<b>nine</b>")
+    assert dialogs == ["seven & eight, shorter side at least 30"] + 2 * ["nine, shorter side at least 30"]
+    page.goto(page.url.partition("#")[0])
+    page.reload()
+    assert page.locator("#saved a").all_text_contents() == ["<b>nine</b>", "large numbers"]
+    page.locator("#saved a").nth(1).click()
+    wait_for_hits(page)
+    assert page.locator("#text").input_value() == "seven & eight" and page.locator("#min_side").input_value() == "30"
+    page.go_back()
+    page.get_by_role("button", name="Delete saved search large numbers").click()
+    assert page.locator("#saved a").all_text_contents() == ["<b>nine</b>"]
+    page.reload()
+    assert page.locator("#saved a").all_text_contents() == ["<b>nine</b>"]
+
+
+def test_search_with_added_images_cannot_be_saved(page: Any, image_folder: Path) -> None:
+    page.locator("#text").fill("seven")
+    page.locator("#file").set_input_files(image_folder / "4.png")
+    wait_for_hits(page)
+    assert not page.locator("#save").is_visible()
+
+
+# ---- accessibility and touch ----------------------------------------------------------------------------------------
+
+
+def find_violations(page: Any) -> list[str]:
+    """Return the violations of accessibility rules that axe-core finds in the page."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    results = Axe().run(page).response
+    assert results["passes"]
+    return [
+        f"{violation['id']}: {node['html'][:120]} {node['any'][:1]}"
+        for violation in results["violations"]
+        for node in violation["nodes"]
+    ]
+
+
+@on_both_devices
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_violations(page: Any, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.locator("#queries a").first.wait_for()
+    page.evaluate('localStorage.setItem(\'llm2clip-saved-searches\', \'[{"name": "a", "hash": "q=a"}]\')')
+    page.reload()
+    page.locator("#saved a").wait_for()
+    page.locator("#queries a").first.wait_for()
+    assert find_violations(page) == []
+    page.locator("#text").fill("grey")
+    page.locator("#more").click()
+    page.locator("#caption").fill("left")
+    page.locator("#text").press("Enter")
+    wait_for_hits(page, 6)
+    assert find_violations(page) == [], "results with open filters"
+    page.locator("#more").click()
+    page.locator("#grid .tile").nth(1).locator(".mark").click()
+    page.locator("#selection-unlike").click()
+    wait_for_hits(page, 6)
+    page.locator("#grid .tile").nth(2).locator(".mark").click()
+    assert find_violations(page) == [], "results with a negative image, active filters and a selection"
+    page.locator("#grid button").first.click()
+    wait_until(page, "document.getElementById('large').naturalWidth === 48")
+    page.locator("#where").click()
+    page.locator("#heatmap").wait_for()
+    page.locator("#why").click()
+    page.locator("#explanation ruby").first.wait_for()
+    assert find_violations(page) == [], "detail view"
+
+
+@pytest.mark.parametrize("page", ["phone"], indirect=True)
+def test_swiping_shows_the_next_and_previous_image(page: Any) -> None:
+    search_for(page, "seven").nth(1).locator("button").tap()
+    session = page.context.new_cdp_session(page)
+
+    def swipe(right: int, down: int) -> str:
+        touch = {"x": 190, "y": 150}
+        session.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [touch]})
+        for step in range(1, 5):
+            moved = {"x": touch["x"] + right * step / 4, "y": touch["y"] + down * step / 4}
+            session.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [moved]})
+        session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        return Path(page.locator("#locations span").first.inner_text()).name
+
+    names = page.locator("#grid .name").all_text_contents()
+    assert swipe(-120, 10) == names[2]
+    assert swipe(120, -10) == names[1]
+    assert swipe(-30, 0) == swipe(20, 100) == names[1], "short and vertical movements do not count"
+    assert swipe(150, 0) == names[0] and swipe(150, 0) == names[0]
+
+
+# ---- detail view and token ------------------------------------------------------------------------------------------
 
 
 def test_detail_view_offers_the_original(page: Any, image_folder: Path) -> None:

@@ -109,6 +109,7 @@ class SimilarHit(NamedTuple):
 
 
 MAX_LOCATIONS = 100  # maximum per hit; web data sets contain some images hundreds of thousands of times
+FILES_PER_NEWEST = 10  # number of files that `newest_ids` reads per image, because some may have the same content
 
 
 @dataclass(frozen=True)
@@ -318,6 +319,10 @@ class Backend(Protocol):
 
     def sample_ids(self, count: int) -> list[str]:
         """Return the hit ids of at most `count` distinct images, chosen at random. Equal indexes give equal samples."""
+        ...
+
+    def newest_ids(self, count: int) -> list[str]:
+        """Return the hit ids of at most `count` distinct images with the latest capture times, newest first."""
         ...
 
     def save_calibration(self, data: bytes) -> None:

@@ -31,6 +31,7 @@ from pgvector import HalfVector
 from llm2clip.data.image_refs import FileImage, to_valid_unicode
 from llm2clip.runs.output_folder import check_format_version
 from llm2clip.search.backends import (
+    FILES_PER_NEWEST,
     FORMAT_VERSION,
     MAX_LOCATIONS,
     NEW_INDEX_ADVICE,
@@ -365,6 +366,10 @@ class PostgresBackend:
     def sample_ids(self, count: int) -> list[str]:
         rows = self._db.query("SELECT id FROM contents ORDER BY hash LIMIT %s", (count,))  # hashes are random
         return [str(content_id) for (content_id,) in rows]
+
+    def newest_ids(self, count: int) -> list[str]:
+        rows = self._db.query("SELECT content FROM images ORDER BY taken DESC LIMIT %s", (count * FILES_PER_NEWEST,))
+        return list(dict.fromkeys(str(content_id) for (content_id,) in rows))[:count]
 
     def save_calibration(self, data: bytes) -> None:
         with self._db.write() as connection:

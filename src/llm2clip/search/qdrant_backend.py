@@ -305,6 +305,9 @@ class QdrantBackend:
         points = itertools.islice(self._scroll_points(), count)
         return [str(point.id) for point in points]
 
+    def newest_ids(self, count: int) -> list[str]:
+        return [hit.id for hit in self.search(None, count, Filter())]
+
     @_convert_errors
     def save_calibration(self, data: bytes) -> None:
         dim = int(self.metadata()["embed_dim"])

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import uvicorn
-from fastapi import FastAPI, Request, UploadFile
+from fastapi import FastAPI, Query, Request, UploadFile
 from fastapi.responses import FileResponse, RedirectResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
@@ -27,8 +27,9 @@ from llm2clip.models.prompts import QueryTemplates
 from llm2clip.models.truncation import check_dim
 from llm2clip.search.backends import Backend
 from llm2clip.search.errors import ERROR_RESPONSES, add_error_handlers
+from llm2clip.search.examples import ExampleCache, ExamplesResponse
 from llm2clip.search.inference import InferenceService, Limits, truncate_vectors
-from llm2clip.search.middleware import CHUNK_SIZE, Authenticator, RequestMiddleware, make_connection_class
+from llm2clip.search.middleware import Authenticator, RequestMiddleware, make_connection_class
 from llm2clip.search.request_images import NotFound, RequestImage
 from llm2clip.search.schemas import (
     DATA_URI_PREFIX,
@@ -46,9 +47,10 @@ from llm2clip.search.schemas import (
     SearchResponse,
 )
 from llm2clip.search.vlm import VisionLanguageModel
+from llm2clip.search.zip_download import MAX_ZIP_IMAGES, parse_ids, read_chunks, stream_zip
 
 STATIC_FOLDER = Path(__file__).parent / "static"
-STATIC_FILES = ("page.css", "page.js")
+STATIC_FILES = ("page.css", "page.js", "selection.js", "start.js")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 SHUTDOWN_TIMEOUT = 5  # in seconds; leaves time to cancel requests, because `docker stop` kills the process after 10 s
 API_ERRORS: dict[int | str, dict[str, Any]] = {code: ERROR_RESPONSES[code] for code in (400, 404, 422, 429, 503, 504)}
@@ -220,6 +222,13 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
         """
         return Response(await service.search(request), media_type="application/json")
 
+    examples = ExampleCache()
+
+    @app.get("/examples", responses=API_ERRORS)
+    async def get_examples() -> ExamplesResponse:
+        """Return example queries, which are captions of random images, and the newest images."""
+        return await run_in_threadpool(examples.get, service.require_backend())
+
     @app.post("/explain", responses=API_ERRORS)
     async def explain(request: ExplainRequest) -> ExplainResponse:
         """Return how much the score of a hit changes if a word is left out of the query's texts."""
@@ -302,15 +311,27 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
             return Response(stream.getvalue(), media_type=media_type, headers=headers)
         size = stream.seek(0, os.SEEK_END)
         headers["Content-Length"] = str(size)
-        return StreamingResponse(_read_chunks(stream, size), media_type=media_type, headers=headers)
+        return StreamingResponse(_read_and_close(stream, size), media_type=media_type, headers=headers)
+
+    @app.get("/zip", response_class=Response, responses=API_ERRORS)
+    async def download_zip(
+        ids: Annotated[str, Query(description=f"ids of up to {MAX_ZIP_IMAGES} hits, separated by commas")],
+    ) -> Response:
+        """Return the original image files of hits in a zip archive without compression.
+
+        Files that have been changed or removed since they were indexed are listed in the archive instead.
+        """
+        service.require_backend()
+        headers = {"Content-Disposition": 'attachment; filename="images.zip"', "Cache-Control": "no-store"}
+        archive = stream_zip(service, parse_ids(ids))
+        return StreamingResponse(archive, media_type="application/zip", headers=headers)
 
 
-async def _read_chunks(stream: BinaryIO, size: int) -> AsyncIterator[bytes]:
-    """Yield the first `size` bytes of a stream in chunks."""
+async def _read_and_close(stream: BinaryIO, size: int) -> AsyncIterator[bytes]:
+    """Yield the first `size` bytes of a stream in chunks, then close the stream."""
     with stream:
-        stream.seek(0)
-        for start in range(0, size, CHUNK_SIZE):
-            yield await run_in_threadpool(stream.read, min(CHUNK_SIZE, size - start))
+        async for chunk in read_chunks(stream, size):
+            yield chunk
 
 
 def _add_page_routes(app: FastAPI, auth: Authenticator | None) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 from llm2clip.runs.output_folder import INDEX_FILE, folder_lock
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import (
+    FILES_PER_NEWEST,
     MAX_LOCATIONS,
     Backend,
     Filter,
@@ -364,10 +365,15 @@ class SqliteBackend:
         return {hit_id: vector for hit_id, vector in zip(hit_ids, vectors, strict=True) if vector.any()}
 
     def sample_ids(self, count: int) -> list[str]:
-        ids = _read_int_column(self._db.query("SELECT id FROM contents ORDER BY id"))
+        # Without ORDER BY, SQLite reads the ids from an index, not from the table, which also contains the vectors.
+        ids = np.sort(_read_int_column(self._db.query("SELECT id FROM contents")))
         if len(ids) > count:
             ids = np.sort(np.random.default_rng(0).choice(ids, count, replace=False))
         return [str(content_id) for content_id in ids.tolist()]
+
+    def newest_ids(self, count: int) -> list[str]:
+        rows = self._db.query("SELECT content FROM images ORDER BY taken DESC LIMIT ?", (count * FILES_PER_NEWEST,))
+        return list(dict.fromkeys(str(content_id) for (content_id,) in rows))[:count]
 
     def save_calibration(self, data: bytes) -> None:
         with self._db.transaction() as connection:

@@ -1,22 +1,27 @@
 "use strict";
 // Search page that shows query results in a grid. It sends requests only to its own server, to the paths /search,
-// /heatmap, /thumbnail and /image.
+// /heatmap, /explain, /thumbnail and /image. selection.js selects results, and start.js fills the first screen.
 
 const $ = (id) => document.getElementById(id);
 const MAX_SIDE = 1024; // in pixels; larger images are scaled down before upload
 const MAX_IMAGES = 16; // maximum number of images per request; the server has the same limit
 const MAX_UPLOAD = 20 << 20; // in bytes; limit for files that the browser cannot decode, which are sent unchanged
-const MAX_OFFSET = 10000; // maximum number of results to skip; the server has the same limit
+const PAGE_SIZE = 100; // number of results to load when the user scrolls to the end
+const MIN_SWIPE = 50; // in CSS pixels
+const ROWS = 6; // number of rows of results in each block of the grid; the browser renders only the blocks near the window
 const query = { images: [], like: [], negativeLike: [] }; // images contains {uri, name}; the other lists contain hit ids
 const FIELDS = { q: "text", without: "negative", caption: "caption", path: "path", after: "after", before: "before",
-  min_side: "min_side", words: "words" }; // URL parameter -> id of the input element
+  min_side: "min_side", words: "words", group: "group" }; // URL parameter -> id of the input element
 const FILTER_LABELS = { negative: "without", caption: "caption contains", path: "in", after: "after", before: "before",
-  min_side: "shorter side at least", words: "words:" };
+  min_side: "shorter side at least", words: "words:", group: "group similar images:" };
 const DARKEST = 0.8; // opacity of the heat map over the least similar cell
 let hits = [];
+let tiles = []; // elements of the hits
+let columns = 1; // number of columns of the grid
 let searchedRequest = null; // search request that returned `hits`
-let showWeak = false; // true if the user asked for the hits of a query to which nothing is close
+let nextOffset = null; // `offset` of the request for further results; null if there are none
 let total = 0; // number of images in the index that match the filter of searchedRequest
+let tabStop = null; // button of the only result that the Tab key reaches; the arrow keys reach the others
 let openIndex = -1; // index of the hit in the detail view; -1 until a hit is opened
 let lastRequest = 0; // number of the latest search; results of earlier searches are ignored
 
@@ -28,11 +33,11 @@ function readRequest() {
   return {
     texts: getValue("text") ? [getValue("text")] : [],
     images: query.images.map((image) => image.uri),
-    like: query.like,
+    like: [...query.like],
     negative_texts: getValue("negative") ? [getValue("negative")] : [],
-    negative_like: query.negativeLike,
-    show_weak: showWeak,
+    negative_like: [...query.negativeLike],
     words: !getValue("words"),
+    group_similar: !getValue("group"),
     filter: {
       caption: getValue("caption") || null,
       path: getValue("path") || null,
@@ -47,6 +52,10 @@ function toTimestamp(date, time) {
   return date ? new Date(date + time).getTime() / 1000 : null;
 }
 
+function getQueryFields({ texts, images, like, negative_texts, negative_like }) {
+  return { texts, images, like, negative_texts, negative_like };
+}
+
 function hasPositivePart(request) {
   return request.texts.length > 0 || request.images.length > 0 || request.like.length > 0;
 }
@@ -55,14 +64,14 @@ function hasQuery(request) {
   return hasPositivePart(request) || request.negative_texts.length > 0 || request.negative_like.length > 0;
 }
 
-async function postJson(path, body) {
+function postJson(path, body) {
+  return requestJson(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+}
+
+async function requestJson(path, options) {
   let response;
   try {
-    response = await fetch(path, {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(body),
-    });
+    response = await fetch(path, options);
   } catch {
     throw new Error("The server is not responding. Is it still running?");
   }
@@ -72,28 +81,31 @@ async function postJson(path, body) {
   return answer;
 }
 
-async function search(addToHistory = true, withWeakHits = false) {
-  showWeak = withWeakHits;
-  const request = readRequest(), requestNumber = ++lastRequest;
+function search(addToHistory = true) {
+  const request = readRequest();
   showChips();
   if (addToHistory) updateUrl();
-  if (!hasQuery(request) && Object.values(request.filter).every((condition) => condition === null)) {
-    showHits([]);
-    showStatus("");
-    $("empty").hidden = false;
-    document.body.classList.remove("searching");
-    return;
-  }
-  const start = performance.now();
+  if (hasQuery(request) || Object.values(request.filter).some((condition) => condition !== null)) return runSearch(request);
+  lastRequest++; // results of a search in progress are ignored
+  searchedRequest = null;
+  showHits([]);
+  showStatus("");
+  document.body.classList.remove("searching");
+  showStart();
+}
+
+async function runSearch(request) {
+  const start = performance.now(), requestNumber = ++lastRequest;
   document.body.classList.add("searching");
   showStatus("Searching…");
   try {
     const answer = await postJson("/search", request);
     if (requestNumber !== lastRequest) return; // a newer search has started
     searchedRequest = request;
-    total = answer.total;
+    ({ total, next_offset: nextOffset } = answer);
     showHits(answer.hits);
     showCount(start, answer.nothing_close);
+    watchEnd();
   } catch (error) {
     if (requestNumber !== lastRequest) return;
     if (removeRejectedImage(error)) {
@@ -108,24 +120,39 @@ async function search(addToHistory = true, withWeakHits = false) {
 }
 
 async function showMore() {
-  const start = performance.now(), request = { ...searchedRequest, offset: hits.length }, requestNumber = lastRequest;
+  if ($("show-more").disabled) return; // the next results are already being loaded
+  const start = performance.now(), requestNumber = lastRequest;
+  const request = { ...searchedRequest, offset: nextOffset, top: PAGE_SIZE };
   const hasFocus = document.activeElement === $("show-more");
   $("show-more").disabled = true;
   try {
     const answer = await postJson("/search", request);
-    if (requestNumber !== lastRequest) return;
-    const ids = new Set(hits.map((hit) => hit.id)); // hits already shown are skipped: the index may have changed
-    const newHits = answer.hits.filter((hit) => !ids.has(hit.id)), first = hits.length;
-    $("grid").append(...newHits.map((hit, index) => makeGridItem(hit, first + index)));
-    hits.push(...newHits);
-    total = newHits.length ? answer.total : first;
-    showCount(start, answer.nothing_close);
-    if (hasFocus) focusHit(first);
+    if (requestNumber === lastRequest) {
+      const ids = new Set(hits.map((hit) => hit.id)); // hits already shown are skipped: the index may have changed
+      const newHits = answer.hits.filter((hit) => !ids.has(hit.id)), first = hits.length;
+      hits.push(...newHits);
+      tiles.push(...newHits.map((hit, index) => makeTile(hit, first + index)));
+      addToGrid(first);
+      ({ total, next_offset: nextOffset } = answer);
+      showCount(start, answer.nothing_close);
+      if (hasFocus) focusHit(first);
+    }
+    watchEnd();
   } catch (error) {
     if (requestNumber === lastRequest) showStatus(error.message, true);
   } finally {
     $("show-more").disabled = false;
   }
+}
+
+// Results load before the user scrolls to the end. The button remains for keyboards, screen readers and errors.
+const endObserver = new IntersectionObserver((entries) => {
+  if (entries.some((entry) => entry.isIntersecting)) showMore();
+}, { rootMargin: "1000px" });
+
+function watchEnd() {
+  endObserver.disconnect(); // the observer reports a button again only if it is observed again
+  endObserver.observe($("show-more"));
 }
 
 function showCount(start, nothingClose) {
@@ -140,10 +167,12 @@ function showCount(start, nothingClose) {
   if (!hasQuery(searchedRequest)) order = "newest first";
   else if (!hasPositivePart(searchedRequest)) order = "least similar to the excluded content first";
   const seconds = ((performance.now() - start) / 1000).toFixed(2);
-  const count = hits.length < total ? `${hits.length} of ${total.toLocaleString("en")}` : hits.length;
+  const shown = hits.reduce((sum, hit) => sum + 1 + hit.similar.length, 0);
+  const count = shown < total ? `${shown.toLocaleString("en")} of ${total.toLocaleString("en")}` : shown;
   const images = nothingClose ? "images, none of them close to the query" : "images";
   showStatus(hits.length ? `${count} ${images}, ${order} (${seconds} s)` : "No results. Try different filters.");
-  $("show-more").hidden = !hits.length || hits.length >= Math.min(total, MAX_OFFSET);
+  $("show-more").hidden = nextOffset === null;
+  $("save").hidden = !location.hash || searchedRequest.images.length > 0;
 }
 
 function showStatus(text, isError = false) {
@@ -177,8 +206,13 @@ function restoreQuery() {
 function showHits(newHits) {
   if ($("detail").open) $("detail").close(); // the dialog still shows a hit of the previous search
   hits = newHits;
-  $("empty").hidden = $("show-more").hidden = $("show-weak").hidden = true;
-  $("grid").replaceChildren(...hits.map(makeGridItem));
+  for (const id of ["start", "show-more", "show-weak", "save"]) $(id).hidden = true;
+  tiles = hits.map(makeTile);
+  columns = countColumns();
+  $("grid").replaceChildren();
+  addToGrid(0);
+  tabStop = null;
+  if (hits.length) setTabStop(tiles[0]);
 }
 
 function formatDate(hit) {
@@ -189,13 +223,49 @@ function formatScoreOrDate(hit) {
   return hit.score === null ? formatDate(hit) : hit.score.toFixed(3);
 }
 
-function makeGridItem(hit, index) {
-  const item = document.createElement("li"), button = document.createElement("button");
+// The layout of thousands of elements in one grid takes too long, so the tiles are in blocks of complete rows.
+
+function countColumns() {
+  return getComputedStyle($("grid")).gridTemplateColumns.split(" ").length;
+}
+
+function addToGrid(first) {
+  const size = columns * ROWS;
+  for (let index = first; index < tiles.length; index++) {
+    if (index % size === 0) {
+      const block = document.createElement("div");
+      block.className = "rows";
+      block.setAttribute("role", "presentation");
+      $("grid").append(block);
+    }
+    $("grid").lastElementChild.append(tiles[index]);
+  }
+  if (!tiles.length) return;
+  const height = tiles[0].offsetHeight, gap = parseFloat(getComputedStyle($("grid")).rowGap);
+  for (let block = Math.floor(first / size); block < $("grid").children.length; block++) {
+    const rows = Math.ceil($("grid").children[block].children.length / columns);
+    const estimate = rows * (height + gap) - gap; // height of the block until it is rendered for the first time
+    $("grid").children[block].style.setProperty("contain-intrinsic-block-size", `auto ${estimate}px`);
+  }
+}
+
+new ResizeObserver(() => {
+  if (countColumns() === columns) return;
+  const focused = $("grid").contains(document.activeElement) ? document.activeElement : null;
+  columns = countColumns();
+  $("grid").replaceChildren();
+  addToGrid(0);
+  focused?.focus();
+}).observe($("grid"));
+
+function makeTile(hit, index) {
+  const tile = document.createElement("div"), button = document.createElement("button");
   const image = document.createElement("img"), line = document.createElement("span");
   const name = document.createElement("span"), score = document.createElement("span");
   const first = hit.images[0];
   image.src = `/thumbnail/${hit.id}`;
   image.loading = "lazy";
+  image.draggable = false; // dragging selects images
   image.alt = first.captions[0] || first.name;
   name.className = "name";
   name.textContent = getFileName(first);
@@ -203,16 +273,39 @@ function makeGridItem(hit, index) {
   score.textContent = formatScoreOrDate(hit);
   line.append(name, score);
   button.append(image, line);
-  if (hit.matched.length) {
-    const matched = document.createElement("span");
-    matched.className = "matched";
-    matched.textContent = describeMatch(hit);
-    button.append(matched);
+  const notes = describeSimilar(hit);
+  if (hit.matched.length) notes.push(describeMatch(hit));
+  if (notes.length) {
+    const note = document.createElement("span");
+    note.className = "note";
+    note.textContent = notes.join(" · ");
+    button.append(note);
   }
   button.type = "button";
-  button.addEventListener("click", () => showDetail(index));
-  item.append(button);
-  return item;
+  button.tabIndex = -1;
+  button.addEventListener("click", (event) => {
+    if (event.shiftKey || event.ctrlKey || event.metaKey) toggleSelected(index, event.shiftKey);
+    else showDetail(index);
+  });
+  tile.className = "tile";
+  tile.setAttribute("role", "listitem");
+  tile.append(button, makeCheckbox(hit, index));
+  tile.classList.toggle("selected", selected.has(hit.id));
+  return tile;
+}
+
+function setTabStop(tile) {
+  if (tabStop) tabStop.tabIndex = -1;
+  tabStop = tile.querySelector("button");
+  tabStop.tabIndex = 0;
+}
+
+function getTileIndex(element) {
+  return tiles.indexOf(element.closest(".tile"));
+}
+
+function describeSimilar(hit) {
+  return hit.similar.length ? [`+${hit.similar.length} similar`] : [];
 }
 
 function describeMatch(hit) {
@@ -224,6 +317,7 @@ function showDetail(index) {
   if (index < 0 || index >= hits.length) return;
   openIndex = index;
   hideHeatmap();
+  hideExplanation();
   const hit = hits[index], first = hit.images[0];
   $("large").src = `/image/${hit.id}`;
   $("large").onerror = () => { $("large").onerror = null; $("large").src = `/thumbnail/${hit.id}`; };
@@ -242,14 +336,31 @@ function showDetail(index) {
     entry.textContent = `and ${(hit.image_count - hit.images.length).toLocaleString()} more`;
     $("locations").append(entry);
   }
+  $("similar-title").textContent = describeSimilar(hit).join("");
+  $("similar").replaceChildren(...hit.similar.map(makeSimilarLink));
   $("back").disabled = index === 0;
   $("next").disabled = index === hits.length - 1;
   $("where").disabled = !hasQuery(searchedRequest);
+  $("why").disabled = !searchedRequest.texts.length;
+  showOpenSelection();
   if (!$("detail").open) $("detail").showModal();
 }
 
 function getFileName(image) {
   return image.name.split(/[/!]/).pop();
+}
+
+function makeSimilarLink({ id, name }) {
+  const item = document.createElement("li"), link = document.createElement("a"), image = document.createElement("img");
+  link.href = `/image/${id}`;
+  link.target = "_blank";
+  link.rel = "noopener";
+  link.title = name;
+  image.src = `/thumbnail/${id}`;
+  image.alt = `Open ${getFileName({ name })}`;
+  link.append(image);
+  item.append(link);
+  return item;
 }
 
 function makeLocation(image) {
@@ -306,8 +417,7 @@ async function toggleHeatmap() {
   showHeatmapStatus("Computing the heat map…");
   const isCurrent = () => hits[openIndex] === hit && $("where").getAttribute("aria-pressed") === "true";
   try {
-    const { filter, show_weak, words, ...fields } = searchedRequest;
-    const answer = await postJson("/heatmap", { id: hit.id, ...fields });
+    const answer = await postJson("/heatmap", { id: hit.id, ...getQueryFields(searchedRequest) });
     if (!isCurrent()) return;
     drawHeatmap(answer.rows, hit);
   } catch (error) {
@@ -333,19 +443,83 @@ function drawHeatmap(rows, hit) {
   showHeatmapStatus(`Bright: most similar to the query (${most.toFixed(3)}). Dark: least similar (${least.toFixed(3)}).`);
 }
 
+// ---- effects of words ------------------------------------------------------------------------------------------------
+
+function hideExplanation() {
+  $("why").setAttribute("aria-pressed", "false");
+  $("explanation-status").textContent = "";
+  $("explanation-status").classList.remove("error");
+  $("explanation").replaceChildren();
+}
+
+async function toggleExplanation() {
+  if ($("why").disabled) return;
+  if ($("why").getAttribute("aria-pressed") === "true") {
+    hideExplanation();
+    return;
+  }
+  const hit = hits[openIndex], texts = searchedRequest.texts;
+  $("why").setAttribute("aria-pressed", "true");
+  $("explanation-status").textContent = "Leaving out one word at a time…";
+  const isCurrent = () => hits[openIndex] === hit && $("why").getAttribute("aria-pressed") === "true";
+  try {
+    const answer = await postJson("/explain", { id: hit.id, ...getQueryFields(searchedRequest) });
+    if (isCurrent()) showExplanation(texts, answer);
+  } catch (error) {
+    if (!isCurrent()) return;
+    hideExplanation();
+    $("explanation-status").textContent = error.message;
+    $("explanation-status").classList.add("error");
+  }
+}
+
+function showExplanation(texts, { score, words }) {
+  const largest = Math.max(...words.map((word) => Math.abs(word.effect)));
+  $("explanation").replaceChildren(...texts.map((text, textIndex) => {
+    const line = document.createElement("p"), characters = [...text]; // positions are counted in code points
+    let position = 0;
+    for (const word of words.filter((word) => word.text_index === textIndex)) {
+      line.append(characters.slice(position, word.start).join(""), makeWord(word, largest));
+      position = word.end;
+    }
+    line.append(characters.slice(position).join(""));
+    return line;
+  }));
+  $("explanation-status").textContent = `Change of the similarity (${score.toFixed(3)}) by each word. Blue words raise it, red words lower it.`;
+}
+
+function makeWord({ text, effect }, largest) {
+  const word = document.createElement("ruby"), number = document.createElement("rt");
+  word.textContent = text;
+  word.className = effect < 0 ? "lower" : "raise";
+  word.style.setProperty("--share", `${largest ? Math.round(100 * Math.abs(effect) / largest) : 0}%`);
+  number.textContent = `${effect < 0 ? "−" : "+"}${Math.abs(effect).toFixed(3)}`;
+  word.append(number);
+  return word;
+}
+
 // ---- more and less like a hit ---------------------------------------------------------------------------------------
 
-function searchMoreLike(hit) {
-  Object.assign(query, { images: [], like: [hit.id], negativeLike: [] });
+// The functions below return true if the search has started.
+
+function searchMoreLike(likedHits) {
+  Object.assign(query, { images: [], like: likedHits.map((hit) => hit.id), negativeLike: [] });
   $("text").value = "";
   $("negative").value = "";
   updateQuery();
+  return true;
 }
 
-function searchLessLike(hit) {
-  if (query.negativeLike.length >= MAX_IMAGES || query.negativeLike.includes(hit.id)) return;
-  query.negativeLike.push(hit.id);
+function searchLessLike(dislikedHits) {
+  const ids = new Set([...query.negativeLike, ...dislikedHits.map((hit) => hit.id)]);
+  if (ids.size > MAX_IMAGES) {
+    if ($("detail").open) $("detail").close();
+    showProblem(`A query can contain at most ${MAX_IMAGES} images that results should not resemble.`);
+    return false;
+  }
+  query.negativeLike = [...ids];
   updateQuery();
+  return true;
 }
 
 function updateQuery() {
@@ -468,13 +642,13 @@ function resizeText() {
 function submitQuery() {
   showProblem("");
   search();
-  if (!$("empty").hidden) showStatus("Enter a description, add an image or set a filter.");
+  if (!$("start").hidden) showStatus("Enter a description, add an image or set a filter.");
 }
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); submitQuery(); });
 $("filters").addEventListener("change", showChips);
 $("show-more").addEventListener("click", showMore);
-$("show-weak").addEventListener("click", () => search(false, true));
+$("show-weak").addEventListener("click", () => runSearch({ ...searchedRequest, show_weak: true }));
 $("text").addEventListener("input", resizeText);
 $("text").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); submitQuery(); }
@@ -486,45 +660,69 @@ $("more").addEventListener("click", () => {
   $("filters").hidden = !$("filters").hidden;
   $("more").setAttribute("aria-expanded", String(!$("filters").hidden));
 });
-$("like").addEventListener("click", () => searchMoreLike(hits[openIndex]));
-$("unlike").addEventListener("click", () => searchLessLike(hits[openIndex]));
+$("like").addEventListener("click", () => searchMoreLike([hits[openIndex]]));
+$("unlike").addEventListener("click", () => searchLessLike([hits[openIndex]]));
 $("where").addEventListener("click", toggleHeatmap);
+$("why").addEventListener("click", toggleExplanation);
 $("back").addEventListener("click", () => showDetail(openIndex - 1));
 $("next").addEventListener("click", () => showDetail(openIndex + 1));
 $("close").addEventListener("click", () => $("detail").close());
 $("detail").addEventListener("close", () => {
   // This event fires shortly after the dialog closes. If the search box has focus by then, do not move the focus.
-  const focusable = [document.body, ...$("grid").querySelectorAll("button")];
-  if (hits[openIndex] && focusable.includes(document.activeElement)) focusHit(openIndex);
+  const active = document.activeElement;
+  if (hits[openIndex] && (active === document.body || $("grid").contains(active))) focusHit(openIndex);
 });
 $("detail").addEventListener("click", (event) => { if (event.target === $("detail")) $("detail").close(); });
 
+let swipe = null; // position at which a single finger touched the image
+$("picture").addEventListener("touchstart", (event) => {
+  const [touch] = event.touches, isZoomed = visualViewport.scale > 1.01;
+  swipe = event.touches.length === 1 && !isZoomed ? { x: touch.clientX, y: touch.clientY } : null;
+}, { passive: true });
+$("picture").addEventListener("touchend", (event) => {
+  if (!swipe) return;
+  const [touch] = event.changedTouches, right = touch.clientX - swipe.x, down = touch.clientY - swipe.y;
+  if (Math.abs(right) > Math.max(MIN_SWIPE, 2 * Math.abs(down))) showDetail(openIndex - Math.sign(right));
+  swipe = null;
+});
+
+$("grid").addEventListener("focusin", (event) => setTabStop(event.target.closest(".tile")));
+
 function focusHit(index) {
-  const buttons = $("grid").querySelectorAll("button");
-  if (buttons.length) buttons[Math.max(0, Math.min(index, buttons.length - 1))].focus();
+  tiles[Math.max(0, Math.min(index, hits.length - 1))]?.querySelector("button").focus();
 }
 
 document.addEventListener("keydown", (event) => {
-  const isTyping = event.target.matches("input, textarea");
+  const isTyping = event.target.matches("input:not([type=checkbox]), textarea, select");
   if (event.ctrlKey || event.metaKey || event.altKey || isTyping) return;
   if ($("detail").open) {
     if (event.key === "ArrowLeft") showDetail(openIndex - 1);
     if (event.key === "ArrowRight") showDetail(openIndex + 1);
-    if (event.key === "m") searchMoreLike(hits[openIndex]);
+    if (event.key === "m") searchMoreLike([hits[openIndex]]);
     if (event.key === "w") toggleHeatmap();
+    if (event.key === "y") toggleExplanation();
+    if (event.key === "x") toggleSelected(openIndex);
     return;
   }
   if (event.key === "/") { event.preventDefault(); $("text").focus(); return; }
-  const buttons = [...$("grid").querySelectorAll("button")], current = buttons.indexOf(document.activeElement);
+  if (event.key === "Escape") { clearSelection(); return; }
+  const current = getTileIndex(event.target);
   if (current < 0) return;
-  const columns = buttons.filter((button) => button.offsetTop === buttons[0].offsetTop).length;
   const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
-  if (event.key === "m") searchMoreLike(hits[current]);
+  if (event.key === "m") searchMoreLike([hits[current]]);
+  if (["x", "X", " "].includes(event.key)) {
+    event.preventDefault();
+    toggleSelected(current, event.shiftKey);
+  }
   if (step) {
     event.preventDefault();
-    if (current + step < 0) $("text").focus();
-    else focusHit(current + step);
+    if (current + step < 0) { $("text").focus(); return; }
+    focusHit(current + step);
+    if (event.shiftKey) extendSelection(current, Math.min(current + step, hits.length - 1));
   }
+});
+document.addEventListener("keyup", (event) => {
+  if (event.key === " " && getTileIndex(event.target) >= 0) event.preventDefault(); // Firefox clicks buttons here
 });
 
 let dragDepth = 0; // nesting depth, because dragenter and dragleave fire for every element under the pointer
@@ -544,4 +742,4 @@ addEventListener("paste", (event) => {
 });
 
 addEventListener("popstate", restoreQuery);
-restoreQuery();
+addEventListener("DOMContentLoaded", () => { watchEnd(); restoreQuery(); });
