@@ -284,8 +284,9 @@ def load_calibration(backend: Backend, model: DualEncoder) -> Calibration | None
 def warn_if_not_calibrated(backend: Backend) -> None:
     """Print how to calibrate an index that was never calibrated, or whose calibration cannot be read."""
     data = backend.load_calibration()
-    is_unreadable = bool(data) and not data.startswith(UNAVAILABLE) and Calibration.from_bytes(data) is None
-    if data is None or is_unreadable:
+    if data == b"" or (data is not None and data.startswith(UNAVAILABLE)):
+        return
+    if data is None or Calibration.from_bytes(data) is None:
         print_once(NOT_CALIBRATED)
 
 
