@@ -23,6 +23,7 @@ let nextOffset = null; // `offset` of the request for further results; null if t
 let total = 0; // number of images in the index that match the filter of searchedRequest
 let tabStop = null; // button of the only result that the Tab key reaches; the arrow keys reach the others
 let openIndex = -1; // index of the hit in the detail view; -1 until a hit is opened
+let isLoading = false; // true while the next results are being loaded
 let lastRequest = 0; // number of the latest search; results of earlier searches are ignored
 
 // ---- search ---------------------------------------------------------------------------------------------------------
@@ -119,12 +120,11 @@ async function runSearch(request) {
   }
 }
 
-async function showMore() {
-  if ($("show-more").disabled) return; // the next results are already being loaded
+async function showMore(moveFocus) {
+  if (isLoading) return;
   const start = performance.now(), requestNumber = lastRequest;
   const request = { ...searchedRequest, offset: nextOffset, top: PAGE_SIZE };
-  const hasFocus = document.activeElement === $("show-more");
-  $("show-more").disabled = true;
+  isLoading = true;
   try {
     const answer = await postJson("/search", request);
     if (requestNumber === lastRequest) {
@@ -135,19 +135,19 @@ async function showMore() {
       addToGrid(first);
       ({ total, next_offset: nextOffset } = answer);
       showCount(start, answer.nothing_close);
-      if (hasFocus) focusHit(first);
+      if (moveFocus) focusHit(first);
     }
     watchEnd();
   } catch (error) {
     if (requestNumber === lastRequest) showStatus(error.message, true);
   } finally {
-    $("show-more").disabled = false;
+    isLoading = false;
   }
 }
 
 // Results load before the user scrolls to the end. The button remains for keyboards, screen readers and errors.
 const endObserver = new IntersectionObserver((entries) => {
-  if (entries.some((entry) => entry.isIntersecting)) showMore();
+  if (entries.some((entry) => entry.isIntersecting)) showMore(false);
 }, { rootMargin: "1000px" });
 
 function watchEnd() {
@@ -647,7 +647,7 @@ function submitQuery() {
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); submitQuery(); });
 $("filters").addEventListener("change", showChips);
-$("show-more").addEventListener("click", showMore);
+$("show-more").addEventListener("click", () => showMore(true));
 $("show-weak").addEventListener("click", () => runSearch({ ...searchedRequest, show_weak: true }));
 $("text").addEventListener("input", resizeText);
 $("text").addEventListener("keydown", (event) => {
