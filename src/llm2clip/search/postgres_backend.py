@@ -568,9 +568,11 @@ def _hash_name(name: str) -> bytes:
 
 def _make_image_rows(connection: Connection, images: Sequence[tuple[IndexedImage, bytes]]) -> list[tuple[Any, ...]]:
     """Return the parameters of INSERT_IMAGE for images and their content hashes."""
-    cursor = connection.execute(
-        "SELECT hash, text FROM recognized_texts JOIN contents ON id = content WHERE hash = ANY(%s)",
-        ([digest for _, digest in images],),
+    texts: dict[bytes, str] = dict(
+        connection.execute(
+            "SELECT hash, text FROM recognized_texts JOIN contents ON id = content WHERE hash = ANY(%s)",
+            ([digest for _, digest in images],),
+        ).fetchall()
     )
     texts: dict[bytes, str] = dict(cursor.fetchall())
     fields = [make_fields(image, _from_storable(texts.get(digest, ""))) for image, digest in images]
