@@ -574,7 +574,6 @@ def _make_image_rows(connection: Connection, images: Sequence[tuple[IndexedImage
             ([digest for _, digest in images],),
         ).fetchall()
     )
-    texts: dict[bytes, str] = dict(cursor.fetchall())
     fields = [make_fields(image, _from_storable(texts.get(digest, ""))) for image, digest in images]
     rows = []
     for (image, digest), columns in zip(images, make_word_columns(fields), strict=True):
