@@ -4,9 +4,9 @@
 
 The first 200 images of the folder are embedded, together with edited copies of each: scaled to half the size, saved as
 JPEG with quality 40, cropped by 5%, and brightened by 20%. In place of the frames of a burst, two crops of each image
-are compared: without the left and upper tenth, and without the right and lower tenth. The table shows how many pairs of
-each kind have at least a given similarity, and how many of the pairs of different photographs do.
-`src/llm2clip/search/similar.py` contains the thresholds of searches.
+are compared: without the left and upper tenth, and without the right and lower tenth. The tables show how many pairs of
+each kind have at least a given similarity, and how many of the pairs of different photographs do. In the first table,
+the mean embedding of the images is subtracted. `src/llm2clip/search/similar.py` contains the thresholds of searches.
 """
 
 import argparse
@@ -39,7 +39,9 @@ def main() -> None:
     for name in args.models:
         model = open_dual_encoder(name)
         vectors = {kind: embed(model, images) for kind, images in variants.items()}
-        print(f"{name}\n\n{make_table(vectors)}\n")
+        mean = vectors["original"].mean(axis=0)
+        centred = {kind: normalize(values - mean) for kind, values in vectors.items()}
+        print(f"{name}, centred\n\n{make_table(centred)}\n\n{name}, not centred\n\n{make_table(vectors)}\n")
 
 
 def edit(image: Image.Image) -> dict[str, bytes]:
@@ -70,6 +72,11 @@ def embed(model: DualEncoder, images: list[bytes]) -> np.ndarray:
         batch = [model.transform(load_image(data)) for data in images[start : start + BATCH_SIZE]]
         chunks.append(model.encode_images(batch).numpy())
     return np.concatenate(chunks)
+
+
+def normalize(vectors: np.ndarray) -> np.ndarray:
+    normalized: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return normalized
 
 
 def make_table(vectors: dict[str, np.ndarray]) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.backends import Backend, Filter, IndexedContent, IndexedImage
 from llm2clip.search.build import has_exif_time
-from llm2clip.search.similar import BURST_SECONDS, BURST_SIMILARITY, COPY_SIMILARITY, group_similar_hits
+from llm2clip.search.relevance import Calibration, Scale
+from llm2clip.search.similar import (
+    BURST_SECONDS,
+    COPY_SIMILARITY,
+    UNCENTRED_BURST_SIMILARITY,
+    UNCENTRED_COPY_SIMILARITY,
+    group_similar_hits,
+)
 from llm2clip.search.sqlite_backend import SqliteBackend
 from search_fixtures import BACKENDS, create_backend, create_patient_app, make_index
 
@@ -27,7 +35,9 @@ BASE_URL = "http://localhost"
 DIM = 16
 QUERY = np.eye(DIM, dtype=np.float32)[0]
 NOON = 1_717_149_600.0
-COPY, BURST, DISTINCT = (COPY_SIMILARITY + 1) / 2, (COPY_SIMILARITY + BURST_SIMILARITY) / 2, BURST_SIMILARITY - 0.05
+COPY = (UNCENTRED_COPY_SIMILARITY + 1) / 2
+BURST = (UNCENTRED_COPY_SIMILARITY + UNCENTRED_BURST_SIMILARITY) / 2
+DISTINCT = UNCENTRED_BURST_SIMILARITY - 0.05
 
 
 def make_vectors(similarity: float, count: int) -> np.ndarray:
@@ -100,20 +110,17 @@ def test_index_distinguishes_exif_times_from_modification_times(dual_encoder: Du
     Image.new("RGB", (40, 40), "red").save(photos / "exif.jpg", exif=exif)
     Image.new("RGB", (40, 40), "blue").save(photos / "plain.jpg")
     Image.new("RGB", (40, 40), "green").save(photos / "other.jpg", exif=exif)
-    backend = make_index(tmp_path / "first", photos, dual_encoder)
-    taken = next(
-        image.taken for hit in backend.search(None, 9, Filter()) for image in hit.images if "exif" in image.name
-    )
+    taken = datetime(2024, 5, 31, 12).timestamp()
     for name in ("exif.jpg", "plain.jpg"):
         os.utime(photos / name, (taken, taken))
-    backend = make_index(tmp_path / "second", photos, dual_encoder)
+    backend = make_index(tmp_path / "index", photos, dual_encoder)
     images = [image for hit in backend.search(None, 9, Filter()) for image in hit.images]
     assert {Path(image.name).name: has_exif_time(image) for image in images} == {
         "exif.jpg": True,
         "plain.jpg": False,
         "other.jpg": True,
     }
-    assert all(image.taken == pytest.approx(taken, abs=1e-3) for image in images if "exif" in image.name)
+    assert [image.taken for image in images] == pytest.approx([taken] * 3, abs=1e-3)
     in_data_set = dataclasses.replace(images[0], file_version="0f" * 16)
     assert not has_exif_time(in_data_set)
 
@@ -136,6 +143,24 @@ def test_page_ends_before_the_first_hit_that_needs_another_group(tmp_path: Path)
     for group in groups:
         assert len({is_copy[hit_id] for hit_id in group}) == 1
     assert len(groups) < len(hits)
+
+
+def test_mean_embedding_is_subtracted_if_the_index_is_calibrated(tmp_path: Path) -> None:
+    """In some models, all embeddings are similar."""
+    backend = SqliteBackend(tmp_path, write=True)
+    vectors = make_vectors(COPY, 3)
+    near = vectors[0] + 0.05 * (vectors[1] - vectors[0])
+    vectors = np.stack([*vectors, near / np.linalg.norm(near)])
+    add_images(backend, vectors, [NOON + 1e6 * number for number in range(4)])
+    centred = vectors - make_vectors(COPY, 15).mean(axis=0)
+    centred /= np.linalg.norm(centred, axis=1, keepdims=True)
+    assert centred[0] @ centred[3] > COPY_SIMILARITY > centred[0] @ centred[1]
+    scale = Scale(0, 1, 1, 0)
+    calibration = Calibration(make_vectors(COPY, 15), QUERY[None], [], 4, "f", scale, scale)
+    hits = backend.search(QUERY, 100, Filter())
+    assert [len(hit.similar) for hit in group_similar_hits(hits, backend, 10).hits] == [3]
+    grouped = group_similar_hits(hits, backend, 10, calibration).hits
+    assert sorted(len(hit.similar) for hit in grouped) == [0, 0, 1]
 
 
 def test_removed_hits_are_similar_to_no_other_hit(tmp_path: Path) -> None:
@@ -239,4 +264,5 @@ def test_search_prints_the_number_of_similar_images(
     results = [json.loads(line) for line in search("--json").splitlines()]
     assert sorted(len(result["similar"]) for result in results) == [0, 0, 0, 2, 2]
     search("--sheet", str(tmp_path / "sheet"))
-    assert (tmp_path / "sheet/results.html").read_text().count("(+2 similar)") == 2
+    # The label of an image is also its alternative text.
+    assert (tmp_path / "sheet/results.html").read_text().count("(+2 similar)") == 4

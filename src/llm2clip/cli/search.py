@@ -368,7 +368,7 @@ def _search(args: Namespace) -> list[str]:
                     f"Results that could not be re-ranked, because their files were changed or removed since indexing, "
                     f"or cannot be decoded: {reranking.missing:,}"
                 )
-        hits = group_similar_hits(hits, backend, args.top).hits if is_grouped else hits[: args.top]
+        hits = group_similar_hits(hits, backend, args.top, calibration).hits if is_grouped else hits[: args.top]
         if nothing_close and (args.json or args.paths):
             print(NOTHING_CLOSE)
     if args.json:

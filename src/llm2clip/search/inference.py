@@ -227,7 +227,9 @@ class InferenceService:
 
         def make_response(result: SearchResult, reranking: Reranking | None = None) -> bytes:
             hits = (result if reranking is None else reranking).hits[skipped : skipped + count]
-            page = group_similar_hits(hits, backend, request.top) if is_grouped else HitPage(hits, len(hits))
+            page = HitPage(hits, len(hits))
+            if is_grouped:
+                page = group_similar_hits(hits, backend, request.top, self._get_calibration())
             total, end = backend.count_matches(image_filter), request.offset + page.size
             values = {
                 "hits": page.hits,

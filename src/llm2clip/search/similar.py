@@ -5,6 +5,9 @@ Two images are similar if one of these conditions holds:
     edited copies   the cosine similarity of their embeddings is at least COPY_SIMILARITY
     bursts          it is at least BURST_SIMILARITY, and they were taken within BURST_SECONDS of each other
 
+The mean embedding of the index, which its calibration contains, is subtracted first, because in some models all
+embeddings are similar. In an index without a calibration, the cosine similarity must therefore be higher.
+
 Only EXIF times count for bursts, because files that were copied together have nearly equal modification times.
 `benchmarks/similar.py` measures how many edited copies and how many different photographs each similarity includes.
 
@@ -22,9 +25,10 @@ import numpy as np
 
 from llm2clip.search.backends import Backend, Hit, SimilarHit
 from llm2clip.search.build import has_exif_time
+from llm2clip.search.relevance import Calibration
 
-COPY_SIMILARITY = 0.95
-BURST_SIMILARITY = 0.85
+COPY_SIMILARITY, BURST_SIMILARITY = 0.85, 0.7
+UNCENTRED_COPY_SIMILARITY, UNCENTRED_BURST_SIMILARITY = 0.95, 0.85  # without a calibration
 BURST_SECONDS = 10.0  # EXIF times are in whole seconds
 READ_FACTOR = 2
 
@@ -36,7 +40,9 @@ class HitPage(NamedTuple):
     size: int
 
 
-def group_similar_hits(hits: Sequence[Hit], backend: Backend, count: int) -> HitPage:
+def group_similar_hits(
+    hits: Sequence[Hit], backend: Backend, count: int, calibration: Calibration | None = None
+) -> HitPage:
     """Add each hit to the `similar` hits of the first better hit to which it is similar.
 
     Grouped hits are not compared with later hits, so all hits of a group are similar to its first hit.
@@ -45,8 +51,10 @@ def group_similar_hits(hits: Sequence[Hit], backend: Backend, count: int) -> Hit
         hits: Hits, best first.
         backend: Index that returned the hits.
         count: Maximum number of groups. The page ends before the first hit that would need another group.
+        calibration: Calibration of the index, if it has one.
     """
-    is_similar = compare_hits(hits, backend)
+    mean = None if calibration is None else calibration.sample.mean(axis=0)
+    is_similar = compare_hits(hits, backend, mean)
     groups: dict[int, list[Hit]] = {}  # similar hits, keyed by the position of the first hit
     size = 0
     for position, hit in enumerate(hits):
@@ -65,19 +73,25 @@ def group_similar_hits(hits: Sequence[Hit], backend: Backend, count: int) -> Hit
     return HitPage(page, size)
 
 
-def compare_hits(hits: Sequence[Hit], backend: Backend) -> np.ndarray:
+def compare_hits(hits: Sequence[Hit], backend: Backend, mean: np.ndarray | None) -> np.ndarray:
     """Return a boolean array of shape (N, N) that is True for pairs of similar hits.
 
     Hits that another process has just removed from the index are similar to no other hit.
+
+    Args:
+        mean: Mean embedding of the index, of shape (D,), or None if it is unknown.
     """
     vectors = backend.vectors([hit.id for hit in hits])
     if not vectors:
         return np.zeros((len(hits), len(hits)), bool)
-    removed = np.zeros_like(next(iter(vectors.values())))
-    matrix = np.stack([vectors.get(hit.id, removed) for hit in hits])
-    times = np.array([find_capture_time(hit) for hit in hits], np.float64)  # None becomes NaN
+    centre = np.zeros_like(next(iter(vectors.values()))) if mean is None else mean
+    matrix = np.stack([vectors.get(hit.id, centre) - centre for hit in hits])  # removed hits have zero vectors
+    matrix /= np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-6)
     cosines = matrix @ matrix.T
+    times = np.array([find_capture_time(hit) for hit in hits], np.float64)  # None becomes NaN
     is_burst = np.abs(times[:, None] - times) <= BURST_SECONDS  # False for NaN
+    if mean is None:
+        return (cosines >= UNCENTRED_COPY_SIMILARITY) | ((cosines >= UNCENTRED_BURST_SIMILARITY) & is_burst)
     return (cosines >= COPY_SIMILARITY) | ((cosines >= BURST_SIMILARITY) & is_burst)
 
 
