@@ -21,7 +21,7 @@ def address(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dual_e
     index = make_index(tmp_path_factory.mktemp("index"), image_folder, dual_encoder)
     model = add_red_detector(dual_encoder, "a red one")
     with pytest.MonkeyPatch.context() as patch, running_server(create_patient_app(model, index)) as address:
-        patch.setattr(similar, "COPY_SIMILARITY", 1.1)  # a random model may consider any images similar
+        patch.setattr(similar, "UNCENTRED_COPY_SIMILARITY", 1.1)  # a random model may consider any images similar
         yield address
 
 
@@ -327,7 +327,7 @@ def test_weak_hits_are_shown_on_request(
 @on_both_devices
 def test_similar_images_are_one_result_that_links_to_them(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The session's model considers all images similar if the threshold is low."""
-    monkeypatch.setattr(similar, "COPY_SIMILARITY", -1.0)
+    monkeypatch.setattr(similar, "UNCENTRED_COPY_SIMILARITY", -1.0)
     search_for(page, "seven", 1)
     assert page.locator("#grid .note").inner_text() == "+35 similar"
     assert page.locator("#status").inner_text().startswith("36 images")
@@ -632,7 +632,9 @@ def test_swiping_shows_the_next_and_previous_image(page: Any) -> None:
     session = page.context.new_cdp_session(page)
 
     def swipe(right: int, down: int) -> str:
-        touch = {"x": 190, "y": 150}
+        wait_until(page, "document.getElementById('large').naturalWidth === 48")
+        box = page.locator("#picture").bounding_box()
+        touch = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
         session.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [touch]})
         for step in range(1, 5):
             moved = {"x": touch["x"] + right * step / 4, "y": touch["y"] + down * step / 4}
