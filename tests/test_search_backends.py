@@ -140,7 +140,7 @@ def test_sqlite_backend_warns_about_network_file_systems(
         fstype: str
 
     partitions = [Partition("/", "ext4"), Partition(str(tmp_path), "nfs4"), Partition(f"{tmp_path}/a", "xfs")]
-    monkeypatch.setattr("llm2clip.search.sqlite_backend.psutil.disk_partitions", lambda all: partitions)
+    monkeypatch.setattr("llm2clip.search.sqlite_database.psutil.disk_partitions", lambda all: partitions)
     SqliteBackend(tmp_path / "a/index", write=True)
     assert capsys.readouterr().out == ""
     SqliteBackend(tmp_path / "ab", write=True)
