@@ -20,7 +20,7 @@ from conftest import HANG_TIMEOUT
 from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search import ocr, sqlite_backend, vector_index, words
+from llm2clip.search import ocr, sqlite_backend, sqlite_database, vector_index, words
 from llm2clip.search.backends import (
     MAX_CAPTION_FILTER_LENGTH,
     Backend,
@@ -577,7 +577,8 @@ def test_real_models_read_text_of_all_orientations_and_scripts() -> None:
 
 def test_readers_see_all_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that follows the log of changes returns the same results as a reader that reads everything."""
-    monkeypatch.setattr(sqlite_backend, "MAX_LOG_LENGTH", 20)
+    for module in (sqlite_backend, sqlite_database):
+        monkeypatch.setattr(module, "MAX_LOG_LENGTH", 20)
     monkeypatch.setattr(vector_index, "EXACT_BELOW", 0)
     monkeypatch.setattr(vector_index, "CHUNK", 8)
     writer = create_index(tmp_path, 30)
