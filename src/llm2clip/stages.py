@@ -170,7 +170,9 @@ def align(
     if state.is_main_process:
         is_trained_space = model.config.projection and model.config.adapter.depth > 0 and not config.inherit
         if is_trained_space and not config.matryoshka_dims:
-            rotate_to_principal_components(model, _sample_captions(train, store))
+            captions = _sample_caption_embeddings(train, store)
+            if len(captions):
+                rotate_to_principal_components(model, captions)
         _save_model(model, model_dir, encoder)
     wait_for_everyone()
     return model_dir
@@ -246,11 +248,11 @@ def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks
     return choice.to_dict()
 
 
-def _sample_captions(train: RecordTable, store: EmbeddingStore) -> Tensor:
-    """Return the embeddings of the first captions of randomly chosen training images, of shape (N, text_dim)."""
+def _sample_caption_embeddings(train: RecordTable, store: EmbeddingStore) -> Tensor:
+    """Return the embeddings of one caption each of randomly chosen training records, of shape (N, text_dim)."""
     numbers = np.random.default_rng(0).permutation(len(train))[:ROTATION_CAPTIONS]
-    captions = [captions[0] for captions in (train[int(number)].captions for number in np.sort(numbers)) if captions]
-    rows = store.find_keys(make_caption_keys(captions))
+    texts = [record.texts[0] for record in (train[int(number)] for number in np.sort(numbers)) if record.texts]
+    rows = store.find_keys(make_caption_keys(texts))
     return torch.from_numpy(store.take(rows[rows >= 0]))  # the tokenizer could not encode captions without a row
 
 

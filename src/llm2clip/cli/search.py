@@ -240,7 +240,10 @@ def _index(args: Namespace) -> list[str]:
     from llm2clip.search.backends import hide_password, open_backend
 
     if args.ocr and args.out.startswith("qdrant+"):
-        raise ValueError(f"--ocr is not supported with Qdrant: remove --ocr, or use a local index (got {args.out})")
+        raise ValueError(
+            f"{hide_password(args.out)}: --ocr is not supported with Qdrant. Remove --ocr, or use a folder or "
+            "PostgreSQL"
+        )
     args.model = resolve_model(args.model)
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.models.dual_encoder import open_dual_encoder
@@ -309,6 +312,8 @@ def _search(args: Namespace) -> list[str]:
     if args.rerank is not None:
         if not (args.texts or args.images or args.negative or args.negative_images):
             raise ValueError("--rerank requires a text or an image to search for")
+        if args.rerank.startswith("vlm:") and (args.images or args.negative or args.negative_images):
+            raise ValueError("--rerank vlm:NAME requires a query that consists of texts only")
         args.rerank = _resolve_reranker(args.rerank)
     if args.explain and (args.json or args.paths or to_page):
         raise ValueError("--explain prints a table: remove --json, --paths, --sheet and --open")

@@ -52,11 +52,11 @@ def rotate_to_principal_components(model: LLM2CLIP, captions: Tensor) -> None:
         raise ValueError("the embedding space can be rotated only in a model with an image projection and an adapter")
     texts = model.project_text_embeddings(captions).double()  # (N, D)
     eigenvectors = torch.linalg.eigh(texts.T @ texts).eigenvectors  # columns, smallest eigenvalue first
-    rotation = eigenvectors.flip(1).T.to(model.device)  # (D, D)
-    for layer in (model.projection, model.adapter.out):
-        layer.weight.copy_(rotation @ layer.weight.double())
+    rotation = eigenvectors.flip(1).T  # (D, D)
+    for layer in (model.projection, model.adapter.out):  # on the CPU, because Apple GPUs do not support float64
+        layer.weight.copy_(rotation @ layer.weight.cpu().double())
         if layer.bias is not None:
-            layer.bias.copy_(rotation @ layer.bias.double())
+            layer.bias.copy_(rotation @ layer.bias.cpu().double())
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from llm2clip.search.backends import Backend
 
-SAMPLE_SIZE = 64  # number of random images whose captions are read
+SAMPLE_SIZE = 64  # number of images whose captions are read; equal indexes give equal samples
 MAX_QUERIES, MAX_NEWEST = 6, 12  # numbers of example queries and newest images
 MIN_LENGTH, MAX_LENGTH = 4, 200  # of an example query, in characters
 MAX_AGE = 600.0  # maximum age of cached examples, in seconds
@@ -25,7 +25,9 @@ class NewImage(BaseModel):
 class ExamplesResponse(BaseModel):
     """Suggestions for a first search."""
 
-    queries: list[str] = Field(description="short captions of random images; empty if the index has no captions")
+    queries: list[str] = Field(
+        description="short captions from a sample of the images; empty if the sample has no captions"
+    )
     newest: list[NewImage] = Field(description="the newest images in the index, newest first")
 
 
@@ -40,14 +42,15 @@ class ExampleCache:
     def get(self, backend: Backend) -> ExamplesResponse:
         """Return the examples of an index, which may be up to MAX_AGE seconds old."""
         with self._lock:
-            if time.monotonic() - self._time > MAX_AGE:
-                self._examples = ExamplesResponse(queries=choose_queries(backend), newest=find_newest(backend))
-                self._time = time.monotonic()
-            return self._examples
+            if time.monotonic() - self._time <= MAX_AGE:
+                return self._examples
+            self._time = time.monotonic()  # other threads return the old examples, even if reading the index fails
+        self._examples = ExamplesResponse(queries=choose_queries(backend), newest=find_newest(backend))
+        return self._examples
 
 
 def choose_queries(backend: Backend) -> list[str]:
-    """Return up to MAX_QUERIES captions of random images, chosen from the shorter half of all captions read."""
+    """Return up to MAX_QUERIES captions from a sample of the images, chosen from the shorter half of these captions."""
     captions: dict[str, None] = {}
     for hit_id in backend.sample_ids(SAMPLE_SIZE):
         for image in backend.images(hit_id)[:1]:

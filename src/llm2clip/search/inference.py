@@ -231,7 +231,8 @@ class InferenceService:
             if is_grouped:
                 page = group_similar_hits(hits, backend, request.top, self._get_calibration())
             total = backend.count_matches(image_filter) if image_filter else self.count_images()[1]
-            end = request.offset + page.size
+            # A backend skips images that another process has just removed, so a complete page may have fewer hits.
+            end = request.offset + (count if page.size == len(hits) else page.size)
             values = {
                 "hits": page.hits,
                 "nothing_close": result.nothing_close,

@@ -1,5 +1,6 @@
-"""Re-ranking by a vision-language model, which is asked of each image whether it matches the query."""
+"""Re-ranking by a vision-language model. The model is asked whether each image matches the query."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,8 +64,17 @@ class VisionLanguageModel:
         return pil_image
 
     def rate(self, items: Sequence[tuple[Image.Image, str]]) -> np.ndarray:
-        """Return the probability of yes for each image and question, relative to yes and no, as float32 (N,)."""
-        return np.array([self._rate_image(image, question) for image, question in items], np.float32)
+        """Return the probability of yes for each image and question, relative to yes and no, as float32 (N,).
+
+        It is NaN for images that the model's processor rejects, for example because they are too narrow.
+        """
+        ratings = []
+        for image, question in items:
+            try:
+                ratings.append(self._rate_image(image, question))
+            except ValueError:
+                ratings.append(math.nan)
+        return np.array(ratings, np.float32)
 
     @torch.inference_mode()
     @onednn_matmul()

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import time
+import unicodedata
 import zipfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import PurePosixPath
@@ -11,6 +12,7 @@ from typing import BinaryIO
 
 from starlette.concurrency import run_in_threadpool
 
+from llm2clip.data.image_refs import FileImage, TarImage
 from llm2clip.search.backends import IndexedImage, IndexUnavailableError
 from llm2clip.search.inference import InferenceService
 from llm2clip.search.middleware import CHUNK_SIZE
@@ -19,6 +21,7 @@ from llm2clip.search.request_images import NotFound
 
 MAX_ZIP_IMAGES = 200  # maximum number of images in an archive; more ids would make the URL too long for some proxies
 MAX_ZIP_BYTES = 4 << 30  # maximum total size of the images in an archive
+MAX_SUFFIX_BYTES = 10  # longer suffixes are part of the name
 MAX_NAME_BYTES = 200  # file systems limit names to 255 bytes
 MISSING_FILE = "not_included.txt"
 RESERVED_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # device names on Windows
@@ -61,7 +64,7 @@ async def stream_zip(service: InferenceService, hit_ids: Sequence[str]) -> Async
                 size = stream.seek(0, os.SEEK_END)
                 if total_size + size > MAX_ZIP_BYTES:
                     limit = f"the limit of {MAX_ZIP_BYTES:,} bytes per archive"
-                    missing.append(f"{images[0].name}: the file was left out because of {limit}")
+                    missing.append(f"{images[0].name}: the file is not included because of {limit}")
                     continue
                 total_size += size
                 name = make_unique(make_file_name(images[0], media_type), names)
@@ -69,12 +72,15 @@ async def stream_zip(service: InferenceService, hit_ids: Sequence[str]) -> Async
                 info.external_attr = 0o644 << 16
                 info.file_size = size
                 with archive.open(info, "w") as entry:
+                    yield buffer.take()  # the local header; together with the first chunk, it would exceed CHUNK_SIZE
                     async for chunk in read_chunks(stream, size):
                         entry.write(chunk)
                         yield buffer.take()
         if missing:
             archive.writestr(MISSING_FILE, "".join(f"{line}\n" for line in missing))
-    yield buffer.take()
+    end = buffer.take()  # MISSING_FILE and the directory of the archive
+    for start in range(0, len(end), CHUNK_SIZE):
+        yield end[start : start + CHUNK_SIZE]
 
 
 async def read_chunks(stream: BinaryIO, size: int) -> AsyncIterator[bytes]:
@@ -108,10 +114,14 @@ def make_file_name(image: IndexedImage, media_type: str) -> str:
 
     Names of images in tables, such as `TABLE[ROW].COLUMN`, get a suffix for their media type.
     """
-    name = re.split(r"[/\\!]", image.name)[-1]
-    name = re.sub(r'[\x00-\x1f\x7f<>:"|?*]', "_", name).strip(" .")
+    name = image.name
+    if isinstance(image.ref, TarImage):
+        name = name.removesuffix(f"@{image.ref.offset}").rpartition("!")[2]
+    name = re.split(r"[/\\]", name)[-1]
+    name = re.sub(r'[\x00-\x1f\x7f<>:"|?*]', "_", name)
+    name = "".join(c for c in name if unicodedata.category(c) != "Cf").strip(" .")  # Cf: invisible, or reverses text
     suffix = PurePosixPath(name).suffix
-    if "]." in name or not suffix:
+    if not isinstance(image.ref, (FileImage, TarImage)) or not 1 < len(suffix.encode()) <= MAX_SUFFIX_BYTES:
         suffix = "." + media_type.removeprefix("image/").partition("+")[0]
         name += suffix
     stem = name.removesuffix(suffix).encode()[: MAX_NAME_BYTES - len(suffix.encode())].decode(errors="ignore")

@@ -206,6 +206,7 @@ function restoreQuery() {
 function showHits(newHits) {
   if ($("detail").open) $("detail").close(); // the dialog still shows a hit of the previous search
   hits = newHits;
+  anchor = -1;
   for (const id of ["start", "show-more", "show-weak", "save"]) $(id).hidden = true;
   tiles = hits.map(makeTile);
   columns = countColumns();
