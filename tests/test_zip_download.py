@@ -106,7 +106,9 @@ def test_zip_is_limited_in_size_and_number(
     files = download(client, f"{ids['a.png']},{ids['large.bmp']},{ids['A.png']}")
     assert list(files) == ["a.png", "A (2).png", MISSING_FILE]
     assert (
-        files[MISSING_FILE].decode().startswith(f"{photos / 'large.bmp'}: the file was left out because of the limit")
+        files[MISSING_FILE]
+        .decode()
+        .startswith(f"{photos / 'large.bmp'}: the file is not included because of the limit")
     )
     too_many = client.get("/zip", params={"ids": ",".join(map(str, range(MAX_ZIP_IMAGES + 1)))})
     assert too_many.status_code == 422 and f"the limit is {MAX_ZIP_IMAGES}" in too_many.json()["error"]["message"]

@@ -53,7 +53,7 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
 
 def print_explanation(explanation: Explanation, console: Console) -> None:
     """Print a table of the words of a query and their effects on the score of the first hit."""
-    table = RichTable(title="Change of the first result's cosine by each word", title_justify="left")
+    table = RichTable(title="Effect of each word on the first result's cosine similarity", title_justify="left")
     table.add_column("word", overflow="fold")
     table.add_column("effect", justify="right")
     for word in explanation.words:

@@ -227,7 +227,8 @@ class SearchResponse(BaseModel):
     rerank_seconds: float | None = Field(description="duration of re-ranking in seconds; null without re-ranking")
     rerank_missing: int | None = Field(
         description="number of hits that could not be re-ranked, because their image files cannot be decoded, "
-        "exceed the server's size limits, or have been changed or removed; they follow the re-ranked hits; null without re-ranking"
+        "exceed the server's size limits, or have been changed or removed; they follow the re-ranked hits; null "
+        "without re-ranking"
     )
 
 

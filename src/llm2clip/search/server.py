@@ -226,7 +226,7 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
 
     @app.get("/examples", responses=API_ERRORS)
     async def get_examples() -> ExamplesResponse:
-        """Return example queries, which are captions of random images, and the newest images."""
+        """Return example queries, which are captions of some images, and the newest images."""
         return await run_in_threadpool(examples.get, service.require_backend())
 
     @app.post("/explain", responses=API_ERRORS)

@@ -486,7 +486,7 @@ function showExplanation(texts, { score, words }) {
     line.append(characters.slice(position).join(""));
     return line;
   }));
-  $("explanation-status").textContent = `Change of the similarity (${score.toFixed(3)}) by each word. Blue words raise it, red words lower it.`;
+  $("explanation-status").textContent = `The similarity is ${score.toFixed(3)}. Blue words raise it, red words lower it.`;
 }
 
 function makeWord({ text, effect }, largest) {
