@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from llm2clip.data.image_refs import FileImage
+from llm2clip.data.image_refs import FileImage, ParquetImage, TarImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import inference, zip_download
 from llm2clip.search.backends import IndexedImage, IndexUnavailableError
@@ -140,21 +140,32 @@ def test_zip_requires_the_token_and_an_index(dual_encoder: DualEncoder, index: S
     ("name", "expected"),
     [
         ("/photos/2024/market.jpg", "market.jpg"),
-        ("/photos/a.tar!dir/b.png", "b.png"),
-        ("/photos/t.parquet[7].image", "t.parquet[7].image.png"),
         ("/photos/no suffix", "no suffix.png"),
+        ("/photos/Hello!World.jpg", "Hello!World.jpg"),
+        ("/photos/photo[1].jpg", "photo[1].jpg"),
         ("/photos/..\\evil\\x.png", "x.png"),
         ('/photos/a:b*?"<>|.png', "a_b______.png"),
         ("/photos/line\nbreak.png", "line_break.png"),
+        ("/photos/gnp.\u202egpj.png", "gnp.gpj.png"),
         ("/photos/...", "image.png"),
         ("/photos/CON.png", "_CON.png"),
         ("/photos/ ünïcode 图.png ", "ünïcode 图.png"),
         ("/photos/" + "图" * 100 + ".png", "图" * ((MAX_NAME_BYTES - 4) // 3) + ".png"),
+        ("/photos/a." + "b" * 300, "a." + "b" * (MAX_NAME_BYTES - 6) + ".png"),
     ],
 )
 def test_file_names_are_valid_on_all_systems(name: str, expected: str) -> None:
     image = IndexedImage(name, FileImage(name), "/photos", "1")
     assert make_file_name(image, "image/png") == expected
+
+
+def test_file_names_of_tar_members_and_table_cells() -> None:
+    name = "/photos/a.tar!dir/b.png"
+    for suffix in ("", "@512"):
+        image = IndexedImage(name + suffix, TarImage("/photos/a.tar", 512, 9, "dir/b.png"), "/photos", "1")
+        assert make_file_name(image, "image/jpeg") == "b.png"
+    image = IndexedImage("/photos/t.parquet[7].image", ParquetImage("/photos/t.parquet", 7, "image"), "/photos", "1")
+    assert make_file_name(image, "image/png") == "t.parquet[7].image.png"
 
 
 def test_equal_file_names_are_numbered() -> None:
