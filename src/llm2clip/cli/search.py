@@ -432,6 +432,8 @@ def _make_filter(args: Namespace) -> Filter:
 def _resolve_reranker(name: str) -> str:
     """Return the name of a model for re-ranking as in `resolve_model`, which does not know the prefix `vlm:`."""
     prefix = "vlm:" if name.startswith("vlm:") else ""
+    if prefix:
+        from llm2clip.llava import modeling_patches  # noqa: F401  (registers its classes with transformers)
     return prefix + resolve_model(name.removeprefix(prefix))
 
 

@@ -39,8 +39,6 @@ class VisionLanguageModel:
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        import llm2clip.llava.modeling_patches  # noqa: F401  (registers its classes with transformers)
-
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         bf16 = resolve_precision("tune", precision, self.device) == "bf16"
         dtype = torch.bfloat16 if bf16 else torch.float32
