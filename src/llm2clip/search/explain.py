@@ -1,4 +1,4 @@
-"""Explanation of a hit: how much its score changes if a word is left out of the query's texts.
+"""Explanation of a hit: how much its score changes if a word is removed from the query's texts.
 
 Words are separated by whitespace, and punctuation at their ends is not part of them. In scripts without spaces between
 words, each Chinese character, each run of hiragana or katakana, and each run of Thai, Lao, Burmese or Khmer letters

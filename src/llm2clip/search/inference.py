@@ -177,14 +177,14 @@ class InferenceService:
         return _check_finite(await self._batchers["text"].submit(texts), "a text")
 
     async def embed_images(
-        self, images: Sequence[RequestImage], reranker: DualEncoder | None = None
+        self, images: Sequence[RequestImage], rerank_model: DualEncoder | None = None
     ) -> list[np.ndarray]:
         """Decode images and return a float32 embedding of shape (D,) for each image.
 
         Args:
-            reranker: The model for re-ranking, which embeds the images. Default: the server's model.
+            rerank_model: Model for re-ranking, which then embeds the images. Default: the server's model.
         """
-        model, kind = (self.model, "image") if reranker is None else (reranker, "rerank_image")
+        model, kind = (self.model, "image") if rerank_model is None else (rerank_model, "rerank_image")
 
         def prepare(image: RequestImage) -> Any:
             return model.transform(image.load(self.limits.max_pixels))

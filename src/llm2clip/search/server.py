@@ -231,7 +231,7 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
 
     @app.post("/explain", responses=API_ERRORS)
     async def explain(request: ExplainRequest) -> ExplainResponse:
-        """Return how much the score of a hit changes if a word is left out of the query's texts."""
+        """Return how much the score of a hit changes if a word is removed from the query's texts."""
         return ExplainResponse.model_validate(await service.explain(request), from_attributes=True)
 
     @app.post("/heatmap", responses=API_ERRORS)
