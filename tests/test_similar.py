@@ -18,6 +18,7 @@ from torch import Tensor
 from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.search import similar
 from llm2clip.search.backends import Backend, Filter, IndexedContent, IndexedImage
 from llm2clip.search.build import has_exif_time
 from llm2clip.search.relevance import Calibration, Scale
@@ -143,6 +144,13 @@ def test_page_ends_before_the_first_hit_that_needs_another_group(tmp_path: Path)
     for group in groups:
         assert len({is_copy[hit_id] for hit_id in group}) == 1
     assert len(groups) < len(hits)
+
+
+def test_only_the_first_hits_of_a_long_page_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similar, "MAX_COMPARED", 3)
+    backend = SqliteBackend(tmp_path, write=True)
+    add_images(backend, make_vectors(COPY, 5), [NOON] * 5)
+    assert [len(group) for group in group_names(backend)] == [3, 1, 1]
 
 
 def test_mean_embedding_is_subtracted_if_the_index_is_calibrated(tmp_path: Path) -> None:

@@ -512,6 +512,21 @@ def test_texts_are_recognised_once_per_content(
     check_full_text(backend)
 
 
+def test_texts_of_large_pages_are_read_in_several_statements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_backend, "IDS_PER_QUERY", 2)
+    backend = create_index(tmp_path, 5)
+    backend.set_texts({n.to_bytes(4, "big"): f"text {n}" for n in range(5)})
+    query, counts = backend._db.query, []
+
+    def count_parameters(sql: str, parameters: Any = ()) -> Any:
+        counts.append(len(parameters))
+        return query(sql, parameters)
+
+    monkeypatch.setattr(backend._db, "query", count_parameters)
+    assert sorted(hit.text for hit in search(backend)) == [f"text {n}" for n in range(5)]
+    assert max(counts) == 2
+
+
 def test_images_whose_text_cannot_be_recognised_are_indexed_and_listed(
     photos: Path,
     model_folder: Path,

@@ -31,6 +31,7 @@ COPY_SIMILARITY, BURST_SIMILARITY = 0.85, 0.7
 UNCENTRED_COPY_SIMILARITY, UNCENTRED_BURST_SIMILARITY = 0.95, 0.85  # without a calibration
 BURST_SECONDS = 10.0  # EXIF times are in whole seconds
 READ_FACTOR = 2
+MAX_COMPARED = 2000  # later hits of a page are not grouped, because memory grows with the square of this number
 
 
 class HitPage(NamedTuple):
@@ -54,11 +55,13 @@ def group_similar_hits(
         calibration: Calibration of the index, if it has one.
     """
     mean = None if calibration is None else calibration.sample.mean(axis=0)
-    is_similar = compare_hits(hits, backend, mean)
+    is_similar = compare_hits(hits[:MAX_COMPARED], backend, mean)
     groups: dict[int, list[Hit]] = {}  # similar hits, keyed by the position of the first hit
     size = 0
     for position, hit in enumerate(hits):
-        first = next((other for other in groups if is_similar[other, position]), None)
+        first = None
+        if position < len(is_similar):
+            first = next((other for other in groups if is_similar[other, position]), None)
         if first is not None:
             groups[first].append(hit)
         elif len(groups) < count:

@@ -327,9 +327,7 @@ class SqliteBackend:
         """Return the texts recognised in the given contents. Contents in which no text was recognised are skipped."""
         if not self._check_words():
             return {}
-        placeholders = ", ".join("?" * len(ids))
-        sql = f"SELECT content, text FROM recognized_texts WHERE content IN ({placeholders})"
-        return dict(self._db.query(sql, ids.tolist()))
+        return dict(self._query_by_id("SELECT content, text FROM recognized_texts WHERE content", ids))
 
     def _check_words(self) -> bool:
         """Return True if the index has the tables for word search. Those of earlier versions do not."""
@@ -492,15 +490,18 @@ class SqliteBackend:
 
     def _fetch_vectors(self, ids: np.ndarray) -> np.ndarray:
         """Return the vectors with the given ids, as a float16 array of shape (N, D). Removed ids have zero vectors."""
-        vectors: dict[int, bytes] = {}
-        for start in range(0, len(ids), IDS_PER_QUERY):
-            chunk = ids[start : start + IDS_PER_QUERY].tolist()
-            placeholders = ", ".join("?" * len(chunk))
-            vectors.update(self._db.query(f"SELECT id, vector FROM contents WHERE id IN ({placeholders})", chunk))
+        vectors: dict[int, bytes] = dict(self._query_by_id("SELECT id, vector FROM contents WHERE id", ids))
         dim = self._read_dim()
         zeros = bytes(2 * dim)
         joined = b"".join(vectors.get(content_id, zeros) for content_id in ids.tolist())
         return np.frombuffer(joined, "<f2").reshape(-1, dim)
+
+    def _query_by_id(self, sql: str, ids: np.ndarray) -> Iterator[tuple[Any, ...]]:
+        """Run a statement that ends with the name of an id column, and yield the rows with the given ids."""
+        for start in range(0, len(ids), IDS_PER_QUERY):
+            chunk = ids[start : start + IDS_PER_QUERY].tolist()
+            placeholders = ", ".join("?" * len(chunk))
+            yield from self._db.query(f"{sql} IN ({placeholders})", chunk)
 
     def _read_dim(self) -> int:
         return int(self.metadata()["embed_dim"])
