@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,7 +33,7 @@ from llm2clip.search.relevance import Calibration, Scale
 from llm2clip.search.sqlite_backend import SqliteBackend
 from postgres_fixtures import get_postgres_server
 
-BACKENDS = ("sqlite", "qdrant", "postgres")
+BACKENDS = ("sqlite", "postgres")
 
 
 def make_model(folder: Path) -> Path:
@@ -85,16 +84,8 @@ def index_sources(sources: list[Path], model: DualEncoder, backend: Backend, **o
 
 
 def create_backend(kind: str, folder: Path) -> Backend:
-    """Create an empty index of one of BACKENDS. Qdrant runs in this process, PostgreSQL in one for all tests."""
-    if kind == "sqlite":
-        return SqliteBackend(folder, write=True)
-    if kind == "postgres":
-        return open_backend(make_postgres_url(folder), write=True)
-    qdrant_backend = pytest.importorskip("llm2clip.search.qdrant_backend")
-    from qdrant_client import QdrantClient
-
-    backend: Backend = qdrant_backend.QdrantBackend(QdrantClient(path=str(folder)), "pictures")
-    return backend
+    """Create an empty index of one of BACKENDS. All tests share one PostgreSQL server."""
+    return open_backend(get_location(kind, folder), write=True)
 
 
 def make_postgres_url(folder: Path) -> str:
@@ -104,7 +95,7 @@ def make_postgres_url(folder: Path) -> str:
 
 
 def get_location(kind: str, folder: Path) -> str:
-    """Return the location of an index from `create_backend` for `open_backend`. `kind` is not "qdrant"."""
+    """Return the location of an index from `create_backend` for `open_backend`."""
     return make_postgres_url(folder) if kind == "postgres" else str(folder)
 
 

@@ -1,6 +1,7 @@
 """Tests of what is specific to the index backends: storage, transactions, read-only folders, format versions."""
 
 import os
+import re
 import sqlite3
 import stat
 from pathlib import Path
@@ -14,7 +15,7 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError
 from llm2clip.search.backends import IndexedContent, IndexedImage, open_backend, ref_from_json, ref_to_json
 from llm2clip.search.sqlite_backend import SqliteBackend
-from search_fixtures import create_backend, index_sources, search_names
+from search_fixtures import index_sources, search_names
 
 # References as they are stored in an index: a class must keep its name there even if it is renamed.
 STORED_REFS = (
@@ -50,17 +51,6 @@ def test_sqlite_backend_rejects_other_format_versions(version: int, tmp_path: Pa
     for write in (False, True):
         with pytest.raises(FormatVersionError, match=rf"format version {version}, but.* version 1.*`llm2clip index`"):
             SqliteBackend(tmp_path, write)
-
-
-def test_qdrant_backend_rejects_other_format_versions(tmp_path: Path) -> None:
-    backend = create_backend("qdrant", tmp_path)
-    backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": 4})
-    assert backend.metadata() == {"model": "m", "fingerprint": "f", "embed_dim": 4}
-    client: Any = backend.client  # type: ignore[attr-defined]
-    (point,), _ = client.scroll("pictures")
-    client.set_payload("pictures", {"format_version": 2}, points=[point.id])
-    with pytest.raises(FormatVersionError, match=r"pictures has format version 2, but.* version 1.*`llm2clip index`"):
-        backend.metadata()
 
 
 def test_sqlite_backend_adds_a_batch_completely_or_not_at_all(tmp_path: Path) -> None:
@@ -147,36 +137,14 @@ def test_sqlite_backend_warns_about_network_file_systems(
     assert "is on a network file system (nfs4)" in capsys.readouterr().out
 
 
-def test_qdrant_backend_does_not_send_its_key_without_encryption(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = pytest.importorskip("llm2clip.search.qdrant_backend")
-    clients: list[tuple[str, str | None]] = []
-
-    class Client:
-        def __init__(self, url: str, api_key: str | None) -> None:
-            clients.append((url, api_key))
-
-        def collection_exists(self, name: str) -> bool:
-            return False
-
-    monkeypatch.setattr(backend, "QdrantClient", Client)
-    monkeypatch.setenv("QDRANT_API_KEY", "secret")
-    for server in ("http://example.org:6333", "http://127.0.0.1.example.org", "http://localhost@example.org:6333"):
-        with pytest.raises(ValueError, match=r"QDRANT_API_KEY would be sent .* unencrypted"):
-            open_backend(f"qdrant+{server}/photos", write=True)
-    assert clients == []
-    servers = ["https://example.org:6333", "http://localhost:6333", "http://127.0.0.1:6333", "http://[::1]:6333"]
-    for server in servers:
-        open_backend(f"qdrant+{server}/photos", write=True)
-    assert clients == [(server, "secret") for server in servers]
-    monkeypatch.delenv("QDRANT_API_KEY")
-    open_backend("qdrant+http://example.org:6333/photos", write=True)
-    assert clients[-1] == ("http://example.org:6333", None)
-
-
-def test_open_backend_rejects_other_urls(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"qdrant\+http"):
-        open_backend("http://localhost:6333/photos", write=True)
-    assert not Path("http:").exists()
+@pytest.mark.parametrize("scheme", ["http", "other+http", "mysql"])
+def test_open_backend_rejects_unknown_schemes(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = rf"unknown index backend '{re.escape(scheme)}'.*local folder or a PostgreSQL.*--out postgres"
+    for write in (False, True):
+        with pytest.raises(ValueError, match=message):
+            open_backend(f"{scheme}://user:secret@h:6333/photos", write)
+    assert not list(tmp_path.iterdir())
 
 
 def test_indexed_image_container_is_the_file_that_contains_it() -> None:

@@ -37,7 +37,7 @@ from search_fixtures import create_patient_app, get_location, index_sources, sea
 NEEDLES = ("", "a", "B", "ab", "abab", "狗", "\u7209", "ss", "ß", "İ", "i̇", "\x00", "\ud800", "zz", "b" * 9, "abba" * 3)
 OPERATORS = ('"', '""', "*", "a*", "-", "-a", "^a", "NEAR(a b)", "a AND b", "a OR b", "NOT a", "captions:a", "(", "😀")
 DIM = 8
-with_each_backend = pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+with_each_backend = pytest.mark.parametrize("kind", search_fixtures.BACKENDS)
 
 
 def random_captions(rng: np.random.Generator, count: int) -> list[str]:
@@ -552,7 +552,7 @@ def test_images_whose_text_cannot_be_recognised_are_indexed_and_listed(
     assert "6 read for text" in capsys.readouterr().out  # failed images are tried again
 
 
-def test_ocr_rejects_qdrant_and_requires_its_packages(
+def test_ocr_requires_its_packages(
     photos: Path,
     model_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -560,8 +560,6 @@ def test_ocr_rejects_qdrant_and_requires_its_packages(
     tmp_path: Path,
 ) -> None:
     command = ["index", str(photos), "--model", str(model_folder), "--ocr", "--out"]
-    assert main([*command, "qdrant+http://localhost:6333/photos"]) == 1
-    assert "--ocr is not supported with Qdrant" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "rapidocr", None)
     assert main([*command, str(tmp_path / "index")]) == 1
     assert "--ocr requires additional packages" in capsys.readouterr().err

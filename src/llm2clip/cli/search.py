@@ -51,7 +51,7 @@ def add_commands(commands: Commands) -> None:
         "--out",
         type=str,
         required=True,
-        help="Index folder, qdrant+http://HOST:6333/COLLECTION or postgresql://USER@HOST/DATABASE?schema=NAME.",
+        help="Index folder or postgresql://USER@HOST/DATABASE?schema=NAME.",
     )
     sub.add_argument(
         "--dim",
@@ -62,8 +62,8 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--ocr",
         action="store_true",
-        help="Also recognise the text in the images, for word search. Requires the `ocr` extra. Not supported "
-        "with Qdrant. Takes about a second per image and CPU core.",
+        help="Also recognise the text in the images, for word search. Requires the `ocr` extra. Takes about a second "
+        "per image and CPU core.",
     )
     sub.add_argument("--watch", type=PositiveFloat, help="Keep running and update the index every N seconds.")
     sub.add_argument(
@@ -233,17 +233,12 @@ def _add_templates_argument(parser: ArgumentParser, note: str = "") -> None:
 
 
 def _index(args: Namespace) -> list[str]:
-    if "://" not in args.out:
+    from llm2clip.search.backends import get_backend_name, hide_password, open_backend
+
+    if get_backend_name(args.out) == "sqlite":
         check_output_folder(args.out, "index")
     if not args.prune:
         check_sources(args.data)
-    from llm2clip.search.backends import hide_password, open_backend
-
-    if args.ocr and args.out.startswith("qdrant+"):
-        raise ValueError(
-            f"{hide_password(args.out)}: --ocr is not supported with Qdrant. Remove --ocr, or use a folder or "
-            "PostgreSQL"
-        )
     args.model = resolve_model(args.model)
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.models.dual_encoder import open_dual_encoder

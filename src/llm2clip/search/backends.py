@@ -1,6 +1,6 @@
 """Index backend interface, shared data types, and a function that opens an index.
 
-An index is stored in a local folder (SQLite), a Qdrant collection or a schema of a PostgreSQL database.
+An index is stored in a local folder (SQLite) or in a schema of a PostgreSQL database.
 """
 
 import importlib
@@ -18,11 +18,10 @@ import numpy as np
 from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, to_valid_unicode
 from llm2clip.io_utils import install_command
 
-# Backend of each URL scheme, and the forms of the URLs. The module `search.NAME_backend` defines `open_index`, and the
+# Backend of each URL scheme, and the form of the URLs. The module `search.NAME_backend` defines `open_index`, and the
 # extra with this name installs its packages. Locations without a scheme are folders.
-BACKENDS = {"qdrant+http": "qdrant", "qdrant+https": "qdrant", "postgresql": "postgres", "postgres": "postgres"}
-URL_FORMS = "qdrant+http://HOST:6333/COLLECTION or postgresql://USER@HOST/DATABASE?schema=NAME"
-LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+BACKENDS = {"postgresql": "postgres", "postgres": "postgres"}
+URL_FORM = "postgresql://USER@HOST/DATABASE?schema=NAME"
 FORMAT_VERSION = 1  # version of the index format
 NEW_INDEX_ADVICE = "Build a new index in another folder with `llm2clip index`"
 # These keys are stored in every index, so they must not change when a class is renamed.
@@ -154,7 +153,7 @@ class Filter:
     Args:
         path: Folder, tar or file that contains the image. An absolute path matches only at that location. A relative
             path, such as `2024/trip`, matches in every folder. `*` matches any characters, including slashes, and `?`
-            matches one character. Qdrant supports only absolute paths without wildcards.
+            matches one character.
         caption: Text that at least one caption must contain, ignoring case. At most MAX_CAPTION_FILTER_LENGTH
             characters.
         after: Earliest capture time, as a Unix timestamp.
@@ -206,7 +205,7 @@ class Backend(Protocol):
     """
 
     def lock(self) -> AbstractContextManager[None]:
-        """Return a context manager that prevents other runs from writing to the index. With Qdrant, it does nothing.
+        """Return a context manager that prevents other runs from writing to the index.
 
         Entering the context raises FolderInUseError if another run holds the lock.
         """
@@ -226,7 +225,7 @@ class Backend(Protocol):
         ...
 
     def prepare_words(self) -> None:
-        """Create, repair or complete the tables for word search. Qdrant has no such tables."""
+        """Create, repair or complete the tables for word search."""
         ...
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
@@ -243,8 +242,7 @@ class Backend(Protocol):
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
         """Add images and their contents. An image replaces any existing image of the same name.
 
-        Each image is paired with its content hash. SQLite and PostgreSQL add everything in one transaction. Qdrant does
-        not support transactions.
+        Each image is paired with its content hash. Everything is added in one transaction.
         """
         ...
 
@@ -272,7 +270,7 @@ class Backend(Protocol):
         ...
 
     def set_texts(self, texts: Mapping[bytes, str]) -> None:
-        """Store the texts recognised in images, keyed by content hash. With Qdrant, raise ValueError."""
+        """Store the texts recognised in images, keyed by content hash."""
         ...
 
     def search(
@@ -286,10 +284,10 @@ class Backend(Protocol):
         """Return the images that match a filter, most similar to the query vector first.
 
         Images whose texts contain all words of the query are ranked higher (see `search.words`). Their scores are
-        cosine similarities, so the scores of the hits are then not sorted. Qdrant ignores the words.
+        cosine similarities, so the scores of the hits are then not sorted.
 
         Without a query vector, return the newest images first. If several files of an image match the filter, the
-        latest of their capture times is used. SQLite and PostgreSQL order images with equal times by id.
+        latest of their capture times is used. Images with equal times are ordered by id.
 
         Args:
             vector: L2-normalised query vector of shape (D,), float32, or None.
@@ -353,24 +351,21 @@ class IndexUnavailableError(OSError):
 
 
 def open_backend(location: str, write: bool = False, approximate_above: int | None = None) -> Backend:
-    """Open the index in a local folder or at a URL of one of the forms in URL_FORMS.
+    """Open the index in a local folder or at a URL of the form URL_FORM.
 
     Args:
         location: Local folder or URL.
         write: If True, open the index for writing, and create it if it does not exist.
         approximate_above: Minimum number of distinct images for approximate search. Default: 1,000,000 for a folder,
-            100,000 for PostgreSQL. Ignored by Qdrant.
+            100,000 for PostgreSQL.
 
     Raises:
         FileNotFoundError: `write` is False, and there is no index at the location.
         ImportError: A required package is not installed.
-        ValueError: The URL is invalid, or a key, a password or data would be sent unencrypted.
+        ValueError: The URL is invalid, or a password or data would be sent unencrypted.
         IndexUnavailableError: The server does not respond.
     """
-    scheme, separator, _ = location.partition("://")
-    if separator and scheme not in BACKENDS:
-        raise ValueError(f"{hide_password(location)}: the URL of a remote index must have the form {URL_FORMS}")
-    name = BACKENDS[scheme] if separator else "sqlite"
+    name = get_backend_name(location)
     try:
         module = importlib.import_module(f"llm2clip.search.{name}_backend")
         backend: Backend = module.open_index(location, write, approximate_above)
@@ -378,6 +373,19 @@ def open_backend(location: str, write: bool = False, approximate_above: int | No
     except ModuleNotFoundError as error:
         command = install_command("search" if name == "sqlite" else name)
         raise ImportError(f"{hide_password(location)}: a package is missing; run `{command}` ({error})") from error
+
+
+def get_backend_name(location: str) -> str:
+    """Return the name of the backend for an index location. Raise ValueError if the URL scheme is unknown."""
+    scheme, separator, _ = location.partition("://")
+    if not separator:
+        return "sqlite"
+    if scheme not in BACKENDS:
+        raise ValueError(
+            f"{hide_password(location)}: unknown index backend {scheme!r}. An index is a local folder or a PostgreSQL "
+            f"database. To build the index in PostgreSQL, run `llm2clip index` again with --out {URL_FORM}"
+        )
+    return BACKENDS[scheme]
 
 
 def hide_password(location: str) -> str:

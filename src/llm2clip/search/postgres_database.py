@@ -17,11 +17,12 @@ from psycopg import errors, pq, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from llm2clip.runs.output_folder import FolderInUseError
-from llm2clip.search.backends import LOOPBACK_HOSTS, IndexUnavailableError, hide_password
+from llm2clip.search.backends import IndexUnavailableError, hide_password
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Result = TypeVar("Result")
 DEFAULT_SCHEMA = "llm2clip"
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 SCHEMA_NAME = re.compile(r"(?!pg_|public$)[A-Za-z_][A-Za-z0-9_]{0,62}")
 MIN_PGVECTOR = (0, 8)  # earlier versions cannot continue an HNSW search until enough rows match a filter
 MAX_CONNECTIONS = 8  # per process, for searches
