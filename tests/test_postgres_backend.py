@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -232,17 +233,31 @@ def make_earlier_index(backend: Any) -> None:
             connection.execute("UPDATE images SET folded_captions = %s WHERE id = %s", (folded, row))
 
 
+def check_earlier_index(reader: Backend) -> None:
+    """Check that words are not searched, and that caption filters fail instead of missing captions."""
+    assert search_words(reader, "grosse") == {} and len(search_names(reader)) == 10
+    for call in (
+        lambda: search_names(reader, Filter(caption="größe 3")),
+        lambda: reader.count_matches(Filter(caption="x")),
+    ):
+        with pytest.raises(
+            ValueError, match=r"schema=index_\w+ was built by an earlier version.*`llm2clip index` again"
+        ):
+            call()
+
+
 def test_postgres_index_of_an_earlier_version_gets_its_words_in_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = create_index(tmp_path)
     for number in range(10):
-        image = make_image(f"/p/{number}.png", [f"Größe {number}", "红色的狗"])
+        captions = [unicodedata.normalize("NFD", f"Größe {number}"), "红色的狗"]
+        image = make_image(f"/p/{number}.png", captions)
         backend.add([make_content(number)], [(image, make_content(number).hash)])
     make_earlier_index(backend)
     url = make_postgres_url(tmp_path / "postgres")
     reader = open_backend(url)
-    assert search_words(reader, "grosse") == {} and search_names(reader, Filter(caption="größe 3")) == {"3.png"}
+    check_earlier_index(reader)
     assert reader.search(None, 1, Filter())[0].text == ""
 
     postgres_backend = sys.modules["llm2clip.search.postgres_backend"]
@@ -260,7 +275,7 @@ def test_postgres_index_of_an_earlier_version_gets_its_words_in_batches(
     writer = open_backend(url, write=True)
     with pytest.raises(KeyboardInterrupt):
         writer.prepare_words()
-    assert len(search_words(reader, "größe")) == 4
+    check_earlier_index(reader)
     open_backend(url, write=True).prepare_words()
     writer = open_backend(url, write=True)
     writer.prepare_words()
@@ -268,9 +283,49 @@ def test_postgres_index_of_an_earlier_version_gets_its_words_in_batches(
     assert batches == [4, 4, 4, 2]
     assert search_words(reader, "größe 7") == {"7.png": ("caption", "name")}
     assert len(search_words(reader, "的狗")) == 10
-    assert search_names(reader, Filter(caption="größe 3")) == {"3.png"}
+    for form in ("NFC", "NFD"):
+        caption_filter = Filter(caption=unicodedata.normalize(form, "größe 3"))
+        assert search_names(reader, caption_filter) == {"3.png"} and reader.count_matches(caption_filter) == 1
     writer.set_texts({b"hash 3": "Menü"})
     assert search_words(reader, "menu 3") == {"3.png": ("caption", "text", "name")}
+
+
+def test_postgres_reader_with_the_documented_privileges_can_search_after_an_upgrade(
+    server: PostgresServer, tmp_path: Path
+) -> None:
+    page = (Path(__file__).parent.parent / "docs/howto/operations.md").read_text()
+    block = page.partition("```sql\n")[2].partition("```")[0]
+    backend: Any = create_index(tmp_path)
+    add_images(backend, [1, 2])
+    usage, select, defaults = block.replace("photos", backend.schema).replace("reader", "search_reader").splitlines()
+    url = make_postgres_url(tmp_path / "postgres")
+
+    def upgrade(*statements: str) -> None:
+        make_earlier_index(backend)
+        with backend._db.write() as connection:
+            for statement in statements:
+                connection.execute(statement)
+        open_backend(url, write=True).prepare_words()
+
+    upgrade("CREATE ROLE search_reader LOGIN", usage, select)
+    reader = open_backend(url.replace("postgres@", "search_reader@"))
+    with pytest.raises(OSError, match="permission denied for table recognized_texts"):
+        search_names(reader)
+    upgrade(select, defaults)
+    assert search_names(reader) == {"1.png", "2.png"} and set(search_words(reader, "1")) == {"1.png"}
+
+
+def test_postgres_reads_few_locations_to_find_the_matching_fields(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, content = create_index(tmp_path), make_content(1)
+    captions = ["a cat", "a cat", "a cat", "a cat", "a dog"]
+    images = [(make_image(f"/p/dog {n}.png", [caption]), content.hash) for n, caption in enumerate(captions)]
+    backend.add([content], images)
+    assert search_words(backend, "dog") == {"dog 0.png": ("caption", "name")}
+    monkeypatch.setattr("llm2clip.search.postgres_backend.MATCHED_LOCATIONS", 4)
+    assert search_words(backend, "dog") == {"dog 0.png": ("name",)}
+    assert search_words(backend, "dog 4") == {"dog 0.png": ("caption", "name")}  # only locations with all words count
 
 
 def test_postgres_word_search_accepts_very_long_texts(tmp_path: Path) -> None:

@@ -296,12 +296,13 @@ class Backend(Protocol):
             words: Texts of the query, for word search. Used only with a query vector.
 
         Raises:
+            ValueError: The filter has a caption, and the index was built by an earlier version (see `prepare_words`).
             WordIndexError: The tables for word search are corrupt.
         """
         ...
 
     def count_matches(self, image_filter: Filter) -> int:
-        """Return the number of distinct images that match a filter."""
+        """Return the number of distinct images that match a filter. Raise ValueError in the same case as `search`."""
         ...
 
     def vector(self, hit_id: str) -> np.ndarray | None:
@@ -344,6 +345,14 @@ def format_missing_index_message(folder: str | Path) -> str:
     """Return the error message for a folder that contains no index."""
     out = shlex.quote(str(folder))
     return f"{folder} is not an index. Create an index with: llm2clip index PHOTOS --model MODEL --out {out}"
+
+
+def format_outdated_index_message(location: str | Path) -> str:
+    """Return the error message for a caption filter on an index whose texts have not been prepared for it."""
+    return (
+        f"{location} was built by an earlier version, so caption filters cannot be used. Run `llm2clip index` again, "
+        "which prepares the captions without embedding the images again"
+    )
 
 
 class IndexUnavailableError(OSError):

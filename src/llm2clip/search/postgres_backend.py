@@ -40,6 +40,7 @@ from llm2clip.search.backends import (
     ImageState,
     IndexedContent,
     IndexedImage,
+    format_outdated_index_message,
     hide_password,
     parse_content_id,
     ref_from_json,
@@ -53,8 +54,10 @@ from llm2clip.search.postgres_words import (
     escape_pattern,
     find_matched_fields,
     find_matches,
+    has_complete_words,
     make_match,
     make_word_columns,
+    mark_words_complete,
 )
 from llm2clip.search.words import MAX_FUSED, WordQuery, fuse_rankings, make_fields, normalize
 
@@ -63,6 +66,9 @@ APPROXIMATE_ABOVE = 100_000
 MAX_INLINE_DIM = 3900  # larger vectors do not fit in a database page of 8 KB
 MAX_HNSW_DIM = 4000  # limit of pgvector
 HNSW_INDEX = "contents_hnsw"
+# Number of locations of a hit that are read to find the matching fields. The locations of an image usually have the
+# same captions.
+MATCHED_LOCATIONS = 5
 EF_SEARCH, MAX_EF_SEARCH = 100, 1000  # candidates per HNSW search: the default, and pgvector's limit
 
 # "key" is the SHA-256 hash of the name, because PostgreSQL limits the length of indexed text to about 2,700 bytes.
@@ -157,7 +163,7 @@ class PostgresBackend:
         self._db = PostgresDatabase(conninfo, self.schema, self.location)
         self._has_changes = False
         self._may_have_orphans = True  # an interrupted run may leave contents that belong to no image
-        self._has_words = self._are_words_checked = False
+        self._has_words = False
 
     # ---- building
 
@@ -188,24 +194,29 @@ class PostgresBackend:
 
     def prepare_words(self) -> None:
         """Create the table and columns for word search, and fill them for images of earlier versions."""
-        if self._are_words_checked:
+        if self._db.read(self._check_words):
             return
-        if not self._db.read(self._check_words):
-            with self._db.write() as connection:
-                create_word_tables(connection)
+        with self._db.write() as connection:
+            create_word_tables(connection)
         last_id = 0
         missing = f"{TEXT_ROWS} WHERE words IS NULL AND images.id > %s ORDER BY images.id LIMIT {WORDS_BATCH}"
         while rows := self._db.query(missing, (last_id,)):
             with self._db.write() as connection:
                 _update_words(connection, rows)
             last_id, self._has_changes = rows[-1][0], True
-        self._are_words_checked = True
+        with self._db.write() as connection:
+            mark_words_complete(connection)
 
     def _check_words(self, connection: Connection) -> bool:
-        """Return True if the index has the table and columns for word search. Those of earlier versions do not."""
+        """Return True if all images have the columns for word search. Those of earlier versions do not."""
         if not self._has_words:
-            self._has_words = _exists(connection, f"{self.schema}.recognized_texts")
+            self._has_words = has_complete_words(connection, self.schema)
         return self._has_words
+
+    def _check_filter(self, connection: Connection, image_filter: Filter) -> None:
+        """Raise ValueError if the filter needs captions that an earlier version stored in another form."""
+        if image_filter.caption is not None and not self._check_words(connection):
+            raise ValueError(format_outdated_index_message(self.location))
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
         states: dict[str, ImageState] = {}
@@ -316,6 +327,7 @@ class PostgresBackend:
         query = WordQuery.parse(words)
 
         def read(connection: Connection) -> list[Hit]:
+            self._check_filter(connection, image_filter)
             has_words, matches = self._check_words(connection), np.empty(0, np.int64)
             if vector is None:
                 ids = _find_newest(connection, {**parameters, "count": count, "offset": offset})
@@ -350,8 +362,13 @@ class PostgresBackend:
     def count_matches(self, image_filter: Filter) -> int:
         parameters = _make_parameters(image_filter)
         statement = f"SELECT count(*) FROM contents WHERE {_make_content_condition(parameters)}"
-        ((count,),) = self._db.query(statement, parameters)
-        return int(count)
+
+        def read(connection: Connection) -> int:
+            self._check_filter(connection, image_filter)
+            ((count,),) = connection.execute(statement, parameters).fetchall()
+            return int(count)
+
+        return self._db.read(read)
 
     def vector(self, hit_id: str) -> np.ndarray | None:
         rows = self._db.query("SELECT vector FROM contents WHERE id = %s", (parse_content_id(hit_id),))
@@ -410,6 +427,7 @@ def _create_tables(connection: Connection, dim: int) -> None:
         connection.execute("ALTER TABLE contents ALTER COLUMN vector SET STORAGE PLAIN")
     create_trigram_index(connection, "images_captions", "folded_captions")
     create_word_tables(connection)
+    mark_words_complete(connection)
 
 
 def _make_parameters(image_filter: Filter) -> dict[str, Any]:
@@ -509,7 +527,7 @@ def _find_matched_fields(
 ) -> dict[int, tuple[str, ...]]:
     """Return the fields that contain words of the query, for contents with images that contain all words.
 
-    Only MAX_LOCATIONS of these images are read per content.
+    Only MATCHED_LOCATIONS of these images are read per content.
     """
     if not content_ids:
         return {}
@@ -517,7 +535,7 @@ def _find_matched_fields(
     rows = connection.execute(
         f"SELECT matching.* FROM unnest(%(ids)s::bigint[]) AS page(id), LATERAL ("
         f"  {TEXT_ROWS} WHERE images.content = page.id AND {match} ORDER BY images.id LIMIT %(locations)s) AS matching",
-        {**parameters, "ids": list(content_ids), "locations": MAX_LOCATIONS},
+        {**parameters, "ids": list(content_ids), "locations": MATCHED_LOCATIONS},
     ).fetchall()
     # The stored dates are those of the time zone of the machine that added the images.
     return find_matched_fields(query, [(row[1], {**_fields_from_row(row), "date": row[4]}) for row in rows])

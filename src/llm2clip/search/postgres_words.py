@@ -51,9 +51,28 @@ MAX_WORDS_SIZE, POSITION_SIZE = 1_000_000, 8
 
 
 def create_word_tables(connection: Connection) -> None:
-    """Create the table, columns and indexes for word search that do not exist."""
+    """Create the table, columns and indexes for word search that do not exist.
+
+    Once all images have words, call `mark_words_complete`.
+    """
     connection.execute(WORDS_TABLES)
     create_trigram_index(connection, "images_unspaced_texts", "unspaced_texts")
+
+
+def mark_words_complete(connection: Connection) -> None:
+    """Require words for all images, which `has_complete_words` checks."""
+    connection.execute("ALTER TABLE images ALTER COLUMN words SET NOT NULL")
+
+
+def has_complete_words(connection: Connection, schema: str) -> bool:
+    """Return True if all images have the columns for word search, unlike in indexes of earlier versions."""
+    row = connection.execute(
+        "SELECT attnotnull FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid "
+        "JOIN pg_namespace ON pg_namespace.oid = relnamespace "
+        "WHERE nspname = %s AND relname = 'images' AND attname = 'words'",
+        (schema,),
+    ).fetchone()
+    return row == (True,)
 
 
 def create_trigram_index(connection: Connection, name: str, column: str) -> None:

@@ -36,6 +36,7 @@ from llm2clip.search.backends import (
     IndexedImage,
     WordIndexError,
     format_missing_index_message,
+    format_outdated_index_message,
     parse_content_id,
     ref_from_json,
     ref_to_json,
@@ -422,10 +423,7 @@ class SqliteBackend:
         tables = "images JOIN contents ON contents.id = images.content"
         if image_filter.caption is not None:
             if not self._check_words():
-                raise ValueError(
-                    f"{self.folder} was built by an earlier version and has no tables for caption filters. Run "
-                    "`llm2clip index` again, which adds the tables without embedding the images again"
-                )
+                raise ValueError(format_outdated_index_message(self.folder))
             if conditions or newest_first:
                 tables = "texts JOIN images ON images.name = texts.image JOIN contents ON contents.id = images.content"
             else:
