@@ -40,7 +40,7 @@ VOCABULARY_SIZE = 20_000
 FILTER_WORD = 20  # rank of the word in caption filters
 FOLDERS, FOLDER = 100, 7
 # Settings for a machine with 16 GB of memory. `fsync=on` replaces a setting of the tests.
-SERVER_SETTINGS = ("fsync=on", "shared_buffers=4GB", "maintenance_work_mem=64MB", "max_wal_size=4GB")
+SERVER_SETTINGS = ("fsync=on", "shared_buffers=4GB", "maintenance_work_mem=2GB", "max_wal_size=4GB")
 
 
 class Images(NamedTuple):

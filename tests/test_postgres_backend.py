@@ -209,6 +209,25 @@ def test_postgres_approximate_search_returns_all_images_that_match_a_filter(tmp_
     assert "hnsw" not in str(db.query(explain))
 
 
+def test_postgres_reports_a_graph_that_does_not_fit_into_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for memory, is_slow in (("64MB", False), ("1MB", True)):
+        url = f"{make_postgres_url(tmp_path / memory)}&options=-c%20maintenance_work_mem%3D{memory}"
+        backend = open_backend(url, write=True, approximate_above=0)
+        backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": 2000})
+        vectors = np.random.default_rng(0).standard_normal((300, 2000))
+        contents = [make_content(number, vector) for number, vector in enumerate(vectors)]
+        backend.add(
+            contents, [(make_image(f"/p/{number}.png"), content.hash) for number, content in enumerate(contents)]
+        )
+        for _ in range(2):
+            backend.finish()
+        output = capsys.readouterr().out
+        assert output.count("does not fit into the server's maintenance_work_mem") == is_slow
+        assert len(backend.search(vectors[0].astype(np.float32), 10, Filter())) == 10
+
+
 def _search_exactly(backend: Any, count: int) -> list[Any]:
     return sorted(backend.search(QUERY, 2500, Filter()), key=lambda hit: -hit.score)[:count]
 

@@ -13,6 +13,7 @@ configurations are not used, because their parser splits file names and numbers 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ from llm2clip.search.postgres_database import Connection
 from llm2clip.search.words import (
     FIELDS,
     MAX_FUSED,
+    MAX_MATCHED_FRACTION,
+    MAX_MATCHES,
     MAX_QUERY_LENGTH,
     MIN_COMMON,
     SEPARATOR,
@@ -157,7 +160,10 @@ def find_matches(
     parameters = {**parameters, **match_parameters, "limit": MIN_COMMON, "fused": MAX_FUSED}
     exceeds = f"SELECT FROM images WHERE {match} OFFSET %(limit)s LIMIT 1"
     if connection.execute(exceeds, parameters).fetchone() is not None:
-        ((total,),) = connection.execute("SELECT count(*) FROM images").fetchall()
+        # In larger indexes, the limit is the same, so not all images are counted.
+        counted = {"counted": math.ceil(MAX_MATCHES / MAX_MATCHED_FRACTION)}
+        count = "SELECT count(*) FROM (SELECT FROM images LIMIT %(counted)s) AS counted"
+        ((total,),) = connection.execute(count, counted).fetchall()
         parameters["limit"] = compute_match_limit(total)
         if connection.execute(exceeds, parameters).fetchone() is not None:
             return np.empty(0, np.int64)
