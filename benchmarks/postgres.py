@@ -9,7 +9,7 @@ complete `Backend.search` calls, from the query vector to the file names:
 
     all              no filter
     path             a folder with 1% of the images
-    caption          a word in the captions of about 0.5% of the images
+    caption          a word in the captions of about 5% of the images
     words            no filter, and word search for two words of an image's caption
 
 The table shows wall-clock times and CPU time, which other programs on the machine affect less. CPU time includes the
