@@ -531,11 +531,11 @@ def test_access_log_has_one_json_object_per_request_without_private_data(
 
 def test_session_cookie_does_not_contain_the_token(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
     app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), token="secret", hosts=None)
-    with TestClient(app, base_url="http://example.org:81", follow_redirects=False) as client:
+    with TestClient(app, base_url="http://example.org", follow_redirects=False) as client:
         response = client.get("/?token=secret")
         assert response.status_code == 303 and response.headers["location"] == "/"
         cookie = response.headers["set-cookie"]
-        assert cookie.startswith("llm2clip_session_81=") and "secret" not in cookie
+        assert cookie.startswith("llm2clip_session_") and "secret" not in cookie
         assert "HttpOnly" in cookie and "SameSite=strict" in cookie and "Secure" not in cookie
         assert client.get("/thumbnail/1").status_code == 200
     with TestClient(app, base_url="https://example.org", follow_redirects=False) as other_browser:
@@ -543,23 +543,28 @@ def test_session_cookie_does_not_contain_the_token(dual_encoder: DualEncoder, ba
         assert "Secure" in other_browser.get("/?token=secret").headers["set-cookie"]
 
 
-def test_sessions_expire_and_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip.search.middleware.MAX_SESSIONS", 2)
+def test_sessions_expire_and_cannot_be_forged(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("llm2clip.search.middleware.time.monotonic", lambda: now[0])
-    auth = Authenticator("secret")
-    scope = {"type": "http", "scheme": "http", "server": ("localhost", 80), "headers": []}
+    monkeypatch.setattr("llm2clip.search.middleware.time.time", lambda: now[0])
+    scope = {"type": "http", "scheme": "http", "headers": []}
+    auth, same_token, other_token = Authenticator("secret"), Authenticator("secret"), Authenticator("other")
+    response = Response()
+    auth.start_session(Request(scope), response)
+    cookie = response.headers["set-cookie"].partition(";")[0]
 
-    def start_session() -> Request:
-        response = Response()
-        auth.start_session(Request(scope), response)
-        cookie = response.headers["set-cookie"].partition(";")[0]
-        return Request({**scope, "headers": [(b"cookie", cookie.encode())]})
+    def is_authorized(auth: Authenticator, cookie: str) -> bool:
+        return auth.is_authorized(Request({**scope, "headers": [(b"cookie", cookie.encode())]}))
 
-    sessions = [start_session() for _ in range(3)]
-    assert [auth.is_authorized(session) for session in sessions] == [False, True, True]
+    assert is_authorized(auth, cookie) and is_authorized(same_token, cookie)  # another process with the same token
+    name, _, value = cookie.partition("=")
+    end, _, signature = value.partition(".")
+    other_name = other_token._cookie_name
+    assert other_name != name and not is_authorized(other_token, f"{other_name}={value}")
+    later = int(end) + 1
+    for forged in (f"{later}.{signature}", f"{end}.", end, "", f".{signature}", f"x.{signature}", "é.é", f"{end}.é"):
+        assert not is_authorized(auth, f"{name}={forged}")
     now[0] += SESSION_SECONDS
-    assert not auth.is_authorized(sessions[2])
+    assert not is_authorized(auth, cookie)
 
 
 @pytest.mark.parametrize("token", ["", "sécret", "two words", "line\n"])
