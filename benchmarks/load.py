@@ -98,7 +98,7 @@ class Monitor:
     def _add_problem(self, message: str) -> None:
         self.problems.append(message)
         if len(self.problems) <= MAX_PROBLEMS:
-            print(f"problem: {message}", flush=True)
+            print(f"problem: {message[:500]}", flush=True)
 
     def run_outage(self, restart: Callable[[], None]) -> None:
         """Run a function that kills and restarts a server. Errors are expected in the meantime."""
