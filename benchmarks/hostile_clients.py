@@ -21,13 +21,11 @@ import http.client
 import io
 import json
 import os
-import re
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -38,6 +36,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from shared import start_server
 
 TOKEN = "benchmark"
 PAUSE = 0.1  # seconds until an attack is repeated
@@ -262,20 +262,6 @@ def make_default_index(folder: Path) -> Path:
     return folder / "index"
 
 
-def start_server(index: str) -> tuple[subprocess.Popen[str], int]:
-    """Start a server, and return its process and port."""
-    command = [sys.executable, "-m", "llm2clip", "serve", "--index", index, "--port", "0", "--precision", "fp32"]
-    environment = {**os.environ, "LLM2CLIP_TOKEN": TOKEN}
-    # The server's error messages are discarded, because a full pipe that is never read would block the server.
-    server = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert server.stdout is not None
-    for line in server.stdout:
-        if match := re.match(r"Serving at http://127.0.0.1:(\d+)/", line):
-            threading.Thread(target=server.stdout.read, daemon=True).start()
-            return server, int(match[1])
-    raise SystemExit(f"the server stopped with exit status {server.wait()}")
-
-
 def peak_memory_mb(pid: int) -> float:
     """Return the peak memory (RSS) of a process in MB."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -290,7 +276,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(ATTACKS), default=list(ATTACKS), help="attacks to run")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        server, port = start_server(args.index or str(make_default_index(Path(folder))))
+        server, port = start_server(args.index or str(make_default_index(Path(folder))), TOKEN)
         context = SpawnContext()
         attackers = [
             context.Process(target=run_attacker, args=(port, number, args.only), daemon=True)

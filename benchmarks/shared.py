@@ -1,9 +1,12 @@
-"""Helpers shared by several benchmarks: process memory, JSONL files, and running llm2clip commands."""
+"""Helpers shared by several benchmarks: process memory, JSONL files, llm2clip commands and search servers."""
 
 import json
+import os
+import re
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,3 +47,17 @@ def run_llm2clip(command: Sequence[str], log: Path) -> None:
         process = subprocess.run([sys.executable, "-m", "llm2clip", *command], stdout=output, stderr=output)
     if process.returncode:
         raise SystemExit(f"command failed (see {log}): llm2clip {shlex.join(command)}")
+
+
+def start_server(index: str, token: str, port: int = 0) -> tuple[subprocess.Popen[str], int]:
+    """Start `llm2clip serve` on a port (0 means any free port), and return its process and port."""
+    command = [sys.executable, "-m", "llm2clip", "serve", "--index", index, "--port", str(port), "--precision", "fp32"]
+    environment = {**os.environ, "LLM2CLIP_TOKEN": token}
+    # The server's error messages are discarded, because a full pipe that is never read would block the server.
+    server = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert server.stdout is not None
+    for line in server.stdout:
+        if match := re.match(r"Serving at http://127.0.0.1:(\d+)/", line):
+            threading.Thread(target=server.stdout.read, daemon=True).start()
+            return server, int(match[1])
+    raise SystemExit(f"the server stopped with exit status {server.wait()}")

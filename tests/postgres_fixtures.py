@@ -12,9 +12,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 START_TIMEOUT = 300  # seconds; only a server that hangs takes so long
@@ -87,14 +89,20 @@ class PostgresServer:
         return True
 
     def kill(self) -> None:
-        """Stop all processes of the server at once, as in a crash. The next start recovers from the log."""
+        """Stop all processes of the server with SIGKILL, as in a crash. The next start recovers from the log."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGQUIT)
+        processes = psutil.Process(self._process.pid).children(recursive=True)
+        self._process.kill()
         self._process.wait()
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):  # it has noticed that the main process is gone
+                process.kill()
+        psutil.wait_procs(processes)
 
     def _delete(self) -> None:
-        if self.is_running:
-            self.kill()
+        if self._process is not None and self.is_running:
+            self._process.send_signal(signal.SIGQUIT)  # unlike SIGKILL, this frees the server's shared memory
+            self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

@@ -43,12 +43,16 @@ OPERATIONS = (
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["index", "no index"])
 def operations(
-    tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dual_encoder: DualEncoder
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    image_folder: Path,
+    dual_encoder: DualEncoder,
 ) -> Iterator[dict[str, Any]]:
     """The operations of a running server by label."""
-    backend = make_index(tmp_path_factory.mktemp("index"), image_folder, dual_encoder)
+    has_index = request.param == "index"
+    backend = make_index(tmp_path_factory.mktemp("index"), image_folder, dual_encoder) if has_index else None
     with running_server(create_patient_app(dual_encoder, backend, max_body_bytes=1 << 20)) as address:
         schema = schemathesis.openapi.from_url(f"{address}openapi.json", timeout=HANG_TIMEOUT)
         results = [result.ok() for result in schema.get_all_operations()]

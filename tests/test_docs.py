@@ -58,8 +58,8 @@ def test_files_in_contributing_exist() -> None:
 
 def test_service_and_container_start_the_server_with_valid_options() -> None:
     """The commands in deploy/ are accepted by the command line."""
-    service = (ROOT / "deploy/llm2clip.service").read_text()
-    (command,) = re.findall(r"^ExecStart=\S+/llm2clip (.+)$", service, re.MULTILINE)
+    service = (ROOT / "deploy/llm2clip@.service").read_text()
+    (command,) = re.findall(r"^ExecStart=\S+/llm2clip (.+)$", service.replace("%i", "7860"), re.MULTILINE)
     containerfile = (ROOT / "deploy/Containerfile").read_text()
     (arguments,) = re.findall(r"^CMD (\[.+\])$", containerfile, re.MULTILINE)
     parser, _ = build_parser()

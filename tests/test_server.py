@@ -19,7 +19,7 @@ import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from fastapi import Request, Response
+from httpx import Client
 from PIL import Image
 from pyarrow import parquet
 from starlette.testclient import TestClient
@@ -38,7 +39,7 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search import inference
-from llm2clip.search.backends import Filter
+from llm2clip.search.backends import Filter, open_backend
 from llm2clip.search.inference import SEARCH_THREADS, InferenceService, Limits
 from llm2clip.search.middleware import CHUNK_SIZE, SESSION_SECONDS, Authenticator
 from llm2clip.search.query import SearchQuery, embed_images, embed_query
@@ -47,7 +48,15 @@ from llm2clip.search.request_images import open_original
 from llm2clip.search.schemas import MAX_IMAGES, MAX_TEMPLATES, MAX_TEXT_LENGTH, MAX_TEXTS, SearchRequest
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
-from search_fixtures import create_patient_app, make_index, reject_all_texts, wait_until
+from search_fixtures import (
+    create_backend,
+    create_patient_app,
+    get_location,
+    index_sources,
+    make_index,
+    reject_all_texts,
+    wait_until,
+)
 
 BASE_URL = "http://localhost"
 JSON = {"content-type": "application/json"}
@@ -387,6 +396,46 @@ def test_invalid_requests_are_explained(
     assert message in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("query", "has_hits"),
+    [
+        ({"texts": ["a" * MAX_TEXT_LENGTH]}, True),
+        ({"texts": ["word " * (MAX_TEXT_LENGTH // 5)]}, True),
+        ({"texts": ["🐕🏽‍🦺👩‍👩‍👧🇫🇷"]}, True),
+        ({"texts": ["\u202e\u0000\ufffe"]}, True),
+        ({"texts": ["red"], "filter": {"after": 2e9, "before": 1e9}}, False),
+        ({"texts": ["red"], "filter": {"path": "/x", "caption": "🐕" * 500, "min_side": 1_000_000}}, False),
+    ],
+)
+def test_unusual_queries_are_answered(client: TestClient, query: dict[str, Any], has_hits: bool) -> None:
+    response = client.post("/search", json={"show_weak": True, **query})
+    assert response.status_code == 200, response.text
+    assert bool(response.json()["hits"]) == has_hits
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_server_returns_503_while_a_table_of_the_index_cannot_be_read(
+    kind: str, tmp_path: Path, image_folder: Path, dual_encoder: DualEncoder
+) -> None:
+    index = create_backend(kind, tmp_path / "index")
+    index_sources([image_folder], dual_encoder, index)
+    database: Any = index._db  # type: ignore[attr-defined]
+    begin_write = database.transaction if kind == "sqlite" else database.write
+    backend = open_backend(get_location(kind, tmp_path / "index"))
+    request = {"texts": ["red"], "show_weak": True}
+    with TestClient(create_patient_app(dual_encoder, backend), base_url=BASE_URL) as client:
+        expected = client.post("/search", json=request).json()
+        assert expected["hits"]
+        with begin_write() as connection:
+            connection.execute("ALTER TABLE contents RENAME TO hidden")
+        for response in (client.post("/search", json=request), client.post("/search", json={"like": ["1"]})):
+            assert response.status_code == 503 and response.headers["retry-after"] == "1"
+            assert response.json()["error"]["message"] == "the index is temporarily unavailable; try again later"
+        with begin_write() as connection:
+            connection.execute("ALTER TABLE hidden RENAME TO contents")
+        assert client.post("/search", json=request).json() == expected
+
+
 def test_malformed_and_oversized_bodies_are_rejected(client: TestClient) -> None:
     def post(path: str, content: Any) -> int:
         return client.post(path, content=content, headers=JSON).status_code
@@ -529,13 +578,35 @@ def test_access_log_has_one_json_object_per_request_without_private_data(
     assert not any(word in line for line in lines for word in ("secret", "private"))
 
 
+def test_traces_contain_routes_but_no_private_data(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
+    """With the excluded URLs that the documentation recommends, since the address of the page contains the token."""
+    instrumentation = pytest.importorskip("opentelemetry.instrumentation.fastapi")
+    trace = pytest.importorskip("opentelemetry.sdk.trace")
+    export = pytest.importorskip("opentelemetry.sdk.trace.export")
+    memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    documentation = (Path(__file__).parents[1] / "docs/howto/operations.md").read_text()
+    [excluded] = re.findall(r"OTEL_PYTHON_FASTAPI_EXCLUDED_URLS='(.+)'", documentation)
+    exporter, provider = memory.InMemorySpanExporter(), trace.TracerProvider()
+    provider.add_span_processor(export.SimpleSpanProcessor(exporter))
+    app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), token="secret")
+    instrumentation.FastAPIInstrumentor.instrument_app(app, tracer_provider=provider, excluded_urls=excluded)
+    with TestClient(app, base_url=BASE_URL) as client:
+        assert client.get("/?token=secret").status_code == 200
+        assert client.post("/search", json={"texts": ["private"]}).status_code == 200
+        assert client.get("/image/1").status_code == client.get("/zip?ids=1").status_code == 200
+    spans = exporter.get_finished_spans()
+    routes = {span.attributes.get("http.route") for span in spans if span.kind.name == "SERVER"}
+    assert routes == {"/search"}
+    assert not any(word in span.to_json() for span in spans for word in ("secret", "private"))
+
+
 def test_session_cookie_does_not_contain_the_token(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
     app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), token="secret", hosts=None)
-    with TestClient(app, base_url="http://example.org:81", follow_redirects=False) as client:
+    with TestClient(app, base_url="http://example.org", follow_redirects=False) as client:
         response = client.get("/?token=secret")
         assert response.status_code == 303 and response.headers["location"] == "/"
         cookie = response.headers["set-cookie"]
-        assert cookie.startswith("llm2clip_session_81=") and "secret" not in cookie
+        assert cookie.startswith("llm2clip_session_") and "secret" not in cookie
         assert "HttpOnly" in cookie and "SameSite=strict" in cookie and "Secure" not in cookie
         assert client.get("/thumbnail/1").status_code == 200
     with TestClient(app, base_url="https://example.org", follow_redirects=False) as other_browser:
@@ -543,23 +614,28 @@ def test_session_cookie_does_not_contain_the_token(dual_encoder: DualEncoder, ba
         assert "Secure" in other_browser.get("/?token=secret").headers["set-cookie"]
 
 
-def test_sessions_expire_and_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip.search.middleware.MAX_SESSIONS", 2)
+def test_sessions_expire_and_cannot_be_forged(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("llm2clip.search.middleware.time.monotonic", lambda: now[0])
-    auth = Authenticator("secret")
-    scope = {"type": "http", "scheme": "http", "server": ("localhost", 80), "headers": []}
+    monkeypatch.setattr("llm2clip.search.middleware.time.time", lambda: now[0])
+    scope = {"type": "http", "scheme": "http", "headers": []}
+    auth, same_token, other_token = Authenticator("secret"), Authenticator("secret"), Authenticator("other")
+    response = Response()
+    auth.start_session(Request(scope), response)
+    cookie = response.headers["set-cookie"].partition(";")[0]
 
-    def start_session() -> Request:
-        response = Response()
-        auth.start_session(Request(scope), response)
-        cookie = response.headers["set-cookie"].partition(";")[0]
-        return Request({**scope, "headers": [(b"cookie", cookie.encode())]})
+    def is_authorized(auth: Authenticator, cookie: str) -> bool:
+        return auth.is_authorized(Request({**scope, "headers": [(b"cookie", cookie.encode())]}))
 
-    sessions = [start_session() for _ in range(3)]
-    assert [auth.is_authorized(session) for session in sessions] == [False, True, True]
+    assert is_authorized(auth, cookie) and is_authorized(same_token, cookie)  # another process with the same token
+    name, _, value = cookie.partition("=")
+    end, _, signature = value.partition(".")
+    other_name = other_token._cookie_name
+    assert other_name != name and not is_authorized(other_token, f"{other_name}={value}")
+    later = int(end) + 1
+    for forged in (f"{later}.{signature}", f"{end}.", end, "", f".{signature}", f"x.{signature}", "é.é", f"{end}.é"):
+        assert not is_authorized(auth, f"{name}={forged}")
     now[0] += SESSION_SECONDS
-    assert not auth.is_authorized(sessions[2])
+    assert not is_authorized(auth, cookie)
 
 
 @pytest.mark.parametrize("token", ["", "sécret", "two words", "line\n"])
@@ -753,16 +829,21 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+SERVE = "import sys; from llm2clip.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
 @contextmanager
-def serving_process(script: str, model: Path) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
+def serving_process(
+    script: str, *options: str | Path, token: str | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
     """Run `serve` in a process with a script around it, and yield the process, its address and its port."""
-    command = [sys.executable, "-c", script, "serve", "--model", str(model), "--port", "0", "--no_token"]
-    command += ["--timeout", str(HANG_TIMEOUT), "--precision", "fp32"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, "serve", *map(str, options), "--port", "0"]
+    command += ["--timeout", str(HANG_TIMEOUT), "--precision", "fp32", *(["--no_token"] if token is None else [])]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "LLM2CLIP_TOKEN": token or ""}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, env=env, text=True, **pipes) as server:
         try:
-            address = read_until(server, r"Serving at (http://127.0.0.1:(\d+)/)\n")
+            address = read_until(server, r"Serving at (http://127.0.0.1:(\d+)/).*\n")
             yield server, address[1], int(address[2])
         finally:
             server.kill()
@@ -770,7 +851,7 @@ def serving_process(script: str, model: Path) -> Iterator[tuple[subprocess.Popen
 
 def test_serve_completes_requests_after_sigterm(model_folder: Path) -> None:
     """Starts a real server process, and stops it while it processes a request."""
-    with ThreadPoolExecutor(1) as clients, serving_process(SERVE_WITH_PAUSED_MODEL, model_folder) as process:
+    with ThreadPoolExecutor(1) as clients, serving_process(SERVE_WITH_PAUSED_MODEL, "--model", model_folder) as process:
         server, address, port = process
         response = clients.submit(post_json, f"{address}embed", {"input": ["a", "b"]})
         read_until(server, "Encoding\n")
@@ -798,7 +879,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_serve_stops_after_sigterm_although_a_decoder_never_returns(model_folder: Path) -> None:
-    with serving_process(SERVE_WITH_ENDLESS_DECODING, model_folder) as (server, _, port):
+    with serving_process(SERVE_WITH_ENDLESS_DECODING, "--model", model_folder) as (server, _, port):
         body = json.dumps({"input": data_uri(b"x")})
         with socket.create_connection(("127.0.0.1", port)) as client:
             head = "POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -806,6 +887,40 @@ def test_serve_stops_after_sigterm_although_a_decoder_never_returns(model_folder
             read_until(server, "Decoding\n")
             server.send_signal(signal.SIGTERM)
             assert server.wait(HANG_TIMEOUT) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_processes_share_an_index_and_sessions(
+    kind: str, tmp_path: Path, image_folder: Path, model_folder: Path, dual_encoder: DualEncoder
+) -> None:
+    """Two processes with the same token answer in turn, as behind a proxy, while a third one changes the index."""
+    index = create_backend(kind, tmp_path / "index")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    shutil.copy(image_folder / "0.png", photos)
+    index_sources([photos], dual_encoder, index)
+    options = ("--index", get_location(kind, tmp_path / "index"), "--model", model_folder)
+    with ExitStack() as stack:
+        processes = [stack.enter_context(serving_process(SERVE, *options, token="secret")) for _ in range(2)]
+        clients = [stack.enter_context(Client(base_url=address)) for _, address, _ in processes]
+        assert clients[0].get("/?token=secret").status_code == 303
+        clients[1].cookies = clients[0].cookies
+
+        def find_images() -> list[set[str]]:
+            found = []
+            for client in clients:
+                response = client.post("/search", json={"texts": ["red"], "show_weak": True, "group_similar": False})
+                assert response.status_code == 200
+                found.append({Path(hit["images"][0]["name"]).name for hit in response.json()["hits"]})
+            return found
+
+        assert find_images() == [{"0.png"}] * 2
+        shutil.copy(image_folder / "1.png", photos)
+        index_sources([photos], dual_encoder, index)
+        assert find_images() == [{"0.png", "1.png"}] * 2
+        (photos / "0.png").unlink()
+        index_sources([photos], dual_encoder, index, prune=True)
+        assert find_images() == [{"1.png"}] * 2
 
 
 @pytest.mark.parametrize(

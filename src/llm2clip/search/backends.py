@@ -356,7 +356,10 @@ def format_outdated_index_message(location: str | Path) -> str:
 
 
 class IndexUnavailableError(OSError):
-    """The server that stores an index is down, is restarting or cannot be reached. Trying again later may help."""
+    """An index cannot be read, because its server is down, or because its tables are corrupt or being replaced.
+
+    Trying again later may help.
+    """
 
 
 def open_backend(location: str, write: bool = False, approximate_above: int | None = None) -> Backend:

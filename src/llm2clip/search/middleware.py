@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import hmac
 import ipaddress
 import json
 import re
@@ -24,7 +26,6 @@ from llm2clip.search.inference import InferenceService, Limits
 from llm2clip.search.queues import QueueFull, current_client
 
 SESSION_SECONDS = 24 * 3600
-MAX_SESSIONS = 1000  # if there are more sessions, the oldest one ends
 # Requests with other methods are counted as "other", because clients can send arbitrary method names.
 COUNTED_METHODS = ("GET", "POST", "HEAD", "OPTIONS")
 # A parsed JSON value can use 100 times as much memory as its text. Legitimate large requests have a few long strings.
@@ -49,6 +50,9 @@ SECURITY_HEADERS = {
 class Authenticator:
     """Checks that requests contain a token, or the cookie of a session that was started with the token.
 
+    Sessions are not stored: the cookie contains the session's end time, signed with a key that is derived from the
+    token. All processes with the same token therefore accept the same sessions.
+
     The cookie does not contain the token: browsers send cookies to all ports of a host, so other servers on the same
     machine can read them.
     """
@@ -61,15 +65,19 @@ class Authenticator:
                 "To disable authentication, pass token=None (on the command line: --no_token)."
             )
         self._token = token
-        self._sessions: dict[str, float] = {}  # end time of each session, keyed by id, oldest session first
+        # scrypt is slow, so that a token cannot be guessed from a cookie.
+        self._key = hashlib.scrypt(token.encode(), salt=b"llm2clip session", n=2**14, r=8, p=1)
+        # Servers with different tokens on the same host have different cookies.
+        self._cookie_name = f"llm2clip_session_{self._sign('name')[:8]}"
 
     def is_authorized(self, request: Request) -> bool:
         """Return True if a request has the token in its Authorization header, or a valid session cookie."""
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and self.is_token(bearer):
             return True
-        end = self._sessions.get(request.cookies.get(_make_cookie_name(request), ""))
-        return end is not None and time.monotonic() < end
+        end, _, signature = request.cookies.get(self._cookie_name, "").partition(".")
+        is_signed = secrets.compare_digest(signature.encode(), self._sign(f"end {end}").encode())
+        return is_signed and time.time() < int(end)
 
     def is_token(self, text: str) -> bool:
         """Return True if the text equals the token. The comparison runs in constant time."""
@@ -77,24 +85,18 @@ class Authenticator:
 
     def start_session(self, request: Request, response: Response) -> None:
         """Start a session and add its cookie to a response."""
-        session = secrets.token_urlsafe(24)
-        self._sessions[session] = time.monotonic() + SESSION_SECONDS
-        if len(self._sessions) > MAX_SESSIONS:
-            del self._sessions[next(iter(self._sessions))]
+        end = int(time.time()) + SESSION_SECONDS
         response.set_cookie(
-            _make_cookie_name(request),
-            session,
+            self._cookie_name,
+            f"{end}.{self._sign(f'end {end}')}",
             max_age=SESSION_SECONDS,
             httponly=True,
             samesite="strict",
             secure=request.scope["scheme"] == "https",
         )
 
-
-def _make_cookie_name(request: Request) -> str:
-    """Return a cookie name that contains the server's port, so two servers on a host do not share a cookie."""
-    server = request.scope.get("server")
-    return f"llm2clip_session_{server[1] if server else 0}"
+    def _sign(self, text: str) -> str:
+        return hmac.new(self._key, text.encode(), "sha256").hexdigest()
 
 
 class RequestMiddleware:

@@ -36,6 +36,8 @@ CONNECTION_DEFAULTS = {
     "application_name": "llm2clip",
 }
 LOST_CONNECTION = (errors.AdminShutdown, errors.CrashShutdown, errors.CannotConnectNow)
+# The index is being replaced, the server has not enough memory or disk space, or its files are corrupt.
+UNREADABLE = (errors.UndefinedTable, errors.InsufficientPrivilege, psycopg.OperationalError, psycopg.InternalError)
 
 
 def parse_url(url: str) -> tuple[str, str]:
@@ -139,7 +141,8 @@ class PostgresDatabase:
             if _is_lost(connection, error):
                 connection.close()
                 raise _ConnectionLost(str(error)) from error
-            raise OSError(f"{self.location}: {error}") from error
+            error_type = IndexUnavailableError if isinstance(error, UNREADABLE) else OSError
+            raise error_type(f"{self.location}: {error}") from error
         finally:
             if not connection.closed:
                 self._idle.put(connection)

@@ -12,7 +12,7 @@ import psutil
 
 from llm2clip.runs.output_folder import INDEX_FILE, check_format_version
 from llm2clip.runs.ranks import print_once
-from llm2clip.search.backends import FORMAT_VERSION, NEW_INDEX_ADVICE
+from llm2clip.search.backends import FORMAT_VERSION, NEW_INDEX_ADVICE, IndexUnavailableError
 from llm2clip.search.words import WORDS_SCHEMA
 
 # The column "location" is the reference to an image's bytes, and "max_abs" is the largest absolute value in a vector.
@@ -205,11 +205,11 @@ class SqliteDatabase:
 
     @contextmanager
     def _convert_errors(self) -> Iterator[None]:
-        """Convert SQLite errors, such as a full disk or a locked database, to OSErrors that name the file."""
+        """Convert SQLite errors, such as a full disk or a locked database, to errors that name the file."""
         try:
             yield
         except sqlite3.Error as error:
-            raise OSError(f"{self.file}: {error}") from error
+            raise IndexUnavailableError(f"{self.file}: {error}") from error
 
 
 def _warn_about_network_file_system(folder: Path) -> None:
