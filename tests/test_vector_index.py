@@ -1,13 +1,15 @@
 """Tests of `search.vector_index`, and of how the SQLite backend keeps it up to date."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.search import vector_index
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.vector_index import QuantizedVectors, VectorIndex, open_graph, update_graph
+from llm2clip.search.vector_index import FetchVectors, QuantizedVectors, VectorIndex, open_graph, update_graph
 from search_fixtures import index_sources, search_names
 
 DIM = 64
@@ -63,6 +65,43 @@ def test_vector_index_matches_exact_float64_search(use_graph: bool, tmp_path: Pa
         assert set(result_ids) == set(best)
     result_ids, scores = index.search(query, 10, ids[:0])
     assert len(result_ids) == len(scores) == 0
+
+
+def test_update_graph_adds_unreachable_vectors_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that add vectors at the same time can leave vectors that no search finds."""
+    vectors = clustered_vectors(3000)
+    ids = np.arange(3000, dtype=np.int64)
+    add = vector_index._add_to_graph
+    calls: list[tuple[list[int], int]] = []
+
+    def add_without_some(graph: Any, some_ids: np.ndarray, fetch: FetchVectors, scale: float, threads: int) -> None:
+        calls.append((some_ids.tolist(), threads))
+        kept = some_ids if len(calls) > 1 else some_ids[some_ids % 1000 != 7]
+        add(graph, kept, fetch, scale, threads)
+
+    monkeypatch.setattr(vector_index, "_add_to_graph", add_without_some)
+    update_graph(tmp_path, ids, vectors.__getitem__, DIM, float(np.abs(vectors).max()))
+    assert calls[0] == (ids.tolist(), 0)
+    assert {7, 1007, 2007} <= set(calls[1][0]) and calls[1][1] == 1
+    opened = open_graph(tmp_path)
+    assert opened is not None and len(opened[0]) == 3000
+    assert len(vector_index._find_unreachable(opened[0], ids, vectors.__getitem__, opened[1].scale)) == 0
+
+
+def test_open_graph_does_not_search_a_graph_that_misses_vectors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Many equal vectors separate the graph into parts."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(3000, DIM))
+    vectors[500:900] = vectors[0]
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    ids, max_abs = np.arange(3000, dtype=np.int64), float(np.abs(vectors).max())
+    update_graph(tmp_path, ids, vectors.__getitem__, DIM, max_abs)
+    assert "searches scan all vectors" in capsys.readouterr().out
+    assert open_graph(tmp_path) is None
+    opened = open_graph(tmp_path, view=False)  # the next update continues with this graph
+    assert opened is not None and opened[1].found < 0.99
 
 
 @pytest.mark.parametrize("damage", ["zeros", "truncated", "empty", "missing", "state"])

@@ -27,6 +27,9 @@ from llm2clip.runs.ranks import print_once
 MIN_CANDIDATES = 128
 EXACT_BELOW = 2048  # for at most this many ids, scoring all float16 vectors is faster than scanning int8 codes first
 CHUNK = 65_536
+MIN_FOUND = 0.99  # a graph is used only if searches find at least this fraction of a sample of its vectors
+SAMPLE_SIZE = 2000
+NEAREST = 16  # number of neighbours among which a vector must find itself
 GRAPH_FILE, GRAPH_STATE_FILE = "graph.usearch", "graph.json"
 
 FetchVectors = Callable[[np.ndarray], np.ndarray]  # maps ids of shape (N,) to float16 vectors of shape (N, D)
@@ -171,6 +174,7 @@ class GraphState:
         last: Largest id.
         sum: Sum of all ids.
         checksum: Checksum of the graph file, from `compute_checksum`.
+        found: Fraction of a sample of the vectors that a search for the vector itself finds.
     """
 
     scale: float
@@ -178,6 +182,7 @@ class GraphState:
     last: int
     sum: int
     checksum: str
+    found: float = 1.0  # graphs of earlier versions were not checked
 
 
 def update_graph(
@@ -201,7 +206,7 @@ def update_graph(
     if opened is not None and opened[1].scale < 1.1 * scale:
         graph, scale = opened[0], opened[1].scale
     else:
-        graph = Index(ndim=dim, metric=MetricKind.IP, dtype="i8")
+        graph = _make_graph(dim)
     graph_ids = np.sort(np.fromiter(graph.keys, np.int64, len(graph)))
     removed = np.setdiff1d(graph_ids, ids, assume_unique=True)
     added = np.setdiff1d(ids, graph_ids, assume_unique=True)
@@ -209,26 +214,64 @@ def update_graph(
         return
     if len(removed):
         graph.remove(removed)
-    with ProgressBar(total=len(added), desc="graph", unit="image") as bar:
-        for start in range(0, len(added), CHUNK):
-            chunk = added[start : start + CHUNK]
-            graph.add(chunk, quantize(fetch(chunk), scale), threads=threads)
-            bar.update(len(chunk))
+    _add_to_graph(graph, added, fetch, scale, threads)
+    # Threads that add vectors at the same time can leave vectors that no search reaches (usearch issue 735).
+    unreachable = _find_unreachable(graph, added, fetch, scale)
+    if len(unreachable):
+        graph.remove(unreachable)
+        _add_to_graph(graph, unreachable, fetch, scale, threads=1)
+    sample = np.random.default_rng(0).permutation(ids)[:SAMPLE_SIZE]
+    found = 1 - len(_find_unreachable(graph, sample, fetch, scale)) / len(sample)
+    if found < MIN_FOUND:
+        print_once(
+            f"The search graph finds only {found:.1%} of the images, which happens if many images are nearly equal. "
+            "So searches scan all vectors instead."
+        )
     state_file.unlink(missing_ok=True)  # graphs without a state file are ignored, so an interrupted save is harmless
     with atomic_path(graph_file) as temporary:
         graph.save(str(temporary))
-    state = GraphState(scale, len(ids), int(ids[-1]), int(ids.sum()), compute_checksum(graph_file))
+    state = GraphState(scale, len(ids), int(ids[-1]), int(ids.sum()), compute_checksum(graph_file), found)
     atomic_write_text(state_file, json.dumps(asdict(state)))
 
 
+def _make_graph(dim: int) -> Any:
+    return Index(ndim=dim, metric=MetricKind.IP, dtype="i8")
+
+
+def _add_to_graph(graph: Any, ids: np.ndarray, fetch: FetchVectors, scale: float, threads: int) -> None:
+    with ProgressBar(total=len(ids), desc="graph", unit="image") as bar:
+        for start in range(0, len(ids), CHUNK):
+            chunk = ids[start : start + CHUNK]
+            graph.add(chunk, quantize(fetch(chunk), scale), threads=threads)
+            bar.update(len(chunk))
+
+
+def _find_unreachable(graph: Any, ids: np.ndarray, fetch: FetchVectors, scale: float) -> np.ndarray:
+    """Return the ids of those vectors that are not found by a search for the vector itself."""
+    unreachable = [ids[:0]]
+    count = min(NEAREST, len(graph))
+    for start in range(0, len(ids), CHUNK):
+        chunk = ids[start : start + CHUNK]
+        codes = quantize(fetch(chunk), scale)
+        matches = graph.search(codes, count)
+        shape = len(chunk), count  # usearch omits the first dimension if there is only one query
+        is_found = (matches.keys.reshape(shape).astype(np.int64) == chunk[:, None]).any(axis=1)
+        # If all matches are equally near, which happens with equal vectors, the vector need not be among them.
+        own = np.einsum("nd,nd->n", codes, codes, dtype=np.float32)
+        is_found |= 1 - matches.distances.reshape(shape)[:, -1] >= own
+        unreachable.append(chunk[~is_found])
+    return np.concatenate(unreachable)
+
+
 def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None:
-    """Open the graph in a folder. Return the graph and its state, or None if there is no valid graph.
+    """Open the graph in a folder. Return the graph and its state, or None if there is no usable graph.
 
     If the graph is corrupt, for example after a power failure, print a message.
 
     Args:
         folder: Folder that contains `graph.usearch` and `graph.json`.
-        view: If True, memory-map the graph, which makes it read-only. If False, load it into memory.
+        view: If True, memory-map the graph for searching, which makes it read-only, unless searches miss too many of
+            its vectors. If False, load it into memory.
     """
     graph_file, state_file = folder / GRAPH_FILE, folder / GRAPH_STATE_FILE
     if not state_file.exists():
@@ -237,6 +280,8 @@ def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None
         state = GraphState(**json.loads(state_file.read_text()))
         if state.checksum != compute_checksum(graph_file):
             raise ValueError("checksum mismatch")
+        if view and state.found < MIN_FOUND:
+            return None
         return Index.restore(str(graph_file), view=view), state
     except Exception as error:  # usearch raises different errors for truncated and empty files
         print_once(
