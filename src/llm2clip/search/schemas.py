@@ -167,7 +167,7 @@ class SearchRequest(QueryRequest):
     )
     rerank: bool = Field(
         default=False,
-        description=f"sort the first {RERANKED} hits again with the server's second model, which uses the original "
+        description=f"sort the first {RERANKED} hits again with the server's re-ranking model, which uses the original "
         "image files; ignored without a query and for later pages",
     )
 
