@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from llm2clip.data.image_refs import FileImage, ParquetImage, TarImage
+from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, to_valid_unicode
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import inference, zip_download
 from llm2clip.search.backends import IndexedImage, IndexUnavailableError
@@ -24,8 +24,8 @@ from llm2clip.search.zip_download import (
     MAX_ZIP_IMAGES,
     MISSING_FILE,
     make_date,
-    make_file_name,
     make_unique,
+    make_valid_file_name,
 )
 from search_fixtures import create_patient_app, make_index
 
@@ -156,16 +156,26 @@ def test_zip_requires_the_token_and_an_index(dual_encoder: DualEncoder, index: S
 )
 def test_file_names_are_valid_on_all_systems(name: str, expected: str) -> None:
     image = IndexedImage(name, FileImage(name), "/photos", "1")
-    assert make_file_name(image, "image/png") == expected
+    assert make_valid_file_name(image, "image/png") == expected
 
 
-def test_file_names_of_tar_members_and_table_cells() -> None:
-    name = "/photos/a.tar!dir/b.png"
-    for suffix in ("", "@512"):
-        image = IndexedImage(name + suffix, TarImage("/photos/a.tar", 512, 9, "dir/b.png"), "/photos", "1")
-        assert make_file_name(image, "image/jpeg") == "b.png"
-    image = IndexedImage("/photos/t.parquet[7].image", ParquetImage("/photos/t.parquet", 7, "image"), "/photos", "1")
-    assert make_file_name(image, "image/png") == "t.parquet[7].image.png"
+@pytest.mark.parametrize(
+    ("ref", "expected", "expected_in_zip"),
+    [
+        (FileImage("/photos/Hello!World.jpg"), "Hello!World.jpg", "Hello!World.jpg"),
+        (TarImage("/photos/a.tar", 512, 9, "dir/b.png"), "b.png", "b.png"),
+        (TarImage("/photos/a.tar", 512, 9, "b.png"), "b.png", "b.png"),
+        (TarImage("/photos/a.tar", 512, 9, "dir/Hello!World.jpg"), "Hello!World.jpg", "Hello!World.jpg"),
+        (ParquetImage("/photos/t.parquet", 7, "image"), "t.parquet[7].image", "t.parquet[7].image.png"),
+        (DatasetImage("/photos/set", "train", 7, "image"), "train[7].image", "train[7].image.png"),
+        (FileImage("/photos/café\udcff.png"), "café\\udcff.png", "udcff.png"),
+    ],
+)
+def test_file_names_do_not_contain_folders(ref: ImageRef, expected: str, expected_in_zip: str) -> None:
+    for suffix in ("", "@512") if isinstance(ref, TarImage) else ("",):
+        image = IndexedImage(to_valid_unicode(ref.canonical_path) + suffix, ref, "/photos", "1")
+        assert image.file_name == expected
+        assert make_valid_file_name(image, "image/png") == expected_in_zip
 
 
 def test_equal_file_names_are_numbered() -> None:

@@ -133,7 +133,7 @@ def write_contact_sheet(
     folder.mkdir(parents=True, exist_ok=True)
     images = []
     for rank, hit in enumerate(hits, 1):
-        label = f"{rank}. {_format_score_or_date(hit)} {Path(hit.images[0].name).name}"
+        label = f"{rank}. {_format_score_or_date(hit)} {hit.images[0].file_name}"
         if hit.similar:
             label += f" (+{len(hit.similar)} similar)"
         jpeg = (heatmaps or {}).get(hit.id) or backend.thumbnail(hit.id)

@@ -176,6 +176,7 @@ class ImageLocation(BaseModel):
     """A location of an image, with the captions at that location."""
 
     name: str
+    file_name: str = Field(description="file name without folders")
     captions: list[str]
     taken: float = Field(
         description="capture time, or file modification time if the capture time is unknown, as a Unix timestamp"
@@ -187,6 +188,7 @@ class SimilarHitResponse(BaseModel):
 
     id: str
     name: str = Field(description="name of the image's first location")
+    file_name: str
 
 
 class HitResponse(BaseModel):

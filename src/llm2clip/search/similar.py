@@ -71,7 +71,7 @@ def group_similar_hits(
         size += 1
     page = []
     for position, others in groups.items():
-        similar = tuple(SimilarHit(other.id, other.images[0].name) for other in others)
+        similar = tuple(SimilarHit(other.id, other.images[0].name, other.images[0].file_name) for other in others)
         page.append(dataclasses.replace(hits[position], similar=similar))
     return HitPage(page, size)
 

@@ -285,7 +285,7 @@ function makeTile(hit, index) {
   image.draggable = false; // dragging selects images
   image.alt = first.captions[0] || first.name;
   name.className = "name";
-  name.textContent = getFileName(first);
+  name.textContent = first.file_name;
   score.className = "score";
   score.textContent = formatScoreOrDate(hit);
   line.append(name, score);
@@ -346,7 +346,7 @@ function showDetail(index) {
   $("text-in-image").textContent = hit.text && `Text in the image: ${hit.text}`;
   $("text-in-image").hidden = !hit.text;
   $("original").href = $("download").href = `/image/${hit.id}`;
-  $("download").download = /\]\.[^/]*$/.test(first.name) ? "" : getFileName(first); // images in tables have no file name
+  $("download").download = /\]\.[^/]*$/.test(first.file_name) ? "" : first.file_name; // images in tables have no file name
   $("locations").replaceChildren(...hit.images.map(makeLocation));
   if (hit.image_count > hit.images.length) {
     const entry = document.createElement("li");
@@ -363,18 +363,14 @@ function showDetail(index) {
   if (!$("detail").open) $("detail").showModal();
 }
 
-function getFileName(image) {
-  return image.name.split(/[/!]/).pop();
-}
-
-function makeSimilarLink({ id, name }) {
+function makeSimilarLink({ id, name, file_name: fileName }) {
   const item = document.createElement("li"), link = document.createElement("a"), image = document.createElement("img");
   link.href = `/image/${id}`;
   link.target = "_blank";
   link.rel = "noopener";
   link.title = name;
   image.src = `/thumbnail/${id}`;
-  image.alt = `Open ${getFileName({ name })}`;
+  image.alt = `Open ${fileName}`;
   link.append(image);
   item.append(link);
   return item;
