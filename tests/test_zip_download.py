@@ -1,5 +1,6 @@
 """Tests of zip archives of original images: their contents, names, limits and errors."""
 
+import asyncio
 import io
 import os
 import shutil
@@ -14,9 +15,10 @@ from starlette.testclient import TestClient
 
 from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, to_valid_unicode
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search import inference, zip_download
+from llm2clip.search import inference, middleware, zip_download
 from llm2clip.search.backends import IndexedImage, IndexUnavailableError
-from llm2clip.search.middleware import CHUNK_SIZE
+from llm2clip.search.middleware import CHUNK_SIZE, ByteBudget
+from llm2clip.search.queues import QueueFull
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.zip_download import (
@@ -27,7 +29,7 @@ from llm2clip.search.zip_download import (
     make_unique,
     make_valid_file_name,
 )
-from search_fixtures import create_patient_app, make_index
+from search_fixtures import HANG_TIMEOUT, create_patient_app, make_index
 
 BASE_URL = "http://localhost"
 
@@ -116,7 +118,70 @@ def test_zip_is_limited_in_size_and_number(
         assert client.get(f"/zip{query}").status_code == 422
 
 
-def test_zip_lists_files_while_the_server_is_busy_or_the_index_is_down(
+def test_zip_lists_files_that_cannot_be_opened_because_the_queue_is_full(
+    client: TestClient, index: SqliteBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, service = find_ids(index), client.app.state.service  # type: ignore[attr-defined]
+    open_original = service.open_original
+
+    async def open_small(hit_id: str) -> Any:
+        if hit_id == ids["large.bmp"]:
+            raise QueueFull("the server is busy")
+        return await open_original(hit_id)
+
+    monkeypatch.setattr(service, "open_original", open_small)
+    files = download(client, f"{ids['large.bmp']},{ids['a.png']}")
+    assert list(files) == ["a.png", MISSING_FILE]
+    assert files[MISSING_FILE].decode().endswith("large.bmp: the server is busy\n")
+
+
+def test_cancelled_download_closes_its_files_and_releases_its_bytes(
+    dual_encoder: DualEncoder, index: SqliteBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = ByteBudget(1 << 30)
+    monkeypatch.setattr(middleware, "ByteBudget", lambda _: budget)
+    app, hit_id = create_patient_app(dual_encoder, index), find_ids(index)["large.bmp"]
+    service = app.state.service
+    open_original, streams, sizes = service.open_original, [], []
+
+    async def record_stream(hit_id: str) -> Any:
+        stream, media_type = await open_original(hit_id)
+        streams.append(stream)
+        return stream, media_type
+
+    monkeypatch.setattr(service, "open_original", record_stream)
+
+    async def run() -> None:
+        cancelled, never = asyncio.Event(), asyncio.Event()
+        messages = [{"type": "http.request", "body": b"x" * 1000}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            await cancelled.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message.get("body"):
+                sizes.append(len(message["body"]))
+                assert streams and not streams[0].closed
+                cancelled.set()
+                await never.wait()  # the client does not read any further
+
+        scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1"}
+        scope |= {"method": "GET", "scheme": "http", "path": "/zip", "raw_path": b"/zip", "root_path": ""}
+        scope |= {"query_string": f"ids={hit_id}".encode(), "headers": [(b"host", b"localhost")], "client": ("c", 1)}
+        async with asyncio.timeout(HANG_TIMEOUT):
+            await app({**scope, "server": ("localhost", 80)}, receive, send)
+            assert streams[0].closed
+            await service.close()
+
+    asyncio.run(run())
+    assert len(sizes) == 1
+    assert budget.total == 0 and not budget.by_client
+
+
+def test_zip_lists_files_while_the_index_is_down(
     client: TestClient, index: SqliteBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> Any:

@@ -393,7 +393,8 @@ def _search(args: Namespace) -> list[str]:
     title = " + ".join([*args.texts, *args.images])
     title += "".join(f" without {part}" for part in (*args.negative, *args.negative_images))
     folder = Path(args.sheet) if args.sheet else None
-    page = write_contact_sheet(title.strip() or "newest images", hits, backend, folder, heatmaps)
+    title = title.strip() or "newest images"
+    page = write_contact_sheet(title, hits, backend, folder, heatmaps, rerank_model=args.rerank)
     if args.open:
         open_in_browser(page)
     lines = [f"Results: {page}"]

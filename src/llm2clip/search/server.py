@@ -7,9 +7,9 @@ import io
 import os
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -21,6 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import Receive, Scope, Send
 
 from llm2clip import __version__
 from llm2clip.models.dual_encoder import DualEncoder
@@ -312,7 +313,7 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
             return Response(stream.getvalue(), media_type=media_type, headers=headers)
         size = stream.seek(0, os.SEEK_END)
         headers["Content-Length"] = str(size)
-        return StreamingResponse(_read_and_close(stream, size), media_type=media_type, headers=headers)
+        return FileStream(_read_and_close(stream, size), media_type=media_type, headers=headers)
 
     @app.get("/zip", response_class=Response, responses=API_ERRORS)
     async def download_zip(
@@ -325,10 +326,25 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
         service.require_backend()
         headers = {"Content-Disposition": 'attachment; filename="images.zip"', "Cache-Control": "no-store"}
         archive = stream_zip(service, parse_ids(ids))
-        return StreamingResponse(archive, media_type="application/zip", headers=headers)
+        return FileStream(archive, media_type="application/zip", headers=headers)
 
 
-async def _read_and_close(stream: BinaryIO, size: int) -> AsyncIterator[bytes]:
+class FileStream(StreamingResponse):
+    """Response that reads files in a generator, and closes the generator as soon as the client disconnects.
+
+    Otherwise, the files would stay open until the garbage collector closes the generator.
+    """
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None], media_type: str, headers: Mapping[str, str]) -> None:
+        super().__init__(chunks, media_type=media_type, headers=headers)
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._chunks):
+            await super().__call__(scope, receive, send)
+
+
+async def _read_and_close(stream: BinaryIO, size: int) -> AsyncGenerator[bytes, None]:
     """Yield the first `size` bytes of a stream in chunks, then close the stream."""
     with stream:
         async for chunk in read_chunks(stream, size):

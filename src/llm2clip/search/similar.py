@@ -54,7 +54,7 @@ def group_similar_hits(
         count: Maximum number of groups. The page ends before the first hit that would need another group.
         calibration: Calibration of the index, if it has one.
     """
-    mean = None if calibration is None else calibration.sample.mean(axis=0)
+    mean = None if calibration is None else calibration.sample_mean
     is_similar = compare_hits(hits[:MAX_COMPARED], backend, mean)
     groups: dict[int, list[Hit]] = {}  # similar hits, keyed by the position of the first hit
     size = 0

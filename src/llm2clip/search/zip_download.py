@@ -6,7 +6,7 @@ import re
 import time
 import unicodedata
 import zipfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
@@ -38,7 +38,7 @@ def parse_ids(ids: str) -> list[str]:
     return hit_ids
 
 
-async def stream_zip(service: InferenceService, hit_ids: Sequence[str]) -> AsyncIterator[bytes]:
+async def stream_zip(service: InferenceService, hit_ids: Sequence[str]) -> AsyncGenerator[bytes, None]:
     """Yield an uncompressed zip archive with the original image files of hits, in chunks.
 
     Files that cannot be included are listed with the reason in MISSING_FILE: their hit does not exist, the file has
