@@ -289,6 +289,17 @@ def test_backends_return_samples_and_vectors_in_order(kind: str, tmp_path: Path)
     assert len(backend.search(ABSENT, 1000, Filter())) == COUNT
 
 
+@pytest.mark.parametrize("removed", [0, COUNT // 10, COUNT - 9])
+def test_samples_contain_only_images_that_are_in_the_index(removed: int, tmp_path: Path) -> None:
+    backend = create_backend("sqlite", tmp_path)
+    add_images(backend, IMAGES)
+    names = [image.name for hit in backend.search(None, COUNT, Filter()) for image in hit.images]
+    backend.remove(names[:removed])
+    remaining = {hit.id for hit in backend.search(None, COUNT, Filter())}
+    ids = backend.sample_ids(8)
+    assert len(set(ids)) == 8 and set(ids) <= remaining and ids == backend.sample_ids(8)
+
+
 # ---- unusual indexes ------------------------------------------------------------------------------------------------
 
 

@@ -292,6 +292,16 @@ def test_results_load_when_the_page_is_scrolled_to_the_end(page: Any) -> None:
     assert page.locator("#locations span").first.inner_text().endswith(page.locator("#grid .name").nth(25).inner_text())
 
 
+def test_thumbnails_load_when_they_come_near_the_window(page: Any) -> None:
+    page.set_viewport_size({"width": 380, "height": 120})  # thumbnails load 1,000 pixels before they are visible
+    search_for(page, "seven")
+    last = "document.querySelectorAll('#grid img')[35]"
+    wait_until(page, "document.querySelector('#grid img').naturalWidth === 48")
+    assert page.evaluate(f"{last}.getAttribute('src')") is None
+    page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
+    wait_until(page, f"{last}.naturalWidth === 48")
+
+
 def test_results_that_fail_to_load_can_be_loaded_with_the_button(page: Any) -> None:
     failures = [True]
 

@@ -388,10 +388,22 @@ class SqliteBackend:
         return {hit_id: vector for hit_id, vector in zip(hit_ids, vectors, strict=True) if vector.any()}
 
     def sample_ids(self, count: int) -> list[str]:
+        rng = np.random.default_rng(0)
+        total = self.count()[1]
+        ((last,),) = self._db.query("SELECT coalesce(max(id), 0) FROM contents")
+        # Reading all ids of a large index takes seconds. Nearly all ids up to the last one exist, unless many images
+        # have been removed, so enough of twice the expected number of random ids usually exist.
+        candidate_count = 2 * count * last // max(total, 1)
+        if candidate_count < last:
+            candidates = 1 + rng.choice(last, candidate_count, replace=False)
+            existing = _read_int_column(self._query_by_id("SELECT id FROM contents WHERE id", candidates))
+            sample = candidates[np.isin(candidates, existing)][:count]
+            if len(sample) == count:
+                return [str(content_id) for content_id in np.sort(sample).tolist()]
         # Without ORDER BY, SQLite reads the ids from an index, not from the table, which also contains the vectors.
         ids = np.sort(_read_int_column(self._db.query("SELECT id FROM contents")))
         if len(ids) > count:
-            ids = np.sort(np.random.default_rng(0).choice(ids, count, replace=False))
+            ids = np.sort(rng.choice(ids, count, replace=False))
         return [str(content_id) for content_id in ids.tolist()]
 
     def newest_ids(self, count: int) -> list[str]:

@@ -226,7 +226,6 @@ function showHits(newHits) {
   for (const id of ["start", "show-more", "show-weak", "save"]) $(id).hidden = true;
   tiles = hits.map(makeTile);
   columns = countColumns();
-  $("grid").replaceChildren();
   addToGrid(0);
   tabStop = null;
   if (hits.length) setTabStop(tiles[0]);
@@ -242,18 +241,35 @@ function formatScoreOrDate(hit) {
 
 // The layout of thousands of elements in one grid takes too long, so the tiles are in blocks of complete rows.
 
+// Thumbnails are loaded when their block comes near the window. The browser's own lazy loading would check the position
+// of each of thousands of images for every frame.
+const blockObserver = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries) {
+    if (!isIntersecting) continue;
+    for (const image of target.querySelectorAll("img[data-source]")) {
+      image.src = image.dataset.source;
+      image.removeAttribute("data-source");
+    }
+  }
+}, { rootMargin: "1000px" });
+
 function countColumns() {
   return getComputedStyle($("grid")).gridTemplateColumns.split(" ").length;
 }
 
 function addToGrid(first) {
   const size = columns * ROWS;
+  if (first === 0) {
+    blockObserver.disconnect();
+    $("grid").replaceChildren();
+  }
   for (let index = first; index < tiles.length; index++) {
     if (index % size === 0) {
       const block = document.createElement("div");
       block.className = "rows";
       block.setAttribute("role", "presentation");
       $("grid").append(block);
+      blockObserver.observe(block);
     }
     $("grid").lastElementChild.append(tiles[index]);
   }
@@ -270,7 +286,6 @@ new ResizeObserver(() => {
   if (countColumns() === columns) return;
   const focused = $("grid").contains(document.activeElement) ? document.activeElement : null;
   columns = countColumns();
-  $("grid").replaceChildren();
   addToGrid(0);
   focused?.focus();
 }).observe($("grid"));
@@ -280,8 +295,7 @@ function makeTile(hit, index) {
   const image = document.createElement("img"), line = document.createElement("span");
   const name = document.createElement("span"), score = document.createElement("span");
   const first = hit.images[0];
-  image.src = `/thumbnail/${hit.id}`;
-  image.loading = "lazy";
+  image.dataset.source = `/thumbnail/${hit.id}`; // see blockObserver
   image.draggable = false; // dragging selects images
   image.alt = first.captions[0] || first.name;
   name.className = "name";
