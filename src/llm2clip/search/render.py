@@ -143,7 +143,8 @@ def write_contact_sheet(
         images.append(ResultImage(jpeg, None, label, _make_file_url(hit)))
     order = "best match first" if any(hit.matched for hit in hits) else "most similar first"
     if rerank_model is not None:
-        order = f"the first {RERANKED} re-ranked with {rerank_model} (the cosine similarities are those of the index)"
+        first = f"the first {RERANKED} " if len(hits) > RERANKED else ""
+        order = f"{first}re-ranked with {rerank_model} (the cosine similarities are those of the index's model)"
     text = f"{len(hits)} images, {order}, each with its rank and cosine similarity."
     if hits[0].score is None:
         text = f"{len(hits)} images, newest first, each with its rank and date."
