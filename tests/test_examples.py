@@ -75,7 +75,7 @@ def test_examples_require_the_token_and_an_index(dual_encoder: DualEncoder, phot
         assert client.get("/examples").status_code == 401
         response = client.get("/examples", headers={"authorization": "Bearer secret"})
         assert response.json()["queries"] == ["Ein roter Ärmel"]
-        names = [image["name"] for image in response.json()["newest"]]
+        names = [image["file_name"] for image in response.json()["newest"]]
         assert len(names) == 6 and names[-1] == "old.jpg"  # taken in 2001
     with TestClient(create_patient_app(dual_encoder), base_url=BASE_URL) as client:
         assert client.get("/examples").status_code == 404

@@ -4,6 +4,7 @@ import dataclasses
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from llm2clip.search.relevance import (
     warn_if_not_calibrated,
 )
 from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.vector_index import VectorIndex
 from search_fixtures import BACKENDS, create_backend, index_sources
 
 DIM = 16
@@ -186,12 +188,26 @@ def test_filter_does_not_change_the_relevance_of_a_hit(model: DualEncoder, tmp_p
     assert not search_relevant(backend, calibration, query, 1, Filter(path="/rest")).nothing_close
 
 
-def test_later_pages_get_the_same_answer(model: DualEncoder, tmp_path: Path) -> None:
+def test_later_pages_get_the_same_answer_with_one_scan_of_the_vectors(
+    model: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend = create_backend("sqlite", tmp_path)
     add_images(backend, IMAGES)
     calibration = calibrate_or_fail(backend, model)
+    scan, depths = VectorIndex.search, []
+
+    def count_scans(index: VectorIndex, query: np.ndarray, count: int, allowed_ids: np.ndarray | None) -> Any:
+        depths.append(count)
+        return scan(index, query, count, allowed_ids)
+
+    monkeypatch.setattr(VectorIndex, "search", count_scans)
     hits, nothing_close = search_relevant(backend, calibration, make_query(IMAGES[5]), 10, Filter(), offset=100)
     assert not nothing_close and len(hits) == 10
+    assert depths == [110]
+    first = search_relevant(backend, calibration, make_query(IMAGES[5]), 110, Filter()).hits
+    assert first[100:] == hits and depths == [110]
+    filtered = search_relevant(backend, calibration, make_query(IMAGES[5]), 10, Filter(path="/tenth"))
+    assert {hit.images[0].name.split("/")[1] for hit in filtered.hits} == {"tenth"}
     assert search_relevant(backend, calibration, make_query(ABSENT), 10, Filter(), offset=100) == ([], True)
 
 
@@ -271,6 +287,17 @@ def test_backends_return_samples_and_vectors_in_order(kind: str, tmp_path: Path)
     backend.save_calibration(b"x")
     assert backend.count_matches(Filter()) == COUNT  # the calibration is not an image
     assert len(backend.search(ABSENT, 1000, Filter())) == COUNT
+
+
+@pytest.mark.parametrize("removed", [0, COUNT // 10, COUNT - 9])
+def test_samples_contain_only_images_that_are_in_the_index(removed: int, tmp_path: Path) -> None:
+    backend = create_backend("sqlite", tmp_path)
+    add_images(backend, IMAGES)
+    names = [image.name for hit in backend.search(None, COUNT, Filter()) for image in hit.images]
+    backend.remove(names[:removed])
+    remaining = {hit.id for hit in backend.search(None, COUNT, Filter())}
+    ids = backend.sample_ids(8)
+    assert len(set(ids)) == 8 and set(ids) <= remaining and ids == backend.sample_ids(8)
 
 
 # ---- unusual indexes ------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Tests of re-ranking: the order of hits, pages, the cache, missing files, and the option --rerank."""
 
-import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +20,11 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import inference, rerank
 from llm2clip.search.inference import Limits
 from llm2clip.search.query import SearchQuery
-from llm2clip.search.rerank import Reranker
+from llm2clip.search.rerank import RerankCache
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.vlm import VisionLanguageModel, make_question, open_reranker
-from search_fixtures import HANG_TIMEOUT, make_index
+from llm2clip.search.vlm import RerankModel, VisionLanguageModel, make_question, open_rerank_model
+from search_fixtures import HANG_TIMEOUT, make_colour_model, make_index
 from test_export import hf_tower
 
 BASE_URL = "http://localhost"
@@ -44,29 +43,13 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def encoded() -> list[int]:
-    """Sizes of the batches of images that the re-ranker has encoded."""
+    """Sizes of the batches of images that the re-ranking model has encoded."""
     return []
 
 
 @pytest.fixture
-def reranker(dual_encoder: DualEncoder, encoded: list[int]) -> DualEncoder:
-    """A model whose image embedding is the mean colour, and whose text embedding is red."""
-
-    def encode_images(images: list[Tensor]) -> Tensor:
-        encoded.append(len(images))
-        return torch.stack(images)
-
-    def encode_texts(texts: Sequence[str], show_progress: bool) -> Tensor:
-        return torch.eye(3)[[0] * len(texts)]
-
-    return dataclasses.replace(
-        dual_encoder,
-        name="colours",
-        embed_dim=3,
-        transform=lambda image: image.float().mean(dim=(1, 2)),
-        encode_images_raw=encode_images,
-        encode_texts_raw=encode_texts,
-    )
+def rerank_model(dual_encoder: DualEncoder, encoded: list[int]) -> DualEncoder:
+    return make_colour_model(dual_encoder, "colours", encoded)
 
 
 @pytest.fixture
@@ -82,9 +65,9 @@ def few_reranked_hits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_client(
-    model: DualEncoder, backend: SqliteBackend, reranker: DualEncoder | VisionLanguageModel | None, **limits: Any
+    model: DualEncoder, backend: SqliteBackend, rerank_model: RerankModel | None, **limits: Any
 ) -> TestClient:
-    app = create_app(model, backend, Limits(**{"timeout": HANG_TIMEOUT, **limits}), reranker=reranker)
+    app = create_app(model, backend, Limits(**{"timeout": HANG_TIMEOUT, **limits}), rerank_model=rerank_model)
     return TestClient(app, base_url=BASE_URL)
 
 
@@ -99,10 +82,10 @@ def get_numbers(result: dict[str, Any]) -> list[int]:
     return [int(Path(hit["images"][0]["name"]).stem) for hit in result["hits"]]
 
 
-def test_first_hits_are_sorted_by_the_similarity_of_the_reranker(
-    dual_encoder: DualEncoder, backend: SqliteBackend, reranker: DualEncoder, encoded: list[int]
+def test_first_hits_are_sorted_by_the_similarity_of_the_rerank_model(
+    dual_encoder: DualEncoder, backend: SqliteBackend, rerank_model: DualEncoder, encoded: list[int]
 ) -> None:
-    with make_client(dual_encoder, backend, reranker) as client:
+    with make_client(dual_encoder, backend, rerank_model) as client:
         plain, reranked = search(client, **RED), search(client, **RED, rerank=True)
         numbers = get_numbers(plain)
         assert get_numbers(reranked) == [*sorted(numbers[:8], reverse=True), *numbers[8:]] != numbers
@@ -121,9 +104,9 @@ def test_first_hits_are_sorted_by_the_similarity_of_the_reranker(
 
 
 def test_pages_of_reranked_hits_follow_each_other(
-    dual_encoder: DualEncoder, backend: SqliteBackend, reranker: DualEncoder
+    dual_encoder: DualEncoder, backend: SqliteBackend, rerank_model: DualEncoder
 ) -> None:
-    with make_client(dual_encoder, backend, reranker) as client:
+    with make_client(dual_encoder, backend, rerank_model) as client:
         everything = search(client, **RED, rerank=True)["hits"]
         hits: list[dict[str, Any]] = []
         offset = 0
@@ -136,9 +119,9 @@ def test_pages_of_reranked_hits_follow_each_other(
 
 
 def test_missing_and_oversized_files_follow_the_reranked_hits(
-    dual_encoder: DualEncoder, photos: Path, backend: SqliteBackend, reranker: DualEncoder
+    dual_encoder: DualEncoder, photos: Path, backend: SqliteBackend, rerank_model: DualEncoder
 ) -> None:
-    with make_client(dual_encoder, backend, reranker) as client:
+    with make_client(dual_encoder, backend, rerank_model) as client:
         numbers = get_numbers(search(client, **RED))
         missing = [numbers[1], numbers[5]]
         for number in missing:
@@ -147,15 +130,15 @@ def test_missing_and_oversized_files_follow_the_reranked_hits(
         rated = sorted(set(numbers[:8]) - set(missing), reverse=True)
         assert get_numbers(result) == [*rated, *missing, *numbers[8:]]
         assert result["rerank_missing"] == 2
-    with make_client(dual_encoder, backend, reranker, max_pixels=100) as client:
+    with make_client(dual_encoder, backend, rerank_model, max_pixels=100) as client:
         result = search(client, **RED, rerank=True)
         assert get_numbers(result) == numbers and result["rerank_missing"] == 8
 
 
-def test_hits_and_images_in_a_query_are_embedded_by_the_reranker(
-    dual_encoder: DualEncoder, photos: Path, backend: SqliteBackend, reranker: DualEncoder
+def test_hits_and_images_in_a_query_are_embedded_by_the_rerank_model(
+    dual_encoder: DualEncoder, photos: Path, backend: SqliteBackend, rerank_model: DualEncoder
 ) -> None:
-    with make_client(dual_encoder, backend, reranker) as client:
+    with make_client(dual_encoder, backend, rerank_model) as client:
         hits = search(client, **RED)["hits"]
         example = next(hit for hit in hits if hit["images"][0]["name"].endswith("/0.png"))
         result = search(client, like=[example["id"]], group_similar=False, rerank=True)
@@ -167,7 +150,9 @@ def test_hits_and_images_in_a_query_are_embedded_by_the_reranker(
         assert f"needs the image file of hit {example['id']}" in response.json()["error"]["message"]
 
 
-def test_server_without_a_reranker_rejects_requests_for_it(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
+def test_server_without_a_rerank_model_rejects_requests_for_it(
+    dual_encoder: DualEncoder, backend: SqliteBackend
+) -> None:
     with make_client(dual_encoder, backend, None) as client:
         response = client.post("/search", json={**RED, "rerank": True})
     assert response.status_code == 400
@@ -175,10 +160,10 @@ def test_server_without_a_reranker_rejects_requests_for_it(dual_encoder: DualEnc
 
 
 def test_cache_removes_the_least_recently_used_embedding(
-    reranker: DualEncoder, monkeypatch: pytest.MonkeyPatch
+    rerank_model: DualEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rerank, "MAX_CACHED", 2)
-    cache, decoded = Reranker(reranker), []
+    cache, decoded = RerankCache(rerank_model), []
 
     def decode(data: bytes) -> Tensor:
         decoded.append(data.decode())
@@ -203,7 +188,7 @@ def vlm(tmp_path_factory: pytest.TempPathFactory, llm: Path) -> Path:
 
 
 def test_vlm_rates_an_image_by_the_probability_of_yes(vlm: Path, photos: Path) -> None:
-    model, image = open_reranker(f"vlm:{vlm}", "fp32"), load_image(str(photos / "3.png"))
+    model, image = open_rerank_model(f"vlm:{vlm}", "fp32"), load_image(str(photos / "3.png"))
     assert isinstance(model, VisionLanguageModel)
     question = make_question(SearchQuery(["a dog", "snow"]))
     assert "a dog, snow" in question
@@ -223,7 +208,7 @@ def test_vlm_rates_an_image_by_the_probability_of_yes(vlm: Path, photos: Path) -
 
 
 def test_vlm_sorts_only_results_of_texts(dual_encoder: DualEncoder, backend: SqliteBackend, vlm: Path) -> None:
-    model = open_reranker(f"vlm:{vlm}", "fp32")
+    model = open_rerank_model(f"vlm:{vlm}", "fp32")
     assert isinstance(model, VisionLanguageModel)
     asked: list[str] = []
 
@@ -251,12 +236,12 @@ def test_commands_rerank_results(
     dual_encoder: DualEncoder,
     photos: Path,
     backend: SqliteBackend,
-    reranker: DualEncoder,
+    rerank_model: DualEncoder,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    models = {str(tmp_path): reranker}
+    models = {str(tmp_path): rerank_model}
     for module in ("llm2clip.models.dual_encoder", "llm2clip.search.vlm"):
         monkeypatch.setattr(f"{module}.open_dual_encoder", lambda name, **_: models.get(name, dual_encoder))
     monkeypatch.setattr("llm2clip.cli.search.resolve_model", lambda name: name)
@@ -270,6 +255,12 @@ def test_commands_rerank_results(
     assert list_numbers("--rerank", str(tmp_path)) == [*sorted(plain[:8], reverse=True), *plain[8:]] != plain
     best = max(plain[:8])
     assert list_numbers("--rerank", str(tmp_path), "--top", "1") == [best]
+    sheet = tmp_path / "sheet"
+    flags = ["--no_words", "--no_group", "--sheet", str(sheet), "--rerank", str(tmp_path)]
+    assert main(["search", index, "red", *flags]) == 0
+    text = (sheet / "results.md").read_text()
+    assert f"images, re-ranked with {tmp_path} (" in text and "most similar first" not in text
+    capsys.readouterr()
     shutil.move(photos / f"{best}.png", tmp_path / "moved.png")
     assert main(["search", index, "red", "--no_words", "--no_group", "--rerank", str(tmp_path)]) == 0
     assert "could not be re-ranked" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Tests of zip archives of original images: their contents, names, limits and errors."""
 
+import asyncio
 import io
 import os
 import shutil
@@ -12,11 +13,12 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from llm2clip.data.image_refs import FileImage, ParquetImage, TarImage
+from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, to_valid_unicode
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search import inference, zip_download
+from llm2clip.search import inference, middleware, zip_download
 from llm2clip.search.backends import IndexedImage, IndexUnavailableError
-from llm2clip.search.middleware import CHUNK_SIZE
+from llm2clip.search.middleware import CHUNK_SIZE, ByteBudget
+from llm2clip.search.queues import QueueFull
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.zip_download import (
@@ -24,10 +26,10 @@ from llm2clip.search.zip_download import (
     MAX_ZIP_IMAGES,
     MISSING_FILE,
     make_date,
-    make_file_name,
     make_unique,
+    make_valid_file_name,
 )
-from search_fixtures import create_patient_app, make_index
+from search_fixtures import HANG_TIMEOUT, create_patient_app, make_index
 
 BASE_URL = "http://localhost"
 
@@ -116,7 +118,70 @@ def test_zip_is_limited_in_size_and_number(
         assert client.get(f"/zip{query}").status_code == 422
 
 
-def test_zip_lists_files_while_the_server_is_busy_or_the_index_is_down(
+def test_zip_lists_files_that_cannot_be_opened_because_the_queue_is_full(
+    client: TestClient, index: SqliteBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, service = find_ids(index), client.app.state.service  # type: ignore[attr-defined]
+    open_original = service.open_original
+
+    async def open_small(hit_id: str) -> Any:
+        if hit_id == ids["large.bmp"]:
+            raise QueueFull("the server is busy")
+        return await open_original(hit_id)
+
+    monkeypatch.setattr(service, "open_original", open_small)
+    files = download(client, f"{ids['large.bmp']},{ids['a.png']}")
+    assert list(files) == ["a.png", MISSING_FILE]
+    assert files[MISSING_FILE].decode().endswith("large.bmp: the server is busy\n")
+
+
+def test_cancelled_download_closes_its_files_and_releases_its_bytes(
+    dual_encoder: DualEncoder, index: SqliteBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = ByteBudget(1 << 30)
+    monkeypatch.setattr(middleware, "ByteBudget", lambda _: budget)
+    app, hit_id = create_patient_app(dual_encoder, index), find_ids(index)["large.bmp"]
+    service = app.state.service
+    open_original, streams, sizes = service.open_original, [], []
+
+    async def record_stream(hit_id: str) -> Any:
+        stream, media_type = await open_original(hit_id)
+        streams.append(stream)
+        return stream, media_type
+
+    monkeypatch.setattr(service, "open_original", record_stream)
+
+    async def run() -> None:
+        cancelled, never = asyncio.Event(), asyncio.Event()
+        messages = [{"type": "http.request", "body": b"x" * 1000}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            await cancelled.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message.get("body"):
+                sizes.append(len(message["body"]))
+                assert streams and not streams[0].closed
+                cancelled.set()
+                await never.wait()  # the client does not read any further
+
+        scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1"}
+        scope |= {"method": "GET", "scheme": "http", "path": "/zip", "raw_path": b"/zip", "root_path": ""}
+        scope |= {"query_string": f"ids={hit_id}".encode(), "headers": [(b"host", b"localhost")], "client": ("c", 1)}
+        async with asyncio.timeout(HANG_TIMEOUT):
+            await app({**scope, "server": ("localhost", 80)}, receive, send)
+            assert streams[0].closed
+            await service.close()
+
+    asyncio.run(run())
+    assert len(sizes) == 1
+    assert budget.total == 0 and not budget.by_client
+
+
+def test_zip_lists_files_while_the_index_is_down(
     client: TestClient, index: SqliteBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> Any:
@@ -156,16 +221,26 @@ def test_zip_requires_the_token_and_an_index(dual_encoder: DualEncoder, index: S
 )
 def test_file_names_are_valid_on_all_systems(name: str, expected: str) -> None:
     image = IndexedImage(name, FileImage(name), "/photos", "1")
-    assert make_file_name(image, "image/png") == expected
+    assert make_valid_file_name(image, "image/png") == expected
 
 
-def test_file_names_of_tar_members_and_table_cells() -> None:
-    name = "/photos/a.tar!dir/b.png"
-    for suffix in ("", "@512"):
-        image = IndexedImage(name + suffix, TarImage("/photos/a.tar", 512, 9, "dir/b.png"), "/photos", "1")
-        assert make_file_name(image, "image/jpeg") == "b.png"
-    image = IndexedImage("/photos/t.parquet[7].image", ParquetImage("/photos/t.parquet", 7, "image"), "/photos", "1")
-    assert make_file_name(image, "image/png") == "t.parquet[7].image.png"
+@pytest.mark.parametrize(
+    ("ref", "expected", "expected_in_zip"),
+    [
+        (FileImage("/photos/Hello!World.jpg"), "Hello!World.jpg", "Hello!World.jpg"),
+        (TarImage("/photos/a.tar", 512, 9, "dir/b.png"), "b.png", "b.png"),
+        (TarImage("/photos/a.tar", 512, 9, "b.png"), "b.png", "b.png"),
+        (TarImage("/photos/a.tar", 512, 9, "dir/Hello!World.jpg"), "Hello!World.jpg", "Hello!World.jpg"),
+        (ParquetImage("/photos/t.parquet", 7, "image"), "t.parquet[7].image", "t.parquet[7].image.png"),
+        (DatasetImage("/photos/set", "train", 7, "image"), "train[7].image", "train[7].image.png"),
+        (FileImage("/photos/café\udcff.png"), "café\\udcff.png", "udcff.png"),
+    ],
+)
+def test_file_names_do_not_contain_folders(ref: ImageRef, expected: str, expected_in_zip: str) -> None:
+    for suffix in ("", "@512") if isinstance(ref, TarImage) else ("",):
+        image = IndexedImage(to_valid_unicode(ref.canonical_path) + suffix, ref, "/photos", "1")
+        assert image.file_name == expected
+        assert make_valid_file_name(image, "image/png") == expected_in_zip
 
 
 def test_equal_file_names_are_numbered() -> None:

@@ -309,7 +309,7 @@ def _search(args: Namespace) -> list[str]:
             raise ValueError("--rerank requires a text or an image to search for")
         if args.rerank.startswith("vlm:") and (args.images or args.negative or args.negative_images):
             raise ValueError("--rerank vlm:NAME requires a query that consists of texts only")
-        args.rerank = _resolve_reranker(args.rerank)
+        args.rerank = _resolve_rerank_model(args.rerank)
     if args.explain and (args.json or args.paths or to_page):
         raise ValueError("--explain prints a table: remove --json, --paths, --sheet and --open")
     if args.model is not None:
@@ -332,7 +332,7 @@ def _search(args: Namespace) -> list[str]:
     )
     from llm2clip.search.rerank import RERANKED, rerank_hits
     from llm2clip.search.similar import READ_FACTOR, group_similar_hits
-    from llm2clip.search.vlm import open_reranker
+    from llm2clip.search.vlm import open_rerank_model
 
     templates = _make_query_templates(args.templates)
     query = SearchQuery(args.texts, args.images, args.negative, args.negative_images, templates=templates)
@@ -360,7 +360,7 @@ def _search(args: Namespace) -> list[str]:
             show_weak=args.show_weak,
         )
         if args.rerank is not None and hits:
-            reranking = rerank_hits(open_reranker(args.rerank), query, hits, backend)
+            reranking = rerank_hits(open_rerank_model(args.rerank), query, hits, backend)
             hits = reranking.hits
             if reranking.missing:
                 print(
@@ -388,7 +388,8 @@ def _search(args: Namespace) -> list[str]:
     title = " + ".join([*args.texts, *args.images])
     title += "".join(f" without {part}" for part in (*args.negative, *args.negative_images))
     folder = Path(args.sheet) if args.sheet else None
-    page = write_contact_sheet(title.strip() or "newest images", hits, backend, folder, heatmaps)
+    title = title.strip() or "newest images"
+    page = write_contact_sheet(title, hits, backend, folder, heatmaps, rerank_model=args.rerank)
     if args.open:
         open_in_browser(page)
     lines = [f"Results: {page}"]
@@ -425,8 +426,8 @@ def _make_filter(args: Namespace) -> Filter:
     return Filter(resolve_path_filter(args.path), args.caption, after, before, args.min_side)
 
 
-def _resolve_reranker(name: str) -> str:
-    """Return the name of a model for re-ranking as in `resolve_model`, which does not know the prefix `vlm:`."""
+def _resolve_rerank_model(name: str) -> str:
+    """Return the name of a re-ranking model as in `resolve_model`, which does not know the prefix `vlm:`."""
     prefix = "vlm:" if name.startswith("vlm:") else ""
     if prefix:
         from llm2clip.llava import modeling_patches  # noqa: F401  (registers its classes with transformers)
@@ -487,7 +488,7 @@ def _serve(args: Namespace) -> list[str]:
     if args.rerank is not None:
         if not args["index"]:
             raise ValueError("--rerank requires an index: add --index INDEX")
-        args.rerank = _resolve_reranker(args.rerank)
+        args.rerank = _resolve_rerank_model(args.rerank)
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.backends import open_backend
@@ -496,7 +497,7 @@ def _serve(args: Namespace) -> list[str]:
         from llm2clip.search.inference import Limits
         from llm2clip.search.relevance import warn_if_not_calibrated
         from llm2clip.search.server import LOOPBACK, check_origins, create_app, serve
-        from llm2clip.search.vlm import open_reranker
+        from llm2clip.search.vlm import open_rerank_model
     except ModuleNotFoundError as error:
         raise ImportError(f"`serve` requires additional packages ({error}). Run {install_command('search')}") from error
     templates = _make_query_templates(args.templates)
@@ -510,9 +511,9 @@ def _serve(args: Namespace) -> list[str]:
         warn_if_not_calibrated(backend)
     model_thread = ThreadPoolExecutor(1, "model")
     model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision).result()
-    reranker = None
+    rerank_model = None
     if args.rerank is not None:
-        reranker = model_thread.submit(open_reranker, args.rerank, args.precision).result()
+        rerank_model = model_thread.submit(open_rerank_model, args.rerank, args.precision).result()
     app = create_app(
         model,
         backend,
@@ -523,7 +524,7 @@ def _serve(args: Namespace) -> list[str]:
         templates=templates,
         allowed_origins=args.allowed_origins,
         access_log=args.access_log,
-        reranker=reranker,
+        rerank_model=rerank_model,
     )
     host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6
 

@@ -5,6 +5,7 @@ An index is stored in a local folder (SQLite) or in a schema of a PostgreSQL dat
 
 import importlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,6 +69,14 @@ class IndexedImage:
         path_length = len(self.ref.container_path or "")
         return name.removesuffix(to_valid_unicode(str(self.ref)[path_length:]))
 
+    @property
+    def file_name(self) -> str:
+        """File name without folders, which may be private. For an image in a table, the form is `TABLE[ROW].COLUMN`."""
+        name = self.name
+        if isinstance(self.ref, TarImage):
+            name = name[len(self.container) + len("!") :].removesuffix(f"@{self.ref.offset}")
+        return os.path.basename(name)
+
 
 class ImageState(NamedTuple):
     """State of an image, used to detect changes since indexing."""
@@ -100,11 +109,12 @@ class SimilarHit(NamedTuple):
 
     Args:
         id: Id of the hit.
-        name: Name of its first image.
+        name, file_name: Name and file name of its first image.
     """
 
     id: str
     name: str
+    file_name: str
 
 
 MAX_LOCATIONS = 100  # maximum per hit; web data sets contain some images hundreds of thousands of times

@@ -3,7 +3,6 @@
 import random
 import threading
 import time
-from pathlib import PurePosixPath
 
 from pydantic import BaseModel, Field
 
@@ -19,7 +18,7 @@ class NewImage(BaseModel):
     """One of the newest images."""
 
     id: str
-    name: str = Field(description="file name without folders")
+    file_name: str
 
 
 class ExamplesResponse(BaseModel):
@@ -67,5 +66,5 @@ def find_newest(backend: Backend) -> list[NewImage]:
     newest = []
     for hit_id in backend.newest_ids(MAX_NEWEST):
         for image in backend.images(hit_id)[:1]:
-            newest.append(NewImage(id=hit_id, name=PurePosixPath(image.name).name))
+            newest.append(NewImage(id=hit_id, file_name=image.file_name))
     return newest

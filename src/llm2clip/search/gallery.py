@@ -181,7 +181,7 @@ def _write_images(backend: Backend, folder: Path) -> list[list[Any]]:
             (folder / f"thumbnails/{len(images)}.jpg").write_bytes(thumbnail)
             image = hit.images[0]
             caption = image.captions[0][:MAX_CAPTION_CHARACTERS] if image.captions else ""
-            images.append([_get_file_name(image.name), caption, hit.width, hit.height])
+            images.append([image.file_name, caption, hit.width, hit.height])
             vectors.append(vector.astype(np.float16))
             bar.update(1)
     values, scales = quantize_vectors(np.stack(vectors).astype(np.float32))
@@ -195,11 +195,6 @@ def _iterate_hits(backend: Backend) -> Iterator[Hit]:
     while hits := backend.search(None, HITS_PER_READ, Filter(), offset):
         yield from hits
         offset += HITS_PER_READ
-
-
-def _get_file_name(name: str) -> str:
-    """Return the last part of an image's name, without the folders, which may be private."""
-    return name.rsplit("/", 1)[-1].rsplit("!", 1)[-1]
 
 
 def quantize_vectors(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

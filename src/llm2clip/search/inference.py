@@ -33,10 +33,10 @@ from llm2clip.search.request_images import (
     load_request_image,
     open_original,
 )
-from llm2clip.search.rerank import IMAGES_PER_BATCH, RERANKED, PreparedImage, Reranker, Reranking, sort_hits
+from llm2clip.search.rerank import IMAGES_PER_BATCH, RERANKED, PreparedImage, RerankCache, Reranking, sort_hits
 from llm2clip.search.schemas import MAX_OFFSET, ExplainRequest, HeatmapRequest, SearchRequest, SearchResponse
 from llm2clip.search.similar import READ_FACTOR, HitPage, group_similar_hits
-from llm2clip.search.vlm import VisionLanguageModel, make_question
+from llm2clip.search.vlm import RerankModel, VisionLanguageModel, make_question
 
 DECODE_THREADS = 2
 MAX_HEATMAP_CELLS = 4096  # maximum for requests that set image_size; memory can grow quadratically with the cell count
@@ -88,7 +88,7 @@ class InferenceService:
         limits: Limits,
         model_thread: ThreadPoolExecutor | None = None,
         templates: QueryTemplates = NO_TEMPLATES,
-        reranker: DualEncoder | VisionLanguageModel | None = None,
+        rerank_model: RerankModel | None = None,
     ) -> None:
         """
         Args:
@@ -97,7 +97,7 @@ class InferenceService:
                 runs PyTorch operations has its own OpenMP thread pool. With more OpenMP threads than cores, the threads
                 do not busy-wait between operations, which halves the model's speed.
             templates: Prompt templates for requests without templates. See `build_query_prompts`.
-            reranker: Model for re-ranking, loaded by `model_thread`. If None, requests for re-ranking are rejected.
+            rerank_model: Re-ranking model, loaded by `model_thread`. If None, requests for re-ranking are rejected.
 
         Raises:
             ValueError: The index was built with a different model.
@@ -122,16 +122,16 @@ class InferenceService:
             "image": lambda images: model.encode_images(images).numpy(),
             "heatmap": lambda items: [compute_heatmap(*item) for item in items],  # not batched, because sizes differ
         }
-        self._reranker = None if reranker is None else Reranker(reranker)
-        if isinstance(reranker, VisionLanguageModel):
-            encoders["rerank_image"] = reranker.rate
-        elif reranker is not None:
-            encoders["rerank_text"] = lambda texts: reranker.encode_texts(texts).numpy()
-            encoders["rerank_image"] = lambda images: reranker.encode_images(images).numpy()
+        self._rerank_cache = None if rerank_model is None else RerankCache(rerank_model)
+        if isinstance(rerank_model, VisionLanguageModel):
+            encoders["rerank_image"] = rerank_model.rate
+        elif rerank_model is not None:
+            encoders["rerank_text"] = lambda texts: rerank_model.encode_texts(texts).numpy()
+            encoders["rerank_image"] = lambda images: rerank_model.encode_images(images).numpy()
         self._batchers: dict[str, Batcher[Any, np.ndarray]] = {}
         for kind, encode in encoders.items():
             on_batch = self.batch_sizes.labels(kind).observe
-            is_vlm = kind == "rerank_image" and isinstance(reranker, VisionLanguageModel)
+            is_vlm = kind == "rerank_image" and isinstance(rerank_model, VisionLanguageModel)
             batch_size = 1 if is_vlm else limits.batch_size  # an image takes seconds, during which other requests wait
             batcher = Batcher(encode, self._model_thread, batch_size, limits.max_queue, on_batch)
             self._batchers[kind] = batcher
@@ -182,7 +182,7 @@ class InferenceService:
         """Decode images and return a float32 embedding of shape (D,) for each image.
 
         Args:
-            rerank_model: Model for re-ranking, which then embeds the images. Default: the server's model.
+            rerank_model: Re-ranking model, which then embeds the images. Default: the server's model.
         """
         model, kind = (self.model, "image") if rerank_model is None else (rerank_model, "rerank_image")
 
@@ -200,9 +200,9 @@ class InferenceService:
         backend, query, image_filter = self.require_backend(), request.to_query(), request.filter.to_filter()
         if not query and not image_filter:
             raise ValueError("the query is empty: provide at least one text, image, hit id or filter")
-        if request.rerank and self._reranker is None:
-            raise BadRequest("this server has no model for re-ranking. Start it with: llm2clip serve --rerank MODEL")
-        reranker = self._reranker if query and request.rerank and request.offset < RERANKED else None
+        if request.rerank and self._rerank_cache is None:
+            raise BadRequest("this server has no re-ranking model. Start it with: llm2clip serve --rerank MODEL")
+        rerank_cache = self._rerank_cache if query and request.rerank and request.offset < RERANKED else None
         query_vectors = await self._embed_query(query) if query else None
 
         has_negatives = bool(query.negative_texts or query.negative_images or query.negative_like)
@@ -210,7 +210,7 @@ class InferenceService:
         is_grouped = request.group_similar and bool(query)
         count = request.top * (READ_FACTOR if is_grouped else 1)
         # All pages with re-ranked hits are parts of one ranking, so these pages read it from the start.
-        offset = request.offset if reranker is None else 0
+        offset = request.offset if rerank_cache is None else 0
         skipped = request.offset - offset
 
         def find_hits(vectors: QueryVectors | None) -> SearchResult:
@@ -218,7 +218,7 @@ class InferenceService:
                 backend,
                 self._get_calibration(),
                 vectors,
-                count=skipped + count if reranker is None else max(RERANKED, skipped + count),
+                count=skipped + count if rerank_cache is None else max(RERANKED, skipped + count),
                 image_filter=image_filter,
                 offset=offset,
                 words=words,
@@ -244,32 +244,32 @@ class InferenceService:
             response = SearchResponse.model_validate(values, from_attributes=True)
             return response.model_dump_json().encode()
 
-        if reranker is None:
+        if rerank_cache is None:
             [response] = await self._searchers.map(lambda vectors: make_response(find_hits(vectors)), [query_vectors])
             return response
         [result] = await self._searchers.map(find_hits, [query_vectors])
-        reranking = await self._rerank(reranker, query, result.hits)
+        reranking = await self._rerank(rerank_cache, query, result.hits)
         [response] = await self._searchers.map(lambda result: make_response(result, reranking), [result])
         return response
 
-    async def _rerank(self, reranker: Reranker, query: SearchQuery, hits: list[Hit]) -> Reranking:
-        """Sort the first hits with the second model."""
+    async def _rerank(self, rerank_cache: RerankCache, query: SearchQuery, hits: list[Hit]) -> Reranking:
+        """Sort the first hits with the re-ranking model."""
         start, first = time.perf_counter(), [hit.id for hit in hits[:RERANKED]]
-        if isinstance(reranker.model, VisionLanguageModel):
-            ratings = await self._process_originals(reranker, first, make_question(query))
+        if isinstance(rerank_cache.model, VisionLanguageModel):
+            ratings = await self._process_originals(rerank_cache, first, make_question(query))
             return sort_hits(hits, {hit_id: float(rating) for hit_id, rating in ratings.items()}, start)
-        vector = await self._embed_query_for_reranking(reranker, reranker.model, query)
-        vectors = await self._process_originals(reranker, first)
+        vector = await self._embed_query_for_reranking(rerank_cache, rerank_cache.model, query)
+        vectors = await self._process_originals(rerank_cache, first)
         scores = {hit_id: float(vector @ hit_vector) for hit_id, hit_vector in vectors.items()}
         return sort_hits(hits, scores, start)
 
     async def _embed_query_for_reranking(
-        self, reranker: Reranker, model: DualEncoder, query: SearchQuery
+        self, rerank_cache: RerankCache, model: DualEncoder, query: SearchQuery
     ) -> np.ndarray:
-        """Return the query vector of the re-ranker's model, which embeds the image files of earlier hits."""
+        """Return the re-ranking model's query vector. The model embeds the image files of earlier hits."""
         prompts, counts = query.build_prompts(model.query_templates)
         like = [*query.like, *query.negative_like]
-        like_vectors = await self._process_originals(reranker, like)
+        like_vectors = await self._process_originals(rerank_cache, like)
         for hit_id in like:
             if hit_id not in like_vectors:
                 raise NotFound(
@@ -281,9 +281,9 @@ class InferenceService:
         return query.combine(texts, counts, images, [like_vectors[hit_id] for hit_id in like]).combined
 
     async def _process_originals(
-        self, reranker: Reranker, hit_ids: Sequence[str], question: str = ""
+        self, rerank_cache: RerankCache, hit_ids: Sequence[str], question: str = ""
     ) -> dict[str, np.ndarray]:
-        """Return the re-ranker's results for the image files of hits, without those that cannot be decoded.
+        """Return the re-ranking model's results for the image files of hits, without those that cannot be decoded.
 
         Args:
             question: Question to a vision-language model, whose results are probabilities. Default: the results are
@@ -292,7 +292,7 @@ class InferenceService:
         decode = partial(load_request_image, max_pixels=self.limits.max_pixels)
 
         def prepare(hit_id: str) -> PreparedImage | None:
-            return reranker.prepare(hit_id, question, self._read_original, decode)
+            return rerank_cache.prepare(hit_id, question, self._read_original, decode)
 
         results: dict[str, np.ndarray] = {}
         step = min(IMAGES_PER_BATCH, self.limits.max_queue)
@@ -308,7 +308,7 @@ class InferenceService:
             new_results = await self._batchers["rerank_image"].submit(items)
             for (hit_id, image), result in zip(new.items(), new_results, strict=True):
                 if np.isfinite(result).all():
-                    reranker.add(image.key, result)
+                    rerank_cache.add(image.key, result)
                     results[hit_id] = result
         return results
 

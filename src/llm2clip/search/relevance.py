@@ -39,6 +39,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,6 +114,12 @@ class Calibration:
     fingerprint: str
     texts: Scale
     images: Scale
+
+    @cached_property
+    def sample_mean(self) -> np.ndarray:
+        """Mean of the sample, of shape (D,), which approximates the mean embedding of the index."""
+        mean: np.ndarray = self.sample.mean(axis=0)
+        return mean
 
     def rate(self, query: QueryVectors, vectors: np.ndarray) -> np.ndarray:
         """Return the relevance of hits with the given embeddings of shape (K, D), as a float array of shape (K,).

@@ -17,6 +17,7 @@ from rich.text import Text as RichText
 from llm2clip.html_report import Block, Paragraph, ResultImage, ResultImages, write_report
 from llm2clip.search.backends import Backend, Hit
 from llm2clip.search.explain import Explanation
+from llm2clip.search.rerank import RERANKED
 
 CAPTION_LENGTH = 160  # maximum length of a displayed caption, in characters
 THUMBNAIL_COLUMNS, THUMBNAIL_ROWS = 24, 24  # in pixels; each character is one pixel wide and two pixels high
@@ -120,6 +121,7 @@ def write_contact_sheet(
     backend: Backend,
     folder: Path | None = None,
     heatmaps: Mapping[str, bytes] | None = None,
+    rerank_model: str | None = None,
 ) -> Path:
     """Write a self-contained HTML page with search result thumbnails, and return its path.
 
@@ -128,17 +130,21 @@ def write_contact_sheet(
         backend: Index that returned the hits.
         folder: Output folder. Default: a new temporary folder.
         heatmaps: JPEG images to show instead of thumbnails, keyed by hit id. See `search.heatmap.draw_heatmaps`.
+        rerank_model: Name of the model that re-ranked the hits. Default: the hits were not re-ranked.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="llm2clip-"))
     folder.mkdir(parents=True, exist_ok=True)
     images = []
     for rank, hit in enumerate(hits, 1):
-        label = f"{rank}. {_format_score_or_date(hit)} {Path(hit.images[0].name).name}"
+        label = f"{rank}. {_format_score_or_date(hit)} {hit.images[0].file_name}"
         if hit.similar:
             label += f" (+{len(hit.similar)} similar)"
         jpeg = (heatmaps or {}).get(hit.id) or backend.thumbnail(hit.id)
         images.append(ResultImage(jpeg, None, label, _make_file_url(hit)))
     order = "best match first" if any(hit.matched for hit in hits) else "most similar first"
+    if rerank_model is not None:
+        first = f"the first {RERANKED} " if len(hits) > RERANKED else ""
+        order = f"{first}re-ranked with {rerank_model} (the cosine similarities are those of the index's model)"
     text = f"{len(hits)} images, {order}, each with its rank and cosine similarity."
     if hits[0].score is None:
         text = f"{len(hits)} images, newest first, each with its rank and date."

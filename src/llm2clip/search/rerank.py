@@ -1,4 +1,4 @@
-"""Re-ranking: a second, usually larger, model sorts the first hits of a search.
+"""Re-ranking: a second, usually larger, model, called the re-ranking model, sorts the first hits of a search.
 
 A dual encoder embeds the query and the original image files of the hits, and sorts the hits by their cosine similarity.
 A vision-language model sorts them by the probability that they match the texts of the query (see `search.vlm`). The
@@ -17,11 +17,10 @@ from torch import Tensor
 
 from llm2clip.data.image_refs import read_image_file
 from llm2clip.data.images import ImageError, load_image
-from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.backends import Backend, Hit, IndexUnavailableError
 from llm2clip.search.query import SearchQuery, embed_query
 from llm2clip.search.request_images import NotFound, TooLarge, open_original
-from llm2clip.search.vlm import VisionLanguageModel, make_question
+from llm2clip.search.vlm import RerankModel, VisionLanguageModel, make_question
 
 RERANKED = 50  # number of hits that are sorted again
 IMAGES_PER_BATCH = 8  # limits the memory for decoded images
@@ -44,13 +43,13 @@ class Reranking(NamedTuple):
     seconds: float
 
 
-class Reranker:
-    """A model with a cache of its results: image embeddings, or the probabilities of a vision-language model.
+class RerankCache:
+    """Cached results of a re-ranking model: image embeddings, or the probabilities of a vision-language model.
 
     `prepare` and `add` are thread-safe.
     """
 
-    def __init__(self, model: DualEncoder | VisionLanguageModel) -> None:
+    def __init__(self, model: RerankModel) -> None:
         self.model = model
         self._cache: OrderedDict[bytes, Any] = OrderedDict()  # the last item is the most recently used one
         self._lock = threading.Lock()
@@ -92,9 +91,7 @@ class Reranker:
                 self._cache.popitem(last=False)
 
 
-def rerank_hits(
-    model: DualEncoder | VisionLanguageModel, query: SearchQuery, hits: Sequence[Hit], backend: Backend
-) -> Reranking:
+def rerank_hits(model: RerankModel, query: SearchQuery, hits: Sequence[Hit], backend: Backend) -> Reranking:
     """Sort the first RERANKED hits with a model, for a query without earlier hits.
 
     Args:
@@ -102,7 +99,7 @@ def rerank_hits(
         backend: Index that returned the hits.
     """
     start = time.perf_counter()
-    reranker = Reranker(model)
+    cache = RerankCache(model)
     question = make_question(query) if isinstance(model, VisionLanguageModel) else ""
     query_vector = None if isinstance(model, VisionLanguageModel) else embed_query(model, query)
 
@@ -113,7 +110,7 @@ def rerank_hits(
 
     scores = {}
     for hit in hits[:RERANKED]:
-        prepared = reranker.prepare(hit.id, question, read, load_image)
+        prepared = cache.prepare(hit.id, question, read, load_image)
         if prepared is None:
             continue
         if isinstance(model, VisionLanguageModel):

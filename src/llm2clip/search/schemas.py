@@ -167,7 +167,7 @@ class SearchRequest(QueryRequest):
     )
     rerank: bool = Field(
         default=False,
-        description=f"sort the first {RERANKED} hits again with the server's second model, which uses the original "
+        description=f"sort the first {RERANKED} hits again with the server's re-ranking model, which uses the original "
         "image files; ignored without a query and for later pages",
     )
 
@@ -176,6 +176,7 @@ class ImageLocation(BaseModel):
     """A location of an image, with the captions at that location."""
 
     name: str
+    file_name: str = Field(description="file name without folders")
     captions: list[str]
     taken: float = Field(
         description="capture time, or file modification time if the capture time is unknown, as a Unix timestamp"
@@ -187,6 +188,7 @@ class SimilarHitResponse(BaseModel):
 
     id: str
     name: str = Field(description="name of the image's first location")
+    file_name: str
 
 
 class HitResponse(BaseModel):

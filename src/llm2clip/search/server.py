@@ -2,24 +2,26 @@
 
 import base64
 import hashlib
+import html
 import io
 import os
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import uvicorn
 from fastapi import FastAPI, Query, Request, UploadFile
-from fastapi.responses import FileResponse, RedirectResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import Receive, Scope, Send
 
 from llm2clip import __version__
 from llm2clip.models.dual_encoder import DualEncoder
@@ -46,7 +48,7 @@ from llm2clip.search.schemas import (
     SearchRequest,
     SearchResponse,
 )
-from llm2clip.search.vlm import VisionLanguageModel
+from llm2clip.search.vlm import RerankModel
 from llm2clip.search.zip_download import MAX_ZIP_IMAGES, parse_ids, read_chunks, stream_zip
 
 STATIC_FOLDER = Path(__file__).parent / "static"
@@ -66,7 +68,7 @@ def create_app(
     templates: QueryTemplates | None = None,
     allowed_origins: Sequence[str] = (),
     access_log: bool = False,
-    reranker: DualEncoder | VisionLanguageModel | None = None,
+    rerank_model: RerankModel | None = None,
 ) -> FastAPI:
     """Create the web application.
 
@@ -85,7 +87,7 @@ def create_app(
         allowed_origins: Origins of other websites, such as `https://example.org`, whose pages may use the API. They
             must send the token in the Authorization header.
         access_log: Whether to write one JSON object per request to standard error.
-        reranker: Model with which requests can sort the first hits again. See `search.rerank`.
+        rerank_model: Re-ranking model, with which requests can sort the first hits again. See `search.rerank`.
 
     Raises:
         ValueError: The index was built with a different model, the token is not printable ASCII without spaces, there
@@ -96,7 +98,7 @@ def create_app(
     if len(templates.templates) > MAX_TEMPLATES:
         raise ValueError(f"too many templates: {len(templates.templates)}; the limit is {MAX_TEMPLATES}")
     check_origins(allowed_origins)
-    service = InferenceService(model, backend, limits or Limits(), model_thread, templates, reranker)
+    service = InferenceService(model, backend, limits or Limits(), model_thread, templates, rerank_model)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -117,7 +119,7 @@ def create_app(
     _add_search_routes(app, service)
     _add_embedding_routes(app, service)
     _add_image_routes(app, service)
-    _add_page_routes(app, auth)
+    _add_page_routes(app, auth, rerank_model)
     add_error_handlers(app)
     app.add_middleware(
         RequestMiddleware, service=service, auth=auth, allowed_origins=allowed_origins, access_log=access_log
@@ -311,7 +313,7 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
             return Response(stream.getvalue(), media_type=media_type, headers=headers)
         size = stream.seek(0, os.SEEK_END)
         headers["Content-Length"] = str(size)
-        return StreamingResponse(_read_and_close(stream, size), media_type=media_type, headers=headers)
+        return FileStream(_read_and_close(stream, size), media_type=media_type, headers=headers)
 
     @app.get("/zip", response_class=Response, responses=API_ERRORS)
     async def download_zip(
@@ -324,17 +326,37 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
         service.require_backend()
         headers = {"Content-Disposition": 'attachment; filename="images.zip"', "Cache-Control": "no-store"}
         archive = stream_zip(service, parse_ids(ids))
-        return StreamingResponse(archive, media_type="application/zip", headers=headers)
+        return FileStream(archive, media_type="application/zip", headers=headers)
 
 
-async def _read_and_close(stream: BinaryIO, size: int) -> AsyncIterator[bytes]:
+class FileStream(StreamingResponse):
+    """Response that reads files in a generator, and closes the generator as soon as the client disconnects.
+
+    Otherwise, the files would stay open until the garbage collector closes the generator.
+    """
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None], media_type: str, headers: Mapping[str, str]) -> None:
+        super().__init__(chunks, media_type=media_type, headers=headers)
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._chunks):
+            await super().__call__(scope, receive, send)
+
+
+async def _read_and_close(stream: BinaryIO, size: int) -> AsyncGenerator[bytes, None]:
     """Yield the first `size` bytes of a stream in chunks, then close the stream."""
     with stream:
         async for chunk in read_chunks(stream, size):
             yield chunk
 
 
-def _add_page_routes(app: FastAPI, auth: Authenticator | None) -> None:
+def _add_page_routes(app: FastAPI, auth: Authenticator | None, rerank_model: RerankModel | None) -> None:
+    page = (STATIC_FOLDER / "index.html").read_text(encoding="utf-8")
+    if rerank_model is not None:
+        name = html.escape(_shorten_model_name(rerank_model.name))
+        page = page.replace('data-rerank-model=""', f'data-rerank-model="{name}"')
+
     @app.get("/", include_in_schema=False)
     async def serve_page(request: Request) -> Response:
         """Return the search page. If the URL contains the token, start a session and redirect to `/`."""
@@ -342,10 +364,18 @@ def _add_page_routes(app: FastAPI, auth: Authenticator | None) -> None:
             response = RedirectResponse("/", 303)
             auth.start_session(request, response)
             return response
-        return FileResponse(STATIC_FOLDER / "index.html")
+        return HTMLResponse(page)
 
     @app.get("/static/{name}", include_in_schema=False)
     async def serve_static_file(name: str) -> Response:
         if name not in STATIC_FILES:
             raise NotFound(f"no such file: {name}")
         return FileResponse(STATIC_FOLDER / name)
+
+
+def _shorten_model_name(name: str) -> str:
+    """Return a model's name without the path of its folder, which may be private. Names of hubs remain complete."""
+    if not os.path.exists(name):
+        return name
+    path = Path(name).absolute()
+    return path.parent.name if path.name == "model" else path.name  # `fit` saves the model in RUN/model

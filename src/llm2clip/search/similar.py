@@ -54,7 +54,7 @@ def group_similar_hits(
         count: Maximum number of groups. The page ends before the first hit that would need another group.
         calibration: Calibration of the index, if it has one.
     """
-    mean = None if calibration is None else calibration.sample.mean(axis=0)
+    mean = None if calibration is None else calibration.sample_mean
     is_similar = compare_hits(hits[:MAX_COMPARED], backend, mean)
     groups: dict[int, list[Hit]] = {}  # similar hits, keyed by the position of the first hit
     size = 0
@@ -71,7 +71,7 @@ def group_similar_hits(
         size += 1
     page = []
     for position, others in groups.items():
-        similar = tuple(SimilarHit(other.id, other.images[0].name) for other in others)
+        similar = tuple(SimilarHit(other.id, other.images[0].name, other.images[0].file_name) for other in others)
         page.append(dataclasses.replace(hits[position], similar=similar))
     return HitPage(page, size)
 

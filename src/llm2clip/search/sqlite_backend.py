@@ -270,7 +270,9 @@ class SqliteBackend:
             query = WordQuery.parse(words)
             allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
             matches = self._find_word_matches(query, image_filter, allowed_ids)
-            page, scores = self._rank(vector.astype(np.float32), matches, count, allowed_ids, offset)
+            depth = offset + count if not len(matches) else max(offset + count, MAX_FUSED)
+            ranking = self._find_nearest(vector.astype(np.float32), depth, image_filter, allowed_ids)
+            page, scores = self._rank(vector.astype(np.float32), ranking, matches, count, offset)
             if len(matches):
                 matched = self._find_matched_fields(query, page)
         conditions, parameters = _make_sql_conditions(image_filter, ("path", "after", "before"))
@@ -292,13 +294,36 @@ class SqliteBackend:
                 hits.append(Hit(str(content_id), score, images, image_count, width, height, fields, text))
         return hits
 
-    def _rank(
-        self, vector: np.ndarray, matches: np.ndarray, count: int, allowed_ids: np.ndarray | None, offset: int
-    ) -> tuple[np.ndarray, list[float]]:
-        """Return the content ids of a page of hits, int64 of shape (N,), and their cosine similarities to a vector."""
+    def _find_nearest(
+        self, vector: np.ndarray, depth: int, image_filter: Filter, allowed_ids: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of the `depth` contents most similar to a vector, and their cosine similarities.
+
+        The last ranking is cached, because the relevance of a further page depends on the first hits of the query.
+        """
         index = self._get_current_vector_index()
-        depth = offset + count if not len(matches) else max(offset + count, MAX_FUSED)
-        ids, cosines = index.search(vector, depth, allowed_ids)
+        key = self._db.read_state(), vector.tobytes(), image_filter
+        cached = self._cache.get("nearest")
+        if cached is None or cached[0][0] != key or cached[0][1] < depth:
+            cached = self._cache["nearest"] = (key, depth), index.search(vector, depth, allowed_ids)
+        ids, cosines = cached[1]
+        return ids[:depth], cosines[:depth]
+
+    def _rank(
+        self,
+        vector: np.ndarray,
+        ranking: tuple[np.ndarray, np.ndarray],
+        matches: np.ndarray,
+        count: int,
+        offset: int,
+    ) -> tuple[np.ndarray, list[float]]:
+        """Return the content ids of a page of hits, int64 of shape (N,), and their cosine similarities to a vector.
+
+        Args:
+            ranking: Result of `_find_nearest`.
+            matches: Ids of the contents that contain all words of the query, best first.
+        """
+        ids, cosines = ranking
         if not len(matches):
             return ids[offset:], cosines[offset:].tolist()
         page = fuse_rankings(ids, matches)[offset : offset + count]
@@ -364,10 +389,22 @@ class SqliteBackend:
         return {hit_id: vector for hit_id, vector in zip(hit_ids, vectors, strict=True) if vector.any()}
 
     def sample_ids(self, count: int) -> list[str]:
+        rng = np.random.default_rng(0)
+        total = self.count()[1]
+        ((last,),) = self._db.query("SELECT coalesce(max(id), 0) FROM contents")
+        # Reading all ids of a large index takes seconds. Nearly all ids up to the last one exist, unless many images
+        # have been removed, so enough of twice the expected number of random ids usually exist.
+        candidate_count = 2 * count * last // max(total, 1)
+        if candidate_count < last:
+            candidates = 1 + rng.choice(last, candidate_count, replace=False)
+            existing = _read_int_column(self._query_by_id("SELECT id FROM contents WHERE id", candidates))
+            sample = candidates[np.isin(candidates, existing)][:count]
+            if len(sample) == count:
+                return [str(content_id) for content_id in np.sort(sample).tolist()]
         # Without ORDER BY, SQLite reads the ids from an index, not from the table, which also contains the vectors.
         ids = np.sort(_read_int_column(self._db.query("SELECT id FROM contents")))
         if len(ids) > count:
-            ids = np.sort(np.random.default_rng(0).choice(ids, count, replace=False))
+            ids = np.sort(rng.choice(ids, count, replace=False))
         return [str(content_id) for content_id in ids.tolist()]
 
     def newest_ids(self, count: int) -> list[str]:

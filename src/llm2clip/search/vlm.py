@@ -39,6 +39,7 @@ class VisionLanguageModel:
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        self.name = name
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         bf16 = resolve_precision("tune", precision, self.device) == "bf16"
         dtype = torch.bfloat16 if bf16 else torch.float32
@@ -92,8 +93,11 @@ class VisionLanguageModel:
         return float(torch.sigmoid(yes - no))
 
 
-def open_reranker(name: str, precision: str | None = None) -> DualEncoder | VisionLanguageModel:
-    """Load a model for re-ranking: a vision-language model if the name starts with VLM_PREFIX, or a dual encoder."""
+RerankModel = DualEncoder | VisionLanguageModel
+
+
+def open_rerank_model(name: str, precision: str | None = None) -> RerankModel:
+    """Load a re-ranking model: a vision-language model if the name starts with VLM_PREFIX, or a dual encoder."""
     if name.startswith(VLM_PREFIX):
         return VisionLanguageModel(name.removeprefix(VLM_PREFIX), precision or "auto")
     return open_dual_encoder(name, precision=precision)

@@ -6,7 +6,7 @@ import re
 import time
 import unicodedata
 import zipfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
@@ -38,7 +38,7 @@ def parse_ids(ids: str) -> list[str]:
     return hit_ids
 
 
-async def stream_zip(service: InferenceService, hit_ids: Sequence[str]) -> AsyncIterator[bytes]:
+async def stream_zip(service: InferenceService, hit_ids: Sequence[str]) -> AsyncGenerator[bytes, None]:
     """Yield an uncompressed zip archive with the original image files of hits, in chunks.
 
     Files that cannot be included are listed with the reason in MISSING_FILE: their hit does not exist, the file has
@@ -67,7 +67,7 @@ async def stream_zip(service: InferenceService, hit_ids: Sequence[str]) -> Async
                     missing.append(f"{images[0].name}: the file is not included because of {limit}")
                     continue
                 total_size += size
-                name = make_unique(make_file_name(images[0], media_type), names)
+                name = make_unique(make_valid_file_name(images[0], media_type), names)
                 info = zipfile.ZipInfo(name, make_date(images[0]))
                 info.external_attr = 0o644 << 16
                 info.file_size = size
@@ -109,15 +109,12 @@ class _ChunkBuffer(io.RawIOBase):
         return data
 
 
-def make_file_name(image: IndexedImage, media_type: str) -> str:
-    """Return a file name for an image that is valid on all systems, without folders.
+def make_valid_file_name(image: IndexedImage, media_type: str) -> str:
+    """Convert an image's file name to one that is valid on all systems.
 
     Names of images in tables, such as `TABLE[ROW].COLUMN`, get a suffix for their media type.
     """
-    name = image.name
-    if isinstance(image.ref, TarImage):
-        name = name.removesuffix(f"@{image.ref.offset}").rpartition("!")[2]
-    name = re.split(r"[/\\]", name)[-1]
+    name = re.split(r"[/\\]", image.file_name)[-1]
     name = re.sub(r'[\x00-\x1f\x7f<>:"|?*]', "_", name)
     name = "".join(c for c in name if unicodedata.category(c) != "Cf").strip(" .")  # Cf: invisible, or reverses text
     suffix = PurePosixPath(name).suffix

@@ -14,6 +14,8 @@ const FIELDS = { q: "text", without: "negative", caption: "caption", path: "path
   min_side: "min_side", words: "words", group: "group" }; // URL parameter -> id of the input element
 const FILTER_LABELS = { negative: "without", caption: "caption contains", path: "in", after: "after", before: "before",
   min_side: "shorter side at least", words: "words:", group: "group similar images:" };
+const RERANKED = 50; // number of results that are re-ranked; the server has the same number
+const rerankModel = document.body.dataset.rerankModel; // name of the server's re-ranking model; empty if it has none
 const DARKEST = 0.8; // opacity of the heat map over the least similar cell
 let hits = [];
 let tiles = []; // elements of the hits
@@ -39,6 +41,7 @@ function readRequest() {
     negative_like: [...query.negativeLike],
     words: !getValue("words"),
     group_similar: !getValue("group"),
+    rerank: $("rerank").checked,
     filter: {
       caption: getValue("caption") || null,
       path: getValue("path") || null,
@@ -63,6 +66,10 @@ function hasPositivePart(request) {
 
 function hasQuery(request) {
   return hasPositivePart(request) || request.negative_texts.length > 0 || request.negative_like.length > 0;
+}
+
+function isReranked(request) {
+  return request.rerank && hasQuery(request);
 }
 
 function postJson(path, body) {
@@ -98,14 +105,14 @@ function search(addToHistory = true) {
 async function runSearch(request) {
   const start = performance.now(), requestNumber = ++lastRequest;
   document.body.classList.add("searching");
-  showStatus("Searching…");
+  showStatus(isReranked(request) ? "Searching and re-ranking…" : "Searching…");
   try {
     const answer = await postJson("/search", request);
     if (requestNumber !== lastRequest) return; // a newer search has started
     searchedRequest = request;
     ({ total, next_offset: nextOffset } = answer);
     showHits(answer.hits);
-    showCount(start, answer.nothing_close);
+    showCount(start, answer);
     watchEnd();
   } catch (error) {
     if (requestNumber !== lastRequest) return;
@@ -134,7 +141,7 @@ async function showMore(moveFocus) {
       tiles.push(...newHits.map((hit, index) => makeTile(hit, first + index)));
       addToGrid(first);
       ({ total, next_offset: nextOffset } = answer);
-      showCount(start, answer.nothing_close);
+      showCount(start, answer);
       if (moveFocus) focusHit(first);
     }
     watchEnd();
@@ -155,7 +162,7 @@ function watchEnd() {
   endObserver.observe($("show-more"));
 }
 
-function showCount(start, nothingClose) {
+function showCount(start, { nothing_close: nothingClose, rerank_seconds: rerankSeconds, rerank_missing: missing }) {
   const isHidden = nothingClose && !hits.length;
   $("show-weak").hidden = !isHidden;
   if (isHidden) {
@@ -163,16 +170,23 @@ function showCount(start, nothingClose) {
     $("show-more").hidden = true;
     return;
   }
-  let order = hits.some((hit) => hit.matched.length) ? "best match first" : "most similar first";
-  if (!hasQuery(searchedRequest)) order = "newest first";
-  else if (!hasPositivePart(searchedRequest)) order = "least similar to the excluded content first";
-  const seconds = ((performance.now() - start) / 1000).toFixed(2);
+  let time = `${((performance.now() - start) / 1000).toFixed(2)} s`;
+  if (rerankSeconds !== null) time += `, of which re-ranking ${rerankSeconds.toFixed(2)} s`;
   const shown = hits.reduce((sum, hit) => sum + 1 + hit.similar.length, 0);
   const count = shown < total ? `${shown.toLocaleString("en")} of ${total.toLocaleString("en")}` : shown;
   const images = nothingClose ? "images, none of them close to the query" : "images";
-  showStatus(hits.length ? `${count} ${images}, ${order} (${seconds} s)` : "No results. Try different filters.");
+  const notReranked = missing ? `. ${missing} could not be re-ranked, because their files cannot be read` : "";
+  const summary = `${count} ${images}, ${describeOrder(shown)} (${time})${notReranked}`;
+  showStatus(hits.length ? summary : "No results. Try different filters.");
   $("show-more").hidden = nextOffset === null;
   $("save").hidden = !location.hash || searchedRequest.images.length > 0;
+}
+
+function describeOrder(shown) {
+  if (!hasQuery(searchedRequest)) return "newest first";
+  if (isReranked(searchedRequest)) return `${shown > RERANKED ? `the first ${RERANKED} ` : ""}re-ranked with ${rerankModel}`;
+  if (!hasPositivePart(searchedRequest)) return "least similar to the excluded content first";
+  return hits.some((hit) => hit.matched.length) ? "best match first" : "most similar first";
 }
 
 function showStatus(text, isError = false) {
@@ -185,6 +199,7 @@ function showStatus(text, isError = false) {
 function updateUrl() {
   const parameters = new URLSearchParams();
   for (const [name, id] of Object.entries(FIELDS)) if (getValue(id)) parameters.set(name, getValue(id));
+  if ($("rerank").checked) parameters.set("rerank", "on");
   if (query.like.length) parameters.set("like", query.like.join(","));
   if (query.negativeLike.length) parameters.set("unlike", query.negativeLike.join(","));
   const hash = String(parameters) && `#${parameters}`;
@@ -194,6 +209,7 @@ function updateUrl() {
 function restoreQuery() {
   const parameters = new URLSearchParams(location.hash.slice(1));
   for (const [name, id] of Object.entries(FIELDS)) $(id).value = parameters.get(name) || "";
+  $("rerank").checked = rerankModel !== "" && parameters.get("rerank") === "on";
   const ids = (name) => (parameters.get(name) || "").split(",").filter(Boolean).slice(0, MAX_IMAGES);
   Object.assign(query, { images: [], like: ids("like"), negativeLike: ids("unlike") });
   showProblem("");
@@ -210,7 +226,6 @@ function showHits(newHits) {
   for (const id of ["start", "show-more", "show-weak", "save"]) $(id).hidden = true;
   tiles = hits.map(makeTile);
   columns = countColumns();
-  $("grid").replaceChildren();
   addToGrid(0);
   tabStop = null;
   if (hits.length) setTabStop(tiles[0]);
@@ -226,18 +241,35 @@ function formatScoreOrDate(hit) {
 
 // The layout of thousands of elements in one grid takes too long, so the tiles are in blocks of complete rows.
 
+// Thumbnails are loaded when their block comes near the window. The browser's own lazy loading would check the position
+// of each of thousands of images for every frame.
+const blockObserver = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries) {
+    if (!isIntersecting) continue;
+    for (const image of target.querySelectorAll("img[data-source]")) {
+      image.src = image.dataset.source;
+      image.removeAttribute("data-source");
+    }
+  }
+}, { rootMargin: "1000px" });
+
 function countColumns() {
   return getComputedStyle($("grid")).gridTemplateColumns.split(" ").length;
 }
 
 function addToGrid(first) {
   const size = columns * ROWS;
+  if (first === 0) {
+    blockObserver.disconnect();
+    $("grid").replaceChildren();
+  }
   for (let index = first; index < tiles.length; index++) {
     if (index % size === 0) {
       const block = document.createElement("div");
       block.className = "rows";
       block.setAttribute("role", "presentation");
       $("grid").append(block);
+      blockObserver.observe(block);
     }
     $("grid").lastElementChild.append(tiles[index]);
   }
@@ -254,7 +286,6 @@ new ResizeObserver(() => {
   if (countColumns() === columns) return;
   const focused = $("grid").contains(document.activeElement) ? document.activeElement : null;
   columns = countColumns();
-  $("grid").replaceChildren();
   addToGrid(0);
   focused?.focus();
 }).observe($("grid"));
@@ -264,12 +295,11 @@ function makeTile(hit, index) {
   const image = document.createElement("img"), line = document.createElement("span");
   const name = document.createElement("span"), score = document.createElement("span");
   const first = hit.images[0];
-  image.src = `/thumbnail/${hit.id}`;
-  image.loading = "lazy";
+  image.dataset.source = `/thumbnail/${hit.id}`; // see blockObserver
   image.draggable = false; // dragging selects images
   image.alt = first.captions[0] || first.name;
   name.className = "name";
-  name.textContent = getFileName(first);
+  name.textContent = first.file_name;
   score.className = "score";
   score.textContent = formatScoreOrDate(hit);
   line.append(name, score);
@@ -330,7 +360,7 @@ function showDetail(index) {
   $("text-in-image").textContent = hit.text && `Text in the image: ${hit.text}`;
   $("text-in-image").hidden = !hit.text;
   $("original").href = $("download").href = `/image/${hit.id}`;
-  $("download").download = /\]\.[^/]*$/.test(first.name) ? "" : getFileName(first); // images in tables have no file name
+  $("download").download = /\]\.[^/]*$/.test(first.file_name) ? "" : first.file_name; // images in tables have no file name
   $("locations").replaceChildren(...hit.images.map(makeLocation));
   if (hit.image_count > hit.images.length) {
     const entry = document.createElement("li");
@@ -347,18 +377,14 @@ function showDetail(index) {
   if (!$("detail").open) $("detail").showModal();
 }
 
-function getFileName(image) {
-  return image.name.split(/[/!]/).pop();
-}
-
-function makeSimilarLink({ id, name }) {
+function makeSimilarLink({ id, name, file_name: fileName }) {
   const item = document.createElement("li"), link = document.createElement("a"), image = document.createElement("img");
   link.href = `/image/${id}`;
   link.target = "_blank";
   link.rel = "noopener";
   link.title = name;
   image.src = `/thumbnail/${id}`;
-  image.alt = `Open ${getFileName({ name })}`;
+  image.alt = `Open ${fileName}`;
   link.append(image);
   item.append(link);
   return item;
@@ -648,6 +674,9 @@ function submitQuery() {
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); submitQuery(); });
 $("filters").addEventListener("change", showChips);
+$("rerank-option").hidden = !rerankModel;
+$("rerank-label").textContent = `Re-rank the first ${RERANKED} with ${rerankModel}`;
+$("rerank").addEventListener("change", () => search());
 $("show-more").addEventListener("click", () => showMore(true));
 $("show-weak").addEventListener("click", () => runSearch({ ...searchedRequest, show_weak: true }));
 $("text").addEventListener("input", resizeText);

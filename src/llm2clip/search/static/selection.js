@@ -15,7 +15,7 @@ function makeCheckbox(hit, index) {
   checkbox.type = "checkbox";
   checkbox.tabIndex = -1; // x and the space key select the focused image
   checkbox.checked = selected.has(hit.id);
-  checkbox.setAttribute("aria-label", `Select ${getFileName(hit.images[0])}`);
+  checkbox.setAttribute("aria-label", `Select ${hit.images[0].file_name}`);
   checkbox.addEventListener("click", (event) => toggleSelected(index, event.shiftKey));
   label.append(checkbox);
   return label;

@@ -37,10 +37,10 @@ function makeSearchLink(parameters, text) {
   return link;
 }
 
-function makeImageLink({ id, name }) {
+function makeImageLink({ id, file_name: fileName }) {
   const link = makeSearchLink({ like: id }, ""), image = document.createElement("img");
   image.src = `/thumbnail/${id}`;
-  image.alt = `Images like ${name}`;
+  image.alt = `Images like ${fileName}`;
   link.append(image);
   return link;
 }
