@@ -22,11 +22,13 @@ from llm2clip.search.relevance import (
     Calibration,
     calibrate,
     compute_evidence,
+    compute_overlap,
     find_near_duplicates,
     fit_logistic,
     load_calibration,
     remove_calibration,
     search_relevant,
+    split_stems,
     update_calibration,
     warn_if_not_calibrated,
 )
@@ -66,8 +68,11 @@ def model(dual_encoder: DualEncoder) -> DualEncoder:
     return dataclasses.replace(dual_encoder, encode_texts_raw=encode)
 
 
-def add_images(backend: Backend, vectors: np.ndarray, captions: bool = False, start: int = 0) -> None:
-    """Add images with the given embeddings. Every tenth image is in the folder /tenth, the others are in /rest."""
+def add_images(backend: Backend, vectors: np.ndarray, captions: Sequence[str] = (), start: int = 0) -> None:
+    """Add images with the given embeddings. Every tenth image is in the folder /tenth, the others are in /rest.
+
+    `{}` in a caption is replaced with the number of the image.
+    """
     if not backend.metadata():
         backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": DIM})
     contents, images = [], []
@@ -75,7 +80,7 @@ def add_images(backend: Backend, vectors: np.ndarray, captions: bool = False, st
         digest = number.to_bytes(32)
         contents.append(IndexedContent(digest, vector.astype(np.float16), b"jpeg", 1, 1))
         path = f"/{'rest' if number % 10 else 'tenth'}/{number}.png"
-        texts = (f"image {number}",) if captions else ()
+        texts = tuple(caption.replace("{}", str(number)) for caption in captions)
         images.append((IndexedImage(path, FileImage(path), "/", "1", texts), digest))
     backend.add(contents, images)
     backend.finish()
@@ -136,9 +141,9 @@ def test_fit_logistic_stays_finite_and_never_prefers_lower_values() -> None:
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
-@pytest.mark.parametrize("captions", [False, True])
+@pytest.mark.parametrize("captions", [(), ("image {}",)])
 def test_search_finds_nothing_close_only_if_the_answer_was_taken_out(
-    kind: str, captions: bool, model: DualEncoder, tmp_path: Path
+    kind: str, captions: Sequence[str], model: DualEncoder, tmp_path: Path
 ) -> None:
     backend = create_backend(kind, tmp_path)
     add_images(backend, IMAGES, captions)
@@ -160,16 +165,56 @@ def test_search_finds_nothing_close_only_if_the_answer_was_taken_out(
     assert search_relevant(backend, calibration, QueryVectors(ABSENT, None, ABSENT), 3, Filter()).nothing_close
 
 
-def test_captions_change_only_the_scale_of_texts(model: DualEncoder, tmp_path: Path) -> None:
+def test_captions_change_only_their_own_scale(model: DualEncoder, tmp_path: Path) -> None:
     calibrations = []
-    for captions in (False, True):
-        backend = create_backend("sqlite", tmp_path / str(captions))
+    for name, captions in (("none", ()), ("one", ("image {}",)), ("two", ("image {}", "another text"))):
+        backend = create_backend("sqlite", tmp_path / name)
         add_images(backend, IMAGES, captions)
         calibrations.append(calibrate_or_fail(backend, model))
-    without, fitted = calibrations
-    assert without.images == fitted.images and without.texts.mean == fitted.texts.mean
-    assert (without.texts.slope, without.texts.intercept) == (relevance.TEXT_SLOPE, relevance.TEXT_INTERCEPT)
-    assert fitted.texts.slope > 1.5 * without.texts.slope  # each caption has exactly its image's embedding
+    without, single, fitted = calibrations
+    assert without.images == single.images == fitted.images and without.texts == single.texts == fitted.texts
+    fixed = (relevance.CAPTION_SLOPE, relevance.CAPTION_INTERCEPT)
+    assert (without.captions.slope, without.captions.intercept) == fixed
+    assert single.captions == without.captions  # no other caption remains if the query's caption is excluded
+    assert fitted.captions.slope > 1.5 * relevance.CAPTION_SLOPE  # each caption has exactly its image's embedding
+
+
+def test_fit_excludes_the_caption_that_is_the_query(model: DualEncoder, tmp_path: Path) -> None:
+    """The captions of an image have no words and no embeddings in common, so they do not show what is in the index."""
+    backend = create_backend("sqlite", tmp_path)
+    add_images(backend, IMAGES, ("{}st{} word", "other"))
+    assert calibrate_or_fail(backend, model).captions.slope < 0.5 * relevance.CAPTION_SLOPE
+
+
+def test_compute_overlap_weighs_words_by_length() -> None:
+    stems = split_stems(["Two CHILDREN on a sled"])
+    assert stems == {"two", "child", "on", "a", "sled"}  # with the weights 1, 3, 0, 0 and 2
+    assert compute_overlap(stems, ["A child's red sled", "two"]) == 1
+    assert compute_overlap(stems, ["a child", "on a boat"]) == pytest.approx(3 / 6)
+    assert compute_overlap(stems, ["a dog"]) == 0
+    assert compute_overlap(split_stems(["雪地里的狗"]), ["一只狗在雪地上"]) == pytest.approx(3 / 5)
+    assert np.isnan(compute_overlap(stems, [])) and np.isnan(compute_overlap(split_stems(["24"]), ["24"]))
+
+
+def test_captions_with_the_words_of_a_query_increase_the_relevance(model: DualEncoder, tmp_path: Path) -> None:
+    backend = create_backend("sqlite", tmp_path)
+    add_images(backend, IMAGES)
+    vector = normalize(IMAGES[5] + 1e-3)
+    for number, captions in ((200, ("a red sled",)), (201, ("a boat",))):
+        add_images(backend, vector[None], captions, start=number)
+    calibration = calibrate_or_fail(backend, model)
+
+    def rate(texts: Sequence[str]) -> dict[str, float | None]:
+        hits = search_relevant(backend, calibration, make_query(vector), 5, Filter(), words=texts, show_weak=True).hits
+        return {hit.images[0].name: hit.relevance for hit in hits}
+
+    ratings, without_words = rate(["red sled"]), rate([])
+    evidence = compute_evidence(vector, vector[None], calibration.sample, calibration.background)
+    expected = calibration.captions.to_relevance(evidence, np.array([1.0]))
+    assert ratings["/tenth/200.png"] == pytest.approx(float(expected[0]), abs=0.01)
+    assert ratings["/rest/201.png"] == pytest.approx(float(calibration.captions.to_relevance(evidence)[0]), abs=0.01)
+    assert ratings["/rest/5.png"] == without_words["/rest/5.png"]  # has no captions
+    assert without_words["/tenth/200.png"] == pytest.approx(without_words["/rest/201.png"])
 
 
 def test_filter_does_not_change_the_relevance_of_a_hit(model: DualEncoder, tmp_path: Path) -> None:
@@ -219,7 +264,8 @@ def test_calibration_survives_serialization(model: DualEncoder, tmp_path: Path) 
     loaded = Calibration.from_bytes(calibration.to_bytes())
     query = make_query(IMAGES[5])
     assert loaded.rate(query, IMAGES) == pytest.approx(calibration.rate(query, IMAGES), abs=5e-3)
-    assert (loaded.texts, loaded.sample_ids) == (calibration.texts, calibration.sample_ids)
+    assert (loaded.texts, loaded.captions) == (calibration.texts, calibration.captions)
+    assert loaded.sample_ids == calibration.sample_ids
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
