@@ -23,11 +23,13 @@ from llm2clip.search.relevance import (
     Calibration,
     calibrate,
     compute_evidence,
+    compute_overlap,
     find_near_duplicates,
     fit_logistic,
     load_calibration,
     remove_calibration,
     search_relevant,
+    split_stems,
     update_calibration,
     warn_if_not_calibrated,
 )
@@ -56,20 +58,23 @@ IMAGES = make_images()
 
 @pytest.fixture
 def model(dual_encoder: DualEncoder) -> DualEncoder:
-    """A model whose text embeddings are random, except that the text `image 7` has the embedding of image 7."""
+    """A model whose text embeddings are random, except that texts such as `nr 7` have the embedding of image 7."""
 
     def encode(texts: Sequence[str], show_progress: bool) -> Tensor:
         rows = []
         for text in texts:
             seed = zlib.crc32(text.encode())
-            rows.append(IMAGES[int(text.split()[1])] if text.startswith("image ") else make_images(seed, 1)[0])
+            rows.append(IMAGES[int(text.split()[1])] if text.startswith("nr ") else make_images(seed, 1)[0])
         return torch.from_numpy(np.stack(rows))
 
     return dataclasses.replace(dual_encoder, encode_texts_raw=encode)
 
 
-def add_images(backend: Backend, vectors: np.ndarray, captions: bool = False, start: int = 0) -> None:
-    """Add images with the given embeddings. Every tenth image is in the folder /tenth, the others are in /rest."""
+def add_images(backend: Backend, vectors: np.ndarray, captions: Sequence[str] = (), start: int = 0) -> None:
+    """Add images with the given embeddings. Every tenth image is in the folder /tenth, the others are in /rest.
+
+    `{}` in a caption is replaced with the number of the image.
+    """
     if not backend.metadata():
         backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": DIM})
     contents, images = [], []
@@ -77,7 +82,7 @@ def add_images(backend: Backend, vectors: np.ndarray, captions: bool = False, st
         digest = number.to_bytes(32)
         contents.append(IndexedContent(digest, vector.astype(np.float16), b"jpeg", 1, 1))
         path = f"/{'rest' if number % 10 else 'tenth'}/{number}.png"
-        texts = (f"image {number}",) if captions else ()
+        texts = tuple(caption.replace("{}", str(number)) for caption in captions)
         images.append((IndexedImage(path, FileImage(path), "/", "1", texts), digest))
     backend.add(contents, images)
     backend.finish()
@@ -138,9 +143,9 @@ def test_fit_logistic_stays_finite_and_never_prefers_lower_values() -> None:
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
-@pytest.mark.parametrize("captions", [False, True])
+@pytest.mark.parametrize("captions", [(), ("nr {}",)])
 def test_search_finds_nothing_close_only_if_the_answer_was_taken_out(
-    kind: str, captions: bool, model: DualEncoder, tmp_path: Path
+    kind: str, captions: Sequence[str], model: DualEncoder, tmp_path: Path
 ) -> None:
     backend = create_backend(kind, tmp_path)
     add_images(backend, IMAGES, captions)
@@ -162,16 +167,59 @@ def test_search_finds_nothing_close_only_if_the_answer_was_taken_out(
     assert search_relevant(backend, calibration, QueryVectors(ABSENT, None, ABSENT), 3, Filter()).nothing_close
 
 
-def test_captions_change_only_the_scale_of_texts(model: DualEncoder, tmp_path: Path) -> None:
+def test_captions_change_only_their_own_scale(model: DualEncoder, tmp_path: Path) -> None:
     calibrations = []
-    for captions in (False, True):
-        backend = create_backend("sqlite", tmp_path / str(captions))
+    for name, captions in (("none", ()), ("one", ("nr {}",)), ("two", ("nr {}", "another text"))):
+        backend = create_backend("sqlite", tmp_path / name)
         add_images(backend, IMAGES, captions)
         calibrations.append(calibrate_or_fail(backend, model))
-    without, fitted = calibrations
-    assert without.images == fitted.images and without.texts.mean == fitted.texts.mean
-    assert (without.texts.slope, without.texts.intercept) == (relevance.TEXT_SLOPE, relevance.TEXT_INTERCEPT)
-    assert fitted.texts.slope > 1.5 * without.texts.slope  # each caption has exactly its image's embedding
+    without, single, fitted = calibrations
+    assert without.images == single.images == fitted.images and without.texts == single.texts == fitted.texts
+    fixed = (relevance.CAPTION_SLOPE, relevance.CAPTION_INTERCEPT)
+    assert (without.captions.slope, without.captions.intercept) == fixed
+    assert single.captions == without.captions  # no other caption remains if the query's caption is excluded
+    assert fitted.captions.slope > relevance.CAPTION_SLOPE  # each caption has exactly its image's embedding
+
+
+def test_fit_excludes_the_caption_that_is_the_query(model: DualEncoder, tmp_path: Path) -> None:
+    """A word that occurs only in the query's own caption does not change the fit."""
+    scales = []
+    for name, caption in (("unique", "nr {} {}xyz"), ("short", "nr {} {}")):  # words of up to two letters do not count
+        backend = create_backend("sqlite", tmp_path / name)
+        add_images(backend, IMAGES[:99], (caption, "other"))
+        scales.append(calibrate_or_fail(backend, model).captions)
+    assert scales[0] == scales[1] and scales[0].slope != relevance.CAPTION_SLOPE
+
+
+def test_compute_overlap_weighs_words_by_length() -> None:
+    stems = split_stems(["Two CHILDREN on a sled"])
+    assert stems == {"two", "child", "on", "a", "sled"}  # with the weights 1, 3, 0, 0 and 2
+    assert compute_overlap(stems, ["A child's red sled", "two"]) == 1
+    assert compute_overlap(stems, ["a child", "on a boat"]) == pytest.approx(3 / 6)
+    assert compute_overlap(stems, ["a dog"]) == 0
+    assert compute_overlap(split_stems(["雪地里的狗"]), ["一只狗在雪地上"]) == pytest.approx(3 / 5)
+    assert np.isnan(compute_overlap(stems, [])) and np.isnan(compute_overlap(split_stems(["24"]), ["24"]))
+
+
+def test_captions_with_the_words_of_a_query_increase_the_relevance(model: DualEncoder, tmp_path: Path) -> None:
+    backend = create_backend("sqlite", tmp_path)
+    add_images(backend, IMAGES)
+    vector = normalize(IMAGES[5] + 1e-3)
+    for number, captions in ((200, ("a red sled",)), (201, ("a boat",))):
+        add_images(backend, vector[None], captions, start=number)
+    calibration = calibrate_or_fail(backend, model)
+
+    def rate(texts: Sequence[str]) -> dict[str, float | None]:
+        hits = search_relevant(backend, calibration, make_query(vector), 5, Filter(), words=texts, show_weak=True).hits
+        return {hit.images[0].name: hit.relevance for hit in hits}
+
+    ratings, without_words = rate(["red sled"]), rate([])
+    evidence = compute_evidence(vector, vector[None], calibration.sample, calibration.background)
+    expected = calibration.captions.to_relevance(evidence, np.array([1.0]))
+    assert ratings["/tenth/200.png"] == pytest.approx(float(expected[0]), abs=0.01)
+    assert ratings["/rest/201.png"] == pytest.approx(float(calibration.captions.to_relevance(evidence)[0]), abs=0.01)
+    assert ratings["/rest/5.png"] == without_words["/rest/5.png"]  # has no captions
+    assert without_words["/tenth/200.png"] == pytest.approx(without_words["/rest/201.png"])
 
 
 def test_filter_does_not_change_the_relevance_of_a_hit(model: DualEncoder, tmp_path: Path) -> None:
@@ -235,7 +283,8 @@ def test_calibration_survives_serialization(model: DualEncoder, tmp_path: Path) 
     loaded = Calibration.from_bytes(calibration.to_bytes())
     query = make_query(IMAGES[5])
     assert loaded.rate(query, IMAGES) == pytest.approx(calibration.rate(query, IMAGES), abs=5e-3)
-    assert (loaded.texts, loaded.sample_ids) == (calibration.texts, calibration.sample_ids)
+    assert (loaded.texts, loaded.captions) == (calibration.texts, calibration.captions)
+    assert loaded.sample_ids == calibration.sample_ids
 
 
 @pytest.mark.parametrize("kind", BACKENDS)

@@ -19,6 +19,7 @@ import search_fixtures
 from conftest import HANG_TIMEOUT
 from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
+from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import ocr, sqlite_backend, sqlite_database, vector_index, words
 from llm2clip.search.backends import (
@@ -550,6 +551,38 @@ def test_images_whose_text_cannot_be_recognised_are_indexed_and_listed(
     monkeypatch.setattr(ocr, "open_recognizer", lambda: lambda image: "found")
     assert main(["index", str(photos), "--model", str(model_folder), "--out", str(index), "--ocr"]) == 0
     assert "6 read for text" in capsys.readouterr().out  # failed images are tried again
+
+
+def test_ocr_receives_upright_rgb_images_of_all_modes(dual_encoder: DualEncoder, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    image = Image.new("RGB", (40, 20), "white")
+    image.paste("black", (0, 0, 10, 10))  # a black corner at the top left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was rotated by 90 degrees
+    image.transpose(Image.Transpose.ROTATE_90).save(folder / "rotated.png", exif=exif)
+    image.convert("CMYK").save(folder / "cmyk.tif")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(folder / "16-bit.png")
+    image.convert("RGBA").save(folder / "alpha.png")
+    image.convert("P").save(folder / "animated.gif", save_all=True, append_images=[Image.new("P", (40, 20))])
+    Image.new("RGB", (1, 1)).save(folder / "pixel.png")
+    Image.new("RGB", (5000, 3), "red").save(folder / "narrow.png")
+    (folder / "truncated.png").write_bytes((folder / "alpha.png").read_bytes()[:60])
+    images: list[np.ndarray] = []
+
+    def recognize(image: np.ndarray) -> str:
+        images.append(image)
+        return ""
+
+    log = SkipLog(None, max_skipped=1.0)
+    backend = SqliteBackend(tmp_path / "index", write=True)
+    report = index_sources([folder], dual_encoder, backend, log=log, recognize=recognize)
+    assert (report.added, report.read, sum(log.skipped.values())) == (7, 7, 1)
+    assert sorted(image.shape for image in images) == [(1, 1, 3), (1, 960, 3), *[(20, 40, 3)] * 5]
+    for pixels in images:
+        assert pixels.dtype == np.uint8
+        if pixels.shape == (20, 40, 3):
+            assert pixels[:9, :9].max() < 60 and pixels[11:].min() > 190 and pixels[:, 11:].min() > 190
 
 
 def test_ocr_requires_its_packages(

@@ -13,14 +13,20 @@ The background queries are a fixed list of about 300 short texts (`background_qu
 sample of at most 2,048 images of the index, whatever the filter. A filter therefore does not change a hit's relevance.
 
     x = (t - m) / d                     m, d: mean and standard deviation of t for queries without an answer
+    x = (t - m) / d + 8 * overlap       if the image has captions and the words of the query are known
     relevance = 1 / (1 + exp(-a * x - b))
+
+The overlap is the weighted fraction of the query's words that occur in the captions of the image. Words are truncated
+to five letters, so that `children` matches `child`. The weight of a word is its truncated length minus 2, at least 0.
+In scripts without spaces between words, each character is a word of weight 1.
 
 `calibrate` measures m and d with searches in the entire index, so they grow with the number of images just as the
 largest similarity of a query does. There are separate values for text queries and image queries:
 
-    texts     m and d are those of the background queries. If the index has captions, a and b are fitted to captions as
-              queries (Platt scaling). Queries without an answer are captions whose image is excluded, and the
-              background queries. Otherwise, a and b are fixed: 1.2 and -0.6, chosen on photographs.
+    texts     m and d are those of the background queries. Fixed a and b: 1.2 and -0.6, chosen on photographs.
+    captions  as for texts, for hits with captions. a and b are fitted to captions as queries (Platt scaling), without
+              this caption in the index. Queries without an answer are captions whose image is excluded, and the
+              background queries. If fewer than 30 images have two captions, a and b are fixed: 0.6 and -1.3.
     images    m and d are those of sampled images of the index, without the image itself and its near duplicates. Fixed
               a and b: 1.2 and 1.1. Images as similar as an image's nearest neighbour usually is count as close.
 
@@ -35,6 +41,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -49,16 +56,21 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import Backend, Filter, Hit
 from llm2clip.search.query import QueryVectors, SearchQuery
+from llm2clip.search.words import UNSPACED, normalize
 
 BACKGROUND_QUERIES = Path(__file__).with_name("background_queries.txt").read_text(encoding="utf-8").splitlines()
-VERSION = 1  # version of the calibration format; data of other versions is ignored and replaced by `llm2clip index`
+SCALES = ("texts", "images", "captions")
+VERSION = 2  # version of the calibration format; data of other versions is ignored and replaced by `llm2clip index`
 UNAVAILABLE = b"unavailable "  # stored with the model's fingerprint if the index cannot be calibrated
 SAMPLE_SIZE = 2048
 TAIL_FRACTION = 0.01
 HUBNESS_WEIGHT, MEAN_WEIGHT, TAIL_WEIGHT = 0.25, 0.5, 0.25
+OVERLAP_WEIGHT = 8.0
+STEM_LENGTH = 5  # number of letters to which words are truncated, so that most inflected forms match
 CLOSEST = 10  # number of hits that decide whether a query has an answer
 MIN_RELEVANCE = 0.2  # low, because an answer that is hidden costs more than images that are shown in vain
 TEXT_SLOPE, TEXT_INTERCEPT = 1.2, -0.6
+CAPTION_SLOPE, CAPTION_INTERCEPT = 0.6, -1.3
 IMAGE_SLOPE, IMAGE_INTERCEPT = 1.2, 1.1
 MIN_IMAGES = 50  # smaller indexes are not calibrated: all their images fit on a page
 MIN_QUERIES = 30  # minimum number of queries from which a distribution is estimated
@@ -74,7 +86,7 @@ MAX_CHANGED_FRACTION = 0.1  # a calibration is renewed if more of the index has 
 
 @dataclass(frozen=True)
 class Scale:
-    """Conversion of t to a relevance, for one kind of query. See the module's docstring.
+    """Conversion of t to a relevance, for one kind of query or hit. See the module's docstring.
 
     Attributes:
         mean, deviation: Mean and standard deviation of t for queries without an answer.
@@ -86,12 +98,14 @@ class Scale:
     slope: float
     intercept: float
 
-    def standardize(self, values: np.ndarray) -> np.ndarray:
-        return (values - self.mean) / self.deviation
+    def standardize(self, values: np.ndarray, overlaps: np.ndarray | float = 0.0) -> np.ndarray:
+        """Convert values of t, and overlaps of the query with the captions, to values of x."""
+        standardized: np.ndarray = (values - self.mean) / self.deviation + OVERLAP_WEIGHT * overlaps
+        return standardized
 
-    def to_relevance(self, values: np.ndarray) -> np.ndarray:
-        """Convert values of t to relevances between 0 and 1."""
-        return apply_logistic(self.slope * self.standardize(values) + self.intercept)
+    def to_relevance(self, values: np.ndarray, overlaps: np.ndarray | float = 0.0) -> np.ndarray:
+        """Convert values of t, and overlaps of the query with the captions, to relevances between 0 and 1."""
+        return apply_logistic(self.slope * self.standardize(values, overlaps) + self.intercept)
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,7 @@ class Calibration:
         image_count: Number of distinct images in the index.
         fingerprint: Fingerprint of the model.
         texts, images: Scales for text queries and image queries.
+        captions: Scale for text queries and hits with captions.
     """
 
     sample: np.ndarray
@@ -114,6 +129,7 @@ class Calibration:
     fingerprint: str
     texts: Scale
     images: Scale
+    captions: Scale
 
     @cached_property
     def sample_mean(self) -> np.ndarray:
@@ -121,11 +137,15 @@ class Calibration:
         mean: np.ndarray = self.sample.mean(axis=0)
         return mean
 
-    def rate(self, query: QueryVectors, vectors: np.ndarray) -> np.ndarray:
+    def rate(self, query: QueryVectors, vectors: np.ndarray, overlaps: np.ndarray | None = None) -> np.ndarray:
         """Return the relevance of hits with the given embeddings of shape (K, D), as a float array of shape (K,).
 
         Only the positive parts of a query count. If a query contains both texts and images, the relevance is the larger
         of the relevance to the texts and the relevance to the images.
+
+        Args:
+            overlaps: Overlap of the query's texts with the captions of each hit (see `compute_overlap`), of shape (K,).
+                NaN for hits without captions. Default: captions are not used.
 
         Raises:
             ValueError: The query has no positive parts, or contains NaN or infinity.
@@ -135,7 +155,11 @@ class Calibration:
             if part is not None:
                 if not np.isfinite(part).all():
                     raise ValueError("the model returned NaN or infinity for the query")
-                ratings.append(scale.to_relevance(compute_evidence(part, vectors, self.sample, self.background)))
+                evidence = compute_evidence(part, vectors, self.sample, self.background)
+                rating = scale.to_relevance(evidence)
+                if part is query.texts and overlaps is not None:
+                    rating = np.where(np.isnan(overlaps), rating, self.captions.to_relevance(evidence, overlaps))
+                ratings.append(rating)
         if not ratings:
             raise ValueError("the query has no positive texts or images")
         return np.max(ratings, axis=0)
@@ -143,7 +167,7 @@ class Calibration:
     def to_bytes(self) -> bytes:
         values = {"sample_ids": self.sample_ids, "image_count": self.image_count, "fingerprint": self.fingerprint}
         values["version"] = VERSION
-        scales = {"texts": dataclasses.asdict(self.texts), "images": dataclasses.asdict(self.images)}
+        scales = {name: dataclasses.asdict(getattr(self, name)) for name in SCALES}
         stream = io.BytesIO()
         np.savez(
             stream,
@@ -161,7 +185,7 @@ class Calibration:
                 values = json.loads(str(arrays["values"]))
                 if values.pop("version", None) != VERSION:
                     return None
-                values.update({name: Scale(**values[name]) for name in ("texts", "images")})
+                values.update({name: Scale(**values[name]) for name in SCALES})
                 sample, background = (arrays[name].astype(np.float32) for name in ("sample", "background"))
             return cls(sample, background, **values)
         except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile, zlib.error):
@@ -197,6 +221,22 @@ def compute_evidence(query: np.ndarray, vectors: np.ndarray, sample: np.ndarray,
     offset = MEAN_WEIGHT * similarities.mean() - TAIL_WEIGHT * tail
     evidence: np.ndarray = vectors @ query - HUBNESS_WEIGHT * compute_hubness(vectors, query, background) + offset
     return evidence
+
+
+def split_stems(texts: Sequence[str]) -> set[str]:
+    """Return the words of texts, truncated to STEM_LENGTH letters, and the characters of scripts without spaces."""
+    spaced = UNSPACED.sub(r" \g<0> ", normalize("\n".join(texts)))
+    return {word[:STEM_LENGTH] for word in re.findall(r"[^\W_]+", spaced)}
+
+
+def compute_overlap(stems: set[str], captions: Sequence[str]) -> float:
+    """Return the weighted fraction of the query's stems that occur in the captions. NaN without captions or stems."""
+
+    def sum_weights(stems: set[str]) -> int:
+        return sum(1 if UNSPACED.match(stem) else max(0, len(stem) - 2) for stem in stems)
+
+    total = sum_weights(stems)
+    return sum_weights(stems & split_stems(captions)) / total if captions and total else float("nan")
 
 
 def find_near_duplicates(vectors: np.ndarray, item: np.ndarray, mean: np.ndarray) -> np.ndarray:
@@ -318,20 +358,21 @@ def calibrate(backend: Backend, model: DualEncoder) -> Calibration | None:
     if not np.isfinite(reference.background).all():
         print_once("Relevance is not available: the model returns NaN or infinity for texts.")
         return None
-    values = [_search_with_and_without(backend, query, None, reference)[0] for query in reference.background]
+    background = [_find_neighbours(backend, query, reference) for query in reference.background]
     query_ids = [ids[i] for i in np.random.default_rng(0).permutation(len(ids))[:MAX_QUERIES]]
     image_values = []
     for hit_id in query_ids:
-        _, value = _search_with_and_without(backend, vectors[hit_id], vectors[hit_id], reference)
-        if value is not None:
-            image_values.append(value)
-    texts = _make_scale(values, TEXT_SLOPE, TEXT_INTERCEPT)
+        neighbours = _find_neighbours(backend, vectors[hit_id], reference, vectors[hit_id])
+        if neighbours.is_other.any():
+            image_values.append(max_of_closest(neighbours.values[neighbours.is_other]))
+    texts = _make_scale([max_of_closest(item.values) for item in background], TEXT_SLOPE, TEXT_INTERCEPT)
     images = _make_scale(image_values, IMAGE_SLOPE, IMAGE_INTERCEPT)
     if texts is None or images is None:
         print_once("Relevance is not available: too many images of this index are alike.")
         return None
-    texts = _fit_to_captions(texts, values, backend, model, query_ids, reference)
-    return Calibration(*reference, ids, image_count, model.fingerprint, texts, images)
+    captions = dataclasses.replace(texts, slope=CAPTION_SLOPE, intercept=CAPTION_INTERCEPT)
+    captions = _fit_to_captions(captions, background, backend, model, query_ids, reference)
+    return Calibration(*reference, ids, image_count, model.fingerprint, texts, images, captions)
 
 
 def embed_texts(model: DualEncoder, texts: Sequence[str]) -> np.ndarray:
@@ -357,50 +398,84 @@ def _make_scale(values: Sequence[float], slope: float, intercept: float) -> Scal
     return Scale(float(np.mean(values)), float(np.std(values)), slope, intercept)
 
 
-def _search_with_and_without(
-    backend: Backend, query: np.ndarray, image: np.ndarray | None, reference: Reference
-) -> tuple[float, float | None]:
-    """Return the largest t of a query's first hits, and the largest t without an image and its near duplicates.
+class Neighbours(NamedTuple):
+    """The first hits of a query.
 
-    The second value is None if there is no image to leave out, or there are no other hits.
+    Attributes:
+        captions: Captions of each hit.
+        values: t of each hit, of shape (K,).
+        is_other: Boolean mask of shape (K,). False for the image to exclude and its near duplicates.
     """
+
+    captions: list[list[str]]
+    values: np.ndarray
+    is_other: np.ndarray
+
+
+def _find_neighbours(
+    backend: Backend, query: np.ndarray, reference: Reference, image: np.ndarray | None = None
+) -> Neighbours:
+    """Search for a query. `image` is the embedding of an image to exclude."""
     hits = backend.search(query, CLOSEST if image is None else NEIGHBOURS, Filter())
-    vectors = np.stack(list(backend.vectors([hit.id for hit in hits]).values()))
-    values = compute_evidence(query, vectors, *reference)
-    if image is None:
-        return float(values.max()), None
-    others = values[~find_near_duplicates(vectors, image, reference.sample.mean(axis=0))]
-    return float(values[:CLOSEST].max()), float(others[:CLOSEST].max()) if len(others) else None
+    vectors = backend.vectors([hit.id for hit in hits])
+    stacked = np.stack(list(vectors.values()))
+    is_other = np.ones(len(stacked), bool)
+    if image is not None:
+        is_other = ~find_near_duplicates(stacked, image, reference.sample.mean(axis=0))
+    captions = [get_captions(hit) for hit in hits if hit.id in vectors]
+    return Neighbours(captions, compute_evidence(query, stacked, *reference), is_other)
+
+
+def get_captions(hit: Hit) -> list[str]:
+    return [caption for image in hit.images for caption in image.captions]
+
+
+def max_of_closest(values: np.ndarray) -> float:
+    """Return the value of a query: the maximum over its first hits."""
+    return float(values[:CLOSEST].max())
 
 
 def _fit_to_captions(
     scale: Scale,
-    background_values: Sequence[float],
+    background: Sequence[Neighbours],
     backend: Backend,
     model: DualEncoder,
     hit_ids: Sequence[str],
     reference: Reference,
 ) -> Scale:
-    """Fit a scale's slope and intercept to the captions of the given images. Without captions, return it unchanged."""
-    captions = {}
+    """Fit a scale's slope and intercept to captions of the given images as queries.
+
+    If fewer than MIN_QUERIES of the images have another caption, return the scale unchanged.
+    """
+    queries = {}
     for hit_id in hit_ids:
         texts = [text for image in backend.images(hit_id) for text in image.captions if text.strip()]
-        if texts:
-            captions[hit_id] = texts[0]
-    if len(captions) < MIN_QUERIES:
+        if len(set(texts)) > 1:
+            queries[hit_id] = texts[0]
+    if len(queries) < MIN_QUERIES:
         return scale
-    images = backend.vectors(list(captions))
-    queries = dict(zip(captions, embed_texts(model, list(captions.values())), strict=True))
-    positive, negative = [], list(background_values)
+    images = backend.vectors(list(queries))
+    embeddings = dict(zip(queries, embed_texts(model, list(queries.values())), strict=True))
+    positive, negative = [], []
+    for query, neighbours in zip(BACKGROUND_QUERIES, background, strict=True):
+        negative.append(max_of_closest(_standardize(scale, query, neighbours)))
     for hit_id, image in images.items():
-        with_image, without_image = _search_with_and_without(backend, queries[hit_id], image, reference)
-        if without_image is not None:
-            positive.append(with_image)
-            negative.append(without_image)
+        neighbours = _find_neighbours(backend, embeddings[hit_id], reference, image)
+        values = _standardize(scale, queries[hit_id], neighbours)
+        if neighbours.is_other.any():
+            positive.append(max_of_closest(values))
+            negative.append(max_of_closest(values[neighbours.is_other]))
     if len(positive) < MIN_QUERIES:
         return scale
-    slope, intercept = fit_logistic(scale.standardize(np.array(positive)), scale.standardize(np.array(negative)))
+    slope, intercept = fit_logistic(np.array(positive), np.array(negative))
     return dataclasses.replace(scale, slope=slope, intercept=intercept)
+
+
+def _standardize(scale: Scale, query: str, neighbours: Neighbours) -> np.ndarray:
+    """Return x of each hit. Captions that are equal to the query are ignored."""
+    stems = split_stems([query])
+    overlaps = [compute_overlap(stems, [text for text in texts if text != query]) for texts in neighbours.captions]
+    return scale.standardize(neighbours.values, np.nan_to_num(overlaps))
 
 
 # ---- search
@@ -438,7 +513,8 @@ def search_relevant(
         return SearchResult(backend.search(vector, count, image_filter, offset, words), False)
 
     def find_rated_hits(count: int, offset: int) -> list[Hit]:
-        return rate_hits(backend, calibration, query, backend.search(vector, count, image_filter, offset, words))
+        hits = backend.search(vector, count, image_filter, offset, words)
+        return rate_hits(backend, calibration, query, hits, words)
 
     hits = find_rated_hits(count if offset else max(count, CLOSEST), offset)
     leading = find_rated_hits(CLOSEST, 0) if offset else hits[:CLOSEST]
@@ -450,10 +526,19 @@ def search_relevant(
     return SearchResult([] if is_hidden else hits[:count], nothing_close)
 
 
-def rate_hits(backend: Backend, calibration: Calibration, query: QueryVectors, hits: Sequence[Hit]) -> list[Hit]:
-    """Return the hits with their relevance. Hits that another process has just removed are returned unchanged."""
+def rate_hits(
+    backend: Backend, calibration: Calibration, query: QueryVectors, hits: Sequence[Hit], words: Sequence[str] = ()
+) -> list[Hit]:
+    """Return the hits with their relevance. Hits that another process has just removed are returned unchanged.
+
+    Args:
+        words: Texts of the query, to compare with the captions of the hits.
+    """
     vectors = backend.vectors([hit.id for hit in hits])
     if not vectors:
         return list(hits)
-    ratings = dict(zip(vectors, calibration.rate(query, np.stack(list(vectors.values()))).tolist(), strict=True))
+    stems = split_stems(words)
+    overlaps = np.array([compute_overlap(stems, get_captions(hit)) for hit in hits if hit.id in vectors])
+    relevances = calibration.rate(query, np.stack(list(vectors.values())), overlaps)
+    ratings = dict(zip(vectors, relevances.tolist(), strict=True))
     return [dataclasses.replace(hit, relevance=ratings.get(hit.id)) for hit in hits]
