@@ -276,7 +276,7 @@ def draw_reliability(results: dict[str, list[Result]], file: Path) -> None:
     axes[0, 0].legend(fontsize=8)
     figure.supxlabel("relevance")
     figure.supylabel("fraction of queries with an answer")
-    figure.savefig(file)
+    figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
 
 
