@@ -258,8 +258,8 @@ def test_commands_rerank_results(
     sheet = tmp_path / "sheet"
     flags = ["--no_words", "--no_group", "--sheet", str(sheet), "--rerank", str(tmp_path)]
     assert main(["search", index, "red", *flags]) == 0
-    text = (sheet / "results.md").read_text()
-    assert f"images, re-ranked with {tmp_path} (" in text and "most similar first" not in text
+    text = (sheet / "results.html").read_text()
+    assert f"re-ranked with {tmp_path} (" in text and "most similar first" not in text
     capsys.readouterr()
     shutil.move(photos / f"{best}.png", tmp_path / "moved.png")
     assert main(["search", index, "red", "--no_words", "--no_group", "--rerank", str(tmp_path)]) == 0
