@@ -495,19 +495,17 @@ def _find_nearest(connection: Connection, parameters: Mapping[str, Any], is_appr
     """Return a page of content ids, most similar first."""
 
     def select(distance: str, order: str) -> list[int]:
-        # In relaxed order, HNSW returns more of the nearest vectors, but not sorted. The addition makes PostgreSQL sort
-        # the page, which it would otherwise consider to be sorted.
         statement = (
             "SELECT id FROM ("
             f"  SELECT id, {distance} AS distance FROM contents WHERE {_make_content_condition(parameters)}"
-            f"  ORDER BY {order} LIMIT %(count)s OFFSET %(offset)s) AS page ORDER BY distance + 0, id"
+            f"  ORDER BY {order} LIMIT %(count)s OFFSET %(offset)s) AS page ORDER BY distance, id"
         )
         return [content_id for (content_id,) in connection.execute(statement, parameters)]
 
     if is_approximate:
         ef_search = min(max(EF_SEARCH, parameters["count"] + parameters["offset"]), MAX_EF_SEARCH)
         connection.execute(
-            "SELECT set_config('hnsw.ef_search', %s, true), set_config('hnsw.iterative_scan', 'relaxed_order', true)",
+            "SELECT set_config('hnsw.ef_search', %s, true), set_config('hnsw.iterative_scan', 'strict_order', true)",
             (str(ef_search),),
         )
         ids = select("vector <#> %(query)s", "vector <#> %(query)s")
