@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     from llm2clip.models.dual_encoder import DualEncoder
 
 make_match = pytest.importorskip("llm2clip.search.postgres_words").make_match
+postgres_backend = pytest.importorskip("llm2clip.search.postgres_backend")
 postgres_database = pytest.importorskip("llm2clip.search.postgres_database")
+psycopg = pytest.importorskip("psycopg")
 DIM = 8
 QUERY = np.eye(DIM, dtype=np.float32)[0]
 HOSTILE_TEXTS = (
@@ -183,7 +185,9 @@ def test_postgres_finds_names_that_are_longer_than_an_index_entry(tmp_path: Path
     assert search_names(backend, Filter(path=name, caption=name[-400:])) == {name.removeprefix("/p/")}
 
 
-def test_postgres_approximate_search_returns_all_images_that_match_a_filter(tmp_path: Path) -> None:
+def test_postgres_approximate_search_returns_all_images_that_match_a_filter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = make_postgres_url(tmp_path)
     backend = open_backend(url, write=True, approximate_above=2000)
     backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": DIM})
@@ -201,12 +205,38 @@ def test_postgres_approximate_search_returns_all_images_that_match_a_filter(tmp_
     hits = backend.search(QUERY, 10, Filter())
     assert len(set(exact) & {hit.id for hit in hits}) >= 9
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
-    rare = backend.search(QUERY, 10, Filter(path="/rare"))
-    assert {hit.images[0].name for hit in rare} == {"/rare/a.png", "/rare/b"}
+    for exact_below in (50_000, 0):
+        monkeypatch.setattr(postgres_backend, "EXACT_BELOW", exact_below)
+        rare = backend.search(QUERY, 10, Filter(path="/rare"))
+        assert {hit.images[0].name for hit in rare} == {"/rare/a.png", "/rare/b"}
     assert len(backend.search(QUERY, 200, Filter(), offset=2300)) == 200
     backend = open_backend(url, write=True, approximate_above=5000)
     backend.finish()
     assert "hnsw" not in str(db.query(explain))
+
+
+def test_postgres_searches_exactly_if_few_images_match_the_filter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = open_backend(make_postgres_url(tmp_path), write=True, approximate_above=2000)
+    backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": DIM})
+    add_images(backend, range(2500))
+    backend.finish()
+    exact = [hit.id for hit in _search_exactly(backend, 40)]
+    statements: list[str] = []
+    execute = psycopg.Connection.execute
+
+    def record(connection: Any, statement: Any, *args: Any) -> Any:
+        statements.append(str(statement))
+        return execute(connection, statement, *args)
+
+    monkeypatch.setattr(psycopg.Connection, "execute", record)
+    image_filter = Filter(after=0)  # matches all images
+    assert [hit.id for hit in backend.search(QUERY, 40, image_filter)] == exact
+    assert not any("hnsw" in statement for statement in statements)
+    monkeypatch.setattr(postgres_backend, "EXACT_BELOW", 2499)
+    assert len(backend.search(QUERY, 40, image_filter)) == 40
+    assert any("hnsw" in statement for statement in statements)
 
 
 def test_postgres_reports_a_graph_that_does_not_fit_into_memory(

@@ -71,6 +71,7 @@ HNSW_INDEX = "contents_hnsw"
 # Number of locations of a hit that are read to find the matching fields. The locations of an image usually have the
 # same captions.
 MATCHED_LOCATIONS = 5
+EXACT_BELOW = 50_000  # if at most this many images match a filter, they are searched exactly
 EF_SEARCH, MAX_EF_SEARCH = 100, 1000  # candidates per HNSW search: the default, and pgvector's limit
 
 # "key" is the SHA-256 hash of the name, because PostgreSQL limits the length of indexed text to about 2,700 bytes.
@@ -493,15 +494,22 @@ def _find_newest(connection: Connection, parameters: Mapping[str, Any]) -> list[
 
 def _find_nearest(connection: Connection, parameters: Mapping[str, Any], is_approximate: bool) -> list[int]:
     """Return a page of content ids, most similar first."""
+    condition = _make_content_condition(parameters)
 
     def select(distance: str, order: str) -> list[int]:
         statement = (
             "SELECT id FROM ("
-            f"  SELECT id, {distance} AS distance FROM contents WHERE {_make_content_condition(parameters)}"
+            f"  SELECT id, {distance} AS distance FROM contents WHERE {condition}"
             f"  ORDER BY {order} LIMIT %(count)s OFFSET %(offset)s) AS page ORDER BY distance, id"
         )
         return [content_id for (content_id,) in connection.execute(statement, parameters)]
 
+    if is_approximate and condition != "true":
+        # Among few matches, a graph search misses many of the nearest images.
+        matches = f"SELECT FROM contents WHERE {condition} LIMIT %(limit)s"
+        values = {**parameters, "limit": EXACT_BELOW + 1}
+        ((count,),) = connection.execute(f"SELECT count(*) FROM ({matches}) AS matches", values).fetchall()
+        is_approximate = count > EXACT_BELOW
     if is_approximate:
         ef_search = min(max(EF_SEARCH, parameters["count"] + parameters["offset"]), MAX_EF_SEARCH)
         connection.execute(
@@ -511,7 +519,7 @@ def _find_nearest(connection: Connection, parameters: Mapping[str, Any], is_appr
         ids = select("vector <#> %(query)s", "vector <#> %(query)s")
         if len(ids) == parameters["count"]:
             return ids
-        # pgvector stops after a number of candidates, so few or none of them may match a selective filter.
+        # pgvector stops after a number of candidates, so few of them may match the filter.
     return select("(vector <#> %(query)s) + 0", "distance, id")  # the addition excludes the HNSW graph
 
 
