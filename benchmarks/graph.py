@@ -6,7 +6,8 @@
 The vectors are the model's embeddings of all captions and images in the sources. The data sets contain fewer than a
 million captions and images, so more vectors are made from them: a caption is mixed with another caption of the same
 image, and an image with one of its 10 nearest images. Then noise is added, so that the new vector is as far from the
-mixture as a real vector is from its nearest neighbour. There are two tasks, with QUERIES queries each:
+mixture as a real vector is from its nearest neighbour. The noise is the scaled difference of two random vectors. There
+are two tasks, with QUERIES queries each:
 
     captions    captions search for captions. The queries are not in the index.
     images      captions search for images. The two have different distributions, so this task is harder.
@@ -40,6 +41,7 @@ from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.search.vector_index import quantize
 from shared import read_rows
 
+TASKS = ("captions", "images")
 K, QUERIES, NEIGHBOURS = 10, 1000, 10
 CHUNK = 65_536
 CONNECTIVITY, EXPANSION_ADD = (16, 32, 48), (128, 256, 512)
@@ -71,11 +73,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1_000_000, help="number of vectors to index")
     parser.add_argument("--connectivity", type=int, nargs="+", default=CONNECTIVITY)
     parser.add_argument("--expansion_add", type=int, nargs="+", default=EXPANSION_ADD)
+    parser.add_argument("--tasks", choices=TASKS, nargs="+", default=TASKS)
     parser.add_argument("--others", action="store_true", help="also measure hnswlib and faiss")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     embeddings = load_embeddings(args.model, args.data, args.out / "embeddings.npz")
-    for name in ("captions", "images"):
+    for name in args.tasks:
         task = make_task(name, embeddings, args.count)
         print(f"\n{name}: {len(task.vectors):,} vectors of dimension {task.vectors.shape[1]}", flush=True)
         results = Results(args.out / "table.jsonl", name, task)
@@ -162,8 +165,9 @@ def extend(vectors: np.ndarray, partners: np.ndarray, count: int, rng: np.random
         rows = rng.integers(len(vectors), size=size)
         weights = rng.random((size, 1), dtype=np.float32)
         mixed = weights * vectors[rows].astype(np.float32) + (1 - weights) * vectors[partners[rows]].astype(np.float32)
-        noise = rng.standard_normal(mixed.shape, dtype=np.float32)
-        noise *= (rng.choice(distances, size) / np.linalg.norm(noise, axis=1))[:, None]
+        pairs = vectors[rng.integers(len(vectors), size=(2, size))].astype(np.float32)
+        noise = pairs[0] - pairs[1]  # has the same principal components as the vectors, unlike isotropic noise
+        noise *= (rng.choice(distances, size) / np.maximum(np.linalg.norm(noise, axis=1), 1e-6))[:, None]
         mixed = mixed / np.linalg.norm(mixed, axis=1, keepdims=True) + noise
         extended[start : start + size] = mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
     return extended

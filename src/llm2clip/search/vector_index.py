@@ -29,6 +29,7 @@ EXACT_BELOW = 2048  # for at most this many ids, scoring all float16 vectors is 
 CHUNK = 65_536
 MIN_FOUND = 0.99  # a graph is used only if searches find at least this fraction of a sample of its vectors
 SAMPLE_SIZE = 2000
+MAX_REPAIRED = 0.1  # if searches miss more than this fraction of the sample, adding vectors again does not help
 NEAREST = 16  # number of neighbours among which a vector must find itself
 GRAPH_FILE, GRAPH_STATE_FILE = "graph.usearch", "graph.json"
 
@@ -215,16 +216,19 @@ def update_graph(
     if len(removed):
         graph.remove(removed)
     _add_to_graph(graph, added, fetch, scale, threads)
-    # Threads that add vectors at the same time can leave vectors that no search reaches (usearch issue 735).
-    unreachable = _find_unreachable(graph, added, fetch, scale)
-    if len(unreachable):
-        graph.remove(unreachable)
-        _add_to_graph(graph, unreachable, fetch, scale, threads=1)
     sample = np.random.default_rng(0).permutation(ids)[:SAMPLE_SIZE]
-    found = 1 - len(_find_unreachable(graph, sample, fetch, scale)) / len(sample)
+    unreachable = _find_unreachable(graph, sample, fetch, scale)
+    if len(unreachable) <= MAX_REPAIRED * len(sample):
+        # Threads that add vectors at the same time can leave vectors that no search reaches (usearch issue 735).
+        missed = _find_unreachable(graph, added, fetch, scale)
+        if len(missed):
+            graph.remove(missed)
+            _add_to_graph(graph, missed, fetch, scale, threads=1)
+        unreachable = _find_unreachable(graph, sample, fetch, scale)
+    found = 1 - len(unreachable) / len(sample)
     if found < MIN_FOUND:
         print_once(
-            f"The search graph finds only {found:.1%} of the images, which happens if many images are nearly equal. "
+            f"The search graph finds only {found:.1%} of the images, for example because many images are nearly equal. "
             "So searches scan all vectors instead."
         )
     state_file.unlink(missing_ok=True)  # graphs without a state file are ignored, so an interrupted save is harmless
