@@ -21,7 +21,7 @@ CREATE TABLE answers(
   hash TEXT NOT NULL, prompt TEXT NOT NULL, sample INTEGER NOT NULL, model TEXT NOT NULL,
   text TEXT, error TEXT, temperature REAL NOT NULL, date TEXT NOT NULL,
   input_tokens INTEGER NOT NULL DEFAULT 0, output_tokens INTEGER NOT NULL DEFAULT 0,
-  problem TEXT, score REAL, rank INTEGER,
+  problem TEXT, score REAL, rank REAL,
   PRIMARY KEY(hash, prompt, sample, model)
 ) WITHOUT ROWID;
 """
@@ -55,8 +55,8 @@ class StoredAnswer:
         error: Why there is no caption, or None.
         date: UTC date of the answer, such as 2026-11-29.
         problem: Why quality control rejects the caption, or None.
-        score: Similarity of the caption and its image according to `--check`.
-        rank: Rank of the image among a sample of other images when searched by this caption, from 1.
+        score: Cosine similarity of the caption and its image in the model of `--check`.
+        rank: Fraction of other images that match the caption better in the model of `--check`, from 0 to 1.
     """
 
     hash: str
@@ -71,7 +71,7 @@ class StoredAnswer:
     output_tokens: int = 0
     problem: str | None = None
     score: float | None = None
-    rank: int | None = None
+    rank: float | None = None
 
     @property
     def key(self) -> AnswerKey:
@@ -161,6 +161,11 @@ class CaptionDatabase:
         row = self.connection.execute("SELECT number, key, hash, record FROM images WHERE key = ?", (key,)).fetchone()
         return None if row is None else _to_image_row(row)
 
+    def read_image(self, number: int) -> ImageRow:
+        """Return the record with this number."""
+        row = self.connection.execute("SELECT number, key, hash, record FROM images WHERE number = ?", (number,)).fetchone()
+        return _to_image_row(row)
+
     def find_first_number(self, image_hash: str) -> int:
         """Return the number of the first record with this image."""
         ((number,),) = self.connection.execute("SELECT min(number) FROM images WHERE hash = ?", (image_hash,))
@@ -211,7 +216,7 @@ class CaptionDatabase:
         ((input_tokens, output_tokens),) = self.connection.execute(query, (model,))
         return int(input_tokens), int(output_tokens)
 
-    def update_checks(self, checks: Iterable[tuple[AnswerKey, str | None, float | None, int | None]]) -> None:
+    def update_checks(self, checks: Iterable[tuple[AnswerKey, str | None, float | None, float | None]]) -> None:
         """Set the problem, score and rank of answers, in one transaction.
 
         Args:
