@@ -75,7 +75,7 @@ class CaptionOutput:
         return self.records.with_name(f"{self.records.stem}_images")
 
     def check(self) -> None:
-        """Raise ValueError if the path of the output is not valid, or if the file was not written by a captioning run."""
+        """Raise ValueError if the path is not valid, or if the file was not written by a captioning run."""
         if self.records.suffix.lower() != ".jsonl":
             raise ValueError(f"--out must be a .jsonl file (got {self.records})")
         if self.records.exists() and not self.database.exists():
@@ -157,8 +157,10 @@ def caption_images(
                     run.ask_all()
             finally:
                 wait_for_everyone()
-                num_records, num_captions = write_records(database, output, captioner.name, prompts)
-                num_failures = write_failures(database, output, captioner.name, prompts)
+                num_records = num_captions = num_failures = 0
+                if is_main:
+                    num_records, num_captions = write_records(database, output, captioner.name, prompts)
+                    num_failures = write_failures(database, output, captioner.name, prompts)
             if run.was_interrupted:
                 raise KeyboardInterrupt
             log.check()
@@ -357,12 +359,15 @@ class _CaptionRun:
         """Yield the missing requests of this rank's images. Each image is requested at its first record."""
         state, skip_nothing = process_state(), SkipLog(max_skipped=1.0)  # the first pass has checked all rows
         with closing(CaptionDatabase(self.output.database)) as database:
+            was_read = bytearray(database.count_rows())  # several records can have the same image
             for source in self.sources:
                 for record, image in _open_images(source, self.output, self.settings, skip_nothing):
                     row = database.find_image(_make_key(record, image))
-                    if row is None or row.number % state.num_processes != state.process_index:
+                    if row is None or was_read[row.number]:
                         continue
-                    if database.find_first_number(row.hash) == row.number:
+                    was_read[row.number] = True
+                    is_first = database.find_first_number(row.hash) == row.number
+                    if is_first and row.number % state.num_processes == state.process_index:
                         yield from self._make_requests(row, image, database)
 
     def _make_requests(self, row: ImageRow, image: ImageRef, database: CaptionDatabase) -> list[_Item]:
