@@ -171,6 +171,11 @@ class CaptionDatabase:
         ((number,),) = self.connection.execute("SELECT min(number) FROM images WHERE hash = ?", (image_hash,))
         return int(number)
 
+    def count_rows(self) -> int:
+        """Return the number after the highest row number."""
+        ((count,),) = self.connection.execute("SELECT coalesce(max(number) + 1, 0) FROM images")
+        return int(count)
+
     def count_images(self) -> int:
         """Return the number of distinct images."""
         ((count,),) = self.connection.execute("SELECT count(DISTINCT hash) FROM images")

@@ -48,7 +48,8 @@ class Prompt:
             return self.text
         if caption is None:
             return _drop_caption_lines(self.text)
-        return self.text.replace(CAPTION_FIELD, " ".join(caption.split()))
+        one_line = " ".join(caption.split()).encode(errors="replace").decode()  # without lone surrogates
+        return self.text.replace(CAPTION_FIELD, one_line)
 
 
 def load_prompts(
