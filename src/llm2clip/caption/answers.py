@@ -26,7 +26,11 @@ _REFUSAL = re.compile(
     r"i apologi[sz]e|(?:unfortunately,? )?i (?:cannot|can['’]?t|can not|could not|couldn['’]?t|do not|don['’]?t) "
     r"(?:see|view|describe|provide|identify|assist|help|process|access|analy[sz]e|comply|have)|"
     r"(?:as|i am|i['’]m) an? (?:ai|artificial|language model|large language model)\b|i (?:cannot|can['’]t)\b|"
-    r"(?:there is|i see) no image (?:attached|provided|here)|no image (?:was|is|has been) (?:attached|provided))",
+    r"(?:there is|i see) no image (?:attached|provided|here)|no image (?:was|is|has been) (?:attached|provided)|"
+    r"(?:please|(?:could|can) you(?: please)?) (?:provide|upload|share|send|attach)\b|"
+    r"es tut mir leid|leider kann ich|ich kann .{0,60}\bnicht\b|als ki\b|"
+    r"(?:je suis )?désolée?\b|je ne (?:peux|suis|vois)\b|en tant qu(?:['’]ia\b|e modèle)|"
+    r"(?:很|非常)?抱歉|对不起|對不起|我?(?:无法|無法|不能)|作为(?:一个|一名)?(?:ai|人工智能|语言模型))",
     re.IGNORECASE,
 )
 

@@ -26,11 +26,9 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.progress import ProgressBar
 
 # Values of the column `problem`.
-REFUSAL = "refusal"
 BOILERPLATE = "boilerplate opening"
 TOO_SHORT, TOO_LONG = "too short", "too long"
 REPETITION = "repetition"
-TRUNCATED = "truncated at the token limit"
 WRONG_LANGUAGE = "wrong language"
 DUPLICATE, NEAR_DUPLICATE = "duplicate for the same image", "near duplicate for the same image"
 MANY_IMAGES = "fits many images"
@@ -70,16 +68,13 @@ _LETTERS = rf"[^\W_{_UNSPACED}]+"
 # A word is a sequence of letters and digits, or a single character of a script without spaces.
 _WORD = re.compile(rf"[{_UNSPACED}]|{_LETTERS}(?:['’-]{_LETTERS})*")
 _UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
-_SENTENCE_END = re.compile(r"[.!?…。！？؟।][\s\"'”’»)\]」』）*]*$")
-_QUOTES = {'"': '"', "“": "”", "«": "»", "„": "“", "「": "」"}
 
 _NOUN = "(?:image|photograph|photo|picture|snapshot|scene)"
 _VERB = "(?:shows|depicts|displays|features|captures|presents|portrays|contains|illustrates|showcases)"
 _OF = f"(?:of|showing|depicting|featuring|that {_VERB})"
 _ENGLISH_OPENINGS = (
-    # "Sure! Here is a caption for the image:", "Caption:"
+    # "Sure! Here is a caption for the image:"
     r"(?:(?:sure|certainly|of course|okay|ok)\b[!,.:]* *)?here(?:'s| is| are)\b[^:.]{0,60}:",
-    r"(?:(?:short |image )?(?:caption|description)|answer):",
     # "The image shows", "This photo clearly depicts", "The picture is of", "The image is a photo of"
     rf"(?:the|this) {_NOUN} (?:clearly |also )?(?:{_VERB}|is showing|is of|is (?:an?|the) {_NOUN} {_OF})\b",
     # "This is a picture of", "It's an image showing", "A photo of"
@@ -90,10 +85,12 @@ _ENGLISH_OPENINGS = (
     rf"in this {_NOUN},",
     r"(?:we|you|i|one) can (?:see|observe)\b",
 )
-_AFTER_OPENING = r"(?: of\b)?(?: what (?:appears|seems|looks) (?:to be|like)\b)?(?: that\b)?(?: there (?:is|are)\b)?[\s,]*"
+_AFTER_OPENING = (
+    r"(?: of\b)?(?: what (?:appears|seems|looks) (?:to be|like)\b)?(?: that\b)?(?: there (?:is|are)\b)?[\s,]*"
+)
 # After an opening, these words do not begin a caption: "The image shows how a dog jumps".
-_INCOMPLETE = r"(?:how|what|where|when|why|whether|of|and|or)\b|$"
-_CHINESE_IMAGE = "(?:图片|圖片|照片|图像|圖像|相片|画面|畫面|图中|圖中)"
+_INCOMPLETE = re.compile(r"(?:how|what|where|when|why|whether|of|and|or)\b|$", re.IGNORECASE)
+_CHINESE_IMAGE = "(?:图片|圖片|照片|图像|圖像|相片|画面|畫面|图|圖)"
 _OTHER_OPENINGS = (
     # German
     r"(?:das|dieses) (?:bild|foto) zeigt\b",
@@ -104,33 +101,8 @@ _OTHER_OPENINGS = (
     r"(?:sur|dans) (?:l'image|la photo|cette image|cette photo)\b",
     r"c'est une (?:image|photo) (?:de |d')",
     # Chinese
-    rf"在?[这這此该該]?(?:是一)?[张張幅]?{_CHINESE_IMAGE}",
+    rf"在?[这這此该該]?[张張幅]?{_CHINESE_IMAGE}(?:中|里|裡|上|显示|顯示|展示|描绘|描繪|呈现|呈現)",
     rf"[这這]是一[张張幅].{{0,12}}{_CHINESE_IMAGE}",
-)
-_REFUSALS = (
-    r"(?:but )?i(?:'m| am)(?: (?:very|so|really))? sorry\b",
-    r"(?:i )?apologi[sz]e\b",
-    r"(?:sorry|unfortunately),? (?:but )?(?:i|we)\b",
-    r"i (?:cannot|can't|can not|could not|couldn't|do not|don't)\b",
-    r"(?:i am|i'm|we are) (?:unable|not able|an ai)\b",
-    r"as an? (?:ai|artificial intelligence|(?:large )?language model)\b",
-    r"(?:there is|there's|i see) no (?:image|picture|photo)\b",
-    r"no (?:image|picture|photo) (?:was|is|has been)\b",
-    r"(?:please|(?:could|can) you(?: please)?) (?:provide|upload|share|send|attach)\b",
-    # German
-    r"es tut mir leid",
-    r"ich kann .{0,60}\bnicht\b",
-    r"leider kann ich",
-    r"als ki\b",
-    # French
-    r"(?:je suis )?désolée?\b",
-    r"je ne (?:peux|suis|vois)\b",
-    r"en tant qu(?:'ia\b|e modèle)",
-    # Chinese
-    r"(?:很|非常)?抱歉",
-    r"对不起|對不起",
-    r"我?(?:无法|無法|不能)",
-    r"作为(?:一个|一名)?(?:ai|人工智能|语言模型)",
 )
 
 
@@ -140,35 +112,24 @@ def _compile(patterns: Iterable[str], suffix: str = "") -> re.Pattern[str]:
 
 _ENGLISH_OPENING = _compile(_ENGLISH_OPENINGS, _AFTER_OPENING)
 _ANY_OPENING = _compile((*_ENGLISH_OPENINGS, *_OTHER_OPENINGS))
-_REFUSAL = _compile(_REFUSALS)
 
 
 # ---- checks of one text ----------------------------------------------------------------------------------------------
 
 
-def clean_caption(text: str) -> str:
-    """Return a caption without surrounding quotation marks and, in English, without a boilerplate opening.
+def remove_opening(text: str) -> str:
+    """Remove an English boilerplate opening: "The image shows a dog" becomes "A dog".
 
-    "The image shows a dog" becomes "A dog". An opening is not removed if the rest would not be a caption, as in
-    "The image shows how a dog jumps".
+    An opening is not removed if the rest would not be a caption, as in "The image shows how a dog jumps".
     """
-    text = _remove_quotes(text.strip())
     for _ in range(3):  # "Sure! Here is a caption: The image shows a photo of a dog"
         opening = _ENGLISH_OPENING.match(text.replace("’", "'"))
         if opening is None:
             break
-        rest = _remove_quotes(text[opening.end() :].strip())
-        if re.match(_INCOMPLETE, rest, re.IGNORECASE):
+        rest = text[opening.end() :]
+        if _INCOMPLETE.match(rest):
             break
         text = rest[0].upper() + rest[1:] if text[0].isupper() else rest
-    return text
-
-
-def _remove_quotes(text: str) -> str:
-    """Remove quotation marks around the complete text."""
-    closing = _QUOTES.get(text[:1])
-    if len(text) > 2 and closing == text[-1] and not any(mark in text[1:-1] for mark in (text[0], closing)):
-        return text[1:-1].strip()
     return text
 
 
@@ -182,25 +143,14 @@ def normalize_words(words: Sequence[str]) -> str:
     return unicodedata.normalize("NFKC", " ".join(words)).casefold()
 
 
-def find_problem(text: str, kind: Kind, at_token_limit: bool = False) -> str | None:
-    """Return why a cleaned caption is rejected, or None.
-
-    Args:
-        at_token_limit: True if the answer has the maximum number of tokens.
-    """
-    text = text.replace("’", "'")
-    words = split_words(text)
-    if _REFUSAL.match(text):
-        return REFUSAL
-    if _ANY_OPENING.match(text):
+def find_problem(text: str, kind: Kind) -> str | None:
+    """Return why a caption is rejected, or None. Its opening must have been removed if possible."""
+    if _ANY_OPENING.match(text.replace("’", "'")):
         return BOILERPLATE
+    words = split_words(text)
     if problem := _check_length(text, words, kind):
         return problem
-    if _is_repetitive([word.casefold() for word in words]):
-        return REPETITION
-    if at_token_limit and not _SENTENCE_END.search(text):
-        return TRUNCATED
-    return None
+    return REPETITION if _is_repetitive([word.casefold() for word in words]) else None
 
 
 def _check_length(text: str, words: Sequence[str], kind: Kind) -> str | None:
@@ -253,7 +203,7 @@ def find_language_code(language: str) -> str | None:
 
 # ---- checks of all texts ---------------------------------------------------------------------------------------------
 
-# position: index of the prompt; text_key, words_key: hashes of the cleaned text and of its normalised words
+# position: index of the prompt; text_key, words_key: hashes of the text without its opening and of its normalised words
 _TEMPORARY_TABLE = """
 DROP TABLE IF EXISTS temp.checks;
 CREATE TEMP TABLE checks(
@@ -289,7 +239,7 @@ class TextChecks:
 
     Attributes:
         num_captions: Number of captions that were checked.
-        num_cleaned: Number of captions from which an opening or quotation marks were removed.
+        num_shortened: Number of captions from which an opening was removed.
         problems: Number of captions with each problem.
         openings: First words that more than `MIN_OPENING_SHARE` of the captions share, and their numbers of captions.
         lengths: Number of captions with each number of words, for each kind of prompt.
@@ -298,7 +248,7 @@ class TextChecks:
     """
 
     num_captions: int = 0
-    num_cleaned: int = 0
+    num_shortened: int = 0
     problems: Counter[str] = field(default_factory=Counter)
     openings: list[tuple[str, int]] = field(default_factory=list)
     lengths: dict[Kind, Counter[int]] = field(default_factory=dict)
@@ -348,11 +298,9 @@ def check_captions(
     return checks
 
 
-def _iterate_captions(
-    database: CaptionDatabase, model: str, prompt: Prompt
-) -> Iterator[list[tuple[str, int, str, int]]]:
-    """Yield batches of a prompt's captions of the current images: hash, sample, text and number of output tokens."""
-    query = """SELECT hash, sample, text, output_tokens FROM answers
+def _iterate_captions(database: CaptionDatabase, model: str, prompt: Prompt) -> Iterator[list[tuple[str, int, str]]]:
+    """Yield batches of a prompt's captions of the current images: hash, sample number and text."""
+    query = """SELECT hash, sample, text FROM answers
       WHERE (hash, sample) > (?, ?) AND model = ? AND prompt = ? AND text IS NOT NULL
         AND EXISTS (SELECT 1 FROM images WHERE images.hash = answers.hash)
       ORDER BY hash, sample LIMIT ?"""
@@ -363,19 +311,19 @@ def _iterate_captions(
 
 
 def _check_answer(
-    answer: tuple[str, int, str, int], position: int, prompt: Prompt, checks: TextChecks
+    answer: tuple[str, int, str], position: int, prompt: Prompt, checks: TextChecks
 ) -> tuple[str, int, int, int, int, str, str | None, str | None]:
     """Check a text and count it. Return the row of the temporary table."""
-    image_hash, sample, text, num_tokens = answer
-    cleaned = clean_caption(text)
-    words = split_words(cleaned)
-    problem = find_problem(cleaned, prompt.kind, num_tokens >= prompt.max_tokens)
+    image_hash, sample, text = answer
+    shortened = remove_opening(text)
+    words = split_words(shortened)
+    problem = find_problem(shortened, prompt.kind)
     checks.num_captions += 1
-    checks.num_cleaned += cleaned != text.strip()
+    checks.num_shortened += shortened != text
     checks.lengths.setdefault(prompt.kind, Counter())[len(words)] += 1
     opening = " ".join(split_words(text.lower())[:OPENING_WORDS])
-    language = None if problem else identify_language(cleaned)
-    text_key, words_key = make_text_key(cleaned), make_text_key(normalize_words(words))
+    language = None if problem else identify_language(shortened)
+    text_key, words_key = make_text_key(shortened), make_text_key(normalize_words(words))
     return image_hash, position, sample, text_key, words_key, opening, language, problem
 
 
@@ -445,7 +393,7 @@ def score_captions(
             owners = torch.arange(len(hashes)).repeat_interleave(num_answers)
             flat_answers = [answer for group in answers for answer in group]
             if flat_answers:
-                texts = encoder.encode_texts([clean_caption(answer.text or "") for answer in flat_answers])
+                texts = encoder.encode_texts([remove_opening(answer.text or "") for answer in flat_answers])
                 is_own = torch.tensor([[hashes[owner] == other for other in sample_hashes] for owner in owners])
                 scores, ranks = rank_captions(texts, embeddings[owners], sample, is_own)
                 _store_scores(database, flat_answers, scores, ranks, max_rank=max_rank, result=result)
@@ -487,9 +435,7 @@ def _iterate_distinct_images(database: CaptionDatabase) -> Iterator[list[ImageRo
         yield batch
 
 
-def _encode_sample(
-    database: CaptionDatabase, encoder: DualEncoder, result: ScoredCaptions
-) -> tuple[list[str], Tensor]:
+def _encode_sample(database: CaptionDatabase, encoder: DualEncoder, result: ScoredCaptions) -> tuple[list[str], Tensor]:
     """Return the hashes and embeddings of a random sample of the images.
 
     The sample consists of the smallest hashes, so it hardly changes when images are added.

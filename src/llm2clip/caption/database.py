@@ -163,7 +163,9 @@ class CaptionDatabase:
 
     def read_image(self, number: int) -> ImageRow:
         """Return the record with this number."""
-        row = self.connection.execute("SELECT number, key, hash, record FROM images WHERE number = ?", (number,)).fetchone()
+        row = self.connection.execute(
+            "SELECT number, key, hash, record FROM images WHERE number = ?", (number,)
+        ).fetchone()
         return _to_image_row(row)
 
     def find_first_number(self, image_hash: str) -> int:
