@@ -169,7 +169,8 @@ def _is_repetitive(words: Sequence[str]) -> bool:
         num_equal = 0  # number of consecutive words that are equal to the word `length` positions before
         for word, earlier in zip(words[length:], words, strict=False):
             num_equal = num_equal + 1 if word == earlier else 0
-            if num_equal == length * (MIN_REPETITIONS - 1):
+            # The last word of the last repetition may be missing, as in "a dog and a dog and a dog and a dog".
+            if num_equal == length * (MIN_REPETITIONS - 1) - (length > 1):
                 return True
     phrases = Counter(zip(*(words[start:] for start in range(PHRASE_WORDS)), strict=False))
     if phrases and phrases.most_common(1)[0][1] >= MIN_REPETITIONS:

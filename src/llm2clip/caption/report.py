@@ -7,8 +7,8 @@ from pathlib import Path
 
 from llm2clip.caption.checks import (
     DUPLICATE,
-    MISMATCH,
     MIN_OPENING_SHARE,
+    MISMATCH,
     NEAR_DUPLICATE,
     ScoredCaptions,
     TextChecks,
