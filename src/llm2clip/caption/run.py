@@ -536,7 +536,7 @@ def add_captions(row: ImageRow, answers: Sequence[StoredAnswer], prompts: Sequen
 
 
 def write_failures(database: CaptionDatabase, output: CaptionOutput, model: str, prompts: Sequence[Prompt]) -> int:
-    """Write the requests without a caption and their reasons. Return their number."""
+    """Write the requests without a caption and their reasons. Return their number. Without failures, write no file."""
     num_failures = 0
     with _open_output(output.failures) as stream:
         for row in database.iterate_images():
@@ -548,6 +548,8 @@ def write_failures(database: CaptionDatabase, output: CaptionOutput, model: str,
                     failure |= {"sample": answer.sample, "error": answer.error, "date": answer.date}
                     stream.write(json.dumps(failure, ensure_ascii=False) + "\n")
                     num_failures += 1
+    if not num_failures:
+        output.failures.unlink()
     return num_failures
 
 
