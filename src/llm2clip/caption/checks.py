@@ -48,7 +48,6 @@ MAX_SHARED_FRACTION, MIN_SHARED_IMAGES = 0.001, 5
 OPENING_WORDS, MIN_OPENING_SHARE, MIN_OPENING_CAPTIONS, MAX_OPENINGS = 4, 0.05, 5, 20
 ROWS_PER_BATCH = 1000
 SAMPLE_SIZE = 1000  # number of images to which each caption is compared
-DEFAULT_MAX_RANK = 0.25
 IMAGES_PER_BATCH = 64
 TIE = 1e-6  # cosine similarities that differ less are equal
 
@@ -369,7 +368,7 @@ def score_captions(
     model: str,
     prompts: Sequence[Prompt],
     encoder: DualEncoder,
-    max_rank: float = DEFAULT_MAX_RANK,
+    max_rank: float,
 ) -> ScoredCaptions:
     """Compare the captions without other problems with their images, and reject those that fit other images better.
 

@@ -5,11 +5,15 @@ A run for OUT = captions.jsonl writes these files next to each other:
     captions.jsonl             records with the captions
     captions.jsonl.sqlite      all answers; see `database.py`. It makes the run resumable
     captions_failures.jsonl    requests without a caption, with their reason. They are asked again by the next run
+    captions_report.html       what quality control has found, with images and captions, worst first
     captions_skipped.jsonl     images that could not be read
     captions_images/           copies of the images that are not files: members of tars, cells of tables, URLs
 
-The first pass over the sources lists and hashes the images, and the second one asks for the missing captions.
+The first pass over the sources lists and hashes the images, and the second one asks for the missing captions. Then all
+captions are checked, and those with a problem are not written.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -33,8 +37,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from llm2clip.caption.answers import Captioner, CaptionRequest, StoppedError
+from llm2clip.caption.checks import check_captions, remove_opening, score_captions
 from llm2clip.caption.database import AnswerKey, CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.prompts import Prompt
+from llm2clip.caption.report import CaptionReport, format_report, write_report
 from llm2clip.data import readers
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.image_facts import UNREADABLE_IMAGE
@@ -45,6 +51,7 @@ from llm2clip.data.records import Record, RecordReader, Source
 from llm2clip.data.remote import is_remote
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import atomic_path, explain_write_errors
+from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.output_folder import FolderInUseError, folder_lock
 from llm2clip.runs.ranks import process_state, wait_for_everyone
@@ -65,6 +72,10 @@ class CaptionOutput:
     @property
     def failures(self) -> Path:
         return self.records.with_name(f"{self.records.stem}_failures.jsonl")
+
+    @property
+    def report(self) -> Path:
+        return self.records.with_name(f"{self.records.stem}_report.html")
 
     @property
     def skipped(self) -> Path:
@@ -96,6 +107,9 @@ class CaptionSettings:
         image_size: Images are shrunk to at most this number of pixels per side.
         max_cost: Stop when the answers have cost this amount.
         price: Price of a million input tokens and of a million output tokens.
+        language: Language of the captions. Captions in other languages are rejected. Default: the language of most
+            captions.
+        max_rank: Captions that fit more than this fraction of other images better are rejected; see `score_captions`.
     """
 
     columns: dict[str, str]
@@ -104,6 +118,8 @@ class CaptionSettings:
     image_size: int = 768
     max_cost: float | None = None
     price: tuple[float, float] | None = None
+    language: str | None = None
+    max_rank: float = 0.25
 
     def compute_cost(self, input_tokens: int, output_tokens: int) -> float:
         """Return the cost of tokens, or 0 if no price is known."""
@@ -113,12 +129,12 @@ class CaptionSettings:
 
 @dataclass(frozen=True)
 class CaptionSummary:
-    """Result of a captioning run: numbers of records written, of captions and of failed requests, and the cost."""
+    """Result of a captioning run: numbers of records written, of captions and of failed requests, and the report."""
 
     records: int
     captions: int
     failures: int
-    cost: float
+    report: str  # tables of the report as text
     skipped: str  # summary of the skip log
 
 
@@ -128,11 +144,15 @@ def caption_images(
     captioner: Captioner,
     prompts: Sequence[Prompt],
     settings: CaptionSettings,
+    encoder: DualEncoder | None = None,
 ) -> CaptionSummary:
     """Write captions for all images in the sources to a JSONL file. Must be called by all ranks.
 
     Captions that the database already contains are not asked for again, so an interrupted run can be resumed, and
     images can be added.
+
+    Args:
+        encoder: Dual encoder that compares the captions with their images, unless the run is interrupted.
 
     Raises:
         KeyboardInterrupt: The process received SIGINT or SIGTERM. All answers have been stored and written.
@@ -152,20 +172,41 @@ def caption_images(
         wait_for_everyone()
         with closing(CaptionDatabase(output.database)) as database:
             run = _CaptionRun(sources, output, captioner, prompts, settings, log, database)
+            summary = None
             try:
                 with _stop_on_signals(run):
                     run.ask_all()
             finally:
                 wait_for_everyone()
-                num_records = num_captions = num_failures = 0
                 if is_main:
-                    num_records, num_captions = write_records(database, output, captioner.name, prompts)
-                    num_failures = write_failures(database, output, captioner.name, prompts)
+                    was_completed = not run.was_interrupted and sys.exception() is None
+                    summary = _write_output(run, encoder if was_completed else None)
+            wait_for_everyone()
             if run.was_interrupted:
                 raise KeyboardInterrupt
             log.check()
-            cost = settings.compute_cost(*database.count_tokens(captioner.name))
-    return CaptionSummary(num_records, num_captions, num_failures, cost, log.summary())
+    return summary or CaptionSummary(0, 0, 0, "", log.summary())
+
+
+def _write_output(run: _CaptionRun, encoder: DualEncoder | None) -> CaptionSummary:
+    """Check all captions, then write the records, the failed requests and the report."""
+    database, output, model, prompts = run.database, run.output, run.captioner.name, run.prompts
+    settings = run.settings
+    report = CaptionReport(
+        sources=run.sources,
+        model=model,
+        prompts=prompts,
+        checks=check_captions(database, model, prompts, settings.language),
+        scores=score_captions(database, model, prompts, encoder, settings.max_rank) if encoder else None,
+        encoder=encoder.name if encoder else None,
+        max_rank=settings.max_rank,
+        cost=settings.compute_cost(*database.count_tokens(model)) if settings.price else None,
+        seconds=time.monotonic() - run.started_at,
+    )
+    num_records, num_captions = write_records(database, output, model, prompts)
+    num_failures = write_failures(database, output, model, prompts)
+    write_report(output.report, database, report)
+    return CaptionSummary(num_records, num_captions, num_failures, format_report(database, report), run.log.summary())
 
 
 # ---- first pass: list the images -------------------------------------------------------------------------------------
@@ -268,6 +309,7 @@ class _CaptionRun:
     killed, at most one answer per thread is lost.
 
     Attributes:
+        started_at: Time at which the run started, in seconds of `time.monotonic`.
         was_interrupted: True if the process received a signal to stop.
     """
 
@@ -289,7 +331,7 @@ class _CaptionRun:
         self._lock = threading.Lock()  # for the database, the progress bar and the cost
         self._batches: queue.Queue[list[_Item] | None] = queue.Queue(maxsize=max(2, captioner.workers))
         self._num_answers = 0
-        self._started_at = time.monotonic()
+        self.started_at = time.monotonic()
         self._cost = settings.compute_cost(*database.count_tokens(captioner.name))
 
     def ask_all(self) -> None:
@@ -435,7 +477,7 @@ class _CaptionRun:
             raise ValueError("the server does not report the number of tokens, so --max_cost cannot be used")
 
     def _format_speed(self) -> str:
-        minutes = (time.monotonic() - self._started_at) / 60
+        minutes = (time.monotonic() - self.started_at) / 60
         speed = f"{self._num_answers / self._captions_per_image / minutes:.1f} images/min"
         return f"{speed}, cost {self._cost:.2f}" if self.settings.price else speed
 
@@ -522,7 +564,7 @@ def add_captions(row: ImageRow, answers: Sequence[StoredAnswer], prompts: Sequen
     kinds = {prompt.key: prompt.kind for prompt in prompts}
     for answer in answers:
         field = short_field if kinds[answer.prompt] == "short" else "long_captions"
-        record[field] = list(dict.fromkeys([*record.get(field, []), answer.text]))
+        record[field] = list(dict.fromkeys([*record.get(field, []), remove_opening(answer.text or "")]))
     if answers:
         temperatures = {answer.prompt: answer.temperature for answer in answers}
         record["caption_source"] = {

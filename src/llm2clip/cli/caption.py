@@ -77,6 +77,18 @@ def add_commands(commands: Commands) -> None:
         help="Stop when all answers in the database of OUT have cost this amount. Requires --price. Requests that have "
         "already been sent can exceed it.",
     )
+    parser.add_argument(
+        "--check",
+        type=str,
+        help="Dual encoder that compares each caption with its image: an llm2clip model, or any other model that "
+        "`evaluate` accepts. Default: only the texts are checked.",
+    )
+    parser.add_argument(
+        "--check_max_rank",
+        type=float,
+        default=0.25,
+        help="Reject captions that more than this fraction of other images match better than their own image.",
+    )
     add_reading_arguments(parser)
 
 
@@ -86,8 +98,12 @@ def _caption(args: Namespace) -> list[str]:
         raise ValueError("--max_cost requires --price INPUT OUTPUT")
     if args.price is not None and min(args.price) < 0:
         raise ValueError(f"--price must be two numbers of at least 0 (got {args.price[0]:g} {args.price[1]:g})")
+    if not 0 <= args.check_max_rank <= 1:
+        raise ValueError(f"--check_max_rank must be between 0 and 1 (got {args.check_max_rank:g})")
     from llm2clip.caption.prompts import load_prompts
     from llm2clip.caption.run import CaptionOutput, CaptionSettings, caption_images
+    from llm2clip.models.dual_encoder import open_dual_encoder
+    from llm2clip.runs.ranks import process_state
 
     out = Path(args.out).expanduser()
     CaptionOutput(out).check()
@@ -99,12 +115,12 @@ def _caption(args: Namespace) -> list[str]:
         image_size=args.image_size,
         max_cost=args.max_cost,
         price=None if args.price is None else (args.price[0], args.price[1]),
+        language=args.language,
+        max_rank=args.check_max_rank,
     )
-    summary = caption_images(args.data, out, _open_captioner(args), prompts, settings)
-    lines = _format_summary(summary, out)
-    if settings.price is not None:
-        lines.append(f"Cost of all answers: {summary.cost:.2f}")
-    return [*lines, f"Next: {format_command('fit', out, '--out', 'RUN')}"]
+    encoder = open_dual_encoder(args.check, process_state().device) if args.check else None
+    summary = caption_images(args.data, out, _open_captioner(args), prompts, settings, encoder)
+    return [*_format_summary(summary, out), f"Next: {format_command('fit', out, '--out', 'RUN')}"]
 
 
 def _open_captioner(args: Namespace) -> Captioner:
@@ -170,7 +186,12 @@ def caption_for_fit(data: list[str], run_dir: Path, model: str, endpoint_model: 
 def _format_summary(summary: CaptionSummary, out: Path) -> list[str]:
     from llm2clip.caption.run import CaptionOutput
 
-    lines = [f"Captions: {out} ({summary.captions:,} captions of {summary.records:,} records)", summary.skipped]
+    lines = [summary.report, ""] if summary.report else []
+    lines += [
+        f"Captions: {out} ({summary.captions:,} captions of {summary.records:,} records)",
+        f"Report: {CaptionOutput(out).report}",
+        summary.skipped,
+    ]
     if summary.failures:
         lines.append(
             f"Failed requests: {summary.failures:,}, listed in {CaptionOutput(out).failures}. To ask again, run the "
