@@ -72,13 +72,14 @@ def main() -> None:
     log = args.out / "log.txt"
     captions = write_captions(args, log)
     mixes = make_mixes()
+    val = write_rows_once(args.out / "val.jsonl", read_rows(args, "flickr8k", "@val"))
     run_llm2clip(["embed", captions, "--encoder.path", ENCODER, "--out", str(args.out / "store")], log)
     for seed in range(args.seeds):
         for name, mix in mixes.items():
             if not (args.out / f"seed-{seed}" / name / "model").exists():
                 align(args, captions, mix, args.out / f"seed-{seed}" / name, seed)
         first, *others = [str(args.out / f"seed-{seed}" / name / "model") for name in mixes]
-        command = ["evaluate", first, f"{args.data / 'flickr8k/captions.jsonl'}@val", "--short_queries"]
+        command = ["evaluate", first, f"{val}@none", "--short_queries"]
         run_llm2clip([*command, "--baselines", *others, "--out", str(args.out / f"seed-{seed}/evaluate")], log)
     table = make_table([args.out / f"seed-{seed}" / "evaluate/results.json" for seed in range(args.seeds)], list(mixes))
     (args.out / "table.md").write_text(table)

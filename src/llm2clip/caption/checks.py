@@ -205,12 +205,12 @@ def find_language_code(language: str) -> str | None:
 
 # position: index of the prompt; text_key, words_key: hashes of the text without its opening and of its normalised words
 _TEMPORARY_TABLE = """
-DROP TABLE IF EXISTS temp.checks;
 CREATE TEMP TABLE checks(
   hash TEXT, position INTEGER, sample INTEGER, text_key INTEGER, words_key INTEGER, opening TEXT, language TEXT,
   problem TEXT, PRIMARY KEY(hash, position, sample)
-) WITHOUT ROWID;
+) WITHOUT ROWID
 """
+_MARK_LANGUAGE = "UPDATE temp.checks SET problem = ? WHERE position = ? AND problem IS NULL AND language <> ?"
 _MARK_DUPLICATES = """
 UPDATE temp.checks SET problem = duplicates.problem FROM (
   SELECT hash, position, sample, CASE
@@ -267,35 +267,35 @@ def check_captions(
             earlier prompt is kept.
         language: Expected language. Default: for each prompt, the language of most of its captions.
     """
+    checks = TextChecks(max_images=max(MIN_SHARED_IMAGES, int(MAX_SHARED_FRACTION * database.count_images())))
+    with database.transaction():
+        database.connection.execute(_TEMPORARY_TABLE)
+        for position, prompt in enumerate(prompts):
+            for batch in _iterate_captions(database, model, prompt):
+                rows = [_check_answer(answer, position, prompt, checks) for answer in batch]
+                database.connection.executemany("INSERT INTO temp.checks VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        _compare_captions(database, prompts, language, checks)
+        for position, prompt in enumerate(prompts):
+            database.connection.execute(_STORE_PROBLEMS, (model, prompt.key, position, MISMATCH))
+        database.connection.execute("DROP TABLE temp.checks")
+    return checks
+
+
+def _compare_captions(
+    database: CaptionDatabase, prompts: Sequence[Prompt], language: str | None, checks: TextChecks
+) -> None:
+    """Compare the rows of the temporary table. Set their problems, and count them."""
     db = database.connection
-    db.executescript(_TEMPORARY_TABLE)
-    checks = TextChecks()
-    for position, prompt in enumerate(prompts):
-        db.execute("BEGIN")
-        for batch in _iterate_captions(database, model, prompt):
-            rows = [_check_answer(answer, position, prompt, checks) for answer in batch]
-            db.executemany("INSERT INTO temp.checks VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
-        db.execute("COMMIT")
     for position, prompt in enumerate(prompts):
         code = find_language_code(language) if language else _find_main_language(database, position)
         checks.languages[prompt.name] = code
         if code is not None:
-            db.execute(
-                "UPDATE temp.checks SET problem = ? WHERE position = ? AND problem IS NULL AND language <> ?",
-                (WRONG_LANGUAGE, position, code),
-            )
-    checks.max_images = max(MIN_SHARED_IMAGES, int(MAX_SHARED_FRACTION * database.count_images()))
+            db.execute(_MARK_LANGUAGE, (WRONG_LANGUAGE, position, code))
     db.execute(_MARK_DUPLICATES, (DUPLICATE, NEAR_DUPLICATE))
     db.execute(_MARK_SHARED, (MANY_IMAGES, checks.max_images))
     checks.openings = _find_common_openings(database, checks.num_captions)
-    checks.problems.update(
-        dict(db.execute("SELECT problem, count(*) FROM temp.checks WHERE problem IS NOT NULL GROUP BY problem"))
-    )
-    with database.transaction():
-        for position, prompt in enumerate(prompts):
-            db.execute(_STORE_PROBLEMS, (model, prompt.key, position, MISMATCH))
-    db.execute("DROP TABLE temp.checks")
-    return checks
+    counts = db.execute("SELECT problem, count(*) FROM temp.checks WHERE problem IS NOT NULL GROUP BY problem")
+    checks.problems.update(dict(counts))
 
 
 def _iterate_captions(database: CaptionDatabase, model: str, prompt: Prompt) -> Iterator[list[tuple[str, int, str]]]:
