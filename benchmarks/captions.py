@@ -126,7 +126,16 @@ def make_mixes() -> dict[str, dict[str, float]]:
 
 
 def align(args: argparse.Namespace, captions: str, mix: dict[str, float], out: Path, seed: int) -> None:
-    command = ["align", captions, "--store", str(args.out / "store"), "--encoder.path", ENCODER, "--out", str(out)]
+    command = [
+        "align",
+        f"{captions}@none",
+        "--store",
+        str(args.out / "store"),
+        "--encoder.path",
+        ENCODER,
+        "--out",
+        str(out),
+    ]
     settings = {
         "tower": TOWER,
         "image_size": "160",
