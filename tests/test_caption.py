@@ -190,9 +190,8 @@ def test_rejected_first_requests_stop_the_run(
     tmp_path: Path, photos: Path, fault: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
-    with run_server(faults=[fault] * 99) as server:
-        with pytest.raises(endpoint.EndpointError) as error:
-            caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "2")
+    with run_server(faults=[fault] * 99) as server, pytest.raises(endpoint.EndpointError) as error:
+        caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "2")
     assert message in str(error.value) and KEY not in str(error.value)
     assert server.num_requests <= 2
 
