@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import tarfile
 import threading
 import time
 from email.utils import formatdate
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from llm2clip.caption import endpoint, local
 from llm2clip.caption.answers import Answer, CaptionRequest, clean_answer
 from llm2clip.caption.local import LocalCaptioner
 from llm2clip.caption.prompts import Prompt, load_prompts
-from llm2clip.cli import main
+from llm2clip.cli import build_parser, main
 from llm2clip.data.records import open_records
-from llm2clip.runs.output_folder import check_output_folder
+from llm2clip.data.skip_log import TooManySkipped
+from llm2clip.runs.output_folder import FolderInUseError, check_output_folder
 
 KEY = "sk-very-secret"
 CAPTIONS_PER_IMAGE = 3
@@ -42,10 +45,19 @@ def photos(tmp_path: Path) -> Path:
     return make_photos(tmp_path / "photos", 6)
 
 
-def caption(server: CaptionServer, *sources: Path, out: Path, flags: list[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    words = ["caption", *map(str, sources), "--out", str(out), "--endpoint", server.url, "--model", "tiny"]
-    return main([*words, *(flags or [])])
+make_parser = cache(build_parser)  # takes half a second
+
+
+def run_command(*words: object) -> str:
+    """Run a command as `main` does, but without handling errors. Return the lines that it prints at the end."""
+    parser, run = make_parser()
+    settings = parser.instantiate(parser.parse_args(list(map(str, words))))
+    return "\n".join(run[settings.subcommand](settings[settings.subcommand]))
+
+
+def caption(server: CaptionServer, source: Path, out: Path, *flags: object) -> str:
+    """Caption images with a server. Return the lines that the command prints at the end."""
+    return run_command("caption", source, "--out", out, "--endpoint", server.url, "--model", "tiny", *flags)
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -63,7 +75,7 @@ def write_prompts(file: Path, **prompts: Any) -> Path:
 def test_endpoint_captions_each_image_once_despite_faults(tmp_path: Path, photos: Path) -> None:
     out = tmp_path / "captions.jsonl"
     with run_server(faults=FAULTS, fault_rate=0.2) as server:
-        assert caption(server, photos, out=out) == 0
+        caption(server, photos, out)
     rows = read_rows(out)
     assert [row["image"] for row in rows] == [f"photos/{number:04}.png" for number in range(6)]
     assert all(len(row["captions"]) == 2 and len(row["long_captions"]) == 1 for row in rows)
@@ -75,7 +87,7 @@ def test_records_are_read_with_their_captions_and_origin(tmp_path: Path, photos:
     out = photos / "captions.jsonl"  # a second run must not read it as captions of the source
     for _ in range(2):
         with run_server() as server:
-            assert caption(server, photos, out=out) == 0
+            caption(server, photos, out)
     assert server.num_requests == 0
     records = list(open_records(photos))
     assert len(records) == 6
@@ -88,13 +100,13 @@ def test_records_are_read_with_their_captions_and_origin(tmp_path: Path, photos:
 def test_new_images_and_changed_prompts_are_asked_alone(tmp_path: Path, photos: Path) -> None:
     out = tmp_path / "captions.jsonl"
     with run_server() as server:
-        assert caption(server, photos, out=out) == 0
+        caption(server, photos, out)
         make_photos(photos, 8)  # two more images
         (photos / "0000.png").rename(photos / "a.png")
-        assert caption(server, photos, out=out) == 0
-        assert server.num_requests == 8 * CAPTIONS_PER_IMAGE + CAPTIONS_PER_IMAGE - CAPTIONS_PER_IMAGE
+        caption(server, photos, out)
+        assert server.num_requests == 8 * CAPTIONS_PER_IMAGE
         file = write_prompts(tmp_path / "prompts.yaml", one={"kind": "short", "text": "What is this?", "samples": 2})
-        assert caption(server, photos, out=out, flags=["--prompts", str(file)]) == 0
+        caption(server, photos, out, "--prompts", str(file))
     assert server.num_requests == 8 * CAPTIONS_PER_IMAGE + 8 * 2
     assert all("long_captions" not in row for row in read_rows(out))
 
@@ -106,7 +118,7 @@ def test_captions_of_the_source_are_kept_and_given_to_the_model(tmp_path: Path, 
     source.write_text(f"{json.dumps(row)}\n{json.dumps(other)}\n")
     out = tmp_path / "out.jsonl"
     with run_server() as server:
-        assert caption(server, source, out=out, flags=["--use_captions", "--language", "German"]) == 0
+        caption(server, source, out, "--use_captions", "--language", "German")
     first, second = read_rows(out)
     assert first["captions"] == ["Anna's {dog}", "second"] and len(first["short_captions"]) == 2
     assert (first["id"], first["split"], len(first["long_captions"])) == ("x", "val", 1)
@@ -123,7 +135,7 @@ def test_tar_members_are_copied_and_duplicates_are_asked_once(tmp_path: Path, ph
             tar.add(file, file.name)
     out = tmp_path / "out.jsonl"
     with run_server() as server:
-        assert caption(server, tmp_path / "photos.tar", out=out) == 0
+        caption(server, tmp_path / "photos.tar", out)
     assert len(server.answered) == server.num_requests == 6 * CAPTIONS_PER_IMAGE
     rows = read_rows(out)
     assert len(rows) == 7 and rows[0]["captions"] == rows[-1]["captions"]
@@ -138,31 +150,30 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path: Path, photos: Path) 
     (photos / "worse.png").write_bytes(b"text")
     out = tmp_path / "out.jsonl"
     with run_server() as server:
-        assert caption(server, photos, out=out, flags=["--max_skipped", "0.1"]) == 1
-        assert caption(server, photos, out=out, flags=["--max_skipped", "0.3"]) == 0
+        with pytest.raises(TooManySkipped, match="unreadable image"):
+            caption(server, photos, out, "--max_skipped", "0.1")
+        caption(server, photos, out, "--max_skipped", "0.3")
     assert server.num_requests == 6 * CAPTIONS_PER_IMAGE
     assert len(read_rows(out)) == 6
     skipped = [row["file"] for row in read_rows(tmp_path / "out_skipped.jsonl")]
     assert sorted(Path(name).name for name in skipped) == ["bad.png", "worse.png"]
 
 
-def test_refusals_and_rejected_images_are_listed_and_asked_again(
-    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refusals_and_rejected_images_are_listed_and_asked_again(tmp_path: Path, photos: Path) -> None:
     out, flags = tmp_path / "out.jsonl", ["--concurrency", "1"]
     with run_server(faults=["", "400:image too large", *[""] * 16]) as server:
         server.answers = {"in detail": "I'm sorry, but I can't help with that."}
-        assert caption(server, photos, out=out, flags=flags) == 0
+        assert "Failed requests: 7" in caption(server, photos, out, *flags)
         failures = read_rows(tmp_path / "out_failures.jsonl")
         assert [row["error"] for row in failures if "refusal" not in row["error"]] == ["HTTP 400: image too large"]
-        assert len(failures) == 7 and "Failed requests: 7" in capsys.readouterr().out
+        assert len(failures) == 7
         assert all("long_captions" not in row for row in read_rows(out))
         server.answers = {}
         server.faults = ["400:image too large"]  # an image that is always rejected does not stop later runs
-        assert caption(server, photos, out=out, flags=flags) == 0
+        caption(server, photos, out, *flags)
         assert server.num_requests == 6 * CAPTIONS_PER_IMAGE + 7
         assert len(read_rows(tmp_path / "out_failures.jsonl")) == 1
-        assert caption(server, photos, out=out, flags=flags) == 0
+        caption(server, photos, out, *flags)
     assert not (tmp_path / "out_failures.jsonl").exists()
     assert sum(len(row["long_captions"]) for row in read_rows(out)) == 6
 
@@ -177,17 +188,12 @@ def test_refusals_and_rejected_images_are_listed_and_asked_again(
     ],
 )
 def test_rejected_first_requests_stop_the_run(
-    tmp_path: Path,
-    photos: Path,
-    fault: str,
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, photos: Path, fault: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
-    with run_server(faults=[fault] * 99) as server:
-        assert caption(server, photos, out=tmp_path / "out.jsonl", flags=["--concurrency", "2"]) == 1
-    assert message in capsys.readouterr().err
+    with run_server(faults=[fault] * 99) as server, pytest.raises(endpoint.EndpointError) as error:
+        caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "2")
+    assert message in str(error.value) and KEY not in str(error.value)
     assert server.num_requests <= 2
 
 
@@ -196,38 +202,33 @@ def test_key_is_sent_but_never_written(
 ) -> None:
     monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
     with run_server(faults=["", *["403"] * 5], fault_rate=0.2) as server:  # these errors repeat the key
-        assert caption(server, photos, out=tmp_path / "out.jsonl", flags=["--retries", "0", "--concurrency", "1"]) == 0
+        caption(server, photos, tmp_path / "out.jsonl", "--retries", "0", "--concurrency", "1")
     assert server.keys == {f"Bearer {KEY}"}
     assert "[key]" in (tmp_path / "out_failures.jsonl").read_text()
     assert KEY not in "".join(capfd.readouterr())
     assert not any(KEY.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
 
-def test_run_stops_when_the_server_is_down(
-    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_stops_when_the_server_is_down(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "MAX_FAILURES_IN_A_ROW", 4)
     with run_server() as server:
         pass  # now, nothing listens on its port
-    assert caption(server, photos, out=tmp_path / "out.jsonl", flags=["--retries", "1"]) == 1
-    assert "the last 4 requests failed. the connection failed" in capsys.readouterr().err
+    with pytest.raises(endpoint.EndpointError, match=r"the last 4 requests failed. the connection failed"):
+        caption(server, photos, tmp_path / "out.jsonl", "--retries", "1")
 
 
-def test_cost_limit_stops_the_run_until_it_is_raised(
-    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_cost_limit_stops_the_run_until_it_is_raised(tmp_path: Path, photos: Path) -> None:
     out = tmp_path / "out.jsonl"
     flags = ["--concurrency", "1", "--price", "1000", "0"]  # an answer costs 1
     with run_server() as server:
         for _ in range(2):
-            assert caption(server, photos, out=out, flags=[*flags, "--max_cost", "4"]) == 1
-            assert "the captions have cost 4.00, and --max_cost is 4" in capsys.readouterr().err
+            with pytest.raises(ValueError, match=r"the captions have cost 4.00, and --max_cost is 4\."):
+                caption(server, photos, out, *flags, "--max_cost", "4")
             assert server.num_requests == 4 and len(read_rows(out)) == 2
-        assert caption(server, photos, out=out, flags=[*flags, "--max_cost", "40"]) == 0
-        assert re.search(r"cost +18\.00", capsys.readouterr().out)
+        assert re.search(r"cost +18\.00", caption(server, photos, out, *flags, "--max_cost", "40"))
         server.usage = None
-        assert caption(server, photos, out=out, flags=[*flags, "--max_cost", "40", "--language", "German"]) == 1
-    assert "does not report the number of tokens" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="does not report the number of tokens"):
+            caption(server, photos, out, *flags, "--max_cost", "40", "--language", "German")
 
 
 def test_schedule_limits_requests_per_minute_and_pauses() -> None:
@@ -253,7 +254,7 @@ def test_retry_after_can_be_seconds_or_a_date() -> None:
 
 def test_newer_name_of_max_tokens_is_used_if_the_server_needs_it(tmp_path: Path, photos: Path) -> None:
     with run_server(faults=["400:use 'max_completion_tokens' instead"]) as server:
-        assert caption(server, photos, out=tmp_path / "out.jsonl", flags=["--concurrency", "1"]) == 0
+        caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "1")
     assert server.bodies[0]["max_completion_tokens"] == 80 and "max_tokens" not in server.bodies[0]
 
 
@@ -293,13 +294,14 @@ def test_interrupted_run_stores_answers_and_resumes(
             os.kill(os.getpid(), number)
 
         threading.Thread(target=interrupt).start()
-        assert caption(server, photos, out=out, flags=["--concurrency", "2"]) == 130
+        words = ["caption", photos, "--out", out, "--endpoint", server.url, "--model", "tiny", "--concurrency", 2]
+        assert main(list(map(str, words))) == 130
         assert "Run the same command again" in capsys.readouterr().err
         num_answers = server.answered.total()
         assert 7 <= num_answers < 6 * CAPTIONS_PER_IMAGE
         rows = read_rows(out)
         assert sum(len(row["captions"]) + len(row.get("long_captions", [])) for row in rows) == num_answers
-        assert caption(server, photos, out=out) == 0
+        caption(server, photos, out)
     assert server.num_requests == 6 * CAPTIONS_PER_IMAGE and set(server.answered.values()) == {1}
     assert len(read_rows(out)) == 6
 
@@ -313,28 +315,27 @@ def test_killed_run_repeats_only_requests_in_flight(tmp_path: Path, photos: Path
             time.sleep(0.01)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-        assert caption(server, photos, out=out) == 0
+        caption(server, photos, out)
     assert len(server.answered) == 6 * CAPTIONS_PER_IMAGE
     assert server.answered.total() <= 6 * CAPTIONS_PER_IMAGE + 2
     assert sum(len(row["captions"]) for row in read_rows(out)) == 12
 
 
-def test_output_of_another_program_and_a_second_run_are_rejected(
-    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_output_of_another_program_and_a_second_run_are_rejected(tmp_path: Path, photos: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("{}")
     with run_server(delay=0.2) as server:
-        assert caption(server, photos, out=out) == 1
-        assert "was not written by `llm2clip caption`" in capsys.readouterr().err and out.read_text() == "{}"
+        with pytest.raises(ValueError, match="was not written by `llm2clip caption`"):
+            caption(server, photos, out)
+        assert out.read_text() == "{}"
         out.unlink()
-        first = threading.Thread(target=caption, args=(server, photos), kwargs={"out": out})
+        first = threading.Thread(target=caption, args=(server, photos, out))
         first.start()
         while not server.num_requests:
             time.sleep(0.01)
-        assert caption(server, photos, out=out) == 1
+        with pytest.raises(FolderInUseError, match=f"another run is writing to {out}"):
+            caption(server, photos, out)
         first.join()
-    assert "another run is writing to" in capsys.readouterr().err
     assert server.num_requests == 6 * CAPTIONS_PER_IMAGE
 
 
@@ -465,15 +466,13 @@ def test_local_model_captions_images_and_resumes(
     monkeypatch.setattr(LocalCaptioner, "ask", record)
     words = ["caption", photos, "--model", tiny_llava, "--prompts", file, "--batch_size", 4]
     for _ in range(2):
-        assert main([*map(str, words), "--out", str(tmp_path / "out.jsonl")]) == 0
+        run_command(*words, "--out", tmp_path / "out.jsonl")
     assert sorted(map(tuple, batches)) == [("one",) * 4] * 3 + [("two",) * 2, ("two",) * 4]
     rows = read_rows(tmp_path / "out.jsonl")
     assert len(rows) == 6 and all(row["captions"] and len(row["long_captions"]) == 1 for row in rows)
 
 
-def test_fit_captions_the_images_before_training(
-    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fit_captions_the_images_before_training(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, sources = tmp_path / "run", []
 
     def fit(data: list[str], run_dir: Path, *_: Any) -> Path:
@@ -482,14 +481,14 @@ def test_fit_captions_the_images_before_training(
 
     monkeypatch.setattr(pipeline, "fit", fit)
     with run_server() as server:
-        words = ["fit", str(photos), "--out", str(run), "--caption", server.url]
-        assert main(words) == 1
-        assert "Pass the name of its model with --caption_model" in capsys.readouterr().err
-        assert main([*words, "--caption_model", "tiny"]) == 0
+        words = ["fit", photos, "--out", run, "--caption", server.url]
+        with pytest.raises(ValueError, match="Pass the name of its model with --caption_model"):
+            run_command(*words)
+        run_command(*words, "--caption_model", "tiny")
         check_output_folder(run, "fit")  # the run can be resumed
         (run / "config.yaml").write_text("embed: {}\nalign: {}\n")
         make_photos(photos, 7)
-        assert main([*words, "--caption_model", "tiny"]) == 0
+        run_command(*words, "--caption_model", "tiny")
     assert sources == [[str(run / "captions.jsonl")]] * 2
     assert server.num_requests == 6 * CAPTIONS_PER_IMAGE  # after training has started, the captions do not change
     assert len(list(open_records(run / "captions.jsonl"))) == 6

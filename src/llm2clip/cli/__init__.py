@@ -18,7 +18,7 @@ Getting started:
 
 Training on your own images and captions:
   llm2clip data DATA                    show what is in your data
-  llm2clip caption PHOTOS --out captions.jsonl --model NAME    let a multimodal model write captions
+  llm2clip caption PHOTOS --model NAME --out captions.jsonl    let a multimodal model write captions
   llm2clip plan --config NAME --images N --device h100    estimate training time and memory
   llm2clip fit DATA --out RUN           all stages: tune, embed, align, evaluate
   llm2clip tune | embed | align         one stage at a time
