@@ -25,7 +25,7 @@ DATA contains flickr8k, coco_img and ade20k_ids, each with a captions.jsonl and 
 
 The table OUT/table.md contains the means and standard deviations over the seeds, and in brackets the 95% intervals of
 the first seed. An interrupted benchmark can be resumed with the same command. To try all steps quickly, pass
---images 20 --epochs 0.1 --align_epochs 1 --seeds 1.
+--images 20 --epochs 0.1 --align_epochs 1 --seeds 1 --shares 100.
 
 --check MODEL compares the captions with the images (see `llm2clip caption`), so that the benchmark can be repeated with
 and without captions that do not match. Copy OUT without the seeds for this, so that no captions are written again.
@@ -48,7 +48,6 @@ from llm2clip.llava.conversations import LONG_CAPTION_PROMPTS, SHORT_CAPTION_PRO
 from shared import run_llm2clip, write_rows_once
 
 ENCODER, TOWER, LLM = "all-minilm-l6-v2", "efficientnet-lite0", "smollm2-135m"
-SHARES = (25, 50, 75, 100)  # percentage of synthetic captions
 LLAVA = {"pretrain_lr": "2e-3", "pretrain_batch_size": "64", "lr": "2e-4", "batch_size": "64", "save_steps": "1000"}
 # The LLaVA has been trained with these questions.
 PROMPTS = {
@@ -63,6 +62,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder that contains the data sets")
     parser.add_argument("--out", type=Path, required=True, help="folder for models and results")
+    parser.add_argument(
+        "--shares", type=int, nargs="+", default=[25, 50, 75, 100], help="percentages of synthetic captions"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="number of training runs per model")
     parser.add_argument("--images", type=int, help="use only the first images of each data set")
     parser.add_argument("--epochs", type=float, default=2, help="epochs of the LLaVA's projector and LLM")
@@ -71,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     log = args.out / "log.txt"
     captions = write_captions(args, log)
-    mixes = make_mixes()
+    mixes = make_mixes(args.shares)
     val = write_rows_once(args.out / "val.jsonl", read_rows(args, "flickr8k", "@val"))
     run_llm2clip(["embed", captions, "--encoder.path", ENCODER, "--out", str(args.out / "store")], log)
     for seed in range(args.seeds):
@@ -115,11 +117,11 @@ def read_rows(args: argparse.Namespace, name: str, split: str = "") -> Iterator[
         yield row | {"captions": list(record.captions), "long_captions": list(record.long_captions)}
 
 
-def make_mixes() -> dict[str, dict[str, float]]:
+def make_mixes(shares: list[int]) -> dict[str, dict[str, float]]:
     """Return the weight of each kind of caption, keyed by the name of the model."""
     mixes: dict[str, dict[str, float]] = {"human": {"captions": 1}}
     for name, field in (("short", "short_captions"), ("dense", "long_captions")):
-        for share in SHARES:
+        for share in shares:
             mix = {"captions": 1 - share / 100, field: share / 100}
             mixes[f"{name}-{share}"] = {field: weight for field, weight in mix.items() if weight}
     return mixes
