@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import load_benchmark
 from llm2clip.caption import checks as checks_module
 from llm2clip.caption.answers import Answer, CaptionRequest, clean_answer
 from llm2clip.caption.checks import (
@@ -453,3 +454,25 @@ def test_run_writes_only_accepted_captions_and_a_report(
     summary = caption_images([str(photos)], out, captioner, prompts, CaptionSettings({}, max_rank=0.0), dual_encoder)
     num_best = sum(json.loads(line)["captions"] == ["A red shape on grey"] for line in out.read_text().splitlines())
     assert summary.captions == num_best < 4 and MISMATCH in summary.report
+
+
+def test_benchmark_table_has_means_over_seeds_and_intervals_of_the_first_seed(tmp_path: Path) -> None:
+    benchmark = load_benchmark("captions")
+    assert benchmark.make_mixes([25, 100]) == {
+        "human": {"captions": 1},
+        "short-25": {"captions": 0.75, "short_captions": 0.25},
+        "short-100": {"short_captions": 1},
+        "dense-25": {"captions": 0.75, "long_captions": 0.25},
+        "dense-100": {"long_captions": 1},
+    }
+    files = []
+    for seed in range(2):
+        row: dict[str, object] = {}
+        for way in ("I2T", "T2I"):
+            row |= {way: {"R@1": 10.0 + 2 * seed}, f"{way} interval": {"R@1": [8.0 + seed, 12.0]}}
+        row["short queries"] = [{"words": str(n), "mAP": 5.0 * n, "mAP interval": [4.0, 6.0]} for n in (1, 2, 3)]
+        files.append(tmp_path / f"{seed}.json")
+        files[-1].write_text(json.dumps({"results": [{"rows": [row]}]}))
+    table = benchmark.make_table(files, ["human"])
+    assert "| human | 11.0 ± 1.0 (8.0 to 12.0) | 11.0 ± 1.0 (8.0 to 12.0) | 5.0 ± 0.0 (4.0 to 6.0) |" in table
+    assert "| captions | I2T R@1 | T2I R@1 | mAP, 1 word | mAP, 2 words | mAP, 3 words |" in table
