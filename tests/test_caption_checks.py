@@ -456,7 +456,10 @@ def test_run_writes_only_accepted_captions_and_a_report(
     assert summary.captions == num_best < 4 and MISMATCH in summary.report
 
 
-def test_benchmark_table_has_means_over_seeds_and_intervals_of_the_first_seed(tmp_path: Path) -> None:
+def test_benchmark_table_has_means_over_seeds_and_intervals_of_the_first_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
     benchmark = load_benchmark("captions")
     assert benchmark.make_mixes([25, 100]) == {
         "human": {"captions": 1},
