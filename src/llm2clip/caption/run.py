@@ -544,12 +544,13 @@ def add_captions(row: ImageRow, answers: Sequence[StoredAnswer], prompts: Sequen
 def write_failures(database: CaptionDatabase, output: CaptionOutput, model: str, prompts: Sequence[Prompt]) -> int:
     """Write the requests without a caption and their reasons. Return their number. Without failures, write no file."""
     num_failures = 0
+    samples = {prompt.key: prompt.samples for prompt in prompts}
     with _open_output(output.failures) as stream:
         for row in database.iterate_images():
             if database.find_first_number(row.hash) != row.number:
                 continue
             for answer in database.list_answers(row.hash, model, [prompt.key for prompt in prompts]):
-                if answer.error is not None:
+                if answer.error is not None and answer.sample < samples[answer.prompt]:
                     failure = {"image": row.record["image"], "id": row.record["id"], "prompt": answer.prompt}
                     failure |= {"sample": answer.sample, "error": answer.error, "date": answer.date}
                     stream.write(json.dumps(failure, ensure_ascii=False) + "\n")
