@@ -4,8 +4,8 @@
 
 The server runs in a process of its own. It fails for 30% of the requests: statuses 429, 500 and 503, answers that are
 not chat completions, connections that are closed before or in the middle of an answer, answers of 10 MB, and slow
-answers. It counts its answers for each image and prompt. The command is killed with SIGKILL, after equal parts of the work,
-and run again each time.
+answers. It counts its answers for each image and prompt. The command is killed with SIGKILL after equal parts of the
+work, and run again each time.
 
 The throughput is measured with a server that answers after 300 ms, with 1, 8 and 32 requests at the same time.
 """
