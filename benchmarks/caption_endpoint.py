@@ -1,11 +1,11 @@
 """Caption 1,000 images with a failing server, killing the command several times, and measure the throughput.
 
-    python benchmarks/caption_endpoint.py [--images 1000] [--kills 5] [--throughput_images 60]
+    python benchmarks/caption_endpoint.py [--images 1000] [--kills 5]
 
 The server runs in a process of its own. It fails for 30% of the requests: statuses 429, 500 and 503, answers that are
 not chat completions, connections that are closed before or in the middle of an answer, answers of 10 MB, and slow
-answers. It counts its answers for each image and prompt. The command is killed with SIGKILL, which is repeated after
-equal parts of the work, and run again.
+answers. It counts its answers for each image and prompt. The command is killed with SIGKILL after equal parts of the
+work, and run again each time.
 
 The throughput is measured with a server that answers after 300 ms, with 1, 8 and 32 requests at the same time.
 """
@@ -30,6 +30,7 @@ from caption_fixtures import make_photos  # noqa: E402
 
 CAPTIONS_PER_IMAGE = 3  # of the default prompts
 CONCURRENCY = 8
+THROUGHPUT_IMAGES = {1: 20, 8: 100, 32: 300}  # number of requests at the same time -> number of images
 
 
 @contextmanager
@@ -88,19 +89,18 @@ def measure_kills(folder: Path, num_images: int, num_kills: int) -> None:
     print(f"failed after all retries, and asked again by a further run: {num_repaired}")
 
 
-def measure_throughput(folder: Path, num_images: int) -> None:
-    """Print the captions per second with a server that answers after 300 ms, without the time to start the command."""
-    photos = make_photos(folder / "photos", num_images)
-    for concurrency in (1, 8, 32):
+def measure_throughput(folder: Path) -> None:
+    """Print the captions per second with a server that answers after 300 ms."""
+    for concurrency, num_images in THROUGHPUT_IMAGES.items():
+        photos, total = make_photos(folder / f"photos{concurrency}", num_images), num_images * CAPTIONS_PER_IMAGE
         with start_server("--fault_rate", "0", "--delay", "0.3") as url:
             process = start_command(url, photos, folder / f"{concurrency}.jsonl", concurrency)
-            while not read_counts(url)["answered"]:
-                time.sleep(0.01)
-            start, first = time.perf_counter(), len(read_counts(url)["answered"])
-            total = num_images * CAPTIONS_PER_IMAGE
-            while (count := len(read_counts(url)["answered"])) < total:
+            while not read_counts(url)["requests"]:
                 time.sleep(0.02)
-            rate = (count - first) / (time.perf_counter() - start)
+            start = time.perf_counter()
+            while len(read_counts(url)["answered"]) < total:
+                time.sleep(0.1)
+            rate = total / (time.perf_counter() - start)
             process.wait()
         limit = concurrency / 0.3
         print(f"{concurrency} at the same time: {rate:.1f} captions per second ({rate / limit:.0%} of {limit:.1f})")
@@ -110,12 +110,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--throughput_images", type=int, default=60)
     args = parser.parse_args()
     os.environ["PYTHONPATH"] = str(TESTS.parent / "src")
     with tempfile.TemporaryDirectory() as folder:
         measure_kills(Path(folder) / "kills", args.images, args.kills)
-        measure_throughput(Path(folder) / "throughput", args.throughput_images)
+        measure_throughput(Path(folder) / "throughput")
 
 
 if __name__ == "__main__":

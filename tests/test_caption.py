@@ -377,6 +377,13 @@ def test_refusals_and_useless_answers_become_errors(text: str, error: str) -> No
     assert answer.text is None and error in str(answer.error) and answer.input_tokens == 3
 
 
+@pytest.mark.parametrize("part", ["<think>", "</think>", "**a ", "`a `", "\n", " ", "- ", "a.", "#", '"', "sorry "])
+def test_cleaning_hostile_answers_takes_linear_time(part: str) -> None:
+    start = time.process_time()
+    clean_answer(part * (99_000 // len(part)), truncated=True)
+    assert time.process_time() - start < 1
+
+
 def test_truncated_answers_end_with_a_complete_sentence() -> None:
     assert clean_answer("A dog runs. It is bro", truncated=True).text == "A dog runs."
     assert clean_answer("A dog that is bro", truncated=True).text is None

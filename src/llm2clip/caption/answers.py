@@ -10,15 +10,15 @@ from torch import Tensor
 from llm2clip.caption.prompts import Prompt
 
 MAX_CHARACTERS = 10_000  # longer answers are rejected
-_REASONING = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-_UNFINISHED_REASONING = re.compile(r"<think(?:ing)?>.*", re.DOTALL | re.IGNORECASE)
-_REASONING_END = re.compile(r".*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)  # chat templates can contain the start
+# All expressions take linear time, because answers can be hostile.
+_REASONING_START = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
+_REASONING_END = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Text direction marks, zero-width spaces and lone surrogates. Zero-width joiners are part of words and emoji.
 _INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
-_MARKDOWN_LINE = re.compile(r"^\s*(?:#{1,6}\s+|>\s+|[-*•]\s+|```\w*\s*$)", re.MULTILINE)
+_MARKDOWN_LINE = re.compile(r"^[ \t]*(?:#{1,6}[ \t]+|>[ \t]+|[-*•][ \t]+|```\w{0,20}$)", re.MULTILINE)
 _LABEL = re.compile(r"^(?:caption|description|answer|sentence)\s*:\s*", re.IGNORECASE)
-_EMPHASIS = re.compile(r"(\*\*|__|`)(?=\S)(.+?)(?<=\S)\1")
+_EMPHASIS = re.compile(r"(\*\*|__|`)(?=\S)(.{1,200}?)(?<=\S)\1")
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "「": "」"}
 _SENTENCE_END = re.compile(r".*[.!?。！？](?=\s|$|[\"”’])", re.DOTALL)
 _REFUSAL = re.compile(
@@ -112,8 +112,8 @@ def clean_answer(text: str, truncated: bool, input_tokens: int = 0, output_token
     tokens = input_tokens, output_tokens
     if len(text) > 10 * MAX_CHARACTERS:
         return Answer(None, f"too long: {len(text):,} characters", *tokens)
-    text = _REASONING_END.sub("", _REASONING.sub(" ", text))
-    if _UNFINISHED_REASONING.search(text):
+    text = _REASONING_END.split(text)[-1]  # chat templates can contain the start of the reasoning
+    if _REASONING_START.search(text):
         return Answer(None, "the reasoning did not end within max_tokens of the prompt", *tokens)
     text = _strip_markup(text)
     if truncated:

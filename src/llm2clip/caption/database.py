@@ -210,11 +210,11 @@ class CaptionDatabase:
             answers += [StoredAnswer(*row) for row in self.connection.execute(query, (image_hash, prompt, model))]
         return answers
 
-    def count_captions(self, model: str, prompts: Sequence[str]) -> int:
-        """Return the number of captions of the current images for these prompts' keys, without failed requests."""
-        query = f"""SELECT count(*) FROM answers WHERE model = ? AND error IS NULL
-          AND prompt IN ({", ".join("?" * len(prompts))}) AND hash IN (SELECT hash FROM images)"""
-        ((count,),) = self.connection.execute(query, (model, *prompts))
+    def count_captions(self, model: str, prompt: str, samples: int) -> int:
+        """Return the number of captions of the current images for a prompt's key, without failed requests."""
+        query = """SELECT count(*) FROM answers WHERE model = ? AND prompt = ? AND sample < ? AND error IS NULL
+          AND hash IN (SELECT hash FROM images)"""
+        ((count,),) = self.connection.execute(query, (model, prompt, samples))
         return int(count)
 
     def count_tokens(self, model: str) -> tuple[int, int]:

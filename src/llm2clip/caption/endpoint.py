@@ -305,7 +305,7 @@ def _shorten(text: str) -> str:
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if key:
         text = text.replace(key, "[key]")
-    text = escape_control_characters(" ".join(text.split()))
+    text = escape_control_characters(" ".join(text.split())).encode(errors="replace").decode()
     return text if len(text) <= MAX_MESSAGE_CHARACTERS else f"{text[:MAX_MESSAGE_CHARACTERS]}..."
 
 

@@ -337,7 +337,8 @@ class _CaptionRun:
     def ask_all(self) -> None:
         """Ask for all missing captions of this rank's images."""
         num_ranks = process_state().num_processes
-        num_stored = self.database.count_captions(self.captioner.name, [prompt.key for prompt in self.prompts])
+        model = self.captioner.name
+        num_stored = sum(self.database.count_captions(model, prompt.key, prompt.samples) for prompt in self.prompts)
         num_missing = self.database.count_images() * self._captions_per_image - num_stored
         self.captioner.worked_before = num_stored > 0
         if not num_missing:
@@ -540,10 +541,15 @@ def write_records(
         The number of records and the number of generated captions.
     """
     num_records = num_captions = 0
+    samples = {prompt.key: prompt.samples for prompt in prompts}
     with _open_output(output.records) as stream:
         for row in database.iterate_images():
             answers = database.list_answers(row.hash, model, [prompt.key for prompt in prompts])
-            accepted = [answer for answer in answers if answer.text is not None and answer.problem is None]
+            accepted = [
+                answer
+                for answer in answers
+                if answer.text is not None and answer.problem is None and answer.sample < samples[answer.prompt]
+            ]
             record = add_captions(row, accepted, prompts)
             if any(record.get(name) for name in CAPTION_FIELDS):
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -580,12 +586,13 @@ def add_captions(row: ImageRow, answers: Sequence[StoredAnswer], prompts: Sequen
 def write_failures(database: CaptionDatabase, output: CaptionOutput, model: str, prompts: Sequence[Prompt]) -> int:
     """Write the requests without a caption and their reasons. Return their number. Without failures, write no file."""
     num_failures = 0
+    samples = {prompt.key: prompt.samples for prompt in prompts}
     with _open_output(output.failures) as stream:
         for row in database.iterate_images():
             if database.find_first_number(row.hash) != row.number:
                 continue
             for answer in database.list_answers(row.hash, model, [prompt.key for prompt in prompts]):
-                if answer.error is not None:
+                if answer.error is not None and answer.sample < samples[answer.prompt]:
                     failure = {"image": row.record["image"], "id": row.record["id"], "prompt": answer.prompt}
                     failure |= {"sample": answer.sample, "error": answer.error, "date": answer.date}
                     stream.write(json.dumps(failure, ensure_ascii=False) + "\n")

@@ -159,7 +159,9 @@ def caption_for_fit(data: list[str], run_dir: Path, model: str, endpoint_model: 
         args: Arguments of `fit`.
     """
     out = run_dir.expanduser() / CAPTIONS_FILE
-    if out.exists() and (out.parent / CONFIG_FILE).exists():
+    if (out.parent / CONFIG_FILE).exists():
+        if not out.exists():
+            raise ValueError(f"{run_dir} contains a run without --caption. Use another --out, or omit --caption")
         return str(out)
     is_url = model.startswith(("http://", "https://"))
     if is_url and not endpoint_model:
@@ -169,6 +171,7 @@ def caption_for_fit(data: list[str], run_dir: Path, model: str, endpoint_model: 
     from llm2clip.caption.endpoint import EndpointCaptioner
     from llm2clip.caption.prompts import load_prompts
     from llm2clip.caption.run import CaptionSettings, caption_images
+    from llm2clip.cpu_tuning import free_memory
     from llm2clip.runs.ranks import print_once
 
     captioner: Captioner
@@ -180,6 +183,8 @@ def caption_for_fit(data: list[str], run_dir: Path, model: str, endpoint_model: 
     settings = CaptionSettings(columns=args.columns, max_skipped=args.max_skipped)
     summary = caption_images(data, out, captioner, load_prompts(), settings)
     print_once(*_format_summary(summary, out))
+    del captioner
+    free_memory()
     return str(out)
 
 
