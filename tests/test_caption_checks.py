@@ -257,10 +257,13 @@ def test_only_captions_of_the_current_prompts_model_and_images_are_checked(tmp_p
     database = make_database(tmp_path / "c.sqlite", [["dog", "dog"], ["cat", "cat"]])
     other = StoredAnswer(make_hash(0), SHORT.key, 0, "other model", "dog", None, 0.0, "2026-11-29")
     removed = StoredAnswer(make_hash(9), SHORT.key, 0, MODEL, "dog", None, 0.0, "2026-11-29")
-    database.add_answers([other, removed])
+    unused = StoredAnswer(make_hash(0), SECOND.key, 1, MODEL, "dog", None, 0.0, "2026-11-29")  # the prompt has 1 sample
+    database.add_answers([other, removed, unused])
     assert check_captions(database, MODEL, [SECOND]).problems == {TOO_SHORT: 2}
-    problems = database.connection.execute("SELECT prompt, model, problem FROM answers WHERE problem IS NOT NULL")
-    assert set(problems) == {(SECOND.key, MODEL, TOO_SHORT)}
+    problems = database.connection.execute(
+        "SELECT prompt, sample, model, problem FROM answers WHERE problem IS NOT NULL"
+    )
+    assert set(problems) == {(SECOND.key, 0, MODEL, TOO_SHORT)}
 
 
 def test_checks_in_small_batches_give_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -301,11 +301,15 @@ def _compare_captions(
 def _iterate_captions(database: CaptionDatabase, model: str, prompt: Prompt) -> Iterator[list[tuple[str, int, str]]]:
     """Yield batches of a prompt's captions of the current images: hash, sample number and text."""
     query = """SELECT hash, sample, text FROM answers
-      WHERE (hash, sample) > (?, ?) AND model = ? AND prompt = ? AND text IS NOT NULL
+      WHERE (hash, sample) > (?, ?) AND model = ? AND prompt = ? AND sample < ? AND text IS NOT NULL
         AND EXISTS (SELECT 1 FROM images WHERE images.hash = answers.hash)
       ORDER BY hash, sample LIMIT ?"""
     last: tuple[str, int] = ("", -1)
-    while rows := database.connection.execute(query, (*last, model, prompt.key, ROWS_PER_BATCH)).fetchall():
+    while True:
+        parameters = (*last, model, prompt.key, prompt.samples, ROWS_PER_BATCH)
+        rows = database.connection.execute(query, parameters).fetchall()
+        if not rows:
+            break
         yield rows
         last = rows[-1][:2]
 
