@@ -25,6 +25,7 @@ from llava_fixtures import build_tiny_llava
 from llm2clip import pipeline
 from llm2clip.caption import endpoint, local
 from llm2clip.caption.answers import Answer, CaptionRequest, clean_answer
+from llm2clip.caption.database import CaptionDatabase
 from llm2clip.caption.local import LocalCaptioner
 from llm2clip.caption.prompts import Prompt, load_prompts
 from llm2clip.cli import build_parser, main
