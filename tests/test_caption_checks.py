@@ -367,7 +367,7 @@ def test_report_lists_problems_failures_lengths_and_cost(tmp_path: Path) -> None
         "cost 1.23",
         "too short 1 25.0%",
         "short captions 4 2 2 4 6 6",
-        "HTTP 500 2 HTTP 500: no memory",
+        "HTTP 500 2 no memory",
     ):
         assert part in text, part
 

@@ -178,7 +178,9 @@ def _build_errors(database: CaptionDatabase, report: CaptionReport) -> list[Bloc
     keys = [prompt.key for prompt in report.prompts]
     query = _COUNT_ERRORS.format(prompts=", ".join("?" * len(keys)))
     errors = database.connection.execute(query, (report.model, *keys, MAX_ERRORS)).fetchall()
-    rows = [(reason, f"{count:,}", _shorten(example)) for reason, count, example in errors]
+    rows = []
+    for reason, count, example in errors:
+        rows.append((_shorten(reason), f"{count:,}", _shorten(example.removeprefix(reason).removeprefix(": "))))
     return [Heading("Failed requests"), Table(["reason", "requests", "example"], rows)] if rows else []
 
 
