@@ -7,7 +7,7 @@ import traceback
 import warnings
 
 from llm2clip import __version__
-from llm2clip.cli import data, evaluate, export, llava, search, setup, store, train
+from llm2clip.cli import caption, data, evaluate, export, llava, search, setup, store, train
 from llm2clip.cli.commands import ArgumentParser, CommandFunction, Commands, HelpFormatter
 
 DESCRIPTION = """Give a CLIP model a large language model's understanding of text.
@@ -18,6 +18,7 @@ Getting started:
 
 Training on your own images and captions:
   llm2clip data DATA                    show what is in your data
+  llm2clip caption PHOTOS --model NAME --out captions.jsonl    let a multimodal model write captions
   llm2clip plan --config NAME --images N --device h100    estimate training time and memory
   llm2clip fit DATA --out RUN           all stages: tune, embed, align, evaluate
   llm2clip tune | embed | align         one stage at a time
@@ -55,7 +56,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, CommandFunction]]:
         allow_abbrev=False,  # prevents argparse from accepting a misspelt setting as an abbreviation
     )
     commands = Commands(parser, "COMMAND")
-    for module in (setup, data, train, store, evaluate, search, export, llava):
+    for module in (setup, data, caption, train, store, evaluate, search, export, llava):
         module.add_commands(commands)
     return parser, commands.run
 

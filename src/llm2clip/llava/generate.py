@@ -14,8 +14,7 @@ from llm2clip.data.images import load_image
 from llm2clip.llava import modeling_patches  # noqa: F401  (registers its classes with transformers)
 from llm2clip.llava.chat_template import IGNORE_INDEX, IMAGE_TOKEN, Conversation, to_messages, tokenize_and_label
 from llm2clip.llava.image_features import LlavaTransform
-from llm2clip.models.hub.loading import load_config
-from llm2clip.models.precision import resolve_precision
+from llm2clip.models.vlm import load_vision_language_model
 from llm2clip.runs.ranks import process_state
 
 
@@ -47,19 +46,9 @@ class AnswerGenerator:
         Raises:
             ValueError: the number of tokens per image is not fixed.
         """
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
         self.batch_size = batch_size
         self.device = torch.device(device) if device is not None else process_state().device
-        bf16 = resolve_precision("tune", precision, self.device) == "bf16"
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            name,
-            config=load_config(name),
-            dtype=torch.bfloat16 if bf16 else torch.float32,
-            trust_remote_code=False,
-        )
-        self.model = model.to(self.device).eval()
-        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        self.model, self.processor = load_vision_language_model(name, self.device, precision)
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.chat_template = self.processor.chat_template or self.tokenizer.chat_template
         self.transform = LlavaTransform(self.processor)

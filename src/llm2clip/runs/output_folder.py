@@ -22,6 +22,8 @@ from llm2clip.io_utils import atomic_write_text
 
 CONFIG_FILE = "config.yaml"  # all settings of a run
 INDEX_FILE, MANIFEST = "index.sqlite", "manifest.json"  # main files of an index and an embedding store, respectively
+CAPTIONS_FILE = "captions.jsonl"  # captions written by `fit --caption`, with their database and other files
+CAPTIONS_DATABASE = f"{CAPTIONS_FILE}.sqlite"
 RUN_LOCK = ".run.lock"  # held during all stages of a run; an embedding store also has its own lock
 
 KINDS = {
@@ -153,8 +155,10 @@ def _find_data_file(folder: Path) -> Path | None:
     for entry in list(entries):
         with suppress(OSError):  # not a folder, or not readable
             entries += islice(entry.iterdir(), _MAX_ENTRIES)
+    has_captions = (folder / CAPTIONS_DATABASE).exists()  # an interrupted run of `fit --caption`
     for entry in entries:
         is_own = entry.name.startswith(".") or entry.name in _OWN_FILES
+        is_own |= has_captions and _is_caption_output(entry.relative_to(folder).parts[0])
         if entry.suffix.lower() in _DATA_SUFFIXES and not is_own and entry.is_file():
             return entry.relative_to(folder)
     return None
@@ -273,7 +277,12 @@ def _compute_pairs_per_step(config: dict[str, Any], processes: int | None) -> in
 
 def _has_outputs(run_dir: Path) -> bool:
     ignored = (CONFIG_FILE, "skipped.jsonl", "skipped_tune.jsonl", ".lock", RUN_LOCK)
-    return any(path.name not in ignored for path in run_dir.iterdir())
+    names = [path.name for path in run_dir.iterdir()]
+    return any(name not in ignored and not _is_caption_output(name) for name in names)
+
+
+def _is_caption_output(name: str) -> bool:
+    return name.removeprefix(".").startswith(("captions.jsonl", "captions_"))
 
 
 def _is_resume_safe(name: str) -> bool:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +11,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from llm2clip.models.hub.loading import hide_loading_bars, load_config
-from llm2clip.models.precision import resolve_precision
+from llm2clip.models.vlm import load_vision_language_model
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.request_images import BadRequest
 
@@ -26,7 +24,6 @@ MAX_SIDE = 768  # in pixels; some models embed every tile of a large image
 class VisionLanguageModel:
     """An image-text-to-text model of transformers that rates images by the probability that it answers yes."""
 
-    @hide_loading_bars()
     def __init__(self, name: str, precision: str = "auto") -> None:
         """
         Args:
@@ -37,17 +34,9 @@ class VisionLanguageModel:
             ValueError: The type of the model is not supported, or its tokenizer cannot distinguish yes from no.
             OSError: The model does not exist.
         """
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
         self.name = name
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        bf16 = resolve_precision("tune", precision, self.device) == "bf16"
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            name, config=load_config(name), dtype=dtype, trust_remote_code=False
-        )
-        self.model = model.to(self.device).eval()
-        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        self.model, self.processor = load_vision_language_model(name, self.device, precision)
         self.special_tokens = [token for token in self.processor.tokenizer.all_special_tokens if token]
         encode = self.processor.tokenizer.encode
         self.answer_ids = [[encode(word, add_special_tokens=False)[0] for word in words] for words in ANSWERS]

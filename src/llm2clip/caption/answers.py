@@ -1,0 +1,141 @@
+"""Requests to a captioner and its answers, which are cleaned because a model's output is untrusted text."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from llm2clip.caption.prompts import Prompt
+
+MAX_CHARACTERS = 10_000  # longer answers are rejected
+# All expressions take linear time, because answers can be hostile.
+_REASONING_START = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
+_REASONING_END = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# Text direction marks, zero-width spaces and lone surrogates. Zero-width joiners are part of words and emoji.
+_INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+_MARKDOWN_LINE = re.compile(r"^[ \t]*(?:#{1,6}[ \t]+|>[ \t]+|[-*•][ \t]+|```\w{0,20}$)", re.MULTILINE)
+_LABEL = re.compile(r"^(?:caption|description|answer|sentence)\s*:\s*", re.IGNORECASE)
+_EMPHASIS = re.compile(r"(\*\*|__|`)(?=\S)(.{1,200}?)(?<=\S)\1")
+_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "「": "」"}
+_SENTENCE_END = re.compile(r".*[.!?。！？](?=\s|$|[\"”’])", re.DOTALL)
+_REFUSAL = re.compile(
+    r"(?:(?:i['’]?m|i am|we are|we['’]re) (?:so |very |really )?(?:sorry|afraid|unable|not able)|sorry\b|apologies\b|"
+    r"i apologi[sz]e|(?:unfortunately,? )?i (?:cannot|can['’]?t|can not|could not|couldn['’]?t|do not|don['’]?t) "
+    r"(?:see|view|describe|provide|identify|assist|help|process|access|analy[sz]e|comply|have)|"
+    r"(?:as|i am|i['’]m) an? (?:ai|artificial|language model|large language model)\b|i (?:cannot|can['’]t)\b|"
+    r"(?:there is|i see) no image (?:attached|provided|here)|no image (?:was|is|has been) (?:attached|provided)|"
+    r"(?:please|(?:could|can) you(?: please)?) (?:provide|upload|share|send|attach)\b|"
+    r"es tut mir leid|leider kann ich|ich kann .{0,60}\bnicht\b|als ki\b|"
+    r"(?:je suis )?désolée?\b|je ne (?:peux|suis|vois)\b|en tant qu(?:['’]ia\b|e modèle)|"
+    r"(?:很|非常)?抱歉|对不起|對不起|我?(?:无法|無法|不能)|作为(?:一个|一名)?(?:ai|人工智能|语言模型))",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionRequest:
+    """A request for a caption.
+
+    Attributes:
+        image: The image in the form that `Captioner.prepare` returns.
+        sample: Number of the sample, from 0.
+        caption: Caption of the image in the source, or None.
+    """
+
+    image: Any
+    prompt: Prompt
+    sample: int = 0
+    caption: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The prompt's text for this image."""
+        return self.prompt.fill(self.caption)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer to a request: either a text, or the error because of which there is none."""
+
+    text: str | None
+    error: str | None = None
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+class Captioner(Protocol):
+    """A model that writes captions.
+
+    Attributes:
+        name: Name of the model, which is recorded with each caption.
+        batch_size: Number of requests with the same prompt per call.
+        workers: Number of threads that call `ask` at the same time.
+        worked_before: True if an earlier run has stored captions by this model. An image that the model rejects then
+            does not stop the run.
+    """
+
+    name: str
+    batch_size: int
+    workers: int
+    worked_before: bool
+
+    def prepare(self, image: Tensor) -> Any:
+        """Convert a uint8 image of shape (3, H, W) to the form that requests contain."""
+
+    def ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
+        """Return an answer for each request.
+
+        Raises:
+            StoppedError: The captioner was stopped before there was an answer. The requests are asked again next time.
+            ValueError: No request can succeed, for example because the key is wrong.
+        """
+
+    def stop(self) -> None:
+        """Make `ask` raise StoppedError instead of waiting before another attempt."""
+
+
+class StoppedError(Exception):
+    """The captioner was stopped before there was an answer."""
+
+
+def clean_answer(text: str, truncated: bool, input_tokens: int = 0, output_tokens: int = 0) -> Answer:
+    """Convert a model's output to a caption, or to an error if it is a refusal, empty or too long.
+
+    Reasoning, control characters, invisible characters, markdown and surrounding quotes are removed.
+
+    Args:
+        truncated: The output ended at the maximum number of tokens. Its last, incomplete sentence is removed.
+    """
+    tokens = input_tokens, output_tokens
+    if len(text) > 10 * MAX_CHARACTERS:
+        return Answer(None, f"too long: {len(text):,} characters", *tokens)
+    text = _REASONING_END.split(text)[-1]  # chat templates can contain the start of the reasoning
+    if _REASONING_START.search(text):
+        return Answer(None, "the reasoning did not end within max_tokens of the prompt", *tokens)
+    text = _strip_markup(text)
+    if truncated:
+        complete = _SENTENCE_END.match(text)
+        if complete is None:
+            return Answer(None, f"truncated at max_tokens of the prompt: {text[:100]!r}", *tokens)
+        text = complete[0]
+    if not any(character.isalnum() for character in text):
+        return Answer(None, "empty answer", *tokens)
+    if _REFUSAL.match(text):
+        return Answer(None, f"refusal: {text[:200]}", *tokens)
+    if len(text) > MAX_CHARACTERS:
+        return Answer(None, f"too long: {len(text):,} characters", *tokens)
+    return Answer(text, None, *tokens)
+
+
+def _strip_markup(text: str) -> str:
+    """Return a text as one line without markdown, labels, invisible characters and surrounding quotes."""
+    text = _MARKDOWN_LINE.sub("", text)
+    text = " ".join(_INVISIBLE.sub("", _CONTROL.sub(" ", text)).split())
+    text = _EMPHASIS.sub(r"\2", text)
+    text = _LABEL.sub("", text)
+    if len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1]:
+        text = text[1:-1].strip()
+    return text

@@ -1,0 +1,497 @@
+"""Quality control of generated captions: checks of the texts, and a comparison of each caption with its image.
+
+`check_captions` needs no model. It reads the captions in batches and compares them in a temporary table on disk, so
+memory does not depend on the number of captions. `score_captions` uses a dual encoder. Both store why a caption is
+rejected in the column `problem`. Rejected captions are not written to the output.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm2clip.caption.database import AnswerKey, CaptionDatabase, ImageRow, StoredAnswer
+from llm2clip.caption.prompts import Kind, Prompt
+from llm2clip.data.image_loader import iter_image_batches
+from llm2clip.data.image_refs import FileImage
+from llm2clip.data.texts import make_text_key
+from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.progress import ProgressBar
+
+# Values of the column `problem`.
+BOILERPLATE = "boilerplate opening"
+TOO_SHORT, TOO_LONG = "too short", "too long"
+REPETITION = "repetition"
+WRONG_LANGUAGE = "wrong language"
+DUPLICATE, NEAR_DUPLICATE = "duplicate for the same image", "near duplicate for the same image"
+MANY_IMAGES = "fits many images"
+MISMATCH = "does not match the image"
+
+MIN_WORDS, MIN_CHARACTERS = 3, 4  # characters: in scripts without spaces
+MAX_WORDS: dict[Kind, int] = {"short": 50, "dense": 400}
+CHARACTERS_PER_WORD = 2  # in scripts without spaces
+MIN_REPETITIONS = 4
+MAX_LOOP_WORDS = 4  # in longer loops, a phrase of `PHRASE_WORDS` is repeated
+PHRASE_WORDS = 5
+LONG_TEXT_WORDS, MIN_DISTINCT_RATIO = 30, 0.35
+MIN_LANGUAGE_PROBABILITY = 0.8
+LANGUAGE_CHARACTERS = 200  # the language of a longer text is identified from its first characters
+# With a caption that 1 in 1,000 images has, a batch of 1,000 images contains on average one wrong negative.
+MAX_SHARED_FRACTION, MIN_SHARED_IMAGES = 0.001, 5
+OPENING_WORDS, MIN_OPENING_SHARE, MIN_OPENING_CAPTIONS, MAX_OPENINGS = 4, 0.05, 5, 20
+ROWS_PER_BATCH = 1000
+SAMPLE_SIZE = 1000  # number of images to which each caption is compared
+IMAGES_PER_BATCH = 64
+TIE = 1e-6  # cosine similarities that differ less are equal
+
+# Language names and their codes in py3langid.
+LANGUAGES = {
+    "arabic": "ar", "chinese": "zh", "czech": "cs", "danish": "da", "dutch": "nl", "english": "en", "finnish": "fi",
+    "french": "fr", "german": "de", "greek": "el", "hebrew": "he", "hindi": "hi", "hungarian": "hu", "italian": "it",
+    "japanese": "ja", "korean": "ko", "polish": "pl", "portuguese": "pt", "romanian": "ro", "russian": "ru",
+    "spanish": "es", "swedish": "sv", "thai": "th", "turkish": "tr", "ukrainian": "uk", "vietnamese": "vi",
+}  # fmt: skip
+
+# ---- patterns --------------------------------------------------------------------------------------------------------
+
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese and Chinese.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_LETTERS = rf"[^\W_{_UNSPACED}]+"
+# A word is a sequence of letters and digits, or a single character of a script without spaces.
+_WORD = re.compile(rf"[{_UNSPACED}]|{_LETTERS}(?:['’-]{_LETTERS})*")
+_UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
+
+_NOUN = "(?:image|photograph|photo|picture|snapshot|scene)"
+_VERB = "(?:shows|depicts|displays|features|captures|presents|portrays|contains|illustrates|showcases)"
+_OF = f"(?:of|showing|depicting|featuring|that {_VERB})"
+_ENGLISH_OPENINGS = (
+    # "Sure! Here is a caption for the image:"
+    r"(?:(?:sure|certainly|of course|okay|ok)\b[!,.:]* *)?here(?:'s| is| are)\b[^:.]{0,60}:",
+    # "The image shows", "This photo clearly depicts", "The picture is of", "The image is a photo of"
+    rf"(?:the|this) {_NOUN} (?:clearly |also )?(?:{_VERB}|is showing|is of|is (?:an?|the) {_NOUN} {_OF})\b",
+    # "This is a picture of", "It's an image showing", "A photo of"
+    rf"(?:(?:this|it|here) is|it's|here's) (?:an?|the) {_NOUN} {_OF}\b",
+    rf"an? (?:image|photograph|photo|snapshot) {_OF}\b",
+    # "In this picture, we can see", "In the image there is", "We can see"
+    rf"in (?:this|the) {_NOUN},? (?:(?:we|you|i|one) (?:can )?(?:see|observe)|there (?:is|are))\b",
+    rf"in this {_NOUN},",
+    r"(?:we|you|i|one) can (?:see|observe)\b",
+)
+_AFTER_OPENING = (
+    r"(?: of\b)?(?: what (?:appears|seems|looks) (?:to be|like)\b)?(?: that\b)?(?: there (?:is|are)\b)?[\s,]*"
+)
+# After an opening, these words do not begin a caption: "The image shows how a dog jumps".
+_INCOMPLETE = re.compile(r"(?:how|what|where|when|why|whether|of|and|or)\b|$", re.IGNORECASE)
+_CHINESE_IMAGE = "(?:图片|圖片|照片|图像|圖像|相片|画面|畫面|图|圖)"
+_OTHER_OPENINGS = (
+    # German
+    r"(?:das|dieses) (?:bild|foto) zeigt\b",
+    r"auf (?:dem|diesem) (?:bild|foto) ",
+    r"(?:das|dies|hier|es) ist ein (?:bild|foto) (?:von|einer|eines)\b",
+    # French
+    r"(?:l'image|la photo|cette image|cette photo) (?:montre|représente|présente)\b",
+    r"(?:sur|dans) (?:l'image|la photo|cette image|cette photo)\b",
+    r"c'est une (?:image|photo) (?:de |d')",
+    # Chinese
+    rf"在?[这這此该該]?[张張幅]?{_CHINESE_IMAGE}(?:中|里|裡|上|显示|顯示|展示|描绘|描繪|呈现|呈現)",
+    rf"[这這]是一[张張幅].{{0,12}}{_CHINESE_IMAGE}",
+)
+
+
+def _compile(patterns: Iterable[str], suffix: str = "") -> re.Pattern[str]:
+    return re.compile(f"(?:{'|'.join(patterns)}){suffix}", re.IGNORECASE)
+
+
+_ENGLISH_OPENING = _compile(_ENGLISH_OPENINGS, _AFTER_OPENING)
+_ANY_OPENING = _compile((*_ENGLISH_OPENINGS, *_OTHER_OPENINGS))
+
+
+# ---- checks of one text ----------------------------------------------------------------------------------------------
+
+
+def remove_opening(text: str) -> str:
+    """Remove an English boilerplate opening: "The image shows a dog" becomes "A dog".
+
+    An opening is not removed if the rest would not be a caption, as in "The image shows how a dog jumps".
+    """
+    for _ in range(3):  # "Sure! Here is a caption: The image shows a photo of a dog"
+        opening = _ENGLISH_OPENING.match(text.replace("’", "'"))
+        if opening is None:
+            break
+        rest = text[opening.end() :]
+        if _INCOMPLETE.match(rest):
+            break
+        text = rest[0].upper() + rest[1:] if text[0].isupper() else rest
+    return text
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words in a text. In scripts without spaces, each character counts as a word."""
+    return _WORD.findall(text)
+
+
+def normalize_words(words: Sequence[str]) -> str:
+    """Return a key that is the same for texts that differ only in case, punctuation and compatibility characters."""
+    return unicodedata.normalize("NFKC", " ".join(words)).casefold()
+
+
+def find_problem(text: str, kind: Kind) -> str | None:
+    """Return why a caption is rejected, or None. Its opening must have been removed if possible."""
+    if _ANY_OPENING.match(text.replace("’", "'")):
+        return BOILERPLATE
+    words = split_words(text)
+    if problem := _check_length(text, words, kind):
+        return problem
+    return REPETITION if _is_repetitive([word.casefold() for word in words]) else None
+
+
+def _check_length(text: str, words: Sequence[str], kind: Kind) -> str | None:
+    num_characters = len(_UNSPACED_CHARACTER.findall(text))
+    is_unspaced = 2 * num_characters > len(words)
+    if len(words) < (MIN_CHARACTERS if is_unspaced else MIN_WORDS):
+        return TOO_SHORT
+    if len(words) > MAX_WORDS[kind] * (CHARACTERS_PER_WORD if is_unspaced else 1):
+        return TOO_LONG
+    return None
+
+
+def _is_repetitive(words: Sequence[str]) -> bool:
+    """Return True for loops such as "a dog and a dog and a dog and a dog", and for long texts of few distinct words."""
+    for length in range(1, MAX_LOOP_WORDS + 1):
+        num_equal = 0  # number of consecutive words that are equal to the word `length` positions before
+        for word, earlier in zip(words[length:], words, strict=False):
+            num_equal = num_equal + 1 if word == earlier else 0
+            # The last word of the last repetition may be missing, as in "a dog and a dog and a dog and a dog".
+            if num_equal == length * (MIN_REPETITIONS - 1) - (length > 1):
+                return True
+    phrases = Counter(zip(*(words[start:] for start in range(PHRASE_WORDS)), strict=False))
+    if phrases and phrases.most_common(1)[0][1] >= MIN_REPETITIONS:
+        return True
+    return len(words) >= LONG_TEXT_WORDS and len(set(words)) < MIN_DISTINCT_RATIO * len(words)
+
+
+def identify_language(text: str) -> str | None:
+    """Return the code of a text's language, such as "en", or None if the text is too short to be sure.
+
+    Of 13,468 English captions of Flickr8k and COCO, none is taken for another language; of 6,548 German ones, one is.
+    """
+    language, probability = _load_identifier().classify(text[:LANGUAGE_CHARACTERS])
+    return str(language) if probability >= MIN_LANGUAGE_PROBABILITY else None
+
+
+@cache
+def _load_identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def find_language_code(language: str) -> str | None:
+    """Return the code of a language given by its English name or code, or None if it is unknown."""
+    name = language.strip().lower()
+    if name in LANGUAGES.values():
+        return name
+    return next((code for known, code in LANGUAGES.items() if known in name), None)
+
+
+# ---- checks of all texts ---------------------------------------------------------------------------------------------
+
+# position: index of the prompt; text_key, words_key: hashes of the text without its opening and of its normalised words
+_TEMPORARY_TABLE = """
+CREATE TEMP TABLE checks(
+  hash TEXT, position INTEGER, sample INTEGER, text_key INTEGER, words_key INTEGER, opening TEXT, language TEXT,
+  problem TEXT, PRIMARY KEY(hash, position, sample)
+) WITHOUT ROWID
+"""
+_MARK_LANGUAGE = "UPDATE temp.checks SET problem = ? WHERE position = ? AND problem IS NULL AND language <> ?"
+_MARK_DUPLICATES = """
+UPDATE temp.checks SET problem = duplicates.problem FROM (
+  SELECT hash, position, sample, CASE
+    WHEN row_number() OVER (PARTITION BY hash, text_key ORDER BY position, sample) > 1 THEN ?
+    WHEN row_number() OVER (PARTITION BY hash, words_key ORDER BY position, sample) > 1 THEN ?
+  END AS problem FROM temp.checks WHERE problem IS NULL
+) AS duplicates WHERE duplicates.problem IS NOT NULL AND checks.hash = duplicates.hash
+  AND checks.position = duplicates.position AND checks.sample = duplicates.sample
+"""
+_MARK_SHARED = """
+UPDATE temp.checks SET problem = ? WHERE problem IS NULL AND words_key IN (
+  SELECT words_key FROM temp.checks WHERE problem IS NULL GROUP BY words_key HAVING count(*) > ?)
+"""
+# A caption that an earlier --check rejected stays rejected.
+_STORE_PROBLEMS = """
+UPDATE answers SET problem = checks.problem FROM temp.checks
+WHERE answers.hash = checks.hash AND answers.sample = checks.sample AND answers.model = ? AND answers.prompt = ?
+  AND checks.position = ? AND answers.problem IS NOT checks.problem
+  AND NOT (answers.problem IS ? AND checks.problem IS NULL)
+"""
+
+
+@dataclass
+class TextChecks:
+    """Result of `check_captions`.
+
+    Attributes:
+        num_captions: Number of captions that were checked.
+        num_shortened: Number of captions from which an opening was removed.
+        problems: Number of captions with each problem.
+        openings: First words that more than `MIN_OPENING_SHARE` of the captions share, and their numbers of captions.
+        lengths: Number of captions with each number of words, for each kind of prompt.
+        languages: Expected language code of each prompt's captions, by prompt name. None if it is unknown.
+        max_images: A caption of more images than this fits many images.
+    """
+
+    num_captions: int = 0
+    num_shortened: int = 0
+    problems: Counter[str] = field(default_factory=Counter)
+    openings: list[tuple[str, int]] = field(default_factory=list)
+    lengths: dict[Kind, Counter[int]] = field(default_factory=dict)
+    languages: dict[str, str | None] = field(default_factory=dict)
+    max_images: int = 0
+
+
+def check_captions(
+    database: CaptionDatabase, model: str, prompts: Sequence[Prompt], language: str | None = None
+) -> TextChecks:
+    """Check the texts of a model's captions, and store the problem of each rejected caption in the database.
+
+    Args:
+        model: Name of the captioner, as stored in the database.
+        prompts: Prompts whose captions are checked. If two captions of an image are duplicates, the caption of the
+            earlier prompt is kept.
+        language: Expected language. Default: for each prompt, the language of most of its captions.
+    """
+    checks = TextChecks(max_images=max(MIN_SHARED_IMAGES, int(MAX_SHARED_FRACTION * database.count_images())))
+    with database.transaction():
+        database.connection.execute(_TEMPORARY_TABLE)
+        for position, prompt in enumerate(prompts):
+            for batch in _iterate_captions(database, model, prompt):
+                rows = [_check_answer(answer, position, prompt, checks) for answer in batch]
+                database.connection.executemany("INSERT INTO temp.checks VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        _compare_captions(database, prompts, language, checks)
+        for position, prompt in enumerate(prompts):
+            database.connection.execute(_STORE_PROBLEMS, (model, prompt.key, position, MISMATCH))
+        database.connection.execute("DROP TABLE temp.checks")
+    return checks
+
+
+def _compare_captions(
+    database: CaptionDatabase, prompts: Sequence[Prompt], language: str | None, checks: TextChecks
+) -> None:
+    """Compare the rows of the temporary table. Set their problems, and count them."""
+    db = database.connection
+    for position, prompt in enumerate(prompts):
+        code = find_language_code(language) if language else _find_main_language(database, position)
+        checks.languages[prompt.name] = code
+        if code is not None:
+            db.execute(_MARK_LANGUAGE, (WRONG_LANGUAGE, position, code))
+    db.execute(_MARK_DUPLICATES, (DUPLICATE, NEAR_DUPLICATE))
+    db.execute(_MARK_SHARED, (MANY_IMAGES, checks.max_images))
+    checks.openings = _find_common_openings(database, checks.num_captions)
+    counts = db.execute("SELECT problem, count(*) FROM temp.checks WHERE problem IS NOT NULL GROUP BY problem")
+    checks.problems.update(dict(counts))
+
+
+def _iterate_captions(database: CaptionDatabase, model: str, prompt: Prompt) -> Iterator[list[tuple[str, int, str]]]:
+    """Yield batches of a prompt's captions of the current images: hash, sample number and text."""
+    query = """SELECT hash, sample, text FROM answers
+      WHERE (hash, sample) > (?, ?) AND model = ? AND prompt = ? AND sample < ? AND text IS NOT NULL
+        AND EXISTS (SELECT 1 FROM images WHERE images.hash = answers.hash)
+      ORDER BY hash, sample LIMIT ?"""
+    last: tuple[str, int] = ("", -1)
+    while True:
+        parameters = (*last, model, prompt.key, prompt.samples, ROWS_PER_BATCH)
+        rows = database.connection.execute(query, parameters).fetchall()
+        if not rows:
+            break
+        yield rows
+        last = rows[-1][:2]
+
+
+def _check_answer(
+    answer: tuple[str, int, str], position: int, prompt: Prompt, checks: TextChecks
+) -> tuple[str, int, int, int, int, str, str | None, str | None]:
+    """Check a text and count it. Return the row of the temporary table."""
+    image_hash, sample, text = answer
+    shortened = remove_opening(text)
+    words = split_words(shortened)
+    problem = find_problem(shortened, prompt.kind)
+    checks.num_captions += 1
+    checks.num_shortened += shortened != text
+    checks.lengths.setdefault(prompt.kind, Counter())[len(words)] += 1
+    opening = " ".join(split_words(text.lower())[:OPENING_WORDS])
+    language = None if problem else identify_language(shortened)
+    text_key, words_key = make_text_key(shortened), make_text_key(normalize_words(words))
+    return image_hash, position, sample, text_key, words_key, opening, language, problem
+
+
+def _find_main_language(database: CaptionDatabase, position: int) -> str | None:
+    """Return the language of more than half of a prompt's captions whose language is known, or None."""
+    query = "SELECT language, count(*) FROM temp.checks WHERE position = ? AND language IS NOT NULL GROUP BY language"
+    counts = Counter(dict(database.connection.execute(query, (position,))))
+    code, count = counts.most_common(1)[0] if counts else (None, 0)
+    return code if 2 * count > counts.total() else None
+
+
+def _find_common_openings(database: CaptionDatabase, num_captions: int) -> list[tuple[str, int]]:
+    min_count = max(MIN_OPENING_CAPTIONS, int(MIN_OPENING_SHARE * num_captions) + 1)
+    query = """SELECT opening, count(*) AS number FROM temp.checks WHERE opening LIKE ? GROUP BY opening
+      HAVING number >= ? ORDER BY number DESC, opening LIMIT ?"""
+    complete = "% " * (OPENING_WORDS - 1) + "%"  # without shorter texts
+    return list(database.connection.execute(query, (complete, min_count, MAX_OPENINGS)))
+
+
+# ---- comparison with the images --------------------------------------------------------------------------------------
+
+
+@dataclass
+class ScoredCaptions:
+    """Result of `score_captions`.
+
+    Attributes:
+        num_captions: Number of captions that were compared with their images.
+        num_rejected: Number of captions whose rank is greater than `max_rank`.
+        sample_size: Number of images to which each caption was compared.
+        unreadable: Images that could not be decoded, and why. Their captions are not scored.
+    """
+
+    num_captions: int = 0
+    num_rejected: int = 0
+    sample_size: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
+def score_captions(
+    database: CaptionDatabase,
+    model: str,
+    prompts: Sequence[Prompt],
+    encoder: DualEncoder,
+    max_rank: float,
+) -> ScoredCaptions:
+    """Compare the captions without other problems with their images, and reject those that fit other images better.
+
+    The score of a caption is the cosine similarity with its image. The rank is the fraction of a sample of other images
+    that match the caption better, between 0 and 1. Equal similarities count half. A random caption has a mean rank of
+    0.5, with any encoder, so `max_rank` does not depend on the encoder, unlike a threshold of the score.
+
+    Args:
+        model: Name of the captioner, as stored in the database.
+        encoder: Dual encoder with which captions and images are compared.
+        max_rank: Captions with a greater rank are rejected.
+    """
+    result = ScoredCaptions()
+    sample_hashes, sample = _encode_sample(database, encoder, result)
+    result.sample_size = len(sample_hashes)
+    keys = [prompt.key for prompt in prompts]
+    with ProgressBar(total=database.count_images(), desc="checking", unit="image") as bar:
+        for rows in _iterate_distinct_images(database):
+            hashes, embeddings = _encode_images(database, rows, encoder, result)
+            answers = [_list_scorable(database, image_hash, model, keys) for image_hash in hashes]
+            num_answers = torch.tensor([len(group) for group in answers])
+            owners = torch.arange(len(hashes)).repeat_interleave(num_answers)
+            flat_answers = [answer for group in answers for answer in group]
+            if flat_answers:
+                texts = encoder.encode_texts([remove_opening(answer.text or "") for answer in flat_answers])
+                is_own = torch.tensor([[hashes[owner] == other for other in sample_hashes] for owner in owners])
+                scores, ranks = rank_captions(texts, embeddings[owners], sample, is_own)
+                _store_scores(database, flat_answers, scores, ranks, max_rank=max_rank, result=result)
+            bar.update(len(rows))
+    return result
+
+
+def rank_captions(texts: Tensor, images: Tensor, sample: Tensor, is_own: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the score and the rank of each caption.
+
+    Args:
+        texts: Embeddings of N captions, of shape (N, D).
+        images: Embedding of each caption's image, of shape (N, D).
+        sample: Embeddings of S images, of shape (S, D).
+        is_own: True where an image of the sample is the caption's own image, of shape (N, S). It is not counted.
+
+    Returns:
+        The cosine similarities, and the fractions of other images that match better, both of shape (N,). The rank is
+        0 if there are no other images.
+    """
+    scores = (texts * images).sum(1)
+    differences = texts @ sample.T - scores[:, None]  # (N, S)
+    is_better, is_equal = differences > TIE, differences.abs() <= TIE
+    num_better = ((is_better + 0.5 * is_equal) * ~is_own).sum(1)
+    num_others = (~is_own).sum(1)
+    return scores, num_better / num_others.clamp(min=1)
+
+
+def _iterate_distinct_images(database: CaptionDatabase) -> Iterator[list[ImageRow]]:
+    """Yield batches of images, each image once."""
+    batch: list[ImageRow] = []
+    for row in database.iterate_images():
+        if database.find_first_number(row.hash) == row.number:
+            batch.append(row)
+        if len(batch) == IMAGES_PER_BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _encode_sample(database: CaptionDatabase, encoder: DualEncoder, result: ScoredCaptions) -> tuple[list[str], Tensor]:
+    """Return the hashes and embeddings of a random sample of the images.
+
+    The sample consists of the smallest hashes, so it hardly changes when images are added.
+    """
+    query = "SELECT min(number) FROM images GROUP BY hash ORDER BY hash LIMIT ?"
+    numbers = [number for (number,) in database.connection.execute(query, (SAMPLE_SIZE + 1,))]
+    rows = [database.read_image(number) for number in numbers]
+    return _encode_images(database, rows, encoder, result)
+
+
+def _encode_images(
+    database: CaptionDatabase, rows: Sequence[ImageRow], encoder: DualEncoder, result: ScoredCaptions
+) -> tuple[list[str], Tensor]:
+    """Return the hashes and embeddings of all images that can be decoded."""
+    refs = [find_image_file(database, row) for row in rows]
+    hashes: list[str] = []
+    embeddings = [torch.empty(0, encoder.embed_dim)]
+    for indices, images, failures in iter_image_batches(refs, encoder.transform, IMAGES_PER_BATCH):
+        hashes += [rows[index].hash for index in indices]
+        if images:
+            embeddings.append(encoder.encode_images(images))
+        for index, error in failures.items():
+            result.unreadable[str(refs[index])] = error
+    return hashes, torch.cat(embeddings)
+
+
+def find_image_file(database: CaptionDatabase, row: ImageRow) -> FileImage:
+    """Return the image file of a record. Relative paths are relative to the folder of the output."""
+    return FileImage(str(Path(database.file).absolute().parent / row.record["image"]))
+
+
+def _list_scorable(
+    database: CaptionDatabase, image_hash: str, model: str, prompts: Sequence[str]
+) -> list[StoredAnswer]:
+    """Return an image's captions that have no problem, or that only an earlier comparison has rejected."""
+    answers = database.list_answers(image_hash, model, prompts)
+    return [answer for answer in answers if answer.text is not None and answer.problem in (None, MISMATCH)]
+
+
+def _store_scores(
+    database: CaptionDatabase,
+    answers: Sequence[StoredAnswer],
+    scores: Tensor,
+    ranks: Tensor,
+    *,
+    max_rank: float,
+    result: ScoredCaptions,
+) -> None:
+    checks: list[tuple[AnswerKey, str | None, float | None, float | None]] = []
+    for answer, score, rank in zip(answers, scores.tolist(), ranks.tolist(), strict=True):
+        problem = MISMATCH if rank > max_rank else None
+        checks.append((answer.key, problem, score, rank))
+        result.num_rejected += problem is not None
+    result.num_captions += len(checks)
+    database.update_checks(checks)

@@ -1,0 +1,261 @@
+"""Database of a captioning run: the images of the sources and the model's answers, in one SQLite file.
+
+The database makes runs resumable: an answer is committed as soon as it arrives, and a stored answer is never asked for
+again. Images are identified by the SHA-256 hash of their bytes, so moved and duplicate images are not asked for again.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BUSY_TIMEOUT = 60  # seconds to wait for another rank's transaction
+FORMAT = 1
+SCHEMA = """
+CREATE TABLE images(number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, hash TEXT NOT NULL, record TEXT NOT NULL);
+CREATE INDEX images_by_hash ON images(hash, number);
+CREATE TABLE answers(
+  hash TEXT NOT NULL, prompt TEXT NOT NULL, sample INTEGER NOT NULL, model TEXT NOT NULL,
+  text TEXT, error TEXT, temperature REAL NOT NULL, date TEXT NOT NULL,
+  input_tokens INTEGER NOT NULL DEFAULT 0, output_tokens INTEGER NOT NULL DEFAULT 0,
+  problem TEXT, score REAL, rank REAL,
+  PRIMARY KEY(hash, prompt, sample, model)
+) WITHOUT ROWID;
+"""
+_ANSWER_COLUMNS = (
+    "hash, prompt, sample, model, text, error, temperature, date, input_tokens, output_tokens, problem, score, rank"
+)
+# The tokens of earlier failed attempts are added, because they have been paid for.
+_ADD_ANSWER = f"""
+INSERT INTO answers({_ANSWER_COLUMNS}) VALUES ({", ".join("?" * 13)})
+ON CONFLICT DO UPDATE SET text = excluded.text, error = excluded.error, temperature = excluded.temperature,
+  date = excluded.date, input_tokens = input_tokens + excluded.input_tokens,
+  output_tokens = output_tokens + excluded.output_tokens, problem = NULL, score = NULL, rank = NULL
+"""
+
+
+class AnswerKey(NamedTuple):
+    """Primary key of an answer: image hash, `Prompt.key`, sample number (from 0) and the model's name."""
+
+    hash: str
+    prompt: str
+    sample: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAnswer:
+    """A row of the table `answers`.
+
+    Attributes:
+        text: The caption, or None if the request failed.
+        error: Why there is no caption, or None.
+        date: UTC date of the answer, such as 2026-11-29.
+        problem: Why quality control rejects the caption, or None.
+        score: Cosine similarity of the caption and its image in the model of `--check`.
+        rank: Fraction of other images that match the caption better in the model of `--check`, from 0 to 1.
+    """
+
+    hash: str
+    prompt: str
+    sample: int
+    model: str
+    text: str | None
+    error: str | None
+    temperature: float
+    date: str
+    input_tokens: int = 0
+    output_tokens: int = 0
+    problem: str | None = None
+    score: float | None = None
+    rank: float | None = None
+
+    @property
+    def key(self) -> AnswerKey:
+        return AnswerKey(self.hash, self.prompt, self.sample, self.model)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRow:
+    """A row of the table `images`: a record of the sources.
+
+    Attributes:
+        number: Position of the record in the sources, from 0.
+        key: Identifies the image reference in its source.
+        hash: SHA-256 of the image's bytes.
+        record: The record without generated captions, as written to the output. Its `image` is relative to the folder
+            of the output, or absolute.
+    """
+
+    number: int
+    key: str
+    hash: str
+    record: dict[str, Any]
+
+
+class CaptionDatabase:
+    """SQLite database beside the output. Each thread must open its own instance or hold a lock.
+
+    Args:
+        file: Database file. It is created if it does not exist.
+
+    Raises:
+        ValueError: The file has an unknown format.
+        OSError: The file cannot be opened or is not a database.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        self.file = Path(file)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self._convert_errors():
+            self.connection = sqlite3.connect(
+                self.file, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+            )
+            self.connection.execute("PRAGMA journal_mode = WAL")
+            self.connection.execute("PRAGMA synchronous = NORMAL")
+            ((version,),) = self.connection.execute("PRAGMA user_version")
+            if version == 0:
+                self.connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
+        if version not in (0, FORMAT):
+            self.close()
+            raise ValueError(f"{self.file} has format {version}, not {FORMAT}. Use another --out, or delete this file")
+
+    def close(self) -> None:
+        self.connection.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commit all changes in the `with` block together, or none of them if it raises an exception."""
+        with self._convert_errors():
+            self.connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self.connection.execute("ROLLBACK")
+                raise
+            self.connection.execute("COMMIT")
+
+    # ---- images
+
+    def replace_images(self, rows: Iterable[ImageRow]) -> None:
+        """Replace all rows of the table `images` in one transaction.
+
+        The captions of records with the same key are merged into the first of these records.
+        """
+        with self.transaction():
+            self.connection.execute("DELETE FROM images")
+            for row in rows:
+                earlier = self.find_image(row.key)
+                if earlier is not None:
+                    record = json.dumps(_merge_records(earlier.record, row.record))
+                    self.connection.execute("UPDATE images SET record = ? WHERE number = ?", (record, earlier.number))
+                else:
+                    values = (row.number, row.key, row.hash, json.dumps(row.record))
+                    self.connection.execute("INSERT INTO images VALUES (?, ?, ?, ?)", values)
+
+    def find_image(self, key: str) -> ImageRow | None:
+        """Return the image with this key, or None."""
+        row = self.connection.execute("SELECT number, key, hash, record FROM images WHERE key = ?", (key,)).fetchone()
+        return None if row is None else _to_image_row(row)
+
+    def read_image(self, number: int) -> ImageRow:
+        """Return the record with this number."""
+        row = self.connection.execute(
+            "SELECT number, key, hash, record FROM images WHERE number = ?", (number,)
+        ).fetchone()
+        return _to_image_row(row)
+
+    def find_first_number(self, image_hash: str) -> int:
+        """Return the number of the first record with this image."""
+        ((number,),) = self.connection.execute("SELECT min(number) FROM images WHERE hash = ?", (image_hash,))
+        return int(number)
+
+    def count_rows(self) -> int:
+        """Return the number after the highest row number."""
+        ((count,),) = self.connection.execute("SELECT coalesce(max(number) + 1, 0) FROM images")
+        return int(count)
+
+    def count_images(self) -> int:
+        """Return the number of distinct images."""
+        ((count,),) = self.connection.execute("SELECT count(DISTINCT hash) FROM images")
+        return int(count)
+
+    def iterate_images(self) -> Iterator[ImageRow]:
+        """Yield all records in the order of the sources. The database may be changed meanwhile."""
+        last = -1
+        query = "SELECT number, key, hash, record FROM images WHERE number > ? ORDER BY number LIMIT 1000"
+        while rows := self.connection.execute(query, (last,)).fetchall():
+            yield from map(_to_image_row, rows)
+            last = rows[-1][0]
+
+    # ---- answers
+
+    def add_answers(self, answers: Sequence[StoredAnswer]) -> None:
+        """Store answers in one transaction. An answer replaces a failed one with the same key."""
+        with self.transaction():
+            self.connection.executemany(_ADD_ANSWER, [_to_values(answer) for answer in answers])
+
+    def list_answers(self, image_hash: str, model: str, prompts: Sequence[str]) -> list[StoredAnswer]:
+        """Return the answers of a model for an image, including failed ones, in the order of the prompts.
+
+        Args:
+            prompts: Keys of the prompts.
+        """
+        query = f"SELECT {_ANSWER_COLUMNS} FROM answers WHERE hash = ? AND prompt = ? AND model = ? ORDER BY sample"
+        answers = []
+        for prompt in prompts:
+            answers += [StoredAnswer(*row) for row in self.connection.execute(query, (image_hash, prompt, model))]
+        return answers
+
+    def count_captions(self, model: str, prompt: str, samples: int) -> int:
+        """Return the number of captions of the current images for a prompt's key, without failed requests."""
+        query = """SELECT count(*) FROM answers WHERE model = ? AND prompt = ? AND sample < ? AND error IS NULL
+          AND hash IN (SELECT hash FROM images)"""
+        ((count,),) = self.connection.execute(query, (model, prompt, samples))
+        return int(count)
+
+    def count_tokens(self, model: str) -> tuple[int, int]:
+        """Return the number of input and output tokens of all answers of a model."""
+        query = "SELECT coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0) FROM answers WHERE model = ?"
+        ((input_tokens, output_tokens),) = self.connection.execute(query, (model,))
+        return int(input_tokens), int(output_tokens)
+
+    def update_checks(self, checks: Iterable[tuple[AnswerKey, str | None, float | None, float | None]]) -> None:
+        """Set the problem, score and rank of answers, in one transaction.
+
+        Args:
+            checks: Tuples of an answer's key, its problem, its score and its rank.
+        """
+        query = """UPDATE answers SET problem = ?, score = ?, rank = ?
+          WHERE hash = ? AND prompt = ? AND sample = ? AND model = ?"""
+        with self.transaction():
+            self.connection.executemany(query, ((problem, score, rank, *key) for key, problem, score, rank in checks))
+
+    @contextmanager
+    def _convert_errors(self) -> Iterator[None]:
+        """Convert SQLite errors, such as a full disk or a corrupt file, to OSErrors that name the file."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise OSError(f"{self.file}: {error}") from error
+
+
+def _to_image_row(row: tuple[int, str, str, str]) -> ImageRow:
+    return ImageRow(*row[:3], json.loads(row[3]))
+
+
+def _to_values(answer: StoredAnswer) -> tuple[Any, ...]:
+    return tuple(getattr(answer, name) for name in _ANSWER_COLUMNS.split(", "))
+
+
+def _merge_records(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Return the first record with the texts of both records."""
+    texts = {
+        name: list(dict.fromkeys([*first.get(name, []), *values]))
+        for name, values in second.items()
+        if isinstance(values, list)
+    }
+    return first | texts

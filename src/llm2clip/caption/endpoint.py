@@ -1,0 +1,335 @@
+"""Captions from a server with OpenAI's chat API, such as vLLM, llama.cpp, Ollama, LM Studio or a hosted one."""
+
+import base64
+import email.utils
+import ipaddress
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+from torch import Tensor
+from torchvision.io import encode_jpeg
+
+from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError, clean_answer
+from llm2clip.io_utils import escape_control_characters
+
+KEY_VARIABLE = "LLM2CLIP_API_KEY"
+CONNECT_TIMEOUT = 10.0  # seconds
+MAX_RESPONSE_BYTES = 1_000_000
+MAX_MESSAGE_CHARACTERS = 300  # of a server's error message
+MAX_FAILURES_IN_A_ROW = 20  # after as many failed requests without a success, the server is assumed to be down
+MAX_RETRY_AFTER = 300.0  # seconds
+FIRST_DELAY, MAX_DELAY = 1.0, 60.0  # seconds before the second attempt and before later ones
+RETRIED_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
+SETTINGS_STATUSES = frozenset({401, 403, 404})  # the key, the URL or the name of the model is wrong
+JPEG_QUALITY = 90
+
+
+class EndpointError(ValueError):
+    """No request to the server can succeed, for example because the key is wrong."""
+
+
+class _RequestError(Exception):
+    """A request failed.
+
+    Attributes:
+        status: HTTP status, or None if there was no valid response.
+        retry: True if another attempt could succeed.
+        retry_after: Delay in seconds that the server asks for, or None.
+    """
+
+    def __init__(
+        self, message: str, status: int | None = None, retry: bool = True, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.retry, self.retry_after = status, retry, retry_after
+
+
+class EndpointCaptioner:
+    """Captioner that sends images to a server with OpenAI's chat API.
+
+    Redirects are not followed, so images are sent only to this server. The API key is read from the environment
+    variable LLM2CLIP_API_KEY.
+
+    Args:
+        endpoint: Base URL such as http://localhost:8000/v1. Requests are sent to URL/chat/completions.
+        model: Name of the model on the server.
+        concurrency: Number of requests at the same time.
+        max_requests_per_minute: Limit on the number of requests per minute, including retries.
+        retries: Number of further attempts after a failed request.
+        timeout: Maximum time for a response, in seconds.
+
+    Raises:
+        ValueError: The URL is not valid, or the key contains characters that are not allowed in a header.
+    """
+
+    batch_size = 1
+
+    def __init__(
+        self,
+        endpoint: str,
+        model: str,
+        concurrency: int = 8,
+        max_requests_per_minute: float | None = None,
+        retries: int = 6,
+        timeout: float = 300.0,
+    ) -> None:
+        self.name, self.workers = model, concurrency
+        self.url = _parse_endpoint(endpoint)
+        self.retries, self.timeout = retries, timeout
+        self.is_loopback = _is_loopback(self.url.host)
+        self._stopped = threading.Event()
+        self._schedule = _Schedule(max_requests_per_minute)
+        self._lock = threading.Lock()
+        self._failures_in_a_row = 0
+        self._has_succeeded = self.worked_before = False
+        self._max_tokens_field = "max_tokens"
+        self._client = httpx.Client(
+            follow_redirects=False,
+            timeout=httpx.Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout)),
+            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            headers=_build_headers(),
+            trust_env=not self.is_loopback,  # a proxy is not used for a server on this machine
+        )
+
+    def describe(self) -> list[str]:
+        """Return lines that say where images are sent, and a warning if the connection is not encrypted."""
+        lines = [f"Images are sent to {self.url.scheme}://{self.url.netloc.decode()} (model {self.name})."]
+        if self.url.scheme == "http" and not self.is_loopback:
+            lines.append(
+                "Warning: the connection is not encrypted, so others on the network can see the images and the key. "
+                "Use https:// if the server supports it."
+            )
+        return lines
+
+    def prepare(self, image: Tensor) -> str:
+        """Return a uint8 image of shape (3, H, W) as a JPEG in a data URI."""
+        data = encode_jpeg(image.contiguous(), quality=JPEG_QUALITY).numpy().tobytes()
+        return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def close(self) -> None:
+        self._client.close()
+
+    def ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
+        return [self._ask_with_retries(request) for request in requests]
+
+    def _ask_with_retries(self, request: CaptionRequest) -> Answer:
+        attempt = 0
+        while True:
+            self._schedule.wait(self._stopped)
+            try:
+                text, truncated, input_tokens, output_tokens = self._send(request)
+            except _RequestError as error:
+                if error.status == 400 and self._switch_max_tokens_field(str(error)):
+                    continue
+                if not error.retry or attempt == self.retries:
+                    return self._fail(error)
+                self._wait_before_retry(attempt, error)
+                attempt += 1
+                continue
+            with self._lock:
+                self._failures_in_a_row, self._has_succeeded = 0, True
+            return clean_answer(text, truncated, input_tokens, output_tokens)
+
+    def _fail(self, error: _RequestError) -> Answer:
+        """Return a failed request's answer. Raise EndpointError if the requests of all images fail."""
+        is_rejected = error.status is not None and 300 <= error.status < 500 and not error.retry
+        with self._lock:
+            is_first = not self._has_succeeded and (not self.worked_before or error.status in SETTINGS_STATUSES)
+            if is_rejected and is_first:
+                raise EndpointError(f"{self.url}: {error}{_advise(error.status)}")
+            if not is_rejected or error.status in SETTINGS_STATUSES:
+                self._failures_in_a_row += 1
+            if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+                raise EndpointError(f"{self.url}: the last {self._failures_in_a_row} requests failed. {error}")
+        return Answer(None, str(error))
+
+    def _wait_before_retry(self, attempt: int, error: _RequestError) -> None:
+        delay = min(MAX_DELAY, FIRST_DELAY * 2**attempt) * random.uniform(0.5, 1)
+        if error.retry_after is not None:
+            delay = max(delay, error.retry_after)
+            self._schedule.pause(error.retry_after)  # for all requests
+        if self._stopped.wait(delay):
+            raise StoppedError
+
+    def _switch_max_tokens_field(self, message: str) -> bool:
+        """Return True if the server wants the newer name of the field max_tokens, which is used from now on."""
+        if self._max_tokens_field != "max_tokens" or "max_completion_tokens" not in message:
+            return False
+        self._max_tokens_field = "max_completion_tokens"
+        return True
+
+    def _send(self, request: CaptionRequest) -> tuple[str, bool, int, int]:
+        """Send a request once. Return the text, True if it is truncated, and the numbers of tokens."""
+        # The image comes first, so that servers can reuse it for the next prompt.
+        content = [
+            {"type": "image_url", "image_url": {"url": request.image}},
+            {"type": "text", "text": request.text},
+        ]
+        body = {
+            "model": self.name,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": request.prompt.temperature,
+            self._max_tokens_field: request.prompt.max_tokens,
+        }
+        deadline = time.monotonic() + self.timeout
+        try:
+            with self._client.stream("POST", self.url, json=body) as response:
+                data = _read_limited(response, deadline)
+        except httpx.TimeoutException as error:
+            raise _RequestError(f"no response within {self.timeout:g} seconds ({type(error).__name__})") from error
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            raise _RequestError(f"the connection failed: {_shorten(str(error)) or type(error).__name__}") from error
+        status = response.status_code
+        if status != 200:
+            message = _describe_status(response, data)
+            raise _RequestError(message, status, status in RETRIED_STATUSES, _parse_retry_after(response))
+        return _parse_response(data)
+
+
+class _Schedule:
+    """Start times of requests: at most N per minute, and none during a pause that the server has asked for."""
+
+    def __init__(self, max_per_minute: float | None) -> None:
+        self._interval = 60 / max_per_minute if max_per_minute else 0.0
+        self._lock = threading.Lock()
+        self._next = 0.0
+
+    def wait(self, stopped: threading.Event) -> None:
+        """Wait until the next request may start. Raise StoppedError if the run is stopped."""
+        with self._lock:
+            start = max(time.monotonic(), self._next)
+            self._next = start + self._interval
+        if stopped.wait(max(0.0, start - time.monotonic())):
+            raise StoppedError
+
+    def pause(self, seconds: float) -> None:
+        with self._lock:
+            self._next = max(self._next, time.monotonic() + seconds)
+
+
+def _parse_endpoint(endpoint: str) -> httpx.URL:
+    """Return the URL for chat requests."""
+    try:
+        url = httpx.URL(endpoint.strip())
+    except httpx.InvalidURL as error:
+        raise ValueError(f"--endpoint is not a valid URL ({error})") from error
+    if url.userinfo or url.query or url.fragment:  # the URL is printed, so it must not contain a key
+        raise ValueError(
+            f"--endpoint must not contain a user name, a password or a query. Put the key in the environment variable "
+            f"{KEY_VARIABLE}"
+        )
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError(f"--endpoint must be of the form http://HOST:PORT/v1 or https://HOST/v1 (got {endpoint})")
+    path = url.path.rstrip("/").removesuffix("/chat/completions")
+    return url.copy_with(path=f"{path}/chat/completions")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def _build_headers() -> dict[str, str]:
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not key:
+        return {}
+    if not key.isascii() or not key.isprintable():
+        raise ValueError(f"the environment variable {KEY_VARIABLE} contains characters that are not allowed in a key")
+    return {"Authorization": f"Bearer {key}"}
+
+
+def _read_limited(response: httpx.Response, deadline: float) -> bytes:
+    """Return a response's body. Raise _RequestError if it is too large or takes too long."""
+    data = bytearray()
+    for chunk in response.iter_bytes(65536):
+        data += chunk
+        if len(data) > MAX_RESPONSE_BYTES:
+            raise _RequestError(f"the response is larger than {MAX_RESPONSE_BYTES:,} bytes")
+        if time.monotonic() > deadline:
+            raise _RequestError("the response took too long")
+    return bytes(data)
+
+
+def _parse_response(data: bytes) -> tuple[str, bool, int, int]:
+    """Return the text in a response, True if it is truncated, and the numbers of input and output tokens."""
+    try:
+        response = json.loads(data)
+        choice = response["choices"][0]
+        message = choice["message"]
+        content = message.get("content")
+        if isinstance(content, list):  # parts of a message
+            content = "".join(part.get("text") or "" for part in content)
+        text = content or message.get("refusal") or ""
+        if not isinstance(text, str):
+            raise TypeError(f"the content is of type {type(text).__name__}")
+        usage = response.get("usage") or {}
+        tokens = [_to_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        excerpt = _shorten(data[:MAX_MESSAGE_CHARACTERS].decode(errors="replace"))
+        raise _RequestError(f"the response is not a chat completion ({type(error).__name__}): {excerpt}") from error
+    return text, choice.get("finish_reason") == "length", tokens[0], tokens[1]
+
+
+def _to_count(value: Any) -> int:
+    return min(value, 1 << 40) if type(value) is int and value > 0 else 0
+
+
+def _describe_status(response: httpx.Response, data: bytes) -> str:
+    """Return an error response's status and message."""
+    status = f"HTTP {response.status_code}"
+    if 300 <= response.status_code < 400:
+        location = _shorten(response.headers.get("location", ""))
+        return f"{status}: the server redirects to {location}. Redirects are not followed"
+    text = data.decode(errors="replace")
+    try:
+        error = json.loads(text)["error"]
+        text = str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass  # not in OpenAI's format
+    return f"{status}: {_shorten(text) or response.reason_phrase}"
+
+
+def _shorten(text: str) -> str:
+    """Return a server's message without control characters and the key, truncated."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if key:
+        text = text.replace(key, "[key]")
+    text = escape_control_characters(" ".join(text.split())).encode(errors="replace").decode()
+    return text if len(text) <= MAX_MESSAGE_CHARACTERS else f"{text[:MAX_MESSAGE_CHARACTERS]}..."
+
+
+def _parse_retry_after(response: httpx.Response) -> float | None:
+    """Return the delay in a Retry-After header, which contains seconds or a date, or None if there is none."""
+    value = response.headers.get("retry-after", "").strip()
+    if not value:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return None
+    return min(MAX_RETRY_AFTER, seconds) if seconds > 0 else None
+
+
+def _advise(status: int | None) -> str:
+    """Return advice for a rejected first request."""
+    if status in (401, 403):
+        return f". Put the server's key in the environment variable {KEY_VARIABLE}"
+    if status == 404:
+        return ". Check --model, and that --endpoint ends with /v1 if the server needs it"
+    if status is not None and status < 400:
+        return ". If you trust this address, pass it as --endpoint"
+    return ""

@@ -1,0 +1,205 @@
+"""Command that writes captions for images with a multimodal model: `llm2clip caption`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+
+from llm2clip.cli.checks import check_sources, resolve_model
+from llm2clip.cli.commands import Commands, add_reading_arguments, format_command
+from llm2clip.runs.output_folder import CAPTIONS_FILE, CONFIG_FILE
+
+if TYPE_CHECKING:
+    from llm2clip.caption.answers import Captioner
+    from llm2clip.caption.run import CaptionSummary
+
+
+def add_commands(commands: Commands) -> None:
+    """Add this module's command."""
+    parser = commands.add(
+        "caption", _caption, "Let a multimodal model write captions for images. Run the command again to resume."
+    )
+    parser.add_argument("data", nargs="+", type=str, help="Image sources, with or without captions.")
+    parser.add_argument("--out", type=str, required=True, help="JSON Lines file with the captions to write.")
+    parser.add_argument(
+        "--model",
+        type=str,
+        required=True,
+        help="Name of the model on the server in --endpoint. Without --endpoint: folder or hub id of an "
+        "image-text-to-text model of transformers, which runs in this process.",
+    )
+    parser.add_argument(
+        "--endpoint",
+        type=str,
+        help="URL of a server with OpenAI's chat API, such as http://localhost:8000/v1. The images are sent to it. Its "
+        "key is read from the environment variable LLM2CLIP_API_KEY.",
+    )
+    parser.add_argument(
+        "--prompts", type=str, help="YAML file with prompts. Default: two short captions and a dense one per image."
+    )
+    parser.add_argument("--language", type=str, help='Language of the captions, such as "German".')
+    parser.add_argument(
+        "--use_captions",
+        action="store_true",
+        help="Give the first caption of each image in the source to the model, in prompts that contain {caption}.",
+    )
+    parser.add_argument(
+        "--image_size", type=PositiveInt, default=768, help="Shrink images to at most this size, in pixels per side."
+    )
+    parser.add_argument(
+        "--batch_size", type=PositiveInt, default=8, help="Number of images per batch. Not used with --endpoint."
+    )
+    parser.add_argument(
+        "--concurrency", type=PositiveInt, default=8, help="Number of requests to the server at the same time."
+    )
+    parser.add_argument(
+        "--max_requests_per_minute", type=PositiveFloat, help="Limit on requests to the server. Default: no limit."
+    )
+    parser.add_argument(
+        "--retries", type=NonNegativeInt, default=6, help="Number of further attempts after a failed request."
+    )
+    parser.add_argument(
+        "--timeout", type=PositiveFloat, default=300.0, help="Maximum time for an answer of the server, in seconds."
+    )
+    parser.add_argument(
+        "--price",
+        nargs=2,
+        type=float,
+        metavar=("INPUT", "OUTPUT"),
+        help="Price of a million input tokens and of a million output tokens, to show the cost.",
+    )
+    parser.add_argument(
+        "--max_cost",
+        type=PositiveFloat,
+        help="Stop when all answers in the database of OUT have cost this amount. Requires --price. Requests that have "
+        "already been sent can exceed it.",
+    )
+    parser.add_argument(
+        "--check",
+        type=str,
+        help="Dual encoder that compares each caption with its image: an llm2clip model, or any other model that "
+        "`evaluate` accepts. Default: only the texts are checked.",
+    )
+    parser.add_argument(
+        "--check_max_rank",
+        type=float,
+        default=0.25,
+        help="Reject captions that more than this fraction of other images match better than their own image.",
+    )
+    add_reading_arguments(parser)
+
+
+def _caption(args: Namespace) -> list[str]:
+    check_sources(args.data)
+    if args.max_cost is not None and args.price is None:
+        raise ValueError("--max_cost requires --price INPUT OUTPUT")
+    if args.price is not None and min(args.price) < 0:
+        raise ValueError(f"--price must be two numbers of at least 0 (got {args.price[0]:g} {args.price[1]:g})")
+    if not 0 <= args.check_max_rank <= 1:
+        raise ValueError(f"--check_max_rank must be between 0 and 1 (got {args.check_max_rank:g})")
+    from llm2clip.caption.prompts import load_prompts
+    from llm2clip.caption.run import CaptionOutput, CaptionSettings, caption_images
+    from llm2clip.models.dual_encoder import open_dual_encoder
+    from llm2clip.runs.ranks import process_state
+
+    out = Path(args.out).expanduser()
+    CaptionOutput(out).check()
+    prompts = load_prompts(args.prompts, args.language, args.use_captions)
+    settings = CaptionSettings(
+        columns=args.columns,
+        max_skipped=args.max_skipped,
+        use_captions=args.use_captions,
+        image_size=args.image_size,
+        max_cost=args.max_cost,
+        price=None if args.price is None else (args.price[0], args.price[1]),
+        language=args.language,
+        max_rank=args.check_max_rank,
+    )
+    encoder = open_dual_encoder(args.check, process_state().device) if args.check else None
+    summary = caption_images(args.data, out, _open_captioner(args), prompts, settings, encoder)
+    return [*_format_summary(summary, out), f"Next: {format_command('fit', out, '--out', 'RUN')}"]
+
+
+def _open_captioner(args: Namespace) -> Captioner:
+    if args.endpoint is None:
+        return _open_local(args.model, args.batch_size)
+    from llm2clip.caption.endpoint import EndpointCaptioner
+    from llm2clip.runs.ranks import print_once
+
+    captioner = EndpointCaptioner(
+        args.endpoint,
+        args.model,
+        concurrency=args.concurrency,
+        max_requests_per_minute=args.max_requests_per_minute,
+        retries=args.retries,
+        timeout=args.timeout,
+    )
+    print_once(*captioner.describe())
+    return captioner
+
+
+def _open_local(model: str, batch_size: int) -> Captioner:
+    import llm2clip.llava.modeling_patches  # noqa: F401  (registers its classes with transformers)
+    from llm2clip.caption.local import LocalCaptioner
+
+    return LocalCaptioner(resolve_model(model), batch_size)
+
+
+def caption_for_fit(data: list[str], run_dir: Path, model: str, endpoint_model: str | None, args: Namespace) -> str:
+    """Write captions to a run directory before training, and return the file's path.
+
+    After training has started, the captions are not changed any more, because a resumed run needs the same data.
+
+    Args:
+        model: Model folder or hub id, or the URL of a server.
+        endpoint_model: Name of the model on the server.
+        args: Arguments of `fit`.
+    """
+    out = run_dir.expanduser() / CAPTIONS_FILE
+    if (out.parent / CONFIG_FILE).exists():
+        if not out.exists():
+            raise ValueError(f"{run_dir} contains a run without --caption. Use another --out, or omit --caption")
+        return str(out)
+    is_url = model.startswith(("http://", "https://"))
+    if is_url and not endpoint_model:
+        raise ValueError(f"--caption {model} is a server. Pass the name of its model with --caption_model")
+    if endpoint_model and not is_url:
+        raise ValueError(f"--caption_model requires the URL of a server in --caption (got {model})")
+    from llm2clip.caption.endpoint import EndpointCaptioner
+    from llm2clip.caption.prompts import load_prompts
+    from llm2clip.caption.run import CaptionSettings, caption_images
+    from llm2clip.cpu_tuning import free_memory
+    from llm2clip.runs.ranks import print_once
+
+    captioner: Captioner
+    if is_url:
+        captioner = EndpointCaptioner(model, endpoint_model or "")
+        print_once(*captioner.describe())
+    else:
+        captioner = _open_local(model, batch_size=8)
+    settings = CaptionSettings(columns=args.columns, max_skipped=args.max_skipped)
+    summary = caption_images(data, out, captioner, load_prompts(), settings)
+    print_once(*_format_summary(summary, out))
+    del captioner
+    free_memory()
+    return str(out)
+
+
+def _format_summary(summary: CaptionSummary, out: Path) -> list[str]:
+    from llm2clip.caption.run import CaptionOutput
+
+    lines = [summary.report, ""] if summary.report else []
+    lines += [
+        f"Captions: {out} ({summary.captions:,} captions of {summary.records:,} records)",
+        f"Report: {CaptionOutput(out).report}",
+        summary.skipped,
+    ]
+    if summary.failures:
+        lines.append(
+            f"Failed requests: {summary.failures:,}, listed in {CaptionOutput(out).failures}. To ask again, run the "
+            "same command again"
+        )
+    return lines

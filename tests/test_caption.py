@@ -1,0 +1,504 @@
+"""Tests of `llm2clip caption`: prompts, endpoint, resuming, local models, and the records that are written."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from contextlib import closing
+from email.utils import formatdate
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+import yaml
+
+from caption_fixtures import FAULTS, CaptionServer, make_photos, run_server
+from llava_fixtures import build_tiny_llava
+from llm2clip import pipeline
+from llm2clip.caption import endpoint, local
+from llm2clip.caption.answers import Answer, CaptionRequest, clean_answer
+from llm2clip.caption.database import CaptionDatabase
+from llm2clip.caption.local import LocalCaptioner
+from llm2clip.caption.prompts import Prompt, load_prompts
+from llm2clip.cli import build_parser, main
+from llm2clip.data.records import open_records
+from llm2clip.data.skip_log import TooManySkipped
+from llm2clip.runs.output_folder import FolderInUseError, check_output_folder
+
+KEY = "sk-very-secret"
+CAPTIONS_PER_IMAGE = 3
+
+
+@pytest.fixture(autouse=True)
+def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "FIRST_DELAY", 0.01)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return make_photos(tmp_path / "photos", 6)
+
+
+make_parser = cache(build_parser)  # takes half a second
+
+
+def run_command(*words: object) -> str:
+    """Run a command as `main` does, but without handling errors. Return the lines that it prints at the end."""
+    parser, run = make_parser()
+    settings = parser.instantiate(parser.parse_args(list(map(str, words))))
+    return "\n".join(run[settings.subcommand](settings[settings.subcommand]))
+
+
+def caption(server: CaptionServer, source: Path, out: Path, *flags: object) -> str:
+    """Caption images with a server. Return the lines that the command prints at the end."""
+    return run_command("caption", source, "--out", out, "--endpoint", server.url, "--model", "tiny", *flags)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_prompts(file: Path, **prompts: Any) -> Path:
+    file.write_text(yaml.safe_dump(prompts))
+    return file
+
+
+# ---- endpoint --------------------------------------------------------------------------------------------------------
+
+
+def test_endpoint_captions_each_image_once_despite_faults(tmp_path: Path, photos: Path) -> None:
+    out = tmp_path / "captions.jsonl"
+    with run_server(faults=FAULTS, fault_rate=0.2) as server:
+        caption(server, photos, out)
+    rows = read_rows(out)
+    assert [row["image"] for row in rows] == [f"photos/{number:04}.png" for number in range(6)]
+    assert all(len(row["captions"]) == 2 and len(row["long_captions"]) == 1 for row in rows)
+    assert len(server.answered) == 6 * CAPTIONS_PER_IMAGE and set(server.answered.values()) == {1}
+    assert server.num_requests > 6 * CAPTIONS_PER_IMAGE + len(FAULTS) - 2  # faults were retried
+
+
+def test_records_are_read_with_their_captions_and_origin(tmp_path: Path, photos: Path) -> None:
+    out = photos / "captions.jsonl"  # a second run must not read it as captions of the source
+    for _ in range(2):
+        with run_server() as server:
+            caption(server, photos, out)
+    assert server.num_requests == 0
+    records = list(open_records(photos))
+    assert len(records) == 6
+    assert all(len(record.captions) == 2 and len(record.long_captions) == 1 for record in records)
+    origin = read_rows(out)[0]["caption_source"]
+    assert origin["model"] == "tiny" and len(origin["image_hash"]) == 64 and origin["temperature"] == [0.7, 0.7, 0.3]
+    assert [key.split("-")[0] for key in origin["prompts"]] == ["sentence", "objects", "dense"]
+
+
+def test_new_images_and_changed_prompts_are_asked_alone(tmp_path: Path, photos: Path) -> None:
+    out = tmp_path / "captions.jsonl"
+    with run_server() as server:
+        caption(server, photos, out)
+        make_photos(photos, 8)  # two more images
+        (photos / "0000.png").rename(photos / "a.png")
+        caption(server, photos, out)
+        assert server.num_requests == 8 * CAPTIONS_PER_IMAGE
+        file = write_prompts(tmp_path / "prompts.yaml", one={"kind": "short", "text": "What is this?", "samples": 2})
+        caption(server, photos, out, "--prompts", str(file))
+    assert server.num_requests == 8 * CAPTIONS_PER_IMAGE + 8 * 2
+    assert all("long_captions" not in row for row in read_rows(out))
+
+
+def test_captions_of_the_source_are_kept_and_given_to_the_model(tmp_path: Path, photos: Path) -> None:
+    source = tmp_path / "source.jsonl"
+    row = {"image": "photos/0000.png", "captions": ["Anna's {dog}", "second"], "split": "val", "id": "x"}
+    other = {"image": "photos/0001.png", "split": "val"}
+    source.write_text(f"{json.dumps(row)}\n{json.dumps(other)}\n")
+    out = tmp_path / "out.jsonl"
+    with run_server() as server:
+        caption(server, source, out, "--use_captions", "--language", "German")
+    first, second = read_rows(out)
+    assert first["captions"] == ["Anna's {dog}", "second"] and len(first["short_captions"]) == 2
+    assert (first["id"], first["split"], len(first["long_captions"])) == ("x", "val", 1)
+    assert len(second["captions"]) == 2 and "short_captions" not in second
+    texts = [body["messages"][0]["content"][1]["text"] for body in server.bodies]
+    assert sum('"Anna\'s {dog}"' in text for text in texts) == CAPTIONS_PER_IMAGE
+    assert not any("{caption}" in text for text in texts) and all(text.endswith("in German.") for text in texts)
+
+
+def test_tar_members_are_copied_and_duplicates_are_asked_once(tmp_path: Path, photos: Path) -> None:
+    (photos / "copy.png").write_bytes((photos / "0000.png").read_bytes())
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        for file in sorted(photos.iterdir()):
+            tar.add(file, file.name)
+    out = tmp_path / "out.jsonl"
+    with run_server() as server:
+        caption(server, tmp_path / "photos.tar", out)
+    assert len(server.answered) == server.num_requests == 6 * CAPTIONS_PER_IMAGE
+    rows = read_rows(out)
+    assert len(rows) == 7 and rows[0]["captions"] == rows[-1]["captions"]
+    for row in rows:
+        assert row["image"] == f"out_images/{row['caption_source']['image_hash']}.png"
+        assert (tmp_path / row["image"]).is_file()
+
+
+def test_unreadable_images_are_skipped_and_listed(tmp_path: Path, photos: Path) -> None:
+    data = (photos / "0000.png").read_bytes()
+    (photos / "bad.png").write_bytes(data[:60] + bytes(20) + data[80:])  # the header is valid, but not the pixels
+    (photos / "worse.png").write_bytes(b"text")
+    out = tmp_path / "out.jsonl"
+    with run_server() as server:
+        with pytest.raises(TooManySkipped, match="unreadable image"):
+            caption(server, photos, out, "--max_skipped", "0.1")
+        caption(server, photos, out, "--max_skipped", "0.3")
+    assert server.num_requests == 6 * CAPTIONS_PER_IMAGE
+    assert len(read_rows(out)) == 6
+    skipped = [row["file"] for row in read_rows(tmp_path / "out_skipped.jsonl")]
+    assert sorted(Path(name).name for name in skipped) == ["bad.png", "worse.png"]
+
+
+def test_refusals_and_rejected_images_are_listed_and_asked_again(tmp_path: Path, photos: Path) -> None:
+    out, flags = tmp_path / "out.jsonl", ["--concurrency", "1"]
+    with run_server(faults=["", "400:image too large", *[""] * 16]) as server:
+        server.answers = {"in detail": "I'm sorry, but I can't help with that."}
+        assert "Failed requests: 7" in caption(server, photos, out, *flags)
+        failures = read_rows(tmp_path / "out_failures.jsonl")
+        assert [row["error"] for row in failures if "refusal" not in row["error"]] == ["HTTP 400: image too large"]
+        assert len(failures) == 7
+        assert all("long_captions" not in row for row in read_rows(out))
+        server.answers = {}
+        server.faults = ["400:image too large"]  # an image that is always rejected does not stop later runs
+        caption(server, photos, out, *flags)
+        assert server.num_requests == 6 * CAPTIONS_PER_IMAGE + 7
+        assert len(read_rows(tmp_path / "out_failures.jsonl")) == 1
+        caption(server, photos, out, *flags)
+    assert not (tmp_path / "out_failures.jsonl").exists()
+    assert sum(len(row["long_captions"]) for row in read_rows(out)) == 6
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (f"401:bad\x1b[31m key {KEY}", r"HTTP 401: bad\x1b[31m key [key]. Put the server's key"),
+        ("404:no model", "HTTP 404: no model. Check --model"),
+        ("400:no images", "HTTP 400: no images"),
+        ("redirect", "redirects to http://other.example/v1/chat/completions. Redirects are not followed"),
+    ],
+)
+def test_rejected_first_requests_stop_the_run(
+    tmp_path: Path, photos: Path, fault: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
+    with run_server(faults=[fault] * 99) as server, pytest.raises(endpoint.EndpointError) as error:
+        caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "2")
+    assert message in str(error.value) and KEY not in str(error.value)
+    assert server.num_requests <= 2
+
+
+def test_key_is_sent_but_never_written(
+    tmp_path: Path, photos: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
+    with run_server(faults=["", *["403"] * 5], fault_rate=0.2) as server:  # these errors repeat the key
+        caption(server, photos, tmp_path / "out.jsonl", "--retries", "0", "--concurrency", "1")
+    assert server.keys == {f"Bearer {KEY}"}
+    assert "[key]" in (tmp_path / "out_failures.jsonl").read_text()
+    assert KEY not in "".join(capfd.readouterr())
+    assert not any(KEY.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_run_stops_when_the_server_is_down(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "MAX_FAILURES_IN_A_ROW", 4)
+    with run_server() as server:
+        pass  # now, nothing listens on its port
+    with pytest.raises(endpoint.EndpointError, match=r"the last 4 requests failed. the connection failed"):
+        caption(server, photos, tmp_path / "out.jsonl", "--retries", "1")
+
+
+def test_cost_limit_stops_the_run_until_it_is_raised(tmp_path: Path, photos: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    flags = ["--concurrency", "1", "--price", "1000", "0"]  # an answer costs 1
+    with run_server() as server:
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"the captions have cost 4.00, and --max_cost is 4\."):
+                caption(server, photos, out, *flags, "--max_cost", "4")
+            assert server.num_requests == 4 and len(read_rows(out)) == 2
+        assert re.search(r"cost +18\.00", caption(server, photos, out, *flags, "--max_cost", "40"))
+        server.usage = None
+        with pytest.raises(ValueError, match="does not report the number of tokens"):
+            caption(server, photos, out, *flags, "--max_cost", "40", "--language", "German")
+
+
+def test_schedule_limits_requests_per_minute_and_pauses() -> None:
+    schedule, stopped = endpoint._Schedule(600), threading.Event()
+    start = time.monotonic()
+    for _ in range(3):
+        schedule.wait(stopped)
+    assert 0.19 < time.monotonic() - start < 2
+    schedule.pause(60)
+    stopped.set()
+    with pytest.raises(endpoint.StoppedError):
+        schedule.wait(stopped)
+
+
+def test_retry_after_can_be_seconds_or_a_date() -> None:
+    def parse(value: str) -> float | None:
+        return endpoint._parse_retry_after(httpx.Response(429, headers={"Retry-After": value}))
+
+    assert parse("2.5") == 2.5 and parse("99999") == endpoint.MAX_RETRY_AFTER and parse("-1") is None
+    assert 20 < (parse(formatdate(time.time() + 30, usegmt=True)) or 0) <= 30
+    assert parse("soon") is None and parse("") is None
+
+
+def test_newer_name_of_max_tokens_is_used_if_the_server_needs_it(tmp_path: Path, photos: Path) -> None:
+    with run_server(faults=["400:use 'max_completion_tokens' instead"]) as server:
+        caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "1")
+    assert server.bodies[0]["max_completion_tokens"] == 80 and "max_tokens" not in server.bodies[0]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("localhost:8000", "must be of the form http://HOST"),
+        ("http://user:password@host/v1", "must not contain a user name"),
+        ("https://host/v1?key=1", "must not contain a user name, a password or a query"),
+    ],
+)
+def test_invalid_endpoints_are_rejected(url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        endpoint.EndpointCaptioner(url, "tiny")
+
+
+def test_unencrypted_connections_to_other_machines_are_reported() -> None:
+    assert len(endpoint.EndpointCaptioner("http://127.0.0.1:1/v1", "tiny").describe()) == 1
+    assert len(endpoint.EndpointCaptioner("https://example.org/v1", "tiny").describe()) == 1
+    first, second = endpoint.EndpointCaptioner("http://example.org/v1", "tiny").describe()
+    assert first == "Images are sent to http://example.org (model tiny)." and "not encrypted" in second
+
+
+# ---- interruptions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_stores_answers_and_resumes(
+    tmp_path: Path, photos: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    with run_server(delay=0.05) as server:
+
+        def interrupt() -> None:
+            while server.answered.total() < 7:
+                time.sleep(0.01)
+            os.kill(os.getpid(), number)
+
+        threading.Thread(target=interrupt).start()
+        words = ["caption", photos, "--out", out, "--endpoint", server.url, "--model", "tiny", "--concurrency", 2]
+        assert main(list(map(str, words))) == 130
+        assert "Run the same command again" in capsys.readouterr().err
+        num_answers = server.answered.total()
+        assert 7 <= num_answers < 6 * CAPTIONS_PER_IMAGE
+        rows = read_rows(out)
+        assert sum(len(row["captions"]) + len(row.get("long_captions", [])) for row in rows) == num_answers
+        caption(server, photos, out)
+    assert server.num_requests == 6 * CAPTIONS_PER_IMAGE and set(server.answered.values()) == {1}
+    assert len(read_rows(out)) == 6
+
+
+def test_killed_run_repeats_only_requests_in_flight(tmp_path: Path, photos: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with run_server(delay=0.1) as server:
+        words = ["caption", photos, "--out", out, "--endpoint", server.url, "--model", "tiny", "--concurrency", "2"]
+        process = subprocess.Popen([sys.executable, "-m", "llm2clip", *map(str, words)])
+        while server.answered.total() < 6 and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        caption(server, photos, out)
+    assert len(server.answered) == 6 * CAPTIONS_PER_IMAGE
+    assert server.answered.total() <= 6 * CAPTIONS_PER_IMAGE + 2
+    assert sum(len(row["captions"]) for row in read_rows(out)) == 12
+
+
+def test_output_of_another_program_and_a_second_run_are_rejected(tmp_path: Path, photos: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("{}")
+    with run_server(delay=0.2) as server:
+        with pytest.raises(ValueError, match="was not written by `llm2clip caption`"):
+            caption(server, photos, out)
+        assert out.read_text() == "{}"
+        out.unlink()
+        first = threading.Thread(target=caption, args=(server, photos, out))
+        first.start()
+        while not server.num_requests:
+            time.sleep(0.01)
+        with pytest.raises(FolderInUseError, match=f"another run is writing to {out}"):
+            caption(server, photos, out)
+        first.join()
+    assert server.num_requests == 6 * CAPTIONS_PER_IMAGE
+
+
+# ---- answers and prompts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "caption"),
+    [
+        ('"A dog runs."\n', "A dog runs."),
+        ("<think>A dog? A cat?</think>\n\nA dog runs.", "A dog runs."),
+        ("A dog? A cat?</think>A dog runs.", "A dog runs."),
+        ("**Caption:** A *dog* runs.", "A *dog* runs."),
+        ("# Image\n\n- A dog runs.\n- It is `brown`.", "Image A dog runs. It is brown."),
+        ("A dog\x00 \x1b[31mruns\u202e.", "A dog [31mruns."),
+        ("Ein Hund sagt „Wau“ und rennt.", "Ein Hund sagt „Wau“ und rennt."),
+        ('"Stop" is on the "sign"', '"Stop" is on the "sign"'),
+        ("A man, sorry for the dog, cannot see.", "A man, sorry for the dog, cannot see."),
+    ],
+)
+def test_answers_are_cleaned(text: str, caption: str) -> None:
+    assert clean_answer(text, truncated=False) == Answer(caption)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (" \n", "empty"),
+        ("...", "empty"),
+        ("I'm sorry, but I can't.", "refusal"),
+        ("As an AI language model, I see a dog.", "refusal"),
+        ("I cannot identify people.", "refusal"),
+        ("<think>A dog? " * 3, "reasoning"),
+        ("word " * 5000, "too long"),
+    ],
+)
+def test_refusals_and_useless_answers_become_errors(text: str, error: str) -> None:
+    answer = clean_answer(text, truncated=False, input_tokens=3)
+    assert answer.text is None and error in str(answer.error) and answer.input_tokens == 3
+
+
+@pytest.mark.parametrize("part", ["<think>", "</think>", "**a ", "`a `", "\n", " ", "- ", "a.", "#", '"', "sorry "])
+def test_cleaning_hostile_answers_takes_linear_time(part: str) -> None:
+    start = time.process_time()
+    clean_answer(part * (99_000 // len(part)), truncated=True)
+    assert time.process_time() - start < 1
+
+
+def test_truncated_answers_end_with_a_complete_sentence() -> None:
+    assert clean_answer("A dog runs. It is bro", truncated=True).text == "A dog runs."
+    assert clean_answer("A dog that is bro", truncated=True).text is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1, 2]", "must map the names of prompts to their fields"),
+        ("a: [", "not a valid YAML file"),
+        ("A B: {kind: short, text: x}", "the name of a prompt must consist of a-z, 0-9 and _ .got 'A B'"),
+        ("a: text", "prompt a: must have fields of the form `name: value`"),
+        ("a: {kind: short}", "prompt a: the field text is missing"),
+        ("a: {kind: short, text: x, tokens: 5}", "prompt a: unknown field 'tokens'; available fields: kind, text"),
+        ("a: {kind: long, text: x}", "prompt a: kind must be short or dense .got 'long'"),
+        ("a: {kind: short, text: 5}", "prompt a: text must be a text of 1 to 20,000 characters .got 5"),
+        ("a: {kind: short, text: x, samples: 0}", "prompt a: samples must be an integer from 1 to 100 .got 0"),
+        ("a: {kind: short, text: x, samples: true}", "prompt a: samples must be an integer from 1 to 100 .got True"),
+        ("a: {kind: short, text: x, temperature: hot}", "prompt a: temperature must be a number from 0 to 2"),
+        ("a: {kind: short, text: x, max_tokens: 1.5}", "prompt a: max_tokens must be an integer from 1 to 8192"),
+        ("a: {kind: short, text: 'Say {caption}'}", "prompt a: text must be an instruction with a line without"),
+    ],
+)
+def test_prompt_errors_name_file_prompt_and_field(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "prompts.yaml"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_prompts(file)
+    assert str(file) in str(error.value)
+
+
+def test_default_prompts_give_two_short_captions_and_a_dense_one() -> None:
+    prompts = load_prompts()
+    assert [(prompt.kind, prompt.samples) for prompt in prompts] == [("short", 1), ("short", 1), ("dense", 1)]
+    assert {prompt.key for prompt in prompts}.isdisjoint(prompt.key for prompt in load_prompts(language="German"))
+    assert {prompt.key for prompt in prompts}.isdisjoint(prompt.key for prompt in load_prompts(use_captions=True))
+
+
+# ---- local models and fit --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture
+def accept_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accept the meaningless answers of random models."""
+
+    def accept(text: str, truncated: bool, *tokens: int) -> Answer:
+        return Answer(f"A {text.encode().hex()}.", None, *tokens)
+
+    monkeypatch.setattr(local, "clean_answer", accept)
+
+
+@pytest.mark.usefixtures("accept_all")
+def test_local_captioner_answers_in_batches_as_alone(tiny_llava: Path) -> None:
+    captioner = LocalCaptioner(str(tiny_llava), precision="fp32")
+    prompt = Prompt("a", "short", "Describe it.\nCaption: {caption}", temperature=0, max_tokens=6)
+    images = torch.randint(0, 255, (3, 3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    captions = ["a long caption with <image> in it", None, "short"]
+    requests = [
+        CaptionRequest(captioner.prepare(image), prompt, 0, text) for image, text in zip(images, captions, strict=True)
+    ]
+    alone = [captioner.ask([request])[0] for request in requests]
+    assert captioner.ask(requests) == alone
+    assert len({answer.text for answer in alone}) == 3 and all(answer.output_tokens <= 6 for answer in alone)
+
+
+@pytest.mark.usefixtures("accept_all")
+def test_local_model_captions_images_and_resumes(
+    tmp_path: Path, photos: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_prompts(
+        tmp_path / "prompts.yaml",
+        one={"kind": "short", "text": "Describe.", "samples": 2, "max_tokens": 5, "temperature": 1.0},
+        two={"kind": "dense", "text": "Describe all.", "max_tokens": 9},
+    )
+    batches = []
+    ask = LocalCaptioner.ask
+
+    def record(self: LocalCaptioner, requests: list[CaptionRequest]) -> list[Answer]:
+        batches.append([request.prompt.name for request in requests])
+        return ask(self, requests)
+
+    monkeypatch.setattr(LocalCaptioner, "ask", record)
+    words = ["caption", photos, "--model", tiny_llava, "--prompts", file, "--batch_size", 4]
+    for _ in range(2):
+        run_command(*words, "--out", tmp_path / "out.jsonl")
+    assert sorted(map(tuple, batches)) == [("one",) * 4] * 3 + [("two",) * 2, ("two",) * 4]
+    with closing(CaptionDatabase(tmp_path / "out.jsonl.sqlite")) as database:  # quality control rejects these captions
+        query = "SELECT substr(prompt, 1, 3), count(DISTINCT hash) FROM answers WHERE text IS NOT NULL GROUP BY 1"
+        assert dict(database.connection.execute(query)) == {"one": 6, "two": 6}
+
+
+def test_fit_captions_the_images_before_training(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, sources = tmp_path / "run", []
+
+    def fit(data: list[str], run_dir: Path, *_: Any) -> Path:
+        sources.append(data)
+        return run_dir / "model"
+
+    monkeypatch.setattr(pipeline, "fit", fit)
+    with run_server() as server:
+        words = ["fit", photos, "--out", run, "--caption", server.url]
+        with pytest.raises(ValueError, match="Pass the name of its model with --caption_model"):
+            run_command(*words)
+        run_command(*words, "--caption_model", "tiny")
+        check_output_folder(run, "fit")  # the run can be resumed
+        (run / "config.yaml").write_text("embed: {}\nalign: {}\n")
+        make_photos(photos, 7)
+        run_command(*words, "--caption_model", "tiny")
+    assert sources == [[str(run / "captions.jsonl")]] * 2
+    assert server.num_requests == 6 * CAPTIONS_PER_IMAGE  # after training has started, the captions do not change
+    assert len(list(open_records(run / "captions.jsonl"))) == 6
