@@ -96,7 +96,9 @@ def reject_all_texts(backend: Backend, model: DualEncoder) -> None:
     """Store a calibration with which no image is close to any text, and every image is close to every image query."""
     vectors = np.stack(list(backend.vectors(backend.sample_ids(100)).values()))
     never, always = Scale(0, 1, 1, -20), Scale(0, 1, 1, 20)
-    calibration = Calibration(vectors, vectors[:1], [], len(vectors), model.fingerprint, texts=never, images=always)
+    calibration = Calibration(
+        vectors, vectors[:1], [], len(vectors), model.fingerprint, texts=never, images=always, captions=never
+    )
     backend.save_calibration(calibration.to_bytes())
 
 
