@@ -455,6 +455,7 @@ class _CaptionRun:
                 self._num_answers += len(rows)
                 self._cost += sum(self.settings.compute_cost(row.input_tokens, row.output_tokens) for row in rows)
                 bar.set_postfix_str(self._format_speed(), refresh=False)
+                bar.total = max(bar.total, bar.n + len(rows))  # the total is an estimate if there are several ranks
                 bar.update(len(rows))
                 self._check_cost(rows)
 
