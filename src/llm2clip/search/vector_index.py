@@ -27,6 +27,9 @@ from llm2clip.runs.ranks import print_once
 MIN_CANDIDATES = 128
 EXACT_BELOW = 2048  # for at most this many ids, scoring all float16 vectors is faster than scanning int8 codes first
 CHUNK = 65_536
+# Number of nodes that a search of the graph keeps as candidates. With a million images and usearch's default of 64,
+# searches find 90% of the 10 images nearest to a caption, and with 256 they find 95% in twice the time.
+EXPANSION = 256
 MIN_FOUND = 0.99  # a graph is used only if searches find at least this fraction of a sample of its vectors
 SAMPLE_SIZE = 2000
 MAX_REPAIRED = 0.1  # if searches miss more than this fraction of the sample, adding vectors again does not help
@@ -224,7 +227,7 @@ def update_graph(
         if len(missed):
             graph.remove(missed)
             _add_to_graph(graph, missed, fetch, scale, threads=1)
-        unreachable = _find_unreachable(graph, sample, fetch, scale)
+    unreachable = _find_unreachable(graph, sample, fetch, scale, EXPANSION)
     found = 1 - len(unreachable) / len(sample)
     if found < MIN_FOUND:
         print_once(
@@ -250,8 +253,11 @@ def _add_to_graph(graph: Any, ids: np.ndarray, fetch: FetchVectors, scale: float
             bar.update(len(chunk))
 
 
-def _find_unreachable(graph: Any, ids: np.ndarray, fetch: FetchVectors, scale: float) -> np.ndarray:
+def _find_unreachable(
+    graph: Any, ids: np.ndarray, fetch: FetchVectors, scale: float, expansion: int = 64
+) -> np.ndarray:
     """Return the ids of those vectors that are not found by a search for the vector itself."""
+    graph.expansion_search = expansion
     unreachable = [ids[:0]]
     count = min(NEAREST, len(graph))
     for start in range(0, len(ids), CHUNK):
@@ -286,7 +292,9 @@ def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None
             raise ValueError("checksum mismatch")
         if view and state.found < MIN_FOUND:
             return None
-        return Index.restore(str(graph_file), view=view), state
+        graph = Index.restore(str(graph_file), view=view)
+        graph.expansion_search = EXPANSION
+        return graph, state
     except Exception as error:  # usearch raises different errors for truncated and empty files
         print_once(
             f"{graph_file} is corrupt ({error}), so searches scan all vectors instead. "
