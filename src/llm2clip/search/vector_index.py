@@ -292,7 +292,7 @@ def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None
             raise ValueError("checksum mismatch")
         if view and state.found < MIN_FOUND:
             return None
-        graph = Index.restore(str(graph_file), view=view)
+        graph: Any = Index.restore(str(graph_file), view=view)
         graph.expansion_search = EXPANSION
         return graph, state
     except Exception as error:  # usearch raises different errors for truncated and empty files
