@@ -45,6 +45,7 @@ class CaptionServer(ThreadingHTTPServer):
     def __init__(self, faults: Sequence[str] = (), fault_rate: float = 0.0, delay: float = 0.0) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.faults, self.fault_rate, self.delay = list(faults), fault_rate, delay
+        self.rejected_field = ""  # requests with this field are rejected
         self.answers: dict[str, Any] = {}
         self.answered: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
@@ -98,6 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.next_fault()
         if self.path != "/v1/chat/completions":
             self._send_error(404, "no such route")
+        elif self.server.rejected_field in body:
+            self._send_error(400, "use 'max_completion_tokens' instead")
         elif fault == "nonsense":
             self._send(200, b"<html>\x1b[31mwelcome</html>")
         elif fault == "wrong json":

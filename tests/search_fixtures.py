@@ -97,7 +97,7 @@ def reject_all_texts(backend: Backend, model: DualEncoder) -> None:
     vectors = np.stack(list(backend.vectors(backend.sample_ids(100)).values()))
     never, always = Scale(0, 1, 1, -20), Scale(0, 1, 1, 20)
     calibration = Calibration(
-        vectors, vectors[:1], [], len(vectors), model.fingerprint, texts=never, images=always, captions=never
+        vectors, vectors[:1], [], len(vectors), 0, model.fingerprint, texts=never, images=always, captions=never
     )
     backend.save_calibration(calibration.to_bytes())
 

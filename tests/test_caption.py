@@ -1,5 +1,6 @@
 """Tests of `llm2clip caption`: prompts, endpoint, resuming, local models, and the records that are written."""
 
+import gzip
 import json
 import os
 import re
@@ -130,6 +131,24 @@ def test_captions_of_the_source_are_kept_and_given_to_the_model(tmp_path: Path, 
     assert not any("{caption}" in text for text in texts) and all(text.endswith("in German.") for text in texts)
 
 
+def test_images_that_a_caption_file_with_splits_names_are_captioned_once(tmp_path: Path, photos: Path) -> None:
+    """A folder's images are also listed without their split."""
+    rows = [{"image": f"000{number}.png", "captions": ["a person's words"], "split": "val"} for number in range(3)]
+    (photos / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    copy = photos / "copy.png"  # has no captions of its own, but shows an image that has
+    copy.write_bytes((photos / "0000.png").read_bytes())
+    out = tmp_path / "out.jsonl"
+    with run_server() as server:
+        caption(server, photos, out)
+    records = {row["id"]: row for row in read_rows(out)}
+    assert len(read_rows(out)) == len(records) == 7
+    for number in range(3):
+        record = records[f"000{number}"]
+        assert (record["captions"], record["split"], len(record["short_captions"])) == (["a person's words"], "val", 2)
+    assert records["copy"]["captions"] == [] and len(records["copy"]["short_captions"]) == 2
+    assert len(records["0005"]["captions"]) == 2 and "short_captions" not in records["0005"]
+
+
 def test_tar_members_are_copied_and_duplicates_are_asked_once(tmp_path: Path, photos: Path) -> None:
     (photos / "copy.png").write_bytes((photos / "0000.png").read_bytes())
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
@@ -255,9 +274,24 @@ def test_retry_after_can_be_seconds_or_a_date() -> None:
 
 
 def test_newer_name_of_max_tokens_is_used_if_the_server_needs_it(tmp_path: Path, photos: Path) -> None:
-    with run_server(faults=["400:use 'max_completion_tokens' instead"]) as server:
-        caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "1")
-    assert server.bodies[0]["max_completion_tokens"] == 80 and "max_tokens" not in server.bodies[0]
+    with run_server(delay=0.05) as server:
+        server.rejected_field = "max_tokens"
+        caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "8")
+    assert len(server.answered) == 6 * CAPTIONS_PER_IMAGE
+    assert all("max_completion_tokens" in body and "max_tokens" not in body for body in server.bodies)
+
+
+def test_refused_filtered_and_compressed_responses_are_not_captions() -> None:
+    def parse(message: dict[str, Any], reason: str = "stop") -> Answer:
+        choice = {"message": message, "finish_reason": reason}
+        return endpoint._parse_response(json.dumps({"choices": [choice]}).encode())
+
+    assert parse({"content": "A dog runs."}).text == "A dog runs."
+    assert "refusal" in str(parse({"content": None, "refusal": "Our policy is violated."}).error)
+    assert "content filter" in str(parse({"content": "A man in a park is about to"}, "content_filter").error)
+    response = httpx.Response(200, headers={"Content-Encoding": "gzip"}, content=gzip.compress(b"x"))
+    with pytest.raises(endpoint._RequestError, match="compressed"):
+        endpoint._read_limited(response, time.monotonic() + 10)
 
 
 @pytest.mark.parametrize(

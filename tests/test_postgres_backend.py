@@ -206,7 +206,7 @@ def test_postgres_approximate_search_returns_all_images_that_match_a_filter(
     assert len(set(exact) & {hit.id for hit in hits}) >= 9
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
     for exact_below in (50_000, 0):
-        monkeypatch.setattr(postgres_backend, "EXACT_BELOW", exact_below)
+        monkeypatch.setattr(postgres_backend, "MAX_EXACT_MATCHES", exact_below)
         rare = backend.search(QUERY, 10, Filter(path="/rare"))
         assert {hit.images[0].name for hit in rare} == {"/rare/a.png", "/rare/b"}
     assert len(backend.search(QUERY, 200, Filter(), offset=2300)) == 200
@@ -234,7 +234,7 @@ def test_postgres_searches_exactly_if_few_images_match_the_filter(
     image_filter = Filter(after=0)  # matches all images
     assert [hit.id for hit in backend.search(QUERY, 40, image_filter)] == exact
     assert not any("hnsw" in statement for statement in statements)
-    monkeypatch.setattr(postgres_backend, "EXACT_BELOW", 2499)
+    monkeypatch.setattr(postgres_backend, "MAX_EXACT_MATCHES", 2499)
     assert len(backend.search(QUERY, 40, image_filter)) == 40
     assert any("hnsw" in statement for statement in statements)
 

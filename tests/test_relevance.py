@@ -14,7 +14,7 @@ from torch import Tensor
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import relevance
-from llm2clip.search.backends import Backend, Filter, IndexedContent, IndexedImage
+from llm2clip.search.backends import Backend, Filter, Hit, IndexedContent, IndexedImage
 from llm2clip.search.query import QueryVectors
 from llm2clip.search.relevance import (
     MIN_RELEVANCE,
@@ -26,6 +26,7 @@ from llm2clip.search.relevance import (
     compute_overlap,
     find_near_duplicates,
     fit_logistic,
+    get_captions,
     load_calibration,
     remove_calibration,
     search_relevant,
@@ -198,7 +199,16 @@ def test_compute_overlap_weighs_words_by_length() -> None:
     assert compute_overlap(stems, ["a child", "on a boat"]) == pytest.approx(3 / 6)
     assert compute_overlap(stems, ["a dog"]) == 0
     assert compute_overlap(split_stems(["雪地里的狗"]), ["一只狗在雪地上"]) == pytest.approx(3 / 5)
+    assert compute_overlap(split_stems(["हिन्दी किताब"]), ["एक हिन्दी किताब"]) == 1
+    assert compute_overlap(split_stems(["café"]), ["a Cafe\u0301"]) == 1
     assert np.isnan(compute_overlap(stems, [])) and np.isnan(compute_overlap(split_stems(["24"]), ["24"]))
+
+
+def test_get_captions_returns_few_different_captions() -> None:
+    texts = ["a dog", "x" * 10_000, *(f"caption {number}" for number in range(500))]
+    images = [IndexedImage(text, FileImage(text), "", "", ("a dog", text), 1.0) for text in texts]
+    captions = get_captions(Hit("1", 0.5, tuple(images), len(images), 10, 10))
+    assert captions == ["a dog", "x" * 500, "caption 0", "caption 1", "caption 2"]
 
 
 def test_captions_with_the_words_of_a_query_increase_the_relevance(model: DualEncoder, tmp_path: Path) -> None:
@@ -310,7 +320,11 @@ def test_calibration_is_renewed_when_the_index_has_changed(
     backend.remove([f"/{'rest' if number % 10 else 'tenth'}/{number}.png" for number in range(50)])
     add_images(backend, make_images(7, 50), start=200)
     update_calibration(backend, model)
-    assert backend.load_calibration() != second  # the number of images is the same, but their content is not
+    third = backend.load_calibration()
+    assert third != second  # the number of images is the same, but their content is not
+    add_images(backend, make_images(7, 50), ("a red sled", "a boat"), start=200)
+    update_calibration(backend, model)
+    assert backend.load_calibration() != third  # the images are the same, but now have captions
 
     other = dataclasses.replace(model, part_identities=lambda: ({"name": "another model"}, {}))
     assert load_calibration(backend, model) is not None and load_calibration(backend, other) is None

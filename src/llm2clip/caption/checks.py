@@ -73,7 +73,8 @@ _VERB = "(?:shows|depicts|displays|features|captures|presents|portrays|contains|
 _OF = f"(?:of|showing|depicting|featuring|that {_VERB})"
 _ENGLISH_OPENINGS = (
     # "Sure! Here is a caption for the image:"
-    r"(?:(?:sure|certainly|of course|okay|ok)\b[!,.:]* *)?here(?:'s| is| are)\b[^:.]{0,60}:",
+    r"(?:(?:sure|certainly|of course|okay|ok)\b[!,.:]* *)?here(?:'s| is| are)\b[^:.]{0,40}"
+    r"\b(?:captions?|descriptions?|sentences?|answers?|paragraphs?)\b[^:.]{0,30}:",
     # "The image shows", "This photo clearly depicts", "The picture is of", "The image is a photo of"
     rf"(?:the|this) {_NOUN} (?:clearly |also )?(?:{_VERB}|is showing|is of|is (?:an?|the) {_NOUN} {_OF})\b",
     # "This is a picture of", "It's an image showing", "A photo of"

@@ -28,6 +28,14 @@ CREATE TABLE answers(
 _ANSWER_COLUMNS = (
     "hash, prompt, sample, model, text, error, temperature, date, input_tokens, output_tokens, problem, score, rank"
 )
+# The image files in a folder are listed even if a caption file in the folder, which can have splits, names them.
+_REMOVE_LISTED = """
+DELETE FROM images WHERE json_extract(record, '$.split') IS NULL AND json_extract(record, '$.captions') IS NULL
+  AND EXISTS (
+    SELECT 1 FROM images AS other
+    WHERE other.hash = images.hash AND json_extract(other.record, '$.split') IS NOT NULL
+      AND json_extract(other.record, '$.image') = json_extract(images.record, '$.image'))
+"""
 # The tokens of earlier failed attempts are added, because they have been paid for.
 _ADD_ANSWER = f"""
 INSERT INTO answers({_ANSWER_COLUMNS}) VALUES ({", ".join("?" * 13)})
@@ -155,6 +163,7 @@ class CaptionDatabase:
                 else:
                     values = (row.number, row.key, row.hash, json.dumps(row.record))
                     self.connection.execute("INSERT INTO images VALUES (?, ?, ?, ?)", values)
+            self.connection.execute(_REMOVE_LISTED)
 
     def find_image(self, key: str) -> ImageRow | None:
         """Return the image with this key, or None."""
@@ -172,6 +181,12 @@ class CaptionDatabase:
         """Return the number of the first record with this image."""
         ((number,),) = self.connection.execute("SELECT min(number) FROM images WHERE hash = ?", (image_hash,))
         return int(number)
+
+    def has_source_captions(self, image_hash: str) -> bool:
+        """Return True if any record with this image has captions in the sources."""
+        query = "SELECT 1 FROM images WHERE hash = ? AND json_extract(record, '$.captions[0]') IS NOT NULL LIMIT 1"
+        exists = self.connection.execute(query, (image_hash,)).fetchone()
+        return bool(exists)
 
     def count_rows(self) -> int:
         """Return the number after the highest row number."""

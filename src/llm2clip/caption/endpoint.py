@@ -26,8 +26,9 @@ MAX_FAILURES_IN_A_ROW = 20  # after as many failed requests without a success, t
 MAX_RETRY_AFTER = 300.0  # seconds
 FIRST_DELAY, MAX_DELAY = 1.0, 60.0  # seconds before the second attempt and before later ones
 RETRIED_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
-SETTINGS_STATUSES = frozenset({401, 403, 404})  # the key, the URL or the name of the model is wrong
+SETTINGS_STATUSES = frozenset({401, 402, 403, 404})  # the key, credit, URL or name of the model is wrong
 JPEG_QUALITY = 90
+NEW_MAX_TOKENS_FIELD = "max_completion_tokens"  # newer name of the field max_tokens, which some servers require
 
 
 class EndpointError(ValueError):
@@ -125,10 +126,12 @@ class EndpointCaptioner:
         attempt = 0
         while True:
             self._schedule.wait(self._stopped)
+            max_tokens_field = self._max_tokens_field
             try:
-                text, truncated, input_tokens, output_tokens = self._send(request)
+                answer = self._send(request, max_tokens_field)
             except _RequestError as error:
-                if error.status == 400 and self._switch_max_tokens_field(str(error)):
+                if error.status == 400 and max_tokens_field == "max_tokens" and NEW_MAX_TOKENS_FIELD in str(error):
+                    self._max_tokens_field = NEW_MAX_TOKENS_FIELD  # for all further requests
                     continue
                 if not error.retry or attempt == self.retries:
                     return self._fail(error)
@@ -137,7 +140,7 @@ class EndpointCaptioner:
                 continue
             with self._lock:
                 self._failures_in_a_row, self._has_succeeded = 0, True
-            return clean_answer(text, truncated, input_tokens, output_tokens)
+            return answer
 
     def _fail(self, error: _RequestError) -> Answer:
         """Return a failed request's answer. Raise EndpointError if the requests of all images fail."""
@@ -160,15 +163,8 @@ class EndpointCaptioner:
         if self._stopped.wait(delay):
             raise StoppedError
 
-    def _switch_max_tokens_field(self, message: str) -> bool:
-        """Return True if the server wants the newer name of the field max_tokens, which is used from now on."""
-        if self._max_tokens_field != "max_tokens" or "max_completion_tokens" not in message:
-            return False
-        self._max_tokens_field = "max_completion_tokens"
-        return True
-
-    def _send(self, request: CaptionRequest) -> tuple[str, bool, int, int]:
-        """Send a request once. Return the text, True if it is truncated, and the numbers of tokens."""
+    def _send(self, request: CaptionRequest, max_tokens_field: str) -> Answer:
+        """Send a request once."""
         # The image comes first, so that servers can reuse it for the next prompt.
         content = [
             {"type": "image_url", "image_url": {"url": request.image}},
@@ -178,7 +174,7 @@ class EndpointCaptioner:
             "model": self.name,
             "messages": [{"role": "user", "content": content}],
             "temperature": request.prompt.temperature,
-            self._max_tokens_field: request.prompt.max_tokens,
+            max_tokens_field: request.prompt.max_tokens,
         }
         deadline = time.monotonic() + self.timeout
         try:
@@ -241,18 +237,21 @@ def _is_loopback(host: str) -> bool:
 
 
 def _build_headers() -> dict[str, str]:
+    headers = {"Accept-Encoding": "identity"}
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not key:
-        return {}
+        return headers
     if not key.isascii() or not key.isprintable():
         raise ValueError(f"the environment variable {KEY_VARIABLE} contains characters that are not allowed in a key")
-    return {"Authorization": f"Bearer {key}"}
+    return headers | {"Authorization": f"Bearer {key}"}
 
 
 def _read_limited(response: httpx.Response, deadline: float) -> bytes:
     """Return a response's body. Raise _RequestError if it is too large or takes too long."""
     data = bytearray()
-    for chunk in response.iter_bytes(65536):
+    if response.headers.get("content-encoding", "identity") != "identity":  # could expand to gigabytes
+        raise _RequestError("the response is compressed, although the request does not allow it")
+    for chunk in response.iter_raw(65536):
         data += chunk
         if len(data) > MAX_RESPONSE_BYTES:
             raise _RequestError(f"the response is larger than {MAX_RESPONSE_BYTES:,} bytes")
@@ -261,8 +260,8 @@ def _read_limited(response: httpx.Response, deadline: float) -> bytes:
     return bytes(data)
 
 
-def _parse_response(data: bytes) -> tuple[str, bool, int, int]:
-    """Return the text in a response, True if it is truncated, and the numbers of input and output tokens."""
+def _parse_response(data: bytes) -> Answer:
+    """Return the answer in a response. Raise _RequestError if it is not a chat completion."""
     try:
         response = json.loads(data)
         choice = response["choices"][0]
@@ -270,7 +269,7 @@ def _parse_response(data: bytes) -> tuple[str, bool, int, int]:
         content = message.get("content")
         if isinstance(content, list):  # parts of a message
             content = "".join(part.get("text") or "" for part in content)
-        text = content or message.get("refusal") or ""
+        text, refusal = content or "", message.get("refusal") or ""
         if not isinstance(text, str):
             raise TypeError(f"the content is of type {type(text).__name__}")
         usage = response.get("usage") or {}
@@ -278,7 +277,11 @@ def _parse_response(data: bytes) -> tuple[str, bool, int, int]:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         excerpt = _shorten(data[:MAX_MESSAGE_CHARACTERS].decode(errors="replace"))
         raise _RequestError(f"the response is not a chat completion ({type(error).__name__}): {excerpt}") from error
-    return text, choice.get("finish_reason") == "length", tokens[0], tokens[1]
+    if refusal and not text:
+        return Answer(None, f"refusal: {_shorten(str(refusal))}", *tokens)
+    if choice.get("finish_reason") == "content_filter":
+        return Answer(None, "the server's content filter stopped the answer", *tokens)
+    return clean_answer(text, choice.get("finish_reason") == "length", *tokens)
 
 
 def _to_count(value: Any) -> int:
@@ -297,7 +300,7 @@ def _describe_status(response: httpx.Response, data: bytes) -> str:
         text = str(error["message"] if isinstance(error, dict) else error)
     except (ValueError, TypeError, KeyError, RecursionError):
         pass  # not in OpenAI's format
-    return f"{status}: {_shorten(text) or response.reason_phrase}"
+    return f"{status}: {_shorten(text or response.reason_phrase)}"
 
 
 def _shorten(text: str) -> str:

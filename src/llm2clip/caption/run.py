@@ -177,14 +177,16 @@ def caption_images(
                 with _stop_on_signals(run):
                     run.ask_all()
             finally:
-                wait_for_everyone()
-                if is_main:
+                if sys.exception() is None:  # otherwise, torchrun stops the other processes
+                    wait_for_everyone()
+                if is_main and not isinstance(sys.exception(), KeyboardInterrupt):  # not at the second Ctrl+C
                     was_completed = not run.was_interrupted and sys.exception() is None
                     summary = _write_output(run, encoder if was_completed else None)
             wait_for_everyone()
             if run.was_interrupted:
                 raise KeyboardInterrupt
-            log.check()
+            if is_main:
+                log.check()
     return summary or CaptionSummary(0, 0, 0, "", log.summary())
 
 
@@ -410,7 +412,7 @@ class _CaptionRun:
                         continue
                     was_read[row.number] = True
                     is_first = database.find_first_number(row.hash) == row.number
-                    if is_first and row.number % state.num_processes == state.process_index:
+                    if is_first and int(row.hash[:8], 16) % state.num_processes == state.process_index:
                         yield from self._make_requests(row, image, database)
 
     def _make_requests(self, row: ImageRow, image: ImageRef, database: CaptionDatabase) -> list[_Item]:
@@ -551,7 +553,7 @@ def write_records(
                 for answer in answers
                 if answer.text is not None and answer.problem is None and answer.sample < samples[answer.prompt]
             ]
-            record = add_captions(row, accepted, prompts)
+            record = add_captions(row, accepted, prompts, database.has_source_captions(row.hash))
             if any(record.get(name) for name in CAPTION_FIELDS):
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
                 num_records += 1
@@ -559,14 +561,16 @@ def write_records(
     return num_records, num_captions
 
 
-def add_captions(row: ImageRow, answers: Sequence[StoredAnswer], prompts: Sequence[Prompt]) -> dict[str, Any]:
+def add_captions(
+    row: ImageRow, answers: Sequence[StoredAnswer], prompts: Sequence[Prompt], has_source_captions: bool
+) -> dict[str, Any]:
     """Return an image's record with generated captions and their origin.
 
-    Short captions are added to `captions`, or to `short_captions` if the source has captions. Dense captions are added
-    to `long_captions`.
+    Short captions are added to `captions`, or to `short_captions` if the image has captions in the sources, in this
+    record or another one. Dense captions are added to `long_captions`.
     """
     record = dict(row.record)
-    short_field = "short_captions" if record.get("captions") else "captions"
+    short_field = "short_captions" if has_source_captions else "captions"
     record.setdefault("captions", [])
     kinds = {prompt.key: prompt.kind for prompt in prompts}
     for answer in answers:

@@ -71,7 +71,7 @@ HNSW_INDEX = "contents_hnsw"
 # Number of locations of a hit that are read to find the matching fields. The locations of an image usually have the
 # same captions.
 MATCHED_LOCATIONS = 5
-EXACT_BELOW = 50_000  # if at most this many images match a filter, they are searched exactly
+MAX_EXACT_MATCHES = 50_000  # if at most this many images match a filter, they are searched exactly
 EF_SEARCH, MAX_EF_SEARCH = 100, 1000  # candidates per HNSW search: the default, and pgvector's limit
 
 # "key" is the SHA-256 hash of the name, because PostgreSQL limits the length of indexed text to about 2,700 bytes.
@@ -507,9 +507,9 @@ def _find_nearest(connection: Connection, parameters: Mapping[str, Any], is_appr
     if is_approximate and condition != "true":
         # Among few matches, a graph search misses many of the nearest images.
         matches = f"SELECT FROM contents WHERE {condition} LIMIT %(limit)s"
-        values = {**parameters, "limit": EXACT_BELOW + 1}
+        values = {**parameters, "limit": MAX_EXACT_MATCHES + 1}
         ((count,),) = connection.execute(f"SELECT count(*) FROM ({matches}) AS matches", values).fetchall()
-        is_approximate = count > EXACT_BELOW
+        is_approximate = count > MAX_EXACT_MATCHES
     if is_approximate:
         ef_search = min(max(EF_SEARCH, parameters["count"] + parameters["offset"]), MAX_EF_SEARCH)
         connection.execute(

@@ -378,4 +378,4 @@ def _shorten_model_name(name: str) -> str:
     if not os.path.exists(name):
         return name
     path = Path(name).absolute()
-    return path.parent.name if path.name == "model" else path.name  # `fit` saves the model in RUN/model
+    return (path.parent.name if path.name == "model" else path.name) or name  # `fit` saves the model in RUN/model

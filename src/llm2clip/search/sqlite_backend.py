@@ -17,7 +17,7 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -301,8 +301,8 @@ class SqliteBackend:
 
         The last ranking is cached, because the relevance of a further page depends on the first hits of the query.
         """
+        key = self._db.read_state(), vector.tobytes(), image_filter  # read first: the index may be newer, but not older
         index = self._get_current_vector_index()
-        key = self._db.read_state(), vector.tobytes(), image_filter
         cached = self._cache.get("nearest")
         if cached is None or cached[0][0] != key or cached[0][1] < depth:
             cached = self._cache["nearest"] = (key, depth), index.search(vector, depth, allowed_ids)
@@ -482,8 +482,9 @@ class SqliteBackend:
     def _get_current_vector_index(self) -> VectorIndex:
         """Return a vector index for the current database state."""
         with self._index_lock:  # among concurrent searches, one opens the graph while the others wait
-            graph_state = self.folder / GRAPH_STATE_FILE
-            graph_time = graph_state.stat().st_mtime_ns if graph_state.exists() else 0
+            graph_time = 0
+            with suppress(FileNotFoundError):
+                graph_time = (self.folder / GRAPH_STATE_FILE).stat().st_mtime_ns
 
             def create_index() -> VectorIndex:
                 graph = self._get_current_graph(graph_time) if graph_time else None

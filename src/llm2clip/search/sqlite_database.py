@@ -209,7 +209,9 @@ class SqliteDatabase:
         try:
             yield
         except sqlite3.Error as error:
-            raise IndexUnavailableError(f"{self.file}: {error}") from error
+            # A table is missing or locked, or the disk is full; or the file is corrupt or not a database.
+            is_unavailable = isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
+            raise (IndexUnavailableError if is_unavailable else OSError)(f"{self.file}: {error}") from error
 
 
 def _warn_about_network_file_system(folder: Path) -> None:
