@@ -89,7 +89,7 @@ class Captioner(Protocol):
         """Return an answer for each request.
 
         Raises:
-            StoppedError: The captioner was stopped before there was an answer. The requests are asked again next time.
+            StoppedError: The captioner was stopped before there was an answer. The next run sends the requests.
             ValueError: No request can succeed, for example because the key is wrong.
         """
 

@@ -43,13 +43,13 @@ PHRASE_WORDS = 5
 LONG_TEXT_WORDS, MIN_DISTINCT_RATIO = 30, 0.35
 MIN_LANGUAGE_PROBABILITY = 0.8
 LANGUAGE_CHARACTERS = 200  # the language of a longer text is identified from its first characters
-# With a caption that 1 in 1,000 images has, a batch of 1,000 images contains on average one wrong negative.
+# If 1 in 1,000 images has the same caption, a batch of 1,000 images contains about one false negative.
 MAX_SHARED_FRACTION, MIN_SHARED_IMAGES = 0.001, 5
 OPENING_WORDS, MIN_OPENING_SHARE, MIN_OPENING_CAPTIONS, MAX_OPENINGS = 4, 0.05, 5, 20
 ROWS_PER_BATCH = 1000
 SAMPLE_SIZE = 1000  # number of images to which each caption is compared
 IMAGES_PER_BATCH = 64
-TIE = 1e-6  # cosine similarities that differ less are equal
+TIE = 1e-6  # smaller differences between cosine similarities count as ties
 
 # Language names and their codes in py3langid.
 LANGUAGES = {

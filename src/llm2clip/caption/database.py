@@ -1,7 +1,7 @@
 """Database of a captioning run: the images of the sources and the model's answers, in one SQLite file.
 
-The database makes runs resumable: an answer is committed as soon as it arrives, and a stored answer is never asked for
-again. Images are identified by the SHA-256 hash of their bytes, so moved and duplicate images are not asked for again.
+The database makes runs resumable: an answer is committed as soon as it arrives, and a stored answer is never requested
+again. Images are identified by the SHA-256 hash of their bytes, so moved and duplicate images are not requested again.
 """
 
 import json

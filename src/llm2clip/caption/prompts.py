@@ -39,7 +39,7 @@ class Prompt:
 
     @property
     def key(self) -> str:
-        """Name with a hash of the text. A prompt whose text has been changed is asked again."""
+        """Name with a hash of the text. With a changed text, the captions are requested again."""
         return f"{self.name}-{hashlib.sha256(self.text.encode()).hexdigest()[:8]}"
 
     def fill(self, caption: str | None) -> str:

@@ -4,7 +4,7 @@ A run for OUT = captions.jsonl writes these files next to each other:
 
     captions.jsonl             records with the captions
     captions.jsonl.sqlite      all answers; see `database.py`. It makes the run resumable
-    captions_failures.jsonl    requests without a caption, with their reason. They are asked again by the next run
+    captions_failures.jsonl    requests without a caption, with their reason. They are retried by the next run
     captions_report.html       what quality control has found, with images and captions, worst first
     captions_skipped.jsonl     images that could not be read
     captions_images/           copies of the images that are not files: members of tars, cells of tables, URLs
@@ -148,7 +148,7 @@ def caption_images(
 ) -> CaptionSummary:
     """Write captions for all images in the sources to a JSONL file. Must be called by all ranks.
 
-    Captions that the database already contains are not asked for again, so an interrupted run can be resumed, and
+    Captions that the database already contains are not requested again, so an interrupted run can be resumed, and
     images can be added.
 
     Args:

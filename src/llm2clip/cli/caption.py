@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def add_commands(commands: Commands) -> None:
     """Add this module's command."""
     parser = commands.add(
-        "caption", _caption, "Let a multimodal model write captions for images. Run the command again to resume."
+        "caption", _caption, "Caption images with a multimodal model. Run the command again to resume."
     )
     parser.add_argument("data", nargs="+", type=str, help="Image sources, with or without captions.")
     parser.add_argument("--out", type=str, required=True, help="JSON Lines file with the captions to write.")
@@ -74,8 +74,8 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--max_cost",
         type=PositiveFloat,
-        help="Stop when all answers in the database of OUT have cost this amount. Requires --price. Requests that have "
-        "already been sent can exceed it.",
+        help="Stop when the stored answers of this model have cost this much in total. Requires --price. Requests "
+        "that have already been sent can exceed it.",
     )
     parser.add_argument(
         "--check",
