@@ -39,7 +39,7 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.search.backends import Filter, IndexedContent, IndexedImage
-from llm2clip.search.ocr import RecognizeText, open_recognizer, shrink_image
+from llm2clip.search.ocr import RecognizeText, open_recognizer, prepare_image
 from llm2clip.search.relevance import embed_texts
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.words import normalize, split_words
@@ -170,7 +170,7 @@ def measure_natural(data: Path, recognize: RecognizeText) -> None:
     found: dict[str, list[bool]] = defaultdict(list)
     correct, seconds = [], []
     for name, labels in json.loads(WORDS_FILE.read_text(encoding="utf-8")).items():
-        image = shrink_image(load_image(str(data / name)))
+        image = prepare_image(load_image(str(data / name)))
         start = time.process_time()
         text = recognize(image)
         seconds.append(time.process_time() - start)
@@ -218,7 +218,7 @@ def measure_search(folder: Path, recognize: RecognizeText, model_name: str) -> N
         images = [load_image(str(folder / row["image"])) for row in rows[start : start + BATCH_SIZE]]
         vectors.append(model.encode_images([model.transform(image) for image in images]).numpy().astype(np.float16))
         for number, image in enumerate(images, start):
-            texts[number.to_bytes(32)] = recognize(shrink_image(image))
+            texts[number.to_bytes(32)] = recognize(prepare_image(image))
     contents = [
         IndexedContent(number.to_bytes(32), vector, b"", 1, 1) for number, vector in enumerate(np.concatenate(vectors))
     ]

@@ -21,9 +21,10 @@ from llm2clip.caption.database import AnswerKey, CaptionDatabase, ImageRow, Stor
 from llm2clip.caption.prompts import Kind, Prompt
 from llm2clip.data.image_loader import iter_image_batches
 from llm2clip.data.image_refs import FileImage
-from llm2clip.data.texts import make_text_key
+from llm2clip.data.texts import UNSPACED, make_text_key
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.progress import ProgressBar
+from llm2clip.store.layout import iter_chunks
 
 # Values of the column `problem`.
 BOILERPLATE = "boilerplate opening"
@@ -61,12 +62,9 @@ LANGUAGES = {
 
 # ---- patterns --------------------------------------------------------------------------------------------------------
 
-# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese and Chinese.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_LETTERS = rf"[^\W_{_UNSPACED}]+"
+_LETTERS = rf"(?:(?!{UNSPACED.pattern})[^\W_])+"
 # A word is a sequence of letters and digits, or a single character of a script without spaces.
-_WORD = re.compile(rf"[{_UNSPACED}]|{_LETTERS}(?:['’-]{_LETTERS})*")
-_UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
+_WORD = re.compile(rf"{UNSPACED.pattern}|{_LETTERS}(?:['’-]{_LETTERS})*")
 
 _NOUN = "(?:image|photograph|photo|picture|snapshot|scene)"
 _VERB = "(?:shows|depicts|displays|features|captures|presents|portrays|contains|illustrates|showcases)"
@@ -154,7 +152,7 @@ def find_problem(text: str, kind: Kind) -> str | None:
 
 
 def _check_length(text: str, words: Sequence[str], kind: Kind) -> str | None:
-    num_characters = len(_UNSPACED_CHARACTER.findall(text))
+    num_characters = len(UNSPACED.findall(text))
     is_unspaced = 2 * num_characters > len(words)
     if len(words) < (MIN_CHARACTERS if is_unspaced else MIN_WORDS):
         return TOO_SHORT
@@ -391,7 +389,7 @@ def score_captions(
     result.sample_size = len(sample_hashes)
     keys = [prompt.key for prompt in prompts]
     with ProgressBar(total=database.count_images(), desc="checking", unit="image") as bar:
-        for rows in _iterate_distinct_images(database):
+        for rows in iter_chunks(database.iterate_distinct_images(), IMAGES_PER_BATCH):
             hashes, embeddings = _encode_images(database, rows, encoder, result)
             answers = [_list_scorable(database, image_hash, model, keys) for image_hash in hashes]
             num_answers = torch.tensor([len(group) for group in answers])
@@ -425,19 +423,6 @@ def rank_captions(texts: Tensor, images: Tensor, sample: Tensor, is_own: Tensor)
     num_better = ((is_better + 0.5 * is_equal) * ~is_own).sum(1)
     num_others = (~is_own).sum(1)
     return scores, num_better / num_others.clamp(min=1)
-
-
-def _iterate_distinct_images(database: CaptionDatabase) -> Iterator[list[ImageRow]]:
-    """Yield batches of images, each image once."""
-    batch: list[ImageRow] = []
-    for row in database.iterate_images():
-        if database.find_first_number(row.hash) == row.number:
-            batch.append(row)
-        if len(batch) == IMAGES_PER_BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _encode_sample(database: CaptionDatabase, encoder: DualEncoder, result: ScoredCaptions) -> tuple[list[str], Tensor]:

@@ -177,21 +177,11 @@ class CaptionDatabase:
         ).fetchone()
         return _to_image_row(row)
 
-    def find_first_number(self, image_hash: str) -> int:
-        """Return the number of the first record with this image."""
-        ((number,),) = self.connection.execute("SELECT min(number) FROM images WHERE hash = ?", (image_hash,))
-        return int(number)
-
     def has_source_captions(self, image_hash: str) -> bool:
         """Return True if any record with this image has captions in the sources."""
         query = "SELECT 1 FROM images WHERE hash = ? AND json_extract(record, '$.captions[0]') IS NOT NULL LIMIT 1"
         exists = self.connection.execute(query, (image_hash,)).fetchone()
         return bool(exists)
-
-    def count_rows(self) -> int:
-        """Return the number after the highest row number."""
-        ((count,),) = self.connection.execute("SELECT coalesce(max(number) + 1, 0) FROM images")
-        return int(count)
 
     def count_images(self) -> int:
         """Return the number of distinct images."""
@@ -200,8 +190,16 @@ class CaptionDatabase:
 
     def iterate_images(self) -> Iterator[ImageRow]:
         """Yield all records in the order of the sources. The database may be changed meanwhile."""
+        return self._iterate_images("true")
+
+    def iterate_distinct_images(self) -> Iterator[ImageRow]:
+        """Yield the first record of each image. The database may be changed meanwhile."""
+        return self._iterate_images("number = (SELECT min(number) FROM images AS same WHERE same.hash = images.hash)")
+
+    def _iterate_images(self, condition: str) -> Iterator[ImageRow]:
         last = -1
-        query = "SELECT number, key, hash, record FROM images WHERE number > ? ORDER BY number LIMIT 1000"
+        query = f"""SELECT number, key, hash, record FROM images WHERE number > ? AND {condition}
+          ORDER BY number LIMIT 1000"""
         while rows := self.connection.execute(query, (last,)).fetchall():
             yield from map(_to_image_row, rows)
             last = rows[-1][0]

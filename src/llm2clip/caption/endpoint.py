@@ -1,11 +1,9 @@
 """Captions from a server with OpenAI's chat API, such as vLLM, llama.cpp, Ollama, LM Studio or a hosted one."""
 
 import base64
-import email.utils
 import ipaddress
 import json
 import os
-import random
 import threading
 import time
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from torch import Tensor
 from torchvision.io import encode_jpeg
 
 from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError, clean_answer
+from llm2clip.data.retries import compute_backoff, is_temporary_status, parse_retry_after
 from llm2clip.io_utils import escape_control_characters
 
 KEY_VARIABLE = "LLM2CLIP_API_KEY"
@@ -25,7 +24,6 @@ MAX_MESSAGE_CHARACTERS = 300  # of a server's error message
 MAX_FAILURES_IN_A_ROW = 20  # after as many failed requests without a success, the server is assumed to be down
 MAX_RETRY_AFTER = 300.0  # seconds
 FIRST_DELAY, MAX_DELAY = 1.0, 60.0  # seconds before the second attempt and before later ones
-RETRIED_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
 SETTINGS_STATUSES = frozenset({401, 402, 403, 404})  # the key, credit, URL or name of the model is wrong
 JPEG_QUALITY = 90
 NEW_MAX_TOKENS_FIELD = "max_completion_tokens"  # newer name of the field max_tokens, which some servers require
@@ -116,9 +114,6 @@ class EndpointCaptioner:
     def stop(self) -> None:
         self._stopped.set()
 
-    def close(self) -> None:
-        self._client.close()
-
     def ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
         return [self._ask_with_retries(request) for request in requests]
 
@@ -156,7 +151,7 @@ class EndpointCaptioner:
         return Answer(None, str(error))
 
     def _wait_before_retry(self, attempt: int, error: _RequestError) -> None:
-        delay = min(MAX_DELAY, FIRST_DELAY * 2**attempt) * random.uniform(0.5, 1)
+        delay = compute_backoff(attempt, FIRST_DELAY, MAX_DELAY)
         if error.retry_after is not None:
             delay = max(delay, error.retry_after)
             self._schedule.pause(error.retry_after)  # for all requests
@@ -187,7 +182,7 @@ class EndpointCaptioner:
         status = response.status_code
         if status != 200:
             message = _describe_status(response, data)
-            raise _RequestError(message, status, status in RETRIED_STATUSES, _parse_retry_after(response))
+            raise _RequestError(message, status, is_temporary_status(status), _parse_retry_after(response))
         return _parse_response(data)
 
 
@@ -313,17 +308,8 @@ def _shorten(text: str) -> str:
 
 
 def _parse_retry_after(response: httpx.Response) -> float | None:
-    """Return the delay in a Retry-After header, which contains seconds or a date, or None if there is none."""
-    value = response.headers.get("retry-after", "").strip()
-    if not value:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return None
+    """Return the delay in seconds in a Retry-After header, at most MAX_RETRY_AFTER, or None if there is none."""
+    seconds = parse_retry_after(response.headers.get("retry-after", ""))
     return min(MAX_RETRY_AFTER, seconds) if seconds > 0 else None
 
 

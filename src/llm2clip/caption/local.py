@@ -51,14 +51,10 @@ class LocalCaptioner:
 
     def ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
         """Return an answer for each request. All requests must have the same prompt."""
-        by_length = sorted(range(len(requests)), key=lambda n: len(requests[n].text))
-        ordered = [requests[n] for n in by_length]
         try:
-            answers = self._generate(ordered)
+            return self._generate(requests)
         except ValueError:  # a processor rejects some images, for example because they are too narrow
-            answers = [self._ask_alone(request) for request in ordered]
-        restored = sorted(zip(by_length, answers, strict=True), key=lambda pair: pair[0])
-        return [answer for _, answer in restored]
+            return [self._ask_alone(request) for request in requests]
 
     def stop(self) -> None:
         """Do nothing, because `ask` never waits."""

@@ -19,6 +19,7 @@ from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.prompts import Prompt
 from llm2clip.data.image_refs import to_valid_unicode
 from llm2clip.data.images import ImageError, load_image, make_thumbnail
+from llm2clip.data.table_statistics import Histogram
 from llm2clip.html_report import Block, Code, Heading, ImageCard, ImageCards, Paragraph, Table, render_html, render_text
 from llm2clip.io_utils import atomic_write_text
 from llm2clip.runs.run_description import describe_run, format_run
@@ -47,7 +48,7 @@ ORDER BY sum(error IS NOT NULL OR coalesce(problem, ?) NOT IN (?, ?)) DESC, max(
 
 @dataclass(frozen=True)
 class CaptionReport:
-    """What a captioning run has written and checked.
+    """Results of a captioning run that are shown in its report.
 
     Args:
         sources: Sources as given by the user.
@@ -149,21 +150,12 @@ def _build_problems(report: CaptionReport) -> list[Block]:
 def _build_lengths(checks: TextChecks) -> list[Block]:
     rows = []
     for kind, counts in checks.lengths.items():
-        lengths = [f"{_find_percentile(counts, percent):,}" for percent in (0, 5, 50, 95, 100)]
-        rows.append([f"{kind} captions", f"{counts.total():,}", *lengths])
+        histogram = Histogram(counts)
+        lengths = [f"{histogram.percentile(percent):,}" for percent in (0, 5, 50, 95, 100)]
+        rows.append([f"{kind} captions", f"{histogram.count:,}", *lengths])
     if not rows:
         return []
     return [Heading("Lengths"), Table(["words", "captions", "shortest", "5%", "median", "95%", "longest"], rows)]
-
-
-def _find_percentile(counts: Counter[int], percent: float) -> int:
-    """Return the smallest value such that at least `percent` of the counted values are less than or equal to it."""
-    cumulative = 0
-    for value in sorted(counts):
-        cumulative += counts[value]
-        if 100 * cumulative >= percent * counts.total():
-            break
-    return value
 
 
 def _build_openings(checks: TextChecks) -> list[Block]:

@@ -33,11 +33,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from torch import Tensor
-from torchvision.transforms.v2 import functional as F
-
 from llm2clip.caption.answers import Captioner, CaptionRequest, StoppedError
-from llm2clip.caption.checks import check_captions, remove_opening, score_captions
+from llm2clip.caption.checks import check_captions, find_image_file, remove_opening, score_captions
 from llm2clip.caption.database import AnswerKey, CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.prompts import Prompt
 from llm2clip.caption.report import CaptionReport, format_report, write_report
@@ -46,7 +43,7 @@ from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.image_facts import UNREADABLE_IMAGE
 from llm2clip.data.image_header import DecodingLimitError, ImageFormatError, open_header
 from llm2clip.data.image_refs import FileImage, ImageRef
-from llm2clip.data.images import ImageError, load_image
+from llm2clip.data.images import ImageError, load_image, shrink_image
 from llm2clip.data.records import Record, RecordReader, Source
 from llm2clip.data.remote import is_remote
 from llm2clip.data.skip_log import SkipLog
@@ -211,7 +208,7 @@ def _write_output(run: _CaptionRun, encoder: DualEncoder | None) -> CaptionSumma
     return CaptionSummary(num_records, num_captions, num_failures, format_report(database, report), run.log.summary())
 
 
-# ---- first pass: list the images -------------------------------------------------------------------------------------
+# ---- list the images -------------------------------------------------------------------------------------
 
 
 def _list_images(
@@ -237,7 +234,7 @@ def _list_images(
 def _open_images(
     source: str, output: CaptionOutput, settings: CaptionSettings, log: SkipLog
 ) -> Iterator[tuple[Record, ImageRef]]:
-    """Yield the records of a source that have an image, and the image. Files that this run writes are left out."""
+    """Yield the records of a source that have an image, and the image. Files that this run writes are omitted."""
     parsed = Source.parse(source)
     parsed = Source(parsed.path, parsed.splits, settings.columns or parsed.columns)
     own_file, own_folder = os.path.realpath(output.records), os.path.realpath(output.images) + os.sep
@@ -294,7 +291,7 @@ def _copy_image(data: bytes, path: Path) -> None:
         temporary.replace(path)
 
 
-# ---- second pass: ask for captions -----------------------------------------------------------------------------------
+# ---- ask for captions -----------------------------------------------------------------------------------
 
 
 class _Item(NamedTuple):
@@ -401,21 +398,14 @@ class _CaptionRun:
         raise StoppedError
 
     def _iterate_requests(self) -> Iterator[_Item]:
-        """Yield the missing requests of this rank's images. Each image is requested at its first record."""
-        state, skip_nothing = process_state(), SkipLog(max_skipped=1.0)  # the first pass has checked all rows
+        """Yield the missing requests of this rank's images."""
+        state = process_state()
         with closing(CaptionDatabase(self.output.database)) as database:
-            was_read = bytearray(database.count_rows())  # several records can have the same image
-            for source in self.sources:
-                for record, image in _open_images(source, self.output, self.settings, skip_nothing):
-                    row = database.find_image(_make_key(record, image))
-                    if row is None or was_read[row.number]:
-                        continue
-                    was_read[row.number] = True
-                    is_first = database.find_first_number(row.hash) == row.number
-                    if is_first and int(row.hash[:8], 16) % state.num_processes == state.process_index:
-                        yield from self._make_requests(row, image, database)
+            for row in database.iterate_distinct_images():
+                if int(row.hash[:8], 16) % state.num_processes == state.process_index:
+                    yield from self._make_requests(row, database)
 
-    def _make_requests(self, row: ImageRow, image: ImageRef, database: CaptionDatabase) -> list[_Item]:
+    def _make_requests(self, row: ImageRow, database: CaptionDatabase) -> list[_Item]:
         """Return the missing requests of an image, or none if it cannot be read."""
         answers = database.list_answers(row.hash, self.captioner.name, [prompt.key for prompt in self.prompts])
         stored = {(answer.prompt, answer.sample) for answer in answers if answer.error is None}
@@ -427,6 +417,7 @@ class _CaptionRun:
         ]
         if not missing:
             return []
+        image = find_image_file(database, row)
         try:
             data = image.read()
             if hashlib.sha256(data).hexdigest() != row.hash:
@@ -486,15 +477,6 @@ class _CaptionRun:
         return f"{speed}, cost {self._cost:.2f}" if self.settings.price else speed
 
 
-def shrink_image(image: Tensor, size: int) -> Tensor:
-    """Shrink a uint8 image of shape (3, H, W) to at most `size` pixels on its longer side."""
-    height, width = image.shape[-2:]
-    if max(height, width) <= size:
-        return image
-    scale = size / max(height, width)
-    return F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
-
-
 @contextmanager
 def _output_lock(out: Path) -> Iterator[None]:
     """Hold a lock on the output. Raise FolderInUseError if another run is writing to it."""
@@ -538,7 +520,7 @@ def _stop_on_signals(run: _CaptionRun) -> Iterator[None]:
 def write_records(
     database: CaptionDatabase, output: CaptionOutput, model: str, prompts: Sequence[Prompt]
 ) -> tuple[int, int]:
-    """Write the records with their captions. Captions that quality control rejects are left out.
+    """Write the records with their captions. Captions that quality control rejects are omitted.
 
     Returns:
         The number of records and the number of generated captions.
@@ -593,9 +575,7 @@ def write_failures(database: CaptionDatabase, output: CaptionOutput, model: str,
     num_failures = 0
     samples = {prompt.key: prompt.samples for prompt in prompts}
     with _open_output(output.failures) as stream:
-        for row in database.iterate_images():
-            if database.find_first_number(row.hash) != row.number:
-                continue
+        for row in database.iterate_distinct_images():
             for answer in database.list_answers(row.hash, model, [prompt.key for prompt in prompts]):
                 if answer.error is not None and answer.sample < samples[answer.prompt]:
                     failure = {"image": row.record["image"], "id": row.record["id"], "prompt": answer.prompt}

@@ -128,10 +128,16 @@ def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
 
 def make_thumbnail(image: Tensor, side: int) -> bytes:
     """Shrink a uint8 image of shape (3, H, W) to at most `side` pixels on its longer side. Return it as JPEG bytes."""
+    return cast(bytes, encode_jpeg(shrink_image(image, side).contiguous(), quality=80).numpy().tobytes())
+
+
+def shrink_image(image: Tensor, side: int) -> Tensor:
+    """Shrink an image of shape (3, H, W) to at most `side` pixels on its longer side. Smaller images are unchanged."""
     height, width = image.shape[-2:]
-    scale = min(1.0, side / max(height, width))
-    small = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
-    return cast(bytes, encode_jpeg(small.contiguous(), quality=80).numpy().tobytes())
+    scale = side / max(height, width)
+    if scale >= 1:
+        return image
+    return F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
 
 
 def _get_file_name(image: object) -> object:

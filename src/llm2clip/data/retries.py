@@ -1,4 +1,4 @@
-"""Retries of requests to object storage, with exponential back-off.
+"""Retries of requests, with exponential back-off. `call_with_retries` is for object storage.
 
 Each storage library raises its own exceptions. They are distinguished by the HTTP status in the chain of causes, or
 otherwise by their type.
@@ -70,8 +70,36 @@ def call_with_retries(function: Callable[[], T], url: str, max_attempts: int | N
         time.sleep(delay)
 
 
+def compute_backoff(attempt: int, first: float, longest: float) -> float:
+    """Return the delay before another attempt, in seconds. It doubles with each attempt, and is random.
+
+    Args:
+        attempt: Number of the failed attempt, from 0.
+        first: Longest delay after the first attempt, in seconds.
+        longest: Longest delay after any attempt, in seconds.
+    """
+    return min(longest, first * 2**attempt) * _random.uniform(0.5, 1.0)
+
+
+def parse_retry_after(value: str) -> float:
+    """Return the delay in seconds in a `Retry-After` header, which contains seconds or a date. 0 if it is invalid."""
+    try:
+        return float(value)
+    except ValueError:
+        pass  # not a number of seconds
+    try:
+        return parsedate_to_datetime(value).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+def is_temporary_status(status: int) -> bool:
+    """Return True if another attempt may succeed after a response with this HTTP status."""
+    return status >= 500 or status in RETRIED_STATUSES
+
+
 def _compute_delay(attempt: int, error: BaseException) -> float:
-    delay = min(MAX_DELAY, FIRST_DELAY * 2 ** (attempt - 1)) * _random.uniform(0.5, 1.0)
+    delay = compute_backoff(attempt - 1, FIRST_DELAY, MAX_DELAY)
     return max(delay, min(_read_retry_after(error), MAX_RETRY_AFTER))
 
 
@@ -79,7 +107,7 @@ def _is_temporary(error: BaseException) -> bool:
     """Return True if another attempt may succeed."""
     status = _get_status(error)
     if status is not None:
-        return status >= 500 or status in RETRIED_STATUSES
+        return is_temporary_status(status)
     chain = list(_iterate_causes(error))
     if any(type(cause).__name__ in PERMANENT_ERRORS for cause in chain):
         return False
@@ -136,14 +164,8 @@ def _read_retry_after(error: BaseException) -> float:
         if isinstance(response, dict):  # botocore, with names in lower case
             headers = response.get("ResponseMetadata", {}).get("HTTPHeaders")
         value = (headers or {}).get("Retry-After") or (headers or {}).get("retry-after")
-        if value is None:
-            continue
-        if str(value).isdecimal():
-            return float(value)
-        try:
-            return parsedate_to_datetime(str(value)).timestamp() - time.time()
-        except ValueError:
-            return 0.0
+        if value is not None:
+            return parse_retry_after(str(value))
     return 0.0
 
 

@@ -4,7 +4,7 @@ All numbers are computed from the columns of record batches, so that memory does
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,8 +25,9 @@ _SUFFIX = r"\.(?P<suffix>[A-Za-z0-9]{1,5})$"
 class Histogram:
     """Number of occurrences of each integer, for exact percentiles of data that does not fit in memory."""
 
-    def __init__(self) -> None:
-        self._counts: Counter[int] = Counter()
+    def __init__(self, counts: Mapping[int, int] | None = None) -> None:
+        """Count nothing, or start with the number of occurrences of some integers."""
+        self._counts: Counter[int] = Counter(counts)
 
     def add(self, values: pa.Array | pa.ChunkedArray) -> None:
         """Count integers. Nulls are ignored."""

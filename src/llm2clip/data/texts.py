@@ -1,7 +1,13 @@
 """Validation, hashing and deduplication of texts."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
+
+# Letters of scripts that do not separate words with spaces: Thai, Lao, Burmese, Khmer, Chinese and Japanese.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 
 
 def is_valid_unicode(text: str) -> bool:

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from llm2clip.data.texts import UNSPACED
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates, average_prompts, fill_templates
 from llm2clip.search.query import SearchQuery, embed_images
 from llm2clip.search.request_images import BadRequest
-from llm2clip.search.words import UNSPACED
 
 MAX_WORDS = 40  # each word takes at least one text embedding
 UNSPACED_WORDS = re.compile(

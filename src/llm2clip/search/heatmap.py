@@ -9,10 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize
 
 from llm2clip.data.image_refs import read_image_file
-from llm2clip.data.images import ImageError, load_image, make_thumbnail
+from llm2clip.data.images import ImageError, load_image, make_thumbnail, shrink_image
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.vision.dense import DenseEncoder
 from llm2clip.search.backends import Backend, Hit
@@ -49,15 +48,12 @@ def draw_heatmap(image: Tensor, heatmap: np.ndarray) -> bytes:
         image: Image of shape (3, H, W), uint8.
         heatmap: Cosine similarity of each cell, of shape (h, w), mapped linearly to a brightness of DARKEST to 1.
     """
-    height, width = image.shape[-2:]
-    scale = min(1.0, IMAGE_SIDE / max(height, width))
-    size = [max(1, round(height * scale)), max(1, round(width * scale))]
+    small = shrink_image(image, IMAGE_SIDE)
     cells = torch.from_numpy(heatmap).float()
     spread = cells.max() - cells.min()
     relative = (cells - cells.min()) / spread if spread > 0 else torch.ones_like(cells)
-    brightness = DARKEST + (1 - DARKEST) * F.interpolate(relative[None, None], size, mode="bilinear")[0]
-    shaded = resize(image, size, antialias=True) * brightness
-    return make_thumbnail(shaded.round().to(torch.uint8), IMAGE_SIDE)
+    brightness = DARKEST + (1 - DARKEST) * F.interpolate(relative[None, None], small.shape[-2:], mode="bilinear")[0]
+    return make_thumbnail((small * brightness).round().to(torch.uint8), IMAGE_SIDE)
 
 
 def draw_heatmaps(model: DualEncoder, query: np.ndarray, hits: Sequence[Hit], backend: Backend) -> dict[str, bytes]:

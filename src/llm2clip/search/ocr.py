@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize
 
 from llm2clip.data.image_loader import iter_image_batches
+from llm2clip.data.images import shrink_image
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import describe_error, install_command
 from llm2clip.progress import ProgressBar
@@ -85,14 +85,9 @@ def _find_weights() -> dict[str, str]:
     return weights
 
 
-def shrink_image(image: Tensor) -> np.ndarray:
-    """Scale an image of shape (3, H, W) down to at most MAX_SIDE pixels per side. Return it with shape (h, w, 3)."""
-    height, width = image.shape[-2:]
-    scale = MAX_SIDE / max(height, width)
-    if scale < 1:
-        size = [max(1, round(height * scale)), max(1, round(width * scale))]
-        image = resize(image, size, antialias=True)
-    return image.permute(1, 2, 0).contiguous().numpy()
+def prepare_image(image: Tensor) -> np.ndarray:
+    """Shrink an image of shape (3, H, W) to at most MAX_SIDE pixels per side. Return it with shape (h, w, 3)."""
+    return shrink_image(image, MAX_SIDE).permute(1, 2, 0).contiguous().numpy()
 
 
 def recognize_texts(
@@ -121,7 +116,7 @@ def _iter_texts(
     refs: Sequence[Any], recognize: RecognizeText, workers: int | None
 ) -> Iterator[tuple[dict[int, str], dict[int, str], int]]:
     """Yield batches of texts and of error messages, both keyed by image index, and the number of images per batch."""
-    for indices, images, errors in iter_image_batches(refs, shrink_image, BATCH_SIZE, workers):
+    for indices, images, errors in iter_image_batches(refs, prepare_image, BATCH_SIZE, workers):
         texts: dict[int, str] = {}
         for index, image in zip(indices, images, strict=True):
             try:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from psycopg import sql
 
+from llm2clip.data.texts import UNSPACED
 from llm2clip.search.postgres_database import Connection
 from llm2clip.search.words import (
     FIELDS,
@@ -31,7 +32,6 @@ from llm2clip.search.words import (
     MIN_COMMON,
     SEPARATOR,
     SUBSTRING_COLUMNS,
-    UNSPACED,
     WordQuery,
     compute_match_limit,
     split_words,

@@ -21,6 +21,7 @@ from datetime import datetime
 import numpy as np
 
 from llm2clip.data.image_refs import to_valid_unicode
+from llm2clip.data.texts import UNSPACED
 from llm2clip.search.backends import IndexedImage
 
 # The fields of an image's texts, which are the columns of `words`, and their names in search results.
@@ -46,10 +47,6 @@ SEPARATOR = "\x1f"  # precedes each caption in `texts`; never occurs in normalis
 REPLACEMENTS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"}
 REPLACEMENTS |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
 TRIGRAM_LENGTH = 3  # `trigrams` cannot find shorter texts
-# Letters of scripts that do not separate words with spaces: Thai, Lao, Burmese, Khmer, Chinese and Japanese.
-UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
 UNSPACED_PARTS = re.compile(rf"(?:[^\W_]|{UNSPACED.pattern})+")  # \w excludes vowel signs and tone marks
 # A query with more or longer words is a description, and is searched only by its embedding.
 MAX_QUERY_WORDS, MAX_QUERY_LENGTH = 32, 500
