@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,10 @@ import httpx
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 
 from caption_fixtures import FAULTS, CaptionServer, make_photos, run_server
-from llava_fixtures import build_tiny_llava
+from llava_fixtures import build_tiny_llava, load_model
 from llm2clip import pipeline
 from llm2clip.caption import endpoint, local
 from llm2clip.caption.answers import Answer, CaptionRequest, clean_answer
@@ -32,6 +34,7 @@ from llm2clip.caption.prompts import Prompt, load_prompts
 from llm2clip.cli import build_parser, main
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import TooManySkipped
+from llm2clip.models.vlm import name_vision_language_model
 from llm2clip.runs.output_folder import FolderInUseError, check_output_folder
 
 KEY = "sk-very-secret"
@@ -514,6 +517,50 @@ def test_local_model_captions_images_and_resumes(
     with closing(CaptionDatabase(tmp_path / "out.jsonl.sqlite")) as database:  # quality control rejects these captions
         query = "SELECT substr(prompt, 1, 3), count(DISTINCT hash) FROM answers WHERE text IS NOT NULL GROUP BY 1"
         assert dict(database.connection.execute(query)) == {"one": 6, "two": 6}
+
+
+def test_names_of_local_models_depend_on_their_files_and_not_on_their_location(
+    tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = LocalCaptioner(str(tiny_llava)).name
+    assert re.fullmatch(r"built-[0-9a-f]{8}", name)
+    copy = shutil.copytree(tiny_llava, tmp_path / "other/built/model")  # named after the run's folder
+    assert LocalCaptioner(str(copy), precision="fp32").name == name
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub/models--org--built"
+    shutil.copytree(tiny_llava, repository / "snapshots/1")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("1")
+    assert name_vision_language_model("org/built") == name
+
+    model, _ = load_model(copy)
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.bias[0] += 1
+    model.save_pretrained(copy)
+    retrained = LocalCaptioner(str(copy)).name
+    assert retrained != name
+    (copy / "chat_template.jinja").write_text((copy / "chat_template.jinja").read_text() + "Answer:")
+    assert name_vision_language_model(str(copy)) not in (name, retrained)
+
+
+def test_out_of_memory_error_names_the_settings_that_need_less(
+    tmp_path: Path,
+    photos: Path,
+    tiny_llava: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def generate(*_: Any) -> list[Answer]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(LocalCaptioner, "_generate", generate)
+    words = ["caption", photos, "--model", tiny_llava, "--out", tmp_path / "out.jsonl", "--batch_size", 4]
+    assert main(list(map(str, words))) == 1
+    message = capsys.readouterr().err
+    assert "4 images at a time do not fit in the memory of the" in message and "Traceback" not in message
+    assert "a lower --batch_size, or with a lower --image_size" in message
 
 
 def test_fit_captions_the_images_before_training(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

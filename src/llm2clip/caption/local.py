@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from llm2clip.caption.answers import Answer, CaptionRequest, clean_answer
 from llm2clip.caption.prompts import Prompt
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
-from llm2clip.models.vlm import load_vision_language_model
+from llm2clip.models.vlm import load_vision_language_model, name_vision_language_model
 from llm2clip.runs.ranks import process_state
 
 
@@ -30,11 +30,12 @@ class LocalCaptioner:
 
     workers = 1
 
-    def __init__(self, model: str, batch_size: int = 8, precision: str = "auto") -> None:
-        self.name, self.batch_size = model, batch_size
+    def __init__(self, model: str, batch_size: int = 32, precision: str = "auto") -> None:
+        self.batch_size = batch_size
         self.worked_before = False
         self.device = process_state().device
         self.model, self.processor = load_vision_language_model(model, self.device, precision)
+        self.name = name_vision_language_model(model)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
@@ -50,14 +51,28 @@ class LocalCaptioner:
         return pil_image
 
     def ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
-        """Return an answer for each request. All requests must have the same prompt."""
+        """Return an answer for each request. All requests must have the same prompt.
+
+        Raises:
+            ValueError: The batch does not fit in the device's memory.
+        """
+        try:
+            return self._ask(requests)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{len(requests)} images at a time do not fit in the memory of the {self.device.type} device. Run "
+                "`llm2clip caption` with a lower --batch_size, or with a lower --image_size. All earlier captions are "
+                "stored"
+            ) from error
+
+    def stop(self) -> None:
+        """Do nothing, because `ask` never waits."""
+
+    def _ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
         try:
             return self._generate(requests)
         except ValueError:  # a processor rejects some images, for example because they are too narrow
             return [self._ask_alone(request) for request in requests]
-
-    def stop(self) -> None:
-        """Do nothing, because `ask` never waits."""
 
     def _ask_alone(self, request: CaptionRequest) -> Answer:
         try:

@@ -50,7 +50,7 @@ def add_commands(commands: Commands) -> None:
         "--image_size", type=PositiveInt, default=768, help="Shrink images to at most this size, in pixels per side."
     )
     parser.add_argument(
-        "--batch_size", type=PositiveInt, default=8, help="Number of images per batch. Not used with --endpoint."
+        "--batch_size", type=PositiveInt, default=32, help="Number of images per batch. Not used with --endpoint."
     )
     parser.add_argument(
         "--concurrency", type=PositiveInt, default=8, help="Number of requests to the server at the same time."
@@ -141,7 +141,7 @@ def _open_captioner(args: Namespace) -> Captioner:
     return captioner
 
 
-def _open_local(model: str, batch_size: int) -> Captioner:
+def _open_local(model: str, batch_size: int = 32) -> Captioner:
     import llm2clip.llava.modeling_patches  # noqa: F401  (registers its classes with transformers)
     from llm2clip.caption.local import LocalCaptioner
 
@@ -179,7 +179,7 @@ def caption_for_fit(data: list[str], run_dir: Path, model: str, endpoint_model: 
         captioner = EndpointCaptioner(model, endpoint_model or "")
         print_once(*captioner.describe())
     else:
-        captioner = _open_local(model, batch_size=8)
+        captioner = _open_local(model)
     settings = CaptionSettings(columns=args.columns, max_skipped=args.max_skipped)
     summary = caption_images(data, out, captioner, load_prompts(), settings)
     print_once(*_format_summary(summary, out))

@@ -1,10 +1,13 @@
 """Loading of vision-language models: image-text-to-text models of transformers and their processors."""
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from llm2clip.models.hub.loading import hide_loading_bars, load_config
+from llm2clip.models.hub.fingerprint import hash_text
+from llm2clip.models.hub.loading import find_file, get_display_names, hide_loading_bars, load_config
 from llm2clip.models.precision import resolve_precision
 
 
@@ -35,3 +38,25 @@ def load_vision_language_model(name: str, device: torch.device, precision: str =
         trust_remote_code=False,
     )
     return model.to(device).eval(), AutoProcessor.from_pretrained(name, trust_remote_code=False)
+
+
+def name_vision_language_model(source: str) -> str:
+    """Return a model's name with a hash of its files, such as `llava-9f3a12cd` for the folder `llava` or `llava/model`.
+
+    A copy has the same name if the last part of its path is the same. The hash depends neither on the precision nor on
+    the device. Reading the weights takes about a second per gigabyte.
+
+    Args:
+        source: Model folder or hub id. Files on the hub must have been downloaded.
+    """
+    config_file = find_file(source, "config.json")
+    folder = Path(source) if config_file is None else config_file.parent
+    weights = sorted(folder.glob("*model*.safetensors")) or sorted(folder.glob("*model*.bin"))
+    settings = [folder / name for name in ("config.json", "generation_config.json", "chat_template.jinja")]
+    hashes = []
+    for file in [*settings, *weights]:
+        if file.exists():
+            with file.open("rb") as stream:
+                hashes.append(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}")
+    short_name = get_display_names([source])[0].rpartition("/")[2]
+    return f"{short_name}-{hash_text(' '.join(hashes))[:8]}"
