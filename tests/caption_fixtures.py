@@ -113,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "large":
             self._send(200, b'{"choices": "' + b"x" * LARGE_BYTES)
+        elif fault in ("slow headers", "slow body"):
+            self._send_slowly(fault)
         elif fault == "redirect":
             self._send(302, b"", {"Location": "http://other.example/v1/chat/completions"})
         elif fault.startswith("429"):
@@ -138,6 +140,14 @@ class _Handler(BaseHTTPRequestHandler):
             if len(self.server.bodies) < 100:
                 self.server.bodies.append(body)
         self._send(200, json.dumps({"choices": [choice], "usage": self.server.usage}).encode())
+
+    def _send_slowly(self, part: str) -> None:
+        """Send a byte of the headers or of the body every 50 ms until the client disconnects, for at most 20 s."""
+        self.close_connection = True
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"\r\n" if part == "slow body" else b""))
+        for _ in range(400):
+            self.wfile.write(b"x")
+            time.sleep(0.05)
 
     def _send_error(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
         self._send(status, json.dumps({"error": {"message": message}}).encode(), headers)

@@ -241,6 +241,20 @@ def test_run_stops_when_the_server_is_down(tmp_path: Path, photos: Path, monkeyp
         caption(server, photos, tmp_path / "out.jsonl", "--retries", "1")
 
 
+@pytest.mark.parametrize("fault", ["slow headers", "slow body"])
+def test_timeout_limits_the_time_of_the_entire_response(tmp_path: Path, photos: Path, fault: str) -> None:
+    """The server sends a byte every 50 ms, so no single read takes long."""
+    out, flags = tmp_path / "out.jsonl", ["--concurrency", "1", "--timeout", "1"]
+    start = time.monotonic()
+    with run_server(faults=["", fault, "", fault]) as server:
+        caption(server, photos, out, *flags, "--retries", "0")
+        assert time.monotonic() - start < 10
+        failures = read_rows(tmp_path / "out_failures.jsonl")
+        assert [row["error"] for row in failures] == ["no response within 1 seconds"] * 2
+        caption(server, photos, out, *flags)
+    assert set(server.answered.values()) == {1} and len(server.answered) == 6 * CAPTIONS_PER_IMAGE
+
+
 def test_cost_limit_stops_the_run_until_it_is_raised(tmp_path: Path, photos: Path) -> None:
     out = tmp_path / "out.jsonl"
     flags = ["--concurrency", "1", "--price", "1000", "0"]  # an answer costs 1
@@ -294,7 +308,7 @@ def test_refused_filtered_and_compressed_responses_are_not_captions() -> None:
     assert "content filter" in str(parse({"content": "A man in a park is about to"}, "content_filter").error)
     response = httpx.Response(200, headers={"Content-Encoding": "gzip"}, content=gzip.compress(b"x"))
     with pytest.raises(endpoint._RequestError, match="compressed"):
-        endpoint._read_limited(response, time.monotonic() + 10)
+        endpoint._read_limited(response)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ import base64
 import ipaddress
 import json
 import os
+import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -88,13 +90,14 @@ class EndpointCaptioner:
         self._failures_in_a_row = 0
         self._has_succeeded = self.worked_before = False
         self._max_tokens_field = "max_tokens"
-        self._client = httpx.Client(
-            follow_redirects=False,
-            timeout=httpx.Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout)),
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-            headers=_build_headers(),
-            trust_env=not self.is_loopback,  # a proxy is not used for a server on this machine
-        )
+        self._connections = threading.local()  # one connection per thread
+        self._client_options: dict[str, Any] = {
+            "follow_redirects": False,
+            "timeout": httpx.Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout)),
+            "headers": _build_headers(),
+            "verify": httpx.create_ssl_context(),
+            "trust_env": not self.is_loopback,  # a proxy is not used for a server on this machine
+        }
 
     def describe(self) -> list[str]:
         """Return lines that say where images are sent, and a warning if the connection is not encrypted."""
@@ -158,6 +161,13 @@ class EndpointCaptioner:
         if self._stopped.wait(delay):
             raise StoppedError
 
+    def _get_connection(self) -> "_Connection":
+        """Return this thread's connection."""
+        if not hasattr(self._connections, "connection"):
+            self._connections.connection = _Connection(httpx.Client(**self._client_options))
+        connection: _Connection = self._connections.connection
+        return connection
+
     def _send(self, request: CaptionRequest, max_tokens_field: str) -> Answer:
         """Send a request once."""
         # The image comes first, so that servers can reuse it for the next prompt.
@@ -171,19 +181,62 @@ class EndpointCaptioner:
             "temperature": request.prompt.temperature,
             max_tokens_field: request.prompt.max_tokens,
         }
-        deadline = time.monotonic() + self.timeout
+        connection = self._get_connection()
         try:
-            with self._client.stream("POST", self.url, json=body) as response:
-                data = _read_limited(response, deadline)
-        except httpx.TimeoutException as error:
-            raise _RequestError(f"no response within {self.timeout:g} seconds ({type(error).__name__})") from error
+            with connection.post(self.url, body, self.timeout) as response:
+                data = _read_limited(response)
         except (httpx.HTTPError, httpx.StreamError) as error:
+            if isinstance(error, httpx.TimeoutException) or connection.is_late:
+                raise _RequestError(f"no response within {self.timeout:g} seconds") from error
             raise _RequestError(f"the connection failed: {_shorten(str(error)) or type(error).__name__}") from error
+        if connection.is_late:  # the body can seem complete
+            raise _RequestError(f"no response within {self.timeout:g} seconds")
         status = response.status_code
         if status != 200:
             message = _describe_status(response, data)
             raise _RequestError(message, status, is_temporary_status(status), _parse_retry_after(response))
         return _parse_response(data)
+
+
+class _Connection:
+    """HTTP client for one request at a time, with a limit on the total time of a request.
+
+    The timeouts of httpx limit only the time of each read, so a server could send a byte every few seconds for ever.
+
+    Attributes:
+        is_late: True if the last request reached the limit.
+    """
+
+    def __init__(self, client: httpx.Client) -> None:
+        self.is_late = False
+        self._client = client
+        self._socket: socket.socket | None = None
+
+    @contextmanager
+    def post(self, url: httpx.URL, body: dict[str, Any], timeout: float) -> Iterator[httpx.Response]:
+        """Send a request. After `timeout` seconds, shut down the connection, so that reads and writes end or fail."""
+        self.is_late = False
+        timer = threading.Timer(timeout, self._stop)
+        timer.daemon = True
+        timer.start()
+        try:
+            with self._client.stream("POST", url, json=body, extensions={"trace": self._handle_event}) as response:
+                yield response
+        finally:
+            timer.cancel()
+
+    def _handle_event(self, event: str, info: dict[str, Any]) -> None:
+        """Get the socket when the client connects."""
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            self._socket = info["return_value"].get_extra_info("socket")
+            if self.is_late:
+                self._stop()
+
+    def _stop(self) -> None:
+        self.is_late = True
+        if self._socket is not None:
+            with suppress(OSError):  # it is closed already
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # not TLS's own shutdown, which can wait
 
 
 class _Schedule:
@@ -241,8 +294,8 @@ def _build_headers() -> dict[str, str]:
     return headers | {"Authorization": f"Bearer {key}"}
 
 
-def _read_limited(response: httpx.Response, deadline: float) -> bytes:
-    """Return a response's body. Raise _RequestError if it is too large or takes too long."""
+def _read_limited(response: httpx.Response) -> bytes:
+    """Return a response's body. Raise _RequestError if it is too large."""
     data = bytearray()
     if response.headers.get("content-encoding", "identity") != "identity":  # could expand to gigabytes
         raise _RequestError("the response is compressed, although the request does not allow it")
@@ -250,8 +303,6 @@ def _read_limited(response: httpx.Response, deadline: float) -> bytes:
         data += chunk
         if len(data) > MAX_RESPONSE_BYTES:
             raise _RequestError(f"the response is larger than {MAX_RESPONSE_BYTES:,} bytes")
-        if time.monotonic() > deadline:
-            raise _RequestError("the response took too long")
     return bytes(data)
 
 
