@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from llm2clip.caption.prompts import Prompt
+from llm2clip.caption.refusals import is_refusal
 
 MAX_CHARACTERS = 10_000  # longer answers are rejected
 # All expressions take linear time, because answers can be hostile.
@@ -21,18 +22,6 @@ _LABEL = re.compile(r"^(?:caption|description|answer|sentence)\s*:\s*", re.IGNOR
 _EMPHASIS = re.compile(r"(\*\*|__|`)(?=\S)(.{1,200}?)(?<=\S)\1")
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "「": "」"}
 _SENTENCE_END = re.compile(r".*[.!?。！？](?=\s|$|[\"”’])", re.DOTALL)
-_REFUSAL = re.compile(
-    r"(?:(?:i['’]?m|i am|we are|we['’]re) (?:so |very |really )?(?:sorry|afraid|unable|not able)|sorry\b|apologies\b|"
-    r"i apologi[sz]e|(?:unfortunately,? )?i (?:cannot|can['’]?t|can not|could not|couldn['’]?t|do not|don['’]?t) "
-    r"(?:see|view|describe|provide|identify|assist|help|process|access|analy[sz]e|comply|have)|"
-    r"(?:as|i am|i['’]m) an? (?:ai|artificial|language model|large language model)\b|i (?:cannot|can['’]t)\b|"
-    r"(?:there is|i see) no image (?:attached|provided|here)|no image (?:was|is|has been) (?:attached|provided)|"
-    r"(?:please|(?:could|can) you(?: please)?) (?:provide|upload|share|send|attach)\b|"
-    r"es tut mir leid|leider kann ich|ich kann .{0,60}\bnicht\b|als ki\b|"
-    r"(?:je suis )?désolée?\b|je ne (?:peux|suis|vois)\b|en tant qu(?:['’]ia\b|e modèle)|"
-    r"(?:很|非常)?抱歉|对不起|對不起|我?(?:无法|無法|不能)|作为(?:一个|一名)?(?:ai|人工智能|语言模型))",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +112,7 @@ def clean_answer(text: str, truncated: bool, input_tokens: int = 0, output_token
         text = complete[0]
     if not any(character.isalnum() for character in text):
         return Answer(None, "empty answer", *tokens)
-    if _REFUSAL.match(text):
+    if is_refusal(text):
         return Answer(None, f"refusal: {text[:200]}", *tokens)
     if len(text) > MAX_CHARACTERS:
         return Answer(None, f"too long: {len(text):,} characters", *tokens)
