@@ -60,12 +60,15 @@ REFUSALS = [
     "Je ne peux pas identifier les personnes sur cette photo.",
     "Lo siento, pero no puedo describir esta imagen.",
     "No puedo ayudarte con eso.",
+    "No veo ninguna imagen.",
     "Como modelo de lenguaje, no puedo ver imágenes.",
     "很抱歉，我无法查看图片。",
     "对不起，我不能识别图中的人物。",
     "我无法看到您所说的图像。",
     "作为一个人工智能语言模型，我无法描述图片。",
     "请上传图片。",
+    "Es wurde kein Bild hochgeladen.",
+    "抱歉，无法识别这张图片。",
     "申し訳ありませんが、この画像を説明することはできません。",
     "画像を見ることができません。",
     "画像が添付されていません。",
@@ -133,7 +136,7 @@ def test_captions_that_begin_like_refusals_are_accepted(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["sorry ", "i can't ", "i can't see the ", "there is no ", "ich kann ", "我无法", "画像"]
+    "part", ["sorry ", "i can't ", "i can't see the ", "there is no ", "ich kann ", "je ne peux pas ", "我无法", "画像"]
 )
 def test_hostile_texts_take_linear_time(part: str) -> None:
     start = time.process_time()

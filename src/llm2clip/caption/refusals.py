@@ -38,15 +38,15 @@ _ENGLISH_APOLOGY = (
 _ENGLISH = (
     rf"i ?{_INABILITY} (?:\w+ly )?(?:{_CLEAR_VERB}|{_OTHER_VERB} (?:[\w'-]+ ){{0,5}}?{_OBJECT})",
     r"i (?:can ?not|can't)[.!]*$",
-    r"i (?:do not|don't) (?:currently )?have (?:(?:the|any|direct) )*(?:ability|capability|capacity|access|permission)\b",
+    r"i (?:do not|don't) (?:currently )?have (?:the |any |direct )?(?:ability|capability|access|permission)\b",
     r"i(?: would|'d) (?:prefer|rather) not|i (?:have to|must) decline",
     r"(?:i am|i'm) (?:just |only )?an? (?:\w+[ -])?(?:ai|artificial intelligence|language model)\b",
     r"as an? (?:\w+[ -]){0,3}(?:ai|artificial intelligence|model|assistant)\b[^.]{0,60},? i\b",
     rf"(?:there (?:is|are|was|were|doesn't|does not)(?: seem to be| appear to be)? ?(?:no|any|an)|i see no|no) {_IMAGE}"
     rf"(?: (?:was|is|were|are|has been|have been))? {_PROVIDED}{_AFTER_MISSING}",
-    rf"(?:it (?:seems|looks|appears)(?: like| that)? )?(?:the|your|this|that) {_IMAGE}(?: you \w+)? (?:could not|couldn't|"
-    r"can ?not|can't|did not|didn't|does not|doesn't|failed to|is not|isn't|was not|wasn't)(?: seem to)? (?:be )?"
-    r"(?:load|display|open|view|process|upload|attach|provid|available|accessible|found|visible)(?:ed)?",
+    rf"(?:it (?:seems|looks|appears)(?: like| that)? )?(?:the|your|this|that) {_IMAGE}(?: you \w+)? (?:could not|"
+    r"couldn't|can ?not|can't|did not|didn't|does not|doesn't|failed to|is not|isn't|was not|wasn't)(?: seem to)? "
+    r"(?:be )?(?:load|display|open|view|process|upload|attach|provid|available|accessible|found|visible)(?:ed)?",
     rf"(?:it (?:seems|looks|appears)(?: like| that)? )(?:you (?:did not|didn't|forgot|have not|haven't)|no {_IMAGE}|"
     rf"there (?:is|was|are)(?:n't| no| not)(?: an| any)? ?{_IMAGE})",
     r"(?:please|(?:could|can|would) you(?: please)?) (?:re-?upload|provide|upload|share|send|attach)(?: me)?(?: with)? "
@@ -64,7 +64,7 @@ _GERMAN = (
     r"(?:ich bin (?:leider )?nicht in der lage|bin ich nicht in der lage)",
     r"(?:ich (?:sehe|habe)|sehe ich|habe ich) (?:leider |hier )?(?:kein bild|kein foto|keinen zugriff)",
     r"als (?:eine? )?(?:ki|künstliche intelligenz)\b(?:-\w+)?,? (?:kann|habe|bin|darf) ich",
-    r"(?:es (?:wurde|ist)|ich habe) (?:leider )?kein (?:bild|foto) (?:angehängt|bereitgestellt|hochgeladen|vorhanden|erhalten)",
+    r"(?:es (?:wurde|ist)|ich habe) (?:leider )?kein (?:bild|foto) (?:angehängt|bereitgestellt|hochgeladen|vorhanden)",
     r"bitte (?:laden|lade|stellen|senden|sende|teilen|geben) (?:sie )?[^.]{0,30}\b(?:bild|foto)\b",
 )
 _GERMAN_APOLOGY = (
@@ -81,9 +81,9 @@ _FRENCH = (
 )
 _FRENCH_APOLOGY = r"(?:(?:(?:je suis )?(?:vraiment )?désolée?|malheureusement|pardon)[\s,.;:!]*(?:mais\s+)?)"
 _SPANISH = (
-    r"no (?:puedo|soy capaz de|me es posible)\b[^.]{0,30}?\b(?:ver|describir|identificar|ayudar\w*|proporcionar|analizar|"
-    r"acceder|procesar|responder|generar|mostrar|cumplir)\b",
-    r"no (?:veo|hay|tengo) (?:una |ninguna |la |acceso a )(?:\w+ )?(?:imagen|foto)\w*\b(?: (?:adjunta|proporcionada))?\s*(?:[.,]|$)",
+    r"no (?:puedo|soy capaz de|me es posible)\b[^.]{0,30}?\b(?:ver|describir|identificar|ayudar\w*|proporcionar|"
+    r"analizar|acceder|procesar|responder|generar|mostrar|cumplir)\b",
+    r"no (?:veo|hay|tengo acceso a) (?:una |ninguna |la )?(?:imagen|foto)(?: adjunta| proporcionada)?\s*(?:[.,]|$)",
     r"no se (?:ha )?(?:proporcion|adjunt)(?:ado|ó) ninguna (?:imagen|foto)",
     r"como (?:una? )?(?:modelo de lenguaje|ia|inteligencia artificial|asistente)\b[^.]{0,60}\bno\b",
     r"por favor,? (?:proporcion|sub|compart|env[íi]|adjunt)\w+ (?:una|la|tu|su) (?:\w+ )?(?:imagen|foto)",
