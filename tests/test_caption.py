@@ -1,6 +1,7 @@
 """Tests of `llm2clip caption`: prompts, endpoint, resuming, local models, and the records that are written."""
 
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ import yaml
 from huggingface_hub import constants
 
 from caption_fixtures import FAULTS, CaptionServer, make_photos, run_server
+from conftest import run_distributed
 from llava_fixtures import build_tiny_llava, load_model
 from llm2clip import pipeline
 from llm2clip.caption import endpoint, local
@@ -36,6 +38,7 @@ from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import TooManySkipped
 from llm2clip.models.vlm import name_vision_language_model
 from llm2clip.runs.output_folder import FolderInUseError, check_output_folder
+from llm2clip.runs.ranks import process_state
 
 KEY = "sk-very-secret"
 CAPTIONS_PER_IMAGE = 3
@@ -533,6 +536,19 @@ def test_local_model_captions_images_and_resumes(
         assert dict(database.connection.execute(query)) == {"one": 6, "two": 6}
 
 
+@pytest.mark.usefixtures("accept_all")
+def test_sampled_answers_differ_between_processes_and_retries(tiny_llava: Path) -> None:
+    """A new process starts with PyTorch's default seed."""
+    prompt = Prompt("a", "short", "Describe it.", temperature=1.0, max_tokens=10)
+    answers = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        captioner = LocalCaptioner(str(tiny_llava))
+        image = captioner.prepare(torch.zeros(3, 40, 60, dtype=torch.uint8))
+        answers.append(captioner.ask([CaptionRequest(image, prompt)] * 4))
+    assert answers[0] != answers[1]
+
+
 def test_names_of_local_models_depend_on_their_files_and_not_on_their_location(
     tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -597,3 +613,42 @@ def test_fit_captions_the_images_before_training(tmp_path: Path, photos: Path, m
     assert sources == [[str(run / "captions.jsonl")]] * 2
     assert server.num_requests == 6 * CAPTIONS_PER_IMAGE  # after training has started, the captions do not change
     assert len(list(open_records(run / "captions.jsonl"))) == 6
+
+
+def _caption_on_rank(words: list[str], folder: str) -> None:
+    """Run the command twice, and write the requests of this process."""
+    prompts = []
+    generate = LocalCaptioner._generate
+
+    def record(self: LocalCaptioner, requests: list[CaptionRequest]) -> list[Answer]:
+        prompts.extend(request.prompt.name for request in requests)
+        return generate(self, requests)
+
+    def accept(text: str, *_: Any) -> Answer:
+        number = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return Answer(f"A dog number {number} runs over a meadow.", None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalCaptioner, "_generate", record)
+        patch.setattr(local, "clean_answer", accept)
+        for _ in range(2):
+            run_command(*words)
+    Path(folder, f"rank{process_state().process_index}").write_text(" ".join(prompts))
+
+
+def test_two_processes_caption_each_image_once(tmp_path: Path, photos: Path, tiny_llava: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    file = write_prompts(
+        tmp_path / "prompts.yaml",
+        one={"kind": "short", "text": "Describe.", "samples": 2, "max_tokens": 9, "temperature": 1.0},
+        two={"kind": "dense", "text": "Describe all.", "max_tokens": 9, "temperature": 1.0},
+    )
+    words = ["caption", photos, "--model", tiny_llava, "--prompts", file, "--out", out, "--batch_size", 2]
+    run_distributed(2, _caption_on_rank, list(map(str, words)), str(tmp_path))
+    prompts = [(tmp_path / f"rank{rank}").read_text().split() for rank in range(2)]
+    assert sorted(prompts[0] + prompts[1]) == ["one"] * 12 + ["two"] * 6
+    assert prompts[0] and prompts[1]
+    rows = read_rows(out)
+    assert [row["image"] for row in rows] == [f"photos/{number:04}.png" for number in range(6)]
+    assert all(len(row["captions"]) == 2 and len(row["long_captions"]) == 1 for row in rows)
+    assert len({caption for row in rows for caption in row["captions"]}) == 12

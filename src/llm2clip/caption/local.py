@@ -44,6 +44,7 @@ class LocalCaptioner:
             raise ValueError(f"{model} has no chat template, so it cannot be asked for captions. Use a chat model")
         self._special_tokens = [token for token in tokenizer.all_special_tokens if token]
         keep_freed_memory(self.device)
+        torch.seed()  # PyTorch's default seed would give all processes, and each retry of a request, the same answers
 
     def prepare(self, image: Tensor) -> Image.Image:
         """Return a uint8 image of shape (3, H, W) as a Pillow image."""
