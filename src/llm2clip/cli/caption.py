@@ -141,7 +141,7 @@ def _open_captioner(args: Namespace) -> Captioner:
     return captioner
 
 
-def _open_local(model: str, batch_size: int = 32) -> Captioner:
+def _open_local(model: str, batch_size: int) -> Captioner:
     import llm2clip.llava.modeling_patches  # noqa: F401  (registers its classes with transformers)
     from llm2clip.caption.local import LocalCaptioner
 
@@ -179,7 +179,7 @@ def caption_for_fit(data: list[str], run_dir: Path, model: str, endpoint_model: 
         captioner = EndpointCaptioner(model, endpoint_model or "")
         print_once(*captioner.describe())
     else:
-        captioner = _open_local(model)
+        captioner = _open_local(model, batch_size=8)
     settings = CaptionSettings(columns=args.columns, max_skipped=args.max_skipped)
     summary = caption_images(data, out, captioner, load_prompts(), settings)
     print_once(*_format_summary(summary, out))
