@@ -59,8 +59,8 @@ _GERMAN_VERB = (
     r"(?:sehen|ansehen|beschreiben|erkennen|identifizieren|helfen|analysieren|anzeigen|bereitstellen|erstellen)"
 )
 _GERMAN = (
-    rf"ich (?:kann|darf|konnte) [^.]{{0,80}}?\b(?:nicht|keine?[nrms]?)\b[^.]{{0,60}}?\b{_GERMAN_VERB}\b",
-    rf"kann ich [^.]{{0,80}}?\b(?:nicht|keine?[nrms]?)\b[^.]{{0,60}}?\b{_GERMAN_VERB}\b",
+    rf"ich (?:kann|darf|konnte) [^.]{{0,80}}?\b(?:nicht|nichts|keine?[nrms]?)\b[^.]{{0,60}}?\b{_GERMAN_VERB}\b",
+    rf"kann ich [^.]{{0,80}}?\b(?:nicht|nichts|keine?[nrms]?)\b[^.]{{0,60}}?\b{_GERMAN_VERB}\b",
     r"(?:ich bin (?:leider )?nicht in der lage|bin ich nicht in der lage)",
     r"(?:ich (?:sehe|habe)|sehe ich|habe ich) (?:leider |hier )?(?:kein bild|kein foto|keinen zugriff)",
     r"als (?:eine? )?(?:ki|künstliche intelligenz)\b(?:-\w+)?,? (?:kann|habe|bin|darf) ich",
