@@ -30,7 +30,6 @@ from llm2clip.caption.database import CaptionDatabase
 from llm2clip.caption.local import LocalCaptioner
 from llm2clip.caption.prompts import Prompt, load_prompts
 from llm2clip.cli import build_parser, main
-from llm2clip.cli.commands import parse_columns
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import TooManySkipped
 from llm2clip.runs.output_folder import FolderInUseError, check_output_folder
@@ -144,7 +143,7 @@ def test_a_metadata_column_can_be_given_to_the_model_and_left_out_of_training(tm
     texts = {body["messages"][0]["content"][1]["text"] for body in server.bodies}
     assert texts == {f"Describe this photo.\nIt was taken here: Harbour of Oslo {number}" for number in range(6)}
     assert all(row["captions"][0].startswith("Harbour") and len(row["short_captions"]) == 1 for row in read_rows(out))
-    columns = parse_columns("captions=short_captions,short_captions=")
+    columns = {"captions": "short_captions", "short_captions": ""}
     records = list(open_records({"path": out, "columns": columns}))
     assert len(records) == 6 and all(len(record.texts) == len(record.captions) == 1 for record in records)
     assert all("Harbour" not in text for record in records for text in record.texts)
