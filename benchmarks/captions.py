@@ -7,7 +7,7 @@ DATA contains flickr8k, coco_img and ade20k_ids, each with a captions.jsonl and 
 1. A LLaVA is built from EfficientNet-Lite0 and SmolLM2-135M, and trained on coco_img and ade20k_ids only:
 
        llm2clip llava build --vision efficientnet-lite0 --llm smollm2-135m --out OUT/built
-       llm2clip llava train OUT/built --pretrain OUT/llava.jsonl --instruct OUT/llava.jsonl --out OUT/llava
+       llm2clip llava train OUT/built --pretrain OUT/llava.json --instruct OUT/llava.json --images DATA --out OUT/llava
 
 2. It writes two short captions and a dense one for each of Flickr8k's training images:
 
@@ -36,6 +36,7 @@ and without captions that do not match. Copy OUT without the seeds for this, so 
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections import defaultdict
@@ -47,11 +48,12 @@ from typing import Any
 import yaml
 
 from llm2clip.data.records import open_records
+from llm2clip.llava.chat_template import IMAGE_TOKEN
 from llm2clip.llava.conversations import LONG_CAPTION_PROMPTS, SHORT_CAPTION_PROMPTS
 from shared import run_llm2clip, write_rows_once
 
 ENCODER, TOWER, LLM = "all-minilm-l6-v2", "efficientnet-lite0", "smollm2-135m"
-LLAVA = {"pretrain_lr": "2e-3", "pretrain_batch_size": "64", "lr": "2e-4", "batch_size": "64", "save_steps": "1000"}
+LLAVA = {"pretrain_epochs": "1", "pretrain_lr": "2e-3", "pretrain_batch_size": "32", "lr": "2e-4", "batch_size": "32"}
 # The LLaVA has been trained with these questions.
 PROMPTS = {
     "sentence": {"kind": "short", "text": SHORT_CAPTION_PROMPTS[0], "temperature": 0, "max_tokens": 40},
@@ -70,7 +72,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="number of training runs per model")
     parser.add_argument("--images", type=int, help="use only the first images of each data set")
-    parser.add_argument("--epochs", type=float, default=2, help="epochs of the LLaVA's projector and LLM")
+    parser.add_argument("--epochs", type=float, default=1.5, help="epochs of the LLaVA's LLM")
     parser.add_argument("--align_epochs", type=float, default=10, help="epochs of `align`")
     parser.add_argument("--check", help="dual encoder that compares the captions with the images")
     args = parser.parse_args()
@@ -95,15 +97,18 @@ def write_captions(args: argparse.Namespace, log: Path) -> str:
     """Train the LLaVA and write the synthetic captions. Return the file with human and synthetic captions."""
     out = args.out
     human = write_rows_once(out / "human.jsonl", read_rows(args, "flickr8k", "@train"))
-    other = write_rows_once(out / "llava.jsonl", [*read_rows(args, "coco_img"), *read_rows(args, "ade20k_ids")])
+    conversations = out / "llava.json"
+    if not conversations.exists():
+        rows = [*read_rows(args, "coco_img"), *read_rows(args, "ade20k_ids")]
+        conversations.write_text(json.dumps(list(make_conversations(rows, args.data))))
     (out / "prompts.yaml").write_text(yaml.safe_dump(PROMPTS, sort_keys=False))
     if not (out / "llava/model").exists():
         if not (out / "built").exists():
             run_llm2clip(["llava", "build", "--vision", TOWER, "--llm", LLM, "--out", str(out / "built")], log)
-        settings = {**LLAVA, "epochs": str(args.epochs), "pretrain_epochs": str(args.epochs)}
+        settings = {**LLAVA, "epochs": str(args.epochs)}
         flags = [word for name, value in settings.items() for word in (f"--llava.{name}", value)]
-        command = ["llava", "train", str(out / "built"), "--pretrain", str(other), "--instruct", str(other)]
-        run_llm2clip([*command, *flags, "--out", str(out / "llava")], log)
+        data = ["--pretrain", str(conversations), "--instruct", str(conversations), "--images", str(args.data)]
+        run_llm2clip(["llava", "train", str(out / "built"), *data, *flags, "--out", str(out / "llava")], log)
     captions = out / "captions.jsonl"
     command = ["caption", str(human), "--model", str(out / "llava/model"), "--prompts", str(out / "prompts.yaml")]
     check = ["--check", args.check] if args.check else []
@@ -118,6 +123,18 @@ def read_rows(args: argparse.Namespace, name: str, split: str = "") -> Iterator[
     for record in islice(open_records(f"{args.data / name / 'captions.jsonl'}{split}"), args.images):
         row: dict[str, Any] = {"image": str(Path(str(record.image)).absolute()), "id": record.id}
         yield row | {"captions": list(record.captions), "long_captions": list(record.long_captions)}
+
+
+def make_conversations(rows: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield one conversation per caption in LLaVA's format. Paths of images are relative to the folder."""
+    rng = random.Random(0)
+    for row in rows:
+        image = str(Path(row["image"]).relative_to(folder.absolute()))
+        for prompts, field in ((SHORT_CAPTION_PROMPTS, "captions"), (LONG_CAPTION_PROMPTS, "long_captions")):
+            for caption in row[field]:
+                question = {"from": "human", "value": f"{IMAGE_TOKEN}\n{rng.choice(prompts)}"}
+                turns = [question, {"from": "gpt", "value": caption}]
+                yield {"id": row["id"], "image": image, "conversations": turns}
 
 
 def make_mixes(shares: list[int]) -> dict[str, dict[str, float]]:
