@@ -60,7 +60,8 @@ from llm2clip.llava.conversations import LONG_CAPTION_PROMPTS, SHORT_CAPTION_PRO
 from llm2clip.models.dual_encoder import open_dual_encoder
 from shared import run_llm2clip, write_rows_once
 
-ENCODER, TOWER, LLM = "all-minilm-l6-v2", "efficientnet-lite0", "smollm2-135m"
+TOWER, LLM = "efficientnet-lite0", "smollm2-135m"
+ENCODER = ("--encoder.path", "all-minilm-l6-v2")
 LLAVA = {"pretrain_epochs": "1", "pretrain_lr": "2e-3", "pretrain_batch_size": "32", "lr": "2e-4", "batch_size": "32"}
 # The LLaVA has been trained with these questions.
 PROMPTS = {
@@ -127,7 +128,10 @@ def write_captions(args: argparse.Namespace) -> dict[str, Path]:
     start = time.monotonic()
     caption(args, human, files["all"], PROMPTS)
     print(f"{time.monotonic() - start:.0f} s for the captions, including starting and those that already existed")
-    align(args, write_rows_once(out / "other.jsonl", other), {"captions": 1, "long_captions": 1}, out / "checker", 0)
+    others = write_rows_once(out / "other.jsonl", other)
+    for file in (files["all"], others):
+        run_llm2clip(["embed", f"{file}@none", *ENCODER, "--out", str(out / "store")], get_log(args))
+    align(args, others, {"captions": 1, "long_captions": 1}, out / "checker", 0)
     for name in ("one prompt", "checked"):  # with the answers that already exist
         shutil.copy(f"{files['all']}.sqlite", f"{files[name]}.sqlite")
     caption(args, human, files["one prompt"], {"sentence": PROMPTS["sentence"]})
@@ -153,7 +157,7 @@ def caption(args: argparse.Namespace, source: Path, out: Path, prompts: dict[str
     prompts_file = out.with_suffix(".yaml")
     prompts_file.write_text(yaml.safe_dump(prompts, sort_keys=False))
     command = ["caption", f"{source}@none", "--model", str(args.out / "llava/model"), "--prompts", str(prompts_file)]
-    run_llm2clip([*command, *flags, "--out", str(out)], get_log(args))
+    run_llm2clip([*command, *flags, "--batch_size", "64", "--out", str(out)], get_log(args))
 
 
 def read_rows(args: argparse.Namespace, name: str, split: str = "") -> Iterator[dict[str, Any]]:
@@ -257,13 +261,10 @@ def write_synthetic(source: Path, field: str, out: Path) -> Path:
 
 
 def align(args: argparse.Namespace, captions: Path, mix: dict[str, float], out: Path, seed: int) -> None:
-    """Embed the captions and train a model, unless it exists."""
+    """Train a model on embedded captions, unless it exists."""
     if (out / "model").exists():
         return
-    encoder = ["--encoder.path", ENCODER]
-    store = args.out / "store"
-    run_llm2clip(["embed", f"{captions}@none", *encoder, "--out", str(store)], get_log(args))
-    command = ["align", f"{captions}@none", "--store", str(store), *encoder, "--out", str(out)]
+    command = ["align", f"{captions}@none", "--store", str(args.out / "store"), *ENCODER, "--out", str(out)]
     settings = {
         "tower": TOWER,
         "image_size": "160",
