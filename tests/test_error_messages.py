@@ -27,6 +27,7 @@ ERRORS = {
         "embed {tmp}/none.csv --out {tmp}/s --encoder.path {llm}",
         "no caption column; the file has the columns image, price", "--columns",
     ),
+    "images without captions": ("fit {tmp}/photos --out {tmp}/run", "the images have no captions", "--caption MODEL"),
     "missing split": ("fit {data}@trian --out {tmp}/run", "no record", "its splits: ", "train"),
     "invalid JSON": (
         "embed {tmp}/broken.jsonl --out {tmp}/s --encoder.path {llm}",
@@ -161,6 +162,8 @@ def tmp(paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LLM2CLIP_TRACEBACK", raising=False)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "photos").mkdir()
+    shutil.copy(paths["folder"] / "0.png", tmp_path / "photos")
     (tmp_path / "notes.docx").write_text("x")
     (tmp_path / "none.csv").write_text("image,price\na.jpg,3\n")
     (tmp_path / "broken.jsonl").write_text('{"captions": ["a", "b"]}\n{"captions": ["a", \n')

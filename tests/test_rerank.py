@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -69,6 +70,22 @@ def make_client(
 ) -> TestClient:
     app = create_app(model, backend, Limits(**{"timeout": HANG_TIMEOUT, **limits}), rerank_model=rerank_model)
     return TestClient(app, base_url=BASE_URL)
+
+
+@pytest.mark.parametrize("kind", ["none", "dual encoder", "vision-language model"])
+def test_page_knows_which_queries_can_be_re_ranked(
+    dual_encoder: DualEncoder, backend: SqliteBackend, rerank_model: DualEncoder, kind: str
+) -> None:
+    models: dict[str, Any] = {
+        "none": None,
+        "dual encoder": rerank_model,
+        "vision-language model": Mock(VisionLanguageModel),
+    }
+    if models[kind] is not None and kind != "dual encoder":
+        models[kind].name = "tiny"
+    page = make_client(dual_encoder, backend, models[kind]).get("/").text
+    assert ('data-rerank-count="50"' in page) == (kind != "none")
+    assert ("data-rerank-texts-only" in page) == (kind == "vision-language model")
 
 
 def search(client: TestClient, **request: Any) -> dict[str, Any]:

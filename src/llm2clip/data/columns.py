@@ -140,8 +140,14 @@ class ColumnMapper:
     def describe_missing(self, field: str) -> str:
         """Return an error message that explains how to select a column for `field`.
 
-        If a column name contains a typical substring, such as "img" or "text", the message suggests that column.
+        If a column name contains a typical substring, such as "img" or "text", the message suggests that column. If
+        there are only images, it suggests to caption them.
         """
+        if field == "captions" and all(_normalize_name(column) in COLUMN_NAMES["image"] for column in self.columns):
+            return (
+                "the images have no captions. To let a multimodal model write captions, run `llm2clip caption` first, "
+                "or add --caption MODEL to `llm2clip fit`"
+            )
         parts = ("img", "image", "photo", "pic", "file", "path") if field == "image" else ("caption", "text", "descr")
         similar = (column for column in self.columns if any(part in column.lower() for part in parts))
         message = f"no {field.removesuffix('s')} column; {self._describe_columns()}. "

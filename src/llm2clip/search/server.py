@@ -33,6 +33,7 @@ from llm2clip.search.examples import ExampleCache, ExamplesResponse
 from llm2clip.search.inference import InferenceService, Limits, truncate_vectors
 from llm2clip.search.middleware import Authenticator, RequestMiddleware, make_connection_class
 from llm2clip.search.request_images import NotFound, RequestImage
+from llm2clip.search.rerank import RERANKED
 from llm2clip.search.schemas import (
     DATA_URI_PREFIX,
     MAX_IMAGES,
@@ -48,7 +49,7 @@ from llm2clip.search.schemas import (
     SearchRequest,
     SearchResponse,
 )
-from llm2clip.search.vlm import RerankModel
+from llm2clip.search.vlm import RerankModel, VisionLanguageModel
 from llm2clip.search.zip_download import MAX_ZIP_IMAGES, parse_ids, read_chunks, stream_zip
 
 STATIC_FOLDER = Path(__file__).parent / "static"
@@ -355,7 +356,10 @@ def _add_page_routes(app: FastAPI, auth: Authenticator | None, rerank_model: Rer
     page = (STATIC_FOLDER / "index.html").read_text(encoding="utf-8")
     if rerank_model is not None:
         name = html.escape(_shorten_model_name(rerank_model.name))
-        page = page.replace('data-rerank-model=""', f'data-rerank-model="{name}"')
+        attributes = f'data-rerank-model="{name}" data-rerank-count="{RERANKED}"'
+        if isinstance(rerank_model, VisionLanguageModel):
+            attributes += " data-rerank-texts-only"
+        page = page.replace('data-rerank-model=""', attributes)
 
     @app.get("/", include_in_schema=False)
     async def serve_page(request: Request) -> Response:

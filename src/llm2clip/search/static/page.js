@@ -14,8 +14,8 @@ const FIELDS = { q: "text", without: "negative", caption: "caption", path: "path
   min_side: "min_side", words: "words", group: "group" }; // URL parameter -> id of the input element
 const FILTER_LABELS = { negative: "without", caption: "caption contains", path: "in", after: "after", before: "before",
   min_side: "shorter side at least", words: "words:", group: "group similar images:" };
-const RERANKED = 50; // number of results that are re-ranked; the server has the same number
-const rerankModel = document.body.dataset.rerankModel; // name of the server's re-ranking model; empty if it has none
+const { rerankModel, rerankCount } = document.body.dataset; // name of the re-ranking model, or an empty string; number of results
+const reranksTextsOnly = "rerankTextsOnly" in document.body.dataset; // the model cannot re-rank queries with images or excluded content
 const DARKEST = 0.8; // opacity of the heat map over the least similar cell
 let hits = [];
 let tiles = []; // elements of the hits
@@ -33,7 +33,7 @@ let lastRequest = 0; // number of the latest search; results of earlier searches
 const getValue = (id) => $(id).value.trim();
 
 function readRequest() {
-  return {
+  const request = {
     texts: getValue("text") ? [getValue("text")] : [],
     images: query.images.map((image) => image.uri),
     like: [...query.like],
@@ -41,7 +41,6 @@ function readRequest() {
     negative_like: [...query.negativeLike],
     words: !getValue("words"),
     group_similar: !getValue("group"),
-    rerank: $("rerank").checked,
     filter: {
       caption: getValue("caption") || null,
       path: getValue("path") || null,
@@ -50,6 +49,9 @@ function readRequest() {
       min_side: getValue("min_side") ? Number(getValue("min_side")) : null,
     },
   };
+  const { texts, ...others } = getQueryFields(request);
+  const hasOnlyTexts = texts.length > 0 && Object.values(others).every((part) => !part.length);
+  return { ...request, rerank: $("rerank").checked && (hasOnlyTexts || !reranksTextsOnly) };
 }
 
 function toTimestamp(date, time) {
@@ -184,7 +186,7 @@ function showCount(start, { nothing_close: nothingClose, rerank_seconds: rerankS
 
 function describeOrder(shown) {
   if (!hasQuery(searchedRequest)) return "newest first";
-  if (isReranked(searchedRequest)) return `${shown > RERANKED ? `the first ${RERANKED} ` : ""}re-ranked with ${rerankModel}`;
+  if (isReranked(searchedRequest)) return `${shown > rerankCount ? `the first ${rerankCount} ` : ""}re-ranked with ${rerankModel}`;
   if (!hasPositivePart(searchedRequest)) return "least similar to the excluded content first";
   return hits.some((hit) => hit.matched.length) ? "best match first" : "most similar first";
 }
@@ -675,7 +677,7 @@ function submitQuery() {
 $("form").addEventListener("submit", (event) => { event.preventDefault(); submitQuery(); });
 $("filters").addEventListener("change", showChips);
 $("rerank-option").hidden = !rerankModel;
-$("rerank-label").textContent = `Re-rank the first ${RERANKED} with ${rerankModel}`;
+$("rerank-label").textContent = `Re-rank the first ${rerankCount} with ${rerankModel}`;
 $("rerank").addEventListener("change", () => search());
 $("show-more").addEventListener("click", () => showMore(true));
 $("show-weak").addEventListener("click", () => runSearch({ ...searchedRequest, show_weak: true }));

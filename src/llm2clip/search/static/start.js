@@ -14,7 +14,7 @@ async function showExamples() {
   hasExamples = true;
   try {
     const examples = await requestJson("/examples");
-    $("queries").replaceChildren(...examples.queries.map((text) => makeListItem(makeSearchLink({ q: text }, text))));
+    $("queries").replaceChildren(...examples.queries.map((text) => makeListItem(makeExampleLink({ q: text }, text))));
     $("newest").replaceChildren(...examples.newest.map((image) => makeListItem(makeImageLink(image))));
     $("try").hidden = !examples.queries.length;
     $("recent").hidden = !examples.newest.length;
@@ -37,8 +37,16 @@ function makeSearchLink(parameters, text) {
   return link;
 }
 
+function makeExampleLink(parameters, text) {
+  const link = makeSearchLink(parameters, text);
+  link.addEventListener("click", () => { // keep the state of the re-ranking switch
+    link.href = `#${new URLSearchParams($("rerank").checked ? { ...parameters, rerank: "on" } : parameters)}`;
+  });
+  return link;
+}
+
 function makeImageLink({ id, file_name: fileName }) {
-  const link = makeSearchLink({ like: id }, ""), image = document.createElement("img");
+  const link = makeExampleLink({ like: id }, ""), image = document.createElement("img");
   image.src = `/thumbnail/${id}`;
   image.alt = `Images like ${fileName}`;
   link.append(image);
