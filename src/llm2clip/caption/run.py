@@ -47,7 +47,7 @@ from llm2clip.data.image_refs import FileImage, ImageRef, get_file_version
 from llm2clip.data.images import ImageError, load_image, shrink_image
 from llm2clip.data.records import Record, RecordReader, Source
 from llm2clip.data.remote import is_remote
-from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.data.skip_log import MAX_VALUE_CHARACTERS, SkipLog, TooManySkipped
 from llm2clip.io_utils import atomic_path, explain_write_errors
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.progress import ProgressBar
@@ -180,8 +180,11 @@ def caption_images(
     with _output_lock(out) if is_main else nullcontext():
         log = SkipLog(output.skipped if is_main else None, settings.max_skipped)
         if is_main:
-            with closing(CaptionDatabase(output.database)) as database:
-                _list_images(sources, output, settings, log, database)
+            with (
+                closing(CaptionDatabase(output.database)) as database,
+                closing(CaptionDatabase(output.database)) as earlier,  # sees the old images until the transaction ends
+            ):
+                database.replace_images(_list_images(sources, output, settings, log, earlier))
         wait_for_everyone()
         with closing(CaptionDatabase(output.database)) as database:
             run = _CaptionRun(sources, output, captioner, prompts, settings, log, database)
@@ -235,9 +238,9 @@ def _check_failures(run: _CaptionRun) -> None:
     _, num_requests, example = run.database.count_errors(run.captioner.name, keys, limit=1)[0]
     raise TooManySkipped(
         f"{num_failed:,} of {num_images:,} images have no caption because their requests failed, over the limit of "
-        f"{run.settings.max_skipped:.1%}. The most common reason, for {num_requests:,} requests: {example}\n"
-        f"All failed requests are listed in {run.output.failures}. To ask again, run the same command again. To accept "
-        "these images without captions, raise the limit with --max_skipped"
+        f"{run.settings.max_skipped:.1%}. The most common reason, for {num_requests:,} requests: "
+        f"{example[:MAX_VALUE_CHARACTERS]}\nAll failed requests are listed in {run.output.failures}. To ask again, run "
+        "the same command again. To accept images without captions, raise the limit with --max_skipped"
     )
 
 
@@ -245,14 +248,6 @@ def _check_failures(run: _CaptionRun) -> None:
 
 
 def _list_images(
-    sources: Sequence[str], output: CaptionOutput, settings: CaptionSettings, log: SkipLog, database: CaptionDatabase
-) -> None:
-    """Replace the images in the database by those of the sources."""
-    with closing(CaptionDatabase(output.database)) as earlier:  # sees the old images until the transaction ends
-        database.replace_images(_iterate_images(sources, output, settings, log, earlier))
-
-
-def _iterate_images(
     sources: Sequence[str], output: CaptionOutput, settings: CaptionSettings, log: SkipLog, earlier: CaptionDatabase
 ) -> Iterator[ImageRow]:
     """Yield a row for each record with an image. Copy images that are not local files to the images folder.

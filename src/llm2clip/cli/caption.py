@@ -146,8 +146,10 @@ def add_fit_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--caption_model", type=str, help="Name of the model on the server in --caption.")
     parser.add_argument("--caption_prompts", type=str, help="YAML file with prompts for --caption.")
-    parser.add_argument("--caption_language", type=str, help='Language of the captions, such as "German".')
-    parser.add_argument("--caption_check", type=str, help="Dual encoder that compares each caption with its image.")
+    parser.add_argument("--caption_language", type=str, help='Language of the new captions, such as "German".')
+    parser.add_argument(
+        "--caption_check", type=str, help="Dual encoder that compares the new captions with the images."
+    )
 
 
 def prepare_captions(args: Namespace) -> Callable[[], None] | None:
