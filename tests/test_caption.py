@@ -256,6 +256,8 @@ def test_output_of_other_captioning_runs_is_not_read_unless_it_is_named(tmp_path
         assert len(list((photos / "captions_images").iterdir())) == 2
         lines = caption(server, photos, second, "--model", "other")
         caption(server, first, tmp_path / "c.jsonl", "--model", "third")
+        with pytest.raises(ValueError, match="no records"):  # a run never reads its own output
+            caption(server, first, first)
     assert f"{first} and 1 more: not read, because `llm2clip caption` has written it" in lines
     rows = read_rows(second)
     assert len(rows) == len(read_rows(first)) == 8
@@ -696,7 +698,7 @@ def test_fit_captions_the_images_before_training(
     checks = ["load_pretrained_parts", "check_encoder"]
     encoders = []
     monkeypatch.setattr(caption_run, "score_captions", lambda *args: encoders.append(args[3].name))
-    with run_server(faults=["", *["500"] * 5]) as server:
+    with run_server() as server:
         words = ["fit", photos, "--out", run, "--caption", server.url]
         with pytest.raises(ValueError, match="Pass the name of its model with --caption_model"):
             run_command(*words)
@@ -705,9 +707,10 @@ def test_fit_captions_the_images_before_training(
         with pytest.raises(ValueError, match=r"loss .*nonsense"):
             run_command(*words, "--align.loss", "nonsense")
         assert server.num_requests == 0 and not run.exists()
-        monkeypatch.setattr(endpoint.EndpointCaptioner.__init__, "__defaults__", (1, None, 0, 300.0))  # no retries
-        with pytest.raises(TooManySkipped, match="5 of 6 images have no caption"):
+        server.answers = {"Describe": "I'm sorry, but I can't."}
+        with pytest.raises(TooManySkipped, match="6 of 6 images have no caption"):
             run_command(*words)
+        server.answers = {}
         run_command(*words)
         check_output_folder(run, "fit")  # the run can be resumed
         (run / "config.yaml").write_text("embed: {}\nalign: {}\n")
@@ -715,7 +718,7 @@ def test_fit_captions_the_images_before_training(
         run_command(*words)
     data = [str(run / "captions.jsonl")]
     assert fit_events == [*[*checks, "check_resources"] * 2, data, *checks, data]
-    assert server.answered.total() == 6  # after training has started, the captions do not change
+    assert server.num_requests == 2 * 6  # after training has started, the captions do not change
     assert len(list(open_records(data[0]))) == 6
     assert server.bodies[0]["messages"][0]["content"][1]["text"] == "Describe it.\nAnswer in German."
     assert encoders == [str(model_folder)] * 2

@@ -183,13 +183,13 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
     settings = CaptionSettings(columns=columns, max_skipped=args.max_skipped, language=args.caption_language)
     prompts = load_prompts(args.caption_prompts, args.caption_language)
     open_encoder = _check_encoder(args.caption_check)
-    server = (args.caption_model, args.caption) if is_url else (resolve_model(args.caption), None)
+    model, endpoint = (args.caption_model, args.caption) if is_url else (resolve_model(args.caption), None)
 
     def write_captions() -> None:
         from llm2clip.cpu_tuning import free_memory
         from llm2clip.runs.ranks import print_once
 
-        print_once(*_caption_images(sources, out, _open_captioner(*server), prompts, settings, open_encoder))
+        print_once(*_caption_images(sources, out, _open_captioner(model, endpoint), prompts, settings, open_encoder))
         free_memory()
 
     return write_captions
