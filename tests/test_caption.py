@@ -706,6 +706,8 @@ def test_fit_captions_the_images_before_training(
         words += ["--caption_check", model_folder]
         with pytest.raises(ValueError, match=r"loss .*nonsense"):
             run_command(*words, "--align.loss", "nonsense")
+        with pytest.raises(ValueError, match=r"with --caption, the data has only .* .got captions_de"):
+            run_command(*words, "--evaluate.fields", '["captions_de", "short_captions"]')
         assert server.num_requests == 0 and not run.exists()
         server.answers = {"Describe": "I'm sorry, but I can't."}
         with pytest.raises(TooManySkipped, match="6 of 6 images have no caption"):

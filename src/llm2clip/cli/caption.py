@@ -170,6 +170,14 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
         raise ValueError(f"--caption {args.caption} is a server. Pass the name of its model with --caption_model")
     if args.caption_model and not is_url:
         raise ValueError(f"--caption_model requires the URL of a server in --caption (got {args.caption})")
+    from llm2clip.data.columns import CAPTION_FIELDS
+
+    lost_fields = set(args.evaluate.fields) - set(CAPTION_FIELDS)
+    if lost_fields and not args.evaluate.data:
+        raise ValueError(
+            f"--evaluate.fields: with --caption, the data has only the columns {', '.join(CAPTION_FIELDS)} (got "
+            f"{', '.join(sorted(lost_fields))}). Pass the captions to evaluate on with --evaluate.data"
+        )
     sources, columns = args.data, args.columns
     out = Path(args.out).expanduser() / CAPTIONS_FILE
     args.data, args.columns = [str(out)], {}
