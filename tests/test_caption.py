@@ -321,6 +321,12 @@ def test_database_of_the_first_format_is_upgraded(tmp_path: Path, photos: Path) 
     assert server.num_requests == 6 * CAPTIONS_PER_IMAGE
 
 
+def test_missing_model_of_check_is_reported_before_captioning(tmp_path: Path, photos: Path) -> None:
+    with run_server() as server, pytest.raises(FileNotFoundError, match="missing is neither a folder nor a hub id"):
+        caption(server, photos, tmp_path / "out.jsonl", "--check", tmp_path / "missing")
+    assert server.num_requests == 0
+
+
 def test_endpoint_requires_a_single_process(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "process_state", lambda: SimpleNamespace(num_processes=2))
     with run_server() as server, pytest.raises(ValueError, match="--endpoint requires a single process"):

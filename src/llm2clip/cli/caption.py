@@ -160,24 +160,9 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
     Returns:
         A function that writes the captions, or None if there is nothing to write.
     """
+    _check_fit_arguments(args)
     if not args.caption:
-        for name in ("caption_model", "caption_prompts", "caption_language", "caption_check"):
-            if args[name]:
-                raise ValueError(f"--{name} requires --caption MODEL")
         return None
-    is_url = args.caption.startswith(("http://", "https://"))
-    if is_url and not args.caption_model:
-        raise ValueError(f"--caption {args.caption} is a server. Pass the name of its model with --caption_model")
-    if args.caption_model and not is_url:
-        raise ValueError(f"--caption_model requires the URL of a server in --caption (got {args.caption})")
-    from llm2clip.data.columns import CAPTION_FIELDS
-
-    lost_fields = set(args.evaluate.fields) - set(CAPTION_FIELDS)
-    if lost_fields and not args.evaluate.data:
-        raise ValueError(
-            f"--evaluate.fields: with --caption, the data has only the columns {', '.join(CAPTION_FIELDS)} (got "
-            f"{', '.join(sorted(lost_fields))}). Pass the captions to evaluate on with --evaluate.data"
-        )
     sources, columns = args.data, args.columns
     out = Path(args.out).expanduser() / CAPTIONS_FILE
     args.data, args.columns = [str(out)], {}
@@ -191,7 +176,9 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
     settings = CaptionSettings(columns=columns, max_skipped=args.max_skipped, language=args.caption_language)
     prompts = load_prompts(args.caption_prompts, args.caption_language)
     open_encoder = _check_encoder(args.caption_check)
-    model, endpoint = (args.caption_model, args.caption) if is_url else (resolve_model(args.caption), None)
+    model, endpoint = args.caption_model, args.caption
+    if not _is_url(args.caption):
+        model, endpoint = resolve_model(args.caption), None
 
     def write_captions() -> None:
         from llm2clip.cpu_tuning import free_memory
@@ -201,6 +188,31 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
         free_memory()
 
     return write_captions
+
+
+def _check_fit_arguments(args: Namespace) -> None:
+    """Raise ValueError if arguments of `fit` do not fit together."""
+    if not args.caption:
+        for name in ("caption_model", "caption_prompts", "caption_language", "caption_check"):
+            if args[name]:
+                raise ValueError(f"--{name} requires --caption MODEL")
+        return
+    if _is_url(args.caption) and not args.caption_model:
+        raise ValueError(f"--caption {args.caption} is a server. Pass the name of its model with --caption_model")
+    if args.caption_model and not _is_url(args.caption):
+        raise ValueError(f"--caption_model requires the URL of a server in --caption (got {args.caption})")
+    from llm2clip.data.columns import CAPTION_FIELDS
+
+    lost_fields = set(args.evaluate.fields) - set(CAPTION_FIELDS)
+    if lost_fields and not args.evaluate.data:
+        raise ValueError(
+            f"--evaluate.fields: with --caption, the data has only the columns {', '.join(CAPTION_FIELDS)} (got "
+            f"{', '.join(sorted(lost_fields))}). Pass the captions to evaluate on with --evaluate.data"
+        )
+
+
+def _is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
 
 
 # ---- shared ----------------------------------------------------------------------------------------------------------
