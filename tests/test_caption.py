@@ -10,10 +10,12 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from email.utils import formatdate
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -22,17 +24,24 @@ import torch
 import yaml
 
 from caption_fixtures import FAULTS, CaptionServer, make_photos, run_server
+from conftest import run_distributed
 from llava_fixtures import build_tiny_llava
 from llm2clip import pipeline
 from llm2clip.caption import endpoint, local
+from llm2clip.caption import run as caption_run
 from llm2clip.caption.answers import Answer, CaptionRequest, clean_answer
 from llm2clip.caption.database import CaptionDatabase
 from llm2clip.caption.local import LocalCaptioner
 from llm2clip.caption.prompts import Prompt, load_prompts
+from llm2clip.caption.run import CaptionSettings
 from llm2clip.cli import build_parser, main
+from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import TooManySkipped
+from llm2clip.runs import ranks
 from llm2clip.runs.output_folder import FolderInUseError, check_output_folder
+from llm2clip.runs.ranks import process_state
+from llm2clip.tools.plan import plan
 
 KEY = "sk-very-secret"
 CAPTIONS_PER_IMAGE = 3
@@ -189,13 +198,157 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path: Path, photos: Path) 
     (photos / "worse.png").write_bytes(b"text")
     out = tmp_path / "out.jsonl"
     with run_server() as server:
-        with pytest.raises(TooManySkipped, match="unreadable image"):
+        with pytest.raises(TooManySkipped, match=r"1 of 8 rows skipped .unreadable image"):
             caption(server, photos, out, "--max_skipped", "0.1")
-        caption(server, photos, out, "--max_skipped", "0.3")
+        assert server.num_requests == 0
+        with pytest.raises(TooManySkipped, match=r"1 of 7 images have no caption .* 3 requests: unreadable image: "):
+            caption(server, photos, out, "--max_skipped", "0.13")
+        caption(server, photos, out, "--max_skipped", "0.15")
     assert server.num_requests == 6 * CAPTIONS_PER_IMAGE
     assert len(read_rows(out)) == 6
-    skipped = [row["file"] for row in read_rows(tmp_path / "out_skipped.jsonl")]
-    assert sorted(Path(name).name for name in skipped) == ["bad.png", "worse.png"]
+    assert [Path(row["file"]).name for row in read_rows(tmp_path / "out_skipped.jsonl")] == ["worse.png"]
+    assert [row["image"] for row in read_rows(tmp_path / "out_failures.jsonl")] == ["photos/bad.png"] * 3
+
+
+class FixedCaptioner:
+    """Captioner whose answers depend only on the image."""
+
+    name, batch_size, workers, worked_before = "tiny", 2, 1, False
+
+    def prepare(self, image: torch.Tensor) -> torch.Tensor:
+        return image
+
+    def ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
+        return [Answer(f"A dog runs over meadow {int(request.image.sum())}.") for request in requests]
+
+    def stop(self) -> None:
+        pass
+
+
+def test_each_rank_captions_its_share_and_reports_its_failures(tmp_path: Path, photos: Path) -> None:
+    for file in sorted(make_photos(photos, 10).iterdir())[6:]:  # rank 0 gets one of these corrupt images
+        data = file.read_bytes()
+        (photos / f"bad{file.name}").write_bytes(data[:60] + bytes(20) + data[80:])
+    run_distributed(2, _caption_on_rank, photos, tmp_path / "out.jsonl")
+    assert len(read_rows(tmp_path / "out.jsonl")) == 10
+    failures = read_rows(tmp_path / "out_failures.jsonl")
+    assert [row["image"] for row in failures] == [f"photos/bad{number:04}.png" for number in range(6, 10)]
+    assert sorted(file.name for file in tmp_path.glob("opened*")) == ["opened0"]
+
+
+def _caption_on_rank(photos: Path, out: Path) -> None:
+    def open_encoder() -> Any:
+        out.with_name(f"opened{process_state().process_index}").touch()
+        return SimpleNamespace(name="encoder")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caption_run, "score_captions", lambda *_: None)
+        prompts, settings = [Prompt("one", "short", "Describe it.")], CaptionSettings({}, max_skipped=0.5)
+        caption_run.caption_images([str(photos)], out, FixedCaptioner(), prompts, settings, open_encoder)
+
+
+def test_failed_requests_of_too_many_images_end_the_run_with_an_error(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    with run_server(faults=["", *["500:no memory"] * 16, "503"]) as server:
+        words = ["caption", photos, "--out", out, "--endpoint", server.url, "--model", "tiny"]
+        words += ["--concurrency", 1, "--retries", 0]
+        assert main(list(map(str, words))) == 1
+        message = capsys.readouterr().err
+        assert "5 of 6 images have no caption because their requests failed, over the limit of 5.0%" in message
+        assert "The most common reason, for 16 requests: HTTP 500: no memory" in message
+        assert "run the same command again" in message
+        assert len(read_rows(out)) == 1 and len(read_rows(tmp_path / "out_failures.jsonl")) == 17
+        assert main(list(map(str, words))) == 0
+    assert len(read_rows(out)) == 6
+
+
+def test_output_of_other_captioning_runs_is_not_read_unless_it_is_named(tmp_path: Path, photos: Path) -> None:
+    with tarfile.open(photos / "more.tar", "w") as tar:  # its images are copied to captions_images
+        for file in make_photos(tmp_path / "more", 8).glob("000[67].png"):
+            tar.add(file, file.name)
+    first, second = photos / "captions.jsonl", photos / "b.jsonl"
+    with run_server() as server:
+        caption(server, photos, first)
+        assert len(list((photos / "captions_images").iterdir())) == 2
+        lines = caption(server, photos, second, "--model", "other")
+        caption(server, first, tmp_path / "c.jsonl", "--model", "third")
+        with pytest.raises(ValueError, match="no records"):  # a run never reads its own output
+            caption(server, first, first)
+    assert f"{first} and 1 more: not read, because `llm2clip caption` has written it" in lines
+    rows = read_rows(second)
+    assert len(rows) == len(read_rows(first)) == 8
+    assert all(len(row["captions"]) == 2 and "short_captions" not in row for row in rows)
+    assert all(len(row["captions"]) == len(row["short_captions"]) == 2 for row in read_rows(tmp_path / "c.jsonl"))
+
+
+def test_changed_caption_in_the_source_is_given_to_the_model_again(tmp_path: Path, photos: Path) -> None:
+    source, out = tmp_path / "source.jsonl", tmp_path / "out.jsonl"
+    file = write_prompts(
+        tmp_path / "prompts.yaml",
+        one={"kind": "short", "text": 'Describe it.\nIts caption is "{caption}".'},
+        two={"kind": "short", "text": "What is it?"},
+    )
+    flags = ["--use_captions", "--prompts", file]
+
+    def write_captions(*captions: str) -> None:
+        rows = [{"image": f"photos/000{n}.png", "captions": [text]} for n, text in enumerate(captions)]
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    with run_server() as server:
+        for captions, num_requests in ((["cat", "dog"], 4), (["cat", "dog"], 4), (["cat", "puppy"], 5)):
+            write_captions(*captions)
+            caption(server, source, out, *flags)
+            assert server.num_requests == num_requests
+    assert '"puppy"' in server.bodies[-1]["messages"][0]["content"][1]["text"]
+    assert [len(row["short_captions"]) for row in read_rows(out)] == [2, 2]
+
+
+def test_unchanged_files_are_not_read_again(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    read = ImageRef.read
+
+    def record(self: ImageRef) -> bytes:
+        names.append(Path(str(self)).name)
+        return read(self)
+
+    with run_server() as server:
+        caption(server, photos, tmp_path / "out.jsonl")
+        monkeypatch.setattr(caption_run, "write_report", lambda *_: None)  # reads images for its thumbnails
+        monkeypatch.setattr(ImageRef, "read", record)
+        image = photos / "0001.png"
+        image.write_bytes((photos / "0000.png").read_bytes())  # the images have the same size
+        os.utime(image, ns=(0, 0))
+        caption(server, photos, tmp_path / "out.jsonl")
+    assert names == ["0001.png"]
+    first, second, *_ = read_rows(tmp_path / "out.jsonl")
+    assert first["captions"] == second["captions"]
+
+
+def test_database_of_the_first_format_is_upgraded(tmp_path: Path, photos: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with run_server() as server:
+        caption(server, photos, out)
+        with closing(CaptionDatabase(f"{out}.sqlite")) as database:
+            database.connection.executescript(
+                "ALTER TABLE images DROP COLUMN version; ALTER TABLE answers DROP COLUMN text_hash; "
+                "PRAGMA user_version = 1"
+            )
+        caption(server, photos, out)
+    assert server.num_requests == 6 * CAPTIONS_PER_IMAGE
+
+
+def test_missing_model_of_check_is_reported_before_captioning(tmp_path: Path, photos: Path) -> None:
+    with run_server() as server, pytest.raises(FileNotFoundError, match="missing is neither a folder nor a hub id"):
+        caption(server, photos, tmp_path / "out.jsonl", "--check", tmp_path / "missing")
+    assert server.num_requests == 0
+
+
+def test_endpoint_requires_a_single_process(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "process_state", lambda: SimpleNamespace(num_processes=2))
+    with run_server() as server, pytest.raises(ValueError, match="--endpoint requires a single process"):
+        caption(server, photos, tmp_path / "out.jsonl")
 
 
 def test_refusals_and_rejected_images_are_listed_and_asked_again(tmp_path: Path, photos: Path) -> None:
@@ -241,7 +394,8 @@ def test_key_is_sent_but_never_written(
 ) -> None:
     monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
     with run_server(faults=["", *["403"] * 5], fault_rate=0.2) as server:  # these errors repeat the key
-        caption(server, photos, tmp_path / "out.jsonl", "--retries", "0", "--concurrency", "1")
+        flags = ["--retries", "0", "--concurrency", "1", "--max_skipped", "1"]
+        caption(server, photos, tmp_path / "out.jsonl", *flags)
     assert server.keys == {f"Bearer {KEY}"}
     assert "[key]" in (tmp_path / "out_failures.jsonl").read_text()
     assert KEY not in "".join(capfd.readouterr())
@@ -548,23 +702,69 @@ def test_local_model_captions_images_and_resumes(
         assert dict(database.connection.execute(query)) == {"one": 6, "two": 6}
 
 
-def test_fit_captions_the_images_before_training(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, sources = tmp_path / "run", []
+def test_local_model_that_rejects_all_images_ends_the_run_with_an_error(
+    tmp_path: Path, photos: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reject(*_: Any) -> None:
+        raise ValueError("too narrow")
 
-    def fit(data: list[str], run_dir: Path, *_: Any) -> Path:
-        sources.append(data)
+    monkeypatch.setattr(LocalCaptioner, "_generate", reject)
+    with pytest.raises(TooManySkipped, match=r"6 of 6 images .* the model's processor rejects the image: too narrow"):
+        run_command("caption", photos, "--model", tiny_llava, "--out", tmp_path / "out.jsonl")
+
+
+@pytest.fixture
+def fit_events(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Replace everything in `fit` but captioning. Return a list that will contain the sources and the checks' names."""
+    events: list[Any] = []
+
+    def run_stages(data: list[str], run_dir: Path, *_: Any) -> Path:
+        events.append(data)
         return run_dir / "model"
 
-    monkeypatch.setattr(pipeline, "fit", fit)
+    monkeypatch.setattr(pipeline, "_run_stages", run_stages)
+    for module, name in ((pipeline, "load_pretrained_parts"), (pipeline, "check_encoder"), (plan, "check_resources")):
+        monkeypatch.setattr(module, name, lambda *_, name=name: events.append(name))
+    return events
+
+
+def test_fit_captions_the_images_before_training(
+    tmp_path: Path, photos: Path, model_folder: Path, fit_events: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    file = write_prompts(tmp_path / "prompts.yaml", one={"kind": "short", "text": "Describe it."})
+    checks = ["load_pretrained_parts", "check_encoder"]
+    encoders = []
+    monkeypatch.setattr(caption_run, "score_captions", lambda *args: encoders.append(args[3].name))
     with run_server() as server:
         words = ["fit", photos, "--out", run, "--caption", server.url]
         with pytest.raises(ValueError, match="Pass the name of its model with --caption_model"):
             run_command(*words)
-        run_command(*words, "--caption_model", "tiny")
+        words += ["--caption_model", "tiny", "--caption_prompts", file, "--caption_language", "German"]
+        words += ["--caption_check", model_folder]
+        with pytest.raises(ValueError, match=r"loss .*nonsense"):
+            run_command(*words, "--align.loss", "nonsense")
+        with pytest.raises(ValueError, match=r"with --caption, the data has only .* .got captions_de"):
+            run_command(*words, "--evaluate.fields", '["captions_de", "short_captions"]')
+        assert server.num_requests == 0 and not run.exists()
+        server.answers = {"Describe": "I'm sorry, but I can't."}
+        with pytest.raises(TooManySkipped, match="6 of 6 images have no caption"):
+            run_command(*words)
+        server.answers = {}
+        run_command(*words)
         check_output_folder(run, "fit")  # the run can be resumed
         (run / "config.yaml").write_text("embed: {}\nalign: {}\n")
         make_photos(photos, 7)
-        run_command(*words, "--caption_model", "tiny")
-    assert sources == [[str(run / "captions.jsonl")]] * 2
-    assert server.num_requests == 6 * CAPTIONS_PER_IMAGE  # after training has started, the captions do not change
-    assert len(list(open_records(run / "captions.jsonl"))) == 6
+        run_command(*words)
+    data = [str(run / "captions.jsonl")]
+    assert fit_events == [*[*checks, "check_resources"] * 2, data, *checks, data]
+    assert server.num_requests == 2 * 6  # after training has started, the captions do not change
+    assert len(list(open_records(data[0]))) == 6
+    assert server.bodies[0]["messages"][0]["content"][1]["text"] == "Describe it.\nAnswer in German."
+    assert encoders == [str(model_folder)] * 2
+
+
+@pytest.mark.parametrize("name", ["model", "prompts", "language", "check"])
+def test_fit_rejects_settings_of_captions_without_captions(tmp_path: Path, photos: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"--caption_{name} requires --caption MODEL"):
+        run_command("fit", photos, "--out", tmp_path / "run", f"--caption_{name}", "x")

@@ -177,6 +177,10 @@ def test_fit_checks_disk_space_and_memory_before_training(
     assert re.search(r"needs about 0\.\d GB of disk space .* 0\.0 GB is free", capsys.readouterr().err)
     assert not (tmp_path / "run/tune").exists()
 
+    with pytest.raises(OSError, match="GB of disk space"):  # before the captions of `fit --caption` are written
+        planner.check_resources(
+            FitConfig(encoder=EncoderConfig(str(llm)), align=AlignConfig(tower=str(tower))), tmp_path, None
+        )
     records = RecordTable.from_records(open_records(image_folder / "captions.jsonl"))
     config = FitConfig(encoder=EncoderConfig(str(llm)), align=AlignConfig(tower=str(tower), image_size=64))
     monkeypatch.undo()

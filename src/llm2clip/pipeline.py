@@ -76,12 +76,16 @@ from llm2clip.train.sampling import resolve_images_per_step
 ENCODER_FILES = ("config.json", "modules.json", "adapter_config.json", "text/modules.json")
 
 # Function that is called before training, with the settings, the run directory and the training records. It returns
-# warnings to print.
-CheckResources = Callable[[FitConfig, Path, RecordTable], list[str]]
+# warnings to print. If the data is written first, it is also called before that, with None instead of the records.
+CheckResources = Callable[[FitConfig, Path, RecordTable | None], list[str]]
 
 
 def fit(
-    sources: Sequence[str], run_dir: Path, config: FitConfig, check_resources: CheckResources | None = None
+    sources: Sequence[str],
+    run_dir: Path,
+    config: FitConfig,
+    check_resources: CheckResources | None = None,
+    write_data: Callable[[], None] | None = None,
 ) -> Path:
     """Run all stages on captioned images.
 
@@ -89,6 +93,7 @@ def fit(
         sources: Data sources, each in the form PATH or PATH@split+split (see `llm2clip.data.records.Source`).
         run_dir: Run directory. If it contains an interrupted run, that run is resumed.
         check_resources: See `CheckResources`.
+        write_data: Function that writes the sources. It is called after all checks that need no data.
 
     Returns:
         The model folder.
@@ -106,6 +111,10 @@ def fit(
         if not (run_dir / "tune/encoder").exists():
             check_encoder(config.encoder)
     with run_lock(run_dir):
+        if write_data is not None:
+            if check_resources is not None and process_state().is_main_process:
+                check_resources(config, run_dir, None)
+            write_data()
         return _run_stages(sources, run_dir, config, parts, check_resources)
 
 

@@ -239,7 +239,6 @@ class TextChecks:
     Attributes:
         num_captions: Number of captions that were checked.
         num_shortened: Number of captions from which an opening was removed.
-        problems: Number of captions with each problem.
         openings: First words that more than `MIN_OPENING_SHARE` of the captions share, and their numbers of captions.
         lengths: Number of captions with each number of words, for each kind of prompt.
         languages: Expected language code of each prompt's captions, by prompt name. None if it is unknown.
@@ -248,7 +247,6 @@ class TextChecks:
 
     num_captions: int = 0
     num_shortened: int = 0
-    problems: Counter[str] = field(default_factory=Counter)
     openings: list[tuple[str, int]] = field(default_factory=list)
     lengths: dict[Kind, Counter[int]] = field(default_factory=dict)
     languages: dict[str, str | None] = field(default_factory=dict)
@@ -283,7 +281,7 @@ def check_captions(
 def _compare_captions(
     database: CaptionDatabase, prompts: Sequence[Prompt], language: str | None, checks: TextChecks
 ) -> None:
-    """Compare the rows of the temporary table. Set their problems, and count them."""
+    """Compare the rows of the temporary table, and set their problems."""
     db = database.connection
     for position, prompt in enumerate(prompts):
         code = find_language_code(language) if language else _find_main_language(database, position)
@@ -293,8 +291,6 @@ def _compare_captions(
     db.execute(_MARK_DUPLICATES, (DUPLICATE, NEAR_DUPLICATE))
     db.execute(_MARK_SHARED, (MANY_IMAGES, checks.max_images))
     checks.openings = _find_common_openings(database, checks.num_captions)
-    counts = db.execute("SELECT problem, count(*) FROM temp.checks WHERE problem IS NOT NULL GROUP BY problem")
-    checks.problems.update(dict(counts))
 
 
 def _iterate_captions(database: CaptionDatabase, model: str, prompt: Prompt) -> Iterator[list[tuple[str, int, str]]]:
@@ -355,13 +351,11 @@ class ScoredCaptions:
 
     Attributes:
         num_captions: Number of captions that were compared with their images.
-        num_rejected: Number of captions whose rank is greater than `max_rank`.
         sample_size: Number of images to which each caption was compared.
         unreadable: Images that could not be decoded, and why. Their captions are not scored.
     """
 
     num_captions: int = 0
-    num_rejected: int = 0
     sample_size: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
 
@@ -476,8 +470,6 @@ def _store_scores(
 ) -> None:
     checks: list[tuple[AnswerKey, str | None, float | None, float | None]] = []
     for answer, score, rank in zip(answers, scores.tolist(), ranks.tolist(), strict=True):
-        problem = MISMATCH if rank > max_rank else None
-        checks.append((answer.key, problem, score, rank))
-        result.num_rejected += problem is not None
+        checks.append((answer.key, MISMATCH if rank > max_rank else None, score, rank))
     result.num_captions += len(checks)
     database.update_checks(checks)

@@ -6,27 +6,36 @@ again. Images are identified by the SHA-256 hash of their bytes, so moved and du
 
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm2clip.caption.prompts import Prompt
+
 BUSY_TIMEOUT = 60  # seconds to wait for another rank's transaction
-FORMAT = 1
+FORMAT = 2
 SCHEMA = """
-CREATE TABLE images(number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, hash TEXT NOT NULL, record TEXT NOT NULL);
+CREATE TABLE images(
+  number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, hash TEXT NOT NULL, record TEXT NOT NULL, version TEXT
+);
 CREATE INDEX images_by_hash ON images(hash, number);
 CREATE TABLE answers(
   hash TEXT NOT NULL, prompt TEXT NOT NULL, sample INTEGER NOT NULL, model TEXT NOT NULL,
   text TEXT, error TEXT, temperature REAL NOT NULL, date TEXT NOT NULL,
   input_tokens INTEGER NOT NULL DEFAULT 0, output_tokens INTEGER NOT NULL DEFAULT 0,
-  problem TEXT, score REAL, rank REAL,
+  problem TEXT, score REAL, rank REAL, text_hash TEXT,
   PRIMARY KEY(hash, prompt, sample, model)
 ) WITHOUT ROWID;
 """
+# Format 1 lacked these columns.
+_UPGRADE = "ALTER TABLE images ADD COLUMN version TEXT; ALTER TABLE answers ADD COLUMN text_hash TEXT;"
+_IMAGE_COLUMNS = "number, key, hash, record, version"
 _ANSWER_COLUMNS = (
-    "hash, prompt, sample, model, text, error, temperature, date, input_tokens, output_tokens, problem, score, rank"
+    "hash, prompt, sample, model, text, error, temperature, date, input_tokens, output_tokens, problem, score, rank, "
+    "text_hash"
 )
 # The image files in a folder are listed even if a caption file in the folder, which can have splits, names them.
 _REMOVE_LISTED = """
@@ -38,10 +47,24 @@ DELETE FROM images WHERE json_extract(record, '$.split') IS NULL AND json_extrac
 """
 # The tokens of earlier failed attempts are added, because they have been paid for.
 _ADD_ANSWER = f"""
-INSERT INTO answers({_ANSWER_COLUMNS}) VALUES ({", ".join("?" * 13)})
+INSERT INTO answers({_ANSWER_COLUMNS}) VALUES ({", ".join("?" * 14)})
 ON CONFLICT DO UPDATE SET text = excluded.text, error = excluded.error, temperature = excluded.temperature,
   date = excluded.date, input_tokens = input_tokens + excluded.input_tokens,
-  output_tokens = output_tokens + excluded.output_tokens, problem = NULL, score = NULL, rank = NULL
+  output_tokens = output_tokens + excluded.output_tokens, problem = NULL, score = NULL, rank = NULL,
+  text_hash = excluded.text_hash
+"""
+# Errors are grouped by the text before the first colon.
+_COUNT_ERRORS = """
+SELECT substr(error, 1, instr(error || ':', ':') - 1) AS reason, count(*) AS number, min(error) FROM answers
+WHERE model = ? AND error IS NOT NULL AND prompt IN ({prompts})
+  AND EXISTS (SELECT 1 FROM images WHERE images.hash = answers.hash)
+GROUP BY reason ORDER BY number DESC, reason LIMIT ?
+"""
+_COUNT_WITHOUT_CAPTION = """
+SELECT count(*) FROM (
+  SELECT hash FROM answers
+  WHERE model = ? AND prompt IN ({prompts}) AND EXISTS (SELECT 1 FROM images WHERE images.hash = answers.hash)
+  GROUP BY hash HAVING count(text) = 0)
 """
 
 
@@ -65,6 +88,7 @@ class StoredAnswer:
         problem: Why quality control rejects the caption, or None.
         score: Cosine similarity of the caption and its image in the model of `--check`.
         rank: Fraction of other images that match the caption better in the model of `--check`, from 0 to 1.
+        text_hash: Hash of the prompt's text for this image, or None if the text is the same for all images.
     """
 
     hash: str
@@ -80,6 +104,7 @@ class StoredAnswer:
     problem: str | None = None
     score: float | None = None
     rank: float | None = None
+    text_hash: str | None = None
 
     @property
     def key(self) -> AnswerKey:
@@ -96,12 +121,14 @@ class ImageRow:
         hash: SHA-256 of the image's bytes.
         record: The record without generated captions, as written to the output. Its `image` is relative to the folder
             of the output, or absolute.
+        version: Size and modification time of the image file, or None if the image is not a local file.
     """
 
     number: int
     key: str
     hash: str
     record: dict[str, Any]
+    version: str | None = None
 
 
 class CaptionDatabase:
@@ -125,9 +152,10 @@ class CaptionDatabase:
             self.connection.execute("PRAGMA journal_mode = WAL")
             self.connection.execute("PRAGMA synchronous = NORMAL")
             ((version,),) = self.connection.execute("PRAGMA user_version")
-            if version == 0:
-                self.connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
-        if version not in (0, FORMAT):
+            if version in (0, 1):
+                changes = _UPGRADE if version else SCHEMA
+                self.connection.executescript(f"BEGIN IMMEDIATE; {changes} PRAGMA user_version = {FORMAT}; COMMIT;")
+        if version not in (0, 1, FORMAT):
             self.close()
             raise ValueError(f"{self.file} has format {version}, not {FORMAT}. Use another --out, or delete this file")
 
@@ -161,20 +189,18 @@ class CaptionDatabase:
                     record = json.dumps(_merge_records(earlier.record, row.record))
                     self.connection.execute("UPDATE images SET record = ? WHERE number = ?", (record, earlier.number))
                 else:
-                    values = (row.number, row.key, row.hash, json.dumps(row.record))
-                    self.connection.execute("INSERT INTO images VALUES (?, ?, ?, ?)", values)
+                    values = (row.number, row.key, row.hash, json.dumps(row.record), row.version)
+                    self.connection.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?)", values)
             self.connection.execute(_REMOVE_LISTED)
 
     def find_image(self, key: str) -> ImageRow | None:
         """Return the image with this key, or None."""
-        row = self.connection.execute("SELECT number, key, hash, record FROM images WHERE key = ?", (key,)).fetchone()
+        row = self.connection.execute(f"SELECT {_IMAGE_COLUMNS} FROM images WHERE key = ?", (key,)).fetchone()
         return None if row is None else _to_image_row(row)
 
     def read_image(self, number: int) -> ImageRow:
         """Return the record with this number."""
-        row = self.connection.execute(
-            "SELECT number, key, hash, record FROM images WHERE number = ?", (number,)
-        ).fetchone()
+        row = self.connection.execute(f"SELECT {_IMAGE_COLUMNS} FROM images WHERE number = ?", (number,)).fetchone()
         return _to_image_row(row)
 
     def has_source_captions(self, image_hash: str) -> bool:
@@ -198,7 +224,7 @@ class CaptionDatabase:
 
     def _iterate_images(self, condition: str) -> Iterator[ImageRow]:
         last = -1
-        query = f"""SELECT number, key, hash, record FROM images WHERE number > ? AND {condition}
+        query = f"""SELECT {_IMAGE_COLUMNS} FROM images WHERE number > ? AND {condition}
           ORDER BY number LIMIT 1000"""
         while rows := self.connection.execute(query, (last,)).fetchall():
             yield from map(_to_image_row, rows)
@@ -230,6 +256,31 @@ class CaptionDatabase:
         ((count,),) = self.connection.execute(query, (model, prompt, samples))
         return int(count)
 
+    def count_problems(self, model: str, prompts: Sequence[Prompt]) -> Counter[str]:
+        """Return how many captions of the current images quality control has rejected for each problem."""
+        query = """SELECT problem, count(*) FROM answers WHERE model = ? AND prompt = ? AND sample < ?
+          AND problem IS NOT NULL AND hash IN (SELECT hash FROM images) GROUP BY problem"""
+        problems = Counter[str]()
+        for prompt in prompts:
+            problems.update(dict(self.connection.execute(query, (model, prompt.key, prompt.samples))))
+        return problems
+
+    def count_errors(self, model: str, prompts: Sequence[str], limit: int) -> list[tuple[str, int, str]]:
+        """Return the most common reasons of failed requests, their numbers of requests, and an example of each.
+
+        Args:
+            prompts: Keys of the prompts.
+            limit: Maximum number of reasons.
+        """
+        query = _COUNT_ERRORS.format(prompts=", ".join("?" * len(prompts)))
+        return list(self.connection.execute(query, (model, *prompts, limit)))
+
+    def count_images_without_caption(self, model: str, prompts: Sequence[str]) -> int:
+        """Return the number of current images for which all requests with these prompts' keys have failed."""
+        query = _COUNT_WITHOUT_CAPTION.format(prompts=", ".join("?" * len(prompts)))
+        ((count,),) = self.connection.execute(query, (model, *prompts))
+        return int(count)
+
     def count_tokens(self, model: str) -> tuple[int, int]:
         """Return the number of input and output tokens of all answers of a model."""
         query = "SELECT coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0) FROM answers WHERE model = ?"
@@ -256,8 +307,9 @@ class CaptionDatabase:
             raise OSError(f"{self.file}: {error}") from error
 
 
-def _to_image_row(row: tuple[int, str, str, str]) -> ImageRow:
-    return ImageRow(*row[:3], json.loads(row[3]))
+def _to_image_row(row: tuple[int, str, str, str, str | None]) -> ImageRow:
+    number, key, image_hash, record, version = row
+    return ImageRow(number, key, image_hash, json.loads(record), version)
 
 
 def _to_values(answer: StoredAnswer) -> tuple[Any, ...]:

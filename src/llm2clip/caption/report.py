@@ -1,6 +1,5 @@
 """Report of a captioning run: numbers in the terminal, and an HTML page with images and captions, worst first."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +29,6 @@ MAX_SOURCE_CAPTIONS = 10  # per image
 MAX_TEXT_CHARACTERS = 2000  # longer texts are truncated
 THUMBNAIL_SIDE = 320  # in pixels
 
-# Errors are grouped by the text before the first colon.
-_COUNT_ERRORS = """
-SELECT substr(error, 1, instr(error || ':', ':') - 1) AS reason, count(*) AS number, min(error) FROM answers
-WHERE model = ? AND error IS NOT NULL AND prompt IN ({prompts})
-  AND EXISTS (SELECT 1 FROM images WHERE images.hash = answers.hash)
-GROUP BY reason ORDER BY number DESC, reason LIMIT ?
-"""
 # Images with failed or rejected captions come first, then those with the highest rank. Duplicates do not count.
 _WORST_IMAGES = """
 SELECT (SELECT min(number) FROM images WHERE images.hash = answers.hash) AS first_number FROM answers
@@ -97,7 +89,7 @@ def build_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block
     """Return the tables of a report."""
     return [
         *_build_summary(database, report),
-        *_build_problems(report),
+        *_build_problems(database, report),
         *_build_lengths(report.checks),
         *_build_openings(report.checks),
         *_build_errors(database, report),
@@ -106,7 +98,7 @@ def build_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block
 
 def _build_summary(database: CaptionDatabase, report: CaptionReport) -> list[Block]:
     checks = report.checks
-    num_rejected = checks.problems.total() + (report.scores.num_rejected if report.scores else 0)
+    num_rejected = database.count_problems(report.model, report.prompts).total()
     input_tokens, output_tokens = database.count_tokens(report.model)
     rows = [
         ("images", f"{database.count_images():,}"),
@@ -121,12 +113,11 @@ def _build_summary(database: CaptionDatabase, report: CaptionReport) -> list[Blo
     return [Table(["content", "number"], rows), Paragraph(f"Model: {report.model}")]
 
 
-def _build_problems(report: CaptionReport) -> list[Block]:
+def _build_problems(database: CaptionDatabase, report: CaptionReport) -> list[Block]:
     checks, scores = report.checks, report.scores
-    problems = Counter(checks.problems)
+    problems = database.count_problems(report.model, report.prompts)
     paragraphs = []
     if scores is not None:
-        problems[MISMATCH] = scores.num_rejected
         paragraphs.append(
             f"{scores.num_captions:,} captions were compared with {scores.sample_size:,} images by {report.encoder}. "
             f"A caption is rejected if more than {report.max_rank:.0%} of these images match it better than its own."
@@ -134,6 +125,8 @@ def _build_problems(report: CaptionReport) -> list[Block]:
         if scores.unreadable:
             name, error = next(iter(scores.unreadable.items()))
             paragraphs.append(f"{len(scores.unreadable):,} images could not be read, for example {name}: {error}")
+    elif problems[MISMATCH]:
+        paragraphs.append("This run did not compare the captions with their images. Earlier rejections remain valid.")
     else:
         paragraphs.append("The captions were not compared with their images. To compare them, use --check MODEL.")
     unknown = [name for name, code in checks.languages.items() if code is None]
@@ -167,9 +160,7 @@ def _build_openings(checks: TextChecks) -> list[Block]:
 
 
 def _build_errors(database: CaptionDatabase, report: CaptionReport) -> list[Block]:
-    keys = [prompt.key for prompt in report.prompts]
-    query = _COUNT_ERRORS.format(prompts=", ".join("?" * len(keys)))
-    errors = database.connection.execute(query, (report.model, *keys, MAX_ERRORS)).fetchall()
+    errors = database.count_errors(report.model, [prompt.key for prompt in report.prompts], MAX_ERRORS)
     rows = []
     for reason, count, example in errors:
         rows.append((_shorten(reason), f"{count:,}", _shorten(example.removeprefix(reason).removeprefix(": "))))

@@ -6,11 +6,11 @@ A run for OUT = captions.jsonl writes these files next to each other:
     captions.jsonl.sqlite      all answers; see `database.py`. It makes the run resumable
     captions_failures.jsonl    requests without a caption, with their reason. They are retried by the next run
     captions_report.html       what quality control has found, with images and captions, worst first
-    captions_skipped.jsonl     images that could not be read
+    captions_skipped.jsonl     images that could not be read when they were listed
     captions_images/           copies of the images that are not files: members of tars, cells of tables, URLs
 
 The first pass over the sources lists and hashes the images, and the second one asks for the missing captions. Then all
-captions are checked, and those with a problem are not written.
+captions are checked, and those with a problem are not written. The output of captioning runs is not read as a source.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from llm2clip.caption.answers import Captioner, CaptionRequest, StoppedError
+from llm2clip.caption.answers import Answer, Captioner, CaptionRequest, StoppedError
 from llm2clip.caption.checks import check_captions, find_image_file, remove_opening, score_captions
 from llm2clip.caption.database import AnswerKey, CaptionDatabase, ImageRow, StoredAnswer
-from llm2clip.caption.prompts import Prompt
+from llm2clip.caption.prompts import CAPTION_FIELD, Prompt
 from llm2clip.caption.report import CaptionReport, format_report, write_report
 from llm2clip.data import readers
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.image_facts import UNREADABLE_IMAGE
 from llm2clip.data.image_header import DecodingLimitError, ImageFormatError, open_header
-from llm2clip.data.image_refs import FileImage, ImageRef
+from llm2clip.data.image_refs import FileImage, ImageRef, get_file_version
 from llm2clip.data.images import ImageError, load_image, shrink_image
 from llm2clip.data.records import Record, RecordReader, Source
 from llm2clip.data.remote import is_remote
-from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.skip_log import MAX_VALUE_CHARACTERS, SkipLog, TooManySkipped
 from llm2clip.io_utils import atomic_path, explain_write_errors
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.progress import ProgressBar
@@ -54,6 +55,7 @@ from llm2clip.runs.output_folder import FolderInUseError, folder_lock
 from llm2clip.runs.ranks import process_state, wait_for_everyone
 
 POLL_INTERVAL = 0.1  # seconds between checks of the stop signal
+WRITTEN_BY_CAPTION = "not read, because `llm2clip caption` has written it"
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,25 @@ class CaptionOutput:
             )
 
 
+def _is_caption_output(path: str) -> bool:
+    """Return True if a local file was written by a captioning run."""
+    return path.endswith(".jsonl") and not is_remote(path) and os.path.exists(f"{path}.sqlite")
+
+
+@cache
+def _is_images_folder(folder: str) -> bool:
+    """Return True if a folder contains the copied images of a captioning run."""
+    return folder.endswith("_images") and _is_caption_output(f"{folder.removesuffix('_images')}.jsonl")
+
+
 @dataclass(frozen=True)
 class CaptionSettings:
     """Settings of a captioning run.
 
     Attributes:
         columns: Mapping from fields to columns of the sources; see `Source`.
-        max_skipped: Maximum fraction of images that may be unreadable.
+        max_skipped: Maximum fraction of images that may be unreadable, and of images without any caption because
+            their requests failed.
         use_captions: Give the captions in the sources to the model, in prompts with {caption}.
         image_size: Images are shrunk to at most this number of pixels per side.
         max_cost: Stop when the answers have cost this amount.
@@ -141,7 +155,7 @@ def caption_images(
     captioner: Captioner,
     prompts: Sequence[Prompt],
     settings: CaptionSettings,
-    encoder: DualEncoder | None = None,
+    open_encoder: Callable[[], DualEncoder] | None = None,
 ) -> CaptionSummary:
     """Write captions for all images in the sources to a JSONL file. Must be called by all ranks.
 
@@ -149,11 +163,13 @@ def caption_images(
     images can be added.
 
     Args:
-        encoder: Dual encoder that compares the captions with their images, unless the run is interrupted.
+        open_encoder: Function that opens the dual encoder that compares the captions with their images. It is called
+            on the main process when all captions have been requested.
 
     Raises:
         KeyboardInterrupt: The process received SIGINT or SIGTERM. All answers have been stored and written.
-        TooManySkipped: More than `settings.max_skipped` of the images cannot be read.
+        TooManySkipped: More than `settings.max_skipped` of the images cannot be read, or have no caption because their
+            requests failed. All answers have been stored and, in the second case, written.
         ValueError: The server rejects all requests, or the cost limit is reached. All answers have been stored and
             written.
         FolderInUseError: Another run is writing to the same file.
@@ -164,8 +180,11 @@ def caption_images(
     with _output_lock(out) if is_main else nullcontext():
         log = SkipLog(output.skipped if is_main else None, settings.max_skipped)
         if is_main:
-            with closing(CaptionDatabase(output.database)) as database:
-                database.replace_images(_list_images(sources, output, settings, log))
+            with (
+                closing(CaptionDatabase(output.database)) as database,
+                closing(CaptionDatabase(output.database)) as earlier,  # sees the old images until the transaction ends
+            ):
+                database.replace_images(_list_images(sources, output, settings, log, earlier))
         wait_for_everyone()
         with closing(CaptionDatabase(output.database)) as database:
             run = _CaptionRun(sources, output, captioner, prompts, settings, log, database)
@@ -178,19 +197,20 @@ def caption_images(
                     wait_for_everyone()
                 if is_main and not isinstance(sys.exception(), KeyboardInterrupt):  # not at the second Ctrl+C
                     was_completed = not run.was_interrupted and sys.exception() is None
-                    summary = _write_output(run, encoder if was_completed else None)
+                    summary = _write_output(run, open_encoder if was_completed else None)
+            if is_main and not run.was_interrupted:
+                _check_failures(run)
             wait_for_everyone()
             if run.was_interrupted:
                 raise KeyboardInterrupt
-            if is_main:
-                log.check()
     return summary or CaptionSummary(0, 0, 0, "", log.summary())
 
 
-def _write_output(run: _CaptionRun, encoder: DualEncoder | None) -> CaptionSummary:
+def _write_output(run: _CaptionRun, open_encoder: Callable[[], DualEncoder] | None) -> CaptionSummary:
     """Check all captions, then write the records, the failed requests and the report."""
     database, output, model, prompts = run.database, run.output, run.captioner.name, run.prompts
     settings = run.settings
+    encoder = open_encoder() if open_encoder else None
     report = CaptionReport(
         sources=run.sources,
         model=model,
@@ -208,25 +228,49 @@ def _write_output(run: _CaptionRun, encoder: DualEncoder | None) -> CaptionSumma
     return CaptionSummary(num_records, num_captions, num_failures, format_report(database, report), run.log.summary())
 
 
+def _check_failures(run: _CaptionRun) -> None:
+    """Raise TooManySkipped if too many images have no caption because all their requests failed."""
+    keys = [prompt.key for prompt in run.prompts]
+    num_failed = run.database.count_images_without_caption(run.captioner.name, keys)
+    num_images = run.database.count_images()
+    if num_failed <= run.settings.max_skipped * num_images:
+        return
+    _, num_requests, example = run.database.count_errors(run.captioner.name, keys, limit=1)[0]
+    raise TooManySkipped(
+        f"{num_failed:,} of {num_images:,} images have no caption because their requests failed, over the limit of "
+        f"{run.settings.max_skipped:.1%}. The most common reason, for {num_requests:,} requests: "
+        f"{example[:MAX_VALUE_CHARACTERS]}\nAll failed requests are listed in {run.output.failures}. To ask again, run "
+        "the same command again. To accept images without captions, raise the limit with --max_skipped"
+    )
+
+
 # ---- list the images -------------------------------------------------------------------------------------
 
 
 def _list_images(
-    sources: Sequence[str], output: CaptionOutput, settings: CaptionSettings, log: SkipLog
+    sources: Sequence[str], output: CaptionOutput, settings: CaptionSettings, log: SkipLog, earlier: CaptionDatabase
 ) -> Iterator[ImageRow]:
-    """Yield a row for each record with an image. Copy images that are not local files to the images folder."""
+    """Yield a row for each record with an image. Copy images that are not local files to the images folder.
+
+    Args:
+        earlier: Database with the images of the last run. Unchanged files are not read again.
+    """
     number = 0
     with ProgressBar(desc="read", unit="image") as bar:
         for source in sources:
             for record, image in _open_images(source, output, settings, log):
+                key = _make_key(record, image)
                 try:
-                    data = image.read()
-                    image_hash = hashlib.sha256(data).hexdigest()
-                    path = _get_image_path(image, data, image_hash, output)
+                    if isinstance(image, FileImage) and not is_remote(image.path):
+                        path = os.path.abspath(image.path)
+                        image_hash, version = _hash_file(image, earlier.find_image(key))
+                    else:
+                        path, image_hash, version = *_copy_image(image.read(), output), None
                 except (OSError, ImageFormatError, DecodingLimitError) as error:
                     log.skip(str(image), number, UNREADABLE_IMAGE, error)
                     continue
-                yield ImageRow(number, _make_key(record, image), image_hash, _make_record(record, path))
+                path = path.removeprefix(os.path.join(os.path.abspath(output.records.parent), ""))
+                yield ImageRow(number, key, image_hash, _make_record(record, path), version)
                 number += 1
                 bar.update()
 
@@ -234,16 +278,24 @@ def _list_images(
 def _open_images(
     source: str, output: CaptionOutput, settings: CaptionSettings, log: SkipLog
 ) -> Iterator[tuple[Record, ImageRef]]:
-    """Yield the records of a source that have an image, and the image. Files that this run writes are omitted."""
+    """Yield the records of a source that have an image, and the image. The output of captioning runs is omitted."""
     parsed = Source.parse(source)
     parsed = Source(parsed.path, parsed.splits, settings.columns or parsed.columns)
-    own_file, own_folder = os.path.realpath(output.records), os.path.realpath(output.images) + os.sep
-    files = readers.find_files(parsed.path, all_files=True, log=log)
-    files = [(kind, path) for kind, path in files if is_remote(path) or os.path.realpath(path) != own_file]
+    source_path = os.path.realpath(os.path.expanduser(parsed.path))
+    # The output of another run is read if the user has named the file.
+    omits_output = not os.path.isfile(source_path) or source_path == os.path.realpath(output.records)
+    files = []
+    for kind, path in readers.find_files(parsed.path, all_files=True, log=log):
+        if omits_output and _is_caption_output(path):
+            log.add_note(WRITTEN_BY_CAPTION, path)
+        else:
+            files.append((kind, path))
     for record in RecordReader(parsed, log, "header", require_captions=False).read(files):
         if record.image is None:
             log.skip(parsed.path, 0, "no image", record.id)
-        elif not os.path.realpath(str(record.image)).startswith(own_folder):
+        elif omits_output and _is_images_folder(folder := os.path.dirname(str(record.image))):
+            log.add_note(WRITTEN_BY_CAPTION, folder)
+        else:
             yield record, record.image
 
 
@@ -263,32 +315,33 @@ def _make_record(record: Record, path: str) -> dict[str, Any]:
     return fields
 
 
-def _get_image_path(image: ImageRef, data: bytes, image_hash: str, output: CaptionOutput) -> str:
-    """Return the path of an image for the output: relative to its folder if possible. Copy the image if needed.
+def _hash_file(image: FileImage, earlier: ImageRow | None) -> tuple[str, str]:
+    """Return the hash and the version of an image file. It is read only if it has changed since the last run."""
+    ((size, modified),) = get_file_version(image.path)
+    version = f"{size} {modified}"
+    if earlier is not None and earlier.version == version:
+        return earlier.hash, version
+    return hashlib.sha256(image.read()).hexdigest(), version
+
+
+def _copy_image(data: bytes, output: CaptionOutput) -> tuple[str, str]:
+    """Copy an image to the images folder if it is not there yet. Return its path and hash.
 
     Raises:
         OSError: The image cannot be copied.
         ImageFormatError: The format of the image is unknown.
     """
-    if isinstance(image, FileImage) and not is_remote(image.path):
-        path = os.path.abspath(image.path)
-    else:
-        image_format = (open_header(BytesIO(data)).format or "").lower()
-        suffix = {"jpeg": "jpg", "mpo": "jpg", "heif": "heic"}.get(image_format, image_format)
-        path = os.path.abspath(output.images / f"{image_hash}.{suffix}")
-        _copy_image(data, Path(path))
-    folder = os.path.join(os.path.abspath(output.records.parent), "")
-    return path.removeprefix(folder)
-
-
-def _copy_image(data: bytes, path: Path) -> None:
-    if path.exists() and path.stat().st_size == len(data):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    with explain_write_errors(path):
-        temporary.write_bytes(data)
-        temporary.replace(path)
+    image_hash = hashlib.sha256(data).hexdigest()
+    image_format = (open_header(BytesIO(data)).format or "").lower()
+    suffix = {"jpeg": "jpg", "mpo": "jpg", "heif": "heic"}.get(image_format, image_format)
+    path = output.images.absolute() / f"{image_hash}.{suffix}"
+    if not path.exists() or path.stat().st_size != len(data):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".part")
+        with explain_write_errors(path):
+            temporary.write_bytes(data)
+            temporary.replace(path)
+    return os.path.abspath(path), image_hash
 
 
 # ---- ask for captions -----------------------------------------------------------------------------------
@@ -340,9 +393,8 @@ class _CaptionRun:
         num_stored = sum(self.database.count_captions(model, prompt.key, prompt.samples) for prompt in self.prompts)
         num_missing = self.database.count_images() * self._captions_per_image - num_stored
         self.captioner.worked_before = num_stored > 0
-        if not num_missing:
+        if not num_missing and not self.settings.use_captions:  # otherwise, a caption in the source may have changed
             return
-        self._check_cost()
         total = num_stored + math.ceil(num_missing / num_ranks)
         is_main = process_state().is_main_process
         with ProgressBar(total=total, initial=num_stored, desc="caption", unit="caption", disable=not is_main) as bar:
@@ -407,16 +459,20 @@ class _CaptionRun:
 
     def _make_requests(self, row: ImageRow, database: CaptionDatabase) -> list[_Item]:
         """Return the missing requests of an image, or none if it cannot be read."""
+        captions = row.record.get("captions") if self.settings.use_captions else None
+        caption = captions[0] if captions else None
         answers = database.list_answers(row.hash, self.captioner.name, [prompt.key for prompt in self.prompts])
-        stored = {(answer.prompt, answer.sample) for answer in answers if answer.error is None}
-        missing = [
-            (prompt, sample)
-            for prompt in self.prompts
-            for sample in range(prompt.samples)
-            if (prompt.key, sample) not in stored
-        ]
+        stored = {(answer.prompt, answer.sample): answer.text_hash for answer in answers if answer.error is None}
+        missing = []
+        for prompt in self.prompts:
+            for sample in range(prompt.samples):
+                key = prompt.key, sample
+                # Answers in databases of format 1 have no hash.
+                if key not in stored or stored[key] not in (None, _hash_text(prompt, caption)):
+                    missing.append((prompt, sample))
         if not missing:
             return []
+        self._check_cost()
         image = find_image_file(database, row)
         try:
             data = image.read()
@@ -424,10 +480,11 @@ class _CaptionRun:
                 raise OSError("the file was changed during the run")
             prepared = self.captioner.prepare(shrink_image(load_image(data), self.settings.image_size))
         except (ImageError, OSError) as error:
-            self.log.skip(str(image), row.number, UNREADABLE_IMAGE, error)
+            failure = Answer(None, f"{UNREADABLE_IMAGE}: {error}")
+            items = [_Item(row.hash, CaptionRequest(None, prompt, sample, caption)) for prompt, sample in missing]
+            with self._lock:
+                self.database.add_answers([self._make_answer(item, failure) for item in items])
             return []
-        captions = row.record.get("captions") if self.settings.use_captions else None
-        caption = captions[0] if captions else None
         return [_Item(row.hash, CaptionRequest(prepared, prompt, sample, caption)) for prompt, sample in missing]
 
     # ---- threads that call the captioner
@@ -436,13 +493,7 @@ class _CaptionRun:
         """Ask for the captions in the queue and store the answers."""
         while batch := self._take():
             answers = self.captioner.ask([item.request for item in batch])
-            date = datetime.now(UTC).date().isoformat()
-            rows = []
-            for (image_hash, request), answer in zip(batch, answers, strict=True):
-                prompt = request.prompt
-                key = AnswerKey(image_hash, prompt.key, request.sample, self.captioner.name)
-                tokens = answer.input_tokens, answer.output_tokens
-                rows.append(StoredAnswer(*key, answer.text, answer.error, prompt.temperature, date, *tokens))
+            rows = [self._make_answer(item, answer) for item, answer in zip(batch, answers, strict=True)]
             with self._lock:
                 self.database.add_answers(rows)
                 self._num_answers += len(rows)
@@ -451,6 +502,20 @@ class _CaptionRun:
                 bar.total = max(bar.total or 0, bar.n + len(rows))  # an estimate for several ranks
                 bar.update(len(rows))
                 self._check_cost(rows)
+
+    def _make_answer(self, item: _Item, answer: Answer) -> StoredAnswer:
+        """Return the row of the database for an answer."""
+        prompt = item.request.prompt
+        return StoredAnswer(
+            *AnswerKey(item.hash, prompt.key, item.request.sample, self.captioner.name),
+            text=answer.text,
+            error=answer.error,
+            temperature=prompt.temperature,
+            date=datetime.now(UTC).date().isoformat(),
+            input_tokens=answer.input_tokens,
+            output_tokens=answer.output_tokens,
+            text_hash=_hash_text(prompt, item.request.caption),
+        )
 
     def _take(self) -> list[_Item] | None:
         """Return the next batch, or None if there are no more batches or the run is stopped."""
@@ -475,6 +540,13 @@ class _CaptionRun:
         minutes = (time.monotonic() - self.started_at) / 60
         speed = f"{self._num_answers / self._captions_per_image / minutes:.1f} images/min"
         return f"{speed}, cost {self._cost:.2f}" if self.settings.price else speed
+
+
+def _hash_text(prompt: Prompt, caption: str | None) -> str | None:
+    """Return a hash of a prompt with an image's caption, or None if the prompt does not contain {caption}."""
+    if CAPTION_FIELD not in prompt.text:
+        return None
+    return hashlib.sha256(prompt.fill(caption).encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm2clip.cli.checks import check_sources, resolve_model
-from llm2clip.cli.commands import Commands, add_reading_arguments, format_command
+from llm2clip.cli.commands import ArgumentParser, Commands, add_reading_arguments, format_command, select_arguments
 from llm2clip.runs.output_folder import CAPTIONS_FILE, CONFIG_FILE
 
 if TYPE_CHECKING:
     from llm2clip.caption.answers import Captioner
-    from llm2clip.caption.run import CaptionSummary
+    from llm2clip.caption.prompts import Prompt
+    from llm2clip.caption.run import CaptionSettings
+    from llm2clip.models.dual_encoder import DualEncoder
 
 
 def add_commands(commands: Commands) -> None:
@@ -101,13 +105,16 @@ def _caption(args: Namespace) -> list[str]:
     if not 0 <= args.check_max_rank <= 1:
         raise ValueError(f"--check_max_rank must be between 0 and 1 (got {args.check_max_rank:g})")
     from llm2clip.caption.prompts import load_prompts
-    from llm2clip.caption.run import CaptionOutput, CaptionSettings, caption_images
-    from llm2clip.models.dual_encoder import open_dual_encoder
+    from llm2clip.caption.run import CaptionOutput, CaptionSettings
     from llm2clip.runs.ranks import process_state
 
+    if args.endpoint and process_state().num_processes > 1:
+        raise ValueError(
+            "--endpoint requires a single process, because --max_cost and --max_requests_per_minute hold per process. "
+            "Run the command without torchrun. --concurrency sets the number of requests at the same time"
+        )
     out = Path(args.out).expanduser()
     CaptionOutput(out).check()
-    prompts = load_prompts(args.prompts, args.language, args.use_captions)
     settings = CaptionSettings(
         columns=args.columns,
         max_skipped=args.max_skipped,
@@ -118,79 +125,136 @@ def _caption(args: Namespace) -> list[str]:
         language=args.language,
         max_rank=args.check_max_rank,
     )
-    encoder = open_dual_encoder(args.check, process_state().device) if args.check else None
-    summary = caption_images(args.data, out, _open_captioner(args), prompts, settings, encoder)
-    return [*_format_summary(summary, out), f"Next: {format_command('fit', out, '--out', 'RUN')}"]
+    prompts = load_prompts(args.prompts, args.language, args.use_captions)
+    open_encoder = _check_encoder(args.check)
+    options = select_arguments(args, "concurrency", "max_requests_per_minute", "retries", "timeout")
+    captioner = _open_captioner(args.model, args.endpoint, args.batch_size, **options)
+    lines = _caption_images(args.data, out, captioner, prompts, settings, open_encoder)
+    return [*lines, f"Next: {format_command('fit', out, '--out', 'RUN')}"]
 
 
-def _open_captioner(args: Namespace) -> Captioner:
-    if args.endpoint is None:
-        return _open_local(args.model, args.batch_size)
+# ---- fit -------------------------------------------------------------------------------------------------------------
+
+
+def add_fit_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of `fit` for captions by a model."""
+    parser.add_argument(
+        "--caption",
+        type=str,
+        help="Let a multimodal model write captions for the images first: a model folder, a hub id or the URL of a "
+        "server, with the defaults of `llm2clip caption`. The captions are written to OUT/captions.jsonl.",
+    )
+    parser.add_argument("--caption_model", type=str, help="Name of the model on the server in --caption.")
+    parser.add_argument("--caption_prompts", type=str, help="YAML file with prompts for --caption.")
+    parser.add_argument("--caption_language", type=str, help='Language of the new captions, such as "German".')
+    parser.add_argument(
+        "--caption_check", type=str, help="Dual encoder that compares the new captions with the images."
+    )
+
+
+def prepare_captions(args: Namespace) -> Callable[[], None] | None:
+    """Check the arguments of `fit` for captions, and make the captions its data.
+
+    After training has started, the captions are not changed any more, because a resumed run needs the same data.
+
+    Returns:
+        A function that writes the captions, or None if there is nothing to write.
+    """
+    _check_fit_arguments(args)
+    if not args.caption:
+        return None
+    sources, columns = args.data, args.columns
+    out = Path(args.out).expanduser() / CAPTIONS_FILE
+    args.data, args.columns = [str(out)], {}
+    if (out.parent / CONFIG_FILE).exists():
+        if not out.exists():
+            raise ValueError(f"{args.out} contains a run without --caption. Use another --out, or omit --caption")
+        return None
+    from llm2clip.caption.prompts import load_prompts
+    from llm2clip.caption.run import CaptionSettings
+
+    settings = CaptionSettings(columns=columns, max_skipped=args.max_skipped, language=args.caption_language)
+    prompts = load_prompts(args.caption_prompts, args.caption_language)
+    open_encoder = _check_encoder(args.caption_check)
+    model, endpoint = args.caption_model, args.caption
+    if not _is_url(args.caption):
+        model, endpoint = resolve_model(args.caption), None
+
+    def write_captions() -> None:
+        from llm2clip.cpu_tuning import free_memory
+        from llm2clip.runs.ranks import print_once
+
+        print_once(*_caption_images(sources, out, _open_captioner(model, endpoint), prompts, settings, open_encoder))
+        free_memory()
+
+    return write_captions
+
+
+def _check_fit_arguments(args: Namespace) -> None:
+    """Raise ValueError if arguments of `fit` do not fit together."""
+    if not args.caption:
+        for name in ("caption_model", "caption_prompts", "caption_language", "caption_check"):
+            if args[name]:
+                raise ValueError(f"--{name} requires --caption MODEL")
+        return
+    if _is_url(args.caption) and not args.caption_model:
+        raise ValueError(f"--caption {args.caption} is a server. Pass the name of its model with --caption_model")
+    if args.caption_model and not _is_url(args.caption):
+        raise ValueError(f"--caption_model requires the URL of a server in --caption (got {args.caption})")
+    from llm2clip.data.columns import CAPTION_FIELDS
+
+    lost_fields = set(args.evaluate.fields) - set(CAPTION_FIELDS)
+    if lost_fields and not args.evaluate.data:
+        raise ValueError(
+            f"--evaluate.fields: with --caption, the data has only the columns {', '.join(CAPTION_FIELDS)} (got "
+            f"{', '.join(sorted(lost_fields))}). Pass the captions to evaluate on with --evaluate.data"
+        )
+
+
+def _is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+# ---- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _open_captioner(model: str, endpoint: str | None, batch_size: int = 8, **options: Any) -> Captioner:
+    """Open a model on a server or, without an endpoint, in this process. `options` are for the server."""
+    if endpoint is None:
+        import llm2clip.llava.modeling_patches  # noqa: F401  (registers its classes with transformers)
+        from llm2clip.caption.local import LocalCaptioner
+
+        return LocalCaptioner(resolve_model(model), batch_size)
     from llm2clip.caption.endpoint import EndpointCaptioner
     from llm2clip.runs.ranks import print_once
 
-    captioner = EndpointCaptioner(
-        args.endpoint,
-        args.model,
-        concurrency=args.concurrency,
-        max_requests_per_minute=args.max_requests_per_minute,
-        retries=args.retries,
-        timeout=args.timeout,
-    )
+    captioner = EndpointCaptioner(endpoint, model, **options)
     print_once(*captioner.describe())
     return captioner
 
 
-def _open_local(model: str, batch_size: int) -> Captioner:
-    import llm2clip.llava.modeling_patches  # noqa: F401  (registers its classes with transformers)
-    from llm2clip.caption.local import LocalCaptioner
+def _check_encoder(name: str | None) -> Callable[[], DualEncoder] | None:
+    """Check that the dual encoder of --check exists, and return a function that opens it."""
+    if name is None:
+        return None
+    from llm2clip.models.dual_encoder import open_dual_encoder
+    from llm2clip.runs.ranks import process_state
 
-    return LocalCaptioner(resolve_model(model), batch_size)
-
-
-def caption_for_fit(data: list[str], run_dir: Path, model: str, endpoint_model: str | None, args: Namespace) -> str:
-    """Write captions to a run directory before training, and return the file's path.
-
-    After training has started, the captions are not changed any more, because a resumed run needs the same data.
-
-    Args:
-        model: Model folder or hub id, or the URL of a server.
-        endpoint_model: Name of the model on the server.
-        args: Arguments of `fit`.
-    """
-    out = run_dir.expanduser() / CAPTIONS_FILE
-    if (out.parent / CONFIG_FILE).exists():
-        if not out.exists():
-            raise ValueError(f"{run_dir} contains a run without --caption. Use another --out, or omit --caption")
-        return str(out)
-    is_url = model.startswith(("http://", "https://"))
-    if is_url and not endpoint_model:
-        raise ValueError(f"--caption {model} is a server. Pass the name of its model with --caption_model")
-    if endpoint_model and not is_url:
-        raise ValueError(f"--caption_model requires the URL of a server in --caption (got {model})")
-    from llm2clip.caption.endpoint import EndpointCaptioner
-    from llm2clip.caption.prompts import load_prompts
-    from llm2clip.caption.run import CaptionSettings, caption_images
-    from llm2clip.cpu_tuning import free_memory
-    from llm2clip.runs.ranks import print_once
-
-    captioner: Captioner
-    if is_url:
-        captioner = EndpointCaptioner(model, endpoint_model or "")
-        print_once(*captioner.describe())
-    else:
-        captioner = _open_local(model, batch_size=8)
-    settings = CaptionSettings(columns=args.columns, max_skipped=args.max_skipped)
-    summary = caption_images(data, out, captioner, load_prompts(), settings)
-    print_once(*_format_summary(summary, out))
-    del captioner
-    free_memory()
-    return str(out)
+    return partial(open_dual_encoder, resolve_model(name), process_state().device)
 
 
-def _format_summary(summary: CaptionSummary, out: Path) -> list[str]:
-    from llm2clip.caption.run import CaptionOutput
+def _caption_images(
+    sources: Sequence[str],
+    out: Path,
+    captioner: Captioner,
+    prompts: Sequence[Prompt],
+    settings: CaptionSettings,
+    open_encoder: Callable[[], DualEncoder] | None,
+) -> list[str]:
+    """Caption images, and return lines that summarise the result."""
+    from llm2clip.caption.run import CaptionOutput, caption_images
 
+    summary = caption_images(sources, out, captioner, prompts, settings, open_encoder)
     lines = [summary.report, ""] if summary.report else []
     lines += [
         f"Captions: {out} ({summary.captions:,} captions of {summary.records:,} records)",

@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 
-from llm2clip.cli.caption import caption_for_fit
+from llm2clip.cli.caption import add_fit_arguments, prepare_captions
 from llm2clip.cli.checks import (
     check_pretrained,
     check_sources,
@@ -42,13 +42,7 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add("fit", _fit, "Train on your images and captions: tune, embed, align, evaluate.")
     parser.add_argument("data", nargs="+", type=str, help=DATA_HELP)
     parser.add_argument("--out", type=str, required=True, help="Run directory.")
-    parser.add_argument(
-        "--caption",
-        type=str,
-        help="Let a multimodal model write captions for the images first: a model folder, a hub id or the URL of a "
-        "server, with the defaults of `llm2clip caption`. The captions are written to OUT/captions.jsonl.",
-    )
-    parser.add_argument("--caption_model", type=str, help="Name of the model on the server in --caption.")
+    add_fit_arguments(parser)
     add_reading_arguments(parser)
     add_stage_settings(parser)
     parser.add_class_arguments(EvaluateConfig, "evaluate")
@@ -161,15 +155,11 @@ def _fit(args: Namespace) -> list[str]:
     check_sources(args.data, args.tune.data, args.tune.text_pairs, args.tune.exclude, args.evaluate.data)
     args.encoder.path = resolve_encoder(args.encoder.path)
     check_pretrained(args.align.tower)
-    if args.caption_model and not args.caption:
-        raise ValueError("--caption_model requires --caption URL")
-    if args.caption:
-        args.data = [caption_for_fit(args.data, Path(args.out), args.caption, args.caption_model, args)]
-        args.columns = {}  # the columns of the sources
+    write_captions = prepare_captions(args)
     from llm2clip.pipeline import fit
     from llm2clip.tools.plan.plan import check_resources
 
-    model = fit(args.data, Path(args.out), _make_config(args), check_resources)
+    model = fit(args.data, Path(args.out), _make_config(args), check_resources, write_captions)
     return [f"Model: {model}", *_format_next_commands(model, args)]
 
 

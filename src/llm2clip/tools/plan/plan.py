@@ -232,8 +232,11 @@ def plan_fit(
 # ---- checks before a run -------------------------------------------------------------------------------------------
 
 
-def check_resources(config: FitConfig, run_dir: Path, records: RecordTable) -> list[str]:
+def check_resources(config: FitConfig, run_dir: Path, records: RecordTable | None) -> list[str]:
     """Check before a run starts that there is enough free disk space and memory.
+
+    Args:
+        records: Training records. None if they do not exist yet: then only the disk space for the models is checked.
 
     Returns:
         Warnings about stages that need more memory than is free. They are not errors, because the memory needed is
@@ -242,19 +245,19 @@ def check_resources(config: FitConfig, run_dir: Path, records: RecordTable) -> l
     Raises:
         OSError: There is not enough free disk space.
     """
-    images = int(records.has_image.sum())
-    texts = list(records[:SAMPLED_RECORDS].iterate_texts(CAPTION_FIELDS))
-    if not images or not texts:
-        return []
+    if records is None:
+        images = config.align.batch_size * process_state().num_processes  # a single step
+        captions_per_image = tokens_per_caption = 1.0
+    else:
+        images = int(records.has_image.sum())
+        texts = list(records[:SAMPLED_RECORDS].iterate_texts(CAPTION_FIELDS))
+        if not images or not texts:
+            return []
+        captions_per_image = len(texts) / min(len(records), SAMPLED_RECORDS)
+        tokens_per_caption = max(1.0, sum(map(len, texts)) / len(texts) / CHARACTERS_PER_TOKEN)
     try:
-        plan = plan_fit(
-            config,
-            _detect_machine(),
-            images,
-            captions_per_image=len(texts) / min(len(records), SAMPLED_RECORDS),
-            tokens_per_caption=max(1.0, sum(map(len, texts)) / len(texts) / CHARACTERS_PER_TOKEN),
-        )
-        warnings = _list_memory_warnings(plan)
+        plan = plan_fit(config, _detect_machine(), images, captions_per_image, tokens_per_caption)
+        warnings = [] if records is None else _list_memory_warnings(plan)
     except (ValueError, RuntimeError) as error:  # fake tensors may not support all of the model's operations
         return [f"Could not check memory and disk space: {error}"]
     _check_disk_space(plan, run_dir)
