@@ -339,9 +339,17 @@ def test_database_of_the_first_format_is_upgraded(tmp_path: Path, photos: Path) 
     assert server.num_requests == 6 * CAPTIONS_PER_IMAGE
 
 
-def test_missing_model_of_check_is_reported_before_captioning(tmp_path: Path, photos: Path) -> None:
-    with run_server() as server, pytest.raises(FileNotFoundError, match="missing is neither a folder nor a hub id"):
-        caption(server, photos, tmp_path / "out.jsonl", "--check", tmp_path / "missing")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("missing", "missing is neither a folder nor a hub id"), ("damaged", "damaged")],
+)
+def test_unusable_model_of_check_is_reported_before_captioning(
+    tmp_path: Path, photos: Path, name: str, message: str
+) -> None:
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/config.json").write_text("{}")
+    with run_server() as server, pytest.raises((FileNotFoundError, ValueError), match=message):
+        caption(server, photos, tmp_path / "out.jsonl", "--check", tmp_path / name)
     assert server.num_requests == 0
 
 
@@ -664,7 +672,7 @@ def accept_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("accept_all")
 def test_local_captioner_answers_in_batches_as_alone(tiny_llava: Path) -> None:
-    captioner = LocalCaptioner(str(tiny_llava), precision="fp32")
+    captioner = LocalCaptioner(str(tiny_llava), 4, precision="fp32")
     prompt = Prompt("a", "short", "Describe it.\nCaption: {caption}", temperature=0, max_tokens=6)
     images = torch.randint(0, 255, (3, 3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     captions = ["a long caption with <image> in it", None, "short"]

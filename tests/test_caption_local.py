@@ -42,7 +42,7 @@ def test_sampled_answers_differ_between_processes_and_retries(
     answers = []
     for _ in range(2):
         torch.manual_seed(0)
-        captioner = LocalCaptioner(str(tiny_llava))
+        captioner = LocalCaptioner(str(tiny_llava), 4)
         image = captioner.prepare(torch.zeros(3, 40, 60, dtype=torch.uint8))
         answers.append(captioner.ask([CaptionRequest(image, prompt)] * 4))
     assert answers[0] != answers[1]
@@ -51,10 +51,10 @@ def test_sampled_answers_differ_between_processes_and_retries(
 def test_names_of_local_models_depend_on_their_files_and_not_on_their_location(
     tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = LocalCaptioner(str(tiny_llava)).name
+    name = LocalCaptioner(str(tiny_llava), 4).name
     assert re.fullmatch(r"built-[0-9a-f]{8}", name)
     copy = shutil.copytree(tiny_llava, tmp_path / "other/built/model")  # named after the run's folder
-    assert LocalCaptioner(str(copy), precision="fp32").name == name
+    assert LocalCaptioner(str(copy), 4, precision="fp32").name == name
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -68,7 +68,7 @@ def test_names_of_local_models_depend_on_their_files_and_not_on_their_location(
     with torch.no_grad():
         model.model.multi_modal_projector.linear_2.bias[0] += 1
     model.save_pretrained(copy)
-    retrained = LocalCaptioner(str(copy)).name
+    retrained = LocalCaptioner(str(copy), 4).name
     assert retrained != name
     (copy / "chat_template.jinja").write_text((copy / "chat_template.jinja").read_text() + "Answer:")
     assert name_vision_language_model(str(copy)) not in (name, retrained)

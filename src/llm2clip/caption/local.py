@@ -30,7 +30,7 @@ class LocalCaptioner:
 
     workers = 1
 
-    def __init__(self, model: str, batch_size: int = 32, precision: str = "auto") -> None:
+    def __init__(self, model: str, batch_size: int, precision: str = "auto") -> None:
         self.batch_size = batch_size
         self.worked_before = False
         self.device = process_state().device

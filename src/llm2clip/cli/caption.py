@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from llm2clip.caption.run import CaptionSettings
     from llm2clip.models.dual_encoder import DualEncoder
 
+BATCH_SIZE = 32  # number of images; smaller batches are slower on CPUs
+
 
 def add_commands(commands: Commands) -> None:
     """Add this module's command."""
@@ -54,7 +56,10 @@ def add_commands(commands: Commands) -> None:
         "--image_size", type=PositiveInt, default=768, help="Shrink images to at most this size, in pixels per side."
     )
     parser.add_argument(
-        "--batch_size", type=PositiveInt, default=32, help="Number of images per batch. Not used with --endpoint."
+        "--batch_size",
+        type=PositiveInt,
+        default=BATCH_SIZE,
+        help="Number of images per batch. Not used with --endpoint.",
     )
     parser.add_argument(
         "--concurrency", type=PositiveInt, default=8, help="Number of requests to the server at the same time."
@@ -218,7 +223,7 @@ def _is_url(name: str) -> bool:
 # ---- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _open_captioner(model: str, endpoint: str | None, batch_size: int = 8, **options: Any) -> Captioner:
+def _open_captioner(model: str, endpoint: str | None, batch_size: int = BATCH_SIZE, **options: Any) -> Captioner:
     """Open a model on a server or, without an endpoint, in this process. `options` are for the server."""
     if endpoint is None:
         import llm2clip.llava.modeling_patches  # noqa: F401  (registers its classes with transformers)
@@ -234,13 +239,18 @@ def _open_captioner(model: str, endpoint: str | None, batch_size: int = 8, **opt
 
 
 def _check_encoder(name: str | None) -> Callable[[], DualEncoder] | None:
-    """Check that the dual encoder of --check exists, and return a function that opens it."""
+    """Check that the dual encoder of --check can be opened, and return a function that opens it."""
     if name is None:
         return None
+    from llm2clip.cpu_tuning import free_memory
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.runs.ranks import process_state
 
-    return partial(open_dual_encoder, resolve_model(name), process_state().device)
+    open_encoder = partial(open_dual_encoder, resolve_model(name), process_state().device)
+    if process_state().is_main_process:
+        open_encoder()  # it is needed only after captioning, which can take hours
+        free_memory()
+    return open_encoder
 
 
 def _caption_images(
