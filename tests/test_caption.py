@@ -383,7 +383,6 @@ def test_refusals_and_rejected_images_are_listed_and_asked_again(tmp_path: Path,
     [
         (f"401:bad\x1b[31m key {KEY}", r"HTTP 401: bad\x1b[31m key [key]. Put the server's key"),
         ("404:no model", "HTTP 404: no model. Check --model"),
-        ("400:no images", "HTTP 400: no images"),
         ("redirect", "redirects to http://other.example/v1/chat/completions. Redirects are not followed"),
     ],
 )
@@ -395,6 +394,34 @@ def test_rejected_first_requests_stop_the_run(
         caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "2")
     assert message in str(error.value) and KEY not in str(error.value)
     assert server.num_requests <= 2
+
+
+def test_rejected_image_does_not_stop_a_first_run(tmp_path: Path, photos: Path) -> None:
+    with run_server(faults=["400:too narrow"] * CAPTIONS_PER_IMAGE) as server:
+        caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "1", "--max_skipped", "1")
+    assert len(read_rows(tmp_path / "out_failures.jsonl")) == CAPTIONS_PER_IMAGE
+    assert server.num_requests == 6 * CAPTIONS_PER_IMAGE
+
+
+def test_run_stops_if_all_images_are_rejected(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "MAX_FAILURES_IN_A_ROW", 7)
+    with (
+        run_server(faults=["400:this model takes no images"] * 99) as server,
+        pytest.raises(endpoint.EndpointError, match=r"the last 7 requests failed.*this model takes no images"),
+    ):
+        caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "1")
+    assert server.num_requests == 7
+
+
+def test_proxy_is_used_only_for_encrypted_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    def uses_proxy(url: str) -> bool:
+        client = endpoint.EndpointCaptioner(url, "tiny")._get_connection()._client
+        return any(transport is not None for transport in client._mounts.values())
+
+    for scheme in ("http", "https"):
+        monkeypatch.setenv(f"{scheme}_proxy", "http://proxy.example:3128")
+    assert uses_proxy("https://server.example/v1")
+    assert not uses_proxy("http://server.example/v1") and not uses_proxy("https://localhost/v1")
 
 
 def test_key_is_sent_but_never_written(
@@ -452,6 +479,13 @@ def test_schedule_limits_requests_per_minute_and_pauses() -> None:
     for _ in range(3):
         schedule.wait(stopped)
     assert 0.19 < time.monotonic() - start < 2
+    schedule.wait(stopped)
+    waiting = threading.Thread(target=schedule.wait, args=(stopped,))
+    waiting.start()
+    schedule.pause(0.5)  # also for a request that already waits
+    start = time.monotonic()
+    waiting.join()
+    assert time.monotonic() - start > 0.4
     schedule.pause(60)
     stopped.set()
     with pytest.raises(endpoint.StoppedError):
@@ -627,6 +661,7 @@ def test_truncated_answers_end_with_a_complete_sentence() -> None:
         ("A B: {kind: short, text: x}", "the name of a prompt must consist of a-z, 0-9 and _ .got 'A B'"),
         ("a: text", "prompt a: must have fields of the form `name: value`"),
         ("a: {kind: short}", "prompt a: the field text is missing"),
+        ("a: {kind: short, text: x}\na: {kind: dense, text: x}", "several prompts have the name a"),
         ("a: {kind: short, text: x, tokens: 5}", "prompt a: unknown field 'tokens'; available fields: kind, text"),
         ("a: {kind: long, text: x}", "prompt a: kind must be short or dense .got 'long'"),
         ("a: {kind: short, text: 5}", "prompt a: text must be a text of 1 to 20,000 characters .got 5"),

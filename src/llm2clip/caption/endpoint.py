@@ -96,7 +96,8 @@ class EndpointCaptioner:
             "timeout": httpx.Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout)),
             "headers": _build_headers(),
             "verify": httpx.create_ssl_context(),
-            "trust_env": not self.is_loopback,  # a proxy is not used for a server on this machine
+            # A proxy could see unencrypted images, and it could not reach a server on this machine.
+            "trust_env": self.url.scheme == "https" and not self.is_loopback,
         }
 
     def describe(self) -> list[str]:
@@ -142,13 +143,17 @@ class EndpointCaptioner:
 
     def _fail(self, error: _RequestError) -> Answer:
         """Return a failed request's answer. Raise EndpointError if the requests of all images fail."""
-        is_rejected = error.status is not None and 300 <= error.status < 500 and not error.retry
+        status = error.status
         with self._lock:
-            is_first = not self._has_succeeded and (not self.worked_before or error.status in SETTINGS_STATUSES)
-            if is_rejected and is_first:
-                raise EndpointError(f"{self.url}: {error}{_advise(error.status)}")
-            if not is_rejected or error.status in SETTINGS_STATUSES:
-                self._failures_in_a_row += 1
+            if status is None or error.retry:  # the server does not work
+                counts = True
+            elif status < 400 or status in SETTINGS_STATUSES:
+                if not self._has_succeeded:
+                    raise EndpointError(f"{self.url}: {error}{_advise(status)}")
+                counts = True
+            else:  # the image is rejected. But if all images are, the model may not take images at all
+                counts = not (self._has_succeeded or self.worked_before)
+            self._failures_in_a_row += counts
             if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
                 raise EndpointError(f"{self.url}: the last {self._failures_in_a_row} requests failed. {error}")
         return Answer(None, str(error))
@@ -249,11 +254,14 @@ class _Schedule:
 
     def wait(self, stopped: threading.Event) -> None:
         """Wait until the next request may start. Raise StoppedError if the run is stopped."""
-        with self._lock:
-            start = max(time.monotonic(), self._next)
-            self._next = start + self._interval
-        if stopped.wait(max(0.0, start - time.monotonic())):
-            raise StoppedError
+        while True:
+            with self._lock:
+                delay = self._next - time.monotonic()
+                if delay <= 0:
+                    self._next = time.monotonic() + self._interval
+                    return
+            if stopped.wait(delay):
+                raise StoppedError
 
     def pause(self, seconds: float) -> None:
         with self._lock:

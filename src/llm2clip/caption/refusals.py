@@ -20,7 +20,7 @@ _CLEAR_VERB = (
     r"help (?:you|with|identify|describe)|discuss|engage in|do (?:that|this|so))\b"
 )
 _OTHER_VERB = (  # with an object that occurs in refusals
-    r"(?:actually |directly |be able to )?(?:see|view|read|open|access|find|display|process|load|answer|provide|give|"
+    r"(?:actually |directly |be able to )?(?:view|read|open|access|find|display|process|load|answer|provide|give|"
     r"offer|create|write|generate|share|make|continue|complete|have|handle|respond to|produce|detect|look at)"
 )
 _AFTER_MISSING = (  # what follows "there is no image attached", but not "there is no image attached to the wall"
@@ -36,7 +36,8 @@ _ENGLISH_APOLOGY = (
     r"(?:(?:but|however|that)\b[\s,]*)?)"
 )
 _ENGLISH = (
-    rf"i ?{_INABILITY} (?:\w+ly )?(?:{_CLEAR_VERB}|{_OTHER_VERB} (?:[\w'-]+ ){{0,5}}?{_OBJECT})",
+    rf"i ?{_INABILITY} (?:\w+ly )?(?:{_CLEAR_VERB}|{_OTHER_VERB} (?:[\w'-]+ ){{0,5}}?{_OBJECT}|"
+    rf"(?:actually |directly |be able to )?see (?:(?:the|an?|any|your|this|that|actual|attached) ){{0,2}}{_OBJECT})",
     r"i (?:can ?not|can't)[.!]*$",
     r"i (?:do not|don't) (?:currently )?have (?:the |any |direct )?(?:ability|capability|access|permission)\b",
     r"i(?: would|'d) (?:prefer|rather) not|i (?:have to|must) decline",
@@ -46,7 +47,8 @@ _ENGLISH = (
     rf"(?: (?:was|is|were|are|has been|have been))? {_PROVIDED}{_AFTER_MISSING}",
     rf"(?:it (?:seems|looks|appears)(?: like| that)? )?(?:the|your|this|that) {_IMAGE}(?: you \w+)? (?:could not|"
     r"couldn't|can ?not|can't|did not|didn't|does not|doesn't|failed to|is not|isn't|was not|wasn't)(?: seem to)? "
-    r"(?:be )?(?:load|display|open|view|process|upload|attach|provid|available|accessible|found|visible)(?:ed)?",
+    r"(?:be )?(?:load|display|open|view|process|upload|attach|provid|available|accessible|found|visible)(?:ed)?"
+    r"(?=\s*(?:[.,;:!?]|$)|\s(?:for me|properly|correctly|successfully|here|to me|in|on|and|so)\b)",
     rf"(?:it (?:seems|looks|appears)(?: like| that)? )(?:you (?:did not|didn't|forgot|have not|haven't)|no {_IMAGE}|"
     rf"there (?:is|was|are)(?:n't| no| not)(?: an| any)? ?{_IMAGE})",
     r"(?:please|(?:could|can|would) you(?: please)?) (?:re-?upload|provide|upload|share|send|attach)(?: me)?(?: with)? "

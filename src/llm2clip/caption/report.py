@@ -20,7 +20,7 @@ from llm2clip.data.image_refs import to_valid_unicode
 from llm2clip.data.images import ImageError, load_image, make_thumbnail
 from llm2clip.data.table_statistics import Histogram
 from llm2clip.html_report import Block, Code, Heading, ImageCard, ImageCards, Paragraph, Table, render_html, render_text
-from llm2clip.io_utils import atomic_write_text
+from llm2clip.io_utils import atomic_write_text, hide_url_secrets
 from llm2clip.runs.run_description import describe_run, format_run
 
 MAX_IMAGES = 200  # images on the page
@@ -73,7 +73,7 @@ def write_report(file: Path, database: CaptionDatabase, report: CaptionReport) -
     cards = [_make_card(database, row, report) for row in find_worst_images(database, report)]
     blocks: list[Block] = [
         Paragraph(format_run(describe_run(report.seconds))),
-        Code("\n".join(to_valid_unicode(source) for source in report.sources)),
+        Code("\n".join(to_valid_unicode(hide_url_secrets(source)) for source in report.sources)),
     ]
     blocks += build_blocks(database, report)
     if cards:
