@@ -29,7 +29,7 @@ from llava_fixtures import build_tiny_llava
 from llm2clip import pipeline
 from llm2clip.caption import endpoint, local
 from llm2clip.caption import run as caption_run
-from llm2clip.caption.answers import Answer, CaptionRequest, clean_answer
+from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError, clean_answer
 from llm2clip.caption.database import CaptionDatabase
 from llm2clip.caption.local import LocalCaptioner
 from llm2clip.caption.prompts import Prompt, load_prompts
@@ -245,6 +245,38 @@ def _caption_on_rank(photos: Path, out: Path) -> None:
         patch.setattr(caption_run, "score_captions", lambda *_: None)
         prompts, settings = [Prompt("one", "short", "Describe it.")], CaptionSettings({}, max_skipped=0.5)
         caption_run.caption_images([str(photos)], out, FixedCaptioner(), prompts, settings, open_encoder)
+
+
+def test_run_in_which_one_rank_was_stopped_is_not_complete(tmp_path: Path, photos: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    make_photos(photos, 12)
+    run_distributed(2, _stop_second_rank, photos, out)
+    num_records = len(read_rows(out))
+    message = (tmp_path / "error").read_text()
+    assert 0 < num_records < 12 and f"{12 - num_records} captions have not been requested" in message
+    assert "run the same command again" in message
+    assert not list(tmp_path.glob("opened*"))  # captions are compared when all of them have been requested
+    run_distributed(2, _caption_on_rank, photos, out)
+    assert len(read_rows(out)) == 12
+
+
+def _stop_second_rank(photos: Path, out: Path) -> None:
+    """Caption images on two ranks, of which only the second one receives a signal to stop."""
+    if process_state().is_main_process:
+        with pytest.raises(ValueError, match="another process was stopped") as error:
+            _caption_on_rank(photos, out)
+        (out.parent / "error").write_text(str(error.value))
+        ranks.wait_for_everyone()
+        return
+
+    def stop(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        raise StoppedError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FixedCaptioner, "ask", stop)
+        _caption_on_rank(photos, out)
 
 
 def test_failed_requests_of_too_many_images_end_the_run_with_an_error(

@@ -256,6 +256,16 @@ class CaptionDatabase:
         ((count,),) = self.connection.execute(query, (model, prompt, samples))
         return int(count)
 
+    def count_missing_answers(self, model: str, prompts: Sequence[Prompt]) -> int:
+        """Return the number of captions of the current images that have not been requested."""
+        query = """SELECT count(*) FROM answers WHERE model = ? AND prompt = ? AND sample < ?
+          AND hash IN (SELECT hash FROM images)"""
+        num_missing = 0
+        for prompt in prompts:
+            ((count,),) = self.connection.execute(query, (model, prompt.key, prompt.samples))
+            num_missing += self.count_images() * prompt.samples - count
+        return num_missing
+
     def count_problems(self, model: str, prompts: Sequence[Prompt]) -> Counter[str]:
         """Return how many captions of the current images quality control has rejected for each problem."""
         query = """SELECT problem, count(*) FROM answers WHERE model = ? AND prompt = ? AND sample < ?

@@ -170,8 +170,8 @@ def caption_images(
         KeyboardInterrupt: The process received SIGINT or SIGTERM. All answers have been stored and written.
         TooManySkipped: More than `settings.max_skipped` of the images cannot be read, or have no caption because their
             requests failed. All answers have been stored and, in the second case, written.
-        ValueError: The server rejects all requests, or the cost limit is reached. All answers have been stored and
-            written.
+        ValueError: The server rejects all requests, the cost limit is reached, or another rank was interrupted. All
+            answers have been stored and written.
         FolderInUseError: Another run is writing to the same file.
     """
     output = CaptionOutput(out)
@@ -196,9 +196,10 @@ def caption_images(
                 if sys.exception() is None:  # otherwise, torchrun stops the other processes
                     wait_for_everyone()
                 if is_main and not isinstance(sys.exception(), KeyboardInterrupt):  # not at the second Ctrl+C
-                    was_completed = not run.was_interrupted and sys.exception() is None
+                    was_completed = sys.exception() is None and not run.was_interrupted and not run.count_missing()
                     summary = _write_output(run, open_encoder if was_completed else None)
             if is_main and not run.was_interrupted:
+                _check_missing(run)
                 _check_failures(run)
             wait_for_everyone()
             if run.was_interrupted:
@@ -226,6 +227,15 @@ def _write_output(run: _CaptionRun, open_encoder: Callable[[], DualEncoder] | No
     num_failures = write_failures(database, output, model, prompts)
     write_report(output.report, database, report)
     return CaptionSummary(num_records, num_captions, num_failures, format_report(database, report), run.log.summary())
+
+
+def _check_missing(run: _CaptionRun) -> None:
+    """Raise ValueError if captions have not been requested. Each rank only knows whether it was interrupted itself."""
+    if num_missing := run.count_missing():
+        raise ValueError(
+            f"{num_missing:,} captions have not been requested, because another process was stopped. The other "
+            "captions are stored. To request the missing ones, run the same command again"
+        )
 
 
 def _check_failures(run: _CaptionRun) -> None:
@@ -413,6 +423,10 @@ class _CaptionRun:
         """Stop asking. Answers to requests that have been sent are still stored."""
         self._stopped.set()
         self.captioner.stop()
+
+    def count_missing(self) -> int:
+        """Return the number of captions that no rank has requested."""
+        return self.database.count_missing_answers(self.captioner.name, self.prompts)
 
     @property
     def _captions_per_image(self) -> int:
