@@ -337,6 +337,61 @@ def test_changed_caption_in_the_source_is_given_to_the_model_again(tmp_path: Pat
     assert [len(row["short_captions"]) for row in read_rows(out)] == [2, 2]
 
 
+def test_failed_request_does_not_replace_a_caption(tmp_path: Path, photos: Path) -> None:
+    source, out = tmp_path / "source.jsonl", tmp_path / "out.jsonl"
+    text = 'Describe it.\nIts caption is "{caption}".'
+    file = write_prompts(tmp_path / "prompts.yaml", one={"kind": "short", "text": text, "temperature": 0.5})
+    flags = ["--use_captions", "--prompts", file, "--price", "1000", "0"]  # an answer costs 1
+    source.write_text(json.dumps({"image": "photos/0000.png", "captions": ["cat"]}))
+    with run_server() as server:
+        caption(server, source, out, *flags)
+        (first,) = read_rows(out)
+        source.write_text(json.dumps({"image": "photos/0000.png", "captions": ["puppy"]}))
+        server.answers = {"puppy": "I'm sorry, but I can't help with that."}
+        lines = caption(server, source, out, *flags)
+        assert read_rows(out) == [first | {"captions": ["puppy"]}]
+        assert [row["error"][:7] for row in read_rows(tmp_path / "out_failures.jsonl")] == ["refusal"]
+        assert "Failed requests: 1" in lines and re.search(r"cost +2\.00", lines)
+        server.answers = {"puppy": "A puppy runs over a meadow."}
+        assert "Failed requests" not in caption(server, source, out, *flags)
+    assert server.num_requests == 3 and read_rows(out)[0]["short_captions"] == ["A puppy runs over a meadow."]
+
+
+def test_photos_in_the_folder_of_copied_images_are_captioned(tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "out_images", 6)
+    with run_server() as server:
+        caption(server, photos, tmp_path / "out.jsonl")
+    assert [row["image"] for row in read_rows(tmp_path / "out.jsonl")] == [f"out_images/000{n}.png" for n in range(6)]
+
+
+def test_each_record_without_an_image_counts_as_skipped(tmp_path: Path, photos: Path) -> None:
+    source, out = tmp_path / "source.jsonl", tmp_path / "out.jsonl"
+    rows = [{"image": f"photos/000{n}.png", "captions": ["a dog"]} for n in range(6)]
+    rows += [{"captions": [f"text {n}"]} for n in range(4)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with run_server() as server:
+        with pytest.raises(TooManySkipped, match=r"4 of 10 rows skipped .no image: 4"):
+            caption(server, source, out, "--max_skipped", "0.39")
+        assert server.num_requests == 0
+        assert "4 of 10 rows skipped (no image: 4)" in caption(server, source, out, "--max_skipped", "0.4")
+    assert [row["row"] for row in read_rows(tmp_path / "out_skipped.jsonl")] == [6, 7, 8, 9]
+
+
+def test_captions_are_written_before_the_model_of_check_is_opened(tmp_path: Path, photos: Path) -> None:
+    out = tmp_path / "out.jsonl"
+
+    def open_encoder() -> Any:
+        raise MemoryError("out of memory")
+
+    with pytest.raises(MemoryError):
+        prompts = [Prompt("one", "short", "Describe it.")]
+        caption_run.caption_images(
+            [str(photos)], out, FixedCaptioner(), prompts, CaptionSettings({}), open_encoder=open_encoder
+        )
+    assert len(read_rows(out)) == 6
+    assert (tmp_path / "out_report.html").exists()
+
+
 def test_unchanged_files_are_not_read_again(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = []
     read = ImageRef.read
@@ -472,7 +527,7 @@ def test_cost_limit_stops_the_run_until_it_is_raised(tmp_path: Path, photos: Pat
             with pytest.raises(ValueError, match=r"the captions have cost 4.00, and --max_cost is 4\."):
                 caption(server, photos, out, *flags, "--max_cost", "4")
             assert server.num_requests == 4 and len(read_rows(out)) == 2
-        assert re.search(r"cost +18\.00", caption(server, photos, out, *flags, "--max_cost", "40"))
+        assert re.search(r"cost +18\.00", caption(server, photos, out, *flags, "--max_cost", "18"))
         server.usage = None
         with pytest.raises(ValueError, match="does not report the number of tokens"):
             caption(server, photos, out, *flags, "--max_cost", "40", "--language", "German")

@@ -45,13 +45,17 @@ DELETE FROM images WHERE json_extract(record, '$.split') IS NULL AND json_extrac
     WHERE other.hash = images.hash AND json_extract(other.record, '$.split') IS NOT NULL
       AND json_extract(other.record, '$.image') = json_extract(images.record, '$.image'))
 """
-# The tokens of earlier failed attempts are added, because they have been paid for.
+_KEEP_CAPTION = ", ".join(
+    f"{name} = iif(excluded.text IS NULL AND text IS NOT NULL, {name}, excluded.{name})"
+    for name in ("text", "temperature", "date", "problem", "score", "rank", "text_hash")
+)
+# A failed request does not replace a caption, but its error is stored, so it is listed and retried. The tokens of
+# earlier attempts are added, because they have been paid for.
 _ADD_ANSWER = f"""
 INSERT INTO answers({_ANSWER_COLUMNS}) VALUES ({", ".join("?" * 14)})
-ON CONFLICT DO UPDATE SET text = excluded.text, error = excluded.error, temperature = excluded.temperature,
-  date = excluded.date, input_tokens = input_tokens + excluded.input_tokens,
-  output_tokens = output_tokens + excluded.output_tokens, problem = NULL, score = NULL, rank = NULL,
-  text_hash = excluded.text_hash
+ON CONFLICT DO UPDATE SET error = excluded.error, input_tokens = input_tokens + excluded.input_tokens,
+  output_tokens = output_tokens + excluded.output_tokens,
+  {_KEEP_CAPTION}
 """
 # Errors are grouped by the text before the first colon.
 _COUNT_ERRORS = """
@@ -83,7 +87,7 @@ class StoredAnswer:
 
     Attributes:
         text: The caption, or None if the request failed.
-        error: Why there is no caption, or None.
+        error: Why the last request failed, or None. An earlier caption is kept.
         date: UTC date of the answer, such as 2026-11-29.
         problem: Why quality control rejects the caption, or None.
         score: Cosine similarity of the caption and its image in the model of `--check`.
@@ -233,7 +237,10 @@ class CaptionDatabase:
     # ---- answers
 
     def add_answers(self, answers: Sequence[StoredAnswer]) -> None:
-        """Store answers in one transaction. An answer replaces a failed one with the same key."""
+        """Store answers in one transaction. An answer replaces the one with the same key.
+
+        If the new answer is a failed request and the old one is a caption, only the error is stored.
+        """
         with self.transaction():
             self.connection.executemany(_ADD_ANSWER, [_to_values(answer) for answer in answers])
 

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -27,7 +28,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from io import BytesIO
@@ -55,6 +56,7 @@ from llm2clip.runs.output_folder import FolderInUseError, folder_lock
 from llm2clip.runs.ranks import process_state, wait_for_everyone
 
 POLL_INTERVAL = 0.1  # seconds between checks of the stop signal
+_COPIED_IMAGE = re.compile(r"[0-9a-f]{64}\.\w+")
 WRITTEN_BY_CAPTION = "not read, because `llm2clip caption` has written it"
 
 
@@ -100,9 +102,15 @@ def _is_caption_output(path: str) -> bool:
     return path.endswith(".jsonl") and not is_remote(path) and os.path.exists(f"{path}.sqlite")
 
 
+def _is_copied_image(image: str) -> bool:
+    """Return True if an image was copied by a captioning run. Its name consists of its hash and a suffix."""
+    folder, name = os.path.split(image)
+    return _COPIED_IMAGE.fullmatch(name) is not None and _is_images_folder(folder)
+
+
 @cache
 def _is_images_folder(folder: str) -> bool:
-    """Return True if a folder contains the copied images of a captioning run."""
+    """Return True if a captioning run copies images to a folder. It can also contain other images."""
     return folder.endswith("_images") and _is_caption_output(f"{folder.removesuffix('_images')}.jsonl")
 
 
@@ -208,21 +216,32 @@ def caption_images(
 
 
 def _write_output(run: _CaptionRun, open_encoder: Callable[[], DualEncoder] | None) -> CaptionSummary:
-    """Check all captions, then write the records, the failed requests and the report."""
-    database, output, model, prompts = run.database, run.output, run.captioner.name, run.prompts
-    settings = run.settings
-    encoder = open_encoder() if open_encoder else None
+    """Check all captions, then write the records, the failed requests and the report.
+
+    They are written before the comparison with the images, which can fail, and again after it.
+    """
+    database, model, prompts, settings = run.database, run.captioner.name, run.prompts, run.settings
     report = CaptionReport(
         sources=run.sources,
         model=model,
         prompts=prompts,
         checks=check_captions(database, model, prompts, settings.language),
-        scores=score_captions(database, model, prompts, encoder, settings.max_rank) if encoder else None,
-        encoder=encoder.name if encoder else None,
         max_rank=settings.max_rank,
         cost=settings.compute_cost(*database.count_tokens(model)) if settings.price else None,
         seconds=time.monotonic() - run.started_at,
     )
+    summary = _write_files(run, report)
+    if open_encoder is None:
+        return summary
+    encoder = open_encoder()
+    scores = score_captions(database, model, prompts, encoder, settings.max_rank)
+    seconds = time.monotonic() - run.started_at
+    return _write_files(run, replace(report, scores=scores, encoder=encoder.name, seconds=seconds))
+
+
+def _write_files(run: _CaptionRun, report: CaptionReport) -> CaptionSummary:
+    """Write the records, the failed requests and the report."""
+    database, output, model, prompts = run.database, run.output, run.captioner.name, run.prompts
     num_records, num_captions = write_records(database, output, model, prompts)
     num_failures = write_failures(database, output, model, prompts)
     write_report(output.report, database, report)
@@ -300,11 +319,11 @@ def _open_images(
             log.add_note(WRITTEN_BY_CAPTION, path)
         else:
             files.append((kind, path))
-    for record in RecordReader(parsed, log, "header", require_captions=False).read(files):
+    for number, record in enumerate(RecordReader(parsed, log, "header", require_captions=False).read(files)):
         if record.image is None:
-            log.skip(parsed.path, 0, "no image", record.id)
-        elif omits_output and _is_images_folder(folder := os.path.dirname(str(record.image))):
-            log.add_note(WRITTEN_BY_CAPTION, folder)
+            log.skip(parsed.path, number, "no image", record.id)
+        elif omits_output and _is_copied_image(str(record.image)):
+            log.add_note(WRITTEN_BY_CAPTION, os.path.dirname(str(record.image)))
         else:
             yield record, record.image
 
@@ -506,6 +525,8 @@ class _CaptionRun:
     def _ask(self, bar: ProgressBar) -> None:
         """Ask for the captions in the queue and store the answers."""
         while batch := self._take():
+            with self._lock:
+                self._check_cost()
             answers = self.captioner.ask([item.request for item in batch])
             rows = [self._make_answer(item, answer) for item, answer in zip(batch, answers, strict=True)]
             with self._lock:
@@ -515,7 +536,7 @@ class _CaptionRun:
                 bar.set_postfix_str(self._format_speed(), refresh=False)
                 bar.total = max(bar.total or 0, bar.n + len(rows))  # an estimate for several ranks
                 bar.update(len(rows))
-                self._check_cost(rows)
+                self._check_tokens(rows)
 
     def _make_answer(self, item: _Item, answer: Answer) -> StoredAnswer:
         """Return the row of the database for an answer."""
@@ -538,15 +559,18 @@ class _CaptionRun:
                 return self._batches.get(timeout=POLL_INTERVAL)
         return None
 
-    def _check_cost(self, rows: Sequence[StoredAnswer] = ()) -> None:
-        """Raise ValueError if the cost limit is reached, or if it cannot be checked."""
-        if self.settings.max_cost is None:
-            return
-        if self._cost >= self.settings.max_cost:
+    def _check_cost(self) -> None:
+        """Raise ValueError if the cost limit is reached. Must be called before a request."""
+        if self.settings.max_cost is not None and self._cost >= self.settings.max_cost:
             raise ValueError(
                 f"the captions have cost {self._cost:.2f}, and --max_cost is {self.settings.max_cost:g}. They are "
                 "stored. To continue, run the same command again with a higher limit"
             )
+
+    def _check_tokens(self, rows: Sequence[StoredAnswer]) -> None:
+        """Raise ValueError if the cost of answers is unknown, but limited."""
+        if self.settings.max_cost is None:
+            return
         if any(row.error is None and not row.output_tokens for row in rows):
             raise ValueError("the server does not report the number of tokens, so --max_cost cannot be used")
 
