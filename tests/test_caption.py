@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from email.utils import formatdate
 from functools import cache
 from pathlib import Path
@@ -30,12 +31,13 @@ from llm2clip import pipeline
 from llm2clip.caption import endpoint, local
 from llm2clip.caption import run as caption_run
 from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError, clean_answer
-from llm2clip.caption.database import CaptionDatabase
+from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.local import LocalCaptioner
 from llm2clip.caption.prompts import Prompt, load_prompts
 from llm2clip.caption.run import CaptionSettings
 from llm2clip.cli import build_parser, main
-from llm2clip.data.image_refs import ImageRef
+from llm2clip.data.image_refs import FileImage, ImageRef
+from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import TooManySkipped
 from llm2clip.runs import ranks
@@ -294,6 +296,51 @@ def test_failed_requests_of_too_many_images_end_the_run_with_an_error(
         assert len(read_rows(out)) == 1 and len(read_rows(tmp_path / "out_failures.jsonl")) == 17
         assert main(list(map(str, words))) == 0
     assert len(read_rows(out)) == 6
+
+
+@pytest.mark.parametrize("max_skipped", ["0.05", "1"])
+def test_run_without_any_accepted_caption_ends_with_an_error(tmp_path: Path, photos: Path, max_skipped: str) -> None:
+    out = tmp_path / "out.jsonl"
+    with run_server() as server:
+        server.answers = {"": "Dog."}  # too short
+        with pytest.raises(ValueError, match=r"none of the 6 images has a caption: .* captions of 6") as error:
+            caption(server, photos, out, "--max_skipped", max_skipped)
+    assert str(tmp_path / "out_report.html") in str(error.value)
+
+
+def test_images_with_only_rejected_captions_are_reported(tmp_path: Path, photos: Path) -> None:
+    def ask(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
+        numbers = [int(request.image.sum()) for request in requests]
+        return [Answer("Dog." if number in rejected else f"A dog runs over meadow {number}.") for number in numbers]
+
+    images = [FileImage(str(file)) for file in sorted(photos.iterdir())]
+    rejected = [int(load_image(image).sum()) for image in images[:2]]
+    warning = "Warning: 2 of 6 images have no caption, because quality control"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FixedCaptioner, "ask", ask)
+        for max_skipped in (0.3, 0.35):
+            prompts, settings = [Prompt("one", "short", "Describe it.")], CaptionSettings({}, max_skipped=max_skipped)
+            summary = caption_run.caption_images(
+                [str(photos)], tmp_path / "out.jsonl", FixedCaptioner(), prompts, settings
+            )
+            assert (warning in summary.report) == (max_skipped < 2 / 6) and summary.records == 4
+
+
+def test_answers_beyond_the_number_of_samples_do_not_count(tmp_path: Path) -> None:
+    prompt = Prompt("one", "short", "Describe it.", samples=1)
+
+    def make_answer(image: str, sample: int, text: str | None) -> StoredAnswer:
+        error = None if text else f"error of {image}"
+        return StoredAnswer(image, prompt.key, sample, "tiny", text, error, temperature=0.7, date="2026-11-29")
+
+    with closing(CaptionDatabase(tmp_path / "out.jsonl.sqlite")) as database:
+        database.replace_images(ImageRow(number, name, name, {}) for number, name in enumerate("ab"))
+        database.add_answers([make_answer("a", 0, None), make_answer("a", 1, "A dog runs.")])
+        database.add_answers([make_answer("b", 0, "A dog runs."), make_answer("b", 1, None)])
+        for samples, num_failed, num_errors in ((1, 1, 1), (2, 0, 2)):
+            prompts = [replace(prompt, samples=samples)]
+            assert database.count_images_without_caption("tiny", prompts) == (num_failed, 0)
+            assert [number for _, number, _ in database.count_errors("tiny", prompts, limit=9)] == [1] * num_errors
 
 
 def test_output_of_other_captioning_runs_is_not_read_unless_it_is_named(tmp_path: Path, photos: Path) -> None:
@@ -790,7 +837,8 @@ def test_local_model_captions_images_and_resumes(
     monkeypatch.setattr(LocalCaptioner, "ask", record)
     words = ["caption", photos, "--model", tiny_llava, "--prompts", file, "--batch_size", 4]
     for _ in range(2):
-        run_command(*words, "--out", tmp_path / "out.jsonl")
+        with pytest.raises(ValueError, match="none of the 6 images has a caption"):
+            run_command(*words, "--out", tmp_path / "out.jsonl")
     assert sorted(map(tuple, batches)) == [("one",) * 4] * 3 + [("two",) * 2, ("two",) * 4]
     with closing(CaptionDatabase(tmp_path / "out.jsonl.sqlite")) as database:  # quality control rejects these captions
         query = "SELECT substr(prompt, 1, 3), count(DISTINCT hash) FROM answers WHERE text IS NOT NULL GROUP BY 1"

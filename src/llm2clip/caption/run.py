@@ -153,7 +153,7 @@ class CaptionSummary:
     records: int
     captions: int
     failures: int
-    report: str  # tables of the report as text
+    report: str  # tables of the report as text, and a warning if too many images have only rejected captions
     skipped: str  # summary of the skip log
 
 
@@ -178,8 +178,8 @@ def caption_images(
         KeyboardInterrupt: The process received SIGINT or SIGTERM. All answers have been stored and written.
         TooManySkipped: More than `settings.max_skipped` of the images cannot be read, or have no caption because their
             requests failed. All answers have been stored and, in the second case, written.
-        ValueError: The server rejects all requests, the cost limit is reached, or another rank was interrupted. All
-            answers have been stored and written.
+        ValueError: The server rejects all requests, the cost limit is reached, another rank was interrupted, or no
+            image has an accepted caption. All answers have been stored and written.
         FolderInUseError: Another run is writing to the same file.
     """
     output = CaptionOutput(out)
@@ -245,7 +245,15 @@ def _write_files(run: _CaptionRun, report: CaptionReport) -> CaptionSummary:
     num_records, num_captions = write_records(database, output, model, prompts)
     num_failures = write_failures(database, output, model, prompts)
     write_report(output.report, database, report)
-    return CaptionSummary(num_records, num_captions, num_failures, format_report(database, report), run.log.summary())
+    text = format_report(database, report)
+    num_images = database.count_images()
+    _, num_rejected = database.count_images_without_caption(model, prompts)
+    if num_rejected > run.settings.max_skipped * num_images:
+        text += (
+            f"\n\nWarning: {num_rejected:,} of {num_images:,} images have no caption, because quality control has "
+            "rejected all of their captions"
+        )
+    return CaptionSummary(num_records, num_captions, num_failures, text, run.log.summary())
 
 
 def _check_missing(run: _CaptionRun) -> None:
@@ -258,19 +266,23 @@ def _check_missing(run: _CaptionRun) -> None:
 
 
 def _check_failures(run: _CaptionRun) -> None:
-    """Raise TooManySkipped if too many images have no caption because all their requests failed."""
-    keys = [prompt.key for prompt in run.prompts]
-    num_failed = run.database.count_images_without_caption(run.captioner.name, keys)
+    """Raise an error if too many images have no caption because all their requests failed, or if no image has one."""
+    num_failed, num_rejected = run.database.count_images_without_caption(run.captioner.name, run.prompts)
     num_images = run.database.count_images()
-    if num_failed <= run.settings.max_skipped * num_images:
-        return
-    _, num_requests, example = run.database.count_errors(run.captioner.name, keys, limit=1)[0]
-    raise TooManySkipped(
-        f"{num_failed:,} of {num_images:,} images have no caption because their requests failed, over the limit of "
-        f"{run.settings.max_skipped:.1%}. The most common reason, for {num_requests:,} requests: "
-        f"{example[:MAX_VALUE_CHARACTERS]}\nAll failed requests are listed in {run.output.failures}. To ask again, run "
-        "the same command again. To accept images without captions, raise the limit with --max_skipped"
-    )
+    if num_failed > run.settings.max_skipped * num_images:
+        _, num_requests, example = run.database.count_errors(run.captioner.name, run.prompts, limit=1)[0]
+        raise TooManySkipped(
+            f"{num_failed:,} of {num_images:,} images have no caption because their requests failed, over the limit of "
+            f"{run.settings.max_skipped:.1%}. The most common reason, for {num_requests:,} requests: "
+            f"{example[:MAX_VALUE_CHARACTERS]}\nAll failed requests are listed in {run.output.failures}. To ask again, "
+            "run the same command again. To accept images without captions, raise the limit with --max_skipped"
+        )
+    if num_failed + num_rejected == num_images:
+        raise ValueError(
+            f"none of the {num_images:,} images has a caption: quality control has rejected all captions of "
+            f"{num_rejected:,} images, and all requests for {num_failed:,} images have failed. The reasons are in "
+            f"{run.output.report}. Use another model or other prompts"
+        )
 
 
 # ---- list the images -------------------------------------------------------------------------------------
