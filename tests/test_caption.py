@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from email.utils import formatdate
 from functools import cache
 from pathlib import Path
@@ -29,13 +30,14 @@ from llava_fixtures import build_tiny_llava
 from llm2clip import pipeline
 from llm2clip.caption import endpoint, local
 from llm2clip.caption import run as caption_run
-from llm2clip.caption.answers import Answer, CaptionRequest, clean_answer
-from llm2clip.caption.database import CaptionDatabase
+from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError, clean_answer
+from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.local import LocalCaptioner
 from llm2clip.caption.prompts import Prompt, load_prompts
 from llm2clip.caption.run import CaptionSettings
 from llm2clip.cli import build_parser, main
-from llm2clip.data.image_refs import ImageRef
+from llm2clip.data.image_refs import FileImage, ImageRef
+from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import TooManySkipped
 from llm2clip.runs import ranks
@@ -247,6 +249,38 @@ def _caption_on_rank(photos: Path, out: Path) -> None:
         caption_run.caption_images([str(photos)], out, FixedCaptioner(), prompts, settings, open_encoder)
 
 
+def test_run_in_which_one_rank_was_stopped_is_not_complete(tmp_path: Path, photos: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    make_photos(photos, 12)
+    run_distributed(2, _stop_second_rank, photos, out)
+    num_records = len(read_rows(out))
+    message = (tmp_path / "error").read_text()
+    assert 0 < num_records < 12 and f"{12 - num_records} captions have not been requested" in message
+    assert "run the same command again" in message
+    assert not list(tmp_path.glob("opened*"))  # captions are compared when all of them have been requested
+    run_distributed(2, _caption_on_rank, photos, out)
+    assert len(read_rows(out)) == 12
+
+
+def _stop_second_rank(photos: Path, out: Path) -> None:
+    """Caption images on two ranks, of which only the second one receives a signal to stop."""
+    if process_state().is_main_process:
+        with pytest.raises(ValueError, match="another process was stopped") as error:
+            _caption_on_rank(photos, out)
+        (out.parent / "error").write_text(str(error.value))
+        ranks.wait_for_everyone()
+        return
+
+    def stop(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        raise StoppedError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FixedCaptioner, "ask", stop)
+        _caption_on_rank(photos, out)
+
+
 def test_failed_requests_of_too_many_images_end_the_run_with_an_error(
     tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,6 +296,51 @@ def test_failed_requests_of_too_many_images_end_the_run_with_an_error(
         assert len(read_rows(out)) == 1 and len(read_rows(tmp_path / "out_failures.jsonl")) == 17
         assert main(list(map(str, words))) == 0
     assert len(read_rows(out)) == 6
+
+
+@pytest.mark.parametrize("max_skipped", ["0.05", "1"])
+def test_run_without_any_accepted_caption_ends_with_an_error(tmp_path: Path, photos: Path, max_skipped: str) -> None:
+    out = tmp_path / "out.jsonl"
+    with run_server() as server:
+        server.answers = {"": "Dog."}  # too short
+        with pytest.raises(ValueError, match=r"none of the 6 images has a caption: .* captions of 6") as error:
+            caption(server, photos, out, "--max_skipped", max_skipped)
+    assert str(tmp_path / "out_report.html") in str(error.value)
+
+
+def test_images_with_only_rejected_captions_are_reported(tmp_path: Path, photos: Path) -> None:
+    def ask(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
+        numbers = [int(request.image.sum()) for request in requests]
+        return [Answer("Dog." if number in rejected else f"A dog runs over meadow {number}.") for number in numbers]
+
+    images = [FileImage(str(file)) for file in sorted(photos.iterdir())]
+    rejected = [int(load_image(image).sum()) for image in images[:2]]
+    warning = "Warning: 2 of 6 images have no caption, because quality control"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FixedCaptioner, "ask", ask)
+        for max_skipped in (0.3, 0.35):
+            prompts, settings = [Prompt("one", "short", "Describe it.")], CaptionSettings({}, max_skipped=max_skipped)
+            summary = caption_run.caption_images(
+                [str(photos)], tmp_path / "out.jsonl", FixedCaptioner(), prompts, settings
+            )
+            assert (warning in summary.report) == (max_skipped < 2 / 6) and summary.records == 4
+
+
+def test_answers_beyond_the_number_of_samples_do_not_count(tmp_path: Path) -> None:
+    prompt = Prompt("one", "short", "Describe it.", samples=1)
+
+    def make_answer(image: str, sample: int, text: str | None) -> StoredAnswer:
+        error = None if text else f"error of {image}"
+        return StoredAnswer(image, prompt.key, sample, "tiny", text, error, temperature=0.7, date="2026-11-29")
+
+    with closing(CaptionDatabase(tmp_path / "out.jsonl.sqlite")) as database:
+        database.replace_images(ImageRow(number, name, name, {}) for number, name in enumerate("ab"))
+        database.add_answers([make_answer("a", 0, None), make_answer("a", 1, "A dog runs.")])
+        database.add_answers([make_answer("b", 0, "A dog runs."), make_answer("b", 1, None)])
+        for samples, num_failed, num_errors in ((1, 1, 1), (2, 0, 2)):
+            prompts = [replace(prompt, samples=samples)]
+            assert database.count_images_without_caption("tiny", prompts) == (num_failed, 0)
+            assert [number for _, number, _ in database.count_errors("tiny", prompts, limit=9)] == [1] * num_errors
 
 
 def test_output_of_other_captioning_runs_is_not_read_unless_it_is_named(tmp_path: Path, photos: Path) -> None:
@@ -303,6 +382,61 @@ def test_changed_caption_in_the_source_is_given_to_the_model_again(tmp_path: Pat
             assert server.num_requests == num_requests
     assert '"puppy"' in server.bodies[-1]["messages"][0]["content"][1]["text"]
     assert [len(row["short_captions"]) for row in read_rows(out)] == [2, 2]
+
+
+def test_failed_request_does_not_replace_a_caption(tmp_path: Path, photos: Path) -> None:
+    source, out = tmp_path / "source.jsonl", tmp_path / "out.jsonl"
+    text = 'Describe it.\nIts caption is "{caption}".'
+    file = write_prompts(tmp_path / "prompts.yaml", one={"kind": "short", "text": text, "temperature": 0.5})
+    flags = ["--use_captions", "--prompts", file, "--price", "1000", "0"]  # an answer costs 1
+    source.write_text(json.dumps({"image": "photos/0000.png", "captions": ["cat"]}))
+    with run_server() as server:
+        caption(server, source, out, *flags)
+        (first,) = read_rows(out)
+        source.write_text(json.dumps({"image": "photos/0000.png", "captions": ["puppy"]}))
+        server.answers = {"puppy": "I'm sorry, but I can't help with that."}
+        lines = caption(server, source, out, *flags)
+        assert read_rows(out) == [first | {"captions": ["puppy"]}]
+        assert [row["error"][:7] for row in read_rows(tmp_path / "out_failures.jsonl")] == ["refusal"]
+        assert "Failed requests: 1" in lines and re.search(r"cost +2\.00", lines)
+        server.answers = {"puppy": "A puppy runs over a meadow."}
+        assert "Failed requests" not in caption(server, source, out, *flags)
+    assert server.num_requests == 3 and read_rows(out)[0]["short_captions"] == ["A puppy runs over a meadow."]
+
+
+def test_photos_in_the_folder_of_copied_images_are_captioned(tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "out_images", 6)
+    with run_server() as server:
+        caption(server, photos, tmp_path / "out.jsonl")
+    assert [row["image"] for row in read_rows(tmp_path / "out.jsonl")] == [f"out_images/000{n}.png" for n in range(6)]
+
+
+def test_each_record_without_an_image_counts_as_skipped(tmp_path: Path, photos: Path) -> None:
+    source, out = tmp_path / "source.jsonl", tmp_path / "out.jsonl"
+    rows = [{"image": f"photos/000{n}.png", "captions": ["a dog"]} for n in range(6)]
+    rows += [{"captions": [f"text {n}"]} for n in range(4)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with run_server() as server:
+        with pytest.raises(TooManySkipped, match=r"4 of 10 rows skipped .no image: 4"):
+            caption(server, source, out, "--max_skipped", "0.39")
+        assert server.num_requests == 0
+        assert "4 of 10 rows skipped (no image: 4)" in caption(server, source, out, "--max_skipped", "0.4")
+    assert [row["row"] for row in read_rows(tmp_path / "out_skipped.jsonl")] == [6, 7, 8, 9]
+
+
+def test_captions_are_written_before_the_model_of_check_is_opened(tmp_path: Path, photos: Path) -> None:
+    out = tmp_path / "out.jsonl"
+
+    def open_encoder() -> Any:
+        raise MemoryError("out of memory")
+
+    with pytest.raises(MemoryError):
+        prompts = [Prompt("one", "short", "Describe it.")]
+        caption_run.caption_images(
+            [str(photos)], out, FixedCaptioner(), prompts, CaptionSettings({}), open_encoder=open_encoder
+        )
+    assert len(read_rows(out)) == 6
+    assert (tmp_path / "out_report.html").exists()
 
 
 def test_unchanged_files_are_not_read_again(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,7 +601,7 @@ def test_cost_limit_stops_the_run_until_it_is_raised(tmp_path: Path, photos: Pat
             with pytest.raises(ValueError, match=r"the captions have cost 4.00, and --max_cost is 4\."):
                 caption(server, photos, out, *flags, "--max_cost", "4")
             assert server.num_requests == 4 and len(read_rows(out)) == 2
-        assert re.search(r"cost +18\.00", caption(server, photos, out, *flags, "--max_cost", "40"))
+        assert re.search(r"cost +18\.00", caption(server, photos, out, *flags, "--max_cost", "18"))
         server.usage = None
         with pytest.raises(ValueError, match="does not report the number of tokens"):
             caption(server, photos, out, *flags, "--max_cost", "40", "--language", "German")
@@ -738,7 +872,8 @@ def test_local_model_captions_images_and_resumes(
     monkeypatch.setattr(LocalCaptioner, "ask", record)
     words = ["caption", photos, "--model", tiny_llava, "--prompts", file, "--batch_size", 4]
     for _ in range(2):
-        run_command(*words, "--out", tmp_path / "out.jsonl")
+        with pytest.raises(ValueError, match="none of the 6 images has a caption"):
+            run_command(*words, "--out", tmp_path / "out.jsonl")
     assert sorted(map(tuple, batches)) == [("one",) * 4] * 3 + [("two",) * 2, ("two",) * 4]
     with closing(CaptionDatabase(tmp_path / "out.jsonl.sqlite")) as database:  # quality control rejects these captions
         query = "SELECT substr(prompt, 1, 3), count(DISTINCT hash) FROM answers WHERE text IS NOT NULL GROUP BY 1"

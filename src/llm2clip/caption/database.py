@@ -45,26 +45,30 @@ DELETE FROM images WHERE json_extract(record, '$.split') IS NULL AND json_extrac
     WHERE other.hash = images.hash AND json_extract(other.record, '$.split') IS NOT NULL
       AND json_extract(other.record, '$.image') = json_extract(images.record, '$.image'))
 """
-# The tokens of earlier failed attempts are added, because they have been paid for.
+# A failed request does not replace a caption, but its error is stored, so it is listed and retried.
+_KEEP_CAPTION = ", ".join(
+    f"{name} = iif(excluded.text IS NULL AND text IS NOT NULL, {name}, excluded.{name})"
+    for name in ("text", "temperature", "date", "problem", "score", "rank", "text_hash")
+)
+# The tokens of earlier attempts are added, because they have been paid for.
 _ADD_ANSWER = f"""
 INSERT INTO answers({_ANSWER_COLUMNS}) VALUES ({", ".join("?" * 14)})
-ON CONFLICT DO UPDATE SET text = excluded.text, error = excluded.error, temperature = excluded.temperature,
-  date = excluded.date, input_tokens = input_tokens + excluded.input_tokens,
-  output_tokens = output_tokens + excluded.output_tokens, problem = NULL, score = NULL, rank = NULL,
-  text_hash = excluded.text_hash
+ON CONFLICT DO UPDATE SET error = excluded.error, input_tokens = input_tokens + excluded.input_tokens,
+  output_tokens = output_tokens + excluded.output_tokens,
+  {_KEEP_CAPTION}
 """
 # Errors are grouped by the text before the first colon.
 _COUNT_ERRORS = """
 SELECT substr(error, 1, instr(error || ':', ':') - 1) AS reason, count(*) AS number, min(error) FROM answers
-WHERE model = ? AND error IS NOT NULL AND prompt IN ({prompts})
+WHERE model = ? AND error IS NOT NULL AND ({prompts})
   AND EXISTS (SELECT 1 FROM images WHERE images.hash = answers.hash)
 GROUP BY reason ORDER BY number DESC, reason LIMIT ?
 """
 _COUNT_WITHOUT_CAPTION = """
-SELECT count(*) FROM (
-  SELECT hash FROM answers
-  WHERE model = ? AND prompt IN ({prompts}) AND EXISTS (SELECT 1 FROM images WHERE images.hash = answers.hash)
-  GROUP BY hash HAVING count(text) = 0)
+SELECT count(*) FILTER (WHERE num_captions = 0), count(*) FILTER (WHERE num_captions > 0 AND num_accepted = 0) FROM (
+  SELECT count(text) AS num_captions, count(text) FILTER (WHERE problem IS NULL) AS num_accepted FROM answers
+  WHERE model = ? AND ({prompts}) AND EXISTS (SELECT 1 FROM images WHERE images.hash = answers.hash)
+  GROUP BY hash)
 """
 
 
@@ -83,7 +87,7 @@ class StoredAnswer:
 
     Attributes:
         text: The caption, or None if the request failed.
-        error: Why there is no caption, or None.
+        error: Why the last request failed, or None. An earlier caption is kept.
         date: UTC date of the answer, such as 2026-11-29.
         problem: Why quality control rejects the caption, or None.
         score: Cosine similarity of the caption and its image in the model of `--check`.
@@ -233,7 +237,10 @@ class CaptionDatabase:
     # ---- answers
 
     def add_answers(self, answers: Sequence[StoredAnswer]) -> None:
-        """Store answers in one transaction. An answer replaces a failed one with the same key."""
+        """Store answers in one transaction. An answer replaces the one with the same key.
+
+        If the new answer is a failed request and the old one is a caption, only the error is stored.
+        """
         with self.transaction():
             self.connection.executemany(_ADD_ANSWER, [_to_values(answer) for answer in answers])
 
@@ -256,6 +263,16 @@ class CaptionDatabase:
         ((count,),) = self.connection.execute(query, (model, prompt, samples))
         return int(count)
 
+    def count_missing_answers(self, model: str, prompts: Sequence[Prompt]) -> int:
+        """Return the number of captions of the current images that have not been requested."""
+        query = """SELECT count(*) FROM answers WHERE model = ? AND prompt = ? AND sample < ?
+          AND hash IN (SELECT hash FROM images)"""
+        num_missing = 0
+        for prompt in prompts:
+            ((count,),) = self.connection.execute(query, (model, prompt.key, prompt.samples))
+            num_missing += self.count_images() * prompt.samples - count
+        return num_missing
+
     def count_problems(self, model: str, prompts: Sequence[Prompt]) -> Counter[str]:
         """Return how many captions of the current images quality control has rejected for each problem."""
         query = """SELECT problem, count(*) FROM answers WHERE model = ? AND prompt = ? AND sample < ?
@@ -265,21 +282,25 @@ class CaptionDatabase:
             problems.update(dict(self.connection.execute(query, (model, prompt.key, prompt.samples))))
         return problems
 
-    def count_errors(self, model: str, prompts: Sequence[str], limit: int) -> list[tuple[str, int, str]]:
+    def count_errors(self, model: str, prompts: Sequence[Prompt], limit: int) -> list[tuple[str, int, str]]:
         """Return the most common reasons of failed requests, their numbers of requests, and an example of each.
 
         Args:
-            prompts: Keys of the prompts.
             limit: Maximum number of reasons.
         """
-        query = _COUNT_ERRORS.format(prompts=", ".join("?" * len(prompts)))
-        return list(self.connection.execute(query, (model, *prompts, limit)))
+        condition, parameters = _select_prompts(prompts)
+        query = _COUNT_ERRORS.format(prompts=condition)
+        return list(self.connection.execute(query, (model, *parameters, limit)))
 
-    def count_images_without_caption(self, model: str, prompts: Sequence[str]) -> int:
-        """Return the number of current images for which all requests with these prompts' keys have failed."""
-        query = _COUNT_WITHOUT_CAPTION.format(prompts=", ".join("?" * len(prompts)))
-        ((count,),) = self.connection.execute(query, (model, *prompts))
-        return int(count)
+    def count_images_without_caption(self, model: str, prompts: Sequence[Prompt]) -> tuple[int, int]:
+        """Return how many current images have no caption because all requests failed, and how many only rejected ones.
+
+        Each image must have been requested.
+        """
+        condition, parameters = _select_prompts(prompts)
+        query = _COUNT_WITHOUT_CAPTION.format(prompts=condition)
+        ((num_failed, num_rejected),) = self.connection.execute(query, (model, *parameters))
+        return int(num_failed), int(num_rejected)
 
     def count_tokens(self, model: str) -> tuple[int, int]:
         """Return the number of input and output tokens of all answers of a model."""
@@ -305,6 +326,14 @@ class CaptionDatabase:
             yield
         except sqlite3.Error as error:
             raise OSError(f"{self.file}: {error}") from error
+
+
+def _select_prompts(prompts: Sequence[Prompt]) -> tuple[str, list[str | int]]:
+    """Return an SQL condition that is true for the answers to these prompts, and its parameters."""
+    parameters: list[str | int] = []
+    for prompt in prompts:
+        parameters += [prompt.key, prompt.samples]
+    return " OR ".join(["prompt = ? AND sample < ?"] * len(prompts)), parameters
 
 
 def _to_image_row(row: tuple[int, str, str, str, str | None]) -> ImageRow:

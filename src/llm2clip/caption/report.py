@@ -160,7 +160,7 @@ def _build_openings(checks: TextChecks) -> list[Block]:
 
 
 def _build_errors(database: CaptionDatabase, report: CaptionReport) -> list[Block]:
-    errors = database.count_errors(report.model, [prompt.key for prompt in report.prompts], MAX_ERRORS)
+    errors = database.count_errors(report.model, report.prompts, MAX_ERRORS)
     rows = []
     for reason, count, example in errors:
         rows.append((_shorten(reason), f"{count:,}", _shorten(example.removeprefix(reason).removeprefix(": "))))

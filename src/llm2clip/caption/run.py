@@ -20,6 +20,7 @@ import json
 import math
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -27,7 +28,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from io import BytesIO
@@ -55,6 +56,7 @@ from llm2clip.runs.output_folder import FolderInUseError, folder_lock
 from llm2clip.runs.ranks import process_state, wait_for_everyone
 
 POLL_INTERVAL = 0.1  # seconds between checks of the stop signal
+_COPIED_IMAGE = re.compile(r"[0-9a-f]{64}\.\w+")
 WRITTEN_BY_CAPTION = "not read, because `llm2clip caption` has written it"
 
 
@@ -100,9 +102,15 @@ def _is_caption_output(path: str) -> bool:
     return path.endswith(".jsonl") and not is_remote(path) and os.path.exists(f"{path}.sqlite")
 
 
+def _is_copied_image(image: str) -> bool:
+    """Return True if an image was copied by a captioning run. Its name consists of its hash and a suffix."""
+    folder, name = os.path.split(image)
+    return _COPIED_IMAGE.fullmatch(name) is not None and _is_images_folder(folder)
+
+
 @cache
 def _is_images_folder(folder: str) -> bool:
-    """Return True if a folder contains the copied images of a captioning run."""
+    """Return True if a captioning run copies images to a folder. It can also contain other images."""
     return folder.endswith("_images") and _is_caption_output(f"{folder.removesuffix('_images')}.jsonl")
 
 
@@ -145,7 +153,7 @@ class CaptionSummary:
     records: int
     captions: int
     failures: int
-    report: str  # tables of the report as text
+    report: str  # tables of the report as text, and a warning if too many images have only rejected captions
     skipped: str  # summary of the skip log
 
 
@@ -170,8 +178,8 @@ def caption_images(
         KeyboardInterrupt: The process received SIGINT or SIGTERM. All answers have been stored and written.
         TooManySkipped: More than `settings.max_skipped` of the images cannot be read, or have no caption because their
             requests failed. All answers have been stored and, in the second case, written.
-        ValueError: The server rejects all requests, or the cost limit is reached. All answers have been stored and
-            written.
+        ValueError: The server rejects all requests, the cost limit is reached, another rank was interrupted, or no
+            image has an accepted caption. All answers have been stored and written.
         FolderInUseError: Another run is writing to the same file.
     """
     output = CaptionOutput(out)
@@ -196,9 +204,10 @@ def caption_images(
                 if sys.exception() is None:  # otherwise, torchrun stops the other processes
                     wait_for_everyone()
                 if is_main and not isinstance(sys.exception(), KeyboardInterrupt):  # not at the second Ctrl+C
-                    was_completed = not run.was_interrupted and sys.exception() is None
+                    was_completed = sys.exception() is None and not run.was_interrupted and not run.count_missing()
                     summary = _write_output(run, open_encoder if was_completed else None)
             if is_main and not run.was_interrupted:
+                _check_missing(run)
                 _check_failures(run)
             wait_for_everyone()
             if run.was_interrupted:
@@ -207,41 +216,73 @@ def caption_images(
 
 
 def _write_output(run: _CaptionRun, open_encoder: Callable[[], DualEncoder] | None) -> CaptionSummary:
-    """Check all captions, then write the records, the failed requests and the report."""
-    database, output, model, prompts = run.database, run.output, run.captioner.name, run.prompts
-    settings = run.settings
-    encoder = open_encoder() if open_encoder else None
+    """Check all captions, then write the records, the failed requests and the report.
+
+    They are written before the comparison with the images, which can fail, and again after it.
+    """
+    database, model, prompts, settings = run.database, run.captioner.name, run.prompts, run.settings
     report = CaptionReport(
         sources=run.sources,
         model=model,
         prompts=prompts,
         checks=check_captions(database, model, prompts, settings.language),
-        scores=score_captions(database, model, prompts, encoder, settings.max_rank) if encoder else None,
-        encoder=encoder.name if encoder else None,
         max_rank=settings.max_rank,
         cost=settings.compute_cost(*database.count_tokens(model)) if settings.price else None,
         seconds=time.monotonic() - run.started_at,
     )
+    summary = _write_files(run, report)
+    if open_encoder is None:
+        return summary
+    encoder = open_encoder()
+    scores = score_captions(database, model, prompts, encoder, settings.max_rank)
+    seconds = time.monotonic() - run.started_at
+    return _write_files(run, replace(report, scores=scores, encoder=encoder.name, seconds=seconds))
+
+
+def _write_files(run: _CaptionRun, report: CaptionReport) -> CaptionSummary:
+    """Write the records, the failed requests and the report."""
+    database, output, model, prompts = run.database, run.output, run.captioner.name, run.prompts
     num_records, num_captions = write_records(database, output, model, prompts)
     num_failures = write_failures(database, output, model, prompts)
     write_report(output.report, database, report)
-    return CaptionSummary(num_records, num_captions, num_failures, format_report(database, report), run.log.summary())
+    text = format_report(database, report)
+    num_images = database.count_images()
+    _, num_rejected = database.count_images_without_caption(model, prompts)
+    if num_rejected > run.settings.max_skipped * num_images:
+        text += (
+            f"\n\nWarning: {num_rejected:,} of {num_images:,} images have no caption, because quality control has "
+            "rejected all of their captions"
+        )
+    return CaptionSummary(num_records, num_captions, num_failures, text, run.log.summary())
+
+
+def _check_missing(run: _CaptionRun) -> None:
+    """Raise ValueError if captions have not been requested. Each rank only knows whether it was interrupted itself."""
+    if num_missing := run.count_missing():
+        raise ValueError(
+            f"{num_missing:,} captions have not been requested, because another process was stopped. The other "
+            "captions are stored. To request the missing ones, run the same command again"
+        )
 
 
 def _check_failures(run: _CaptionRun) -> None:
-    """Raise TooManySkipped if too many images have no caption because all their requests failed."""
-    keys = [prompt.key for prompt in run.prompts]
-    num_failed = run.database.count_images_without_caption(run.captioner.name, keys)
+    """Raise an error if too many images have no caption because all their requests failed, or if no image has one."""
+    num_failed, num_rejected = run.database.count_images_without_caption(run.captioner.name, run.prompts)
     num_images = run.database.count_images()
-    if num_failed <= run.settings.max_skipped * num_images:
-        return
-    _, num_requests, example = run.database.count_errors(run.captioner.name, keys, limit=1)[0]
-    raise TooManySkipped(
-        f"{num_failed:,} of {num_images:,} images have no caption because their requests failed, over the limit of "
-        f"{run.settings.max_skipped:.1%}. The most common reason, for {num_requests:,} requests: "
-        f"{example[:MAX_VALUE_CHARACTERS]}\nAll failed requests are listed in {run.output.failures}. To ask again, run "
-        "the same command again. To accept images without captions, raise the limit with --max_skipped"
-    )
+    if num_failed > run.settings.max_skipped * num_images:
+        _, num_requests, example = run.database.count_errors(run.captioner.name, run.prompts, limit=1)[0]
+        raise TooManySkipped(
+            f"{num_failed:,} of {num_images:,} images have no caption because their requests failed, over the limit of "
+            f"{run.settings.max_skipped:.1%}. The most common reason, for {num_requests:,} requests: "
+            f"{example[:MAX_VALUE_CHARACTERS]}\nAll failed requests are listed in {run.output.failures}. To ask again, "
+            "run the same command again. To accept images without captions, raise the limit with --max_skipped"
+        )
+    if num_failed + num_rejected == num_images:
+        raise ValueError(
+            f"none of the {num_images:,} images has a caption: quality control has rejected all captions of "
+            f"{num_rejected:,} images, and all requests for {num_failed:,} images have failed. The reasons are in "
+            f"{run.output.report}. Use another model or other prompts"
+        )
 
 
 # ---- list the images -------------------------------------------------------------------------------------
@@ -290,11 +331,11 @@ def _open_images(
             log.add_note(WRITTEN_BY_CAPTION, path)
         else:
             files.append((kind, path))
-    for record in RecordReader(parsed, log, "header", require_captions=False).read(files):
+    for number, record in enumerate(RecordReader(parsed, log, "header", require_captions=False).read(files)):
         if record.image is None:
-            log.skip(parsed.path, 0, "no image", record.id)
-        elif omits_output and _is_images_folder(folder := os.path.dirname(str(record.image))):
-            log.add_note(WRITTEN_BY_CAPTION, folder)
+            log.skip(parsed.path, number, "no image", record.id)
+        elif omits_output and _is_copied_image(str(record.image)):
+            log.add_note(WRITTEN_BY_CAPTION, os.path.dirname(str(record.image)))
         else:
             yield record, record.image
 
@@ -414,6 +455,10 @@ class _CaptionRun:
         self._stopped.set()
         self.captioner.stop()
 
+    def count_missing(self) -> int:
+        """Return the number of captions that no rank has requested."""
+        return self.database.count_missing_answers(self.captioner.name, self.prompts)
+
     @property
     def _captions_per_image(self) -> int:
         return sum(prompt.samples for prompt in self.prompts)
@@ -492,6 +537,8 @@ class _CaptionRun:
     def _ask(self, bar: ProgressBar) -> None:
         """Ask for the captions in the queue and store the answers."""
         while batch := self._take():
+            with self._lock:
+                self._check_cost()
             answers = self.captioner.ask([item.request for item in batch])
             rows = [self._make_answer(item, answer) for item, answer in zip(batch, answers, strict=True)]
             with self._lock:
@@ -501,7 +548,7 @@ class _CaptionRun:
                 bar.set_postfix_str(self._format_speed(), refresh=False)
                 bar.total = max(bar.total or 0, bar.n + len(rows))  # an estimate for several ranks
                 bar.update(len(rows))
-                self._check_cost(rows)
+                self._check_tokens(rows)
 
     def _make_answer(self, item: _Item, answer: Answer) -> StoredAnswer:
         """Return the row of the database for an answer."""
@@ -524,15 +571,18 @@ class _CaptionRun:
                 return self._batches.get(timeout=POLL_INTERVAL)
         return None
 
-    def _check_cost(self, rows: Sequence[StoredAnswer] = ()) -> None:
-        """Raise ValueError if the cost limit is reached, or if it cannot be checked."""
-        if self.settings.max_cost is None:
-            return
-        if self._cost >= self.settings.max_cost:
+    def _check_cost(self) -> None:
+        """Raise ValueError if the cost limit is reached. Must be called before a request."""
+        if self.settings.max_cost is not None and self._cost >= self.settings.max_cost:
             raise ValueError(
                 f"the captions have cost {self._cost:.2f}, and --max_cost is {self.settings.max_cost:g}. They are "
                 "stored. To continue, run the same command again with a higher limit"
             )
+
+    def _check_tokens(self, rows: Sequence[StoredAnswer]) -> None:
+        """Raise ValueError if the cost of answers is unknown, but limited."""
+        if self.settings.max_cost is None:
+            return
         if any(row.error is None and not row.output_tokens for row in rows):
             raise ValueError("the server does not report the number of tokens, so --max_cost cannot be used")
 
