@@ -38,6 +38,7 @@ from llm2clip.cli import build_parser, main
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import TooManySkipped
+from llm2clip.data.table import RecordTable
 from llm2clip.runs import ranks
 from llm2clip.runs.output_folder import FolderInUseError, check_output_folder
 from llm2clip.runs.ranks import process_state
@@ -762,6 +763,7 @@ def test_fit_captions_the_images_before_training(
         run_command(*words)
         check_output_folder(run, "fit")  # the run can be resumed
         (run / "config.yaml").write_text("embed: {}\nalign: {}\n")
+        (run / "tune").mkdir()
         make_photos(photos, 7)
         run_command(*words)
     data = [str(run / "captions.jsonl")]
@@ -776,3 +778,34 @@ def test_fit_captions_the_images_before_training(
 def test_fit_rejects_settings_of_captions_without_captions(tmp_path: Path, photos: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"--caption_{name} requires --caption MODEL"):
         run_command("fit", photos, "--out", tmp_path / "run", f"--caption_{name}", "x")
+
+
+class TrainingError(Exception):
+    """Raised instead of training."""
+
+
+@pytest.fixture
+def fit_data(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Let `fit` stop before its first stage. Return a list that will contain the numbers of training and held-out images."""
+    counts: list[tuple[int, int]] = []
+
+    def stop(train: RecordTable, held_out: dict[str, RecordTable], *_: Any) -> None:
+        counts.append((len(train), len(held_out["captions"])))
+        raise TrainingError
+
+    monkeypatch.setattr(pipeline, "_read_fit_tuning_pairs", stop)
+    for module, name in ((pipeline, "load_pretrained_parts"), (pipeline, "check_encoder"), (plan, "check_resources")):
+        monkeypatch.setattr(module, name, lambda *_: [])
+    return counts
+
+
+def test_fit_captions_added_images_if_no_stage_has_outputs(tmp_path: Path, fit_data: list[tuple[int, int]]) -> None:
+    photos = make_photos(tmp_path / "photos", 1)
+    with run_server() as server:
+        words = ["fit", photos, "--out", tmp_path / "run", "--caption", server.url, "--caption_model", "tiny"]
+        with pytest.raises(ValueError, match="cannot train on 0 images"):
+            run_command(*words)
+        make_photos(photos, 10)
+        with pytest.raises(TrainingError):
+            run_command(*words)
+    assert fit_data == [(9, 1)]

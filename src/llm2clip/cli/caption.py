@@ -12,7 +12,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm2clip.cli.checks import check_sources, resolve_model
 from llm2clip.cli.commands import ArgumentParser, Commands, add_reading_arguments, format_command, select_arguments
-from llm2clip.runs.output_folder import CAPTIONS_FILE, CONFIG_FILE
+from llm2clip.runs.output_folder import CAPTIONS_FILE, has_outputs
 
 if TYPE_CHECKING:
     from llm2clip.caption.answers import Captioner
@@ -160,7 +160,7 @@ def add_fit_arguments(parser: ArgumentParser) -> None:
 def prepare_captions(args: Namespace) -> Callable[[], None] | None:
     """Check the arguments of `fit` for captions, and make the captions its data.
 
-    After training has started, the captions are not changed any more, because a resumed run needs the same data.
+    After a stage has written outputs, the captions are not changed any more, because a resumed run needs the same data.
 
     Returns:
         A function that writes the captions, or None if there is nothing to write.
@@ -171,7 +171,7 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
     sources, columns = args.data, args.columns
     out = Path(args.out).expanduser() / CAPTIONS_FILE
     args.data, args.columns = [str(out)], {}
-    if (out.parent / CONFIG_FILE).exists():
+    if has_outputs(out.parent):
         if not out.exists():
             raise ValueError(f"{args.out} contains a run without --caption. Use another --out, or omit --caption")
         return None
