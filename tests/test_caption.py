@@ -786,7 +786,7 @@ class TrainingError(Exception):
 
 @pytest.fixture
 def fit_data(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Let `fit` stop before its first stage. Return a list that will contain the numbers of training and held-out images."""
+    """Let `fit` stop before `tune`. Return a list that will contain its numbers of training and held-out images."""
     counts: list[tuple[int, int]] = []
 
     def stop(train: RecordTable, held_out: dict[str, RecordTable], *_: Any) -> None:
@@ -809,3 +809,26 @@ def test_fit_captions_added_images_if_no_stage_has_outputs(tmp_path: Path, fit_d
         with pytest.raises(TrainingError):
             run_command(*words)
     assert fit_data == [(9, 1)]
+
+
+@pytest.mark.parametrize("selections", ["@train+val", "@val", "", "@none", "@train @val"])
+def test_fit_selects_the_same_splits_with_and_without_captions(
+    tmp_path: Path, selections: str, fit_data: list[tuple[int, int]]
+) -> None:
+    make_photos(tmp_path / "photos", 15)
+    table = tmp_path / "photos.jsonl"
+    splits: list[dict[str, str]] = [{"split": "train"}, {"split": "val"}, {}]
+    for number in range(15):
+        row = {"image": f"photos/{number:04}.png", "captions": ["a photo"], **splits[number % 3]}
+        with table.open("a") as stream:
+            stream.write(f"{json.dumps(row)}\n")
+    words = ["fit", *(f"{table}{selection}" for selection in selections.split(" "))]
+    with run_server() as server:
+        for flags in ([], ["--caption", server.url, "--caption_model", "tiny"]):
+            with pytest.raises(TrainingError):
+                run_command(*words, "--out", tmp_path / f"run{len(flags)}", *flags)
+        with pytest.raises(ValueError, match=r"select splits either in all .* or in none of them \(got .*@val, "):
+            run_command("fit", f"{table}@val", table, "--out", tmp_path / "run", *flags)
+    without_captions, with_captions = fit_data
+    assert with_captions == without_captions
+    assert server.num_requests > 0 and not (tmp_path / "run").exists()

@@ -170,7 +170,7 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
         return None
     sources, columns = args.data, args.columns
     out = Path(args.out).expanduser() / CAPTIONS_FILE
-    args.data, args.columns = [str(out)], {}
+    args.data, args.columns = [_select_splits(out, sources)], {}
     if has_outputs(out.parent):
         if not out.exists():
             raise ValueError(f"{args.out} contains a run without --caption. Use another --out, or omit --caption")
@@ -214,6 +214,26 @@ def _check_fit_arguments(args: Namespace) -> None:
             f"--evaluate.fields: with --caption, the data has only the columns {', '.join(CAPTION_FIELDS)} (got "
             f"{', '.join(sorted(lost_fields))}). Pass the captions to evaluate on with --evaluate.data"
         )
+
+
+def _select_splits(captions: Path, sources: Sequence[str]) -> str:
+    """Return the captions of the sources as a source with the same records in the selected splits.
+
+    Raises:
+        ValueError: Splits are selected in only some of the sources. The captions do not contain each record's source.
+    """
+    from llm2clip.data.records import Source
+
+    parsed = [Source.parse(source) for source in sources]
+    splits = dict.fromkeys(name for source in parsed for name in source.splits)
+    if not splits:
+        return str(captions)
+    if not all(source.splits for source in parsed):
+        raise ValueError(
+            f"with --caption, select splits either in all data sources or in none of them (got "
+            f"{', '.join(map(str, parsed))}). PATH@none selects the images without a split"
+        )
+    return f"{captions}@{'+'.join(splits)}"
 
 
 def _is_url(name: str) -> bool:
