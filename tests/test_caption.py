@@ -832,3 +832,16 @@ def test_fit_selects_the_same_splits_with_and_without_captions(
     without_captions, with_captions = fit_data
     assert with_captions == without_captions
     assert server.num_requests > 0 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("fit_events")
+def test_fit_suggests_to_index_all_images_of_the_sources(tmp_path: Path, photos: Path) -> None:
+    run, table = tmp_path / "run", photos.with_name("photos.csv")
+    table.write_text("file,place\nphotos/0000.png,Oslo\n")
+    words = ["fit", table, "--columns", "image=file,captions=place", "--out", run]
+    with run_server() as server:
+        lines = run_command(*words, "--caption", server.url, "--caption_model", "tiny")
+    model = run / "model"
+    assert f"Next: llm2clip evaluate {model} {run}/captions.jsonl\n" in lines
+    columns = "--columns image=file,captions=place"
+    assert f"llm2clip index {table} {columns} --model {model} --out {run}/index" in lines

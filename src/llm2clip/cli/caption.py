@@ -133,7 +133,8 @@ def _caption(args: Namespace) -> list[str]:
     prompts = load_prompts(args.prompts, args.language, args.use_captions)
     open_encoder = _check_encoder(args.check)
     options = select_arguments(args, "concurrency", "max_requests_per_minute", "retries", "timeout")
-    captioner = _open_captioner(args.model, args.endpoint, args.batch_size, **options)
+    model = resolve_model(args.model) if args.endpoint is None else args.model
+    captioner = _open_captioner(model, args.endpoint, args.batch_size, **options)
     lines = _caption_images(args.data, out, captioner, prompts, settings, open_encoder)
     return [*lines, f"Next: {format_command('fit', out, '--out', 'RUN')}"]
 
@@ -249,7 +250,7 @@ def _open_captioner(model: str, endpoint: str | None, batch_size: int = BATCH_SI
         import llm2clip.llava.modeling_patches  # noqa: F401  (registers its classes with transformers)
         from llm2clip.caption.local import LocalCaptioner
 
-        return LocalCaptioner(resolve_model(model), batch_size)
+        return LocalCaptioner(model, batch_size)
     from llm2clip.caption.endpoint import EndpointCaptioner
     from llm2clip.runs.ranks import print_once
 
