@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -845,3 +846,30 @@ def test_fit_suggests_to_index_all_images_of_the_sources(tmp_path: Path, photos:
     assert f"Next: llm2clip evaluate {model} {run}/captions.jsonl\n" in lines
     columns = "--columns image=file,captions=place"
     assert f"llm2clip index {table} {columns} --model {model} --out {run}/index" in lines
+
+
+@pytest.mark.usefixtures("accept_all")
+def test_fit_out_of_memory_error_gives_a_command_that_continues_the_captions(
+    tmp_path: Path, photos: Path, tiny_llava: Path, fit_events: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = {name: {"kind": "short", "text": f"Describe {name}.", "max_tokens": 5} for name in ("all", "colours")}
+    file = write_prompts(tmp_path / "prompts.yaml", **prompts)
+    asked = []
+    generate = LocalCaptioner._generate
+
+    def run_out_of_memory(self: LocalCaptioner, requests: list[CaptionRequest]) -> list[Answer]:
+        asked.append([request.prompt.name for request in requests])
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError
+        return generate(self, requests)
+
+    monkeypatch.setattr(LocalCaptioner, "_generate", run_out_of_memory)
+    fit = ["fit", photos, "--out", tmp_path / "run", "--caption", tiny_llava, "--caption_prompts", file]
+    with pytest.raises(ValueError, match="do not fit in the memory") as raised:
+        run_command(*fit)
+    command = re.search("Run `llm2clip (caption .*? --batch_size 8)`, and then", str(raised.value))
+    assert command is not None
+    run_command(*shlex.split(command[1]))
+    assert asked == [["all"] * 6, ["colours"] * 6, ["colours"] * 6]
+    run_command(*fit)
+    assert len(asked) == 3 and fit_events[-1] == [str(tmp_path / "run/captions.jsonl")]

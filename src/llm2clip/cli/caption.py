@@ -11,7 +11,14 @@ from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm2clip.cli.checks import check_sources, resolve_model
-from llm2clip.cli.commands import ArgumentParser, Commands, add_reading_arguments, format_command, select_arguments
+from llm2clip.cli.commands import (
+    ArgumentParser,
+    Commands,
+    add_reading_arguments,
+    format_column_flags,
+    format_command,
+    select_arguments,
+)
 from llm2clip.runs.output_folder import CAPTIONS_FILE, has_outputs
 
 if TYPE_CHECKING:
@@ -187,10 +194,20 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
         model, endpoint = resolve_model(args.caption), None
 
     def write_captions() -> None:
+        import torch
+
         from llm2clip.cpu_tuning import free_memory
         from llm2clip.runs.ranks import print_once
 
-        print_once(*_caption_images(sources, out, _open_captioner(model, endpoint), prompts, settings, open_encoder))
+        captioner = _open_captioner(model, endpoint)
+        try:
+            print_once(*_caption_images(sources, out, captioner, prompts, settings, open_encoder))
+        except ValueError as error:
+            if not isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise
+            flags = [*format_column_flags(columns), "--out", out, "--model", model, *_format_caption_flags(args)]
+            command = format_command("caption", *sources, *flags, "--batch_size", BATCH_SIZE // 4)
+            raise ValueError(f"{error}. Run `{command}`, and then the same `fit` command again") from error
         free_memory()
 
     return write_captions
@@ -215,6 +232,15 @@ def _check_fit_arguments(args: Namespace) -> None:
             f"--evaluate.fields: with --caption, the data has only the columns {', '.join(CAPTION_FIELDS)} (got "
             f"{', '.join(sorted(lost_fields))}). Pass the captions to evaluate on with --evaluate.data"
         )
+
+
+def _format_caption_flags(args: Namespace) -> list[str]:
+    """Return the flags of `caption` for the settings of `fit --caption`."""
+    flags = ["--max_skipped", str(args.max_skipped)]
+    for name in ("prompts", "language", "check"):
+        if value := args[f"caption_{name}"]:
+            flags += [f"--{name}", value]
+    return flags
 
 
 def _select_splits(captions: Path, sources: Sequence[str]) -> str:
