@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from llm2clip.data.image_refs import FileImage, ImageRef
 from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import TooManySkipped
+from llm2clip.data.table import RecordTable
 from llm2clip.runs import ranks
 from llm2clip.runs.output_folder import FolderInUseError, check_output_folder
 from llm2clip.runs.ranks import process_state
@@ -932,6 +934,7 @@ def test_fit_captions_the_images_before_training(
         run_command(*words)
         check_output_folder(run, "fit")  # the run can be resumed
         (run / "config.yaml").write_text("embed: {}\nalign: {}\n")
+        (run / "tune").mkdir()
         make_photos(photos, 7)
         run_command(*words)
     data = [str(run / "captions.jsonl")]
@@ -946,3 +949,97 @@ def test_fit_captions_the_images_before_training(
 def test_fit_rejects_settings_of_captions_without_captions(tmp_path: Path, photos: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"--caption_{name} requires --caption MODEL"):
         run_command("fit", photos, "--out", tmp_path / "run", f"--caption_{name}", "x")
+
+
+class TrainingError(Exception):
+    """Raised instead of training."""
+
+
+@pytest.fixture
+def fit_data(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Let `fit` stop before `tune`. Return a list that will contain its numbers of training and held-out images."""
+    counts: list[tuple[int, int]] = []
+
+    def stop(train: RecordTable, held_out: dict[str, RecordTable], *_: Any) -> None:
+        counts.append((len(train), len(held_out["captions"])))
+        raise TrainingError
+
+    monkeypatch.setattr(pipeline, "_read_fit_tuning_pairs", stop)
+    for module, name in ((pipeline, "load_pretrained_parts"), (pipeline, "check_encoder"), (plan, "check_resources")):
+        monkeypatch.setattr(module, name, lambda *_: [])
+    return counts
+
+
+def test_fit_captions_added_images_if_no_stage_has_outputs(tmp_path: Path, fit_data: list[tuple[int, int]]) -> None:
+    photos = make_photos(tmp_path / "photos", 1)
+    with run_server() as server:
+        words = ["fit", photos, "--out", tmp_path / "run", "--caption", server.url, "--caption_model", "tiny"]
+        with pytest.raises(ValueError, match="cannot train on 0 images"):
+            run_command(*words)
+        make_photos(photos, 10)
+        with pytest.raises(TrainingError):
+            run_command(*words)
+    assert fit_data == [(9, 1)]
+
+
+@pytest.mark.parametrize("selections", ["@train+val", "@val", "", "@none", "@train @val"])
+def test_fit_selects_the_same_splits_with_and_without_captions(
+    tmp_path: Path, selections: str, fit_data: list[tuple[int, int]]
+) -> None:
+    make_photos(tmp_path / "photos", 15)
+    table = tmp_path / "photos.jsonl"
+    splits: list[dict[str, str]] = [{"split": "train"}, {"split": "val"}, {}]
+    for number in range(15):
+        row = {"image": f"photos/{number:04}.png", "captions": ["a photo"], **splits[number % 3]}
+        with table.open("a") as stream:
+            stream.write(f"{json.dumps(row)}\n")
+    words = ["fit", *(f"{table}{selection}" for selection in selections.split(" "))]
+    with run_server() as server:
+        for flags in ([], ["--caption", server.url, "--caption_model", "tiny"]):
+            with pytest.raises(TrainingError):
+                run_command(*words, "--out", tmp_path / f"run{len(flags)}", *flags)
+        with pytest.raises(ValueError, match=r"select splits either in all .* or in none of them \(got .*@val, "):
+            run_command("fit", f"{table}@val", table, "--out", tmp_path / "run", *flags)
+    without_captions, with_captions = fit_data
+    assert with_captions == without_captions
+    assert server.num_requests > 0 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("fit_events")
+def test_fit_suggests_to_index_all_images_of_the_sources(tmp_path: Path, photos: Path) -> None:
+    run, table = tmp_path / "run", photos.with_name("photos.csv")
+    table.write_text("file,place\nphotos/0000.png,Oslo\n")
+    words = ["fit", table, "--columns", "image=file,captions=place", "--out", run]
+    with run_server() as server:
+        lines = run_command(*words, "--caption", server.url, "--caption_model", "tiny")
+    model = run / "model"
+    assert f"Next: llm2clip evaluate {model} {run}/captions.jsonl\n" in lines
+    columns = "--columns image=file,captions=place"
+    assert f"llm2clip index {table} {columns} --model {model} --out {run}/index" in lines
+
+
+@pytest.mark.usefixtures("accept_all")
+def test_fit_out_of_memory_error_gives_a_command_that_continues_the_captions(
+    tmp_path: Path, photos: Path, tiny_llava: Path, fit_events: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = {name: {"kind": "short", "text": f"Describe {name}.", "max_tokens": 5} for name in ("all", "colours")}
+    file = write_prompts(tmp_path / "prompts.yaml", **prompts)
+    asked = []
+    generate = LocalCaptioner._generate
+
+    def run_out_of_memory(self: LocalCaptioner, requests: list[CaptionRequest]) -> list[Answer]:
+        asked.append([request.prompt.name for request in requests])
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError
+        return generate(self, requests)
+
+    monkeypatch.setattr(LocalCaptioner, "_generate", run_out_of_memory)
+    fit = ["fit", photos, "--out", tmp_path / "run", "--caption", tiny_llava, "--caption_prompts", file]
+    with pytest.raises(ValueError, match="do not fit in the memory") as raised:
+        run_command(*fit)
+    command = re.search("Run `llm2clip (caption .*? --batch_size 8)`, and then", str(raised.value))
+    assert command is not None
+    run_command(*shlex.split(command[1]))
+    assert asked == [["all"] * 6, ["colours"] * 6, ["colours"] * 6]
+    run_command(*fit)
+    assert len(asked) == 3 and fit_events[-1] == [str(tmp_path / "run/captions.jsonl")]

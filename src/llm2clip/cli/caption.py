@@ -11,8 +11,15 @@ from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm2clip.cli.checks import check_sources, resolve_model
-from llm2clip.cli.commands import ArgumentParser, Commands, add_reading_arguments, format_command, select_arguments
-from llm2clip.runs.output_folder import CAPTIONS_FILE, CONFIG_FILE
+from llm2clip.cli.commands import (
+    ArgumentParser,
+    Commands,
+    add_reading_arguments,
+    format_column_flags,
+    format_command,
+    select_arguments,
+)
+from llm2clip.runs.output_folder import CAPTIONS_FILE, has_outputs
 
 if TYPE_CHECKING:
     from llm2clip.caption.answers import Captioner
@@ -133,7 +140,8 @@ def _caption(args: Namespace) -> list[str]:
     prompts = load_prompts(args.prompts, args.language, args.use_captions)
     open_encoder = _check_encoder(args.check)
     options = select_arguments(args, "concurrency", "max_requests_per_minute", "retries", "timeout")
-    captioner = _open_captioner(args.model, args.endpoint, args.batch_size, **options)
+    model = resolve_model(args.model) if args.endpoint is None else args.model
+    captioner = _open_captioner(model, args.endpoint, args.batch_size, **options)
     lines = _caption_images(args.data, out, captioner, prompts, settings, open_encoder)
     return [*lines, f"Next: {format_command('fit', out, '--out', 'RUN')}"]
 
@@ -160,7 +168,7 @@ def add_fit_arguments(parser: ArgumentParser) -> None:
 def prepare_captions(args: Namespace) -> Callable[[], None] | None:
     """Check the arguments of `fit` for captions, and make the captions its data.
 
-    After training has started, the captions are not changed any more, because a resumed run needs the same data.
+    After a stage has written outputs, the captions are not changed any more, because a resumed run needs the same data.
 
     Returns:
         A function that writes the captions, or None if there is nothing to write.
@@ -170,8 +178,8 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
         return None
     sources, columns = args.data, args.columns
     out = Path(args.out).expanduser() / CAPTIONS_FILE
-    args.data, args.columns = [str(out)], {}
-    if (out.parent / CONFIG_FILE).exists():
+    args.data, args.columns = [_select_splits(out, sources)], {}
+    if has_outputs(out.parent):
         if not out.exists():
             raise ValueError(f"{args.out} contains a run without --caption. Use another --out, or omit --caption")
         return None
@@ -186,10 +194,20 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
         model, endpoint = resolve_model(args.caption), None
 
     def write_captions() -> None:
+        import torch
+
         from llm2clip.cpu_tuning import free_memory
         from llm2clip.runs.ranks import print_once
 
-        print_once(*_caption_images(sources, out, _open_captioner(model, endpoint), prompts, settings, open_encoder))
+        captioner = _open_captioner(model, endpoint)
+        try:
+            print_once(*_caption_images(sources, out, captioner, prompts, settings, open_encoder))
+        except ValueError as error:
+            if not isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise
+            flags = [*format_column_flags(columns), "--out", out, "--model", model, *_format_caption_flags(args)]
+            command = format_command("caption", *sources, *flags, "--batch_size", BATCH_SIZE // 4)
+            raise ValueError(f"{error}. Run `{command}`, and then the same `fit` command again") from error
         free_memory()
 
     return write_captions
@@ -216,6 +234,35 @@ def _check_fit_arguments(args: Namespace) -> None:
         )
 
 
+def _format_caption_flags(args: Namespace) -> list[str]:
+    """Return the flags of `caption` for the settings of `fit --caption`."""
+    flags = ["--max_skipped", str(args.max_skipped)]
+    for name in ("prompts", "language", "check"):
+        if value := args[f"caption_{name}"]:
+            flags += [f"--{name}", value]
+    return flags
+
+
+def _select_splits(captions: Path, sources: Sequence[str]) -> str:
+    """Return the captions of the sources as a source with the same records in the selected splits.
+
+    Raises:
+        ValueError: Splits are selected in only some of the sources. The captions do not contain each record's source.
+    """
+    from llm2clip.data.records import Source
+
+    parsed = [Source.parse(source) for source in sources]
+    splits = dict.fromkeys(name for source in parsed for name in source.splits)
+    if not splits:
+        return str(captions)
+    if not all(source.splits for source in parsed):
+        raise ValueError(
+            f"with --caption, select splits either in all data sources or in none of them (got "
+            f"{', '.join(map(str, parsed))}). PATH@none selects the images without a split"
+        )
+    return f"{captions}@{'+'.join(splits)}"
+
+
 def _is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
@@ -229,7 +276,7 @@ def _open_captioner(model: str, endpoint: str | None, batch_size: int = BATCH_SI
         import llm2clip.llava.modeling_patches  # noqa: F401  (registers its classes with transformers)
         from llm2clip.caption.local import LocalCaptioner
 
-        return LocalCaptioner(resolve_model(model), batch_size)
+        return LocalCaptioner(model, batch_size)
     from llm2clip.caption.endpoint import EndpointCaptioner
     from llm2clip.runs.ranks import print_once
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -155,12 +156,13 @@ def _fit(args: Namespace) -> list[str]:
     check_sources(args.data, args.tune.data, args.tune.text_pairs, args.tune.exclude, args.evaluate.data)
     args.encoder.path = resolve_encoder(args.encoder.path)
     check_pretrained(args.align.tower)
+    index_data = _format_index_data(args)  # all images, also those without an accepted caption
     write_captions = prepare_captions(args)
     from llm2clip.pipeline import fit
     from llm2clip.tools.plan.plan import check_resources
 
     model = fit(args.data, Path(args.out), _make_config(args), check_resources, write_captions)
-    return [f"Model: {model}", *_format_next_commands(model, args)]
+    return [f"Model: {model}", *_format_next_commands(model, args, index_data=index_data)]
 
 
 def _tune(args: Namespace) -> list[str]:
@@ -236,13 +238,26 @@ def _make_config(args: Namespace) -> FitConfig:
     return FitConfig(**{field.name: args[field.name] for field in dataclasses.fields(FitConfig) if field.name in args})
 
 
-def _format_next_commands(model: Path, args: Namespace, *flags: str) -> list[str]:
-    """Format the next commands to run for a trained model. `flags` are extra arguments for `evaluate`."""
-    columns, index = format_column_flags(args.columns), model.parent / "index"
+def _format_next_commands(
+    model: Path, args: Namespace, *flags: str, index_data: Sequence[str] | None = None
+) -> list[str]:
+    """Format the next commands to run for a trained model.
+
+    Args:
+        flags: Extra arguments for `evaluate`.
+        index_data: Sources for `index` with their column flags. Default: those of the command.
+    """
+    index_data = index_data or _format_index_data(args)
+    index_flags = ["--model", model, "--out", model.parent / "index"]
     return [
-        f"Next: {format_command('evaluate', model, *args.data, *columns, *flags)}",
-        f"      {format_command('index', *list_local_sources(args.data), *columns, '--model', model, '--out', index)}",
+        f"Next: {format_command('evaluate', model, *args.data, *format_column_flags(args.columns), *flags)}",
+        f"      {format_command('index', *index_data, *index_flags)}",
     ]
+
+
+def _format_index_data(args: Namespace) -> list[str]:
+    """Return the command's sources that `index` can read, and the flags for their columns."""
+    return [*list_local_sources(args.data), *format_column_flags(args.columns)]
 
 
 def _make_encoder_flags(encoder: EncoderConfig) -> list[str]:

@@ -158,7 +158,7 @@ def _find_data_file(folder: Path) -> Path | None:
     has_captions = (folder / CAPTIONS_DATABASE).exists()  # an interrupted run of `fit --caption`
     for entry in entries:
         is_own = entry.name.startswith(".") or entry.name in _OWN_FILES
-        is_own |= has_captions and _is_caption_output(entry.relative_to(folder).parts[0])
+        is_own |= has_captions and _is_caption_file_name(entry.relative_to(folder).parts[0])
         if entry.suffix.lower() in _DATA_SUFFIXES and not is_own and entry.is_file():
             return entry.relative_to(folder)
     return None
@@ -243,7 +243,7 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
     """
     file = run_dir / CONFIG_FILE
     new = to_plain_types(config)
-    if file.exists() and _has_outputs(run_dir):
+    if has_outputs(run_dir):
         text = file.read_text(encoding="utf-8")
         saved = yaml.safe_load(text)
         changes = [change for change in _find_differences(saved, new) if not _is_resume_safe(change[0])]
@@ -275,13 +275,17 @@ def _compute_pairs_per_step(config: dict[str, Any], processes: int | None) -> in
     return None if batch_size is None or processes is None else batch_size * processes
 
 
-def _has_outputs(run_dir: Path) -> bool:
-    ignored = (CONFIG_FILE, "skipped.jsonl", "skipped_tune.jsonl", ".lock", RUN_LOCK)
+def has_outputs(run_dir: Path) -> bool:
+    """Return True if a run directory has a config and outputs. Captions and record tables do not count as outputs."""
+    if not (run_dir / CONFIG_FILE).exists():
+        return False
+    ignored = (CONFIG_FILE, "skipped.jsonl", "skipped_tune.jsonl", "data", ".lock", RUN_LOCK)
     names = [path.name for path in run_dir.iterdir()]
-    return any(name not in ignored and not _is_caption_output(name) for name in names)
+    return any(name not in ignored and not _is_caption_file_name(name) for name in names)
 
 
-def _is_caption_output(name: str) -> bool:
+def _is_caption_file_name(name: str) -> bool:
+    """Return True if a file or folder in a run directory is named like those that `fit --caption` writes."""
     return name.removeprefix(".").startswith(("captions.jsonl", "captions_"))
 
 
