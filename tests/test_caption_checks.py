@@ -3,14 +3,18 @@
 import hashlib
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conftest import load_benchmark
+from format_fixtures import write_jsonl
 from llm2clip.caption import checks as checks_module
 from llm2clip.caption.answers import Answer, CaptionRequest, clean_answer
 from llm2clip.caption.checks import (
@@ -35,6 +39,7 @@ from llm2clip.caption.prompts import Prompt
 from llm2clip.caption.report import CaptionReport, find_worst_images, format_report, write_report
 from llm2clip.caption.run import CaptionSettings, caption_images
 from llm2clip.data.images import load_image
+from llm2clip.data.records import open_records
 from llm2clip.models.dual_encoder import DualEncoder
 
 MODEL = "vlm"
@@ -473,18 +478,41 @@ def test_run_writes_only_accepted_captions_and_a_report(
     assert "Earlier rejections remain valid" in report
 
 
+def load_captions_benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    return load_benchmark("captions")
+
+
+def test_benchmark_trains_on_synthetic_captions_only_if_their_share_is_100_percent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = []
+    for number in range(2):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "id": str(number), "captions": [f"human {number}"]})
+    rows[0] |= {"short_captions": ["synthetic"], "long_captions": ["long synthetic"]}
+    write_jsonl(tmp_path / "captions.jsonl", rows)
+    files = dict.fromkeys(("all", "one prompt", "checked"), tmp_path / "captions.jsonl")
+    benchmark = load_captions_benchmark(monkeypatch)
+    models = benchmark.make_training_sets(files, Namespace(out=tmp_path, shares=[25, 100]))
+    assert {name: mix for name, (_, mix) in models.items()} == {
+        "human": {"captions": 1},
+        "short-25": {"captions": 0.75, "short_captions": 0.25},
+        "short-100": {"captions": 1},
+        "dense-25": {"captions": 0.75, "long_captions": 0.25},
+        "dense-100": {"captions": 1},
+        "one prompt": {"captions": 1},
+        "checked": {"captions": 1},
+    }
+    for name, text in (("short-100", "synthetic"), ("dense-100", "long synthetic"), ("checked", "synthetic")):
+        records = list(open_records(f"{models[name][0]}@none"))
+        assert [(record.id, *record.captions) for record in records] == [("0", text)]
+
+
 def test_benchmark_table_has_means_over_seeds_and_intervals_of_the_first_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-    benchmark = load_benchmark("captions")
-    assert benchmark.make_mixes([25, 100]) == {
-        "human": {"captions": 1},
-        "short-25": {"captions": 0.75, "short_captions": 0.25},
-        "short-100": {"short_captions": 1},
-        "dense-25": {"captions": 0.75, "long_captions": 0.25},
-        "dense-100": {"long_captions": 1},
-    }
+    benchmark = load_captions_benchmark(monkeypatch)
     files = []
     for seed in range(2):
         row: dict[str, object] = {}
