@@ -73,7 +73,7 @@ def load_prompts(
         content, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not a valid YAML file ({error})") from error
-    if not isinstance(content, dict) or not content:
+    if not isinstance(content, dict) or not content or not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path} must map the names of prompts to their fields, as in {DEFAULT_FILE}")
     counts = Counter(key.value for key, _ in root.value)  # safe_load keeps only the last prompt with a name
     if repeated := [name for name, count in counts.items() if count > 1]:

@@ -197,7 +197,7 @@ def _make_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) 
 
 
 def _get_label(answer: StoredAnswer) -> str:
-    if answer.error is not None:
+    if answer.text is None:
         return "failed requests"
     return "captions" if answer.problem is None else f"rejected: {answer.problem}"
 
