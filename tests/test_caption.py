@@ -836,7 +836,7 @@ def accept_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accept the meaningless answers of random models."""
 
     def accept(text: str, truncated: bool, *tokens: int) -> Answer:
-        return Answer(f"A {text.encode().hex()}.", None, *tokens)
+        return Answer(f"A dog next to {text.encode().hex()}.", None, *tokens)
 
     monkeypatch.setattr(local, "clean_answer", accept)
 
@@ -874,10 +874,9 @@ def test_local_model_captions_images_and_resumes(
     monkeypatch.setattr(LocalCaptioner, "ask", record)
     words = ["caption", photos, "--model", tiny_llava, "--prompts", file, "--batch_size", 4]
     for _ in range(2):
-        with pytest.raises(ValueError, match="none of the 6 images has a caption"):
-            run_command(*words, "--out", tmp_path / "out.jsonl")
+        run_command(*words, "--out", tmp_path / "out.jsonl")
     assert sorted(map(tuple, batches)) == [("one",) * 4] * 3 + [("two",) * 2, ("two",) * 4]
-    with closing(CaptionDatabase(tmp_path / "out.jsonl.sqlite")) as database:  # quality control rejects these captions
+    with closing(CaptionDatabase(tmp_path / "out.jsonl.sqlite")) as database:
         query = "SELECT substr(prompt, 1, 3), count(DISTINCT hash) FROM answers WHERE text IS NOT NULL GROUP BY 1"
         assert dict(database.connection.execute(query)) == {"one": 6, "two": 6}
 
