@@ -128,13 +128,13 @@ def write_captions(args: argparse.Namespace) -> dict[str, Path]:
     start = time.monotonic()
     caption(args, human, files["all"], PROMPTS)
     print(f"{time.monotonic() - start:.0f} s for the captions, including starting and those that already existed")
-    others = write_rows_once(out / "other.jsonl", other)
-    for file in (files["all"], others):
-        run_llm2clip(["embed", f"{file}@none", *ENCODER, "--out", str(out / "store")], get_log(args))
-    align(args, others, {"captions": 1, "long_captions": 1}, out / "checker", 0)
     for name in ("one prompt", "checked"):  # with the answers that already exist
         shutil.copy(f"{files['all']}.sqlite", f"{files[name]}.sqlite")
     caption(args, human, files["one prompt"], {"sentence": PROMPTS["sentence"]})
+    others = write_rows_once(out / "other.jsonl", other)
+    for file in (files["all"], files["one prompt"], others):  # `checked` has no other captions than `all`
+        run_llm2clip(["embed", f"{file}@none", *ENCODER, "--out", str(out / "store")], get_log(args))
+    align(args, others, {"captions": 1, "long_captions": 1}, out / "checker", 0)
     caption(args, human, files["checked"], PROMPTS, "--check", str(out / "checker/model"))
     return files
 
