@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from torch.nn.functional import gelu, normalize
@@ -29,6 +31,7 @@ from llm2clip.models.export import export_model
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import run_distill
+from llm2clip.runs.fsdp import set_mixed_precision
 from llm2clip.search.backends import Filter
 from llm2clip.search.build import check_model, truncate_to_index
 from llm2clip.store import image_features, writer
@@ -222,6 +225,14 @@ def test_training_reduces_the_loss(teacher: Path, student_llm: Path, image_folde
     run(teacher, image_folder, tmp_path, str(student_llm), DistillConfig(epochs=10, batch_size=16, lr=3e-3))
     losses = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_precision_of_an_earlier_stage_in_the_process_is_not_inherited(
+    teacher: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    Accelerator(mixed_precision=set_mixed_precision("bf16"))
+    run(teacher, image_folder, tmp_path, "static", DistillConfig(epochs=0.5, batch_size=16, precision="fp32"))
+    assert AcceleratorState().mixed_precision == "no"
 
 
 def test_first_layers_of_the_teacher_as_student(teacher: Path, image_folder: Path, tmp_path: Path) -> None:

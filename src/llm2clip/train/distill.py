@@ -46,7 +46,7 @@ from llm2clip.models.text.batching import TokenizedTexts, batch_by_length, get_d
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, raise_if_not_finite
-from llm2clip.runs.fsdp import is_fsdp_enabled
+from llm2clip.runs.fsdp import is_fsdp_enabled, set_mixed_precision
 from llm2clip.runs.output_folder import MANIFEST
 from llm2clip.runs.ranks import print_once, process_state
 from llm2clip.runs.training_state import load_training_state, save_training_state
@@ -501,7 +501,7 @@ def distill(
     if is_fsdp_enabled():
         raise ValueError("distill does not support FSDP, because students are small: remove --use_fsdp")
     precision = resolve_precision("align", config.precision, state.device)
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    accelerator = Accelerator(mixed_precision=set_mixed_precision(precision))
     if precision == "fp16" and accelerator.scaler is None:
         raise ValueError(f"--distill.precision fp16 requires a GPU: use bf16 or fp32 on {accelerator.device}")
     keep_freed_memory(accelerator.device)
