@@ -31,26 +31,16 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("folders", nargs="+", type=str, help="Store folders to merge.")
     parser.add_argument("--out", type=str, required=True, help="Folder for the merged store.")
 
-    parser = group.add(
-        "export", _export_store, "Export a store as Parquet, or as tar files for the official LLM2CLIP code."
-    )
+    parser = group.add("export", _export_store, "Export a store as a Parquet file.")
     parser.add_argument("folder", type=str, help="Store folder.")
-    parser.add_argument("--parquet", type=str, help="Parquet file to write.")
-    parser.add_argument(
-        "--tars",
-        nargs="+",
-        type=str,
-        help="Webdataset tar files. For each X.tar, X_text_embeddings.tar is written next to it.",
-    )
+    parser.add_argument("--parquet", type=str, required=True, help="Parquet file to write.")
 
-    parser = group.add(
-        "import", _import_store, "Create a store from a Parquet file, or from the official LLM2CLIP code's tar files."
-    )
+    parser = group.add("import", _import_store, "Create a store from a Parquet file.")
     parser.add_argument(
-        "--parquet", type=str, help="Parquet file with an `embedding` column and either a `key` or `caption` column."
-    )
-    parser.add_argument(
-        "--tars", nargs="+", type=str, help="Webdataset tar files, with X_text_embeddings.tar next to each X.tar."
+        "--parquet",
+        type=str,
+        required=True,
+        help="Parquet file with an `embedding` column and either a `key` or `caption` column.",
     )
     parser.add_argument("--out", type=str, required=True, help="Store folder.")
     parser.add_argument(
@@ -91,34 +81,22 @@ def _merge_stores(args: Namespace) -> list[str]:
 
 def _export_store(args: Namespace) -> list[str]:
     check_stores(args.folder)
-    _check_format_flags(args)
-    from llm2clip.store.import_export import export_official_tars, export_parquet
+    from llm2clip.store.import_export import export_parquet
     from llm2clip.store.store import EmbeddingStore
 
-    store = EmbeddingStore(args.folder)
-    if args.parquet:
-        export_parquet(store, args.parquet)
-        return [args.parquet]
-    return [str(file) for file in export_official_tars(store, args.tars)]
+    export_parquet(EmbeddingStore(args.folder), args.parquet)
+    return [args.parquet]
 
 
 def _import_store(args: Namespace) -> list[str]:
     check_output_folder(args.out, "store")
     from llm2clip.stages import open_encoder
-    from llm2clip.store.import_export import import_official_tars, import_parquet
+    from llm2clip.store.import_export import import_parquet
 
-    _check_format_flags(args)
-    if args.parquet and args.encoder == EncoderConfig():  # the file's metadata identifies the encoder
-        return _format_summary(args.out, import_parquet(args.parquet, args.out))
-    identity = open_encoder(args.encoder, "cpu").identity(args.precision)
-    if args.parquet:
-        return _format_summary(args.out, import_parquet(args.parquet, args.out, identity))
-    return _format_summary(args.out, import_official_tars(args.tars, args.out, identity))
-
-
-def _check_format_flags(args: Namespace) -> None:
-    if (args.parquet is None) == (args.tars is None):
-        raise ValueError("pass either --parquet FILE or --tars X.tar ...")
+    identity = None  # the file's metadata identifies the encoder
+    if args.encoder != EncoderConfig():
+        identity = open_encoder(args.encoder, "cpu").identity(args.precision)
+    return _format_summary(args.out, import_parquet(args.parquet, args.out, identity))
 
 
 def _format_summary(out: str, store: EmbeddingStore) -> list[str]:

@@ -1,18 +1,9 @@
-"""Store export and import, as Parquet files or as tar files for the LLM2CLIP authors' code.
+"""Export of stores to Parquet files, and import from them."""
 
-The authors' code trains on pairs of webdataset tar files. For each sample, `X.tar` contains an image and a JSON file
-with captions. `X_text_embeddings.tar` contains the same samples in the same order. Its members `KEY.shortsv_captions`
-and `KEY.longsv_captions` each contain one embedding as raw float32 values. The authors' code looks up embeddings by
-sample position and name, whereas a store looks them up by a hash of the caption.
-"""
-
-import io
 import json
-import os
-import tarfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from hashlib import sha256
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +19,6 @@ from llm2clip.store.layout import (
     StoreError,
     check_identity,
     get_next_shard_number,
-    iter_chunks,
     keys_path,
     make_caption_keys,
     read_keys,
@@ -39,8 +29,6 @@ from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter
 
 SHARD_SIZE = 8192
-MAX_MEMBER_BYTES = 64 << 20  # size limit for tar members that are read into memory
-CAPTION_FIELDS = ("shortSV_captions", "longSV_captions")  # field names in the JSON files of the authors' code
 
 # Batch of N rows: keys of shape (N, 16), uint8; N token counts; embeddings of shape (N, embed_dim).
 Rows = tuple[np.ndarray, list[int], np.ndarray]
@@ -126,120 +114,6 @@ def _convert_batch(file: str | Path, batch: pa.RecordBatch) -> Rows:
         keys = make_caption_keys([caption.strip() for caption in names.to_pylist()])
     tokens = batch["tokens"].fill_null(0).to_pylist() if "tokens" in columns else [0] * len(batch)
     return keys, tokens, embedding.flatten().to_numpy(zero_copy_only=False).reshape(len(batch), -1)
-
-
-# ---- tar files of the authors' code --------------------------------------------------------------------------------
-
-
-def export_official_tars(store: EmbeddingStore, tars: Sequence[str | Path]) -> list[Path]:
-    """Write `X_text_embeddings.tar` next to each sample file `X.tar`; return the paths of the new files.
-
-    Raises:
-        StoreError: The store is corrupt, a sample's caption is not in the store, or an output file already exists.
-            Existing files are not overwritten, because the authors' code may have written them.
-    """
-    store.verify()
-    targets = [_get_embeddings_tar(Path(tar)) for tar in tars]
-    existing = [str(target) for target in targets if os.path.lexists(target)]
-    if existing:
-        raise StoreError(f"output files already exist: {', '.join(existing[:3])}. Delete them, or pass other --tars")
-    for tar, target in zip(map(Path, tars), targets, strict=True):
-        with atomic_path(target) as temporary, tarfile.open(temporary, "w") as stream:
-            for name, members in _read_samples(tar, ["json"]):
-                for field, caption in _extract_sample_captions(tar, name, members).items():
-                    data = store.take(store.find_rows([caption])).astype("<f4").tobytes()
-                    member = tarfile.TarInfo(f"{name}.{field.lower()}")
-                    member.size = len(data)
-                    stream.addfile(member, io.BytesIO(data))
-    return targets
-
-
-def import_official_tars(
-    tars: Sequence[str | Path], out: str | Path, identity: dict[str, Any], dtype: str = "float16"
-) -> EmbeddingStore:
-    """Create a store from tar files in the format of the authors' code.
-
-    Args:
-        tars: Tar files with samples. Each `X.tar` must have a corresponding `X_text_embeddings.tar` in the same folder.
-        out: Folder of the new store.
-        identity: Identity of the encoder that created the embeddings.
-        dtype: Storage dtype: float16, float32 or int8.
-
-    Raises:
-        StoreError: The two tar files of a pair contain different samples, or an embedding is missing.
-    """
-    return _fill_store(Path(out), identity, dtype, _iter_official_batches([Path(tar) for tar in tars]))
-
-
-def _iter_official_batches(tars: Sequence[Path]) -> Iterator[Rows]:
-    """Yield the rows of all captions in batches without duplicate captions. All token counts are 0."""
-    pairs = (pair for tar in tars for pair in _iter_captions_with_embeddings(tar))
-    for chunk in iter_chunks(pairs, SHARD_SIZE):
-        embeddings = dict(chunk)
-        if len({len(embedding) for embedding in embeddings.values()}) > 1:
-            raise StoreError("the tar files contain embeddings of different dimensions")
-        yield make_caption_keys(list(embeddings)), [0] * len(embeddings), np.stack(list(embeddings.values()))
-
-
-def _iter_captions_with_embeddings(tar: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield each caption in a tar file with its embedding from the corresponding embeddings file."""
-    other = _get_embeddings_tar(tar)
-    embedding_samples = _read_samples(other, [field.lower() for field in CAPTION_FIELDS])
-    for name, members in _read_samples(tar, ["json"]):
-        other_name, embeddings = next(embedding_samples, (None, {}))
-        if other_name != name:
-            raise StoreError(f"{other} has sample {other_name} where {tar} has {name}: the two tar files do not match")
-        for field, caption in _extract_sample_captions(tar, name, members).items():
-            if field.lower() not in embeddings:
-                raise StoreError(f"{other}: sample {name} has no member {field.lower()}")
-            yield caption, np.frombuffer(embeddings[field.lower()], "<f4")
-    extra = next(embedding_samples, None)
-    if extra is not None:
-        raise StoreError(f"{other} has sample {extra[0]}, which is not in {tar}: the two tar files do not match")
-
-
-def _get_embeddings_tar(tar: Path) -> Path:
-    return tar.with_name(f"{tar.stem}_text_embeddings.tar")
-
-
-def _extract_sample_captions(tar: Path, name: str, members: dict[str, bytes]) -> dict[str, str]:
-    """Return a sample's captions as a dict {field name: caption}. If a field contains a list, use its first item."""
-    try:
-        fields = json.loads(members["json"])
-        captions = {}
-        for field in CAPTION_FIELDS:
-            if field in fields:
-                value = fields[field]
-                captions[field] = (value if isinstance(value, str) else value[0]).strip()
-        return captions
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise StoreError(f"{tar}: sample {name} has no valid JSON file with captions ({error!r})") from error
-
-
-def _read_samples(tar: Path, suffixes: Collection[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield (name, {suffix: contents}) for each sample in a webdataset tar file, in file order."""
-    with tarfile.open(tar) as stream:
-        files = (member for member in stream if member.isfile())
-        for name, members in groupby(files, lambda member: _split_member_name(member)[0]):
-            contents = {}
-            for member in members:
-                suffix = _split_member_name(member)[1].lower()
-                data = stream.extractfile(member)
-                if suffix not in suffixes or data is None:
-                    continue
-                if member.size > MAX_MEMBER_BYTES:
-                    raise StoreError(
-                        f"{tar}: {member.name} is too large for a caption or embedding file ({member.size:,} bytes)"
-                    )
-                contents[suffix] = data.read()
-            yield name, contents
-
-
-def _split_member_name(member: tarfile.TarInfo) -> tuple[str, str]:
-    """Split the name of a tar member at the first dot after the last slash."""
-    folder, slash, base = member.name.removeprefix("./").rpartition("/")
-    name, _, suffix = base.partition(".")
-    return folder + slash + name, suffix
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
