@@ -28,9 +28,8 @@ from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError
 from llm2clip.store.encode import embed
-from llm2clip.store.key_index import KeyIndex, build_key_index, sort_partitions, split_by_key, split_keys
-from llm2clip.store.layout import StoreError, read_shards
-from llm2clip.store.maintenance import merge_stores, repair_store
+from llm2clip.store.layout import KeyIndex, StoreError, build_key_index, read_shards, sort_keys
+from llm2clip.store.maintenance import export_parquet, import_parquet, merge_stores, repair_store
 from llm2clip.store.store import (
     EmbeddingStore,
     MmapReader,
@@ -448,13 +447,12 @@ def test_repair_deletes_leftovers_of_killed_processes(encoder: CaptionEncoder, t
     leftovers = {
         "embeddings-00009.npy",
         ".keys-00009.77.part.parquet",
-        ".index-1.npy-xyz",
-        ".index-2.npy-xyz",
+        ".embeddings-00010.npy.78.part",
     }
     for name in leftovers:
         (tmp_path / name).write_bytes(b"half")
-    (tmp_path / ".index-2.npy-xyz").unlink()
-    (tmp_path / ".index-2.npy-xyz").mkdir()
+    (tmp_path / ".embeddings-00010.npy.78.part").unlink()
+    (tmp_path / ".embeddings-00010.npy.78.part").mkdir()
     (tmp_path / "index-0123456789ab.npy").write_bytes(b"index of deleted shards")
     assert set(repair_store(tmp_path)) == leftovers
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
@@ -495,6 +493,51 @@ def test_merge_rejects_different_and_damaged_stores(tmp_path: Path) -> None:
     flip(ours / "embeddings-00000.npy", -1)
     with pytest.raises(StoreError, match=r"corrupt shards: \[0\]"):
         merge_stores(tmp_path / "merged", [ours])
+
+
+# ---- Parquet -------------------------------------------------------------------------------------------------------
+
+
+def test_parquet_round_trip_and_damage(encoder: CaptionEncoder, tmp_path: Path) -> None:
+    store = embed(CAPTIONS, encoder, tmp_path / "store", shard_size=16)
+    export_parquet(store, tmp_path / "all.parquet")
+    imported = import_parquet(tmp_path / "all.parquet", tmp_path / "imported")
+    assert imported.manifest["identity"] == store.manifest["identity"]
+    assert np.array_equal(imported.take(imported.find_rows(CAPTIONS)), store.take(store.find_rows(CAPTIONS)))
+    again = import_parquet(tmp_path / "all.parquet", tmp_path / "imported")
+    assert len(again.shards) == len(imported.shards), "importing again adds nothing"
+    with pytest.raises(StoreError, match="different encoder"):
+        import_parquet(tmp_path / "all.parquet", tmp_path / "other", IDENTITY)
+
+    file = tmp_path / "store/embeddings-00000.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(StoreError, match="corrupt"):
+        export_parquet(store, tmp_path / "damaged.parquet")
+    assert not (tmp_path / "damaged.parquet").exists()
+
+
+def test_import_parquet_reads_captions_without_metadata(tmp_path: Path) -> None:
+    file = tmp_path / "captions.parquet"
+    pq.write_table(pa.table({"caption": [" a", "b "], "embedding": [[1.0, 2.0], [3.0, 4.0]]}), file)
+    with pytest.raises(StoreError, match="does not name the encoder"):
+        import_parquet(file, tmp_path / "unnamed")
+    store = import_parquet(file, tmp_path / "store", IDENTITY)
+    assert store.take(store.find_rows(["b"])).tolist() == [[3, 4]], "captions are stripped, as in records"
+
+
+def test_import_parquet_rejects_incomplete_rows(tmp_path: Path) -> None:
+    file = tmp_path / "bad.parquet"
+    ragged, null = [[1.0, 2.0, 3.0], [4.0]], pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))
+    for embedding in (ragged, null):
+        pq.write_table(pa.table({"caption": ["a", "b"], "embedding": embedding}), file)
+        with pytest.raises(StoreError, match="a row without an embedding"):
+            import_parquet(file, tmp_path / "store", IDENTITY)
+    pq.write_table(pa.table({"key": [b"short"], "embedding": [[1.0]]}), file)
+    with pytest.raises(StoreError, match="keys must be the first 16 bytes"):
+        import_parquet(file, tmp_path / "store", IDENTITY)
+    pq.write_table(pa.table({"caption": ["a", "b"]}), file)
+    with pytest.raises(StoreError, match="must have an embedding column and a key or caption column"):
+        import_parquet(file, tmp_path / "store")
 
 
 # ---- readers -----------------------------------------------------------------------------------------------------
@@ -661,11 +704,11 @@ def keys() -> np.ndarray:
     return keys
 
 
-def test_key_index_of_many_partitions_matches_a_dictionary(keys: np.ndarray, tmp_path: Path) -> None:
+def test_key_index_matches_a_dictionary(keys: np.ndarray, tmp_path: Path) -> None:
     expected: dict[bytes, int] = {}
     for row, key in enumerate(map(bytes, keys)):
         expected.setdefault(key, row)
-    distinct = build_key_index(tmp_path / "index.npy", (keys[i : i + 64] for i in range(0, 3000, 64)))
+    distinct = build_key_index(tmp_path / "index.npy", keys)
     assert distinct == len(expected)
     index = KeyIndex(tmp_path / "index.npy")
     missing = np.random.default_rng(1).integers(0, 256, (500, 16), dtype=np.uint8)
@@ -676,18 +719,18 @@ def test_key_index_of_many_partitions_matches_a_dictionary(keys: np.ndarray, tmp
     queries = np.concatenate([keys, missing, same_first_half, below_all])
     assert index.find_keys(queries).tolist() == [expected.get(bytes(key), -1) for key in queries]
     assert list(tmp_path.iterdir()) == [tmp_path / "index.npy"], "temporary files are deleted"
-    assert build_key_index(tmp_path / "none.npy", []) == 0
+    assert index.is_index_of(keys) and not index.is_index_of(keys[:-1]) and not index.is_index_of(keys[::-1])
+    assert build_key_index(tmp_path / "none.npy", keys[:0]) == 0
     assert KeyIndex(tmp_path / "none.npy").find_keys(queries)[0] == -1
 
 
-def test_sort_partitions_sorts_in_bounded_memory(keys: np.ndarray, tmp_path: Path) -> None:
-    positions = np.arange(3000, dtype=np.uint64)
-    chunks = [(keys[i : i + 64], positions[i : i + 64]) for i in range(0, 3000, 64)]
-    partitions = list(sort_partitions(split_by_key(chunks, tmp_path)))
-    assert len(partitions) == 64 and max(map(len, partitions)) < 160  # 100 keys have the same first half
-    records = np.stack([*split_keys(keys), positions], axis=1)
-    assert np.array_equal(np.concatenate(partitions), records[np.lexsort(records.T[::-1])])
-    assert list(tmp_path.iterdir()) == []
+def test_sort_keys_sorts_by_key_and_position_in_parts(keys: np.ndarray) -> None:
+    parts = list(sort_keys(keys))
+    assert len(parts) == 16 and max(part.shape[1] for part in parts) < 400  # 100 keys have the same first half
+    halves = keys.view(">u8").astype(np.uint64).T
+    order = np.lexsort((np.arange(3000), halves[1], halves[0]))
+    expected = np.stack([*halves[:, order], order.astype(np.uint64)])
+    assert np.array_equal(np.concatenate(parts, axis=1), expected)
 
 
 def test_missing_shards_contain_each_new_caption_once_in_the_order_of_the_stream(

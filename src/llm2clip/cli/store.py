@@ -81,7 +81,7 @@ def _merge_stores(args: Namespace) -> list[str]:
 
 def _export_store(args: Namespace) -> list[str]:
     check_stores(args.folder)
-    from llm2clip.store.import_export import export_parquet
+    from llm2clip.store.maintenance import export_parquet
     from llm2clip.store.store import EmbeddingStore
 
     export_parquet(EmbeddingStore(args.folder), args.parquet)
@@ -91,7 +91,7 @@ def _export_store(args: Namespace) -> list[str]:
 def _import_store(args: Namespace) -> list[str]:
     check_output_folder(args.out, "store")
     from llm2clip.stages import open_encoder
-    from llm2clip.store.import_export import import_parquet
+    from llm2clip.store.maintenance import import_parquet
 
     identity = None  # the file's metadata identifies the encoder
     if args.encoder != EncoderConfig():

@@ -1,4 +1,4 @@
-"""On-disk layout of the embedding store.
+"""On-disk format of the embedding store: files, shards, manifest, and key index.
 
     store/
       manifest.json          format version, encoder identity, embedding dimension, dtype, number of captions, and the
@@ -7,7 +7,7 @@
                              embeddings and the same store properties as the manifest
       embeddings-00000.npy   embeddings of shape (rows, embed_dim), float16, int8 or float32, C order
       scales-00000.npy       only for int8: scale factor of each row, of shape (rows,), float32
-      index-1a2b3c4d.npy     key index; see `key_index`
+      index-1a2b3c4d.npy     key index; see `KeyIndex`
 
 Each file in a shard is written under a temporary name, fsynced and renamed. The keys file is written last, so a shard
 with a keys file is complete. The manifest and the index only summarize the shards and are rebuilt from them after an
@@ -17,6 +17,7 @@ set's captions.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2clip.data.texts import make_caption_key
+from llm2clip.io_utils import atomic_path
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.runs.output_folder import MANIFEST, check_format_version
 
@@ -38,6 +40,7 @@ T = TypeVar("T")
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float16", "int8", "float32")}
 FORMAT_VERSION = 1
 KEY_BYTES = 16
+NUM_KEY_PARTS = 16  # keys are sorted in this many parts, which limits the memory for sorting
 # Spec shared by all shards of a store: encoder identity, embedding dimension and dtype.
 StoreSpec = tuple[dict[str, Any], int, str]
 # Exceptions that may be raised when reading a corrupt JSON, Parquet or .npy file.
@@ -144,6 +147,14 @@ def read_keys(folder: Path, shard: Shard) -> np.ndarray:
     return values[: shard.rows * KEY_BYTES].reshape(-1, KEY_BYTES)
 
 
+def read_all_keys(folder: Path, shards: Sequence[Shard]) -> np.ndarray:
+    """Read the keys of all N rows of these shards as a uint8 array of shape (N, 16)."""
+    keys = np.empty((sum(shard.rows for shard in shards), KEY_BYTES), np.uint8)
+    for shard in shards:
+        keys[shard.start : shard.start + shard.rows] = read_keys(folder, shard)
+    return keys
+
+
 def compute_shard_checksum(folder: Path, number: int) -> str:
     """Compute the SHA-256 hash of a shard's embeddings. In an int8 store, the hash also includes the scales."""
     combined = hashlib.sha256()
@@ -240,12 +251,111 @@ def iter_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield chunk
 
 
+class KeyIndex:
+    """Memory-mapped index file of a store, which maps caption keys to row numbers.
+
+    The file contains a uint64 array of shape (3, N), sorted by key. Each 16-byte key is split into two uint64 halves.
+    The three rows of the array contain the first halves of the keys, the second halves, and the row numbers in the
+    store. A lookup touches only a few pages of the file, which takes 24 bytes per caption.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._array = np.load(file, mmap_mode="r", allow_pickle=False)
+        if self._array.ndim != 2 or len(self._array) != 3 or self._array.dtype != np.uint64:
+            raise ValueError(f"{file} is not a key index")
+        self._high, self._low, self._row = self._array
+
+    def __len__(self) -> int:
+        return len(self._high)
+
+    def find_keys(self, keys: np.ndarray) -> np.ndarray:
+        """Look up keys of shape (N, 16), uint8; return row numbers of shape (N,), int64.
+
+        The row number of a missing key is -1. If a key has several rows, the first row is returned.
+        """
+        high, low = _split_keys(keys)
+        rows = np.full(len(keys), -1, np.int64)
+        pending = np.argsort(high)  # in sorted order, consecutive lookups touch the same pages
+        position = np.searchsorted(self._high, high[pending])
+        # Each iteration compares one entry per pending key. Only keys with equal first halves need several iterations.
+        while len(pending):
+            in_range = position < len(self)
+            pending, position = pending[in_range], position[in_range]
+            same_high = self._high[position] == high[pending]
+            pending, position = pending[same_high], position[same_high]
+            match = self._low[position] == low[pending]
+            rows[pending[match]] = self._row[position[match]].astype(np.int64)
+            pending, position = pending[~match], position[~match] + 1
+        return rows
+
+    def is_index_of(self, keys: np.ndarray) -> bool:
+        """Return True if the file is an intact index of these keys, which are the keys of all rows in the store."""
+        start = 0
+        for records in sort_keys(keys):
+            stop = start + records.shape[1]
+            if not np.array_equal(self._array[:, start:stop], records):
+                return False
+            start = stop
+        return start == len(self)
+
+
+def build_key_index(file: Path, keys: np.ndarray) -> int:
+    """Write the index of all rows' keys, of shape (N, 16), to a .npy file; return the number of distinct keys."""
+    with atomic_path(file) as temporary:
+        index = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint64, shape=(3, len(keys)))
+        _allocate_on_disk(temporary)
+        start = num_repeated = 0
+        for records in sort_keys(keys):
+            index[:, start : start + records.shape[1]] = records
+            start += records.shape[1]
+            num_repeated += int(mask_repeated_keys(records).sum())
+        index.flush()
+        del index  # close the memory map
+    return len(keys) - num_repeated
+
+
+def sort_keys(keys: np.ndarray) -> Iterator[np.ndarray]:
+    """Sort keys of shape (N, 16), uint8. Memory: one byte per key, and 64 bytes per key of one part.
+
+    Yields:
+        `NUM_KEY_PARTS` uint64 arrays of shape (3, n), which together contain all keys: their first halves, their second
+        halves, and their positions in `keys`. They are sorted by key and then by position. Equal keys are in the same
+        array.
+    """
+    part_of_key = keys[:, 0] // np.uint8(256 // NUM_KEY_PARTS)
+    for part in range(NUM_KEY_PARTS):
+        positions = np.flatnonzero(part_of_key == part)
+        high, low = _split_keys(keys[positions])
+        order = np.lexsort((low, high))  # a stable sort, so equal keys stay in order of position
+        yield np.stack([high[order], low[order], positions[order].astype(np.uint64)])
+
+
+def mask_repeated_keys(records: np.ndarray) -> np.ndarray:
+    """Return a boolean mask of the sorted keys from `sort_keys` that equal the previous key, of shape (n,)."""
+    repeats = np.zeros(records.shape[1], np.bool_)
+    repeats[1:] = (records[:2, 1:] == records[:2, :-1]).all(axis=0)
+    return repeats
+
+
+def _split_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Split keys of shape (N, 16), uint8, into two halves of shape (N,), uint64, that preserve the sort order."""
+    halves = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
+    return halves[:, 0], halves[:, 1]
+
+
+def _allocate_on_disk(file: Path) -> None:
+    """Allocate disk space for a file, so that a full disk raises OSError here instead of causing SIGBUS later."""
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+
+
 # ---- leftovers -----------------------------------------------------------------------------------------------------
 
 
 def remove_temp_files(folder: Path) -> list[str]:
     """Delete temporary files left behind by killed processes; return the files' names."""
-    leftovers = [path for pattern in (".*.part", ".*.part.*", ".index-*") for path in folder.glob(pattern)]
+    leftovers = [path for pattern in (".*.part", ".*.part.*") for path in folder.glob(pattern)]
     leftovers = sorted(set(leftovers))
     for path in leftovers:
         if path.is_dir():

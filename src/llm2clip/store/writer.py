@@ -5,11 +5,10 @@ captions that have no embedding yet to a folder:
 
     store/.incoming/
       captions.parquet   all captions, in input order; deleted once all duplicates have been found
-      partition-01       caption keys, for the external sort that finds duplicates; see `key_index`
       00012.parquet      captions of shard 12, which is not encoded yet
 
-Input order is preserved, so captions of the same image stay together. Memory use is one byte per caption, plus the
-captions of a few shards and the partition that is being sorted.
+Input order is preserved, so captions of the same image stay together. The keys of all captions are kept in memory, 17
+bytes per caption (2 GB for 120 million), and the captions of a few shards.
 """
 
 import json
@@ -30,12 +29,12 @@ from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.output_folder import MANIFEST, folder_lock
 from llm2clip.runs.ranks import process_state, wait_for_everyone
-from llm2clip.store.key_index import build_key_index, mask_repeated_keys, sort_partitions, split_by_key
 from llm2clip.store.layout import (
     DTYPES,
     FORMAT_VERSION,
     KEY_BYTES,
     StoreError,
+    build_key_index,
     check_spec,
     compute_shard_checksum,
     embeddings_path,
@@ -45,11 +44,13 @@ from llm2clip.store.layout import (
     keys_path,
     list_shard_numbers,
     make_caption_keys,
-    read_keys,
+    mask_repeated_keys,
+    read_all_keys,
     read_manifest,
     read_shards,
     remove_temp_files,
     scales_path,
+    sort_keys,
 )
 from llm2clip.store.store import EmbeddingStore, read_refused_captions
 
@@ -170,7 +171,7 @@ def write_manifest(folder: Path, identity: dict[str, Any], embed_dim: int, dtype
     """
     shards = read_shards(folder, (identity, embed_dim, dtype))
     index = index_path(folder, shards)
-    distinct = build_key_index(index, (read_keys(folder, shard) for shard in shards))
+    distinct = build_key_index(index, read_all_keys(folder, shards))
     manifest = {
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint(identity),
@@ -310,45 +311,27 @@ def write_incoming_captions(
 
     The new shards are numbered consecutively, starting with `first_shard`. For `keys`, see `open_for_writing`.
     """
-    is_missing: list[np.ndarray] = []  # one boolean mask per chunk of captions
-    partitions = split_by_key(_write_captions(captions, keys, incoming / TEXTS_FILE, store, is_missing), incoming)
-    mask = np.concatenate([np.empty(0, np.bool_), *is_missing])
-    for records in sort_partitions(partitions):
-        mask[records[mask_repeated_keys(records), 2].astype(np.int64)] = False
-    for number, texts in enumerate(iter_chunks(_select_captions(incoming / TEXTS_FILE, mask), shard_size), first_shard):
+    key_bytes = bytearray()
+    masks = [np.empty(0, np.bool_)]
+    file = incoming / TEXTS_FILE
+    with pq.ParquetWriter(file, pa.schema([("text", pa.string())]), compression="zstd") as writer:
+        for texts in iter_chunks(captions, CHUNK_SIZE):
+            writer.write_table(pa.table({"text": texts}))
+            start = len(key_bytes) // KEY_BYTES
+            chunk = make_caption_keys(texts) if keys is None else keys[start : start + len(texts)]
+            key_bytes += chunk.tobytes()
+            masks.append(np.ones(len(texts), np.bool_) if store is None else store.find_keys(chunk) < 0)
+    is_new = np.concatenate(masks)
+    for records in sort_keys(np.frombuffer(key_bytes, np.uint8).reshape(-1, KEY_BYTES)):
+        repeated = mask_repeated_keys(records)
+        is_new[records[2, repeated].astype(np.int64)] = False
+    for number, texts in enumerate(iter_chunks(_select_captions(file, is_new), shard_size), first_shard):
         pq.write_table(pa.table({"text": texts}), shard_path(incoming, number), compression="zstd")
-    (incoming / TEXTS_FILE).unlink()
+    file.unlink()
 
 
 def shard_path(incoming: Path, shard: int) -> Path:
     return incoming / f"{shard:05d}.parquet"
-
-
-def _write_captions(
-    captions: Iterable[str],
-    all_keys: np.ndarray | None,
-    file: Path,
-    store: EmbeddingStore | None,
-    is_missing: list[np.ndarray],
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Write all captions to a file; yield the keys and positions of the captions that are missing from the store.
-
-    For each chunk, append a boolean mask of the missing captions to `is_missing`. Duplicates are detected only within a
-    chunk; `write_incoming_captions` finds all others.
-    """
-    with pq.ParquetWriter(file, pa.schema([("text", pa.string())]), compression="zstd") as writer:
-        start = 0
-        for texts in iter_chunks(captions, CHUNK_SIZE):
-            writer.write_table(pa.table({"text": texts}))
-            keys = make_caption_keys(texts) if all_keys is None else all_keys[start : start + len(texts)]
-            mask = np.zeros(len(texts), np.bool_)
-            mask[np.unique(keys.view("V16")[:, 0], return_index=True)[1]] = True
-            if store is not None:
-                mask &= store.find_keys(keys) < 0
-            is_missing.append(mask)
-            positions = np.flatnonzero(mask)
-            yield keys[positions], (start + positions).astype(np.uint64)
-            start += len(texts)
 
 
 def _select_captions(file: Path, mask: np.ndarray) -> Iterator[str]:
