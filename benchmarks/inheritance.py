@@ -35,6 +35,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.precision import FP32
 from llm2clip.models.pretrained_clip import find_visual_projection
 from llm2clip.models.text.clip_text_encoder import load_clip_text_encoder
 from llm2clip.models.vision.vision_tower import VisionTower
@@ -82,7 +83,7 @@ def make_clip(args: argparse.Namespace) -> None:
 
 def compute_image_features(tower: VisionTower, records: list[Record], folder: Path) -> Tensor:
     """Return the tower's features of all N images as a float32 tensor of shape (N, feature_dim)."""
-    encoder = TowerEncoder(tower, "fp32")
+    encoder = TowerEncoder(tower, FP32)
     refs = [record.image for record in records if record.image is not None]
     store = store_image_features(refs, encoder, encoder.identity(), folder, SkipLog())
     return torch.from_numpy(store.take(store.find_keys(make_image_keys(refs))))

@@ -257,7 +257,7 @@ def test_regions_and_segmentation_equal_those_of_the_cpu(model_folder: Path, ima
 
 def test_vision_tower_encodes_in_bf16(model_folder: Path) -> None:
     dtypes = []
-    for precision in (None, "fp32"):
+    for precision in ("auto", "fp32"):
         model = LLM2CLIP.from_pretrained(model_folder, "cuda")
         model.tower.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
         encoder = wrap_llm2clip(model, "model", precision)

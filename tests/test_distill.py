@@ -431,7 +431,7 @@ def test_server_of_a_student_searches_the_index_of_its_teacher(
     backend = create_backend("sqlite", tmp_path / "index")
     index_sources([image_folder], open_dual_encoder(str(teacher), "cpu"), backend)
     folder = str(run(teacher, image_folder, tmp_path / "out", student_name))
-    student = truncate_to_index(backend.metadata(), open_dual_encoder(folder, "cpu", "auto"))
+    student = truncate_to_index(backend.metadata(), open_dual_encoder(folder, "cpu", stage="serve"))
     query = "the left half is red"
     with TestClient(create_patient_app(student, backend), base_url="http://localhost") as client:
         response = client.post("/search", json={"texts": [query], "words": False, "top": 3})

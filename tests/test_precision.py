@@ -1,6 +1,7 @@
 """Weights stored in bf16 for encoding: identical embeddings, less memory, and no use that needs fp32 weights."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from torch import nn
 
 from conftest import FAMILIES, make_llm
 from llm2clip import LLM2CLIP, open_dual_encoder
+from llm2clip.config import Stage
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.models import precision as precision_choice
 from llm2clip.models.precision import (
     AUTO_PRECISION,
-    Stage,
+    Precision,
     calibrate_precision,
     cast_linear_weights,
     offload_layers,
@@ -32,11 +34,11 @@ TEXTS = ["a dog runs", "two cats sleep in the snow", "x", "a boat", "four boats 
 @pytest.mark.parametrize(
     ("device", "has_bf16", "expected"),
     [
-        ("cuda", True, "bf16 calibrated bf16 calibrated calibrated"),
-        ("cuda", False, "fp32 fp32 fp32 fp32 fp32"),
-        ("cpu", True, "bf16 calibrated fp32 fp32 calibrated"),
-        ("cpu", False, "fp32 fp32 fp32 fp32 fp32"),
-        ("mps", True, "fp32 fp32 fp32 fp32 fp32"),
+        ("cuda", True, "bf16 bf16 measured bf16 bf16 bf16 measured measured"),
+        ("cuda", False, "fp32 fp32 fp32 fp32 fp32 fp32 fp32 fp32"),
+        ("cpu", True, "bf16 bf16 measured fp32 fp32 bf16 fp32 measured"),
+        ("cpu", False, "fp32 fp32 fp32 fp32 fp32 fp32 fp32 fp32"),
+        ("mps", True, "fp32 fp32 fp32 fp32 fp32 fp32 fp32 fp32"),
     ],
 )
 def test_auto_precision_depends_on_stage_and_device(
@@ -45,9 +47,17 @@ def test_auto_precision_depends_on_stage_and_device(
     """Other values than `auto` are returned unchanged."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16, "avx2": True}, raising=False)
-    stages: list[Stage] = ["tune", "embed", "align", "evaluate", "serve"]
-    assert [resolve_precision(stage, "auto", torch.device(device)) for stage in stages] == expected.split()
+    precisions = [resolve_precision(stage, "auto", torch.device(device), lambda: "bf16+7") for stage in AUTO_PRECISION]
+    assert precisions == expected.replace("measured", "bf16+7").split()
     assert resolve_precision("align", "fp16", torch.device(device)) == "fp16"
+
+
+def test_precision_has_a_dtype_and_a_number_of_fp32_layers() -> None:
+    properties = {name: (Precision(name).dtype, Precision(name).num_fp32_layers) for name in ("fp32", "fp16", "bf16+2")}
+    assert properties == {"fp32": (torch.float32, 0), "fp16": (torch.float16, 0), "bf16+2": (torch.bfloat16, 2)}
+    assert json.loads(json.dumps(Precision("bf16"))) == "bf16"
+    with pytest.raises(ValueError, match=r"precision must be fp32, fp16, bf16, or bf16\+N.*'int8'"):
+        Precision("int8")
 
 
 def test_documented_table_equals_the_table_in_the_code() -> None:
@@ -94,7 +104,7 @@ def test_weights_that_embeddings_share_stay_in_fp32(encoder: CaptionEncoder) -> 
     llm = encoder.llm
     llm.head = nn.Linear(32, 300, bias=False)
     llm.head.weight = llm.embed_tokens.weight
-    cast_linear_weights(llm, "bf16")
+    cast_linear_weights(llm, Precision("bf16"))
     assert llm.head.weight.dtype == llm.embed_tokens.weight.dtype == llm.norm.weight.dtype == torch.float32
     assert linear_dtypes(encoder) == [torch.bfloat16] * 3
 
@@ -135,9 +145,9 @@ def test_embed_on_a_device_writes_the_same_store(encoder: CaptionEncoder, precis
     assert encoder.has_full_precision
 
 
-@pytest.mark.parametrize("precision", ["bf16", "auto"])
+@pytest.mark.parametrize(("precision", "stage"), [("bf16", "evaluate"), ("auto", "serve")])
 def test_open_dual_encoder_loads_only_the_weights_of_the_precision(
-    model_folder: Path, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, precision: str, stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     expected = open_dual_encoder(str(model_folder), CPU).encode_texts_raw(TEXTS, False)
@@ -149,7 +159,8 @@ def test_open_dual_encoder_loads_only_the_weights_of_the_precision(
         move(self, *args)
 
     monkeypatch.setattr(CaptionEncoder, "move_for_encoding", record)
-    dual_encoder = open_dual_encoder(str(model_folder), CPU, precision)
+    dual_encoder = open_dual_encoder(str(model_folder), CPU, precision, stage=stage)
+    assert bool(loaded) == (stage == "serve")
     embeddings = dual_encoder.encode_texts_raw(TEXTS, False)
     assert linear_dtypes(loaded[0]) == [torch.bfloat16] * len(loaded[0].llm.layers)
     assert len(loaded) == 1 and torch.cosine_similarity(embeddings, expected).min() > 0.99

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Stage = Literal["tune", "embed", "align", "evaluate", "serve"]  # stages with a configurable precision
+# Stages with a configurable precision.
+Stage = Literal["caption", "tune", "embed", "align", "distill", "llava", "evaluate", "serve"]
 POOLING_MODES = ("mean", "weightedmean", "lasttoken", "cls", "max")  # names used by sentence-transformers
 MIN_IMAGE_SIZE = 16  # in pixels; smallest patch size of common vision transformers
 

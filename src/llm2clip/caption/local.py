@@ -11,6 +11,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from llm2clip.caption.answers import Answer, CaptionRequest, clean_answer
 from llm2clip.caption.prompts import Prompt
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
+from llm2clip.models.precision import resolve_precision
 from llm2clip.models.vlm import load_vision_language_model, name_vision_language_model
 from llm2clip.runs.ranks import process_state
 
@@ -34,7 +35,9 @@ class LocalCaptioner:
         self.batch_size = batch_size
         self.worked_before = False
         self.device = process_state().device
-        self.model, self.processor = load_vision_language_model(model, self.device, precision)
+        self.model, self.processor = load_vision_language_model(
+            model, self.device, resolve_precision("caption", precision, self.device)
+        )
         self.name = name_vision_language_model(model)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"

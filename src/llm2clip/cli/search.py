@@ -510,7 +510,7 @@ def _serve(args: Namespace) -> list[str]:
     if backend is not None:
         warn_if_not_calibrated(backend)
     model_thread = ThreadPoolExecutor(1, "model")
-    model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision).result()
+    model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision, stage="serve").result()
     rerank_model = None
     if args.rerank is not None:
         rerank_model = model_thread.submit(open_rerank_model, args.rerank, args.precision).result()

@@ -14,6 +14,7 @@ from llm2clip.data.images import load_image
 from llm2clip.llava import modeling_patches  # noqa: F401  (registers its classes with transformers)
 from llm2clip.llava.chat_template import IGNORE_INDEX, IMAGE_TOKEN, Conversation, to_messages, tokenize_and_label
 from llm2clip.llava.image_features import LlavaTransform
+from llm2clip.models.precision import resolve_precision
 from llm2clip.models.vlm import load_vision_language_model
 from llm2clip.runs.ranks import process_state
 
@@ -48,7 +49,9 @@ class AnswerGenerator:
         """
         self.batch_size = batch_size
         self.device = torch.device(device) if device is not None else process_state().device
-        self.model, self.processor = load_vision_language_model(name, self.device, precision)
+        self.model, self.processor = load_vision_language_model(
+            name, self.device, resolve_precision("llava", precision, self.device)
+        )
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.chat_template = self.processor.chat_template or self.tokenizer.chat_template
         self.transform = LlavaTransform(self.processor)

@@ -176,7 +176,7 @@ def _train_stage(
     """
     folder, state = out / stage, process_state()
     batch_size = config.pretrain_batch_size if stage == "pretrain" else config.batch_size
-    precision = resolve_precision("tune", config.precision, state.device)
+    precision = resolve_precision("llava", config.precision, state.device)
     bf16_on_gpu = precision == "bf16" and state.device.type == "cuda"
     model = load_llava(source, torch.bfloat16 if config.lora_r and bf16_on_gpu else torch.float32)
     num_image_tokens: int = model.config.image_seq_length

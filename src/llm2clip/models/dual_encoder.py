@@ -34,7 +34,7 @@ from llm2clip.models.hub.loading import (
 )
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE
 from llm2clip.models.model_folder import is_model_folder
-from llm2clip.models.precision import CALIBRATED, Stage, resolve_precision
+from llm2clip.models.precision import FP32, Precision, Stage, resolve_precision
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.models.text.clip_text_encoder import (
     OPEN_CLIP_PREFIX,
@@ -66,7 +66,7 @@ class DualEncoder:
             of shape (N, embed_dim).
         count_truncated: function that takes a list of texts and returns how many of them the text encoder truncates, or
             None if unknown.
-        precision: precision in which the model runs: fp32, bf16, or bf16+N (see `parse_precision`).
+        precision: precision in which the model runs: fp32, bf16 or bf16+N.
         dense: encoder for dense image features, or None if this type of model does not support them.
         logit_scale: function that returns the learned factor by which cosine similarities are multiplied. For models
             without a logit scale, the function returns None.
@@ -84,7 +84,7 @@ class DualEncoder:
     encode_images_raw: Callable[[list[Any]], Tensor]
     encode_texts_raw: Callable[[Sequence[str], bool], Tensor]
     count_truncated: Callable[[Sequence[str]], int | None] = lambda texts: None
-    precision: str = "fp32"
+    precision: Precision = FP32
     dense: DenseEncoder | None = None
     logit_scale: Callable[[], float | None] = lambda: None
     query_templates: QueryTemplates = NO_TEMPLATES
@@ -146,16 +146,21 @@ class DualEncoder:
 
 
 def open_dual_encoder(
-    name: str, device: torch.device | str | None = None, precision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    device: torch.device | str | None = None,
+    precision: str = "auto",
+    trust_remote_code: bool = False,
+    stage: Stage = "evaluate",
 ) -> DualEncoder:
     """Load an image-text model by name.
 
     Args:
         name: model name, in one of the forms listed at the top of this module.
         device: device to load the model on. Default: a GPU if available.
-        precision: precision of an llm2clip model (see `wrap_llm2clip`). If it is bf16, bf16+N or `auto`, the caption
-            encoder is loaded immediately, otherwise on first use. Models of other types always run in fp32.
+        precision: precision of an llm2clip model (see `wrap_llm2clip`). Models of other types always run in fp32.
         trust_remote_code: if True, allow the model's own Python code to run. Required for Jina-CLIP.
+        stage: stage that determines which precision `auto` selects. For `serve`, the caption encoder is loaded
+            immediately, otherwise on first use.
 
     Raises:
         ValueError: the model lacks an image encoder or a text encoder, its type is not supported, or it comes with its
@@ -170,13 +175,13 @@ def open_dual_encoder(
         return _load_open_clip(name, device)
     if is_model_folder(name) or not has_text_tower(name, trust_remote_code):
         model = LLM2CLIP.from_pretrained(name, device)
-        if model.has_encoder and precision not in (None, "fp32"):
-            precision = model.load_encoder(precision)
-        return wrap_llm2clip(model, name, precision)
+        if model.has_encoder and stage == "serve":
+            precision = model.load_encoder(precision, stage)
+        return wrap_llm2clip(model, name, precision, stage)
     return _load_transformers(name, device, trust_remote_code)
 
 
-def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> DualEncoder:
+def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str = "auto", stage: Stage = "evaluate") -> DualEncoder:
     """Switch an LLM2CLIP model to eval mode and wrap it in a `DualEncoder`.
 
     The caption encoder is loaded on first use.
@@ -184,23 +189,21 @@ def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
     Args:
         name: value of `DualEncoder.name`.
         precision: precision of the caption encoder, as in `CaptionEncoder.encode`, or `auto` for the precision of the
-            `serve` stage (see `models/precision.py`). Default: the precision of the `evaluate` stage. On GPUs with bf16
-            support, the vision tower runs in bf16 unless the precision is fp32.
+            stage. On GPUs with bf16 support, the vision tower runs in bf16 unless the precision is fp32.
+        stage: stage that determines which precision `auto` selects (see `models/precision.py`).
     """
     model.eval()
-    stage: Stage = "serve" if precision else "evaluate"
-    resolved = resolve_precision(stage, precision or "auto", model.device)
-    device_precision = "bf16" if resolved == CALIBRATED else resolved
-    bf16_images = device_precision != "fp32" and model.device.type == "cuda"
+    resolved = resolve_precision(stage, precision, model.device)
+    image_precision = resolved if model.device.type == "cuda" else FP32
 
     def encode_images(images: list[Tensor]) -> Tensor:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16_images):
+        with image_precision.autocast(model.device):
             image_embeddings, *_ = model(pixels=torch.stack(images).to(model.device))
         return image_embeddings
 
     @cache
-    def load_encoder_once() -> str:
-        return model.load_encoder(precision or "auto", stage)
+    def load_encoder_once() -> Precision:
+        return model.load_encoder(precision, stage)
 
     def count_truncated(texts: Sequence[str]) -> int | None:
         if not model.has_encoder:
@@ -216,8 +219,8 @@ def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str | None = None) -> D
         encode_images_raw=encode_images,
         encode_texts_raw=lambda texts, progress: model.encode_text(texts, progress, load_encoder_once()),
         count_truncated=count_truncated,
-        precision=device_precision,
-        dense=_try_build_dense_encoder(model.tower, model.projection, bf16_images),
+        precision=resolved,
+        dense=_try_build_dense_encoder(model.tower, model.projection, image_precision),
         logit_scale=lambda: min(float(model.logit_scale.detach().exp()), MAX_LOGIT_SCALE),
         query_templates=model.config.query_templates,
         part_identities=lambda: _identify_parts(model),
@@ -235,11 +238,11 @@ def _identify_parts(model: LLM2CLIP) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _try_build_dense_encoder(
-    tower: VisionTower, project: Callable[[Tensor], Tensor], bf16: bool = False
+    tower: VisionTower, project: Callable[[Tensor], Tensor], precision: Precision = FP32
 ) -> DenseEncoder | None:
     """Build a dense encoder, or return None if the tower's architecture does not divide images into cells."""
     try:
-        return build_dense_encoder(tower, project, bf16)
+        return build_dense_encoder(tower, project, precision)
     except ValueError:
         return None
 

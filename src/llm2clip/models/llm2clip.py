@@ -28,7 +28,7 @@ from llm2clip.models.heads import Adapter, build_projection
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.hub.loading import read_safetensors
 from llm2clip.models.model_folder import FORMAT_VERSION, LLM2CLIPConfig, find_model_folder, is_model_folder
-from llm2clip.models.precision import CALIBRATED, Stage, calibrate_precision, resolve_precision
+from llm2clip.models.precision import Precision, Stage, calibrate_precision, resolve_precision
 from llm2clip.models.prompts import average_prompts, build_query_prompts, check_templates, fill_templates
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
@@ -153,7 +153,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
             self._encoder.append(self._load_text_folder(self.device))
         return self._encoder[0]
 
-    def load_encoder(self, precision: str = "auto", stage: Stage = "serve") -> str:
+    def load_encoder(self, precision: str = "auto", stage: Stage = "serve") -> Precision:
         """Load the caption encoder. To save memory, keep only the weights needed to encode with `precision`.
 
         See `CaptionEncoder.move_for_encoding`. If the encoder has already been loaded, its weights are not changed.
@@ -167,19 +167,17 @@ class LLM2CLIP(DenseMethods, nn.Module):
             The encoder's precision: fp32, bf16 or bf16+N, never `auto`.
         """
         encoder = self._encoder[0] if self._encoder else self._load_text_folder("cpu")
-        precision = resolve_precision(stage, precision, self.device)
-        if precision == CALIBRATED:
-            trained_with = str(self.config.encoder.get("precision", ""))
-            if not encoder.has_full_precision:
-                precision = encoder.weights_precision
-            elif trained_with.startswith("bf16"):
-                precision = trained_with
-            else:
-                precision = calibrate_precision(encoder, self.device)
+        resolved = resolve_precision(stage, precision, self.device, lambda: self._calibrate(encoder))
         if not self._encoder:
-            encoder.move_for_encoding(self.device, precision)
+            encoder.move_for_encoding(self.device, resolved)
             self._encoder.append(encoder)
-        return precision
+        return resolved
+
+    def _calibrate(self, encoder: CaptionEncoder) -> str:
+        trained_with = str(self.config.encoder.get("precision", ""))
+        if not encoder.has_full_precision:
+            return encoder.weights_precision
+        return trained_with if trained_with.startswith("bf16") else calibrate_precision(encoder, self.device)
 
     def _load_text_folder(self, device: torch.device | str) -> CaptionEncoder:
         if self._text_folder is None:

@@ -31,12 +31,15 @@ if TYPE_CHECKING:
 
 CALIBRATED = "calibrated"  # stands for the fastest precision that is accurate enough (see `calibrate_precision`)
 # Precision that `auto` selects for each stage if the device has bf16 matmul hardware. Without it, `auto` selects fp32.
-# On CPUs, `align` and `evaluate` always run in fp32, so their results do not depend on the CPU. `serve` is the search
-# server.
+# On CPUs, `align`, `distill` and `evaluate` always run in fp32, so their results do not depend on the CPU. `serve` is
+# the search server. `caption` and `llava` run multimodal LLMs.
 AUTO_PRECISION: dict[Stage, dict[str, str]] = {
+    "caption": {"cuda": "bf16", "cpu": "bf16"},
     "tune": {"cuda": "bf16", "cpu": "bf16"},
     "embed": {"cuda": CALIBRATED, "cpu": CALIBRATED},
     "align": {"cuda": "bf16", "cpu": "fp32"},
+    "distill": {"cuda": "bf16", "cpu": "fp32"},
+    "llava": {"cuda": "bf16", "cpu": "bf16"},
     "evaluate": {"cuda": CALIBRATED, "cpu": "fp32"},
     "serve": {"cuda": CALIBRATED, "cpu": CALIBRATED},
 }
@@ -48,24 +51,61 @@ CALIBRATION_CAPTIONS = tuple(
 )
 
 
-def resolve_precision(stage: Stage, setting: str, device: torch.device) -> str:
-    """Return the precision that a setting selects for a stage, without calibrating anything.
+class Precision(str):
+    """Precision of a model: fp32, bf16, fp16, or bf16+N, which is bf16 with the first N layers of the LLM in fp32.
+
+    It is a string, so it can be saved in JSON files. `resolve_precision` returns the precision of a stage.
+
+    Raises:
+        ValueError: The string is not a precision.
+    """
+
+    def __new__(cls, name: str) -> Precision:
+        if re.fullmatch(r"fp32|fp16|bf16(\+\d+)?", name) is None:
+            raise ValueError(
+                f"precision must be fp32, fp16, bf16, or bf16+N with the first N layers in fp32 (got {name!r})"
+            )
+        return super().__new__(cls, name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the matmuls."""
+        return DTYPES[self.partition("+")[0]]
+
+    @property
+    def num_fp32_layers(self) -> int:
+        """Number of initial LLM layers in fp32, for a precision other than fp32."""
+        return int(self.partition("+")[2] or 0)
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Return a context manager that runs models in this precision. For fp32, it does nothing."""
+        return nullcontext() if self.dtype is torch.float32 else torch.autocast(device.type, self.dtype)
+
+
+FP32 = Precision("fp32")
+
+
+def resolve_precision(
+    stage: Stage, setting: str, device: torch.device, calibrate: Callable[[], str] = lambda: "bf16"
+) -> Precision:
+    """Return the precision in which a stage runs on a device.
 
     Args:
-        stage: key of `AUTO_PRECISION`. For multimodal LLMs, use `tune`.
-        setting: precision setting. Any value except `auto` is returned unchanged.
+        setting: Precision setting. Any value except `auto` is returned unchanged.
+        calibrate: Function that returns the precision for stages whose precision is calibrated (see `AUTO_PRECISION`
+            and `calibrate_precision`). Default: bf16, for vision towers and for models without a caption encoder.
 
-    Returns:
-        The setting or, if it is `auto`, one of fp32, bf16 and `CALIBRATED`. `CALIBRATED` means that the precision must
-        be measured (see `calibrate_precision`).
+    Raises:
+        ValueError: The setting is not a precision.
     """
     if setting != "auto":
-        return setting
-    return get_auto_precision(stage, device.type, has_bf16_hardware(device))
+        return Precision(setting)
+    auto = get_auto_precision(stage, device.type, has_bf16_hardware(device))
+    return Precision(calibrate() if auto == CALIBRATED else auto)
 
 
 def get_auto_precision(stage: Stage, device_type: str, has_bf16: bool) -> str:
-    """Return the precision that `auto` selects for a stage and a device type (cuda, cpu, ...)."""
+    """Return the precision or `CALIBRATED`, which `auto` selects for a stage and a device type (cuda, cpu, ...)."""
     return AUTO_PRECISION[stage].get(device_type, "fp32") if has_bf16 else "fp32"
 
 
@@ -77,17 +117,10 @@ def has_bf16_hardware(device: torch.device) -> bool:
     return device.type == "cpu" and any(get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
-def resolve_encoder_precision(stage: Stage, encoder: CaptionEncoder, device: torch.device) -> str:
-    """Return the precision (fp32, bf16 or bf16+N) that `auto` selects for a stage, an encoder and a device.
-
-    The encoder must have fp32 weights. `device` is the device on which it will run.
-    """
-    precision = resolve_precision(stage, "auto", device)
-    return calibrate_precision(encoder, device) if precision == CALIBRATED else precision
-
-
 def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = None) -> str:
     """Find the fastest precision that is accurate enough on a device (default: the encoder's device).
+
+    The encoder must have fp32 weights.
 
     Return `bf16` if it is accurate enough, otherwise `bf16+N` with the smallest sufficient N, or `fp32` if no N is
     sufficient. A precision is accurate enough if each calibration caption's embedding has a cosine similarity of at
@@ -162,29 +195,17 @@ def tf32_matmul() -> AbstractContextManager[None]:
 # ---- encoding in bf16, with the first layers in fp32 ----------------------------------------------------------------
 
 
-def parse_precision(precision: str) -> tuple[bool, int]:
-    """Return (is_bf16, number of fp32 layers): (False, 0) for `fp32`, (True, 0) for `bf16`, (True, N) for `bf16+N`.
-
-    Raises:
-        ValueError: `precision` does not have one of these forms.
-    """
-    match = re.fullmatch(r"fp32|bf16(?:\+(\d+))?", precision)
-    if match is None:
-        raise ValueError(f"precision must be fp32, bf16, or bf16+N with the first N layers in fp32 (got {precision!r})")
-    return precision != "fp32", int(match[1] or 0)
-
-
-def cast_linear_weights(llm: nn.Module, precision: str) -> None:
+def cast_linear_weights(llm: nn.Module, precision: Precision) -> None:
     """Cast all weights of a transformers model that are used only in bf16 matmuls to bf16, in place.
 
     Autocast would cast these weights before every matmul anyway, so the embeddings are bit-identical. Norms, token
     embeddings and, with bf16+N, the first N layers stay in fp32. Weights that linear layers share with other types of
     layers, such as tied token embeddings, also stay in fp32. The cast weights cannot be restored to full precision.
     """
-    is_bf16, fp32_layer_count = parse_precision(precision)
-    if not is_bf16:
+    if precision == "fp32":
         return
-    fp32_parameters = {parameter for layer in get_layers(llm)[:fp32_layer_count] for parameter in layer.parameters()}
+    fp32_layers = get_layers(llm)[: precision.num_fp32_layers]
+    fp32_parameters = {parameter for layer in fp32_layers for parameter in layer.parameters()}
     # Skip subclasses of Linear, which may use their weights for something other than a matmul.
     linear_layers = [module for module in llm.modules() if type(module) is nn.Linear]
     for module in llm.modules():
@@ -196,17 +217,13 @@ def cast_linear_weights(llm: nn.Module, precision: str) -> None:
 
 
 @contextmanager
-def autocast_precision(llm: Any, device: torch.device, precision: str) -> Iterator[None]:
-    """Run a transformers model in `precision` (see `parse_precision`) inside the `with` block."""
-    is_bf16, fp32_layer_count = parse_precision(precision)
-    if not is_bf16:
-        yield
-        return
-    fp32_layers = get_layers(llm)[:fp32_layer_count]
+def autocast_llm(llm: Any, device: torch.device, precision: Precision) -> Iterator[None]:
+    """Run a transformers model in fp32, bf16 or bf16+N inside the `with` block."""
+    fp32_layers = get_layers(llm)[: precision.num_fp32_layers]
     for layer in fp32_layers:
         layer.forward = torch.autocast(device.type, enabled=False)(layer.forward)
     try:
-        with torch.autocast(device.type, torch.bfloat16):
+        with precision.autocast(device):
             yield
     finally:
         for layer in fp32_layers:

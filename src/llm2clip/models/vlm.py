@@ -8,18 +8,17 @@ import torch
 
 from llm2clip.models.hub.fingerprint import hash_text
 from llm2clip.models.hub.loading import find_file, get_display_names, hide_loading_bars, load_config
-from llm2clip.models.precision import resolve_precision
+from llm2clip.models.precision import Precision
 
 
 @hide_loading_bars()
-def load_vision_language_model(name: str, device: torch.device, precision: str = "auto") -> tuple[Any, Any]:
+def load_vision_language_model(name: str, device: torch.device, precision: Precision) -> tuple[Any, Any]:
     """Load a vision-language model for inference. Code in its folder is never run.
 
     LLaVA models with a tower from timm can be loaded only after importing `llm2clip.llava.modeling_patches`.
 
     Args:
         name: Model folder or hub id.
-        precision: fp32, bf16 or auto. auto means bf16 if the hardware supports it, and fp32 otherwise.
 
     Returns:
         The model and its processor.
@@ -30,11 +29,10 @@ def load_vision_language_model(name: str, device: torch.device, precision: str =
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    bf16 = resolve_precision("tune", precision, device) == "bf16"
     model: Any = AutoModelForImageTextToText.from_pretrained(
         name,
         config=load_config(name),
-        dtype=torch.bfloat16 if bf16 else torch.float32,
+        dtype=precision.dtype,
         trust_remote_code=False,
     )
     return model.to(device).eval(), AutoProcessor.from_pretrained(name, trust_remote_code=False)

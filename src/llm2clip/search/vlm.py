@@ -11,6 +11,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
+from llm2clip.models.precision import resolve_precision
 from llm2clip.models.vlm import load_vision_language_model
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.request_images import BadRequest
@@ -36,7 +37,9 @@ class VisionLanguageModel:
         """
         self.name = name
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model, self.processor = load_vision_language_model(name, self.device, precision)
+        self.model, self.processor = load_vision_language_model(
+            name, self.device, resolve_precision("serve", precision, self.device)
+        )
         self.special_tokens = [token for token in self.processor.tokenizer.all_special_tokens if token]
         encode = self.processor.tokenizer.encode
         self.answer_ids = [[encode(word, add_special_tokens=False)[0] for word in words] for words in ANSWERS]
@@ -85,11 +88,11 @@ class VisionLanguageModel:
 RerankModel = DualEncoder | VisionLanguageModel
 
 
-def open_rerank_model(name: str, precision: str | None = None) -> RerankModel:
+def open_rerank_model(name: str, precision: str = "auto") -> RerankModel:
     """Load a re-ranking model: a vision-language model if the name starts with VLM_PREFIX, or a dual encoder."""
     if name.startswith(VLM_PREFIX):
-        return VisionLanguageModel(name.removeprefix(VLM_PREFIX), precision or "auto")
-    return open_dual_encoder(name, precision=precision)
+        return VisionLanguageModel(name.removeprefix(VLM_PREFIX), precision)
+    return open_dual_encoder(name, precision=precision, stage="serve")
 
 
 def make_question(query: SearchQuery) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 
 from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.io_utils import atomic_write_jsonl, read_jsonl
-from llm2clip.models.precision import resolve_encoder_precision
+from llm2clip.models.precision import calibrate_precision, resolve_precision
 from llm2clip.models.text.batching import MIN_CAPTIONS_TO_TUNE, TokenizedTexts, tune_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.prefetch import Prefetcher
@@ -89,7 +88,11 @@ def resolve_store_precision(
         return precision
     if (folder / MANIFEST).is_file():
         return str(read_manifest(folder)["identity"]["precision"])
-    resolve = partial(resolve_encoder_precision, "embed", encoder, device or encoder.device)
+
+    def resolve() -> str:
+        target = device or encoder.device
+        return resolve_precision("embed", "auto", target, lambda: calibrate_precision(encoder, target))
+
     return str(load_or_compute_json(folder / "precision.json", resolve))
 
 

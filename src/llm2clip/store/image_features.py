@@ -7,7 +7,7 @@ and repeated evaluations do not encode any images or texts again.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from llm2clip.data.remote import get_remote_version, is_remote
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.models.hub.fingerprint import hash_weights
-from llm2clip.models.precision import DTYPES
+from llm2clip.models.precision import Precision
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
 from llm2clip.store.layout import KEY_BYTES, iter_chunks, make_caption_keys
@@ -50,7 +50,7 @@ class ImageEncoder(Protocol):
 class TowerEncoder:
     """Image encoder that consists of a vision tower without a projection."""
 
-    def __init__(self, tower: VisionTower, precision: str) -> None:
+    def __init__(self, tower: VisionTower, precision: Precision) -> None:
         """Set the tower to eval mode. It runs in fp32, or with autocast if `precision` is bf16 or fp16."""
         self.tower, self.precision, self.embed_dim = tower.eval(), precision, tower.feature_dim
         self.transform: Callable[[Tensor], Any] = EvalTransform(tower.preprocess)
@@ -63,8 +63,7 @@ class TowerEncoder:
     @torch.no_grad()
     def encode_images(self, images: list[Any]) -> Tensor:
         device = next(self.tower.parameters()).device
-        autocast = torch.autocast(device.type, DTYPES[self.precision]) if self.precision != "fp32" else nullcontext()
-        with autocast:
+        with self.precision.autocast(device):
             return self.tower(torch.stack(images).to(device)).float().cpu()
 
 

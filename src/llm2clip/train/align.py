@@ -30,7 +30,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.precision import resolve_precision, tf32_matmul
+from llm2clip.models.precision import Precision, resolve_precision, tf32_matmul
 from llm2clip.models.vision.vision_tower import VisionTower, merge_tower_lora
 from llm2clip.prefetch import prefetch
 from llm2clip.progress import ProgressBar
@@ -240,7 +240,7 @@ def _compute_features(
     records: RecordTable,
     tower: VisionTower,
     config: AlignConfig,
-    precision: str,
+    precision: Precision,
     folder: Path | None,
     run_dir: Path,
     log: SkipLog,

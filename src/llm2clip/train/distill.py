@@ -500,7 +500,7 @@ def distill(
     state = process_state()  # must precede Accelerator(), which would set up the ranks differently
     if is_fsdp_enabled():
         raise ValueError("distill does not support FSDP, because students are small: remove --use_fsdp")
-    precision = resolve_precision("align", config.precision, state.device)
+    precision = resolve_precision("distill", config.precision, state.device)
     accelerator = Accelerator(mixed_precision=set_mixed_precision(precision))
     if precision == "fp16" and accelerator.scaler is None:
         raise ValueError(f"--distill.precision fp16 requires a GPU: use bf16 or fp32 on {accelerator.device}")

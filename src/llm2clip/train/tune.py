@@ -36,7 +36,7 @@ from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.pairs import TuningItem, iter_pair_batches, resolve_pairs_per_step
 from llm2clip.data.texts import make_text_key
 from llm2clip.io_utils import atomic_dir
-from llm2clip.models.precision import DTYPES, resolve_precision
+from llm2clip.models.precision import Precision, resolve_precision
 from llm2clip.models.text.batching import TokenizedTexts, get_default_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.lora import LoraSession, check_qlora_available
@@ -145,7 +145,7 @@ def _sample_pairs(
     return pairs
 
 
-def _select_trainable_weights(encoder: CaptionEncoder, config: TuneConfig) -> tuple[str, LoraSession | None]:
+def _select_trainable_weights(encoder: CaptionEncoder, config: TuneConfig) -> tuple[Precision, LoraSession | None]:
     """Select the trainable weights: either newly added LoRA layers or all LLM weights except the token embeddings.
 
     Return the training precision (fp32, bf16 or fp16) and the LoRA session (None without LoRA). With LoRA, the frozen
@@ -166,7 +166,7 @@ def _select_trainable_weights(encoder: CaptionEncoder, config: TuneConfig) -> tu
             target_modules="all-linear",
             exclude_modules=["pooler.dense"] if pooler is not None else None,
         )
-        lora = LoraSession(encoder, lora_config, DTYPES[precision], device, config.qlora)
+        lora = LoraSession(encoder, lora_config, precision.dtype, device, config.qlora)
     else:
         llm.requires_grad_(True)
         llm.get_input_embeddings().requires_grad_(False)  # a large matrix, of which captions use few rows

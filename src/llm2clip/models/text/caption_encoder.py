@@ -25,10 +25,12 @@ from llm2clip.models.hub.fingerprint import hash_text, hash_weights
 from llm2clip.models.hub.loading import hide_loading_bars
 from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.precision import (
-    autocast_precision,
+    FP32,
+    Precision,
+    autocast_llm,
+    calibrate_precision,
     cast_linear_weights,
-    parse_precision,
-    resolve_encoder_precision,
+    resolve_precision,
 )
 from llm2clip.models.text.batching import TokenizedTexts, get_default_encoding_tokens
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
@@ -66,7 +68,7 @@ class CaptionEncoder(nn.Module):
         super().__init__()
         self.st: Any = st
         self._prompt_lengths: dict[str, int] = {}
-        self.weights_precision = "fp32"
+        self.weights_precision = FP32
 
     @classmethod
     def from_pretrained(
@@ -313,9 +315,8 @@ class CaptionEncoder(nn.Module):
             TypeError: a caption is not a string.
             ValueError: a caption is not valid Unicode, or the attention implementation does not support the precision.
         """
-        precision = precision or self.weights_precision
-        self._check_weights(precision)
-        if "flash" in self.attention and precision == "fp32":
+        checked_precision = self._check_weights(precision or self.weights_precision)
+        if "flash" in self.attention and checked_precision == "fp32":
             raise ValueError(f"{self.attention} does not support fp32: use bf16, or another attention implementation")
         if isinstance(captions, str):
             captions = [captions]
@@ -328,7 +329,7 @@ class CaptionEncoder(nn.Module):
             bar = ProgressBar(total=len(tokens.ids), desc="encode", unit="caption", disable=not progress)
 
         self.eval()
-        with autocast_precision(self.llm, self.device, precision):
+        with autocast_llm(self.llm, self.device, checked_precision):
             for prompt_length, rows in tokens.batches(batch_tokens or self.default_batch_tokens):
                 rows_with_tokens = [row for row in rows if len(tokens.ids[row])]
                 if rows_with_tokens:
@@ -366,9 +367,8 @@ class CaptionEncoder(nn.Module):
         stored on the GPU in fp32. After this call, the encoder can no longer be saved, trained or used in fp32, and
         `identity` raises an error.
         """
-        self._check_weights(precision)
-        cast_linear_weights(self.llm, precision)
-        self.weights_precision = precision
+        self.weights_precision = self._check_weights(precision)
+        cast_linear_weights(self.llm, self.weights_precision)
         self.to(device)
 
     @property
@@ -376,15 +376,17 @@ class CaptionEncoder(nn.Module):
         """True if all weights are in fp32. False after `move_for_encoding` with bf16."""
         return self.weights_precision == "fp32"
 
-    def _check_weights(self, precision: str) -> None:
-        """Raise ValueError if `precision` is invalid or higher than the precision of the stored weights."""
-        is_bf16, fp32_layer_count = parse_precision(precision)
-        _, available_fp32_layers = parse_precision(self.weights_precision)
-        if not self.has_full_precision and (not is_bf16 or fp32_layer_count > available_fp32_layers):
+    def _check_weights(self, name: str) -> Precision:
+        """Return a precision. Raise ValueError if it is invalid or higher than the precision of the stored weights."""
+        precision, available = Precision(name), self.weights_precision
+        if precision == "fp16":
+            raise ValueError("the precision must be fp32, bf16 or bf16+N, because caption encoders do not support fp16")
+        if available != "fp32" and (precision == "fp32" or precision.num_fp32_layers > available.num_fp32_layers):
             raise ValueError(
-                f"the encoder's weights are stored in {self.weights_precision}, so precision {precision} is not "
-                "possible: load the encoder again"
+                f"the encoder's weights are stored in {available}, so precision {precision} is not possible: load the "
+                "encoder again"
             )
+        return precision
 
     # ---- identity and saving ----------------------------------------------------------------------------------------
 
@@ -432,7 +434,8 @@ def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) 
     `options` are passed to `CaptionEncoder.from_pretrained`.
     """
     encoder = CaptionEncoder.from_pretrained(path, device="cpu", **options)
-    encoder.move_for_encoding(device, resolve_encoder_precision("evaluate", encoder, device))
+    precision = resolve_precision("evaluate", "auto", device, lambda: calibrate_precision(encoder, device))
+    encoder.move_for_encoding(device, precision)
     return encoder
 
 

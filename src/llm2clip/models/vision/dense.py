@@ -38,6 +38,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.models.precision import FP32, Precision
 from llm2clip.models.vision.vision_tower import VisionTower
 
 DENSE_VARIANTS = ("plain", "maskclip", "sclip", "clearclip", "naclip")
@@ -145,13 +146,15 @@ class DenseEncoder:
         return (longer, shorter) if height > width else (shorter, longer)
 
 
-def build_dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor], bf16: bool = False) -> DenseEncoder:
+def build_dense_encoder(
+    tower: VisionTower, project: Callable[[Tensor], Tensor], precision: Precision = FP32
+) -> DenseEncoder:
     """Build a dense encoder that shares the weights of a vision tower.
 
     Args:
         tower: vision tower in eval mode. Later changes to its weights also change the dense features.
         project: image projection, which maps pooled features of shape (N, feature_dim) to the shared embedding space.
-        bf16: if True, run the tower and projection under bf16 autocast.
+        precision: precision of the tower and the projection.
 
     Raises:
         ValueError: the tower's architecture has no grid of cells.
@@ -160,7 +163,7 @@ def build_dense_encoder(tower: VisionTower, project: Callable[[Tensor], Tensor],
     device = tower.mean.device
 
     def features(pixels: Tensor, variant: str) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with precision.autocast(device):
             cells = _encode_cells(tower, pixels, variant)  # (N, h, w, C)
             embeddings = project(_apply_head(tower, cells.flatten(0, 2)))
         return embeddings.unflatten(0, cells.shape[:3])

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
-from llm2clip.models.precision import DTYPES
+from llm2clip.models.precision import Precision
 from llm2clip.models.text.batching import GPU_BATCH_TOKENS
 from llm2clip.models.text.lora import cast_frozen_linear_layers
 from llm2clip.models.text.packing import PACKED, can_pack, pack_captions
@@ -293,7 +293,7 @@ def _prepare_llm(llm: Any, tune: TuneConfig) -> Any:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated transformers API
         net = get_peft_model(llm, lora)
-    cast_frozen_linear_layers(net, DTYPES[tune.precision])
+    cast_frozen_linear_layers(net, Precision(tune.precision).dtype)
     return net
 
 

@@ -134,7 +134,9 @@ def plan_llava(
     Raises:
         ValueError: A model is unknown, or the device does not support the precision.
     """
-    config = dataclasses.replace(config, precision=cast(Any, machine.device_spec.resolve_precision(config.precision)))
+    config = dataclasses.replace(
+        config, precision=cast(Any, machine.device_spec.resolve_precision(config.precision, "llava"))
+    )
     tower = build_tower(AlignConfig(tower=vision, image_size=image_size)).requires_grad_(False)
     image_tokens, feature_size = _measure_patches(tower)
     size = tower.preprocess.size

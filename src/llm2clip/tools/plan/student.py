@@ -86,7 +86,7 @@ def plan_student(
     Raises:
         ValueError: the student is unknown.
     """
-    precision = machine.device_spec.resolve_precision(config.precision, "align")
+    precision = machine.device_spec.resolve_precision(config.precision, "distill")
     config = replace(config, precision=cast(Any, precision))
     kind, _, argument = name.partition(":")
     new_texts = other_texts
