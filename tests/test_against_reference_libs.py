@@ -1,4 +1,4 @@
-"""Our metrics equal those of eccv-caption for the same embeddings, and of CLIP_benchmark and mteb for our models."""
+"""Our metrics equal those of eccv-caption for the same embeddings, and of mteb for our models."""
 
 import json
 from pathlib import Path
@@ -8,15 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from llm2clip.data.images import load_image
-from llm2clip.evaluate.adapters.clip_benchmark import register_model
 from llm2clip.evaluate.benchmarks import BENCHMARKS
 from llm2clip.evaluate.benchmarks.eccv_caption import compute_eccv_metrics
 from llm2clip.evaluate.recall import retrieval_metrics, two_way_ranks
 from llm2clip.io_utils import DataFormatError
-from llm2clip.models.dual_encoder import open_dual_encoder
 
 CAPTIONS_PER_IMAGE = [5, 1, 3, 7, 2, 5, 4, 6, 1, 2, 3, 5]
 IMAGE_OF_TEXT = torch.repeat_interleave(torch.arange(len(CAPTIONS_PER_IMAGE)), torch.tensor(CAPTIONS_PER_IMAGE))
@@ -91,29 +88,6 @@ def test_eccv_metrics_from_top_k_match_full_rankings(tmp_path: Path) -> None:
         BENCHMARKS["eccv-caption"].read(tmp_path / "coco")
 
 
-def test_clip_benchmark_evaluates_our_model(model_folder: Path, image_folder: Path) -> None:
-    """Its evaluation of a model folder gives the same recall as ours."""
-    from clip_benchmark.metrics import zeroshot_retrieval
-    from clip_benchmark.models import load_clip
-
-    register_model()
-    model, transform, tokenizer = load_clip("llm2clip", str(model_folder), "", "", "cpu")
-    items = captioned_images(image_folder)
-
-    def collate(rows: list[Any]) -> tuple[torch.Tensor, list[list[str]]]:
-        return torch.stack([transform(image) for image, _ in rows]), [captions for _, captions in rows]
-
-    loader: DataLoader[Any] = DataLoader(items, batch_size=5, collate_fn=collate)  # type: ignore[arg-type]
-    theirs = zeroshot_retrieval.evaluate(model, loader, tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
-    dual = open_dual_encoder(str(model_folder), "cpu")
-    images = dual.encode_images([dual.transform(load_image(image)) for image, _ in items])
-    texts = dual.encode_texts([caption for _, captions in items for caption in captions])
-    ours = measure_retrieval(images, texts, IMAGE_OF_TEXT)
-    for k in (1, 5, 10):
-        assert theirs[f"image_retrieval_recall@{k}"] == pytest.approx(ours["T2I"][f"R@{k}"] / 100, abs=1e-6)
-        assert theirs[f"text_retrieval_recall@{k}"] == pytest.approx(ours["I2T"][f"R@{k}"] / 100, abs=1e-6)
-
-
 def test_mteb_evaluates_our_model(model_folder: Path, image_folder: Path) -> None:
     """mteb's evaluation of a local text-to-image task gives the same recall as ours."""
     import mteb
@@ -123,7 +97,7 @@ def test_mteb_evaluates_our_model(model_folder: Path, image_folder: Path) -> Non
     from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
     from mteb.abstasks.task_metadata import TaskMetadata
 
-    from llm2clip.evaluate.adapters.mteb import MTEBModel
+    from llm2clip.evaluate.mteb import MTEBModel
 
     items = captioned_images(image_folder)
     texts = [caption for _, captions in items for caption in captions]

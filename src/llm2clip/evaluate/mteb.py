@@ -1,7 +1,7 @@
 """Adapter that lets mteb evaluate any model that `open_dual_encoder` can load.
 
     import mteb
-    from llm2clip.evaluate.adapters.mteb import MTEBModel
+    from llm2clip.evaluate.mteb import MTEBModel
 
     mteb.evaluate(MTEBModel("runs/mine/model"), mteb.get_tasks(["Flickr30kT2IRetrieval"]))
 

@@ -1,1 +1,0 @@
-"""Adapters for evaluating llm2clip models with other projects' benchmark suites."""
