@@ -15,12 +15,10 @@ from llm2clip.evaluate.benchmarks.base import (
     ClassificationData,
     CompositionalExample,
     DetectionData,
-    JudgedRetrieval,
     RegionData,
     SegmentationData,
 )
 from llm2clip.evaluate.benchmarks.compositional import compute_compositional_accuracy
-from llm2clip.evaluate.benchmarks.eccv_caption import compute_eccv_metrics
 from llm2clip.evaluate.bootstrap import BootstrapMetrics
 from llm2clip.evaluate.dense.detection import (
     build_detection_blocks,
@@ -59,10 +57,10 @@ class BenchmarkResult:
     Args:
         summary: Entry for results.json, with "benchmark" and "kind". Metrics are in percent, except "linear probe C".
             Retrieval entries have "rows" (see `compute_field_metrics`). All other entries have the counts "images",
-            "texts" and "truncated" (texts that exceed the model's maximum length). Judged retrieval, compositional and
-            classification entries have "metrics". Classification entries also have "intervals" (95% confidence
-            intervals). Compositional entries also have "examples" (number of decodable examples). Region, segmentation
-            and detection entries have "rows", one per method, with "method", "metrics", "intervals", per-class metrics
+            "texts" and "truncated" (texts that exceed the model's maximum length). Compositional and classification
+            entries have "metrics". Classification entries also have "intervals" (95% confidence intervals).
+            Compositional entries also have "examples" (number of decodable examples). Region, segmentation and
+            detection entries have "rows", one per method, with "method", "metrics", "intervals", per-class metrics
             ("class top-1", "IoU" or "class AP50") and, if it affects the metrics, "logit scale".
         images: All images in the benchmark, including undecodable images.
         ranks: Retrieval ranks, keyed by caption field. Empty if the benchmark is not a retrieval benchmark.
@@ -109,8 +107,6 @@ def run_benchmark(
         ranks = rank_caption_fields(embeddings, data)
         images = [record.image for records in data.values() for record in records if record.image is not None]
         result = BenchmarkResult({"rows": compute_field_metrics(embeddings, ranks)}, images, ranks)
-    elif benchmark.kind == "judged retrieval":
-        result = _evaluate_judged_retrieval(data, embeddings)
     elif benchmark.kind == "compositional":
         result = _evaluate_compositional(data, embeddings)
     elif benchmark.kind == "classification":
@@ -132,19 +128,6 @@ def _count_texts(
     """Insert names into templates. Return the number of resulting texts ("texts") and of truncated texts."""
     texts = fill_templates(names, templates)
     return {"texts": len(texts), "truncated": embeddings.count_truncated(texts)}
-
-
-def _evaluate_judged_retrieval(data: JudgedRetrieval, embeddings: EmbeddingSource) -> BenchmarkResult:
-    images, indices = embeddings.encode_images(data.images)
-    undecodable = set(range(len(data.images))) - set(indices)
-    if undecodable:
-        raise DataFormatError(
-            f"{len(undecodable):,} images cannot be decoded, e.g. {data.images[min(undecodable)]}. "
-            "This benchmark requires all images"
-        )
-    metrics = compute_eccv_metrics(data, images, embeddings.encode_texts(data.captions))
-    counts = {"images": len(images), **_count_texts(embeddings, data.captions)}
-    return BenchmarkResult(counts | {"metrics": metrics}, data.images)
 
 
 def _evaluate_compositional(examples: Sequence[CompositionalExample], embeddings: EmbeddingSource) -> BenchmarkResult:

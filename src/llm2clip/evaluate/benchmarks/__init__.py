@@ -7,7 +7,6 @@ from llm2clip.evaluate.benchmarks import (
     classification,
     coco_instances,
     compositional,
-    eccv_caption,
     retrieval,
     segmentation,
 )
@@ -26,7 +25,6 @@ from llm2clip.published_results import get_published_metrics, get_published_rows
 
 _PUBLIC_BENCHMARKS = (
     *retrieval.ENGLISH_BENCHMARKS,
-    *eccv_caption.BENCHMARKS,
     *retrieval.MULTILINGUAL_BENCHMARKS,
     *compositional.BENCHMARKS,
     *classification.BENCHMARKS,

@@ -47,16 +47,6 @@ class ClassificationData:
 
 
 @dataclass(frozen=True)
-class JudgedRetrieval:
-    """COCO test images and captions, with the COCO ids that identify them in human relevance judgements."""
-
-    images: Sequence[ImageRef]
-    image_ids: Sequence[int]
-    captions: Sequence[str]
-    caption_ids: Sequence[int]
-
-
-@dataclass(frozen=True)
 class RegionData:
     """Images with labelled boxes, class names and templates. The fields `images` to `areas` have one item per image."""
 
@@ -134,9 +124,9 @@ class Benchmark:
     Args:
         name: Name of the benchmark on the command line.
         kind: Kind of benchmark, which determines the metrics and the return type of `read`: `CaptionFields` for
-            "retrieval", `JudgedRetrieval` for "judged retrieval", a list of `CompositionalExample` for "compositional",
-            `ClassificationData` for "classification", `RegionData` for "regions", `SegmentationData` for
-            "segmentation", and `DetectionData` for "detection".
+            "retrieval", a list of `CompositionalExample` for "compositional", `ClassificationData` for
+            "classification", `RegionData` for "regions", `SegmentationData` for "segmentation", and `DetectionData`
+            for "detection".
         description: One-line description that states the size and the split.
         folders: Possible names of the benchmark's folder inside the root folder, in order of preference.
         read: Function that reads the data from the benchmark's folder.
@@ -145,9 +135,7 @@ class Benchmark:
     """
 
     name: str
-    kind: Literal[
-        "retrieval", "judged retrieval", "compositional", "classification", "regions", "segmentation", "detection"
-    ]
+    kind: Literal["retrieval", "compositional", "classification", "regions", "segmentation", "detection"]
     description: str
     folders: tuple[str, ...]
     read: Callable[[Path], Any]
