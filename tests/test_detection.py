@@ -46,8 +46,8 @@ from llm2clip.evaluate.dense.proposals import Proposals, get_object_boxes, open_
 from llm2clip.evaluate.dense.regions import RegionPredictions, classify_regions, encode_boxes
 from llm2clip.evaluate.dense.segmentation import SegmentationResult, evaluate_segmentation
 from llm2clip.evaluate.runner import evaluate_models
-from llm2clip.html_report import ResultImages
 from llm2clip.io_utils import DataFormatError, MissingFileError
+from llm2clip.reports import Examples
 from llm2clip.runs.ranks import process_state, shut_down_process_group
 
 NAMES = ("red", "green", "blue")
@@ -577,7 +577,7 @@ def test_detection_blocks_show_the_names(tmp_path: Path) -> None:
     data = draw_data(tmp_path)
     results = detect(data)
     blocks = build_detection_blocks(data, "plain", results.by_method["plain"], count=2)
-    [images] = [block for block in blocks if isinstance(block, ResultImages)]
+    [images] = [block for block in blocks if isinstance(block, Examples)]
     assert len(images.images) == 2
     assert images.images[0].caption in ("red 1.00, green 1.00", "green 1.00, red 1.00")  # one name per box
     assert load_image(images.images[0].jpeg).shape == (3, 360, 480)

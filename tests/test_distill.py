@@ -25,7 +25,7 @@ from llm2clip.cli import main
 from llm2clip.config import DistillConfig
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.table import RecordTable
-from llm2clip.evaluate.reporting import distill_report
+from llm2clip.evaluate.reporting import training as training_report
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.export import export_model
 from llm2clip.models.hub.fingerprint import fingerprint
@@ -55,7 +55,7 @@ TEXTS = ["the left half is red", "a grey picture, blue at its border", "x", "Ein
 
 @pytest.fixture(autouse=True)
 def short_speed_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill_report, "MIN_SPEED_SECONDS", 0.0)
+    monkeypatch.setattr(training_report, "MIN_SPEED_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +321,7 @@ def test_two_processes_give_the_student_of_one(teacher: Path, image_folder: Path
 
 
 def _run_on_rank(teacher: Path, images: Path, out: Path) -> None:
-    distill_report.MIN_SPEED_SECONDS = 0.0
+    training_report.MIN_SPEED_SECONDS = 0.0
     run(teacher, images, out, "layers:1", DistillConfig(**{**vars(CONFIG), "batch_size": CONFIG.batch_size // 2}))
 
 

@@ -11,7 +11,6 @@ import pytest
 from llm2clip.evaluate.benchmark_eval import BenchmarkResult
 from llm2clip.evaluate.benchmarks import BENCHMARKS
 from llm2clip.evaluate.reporting.comparison import build_benchmark_blocks, build_caption_retrieval_blocks
-from llm2clip.html_report import Table, render_markdown
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.published_results import (
     CRA,
@@ -23,6 +22,7 @@ from llm2clip.published_results import (
     get_published_notes,
     get_published_rows,
 )
+from llm2clip.reports import Table, render_markdown
 from llm2clip.tools.reproduce.report import quote_paper
 
 ROOT = Path(__file__).parents[1]

@@ -30,7 +30,6 @@ from llm2clip.evaluate.dense.segmentation import (
     compute_segmentation_metrics,
     evaluate_segmentation,
 )
-from llm2clip.html_report import Legend, ResultImages
 from llm2clip.io_utils import DataFormatError, MissingFileError
 from llm2clip.models.vision import sliding_window
 from llm2clip.models.vision.sliding_window import (
@@ -41,6 +40,7 @@ from llm2clip.models.vision.sliding_window import (
     cut_windows,
     segment,
 )
+from llm2clip.reports import Examples
 from test_dual_encoder import clip as clip  # the fixture
 
 SIZE = (8, 6)  # width and height of the generated images
@@ -470,12 +470,12 @@ def test_pictures_show_labels_and_predictions_without_the_background(tmp_path: P
     result.examples = {0: {"labels": np.where(np.arange(64) < 32, 0, 1).repeat(48).reshape(64, 48).T.astype(np.uint8)}}
     for has_background in (False, True):
         shown = dataclasses.replace(data, has_background=has_background)
-        *_, images, legend = build_segmentation_blocks(shown, result)
-        assert isinstance(images, ResultImages) and isinstance(legend, Legend)
-        image, overlay = (load_image(item.jpeg).float() for item in images.images)
+        *_, examples = build_segmentation_blocks(shown, result)
+        assert isinstance(examples, Examples)
+        image, overlay = (load_image(item.jpeg).float() for item in examples.images)
         change = (overlay - image).abs().sum(0)
         assert change[:, 40:].mean() > 20, "class 1 is coloured"
-        names = [name for name, _ in legend.entries]
+        names = [name for name, _ in examples.legend]
         if has_background:
             assert change[:, :24].mean() < 8 and names == ["green"]
         else:

@@ -20,7 +20,6 @@ running the same command again resumes an interrupted run. `fit` writes a run di
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -38,9 +37,7 @@ from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import DataSplits, read_splits
 from llm2clip.data.table import RecordTable
-from llm2clip.evaluate.reporting.distill_report import write_distill_report
-from llm2clip.evaluate.reporting.fit_report import build_summary_table, write_fit_report
-from llm2clip.html_report import render_markdown
+from llm2clip.evaluate.reporting.training import write_distill_report, write_fit_report
 from llm2clip.io_utils import iterate_lines
 from llm2clip.models.export.model_card import write_model_card
 from llm2clip.models.hub.loading import check_model_source
@@ -48,10 +45,10 @@ from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import find_model_folder
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.runs.checkpoint import latest_checkpoint, read_metrics
-from llm2clip.runs.output_folder import CONFIG_FILE, run_lock, save_or_check_config
+from llm2clip.runs.checkpoint import latest_checkpoint
+from llm2clip.runs.output_folder import run_lock, save_or_check_config
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
-from llm2clip.runs.run_description import DURATIONS_FILE, StageClock
+from llm2clip.runs.run_description import StageClock
 from llm2clip.stages import align, embed, evaluate, open_encoder, tune
 from llm2clip.store.layout import check_identity
 from llm2clip.store.store import EmbeddingStore
@@ -162,7 +159,8 @@ def _run_stages(
     trained = evaluate(model_dir, data.held_out, run_dir / "evaluate", log, store)
     clock.stop()
     if process_state().is_main_process:
-        _write_report(run_dir, model_dir, trained, f"{data.summary}. {log.summary()}.")
+        write_fit_report(run_dir, trained, f"{data.summary}. {log.summary()}.")
+        write_model_card(model_dir, run_dir.resolve().name)
     return model_dir
 
 
@@ -454,30 +452,3 @@ def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
         identity = store.manifest["identity"]
         check_identity(identity, open_encoder(encoder, "cpu").identity(identity["precision"]), store.folder)
     wait_for_everyone()
-
-
-# ---- report ----------------------------------------------------------------------------------------------------------
-
-
-def _write_report(run_dir: Path, model_dir: Path, trained: list[dict[str, Any]], data_summary: str) -> None:
-    """Write the report and the model card of a `fit` run, and print a summary of the metrics."""
-    cra_files = (run_dir / "tune" / "cra_raw.json", run_dir / "tune" / "cra_tuned.json")
-    cra_before_after = [json.loads(file.read_text()) for file in cra_files if file.exists()]
-    cra = (cra_before_after[0], cra_before_after[1]) if len(cra_before_after) == 2 else None
-    evaluations = run_dir / "evaluate"
-    templates_file = evaluations / "query_templates.json"
-    untrained = json.loads((evaluations / "untrained.json").read_text())
-    _, page = write_fit_report(
-        run_dir,
-        data=data_summary,
-        cra=cra,
-        untrained=untrained,
-        trained=trained,
-        query_templates=json.loads(templates_file.read_text()) if templates_file.exists() else None,
-        examples=json.loads((evaluations / "examples.json").read_text()),
-        curves={stage: read_metrics(run_dir / stage / "metrics.jsonl") for stage in ("tune", "align")},
-        durations=json.loads((run_dir / DURATIONS_FILE).read_text()),
-        settings=(run_dir / CONFIG_FILE).read_text(encoding="utf-8"),
-    )
-    write_model_card(model_dir, run_dir.resolve().name)
-    print_once(render_markdown("Results", [build_summary_table(cra, untrained, trained)]), f"Report: {page}")

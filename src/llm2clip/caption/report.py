@@ -19,9 +19,10 @@ from llm2clip.caption.prompts import Prompt
 from llm2clip.data.image_refs import to_valid_unicode
 from llm2clip.data.images import ImageError, load_image, make_thumbnail
 from llm2clip.data.table_statistics import Histogram
-from llm2clip.html_report import Block, Code, Heading, ImageCard, ImageCards, Paragraph, Table, render_html, render_text
-from llm2clip.io_utils import atomic_write_text, hide_url_secrets
-from llm2clip.runs.run_description import describe_run, format_run
+from llm2clip.io_utils import hide_url_secrets
+from llm2clip.reports import Block, Example, Examples, Heading, Paragraph, Table, render_text
+from llm2clip.reports import write_report as write_html_report
+from llm2clip.runs.run_description import build_run_section, describe_run
 
 MAX_IMAGES = 200  # images on the page
 MAX_ERRORS = 20  # reasons of failed requests
@@ -65,21 +66,39 @@ class CaptionReport:
 
 def format_report(database: CaptionDatabase, report: CaptionReport) -> str:
     """Return the numbers of a report as text for a terminal."""
-    return render_text(build_blocks(database, report))
+    return render_text(build_blocks(database, report), describe_captions(database, report))
 
 
 def write_report(file: Path, database: CaptionDatabase, report: CaptionReport) -> None:
     """Write a report with images and captions as a self-contained HTML page."""
+    blocks = build_blocks(database, report)
     cards = [_make_card(database, row, report) for row in find_worst_images(database, report)]
-    blocks: list[Block] = [
-        Paragraph(format_run(describe_run(report.seconds))),
-        Code("\n".join(to_valid_unicode(hide_url_secrets(source)) for source in report.sources)),
-    ]
-    blocks += build_blocks(database, report)
     if cards:
         text = f"{len(cards):,} images: those with failed or rejected captions first, then by highest rank."
-        blocks += [Heading("Images"), Paragraph(text), ImageCards(cards)]
-    atomic_write_text(file, render_html("Captions", blocks))
+        blocks += [Heading("Images"), Paragraph(text), Examples(cards, as_cards=True)]
+    sources = "\n".join(to_valid_unicode(hide_url_secrets(source)) for source in report.sources)
+    blocks += build_run_section(describe_run(report.seconds), code=sources)
+    write_html_report(file, "Captions", describe_captions(database, report), blocks, with_markdown=False)
+
+
+def describe_captions(database: CaptionDatabase, report: CaptionReport) -> str:
+    """State in words how many captions were rejected and why, and how many requests failed."""
+    num_captions = report.checks.num_captions
+    problems = database.count_problems(report.model, report.prompts)
+    num_failed = sum(count for _, count, _ in database.count_errors(report.model, report.prompts, MAX_ERRORS))
+    if not num_captions:
+        return f"No image has a caption. {num_failed:,} requests failed." if num_failed else "No image has a caption."
+    verdict = f"None of the {num_captions:,} captions is rejected."
+    if problems:
+        [(problem, count)] = problems.most_common(1)
+        share = 100 * problems.total() / num_captions
+        verdict = f"{problems.total():,} of {num_captions:,} captions ({share:.1f}%) are rejected"
+        verdict += f", most of them because: {problem} ({count:,})." if len(problems) > 1 else f": {problem}."
+    if num_failed:
+        verdict += f" {num_failed:,} requests failed."
+    elif report.scores is None:
+        verdict += " They were not compared with their images."
+    return verdict
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -179,7 +198,7 @@ def find_worst_images(database: CaptionDatabase, report: CaptionReport) -> list[
     return [database.read_image(number) for number in numbers]
 
 
-def _make_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) -> ImageCard:
+def _make_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) -> Example:
     """Return an image's thumbnail and captions. If the image cannot be decoded, the card shows the error."""
     file = find_image_file(database, row)
     jpeg, error = None, ""
@@ -193,7 +212,8 @@ def _make_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) 
     if captions := row.record.get("captions"):
         texts["captions in the source"] = [_shorten(caption) for caption in captions[:MAX_SOURCE_CAPTIONS]]
     name = to_valid_unicode(file.path)
-    return ImageCard(Path(name).name, [to_valid_unicode(row.record["image"])], jpeg, error, texts)
+    details = [to_valid_unicode(row.record["image"])]
+    return Example(jpeg, title=Path(name).name, details=details, texts=texts, error=error)
 
 
 def _get_label(answer: StoredAnswer) -> str:

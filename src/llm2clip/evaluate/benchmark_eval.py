@@ -44,9 +44,9 @@ from llm2clip.evaluate.reporting.error_analysis import ErrorAnalysis
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks, compute_field_metrics, rank_caption_fields
 from llm2clip.evaluate.short_queries import ShortQueryResult
 from llm2clip.evaluate.zero_shot import classification_accuracy, encode_classes, fit_linear_probe
-from llm2clip.html_report import Block
 from llm2clip.io_utils import DataFormatError, MissingFileError
 from llm2clip.models.prompts import fill_templates
+from llm2clip.reports import Block
 from llm2clip.runs.ranks import print_once, process_state
 
 

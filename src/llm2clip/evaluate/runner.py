@@ -1,10 +1,12 @@
 """Evaluation of one or more models on the user's data and on public benchmarks, with a report of the results."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +28,20 @@ from llm2clip.evaluate.reporting.comparison import (
     build_benchmark_blocks,
     build_caption_retrieval_blocks,
     build_short_query_blocks,
+    describe_results,
 )
 from llm2clip.evaluate.reporting.error_analysis import analyze_errors
+from llm2clip.evaluate.reporting.verdicts import describe_caption_retrieval
 from llm2clip.evaluate.retrieval_eval import compute_retrieval_difference
 from llm2clip.evaluate.short_queries import score_short_queries
-from llm2clip.html_report import BAD, Block, Code, Details, Paragraph, render_markdown, write_report
 from llm2clip.io_utils import MissingFileError, atomic_write_text, sanitize_name
 from llm2clip.models.hub.loading import get_display_names
 from llm2clip.models.prompts import QueryTemplates, check_templates
 from llm2clip.models.vision.dense import DENSE_VARIANTS
+from llm2clip.reports import BAD, Block, Paragraph, render_markdown, write_report
 from llm2clip.runs.output_folder import to_plain_types
 from llm2clip.runs.ranks import print_once, process_state
-from llm2clip.runs.run_description import describe_run, format_run
+from llm2clip.runs.run_description import build_run_section, describe_run
 
 
 class IncompleteEvaluationError(ValueError):
@@ -87,64 +91,107 @@ def evaluate_models(
     start = time.time()
     encoder, config = encoder or EncoderConfig(), config or EvaluateConfig()
     _check_arguments(models, data, options)
-    out = Path(options.out) if options.out else None
-    results: dict[str, Any] = {}
-    report: list[Block] = []
-    warnings: list[str] = []
-    failures: list[str] = []
-    notes: list[str] = []
     log = _make_skip_log(options, "records")
     title_name = get_display_names(models or [encoder.path])[0]
-
+    evaluation = _Evaluation(Path(options.out) if options.out else None)
     if options.captions:
         records = open_table(options.captions, options.columns, log, "unchecked")
-        results["caption retrieval"] = caption_retrieval_accuracy(
+        text_encoder = open_text_encoder(models[0] if models else None, encoder, options.trust_remote_code)
+        metrics = caption_retrieval_accuracy(
             [record.captions for record in records],
-            open_text_encoder(models[0] if models else None, encoder, options.trust_remote_code),
+            text_encoder,
             all_pairs=options.all_pairs,
             num_mistakes=3 if options.mistakes is None else options.mistakes,
         )
-        blocks = build_caption_retrieval_blocks(title_name, results["caption retrieval"])
-        print_once(render_markdown("Caption retrieval", blocks))
-        report += blocks
-        _write_results(out, results)
-
+        evaluation.save("caption retrieval", metrics)
+        blocks = build_caption_retrieval_blocks(title_name, metrics)
+        evaluation.add_section("Caption retrieval", describe_caption_retrieval(title_name, metrics), blocks)
     if data or options.benchmarks:
         user_data = [_read_user_benchmark(data, config, options.columns, log)] if data else []
         benchmarks = [*user_data, *get_benchmarks(options.benchmarks, options.templates or ())]
         runner = BenchmarkRunner(benchmarks, log, options)
-        for n, name in enumerate(get_display_names(models) if runner.runs else []):
-            for _ in runner.evaluate_model(models[n], name, is_baseline=n > 0):
-                results["results"] = runner.get_summaries()
-                _write_results(out, results)  # write now, so that no results are lost if a later benchmark fails
-        if not runner.get_summaries():
-            raise ValueError("\n".join(["nothing could be evaluated:", *runner.missing, *runner.failures]))
-        requests_all = "all" in options.benchmarks  # with "all", missing benchmarks do not count as failures
-        failures = runner.failures if requests_all else runner.missing + runner.failures
-        skipped = runner.list_skipped_rows() + (runner.missing if requests_all else [])
-        notes = skipped + runner.describe_proposals()
-        warnings = runner.list_warnings()
-        blocks = runner.build_blocks()
-        report += [Paragraph(line) for line in skipped]
-        report += [Paragraph(line, BAD) for line in [*warnings, *failures]] + blocks
-        print_once(render_markdown("Results", [block for block in blocks if not isinstance(block, Paragraph)]))
-
+        _run_benchmarks(runner, models, options, evaluation)
     last_lines = [log.summary()] if log.rows_seen and not data else []
-    last_lines += notes + warnings
-    if out is not None and process_state().is_main_process:
-        run = describe_run(time.time() - start)
-        settings = to_plain_types(
-            {"models": models, "data": data, **vars(options), "encoder": encoder, "config": config}
-        )
-        _write_results(out, results | {"run": run | {"settings": settings}})
-        report = [Paragraph(format_run(run)), Code(run["command"]), *report]
-        report.append(Details("Settings", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)))
-        _, html_file = write_report(out, "report", f"Evaluation of {title_name}", report)
-        last_lines.append(f"Report: {html_file}")
-    if failures:
+    last_lines += evaluation.skipped + evaluation.proposals + evaluation.warnings
+    if evaluation.out is not None and process_state().is_main_process:
+        settings = {"models": models, "data": data, **vars(options), "encoder": encoder, "config": config}
+        page = evaluation.write(f"Evaluation of {title_name}", describe_run(time.time() - start), settings)
+        last_lines.append(f"Report: {page}")
+    if evaluation.failures:
         print_once(*last_lines)
-        raise IncompleteEvaluationError("\n".join(["some evaluations failed, but the others are complete:", *failures]))
+        lines = ["some evaluations failed, but the others are complete:", *evaluation.failures]
+        raise IncompleteEvaluationError("\n".join(lines))
     return last_lines
+
+
+@dataclass
+class _Evaluation:
+    """Results and report of an evaluation so far.
+
+    Args:
+        out: Output folder, or None if nothing is written.
+        results: Contents of results.json.
+        verdict: Verdict of the last section, which becomes the verdict of the report.
+        skipped: Descriptions of skipped rows and benchmarks.
+        proposals: Descriptions of the proposals for detection benchmarks.
+    """
+
+    out: Path | None
+    results: dict[str, Any] = field(default_factory=dict)
+    verdict: str = ""
+    blocks: list[Block] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    proposals: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def save(self, key: str, values: Any) -> None:
+        """Set an entry of results.json, and write the file."""
+        self.results[key] = values
+        if self.out is not None and process_state().is_main_process:
+            text = json.dumps(self.results, indent=1, ensure_ascii=False)
+            atomic_write_text(self.out / "results.json", text)
+
+    def add_section(self, title: str, verdict: str, blocks: Sequence[Block]) -> None:
+        """Add blocks to the report, and print their tables."""
+        self.verdict = verdict
+        self.blocks += blocks
+        tables = [block for block in blocks if not isinstance(block, Paragraph)] if title == "Results" else blocks
+        print_once(render_markdown(title, tables, verdict))
+
+    def write(self, title: str, run: dict[str, Any], settings: dict[str, Any]) -> Path:
+        """Write results.json, report.md and report.html, and return the path of the page."""
+        assert self.out is not None
+        plain_settings = to_plain_types(settings)
+        self.save("run", run | {"settings": plain_settings})
+        problems = [Paragraph(line, BAD) for line in [*self.warnings, *self.failures]]
+        settings_text = yaml.safe_dump(plain_settings, sort_keys=False, allow_unicode=True)
+        page = self.out / "report.html"
+        run_section = build_run_section(run, settings=settings_text)
+        run_section += [Paragraph(line) for line in self.skipped]
+        write_report(page, title, self.verdict, [*problems, *self.blocks, *run_section])
+        return page
+
+
+def _run_benchmarks(
+    runner: BenchmarkRunner, models: Sequence[str], options: EvaluateOptions, evaluation: _Evaluation
+) -> None:
+    """Evaluate all models on all benchmarks, and add the results to `evaluation`."""
+    for n, name in enumerate(get_display_names(models) if runner.runs else []):
+        for _ in runner.evaluate_model(models[n], name, is_baseline=n > 0):
+            evaluation.save("results", runner.get_summaries())  # so that no results are lost if a later benchmark fails
+    if not runner.get_summaries():
+        raise ValueError("\n".join(["nothing could be evaluated:", *runner.missing, *runner.failures]))
+    skipped = runner.list_skipped_rows()
+    if "all" in options.benchmarks:  # with "all", missing benchmarks do not count as failures
+        skipped += runner.missing
+        evaluation.failures = runner.failures
+    else:
+        evaluation.failures = runner.missing + runner.failures
+    evaluation.skipped, evaluation.proposals = skipped, runner.describe_proposals()
+    evaluation.warnings = runner.list_warnings()
+    first = next(run for run in runner.runs if run.results)
+    evaluation.add_section("Results", describe_results(first.benchmark.name, first.results), runner.build_blocks())
 
 
 @dataclass
@@ -154,7 +201,7 @@ class BenchmarkRun:
     benchmark: Benchmark
     folder: Path
     log: SkipLog
-    results: list[BenchmarkResult] = dataclasses.field(default_factory=list)
+    results: list[BenchmarkResult] = field(default_factory=list)
 
 
 class BenchmarkRunner:
@@ -256,10 +303,10 @@ class BenchmarkRunner:
         if self._options.short_queries:
             self._add_short_queries(result, embeddings)
         if self._out is not None and process_state().is_main_process:
-            for n, (field, ranks) in enumerate(result.ranks.items()):
+            for n, (caption_field, ranks) in enumerate(result.ranks.items()):
                 # With examples for all 36 languages of Crossmodal-3600, the report would contain 2,000 images.
                 with_examples = not is_baseline and n == 0
-                result.error_analysis[field] = analyze_errors(ranks, EXAMPLE_QUERIES if with_examples else 0)
+                result.error_analysis[caption_field] = analyze_errors(ranks, EXAMPLE_QUERIES if with_examples else 0)
             if result.draw_examples is not None and not is_baseline:
                 result.examples = result.draw_examples()
         result.draw_examples = None  # free the memory of images and embeddings
@@ -272,15 +319,17 @@ class BenchmarkRunner:
         templates = embeddings.query_templates
         if self._options.templates is not None:
             templates = QueryTemplates(tuple(self._options.templates))
-        for field, ranks in result.ranks.items():
+        for caption_field, ranks in result.ranks.items():
             try:
                 scores = score_short_queries(embeddings, ranks, templates)
             except ValueError as error:
                 benchmark = result.summary["benchmark"]
-                self.failures.append(f"Skipped short queries for {result.model} on {benchmark}, {field}: {error}")
+                self.failures.append(
+                    f"Skipped short queries for {result.model} on {benchmark}, {caption_field}: {error}"
+                )
                 continue
-            result.short_queries[field] = scores
-            row = next(row for row in result.summary["rows"] if row["captions"] == field)
+            result.short_queries[caption_field] = scores
+            row = next(row for row in result.summary["rows"] if row["captions"] == caption_field)
             row["short queries"] = [length.to_dict() for length in scores.plain]
             if scores.with_templates is not None:
                 row["short queries with templates"] = [length.to_dict() for length in scores.with_templates]
@@ -328,9 +377,9 @@ def _add_differences(first: BenchmarkResult, result: BenchmarkResult) -> None:
     if "" in first.bootstrap:
         result.summary["difference"] = first.bootstrap[""].subtract(result.bootstrap[""])
     for row in result.summary.get("rows", ()):
-        field, method = row.get("captions"), row.get("method")
-        if field in first.ranks:
-            row["difference"] = compute_retrieval_difference(first.ranks[field], result.ranks[field])
+        caption_field, method = row.get("captions"), row.get("method")
+        if caption_field in first.ranks:
+            row["difference"] = compute_retrieval_difference(first.ranks[caption_field], result.ranks[caption_field])
         elif method in first.bootstrap:
             row["difference"] = first.bootstrap[method].subtract(result.bootstrap[method])
 
@@ -402,8 +451,3 @@ def _make_skip_log(options: EvaluateOptions, name: str) -> SkipLog:
     if options.out is not None and process_state().is_main_process:
         file = Path(options.out) / "skipped" / f"{sanitize_name(name)}.jsonl"
     return SkipLog(file, options.max_skipped)
-
-
-def _write_results(out: Path | None, results: dict[str, Any]) -> None:
-    if out is not None and process_state().is_main_process:
-        atomic_write_text(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False))

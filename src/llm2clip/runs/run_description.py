@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from llm2clip.io_utils import atomic_write_text
+from llm2clip.reports import Block, Code, Details, Heading, Paragraph
 from llm2clip.runs.ranks import print_once, process_state
 
 DURATIONS_FILE = "durations.json"
@@ -61,6 +62,24 @@ def format_run(run: Mapping[str, Any]) -> str:
         f"llm2clip {run['version']}, {date.day} {date:%B %Y, %H:%M} UTC, {format_duration(run['seconds'])} on "
         f"{run['machine']}."
     )
+
+
+def build_run_section(
+    run: Mapping[str, Any], note: str = "", settings: str = "", code: str | None = None
+) -> list[Block]:
+    """Return the last section of a report, which says how the report was made.
+
+    Args:
+        run: Result of `describe_run`.
+        note: Further sentences about the run.
+        settings: Settings as text, shown collapsed.
+        code: Text to show instead of the command, such as the sources.
+    """
+    text = f"{format_run(run)} {note}".rstrip()
+    blocks: list[Block] = [Heading("Run"), Paragraph(text), Code(run["command"] if code is None else code)]
+    if settings:
+        blocks.append(Details("Settings", settings))
+    return blocks
 
 
 def format_duration(seconds: float) -> str:

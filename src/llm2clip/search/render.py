@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
-from llm2clip.html_report import Block, Paragraph, ResultImage, ResultImages, write_report
+from llm2clip.reports import Example, Examples, Paragraph, write_report
 from llm2clip.search.backends import Backend, Hit
 from llm2clip.search.explain import Explanation
 from llm2clip.search.rerank import RERANKED
@@ -140,7 +140,7 @@ def write_contact_sheet(
         if hit.similar:
             label += f" (+{len(hit.similar)} similar)"
         jpeg = (heatmaps or {}).get(hit.id) or backend.thumbnail(hit.id)
-        images.append(ResultImage(jpeg, None, label, _make_file_url(hit)))
+        images.append(Example(jpeg, label, url=_make_file_url(hit)))
     order = "best match first" if any(hit.matched for hit in hits) else "most similar first"
     if rerank_model is not None:
         first = f"the first {RERANKED} " if len(hits) > RERANKED else ""
@@ -150,8 +150,9 @@ def write_contact_sheet(
         text = f"{len(hits)} images, newest first, each with its rank and date."
     if heatmaps:
         text += " Bright parts of an image are the most similar to the query, and dark parts are the least similar."
-    blocks: list[Block] = [ResultImages(query, images), Paragraph(text)]
-    return write_report(folder, "results", "Search results", blocks)[1]
+    page = folder / "results.html"
+    write_report(page, "Search results", "", [Examples(images, query), Paragraph(text)])
+    return page
 
 
 def _make_file_url(hit: Hit) -> str | None:

@@ -30,21 +30,20 @@ from llm2clip.data.table_statistics import (
     count_languages,
 )
 from llm2clip.evaluate.reporting.plots import plot_distributions
-from llm2clip.html_report import (
+from llm2clip.io_utils import format_bytes
+from llm2clip.reports import (
     BAD,
     Block,
-    Code,
+    Example,
+    Examples,
+    Figure,
     Heading,
-    ImageCard,
-    ImageCards,
     Paragraph,
-    Plot,
     Table,
-    render_html,
     render_text,
+    write_report,
 )
-from llm2clip.io_utils import atomic_write_text, format_bytes
-from llm2clip.runs.run_description import describe_run, format_duration, format_run
+from llm2clip.runs.run_description import build_run_section, describe_run, format_duration
 
 NUM_EXAMPLES = 24  # images shown on the page
 EXAMPLES_PER_REASON = 3  # skipped rows listed for each reason
@@ -54,6 +53,7 @@ MAX_LISTED = 20  # splits and file name suffixes listed
 MAX_TEXTS = 50  # texts of each kind shown below an image
 MAX_TEXT_CHARACTERS = 2000  # longer texts are truncated
 THUMBNAIL_SIDE = 320  # in pixels
+MIN_HELD_OUT = 50  # with fewer held-out images, recall says little about other images
 SMALL_SIDE = 224  # in pixels; input resolution of most vision towers
 FIT_MAX_SKIPPED = 0.05  # default of `fit --max_skipped`
 FIELD_LABELS = {name: name.replace("_", " ") for name in TEXT_FIELDS}
@@ -79,6 +79,7 @@ class DataOverview:
         statistics: Statistics of all records.
         languages: Number of sampled texts per language code, keyed by text field.
         training: What `fit` would train on and hold out, as sentences.
+        num_held_out: Number of images that `fit` would hold out.
         log: Skip log.
         skipped: The first skipped rows of each reason.
         table_bytes: Size of the record table on disk.
@@ -89,6 +90,7 @@ class DataOverview:
     statistics: TableStatistics
     languages: dict[str, Counter[str]]
     training: list[str]
+    num_held_out: int
     log: SkipLog
     skipped: list[SkippedRow]
     table_bytes: int
@@ -114,9 +116,11 @@ def inspect_data(
             table = open_table(sources, columns, log)
             splits = read_splits(sources, EvaluateConfig(), columns, SkipLog(max_skipped=max_skipped))
             training = [splits.summary, splits.rule]
+            num_held_out = max(map(len, splits.held_out.values()), default=0)
         except NoImagesError:
             table = open_table(sources, columns, log, image_check="unchecked")
             training = ["No record has an image. Only `tune` and `embed` accept text-only data"]
+            num_held_out = 0
         seconds = time.monotonic() - start
         skipped = read_first_skipped_rows(Path(folder) / "skipped.jsonl")
     table = add_phrases(table)
@@ -125,6 +129,7 @@ def inspect_data(
         statistics=compute_statistics(table.iterate_batches(STATISTICS_COLUMNS), table.has_image),
         languages={name: count_languages(sample_texts(table, name, MAX_LANGUAGE_SAMPLE)) for name in CAPTION_FIELDS},
         training=training,
+        num_held_out=num_held_out,
         log=log,
         skipped=skipped,
         table_bytes=sum(os.path.getsize(file) for file in {file for file, _ in table.blocks.paths}),
@@ -167,7 +172,32 @@ def choose_evenly(length: int, count: int) -> np.ndarray:
 
 def format_overview(overview: DataOverview) -> str:
     """Format an overview as text for a terminal."""
-    return render_text(build_blocks(overview))
+    return render_text(build_blocks(overview), describe_data(overview))
+
+
+def describe_data(overview: DataOverview) -> str:
+    """State in words what matters most for training on the data: the worst problem, or that the data are ready."""
+    statistics, log = overview.statistics, overview.log
+    captions = sum(statistics.texts[name].words.count for name in CAPTION_FIELDS)
+    size = f"{statistics.num_images:,} images with {captions:,} captions"
+    skipped = log.skipped.total()
+    if not statistics.num_images:
+        return f"No record has an image: only `tune` and `embed` can use these {captions:,} captions."
+    if not captions:
+        return f"None of the {statistics.num_images:,} images has a caption. `llm2clip caption` can write captions."
+    if skipped > FIT_MAX_SKIPPED * log.rows_seen:
+        [(reason, count)] = log.skipped.most_common(1)
+        share = 100 * skipped / log.rows_seen
+        return f"{share:.1f}% of the rows cannot be used, so `fit` would stop. Main reason: {reason} ({count:,} rows)."
+    if statistics.captions_per_image.count and statistics.captions_per_image.maximum < 2:
+        return f"{size}. No image has two captions, which the first stage of `fit` needs: use `--tune.steps 0`."
+    if overview.num_held_out < MIN_HELD_OUT:
+        return f"{size}. Only {overview.num_held_out:,} would be held out: too few to judge a model."
+    num_small = statistics.short_sides.count_below(SMALL_SIDE)
+    if num_small > statistics.short_sides.count / 2:
+        share = 100 * num_small / statistics.short_sides.count
+        return f"{size}. {share:.0f}% of the images are smaller than {SMALL_SIDE} pixels, the input of most models."
+    return f"{size} can be used for training."
 
 
 def build_blocks(overview: DataOverview) -> list[Block]:
@@ -295,9 +325,9 @@ def _build_skipped(overview: DataOverview) -> list[Block]:
     return [Heading("Skipped rows"), *(blocks or [Paragraph("No rows are skipped.")])]
 
 
-def _plot(histograms: dict[str, Histogram], xlabel: str, ylabel: str) -> Plot:
+def _plot(histograms: dict[str, Histogram], xlabel: str, ylabel: str) -> Figure:
     curves = {name: histogram.cumulate() for name, histogram in histograms.items()}
-    return Plot(plot_distributions(curves, xlabel, ylabel), f"Cumulative distribution: {xlabel}")
+    return Figure(plot_distributions(curves, xlabel, ylabel), f"Cumulative distribution: {xlabel}")
 
 
 def _format_percent(count: int, total: int) -> str:
@@ -309,21 +339,18 @@ def _format_percent(count: int, total: int) -> str:
 
 def write_page(file: Path, overview: DataOverview, table: RecordTable) -> None:
     """Write an overview with example images as a self-contained HTML page."""
-    run = describe_run(overview.seconds)
     rows = np.flatnonzero(table.has_image)
     cards = [_make_card(table[int(row)]) for row in rows[choose_evenly(len(rows), NUM_EXAMPLES)]]
-    blocks: list[Block] = [
-        Paragraph(format_run(run)),
-        Code("\n".join(to_valid_unicode(source) for source in overview.sources)),
-        *build_blocks(overview),
-    ]
+    blocks = build_blocks(overview)
     if cards:
         text = f"{len(cards)} evenly spaced images, each with all its texts."
-        blocks += [Heading("Examples"), Paragraph(text), ImageCards(cards)]
-    atomic_write_text(file, render_html("Data set overview", blocks))
+        blocks += [Heading("Examples"), Paragraph(text), Examples(cards, as_cards=True)]
+    sources = "\n".join(to_valid_unicode(source) for source in overview.sources)
+    blocks += build_run_section(describe_run(overview.seconds), code=sources)
+    write_report(file, "Data set overview", describe_data(overview), blocks, with_markdown=False)
 
 
-def _make_card(record: Record) -> ImageCard:
+def _make_card(record: Record) -> Example:
     """Return a record's thumbnail and texts. If its image cannot be decoded, the card shows the error."""
     assert record.image is not None
     jpeg, error, details = None, "", []
@@ -342,7 +369,8 @@ def _make_card(record: Record) -> ImageCard:
     for field in TEXT_FIELDS:
         if values := getattr(record, field):
             texts[FIELD_LABELS[field]] = _shorten_texts(values)
-    return ImageCard(to_valid_unicode(name), [to_valid_unicode(detail) for detail in details], jpeg, error, texts)
+    details = [to_valid_unicode(detail) for detail in details]
+    return Example(jpeg, title=to_valid_unicode(name), details=details, texts=texts, error=error)
 
 
 def _shorten_texts(texts: Sequence[str]) -> list[str]:

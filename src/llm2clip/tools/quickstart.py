@@ -15,11 +15,11 @@ from pathlib import Path
 from llm2clip.config import AlignConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
 from llm2clip.data.images import load_thumbnail
 from llm2clip.data.records import open_records
-from llm2clip.html_report import Block, Paragraph, ResultImage, ResultImages, render_html
-from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, read_jsonl
+from llm2clip.io_utils import atomic_write_jsonl, read_jsonl
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.pipeline import fit
+from llm2clip.reports import Block, Example, Examples, Paragraph, write_report
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state
 from llm2clip.tools.openmoji import prepare_emoji_records
 
@@ -117,9 +117,10 @@ def _write_search_results(model: LLM2CLIP, data: Path, page: Path) -> None:
     for query, query_indices, query_scores in zip(QUERIES, indices.tolist(), scores.tolist(), strict=True):
         results = []
         for index, score in zip(query_indices, query_scores, strict=True):
-            results.append(ResultImage(load_thumbnail(images[index], THUMBNAIL_SIDE), None, f"{score:.3f}"))
-        blocks.append(ResultImages(query, results))
-    atomic_write_text(page, render_html(f"Searching {len(images)} emoji not used for training", blocks))
+            results.append(Example(load_thumbnail(images[index], THUMBNAIL_SIDE), f"{score:.3f}"))
+        blocks.append(Examples(results, query))
+    title = f"Searching {len(images)} emoji not used for training"
+    write_report(page, title, "", blocks, with_markdown=False)
 
 
 def _format_last_lines(out: Path) -> list[str]:

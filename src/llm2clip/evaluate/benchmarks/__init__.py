@@ -19,9 +19,9 @@ from llm2clip.evaluate.benchmarks.coco_instances import (
     make_detection_benchmark,
 )
 from llm2clip.evaluate.benchmarks.segmentation import SEGMENTATION_PREFIX, make_segmentation_benchmark
-from llm2clip.html_report import Table, render_markdown
 from llm2clip.io_utils import MissingFileError
 from llm2clip.published_results import get_published_metrics, get_published_rows
+from llm2clip.reports import Table, render_markdown
 
 _PUBLIC_BENCHMARKS = (
     *retrieval.ENGLISH_BENCHMARKS,

@@ -32,8 +32,8 @@ from llm2clip.evaluate.dense.proposals import GROUND_TRUTH, Proposals, get_objec
 from llm2clip.evaluate.dense.regions import CROP, encode_boxes
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.zero_shot import encode_classes
-from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultImages
 from llm2clip.io_utils import atomic_write_text, sanitize_name
+from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
 from llm2clip.runs.ranks import process_state
 
 if TYPE_CHECKING:
@@ -217,11 +217,11 @@ def build_detection_blocks(
     return [
         Heading("Detections", 3),
         Paragraph(text),
-        ResultImages("Example images, evenly spaced through the data set:", images),
+        Examples(images, "Example images, evenly spaced through the data set:"),
     ]
 
 
-def _draw_detections(image: Tensor, detected: Detections, names: Sequence[str]) -> ResultImage:
+def _draw_detections(image: Tensor, detected: Detections, names: Sequence[str]) -> Example:
     """Draw the highest-scoring detections on an image. Of overlapping boxes, only the highest-scoring one is drawn."""
     height, width = image.shape[1:]
     scale = EXAMPLE_SIDE / max(height, width)
@@ -233,7 +233,7 @@ def _draw_detections(image: Tensor, detected: Detections, names: Sequence[str]) 
         drawn = draw_bounding_boxes(drawn, boxes, labels, "yellow", width=2, label_colors="black", fill_labels=True)
     scores = detected.scores[shown].tolist()
     caption = ", ".join(f"{label} {score:.2f}" for label, score in zip(labels, scores, strict=True))
-    return ResultImage(make_thumbnail(drawn, EXAMPLE_SIDE), None, caption or "no detections")
+    return Example(make_thumbnail(drawn, EXAMPLE_SIDE), caption or "no detections")
 
 
 # ---- average precision ---------------------------------------------------------------------------------------------

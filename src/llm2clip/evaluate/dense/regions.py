@@ -28,9 +28,9 @@ from llm2clip.evaluate.bootstrap import BootstrapMetrics
 from llm2clip.evaluate.dense import decode_images, gather_results, get_model, select_variants
 from llm2clip.evaluate.embeddings import BATCH_SIZE, EmbeddingSource
 from llm2clip.evaluate.zero_shot import compute_class_ranks, encode_classes
-from llm2clip.html_report import Block, Heading, Paragraph, ResultImage, ResultImages
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.vision.dense import encode_boxes as encode_dense_boxes
+from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
 
 CROP = "crop"
 CROP_SCALE = 1.5  # factor by which a box is enlarged before it is cropped
@@ -144,7 +144,7 @@ def build_wrong_region_blocks(
 ) -> list[Block]:
     """Return a report section on the errors with the largest margins. It shows each image and class at most once."""
     order = np.argsort(-predictions.margin, kind="stable")
-    images: list[ResultImage] = []
+    images: list[Example] = []
     shown_images, shown_classes = set(), set()
     for n in order[predictions.rank[order] > 0].tolist():
         index, region = int(predictions.image[n]), int(predictions.region[n])
@@ -155,13 +155,13 @@ def build_wrong_region_blocks(
         shown_classes.add(label)
         crop = crop_region(load_image(data.images[index]), data.boxes[index][region].tolist())
         caption = f"{data.names[label]}, classified as {data.names[int(predictions.predicted[n])]}"
-        images.append(ResultImage(make_thumbnail(crop, THUMBNAIL_SIDE), False, caption))
+        images.append(Example(make_thumbnail(crop, THUMBNAIL_SIDE), caption, is_correct=False))
         if len(images) == count:
             break
     if not images:
         return []
     text = f"Largest-margin errors of the method {method}. Each image and each class is shown at most once."
-    examples = ResultImages("Correct class and predicted class:", images)
+    examples = Examples(images, "Correct class and predicted class:")
     return [Heading("Misclassified regions", 3), Paragraph(text), examples]
 
 

@@ -22,9 +22,9 @@ from llm2clip.evaluate.bootstrap import BootstrapMetrics
 from llm2clip.evaluate.dense import decode_batches, gather_results, get_logit_scales, get_model, select_variants
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.zero_shot import encode_classes
-from llm2clip.html_report import Block, Heading, Legend, Paragraph, ResultImage, ResultImages
 from llm2clip.io_utils import atomic_path, atomic_write_text, sanitize_name
 from llm2clip.models.vision.sliding_window import PixelScores, ResizeForWindows, encode_windows, segment
+from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
 from llm2clip.runs.ranks import process_state
 
 NUM_EXAMPLES = 4  # number of example images in the report
@@ -177,14 +177,14 @@ def build_segmentation_blocks(data: SegmentationData, result: SegmentationResult
     blocks: list[Block] = [Heading("Examples", 3), Paragraph(text)]
     for index, maps in result.examples.items():
         image = load_image(data.images[index])
-        images = [ResultImage(make_thumbnail(image, EXAMPLE_SIDE), None, "image")]
+        images = [Example(make_thumbnail(image, EXAMPLE_SIDE), "image")]
         shown: set[int] = set()
         for name, labels in maps.items():
             shown |= set(np.unique(labels).tolist()) - hidden
             visible = np.where(np.isin(labels, list(hidden)), IGNORED, labels)
-            images.append(ResultImage(_overlay_labels(image, visible, colours), None, name))
-        blocks.append(ResultImages(str(data.images[index]), images))
-        blocks.append(Legend([(data.get_class_name(label), to_hex(colours[label] / 255)) for label in sorted(shown)]))
+            images.append(Example(_overlay_labels(image, visible, colours), name))
+        legend = [(data.get_class_name(label), to_hex(colours[label] / 255)) for label in sorted(shown)]
+        blocks.append(Examples(images, str(data.images[index]), legend=legend))
     return blocks
 
 

@@ -11,19 +11,20 @@ from llm2clip.evaluate.benchmarks.coco_instances import DEGENERATE
 from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
 from llm2clip.evaluate.reporting.error_analysis import MAX_K, ErrorAnalysis
+from llm2clip.evaluate.reporting.verdicts import describe_difference, describe_retrieval, describe_share
 from llm2clip.evaluate.short_queries import METRICS, LengthScores, compute_mean_intervals
-from llm2clip.html_report import (
+from llm2clip.published_results import CRA, CRA_NOTE, get_published_metrics, get_published_notes, get_published_rows
+from llm2clip.reports import (
     Block,
     Details,
+    Figure,
     Heading,
     Paragraph,
-    Plot,
     Table,
     format_cell,
     format_interval,
     format_with_interval,
 )
-from llm2clip.published_results import CRA, CRA_NOTE, get_published_metrics, get_published_notes, get_published_rows
 
 DIRECTIONS = ("I2T", "T2I")
 # Names of published LLM2CLIP models to compare with the first evaluated model. See `get_published_rows`.
@@ -38,6 +39,50 @@ SHORT_QUERY_NOTE = (
 BYTES_PER_VALUE = 2  # search indexes store vectors in float16
 Curves = Mapping[str, Sequence[LengthScores]]
 """Results for each query length, keyed by model name. The key ends in ", with templates" if templates are used."""
+
+
+def describe_results(benchmark: str, results: Sequence[BenchmarkResult]) -> str:
+    """State the first model's main result on a benchmark in words, and compare it with the best baseline.
+
+    Truncated embeddings of the first model are not baselines.
+    """
+    first = results[0]
+    if first.ranks:
+        direction, metric = "T2I", "R@10"
+        verdict = describe_retrieval(first.model, first.summary["rows"][0])
+    else:
+        direction, metric = "metrics", _choose_main_metric(first)
+        verdict = _describe_metric(first, benchmark, metric)
+    differences = []
+    for result in results[1:]:
+        difference = _get_entry(result).get("difference")
+        is_truncated = "full model" in result.summary and result.summary["full model"] == first.model
+        if difference and not is_truncated and metric in difference[direction]:
+            intervals = difference.get("intervals", difference.get(f"{direction} interval"))
+            differences.append((difference[direction][metric], result.model, intervals.get(metric)))
+    if differences:
+        value, baseline, interval = min(differences)
+        verdict += " " + describe_difference(baseline, value, interval, metric)
+    return verdict
+
+
+def _get_entry(result: BenchmarkResult) -> Mapping[str, Any]:
+    """Return the first row of a result, or its summary if it has no rows."""
+    rows: Sequence[Mapping[str, Any]] = result.summary.get("rows", [result.summary])
+    return rows[0]
+
+
+def _choose_main_metric(result: BenchmarkResult) -> str:
+    metrics = _get_entry(result)["metrics"]
+    return next((name for name in ("group", "mean") if name in metrics), next(iter(metrics)))
+
+
+def _describe_metric(result: BenchmarkResult, benchmark: str, metric: str) -> str:
+    value = _get_entry(result)["metrics"][metric]
+    if metric == "top-1":
+        things = "boxes" if "regions" in result.summary else "images"
+        return f"{result.model} names the right class for {describe_share(value)} {things} of {benchmark}."
+    return f"{result.model} reaches {value:.1f}% {metric} on {benchmark}."
 
 
 def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResult]) -> list[Block]:
@@ -199,7 +244,7 @@ def build_dimension_blocks(results: Sequence[BenchmarkResult]) -> list[Block]:
     header = ["model", "dimensions", "bytes per image", *(f"{direction} R@1" for direction in DIRECTIONS)]
     header += [f"{direction}, % of full size" for direction in DIRECTIONS]
     caption = "R@1 with truncated embeddings. The sizes in bytes are those of float16 vectors, as in search indexes."
-    return [Heading("Truncated embeddings", 3), Table(header, rows), Plot(svg, caption)]
+    return [Heading("Truncated embeddings", 3), Table(header, rows), Figure(svg, caption)]
 
 
 def build_mean_recall_table(
@@ -224,7 +269,7 @@ def build_error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[B
     if len(first.length_bins) > 1:
         blocks.append(_plot_recall_by_length(analyses))
     matrix = plots.plot_matrix(first.similarity, "images", "their first captions")
-    blocks.append(Plot(matrix, f"Cosine similarities computed by {name}. Matching pairs are on the diagonal."))
+    blocks.append(Figure(matrix, f"Cosine similarities computed by {name}. Matching pairs are on the diagonal."))
     if first.examples:
         text = f"Captions sampled at regular intervals, with the images retrieved by {name}. Correct images are marked."
         blocks += [Heading("Examples", 3), Paragraph(text), *first.examples]
@@ -234,21 +279,21 @@ def build_error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[B
     return blocks
 
 
-def _plot_recall_curves(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
+def _plot_recall_curves(analyses: Mapping[str, ErrorAnalysis]) -> Figure:
     curves = {}
     for name, analysis in analyses.items():
         for direction in DIRECTIONS:
             curves[f"{name} {direction}"] = analysis.curves[direction]
     svg = plots.plot_curves(curves, range(1, MAX_K + 1), "k", "R@k, %", log_x=True)
-    return Plot(svg, "Recall at k (R@k) for increasing k.")
+    return Figure(svg, "Recall at k (R@k) for increasing k.")
 
 
-def _plot_recall_by_length(analyses: Mapping[str, ErrorAnalysis]) -> Plot:
+def _plot_recall_by_length(analyses: Mapping[str, ErrorAnalysis]) -> Figure:
     first = next(iter(analyses.values()))
     curves = {name: analysis.recall_by_length for name, analysis in analyses.items()}
     labels = [f"{low}–{high}" if low < high else str(low) for low, high in first.length_bins]
     svg = plots.plot_interval_curves(curves, labels, f"{first.length_unit} in the caption", "T2I R@1, %")
-    return Plot(svg, "Recall by caption length, with 95% confidence intervals.")
+    return Figure(svg, "Recall by caption length, with 95% confidence intervals.")
 
 
 def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[str, Mapping[str, float]]) -> Table:
@@ -450,7 +495,7 @@ def _format_difference_cell(first: LengthScores, other: LengthScores) -> str | N
     return format_with_interval(100 * float(differences[:, 0].mean()), interval, "+.1f")
 
 
-def _plot_query_lengths(curves: Curves) -> Plot:
+def _plot_query_lengths(curves: Curves) -> Figure:
     points = {}
     for name, lengths in curves.items():
         points[name] = [
@@ -459,4 +504,4 @@ def _plot_query_lengths(curves: Curves) -> Plot:
         ]
     labels = [length.words for length in next(iter(curves.values()))]
     svg = plots.plot_interval_curves(points, labels, "words in the query", "mAP, %")
-    return Plot(svg, "mAP by query length in words, with 95% confidence intervals.")
+    return Figure(svg, "mAP by query length in words, with 95% confidence intervals.")

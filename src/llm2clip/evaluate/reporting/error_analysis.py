@@ -1,7 +1,6 @@
 """Retrieval error analysis: recall curves, recall by caption length, and the images retrieved for example captions."""
 
 import base64
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from llm2clip.data.images import load_thumbnail
 from llm2clip.evaluate.recall import compute_recall_intervals, recall
 from llm2clip.evaluate.retrieval_eval import RetrievalRanks, measure_caption_lengths
-from llm2clip.html_report import ResultImage, ResultImages
+from llm2clip.reports import Example, Examples
 
 MAX_K = 50  # maximum k in the recall curves
 THUMBNAIL_SIDE = 280  # maximum width and height of thumbnails, in pixels
@@ -38,8 +37,8 @@ class ErrorAnalysis:
     length_bins: list[tuple[int, int]]
     recall_by_length: list[tuple[float, float, float]]
     similarity: Tensor
-    examples: list[ResultImages] = field(default_factory=list)
-    failures: list[ResultImages] = field(default_factory=list)
+    examples: list[Examples] = field(default_factory=list)
+    failures: list[Examples] = field(default_factory=list)
 
 
 def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6, matrix_size: int = 20) -> ErrorAnalysis:
@@ -68,22 +67,26 @@ def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6, matrix_size: int
 
 def collect_example_searches(ranks: RetrievalRanks, count: int = 5) -> list[dict[str, Any]]:
     """Return JSON-compatible dicts of sample captions and the retrieved images. See `read_example_searches`."""
-    examples = [dataclasses.asdict(retrieve_images(ranks, text)) for text in sample_caption_indices(ranks, count)]
-    for example in examples:
-        for image in example["images"]:
-            image["jpeg"] = image["jpeg"] and base64.b64encode(image["jpeg"]).decode()
-    return examples
+    searches = []
+    for text in sample_caption_indices(ranks, count):
+        search = retrieve_images(ranks, text)
+        images = []
+        for image in search.images:
+            jpeg = image.jpeg and base64.b64encode(image.jpeg).decode()
+            images.append({"jpeg": jpeg, "caption": image.caption, "is_correct": image.is_correct})
+        searches.append({"query": search.title, "images": images})
+    return searches
 
 
-def read_example_searches(examples: Sequence[Mapping[str, Any]]) -> list[ResultImages]:
+def read_example_searches(searches: Sequence[Mapping[str, Any]]) -> list[Examples]:
     """Convert the result of `collect_example_searches` to report blocks."""
     blocks = []
-    for example in examples:
+    for search in searches:
         images = []
-        for image in example["images"]:
+        for image in search["images"]:
             jpeg = image["jpeg"] and base64.b64decode(image["jpeg"])
-            images.append(ResultImage(jpeg, image["is_correct"], image["caption"]))
-        blocks.append(ResultImages(example["query"], images))
+            images.append(Example(jpeg, image["caption"], image["is_correct"]))
+        blocks.append(Examples(images, search["query"]))
     return blocks
 
 
@@ -145,7 +148,7 @@ def find_worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
     return list(caption_of_image.values())
 
 
-def retrieve_images(ranks: RetrievalRanks, text: int) -> ResultImages:
+def retrieve_images(ranks: RetrievalRanks, text: int) -> Examples:
     """Return the `TOP_IMAGES` top-ranked images for a caption, then the correct image if it is not one of them."""
     correct_image, correct_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
     scores = ranks.images @ ranks.texts[text]
@@ -158,5 +161,5 @@ def retrieve_images(ranks: RetrievalRanks, text: int) -> ResultImages:
         ref = ranks.records[image].image
         assert ref is not None  # records without an image are not ranked
         caption = f"{position}. cosine {float(scores[image]):.2f}"
-        images.append(ResultImage(load_thumbnail(ref, THUMBNAIL_SIDE), image == correct_image, caption))
-    return ResultImages(ranks.captions[text], images)
+        images.append(Example(load_thumbnail(ref, THUMBNAIL_SIDE), caption, is_correct=image == correct_image))
+    return Examples(images, ranks.captions[text])

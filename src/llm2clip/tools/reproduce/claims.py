@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.evaluate.bootstrap import compute_percentile_interval, draw_bootstrap_counts
-from llm2clip.html_report import format_interval
+from llm2clip.reports import format_interval
 from llm2clip.tools.reproduce.datasets import CAPTIONS_TEST, FOREIGN_TEST
 from llm2clip.tools.reproduce.experiments import (
     BASELINE,

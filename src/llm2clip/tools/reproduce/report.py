@@ -12,22 +12,22 @@ from pathlib import Path
 
 from llm2clip.config import ReproduceConfig
 from llm2clip.evaluate.reporting import plots
-from llm2clip.html_report import (
+from llm2clip.io_utils import read_json
+from llm2clip.pipeline import start_run
+from llm2clip.published_results import CRA, CRA_NOTE, TABLES, PublishedTable
+from llm2clip.reports import (
     BAD,
     GOOD,
     UNSURE,
     Block,
     Code,
+    Figure,
     Heading,
     Paragraph,
-    Plot,
     Table,
     format_with_interval,
     write_report,
 )
-from llm2clip.io_utils import read_json
-from llm2clip.pipeline import start_run
-from llm2clip.published_results import CRA, CRA_NOTE, TABLES, PublishedTable
 from llm2clip.runs.output_folder import run_lock
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state
 from llm2clip.runs.run_description import format_command_line
@@ -97,9 +97,10 @@ def _test_and_report_claims(
         raise ValueError(f"no claim could be tested: {reasons}")
     reported = sorted([*tested, *untested], key=lambda claim: claim.number)
     blocks = make_report_blocks(reported, config, format_command_line())
-    markdown_file, html_file = write_report(out, "report", "Tests of LLM2CLIP's claims", blocks)
-    print_once(markdown_file.read_text(encoding="utf-8"), log.summary())
-    return html_file
+    page = out / "report.html"
+    write_report(page, "Tests of LLM2CLIP's claims", "", blocks)
+    print_once(page.with_suffix(".md").read_text(encoding="utf-8"), log.summary())
+    return page
 
 
 def _test_claim(number: int, experiments: Experiments) -> dict[str, object]:
@@ -146,7 +147,7 @@ def _make_claim_section(claim: Claim, command: str) -> list[Block]:
     blocks.append(Table(claim.header, claim.rows))
     if claim.curves:
         svg = plots.plot_interval_curves(claim.curves, claim.points, "query", claim.comparisons[0].metric)
-        blocks.append(Plot(svg, "Shaded bands are 95% intervals."))
+        blocks.append(Figure(svg, "Shaded bands are 95% intervals."))
     else:
         blocks.append(_plot_claim_intervals(claim))
     return [
@@ -157,12 +158,14 @@ def _make_claim_section(claim: Claim, command: str) -> list[Block]:
     ]
 
 
-def _plot_claim_intervals(claim: Claim) -> Plot:
+def _plot_claim_intervals(claim: Claim) -> Figure:
     intervals = {}
     for comparison in claim.comparisons:
         intervals[comparison.low] = comparison.low_interval
         intervals[comparison.high] = comparison.high_interval
-    return Plot(plots.plot_intervals(intervals, claim.comparisons[0].metric), "Each value is shown with its interval.")
+    return Figure(
+        plots.plot_intervals(intervals, claim.comparisons[0].metric), "Each value is shown with its interval."
+    )
 
 
 def _make_comparison_table(claim: Claim) -> Table:

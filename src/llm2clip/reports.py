@@ -1,7 +1,8 @@
-"""Block-based reports, rendered as Markdown, as text for a terminal, and as an HTML page without scripts.
+"""Reports made of blocks, rendered as a page of HTML, as Markdown and as text for a terminal.
 
-The page uses the template `templates/report.html.jinja` and inlines the CSS from `templates/report.css`. All text is
-escaped.
+Every report starts with a verdict, one or two sentences that state the main result in words. The page uses the template
+`templates/report.html.jinja`, which has one macro per kind of block, and inlines `templates/report.css`. It contains no
+scripts and loads nothing from the network. All text is escaped.
 """
 
 import base64
@@ -66,7 +67,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Plot:
+class Figure:
     """An SVG plot and its caption."""
 
     svg: str
@@ -74,61 +75,44 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class ResultImage:
-    """An image retrieved by a query.
+class Example:
+    """An image with texts.
 
     Args:
         jpeg: JPEG data. None if the image cannot be decoded.
-        is_correct: True if the image is a correct result for the query. None if unknown.
         caption: Text shown below the image.
+        is_correct: True if the image is a correct result for a query. None if unknown.
         url: Link target of the image, or None for no link.
-    """
-
-    jpeg: bytes | None
-    is_correct: bool | None
-    caption: str
-    url: str | None = None
-
-
-@dataclass(frozen=True)
-class ResultImages:
-    """A query and its retrieved images."""
-
-    query: str
-    images: Sequence[ResultImage]
-
-
-@dataclass(frozen=True)
-class ImageCard:
-    """An image of a data set, with its texts.
-
-    Args:
         title: Text shown above the image, such as its file name.
         details: Short texts shown below the title, such as the size of the image.
-        jpeg: JPEG data. None if the image cannot be decoded.
-        error: Text shown in place of the image.
         texts: Texts of each kind, keyed by a label such as "captions".
+        error: Text shown in place of an image that cannot be decoded.
     """
 
-    title: str
-    details: Sequence[str]
     jpeg: bytes | None
-    error: str
-    texts: Mapping[str, Sequence[str]]
+    caption: str = ""
+    is_correct: bool | None = None
+    url: str | None = None
+    title: str = ""
+    details: Sequence[str] = ()
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    error: str = "image not available"
 
 
 @dataclass(frozen=True)
-class ImageCards:
-    """Images of a data set, with their texts."""
+class Examples:
+    """Images shown next to each other.
 
-    cards: Sequence[ImageCard]
+    Args:
+        title: Text shown above the images, such as the query that retrieved them.
+        as_cards: True to show wide cards, which have room for texts. False to show thumbnails.
+        legend: Meaning of the colours in the images, as pairs of a name and a CSS colour such as "#ff0000".
+    """
 
-
-@dataclass(frozen=True)
-class Legend:
-    """Colour legend for the preceding images. Each entry is a name and a CSS colour, such as "#ff0000"."""
-
-    entries: Sequence[tuple[str, str]]
+    images: Sequence[Example]
+    title: str = ""
+    as_cards: bool = False
+    legend: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -139,26 +123,36 @@ class Details:
     text: str
 
 
-Block = Heading | Paragraph | Code | Table | Plot | ResultImages | ImageCards | Legend | Details
-_VISUAL = Plot | ResultImages | ImageCards | Legend | Details  # blocks that Markdown reports omit
+Block = Heading | Paragraph | Code | Table | Figure | Examples | Details
+_ONLY_HTML = Figure | Examples | Details
 
 
-def write_report(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> tuple[Path, Path]:
-    """Write a report to `folder/name.md` and `folder/name.html`; return both paths."""
-    markdown_file, html_file = folder / f"{name}.md", folder / f"{name}.html"
-    atomic_write_text(markdown_file, render_markdown(title, blocks, html_file.name))
-    atomic_write_text(html_file, render_html(title, blocks))
-    return markdown_file, html_file
+def write_report(
+    html_file: Path, title: str, verdict: str, blocks: Sequence[Block], with_markdown: bool = True
+) -> None:
+    """Write a report as HTML and, next to it, as Markdown.
+
+    Args:
+        html_file: Path of the page. The Markdown file has the same name with the suffix .md.
+        verdict: One or two sentences that state the main result. May be empty.
+    """
+    if with_markdown:
+        markdown = render_markdown(title, blocks, verdict, html_file.name)
+        atomic_write_text(html_file.with_suffix(".md"), markdown)
+    atomic_write_text(html_file, render_html(title, blocks, verdict))
 
 
-def render_markdown(title: str, blocks: Sequence[Block], html_name: str = "") -> str:
-    """Render a report as Markdown, without plots, images and collapsed text.
+def render_markdown(title: str, blocks: Sequence[Block], verdict: str = "", html_name: str = "") -> str:
+    """Render a report as Markdown, without figures, images and collapsed text.
 
     Sections that contain such blocks but neither tables nor code are omitted. If blocks were omitted and `html_name` is
-    not empty, the first paragraph refers to this HTML file.
+    not empty, a paragraph refers to this HTML file.
     """
-    parts = []
-    has_images = any(isinstance(block, _VISUAL) for block in blocks)
+    parts = [f"# {_escape_tags(title)}"]
+    if verdict:
+        parts.append(f"**{_escape_tags(verdict)}**")
+    if html_name and any(isinstance(block, _ONLY_HTML) for block in blocks):
+        parts.append(f"Plots and images are in {html_name}.")
     for block in _omit_visual_sections(blocks):
         if isinstance(block, Heading):
             parts.append(f"{'#' * block.level} {_escape_tags(block.text)}")
@@ -169,15 +163,15 @@ def render_markdown(title: str, blocks: Sequence[Block], html_name: str = "") ->
             parts.append(f"```{block.language}\n{block.text}\n```")
         elif isinstance(block, Table):
             parts.append(_format_table(block))
-    if has_images and html_name:
-        parts.insert(0, f"Plots and images are in {html_name}.")
-    return "\n\n".join([f"# {_escape_tags(title)}", *parts]) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
-def render_text(blocks: Sequence[Block], width: int = 120) -> str:
-    """Render a report as plain text for a terminal, without plots, images and collapsed text."""
+def render_text(blocks: Sequence[Block], verdict: str = "", width: int = 120) -> str:
+    """Render a report as plain text for a terminal, without figures, images and collapsed text."""
     page = StringIO()
     console = Console(file=page, width=width, highlight=False, markup=False, emoji=False)
+    if verdict:
+        console.print(f"{escape_control_characters(verdict)}\n")
     for block in _omit_visual_sections(blocks):
         if isinstance(block, Heading):
             console.print(escape_control_characters(block.text.upper()))
@@ -211,7 +205,7 @@ def _omit_visual_sections(blocks: Sequence[Block]) -> list[Block]:
     position = 0
     while position < len(blocks):
         section = _find_section(blocks, position)
-        is_visual = any(isinstance(block, _VISUAL) for block in section)
+        is_visual = any(isinstance(block, _ONLY_HTML) for block in section)
         if is_visual and not any(isinstance(block, Table | Code) for block in section):
             position += len(section)
         else:
@@ -247,10 +241,10 @@ def _format_table(table: Table) -> str:
     return "\n".join(lines)
 
 
-def render_html(title: str, blocks: Sequence[Block]) -> str:
+def render_html(title: str, blocks: Sequence[Block], verdict: str = "") -> str:
     """Render a report as a single HTML page."""
     style = (files("llm2clip") / "templates" / "report.css").read_text(encoding="utf-8")
-    return _load_template().render(title=title, blocks=blocks, style=style)
+    return _load_template().render(title=title, blocks=blocks, verdict=verdict, style=style)
 
 
 @lru_cache
@@ -279,9 +273,9 @@ def _format_inline(text: str) -> Markup:
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
-def _label_svg(plot: Plot) -> Markup:
-    """Add a text alternative to a plot's SVG, because screen readers would otherwise read out each axis label."""
-    return Markup(plot.svg.replace("<svg", f'<svg role="img" aria-label="{escape(plot.caption)}"', 1))
+def _label_svg(figure: Figure) -> Markup:
+    """Add a text alternative to a figure's SVG, because screen readers would otherwise read out each axis label."""
+    return Markup(figure.svg.replace("<svg", f'<svg role="img" aria-label="{escape(figure.caption)}"', 1))
 
 
 def format_cell(value: Any) -> str:

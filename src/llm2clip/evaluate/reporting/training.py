@@ -1,0 +1,401 @@
+"""Reports of training runs: `fit` (metrics before and after each stage) and `distill` (student and teacher)."""
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm2clip.data.records import Record
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.evaluate.embeddings import ModelEmbeddings
+from llm2clip.evaluate.recall import KS, retrieval_metrics, two_way_ranks
+from llm2clip.evaluate.reporting import plots
+from llm2clip.evaluate.reporting.error_analysis import read_example_searches
+from llm2clip.evaluate.reporting.verdicts import describe_retrieval, describe_share
+from llm2clip.evaluate.retrieval_eval import RetrievalRanks, rank_caption_fields
+from llm2clip.evaluate.short_queries import score_short_queries
+from llm2clip.io_utils import atomic_write_text, format_bytes, read_json
+from llm2clip.models.dual_encoder import wrap_llm2clip
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.reports import (
+    Block,
+    Code,
+    Figure,
+    Heading,
+    Paragraph,
+    Table,
+    format_interval,
+    format_with_interval,
+    render_markdown,
+    write_report,
+)
+from llm2clip.runs.checkpoint import read_metrics
+from llm2clip.runs.output_folder import CONFIG_FILE
+from llm2clip.runs.ranks import print_once
+from llm2clip.runs.run_description import DURATIONS_FILE, build_run_section, describe_run, format_duration
+
+OVERLAP_K = 10
+TILE = 1024  # number of texts per matmul
+SPEED_QUERIES, MIN_SPEED_SECONDS = 64, 3.0
+
+
+# ---- fit -------------------------------------------------------------------------------------------------------------
+
+
+def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str) -> None:
+    """Write report.md and report.html to a run directory, and print a summary of the metrics.
+
+    Args:
+        run_dir: Run directory with `model/` and the results of all stages.
+        trained: Result of `evaluate_caption_fields` after the `align` stage.
+        data: One-line description of the training and held-out data.
+    """
+    tune_dir, evaluations = run_dir / "tune", run_dir / "evaluate"
+    cra_files = [file for file in (tune_dir / "cra_raw.json", tune_dir / "cra_tuned.json") if file.exists()]
+    cra = [read_json(file) for file in cra_files] if len(cra_files) == 2 else []  # before and after `tune`
+    untrained = read_json(evaluations / "untrained.json")
+    templates_file = evaluations / "query_templates.json"
+    short_queries = read_json(templates_file) if templates_file.exists() else {}
+    durations = read_json(run_dir / DURATIONS_FILE)
+    blocks: list[Block] = [Heading("Retrieval"), *_build_retrieval_section(untrained, trained)]
+    if short_queries.get("short queries"):
+        blocks += _build_short_query_section(short_queries)
+    blocks += [
+        Heading("Example searches"),
+        Paragraph("Held-out captions and the images that the model retrieves for them. Correct images are marked."),
+        *read_example_searches(read_json(evaluations / "examples.json")),
+        Heading("Caption encoder"),
+        Paragraph("Caption retrieval accuracy: how often a held-out image's first two captions retrieve each other."),
+        build_caption_retrieval_table(*cra)
+        if cra
+        else Paragraph("Not measured: too few held-out images have two captions."),
+        Heading("Training"),
+    ]
+    for stage in ("tune", "align"):
+        if rows := read_metrics(run_dir / stage / "metrics.jsonl"):
+            blocks.append(plot_loss(stage, rows))
+    stages = ", ".join(f"{stage} {format_duration(seconds)}" for stage, seconds in durations.items())
+    settings = (run_dir / CONFIG_FILE).read_text(encoding="utf-8")
+    blocks += [
+        Heading("How to use the model"),
+        Code(_format_usage(run_dir / "model"), "python"),
+        *build_run_section(describe_run(sum(durations.values())), f"Stages: {stages}. {data}", settings),
+    ]
+    verdict = _describe_fit(untrained, trained)
+    page = run_dir / "report.html"
+    write_report(page, f"Training of {run_dir.resolve().name}", verdict, blocks)
+    summary = build_summary_table(cra, untrained, trained)
+    print_once(render_markdown("Results", [summary], verdict), f"Report: {page}")
+
+
+def _describe_fit(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> str:
+    verdict = describe_retrieval("The model", trained[0], "held-out captions")
+    if verdict.startswith("The model"):
+        verdict += f" Before training, it was {describe_share(untrained[0]['T2I']['R@10'])}."
+    return verdict
+
+
+def _format_usage(model_dir: Path) -> str:
+    return (
+        "from llm2clip import LLM2CLIP\n\n"
+        f'model = LLM2CLIP.from_pretrained("{model_dir}")\n'
+        'images = model.encode_image(["photo.jpg"])\n'
+        'texts = model.encode_text(["a full sentence about the photo"])\n'
+        "model.similarity(texts, images)"
+    )
+
+
+def build_summary_table(
+    cra: Sequence[dict[str, Any]], untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]
+) -> Table:
+    """Return a table with the main metrics of a `fit` run.
+
+    Args:
+        cra: Results of `caption_retrieval_accuracy` before and after the `tune` stage. Empty if CRA was not measured.
+        untrained, trained: Results of `evaluate_caption_fields` before and after the `align` stage.
+    """
+    rows: list[list[Any]] = []
+    if cra:
+        rows.append([f"CRA ({cra[0]['images']:,} images)", cra[0]["chance"], cra[0]["CRA"], cra[1]["CRA"]])
+    for before, after in zip(untrained, trained, strict=True):
+        for direction in ("I2T", "T2I"):
+            name = f"{after['captions']}: {direction} R@1 ({after['images']:,} images)"
+            chance = after[f"{direction} chance"]["R@1"]
+            rows.append([name, chance, before[direction]["R@1"], after[direction]["R@1"]])
+    return Table(["held-out images, %", "chance", "before training", "after training"], rows)
+
+
+def build_caption_retrieval_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table:
+    """Return a table that compares the CRA before and after the `tune` stage with the chance level."""
+    rows: list[list[Any]] = [["chance", raw["chance"], None]]
+    for name, metrics in (("raw", raw), ("tuned", tuned)):
+        rows.append([name, metrics["CRA"], format_interval(metrics["CRA interval"])])
+    header = [f"caption encoder ({raw['images']:,} images)", "CRA top-1, %", "95% interval"]
+    return Table(header, rows, frozenset([2]))
+
+
+def _build_retrieval_section(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> list[Block]:
+    """Compare each caption field's recall before and after training with the chance level."""
+    rows: list[list[Any]] = []
+    for before, after in zip(untrained, trained, strict=True):
+        name = f"{after['captions']} ({after['images']:,} images, {after['texts']:,} texts)"
+        rows.append([name, "chance", *_format_recall_cells(after, " chance")])
+        rows.append(["", "untrained", *_format_recall_cells(before)])
+        rows.append(["", "trained", *_format_recall_cells(after)])
+    header = ["captions", "model"]
+    for direction in ("I2T", "T2I"):
+        header += [f"{direction} R@1", "95% interval", *(f"{direction} R@{k}" for k in KS[1:])]
+    return [
+        Paragraph(
+            "Recall on held-out images, in percent. I2T: an image retrieves one of its captions; T2I: a caption "
+            "retrieves its image. A tie with a wrong answer counts as a miss. Confidence intervals are 95% bootstrap "
+            "intervals over images."
+        ),
+        Table(header, rows, highlight=frozenset(range(2, len(rows), 3))),
+    ]
+
+
+def _format_recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
+    """Return the recall cells of a table row. The suffix " chance" selects the chance levels."""
+    cells: list[Any] = []
+    for direction in ("I2T", "T2I"):
+        first, *others = (row[direction + suffix][f"R@{k}"] for k in KS)
+        interval = None if suffix else format_interval(row[f"{direction} interval"]["R@1"])
+        cells += [first, interval, *others]
+    return cells
+
+
+def _build_short_query_section(result: Mapping[str, Any]) -> list[Block]:
+    """Return a report section on one- to three-word queries, encoded with and without the model's templates.
+
+    Args:
+        result: Result of `ShortQueryResult.to_dict`.
+    """
+    literal, with_templates = result["short queries"], result["short queries with templates"]
+    header = ["query", *(f"{row['words']} {'word' if row['words'] == '1' else 'words'}: mAP" for row in literal)]
+    rows = [
+        ["chance", *(row["mAP chance"] for row in literal)],
+        ["without templates", *(format_with_interval(row["mAP"], row["mAP interval"]) for row in literal)],
+    ]
+    text = (
+        "Queries are words and short phrases from the held-out captions. Every image with a caption that mentions the "
+        "query is a correct answer. "
+    )
+    if with_templates:
+        rows.append(
+            ["with templates", *(format_with_interval(row["mAP"], row["mAP interval"]) for row in with_templates)]
+        )
+        templates = ", ".join(map(repr, result["templates"]))
+        limit = "one word" if result["max_words"] == 1 else f"up to {result['max_words']} words"
+        text += (
+            f"When searching, queries of {limit} are also encoded with the templates {templates}, and the embeddings "
+            "are averaged. Because the templates were chosen on these images, the values with templates are slightly "
+            "too high."
+        )
+    else:
+        text += "No templates improve the results of these queries, so searches use none."
+    return [Heading("Short queries"), Paragraph(text), Table(header, rows, frozenset([len(rows) - 1]))]
+
+
+def plot_loss(stage: str, rows: Sequence[dict[str, Any]]) -> Figure:
+    """Plot a stage's loss at each step, and the moving average of the loss over about 5% of the steps."""
+    losses = [row["loss"] for row in rows]
+    window = max(1, len(losses) // 20) + 1
+    averages = []
+    for n in range(len(losses)):
+        recent = losses[max(0, n + 1 - window) : n + 1]
+        averages.append(sum(recent) / len(recent))
+    curves = {"each step": losses, f"mean of {window} steps": averages}
+    svg = plots.plot_curves(curves, [row["step"] for row in rows], "step", "loss")
+    return Figure(svg, f"Training loss during {stage}.")
+
+
+# ---- distill ---------------------------------------------------------------------------------------------------------
+
+
+def write_distill_report(
+    folder: Path,
+    teacher: LLM2CLIP,
+    encode_teacher_texts: Callable[[Sequence[str]], Tensor],
+    teacher_folder: Path,
+    held_out: Mapping[str, Sequence[Record]],
+    log: SkipLog,
+    seconds: float,
+) -> None:
+    """Compare the model in `folder/model` with its teacher. Write report.json, report.md and report.html to `folder`.
+
+    Args:
+        encode_teacher_texts: Function that takes N texts and returns the teacher's L2-normalised embeddings (N, D).
+        held_out: Records on which to evaluate, keyed by caption field. May be empty.
+        log: Log of images that cannot be decoded.
+        seconds: Duration of the run so far.
+    """
+    student = LLM2CLIP.from_pretrained(folder / "model", teacher.device)
+    result: dict[str, Any] = {"fields": [], "short queries": []}
+    captions: list[str] = []
+    if held_out:
+        teacher_model = dataclasses.replace(
+            wrap_llm2clip(teacher, str(teacher_folder)),
+            encode_texts_raw=lambda texts, progress: encode_teacher_texts(list(texts)),
+        )
+        teacher_source = ModelEmbeddings(teacher_model, log)
+        student_source = ModelEmbeddings(wrap_llm2clip(student, str(folder / "model"), "fp32"), log)
+        ranked = rank_caption_fields(teacher_source, held_out)
+        for name, ranks in ranked.items():
+            result["fields"].append(compare_text_embeddings(name, ranks, student_source.encode_texts(ranks.captions)))
+        first = next(iter(ranked.values()))
+        captions = first.captions
+        result["short queries"] = _compare_short_queries(teacher_source, student_source, first)
+    queries = captions[:SPEED_QUERIES] or ["a dog", "two children play in the snow while a man watches them"]
+    for name, model_folder in (("teacher", teacher_folder), ("student", folder / "model")):
+        result[name] = measure_text_encoder(model_folder, queries)
+    atomic_write_text(folder / "report.json", json.dumps(result, indent=1))
+    tables, verdict = _build_comparison(result), describe_distillation(result)
+    page = folder / "report.html"
+    run_section = build_run_section(describe_run(seconds))
+    write_report(page, f"Distillation of {folder.resolve().name}", verdict, [*tables, *run_section])
+    print_once(render_markdown("Teacher and student", tables, verdict), f"Report: {page}")
+
+
+def describe_distillation(result: Mapping[str, Any]) -> str:
+    """State in words how much of the teacher's recall the student keeps, and how much faster the student is."""
+    speedup = result["student"]["queries per second"] / result["teacher"]["queries per second"]
+    speed = f"{speedup:.0f} times" if speedup >= 10 else f"{speedup:.1f} times"
+    speed_text = f"encodes {speed} as many queries per second on one CPU core"
+    if not result["fields"]:
+        return f"The student {speed_text}. No images were held out, so its retrieval was not compared."
+    entry = result["fields"][0]
+    teacher, student = (entry[side]["T2I"]["R@1"] for side in ("teacher", "student"))
+    quality = f"reaches {student:.1f}% T2I R@1 on {entry['images']:,} held-out images, and the teacher {teacher:.1f}%"
+    if teacher:
+        quality = f"keeps {100 * student / teacher:.0f}% of the teacher's T2I R@1 ({student:.1f} of {teacher:.1f})"
+    return f"The student {quality}. It {speed_text}."
+
+
+def compare_text_embeddings(name: str, ranks: RetrievalRanks, texts: Tensor) -> dict[str, Any]:
+    """Compare a student's embeddings of the texts in `ranks` with the teacher's, on the same image embeddings.
+
+    Args:
+        name: Name of the caption field.
+        ranks: Retrieval ranks of the teacher.
+        texts: The student's embeddings of `ranks.captions`, L2-normalised, of shape (T, D).
+
+    Returns:
+        "captions", "images" and "texts" (name of the field and counts); "teacher" and "student" (see
+        `retrieval_metrics`); "cosine" (mean similarity of the student's embeddings to the teacher's); and "overlap@10",
+        the mean percentage of the teacher's ten best images of a text that are among the student's.
+    """
+    image_ranks, text_ranks = two_way_ranks(ranks.images, texts, ranks.image_of_text)
+    k = min(OVERLAP_K, len(ranks.images))
+    overlaps, cosines = [], []
+    for ours, theirs in zip(texts.split(TILE), ranks.texts.split(TILE), strict=True):
+        best = [(vectors @ ranks.images.T).topk(k, dim=1).indices for vectors in (ours, theirs)]
+        overlaps.append((best[0][:, :, None] == best[1][:, None, :]).any(2).float().mean(1))
+        cosines.append(F.cosine_similarity(ours, theirs, dim=1))
+    return {
+        "captions": name,
+        "images": len(ranks.records),
+        "texts": len(texts),
+        "teacher": retrieval_metrics(ranks.image_ranks, ranks.text_ranks, ranks.image_of_text),
+        "student": retrieval_metrics(image_ranks, text_ranks, ranks.image_of_text),
+        "cosine": float(torch.cat(cosines).mean()),
+        f"overlap@{OVERLAP_K}": 100 * float(torch.cat(overlaps).mean()),
+    }
+
+
+def _compare_short_queries(
+    teacher: ModelEmbeddings, student: ModelEmbeddings, ranks: RetrievalRanks
+) -> list[dict[str, Any]]:
+    """Return both models' mAP for each query length, with the model's templates. Without queries, return []."""
+    scores = []
+    for source in (teacher, student):
+        try:
+            result = score_short_queries(source, ranks, source.query_templates)
+        except ValueError as error:
+            print_once(f"Short queries are not compared: {error}")
+            return []
+        scores.append(result.with_templates or result.plain)
+    return [
+        {
+            "words": first.words,
+            "queries": len(first.scores),
+            "teacher mAP": 100 * float(first.scores[:, 0].mean()),
+            "student mAP": 100 * float(second.scores[:, 0].mean()),
+        }
+        for first, second in zip(*scores, strict=True)
+    ]
+
+
+def measure_text_encoder(folder: Path, queries: Sequence[str]) -> dict[str, Any]:
+    """Measure the text side of a model: queries per second on one CPU core, parameters, and bytes of memory and disk.
+
+    Queries are encoded one at a time in fp32, for at least three seconds. The memory is that of the weights in fp32.
+    Activations and libraries need additional memory.
+    """
+    model = LLM2CLIP.from_pretrained(folder, "cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model.encode_text(queries[0], precision="fp32")  # warm-up
+        count, start = 0, time.perf_counter()
+        for query in itertools.cycle(queries):
+            model.encode_text(query, precision="fp32")
+            count += 1
+            seconds = time.perf_counter() - start
+            if seconds >= MIN_SPEED_SECONDS:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    weights = [weight for module in (model.encoder.st, model.adapter) for weight in module.parameters()]
+    adapter_bytes = sum(parameter.nbytes for parameter in model.adapter.parameters())
+    text_files = [path for path in (folder / "text").rglob("*") if path.is_file()]
+    return {
+        "queries per second": count / seconds,
+        "parameters": sum(weight.numel() for weight in weights),
+        "bytes of weights": sum(weight.nbytes for weight in weights),
+        "bytes on disk": adapter_bytes + sum(path.stat().st_size for path in text_files),
+    }
+
+
+def _build_comparison(result: Mapping[str, Any]) -> list[Block]:
+    sides = (result["teacher"], result["student"])
+    rows: list[list[Any]] = [
+        ["queries per second on one core", *(f"{side['queries per second']:,.0f}" for side in sides)],
+        ["parameters", *(f"{side['parameters']:,}" for side in sides)],
+        ["memory of the weights in fp32", *(format_bytes(side["bytes of weights"]) for side in sides)],
+        ["size on disk", *(format_bytes(side["bytes on disk"]) for side in sides)],
+    ]
+    encoders: list[Block] = [Heading("Text encoders"), Table(["text encoder", "teacher", "student"], rows)]
+    if not result["fields"]:
+        return encoders
+    recalls: list[list[Any]] = []
+    for entry in result["fields"]:
+        for direction, k in itertools.product(("T2I", "I2T"), KS):
+            chance = entry["student"][f"{direction} chance"][f"R@{k}"]
+            values = [entry[side][direction][f"R@{k}"] for side in ("teacher", "student")]
+            recalls.append([f"{entry['captions']}: {direction} R@{k}", chance, *values])
+    for entry in result["short queries"]:
+        recalls.append([f"{entry['words']}-word queries: mAP", None, entry["teacher mAP"], entry["student mAP"]])
+    agreement = [
+        [entry["captions"], entry["texts"], f"{entry['cosine']:.3f}", entry[f"overlap@{OVERLAP_K}"]]
+        for entry in result["fields"]
+    ]
+    return [
+        Heading("Retrieval"),
+        Paragraph("Held-out images, in percent. Both models use the same image embeddings."),
+        Table(["metric", "chance", "teacher", "student"], recalls),
+        *encoders,
+        Heading("Agreement"),
+        Paragraph(
+            "Mean cosine similarity of the student's text embeddings to the teacher's, and percentage of the "
+            f"teacher's {OVERLAP_K} best images that are among the student's."
+        ),
+        Table(["captions", "texts", "cosine", f"overlap@{OVERLAP_K}"], agreement),
+    ]

@@ -1,0 +1,184 @@
+"""Reports as HTML, Markdown and text, and their verdicts in words."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from llm2clip.evaluate.benchmark_eval import BenchmarkResult
+from llm2clip.evaluate.reporting.comparison import describe_results
+from llm2clip.evaluate.reporting.plots import plot_curves, plot_distributions, plot_intervals
+from llm2clip.evaluate.reporting.training import describe_distillation
+from llm2clip.evaluate.reporting.verdicts import describe_caption_retrieval, describe_share
+from llm2clip.reports import (
+    Code,
+    Details,
+    Example,
+    Examples,
+    Figure,
+    Heading,
+    Paragraph,
+    Table,
+    render_html,
+    render_markdown,
+    render_text,
+    write_report,
+)
+
+FIGURE, TABLE = Figure("<svg></svg>", "a plot"), Table(["a"], [[1]])
+
+
+def test_report_escapes_all_texts(tmp_path: Path) -> None:
+    text = "<img src=x onerror=alert(1)> | `code`"
+    jpeg = Image.new("RGB", (2, 2)).tobytes()  # the bytes are embedded without being decoded
+    thumbnails = [Example(jpeg, text, is_correct=True), Example(jpeg, text)]
+    cards = [
+        Example(jpeg, title=text, details=[text], texts={text: [text, text]}),
+        Example(None, title=text, error=text),
+    ]
+    blocks = [
+        Heading(text), Paragraph(text), Code(text), Table([text], [[text], [1.25], [None]]),
+        Figure("<svg></svg>", text), Examples(thumbnails, text, legend=[(text, "#fff")]),
+        Details(text, text), Examples(cards, as_cards=True),
+    ]  # fmt: skip
+    write_report(tmp_path / "page.html", text, text, blocks)
+    page, markdown = (tmp_path / "page.html").read_text(), (tmp_path / "page.md").read_text()
+    assert "<img src=x" not in page and page.count("&lt;img src=x") == 27
+    assert "<code>code</code>" in page and ">1.2<" in page and ">–<" in page
+    assert "right: " in page and "wrong: " not in page
+    assert "page.html" in markdown and "\\| `code`" in markdown
+    code = f"```\n{text}\n```"
+    assert "<img" not in markdown.replace(code, "") and code in markdown
+
+
+def test_markdown_escapes_tags_only() -> None:
+    text = "<b>x</b> <!-- y --> 1 < 2 `<|end|>` `<b>` <|end|>"
+    assert "&lt;b>x&lt;/b> &lt;!-- y --> 1 < 2 `<|end|>` `<b>` <|end|>\n" in render_markdown("T", [Paragraph(text)])
+
+
+def test_plots_show_dollar_signs_as_text() -> None:
+    label = r"$\frac{$ $x$"
+    for svg in (
+        plot_curves({label: [1.0, 2.0]}, [1, 2], label, label, tick_labels=[label, "b"]),
+        plot_intervals({label: (1.0, 0.0, 2.0)}, label),
+        plot_distributions({label: ([1, 20, 400], [2.0, 60.0, 100.0]), "b": ([3], [100.0])}, label, label),
+    ):
+        assert svg.count(label) >= 2
+
+
+def test_html_report_is_accessible() -> None:
+    """Wide tables can be scrolled with the keyboard, and each has a name of its own."""
+    page = render_html("Evaluation", [TABLE, Heading("Retrieval"), TABLE, FIGURE], "good")
+    assert page.count("<main>") == page.count("</main>") == page.count("<h1>") == 1
+    assert page.index("<h1>") < page.index('<p class="verdict">good</p>') < page.index("<table>")
+    for label in ("Table 1: Evaluation", "Table 2: Retrieval"):
+        assert f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">' in page
+    assert page.count('<th scope="col">') == 2 and '<svg role="img" aria-label="a plot">' in page
+
+
+def test_markdown_omits_sections_that_consist_of_plots_and_images() -> None:
+    blocks = [
+        Heading("Results"), TABLE,
+        Heading("Loss", 3), Paragraph("about the plot"), FIGURE,
+        Heading("Details", 3), TABLE, FIGURE,
+        Heading("Examples"), Heading("Good", 3), FIGURE, Heading("Bad", 3), FIGURE,
+        Heading("Notes"), Paragraph("a note"),
+    ]  # fmt: skip
+    markdown = render_markdown("T", blocks)
+    headings = [line.lstrip("# ") for line in markdown.splitlines() if line.startswith("#")]
+    assert headings == ["T", "Results", "Details", "Notes"]
+    assert "about the plot" not in markdown and "a note" in markdown and "Plots and images" not in markdown
+    with_verdict = render_markdown("T", blocks, "It works.", "page.html")
+    assert with_verdict.startswith("# T\n\n**It works.**\n\nPlots and images are in page.html.\n")
+
+
+def test_texts_of_cards_cannot_reorder_each_other() -> None:
+    card = Example(None, title="\u202ea.jpg", details=["\u202e1", "2"], texts={"captions": ["\u202ex"]})
+    page = render_html("T", [Examples([card], as_cards=True)])
+    for element in ("<bdi>\u202ea.jpg</bdi>", "<bdi>\u202e1</bdi>, <bdi>2</bdi>", '<li dir="auto">\u202ex</li>'):
+        assert element in page
+
+
+def test_text_report_is_aligned_and_has_no_control_characters() -> None:
+    blocks = [Heading("Sizes"), Table(["name", "size"], [["[red]\x1b[31m", 12.5], ["b", None]]), Paragraph(":cat: [b]")]
+    lines = ["good\\x1b", "", "SIZES", "name           size", "[red]\\x1b[31m  12.5", "b                 –"]
+    lines += ["", ":cat: [b]"]
+    assert render_text([*blocks, Heading("Plots"), FIGURE], "good\x1b").splitlines() == lines
+
+
+# ---- verdicts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("percent", "text"),
+    [
+        (0.0, "none"), (0.4, "fewer than 1 of 100"), (3.2, "3 of 100"), (9.4, "9 of 100"), (9.6, "1 of 10"),
+        (62.0, "6 of 10"), (94.9, "9 of 10"), (95.0, "95 of 100"), (99.9, "99 of 100"), (100.0, "all"),
+    ],
+)  # fmt: skip
+def test_share_in_words_never_claims_more_than_the_percentage(percent: float, text: str) -> None:
+    assert describe_share(percent) == text
+
+
+def make_retrieval_result(model: str, recall: float, images: int = 1000, **row: Any) -> BenchmarkResult:
+    row |= {"images": images, "T2I": {"R@10": recall}, "T2I chance": {"R@10": 1.0}}
+    return BenchmarkResult({"rows": [row]}, ranks={"captions": None}, model=model)  # type: ignore[dict-item]
+
+
+def make_baseline(difference: float, low: float, high: float) -> BenchmarkResult:
+    values = {"T2I": {"R@10": difference}, "T2I interval": {"R@10": (low, high)}}
+    return make_retrieval_result("B", 50.0, difference=values)
+
+
+FINDS = "M finds the right image among the first 10 of 1,000 for 6 of 10 captions (a random order: 1 of 100)."
+
+
+@pytest.mark.parametrize(
+    ("others", "verdict"),
+    [
+        ([], ""),
+        ([make_baseline(2.1, 0.8, 3.4)], " It beats B by 2.1 points of R@10 (95% interval 0.8 to 3.4)."),
+        ([make_baseline(-2.0, -3.4, -0.8)], " It is 2.0 points of R@10 worse than B (95% interval 0.8 to 3.4)."),
+        (
+            [make_baseline(9.0, 8.0, 9.9), make_baseline(0.5, -1.0, 2.0)],  # the better baseline counts
+            " The difference from B may be chance: +0.5 points of R@10 (95% interval -1.0 to +2.0).",
+        ),
+    ],
+)
+def test_retrieval_verdict_names_the_share_and_the_best_baseline(others: list[BenchmarkResult], verdict: str) -> None:
+    assert describe_results("coco", [make_retrieval_result("M", 62.0), *others]) == FINDS + verdict
+
+
+def test_verdict_says_that_too_few_images_were_evaluated() -> None:
+    assert "Only 1 image evaluated: too few" in describe_results("data", [make_retrieval_result("M", 100.0, images=1)])
+    assert "Only 3 images with two captions" in describe_caption_retrieval("E", {"images": 3, "CRA": 100.0})
+    metrics = {"images": 5000, "CRA": 27.3}
+    assert (
+        describe_caption_retrieval("E", metrics)
+        == "For 3 of 10 of 5,000 images, E finds the second caption from the first."
+    )
+
+
+@pytest.mark.parametrize(
+    ("summary", "verdict"),
+    [
+        ({"metrics": {"top-1": 71.0, "top-5": 90.0}}, "M names the right class for 7 of 10 images of b."),
+        ({"regions": 9, "rows": [{"metrics": {"top-1": 40.0}}]}, "M names the right class for 4 of 10 boxes of b."),
+        ({"metrics": {"text": 30.0, "image": 20.0, "group": 10.0}}, "M reaches 10.0% group on b."),
+        ({"metrics": {"add_att": 30.0, "mean": 70.0}}, "M reaches 70.0% mean on b."),
+        ({"rows": [{"metrics": {"mIoU": 16.5}}]}, "M reaches 16.5% mIoU on b."),
+    ],
+)
+def test_verdict_of_other_benchmarks_names_the_main_metric(summary: dict[str, Any], verdict: str) -> None:
+    assert describe_results("b", [BenchmarkResult(summary, model="M")]) == verdict
+
+
+def test_distillation_verdict_states_quality_and_speed() -> None:
+    field = {"images": 100, "teacher": {"T2I": {"R@1": 20.0}}, "student": {"T2I": {"R@1": 19.6}}}
+    result = {"fields": [field], "teacher": {"queries per second": 10.0}, "student": {"queries per second": 123.0}}
+    speed = "encodes 12 times as many queries per second on one CPU core"
+    assert (
+        describe_distillation(result) == f"The student keeps 98% of the teacher's T2I R@1 (19.6 of 20.0). It {speed}."
+    )
+    assert describe_distillation({**result, "fields": []}).startswith(f"The student {speed}. No images were held out")
