@@ -21,10 +21,11 @@ from PIL import Image, ImageFile
 from conftest import load_benchmark
 from llm2clip.cli.export import _check_no_home_paths
 from llm2clip.data import columns, image_header, image_refs, images, records
+from llm2clip.data.formats import json_files
+from llm2clip.data.formats import text as text_files
 from llm2clip.data.image_header import DecodingLimitError, check_decoding_work, open_header
 from llm2clip.data.image_refs import FileImage, ParquetImage
 from llm2clip.data.images import ImageError, decode_image, load_image
-from llm2clip.data.readers import encoding, parts
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.io_utils import DataFormatError, atomic_dir, atomic_path
@@ -383,8 +384,8 @@ def test_sparse_caption_files_are_rejected_before_they_fill_the_memory(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / name
-    monkeypatch.setattr(encoding, "MAX_LINE_CHARACTERS", 1 << 16)
-    monkeypatch.setattr(encoding, "MAX_SKIPPED_CHARACTERS", 1 << 20)
+    monkeypatch.setattr(text_files, "MAX_LINE_CHARACTERS", 1 << 16)
+    monkeypatch.setattr(text_files, "MAX_SKIPPED_CHARACTERS", 1 << 20)
     if name.endswith(".gz"):
         path.write_bytes(gzip.compress(bytes(10 << 20)))
     else:
@@ -406,7 +407,7 @@ def test_sparse_caption_files_are_rejected_before_they_fill_the_memory(
 def test_a_row_that_is_too_long_is_skipped(
     name: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "MAX_LINE_CHARACTERS", 10_000)
+    monkeypatch.setattr(text_files, "MAX_LINE_CHARACTERS", 10_000)
     (tmp_path / name).write_text(content.format(long="x" * 2_000_000, short="x" * 4000))
     log = SkipLog(max_skipped=1.0)
     assert [record.captions for record in open_records(tmp_path / name, log, "unchecked")] == [("a",), ("b",)]
@@ -478,7 +479,7 @@ def test_an_unexpected_exception_of_a_reader_is_a_bad_row(tmp_path: Path, monkey
 
     file, log = write_jsonl(tmp_path / "x.jsonl", {"caption": "a"}), SkipLog(max_skipped=1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "read_json_lines", fail)
+        patch.setattr(json_files.JsonLines, "read", fail)
         assert [record.captions for record in open_records(file, log)] == [("a",)]
     assert log.examples == [f"{file}, row 2: unreadable file: MemoryError: no memory"]
     monkeypatch.setattr(records, "parse_name", lambda *_: {}["missing"])

@@ -21,10 +21,11 @@ import pytest
 from format_fixtures import FORMATS, ROWS, as_saved_dataset, as_tar, image_bytes, tar_members, write_jsonl, write_tar
 from llm2clip.data import build_table, remote, retries, shard_cache, storage
 from llm2clip.data.build_table import open_table
+from llm2clip.data.formats import find_files, find_format
+from llm2clip.data.formats.base import read_rows
 from llm2clip.data.image_loader import iter_image_batches
 from llm2clip.data.image_order import EpochOrders
 from llm2clip.data.image_refs import FileImage, ParquetImage, TarImage
-from llm2clip.data.readers import find_files
 from llm2clip.data.records import open_records
 from llm2clip.data.retries import RemoteError, ReplacedFileError
 from llm2clip.data.shard_cache import CacheFullError
@@ -176,11 +177,11 @@ def test_folders_globs_and_braces_are_resolved_in_order(bucket: str) -> None:
     names = ["b/1.tar", "b/0.tar", "b/.hidden.tar", "c.tar", "note.txt", "b/deep/2.tar"]
     storage.get_filesystem("s3").pipe({f"{bucket}/{name}": b"x" for name in names})
     root = f"s3://{bucket}"
-    folder_files = [("tar", f"{root}/b/{n}.tar") for n in range(2)]
+    folder_files = [find_format(f"{root}/b/{n}.tar") for n in range(2)]
     assert find_files(f"{root}/b/*.tar") == folder_files
     assert find_files(f"{root}/b/{{1..0}}.tar") == folder_files[::-1]
     assert find_files(f"{root}/b")[-2:] == find_files(f"{root}/b/")[-2:] == folder_files
-    other_files = [("tar", f"{root}/c.tar"), ("tar", f"{root}/b/deep/2.tar")]
+    other_files = [find_format(f"{root}/c.tar"), find_format(f"{root}/b/deep/2.tar")]
     assert find_files(root, all_files=True) == [other_files[0], *folder_files, other_files[1]]
     for missing in ("x.tar", "x/*.tar", "x/{0..1}.tar", "x"):
         with pytest.raises(FileNotFoundError, match=f"{root}/x.*: no such file or folder"):
@@ -304,7 +305,7 @@ def test_a_failing_shard_is_named_and_skipped(folder: Path, web_server: WebServe
     ]
     num_requests = len(web_server.requests)
     with pytest.raises(RemoteError):
-        TarImage(sources[0][1], 512, 10).read()  # no further attempts for each of its images
+        TarImage(sources[0].path, 512, 10).read()  # no further attempts for each of its images
     assert len(web_server.requests) == num_requests
 
 
@@ -358,9 +359,7 @@ def test_a_file_that_is_replaced_during_a_run_stops_the_run(
 
 
 def open_records_without_lookup(url: str) -> Any:
-    from llm2clip.data.readers import read_source
-
-    return read_source("tar", url, lambda file, names: {})
+    return read_rows(find_format(url))
 
 
 def test_a_file_that_is_replaced_between_two_blocks_is_rejected(

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from conftest import load_benchmark
-from llm2clip.data.columns import BadRow, RawRow
+from llm2clip.data.formats import find_format
+from llm2clip.data.formats import tar as tar_reader
+from llm2clip.data.formats.base import BadRow, RawRow, ReadOptions, read_rows
+from llm2clip.data.formats.tar import _PlainHeaders
 from llm2clip.data.image_refs import LoadedImage, TarImage
-from llm2clip.data.readers import tar as tar_reader
-from llm2clip.data.readers.tar import _PlainHeaders, read_tar
 
 mutate_tar: Callable[[bytes, random.Random], bytes] = load_benchmark("fuzz").mutate_tar
 Edit = Callable[[tarfile.TarInfo], None]
@@ -79,10 +80,14 @@ EDITS: list[tuple[str, Edit, int]] = [
 ]
 
 
+def read_tar(path: Path, image_bytes: bool = True) -> list[RawRow]:
+    return list(read_rows(find_format(str(path)), ReadOptions(image_bytes=image_bytes)))
+
+
 def read_with_tarfile(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RawRow]:
     with monkeypatch.context() as patch:
         patch.setattr(_PlainHeaders, "parse", lambda *_: None)
-        return list(read_tar(str(path)))
+        return read_tar(path)
 
 
 @pytest.mark.parametrize(("name", "edit", "kind"), EDITS, ids=[name for name, _, _ in EDITS])
@@ -94,7 +99,7 @@ def test_rows_are_those_of_tarfile(
     monkeypatch.setattr(tar_reader, "JUMP_BYTES", 1024)
     path, data = tmp_path / "x.tar", build_tar(build_members(20), edit, kind)
     path.write_bytes(data)
-    rows = list(read_tar(str(path)))
+    rows = read_tar(path)
     assert rows == read_with_tarfile(path, monkeypatch)
     assert len(rows) >= 20
     with tarfile.open(path) as tar:
@@ -116,7 +121,7 @@ def count_tarfile_headers(path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 
     with monkeypatch.context() as patch:
         patch.setattr(tarfile.TarFile, "next", count)
-        list(read_tar(str(path)))
+        read_tar(path)
     return len(calls)
 
 
@@ -136,7 +141,7 @@ def test_rows_of_corrupt_files_are_those_of_tarfile(seed: int, tmp_path: Path, m
     for _ in range(150):
         data = mutate_tar(rng.choice(inputs), rng)
         path.write_bytes(data[: rng.randrange(len(data))] if rng.random() < 0.2 else data)
-        rows = list(read_tar(str(path)))
+        rows = read_tar(path)
         assert rows == read_with_tarfile(path, monkeypatch)
         reasons |= {fields.reason for _, _, fields in rows if isinstance(fields, BadRow)}
     assert "truncated tar" in reasons
@@ -155,7 +160,7 @@ def test_headers_with_an_unusual_byte_are_those_of_tarfile(
         if has_valid_checksum and not 148 <= position < 156:
             header[148:156] = b"%06o\0 " % (sum(header[:148]) + 256 + sum(header[156:]))
         path.write_bytes(data[:2048] + header + data[2560:])
-        assert list(read_tar(str(path))) == read_with_tarfile(path, monkeypatch)
+        assert read_tar(path) == read_with_tarfile(path, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -175,21 +180,21 @@ def test_pax_records_are_those_of_tarfile(records: bytes, tmp_path: Path, monkey
         header[124:136] = b"%011o\0" % size
         header[148:156] = b"%06o\0 " % (sum(header[:148]) + 256 + sum(header[156:]))
         path.write_bytes(data[:4096] + header + block + data[5120:])
-        assert list(read_tar(str(path))) == read_with_tarfile(path, monkeypatch)
+        assert read_tar(path) == read_with_tarfile(path, monkeypatch)
 
 
 def test_large_images_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tar_reader, "MAX_LOADED_BYTES", 10_000)
     members = [("a.jpg", bytes(10_000)), ("a.txt", b"a"), ("b.png", bytes(10_001)), ("b.txt", b"b")]
     (tmp_path / "x.tar").write_bytes(build_tar(members))
-    images = [fields["image"] for _, _, fields in read_tar(str(tmp_path / "x.tar")) if isinstance(fields, dict)]
+    images = [fields["image"] for _, _, fields in read_tar(tmp_path / "x.tar") if isinstance(fields, dict)]
     assert [image.data for image in images] == [bytes(10_000), None]
     assert [image.ref.read() for image in images] == [bytes(10_000), bytes(10_001)]
-    rows: list[Any] = [fields for _, _, fields in read_tar(str(tmp_path / "x.tar"), image_bytes=False)]
+    rows: list[Any] = [fields for _, _, fields in read_tar(tmp_path / "x.tar", image_bytes=False)]
     assert [row["image"].data for row in rows] == [None, None]
 
 
 def test_compressed_tar_file_is_unreadable(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(gzip.compress(build_tar(build_members(3))))
-    [(_, _, row)] = read_tar(str(tmp_path / "x.tar"))
+    [(_, _, row)] = read_tar(tmp_path / "x.tar")
     assert isinstance(row, BadRow) and row.reason == "unreadable tar"

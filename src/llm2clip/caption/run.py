@@ -40,8 +40,8 @@ from llm2clip.caption.checks import check_captions, find_image_file, remove_open
 from llm2clip.caption.database import AnswerKey, CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.prompts import CAPTION_FIELD, Prompt
 from llm2clip.caption.report import CaptionReport, format_report, write_report
-from llm2clip.data import readers
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
+from llm2clip.data.formats import find_files
 from llm2clip.data.image_facts import UNREADABLE_IMAGE
 from llm2clip.data.image_header import DecodingLimitError, ImageFormatError, open_header
 from llm2clip.data.image_refs import FileImage, ImageRef, get_file_version
@@ -326,11 +326,11 @@ def _open_images(
     # The output of another run is read if the user has named the file.
     omits_output = not os.path.isfile(source_path) or source_path == os.path.realpath(output.records)
     files = []
-    for kind, path in readers.find_files(parsed.path, all_files=True, log=log):
-        if omits_output and _is_caption_output(path):
-            log.add_note(WRITTEN_BY_CAPTION, path)
+    for file in find_files(parsed.path, all_files=True, log=log):
+        if omits_output and _is_caption_output(file.path):
+            log.add_note(WRITTEN_BY_CAPTION, file.path)
         else:
-            files.append((kind, path))
+            files.append(file)
     for number, record in enumerate(RecordReader(parsed, log, "header", require_captions=False).read(files)):
         if record.image is None:
             log.skip(parsed.path, number, "no image", record.id)

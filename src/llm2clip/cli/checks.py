@@ -26,7 +26,7 @@ def check_sources(*groups: Iterable[str] | None) -> None:
     Raises:
         FileNotFoundError: A path does not exist, or a pattern matches no file. The message suggests similar names.
     """
-    from llm2clip.data.readers import find_files
+    from llm2clip.data.formats import find_files
     from llm2clip.data.records import Source
 
     for source in (source for group in groups for source in group or []):
@@ -48,7 +48,7 @@ def check_stores(*folders: str) -> None:
     """Raise FileNotFoundError if an embedding store's folder does not exist."""
     for folder in folders:
         if not os.path.isdir(folder):
-            from llm2clip.data.readers import suggest_paths
+            from llm2clip.data.formats import suggest_paths
 
             raise FileNotFoundError(
                 f"{folder} is not a store: no such folder; {suggest_paths(folder)}. To create a store, run "
@@ -104,7 +104,7 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
                 return str(path / subfolder)
     if name in known or name.startswith(PREFIXES) or path.exists():
         return name
-    from llm2clip.data.readers import suggest_paths
+    from llm2clip.data.formats import suggest_paths
 
     if name.endswith((".npz", ".gguf")):
         raise FileNotFoundError(f"{name}: no such file; {suggest_paths(name)}")

@@ -1,27 +1,31 @@
-"""Record batches, mapped from the files of a record table. See `table.py`."""
+"""Rows of a record table: their columns, writing them, and mapping them into memory. See `table.py`."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from llm2clip.data.columns import TEXT_FIELDS
+from llm2clip.data.image_facts import ImageFacts
 from llm2clip.data.image_refs import (
-    DatasetImage,
-    FileImage,
+    IMAGE_KINDS,
+    MAX_BATCH_BYTES,
+    ImageColumns,
     ImageRef,
     MemoryImage,
-    ParquetImage,
     StoredImage,
-    TarImage,
     map_batches,
 )
+from llm2clip.data.records import Record
 from llm2clip.data.remote import get_pinned_versions, pin_versions
 
 TEXTS = pa.list_(pa.string())
@@ -49,9 +53,13 @@ SCHEMA = pa.schema(
 )
 _COLUMN_INDEX = {name: n for n, name in enumerate(SCHEMA.names)}
 IMAGE_COLUMNS = ("image_kind", "container", "image_name", "offset", "size", "digest")
-IMAGE_KINDS: tuple[type[ImageRef], ...] = (FileImage, TarImage, ParquetImage, DatasetImage, StoredImage)
 NO_IMAGE = -1
+_KIND_NUMBERS = {kind: number for number, kind in enumerate(IMAGE_KINDS)}
+_HALVES = struct.Struct(">QQ")
 BATCH_ROWS = 1 << 16  # rows per batch when a table is read in batches
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
 
 
 class Blocks:
@@ -167,22 +175,16 @@ class Blocks:
     ) -> ImageRef | None:
         if kind == NO_IMAGE:
             return None
-        if IMAGE_KINDS[kind] is StoredImage:
-            local = row - self._starts[batch]
-            if not self.paths:
-                return MemoryImage(self.batches[batch].column("image_data")[local].as_py(), decode_name(name))
-            return StoredImage(*self.paths[batch], local, (digest or b"").hex(), decode_name(name))
-        path = self.containers[batch][container]
-        text = decode_name(name)
-        if IMAGE_KINDS[kind] is FileImage:
-            return FileImage(path + text)
-        if IMAGE_KINDS[kind] is TarImage:
-            return TarImage(path, offset, size, text)
-        hexdigest = "" if digest is None else digest.hex()
-        if IMAGE_KINDS[kind] is ParquetImage:
-            return ParquetImage(path, offset, text, hexdigest)
-        folder, split = json.loads(path)
-        return DatasetImage(folder, split, offset, text, hexdigest)
+        image_class = IMAGE_KINDS[kind]
+        if image_class is not StoredImage:
+            path = self.containers[batch][container]
+            return image_class.from_columns(ImageColumns(path, decode_name(name), offset, size, digest))
+        local = row - self._starts[batch]
+        if not self.paths:
+            data = self.batches[batch].column("image_data")[local].as_py()
+            return MemoryImage.from_columns(ImageColumns(name=decode_name(name), data=data))
+        file, batch_in_file = self.paths[batch]
+        return StoredImage.from_columns(ImageColumns(file, decode_name(name), local, batch_in_file, digest))
 
 
 def read_metadata(file: str, name: str) -> Any:
@@ -205,3 +207,108 @@ def decode_name(name: bytes) -> str:
 def are_adjacent(rows: np.ndarray) -> bool:
     """Return True if row numbers, of shape (N,), N > 0, are consecutive."""
     return bool(rows[-1] - rows[0] == len(rows) - 1 and (len(rows) < 3 or np.all(np.diff(rows) == 1)))
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+class RowBuilder:
+    """Collects records as rows of a batch. The bytes of images that are only in memory are stored."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0  # size of the stored images
+        self._rows: list[tuple[Any, ...]] = []
+        self._containers: dict[str, int] = {}
+
+    @property
+    def containers(self) -> list[str]:
+        """Paths of the containers of all images added so far."""
+        return list(self._containers)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, record: Record, source: str = "", facts: ImageFacts = ImageFacts()) -> None:  # noqa: B008 - frozen
+        """Add a record. Rows without an image are merged only within the same `source`."""
+        key_high, key_low = hash_merge_key(record, source)
+        kind, image, container = NO_IMAGE, ImageColumns(), 0
+        if record.image is not None:
+            kind = _KIND_NUMBERS.get(type(record.image), _KIND_NUMBERS[StoredImage])
+            image = record.image.to_columns()
+        if image.container is not None:
+            container = self._containers.setdefault(image.container, len(self._containers))
+        self.num_bytes += len(image.data or b"")
+        self._rows.append(
+            (
+                encode_name(record.id),
+                record.id_from_source,
+                None if record.split is None else encode_name(record.split),
+                record.captions,
+                record.short_captions,
+                record.long_captions,
+                record.phrases,
+                kind,
+                container,
+                encode_name(image.name),
+                image.offset,
+                image.size,
+                image.digest or facts.digest,
+                image.data,
+                facts.width,
+                facts.height,
+                facts.hash,
+                key_high,
+                key_low,
+                hash_draw(record),
+            )
+        )
+
+    def take_batch(self) -> pa.RecordBatch:
+        """Return the collected rows as a batch, and start a new one. The containers remain numbered."""
+        columns = zip(*self._rows, strict=True) if self._rows else [()] * len(SCHEMA)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+        self._rows, self.num_bytes = [], 0
+        return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+def write_rows(file: Path, rows: Iterable[tuple[Record, str, ImageFacts]], metadata: Callable[[], Any]) -> None:
+    """Write rows, given as the arguments of `RowBuilder.add`, to an Arrow file that can be mapped into memory.
+
+    `metadata` is called at the end. Its value is saved with the rows; see `read_metadata`.
+    """
+    builder = RowBuilder()
+    with pa.OSFile(str(file), "wb") as stream, pa.ipc.new_file(stream, SCHEMA) as writer:
+        for record, source, facts in rows:
+            builder.add(record, source, facts)
+            if len(builder) >= BATCH_ROWS or builder.num_bytes >= MAX_BATCH_BYTES:
+                writer.write_batch(builder.take_batch())
+        if len(builder):
+            writer.write_batch(builder.take_batch())
+        values = {"containers": builder.containers, "summary": metadata()}
+        encoded = {name: json.dumps(value) for name, value in values.items()}
+        # An Arrow file starts with its schema, so what is known only at the end belongs to an empty last batch.
+        writer.write_batch(builder.take_batch(), custom_metadata=encoded)
+
+
+def hash_merge_key(record: Record, source: str) -> tuple[int, int]:
+    """Return a 128-bit hash of what identifies a record: its image or, without an image, its source, split and id.
+
+    Return (0, 0) if nothing identifies the record. Such records are never merged.
+    """
+    if record.image is not None and record.image.identifies_image:
+        return _hash_128(record.image.key)
+    if not record.id_from_source:
+        return 0, 0
+    return _hash_128("\0".join(["id", source, record.split or "", record.id]))
+
+
+def _hash_128(text: str) -> tuple[int, int]:
+    high, low = _HALVES.unpack(hashlib.blake2b(encode_name(text), digest_size=16).digest())
+    return high, low
+
+
+def hash_draw(record: Record) -> int:
+    """Return the hash by which held-out images are chosen: the first 64 bits of SHA-256 of the id and the captions."""
+    # The captions are included because several records may have the same id.
+    text = "\0".join([record.id, *record.texts])
+    return int.from_bytes(hashlib.sha256(encode_name(text)).digest()[:8], "big")

@@ -26,32 +26,23 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from llm2clip.data import readers
-from llm2clip.data.blocks import IMAGE_KINDS, Blocks, encode_name, read_metadata
+from llm2clip.data.blocks import Blocks, read_metadata, write_rows
 from llm2clip.data.columns import TEXT_FIELDS
+from llm2clip.data.formats import find_files
+from llm2clip.data.formats.base import FilePart, split_file
 from llm2clip.data.image_facts import ImageFacts
 from llm2clip.data.image_hashes import hash_contents
-from llm2clip.data.image_refs import FileImage, TarImage
+from llm2clip.data.image_refs import IMAGE_KINDS
 from llm2clip.data.parallel import count_cores, map_in_processes
-from llm2clip.data.readers.parts import FilePart, split_file
-from llm2clip.data.records import ImageCheck, PartSummary, Record, RecordReader, Source
-from llm2clip.data.remote import (
-    get_file_size,
-    get_remote_version,
-    is_remote,
-    look_up_versions,
-    pin_versions,
-    prefetch,
-    walk_folder,
-)
-from llm2clip.data.row_builder import write_rows
+from llm2clip.data.records import ImageCheck, ReadSummary, Record, RecordReader, Source
+from llm2clip.data.remote import get_file_size, is_remote, pin_versions, prefetch
 from llm2clip.data.skip_log import EventLog, SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.data.texts import deduplicate_captions
 from llm2clip.io_utils import atomic_dir, atomic_path, get_cache_dir
 from llm2clip.progress import ProgressBar
 
-FORMAT_VERSION = 2  # increase it if the columns, their contents or the rules for merging change
+FORMAT_VERSION = 3  # increase it if the columns, their contents or the rules for merging change
 PART_BYTES = 16 << 20  # approximate size of a part of a large file
 MIN_PARALLEL_BYTES = 8 << 20  # smaller sources are read in this process, because starting processes takes a second
 START_TIME = time.time_ns()  # approximate start of this process
@@ -150,39 +141,37 @@ class _PartTask:
     image_check: ImageCheck
     file: Path
     version: str | None = None  # pinned version of a remote file
-    summary: PartSummary | None = None
+    summary: ReadSummary | None = None
 
     def estimate_work(self) -> float:
-        """Return the size of the text or of the download of the part, in bytes. Tar files contain little text."""
+        """Return the size of the text or of the download of the part, in bytes."""
         if self.version is not None:
             return get_file_size(self.part.path)
-        if not os.path.isfile(self.part.path):
-            return 0
-        size = (self.part.stop or os.path.getsize(self.part.path)) - self.part.start
-        return PART_BYTES if self.part.kind == "parquet" else size / (8 if self.part.kind == "tar" else 1)
+        return self.part.format.estimate_text_bytes(self.part) if os.path.isfile(self.part.path) else 0
 
 
 def _list_parts(sources: Sequence[Source], log: SkipLog, image_check: ImageCheck, folder: Path) -> list[_PartTask]:
     """List the parts of all sources in order. The name of a part's file is a hash of all that affects its rows."""
     tasks = []
     for index, source in enumerate(sources):
-        for kind, path in readers.find_files(source.path, log=log):
-            version = _compute_version(kind, path)
-            for part in split_file(kind, path, PART_BYTES):
-                absolute_path = path if is_remote(path) else os.path.abspath(path)
-                settings = [FORMAT_VERSION, dataclasses.astuple(part), absolute_path, version, source.path]
-                settings += [source.splits, sorted(source.columns.items()), image_check]
-                file = folder / "parts" / f"{_hash_json(settings)}.arrow"
+        for source_file in find_files(source.path, log=log):
+            path, source_format = source_file.path, source_file.format
+            version = source_format.compute_version(path)
+            absolute_path = path if is_remote(path) else os.path.abspath(path)
+            settings = [FORMAT_VERSION, source_format.name, path, absolute_path, version, source.path]
+            settings += [source.splits, sorted(source.columns.items()), image_check]
+            pinned = version if is_remote(path) and not source_format.is_folder else None
+            for part in split_file(source_file, PART_BYTES):
+                file = folder / "parts" / f"{_hash_json([*settings, part.start, part.stop])}.arrow"
                 summary = _read_summary(file) if file.exists() else None
                 if summary is not None and _must_read_again(part, summary):
                     file.unlink()
                     summary = None
-                pinned = version if is_remote(path) and kind != "images" else None
                 tasks.append(_PartTask(index, source, part, image_check, file, pinned, summary))
     return tasks
 
 
-def _must_read_again(part: FilePart, summary: PartSummary) -> bool:
+def _must_read_again(part: FilePart, summary: ReadSummary) -> bool:
     """Return True if reading a part again can give other rows, although its file has not changed."""
     # Another run tries again to download a file, but all processes of a run must use the same rows.
     is_earlier_run = summary.read_at < START_TIME
@@ -197,7 +186,7 @@ def _read_parts(
     work = sum(task.estimate_work() for task in missing.values())
     if workers is None:
         workers = count_cores() if work >= MIN_PARALLEL_BYTES else 1
-    new_parts = iter(map_in_processes(_read_part, list(missing.values()), workers))
+    new_parts = iter(map_in_processes(_write_part, list(missing.values()), workers))
     files = [task.part.path for task in missing.values()]
     hide = work < MIN_PARALLEL_BYTES or not missing
     num_rows = 0
@@ -210,14 +199,14 @@ def _read_parts(
                     raise error
                 os.utime(task.file)
                 task.summary = task.summary or _read_summary(task.file)
-                reader.add_part(task.summary)
+                reader.add_summary(task.summary)
                 num_rows += task.summary.num_records
                 bar.set_postfix_str(f"{num_rows:,} rows", refresh=False)
                 bar.update()
             reader.finish()
 
 
-def _read_part(task: _PartTask) -> Exception | None:
+def _write_part(task: _PartTask) -> Exception | None:
     """Read a part and save its rows. Return an error that must be raised when all earlier parts are complete."""
     if task.version is not None:
         pin_versions({task.part.path: task.version})
@@ -226,52 +215,14 @@ def _read_part(task: _PartTask) -> Exception | None:
     rows = ((record, task.source.path, facts) for record, facts in reader.read_part(task.part, hash_images=True))
     try:
         with atomic_path(task.file) as file:
-            write_rows(file, rows, lambda: dataclasses.asdict(reader.summarize(log)))
+            write_rows(file, rows, lambda: vars(reader.summarize(log)))
     except (ValueError, OSError) as error:
         return error
     return None
 
 
-def _read_summary(file: Path) -> PartSummary:
-    return PartSummary(**read_metadata(str(file), "summary"))
-
-
-def _compute_version(kind: str, path: str) -> Any:
-    """Return a value that changes if a source file, or a file in a source folder, changes."""
-    if kind == "hf":
-        return _get_hub_version(path)
-    if is_remote(path):
-        return _get_remote_version(kind, path)
-    files = [path]
-    if os.path.isdir(path):
-        files = sorted(os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names)
-    digest = hashlib.sha256()
-    for file in files:
-        status = os.stat(file)
-        digest.update(encode_name(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0"))
-    return digest.hexdigest()
-
-
-def _get_remote_version(kind: str, path: str) -> str:
-    """Return the version of a remote file, or of all files in a remote folder."""
-    if kind != "images":
-        return get_remote_version(path)
-    urls = [f"{parent}/{name}" for parent, _, names in walk_folder(path) for name in names]
-    look_up_versions(urls)
-    return _hash_json([(url, get_remote_version(url)) for url in urls])
-
-
-def _get_hub_version(name: str) -> str:
-    """Return the version of a data set on the Hugging Face Hub, or "offline" if the Hub cannot be reached."""
-    from huggingface_hub import HfApi
-
-    repository = name.partition(":")[0]
-    if os.path.isdir(repository):
-        return str(_compute_version("folder", repository))
-    try:
-        return str(HfApi().dataset_info(repository).sha)
-    except Exception:  # reading the data set reports the error, unless it is in the local cache
-        return "offline"
+def _read_summary(file: Path) -> ReadSummary:
+    return ReadSummary(**read_metadata(str(file), "summary"))
 
 
 # ---- merging ---------------------------------------------------------------------------------------------------------
@@ -309,7 +260,9 @@ def _merge_parts(sources: Sequence[Source], tasks: Sequence[_PartTask], image_ch
         np.save(temporary / "copies.npy", table.select(copies).numbers("key_high"))
         if len(origins):
             paths = [sources[index].path for index in source_of_row[origins].tolist()]
-            write_rows(temporary / "merged.arrow", _merge_rows(table, members, final[members], paths), lambda: None)
+            write_rows(
+                temporary / "merged.arrow", _build_merged_records(table, members, final[members], paths), lambda: None
+            )
     return table_folder
 
 
@@ -382,11 +335,12 @@ def _hash_contents(table: RecordTable, positions: np.ndarray) -> np.ndarray:
 def _read_copy_hashes(table: RecordTable) -> np.ndarray:
     """Return the hash of each record's image file or tar member, and 0 for other images, of shape (N,), uint64."""
     hashes, kinds = table.numbers("image_hash"), table.numbers("image_kind")
-    hashes[~np.isin(kinds, [IMAGE_KINDS.index(FileImage), IMAGE_KINDS.index(TarImage)])] = 0
+    kinds_with_hash = [number for number, kind in enumerate(IMAGE_KINDS) if kind.has_file_name]
+    hashes[~np.isin(kinds, kinds_with_hash)] = 0
     return hashes
 
 
-def _merge_rows(
+def _build_merged_records(
     table: RecordTable, members: np.ndarray, groups: np.ndarray, source_paths: Sequence[str]
 ) -> Iterator[tuple[Record, str, ImageFacts]]:
     """Yield one record per group of rows.

@@ -1,9 +1,4 @@
-"""Mapping of data columns to record fields, and conversion of table cells.
-
-Every reader yields raw rows: tuples `(file, row, fields)`. `row` is the row number, starting at 1, or the line number
-in a text file. `fields` is a dict {column name: raw value}, or a `BadRow` if the row cannot be read. Readers do not
-interpret the values; the modules `records` and `pairs` do.
-"""
+"""Mapping of data columns to record fields, and conversion of table cells. `records` and `pairs` use it."""
 
 import ast
 import difflib
@@ -13,15 +8,14 @@ import math
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from llm2clip.data.formats.base import NOT_UTF8
 from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, MemoryImage, to_valid_unicode
 from llm2clip.data.remote import get_parent, is_remote, join_path
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import DataFormatError
 
-UNREADABLE_FILE = "unreadable file"  # reason for skipping the rest of a file
 CAPTION_FIELDS = ("captions", "short_captions", "long_captions")
 TEXT_FIELDS = (*CAPTION_FIELDS, "phrases")
 COLUMN_NAMES = {  # record field -> common column names, in order of preference
@@ -44,19 +38,6 @@ MAX_LITERAL_CHARACTERS = 1 << 16  # maximum length of a Python list literal that
 _PYTHON_LIST = re.compile(
     r"""\s*\[(?:[\s,]|None|[uU]?(?:'[^'\\]*+(?:\\.[^'\\]*+)*+'|"[^"\\]*+(?:\\.[^"\\]*+)*+"))*+\]\s*""", re.DOTALL
 )
-
-
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that cannot be read. Skipped rows are counted by `reason`."""
-
-    reason: str
-    value: str  # details for the skip log
-    rows: int = 1  # number of rows that cannot be read, including this row
-
-
-RawRow = tuple[str, int, dict[str, Any] | BadRow]
-ColumnChooser = Callable[[str, Sequence[str]], dict[str, str]]  # (file, column names) -> {field: column}
 
 
 def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) -> dict[str, str]:
@@ -91,7 +72,6 @@ class ColumnMapper:
     def __init__(self, source: str, mapping: Mapping[str, str], require_captions: bool = True) -> None:
         self.source, self.mapping, self.require_captions = source, mapping, require_captions
         self.columns: dict[str, None] = {}  # all columns seen so far, in order
-        self.has_captions = self.has_images = False
         self._names = COLUMN_NAMES | {field: (column,) for field, column in mapping.items()}
         self._cache: dict[tuple[str, ...], dict[str, str]] = {}
 
@@ -103,7 +83,8 @@ class ColumnMapper:
         """
         key = tuple(columns)
         if key not in self._cache:
-            self._cache_columns(key, columns, self._guess_columns(columns))
+            self.columns |= dict.fromkeys(columns)
+            self._cache[key] = self._guess_columns(columns)
             self.check(file)
         return self._cache[key]
 
@@ -119,8 +100,17 @@ class ColumnMapper:
             )
         key = (*names, "", *filled)
         if key not in self._cache:  # cached, because a source has only a few distinct sets of keys
-            self._cache_columns(key, names, self._guess_columns(names) | self._guess_columns(filled))
+            self.columns |= dict.fromkeys(names)
+            self._cache[key] = self._guess_columns(names) | self._guess_columns(filled)
         return self._cache[key]
+
+    @property
+    def has_captions(self) -> bool:
+        return bool(self._guess_columns(self.columns).keys() & set(CAPTION_FIELDS))
+
+    @property
+    def has_images(self) -> bool:
+        return "image" in self._guess_columns(self.columns)
 
     def check(self, file: str = "") -> None:
         """Check that the source has the mapped columns and a caption column.
@@ -158,7 +148,7 @@ class ColumnMapper:
     def _describe_columns(self) -> str:
         return f"the file has the columns {', '.join(self.columns)}" if self.columns else "the file has no columns"
 
-    def _guess_columns(self, columns: Sequence[str]) -> dict[str, str]:
+    def _guess_columns(self, columns: Collection[str]) -> dict[str, str]:
         chosen = guess_columns(self._names, columns)
         # In sources with long captions, such as the Image Paragraphs data set, the `sentences` column contains the
         # sentences of the long caption rather than separate captions.
@@ -166,12 +156,6 @@ class ColumnMapper:
         if guessed in ("sentences", "sentence") and "long_captions" in chosen:
             del chosen["captions"]
         return chosen
-
-    def _cache_columns(self, key: tuple[str, ...], columns: Sequence[str], chosen: dict[str, str]) -> None:
-        self.columns |= dict.fromkeys(columns)
-        self.has_captions = self.has_captions or bool(chosen.keys() & set(CAPTION_FIELDS))
-        self.has_images = self.has_images or "image" in chosen
-        self._cache[key] = chosen
 
 
 @functools.lru_cache(maxsize=4096)
@@ -204,6 +188,26 @@ def is_null(value: object) -> bool:
 def is_missing_text(cell: object) -> bool:
     """Return True if a table cell contains a placeholder for a missing value, such as "nan" or "n/a"."""
     return isinstance(cell, str) and len(cell) < 10 and cell.strip().lower() in MISSING_TEXTS
+
+
+def clean_text_cells(values: Mapping[str, Any], log: SkipLog, file: str, row: int) -> dict[str, Any]:
+    """Return the values of a row of a text table. Placeholders for missing values become None and are logged.
+
+    If several columns share a name, captions are taken from all of them, and other fields from the last column that has
+    a value.
+    """
+    cleaned: dict[str, Any] = {}
+    for name, value in values.items():
+        cells = value if isinstance(value, list) else [value]
+        # "none" is a valid split name.
+        present = cells if name == "split" else [cell for cell in cells if not is_missing_text(cell)]
+        for _ in range(len(cells) - len(present)):
+            log.record_dropped(file, row, "missing value", value)
+        if isinstance(value, list) and name in TEXT_FIELDS:
+            cleaned[name] = present
+        else:
+            cleaned[name] = present[-1] if present else None
+    return cleaned
 
 
 def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: int) -> tuple[str, ...]:
@@ -243,7 +247,7 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
                 text.encode()
         except UnicodeEncodeError as error:
             if "\udc80" <= text[error.start] <= "\udcff":  # a byte that could not be decoded (surrogateescape)
-                raise UnusableRow("not UTF-8", to_valid_unicode(text)) from error
+                raise UnusableRow(NOT_UTF8, to_valid_unicode(text)) from error
             raise UnusableRow("malformed row", f"not valid Unicode: {text!r}") from error
         captions.append(text)
     return tuple(captions)

@@ -14,8 +14,7 @@ from typing import Literal
 import numpy as np
 import psutil
 
-from llm2clip.data.blocks import IMAGE_KINDS
-from llm2clip.data.image_refs import ParquetImage, TarImage
+from llm2clip.data.image_refs import IMAGE_KINDS, ParquetImage, TarImage
 from llm2clip.data.remote import is_remote, prefetch
 from llm2clip.data.table import RecordTable
 

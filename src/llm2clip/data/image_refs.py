@@ -1,11 +1,14 @@
 """Image references, which specify where the encoded bytes of an image are stored.
 
-Records contain references instead of images, so lists of records are small and can be sent to other processes.
+Records contain references instead of images, so lists of records are small and can be sent to other processes. A kind
+of reference is one subclass of `ImageRef`, which reads the bytes, names the image, and converts itself to and from the
+columns of a record table. `IMAGE_KINDS` lists the kinds that a record table may contain.
 """
 
 import functools
 import hashlib
 import io
+import json
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -13,7 +16,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,13 +34,39 @@ MAX_CACHE_BYTES = 256 << 20  # limit on the total size of the decoded cells that
 MAX_CELL_BYTES = 256 << 20  # size limit for an image in a table cell
 
 
+class ImageColumns(NamedTuple):
+    """Image reference, as stored in the columns of a record table.
+
+    Attributes:
+        container: Path of the file or folder that contains the image. None if the bytes are stored in the table.
+        name: File name, tar member or table column.
+        offset: Position in a tar file, or row number in a table.
+        size: Number of bytes of a tar member.
+        digest: SHA-256 of the image's bytes, if they identify the image.
+        data: Bytes of an image that cannot be read again.
+    """
+
+    container: str | None = None
+    name: str = ""
+    offset: int = 0
+    size: int = 0
+    digest: bytes | None = None
+    data: bytes | None = None
+
+
 class ImageRef(ABC):
     """Reference to an image's encoded bytes. References are small, picklable and valid in any process.
 
     `str()` returns a name for use in messages.
+
+    Attributes:
+        kind_name: Where such images are stored, for reports.
+        has_file_name: True if the image is a file, or a member of an archive, with a file name of its own.
     """
 
     __slots__ = ()
+    kind_name: ClassVar[str] = "memory"
+    has_file_name: ClassVar[bool] = False
 
     @property
     def key(self) -> str:
@@ -81,6 +110,16 @@ class ImageRef(ABC):
         with self._convert_reader_errors(), self._open() as stream:
             return read_image_file(stream)
 
+    def to_columns(self) -> ImageColumns:
+        """Convert the reference to the columns of a record table. By default, the bytes are stored in the table."""
+        data = self.read()
+        return ImageColumns(name=str(self), digest=hashlib.sha256(data).digest(), data=data)
+
+    @classmethod
+    @abstractmethod
+    def from_columns(cls, columns: ImageColumns) -> Self:
+        """Create a reference from the columns of a record table."""
+
     @abstractmethod
     def _open(self) -> BinaryIO:
         """Open the encoded bytes as a stream. May raise any type of exception if the file is corrupt."""
@@ -108,7 +147,17 @@ class LoadedImage:
 class FileImage(ImageRef):
     """An image file."""
 
+    kind_name: ClassVar[str] = "image files"
+    has_file_name: ClassVar[bool] = True
     path: str
+
+    def to_columns(self) -> ImageColumns:
+        end = self.path.rfind("/") + 1
+        return ImageColumns(self.path[:end], self.path[end:])
+
+    @classmethod
+    def from_columns(cls, columns: ImageColumns) -> Self:
+        return cls(f"{columns.container}{columns.name}")
 
     @property
     def canonical_path(self) -> str:
@@ -125,10 +174,19 @@ class FileImage(ImageRef):
 class TarImage(ImageRef):
     """A member of an uncompressed tar file. With its offset, the member can be read without scanning the file."""
 
+    kind_name: ClassVar[str] = "tar files"
+    has_file_name: ClassVar[bool] = True
     path: str
     offset: int
     size: int
     name: str = ""
+
+    def to_columns(self) -> ImageColumns:
+        return ImageColumns(self.path, self.name, self.offset, self.size)
+
+    @classmethod
+    def from_columns(cls, columns: ImageColumns) -> Self:
+        return cls(columns.container or "", columns.offset, columns.size, columns.name)
 
     @property
     def key(self) -> str:
@@ -174,10 +232,18 @@ class ParquetImage(_TableCell):
     uses 100 rows.
     """
 
+    kind_name: ClassVar[str] = "Parquet files"
     path: str
     row: int
     column: str
     digest: str = ""
+
+    def to_columns(self) -> ImageColumns:
+        return ImageColumns(self.path, self.column, self.row, digest=bytes.fromhex(self.digest) or None)
+
+    @classmethod
+    def from_columns(cls, columns: ImageColumns) -> Self:
+        return cls(columns.container or "", columns.offset, columns.name, (columns.digest or b"").hex())
 
     def _open(self) -> BinaryIO:
         return _open_cell(_read_parquet_cell(self.path, self.row, self.column), self)
@@ -190,11 +256,21 @@ class ParquetImage(_TableCell):
 class DatasetImage(_TableCell):
     """A cell in a Hugging Face data set written by `save_to_disk`. Memory mapping makes random access fast."""
 
+    kind_name: ClassVar[str] = "Hugging Face data sets"
     folder: str
     split: str | None
     row: int
     column: str
     digest: str = ""
+
+    def to_columns(self) -> ImageColumns:
+        container = json.dumps([self.folder, self.split])
+        return ImageColumns(container, self.column, self.row, digest=bytes.fromhex(self.digest) or None)
+
+    @classmethod
+    def from_columns(cls, columns: ImageColumns) -> Self:
+        folder, split = json.loads(columns.container or "")
+        return cls(folder, split, columns.offset, columns.name, (columns.digest or b"").hex())
 
     def _open(self) -> BinaryIO:
         version = get_file_version(os.path.join(self.folder, self.split or ""))
@@ -212,6 +288,11 @@ class MemoryImage(ImageRef):
     data: bytes
     name: str = "image in memory"
 
+    @classmethod
+    def from_columns(cls, columns: ImageColumns) -> Self:
+        assert columns.data is not None
+        return cls(columns.data, columns.name)
+
     @property
     def key(self) -> str:
         return compute_content_digest(self.data)
@@ -227,17 +308,26 @@ class MemoryImage(ImageRef):
 class StoredImage(_TableCell):
     """An encoded image in a record table, for sources that can be read only once."""
 
+    kind_name: ClassVar[str] = "the record table"
     path: str
     batch: int
     row: int
     digest: str = ""
     name: str = ""
 
+    @classmethod
+    def from_columns(cls, columns: ImageColumns) -> Self:
+        return cls(columns.container or "", columns.size, columns.offset, (columns.digest or b"").hex(), columns.name)
+
     def _open(self) -> BinaryIO:
         return _open_cell(_map_cached_batches(self.path)[self.batch].column("image_data")[self.row], self)
 
     def __str__(self) -> str:
         return self.name
+
+
+# An image's kind is stored in record tables as its index in this list. An image of another kind is a `StoredImage`.
+IMAGE_KINDS: tuple[type[ImageRef], ...] = (FileImage, TarImage, ParquetImage, DatasetImage, StoredImage)
 
 
 def read_image_file(stream: BinaryIO) -> bytes:

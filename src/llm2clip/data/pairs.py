@@ -28,10 +28,11 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from llm2clip.config import TuneConfig
-from llm2clip.data import readers
 from llm2clip.data.blocks import decode_name
 from llm2clip.data.build_table import load_source_indices, mask_same_images, open_table
-from llm2clip.data.columns import CAPTION_FIELDS, BadRow, guess_columns
+from llm2clip.data.columns import CAPTION_FIELDS, guess_columns
+from llm2clip.data.formats import find_files
+from llm2clip.data.formats.base import BadRow, ReadOptions, read_rows
 from llm2clip.data.records import EARLY_CHECK_ROWS, NO_SPLIT, Source, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import mask_training_splits
@@ -268,9 +269,9 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
     """
     log, source = SkipLog() if log is None else log, Source.parse(path)
     num_pairs, columns_known = 0, False
-    for kind, file in readers.find_files(source.path):
-        rows = readers.read_source(kind, file, _choose_columns, image_bytes=False, splits=source.splits, log=log)
-        for row_file, number, fields in rows:
+    options = ReadOptions(_choose_columns, image_bytes=False, splits=source.splits, log=log)
+    for file in find_files(source.path):
+        for row_file, number, fields in read_rows(file, options):
             if isinstance(fields, BadRow):
                 log.count_rows(fields.rows)
                 log.skip(row_file, number, fields.reason, fields.value, fields.rows)

@@ -1,7 +1,7 @@
-"""Reading records (images with their captions) from sources in any supported format.
+"""Records, which are images with their captions, and reading them from sources in any supported format.
 
-`open_records` is the entry point. It reads all formats in `readers`, validates every row, and logs each skipped row
-with the file, row number and reason. URLs in the data are never downloaded.
+`open_records` is the entry point. It reads the rows of all `formats`, converts them to records, and logs each skipped
+row with the file, row number and reason. URLs in the data are never downloaded.
 """
 
 from __future__ import annotations
@@ -15,20 +15,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from llm2clip.data import readers
 from llm2clip.data.columns import (
     COLUMN_NAMES,
     TEXT_FIELDS,
-    UNREADABLE_FILE,
-    BadRow,
     ColumnMapper,
-    RawRow,
     UnusableRow,
-    is_missing_text,
+    clean_text_cells,
     parse_captions,
     parse_image,
     parse_name,
 )
+from llm2clip.data.formats import find_files
+from llm2clip.data.formats.base import UNREADABLE_FILE, BadRow, FilePart, RawRow, ReadOptions, SourceFormat, read_rows
 from llm2clip.data.image_facts import (
     MISSING_IMAGE,
     TOO_LARGE_IMAGE,
@@ -37,7 +35,6 @@ from llm2clip.data.image_facts import (
     read_image_facts,
 )
 from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage
-from llm2clip.data.readers.parts import FilePart, read_part
 from llm2clip.data.remote import is_remote
 from llm2clip.data.skip_log import EventLog, SkipLog
 from llm2clip.io_utils import DataFormatError, FatalDataError, describe_error, hide_url_secrets
@@ -164,7 +161,7 @@ def open_records(
     if image_check not in get_args(ImageCheck):
         raise ValueError(f"image_check must be one of {', '.join(get_args(ImageCheck))} (got {image_check!r})")
     log = SkipLog() if log is None else log
-    files = readers.find_files(source.path, all_files=not require_captions, log=log)
+    files = find_files(source.path, all_files=not require_captions, log=log)
     return RecordReader(source, log, image_check, require_captions).read(files)
 
 
@@ -179,26 +176,27 @@ class _ParsedRow:
     num_rows: int  # number of source rows that were merged into this row; 0 if they have already been counted
 
 
-@dataclass(frozen=True)
-class PartSummary:
-    """Result of reading a part of a source, apart from its records. It can be converted to JSON.
+@dataclass
+class ReadSummary:
+    """Result of reading a source, or a part of a source, apart from its records. It can be converted to JSON.
 
     Attributes:
         row_counts: Number of rows of each selected split.
         split_counts: Number of rows of each split.
         columns: Names of all columns.
-        events: What was recorded in the skip log; see `EventLog`.
+        events: Events recorded in the skip log; see `EventLog`. Only for a part of a source.
         read_at: Time at which reading started, in nanoseconds since the epoch.
     """
 
-    num_records: int
-    row_counts: dict[str, int]
-    split_counts: dict[str, int]
-    columns: list[str]
-    has_captions: bool
-    has_images: bool
-    events: list[list[Any]]
-    read_at: int
+    num_records: int = 0
+    row_counts: Counter[str] = field(default_factory=Counter)
+    split_counts: Counter[str] = field(default_factory=Counter)
+    columns: list[str] = field(default_factory=list)
+    events: list[list[Any]] = field(default_factory=list)
+    read_at: int = field(default_factory=time.time_ns)
+
+    def __post_init__(self) -> None:
+        self.row_counts, self.split_counts = Counter(self.row_counts), Counter(self.split_counts)  # dicts in JSON
 
     def has_unreadable_files(self) -> bool:
         """Return True if a file could not be read or downloaded."""
@@ -220,203 +218,163 @@ class PartSummary:
 class RecordReader:
     """Reader of a source, or of a part of a source, that makes a single pass.
 
-    A source can be read in parts by several readers: each one calls `read_part` and `summarize`. One reader receives
-    all summaries in order (`add_part`), and checks the source when it is complete (`finish`).
+    A source can be read in parts by several readers: each one calls `read_part` and returns its `summary`. One reader
+    receives all summaries in order (`add_summary`), and checks the source when it is complete (`finish`).
     """
 
     def __init__(self, source: Source, log: SkipLog, image_check: ImageCheck, require_captions: bool) -> None:
         self.source, self.log, self.require_captions = source, log, require_captions
-        self.read_bytes = image_check != "ignore"
-        self.check_images = image_check in ("header", "exists")
-        self.check_headers = image_check == "header"
+        self.image_check = image_check
         self.mapper = ColumnMapper(str(source), source.columns, require_captions)
-        self.split_counts: Counter[str] = Counter()
-        self.read_at = time.time_ns()
-        self.num_records = 0
-        self.row_counts: Counter[str] = Counter()  # selected split -> number of its rows read so far
+        self.summary = ReadSummary()
+        self._listed_images: set[str] = set()  # image files listed in a folder's caption files
         is_path = not source.path.startswith("hf:") and not is_remote(source.path)
         self._log_path = os.path.realpath(os.path.expanduser(source.path)) if is_path else source.path
-        self._listed_images: set[str] = set()  # image files listed in a folder's caption files
 
-    def read(self, files: Sequence[tuple[str, str]]) -> Iterator[Record]:
-        for kind, path in files:
-            for record, _ in self.read_part(FilePart(kind, path), hash_images=False):
+    def read(self, files: Sequence[FilePart]) -> Iterator[Record]:
+        """Yield the usable records in all files of the source."""
+        for file in files:
+            for record, _ in self.read_part(file, hash_images=False):
                 yield record
         self.finish()
 
     def read_part(self, part: FilePart, hash_images: bool) -> Iterator[tuple[Record, ImageFacts]]:
         """Yield the usable records in a file or part of a file, with what is known about their images."""
-        # In image folders and tar files, captions are in separate files instead of columns.
-        self.mapper.require_captions = self.require_captions and part.kind not in ("images", "tar")
-        for row in self._read_rows(part):
+        self.mapper.require_captions = self.require_captions and part.format.has_caption_columns
+        read_bytes = self.image_check != "ignore"
+        splits = None if "split" in self.source.columns else self.source.splits
+        raw_rows = read_rows(part, ReadOptions(self.mapper.map_table, read_bytes, splits, self.log))
+        rows = self._parse_rows(raw_rows, part.format)
+        for row in _merge_caption_rows(rows) if part.format.is_plain_text else rows:
             try:
-                facts = self._check_row(row, hash_images)
+                self._check_captions(row.record)
+                facts = self._read_image_facts(row.image, hash_images and read_bytes)
             except Exception as error:
                 problem = _to_unusable_row(error)
                 self._skip(row.file, row.row, problem.reason, problem.value, row.num_rows)
                 continue
-            self.num_records += 1
+            self.summary.num_records += 1
             yield row.record, facts
 
-    def summarize(self, log: EventLog) -> PartSummary:
-        """Summarise what this reader has read. Its skip log must be `log`."""
-        mapper = self.mapper
-        return PartSummary(
-            num_records=self.num_records,
-            row_counts=dict(self.row_counts),
-            split_counts=dict(self.split_counts),
-            columns=list(mapper.columns),
-            has_captions=mapper.has_captions,
-            has_images=mapper.has_images,
-            events=log.events,
-            read_at=self.read_at,
-        )
+    def summarize(self, log: EventLog) -> ReadSummary:
+        """Return the summary of what this reader has read. Its skip log must be `log`."""
+        return replace(self.summary, columns=list(self.mapper.columns), events=log.events)
 
-    def add_part(self, part: PartSummary) -> None:
+    def add_summary(self, summary: ReadSummary) -> None:
         """Add the summary of a part that another reader has read. Raise `TooManySkipped` as early as possible."""
-        self.num_records += part.num_records
-        self.split_counts.update(part.split_counts)
-        self.mapper.columns |= dict.fromkeys(part.columns)
-        self.mapper.has_captions |= part.has_captions
-        self.mapper.has_images |= part.has_images
-        for split, count in part.row_counts.items():
+        self.summary.num_records += summary.num_records
+        self.summary.split_counts.update(summary.split_counts)
+        self.mapper.columns |= dict.fromkeys(summary.columns)
+        for split, count in summary.row_counts.items():
             self._count_rows(split, count)
-        self.log.replay(part.events)
-        if self.log.skipped and self.row_counts.total() >= EARLY_CHECK_ROWS:
+        self.log.replay(summary.events)
+        if self.log.skipped:
             self._check_early()
 
     def finish(self) -> None:
         """Check the complete source. Raise an error if it has no records, or if too many rows were skipped."""
         if self.mapper.columns:
             self.mapper.check()
-            if self.check_images and not self.mapper.has_images:
+            if self.image_check in ("header", "exists") and not self.mapper.has_images:
                 self.log.add_note(self.mapper.describe_missing("image"), self.source.path)
         self.log.check()
-        if not self.num_records:
-            raise ValueError(f"{self.source}: no records{self._format_splits()}; {self.log.summary()}")
+        if not self.summary.num_records:
+            counts = [f"{name} ({count:,} rows)" for name, count in self.summary.split_counts.items()]
+            splits = f"; its splits: {', '.join(counts)}" if counts else ""
+            raise ValueError(f"{self.source}: no records{splits}; {self.log.summary()}")
 
-    def _read_rows(self, part: FilePart) -> Iterable[_ParsedRow]:
-        splits = None if "split" in self.source.columns else self.source.splits
-        raw_rows = read_part(part, self.mapper.map_table, self.read_bytes, splits, self.log)
-        rows = self._parse_rows(raw_rows, part.kind)
-        return _merge_rows(rows) if part.kind in ("csv", "tsv", "captions.txt") else rows
+    # ---- rows --------------------------------------------------------------------------------------------------------
 
-    def _parse_rows(self, raw_rows: Iterable[RawRow], kind: str) -> Iterator[_ParsedRow]:
+    def _parse_rows(self, raw_rows: Iterable[RawRow], source_format: SourceFormat) -> Iterator[_ParsedRow]:
         """Parse raw rows; yield the valid rows in the selected splits."""
         for file, number, fields in raw_rows:
-            is_listed = kind == "images" and FileImage(file).key in self._listed_images
+            is_listed = source_format.is_folder and FileImage(file).key in self._listed_images
             num_rows = 0 if is_listed else 1  # 0 if the image's row in a caption file has already been counted
             split = ""  # the split is not known yet
             try:
                 if isinstance(fields, BadRow):
                     num_rows *= fields.rows
                     raise UnusableRow(fields.reason, fields.value)
-                values = self._select_values(file, number, fields, kind)
+                values = self._select_values(file, number, fields, source_format)
                 split = parse_name(values.get("split"), "split") or NO_SPLIT
-                self.split_counts[split] += 1
+                self.summary.split_counts[split] += 1
                 if self.source.splits and split not in self.source.splits:
                     continue
-                row = self._parse_row(file, number, values, split, kind, num_rows)
+                record, image = self._parse_row(file, number, values, split, source_format.has_lists_as_text)
             except Exception as error:
                 problem = _to_unusable_row(error)
                 self._count_rows(split, num_rows)
                 self._skip(file, number, problem.reason, problem.value, num_rows)
                 continue
             self._count_rows(split, num_rows)
-            if not self.require_captions and row.image is not None and isinstance(row.image.ref, FileImage):
-                self._listed_images.add(row.image.ref.key)
-            yield row
+            if not self.require_captions and isinstance(record.image, FileImage):
+                self._listed_images.add(record.image.key)
+            yield _ParsedRow(file, number, record, image, num_rows)
 
-    def _select_values(self, file: str, number: int, fields: dict[str, Any], kind: str) -> dict[str, Any]:
+    def _select_values(
+        self, file: str, number: int, fields: dict[str, Any], source_format: SourceFormat
+    ) -> dict[str, Any]:
         """Return a row's values as a dict {record field: value}."""
-        if kind in ("csv", "tsv", "parquet", "hf", "saved"):
-            columns = self.mapper.map_table(file, list(fields))
-        else:
-            columns = self.mapper.map_row(fields)
+        columns = self.mapper.map_table(file, list(fields)) if source_format.is_table else self.mapper.map_row(fields)
         values = {name: fields.get(column) for name, column in columns.items()}
-        return self._clean_cells(values, file, number) if kind in ("csv", "tsv", "captions.txt") else values
+        return clean_text_cells(values, self.log, file, number) if source_format.is_plain_text else values
 
     def _parse_row(
-        self, file: str, number: int, values: dict[str, Any], split: str, kind: str, num_rows: int
-    ) -> _ParsedRow:
+        self, file: str, number: int, values: dict[str, Any], split: str, parse_lists: bool
+    ) -> tuple[Record, LoadedImage | None]:
         record_id = parse_name(values.get("id"), "id")
-        image = parse_image(values.get("image"), file, reject_urls=self.check_images)
-        parse_lists = kind in ("csv", "tsv", "tar")
-        captions = parse_captions(values.get("captions"), parse_lists, self.log, file, number)
-        # In these fields, an empty string means "no captions" rather than an empty caption.
-        short_captions, long_captions = values.get("short_captions"), values.get("long_captions")
-        phrases = values.get("phrases")
+        image = parse_image(values.get("image"), file, reject_urls=self.image_check in ("header", "exists"))
+        texts = {"captions": parse_captions(values.get("captions"), parse_lists, self.log, file, number)}
+        for name in ("short_captions", "long_captions", "phrases"):
+            # In these fields, an empty string means "no captions" rather than an empty caption.
+            if value := values.get(name):
+                try:
+                    texts[name] = parse_captions(value, parse_lists, self.log, file, number)
+                except UnusableRow as error:
+                    if name != "phrases":
+                        raise
+                    # Phrases are optional.
+                    self.log.record_dropped(file, number, "malformed phrases", error.value)
         record = Record(
             id=record_id or _derive_id(image, file, number),
             image=image.ref if image else None,
-            captions=captions,
-            short_captions=(
-                parse_captions(short_captions, parse_lists, self.log, file, number) if short_captions else ()
-            ),
-            long_captions=parse_captions(long_captions, parse_lists, self.log, file, number) if long_captions else (),
-            phrases=self._parse_phrases(phrases, parse_lists, file, number) if phrases else (),
             split=None if split == NO_SPLIT else split,
             id_from_source=record_id is not None,
+            **texts,
         )
-        return _ParsedRow(file, number, record, image, num_rows)
+        return record, image
 
-    def _parse_phrases(self, value: Any, parse_lists: bool, file: str, number: int) -> tuple[str, ...]:
-        """Return the phrases in a cell. Malformed phrases are dropped and logged, because phrases are optional."""
-        try:
-            return parse_captions(value, parse_lists, self.log, file, number)
-        except UnusableRow as error:
-            self.log.record_dropped(file, number, "malformed phrases", error.value)
-            return ()
-
-    def _clean_cells(self, values: dict[str, Any], file: str, number: int) -> dict[str, Any]:
-        """Return a row's values. Placeholders for missing values, such as "nan", become None and are logged.
-
-        If several columns share a name, captions are taken from all of them, and other fields from the last column that
-        has a value.
-        """
-        cleaned: dict[str, Any] = {}
-        for name, value in values.items():
-            cells = value if isinstance(value, list) else [value]
-            present = [cell for cell in cells if not is_missing_text(cell)]
-            if name == "split":
-                present = cells  # "none" is a valid split name (`NO_SPLIT`)
-            for _ in range(len(cells) - len(present)):
-                self.log.record_dropped(file, number, "missing value", value)
-            if isinstance(value, list) and name in TEXT_FIELDS:
-                cleaned[name] = present
-            else:
-                cleaned[name] = present[-1] if present else None
-        return cleaned
-
-    def _check_row(self, row: _ParsedRow, hash_image: bool) -> ImageFacts:
-        """Raise `UnusableRow` if a row has no captions or its image cannot be used."""
-        record = row.record
+    def _check_captions(self, record: Record) -> None:
+        """Raise `UnusableRow` if a record has no captions, unless it has an image and captions are not required."""
         if not record.texts and (self.require_captions or not record.image):
             reason = "no caption" if self.require_captions else "no image and no caption"
             raise UnusableRow(reason, record.image or (record.id if record.id_from_source else ""))
-        if row.image is None:
+
+    def _read_image_facts(self, image: LoadedImage | None, hash_image: bool) -> ImageFacts:
+        """Check an image. Raise `UnusableRow` if it cannot be used."""
+        if image is None:
             return ImageFacts()
-        return read_image_facts(row.image, self.check_images, self.check_headers, hash_image and self.read_bytes)
+        check_exists = self.image_check in ("header", "exists")
+        return read_image_facts(image, check_exists, self.image_check == "header", hash_image)
+
+    # ---- counts ------------------------------------------------------------------------------------------------------
 
     def _count_rows(self, split: str, count: int) -> None:
-        self.row_counts[split] += count
-        self.log.count_source_rows(self._log_path, split, self.row_counts[split])
+        self.summary.row_counts[split] += count
+        self.log.count_source_rows(self._log_path, split, self.summary.row_counts[split])
 
     def _skip(self, file: str, row: int, reason: str, value: object, rows: int) -> None:
-        if not rows:
-            return
-        self.log.skip(file, row, reason, value, rows)
-        if self.row_counts.total() >= EARLY_CHECK_ROWS:
+        if rows:
+            self.log.skip(file, row, reason, value, rows)
             self._check_early()
 
     def _check_early(self) -> None:
+        """Raise an error if too many of the first rows were skipped."""
+        if self.summary.row_counts.total() < EARLY_CHECK_ROWS:
+            return
         if not self.mapper.has_captions:
             self.mapper.check()
         self.log.check()
-
-    def _format_splits(self) -> str:
-        counts = [f"{name} ({count:,} rows)" for name, count in self.split_counts.items()]
-        return f"; its splits: {', '.join(counts)}" if counts else ""
 
 
 def _derive_id(image: LoadedImage | None, file: str, number: int) -> str:
@@ -435,7 +393,7 @@ def _to_unusable_row(error: Exception) -> UnusableRow:
     return error if isinstance(error, UnusableRow) else UnusableRow("malformed row", describe_error(error))
 
 
-def _merge_rows(rows: Iterable[_ParsedRow]) -> Iterator[_ParsedRow]:
+def _merge_caption_rows(rows: Iterable[_ParsedRow]) -> Iterator[_ParsedRow]:
     """Merge rows with the same image and split. Rows without an image are merged if they have the same id and split."""
     groups: dict[tuple[object, ...], list[_ParsedRow]] = {}
     for row in rows:

@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llm2clip.data.blocks import BATCH_ROWS, NO_IMAGE, SCHEMA, TEXTS, Blocks, are_adjacent, decode_name
+from llm2clip.data.blocks import BATCH_ROWS, NO_IMAGE, SCHEMA, TEXTS, Blocks, RowBuilder, are_adjacent, decode_name
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.image_hashes import hash_images
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.records import Record
-from llm2clip.data.row_builder import RowBuilder
 
 
 class RecordTable(Sequence[Record]):

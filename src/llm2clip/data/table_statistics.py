@@ -11,14 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llm2clip.data.blocks import IMAGE_KINDS
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
-from llm2clip.data.image_refs import FileImage, TarImage
+from llm2clip.data.image_refs import IMAGE_KINDS
 from llm2clip.data.records import NO_SPLIT
 
 STATISTICS_COLUMNS = ("image_kind", "image_name", "width", "height", "split", *TEXT_FIELDS)
 LANGUAGE_CHARACTERS = 1000  # the language of a longer text is identified from its first characters
-FILE_KINDS = pa.array([IMAGE_KINDS.index(FileImage), IMAGE_KINDS.index(TarImage)], pa.int8())  # images with file names
+KINDS_WITH_NAME = pa.array([number for number, kind in enumerate(IMAGE_KINDS) if kind.has_file_name], pa.int8())
 _SUFFIX = r"\.(?P<suffix>[A-Za-z0-9]{1,5})$"
 
 
@@ -145,7 +144,7 @@ class TableStatistics:
         self.short_sides.add(pc.min_element_wise(measured["width"], measured["height"]))
 
     def _add_suffixes(self, images: pa.RecordBatch) -> None:
-        files = images.filter(pc.is_in(images["image_kind"], FILE_KINDS))
+        files = images.filter(pc.is_in(images["image_kind"], KINDS_WITH_NAME))
         suffixes = pc.struct_field(pc.extract_regex(files["image_name"], _SUFFIX), "suffix")
         for suffix, count in count_values(suffixes).items():
             self.suffixes[(suffix or b"").decode().lower()] += count

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.data.build_table import open_table
-from llm2clip.data.columns import BadRow
+from llm2clip.data.formats import find_format
+from llm2clip.data.formats.base import BadRow, read_rows
 from llm2clip.data.image_refs import FileImage, is_safe_relative_path
-from llm2clip.data.readers.json_files import read_json_lines, read_json_list
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.llava.chat_template import Conversation, clean_text
@@ -95,8 +95,7 @@ def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> lis
     file = Path(file)
     root = Path(images) if images is not None else file.parent
     conversations = []
-    read_rows = read_json_list if file.suffix == ".json" else read_json_lines
-    for _, number, row in read_rows(str(file)):
+    for _, number, row in read_rows(find_format(str(file))):
         log.count_rows(1)
         if isinstance(row, BadRow):
             log.skip(str(file), number, "no conversation", row.value)

@@ -15,7 +15,7 @@ import numpy as np
 from llm2clip.config import EvaluateConfig
 from llm2clip.data.build_table import NoImagesError, open_table
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
-from llm2clip.data.image_refs import to_valid_unicode
+from llm2clip.data.image_refs import IMAGE_KINDS, to_valid_unicode
 from llm2clip.data.images import ImageError, load_image, make_thumbnail
 from llm2clip.data.phrase_table import add_phrases
 from llm2clip.data.records import Record
@@ -57,7 +57,6 @@ MIN_HELD_OUT = 50  # with fewer held-out images, recall says little about other 
 SMALL_SIDE = 224  # in pixels; input resolution of most vision towers
 FIT_MAX_SKIPPED = 0.05  # default of `fit --max_skipped`
 FIELD_LABELS = {name: name.replace("_", " ") for name in TEXT_FIELDS}
-KIND_NAMES = ("image files", "tar files", "Parquet files", "Hugging Face data sets", "the record table")  # IMAGE_KINDS
 
 
 @dataclass(frozen=True)
@@ -299,7 +298,7 @@ def _build_images(statistics: TableStatistics) -> list[Block]:
             Paragraph(f"{num_small:,} images ({share}) have a shorter side of less than {SMALL_SIDE} pixels."),
             _plot({"images": statistics.short_sides}, "shorter side, pixels", "images up to this size, %"),
         ]
-    kinds = [(KIND_NAMES[kind], f"{count:,}") for kind, count in statistics.kinds.most_common()]
+    kinds = [(IMAGE_KINDS[kind].kind_name, f"{count:,}") for kind, count in statistics.kinds.most_common()]
     blocks.append(Table(["stored in", "images"], kinds))
     if statistics.suffixes:
         suffixes = statistics.suffixes.most_common(MAX_LISTED)

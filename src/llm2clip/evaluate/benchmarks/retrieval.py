@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llm2clip.data.formats.json_files import KarpathyImage
 from llm2clip.data.image_refs import ImageRef, MemoryImage
-from llm2clip.data.readers.json_files import KarpathyImage
 from llm2clip.data.records import Record
 from llm2clip.evaluate.benchmarks.base import (
     COCO_FOLDERS,
@@ -50,7 +50,7 @@ XTD10_FILES = {
 
 
 def read_karpathy_json(file: Path, image_dir: Path, split: str = "test") -> list[Record]:
-    """Read one split of Karpathy's `dataset_NAME.json`; see `llm2clip.data.readers.json_files`."""
+    """Read one split of Karpathy's `dataset_NAME.json`; see `llm2clip.data.formats.json_files`."""
     pairs = []
     for row in read_json(file)["images"]:
         image = KarpathyImage.parse(row)

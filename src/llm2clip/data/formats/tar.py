@@ -1,4 +1,4 @@
-"""Readers for image folders and webdataset tar files, in which captions are stored next to the image files."""
+"""Webdataset tar files, in which the captions of an image are stored in adjacent members."""
 
 import io
 import os
@@ -8,20 +8,16 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
-from llm2clip.data.columns import BadRow, RawRow
-from llm2clip.data.image_refs import FileImage, LoadedImage, TarImage
-from llm2clip.data.readers.encoding import find_undecodable, open_text
-from llm2clip.data.readers.json_files import parse_json
-from llm2clip.data.remote import file_exists, list_folder, open_file, walk_folder
-from llm2clip.data.skip_log import SkipLog
-from llm2clip.runs.output_folder import describe_output_folder
-
-IMAGE_SUFFIXES = frozenset(
-    {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "heic", "heif", "hif"}
+from llm2clip.data.formats.base import BadRow, FilePart, RawRow, ReadOptions, SourceFormat
+from llm2clip.data.formats.image_folder import (
+    IMAGE_SUFFIXES,
+    MAX_CAPTION_BYTES,
+    build_too_large_row,
+    parse_caption_json,
 )
-# Unsupported image formats. Files in these formats are recorded in the skip log.
-UNSUPPORTED_SUFFIXES = frozenset({"dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raw", "psd", "svg", "jxl"})
-MAX_CAPTION_BYTES = 1 << 20  # size limit for the caption file of a single image
+from llm2clip.data.image_refs import LoadedImage, TarImage
+from llm2clip.data.remote import open_file
+
 MAX_TAR_HEADER_BYTES = 1 << 16  # maximum size of a member's headers (its name, links and attributes)
 MAX_GLOBAL_HEADERS = 100  # maximum number of PAX headers that apply to all members of a tar file
 WINDOW_BYTES = 1 << 20  # number of bytes of a tar file that are read at a time
@@ -31,130 +27,52 @@ _PLAIN_NUMBERS = re.compile(rb"([0-7]{11})[\0 ][0-7]{11}[\0 ]([0-7]{6})\0 ")  # 
 _TIME_RECORD = re.compile(rb"(\d{1,3}) [amc]time=[0-9.]+")  # a PAX record: length, name and value
 
 
-def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None) -> Iterator[str]:
-    """Yield the paths of all files with the given suffixes in a folder and its subfolders, sorted within each folder.
+class TarFile(SourceFormat):
+    """Uncompressed webdataset tar file. A sample consists of adjacent members with the same name up to the first dot.
 
-    Hidden files and folders are skipped, as are llm2clip run directories and stores in subfolders.
-
-    Args:
-        suffixes: File suffixes in lower case, without the dot.
-        log: Skip log. It records folders that are skipped, because they were written by llm2clip.
-
-    Raises:
-        OSError: A folder cannot be listed. If the folder were skipped, its files would look deleted.
+    The file is scanned once. Images are referenced by offset, and with `ReadOptions.image_bytes`, the references
+    include the bytes of images of at most `MAX_LOADED_BYTES`. If the file is truncated, its complete samples are
+    yielded, followed by one `BadRow`. Member names are used only as keys, and nothing is extracted to disk.
     """
 
-    for parent, folders, names in walk_folder(folder):
-        kind = describe_output_folder(names) if parent != folder else None
-        if kind is not None:
-            folders.clear()
-            if log is not None:
-                log.add_note(f"not read, because it is {kind} written by llm2clip", parent)
-            continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if name.rpartition(".")[2].lower() in suffixes and not name.startswith("."):
-                yield os.path.join(parent, name)
+    name = "tar"
+    suffixes = (".tar",)
+    is_shard = has_lists_as_text = True
+    has_caption_columns = False
 
+    def estimate_text_bytes(self, part: FilePart) -> float:
+        return super().estimate_text_bytes(part) / 8
 
-def read_image_folder(folder: str, log: SkipLog | None = None) -> Iterator[RawRow]:
-    """Yield the images in a folder. The captions of `x.jpg` are in `x.json` or, one per line, in `x.txt`.
-
-    Suffixes are case-insensitive. An image in an unsupported format becomes a `BadRow`, unless there is a supported
-    image with the same name, such as a JPEG file next to a camera's raw file. `log` records
-    UTF-16 text files, and the likely encodings of the first text file that is neither UTF-8 nor UTF-16.
-    """
-    has_noted_encoding = False
-    parent, files = "", dict[str, str]()  # file name with a lower-case suffix -> actual file name
-    for number, path in enumerate(list_files(folder, IMAGE_SUFFIXES | UNSUPPORTED_SUFFIXES, log), 1):
-        if os.path.dirname(path) != parent:
-            parent = os.path.dirname(path)
-            files = {_lowercase_suffix(name): name for name in list_folder(parent)}
-        stem, _, suffix = os.path.basename(path).rpartition(".")
-        if suffix.lower() in UNSUPPORTED_SUFFIXES:
-            if not any(f"{stem}.{supported}" in files for supported in IMAGE_SUFFIXES):
-                yield path, number, BadRow("unsupported image format", f"convert {path} to JPEG, PNG or WebP")
-            continue
-        fields: dict[str, Any] | BadRow = {}
-        json_path = os.path.join(parent, files.get(stem + ".json", stem + ".json"))
-        text_path = os.path.join(parent, files.get(stem + ".txt", stem + ".txt"))
-        if f"{stem}.json" in files and file_exists(json_path):
-            with open_file(json_path) as file:
-                data = file.read(MAX_CAPTION_BYTES + 1)
-            fields = _build_too_large_row(json_path) if len(data) > MAX_CAPTION_BYTES else _parse_caption_json(data)
-        if isinstance(fields, BadRow):
-            yield path, number, fields
-            continue
-        if f"{stem}.txt" in files and file_exists(text_path):
-            with open_text(text_path, log) as text_file:
-                text = text_file.read(MAX_CAPTION_BYTES + 1)
-            if len(text) > MAX_CAPTION_BYTES:
-                yield path, number, _build_too_large_row(text_path)
-                continue
-            undecodable = find_undecodable(text, text_path, None if has_noted_encoding else log)
-            if undecodable is not None:
-                has_noted_encoding = True
-                yield path, number, undecodable
-                continue
-            fields["txt"] = [line for line in text.split("\n") if line.strip()]
-        fields["image"] = FileImage(path)
-        yield path, number, fields
-
-
-def _lowercase_suffix(name: str) -> str:
-    stem, dot, suffix = name.rpartition(".")
-    return f"{stem}{dot}{suffix.lower()}"
-
-
-def read_tar(path: str, image_bytes: bool = True) -> Iterator[RawRow]:
-    """Yield each sample in a webdataset tar file, that is, adjacent members with the same name up to the first dot.
-
-    The tar file is scanned once. Images are referenced by offset. With `image_bytes`, the references include the bytes
-    of images of at most `MAX_LOADED_BYTES`. If the tar file is truncated, its complete samples are yielded, followed by
-    one `BadRow`. Member names are used only as keys, and nothing is extracted to disk.
-    """
-    number, sample = 0, _Sample("")
-    try:
-        file = _BoundedFile(open_file(path).detach())
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - `file` is closed below
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        yield path, 1, BadRow("unreadable tar", str(error))
-        return
-    with file:
-        window = _Window(file)
-        damage = ""
-        for member in _read_members(tar, file, window):
-            if isinstance(member, str):
-                damage = member
-                break
-            key, suffix = _split_name(member.name)
-            if not key:
-                continue
-            if key != sample.key:
-                if sample.members:
-                    number += 1
-                    yield path, number, sample.to_row(path)
-                sample = _Sample(key)
-            sample.add(suffix, member, window, image_bytes)
-        if sample.members and (not damage or sample.is_complete()):  # skip a sample cut off by the damage
-            number += 1
-            yield path, number, sample.to_row(path)
-        if damage:
-            yield path, number + 1, BadRow("truncated tar", damage)
-
-
-def _build_too_large_row(name: str) -> BadRow:
-    return BadRow("caption file over 1 MB", name)
-
-
-def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
-    """Parse a JSON caption file, which contains an object with fields, a list of captions or a single caption."""
-    value = parse_json(data)
-    if isinstance(value, dict | BadRow):
-        return value
-    if isinstance(value, list | str):
-        return {"captions": value}
-    return BadRow("malformed row", f"no captions: {value!r}")
+    def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
+        path = part.path
+        number, sample = 0, _Sample("")
+        try:
+            file = _BoundedFile(open_file(path).detach())
+            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - `file` is closed below
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            yield path, 1, BadRow("unreadable tar", str(error))
+            return
+        with file:
+            window = _Window(file)
+            damage = ""
+            for member in _read_members(tar, file, window):
+                if isinstance(member, str):
+                    damage = member
+                    break
+                key, suffix = _split_name(member.name)
+                if not key:
+                    continue
+                if key != sample.key:
+                    if sample.members:
+                        number += 1
+                        yield path, number, sample.to_row(path)
+                    sample = _Sample(key)
+                sample.add(suffix, member, window, options.image_bytes)
+            if sample.members and (not damage or sample.is_complete()):  # skip a sample cut off by the damage
+                number += 1
+                yield path, number, sample.to_row(path)
+            if damage:
+                yield path, number + 1, BadRow("truncated tar", damage)
 
 
 # ---- members of tar files --------------------------------------------------------------------------------------------
@@ -367,11 +285,11 @@ class _Sample:
                 continue
             data = self.contents.get(suffix)
             if data is None:
-                return _build_too_large_row(member.name)
+                return build_too_large_row(member.name)
             if suffix == "txt":
                 fields["txt"] = data.decode("utf-8-sig", "surrogateescape")
                 continue
-            parsed = _parse_caption_json(data)
+            parsed = parse_caption_json(data)
             if isinstance(parsed, BadRow):
                 return parsed
             fields = parsed

@@ -11,17 +11,17 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any
 
-from llm2clip.data.columns import BadRow, RawRow
-from llm2clip.data.image_refs import FileImage
-from llm2clip.data.readers.encoding import (
+from llm2clip.data.formats.base import BadRow, FilePart, RawRow, ReadOptions, SourceFormat, make_parts
+from llm2clip.data.formats.json_files import find_image_folder
+from llm2clip.data.formats.text import (
     BoundedLines,
     LineTooLong,
     describe_encoding,
     find_undecodable,
     open_text,
-    read_text_lines,
+    read_lines,
 )
-from llm2clip.data.readers.json_files import find_image_folder
+from llm2clip.data.image_refs import FileImage
 from llm2clip.data.remote import join_path, open_file
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import is_valid_unicode
@@ -33,46 +33,78 @@ SAMPLE_CHARACTERS = 1 << 16  # number of characters read to detect the delimiter
 SAMPLE_ROWS = 50
 
 
-def read_csv(
-    path: str, delimiter: str, log: SkipLog | None = None, start: int = 0, stop: int | None = None, first_row: int = 1
-) -> Iterator[RawRow]:
-    """Yield the rows in a CSV or TSV file with a header line.
+class DelimitedText(SourceFormat):
+    """CSV or TSV file with a header line.
 
     The values of columns that share a name are combined into a list. A row with more or fewer fields than the header
-    becomes a `BadRow`.
-
-    Args:
-        delimiter: Delimiter suggested by the file's suffix. Another delimiter is used if it fits better.
-        log: Skip log. It records an unusual delimiter or encoding.
-        start: Byte position of the first row to read; see `FilePart`. At 0, the header is skipped.
-        stop: Byte position of the first row that is not read. Default: read all rows.
-        first_row: Line number of the row at `start`.
-
-    Raises:
-        DataFormatError: The header is malformed or not UTF-8, or a quoted field is never closed.
+    becomes a `BadRow`. The delimiter is the one that the suffix suggests, unless another one fits better.
     """
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL_CHARACTERS))
-    detected, header_line = _read_delimiter(path, delimiter, log)
-    with open_text(path, newline="", stop=None if start else stop) as file:
-        for _ in range(header_line - 1):
-            file.readline()
-        lines = BoundedLines(file, path)
-        rows = _parse_csv(lines, detected)
-        try:
-            header = [name.strip() for name in next(rows, [])]
-        except (csv.Error, LineTooLong) as error:
-            raise DataFormatError(f"{path}: malformed CSV header ({error})") from error
-        if not is_valid_unicode("".join(header)):
-            raise DataFormatError(f"{path}: cannot decode the header: {describe_encoding(path)}")
-        if not start:
-            yield from _read_rows(lines, rows, path, detected, header, header_line, log)
-    if start:
-        with open_text(path, newline="", start=start, stop=stop) as file:
+
+    is_table = is_plain_text = has_lists_as_text = True
+
+    def __init__(self, name: str, delimiter: str) -> None:
+        self.name, self.suffixes, self.delimiter = name, (f".{name}",), delimiter
+
+    def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
+        csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL_CHARACTERS))
+        path, log = part.path, options.log
+        delimiter, header_line = _read_delimiter(path, self.delimiter, log)
+        with open_text(path, newline="", stop=None if part.start else part.stop) as file:
+            for _ in range(header_line - 1):
+                file.readline()
             lines = BoundedLines(file, path)
-            yield from _read_rows(lines, _parse_csv(lines, detected), path, detected, header, first_row, log)
+            rows = _parse_csv(lines, delimiter)
+            try:
+                header = [name.strip() for name in next(rows, [])]
+            except (csv.Error, LineTooLong) as error:
+                raise DataFormatError(f"{path}: malformed CSV header ({error})") from error
+            if not is_valid_unicode("".join(header)):
+                raise DataFormatError(f"{path}: cannot decode the header: {describe_encoding(path)}")
+            if not part.start:
+                yield from _read_csv_rows(lines, rows, path, delimiter, header, header_line, log)
+        if part.start:
+            with open_text(path, newline="", start=part.start, stop=part.stop) as file:
+                lines = BoundedLines(file, path)
+                rows = _parse_csv(lines, delimiter)
+                yield from _read_csv_rows(lines, rows, path, delimiter, header, part.first_row, log)
+
+    def split(self, path: str, target_bytes: int) -> list[FilePart]:
+        if path.lower().endswith(".gz"):
+            return [FilePart(self, path)]
+        return make_parts(self, path, _find_row_starts(path, self.delimiter, target_bytes))
 
 
-def find_row_starts(path: str, delimiter: str, target_bytes: int) -> Iterator[tuple[int, int]]:
+class CaptionsTxt(SourceFormat):
+    """Text file with one caption per row, in one of the two formats used for Flickr8k.
+
+    The first format is `name.jpg,caption`, with an optional header line. The second is `name.jpg#0<TAB>caption`.
+    """
+
+    name = "captions.txt"
+    suffixes = (".txt",)
+    is_plain_text = True
+
+    def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
+        path, image_folder = part.path, None
+        for number, line in enumerate(read_lines(path, options.log), 1):
+            if isinstance(line, BadRow):
+                yield path, number, line
+                continue
+            name, comma, caption = re.sub(r"#\d+\t", ",", line.strip(), count=1).partition(",")
+            name = name.strip()
+            if not name or (number == 1 and re.fullmatch(r"image(_name)?|file_?name", name.lower())):
+                continue
+            if not comma:
+                yield path, number, BadRow("malformed row", f"neither 'name,caption' nor 'name#0<TAB>caption': {line}")
+                continue
+            if len(caption) > 1 and caption[0] == caption[-1] == '"':
+                caption = caption[1:-1].replace('""', '"')
+            if image_folder is None:
+                image_folder = find_image_folder(path, [name])
+            yield path, number, {"image": FileImage(join_path(image_folder, name)), "caption": caption}
+
+
+def _find_row_starts(path: str, delimiter: str, target_bytes: int) -> Iterator[tuple[int, int]]:
     """Yield the byte positions and line numbers of rows that are at least `target_bytes` apart, starting with (0, 1).
 
     Nothing else is yielded if the file is not UTF-8, or after a malformed row.
@@ -108,7 +140,7 @@ def _parse_csv(lines: Iterable[str], delimiter: str) -> Any:
     return csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
 
 
-def _read_rows(
+def _read_csv_rows(
     lines: BoundedLines,
     rows: Any,
     path: str,
@@ -188,27 +220,3 @@ def _to_fields(header: Sequence[str], repeated: Set[str], cells: Sequence[str]) 
     for name in repeated:
         fields[name] = [cell for column, cell in zip(header, cells, strict=True) if column == name]
     return fields
-
-
-def read_captions_txt(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
-    """Yield one row per caption in a text file that has one of the two formats used for Flickr8k.
-
-    The first format is `name.jpg,caption`, with an optional header line. The second is `name.jpg#0<TAB>caption`.
-    """
-    image_folder = None
-    for number, line in enumerate(read_text_lines(path, log), 1):
-        if isinstance(line, BadRow):
-            yield path, number, line
-            continue
-        name, comma, caption = re.sub(r"#\d+\t", ",", line.strip(), count=1).partition(",")
-        name = name.strip()
-        if not name or (number == 1 and re.fullmatch(r"image(_name)?|file_?name", name.lower())):
-            continue
-        if not comma:
-            yield path, number, BadRow("malformed row", f"neither 'name,caption' nor 'name#0<TAB>caption': {line}")
-            continue
-        if len(caption) > 1 and caption[0] == caption[-1] == '"':
-            caption = caption[1:-1].replace('""', '"')
-        if image_folder is None:
-            image_folder = find_image_folder(path, [name])
-        yield path, number, {"image": FileImage(join_path(image_folder, name)), "caption": caption}

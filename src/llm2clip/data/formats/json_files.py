@@ -15,15 +15,22 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
-from llm2clip.data.columns import BadRow, RawRow
+from llm2clip.data.formats.base import (
+    BadRow,
+    FilePart,
+    RawRow,
+    ReadOptions,
+    SourceFormat,
+    make_parts,
+    parse_json,
+)
+from llm2clip.data.formats.text import describe_encoding, detect_encoding, open_text, read_lines
 from llm2clip.data.image_refs import FileImage
-from llm2clip.data.readers.encoding import describe_encoding, open_text, read_utf8_lines
-from llm2clip.data.remote import file_exists, get_parent, is_remote, join_path
-from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.remote import file_exists, get_parent, is_remote, join_path, open_file
 from llm2clip.data.texts import is_valid_unicode
-from llm2clip.io_utils import DataFormatError, check_json_size
+from llm2clip.io_utils import MAX_LINE_CHARACTERS, DataFormatError, check_json_size
 
 # Folders that may contain the images, relative to the caption file. COCO's `annotations/` is next to its image folders.
 IMAGE_FOLDERS = (
@@ -32,71 +39,101 @@ IMAGE_FOLDERS = (
 )  # fmt: skip
 MAX_SEARCHED_IMAGES = 50  # number of images to look for when searching for the image folder
 MAX_SEARCHED_REMOTE_IMAGES = 3  # each candidate takes a request
+CHUNK_BYTES = 1 << 20
 UNUSED_KEYS = ("tokens", "sentids", "segmentation", "flickr_url", "license", "date_captured")
 
 
-def read_json_lines(
-    path: str, log: SkipLog | None = None, start: int = 0, stop: int | None = None, first_row: int = 1
-) -> Iterator[RawRow]:
-    """Yield the objects in a .jsonl or .jsonl.gz file. Each line that is not valid UTF-8 becomes a `BadRow`.
+class JsonLines(SourceFormat):
+    """One JSON object per line."""
 
-    Args:
-        log: Skip log. If the file is not UTF-8, its encoding or its likely encodings are recorded.
-        start: Byte position of the first line to read; see `FilePart`.
-        stop: Byte position of the first line that is not read. Default: read all lines.
-        first_row: Row number of the line at `start`.
-    """
-    number = first_row - 1
-    try:
-        for number, line in enumerate(read_utf8_lines(path, log, start, stop), first_row):
-            if isinstance(line, BadRow):
-                yield path, number, line
-            elif line.strip():
-                yield path, number, _require_object(parse_json(line))
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield path, number + 1, BadRow("truncated file", str(error))
+    name = "jsonl"
+    suffixes = (".jsonl", ".jsonl.gz")
 
+    def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
+        number = part.first_row - 1
+        lines = read_lines(part.path, options.log, "\n", part.start, part.stop)
+        try:
+            for number, line in enumerate(lines, part.first_row):
+                if isinstance(line, BadRow):
+                    yield part.path, number, line
+                elif line.strip():
+                    yield part.path, number, _require_object(parse_json(line))
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            yield part.path, number + 1, BadRow("truncated file", str(error))
 
-def read_json_list(path: str, log: SkipLog | None = None) -> Iterator[RawRow]:
-    """Read a JSON file into memory. Yield the objects in its list, or the images if it has COCO's or Karpathy's format.
-
-    Raises:
-        DataFormatError: The file is not valid JSON, is too large, or has a different format.
-    """
-    with open_text(path, log) as file:
-        check_json_size(path, file.buffer)
-        text = file.read()
-    if not is_valid_unicode(text):
-        raise DataFormatError(f"{path}: {describe_encoding(path)}")
-    is_object = text.lstrip().startswith("{")
-    try:
-        rows = json.loads(text, object_hook=drop_unused_keys if is_object else None)
-    except (ValueError, RecursionError) as error:
-        raise DataFormatError(
-            f"{path}: not JSON ({error}). If the file has one object per line, change its suffix to .jsonl"
-        ) from error
-    del text
-    if isinstance(rows, dict):
-        yield from _read_caption_json(path, rows)
-        return
-    if not isinstance(rows, list):
-        raise DataFormatError(f"{path}: a .json file must contain a list of objects (got {type(rows).__name__})")
-    for number, row in enumerate(rows, 1):
-        yield path, number, _require_object(row)
+    def split(self, path: str, target_bytes: int) -> list[FilePart]:
+        if path.lower().endswith(".gz"):
+            return [FilePart(self, path)]
+        return make_parts(self, path, _find_line_starts(path, target_bytes))
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Parse JSON, or return a `BadRow` if it is malformed."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return BadRow("malformed row", f"{error}: {text[:200]!r}")
+class JsonFile(SourceFormat):
+    """A list of JSON objects, or the images in a file with COCO's or Karpathy's format. The file is read at once."""
+
+    name = "json"
+    suffixes = (".json",)
+
+    def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
+        path = part.path
+        with open_text(path, options.log) as file:
+            check_json_size(path, file.buffer)
+            text = file.read()
+        if not is_valid_unicode(text):
+            raise DataFormatError(f"{path}: {describe_encoding(path)}")
+        is_object = text.lstrip().startswith("{")
+        try:
+            rows = json.loads(text, object_hook=drop_unused_keys if is_object else None)
+        except (ValueError, RecursionError) as error:
+            raise DataFormatError(
+                f"{path}: not JSON ({error}). If the file has one object per line, change its suffix to .jsonl"
+            ) from error
+        del text
+        if isinstance(rows, dict):
+            yield from _read_caption_json(path, rows)
+            return
+        if not isinstance(rows, list):
+            raise DataFormatError(f"{path}: a .json file must contain a list of objects (got {type(rows).__name__})")
+        for number, row in enumerate(rows, 1):
+            yield path, number, _require_object(row)
 
 
 def _require_object(value: Any) -> dict[str, Any] | BadRow:
     if isinstance(value, dict | BadRow):
         return value
     return BadRow("malformed row", f"not a JSON object: {value!r}")
+
+
+def _find_line_starts(path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield the byte positions and numbers of the first lines that start at or after each multiple of `target_bytes`.
+
+    Nothing more is yielded after a line that is too long, which occurs in sparse files.
+    """
+    start, number = 0, 1
+    yield start, number
+    with open_file(path) as file:
+        if detect_encoding(file.read(4)) != "utf-8-sig":
+            return
+        size = file.seek(0, os.SEEK_END)
+        for target in range(target_bytes, size, target_bytes):
+            if target <= start:
+                continue
+            file.seek(target - 1)
+            rest_of_line = file.readline(MAX_LINE_CHARACTERS)
+            stop = target - 1 + len(rest_of_line)
+            if not rest_of_line.endswith(b"\n") or stop == size:
+                return
+            number += _count_newlines(file, start, stop)
+            start = stop
+            yield start, number
+
+
+def _count_newlines(file: BinaryIO, start: int, stop: int) -> int:
+    file.seek(start)
+    num_newlines = 0
+    while start < stop and (chunk := file.read(min(CHUNK_BYTES, stop - start))):
+        num_newlines += chunk.count(b"\n")
+        start += len(chunk)
+    return num_newlines
 
 
 # ---- COCO and Karpathy's splits --------------------------------------------------------------------------------------

@@ -1,9 +1,7 @@
-"""Text encoding detection.
+"""Text files in UTF-8 or UTF-16, read line by line with a limit on the length of a line.
 
-UTF-8 and UTF-16 files can be read. For other encodings, a message explains how to convert the file to UTF-8.
-
-Other encodings can only be guessed. For example, any French text in cp1252 can also be decoded as cp1250, but some
-letters are then wrong. Files are therefore never decoded with a guessed encoding.
+For other encodings, a message explains how to convert the file to UTF-8. Files are never decoded with a guessed
+encoding: for example, any French text in cp1252 can also be decoded as cp1250, but some letters are then wrong.
 """
 
 import codecs
@@ -18,7 +16,7 @@ from typing import BinaryIO, TextIO, cast
 
 from charset_normalizer import from_bytes
 
-from llm2clip.data.columns import BadRow
+from llm2clip.data.formats.base import NOT_UTF8, BadRow
 from llm2clip.data.image_refs import to_valid_unicode
 from llm2clip.data.remote import FileSlice, get_file_name, get_file_size, open_file
 from llm2clip.data.skip_log import SkipLog
@@ -106,12 +104,14 @@ class BoundedLines:
                 raise DataFormatError(f"{self._path}: a line has more than {MAX_SKIPPED_CHARACTERS:,} characters")
 
 
-def read_text_lines(path: str, log: SkipLog | None = None, newline: str | None = None) -> Iterator[str | BadRow]:
+def read_lines(
+    path: str, log: SkipLog | None = None, newline: str | None = None, start: int = 0, stop: int | None = None
+) -> Iterator[str | BadRow]:
     """Yield the lines of a text file. A line that is too long or cannot be decoded becomes a `BadRow`.
 
     The arguments are the same as for `open_text`.
     """
-    with open_text(path, log, newline) as file:
+    with open_text(path, log, newline, start, stop) as file:
         lines = BoundedLines(file, path)
         while True:
             lines.start_row()
@@ -123,46 +123,6 @@ def read_text_lines(path: str, log: SkipLog | None = None, newline: str | None =
                 yield BadRow("malformed row", str(error))
                 continue
             yield find_undecodable(line, path, log) or line
-
-
-def read_utf8_lines(
-    path: str, log: SkipLog | None = None, start: int = 0, stop: int | None = None
-) -> Iterator[str | BadRow]:
-    """Yield the lines of a text file that start at or after byte `start` and before byte `stop`.
-
-    The result equals that of `read_text_lines` with `newline="\\n"`, but UTF-8 files are read faster. UTF-16 files are
-    always read in full.
-    """
-    with _open_binary(path) as stream:
-        if start:
-            stream.seek(start)
-        elif detect_encoding(first_bytes := stream.read(4)) != "utf-8-sig":
-            yield from read_text_lines(path, log, newline="\n")
-            return
-        else:
-            stream.seek(start := len(codecs.BOM_UTF8) if first_bytes.startswith(codecs.BOM_UTF8) else 0)
-        while (stop is None or start < stop) and (line := stream.readline(4 * MAX_LINE_CHARACTERS + 1)):
-            start += len(line)
-            try:
-                text = line.decode()
-            except UnicodeDecodeError:
-                text = line.decode(errors="surrogateescape")
-            if len(text) > MAX_LINE_CHARACTERS:
-                start += _skip_rest_of_line(stream, line, path)
-                yield BadRow("malformed row", f"a row has more than {MAX_LINE_CHARACTERS:,} characters")
-            else:
-                yield find_undecodable(text, path, log) or text
-
-
-def _skip_rest_of_line(stream: BinaryIO, line: bytes, path: str) -> int:
-    """Read up to the end of a line that is too long. Return the number of bytes read."""
-    num_skipped = 0
-    while line and not line.endswith(b"\n"):
-        line = stream.readline(1 << 20)
-        num_skipped += len(line)
-        if num_skipped > MAX_SKIPPED_CHARACTERS:
-            raise DataFormatError(f"{path}: a line has more than {MAX_SKIPPED_CHARACTERS:,} characters")
-    return num_skipped
 
 
 def detect_encoding(start: bytes) -> str:
@@ -188,7 +148,7 @@ def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow
         return None
     if log is not None:
         log.add_note(describe_encoding(path), path)
-    return BadRow("not UTF-8", to_valid_unicode(text.strip()))
+    return BadRow(NOT_UTF8, to_valid_unicode(text.strip()))
 
 
 @functools.lru_cache(maxsize=64)

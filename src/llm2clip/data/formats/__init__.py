@@ -1,34 +1,45 @@
-"""Entry points for reading data: `find_files` resolves a path to files, and `read_source` reads the raw rows in a file.
+"""Source formats, and the files that a path stands for.
 
-The reader for each format is a function in `json_files`, `csv_files`, `tables` or `tar`. Large files can be read in
-parts; see `parts`.
+To add a format, write a subclass of `SourceFormat` in this package, and add it to `FORMATS`.
 """
 
 import difflib
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from braceexpand import braceexpand
 
-from llm2clip.data.columns import ColumnChooser, RawRow
-from llm2clip.data.readers.parts import FilePart, read_part
-from llm2clip.data.readers.tar import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES, list_files
+from llm2clip.data.formats.base import FilePart, SourceFormat
+from llm2clip.data.formats.csv_files import CaptionsTxt, DelimitedText
+from llm2clip.data.formats.image_folder import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES, ImageFolder, list_files
+from llm2clip.data.formats.json_files import JsonFile, JsonLines
+from llm2clip.data.formats.tables import HubDataset, Parquet, SavedDataset
+from llm2clip.data.formats.tar import TarFile
 from llm2clip.data.remote import find_remote_files, get_file_name, is_remote, list_folder, look_up_versions
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import hide_url_secrets
 
-FORMATS = {  # file suffix -> format name for `read_source`
-    ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
-    ".tar": "tar", ".txt": "captions.txt",
-}  # fmt: skip
+# The first format whose suffix matches is used. A folder without caption files is read in the first shard format of
+# which it contains files.
+FORMATS: tuple[SourceFormat, ...] = (
+    JsonLines(),
+    JsonFile(),
+    DelimitedText("csv", ","),
+    DelimitedText("tsv", "\t"),
+    TarFile(),
+    Parquet(),
+    CaptionsTxt(),
+)
+HUB_DATASET, SAVED_DATASET, IMAGE_FOLDER = HubDataset(), SavedDataset(), ImageFolder()  # formats without a suffix
 CAPTION_FILES = (
     "captions.jsonl", "captions.jsonl.gz", "captions.csv", "captions.tsv", "metadata.jsonl", "metadata.csv",
     "captions.txt",
 )  # fmt: skip
+SUFFIXES = ", ".join(suffix for source_format in FORMATS for suffix in source_format.suffixes)
 READABLE_FORMATS = (
-    f"files ending in {', '.join(FORMATS)} (.txt: lines of 'name.jpg,caption' or 'name.jpg#0<TAB>caption'; tar files "
+    f"files ending in {SUFFIXES} (.txt: lines of 'name.jpg,caption' or 'name.jpg#0<TAB>caption'; tar files "
     "must be uncompressed); globs and {000..010} patterns that match such files; a folder that contains captions.jsonl,"
     " metadata.csv, tar files, Parquet files, or images (each x.jpg with an x.txt or x.json next to it); a folder "
     "written by save_to_disk; hf:NAME[:CONFIG] (a data set on the Hugging Face Hub). Files and folders can also be in "
@@ -36,8 +47,8 @@ READABLE_FORMATS = (
 )
 
 
-def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -> list[tuple[str, str]]:
-    """Resolve a path to a list of `(format, file)` pairs, in the order in which the files are read.
+def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -> list[FilePart]:
+    """Resolve a path to a list of files and folders with their formats, in the order in which they are read.
 
     An existing path is never treated as a pattern, even if it contains glob or brace characters.
 
@@ -52,20 +63,20 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
         ValueError: The format is not supported.
     """
     if is_remote(path):
-        files: list[tuple[str, str]] = []
+        files: list[FilePart] = []
         for url in find_remote_files(path):
-            files += _find_in_folder(url.rstrip("/"), all_files, log) if url.endswith("/") else [_find_format(url)]
-        look_up_versions([file for kind, file in files if kind != "images"])
+            files += _find_in_folder(url.rstrip("/"), all_files, log) if url.endswith("/") else [find_format(url)]
+        look_up_versions([file.path for file in files if not file.format.is_folder])
         return files
     if path.startswith("hf:"):
-        return [("hf", path.removeprefix("hf:"))]
+        return [FilePart(HUB_DATASET, path.removeprefix("hf:"))]
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         return _find_in_folder(path, all_files, log)
     if os.path.exists(path):
         if not os.path.isfile(path):
             raise ValueError(f"{path}: not a regular file, but a device or a named pipe. Save the data to a file first")
-        return [_find_format(path)]
+        return [find_format(path)]
     files = []
     for pattern in braceexpand(path) if "{" in path else [path]:
         if glob.has_magic(pattern):
@@ -79,54 +90,45 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
     return files
 
 
-def _find_format(path: str) -> tuple[str, str]:
-    """Return the `(format, file)` pair of a file. Raise ValueError if its format is not supported."""
-    file_name = get_file_name(path)
-    for suffix, name in FORMATS.items():
-        if file_name.lower().endswith(suffix):
-            return name, path
-    advice = _suggest_conversion(file_name) or f"supported formats: {READABLE_FORMATS}"
+def find_format(path: str) -> FilePart:
+    """Return a file with the format that its suffix stands for. Raise ValueError if no format has this suffix."""
+    name = get_file_name(path)
+    for source_format in FORMATS:
+        if name.lower().endswith(source_format.suffixes):
+            return FilePart(source_format, path)
+    advice = _suggest_conversion(name) or f"supported formats: {READABLE_FORMATS}"
     raise ValueError(f"{hide_url_secrets(path)}: unknown format; {advice}")
 
 
-def read_source(
-    kind: str,
-    path: str,
-    choose: ColumnChooser,
-    image_bytes: bool = True,
-    splits: Sequence[str] | None = (),
-    log: SkipLog | None = None,
-) -> Iterator[RawRow]:
-    """Yield the raw rows in a file or folder; see `read_part`."""
-    return read_part(FilePart(kind, path), choose, image_bytes, splits, log)
-
-
-def _find_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> list[tuple[str, str]]:
-    """List the `(format, file)` pairs in a folder; see `find_files`. Caption file names are case-insensitive."""
+def _find_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> list[FilePart]:
+    """List the files in a folder; see `find_files`. The names of caption files are case-insensitive."""
     names = list_folder(folder)
-    if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names):
+    if SavedDataset.is_saved(names):
         if is_remote(folder):
             raise ValueError(f"{folder}: a folder written by save_to_disk must be on a local disk. Copy it first")
-        return [("saved", folder)]
+        return [FilePart(SAVED_DATASET, folder)]
     lower_names = {name.lower(): name for name in names}
-    files: list[tuple[str, str]] = []
+    files: list[FilePart] = []
     for name in CAPTION_FILES:
         if name in lower_names and (all_files or not files):
             files += find_files(os.path.join(folder, lower_names[name]))
+    shard_formats = [source_format for source_format in FORMATS if source_format.is_shard]
     if all_files:
         if next(list_files(folder, IMAGE_SUFFIXES), None) is not None:
-            files.append(("images", folder))
-        for kind in ("tar", "parquet"):
-            files += [(kind, path) for path in list_files(folder, frozenset({kind}), log)]
+            files.append(FilePart(IMAGE_FOLDER, folder))
+        for shards in shard_formats:
+            suffixes = frozenset(suffix.lstrip(".") for suffix in shards.suffixes)
+            files += [FilePart(shards, path) for path in list_files(folder, suffixes, log)]
         if not files:
             raise FileNotFoundError(_describe_unreadable_folder(folder, names))
         return files
-    for kind in ("tar", "parquet"):
+    for shards in shard_formats:
         if not files:
-            files = [(kind, os.path.join(folder, name)) for name in names if name.lower().endswith(f".{kind}")]
+            paths = [os.path.join(folder, name) for name in names if name.lower().endswith(shards.suffixes)]
+            files = [FilePart(shards, path) for path in paths]
     if not files and next(list_files(folder, IMAGE_SUFFIXES), None) is None:
         raise ValueError(f"{_describe_unreadable_folder(folder, names)}; supported formats: {READABLE_FORMATS}")
-    return files or [("images", folder)]
+    return files or [FilePart(IMAGE_FOLDER, folder)]
 
 
 def _describe_unreadable_folder(folder: str, names: Sequence[str]) -> str:

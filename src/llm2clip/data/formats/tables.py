@@ -1,0 +1,220 @@
+"""Tables: Parquet files and Hugging Face data sets. Only the columns selected by `ReadOptions.choose` are read."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence, Set
+from functools import partial
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llm2clip.data.formats.base import UNREADABLE_FILE, BadRow, FilePart, RawRow, ReadOptions, SourceFormat
+from llm2clip.data.image_refs import (
+    DatasetImage,
+    ImageRef,
+    LoadedImage,
+    ParquetImage,
+    check_row_group_sizes,
+    choose_parquet_batch_size,
+    compute_content_digest,
+    disable_image_decoding,
+    open_parquet,
+)
+from llm2clip.data.remote import get_local_path
+from llm2clip.io_utils import DataFormatError, describe_error
+
+
+class Parquet(SourceFormat):
+    """Parquet file. Embedded images are returned as references to their cells.
+
+    If `ReadOptions.image_bytes` is False, image columns that contain bytes are not read. From image columns that
+    contain structs with bytes and a path, only the path is read.
+    """
+
+    name = "parquet"
+    suffixes = (".parquet",)
+    is_shard = is_table = True
+
+    def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
+        row = total = part.first_row - 1
+        try:
+            with pq.ParquetFile(get_local_path(part.path), memory_map=True) as file:
+                total = file.metadata.num_rows
+                row_groups = None
+                if part.stop is not None:
+                    row_groups = range(part.start, part.stop)
+                    total = row + sum(file.metadata.row_group(group).num_rows for group in row_groups)
+                schema = file.schema_arrow
+                selected = list(dict.fromkeys(options.choose(part.path, schema.names).values()))
+                for name in selected:
+                    if schema.names.count(name) > 1:
+                        problem = f"several columns are named {name!r}"
+                        yield part.path, part.first_row, BadRow(UNREADABLE_FILE, problem, max(1, total - row))
+                        return
+                image_columns = {name for name in selected if _is_image_type(schema.field(name).type)}
+                columns = _list_leaves(schema, selected, image_columns, options.image_bytes)
+                if options.image_bytes and image_columns:
+                    check_row_group_sizes(file.metadata)
+                batch_size = choose_parquet_batch_size(file.metadata)
+                for batch in file.iter_batches(batch_size, row_groups=row_groups, columns=columns, use_threads=False):
+                    names = batch.schema.names
+                    images_in_batch = image_columns.intersection(names)
+                    for cells in zip(*map(_to_list, batch.columns), strict=True):
+                        fields = dict(zip(names, cells, strict=True))
+                        for name in images_in_batch:
+                            make_ref = partial(ParquetImage, part.path, row, name)
+                            fields[name] = _convert_image_cell(make_ref, fields[name], not options.image_bytes)
+                        row += 1
+                        yield part.path, row, fields
+        except (pa.ArrowException, OSError, MemoryError) as error:
+            yield part.path, row + 1, BadRow(UNREADABLE_FILE, describe_error(error), max(1, total - row))
+
+    def split(self, path: str, target_bytes: int) -> list[FilePart]:
+        """Divide a file into ranges of row groups with at least `target_bytes` of uncompressed data each."""
+        with open_parquet(path) as parquet_file:
+            metadata = parquet_file.metadata
+        parts = []
+        start, num_bytes, first_row, row = 0, 0, 1, 1
+        for index in range(metadata.num_row_groups):
+            group = metadata.row_group(index)
+            if group.num_rows < 0 or group.total_byte_size < 0:
+                return [FilePart(self, path)]
+            row += group.num_rows
+            num_bytes += group.total_byte_size
+            if num_bytes >= target_bytes or index == metadata.num_row_groups - 1:
+                parts.append(FilePart(self, path, start, index + 1, first_row))
+                start, num_bytes, first_row = index + 1, 0, row
+        return parts or [FilePart(self, path)]
+
+    def estimate_text_bytes(self, part: FilePart) -> float:
+        return os.path.getsize(part.path)  # the bounds of a part are row groups
+
+
+class HubDataset(SourceFormat):
+    """Data set on the Hugging Face Hub: its name, optionally followed by `:CONFIG`. No code from the Hub is run.
+
+    It is streamed: only the selected splits are downloaded, and the images are kept in memory.
+    """
+
+    name = "hf"
+    is_table = True
+
+    def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
+        import datasets
+
+        hub_name, _, config = part.path.partition(":")
+        loaded = datasets.load_dataset(hub_name, config or None, streaming=True)
+        yield from _read_dataset(loaded, part.path, False, options)
+
+    def compute_version(self, path: str) -> str:
+        """Return the commit of a data set, or "offline" if the Hub cannot be reached."""
+        from huggingface_hub import HfApi
+
+        repository = path.partition(":")[0]
+        if os.path.isdir(repository):
+            return super().compute_version(repository)
+        try:
+            return str(HfApi().dataset_info(repository).sha)
+        except Exception:  # reading the data set reports the error, unless it is in the local cache
+            return "offline"
+
+
+class SavedDataset(SourceFormat):
+    """Folder written by `save_to_disk` of Hugging Face's datasets. It supports random access."""
+
+    name = "saved"
+    is_table = True
+
+    def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
+        import datasets
+
+        yield from _read_dataset(datasets.load_from_disk(part.path), part.path, True, options)
+
+    @staticmethod
+    def is_saved(names: Sequence[str]) -> bool:
+        """Return True if a folder with these files was written by `save_to_disk`."""
+        return "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names)
+
+
+def _read_dataset(loaded: Any, name: str, saved: bool, options: ReadOptions) -> Iterator[RawRow]:
+    import datasets
+
+    has_splits = isinstance(loaded, dict)
+    parts = dict(loaded) if has_splits else {str(loaded.split) if loaded.split else None: loaded}
+    selected = [split for split in options.splits or () if has_splits and split != "none"]
+    if missing := [split for split in selected if split not in parts]:
+        raise DataFormatError(f"{name} has no split {', '.join(missing)}; its splits: {', '.join(map(str, parts))}")
+    for split, part in parts.items():
+        if selected and split not in selected:
+            continue
+        file = os.path.join(name, split or "") if saved else f"hf:{name}/{split}"
+        names = part.column_names or list(next(iter(part), {}))  # streamed data sets may not list their columns
+        columns = list(dict.fromkeys(options.choose(file, names).values()))
+        image_columns = [c for c in columns if part.features and isinstance(part.features.get(c), datasets.Image)]
+        for row, fields in enumerate(disable_image_decoding(part.select_columns(columns))):
+            if saved:
+                for column in image_columns:
+                    make_ref = partial(DatasetImage, name, split if has_splits else None, row, column)
+                    fields[column] = _convert_image_cell(make_ref, fields[column])
+            if options.splits is not None and split is not None:
+                fields["split"] = split
+            yield file, row + 1, fields
+
+
+def _list_leaves(schema: pa.Schema, names: Sequence[str], images: Set[str], image_bytes: bool) -> list[str]:
+    """Return the columns to read. Without `image_bytes`, only the paths in image columns are read."""
+    leaves = []
+    for name in names:
+        if image_bytes or name not in images:
+            leaves.append(name)
+        elif pa.types.is_struct(schema.field(name).type):
+            leaves.append(f"{name}.path")
+    return leaves
+
+
+def _is_image_type(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _to_list(column: pa.Array) -> list[Any]:
+    """Return the values of a column, as `Array.to_pylist` does, but faster for texts, lists of texts and images."""
+    kind = column.type
+    try:
+        if _is_text_or_bytes(kind):
+            return cast(list[Any], column.to_numpy(zero_copy_only=False).tolist())
+        if pa.types.is_list(kind) and _is_text_or_bytes(kind.value_type) and not column.null_count:
+            texts = _to_list(column.flatten())
+            ends = np.cumsum(column.value_lengths().to_numpy()).tolist()
+            return [texts[start:end] for start, end in pairwise([0, *ends])]
+        if _is_image_type(kind) and kind.num_fields == 2 and not column.null_count:
+            names = [kind.field(0).name, kind.field(1).name]
+            cells = map(_to_list, column.flatten())
+            return [dict(zip(names, values, strict=True)) for values in zip(*cells, strict=True)]
+    except Exception:  # `to_pylist` raises the exception that describes the corrupt values
+        pass
+    return cast(list[Any], column.to_pylist())
+
+
+def _is_text_or_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_binary(kind)
+
+
+def _convert_image_cell(make_ref: Callable[[str], ImageRef], value: Any, bytes_skipped: bool = False) -> Any:
+    """Convert a cell's value to None, the path of an image file, or a `LoadedImage` that refers to the cell.
+
+    Args:
+        make_ref: Function that creates a reference to the cell from the hash of its bytes.
+        bytes_skipped: Whether the bytes were not read.
+    """
+    data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if value is None:
+        return None
+    if data is None and not bytes_skipped:
+        return name  # the struct has no bytes, so its path refers to an image file
+    if data is None:
+        return LoadedImage(make_ref(""), None, name)
+    return LoadedImage(make_ref(compute_content_digest(data)), data, name)
