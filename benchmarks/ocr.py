@@ -235,7 +235,6 @@ def measure_search(folder: Path, recognize: RecognizeText, model_name: str) -> N
             image = IndexedImage(f"/{number}.jpg", FileImage(f"/{number}.jpg"), "/", "", captions)
             images.append((image, number.to_bytes(32)))
         backend.add(contents, images)
-        backend.prepare_words()
         backend.set_texts(texts)
         for kind, size in (("captions", None), ("two words of a caption", 2), ("one word of a caption", 1)):
             selected = [" ".join(choose_words(query, size)) for query in queries]

@@ -138,7 +138,6 @@ def fill(backend: Backend, images: Images) -> str:
 
     def add_all() -> None:
         backend.initialize({"model": "none", "fingerprint": "none", "embed_dim": vectors.shape[1]})
-        backend.prepare_words()
         for first in range(0, len(vectors), BATCH):
             contents, located_images = [], []
             for row, vector in enumerate(vectors[first : first + BATCH], first):

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -271,96 +270,16 @@ def search_words(backend: Backend, text: str) -> dict[str, tuple[str, ...]]:
     return {Path(hit.images[0].name).name: hit.matched for hit in hits if hit.matched}
 
 
-def make_earlier_index(backend: Any) -> None:
-    """Change the tables of an index to those of the first version, which had no word search."""
-    with backend._db.write() as connection:
-        connection.execute("DROP TABLE recognized_texts")
-        for column in ("camera", "date", "unspaced_texts", "words"):
-            connection.execute(f"ALTER TABLE images DROP COLUMN {column}")
-        for row, captions in connection.execute("SELECT id, captions FROM images").fetchall():
-            folded = "\U0010f7fe".join(captions).casefold()
-            connection.execute("UPDATE images SET folded_captions = %s WHERE id = %s", (folded, row))
-
-
-def check_earlier_index(reader: Backend) -> None:
-    """Check that words are not searched, and that caption filters fail instead of missing captions."""
-    assert search_words(reader, "grosse") == {} and len(search_names(reader)) == 10
-    for call in (
-        lambda: search_names(reader, Filter(caption="größe 3")),
-        lambda: reader.count_matches(Filter(caption="x")),
-    ):
-        with pytest.raises(
-            ValueError, match=r"schema=index_\w+ was built by an earlier version.*`llm2clip index` again"
-        ):
-            call()
-
-
-def test_postgres_index_of_an_earlier_version_gets_its_words_in_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backend = create_index(tmp_path)
-    for number in range(10):
-        captions = [unicodedata.normalize("NFD", f"Größe {number}"), "红色的狗"]
-        image = make_image(f"/p/{number}.png", captions)
-        backend.add([make_content(number)], [(image, make_content(number).hash)])
-    make_earlier_index(backend)
-    url = make_postgres_url(tmp_path / "postgres")
-    reader = open_backend(url)
-    check_earlier_index(reader)
-    assert reader.search(None, 1, Filter())[0].text == ""
-
-    postgres_backend = sys.modules["llm2clip.search.postgres_backend"]
-    monkeypatch.setattr(postgres_backend, "WORDS_BATCH", 4)
-    batches: list[int] = []
-
-    def update_some(connection: Any, rows: Any) -> None:
-        batches.append(len(rows))
-        if len(batches) == 2:
-            raise KeyboardInterrupt
-        update_words(connection, rows)
-
-    update_words = postgres_backend._update_words
-    monkeypatch.setattr(postgres_backend, "_update_words", update_some)
-    writer = open_backend(url, write=True)
-    with pytest.raises(KeyboardInterrupt):
-        writer.prepare_words()
-    check_earlier_index(reader)
-    open_backend(url, write=True).prepare_words()
-    writer = open_backend(url, write=True)
-    writer.prepare_words()
-    writer.prepare_words()
-    assert batches == [4, 4, 4, 2]
-    assert search_words(reader, "größe 7") == {"7.png": ("caption", "name")}
-    assert len(search_words(reader, "的狗")) == 10
-    for form in ("NFC", "NFD"):
-        caption_filter = Filter(caption=unicodedata.normalize(form, "größe 3"))
-        assert search_names(reader, caption_filter) == {"3.png"} and reader.count_matches(caption_filter) == 1
-    writer.set_texts({b"hash 3": "Menü"})
-    assert search_words(reader, "menu 3") == {"3.png": ("caption", "text", "name")}
-
-
-def test_postgres_reader_with_the_documented_privileges_can_search_after_an_upgrade(
-    server: PostgresServer, tmp_path: Path
-) -> None:
+def test_postgres_reader_with_the_documented_privileges_can_search(server: PostgresServer, tmp_path: Path) -> None:
     page = (Path(__file__).parent.parent / "docs/howto/operations.md").read_text()
     block = page.partition("```sql\n")[2].partition("```")[0]
     backend: Any = create_index(tmp_path)
     add_images(backend, [1, 2])
-    usage, select, defaults = block.replace("photos", backend.schema).replace("reader", "search_reader").splitlines()
-    url = make_postgres_url(tmp_path / "postgres")
-
-    def upgrade(*statements: str) -> None:
-        make_earlier_index(backend)
-        with backend._db.write() as connection:
-            for statement in statements:
-                connection.execute(statement)
-        open_backend(url, write=True).prepare_words()
-
-    upgrade("CREATE ROLE search_reader LOGIN", usage, select)
-    reader = open_backend(url.replace("postgres@", "search_reader@"))
-    with pytest.raises(OSError, match="permission denied for table recognized_texts"):
-        search_names(reader)
-    upgrade(select, defaults)
+    statements = block.replace("photos", backend.schema).replace("reader", "search_reader").splitlines()
+    with backend._db.write() as connection:
+        for statement in ("CREATE ROLE search_reader LOGIN", *statements):
+            connection.execute(statement)
+    reader = open_backend(make_postgres_url(tmp_path / "postgres").replace("postgres@", "search_reader@"))
     assert search_names(reader) == {"1.png", "2.png"} and set(search_words(reader, "1")) == {"1.png"}
 
 
@@ -640,8 +559,8 @@ def test_postgres_rejects_missing_indexes_and_other_versions(
     backend = create_index(tmp_path)
     assert backend.metadata() == {"model": "m", "fingerprint": "f", "embed_dim": DIM}
     with backend._db.write() as connection:  # type: ignore[attr-defined]
-        connection.execute("UPDATE metadata SET value = '2' WHERE key = 'format_version'")
-    with pytest.raises(FormatVersionError, match=r"format version 2, but.* version 1.*`llm2clip index`"):
+        connection.execute("UPDATE metadata SET value = '1' WHERE key = 'format_version'")
+    with pytest.raises(FormatVersionError, match=r"format version 1, but.* version 2.*`llm2clip index`"):
         open_backend(make_postgres_url(tmp_path / "postgres"))
     monkeypatch.setattr(postgres_database, "MIN_PGVECTOR", (99, 0))
     with pytest.raises(ValueError, match=r"pgvector 0\.\d+\.\d+ is too old; llm2clip requires 99\.0"):

@@ -384,15 +384,7 @@ def test_pages_of_a_word_search_follow_each_other(kind: str, tmp_path: Path, mon
         assert [hit.id for hit in pages] == [hit.id for hit in everything]
 
 
-# ---- indexes without full-text tables, or with corrupt ones ---------------------------------------------------------
-
-
-def drop_tables(folder: Path) -> None:
-    """Remove the tables for word search, as in an index of an earlier version."""
-    with sqlite3.connect(folder / "index.sqlite") as db:
-        for table in ("words", "trigrams", "texts", "recognized_texts"):
-            db.execute(f"DROP TABLE {table}")
-    db.close()
+# ---- corrupt full-text tables ---------------------------------------------------------------------------------------
 
 
 def damage_tables(folder: Path, *tables: str) -> None:
@@ -400,24 +392,6 @@ def damage_tables(folder: Path, *tables: str) -> None:
         for table in tables:
             db.execute(f"DELETE FROM {table}_data WHERE id > 10")
     db.close()
-
-
-def test_index_of_an_earlier_version_gets_its_tables_without_embedding(
-    photos: Path, dual_encoder: DualEncoder, tmp_path: Path
-) -> None:
-    folder = tmp_path / "index"
-    index_sources([photos], dual_encoder, SqliteBackend(folder, write=True))
-    drop_tables(folder)
-    reader = SqliteBackend(folder)
-    query = np.eye(16, dtype=np.float32)[0]
-    assert len(reader.search(query, 9, Filter(), words=["ärmel"])) == 6  # ranked by vectors only
-    with pytest.raises(ValueError, match=r"built by an earlier version.*Run `llm2clip index` again"):
-        reader.search(query, 9, Filter(caption="ärmel"))
-    report = index_sources([photos], dual_encoder, SqliteBackend(folder, write=True))
-    assert not report and report.embedded == 0
-    assert search_names(reader, Filter(caption="roter ärmel")) == {"0.png"}
-    [hit] = [hit for hit in reader.search(query, 9, Filter(), words=["Armel roter"]) if hit.matched]
-    assert Path(hit.images[0].name).name == "0.png" and hit.matched == ("caption",)
 
 
 def test_corrupt_tables_are_reported_and_rebuilt(

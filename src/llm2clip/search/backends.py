@@ -23,7 +23,7 @@ from llm2clip.io_utils import install_command
 # extra with this name installs its packages. Locations without a scheme are folders.
 BACKENDS = {"postgresql": "postgres", "postgres": "postgres"}
 URL_FORM = "postgresql://USER@HOST/DATABASE?schema=NAME"
-FORMAT_VERSION = 1  # version of the index format
+FORMAT_VERSION = 2  # version of the index format
 NEW_INDEX_ADVICE = "Build a new index in another folder with `llm2clip index`"
 # These keys are stored in every index, so they must not change when a class is renamed.
 REF_TYPES: dict[str, type[ImageRef]] = {
@@ -234,8 +234,8 @@ class Backend(Protocol):
         """Store the metadata and prepare the backend for adding images."""
         ...
 
-    def prepare_words(self) -> None:
-        """Create, repair or complete the tables for word search."""
+    def repair_words(self) -> None:
+        """Rebuild the tables for word search if they are corrupt."""
         ...
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
@@ -306,13 +306,12 @@ class Backend(Protocol):
             words: Texts of the query, for word search. Used only with a query vector.
 
         Raises:
-            ValueError: The filter has a caption, and the index was built by an earlier version (see `prepare_words`).
             WordIndexError: The tables for word search are corrupt.
         """
         ...
 
     def count_matches(self, image_filter: Filter) -> int:
-        """Return the number of distinct images that match a filter. Raise ValueError in the same case as `search`."""
+        """Return the number of distinct images that match a filter."""
         ...
 
     def vector(self, hit_id: str) -> np.ndarray | None:
@@ -339,7 +338,7 @@ class Backend(Protocol):
         ...
 
     def load_calibration(self) -> bytes | None:
-        """Return the data from `save_calibration`, or None if it has never been called, as in old indexes."""
+        """Return the data from `save_calibration`, or None if it has never been called."""
         ...
 
     def thumbnail(self, hit_id: str) -> bytes | None:
@@ -355,14 +354,6 @@ def format_missing_index_message(folder: str | Path) -> str:
     """Return the error message for a folder that contains no index."""
     out = shlex.quote(str(folder))
     return f"{folder} is not an index. Create an index with: llm2clip index PHOTOS --model MODEL --out {out}"
-
-
-def format_outdated_index_message(location: str | Path) -> str:
-    """Return the error message for a caption filter on an index whose texts have not been prepared for it."""
-    return (
-        f"{location} was built by an earlier version, so caption filters cannot be used. Run `llm2clip index` again, "
-        "which prepares the captions without embedding the images again"
-    )
 
 
 class IndexUnavailableError(OSError):

@@ -115,7 +115,7 @@ def build_index(
         else:
             model = model if dim is None else model.truncate(dim)
             backend.initialize(_describe_model(model))
-        backend.prepare_words()
+        backend.repair_words()
         parsed = [_parse_source(source, columns or {}) for source in sources]
         indexed_by_source = {str(source): backend.indexed([to_valid_unicode(str(source))]) for source in parsed}
         try:
@@ -200,8 +200,8 @@ def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
     """Raise ValueError if an index was built with a different model, whose embeddings are not comparable.
 
     A model with the same image encoder but a different text encoder, such as a student made by `llm2clip distill`, can
-    use the index. In this case, print a message. Indexes of earlier versions have a fingerprint of the entire model,
-    and work only with this model.
+    use the index. In this case, print a message. Indexes of models without separate encoders have a fingerprint of the
+    entire model, and work only with this model.
     """
     parts = model.part_fingerprints if "image_fingerprint" in metadata else None
     if parts is not None:

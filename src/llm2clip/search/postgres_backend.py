@@ -42,7 +42,6 @@ from llm2clip.search.backends import (
     ImageState,
     IndexedContent,
     IndexedImage,
-    format_outdated_index_message,
     hide_password,
     parse_content_id,
     ref_from_json,
@@ -52,14 +51,11 @@ from llm2clip.search.postgres_database import Connection, PostgresDatabase, pars
 from llm2clip.search.postgres_words import (
     WORD_COLUMNS,
     create_trigram_index,
-    create_word_tables,
     escape_pattern,
     find_matched_fields,
     find_matches,
-    has_complete_words,
     make_match,
     make_word_columns,
-    mark_words_complete,
 )
 from llm2clip.search.words import MAX_FUSED, WordQuery, fuse_rankings, make_fields, normalize
 
@@ -76,7 +72,7 @@ EF_SEARCH, MAX_EF_SEARCH = 100, 1000  # candidates per HNSW search: the default,
 
 # "key" is the SHA-256 hash of the name, because PostgreSQL limits the length of indexed text to about 2,700 bytes.
 # "container" is the tar file or table that contains the image, and "folded_captions" are the captions in the form in
-# which filters compare them. Both are NULL if there are none. `create_word_tables` adds the columns for word search.
+# which filters compare them. Both are NULL if there are none. `postgres_words` describes the columns for word search.
 TABLES = """
 CREATE TABLE metadata (key text PRIMARY KEY, value text NOT NULL);
 CREATE TABLE calibration (data bytea NOT NULL);
@@ -89,9 +85,13 @@ CREATE TABLE images (
   id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, key bytea NOT NULL UNIQUE, name text COLLATE "C" NOT NULL,
   content bigint NOT NULL REFERENCES contents(id), location text NOT NULL, source text COLLATE "C" NOT NULL,
   file_version text NOT NULL, captions text[] NOT NULL, taken double precision NOT NULL, container text COLLATE "C",
-  folded_captions text COLLATE "C");
+  camera text NOT NULL, date text NOT NULL, folded_captions text COLLATE "C", unspaced_texts text COLLATE "C",
+  words tsvector NOT NULL);
 CREATE INDEX images_content ON images (content, id);
 CREATE INDEX images_taken ON images (taken);
+CREATE INDEX images_words ON images USING gin (words);
+CREATE TABLE recognized_texts (
+  content bigint PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, text text NOT NULL);
 """
 IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"  # same order as in `_image_to_row`
 INSERT_CONTENT = """
@@ -116,7 +116,6 @@ TEXT_ROWS = f"""
 SELECT images.id, images.content, coalesce(recognized_texts.text, '') AS text, camera, date, {IMAGE_COLUMNS}
 FROM images LEFT JOIN recognized_texts ON recognized_texts.content = images.content
 """
-WORDS_BATCH = 1000  # number of images per transaction when words are added to an index of an earlier version
 INSIDE_PATH = "(name LIKE %(path)s OR name LIKE %(path)s || '/%%' OR container LIKE %(path)s)"
 INSIDE_SOURCE = f"(source = %(source)s OR {INSIDE_PATH})"
 IMAGE_CONDITIONS = {
@@ -166,7 +165,6 @@ class PostgresBackend:
         self._db = PostgresDatabase(conninfo, self.schema, self.location)
         self._has_changes = False
         self._may_have_orphans = True  # an interrupted run may leave contents that belong to no image
-        self._has_words = False
 
     # ---- building
 
@@ -195,31 +193,8 @@ class PostgresBackend:
                 "INSERT INTO metadata VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value", rows
             )
 
-    def prepare_words(self) -> None:
-        """Create the table and columns for word search, and fill them for images of earlier versions."""
-        if self._db.read(self._check_words):
-            return
-        with self._db.write() as connection:
-            create_word_tables(connection)
-        last_id = 0
-        missing = f"{TEXT_ROWS} WHERE words IS NULL AND images.id > %s ORDER BY images.id LIMIT {WORDS_BATCH}"
-        while rows := self._db.query(missing, (last_id,)):
-            with self._db.write() as connection:
-                _update_words(connection, rows)
-            last_id, self._has_changes = rows[-1][0], True
-        with self._db.write() as connection:
-            mark_words_complete(connection)
-
-    def _check_words(self, connection: Connection) -> bool:
-        """Return True if all images have the columns for word search. Those of earlier versions do not."""
-        if not self._has_words:
-            self._has_words = has_complete_words(connection, self.schema)
-        return self._has_words
-
-    def _check_filter(self, connection: Connection, image_filter: Filter) -> None:
-        """Raise ValueError if the filter needs captions that an earlier version stored in another form."""
-        if image_filter.caption is not None and not self._check_words(connection):
-            raise ValueError(format_outdated_index_message(self.location))
+    def repair_words(self) -> None:
+        """Do nothing, because PostgreSQL repairs its tables after a crash."""
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
         states: dict[str, ImageState] = {}
@@ -339,18 +314,17 @@ class PostgresBackend:
         query = WordQuery.parse(words)
 
         def read(connection: Connection) -> list[Hit]:
-            self._check_filter(connection, image_filter)
-            has_words, matches = self._check_words(connection), np.empty(0, np.int64)
+            matches = np.empty(0, np.int64)
             if vector is None:
                 ids = _find_newest(connection, {**parameters, "count": count, "offset": offset})
             else:
-                if query and has_words:
+                if query:
                     matches = find_matches(connection, query, _make_content_condition(parameters), parameters)
                 ids = self._rank(connection, matches, count, offset, parameters)
             matched = _find_matched_fields(connection, query, set(ids) & set(matches.tolist()))
             images = _read_images(connection, ids, parameters)
             hits = []
-            for content_id, *sizes, image_count, score, text in _read_contents(connection, ids, parameters, has_words):
+            for content_id, *sizes, image_count, score, text in _read_contents(connection, ids, parameters):
                 if content_id in images:  # contents without images are removed at the end of an indexing run
                     width, height = sizes
                     fields, locations = matched.get(content_id, ()), images[content_id]
@@ -375,12 +349,8 @@ class PostgresBackend:
         parameters = _make_parameters(image_filter)
         statement = f"SELECT count(*) FROM contents WHERE {_make_content_condition(parameters)}"
 
-        def read(connection: Connection) -> int:
-            self._check_filter(connection, image_filter)
-            ((count,),) = connection.execute(statement, parameters).fetchall()
-            return int(count)
-
-        return self._db.read(read)
+        ((count,),) = self._db.query(statement, parameters)
+        return int(count)
 
     def vector(self, hit_id: str) -> np.ndarray | None:
         rows = self._db.query("SELECT vector FROM contents WHERE id = %s", (parse_content_id(hit_id),))
@@ -438,8 +408,7 @@ def _create_tables(connection: Connection, dim: int) -> None:
         # By default, vectors of more than about 1,000 dimensions are stored in a separate table, which is slow to scan.
         connection.execute("ALTER TABLE contents ALTER COLUMN vector SET STORAGE PLAIN")
     create_trigram_index(connection, "images_captions", "folded_captions")
-    create_word_tables(connection)
-    mark_words_complete(connection)
+    create_trigram_index(connection, "images_unspaced_texts", "unspaced_texts")
 
 
 def _make_parameters(image_filter: Filter) -> dict[str, Any]:
@@ -524,17 +493,16 @@ def _find_nearest(connection: Connection, parameters: Mapping[str, Any], is_appr
 
 
 def _read_contents(
-    connection: Connection, content_ids: Sequence[int], parameters: Mapping[str, Any], has_words: bool
+    connection: Connection, content_ids: Sequence[int], parameters: Mapping[str, Any]
 ) -> list[tuple[Any, ...]]:
     """Return rows of id, width, height, image count, cosine similarity and recognised text, in the given order.
 
     Without a query vector, the similarity is NULL.
     """
     score = "-(vector <#> %(query)s)" if "query" in parameters else "NULL"
-    text = "(SELECT text FROM recognized_texts WHERE content = page.id)" if has_words else "NULL"
     rows = connection.execute(
-        f"SELECT page.id, width, height, (SELECT count(*) FROM images WHERE content = page.id), {score}, {text} "
-        "FROM unnest(%(ids)s::bigint[]) WITH ORDINALITY AS page(id, position) "
+        f"SELECT page.id, width, height, (SELECT count(*) FROM images WHERE content = page.id), {score}, "
+        "(SELECT text FROM recognized_texts WHERE content = page.id) FROM unnest(%(ids)s::bigint[]) WITH ORDINALITY AS page(id, position) "
         "JOIN contents ON contents.id = page.id ORDER BY position",
         {**parameters, "ids": list(content_ids)},
     ).fetchall()

@@ -37,45 +37,12 @@ from llm2clip.search.words import (
     split_words,
 )
 
-WORDS_TABLES = """
-CREATE TABLE IF NOT EXISTS recognized_texts (
-  content bigint PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, text text NOT NULL);
-ALTER TABLE images ADD COLUMN IF NOT EXISTS camera text NOT NULL DEFAULT '',
-  ADD COLUMN IF NOT EXISTS date text NOT NULL DEFAULT '', ADD COLUMN IF NOT EXISTS unspaced_texts text COLLATE "C",
-  ADD COLUMN IF NOT EXISTS words tsvector;
-CREATE INDEX IF NOT EXISTS images_words ON images USING gin (words);
-"""
 WORD_COLUMNS = "camera, date, folded_captions, unspaced_texts, words"  # same order as in `make_word_columns`
 # Longer words are truncated, because PostgreSQL limits the words of a tsvector to 2,046 bytes. Words of a query are
 # shorter, so they never match a truncated word.
 MAX_WORD_LENGTH = MAX_QUERY_LENGTH + 1
 # The words of longer texts are ignored, because PostgreSQL limits a tsvector to a megabyte, including the positions.
 MAX_WORDS_SIZE, POSITION_SIZE = 1_000_000, 8
-
-
-def create_word_tables(connection: Connection) -> None:
-    """Create the table, columns and indexes for word search that do not exist.
-
-    Once all images have words, call `mark_words_complete`.
-    """
-    connection.execute(WORDS_TABLES)
-    create_trigram_index(connection, "images_unspaced_texts", "unspaced_texts")
-
-
-def mark_words_complete(connection: Connection) -> None:
-    """Require words for all images, which `has_complete_words` checks."""
-    connection.execute("ALTER TABLE images ALTER COLUMN words SET NOT NULL")
-
-
-def has_complete_words(connection: Connection, schema: str) -> bool:
-    """Return True if all images have the columns for word search, unlike in indexes of earlier versions."""
-    row = connection.execute(
-        "SELECT attnotnull FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid "
-        "JOIN pg_namespace ON pg_namespace.oid = relnamespace "
-        "WHERE nspname = %s AND relname = 'images' AND attname = 'words'",
-        (schema,),
-    ).fetchone()
-    return row == (True,)
 
 
 def create_trigram_index(connection: Connection, name: str, column: str) -> None:

@@ -36,7 +36,6 @@ from llm2clip.search.backends import (
     IndexedImage,
     WordIndexError,
     format_missing_index_message,
-    format_outdated_index_message,
     parse_content_id,
     ref_from_json,
     ref_to_json,
@@ -56,7 +55,6 @@ from llm2clip.search.words import (
     MAX_FUSED,
     WordQuery,
     add_texts,
-    create_tables,
     find_matched_fields,
     find_matches,
     fuse_rankings,
@@ -68,8 +66,6 @@ from llm2clip.search.words import (
     set_recognized_text,
 )
 
-# Not part of SCHEMA, because indexes of earlier versions do not have this table.
-CALIBRATION_SCHEMA = "CREATE TABLE IF NOT EXISTS calibration (data BLOB NOT NULL)"
 APPROXIMATE_ABOVE = 1_000_000
 CHANGED_CONTENTS = "content FROM changes WHERE id > :last"
 IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"  # same order as in `_image_to_row`
@@ -86,7 +82,6 @@ FILTER_CONDITIONS = {
     "min_side": "min(width, height) >= :min_side",
 }
 MATCH_DTYPE = np.dtype([("content", np.int64), ("taken", np.float64)])
-TEXTS_PER_TRANSACTION = 8192  # number of rows that are added at a time to the texts of an index without them
 IDS_PER_QUERY = 500  # SQLite limits the number of parameters per statement
 
 
@@ -123,7 +118,7 @@ class SqliteBackend:
         # Cached vectors and the last position in the change log that they include.
         self._vectors: tuple[LogPosition, QuantizedVectors] | None = None
         self._index_lock, self._vectors_lock = threading.Lock(), threading.Lock()
-        self._has_words = self._are_words_checked = False
+        self._are_words_checked = False
         if not write and (self._db.is_empty or not self.metadata()):
             raise FileNotFoundError(
                 f"{folder} is an incomplete index without images. To complete it, run `llm2clip index` again"
@@ -142,22 +137,13 @@ class SqliteBackend:
         with self._db.transaction() as connection:
             connection.executemany("INSERT OR REPLACE INTO metadata VALUES (?, ?)", rows)
 
-    def prepare_words(self) -> None:
-        """Create the tables for word search, repair corrupt tables, and add images of earlier versions."""
+    def repair_words(self) -> None:
         if self._are_words_checked:
             return
         with self._db.transaction() as connection:
-            create_tables(connection)
             if is_corrupt(connection):
                 rebuild(connection)
                 print_once(f"{self._db.file}: the tables for word search were corrupt and have been rebuilt")
-        missing = (
-            f"SELECT {IMAGE_COLUMNS} FROM images WHERE name NOT IN (SELECT image FROM texts) "
-            f"LIMIT {TEXTS_PER_TRANSACTION}"
-        )
-        while rows := self._db.query(missing):
-            with self._db.transaction() as connection:
-                add_texts(connection, map(_image_from_row, rows))
         self._are_words_checked = True
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
@@ -339,7 +325,7 @@ class SqliteBackend:
             with self._open_words() as db:
                 return find_matches(db, query, allowed_ids)
 
-        if not query or not self._check_words():
+        if not query:
             return np.empty(0, np.int64)
         key = self._db.read_state(), query, image_filter
         ids: np.ndarray = self._get_cached("word matches", key, find)
@@ -351,16 +337,7 @@ class SqliteBackend:
 
     def _read_texts(self, ids: np.ndarray) -> dict[int, str]:
         """Return the texts recognised in the given contents. Contents in which no text was recognised are skipped."""
-        if not self._check_words():
-            return {}
         return dict(self._query_by_id("SELECT content, text FROM recognized_texts WHERE content", ids))
-
-    def _check_words(self) -> bool:
-        """Return True if the index has the tables for word search. Those of earlier versions do not."""
-        if not self._has_words:
-            tables = self._db.query("SELECT 1 FROM sqlite_master WHERE name = 'recognized_texts'")
-            self._has_words = bool(tables)
-        return self._has_words
 
     @contextmanager
     def _open_words(self) -> Iterator[sqlite3.Connection]:
@@ -413,15 +390,12 @@ class SqliteBackend:
 
     def save_calibration(self, data: bytes) -> None:
         with self._db.transaction() as connection:
-            connection.execute(CALIBRATION_SCHEMA)
             connection.execute("DELETE FROM calibration")
             connection.execute("INSERT INTO calibration VALUES (?)", (data,))
 
     def load_calibration(self) -> bytes | None:
-        if not self._db.query("SELECT 1 FROM sqlite_master WHERE name = 'calibration'"):
-            return None
         rows = self._db.query("SELECT data FROM calibration")
-        return bytes(rows[0][0])
+        return bytes(rows[0][0]) if rows else None
 
     def thumbnail(self, hit_id: str) -> bytes | None:
         rows = self._db.query("SELECT jpeg FROM thumbnails WHERE id = ?", (parse_content_id(hit_id),))
@@ -459,8 +433,6 @@ class SqliteBackend:
         conditions, parameters = _make_sql_conditions(image_filter, FILTER_CONDITIONS)
         tables = "images JOIN contents ON contents.id = images.content"
         if image_filter.caption is not None:
-            if not self._check_words():
-                raise ValueError(format_outdated_index_message(self.folder))
             if conditions or newest_first:
                 tables = "texts JOIN images ON images.name = texts.image JOIN contents ON contents.id = images.content"
             else:

@@ -37,6 +37,7 @@ CREATE TRIGGER image_removed AFTER DELETE ON images
   BEGIN INSERT INTO changes (content) VALUES (old.content); END;
 CREATE TRIGGER content_removed AFTER DELETE ON contents
   BEGIN INSERT INTO changes (content) VALUES (old.id); END;
+CREATE TABLE calibration (data BLOB NOT NULL);
 PRAGMA user_version = {FORMAT_VERSION};
 """
 MAX_LOG_LENGTH = 100_000  # readers that have missed more changes than this reload everything

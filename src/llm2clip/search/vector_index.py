@@ -186,7 +186,7 @@ class GraphState:
     last: int
     sum: int
     checksum: str
-    found: float = 1.0  # graphs of earlier versions were not checked
+    found: float
 
 
 def update_graph(

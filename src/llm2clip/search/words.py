@@ -29,18 +29,20 @@ FIELDS = {"captions": "caption", "text": "text", "name": "name", "camera": "came
 SUBSTRING_COLUMNS = ("captions", "text", "name")  # columns of `trigrams`
 FULL_TEXT_TABLES = {"words": tuple(FIELDS), "trigrams": SUBSTRING_COLUMNS}
 TOKENIZER = "unicode61 remove_diacritics 2"
-WORDS_SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS recognized_texts (
-  content INTEGER PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, text TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS texts (
-  id INTEGER PRIMARY KEY, image TEXT NOT NULL UNIQUE, content INTEGER NOT NULL, captions TEXT NOT NULL,
-  text TEXT NOT NULL, name TEXT NOT NULL, camera TEXT NOT NULL, date TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS texts_content ON texts(content);
-CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(
+FULL_TEXT_SCHEMA = f"""
+CREATE VIRTUAL TABLE words USING fts5(
   captions, text, name, camera, date, content='texts', content_rowid='id', tokenize='{TOKENIZER}');
-CREATE VIRTUAL TABLE IF NOT EXISTS trigrams USING fts5(
+CREATE VIRTUAL TABLE trigrams USING fts5(
   captions, text, name, content='texts', content_rowid='id', tokenize='trigram case_sensitive 1');
 """
+WORDS_SCHEMA = f"""
+CREATE TABLE recognized_texts (
+  content INTEGER PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, text TEXT NOT NULL);
+CREATE TABLE texts (
+  id INTEGER PRIMARY KEY, image TEXT NOT NULL UNIQUE, content INTEGER NOT NULL, captions TEXT NOT NULL,
+  text TEXT NOT NULL, name TEXT NOT NULL, camera TEXT NOT NULL, date TEXT NOT NULL);
+CREATE INDEX texts_content ON texts(content);
+{FULL_TEXT_SCHEMA}"""
 SEPARATOR = "\x1f"  # precedes each caption in `texts`; never occurs in normalised texts
 # FTS5's trigram tokenizer stops at NUL, and SQLite cannot store lone surrogates. They are replaced with symbols, such
 # as U+2400 (␀) for NUL, which separate words as the original characters do.
@@ -254,12 +256,6 @@ def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 # ---- building
 
 
-def create_tables(connection: sqlite3.Connection) -> None:
-    """Create the tables that do not exist."""
-    for statement in WORDS_SCHEMA.split(";\n"):
-        connection.execute(statement)
-
-
 def is_corrupt(connection: sqlite3.Connection) -> bool:
     """Return True if the full-text tables do not agree with the table `texts`.
 
@@ -285,7 +281,8 @@ def rebuild(connection: sqlite3.Connection) -> None:
     """Build the full-text tables again from the table `texts`."""
     for table in FULL_TEXT_TABLES:
         connection.execute(f"DROP TABLE IF EXISTS {table}")
-    create_tables(connection)
+    for statement in FULL_TEXT_SCHEMA.split(";\n"):
+        connection.execute(statement)
     for table in FULL_TEXT_TABLES:
         connection.execute(f"INSERT INTO {table} ({table}) VALUES ('rebuild')")
 
