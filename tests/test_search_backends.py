@@ -1,11 +1,10 @@
-"""Tests of what is specific to the index backends: storage, transactions, read-only folders, format versions."""
+"""Tests of what is specific to the index backends: storage, transactions, format versions."""
 
 import os
 import re
 import sqlite3
 import stat
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError
 from llm2clip.search.backends import IndexedContent, IndexedImage, open_backend, ref_from_json, ref_to_json
 from llm2clip.search.sqlite_backend import SqliteBackend
-from search_fixtures import index_sources, search_names
+from search_fixtures import index_sources
 
 # References as they are stored in an index: a class must keep its name there even if it is renamed.
 STORED_REFS = (
@@ -63,37 +62,6 @@ def test_sqlite_backend_adds_a_batch_completely_or_not_at_all(tmp_path: Path) ->
     assert backend.count() == (0, 0)
 
 
-def test_sqlite_backend_reads_from_a_read_only_folder(
-    photos: Path, dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Simulated, since the tests may run as root, for whom every folder is writable."""
-    folder, connect = tmp_path / "index", sqlite3.connect
-    writer = SqliteBackend(folder, write=True)
-    index_sources([photos], dual_encoder, writer)
-
-    def read_only_connect(database: Any, **options: Any) -> sqlite3.Connection:
-        if not options.get("uri"):
-            raise sqlite3.OperationalError("attempt to write a readonly database")
-        return connect(database, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("llm2clip.search.sqlite_backend.os.access", lambda *_: False)
-        patch.setattr(sqlite3, "connect", read_only_connect)
-        with pytest.raises(OSError, match="readonly"):  # an immutable database would lack the writer's last changes
-            SqliteBackend(folder)
-        writer._db.connection.close()
-        reader = SqliteBackend(folder)
-        assert search_names(reader) >= {"1.png", "5.png", "old.jpg"}
-        assert {file.name for file in folder.iterdir()} <= {"index.sqlite", ".lock"}
-    (photos / "1.png").unlink()
-    writer = SqliteBackend(folder, write=True)
-    index_sources([photos], dual_encoder, writer)
-    writer._db.connection.close()
-    with monkeypatch.context() as patch:
-        patch.setattr(sqlite3, "connect", read_only_connect)
-        assert "1.png" not in search_names(reader)  # the change is noticed
-
-
 def test_sqlite_backend_creates_private_files(photos: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
     folder, mask = tmp_path / "index", os.umask(0o022)
     try:
@@ -120,21 +88,6 @@ def test_build_index_raises_while_another_run_writes(photos: Path, dual_encoder:
     with first.lock(), pytest.raises(FolderInUseError, match="another run is writing to"):
         index_sources([photos], dual_encoder, second)
     assert index_sources([photos], dual_encoder, second).added == 7
-
-
-def test_sqlite_backend_warns_about_network_file_systems(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Partition(NamedTuple):
-        mountpoint: str
-        fstype: str
-
-    partitions = [Partition("/", "ext4"), Partition(str(tmp_path), "nfs4"), Partition(f"{tmp_path}/a", "xfs")]
-    monkeypatch.setattr("llm2clip.search.sqlite_database.psutil.disk_partitions", lambda all: partitions)
-    SqliteBackend(tmp_path / "a/index", write=True)
-    assert capsys.readouterr().out == ""
-    SqliteBackend(tmp_path / "ab", write=True)
-    assert "is on a network file system (nfs4)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("scheme", ["http", "other+http", "mysql"])

@@ -35,7 +35,7 @@ def test_vector_index_matches_exact_float64_search(use_graph: bool, tmp_path: Pa
 
     def quantize_all() -> QuantizedVectors:
         chunks = [(ids[:4000], vectors[:4000]), (ids[4000:], vectors[4000:])]
-        return QuantizedVectors(127 / max_abs).with_changes(ids[:0], chunks)
+        return QuantizedVectors(127 / max_abs).with_added(chunks)
 
     graph = None
     if use_graph:

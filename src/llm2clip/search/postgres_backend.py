@@ -502,7 +502,8 @@ def _read_contents(
     score = "-(vector <#> %(query)s)" if "query" in parameters else "NULL"
     rows = connection.execute(
         f"SELECT page.id, width, height, (SELECT count(*) FROM images WHERE content = page.id), {score}, "
-        "(SELECT text FROM recognized_texts WHERE content = page.id) FROM unnest(%(ids)s::bigint[]) WITH ORDINALITY AS page(id, position) "
+        "(SELECT text FROM recognized_texts WHERE content = page.id) "
+        "FROM unnest(%(ids)s::bigint[]) WITH ORDINALITY AS page(id, position) "
         "JOIN contents ON contents.id = page.id ORDER BY position",
         {**parameters, "ids": list(content_ids)},
     ).fetchall()

@@ -1,13 +1,14 @@
 """Index backend that stores images, vectors and thumbnails in an SQLite file, and searches the vectors in memory.
 
     INDEX/
-      index.sqlite       metadata, images, image contents, a change log and the calibration of relevance
+      index.sqlite       metadata, images, image contents and the calibration of relevance
       graph.usearch      HNSW graph; built only for a million or more distinct images
       graph.json         the graph's quantization scale, checksum and id summary
 
 SQLite commits each batch atomically, lets other processes read during a write, and stores the database as a single file
-that is easy to copy. Readers keep the quantized vectors in memory. After a write, readers load only the changes listed
-in the table `changes`. Word search and caption filters use full-text tables (see `search.words`).
+that is easy to copy. Readers keep the quantized vectors in memory, and load only new vectors after a write. Word search
+and caption filters use full-text tables (see `search.words`). A reader needs write permission to the folder, because
+SQLite creates files next to the database even when reading.
 """
 
 import glob
@@ -40,7 +41,7 @@ from llm2clip.search.backends import (
     ref_from_json,
     ref_to_json,
 )
-from llm2clip.search.sqlite_database import MAX_LOG_LENGTH, LogPosition, SqliteDatabase
+from llm2clip.search.sqlite_database import SqliteDatabase
 from llm2clip.search.vector_index import (
     CHUNK,
     GRAPH_FILE,
@@ -67,7 +68,6 @@ from llm2clip.search.words import (
 )
 
 APPROXIMATE_ABOVE = 1_000_000
-CHANGED_CONTENTS = "content FROM changes WHERE id > :last"
 IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"  # same order as in `_image_to_row`
 # SQL condition for images inside a path. An image's name must match the pattern :glob, or the pattern followed by "/"
 # (folder), "!" (tar) or "[" (table). File and folder names may also contain "!" and "[", so in these two cases, the
@@ -115,8 +115,8 @@ class SqliteBackend:
         self._db = SqliteDatabase(folder, write)
         self._may_have_orphans = True  # an interrupted run may leave contents that belong to no image
         self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_cached`
-        # Cached vectors and the last position in the change log that they include.
-        self._vectors: tuple[LogPosition, QuantizedVectors] | None = None
+        # Quantized vectors, and the id of the file from which they were read.
+        self._vectors: tuple[tuple[int, int], QuantizedVectors] | None = None
         self._index_lock, self._vectors_lock = threading.Lock(), threading.Lock()
         self._are_words_checked = False
         if not write and (self._db.is_empty or not self.metadata()):
@@ -170,7 +170,6 @@ class SqliteBackend:
                 [(digest, *_image_to_row(image)) for image, digest in images],
             )
             add_texts(connection, {image.name: image for image, _ in images}.values())
-            connection.execute("DELETE FROM changes WHERE id <= (SELECT max(id) FROM changes) - ?", (MAX_LOG_LENGTH,))
 
     def _add_content(self, connection: sqlite3.Connection, content: IndexedContent) -> None:
         """Insert image content and its thumbnail, unless the content is already in the database."""
@@ -481,19 +480,18 @@ class SqliteBackend:
         """
         # Use a separate connection, because reading all vectors takes seconds and would block other threads.
         with self._vectors_lock, self._db.snapshot() as db:
-            log = self._db.read_log_position(db)
-            scale = 127 / _read_max_abs(db)
-            vectors, removed = QuantizedVectors(scale), np.empty(0, np.int64)
+            file_id, vectors = self._db.file_id, QuantizedVectors(127 / _read_max_abs(db))
             if self._vectors is not None:
-                last_log, last_vectors = self._vectors
-                if scale >= last_vectors.scale and self._db.can_update(db, last_log, log):
+                last_file_id, last_vectors = self._vectors
+                if last_file_id == file_id and last_vectors.scale <= vectors.scale:
                     vectors = last_vectors
-                    sql = f"SELECT DISTINCT {CHANGED_CONTENTS} AND content NOT IN (SELECT id FROM contents)"
-                    removed = _read_int_column(db.execute(sql, {"last": last_log.last}))
                 else:
                     self._vectors = None  # free the old vectors first, in case both do not fit in memory
-            vectors = vectors.with_changes(removed, _read_vector_chunks(db, vectors.last_id))
-            self._vectors = log, vectors
+            vectors = vectors.with_added(_read_vector_chunks(db, vectors.last_id))
+            ((count,),) = db.execute("SELECT count(*) FROM contents")
+            if count < len(vectors):
+                vectors = vectors.with_only(np.sort(_read_int_column(db.execute("SELECT id FROM contents"))))
+            self._vectors = file_id, vectors
             return vectors
 
     def _fetch_vectors(self, ids: np.ndarray) -> np.ndarray:

@@ -66,29 +66,34 @@ class QuantizedVectors:
         """Largest id, or 0 if there are no vectors."""
         return int(self.blocks[-1].ids[-1]) if self.blocks else 0
 
-    def with_changes(self, removed: np.ndarray, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> QuantizedVectors:
-        """Return a new object with some vectors removed and others added.
+    def __len__(self) -> int:
+        return sum(len(block.ids) for block in self.blocks)
 
-        Both objects share the unchanged blocks. Searches that use the old object are not affected.
+    def with_added(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> QuantizedVectors:
+        """Return a new object with additional vectors. Both objects share most blocks.
 
         Args:
-            removed: Ids of the vectors to remove, int64 of shape (N,). Unknown ids are ignored.
             chunks: Vectors to add. Each chunk contains int64 ids of shape (N,) and float16 vectors of shape (N, D). The
                 ids must be larger than all previous ids.
         """
-        blocks = []
-        for block in self.blocks:
-            keep = np.isin(block.ids, removed, invert=True)
-            if not keep.all():
-                block = VectorBlock(block.ids[keep], block.codes[keep])
-            if len(block.ids):
-                blocks.append(block)
+        blocks = list(self.blocks)
         for ids, vectors in chunks:
             block = VectorBlock(ids, quantize(vectors, self.scale))
             if blocks and len(blocks[-1].ids) + len(ids) <= CHUNK:
                 previous = blocks.pop()
                 block = VectorBlock(np.concatenate([previous.ids, ids]), np.concatenate([previous.codes, block.codes]))
             blocks.append(block)
+        return QuantizedVectors(self.scale, blocks)
+
+    def with_only(self, ids: np.ndarray) -> QuantizedVectors:
+        """Return a new object without the vectors whose ids are not listed in `ids`. Both share unchanged blocks."""
+        blocks = []
+        for block in self.blocks:
+            keep = np.isin(block.ids, ids, assume_unique=True)
+            if not keep.all():
+                block = VectorBlock(block.ids[keep], block.codes[keep])
+            if len(block.ids):
+                blocks.append(block)
         return QuantizedVectors(self.scale, blocks)
 
     def find_nearest(self, query_code: np.ndarray, count: int, allowed_ids: np.ndarray | None = None) -> np.ndarray:
