@@ -28,7 +28,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llm2clip.tools.reproduce.datasets import WORDNET, read_wordnet
+from reproduce_data import WORDNET, read_wordnet
 from shared import read_rows, run_llm2clip, write_rows_once
 
 BASE_SETTINGS = [

@@ -2,7 +2,7 @@
 
     python docs/figures.py RUN
 
-RUN is the run directory created by `llm2clip reproduce`.
+RUN is the run directory created by `python benchmarks/reproduce.py`.
 """
 
 import json

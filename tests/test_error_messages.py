@@ -129,7 +129,6 @@ ERRORS = {
     "template without a placeholder": (
         "evaluate {model} {data} --short_queries --templates photo", "--templates: template 0 ('photo') has no {}",
     ),
-    "unknown claim": ("reproduce {folder} --claims 9", "unknown claim 9", "1, 2"),
     # search
     "serve without index and model": ("serve", "--index", "--model"),
     # exports, plans, llava

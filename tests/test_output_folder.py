@@ -13,7 +13,6 @@ from llm2clip.config import (
     EncoderConfig,
     EvaluateConfig,
     FitConfig,
-    ReproduceConfig,
     TuneConfig,
 )
 from llm2clip.llava.config import LlavaConfig
@@ -32,7 +31,6 @@ RUN_CONFIGS: dict[str, dict[str, Any]] = {
     "align": {"data": ["d"], "store": "s", "encoder": EncoderConfig(), "align": AlignConfig()},
     "distill": {"model": "m", "data": ["d"], "student": "s", "evaluate": EvaluateConfig(), "distill": DistillConfig()},
     "llava": {"model": "m", "pretrain": ["d"], "llava": LlavaConfig()},
-    "reproduce": {"data": "d", "reproduce": ReproduceConfig()},
 }
 MARKERS = {
     "index": "index.sqlite",
@@ -90,7 +88,6 @@ def test_output_folder_must_not_contain_data(name: str, tmp_path: Path) -> None:
         ("embed DATA --out OUT", "tune", "not an embedding store"),
         ("align DATA --store S --out OUT", "fit", "not a run directory of `llm2clip align`"),
         ("evaluate M DATA --out OUT", "model", "not an output folder of `llm2clip evaluate`"),
-        ("reproduce DATA --out OUT", "fit", "not a run directory of `llm2clip reproduce`"),
         ("store merge S --out OUT", "index", "not an embedding store"),
         ("store import --parquet P --out OUT", "index", "not an embedding store"),
         ("llava train M --out OUT", "align", "not a run directory of `llm2clip llava train`"),

@@ -1,16 +1,21 @@
-"""`reproduce` on generated images and random models, and verdicts of small cases computed by hand."""
+"""benchmarks/reproduce.py on generated images and random models, and verdicts of small cases computed by hand."""
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from scipy.stats import binomtest
 
+import reproduce
 from conftest import make_llm, make_tower
-from llm2clip.cli import main
-from llm2clip.tools.reproduce.claims import (
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.published_results import CRA_NOTE
+from llm2clip.runs.output_folder import ConfigChangedError
+from reproduce_claims import (
     CONTRADICTED,
     HOLDS,
     INCONCLUSIVE,
@@ -22,96 +27,80 @@ from llm2clip.tools.reproduce.claims import (
     bootstrap_interval,
     compare_hits,
 )
-from llm2clip.tools.reproduce.datasets import join_halves, read_wordnet, split_sentences
+from reproduce_data import ClaimData, ReproduceConfig, join_halves, read_wordnet, split_sentences
 
 
-def reproduce_command(data: Path, models: Path, out: Path, *more: str) -> list[str]:
-    """Return the arguments of `llm2clip reproduce` with tiny settings."""
+@pytest.fixture
+def command(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments of the script: images with captions, random models and tiny settings."""
+    pairs = [{"query": f"word {n}", "positive": f"what the word {n} means"} for n in range(8)]
+    (image_folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    for name, layers, seed in (("llm", 3, 0), ("baseline", 1, 1), ("multilingual", 4, 2)):
+        make_llm(tmp_path / name, layers=layers, seed=seed)
+    make_tower(tmp_path / "tower")
+    small = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    monkeypatch.setattr(transformers, "CLIPTextConfig", partial(transformers.CLIPTextConfig, **small))
     train, held_out = '["captions.jsonl@train"]', '["captions.jsonl@val"]'
     settings = {
         "tune": train, "exclude": held_out, "text_pairs": '["pairs.jsonl"]', "cra": held_out, "train": train,
-        "test": held_out, "long_caption_sources": held_out, "foreign_column": "captions_xx",
-        "llm": str(models / "llm"), "layers": "2", "baseline_encoder": str(models / "baseline"),
-        "multilingual_llm": str(models / "multilingual"), "tower": str(models / "tower"), "image_size": "32",
-        "embed_dim": "8", "steps": "2", "batch_size": "4", "epochs": "2", "seeds": "2", "cost_images": "4",
-        "cost_steps": "2",
+        "test": held_out, "long_caption_sources": held_out, "foreign_column": "captions_yy",
+        "llm": tmp_path / "llm", "layers": 2, "baseline_encoder": tmp_path / "baseline",
+        "multilingual_llm": tmp_path / "multilingual", "tower": tmp_path / "tower", "image_size": 32,
+        "embed_dim": 8, "steps": 2, "batch_size": 4, "epochs": 2, "seeds": 1, "cost_images": 4, "cost_steps": 2,
     }  # fmt: skip
-    options = [part for name, value in settings.items() for part in (f"--reproduce.{name}", value)]
-    return ["reproduce", str(data), "--out", str(out), *options, *more]
+    options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return [str(image_folder), "--out", str(tmp_path / "run"), *options]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of random language models and a random vision tower."""
-    folder = tmp_path_factory.mktemp("models")
-    for name, layers, seed in (("llm", 3, 0), ("baseline", 1, 1), ("multilingual", 4, 2)):
-        make_llm(folder / name, layers=layers, seed=seed)
-    make_tower(folder / "tower")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(image_folder: Path) -> Path:
-    """Images with captions, and general text pairs."""
-    pairs = [{"query": f"word {n}", "positive": f"what the word {n} means"} for n in range(8)]
-    (image_folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return image_folder
-
-
-def test_reproduce_tests_all_claims_and_caches_results(
-    data: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_reproduce_tests_claims_and_caches_results(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    assert main(reproduce_command(data, models, out)) == 0
+    reproduce.main([*command, "--claims", "1", "4", "5", "6"])
+    assert "claim 4: not tested (" in capsys.readouterr().out
     claims = {int(file.stem): json.loads(file.read_text()) for file in (out / "claims").iterdir()}
-    assert sorted(claims) == [1, 2, 3, 4, 5, 6]
-    assert [row[0] for row in claims[2]["rows"]] == [
+    assert sorted(claims) == [1, 5, 6]  # no source has the column of claim 4
+    assert [row[0] for row in claims[1]["rows"]] == [
         "llm, first 2 layers, raw",
+        "baseline",
         "llm, first 2 layers after 2 steps of captions",
         "multilingual, raw",
-        "baseline",
-        "multilingual after 2 steps of general text pairs",
         "multilingual after 2 steps of captions",
+        "chance",
     ]
-    assert claims[3]["points"] == ["1 sentence", "whole caption"]
 
-    # The table has the mean recall of both seeds.
-    ranks = [json.loads((out / f"ranks/llm-cc-{seed}-captions.json").read_text()) for seed in range(2)]
-    image_ranks, text_ranks = ([rank for seed in ranks for rank in seed[f"{name}_ranks"]] for name in ("image", "text"))
-    assert len(image_ranks) == 2 * 6 and len(text_ranks) == 2 * 15  # two or three captions per image
-    _, i2t, t2i, *_ = claims[2]["rows"][1]
-    assert i2t == pytest.approx(100 * image_ranks.count(0) / len(image_ranks))
-    assert t2i == pytest.approx(100 * text_ranks.count(0) / len(text_ranks))
+    ranks = json.loads((out / "ranks/llm-cc-0-captions.json").read_text())
+    assert len(ranks["image_ranks"]) == 6 and len(ranks["text_ranks"]) == 15  # two or three captions per image
+    _, i2t, t2i, *_ = claims[5]["rows"][0]
+    assert i2t == pytest.approx(100 * ranks["image_ranks"].count(0) / 6)
+    assert t2i == pytest.approx(100 * ranks["text_ranks"].count(0) / 15)
 
     page = (out / "report.html").read_text()
     assert "<script" not in page and "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
-    assert "6. With cached teacher embeddings" in (out / "report.md").read_text()
+    report = (out / "report.md").read_text()
+    assert "6. With cached teacher embeddings" in report and "| not tested |" in report and "captions_yy" in report
 
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("this result should have been cached")
 
     for name in ("tune", "embed", "align", "caption_retrieval_accuracy"):
-        monkeypatch.setattr(f"llm2clip.tools.reproduce.experiments.{name}", fail)
-    capsys.readouterr()
-    assert main(reproduce_command(data, models, out)) == 0
+        monkeypatch.setattr(f"reproduce_data.{name}", fail)
+    reproduce.main([*command, "--claims", "1", "6"])
     assert "claim 6:" in capsys.readouterr().out
-    assert main(reproduce_command(data, models, out, "--reproduce.steps", "3")) == 1
-    assert "different settings (reproduce.steps: 2 saved, 3 now)" in capsys.readouterr().err
+    with pytest.raises(ConfigChangedError, match=r"different settings \(reproduce.steps: 2 saved, 3 now\)"):
+        reproduce.main([*command, "--steps", "3"])
+    with pytest.raises(ValueError, match="no claim could be tested: 4: "):
+        reproduce.main([*command, "--out", str(tmp_path / "other"), "--claims", "4"])
+    with pytest.raises(SystemExit, match="unknown claim 7: available claims are 1, 2"):
+        reproduce.main([*command, "--claims", "7"])
 
 
-def test_reproduce_reports_claims_without_data_as_not_tested(
-    data: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    missing_column = ("--reproduce.foreign_column", "captions_yy")
-    command = reproduce_command(data, models, tmp_path / "run", *missing_column, "--claims")
-    assert main([*command, "4"]) == 1
-    assert "no claim could be tested: 4: " in capsys.readouterr().err
-    assert main([*command, "1", "4"]) == 0
-    assert "claim 4: not tested (" in capsys.readouterr().out
-    report = (tmp_path / "run/report.md").read_text()
-    assert "| not tested |" in report and "captions_yy" in report
-    assert main([*command, "7"]) == 1
-    assert "unknown claim 7: available claims are 1, 2" in capsys.readouterr().err
+def test_long_caption_tests_add_a_sentence_at_a_time(image_folder: Path) -> None:
+    config = ReproduceConfig(long_caption_sources=["captions.jsonl@val"])
+    tests = ClaimData(image_folder, config, SkipLog(None, 0.0)).long_caption_tests
+    assert list(tests) == ["1 sentence", "whole caption"]
+    for sentence, caption in zip(tests["1 sentence"], tests["whole caption"], strict=True):
+        assert caption.captions[0].startswith(sentence.captions[0]) and len(caption.captions) == 1
 
 
 def hits(count: int, start: int = 0) -> torch.Tensor:
@@ -191,3 +180,24 @@ def test_read_wordnet_yields_definitions_and_examples(tmp_path: Path) -> None:
         ("one", "entity: that which is"),
         ("physical entity", "an entity that has existence"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("claim", "sentence", "text"),
+    [
+        (1, 0, "Llama3-8B-CC 29.5"),
+        (1, 0, "24.3 points for Llama3-8B"),
+        (1, 1, CRA_NOTE),
+        (2, 0, "e5 (XLM-R) 74.0 / 71.7"),
+        (2, 1, "Llama3-8B 66.3"),
+        (3, 0, "COCO +3.3"),  # by hand: (62.7 + 51.9) / 2 - (59.4 + 48.6) / 2
+        (3, 0, "DOCCI +15.7"),
+        (4, 0, "EVA-L-224 0.9, EVA-L-224 + LLM2CLIP 75.6"),
+        (4, 1, "JinaCLIP 0.7"),
+        (5, 0, "Qwen2.5-0.5B-CC 75.6 / 73.0"),
+        (5, 1, "Mistral-Nemo-12B-CC 86.0"),
+        (6, 0, "once, before training"),
+    ],
+)
+def test_quote_paper_states_published_results(claim: int, sentence: int, text: str) -> None:
+    assert text in reproduce.quote_paper(claim)[sentence]

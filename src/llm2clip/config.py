@@ -25,8 +25,6 @@ RESUME_SAFE = (
     "micro_batch_size",
     "gradient_checkpointing",
     "report_to",
-    "cost_images",
-    "cost_steps",
 )
 
 
@@ -394,67 +392,6 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         require_fraction(self, "", "max_skipped")
-
-
-@dataclass
-class ReproduceConfig:
-    """Settings for small-scale tests of the paper's claims (`reproduce`). Paths are relative to the data folder."""
-
-    tune: list[str] = field(default_factory=lambda: ["flickr30k_text/captions.jsonl@train"])
-    """Caption sources for tuning the LLMs; images are not needed."""
-    exclude: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@val", "flickr8k_text/captions.jsonl"])
-    """Sources of images whose captions are excluded from tuning."""
-    text_pairs: list[str] = field(default_factory=list)
-    """Sources of general text pairs (called TC in the paper). By default, glosses from WordNet are used if the Debian
-    package wordnet-base is installed."""
-    cra: list[str] = field(default_factory=lambda: ["coco_text/captions.jsonl@karpathy_test"])
-    """Caption sources for measuring caption retrieval accuracy (CRA)."""
-    train: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@train+none", "coco_img/captions.jsonl"])
-    """Sources of captioned images for the `align` stage."""
-    test: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@val"])
-    """Sources of captioned images for evaluating retrieval."""
-    foreign_column: str = "captions_zh"
-    """Column of test captions in a language that is absent from the training captions."""
-    long_caption_sources: list[str] = field(default_factory=lambda: ["ade20k_ids/captions.jsonl"])
-    """Sources of images with one long caption each. Used only for evaluation."""
-    llm: str = "smollm2-135m"
-    """Language model for testing the claims. Accepts the same values as --encoder.path."""
-    layers: int | None = 12
-    """Keep only the first N layers of the LLM. null keeps all layers."""
-    baseline_encoder: str = "all-minilm-l6-v2"
-    """Non-LLM text encoder used as a baseline."""
-    multilingual_llm: str = "gemma3-270m"
-    """Larger language model that understands the language of --reproduce.foreign_column."""
-    tower: str = "efficientnet-lite0"
-    """Vision tower. Accepts the same values as --align.tower. The tower is frozen; only the heads are trained."""
-    image_size: int = 160
-    """Image size in pixels."""
-    embed_dim: int = 256
-    """Dimension of the shared embedding space."""
-    steps: int = 60
-    """Number of tuning steps for each LLM."""
-    batch_size: int = 128
-    """Number of text pairs per tuning step."""
-    lr: float = 4e-4
-    """Learning rate for tuning all weights of the LLM."""
-    multilingual_lr: float = 1e-3
-    """Learning rate for tuning the multilingual LLM with LoRA."""
-    epochs: float = 10
-    """Number of epochs for training the heads."""
-    seeds: int = 3
-    """Number of `align` runs per encoder, each with a different seed."""
-    cost_images: int = 64
-    """Number of images per step when measuring training cost."""
-    cost_steps: int = 8
-    """Number of steps to time for each kind of training step."""
-
-    def __post_init__(self) -> None:
-        require_at_least(
-            1, self, "reproduce", "layers", "embed_dim", "batch_size", "seeds", "cost_images", "cost_steps"
-        )
-        require_at_least(0, self, "reproduce", "steps", "lr", "multilingual_lr")
-        require_at_least(MIN_IMAGE_SIZE, self, "reproduce", "image_size")
-        require_positive(self, "reproduce", "epochs")
 
 
 def require_at_least(minimum: int, config: Any, section: str, *names: str) -> None:

@@ -38,7 +38,6 @@ Using a model:
 
 Research:
   llm2clip benchmarks                   list the public benchmarks that `evaluate` supports
-  llm2clip reproduce DATA               test the paper's claims
 
 DATA is a .jsonl, .csv, .tsv or .parquet file, a folder of images with captions next to them, webdataset tars, a URL
 (s3://, gs://, hf://, https://) of these, or hf:NAME. DATA@train+none selects the splits `train` and `none`. Every

@@ -34,7 +34,7 @@ DATA_HELP = "Image-caption sources: PATH, or PATH@split+split to use only some s
 # Default values of all config settings, grouped by section.
 FIT_SETTINGS: dict[str, Any] = dataclasses.asdict(FitConfig())
 # Names of config file sections. Modules add the sections that only their own commands use.
-SECTIONS = {name for name, value in FIT_SETTINGS.items() if isinstance(value, dict) and value} | {"reproduce"}
+SECTIONS = {name for name, value in FIT_SETTINGS.items() if isinstance(value, dict) and value}
 
 # Function that runs a command. It returns the lines to print at the end, such as the next command to run.
 CommandFunction = Callable[[Namespace], list[str]]

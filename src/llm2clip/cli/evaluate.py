@@ -1,10 +1,9 @@
-"""Evaluation commands: `evaluate`, `benchmarks` and `reproduce`."""
+"""Evaluation commands: `evaluate` and `benchmarks`."""
 
 from dataclasses import fields
 from pathlib import Path
 
 from jsonargparse import Namespace
-from jsonargparse.typing import ClosedUnitInterval
 
 from llm2clip.cli.checks import check_sources, list_local_sources, resolve_encoder, resolve_model
 from llm2clip.cli.commands import (
@@ -16,7 +15,7 @@ from llm2clip.cli.commands import (
     format_command,
     select_arguments,
 )
-from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions, ReproduceConfig
+from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions
 from llm2clip.runs.output_folder import check_output_folder
 
 
@@ -51,20 +50,6 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add("benchmarks", _list_benchmarks, "List the public benchmarks and their download locations.")
     parser.add_argument("--root", type=str, default="data/benchmarks", help="Folder with one subfolder per benchmark.")
 
-    parser = commands.add("reproduce", _reproduce, "Test the paper's claims on your data.")
-    parser.add_argument("data", type=str, help="Folder to which paths in the --reproduce settings are relative.")
-    parser.add_argument(
-        "--out", type=str, default="runs/reproduce", help="Run directory; the result is OUT/report.html."
-    )
-    parser.add_argument("--claims", nargs="+", type=int, default=[1, 2, 3, 4, 5, 6], help="Numbers of claims to test.")
-    parser.add_argument(
-        "--max_skipped",
-        type=ClosedUnitInterval,
-        default=0.05,
-        help="Stop if more than this fraction of the rows is unusable.",
-    )
-    parser.add_class_arguments(ReproduceConfig, "reproduce")
-
 
 def _evaluate(args: Namespace) -> list[str]:
     if args.out is not None:
@@ -86,18 +71,3 @@ def _list_benchmarks(args: Namespace) -> list[str]:
     from llm2clip.evaluate.benchmarks import list_benchmarks
 
     return list_benchmarks(Path(args.root))
-
-
-def _reproduce(args: Namespace) -> list[str]:
-    check_output_folder(args.out, "reproduce")
-    check_sources([args.data])
-    from llm2clip.tools.reproduce.report import reproduce
-
-    page = reproduce(
-        data=Path(args.data),
-        out=Path(args.out),
-        config=args.reproduce,
-        claims=args.claims,
-        max_skipped=args.max_skipped,
-    )
-    return [f"Report: {page}"]

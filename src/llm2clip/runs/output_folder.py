@@ -31,7 +31,6 @@ KINDS = {
     "tune": "a run directory of `llm2clip tune`",
     "align": "a run directory of `llm2clip align`",
     "distill": "a run directory of `llm2clip distill`",
-    "reproduce": "a run directory of `llm2clip reproduce`",
     "store": "an embedding store",
     "index": "an index",
     "evaluation": "an output folder of `llm2clip evaluate`",
@@ -50,7 +49,6 @@ _NOT_DATA = {
     "an embedding store": (MANIFEST, "keys-*.parquet"),
 }
 _RUN_SECTIONS = [
-    "reproduce",
     "distill",
     "embed",
     "align",

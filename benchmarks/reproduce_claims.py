@@ -12,19 +12,27 @@ A, B and the difference B - A, which is paired by image:
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any
+from itertools import cycle, pairwise
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
+from llm2clip.data.images import load_image
+from llm2clip.data.transforms import EvalTransform
 from llm2clip.evaluate.bootstrap import compute_percentile_interval, draw_bootstrap_counts
 from llm2clip.reports import format_interval
-from llm2clip.tools.reproduce.datasets import CAPTIONS_TEST, FOREIGN_TEST
-from llm2clip.tools.reproduce.experiments import (
+from llm2clip.train.initial_model import create_initial_model
+from llm2clip.train.losses import info_nce
+from reproduce_data import (
     BASELINE,
+    CAPTIONS_TEST,
+    FOREIGN_TEST,
     LLM_CC,
     LLM_RAW,
     MULTILINGUAL_CC,
@@ -32,7 +40,6 @@ from llm2clip.tools.reproduce.experiments import (
     MULTILINGUAL_TC,
     Experiments,
 )
-from llm2clip.tools.reproduce.step_time import CACHED_TEACHER, CLIP_TEXT_TOWER, LLM_IN_LOOP, measure_step_times
 
 Interval = tuple[float, float, float]  # value, lower limit, upper limit
 RETRIEVAL_HEADER = ["text tower", "I2T R@1", "T2I R@1", "mean", "95% interval"]
@@ -44,6 +51,15 @@ INCONCLUSIVE = "inconclusive"
 CONTRADICTED = "contradicted"
 PARTLY_HOLDS = "partly holds"
 NOT_TESTED = "not tested"
+
+# Variants of the training step, named after the source of the text embeddings.
+CACHED_TEACHER = "cached teacher"
+CLIP_TEXT_TOWER = "CLIP's text tower, also trained"
+LLM_IN_LOOP = "LLM in the loop"
+
+# CLIP's text tower pads texts to 77 tokens, and its embedding is the output at the end token.
+CLIP_CONTEXT_LENGTH = 77
+CLIP_END_TOKEN = 49407
 
 TITLES = {
     1: "Raw LLMs are poor caption encoders, and caption-contrastive tuning fixes this",
@@ -353,3 +369,91 @@ def _resample_means(values: Tensor, seed: int) -> Tensor:
         by_image = values[drawn_seeds].mean(0)  # (images,)
         means.append(by_image @ image_counts / num_images)
     return torch.stack(means)
+
+
+# ---- duration of training steps --------------------------------------------------------------------------------------
+
+
+class ClipTextTower(nn.Module):
+    """Text tower with the architecture used in CLIP ViT-B/32 (arXiv 2103.00020): 12 layers, width 512, 77 tokens.
+
+    The weights are randomly initialised, because their values do not affect the step time.
+    """
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+        self.model = CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=embed_dim))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return L2-normalised embeddings of shape (N, embed_dim), given token ids of shape (N, 77)."""
+        return F.normalize(self.model(input_ids=ids).text_embeds.float(), dim=-1)
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Training step times for each variant."""
+
+    seconds: dict[str, list[float]]  # duration of each step, keyed by variant
+    parameters: dict[str, float]  # number of trained parameters in millions, keyed by variant
+    batch_size: int  # number of images per step, each with one caption
+
+    def compute_median(self, variant: str) -> float:
+        return statistics.median(self.seconds[variant])
+
+
+@onednn_matmul()
+def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
+    """Measure training step times for each variant, using the caption encoder called `name`.
+
+    Steps of the variants are interleaved, so other processes on the machine slow down all variants equally.
+    """
+    config, train = experiments.config, experiments.data.train_records
+    records = [record for record in train if record.texts][: config.cost_images]
+    texts = [record.texts[0] for record in records]
+    store = experiments.embed_texts(name, [text for record in train for text in record.texts])
+    encoder = experiments.load_encoder(name)
+    model = create_initial_model(experiments.make_align_config(0), store)
+    device = model.device
+    keep_freed_memory(device)
+    text_tower = ClipTextTower(config.embed_dim).to(device)
+    transform = EvalTransform(model.tower.preprocess)
+    images = [load_image(record.image) for record in records if record.image is not None]
+    pixels = torch.stack([transform(image) for image in images]).to(device)
+    ids = torch.randint(1, CLIP_END_TOKEN - 1, (len(texts), CLIP_CONTEXT_LENGTH), device=device)
+    ids[:, -1] = CLIP_END_TOKEN
+
+    def adapt(embeddings: Tensor) -> Tensor:
+        """Map LLM embeddings of shape (N, D) to text embeddings of shape (N, embed_dim)."""
+        return cast(Tensor, model(embeddings=embeddings.to(device).float())[1])
+
+    embed_texts: dict[str, Callable[[], Tensor]] = {
+        CACHED_TEACHER: lambda: adapt(torch.from_numpy(store.take(store.find_rows(texts)))),
+        CLIP_TEXT_TOWER: lambda: text_tower(ids),
+        # Autograd does not support inference tensors, so copy the embeddings to a normal tensor.
+        LLM_IN_LOOP: lambda: adapt(encoder.encode(texts).clone()),
+    }
+    model_parameters = list(model.parameters())
+    vision_parameters = [*model.tower.parameters(), *model.projection.parameters(), model.logit_scale]
+    parameters: dict[str, list[nn.Parameter]] = {
+        CACHED_TEACHER: model_parameters,
+        CLIP_TEXT_TOWER: [*vision_parameters, *text_tower.parameters()],
+        LLM_IN_LOOP: model_parameters,
+    }
+    optimizers = {variant: torch.optim.AdamW(parameters[variant], lr=1e-6) for variant in embed_texts}
+    seconds: dict[str, list[float]] = {variant: [] for variant in embed_texts}
+    model.train()
+    num_steps = len(embed_texts) * (config.cost_steps + 1)
+    for step, variant in zip(range(num_steps), cycle(embed_texts), strict=False):
+        start = time.perf_counter()
+        image, _, scale, _ = model(pixels)
+        info_nce(image, embed_texts[variant](), scale).backward()
+        optimizers[variant].step()
+        optimizers[variant].zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if step >= len(embed_texts):  # the first step of each variant is a warm-up
+            seconds[variant].append(time.perf_counter() - start)
+    counts = {variant: sum(p.numel() for p in parameters[variant]) / 1e6 for variant in embed_texts}
+    return StepTimes(seconds, counts, batch_size=len(texts))

@@ -1,16 +1,24 @@
-"""The `reproduce` command, which tests the LLM2CLIP paper's claims with small models on local data.
+"""Tests of the LLM2CLIP paper's claims with small models on local data.
 
-The report shows the paper's own results next to the measured ones. The paper's results come from the module
+    python benchmarks/reproduce.py DATA --out RUN [--claims 1 4] [--steps 60 ...]
+
+DATA contains flickr30k_text, flickr8k, flickr8k_text, coco_text, coco_img and ade20k_ids, each with a captions.jsonl.
+Other sources are set with --tune, --train, --test and so on; see --help. The results are RUN/report.html and
+RUN/report.md. The report shows the paper's own results next to the measured ones; they come from the module
 `published_results`, which contains the values from the 2026 (AAAI-26) and 2024 project pages.
 """
 
 import dataclasses
+import shlex
+import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from llm2clip.config import ReproduceConfig
+from jsonargparse import ArgumentParser, set_parsing_settings
+
 from llm2clip.evaluate.reporting import plots
 from llm2clip.io_utils import read_json
 from llm2clip.pipeline import start_run
@@ -29,9 +37,8 @@ from llm2clip.reports import (
     write_report,
 )
 from llm2clip.runs.output_folder import run_lock
-from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state
-from llm2clip.runs.run_description import format_command_line
-from llm2clip.tools.reproduce.claims import (
+from llm2clip.runs.ranks import load_or_compute_json
+from reproduce_claims import (
     CLAIMS,
     CONTRADICTED,
     HOLDS,
@@ -41,42 +48,43 @@ from llm2clip.tools.reproduce.claims import (
     WEAK_SUPPORT,
     Claim,
 )
-from llm2clip.tools.reproduce.datasets import ClaimData
-from llm2clip.tools.reproduce.experiments import Experiments
+from reproduce_data import ClaimData, Experiments, ReproduceConfig
 
+MAX_SKIPPED = 0.05  # stop if more than this fraction of the rows cannot be used
 STATUSES = dict.fromkeys((PARTLY_HOLDS, WEAK_SUPPORT, INCONCLUSIVE, NOT_TESTED), UNSURE)
 STATUSES |= {HOLDS: GOOD, CONTRADICTED: BAD}
 
 
-def reproduce(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[int], max_skipped: float) -> Path:
-    """Test the claims and write `out/report.md` and `out/report.html`.
+def main(args: Sequence[str] | None = None) -> None:
+    """Read the command line, test the claims and write the report."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # use field docstrings as help texts
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="Folder to which the paths of sources are relative.")
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="Run directory.")
+    parser.add_argument("--claims", nargs="+", type=int, default=list(CLAIMS), help="Numbers of the claims to test.")
+    parser.add_class_arguments(ReproduceConfig)
+    options = parser.parse_args(args)
+    config = ReproduceConfig(**{field.name: options[field.name] for field in dataclasses.fields(ReproduceConfig)})
+    unknown = [number for number in options.claims if number not in CLAIMS]
+    if unknown:
+        raise SystemExit(f"unknown claim {unknown[0]}: available claims are {', '.join(map(str, CLAIMS))}")
+    with run_lock(options.out):
+        page = test_claims(options.data, options.out, config, options.claims)
+    print(f"Report: {page}")
+
+
+def test_claims(data: Path, out: Path, config: ReproduceConfig, claims: Sequence[int]) -> Path:
+    """Test claims, write `out/report.md` and `out/report.html`, and return the path of the HTML report.
 
     Interrupted runs can be resumed. The report also includes claims tested by earlier runs in `out`.
 
     Args:
-        data: Folder to which the source paths in the config are relative.
         claims: Numbers of the claims to test, from 1 to 6.
-        max_skipped: Abort if more than this fraction of the rows cannot be used.
-
-    Returns:
-        Path of the HTML report.
 
     Raises:
-        ValueError: A claim number is unknown, no claim could be tested, or there is more than one process.
+        ValueError: No claim could be tested.
     """
-    unknown = [number for number in claims if number not in CLAIMS]
-    if unknown:
-        raise ValueError(f"unknown claim {unknown[0]}: available claims are {', '.join(map(str, CLAIMS))}")
-    if process_state().num_processes > 1:
-        raise ValueError("reproduce must run in a single process: start it without torchrun or accelerate launch")
-    with run_lock(out):
-        return _test_and_report_claims(data, out, config, claims, max_skipped)
-
-
-def _test_and_report_claims(
-    data: Path, out: Path, config: ReproduceConfig, claims: Sequence[int], max_skipped: float
-) -> Path:
-    log = start_run(out, {"data": data, "reproduce": config}, max_skipped)
+    log = start_run(out, {"data": data, "reproduce": config}, MAX_SKIPPED)
     experiments = Experiments(ClaimData(data, config, log), config, out)
 
     files = {number: out / "claims" / f"{number}.json" for number in CLAIMS}
@@ -86,20 +94,22 @@ def _test_and_report_claims(
         try:
             claim = Claim.from_dict(load_or_compute_json(files[number], partial(_test_claim, number, experiments)))
         except (ValueError, OSError, FloatingPointError) as error:
-            print_once(f"claim {number}: {NOT_TESTED} ({error})")
+            print(f"claim {number}: {NOT_TESTED} ({error})")
             untested.append(Claim(number, notes=[str(error)]))
             continue
-        print_once(f"claim {number}: {claim.verdict} ({(time.time() - start) / 60:.0f} minutes)")
+        print(f"claim {number}: {claim.verdict} ({(time.time() - start) / 60:.0f} minutes)")
 
     tested = [Claim.from_dict(read_json(file)) for file in files.values() if file.exists()]
     if not tested:
         reasons = "; ".join(f"{claim.number}: {claim.notes[0]}" for claim in untested)
         raise ValueError(f"no claim could be tested: {reasons}")
     reported = sorted([*tested, *untested], key=lambda claim: claim.number)
-    blocks = make_report_blocks(reported, config, format_command_line())
+    blocks = make_report_blocks(reported, config, shlex.join(["python", *sys.argv]))
+    counts = Counter(claim.verdict for claim in reported)
+    verdict = ", ".join(f"{count} {name}" for name, count in counts.items())
     page = out / "report.html"
-    write_report(page, "Tests of LLM2CLIP's claims", "", blocks)
-    print_once(page.with_suffix(".md").read_text(encoding="utf-8"), log.summary())
+    write_report(page, "Tests of LLM2CLIP's claims", f"Claims: {verdict}.", blocks)
+    print(page.with_suffix(".md").read_text(encoding="utf-8"), log.summary(), sep="\n")
     return page
 
 
@@ -246,3 +256,7 @@ def _describe_chinese_retrieval(table_name: str, t2i: int) -> str:
 
 def _format_cell(table: PublishedTable, model: str, column: str) -> str:
     return " / ".join(map(str, table.get_cell(model, column) or ()))
+
+
+if __name__ == "__main__":
+    main()

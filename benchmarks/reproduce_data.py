@@ -1,0 +1,447 @@
+"""Data, settings and experiments for the tests of the paper's claims: caption encoders, aligned models, their ranks.
+
+Each result is computed once and saved in the run directory, so interrupted runs can be resumed:
+
+    OUT/
+      encoders/NAME/               tuned caption encoders
+      cra/NAME.json                caption retrieval accuracy of each encoder
+      stores/NAME/                 embedding store of each encoder
+      features/                    cached image features of the frozen vision tower
+      models/NAME-SEED/            aligned model for each encoder and seed
+      ranks/NAME-SEED-TEST.json    retrieval ranks of each model on each test
+      vectors/                     image and text embeddings of each model
+      work/                        temporary run directories of the `align` stage
+      claims/N.json                result of testing claim N
+"""
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm2clip.config import (
+    MIN_IMAGE_SIZE,
+    AlignConfig,
+    EmbedConfig,
+    EncoderConfig,
+    EvaluateConfig,
+    TuneConfig,
+    require_at_least,
+    require_positive,
+)
+from llm2clip.data.build_table import mask_same_images, open_table
+from llm2clip.data.pairs import ImageCaptions, Pair, TuningItem, read_text_pairs, read_tuning_sources
+from llm2clip.data.records import Record, Source
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.splits import read_splits, replace_captions
+from llm2clip.data.table import RecordTable
+from llm2clip.data.texts import deduplicate_captions
+from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
+from llm2clip.evaluate.embeddings import ModelEmbeddings
+from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, rank_caption_fields
+from llm2clip.models.hub.loading import get_display_names
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.runs.ranks import load_or_compute_json, print_once
+from llm2clip.stages import align, embed, open_encoder, tune
+from llm2clip.store.layout import make_caption_keys
+from llm2clip.store.store import EmbeddingStore, drop_refused_captions
+
+WORDNET = Path("/usr/share/wordnet")  # from Debian's wordnet-base package
+PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
+CAPTIONS_TEST, FOREIGN_TEST = "captions", "foreign"  # arguments of `ClaimData.get_test_records`
+# Names of the caption encoders. CC encoders are tuned on captions; TC encoders are tuned on general text pairs.
+BASELINE = "baseline"
+LLM_RAW, LLM_CC = "llm raw", "llm cc"
+MULTILINGUAL_RAW, MULTILINGUAL_TC, MULTILINGUAL_CC = "multilingual raw", "multilingual tc", "multilingual cc"
+
+
+@dataclass
+class ReproduceConfig:
+    """Settings for small-scale tests of the paper's claims. Paths of sources are relative to the data folder."""
+
+    tune: list[str] = field(default_factory=lambda: ["flickr30k_text/captions.jsonl@train"])
+    """Caption sources for tuning the LLMs; images are not needed."""
+    exclude: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@val", "flickr8k_text/captions.jsonl"])
+    """Sources of images whose captions are excluded from tuning."""
+    text_pairs: list[str] = field(default_factory=list)
+    """Sources of general text pairs (called TC in the paper). By default, glosses from WordNet are used if the Debian
+    package wordnet-base is installed."""
+    cra: list[str] = field(default_factory=lambda: ["coco_text/captions.jsonl@karpathy_test"])
+    """Caption sources for measuring caption retrieval accuracy (CRA)."""
+    train: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@train+none", "coco_img/captions.jsonl"])
+    """Sources of captioned images for the `align` stage."""
+    test: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@val"])
+    """Sources of captioned images for evaluating retrieval."""
+    foreign_column: str = "captions_zh"
+    """Column of test captions in a language that is absent from the training captions."""
+    long_caption_sources: list[str] = field(default_factory=lambda: ["ade20k_ids/captions.jsonl"])
+    """Sources of images with one long caption each. Used only for evaluation."""
+    llm: str = "smollm2-135m"
+    """Language model for testing the claims. Accepts the same values as --encoder.path."""
+    layers: int | None = 12
+    """Keep only the first N layers of the LLM. null keeps all layers."""
+    baseline_encoder: str = "all-minilm-l6-v2"
+    """Non-LLM text encoder used as a baseline."""
+    multilingual_llm: str = "gemma3-270m"
+    """Larger language model that understands the language of --foreign_column."""
+    tower: str = "efficientnet-lite0"
+    """Vision tower. Accepts the same values as --align.tower. The tower is frozen; only the heads are trained."""
+    image_size: int = 160
+    """Image size in pixels."""
+    embed_dim: int = 256
+    """Dimension of the shared embedding space."""
+    steps: int = 60
+    """Number of tuning steps for each LLM."""
+    batch_size: int = 128
+    """Number of text pairs per tuning step."""
+    lr: float = 4e-4
+    """Learning rate for tuning all weights of the LLM."""
+    multilingual_lr: float = 1e-3
+    """Learning rate for tuning the multilingual LLM with LoRA."""
+    epochs: float = 10
+    """Number of epochs for training the heads."""
+    seeds: int = 3
+    """Number of `align` runs per encoder, each with a different seed."""
+    cost_images: int = 64
+    """Number of images per step when measuring training cost."""
+    cost_steps: int = 8
+    """Number of steps to time for each kind of training step."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "", "layers", "embed_dim", "batch_size", "seeds", "cost_images", "cost_steps")
+        require_at_least(0, self, "", "steps", "lr", "multilingual_lr")
+        require_at_least(MIN_IMAGE_SIZE, self, "", "image_size")
+        require_positive(self, "", "epochs")
+
+
+class ClaimData:
+    """Data sets for all claims. Each is read on first access, which raises ValueError if a source is missing."""
+
+    def __init__(self, folder: Path, config: ReproduceConfig, log: SkipLog) -> None:
+        self.folder = folder
+        self.config = config
+        self.log = log
+
+    @cached_property
+    def tuning_captions(self) -> list[ImageCaptions]:
+        """Captions for the `tune` stage.
+
+        Images with at least four short captions and no long captions get two long captions from `join_halves`.
+        """
+        long_sources = self.config.long_caption_sources
+        existing = [source for source in long_sources if (self.folder / Source.parse(source).path).exists()]
+        excluded = [*self.config.exclude, *self.config.test, *self.config.cra, *existing]
+        config = TuneConfig(data=self._resolve_paths(self.config.tune), exclude=self._resolve_paths(excluded), steps=0)
+        (items,) = read_tuning_sources(None, [], config, {}, self.log)
+        images = [item for item in items if isinstance(item, ImageCaptions)]
+        return [dataclasses.replace(image, long=image.long or join_halves(image.short)) for image in images]
+
+    @cached_property
+    def text_pairs(self) -> list[Pair]:
+        """General text pairs from the configured sources. Default: from WordNet, if it is installed."""
+        if self.config.text_pairs:
+            sources = self._resolve_paths(self.config.text_pairs)
+            return [pair for source in sources for pair in read_text_pairs(source, self.log)]
+        return list(read_wordnet(WORDNET)) if (WORDNET / f"data.{PARTS_OF_SPEECH[0]}").exists() else []
+
+    @cached_property
+    def cra_captions(self) -> list[tuple[str, ...]]:
+        """Captions of each image used to measure caption retrieval accuracy (CRA)."""
+        return [record.captions for record in self._read_records(self.config.cra, images=False)]
+
+    @cached_property
+    def train_records(self) -> list[Record]:
+        """Training images for the `align` stage, excluding test images.
+
+        Every third image gets a long caption, made by joining its short captions, unless it already has one. Doing this
+        for all images would double the embedding time.
+        """
+        tested = [*self.config.test, *self.config.long_caption_sources]
+        records = self._read_records(self.config.train)
+        records = records.select(records.has_image)
+        train = list(records.select(~mask_same_images(self._read_records(tested), records)))
+        if len(train) < len(records):
+            print_once(f"{len(records) - len(train):,} test images excluded from training")
+        for n, record in enumerate(train):
+            if n % 3 == 0 and not record.long_captions and len(record.captions) > 1:
+                train[n] = dataclasses.replace(record, long_captions=(" ".join(record.captions),))
+        return train
+
+    @cached_property
+    def caption_test_records(self) -> Sequence[Record]:
+        """Test images with their English captions."""
+        return self._read_held_out([])["captions"]
+
+    @cached_property
+    def foreign_test(self) -> Sequence[Record]:
+        """Test images with captions in another language."""
+        column = self.config.foreign_column
+        if not column:
+            raise ValueError("no column with captions in another language: set --foreign_column")
+        return self._read_held_out([column])[column]
+
+    @cached_property
+    def long_caption_tests(self) -> dict[str, list[Record]]:
+        """Retrieval tests with long captions, keyed by query length.
+
+        In the first test, each query is the first sentence of a caption. Each subsequent test adds one sentence to
+        each query, and the last test uses complete captions.
+        """
+        records = [record for record in self._read_records(self.config.long_caption_sources) if record.long_captions]
+        if not records:
+            raise ValueError("no images with long captions: set --long_caption_sources")
+        sentences = [split_sentences(record.long_captions[0]) for record in records]
+        fewest, most = min(map(len, sentences)), max(map(len, sentences))
+        tests = {}
+        for n in range(1, fewest + 1):
+            if n == most:  # all captions have n sentences, so this test would duplicate the last one
+                break
+            name = "1 sentence" if n == 1 else f"{n} sentences"
+            queries = [" ".join(parts[:n]) for parts in sentences]
+            tests[name] = [replace_captions(record, (query,)) for record, query in zip(records, queries, strict=True)]
+        tests["whole caption"] = [replace_captions(record, (record.long_captions[0],)) for record in records]
+        return tests
+
+    def get_test_records(self, name: str) -> Sequence[Record]:
+        """Return the records of a test: CAPTIONS_TEST, FOREIGN_TEST or a key of `long_caption_tests`."""
+        if name == CAPTIONS_TEST:
+            return self.caption_test_records
+        if name == FOREIGN_TEST:
+            return self.foreign_test
+        return self.long_caption_tests[name]
+
+    def _resolve_paths(self, sources: Sequence[str]) -> list[str]:
+        return [str(self.folder / source) for source in sources]
+
+    def _read_records(self, sources: Sequence[str], images: bool = True) -> RecordTable:
+        return open_table(self._resolve_paths(sources), {}, self.log, "header" if images else "unchecked")
+
+    def _read_held_out(self, fields: list[str]) -> dict[str, RecordTable]:
+        config = EvaluateConfig(data=self._resolve_paths(self.config.test), fields=fields)
+        return read_splits([], config, {}, self.log).held_out
+
+
+def join_halves(captions: Sequence[str]) -> tuple[str, ...]:
+    """Join each half of an image's captions into a long caption. Return () if there are fewer than four captions."""
+    if len(captions) < 4:
+        return ()
+    middle = len(captions) // 2
+    return " ".join(captions[:middle]), " ".join(captions[middle:])
+
+
+def split_sentences(text: str) -> list[str]:
+    """Split a text into sentences at full stops, exclamation marks and question marks."""
+    return re.split(r"(?<=[.!?])\s+", text.strip())
+
+
+def read_wordnet(folder: Path) -> Iterator[Pair]:
+    """Yield text pairs from WordNet's data files.
+
+    Each entry yields the pair (words, definition). Entries with an example sentence also yield the pair (sentence, word
+    that it illustrates). The line format is `offset file type count word id word id ... | definition; "example"; ...`;
+    see the manual page wndb(5WN).
+    """
+    for part_of_speech in PARTS_OF_SPEECH:
+        for line in (folder / f"data.{part_of_speech}").read_text(encoding="latin-1").splitlines():
+            if line.startswith(" "):  # lines of the licence text start with a space
+                continue
+            entry, _, gloss = line.partition("|")
+            fields = entry.split()
+            num_words = int(fields[3], 16)
+            words = [word.split("(")[0].replace("_", " ") for word in fields[4 : 4 + 2 * num_words : 2]]
+            definition, _, examples = gloss.strip().partition('; "')
+            meaning = definition.strip()
+            yield Pair(", ".join(words), meaning, (), "Given a word, find its meaning:")
+            if examples:
+                first_example = examples.rstrip('"').split('"; "')[0]
+                instruction = "Given a sentence, find the word that it is an example of:"
+                yield Pair(first_example, f"{words[0]}: {meaning}", (), instruction)
+
+
+# ---- experiments -----------------------------------------------------------------------------------------------------
+
+
+class Experiments:
+    """Runs experiments with each caption encoder and caches the results in the run directory."""
+
+    def __init__(self, data: ClaimData, config: ReproduceConfig, out: Path) -> None:
+        self.data = data
+        self.config = config
+        self.out = out
+        llm = EncoderConfig(path=config.llm, layers=config.layers)
+        multilingual = EncoderConfig(path=config.multilingual_llm)
+        lora_tuning = TuneConfig(
+            steps=config.steps,
+            batch_size=config.batch_size,
+            warmup_ratio=0.05,
+            hard_negative_group_size=32,
+            lr=config.multilingual_lr,
+        )
+        full_tuning = dataclasses.replace(lora_tuning, lr=config.lr, lora_r=0)
+        self.encoders: dict[str, tuple[EncoderConfig, TuneConfig | None]] = {
+            BASELINE: (EncoderConfig(path=config.baseline_encoder), None),
+            LLM_RAW: (llm, None),
+            LLM_CC: (llm, full_tuning),
+            MULTILINGUAL_RAW: (multilingual, None),
+            MULTILINGUAL_TC: (multilingual, lora_tuning),
+            MULTILINGUAL_CC: (multilingual, lora_tuning),
+        }
+
+    def get_label(self, name: str) -> str:
+        """Return a caption encoder's display name, such as "gemma3-270m after 60 steps of captions"."""
+        encoder, tuning = self.encoders[name]
+        paths = [self.config.llm, self.config.baseline_encoder, self.config.multilingual_llm]
+        label = get_display_names(paths)[paths.index(encoder.path)]
+        if encoder.layers:
+            label += f", first {encoder.layers} layers"
+        if tuning is not None:
+            data = "general text pairs" if name == MULTILINGUAL_TC else "captions"
+            label += f" after {tuning.steps} steps of {data}"
+        elif name != BASELINE:
+            label += ", raw"
+        return label
+
+    def load_encoder(self, name: str) -> CaptionEncoder:
+        """Load a caption encoder, tuning it first if needed."""
+        return open_encoder(self._prepare_encoder(name))
+
+    def measure_caption_retrieval(self, name: str) -> dict[str, Any]:
+        """Return the metrics of `caption_retrieval_accuracy` for a caption encoder, including "hits"."""
+
+        def measure() -> dict[str, Any]:
+            print_once(f"caption retrieval: {self.get_label(name)}")
+            texts = [text for captions in self.data.cra_captions for text in deduplicate_captions(captions)[:2]]
+            encoder = _StoreTextEncoder(self.embed_texts(name, texts))
+            return caption_retrieval_accuracy(self.data.cra_captions, encoder, return_hits=True)
+
+        metrics: dict[str, Any] = load_or_compute_json(self.out / "cra" / f"{_make_file_name(name)}.json", measure)
+        return metrics
+
+    def embed_texts(self, name: str, texts: Sequence[str]) -> EmbeddingStore:
+        """Embed the texts that are not yet in a caption encoder's embedding store, and return the store."""
+        folder = self.out / "stores" / _make_file_name(name)
+        if (folder / "manifest.json").exists():
+            store = EmbeddingStore(folder)
+            if (store.find_keys(make_caption_keys(deduplicate_captions(texts))) >= 0).all():
+                return store
+        print_once(f"embed: {self.get_label(name)}")
+        return embed(texts, folder, self._prepare_encoder(name), EmbedConfig())
+
+    def train_model(self, name: str, seed: int) -> LLM2CLIP:
+        """Return the aligned model for a caption encoder and seed, training it first if needed.
+
+        The vision tower is frozen. Only the heads are trained, using the caption encoder's stored embeddings.
+        """
+        folder = self.out / "models" / f"{_make_file_name(name)}-{seed}"
+        if not folder.exists():
+            store = self.embed_texts(name, [text for record in self.data.train_records for text in record.texts])
+            print_once(f"align: {self.get_label(name)}, seed {seed}")
+            run_dir = self.out / "work" / folder.name
+            config, features = self.make_align_config(seed), self.out / "features"
+            train = RecordTable.from_records(self.data.train_records)
+            align(train, store, run_dir, config, self.data.log, model_dir=folder, features=features)
+            shutil.rmtree(run_dir, ignore_errors=True)
+        return LLM2CLIP.from_pretrained(folder)
+
+    def make_align_config(self, seed: int) -> AlignConfig:
+        """Return the `align` settings, which are the same for all models except for the seed."""
+        return AlignConfig(
+            tower=self.config.tower,
+            image_size=self.config.image_size,
+            embed_dim=self.config.embed_dim,
+            tower_lr=0.0,
+            captions_per_image=0,
+            batch_size=min(512, len(self.data.train_records)),
+            epochs=self.config.epochs,
+            eval_steps=0,
+            report_to=[],
+            seed=seed,
+        )
+
+    def measure_hits(self, name: str, test: str, direction: str) -> Tensor:
+        """Return per-image hits of the models trained with a caption encoder, float64 of shape (seeds, images).
+
+        For I2T, an image's hit value is 1 if the top-ranked caption is correct, and 0 otherwise. For T2I, the hit value
+        is the number of the image's captions that rank it first, divided by the mean number of captions per image. The
+        mean hit value is R@1.
+
+        Args:
+            test: Test name. See `ClaimData.get_test_records`.
+            direction: "I2T" or "T2I".
+        """
+        hits = []
+        for seed in range(self.config.seeds):
+            ranks = self._load_or_compute_ranks(name, seed, test)
+            image_hits = (torch.tensor(ranks["image_ranks"]) < 1).double()
+            if direction == "I2T":
+                hits.append(image_hits)
+                continue
+            text_hits = (torch.tensor(ranks["text_ranks"]) < 1).double()
+            image_of_text = torch.tensor(ranks["image_of_text"])
+            sums = torch.zeros(len(image_hits), dtype=torch.float64).index_add_(0, image_of_text, text_hits)
+            hits.append(sums * len(image_hits) / len(image_of_text))
+        return torch.stack(hits)
+
+    def _load_or_compute_ranks(self, name: str, seed: int, test: str) -> dict[str, list[int]]:
+        """Return a model's retrieval ranks on a test, keyed by the names of `RetrievalRanks` fields."""
+
+        def compute_ranks() -> dict[str, list[int]]:
+            records = self.data.get_test_records(test)  # fails before anything is trained if the data is missing
+            model = self.train_model(name, seed)
+            # For a long-caption test, embed the texts of all long-caption tests in a single call.
+            tests = [test] if test in (CAPTIONS_TEST, FOREIGN_TEST) else list(self.data.long_caption_tests)
+            texts = [text for each in tests for record in self.data.get_test_records(each) for text in record.captions]
+            store = self.embed_texts(name, texts)
+            embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), self.data.log, self.out / "vectors")
+            ranks = rank_caption_fields(embeddings, {test: drop_refused_captions(records, store)})[test]
+            names = ("image_ranks", "text_ranks", "image_of_text")
+            return {name: getattr(ranks, name).tolist() for name in names}
+
+        file = self.out / "ranks" / f"{_make_file_name(name)}-{seed}-{_make_file_name(test)}.json"
+        ranks: dict[str, list[int]] = load_or_compute_json(file, compute_ranks)
+        return ranks
+
+    def _prepare_encoder(self, name: str) -> EncoderConfig:
+        """Return a caption encoder's config, tuning the encoder first if needed."""
+        config, tuning = self.encoders[name]
+        if tuning is None:
+            return config
+        folder = self.out / "encoders" / _make_file_name(name)
+        if not (folder / "encoder").exists():
+            print_once(f"tune: {self.get_label(name)}")
+            items: Sequence[TuningItem] = self.data.tuning_captions
+            if name == MULTILINGUAL_TC:
+                items = self.data.text_pairs
+                if not items:
+                    raise ValueError(
+                        "there are no general text pairs: install Debian's wordnet-base, or set --text_pairs"
+                    )
+            tune([items], folder, config, tuning)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return EncoderConfig(path=str(folder / "encoder"))
+
+
+class _StoreTextEncoder:
+    """Text encoder that reads embeddings from a store instead of computing them."""
+
+    def __init__(self, store: EmbeddingStore) -> None:
+        self.store = store
+
+    def encode(self, captions: Sequence[str], *, progress: bool = False) -> Tensor:
+        """Return the stored embeddings of N captions as a float32 tensor of shape (N, D)."""
+        return torch.from_numpy(self.store.take(self.store.find_rows(captions))).float()
+
+    def count_truncated(self, captions: Sequence[str]) -> None:
+        """Return None, because the store does not record which texts were truncated."""
+
+
+def _make_file_name(name: str) -> str:
+    return name.replace(" ", "-")
