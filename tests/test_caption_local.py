@@ -18,7 +18,7 @@ from llm2clip.caption.answers import Answer, CaptionRequest
 from llm2clip.caption.local import LocalCaptioner
 from llm2clip.caption.prompts import Prompt
 from llm2clip.cli import main
-from llm2clip.models.vlm import name_vision_language_model
+from llm2clip.models.hub.loading import name_vision_language_model
 from llm2clip.runs.ranks import process_state
 from test_caption import read_rows, run_command, write_prompts
 

@@ -16,9 +16,13 @@ from conftest import TouchOnLoad, make_llm
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
 from llm2clip.models.convert.checkpoint_layout import LAYOUTS, Checkpoint, get_official_name
-from llm2clip.models.convert.load import copy_tensors, infer_config, load_official_checkpoint
-from llm2clip.models.convert.published_encoders import TEMPLATE_TOKENS, find_published_template, suggest_encoders
-from llm2clip.models.convert.save import save_official_checkpoint
+from llm2clip.models.convert.encoders import TEMPLATE_TOKENS, find_published_template, suggest_encoders
+from llm2clip.models.convert.official import (
+    copy_tensors,
+    infer_config,
+    load_official_checkpoint,
+    save_official_checkpoint,
+)
 from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -371,7 +375,7 @@ def test_load_official_reads_hf_weight_files(kind: str, tmp_path: Path) -> None:
         save_file(tensors | more | {"text_model.final_layer_norm.weight": torch.ones(2)}, weights)
     model = load_official_checkpoint(source)
     for name, tensor in model.state_dict().items():
-        official = tensors[get_official_name(name, LAYOUTS["hf"], 4)]
+        official = tensors[get_official_name(name, LAYOUTS["hf"], AdapterConfig(depth=4))]
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor.reshape(-1), official.float().reshape(-1))
 

@@ -174,7 +174,7 @@ def test_onnx_export_of_a_static_encoder(tmp_path: Path) -> None:
 
 def test_weight_quantization_rounds_only_weights(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
-    from llm2clip.models.export.weight_quantization import quantize_weights
+    from llm2clip.models.export.onnx import quantize_weights
 
     model = make_student(tmp_path)
     export_text(model, tmp_path)

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from llm2clip.cli import main
-from llm2clip.models.convert.load import load_official_checkpoint
+from llm2clip.models.convert.official import load_official_checkpoint
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.hub.loading import (
     check_model_source,

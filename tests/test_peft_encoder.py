@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
-from llm2clip.models.convert.load import load_official_checkpoint
-from llm2clip.models.convert.published_encoders import LLAMA_3_1_8B, find_adapter, load_adapter_encoder
+from llm2clip.models.convert.encoders import LLAMA_3_1_8B, find_adapter, load_adapter_encoder
+from llm2clip.models.convert.official import load_official_checkpoint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from official_reference import FIXTURE, MAX_LENGTH, TEXTS, save_llm, save_lora
 from test_published_checkpoints import write_checkpoint

@@ -78,10 +78,8 @@ def _convert(args: Namespace) -> list[str]:
     for source in args.source:
         if "/" not in source:  # names with a slash may refer to a file in a hub repository
             resolve_model(source)
-    from llm2clip.models.convert.load import load_official_checkpoint
-    from llm2clip.models.convert.nv_embed import is_nv_embed, load_nv_embed
-    from llm2clip.models.convert.published_encoders import find_adapter, load_adapter_encoder
-    from llm2clip.models.convert.save import save_official_checkpoint
+    from llm2clip.models.convert.encoders import find_adapter, is_nv_embed, load_adapter_encoder, load_nv_embed
+    from llm2clip.models.convert.official import load_official_checkpoint, save_official_checkpoint
     from llm2clip.models.export.model_card import write_model_card
     from llm2clip.models.llm2clip import LLM2CLIP
     from llm2clip.models.model_folder import is_model_folder
@@ -127,7 +125,7 @@ def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncod
 
 def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
     """Load a model that has no caption encoder, and attach the encoder specified by `text`."""
-    from llm2clip.models.convert.load import attach_caption_encoder
+    from llm2clip.models.convert.official import attach_caption_encoder
     from llm2clip.models.llm2clip import LLM2CLIP
 
     if text is None:
@@ -144,7 +142,7 @@ def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
 
 def _format_closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[str]:
     """Return the lines that `convert` prints at the end: the path of the result and the next command to run."""
-    from llm2clip.models.convert.published_encoders import suggest_encoders
+    from llm2clip.models.convert.encoders import suggest_encoders
 
     if model.has_encoder:
         return [f"Model: {folder}", f"Next: {format_command('evaluate', folder, 'DATA')}"]

@@ -14,8 +14,8 @@ from llm2clip.data.images import load_image
 from llm2clip.llava import modeling_patches  # noqa: F401  (registers its classes with transformers)
 from llm2clip.llava.chat_template import IGNORE_INDEX, IMAGE_TOKEN, Conversation, to_messages, tokenize_and_label
 from llm2clip.llava.image_features import LlavaTransform
+from llm2clip.models.hub.loading import load_vision_language_model
 from llm2clip.models.precision import resolve_precision
-from llm2clip.models.vlm import load_vision_language_model
 from llm2clip.runs.ranks import process_state
 
 

@@ -29,7 +29,6 @@ class DenseMethods:
     """Mixin that adds methods for dense features, region embeddings and segmentation to `LLM2CLIP`."""
 
     def _prepare_dense(self) -> tuple[LLM2CLIP, DenseEncoder]:
-        """Switch this model to eval mode. Return the model and its dense encoder."""
         model = cast("LLM2CLIP", self).eval()
         return model, build_dense_encoder(model.tower, model.projection)
 

@@ -228,7 +228,6 @@ def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str = "auto", stage: St
 
 
 def _identify_parts(model: LLM2CLIP) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return everything that affects the image embeddings and the text embeddings."""
     image = {
         "tower": model.config.tower,
         "embed_dim": model.config.embed_dim,

@@ -4,6 +4,9 @@ The adapter follows the LLM2CLIP paper (arXiv 2411.04997, section 3.3). Exported
 it must not import llm2clip.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +19,8 @@ SMALL_PROJECTION_STD = 2e-5
 # Name prefixes of timm towers for which a new projection gets a bias. In the authors' code, projections for EVA towers
 # have a bias, projections for OpenAI CLIP towers do not, and other towers have no trained projection.
 _TOWERS_WITH_PROJECTION_BIAS = ("eva",)
+# Layers of a residual block: name in this package -> name in official checkpoints.
+_OFFICIAL_NAMES = {"norm": "ln", "up": "fn.0", "down": "fn.3"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,41 @@ class AdapterConfig:
     depth: int = 4  # as in the paper
     expansion: int = 2
     normalize_input: bool = True
+
+    # In official checkpoints, the adapter is an nn.Sequential of residual blocks, a LayerNorm and a linear layer, so
+    # the tensor names start with an index.
+
+    @classmethod
+    def from_official(
+        cls, names: Collection[str], get_shape: Callable[[str], tuple[int, ...]], normalize_input: bool
+    ) -> tuple[AdapterConfig, int, int]:
+        """Infer the architecture from an official checkpoint. Return it with the input and output sizes.
+
+        Args:
+            names: names of the adapter's tensors, without the prefix of the adapter.
+            get_shape: function that returns the shape of the tensor with such a name, or raises an error if there is no
+                such tensor.
+        """
+        depth = len({name.partition(".")[0] for name in names if ".ln." in name})
+        text_dim = get_shape(f"{depth}.weight")[0]
+        hidden = get_shape("0.fn.0.weight")[0] if depth else 2 * text_dim
+        embed_dim = get_shape(f"{depth + 1}.weight")[0]
+        return cls(depth, hidden // text_dim, normalize_input), text_dim, embed_dim
+
+    def get_official_name(self, name: str) -> str:
+        """Return the name in official checkpoints of the adapter's tensor `name`."""
+        *block, layer, kind = name.split(".")  # blocks.N.LAYER.weight, norm.weight, out.weight, ...
+        if block:
+            return f"{block[1]}.{_OFFICIAL_NAMES[layer]}.{kind}"
+        return f"{self.depth + ('norm', 'out').index(layer)}.{kind}"
+
+    def find_official_problem(self) -> str | None:
+        """Return why official checkpoints cannot contain this adapter, or None if they can."""
+        if self.depth == 0:
+            return "there is no adapter"
+        if not self.normalize_input:
+            return "the adapter does not normalise its input, but the official adapter does"
+        return None
 
 
 class ResidualBlock(nn.Module):
@@ -74,6 +114,29 @@ class Adapter(nn.Module):
             return embeddings
         x = F.normalize(embeddings, dim=-1) if self.normalize_input else embeddings
         return self.out(self.norm(self.blocks(x)))
+
+    def rotate(self, rotation: Tensor) -> None:
+        """Multiply the text embeddings by a matrix of shape (embed_dim, embed_dim), float64. Requires `depth` > 0."""
+        rotate_outputs(self.out, rotation)
+
+    def truncate(self, dim: int) -> None:
+        """Compute only the first `dim` dimensions of the text embeddings. Requires `depth` > 0."""
+        truncate_outputs(self.out, dim)
+
+
+def rotate_outputs(layer: nn.Linear, rotation: Tensor) -> None:
+    """Multiply a linear layer's outputs by a float64 CPU matrix, by changing the layer's weights in place."""
+    layer.weight.copy_(rotation @ layer.weight.cpu().double())  # on the CPU, because Apple GPUs do not support float64
+    if layer.bias is not None:
+        layer.bias.copy_(rotation @ layer.bias.cpu().double())
+
+
+def truncate_outputs(layer: nn.Linear, dim: int) -> None:
+    """Keep only the first `dim` outputs of a linear layer, in place."""
+    layer.out_features = dim
+    layer.weight = nn.Parameter(layer.weight[:dim].clone())
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias[:dim].clone())
 
 
 def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:

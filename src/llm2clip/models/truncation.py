@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm2clip.models.heads import rotate_outputs, truncate_outputs
+
 if TYPE_CHECKING:
     from llm2clip.models.llm2clip import LLM2CLIP
 
@@ -53,10 +55,8 @@ def rotate_to_principal_components(model: LLM2CLIP, captions: Tensor) -> None:
     texts = model.project_text_embeddings(captions).double()  # (N, D)
     eigenvectors = torch.linalg.eigh(texts.T @ texts).eigenvectors  # columns, smallest eigenvalue first
     rotation = eigenvectors.flip(1).T  # (D, D)
-    for layer in (model.projection, model.adapter.out):  # on the CPU, because Apple GPUs do not support float64
-        layer.weight.copy_(rotation @ layer.weight.cpu().double())
-        if layer.bias is not None:
-            layer.bias.copy_(rotation @ layer.bias.cpu().double())
+    rotate_outputs(model.projection, rotation)
+    model.adapter.rotate(rotation)
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
     truncated = copy.deepcopy(model)
     truncated.config = config
     if isinstance(truncated.projection, nn.Linear):
-        _keep_first_rows(truncated.projection, dim)
+        truncate_outputs(truncated.projection, dim)
     else:
         features = model.tower.feature_dim
         truncated.projection = nn.Linear(features, dim, bias=False, device=model.device)
@@ -94,12 +94,5 @@ def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
     if config.adapter.depth == 0:
         truncated._encoder[:] = [encoder]
     else:
-        _keep_first_rows(truncated.adapter.out, dim)
+        truncated.adapter.truncate(dim)
     return truncated
-
-
-def _keep_first_rows(layer: nn.Linear, dim: int) -> None:
-    layer.out_features = dim
-    layer.weight = nn.Parameter(layer.weight[:dim].clone())
-    if layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias[:dim].clone())

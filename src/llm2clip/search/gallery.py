@@ -5,7 +5,7 @@
       gallery.json                         settings of the text encoder, and the names, captions and sizes of the images
       vectors.bin                          image vectors: N float32 scales, then int8 values of shape (N, D)
       thumbnails/0.jpg, ...                thumbnails, newest image first
-      text.onnx                            text encoder with 8-bit weights (see `models/export/weight_quantization.py`)
+      text.onnx                            text encoder with 8-bit weights (see `models/export/onnx.py`)
       tokenizer.json, ...                  tokenizer
       lib/                                 onnxruntime-web and @huggingface/tokenizers
       LICENSES.txt                         licences of the files in lib/

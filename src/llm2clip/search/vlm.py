@@ -11,8 +11,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
+from llm2clip.models.hub.loading import load_vision_language_model
 from llm2clip.models.precision import resolve_precision
-from llm2clip.models.vlm import load_vision_language_model
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.request_images import BadRequest
 

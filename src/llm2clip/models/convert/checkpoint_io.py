@@ -80,7 +80,6 @@ def select_weights_file(names: list[str], source: str) -> str:
 
 
 def _load_weights(path: Path) -> dict[str, Any]:
-    """Load the state dict from a weight file."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     if _is_torchscript(path):
@@ -121,7 +120,6 @@ def _get_first_line(error: Exception) -> str:
 
 
 def _load_shards(index: Path) -> dict[str, Any]:
-    """Load all shards listed in an index file."""
     shard_of = read_weight_map(index)
     tensors: dict[str, Any] = {}
     for shard in sorted(set(shard_of.values())):

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.data.transforms import Preprocess
+from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.llm2clip import LLM2CLIP
 
 log = logging.getLogger(__name__)
@@ -77,8 +78,6 @@ EVA = Layout(
 SIGLIP2 = Layout(name="siglip2", required=("visual.trunk.", "text.text_adaptor."), tower="visual.trunk.", projection="")
 LAYOUTS = {layout.name: layout for layout in (HF, OPENAI, EVA, SIGLIP2)}
 
-# Layers of an adapter block: name in this package -> official name.
-_ADAPTER_LAYERS = {"norm": "ln", "up": "fn.0", "down": "fn.3"}
 # Parts of tensor names in an EVA-02 block: timm's name -> name in the EVA-CLIP code.
 _TIMM_TO_EVA = {
     "attn.norm.": "attn.inner_attn_ln.",
@@ -174,8 +173,8 @@ class Checkpoint:
         return len({match[1] for match in matches if match})
 
 
-def get_official_name(name: str, layout: Layout, adapter_depth: int) -> str:
-    """Return the official name of an `LLM2CLIP` tensor. `adapter_depth` is the number of residual blocks."""
+def get_official_name(name: str, layout: Layout, adapter: AdapterConfig) -> str:
+    """Return the official name of an `LLM2CLIP` tensor."""
     part, _, rest = name.partition(".")
     if part == "tower":
         rest = rest.removeprefix("backbone.")
@@ -183,7 +182,7 @@ def get_official_name(name: str, layout: Layout, adapter_depth: int) -> str:
     if part == "projection":
         return layout.projection + rest
     if part == "adapter":
-        return layout.adapter + _get_official_adapter_name(rest, adapter_depth)
+        return layout.adapter + adapter.get_official_name(rest)
     return name  # logit_scale, logit_bias
 
 
@@ -284,14 +283,3 @@ def _get_default_logit_scale(source: str, config: Mapping[str, Any]) -> Tensor:
         "from config.json" if "logit_scale_init_value" in config else "transformers' default",
     )
     return torch.tensor(value)
-
-
-def _get_official_adapter_name(name: str, depth: int) -> str:
-    """Return the official name of the adapter tensor `name` (blocks.N.LAYER.weight, norm.weight, out.weight, ...).
-
-    Official names start with an index because the authors' code stores the adapter as an nn.Sequential.
-    """
-    *block, layer, kind = name.split(".")
-    if block:
-        return f"{block[1]}.{_ADAPTER_LAYERS[layer]}.{kind}"
-    return f"{depth + ('norm', 'out').index(layer)}.{kind}"

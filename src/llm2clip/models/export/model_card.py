@@ -97,7 +97,6 @@ def _render_front_matter(folder: Path, model_type: str, license: str | None) -> 
 
 
 def _render_architecture_table(config: dict[str, Any], embed_dim: int | None) -> str:
-    """Render the architecture in config.json as a Markdown table."""
     tower = config["tower"]
     architecture = tower.get("architecture")  # a model name for timm towers, a config dict for transformers towers
     if not isinstance(architecture, str):

@@ -58,7 +58,6 @@ def _check_tower(model: LLM2CLIP) -> None:
 
 
 def _build_open_clip_config(model: LLM2CLIP) -> dict[str, Any]:
-    """Return the contents of open_clip_config.json."""
     preprocess = model.tower.preprocess
     vision = {
         "image_size": preprocess.size,
@@ -86,7 +85,6 @@ def _get_pooling_name(backbone: Any) -> str:
 
 
 def _build_open_clip_tensors(model: LLM2CLIP, target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Build the weights for an open_clip model whose initial state dict is `target`."""
     backbone, projection = model.tower.backbone.state_dict(), model.projection.state_dict()
     tensors = {}
     for name, expected in target.items():

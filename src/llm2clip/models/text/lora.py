@@ -51,7 +51,6 @@ class LoraSession:
         self.encoder.to("cpu")
 
     def _restore_original_layers(self, model: Any) -> Any:
-        """Move the trained LoRA weights from the quantised LLM to the original LLM on the CPU."""
         lora_weights = {name: weight.cpu() for name, weight in get_peft_model_state_dict(model).items()}
         llm = model.unload().to("cpu")
         for name, layer in self.original_layers.items():

@@ -21,7 +21,7 @@ from llm2clip.models.hub.loading import (
 from llm2clip.models.text.latent_attention import MODULE_TYPE, LatentAttentionPooling
 
 ADAPTER_CONFIG = "adapter_config.json"  # file written by PEFT
-NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 as published (see convert/nv_embed.py)
+NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 as published (see convert/encoders.py)
 CAPTION_PLACEHOLDER = "{caption}"
 
 
@@ -71,7 +71,6 @@ def load_sentence_transformer(path: str, pooling: str, device: str | torch.devic
 
 
 def _load_transformer(path: str) -> Transformer:
-    """Load a plain transformers model as the first module of a SentenceTransformer."""
     transformer = _StrictTransformer(
         path,
         model_kwargs={"dtype": torch.float32, **WITHOUT_HUB_CODE},

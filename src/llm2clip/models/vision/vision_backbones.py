@@ -78,7 +78,6 @@ def _create_timm(architecture: str, args: dict[str, Any]) -> nn.Module:
 
 
 def _parse_name(name: str) -> tuple[str, str]:
-    """Return the library ("timm" or "transformers") and the folder, hub id or model name to load with it."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in ("timm", "hf"):
         if prefix == "hf" or "/" in rest:

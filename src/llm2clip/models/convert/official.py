@@ -1,29 +1,35 @@
-"""Conversion of official checkpoints (released by the LLM2CLIP authors) to `LLM2CLIP` models.
+"""Official checkpoints (released by the LLM2CLIP authors): conversion to and from `LLM2CLIP` models.
 
 The architecture is inferred from config.json and the tensor shapes. Loading is strict: for each model parameter, the
 checkpoint must contain a tensor of the same shape. All other tensors in the checkpoint must either match a buffer that
 can be computed from the architecture, or have a name that the layout ignores.
 """
 
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor
 
 from llm2clip.data.transforms import Preprocess
+from llm2clip.io_utils import atomic_dir, atomic_path
 from llm2clip.models.convert.checkpoint_io import read_checkpoint
 from llm2clip.models.convert.checkpoint_layout import (
     EVA,
+    HF,
     SIGLIP2,
     Checkpoint,
+    Layout,
     compute_buffers,
     describe_tensors,
     get_official_name,
 )
-from llm2clip.models.convert.published_encoders import (
+from llm2clip.models.convert.encoders import (
     find_adapter,
     find_published_template,
     load_adapter_encoder,
@@ -37,6 +43,7 @@ from llm2clip.models.vision.vision_tower import VisionTower
 
 # Buffers in official checkpoints may be stored in bfloat16, which changes cosines and sines by up to 2**-8.
 BUFFER_TOLERANCE = 4e-3
+SAVED_LAYOUTS = {"hf": HF, "eva": EVA}
 # Head dimension of the CLIP and EVA-02 towers released with LLM2CLIP: 12 heads at width 768, 16 heads at width 1024.
 HEAD_DIM = 64
 
@@ -141,7 +148,7 @@ def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
     mismatches: list[str] = []
 
     for name, parameter in model.state_dict().items():
-        official = get_official_name(name, layout, model.config.adapter.depth)
+        official = get_official_name(name, layout, model.config.adapter)
         tensor = unused.pop(official, None)
         if tensor is None:
             missing[official] = parameter
@@ -194,10 +201,11 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
         ValueError: a tensor is missing, or the vision tower is not supported.
     """
     layout, prefix = checkpoint.layout, checkpoint.layout.adapter
-    depth = checkpoint.count_blocks(prefix, ".ln.")
-    text_dim = checkpoint.get_shape(f"{prefix}{depth}.weight")[0]
-    hidden = checkpoint.get_shape(f"{prefix}0.fn.0.weight")[0] if depth else 2 * text_dim
-    embed_dim = checkpoint.get_shape(f"{prefix}{depth + 1}.weight")[0]
+    adapter, text_dim, embed_dim = AdapterConfig.from_official(
+        [name.removeprefix(prefix) for name in checkpoint.tensors if name.startswith(prefix)],
+        lambda name: checkpoint.get_shape(prefix + name),
+        normalize_input=not checkpoint.online if normalize_input is None else normalize_input,
+    )
     if layout is SIGLIP2:
         tower = _infer_siglip_tower(checkpoint, embed_dim)
     elif layout is EVA:
@@ -208,11 +216,7 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
         tower=tower,
         text_dim=text_dim,
         embed_dim=embed_dim,
-        adapter=AdapterConfig(
-            depth=depth,
-            expansion=hidden // text_dim,
-            normalize_input=not checkpoint.online if normalize_input is None else normalize_input,
-        ),
+        adapter=adapter,
         projection=layout is not SIGLIP2,
         projection_bias=layout is EVA,
         logit_bias="logit_bias" in checkpoint.tensors,
@@ -254,7 +258,6 @@ def _infer_clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _infer_eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Infer the `VisionTower` config of an EVA-02 tower."""
     width, _, patch_size, _ = checkpoint.get_shape("visual.patch_embed.proj.weight")
     image_size = _compute_grid_size(checkpoint, checkpoint.get_shape("visual.pos_embed")[1] - 1) * patch_size
     depth = checkpoint.count_blocks("visual.blocks.")
@@ -270,7 +273,6 @@ def _infer_eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _infer_siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
-    """Infer the `VisionTower` config of a timm SigLIP tower with attention pooling."""
     width, _, patch_size, _ = checkpoint.get_shape("visual.trunk.patch_embed.proj.weight")
     if width != embed_dim:
         raise ValueError(
@@ -314,7 +316,6 @@ def _get_preprocess(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
 
 
 def _compute_grid_size(checkpoint: Checkpoint, patches: int) -> int:
-    """Return the number of patches along one side of the image."""
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(
@@ -329,3 +330,108 @@ def _compute_num_heads(checkpoint: Checkpoint, width: int, head_dim: int) -> int
             f"{checkpoint.source}: the tower's width {width} is not a multiple of the head size {head_dim}"
         )
     return width // head_dim
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+
+def save_official_checkpoint(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
+    """Save a model atomically as a checkpoint with the tensor names from the LLM2CLIP authors' code.
+
+    An "hf" checkpoint is a folder with model.safetensors, config.json and preprocessor_config.json. An "eva" checkpoint
+    is a .pt file with a state dict, including the rotary embeddings that the authors' code expects. It contains no
+    preprocessing config, because the authors' code always resizes the shortest side to the tower's image size.
+
+    Args:
+        model: model with a transformers CLIP tower (for "hf") or a timm EVA-02 CLIP tower (for "eva").
+        out: folder (for "hf") or .pt file (for "eva") to create.
+
+    Returns:
+        Path of the checkpoint (`out`).
+
+    Raises:
+        ValueError: the layout cannot represent the model.
+        FileExistsError: `out` exists.
+    """
+    out = Path(out)
+    layout = SAVED_LAYOUTS.get(layout_name)
+    if layout is None:
+        raise ValueError(f"layout must be one of {', '.join(SAVED_LAYOUTS)} (got {layout_name!r})")
+    _check_representable(model, layout)
+    if layout is EVA and out.suffix != ".pt":
+        raise ValueError(
+            f"with the 'eva' layout, the checkpoint is a single file whose name must end in .pt (got {out})"
+        )
+    if out.exists():
+        raise FileExistsError(f"{out} already exists: choose another path")
+
+    tensors = _build_official_tensors(model, layout)
+    if layout is EVA:
+        with atomic_path(out) as file:
+            torch.save(tensors, file)
+        return out
+    with atomic_dir(out) as folder:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(_build_clip_config(model), indent=1))
+        (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
+    return out
+
+
+def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
+    """Raise ValueError if the layout cannot represent the model. The message lists all reasons."""
+    config, tower = model.config, model.tower.config
+    problems = []
+    if layout is HF:
+        problems += _find_clip_tower_problems(model)
+        if config.projection_bias:
+            problems.append("the projection has a bias")
+    else:
+        is_eva_clip = re.match("timm:eva02_(base|large)_.*_clip_", _get_tower_name(model)) is not None
+        if not is_eva_clip or tower["args"].keys() - set(EVA_ARGS):
+            problems.append(
+                f"the vision tower is {_get_tower_name(model)}, but must be a timm EVA-02 CLIP tower with no custom "
+                "arguments other than sizes"
+            )
+    if not config.projection:
+        problems.append("there is no image projection")
+    if config.logit_bias:
+        problems.append("the logits have a bias")
+    adapter_problem = config.adapter.find_official_problem()
+    if adapter_problem is not None:
+        problems.append(adapter_problem)
+    if problems:
+        raise ValueError(f"the model cannot be saved in the {layout.name!r} layout: {'; '.join(problems)}")
+
+
+def _find_clip_tower_problems(model: LLM2CLIP) -> list[str]:
+    if _get_tower_name(model) != "clip_vision_model":
+        return [f"the vision tower is {_get_tower_name(model)}, but must be a transformers CLIP tower"]
+    if model.tower.config["architecture"]["image_size"] != model.tower.preprocess.size:
+        return ["the preprocessed images do not have the image size of the vision tower's position embeddings"]
+    return []
+
+
+def _get_tower_name(model: LLM2CLIP) -> str:
+    config: dict[str, Any] = model.tower.config
+    if config["library"] == "transformers":
+        return str(config["architecture"]["model_type"])
+    return f"timm:{config['architecture']}"
+
+
+def _build_official_tensors(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
+    tensors = {
+        get_official_name(name, layout, model.config.adapter): tensor.detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    tensors["logit_scale"] = tensors["logit_scale"].reshape(())
+    if layout is EVA:
+        if not model.config.projection_bias:  # in the "eva" layout, the projection always has a bias
+            tensors["visual.head.bias"] = torch.zeros(model.config.embed_dim)
+        tensors |= {name: tensor.cpu().clone() for name, tensor in compute_buffers(model, layout).items()}
+    return tensors
+
+
+def _build_clip_config(model: LLM2CLIP) -> dict[str, Any]:
+    architecture = model.tower.config["architecture"]
+    vision_config = {"model_type": "clip_vision_model"} | {key: architecture[key] for key in CLIP_FIELDS}
+    return {"model_type": "clip", "projection_dim": model.config.embed_dim, "vision_config": vision_config}
