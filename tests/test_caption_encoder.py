@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from torch._dynamo.exc import TorchDynamoException
-from torch.nn.attention.flex_attention import flex_attention
-from transformers import AutoConfig, AutoModel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers import AutoConfig, AutoModel, masking_utils
 from transformers.integrations.flex_attention import WrappedFlexAttention
 from transformers.utils.logging import is_progress_bar_enabled
 
@@ -53,6 +53,9 @@ def test_attention_direction_matches_bidirectional_option(
     if family != "gemma3_text":
         eager = torch.compile(flex_attention, backend="eager")
         monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: eager)
+        monkeypatch.setattr(
+            masking_utils, "create_block_mask", lambda **options: create_block_mask(**options | {"_compile": False})
+        )
     options: dict = {"bidirectional": bidirectional, "attention": backend, "device": "cpu"}
     if backend == "flex_attention" and not flex_attention_is_correct():
         with pytest.raises(ValueError, match="NaN on CPUs without AVX-512"):
