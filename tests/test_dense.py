@@ -379,27 +379,27 @@ def test_encode_dense_projects_and_normalizes_cells(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["vit", "siglip", "test_efficientnet"])
 def test_encode_regions_averages_the_cells_of_boxes_and_masks(family: str) -> None:
     model = make_llm2clip(BUILDERS[family]() if family in BUILDERS else timm_tower(family))
-    image = pixels(150)[0, :, :90]
+    image = pixels(75)[0, :, :45]
     dense = build_dense_encoder(model.tower, model.projection)
     [cells] = model.encode_dense(image, dense.localization_variant, dense.localization_size)
     h, w, _ = cells.shape
     grid = cells.double().numpy()
 
-    boxes = np.array([[3, 5, 80.5, 60], [0, 0, 149, 89], [140, 80, 150, 90]])
-    expected = [naive_roi_align(grid, box * [w / 150, h / 90, w / 150, h / 90]) for box in boxes]
+    boxes = np.array([[3, 5, 40.5, 30], [0, 0, 74, 44], [70, 40, 75, 45]])
+    expected = [naive_roi_align(grid, box * [w / 75, h / 45, w / 75, h / 45]) for box in boxes]
     reference = F.normalize(torch.from_numpy(np.stack(expected)), dim=-1)
     torch.testing.assert_close(model.encode_regions(image, boxes).double(), reference, atol=1e-5, rtol=0)
 
-    masks = np.zeros((3, 90, 150), bool)
-    masks[0, 7:40, 30:41] = masks[1, 2, 3] = True
-    masks[2] = np.random.default_rng(0).random((90, 150)) < 0.3
+    masks = np.zeros((3, 45, 75), bool)
+    masks[0, 7:20, 30:41] = masks[1, 2, 3] = True
+    masks[2] = np.random.default_rng(0).random((45, 75)) < 0.3
     for mask, embedding in zip(masks, model.encode_regions(image, masks=masks), strict=True):
         total = np.zeros(grid.shape[-1])
         for y, x in zip(*mask.nonzero(), strict=True):
             for i in range(h):
                 for j in range(w):
-                    rows = min(y + 1, (i + 1) * 90 / h) - max(y, i * 90 / h)
-                    columns = min(x + 1, (j + 1) * 150 / w) - max(x, j * 150 / w)
+                    rows = min(y + 1, (i + 1) * 45 / h) - max(y, i * 45 / h)
+                    columns = min(x + 1, (j + 1) * 75 / w) - max(x, j * 75 / w)
                     total += max(0, rows) * max(0, columns) * grid[i, j]
         torch.testing.assert_close(embedding.double(), F.normalize(torch.from_numpy(total), dim=0), atol=1e-5, rtol=0)
     assert model.encode_regions(image, []).shape == (0, 12)
