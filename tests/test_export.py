@@ -80,6 +80,51 @@ def photos(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     return files
 
 
+Results = dict[str, dict[str, np.ndarray]]
+
+
+def run_without_llm2clip(code: str, folders: dict[str, Path], photos: list[Path], out: Path) -> Results:
+    """Run code for each folder, in one process that cannot import llm2clip.
+
+    The code sees FOLDER, TEXTS and `images` (PIL), and stores arrays in the dict `results`.
+
+    Returns:
+        The results by the folder's name.
+    """
+    body = "\n".join(f"    {line}" for line in code.strip().splitlines())
+    script = f"""
+import sys, json, os
+sys.modules["llm2clip"] = None
+import numpy as np
+from PIL import Image
+
+FOLDERS, PHOTOS, TEXTS = json.loads(sys.argv[1])
+images = [Image.open(p).convert("RGB") for p in PHOTOS]
+
+def run(FOLDER, results):
+{body}
+
+arrays = {{}}
+for name, folder in FOLDERS.items():
+    run(folder, results := {{}})
+    arrays |= {{f"{{name}}/{{key}}": value for key, value in results.items()}}
+np.savez(sys.argv[2], **arrays)
+"""
+    arguments = json.dumps([{name: str(folder) for name, folder in folders.items()}, [str(p) for p in photos], TEXTS])
+    process = subprocess.run(
+        [sys.executable, "-c", script, arguments, str(out / "results.npz")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HOME": str(out / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    results: Results = {name: {} for name in folders}
+    for path, value in np.load(out / "results.npz").items():
+        name, _, key = path.rpartition("/")
+        results[name][key] = value
+    return results
+
+
 CASES: dict[str, dict[str, Any]] = {
     "template": {"text_template": "<|user|>Caption:\n{caption}<|end|>"},
     "causal, last token": {"text_bidirectional": False, "text_pooling": "lasttoken"},
@@ -100,32 +145,6 @@ def make_case(case: str, folder: Path) -> LLM2CLIP:
     return make_model(folder, tower, **options)
 
 
-# Run in a process that cannot import llm2clip, for all exports at once.
-ENCODE_WITH_OTHER_LIBRARIES = """
-import json, sys
-sys.modules["llm2clip"] = None
-import numpy as np, torch
-from PIL import Image
-from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, AutoProcessor
-
-folders, photos, texts, out = json.loads(sys.argv[1])
-images = [Image.open(photo).convert("RGB") for photo in photos]
-arrays = {}
-for name, folder in folders.items():
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    with torch.no_grad():
-        tokens = processor(text=texts, padding=True, truncation=True, return_tensors="pt")
-        pixels = processor(images=images, return_tensors="pt")
-        arrays[f"{name}/texts"] = model.get_text_features(**tokens).pooler_output.numpy()
-        arrays[f"{name}/images"] = model.get_image_features(**pixels).pooler_output.numpy()
-        arrays[f"{name}/logits"] = model(**tokens, **pixels).logits_per_image.numpy()
-    st = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
-    arrays[f"{name}/st_texts"], arrays[f"{name}/st_images"] = st.encode(texts), st.encode(images)
-    arrays[f"{name}/single"] = st.encode(texts[1])
-np.savez(out, **arrays)
-"""
 Loaded = dict[str, tuple[LLM2CLIP, dict[str, np.ndarray]]]
 
 
@@ -134,26 +153,29 @@ def loaded(tmp_path_factory: pytest.TempPathFactory, photos: list[Path]) -> Load
     """Every case: the original model, and the embeddings of transformers and sentence-transformers."""
     root = tmp_path_factory.mktemp("exports")
     models = {case: make_case(case, root / case) for case in CASES}
-    folders = {case: str(root / case / "out") for case in CASES}
     for case, model in models.items():
-        export_model(model, "sentence-transformers", folders[case])
-    out = root / "results.npz"
-    process = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            ENCODE_WITH_OTHER_LIBRARIES,
-            json.dumps([folders, list(map(str, photos)), TEXTS, str(out)]),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        export_model(model, "sentence-transformers", root / case / "out")
+    results = run_without_llm2clip(
+        """
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
+with torch.no_grad():
+    tokens = processor(text=TEXTS, padding=True, truncation=True, return_tensors="pt")
+    pixels = processor(images=images, return_tensors="pt")
+    results["texts"] = model.get_text_features(**tokens).pooler_output.numpy()
+    results["images"] = model.get_image_features(**pixels).pooler_output.numpy()
+    results["logits"] = model(**tokens, **pixels).logits_per_image.numpy()
+st = SentenceTransformer(FOLDER, trust_remote_code=True, device="cpu")
+results["st_texts"], results["st_images"] = st.encode(TEXTS), st.encode(images)
+results["single"] = st.encode(TEXTS[1])
+""",
+        {case: root / case / "out" for case in CASES},
+        photos,
+        root,
     )
-    assert process.returncode == 0, process.stderr[-3000:]
-    arrays = dict(np.load(out))
-    results = {
-        case: {key.rpartition("/")[2]: arrays[key] for key in arrays if key.startswith(f"{case}/")} for case in CASES
-    }
     return {case: (model, results[case]) for case, model in models.items()}
 
 
