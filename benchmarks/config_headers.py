@@ -18,7 +18,7 @@ import yaml
 from llm2clip.cli import build_parser
 from llm2clip.cli.commands import read_builtin_configs
 from llm2clip.cli.setup import make_plan
-from llm2clip.tools.plan.memory import compute_peak_memory
+from llm2clip.tools.plan.devices import compute_peak_memory
 from llm2clip.tools.plan.plan import Plan
 from llm2clip.tools.plan.report import format_hours
 

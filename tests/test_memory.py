@@ -26,17 +26,23 @@ from llm2clip.models.text.batching import TokenizedTexts, get_default_encoding_t
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.lora import cast_frozen_linear_layers
 from llm2clip.models.text.packing import PACKED
-from llm2clip.tools.plan.costs import TextCosts, measure_image_costs, measure_text_costs
-from llm2clip.tools.plan.devices import Machine
-from llm2clip.tools.plan.memory import (
+from llm2clip.tools.plan.costs import (
+    TextCosts,
+    build_llm,
+    build_model,
+    get_llm_config,
+    measure_image_costs,
+    measure_text_costs,
+)
+from llm2clip.tools.plan.devices import (
     USABLE_FRACTION,
+    Machine,
     compute_peak_memory,
     estimate_align_memory,
     estimate_embed_memory,
     estimate_tune_memory,
     fits_in_memory,
 )
-from llm2clip.tools.plan.model_configs import build_llm, build_model, get_llm_config
 from llm2clip.train.grad_cache import compute_cached_loss
 from llm2clip.train.optim import make_optimizer, select_trainable_weights
 from llm2clip.train.tune import PairLoss

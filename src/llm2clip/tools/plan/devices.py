@@ -1,14 +1,41 @@
-"""Accelerators' peak throughput and memory from data sheets, and the utilisation assumed for each stage."""
+"""Accelerators from data sheets, the utilisation assumed for each stage, and the memory that each component needs.
+
+The sizes of weights and activations are measured (see `costs.py`) and summed here. Running a complete step on fake
+tensors would not be enough: the report lists each component, and fake tensors on one device do not
+account for sharded weights, communication buffers or 4-bit weights.
+
+A trained fp32 weight takes 4 bytes, its gradient 4 bytes, and AdamW's two moments 8 bytes. With several processes,
+DistributedDataParallel keeps a second copy of the gradients in its communication buckets. The backward pass frees
+activations as it creates gradients, so if a step has a single pass, only the larger of the two counts. With gradient
+caching, the gradients of earlier passes are in memory at the same time as the activations of the current pass.
+
+On a CPU, memory use can also peak before training, while the LLM is being loaded. The `loading` component is this peak:
+the fp32 weights plus the memory-mapped 16-bit files that they are converted from.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from llm2clip.config import Stage
+from llm2clip.config import AlignConfig, Stage, TuneConfig
+
+if TYPE_CHECKING:
+    from llm2clip.tools.plan.costs import ImageCosts, TextCosts
 
 # Model FLOPs utilisation of each stage on a GPU, from `benchmarks/roofline.py` (see docs/results/speed.md). Vision
 # towers have smaller matrices than LLMs and spend half their time on elementwise operations.
 # Students of `distill` also have small matrices; their value is an assumption.
 MFU = {"tune": 0.4, "embed": 0.4, "align": 0.25, "distill": 0.25}
+
+FRAMEWORK_OVERHEAD = 1e9  # bytes per device for the CUDA context and PyTorch's libraries
+CPU_FRAMEWORK_OVERHEAD = 0.75e9  # bytes per process for PyTorch, transformers and the interpreter
+USABLE_FRACTION = 0.93  # fraction of a device's memory that is usable; the rest is lost to fragmentation
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # bytes per weight: 4 bits, plus a double-quantised 8-bit scale per 64 weights
+MIN_EMBED_TOKENS = 8192  # smallest batch, in tokens, that `embed` tries on GPUs
+
+Parts = dict[str, float]  # component name -> bytes
 
 
 @dataclass(frozen=True)
@@ -117,7 +144,6 @@ class Machine:
         return device
 
     def get_mfu(self, stage: str) -> float:
-        """Return the model FLOPs utilisation of `tune`, `embed`, `align` or `distill`."""
         return self.mfu or MFU[stage]
 
     def estimate_hours(self, flops: float, precision: str, stage: str) -> float:
@@ -131,3 +157,127 @@ def _cpu_has_bf16() -> bool:
     from llm2clip.models.precision import has_bf16_hardware
 
     return has_bf16_hardware(torch.device("cpu"))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def estimate_tune_memory(text: TextCosts, config: TuneConfig, machine: Machine) -> Parts:
+    """Return the bytes that each component needs in the `tune` stage. `config.precision` must be fp32, bf16 or fp16."""
+    from llm2clip.models.text.batching import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
+
+    value_bytes, num_shards = get_bytes_per_value(config.precision), machine.num_shards
+    tokens_per_step = 2 * config.batch_size * text.tokens  # two texts per pair
+    tokens_per_pass = tokens_per_step
+    if config.grad_cache:
+        default = CPU_BATCH_TOKENS if machine.is_cpu else GPU_BATCH_TOKENS
+        tokens_per_pass = min(tokens_per_step, config.batch_tokens or default)
+
+    parts: Parts = {}
+    if config.lora_r:
+        linear_bytes = NF4_BYTES if config.qlora else value_bytes
+        parts["LLM"] = (linear_bytes * text.linear + 4 * (text.parameters - text.linear)) / num_shards
+        parts["LoRA"] = 4 * text.trained / num_shards
+        if config.qlora:
+            parts["dequantised matrix"] = value_bytes * text.largest_matrix
+    else:
+        parts["LLM"] = 4 * text.parameters / num_shards
+        if value_bytes == 2:
+            parts["half-precision copies"] = 2 * (text.largest_linear if machine.use_fsdp else text.linear)
+    if machine.use_fsdp:
+        parts["gathered"] = 2 * value_bytes * text.largest_linear  # weights of the current and next layer
+    parts |= estimate_optimizer_memory(text.trained, machine)
+    saved = tokens_per_pass * count_saved_bytes(text, config.gradient_checkpointing)
+    parts["activations"] = _subtract_gradients(saved, text.trained / num_shards, tokens_per_pass < tokens_per_step)
+    return parts | _estimate_fixed_parts(text, machine)
+
+
+def estimate_embed_memory(text: TextCosts, precision: str, machine: Machine) -> Parts:
+    """Return the bytes that each component needs in the `embed` stage.
+
+    On GPUs, the estimate is for the smallest batch, because `embed` uses larger batches only if they fit in memory. The
+    LLM is loaded on the CPU, and the device holds linear weights only in the matmul precision.
+    """
+    from llm2clip.models.text.batching import CPU_BATCH_TOKENS
+
+    parts = {"LLM": get_bytes_per_value(precision) * text.linear + 4.0 * (text.parameters - text.linear)}
+    parts["activations"] = (CPU_BATCH_TOKENS if machine.is_cpu else MIN_EMBED_TOKENS) * text.saved_per_token
+    return parts | _estimate_fixed_parts(text, machine)
+
+
+def estimate_align_memory(image: ImageCosts, text: TextCosts, config: AlignConfig, machine: Machine) -> Parts:
+    """Return the bytes that each component needs in the `align` stage. `config.precision` must be fp32, bf16 or fp16.
+
+    `align` loads the LLM on the CPU to check that this LLM created the store.
+    """
+    from llm2clip.train.losses import LOGITS_PER_CHUNK, get_loss
+
+    micro_batch = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    images = config.batch_size * machine.count
+    texts = images * image.captions
+    saved = image.saved
+    if config.gradient_checkpointing and image.saved > image.layer_inputs:
+        saved = image.layer_inputs + image.saved_per_layer
+
+    parts = {"model": 4 * image.parameters / machine.num_shards} | estimate_optimizer_memory(image.trained, machine)
+    if config.precision != "fp32":
+        parts["half-precision copies"] = image.copies / machine.num_shards
+    # One additional layer accounts for gradients, as in `count_saved_bytes`.
+    activations = micro_batch * (saved + image.saved_per_layer)
+    several_passes = micro_batch < config.batch_size
+    parts["activations"] = _subtract_gradients(activations, image.trained / machine.num_shards, several_passes)
+    # Embeddings, gathered embeddings and their gradients, plus the tensors for a chunk of logits.
+    chunk = min(LOGITS_PER_CHUNK["cpu" if machine.is_cpu else "cuda"], config.batch_size * texts)
+    dims = image.embed_dim + sum(config.matryoshka_dims)
+    parts["loss"] = 12 * dims * (images + texts) + 4 * chunk * get_loss(config.loss).chunk_tensors
+    parts["captions"] = 4 * text.embed_dim * micro_batch * image.captions
+    if config.distill_weight:
+        # For both towers: distances from this rank's features to the features of all images, with intermediate results
+        # and gradients.
+        parts["loss"] += 24 * config.batch_size * images
+        parts["pretrained tower"] = 0.0 if config.caches_features else 4.0 * image.tower
+    return parts | _estimate_fixed_parts(text, machine)
+
+
+def count_saved_bytes(text: TextCosts, gradient_checkpointing: bool) -> float:
+    """Return the bytes of activations that a training pass through the LLM saves per token.
+
+    One additional layer accounts for gradients in the layer that the backward pass is currently processing.
+    """
+    saved = text.layers * text.saved_per_token
+    if gradient_checkpointing:
+        saved = text.layers * text.input_per_token + text.saved_per_token
+    return saved + text.saved_per_token + text.saved_outside
+
+
+def estimate_optimizer_memory(trained: float, machine: Machine) -> Parts:
+    """Return the bytes of gradients and AdamW state for `trained` weights, excluding the weights themselves."""
+    if machine.use_fsdp:
+        return {"gradients": 4 * trained / machine.count, "AdamW": 8 * trained / machine.count}
+    return {"gradients": 4 * trained * (2 if machine.count > 1 else 1), "AdamW": 8 * trained}
+
+
+def get_bytes_per_value(precision: str) -> int:
+    return 4 if precision == "fp32" else 2
+
+
+def compute_peak_memory(parts: Parts) -> float:
+    """Return the peak memory in bytes, which is reached either in training or while loading the LLM."""
+    training = sum(size for part, size in parts.items() if part != "loading")
+    return max(training, parts.get("loading", 0.0))
+
+
+def fits_in_memory(parts: Parts, memory: float) -> bool:
+    """Return True if the peak memory fits on a device with `memory` GB."""
+    return compute_peak_memory(parts) <= USABLE_FRACTION * memory * 1e9
+
+
+def _subtract_gradients(activations: float, trained: float, several_passes: bool) -> float:
+    return activations if several_passes else max(0.0, activations - 4 * trained)
+
+
+def _estimate_fixed_parts(text: TextCosts, machine: Machine) -> Parts:
+    if not machine.is_cpu:
+        return {"libraries": FRAMEWORK_OVERHEAD}
+    # Until the conversion ends, the fp32 weights (4 bytes) and the memory-mapped 16-bit files (2 bytes) are in memory.
+    return {"libraries": CPU_FRAMEWORK_OVERHEAD, "loading": 6.0 * text.parameters + CPU_FRAMEWORK_OVERHEAD}

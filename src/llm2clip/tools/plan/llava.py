@@ -9,10 +9,17 @@ import torch
 
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
 from llm2clip.llava.config import LlavaConfig
-from llm2clip.tools.plan.costs import TextCosts, count_flops, count_parameters, measure_text_costs
-from llm2clip.tools.plan.devices import Machine
-from llm2clip.tools.plan.memory import (
+from llm2clip.tools.plan.costs import (
+    TextCosts,
+    build_tower,
+    count_flops,
+    count_parameters,
+    get_llm_config,
+    measure_text_costs,
+)
+from llm2clip.tools.plan.devices import (
     FRAMEWORK_OVERHEAD,
+    Machine,
     Parts,
     compute_peak_memory,
     count_saved_bytes,
@@ -20,7 +27,6 @@ from llm2clip.tools.plan.memory import (
     fits_in_memory,
     get_bytes_per_value,
 )
-from llm2clip.tools.plan.model_configs import build_tower, get_llm_config
 
 STAGES = ("pretrain", "instruct")
 
@@ -127,7 +133,7 @@ def plan_llava(
     """Estimate the costs of both training stages.
 
     Args:
-        llm, vision: Names of the causal LLM and the vision tower. Names in `model_configs.py` need no network access.
+        llm, vision: Names of the causal LLM and the vision tower. Names in `costs.py` need no network access.
         conversations: Number of conversations in each stage, each assumed to have a different image.
         text_tokens: Mean number of text tokens per conversation in each stage.
 

@@ -8,36 +8,93 @@ import dataclasses
 import os
 import shutil
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from llm2clip.config import AlignConfig, DistillConfig, FitConfig
+from llm2clip.config import DistillConfig, EncoderConfig, FitConfig, TuneConfig
 from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
 from llm2clip.runs.checkpoint import MAX_CHECKPOINTS
 from llm2clip.runs.fsdp import is_fsdp_enabled
 from llm2clip.runs.ranks import process_state
 from llm2clip.store.store import get_available_memory
-from llm2clip.tools.plan.costs import ImageCosts, TextCosts, measure_image_costs, measure_text_costs
-from llm2clip.tools.plan.devices import Machine
-from llm2clip.tools.plan.memory import (
+from llm2clip.tools.plan.costs import (
+    ImageCosts,
+    TextCosts,
+    get_llm_config,
+    measure_image_costs,
+    measure_text_costs,
+)
+from llm2clip.tools.plan.devices import (
+    Machine,
     Parts,
     compute_peak_memory,
     estimate_align_memory,
     estimate_embed_memory,
     estimate_tune_memory,
     fits_in_memory,
-    suggest_flags,
 )
-from llm2clip.tools.plan.student import StudentPlan, plan_student
 from llm2clip.train.losses import get_loss
 from llm2clip.train.sampling import resolve_images_per_step
 
 CHARACTERS_PER_TOKEN = 4  # approximate value for English text
+ROW_BYTES = 60  # memory of `distill` per distinct text; see `train.distill.prepare_texts`
+# Settings that reduce the memory of each stage.
+MEMORY_ADVICE = {
+    "tune": "To reduce it: --tune.gradient_checkpointing true, --tune.grad_cache true, a lower --tune.batch_tokens, "
+    "--tune.qlora true, or --use_fsdp with several devices.",
+    "embed": "To reduce it: use a smaller model or fewer layers (--encoder.layers).",
+    "align": "To reduce it: --align.gradient_checkpointing true, a lower --align.micro_batch_size, --align.lora_r 16, "
+    "or --use_fsdp with several devices.",
+    "distill": "To reduce it: use a smaller student, or a lower --distill.batch_size.",
+}
 SAMPLED_RECORDS = 1000  # number of records used to estimate caption counts and lengths
+
+
+@dataclass(frozen=True)
+class StudentPlan:
+    """Estimates for `llm2clip distill`, which teaches a small text encoder (the student) after a `fit` run."""
+
+    name: str  # see `train.distill.open_student`
+    config: DistillConfig  # settings, with the precision resolved for the device
+    costs: TextCosts  # costs of the student, including its new layers
+    new_texts: float  # number of texts that the LLM must encode; for a static student, its vocabulary is included
+    learned_texts: float  # number of texts that the student learns from: the captions and the additional texts
+    embed_dim: int  # dimension of the shared embedding space
+
+    @property
+    def step_flops(self) -> float:
+        """FLOPs per text of a training step."""
+        return self.costs.tune_forward + self.costs.tune_backward
+
+    @property
+    def target_bytes(self) -> float:
+        """Size on disk of the teacher's embeddings, which the student learns."""
+        return self.learned_texts * (2 * self.embed_dim + 16)
+
+    def estimate_hours(self, text: TextCosts, image: ImageCosts, embed_precision: str, machine: Machine) -> float:
+        """Return the hours for encoding new texts with the LLM, applying the adapter, and training the student."""
+        encoding = machine.estimate_hours(self.new_texts * text.forward, embed_precision, "embed")
+        adapter = machine.estimate_hours(self.learned_texts * 2 * image.adapter, "fp32", "distill")
+        training_flops = self.learned_texts * self.config.epochs * self.step_flops
+        return encoding + adapter + machine.estimate_hours(training_flops, self.config.precision, "distill")
+
+    def estimate_memory(self, image: ImageCosts, machine: Machine) -> Parts:
+        """Return the bytes per device that each component needs while the student is trained."""
+        # Like the `tune` stage without LoRA. Large batches are split, and two texts count as a pair.
+        settings = TuneConfig(
+            batch_size=max(1, self.config.batch_size // 2),
+            lora_r=0,
+            grad_cache=True,
+            precision=cast(Any, self.config.precision),
+        )
+        parts = estimate_tune_memory(self.costs, settings, dataclasses.replace(machine, use_fsdp=False))
+        parts["student"] = parts.pop("LLM")
+        texts = {"texts": ROW_BYTES * self.learned_texts} if machine.is_cpu else {}  # they stay in the host's memory
+        return {"model": 4.0 * image.parameters, **texts, **parts}
 
 
 @dataclass(frozen=True)
@@ -116,14 +173,6 @@ class Plan:
         """For each stage, True if it fits in the device's memory."""
         return {stage: fits_in_memory(parts, self.machine.device_spec.memory) for stage, parts in self.memory.items()}
 
-    def suggest_flags(self, stage: str) -> list[tuple[str, float]]:
-        """Return sets of flags that make `tune` or `align` fit in memory, each with the resulting peak in bytes."""
-        if stage == "tune":
-            return suggest_flags(self.config.tune, self.machine, partial(estimate_tune_memory, self.text))
-        if stage == "align":
-            return suggest_flags(self.config.align, self.machine, self._estimate_align_memory_for)
-        return []
-
     @property
     def store_bytes(self) -> float:
         """Size of the embedding store in bytes."""
@@ -155,11 +204,6 @@ class Plan:
         hours = self.stage_hours["align"] + self.machine.estimate_hours(all_flops, self.config.embed.precision, "embed")
         return (step_flops + text_flops) / step_flops, hours / (self.stage_hours["embed"] + self.stage_hours["align"])
 
-    def _estimate_align_memory_for(self, config: AlignConfig, machine: Machine) -> Parts:
-        same_model = config.lora_r == self.config.align.lora_r
-        image = self.image if same_model else measure_image_costs(config, self.text.embed_dim, self.image.captions)
-        return estimate_align_memory(image, self.text, config, machine)
-
 
 def plan_fit(
     config: FitConfig,
@@ -188,44 +232,102 @@ def plan_fit(
     for name, value in data.items():
         if value <= 0:
             raise ValueError(f"--{name} must be greater than 0 (got {value})")
-    device, align = machine.device_spec, config.align
-    align = dataclasses.replace(
-        align,
-        precision=cast(Any, device.resolve_precision(align.precision, "align")),
-        batch_size=resolve_images_per_step(images, align, machine.count) // machine.count,
-    )
-    tune = dataclasses.replace(
-        config.tune, precision=cast(Any, device.resolve_precision(config.tune.precision, "tune"))
-    )
-    embed = dataclasses.replace(config.embed, precision=device.resolve_precision(config.embed.precision, "embed"))
-    text = measure_text_costs(
-        config.encoder, tune, min(tokens_per_caption, config.encoder.max_length or 512), machine.is_cpu
-    )
-    captions = min(align.captions_per_image or captions_per_image, captions_per_image)
-    image = measure_image_costs(align, text.embed_dim, captions)
-    student_plan = None
-    if student is not None:
-        student_plan = plan_student(
-            student,
-            distill or DistillConfig(),
-            config.encoder,
-            image,
-            machine,
-            captions=images * captions_per_image,
-            tokens=tokens_per_caption,
-            other_texts=student_texts,
-        )
-    elif student_texts:
+    if student_texts and student is None:
         raise ValueError("--student_texts requires --student")
-    return Plan(
-        config=dataclasses.replace(config, tune=tune, embed=embed, align=align),
+    config = _resolve_settings(config, machine, images)
+    max_length = config.encoder.max_length or 512
+    text = measure_text_costs(config.encoder, config.tune, min(tokens_per_caption, max_length), machine.is_cpu)
+    captions = min(config.align.captions_per_image or captions_per_image, captions_per_image)
+    plan = Plan(
+        config=config,
         machine=machine,
         images=images,
         captions_per_image=captions_per_image,
         tokens_per_caption=tokens_per_caption,
         text=text,
-        image=image,
-        student=student_plan,
+        image=measure_image_costs(config.align, text.embed_dim, captions),
+    )
+    if student is None:
+        return plan
+    return dataclasses.replace(plan, student=_plan_student(plan, student, distill or DistillConfig(), student_texts))
+
+
+def _resolve_settings(config: FitConfig, machine: Machine, images: int) -> FitConfig:
+    """Resolve the precisions for the device, and reduce the `align` batch size if there are too few images."""
+    stages: dict[str, Any] = {}
+    for stage in ("tune", "embed", "align"):
+        settings = getattr(config, stage)
+        precision = machine.device_spec.resolve_precision(settings.precision, cast(Any, stage))
+        stages[stage] = dataclasses.replace(settings, precision=precision)
+    batch_size = resolve_images_per_step(images, config.align, machine.count) // machine.count
+    stages["align"] = dataclasses.replace(stages["align"], batch_size=batch_size)
+    return dataclasses.replace(config, **stages)
+
+
+def _plan_student(plan: Plan, name: str, config: DistillConfig, other_texts: int) -> StudentPlan:
+    """Estimate the costs of teaching a student, which learns from the captions of a run and from `other_texts` texts.
+
+    Raises:
+        ValueError: The student is unknown.
+    """
+    encoder, machine, tokens = plan.config.encoder, plan.machine, plan.tokens_per_caption
+    embed_dim = plan.image.embed_dim
+    precision = machine.device_spec.resolve_precision(config.precision, "distill")
+    config = dataclasses.replace(config, precision=cast(Any, precision))
+    kind, _, argument = name.partition(":")
+    new_texts = other_texts
+    if kind == "static":
+        vocabulary = get_llm_config(EncoderConfig(path=argument) if argument else encoder).vocab_size
+        costs = _compute_static_costs(vocabulary, embed_dim, tokens)
+        new_texts += vocabulary
+    else:
+        student = EncoderConfig(path=name)
+        if kind == "layers":
+            if not argument.isdecimal() or int(argument) < 1:
+                raise ValueError(
+                    f"--student layers:N requires a number of layers of at least 1, such as layers:4 (got {name!r})"
+                )
+            student = dataclasses.replace(encoder, layers=int(argument))
+        tokens = min(tokens, config.max_length or 512)
+        settings = TuneConfig(lora_r=0, precision=cast(Any, precision))
+        costs = measure_text_costs(student, settings, tokens, machine.is_cpu)
+        costs = _add_last_layer(costs, embed_dim)
+    learned_texts = plan.images * plan.captions_per_image + other_texts
+    return StudentPlan(name, config, costs, new_texts, learned_texts, embed_dim)
+
+
+def _add_last_layer(costs: TextCosts, embed_dim: int) -> TextCosts:
+    """Add a linear layer from a text's embedding to the shared space."""
+    weights = costs.embed_dim * embed_dim
+    return dataclasses.replace(
+        costs,
+        parameters=costs.parameters + weights,
+        linear=costs.linear + weights,
+        trained=costs.trained + weights,
+        tune_forward=costs.tune_forward + 2 * weights,
+        tune_backward=costs.tune_backward + 4 * weights,
+    )
+
+
+def _compute_static_costs(vocabulary: int, dim: int, tokens: float) -> TextCosts:
+    """Return the costs of a static student: an embedding of size `dim` per token, and two linear layers."""
+    linear = 2 * dim * dim
+    parameters = vocabulary * dim + linear
+    return TextCosts(
+        tokens=tokens,
+        embed_dim=dim,
+        parameters=parameters,
+        linear=linear,
+        largest_linear=dim * dim,
+        largest_matrix=dim * dim,
+        layers=0,
+        trained=parameters,
+        forward=2 * linear,
+        tune_forward=2 * linear,
+        tune_backward=4 * linear,
+        saved_per_token=0.0,
+        input_per_token=0.0,
+        saved_outside=4 * 6 * dim / tokens,  # input, output and intermediate results of both layers
     )
 
 
@@ -269,7 +371,7 @@ def _list_memory_warnings(plan: Plan) -> list[str]:
     for stage in (stage for stage, stage_fits in plan.fits.items() if not stage_fits):
         needed, free = compute_peak_memory(plan.memory[stage]) / 1e9, plan.machine.device_spec.memory
         warnings.append(f"Warning: {stage} needs about {needed:.1f} GB of memory, but only {free:.1f} GB is free.")
-        warnings += [f"  with {flags}: {size / 1e9:.1f} GB" for flags, size in plan.suggest_flags(stage)]
+        warnings.append(f"  {MEMORY_ADVICE[stage]}")
     return warnings
 
 

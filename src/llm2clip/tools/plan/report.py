@@ -8,8 +8,8 @@ from rich.table import Table
 
 from llm2clip.io_utils import format_bytes
 from llm2clip.runs.checkpoint import MAX_CHECKPOINTS
-from llm2clip.tools.plan.memory import USABLE_FRACTION, compute_peak_memory
-from llm2clip.tools.plan.plan import Plan
+from llm2clip.tools.plan.devices import USABLE_FRACTION, compute_peak_memory
+from llm2clip.tools.plan.plan import MEMORY_ADVICE, Plan
 
 
 def format_plan(plan: Plan, width: int = 110) -> str:
@@ -27,7 +27,7 @@ def format_plan(plan: Plan, width: int = 110) -> str:
     for line in (
         *_format_store_sizes(plan),
         _format_caching_gain(plan),
-        *_format_suggestions(plan),
+        *_format_advice(plan),
         _format_assumptions(plan),
     ):
         console.print(line, markup=False)
@@ -147,17 +147,9 @@ def _format_caching_gain(plan: Plan) -> str:
     )
 
 
-def _format_suggestions(plan: Plan) -> list[str]:
-    lines = []
-    for stage in (stage for stage, stage_fits in plan.fits.items() if not stage_fits):
-        lines.append(f"OUT OF MEMORY in {stage}.")
-        suggestions = plan.suggest_flags(stage)
-        lines += [f"  would fit: {flags} ({size / 1e9:.1f} GB)" for flags, size in suggestions]
-        if any("--use_fsdp" in flags for flags, _ in suggestions):
-            lines.append("  --use_fsdp shards the weights: accelerate launch --use_fsdp --fsdp_version 2")
-        if not suggestions:
-            lines.append("  No tested settings fit: use a smaller model, fewer layers or a larger device.")
-    return lines
+def _format_advice(plan: Plan) -> list[str]:
+    stages = [stage for stage, stage_fits in plan.fits.items() if not stage_fits]
+    return [f"OUT OF MEMORY in {stage}. {MEMORY_ADVICE[stage]}" for stage in stages]
 
 
 def _format_assumptions(plan: Plan) -> str:
