@@ -462,17 +462,11 @@ def test_unchanged_files_are_not_read_again(tmp_path: Path, photos: Path, monkey
     assert first["captions"] == second["captions"]
 
 
-def test_database_of_the_first_format_is_upgraded(tmp_path: Path, photos: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    with run_server() as server:
-        caption(server, photos, out)
-        with closing(CaptionDatabase(f"{out}.sqlite")) as database:
-            database.connection.executescript(
-                "ALTER TABLE images DROP COLUMN version; ALTER TABLE answers DROP COLUMN text_hash; "
-                "PRAGMA user_version = 1"
-            )
-        caption(server, photos, out)
-    assert server.num_requests == 6 * CAPTIONS_PER_IMAGE
+def test_database_of_another_format_is_rejected(tmp_path: Path) -> None:
+    with closing(CaptionDatabase(tmp_path / "out.jsonl.sqlite")) as database:
+        database.connection.execute("PRAGMA user_version = 1")
+    with pytest.raises(ValueError, match=r"has format 1, not 2\. Use another --out, or delete this file"):
+        CaptionDatabase(tmp_path / "out.jsonl.sqlite")
 
 
 @pytest.mark.parametrize(

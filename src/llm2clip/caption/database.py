@@ -30,8 +30,6 @@ CREATE TABLE answers(
   PRIMARY KEY(hash, prompt, sample, model)
 ) WITHOUT ROWID;
 """
-# Format 1 lacked these columns.
-_UPGRADE = "ALTER TABLE images ADD COLUMN version TEXT; ALTER TABLE answers ADD COLUMN text_hash TEXT;"
 _IMAGE_COLUMNS = "number, key, hash, record, version"
 _ANSWER_COLUMNS = (
     "hash, prompt, sample, model, text, error, temperature, date, input_tokens, output_tokens, problem, score, rank, "
@@ -156,10 +154,9 @@ class CaptionDatabase:
             self.connection.execute("PRAGMA journal_mode = WAL")
             self.connection.execute("PRAGMA synchronous = NORMAL")
             ((version,),) = self.connection.execute("PRAGMA user_version")
-            if version in (0, 1):
-                changes = _UPGRADE if version else SCHEMA
-                self.connection.executescript(f"BEGIN IMMEDIATE; {changes} PRAGMA user_version = {FORMAT}; COMMIT;")
-        if version not in (0, 1, FORMAT):
+            if version == 0:  # a new file
+                self.connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
+        if version not in (0, FORMAT):
             self.close()
             raise ValueError(f"{self.file} has format {version}, not {FORMAT}. Use another --out, or delete this file")
 

@@ -117,7 +117,8 @@ def _caption(args: Namespace) -> list[str]:
     if not 0 <= args.check_max_rank <= 1:
         raise ValueError(f"--check_max_rank must be between 0 and 1 (got {args.check_max_rank:g})")
     from llm2clip.caption.prompts import load_prompts
-    from llm2clip.caption.run import CaptionOutput, CaptionSettings
+    from llm2clip.caption.records import CaptionOutput
+    from llm2clip.caption.run import CaptionSettings
     from llm2clip.runs.ranks import process_state
 
     if args.endpoint and process_state().num_processes > 1:
@@ -309,7 +310,8 @@ def _caption_images(
     open_encoder: Callable[[], DualEncoder] | None,
 ) -> list[str]:
     """Caption images, and return lines that summarise the result."""
-    from llm2clip.caption.run import CaptionOutput, caption_images
+    from llm2clip.caption.records import CaptionOutput
+    from llm2clip.caption.run import caption_images
 
     summary = caption_images(sources, out, captioner, prompts, settings, open_encoder)
     lines = [summary.report, ""] if summary.report else []
