@@ -16,7 +16,7 @@ from PIL import Image
 from conftest import load_benchmark
 from format_fixtures import write_jsonl
 from llm2clip.caption import checks as checks_module
-from llm2clip.caption.answers import Answer, CaptionRequest, clean_answer
+from llm2clip.caption.answers import Answer, CaptionRequest
 from llm2clip.caption.checks import (
     BOILERPLATE,
     DUPLICATE,
@@ -160,27 +160,6 @@ def test_long_text_with_few_distinct_words_is_a_repetition() -> None:
     rng = np.random.default_rng(0)
     few, many = (" ".join(f"w{n}" for n in rng.integers(0, size, 60)) for size in (12, 60))
     assert find_problem(few, "dense") == REPETITION and find_problem(many, "dense") is None
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "I’m sorry, but I can't help with that.",
-        "Please upload an image.",
-        "Es tut mir leid, ich sehe kein Bild.",
-        "Ich kann auf dem Bild leider nichts erkennen, nicht einmal Umrisse.",
-        "Je ne peux pas décrire cette image.",
-        "抱歉，我无法查看图片。",
-    ],
-)
-def test_refusals_in_several_languages_are_failed_requests(text: str) -> None:
-    answer = clean_answer(text, truncated=False)
-    assert answer.text is None and answer.error is not None and answer.error.startswith("refusal")
-
-
-@pytest.mark.parametrize("text", ["Pleased children wave.", "Ich-AG steht auf einem Schild.", "我们在公园里。"])
-def test_captions_that_resemble_refusals_are_accepted(text: str) -> None:
-    assert clean_answer(text, truncated=False).text == text
 
 
 def test_language_is_found_by_name_and_code() -> None:
