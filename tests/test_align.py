@@ -40,7 +40,7 @@ from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.data.table import RecordTable
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, make_validator
+from llm2clip.evaluate.retrieval import dual_encoder_from_store, make_validator
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower

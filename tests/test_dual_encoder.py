@@ -14,7 +14,7 @@ from llm2clip.data.image_loader import iter_image_batches
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.retrieval_eval import evaluate_caption_fields
+from llm2clip.evaluate.retrieval import evaluate_caption_fields
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.llm2clip import LLM2CLIP

@@ -15,7 +15,7 @@ from llm2clip.evaluate.reporting.error_analysis import (
     make_length_bins,
     measure_caption_lengths,
 )
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks
+from llm2clip.evaluate.retrieval import RetrievalRanks
 
 
 def test_length_bins_have_about_as_many_captions_each() -> None:

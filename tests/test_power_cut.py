@@ -215,7 +215,7 @@ def digest(stage: str, out: Path) -> str:
 if __name__ == "__main__":
     import torch
 
-    import llm2clip.evaluate.retrieval_eval
+    import llm2clip.evaluate.retrieval
     import llm2clip.search.build  # noqa: F401
     from llm2clip import stages
     from llm2clip.cli import main

@@ -16,7 +16,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.bootstrap import draw_bootstrap_counts
 from llm2clip.evaluate.recall import QUERY_TILE, compute_positive_ranks
 from llm2clip.evaluate.reporting.comparison import build_overview_table
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks
+from llm2clip.evaluate.retrieval import RetrievalRanks
 from llm2clip.evaluate.short_queries import (
     CANDIDATES,
     LabelledQuery,

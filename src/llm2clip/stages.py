@@ -23,7 +23,7 @@ from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.reporting.error_analysis import collect_example_searches
-from llm2clip.evaluate.retrieval_eval import (
+from llm2clip.evaluate.retrieval import (
     RetrievalRanks,
     compute_field_metrics,
     dual_encoder_from_store,

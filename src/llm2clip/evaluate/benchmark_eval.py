@@ -18,8 +18,13 @@ from llm2clip.evaluate.benchmarks.base import (
     RegionData,
     SegmentationData,
 )
-from llm2clip.evaluate.benchmarks.compositional import compute_compositional_accuracy
 from llm2clip.evaluate.bootstrap import BootstrapMetrics
+from llm2clip.evaluate.classification import (
+    classification_accuracy,
+    compute_compositional_accuracy,
+    encode_classes,
+    fit_linear_probe,
+)
 from llm2clip.evaluate.dense.detection import (
     build_detection_blocks,
     compute_detection_metrics,
@@ -41,9 +46,8 @@ from llm2clip.evaluate.dense.segmentation import (
 )
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.reporting.error_analysis import ErrorAnalysis
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks, compute_field_metrics, rank_caption_fields
+from llm2clip.evaluate.retrieval import RetrievalRanks, compute_field_metrics, rank_caption_fields
 from llm2clip.evaluate.short_queries import ShortQueryResult
-from llm2clip.evaluate.zero_shot import classification_accuracy, encode_classes, fit_linear_probe
 from llm2clip.io_utils import DataFormatError, MissingFileError
 from llm2clip.models.prompts import fill_templates
 from llm2clip.reports import Block

@@ -32,7 +32,7 @@ from llm2clip.evaluate.reporting.comparison import (
 )
 from llm2clip.evaluate.reporting.error_analysis import analyze_errors
 from llm2clip.evaluate.reporting.verdicts import describe_caption_retrieval
-from llm2clip.evaluate.retrieval_eval import compute_retrieval_difference
+from llm2clip.evaluate.retrieval import compute_retrieval_difference
 from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.io_utils import MissingFileError, atomic_write_text, sanitize_name
 from llm2clip.models.hub.loading import get_display_names

@@ -26,7 +26,7 @@ from llm2clip.data.noun_phrases import CONNECTIVES, DETERMINERS, FUNCTION_WORDS,
 from llm2clip.evaluate.bootstrap import bootstrap_intervals
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.recall import compute_positive_ranks
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks, measure_caption_lengths
+from llm2clip.evaluate.retrieval import RetrievalRanks, measure_caption_lengths
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates, average_prompts, build_query_prompts
 
 PHRASE_LENGTHS = (1, 2, 3)  # numbers of words in a phrase

@@ -1,12 +1,15 @@
 """Readers for public benchmarks as distributed by their authors, with the protocol and source of each benchmark."""
 
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from llm2clip.evaluate.benchmarks import (
     classification,
     coco_instances,
-    compositional,
     retrieval,
     segmentation,
 )
@@ -23,14 +26,6 @@ from llm2clip.io_utils import MissingFileError
 from llm2clip.published_results import get_published_metrics, get_published_rows
 from llm2clip.reports import Table, render_markdown
 
-_PUBLIC_BENCHMARKS = (
-    *retrieval.ENGLISH_BENCHMARKS,
-    *retrieval.MULTILINGUAL_BENCHMARKS,
-    *compositional.BENCHMARKS,
-    *classification.BENCHMARKS,
-    *coco_instances.BENCHMARKS,
-    *segmentation.BENCHMARKS,
-)
 USER_BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Benchmark]] = {
     FOLDER_PREFIX: make_folder_benchmark,
     BOXES_PREFIX: make_boxes_benchmark,
@@ -38,7 +33,21 @@ USER_BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Benchmark]] = {
     DETECTION_PREFIX: make_detection_benchmark,
 }
 """Functions that create a benchmark from the user's data and prompt templates, keyed by name prefix."""
-BENCHMARKS = {benchmark.name: benchmark for benchmark in _PUBLIC_BENCHMARKS}
+
+
+def _load_benchmarks() -> dict[str, Benchmark]:
+    entries = yaml.safe_load((files("llm2clip.evaluate.benchmarks") / "benchmarks.yaml").read_text(encoding="utf-8"))
+    readers: dict[str, Callable[[Path], Any]] = {}
+    for module in (retrieval, classification, coco_instances, segmentation):
+        readers |= module.READERS
+    benchmarks = {}
+    for name, entry in entries.items():
+        folders, read_train = tuple(entry.pop("folders")), classification.TRAINING_READERS.get(name)
+        benchmarks[name] = Benchmark(name=name, folders=folders, read=readers[name], read_train=read_train, **entry)
+    return benchmarks
+
+
+BENCHMARKS = _load_benchmarks()
 
 
 def has_user_data(name: str) -> bool:

@@ -1,29 +1,52 @@
-"""Zero-shot classification: ImageNet and its variants, ObjectNet, CIFAR, and any folder with one subfolder per class.
+"""Benchmarks in which a model chooses the correct text for an image, or the correct image for a text.
+
+Zero-shot classification: ImageNet and its variants, ObjectNet, CIFAR, and any folder with one subfolder per class.
 
 As in CLIP (arXiv 2103.00020), each class name is inserted into all prompt templates, and the class embedding is the
 mean embedding of these prompts. For ImageNet, OpenAI's class names and 80 templates come from open_clip. The classes
 are sorted by WordNet id, and the list of ids comes from timm.
+
+Compositional benchmarks: Winoground and SugarCrepe, images with captions that differ only in a few words or in word
+order.
 """
 
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
 from llm2clip.data.image_refs import FileImage, ImageRef, MemoryImage
 from llm2clip.data.images import load_image
-from llm2clip.evaluate.benchmarks.base import Benchmark, ClassificationData
-from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, install_command, read_json, read_lines
+from llm2clip.evaluate.benchmarks.base import (
+    Benchmark,
+    ClassificationData,
+    CompositionalExample,
+    check_files,
+    find_coco_roots,
+    resolve_image,
+)
+from llm2clip.io_utils import (
+    DataFormatError,
+    MissingFileError,
+    find_first,
+    install_command,
+    read_json,
+    read_jsonl,
+    read_lines,
+)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a close-up photo of a {}.", "a photo of the {}.")
 NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "templates.txt"
 FOLDER_PREFIX = "folder:"
 CIFAR_PIXELS = 3 * 32 * 32
+SUGARCREPE_KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 
 
 def make_folder_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
@@ -221,73 +244,76 @@ def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_lab
 
 CIFAR10_NAMES, CIFAR100_NAMES = "batches.meta.txt", "fine_label_names.txt"
 
-BENCHMARKS = (
-    Benchmark(
-        name="imagenet",
-        kind="classification",
-        description="50,000 images, 1,000 classes",
-        folders=("imagenet", "ImageNet", "imagenet-1k"),
-        read=_read_imagenet,
-        source="val/WNID/*.JPEG: ILSVRC2012_img_val.tar (image-net.org) sorted into one folder per class; for a linear "
-        "probe, also train/",
-        read_train=lambda folder: _read_wordnet_folders(find_first(folder, "train")),
-    ),
-    Benchmark(
-        name="imagenet-v2",
-        kind="classification",
-        description="10,000 images, 1,000 classes (arXiv 1902.10811)",
-        folders=("imagenet-v2", "imagenetv2", "imagenetv2-matched-frequency-format-val"),
-        read=_read_imagenet_v2,
-        source="imagenetv2-matched-frequency.tar.gz (huggingface.co/datasets/vaishaal/ImageNetV2)",
-    ),
-    Benchmark(
-        name="imagenet-sketch",
-        kind="classification",
-        description="50,889 images, 1,000 classes (arXiv 1905.13549)",
-        folders=("imagenet-sketch", "sketch"),
-        read=_read_imagenet,
-        source="github.com/HaohanWang/ImageNet-Sketch",
-    ),
-    Benchmark(
-        name="imagenet-a",
-        kind="classification",
-        description="7,500 images, 200 classes (arXiv 1907.07174)",
-        folders=("imagenet-a",),
-        read=_read_imagenet,
-        source="imagenet-a.tar (github.com/hendrycks/natural-adv-examples)",
-    ),
-    Benchmark(
-        name="imagenet-r",
-        kind="classification",
-        description="30,000 images, 200 classes (arXiv 2006.16241)",
-        folders=("imagenet-r",),
-        read=_read_imagenet,
-        source="imagenet-r.tar (github.com/hendrycks/imagenet-r)",
-    ),
-    Benchmark(
-        name="objectnet",
-        kind="classification",
-        description="18,574 images, the 113 classes shared with ImageNet",
-        folders=("objectnet", "objectnet-1.0"),
-        read=_read_objectnet,
-        source="objectnet-1.0.zip (objectnet.dev)",
-    ),
-    Benchmark(
-        name="cifar10",
-        kind="classification",
-        description="10,000 images, 10 classes",
-        folders=("cifar10", "cifar-10-batches-bin"),
-        read=lambda folder: _read_cifar(folder, ["test_batch.bin"], CIFAR10_NAMES),
-        source="cifar-10-binary.tar.gz (cs.toronto.edu/~kriz/cifar.html)",
-        read_train=lambda folder: _read_cifar(folder, [f"data_batch_{n}.bin" for n in range(1, 6)], CIFAR10_NAMES),
-    ),
-    Benchmark(
-        name="cifar100",
-        kind="classification",
-        description="10,000 images, 100 classes",
-        folders=("cifar100", "cifar-100-binary"),
-        read=lambda folder: _read_cifar(folder, ["test.bin"], CIFAR100_NAMES, skipped_labels=1),
-        source="cifar-100-binary.tar.gz (cs.toronto.edu/~kriz/cifar.html)",
-        read_train=lambda folder: _read_cifar(folder, ["train.bin"], CIFAR100_NAMES, skipped_labels=1),
-    ),
-)
+# ---- compositional benchmarks ---------------------------------------------------------------------------------------
+
+
+def _read_winoground(folder: Path) -> list[CompositionalExample]:
+    """Read 400 examples. Each has two images and two captions, which consist of the same words (arXiv 2204.03162)."""
+    try:
+        file = find_first(folder, "examples.jsonl", "data/examples.jsonl")
+    except MissingFileError:
+        return _read_winoground_parquet(find_first(folder, "data/test-*.parquet", "test-*.parquet"))
+    image_dir = find_first(file.parent, "images")
+    examples = []
+    for _, row in read_jsonl(file):
+        names = [row["image_0"], row["image_1"]]
+        refs = tuple(resolve_image(image_dir, name if Path(name).suffix else f"{name}.png") for name in names)
+        captions = (row["caption_0"], row["caption_1"])
+        examples.append(CompositionalExample(str(row["id"]), "winoground", refs, captions))
+    _check_image_files(examples, file)
+    return examples
+
+
+def _read_winoground_parquet(file: Path) -> list[CompositionalExample]:
+    """Read the version on the Hugging Face Hub, a Parquet table that includes the images."""
+    examples = []
+    columns = ["id", "image_0", "image_1", "caption_0", "caption_1"]
+    for row in pq.read_table(file, columns=columns).to_pylist():
+        refs = tuple(MemoryImage(row[key]["bytes"], f"{file}, {row['id']}, {key}") for key in ("image_0", "image_1"))
+        captions = (row["caption_0"], row["caption_1"])
+        examples.append(CompositionalExample(str(row["id"]), "winoground", refs, captions))
+    return examples
+
+
+def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
+    """Read 7,511 examples, each with a COCO val2017 image, a correct caption and a wrong caption (arXiv 2306.14610).
+
+    In the wrong captions, words have been added, replaced or swapped. Each file contains one category of changes.
+    """
+    data_dir = folder / "data" if (folder / "data").is_dir() else folder
+    image_dir = next((root / "val2017" for root in find_coco_roots(folder) if (root / "val2017").is_dir()), None)
+    if image_dir is None:
+        raise MissingFileError(f"no val2017 folder in {folder} or in a coco folder next to it")
+    examples = []
+    for kind in SUGARCREPE_KINDS:
+        file = find_first(data_dir, f"{kind}.json")
+        for key, row in read_json(file).items():
+            refs = (resolve_image(image_dir, row["filename"]),)
+            captions = (row["caption"].strip(), row["negative_caption"].strip())
+            examples.append(CompositionalExample(f"{kind} {key}", kind, refs, captions))
+    _check_image_files(examples, data_dir)
+    return examples
+
+
+def _check_image_files(examples: list[CompositionalExample], source: Path) -> None:
+    check_files([image for example in examples for image in example.images], source)
+
+
+READERS = {
+    "imagenet": _read_imagenet,
+    "imagenet-v2": _read_imagenet_v2,
+    "imagenet-sketch": _read_imagenet,
+    "imagenet-a": _read_imagenet,
+    "imagenet-r": _read_imagenet,
+    "objectnet": _read_objectnet,
+    "cifar10": partial(_read_cifar, files=["test_batch.bin"], names_file=CIFAR10_NAMES),
+    "cifar100": partial(_read_cifar, files=["test.bin"], names_file=CIFAR100_NAMES, skipped_labels=1),
+    "winoground": _read_winoground,
+    "sugarcrepe": _read_sugarcrepe,
+}
+TRAINING_READERS: dict[str, Callable[[Path], ClassificationData]] = {
+    "imagenet": lambda folder: _read_wordnet_folders(find_first(folder, "train")),
+    "cifar10": partial(_read_cifar, files=[f"data_batch_{n}.bin" for n in range(1, 6)], names_file=CIFAR10_NAMES),
+    "cifar100": partial(_read_cifar, files=["train.bin"], names_file=CIFAR100_NAMES, skipped_labels=1),
+}
+"""Readers of the training images for a linear probe."""

@@ -25,7 +25,6 @@ from llm2clip.data.formats.json_files import drop_unused_keys, find_image_folder
 from llm2clip.data.image_header import MAX_PIXELS
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.evaluate.benchmarks.base import (
-    COCO_FOLDERS,
     Benchmark,
     DetectionData,
     ImageId,
@@ -39,7 +38,6 @@ from llm2clip.runs.ranks import print_once
 
 BOXES_PREFIX = "boxes:"
 DETECTION_PREFIX = "detection:"
-INSTANCES_FOLDERS = (*COCO_FOLDERS, "coco_instances")
 MIN_SIDE = 1.0  # minimum width and height of a box in pixels, for region classification
 DESCRIPTIONS = {  # descriptions of benchmarks created from the user's own files
     "regions": "boxes with class names",
@@ -393,29 +391,8 @@ def _read_ov_coco(folder: Path) -> DetectionData:
     return read_detection(instances, [category_ids[name] for name in names], groups, get_imagenet_templates())
 
 
-BENCHMARKS = (
-    Benchmark(
-        name="coco-boxes",
-        kind="regions",
-        description="36,335 boxes of 80 classes in COCO val2017",
-        folders=INSTANCES_FOLDERS,
-        read=lambda folder: read_boxes(find_instances_file(folder)),
-        source="annotations/instances_val2017.json and val2017/ (cocodataset.org)",
-    ),
-    Benchmark(
-        name="lvis-boxes",
-        kind="regions",
-        description="244,707 boxes of 1,203 classes in LVIS v1's validation split",
-        folders=INSTANCES_FOLDERS,
-        read=lambda folder: read_boxes(find_first(folder, "annotations/lvis_v1_val.json", "lvis_v1_val.json")),
-        source="annotations/lvis_v1_val.json (lvisdataset.org), and COCO's train2017/ and val2017/ (cocodataset.org)",
-    ),
-    Benchmark(
-        name="ov-coco",
-        kind="detection",
-        description="4,836 images, 48 base classes and 17 novel classes (arXiv 1804.04340)",
-        folders=INSTANCES_FOLDERS,
-        read=_read_ov_coco,
-        source="annotations/instances_val2017.json and val2017/ (cocodataset.org); --proposals selects the boxes",
-    ),
-)
+READERS = {
+    "coco-boxes": lambda folder: read_boxes(find_instances_file(folder)),
+    "lvis-boxes": lambda folder: read_boxes(find_first(folder, "annotations/lvis_v1_val.json", "lvis_v1_val.json")),
+    "ov-coco": _read_ov_coco,
+}

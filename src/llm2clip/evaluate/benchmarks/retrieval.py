@@ -23,8 +23,6 @@ from llm2clip.data.formats.json_files import KarpathyImage
 from llm2clip.data.image_refs import ImageRef, MemoryImage
 from llm2clip.data.records import Record
 from llm2clip.evaluate.benchmarks.base import (
-    COCO_FOLDERS,
-    Benchmark,
     CaptionFields,
     find_coco_roots,
     find_image_file,
@@ -333,104 +331,16 @@ def _read_parallel_captions(file: Path, refs: Sequence[ImageRef]) -> list[Record
     return make_captioned_records(((ref, [caption]) for ref, caption in zip(refs, captions, strict=True)), file)
 
 
-KARPATHY_SOURCE = "caption_datasets.zip from cs.stanford.edu/people/karpathy/deepimagesent"
-BLIP_SOURCE = "storage.googleapis.com/sfr-vision-language-research/datasets"
-ENGLISH_BENCHMARKS = (
-    Benchmark(
-        name="flickr30k",
-        kind="retrieval",
-        description="1,000 images, 5,000 captions (Karpathy's test split)",
-        folders=("flickr30k", "Flickr30k", "flickr30k-images"),
-        read=_read_flickr30k,
-        source=f"dataset_flickr30k.json ({KARPATHY_SOURCE}) or flickr30k_test.json ({BLIP_SOURCE}), and "
-        "flickr30k-images/ (request the images with the form at shannon.cs.illinois.edu/DenotationGraph)",
-    ),
-    Benchmark(
-        name="coco",
-        kind="retrieval",
-        description="5,000 images, 25,010 captions (Karpathy's test split)",
-        folders=COCO_FOLDERS,
-        read=_read_coco,
-        source=f"dataset_coco.json ({KARPATHY_SOURCE}) or coco_karpathy_test.json ({BLIP_SOURCE}), and val2014/ "
-        "(images.cocodataset.org/zips/val2014.zip)",
-    ),
-    Benchmark(
-        name="flickr8k",
-        kind="retrieval",
-        description="1,000 images, 5,000 captions",
-        folders=("flickr8k", "Flickr8k"),
-        read=_read_flickr8k,
-        source=f"dataset_flickr8k.json ({KARPATHY_SOURCE}), or Flickr8k.token.txt and Flickr_8k.testImages.txt "
-        "(Flickr8k_text.zip); and Flicker8k_Dataset/ (Flickr8k_Dataset.zip)",
-    ),
-    Benchmark(
-        name="sharegpt4v",
-        kind="retrieval",
-        description="1,000 images, one long caption each",
-        folders=("sharegpt4v", "ShareGPT4V"),
-        read=_read_sharegpt4v,
-        source=f"{SHAREGPT4V_FILE} (huggingface.co/datasets/Lin-Chen/ShareGPT4V), and the images for its first 1,000 "
-        "records, sam/images/sa_*.jpg (ai.meta.com/datasets/segment-anything, tars 000000 to 000050)",
-    ),
-    Benchmark(
-        name="urban1k",
-        kind="retrieval",
-        description="1,000 images, one long caption each",
-        folders=("urban1k", "Urban1k", "Urban-1k"),
-        read=_read_urban1k,
-        source="Urban1k.zip (huggingface.co/datasets/BeichenZhang/Urban1k): caption/ and image/",
-    ),
-    Benchmark(
-        name="docci",
-        kind="retrieval",
-        description="5,000 images, one description of about 136 words each",
-        folders=("docci", "DOCCI"),
-        read=_read_docci,
-        source="docci_descriptions.jsonlines and docci_images.tar.gz (storage.googleapis.com/docci/data), CC BY 4.0",
-    ),
-)
-MULTILINGUAL_BENCHMARKS = (
-    Benchmark(
-        name="flickr30k-cn",
-        kind="retrieval",
-        description="1,000 images, 5,000 Chinese captions",
-        folders=("flickr30k-cn", "Flickr30k-CN", "flickr30k_cn"),
-        read=_read_flickr30k_cn,
-        source="test_texts.jsonl and test_imgs.tsv (Flickr30k-CN.zip from github.com/OFA-Sys/Chinese-CLIP), or "
-        "flickr30kzhmbosontest/ (github.com/li-xirong/cross-lingual-cap) and Flickr30k's images",
-    ),
-    Benchmark(
-        name="coco-cn",
-        kind="retrieval",
-        description="1,000 images, 1,053 human-written Chinese captions",
-        folders=("coco-cn", "COCO-CN", "coco_cn"),
-        read=_read_coco_cn,
-        source="coco-cn-version1805v1.1.tar.gz (github.com/li-xirong/coco-cn) and COCO's val2014/ and train2014/; or "
-        "files in Chinese-CLIP's format",
-    ),
-    Benchmark(
-        name="flickr8k-cn",
-        kind="retrieval",
-        description="1,000 images, 5,000 human-written and 5,000 translated Chinese captions",
-        folders=("flickr8k-cn", "flickr8kcn", "Flickr8k-CN"),
-        read=_read_flickr8k_cn,
-        source="data/ (github.com/li-xirong/flickr8kcn) and Flickr8k's images",
-    ),
-    Benchmark(
-        name="xm3600",
-        kind="retrieval",
-        description="3,600 images, captions in 36 languages",
-        folders=("xm3600", "XM3600", "crossmodal-3600"),
-        read=_read_xm3600,
-        source="captions.zip (google.github.io/crossmodal-3600/web-data) and images.tgz "
-        "(open-images-dataset.s3.amazonaws.com/crossmodal-3600)",
-    ),
-    Benchmark(
-        name="xtd10",
-        kind="retrieval",
-        description="1,000 images, one caption in each of 11 languages",
-        folders=("xtd10", "XTD10", "Cross-lingual-Test-Dataset-XTD10"),
-        read=_read_xtd10,
-        source="github.com/adobe-research/Cross-lingual-Test-Dataset-XTD10, and COCO's train2014/ and val2014/",
-    ),
-)
+READERS = {
+    "flickr30k": _read_flickr30k,
+    "coco": _read_coco,
+    "flickr8k": _read_flickr8k,
+    "sharegpt4v": _read_sharegpt4v,
+    "urban1k": _read_urban1k,
+    "docci": _read_docci,
+    "flickr30k-cn": _read_flickr30k_cn,
+    "coco-cn": _read_coco_cn,
+    "flickr8k-cn": _read_flickr8k_cn,
+    "xm3600": _read_xm3600,
+    "xtd10": _read_xtd10,
+}

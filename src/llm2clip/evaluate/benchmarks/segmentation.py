@@ -26,7 +26,6 @@ from llm2clip.evaluate.benchmarks.base import (
 )
 from llm2clip.evaluate.benchmarks.classification import IMAGE_SUFFIXES, get_imagenet_templates
 from llm2clip.evaluate.benchmarks.coco_instances import (
-    INSTANCES_FOLDERS,
     Instances,
     decode_mask,
     find_instances_file,
@@ -338,77 +337,13 @@ def _read_cityscapes(folder: Path) -> SegmentationData:
     return _build_from_files(images, label_files, table, label_dir, names, scale=2.5)
 
 
-_VOC_SOURCE = (
-    "JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/val.txt in VOCdevkit/VOC2012/ "
-    "(host.robots.ox.ac.uk/pascal/VOC/voc2012)"
-)
-_CONTEXT_SOURCE = (
-    "VOC2010/JPEGImages/ (host.robots.ox.ac.uk/pascal/VOC/voc2010), and either SegmentationClassContext/ and "
-    "ImageSets/SegmentationContext/val.txt, as written by mmsegmentation, or trainval/*.mat "
-    "(cs.stanford.edu/~roozbeh/pascal-context) and ImageSets/Main/val.txt"
-)
-_VOC_FOLDERS = ("voc2012", "VOC2012", "VOCdevkit")
-_CONTEXT_FOLDERS = ("voc2010", "VOC2010", "pascal-context", "VOCdevkit")
-
-_benchmark = partial(Benchmark, kind="segmentation")
-BENCHMARKS = (
-    _benchmark(
-        name="voc20",
-        description="PASCAL VOC 2012 without background: 1,449 images, 20 classes",
-        folders=_VOC_FOLDERS,
-        read=partial(_read_voc, with_background=False),
-        source=_VOC_SOURCE,
-    ),
-    _benchmark(
-        name="voc21",
-        description="PASCAL VOC 2012 with background: 1,449 images, 21 classes",
-        folders=_VOC_FOLDERS,
-        read=partial(_read_voc, with_background=True),
-        source=_VOC_SOURCE,
-    ),
-    _benchmark(
-        name="context59",
-        description="PASCAL-Context without background: 5,105 images, 59 classes",
-        folders=_CONTEXT_FOLDERS,
-        read=partial(_read_context, with_background=False),
-        source=_CONTEXT_SOURCE,
-    ),
-    _benchmark(
-        name="context60",
-        description="PASCAL-Context with background: 5,105 images, 60 classes",
-        folders=_CONTEXT_FOLDERS,
-        read=partial(_read_context, with_background=True),
-        source=_CONTEXT_SOURCE,
-    ),
-    _benchmark(
-        name="coco-object",
-        description="COCO val2017's objects and background: 5,000 images, 81 classes",
-        folders=INSTANCES_FOLDERS,
-        read=_read_coco_object,
-        source="annotations/instances_val2017.json and val2017/ (cocodataset.org)",
-    ),
-    _benchmark(
-        name="coco-stuff",
-        description="COCO-Stuff 164k: 5,000 images, 171 classes",
-        folders=INSTANCES_FOLDERS,
-        read=_read_coco_stuff,
-        source="stuffthingmaps/val2017/*.png: stuffthingmaps_trainval2017.zip (github.com/nightrome/cocostuff), and "
-        "COCO's val2017/ (cocodataset.org)",
-    ),
-    _benchmark(
-        name="ade20k",
-        description="ADE20K: 2,000 images, 150 classes",
-        folders=("ade20k", "ADEChallengeData2016", "ade"),
-        read=_read_ade20k,
-        source="images/validation/ and annotations/validation/: ADEChallengeData2016.zip "
-        "(data.csail.mit.edu/places/ADEchallenge)",
-    ),
-    _benchmark(
-        name="cityscapes",
-        description="Cityscapes: 500 images, 19 classes",
-        folders=("cityscapes", "Cityscapes"),
-        read=_read_cityscapes,
-        source="leftImg8bit/val/ and gtFine/val/: leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip "
-        "(cityscapes-dataset.com)",
-    ),
-)
+READERS = {
+    "voc20": partial(_read_voc, with_background=False),
+    "voc21": partial(_read_voc, with_background=True),
+    "context59": partial(_read_context, with_background=False),
+    "context60": partial(_read_context, with_background=True),
+    "coco-object": _read_coco_object,
+    "coco-stuff": _read_coco_stuff,
+    "ade20k": _read_ade20k,
+    "cityscapes": _read_cityscapes,
+}

@@ -27,11 +27,11 @@ from torchvision.utils import draw_bounding_boxes
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import DetectionData, ImageId
 from llm2clip.evaluate.bootstrap import BootstrapMetrics, draw_bootstrap_counts
+from llm2clip.evaluate.classification import encode_classes
 from llm2clip.evaluate.dense import decode_images, gather_results, get_logit_scales, get_model, select_variants
 from llm2clip.evaluate.dense.proposals import GROUND_TRUTH, Proposals, get_object_boxes, open_proposals
 from llm2clip.evaluate.dense.regions import CROP, encode_boxes
 from llm2clip.evaluate.embeddings import EmbeddingSource
-from llm2clip.evaluate.zero_shot import encode_classes
 from llm2clip.io_utils import atomic_write_text, sanitize_name
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
 from llm2clip.runs.ranks import process_state

@@ -25,9 +25,9 @@ from torch import Tensor
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import RegionData
 from llm2clip.evaluate.bootstrap import BootstrapMetrics
+from llm2clip.evaluate.classification import compute_class_ranks, encode_classes
 from llm2clip.evaluate.dense import decode_images, gather_results, get_model, select_variants
 from llm2clip.evaluate.embeddings import BATCH_SIZE, EmbeddingSource
-from llm2clip.evaluate.zero_shot import compute_class_ranks, encode_classes
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.vision.dense import encode_boxes as encode_dense_boxes
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph

@@ -19,9 +19,9 @@ from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import IGNORED, SegmentationData
 from llm2clip.evaluate.bootstrap import BootstrapMetrics
+from llm2clip.evaluate.classification import encode_classes
 from llm2clip.evaluate.dense import decode_batches, gather_results, get_logit_scales, get_model, select_variants
 from llm2clip.evaluate.embeddings import EmbeddingSource
-from llm2clip.evaluate.zero_shot import encode_classes
 from llm2clip.io_utils import atomic_path, atomic_write_text, sanitize_name
 from llm2clip.models.vision.sliding_window import PixelScores, ResizeForWindows, encode_windows, segment
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm2clip.data.images import load_thumbnail
 from llm2clip.evaluate.recall import compute_recall_intervals, recall
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks, measure_caption_lengths
+from llm2clip.evaluate.retrieval import RetrievalRanks, measure_caption_lengths
 from llm2clip.reports import Example, Examples
 
 MAX_K = 50  # maximum k in the recall curves

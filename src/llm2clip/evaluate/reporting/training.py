@@ -19,7 +19,7 @@ from llm2clip.evaluate.recall import KS, retrieval_metrics, two_way_ranks
 from llm2clip.evaluate.reporting import plots
 from llm2clip.evaluate.reporting.error_analysis import read_example_searches
 from llm2clip.evaluate.reporting.verdicts import describe_retrieval, describe_share
-from llm2clip.evaluate.retrieval_eval import RetrievalRanks, rank_caption_fields
+from llm2clip.evaluate.retrieval import RetrievalRanks, rank_caption_fields
 from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.io_utils import atomic_write_text, format_bytes, read_json
 from llm2clip.models.dual_encoder import wrap_llm2clip

@@ -1,12 +1,16 @@
-"""Zero-shot classification with class names, and linear probes."""
+"""Accuracy of zero-shot classification, linear probes and compositional benchmarks.
+
+In compositional benchmarks, a tie between the correct answer and a wrong answer counts as an error.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llm2clip.evaluate.benchmarks.base import CompositionalExample
 from llm2clip.evaluate.bootstrap import BootstrapMetrics
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.models.prompts import average_prompts, fill_templates
@@ -92,3 +96,47 @@ def fit_linear_probe(
     best_c = max(candidates, key=lambda c: fit(c, fit_x, fit_y).score(validation_x, validation_y))
     accuracy = fit(best_c, x, y).score(test.numpy(), np.asarray(test_labels))
     return {"top-1": 100 * float(accuracy), "C": best_c}
+
+
+def compute_compositional_accuracy(
+    examples: Sequence[CompositionalExample],
+    image_embeddings: Mapping[str, Tensor],
+    text_embeddings: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """Return the accuracies on Winoground or SugarCrepe, in percent.
+
+    In Winoground (arXiv 2204.03162), each example has two images and two captions. For "text", each image must be more
+    similar to its own caption than to the other caption. For "image", each caption must be more similar to its own
+    image than to the other image. For "group", both conditions must hold. The chance levels are 25, 25 and 16.7.
+
+    In SugarCrepe (arXiv 2306.14610), each example has one image, a correct caption and a wrong caption. The result
+    contains the accuracy for each category, and "mean", the average over the categories. The chance level is 50.
+
+    Args:
+        examples: All examples of a single benchmark.
+        image_embeddings: Image embeddings of shape (D,), L2-normalised, keyed by `ImageRef.key`.
+        text_embeddings: Caption embeddings of shape (D,), L2-normalised, keyed by caption.
+    """
+    hits: dict[str, list[bool]] = {}
+    for example in examples:
+        images = torch.stack([image_embeddings[ref.key] for ref in example.images])
+        captions = torch.stack([text_embeddings[caption] for caption in example.captions])
+        scores = images @ captions.T  # (images, captions)
+        if len(images) == 1:
+            hits.setdefault(example.kind, []).append(bool(scores[0, 0] > scores[0, 1:].max()))
+        else:
+            for name, is_hit in _compute_pair_scores(scores).items():
+                hits.setdefault(name, []).append(is_hit)
+    accuracies = {name: 100.0 * sum(values) / len(values) for name, values in hits.items()}
+    if "group" not in accuracies:
+        accuracies["mean"] = sum(accuracies.values()) / len(accuracies)
+    return accuracies
+
+
+def _compute_pair_scores(scores: Tensor) -> dict[str, bool]:
+    """Return Winoground's three scores for an example, given its similarities of shape (images, captions)."""
+    correct = scores.diagonal()
+    off_diagonal = ~torch.eye(len(scores), dtype=torch.bool)
+    text = bool((correct[:, None] > scores)[off_diagonal].all())
+    image = bool((correct[None] > scores)[off_diagonal].all())
+    return {"text": text, "image": image, "group": text and image}
