@@ -28,10 +28,9 @@ from llm2clip.evaluate.reporting.comparison import (
     build_benchmark_blocks,
     build_caption_retrieval_blocks,
     build_short_query_blocks,
-    describe_results,
 )
 from llm2clip.evaluate.reporting.error_analysis import analyze_errors
-from llm2clip.evaluate.reporting.verdicts import describe_caption_retrieval
+from llm2clip.evaluate.reporting.verdicts import describe_caption_retrieval, describe_results
 from llm2clip.evaluate.retrieval import compute_retrieval_difference
 from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.io_utils import MissingFileError, atomic_write_text, sanitize_name

@@ -10,8 +10,7 @@ from llm2clip.evaluate.benchmarks import Benchmark
 from llm2clip.evaluate.benchmarks.coco_instances import DEGENERATE
 from llm2clip.evaluate.recall import KS
 from llm2clip.evaluate.reporting import plots
-from llm2clip.evaluate.reporting.error_analysis import MAX_K, ErrorAnalysis
-from llm2clip.evaluate.reporting.verdicts import describe_difference, describe_retrieval, describe_share
+from llm2clip.evaluate.reporting.error_analysis import build_error_analysis_blocks
 from llm2clip.evaluate.short_queries import METRICS, LengthScores, compute_mean_intervals
 from llm2clip.published_results import CRA, CRA_NOTE, get_published_metrics, get_published_notes, get_published_rows
 from llm2clip.reports import (
@@ -39,50 +38,6 @@ SHORT_QUERY_NOTE = (
 BYTES_PER_VALUE = 2  # search indexes store vectors in float16
 Curves = Mapping[str, Sequence[LengthScores]]
 """Results for each query length, keyed by model name. The key ends in ", with templates" if templates are used."""
-
-
-def describe_results(benchmark: str, results: Sequence[BenchmarkResult]) -> str:
-    """State the first model's main result on a benchmark in words, and compare it with the best baseline.
-
-    Truncated embeddings of the first model are not baselines.
-    """
-    first = results[0]
-    if first.ranks:
-        direction, metric = "T2I", "R@10"
-        verdict = describe_retrieval(first.model, first.summary["rows"][0])
-    else:
-        direction, metric = "metrics", _choose_main_metric(first)
-        verdict = _describe_metric(first, benchmark, metric)
-    differences = []
-    for result in results[1:]:
-        difference = _get_entry(result).get("difference")
-        is_truncated = "full model" in result.summary and result.summary["full model"] == first.model
-        if difference and not is_truncated and metric in difference[direction]:
-            intervals = difference.get("intervals", difference.get(f"{direction} interval"))
-            differences.append((difference[direction][metric], result.model, intervals.get(metric)))
-    if differences:
-        value, baseline, interval = min(differences)
-        verdict += " " + describe_difference(baseline, value, interval, metric)
-    return verdict
-
-
-def _get_entry(result: BenchmarkResult) -> Mapping[str, Any]:
-    """Return the first row of a result, or its summary if it has no rows."""
-    rows: Sequence[Mapping[str, Any]] = result.summary.get("rows", [result.summary])
-    return rows[0]
-
-
-def _choose_main_metric(result: BenchmarkResult) -> str:
-    metrics = _get_entry(result)["metrics"]
-    return next((name for name in ("group", "mean") if name in metrics), next(iter(metrics)))
-
-
-def _describe_metric(result: BenchmarkResult, benchmark: str, metric: str) -> str:
-    value = _get_entry(result)["metrics"][metric]
-    if metric == "top-1":
-        things = "boxes" if "regions" in result.summary else "images"
-        return f"{result.model} names the right class for {describe_share(value)} {things} of {benchmark}."
-    return f"{result.model} reaches {value:.1f}% {metric} on {benchmark}."
 
 
 def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResult]) -> list[Block]:
@@ -260,40 +215,6 @@ def build_mean_recall_table(
     rows += [[model, *recalls] for model, recalls in means.items()]
     rows += [[name, *values] for name, values in _subtract_recalls(means, published).items()]
     return Table(["model", *(f"{direction} R@{k}" for direction in DIRECTIONS for k in KS)], rows, highlight)
-
-
-def build_error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
-    """Return recall plots for all models, and the similarity matrix and examples for the first model."""
-    name, first = next(iter(analyses.items()))
-    blocks: list[Block] = [_plot_recall_curves(analyses)]
-    if len(first.length_bins) > 1:
-        blocks.append(_plot_recall_by_length(analyses))
-    matrix = plots.plot_matrix(first.similarity, "images", "their first captions")
-    blocks.append(Figure(matrix, f"Cosine similarities computed by {name}. Matching pairs are on the diagonal."))
-    if first.examples:
-        text = f"Captions sampled at regular intervals, with the images retrieved by {name}. Correct images are marked."
-        blocks += [Heading("Examples", 3), Paragraph(text), *first.examples]
-    if first.failures:
-        text = "Captions whose correct images rank lowest."
-        blocks += [Heading("Worst failures", 3), Paragraph(text), *first.failures]
-    return blocks
-
-
-def _plot_recall_curves(analyses: Mapping[str, ErrorAnalysis]) -> Figure:
-    curves = {}
-    for name, analysis in analyses.items():
-        for direction in DIRECTIONS:
-            curves[f"{name} {direction}"] = analysis.curves[direction]
-    svg = plots.plot_curves(curves, range(1, MAX_K + 1), "k", "R@k, %", log_x=True)
-    return Figure(svg, "Recall at k (R@k) for increasing k.")
-
-
-def _plot_recall_by_length(analyses: Mapping[str, ErrorAnalysis]) -> Figure:
-    first = next(iter(analyses.values()))
-    curves = {name: analysis.recall_by_length for name, analysis in analyses.items()}
-    labels = [f"{low}–{high}" if low < high else str(low) for low, high in first.length_bins]
-    svg = plots.plot_interval_curves(curves, labels, f"{first.length_unit} in the caption", "T2I R@1, %")
-    return Figure(svg, "Recall by caption length, with 95% confidence intervals.")
 
 
 def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[str, Mapping[str, float]]) -> Table:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from llm2clip.data.images import load_thumbnail
 from llm2clip.evaluate.recall import compute_recall_intervals, recall
+from llm2clip.evaluate.reporting import plots
 from llm2clip.evaluate.retrieval import RetrievalRanks, measure_caption_lengths
-from llm2clip.reports import Example, Examples
+from llm2clip.reports import Block, Example, Examples, Figure, Heading, Paragraph
 
 MAX_K = 50  # maximum k in the recall curves
 THUMBNAIL_SIDE = 280  # maximum width and height of thumbnails, in pixels
@@ -163,3 +164,40 @@ def retrieve_images(ranks: RetrievalRanks, text: int) -> Examples:
         caption = f"{position}. cosine {float(scores[image]):.2f}"
         images.append(Example(load_thumbnail(ref, THUMBNAIL_SIDE), caption, is_correct=image == correct_image))
     return Examples(images, ranks.captions[text])
+
+
+# ---- report section --------------------------------------------------------------------------------------------------
+
+
+def build_error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
+    """Return recall plots for all models, and the similarity matrix and examples for the first model."""
+    name, first = next(iter(analyses.items()))
+    blocks: list[Block] = [_plot_recall_curves(analyses)]
+    if len(first.length_bins) > 1:
+        blocks.append(_plot_recall_by_length(analyses))
+    matrix = plots.plot_matrix(first.similarity, "images", "their first captions")
+    blocks.append(Figure(matrix, f"Cosine similarities computed by {name}. Matching pairs are on the diagonal."))
+    if first.examples:
+        text = f"Captions sampled at regular intervals, with the images retrieved by {name}. Correct images are marked."
+        blocks += [Heading("Examples", 3), Paragraph(text), *first.examples]
+    if first.failures:
+        text = "Captions whose correct images rank lowest."
+        blocks += [Heading("Worst failures", 3), Paragraph(text), *first.failures]
+    return blocks
+
+
+def _plot_recall_curves(analyses: Mapping[str, ErrorAnalysis]) -> Figure:
+    curves = {}
+    for name, analysis in analyses.items():
+        for direction, curve in analysis.curves.items():
+            curves[f"{name} {direction}"] = curve
+    svg = plots.plot_curves(curves, range(1, MAX_K + 1), "k", "R@k, %", log_x=True)
+    return Figure(svg, "Recall at k (R@k) for increasing k.")
+
+
+def _plot_recall_by_length(analyses: Mapping[str, ErrorAnalysis]) -> Figure:
+    first = next(iter(analyses.values()))
+    curves = {name: analysis.recall_by_length for name, analysis in analyses.items()}
+    labels = [f"{low}–{high}" if low < high else str(low) for low, high in first.length_bins]
+    svg = plots.plot_interval_curves(curves, labels, f"{first.length_unit} in the caption", "T2I R@1, %")
+    return Figure(svg, "Recall by caption length, with 95% confidence intervals.")

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llm2clip.evaluate.benchmark_eval import BenchmarkResult
+
 MIN_IMAGES = 50  # with fewer images, recall says little about other images
 K = 10  # retrieval is described by R@K
 
@@ -72,3 +74,47 @@ def describe_caption_retrieval(encoder: str, metrics: Mapping[str, Any]) -> str:
     if metrics["images"] < MIN_IMAGES:
         return f"Only {images} with two captions: too few to judge the encoder. Use at least {MIN_IMAGES}."
     return f"For {describe_share(metrics['CRA'])} of {images}, {encoder} finds the second caption from the first."
+
+
+def describe_results(benchmark: str, results: Sequence[BenchmarkResult]) -> str:
+    """State the first model's main result on a benchmark in words, and compare it with the best baseline.
+
+    Truncated embeddings of the first model are not baselines.
+    """
+    first = results[0]
+    if first.ranks:
+        direction, metric = "T2I", "R@10"
+        verdict = describe_retrieval(first.model, first.summary["rows"][0])
+    else:
+        direction, metric = "metrics", _choose_main_metric(first)
+        verdict = _describe_metric(first, benchmark, metric)
+    differences = []
+    for result in results[1:]:
+        difference = _get_entry(result).get("difference")
+        is_truncated = "full model" in result.summary and result.summary["full model"] == first.model
+        if difference and not is_truncated and metric in difference[direction]:
+            intervals = difference.get("intervals", difference.get(f"{direction} interval"))
+            differences.append((difference[direction][metric], result.model, intervals.get(metric)))
+    if differences:
+        value, baseline, interval = min(differences)
+        verdict += " " + describe_difference(baseline, value, interval, metric)
+    return verdict
+
+
+def _get_entry(result: BenchmarkResult) -> Mapping[str, Any]:
+    """Return the first row of a result, or its summary if it has no rows."""
+    rows: Sequence[Mapping[str, Any]] = result.summary.get("rows", [result.summary])
+    return rows[0]
+
+
+def _choose_main_metric(result: BenchmarkResult) -> str:
+    metrics = _get_entry(result)["metrics"]
+    return next((name for name in ("group", "mean") if name in metrics), next(iter(metrics)))
+
+
+def _describe_metric(result: BenchmarkResult, benchmark: str, metric: str) -> str:
+    value = _get_entry(result)["metrics"][metric]
+    if metric == "top-1":
+        things = "boxes" if "regions" in result.summary else "images"
+        return f"{result.model} names the right class for {describe_share(value)} {things} of {benchmark}."
+    return f"{result.model} reaches {value:.1f}% {metric} on {benchmark}."
