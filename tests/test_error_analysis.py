@@ -69,7 +69,7 @@ def test_analyze_errors_shows_top_images_and_the_correct_one(ranks: RetrievalRan
     analysis = analyze_errors(ranks, num_queries=3, matrix_size=4)
     rows = [0, 3, 7, 11]
     assert torch.equal(analysis.similarity, ranks.texts[[5 * i for i in rows]] @ ranks.images[rows].T)
-    assert [example.query for example in analysis.examples] == [ranks.captions[t] for t in (0, 29, 59)]
+    assert [example.title for example in analysis.examples] == [ranks.captions[t] for t in (0, 29, 59)]
     scores = ranks.images @ ranks.texts[29]
     best = scores.argsort(descending=True)[:5].tolist()
     images = analysis.examples[1].images
