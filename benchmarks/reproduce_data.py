@@ -45,7 +45,7 @@ from llm2clip.data.table import RecordTable
 from llm2clip.data.texts import deduplicate_captions
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.retrieval_eval import dual_encoder_from_store, rank_caption_fields
+from llm2clip.evaluate.retrieval import dual_encoder_from_store, rank_caption_fields
 from llm2clip.models.hub.loading import get_display_names
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text.caption_encoder import CaptionEncoder
