@@ -15,7 +15,7 @@ import numpy as np
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.search.backends import Filter, IndexedContent, IndexedImage
 from llm2clip.search.build import truncate_to_index
-from llm2clip.search.query import SearchQuery, embed_query
+from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.sqlite_backend import SqliteBackend
 
 
@@ -41,13 +41,13 @@ def measure_fusion(folder: Path, model_name: str, count: int) -> None:
         described = IndexedImage(image.name, image.ref, image.source, "1", image.captions[1:], image.taken)
         images.append((described, hit.id.encode()))
     copy.add(contents, images)
-    vectors = [embed_query(model, SearchQuery([query])) for query in queries]
+    vectors = [QueryEncoder(model).embed(SearchQuery([query])).combined for query in queries]
     names = [image.name for image, _ in images]
     short = [" ".join(query.split()[1:3]) for query in queries]
     print("| queries | word search | images with a word match | R@1 |\n|---|---|---|---|")
     for label, texts in (("captions", queries), ("two words of a caption", short)):
         if label != "captions":
-            vectors = [embed_query(model, SearchQuery([text])) for text in texts]
+            vectors = [QueryEncoder(model).embed(SearchQuery([text])).combined for text in texts]
         for name, use_words in (("off", False), ("on", True)):
             correct, matched = [], []
             for text, vector, expected in zip(texts, vectors, names, strict=True):

@@ -12,7 +12,7 @@ from llm2clip.cli import main
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search.explain import MAX_WORDS, explain_hit, find_words, remove_word
-from llm2clip.search.query import SearchQuery
+from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.sqlite_backend import SqliteBackend
 from search_fixtures import create_patient_app, make_index
 
@@ -69,7 +69,7 @@ def test_effects_are_differences_of_scores(dual_encoder: DualEncoder, backend: S
     vector = backend.vector("3")
     assert vector is not None
     query = SearchQuery(["a red dog", "snow"])
-    explanation = explain_hit(dual_encoder, query, vector)
+    explanation = explain_hit(QueryEncoder(dual_encoder), query, vector)
     score = compute_score(dual_encoder, vector, "a red dog", "snow")
     expected = [
         score - compute_score(dual_encoder, vector, "red dog", "snow"),
@@ -81,7 +81,7 @@ def test_effects_are_differences_of_scores(dual_encoder: DualEncoder, backend: S
     assert [word.effect for word in explanation.words] == pytest.approx(expected, abs=1e-5)
     assert max(map(abs, expected)) > 1e-3
 
-    single = explain_hit(dual_encoder, SearchQuery(["snow"]), vector)
+    single = explain_hit(QueryEncoder(dual_encoder), SearchQuery(["snow"]), vector)
     assert [word.effect for word in single.words] == [single.score]  # nothing remains without the only word
 
 
@@ -91,12 +91,12 @@ def test_templates_are_used_without_a_word_only_if_the_complete_text_has_them(
     vector = backend.vector("3")
     assert vector is not None
     templates = QueryTemplates(("a photo of a {}",), max_words=2)
-    short = explain_hit(dual_encoder, SearchQuery(["red dog"], templates=templates), vector)
+    short = explain_hit(QueryEncoder(dual_encoder), SearchQuery(["red dog"], templates=templates), vector)
     score = compute_score(dual_encoder, vector, "red dog", "a photo of a red dog")
     assert short.score == pytest.approx(score, abs=1e-5)
     without_red = compute_score(dual_encoder, vector, "dog", "a photo of a dog")
     assert short.words[0].effect == pytest.approx(score - without_red, abs=1e-5)
-    long = explain_hit(dual_encoder, SearchQuery(["a red dog"], templates=templates), vector)
+    long = explain_hit(QueryEncoder(dual_encoder), SearchQuery(["a red dog"], templates=templates), vector)
     without_a = compute_score(dual_encoder, vector, "red dog")
     assert long.words[0].effect == pytest.approx(long.score - without_a, abs=1e-5)
 
@@ -155,7 +155,7 @@ def test_search_prints_the_effect_of_each_word(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("llm2clip.models.dual_encoder.open_dual_encoder", lambda name: dual_encoder)
+    monkeypatch.setattr("llm2clip.search.index.open_dual_encoder", lambda name, **_: dual_encoder)
     index = str(backend.folder)
     assert main(["search", index, "a red dog", "--explain", "--top", "2"]) == 0
     output = capsys.readouterr().out

@@ -18,7 +18,7 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.vision.dense import build_dense_encoder
 from llm2clip.search.backends import Filter
 from llm2clip.search.heatmap import DARKEST, compute_heatmap, draw_heatmap
-from llm2clip.search.query import SearchQuery, embed_query
+from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.sqlite_backend import SqliteBackend
 from search_fixtures import add_red_detector, create_patient_app, make_index
 from test_dense import BUILDERS
@@ -150,7 +150,7 @@ def test_server_rejects_invalid_heatmap_requests(
 @pytest.fixture
 def index(tmp_path: Path, photos: Path, model: DualEncoder, monkeypatch: pytest.MonkeyPatch) -> str:
     make_index(tmp_path / "index", photos, model)
-    monkeypatch.setattr("llm2clip.models.dual_encoder.open_dual_encoder", lambda name: model)
+    monkeypatch.setattr("llm2clip.search.index.open_dual_encoder", lambda name, **_: model)
     return str(tmp_path / "index")
 
 
@@ -177,7 +177,7 @@ def test_search_command_writes_heatmaps(
     assert "No heat map" not in capsys.readouterr().out
     page = (tmp_path / "sheet/results.html").read_text()
     assert "Bright parts of an image are the most similar to the query" in page
-    vector = embed_query(model, SearchQuery([RED], [photos / "0.png"]))
+    vector = QueryEncoder(model).embed(SearchQuery([RED], [photos / "0.png"])).combined
     [hit] = SqliteBackend(Path(index)).search(vector, 1, Filter())
     image = load_image(hit.images[0].name)
     assert model.dense is not None
@@ -192,6 +192,6 @@ def test_search_command_needs_dense_features_for_heatmaps(
     model: DualEncoder, index: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without = dataclasses.replace(model, dense=None)
-    monkeypatch.setattr("llm2clip.models.dual_encoder.open_dual_encoder", lambda name: without)
+    monkeypatch.setattr("llm2clip.search.index.open_dual_encoder", lambda name, **_: without)
     assert main(["search", index, RED, "--sheet", "sheet", "--heatmaps"]) == 1
     assert "heat maps are not available for this model" in capsys.readouterr().err

@@ -1,32 +1,26 @@
 """Tests of re-ranking: the order of hits, pages, the cache, missing files, and the option --rerank."""
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from starlette.testclient import TestClient
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llm2clip.cli import main
-from llm2clip.data.images import load_image
-from llm2clip.llava.build import build_llava
+from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search import inference, rerank
+from llm2clip.search import index, rerank
+from llm2clip.search.backends import Hit, IndexedImage
 from llm2clip.search.inference import Limits
-from llm2clip.search.query import SearchQuery
-from llm2clip.search.rerank import RerankCache
+from llm2clip.search.query import QueryEncoder, SearchQuery
+from llm2clip.search.rerank import Reranker
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.vlm import RerankModel, VisionLanguageModel, make_question, open_rerank_model
 from search_fixtures import HANG_TIMEOUT, make_colour_model, make_index
-from test_export import hf_tower
 
 BASE_URL = "http://localhost"
 RED = {"texts": ["red"], "words": False, "group_similar": False}
@@ -60,32 +54,24 @@ def backend(photos: Path, tmp_path: Path, dual_encoder: DualEncoder) -> SqliteBa
 
 @pytest.fixture(autouse=True)
 def few_reranked_hits(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (inference, rerank):
+    for module in (index, rerank):
         monkeypatch.setattr(module, "RERANKED", 8)
-        monkeypatch.setattr(module, "IMAGES_PER_BATCH", 3)
+    monkeypatch.setattr(rerank, "IMAGES_PER_BATCH", 3)
 
 
 def make_client(
-    model: DualEncoder, backend: SqliteBackend, rerank_model: RerankModel | None, **limits: Any
+    model: DualEncoder, backend: SqliteBackend, rerank_model: DualEncoder | None, **limits: Any
 ) -> TestClient:
     app = create_app(model, backend, Limits(**{"timeout": HANG_TIMEOUT, **limits}), rerank_model=rerank_model)
     return TestClient(app, base_url=BASE_URL)
 
 
-@pytest.mark.parametrize("kind", ["none", "dual encoder", "vision-language model"])
-def test_page_knows_which_queries_can_be_re_ranked(
-    dual_encoder: DualEncoder, backend: SqliteBackend, rerank_model: DualEncoder, kind: str
+def test_page_knows_whether_results_can_be_re_ranked(
+    dual_encoder: DualEncoder, backend: SqliteBackend, rerank_model: DualEncoder
 ) -> None:
-    models: dict[str, Any] = {
-        "none": None,
-        "dual encoder": rerank_model,
-        "vision-language model": Mock(VisionLanguageModel),
-    }
-    if models[kind] is not None and kind != "dual encoder":
-        models[kind].name = "tiny"
-    page = make_client(dual_encoder, backend, models[kind]).get("/").text
-    assert ('data-rerank-count="50"' in page) == (kind != "none")
-    assert ("data-rerank-texts-only" in page) == (kind == "vision-language model")
+    for model in (None, rerank_model):
+        page = make_client(dual_encoder, backend, model).get("/").text
+        assert ('data-rerank-count="50"' in page) == (model is not None)
 
 
 def search(client: TestClient, **request: Any) -> dict[str, Any]:
@@ -177,76 +163,20 @@ def test_server_without_a_rerank_model_rejects_requests_for_it(
 
 
 def test_cache_removes_the_least_recently_used_embedding(
-    rerank_model: DualEncoder, monkeypatch: pytest.MonkeyPatch
+    rerank_model: DualEncoder, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rerank, "MAX_CACHED", 2)
-    cache, decoded = RerankCache(rerank_model), []
+    decoded: list[bytes] = []
 
     def decode(data: bytes) -> Tensor:
-        decoded.append(data.decode())
+        decoded.append(data)
         return torch.zeros(3, 1, 1)
 
-    def use(name: str) -> None:
-        image = cache.prepare(name, "", str.encode, decode)
-        assert image is not None
-        if image.result is None:
-            cache.add(image.key, np.zeros(3, np.float32))
-
+    reranker = Reranker(QueryEncoder(rerank_model, decode), str.encode)
+    image = IndexedImage("a", FileImage("a"), "", "")
     for name in ("a", "b", "a", "c", "a", "b"):
-        use(name)
-    assert decoded == ["a", "b", "c", "b"]
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory, llm: Path) -> Path:
-    """Folder of a random LLaVA model."""
-    folder = tmp_path_factory.mktemp("vlm")
-    return build_llava(hf_tower(folder, "clip_vision_model"), str(llm), folder / "built")
-
-
-def test_vlm_rates_an_image_by_the_probability_of_yes(vlm: Path, photos: Path) -> None:
-    model, image = open_rerank_model(f"vlm:{vlm}", "fp32"), load_image(str(photos / "3.png"))
-    assert isinstance(model, VisionLanguageModel)
-    question = make_question(SearchQuery(["a dog", "snow"]))
-    assert "a dog, snow" in question
-    (rating,) = model.rate([(model.transform(image), question)])
-
-    processor, network = AutoProcessor.from_pretrained(vlm), AutoModelForImageTextToText.from_pretrained(vlm).eval()
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(text=prompt, images=Image.open(photos / "3.png"), return_tensors="pt")
-    with torch.no_grad():
-        probabilities = network(**inputs).logits[0, -1].softmax(-1)
-    tokens = processor.tokenizer.convert_tokens_to_ids
-    yes, no = (float(probabilities[tokens([letter, letter.upper()])].sum()) for letter in "yn")
-    assert rating == pytest.approx(yes / (yes + no), abs=1e-4)
-    with_placeholder, with_space = model.rate([(model.transform(image), question + end) for end in ("<image>", " ")])
-    assert with_placeholder == with_space  # the placeholder does not stand for a second image
-
-
-def test_vlm_sorts_only_results_of_texts(dual_encoder: DualEncoder, backend: SqliteBackend, vlm: Path) -> None:
-    model = open_rerank_model(f"vlm:{vlm}", "fp32")
-    assert isinstance(model, VisionLanguageModel)
-    asked: list[str] = []
-
-    def rate_by_redness(items: Sequence[tuple[Image.Image, str]]) -> np.ndarray:
-        asked.extend(question for _, question in items)
-        return np.array([np.array(image)[0, 0, 0] / 255 for image, _ in items], np.float32)
-
-    model.rate = rate_by_redness  # type: ignore[method-assign]
-    with make_client(dual_encoder, backend, model) as client:
-        numbers = get_numbers(search(client, **RED))
-        result = search(client, **RED, rerank=True)
-        assert get_numbers(result) == [*sorted(numbers[:8], reverse=True), *numbers[8:]]
-        assert set(asked) == {make_question(SearchQuery(["red"]))} and len(asked) == 8
-        search(client, **RED, rerank=True)
-        assert len(asked) == 8  # the probabilities are cached
-        search(client, **{**RED, "texts": ["blue"]}, rerank=True)
-        assert len(asked) == 16
-        for request in ({"like": ["1"]}, {"texts": ["red"], "negative_texts": ["blue"]}):
-            response = client.post("/search", json={**request, "rerank": True})
-            assert response.status_code == 400
-            assert "queries that consist of texts" in response.json()["error"]["message"]
+        reranker.sort(SearchQuery(["red"]), [Hit(name, 1.0, (image,), 1, 1, 1)])
+    assert decoded == [b"a", b"b", b"c", b"b"] and encoded == [1] * 4
 
 
 def test_commands_rerank_results(
@@ -259,13 +189,12 @@ def test_commands_rerank_results(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     models = {str(tmp_path): rerank_model}
-    for module in ("llm2clip.models.dual_encoder", "llm2clip.search.vlm"):
-        monkeypatch.setattr(f"{module}.open_dual_encoder", lambda name, **_: models.get(name, dual_encoder))
+    monkeypatch.setattr("llm2clip.search.index.open_dual_encoder", lambda name, **_: models.get(name, dual_encoder))
     monkeypatch.setattr("llm2clip.cli.search.resolve_model", lambda name: name)
-    index = str(backend.folder)
+    folder = str(backend.folder)
 
     def list_numbers(*flags: str) -> list[int]:
-        assert main(["search", index, "red", "--no_words", "--no_group", "--paths", "--top", "12", *flags]) == 0
+        assert main(["search", folder, "red", "--no_words", "--no_group", "--paths", "--top", "12", *flags]) == 0
         return [int(Path(path).stem) for path in capsys.readouterr().out.splitlines()]
 
     plain = list_numbers()
@@ -274,15 +203,15 @@ def test_commands_rerank_results(
     assert list_numbers("--rerank", str(tmp_path), "--top", "1") == [best]
     sheet = tmp_path / "sheet"
     flags = ["--no_words", "--no_group", "--sheet", str(sheet), "--rerank", str(tmp_path)]
-    assert main(["search", index, "red", *flags]) == 0
+    assert main(["search", folder, "red", *flags]) == 0
     text = (sheet / "results.html").read_text()
     assert f"re-ranked with {tmp_path} (" in text and "most similar first" not in text
     capsys.readouterr()
     shutil.move(photos / f"{best}.png", tmp_path / "moved.png")
-    assert main(["search", index, "red", "--no_words", "--no_group", "--rerank", str(tmp_path)]) == 0
+    assert main(["search", folder, "red", "--no_words", "--no_group", "--rerank", str(tmp_path)]) == 0
     assert "could not be re-ranked" in capsys.readouterr().err
     for command, message in (
-        (["search", index, "--min_side", "1", "--rerank", str(tmp_path)], "--rerank requires a text or an image"),
+        (["search", folder, "--min_side", "1", "--rerank", str(tmp_path)], "--rerank requires a text or an image"),
         (["serve", "--model", "m", "--rerank", str(tmp_path)], "--rerank requires an index"),
     ):
         assert main(command) == 1

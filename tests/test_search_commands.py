@@ -17,7 +17,7 @@ from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.model_folder import save_query_templates
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search.backends import Filter
-from llm2clip.search.query import SearchQuery, embed_query
+from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.relevance import NOT_CALIBRATED
 from llm2clip.search.sqlite_backend import SqliteBackend
 from search_fixtures import reject_all_texts
@@ -65,7 +65,7 @@ def test_index_and_search_print_their_results(
     model, backend, templates = open_model(str(model_folder)), SqliteBackend(Path(index)), ("a photo of a {}", "{}!")
     query = SearchQuery(["red"], templates=QueryTemplates(templates))
     literal, with_templates = (
-        [f"{hit.score:.3f}" for hit in backend.search(embed_query(model, q), 10, Filter())]
+        [f"{hit.score:.3f}" for hit in backend.search(QueryEncoder(model).embed(q).combined, 10, Filter())]
         for q in (SearchQuery(["red"]), query)
     )
 

@@ -25,7 +25,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.search.backends import Filter
-from llm2clip.search.query import SearchQuery, embed_images, embed_query
+from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.sqlite_backend import SqliteBackend
 from search_fixtures import BACKENDS, create_backend, index_sources, search_names
 
@@ -297,7 +297,7 @@ def test_build_index_updates_a_rewritten_parquet_file(
     index_sources([file], dual_encoder, backend)
     write_parquet(file, [image_folder / "2.png", image_folder / "3.png"])
     assert index_sources([file], dual_encoder, backend).changed == 1
-    query = embed_images(dual_encoder, [image_folder / "2.png"])[0].numpy()
+    query = QueryEncoder(dual_encoder).embed_images([image_folder / "2.png"])[0]
     hit = backend.search(query, 1, Filter())[0]
     assert hit.score == pytest.approx(1, abs=2e-3)
     assert hit.images[0].name.endswith("[0].image")
@@ -363,7 +363,7 @@ def test_build_index_skips_images_with_a_vector_that_is_not_finite(
 def test_search_matches_brute_force(kind: str, image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
     backend = create_backend(kind, tmp_path / "index")
     index_sources([image_folder], dual_encoder, backend)
-    query = embed_query(dual_encoder, SearchQuery(texts=["the middle is red"]))
+    query = QueryEncoder(dual_encoder).embed(SearchQuery(texts=["the middle is red"])).combined
     files = sorted(image_folder.glob("*.png"))
     cosines = LLM2CLIP.from_pretrained(dual_encoder.name).encode_image(files).numpy() @ query
     best = np.argsort(-cosines)[:5]

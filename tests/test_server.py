@@ -1,6 +1,5 @@
 """Tests of the HTTP server: correct responses, invalid and hostile requests, and concurrency."""
 
-import asyncio
 import base64
 import dataclasses
 import io
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -40,12 +40,20 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search import inference
 from llm2clip.search.backends import Filter, open_backend
-from llm2clip.search.inference import SEARCH_THREADS, InferenceService, Limits
+from llm2clip.search.inference import (
+    SCANS,
+    Batcher,
+    Deadline,
+    DeadlineExceeded,
+    InferenceService,
+    Limits,
+    QueueFull,
+    current_deadline,
+)
 from llm2clip.search.middleware import CHUNK_SIZE, SESSION_SECONDS, Authenticator
-from llm2clip.search.query import SearchQuery, embed_images, embed_query
-from llm2clip.search.queues import Batcher, QueueFull
-from llm2clip.search.request_images import open_original
-from llm2clip.search.schemas import MAX_IMAGES, MAX_TEMPLATES, MAX_TEXT_LENGTH, MAX_TEXTS, SearchRequest
+from llm2clip.search.originals import open_original
+from llm2clip.search.query import QueryEncoder, SearchQuery
+from llm2clip.search.schemas import MAX_IMAGES, MAX_TEMPLATES, MAX_TEXT_LENGTH, MAX_TEXTS
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
 from search_fixtures import (
@@ -96,7 +104,7 @@ def test_search_returns_the_hits_of_the_index(
     assert response.status_code == 200
     hits = response.json()["hits"]
     expected = backend.search(
-        embed_query(dual_encoder, SearchQuery(["red"], [image], ["a dog"])), 4, Filter(min_side=40)
+        QueryEncoder(dual_encoder).embed(SearchQuery(["red"], [image], ["a dog"])).combined, 4, Filter(min_side=40)
     )
     assert [hit["id"] for hit in hits] == [hit.id for hit in expected]
     assert hits[0]["images"][0]["captions"]
@@ -186,7 +194,7 @@ def test_search_averages_short_texts_with_templates(
 
     def expected(templates: list[str]) -> list[tuple[str, float]]:
         query = SearchQuery(["red"], negative_texts=["a dog"], templates=QueryTemplates(tuple(templates)))
-        hits = backend.search(embed_query(dual_encoder, query), 5, Filter())
+        hits = backend.search(QueryEncoder(dual_encoder).embed(query).combined, 5, Filter())
         return [(hit.id, pytest.approx(hit.score, abs=1e-6)) for hit in hits]
 
     def search(client: TestClient, **fields: Any) -> list[tuple[str, float]]:
@@ -215,7 +223,7 @@ def test_embed_returns_the_vectors_of_the_model(
     inputs = ["red", data_uri(image), "eine lange Beschreibung. " * 50]
     response = client.post("/v1/embeddings", json={"input": inputs, "model": "any"}).json()
     first_text, last_text = dual_encoder.encode_texts([inputs[0], inputs[2]]).numpy()
-    image_vector = embed_images(dual_encoder, [image])[0].numpy()
+    image_vector = QueryEncoder(dual_encoder).embed_images([image])[0]
     vectors = np.array([item["embedding"] for item in response["data"]])
     np.testing.assert_allclose(vectors, [first_text, image_vector, last_text], atol=1e-5)
     assert [item["index"] for item in response["data"]] == [0, 1, 2]
@@ -303,7 +311,7 @@ def test_images_in_tars_and_tables_are_served(dual_encoder: DualEncoder, tmp_pat
             assert (response.status_code, response.content) == (200, data)
 
 
-def test_images_are_opened_in_the_decoder_threads(
+def test_images_are_opened_in_a_few_threads(
     dual_encoder: DualEncoder, backend: SqliteBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cell of a table can take gigabytes to read, so only a few may be read at the same time."""
@@ -316,13 +324,13 @@ def test_images_are_opened_in_the_decoder_threads(
     monkeypatch.setattr(inference, "open_original", open_in_thread)
     with TestClient(create_patient_app(dual_encoder, backend, max_queue=1), base_url=BASE_URL) as client:
         assert client.get("/image/1").status_code == 200
-    assert len(threads) == 1 and threads[0].startswith("images")
+    assert len(threads) == 1 and threads[0].startswith("files")
 
 
 def test_health_and_metrics_count_images_at_most_once_per_interval(
     dual_encoder: DualEncoder, backend: SqliteBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm2clip.search.inference.COUNT_SECONDS", HANG_TIMEOUT)
+    monkeypatch.setattr("llm2clip.search.index.COUNT_SECONDS", HANG_TIMEOUT)
     calls: list[int] = []
 
     class CountingBackend(SqliteBackend):
@@ -704,11 +712,10 @@ def test_concurrent_requests_are_batched(dual_encoder: DualEncoder) -> None:
 
 
 def test_server_returns_429_when_the_queue_is_full(dual_encoder: DualEncoder) -> None:
-    with paused_server(dual_encoder, max_queue=3, batch_size=1) as (model, post, service):
-        accepted = [post("0")]
+    with paused_server(dual_encoder, max_queue=4, batch_size=1) as (model, post, service):
+        accepted = [post(f"{n}") for n in range(4)]
         assert model.started.wait(HANG_TIMEOUT)
-        accepted += [post(f"{n}") for n in range(1, 4)]
-        wait_for_queue(service, 3)
+        wait_until(lambda: service._embedders.waiting == 4)
         rejected = post("4").result()
         assert rejected.status_code == 429 and rejected.headers["retry-after"]
         model.resume()
@@ -716,9 +723,9 @@ def test_server_returns_429_when_the_queue_is_full(dual_encoder: DualEncoder) ->
         assert post("after").result().status_code == 200
 
 
-def test_server_returns_429_when_one_client_sends_too_many_bytes(dual_encoder: DualEncoder) -> None:
+def test_server_returns_429_when_requests_have_too_many_bytes(dual_encoder: DualEncoder) -> None:
     large, small = ["0" * 20_000] * 4, "0" * 20_000
-    with paused_server(dual_encoder, max_bytes_in_flight=400_000) as (model, post, service):
+    with paused_server(dual_encoder, max_bytes_in_flight=100_000) as (model, post, service):
         accepted = [post(large)]
         assert model.started.wait(HANG_TIMEOUT)
         rejected = post(large).result()
@@ -738,74 +745,115 @@ def test_server_returns_504_after_the_timeout(dual_encoder: DualEncoder) -> None
 
 
 def test_searches_that_timed_out_do_not_pile_up(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
-    started, resumed = threading.Semaphore(0), threading.Event()
-    queries: list[np.ndarray] = []
+    """A search that has not started never starts, and one that waits for the index stops waiting."""
+    resumed, scans = threading.Event(), threading.Semaphore(0)
 
     class PausedBackend(SqliteBackend):
-        def search(self, query: np.ndarray, *_: Any) -> list[Any]:
-            queries.append(query)
-            started.release()
+        def search(self, *args: Any) -> list[Any]:
+            scans.release()
             assert resumed.wait(HANG_TIMEOUT)
             return []
 
-    async def run() -> None:
-        service = InferenceService(dual_encoder, PausedBackend(backend.folder), Limits(max_queue=6))
-        searches = [asyncio.create_task(service.search(SearchRequest(texts=[f"{n}"]))) for n in range(6)]
-        async with asyncio.timeout(HANG_TIMEOUT):
-            while service._searchers.waiting < 6:
-                await asyncio.sleep(0.005)
-        with pytest.raises(QueueFull, match="6 searches are waiting"):
-            await service.search(SearchRequest(texts=["x"]))
-        for _ in range(SEARCH_THREADS):
-            assert started.acquire(timeout=HANG_TIMEOUT)
-        for search in searches:
-            search.cancel()  # as the server does after the timeout
-        await asyncio.gather(*searches, return_exceptions=True)
-        assert service._searchers.waiting == 0
-        resumed.set()
-        assert json.loads(await service.search(SearchRequest(texts=["x"])))["hits"] == []
-        await service.close()
+    app = create_patient_app(dual_encoder, PausedBackend(backend.folder), timeout=0.5, max_queue=6, batch_size=2)
+    searchers = app.state.service._searchers
+    with TestClient(app, base_url=BASE_URL) as client, ThreadPoolExecutor(6) as clients:
 
-    try:
-        asyncio.run(run())
-    finally:
-        resumed.set()
-    assert len(queries) == SEARCH_THREADS + 1  # the four searches that had not started are not run
+        def post(number: int) -> Any:
+            return client.post("/search", json={"texts": [f"{number}"]})
+
+        try:
+            assert [response.status_code for response in clients.map(post, range(6))] == [504] * 6
+            assert searchers.waiting == 0
+            for _ in range(SCANS):
+                assert scans.acquire(timeout=HANG_TIMEOUT)
+            assert not scans.acquire(blocking=False)
+        finally:
+            resumed.set()
+        wait_until(lambda: post(7).status_code == 200)
 
 
-def test_batcher_isolates_failing_and_cancelled_items() -> None:
+def test_server_returns_429_when_too_many_searches_wait(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
+    resumed = threading.Event()
+
+    class PausedBackend(SqliteBackend):
+        def search(self, *args: Any) -> list[Any]:
+            assert resumed.wait(HANG_TIMEOUT)
+            return []
+
+    app = create_patient_app(dual_encoder, PausedBackend(backend.folder), max_queue=3)
+    searchers = app.state.service._searchers
+    with TestClient(app, base_url=BASE_URL) as client, ThreadPoolExecutor(3) as clients:
+        try:
+            accepted = [clients.submit(client.post, "/search", json={"texts": [f"{n}"]}) for n in range(3)]
+            wait_until(lambda: searchers.waiting == 3)
+            rejected = client.post("/search", json={"texts": ["x"]})
+            assert rejected.status_code == 429 and "3 searches are waiting" in rejected.json()["error"]["message"]
+        finally:
+            resumed.set()
+        assert [response.result().status_code for response in accepted] == [200] * 3
+
+
+class Panic(BaseException):
+    """As an exception of the tokenizers' Rust code, not a subclass of Exception."""
+
+
+@pytest.mark.parametrize("error", [ValueError("three"), Panic("three"), SystemExit(3)])
+def test_batcher_isolates_failing_items(error: BaseException) -> None:
     calls: list[list[int]] = []
+    released = threading.Event()
 
     def double(items: list[int]) -> list[int]:
         calls.append(items)
+        if items == [-1]:
+            assert released.wait(HANG_TIMEOUT)
         if 3 in items:
-            raise ValueError("three")
+            raise error
         return [2 * item for item in items]
 
-    async def run() -> list[Any]:
-        with ThreadPoolExecutor(1) as executor:
-            batcher = Batcher(double, executor, max_batch_size=8, max_queue=10)
-            results = await asyncio.gather(*(batcher.submit([n]) for n in range(6)), return_exceptions=True)
+    with ThreadPoolExecutor(1) as executor, ThreadPoolExecutor(8) as clients:
+        batcher = Batcher(double, executor, max_batch_size=8, max_queue=10)
+        try:
+            first = clients.submit(batcher.submit, [-1])
+            wait_until(lambda: calls == [[-1]])
+            results = [clients.submit(batcher.submit, [n]) for n in range(6)]
+            wait_until(lambda: len(batcher) == 6)
             with pytest.raises(ValueError, match="the limit is 10"):
-                await batcher.submit(list(range(11)))
-            waiting = asyncio.create_task(batcher.submit([5, 6, 7, 8]))
-            await asyncio.sleep(0)  # one step of the event loop: the items are in the queue, and no batch has started
+                batcher.submit(list(range(11)))
             with pytest.raises(QueueFull):
-                await batcher.submit(list(range(9)))
-            assert await waiting == [10, 12, 14, 16]
-            cancelled = asyncio.create_task(batcher.submit([9]))
-            await asyncio.sleep(0)
-            cancelled.cancel()
-            await asyncio.gather(cancelled, return_exceptions=True)
-            assert await batcher.submit([4, 5]) == [8, 10]
-            await batcher.close()
-            return results
+                batcher.submit([7] * 5)
+        finally:
+            released.set()
+        assert first.result() == [-2]
+        failed = results.pop(3).exception()
+        assert isinstance(failed, ValueError if isinstance(error, ValueError) else RuntimeError)
+        assert [result.result() for result in results] == [[0], [2], [4], [8], [10]]
+        assert sorted(calls[1]) == list(range(6))
+        assert batcher.submit([5, 6]) == [10, 12]  # the batcher continues after every exception
 
-    results = asyncio.run(run())
-    assert isinstance(results.pop(3), ValueError)
-    assert results == [[0], [2], [4], [8], [10]]
-    assert calls[0] == list(range(6))
-    assert not any(9 in call for call in calls)
+
+def test_batcher_removes_the_items_of_requests_that_have_timed_out() -> None:
+    calls: list[list[int]] = []
+    released = threading.Event()
+
+    def work(items: list[int]) -> list[int]:
+        calls.append(items)
+        assert released.wait(HANG_TIMEOUT)
+        return items
+
+    with ThreadPoolExecutor(1) as executor, ThreadPoolExecutor(1) as clients:
+        batcher = Batcher(work, executor)
+        try:
+            running = clients.submit(batcher.submit, [1])
+            wait_until(lambda: calls == [[1]])
+            token = current_deadline.set(Deadline(time.monotonic() + 0.01, 0.01))
+            with pytest.raises(DeadlineExceeded, match="the request took longer"):
+                batcher.submit([2, 3])
+            current_deadline.reset(token)
+            assert len(batcher) == 0
+        finally:
+            released.set()
+        assert running.result() == [1] and batcher.submit([4]) == [4]
+    assert calls == [[1], [4]]
 
 
 # ---- the command `serve` --------------------------------------------------------------------------------------------
@@ -866,13 +914,13 @@ def test_serve_completes_requests_after_sigterm(model_folder: Path) -> None:
 SERVE_WITH_ENDLESS_DECODING = """
 import sys, time
 from llm2clip.cli import main
-from llm2clip.search import request_images, server
+from llm2clip.search import inference, request_images, server
 
 def decode(data, max_pixels):
     print("Decoding", flush=True)
     time.sleep(1_000_000)
 
-request_images.load_request_image = decode
+request_images.RequestImage.load = decode
 server.SHUTDOWN_TIMEOUT = 0.1
 sys.exit(main(sys.argv[1:]))
 """

@@ -8,28 +8,32 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from urllib.parse import urlsplit
 
+import pyarrow as pa
 import pytest
 from fastapi.responses import Response, StreamingResponse
+from PIL import Image
+from pyarrow import parquet
 from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from conftest import HANG_TIMEOUT
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.search.inference import QueueFull
 from llm2clip.search.middleware import (
     ALWAYS_ACCEPTED,
     MAX_JSON_VALUES,
     ByteAllocation,
     ByteBudget,
-    identify_client,
     make_connection_class,
 )
-from llm2clip.search.queues import FairThreadPool, QueueFull, current_client
 from llm2clip.search.schemas import EmbedRequest, SearchRequest
-from llm2clip.search.server import make_server_config
-from search_fixtures import create_patient_app, running_server
+from llm2clip.search.sqlite_backend import SqliteBackend
+from search_fixtures import create_patient_app, make_index, running_server
 
 BASE_URL = "http://localhost"
 HALF_HEADERS = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
@@ -38,9 +42,11 @@ SHORT_TIMEOUT = 0.05  # seconds
 
 
 @contextmanager
-def limited_server(model: DualEncoder, **limits: Any) -> Iterator[tuple[str, int]]:
+def limited_server(
+    model: DualEncoder, backend: SqliteBackend | None = None, **limits: Any
+) -> Iterator[tuple[str, int]]:
     """Serve a model with the connection class of `serve`, and yield the address."""
-    app = create_patient_app(model, **{"idle_timeout": HANG_TIMEOUT, **limits})
+    app = create_patient_app(model, backend, **{"idle_timeout": HANG_TIMEOUT, **limits})
     with running_server(app, http=make_connection_class(app.state.service.limits), ws="none") as url:
         address = urlsplit(url)
         yield str(address.hostname), int(address.port or 0)
@@ -125,92 +131,27 @@ def test_json_with_too_many_values_is_rejected_before_it_is_parsed(
         assert client.post("/embed/upload", files=files).status_code == 422  # not JSON
 
 
-def test_byte_budget_limits_each_client_and_the_total() -> None:
+def test_byte_budget_limits_the_total() -> None:
     budget = ByteBudget(1 << 20)
     allocations: list[ByteAllocation] = []
 
-    def allocate(client: str, size: int) -> None:
-        allocations.append(ByteAllocation(budget, client))
+    def allocate(size: int) -> None:
+        allocations.append(ByteAllocation(budget))
         allocations[-1].add(size)
 
-    quarter = 256 << 10
-    allocate("a", quarter)
+    for _ in range(4):
+        allocate(256 << 10)
     with pytest.raises(QueueFull):
-        allocate("a", ALWAYS_ACCEPTED + 1)
+        allocate(ALWAYS_ACCEPTED + 1)
     allocations.pop().release()
-    allocate("a", ALWAYS_ACCEPTED)  # small bodies are always accepted
-    allocate("b", quarter)
-    allocate("c", quarter)
-    with pytest.raises(QueueFull):
-        allocate("d", quarter)  # the client's part is free, but the total is not
-    assert budget.total == 4 * quarter + ALWAYS_ACCEPTED
+    allocate(ALWAYS_ACCEPTED)  # small bodies are always accepted
+    assert budget.total == (1 << 20) + ALWAYS_ACCEPTED
+    allocations[0].remove(256 << 10)
+    allocate(128 << 10)
     for allocation in allocations:
         allocation.release()
-    assert budget.total == 0 and not budget.by_client
-
-
-def test_identify_client_ignores_ports_and_the_host_part_of_ipv6_addresses() -> None:
-    assert identify_client(("10.0.0.1", 1)) == identify_client(("10.0.0.1", 2)) != identify_client(("10.0.0.2", 1))
-    assert (
-        identify_client(("2001:db8::1", 1))
-        == identify_client(("2001:db8::ffff:1", 1))
-        != identify_client(("2001:db8:0:1::1", 1))
-    )
-    assert identify_client(("fe80::1%eth0", 1)) == identify_client(("fe80::2", 1))
-    assert identify_client(("host:unknown", 1)) == "host:unknown"
-    assert identify_client(None) == ""
-
-
-@pytest.mark.parametrize(("behind_proxy", "client"), [(False, "127.0.0.1"), (True, "9.9.9.9")])
-def test_forwarded_addresses_are_ignored_without_a_proxy(
-    behind_proxy: bool, client: str, dual_encoder: DualEncoder
-) -> None:
-    app = create_patient_app(dual_encoder)
-
-    async def get_client() -> str:
-        return current_client.get()
-
-    app.add_api_route("/client", get_client)
-    config = make_server_config(app, "127.0.0.1", 0, behind_proxy)
-    config.load()
-    with TestClient(config.loaded_app, base_url=BASE_URL, client=("127.0.0.1", 50000)) as test_client:  # type: ignore[arg-type]
-        assert test_client.get("/client", headers={"X-Forwarded-For": "9.9.9.9"}).json() == client
-
-
-def test_thread_pool_runs_the_jobs_of_other_clients_first() -> None:
-    names: list[str] = []
-    started, resumed = threading.Semaphore(0), threading.Semaphore(0)
-
-    def job(name: str) -> str:
-        names.append(name)
-        started.release()
-        assert resumed.acquire(timeout=HANG_TIMEOUT)
-        return name
-
-    async def run() -> None:
-        pool = FairThreadPool(1, "jobs", 10)
-
-        def start(client: str, name: str) -> asyncio.Task[list[str]]:
-            current_client.set(client)
-            return asyncio.create_task(pool.map(job, [name]))
-
-        tasks = [start("a", f"a{n}") for n in range(4)]
-        await asyncio.sleep(0)  # one step of the event loop: the first job is in the queue
-        assert started.acquire(timeout=HANG_TIMEOUT)
-        tasks[0].cancel()  # as the server does after the timeout; the thread remains in use
-        tasks[1].cancel()  # this job has not started
-        tasks.append(start("b", "b"))
-        await asyncio.gather(*tasks[:2], return_exceptions=True)
-        resumed.release(4)
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert results[2:] == [["a2"], ["a3"], ["b"]]
-        pool.shutdown()
-
-    try:
-        asyncio.run(run())
-    finally:
-        resumed.release(5)
-    assert names[0] == "a0" and names[1] == "b" and sorted(names[2:]) == ["a2", "a3"]
+    allocations[1].remove(1)  # nothing is left
+    assert budget.total == 0
 
 
 class CountingStream(io.RawIOBase):
@@ -237,7 +178,7 @@ def test_image_is_read_only_as_fast_as_the_client_reads_it(
     streams = [CountingStream(size), CountingStream(size)]
     opened = iter(streams)
     monkeypatch.setattr("llm2clip.search.inference.open_original", lambda backend, hit_id: (next(opened), "image/bmp"))
-    monkeypatch.setattr("llm2clip.search.inference.InferenceService.require_backend", lambda self: None)
+    monkeypatch.setattr("llm2clip.search.inference.InferenceService.require_index", lambda self: Mock())
     request = b"GET /image/1 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     with limited_server(dual_encoder) as address, connect(address, request) as reader:
         assert len(read_all(reader).partition(b"\r\n\r\n")[2]) == streams[0].count == size
@@ -247,6 +188,25 @@ def test_image_is_read_only_as_fast_as_the_client_reads_it(
         assert len(read_all(slow_reader)) <= streams[1].count  # the connection was aborted
 
 
+def test_downloads_of_table_cells_count_towards_the_byte_budget(dual_encoder: DualEncoder, tmp_path: Path) -> None:
+    """A cell stays in memory until the client has read it, however slowly."""
+    stream = io.BytesIO()
+    Image.effect_noise((2000, 2000), 100).save(stream, "PNG", compress_level=0)
+    size = len(stream.getvalue())  # 4 MB, more than the buffers of two sockets
+    parquet.write_table(pa.table({"image": [stream.getvalue()]}), tmp_path / "table.parquet")
+    backend = make_index(tmp_path / "index", tmp_path / "table.parquet", dual_encoder)
+    request = b"GET /zip?ids=1 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    limits = {"max_bytes_in_flight": round(1.5 * size), "max_body_bytes": 2 * size}
+    with limited_server(dual_encoder, backend, **limits) as address, ExitStack() as stack:
+        slow = stack.enter_context(connect(address, request))
+        start = slow.recv(1000)
+        assert start.startswith(b"HTTP/1.1 200")
+        refused = read_all(stack.enter_context(connect(address, request)))
+        assert refused.startswith(b"HTTP/1.1 429") and b"retry-after" in refused
+        assert len(start + read_all(slow)) > size
+        assert read_all(stack.enter_context(connect(address, request))).startswith(b"HTTP/1.1 200")
+
+
 def test_large_responses_are_sent_in_pieces_and_counted(dual_encoder: DualEncoder) -> None:
     app = create_patient_app(dual_encoder, max_bytes_in_flight=4 << 20)
     size = [300 << 10]
@@ -254,7 +214,7 @@ def test_large_responses_are_sent_in_pieces_and_counted(dual_encoder: DualEncode
     app.add_api_route("/large", lambda: Response(bytes(size[0])))
     with TestClient(app, base_url=BASE_URL) as client:
         assert client.get("/large").content == bytes(size[0])
-        size[0] = 2 << 20  # more than a quarter of max_bytes_in_flight
+        size[0] = 5 << 20  # more than max_bytes_in_flight
         response = client.get("/large")
         assert response.status_code == 429 and response.headers["x-content-type-options"] == "nosniff"
         size[0] = 300 << 10
@@ -286,15 +246,13 @@ def test_a_new_connection_replaces_an_idle_one(dual_encoder: DualEncoder) -> Non
         assert busy.recv(1000).startswith(b"HTTP/1.1 422")
 
 
-def test_one_client_cannot_use_all_connections(dual_encoder: DualEncoder) -> None:
+def test_a_new_connection_does_not_replace_a_busy_one(dual_encoder: DualEncoder) -> None:
     with limited_server(dual_encoder, max_connections=3) as address, ExitStack() as stack:
         busy = [stack.enter_context(start_request(address)) for _ in range(3)]
-        refused = stack.enter_context(connect(address, b""))
-        assert read_all(refused) == b""
-        assert get_status(address, source="127.0.0.2") == 200
-        assert read_all(busy[0]) == b""  # the oldest connection was aborted
-        busy[1].sendall(b"123456789")
-        assert busy[1].recv(1000).startswith(b"HTTP/1.1 422")
+        new = stack.enter_context(connect(address, b""))
+        assert read_all(new) == b""  # a new connection is idle
+        busy[0].sendall(b"123456789")
+        assert busy[0].recv(1000).startswith(b"HTTP/1.1 422")
 
 
 def test_transfer_encoding_with_content_length_is_rejected(dual_encoder: DualEncoder) -> None:

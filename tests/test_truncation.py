@@ -27,7 +27,7 @@ from llm2clip.models.truncation import rotate_to_principal_components, truncate_
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search.backends import Backend, Filter
 from llm2clip.search.build import truncate_to_index
-from llm2clip.search.query import SearchQuery, embed_query
+from llm2clip.search.query import QueryEncoder, SearchQuery
 from search_fixtures import BACKENDS, create_backend, create_patient_app, index_sources
 
 DIM = 6
@@ -223,7 +223,7 @@ def test_truncated_index_matches_brute_force(
 ) -> None:
     files = sorted(image_folder.glob("*.png"))
     model = truncate_to_index(truncated_index.metadata(), dual_encoder)
-    query = embed_query(model, SearchQuery(texts=TEXTS[:1]))
+    query = QueryEncoder(model).embed(SearchQuery(texts=TEXTS[:1])).combined
     images = truncate_by_hand(encode_images(dual_encoder, files))
     cosines = (images @ truncate_by_hand(dual_encoder.encode_texts(TEXTS[:1])).T)[:, 0].numpy()
     best = np.argsort(-cosines)[:5]
@@ -242,7 +242,7 @@ def test_truncated_index_matches_brute_force(
 def test_server_truncates_queries_to_the_index_and_embeddings_to_the_request(
     truncated_index: Backend, dual_encoder: DualEncoder
 ) -> None:
-    expected = embed_query(dual_encoder.truncate(DIM), SearchQuery(texts=TEXTS[:1]))
+    expected = QueryEncoder(dual_encoder.truncate(DIM)).embed(SearchQuery(texts=TEXTS[:1])).combined
     [first, *_] = truncated_index.search(expected, 1, Filter())
     with TestClient(create_patient_app(dual_encoder, truncated_index), base_url="http://localhost") as client:
         hits = client.post("/search", json={"texts": TEXTS[:1], "words": False}).json()["hits"]

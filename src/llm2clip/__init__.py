@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.models.llm2clip import LLM2CLIP
     from llm2clip.models.text.caption_encoder import CaptionEncoder
+    from llm2clip.search.index import Index
 
-__all__ = ["LLM2CLIP", "CaptionEncoder", "open_dual_encoder"]
+__all__ = ["LLM2CLIP", "CaptionEncoder", "Index", "open_dual_encoder"]
 __version__ = "0.2.0"
 
 # On some CPUs, bitsandbytes warns at import that an optional kernel for 4-bit inference is not installed. peft imports
@@ -35,6 +36,10 @@ def __getattr__(name: str) -> Any:
         from llm2clip.models.text.caption_encoder import CaptionEncoder
 
         return CaptionEncoder
+    if name == "Index":
+        from llm2clip.search.index import Index
+
+        return Index
     if name == "open_dual_encoder":
         from llm2clip.models.dual_encoder import open_dual_encoder
 

@@ -36,8 +36,12 @@ if TYPE_CHECKING:
     from llm2clip.models.prompts import QueryTemplates
     from llm2clip.search.backends import Filter
     from llm2clip.search.build import IndexReport
+    from llm2clip.search.index import Index, SearchPage
+    from llm2clip.search.query import SearchQuery
 
 NOTHING_CLOSE = "Nothing close: no image is close to the query. To see the closest images anyway, add --show_weak."
+
+NO_RESULTS = "No results: the index is empty, or no image matches the filters."
 
 
 def add_commands(commands: Commands) -> None:
@@ -124,8 +128,7 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--rerank",
         type=str,
-        help="Model that sorts the first 50 results again, using the image files: any model that `evaluate` accepts, "
-        "or vlm:NAME for a vision-language model, which is asked whether each image matches the texts.",
+        help="Model that sorts the first 50 results again, using the image files: any model that `evaluate` accepts.",
     )
     sub.add_argument(
         "--path",
@@ -194,8 +197,7 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--rerank",
         type=str,
-        help="Model with which requests can sort their first 50 results again: any model that `evaluate` accepts, or "
-        "vlm:NAME for a vision-language model.",
+        help="Model with which requests can sort their first 50 results again: any model that `evaluate` accepts.",
     )
     _add_templates_argument(sub, " Requests can override the templates.")
     sub.add_argument(
@@ -205,7 +207,8 @@ def add_commands(commands: Commands) -> None:
         "--max_queue",
         type=PositiveInt,
         default=512,
-        help="Maximum number of queued texts or images. Further requests are rejected with status 429.",
+        help="Maximum number of searches, and of embedding requests, in progress. Further requests are rejected with "
+        "status 429.",
     )
     sub.add_argument(
         "--timeout",
@@ -296,7 +299,80 @@ def _index(args: Namespace) -> list[str]:
 def _search(args: Namespace) -> list[str]:
     check_index(args["index"])
     _check_query(args)
+    _check_output(args)
     image_filter = _make_filter(args)
+    for name in ("model", "rerank"):
+        if args[name] is not None:
+            args[name] = resolve_model(args[name])
+    from llm2clip.search.heatmap import require_dense_encoder
+    from llm2clip.search.index import Index, SearchOptions
+    from llm2clip.search.query import SearchQuery
+    from llm2clip.search.relevance import warn_if_not_calibrated
+
+    templates = _make_query_templates(args.templates)
+    query = SearchQuery(args.texts, args.images, args.negative, args.negative_images, templates=templates)
+    options = SearchOptions(not args.no_words, not args.no_group, args.show_weak, args.rerank is not None)
+    with redirect_stdout(sys.stderr):  # keeps everything but the results out of the --json and --paths output
+        index = Index.open(args["index"], args.model, args.rerank)
+        if args.heatmaps:
+            require_dense_encoder(index.encoder.model)
+        page = index.search(query, args.top, filter=image_filter, options=options)
+        if query and index.calibration is None:
+            warn_if_not_calibrated(index.backend)
+        if page.rerank_missing:
+            print(
+                f"Results that could not be re-ranked, because their files were changed or removed since indexing, "
+                f"or cannot be decoded: {page.rerank_missing:,}"
+            )
+        if page.nothing_close and (args.json or args.paths):
+            print(NOTHING_CLOSE)
+    return _print_page(args, index, query, page)
+
+
+def _print_page(args: Namespace, index: Index, query: SearchQuery, page: SearchPage) -> list[str]:
+    """Print the hits in the requested format. Return the lines to print at the end."""
+    from rich.console import Console
+
+    from llm2clip.search.render import hit_to_json, print_explanation, print_hits
+
+    if args.json:
+        return [hit_to_json(rank, hit) for rank, hit in enumerate(page.hits, 1)]
+    if args.paths:
+        return [hit.images[0].name for hit in page.hits]
+    if not page.hits:
+        return [NOTHING_CLOSE if page.nothing_close else NO_RESULTS]
+    if args.open or args.sheet is not None:
+        return _write_sheet(args, index, page)
+    print_hits(page.hits, index.backend, Console())
+    if args.explain:
+        print_explanation(index.explain(query, page.hits[0].id), Console())
+    return ["None of these images is close to the query."] if page.nothing_close else []
+
+
+def _write_sheet(args: Namespace, index: Index, page: SearchPage) -> list[str]:
+    """Write the hits to an HTML page, and open it with --open."""
+    from llm2clip.search.render import open_in_browser, write_contact_sheet
+
+    heatmaps = index.draw_heatmaps(page) if args.heatmaps else {}
+    title = " + ".join([*args.texts, *args.images])
+    title += "".join(f" without {part}" for part in (*args.negative, *args.negative_images))
+    title = title.strip() or "newest images"
+    folder = Path(args.sheet) if args.sheet else None
+    file = write_contact_sheet(title, page.hits, index.backend, folder, heatmaps, rerank_model=args.rerank)
+    if args.open:
+        open_in_browser(file)
+    lines = [f"Results: {file}"]
+    if args.heatmaps and len(heatmaps) < len(page.hits):
+        missing = [hit.images[0].name for hit in page.hits if hit.id not in heatmaps]
+        lines.append(
+            f"No heat map for {len(missing)} of {len(page.hits)} images. Their files were changed or removed since "
+            f"indexing, or cannot be decoded: {', '.join(missing[:3])}"
+        )
+    return lines
+
+
+def _check_output(args: Namespace) -> None:
+    """Raise ValueError if the output options contradict each other or the query."""
     to_page = args.open or args.sheet is not None
     if args.heatmaps and not to_page:
         raise ValueError("--heatmaps requires an HTML page: add --open or --sheet FOLDER")
@@ -304,102 +380,10 @@ def _search(args: Namespace) -> list[str]:
         raise ValueError("--json, --paths and the HTML page (--sheet, --open) cannot be combined")
     if args.explain and not args.texts:
         raise ValueError("--explain requires a text, because it rates the words of the texts")
-    if args.rerank is not None:
-        if not (args.texts or args.images or args.negative or args.negative_images):
-            raise ValueError("--rerank requires a text or an image to search for")
-        if args.rerank.startswith("vlm:") and (args.images or args.negative or args.negative_images):
-            raise ValueError("--rerank vlm:NAME requires a query that consists of texts only")
-        args.rerank = _resolve_rerank_model(args.rerank)
     if args.explain and (args.json or args.paths or to_page):
         raise ValueError("--explain prints a table: remove --json, --paths, --sheet and --open")
-    if args.model is not None:
-        args.model = resolve_model(args.model)
-    from rich.console import Console
-
-    from llm2clip.models.dual_encoder import open_dual_encoder
-    from llm2clip.search.backends import open_backend
-    from llm2clip.search.build import truncate_to_index
-    from llm2clip.search.explain import explain_hit
-    from llm2clip.search.heatmap import draw_heatmaps, require_dense_encoder
-    from llm2clip.search.query import SearchQuery, embed_query_parts
-    from llm2clip.search.relevance import load_calibration, search_relevant, warn_if_not_calibrated
-    from llm2clip.search.render import (
-        hit_to_json,
-        open_in_browser,
-        print_explanation,
-        print_hits,
-        write_contact_sheet,
-    )
-    from llm2clip.search.rerank import RERANKED, rerank_hits
-    from llm2clip.search.similar import READ_FACTOR, group_similar_hits
-    from llm2clip.search.vlm import open_rerank_model
-
-    templates = _make_query_templates(args.templates)
-    query = SearchQuery(args.texts, args.images, args.negative, args.negative_images, templates=templates)
-    with redirect_stdout(sys.stderr):  # keeps everything but the results out of the --json and --paths output
-        backend = open_backend(args["index"])
-        vectors = calibration = None  # without a query, the newest images are returned, and no model is needed
-        if query:
-            metadata = backend.metadata()
-            model = truncate_to_index(metadata, open_dual_encoder(args.model or metadata["model"]))
-            if args.heatmaps:
-                require_dense_encoder(model)
-            vectors = embed_query_parts(model, query)
-            calibration = load_calibration(backend, model)
-            if calibration is None:
-                warn_if_not_calibrated(backend)
-        is_grouped = bool(query) and not args.no_group
-        count = args.top * (READ_FACTOR if is_grouped else 1)
-        hits, nothing_close = search_relevant(
-            backend,
-            calibration,
-            vectors,
-            count if args.rerank is None else max(RERANKED, count),
-            image_filter,
-            words=() if args.no_words or args.negative or args.negative_images else args.texts,
-            show_weak=args.show_weak,
-        )
-        if args.rerank is not None and hits:
-            reranking = rerank_hits(open_rerank_model(args.rerank), query, hits, backend)
-            hits = reranking.hits
-            if reranking.missing:
-                print(
-                    f"Results that could not be re-ranked, because their files were changed or removed since indexing, "
-                    f"or cannot be decoded: {reranking.missing:,}"
-                )
-        hits = group_similar_hits(hits, backend, args.top, calibration).hits if is_grouped else hits[: args.top]
-        if nothing_close and (args.json or args.paths):
-            print(NOTHING_CLOSE)
-    if args.json:
-        return [hit_to_json(rank, hit) for rank, hit in enumerate(hits, 1)]
-    if args.paths:
-        return [hit.images[0].name for hit in hits]
-    if nothing_close and not hits:
-        return [NOTHING_CLOSE]
-    if not hits:
-        return ["No results: the index is empty, or no image matches the filters."]
-    if not to_page:
-        print_hits(hits, backend, Console())
-        vector = backend.vector(hits[0].id) if args.explain else None
-        if vector is not None:
-            print_explanation(explain_hit(model, query, vector), Console())
-        return ["None of these images is close to the query."] if nothing_close else []
-    heatmaps = draw_heatmaps(model, vectors.combined, hits, backend) if args.heatmaps and vectors is not None else {}
-    title = " + ".join([*args.texts, *args.images])
-    title += "".join(f" without {part}" for part in (*args.negative, *args.negative_images))
-    folder = Path(args.sheet) if args.sheet else None
-    title = title.strip() or "newest images"
-    page = write_contact_sheet(title, hits, backend, folder, heatmaps, rerank_model=args.rerank)
-    if args.open:
-        open_in_browser(page)
-    lines = [f"Results: {page}"]
-    if args.heatmaps and len(heatmaps) < len(hits):
-        missing = [hit.images[0].name for hit in hits if hit.id not in heatmaps]
-        lines.append(
-            f"No heat map for {len(missing)} of {len(hits)} images. Their files were changed or removed since "
-            f"indexing, or cannot be decoded: {', '.join(missing[:3])}"
-        )
-    return lines
+    if args.rerank is not None and not (args.texts or args.images or args.negative or args.negative_images):
+        raise ValueError("--rerank requires a text or an image to search for")
 
 
 def _check_query(args: Namespace) -> None:
@@ -424,14 +408,6 @@ def _make_filter(args: Namespace) -> Filter:
     if after is not None and before is not None and after > before:
         raise ValueError(f"--after {args.after} is later than --before {args.before}, so no image can match")
     return Filter(resolve_path_filter(args.path), args.caption, after, before, args.min_side)
-
-
-def _resolve_rerank_model(name: str) -> str:
-    """Return the name of a re-ranking model as in `resolve_model`, which does not know the prefix `vlm:`."""
-    prefix = "vlm:" if name.startswith("vlm:") else ""
-    if prefix:
-        from llm2clip.llava import modeling_patches  # noqa: F401  (registers its classes with transformers)
-    return prefix + resolve_model(name.removeprefix(prefix))
 
 
 def _make_query_templates(templates: list[str] | None) -> QueryTemplates | None:
@@ -488,7 +464,7 @@ def _serve(args: Namespace) -> list[str]:
     if args.rerank is not None:
         if not args["index"]:
             raise ValueError("--rerank requires an index: add --index INDEX")
-        args.rerank = _resolve_rerank_model(args.rerank)
+        args.rerank = resolve_model(args.rerank)
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.backends import open_backend
@@ -497,7 +473,6 @@ def _serve(args: Namespace) -> list[str]:
         from llm2clip.search.inference import Limits
         from llm2clip.search.relevance import warn_if_not_calibrated
         from llm2clip.search.server import LOOPBACK, check_origins, create_app, serve
-        from llm2clip.search.vlm import open_rerank_model
     except ModuleNotFoundError as error:
         raise ImportError(f"`serve` requires additional packages ({error}). Run {install_command('search')}") from error
     templates = _make_query_templates(args.templates)
@@ -513,7 +488,9 @@ def _serve(args: Namespace) -> list[str]:
     model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision, stage="serve").result()
     rerank_model = None
     if args.rerank is not None:
-        rerank_model = model_thread.submit(open_rerank_model, args.rerank, args.precision).result()
+        rerank_model = model_thread.submit(
+            open_dual_encoder, args.rerank, precision=args.precision, stage="serve"
+        ).result()
     app = create_app(
         model,
         backend,

@@ -11,8 +11,10 @@ from starlette.exceptions import HTTPException
 
 from llm2clip.data.image_refs import to_valid_unicode
 from llm2clip.search.backends import IndexUnavailableError, WordIndexError
-from llm2clip.search.queues import QueueFull
-from llm2clip.search.request_images import BadRequest, InvalidImage, NotFound, TooLarge
+from llm2clip.search.inference import DeadlineExceeded, QueueFull
+from llm2clip.search.originals import NotFound, TooLarge
+from llm2clip.search.query import UnsupportedQuery
+from llm2clip.search.request_images import InvalidImage
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +33,10 @@ ERROR_TYPES = {
 STATUS_CODES: dict[type[Exception], int] = {
     QueueFull: 429,
     TooLarge: 413,
-    BadRequest: 400,
+    UnsupportedQuery: 400,
     NotFound: 404,
     WordIndexError: 503,
+    DeadlineExceeded: 504,
     ValueError: 422,
 }
 MAX_MESSAGE_LENGTH = 1000  # in characters; validation messages may quote parts of the request

@@ -9,17 +9,14 @@ import dataclasses
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from llm2clip.data.texts import UNSPACED
-from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.prompts import QueryTemplates, average_prompts, fill_templates
-from llm2clip.search.query import SearchQuery, embed_images
-from llm2clip.search.request_images import BadRequest
+from llm2clip.models.prompts import average_prompts, fill_templates
+from llm2clip.search.query import QueryEncoder, SearchQuery, UnsupportedQuery
 
 MAX_WORDS = 40  # each word takes at least one text embedding
 UNSPACED_WORDS = re.compile(
@@ -51,89 +48,56 @@ class Explanation(NamedTuple):
     words: list[QueryWord]
 
 
-@dataclass(frozen=True)
-class Explainer:
-    """A query without each of its words. The caller encodes the prompts and the images of the query.
-
-    Attributes:
-        prompts: Prompts of the query, then those of all texts without a word.
-        query_counts: Number of prompts for each text and each negative text of the query.
-        words: Words of the query, at most MAX_WORDS.
-        word_counts: Number of prompts for the text without each word. 0 if no words remain.
-    """
-
-    query: SearchQuery
-    prompts: list[str]
-    query_counts: list[int]
-    words: list[QueryWord]
-    word_counts: list[int]
-
-    def explain(
-        self, prompts: np.ndarray, images: Sequence[np.ndarray], hits: Sequence[np.ndarray], vector: np.ndarray
-    ) -> Explanation:
-        """Return the score of an image, and the effect of each word.
-
-        Args:
-            prompts: Embeddings of `prompts`, of shape (P, D).
-            images, hits: Embeddings of the query's images and earlier hits, as in `SearchQuery.combine`.
-            vector: L2-normalised embedding of the image, of shape (D,).
-        """
-        counts = [*self.query_counts, *(count for count in self.word_counts if count)]
-        texts = list(average_prompts(torch.from_numpy(prompts), counts).numpy())
-        texts, remaining = texts[: len(self.query_counts)], iter(texts[len(self.query_counts) :])
-        score = float(self.query.combine_texts(texts, images, hits).combined @ vector)
-        words = []
-        for word, count in zip(self.words, self.word_counts, strict=True):
-            replacement = [next(remaining)] if count else []
-            others = [*texts[: word.text_index], *replacement, *texts[word.text_index + 1 :]]
-            query = self.query
-            if not count:
-                query_texts = [text for index, text in enumerate(query.texts) if index != word.text_index]
-                query = dataclasses.replace(query, texts=query_texts)
-            # Nothing remains of a query that consists of one word. Its score is then 0.
-            without = float(query.combine_texts(others, images, hits).combined @ vector) if query else 0.0
-            words.append(word._replace(effect=score - without))
-        return Explanation(score, words)
-
-
-def prepare_explanation(query: SearchQuery, default_templates: QueryTemplates) -> Explainer:
-    """Find the words of a query and build the prompts without each of them.
+def explain_hit(
+    encoder: QueryEncoder, query: SearchQuery, vector: np.ndarray, hits: Sequence[np.ndarray] = ()
+) -> Explanation:
+    """Return the score of an image, and the effect of each of the first MAX_WORDS words of a query.
 
     Prompt templates are used for a text without a word only if they are used for the complete text. Otherwise, the
     templates would change the score more than the word.
 
+    Args:
+        vector: L2-normalised embedding of the image, of shape (D,).
+        hits: Embeddings of the query's earlier hits, as in `SearchQuery.combine`.
+
     Raises:
-        BadRequest: The query has no texts.
+        UnsupportedQuery: The query has no texts.
         ValueError: A text is empty.
     """
     if not query.texts:
-        raise BadRequest(
+        raise UnsupportedQuery(
             "an explanation requires a query with at least one text, because it rates the words of the texts"
         )
-    prompts, counts = query.build_prompts(default_templates)
-    templates = default_templates if query.templates is None else query.templates
+    templates = encoder.templates if query.templates is None else query.templates
+    prompts, counts = query.build_prompts(encoder.templates)
     words = find_words(query.texts)
-    word_counts = []
+    shortened_counts = []  # number of prompts for the text without each word, or 0 if no words remain
     for word in words:
         text = remove_word(query.texts[word.text_index], word)
-        new_prompts = []
+        shortened_prompts = []
         if find_words([text]):
             filled = fill_templates([text], templates.templates) if counts[word.text_index] > 1 else []
-            new_prompts = [text, *filled]
-        prompts += new_prompts
-        word_counts.append(len(new_prompts))
-    return Explainer(query, prompts, counts, words, word_counts)
+            shortened_prompts = [text, *filled]
+        prompts += shortened_prompts
+        shortened_counts.append(len(shortened_prompts))
 
-
-def explain_hit(model: DualEncoder, query: SearchQuery, vector: np.ndarray) -> Explanation:
-    """Explain the score of an image for a query without earlier hits.
-
-    Args:
-        vector: L2-normalised embedding of the image, of shape (D,).
-    """
-    explainer = prepare_explanation(query, model.query_templates)
-    images = embed_images(model, [*query.images, *query.negative_images]).numpy()
-    return explainer.explain(model.encode_texts(explainer.prompts).numpy(), list(images), [], vector)
+    images = list(encoder.embed_images([*query.images, *query.negative_images]))
+    all_counts = [*counts, *(count for count in shortened_counts if count)]
+    embeddings = list(average_prompts(torch.from_numpy(encoder.embed_texts(prompts)), all_counts).numpy())
+    texts, shortened_texts = embeddings[: len(counts)], iter(embeddings[len(counts) :])
+    score = float(query.combine_texts(texts, images, hits).combined @ vector)
+    effects = []
+    for word, count in zip(words, shortened_counts, strict=True):
+        before, after = texts[: word.text_index], texts[word.text_index + 1 :]
+        if count:
+            remaining, others = query, [*before, next(shortened_texts), *after]
+        else:
+            query_texts = [text for index, text in enumerate(query.texts) if index != word.text_index]
+            remaining, others = dataclasses.replace(query, texts=query_texts), [*before, *after]
+        # Nothing remains of a query that consists of one word. Its score is then 0.
+        without = float(remaining.combine_texts(others, images, hits).combined @ vector) if remaining else 0.0
+        effects.append(word._replace(effect=score - without))
+    return Explanation(score, effects)
 
 
 def find_words(texts: Sequence[str]) -> list[QueryWord]:

@@ -1,66 +1,96 @@
-"""Inference service that computes embeddings and runs searches for concurrent requests."""
+"""What a server computes for its requests: models whose calls are batched, worker threads, limits and metrics.
 
+Each request runs in a worker thread, which calls the same functions as a Python program does (`search.index`). The
+models of the threads pass their inputs to a `Batcher`, so a single forward pass encodes the texts of many requests:
+
+    event loop -> worker threads (twice as many as a batch has items) -> Batcher -> model thread
+                                                                      -> decoding of images (DECODERS at a time)
+                                                                      -> scan of the index (SCANS at a time)
+
+Full queues: at most `Limits.max_queue` searches, and as many embedding requests, wait for or occupy a worker thread,
+and at most as many texts, and as many images, wait for the model. Otherwise, `QueueFull` is raised, which the server
+converts to status 429.
+
+Timeouts: `RequestMiddleware` cancels a request after `Limits.timeout` and responds with status 504. A request that has
+not started never starts. Otherwise, its thread continues until it next waits for the model, a decoder or the index:
+every wait ends at the deadline of the request (`Deadline`), and texts that are still queued are removed. Only a forward
+pass, a scan or the decoding of an image that has already started runs to its end, of which there are at most a few.
+"""
+
+import asyncio
+import dataclasses
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
+from contextvars import ContextVar, copy_context
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
+from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
-from llm2clip.models.truncation import truncate_and_normalize
-from llm2clip.search.backends import Backend, Hit, IndexUnavailableError
-from llm2clip.search.build import truncate_to_index
-from llm2clip.search.explain import Explanation, prepare_explanation
-from llm2clip.search.heatmap import compute_heatmap, require_dense_encoder
-from llm2clip.search.query import QueryVectors, SearchQuery
-from llm2clip.search.queues import Batcher, FairThreadPool
-from llm2clip.search.relevance import Calibration, SearchResult, load_calibration, search_relevant
-from llm2clip.search.request_images import (
-    BadRequest,
-    NotFound,
-    RequestImage,
-    TooLarge,
-    load_request_image,
-    open_original,
-)
-from llm2clip.search.rerank import IMAGES_PER_BATCH, RERANKED, PreparedImage, RerankCache, Reranking, sort_hits
-from llm2clip.search.schemas import MAX_OFFSET, ExplainRequest, HeatmapRequest, SearchRequest, SearchResponse
-from llm2clip.search.similar import READ_FACTOR, HitPage, group_similar_hits
-from llm2clip.search.vlm import RerankModel, VisionLanguageModel, make_question
+from llm2clip.search.backends import Backend, IndexUnavailableError
+from llm2clip.search.index import Index, Resources
+from llm2clip.search.originals import NotFound, open_original
+from llm2clip.search.query import QueryEncoder
+from llm2clip.search.request_images import load_query_image
 
-DECODE_THREADS = 2
-MAX_HEATMAP_CELLS = 4096  # maximum for requests that set image_size; memory can grow quadratically with the cell count
-CALIBRATION_SECONDS = 60.0  # maximum age of the cached calibration of relevance, in seconds
-COUNT_SECONDS = 1.0  # maximum age of the cached image count, in seconds
-SEARCH_THREADS = 2  # each search scans all vectors, so more threads would only compete for memory bandwidth
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+DECODERS = 2  # number of threads that decode an image at the same time
+SCANS = 2  # number of searches that scan the index at the same time; more would only compete for memory bandwidth
+WORKERS_PER_BATCH_ITEM = 2  # while a batch is encoded, the next one is collected
+MAX_WAIT = 0.03  # maximum time to wait for more items before processing a batch, in seconds
 
 
-@dataclass(frozen=True)
+class QueueFull(Exception):
+    """Raised when too many items are waiting. The caller should try again later."""
+
+
+class DeadlineExceeded(TimeoutError):
+    """Raised when a request has taken longer than the time limit."""
+
+
+class Deadline(NamedTuple):
+    """End of a request, as `time.monotonic`, and the time limit of requests in seconds."""
+
+    end: float = math.inf
+    limit: float = math.inf
+
+    @property
+    def remaining(self) -> float | None:
+        """Remaining time in seconds, or None without a limit."""
+        return None if self.end == math.inf else max(0.0, self.end - time.monotonic())
+
+    def make_error(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"the request took longer than {self.limit:g} seconds")
+
+
+NO_DEADLINE = Deadline()
+current_deadline: ContextVar[Deadline] = ContextVar("current_deadline", default=NO_DEADLINE)
+
+
+@dataclasses.dataclass(frozen=True)
 class Limits:
-    """Resource limits for requests to a server.
+    """Resource limits for requests to a server. Limits per client are the task of a proxy (see deploy/).
 
     Args:
         max_body_bytes: Maximum request body size in bytes. Larger requests are rejected with status 413.
-        max_bytes_in_flight: Maximum total size of all request and response bodies in memory, in bytes. A single client
-            address may use a quarter of this budget. Requests of at most 64 KB are always accepted. Larger requests
-            that exceed the budget are rejected with status 429.
+        max_bytes_in_flight: Maximum total size of all request and response bodies in memory, in bytes. Requests of at
+            most 64 KB are always accepted. Larger requests that exceed the budget are rejected with status 429.
         max_pixels: Maximum number of pixels per image. Larger images are rejected with status 413.
-        max_queue: Maximum length of each of the four queues (texts, images, heat maps and searches). Requests that need
-            a full queue are rejected with status 429.
+        max_queue: Maximum number of requests, of texts, of images and of heat maps in progress. Further requests are
+            rejected with status 429.
         timeout: Maximum duration of a request in seconds. Slower requests fail with status 504.
         batch_size: Maximum number of texts or images per forward pass.
-        max_connections: Maximum number of connections. Beyond this limit, the server aborts a connection of the client
-            with the most connections.
+        max_connections: Maximum number of connections. Beyond this limit, the server aborts the oldest idle connection.
         idle_timeout: Maximum time in seconds to wait for a client to send request headers or to read more of a
             response. After this time, the connection is aborted.
     """
@@ -75,10 +105,213 @@ class Limits:
     idle_timeout: float = 10.0
 
 
-class InferenceService:
-    """A server's model, index, request queues and metrics.
+# ---- waiting
 
-    Methods raise the exceptions listed in `search.errors.STATUS_CODES`. The server converts them to error responses.
+
+class Slots:
+    """Context manager that a limited number of threads can hold. Waiting for it ends at the request's deadline."""
+
+    def __init__(self, count: int) -> None:
+        self._semaphore = threading.BoundedSemaphore(count)
+
+    def __enter__(self) -> None:
+        deadline = current_deadline.get()
+        if not self._semaphore.acquire(timeout=deadline.remaining):
+            raise deadline.make_error()
+
+    def __exit__(self, *_: object) -> None:
+        self._semaphore.release()
+
+
+class WorkerPool:
+    """Threads that run functions for the event loop."""
+
+    def __init__(self, threads: int, unit: str, max_waiting: int) -> None:
+        """
+        Args:
+            unit: Plural noun for the jobs, such as "requests". Used in error messages and thread names.
+            max_waiting: Maximum number of waiting and running jobs.
+        """
+        self.waiting = 0  # number of waiting and running jobs whose callers have not been cancelled
+        self._unit, self._max_waiting = unit, max_waiting
+        # Each thread that runs PyTorch operations has its own OpenMP threads, so worker threads use only one.
+        self._pool = ThreadPoolExecutor(threads, unit, initializer=partial(torch.set_num_threads, 1))
+
+    async def run(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Call a function in a thread, with the caller's context variables.
+
+        If the caller is cancelled, a call that has started runs to its end.
+
+        Raises:
+            QueueFull: Too many jobs are waiting.
+        """
+        _check_capacity(1, self.waiting, self._max_waiting, self._unit)
+        future = self._pool.submit(copy_context().run, function, *args)
+        self.waiting += 1
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            self.waiting -= 1
+
+    def shutdown(self) -> None:
+        """Cancel all jobs that have not started, without waiting for running jobs."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _check_capacity(count: int, waiting: int, limit: int, unit: str) -> None:
+    """Raise ValueError if a request has more items than a queue can hold, or QueueFull if they do not fit now."""
+    if count > limit:
+        raise ValueError(f"too many {unit} in one request: {count:,}; the limit is {limit:,}")
+    if waiting + count > limit:
+        raise QueueFull(f"the server is busy: {waiting:,} {unit} are waiting; try again later")
+
+
+# ---- batches
+
+
+@dataclasses.dataclass
+class _Pending(Generic[Item, Result]):
+    """A queued item and the future for its result."""
+
+    item: Item
+    result: Future[Result]
+
+
+class Batcher(Generic[Item, Result]):
+    """Combines items from several threads into batches and processes each batch with a single call to `work`.
+
+    While a batch is being processed, new items are collected for the next batch. If the next batch would be smaller
+    than the previous one, the batcher waits for up to a tenth of the previous batch's duration, which gives callers
+    time to submit their next items. Without this wait, the first new item would form a batch of its own and delay the
+    others. With a single client that submits one item at a time, the batcher never waits.
+
+    If `work` raises any exception for a batch, it is called again for each item, so that only invalid items fail.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[list[Item]], Sequence[Result]],
+        executor: Executor,
+        max_batch_size: int = 32,
+        max_queue: int = 256,
+        on_batch: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        """
+        Args:
+            work: Function that takes a list of items and returns one result per item.
+            executor: Executor that runs `work`. If calls must not overlap, use a single-threaded executor. Batchers
+                that share an executor take turns.
+            max_queue: Maximum number of waiting items.
+            on_batch: Callback that receives the size of each batch.
+        """
+        self._work, self._executor, self._on_batch = work, executor, on_batch
+        self._max_batch_size, self._max_queue = max_batch_size, max_queue
+        self._queue: deque[_Pending[Item, Result]] = deque()
+        self._changed = threading.Condition()  # guards the queue
+        self._is_scheduled = False  # True if the executor will process the queue
+        self._last_size, self._last_seconds = 0, 0.0  # number of items in the last batch, and its duration
+
+    def __len__(self) -> int:
+        """Return the number of waiting items."""
+        return len(self._queue)
+
+    def submit(self, items: Sequence[Item]) -> list[Result]:
+        """Process items and return their results in the same order.
+
+        Raises:
+            ValueError: There are more than `max_queue` items.
+            QueueFull: The queue does not have enough space for the items.
+            DeadlineExceeded: The request's deadline passed first. Items that are still waiting are removed.
+            Exception: Any exception that `work` raises for one of the items.
+        """
+        entries: list[_Pending[Item, Result]] = [_Pending(item, Future()) for item in items]
+        with self._changed:
+            _check_capacity(len(items), len(self), self._max_queue, "items")
+            self._queue.extend(entries)
+            self._changed.notify()
+            if entries and not self._is_scheduled:
+                self._schedule()
+        deadline = current_deadline.get()
+        _, unfinished = wait([entry.result for entry in entries], deadline.remaining, FIRST_EXCEPTION)
+        try:
+            results = [entry.result.result() for entry in entries if entry.result.done()]
+            if unfinished:
+                raise deadline.make_error()
+            return results
+        finally:
+            self._discard(entries)
+
+    def _discard(self, entries: Sequence[_Pending[Item, Result]]) -> None:
+        """Cancel entries without a result: the caller has timed out, or one of its other items has failed."""
+        cancelled = [entry.result.cancel() for entry in entries]
+        if not any(cancelled):
+            return
+        with self._changed:
+            waiting = [entry for entry in self._queue if not entry.result.cancelled()]
+            self._queue.clear()
+            self._queue.extend(waiting)
+
+    def _schedule(self) -> None:
+        self._is_scheduled = True
+        self._executor.submit(self._process_next_batch)
+
+    def _process_next_batch(self) -> None:
+        try:
+            entries = self._take_batch()
+            if entries:
+                self._on_batch(len(entries))
+                start = time.perf_counter()
+                self._process(entries)
+                self._last_size, self._last_seconds = len(entries), time.perf_counter() - start
+        finally:
+            with self._changed:
+                self._is_scheduled = False
+                if self._queue:
+                    self._schedule()  # after the other batchers of the executor
+
+    def _take_batch(self) -> list[_Pending[Item, Result]]:
+        """Wait for more items if the last batch had more, and return the next batch without cancelled items."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self) >= self._last_size, min(MAX_WAIT, self._last_seconds / 10))
+            count = min(len(self), self._max_batch_size)
+            entries = [self._queue.popleft() for _ in range(count)]
+        return [entry for entry in entries if entry.result.set_running_or_notify_cancel()]
+
+    def _process(self, entries: Sequence[_Pending[Item, Result]]) -> None:
+        """Process a batch, and set the results or exceptions of its items."""
+        try:
+            results = self._work([entry.item for entry in entries])
+            if len(results) != len(entries):
+                raise RuntimeError(f"work returned {len(results)} results for {len(entries)} items")
+        except BaseException as error:  # a panic in the tokenizer's Rust code is not an Exception
+            if len(entries) > 1:
+                for entry in entries:
+                    self._process([entry])
+                return
+            if not isinstance(error, Exception):
+                error = RuntimeError(f"the model failed: {type(error).__name__}: {error}")
+            entries[0].result.set_exception(error)
+            return
+        for entry, result in zip(entries, results, strict=True):
+            entry.result.set_result(result)
+
+    def close(self) -> None:
+        """Cancel all waiting items."""
+        with self._changed:
+            for entry in self._queue:
+                entry.result.cancel()
+            self._queue.clear()
+
+
+# ---- service
+
+
+class InferenceService:
+    """A server's model, index, worker threads and metrics.
+
+    Attributes:
+        encoder: Encoder of texts and images with all dimensions of the model.
+        index: Index to search, or None if the server only computes embeddings.
     """
 
     def __init__(
@@ -88,11 +321,10 @@ class InferenceService:
         limits: Limits,
         model_thread: ThreadPoolExecutor | None = None,
         templates: QueryTemplates = NO_TEMPLATES,
-        rerank_model: RerankModel | None = None,
+        rerank_model: DualEncoder | None = None,
     ) -> None:
         """
         Args:
-            backend: Index to search. If None, the server only computes embeddings.
             model_thread: Single-threaded executor that loaded the model and will run it. On a CPU, each thread that
                 runs PyTorch operations has its own OpenMP thread pool. With more OpenMP threads than cores, the threads
                 do not busy-wait between operations, which halves the model's speed.
@@ -102,40 +334,82 @@ class InferenceService:
         Raises:
             ValueError: The index was built with a different model.
         """
-        self.model, self.backend, self.limits = model, backend, limits
-        # Embedding requests may ask for any number of dimensions, whereas queries have that of the index.
-        self._query_model = model if backend is None else truncate_to_index(backend.metadata(), model)
-        self.templates = templates
+        self.limits = limits
         # Use a single thread, because running two batches in parallel is slower than running them in sequence.
         self._model_thread = model_thread or ThreadPoolExecutor(1, "model")
-        # The model thread must set its OpenMP thread count before the decoder threads set theirs to one.
+        # The model thread must set its OpenMP thread count before the worker threads set theirs to one.
         self._model_thread.submit(torch.get_num_threads).result()
-        self._decoders = FairThreadPool(DECODE_THREADS, "images", limits.max_queue, lambda: torch.set_num_threads(1))
-        # Searches need their own thread pool, because a search occupies its thread until it ends, even after a timeout.
-        self._searchers = FairThreadPool(SEARCH_THREADS, "searches", limits.max_queue)
-        self._counts, self._counts_time, self._counts_lock = (0, 0), -math.inf, threading.Lock()
-        self._calibration: Calibration | None = None
-        self._calibration_time, self._calibration_lock = -math.inf, threading.Lock()
+        # Embedding requests do not wait for searches, which may take seconds in a large index.
+        threads = WORKERS_PER_BATCH_ITEM * limits.batch_size
+        self._searchers = WorkerPool(threads, "searches", limits.max_queue)
+        self._embedders = WorkerPool(threads, "requests", limits.max_queue)
+        # Files are opened in threads of their own, because reading a table cell requires decoding the table.
+        self._file_readers = WorkerPool(DECODERS, "files", limits.max_queue)
         self._create_metrics()
-        encoders: dict[str, Callable[[list[Any]], Any]] = {
-            "text": lambda texts: model.encode_texts(texts).numpy(),
-            "image": lambda images: model.encode_images(images).numpy(),
-            "heatmap": lambda items: [compute_heatmap(*item) for item in items],  # not batched, because sizes differ
-        }
-        self._rerank_cache = None if rerank_model is None else RerankCache(rerank_model)
-        if isinstance(rerank_model, VisionLanguageModel):
-            encoders["rerank_image"] = rerank_model.rate
-        elif rerank_model is not None:
-            encoders["rerank_text"] = lambda texts: rerank_model.encode_texts(texts).numpy()
-            encoders["rerank_image"] = lambda images: rerank_model.encode_images(images).numpy()
-        self._batchers: dict[str, Batcher[Any, np.ndarray]] = {}
-        for kind, encode in encoders.items():
-            on_batch = self.batch_sizes.labels(kind).observe
-            is_vlm = kind == "rerank_image" and isinstance(rerank_model, VisionLanguageModel)
-            batch_size = 1 if is_vlm else limits.batch_size  # an image takes seconds, during which other requests wait
-            batcher = Batcher(encode, self._model_thread, batch_size, limits.max_queue, on_batch)
-            self._batchers[kind] = batcher
-            self.queue_size.labels(kind).set_function(batcher.__len__)
+        self._batchers: list[Batcher[Any, Any]] = []
+        resources = Resources(
+            load=partial(load_query_image, max_pixels=limits.max_pixels),
+            decoding=Slots(DECODERS),
+            scanning=Slots(SCANS),
+            max_file_bytes=limits.max_body_bytes,
+        )
+        model = self._batch_calls(model)
+        self.encoder = QueryEncoder(model, resources.load, resources.decoding, templates)
+        if rerank_model is not None:
+            rerank_model = self._batch_calls(rerank_model, "rerank_")
+        self.index: Index | None = None
+        if backend is not None:
+            self.index = Index(backend, model, rerank_model, templates, resources=resources)
+            self.index.encoder  # noqa: B018  (checks that the model fits the index)
+
+    def _batch_calls(self, model: DualEncoder, prefix: str = "") -> DualEncoder:
+        """Return a model whose calls are batched and run by the model thread.
+
+        Args:
+            prefix: Prefix of the metrics' labels.
+        """
+
+        @torch.inference_mode()
+        def encode_texts(texts: list[str]) -> list[Tensor]:
+            return list(model.encode_texts_raw(texts, False).float().cpu())
+
+        @torch.inference_mode()
+        @onednn_matmul()
+        def encode_images(images: list[Any]) -> list[Tensor]:
+            return list(model.encode_images_raw(images).float().cpu())
+
+        text_batcher = self._add_batcher(f"{prefix}text", encode_texts)
+        image_batcher = self._add_batcher(f"{prefix}image", encode_images)
+        dense = model.dense
+        if dense is not None and not prefix:
+            features = torch.inference_mode()(onednn_matmul()(dense.features))
+            # Images are not batched, because their sizes differ.
+            dense_batcher = self._add_batcher("heatmap", lambda items: [features(*item) for item in items])
+            dense = dataclasses.replace(
+                dense, features=lambda pixels, variant: dense_batcher.submit([(pixels, variant)])[0]
+            )
+
+        def submit(batcher: Batcher[Any, Tensor], items: Sequence[Any]) -> Tensor:
+            """Encode items in several steps if they are many, which leaves space in the queue for other requests."""
+            step = min(self.limits.batch_size, self.limits.max_queue)
+            vectors: list[Tensor] = []
+            for start in range(0, len(items), step):
+                vectors += batcher.submit(items[start : start + step])
+            return torch.stack(vectors)
+
+        return dataclasses.replace(
+            model,
+            encode_texts_raw=lambda texts, progress: submit(text_batcher, texts),
+            encode_images_raw=lambda images: submit(image_batcher, images),
+            dense=dense,
+        )
+
+    def _add_batcher(self, kind: str, work: Callable[[list[Any]], Sequence[Any]]) -> Batcher[Any, Any]:
+        on_batch = self.batch_sizes.labels(kind).observe
+        batcher = Batcher(work, self._model_thread, self.limits.batch_size, self.limits.max_queue, on_batch)
+        self.queue_size.labels(kind).set_function(batcher.__len__)
+        self._batchers.append(batcher)
+        return batcher
 
     def _create_metrics(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -161,292 +435,42 @@ class InferenceService:
         index_images = Gauge("llm2clip_index_images", "Number of images in the index.", registry=registry)
         index_images.set_function(self._count_images_for_metrics)
 
-    async def close(self) -> None:
+    async def run_search(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Call a function that searches the index in a worker thread. See `WorkerPool.run`."""
+        return await self._searchers.run(function, *args)
+
+    async def run_embedding(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Call a function that only computes embeddings in a worker thread. See `WorkerPool.run`."""
+        return await self._embedders.run(function, *args)
+
+    async def open_original(self, hit_id: str) -> tuple[BinaryIO, str]:
+        """Open a hit's image file. See `originals.open_original` for the return values."""
+        return await self._file_readers.run(open_original, self.require_index().backend, hit_id)
+
+    def close(self) -> None:
         """Cancel all queued work and stop all idle threads.
 
         Busy threads stop once they finish their current work. This method does not wait for them.
         """
-        for batcher in self._batchers.values():
-            await batcher.close()
+        for batcher in self._batchers:
+            batcher.close()
         self._model_thread.shutdown(wait=False, cancel_futures=True)
-        self._decoders.shutdown()
-        self._searchers.shutdown()
+        for pool in (self._searchers, self._embedders, self._file_readers):
+            pool.shutdown()
 
-    async def embed_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return a float32 embedding of shape (D,) for each text."""
-        return _check_finite(await self._batchers["text"].submit(texts), "a text")
-
-    async def embed_images(
-        self, images: Sequence[RequestImage], rerank_model: DualEncoder | None = None
-    ) -> list[np.ndarray]:
-        """Decode images and return a float32 embedding of shape (D,) for each image.
-
-        Args:
-            rerank_model: Re-ranking model, which then embeds the images. Default: the server's model.
-        """
-        model, kind = (self.model, "image") if rerank_model is None else (rerank_model, "rerank_image")
-
-        def prepare(image: RequestImage) -> Any:
-            return model.transform(image.load(self.limits.max_pixels))
-
-        prepared = await self._decoders.map(prepare, images)
-        return _check_finite(await self._batchers[kind].submit(prepared), "an image")
-
-    async def search(self, request: SearchRequest) -> bytes:
-        """Embed a query and search the index. Without a query, return the newest images first.
-
-        Return a `SearchResponse` as JSON, serialized in the search thread because it can be large.
-        """
-        backend, query, image_filter = self.require_backend(), request.to_query(), request.filter.to_filter()
-        if not query and not image_filter:
-            raise ValueError("the query is empty: provide at least one text, image, hit id or filter")
-        if request.rerank and self._rerank_cache is None:
-            raise BadRequest("this server has no re-ranking model. Start it with: llm2clip serve --rerank MODEL")
-        rerank_cache = self._rerank_cache if query and request.rerank and request.offset < RERANKED else None
-        query_vectors = await self._embed_query(query) if query else None
-
-        has_negatives = bool(query.negative_texts or query.negative_images or query.negative_like)
-        words = request.texts if request.words and not has_negatives else ()
-        is_grouped = request.group_similar and bool(query)
-        count = request.top * (READ_FACTOR if is_grouped else 1)
-        # All pages with re-ranked hits are parts of one ranking, so these pages read it from the start.
-        offset = request.offset if rerank_cache is None else 0
-        skipped = request.offset - offset
-
-        def find_hits(vectors: QueryVectors | None) -> SearchResult:
-            return search_relevant(
-                backend,
-                self._get_calibration(),
-                vectors,
-                count=skipped + count if rerank_cache is None else max(RERANKED, skipped + count),
-                image_filter=image_filter,
-                offset=offset,
-                words=words,
-                show_weak=request.show_weak,
-            )
-
-        def make_response(result: SearchResult, reranking: Reranking | None = None) -> bytes:
-            hits = (result if reranking is None else reranking).hits[skipped : skipped + count]
-            page = HitPage(hits, len(hits))
-            if is_grouped:
-                page = group_similar_hits(hits, backend, request.top, self._get_calibration())
-            total = backend.count_matches(image_filter) if image_filter else self.count_images()[1]
-            # A backend skips images that another process has just removed, so a complete page may have fewer hits.
-            end = request.offset + (count if page.size == len(hits) else page.size)
-            values = {
-                "hits": page.hits,
-                "nothing_close": result.nothing_close,
-                "total": total,
-                "next_offset": end if page.hits and end < min(total, MAX_OFFSET + 1) else None,
-                "rerank_seconds": None if reranking is None else reranking.seconds,
-                "rerank_missing": None if reranking is None else reranking.missing,
-            }
-            response = SearchResponse.model_validate(values, from_attributes=True)
-            return response.model_dump_json().encode()
-
-        if rerank_cache is None:
-            [response] = await self._searchers.map(lambda vectors: make_response(find_hits(vectors)), [query_vectors])
-            return response
-        [result] = await self._searchers.map(find_hits, [query_vectors])
-        reranking = await self._rerank(rerank_cache, query, result.hits)
-        [response] = await self._searchers.map(lambda result: make_response(result, reranking), [result])
-        return response
-
-    async def _rerank(self, rerank_cache: RerankCache, query: SearchQuery, hits: list[Hit]) -> Reranking:
-        """Sort the first hits with the re-ranking model."""
-        start, first = time.perf_counter(), [hit.id for hit in hits[:RERANKED]]
-        if isinstance(rerank_cache.model, VisionLanguageModel):
-            ratings = await self._process_originals(rerank_cache, first, make_question(query))
-            return sort_hits(hits, {hit_id: float(rating) for hit_id, rating in ratings.items()}, start)
-        vector = await self._embed_query_for_reranking(rerank_cache, rerank_cache.model, query)
-        vectors = await self._process_originals(rerank_cache, first)
-        scores = {hit_id: float(vector @ hit_vector) for hit_id, hit_vector in vectors.items()}
-        return sort_hits(hits, scores, start)
-
-    async def _embed_query_for_reranking(
-        self, rerank_cache: RerankCache, model: DualEncoder, query: SearchQuery
-    ) -> np.ndarray:
-        """Return the re-ranking model's query vector. The model embeds the image files of earlier hits."""
-        prompts, counts = query.build_prompts(model.query_templates)
-        like = [*query.like, *query.negative_like]
-        like_vectors = await self._process_originals(rerank_cache, like)
-        for hit_id in like:
-            if hit_id not in like_vectors:
-                raise NotFound(
-                    f"re-ranking needs the image file of hit {hit_id}, which is part of the query, but the file cannot "
-                    "be decoded, or has been changed or removed since it was indexed"
-                )
-        images = await self.embed_images(_list_images(query), model)
-        texts = _check_finite(await self._batchers["rerank_text"].submit(prompts), "a text")
-        return query.combine(texts, counts, images, [like_vectors[hit_id] for hit_id in like]).combined
-
-    async def _process_originals(
-        self, rerank_cache: RerankCache, hit_ids: Sequence[str], question: str = ""
-    ) -> dict[str, np.ndarray]:
-        """Return the re-ranking model's results for the image files of hits, without those that cannot be decoded.
-
-        Args:
-            question: Question to a vision-language model, whose results are probabilities. Default: the results are
-                the embeddings of a dual encoder.
-        """
-        decode = partial(load_request_image, max_pixels=self.limits.max_pixels)
-
-        def prepare(hit_id: str) -> PreparedImage | None:
-            return rerank_cache.prepare(hit_id, question, self._read_original, decode)
-
-        results: dict[str, np.ndarray] = {}
-        step = min(IMAGES_PER_BATCH, self.limits.max_queue)
-        for start in range(0, len(hit_ids), step):
-            batch = hit_ids[start : start + step]
-            new: dict[str, PreparedImage] = {}
-            for hit_id, image in zip(batch, await self._decoders.map(prepare, batch), strict=True):
-                if image is not None and image.result is not None:
-                    results[hit_id] = image.result
-                elif image is not None:
-                    new[hit_id] = image
-            items = [(image.pixels, question) if question else image.pixels for image in new.values()]
-            new_results = await self._batchers["rerank_image"].submit(items)
-            for (hit_id, image), result in zip(new.items(), new_results, strict=True):
-                if np.isfinite(result).all():
-                    rerank_cache.add(image.key, result)
-                    results[hit_id] = result
-        return results
-
-    async def explain(self, request: ExplainRequest) -> Explanation:
-        """Embed a query, and the query without each of its words. Return the effect of each word on a hit's score."""
-        query = request.to_query()
-        explainer = prepare_explanation(query, self.templates)
-        vector, *hits = await self._read_vectors([request.id, *query.like, *query.negative_like])
-        images = await self._embed_query_images(query)
-        prompts: list[np.ndarray] = []
-        step = min(self.limits.batch_size, self.limits.max_queue)  # leaves space in the queue for other requests
-        for start in range(0, len(explainer.prompts), step):
-            prompts += await self.embed_texts(explainer.prompts[start : start + step])
-        prompts = truncate_vectors(prompts, self._query_model.embed_dim)
-        return explainer.explain(np.stack(prompts), images, hits, vector)
-
-    async def compute_heatmap(self, request: HeatmapRequest) -> np.ndarray:
-        """Embed a query. Return its cosine similarity to each image cell, as a float32 array of shape (h, w)."""
-        dense = require_dense_encoder(self._query_model)
-        variant = request.variant or dense.localization_variant
-        if variant not in dense.variants:
-            raise ValueError(f"this model does not support the variant {variant}: use {' or '.join(dense.variants)}")
-        if request.id is not None:
-            self.require_backend()
-        query_vector = (await self._embed_query(request.to_query())).combined
-        image_size = request.image_size or dense.localization_size
-
-        def prepare(request: HeatmapRequest) -> Tensor:
-            if request.image is not None:
-                image = RequestImage(request.image, "image").load(self.limits.max_pixels)
-            else:
-                image = self._load_original(request.id or "")
-            rows, columns = dense.compute_grid_shape(image.shape[-2], image.shape[-1], image_size)
-            if request.image_size is not None and rows * columns > MAX_HEATMAP_CELLS:
-                raise ValueError(
-                    f"image_size {image_size} results in {rows:,} x {columns:,} cells; the limit is "
-                    f"{MAX_HEATMAP_CELLS:,} cells. Use a smaller image_size"
-                )
-            return dense.resize(image, image_size)
-
-        [pixels] = await self._decoders.map(prepare, [request])
-        item = dense, pixels, query_vector, variant
-        [heatmap] = _check_finite(await self._batchers["heatmap"].submit([item]), "an image")
-        return heatmap
-
-    async def open_original(self, hit_id: str) -> tuple[BinaryIO, str]:
-        """Open a hit's image file. See `request_images.open_original` for the return values.
-
-        This runs in a decoder thread, because reading a table cell requires decoding the table.
-        """
-        [original] = await self._decoders.map(partial(open_original, self.require_backend()), [hit_id])
-        return original
-
-    def _load_original(self, hit_id: str) -> Tensor:
-        """Decode a hit's image file to a tensor of shape (3, H, W), uint8."""
-        return load_request_image(self._read_original(hit_id), self.limits.max_pixels)
-
-    def _read_original(self, hit_id: str) -> bytes:
-        """Return the contents of a hit's image file."""
-        stream, _ = open_original(self.require_backend(), hit_id)
-        max_bytes = self.limits.max_body_bytes
-        with stream:
-            data = stream.read(max_bytes + 1)
-        if len(data) > max_bytes:
-            raise TooLarge(f"the image file is too large; the limit is {max_bytes:,} bytes")
-        return data
-
-    async def _embed_query(self, query: SearchQuery) -> QueryVectors:
-        """Return the embeddings of a query and its positive parts."""
-        prompts, counts = query.build_prompts(self.templates)
-        hits = await self._read_vectors([*query.like, *query.negative_like])
-        dim = self._query_model.embed_dim
-        prompt_vectors = truncate_vectors(await self.embed_texts(prompts), dim)
-        return query.combine(prompt_vectors, counts, await self._embed_query_images(query), hits)
-
-    async def _embed_query_images(self, query: SearchQuery) -> list[np.ndarray]:
-        """Return the embeddings of a query's images, then of its negative images."""
-        return truncate_vectors(await self.embed_images(_list_images(query)), self._query_model.embed_dim)
-
-    async def _read_vectors(self, hit_ids: Sequence[str]) -> list[np.ndarray]:
-        """Return the embeddings of hits. Raise NotFound if the index does not contain one of them."""
-        vectors = []
-        for hit_id in hit_ids:
-            vector = await run_in_threadpool(self.require_backend().vector, hit_id)
-            if vector is None:
-                raise NotFound(f"the index contains no image with id {hit_id}")
-            vectors.append(vector)
-        return vectors
-
-    def _get_calibration(self) -> Calibration | None:
-        """Return the calibration of relevance, which may be up to a minute old, or None if the index has none."""
-        with self._calibration_lock:
-            if time.monotonic() - self._calibration_time > CALIBRATION_SECONDS:
-                self._calibration = load_calibration(self.require_backend(), self._query_model)
-                self._calibration_time = time.monotonic()
-            return self._calibration
-
-    def require_backend(self) -> Backend:
+    def require_index(self) -> Index:
         """Return the index. Raise NotFound if the server was started without an index."""
-        if self.backend is None:
+        if self.index is None:
             raise NotFound("this server has no index. To search, start it with: llm2clip serve --index INDEX")
-        return self.backend
+        return self.index
 
-    def count_images(self) -> tuple[int, int]:
-        """Return the numbers of images and of distinct images in the index, which may be up to a second old.
-
-        Without an index, both are 0.
-        """
-        if self.backend is None:
-            return 0, 0
-        with self._counts_lock:
-            if time.monotonic() - self._counts_time > COUNT_SECONDS:
-                self._counts, self._counts_time = self.backend.count(), time.monotonic()
-            return self._counts
+    def count_images(self) -> int:
+        """Return the number of images in the index, which may be up to a second old. 0 without an index."""
+        return 0 if self.index is None else self.index.count()[0]
 
     def _count_images_for_metrics(self) -> float:
         """Return the number of images, or NaN if the index is unavailable, so that the other metrics stay available."""
         try:
-            return self.count_images()[0]
+            return self.count_images()
         except IndexUnavailableError:
             return math.nan
-
-
-def truncate_vectors(vectors: list[np.ndarray], dim: int) -> list[np.ndarray]:
-    """Truncate L2-normalised float32 vectors to their first `dim` dimensions and normalise them again."""
-    if not vectors or len(vectors[0]) == dim:
-        return vectors
-    return list(truncate_and_normalize(torch.from_numpy(np.stack(vectors)), dim).numpy())
-
-
-def _list_images(query: SearchQuery) -> list[RequestImage]:
-    """Return a query's images, then its negative images."""
-    images = [RequestImage(uri, f"images.{index}") for index, uri in enumerate(query.images)]
-    return images + [RequestImage(uri, f"negative_images.{index}") for index, uri in enumerate(query.negative_images)]
-
-
-def _check_finite(vectors: list[np.ndarray], what: str) -> list[np.ndarray]:
-    for vector in vectors:
-        if not np.isfinite(vector).all():
-            raise ValueError(f"the model returned NaN or infinity for {what}")
-    return vectors

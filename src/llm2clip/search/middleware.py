@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import ipaddress
 import json
 import re
 import secrets
 import sys
 import time
-from collections import Counter
 from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llm2clip.search.errors import RETRY_SOON, make_error_response
-from llm2clip.search.inference import InferenceService, Limits
-from llm2clip.search.queues import QueueFull, current_client
+from llm2clip.search.inference import Deadline, InferenceService, Limits, QueueFull, current_deadline
 
 SESSION_SECONDS = 24 * 3600
 # Requests with other methods are counted as "other", because clients can send arbitrary method names.
@@ -124,9 +121,8 @@ class RequestMiddleware:
             await self.app(scope, receive, send)
             return
         start = time.perf_counter()
-        client = identify_client(scope.get("client"))
-        current_client.set(client)
-        allocation = ByteAllocation(self.budget, client)
+        allocation = ByteAllocation(self.budget)
+        scope.setdefault("state", {})["allocation"] = allocation
         request = Request(scope)
         body = _BodyReader(request, receive, allocation, self.service.limits)
         sender = _ResponseSender(scope, receive, send, allocation)
@@ -180,6 +176,8 @@ class RequestMiddleware:
     async def _run_app(self, scope: Scope, body: _BodyReader, sender: _ResponseSender) -> Response | None:
         """Run the application. Return an error response if the request times out or its body is rejected."""
         timeout = self.service.limits.timeout
+        deadline = Deadline(time.monotonic() + timeout, timeout)
+        current_deadline.set(deadline)
         try:
             async with asyncio.timeout(timeout) as timer:
                 sender.timer = timer
@@ -187,7 +185,7 @@ class RequestMiddleware:
         except TimeoutError:
             if sender.started:
                 raise
-            return make_error_response(504, f"the request took longer than {timeout:g} seconds")
+            return make_error_response(504, str(deadline.make_error()))
         except _BodyRejected as error:
             if sender.started:
                 raise
@@ -296,61 +294,41 @@ class _ResponseSender:
         await self._send({**message, "headers": headers})
 
 
-# ---- limits per client
-
-
-def identify_client(address: tuple[str, int] | None) -> str:
-    """Return a string that identifies a client: its IPv4 address without the port, or its IPv6 /64 network.
-
-    IPv6 clients usually own a /64 network and could send each request from a different address in it.
-    """
-    if address is None:
-        return ""
-    host = address[0]
-    if ":" not in host:
-        return host
-    try:
-        return str(ipaddress.IPv6Network((host.partition("%")[0], 64), strict=False))
-    except ValueError:
-        return host
+# ---- limits
 
 
 class ByteBudget:
-    """Limit on the total size of all request and response bodies in memory. Each client may use a quarter of it."""
+    """Limit on the total size of all request and response bodies, and of the files of downloads, in memory."""
 
     def __init__(self, max_bytes: int) -> None:
-        self.max_bytes, self.max_bytes_per_client = max_bytes, max_bytes // 4
-        self.total = 0
-        self.by_client: Counter[str] = Counter()
+        self.max_bytes, self.total = max_bytes, 0
 
 
 class ByteAllocation:
     """A request's share of a byte budget."""
 
-    def __init__(self, budget: ByteBudget, client: str) -> None:
-        self._budget, self._client = budget, client
-        self.size = 0
+    def __init__(self, budget: ByteBudget) -> None:
+        self._budget, self.size = budget, 0
 
     def add(self, size: int) -> None:
-        """Allocate more bytes. Raise QueueFull if the total budget or the client's share is exhausted.
+        """Allocate more bytes. Raise QueueFull if the budget is exhausted.
 
         The first ALWAYS_ACCEPTED bytes of a request are always granted.
         """
-        budget = self._budget
         self.size += size
-        budget.total += size
-        budget.by_client[self._client] += size
-        is_exhausted = budget.total > budget.max_bytes or budget.by_client[self._client] > budget.max_bytes_per_client
-        if is_exhausted and self.size > ALWAYS_ACCEPTED:
+        self._budget.total += size
+        if self._budget.total > self._budget.max_bytes and self.size > ALWAYS_ACCEPTED:
             raise QueueFull("the server is busy: too much data in concurrent requests; try again later")
+
+    def remove(self, size: int) -> None:
+        """Return bytes to the budget. After `release`, there are none left."""
+        size = min(size, self.size)
+        self.size -= size
+        self._budget.total -= size
 
     def release(self) -> None:
         """Return all bytes to the budget."""
-        self._budget.total -= self.size
-        self._budget.by_client[self._client] -= self.size
-        if not self._budget.by_client[self._client]:
-            del self._budget.by_client[self._client]
-        self.size = 0
+        self.remove(self.size)
 
 
 class LimitedConnection(H11Protocol):
@@ -362,13 +340,12 @@ class LimitedConnection(H11Protocol):
     """
 
     limits: Limits
-    by_client: dict[str, dict[LimitedConnection, None]]  # each client's open connections, oldest first
+    opened: dict[LimitedConnection, None]  # open connections, oldest first
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._timer: asyncio.TimerHandle | None = None
-        self._client_key = identify_client(self.client)
-        self.by_client.setdefault(self._client_key, {})[self] = None
+        self.opened[self] = None
         self._update_timer()
         if len(self.connections) > self.limits.max_connections:
             self._abort_one_connection()
@@ -411,25 +388,21 @@ class LimitedConnection(H11Protocol):
             self._timer = None
 
     def _abort_one_connection(self) -> None:
-        """Abort the oldest idle connection of the client with the most connections.
+        """Abort the oldest idle connection, or the oldest one if none is idle.
 
-        If none is idle, abort that client's oldest connection. A new connection is idle, so it may be aborted itself.
+        A new connection is idle, so it may be aborted itself.
         """
-        largest = max(self.by_client.values(), key=len)
-        oldest = next(iter(largest))
-        connection = next((connection for connection in largest if connection._is_idle()), oldest)
+        oldest = next(iter(self.opened))
+        connection = next((connection for connection in self.opened if connection._is_idle()), oldest)
         connection._unregister()  # connection_lost is called later, possibly after another connection is made
         connection.transport.abort()
 
     def _unregister(self) -> None:
         """Remove this connection from the open connections."""
         self.connections.discard(self)
-        connections = self.by_client.get(self._client_key, {})
-        connections.pop(self, None)
-        if not connections:
-            self.by_client.pop(self._client_key, None)
+        self.opened.pop(self, None)
 
 
 def make_connection_class(limits: Limits) -> type[LimitedConnection]:
     """Return a connection class with the given limits, for uvicorn's `http` setting."""
-    return type("LimitedConnection", (LimitedConnection,), {"limits": limits, "by_client": {}})
+    return type("LimitedConnection", (LimitedConnection,), {"limits": limits, "opened": {}})

@@ -1,6 +1,7 @@
 """Search queries, made of positive and negative texts, images and earlier hits, and their embeddings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +15,10 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates, average_prompts, build_query_prompts
 
 NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results have little to do with the positive parts of the query
+
+
+class UnsupportedQuery(ValueError):
+    """Raised when a query is valid, but asks for something that is not available for it."""
 
 
 class QueryVectors(NamedTuple):
@@ -34,12 +39,9 @@ class QueryVectors(NamedTuple):
 class SearchQuery:
     """A search query. Results should resemble its positive parts, but not its negative parts.
 
-    The `search` command encodes texts and images directly, and the server batches them with those of other requests.
-    Both call `build_prompts` to get the texts to encode and `combine` to get the query vector.
-
     Attributes:
         texts, negative_texts: Texts of any length.
-        images, negative_images: Images (data URIs in server requests).
+        images, negative_images: Images: paths, encoded images as bytes, or tensors of shape (3, H, W), uint8.
         like, negative_like: Ids of earlier hits.
         templates: Prompt templates for short texts. The embeddings of the resulting prompts are averaged (see
             `models.prompts.build_query_prompts`). Default: the model's own templates.
@@ -55,8 +57,12 @@ class SearchQuery:
 
     def __bool__(self) -> bool:
         """Return True if the query has at least one part."""
-        positive = len(self.texts) + len(self.images) + len(self.like)
-        return positive + len(self.negative_texts) + len(self.negative_images) + len(self.negative_like) > 0
+        return bool(self.texts or self.images or self.like) or self.has_negative_parts
+
+    @property
+    def has_negative_parts(self) -> bool:
+        """True if there is something that results should not resemble."""
+        return bool(self.negative_texts or self.negative_images or self.negative_like)
 
     def build_prompts(self, default_templates: QueryTemplates) -> tuple[list[str], list[int]]:
         """Return the prompts of all texts, then of all negative texts, and the number of prompts per text.
@@ -107,29 +113,74 @@ class SearchQuery:
         )
 
 
-def embed_query(model: DualEncoder, query: SearchQuery) -> np.ndarray:
-    """Return the L2-normalised vector of a query without hits, of shape (D,), float32. See `embed_query_parts`."""
-    return embed_query_parts(model, query).combined
+class QueryEncoder:
+    """A dual encoder that embeds queries and images. Thread-safe if the model is."""
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        load: Callable[[Any], Tensor] = load_image,
+        decoding: AbstractContextManager[Any] | None = None,
+        templates: QueryTemplates | None = None,
+    ) -> None:
+        """
+        Args:
+            load: Function that decodes an image to a uint8 tensor of shape (3, H, W).
+            decoding: Reusable context manager that is held while an image is decoded and preprocessed, for example to
+                limit the number of decoded images in memory. Default: no limit.
+            templates: Prompt templates for queries without templates of their own. Default: those of the model.
+        """
+        self.model, self.load = model, load
+        self.decoding = nullcontext() if decoding is None else decoding
+        self.templates = model.query_templates if templates is None else templates
+
+    def prepare(self, image: Any) -> Any:
+        """Decode and preprocess an image for `DualEncoder.encode_images`. Raise ImageError if it cannot be decoded."""
+        with self.decoding:
+            return self.model.transform(self.load(image))
+
+    def embed_images(self, images: Sequence[Any]) -> np.ndarray:
+        """Return L2-normalised image embeddings of shape (N, D), float32.
+
+        Raises:
+            ImageError: An image cannot be decoded.
+            ValueError: The model returned NaN or infinity.
+        """
+        if not images:
+            return np.empty((0, self.model.embed_dim), np.float32)
+        prepared = [self.prepare(image) for image in images]
+        return _check_finite(self.model.encode_images(prepared).numpy(), "an image")
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Return L2-normalised text embeddings of shape (N, D), float32. Prompt templates are not applied.
+
+        Raises:
+            ValueError: The model returned NaN or infinity.
+        """
+        if not texts:
+            return np.empty((0, self.model.embed_dim), np.float32)
+        return _check_finite(self.model.encode_texts(texts).numpy(), "a text")
+
+    def embed(self, query: SearchQuery, hits: Sequence[np.ndarray] = ()) -> QueryVectors:
+        """Embed a query.
+
+        Args:
+            hits: Embeddings of the hits in `query.like`, then in `query.negative_like`, each of shape (D,).
+
+        Raises:
+            ValueError: The query has no parts, a text is empty, or the model returned NaN or infinity.
+            ImageError: An image cannot be decoded.
+        """
+        prompts, counts = query.build_prompts(self.templates)
+        prompt_vectors = self.embed_texts(prompts)
+        images = self.embed_images([*query.images, *query.negative_images])
+        return query.combine(list(prompt_vectors), counts, list(images), hits)
 
 
-def embed_query_parts(model: DualEncoder, query: SearchQuery) -> QueryVectors:
-    """Embed a query that does not contain hits.
-
-    Raises:
-        ValueError: The query has no parts, or a text is empty.
-        ImageError: An image cannot be read.
-    """
-    prompts, counts = query.build_prompts(model.query_templates)
-    prompt_vectors = model.encode_texts(prompts).numpy() if prompts else np.empty((0, model.embed_dim), np.float32)
-    image_vectors = embed_images(model, [*query.images, *query.negative_images]).numpy()
-    return query.combine(list(prompt_vectors), counts, list(image_vectors))
-
-
-def embed_images(model: DualEncoder, images: Sequence[Any]) -> Tensor:
-    """Return L2-normalised image embeddings of shape (N, D), float32. Raise ImageError if an image cannot be read."""
-    if not images:
-        return torch.empty(0, model.embed_dim)
-    return model.encode_images([model.transform(load_image(image)) for image in images])
+def _check_finite(vectors: np.ndarray, kind: str) -> np.ndarray:
+    if not np.isfinite(vectors).all():
+        raise ValueError(f"the model returned NaN or infinity for {kind}")
+    return vectors
 
 
 def combine_embeddings(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray] = ()) -> np.ndarray:

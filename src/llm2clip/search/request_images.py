@@ -3,32 +3,17 @@
 import base64
 import binascii
 import io
-import os
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
 from llm2clip.data.image_header import ImageFormatError, is_heic, open_header
-from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import ImageError, load_image
-from llm2clip.search.backends import Backend, IndexedImage
-from llm2clip.search.build import format_file_version, read_container_version
+from llm2clip.search.originals import TooLarge
 
 # A small AVIF or HEIC file can contain any number of hidden frames, which would all be decoded.
 FORMAT_NOT_ACCEPTED = "{} images are not accepted in requests. Convert the image to JPEG, PNG or WebP"
-
-
-class NotFound(LookupError):
-    """Raised when the index, an indexed image, or its original file does not exist."""
-
-
-class BadRequest(ValueError):
-    """Raised when a request is well-formed, but asks for something that is not available for it or on this server."""
-
-
-class TooLarge(ValueError):
-    """Raised when an image has too many pixels or its file is too large."""
 
 
 class InvalidImage(ValueError):
@@ -61,6 +46,11 @@ class RequestImage(NamedTuple):
             return load_request_image(data, max_pixels)
         except (ImageError, TooLarge) as error:
             raise InvalidImage(error, self.param) from error
+
+
+def load_query_image(image: RequestImage | bytes, max_pixels: int) -> Tensor:
+    """Decode an image of a request, or the contents of an image file, to a uint8 tensor of shape (3, H, W)."""
+    return image.load(max_pixels) if isinstance(image, RequestImage) else load_request_image(image, max_pixels)
 
 
 def decode_data_uri(uri: str) -> bytes:
@@ -98,38 +88,3 @@ def load_request_image(data: bytes, max_pixels: int) -> Tensor:
     if width * height > max_pixels:
         raise TooLarge(f"the image has too many pixels: {width} x {height}; the limit is {max_pixels:,}")
     return load_image(data)
-
-
-def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
-    """Open the image file of a hit. Return the stream and the media type.
-
-    If the hit has several files, use the first one that has not changed since indexing.
-
-    Raises:
-        NotFound: The id is unknown, or all of the hit's files have been changed or removed.
-    """
-    for image in backend.images(hit_id):
-        try:
-            stream = _open_unchanged_image(image)
-            header = open_header(stream)
-        except Exception:  # Pillow can raise almost any exception for corrupt headers
-            continue
-        media_type = Image.MIME.get(header.format or "", "")
-        if media_type.startswith("image/"):
-            stream.seek(0)
-            return stream, media_type
-    raise NotFound(
-        f"the index contains no image with id {hit_id}, or the image file has been changed or removed since it was "
-        "indexed"
-    )
-
-
-def _open_unchanged_image(image: IndexedImage) -> BinaryIO:
-    """Open an image's file. Raise FileNotFoundError if the file has been changed or removed since indexing."""
-    path = image.ref.container_path or ""
-    if read_container_version(path) != image.file_version:  # check before opening, because a named pipe would block
-        raise FileNotFoundError(f"{path} has changed since it was indexed")
-    stream = image.ref.open()
-    if isinstance(image.ref, FileImage) and format_file_version(os.fstat(stream.fileno())) != image.file_version:
-        raise FileNotFoundError(f"{path} has changed since it was indexed")
-    return stream

@@ -1,38 +1,26 @@
-"""Re-ranking: a second, usually larger, model, called the re-ranking model, sorts the first hits of a search.
+"""Re-ranking: a second, usually larger, dual encoder, called the re-ranking model, sorts the first hits of a search.
 
-A dual encoder embeds the query and the original image files of the hits, and sorts the hits by their cosine similarity.
-A vision-language model sorts them by the probability that they match the texts of the query (see `search.vlm`). The
-embeddings, or probabilities, are cached in memory by the hash of the file, so only the first search has to decode it.
+It embeds the query and the original image files of the hits, and sorts the hits by their cosine similarity. The
+embeddings are cached in memory by the hash of the file, so only the first search has to decode it.
 """
 
 import hashlib
-import math
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import numpy as np
 
-from llm2clip.data.image_refs import read_image_file
-from llm2clip.data.images import ImageError, load_image
-from llm2clip.search.backends import Backend, Hit, IndexUnavailableError
-from llm2clip.search.query import SearchQuery, embed_query
-from llm2clip.search.request_images import NotFound, TooLarge, open_original
-from llm2clip.search.vlm import RerankModel, VisionLanguageModel, make_question
+from llm2clip.data.images import ImageError
+from llm2clip.search.backends import Hit, IndexUnavailableError
+from llm2clip.search.originals import NotFound, TooLarge
+from llm2clip.search.query import QueryEncoder, SearchQuery
 
 RERANKED = 50  # number of hits that are sorted again
 IMAGES_PER_BATCH = 8  # limits the memory for decoded images
-MAX_CACHED = 4096  # maximum number of cached results; embeddings of 1,024 dimensions take 16 MB
-
-
-class PreparedImage(NamedTuple):
-    """An image file: its key in the cache, and either the cached result or the input of the model."""
-
-    key: bytes
-    result: Any
-    pixels: Any
+MAX_CACHED = 4096  # maximum number of cached embeddings; those of 1,024 dimensions take 16 MB
 
 
 class Reranking(NamedTuple):
@@ -43,94 +31,112 @@ class Reranking(NamedTuple):
     seconds: float
 
 
-class RerankCache:
-    """Cached results of a re-ranking model: image embeddings, or the probabilities of a vision-language model.
+class _PreparedImage(NamedTuple):
+    """An image file: its key in the cache, and either the cached embedding or the input of the model."""
 
-    `prepare` and `add` are thread-safe.
-    """
+    key: bytes
+    vector: np.ndarray | None
+    pixels: Any
 
-    def __init__(self, model: RerankModel) -> None:
-        self.model = model
-        self._cache: OrderedDict[bytes, Any] = OrderedDict()  # the last item is the most recently used one
+
+class Reranker:
+    """A re-ranking model and its cached image embeddings. Thread-safe if the model is."""
+
+    def __init__(self, encoder: QueryEncoder, read: Callable[[str], bytes]) -> None:
+        """
+        Args:
+            read: Function that takes a hit id and returns the contents of the image file.
+        """
+        self.encoder, self._read = encoder, read
+        self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()  # the last item is the most recently used one
         self._lock = threading.Lock()
 
-    def prepare(
-        self, hit_id: str, question: str, read: Callable[[str], bytes], load: Callable[[bytes], Tensor]
-    ) -> PreparedImage | None:
-        """Read and decode the image file of a hit, unless the result for the file is cached.
-
-        Return None if the file cannot be read or decoded, or has been changed or removed since it was indexed.
+    def sort(self, query: SearchQuery, hits: Sequence[Hit]) -> Reranking:
+        """Sort the first RERANKED hits by their similarity to a query.
 
         Args:
-            question: Question to a vision-language model. Empty for a dual encoder.
-            read: Function that takes a hit id and returns the contents of the image file.
-            load: Function that decodes an image file.
+            hits: Hits, best first.
 
         Raises:
-            IndexUnavailableError: The server that stores the index does not respond.
+            NotFound: The query contains a hit whose image file cannot be decoded.
+        """
+        start = time.perf_counter()
+        query_vector = self._embed_query(query)
+        vectors = self._embed_files([hit.id for hit in hits[:RERANKED]])
+        scores = {hit_id: float(query_vector @ vector) for hit_id, vector in vectors.items()}
+        ranking, missing = sort_hits(hits, scores)
+        return Reranking(ranking, missing, time.perf_counter() - start)
+
+    def _embed_query(self, query: SearchQuery) -> np.ndarray:
+        """Return the query vector. The model embeds the image files of earlier hits."""
+        like = [*query.like, *query.negative_like]
+        vectors = self._embed_files(like)
+        for hit_id in like:
+            if hit_id not in vectors:
+                raise NotFound(
+                    f"re-ranking needs the image file of hit {hit_id}, which is part of the query, but the file cannot "
+                    "be decoded, or has been changed or removed since it was indexed"
+                )
+        return self.encoder.embed(query, [vectors[hit_id] for hit_id in like]).combined
+
+    def _embed_files(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the embeddings of the image files of hits, without those that cannot be decoded or embedded."""
+        vectors: dict[str, np.ndarray] = {}
+        for start in range(0, len(hit_ids), IMAGES_PER_BATCH):
+            images: dict[str, _PreparedImage] = {}
+            for hit_id in hit_ids[start : start + IMAGES_PER_BATCH]:
+                image = self._prepare(hit_id)
+                if image is not None and image.vector is not None:
+                    vectors[hit_id] = image.vector
+                elif image is not None:
+                    images[hit_id] = image
+            if not images:
+                continue
+            embeddings = self.encoder.model.encode_images([image.pixels for image in images.values()]).numpy()
+            for (hit_id, image), vector in zip(images.items(), embeddings, strict=True):
+                if np.isfinite(vector).all():
+                    self._add(image.key, vector)
+                    vectors[hit_id] = vector
+        return vectors
+
+    def _prepare(self, hit_id: str) -> _PreparedImage | None:
+        """Read and decode the image file of a hit, unless its embedding is cached.
+
+        Return None if the file cannot be read or decoded, or has been changed or removed since it was indexed.
         """
         try:
-            data = read(hit_id)
-            key = hashlib.sha256(data).digest() + hashlib.sha256(question.encode()).digest()
-            with self._lock:
-                result = self._cache.get(key)
-                if result is not None:
-                    self._cache.move_to_end(key)
-            pixels = self.model.transform(load(data)) if result is None else None
-        except IndexUnavailableError:
+            with self.encoder.decoding:
+                data = self._read(hit_id)
+                key = hashlib.sha256(data).digest()
+                with self._lock:
+                    vector = self._cache.get(key)
+                    if vector is not None:
+                        self._cache.move_to_end(key)
+                pixels = self.encoder.model.transform(self.encoder.load(data)) if vector is None else None
+        except (IndexUnavailableError, TimeoutError):
             raise
         except (ImageError, NotFound, TooLarge, OSError):
             return None
-        return PreparedImage(key, result, pixels)
+        return _PreparedImage(key, vector, pixels)
 
-    def add(self, key: bytes, result: Any) -> None:
-        """Add a result to the cache, and remove the least recently used one if the cache is full."""
+    def _add(self, key: bytes, vector: np.ndarray) -> None:
+        """Add an embedding to the cache, and remove the least recently used one if the cache is full."""
         with self._lock:
-            self._cache[key] = result
+            self._cache[key] = vector
             if len(self._cache) > MAX_CACHED:
                 self._cache.popitem(last=False)
 
 
-def rerank_hits(model: RerankModel, query: SearchQuery, hits: Sequence[Hit], backend: Backend) -> Reranking:
-    """Sort the first RERANKED hits with a model, for a query without earlier hits.
-
-    Args:
-        hits: Hits, best first.
-        backend: Index that returned the hits.
-    """
-    start = time.perf_counter()
-    cache = RerankCache(model)
-    question = make_question(query) if isinstance(model, VisionLanguageModel) else ""
-    query_vector = None if isinstance(model, VisionLanguageModel) else embed_query(model, query)
-
-    def read(hit_id: str) -> bytes:
-        stream, _ = open_original(backend, hit_id)
-        with stream:
-            return read_image_file(stream)
-
-    scores = {}
-    for hit in hits[:RERANKED]:
-        prepared = cache.prepare(hit.id, question, read, load_image)
-        if prepared is None:
-            continue
-        if isinstance(model, VisionLanguageModel):
-            score = float(model.rate([(prepared.pixels, question)])[0])
-        else:
-            score = float(model.encode_images([prepared.pixels])[0].numpy() @ query_vector)
-        if math.isfinite(score):
-            scores[hit.id] = score
-    return sort_hits(hits, scores, start)
-
-
-def sort_hits(hits: Sequence[Hit], scores: Mapping[str, float], start: float) -> Reranking:
+def sort_hits(hits: Sequence[Hit], scores: Mapping[str, float]) -> tuple[list[Hit], int]:
     """Sort the first RERANKED hits by score, highest first. The other hits stay in their order.
 
     Args:
-        scores: Scores of hits, keyed by hit id. Those of the first RERANKED hits that have no score
-            follow the sorted ones, in their order.
-        start: Value of `time.perf_counter` at which re-ranking started.
+        scores: Scores of hits, keyed by hit id. The first RERANKED hits without a score follow the sorted ones.
+
+    Returns:
+        The hits, and the number of the first RERANKED hits that have no score.
     """
     first = hits[:RERANKED]
     rated = sorted((hit for hit in first if hit.id in scores), key=lambda hit: -scores[hit.id])
     missing = [hit for hit in first if hit.id not in scores]
-    return Reranking([*rated, *missing, *hits[RERANKED:]], len(missing), time.perf_counter() - start)
+    return [*rated, *missing, *hits[RERANKED:]], len(missing)

@@ -11,7 +11,9 @@ from llm2clip.data.texts import is_valid_unicode
 from llm2clip.models.prompts import PLACEHOLDER, QueryTemplates
 from llm2clip.search.backends import MAX_CAPTION_FILTER_LENGTH, MAX_LOCATIONS, Filter
 from llm2clip.search.explain import MAX_WORDS
+from llm2clip.search.index import SearchOptions
 from llm2clip.search.query import SearchQuery
+from llm2clip.search.request_images import RequestImage
 from llm2clip.search.rerank import RERANKED
 
 DATA_URI_PREFIX = "data:image/"
@@ -137,7 +139,9 @@ class QueryRequest(_StrictModel):
     )
 
     def to_query(self) -> SearchQuery:
-        values = {name: getattr(self, name) for name in QueryRequest.model_fields}
+        values: dict[str, Any] = {name: getattr(self, name) for name in QueryRequest.model_fields}
+        for name in ("images", "negative_images"):
+            values[name] = [RequestImage(uri, f"{name}.{index}") for index, uri in enumerate(values[name])]
         if self.templates is not None:
             values["templates"] = QueryTemplates(tuple(self.templates))
         return SearchQuery(**values)
@@ -170,6 +174,9 @@ class SearchRequest(QueryRequest):
         description=f"sort the first {RERANKED} hits again with the server's re-ranking model, which uses the original "
         "image files; ignored without a query and for later pages",
     )
+
+    def to_options(self) -> SearchOptions:
+        return SearchOptions(self.words, self.group_similar, self.show_weak, self.rerank)
 
 
 class ImageLocation(BaseModel):

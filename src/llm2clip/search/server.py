@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import numpy as np
+import torch
 import uvicorn
 from fastapi import FastAPI, Query, Request, UploadFile
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
@@ -26,17 +27,21 @@ from starlette.types import Receive, Scope, Send
 from llm2clip import __version__
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
-from llm2clip.models.truncation import check_dim
+from llm2clip.models.truncation import check_dim, truncate_and_normalize
 from llm2clip.search.backends import Backend
 from llm2clip.search.errors import ERROR_RESPONSES, add_error_handlers
 from llm2clip.search.examples import ExampleCache, ExamplesResponse
-from llm2clip.search.inference import InferenceService, Limits, truncate_vectors
+from llm2clip.search.heatmap import locate_query
+from llm2clip.search.inference import InferenceService, Limits
 from llm2clip.search.middleware import Authenticator, RequestMiddleware, make_connection_class
-from llm2clip.search.request_images import NotFound, RequestImage
+from llm2clip.search.originals import NotFound
+from llm2clip.search.query import UnsupportedQuery
+from llm2clip.search.request_images import RequestImage
 from llm2clip.search.rerank import RERANKED
 from llm2clip.search.schemas import (
     DATA_URI_PREFIX,
     MAX_IMAGES,
+    MAX_OFFSET,
     MAX_TEMPLATES,
     EmbeddingItem,
     EmbedRequest,
@@ -49,7 +54,6 @@ from llm2clip.search.schemas import (
     SearchRequest,
     SearchResponse,
 )
-from llm2clip.search.vlm import RerankModel, VisionLanguageModel
 from llm2clip.search.zip_download import MAX_ZIP_IMAGES, parse_ids, read_chunks, stream_zip
 
 STATIC_FOLDER = Path(__file__).parent / "static"
@@ -69,7 +73,7 @@ def create_app(
     templates: QueryTemplates | None = None,
     allowed_origins: Sequence[str] = (),
     access_log: bool = False,
-    rerank_model: RerankModel | None = None,
+    rerank_model: DualEncoder | None = None,
 ) -> FastAPI:
     """Create the web application.
 
@@ -104,7 +108,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await service.close()
+        service.close()
 
     app = FastAPI(
         title="llm2clip",
@@ -205,8 +209,8 @@ def _add_status_routes(app: FastAPI, service: InferenceService, auth: Authentica
         """
         if auth is not None and not auth.is_authorized(request):
             return HealthResponse()
-        model = service.model
-        images, _ = await run_in_threadpool(service.count_images)
+        model = service.encoder.model
+        images = await run_in_threadpool(service.count_images)
         return HealthResponse(model=Path(model.name).name, dimensions=model.embed_dim, images=images)
 
     @app.get("/metrics", response_class=Response)
@@ -223,28 +227,52 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
         Images whose texts contain all words of the query are ranked higher, unless `words` is false.
         If there is a filter but no query, return the images that match the filter, newest first.
         """
-        return Response(await service.search(request), media_type="application/json")
+        if request.rerank and not service.require_index().can_rerank:
+            raise UnsupportedQuery("this server has no re-ranking model. Start it with: llm2clip serve --rerank MODEL")
+        return Response(await service.run_search(search_index, request), media_type="application/json")
+
+    def search_index(request: SearchRequest) -> bytes:
+        """Return a `SearchResponse` as JSON, serialized in the worker thread because it can be large."""
+        index, query, image_filter = service.require_index(), request.to_query(), request.filter.to_filter()
+        page = index.search(query, request.top, request.offset, image_filter, request.to_options())
+        response = SearchResponse.model_validate(page, from_attributes=True)
+        if response.next_offset is not None and response.next_offset > MAX_OFFSET:
+            response.next_offset = None
+        return response.model_dump_json().encode()
 
     examples = ExampleCache()
 
     @app.get("/examples", responses=API_ERRORS)
     async def get_examples() -> ExamplesResponse:
         """Return example queries, which are captions of some images, and the newest images."""
-        return await run_in_threadpool(examples.get, service.require_backend())
+        return await run_in_threadpool(examples.get, service.require_index().backend)
 
     @app.post("/explain", responses=API_ERRORS)
     async def explain(request: ExplainRequest) -> ExplainResponse:
         """Return how much the score of a hit changes if a word is removed from the query's texts."""
-        return ExplainResponse.model_validate(await service.explain(request), from_attributes=True)
+        explanation = await service.run_search(service.require_index().explain, request.to_query(), request.id)
+        return ExplainResponse.model_validate(explanation, from_attributes=True)
 
     @app.post("/heatmap", responses=API_ERRORS)
     async def heatmap(request: HeatmapRequest) -> HeatmapResponse:
         """Return a heat map that locates the given texts, images and earlier hits in an image."""
-        return HeatmapResponse(rows=(await service.compute_heatmap(request)).tolist())
+        return HeatmapResponse(rows=(await service.run_search(compute_heatmap, request)).tolist())
+
+    def compute_heatmap(request: HeatmapRequest) -> np.ndarray:
+        query, variant, image_size = request.to_query(), request.variant, request.image_size
+        if request.id is not None:
+            return service.require_index().compute_heatmap(query, request.id, variant, image_size)
+        # A server without an index locates queries without earlier hits.
+        encoder = service.encoder if service.index is None else service.index.encoder
+        vector = encoder.embed(query) if service.index is None else service.index.embed(query)
+        image = RequestImage(request.image or "", "image")
+        return locate_query(encoder, vector.combined, lambda: encoder.load(image), variant, image_size)
 
 
 def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
-    def make_response(vectors: Sequence[np.ndarray], encoding: str) -> EmbedResponse:
+    encoder = service.encoder
+
+    def make_response(vectors: Iterable[np.ndarray], encoding: str) -> EmbedResponse:
         items = []
         for index, vector in enumerate(vectors):
             embedding = (
@@ -252,12 +280,12 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
             )
             items.append(EmbeddingItem(index=index, embedding=embedding))
         usage = {"prompt_tokens": 0, "total_tokens": 0}
-        return EmbedResponse(data=items, model=Path(service.model.name).name, usage=usage)
+        return EmbedResponse(data=items, model=Path(encoder.model.name).name, usage=usage)
 
-    async def embed_images(images: list[RequestImage]) -> list[np.ndarray]:
+    def embed_images(images: list[RequestImage]) -> np.ndarray:
         if len(images) > MAX_IMAGES:
             raise ValueError(f"too many images in one request: {len(images)}; the limit is {MAX_IMAGES}")
-        return await service.embed_images(images)
+        return encoder.embed_images(images)
 
     @app.post("/v1/embeddings", responses=API_ERRORS, include_in_schema=False)
     @app.post("/embed", responses=API_ERRORS)
@@ -267,8 +295,11 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
         The paths /embed and /v1/embeddings are equivalent. With `dimensions`, embeddings are truncated to this number
         of dimensions and normalised again.
         """
+        return await service.run_embedding(embed_inputs, request)
+
+    def embed_inputs(request: EmbedRequest) -> EmbedResponse:
         if request.dimensions is not None:
-            check_dim(request.dimensions, service.model.embed_dim, "the model")
+            check_dim(request.dimensions, encoder.model.embed_dim, "the model")
         images: dict[int, RequestImage] = {}
         texts: dict[int, str] = {}
         for index, item in enumerate(request.inputs):
@@ -276,26 +307,25 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
                 images[index] = RequestImage(item, f"input.{index}")
             else:
                 texts[index] = item
-        image_vectors = await embed_images(list(images.values()))
-        text_vectors = await service.embed_texts(list(texts.values()))
-        by_index = dict(zip([*images, *texts], [*image_vectors, *text_vectors], strict=True))
-        vectors = [by_index[index] for index in range(len(by_index))]
+        vectors = np.empty((len(request.inputs), encoder.model.embed_dim), np.float32)
+        vectors[list(images)] = embed_images(list(images.values()))
+        vectors[list(texts)] = encoder.embed_texts(list(texts.values()))
         if request.dimensions is not None:
-            vectors = truncate_vectors(vectors, request.dimensions)
+            vectors = truncate_and_normalize(torch.from_numpy(vectors), request.dimensions).numpy()
         return make_response(vectors, request.encoding_format)
 
     @app.post("/embed/upload", responses=API_ERRORS)
     async def upload(files: list[UploadFile]) -> EmbedResponse:
         """Return the embeddings of uploaded images."""
         images = [RequestImage(await file.read(), f"files.{index}") for index, file in enumerate(files)]
-        return make_response(await embed_images(images), "float")
+        return make_response(await service.run_embedding(embed_images, images), "float")
 
 
 def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
     @app.get("/thumbnail/{hit_id}", response_class=Response, responses=API_ERRORS)
     async def thumbnail(hit_id: str, request: Request) -> Response:
         """Return a hit's thumbnail, a JPEG with at most 256 pixels per side."""
-        jpeg = await run_in_threadpool(service.require_backend().thumbnail, hit_id)
+        jpeg = await run_in_threadpool(service.require_index().backend.thumbnail, hit_id)
         if jpeg is None:
             raise NotFound(f"the index contains no image with id {hit_id}")
         # The ETag is a hash of the thumbnail, because the same id may refer to a different image in another index.
@@ -318,16 +348,18 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
 
     @app.get("/zip", response_class=Response, responses=API_ERRORS)
     async def download_zip(
+        request: Request,
         ids: Annotated[str, Query(description=f"ids of up to {MAX_ZIP_IMAGES} hits, separated by commas")],
     ) -> Response:
         """Return the original image files of hits in a zip archive without compression.
 
         Files that have been changed or removed since they were indexed are listed in the archive instead.
         """
-        service.require_backend()
+        service.require_index()
         headers = {"Content-Disposition": 'attachment; filename="images.zip"', "Cache-Control": "no-store"}
-        archive = stream_zip(service, parse_ids(ids))
-        return FileStream(archive, media_type="application/zip", headers=headers)
+        archive = stream_zip(service, parse_ids(ids), request.state.allocation)
+        first = await anext(archive)  # if the server is busy, this raises an exception before the response starts
+        return FileStream(archive, "application/zip", headers, first)
 
 
 class FileStream(StreamingResponse):
@@ -336,13 +368,26 @@ class FileStream(StreamingResponse):
     Otherwise, the files would stay open until the garbage collector closes the generator.
     """
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], media_type: str, headers: Mapping[str, str]) -> None:
-        super().__init__(chunks, media_type=media_type, headers=headers)
+    def __init__(
+        self, chunks: AsyncGenerator[bytes, None], media_type: str, headers: Mapping[str, str], first: bytes = b""
+    ) -> None:
+        """
+        Args:
+            first: Chunk that has already been taken from `chunks`.
+        """
+        super().__init__(_prepend(first, chunks), media_type=media_type, headers=headers)
         self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._chunks):
             await super().__call__(scope, receive, send)
+
+
+async def _prepend(first: bytes, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    if first:
+        yield first
+    async for chunk in chunks:
+        yield chunk
 
 
 async def _read_and_close(stream: BinaryIO, size: int) -> AsyncGenerator[bytes, None]:
@@ -352,13 +397,11 @@ async def _read_and_close(stream: BinaryIO, size: int) -> AsyncGenerator[bytes, 
             yield chunk
 
 
-def _add_page_routes(app: FastAPI, auth: Authenticator | None, rerank_model: RerankModel | None) -> None:
+def _add_page_routes(app: FastAPI, auth: Authenticator | None, rerank_model: DualEncoder | None) -> None:
     page = (STATIC_FOLDER / "index.html").read_text(encoding="utf-8")
     if rerank_model is not None:
         name = html.escape(_shorten_model_name(rerank_model.name))
         attributes = f'data-rerank-model="{name}" data-rerank-count="{RERANKED}"'
-        if isinstance(rerank_model, VisionLanguageModel):
-            attributes += " data-rerank-texts-only"
         page = page.replace('data-rerank-model=""', attributes)
 
     @app.get("/", include_in_schema=False)

@@ -14,10 +14,9 @@ from starlette.concurrency import run_in_threadpool
 
 from llm2clip.data.image_refs import FileImage, TarImage
 from llm2clip.search.backends import IndexedImage, IndexUnavailableError
-from llm2clip.search.inference import InferenceService
-from llm2clip.search.middleware import CHUNK_SIZE
-from llm2clip.search.queues import QueueFull
-from llm2clip.search.request_images import NotFound
+from llm2clip.search.inference import InferenceService, QueueFull
+from llm2clip.search.middleware import CHUNK_SIZE, ByteAllocation
+from llm2clip.search.originals import NotFound
 
 MAX_ZIP_IMAGES = 200  # maximum number of images in an archive; more ids would make the URL too long for some proxies
 MAX_ZIP_BYTES = 4 << 30  # maximum total size of the images in an archive
@@ -38,11 +37,20 @@ def parse_ids(ids: str) -> list[str]:
     return hit_ids
 
 
-async def stream_zip(service: InferenceService, hit_ids: Sequence[str]) -> AsyncGenerator[bytes, None]:
+async def stream_zip(
+    service: InferenceService, hit_ids: Sequence[str], allocation: ByteAllocation
+) -> AsyncGenerator[bytes, None]:
     """Yield an uncompressed zip archive with the original image files of hits, in chunks.
 
     Files that cannot be included are listed with the reason in MISSING_FILE: their hit does not exist, the file has
-    been changed or removed since it was indexed, or the archive would exceed MAX_ZIP_BYTES.
+    been changed or removed since it was indexed, the archive would exceed MAX_ZIP_BYTES, or the server is busy.
+
+    Args:
+        allocation: The request's share of the byte budget, to which images from table cells are added while they are
+            in memory.
+
+    Raises:
+        QueueFull: The first file cannot be included, because the server is busy.
     """
     buffer = _ChunkBuffer()
     names: set[str] = {MISSING_FILE}
@@ -52,16 +60,17 @@ async def stream_zip(service: InferenceService, hit_ids: Sequence[str]) -> Async
         for hit_id in hit_ids:
             images: tuple[IndexedImage, ...] = ()
             try:
-                images = await run_in_threadpool(service.require_backend().images, hit_id)
-                stream, media_type = await service.open_original(hit_id)
+                images = await run_in_threadpool(service.require_index().backend.images, hit_id)
+                stream, media_type, size = await _open_original(service, hit_id, allocation)
             except (NotFound, QueueFull) as error:
+                if isinstance(error, QueueFull) and not total_size and not missing:
+                    raise  # nothing has been sent yet, so the client receives status 429
                 missing.append(f"{images[0].name if images else hit_id}: {error}")
                 continue
             except IndexUnavailableError:  # its message contains addresses
                 missing.append(f"{hit_id}: the index is temporarily unavailable")
                 continue
-            with stream:
-                size = stream.seek(0, os.SEEK_END)
+            try:
                 if total_size + size > MAX_ZIP_BYTES:
                     limit = f"the limit of {MAX_ZIP_BYTES:,} bytes per archive"
                     missing.append(f"{images[0].name}: the file is not included because of {limit}")
@@ -76,11 +85,31 @@ async def stream_zip(service: InferenceService, hit_ids: Sequence[str]) -> Async
                     async for chunk in read_chunks(stream, size):
                         entry.write(chunk)
                         yield buffer.take()
+            finally:
+                stream.close()
+                if isinstance(stream, io.BytesIO):
+                    allocation.remove(size)
         if missing:
             archive.writestr(MISSING_FILE, "".join(f"{line}\n" for line in missing))
     end = buffer.take()  # MISSING_FILE and the directory of the archive
     for start in range(0, len(end), CHUNK_SIZE):
         yield end[start : start + CHUNK_SIZE]
+
+
+async def _open_original(
+    service: InferenceService, hit_id: str, allocation: ByteAllocation
+) -> tuple[BinaryIO, str, int]:
+    """Open a hit's image file, and allocate its size if it is in memory. Return the stream, media type and size."""
+    stream, media_type = await service.open_original(hit_id)
+    size = stream.seek(0, os.SEEK_END)
+    if isinstance(stream, io.BytesIO):  # the image is stored in a table cell
+        try:
+            allocation.add(size)
+        except QueueFull:
+            allocation.remove(size)
+            stream.close()
+            raise
+    return stream, media_type, size
 
 
 async def read_chunks(stream: BinaryIO, size: int) -> AsyncIterator[bytes]:

@@ -15,7 +15,6 @@ const FIELDS = { q: "text", without: "negative", caption: "caption", path: "path
 const FILTER_LABELS = { negative: "without", caption: "caption contains", path: "in", after: "after", before: "before",
   min_side: "shorter side at least", words: "words:", group: "group similar images:" };
 const { rerankModel, rerankCount } = document.body.dataset; // name of the re-ranking model, or an empty string; number of results
-const reranksTextsOnly = "rerankTextsOnly" in document.body.dataset; // the model cannot re-rank queries with images or excluded content
 const DARKEST = 0.8; // opacity of the heat map over the least similar cell
 let hits = [];
 let tiles = []; // elements of the hits
@@ -49,9 +48,7 @@ function readRequest() {
       min_side: getValue("min_side") ? Number(getValue("min_side")) : null,
     },
   };
-  const { texts, ...others } = getQueryFields(request);
-  const hasOnlyTexts = texts.length > 0 && Object.values(others).every((part) => !part.length);
-  return { ...request, rerank: $("rerank").checked && (hasOnlyTexts || !reranksTextsOnly) };
+  return { ...request, rerank: $("rerank").checked };
 }
 
 function toTimestamp(date, time) {

@@ -1,0 +1,358 @@
+"""Python interface to an image index. The command `search`, the server and the benchmarks use it too."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm2clip.data.images import ImageError, load_image
+from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
+from llm2clip.models.prompts import QueryTemplates
+from llm2clip.search.backends import Backend, Filter, Hit, open_backend
+from llm2clip.search.build import truncate_to_index
+from llm2clip.search.explain import Explanation, explain_hit
+from llm2clip.search.heatmap import compute_heatmap, draw_heatmap, locate_query, require_dense_encoder
+from llm2clip.search.originals import NotFound, read_original
+from llm2clip.search.query import QueryEncoder, QueryVectors, SearchQuery, UnsupportedQuery
+from llm2clip.search.relevance import Calibration, load_calibration, search_relevant
+from llm2clip.search.rerank import RERANKED, Reranker, Reranking
+from llm2clip.search.similar import READ_FACTOR, HitPage, group_similar_hits
+
+CALIBRATION_SECONDS = 60.0  # maximum age of the cached calibration of relevance, in seconds
+COUNT_SECONDS = 1.0  # maximum age of the cached image count, in seconds
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How an index searches.
+
+    Attributes:
+        words: Rank images higher if their captions, recognised text, file name, camera and date contain all words of
+            the query's texts. Ignored if the query has negative parts.
+        group_similar: Return bursts and edited copies of an image as one hit, whose `similar` lists the others. Ignored
+            without a query.
+        show_weak: Return hits even if nothing in the index is close to the query.
+        rerank: Sort the first `RERANKED` (50) hits again with the re-ranking model, which uses the original image
+            files. Ignored without a query and for later pages.
+    """
+
+    words: bool = True
+    group_similar: bool = True
+    show_weak: bool = False
+    rerank: bool = False
+
+
+@dataclass(frozen=True)
+class SearchPage:
+    """A page of search results.
+
+    Attributes:
+        hits: Hits, best first, or newest first if there is no query. The names of a hit's files are in `hit.images`,
+            its cosine similarity is `hit.score`, and its estimated probability of being an answer `hit.relevance`.
+        nothing_close: True if no image that matches the filter is close to the query. The page then has no hits, unless
+            `SearchOptions.show_weak` is set or there is a filter.
+        total: Number of distinct images in the index that match the filter.
+        next_offset: `offset` of the next page, or None if there are no further hits. Offsets count hits before similar
+            ones are grouped, so a page can end before or after `offset` + `top`.
+        rerank_seconds: Duration of re-ranking in seconds, or None without re-ranking.
+        rerank_missing: Number of hits that could not be re-ranked, because their image files cannot be decoded, or have
+            been changed or removed. They follow the re-ranked hits. None without re-ranking.
+        query: Embeddings of the query, or None if there is no query.
+    """
+
+    hits: list[Hit]
+    nothing_close: bool
+    total: int
+    next_offset: int | None
+    rerank_seconds: float | None = None
+    rerank_missing: int | None = None
+    query: QueryVectors | None = None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What searches may use. The server sets these limits.
+
+    Attributes:
+        load: Function that decodes an image of a query, or the contents of an image file, to a uint8 tensor of shape
+            (3, H, W).
+        decoding, scanning: Reusable context managers that are held while an image is decoded and while the index is
+            scanned, to limit how many threads do so at the same time.
+        max_file_bytes: Maximum size of a hit's image file, in bytes. Default: the limit of `read_image_file`.
+    """
+
+    load: Callable[[Any], Tensor] = load_image
+    decoding: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    scanning: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    max_file_bytes: int | None = None
+
+
+class Index:
+    """An index of images, with the model that embeds its queries. Thread-safe if the model is.
+
+        index = Index.open("runs/mine/index")
+        page = index.search("two children in the snow", top=10)
+        for hit in page.hits:
+            print(hit.images[0].name, hit.score, hit.relevance)
+
+        query = SearchQuery(texts=["a beach"], images=["sunset.jpg"], negative_texts=["people"], like=[page.hits[0].id])
+        page = index.search(query, filter=Filter(min_side=1000), options=SearchOptions(group_similar=False))
+
+    `SearchQuery` is in `llm2clip.search.query`, `Filter` in `llm2clip.search.backends`, and `SearchOptions` in
+    `llm2clip.search.index`. Build an index with the command `llm2clip index`.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        model: str | DualEncoder | None = None,
+        rerank_model: str | DualEncoder | None = None,
+        templates: QueryTemplates | None = None,
+        load: Callable[[str], DualEncoder] = open_dual_encoder,
+        resources: Resources | None = None,
+    ) -> None:
+        """
+        Args:
+            model, rerank_model, templates: See `open`.
+            load: Function that loads a model by name.
+            resources: Limits of the server. Default: no limits.
+        """
+        self.backend, self.resources = backend, resources or Resources()
+        self._model, self._rerank_model, self._templates, self._load = model, rerank_model, templates, load
+        self._cache_lock = threading.Lock()
+        self._counts, self._counts_time = (0, 0), -math.inf
+        self._calibration: Calibration | None = None
+        self._calibration_time = -math.inf
+
+    @classmethod
+    def open(
+        cls,
+        location: str | Path,
+        model: str | DualEncoder | None = None,
+        rerank_model: str | DualEncoder | None = None,
+        device: torch.device | str | None = None,
+        precision: str = "auto",
+        templates: QueryTemplates | None = None,
+    ) -> Index:
+        """Open an index. Models are loaded when they are first needed.
+
+        Args:
+            location: Index folder or postgresql:// URL.
+            model: Model that built the index: a name as in `open_dual_encoder`, or a loaded model. Default: the name
+                stored in the index.
+            rerank_model: Model for `SearchOptions.rerank`.
+            device: Device of the models. Default: a GPU if available.
+            precision: Precision of the text encoders, as in `open_dual_encoder`.
+            templates: Prompt templates for short texts in queries without templates of their own. Default: those of the
+                model.
+
+        Raises:
+            FileNotFoundError: There is no index at the location.
+            ImportError: A required package is not installed (extra `search`, or `postgres` for PostgreSQL).
+            ValueError: The URL is invalid.
+        """
+        load = partial(open_dual_encoder, device=device, precision=precision)
+        return cls(open_backend(str(location)), model, rerank_model, templates, load)
+
+    @cached_property
+    def encoder(self) -> QueryEncoder:
+        """Encoder of queries, truncated to the number of dimensions of the index.
+
+        Raises:
+            ValueError: The index was built with a different model.
+            OSError: The model does not exist.
+        """
+        metadata = self.backend.metadata()
+        model = metadata["model"] if self._model is None else self._model
+        if isinstance(model, str):
+            model = self._load(model)
+        model = truncate_to_index(metadata, model)
+        return QueryEncoder(model, self.resources.load, self.resources.decoding, self._templates)
+
+    @property
+    def can_rerank(self) -> bool:
+        """True if the index was opened with a re-ranking model."""
+        return self._rerank_model is not None
+
+    @cached_property
+    def _reranker(self) -> Reranker:
+        model = self._rerank_model
+        assert model is not None
+        if isinstance(model, str):
+            model = self._load(model)
+        encoder = QueryEncoder(model, self.resources.load, self.resources.decoding)
+        return Reranker(encoder, self._read_original)
+
+    def search(
+        self,
+        query: str | SearchQuery | None = None,
+        top: int = 10,
+        offset: int = 0,
+        filter: Filter | None = None,
+        options: SearchOptions | None = None,
+    ) -> SearchPage:
+        """Return a page of the images that are most similar to a query.
+
+        Args:
+            query: A text, or a query with texts, images and earlier hits. Default: return the newest images that match
+                the filter.
+            top: Maximum number of hits, not counting similar ones.
+            offset: Number of hits to skip: `next_offset` of the previous page.
+            filter: Conditions that every hit must meet.
+            options: Default: `SearchOptions()`.
+
+        Raises:
+            ValueError: There is neither a query nor a filter, a text is empty, the model does not fit the index, or
+                the model returned NaN or infinity.
+            UnsupportedQuery: `options.rerank` is set, but the index was opened without a re-ranking model.
+            ImageError: An image of the query cannot be decoded.
+            NotFound: The index does not contain an earlier hit that is part of the query.
+            IndexUnavailableError: The index cannot be read at the moment.
+        """
+        query = _to_query(query)
+        image_filter, options = filter or Filter(), options or SearchOptions()
+        if not query and not image_filter:
+            raise ValueError("the query is empty: provide at least one text, image, hit id or filter")
+        if options.rerank and not self.can_rerank:
+            raise UnsupportedQuery("re-ranking requires a re-ranking model: open the index with a rerank_model")
+        reranks = options.rerank and bool(query) and offset < RERANKED
+        groups = options.group_similar and bool(query)
+        vectors = self.embed(query) if query else None
+
+        # All pages with re-ranked hits are parts of one ranking, so these pages read it from the start.
+        start = 0 if reranks else offset
+        skipped = offset - start
+        count = top * (READ_FACTOR if groups else 1)
+        calibration = self.calibration if query else None
+        with self.resources.scanning:
+            result = search_relevant(
+                self.backend,
+                calibration,
+                vectors,
+                count=max(RERANKED, skipped + count) if reranks else count,
+                image_filter=image_filter,
+                offset=start,
+                words=query.texts if options.words and not query.has_negative_parts else (),
+                show_weak=options.show_weak,
+            )
+        hits, reranking = result.hits, None
+        if reranks:
+            reranking = self._reranker.sort(query, hits) if hits else Reranking(hits, 0, 0.0)
+            hits = reranking.hits
+        hits = hits[skipped : skipped + count]
+        page = HitPage(hits, len(hits))
+        if groups:
+            page = group_similar_hits(hits, self.backend, top, calibration)
+        total = self.backend.count_matches(image_filter) if image_filter else self.count()[1]
+        # A backend skips images that another process has just removed, so a complete page may have fewer hits.
+        end = offset + (count if page.size == len(hits) else page.size)
+        return SearchPage(
+            hits=page.hits,
+            nothing_close=result.nothing_close,
+            total=total,
+            next_offset=end if page.hits and end < total else None,
+            rerank_seconds=None if reranking is None else reranking.seconds,
+            rerank_missing=None if reranking is None else reranking.missing,
+            query=vectors,
+        )
+
+    def explain(self, query: str | SearchQuery, hit_id: str) -> Explanation:
+        """Return how much the score of a hit changes if a word is removed from the query's texts.
+
+        Raises:
+            UnsupportedQuery: The query has no texts.
+            NotFound: The index does not contain the hit.
+        """
+        query = _to_query(query)
+        vector, *hits = self._read_vectors([hit_id, *query.like, *query.negative_like])
+        return explain_hit(self.encoder, query, vector, hits)
+
+    def compute_heatmap(
+        self, query: str | SearchQuery, hit_id: str, variant: str | None = None, image_size: int | None = None
+    ) -> np.ndarray:
+        """Return the cosine similarity between a query and each cell of a hit's image, of shape (h, w), float32.
+
+        Args:
+            variant, image_size: See `heatmap.locate_query`.
+
+        Raises:
+            ValueError: The model cannot embed image regions, or does not support the variant or the size.
+            NotFound: The index does not contain the hit, or its file has been changed or removed.
+        """
+        vector = self.embed(_to_query(query)).combined
+        return locate_query(self.encoder, vector, lambda: self._load_original(hit_id), variant, image_size)
+
+    def draw_heatmaps(self, page: SearchPage) -> dict[str, bytes]:
+        """Return a JPEG heat map of each hit of a page, keyed by hit id.
+
+        The parts of an image that are least similar to the query are dark. Hits are skipped if their image files cannot
+        be decoded, or have been changed or removed since they were indexed.
+
+        Raises:
+            ValueError: The page has no query, or the model cannot embed image regions.
+        """
+        if page.query is None:
+            raise ValueError("heat maps require a query")
+        dense = require_dense_encoder(self.encoder.model)
+        heatmaps = {}
+        for hit in page.hits:
+            try:
+                image = self._load_original(hit.id)
+            except (ImageError, NotFound, OSError):
+                continue
+            pixels = dense.resize(image, dense.localization_size)
+            heatmaps[hit.id] = draw_heatmap(image, compute_heatmap(dense, pixels, page.query.combined))
+        return heatmaps
+
+    def embed(self, query: str | SearchQuery) -> QueryVectors:
+        """Return the embeddings of a query. See `search` for the exceptions."""
+        query = _to_query(query)
+        return self.encoder.embed(query, self._read_vectors([*query.like, *query.negative_like]))
+
+    def count(self) -> tuple[int, int]:
+        """Return the numbers of images and of distinct images in the index, which may be up to a second old."""
+        with self._cache_lock:
+            if time.monotonic() - self._counts_time > COUNT_SECONDS:
+                self._counts, self._counts_time = self.backend.count(), time.monotonic()
+            return self._counts
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Calibration of relevance, which may be up to a minute old. None if the index has none for its model."""
+        encoder = self.encoder
+        with self._cache_lock:
+            if time.monotonic() - self._calibration_time > CALIBRATION_SECONDS:
+                self._calibration = load_calibration(self.backend, encoder.model)
+                self._calibration_time = time.monotonic()
+            return self._calibration
+
+    def _read_vectors(self, hit_ids: Sequence[str]) -> list[np.ndarray]:
+        """Return the embeddings of hits. Raise NotFound if the index does not contain one of them."""
+        vectors = self.backend.vectors(hit_ids) if hit_ids else {}
+        for hit_id in hit_ids:
+            if hit_id not in vectors:
+                raise NotFound(f"the index contains no image with id {hit_id}")
+        return [vectors[hit_id] for hit_id in hit_ids]
+
+    def _read_original(self, hit_id: str) -> bytes:
+        return read_original(self.backend, hit_id, self.resources.max_file_bytes)
+
+    def _load_original(self, hit_id: str) -> Tensor:
+        return self.resources.load(self._read_original(hit_id))
+
+
+def _to_query(query: str | SearchQuery | None) -> SearchQuery:
+    if query is None:
+        return SearchQuery()
+    return SearchQuery([query]) if isinstance(query, str) else query
