@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from llm2clip.config import TuneConfig
 from llm2clip.data.pairs import ImageCaptions
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
+from llm2clip.evaluate import bootstrap
 from llm2clip.llava.config import LlavaConfig
 from llm2clip.llava.train import train_llava
 from llm2clip.models.dual_encoder import DualEncoder, wrap_llm2clip
@@ -48,6 +50,13 @@ CountSteps = Callable[..., Counts]
 def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random vision transformer, as a timm checkpoint folder."""
     return make_tower(tmp_path_factory.mktemp("vit"), "test_vit")
+
+
+@pytest.fixture(autouse=True)
+def few_bootstrap_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the pretended GPU, each operation on the CPU is slow as well."""
+    few = partial(bootstrap.draw_bootstrap_counts, num_resamples=20)
+    monkeypatch.setattr(bootstrap, "draw_bootstrap_counts", few)
 
 
 @pytest.fixture(scope="session")

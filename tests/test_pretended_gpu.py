@@ -18,12 +18,13 @@ TESTS = Path(__file__).parent
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the pretended GPU needs g++")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="the pretended GPU needs a CPU build of PyTorch")
 def test_pretended_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "pretended_gpu", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-p", "pretended_gpu", "-p", "no:cacheprovider"]
     command += ["-q", "-rxX", "--tb=short", "--basetemp", str(tmp_path / "pytest")]
     command += ["-k", "not finite_losses"]  # gpu_cases.py tests the defaults of `fit`
     paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     environment.pop("PYTEST_ADDOPTS", None)
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # importing the other plugins takes seconds
     result = subprocess.run(
         [*command, str(TESTS / "gpu_cases.py"), str(TESTS / "test_gpu.py")],
         env=environment,

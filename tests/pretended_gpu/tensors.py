@@ -108,7 +108,8 @@ class CreationMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _is_gpu(kwargs.get("device")) or any(isinstance(x, GpuTensor) for x in tree_flatten((args, kwargs))[0]):
+        # `types` contains the types of the arguments that are tensor subclasses. Flattening the arguments is slower.
+        if GpuTensor in types or _is_gpu(kwargs.get("device")):
             return _dispatch(func, args, kwargs)
         return func(*args, **kwargs)
 
