@@ -51,7 +51,7 @@ def operations(
     dual_encoder: DualEncoder,
 ) -> Iterator[dict[str, Any]]:
     """The operations of a running server by label."""
-    has_index = request.param == "index"
+    has_index = request.param == "index"  # without an index, most operations answer 404
     backend = make_index(tmp_path_factory.mktemp("index"), image_folder, dual_encoder) if has_index else None
     with running_server(create_patient_app(dual_encoder, backend, max_body_bytes=1 << 20)) as address:
         schema = schemathesis.openapi.from_url(f"{address}openapi.json", timeout=HANG_TIMEOUT)
@@ -65,21 +65,24 @@ def test_all_operations_are_tested(operations: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("label", OPERATIONS)
 @pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])
-def test_responses_match_the_schema(operations: dict[str, Any], label: str, mode: str) -> None:
+def test_responses_match_the_schema(
+    operations: dict[str, Any], label: str, mode: str, request: pytest.FixtureRequest
+) -> None:
     """POSITIVE requests match the schema, NEGATIVE ones do not."""
     codes: dict[int, int] = {}
+    has_index = request.node.callspec.params["operations"] == "index"
     requests = operations[label].as_strategy(generation_mode=getattr(schemathesis.GenerationMode, mode))
 
-    @hypothesis.given(request=requests)
+    @hypothesis.given(api_request=requests)
     @hypothesis.settings(
-        max_examples=MAX_EXAMPLES,
+        max_examples=MAX_EXAMPLES if has_index else MAX_EXAMPLES // 4,
         deadline=None,
         database=None,
         derandomize=True,  # every run sends the same requests, so that a failure repeats
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    def send(request: Any) -> None:
-        code = request.call_and_validate(checks=CHECKS, timeout=HANG_TIMEOUT).status_code
+    def send(api_request: Any) -> None:
+        code = api_request.call_and_validate(checks=CHECKS, timeout=HANG_TIMEOUT).status_code
         codes[code] = codes.get(code, 0) + 1
 
     try:
