@@ -109,11 +109,7 @@ class CaptionEncoder(nn.Module):
             ValueError: an option is not valid for the model.
             OSError: the model does not exist.
         """
-        path = resolve_pretrained(str(path))
-        if (Path(path) / "text/modules.json").is_file():  # an llm2clip model folder
-            path = str(Path(path) / "text")
-        if path.endswith(".gguf"):
-            path = str(resolve_gguf(path))
+        path = _resolve_path(path)
         st = load_sentence_transformer(path, pooling or "mean", device)
         encoder = cls(st)
         if encoder.is_static:
@@ -126,12 +122,8 @@ class CaptionEncoder(nn.Module):
             truncate_layers(encoder.llm, layers)
         if bidirectional is not None:
             set_bidirectional(encoder.llm, bidirectional)
-        if pooling is not None and pooling != st[1].pooling_mode:
-            if isinstance(st[1], LatentAttentionPooling):
-                raise ValueError(
-                    f"{path} uses latent attention pooling, which cannot be replaced with {pooling!r} pooling"
-                )
-            st[1] = Pooling(encoder.embed_dim, pooling, include_prompt=st[1].include_prompt)
+        if pooling is not None:
+            encoder._set_pooling(pooling, path)
         if template is not None:
             set_template(st, template)
         if max_length is not None:
@@ -140,6 +132,14 @@ class CaptionEncoder(nn.Module):
             truncate_embeddings(st, truncate_dim)
         encoder._set_attention(attention)
         return encoder.eval()
+
+    def _set_pooling(self, mode: str, path: str) -> None:
+        pooling = self.st[1]
+        if mode == pooling.pooling_mode:
+            return
+        if isinstance(pooling, LatentAttentionPooling):
+            raise ValueError(f"{path} uses latent attention pooling, which cannot be replaced with {mode!r} pooling")
+        self.st[1] = Pooling(self.embed_dim, mode, include_prompt=pooling.include_prompt)
 
     def _set_attention(self, attention: str | None) -> None:
         if self.is_static:
@@ -437,6 +437,14 @@ def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) 
     precision = resolve_precision("evaluate", "auto", device, lambda: calibrate_precision(encoder, device))
     encoder.move_for_encoding(device, precision)
     return encoder
+
+
+def _resolve_path(path: str | Path) -> str:
+    """Return the folder or hub id to load. Convert `.gguf` files, and download models that llm2clip has names for."""
+    path = resolve_pretrained(str(path))
+    if (Path(path) / "text/modules.json").is_file():  # an llm2clip model folder
+        return str(Path(path) / "text")
+    return str(resolve_gguf(path)) if path.endswith(".gguf") else path
 
 
 def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) -> None:

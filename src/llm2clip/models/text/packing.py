@@ -178,7 +178,21 @@ def packed_attention(
         )
         return output, None
 
-    # Consecutive captions of equal length form a group. Captions without tokens are skipped.
+    return _attend_by_length(module, query, key, value, caption_lengths, sliding_window, is_causal, kwargs), None
+
+
+def _attend_by_length(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    caption_lengths: Sequence[int],
+    sliding_window: int | None,
+    is_causal: bool,
+    options: dict[str, Any],
+) -> Tensor:
+    """Compute attention with one call for each group of consecutive captions of equal length."""
+    # Captions without tokens are skipped.
     groups = [(length, len(list(group))) for length, group in groupby(caption_lengths) if length > 0]
     # Use `split` instead of slices: each slice would allocate a gradient of length T in the backward pass.
     group_sizes = [length * count for length, count in groups]
@@ -189,12 +203,12 @@ def packed_attention(
         mask = None
         if sliding_window is not None and length > sliding_window:
             mask = _build_sliding_window_mask(length, sliding_window, is_causal, query.device)
-        if query.device.type == "cpu" and length <= MAX_UNFUSED_LENGTH and not kwargs.get("dropout"):
-            output = unfused_attention(q, k, v, mask, is_causal, kwargs.get("scaling"))
+        if query.device.type == "cpu" and length <= MAX_UNFUSED_LENGTH and not options.get("dropout"):
+            output = unfused_attention(q, k, v, mask, is_causal, options.get("scaling"))
         else:
-            output, _ = sdpa_attention_forward(module, q, k, v, mask, is_causal=is_causal, **kwargs)
+            output, _ = sdpa_attention_forward(module, q, k, v, mask, is_causal=is_causal, **options)
         outputs.append(output.flatten(0, 1))
-    return torch.cat(outputs)[None], None
+    return torch.cat(outputs)[None]
 
 
 def _build_sliding_window_mask(length: int, window: int, is_causal: bool, device: torch.device) -> Tensor:
