@@ -46,7 +46,6 @@ class DenseMethods:
                 `sclip`, `clearclip` or `naclip` (see `models/vision/dense.py`).
             image_size: length of the resized image's shorter side in pixels. Both sides are rounded to multiples of the
                 cell size. Default: the tower's training resolution.
-            batch_size: number of images per forward pass.
 
         Returns:
             For each image, a CPU tensor of shape (h, w, embed_dim) with L2-normalised float32 embeddings.
@@ -149,7 +148,6 @@ class DenseMethods:
             names: one or more names for each class. A class's score is the highest score of its names.
             templates: prompt templates for the names, as for `encode_text`. The benchmarks use OpenAI's 80 templates.
             variant: see `encode_dense`. Default: the tower's `DenseEncoder.localization_variant`.
-            return_scores: if True, also return the scores.
 
         Returns:
             The class index of each pixel, as an int64 CPU tensor of shape (H, W). With `return_scores`, also the class

@@ -187,7 +187,6 @@ def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str = "auto", stage: St
     The caption encoder is loaded on first use.
 
     Args:
-        name: value of `DualEncoder.name`.
         precision: precision of the caption encoder, as in `CaptionEncoder.encode`, or `auto` for the precision of the
             stage. On GPUs with bf16 support, the vision tower runs in bf16 unless the precision is fp32.
         stage: stage that determines which precision `auto` selects (see `models/precision.py`).

@@ -227,7 +227,6 @@ class LLM2CLIP(DenseMethods, nn.Module):
             images: one image, a list of N images, a tensor of shape (N, 3, H, W) or an array of shape (N, H, W, 3). An
                 image is a path, the bytes of an image file, a PIL image, a uint8 NumPy array of shape (H, W, 3) or
                 (H, W), or a tensor of shape (3, H, W), either uint8 or float with values from 0 to 1.
-            batch_size: number of images per forward pass.
 
         Raises:
             ImageError: an image cannot be decoded. The message names the image.
@@ -254,7 +253,6 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
         Args:
             texts: one text or a list of N texts.
-            progress: if True, show a progress bar.
             precision: precision of the caption encoder, as in `CaptionEncoder.encode`.
             templates: one or more prompt templates for class names and other short texts, such as "a photo of a {}".
                 Each text is inserted into every template, and its embedding is the normalised mean over these prompts.

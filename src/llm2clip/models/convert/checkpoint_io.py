@@ -57,10 +57,6 @@ def select_weights_file(names: list[str], source: str) -> str:
     A .pt file with "EVA" in its name takes precedence, because repositories with such a file also contain another
     weight file with a different text tower.
 
-    Args:
-        names: file names in the folder or repository.
-        source: folder or hub id, for error messages.
-
     Raises:
         ValueError: there is no weight file, or there are several .pt files to choose from.
     """

@@ -39,7 +39,6 @@ class Layout:
     Attributes:
         required: name prefixes that identify the layout. Each prefix must match at least one tensor.
         tower: name prefix of the vision tower's tensors.
-        projection: name prefix of the image projection's tensors, or "" if the layout has no projection.
         adapter: name prefix of the text adapter's tensors.
         ignored: name pattern for tensors that do not affect the embeddings (the tensors of the original CLIP model's
             text tower and of the LLM).
@@ -118,8 +117,6 @@ class Checkpoint:
     """Official checkpoint: tensors with canonical names, and configuration.
 
     Attributes:
-        source: file, folder or hub id, for error messages.
-        layout: one of the values of `LAYOUTS`.
         tensors: dict from canonical name to tensor.
         online: True if the adapter was trained with the LLM in the training loop, False if it was trained on cached
             embeddings.

@@ -87,9 +87,7 @@ def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -
     """Return the published caption encoders that a checkpoint was probably trained with.
 
     Args:
-        source: file, folder or hub id of the checkpoint.
         text_dim: input size of the checkpoint's adapter.
-        tower: config of the checkpoint's vision tower.
 
     Returns:
         Encoder names. If the checkpoint cannot be identified, all published encoders with embedding size `text_dim`

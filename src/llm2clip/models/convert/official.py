@@ -107,7 +107,6 @@ def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | 
     An LLM released with LLM2CLIP is loaded with the template that was used to tune it.
 
     Args:
-        model: model without a caption encoder.
         path: folder or hub id of an encoder, or of a PEFT LoRA adapter, which is merged into its LLM.
         checkpoint: name of the official checkpoint. The error message uses it to suggest the right encoder.
 
@@ -192,7 +191,6 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
     """Infer the model config from a checkpoint's tensor shapes and config.json.
 
     Args:
-        checkpoint: official checkpoint, with canonical tensor names.
         normalize_input: if True, the adapter L2-normalises its input. Checkpoints do not contain this setting. As in
             the authors' code, it defaults to False if the adapter was trained with the LLM in the training loop, and to
             True otherwise.

@@ -46,9 +46,6 @@ def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False, 
     """Export a model to another library's format, atomically.
 
     Args:
-        model: model with its caption encoder.
-        to: name of the format (a key of `FORMATS`).
-        out: folder to create.
         int8: if True, also write ONNX graphs with 8-bit weights. Supported only for "onnx".
         dim: number of dimensions to which the exported model's embeddings are truncated. Default: all. Not supported
             for "vision".

@@ -54,8 +54,6 @@ def render_model_card(folder: Path, name: str, license: str | None = None) -> st
     these files exist. Absolute paths in these files are shortened to file names.
 
     Args:
-        folder: model folder or exported folder.
-        name: path or hub id that users load the model with.
         license: the hub's license identifier. Default: none, because the license depends on the weights and the
             training data.
     """

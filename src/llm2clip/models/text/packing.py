@@ -260,7 +260,6 @@ def varlen_attention(
 
     Args:
         boundaries: cumulative caption lengths of shape (B + 1,), int32, on the device of `query`.
-        max_length: length of the longest caption, in tokens.
         scaling: factor applied to the attention scores. Default: D ** -0.5.
     """
     varlen_attn = load_varlen_attn()

@@ -154,7 +154,6 @@ def build_dense_encoder(
     Args:
         tower: vision tower in eval mode. Later changes to its weights also change the dense features.
         project: image projection, which maps pooled features of shape (N, feature_dim) to the shared embedding space.
-        precision: precision of the tower and the projection.
 
     Raises:
         ValueError: the tower's architecture has no grid of cells.
@@ -418,8 +417,6 @@ def encode_boxes(
     Args:
         images: Images of shape (3, H, W), uint8.
         boxes: For each image, R boxes of shape (R, 4), float32, as (left, top, right, bottom) in pixels.
-        variant: One of `dense.variants`.
-        embed_dim: Dimension of the embeddings.
         image_size: Length of the resized image's shorter side in pixels. Default: `dense.localization_size`.
 
     Returns:

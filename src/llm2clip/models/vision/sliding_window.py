@@ -163,8 +163,6 @@ def encode_windows(
     """Encode the windows of all images in batches, and return the pixel scores of each image.
 
     Args:
-        images: Outputs of `transform`, keyed by image index.
-        variant: One of `dense.variants`.
         queries: Embeddings of all class names, of shape (K, D).
 
     Returns:
