@@ -126,7 +126,7 @@ def run(folder: Path, name: str, steps: int, pause: float) -> dict[str, dict[str
     preprocess = Preprocess(IMAGE_SIZE, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
     model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=preprocess))  # what `AlignBatches` uses
     table = RecordTable.from_records(records)
-    data = AlignBatches(table, store, model, config, features=features if cached else None)
+    data = AlignBatches(table, store, model.tower.preprocess, config, features=features if cached else None)
     if not cached:
         data.images = ConstantImages(refs)  # type: ignore[assignment]
     sampling.allocate_pinned = allocate_buffer  # type: ignore[assignment]

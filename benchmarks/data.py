@@ -95,7 +95,7 @@ def start_align(
     config = AlignConfig(batch_size=batch_size, workers=workers, captions_per_image=2, epochs=99)
     store = EmbeddingStore(Path(folder) / "store")
     with timer:
-        batches = AlignBatches(records, store, model, config)
+        batches = AlignBatches(records, store, model.tower.preprocess, config)
         samples = batches.samples(0)
         next(samples)
     for images in islice(samples, batches.steps_per_epoch if iterate else 0):

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.reporting import plots
 from llm2clip.io_utils import read_json
-from llm2clip.pipeline import start_run
 from llm2clip.published_results import CRA, CRA_NOTE, TABLES, PublishedTable
 from llm2clip.reports import (
     BAD,
@@ -36,7 +36,7 @@ from llm2clip.reports import (
     format_with_interval,
     write_report,
 )
-from llm2clip.runs.output_folder import run_lock
+from llm2clip.runs.output_folder import run_lock, save_or_check_config
 from llm2clip.runs.ranks import load_or_compute_json
 from reproduce_claims import (
     CLAIMS,
@@ -84,7 +84,8 @@ def test_claims(data: Path, out: Path, config: ReproduceConfig, claims: Sequence
     Raises:
         ValueError: No claim could be tested.
     """
-    log = start_run(out, {"data": data, "reproduce": config}, MAX_SKIPPED)
+    save_or_check_config({"data": data, "reproduce": config}, out)
+    log = SkipLog(out / "skipped.jsonl", MAX_SKIPPED)
     experiments = Experiments(ClaimData(data, config, log), config, out)
 
     files = {number: out / "claims" / f"{number}.json" for number in CLAIMS}

@@ -29,7 +29,6 @@ from torch import Tensor
 from llm2clip.config import (
     MIN_IMAGE_SIZE,
     AlignConfig,
-    EmbedConfig,
     EncoderConfig,
     EvaluateConfig,
     TuneConfig,
@@ -49,10 +48,14 @@ from llm2clip.evaluate.retrieval import dual_encoder_from_store, rank_caption_fi
 from llm2clip.models.hub.loading import get_display_names
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.runs.ranks import load_or_compute_json, print_once
-from llm2clip.stages import align, embed, open_encoder, tune
+from llm2clip.pipeline import open_encoder, rotate_embedding_space
+from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state
+from llm2clip.store.encode import embed
 from llm2clip.store.layout import make_caption_keys
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
+from llm2clip.train.align import align
+from llm2clip.train.initial_model import create_initial_model
+from llm2clip.train.tune import tune
 
 WORDNET = Path("/usr/share/wordnet")  # from Debian's wordnet-base package
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
@@ -333,7 +336,8 @@ class Experiments:
             if (store.find_keys(make_caption_keys(deduplicate_captions(texts))) >= 0).all():
                 return store
         print_once(f"embed: {self.get_label(name)}")
-        return embed(texts, folder, self._prepare_encoder(name), EmbedConfig())
+        encoder = open_encoder(self._prepare_encoder(name), "cpu")
+        return embed(texts, encoder, folder, device=process_state().device)
 
     def train_model(self, name: str, seed: int) -> LLM2CLIP:
         """Return the aligned model for a caption encoder and seed, training it first if needed.
@@ -347,7 +351,10 @@ class Experiments:
             run_dir = self.out / "work" / folder.name
             config, features = self.make_align_config(seed), self.out / "features"
             train = RecordTable.from_records(self.data.train_records)
-            align(train, store, run_dir, config, self.data.log, model_dir=folder, features=features)
+            model = create_initial_model(config, store, train)
+            model = align(train, store, model, config, run_dir, self.data.log, features=features)
+            rotate_embedding_space(model, train, store, config)
+            model.save_pretrained(folder)
             shutil.rmtree(run_dir, ignore_errors=True)
         return LLM2CLIP.from_pretrained(folder)
 
@@ -424,7 +431,7 @@ class Experiments:
                     raise ValueError(
                         "there are no general text pairs: install Debian's wordnet-base, or set --text_pairs"
                     )
-            tune([items], folder, config, tuning)
+            tune([items], open_encoder(config, "cpu"), tuning, folder)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return EncoderConfig(path=str(folder / "encoder"))
 

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from llm2clip.data.image_refs import FileImage
-from llm2clip.runs.output_folder import INDEX_FILE
 from llm2clip.search.backends import Filter, IndexedContent, IndexedImage
 from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.sqlite_database import INDEX_FILE
 
 K = 10
 CHUNK = 10_000  # number of vectors per chunk

@@ -57,7 +57,6 @@ TUNED_ROWS = {
     "cc-random": TunedRow(["--tune.hard_negative_group_size", "1"]),
     "cc-lora": TunedRow(LORA),
     "cc-asymmetric": TunedRow(["--tune.symmetric", "false"]),
-    "cc-matryoshka": TunedRow(["--tune.matryoshka_dims", "[256,128,64]"]),
     "tc": TunedRow(captions=False, text_pairs=True),
     "tc-cc": TunedRow(text_pairs=True),
     "cc-long": TunedRow(paragraphs=True),
@@ -71,7 +70,7 @@ UNTUNED_ROWS = {  # row name -> encoder settings
     "raw-12-layers": ["--encoder.path", "smollm2-135m", "--encoder.layers", "12"],
 }
 # Dimensions of truncated embeddings with which these encoders are also tested on COCO.
-TRUNCATED_DIMS = {"cc": (256, 128, 64), "cc-matryoshka": (256, 128, 64)}
+TRUNCATED_DIMS = {"cc": (256, 128, 64)}
 
 
 class Ablations:
@@ -127,8 +126,6 @@ class Ablations:
         command += ["--tune.exclude", json.dumps(excluded)]
         if text_pairs:
             command += ["--tune.text_pairs", json.dumps(text_pairs)]
-        if len(sources) + len(text_pairs) > 1:
-            command += ["--tune.source_weights", "[1,1]"]
         return command + row.settings
 
     def _split_paragraphs(self, split: str) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,7 @@ from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.store.encode import embed
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.align import align
-from llm2clip.train.sampling import AlignBatches
+from llm2clip.train.loop import StepReport
 
 ALIGN = AlignConfig(
     embed_dim=12,
@@ -97,15 +97,14 @@ def train(records: list[Record], store: EmbeddingStore) -> Any:
 
 @contextmanager
 def killed_after(steps: int) -> Iterator[None]:
-    """Expect a run to be killed when it asks for the batch that follows step `steps`."""
-    batches = AlignBatches.batches
+    """Expect a run of `align` or `distill` to be killed in the step that follows step `steps`."""
+    add = StepReport.add
 
-    def killed_batches(self: AlignBatches, first_step: int) -> Any:
-        for step, batch in enumerate(batches(self, first_step), start=first_step):
-            if step == steps:
-                raise Killed
-            yield batch
+    def killing_add(self: StepReport, step: int, *args: Any) -> None:
+        if step > steps:
+            raise Killed
+        add(self, step, *args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(AlignBatches, "batches", killed_batches)
+        patch.setattr(StepReport, "add", killing_add)
         yield

@@ -37,13 +37,13 @@ from llm2clip.caption.local import LocalCaptioner
 from llm2clip.caption.prompts import Prompt, load_prompts
 from llm2clip.caption.run import CaptionSettings
 from llm2clip.cli import build_parser, main
+from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.data.image_refs import FileImage, ImageRef
 from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import TooManySkipped
-from llm2clip.data.table import RecordTable
 from llm2clip.runs import ranks
-from llm2clip.runs.output_folder import FolderInUseError, check_output_folder
+from llm2clip.runs.output_folder import FolderInUseError
 from llm2clip.runs.ranks import process_state
 from llm2clip.tools.plan import plan
 
@@ -891,11 +891,11 @@ def fit_events(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Replace everything in `fit` but captioning. Return a list that will contain the sources and the checks' names."""
     events: list[Any] = []
 
-    def run_stages(data: list[str], run_dir: Path, *_: Any) -> Path:
-        events.append(data)
-        return run_dir / "model"
+    def fit(run: pipeline.Run) -> Path:
+        events.append(run.sources)
+        return run.model_dir
 
-    monkeypatch.setattr(pipeline, "_run_stages", run_stages)
+    monkeypatch.setattr(pipeline, "fit", fit)
     for module, name in ((pipeline, "load_pretrained_parts"), (pipeline, "check_encoder"), (plan, "check_resources")):
         monkeypatch.setattr(module, name, lambda *_, name=name: events.append(name))
     return events
@@ -953,11 +953,11 @@ def fit_data(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Let `fit` stop before `tune`. Return a list that will contain its numbers of training and held-out images."""
     counts: list[tuple[int, int]] = []
 
-    def stop(train: RecordTable, held_out: dict[str, RecordTable], *_: Any) -> None:
-        counts.append((len(train), len(held_out["captions"])))
+    def stop(run: pipeline.Run) -> None:
+        counts.append((len(run.data.train), len(run.data.held_out["captions"])))
         raise TrainingError
 
-    monkeypatch.setattr(pipeline, "_read_fit_tuning_pairs", stop)
+    monkeypatch.setattr(pipeline, "fit", stop)
     for module, name in ((pipeline, "load_pretrained_parts"), (pipeline, "check_encoder"), (plan, "check_resources")):
         monkeypatch.setattr(module, name, lambda *_: [])
     return counts

@@ -4,8 +4,6 @@ import json
 import math
 import shutil
 import tracemalloc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +17,8 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from torch.nn.functional import gelu, normalize
 
-from conftest import Killed, make_llm, run_distributed
+from align_fixtures import killed_after
+from conftest import make_llm, run_distributed
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
 from llm2clip.config import DistillConfig
@@ -30,7 +29,7 @@ from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.export import export_model
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.pipeline import run_distill
+from llm2clip.pipeline import DistillOptions, distill
 from llm2clip.runs.fsdp import set_mixed_precision
 from llm2clip.search.backends import Filter
 from llm2clip.search.build import check_model, truncate_to_index
@@ -98,7 +97,7 @@ def make_bert(folder: Path, words: list[str]) -> Path:
 
 
 def run(teacher: Path, images: Path, out: Path, student: str, config: DistillConfig = CONFIG, **options: Any) -> Path:
-    return run_distill(str(teacher), [str(images / "captions.jsonl")], out, student, config, **options)
+    return distill(DistillOptions(str(teacher), [str(images / "captions.jsonl")], student, config, **options), out)
 
 
 def mean_cosine(model: Path, teacher: Path, images: Path, dim: int | None = None) -> float:
@@ -295,21 +294,6 @@ def test_resumed_run_gives_the_same_student(student: str, teacher: Path, image_f
     resumed = run(teacher, image_folder, tmp_path / "killed", student)
     first, second = (LLM2CLIP.from_pretrained(folder, "cpu").encoder for folder in (complete, resumed))
     assert first.identity() == second.identity()
-
-
-@contextmanager
-def killed_after(steps: int) -> Iterator[None]:
-    """Expect a run to be killed in the step after step `steps`."""
-    check = distill_module.raise_if_not_finite
-
-    def killing_check(name: str, value: float, step: int, *args: Any) -> None:
-        if step > steps:
-            raise Killed
-        check(name, value, step, *args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(distill_module, "raise_if_not_finite", killing_check)
-        yield
 
 
 def test_two_processes_give_the_student_of_one(teacher: Path, image_folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conftest import run_distributed
-from llm2clip.train.proclip import distillation_loss
+from llm2clip.train.losses import distillation_loss
 
 
 def random_pair(items: int, dim: int = 8) -> tuple[Tensor, Tensor]:

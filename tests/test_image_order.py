@@ -1,8 +1,5 @@
 """Order of the images of an epoch."""
 
-from pathlib import Path
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
@@ -13,7 +10,6 @@ from llm2clip.data.image_order import (
     choose_image_order,
     draw_random_order,
     draw_shard_order,
-    is_slow,
     list_upcoming_shards,
     number_shards,
 )
@@ -112,29 +108,18 @@ def test_number_shards_counts_the_containers_of_all_batches() -> None:
     ]
 
 
-def test_shards_are_read_in_windows_if_and_only_if_random_access_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_read_in_windows_if_they_are_remote(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LLM2CLIP_IMAGE_ORDER", raising=False)
-    monkeypatch.setattr(image_order, "is_slow", lambda folder: folder.startswith("/slow"))
-    assert choose_image_order(make_shards("/fast", 17)) == "random"
-    assert choose_image_order(make_shards("/slow", 17)) == "shards"
-    assert choose_image_order(make_shards("/slow", 16)) == "random", "one window would contain all shards"
-    files = RecordTable.from_records(Record(str(n), FileImage(f"/slow/{n}/a.jpg"), ("a",)) for n in range(20))
+    assert choose_image_order(make_shards("/local", 17)) == "random"
+    assert choose_image_order(make_shards("s3://bucket", 17)) == "shards"
+    assert choose_image_order(make_shards("s3://bucket", 16)) == "random", "one window would contain all shards"
+    files = RecordTable.from_records(Record(str(n), FileImage(f"/{n}/a.jpg"), ("a",)) for n in range(20))
     assert choose_image_order(files) == "random"
     monkeypatch.setenv("LLM2CLIP_IMAGE_ORDER", "shards")
-    assert choose_image_order(make_shards("/fast", 2)) == "shards"
+    assert choose_image_order(make_shards("/local", 2)) == "shards"
     monkeypatch.setenv("LLM2CLIP_IMAGE_ORDER", "shard")
     with pytest.raises(ValueError, match="must be random or shards"):
         choose_image_order(files)
-
-
-def test_is_slow_knows_remote_files_network_file_systems_and_hard_disks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert is_slow("s3://bucket/folder")
-    disks = [SimpleNamespace(mountpoint="/", fstype="ext4"), SimpleNamespace(mountpoint=str(tmp_path), fstype="nfs4")]
-    monkeypatch.setattr(image_order.psutil, "disk_partitions", lambda all: disks)
-    monkeypatch.setattr(image_order, "_is_on_hard_disk", lambda path: path == "/disk")
-    assert [is_slow.__wrapped__(folder) for folder in (str(tmp_path / "data"), "/home", "/disk")] == [True, False, True]
 
 
 def test_epoch_orders_use_only_usable_records() -> None:

@@ -26,9 +26,13 @@ from llm2clip.models.pretrained_clip import find_visual_projection, read_pretrai
 from llm2clip.store.layout import StoreError, make_caption_keys
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter
-from llm2clip.train import proclip
-from llm2clip.train.initial_model import create_initial_model
-from llm2clip.train.proclip import find_training_texts, iterate_training_texts, repeat_phrases
+from llm2clip.train import initial_model
+from llm2clip.train.initial_model import (
+    create_initial_model,
+    find_training_texts,
+    iterate_training_texts,
+    repeat_phrases,
+)
 from test_baselines import CLIP_STATS, make_model
 
 
@@ -75,7 +79,7 @@ def make_clip(folder: Path, kind: str) -> tuple[str, str]:
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proclip, "MIN_STEPS", 5)
+    monkeypatch.setattr(initial_model, "MIN_STEPS", 5)
 
 
 def list_captions(records: list[Record]) -> list[str]:
@@ -90,7 +94,7 @@ def config_for(tower: str, **settings: Any) -> AlignConfig:
 def test_inherited_model_has_the_image_embeddings_of_clip_and_learns_its_text_embeddings(
     kind: str, records: list[Record], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proclip, "MIN_STEPS", 300)
+    monkeypatch.setattr(initial_model, "MIN_STEPS", 300)
     tower, name = make_clip(tmp_path / "clip", kind)
     model = create_initial_model(config_for(tower), store, records, tmp_path)
     clip = open_dual_encoder(name, "cpu")
@@ -131,8 +135,8 @@ def test_adapter_is_saved_and_trained_again_only_if_something_changes(
     tower, _ = make_clip(tmp_path / "clip", "clip")
     first = create_initial_model(config_for(tower), store, records, tmp_path).adapter.state_dict()
     runs: list[int] = []
-    train = proclip._train_adapter
-    monkeypatch.setattr(proclip, "_train_adapter", lambda *args: runs.append(1) or train(*args))
+    train = initial_model._train_adapter
+    monkeypatch.setattr(initial_model, "_train_adapter", lambda *args: runs.append(1) or train(*args))
     second = create_initial_model(config_for(tower, epochs=9), store, records, tmp_path).adapter.state_dict()
     assert not runs
     for name, tensor in first.items():
@@ -183,7 +187,7 @@ def test_clip_model_that_does_not_fit_the_tower_is_an_error(
 def test_texts_are_the_short_ones_and_each_is_used_once(
     chunk_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proclip, "LOOKUP_CHUNK_SIZE", chunk_size)
+    monkeypatch.setattr(initial_model, "LOOKUP_CHUNK_SIZE", chunk_size)
     stored = ["tail", "a long text", "bird", "dog", "cat"]
     store, clip_store = (make_text_store(tmp_path / str(n), texts) for n, texts in enumerate((stored, stored[::-1])))
     records = [
@@ -212,7 +216,7 @@ def make_text_store(folder: Path, texts: list[str]) -> EmbeddingStore:
 def test_phrases_are_repeated_until_they_are_half_of_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     order = np.array([8, 1, 0, 4, 9, 2, 7, 3])  # captions are 0 to 7
     assert sorted(repeat_phrases(order, 8).tolist()) == [0, 1, 2, 3, 4, 7, 8, 8, 8, 9, 9, 9]
-    monkeypatch.setattr(proclip, "MAX_REPEATS", 2)
+    monkeypatch.setattr(initial_model, "MAX_REPEATS", 2)
     assert sorted(repeat_phrases(order, 8).tolist()) == [0, 1, 2, 3, 4, 7, 8, 8, 9, 9]
     for only_one_kind in (0, 10):
         assert sorted(repeat_phrases(order, only_one_kind).tolist()) == sorted(order.tolist())
@@ -228,7 +232,7 @@ def test_all_ranks_have_the_adapter_of_the_main_process(
 
 
 def _inherit_on_rank(records: list[Record], store: str, folder: str) -> None:
-    proclip.MIN_STEPS = 2
+    initial_model.MIN_STEPS = 2
     model = create_initial_model(config_for(f"{folder}/clip"), EmbeddingStore(store), records, Path(folder))
     (Path(folder) / str(torch.distributed.get_rank())).write_text(hash_weights(model))
 
@@ -243,7 +247,7 @@ def test_fit_inherits_phrases_if_there_are_any(column: str, image_folder: Path, 
     flags += ["--align.epochs", "1", "--align.workers", "0", "--max_skipped", "0.5"]
     run = tmp_path / "run"
     assert main(["fit", str(image_folder / "captions.jsonl"), "--out", str(run), *flags]) == 0
-    assert (run / "align" / proclip.WEIGHTS).exists()
+    assert (run / "align" / initial_model.WEIGHTS).exists()
     (clip_store,) = (run / "align").glob("clip-texts-*")
     for folder in (run / "store", clip_store):
         is_stored = EmbeddingStore(folder).find_keys(make_caption_keys(["border"])) >= 0

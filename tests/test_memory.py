@@ -208,8 +208,6 @@ def align_peak(config: AlignConfig) -> float:
     model = build_model(config, 4096)
     with torch.device("meta"):
         select_trainable_weights(model, config)
-    if config.gradient_checkpointing:
-        model.tower.set_grad_checkpointing()
     size, count = model.tower.preprocess.size, config.batch_size
     part = config.micro_batch_size or count
 
@@ -241,9 +239,8 @@ def align_peak(config: AlignConfig) -> float:
     [
         {"batch_size": 8},
         {"batch_size": 4, "micro_batch_size": 2, "tower": "openai/clip-vit-base-patch16"},
-        {"batch_size": 16, "gradient_checkpointing": True, "tower": "openai/clip-vit-base-patch16"},
     ],
-    ids=["one pass", "gradient caching", "gradient checkpointing"],
+    ids=["one pass", "gradient caching"],
 )
 def test_align_memory_matches_the_plan(settings: dict[str, Any]) -> None:
     config = dataclasses.replace(ALIGN, **settings)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from llm2clip.cli import main
+from llm2clip.cli.output_folders import KINDS, check_output_folder, detect_folder_kind
 from llm2clip.config import (
     AlignConfig,
     DistillConfig,
@@ -16,14 +17,7 @@ from llm2clip.config import (
     TuneConfig,
 )
 from llm2clip.llava.config import LlavaConfig
-from llm2clip.runs.output_folder import (
-    KINDS,
-    RUN_LOCK,
-    check_output_folder,
-    detect_folder_kind,
-    folder_lock,
-    save_or_check_config,
-)
+from llm2clip.runs.output_folder import RUN_LOCK, folder_lock, save_or_check_config
 
 RUN_CONFIGS: dict[str, dict[str, Any]] = {
     "fit": {"data": ["d"], **dataclasses.asdict(FitConfig())},

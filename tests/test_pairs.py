@@ -116,20 +116,15 @@ def test_batches_of_a_small_source_can_be_filled_if_images_share_captions() -> N
     assert [len(batch) for batch in batches_of(images, size, 50, seed=0, group_size=4)] == [size] * 50
 
 
-def test_pair_batches_are_of_a_single_source_drawn_by_weight() -> None:
+def test_pair_batches_are_of_a_single_source_drawn_by_size() -> None:
     text_pairs = [Pair(f"other {i}", f"other answer {i}", (f"wrong {i}",), "find: ") for i in range(20)]
     sources = [IMAGES, text_pairs]
-    batches = list(iter_pair_batches(sources, [1, 3], 8, 400, seed=0))
+    batches = list(iter_pair_batches(sources, 8, 400, seed=0))
     kinds = [{pair.anchor.startswith("other") for pair in batch} for batch in batches]
     assert all(len(kind) == 1 for kind in kinds)
-    assert sum(kind == {True} for kind in kinds) == pytest.approx(300, abs=30)
+    assert sum(kind == {True} for kind in kinds) == pytest.approx(400 * 20 / 62, abs=30)
     assert {pair for batch in batches for pair in batch if pair.instruction} == set(text_pairs)  # unchanged
-    assert batches == list(iter_pair_batches(sources, [1, 3], 8, 400, seed=0))
-    by_size = [batch[0].instruction for batch in iter_pair_batches(sources, [], 8, 400, seed=0)]
-    assert by_size.count("find: ") == pytest.approx(400 * 20 / 62, abs=30)
-    for wrong in ([1], [1, 0]):
-        with pytest.raises(ValueError, match="source_weights must contain 2 weights"):
-            next(iter_pair_batches(sources, wrong, 8, 1, seed=0))
+    assert batches == list(iter_pair_batches(sources, 8, 400, seed=0))
 
 
 # ---- record tables -------------------------------------------------------------------------------------------------

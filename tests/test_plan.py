@@ -276,24 +276,21 @@ def test_hours_are_flops_over_throughput() -> None:
 
 def test_repeated_forward_passes_of_align_are_counted() -> None:
     plan = plan_small(change_align(batch_size=64))
-    both = plan_small(change_align(batch_size=64, micro_batch_size=16, gradient_checkpointing=True))
+    in_parts = plan_small(change_align(batch_size=64, micro_batch_size=16))
     assert plan.step_flops["repeated"] == 0
-    assert both.step_flops["repeated"] == plan.image.tower_forward + plan.image.forward
+    assert in_parts.step_flops["repeated"] == plan.image.forward
     cached = plan_small(change_align(batch_size=64, tower_lr=0.0))
     assert cached.step_flops["total"] < 0.1 * plan.step_flops["total"]
     assert cached.feature_bytes == 10_000 * (2 * cached.image.feature_dim + 16) and cached.images_per_second == 0
 
 
-def test_self_distillation_runs_or_caches_the_pretrained_tower() -> None:
+def test_self_distillation_runs_the_pretrained_tower() -> None:
     plain = plan_small(change_align(batch_size=64))
     distilled = plan_small(change_align(batch_size=64, distill_weight=1.0))
     assert distilled.step_flops["total"] - plain.step_flops["total"] == pytest.approx(plain.image.tower_forward)
     more_memory = compute_peak_memory(distilled.memory["align"]) - compute_peak_memory(plain.memory["align"])
     assert more_memory == 4 * plain.image.tower + 24 * 64**2
     assert distilled.feature_bytes == 0
-    cached = plan_small(change_align(batch_size=64, distill_weight=1.0, min_crop_scale=1.0))
-    assert cached.step_flops == plain.step_flops and cached.stage_hours["align"] > plain.stage_hours["align"]
-    assert cached.memory["align"]["pretrained tower"] == 0 and cached.feature_bytes > 0 and cached.images_per_second > 0
 
 
 def test_few_images_reduce_the_batch_size() -> None:
@@ -337,7 +334,7 @@ def test_format_plan_shows_tables_and_advice() -> None:
         assert part in page
     assert "OUT OF MEMORY" not in page
     page = format_plan(plan_fit(change_align(batch_size=16384), Machine("l4"), 100_000, 2, 30))
-    assert "OUT OF MEMORY in align. To reduce it: --align.gradient_checkpointing true" in page
+    assert "OUT OF MEMORY in align. To reduce it: a lower --align.micro_batch_size" in page
     untuned = plan_small(dataclasses.replace(SMALL, tune=TuneConfig(steps=0)))
     assert "tune" not in untuned.memory and format_plan(untuned)
 

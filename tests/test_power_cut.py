@@ -217,11 +217,11 @@ if __name__ == "__main__":
 
     import llm2clip.evaluate.retrieval
     import llm2clip.search.build  # noqa: F401
-    from llm2clip import stages
+    from llm2clip import pipeline
     from llm2clip.cli import main
 
     torch.set_num_threads(1)
-    stages.embed_locally = functools.partial(stages.embed_locally, shard_size=40)  # several shards
+    pipeline.embed_locally = functools.partial(pipeline.embed_locally, shard_size=40)  # several shards
     plan = json.loads(sys.argv[1])
     Path(sys.argv[2]).mkdir()
     print(json.dumps(Driver(plan["command"], plan["shim"], Path(sys.argv[2])).test(plan["points"])))

@@ -38,7 +38,7 @@ def make_batches(
     records: list[Record], store: EmbeddingStore, config: AlignConfig, world_size: int = 1, rank: int = 0
 ) -> AlignBatches:
     table = RecordTable.from_records(records)
-    return AlignBatches(table, store, fresh_model(tower=EFFICIENTNET), config, world_size, rank)
+    return AlignBatches(table, store, fresh_model(tower=EFFICIENTNET).tower.preprocess, config, (rank, world_size))
 
 
 def captions_by_image(batch: Batch) -> list[tuple[str, list[int]]]:
@@ -202,7 +202,9 @@ def _load_large_batches() -> None:
     records = [Record(str(n), MemoryImage(broken if n % 100 == 7 else data, str(n)), (str(n),)) for n in range(300)]
     model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=PREPROCESS))
     config = dataclasses.replace(ALIGN, batch_size=150, epochs=1, workers=2)
-    batches = list(AlignBatches(RecordTable.from_records(records), NumberedCaptions(), model, config).batches(0))
+    batches = list(
+        AlignBatches(RecordTable.from_records(records), NumberedCaptions(), model.tower.preprocess, config).batches(0)
+    )
     assert [len(batch.images) for batch in batches] == [150, 150]
     assert sorted(name for batch in batches for name in batch.failures) == ["107", "207", "7"]
 
@@ -214,7 +216,9 @@ def test_closing_the_batches_early_stops_the_workers_cleanly(capfd: pytest.Captu
     large = dataclasses.replace(PREPROCESS, size=224)
     model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=large))
     config = dataclasses.replace(ALIGN, batch_size=300, epochs=9, workers=1)
-    batches = AlignBatches(RecordTable.from_records(records), NumberedCaptions(), model, config).batches(0)
+    batches = AlignBatches(
+        RecordTable.from_records(records), NumberedCaptions(), model.tower.preprocess, config
+    ).batches(0)
     next(batches)
     workers = multiprocessing.active_children()
     batches.close()

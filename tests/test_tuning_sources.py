@@ -57,8 +57,8 @@ def test_other_sources_lose_the_captions_of_held_out_images(tmp_path: Path) -> N
     allowed = [ImageCaptions(captions) for captions in (("x1", "y1"), ("x3", "y3"), ("x4", "y4"))]
     assert sources_of_fit(splits, TuneConfig(data=[texts])) == [allowed]
     assert sources_of_fit(splits, TuneConfig(data=[texts], exclude=[excluded])) == [[allowed[0], allowed[2]]]
-    weighted = TuneConfig(data=[texts, excluded], source_weights=[1, 2])
-    assert sources_of_fit(splits, weighted) == [allowed, [ImageCaptions(("z", "zz"))]]
+    several = TuneConfig(data=[texts, excluded])
+    assert sources_of_fit(splits, several) == [[*allowed, ImageCaptions(("z", "zz"))]], "all are one source"
 
 
 def test_text_pairs_are_sources_after_those_of_captions(tmp_path: Path) -> None:
@@ -69,10 +69,8 @@ def test_text_pairs_are_sources_after_those_of_captions(tmp_path: Path) -> None:
     texts = str(write_jsonl(tmp_path / "b.jsonl", [{"id": "1000001", "captions": ["x", "y"]}]))
     pairs = str(write_jsonl(tmp_path / "pairs.jsonl", [{"query": "q", "positive": "p"}]))
     assert sources_of_fit(splits, TuneConfig(text_pairs=[pairs])) == [[Pair("q", "p")]]
-    both = TuneConfig(data=[texts], text_pairs=[pairs], source_weights=[1, 2])
+    both = TuneConfig(data=[texts], text_pairs=[pairs])
     assert sources_of_fit(splits, both) == [[ImageCaptions(("x", "y"))], [Pair("q", "p")]]
-    with pytest.raises(ValueError, match=r"one weight for each of the 1 caption and text-pair sources.*\(got 2\)"):
-        sources_of_fit(splits, TuneConfig(data=[texts], source_weights=[1, 2]))
 
 
 def test_tune_excludes_what_fit_on_the_same_data_holds_out(tmp_path: Path) -> None:
@@ -80,10 +78,10 @@ def test_tune_excludes_what_fit_on_the_same_data_holds_out(tmp_path: Path) -> No
     file = write_images_and_jsonl(tmp_path / "a.jsonl", *rows)
     assert images_of_tune([file], TuneConfig()) == [{"2", "3", "4", "5"}]
     # A source with named splits is used as it is; one of the four other training images is held out.
-    named, rest = images_of_tune([f"{file}@test", file], TuneConfig(source_weights=[1, 1]))
-    assert named == {"0", "1"}
-    assert len(rest) == 3
-    assert rest < {"2", "3", "4", "5"}
+    (images,) = images_of_tune([f"{file}@test", file], TuneConfig())
+    assert images > {"0", "1"}
+    assert len(images) == 5
+    assert images < {"0", "1", "2", "3", "4", "5"}
 
 
 def test_tune_excludes_the_held_out_tenth_from_all_sources(tmp_path: Path) -> None:
@@ -96,8 +94,8 @@ def test_tune_excludes_the_held_out_tenth_from_all_sources(tmp_path: Path) -> No
     rows = [{**image_row(n), "captions": [f"{n} c", f"{n} d"], "id": f"x{n}"} for n in range(20)]
     second = write_images_and_jsonl(tmp_path / "c.jsonl", *rows)  # the same images with other ids
     train_of_both = {record.id for record in splits_of(first, second).train}
-    assert images_of_tune([first, second], TuneConfig(source_weights=[1, 1])) == [train_of_both] * 2
-    # Without weights both are read as one source, and an image of both is one item.
+    # All sources are read as one, and an image of both is one item.
+    assert images_of_tune([first, second], TuneConfig()) == [train_of_both]
     assert images_of_tune([first], TuneConfig(data=[second])) == [train]
 
 
@@ -126,7 +124,6 @@ def test_copies_of_held_out_images_are_not_used_for_tuning(tmp_path: Path) -> No
     more = {"image": "copy.png", "id": "another", "captions": ["copy", "copy too"]}
     other = str(write_jsonl(tmp_path / "b.jsonl", [more, {"id": "3", "captions": ["3 a", "3 b"]}]))
     assert images_of_tune([train], TuneConfig(data=[other])) == [{"1", "3"}]
-    assert images_of_tune([train], TuneConfig(data=[other], source_weights=[1, 1])) == [{"1"}, {"3"}]
 
 
 # ---- text pairs ------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class EncoderConfig:
     """Maximum caption length in tokens. Longer captions are truncated. Default: as saved with the encoder, or 512 for a
     plain LLM."""
     truncate_dim: int | None = None
-    """Keep only the first N dimensions of each embedding. Intended for encoders tuned with --tune.matryoshka_dims.
+    """Keep only the first N dimensions of each embedding. Intended for encoders trained for truncation (Matryoshka).
     Default: all dimensions."""
 
     def __post_init__(self) -> None:
@@ -72,10 +72,6 @@ class TuneConfig:
     text_pairs: list[str] = field(default_factory=list)
     """Sources of general text pairs. Each row must have a query and a positive, and may have negatives and an
     instruction. If --tune.text_pairs is set but --tune.data is not, the captions in the training data are not used."""
-    source_weights: list[float] = field(default_factory=list)
-    """Sampling weight of each source: first the sources in --tune.data, then those in --tune.text_pairs. Each batch
-    comes from a single source. By default, all caption sources are merged into one source, and the weight of each
-    source is its number of items."""
     exclude: list[str] = field(default_factory=list)
     """Sources of images whose captions are excluded from tuning. The captions of the run's held-out images are always
     excluded."""
@@ -98,8 +94,6 @@ class TuneConfig:
     """Softmax temperature by which cosine similarities are divided."""
     symmetric: bool = True
     """Also train each positive to retrieve its query. The paper trains only the query-to-positive direction."""
-    matryoshka_dims: list[int] = field(default_factory=list)
-    """Also train these truncated embedding sizes, e.g. [256, 512]."""
     lora_r: int = 16
     """LoRA rank for all linear layers. LoRA alpha is twice the rank. 0 disables LoRA and trains all weights except the
     token embeddings."""
@@ -126,8 +120,7 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "tune", "batch_size", "hard_negative_group_size", "batch_tokens", "save_steps")
-        require_at_least(1, self, "tune", "matryoshka_dims")
-        require_at_least(0, self, "tune", "steps", "lr", "lora_r", "source_weights", "seed")
+        require_at_least(0, self, "tune", "steps", "lr", "lora_r", "seed")
         require_fraction(self, "tune", "warmup_ratio", "lora_dropout")
         require_positive(self, "tune", "temperature")
         if self.qlora and not self.lora_r:
@@ -215,12 +208,8 @@ class AlignConfig:
     training. 0 disables LoRA and trains all tower weights."""
     warmup_ratio: float = 0.1
     """Fraction of steps used for linear warm-up."""
-    min_crop_scale: float = 0.9
-    """Minimum area of random crops, as a fraction of the image area. 1 disables random crops."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Training precision. auto selects bf16 on GPUs that support it and fp32 otherwise. Logits are always fp32."""
-    gradient_checkpointing: bool = False
-    """Recompute the tower's activations in the backward pass to save memory."""
     workers: int | None = None
     """Number of worker processes that decode images. The default depends on the number of CPU cores and devices."""
     eval_steps: int | None = None
@@ -242,8 +231,8 @@ class AlignConfig:
         require_at_least(0, self, "align", "tower_lr", "eval_steps")
         require_at_least(0, self, "align", "workers", "distill_weight", "caption_mix", "seed")
         require_at_least(MIN_IMAGE_SIZE, self, "align", "image_size")
-        require_fraction(self, "align", "warmup_ratio", "min_crop_scale", "layer_decay")
-        require_positive(self, "align", "epochs", "min_crop_scale", "layer_decay")
+        require_fraction(self, "align", "warmup_ratio", "layer_decay")
+        require_positive(self, "align", "epochs", "layer_decay")
         if isinstance(self.logit_scale, float | int) and not 1 <= self.logit_scale <= 100:
             raise ValueError(f"--align.logit_scale must be between 1 and 100, or inherit (got {self.logit_scale})")
         has_fixed_dim = self.embed_dim > 0 and self.adapter_depth > 0 and not self.inherit
@@ -270,15 +259,6 @@ class AlignConfig:
     def uses_phrases(self) -> bool:
         """True if phrases are sampled or used by --align.inherit. If so, the store must contain their embeddings."""
         return self.samples_phrases or bool(self.inherit)
-
-    @property
-    def caches_features(self) -> bool:
-        """True if the pretrained tower's features are computed once per image and cached.
-
-        A frozen tower always produces the same features. With self-distillation, features can be cached only if random
-        crops are disabled, because each crop has different features.
-        """
-        return self.tower_lr == 0 or (self.distill_weight > 0 and self.min_crop_scale == 1)
 
 
 @dataclass

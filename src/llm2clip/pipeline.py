@@ -1,7 +1,8 @@
-"""Training runs: `fit`, which runs all stages, and the commands `tune`, `embed` and `align`, which each run one stage.
+"""Training runs: `fit`, its stages `tune`, `embed`, `align` and `evaluate`, and `distill`.
 
-These functions lock the output folder, read the data and run the stages in `stages.py`. Completed work is skipped, so
-running the same command again resumes an interrupted run. `fit` writes a run directory with this layout:
+`open_run` locks a run directory and saves its settings. The stages then work on this run. Each stage writes its result
+atomically and skips completed work, so running the same command again resumes an interrupted run. `fit` runs all stages
+in a run directory with this layout; the commands `tune`, `embed` and `align` each run one stage in their own directory:
 
     RUN/
       config.yaml            all settings; a resumed run must not change settings that affect the result
@@ -21,156 +22,253 @@ running the same command again resumes an interrupted run. `fit` writes a run di
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from transformers.utils import cached_file
 
 from llm2clip.config import AlignConfig, DistillConfig, EncoderConfig, EvaluateConfig, FitConfig
+from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.build_table import open_table
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.pairs import TuningItem, read_tuning_sources
 from llm2clip.data.phrase_table import add_phrases
-from llm2clip.data.records import Source
+from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import DataSplits, read_splits
 from llm2clip.data.table import RecordTable
+from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
+from llm2clip.evaluate.embeddings import ModelEmbeddings
+from llm2clip.evaluate.reporting.error_analysis import collect_example_searches
 from llm2clip.evaluate.reporting.training import write_distill_report, write_fit_report
+from llm2clip.evaluate.retrieval import (
+    RetrievalRanks,
+    compute_field_metrics,
+    dual_encoder_from_store,
+    evaluate_caption_fields,
+    make_validator,
+    rank_caption_fields,
+)
+from llm2clip.evaluate.short_queries import ShortQueryResult, choose_query_templates
 from llm2clip.io_utils import iterate_lines
+from llm2clip.models.dual_encoder import wrap_llm2clip
 from llm2clip.models.export.model_card import write_model_card
 from llm2clip.models.hub.loading import check_model_source
 from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.model_folder import find_model_folder
-from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.model_folder import find_model_folder, save_query_templates
+from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
+from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
+from llm2clip.models.truncation import rotate_to_principal_components
 from llm2clip.runs.checkpoint import latest_checkpoint
 from llm2clip.runs.output_folder import run_lock, save_or_check_config
-from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
+from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state, wait_for_everyone
 from llm2clip.runs.run_description import StageClock
-from llm2clip.stages import align, embed, evaluate, open_encoder, tune
-from llm2clip.store.layout import check_identity
-from llm2clip.store.store import EmbeddingStore
+from llm2clip.store.encode import embed as embed_locally
+from llm2clip.store.layout import check_identity, make_caption_keys
+from llm2clip.store.ray_engine import embed_with_ray
+from llm2clip.store.store import EmbeddingStore, drop_refused_captions
+from llm2clip.train.align import align as train_align
 from llm2clip.train.clip_finetuning import finetune_clip
 from llm2clip.train.distill import (
     DistillTexts,
     Teacher,
     build_student_model,
-    distill,
     iterate_captions,
     iterate_phrases,
     list_token_texts,
     open_student,
     prepare_texts,
 )
-from llm2clip.train.initial_model import PretrainedParts, load_pretrained_parts
+from llm2clip.train.distill import distill as train_student
+from llm2clip.train.initial_model import PretrainedParts, create_initial_model, load_pretrained_parts
+from llm2clip.train.loop import make_tracker_options
 from llm2clip.train.losses import get_loss
-from llm2clip.train.monitoring import make_tracker_options
 from llm2clip.train.sampling import resolve_images_per_step
+from llm2clip.train.tune import tune as train_encoder
 
 # The folder of a caption encoder or LLM contains at least one of these files.
 ENCODER_FILES = ("config.json", "modules.json", "adapter_config.json", "text/modules.json")
+ROTATION_CAPTIONS = 4096  # number of captions from which the rotation of the embedding space is computed
+# Settings of the commands that run one stage. `fit` has all settings.
+STAGE_SETTINGS = {"tune": ("columns", "encoder", "tune"), "embed": (), "align": ("columns", "encoder", "align")}
 
-# Function that is called before training, with the settings, the run directory and the training records. It returns
-# warnings to print. If the data is written first, it is also called before that, with None instead of the records.
-CheckResources = Callable[[FitConfig, Path, RecordTable | None], list[str]]
+HeldOut = Mapping[str, Sequence[Record]]  # held-out records, keyed by caption column
+Command = Literal["fit", "tune", "embed", "align"]
 
 
-def fit(
-    sources: Sequence[str],
-    run_dir: Path,
-    config: FitConfig,
-    check_resources: CheckResources | None = None,
-    write_data: Callable[[], None] | None = None,
-) -> Path:
-    """Run all stages on captioned images.
+class Run:
+    """A run directory that this process has locked. Its data is read when it is first needed.
+
+    Attributes:
+        command: "fit", or the command that runs a single stage.
+        sources: Data sources, each in the form PATH or PATH@split+split (see `llm2clip.data.records.Source`).
+        out: Run directory. With the command "embed", the store.
+        config: Settings. A single stage ignores those of the other stages.
+        log: Log of skipped rows and images.
+        model_dir: Folder of the trained model.
+    """
+
+    def __init__(self, command: Command, sources: Sequence[str], out: Path, config: FitConfig) -> None:
+        self.command, self.sources, self.out, self.config = command, list(sources), out, config
+        self.model_dir = out / "model"
+        self.parts: PretrainedParts | None = None
+        self.log = SkipLog()
+
+    def stage_folder(self, stage: str) -> Path:
+        """Return the output folder of a stage."""
+        return self.out / stage if self.command == "fit" else self.out
+
+    def check_models(self) -> None:
+        """Check that the models, the loss and the trackers of the settings exist. Nothing is written.
+
+        The pretrained parts for `align` are loaded, so that errors occur before `tune`.
+        """
+        if self.model_dir.exists():
+            return
+        if self.command in ("fit", "align"):
+            get_loss(self.config.align.loss)
+            make_tracker_options(self.config.align.report_to, Path())
+        if self.command == "fit":
+            self.parts = load_pretrained_parts(self.config.align)
+        if self.command in ("fit", "tune") and not (self.stage_folder("tune") / "encoder").exists():
+            check_encoder(self.config.encoder)
+
+    @cached_property
+    def data(self) -> DataSplits:
+        """Training records, with phrases if `align` uses them, and held-out records."""
+        is_fit, config = self.command == "fit", self.config
+        folder = self.out / "data" if is_fit else None
+        data = read_splits(self.sources, config.evaluate, config.columns, self.log, "header", not is_fit, folder)
+        print_once(data.summary, self.log.summary())
+        if config.align.uses_phrases:
+            data.train = add_phrases(data.train)
+        # A resumed run keeps its number of images per step.
+        if latest_checkpoint(self.stage_folder("align") / "checkpoints") is None:
+            num_images = int(data.train.has_image.sum())
+            resolve_images_per_step(num_images, config.align, process_state().num_processes)
+        return data
+
+    @property
+    def held_out_captions(self) -> list[list[str]]:
+        """Captions of each held-out image. A single stage is not evaluated on caption retrieval."""
+        return self.data.held_out["captions"].column("captions").to_pylist() if self.command == "fit" else []
+
+    def iterate_texts(self, phrases: bool) -> Iterator[str]:
+        """Yield all texts to embed, which may contain duplicates. `phrases` applies only to the command `embed`."""
+        if self.command == "fit":
+            fields = TEXT_FIELDS if self.config.align.uses_phrases else CAPTION_FIELDS
+            held_out = (table.iterate_texts(CAPTION_FIELDS) for table in self.data.held_out.values())
+            return chain(self.data.train.iterate_texts(fields), *held_out)
+        records = open_table(self.sources, self.config.columns, self.log, "ignore")
+        return add_phrases(records).iterate_texts(TEXT_FIELDS) if phrases else records.iterate_texts(CAPTION_FIELDS)
+
+    def read_tuning_pairs(self) -> list[Sequence[TuningItem]]:
+        """Read the training data of `tune`: one list of image captions or text pairs per source."""
+        return self._read_fit_tuning_pairs() if self.command == "fit" else self._read_own_tuning_pairs()
+
+    def _read_fit_tuning_pairs(self) -> list[Sequence[TuningItem]]:
+        """Read the tuning data of `fit`.
+
+        Rows skipped in additional tuning sources go into a separate log, because the run's log covers only its image
+        data.
+        """
+        config, data = self.config.tune, self.data
+        own_captions = None if config.data or config.text_pairs else data.train
+        has_other_sources = bool(config.data or config.text_pairs or config.exclude)
+        log = _open_skip_log(self.out / "skipped_tune.jsonl" if has_other_sources else None, self.config.max_skipped)
+        held_out, folder = list(data.held_out.values()), self.out / "data"
+        pairs = read_tuning_sources(own_captions, held_out, config, self.config.columns, log, folder=folder)
+        if has_other_sources:
+            print_once(f"tuning data: {log.summary()}")
+        return pairs
+
+    def _read_own_tuning_pairs(self) -> list[Sequence[TuningItem]]:
+        """Read the tuning data of the `tune` command."""
+        config, columns = self.config.tune, self.config.columns
+        if not (self.sources or config.data or config.text_pairs):
+            raise ValueError("Nothing to tune on: pass caption sources, or text pairs with --tune.text_pairs")
+        held_out: list[RecordTable] = []
+        if any(not Source.parse(source).splits for source in self.sources):
+            data = read_splits(self.sources, EvaluateConfig(), columns, self.log, "unchecked")
+            held_out = list(data.held_out.values())
+            if any(map(len, held_out)):
+                print_once(data.summary)
+        pairs = read_tuning_sources(None, held_out, config, columns, self.log, training_sources=self.sources)
+        print_once(self.log.summary())
+        return pairs
+
+
+@contextmanager
+def open_run(
+    command: Command, sources: Sequence[str], out: Path, config: FitConfig, **other_settings: Any
+) -> Iterator[Run]:
+    """Open a run directory, which is created if needed and locked until the end of the `with` block.
+
+    If the directory contains an interrupted run, that run is resumed.
 
     Args:
-        sources: Data sources, each in the form PATH or PATH@split+split (see `llm2clip.data.records.Source`).
-        run_dir: Run directory. If it contains an interrupted run, that run is resumed.
-        check_resources: See `CheckResources`.
-        write_data: Function that writes the sources. It is called after all checks that need no data.
+        other_settings: Further settings of the command to save in the run directory.
+
+    Raises:
+        ConfigChangedError: The run directory was created with different settings.
+        FolderInUseError: Another run is writing to the run directory. The directory is left unchanged.
+        ValueError: A setting names a model, a loss or a tracker that does not exist.
+    """
+    run = Run(command, sources, out, config)
+    run.check_models()
+    settings = dataclasses.asdict(config)
+    if command != "fit":
+        settings = {name: settings[name] for name in STAGE_SETTINGS[command]}
+    with run_lock(out):
+        if settings:
+            save_settings({"data": run.sources, **other_settings, **settings}, out)
+        run.log = _open_skip_log(out / "skipped.jsonl", config.max_skipped)
+        yield run
+
+
+def fit(run: Run) -> Path:
+    """Run all stages on captioned images, and write a report.
 
     Returns:
         The model folder.
 
     Raises:
-        ConfigChangedError: The run directory was created with different settings.
         TooManySkipped: The fraction of unusable rows exceeds `config.max_skipped`.
         ValueError: The data set is too small for the settings, or contains no captions to train on.
-        FolderInUseError: Another run is writing to the run directory. The directory is left unchanged.
     """
-    parts = None
-    if not (run_dir / "model").exists():
-        _check_loss_and_trackers(config.align)
-        parts = load_pretrained_parts(config.align)
-        if not (run_dir / "tune/encoder").exists():
-            check_encoder(config.encoder)
-    with run_lock(run_dir):
-        if write_data is not None:
-            if check_resources is not None and process_state().is_main_process:
-                check_resources(config, run_dir, None)
-            write_data()
-        return _run_stages(sources, run_dir, config, parts, check_resources)
-
-
-def _run_stages(
-    sources: Sequence[str],
-    run_dir: Path,
-    config: FitConfig,
-    parts: PretrainedParts | None,
-    check_resources: CheckResources | None,
-) -> Path:
-    """Run the stages of `fit`. `parts` is None if the model is already trained."""
-    log = start_run(run_dir, {"data": list(sources), **dataclasses.asdict(config)}, config.max_skipped)
-    data = read_training_data(sources, config, log, folder=run_dir / "data")
-    # A resumed run keeps its number of images per step.
-    if latest_checkpoint(run_dir / "align" / "checkpoints") is None:
-        resolve_images_per_step(int(data.train.has_image.sum()), config.align, process_state().num_processes)
-    if parts is not None and check_resources is not None and process_state().is_main_process:
-        print_once(*check_resources(config, run_dir, data.train))
-
-    clock = StageClock(run_dir)
+    data, clock = run.data, StageClock(run.out)
     clock.start("1/4 tune: contrastive training of the language model on captions")
-    pairs = _read_fit_tuning_pairs(data.train, data.held_out, config, run_dir)
-    held_out_captions = data.held_out["captions"].column("captions").to_pylist()
-    encoder = EncoderConfig(path=str(tune(pairs, run_dir / "tune", config.encoder, config.tune, held_out_captions)))
-
+    encoder = EncoderConfig(path=str(tune(run)))
     clock.start("2/4 embed: encoding every caption into the store")
-    train_texts = data.train.iterate_texts(TEXT_FIELDS if config.align.uses_phrases else CAPTION_FIELDS)
-    held_out_texts = (table.iterate_texts(CAPTION_FIELDS) for table in data.held_out.values())
-    store = embed(chain(train_texts, *held_out_texts), run_dir / "store", encoder, config.embed)
-
+    store = embed(run, encoder)
     clock.start("3/4 align: training the vision tower against the store")
-    model_dir = align(
-        data.train,
-        store,
-        run_dir / "align",
-        config.align,
-        log,
-        data.held_out,
-        encoder,
-        model_dir=run_dir / "model",
-        parts=parts,
-    )
-
+    model_dir = align(run, store, encoder)
     clock.start("4/4 evaluate: retrieval on held-out images")
-    trained = evaluate(model_dir, data.held_out, run_dir / "evaluate", log, store)
+    trained = evaluate(run, store)
     clock.stop()
     if process_state().is_main_process:
-        write_fit_report(run_dir, trained, f"{data.summary}. {log.summary()}.")
-        write_model_card(model_dir, run_dir.resolve().name)
+        write_fit_report(run.out, trained, f"{data.summary}. {run.log.summary()}.")
+        write_model_card(model_dir, run.out.resolve().name)
     return model_dir
 
 
-def run_tune(sources: Sequence[str], out: Path, config: FitConfig) -> Path:
-    """Run the `tune` stage on captions and text pairs.
+# ---- stages ----------------------------------------------------------------------------------------------------------
 
-    Args:
-        sources: Caption sources. Unless every source selects splits, captions of images that `fit` would hold out are
-            excluded.
-        config: Settings. The settings of other stages are ignored.
+
+def tune(run: Run) -> Path:
+    """Tune the caption encoder on text pairs.
+
+    In a `fit` run, caption retrieval accuracy on the held-out images is measured before and after tuning if at least
+    two images have two or more distinct captions each, except with QLoRA. The results are saved in cra_raw.json and
+    cra_tuned.json.
 
     Returns:
         The folder of the tuned caption encoder.
@@ -178,107 +276,176 @@ def run_tune(sources: Sequence[str], out: Path, config: FitConfig) -> Path:
     Raises:
         ValueError: There are no captions or text pairs to tune on.
     """
-    with run_lock(out):
-        is_done = (out / "encoder").exists()
-        if not is_done:
-            check_encoder(config.encoder)
-        settings = {"data": list(sources), "columns": config.columns, "encoder": config.encoder, "tune": config.tune}
-        log = start_run(out, settings, config.max_skipped)
-        pairs = [] if is_done else _read_tuning_pairs(sources, config, log)
-        return tune(pairs, out, config.encoder, config.tune)
+    out, encoder, config = run.stage_folder("tune"), run.config.encoder, run.config.tune
+    encoder_dir = out / "encoder"
+    is_done = encoder_dir.exists()
+    wait_for_everyone()  # every rank must check whether the folder exists before any rank creates it
+    is_skipped = is_done or (run.command == "fit" and config.steps == 0)
+    pairs = [] if is_skipped else run.read_tuning_pairs()
+    captions = run.held_out_captions
+    # QLoRA is for LLMs that do not fit on the device without quantisation, so the untuned LLM is not evaluated.
+    measure = sum(len(set(each)) > 1 for each in captions) > 1 and not config.qlora
+    # On a CPU, one encoder is evaluated and then tuned. A GPU evaluates in bf16, which requires a separate encoder.
+    raw = open_encoder(encoder, "cpu") if process_state().device.type == "cpu" and not is_done else None
+    if measure:
+        load_or_compute_json(out / "cra_raw.json", lambda: _measure_cra(captions, encoder, raw))
+    if not is_done:
+        # Load the encoder on the CPU, so that a GPU holds only the weights in the training precision.
+        train_encoder(pairs, raw or open_encoder(encoder, "cpu"), config, out)
+        del raw
+        free_memory()  # the LLM is no longer needed
+    if measure:
+        load_or_compute_json(out / "cra_tuned.json", lambda: _measure_cra(captions, EncoderConfig(str(encoder_dir))))
+    return encoder_dir
 
 
-def run_embed(
-    sources: Sequence[str],
-    out: Path,
-    config: FitConfig,
+def embed(
+    run: Run,
+    encoder: EncoderConfig,
     *,
     phrases: bool = True,
     engine: Literal["local", "ray"] = "local",
     ray_workers: int = 0,
 ) -> EmbeddingStore:
-    """Run the `embed` stage on all captions in the data sources.
+    """Encode all captions into an embedding store. Captions that are already in the store are skipped.
 
     Args:
-        out: Folder of the embedding store.
-        config: Settings. The settings of other stages are ignored.
-        phrases: If True, also encode short phrases from the captions.
-        engine, ray_workers: See `stages.embed`.
+        encoder: Frozen caption encoder.
+        phrases: If True, also encode short phrases from the captions. `fit` does so only if `align` uses them.
+        engine: "local" uses the ranks started by the launcher. "ray" uses a Ray cluster.
+        ray_workers: Number of Ray workers. 0 means one worker per GPU or, if there are no GPUs, one per two CPU cores.
     """
-    with run_lock(out):
-        log = _open_skip_log(out / "skipped.jsonl", config.max_skipped)
-        records = open_table(sources, config.columns, log, "ignore")
-        if phrases:
-            records = add_phrases(records)
-        texts = records.iterate_texts(TEXT_FIELDS if phrases else CAPTION_FIELDS)
-        store = embed(texts, out, config.encoder, config.embed, engine=engine, ray_workers=ray_workers)
-        print_once(log.summary())
-        return store
+    texts, out = run.iterate_texts(phrases), run.stage_folder("store")
+    options = dataclasses.asdict(run.config.embed)
+    if engine == "ray":
+        store = embed_with_ray(texts, partial(open_encoder, encoder), out, workers=ray_workers, **options)
+    else:
+        # Load the encoder on the CPU, so that the GPU holds only the weights required for encoding.
+        store = embed_locally(texts, open_encoder(encoder, "cpu"), out, device=process_state().device, **options)
+    if run.command == "embed":
+        print_once(run.log.summary())
+    return store
 
 
-def run_align(
-    sources: Sequence[str], out: Path, config: FitConfig, store_dir: str | None, features: Path | None = None
-) -> Path:
-    """Run the `align` stage on captioned images, or fine-tune both towers of a CLIP model as a baseline.
+def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Path | None = None) -> Path:
+    """Train the vision tower, its projection and the adapter against the cached caption embeddings.
+
+    The model is evaluated on the held-out images before and during training. The command `align` does so only if
+    `config.evaluate.data` lists held-out sources.
 
     Args:
-        sources: Data sources. Unless every source selects splits, images that `fit` would hold out are excluded.
-        config: Settings. The model is evaluated during training only if `config.evaluate.data` lists sources.
-        store_dir: Store of caption embeddings. If None, both towers of the CLIP model `config.align.tower` are
-            fine-tuned instead.
-        features: See `stages.align`.
+        store: Cached caption embeddings of the training data. It may lack captions that the tokenizer could not encode,
+            and phrases, which are then not used.
+        encoder: Caption encoder that created the store. It is saved with the model.
+        features: Folder of the feature store, which caches the frozen tower's features and can be shared between runs.
+            Default: a folder in the run directory.
 
     Returns:
         The model folder.
     """
-    held_out = config.evaluate.data
-    if store_dir is None and (held_out or features):
-        raise ValueError("--own_text_tower cannot be combined with --held_out or --features. Omit these options")
-    settings: dict[str, Any] = {"data": list(sources), "held_out": held_out, "columns": config.columns}
-    settings |= {"store": store_dir, "encoder": config.encoder, "align": config.align}
-    with run_lock(out):
-        log = start_run(out, settings, config.max_skipped)
-        if (out / "model").exists():
-            return out / "model"
-        _check_loss_and_trackers(config.align)
-        if store_dir is None:
-            data = read_training_data(sources, config, log, keep_selected_splits=True)
-            return finetune_clip(data.train, config.align, out, log)
-        parts = load_pretrained_parts(config.align)
-        store = EmbeddingStore(store_dir)
-        _check_store(store, config.encoder)
-        data = read_training_data(sources, config, log, keep_selected_splits=True)
-        evaluated = data.held_out if held_out else None
-        return align(
-            data.train, store, out, config.align, log, evaluated, config.encoder, features=features, parts=parts
+    model_dir, out, config = run.model_dir, run.stage_folder("align"), run.config.align
+    if model_dir.exists():
+        return model_dir
+    parts = run.parts or load_pretrained_parts(config)
+    if run.command == "align":
+        _check_store(store, encoder)
+    train = run.data.train
+    held_out: HeldOut = run.data.held_out if run.command == "fit" or run.config.evaluate.data else {}
+    free_memory()  # the LLM is no longer needed
+    model = create_initial_model(config, store, train, out, parts)
+    validate = None
+    if held_out:
+        held_out = _drop_unencodable_captions(held_out, store)
+        evaluations = run.out / "evaluate"
+        if process_state().is_main_process:
+            for name in ("trained.json", "query_templates.json", "examples.json"):  # metrics of an earlier model
+                (evaluations / name).unlink(missing_ok=True)
+            if not (out / "checkpoints").exists():
+                (evaluations / "untrained.json").unlink(missing_ok=True)  # from a run with other `align` settings
+        untrained = ModelEmbeddings(dual_encoder_from_store(model, store), run.log)
+        load_or_compute_json(evaluations / "untrained.json", lambda: evaluate_caption_fields(untrained, held_out))
+        validate = make_validator(held_out, run.log, store)
+    model = train_align(train, store, model, config, out, run.log, validate, features)
+    if process_state().is_main_process:
+        rotate_embedding_space(model, train, store, config)
+        _save_model(model, model_dir, encoder)
+    wait_for_everyone()
+    return model_dir
+
+
+def finetune(run: Run) -> Path:
+    """Fine-tune both towers of the CLIP model `config.align.tower`, as a baseline for `align`. Return its folder."""
+    return (
+        run.model_dir if run.model_dir.exists() else finetune_clip(run.data.train, run.config.align, run.out, run.log)
+    )
+
+
+def evaluate(run: Run, store: EmbeddingStore) -> list[dict[str, Any]]:
+    """Evaluate the trained model's image-text retrieval on held-out images, with text embeddings from the store.
+
+    If the model has a caption encoder, also choose prompt templates for short queries (see `choose_query_templates`).
+    The templates are saved in the model's config and, together with their results, in `query_templates.json`.
+
+    Args:
+        store: Store of caption embeddings, including those of the held-out captions.
+
+    Returns:
+        One row of metrics per caption column (see `evaluate_caption_fields`). They are also saved in `trained.json`,
+        and example searches in `examples.json`.
+    """
+    out = run.stage_folder("evaluate")
+    held_out = _drop_unencodable_captions(run.data.held_out, store)
+    model = LLM2CLIP.from_pretrained(run.model_dir)
+    embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), run.log)
+    ranked = cache(lambda: rank_caption_fields(embeddings, held_out))
+    rows: list[dict[str, Any]] = load_or_compute_json(
+        out / "trained.json", lambda: compute_field_metrics(embeddings, ranked())
+    )
+    if model.has_encoder:
+        choice = load_or_compute_json(
+            out / "query_templates.json", lambda: _choose_query_templates(model, ranked(), run.log)
         )
+        if process_state().is_main_process:
+            save_query_templates(run.model_dir, QueryTemplates.from_dict(choice))
+    load_or_compute_json(out / "examples.json", lambda: collect_example_searches(next(iter(ranked().values()))))
+    return rows
 
 
-def run_distill(
-    model: str,
-    sources: Sequence[str],
-    out: Path,
-    student: str,
-    config: DistillConfig,
-    *,
-    held_out: EvaluateConfig | None = None,
-    columns: dict[str, str] | None = None,
-    max_skipped: float = 0.05,
-    texts: str | None = None,
-    store: str | None = None,
-) -> Path:
+# ---- distill ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Options of `distill`.
+
+    Attributes:
+        model: Folder or hub id of the teacher, an llm2clip model with a caption encoder.
+        data: Data sources. The training records' captions and phrases are the texts to learn from; images are needed
+            only for the held-out records, on which both models are evaluated.
+        student: See `open_student`.
+        evaluate: Settings that determine the held-out records. Default: as in `fit`.
+        columns: Source column for each field.
+        max_skipped: Maximum fraction of rows or texts that cannot be used.
+        texts: File with additional texts to learn from, one per line.
+        store: Store of the teacher's caption embeddings. Texts that are not in it are encoded into `out/store`.
+    """
+
+    model: str
+    data: Sequence[str]
+    student: str
+    distill: DistillConfig
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    columns: dict[str, str] = field(default_factory=dict)
+    max_skipped: float = 0.05
+    texts: str | None = None
+    store: str | None = None
+
+
+def distill(options: DistillOptions, out: Path) -> Path:
     """Teach a small text encoder to produce a model's text embeddings, and compare it with the model.
 
     Args:
-        model: Folder or hub id of the teacher, an llm2clip model with a caption encoder.
-        sources: Data sources. The training records' captions and phrases are the texts to learn from; images are needed
-            only for the held-out records, on which both models are evaluated.
         out: Run directory. The result is `out/model`, and the comparison is `out/report.html`.
-        student: See `open_student`.
-        held_out: Settings that determine the held-out records. Default: as in `fit`.
-        columns: Source column for each field.
-        texts: File with additional texts to learn from, one per line.
-        store: Store of the teacher's caption embeddings. Texts that are not in it are encoded into `out/store`.
 
     Returns:
         The model folder, which contains the teacher's image encoder and the student.
@@ -289,36 +456,34 @@ def run_distill(
         ConfigChangedError: The run directory was created with different settings.
     """
     start = time.monotonic()
-    held_out = held_out or EvaluateConfig()
-    settings: dict[str, Any] = {"model": model, "data": list(sources), "columns": columns or {}, "student": student}
-    settings |= {"texts": texts, "store": store, "evaluate": held_out, "distill": config}
     model_dir = out / "model"
-    is_trained, is_reported = model_dir.exists(), (out / "report.html").exists()
+    is_trained, is_complete = model_dir.exists(), (out / "report.html").exists()
     wait_for_everyone()  # every rank must check which files exist before any rank creates them
-    teacher: Teacher | None = None
-    encoder: CaptionEncoder | None = None
-    if not is_reported:  # check the arguments before the run directory is created
-        folder = find_model_folder(model)
-        teacher = Teacher(LLM2CLIP.from_pretrained(folder, process_state().device), folder, store)
+    teacher = student = None
+    if not is_complete:  # check the arguments before the run directory is created
+        folder = find_model_folder(options.model)
+        teacher = Teacher(LLM2CLIP.from_pretrained(folder, process_state().device), folder, options.store)
         if not is_trained:
-            encoder = open_student(student, folder, teacher.model.config.embed_dim, config)
-    other_texts = Path(texts) if texts else None
-    if other_texts is not None:
-        for _ in iterate_lines(other_texts):  # raises an error if the file cannot be read
+            student = open_student(options.student, folder, teacher.model.config.embed_dim, options.distill)
+    if options.texts is not None:
+        for _ in iterate_lines(Path(options.texts)):  # raises an error if the file cannot be read
             pass
     with run_lock(out):
-        log = start_run(out, settings, max_skipped)
+        settings = {item.name: getattr(options, item.name) for item in dataclasses.fields(options)}
+        del settings["max_skipped"]
+        save_settings(settings, out)
+        log = _open_skip_log(out / "skipped.jsonl", options.max_skipped)
         if teacher is None:
             return model_dir
-        data = read_splits(sources, held_out, columns or {}, log, "header", True, out / "data")
+        data = read_splits(options.data, options.evaluate, options.columns, log, "header", True, out / "data")
         print_once(data.summary, log.summary())
-        if encoder is None:
+        if student is None:
             teacher.open_store(out / "store")
         else:
-            texts_to_learn = _embed_distill_texts(data, other_texts, encoder, teacher, out, max_skipped)
-            encoder = distill(encoder, teacher, texts_to_learn, config, out)
+            texts = _embed_distill_texts(data, options, student, teacher, out)
+            student = train_student(student, teacher, texts, options.distill, out)
             if process_state().is_main_process:
-                build_student_model(teacher.model, encoder).save_pretrained(model_dir)
+                build_student_model(teacher.model, student).save_pretrained(model_dir)
         wait_for_everyone()
         if process_state().is_main_process:
             evaluated = {name: table for name, table in data.held_out.items() if len(table)}
@@ -330,93 +495,36 @@ def run_distill(
 
 
 def _embed_distill_texts(
-    data: DataSplits,
-    other_texts: Path | None,
-    student: CaptionEncoder,
-    teacher: Teacher,
-    out: Path,
-    max_skipped: float,
+    data: DataSplits, options: DistillOptions, student: CaptionEncoder, teacher: Teacher, out: Path
 ) -> DistillTexts:
     """Encode the training texts and the texts to evaluate on with the teacher. Return the training texts."""
     train = add_phrases(data.train)
+    other_texts = Path(options.texts) if options.texts else None
     held_out_texts = [table.iterate_texts(CAPTION_FIELDS) for table in data.held_out.values()]
     token_texts = filter(None, list_token_texts(student))
     training_texts = chain(iterate_captions(train, other_texts), iterate_phrases(train))
     teacher.embed(chain(training_texts, token_texts, *held_out_texts), out / "store")
-    return prepare_texts(train, other_texts, student, teacher, out, max_skipped)
+    return prepare_texts(train, other_texts, student, teacher, out, options.max_skipped)
 
 
-# ---- reading data ----------------------------------------------------------------------------------------------------
+# ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def read_training_data(
-    sources: Sequence[str],
-    config: FitConfig,
-    log: SkipLog,
-    keep_selected_splits: bool = False,
-    folder: Path | None = None,
-) -> DataSplits:
-    """Read the records for `align`, including phrases if they are used, and print a summary.
-
-    Args:
-        log: Log of skipped rows.
-        keep_selected_splits, folder: See `read_splits`.
-    """
-    data = read_splits(sources, config.evaluate, config.columns, log, "header", keep_selected_splits, folder)
-    print_once(data.summary, log.summary())
-    if config.align.uses_phrases:
-        data.train = add_phrases(data.train)
-    return data
+def open_encoder(config: EncoderConfig, device: str | None = None) -> CaptionEncoder:
+    """Load the caption encoder described by `config`. If `device` is None, load it on this rank's device."""
+    return CaptionEncoder.from_pretrained(**dataclasses.asdict(config), device=device)
 
 
-def _read_fit_tuning_pairs(
-    train: RecordTable, held_out: dict[str, RecordTable], config: FitConfig, run_dir: Path
-) -> list[Sequence[TuningItem]]:
-    """Return the tuning data for `fit`, or an empty list if tuning is disabled or already complete.
-
-    Rows skipped in additional tuning sources go into a separate log, because the run's log covers only its image data.
-    """
-    if config.tune.steps == 0 or (run_dir / "tune" / "encoder").exists():
-        return []
-    own_captions = None if config.tune.data or config.tune.text_pairs else train
-    has_other_sources = bool(config.tune.data or config.tune.text_pairs or config.tune.exclude)
-    log = _open_skip_log(run_dir / "skipped_tune.jsonl" if has_other_sources else None, config.max_skipped)
-    tables = list(held_out.values())
-    pairs = read_tuning_sources(own_captions, tables, config.tune, config.columns, log, folder=run_dir / "data")
-    if has_other_sources:
-        print_once(f"tuning data: {log.summary()}")
-    return pairs
-
-
-def _read_tuning_pairs(sources: Sequence[str], config: FitConfig, log: SkipLog) -> list[Sequence[TuningItem]]:
-    """Read the tuning data of the `tune` command."""
-    if not (sources or config.tune.data or config.tune.text_pairs):
-        raise ValueError("Nothing to tune on: pass caption sources, or text pairs with --tune.text_pairs")
-    held_out: list[RecordTable] = []
-    if any(not Source.parse(source).splits for source in sources):
-        data = read_splits(sources, EvaluateConfig(), config.columns, log, "unchecked")
-        held_out = list(data.held_out.values())
-        if any(map(len, held_out)):
-            print_once(data.summary)
-    pairs = read_tuning_sources(None, held_out, config.tune, config.columns, log, training_sources=sources)
-    print_once(log.summary())
-    return pairs
+def save_settings(settings: dict[str, Any], run_dir: Path) -> None:
+    """On the main process, save or check the settings of a run (see `save_or_check_config`)."""
+    state = process_state()
+    if state.is_main_process:
+        save_or_check_config(settings, run_dir, state.num_processes)
 
 
 def _open_skip_log(file: Path | None, max_skipped: float) -> SkipLog:
     """Return a skip log. Only the main process writes it to `file`."""
     return SkipLog(file if process_state().is_main_process else None, max_skipped)
-
-
-# ---- checks before training ------------------------------------------------------------------------------------------
-
-
-def start_run(run_dir: Path, config: dict[str, Any], max_skipped: float) -> SkipLog:
-    """Save or check the config of a run (see `save_or_check_config`), and return the run's skip log."""
-    state = process_state()
-    if state.is_main_process:
-        save_or_check_config(config, run_dir, state.num_processes)
-    return _open_skip_log(run_dir / "skipped.jsonl", max_skipped)
 
 
 def check_encoder(config: EncoderConfig) -> None:
@@ -439,12 +547,6 @@ def check_encoder(config: EncoderConfig) -> None:
         )
 
 
-def _check_loss_and_trackers(config: AlignConfig) -> None:
-    """Check that the loss exists and the experiment trackers are installed."""
-    get_loss(config.loss)
-    make_tracker_options(config.report_to, Path())
-
-
 def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
     """On the main process, check that a store is intact and was created with the given encoder."""
     if process_state().is_main_process:
@@ -452,3 +554,61 @@ def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
         identity = store.manifest["identity"]
         check_identity(identity, open_encoder(encoder, "cpu").identity(identity["precision"]), store.folder)
     wait_for_everyone()
+
+
+def _drop_unencodable_captions(held_out: HeldOut, store: EmbeddingStore) -> HeldOut:
+    """Remove captions that the tokenizer could not encode."""
+    return {column: drop_refused_captions(records, store) for column, records in held_out.items()}
+
+
+def _measure_cra(
+    captions: Sequence[Sequence[str]], encoder: EncoderConfig, loaded: CaptionEncoder | None = None
+) -> dict[str, Any]:
+    """Measure caption retrieval accuracy with `loaded` or, if it is None, with a temporarily loaded encoder."""
+    model = loaded or load_for_evaluation(device=process_state().device, **dataclasses.asdict(encoder))
+    metrics = caption_retrieval_accuracy(captions, model)
+    del model
+    free_memory()
+    return metrics
+
+
+def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks], log: SkipLog) -> dict[str, Any]:
+    """Choose templates for short queries, print the choice, and return a `ShortQueryResult` as a dict."""
+    embeddings = ModelEmbeddings(wrap_llm2clip(model, "llm2clip"), log)
+    try:
+        choice = choose_query_templates(embeddings, next(iter(ranked.values())))
+    except ValueError as error:
+        print_once(f"Short queries are encoded without templates: {error}")
+        return ShortQueryResult(NO_TEMPLATES, []).to_dict()
+    print_once(choice.describe_choice())
+    return choice.to_dict()
+
+
+def rotate_embedding_space(model: LLM2CLIP, train: RecordTable, store: EmbeddingStore, config: AlignConfig) -> None:
+    """Rotate a model's embedding space to its principal components, so that the embeddings can be truncated.
+
+    Spaces that `align` has not created, and those that it has trained for truncation, are left unchanged. The principal
+    components are those of one caption each of randomly chosen training records.
+    """
+    is_trained_space = model.config.projection and model.config.adapter.depth > 0 and not config.inherit
+    if not is_trained_space or config.matryoshka_dims:
+        return
+    numbers = np.random.default_rng(0).permutation(len(train))[:ROTATION_CAPTIONS]
+    texts = [record.texts[0] for record in (train[int(number)] for number in np.sort(numbers)) if record.texts]
+    rows = store.find_keys(make_caption_keys(texts))
+    captions = torch.from_numpy(store.take(rows[rows >= 0]))  # the tokenizer could not encode captions without a row
+    if len(captions):
+        rotate_to_principal_components(model, captions)
+
+
+def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig) -> None:
+    """Save a model with its caption encoder.
+
+    If the encoder is a local folder and `encoder` does not override its saved settings, the folder is copied.
+    """
+    if encoder == EncoderConfig(path=encoder.path) and (Path(encoder.path) / "modules.json").is_file():
+        model.save_pretrained(folder, encoder=encoder.path)
+    else:
+        free_memory()  # the optimizer is no longer needed
+        model.save_pretrained(folder, encoder=open_encoder(encoder, "cpu"))
+    write_model_card(folder, folder.name)

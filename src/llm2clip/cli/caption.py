@@ -19,7 +19,7 @@ from llm2clip.cli.commands import (
     format_command,
     select_arguments,
 )
-from llm2clip.runs.output_folder import CAPTIONS_FILE, has_outputs
+from llm2clip.runs.output_folder import has_outputs
 
 if TYPE_CHECKING:
     from llm2clip.caption.answers import Captioner
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llm2clip.caption.run import CaptionSettings
     from llm2clip.models.dual_encoder import DualEncoder
 
+CAPTIONS_FILE = "captions.jsonl"  # captions written by `fit --caption` in the run directory
 BATCH_SIZE = 32  # number of images; smaller batches are slower on CPUs
 
 

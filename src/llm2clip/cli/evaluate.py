@@ -15,8 +15,8 @@ from llm2clip.cli.commands import (
     format_command,
     select_arguments,
 )
+from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions
-from llm2clip.runs.output_folder import check_output_folder
 
 
 def add_commands(commands: Commands) -> None:

@@ -27,9 +27,9 @@ from llm2clip.cli.commands import (
     format_command,
     select_arguments,
 )
+from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.data.texts import check_not_empty
 from llm2clip.io_utils import install_command
-from llm2clip.runs.output_folder import check_output_folder
 
 if TYPE_CHECKING:
     from llm2clip.data.skip_log import SkipLog

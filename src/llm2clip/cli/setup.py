@@ -10,9 +10,9 @@ from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 
 from llm2clip.cli.commands import ArgumentParser, Commands, read_builtin_configs, select_arguments
+from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.cli.train import add_stage_settings
 from llm2clip.config import DistillConfig, FitConfig
-from llm2clip.runs.output_folder import check_output_folder
 from llm2clip.tools.plan.devices import Machine
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from jsonargparse import Namespace
 
 from llm2clip.cli.checks import check_stores
 from llm2clip.cli.commands import Commands
+from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.config import EncoderConfig
-from llm2clip.runs.output_folder import check_output_folder
 
 if TYPE_CHECKING:
     from llm2clip.store.store import EmbeddingStore
@@ -90,7 +90,7 @@ def _export_store(args: Namespace) -> list[str]:
 
 def _import_store(args: Namespace) -> list[str]:
     check_output_folder(args.out, "store")
-    from llm2clip.stages import open_encoder
+    from llm2clip.pipeline import open_encoder
     from llm2clip.store.maintenance import import_parquet
 
     identity = None  # the file's metadata identifies the encoder

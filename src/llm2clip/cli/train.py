@@ -1,9 +1,12 @@
-"""Training commands: `fit` and its stages `tune`, `embed` and `align`."""
+"""Training commands: `fit`, its stages `tune`, `embed` and `align`, and `distill`."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
@@ -26,6 +29,7 @@ from llm2clip.cli.commands import (
     format_command,
     select_arguments,
 )
+from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.config import (
     AlignConfig,
     DistillConfig,
@@ -35,7 +39,10 @@ from llm2clip.config import (
     FitConfig,
     TuneConfig,
 )
-from llm2clip.runs.output_folder import check_output_folder
+
+if TYPE_CHECKING:
+    from llm2clip.data.table import RecordTable
+    from llm2clip.pipeline import Run
 
 
 def add_commands(commands: Commands) -> None:
@@ -158,20 +165,36 @@ def _fit(args: Namespace) -> list[str]:
     check_pretrained(args.align.tower)
     index_data = _format_index_data(args)  # all images, also those without an accepted caption
     write_captions = prepare_captions(args)
-    from llm2clip.pipeline import fit
+    from llm2clip.pipeline import fit, open_run
+    from llm2clip.runs.ranks import print_once
+
+    with open_run("fit", args.data, Path(args.out), _make_config(args)) as run:
+        if write_captions is not None:
+            _check_resources(run, None)
+            write_captions()
+        print_once(*_check_resources(run, run.data.train))
+        model = fit(run)
+    return [f"Model: {model}", *_format_next_commands(model, args, index_data=index_data)]
+
+
+def _check_resources(run: Run, records: RecordTable | None) -> list[str]:
+    """On the main process, check the resources for a model that has not been trained yet. Return warnings to print."""
+    from llm2clip.runs.ranks import process_state
     from llm2clip.tools.plan.plan import check_resources
 
-    model = fit(args.data, Path(args.out), _make_config(args), check_resources, write_captions)
-    return [f"Model: {model}", *_format_next_commands(model, args, index_data=index_data)]
+    if run.model_dir.exists() or not process_state().is_main_process:
+        return []
+    return check_resources(run.config, run.out, records)
 
 
 def _tune(args: Namespace) -> list[str]:
     check_output_folder(args.out, "tune")
     check_sources(args.data, args.tune.data, args.tune.text_pairs, args.tune.exclude)
     args.encoder.path = resolve_encoder(args.encoder.path)
-    from llm2clip.pipeline import run_tune
+    from llm2clip.pipeline import open_run, tune
 
-    encoder = run_tune(args.data, Path(args.out), _make_config(args))
+    with open_run("tune", args.data, Path(args.out), _make_config(args)) as run:
+        encoder = tune(run)
     flags = [*format_column_flags(args.columns), "--encoder.path", encoder, "--out", "STORE"]
     hint = format_command("embed", *(args.data or ["DATA"]), *flags)
     return [f"Caption encoder: {encoder}", f"Next: {hint}"]
@@ -181,10 +204,11 @@ def _embed(args: Namespace) -> list[str]:
     check_output_folder(args.out, "store")
     check_sources(args.data)
     args.encoder.path = resolve_encoder(args.encoder.path)
-    from llm2clip.pipeline import run_embed
+    from llm2clip.pipeline import embed, open_run
 
     out = Path(args.out)
-    store = run_embed(args.data, out, _make_config(args), **select_arguments(args, "phrases", "engine", "ray_workers"))
+    with open_run("embed", args.data, out, _make_config(args)) as run:
+        store = embed(run, args.encoder, **select_arguments(args, "phrases", "engine", "ray_workers"))
     flags = [*format_column_flags(args.columns), "--store", out, *_make_encoder_flags(args.encoder), "--out", "RUN"]
     return [f"Store: {out} ({len(store):,} captions)", f"Next: {format_command('align', *args.data, *flags)}"]
 
@@ -197,11 +221,19 @@ def _align(args: Namespace) -> list[str]:
     check_stores(*([args.store] if args.store else []))
     args.encoder.path = resolve_encoder(args.encoder.path)
     check_pretrained(args.align.tower)
-    from llm2clip.pipeline import run_align
+    if args.own_text_tower and (args.held_out or args.features):
+        raise ValueError("--own_text_tower cannot be combined with --held_out or --features. Omit these options")
+    from llm2clip.pipeline import align, finetune, open_run
+    from llm2clip.store.store import EmbeddingStore
 
-    config = dataclasses.replace(_make_config(args), evaluate=EvaluateConfig(data=args.held_out or []))
-    features = Path(args.features) if args.features else None
-    model = run_align(args.data, Path(args.out), config, args.store, features)
+    held_out = args.held_out or []
+    config = dataclasses.replace(_make_config(args), evaluate=EvaluateConfig(data=held_out))
+    with open_run("align", args.data, Path(args.out), config, held_out=held_out, store=args.store) as run:
+        if args.own_text_tower:
+            model = finetune(run)
+        else:
+            features = Path(args.features) if args.features else None
+            model = align(run, EmbeddingStore(args.store), args.encoder, features)
     flags = ["--baselines", args.align.tower] if args.own_text_tower else []
     return [f"Model: {model}", *_format_next_commands(model, args, *flags)]
 
@@ -218,17 +250,10 @@ def _distill(args: Namespace) -> list[str]:
         args.student = f"static:{resolve_encoder(argument)}"
     elif kind not in ("static", "layers"):
         args.student = resolve_encoder(args.student)
-    from llm2clip.pipeline import run_distill
+    from llm2clip.pipeline import DistillOptions, distill
 
-    model = run_distill(
-        args.model,
-        args.data,
-        Path(args.out),
-        args.student,
-        args.distill,
-        held_out=args.evaluate,
-        **select_arguments(args, "columns", "max_skipped", "texts", "store"),
-    )
+    names = [field.name for field in dataclasses.fields(DistillOptions)]
+    model = distill(DistillOptions(**select_arguments(args, *names)), Path(args.out))
     baseline = ["--baselines", args.model]
     return [f"Model: {model}", *_format_next_commands(model, args, *baseline)]
 

@@ -1,18 +1,15 @@
 """Order in which training reads the images of an epoch. It depends only on the data, the seed and the epoch.
 
-Two orders exist. In a random order, consecutive images lie anywhere in the data, which is fast on an SSD. In a shard
-order, shards (tar or Parquet files) are read in random order, a window of shards at a time, and the images of a window
-are shuffled. Slow disks, network file systems and object storage then read each shard only once per epoch.
+Two orders exist. In a random order, consecutive images lie anywhere in the data, which is fast on a local disk. In a
+shard order, shards (tar or Parquet files) are read in random order, a window of shards at a time, and the images of a
+window are shuffled. Remote shards are then downloaded only once per epoch.
 """
 
 import os
 from collections.abc import Iterator
-from functools import lru_cache
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import psutil
 
 from llm2clip.data.image_refs import IMAGE_KINDS, ParquetImage, TarImage
 from llm2clip.data.remote import is_remote, prefetch
@@ -21,20 +18,6 @@ from llm2clip.data.table import RecordTable
 ImageOrder = Literal["random", "shards"]
 WINDOW = 16  # number of shards whose images are shuffled together
 SHARD_KINDS = [IMAGE_KINDS.index(kind) for kind in (TarImage, ParquetImage)]
-NETWORK_FILE_SYSTEMS = (
-    "nfs",
-    "cifs",
-    "smb",
-    "fuse",
-    "lustre",
-    "ceph",
-    "gpfs",
-    "beegfs",
-    "9p",
-    "afs",
-    "gluster",
-    "virtiofs",
-)
 
 
 class EpochOrders:
@@ -66,20 +49,6 @@ class EpochOrders:
             if self._usable is not None:
                 self._shard_of_image = self._shard_of_image[self._usable]
         self._epoch, self._order = -1, np.empty(0, np.int32)
-        self._prefetch_interval = 0  # positions between two calls that download shards; 0 if no shard is remote
-        if any(map(is_remote, self._shards)):
-            self._prefetch_interval = max(1, len(self._shard_of_image) // (4 * len(self._shards)))
-        self._prefetched_at = (-1, 0)  # epoch and position of the last call of `prefetch_shards`
-
-    def prefetch_shards(self, epoch: int, start: int) -> None:
-        """Download the next remote shards in the background, several times per shard. `take` must be called first."""
-        last_epoch, last_start = self._prefetched_at
-        is_recent = epoch == last_epoch and last_start <= start < last_start + self._prefetch_interval
-        if not self._prefetch_interval or is_recent:
-            return
-        self._prefetched_at = (epoch, start)
-        shards = list_upcoming_shards(self._order, self._shard_of_image, start)
-        prefetch([self._shards[shard] for shard in shards])
 
     def take(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Return the indices of the records at positions `start` to `stop` of an epoch."""
@@ -186,9 +155,8 @@ def choose_image_order(records: RecordTable) -> ImageOrder:
     """Choose an order by where the images are.
 
     The order is "shards" if all images are in tar or Parquet files, of which there are more than `WINDOW`, and if one
-    of these files is remote, on a network file system or on a hard disk. Otherwise, the order is "random". The
-    environment variable LLM2CLIP_IMAGE_ORDER overrides the choice, for example to train on local files exactly as on
-    remote files.
+    of these files is remote. Otherwise, the order is "random". The environment variable LLM2CLIP_IMAGE_ORDER overrides
+    the choice, for example for local files on a hard disk or a network file system.
     """
     forced = os.environ.get("LLM2CLIP_IMAGE_ORDER")
     if forced in ("random", "shards"):
@@ -198,33 +166,7 @@ def choose_image_order(records: RecordTable) -> ImageOrder:
     paths = _list_paths(records)
     if len(paths) <= WINDOW or not np.isin(records.numbers("image_kind"), SHARD_KINDS).all():
         return "random"
-    return "shards" if any(is_slow(folder) for folder in {os.path.dirname(path) for path in paths}) else "random"
-
-
-@lru_cache(maxsize=4096)
-def is_slow(folder: str) -> bool:
-    """Return True if random access to the files in a folder is slow: remote files, network file systems, hard disks."""
-    if is_remote(folder):
-        return True
-    path = os.path.realpath(folder)
-    mounts = [disk for disk in psutil.disk_partitions(all=True) if Path(path).is_relative_to(disk.mountpoint)]
-    file_system = max(mounts, key=lambda disk: len(disk.mountpoint)).fstype if mounts else ""
-    return file_system.startswith(NETWORK_FILE_SYSTEMS) or _is_on_hard_disk(path)
-
-
-def _is_on_hard_disk(path: str) -> bool:
-    """Return True if a path is on a rotating disk. Always False on other systems than Linux."""
-    try:
-        device = os.stat(path).st_dev
-        folder = Path(os.path.realpath(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"))
-    except OSError:
-        return False
-    for disk in (folder, folder.parent):  # a disk, or a partition in the folder of its disk
-        file = disk / "queue" / "rotational"
-        if file.exists():
-            # Virtual disks, whose names start with "vd" or "xvd", claim to rotate even if they are on an SSD.
-            return file.read_text().strip() == "1" and not disk.name.startswith(("vd", "xvd"))
-    return False
+    return "shards" if any(map(is_remote, paths)) else "random"
 
 
 def _iterate_chunks(order: np.ndarray, size: int = 1 << 16) -> Iterator[np.ndarray]:

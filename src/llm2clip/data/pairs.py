@@ -149,8 +149,8 @@ def read_tuning_sources(
 ) -> list[Sequence[TuningItem]]:
     """Read the training data for `tune`; return the items of each caption source, then those of each text-pair source.
 
-    If `config.source_weights` is not set, all caption sources except `train` are merged into one source. If no splits
-    are selected for a source, only its records with a training split or no split are used.
+    All caption sources except `train` are merged into one source. If no splits are selected for a source, only its
+    records with a training split or no split are used.
 
     Args:
         train: Training records that have already been read. If not empty, they form the first caption source.
@@ -164,19 +164,9 @@ def read_tuning_sources(
         folder: Folder for the record tables; see `open_table`.
 
     Raises:
-        ValueError: The number of source weights is wrong, a source has too few pairs, or there are neither text pairs
-            nor images with two captions.
+        ValueError: A source has too few pairs, or there are neither text pairs nor images with two captions.
     """
     sources = [*training_sources, *config.data]
-    groups = [[source] for source in sources]
-    if sources and not config.source_weights:
-        groups = [sources]
-    num_sources = bool(train) + len(groups) + len(config.text_pairs)
-    if config.source_weights and len(config.source_weights) != num_sources:
-        raise ValueError(
-            f"--tune.source_weights must have one weight for each of the {num_sources} caption and text-pair sources "
-            f"(got {len(config.source_weights)})"
-        )
     excluded_ids = _read_comparable_ids(config.exclude, columns, log)
     held_out_ids = {name for table in held_out for name in _list_comparable_ids(table)}
     parsed_training_sources = {(source.path, source.splits) for source in map(Source.parse, training_sources)}
@@ -185,11 +175,11 @@ def read_tuning_sources(
     captions: list[CaptionItems] = []
     if train:
         captions.append(CaptionItems(train.select(~_mask_ids(train, excluded_ids))))
-    for group in groups:
-        records = open_table(group, columns, log, "unchecked", folder)
+    if sources:
+        records = open_table(sources, columns, log, "unchecked", folder)
         source_of_record = load_source_indices(records)
         num_read += len(records)
-        parsed = [Source.parse(source) for source in group]
+        parsed = [Source.parse(source) for source in sources]
         is_selected = mask_training_splits(records) | np.array([bool(s.splits) for s in parsed])[source_of_record]
         for table in held_out:
             is_selected &= ~mask_same_images(table, records)
@@ -348,7 +338,6 @@ def _list_texts(value: Any) -> list[str]:
 
 def iter_pair_batches(
     sources: Sequence[Sequence[TuningItem]],
-    source_weights: Sequence[float],
     batch_size: int,
     steps: int,
     seed: int,
@@ -356,7 +345,8 @@ def iter_pair_batches(
 ) -> Iterator[list[Pair]]:
     """Yield `steps` batches of `batch_size` pairs.
 
-    Each batch comes from a single source, so negatives are similar in kind to positives. No image or text occurs twice
+    Each batch comes from a single source, so negatives are similar in kind to positives. A source is chosen with a
+    probability proportional to its number of items. No image or text occurs twice
     in a batch, so another caption of the anchor's image is never used as a negative. If one of an item's texts is
     already in the current batch, the item is deferred to the next batch. Items that are still deferred when a new pass
     starts are not used in that pass. Each pass over a source draws a new order and new pairs.
@@ -364,23 +354,20 @@ def iter_pair_batches(
     Args:
         sources: Items of each source. An item is either a text pair or the captions of an image. Images without two
             different captions are ignored.
-        source_weights: Sampling weight of each source. If empty, the weight of a source is its number of items.
         hard_negative_group_size: Number of items per group of similar captions; see `draw_grouped_permutation`. If 1,
             batches are random.
 
     Raises:
-        ValueError: A weight is missing or not positive, or a source has fewer usable items than a batch needs.
+        ValueError: A source has fewer usable items than a batch needs.
     """
     if any(not items for items in sources):
         raise ValueError("a source has no captions or pairs to tune on")
-    weights = list(source_weights) or [float(len(items)) for items in sources]
-    if len(weights) != len(sources) or min(weights) <= 0:
-        raise ValueError(f"source_weights must contain {len(sources)} weights greater than 0 (got {weights})")
     batches = [
         _draw_batches(items, batch_size, steps, seed + index, hard_negative_group_size)
         for index, items in enumerate(sources)
     ]
-    probabilities = np.asarray(weights) / np.sum(weights)
+    num_items = np.array([float(len(items)) for items in sources])
+    probabilities = num_items / np.sum(num_items)
     for index in np.random.default_rng([seed, len(sources)]).choice(len(sources), steps, p=probabilities):
         yield next(batches[index])
 

@@ -130,6 +130,9 @@ class EvalTransform:
         return cast(Tensor, F.center_crop(image, [size, size]).contiguous())
 
 
+MIN_CROP_SCALE = 0.9  # minimum area of random crops, as in the authors' code
+
+
 @dataclass(frozen=True)
 class TrainTransform:
     """Training transform: resize a random crop of a uint8 image of shape (3, H, W) to shape (3, S, S).
@@ -143,7 +146,7 @@ class TrainTransform:
     """
 
     preprocess: Preprocess
-    min_crop_scale: float = 0.9
+    min_crop_scale: float = MIN_CROP_SCALE
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
         if self.min_crop_scale >= 1:

@@ -2,7 +2,7 @@
 
 The LLM2CLIP authors' code starts training with the pretrained CLIP model's logit scale, which is close to the maximum
 of 100. A CLIP model trained from scratch starts with 1 / 0.07 instead. For training in the inherited embedding space,
-see `train/proclip.py`.
+see `train/initial_model.py`.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""Output folders: folder kinds, format versions, locks and run configs.
+"""Output folders: format versions, locks and run configs.
 
-A command does not write to an output folder created by a different kind of command, and does not read output folders as
-data. Folders with an unsupported format version are rejected. Only one command can write to a folder at a time.
+Folders with an unsupported format version are rejected. Only one command can write to a folder at a time. A resumed run
+must have the settings that are saved in its run directory.
 """
 
 import dataclasses
@@ -9,8 +9,7 @@ import errno
 import fnmatch
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from itertools import islice
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,51 +20,13 @@ from llm2clip.config import RESUME_SAFE
 from llm2clip.io_utils import atomic_write_text
 
 CONFIG_FILE = "config.yaml"  # all settings of a run
-INDEX_FILE, MANIFEST = "index.sqlite", "manifest.json"  # main files of an index and an embedding store, respectively
-CAPTIONS_FILE = "captions.jsonl"  # captions written by `fit --caption`, with their database and other files
-CAPTIONS_DATABASE = f"{CAPTIONS_FILE}.sqlite"
 RUN_LOCK = ".run.lock"  # held during all stages of a run; an embedding store also has its own lock
 
-KINDS = {
-    "fit": "a run directory of `llm2clip fit`",
-    "tune": "a run directory of `llm2clip tune`",
-    "align": "a run directory of `llm2clip align`",
-    "distill": "a run directory of `llm2clip distill`",
-    "store": "an embedding store",
-    "index": "an index",
-    "evaluation": "an output folder of `llm2clip evaluate`",
-    "model": "a model folder",
-}
-# Kind -> glob patterns. A folder of this kind contains a match for at least one pattern.
-_CONTENTS = {
-    "index": (INDEX_FILE,),
-    "store": (MANIFEST, "keys-*.parquet"),
-    "evaluation": ("results.json", "vectors", "skipped"),
-    "model": ("config.json", "open_clip_config.json", "text.onnx"),
-}
 # Kind of folder whose files look like data -> glob patterns. A folder of this kind contains matches for all patterns.
 _NOT_DATA = {
     "a run directory": (CONFIG_FILE, "skipped.jsonl"),
-    "an embedding store": (MANIFEST, "keys-*.parquet"),
+    "an embedding store": ("manifest.json", "keys-*.parquet"),
 }
-_RUN_SECTIONS = [
-    "distill",
-    "embed",
-    "align",
-    "tune",
-]  # the first of these in a run's config determines its kind
-_OWN_FILES = ("skipped.jsonl", "metrics.jsonl")  # files that llm2clip writes, which do not count as data
-_DATA_SUFFIXES = {
-    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"),
-    *(".tar", ".parquet", ".arrow", ".csv", ".tsv", ".jsonl"),
-}
-_MAX_ENTRIES = 1000  # maximum number of files and folders to check per folder
-
-
-def register_run_kind(section: str, description: str) -> None:
-    """Register a kind of run directory whose config contains this section. `section` is also the name of the kind."""
-    KINDS[section] = description
-    _RUN_SECTIONS.insert(0, section)
 
 
 class FormatVersionError(ValueError):
@@ -90,75 +51,14 @@ def check_format_version(path: str | Path, version: object, supported: int, advi
         )
 
 
-def check_output_folder(path: str | Path, kind: str) -> None:
-    """Check that a command may write to an output folder. The folder need not exist.
-
-    Args:
-        path: Value of `--out`.
-        kind: Kind of folder that the command writes, a key of `KINDS`.
-
-    Raises:
-        ValueError: The folder is of a different kind, or is of unknown kind and contains data files.
-        NotADirectoryError: The path is a file.
-    """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        if folder.exists():
-            raise NotADirectoryError(f"--out {path} is a file. Pass a new or empty folder")
-        return
-    actual = detect_folder_kind(folder)
-    if actual not in (None, kind):
-        raise ValueError(f"--out {path} is {KINDS[actual]}, not {KINDS[kind]}. Pass a new or empty folder")
-    data_file = _find_data_file(folder) if actual is None else None
-    if data_file is not None:
-        raise ValueError(f"--out {path} already contains data, such as {data_file}. Pass a new or empty folder")
-
-
-def detect_folder_kind(folder: str | Path) -> str | None:
-    """Return the kind of an output folder (a key of `KINDS`), or None if it is unknown."""
-    folder = Path(folder)
-    if (folder / CONFIG_FILE).is_file():
-        config = _read_yaml(folder / CONFIG_FILE)
-        for section in _RUN_SECTIONS:
-            if section in config:
-                return "fit" if section == "embed" else section
-    for kind, names in _CONTENTS.items():
-        if any(any(folder.glob(name)) for name in names):
-            return kind
-    return None
-
-
 def describe_output_folder(names: Collection[str]) -> str | None:
     """Describe the llm2clip output folder that has files with these names, for example as "a run directory".
 
-    Return None if in doubt, unlike `detect_folder_kind`, so that no data is ignored.
+    Return None if in doubt, so that no data is ignored.
     """
     for description, patterns in _NOT_DATA.items():
         if all(fnmatch.filter(names, pattern) for pattern in patterns):
             return description
-    return None
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _find_data_file(folder: Path) -> Path | None:
-    """Return the relative path of a data file in `folder` or a direct subfolder, or None if there are no data files."""
-    entries = list(islice(folder.iterdir(), _MAX_ENTRIES))
-    for entry in list(entries):
-        with suppress(OSError):  # not a folder, or not readable
-            entries += islice(entry.iterdir(), _MAX_ENTRIES)
-    has_captions = (folder / CAPTIONS_DATABASE).exists()  # an interrupted run of `fit --caption`
-    for entry in entries:
-        is_own = entry.name.startswith(".") or entry.name in _OWN_FILES
-        is_own |= has_captions and _is_caption_file_name(entry.relative_to(folder).parts[0])
-        if entry.suffix.lower() in _DATA_SUFFIXES and not is_own and entry.is_file():
-            return entry.relative_to(folder)
     return None
 
 
@@ -218,6 +118,8 @@ PROCESSES_LINE = "# Number of processes in the tune stage: {}\n"
 
 # `align` settings may be changed until the run directory contains one of these files or folders.
 ALIGN_OUTPUTS = ("align/checkpoints", "checkpoints", "model")
+# Patterns of the names of files and folders in a run directory that do not count as outputs.
+_NOT_OUTPUTS = (CONFIG_FILE, "skipped*.jsonl", "data", "captions.jsonl*", "captions_*", ".*")
 
 
 class ConfigChangedError(ValueError):
@@ -277,14 +179,8 @@ def has_outputs(run_dir: Path) -> bool:
     """Return True if a run directory has a config and outputs. Captions and record tables do not count as outputs."""
     if not (run_dir / CONFIG_FILE).exists():
         return False
-    ignored = (CONFIG_FILE, "skipped.jsonl", "skipped_tune.jsonl", "data", ".lock", RUN_LOCK)
-    names = [path.name for path in run_dir.iterdir()]
-    return any(name not in ignored and not _is_caption_file_name(name) for name in names)
-
-
-def _is_caption_file_name(name: str) -> bool:
-    """Return True if a file or folder in a run directory is named like those that `fit --caption` writes."""
-    return name.removeprefix(".").startswith(("captions.jsonl", "captions_"))
+    names = (path.name for path in run_dir.iterdir())
+    return not all(any(fnmatch.fnmatch(name, pattern) for pattern in _NOT_OUTPUTS) for name in names)
 
 
 def _is_resume_safe(name: str) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.runs.output_folder import INDEX_FILE, folder_lock
+from llm2clip.runs.output_folder import folder_lock
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import (
     FILES_PER_NEWEST,
@@ -41,7 +41,7 @@ from llm2clip.search.backends import (
     ref_from_json,
     ref_to_json,
 )
-from llm2clip.search.sqlite_database import SqliteDatabase
+from llm2clip.search.sqlite_database import INDEX_FILE, SqliteDatabase
 from llm2clip.search.vector_index import (
     CHUNK,
     GRAPH_FILE,

@@ -21,9 +21,8 @@ from llm2clip.models.precision import calibrate_precision, resolve_precision
 from llm2clip.models.text.batching import MIN_CAPTIONS_TO_TUNE, TokenizedTexts, tune_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.prefetch import Prefetcher
-from llm2clip.runs.output_folder import MANIFEST
 from llm2clip.runs.ranks import load_or_compute_json
-from llm2clip.store.layout import read_manifest
+from llm2clip.store.layout import MANIFEST, read_manifest
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter, WritePlan, open_for_writing
 

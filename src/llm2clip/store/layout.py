@@ -34,11 +34,12 @@ import pyarrow.parquet as pq
 from llm2clip.data.texts import make_caption_key
 from llm2clip.io_utils import atomic_path
 from llm2clip.models.hub.fingerprint import fingerprint
-from llm2clip.runs.output_folder import MANIFEST, check_format_version
+from llm2clip.runs.output_folder import check_format_version
 
 T = TypeVar("T")
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float16", "int8", "float32")}
 FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
 KEY_BYTES = 16
 NUM_KEY_PARTS = 16  # keys are sorted in this many parts, which limits the memory for sorting
 # Spec shared by all shards of a store: encoder identity, embedding dimension and dtype.

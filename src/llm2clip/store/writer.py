@@ -27,12 +27,13 @@ from llm2clip.data.texts import check_texts
 from llm2clip.io_utils import atomic_path, atomic_write_text
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.output_folder import MANIFEST, folder_lock
+from llm2clip.runs.output_folder import folder_lock
 from llm2clip.runs.ranks import process_state, wait_for_everyone
 from llm2clip.store.layout import (
     DTYPES,
     FORMAT_VERSION,
     KEY_BYTES,
+    MANIFEST,
     StoreError,
     build_key_index,
     check_spec,

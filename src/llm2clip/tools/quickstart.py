@@ -18,7 +18,7 @@ from llm2clip.data.records import open_records
 from llm2clip.io_utils import atomic_write_jsonl, read_jsonl
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.pipeline import fit
+from llm2clip.pipeline import fit, open_run
 from llm2clip.reports import Block, Example, Examples, Paragraph, write_report
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state
 from llm2clip.tools.openmoji import prepare_emoji_records
@@ -64,7 +64,8 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
 
     # With a fixed batch size instead of a measured one, every run computes the same embeddings.
     load_or_compute_json(out / "store" / f"batch_tokens-{process_state().device.type}.json", lambda: 1024)
-    model_dir = fit([str(data)], out, _make_config(llm, tower, emoji))
+    with open_run("fit", [str(data)], out, _make_config(llm, tower, emoji)) as run:
+        model_dir = fit(run)
     _write_search_results(LLM2CLIP.from_pretrained(model_dir), data, out / PAGE)
     return _format_last_lines(out)
 

@@ -5,14 +5,12 @@ loaded: its caption embeddings are read from the embedding store. If the tower i
 features are computed once, cached in a second store and read from there during training.
 
 With self-distillation (`distill_weight`), an additional loss keeps the tower's features close to those of the
-pretrained tower (see `proclip.py`).
+pretrained tower (see `distillation_loss`).
 """
 
 import copy
-import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,47 +19,33 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from llm2clip.config import RESUME_SAFE, AlignConfig
-from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
+from llm2clip.config import AlignConfig
+from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.models.hub.fingerprint import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.precision import Precision, resolve_precision, tf32_matmul
+from llm2clip.models.precision import tf32_matmul
 from llm2clip.models.vision.vision_tower import VisionTower, merge_tower_lora
 from llm2clip.prefetch import prefetch
-from llm2clip.progress import ProgressBar
-from llm2clip.runs.checkpoint import Checkpoints, MetricsLog
-from llm2clip.runs.fsdp import (
-    copy_to_meta_device,
-    enable_fp32_gradient_reduction,
-    full_tensor,
-    gather_to_cpu,
-    is_fsdp_enabled,
-    set_fsdp_wrap_policy,
-    set_mixed_precision,
-)
+from llm2clip.runs.fsdp import copy_to_meta_device, gather_to_cpu, is_fsdp_enabled, set_fsdp_wrap_policy
 from llm2clip.runs.ranks import print_once, process_state
-from llm2clip.runs.training_state import load_training_state, save_training_state
 from llm2clip.store.caption_rows import CaptionSource
 from llm2clip.store.image_features import TowerEncoder, store_image_features
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.grad_cache import compute_cached_loss
-from llm2clip.train.losses import get_loss, matryoshka_loss
-from llm2clip.train.monitoring import BestCheckpoint, Step, StepReport, Validator, make_tracker_options, start_trackers
+from llm2clip.train.loop import StepLoop, StepResult, Validator
+from llm2clip.train.losses import distillation_loss, get_loss, matryoshka_loss
 from llm2clip.train.optim import (
-    MAX_GRAD_NORM,
     compile_blocks,
-    make_cosine_schedule,
     make_optimizer,
     restore_blocks,
     select_trainable_weights,
     should_compile,
 )
-from llm2clip.train.proclip import distillation_loss
 from llm2clip.train.sampling import AlignBatches, Batch, resolve_decoding_workers
 
 
@@ -88,8 +72,8 @@ def align(
         log: Log of images that cannot be decoded.
         validate: Function that evaluates the model on held-out images. If None, the model is not evaluated during
             training.
-        features: Folder of the feature store, which caches the pretrained tower's features. The store is used only if
-            `tower_lr` is 0, or for self-distillation without random crops. Default: a folder in `run_dir`.
+        features: Folder of the feature store, which caches the features of a frozen tower. Default: a folder in
+            `run_dir`.
 
     Returns:
         The trained model in eval mode. With FSDP, the returned model is an unsharded copy of `model`; otherwise, it is
@@ -103,170 +87,104 @@ def align(
     """
     if config.load_best_at_end and validate is None:
         raise ValueError("--align.load_best_at_end requires held-out images to evaluate on: set --held_out")
-    state = process_state()  # must precede Accelerator(), which would set up the ranks differently
-
-    # Pretrained tower for self-distillation.
-    frozen_tower = copy.deepcopy(model.tower).requires_grad_(False).eval() if config.distill_weight else None
-
-    # Trainable parameters, precision and device. `select_trainable_weights` also initialises the LoRA layers.
+    pretrained_tower = copy.deepcopy(model.tower).requires_grad_(False).eval() if config.distill_weight else None
+    process_state()  # the devices must be known before the seed is set
     set_seed(config.seed)
-    select_trainable_weights(model, config)
+    select_trainable_weights(model, config)  # also initialises the LoRA layers
     set_fsdp_wrap_policy(model.tower.get_blocks())
-    precision = resolve_precision("align", config.precision, state.device)
-    trackers = make_tracker_options(config.report_to, run_dir)
-    accelerator = Accelerator(
-        mixed_precision=set_mixed_precision(precision),
-        log_with=list(trackers) or None,
-        project_config=ProjectConfiguration(str(run_dir), str(run_dir / "logs")),
-    )
-    if precision == "fp16" and accelerator.scaler is None:
-        raise ValueError(f"--align.precision fp16 requires a GPU: use bf16 or fp32 on {accelerator.device}")
-    enable_fp32_gradient_reduction(accelerator)
-    keep_freed_memory(accelerator.device)
-
-    # Data. Batches contain pixels or, if the tower is frozen, its features. With self-distillation and no random crops,
-    # they contain both.
-    feature_store = None
-    if config.caches_features:
-        tower = frozen_tower or model.tower  # has no LoRA layers
-        feature_store = _compute_features(records, tower, config, precision, features, run_dir, log)
-        frozen_tower = None
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
-    images_per_step = checkpoints.get_saved_items_per_step("images per step")
-    image_order = checkpoints.get_saved_property("image order")
-    data = AlignBatches(records, store, model, config, world_size, rank, feature_store, images_per_step, image_order)
-    steps = len(data)
-    if images_per_step is None and data.images_per_step < config.batch_size * world_size:
-        print_once(
-            f"{data.image_count:,} images: using {data.images_per_step:,} images per step instead of "
-            f"{config.batch_size * world_size:,}, in {steps:,} steps. To train longer, raise --align.epochs"
-        )
-
-    # Check that the run can resume from its latest checkpoint, and find the best weights so far.
-    checkpoints.check_signature(_make_run_signature(data, store, config, precision))
-    eval_steps = data.steps_per_epoch if config.eval_steps is None else config.eval_steps
-    best = BestCheckpoint(run_dir, checkpoints.step, validate if eval_steps else None, accelerator)
-    metrics = MetricsLog(run_dir / "metrics.jsonl", checkpoints.step) if accelerator.is_main_process else None
-    start_trackers(accelerator, trackers, config, checkpoints.step)
+    loop = StepLoop("align", "images", config, run_dir, config.report_to)
+    rank = loop.accelerator.process_index
+    data = _open_batches(records, store, model, loop, features, log)
 
     # Model and optimizer.
-    optimizer = make_optimizer(model, config, accelerator.device)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, make_cosine_schedule(steps, config.warmup_ratio))
+    optimizer = make_optimizer(model, config, loop.device)
     unsharded = copy_to_meta_device(model) if is_fsdp_enabled() else None
-    if config.gradient_checkpointing:
-        model.tower.set_grad_checkpointing()
-    net, optimizer = accelerator.prepare(model, optimizer)
-    if checkpoints.latest is not None:
-        load_training_state(checkpoints.latest, model, optimizer, schedule, accelerator.scaler)
-    if should_compile(model.tower, accelerator.device, steps - checkpoints.step):
+    eval_steps = data.steps_per_epoch if config.eval_steps is None else config.eval_steps
+    loop.start(model, optimizer, config.lr, validate, eval_steps)
+    if should_compile(model.tower, loop.device, loop.steps - loop.checkpoints.step):
         compile_blocks(model.tower)
 
+    def compute_gradients(step: int, batch: Batch) -> StepResult:
+        _seed_dropout(config.seed, step, rank)
+        batch = batch.to(loop.device)
+        pretrained_features = None
+        if pretrained_tower is not None:
+            pretrained_features = _compute_tower_features(batch.images, pretrained_tower, config, loop.accelerator)
+        loss, logit_scale = _compute_loss(loop.net, batch, pretrained_features, config, loop.accelerator)
+        with tf32_matmul():
+            loop.accelerator.backward(loss)
+        metrics = {"logit_scale": logit_scale}
+        return StepResult(loss.detach(), len(batch.images), metrics, batch.image_names, batch.failures)
+
     model.train()
-    progress = ProgressBar(total=steps, initial=checkpoints.step, desc="align", unit="step", disable=metrics is None)
-    report = StepReport(accelerator, log, metrics, checkpoints, run_dir, progress)
-    prepared = prefetch(_pin_batches(data, checkpoints.step, accelerator.device), accelerator.device)
+    prepared = prefetch(_pin_batches(data, loop.checkpoints.step, loop.device), loop.device)
     with closing(prepared) as batches:
-        clock = time.perf_counter()
-        for step in range(checkpoints.step + 1, steps + 1):
-            # Batch.
-            data_start = time.perf_counter()
-            batch = next(batches)
-            data_seconds = time.perf_counter() - data_start
+        loop.run(batches, compute_gradients, log, after_step=model.clamp_logit_scale)
 
-            # Forward and backward.
-            _seed_dropout(config.seed, step, rank)
-            batch = batch.to(accelerator.device)
-            if frozen_tower is not None:
-                batch = _add_frozen_features(batch, frozen_tower, config, accelerator)
-            local_loss, logit_scale = _compute_loss(net, batch, config, accelerator)
-            loss = accelerator.reduce(local_loss.detach(), "mean")
-            with tf32_matmul():
-                accelerator.backward(local_loss)
-            grad_norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
-
-            # Optimizer step.
-            lr = config.lr * schedule.lr_lambdas[0](step - 1)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            model.clamp_logit_scale()
-
-            # Metrics. On a GPU, `report.add` waits for the previous step, so the time between two steps is measured.
-            now = time.perf_counter()
-            step_seconds, clock = now - clock, now
-            step_metrics = {
-                "lr": lr,
-                "images_per_second": len(batch.images) * world_size / step_seconds,
-                "data_wait": data_seconds / step_seconds,  # fraction of the step spent waiting for the batch
-            }
-            report.add(Step(step, batch.image_names, batch.failures, step_metrics), loss, grad_norm, logit_scale)
-            progress.update()
-
-            # Evaluation and checkpoint.
-            is_last = step == steps
-            evaluates = best.validate is not None and (step % eval_steps == 0 or is_last)
-            saves = step % config.save_steps == 0 or is_last
-            if evaluates or saves:
-                report.flush()  # raises an error if a loss or gradient was not finite
-            if evaluates:
-                accelerator.log(best.evaluate(model, step), step)
-                model.train()
-            if saves:
-                save_training_state(checkpoints.path(step), model, optimizer, schedule, accelerator.scaler)
-                checkpoints.commit(step)
-            if evaluates or saves:
-                clock = time.perf_counter()
-    progress.close()
-    for tracker in accelerator.trackers:
-        tracker.finish()  # accelerator.end_training() would also destroy the process group
-
-    # Restore the original model structure: remove the wrappers, compilation, gradient checkpointing and LoRA layers.
-    accelerator.unwrap_model(net, keep_fp32_wrapper=False)
+    # Restore the original model structure: remove compilation, sharding and LoRA layers.
     restore_blocks(model.tower)
     if unsharded is not None:
-        model = gather_to_cpu(unsharded, model).to(accelerator.device)  # type: ignore[assignment]
+        model = gather_to_cpu(unsharded, model).to(loop.device)  # type: ignore[assignment]
     if config.load_best_at_end:
-        best.restore(model)
-    if config.gradient_checkpointing:
-        model.tower.set_grad_checkpointing(False)
+        loop.best.restore(model)
     merge_tower_lora(model.tower)
-    if state.is_main_process:
+    if loop.accelerator.is_main_process:
         model.training_images = records.hash_images()
     return model.requires_grad_(True).eval()
 
 
-def _compute_features(
+def _open_batches(
     records: RecordTable,
-    tower: VisionTower,
-    config: AlignConfig,
-    precision: Precision,
-    folder: Path | None,
-    run_dir: Path,
+    store: CaptionSource,
+    model: LLM2CLIP,
+    loop: StepLoop,
+    features: Path | None,
     log: SkipLog,
-) -> EmbeddingStore:
-    """Compute the frozen tower's features for all images that are not yet in the feature store. Return the store."""
-    refs: Any = records.select(records.has_image).get_images()
-    encoder = TowerEncoder(tower, precision)
-    identity = encoder.identity()
-    folder = folder or run_dir / f"features-{fingerprint(identity)[:8]}"
-    return store_image_features(refs, encoder, identity, folder, log, workers=resolve_decoding_workers(config))
+) -> AlignBatches:
+    """Return the batches of a run, and check that a resumed run has the same data and settings.
 
-
-def _make_run_signature(
-    data: AlignBatches, store: CaptionSource, config: AlignConfig, precision: str
-) -> dict[str, Any]:
-    """Return the run properties that must match the latest checkpoint when the run is resumed."""
-    settings = {**vars(config), "precision": precision}
-    return {
-        "steps": len(data),
-        "images per step": data.images_per_step,
+    Batches contain pixels or, if the tower is frozen, its features, which are computed first.
+    """
+    config: Any = loop.config
+    feature_store = None
+    if config.tower_lr == 0:
+        feature_store = _compute_features(records, model.tower, loop, features, log)
+    rank, world_size = loop.accelerator.process_index, loop.accelerator.num_processes
+    data = AlignBatches(
+        records,
+        store,
+        model.tower.preprocess,
+        config,
+        ranks=(rank, world_size),
+        features=feature_store,
+        images_per_step=loop.items_per_step,
+        image_order=loop.checkpoints.get_saved_property("image order"),
+    )
+    if loop.items_per_step is None and data.images_per_step < config.batch_size * world_size:
+        print_once(
+            f"{data.image_count:,} images: using {data.images_per_step:,} images per step instead of "
+            f"{config.batch_size * world_size:,}, in {len(data):,} steps. To train longer, raise --align.epochs"
+        )
+    properties = {
         "image order": data.orders.image_order,
         "images": data.image_hash,
         "captions": data.caption_hash,
         "caption encoder": store.manifest["fingerprint"],
-        **{f"--align.{name}": value for name, value in settings.items() if name not in (*RESUME_SAFE, "batch_size")},
     }
+    loop.check_signature(len(data), data.images_per_step, properties)
+    return data
+
+
+def _compute_features(
+    records: RecordTable, tower: VisionTower, loop: StepLoop, folder: Path | None, log: SkipLog
+) -> EmbeddingStore:
+    """Compute the frozen tower's features for all images that are not yet in the feature store. Return the store."""
+    config: Any = loop.config
+    refs: Any = records.select(records.has_image).get_images()
+    encoder = TowerEncoder(tower, loop.precision)
+    identity = encoder.identity()
+    folder = folder or loop.run_dir / f"features-{fingerprint(identity)[:8]}"
+    return store_image_features(refs, encoder, identity, folder, log, workers=resolve_decoding_workers(config))
 
 
 def _pin_batches(data: AlignBatches, first_step: int, device: torch.device) -> Generator[Batch]:
@@ -284,17 +202,26 @@ def _seed_dropout(seed: int, step: int, rank: int) -> None:
 
 
 @torch.no_grad()
-def _add_frozen_features(
-    batch: Batch, frozen_tower: VisionTower, config: AlignConfig, accelerator: Accelerator
-) -> Batch:
-    """Return a copy of a batch to which the pretrained tower's features have been added."""
+def _compute_tower_features(
+    pixels: Tensor, tower: VisionTower, config: AlignConfig, accelerator: Accelerator
+) -> Tensor:
+    """Return a tower's features, float32 of shape (N, feature_dim), from pixels of shape (N, 3, S, S)."""
     with accelerator.autocast(), tf32_matmul():
-        parts = batch.images.split(config.micro_batch_size or config.batch_size)
-        return replace(batch, frozen_features=torch.cat([frozen_tower(pixels).float() for pixels in parts]))
+        parts = pixels.split(config.micro_batch_size or config.batch_size)
+        return torch.cat([tower(part).float() for part in parts])
 
 
-def _compute_loss(net: nn.Module, batch: Batch, config: AlignConfig, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """Return the loss of a batch and the logit scale. With gradient caching, this takes several forward passes."""
+def _compute_loss(
+    net: nn.Module,
+    batch: Batch,
+    pretrained_features: Tensor | None,
+    config: AlignConfig,
+    accelerator: Accelerator,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of a batch and the logit scale. With gradient caching, this takes several forward passes.
+
+    `pretrained_features` are the pretrained tower's features for self-distillation, of shape (N, feature_dim).
+    """
     images, embeddings = batch.images, batch.embeddings
     image_argument = "pixels" if images.dtype == torch.uint8 else "features"
 
@@ -308,7 +235,7 @@ def _compute_loss(net: nn.Module, batch: Batch, config: AlignConfig, accelerator
         with accelerator.autocast(), tf32_matmul():
             image, text, scale, bias, *features = net(
                 **{image_argument: images[start:stop], "embeddings": texts},
-                return_features=batch.frozen_features is not None,
+                return_features=pretrained_features is not None,
             )
         return image, text, scale[None], bias[None], *features
 
@@ -324,8 +251,8 @@ def _compute_loss(net: nn.Module, batch: Batch, config: AlignConfig, accelerator
         loss = matryoshka_loss(
             contrastive_loss, config.matryoshka_dims, image, text, scale.mean(), bias.mean(), *layout
         )
-        if features is not None and batch.frozen_features is not None:
-            loss = loss + config.distill_weight * distillation_loss(features, batch.frozen_features)
+        if features is not None and pretrained_features is not None:
+            loss = loss + config.distill_weight * distillation_loss(features, pretrained_features)
         return loss
 
     parts = [partial(forward, start, stop) for start, stop in pairwise(bounds)]

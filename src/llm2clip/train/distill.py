@@ -11,11 +11,10 @@ form a batch, so there is almost no padding.
 
 import copy
 import hashlib
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from itertools import chain, compress
+from itertools import chain, compress, count
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -23,15 +22,14 @@ from typing import IO, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
 from torch import Tensor, nn
 
-from llm2clip.config import RESUME_SAFE, DistillConfig
-from llm2clip.cpu_tuning import free_memory, keep_freed_memory, onednn_matmul
+from llm2clip.config import DistillConfig
+from llm2clip.cpu_tuning import free_memory, onednn_matmul
 from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import iterate_lines
@@ -41,21 +39,17 @@ from llm2clip.models.hub.loading import check_model_source
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
-from llm2clip.models.precision import resolve_precision
 from llm2clip.models.text.batching import TokenizedTexts, batch_by_length, get_default_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.progress import ProgressBar
-from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, raise_if_not_finite
-from llm2clip.runs.fsdp import is_fsdp_enabled, set_mixed_precision
-from llm2clip.runs.output_folder import MANIFEST
+from llm2clip.runs.fsdp import is_fsdp_enabled
 from llm2clip.runs.ranks import print_once, process_state
-from llm2clip.runs.training_state import load_training_state, save_training_state
 from llm2clip.store.encode import embed
 from llm2clip.store.image_features import store_text_embeddings
-from llm2clip.store.layout import StoreError, check_identity, iter_chunks, make_caption_keys
+from llm2clip.store.layout import MANIFEST, StoreError, check_identity, iter_chunks, make_caption_keys
 from llm2clip.store.store import LOOKUP_CHUNK_SIZE, EmbeddingStore
-from llm2clip.train.optim import ADAM_BETAS, MAX_GRAD_NORM, make_cosine_schedule
-from llm2clip.train.proclip import repeat_phrases
+from llm2clip.train.initial_model import repeat_phrases
+from llm2clip.train.loop import StepLoop, StepResult
+from llm2clip.train.optim import ADAM_BETAS
 
 STATIC, LAYERS = "static", "layers"  # names of students: static, static:TOKENIZER, layers:N
 DEFAULT_LR, STATIC_LR = 5e-4, 1e-2
@@ -497,80 +491,58 @@ def distill(
         ValueError: Settings contradict each other, or the checkpoints were saved with different settings or data.
         FloatingPointError: The loss or a gradient is not finite.
     """
-    state = process_state()  # must precede Accelerator(), which would set up the ranks differently
     if is_fsdp_enabled():
         raise ValueError("distill does not support FSDP, because students are small: remove --use_fsdp")
-    precision = resolve_precision("distill", config.precision, state.device)
-    accelerator = Accelerator(mixed_precision=set_mixed_precision(precision))
-    if precision == "fp16" and accelerator.scaler is None:
-        raise ValueError(f"--distill.precision fp16 requires a GPU: use bf16 or fp32 on {accelerator.device}")
-    keep_freed_memory(accelerator.device)
-    rank, world_size = accelerator.process_index, accelerator.num_processes
+    loop = StepLoop("distill", "texts", config, run_dir)
+    rank, world_size = loop.accelerator.process_index, loop.accelerator.num_processes
 
     # Steps. Phrases are repeated, so an epoch may have more texts than there are distinct texts.
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
-    texts_per_step = checkpoints.get_saved_items_per_step("texts per step")
+    texts_per_step = loop.items_per_step
     if texts_per_step is None:
         texts_per_step = min(config.batch_size, max(1, len(data) // world_size)) * world_size
     if texts_per_step > len(data):
         raise ValueError(f"there are only {len(data)} texts, fewer than {world_size} processes")
     steps_per_epoch = len(plan_epoch(data, texts_per_step, config.seed, 0))
     steps = max(1, round(config.epochs * steps_per_epoch))
-    checkpoints.check_signature(_make_signature(student, teacher, data, config, steps, texts_per_step, precision))
-    metrics = MetricsLog(run_dir / "metrics.jsonl", checkpoints.step) if state.is_main_process else None
+    properties = {
+        "texts": data.text_hash,
+        "teacher": data.targets.manifest["fingerprint"],
+        "student": fingerprint(student.identity()),
+    }
+    loop.check_signature(steps, texts_per_step, properties)
 
     # Model and optimizer.
-    if checkpoints.latest is None:
+    if loop.checkpoints.latest is None:
         initialize_student(student, teacher, data)
-    student.to(accelerator.device)
+    student.to(loop.device)
     # Without dropout, because the targets are exact and the student underfits rather than overfits.
     student.eval()
-    optimizer = torch.optim.Adam(_select_parameters(student, config), betas=ADAM_BETAS)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, make_cosine_schedule(steps, config.warmup_ratio))
-    net, optimizer = accelerator.prepare(student.st, optimizer)
-    if checkpoints.latest is not None:
-        load_training_state(checkpoints.latest, student.st, optimizer, schedule, accelerator.scaler)
+    groups = _select_parameters(student, config)
+    loop.start(student.st, torch.optim.Adam(groups, betas=ADAM_BETAS), lr=groups[0]["lr"])
+    batch_tokens = get_default_batch_tokens(loop.device)
 
-    progress = ProgressBar(total=steps, initial=checkpoints.step, desc="distill", unit="step", disable=metrics is None)
-    batch_tokens = get_default_batch_tokens(accelerator.device)
-    epoch_plan = np.empty((0, texts_per_step), np.int64)
-    for step in range(checkpoints.step + 1, steps + 1):
-        start = time.perf_counter()
-        epoch, position = divmod(step - 1, steps_per_epoch)
-        if position == 0 or not len(epoch_plan):
+    def iterate_batches() -> Iterator[np.ndarray]:
+        """Yield the indices of this rank's texts for each remaining step."""
+        first_epoch, first_step = divmod(loop.checkpoints.step, steps_per_epoch)
+        for epoch in count(first_epoch):
             epoch_plan = plan_epoch(data, texts_per_step, config.seed, epoch)
-        items = epoch_plan[position][rank::world_size]
+            for items in epoch_plan[first_step if epoch == first_epoch else 0 :]:
+                yield items[rank::world_size]
 
+    def compute_gradients(step: int, items: np.ndarray) -> StepResult:
         # The loss is a mean over texts, so the gradients do not depend on how the batch is split.
-        loss = torch.zeros((), device=accelerator.device)
+        loss = torch.zeros((), device=loop.device)
         parts = list(batch_by_length(data.lengths[items].tolist(), batch_tokens))
         for number, part in enumerate(parts, 1):
             batch = student.collate(data.get_ids(items[part]))
-            targets = data.get_targets(items[part]).to(accelerator.device)
-            with nullcontext() if number == len(parts) else accelerator.no_sync(net):
-                part_loss = cosine_loss(net(batch)["sentence_embedding"], targets) * (len(part) / len(items))
-                accelerator.backward(part_loss)
+            targets = data.get_targets(items[part]).to(loop.device)
+            with nullcontext() if number == len(parts) else loop.accelerator.no_sync(loop.net):
+                part_loss = cosine_loss(loop.net(batch)["sentence_embedding"], targets) * (len(part) / len(items))
+                loop.accelerator.backward(part_loss)
             loss += part_loss.detach()
-        grad_norm = accelerator.clip_grad_norm_(student.st.parameters(), MAX_GRAD_NORM)
-        lr = schedule.get_last_lr()[0]
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+        return StepResult(loss, len(items))
 
-        mean_loss = accelerator.reduce(loss, "mean").item()
-        for name, value in (("loss", mean_loss), ("gradient norm", 0.0 if accelerator.scaler else float(grad_norm))):
-            raise_if_not_finite(name, value, step, checkpoints, "Lower --distill.lr, or use --distill.precision fp32")
-        if metrics is not None:
-            speed = texts_per_step / (time.perf_counter() - start)
-            metrics.write(step, loss=mean_loss, grad_norm=float(grad_norm), lr=lr, texts_per_second=speed)
-        progress.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
-        progress.update()
-        if step % config.save_steps == 0 or step == steps:
-            save_training_state(checkpoints.path(step), student.st, optimizer, schedule, accelerator.scaler)
-            checkpoints.commit(step)
-    progress.close()
-    accelerator.unwrap_model(net, keep_fp32_wrapper=False)  # removes the autocast wrapper
-    vars(student.st).pop("_is_accelerate_prepared", None)
+    loop.run(iterate_batches(), compute_gradients)
     student.st.requires_grad_(True)
     return student.eval()
 
@@ -591,24 +563,3 @@ def _select_parameters(student: CaptionEncoder, config: DistillConfig) -> list[d
     if pooler is not None:
         pooler.requires_grad_(False)
     return [{"params": [p for p in student.st.parameters() if p.requires_grad], "lr": lr}]
-
-
-def _make_signature(
-    student: CaptionEncoder,
-    teacher: Teacher,
-    data: DistillTexts,
-    config: DistillConfig,
-    steps: int,
-    texts_per_step: int,
-    precision: str,
-) -> dict[str, Any]:
-    """Return the run properties that must match the latest checkpoint when the run is resumed."""
-    settings = {**vars(config), "precision": precision}
-    return {
-        "steps": steps,
-        "texts per step": texts_per_step,
-        "texts": data.text_hash,
-        "teacher": data.targets.manifest["fingerprint"],
-        "student": fingerprint(student.identity()),
-        **{f"--distill.{name}": value for name, value in settings.items() if name not in (*RESUME_SAFE, "batch_size")},
-    }

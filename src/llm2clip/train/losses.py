@@ -470,3 +470,55 @@ def _mask_logits(logits: Tensor, rows: Tensor, columns: Tensor) -> None:
     """Set logits[rows[k], columns[k]] to -inf for every k. Out-of-range rows are ignored."""
     is_inside = (rows >= 0) & (rows < len(logits))
     logits[rows[is_inside], columns[is_inside]] = -torch.inf
+
+
+# ---- self-distillation -----------------------------------------------------------------------------------------------
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> Tensor:
+    """Return the sum of ProCLIP's instance loss and structure loss between L2-normalised embeddings.
+
+    With student embeddings s_i and teacher embeddings t_i of N items:
+
+        instance loss:   mean over i of |s_i - t_i|^2
+        structure loss:  mean over pairs i != j of smooth_l1(|s_i - s_j| - |t_i - t_j|)
+
+    The formulas are taken from `train_one_epoch_stage1` and `train_one_epoch_stage2` in training/train.py of
+    https://github.com/VisionXLab/ProCLIP. ProCLIP's code sums over items and over the pairs of each rank. This function
+    averages over items and over the pairs of all ranks instead, so that the loss does not scale with the batch size or
+    the number of ranks. In its second stage, ProCLIP's code compares image embeddings, whereas `align` compares the
+    tower's features before the projection, because a new projection has no teacher. Memory use is quadratic in N.
+
+    Args:
+        student, teacher: Embeddings of the same N items, of shape (N, D). This function L2-normalises them. The
+            teacher's embeddings receive no gradients.
+        gather: If True, use the pairs of all ranks; all ranks must then call this function. If all ranks have the same
+            number of items, the loss and its gradients, averaged over ranks, equal those of a single process with all
+            items.
+
+    Returns:
+        The loss as a float32 scalar. With a single item, the structure loss is 0.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
+        instance = (student - teacher).square().sum(-1).mean()
+
+        ranks = RaggedGather(len(student), student.device, gather)
+        all_student, all_teacher = ranks.gather(student, gradients=True), ranks.gather(teacher)
+        student_distances = _pairwise_distances(student, all_student)  # (items of this rank, items of all ranks)
+        teacher_distances = _pairwise_distances(teacher, all_teacher)
+        # The pair of an item with itself adds 0 to the sum.
+        total = F.smooth_l1_loss(student_distances, teacher_distances, reduction="sum")
+        structure = total / max(1, len(student) * (ranks.total_size - 1))
+    return instance + structure
+
+
+def _pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return the Euclidean distances, of shape (N, M), between L2-normalised vectors of shapes (N, D) and (M, D).
+
+    The distance between nearly identical vectors is set to 0, without a gradient, because the square root has an
+    infinite gradient at 0.
+    """
+    squares = 2 - 2 * a @ b.T
+    is_distinct = squares > 1e-6  # in float32, the absolute error is about 1e-7
+    return torch.where(is_distinct, squares.where(is_distinct, 1.0).sqrt(), 0.0)

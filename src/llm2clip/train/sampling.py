@@ -25,8 +25,7 @@ from llm2clip.data.counter_random import hash_counters, shuffle_rows, to_unit_in
 from llm2clip.data.image_loader import decode_or_error, skip_finalization
 from llm2clip.data.image_order import EpochOrders, ImageOrder
 from llm2clip.data.table import ImageList, RecordTable
-from llm2clip.data.transforms import TrainTransform
-from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.data.transforms import Preprocess, TrainTransform
 from llm2clip.store.caption_rows import CaptionRows, CaptionSource, find_caption_rows
 from llm2clip.store.image_features import make_image_keys
 from llm2clip.store.store import EmbeddingStore
@@ -44,9 +43,6 @@ class Batch:
     images: Tensor
     """Pixels of shape (N, 3, S, S), uint8, or, if the tower is frozen, features of shape (N, feature_dim). Features are
     float32 or float16."""
-    frozen_features: Tensor | None
-    """Features of the pretrained tower for self-distillation, of shape (N, feature_dim), float32 or float16. None
-    without self-distillation, or if the features are not stored."""
     embeddings: Tensor
     """Text embeddings of the captions, of shape (M, text_dim), float32 or float16."""
     caption_rows: Tensor
@@ -105,10 +101,9 @@ class AlignBatches:
         self,
         records: RecordTable,
         store: CaptionSource,
-        model: LLM2CLIP,
+        preprocess: Preprocess,
         config: AlignConfig,
-        world_size: int = 1,
-        rank: int = 0,
+        ranks: tuple[int, int] = (0, 1),
         features: EmbeddingStore | None = None,
         images_per_step: int | None = None,
         image_order: ImageOrder | None = None,
@@ -117,12 +112,12 @@ class AlignBatches:
         Args:
             records: Training data. Records without an image or without captions are ignored.
             store: Source of the caption embeddings.
-            model: Model to train. Its vision tower determines the image preprocessing.
-            features: Store of the pretrained tower's image features. Batches contain these features instead of pixels
-                if the tower is frozen (`tower_lr` is 0), and in addition to pixels otherwise. Images without features
-                are ignored.
-            images_per_step: Total number of images per step, across all ranks. Must be divisible by `world_size`.
-                Default: see `resolve_images_per_step`.
+            preprocess: Image preprocessing of the vision tower.
+            ranks: This rank and the number of ranks.
+            features: Store of a frozen tower's image features. If it is given, batches contain these features instead
+                of pixels, and images without features are ignored.
+            images_per_step: Total number of images per step, across all ranks. Must be divisible by the number of
+                ranks. Default: see `resolve_images_per_step`.
             image_order: Order of the images. Default: see `choose_image_order`.
 
         Raises:
@@ -147,16 +142,16 @@ class AlignBatches:
         usable = records if is_usable.all() else records.select(is_usable)
         self.image_hash = usable.compute_identity(*IMAGE_COLUMNS)[:HASH_DIGITS]
         self.image_count = len(usable)
-        self.images_per_step = images_per_step or resolve_images_per_step(self.image_count, config, world_size)
+        self.rank, self.world_size = ranks
+        self.images_per_step = images_per_step or resolve_images_per_step(self.image_count, config, self.world_size)
         self.steps_per_epoch = self.image_count // self.images_per_step
-        self.config, self.world_size, self.rank, self.store = config, world_size, rank, store
+        self.config, self.store = config, store
         self.orders = EpochOrders(records, is_usable, config.seed, image_order)
         self.phrases = captions.get("phrases")
         self.captions = CaptionSampler(
             list(captions.values()), [config.caption_mix.get(kind, 0.0) for kind in captions], config
         )
-        transform = TrainTransform(model.tower.preprocess, config.min_crop_scale)
-        self.images = _ImageDataset(records.get_images(), transform, config.seed)
+        self.images = _ImageDataset(records.get_images(), TrainTransform(preprocess), config.seed)
 
     def __len__(self) -> int:
         """Return the number of steps in the run."""
@@ -170,9 +165,10 @@ class AlignBatches:
         """
         if first_step >= len(self):  # the run is complete; do not start any workers
             return
-        if self.features is not None and self.config.tower_lr == 0:
+        if self.features is not None:
             for samples in self.samples(first_step):
-                yield self._make_batch(self._take_features(samples), None, samples, failures={})
+                features = _take_rows(self.features, self.feature_rows[[image for _, image in samples]])
+                yield self._make_batch(features, samples, failures={})
             return
         workers = resolve_decoding_workers(self.config)
         loader = DataLoader(
@@ -189,8 +185,7 @@ class AlignBatches:
             if pixels is None:
                 name, reason = next(iter(failures.items()))
                 raise ValueError(f"none of the images in a batch can be decoded; first failure: {name}: {reason}")
-            frozen_features = None if self.features is None else self._take_features(samples)
-            yield self._make_batch(pixels, frozen_features, samples, failures)
+            yield self._make_batch(pixels, samples, failures)
 
     def samples(self, first_step: int) -> Iterator[list[Sample]]:
         """Yield this rank's samples for each step, starting at `first_step`."""
@@ -200,20 +195,13 @@ class AlignBatches:
             images = self.orders.take(epoch, start, start + self.images_per_step)
             yield [(epoch, image) for image in images[self.rank :: self.world_size].tolist()]
 
-    def _take_features(self, samples: list[Sample]) -> Tensor:
-        assert self.features is not None
-        return _take_rows(self.features, self.feature_rows[[image for _, image in samples]])
-
-    def _make_batch(
-        self, images: Tensor, frozen_features: Tensor | None, samples: list[Sample], failures: dict[str, str]
-    ) -> Batch:
+    def _make_batch(self, images: Tensor, samples: list[Sample], failures: dict[str, str]) -> Batch:
         epochs, image_numbers = np.array(samples, np.int64).T
         caption_rows, image_of_caption = self.captions.sample(epochs, image_numbers)
         # With several ranks, another rank may have an identical caption.
         all_distinct = self.world_size == 1 and len(np.unique(caption_rows)) == len(caption_rows)
         return Batch(
             images=images,
-            frozen_features=frozen_features,
             embeddings=_take_rows(self.store, caption_rows),
             caption_rows=torch.from_numpy(caption_rows),
             image_of_caption=torch.from_numpy(image_of_caption),
@@ -307,10 +295,7 @@ class _BatchSampler(Sampler[list[Sample]]):
         self.data, self.first_step = data, first_step
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        for step, samples in enumerate(self.data.samples(self.first_step), self.first_step):
-            epoch, step_in_epoch = divmod(step, self.data.steps_per_epoch)
-            self.data.orders.prefetch_shards(epoch, step_in_epoch * self.data.images_per_step)
-            yield samples
+        return self.data.samples(self.first_step)
 
     def __len__(self) -> int:
         return len(self.data) - self.first_step

@@ -86,7 +86,7 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
     encoder_dir = run_dir / "encoder"
     if not encoder_dir.exists():
         checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
-        _check_settings(encoder, config)
+        _check_settings(config)
         if config.steps > 0:
             pairs = _sample_pairs(sources, encoder, config, checkpoints.get_saved_items_per_step("pairs per step"))
             precision, lora = _select_trainable_weights(encoder, config)
@@ -99,17 +99,12 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
     return encoder_dir
 
 
-def _check_settings(encoder: CaptionEncoder, config: TuneConfig) -> None:
+def _check_settings(config: TuneConfig) -> None:
     """Raise an error if settings contradict each other, or if a package or device does not support them."""
     if config.qlora:
         check_qlora_available()
         if is_fsdp_enabled():
             raise ValueError("--tune.qlora does not support FSDP: remove --use_fsdp")
-    if any(not 0 < dim < encoder.embed_dim for dim in config.matryoshka_dims):
-        raise ValueError(
-            f"--tune.matryoshka_dims must be at least 1 and less than {encoder.embed_dim}, the encoder's embedding "
-            f"dimension (got {config.matryoshka_dims})"
-        )
 
 
 def _sample_pairs(
@@ -130,7 +125,6 @@ def _sample_pairs(
             )
     batches = iter_pair_batches(
         sources,
-        config.source_weights,
         pairs_per_step,
         config.steps,
         seed=config.seed,
@@ -209,7 +203,6 @@ def _train(
         config.temperature,
         config.batch_tokens or get_default_batch_tokens(encoder.device),
         symmetric=config.symmetric,
-        matryoshka_dims=config.matryoshka_dims,
         # If the run is resumed on fewer ranks, the memory per rank must not grow.
         grad_cache=config.grad_cache or batch_size > config.batch_size,
     )
@@ -385,15 +378,12 @@ class PairLoss(nn.Module):
         batch_tokens: int,
         *,
         symmetric: bool = True,
-        matryoshka_dims: Sequence[int] = (),
         grad_cache: bool = False,
     ) -> None:
         """
         Args:
             temperature: Value by which cosine similarities are divided.
             batch_tokens: Maximum number of tokens per forward pass, including padding.
-            matryoshka_dims: Truncated embedding sizes to train in addition to the full size (Matryoshka, arXiv
-                2205.13147). The loss is the mean over all sizes.
             grad_cache: If True, use gradient caching for batches that take several forward passes, so that only one
                 pass's activations are in memory at a time.
         """
@@ -402,7 +392,7 @@ class PairLoss(nn.Module):
         self._encoder = [encoder]  # in a list, so that the encoder is not registered as a submodule
         self.scale = 1 / temperature
         self.batch_tokens = batch_tokens
-        self.symmetric, self.matryoshka_dims, self.grad_cache = symmetric, tuple(matryoshka_dims), grad_cache
+        self.symmetric, self.grad_cache = symmetric, grad_cache
 
     def forward(self, features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Return the loss of a batch. `features` must contain exactly one element, the batch."""
@@ -444,12 +434,9 @@ class PairLoss(nn.Module):
         return embeddings.float()
 
     def _compute_loss(self, embeddings: Tensor, pairs: int, text_ids: Tensor) -> Tensor:
-        losses = []
-        for dim in (embeddings.shape[1], *self.matryoshka_dims):
-            unit = F.normalize(embeddings[:, :dim], dim=-1)
-            anchor, positive, negatives = unit[:pairs], unit[pairs : 2 * pairs], unit[2 * pairs :]
-            losses.append(pair_loss(anchor, positive, self.scale, text_ids, negatives, self.symmetric))
-        return torch.stack(losses).mean()
+        unit = F.normalize(embeddings, dim=-1)
+        anchor, positive, negatives = unit[:pairs], unit[pairs : 2 * pairs], unit[2 * pairs :]
+        return pair_loss(anchor, positive, self.scale, text_ids, negatives, self.symmetric)
 
 
 def _run_as_tuple(run: Callable[[], Tensor]) -> tuple[Tensor]:

@@ -215,15 +215,12 @@ def estimate_align_memory(image: ImageCosts, text: TextCosts, config: AlignConfi
     micro_batch = min(config.micro_batch_size or config.batch_size, config.batch_size)
     images = config.batch_size * machine.count
     texts = images * image.captions
-    saved = image.saved
-    if config.gradient_checkpointing and image.saved > image.layer_inputs:
-        saved = image.layer_inputs + image.saved_per_layer
 
     parts = {"model": 4 * image.parameters / machine.num_shards} | estimate_optimizer_memory(image.trained, machine)
     if config.precision != "fp32":
         parts["half-precision copies"] = image.copies / machine.num_shards
     # One additional layer accounts for gradients, as in `count_saved_bytes`.
-    activations = micro_batch * (saved + image.saved_per_layer)
+    activations = micro_batch * (image.saved + image.saved_per_layer)
     several_passes = micro_batch < config.batch_size
     parts["activations"] = _subtract_gradients(activations, image.trained / machine.num_shards, several_passes)
     # Embeddings, gathered embeddings and their gradients, plus the tensors for a chunk of logits.
@@ -235,7 +232,7 @@ def estimate_align_memory(image: ImageCosts, text: TextCosts, config: AlignConfi
         # For both towers: distances from this rank's features to the features of all images, with intermediate results
         # and gradients.
         parts["loss"] += 24 * config.batch_size * images
-        parts["pretrained tower"] = 0.0 if config.caches_features else 4.0 * image.tower
+        parts["pretrained tower"] = 4.0 * image.tower
     return parts | _estimate_fixed_parts(text, machine)
 
 

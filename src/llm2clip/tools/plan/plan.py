@@ -47,8 +47,7 @@ MEMORY_ADVICE = {
     "tune": "To reduce it: --tune.gradient_checkpointing true, --tune.grad_cache true, a lower --tune.batch_tokens, "
     "--tune.qlora true, or --use_fsdp with several devices.",
     "embed": "To reduce it: use a smaller model or fewer layers (--encoder.layers).",
-    "align": "To reduce it: --align.gradient_checkpointing true, a lower --align.micro_batch_size, --align.lora_r 16, "
-    "or --use_fsdp with several devices.",
+    "align": "To reduce it: a lower --align.micro_batch_size, --align.lora_r 16, or --use_fsdp with several devices.",
     "distill": "To reduce it: use a smaller student, or a lower --distill.batch_size.",
 }
 SAMPLED_RECORDS = 1000  # number of records used to estimate caption counts and lengths
@@ -123,14 +122,13 @@ class Plan:
         """FLOPs per image in an `align` step.
 
         The keys are "once" (forward and backward passes), "repeated" (additional forward passes), "loss" and "total".
-        With self-distillation on random crops, "once" includes the pretrained tower's forward pass.
+        With self-distillation, "once" includes the pretrained tower's forward pass.
         """
         align, image, count = self.config.align, self.image, self.machine.count
-        recomputes = align.gradient_checkpointing and image.saved > image.layer_inputs > 0
         uses_grad_cache = (align.micro_batch_size or align.batch_size) < align.batch_size
-        teacher = image.tower_forward if align.distill_weight and not align.caches_features else 0.0
+        teacher = image.tower_forward if align.distill_weight else 0.0
         once = image.forward + teacher + image.backward
-        repeated = (image.tower_forward if recomputes else 0.0) + (image.forward if uses_grad_cache else 0.0)
+        repeated = image.forward if uses_grad_cache else 0.0
         texts = align.batch_size * count * image.captions
         loss_dims = image.embed_dim + sum(align.matryoshka_dims)
         loss = 2 * get_loss(align.loss).matmuls[count > 1] * texts * loss_dims
@@ -142,7 +140,7 @@ class Plan:
         tune, align, machine = self.config.tune, self.config.align, self.machine
         tune_texts = 2 * tune.steps * tune.batch_size * machine.count  # two texts per pair
         embed_flops = self.images * self.captions_per_image * self.text.forward
-        feature_flops = self.images * self.image.tower_forward if align.caches_features else 0.0
+        feature_flops = self.images * self.image.tower_forward if align.tower_lr == 0 else 0.0
         align_flops = feature_flops + self.images * align.epochs * self.step_flops["total"]
         hours = {
             "tune": machine.estimate_hours(tune_texts * self.text.count_tune_flops(tune), tune.precision, "tune"),
@@ -183,7 +181,7 @@ class Plan:
     @property
     def feature_bytes(self) -> float:
         """Size of the cached tower features in bytes; 0 if features are not cached."""
-        return self.images * (2 * self.image.feature_dim + 16) if self.config.align.caches_features else 0.0
+        return self.images * (2 * self.image.feature_dim + 16) if self.config.align.tower_lr == 0 else 0.0
 
     @property
     def images_per_second(self) -> float:

@@ -79,8 +79,7 @@ def _make_flops_table(plan: Plan) -> Table:
     counts[f"image and {captions} in an align step"] = flops["total"]
     counts[f"  forward and backward{source}"] = flops["once"]
     if flops["repeated"]:
-        reasons = [name for name in ("gradient_checkpointing", "micro_batch_size") if getattr(align, name)]
-        counts[f"  repeated forward ({', '.join(reasons)})"] = flops["repeated"]
+        counts["  repeated forward (micro_batch_size)"] = flops["repeated"]
     counts["  loss"] = flops["loss"]
     if plan.student is not None:
         counts["text in a distill step"] = plan.student.step_flops

@@ -1,0 +1,441 @@
+"""Training loop shared by `align` and `distill`, with metrics, evaluation, checkpoints and experiment trackers.
+
+A stage passes its model, its optimizer, its batches and a function that computes the gradients of a batch to
+`StepLoop`. Everything else is the same for all stages: mixed precision, gradient clipping, the learning rate schedule,
+metrics that are read without waiting for the device, evaluation on held-out images, checkpoints, and exact resumption.
+"""
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llm2clip.config import RESUME_SAFE, AlignConfig, DistillConfig
+from llm2clip.cpu_tuning import keep_freed_memory
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.io_utils import atomic_path, atomic_write_text, fsync_folder
+from llm2clip.models.precision import resolve_precision
+from llm2clip.progress import ProgressBar
+from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, hash_texts, raise_if_not_finite
+from llm2clip.runs.fsdp import enable_fp32_gradient_reduction, full_tensor, is_fsdp_enabled, set_mixed_precision
+from llm2clip.runs.ranks import process_state, wait_for_everyone
+from llm2clip.runs.training_state import load_training_state, save_training_state
+from llm2clip.train.optim import MAX_GRAD_NORM, make_cosine_schedule
+
+# In fp16, the gradient scaler skips every step with non-finite gradients and then halves its scale factor. After this
+# many consecutive skipped steps, the scale factor cannot be the cause, so training stops with an error.
+MAX_SKIPPED_STEPS = 20
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Result of the forward and backward pass of a training step on one rank. Tensors stay on the device.
+
+    Attributes:
+        loss: Loss of this rank's items, a scalar without gradients.
+        num_items: Number of this rank's items.
+        metrics: Further scalars to log.
+        names: Names of this rank's items, for error messages.
+        failures: Error message for each of this rank's items that could not be decoded, keyed by name.
+    """
+
+    loss: Tensor
+    num_items: int
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    names: Sequence[str] = ()
+    failures: Mapping[str, str] = field(default_factory=dict)
+
+
+class StepLoop:
+    """Training loop of one stage. All methods must be called by all ranks, in the order in which they are defined.
+
+    Attributes:
+        precision: Training precision: fp32, bf16 or fp16.
+        checkpoints: Checkpoints in `run_dir/checkpoints`.
+        items_per_step: Items per step over all ranks of the run to resume. None for a new run, or if the batch size has
+            changed.
+        net: The model with its distributed wrapper, after `start`.
+    """
+
+    def __init__(
+        self,
+        stage: Literal["align", "distill"],
+        items: str,
+        config: AlignConfig | DistillConfig,
+        run_dir: Path,
+        report_to: Sequence[str] = (),
+    ) -> None:
+        """Set up mixed precision and find the checkpoint to resume from.
+
+        Args:
+            stage: Name of the config section, such as "align".
+            items: What the training data consists of, such as "images". Part of the names of metrics.
+            report_to: Names of experiment trackers.
+
+        Raises:
+            ValueError: The device does not support the precision, or the checkpoints cannot be used.
+        """
+        state = process_state()  # must precede Accelerator(), which would set up the ranks differently
+        self.stage, self.items, self.config, self.run_dir = stage, items, config, run_dir
+        self.precision = resolve_precision(stage, config.precision, state.device)
+        self._trackers = make_tracker_options(report_to, run_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=set_mixed_precision(self.precision),
+            log_with=list(self._trackers) or None,
+            project_config=ProjectConfiguration(str(run_dir), str(run_dir / "logs")),
+        )
+        self.device = self.accelerator.device
+        if self.precision == "fp16" and self.accelerator.scaler is None:
+            raise ValueError(f"--{stage}.precision fp16 requires a GPU: use bf16 or fp32 on {self.device}")
+        enable_fp32_gradient_reduction(self.accelerator)
+        keep_freed_memory(self.device)
+        self.checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
+        self.items_per_step = self.checkpoints.get_saved_items_per_step(f"{items} per step")
+
+    def check_signature(self, steps: int, items_per_step: int, data: Mapping[str, Any]) -> None:
+        """Check that the properties of a resumed run have not changed.
+
+        Args:
+            steps: Number of steps of the complete run.
+            data: Hashes and other properties of the data and the models that affect the result.
+
+        Raises:
+            ValueError: The latest checkpoint was saved with other settings or data.
+        """
+        self.steps = steps
+        settings = {**vars(self.config), "precision": self.precision}
+        not_compared = (*RESUME_SAFE, "batch_size")  # `items_per_step` replaces the batch size
+        signature = {"steps": steps, f"{self.items} per step": items_per_step, **data}
+        signature |= {f"--{self.stage}.{name}": v for name, v in settings.items() if name not in not_compared}
+        self.checkpoints.check_signature(signature)
+
+    def start(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr: float,
+        validate: "Validator | None" = None,
+        eval_steps: int = 0,
+    ) -> None:
+        """Prepare the model and the optimizer, and load the latest checkpoint, if there is one.
+
+        Args:
+            lr: Peak learning rate to log.
+            validate: Function that evaluates the model on held-out images.
+            eval_steps: Number of steps between evaluations. 0 disables evaluation.
+        """
+        self.model, self.lr, self.eval_steps = model, lr, eval_steps
+        is_main, resume_step = self.accelerator.is_main_process, self.checkpoints.step
+        self.best = BestCheckpoint(self.run_dir, resume_step, validate if eval_steps else None, self.accelerator)
+        self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", resume_step) if is_main else None
+        _start_trackers(self.accelerator, self._trackers, self.config, resume_step)
+        self._lr_factor = make_cosine_schedule(self.steps, self.config.warmup_ratio)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        self.net, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if self.checkpoints.latest is not None:
+            load_training_state(self.checkpoints.latest, model, self.optimizer, self.schedule, self.accelerator.scaler)
+
+    def run(
+        self,
+        batches: Iterator[Any],
+        compute_gradients: Callable[[int, Any], StepResult],
+        log: SkipLog | None = None,
+        after_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Train for the remaining steps.
+
+        Args:
+            batches: This rank's batch for each remaining step.
+            compute_gradients: Function of the step number, which starts at 1, and the batch. It runs the forward and
+                backward pass.
+            log: Log of items that cannot be decoded.
+            after_step: Function to call after each optimizer step.
+
+        Raises:
+            FloatingPointError: The loss or a gradient is not finite.
+            TooManySkipped: Too many items cannot be decoded.
+        """
+        is_hidden, world_size = self.metrics is None, self.accelerator.num_processes
+        start = self.checkpoints.step
+        with ProgressBar(total=self.steps, initial=start, desc=self.stage, unit="step", disable=is_hidden) as progress:
+            report = StepReport(self, log, progress)
+            clock = time.perf_counter()
+            for step in range(start + 1, self.steps + 1):
+                data_start = time.perf_counter()
+                batch = next(batches)
+                data_seconds = time.perf_counter() - data_start
+
+                # Forward and backward.
+                result = compute_gradients(step, batch)
+                loss = self.accelerator.reduce(result.loss, "mean")
+                grad_norm = full_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM))
+
+                # Optimizer step.
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.schedule.step()
+                after_step()
+
+                # Metrics. On a GPU, `report.add` waits for the previous step, so the time between steps is measured.
+                now = time.perf_counter()
+                step_seconds, clock = now - clock, now
+                step_metrics = {
+                    "lr": self.lr * self._lr_factor(step - 1),
+                    f"{self.items}_per_second": result.num_items * world_size / step_seconds,
+                    "data_wait": data_seconds / step_seconds,  # fraction of the step spent waiting for the batch
+                }
+                report.add(step, result, loss, grad_norm, step_metrics)
+                progress.update()
+
+                # Evaluation and checkpoint.
+                is_last = step == self.steps
+                evaluates = self.best.validate is not None and (step % self.eval_steps == 0 or is_last)
+                saves = step % self.config.save_steps == 0 or is_last
+                if evaluates or saves:
+                    report.flush()  # raises an error if a loss or gradient was not finite
+                if evaluates:
+                    self.accelerator.log(self.best.evaluate(self.model, step), step)
+                    self.model.train()
+                if saves:
+                    self._save_checkpoint(step)
+                if evaluates or saves:
+                    clock = time.perf_counter()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()  # accelerator.end_training() would also destroy the process group
+        self.accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)  # removes the autocast wrapper
+        vars(self.model).pop("_is_accelerate_prepared", None)  # so that later training uses autocast again
+
+    def _save_checkpoint(self, step: int) -> None:
+        folder = self.checkpoints.path(step)
+        save_training_state(folder, self.model, self.optimizer, self.schedule, self.accelerator.scaler)
+        self.checkpoints.commit(step)
+
+
+class StepReport:
+    """Logs the metrics of each training step, and stops training if a value is not finite.
+
+    Reading a value from a GPU waits until the GPU has computed it. On a GPU, the values of a step are therefore read
+    when the next step is added, by which time they have usually been computed. Call `flush` before evaluating or saving
+    weights, so that the values of all previous steps have been checked.
+    """
+
+    def __init__(self, loop: StepLoop, log: SkipLog | None, progress: ProgressBar) -> None:
+        self.loop, self.log, self.progress = loop, log, progress
+        self.skipped_steps = 0  # consecutive steps with non-finite gradients
+        self._pending: list[tuple[int, StepResult, dict[str, float], DeviceValues]] = []
+
+    def add(
+        self, step: int, result: StepResult, loss: Tensor, grad_norm: Tensor, step_metrics: dict[str, float]
+    ) -> None:
+        """Report a step that has just run. Must be called by all ranks.
+
+        `loss` (the mean over all ranks) and `grad_norm` are scalars. `step_metrics` are logged after the metrics of the
+        result.
+
+        Raises:
+            FloatingPointError: The loss or the gradient of this step or the previous step is not finite.
+            TooManySkipped: Too many items cannot be decoded.
+        """
+        accelerator = self.loop.accelerator
+        values = [loss, grad_norm, *result.metrics.values()]
+        if accelerator.num_processes > 1:
+            failures = torch.full((), len(result.failures), dtype=torch.float32, device=loss.device)
+            values.append(accelerator.reduce(failures, "sum"))
+        self._pending.append((step, result, step_metrics, DeviceValues(values)))
+        self._report(pending=1 if loss.device.type == "cuda" else 0)
+
+    def flush(self) -> None:
+        """Report all steps added so far. Must be called by all ranks. Can raise the same errors as `add`."""
+        self._report(pending=0)
+
+    def _report(self, pending: int) -> None:
+        """Report all steps except the last `pending` ones."""
+        while len(self._pending) > pending:
+            step, result, step_metrics, values = self._pending.pop(0)
+            loss, grad_norm, *others = values.read()
+            self._log_failures(result, others[len(result.metrics) :])
+            self._check_finite("loss", loss, step, result)
+            self.skipped_steps = 0 if math.isfinite(grad_norm) else self.skipped_steps + 1
+            if self.loop.accelerator.scaler is None or self.skipped_steps >= MAX_SKIPPED_STEPS:
+                self._check_finite("grad_norm", grad_norm, step, result)
+            line: dict[str, Any] = {
+                "loss": loss,
+                "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+                **dict(zip(result.metrics, others, strict=False)),
+                **step_metrics,
+            }
+            if self.loop.metrics is not None:
+                self.loop.metrics.write(step, **line)
+            self.loop.accelerator.log({name: value for name, value in line.items() if value is not None}, step)
+            self.progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+    def _log_failures(self, result: StepResult, failures_of_all_ranks: list[float]) -> None:
+        """Report images that could not be decoded.
+
+        Each rank counts the failures of all ranks, so that all ranks stop at the same step if there are too many.
+        `failures_of_all_ranks` contains the total number of failures, or is empty in a single-process run.
+        """
+        failures = list(result.failures.items())
+        if any(failures_of_all_ranks):
+            failures = gather_object(failures)
+        for name, reason in failures:
+            assert self.log is not None
+            self.log.skip(name, 0, "undecodable image", reason)
+            self.log.check()
+
+    def _check_finite(self, name: str, value: float, step: int, result: StepResult) -> None:
+        """Raise FloatingPointError if `value` is not finite, after listing the names of the step's items in a file."""
+        if math.isfinite(value):
+            return
+        stage, items = self.loop.stage, self.loop.items
+        rates = [f"--{stage}.{setting}" for setting in vars(self.loop.config) if setting.endswith("lr")]
+        advice = f"Lower {' or '.join(rates)}, or use --{stage}.precision fp32"
+        if result.names:
+            file = self.loop.run_dir / f"not-finite-{step}-{self.loop.accelerator.process_index}.json"
+            file.write_text(json.dumps({"step": step, items: list(result.names)}, indent=1))
+            advice = f"The {items} of this step are listed in {file}. {advice}"
+        raise_if_not_finite(name, value, step, self.loop.checkpoints, advice)
+
+
+class DeviceValues:
+    """Scalars that are copied from the device to the host in the background."""
+
+    def __init__(self, values: list[Tensor]) -> None:
+        stacked = torch.stack([value.detach().float().reshape(()) for value in values])
+        self._copied: torch.cuda.Event | None = None
+        if stacked.device.type != "cuda":
+            self._values = stacked
+            return
+        self._values = torch.empty(len(values), pin_memory=True)
+        self._values.copy_(stacked, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record(torch.cuda.current_stream(stacked.device))
+
+    def read(self) -> list[float]:
+        """Wait until the device has computed the values, then return them."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        values: list[float] = self._values.tolist()
+        return values
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+WEIGHTS, METRICS = "model.safetensors", "metrics.json"
+
+Validator = Callable[[Any], dict[str, float]]
+"""Function that evaluates a model on held-out images and returns its metrics. The model must be in eval mode. The
+metrics must include `score`; a higher score is better."""
+
+
+class BestCheckpoint:
+    """Evaluates the model during training, and saves the weights with the best score to `run_dir/best`."""
+
+    def __init__(self, run_dir: Path, resume_step: int, validate: Validator | None, accelerator: Accelerator) -> None:
+        """
+        Args:
+            run_dir: Run directory. Evaluations are appended to evaluations.jsonl in this directory.
+            resume_step: Step of the checkpoint from which training resumes. Evaluations of later steps are deleted,
+                because these steps will be repeated.
+            validate: Function that evaluates a model. If None, the model is not evaluated.
+        """
+        self.folder, self.validate, self.accelerator = run_dir / "best", validate, accelerator
+        self.log: MetricsLog | None = None
+        self.best_score = float("-inf")
+        if accelerator.is_main_process:
+            if self._read_saved_step() > resume_step:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            if validate is not None:
+                self.log = MetricsLog(run_dir / "evaluations.jsonl", resume_step)
+                if self._read_saved_step() >= 0:
+                    self.best_score = json.loads((self.folder / METRICS).read_text())["score"]
+        wait_for_everyone()
+
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Evaluate the model, and save its weights if its score is the best so far. Must be called by all ranks.
+
+        If the model is sharded, all ranks evaluate it; otherwise, only the main process does. Evaluation leaves the
+        model in eval mode.
+
+        Returns:
+            The metrics, or an empty dict on ranks that did not evaluate the model.
+        """
+        if self.validate is None:
+            return {}
+        metrics: dict[str, float] = {}
+        if self.accelerator.is_main_process or is_fsdp_enabled():  # a sharded model must run on all ranks
+            model.eval()
+            metrics = self.validate(model)
+        is_best = self.log is not None and metrics["score"] > self.best_score
+        if is_best or is_fsdp_enabled():
+            state = {name: full_tensor(t).detach().cpu().contiguous() for name, t in model.state_dict().items()}
+        if is_best:
+            self.best_score = metrics["score"]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / METRICS).unlink(missing_ok=True)  # marks the weights as incomplete until they are saved
+            fsync_folder(self.folder)
+            with atomic_path(self.folder / WEIGHTS) as file:
+                save_file(state, file, {"step": str(step)})
+            atomic_write_text(self.folder / METRICS, json.dumps({"step": step, **metrics}, indent=1))
+        if self.log is not None:
+            self.log.write(step, **metrics)
+        wait_for_everyone()
+        return metrics
+
+    def restore(self, model: nn.Module) -> None:
+        """Load the best weights into the model."""
+        model.load_state_dict(load_file(self.folder / WEIGHTS))
+
+    def _read_saved_step(self) -> int:
+        """Return the step of the saved weights, -1 if there are none, or sys.maxsize if they are incomplete."""
+        if not self.folder.exists():
+            return -1
+        try:
+            return int(json.loads((self.folder / METRICS).read_text())["step"])
+        except (OSError, ValueError, KeyError):
+            return sys.maxsize
+
+
+# ---- trackers --------------------------------------------------------------------------------------------------------
+
+
+def make_tracker_options(names: Sequence[str], run_dir: Path) -> dict[str, Any]:
+    """Return Accelerate's options for each tracker, keyed by tracker name. Resumed runs continue the same tracker run.
+
+    Raises:
+        ValueError: A tracker name is unknown.
+        ModuleNotFoundError: The package for a tracker is not installed.
+    """
+    run_id = hash_texts([str(run_dir.resolve())])
+    options: dict[str, Any] = {
+        "tensorboard": {},
+        "wandb": {"id": run_id, "resume": "allow"},
+        "trackio": {"name": f"{run_dir.parent.name}-{run_id}", "resume": "allow"},
+    }
+    for name in names:
+        if name not in options:
+            raise ValueError(f"--align.report_to must be one of {', '.join(options)} (got {name!r})")
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f"--align.report_to {name} requires the package {name}: pip install {name}")
+    return {name: options[name] for name in names}
+
+
+def _start_trackers(accelerator: Accelerator, options: dict[str, Any], config: Any, resume_step: int) -> None:
+    if not options:
+        return
+    if "tensorboard" in options and resume_step:
+        options["tensorboard"]["purge_step"] = resume_step + 1  # all steps from this one onwards will be repeated
+    settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(config).items()}
+    accelerator.init_trackers("llm2clip", settings, options)
