@@ -50,12 +50,12 @@ def test_attention_direction_matches_bidirectional_option(
 
     Generating the C++ code of flex attention takes many seconds, so it is done only once.
     """
+    monkeypatch.setattr(
+        masking_utils, "create_block_mask", lambda **options: create_block_mask(**options | {"_compile": False})
+    )
     if (family, bidirectional) != ("llama", True):
         eager = torch.compile(flex_attention, backend="eager")
         monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: eager)
-        monkeypatch.setattr(
-            masking_utils, "create_block_mask", lambda **options: create_block_mask(**options | {"_compile": False})
-        )
     options: dict = {"bidirectional": bidirectional, "attention": backend, "device": "cpu"}
     if backend == "flex_attention" and not flex_attention_is_correct():
         with pytest.raises(ValueError, match="NaN on CPUs without AVX-512"):
