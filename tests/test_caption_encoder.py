@@ -18,7 +18,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from conftest import FAMILIES, make_llm, save_tokenizer
 from llm2clip.cpu_tuning import flex_attention_is_correct
-from llm2clip.models.hub.fingerprint import fingerprint
+from llm2clip.models.hub.loading import fingerprint
 from llm2clip.models.precision import CALIBRATION_CAPTIONS, calibrate_precision
 from llm2clip.models.text import batching
 from llm2clip.models.text.batching import TokenizedTexts, batch_by_length, get_default_encoding_tokens

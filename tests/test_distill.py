@@ -27,7 +27,7 @@ from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.reporting import training as training_report
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.export import export_model
-from llm2clip.models.hub.fingerprint import fingerprint
+from llm2clip.models.hub.loading import fingerprint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import DistillOptions, distill
 from llm2clip.runs.fsdp import set_mixed_precision

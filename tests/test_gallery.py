@@ -308,7 +308,7 @@ def test_gallery_requires_images(tmp_path: Path, student_folder: Path) -> None:
 
 
 def make_index_without_images(folder: Path, model: Any) -> Path:
-    from llm2clip.models.hub.fingerprint import fingerprint
+    from llm2clip.models.hub.loading import fingerprint
     from llm2clip.search.sqlite_backend import SqliteBackend
 
     backend = SqliteBackend(folder / "empty", write=True)

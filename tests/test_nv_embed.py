@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from llm2clip.cli import main
 from llm2clip.models.convert.encoders import is_nv_embed, load_nv_embed
 from llm2clip.models.export.transformers import build_export_model
-from llm2clip.models.hub.fingerprint import fingerprint
+from llm2clip.models.hub.loading import fingerprint
 from llm2clip.models.text import latent_attention
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from official_reference import NV_EMBED_FIXTURE, NV_EMBED_TEXTS, save_nv_embed

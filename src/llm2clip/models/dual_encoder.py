@@ -25,11 +25,12 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.transforms import EvalTransform, Preprocess
-from llm2clip.models.hub.fingerprint import fingerprint, hash_weights
 from llm2clip.models.hub.loading import (
     WITHOUT_HUB_CODE,
     check_model_source,
     explain_remote_code_error,
+    fingerprint,
+    hash_weights,
     hide_loading_bars,
 )
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE

@@ -25,8 +25,7 @@ from llm2clip.data.transforms import EvalTransform
 from llm2clip.io_utils import atomic_dir, describe_error, read_json_object
 from llm2clip.models.dense_methods import DenseMethods
 from llm2clip.models.heads import Adapter, build_projection
-from llm2clip.models.hub.fingerprint import fingerprint
-from llm2clip.models.hub.loading import read_safetensors
+from llm2clip.models.hub.loading import fingerprint, read_safetensors
 from llm2clip.models.model_folder import FORMAT_VERSION, LLM2CLIPConfig, find_model_folder, is_model_folder
 from llm2clip.models.precision import Precision, Stage, calibrate_precision, resolve_precision
 from llm2clip.models.prompts import average_prompts, build_query_prompts, check_templates, fill_templates

@@ -19,8 +19,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.heads import AdapterConfig
-from llm2clip.models.hub.fingerprint import fingerprint, hash_weights
-from llm2clip.models.hub.loading import hide_loading_bars, load_config
+from llm2clip.models.hub.loading import fingerprint, hash_weights, hide_loading_bars, load_config
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.text.clip_text_encoder import ClipTextEncoder, get_pooled_output, load_clip_text_encoder

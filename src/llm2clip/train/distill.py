@@ -34,8 +34,7 @@ from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import iterate_lines
 from llm2clip.models.heads import AdapterConfig
-from llm2clip.models.hub.fingerprint import fingerprint, hash_weights
-from llm2clip.models.hub.loading import check_model_source
+from llm2clip.models.hub.loading import check_model_source, fingerprint, hash_weights
 from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig

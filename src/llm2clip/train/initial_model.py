@@ -33,7 +33,7 @@ from llm2clip.data.records import Record
 from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import atomic_path
 from llm2clip.models.heads import AdapterConfig, needs_projection_bias
-from llm2clip.models.hub.fingerprint import fingerprint, hash_weights
+from llm2clip.models.hub.loading import fingerprint, hash_weights
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.precision import resolve_precision

@@ -7,11 +7,15 @@ A model folder may come from an untrusted source. It can contain Python code, as
 code on the hub: the `kernels` package downloads and runs attention implementations with names such as `OWNER/NAME`, and
 the kernels of some quantisation methods. To ensure that only the user can choose an implementation, pass the result of
 `load_config` or `build_config` to every transformers model, and `WITHOUT_HUB_CODE` to every SentenceTransformer.
+
+Fingerprints identify everything that affects the embeddings of a loaded model. Stores and caches use them to detect
+changes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -21,10 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm2clip.io_utils import read_json
-from llm2clip.models.hub.fingerprint import hash_text
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from llm2clip.models.precision import Precision
 
@@ -275,6 +279,30 @@ def _build_remote_code_error(path: str) -> ValueError:
         f"{path} comes with Python code, which is not run by default. If you trust its authors, pass "
         "--trust_remote_code (in Python: trust_remote_code=True)"
     )
+
+
+# ---- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """Return a hash (32 hex digits) of an encoder's `identity()`. Equal hashes mean identical embeddings."""
+    return hash_text(json.dumps(identity, sort_keys=True))
+
+
+def hash_text(text: str) -> str:
+    """Return a hash (32 hex digits) of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def hash_weights(module: nn.Module) -> str:
+    """Return a hash (32 hex digits) of a module's weights and buffers, including names, dtypes and shapes."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items(), key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
 
 
 # ---- vision-language models ------------------------------------------------------------------------------------------

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import flex_attention_is_correct, onednn_matmul
 from llm2clip.data.texts import check_texts
-from llm2clip.models.hub.fingerprint import hash_text, hash_weights
-from llm2clip.models.hub.loading import hide_loading_bars
+from llm2clip.models.hub.loading import hash_text, hash_weights, hide_loading_bars
 from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.precision import (
     FP32,
