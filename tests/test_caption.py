@@ -34,8 +34,8 @@ from llm2clip.caption import run as caption_run
 from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError, clean_answer
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.local import LocalCaptioner
+from llm2clip.caption.options import CaptionOptions
 from llm2clip.caption.prompts import Prompt, load_prompts
-from llm2clip.caption.run import CaptionSettings
 from llm2clip.cli import build_parser, main
 from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.data.image_refs import FileImage, ImageRef
@@ -247,7 +247,7 @@ def _caption_on_rank(photos: Path, out: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(caption_run, "score_captions", lambda *_: None)
-        prompts, settings = [Prompt("one", "short", "Describe it.")], CaptionSettings({}, max_skipped=0.5)
+        prompts, settings = [Prompt("one", "short", "Describe it.")], CaptionOptions(max_skipped=0.5)
         caption_run.caption_images([str(photos)], out, FixedCaptioner(), prompts, settings, open_encoder)
 
 
@@ -321,7 +321,7 @@ def test_images_with_only_rejected_captions_are_reported(tmp_path: Path, photos:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FixedCaptioner, "ask", ask)
         for max_skipped in (0.3, 0.35):
-            prompts, settings = [Prompt("one", "short", "Describe it.")], CaptionSettings({}, max_skipped=max_skipped)
+            prompts, settings = [Prompt("one", "short", "Describe it.")], CaptionOptions(max_skipped=max_skipped)
             summary = caption_run.caption_images(
                 [str(photos)], tmp_path / "out.jsonl", FixedCaptioner(), prompts, settings
             )
@@ -435,7 +435,7 @@ def test_captions_are_written_before_the_model_of_check_is_opened(tmp_path: Path
     with pytest.raises(MemoryError):
         prompts = [Prompt("one", "short", "Describe it.")]
         caption_run.caption_images(
-            [str(photos)], out, FixedCaptioner(), prompts, CaptionSettings({}), open_encoder=open_encoder
+            [str(photos)], out, FixedCaptioner(), prompts, CaptionOptions(), open_encoder=open_encoder
         )
     assert len(read_rows(out)) == 6
     assert (tmp_path / "out_report.html").exists()
@@ -484,7 +484,7 @@ def test_unusable_model_of_check_is_reported_before_captioning(
 
 
 def test_endpoint_requires_a_single_process(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "process_state", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(caption_run, "process_state", lambda: SimpleNamespace(num_processes=2))
     with run_server() as server, pytest.raises(ValueError, match="--endpoint requires a single process"):
         caption(server, photos, tmp_path / "out.jsonl")
 

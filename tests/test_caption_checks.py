@@ -35,9 +35,10 @@ from llm2clip.caption.checks import (
     score_captions,
 )
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
+from llm2clip.caption.options import CaptionOptions
 from llm2clip.caption.prompts import Prompt
 from llm2clip.caption.report import CaptionReport, find_worst_images, format_report, write_report
-from llm2clip.caption.run import CaptionSettings, caption_images
+from llm2clip.caption.run import caption_images
 from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
 from llm2clip.models.dual_encoder import DualEncoder
@@ -434,7 +435,7 @@ def test_run_writes_only_accepted_captions_and_a_report(
     for n in range(4):
         shutil.copy(image_folder / f"{n}.png", photos)
     captioner = FixedCaptioner({"sentence": "The image shows a red shape on grey", "objects": "red shape"})
-    prompts, settings = [SHORT, SECOND], CaptionSettings({}, max_rank=1.0)
+    prompts, settings = [SHORT, SECOND], CaptionOptions(check_max_rank=1.0)
     opened = []
 
     def open_encoder() -> DualEncoder:
@@ -448,8 +449,8 @@ def test_run_writes_only_accepted_captions_and_a_report(
     assert summary.captions == 4 and "too short" in summary.report and "compared with 4 images" in summary.report
     html = (tmp_path / "captions_report.html").read_text()
     assert html.count("<article>") == 4 and "rejected: too short" in html and "(rank " in html
-    caption_images([str(photos)], out, captioner, prompts, CaptionSettings({}, max_rank=0.0), lambda: dual_encoder)
-    summary = caption_images([str(photos)], out, captioner, prompts, CaptionSettings({}))  # does not compare them again
+    caption_images([str(photos)], out, captioner, prompts, CaptionOptions(check_max_rank=0.0), lambda: dual_encoder)
+    summary = caption_images([str(photos)], out, captioner, prompts, CaptionOptions())  # does not compare them again
     num_best = sum(json.loads(line)["captions"] == ["A red shape on grey"] for line in out.read_text().splitlines())
     assert summary.captions == num_best < 4
     report = " ".join(summary.report.split())

@@ -18,56 +18,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm2clip.caption.answers import Answer, Captioner, CaptionRequest, StoppedError
 from llm2clip.caption.checks import check_captions, find_image_file, score_captions
 from llm2clip.caption.database import AnswerKey, CaptionDatabase, ImageRow, StoredAnswer
-from llm2clip.caption.prompts import CAPTION_FIELD, Prompt
+from llm2clip.caption.endpoint import EndpointCaptioner
+from llm2clip.caption.local import LocalCaptioner
+from llm2clip.caption.options import CaptionOptions
+from llm2clip.caption.prompts import CAPTION_FIELD, Prompt, load_prompts
 from llm2clip.caption.records import CaptionOutput, list_images, write_failures, write_records
 from llm2clip.caption.report import CaptionReport, format_report, write_report
+from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.image_facts import UNREADABLE_IMAGE
 from llm2clip.data.images import ImageError, load_image, shrink_image
 from llm2clip.data.skip_log import MAX_VALUE_CHARACTERS, SkipLog, TooManySkipped
-from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.output_folder import FolderInUseError, folder_lock
-from llm2clip.runs.ranks import process_state, wait_for_everyone
+from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 
 POLL_INTERVAL = 0.1  # seconds between checks of the stop signal
-
-
-@dataclass(frozen=True)
-class CaptionSettings:
-    """Settings of a captioning run.
-
-    Attributes:
-        columns: Mapping from fields to columns of the sources; see `Source`.
-        max_skipped: Maximum fraction of images that may be unreadable, and of images without any caption because
-            their requests failed.
-        use_captions: Give the captions in the sources to the model, in prompts with {caption}.
-        image_size: Images are shrunk to at most this number of pixels per side.
-        max_cost: Stop when the answers have cost this amount.
-        price: Price of a million input tokens and of a million output tokens.
-        language: Language of the captions. Captions in other languages are rejected. Default: the language of most
-            captions.
-        max_rank: Captions that fit more than this fraction of other images better are rejected; see `score_captions`.
-    """
-
-    columns: dict[str, str]
-    max_skipped: float = 0.05
-    use_captions: bool = False
-    image_size: int = 768
-    max_cost: float | None = None
-    price: tuple[float, float] | None = None
-    language: str | None = None
-    max_rank: float = 0.25
-
-    def compute_cost(self, input_tokens: int, output_tokens: int) -> float:
-        """Return the cost of tokens, or 0 if no price is known."""
-        input_price, output_price = self.price or (0.0, 0.0)
-        return (input_tokens * input_price + output_tokens * output_price) / 1e6
 
 
 @dataclass(frozen=True)
@@ -80,13 +53,72 @@ class CaptionSummary:
     report: str  # tables of the report as text, and a warning if too many images have only rejected captions
     skipped: str  # summary of the skip log
 
+    def format_lines(self, output: CaptionOutput) -> list[str]:
+        """Return lines that summarise the result."""
+        lines = [self.report, ""] if self.report else []
+        lines += [
+            f"Captions: {output.records} ({self.captions:,} captions of {self.records:,} records)",
+            f"Report: {output.report}",
+            self.skipped,
+        ]
+        if self.failures:
+            lines.append(
+                f"Failed requests: {self.failures:,}, listed in {output.failures}. To ask again, run the same command "
+                "again"
+            )
+        return lines
+
+
+def run_captioning(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> CaptionSummary:
+    """Open the models and prompts of the options, and write captions for all images; see `caption_images`.
+
+    Args:
+        model: Name of the model on the server or, without `options.endpoint`, a model folder or hub id.
+    """
+    CaptionOutput(out).check()
+    if options.endpoint and process_state().num_processes > 1:
+        raise ValueError(
+            "--endpoint requires a single process, because --max_cost and --max_requests_per_minute hold per process. "
+            "Run the command without torchrun. --concurrency sets the number of requests at the same time"
+        )
+    prompts = load_prompts(options.prompts, options.language, options.use_captions)
+    open_encoder = _check_encoder(options.check)
+    captioner = _open_captioner(model, options)
+    return caption_images(sources, out, captioner, prompts, options, open_encoder)
+
+
+def _open_captioner(model: str, options: CaptionOptions) -> Captioner:
+    if options.endpoint is None:
+        return LocalCaptioner(model, options.batch_size)
+    captioner = EndpointCaptioner(
+        options.endpoint,
+        model,
+        concurrency=options.concurrency,
+        max_requests_per_minute=options.max_requests_per_minute,
+        retries=options.retries,
+        timeout=options.timeout,
+    )
+    print_once(*captioner.describe())
+    return captioner
+
+
+def _check_encoder(name: str | None) -> Callable[[], DualEncoder] | None:
+    """Check that a dual encoder can be opened, and return a function that opens it."""
+    if name is None:
+        return None
+    open_encoder = partial(open_dual_encoder, name, process_state().device)
+    if process_state().is_main_process:
+        open_encoder()  # it is needed only after captioning, which can take hours
+        free_memory()
+    return open_encoder
+
 
 def caption_images(
     sources: Sequence[str],
     out: Path,
     captioner: Captioner,
     prompts: Sequence[Prompt],
-    settings: CaptionSettings,
+    options: CaptionOptions,
     open_encoder: Callable[[], DualEncoder] | None = None,
 ) -> CaptionSummary:
     """Write captions for all images in the sources to a JSONL file. Must be called by all ranks.
@@ -100,7 +132,7 @@ def caption_images(
 
     Raises:
         KeyboardInterrupt: The process received SIGINT or SIGTERM. All answers have been stored and written.
-        TooManySkipped: More than `settings.max_skipped` of the images cannot be read, or have no caption because their
+        TooManySkipped: More than `options.max_skipped` of the images cannot be read, or have no caption because their
             requests failed. All answers have been stored and, in the second case, written.
         ValueError: The server rejects all requests, the cost limit is reached, another rank was interrupted, or no
             image has an accepted caption. All answers have been stored and written.
@@ -110,16 +142,16 @@ def caption_images(
     output.check()
     is_main = process_state().is_main_process
     with _output_lock(out) if is_main else nullcontext():
-        log = SkipLog(output.skipped if is_main else None, settings.max_skipped)
+        log = SkipLog(output.skipped if is_main else None, options.max_skipped)
         if is_main:
             with (
                 closing(CaptionDatabase(output.database)) as database,
                 closing(CaptionDatabase(output.database)) as earlier,  # sees the old images until the transaction ends
             ):
-                database.replace_images(list_images(sources, settings.columns, output, log, earlier))
+                database.replace_images(list_images(sources, options.columns, output, log, earlier))
         wait_for_everyone()
         with closing(CaptionDatabase(output.database)) as database:
-            run = _CaptionRun(output, captioner, prompts, settings, database)
+            run = _CaptionRun(output, captioner, prompts, options, database)
             summary = None
             try:
                 with _stop_on_signals(run):
@@ -146,21 +178,21 @@ def _write_output(
 
     They are written before the comparison with the images, which can fail, and again after it.
     """
-    database, model, prompts, settings = run.database, run.captioner.name, run.prompts, run.settings
+    database, model, prompts, options = run.database, run.captioner.name, run.prompts, run.options
     report = CaptionReport(
         sources=sources,
         model=model,
         prompts=prompts,
-        checks=check_captions(database, model, prompts, settings.language),
-        max_rank=settings.max_rank,
-        cost=settings.compute_cost(*database.count_tokens(model)) if settings.price else None,
+        checks=check_captions(database, model, prompts, options.language),
+        max_rank=options.check_max_rank,
+        cost=options.compute_cost(*database.count_tokens(model)) if options.price else None,
         seconds=run.meter.seconds,
     )
     summary = _write_files(run, report, log)
     if open_encoder is None:
         return summary
     encoder = open_encoder()
-    scores = score_captions(database, model, prompts, encoder, settings.max_rank)
+    scores = score_captions(database, model, prompts, encoder, options.check_max_rank)
     return _write_files(run, replace(report, scores=scores, encoder=encoder.name, seconds=run.meter.seconds), log)
 
 
@@ -172,7 +204,7 @@ def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> Capti
     text = format_report(database, report)
     num_images = database.count_images()
     _, num_rejected = database.count_images_without_caption(model, prompts)
-    if num_rejected > run.settings.max_skipped * num_images:
+    if num_rejected > run.options.max_skipped * num_images:
         text += (
             f"\n\nWarning: {num_rejected:,} of {num_images:,} images have no caption, because quality control has "
             "rejected all of their captions"
@@ -193,11 +225,11 @@ def _check_failures(run: _CaptionRun) -> None:
     """Raise an error if too many images have no caption because all their requests failed, or if no image has one."""
     num_failed, num_rejected = run.database.count_images_without_caption(run.captioner.name, run.prompts)
     num_images = run.database.count_images()
-    if num_failed > run.settings.max_skipped * num_images:
+    if num_failed > run.options.max_skipped * num_images:
         _, num_requests, example = run.database.count_errors(run.captioner.name, run.prompts, limit=1)[0]
         raise TooManySkipped(
             f"{num_failed:,} of {num_images:,} images have no caption because their requests failed, over the limit of "
-            f"{run.settings.max_skipped:.1%}. The most common reason, for {num_requests:,} requests: "
+            f"{run.options.max_skipped:.1%}. The most common reason, for {num_requests:,} requests: "
             f"{example[:MAX_VALUE_CHARACTERS]}\nAll failed requests are listed in {run.output.failures}. To ask again, "
             "run the same command again. To accept images without captions, raise the limit with --max_skipped"
         )
@@ -222,8 +254,8 @@ class _Item(NamedTuple):
 class _Meter:
     """Cost and speed of a run. The cost includes the stored answers of earlier runs."""
 
-    def __init__(self, settings: CaptionSettings, captions_per_image: int, cost: float) -> None:
-        self._settings, self._captions_per_image, self._cost = settings, captions_per_image, cost
+    def __init__(self, options: CaptionOptions, captions_per_image: int, cost: float) -> None:
+        self._options, self._captions_per_image, self._cost = options, captions_per_image, cost
         self._num_answers = 0
         self._started_at = time.monotonic()
 
@@ -234,7 +266,7 @@ class _Meter:
 
     def check_limit(self) -> None:
         """Raise ValueError if the cost limit is reached. Must be called before a request."""
-        max_cost = self._settings.max_cost
+        max_cost = self._options.max_cost
         if max_cost is not None and self._cost >= max_cost:
             raise ValueError(
                 f"the captions have cost {self._cost:.2f}, and --max_cost is {max_cost:g}. They are stored. To "
@@ -245,13 +277,13 @@ class _Meter:
         """Add the cost of answers. Raise ValueError if it is limited, but unknown."""
         self._num_answers += len(answers)
         for answer in answers:
-            self._cost += self._settings.compute_cost(answer.input_tokens, answer.output_tokens)
-            if self._settings.max_cost is not None and answer.error is None and not answer.output_tokens:
+            self._cost += self._options.compute_cost(answer.input_tokens, answer.output_tokens)
+            if self._options.max_cost is not None and answer.error is None and not answer.output_tokens:
                 raise ValueError("the server does not report the number of tokens, so --max_cost cannot be used")
 
     def format_speed(self) -> str:
         speed = f"{60 * self._num_answers / self._captions_per_image / self.seconds:.1f} images/min"
-        return f"{speed}, cost {self._cost:.2f}" if self._settings.price else speed
+        return f"{speed}, cost {self._cost:.2f}" if self._options.price else speed
 
 
 class _CaptionRun:
@@ -269,13 +301,13 @@ class _CaptionRun:
         output: CaptionOutput,
         captioner: Captioner,
         prompts: Sequence[Prompt],
-        settings: CaptionSettings,
+        options: CaptionOptions,
         database: CaptionDatabase,
     ) -> None:
         self.output, self.captioner, self.prompts = output, captioner, prompts
-        self.settings, self.database = settings, database
-        cost = settings.compute_cost(*database.count_tokens(captioner.name))
-        self.meter = _Meter(settings, sum(prompt.samples for prompt in prompts), cost)
+        self.options, self.database = options, database
+        cost = options.compute_cost(*database.count_tokens(captioner.name))
+        self.meter = _Meter(options, sum(prompt.samples for prompt in prompts), cost)
         self.was_interrupted = False
         self._stopped = threading.Event()
         self._error: BaseException | None = None  # of a thread that calls the captioner
@@ -289,7 +321,7 @@ class _CaptionRun:
         captions_per_image = sum(prompt.samples for prompt in self.prompts)
         num_missing = self.database.count_images() * captions_per_image - num_stored
         self.captioner.worked_before = num_stored > 0
-        if not num_missing and not self.settings.use_captions:  # otherwise, a caption in the source may have changed
+        if not num_missing and not self.options.use_captions:  # otherwise, a caption in the source may have changed
             return
         total = num_stored + math.ceil(num_missing / state.num_processes)
         is_main = state.is_main_process
@@ -347,7 +379,7 @@ class _CaptionRun:
 
     def _make_requests(self, row: ImageRow, database: CaptionDatabase) -> list[_Item]:
         """Return the missing requests of an image, or none if it cannot be read."""
-        captions = row.record.get("captions") if self.settings.use_captions else None
+        captions = row.record.get("captions") if self.options.use_captions else None
         caption = captions[0] if captions else None
         answers = database.list_answers(row.hash, self.captioner.name, [prompt.key for prompt in self.prompts])
         stored = {(answer.prompt, answer.sample): answer.text_hash for answer in answers if answer.error is None}
@@ -365,7 +397,7 @@ class _CaptionRun:
             data = image.read()
             if hashlib.sha256(data).hexdigest() != row.hash:
                 raise OSError("the file was changed during the run")
-            prepared = self.captioner.prepare(shrink_image(load_image(data), self.settings.image_size))
+            prepared = self.captioner.prepare(shrink_image(load_image(data), self.options.image_size))
         except (ImageError, OSError) as error:
             failure = Answer(None, f"{UNREADABLE_IMAGE}: {error}")
             items = [_Item(row.hash, CaptionRequest(None, prompt, sample, caption)) for prompt, sample in missing]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
+from llm2clip.caption.options import BATCH_SIZE, CaptionOptions
 from llm2clip.cli.checks import check_sources, resolve_model
 from llm2clip.cli.commands import (
     ArgumentParser,
     Commands,
+    add_flags,
     add_reading_arguments,
     format_column_flags,
     format_command,
@@ -21,14 +21,7 @@ from llm2clip.cli.commands import (
 )
 from llm2clip.runs.output_folder import has_outputs
 
-if TYPE_CHECKING:
-    from llm2clip.caption.answers import Captioner
-    from llm2clip.caption.prompts import Prompt
-    from llm2clip.caption.run import CaptionSettings
-    from llm2clip.models.dual_encoder import DualEncoder
-
 CAPTIONS_FILE = "captions.jsonl"  # captions written by `fit --caption` in the run directory
-BATCH_SIZE = 32  # number of images; smaller batches are slower on CPUs
 
 
 def add_commands(commands: Commands) -> None:
@@ -45,42 +38,7 @@ def add_commands(commands: Commands) -> None:
         help="Name of the model on the server in --endpoint. Without --endpoint: folder or hub id of an "
         "image-text-to-text model of transformers, which runs in this process.",
     )
-    parser.add_argument(
-        "--endpoint",
-        type=str,
-        help="URL of a server with OpenAI's chat API, such as http://localhost:8000/v1. The images are sent to it. Its "
-        "key is read from the environment variable LLM2CLIP_API_KEY.",
-    )
-    parser.add_argument(
-        "--prompts", type=str, help="YAML file with prompts. Default: two short captions and a dense one per image."
-    )
-    parser.add_argument("--language", type=str, help='Language of the captions, such as "German".')
-    parser.add_argument(
-        "--use_captions",
-        action="store_true",
-        help="Give the first caption of each image in the source to the model, in prompts that contain {caption}.",
-    )
-    parser.add_argument(
-        "--image_size", type=PositiveInt, default=768, help="Shrink images to at most this size, in pixels per side."
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=PositiveInt,
-        default=BATCH_SIZE,
-        help="Number of images per batch. Not used with --endpoint.",
-    )
-    parser.add_argument(
-        "--concurrency", type=PositiveInt, default=8, help="Number of requests to the server at the same time."
-    )
-    parser.add_argument(
-        "--max_requests_per_minute", type=PositiveFloat, help="Limit on requests to the server. Default: no limit."
-    )
-    parser.add_argument(
-        "--retries", type=NonNegativeInt, default=6, help="Number of further attempts after a failed request."
-    )
-    parser.add_argument(
-        "--timeout", type=PositiveFloat, default=300.0, help="Maximum time for an answer of the server, in seconds."
-    )
+    add_flags(parser, CaptionOptions, skip={"price", "columns", "max_skipped"})
     parser.add_argument(
         "--price",
         nargs=2,
@@ -88,64 +46,28 @@ def add_commands(commands: Commands) -> None:
         metavar=("INPUT", "OUTPUT"),
         help="Price of a million input tokens and of a million output tokens, to show the cost.",
     )
-    parser.add_argument(
-        "--max_cost",
-        type=PositiveFloat,
-        help="Stop when the stored answers of this model have cost this much in total. Requires --price. Requests "
-        "that have already been sent can exceed it.",
-    )
-    parser.add_argument(
-        "--check",
-        type=str,
-        help="Dual encoder that compares each caption with its image: an llm2clip model, or any other model that "
-        "`evaluate` accepts. Default: only the texts are checked.",
-    )
-    parser.add_argument(
-        "--check_max_rank",
-        type=float,
-        default=0.25,
-        help="Reject captions that more than this fraction of other images match better than their own image.",
-    )
     add_reading_arguments(parser)
 
 
 def _caption(args: Namespace) -> list[str]:
     check_sources(args.data)
-    if args.max_cost is not None and args.price is None:
-        raise ValueError("--max_cost requires --price INPUT OUTPUT")
-    if args.price is not None and min(args.price) < 0:
-        raise ValueError(f"--price must be two numbers of at least 0 (got {args.price[0]:g} {args.price[1]:g})")
-    if not 0 <= args.check_max_rank <= 1:
-        raise ValueError(f"--check_max_rank must be between 0 and 1 (got {args.check_max_rank:g})")
-    from llm2clip.caption.prompts import load_prompts
-    from llm2clip.caption.records import CaptionOutput
-    from llm2clip.caption.run import CaptionSettings
-    from llm2clip.runs.ranks import process_state
-
-    if args.endpoint and process_state().num_processes > 1:
-        raise ValueError(
-            "--endpoint requires a single process, because --max_cost and --max_requests_per_minute hold per process. "
-            "Run the command without torchrun. --concurrency sets the number of requests at the same time"
-        )
+    names = [field.name for field in dataclasses.fields(CaptionOptions)]
+    options = CaptionOptions(**select_arguments(args, *names))
+    if options.check is not None:
+        options.check = resolve_model(options.check)
+    model = resolve_model(args.model) if options.endpoint is None else args.model
     out = Path(args.out).expanduser()
-    CaptionOutput(out).check()
-    settings = CaptionSettings(
-        columns=args.columns,
-        max_skipped=args.max_skipped,
-        use_captions=args.use_captions,
-        image_size=args.image_size,
-        max_cost=args.max_cost,
-        price=None if args.price is None else (args.price[0], args.price[1]),
-        language=args.language,
-        max_rank=args.check_max_rank,
-    )
-    prompts = load_prompts(args.prompts, args.language, args.use_captions)
-    open_encoder = _check_encoder(args.check)
-    options = select_arguments(args, "concurrency", "max_requests_per_minute", "retries", "timeout")
-    model = resolve_model(args.model) if args.endpoint is None else args.model
-    captioner = _open_captioner(model, args.endpoint, args.batch_size, **options)
-    lines = _caption_images(args.data, out, captioner, prompts, settings, open_encoder)
-    return [*lines, f"Next: {format_command('fit', out, '--out', 'RUN')}"]
+    return [*_write_captions(args.data, out, model, options), f"Next: {format_command('fit', out, '--out', 'RUN')}"]
+
+
+def _write_captions(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> list[str]:
+    """Caption images, and return lines that summarise the result."""
+    if options.endpoint is None:
+        import llm2clip.llava.modeling_patches  # noqa: F401  (registers its classes with transformers)
+    from llm2clip.caption.records import CaptionOutput
+    from llm2clip.caption.run import run_captioning
+
+    return run_captioning(sources, out, model, options).format_lines(CaptionOutput(out))
 
 
 # ---- fit -------------------------------------------------------------------------------------------------------------
@@ -185,15 +107,15 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
         if not out.exists():
             raise ValueError(f"{args.out} contains a run without --caption. Use another --out, or omit --caption")
         return None
-    from llm2clip.caption.prompts import load_prompts
-    from llm2clip.caption.run import CaptionSettings
-
-    settings = CaptionSettings(columns=columns, max_skipped=args.max_skipped, language=args.caption_language)
-    prompts = load_prompts(args.caption_prompts, args.caption_language)
-    open_encoder = _check_encoder(args.caption_check)
-    model, endpoint = args.caption_model, args.caption
-    if not _is_url(args.caption):
-        model, endpoint = resolve_model(args.caption), None
+    model = args.caption_model if _is_url(args.caption) else resolve_model(args.caption)
+    options = CaptionOptions(
+        endpoint=args.caption if _is_url(args.caption) else None,
+        prompts=args.caption_prompts,
+        language=args.caption_language,
+        check=args.caption_check and resolve_model(args.caption_check),
+        columns=columns,
+        max_skipped=args.max_skipped,
+    )
 
     def write_captions() -> None:
         import torch
@@ -201,9 +123,8 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
         from llm2clip.cpu_tuning import free_memory
         from llm2clip.runs.ranks import print_once
 
-        captioner = _open_captioner(model, endpoint)
         try:
-            print_once(*_caption_images(sources, out, captioner, prompts, settings, open_encoder))
+            print_once(*_write_captions(sources, out, model, options))
         except ValueError as error:
             if not isinstance(error.__cause__, torch.OutOfMemoryError):
                 raise
@@ -267,63 +188,3 @@ def _select_splits(captions: Path, sources: Sequence[str]) -> str:
 
 def _is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
-
-
-# ---- shared ----------------------------------------------------------------------------------------------------------
-
-
-def _open_captioner(model: str, endpoint: str | None, batch_size: int = BATCH_SIZE, **options: Any) -> Captioner:
-    """Open a model on a server or, without an endpoint, in this process. `options` are for the server."""
-    if endpoint is None:
-        import llm2clip.llava.modeling_patches  # noqa: F401  (registers its classes with transformers)
-        from llm2clip.caption.local import LocalCaptioner
-
-        return LocalCaptioner(model, batch_size)
-    from llm2clip.caption.endpoint import EndpointCaptioner
-    from llm2clip.runs.ranks import print_once
-
-    captioner = EndpointCaptioner(endpoint, model, **options)
-    print_once(*captioner.describe())
-    return captioner
-
-
-def _check_encoder(name: str | None) -> Callable[[], DualEncoder] | None:
-    """Check that the dual encoder of --check can be opened, and return a function that opens it."""
-    if name is None:
-        return None
-    from llm2clip.cpu_tuning import free_memory
-    from llm2clip.models.dual_encoder import open_dual_encoder
-    from llm2clip.runs.ranks import process_state
-
-    open_encoder = partial(open_dual_encoder, resolve_model(name), process_state().device)
-    if process_state().is_main_process:
-        open_encoder()  # it is needed only after captioning, which can take hours
-        free_memory()
-    return open_encoder
-
-
-def _caption_images(
-    sources: Sequence[str],
-    out: Path,
-    captioner: Captioner,
-    prompts: Sequence[Prompt],
-    settings: CaptionSettings,
-    open_encoder: Callable[[], DualEncoder] | None,
-) -> list[str]:
-    """Caption images, and return lines that summarise the result."""
-    from llm2clip.caption.records import CaptionOutput
-    from llm2clip.caption.run import caption_images
-
-    summary = caption_images(sources, out, captioner, prompts, settings, open_encoder)
-    lines = [summary.report, ""] if summary.report else []
-    lines += [
-        f"Captions: {out} ({summary.captions:,} captions of {summary.records:,} records)",
-        f"Report: {CaptionOutput(out).report}",
-        summary.skipped,
-    ]
-    if summary.failures:
-        lines.append(
-            f"Failed requests: {summary.failures:,}, listed in {CaptionOutput(out).failures}. To ask again, run the "
-            "same command again"
-        )
-    return lines
