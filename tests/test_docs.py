@@ -35,6 +35,17 @@ def test_documented_command_parses(page: str, command: str, monkeypatch: pytest.
     assert args.subcommand in run
 
 
+def test_help_lists_each_command_once_and_each_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    parser, run = build_parser()
+    parser.print_help()
+    listed = re.findall(r"^  llm2clip ((?:\w+ \| )*\w+)", capsys.readouterr().out, flags=re.MULTILINE)
+    assert sorted(" | ".join(listed).split(" | ")) == sorted(run)
+    for name in run:
+        with pytest.raises(SystemExit, match="0"):
+            parser.parse_args([name, "--help"])
+        assert f"llm2clip [options] {name}" in capsys.readouterr().out
+
+
 def test_documentation_has_commands() -> None:
     assert len(documented_commands()) > 40
 

