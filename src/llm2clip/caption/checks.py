@@ -312,7 +312,7 @@ def _iterate_captions(database: CaptionDatabase, model: str, prompt: Prompt) -> 
 def _check_answer(
     answer: tuple[str, int, str], position: int, prompt: Prompt, checks: TextChecks
 ) -> tuple[str, int, int, int, int, str, str | None, str | None]:
-    """Check a text and count it. Return the row of the temporary table."""
+    """Check a text, count it in `checks`, and return the row of the temporary table."""
     image_hash, sample, text = answer
     shortened = remove_opening(text)
     words = split_words(shortened)
@@ -327,7 +327,7 @@ def _check_answer(
 
 
 def _find_main_language(database: CaptionDatabase, position: int) -> str | None:
-    """Return the language of more than half of a prompt's captions whose language is known, or None."""
+    """Return the language of more than half of the captions whose language is known, or None."""
     query = "SELECT language, count(*) FROM temp.checks WHERE position = ? AND language IS NOT NULL GROUP BY language"
     counts = Counter(dict(database.connection.execute(query, (position,))))
     code, count = counts.most_common(1)[0] if counts else (None, 0)

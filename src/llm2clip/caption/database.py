@@ -253,31 +253,21 @@ class CaptionDatabase:
             answers += [StoredAnswer(*row) for row in self.connection.execute(query, (image_hash, prompt, model))]
         return answers
 
-    def count_captions(self, model: str, prompt: str, samples: int) -> int:
-        """Return the number of captions of the current images for a prompt's key, without failed requests."""
-        query = """SELECT count(*) FROM answers WHERE model = ? AND prompt = ? AND sample < ? AND error IS NULL
-          AND hash IN (SELECT hash FROM images)"""
-        ((count,),) = self.connection.execute(query, (model, prompt, samples))
+    def count_answers(self, model: str, prompts: Sequence[Prompt], only_captions: bool = False) -> int:
+        """Return the number of answers for the current images. `only_captions` excludes failed requests."""
+        condition, parameters = _select_prompts(prompts)
+        query = f"SELECT count(*) FROM answers WHERE model = ? AND ({condition}) AND hash IN (SELECT hash FROM images)"
+        if only_captions:
+            query += " AND error IS NULL"
+        ((count,),) = self.connection.execute(query, (model, *parameters))
         return int(count)
-
-    def count_missing_answers(self, model: str, prompts: Sequence[Prompt]) -> int:
-        """Return the number of captions of the current images that have not been requested."""
-        query = """SELECT count(*) FROM answers WHERE model = ? AND prompt = ? AND sample < ?
-          AND hash IN (SELECT hash FROM images)"""
-        num_missing = 0
-        for prompt in prompts:
-            ((count,),) = self.connection.execute(query, (model, prompt.key, prompt.samples))
-            num_missing += self.count_images() * prompt.samples - count
-        return num_missing
 
     def count_problems(self, model: str, prompts: Sequence[Prompt]) -> Counter[str]:
         """Return how many captions of the current images quality control has rejected for each problem."""
-        query = """SELECT problem, count(*) FROM answers WHERE model = ? AND prompt = ? AND sample < ?
+        condition, parameters = _select_prompts(prompts)
+        query = f"""SELECT problem, count(*) FROM answers WHERE model = ? AND ({condition})
           AND problem IS NOT NULL AND hash IN (SELECT hash FROM images) GROUP BY problem"""
-        problems = Counter[str]()
-        for prompt in prompts:
-            problems.update(dict(self.connection.execute(query, (model, prompt.key, prompt.samples))))
-        return problems
+        return Counter(dict(self.connection.execute(query, (model, *parameters))))
 
     def count_errors(self, model: str, prompts: Sequence[Prompt], limit: int) -> list[tuple[str, int, str]]:
         """Return the most common reasons of failed requests, their numbers of requests, and an example of each.

@@ -36,19 +36,15 @@ class EndpointError(ValueError):
 
 
 class _RequestError(Exception):
-    """A request failed.
-
-    Attributes:
-        status: HTTP status, or None if there was no valid response.
-        retry: True if another attempt could succeed.
-        retry_after: Delay in seconds that the server asks for, or None.
-    """
+    """A request failed."""
 
     def __init__(
         self, message: str, status: int | None = None, retry: bool = True, retry_after: float | None = None
     ) -> None:
         super().__init__(message)
-        self.status, self.retry, self.retry_after = status, retry, retry_after
+        self.status = status  # HTTP status, or None if there was no valid response
+        self.retry = retry  # True if another attempt could succeed
+        self.retry_after = retry_after  # delay in seconds that the server asks for, or None
 
 
 class EndpointCaptioner:
@@ -167,14 +163,12 @@ class EndpointCaptioner:
             raise StoppedError
 
     def _get_connection(self) -> "_Connection":
-        """Return this thread's connection."""
         if not hasattr(self._connections, "connection"):
             self._connections.connection = _Connection(httpx.Client(**self._client_options))
         connection: _Connection = self._connections.connection
         return connection
 
     def _send(self, request: CaptionRequest, max_tokens_field: str) -> Answer:
-        """Send a request once."""
         # The image comes first, so that servers can reuse it for the next prompt.
         content = [
             {"type": "image_url", "image_url": {"url": request.image}},
@@ -269,7 +263,6 @@ class _Schedule:
 
 
 def _parse_endpoint(endpoint: str) -> httpx.URL:
-    """Return the URL for chat requests."""
     try:
         url = httpx.URL(endpoint.strip())
     except httpx.InvalidURL as error:
@@ -303,7 +296,6 @@ def _build_headers() -> dict[str, str]:
 
 
 def _read_limited(response: httpx.Response) -> bytes:
-    """Return a response's body. Raise _RequestError if it is too large."""
     data = bytearray()
     if response.headers.get("content-encoding", "identity") != "identity":  # could expand to gigabytes
         raise _RequestError("the response is compressed, although the request does not allow it")
@@ -315,7 +307,7 @@ def _read_limited(response: httpx.Response) -> bytes:
 
 
 def _parse_response(data: bytes) -> Answer:
-    """Return the answer in a response. Raise _RequestError if it is not a chat completion."""
+    """Raise _RequestError if the response is not a chat completion."""
     try:
         response = json.loads(data)
         choice = response["choices"][0]
@@ -329,7 +321,7 @@ def _parse_response(data: bytes) -> Answer:
         usage = response.get("usage") or {}
         tokens = [_to_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        excerpt = _shorten(data[:MAX_MESSAGE_CHARACTERS].decode(errors="replace"))
+        excerpt = _shorten(data.decode(errors="replace"))
         raise _RequestError(f"the response is not a chat completion ({type(error).__name__}): {excerpt}") from error
     if refusal and not text:
         return Answer(None, f"refusal: {_shorten(str(refusal))}", *tokens)
@@ -343,7 +335,6 @@ def _to_count(value: Any) -> int:
 
 
 def _describe_status(response: httpx.Response, data: bytes) -> str:
-    """Return an error response's status and message."""
     status = f"HTTP {response.status_code}"
     if 300 <= response.status_code < 400:
         location = _shorten(response.headers.get("location", ""))
@@ -358,7 +349,7 @@ def _describe_status(response: httpx.Response, data: bytes) -> str:
 
 
 def _shorten(text: str) -> str:
-    """Return a server's message without control characters and the key, truncated."""
+    """Remove control characters and the key from a server's message, and truncate it."""
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if key:
         text = text.replace(key, "[key]")
@@ -373,7 +364,6 @@ def _parse_retry_after(response: httpx.Response) -> float | None:
 
 
 def _advise(status: int | None) -> str:
-    """Return advice for a rejected first request."""
     if status in (401, 403):
         return f". Put the server's key in the environment variable {KEY_VARIABLE}"
     if status == 404:

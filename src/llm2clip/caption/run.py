@@ -307,7 +307,8 @@ class _CaptionRun:
         self.output, self.captioner, self.prompts = output, captioner, prompts
         self.options, self.database = options, database
         cost = options.compute_cost(*database.count_tokens(captioner.name))
-        self.meter = _Meter(options, sum(prompt.samples for prompt in prompts), cost)
+        self._captions_per_image = sum(prompt.samples for prompt in prompts)
+        self.meter = _Meter(options, self._captions_per_image, cost)
         self.was_interrupted = False
         self._stopped = threading.Event()
         self._error: BaseException | None = None  # of a thread that calls the captioner
@@ -317,9 +318,8 @@ class _CaptionRun:
     def ask_all(self) -> None:
         """Ask for all missing captions of this rank's images."""
         state, model = process_state(), self.captioner.name
-        num_stored = sum(self.database.count_captions(model, prompt.key, prompt.samples) for prompt in self.prompts)
-        captions_per_image = sum(prompt.samples for prompt in self.prompts)
-        num_missing = self.database.count_images() * captions_per_image - num_stored
+        num_stored = self.database.count_answers(model, self.prompts, only_captions=True)
+        num_missing = self.database.count_images() * self._captions_per_image - num_stored
         self.captioner.worked_before = num_stored > 0
         if not num_missing and not self.options.use_captions:  # otherwise, a caption in the source may have changed
             return
@@ -351,7 +351,8 @@ class _CaptionRun:
 
     def count_missing(self) -> int:
         """Return the number of captions that no rank has requested."""
-        return self.database.count_missing_answers(self.captioner.name, self.prompts)
+        num_answers = self.database.count_answers(self.captioner.name, self.prompts)
+        return self.database.count_images() * self._captions_per_image - num_answers
 
     # ---- calling thread
 

@@ -45,12 +45,7 @@ class Check:
 
 
 def doctor(run_dir: Path, offline: bool = False) -> list[Check]:
-    """Run all checks.
-
-    Args:
-        run_dir: Folder for runs. It does not have to exist.
-        offline: If True, skip the check that connects to the model hub.
-    """
+    """Run all checks. `offline` skips the check that connects to the model hub."""
     checks = [*check_packages(), *check_compute(), *check_memory(), *check_disks(run_dir)]
     return checks if offline else [*checks, *check_hub()]
 

@@ -43,6 +43,7 @@ EXCLUDED_CODE_POINTS = (
 PEOPLE = re.compile(r"\b(wo)?m[ae]n\b|\b(persons?|people|boys?|girls?|family|facing right)\b")
 GENDER_SUFFIX = re.compile("\u200d([\u2640\u2642])")  # zero-width joiner and a gender sign
 GENDER_WORDS = {"\u2640": "woman", "\u2642": "man"}
+# For example, `😗 kissing face <small>(face, kiss, kissing face)</small>`. The keywords may be missing.
 KEYWORD_LINE = re.compile(r"(\S+) (.+?)(?: <small>\((.*)\)</small>)?")
 MISSING_PACKAGES = f"the emoji data set needs additional packages: run {install_command('quickstart')}"
 # Nouns for subgroups of the Unicode emoji list whose emoji nearly all show the same kind of object. Other subgroups are
@@ -144,8 +145,7 @@ def _read_emoji(
     """Return all emoji that have a drawing and a name in every language, except flags and skin tone variants.
 
     Emoji are sorted by number of code points. Among emoji with identical drawings, the most general one (such as
-    "person ...") therefore comes first and is kept. `keywords` and `groups` come from `_read_keywords` and
-    `_read_groups`.
+    "person ...") therefore comes first and is kept.
     """
     try:
         import emoji
@@ -180,10 +180,7 @@ def _read_emoji(
 
 
 def _read_keywords(folder: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Return the CLDR name and keywords of each emoji, keyed by the emoji without variation selectors.
-
-    Lines have the form `😗 kissing face <small>(face, kiss, kissing face)</small>`, where the keywords may be missing.
-    """
+    """Return the CLDR name and keywords of each emoji, keyed by the emoji without variation selectors."""
     keywords = {}
     for file in sorted(folder.glob("*.csv")):
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -197,10 +194,7 @@ def _read_keywords(folder: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def _read_groups(folder: Path) -> dict[str, tuple[str, str]]:
-    """Return the group and subgroup of each emoji, such as ("food and drink", "food-fruit").
-
-    The dict is keyed by the emoji without variation selectors.
-    """
+    """Return the group and subgroup of each emoji, such as ("food and drink", "food-fruit")."""
     groups = {}
     for row in read_json(folder / "emojis.json"):
         char = row["character"].replace(VARIATION_SELECTOR, "")
@@ -256,11 +250,7 @@ def _find_openmoji_id(char: str, svg_folder: Path) -> str | None:
 def _derive_gender_keywords(
     key: str, own_keywords: Sequence[str], keywords: dict[str, tuple[str, tuple[str, ...]]]
 ) -> tuple[str, ...]:
-    """Return additional keywords for an emoji with a gender sign, or an empty tuple for other emoji.
-
-    The additional keywords are "woman" or "man" and the keywords of the same emoji without the gender sign. For
-    example, "woman surfing" is 🏄 with a gender sign, so it also gets the keywords of 🏄.
-    """
+    """Return "woman" or "man" and the keywords of the same emoji without the gender sign, or () without this sign."""
     suffix = GENDER_SUFFIX.search(key)
     if suffix is None:
         return ()
@@ -289,7 +279,6 @@ def _draw_images(emojis: Sequence[Emoji], folder: Path, size: int) -> Iterator[E
 
 
 def _count_text_uses(emojis: Sequence[Emoji], keyword_captions: Sequence[str | None]) -> Counter[str]:
-    """Count how many times each normalised text is an emoji's name, alias or keyword caption."""
     uses: Counter[str] = Counter()
     for emoji, keyword_caption in zip(emojis, keyword_captions, strict=True):
         uses.update({_normalize(text) for text in (emoji.name, *emoji.aliases)})
@@ -305,7 +294,6 @@ def _consists_of_words(alias: str) -> bool:
 
 
 def _normalize(text: str) -> str:
-    """Convert text to lower case and remove everything except letters and digits."""
     return "".join(char for char in text.lower() if char.isalnum())
 
 
@@ -327,12 +315,10 @@ def _make_keyword_caption(name: str, keywords: Sequence[str], subgroup: str) -> 
 
 
 def _make_drawing_caption(name: str, subgroup: str) -> str:
-    """Return a caption such as "a drawing of a grinning face"."""
     return f"a drawing of {_add_article_if_countable(name, subgroup)}"
 
 
 def _make_long_caption(name: str, keywords: Sequence[str], group: str, subgroup: str) -> str:
-    """Return a long caption with all facts about an emoji: two sentences, or one if only its name is known."""
     drawing = f"A simple colour drawing of {_add_article_if_countable(name, subgroup)} on a white background."
     noun = SUBGROUP_NOUNS.get(subgroup, "")
     words = [word for word in _select_keywords(f"{name} {noun}", keywords) if not _stem_words(word) <= PERSONS]
@@ -362,7 +348,6 @@ def _select_keywords(text: str, keywords: Sequence[str]) -> list[str]:
 
 
 def _stem_words(text: str) -> set[str]:
-    """Return the words of a text, using a simple rule to convert plurals to singulars."""
     stems = set()
     for word in _split_words(text):
         is_plural = len(word) > 3 and word.endswith("s") and not word.endswith("ss")
@@ -375,7 +360,6 @@ def _split_words(text: str) -> list[str]:
 
 
 def _join_words(words: Sequence[str]) -> str:
-    """Join words into a list such as "a, b and c"."""
     return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else "".join(words)
 
 
