@@ -238,7 +238,7 @@ def make_default_index(folder: Path) -> Path:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from llm2clip.data.image_refs import FileImage
     from llm2clip.models.dual_encoder import open_dual_encoder
-    from llm2clip.search.backends import IndexedContent, IndexedImage
+    from llm2clip.search.types import IndexedContent, IndexedImage
     from search_fixtures import make_index, make_model
 
     model = open_dual_encoder(str(make_model(folder)))
@@ -254,7 +254,7 @@ def make_default_index(folder: Path) -> Path:
     contents, images, words = [], [], WORDS.split()
     for n in range(IMAGES):
         digest = n.to_bytes(32, "big")
-        contents.append(IndexedContent(digest, vectors[n], thumbnail, 640, 480))
+        contents.append(IndexedContent(digest, vectors[n], thumbnail, width=640, height=480))
         captions = tuple(" ".join(rng.choice(words, 12)) for _ in range(CAPTIONS))
         name = f"/photos/{n}.jpg"
         images.append((IndexedImage(name, FileImage(name), "/photos", "0 0", captions), digest))

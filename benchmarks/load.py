@@ -47,7 +47,9 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.io_utils import atomic_write_jsonl
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from llm2clip.search.backends import Filter, IndexedContent, IndexedImage, open_backend
+from llm2clip.search.backends import open_backend
+from llm2clip.search.metadata import Filter
+from llm2clip.search.types import IndexedContent, IndexedImage
 from shared import start_server
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -133,7 +135,7 @@ class Collection:
             half = (vector / np.linalg.norm(vector)).astype(np.float16)
             name = self.known[number] if number < KNOWN else f"/random/{number}.jpg"
             captions = (self.texts[number],) if number < KNOWN else (" ".join(random.choices(WORDS, k=10)),)
-            contents.append(IndexedContent(name.encode(), half, thumbnail, 640, 480))
+            contents.append(IndexedContent(name.encode(), half, thumbnail, width=640, height=480))
             images.append((IndexedImage(name, FileImage(name), "/known", "0 0", captions), name.encode()))
         with backend.lock():
             backend.add(contents, images)

@@ -38,11 +38,12 @@ from PIL import Image, ImageDraw, ImageFont
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.models.dual_encoder import open_dual_encoder
-from llm2clip.search.backends import Filter, IndexedContent, IndexedImage
+from llm2clip.search.metadata import Filter, normalize
 from llm2clip.search.ocr import RecognizeText, open_recognizer, prepare_image
 from llm2clip.search.relevance import embed_texts
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.words import normalize, split_words
+from llm2clip.search.types import IndexedContent, IndexedImage
+from llm2clip.search.words import split_words
 from shared import memory_mb, read_rows, reset_peak_memory
 
 WORDS_FILE = Path(__file__).with_name("ocr_words.json")
@@ -220,7 +221,8 @@ def measure_search(folder: Path, recognize: RecognizeText, model_name: str) -> N
         for number, image in enumerate(images, start):
             texts[number.to_bytes(32)] = recognize(prepare_image(image))
     contents = [
-        IndexedContent(number.to_bytes(32), vector, b"", 1, 1) for number, vector in enumerate(np.concatenate(vectors))
+        IndexedContent(number.to_bytes(32), vector, b"", width=1, height=1)
+        for number, vector in enumerate(np.concatenate(vectors))
     ]
     queries = [row["captions"][-1] for row in rows]
     print(f"\n{sum(map(bool, texts.values()))} of {len(rows)} photographs have recognised text\n")

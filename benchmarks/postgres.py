@@ -29,8 +29,10 @@ import numpy as np
 import psutil
 
 from llm2clip.data.image_refs import FileImage
-from llm2clip.search.backends import Backend, Filter, Hit, IndexedContent, IndexedImage, open_backend
+from llm2clip.search.backends import Backend, open_backend
+from llm2clip.search.metadata import Filter
 from llm2clip.search.postgres_backend import PostgresBackend
+from llm2clip.search.types import Hit, IndexedContent, IndexedImage
 from search import CHUNK, K, add_noise, vector_chunks
 
 Result = TypeVar("Result")
@@ -143,7 +145,7 @@ def fill(backend: Backend, images: Images) -> str:
             for row, vector in enumerate(vectors[first : first + BATCH], first):
                 name = f"/photos/{row % FOLDERS}/{row}.jpg"
                 digest = row.to_bytes(32, "big")
-                contents.append(IndexedContent(digest, vector, thumbnails.bytes(thumbnail_size), 1, 1))
+                contents.append(IndexedContent(digest, vector, thumbnails.bytes(thumbnail_size), width=1, height=1))
                 located_images.append((IndexedImage(name, FileImage(name), "/photos", "1", (captions[row],)), digest))
             backend.add(contents, located_images)
 

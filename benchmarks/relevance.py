@@ -33,10 +33,11 @@ import numpy as np
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from llm2clip.search.backends import Filter, IndexedContent, IndexedImage
+from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryVectors
 from llm2clip.search.relevance import MIN_RELEVANCE, Calibration, calibrate, search_relevant
 from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.types import IndexedContent, IndexedImage
 
 QUERIES = 400
 FOLDERS = 100  # each contains 1% of the images
@@ -184,7 +185,7 @@ def build_backend(folder: Path, data: Data, remaining: np.ndarray, with_captions
         contents, images = [], []
         for number in remaining.tolist():
             digest = number.to_bytes(32)
-            contents.append(IndexedContent(digest, data.images[number].astype(np.float16), b"", 1, 1))
+            contents.append(IndexedContent(digest, data.images[number].astype(np.float16), b"", width=1, height=1))
             path = f"/{get_folder(remaining, number)}/{number}.jpg"
             captions = tuple(data.captions[number][:-1]) if with_captions else ()
             images.append((IndexedImage(path, FileImage(path), "/", "", captions), digest))

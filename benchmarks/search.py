@@ -28,9 +28,10 @@ from typing import Any
 import numpy as np
 
 from llm2clip.data.image_refs import FileImage
-from llm2clip.search.backends import Filter, IndexedContent, IndexedImage
+from llm2clip.search.metadata import Filter
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.sqlite_database import INDEX_FILE
+from llm2clip.search.types import IndexedContent, IndexedImage
 
 K = 10
 CHUNK = 10_000  # number of vectors per chunk
@@ -104,7 +105,7 @@ def measure_captions(folder: Path, count: int) -> None:
         for row in rows:
             caption = "A photo of " + " ".join(rng.choice(words, size=rng.integers(6, 13)))
             name = f"/photos/{row}.jpg"
-            contents.append(IndexedContent(name.encode(), rng.random(8).astype(np.float16), b"", 1, 1))
+            contents.append(IndexedContent(name.encode(), rng.random(8).astype(np.float16), b"", width=1, height=1))
             images.append((IndexedImage(name, FileImage(name), "/photos", "1", (caption,)), name.encode()))
         writer.add(contents, images)
 
@@ -167,7 +168,7 @@ def fill(backend: SqliteBackend, flat: Any, count: int, dim: int) -> float:
         contents, images = [], []
         for row, vector in enumerate(vectors, chunk * CHUNK):
             name = f"/photos/{row}.jpg"
-            contents.append(IndexedContent(name.encode(), vector.astype(np.float16), b"", 1, 1))
+            contents.append(IndexedContent(name.encode(), vector.astype(np.float16), b"", width=1, height=1))
             images.append((IndexedImage(name, FileImage(name), "/photos", "1"), name.encode()))
         backend.add(contents, images)
         seconds += time.perf_counter() - start

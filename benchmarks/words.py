@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from llm2clip.models.dual_encoder import open_dual_encoder
-from llm2clip.search.backends import Filter, IndexedContent, IndexedImage
 from llm2clip.search.build import truncate_to_index
+from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.types import IndexedContent, IndexedImage
 
 
 def main() -> None:
@@ -37,8 +38,10 @@ def measure_fusion(folder: Path, model_name: str, count: int) -> None:
         vector, image = source.vector(hit.id), hit.images[0]
         assert vector is not None and len(image.captions) > 1
         queries.append(image.captions[0])
-        contents.append(IndexedContent(hit.id.encode(), vector.astype(np.float16), b"", hit.width, hit.height))
-        described = IndexedImage(image.name, image.ref, image.source, "1", image.captions[1:], image.taken)
+        contents.append(
+            IndexedContent(hit.id.encode(), vector.astype(np.float16), b"", width=hit.width, height=hit.height)
+        )
+        described = IndexedImage(image.name, image.ref, image.source, "1", image.captions[1:], taken=image.taken)
         images.append((described, hit.id.encode()))
     copy.add(contents, images)
     vectors = [QueryEncoder(model).embed(SearchQuery([query])).combined for query in queries]

@@ -27,8 +27,9 @@ from llm2clip.models.prompts import QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.dense import DenseEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.search.backends import Backend, Filter, open_backend
-from llm2clip.search.build import IndexReport, build_index
+from llm2clip.search.backends import Backend, open_backend
+from llm2clip.search.build import IndexOptions, IndexReport, build_index
+from llm2clip.search.metadata import Filter
 from llm2clip.search.relevance import Calibration, Scale
 from llm2clip.search.sqlite_backend import SqliteBackend
 from postgres_fixtures import get_postgres_server
@@ -105,7 +106,7 @@ def reject_all_texts(backend: Backend, model: DualEncoder) -> None:
 def index_sources(sources: list[Path], model: DualEncoder, backend: Backend, **options: Any) -> IndexReport:
     """Call `build_index` without a limit on invalid images."""
     log = options.pop("log", None) or SkipLog(None, 1.0)
-    return build_index([str(source) for source in sources], model, backend, log, **options)
+    return build_index([str(source) for source in sources], model, backend, log, IndexOptions(**options))
 
 
 def create_backend(kind: str, folder: Path) -> Backend:

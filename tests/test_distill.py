@@ -31,8 +31,8 @@ from llm2clip.models.hub.loading import fingerprint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import DistillOptions, distill
 from llm2clip.runs.fsdp import set_mixed_precision
-from llm2clip.search.backends import Filter
 from llm2clip.search.build import check_model, truncate_to_index
+from llm2clip.search.metadata import Filter
 from llm2clip.store import image_features, writer
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import StoreError

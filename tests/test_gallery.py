@@ -37,8 +37,8 @@ from llm2clip.models.prompts import QueryTemplates, is_short_text
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search import gallery
-from llm2clip.search.backends import IndexedContent, IndexedImage
 from llm2clip.search.gallery import export_gallery, quantize_vectors
+from llm2clip.search.types import IndexedContent, IndexedImage
 from page_fixtures import on_both_devices, wait_until
 from search_fixtures import BACKENDS, create_backend, make_index
 
@@ -287,7 +287,7 @@ def test_gallery_images_come_from_every_backend(kind: str, tmp_path: Path, monke
         digest = hashlib.sha256(bytes([number])).digest()
         path = str(tmp_path / f"{number}.jpg")
         image = IndexedImage(path, FileImage(path), str(tmp_path), "1", (f"caption {number}",), taken=1.0)
-        backend.add([IndexedContent(digest, vector, bytes([number]), 10, 20)], [(image, digest)])
+        backend.add([IndexedContent(digest, vector, bytes([number]), width=10, height=20)], [(image, digest)])
     backend.finish()
     (tmp_path / "out").mkdir()
     images = gallery._write_images(backend, tmp_path / "out")
@@ -404,7 +404,8 @@ def test_browser_vectors_equal_python(page: Any, student_folder: Path) -> None:
 
 @on_both_devices
 def test_text_search_ranks_like_python(page: Any, student_folder: Path, index_folder: Path) -> None:
-    from llm2clip.search.backends import Filter, open_backend
+    from llm2clip.search.backends import open_backend
+    from llm2clip.search.metadata import Filter
 
     assert page.locator("#grid li").count() == 36 and "newest first" in page.locator("#status").inner_text()
     names = search_for(page, "the blue half")

@@ -16,15 +16,9 @@ import pytest
 
 from llm2clip.data.image_refs import FileImage, ImageRef, TarImage
 from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError
-from llm2clip.search.backends import (
-    Backend,
-    Filter,
-    IndexedContent,
-    IndexedImage,
-    IndexUnavailableError,
-    hide_password,
-    open_backend,
-)
+from llm2clip.search.backends import Backend, IndexUnavailableError, hide_password, open_backend
+from llm2clip.search.metadata import Filter
+from llm2clip.search.types import IndexedContent, IndexedImage
 from llm2clip.search.words import WordQuery
 from postgres_fixtures import PostgresServer, get_postgres_server
 from search_fixtures import (
@@ -68,13 +62,13 @@ def make_content(number: int, vector: np.ndarray | None = None, side: int = 100)
     if vector is None:
         vector = np.random.default_rng(number).standard_normal(DIM)
     half = (vector / np.linalg.norm(vector)).astype(np.float16)
-    return IndexedContent(f"hash {number}".encode(), half, f"thumbnail {number}".encode(), side, side + 1)
+    return IndexedContent(f"hash {number}".encode(), half, f"thumbnail {number}".encode(), width=side, height=side + 1)
 
 
 def make_image(
     name: str, captions: Sequence[str] = (), taken: float = 0.0, ref: ImageRef | None = None
 ) -> IndexedImage:
-    return IndexedImage(name, ref or FileImage(name), "/source", "1", tuple(captions), taken)
+    return IndexedImage(name, ref or FileImage(name), "/source", "1", tuple(captions), taken=taken)
 
 
 def add_images(backend: Backend, numbers: Sequence[int]) -> None:
@@ -163,7 +157,7 @@ def test_postgres_filters_match_those_of_sqlite_on_random_data(tmp_path: Path) -
 def test_postgres_stores_and_finds_text_that_is_not_valid_in_sql(text: str, tmp_path: Path) -> None:
     backend = create_index(tmp_path)
     name = "/p/" + text.replace("\ud800", "")
-    image = IndexedImage(name, FileImage(name), text, text, (text, "other"), 1.5)
+    image = IndexedImage(name, FileImage(name), text, text, (text, "other"), taken=1.5)
     backend.add([make_content(0), make_content(1)], [(image, b"hash 0"), (make_image("/q/b"), b"hash 1")])
     for image_filter in (Filter(caption=text.upper()), Filter(path=name), Filter(path=name.removeprefix("/"))):
         [hit] = backend.search(QUERY, 9, image_filter)
@@ -443,12 +437,13 @@ KILLED_WRITER = """
 import signal, sys
 import numpy as np
 from llm2clip.data.image_refs import FileImage
-from llm2clip.search.backends import IndexedContent, IndexedImage, open_backend
+from llm2clip.search.backends import open_backend
+from llm2clip.search.types import IndexedContent, IndexedImage
 
 backend = open_backend(sys.argv[1], write=True)
 with backend.lock():
     for name in ("a", "b", "c"):
-        content = IndexedContent(name.encode(), np.ones(8, np.float16), b"", 1, 1)
+        content = IndexedContent(name.encode(), np.ones(8, np.float16), b"", width=1, height=1)
         backend.add([content], [(IndexedImage(f"/p/{name}.png", FileImage(name), "s", "1"), content.hash)])
     with backend._db.write() as connection:
         connection.execute("DELETE FROM images")

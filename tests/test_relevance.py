@@ -14,7 +14,8 @@ from torch import Tensor
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import relevance
-from llm2clip.search.backends import Backend, Filter, Hit, IndexedContent, IndexedImage
+from llm2clip.search.backends import Backend
+from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryVectors
 from llm2clip.search.relevance import (
     MIN_RELEVANCE,
@@ -35,6 +36,7 @@ from llm2clip.search.relevance import (
     warn_if_not_calibrated,
 )
 from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.types import Hit, IndexedContent, IndexedImage
 from llm2clip.search.vector_index import VectorIndex
 from search_fixtures import BACKENDS, create_backend, index_sources
 
@@ -81,7 +83,7 @@ def add_images(backend: Backend, vectors: np.ndarray, captions: Sequence[str] = 
     contents, images = [], []
     for number, vector in enumerate(vectors, start):
         digest = number.to_bytes(32)
-        contents.append(IndexedContent(digest, vector.astype(np.float16), b"jpeg", 1, 1))
+        contents.append(IndexedContent(digest, vector.astype(np.float16), b"jpeg", width=1, height=1))
         path = f"/{'rest' if number % 10 else 'tenth'}/{number}.png"
         texts = tuple(caption.replace("{}", str(number)) for caption in captions)
         images.append((IndexedImage(path, FileImage(path), "/", "1", texts), digest))
@@ -206,7 +208,7 @@ def test_compute_overlap_weighs_words_by_length() -> None:
 
 def test_get_captions_returns_few_different_captions() -> None:
     texts = ["a dog", "x" * 10_000, *(f"caption {number}" for number in range(500))]
-    images = [IndexedImage(text, FileImage(text), "", "", ("a dog", text), 1.0) for text in texts]
+    images = [IndexedImage(text, FileImage(text), "", "", ("a dog", text), taken=1.0) for text in texts]
     captions = get_captions(Hit("1", 0.5, tuple(images), len(images), 10, 10))
     assert captions == ["a dog", "x" * 500, "caption 0", "caption 1", "caption 2"]
 

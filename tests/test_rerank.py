@@ -14,12 +14,12 @@ from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import index, rerank
-from llm2clip.search.backends import Hit, IndexedImage
 from llm2clip.search.inference import Limits
 from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.rerank import Reranker
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.types import Hit, IndexedImage
 from search_fixtures import HANG_TIMEOUT, make_colour_model, make_index
 
 BASE_URL = "http://localhost"

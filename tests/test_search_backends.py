@@ -12,8 +12,9 @@ import pytest
 from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError
-from llm2clip.search.backends import IndexedContent, IndexedImage, open_backend, ref_from_json, ref_to_json
+from llm2clip.search.backends import open_backend
 from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.types import IndexedContent, IndexedImage, ref_from_json, ref_to_json
 from search_fixtures import index_sources
 
 # References as they are stored in an index: a class must keep its name there even if it is renamed.
@@ -54,7 +55,7 @@ def test_sqlite_backend_rejects_other_format_versions(version: int, tmp_path: Pa
 
 def test_sqlite_backend_adds_a_batch_completely_or_not_at_all(tmp_path: Path) -> None:
     backend = SqliteBackend(tmp_path, write=True)
-    content = IndexedContent(b"a", np.zeros(4, np.float16), b"jpeg", 1, 1)
+    content = IndexedContent(b"a", np.zeros(4, np.float16), b"jpeg", width=1, height=1)
     valid = IndexedImage("a", FileImage("a"), "s", "1")
     without_content = IndexedImage("b", FileImage("b"), "s", "1")
     with pytest.raises(OSError, match=r"index\.sqlite"):

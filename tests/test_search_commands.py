@@ -16,7 +16,7 @@ from llm2clip.cli.search import NOTHING_CLOSE, parse_time, resolve_path_filter
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.model_folder import save_query_templates
 from llm2clip.models.prompts import QueryTemplates
-from llm2clip.search.backends import Filter
+from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.relevance import NOT_CALIBRATED
 from llm2clip.search.sqlite_backend import SqliteBackend

@@ -24,7 +24,7 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.search.backends import Filter
+from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.sqlite_backend import SqliteBackend
 from search_fixtures import BACKENDS, create_backend, index_sources, search_names
@@ -188,7 +188,7 @@ from pathlib import Path
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.search import vector_index
-from llm2clip.search.build import build_index
+from llm2clip.search.build import IndexOptions, build_index
 from llm2clip.search.sqlite_backend import SqliteBackend
 
 photos, model_folder, out = sys.argv[1:]
@@ -211,7 +211,7 @@ for number, name, owner in (
     else:
         backend = SqliteBackend(Path(out) / name, write=True, approximate_above=3)
         kill_at_call(number, name, owner)
-        build_index([photos], model, backend, SkipLog(None, 1.0), batch_size=2, workers=0)
+        build_index([photos], model, backend, SkipLog(None, 1.0), IndexOptions(batch_size=2, workers=0))
         sys.exit(1)  # not reached
 """
 

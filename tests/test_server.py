@@ -39,7 +39,7 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search import inference
-from llm2clip.search.backends import Filter, open_backend
+from llm2clip.search.backends import open_backend
 from llm2clip.search.inference import (
     SCANS,
     Batcher,
@@ -50,6 +50,7 @@ from llm2clip.search.inference import (
     QueueFull,
     current_deadline,
 )
+from llm2clip.search.metadata import Filter
 from llm2clip.search.middleware import CHUNK_SIZE, SESSION_SECONDS, Authenticator
 from llm2clip.search.originals import open_original
 from llm2clip.search.query import QueryEncoder, SearchQuery

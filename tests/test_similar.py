@@ -19,8 +19,9 @@ from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import similar
-from llm2clip.search.backends import Backend, Filter, IndexedContent, IndexedImage
-from llm2clip.search.build import has_exif_time
+from llm2clip.search.backends import Backend
+from llm2clip.search.exif import has_exif_time
+from llm2clip.search.metadata import Filter
 from llm2clip.search.relevance import Calibration, Scale
 from llm2clip.search.similar import (
     BURST_SECONDS,
@@ -30,6 +31,7 @@ from llm2clip.search.similar import (
     group_similar_hits,
 )
 from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.types import IndexedContent, IndexedImage
 from search_fixtures import BACKENDS, create_backend, create_patient_app, make_index
 
 BASE_URL = "http://localhost"
@@ -61,7 +63,7 @@ def add_images(
     contents, images = [], []
     for number, (vector, taken) in enumerate(zip(vectors, times, strict=True)):
         digest, path = number.to_bytes(32), f"/photos/{number}.png"
-        contents.append(IndexedContent(digest, vector.astype(np.float16), b"jpeg", 1, 1))
+        contents.append(IndexedContent(digest, vector.astype(np.float16), b"jpeg", width=1, height=1))
         images.append((IndexedImage(path, FileImage(path), "/photos", version, taken=taken), digest))
     backend.add(contents, images)
     backend.finish()

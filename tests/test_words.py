@@ -22,17 +22,11 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import ocr, sqlite_backend, vector_index, words
-from llm2clip.search.backends import (
-    MAX_CAPTION_FILTER_LENGTH,
-    Backend,
-    Filter,
-    Hit,
-    IndexedContent,
-    IndexedImage,
-    WordIndexError,
-)
+from llm2clip.search.backends import MAX_FILTER_LENGTH, Backend, WordIndexError
+from llm2clip.search.metadata import Filter, normalize
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.words import WordQuery, fuse_rankings, normalize
+from llm2clip.search.types import Hit, IndexedContent, IndexedImage
+from llm2clip.search.words import WordQuery, fuse_rankings
 from search_fixtures import create_patient_app, get_location, index_sources, search_names
 
 NEEDLES = ("", "a", "B", "ab", "abab", "狗", "\u7209", "ss", "ß", "İ", "i̇", "\x00", "\ud800", "zz", "b" * 9, "abba" * 3)
@@ -58,8 +52,8 @@ def add_image(
     vector = np.random.default_rng(content).uniform(-largest, largest, DIM).astype(np.float16)
     vector[content % DIM] = largest
     digest = content.to_bytes(4, "big")
-    image = IndexedImage(name, FileImage(name), "/p", "1", tuple(captions), float(content), camera)
-    backend.add([IndexedContent(digest, vector, b"jpeg", 1, 1)], [(image, digest)])
+    image = IndexedImage(name, FileImage(name), "/p", "1", tuple(captions), taken=float(content), camera=camera)
+    backend.add([IndexedContent(digest, vector, b"jpeg", width=1, height=1)], [(image, digest)])
 
 
 def create_backend(folder: Path, kind: str = "sqlite") -> Any:
@@ -127,7 +121,7 @@ def test_caption_filter_finds_the_same_images_as_python(kind: str, tmp_path: Pat
 
 
 def test_filter_rejects_long_captions() -> None:
-    Filter(caption="a" * MAX_CAPTION_FILTER_LENGTH)
+    Filter(caption="a" * MAX_FILTER_LENGTH)
     with pytest.raises(ValueError, match="501 characters; the limit is 500"):
         Filter(caption="a" * 501)
 

@@ -16,11 +16,12 @@ from starlette.testclient import TestClient
 from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, to_valid_unicode
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import inference, middleware, zip_download
-from llm2clip.search.backends import IndexedImage, IndexUnavailableError
+from llm2clip.search.backends import IndexUnavailableError
 from llm2clip.search.inference import QueueFull
 from llm2clip.search.middleware import CHUNK_SIZE, ByteBudget
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.types import IndexedImage
 from llm2clip.search.zip_download import (
     MAX_NAME_BYTES,
     MAX_ZIP_IMAGES,

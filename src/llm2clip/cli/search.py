@@ -30,11 +30,11 @@ from llm2clip.cli.commands import (
 from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.data.texts import check_not_empty
 from llm2clip.io_utils import install_command
+from llm2clip.search.metadata import Filter
 
 if TYPE_CHECKING:
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.models.prompts import QueryTemplates
-    from llm2clip.search.backends import Filter
     from llm2clip.search.build import IndexReport
     from llm2clip.search.index import Index, SearchPage
     from llm2clip.search.query import SearchQuery
@@ -247,7 +247,7 @@ def _index(args: Namespace) -> list[str]:
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.models.truncation import check_dim
     from llm2clip.runs.ranks import print_once
-    from llm2clip.search.build import build_index
+    from llm2clip.search.build import IndexOptions, build_index
     from llm2clip.search.ocr import open_recognizer
 
     recognize = open_recognizer() if args.ocr else None
@@ -261,9 +261,9 @@ def _index(args: Namespace) -> list[str]:
 
     def update_index() -> tuple[IndexReport, SkipLog]:
         log = SkipLog(skipped_file, args.max_skipped)
-        options = select_arguments(args, "columns", "batch_size", "workers", "prune", "allow_outside", "dim")
-        options |= {"relevance": not args.no_relevance, "recognize": recognize}
-        return build_index(args.data, model, backend, log, **options), log
+        values = select_arguments(args, "columns", "batch_size", "workers", "prune", "allow_outside", "dim")
+        options = IndexOptions(**values, relevance=not args.no_relevance, recognize=recognize)
+        return build_index(args.data, model, backend, log, options), log
 
     report, log = update_index()
     if args.watch is not None:
@@ -401,13 +401,14 @@ def _check_query(args: Namespace) -> None:
 
 def _make_filter(args: Namespace) -> Filter:
     """Create a filter from the arguments. Raise ValueError if a time is invalid or --after is later than --before."""
-    from llm2clip.search.backends import Filter
+    from llm2clip.search.metadata import Filter
 
     after = parse_time(args.after, "--after")
     before = parse_time(args.before, "--before", end_of_day=True)
     if after is not None and before is not None and after > before:
         raise ValueError(f"--after {args.after} is later than --before {args.before}, so no image can match")
-    return Filter(resolve_path_filter(args.path), args.caption, after, before, args.min_side)
+    path = resolve_path_filter(args.path)
+    return Filter(path=path, caption=args.caption, after=after, before=before, min_side=args.min_side)
 
 
 def _make_query_templates(templates: list[str] | None) -> QueryTemplates | None:

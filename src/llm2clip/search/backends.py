@@ -1,23 +1,33 @@
-"""Index backend interface, shared data types, and a function that opens an index.
+"""Base class of index backends, and a function that opens an index.
 
 An index is stored in a local folder (SQLite) or in a schema of a PostgreSQL database.
 """
 
 import importlib
 import json
-import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, TypeVar
 
 import numpy as np
 
-from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, to_valid_unicode
 from llm2clip.io_utils import install_command
+from llm2clip.search.metadata import (
+    CONDITIONS,
+    CONTENT_CONDITIONS,
+    CONTENT_FIELDS,
+    IMAGE_FIELDS,
+    Filter,
+    list_columns,
+    read_columns,
+)
+from llm2clip.search.types import Hit, ImageState, IndexedContent, IndexedImage, ref_from_json, ref_to_json
+from llm2clip.search.words import MAX_FUSED, WordQuery, fuse_rankings
 
 # Backend of each URL scheme, and the form of the URLs. The module `search.NAME_backend` defines `open_index`, and the
 # extra with this name installs its packages. Locations without a scheme are folders.
@@ -25,202 +35,55 @@ BACKENDS = {"postgresql": "postgres", "postgres": "postgres"}
 URL_FORM = "postgresql://USER@HOST/DATABASE?schema=NAME"
 FORMAT_VERSION = 2  # version of the index format
 NEW_INDEX_ADVICE = "Build a new index in another folder with `llm2clip index`"
-# These keys are stored in every index, so they must not change when a class is renamed.
-REF_TYPES: dict[str, type[ImageRef]] = {
-    "FileImage": FileImage,
-    "TarImage": TarImage,
-    "ParquetImage": ParquetImage,
-    "DatasetImage": DatasetImage,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class IndexedImage:
-    """An image at a specific location.
-
-    Args:
-        name: Canonical path in the form `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`. Unique within an index.
-        ref: Reference to the image's bytes.
-        source: Image source in the format of `open_records`, with an absolute path.
-        file_version: Size and modification time of the file, used to detect changes.
-        captions: Captions of the image. Empty if the source has no captions.
-        taken: EXIF capture time as a Unix timestamp. For images without an EXIF date, the file's modification time.
-            `build.has_exif_time` distinguishes them.
-        camera: Camera make and model in the EXIF data, for word search. Search results do not contain it.
-    """
-
-    name: str
-    ref: ImageRef
-    source: str
-    file_version: str
-    captions: tuple[str, ...] = ()
-    taken: float = 0.0
-    camera: str = ""
-
-    @property
-    def container(self) -> str:
-        """Path of the image file, or of the tar file or table that contains the image."""
-        if isinstance(self.ref, FileImage):
-            return self.name
-        name = self.name
-        if isinstance(self.ref, TarImage):
-            # This suffix distinguishes tar members with the same name.
-            name = name.removesuffix(f"@{self.ref.offset}")
-        path_length = len(self.ref.container_path or "")
-        return name.removesuffix(to_valid_unicode(str(self.ref)[path_length:]))
-
-    @property
-    def file_name(self) -> str:
-        """File name without folders, which may be private. For an image in a table, the form is `TABLE[ROW].COLUMN`."""
-        name = self.name
-        if isinstance(self.ref, TarImage):
-            name = name[len(self.container) + len("!") :].removesuffix(f"@{self.ref.offset}")
-        return os.path.basename(name)
-
-
-class ImageState(NamedTuple):
-    """State of an image, used to detect changes since indexing."""
-
-    file_version: str
-    captions: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class IndexedContent:
-    """Content of an image file, shared by all images with identical bytes.
-
-    Args:
-        hash: SHA-256 hash of the encoded image.
-        vector: L2-normalised embedding of shape (D,), float16.
-        thumbnail: JPEG thumbnail, at most 256 pixels per side.
-        width: Width of the image in pixels, after EXIF rotation.
-        height: Height of the image in pixels, after EXIF rotation.
-    """
-
-    hash: bytes
-    vector: np.ndarray
-    thumbnail: bytes
-    width: int
-    height: int
-
-
-class SimilarHit(NamedTuple):
-    """A hit that was added to a similar hit with a better rank (see `search.similar`).
-
-    Args:
-        id: Id of the hit.
-        name, file_name: Name and file name of its first image.
-    """
-
-    id: str
-    name: str
-    file_name: str
-
-
-MAX_LOCATIONS = 100  # maximum per hit; web data sets contain some images hundreds of thousands of times
 FILES_PER_NEWEST = 10  # number of files that `newest_ids` reads per image, because some may have the same content
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A search result.
-
-    Args:
-        id: Identifier of the image content. Unique within an index.
-        score: Cosine similarity to the query vector. None if the search had no query.
-        images: At most MAX_LOCATIONS images with this content. Images that match the filter's path and time conditions
-            come first.
-        image_count: Total number of images with this content.
-        width: Width of the image in pixels, after EXIF rotation.
-        height: Height of the image in pixels, after EXIF rotation.
-        matched: Fields that contain words of the query (`caption`, `text`, `name`, `camera`, `date`) if the image
-            contains all words of the query, otherwise empty.
-        text: Text recognised in the image. Empty if there is none.
-        relevance: Number from 0 to 1 that estimates whether the index has an answer to the query, judging from this
-            image (see `search.relevance`). None if unknown.
-        similar: Hits that were added to this hit because they are similar to it, best first.
-    """
-
-    id: str
-    score: float | None
-    images: tuple[IndexedImage, ...]
-    image_count: int
-    width: int
-    height: int
-    matched: tuple[str, ...] = ()
-    text: str = ""
-    relevance: float | None = None
-    similar: tuple[SimilarHit, ...] = ()
-
-
-MAX_CAPTION_FILTER_LENGTH = 500  # in characters
-
-
-@dataclass(frozen=True)
-class Filter:
-    """Conditions that every search result must meet. None means no condition.
-
-    Args:
-        path: Folder, tar or file that contains the image. An absolute path matches only at that location. A relative
-            path, such as `2024/trip`, matches in every folder. `*` matches any characters, including slashes, and `?`
-            matches one character.
-        caption: Text that at least one caption must contain, ignoring case. At most MAX_CAPTION_FILTER_LENGTH
-            characters.
-        after: Earliest capture time, as a Unix timestamp.
-        before: Latest capture time, as a Unix timestamp.
-        min_side: Minimum length of the image's shorter side, in pixels.
-
-    Raises:
-        ValueError: `caption` is too long.
-    """
-
-    path: str | None = None
-    caption: str | None = None
-    after: float | None = None
-    before: float | None = None
-    min_side: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.caption is not None and len(self.caption) > MAX_CAPTION_FILTER_LENGTH:
-            raise ValueError(
-                f"the caption filter is too long: {len(self.caption):,} characters; "
-                f"the limit is {MAX_CAPTION_FILTER_LENGTH}"
-            )
-
-    def __bool__(self) -> bool:
-        return any(value is not None for value in asdict(self).values())
-
-
-def ref_to_json(ref: ImageRef) -> str:
-    """Serialize an image reference to JSON."""
-    return json.dumps([type(ref).__name__, asdict(ref)])  # type: ignore[call-overload]
-
-
-def ref_from_json(text: str) -> ImageRef:
-    """Deserialize an image reference from `ref_to_json`. Raise ValueError if the reference has an unknown type."""
-    name, fields = json.loads(text)
-    if name not in REF_TYPES:
-        raise ValueError(f"unknown image reference type: {name}")
-    return REF_TYPES[name](**fields)
 
 
 class WordIndexError(OSError):
     """Raised if a search needs the tables for word search and they are corrupt."""
 
 
-class Backend(Protocol):
-    """Interface for indexes, which store images and search them by embedding.
+Result = TypeVar("Result")
+# Runs an SQL statement, whose parameters have the form `:NAME`, and returns all rows.
+Query = Callable[[str, Mapping[str, Any]], list[tuple[Any, ...]]]
+IMAGE_COLUMNS = ("name", "location", "source", "file_version", "captions", *list_columns(IMAGE_FIELDS))
+CONTENT_COLUMNS = tuple(list_columns(CONTENT_FIELDS))
 
-    The methods of backends on a server raise IndexUnavailableError if the server does not respond.
+
+@dataclass
+class SqlConditions:
+    """SQL conditions of a filter, and their parameters.
+
+    Args:
+        images: Conditions on a row of `images`.
+        captions: Condition on the captions of a row of `images`, or None.
+        contents: Conditions on a row of `contents`.
     """
 
+    images: list[str] = field(default_factory=list)
+    captions: str | None = None
+    contents: list[str] = field(default_factory=list)
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+class Backend(ABC):
+    """Base class of indexes, which store images and search them by embedding.
+
+    Methods of backends on a server raise IndexUnavailableError if the server does not respond.
+
+    The tables `contents`, `thumbnails`, `images`, `metadata`, `calibration` and `recognized_texts` are the same in all
+    backends. Statements that all databases understand are in this class.
+    """
+
+    # ---- building
+
+    @abstractmethod
     def lock(self) -> AbstractContextManager[None]:
         """Return a context manager that prevents other runs from writing to the index.
 
         Entering the context raises FolderInUseError if another run holds the lock.
         """
-        ...
 
+    @abstractmethod
     def metadata(self) -> dict[str, Any]:
         """Return the index metadata, or an empty dict if `initialize` has not been called.
 
@@ -228,60 +91,87 @@ class Backend(Protocol):
         truncated), and either `fingerprint` (the model's fingerprint) or `image_fingerprint` and `text_fingerprint`
         (those of its image encoder and text encoder).
         """
-        ...
 
+    @abstractmethod
     def initialize(self, metadata: Mapping[str, Any]) -> None:
         """Store the metadata and prepare the backend for adding images."""
-        ...
 
-    def repair_words(self) -> None:
-        """Rebuild the tables for word search if they are corrupt."""
-        ...
+    def repair_words(self) -> None:  # noqa: B027
+        """Rebuild the tables for word search if they are corrupt. By default, the database repairs them itself."""
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
         """Return the states of the images that were indexed from the given sources, keyed by image name.
 
         Images from other sources are also included if their path is inside one of the given sources.
         """
-        ...
+        states = {}
+        for source in sources:
+            condition, parameters = self._make_source_condition(source)
+            statement = f"SELECT name, file_version, captions FROM images WHERE {condition}"
+            for name, file_version, captions in self._query(statement, parameters):
+                state = ImageState(self._decode(file_version), tuple(json.loads(captions)))
+                states[self._decode(name)] = state
+        return states
 
+    @abstractmethod
     def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
         """Return the subset of the given content hashes that are already in the index."""
-        ...
 
+    @abstractmethod
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
         """Add images and their contents. An image replaces any existing image of the same name.
 
         Each image is paired with its content hash. Everything is added in one transaction.
         """
-        ...
 
+    @abstractmethod
     def remove(self, names: Sequence[str]) -> None:
         """Remove images by name, then remove all contents that no longer belong to any image."""
-        ...
 
+    @abstractmethod
     def finish(self) -> None:
         """Complete an indexing run. Call this after all images have been added and removed."""
-        ...
-
-    def count(self) -> tuple[int, int]:
-        """Return the number of images and the number of distinct image contents."""
-        ...
-
-    def duplicates(self, limit: int = 10) -> list[list[str]]:
-        """Return the names of duplicate images, grouped by content: at most `limit` groups, largest first."""
-        ...
 
     def contents_without_text(self, sources: Sequence[str]) -> list[tuple[bytes, IndexedImage]]:
         """Return the contents in which no text has been recognised yet, as pairs of content hash and image.
 
         Only images that `indexed` returns for the sources are included.
         """
-        ...
+        missing: dict[bytes, IndexedImage] = {}
+        for source in sources:
+            condition, parameters = self._make_source_condition(source)
+            statement = (
+                f"SELECT hash, {', '.join(IMAGE_COLUMNS)} FROM images JOIN contents ON contents.id = images.content "
+                "WHERE NOT EXISTS (SELECT 1 FROM recognized_texts WHERE recognized_texts.content = contents.id) "
+                f"AND {condition}"
+            )
+            for digest, *row in self._query(statement, parameters):
+                missing.setdefault(bytes(digest), self._image_from_row(row))
+        return list(missing.items())
 
+    @abstractmethod
     def set_texts(self, texts: Mapping[bytes, str]) -> None:
         """Store the texts recognised in images, keyed by content hash."""
-        ...
+
+    # ---- searching
+
+    def count(self) -> tuple[int, int]:
+        """Return the number of images and the number of distinct image contents."""
+        statement = "SELECT (SELECT count(*) FROM images), (SELECT count(*) FROM contents)"
+        ((images, contents),) = self._query(statement, {})
+        return images, contents
+
+    def duplicates(self, limit: int = 10) -> list[list[str]]:
+        """Return the names of duplicate images, grouped by content: at most `limit` groups, largest first."""
+        largest_groups = (
+            "SELECT content FROM images GROUP BY content HAVING count(*) > 1 "
+            "ORDER BY count(*) DESC, content LIMIT :limit"
+        )
+        groups = []
+        for (content_id,) in self._query(largest_groups, {"limit": limit}):
+            names = self._query("SELECT name FROM images WHERE content = :id", {"id": content_id})
+            groups.append(sorted(self._decode(name) for (name,) in names))
+        return groups
 
     def search(
         self,
@@ -308,46 +198,218 @@ class Backend(Protocol):
         Raises:
             WordIndexError: The tables for word search are corrupt.
         """
-        ...
+        query = WordQuery() if vector is None else WordQuery.parse(words)
 
+        def read(run: Query) -> list[Hit]:
+            matches = self._find_word_matches(run, query, image_filter) if query else np.empty(0, np.int64)
+            scores: dict[int, float] = {}
+            if vector is None:
+                ids = self._find_newest(run, image_filter, count, offset)
+            else:
+                depth = max(offset + count, MAX_FUSED) if len(matches) else offset + count
+                nearest, cosines = self._find_nearest(run, vector.astype(np.float32), depth, image_filter)
+                scores = dict(zip(nearest.tolist(), cosines.tolist(), strict=True))
+                ranking = fuse_rankings(nearest, matches) if len(matches) else nearest
+                ids = ranking[offset : offset + count].tolist()
+                others = self._fetch_vectors(run, [content_id for content_id in ids if content_id not in scores])
+                scores |= {content_id: float(other @ vector) for content_id, other in others.items()}
+            matched_ids = sorted(set(ids) & set(matches.tolist()))
+            matched = self._find_matched_fields(run, query, matched_ids) if matched_ids else {}
+            return self._read_hits(run, ids, scores, matched, image_filter)
+
+        return self._read(read)
+
+    def _read_hits(
+        self,
+        run: Query,
+        ids: Sequence[int],
+        scores: Mapping[int, float],
+        matched: Mapping[int, tuple[str, ...]],
+        image_filter: Filter,
+    ) -> list[Hit]:
+        """Return the hits with the given content ids. Skip contents that another process has just removed."""
+        columns = ", ".join(item.name for item in CONTENT_FIELDS)
+        rows = run(
+            "SELECT id, (SELECT count(*) FROM images WHERE content = contents.id), "
+            f"(SELECT text FROM recognized_texts WHERE content = contents.id), {columns} "
+            f"FROM contents WHERE id IN {list_ids(ids)}",
+            {},
+        )
+        contents = {content_id: values for content_id, *values in rows}
+        images = self._read_images(run, ids, self._make_conditions(image_filter))
+        hits = []
+        for content_id in ids:
+            if content_id in contents and content_id in images:
+                image_count, text, *values = contents[content_id]
+                hit = Hit(
+                    str(content_id),
+                    scores.get(content_id),
+                    images[content_id],
+                    image_count,
+                    matched.get(content_id, ()),
+                    self._decode(text or ""),
+                    **dict(zip([item.name for item in CONTENT_FIELDS], values, strict=True)),
+                )
+                hits.append(hit)
+        return hits
+
+    @abstractmethod
     def count_matches(self, image_filter: Filter) -> int:
         """Return the number of distinct images that match a filter."""
-        ...
 
     def vector(self, hit_id: str) -> np.ndarray | None:
         """Return a hit's embedding as a float32 array of shape (D,), or None if the id is unknown."""
-        ...
+        return self.vectors([hit_id]).get(hit_id)
 
     def vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the embeddings of several hits in the given order, as float32 arrays of shape (D,).
 
         Unknown ids are skipped.
         """
-        ...
+        ids = [parse_content_id(hit_id) for hit_id in hit_ids]
+        vectors = self._read(lambda run: self._fetch_vectors(run, ids))
+        return {hit_id: vectors[i] for hit_id, i in zip(hit_ids, ids, strict=True) if i in vectors}
 
     def sample_ids(self, count: int) -> list[str]:
         """Return the hit ids of at most `count` distinct images, chosen at random. Equal indexes give equal samples."""
-        ...
+        statement = "SELECT id FROM contents ORDER BY hash LIMIT :count"  # hashes are random
+        return [str(content_id) for (content_id,) in self._query(statement, {"count": count})]
 
     def newest_ids(self, count: int) -> list[str]:
         """Return the hit ids of at most `count` distinct images with the latest capture times, newest first."""
-        ...
+        statement = "SELECT content FROM images ORDER BY taken DESC LIMIT :count"
+        rows = self._query(statement, {"count": count * FILES_PER_NEWEST})
+        return list(dict.fromkeys(str(content_id) for (content_id,) in rows))[:count]
 
     def save_calibration(self, data: bytes) -> None:
         """Store a serialized `search.relevance.Calibration`, or empty bytes if the index is to have none."""
-        ...
+        with self._write() as run:
+            run("DELETE FROM calibration", {})
+            run("INSERT INTO calibration VALUES (:data)", {"data": data})
 
     def load_calibration(self) -> bytes | None:
         """Return the data from `save_calibration`, or None if it has never been called."""
-        ...
+        rows = self._query("SELECT data FROM calibration", {})
+        return bytes(rows[0][0]) if rows else None
 
     def thumbnail(self, hit_id: str) -> bytes | None:
         """Return a hit's JPEG thumbnail, or None if the id is unknown."""
-        ...
+        rows = self._query("SELECT jpeg FROM thumbnails WHERE id = :id", {"id": parse_content_id(hit_id)})
+        return bytes(rows[0][0]) if rows else None
 
     def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
         """Return at most MAX_LOCATIONS images with a hit's content, or an empty tuple if the id is unknown."""
-        ...
+        content_id = parse_content_id(hit_id)
+        images = self._read(lambda run: self._read_images(run, [content_id], SqlConditions()))
+        return images.get(content_id, ())
+
+    # ---- statements of each database
+
+    @abstractmethod
+    def _read(self, function: Callable[[Query], Result]) -> Result:
+        """Call a function with a function that runs statements that only read."""
+
+    @abstractmethod
+    def _write(self) -> AbstractContextManager[Query]:
+        """Return the context manager of a transaction, which is rolled back if an exception is raised."""
+
+    def _query(self, statement: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        return self._read(lambda run: run(statement, parameters))
+
+    @abstractmethod
+    def _make_source_condition(self, source: str) -> tuple[str, dict[str, Any]]:
+        """Return the condition for images from a source or inside its path, and its parameters."""
+
+    @abstractmethod
+    def _make_path_condition(self, path: str) -> tuple[str, dict[str, Any]]:
+        """Return the condition of a path filter, and its parameters."""
+
+    @abstractmethod
+    def _make_caption_condition(self, caption: str) -> tuple[str, dict[str, Any]]:
+        """Return the condition of a caption filter, and its parameters."""
+
+    def _make_conditions(self, image_filter: Filter) -> SqlConditions:
+        conditions = SqlConditions()
+        for name, value in image_filter.values.items():
+            if name == "path":
+                condition, parameters = self._make_path_condition(value)
+                conditions.images.append(condition)
+            elif name == "caption":
+                conditions.captions, parameters = self._make_caption_condition(value)
+            else:
+                declared = CONDITIONS[name]
+                parameters = {name: declared.to_parameter(value)}
+                target = conditions.contents if declared in CONTENT_CONDITIONS else conditions.images
+                target.append(f"({declared.sql})")
+            conditions.parameters |= parameters
+        return conditions
+
+    @abstractmethod
+    def _find_newest(self, run: Query, image_filter: Filter, count: int, offset: int) -> list[int]:
+        """Return a page of content ids, sorted by the latest time of the matching images."""
+
+    @abstractmethod
+    def _find_nearest(
+        self, run: Query, vector: np.ndarray, depth: int, image_filter: Filter
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of the `depth` contents most similar to a vector, and their cosine similarities.
+
+        Both arrays have shape (K,). The ids are int64.
+        """
+
+    @abstractmethod
+    def _find_word_matches(self, run: Query, query: WordQuery, image_filter: Filter) -> np.ndarray:
+        """Return the ids of the contents that contain all words of a query, best first, int64 of shape (K,).
+
+        At most MAX_FUSED ids, and none if too many images contain all words.
+        """
+
+    @abstractmethod
+    def _find_matched_fields(self, run: Query, query: WordQuery, ids: Sequence[int]) -> dict[int, tuple[str, ...]]:
+        """Return the fields that contain words of the query, for contents that contain all words."""
+
+    @abstractmethod
+    def _read_images(
+        self, run: Query, ids: Sequence[int], conditions: SqlConditions
+    ) -> dict[int, tuple[IndexedImage, ...]]:
+        """Return at most MAX_LOCATIONS images per content, sorted by name, those that match the conditions first.
+
+        If there are more images, return those indexed first, so that the database can stop reading early.
+        """
+
+    @abstractmethod
+    def _fetch_vectors(self, run: Query, ids: Sequence[int]) -> dict[int, np.ndarray]:
+        """Return the float32 vectors with the given content ids. Unknown ids are skipped."""
+
+    # ---- rows
+
+    def _encode(self, text: str) -> str:
+        """Convert a text to a form that the database can store."""
+        return text
+
+    def _decode(self, text: str) -> str:
+        return text
+
+    def _image_to_row(self, image: IndexedImage) -> dict[str, Any]:
+        """Return an image's values for IMAGE_COLUMNS."""
+        row = {"name": image.name, "location": ref_to_json(image.ref), "source": image.source}
+        row |= {"file_version": image.file_version, "captions": json.dumps(image.captions)}
+        row |= read_columns(image, IMAGE_FIELDS)
+        return {name: self._encode(value) if isinstance(value, str) else value for name, value in row.items()}
+
+    def _image_from_row(self, row: Sequence[Any]) -> IndexedImage:
+        """Return the image with the given values of IMAGE_COLUMNS."""
+        values: dict[str, Any] = {}
+        for name, value in zip(IMAGE_COLUMNS, row, strict=True):
+            if not name.startswith("folded_"):
+                values[name] = self._decode(value) if isinstance(value, str) else value
+        ref, captions = ref_from_json(values.pop("location")), tuple(json.loads(values.pop("captions")))
+        return IndexedImage(ref=ref, captions=captions, **values)
+
+
+def list_ids(ids: Sequence[int]) -> str:
+    """Return an SQL list of integer ids."""
+    return f"({', '.join(str(int(content_id)) for content_id in ids) or 'NULL'})"
 
 
 def format_missing_index_message(folder: str | Path) -> str:

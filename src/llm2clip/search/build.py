@@ -5,18 +5,15 @@ Each batch is committed separately, so an interrupted run can resume where it le
 
 import dataclasses
 import hashlib
-import io
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from llm2clip.data.image_header import open_header
 from llm2clip.data.image_loader import iter_image_batches
 from llm2clip.data.image_refs import TarImage, get_file_version, resolve_folder, to_valid_unicode
 from llm2clip.data.images import make_thumbnail
@@ -27,17 +24,16 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.hub.loading import fingerprint
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once
-from llm2clip.search.backends import REF_TYPES, Backend, ImageState, IndexedContent, IndexedImage
+from llm2clip.search.backends import Backend
+from llm2clip.search.exif import read_exif
 from llm2clip.search.ocr import RecognizeText, recognize_texts
 from llm2clip.search.relevance import remove_calibration, update_calibration
+from llm2clip.search.types import REF_TYPES, ImageState, IndexedContent, IndexedImage
 
 THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
 # If a source has lost more images than both of these limits, the user must confirm with `prune`, because a disk may be
 # unmounted.
 MAX_DELETED, MAX_DELETED_FRACTION = 10, 0.2
-EXIF_IFD, EXIF_DATE_TAKEN, EXIF_DATE, EXIF_MAKE, EXIF_MODEL = 0x8769, 0x9003, 0x0132, 0x010F, 0x0110  # EXIF tags
-MAX_CAMERA_LENGTH = 200  # in characters
-EXIF_TIME_OFFSET = 1e-6  # added to EXIF times that are equal to the file's modification time, in seconds
 CHUNK = 8192  # number of images to read and hash before embedding the new ones
 
 
@@ -65,25 +61,11 @@ class IndexReport:
         return text if self.read is None else f"{text}, {self.read:,} read for text"
 
 
-def build_index(
-    sources: Sequence[str],
-    model: DualEncoder,
-    backend: Backend,
-    log: SkipLog,
-    columns: dict[str, str] | None = None,
-    batch_size: int = 64,
-    workers: int | None = None,
-    prune: bool = False,
-    allow_outside: bool = False,
-    dim: int | None = None,
-    relevance: bool = True,
-    recognize: RecognizeText | None = None,
-) -> IndexReport:
-    """Synchronise an index with the current images of the given sources. Keep images from other sources in the index.
+@dataclass(frozen=True)
+class IndexOptions:
+    """Options of `build_index`.
 
     Args:
-        sources: Image sources in the format of `open_records`. Captions are optional. Folders are read recursively.
-        log: Skip log for unreadable images.
         columns: Name of the source column for each llm2clip field.
         batch_size: Number of images per forward pass and per commit.
         workers: Number of image decoding processes. For the default, see `iter_image_batches`.
@@ -94,32 +76,45 @@ def build_index(
             a new index.
         relevance: If True, calibrate the relevance of hits (see `search.relevance`). If False, remove the calibration.
         recognize: Function that recognises the text in an image (see `search.ocr`). Default: no text recognition.
+    """
+
+    columns: dict[str, str] = field(default_factory=dict)
+    batch_size: int = 64
+    workers: int | None = None
+    prune: bool = False
+    allow_outside: bool = False
+    dim: int | None = None
+    relevance: bool = True
+    recognize: RecognizeText | None = None
+
+
+def build_index(
+    sources: Sequence[str],
+    model: DualEncoder,
+    backend: Backend,
+    log: SkipLog,
+    options: IndexOptions = IndexOptions(),
+) -> IndexReport:
+    """Synchronise an index with the current images of the given sources. Keep images from other sources in the index.
+
+    Args:
+        sources: Image sources in the format of `open_records`. Captions are optional. Folders are read recursively.
+        log: Skip log for unreadable images.
 
     Raises:
         FolderInUseError: Another run is writing to the index.
-        ValueError: The index was built with a different model or number of dimensions, the model has fewer than `dim`
-            dimensions, or many of a source's images no longer exist. In the last case, new images have been added, but
-            none have been removed.
+        ValueError: The index was built with a different model or number of dimensions, the model has fewer than
+            `options.dim` dimensions, or many of a source's images no longer exist. In the last case, new images have
+            been added, but none have been removed.
         OSError: A source does not exist, or a folder cannot be listed.
         TooManySkipped: Too many images cannot be read.
     """
     with backend.lock():
-        metadata = backend.metadata()
-        if metadata:
-            if dim not in (None, metadata["embed_dim"]):
-                raise ValueError(
-                    f"the index has vectors of {metadata['embed_dim']} dimensions, not {dim}. Remove --dim, or build a "
-                    "new index in another folder."
-                )
-            model = truncate_to_index(metadata, model)
-        else:
-            model = model if dim is None else model.truncate(dim)
-            backend.initialize(_describe_model(model))
-        backend.repair_words()
-        parsed = [_parse_source(source, columns or {}) for source in sources]
+        model = _prepare_backend(backend, model, options.dim)
+        parsed = [_parse_source(source, options.columns) for source in sources]
         indexed_by_source = {str(source): backend.indexed([to_valid_unicode(str(source))]) for source in parsed}
         try:
-            images = scan_sources(parsed, log, prune, allow_outside)
+            images = scan_sources(parsed, log, options.prune, options.allow_outside)
         except FileNotFoundError as error:
             if any(indexed_by_source[str(source)] and source.path in str(error) for source in parsed):
                 raise FileNotFoundError(
@@ -131,7 +126,7 @@ def build_index(
         for image in images.values():
             if indexed.get(image.name) != ImageState(image.file_version, image.captions):
                 to_add.append(image)
-        added, embedded = _add_images(to_add, model, backend, log, batch_size, workers)
+        added, embedded = _add_images(to_add, model, backend, log, options)
         log.check()  # before any image is removed, raise an error if too many images were skipped
 
         folders = [f"{source.path.rstrip('/')}/" for source in parsed if os.path.isdir(source.path)]
@@ -139,29 +134,44 @@ def build_index(
         for name, state in indexed.items():
             if name not in images and not _is_unchanged_file(name, state.file_version, folders):
                 deleted.append(name)
-        if not prune:
+        if not options.prune:
             for source, states in indexed_by_source.items():
                 _check_deleted_fraction(source, states, set(deleted))
         not_added = {image.name for image in to_add} - added
         unreadable = [name for name in indexed if name in not_added]  # changed files that can no longer be decoded
         backend.remove([*deleted, *unreadable])
         backend.finish()
-        read = None
-        if recognize is not None:
-            names = [to_valid_unicode(str(source)) for source in parsed]
-            read = recognize_texts(names, backend, recognize, log, workers)
         report = IndexReport(
             added=len(added - indexed.keys()),
             changed=len(added & indexed.keys()),
             removed=len(deleted) + len(unreadable),
             embedded=embedded,
-            read=read,
         )
-        if relevance:
+        if options.recognize is not None:
+            names = [to_valid_unicode(str(source)) for source in parsed]
+            report.read = recognize_texts(names, backend, options.recognize, log, options.workers)
+        if options.relevance:
             update_calibration(backend, model, changed=bool(report))
         else:
             remove_calibration(backend)
     return report
+
+
+def _prepare_backend(backend: Backend, model: DualEncoder, dim: int | None) -> DualEncoder:
+    """Initialise a new index, or check an existing one. Return the model, truncated to the index's dimensions."""
+    metadata = backend.metadata()
+    if metadata:
+        if dim not in (None, metadata["embed_dim"]):
+            raise ValueError(
+                f"the index has vectors of {metadata['embed_dim']} dimensions, not {dim}. Remove --dim, or build a "
+                "new index in another folder."
+            )
+        model = truncate_to_index(metadata, model)
+    else:
+        model = model if dim is None else model.truncate(dim)
+        backend.initialize(_describe_model(model))
+    backend.repair_words()
+    return model
 
 
 def _check_deleted_fraction(source: str, indexed: Mapping[str, ImageState], deleted: set[str]) -> None:
@@ -245,12 +255,7 @@ def _is_unchanged_file(name: str, version: str, folders: Sequence[str]) -> bool:
 
 
 def _add_images(
-    images: Sequence[IndexedImage],
-    model: DualEncoder,
-    backend: Backend,
-    log: SkipLog,
-    batch_size: int,
-    workers: int | None,
+    images: Sequence[IndexedImage], model: DualEncoder, backend: Backend, log: SkipLog, options: IndexOptions
 ) -> tuple[set[str], int]:
     """Add images to the index. Return the names of all added images and the number of new embeddings."""
     added: set[str] = set()
@@ -259,7 +264,7 @@ def _add_images(
         known, unknown = _read_images(images[start : start + CHUNK], backend, log)
         backend.add([], known)
         added.update(image.name for image, _ in known)
-        for batch in _embed_images(unknown, model, log, batch_size, workers):
+        for batch in _embed_images(unknown, model, log, options):
             batch_images = [(image, content.hash) for content in batch for image in unknown[content.hash]]
             backend.add(batch, batch_images)
             added.update(image.name for image, _ in batch_images)
@@ -278,7 +283,7 @@ def _read_images(
     """
     readable: list[tuple[IndexedImage, bytes]] = []
     for image in ProgressBar(images, desc="read", unit="image"):
-        digest, described = read_digest_and_exif(image, log)
+        digest, described = read_digest_and_metadata(image, log)
         if digest is not None:
             readable.append((described, digest))
     existing = backend.existing({digest for _, digest in readable})
@@ -293,24 +298,20 @@ def _read_images(
 
 
 def _embed_images(
-    images_by_hash: Mapping[bytes, list[IndexedImage]],
-    model: DualEncoder,
-    log: SkipLog,
-    batch_size: int,
-    workers: int | None,
+    images_by_hash: Mapping[bytes, list[IndexedImage]], model: DualEncoder, log: SkipLog, options: IndexOptions
 ) -> Iterator[list[IndexedContent]]:
     """Decode and embed one image per content hash, and yield the image contents in batches."""
     hashes = list(images_by_hash)
     refs = [images_by_hash[digest][0].ref for digest in hashes]
     with ProgressBar(total=len(refs), desc="embed", unit="image", disable=not refs) as bar:
-        batches = iter_image_batches(refs, PrepareImage(model.transform), batch_size, workers)
+        batches = iter_image_batches(refs, PrepareImage(model.transform), options.batch_size, options.workers)
         for indices, prepared, errors in batches:
             contents = []
             vectors = model.encode_images([pixels for pixels, *_ in prepared]).numpy() if indices else ()
             for index, vector, (_, thumbnail, width, height) in zip(indices, vectors, prepared, strict=True):
                 if np.isfinite(vector).all():
                     half = vector.astype(np.float16)
-                    contents.append(IndexedContent(hashes[index], half, thumbnail, width, height))
+                    contents.append(IndexedContent(hashes[index], half, thumbnail, width=width, height=height))
                 else:
                     errors[index] = "the model returned NaN or infinity for this image"
             for index, reason in errors.items():
@@ -433,15 +434,6 @@ def _is_in_folder(path: str, folder: str) -> bool:
     return path == folder or path.startswith(os.path.join(folder, ""))
 
 
-def has_exif_time(image: IndexedImage) -> bool:
-    """Return True if `taken` is an EXIF time. Return False if it is, or could be, the file's modification time.
-
-    For images in a saved data set, the index does not contain the modification time, so the result is always False.
-    """
-    _, _, nanoseconds = image.file_version.partition(" ")
-    return nanoseconds.isdigit() and abs(image.taken - int(nanoseconds) / 1e9) > EXIF_TIME_OFFSET / 2
-
-
 def format_file_version(stat: os.stat_result) -> str:
     """Return a file's size and modification time as a string, used to detect changes."""
     return f"{stat.st_size} {stat.st_mtime_ns}"
@@ -454,38 +446,11 @@ def read_container_version(path: str) -> str:
     return hashlib.sha256(repr(get_file_version(path)).encode()).hexdigest()[:32]
 
 
-def read_digest_and_exif(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, IndexedImage]:
-    """Return the SHA-256 hash of an image's bytes (None if unreadable), and the image with its EXIF date and camera."""
+def read_digest_and_metadata(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, IndexedImage]:
+    """Return the SHA-256 hash of an image's bytes (None if unreadable), and the image with the metadata in the file."""
     try:
         data = image.ref.read()
     except (OSError, ValueError, LookupError) as error:
         log.skip(image.name, 0, "unreadable image", error)
         return None, image
-    taken, camera = read_exif(data)
-    if taken is None:
-        taken = image.taken
-    elif taken == image.taken:
-        taken += EXIF_TIME_OFFSET  # see `has_exif_time`
-    return hashlib.sha256(data).digest(), dataclasses.replace(image, taken=taken, camera=camera)
-
-
-def read_exif(data: bytes) -> tuple[float | None, str]:
-    """Return an encoded image's EXIF date as a Unix timestamp (None if there is no date), and its camera.
-
-    EXIF dates have no time zone, so the local time zone is assumed. The camera is its make and model, or empty.
-    """
-    try:
-        header = open_header(io.BytesIO(data))
-        if header.format == "PNG" and "exif" not in header.info:
-            return None, ""  # Pillow would decode the entire image to look for EXIF data after the pixels
-        exif = header.getexif()
-        make, model = (str(exif.get(tag) or "").strip(" \0") for tag in (EXIF_MAKE, EXIF_MODEL))
-        camera = model if model.casefold().startswith(make.casefold()) else f"{make} {model}"
-    except Exception:  # Pillow can raise almost any exception for corrupt headers
-        return None, ""
-    try:
-        date = exif.get_ifd(EXIF_IFD).get(EXIF_DATE_TAKEN) or exif.get(EXIF_DATE)
-        taken = datetime.strptime(str(date)[:19], "%Y:%m:%d %H:%M:%S").timestamp()
-    except Exception:
-        taken = None
-    return taken, camera[:MAX_CAMERA_LENGTH]
+    return hashlib.sha256(data).digest(), dataclasses.replace(image, **read_exif(data, modified=image.taken))

@@ -34,8 +34,10 @@ from llm2clip.models.prompts import MAX_TEMPLATE_CHARACTERS
 from llm2clip.models.truncation import truncate_model
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once
-from llm2clip.search.backends import Backend, Filter, Hit, hide_password, open_backend
+from llm2clip.search.backends import Backend, hide_password, open_backend
 from llm2clip.search.build import truncate_to_index
+from llm2clip.search.metadata import Filter
+from llm2clip.search.types import Hit
 
 PAGE_FOLDER = Path(__file__).parent / "gallery_page"
 STYLE_SHEET = Path(__file__).parent / "static/page.css"

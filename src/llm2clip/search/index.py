@@ -19,15 +19,17 @@ from torch import Tensor
 from llm2clip.data.images import ImageError, load_image
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.prompts import QueryTemplates
-from llm2clip.search.backends import Backend, Filter, Hit, open_backend
+from llm2clip.search.backends import Backend, open_backend
 from llm2clip.search.build import truncate_to_index
 from llm2clip.search.explain import Explanation, explain_hit
 from llm2clip.search.heatmap import compute_heatmap, draw_heatmap, locate_query, require_dense_encoder
+from llm2clip.search.metadata import Filter
 from llm2clip.search.originals import NotFound, read_original
 from llm2clip.search.query import QueryEncoder, QueryVectors, SearchQuery, UnsupportedQuery
 from llm2clip.search.relevance import Calibration, load_calibration, search_relevant
 from llm2clip.search.rerank import RERANKED, Reranker, Reranking
 from llm2clip.search.similar import READ_FACTOR, HitPage, group_similar_hits
+from llm2clip.search.types import Hit
 
 CALIBRATION_SECONDS = 60.0  # maximum age of the cached calibration of relevance, in seconds
 COUNT_SECONDS = 1.0  # maximum age of the cached image count, in seconds
@@ -109,7 +111,7 @@ class Index:
         query = SearchQuery(texts=["a beach"], images=["sunset.jpg"], negative_texts=["people"], like=[page.hits[0].id])
         page = index.search(query, filter=Filter(min_side=1000), options=SearchOptions(group_similar=False))
 
-    `SearchQuery` is in `llm2clip.search.query`, `Filter` in `llm2clip.search.backends`, and `SearchOptions` in
+    `SearchQuery` is in `llm2clip.search.query`, `Filter` in `llm2clip.search.metadata`, and `SearchOptions` in
     `llm2clip.search.index`. Build an index with the command `llm2clip index`.
     """
 

@@ -7,8 +7,9 @@ from PIL import Image
 
 from llm2clip.data.image_header import open_header
 from llm2clip.data.image_refs import FileImage, read_image_file
-from llm2clip.search.backends import Backend, IndexedImage
+from llm2clip.search.backends import Backend
 from llm2clip.search.build import format_file_version, read_container_version
+from llm2clip.search.types import IndexedImage
 
 
 class NotFound(LookupError):

@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -33,31 +32,36 @@ from llm2clip.data.image_refs import FileImage, to_valid_unicode
 from llm2clip.runs.output_folder import check_format_version
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import (
-    FILES_PER_NEWEST,
+    CONTENT_COLUMNS,
     FORMAT_VERSION,
-    MAX_LOCATIONS,
+    IMAGE_COLUMNS,
     NEW_INDEX_ADVICE,
-    Filter,
-    Hit,
-    ImageState,
-    IndexedContent,
-    IndexedImage,
+    Backend,
+    Query,
+    Result,
+    SqlConditions,
     hide_password,
-    parse_content_id,
-    ref_from_json,
-    ref_to_json,
 )
-from llm2clip.search.postgres_database import Connection, PostgresDatabase, parse_url
+from llm2clip.search.metadata import (
+    CONTENT_FIELDS,
+    IMAGE_FIELDS,
+    Filter,
+    define_columns,
+    escape_pattern,
+    make_contains_pattern,
+    read_columns,
+)
+from llm2clip.search.postgres_database import Connection, PostgresDatabase, make_query, parse_url, to_psycopg
 from llm2clip.search.postgres_words import (
     WORD_COLUMNS,
     create_trigram_index,
-    escape_pattern,
     find_matched_fields,
     find_matches,
     make_match,
     make_word_columns,
 )
-from llm2clip.search.words import MAX_FUSED, WordQuery, fuse_rankings, make_fields, normalize
+from llm2clip.search.types import MAX_LOCATIONS, IndexedContent, IndexedImage
+from llm2clip.search.words import WordQuery, make_fields
 
 # Lower than with SQLite, whose exact search is several times as fast (benchmarks/postgres.py).
 APPROXIMATE_ABOVE = 100_000
@@ -69,23 +73,24 @@ HNSW_INDEX = "contents_hnsw"
 MATCHED_LOCATIONS = 5
 MAX_EXACT_MATCHES = 50_000  # if at most this many images match a filter, they are searched exactly
 EF_SEARCH, MAX_EF_SEARCH = 100, 1000  # candidates per HNSW search: the default, and pgvector's limit
+COLUMN_TYPES = {float: "double precision", int: "integer", str: 'text COLLATE "C"'}
 
 # "key" is the SHA-256 hash of the name, because PostgreSQL limits the length of indexed text to about 2,700 bytes.
 # "container" is the tar file or table that contains the image, and "folded_captions" are the captions in the form in
 # which filters compare them. Both are NULL if there are none. `postgres_words` describes the columns for word search.
-TABLES = """
+TABLES = f"""
 CREATE TABLE metadata (key text PRIMARY KEY, value text NOT NULL);
 CREATE TABLE calibration (data bytea NOT NULL);
 CREATE TABLE contents (
-  id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, hash bytea NOT NULL UNIQUE, vector halfvec({dim}) NOT NULL,
-  width integer NOT NULL, height integer NOT NULL);
+  id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, hash bytea NOT NULL UNIQUE, vector halfvec(%s) NOT NULL,
+  {define_columns(CONTENT_FIELDS, COLUMN_TYPES)});
 CREATE TABLE thumbnails (id bigint PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, jpeg bytea NOT NULL);
 ALTER TABLE thumbnails ALTER COLUMN jpeg SET STORAGE EXTERNAL;
 CREATE TABLE images (
   id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, key bytea NOT NULL UNIQUE, name text COLLATE "C" NOT NULL,
   content bigint NOT NULL REFERENCES contents(id), location text NOT NULL, source text COLLATE "C" NOT NULL,
-  file_version text NOT NULL, captions text[] NOT NULL, taken double precision NOT NULL, container text COLLATE "C",
-  camera text NOT NULL, date text NOT NULL, folded_captions text COLLATE "C", unspaced_texts text COLLATE "C",
+  file_version text NOT NULL, captions text NOT NULL, {define_columns(IMAGE_FIELDS, COLUMN_TYPES)},
+  container text COLLATE "C", date text NOT NULL, folded_captions text COLLATE "C", unspaced_texts text COLLATE "C",
   words tsvector NOT NULL);
 CREATE INDEX images_content ON images (content, id);
 CREATE INDEX images_taken ON images (taken);
@@ -93,38 +98,30 @@ CREATE INDEX images_words ON images USING gin (words);
 CREATE TABLE recognized_texts (
   content bigint PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, text text NOT NULL);
 """
-IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"  # same order as in `_image_to_row`
-INSERT_CONTENT = """
+INSERT_CONTENT = f"""
 WITH added AS (
-  INSERT INTO contents (hash, vector, width, height) VALUES (%s, %s, %s, %s) ON CONFLICT (hash) DO NOTHING RETURNING id)
-INSERT INTO thumbnails SELECT id, %s FROM added
+  INSERT INTO contents (hash, vector, {", ".join(CONTENT_COLUMNS)})
+  VALUES (:hash, :vector, {", ".join(f":{name}" for name in CONTENT_COLUMNS)})
+  ON CONFLICT (hash) DO NOTHING RETURNING id)
+INSERT INTO thumbnails SELECT id, :thumbnail FROM added
 """
+UPDATED_COLUMNS = (*IMAGE_COLUMNS, "container", *WORD_COLUMNS)
 INSERT_IMAGE = f"""
-INSERT INTO images (key, content, {IMAGE_COLUMNS}, container, {WORD_COLUMNS})
-VALUES (%s, (SELECT id FROM contents WHERE hash = %s), %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s::tsvector)
-ON CONFLICT (key) DO UPDATE SET content = excluded.content, location = excluded.location, source = excluded.source,
-  file_version = excluded.file_version, captions = excluded.captions, taken = excluded.taken,
-  container = excluded.container, camera = excluded.camera, date = excluded.date,
-  folded_captions = excluded.folded_captions, unspaced_texts = excluded.unspaced_texts, words = excluded.words
+INSERT INTO images (key, content, {", ".join(UPDATED_COLUMNS)})
+VALUES (:key, (SELECT id FROM contents WHERE hash = :hash), {", ".join(f":{name}" for name in UPDATED_COLUMNS)})
+ON CONFLICT (key) DO UPDATE SET content = excluded.content,
+  {", ".join(f"{name} = excluded.{name}" for name in UPDATED_COLUMNS)}
 """
-UPDATE_WORDS = f"UPDATE images SET ({WORD_COLUMNS}) = (%s, %s, %s, %s, %s::tsvector) WHERE id = %s"
+UPDATE_WORDS = f"UPDATE images SET {', '.join(f'{name} = :{name}' for name in WORD_COLUMNS)} WHERE id = :id"
 INSERT_TEXT = """
-INSERT INTO recognized_texts SELECT id, %s FROM contents WHERE hash = %s
+INSERT INTO recognized_texts SELECT id, :text FROM contents WHERE hash = :hash
 ON CONFLICT (content) DO UPDATE SET text = excluded.text
 """
 TEXT_ROWS = f"""
-SELECT images.id, images.content, coalesce(recognized_texts.text, '') AS text, camera, date, {IMAGE_COLUMNS}
+SELECT images.id, images.content, coalesce(recognized_texts.text, '') AS text, date, {", ".join(IMAGE_COLUMNS)}
 FROM images LEFT JOIN recognized_texts ON recognized_texts.content = images.content
 """
-INSIDE_PATH = "(name LIKE %(path)s OR name LIKE %(path)s || '/%%' OR container LIKE %(path)s)"
-INSIDE_SOURCE = f"(source = %(source)s OR {INSIDE_PATH})"
-IMAGE_CONDITIONS = {
-    "path": INSIDE_PATH,
-    "after": "taken >= %(after)s",
-    "before": "taken <= %(before)s",
-    "caption": "folded_captions LIKE %(caption)s",
-}
-MIN_SIDE_CONDITION = "least(width, height) >= %(min_side)s"
+INSIDE_PATH = "(name LIKE :path OR name LIKE :path || '/%' OR container LIKE :path)"
 # PostgreSQL cannot store NUL characters and lone surrogates. They are stored as private-use characters of plane 16,
 # which do not occur in practice.
 STORABLE_CHARACTERS = {0: 0x10F7FF, **{code: code + 0x102000 for code in range(0xD800, 0xE000)}}
@@ -142,7 +139,7 @@ def open_index(location: str, write: bool, approximate_above: int | None) -> Pos
     return backend
 
 
-class PostgresBackend:
+class PostgresBackend(Backend):
     """Index backend in a schema of a PostgreSQL database with pgvector. Thread-safe.
 
     Several processes can search an index at the same time, even while one process writes to it.
@@ -172,12 +169,10 @@ class PostgresBackend:
         return self._db.lock()
 
     def metadata(self) -> dict[str, Any]:
-        def read(connection: Connection) -> list[tuple[Any, ...]]:
-            if not _exists(connection, f"{self.schema}.metadata"):
-                return []
-            return connection.execute("SELECT key, value FROM metadata").fetchall()
+        def read(run: Query) -> list[tuple[Any, ...]]:
+            return run("SELECT key, value FROM metadata", {}) if _exists(run, f"{self.schema}.metadata") else []
 
-        metadata = {key: json.loads(value) for key, value in self._db.read(read)}
+        metadata = {key: json.loads(value) for key, value in self._read(read)}
         if metadata:
             version = metadata.pop("format_version", None)
             check_format_version(self.location, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
@@ -185,7 +180,7 @@ class PostgresBackend:
 
     def initialize(self, metadata: Mapping[str, Any]) -> None:
         with self._db.write() as connection:
-            if not _exists(connection, f"{self.schema}.metadata"):
+            if not _exists(make_query(connection), f"{self.schema}.metadata"):
                 self._db.create_schema(connection)
                 _create_tables(connection, int(metadata["embed_dim"]))
             rows = [(key, json.dumps(value)) for key, value in {**metadata, "format_version": FORMAT_VERSION}.items()]
@@ -193,40 +188,42 @@ class PostgresBackend:
                 "INSERT INTO metadata VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value", rows
             )
 
-    def repair_words(self) -> None:
-        """Do nothing, because PostgreSQL repairs its tables after a crash."""
-
-    def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
-        states: dict[str, ImageState] = {}
-        statement = f"SELECT name, file_version, captions FROM images WHERE {INSIDE_SOURCE}"
-        for source in sources:
-            for name, file_version, captions in self._db.query(statement, _make_source_parameters(source)):
-                state = ImageState(_from_storable(file_version), tuple(map(_from_storable, captions)))
-                states[_from_storable(name)] = state
-        return states
-
     def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
-        rows = self._db.query("SELECT hash FROM contents WHERE hash = ANY(%s)", (list(hashes),))
+        rows = self._query("SELECT hash FROM contents WHERE hash = ANY(:hashes)", {"hashes": list(hashes)})
         return {digest for (digest,) in rows}
 
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        if not contents and not images:
-            return
-        content_rows = [
-            (content.hash, HalfVector(content.vector), content.width, content.height, content.thumbnail)
-            for content in contents
-        ]
+        content_rows = []
+        for content in contents:
+            row = {"hash": content.hash, "vector": HalfVector(content.vector), "thumbnail": content.thumbnail}
+            content_rows.append({**row, **read_columns(content, CONTENT_FIELDS)})
         self._has_changes = self._may_have_orphans = True
         with self._db.write() as connection, connection.cursor() as cursor:
             if content_rows:
-                cursor.executemany(INSERT_CONTENT, content_rows)
+                cursor.executemany(to_psycopg(INSERT_CONTENT), content_rows)
             if images:
-                cursor.executemany(INSERT_IMAGE, _make_image_rows(connection, images))
+                cursor.executemany(to_psycopg(INSERT_IMAGE), self._make_rows(connection, images))
+
+    def _make_rows(self, connection: Connection, images: Sequence[tuple[IndexedImage, bytes]]) -> list[dict[str, Any]]:
+        """Return the parameters of INSERT_IMAGE for images and their content hashes."""
+        texts: dict[bytes, str] = dict(
+            connection.execute(
+                "SELECT hash, text FROM recognized_texts JOIN contents ON id = content WHERE hash = ANY(%s)",
+                ([digest for _, digest in images],),
+            ).fetchall()
+        )
+        fields = [make_fields(image, self._decode(texts.get(digest, ""))) for image, digest in images]
+        rows = []
+        for (image, digest), columns in zip(images, make_word_columns(fields), strict=True):
+            container = None if isinstance(image.ref, FileImage) else self._encode(image.container)
+            row = {"key": self._hash_name(image.name), "hash": digest, "container": container}
+            rows.append({**row, **self._image_to_row(image), **columns})
+        return rows
 
     def remove(self, names: Sequence[str]) -> None:
         if not names and not self._may_have_orphans:
             return
-        keys = [_hash_name(name) for name in names]
+        keys = [self._hash_name(name) for name in names]
         with self._db.write() as connection:
             removed = connection.execute("DELETE FROM images WHERE key = ANY(%s)", (keys,)).rowcount
             orphans = connection.execute(
@@ -235,29 +232,18 @@ class PostgresBackend:
         self._has_changes |= removed + orphans > 0
         self._may_have_orphans = False
 
-    def contents_without_text(self, sources: Sequence[str]) -> list[tuple[bytes, IndexedImage]]:
-        missing: dict[bytes, IndexedImage] = {}
-        statement = (
-            f"SELECT hash, {IMAGE_COLUMNS} FROM images JOIN contents ON contents.id = images.content "
-            "WHERE NOT EXISTS (SELECT FROM recognized_texts WHERE recognized_texts.content = contents.id) "
-            f"AND {INSIDE_SOURCE}"
-        )
-        for source in sources:
-            for digest, *row in self._db.query(statement, _make_source_parameters(source)):
-                missing.setdefault(digest, _image_from_row(row))
-        return list(missing.items())
-
     def set_texts(self, texts: Mapping[bytes, str]) -> None:
         if not texts:
             return
         self._has_changes = True
-        with self._db.write() as connection:
-            text_rows = [(_to_storable(to_valid_unicode(text)), digest) for digest, text in texts.items()]
-            connection.cursor().executemany(INSERT_TEXT, text_rows)
-            rows = connection.execute(
-                f"{TEXT_ROWS} WHERE images.content IN (SELECT id FROM contents WHERE hash = ANY(%s))", (list(texts),)
-            ).fetchall()
-            _update_words(connection, rows)
+        text_rows = [{"text": self._encode(to_valid_unicode(text)), "hash": digest} for digest, text in texts.items()]
+        with self._db.write() as connection, connection.cursor() as cursor:
+            cursor.executemany(to_psycopg(INSERT_TEXT), text_rows)
+            statement = f"{TEXT_ROWS} WHERE images.content IN (SELECT id FROM contents WHERE hash = ANY(:hashes))"
+            rows = make_query(connection)(statement, {"hashes": list(texts)})
+            columns = make_word_columns([self._fields_from_row(row) for row in rows])
+            parameters = [{**values, "id": row[0]} for values, row in zip(columns, rows, strict=True)]
+            cursor.executemany(to_psycopg(UPDATE_WORDS), parameters)
 
     def finish(self) -> None:
         """Build the HNSW graph if there are enough distinct images, and update the statistics of the query planner.
@@ -286,124 +272,154 @@ class PostgresBackend:
                 "takes much longer. To allow more memory, add &options=-c%20maintenance_work_mem%3D2GB to the URL"
             )
 
+    # ---- statements
+
+    def _read(self, function: Callable[[Query], Result]) -> Result:
+        return self._db.read(lambda connection: function(make_query(connection)))
+
+    @contextmanager
+    def _write(self) -> Iterator[Query]:
+        with self._db.write() as connection:
+            yield make_query(connection)
+
+    def _make_source_condition(self, source: str) -> tuple[str, dict[str, Any]]:
+        stored_source = self._encode(source)
+        parameters = {"source": stored_source, "path": escape_pattern(stored_source)}
+        return f"(source = :source OR {INSIDE_PATH})", parameters
+
+    def _make_path_condition(self, path: str) -> tuple[str, dict[str, Any]]:
+        pattern = escape_pattern(self._encode(path).rstrip("/")).replace("*", "%").replace("?", "_")
+        is_absolute = path.startswith("/") or not pattern
+        return INSIDE_PATH, {"path": pattern if is_absolute else f"%/{pattern}"}
+
+    def _make_caption_condition(self, caption: str) -> tuple[str, dict[str, Any]]:
+        return "folded_captions LIKE :caption", {"caption": make_contains_pattern(caption)}
+
     # ---- searching
 
-    def count(self) -> tuple[int, int]:
-        ((images, contents),) = self._db.query("SELECT (SELECT count(*) FROM images), (SELECT count(*) FROM contents)")
-        return images, contents
-
-    def duplicates(self, limit: int = 10) -> list[list[str]]:
-        rows = self._db.query(
-            "SELECT array_agg(name) FROM images GROUP BY content HAVING count(*) > 1 "
-            "ORDER BY count(*) DESC, content LIMIT %s",
-            (limit,),
-        )
-        return [sorted(map(_from_storable, names)) for (names,) in rows]
-
-    def search(
-        self,
-        vector: np.ndarray | None,
-        count: int,
-        image_filter: Filter,
-        offset: int = 0,
-        words: Sequence[str] = (),
-    ) -> list[Hit]:
-        parameters = _make_parameters(image_filter)
-        if vector is not None:
-            parameters["query"] = HalfVector(vector)
-        query = WordQuery.parse(words)
-
-        def read(connection: Connection) -> list[Hit]:
-            matches = np.empty(0, np.int64)
-            if vector is None:
-                ids = _find_newest(connection, {**parameters, "count": count, "offset": offset})
-            else:
-                if query:
-                    matches = find_matches(connection, query, _make_content_condition(parameters), parameters)
-                ids = self._rank(connection, matches, count, offset, parameters)
-            matched = _find_matched_fields(connection, query, set(ids) & set(matches.tolist()))
-            images = _read_images(connection, ids, parameters)
-            hits = []
-            for content_id, *sizes, image_count, score, text in _read_contents(connection, ids, parameters):
-                if content_id in images:  # contents without images are removed at the end of an indexing run
-                    width, height = sizes
-                    fields, locations = matched.get(content_id, ()), images[content_id]
-                    hits.append(Hit(str(content_id), score, locations, image_count, width, height, fields, text))
-            return hits
-
-        return self._db.read(read)
-
-    def _rank(
-        self, connection: Connection, matches: np.ndarray, count: int, offset: int, parameters: Mapping[str, Any]
-    ) -> list[int]:
-        """Return a page of content ids, ranked by their similarity to the query vector and by their words."""
-        depth = max(offset + count, MAX_FUSED) if len(matches) else count
-        page = {**parameters, "count": depth, "offset": 0 if len(matches) else offset}
-        ids = _find_nearest(connection, page, is_approximate=_exists(connection, f"{self.schema}.{HNSW_INDEX}"))
-        if not len(matches):
-            return ids
-        fused: list[int] = fuse_rankings(np.array(ids, np.int64), matches)[offset : offset + count].tolist()
-        return fused
-
     def count_matches(self, image_filter: Filter) -> int:
-        parameters = _make_parameters(image_filter)
-        statement = f"SELECT count(*) FROM contents WHERE {_make_content_condition(parameters)}"
-
-        ((count,),) = self._db.query(statement, parameters)
+        condition, parameters = self._make_content_condition(image_filter)
+        ((count,),) = self._query(f"SELECT count(*) FROM contents WHERE {condition}", parameters)
         return int(count)
 
-    def vector(self, hit_id: str) -> np.ndarray | None:
-        rows = self._db.query("SELECT vector FROM contents WHERE id = %s", (parse_content_id(hit_id),))
-        return rows[0][0].to_numpy().astype(np.float32) if rows else None
+    def _make_content_condition(self, image_filter: Filter) -> tuple[str, dict[str, Any]]:
+        """Return the condition for contents with at least one image that matches a filter, and its parameters."""
+        conditions = self._make_conditions(image_filter)
+        where = list(conditions.contents)
+        image_conditions = _list_image_conditions(conditions)
+        if image_conditions:
+            matching = " AND ".join(["content = contents.id", *image_conditions])
+            where.append(f"EXISTS (SELECT FROM images WHERE {matching})")
+        return " AND ".join(where) or "true", conditions.parameters
 
-    def vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
-        ids = [parse_content_id(hit_id) for hit_id in hit_ids]
-        rows = self._db.query("SELECT id, vector FROM contents WHERE id = ANY(%s)", (ids,))
-        vectors = {content_id: vector.to_numpy().astype(np.float32) for content_id, vector in rows}
-        return {str(content_id): vectors[content_id] for content_id in ids if content_id in vectors}
+    def _find_newest(self, run: Query, image_filter: Filter, count: int, offset: int) -> list[int]:
+        conditions = self._make_conditions(image_filter)
+        where = [*_list_image_conditions(conditions), *conditions.contents]
+        statement = (
+            "SELECT contents.id FROM contents JOIN images ON content = contents.id"
+            f" WHERE {' AND '.join(where) or 'true'} GROUP BY contents.id"
+            " ORDER BY max(taken) DESC, contents.id LIMIT :count OFFSET :offset"
+        )
+        rows = run(statement, {**conditions.parameters, "count": count, "offset": offset})
+        return [content_id for (content_id,) in rows]
 
-    def sample_ids(self, count: int) -> list[str]:
-        rows = self._db.query("SELECT id FROM contents ORDER BY hash LIMIT %s", (count,))  # hashes are random
-        return [str(content_id) for (content_id,) in rows]
+    def _find_nearest(
+        self, run: Query, vector: np.ndarray, depth: int, image_filter: Filter
+    ) -> tuple[np.ndarray, np.ndarray]:
+        condition, parameters = self._make_content_condition(image_filter)
+        parameters |= {"query": HalfVector(vector), "depth": depth}
 
-    def newest_ids(self, count: int) -> list[str]:
-        rows = self._db.query("SELECT content FROM images ORDER BY taken DESC LIMIT %s", (count * FILES_PER_NEWEST,))
-        return list(dict.fromkeys(str(content_id) for (content_id,) in rows))[:count]
+        def select(distance: str, order: str) -> list[tuple[Any, ...]]:
+            statement = (
+                "SELECT id, distance FROM ("
+                f"  SELECT id, {distance} AS distance FROM contents WHERE {condition}"
+                f"  ORDER BY {order} LIMIT :depth) AS nearest ORDER BY distance, id"
+            )
+            return run(statement, parameters)
 
-    def save_calibration(self, data: bytes) -> None:
-        with self._db.write() as connection:
-            connection.execute("DELETE FROM calibration")
-            connection.execute("INSERT INTO calibration VALUES (%s)", (data,))
+        rows: list[tuple[Any, ...]] = []
+        if _exists(run, f"{self.schema}.{HNSW_INDEX}") and _has_many_matches(run, condition, parameters):
+            ef_search = min(max(EF_SEARCH, depth), MAX_EF_SEARCH)
+            run(
+                "SELECT set_config('hnsw.ef_search', :ef, true), "
+                "set_config('hnsw.iterative_scan', 'strict_order', true)",
+                {"ef": str(ef_search)},
+            )
+            rows = select("vector <#> :query", "vector <#> :query")
+        if len(rows) < depth:  # also if pgvector stops after a number of candidates, of which few match the filter
+            rows = select("(vector <#> :query) + 0", "distance, id")  # the addition excludes the HNSW graph
+        ids, distances = np.array(rows, np.float64).reshape(-1, 2).T
+        return ids.astype(np.int64), -distances
 
-    def load_calibration(self) -> bytes | None:
-        rows = self._db.query("SELECT data FROM calibration")
-        return bytes(rows[0][0]) if rows else None
+    def _find_word_matches(self, run: Query, query: WordQuery, image_filter: Filter) -> np.ndarray:
+        return find_matches(run, query, *self._make_content_condition(image_filter))
 
-    def thumbnail(self, hit_id: str) -> bytes | None:
-        rows = self._db.query("SELECT jpeg FROM thumbnails WHERE id = %s", (parse_content_id(hit_id),))
-        return bytes(rows[0][0]) if rows else None
+    def _find_matched_fields(self, run: Query, query: WordQuery, ids: Sequence[int]) -> dict[int, tuple[str, ...]]:
+        """Only MATCHED_LOCATIONS of the images with all words are read per content."""
+        match, parameters = make_match(query)
+        rows = run(
+            f"SELECT matching.* FROM unnest(:ids::bigint[]) AS page(id), LATERAL ({TEXT_ROWS} "
+            f"WHERE images.content = page.id AND {match} ORDER BY images.id LIMIT :locations) AS matching",
+            {**parameters, "ids": list(ids), "locations": MATCHED_LOCATIONS},
+        )
+        # The stored dates are those of the time zone of the machine that added the images.
+        fields = [(row[1], {**self._fields_from_row(row), "date": row[3]}) for row in rows]
+        return find_matched_fields(query, fields)
 
-    def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
-        content_id = parse_content_id(hit_id)
-        images = self._db.read(lambda connection: _read_images(connection, [content_id], {}))
-        return images.get(content_id, ())
+    def _read_images(
+        self, run: Query, ids: Sequence[int], conditions: SqlConditions
+    ) -> dict[int, tuple[IndexedImage, ...]]:
+        def select(matches: str, image_conditions: Sequence[str]) -> str:
+            where = " AND ".join(["content = page.id", *image_conditions])
+            columns = f"{matches} AS matches, {', '.join(IMAGE_COLUMNS)}"
+            return f"(SELECT {columns} FROM images WHERE {where} ORDER BY images.id LIMIT :locations)"
+
+        selected = select("false", [])
+        if conditions.images:
+            selected = f"{select('true', conditions.images)} UNION ALL {selected}"
+        rows = run(
+            f"SELECT page.id, image.* FROM unnest(:ids::bigint[]) AS page(id), LATERAL ({selected}) AS image",
+            {**conditions.parameters, "ids": list(ids), "locations": MAX_LOCATIONS},
+        )
+        rows.sort(key=lambda row: (not row[1], row[2]))
+        images: dict[int, dict[IndexedImage, None]] = {}
+        for content_id, _, *row in rows:
+            images.setdefault(content_id, {})[self._image_from_row(row)] = None
+        return {content_id: tuple(content_images)[:MAX_LOCATIONS] for content_id, content_images in images.items()}
+
+    def _fetch_vectors(self, run: Query, ids: Sequence[int]) -> dict[int, np.ndarray]:
+        rows = run("SELECT id, vector FROM contents WHERE id = ANY(:ids)", {"ids": list(ids)})
+        return {content_id: vector.to_numpy().astype(np.float32) for content_id, vector in rows}
+
+    # ---- rows
+
+    def _encode(self, text: str) -> str:
+        return text.translate(STORABLE_CHARACTERS)
+
+    def _decode(self, text: str) -> str:
+        return text if text.isascii() else text.translate(ORIGINAL_CHARACTERS)
+
+    def _hash_name(self, name: str) -> bytes:
+        return hashlib.sha256(self._encode(name).encode()).digest()
+
+    def _fields_from_row(self, row: Sequence[Any]) -> dict[str, str]:
+        """Return the fields for word search of an image in a row of TEXT_ROWS."""
+        _, _, text, _, *image_row = row
+        return make_fields(self._image_from_row(image_row), self._decode(text))
 
 
-# ---- statements
-
-
-def _exists(connection: Connection, name: str) -> bool:
+def _exists(run: Query, name: str) -> bool:
     """Return True if there is a table or index with the given name, which includes the schema."""
     schema, relation = name.split(".")
-    rows = connection.execute(
-        "SELECT FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE nspname = %s AND relname = %s",
-        (schema, relation),
+    statement = (
+        "SELECT 1 FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace "
+        "WHERE nspname = :schema AND relname = :relation"
     )
-    return rows.fetchone() is not None
+    return bool(run(statement, {"schema": schema, "relation": relation}))
 
 
 def _create_tables(connection: Connection, dim: int) -> None:
-    connection.execute(TABLES.format(dim=dim))
+    connection.execute(TABLES % dim)
     if dim <= MAX_INLINE_DIM:
         # By default, vectors of more than about 1,000 dimensions are stored in a separate table, which is slow to scan.
         connection.execute("ALTER TABLE contents ALTER COLUMN vector SET STORAGE PLAIN")
@@ -411,215 +427,15 @@ def _create_tables(connection: Connection, dim: int) -> None:
     create_trigram_index(connection, "images_unspaced_texts", "unspaced_texts")
 
 
-def _make_parameters(image_filter: Filter) -> dict[str, Any]:
-    """Return the SQL parameters of the filter fields that are not None. Paths and captions become LIKE patterns."""
-    parameters: dict[str, Any] = {}
-    for name in (*IMAGE_CONDITIONS, "min_side"):
-        value = getattr(image_filter, name)
-        if value is not None:
-            parameters[name] = value
-    if "path" in parameters:
-        path = _to_storable(image_filter.path or "").rstrip("/")
-        pattern = escape_pattern(path).replace("*", "%").replace("?", "_")
-        is_absolute = (image_filter.path or "").startswith("/") or not path
-        parameters["path"] = pattern if is_absolute else f"%/{pattern}"
-    if "caption" in parameters:
-        parameters["caption"] = f"%{escape_pattern(normalize(image_filter.caption or ''))}%"
-    return parameters
+def _list_image_conditions(conditions: SqlConditions) -> list[str]:
+    return conditions.images if conditions.captions is None else [*conditions.images, conditions.captions]
 
 
-def _make_source_parameters(source: str) -> dict[str, str]:
-    """Return the SQL parameters of INSIDE_SOURCE."""
-    stored_source = _to_storable(source)
-    return {"source": stored_source, "path": escape_pattern(stored_source)}
-
-
-def _make_image_conditions(parameters: Mapping[str, Any], names: Iterable[str] = IMAGE_CONDITIONS) -> list[str]:
-    return [IMAGE_CONDITIONS[name] for name in names if name in parameters]
-
-
-def _make_content_condition(parameters: Mapping[str, Any]) -> str:
-    """Return the SQL condition for contents with at least one image that meets all image conditions."""
-    conditions = [MIN_SIDE_CONDITION] if "min_side" in parameters else []
-    image_conditions = _make_image_conditions(parameters)
-    if image_conditions:
-        where = " AND ".join(["content = contents.id", *image_conditions])
-        conditions.append(f"EXISTS (SELECT FROM images WHERE {where})")
-    return " AND ".join(conditions) or "true"
-
-
-def _find_newest(connection: Connection, parameters: Mapping[str, Any]) -> list[int]:
-    """Return a page of content ids, sorted by the latest time of the matching images."""
-    conditions = _make_image_conditions(parameters)
-    if "min_side" in parameters:
-        conditions.append(MIN_SIDE_CONDITION)
-    statement = (
-        "SELECT contents.id FROM contents JOIN images ON content = contents.id"
-        f" WHERE {' AND '.join(conditions) or 'true'} GROUP BY contents.id"
-        " ORDER BY max(taken) DESC, contents.id LIMIT %(count)s OFFSET %(offset)s"
-    )
-    return [content_id for (content_id,) in connection.execute(statement, parameters)]
-
-
-def _find_nearest(connection: Connection, parameters: Mapping[str, Any], is_approximate: bool) -> list[int]:
-    """Return a page of content ids, most similar first."""
-    condition = _make_content_condition(parameters)
-
-    def select(distance: str, order: str) -> list[int]:
-        statement = (
-            "SELECT id FROM ("
-            f"  SELECT id, {distance} AS distance FROM contents WHERE {condition}"
-            f"  ORDER BY {order} LIMIT %(count)s OFFSET %(offset)s) AS page ORDER BY distance, id"
-        )
-        return [content_id for (content_id,) in connection.execute(statement, parameters)]
-
-    if is_approximate and condition != "true":
-        # Among few matches, a graph search misses many of the nearest images.
-        matches = f"SELECT FROM contents WHERE {condition} LIMIT %(limit)s"
-        values = {**parameters, "limit": MAX_EXACT_MATCHES + 1}
-        ((count,),) = connection.execute(f"SELECT count(*) FROM ({matches}) AS matches", values).fetchall()
-        is_approximate = count > MAX_EXACT_MATCHES
-    if is_approximate:
-        ef_search = min(max(EF_SEARCH, parameters["count"] + parameters["offset"]), MAX_EF_SEARCH)
-        connection.execute(
-            "SELECT set_config('hnsw.ef_search', %s, true), set_config('hnsw.iterative_scan', 'strict_order', true)",
-            (str(ef_search),),
-        )
-        ids = select("vector <#> %(query)s", "vector <#> %(query)s")
-        if len(ids) == parameters["count"]:
-            return ids
-        # pgvector stops after a number of candidates, so few of them may match the filter.
-    return select("(vector <#> %(query)s) + 0", "distance, id")  # the addition excludes the HNSW graph
-
-
-def _read_contents(
-    connection: Connection, content_ids: Sequence[int], parameters: Mapping[str, Any]
-) -> list[tuple[Any, ...]]:
-    """Return rows of id, width, height, image count, cosine similarity and recognised text, in the given order.
-
-    Without a query vector, the similarity is NULL.
-    """
-    score = "-(vector <#> %(query)s)" if "query" in parameters else "NULL"
-    rows = connection.execute(
-        f"SELECT page.id, width, height, (SELECT count(*) FROM images WHERE content = page.id), {score}, "
-        "(SELECT text FROM recognized_texts WHERE content = page.id) "
-        "FROM unnest(%(ids)s::bigint[]) WITH ORDINALITY AS page(id, position) "
-        "JOIN contents ON contents.id = page.id ORDER BY position",
-        {**parameters, "ids": list(content_ids)},
-    ).fetchall()
-    return [(*row, _from_storable(text or "")) for *row, text in rows]
-
-
-def _find_matched_fields(
-    connection: Connection, query: WordQuery, content_ids: Collection[int]
-) -> dict[int, tuple[str, ...]]:
-    """Return the fields that contain words of the query, for contents with images that contain all words.
-
-    Only MATCHED_LOCATIONS of these images are read per content.
-    """
-    if not content_ids:
-        return {}
-    match, parameters = make_match(query)
-    rows = connection.execute(
-        f"SELECT matching.* FROM unnest(%(ids)s::bigint[]) AS page(id), LATERAL ("
-        f"  {TEXT_ROWS} WHERE images.content = page.id AND {match} ORDER BY images.id LIMIT %(locations)s) AS matching",
-        {**parameters, "ids": list(content_ids), "locations": MATCHED_LOCATIONS},
-    ).fetchall()
-    # The stored dates are those of the time zone of the machine that added the images.
-    return find_matched_fields(query, [(row[1], {**_fields_from_row(row), "date": row[4]}) for row in rows])
-
-
-def _read_images(
-    connection: Connection, content_ids: Sequence[int], parameters: Mapping[str, Any]
-) -> dict[int, tuple[IndexedImage, ...]]:
-    """Return at most MAX_LOCATIONS images per content, sorted by name, those that match path and time first.
-
-    If there are more images, return those indexed first, so that PostgreSQL can stop reading early.
-    """
-    conditions = _make_image_conditions(parameters, ("path", "after", "before"))
-
-    def select(matches: str, conditions: Sequence[str]) -> str:
-        where = " AND ".join(["content = page.id", *conditions])
-        columns = f"{matches} AS matches, {IMAGE_COLUMNS}"
-        return f"(SELECT {columns} FROM images WHERE {where} ORDER BY images.id LIMIT %(locations)s)"
-
-    selected = select("false", [])
-    if conditions:
-        selected = f"{select('true', conditions)} UNION ALL {selected}"
-    rows = connection.execute(
-        f"SELECT page.id, image.* FROM unnest(%(ids)s::bigint[]) AS page(id), LATERAL ({selected}) AS image",
-        {**parameters, "ids": list(content_ids), "locations": MAX_LOCATIONS},
-    ).fetchall()
-    rows.sort(key=lambda row: (not row[1], row[2]))
-    images: dict[int, dict[IndexedImage, None]] = {}
-    for content_id, _, *row in rows:
-        images.setdefault(content_id, {})[_image_from_row(row)] = None
-    return {content_id: tuple(content_images)[:MAX_LOCATIONS] for content_id, content_images in images.items()}
-
-
-# ---- text and rows
-
-
-def _to_storable(text: str) -> str:
-    return text.translate(STORABLE_CHARACTERS)
-
-
-def _from_storable(text: str) -> str:
-    return text if text.isascii() else text.translate(ORIGINAL_CHARACTERS)
-
-
-def _hash_name(name: str) -> bytes:
-    return hashlib.sha256(_to_storable(name).encode()).digest()
-
-
-def _make_image_rows(connection: Connection, images: Sequence[tuple[IndexedImage, bytes]]) -> list[tuple[Any, ...]]:
-    """Return the parameters of INSERT_IMAGE for images and their content hashes."""
-    texts: dict[bytes, str] = dict(
-        connection.execute(
-            "SELECT hash, text FROM recognized_texts JOIN contents ON id = content WHERE hash = ANY(%s)",
-            ([digest for _, digest in images],),
-        ).fetchall()
-    )
-    fields = [make_fields(image, _from_storable(texts.get(digest, ""))) for image, digest in images]
-    rows = []
-    for (image, digest), columns in zip(images, make_word_columns(fields), strict=True):
-        rows.append((_hash_name(image.name), digest, *_image_to_row(image), *columns))
-    return rows
-
-
-def _update_words(connection: Connection, rows: Sequence[Sequence[Any]]) -> None:
-    """Compute the columns for word search again, for images in rows of TEXT_ROWS."""
-    columns = make_word_columns([_fields_from_row(row) for row in rows])
-    parameters = [(*values, row[0]) for values, row in zip(columns, rows, strict=True)]
-    connection.cursor().executemany(UPDATE_WORDS, parameters)
-
-
-def _fields_from_row(row: Sequence[Any]) -> dict[str, str]:
-    """Return the fields for word search of an image in a row of TEXT_ROWS."""
-    _, _, text, camera, _, *image_row = row
-    return make_fields(replace(_image_from_row(image_row), camera=camera), _from_storable(text))
-
-
-def _image_to_row(image: IndexedImage) -> tuple[Any, ...]:
-    """Return an image's values for IMAGE_COLUMNS, and the container."""
-    return (
-        _to_storable(image.name),
-        ref_to_json(image.ref),
-        _to_storable(image.source),
-        _to_storable(image.file_version),
-        [_to_storable(caption) for caption in image.captions],
-        image.taken,
-        None if isinstance(image.ref, FileImage) else _to_storable(image.container),
-    )
-
-
-def _image_from_row(row: Sequence[Any]) -> IndexedImage:
-    name, ref, source, file_version, captions, taken = row
-    return IndexedImage(
-        name=_from_storable(name),
-        ref=ref_from_json(ref),
-        source=_from_storable(source),
-        file_version=_from_storable(file_version),
-        captions=tuple(map(_from_storable, captions)),
-        taken=taken,
-    )
+def _has_many_matches(run: Query, condition: str, parameters: Mapping[str, Any]) -> bool:
+    """Return True if so many images match a condition that a graph search finds enough of them."""
+    if condition == "true":
+        return True
+    matches = f"SELECT FROM contents WHERE {condition} LIMIT :limit"
+    values = {**parameters, "limit": MAX_EXACT_MATCHES + 1}
+    ((count,),) = run(f"SELECT count(*) FROM ({matches}) AS matches", values)
+    return bool(count > MAX_EXACT_MATCHES)

@@ -17,7 +17,7 @@ from psycopg import errors, pq, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from llm2clip.runs.output_folder import FolderInUseError
-from llm2clip.search.backends import IndexUnavailableError, hide_password
+from llm2clip.search.backends import IndexUnavailableError, Query, hide_password
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Result = TypeVar("Result")
@@ -302,6 +302,21 @@ class PostgresDatabase:
 
     def _make_unavailable_error(self, error: Exception) -> IndexUnavailableError:
         return IndexUnavailableError(f"{self.location}: no connection to PostgreSQL: {str(error).strip()}")
+
+
+def make_query(connection: Connection) -> Query:
+    """Return a function that runs statements with parameters of the form `:NAME`."""
+
+    def run(statement: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        cursor = connection.execute(to_psycopg(statement), parameters)
+        return [] if cursor.description is None else cursor.fetchall()
+
+    return run
+
+
+def to_psycopg(statement: str) -> str:
+    """Convert parameters of the form `:NAME` to the form `%(NAME)s`."""
+    return re.sub(r"(?<!:):([a-z]\w*)", r"%(\1)s", statement.replace("%", "%%"))
 
 
 class _ConnectionLost(Exception):

@@ -2,7 +2,7 @@
 
 The table `images` has these columns for word search. All texts are normalised (see `search.words.normalize`):
 
-    camera, date      the camera's make and model, and the capture date
+    date              the capture date
     folded_captions   the captions, also for caption filters, or NULL
     unspaced_texts    the texts that contain scripts without spaces between words, such as Chinese, or NULL
     words             a tsvector with the words of all texts (`search.words.FIELDS`) and their positions
@@ -14,7 +14,6 @@ configurations are not used, because their parser splits file names and numbers 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,8 @@ import numpy as np
 from psycopg import sql
 
 from llm2clip.data.texts import UNSPACED
+from llm2clip.search.backends import Query
+from llm2clip.search.metadata import escape_pattern
 from llm2clip.search.postgres_database import Connection
 from llm2clip.search.words import (
     FIELDS,
@@ -37,7 +38,7 @@ from llm2clip.search.words import (
     split_words,
 )
 
-WORD_COLUMNS = "camera, date, folded_captions, unspaced_texts, words"  # same order as in `make_word_columns`
+WORD_COLUMNS = ("date", "folded_captions", "unspaced_texts", "words")
 # Longer words are truncated, because PostgreSQL limits the words of a tsvector to 2,046 bytes. Words of a query are
 # shorter, so they never match a truncated word.
 MAX_WORD_LENGTH = MAX_QUERY_LENGTH + 1
@@ -57,14 +58,14 @@ def create_trigram_index(connection: Connection, name: str, column: str) -> None
         connection.execute(statement.format(sql.Identifier(name), sql.Identifier(column), operators))
 
 
-def make_word_columns(images: Sequence[Mapping[str, str]]) -> list[tuple[str | None, ...]]:
+def make_word_columns(images: Sequence[Mapping[str, str]]) -> list[dict[str, str | None]]:
     """Return the values of WORD_COLUMNS for the fields of several images."""
-    columns: list[tuple[str | None, ...]] = []
+    rows = []
     for fields, words in zip(images, _split_fields(images), strict=True):
         unspaced = [fields[name] for name in SUBSTRING_COLUMNS if UNSPACED.search(fields[name])]
-        captions, unspaced_texts = fields["captions"] or None, SEPARATOR.join(unspaced) or None
-        columns.append((fields["camera"], fields["date"], captions, unspaced_texts, _format_tsvector(words)))
-    return columns
+        row = {"date": fields["date"], "folded_captions": fields["captions"] or None}
+        rows.append({**row, "unspaced_texts": SEPARATOR.join(unspaced) or None, "words": _format_tsvector(words)})
+    return rows
 
 
 def _split_fields(images: Sequence[Mapping[str, str]]) -> list[list[list[str]]]:
@@ -96,22 +97,15 @@ def make_match(query: WordQuery) -> tuple[str, dict[str, str]]:
     conditions, parameters = [], {}
     if query.words:
         phrases = [" <-> ".join(f"'{word}'" for word in words) for words in split_words(query.words) if words]
-        conditions.append("words @@ %(words)s::tsquery")
+        conditions.append("words @@ :words::tsquery")
         parameters["words"] = " & ".join(f"({phrase})" for phrase in phrases)  # an empty tsquery matches nothing
     for number, text in enumerate(query.substrings):
-        conditions.append(f"unspaced_texts LIKE %(substring{number})s")
+        conditions.append(f"unspaced_texts LIKE :substring{number}")
         parameters[f"substring{number}"] = f"%{escape_pattern(text)}%"
     return " AND ".join(conditions), parameters
 
 
-def escape_pattern(text: str) -> str:
-    """Escape the characters that have a special meaning in LIKE patterns."""
-    return re.sub(r"([\\%_])", r"\\\1", text)
-
-
-def find_matches(
-    connection: Connection, query: WordQuery, content_condition: str, parameters: Mapping[str, Any]
-) -> np.ndarray:
+def find_matches(run: Query, query: WordQuery, content_condition: str, parameters: Mapping[str, Any]) -> np.ndarray:
     """Return the ids of the image contents that contain all words of a query, best match first.
 
     Matches are ranked by `ts_rank` with a penalty for long texts, because PostgreSQL does not compute BM25.
@@ -125,22 +119,21 @@ def find_matches(
     """
     match, match_parameters = make_match(query)
     parameters = {**parameters, **match_parameters, "limit": MIN_COMMON, "fused": MAX_FUSED}
-    exceeds = f"SELECT FROM images WHERE {match} OFFSET %(limit)s LIMIT 1"
-    if connection.execute(exceeds, parameters).fetchone() is not None:
+    exceeds = f"SELECT 1 FROM images WHERE {match} OFFSET :limit LIMIT 1"
+    if run(exceeds, parameters):
         # In larger indexes, the limit is the same, so not all images are counted.
         counted = {"counted": math.ceil(MAX_MATCHES / MAX_MATCHED_FRACTION)}
-        count = "SELECT count(*) FROM (SELECT FROM images LIMIT %(counted)s) AS counted"
-        ((total,),) = connection.execute(count, counted).fetchall()
+        ((total,),) = run("SELECT count(*) FROM (SELECT FROM images LIMIT :counted) AS counted", counted)
         parameters["limit"] = compute_match_limit(total)
-        if connection.execute(exceeds, parameters).fetchone() is not None:
+        if run(exceeds, parameters):
             return np.empty(0, np.int64)
-    rank = "ts_rank(words, %(words)s::tsquery, 1)" if query.words else "0"
-    rows = connection.execute(
+    rank = "ts_rank(words, :words::tsquery, 1)" if query.words else "0"
+    rows = run(
         f"WITH matches AS MATERIALIZED (SELECT content, {rank} AS rank FROM images WHERE {match}) "
         f"SELECT content FROM matches JOIN contents ON contents.id = content WHERE {content_condition} "
-        "GROUP BY content ORDER BY max(rank) DESC, content LIMIT %(fused)s",
+        "GROUP BY content ORDER BY max(rank) DESC, content LIMIT :fused",
         parameters,
-    ).fetchall()
+    )
     return np.array([content for (content,) in rows], np.int64)
 
 

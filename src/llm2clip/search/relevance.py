@@ -57,9 +57,10 @@ import numpy as np
 from llm2clip.data.texts import UNSPACED
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.runs.ranks import print_once
-from llm2clip.search.backends import Backend, Filter, Hit
+from llm2clip.search.backends import Backend
+from llm2clip.search.metadata import Filter, normalize
 from llm2clip.search.query import QueryVectors, SearchQuery
-from llm2clip.search.words import normalize
+from llm2clip.search.types import Hit
 
 BACKGROUND_QUERIES = Path(__file__).with_name("background_queries.txt").read_text(encoding="utf-8").splitlines()
 SCALES = ("texts", "images", "captions")

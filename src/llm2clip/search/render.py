@@ -15,9 +15,10 @@ from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
 from llm2clip.reports import Example, Examples, Paragraph, write_report
-from llm2clip.search.backends import Backend, Hit
+from llm2clip.search.backends import Backend
 from llm2clip.search.explain import Explanation
 from llm2clip.search.rerank import RERANKED
+from llm2clip.search.types import Hit
 
 CAPTION_LENGTH = 160  # maximum length of a displayed caption, in characters
 THUMBNAIL_COLUMNS, THUMBNAIL_ROWS = 24, 24  # in pixels; each character is one pixel wide and two pixels high

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llm2clip.data.images import ImageError
-from llm2clip.search.backends import Hit, IndexUnavailableError
+from llm2clip.search.backends import IndexUnavailableError
 from llm2clip.search.originals import NotFound, TooLarge
 from llm2clip.search.query import QueryEncoder, SearchQuery
+from llm2clip.search.types import Hit
 
 RERANKED = 50  # number of hits that are sorted again
 IMAGES_PER_BATCH = 8  # limits the memory for decoded images

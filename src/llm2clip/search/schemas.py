@@ -9,12 +9,13 @@ from pydantic_core import PydanticCustomError
 
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.models.prompts import PLACEHOLDER, QueryTemplates
-from llm2clip.search.backends import MAX_CAPTION_FILTER_LENGTH, MAX_LOCATIONS, Filter
 from llm2clip.search.explain import MAX_WORDS
 from llm2clip.search.index import SearchOptions
+from llm2clip.search.metadata import MAX_FILTER_LENGTH, Filter
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.request_images import RequestImage
 from llm2clip.search.rerank import RERANKED
+from llm2clip.search.types import MAX_LOCATIONS
 
 DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # in characters
@@ -106,7 +107,7 @@ class FilterRequest(_StrictModel):
     )
     caption: AnyText | None = Field(
         default=None,
-        max_length=MAX_CAPTION_FILTER_LENGTH,
+        max_length=MAX_FILTER_LENGTH,
         description="text that at least one caption must contain, ignoring case",
     )
     after: Time | None = Field(default=None, description="earliest capture time, as a Unix timestamp")

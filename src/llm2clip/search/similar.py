@@ -23,9 +23,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm2clip.search.backends import Backend, Hit, SimilarHit
-from llm2clip.search.build import has_exif_time
+from llm2clip.search.backends import Backend
+from llm2clip.search.exif import has_exif_time
 from llm2clip.search.relevance import Calibration
+from llm2clip.search.types import Hit, SimilarHit
 
 COPY_SIMILARITY, BURST_SIMILARITY = 0.85, 0.7
 UNCENTRED_COPY_SIMILARITY, UNCENTRED_BURST_SIMILARITY = 0.95, 0.85  # without a calibration

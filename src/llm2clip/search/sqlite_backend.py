@@ -27,21 +27,19 @@ import numpy as np
 from llm2clip.runs.output_folder import folder_lock
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import (
-    FILES_PER_NEWEST,
-    MAX_LOCATIONS,
+    CONTENT_COLUMNS,
+    IMAGE_COLUMNS,
     Backend,
-    Filter,
-    Hit,
-    ImageState,
-    IndexedContent,
-    IndexedImage,
+    Query,
+    Result,
+    SqlConditions,
     WordIndexError,
     format_missing_index_message,
-    parse_content_id,
-    ref_from_json,
-    ref_to_json,
+    list_ids,
 )
+from llm2clip.search.metadata import CONTENT_FIELDS, Filter, read_columns
 from llm2clip.search.sqlite_database import INDEX_FILE, SqliteDatabase
+from llm2clip.search.types import MAX_LOCATIONS, IndexedContent, IndexedImage
 from llm2clip.search.vector_index import (
     CHUNK,
     GRAPH_FILE,
@@ -53,12 +51,10 @@ from llm2clip.search.vector_index import (
     update_graph,
 )
 from llm2clip.search.words import (
-    MAX_FUSED,
     WordQuery,
     add_texts,
     find_matched_fields,
     find_matches,
-    fuse_rankings,
     is_corrupt,
     is_corruption,
     make_caption_condition,
@@ -68,21 +64,22 @@ from llm2clip.search.words import (
 )
 
 APPROXIMATE_ABOVE = 1_000_000
-IMAGE_COLUMNS = "name, location, source, file_version, captions, taken"  # same order as in `_image_to_row`
+INSERT_CONTENT = f"""
+INSERT INTO contents (hash, vector, max_abs, {", ".join(CONTENT_COLUMNS)})
+VALUES (:hash, :vector, :max_abs, {", ".join(f":{name}" for name in CONTENT_COLUMNS)})
+ON CONFLICT DO NOTHING RETURNING id
+"""
+INSERT_IMAGE = f"""
+INSERT OR REPLACE INTO images (content, {", ".join(IMAGE_COLUMNS)})
+VALUES ((SELECT id FROM contents WHERE hash = :hash), {", ".join(f":{name}" for name in IMAGE_COLUMNS)})
+"""
 # SQL condition for images inside a path. An image's name must match the pattern :glob, or the pattern followed by "/"
 # (folder), "!" (tar) or "[" (table). File and folder names may also contain "!" and "[", so in these two cases, the
 # image must also be stored in a tar or table whose file name matches the last part of the path (:basename).
 INSIDE_PATH = """(images.name GLOB :glob OR images.name GLOB :glob || '/*'
   OR (images.name GLOB :glob || '[![]*' AND location NOT LIKE '["FileImage"%'
       AND '/' || json_extract(location, '$[1].path') GLOB '*/' || :basename))"""
-FILTER_CONDITIONS = {
-    "path": INSIDE_PATH,
-    "after": "taken >= :after",
-    "before": "taken <= :before",
-    "min_side": "min(width, height) >= :min_side",
-}
 MATCH_DTYPE = np.dtype([("content", np.int64), ("taken", np.float64)])
-IDS_PER_QUERY = 500  # SQLite limits the number of parameters per statement
 
 
 def open_index(location: str, write: bool, approximate_above: int | None) -> Backend:
@@ -90,7 +87,7 @@ def open_index(location: str, write: bool, approximate_above: int | None) -> Bac
     return SqliteBackend(Path(location), write, APPROXIMATE_ABOVE if approximate_above is None else approximate_above)
 
 
-class SqliteBackend:
+class SqliteBackend(Backend):
     """Index backend in a local folder. Thread-safe.
 
     Several processes can read an index at the same time, even while one process writes to it.
@@ -146,15 +143,6 @@ class SqliteBackend:
                 print_once(f"{self._db.file}: the tables for word search were corrupt and have been rebuilt")
         self._are_words_checked = True
 
-    def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
-        states: dict[str, ImageState] = {}
-        for source in sources:
-            sql = f"SELECT name, file_version, captions FROM images WHERE source = :source OR {INSIDE_PATH}"
-            parameters = {"source": source, **_make_path_parameters(glob.escape(source))}
-            for name, file_version, captions in self._db.query(sql, parameters):
-                states[name] = ImageState(file_version, tuple(json.loads(captions)))
-        return states
-
     def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
         return {digest for digest in hashes if self._db.query("SELECT 1 FROM contents WHERE hash = ?", (digest,))}
 
@@ -164,24 +152,18 @@ class SqliteBackend:
             for content in contents:
                 self._add_content(connection, content)
             remove_texts(connection, [image.name for image, _ in images])
-            connection.executemany(
-                f"INSERT OR REPLACE INTO images (content, {IMAGE_COLUMNS}) "
-                "VALUES ((SELECT id FROM contents WHERE hash = ?), ?, ?, ?, ?, ?, ?)",
-                [(digest, *_image_to_row(image)) for image, digest in images],
-            )
+            rows = [{**self._image_to_row(image), "hash": digest} for image, digest in images]
+            connection.executemany(INSERT_IMAGE, rows)
             add_texts(connection, {image.name: image for image, _ in images}.values())
 
     def _add_content(self, connection: sqlite3.Connection, content: IndexedContent) -> None:
         """Insert image content and its thumbnail, unless the content is already in the database."""
-        vector = np.ascontiguousarray(content.vector, dtype="<f2").tobytes()
-        max_abs = float(np.abs(content.vector).max())
-        row = connection.execute(
-            "INSERT INTO contents (hash, vector, max_abs, width, height) VALUES (?, ?, ?, ?, ?) "
-            "ON CONFLICT DO NOTHING RETURNING id",
-            (content.hash, vector, max_abs, content.width, content.height),
-        ).fetchone()
-        if row is not None:
-            connection.execute("INSERT INTO thumbnails VALUES (?, ?)", (row[0], content.thumbnail))
+        row = read_columns(content, CONTENT_FIELDS)
+        row |= {"hash": content.hash, "vector": np.ascontiguousarray(content.vector, dtype="<f2").tobytes()}
+        row["max_abs"] = float(np.abs(content.vector).max())
+        added = connection.execute(INSERT_CONTENT, row).fetchone()
+        if added is not None:
+            connection.execute("INSERT INTO thumbnails VALUES (?, ?)", (added[0], content.thumbnail))
 
     def remove(self, names: Sequence[str]) -> None:
         if not names and not self._may_have_orphans:
@@ -191,19 +173,6 @@ class SqliteBackend:
             connection.executemany("DELETE FROM images WHERE name = ?", [(name,) for name in names])
             connection.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM images)")
             self._may_have_orphans = False
-
-    def contents_without_text(self, sources: Sequence[str]) -> list[tuple[bytes, IndexedImage]]:
-        missing: dict[bytes, IndexedImage] = {}
-        for source in sources:
-            sql = (
-                f"SELECT hash, {IMAGE_COLUMNS} FROM images JOIN contents ON contents.id = content "
-                "WHERE contents.id NOT IN (SELECT content FROM recognized_texts) "
-                f"AND (source = :source OR {INSIDE_PATH})"
-            )
-            parameters = {"source": source, **_make_path_parameters(glob.escape(source))}
-            for digest, *row in self._db.query(sql, parameters):
-                missing.setdefault(bytes(digest), _image_from_row(row))
-        return list(missing.items())
 
     def set_texts(self, texts: Mapping[bytes, str]) -> None:
         with self._db.transaction() as connection:
@@ -217,126 +186,72 @@ class SqliteBackend:
         if len(ids) >= self.approximate_above:
             with self._db.snapshot() as db:
                 max_abs = _read_max_abs(db)
-            update_graph(self.folder, ids, self._fetch_vectors, self._read_dim(), max_abs)
+            update_graph(self.folder, ids, self._fetch_array, self._read_dim(), max_abs)
             for name in (GRAPH_FILE, GRAPH_STATE_FILE):
                 shutil.copymode(self._db.file, self.folder / name)
+
+    # ---- statements
+
+    def _read(self, function: Callable[[Query], Result]) -> Result:
+        return function(self._db.query)
+
+    @contextmanager
+    def _write(self) -> Iterator[Query]:
+        with self._db.transaction() as connection:
+            yield lambda statement, parameters: connection.execute(statement, parameters).fetchall()
+
+    def _make_source_condition(self, source: str) -> tuple[str, dict[str, Any]]:
+        parameters = {"source": source, **_make_path_parameters(glob.escape(source))}
+        return f"(source = :source OR {INSIDE_PATH})", parameters
+
+    def _make_path_condition(self, path: str) -> tuple[str, dict[str, Any]]:
+        # Brackets are common in file names, so they are matched literally. The root folder's pattern is empty.
+        pattern = path.rstrip("/").replace("[", "[[]")
+        is_absolute = path.startswith("/") or not pattern
+        return INSIDE_PATH, _make_path_parameters(pattern if is_absolute else f"*/{pattern}")
+
+    def _make_caption_condition(self, caption: str) -> tuple[str, dict[str, Any]]:
+        return make_caption_condition(caption)
 
     # ---- searching
 
     def count(self) -> tuple[int, int]:
-        sql = "SELECT (SELECT count(*) FROM images), (SELECT count(*) FROM contents)"
-        images, contents = self._get_cached("count", self._db.read_state(), lambda: self._db.query(sql)[0])
-        return images, contents
+        counts: tuple[int, int] = self._get_cached("count", self._db.read_state(), super().count)
+        return counts
 
-    def duplicates(self, limit: int = 10) -> list[list[str]]:
-        largest_groups = (
-            "SELECT content FROM images GROUP BY content HAVING count(*) > 1 ORDER BY count(*) DESC, content LIMIT ?"
-        )
-        names_of_content = "SELECT name FROM images WHERE content = ? ORDER BY name"
-        groups = []
-        for content in self._db.query(largest_groups, (limit,)):
-            groups.append([name for (name,) in self._db.query(names_of_content, content)])
-        return groups
+    def count_matches(self, image_filter: Filter) -> int:
+        return len(self._get_matching_ids(image_filter)) if image_filter else self.count()[1]
 
-    def search(
-        self,
-        vector: np.ndarray | None,
-        count: int,
-        image_filter: Filter,
-        offset: int = 0,
-        words: Sequence[str] = (),
-    ) -> list[Hit]:
-        scores: Sequence[float | None]
-        matched: dict[int, tuple[str, ...]] = {}
-        if vector is None:
-            page = self._get_matching_ids(image_filter, newest_first=True)[offset : offset + count]
-            scores = [None] * len(page)
-        else:
-            query = WordQuery.parse(words)
-            allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
-            matches = self._find_word_matches(query, image_filter, allowed_ids)
-            depth = offset + count if not len(matches) else max(offset + count, MAX_FUSED)
-            ranking = self._find_nearest(vector.astype(np.float32), depth, image_filter, allowed_ids)
-            page, scores = self._rank(vector.astype(np.float32), ranking, matches, count, offset)
-            if len(matches):
-                matched = self._find_matched_fields(query, page)
-        conditions, parameters = _make_sql_conditions(image_filter, ("path", "after", "before"))
-        texts = self._read_texts(page)
-        hits = []
-        for content_id, score in zip(page.tolist(), scores, strict=True):
-            images = self._read_images(content_id)
-            if conditions:
-                matching = self._read_images(content_id, conditions, parameters)
-                images = tuple(dict.fromkeys([*matching, *images]))[:MAX_LOCATIONS]
-            sizes = self._db.query(
-                "SELECT width, height, (SELECT count(*) FROM images WHERE content = contents.id) FROM contents "
-                "WHERE id = ?",
-                (content_id,),
-            )
-            if images and sizes:  # skip images that another process has removed during this search
-                width, height, image_count = sizes[0]
-                text, fields = texts.get(content_id, ""), matched.get(content_id, ())
-                hits.append(Hit(str(content_id), score, images, image_count, width, height, fields, text))
-        return hits
+    def _find_newest(self, run: Query, image_filter: Filter, count: int, offset: int) -> list[int]:
+        ids = self._get_matching_ids(image_filter, newest_first=True)
+        page: list[int] = ids[offset : offset + count].tolist()
+        return page
 
     def _find_nearest(
-        self, vector: np.ndarray, depth: int, image_filter: Filter, allowed_ids: np.ndarray | None
+        self, run: Query, vector: np.ndarray, depth: int, image_filter: Filter
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of the `depth` contents most similar to a vector, and their cosine similarities.
-
-        The last ranking is cached, because the relevance of a further page depends on the first hits of the query.
-        """
+        # The last ranking is cached, because the relevance of a further page depends on the first hits of the query.
         key = self._db.read_state(), vector.tobytes(), image_filter  # read first: the index may be newer, but not older
         index = self._get_current_vector_index()
         cached = self._cache.get("nearest")
         if cached is None or cached[0][0] != key or cached[0][1] < depth:
+            allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
             cached = self._cache["nearest"] = (key, depth), index.search(vector, depth, allowed_ids)
         ids, cosines = cached[1]
         return ids[:depth], cosines[:depth]
 
-    def _rank(
-        self,
-        vector: np.ndarray,
-        ranking: tuple[np.ndarray, np.ndarray],
-        matches: np.ndarray,
-        count: int,
-        offset: int,
-    ) -> tuple[np.ndarray, list[float]]:
-        """Return the content ids of a page of hits, int64 of shape (N,), and their cosine similarities to a vector.
-
-        Args:
-            ranking: Result of `_find_nearest`.
-            matches: Ids of the contents that contain all words of the query, best first.
-        """
-        ids, cosines = ranking
-        if not len(matches):
-            return ids[offset:], cosines[offset:].tolist()
-        page = fuse_rankings(ids, matches)[offset : offset + count]
-        score_of = dict(zip(ids.tolist(), cosines.tolist(), strict=True))
-        others = np.array([content for content in page.tolist() if content not in score_of], np.int64)
-        score_of.update(zip(others.tolist(), (self._fetch_vectors(others) @ vector).tolist(), strict=True))
-        return page, [score_of[content] for content in page.tolist()]
-
-    def _find_word_matches(self, query: WordQuery, image_filter: Filter, allowed_ids: np.ndarray | None) -> np.ndarray:
-        """Return the ids from `find_matches`. Those for the last query are cached for further result pages."""
-
+    def _find_word_matches(self, run: Query, query: WordQuery, image_filter: Filter) -> np.ndarray:
         def find() -> np.ndarray:
+            allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
             with self._open_words() as db:
                 return find_matches(db, query, allowed_ids)
 
-        if not query:
-            return np.empty(0, np.int64)
-        key = self._db.read_state(), query, image_filter
-        ids: np.ndarray = self._get_cached("word matches", key, find)
+        ids: np.ndarray = self._get_cached("word matches", (self._db.read_state(), query, image_filter), find)
         return ids
 
-    def _find_matched_fields(self, query: WordQuery, ids: np.ndarray) -> dict[int, tuple[str, ...]]:
+    def _find_matched_fields(self, run: Query, query: WordQuery, ids: Sequence[int]) -> dict[int, tuple[str, ...]]:
         with self._open_words() as db:
-            return find_matched_fields(db, query, ids.tolist())
-
-    def _read_texts(self, ids: np.ndarray) -> dict[int, str]:
-        """Return the texts recognised in the given contents. Contents in which no text was recognised are skipped."""
-        return dict(self._query_by_id("SELECT content, text FROM recognized_texts WHERE content", ids))
+            return find_matched_fields(db, query, ids)
 
     @contextmanager
     def _open_words(self) -> Iterator[sqlite3.Connection]:
@@ -352,70 +267,25 @@ class SqliteBackend:
                 "`llm2clip index` again. Until then, search without words and without a caption filter."
             ) from error
 
-    def count_matches(self, image_filter: Filter) -> int:
-        return len(self._get_matching_ids(image_filter)) if image_filter else self.count()[1]
-
-    def vector(self, hit_id: str) -> np.ndarray | None:
-        rows = self._db.query("SELECT vector FROM contents WHERE id = ?", (parse_content_id(hit_id),))
-        return np.frombuffer(rows[0][0], "<f2").astype(np.float32) if rows else None
-
-    def vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
-        ids = np.array([parse_content_id(hit_id) for hit_id in hit_ids], np.int64)
-        vectors = self._fetch_vectors(ids).astype(np.float32)
-        return {hit_id: vector for hit_id, vector in zip(hit_ids, vectors, strict=True) if vector.any()}
-
-    def sample_ids(self, count: int) -> list[str]:
-        rng = np.random.default_rng(0)
-        total = self.count()[1]
-        ((last,),) = self._db.query("SELECT coalesce(max(id), 0) FROM contents")
-        # Reading all ids of a large index takes seconds. Nearly all ids up to the last one exist, unless many images
-        # have been removed, so enough of twice the expected number of random ids usually exist.
-        candidate_count = 2 * count * last // max(total, 1)
-        if candidate_count < last:
-            candidates = 1 + rng.choice(last, candidate_count, replace=False)
-            existing = _read_int_column(self._query_by_id("SELECT id FROM contents WHERE id", candidates))
-            sample = candidates[np.isin(candidates, existing)][:count]
-            if len(sample) == count:
-                return [str(content_id) for content_id in np.sort(sample).tolist()]
-        # Without ORDER BY, SQLite reads the ids from an index, not from the table, which also contains the vectors.
-        ids = np.sort(_read_int_column(self._db.query("SELECT id FROM contents")))
-        if len(ids) > count:
-            ids = np.sort(rng.choice(ids, count, replace=False))
-        return [str(content_id) for content_id in ids.tolist()]
-
-    def newest_ids(self, count: int) -> list[str]:
-        rows = self._db.query("SELECT content FROM images ORDER BY taken DESC LIMIT ?", (count * FILES_PER_NEWEST,))
-        return list(dict.fromkeys(str(content_id) for (content_id,) in rows))[:count]
-
-    def save_calibration(self, data: bytes) -> None:
-        with self._db.transaction() as connection:
-            connection.execute("DELETE FROM calibration")
-            connection.execute("INSERT INTO calibration VALUES (?)", (data,))
-
-    def load_calibration(self) -> bytes | None:
-        rows = self._db.query("SELECT data FROM calibration")
-        return bytes(rows[0][0]) if rows else None
-
-    def thumbnail(self, hit_id: str) -> bytes | None:
-        rows = self._db.query("SELECT jpeg FROM thumbnails WHERE id = ?", (parse_content_id(hit_id),))
-        return bytes(rows[0][0]) if rows else None
-
-    def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
-        return self._read_images(parse_content_id(hit_id))
-
     def _read_images(
-        self, content_id: int, conditions: Sequence[str] = (), parameters: Mapping[str, Any] | None = None
-    ) -> tuple[IndexedImage, ...]:
-        """Return at most MAX_LOCATIONS images with the given content that match SQL conditions, sorted by name.
+        self, run: Query, ids: Sequence[int], conditions: SqlConditions
+    ) -> dict[int, tuple[IndexedImage, ...]]:
+        columns = ", ".join(IMAGE_COLUMNS)
 
-        If there are more images, return those indexed first, so that SQLite can stop reading early.
-        """
-        where = " AND ".join(["content = :content", *conditions])
-        sql = f"SELECT {IMAGE_COLUMNS} FROM images WHERE {where} ORDER BY rowid LIMIT :limit"
-        rows = self._db.query(sql, {**(parameters or {}), "content": content_id, "limit": MAX_LOCATIONS})
-        return tuple(sorted(map(_image_from_row, rows), key=lambda image: image.name))
+        def select(content_id: int, where: Sequence[str]) -> list[IndexedImage]:
+            statement = f"SELECT {columns} FROM images WHERE {' AND '.join(where)} ORDER BY id LIMIT :limit"
+            rows = run(statement, {**conditions.parameters, "content": content_id, "limit": MAX_LOCATIONS})
+            return sorted(map(self._image_from_row, rows), key=lambda image: image.name)
 
-    # ---- filters
+        images = {}
+        for content_id in ids:
+            content_images = select(content_id, ["content = :content"])
+            if conditions.images and content_images:
+                matching = select(content_id, ["content = :content", *conditions.images])
+                content_images = list(dict.fromkeys([*matching, *content_images]))[:MAX_LOCATIONS]
+            if content_images:
+                images[content_id] = tuple(content_images)
+        return images
 
     def _get_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
         """Return the ids from `_find_matching_ids`. Those for the last filter are cached for further result pages."""
@@ -429,19 +299,17 @@ class SqliteBackend:
         By default, the ids are in ascending order. With `newest_first`, they are sorted by the latest capture time of
         their matching images, newest first.
         """
-        conditions, parameters = _make_sql_conditions(image_filter, FILTER_CONDITIONS)
-        tables = "images JOIN contents ON contents.id = images.content"
-        if image_filter.caption is not None:
-            if conditions or newest_first:
-                tables = "texts JOIN images ON images.name = texts.image JOIN contents ON contents.id = images.content"
-            else:
-                tables = "texts"
-            condition, parameters["caption"] = make_caption_condition(image_filter.caption)
-            conditions.append(condition)
-        columns = "texts.content, 0.0" if tables == "texts" else "images.content, images.taken"
+        conditions = self._make_conditions(image_filter)
+        where = [*conditions.images, *conditions.contents]
+        tables, columns = "images JOIN contents ON contents.id = images.content", "images.content, images.taken"
+        if conditions.captions is not None:
+            if not where and not newest_first:
+                # These rows have the same ids as those of `images`, and are smaller.
+                tables, columns = "texts AS images", "images.content, 0.0"
+            where.append(conditions.captions)
         with self._open_words() as db:
-            sql = f"SELECT {columns} FROM {tables} WHERE {' AND '.join(conditions) or 'true'}"
-            rows = np.fromiter(db.execute(sql, parameters), MATCH_DTYPE)
+            sql = f"SELECT {columns} FROM {tables} WHERE {' AND '.join(where) or 'true'}"
+            rows = np.fromiter(db.execute(sql, conditions.parameters), MATCH_DTYPE)
         if not newest_first:
             return _sort_unique(rows["content"])
         ids = rows["content"][np.lexsort((rows["content"], -rows["taken"]))]
@@ -459,7 +327,7 @@ class SqliteBackend:
 
             def create_index() -> VectorIndex:
                 graph = self._get_current_graph(graph_time) if graph_time else None
-                return VectorIndex(self._load_current_vectors, self._fetch_vectors, graph)
+                return VectorIndex(self._load_current_vectors, self._fetch_array, graph)
 
             index: VectorIndex = self._get_cached("index", (self._db.read_state(), graph_time), create_index)
             return index
@@ -494,20 +362,18 @@ class SqliteBackend:
             self._vectors = file_id, vectors
             return vectors
 
-    def _fetch_vectors(self, ids: np.ndarray) -> np.ndarray:
+    def _fetch_vectors(self, run: Query, ids: Sequence[int]) -> dict[int, np.ndarray]:
+        rows = run(f"SELECT id, vector FROM contents WHERE id IN {list_ids(ids)}", {})
+        return {content_id: np.frombuffer(vector, "<f2").astype(np.float32) for content_id, vector in rows}
+
+    def _fetch_array(self, ids: np.ndarray) -> np.ndarray:
         """Return the vectors with the given ids, as a float16 array of shape (N, D). Removed ids have zero vectors."""
-        vectors: dict[int, bytes] = dict(self._query_by_id("SELECT id, vector FROM contents WHERE id", ids))
+        rows = self._db.query(f"SELECT id, vector FROM contents WHERE id IN {list_ids(ids.tolist())}")
+        vectors: dict[int, bytes] = dict(rows)
         dim = self._read_dim()
         zeros = bytes(2 * dim)
         joined = b"".join(vectors.get(content_id, zeros) for content_id in ids.tolist())
         return np.frombuffer(joined, "<f2").reshape(-1, dim)
-
-    def _query_by_id(self, sql: str, ids: np.ndarray) -> Iterator[tuple[Any, ...]]:
-        """Run a statement that ends with the name of an id column, and yield the rows with the given ids."""
-        for start in range(0, len(ids), IDS_PER_QUERY):
-            chunk = ids[start : start + IDS_PER_QUERY].tolist()
-            placeholders = ", ".join("?" * len(chunk))
-            yield from self._db.query(f"{sql} IN ({placeholders})", chunk)
 
     def _read_dim(self) -> int:
         return int(self.metadata()["embed_dim"])
@@ -518,33 +384,6 @@ class SqliteBackend:
         if cached is None or cached[0] != state:
             cached = self._cache[name] = state, compute()
         return cached[1]
-
-
-def _image_to_row(image: IndexedImage) -> tuple[Any, ...]:
-    """Return an image's values for IMAGE_COLUMNS, with the reference and captions as JSON."""
-    captions = json.dumps(image.captions)
-    return image.name, ref_to_json(image.ref), image.source, image.file_version, captions, image.taken
-
-
-def _image_from_row(row: Sequence[Any]) -> IndexedImage:
-    name, ref, source, file_version, captions, taken = row
-    return IndexedImage(name, ref_from_json(ref), source, file_version, tuple(json.loads(captions)), taken)
-
-
-def _make_sql_conditions(image_filter: Filter, names: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return SQL conditions and their parameters for the filter fields that are listed in `names` and not None."""
-    parameters: dict[str, Any] = {}
-    for name in names:
-        value = getattr(image_filter, name)
-        if value is not None:
-            parameters[name] = value
-    conditions = [FILTER_CONDITIONS[name] for name in parameters]
-    if "path" in parameters:
-        # Brackets are common in file names, so they are matched literally. The root folder's pattern is empty.
-        pattern = parameters["path"].rstrip("/").replace("[", "[[]")
-        is_absolute = parameters["path"].startswith("/") or not pattern
-        parameters.update(_make_path_parameters(pattern if is_absolute else f"*/{pattern}"))
-    return conditions, parameters
 
 
 def _make_path_parameters(pattern: str) -> dict[str, str]:

@@ -11,9 +11,11 @@ from typing import Any
 from llm2clip.runs.output_folder import check_format_version
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import FORMAT_VERSION, NEW_INDEX_ADVICE, IndexUnavailableError
+from llm2clip.search.metadata import CONTENT_FIELDS, IMAGE_FIELDS, define_columns
 from llm2clip.search.words import WORDS_SCHEMA
 
 INDEX_FILE = "index.sqlite"  # main file of an index
+COLUMN_TYPES = {float: "REAL", int: "INTEGER", str: "TEXT"}
 # The column "location" is the reference to an image's bytes, and "max_abs" is the largest absolute value in a vector.
 # The ids of contents are never reused, so contents with the same id are equal.
 SCHEMA = f"""
@@ -21,12 +23,13 @@ CREATE TABLE metadata (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE calibration (data BLOB NOT NULL);
 CREATE TABLE contents (
   id INTEGER PRIMARY KEY AUTOINCREMENT, hash BLOB NOT NULL UNIQUE, vector BLOB NOT NULL, max_abs REAL NOT NULL,
-  width INTEGER NOT NULL, height INTEGER NOT NULL);
+  {define_columns(CONTENT_FIELDS, COLUMN_TYPES)});
 CREATE INDEX contents_max_abs ON contents(max_abs);
 CREATE TABLE thumbnails (id INTEGER PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, jpeg BLOB NOT NULL);
 CREATE TABLE images (
-  name TEXT PRIMARY KEY, content INTEGER NOT NULL REFERENCES contents(id), location TEXT NOT NULL, source TEXT NOT NULL,
-  file_version TEXT NOT NULL, captions TEXT NOT NULL, taken REAL NOT NULL);
+  id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, content INTEGER NOT NULL REFERENCES contents(id),
+  location TEXT NOT NULL, source TEXT NOT NULL, file_version TEXT NOT NULL, captions TEXT NOT NULL,
+  {define_columns(IMAGE_FIELDS, COLUMN_TYPES)});
 CREATE INDEX images_content ON images(content);
 CREATE INDEX images_source ON images(source);
 CREATE INDEX images_taken ON images(taken);

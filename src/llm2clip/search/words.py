@@ -1,18 +1,19 @@
 """Word search over the texts of indexed images: queries, rank fusion, and SQLite's full-text tables (FTS5).
 
-With SQLite, the table `texts` has one row per image: its captions, the text recognised in the image, its file name,
-camera and date. Two full-text tables index this table: `words` finds whole words, ignoring case and diacritics, and
-`trigrams` finds substrings. They serve languages that separate words with spaces, and all others, such as Chinese and
-Japanese. `search.postgres_words` searches the same texts in PostgreSQL.
+With SQLite, the table `texts` has one row per image, with the same id as in `images`: its captions, the text recognised
+in the image, its file name, camera and date. Two full-text tables index this table: `words` finds whole words, ignoring
+case and diacritics, and `trigrams` finds substrings. They serve languages that separate words with spaces, and all
+others, such as Chinese and Japanese. `search.postgres_words` searches the same texts in PostgreSQL.
 
 All texts are stored as returned by `normalize`. The original captions are in the table `images`, and the original
 recognised texts are in the table `recognized_texts`.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import sqlite3
-import unicodedata
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ import numpy as np
 
 from llm2clip.data.image_refs import to_valid_unicode
 from llm2clip.data.texts import UNSPACED
-from llm2clip.search.backends import IndexedImage
+from llm2clip.search.metadata import normalize
+from llm2clip.search.types import IndexedImage
 
 # The fields of an image's texts, which are the columns of `words`, and their names in search results.
 FIELDS = {"captions": "caption", "text": "text", "name": "name", "camera": "camera", "date": "date"}
@@ -39,15 +41,11 @@ WORDS_SCHEMA = f"""
 CREATE TABLE recognized_texts (
   content INTEGER PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, text TEXT NOT NULL);
 CREATE TABLE texts (
-  id INTEGER PRIMARY KEY, image TEXT NOT NULL UNIQUE, content INTEGER NOT NULL, captions TEXT NOT NULL,
-  text TEXT NOT NULL, name TEXT NOT NULL, camera TEXT NOT NULL, date TEXT NOT NULL);
+  id INTEGER PRIMARY KEY, content INTEGER NOT NULL, captions TEXT NOT NULL, text TEXT NOT NULL, name TEXT NOT NULL,
+  camera TEXT NOT NULL, date TEXT NOT NULL);
 CREATE INDEX texts_content ON texts(content);
 {FULL_TEXT_SCHEMA}"""
 SEPARATOR = "\x1f"  # precedes each caption in `texts`; never occurs in normalised texts
-# FTS5's trigram tokenizer stops at NUL, and SQLite cannot store lone surrogates. They are replaced with symbols, such
-# as U+2400 (␀) for NUL, which separate words as the original characters do.
-REPLACEMENTS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"}
-REPLACEMENTS |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
 TRIGRAM_LENGTH = 3  # `trigrams` cannot find shorter texts
 UNSPACED_PARTS = re.compile(rf"(?:[^\W_]|{UNSPACED.pattern})+")  # \w excludes vowel signs and tone marks
 # A query with more or longer words is a description, and is searched only by its embedding.
@@ -58,11 +56,6 @@ MAX_QUERY_WORDS, MAX_QUERY_LENGTH = 32, 500
 MIN_COMMON, MAX_MATCHED_FRACTION, MAX_MATCHES = 100, 0.1, 20_000
 MAX_FUSED = 1000  # maximum number of word matches, and of most similar images, that change each other's rank
 RRF_K = 60  # constant of reciprocal rank fusion (Cormack et al., 2009)
-
-
-def normalize(text: str) -> str:
-    """Return a text in the form in which it is stored and searched: casefolded, composed (NFC), without controls."""
-    return unicodedata.normalize("NFC", text.casefold()).translate(REPLACEMENTS)
 
 
 def make_fields(image: IndexedImage, text: str = "") -> dict[str, str]:
@@ -123,7 +116,7 @@ class WordQuery:
         return bool(self.words or self.substrings)
 
     @classmethod
-    def parse(cls, texts: Sequence[str]) -> "WordQuery":
+    def parse(cls, texts: Sequence[str]) -> WordQuery:
         """Split texts into words. Return an empty query if there are too many words for a word search."""
         text = normalize(" ".join(texts))
         if len(text) > MAX_QUERY_LENGTH:
@@ -146,17 +139,18 @@ def quote(text: str) -> str:
     return '"' + text.replace('"', '""') + '"'
 
 
-def make_caption_condition(caption: str) -> tuple[str, str]:
-    """Return an SQL condition for the rows of `texts` with a caption that contains a text, and its parameter :caption.
+def make_caption_condition(caption: str) -> tuple[str, dict[str, str]]:
+    """Return an SQL condition for `images` with a caption that contains a text, and its parameter :caption.
 
     The condition ignores case. Texts of fewer than three characters require a scan of all captions.
     """
     text = normalize(caption)
     if not text:
-        return "texts.captions != :caption", ""
+        return "images.id IN (SELECT id FROM texts WHERE captions != :caption)", {"caption": ""}
     if len(text) < TRIGRAM_LENGTH:
-        return "instr(texts.captions, :caption)", text
-    return "texts.id IN (SELECT rowid FROM trigrams WHERE trigrams MATCH :caption)", f"captions : {quote(text)}"
+        return "images.id IN (SELECT id FROM texts WHERE instr(captions, :caption))", {"caption": text}
+    condition = "images.id IN (SELECT rowid FROM trigrams WHERE trigrams MATCH :caption)"
+    return condition, {"caption": f"captions : {quote(text)}"}
 
 
 def find_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.ndarray | None) -> np.ndarray:
@@ -189,7 +183,7 @@ def find_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.ndarr
 
 
 def find_matched_fields(db: sqlite3.Connection, query: WordQuery, ids: Sequence[int]) -> dict[int, tuple[str, ...]]:
-    """Return the fields that contain words of the query, for each of the given contents that contains all its words."""
+    """Return the fields that contain words of the query, for each of the given contents that contains all words."""
     tables, conditions, parameters = _make_match(query)
     columns = []
     for number, column in enumerate(FIELDS):
@@ -292,8 +286,8 @@ def add_texts(connection: sqlite3.Connection, images: Iterable[IndexedImage]) ->
     ((last,),) = connection.execute("SELECT coalesce(max(id), 0) FROM texts")
     for image in images:
         connection.execute(
-            "INSERT INTO texts (image, content, captions, text, name, camera, date) "
-            "SELECT name, images.content, ?, ?, ?, ?, ? FROM images WHERE name = ?",
+            "INSERT INTO texts (id, content, captions, text, name, camera, date) "
+            "SELECT images.id, images.content, ?, ?, ?, ?, ? FROM images WHERE name = ?",
             (*make_fields(image).values(), image.name),
         )
     for content, text in connection.execute(
@@ -313,7 +307,7 @@ def remove_texts(connection: sqlite3.Connection, names: Iterable[str]) -> None:
     connection.execute("CREATE TEMP TABLE IF NOT EXISTS removed_texts (id INTEGER PRIMARY KEY)")
     connection.execute("DELETE FROM removed_texts")
     connection.executemany(
-        "INSERT INTO removed_texts SELECT id FROM texts WHERE image = ?", [(name,) for name in names]
+        "INSERT INTO removed_texts SELECT id FROM images WHERE name = ?", [(name,) for name in names]
     )
     _remove_from_full_text(connection)
     connection.execute("DELETE FROM texts WHERE id IN removed_texts")

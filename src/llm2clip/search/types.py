@@ -1,0 +1,137 @@
+"""Images, image contents and hits of an index, and the stored form of image references."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, to_valid_unicode
+from llm2clip.search.metadata import ContentMetadata, ImageMetadata
+
+# These keys are stored in every index, so they must not change when a class is renamed.
+REF_TYPES: dict[str, type[ImageRef]] = {
+    "FileImage": FileImage,
+    "TarImage": TarImage,
+    "ParquetImage": ParquetImage,
+    "DatasetImage": DatasetImage,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedImage(ImageMetadata):
+    """An image at a specific location, with its metadata.
+
+    Args:
+        name: Canonical path in the form `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`. Unique within an index.
+        ref: Reference to the image's bytes.
+        source: Image source in the format of `open_records`, with an absolute path.
+        file_version: Size and modification time of the file, used to detect changes.
+        captions: Captions of the image. Empty if the source has no captions.
+    """
+
+    name: str
+    ref: ImageRef
+    source: str
+    file_version: str
+    captions: tuple[str, ...] = ()
+
+    @property
+    def container(self) -> str:
+        """Path of the image file, or of the tar file or table that contains the image."""
+        if isinstance(self.ref, FileImage):
+            return self.name
+        name = self.name
+        if isinstance(self.ref, TarImage):
+            # This suffix distinguishes tar members with the same name.
+            name = name.removesuffix(f"@{self.ref.offset}")
+        path_length = len(self.ref.container_path or "")
+        return name.removesuffix(to_valid_unicode(str(self.ref)[path_length:]))
+
+    @property
+    def file_name(self) -> str:
+        """File name without folders, which may be private. For an image in a table, the form is `TABLE[ROW].COLUMN`."""
+        name = self.name
+        if isinstance(self.ref, TarImage):
+            name = name[len(self.container) + len("!") :].removesuffix(f"@{self.ref.offset}")
+        return os.path.basename(name)
+
+
+class ImageState(NamedTuple):
+    """State of an image, used to detect changes since indexing."""
+
+    file_version: str
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class IndexedContent(ContentMetadata):
+    """Content of an image file, shared by all images with identical bytes, with its metadata.
+
+    Args:
+        hash: SHA-256 hash of the encoded image.
+        vector: L2-normalised embedding of shape (D,), float16.
+        thumbnail: JPEG thumbnail, at most 256 pixels per side.
+    """
+
+    hash: bytes
+    vector: np.ndarray
+    thumbnail: bytes
+
+
+class SimilarHit(NamedTuple):
+    """A hit that was added to a similar hit with a better rank (see `search.similar`).
+
+    Args:
+        id: Id of the hit.
+        name, file_name: Name and file name of its first image.
+    """
+
+    id: str
+    name: str
+    file_name: str
+
+
+MAX_LOCATIONS = 100  # maximum per hit; web data sets contain some images hundreds of thousands of times
+
+
+@dataclass(frozen=True)
+class Hit(ContentMetadata):
+    """A search result, with the metadata of its content.
+
+    Args:
+        id: Identifier of the image content. Unique within an index.
+        score: Cosine similarity to the query vector. None if the search had no query.
+        images: At most MAX_LOCATIONS images with this content. Images that match the filter's path and time conditions
+            come first.
+        image_count: Total number of images with this content.
+        matched: Fields that contain words of the query (`caption`, `text`, `name`, `camera`, `date`) if the image
+            contains all words of the query, otherwise empty.
+        text: Text recognised in the image. Empty if there is none.
+        relevance: Number from 0 to 1 that estimates whether the index has an answer to the query, judging from this
+            image (see `search.relevance`). None if unknown.
+        similar: Hits that were added to this hit because they are similar to it, best first.
+    """
+
+    id: str
+    score: float | None
+    images: tuple[IndexedImage, ...]
+    image_count: int
+    matched: tuple[str, ...] = ()
+    text: str = ""
+    relevance: float | None = None
+    similar: tuple[SimilarHit, ...] = ()
+
+
+def ref_to_json(ref: ImageRef) -> str:
+    """Serialize an image reference to JSON."""
+    return json.dumps([type(ref).__name__, asdict(ref)])  # type: ignore[call-overload]
+
+
+def ref_from_json(text: str) -> ImageRef:
+    """Deserialize an image reference from `ref_to_json`. Raise ValueError if the reference has an unknown type."""
+    name, fields = json.loads(text)
+    if name not in REF_TYPES:
+        raise ValueError(f"unknown image reference type: {name}")
+    return REF_TYPES[name](**fields)
