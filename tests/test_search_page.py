@@ -536,13 +536,14 @@ def test_selected_images_are_exported_and_downloaded(page: Any, image_folder: Pa
 
 
 def test_exported_cells_are_never_formulas(page: Any) -> None:
-    cells = page.evaluate("""() => makeCsv([{id: '7', images: [
-        {name: '/a "quoted", name.jpg', captions: ['=HYPERLINK("x")', 'two']}, {name: '-b', captions: []}]}])""")
+    cells = page.evaluate("""() => makeCsv([{id: '7', width: 5, images: [
+        {name: '/a "quoted", name.jpg', captions: ['=HYPERLINK("x")', 'two'], camera: '+1', latitude: -1.5},
+        {name: '-b', captions: [], camera: '', latitude: null}]}])""")
     rows = list(csv.reader(cells.removeprefix("\ufeff").splitlines(keepends=True)))
     assert rows == [
-        ["id", "name", "captions"],
-        ["7", '/a "quoted", name.jpg', '\'=HYPERLINK("x")\ntwo'],
-        ["7", "'-b", ""],
+        ["id", "name", "captions", "camera", "latitude", "width"],
+        ["7", '/a "quoted", name.jpg', '\'=HYPERLINK("x")\ntwo', "'+1", "-1.5", "5"],
+        ["7", "'-b", "", "", "", "5"],
     ]
 
 

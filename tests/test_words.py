@@ -21,8 +21,8 @@ from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search import ocr, sqlite_backend, vector_index, words
-from llm2clip.search.backends import MAX_FILTER_LENGTH, Backend, WordIndexError
+from llm2clip.search import ocr, vector_index, words
+from llm2clip.search.backends import Backend, WordIndexError
 from llm2clip.search.metadata import Filter, normalize
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Hit, IndexedContent, IndexedImage
@@ -118,12 +118,6 @@ def test_caption_filter_finds_the_same_images_as_python(kind: str, tmp_path: Pat
         del images[n]
     check()
     check_full_text(backend)
-
-
-def test_filter_rejects_long_captions() -> None:
-    Filter(caption="a" * MAX_FILTER_LENGTH)
-    with pytest.raises(ValueError, match="501 characters; the limit is 500"):
-        Filter(caption="a" * 501)
 
 
 # ---- word search ----------------------------------------------------------------------------------------------------
@@ -479,21 +473,6 @@ def test_texts_are_recognised_once_per_content(
     assert len(texts) == 1 and texts < {f"text {n} " for n in range(1, 7)}
     assert backend._db.query("SELECT count(*) FROM recognized_texts") == [(5,)]
     check_full_text(backend)
-
-
-def test_texts_of_large_pages_are_read_in_several_statements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite_backend, "IDS_PER_QUERY", 2)
-    backend = create_index(tmp_path, 5)
-    backend.set_texts({n.to_bytes(4, "big"): f"text {n}" for n in range(5)})
-    query, counts = backend._db.query, []
-
-    def count_parameters(sql: str, parameters: Any = ()) -> Any:
-        counts.append(len(parameters))
-        return query(sql, parameters)
-
-    monkeypatch.setattr(backend._db, "query", count_parameters)
-    assert sorted(hit.text for hit in search(backend)) == [f"text {n}" for n in range(5)]
-    assert max(counts) == 2
 
 
 def test_images_whose_text_cannot_be_recognised_are_indexed_and_listed(

@@ -66,6 +66,7 @@ def add_commands(commands: Commands) -> None:
         type=PositiveFloat,
         help="With --to gallery: maximum size of the folder in MB. Default: 1000.",
     )
+    parser.add_argument("--gps", action="store_true", help="With --to gallery: show where the images were taken.")
 
     parser = commands.add("push", _push, "Upload a model folder or exported model to the hub, with a model card.")
     parser.add_argument("model", type=str, help="Folder to upload.")
@@ -165,6 +166,8 @@ def _export(args: Namespace) -> list[str]:
         raise ValueError("--index can only be used with --to gallery")
     if args.max_mb is not None:
         raise ValueError("--max_mb can only be used with --to gallery")
+    if args.gps:
+        raise ValueError("--gps can only be used with --to gallery")
     from llm2clip.models.llm2clip import LLM2CLIP
 
     model = LLM2CLIP.from_pretrained(args.model, device="cpu")
@@ -185,7 +188,7 @@ def _export_gallery(args: Namespace) -> list[str]:
     check_index(args["index"])
     from llm2clip.search.gallery import MAX_MB, export_gallery
 
-    messages = export_gallery(args.model, args["index"], args.out, args.max_mb or MAX_MB)
+    messages = export_gallery(args.model, args["index"], args.out, args.max_mb or MAX_MB, args.gps)
     return [
         *messages,
         f"Exported: {args.out}",

@@ -30,7 +30,7 @@ from llm2clip.cli.commands import (
 from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.data.texts import check_not_empty
 from llm2clip.io_utils import install_command
-from llm2clip.search.metadata import Filter
+from llm2clip.search.metadata import CONDITIONS, Filter
 
 if TYPE_CHECKING:
     from llm2clip.data.skip_log import SkipLog
@@ -130,24 +130,16 @@ def add_commands(commands: Commands) -> None:
         type=str,
         help="Model that sorts the first 50 results again, using the image files: any model that `evaluate` accepts.",
     )
-    sub.add_argument(
-        "--path",
-        type=str,
-        help="Only images in this folder, tar or file. A relative path that does not exist in the current folder "
-        "matches in every folder. * matches any characters: --path '2024/*.jpg'.",
-    )
-    sub.add_argument("--caption", type=str, help="Only images whose caption contains this text (case-insensitive).")
-    sub.add_argument("--after", type=str, help="Only images taken on or after this date or time, such as 2024-05-31.")
-    sub.add_argument("--before", type=str, help="Only images taken on or before this date or time.")
-    sub.add_argument(
-        "--min_side", type=PositiveInt, help="Only images whose shorter side has at least this many pixels."
-    )
+    for name, condition in CONDITIONS.items():
+        example = ", given as a date or time such as 2024-05-31" if condition.kind.endswith("time") else ""
+        value_type = PositiveInt if condition.kind == "number" else str
+        sub.add_argument(f"--{name}", type=value_type, help=f"Only images {condition.description}{example}.")
     sub.add_argument("--model", type=str, help="Model that built the index. Needed only if the model folder was moved.")
     sub.add_argument(
         "--json",
         action="store_true",
         help="Print each result as a JSON object: rank, score, relevance, path, duplicates, similar, captions, text, "
-        "matched, taken, width and height.",
+        "matched and the image's metadata.",
     )
     sub.add_argument(
         "--explain",
@@ -388,7 +380,7 @@ def _check_output(args: Namespace) -> None:
 
 def _check_query(args: Namespace) -> None:
     """Raise an error if there is neither a query nor a filter, if a text is empty, or if an image file is missing."""
-    filters = (args.path, args.caption, args.after, args.before, args.min_side)
+    filters = [args[name] for name in CONDITIONS]
     has_query = args.texts or args.images or args.negative or args.negative_images
     if not has_query and (args.heatmaps or all(value is None for value in filters)):
         raise ValueError("pass text or images to search for, or a filter such as --after 2024-05-31")
@@ -401,14 +393,15 @@ def _check_query(args: Namespace) -> None:
 
 def _make_filter(args: Namespace) -> Filter:
     """Create a filter from the arguments. Raise ValueError if a time is invalid or --after is later than --before."""
-    from llm2clip.search.metadata import Filter
-
-    after = parse_time(args.after, "--after")
-    before = parse_time(args.before, "--before", end_of_day=True)
+    values = {name: args[name] for name in CONDITIONS}
+    for name, condition in CONDITIONS.items():
+        if condition.kind.endswith("time"):
+            values[name] = parse_time(values[name], f"--{name}", end_of_day=condition.kind == "last time")
+    values["path"] = resolve_path_filter(values["path"])
+    after, before = values["after"], values["before"]
     if after is not None and before is not None and after > before:
         raise ValueError(f"--after {args.after} is later than --before {args.before}, so no image can match")
-    path = resolve_path_filter(args.path)
-    return Filter(path=path, caption=args.caption, after=after, before=before, min_side=args.min_side)
+    return Filter(**values)
 
 
 def _make_query_templates(templates: list[str] | None) -> QueryTemplates | None:

@@ -2,7 +2,7 @@
 
     GALLERY/
       index.html, gallery.js, page.css     page
-      gallery.json                         settings of the text encoder, and the names, captions and sizes of the images
+      gallery.json                         settings of the text encoder, and the name, caption and details of each image
       vectors.bin                          image vectors: N float32 scales, then int8 values of shape (N, D)
       thumbnails/0.jpg, ...                thumbnails, newest image first
       text.onnx                            text encoder with 8-bit weights (see `models/export/onnx.py`)
@@ -64,7 +64,9 @@ CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 
 
-def export_gallery(model_name: str, index: str, out: str | Path, max_mb: float = MAX_MB) -> list[str]:
+def export_gallery(
+    model_name: str, index: str, out: str | Path, max_mb: float = MAX_MB, with_private: bool = False
+) -> list[str]:
     """Write a static web page that searches an index in the browser, atomically.
 
     Args:
@@ -72,6 +74,7 @@ def export_gallery(model_name: str, index: str, out: str | Path, max_mb: float =
         index: index folder or URL, as in `open_backend`.
         out: folder to create.
         max_mb: maximum size of the gallery in MB.
+        with_private: whether to include private metadata, such as GPS positions.
 
     Returns:
         Messages for the user: the accuracy of the text encoder with 8-bit weights, and the size of each part.
@@ -102,7 +105,7 @@ def export_gallery(model_name: str, index: str, out: str | Path, max_mb: float =
                 shutil.copyfile(file, folder / "lib" / file.name)
         (folder / "LICENSES.txt").write_text(_format_licenses(), encoding="utf-8")
         messages = [export_quantized_text(model, folder)]
-        images = _write_images(backend, folder)
+        images = _write_images(backend, folder, with_private)
         settings = {**_build_text_settings(model), "images": images, "count": len(images)}
         settings["dim"] = model.config.embed_dim
         (folder / "gallery.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
@@ -170,8 +173,8 @@ def check_gallery_size(index: str, backend: Backend, text_parameters: int, max_m
 # ---- contents -------------------------------------------------------------------------------------------------------
 
 
-def _write_images(backend: Backend, folder: Path) -> list[list[Any]]:
-    """Write thumbnails and vectors. Return the file name, caption, width and height of each image, newest first."""
+def _write_images(backend: Backend, folder: Path, with_private: bool) -> list[list[Any]]:
+    """Write thumbnails and vectors. Return the file name, caption and details of each image, newest first."""
     (folder / "thumbnails").mkdir()
     images: list[list[Any]] = []
     vectors = []
@@ -183,7 +186,8 @@ def _write_images(backend: Backend, folder: Path) -> list[list[Any]]:
             (folder / f"thumbnails/{len(images)}.jpg").write_bytes(thumbnail)
             image = hit.images[0]
             caption = image.captions[0][:MAX_CAPTION_CHARACTERS] if image.captions else ""
-            images.append([image.file_name, caption, hit.width, hit.height])
+            details = [[item.text, item.url] for item in hit.details if with_private or not item.is_private]
+            images.append([image.file_name, caption, details])
             vectors.append(vector.astype(np.float16))
             bar.update(1)
     values, scales = quantize_vectors(np.stack(vectors).astype(np.float32))

@@ -2,14 +2,16 @@
 
 The columns of both index backends, the HTTP API, the options and the JSON output of `llm2clip search`, the details and
 filters of the search page, its CSV list and galleries are derived from the declarations. To add a field, declare it
-here, read it in `exif.read_exif`, and increase FORMAT_VERSION.
+here, read it in `exif.read_exif`, and increase `backends.FORMAT_VERSION`.
 """
 
+import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from types import NoneType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 # FTS5's trigram tokenizer stops at NUL, and SQLite cannot store lone surrogates. They are replaced with symbols, such
 # as U+2400 (␀) for NUL, which separate words as the original characters do.
@@ -67,9 +69,9 @@ class Declaration:
     Attributes:
         description: Description in the HTTP API.
         display: Text for the details of an image. `{NAME}` is the value of a field. The text is omitted if one of the
-            values is missing or empty.
+            values is None or empty.
         link: URL of the text, or empty.
-        is_time: True for Unix timestamps, which are shown as local dates.
+        is_time: True for Unix timestamps, which are shown as local dates and times.
         is_private: True if galleries omit the field by default.
         conditions: Filters on the field.
     """
@@ -203,6 +205,52 @@ def read_columns(values: ImageMetadata | ContentMetadata, metadata_fields: tuple
     columns = {item.name: getattr(values, item.name) for item in metadata_fields}
     columns |= {f"folded_{item.name}": normalize(columns[item.name]) for item in metadata_fields if item.type is str}
     return columns
+
+
+class Detail(NamedTuple):
+    """A line about an image, made from one or more metadata fields.
+
+    Attributes:
+        text: Text for the user.
+        url: URL to which the text is linked, or an empty string.
+        is_private: True if galleries omit the line by default.
+    """
+
+    text: str
+    url: str
+    is_private: bool
+
+
+def list_details(content: ContentMetadata, image: ImageMetadata) -> list[Detail]:
+    """Return the lines about an image content and one of its images."""
+    values = to_json(content, CONTENT_FIELDS) | to_json(image, IMAGE_FIELDS)
+    for item in (*CONTENT_FIELDS, *IMAGE_FIELDS):
+        if item.declaration.is_time and values[item.name] is not None:
+            values[item.name] = values[item.name][: len("2024-05-31T12:00")].replace("T", " ")
+    details = []
+    for item in (*CONTENT_FIELDS, *IMAGE_FIELDS):
+        declaration = item.declaration
+        names = re.findall(r"{(\w+)}", declaration.display)
+        if names and all(values[name] not in (None, "") for name in names):
+            text, url = declaration.display.format(**values), declaration.link.format(**values)
+            details.append(Detail(text, url, declaration.is_private))
+    return details
+
+
+def to_json(values: ImageMetadata | ContentMetadata, metadata_fields: tuple[MetadataField, ...]) -> dict[str, Any]:
+    """Return the values of metadata fields. Times are local and in ISO 8601 format, or None if out of range."""
+    converted = {item.name: getattr(values, item.name) for item in metadata_fields}
+    for item in metadata_fields:
+        if item.declaration.is_time:
+            converted[item.name] = _format_time(converted[item.name])
+    return converted
+
+
+def _format_time(timestamp: float) -> str | None:
+    try:
+        return datetime.fromtimestamp(timestamp).isoformat(timespec="seconds")
+    except (OverflowError, OSError, ValueError):  # files can have any modification time
+        return None
 
 
 PATH = Condition(

@@ -17,6 +17,7 @@ from rich.text import Text as RichText
 from llm2clip.reports import Example, Examples, Paragraph, write_report
 from llm2clip.search.backends import Backend
 from llm2clip.search.explain import Explanation
+from llm2clip.search.metadata import CONTENT_FIELDS, IMAGE_FIELDS, to_json
 from llm2clip.search.rerank import RERANKED
 from llm2clip.search.types import Hit
 
@@ -76,9 +77,8 @@ def hit_to_json(rank: int, hit: Hit) -> str:
         "captions": list(first.captions),
         "text": hit.text,
         "matched": list(hit.matched),
-        "taken": datetime.fromtimestamp(first.taken).isoformat(timespec="seconds"),
-        "width": hit.width,
-        "height": hit.height,
+        **to_json(first, IMAGE_FIELDS),
+        **to_json(hit, CONTENT_FIELDS),
     }
     text = json.dumps(values, ensure_ascii=False)
     return re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)  # escape terminal control characters

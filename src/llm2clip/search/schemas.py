@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.models.prompts import PLACEHOLDER, QueryTemplates
 from llm2clip.search.explain import MAX_WORDS
 from llm2clip.search.index import SearchOptions
-from llm2clip.search.metadata import MAX_FILTER_LENGTH, Filter
+from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Condition, Filter, MetadataField
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.request_images import RequestImage
 from llm2clip.search.rerank import RERANKED
@@ -19,7 +19,6 @@ from llm2clip.search.types import MAX_LOCATIONS
 
 DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # in characters
-MAX_PATH_LENGTH = 4096  # in characters
 MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, images and results per request
 MAX_OFFSET = 10_000  # limited because skipped results must also be found and scored
 # A query has at most MAX_IMAGES texts and MAX_IMAGES negative texts. Short texts are encoded once without a template
@@ -96,25 +95,31 @@ class _StrictModel(BaseModel):
         return data
 
 
-class FilterRequest(_StrictModel):
-    """Conditions that every search result must meet."""
+FILTER_TYPES: dict[str, Any] = {
+    "text": AnyText,
+    "number": Annotated[int, Field(ge=0, le=1_000_000)],
+    "first time": Time,
+    "last time": Time,
+}
 
-    path: AnyText | None = Field(
-        default=None,
-        max_length=MAX_PATH_LENGTH,
-        description="path of the folder, tar or file that contains the image; a relative path matches in every folder; "
-        "* matches any characters, including slashes, and ? matches one character",
-    )
-    caption: AnyText | None = Field(
-        default=None,
-        max_length=MAX_FILTER_LENGTH,
-        description="text that at least one caption must contain, ignoring case",
-    )
-    after: Time | None = Field(default=None, description="earliest capture time, as a Unix timestamp")
-    before: Time | None = Field(default=None, description="latest capture time, as a Unix timestamp")
-    min_side: int | None = Field(
-        default=None, ge=0, le=1_000_000, description="minimum length of the image's shorter side, in pixels"
-    )
+
+def _make_filter_field(condition: Condition) -> tuple[Any, Any]:
+    """Return the type and the default of the field of a condition."""
+    unit = ", as a Unix timestamp" if condition.kind.endswith("time") else ""
+    max_length = condition.max_length if condition.kind == "text" else None
+    description = f"only images {condition.description}{unit}"
+    return FILTER_TYPES[condition.kind] | None, Field(None, description=description, max_length=max_length)
+
+
+FilterFields = create_model(
+    "FilterFields",
+    __base__=_StrictModel,
+    **{name: _make_filter_field(condition) for name, condition in CONDITIONS.items()},  # type: ignore[call-overload]
+)
+
+
+class FilterRequest(FilterFields):  # type: ignore[valid-type, misc]
+    """Conditions that every search result must meet."""
 
     def to_filter(self) -> Filter:
         return Filter(**self.model_dump())
@@ -180,15 +185,21 @@ class SearchRequest(QueryRequest):
         return SearchOptions(self.words, self.group_similar, self.show_weak, self.rerank)
 
 
-class ImageLocation(BaseModel):
-    """A location of an image, with the captions at that location."""
+def _make_metadata_model(name: str, metadata_fields: tuple[MetadataField, ...]) -> type[BaseModel]:
+    """Create a model with metadata fields."""
+    types = {}
+    for item in metadata_fields:
+        value_type = item.type | None if item.is_nullable else item.type
+        types[item.name] = (value_type, Field(description=item.declaration.description))
+    return create_model(name, **types)  # type: ignore[call-overload]
+
+
+class ImageLocation(_make_metadata_model("ImageFields", IMAGE_FIELDS)):  # type: ignore[misc]
+    """A location of an image, with the captions and the metadata at that location."""
 
     name: str
     file_name: str = Field(description="file name without folders")
     captions: list[str]
-    taken: float = Field(
-        description="capture time, or file modification time if the capture time is unknown, as a Unix timestamp"
-    )
 
 
 class SimilarHitResponse(BaseModel):
@@ -199,8 +210,15 @@ class SimilarHitResponse(BaseModel):
     file_name: str
 
 
-class HitResponse(BaseModel):
-    """A search result: an image and its locations."""
+class DetailResponse(BaseModel):
+    """A line about an image, for the user."""
+
+    text: str
+    url: str = Field(description="URL to which the text is linked, or an empty string")
+
+
+class HitResponse(_make_metadata_model("ContentFields", CONTENT_FIELDS)):  # type: ignore[misc]
+    """A search result: an image, its metadata and its locations."""
 
     id: str
     score: float | None = Field(description="cosine similarity to the query; null if there is no query")
@@ -208,14 +226,13 @@ class HitResponse(BaseModel):
         description="estimated probability that the image is an answer to the query, between 0 and 1; null if there is "
         "no query for which it can be estimated, or the index is not calibrated"
     )
-    width: int
-    height: int
     images: list[ImageLocation] = Field(description=f"the first {MAX_LOCATIONS} locations")
     image_count: int = Field(description="number of locations")
     matched: list[Literal["caption", "text", "name", "camera", "date"]] = Field(
         description="fields that contain words of the query, if the image contains all words of the query"
     )
     text: str = Field(description="text recognised in the image")
+    details: list[DetailResponse] = Field(description="metadata of the image and its first location, in words")
     similar: list[SimilarHitResponse] = Field(
         description="other hits that are bursts or edited copies of this image, best first"
     )

@@ -33,6 +33,7 @@ from llm2clip.search.errors import ERROR_RESPONSES, add_error_handlers
 from llm2clip.search.examples import ExampleCache, ExamplesResponse
 from llm2clip.search.heatmap import locate_query
 from llm2clip.search.inference import InferenceService, Limits
+from llm2clip.search.metadata import CONDITIONS, Condition
 from llm2clip.search.middleware import Authenticator, RequestMiddleware, make_connection_class
 from llm2clip.search.originals import NotFound
 from llm2clip.search.query import UnsupportedQuery
@@ -399,6 +400,7 @@ async def _read_and_close(stream: BinaryIO, size: int) -> AsyncGenerator[bytes, 
 
 def _add_page_routes(app: FastAPI, auth: Authenticator | None, rerank_model: DualEncoder | None) -> None:
     page = (STATIC_FOLDER / "index.html").read_text(encoding="utf-8")
+    page = page.replace("<!-- filters -->", "\n      ".join(map(_make_filter_input, CONDITIONS.values())))
     if rerank_model is not None:
         name = html.escape(_shorten_model_name(rerank_model.name))
         attributes = f'data-rerank-model="{name}" data-rerank-count="{RERANKED}"'
@@ -418,6 +420,21 @@ def _add_page_routes(app: FastAPI, auth: Authenticator | None, rerank_model: Dua
         if name not in STATIC_FILES:
             raise NotFound(f"no such file: {name}")
         return FileResponse(STATIC_FOLDER / name)
+
+
+def _make_filter_input(condition: Condition) -> str:
+    """Return the label and the input element of a filter on the search page."""
+    attributes = {"id": condition.name, "data-filter": condition.kind, "data-label": condition.label}
+    if condition.kind == "number":
+        attributes |= {"type": "number", "min": "1", "max": "1000000", "step": "1"}
+    elif condition.kind == "text":
+        attributes["maxlength"] = str(condition.max_length)
+    else:
+        attributes["type"] = "date"
+    if condition.placeholder:
+        attributes["placeholder"] = condition.placeholder
+    listed = " ".join(f'{name}="{html.escape(value)}"' for name, value in attributes.items())
+    return f"<label>{html.escape(condition.label.capitalize())} <input {listed}></label>"
 
 
 def _shorten_model_name(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, to_valid_unicode
-from llm2clip.search.metadata import ContentMetadata, ImageMetadata
+from llm2clip.search.metadata import ContentMetadata, Detail, ImageMetadata, list_details
 
 # These keys are stored in every index, so they must not change when a class is renamed.
 REF_TYPES: dict[str, type[ImageRef]] = {
@@ -122,6 +122,11 @@ class Hit(ContentMetadata):
     text: str = ""
     relevance: float | None = None
     similar: tuple[SimilarHit, ...] = ()
+
+    @property
+    def details(self) -> list[Detail]:
+        """Lines about the image and its first location, for the user."""
+        return list_details(self, self.images[0])
 
 
 def ref_to_json(ref: ImageRef) -> str:

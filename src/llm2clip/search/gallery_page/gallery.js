@@ -215,13 +215,24 @@ function makeGridItem(hit, position) {
   return item;
 }
 
+function makeDetail([text, url]) {
+  if (!url) return text;
+  const link = document.createElement("a");
+  link.href = url;
+  link.target = "_blank";
+  link.rel = "noopener noreferrer";
+  link.textContent = text;
+  return link;
+}
+
 function showDetail(position) {
   if (position < 0 || position >= shownCount) return;
   openHit = position;
-  const hit = hits[position], [fileName, caption, width, height] = settings.images[hit.index];
+  const hit = hits[position], [fileName, caption, details] = settings.images[hit.index];
   $("large").src = getThumbnail(hit.index);
   $("large").alt = caption || fileName;
-  $("facts").textContent = [...(hit.score === null ? [] : [hit.score.toFixed(3)]), `${width} × ${height}`].join(" · ");
+  const facts = [...(hit.score === null ? [] : [hit.score.toFixed(3)]), ...details.map(makeDetail)];
+  $("facts").replaceChildren(...facts.flatMap((fact, index) => (index ? [" · ", fact] : [fact])));
   $("name").textContent = fileName;
   $("caption").textContent = caption;
   $("back").disabled = position === 0;

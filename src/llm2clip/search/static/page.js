@@ -10,10 +10,11 @@ const PAGE_SIZE = 100; // number of results to load when the user scrolls to the
 const MIN_SWIPE = 50; // in CSS pixels
 const ROWS = 6; // number of rows of results in each block of the grid; the browser renders only the blocks near the window
 const query = { images: [], like: [], negativeLike: [] }; // images contains {uri, name}; the other lists contain hit ids
-const FIELDS = { q: "text", without: "negative", caption: "caption", path: "path", after: "after", before: "before",
-  min_side: "min_side", words: "words", group: "group" }; // URL parameter -> id of the input element
-const FILTER_LABELS = { negative: "without", caption: "caption contains", path: "in", after: "after", before: "before",
-  min_side: "shorter side at least", words: "words:", group: "group similar images:" };
+const filterInputs = [...document.querySelectorAll("[data-filter]")]; // the server adds them; ids are names of filters
+const filterIds = Object.fromEntries(filterInputs.map((input) => [input.id, input.id]));
+const FIELDS = { q: "text", without: "negative", ...filterIds, words: "words", group: "group" }; // URL parameter -> id of the input element
+const FILTER_LABELS = { negative: "without", ...Object.fromEntries(filterInputs.map((input) => [input.id, input.dataset.label])),
+  words: "words:", group: "group similar images:" };
 const { rerankModel, rerankCount } = document.body.dataset; // name of the re-ranking model, or an empty string; number of results
 const DARKEST = 0.8; // opacity of the heat map over the least similar cell
 let hits = [];
@@ -40,19 +41,20 @@ function readRequest() {
     negative_like: [...query.negativeLike],
     words: !getValue("words"),
     group_similar: !getValue("group"),
-    filter: {
-      caption: getValue("caption") || null,
-      path: getValue("path") || null,
-      after: toTimestamp($("after").value, "T00:00:00"),
-      before: toTimestamp($("before").value, "T23:59:59"),
-      min_side: getValue("min_side") ? Number(getValue("min_side")) : null,
-    },
+    filter: Object.fromEntries(filterInputs.map((input) => [input.id, readFilter(input)])),
   };
   return { ...request, rerank: $("rerank").checked };
 }
 
-function toTimestamp(date, time) {
-  return date ? new Date(date + time).getTime() / 1000 : null;
+function readFilter(input) {
+  const value = input.value.trim();
+  if (!value) return null;
+  switch (input.dataset.filter) {
+    case "number": return Number(value);
+    case "first time": return new Date(`${value}T00:00:00`).getTime() / 1000;
+    case "last time": return new Date(`${value}T23:59:59`).getTime() / 1000;
+    default: return value;
+  }
 }
 
 function getQueryFields({ texts, images, like, negative_texts, negative_like }) {
@@ -355,7 +357,8 @@ function showDetail(index) {
   const score = hit.score === null ? [] : [hit.score.toFixed(3)];
   if (hit.relevance !== null) score.push(`relevance ${Math.round(100 * hit.relevance)}%`);
   const matched = hit.matched.length ? [describeMatch(hit)] : [];
-  $("facts").textContent = [...score, `${hit.width} × ${hit.height}`, formatDate(hit), ...matched].join(" · ");
+  const facts = [...score, ...hit.details.map(makeDetail), ...matched];
+  $("facts").replaceChildren(...facts.flatMap((fact, index) => (index ? [" · ", fact] : [fact])));
   $("text-in-image").textContent = hit.text && `Text in the image: ${hit.text}`;
   $("text-in-image").hidden = !hit.text;
   $("original").href = $("download").href = `/image/${hit.id}`;
@@ -374,6 +377,16 @@ function showDetail(index) {
   $("why").disabled = !searchedRequest.texts.length;
   showOpenSelection();
   if (!$("detail").open) $("detail").showModal();
+}
+
+function makeDetail({ text, url }) {
+  if (!url) return text;
+  const link = document.createElement("a");
+  link.href = url;
+  link.target = "_blank";
+  link.rel = "noopener noreferrer";
+  link.textContent = text;
+  return link;
 }
 
 function makeSimilarLink({ id, name, file_name: fileName }) {

@@ -82,12 +82,18 @@ function searchLikeSelection(searchLike) {
 
 function makeCsv(selectedHits) {
   // Spreadsheets run cells that begin with these characters as formulas, so an apostrophe is put in front of them.
-  const quote = (text) => `"${text.replace(/^(?=[=+\-@\t\r])/, "'").replaceAll('"', '""')}"`;
-  const rows = [["id", "name", "captions"]];
+  const quoteText = (text) => `"${text.replace(/^(?=[=+\-@\t\r])/, "'").replaceAll('"', '""')}"`;
+  const quote = (value) => (typeof value === "number" ? String(value) : quoteText(value ?? ""));
+  const rows = [];
   for (const hit of selectedHits) {
-    for (const image of hit.images) rows.push([hit.id, image.name, image.captions.join("\n")]);
+    const { id, score, relevance, images, image_count, matched, text, details, similar, ...contentMetadata } = hit;
+    for (const { name, file_name, captions, ...imageMetadata } of images) {
+      rows.push({ id, name, captions: captions.join("\n"), ...imageMetadata, ...contentMetadata });
+    }
   }
-  const lines = rows.map((row) => row.map(quote).join(",") + "\r\n");
+  const header = Object.keys(rows[0]);
+  const table = [header, ...rows.map((row) => Object.values(row))];
+  const lines = table.map((row) => row.map(quote).join(",") + "\r\n");
   return `\ufeff${lines.join("")}`; // the byte order mark tells spreadsheets that the file is in UTF-8
 }
 
