@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -182,17 +183,14 @@ def test_build_index_requires_prune_to_remove_many_images(
     assert index_sources([photos], dual_encoder, backend).removed == 1  # few images may be removed without --prune
 
 
-INDEX_AND_KILL = """
-import os, signal, sys
+ADD_AND_KILL = """
+import os, pickle, signal, sys
 from pathlib import Path
-from llm2clip.data.skip_log import SkipLog
-from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.search import vector_index
-from llm2clip.search.build import IndexOptions, build_index
 from llm2clip.search.sqlite_backend import SqliteBackend
 
-photos, model_folder, out = sys.argv[1:]
-model = open_dual_encoder(model_folder)
+out = Path(sys.argv[1])
+metadata, batches = pickle.loads((out / "batches").read_bytes())
 
 def kill_at_call(number, name, owner):
     function, calls = getattr(owner, name), []
@@ -209,23 +207,34 @@ for number, name, owner in (
     if child := os.fork():
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
     else:
-        backend = SqliteBackend(Path(out) / name, write=True, approximate_above=3)
         kill_at_call(number, name, owner)
-        build_index([photos], model, backend, SkipLog(None, 1.0), IndexOptions(batch_size=2, workers=0))
+        backend = SqliteBackend(out / name, write=True, approximate_above=3)
+        backend.initialize(metadata)
+        for batch in batches:
+            backend.add(*batch)
+        backend.finish()
         sys.exit(1)  # not reached
 """
 
 
-def test_build_index_resumes_after_kill_at_any_moment(
-    photos: Path, model_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
-) -> None:
+def test_build_index_resumes_after_kill_at_any_moment(photos: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
     """SIGKILL in a transaction, before the graph is built, and before the state of the graph is written."""
-    command = [sys.executable, "-c", INDEX_AND_KILL, str(photos), str(model_folder), str(tmp_path)]
+    batches = []
+
+    class RecordingBackend(SqliteBackend):
+        def add(self, *batch: Any) -> None:
+            batches.append(batch)
+            super().add(*batch)
+
+    complete = RecordingBackend(tmp_path / "complete", write=True)
+    index_sources([photos], dual_encoder, complete, batch_size=2)
+    (tmp_path / "batches").write_bytes(pickle.dumps((complete.metadata(), batches)))
+    command = [sys.executable, "-c", ADD_AND_KILL, str(tmp_path)]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for moment, committed in (("_add_content", (3, 2)), ("finish", (7, 6)), ("atomic_write_text", (7, 6))):
+    for moment, committed in (("_add_content", 2), ("finish", 6), ("atomic_write_text", 6)):
         backend = SqliteBackend(tmp_path / moment, write=True, approximate_above=3)
         assert backend._db.query("PRAGMA integrity_check") == [("ok",)]
-        assert backend.count()[1] == committed[1]
+        assert backend.count()[1] == committed
         index_sources([photos], dual_encoder, backend, batch_size=2)
         assert backend.count() == (7, 6)
         assert backend._get_current_vector_index().graph is not None
