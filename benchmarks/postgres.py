@@ -162,10 +162,10 @@ def format_size(backend: Backend, folder: Path, count: int) -> str:
     if not isinstance(backend, PostgresBackend):
         size = sum(file.stat().st_size for file in folder.iterdir())
         return f"{size / count / 1000:.2f} KB per image"
-    rows = backend._db.query(
+    rows = backend._query(
         "SELECT relname, pg_relation_size(oid) + coalesce(pg_total_relation_size(nullif(reltoastrelid, 0)), 0) "
-        "FROM pg_class WHERE relnamespace = %s::regnamespace AND relkind IN ('r', 'i')",
-        (backend.schema,),
+        "FROM pg_class WHERE relnamespace = :schema::regnamespace AND relkind IN ('r', 'i')",
+        {"schema": backend.schema},
     )
     total = sum(size for _, size in rows)
     largest = sorted(rows, key=lambda row: -row[1])[:7]

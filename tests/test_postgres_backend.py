@@ -187,13 +187,12 @@ def test_postgres_approximate_search_returns_all_images_that_match_a_filter(
     add_images(backend, range(1999))
     backend.finish()
     exact = [hit.id for hit in backend.search(QUERY, 10, Filter())]
-    db = backend._db  # type: ignore[attr-defined]
     explain = "EXPLAIN SELECT id FROM contents ORDER BY vector <#> (SELECT vector FROM contents LIMIT 1) LIMIT 10"
-    assert "hnsw" not in str(db.query(explain))
+    assert "hnsw" not in str(backend._query(explain, {}))
     add_images(backend, range(1999, 2500))
     backend.add([], [(make_image("/rare/a.png"), make_content(7).hash), (make_image("/rare/b"), b"hash 1500")])
     backend.finish()
-    assert "contents_hnsw" in str(db.query(explain))
+    assert "contents_hnsw" in str(backend._query(explain, {}))
     exact = [hit.id for hit in _search_exactly(backend, 10)]
     hits = backend.search(QUERY, 10, Filter())
     assert len(set(exact) & {hit.id for hit in hits}) >= 9
@@ -205,7 +204,7 @@ def test_postgres_approximate_search_returns_all_images_that_match_a_filter(
     assert len(backend.search(QUERY, 200, Filter(), offset=2300)) == 200
     backend = open_backend(url, write=True, approximate_above=5000)
     backend.finish()
-    assert "hnsw" not in str(db.query(explain))
+    assert "hnsw" not in str(backend._query(explain, {}))
 
 
 def test_postgres_searches_exactly_if_few_images_match_the_filter(
@@ -318,7 +317,7 @@ def test_postgres_word_search_uses_its_indexes(tmp_path: Path) -> None:
     backend.add(contents, images)
     backend.finish()
     match, parameters = make_match(WordQuery.parse(["caption7"]))
-    assert "images_words" in str(backend._db.query(f"EXPLAIN SELECT content FROM images WHERE {match}", parameters))
+    assert "images_words" in str(backend._query(f"EXPLAIN SELECT content FROM images WHERE {match}", parameters))
     nearest = backend.search(QUERY, 10, Filter())
     number = next(number for number in range(3000) if f"/p/{number}.png" not in str(nearest))
     hits = backend.search(QUERY, 10, Filter(), words=[f"caption{number}"])  # with the HNSW graph
@@ -496,7 +495,7 @@ def test_only_one_writer_holds_the_lock(server: PostgresServer, tmp_path: Path) 
         add_images(first, [0])
         second.count()
         terminate = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
-        second._db.query(terminate)  # type: ignore[attr-defined]
+        second._query(terminate, {})
         with pytest.raises(IndexUnavailableError):
             add_images(first, [1])
         with second.lock():

@@ -365,7 +365,7 @@ def test_pages_of_a_word_search_follow_each_other(kind: str, tmp_path: Path, mon
         add_image(backend, f"/p/{n}", ["dog " * (n % 5) if n % 3 == 0 else "cat"], n)
     for limit in (4, 1000):
         monkeypatch.setattr(words, "MAX_FUSED", limit)
-        monkeypatch.setattr(f"llm2clip.search.{kind}_backend.MAX_FUSED", limit)
+        monkeypatch.setattr("llm2clip.search.backends.MAX_FUSED", limit)
         everything = search(backend, "dog")
         assert len({hit.id for hit in everything}) == 60
         pages = [hit for offset in range(0, 60, 7) for hit in search(backend, "dog", 7, offset)]
@@ -471,7 +471,7 @@ def test_texts_are_recognised_once_per_content(
     assert report.read == 1 and shapes[-1] == (ocr.MAX_SIDE, 19, 3)
     texts = {hit.text[:7] for hit in backend.search(query, 9, Filter(), words=["moved"]) if hit.matched}
     assert len(texts) == 1 and texts < {f"text {n} " for n in range(1, 7)}
-    assert backend._db.query("SELECT count(*) FROM recognized_texts") == [(5,)]
+    assert backend._query("SELECT count(*) FROM recognized_texts", {}) == [(5,)]
     check_full_text(backend)
 
 

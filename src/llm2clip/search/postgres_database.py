@@ -6,7 +6,7 @@ import hashlib
 import queue
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
@@ -111,10 +111,6 @@ class PostgresDatabase:
         self._write_lock, self._is_locked = threading.RLock(), False
 
     # ---- reading
-
-    def query(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
-        """Run a statement and return all rows."""
-        return self.read(lambda connection: connection.execute(statement, parameters).fetchall())
 
     def read(self, function: Callable[[Connection], Result]) -> Result:
         """Call a function with a connection in a read-only transaction, which sees a single state of the database.
