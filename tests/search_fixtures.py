@@ -97,9 +97,8 @@ def reject_all_texts(backend: Backend, model: DualEncoder) -> None:
     """Store a calibration with which no image is close to any text, and every image is close to every image query."""
     vectors = np.stack(list(backend.vectors(backend.sample_ids(100)).values()))
     never, always = Scale(0, 1, 1, -20), Scale(0, 1, 1, 20)
-    calibration = Calibration(
-        vectors, vectors[:1], [], len(vectors), 0, model.fingerprint, texts=never, images=always, captions=never
-    )
+    mean, scales = vectors.mean(axis=0), {"texts": never, "images": always, "captions": never}
+    calibration = Calibration(mean, vectors[:1], [], len(vectors), 0, model.fingerprint, **scales)
     backend.save_calibration(calibration.to_bytes())
 
 

@@ -175,7 +175,7 @@ def test_cache_removes_the_least_recently_used_embedding(
     reranker = Reranker(QueryEncoder(rerank_model, decode), str.encode)
     image = IndexedImage("a", FileImage("a"), "", "")
     for name in ("a", "b", "a", "c", "a", "b"):
-        reranker.sort(SearchQuery(["red"]), [Hit(name, 1.0, (image,), 1, 1, 1)])
+        reranker.sort(SearchQuery(["red"]), [Hit(name, 1.0, (image,), 1, width=1, height=1)])
     assert decoded == [b"a", b"b", b"c", b"b"] and encoded == [1] * 4
 
 

@@ -1,16 +1,13 @@
 """Relevance of search results: the estimated probability that an image is an answer to the query.
 
 Cosine similarities do not tell whether an index contains an answer, because their level depends on the model, the query
-and the image. A hit's cosine similarity s is therefore compared with other similarities of its query and its image:
+and the image. A hit's cosine similarity s is therefore compared with other similarities of its image:
 
-    t = s - 0.25 * hubness + 0.5 * mean - 0.25 * tail
+    t = s - 0.25 * hubness
 
     hubness   largest similarity between the image and a background query, because some images are similar to all texts
-    mean      mean similarity between the query and all images, which is higher for queries about the index's topics
-    tail      mean of the query's largest 1% of similarities, which is close to s if no image stands out
 
-The background queries are a fixed list of about 300 short texts (`background_queries.txt`). "All images" means a random
-sample of at most 2,048 images of the index, whatever the filter. A filter therefore does not change a hit's relevance.
+The background queries are a fixed list of about 300 short texts (`background_queries.txt`).
 
     x = (t - m) / d                     m, d: mean and standard deviation of t for queries without an answer
     x = (t - m) / d + 8 * overlap       if the image has captions and the words of the query are known
@@ -31,9 +28,8 @@ largest similarity of a query does. There are separate values for text queries a
               a and b: 1.2 and 1.1. Images as similar as an image's nearest neighbour usually is count as close.
 
 The value of a query is the largest t of its first 10 hits. A query has an answer if the relevance of at least one of
-these hits is at least 0.2. A calibration takes 4,800 bytes per dimension of the embeddings (2.5 MB for 512
-dimensions, and twice as much in memory). Rating the hits of a query takes about 1 ms for 512 dimensions and 10 ms for
-4,096, and about 0.1 ms more for each hit with captions. Neither depends on the size of the index.
+these hits is at least 0.2. A calibration takes about 650 bytes per dimension of the embeddings (330 KB for 512
+dimensions), whatever the size of the index. Rating a hit with captions takes about 0.1 ms.
 """
 
 from __future__ import annotations
@@ -47,7 +43,6 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -64,11 +59,10 @@ from llm2clip.search.types import Hit
 
 BACKGROUND_QUERIES = Path(__file__).with_name("background_queries.txt").read_text(encoding="utf-8").splitlines()
 SCALES = ("texts", "images", "captions")
-VERSION = 2  # version of the calibration format; data of other versions is ignored and replaced by `llm2clip index`
+VERSION = 3  # version of the calibration format; data of other versions is ignored and replaced by `llm2clip index`
 UNAVAILABLE = b"unavailable "  # stored with the model's fingerprint if the index cannot be calibrated
-SAMPLE_SIZE = 2048
-TAIL_FRACTION = 0.01
-HUBNESS_WEIGHT, MEAN_WEIGHT, TAIL_WEIGHT = 0.25, 0.5, 0.25
+SAMPLE_SIZE = 2048  # number of images from which the mean embedding is estimated
+HUBNESS_WEIGHT = 0.25
 OVERLAP_WEIGHT = 8.0
 MAX_CAPTIONS, MAX_CAPTION_LENGTH = 5, 500  # per hit, to compare with the query
 STEM_LENGTH = 5  # number of letters to which words are truncated, so that most inflected forms match
@@ -118,9 +112,9 @@ class Calibration:
     """Everything that is needed to compute the relevance of an index's hits.
 
     Attributes:
-        sample: Embeddings of randomly chosen images, of shape (S, D), float32.
+        sample_mean: Mean embedding of randomly chosen images, of shape (D,), float32.
         background: Embeddings of the background queries, of shape (B, D), float32.
-        sample_ids: Hit ids of the sample, to find out how much of it is still in the index.
+        sample_ids: Hit ids of these images, to find out how much of it is still in the index.
         image_count: Number of distinct images in the index.
         captioned_count: Number of images with several captions among the first MAX_QUERIES of `sample_ids`.
         fingerprint: Fingerprint of the model.
@@ -128,7 +122,7 @@ class Calibration:
         captions: Scale for text queries and hits with captions.
     """
 
-    sample: np.ndarray
+    sample_mean: np.ndarray
     background: np.ndarray
     sample_ids: list[str]
     image_count: int
@@ -137,12 +131,6 @@ class Calibration:
     texts: Scale
     images: Scale
     captions: Scale
-
-    @cached_property
-    def sample_mean(self) -> np.ndarray:
-        """Mean of the sample, of shape (D,), which approximates the mean embedding of the index."""
-        mean: np.ndarray = self.sample.mean(axis=0)
-        return mean
 
     def rate(self, query: QueryVectors, vectors: np.ndarray, overlaps: np.ndarray | None = None) -> np.ndarray:
         """Return the relevance of hits with the given embeddings of shape (K, D), as a float array of shape (K,).
@@ -162,7 +150,7 @@ class Calibration:
             if part is not None:
                 if not np.isfinite(part).all():
                     raise ValueError("the model returned NaN or infinity for the query")
-                evidence = compute_evidence(part, vectors, self.sample, self.background)
+                evidence = compute_evidence(part, vectors, self.background)
                 rating = scale.to_relevance(evidence)
                 if part is query.texts and overlaps is not None:
                     rating = np.where(np.isnan(overlaps), rating, self.captions.to_relevance(evidence, overlaps))
@@ -178,7 +166,7 @@ class Calibration:
         stream = io.BytesIO()
         np.savez(
             stream,
-            sample=self.sample.astype(np.float16),
+            sample_mean=self.sample_mean,
             background=self.background.astype(np.float16),
             values=np.array(json.dumps({**values, **scales})),
         )
@@ -193,8 +181,8 @@ class Calibration:
                 if values.pop("version", None) != VERSION:
                     return None
                 values.update({name: Scale(**values[name]) for name in SCALES})
-                sample, background = (arrays[name].astype(np.float32) for name in ("sample", "background"))
-            return cls(sample, background, **values)
+                sample_mean, background = (arrays[name].astype(np.float32) for name in ("sample_mean", "background"))
+            return cls(sample_mean, background, **values)
         except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile, zlib.error):
             return None
 
@@ -213,20 +201,15 @@ def compute_hubness(vectors: np.ndarray, query: np.ndarray, background: np.ndarr
     return hubness
 
 
-def compute_evidence(query: np.ndarray, vectors: np.ndarray, sample: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Return t = s - 0.25 * hubness + 0.5 * mean - 0.25 * tail for each of the K images, of shape (K,).
+def compute_evidence(query: np.ndarray, vectors: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Return t = s - 0.25 * hubness for each of the K images, of shape (K,).
 
     Args:
         query: L2-normalised query vector of shape (D,).
         vectors: L2-normalised embeddings of the images, of shape (K, D).
-        sample: L2-normalised embeddings of a random sample of the index, of shape (S, D).
         background: L2-normalised embeddings of the background queries, of shape (B, D).
     """
-    similarities = sample @ query  # (S,)
-    tail_size = max(1, round(TAIL_FRACTION * len(similarities)))
-    tail = np.partition(similarities, -tail_size)[-tail_size:].mean()
-    offset = MEAN_WEIGHT * similarities.mean() - TAIL_WEIGHT * tail
-    evidence: np.ndarray = vectors @ query - HUBNESS_WEIGHT * compute_hubness(vectors, query, background) + offset
+    evidence: np.ndarray = vectors @ query - HUBNESS_WEIGHT * compute_hubness(vectors, query, background)
     return evidence
 
 
@@ -300,9 +283,9 @@ def fit_logistic(positive: np.ndarray, negative: np.ndarray) -> tuple[float, flo
 
 
 class Reference(NamedTuple):
-    """Embeddings to which the similarities of a hit are compared: those of sampled images and background queries."""
+    """Mean embedding of sampled images, of shape (D,), and embeddings of the background queries, of shape (B, D)."""
 
-    sample: np.ndarray
+    sample_mean: np.ndarray
     background: np.ndarray
 
 
@@ -370,9 +353,9 @@ def calibrate(backend: Backend, model: DualEncoder) -> Calibration | None:
     if image_count < MIN_IMAGES:
         return None
     vectors = backend.vectors(backend.sample_ids(SAMPLE_SIZE))
-    sample, ids = np.stack(list(vectors.values())), list(vectors)
+    sample_mean, ids = np.stack(list(vectors.values())).mean(axis=0), list(vectors)
     print_once("Calibrating relevance, so that searches can tell when nothing is close...")
-    reference = Reference(sample, embed_texts(model, BACKGROUND_QUERIES))
+    reference = Reference(sample_mean, embed_texts(model, BACKGROUND_QUERIES))
     if not np.isfinite(reference.background).all():
         print_once("Relevance is not available: the model returns NaN or infinity for texts.")
         return None
@@ -440,9 +423,9 @@ def _find_neighbours(
     stacked = np.stack(list(vectors.values()))
     is_other = np.ones(len(stacked), bool)
     if image is not None:
-        is_other = ~find_near_duplicates(stacked, image, reference.sample.mean(axis=0))
+        is_other = ~find_near_duplicates(stacked, image, reference.sample_mean)
     captions = [get_captions(hit) for hit in hits if hit.id in vectors]
-    return Neighbours(captions, compute_evidence(query, stacked, *reference), is_other)
+    return Neighbours(captions, compute_evidence(query, stacked, reference.background), is_other)
 
 
 def get_captions(hit: Hit) -> list[str]:
