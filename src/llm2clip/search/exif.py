@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from llm2clip.data.image_header import open_header
+from llm2clip.data.image_refs import to_valid_unicode
 from llm2clip.search.types import IndexedImage
 
 EXIF_IFD, GPS_IFD = 0x8769, 0x8825
@@ -47,7 +48,7 @@ def read_exif(data: bytes, modified: float = 0.0) -> dict[str, Any]:
 def _read_camera(exif: Image.Exif) -> str:
     make, model = (str(exif.get(tag) or "").strip(" \0") for tag in (MAKE, MODEL))
     camera = model if model.casefold().startswith(make.casefold()) else f"{make} {model}"
-    return camera[:MAX_CAMERA_LENGTH]
+    return to_valid_unicode(camera[:MAX_CAMERA_LENGTH])
 
 
 def _read_position(gps: Mapping[int, Any]) -> dict[str, float]:

@@ -91,7 +91,7 @@ def declare(default: Any, **values: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageMetadata:
-    """Metadata of an image at a specific location."""
+    """Metadata of an image at a specific location. Texts must be valid Unicode."""
 
     taken: float = declare(
         0.0,
