@@ -25,6 +25,7 @@ from llm2clip.models.hub.pretrained import ASSETS
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.sentence_transformer import truncate_layers
 from llm2clip.models.vision.vision_tower import VisionTower
 
 TEXTS = ["a dog", "Two children in the snow, and an old man who watches them.", "一只猫", " a dog \n", "x" * 600]
@@ -232,6 +233,7 @@ def test_onnx_export_and_its_example_give_the_same_embeddings(
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model, out = make_case("siglip", tmp_path / "siglip"), tmp_path / "out"
+    truncate_layers(model.encoder.llm, 1)  # tracing takes seconds per layer
     messages = export_model(model, "onnx", out, int8=True)
     assert len(messages) == 4
     assert all("PyTorch's embeddings 1.0000" in line or "int8" in line for line in messages)
