@@ -69,12 +69,8 @@ def read_records(timer: Timer, source: str, folder: str) -> tuple[None, Any]:
 
 def extract_phrases(timer: Timer, source: str, folder: str) -> tuple[None, Any]:
     """Measure extracting phrases, without reading the records."""
-    try:
-        from llm2clip.data.phrase_table import add_phrases
-    except ImportError:  # version 0.2
-        from llm2clip.data.noun_phrases import add_phrases  # type: ignore
-
     import llm2clip.runs.ranks  # noqa: F401 - imports PyTorch, which `add_phrases` would import
+    from llm2clip.data.noun_phrases import add_phrases
 
     _, records = read_records(Timer(), source, folder)
     with timer:

@@ -38,8 +38,8 @@ from llm2clip.config import AlignConfig, DistillConfig, EncoderConfig, EvaluateC
 from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.build_table import open_table
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
+from llm2clip.data.noun_phrases import add_phrases
 from llm2clip.data.pairs import TuningItem, read_tuning_sources
-from llm2clip.data.phrase_table import add_phrases
 from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import DataSplits, read_splits

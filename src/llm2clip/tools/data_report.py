@@ -17,7 +17,7 @@ from llm2clip.data.build_table import NoImagesError, open_table
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.image_refs import IMAGE_KINDS, to_valid_unicode
 from llm2clip.data.images import ImageError, load_image, make_thumbnail
-from llm2clip.data.phrase_table import add_phrases
+from llm2clip.data.noun_phrases import add_phrases
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_splits
