@@ -30,6 +30,7 @@ import pytest
 TESTS = Path(__file__).parent
 POINTS = int(os.environ.get("LLM2CLIP_POWER_CUTS", "1"))
 BLOCK = 4096
+STAGES = ("tune", "embed", "align", "index")
 
 
 @pytest.fixture(scope="module")
@@ -52,25 +53,36 @@ def command(stage: str, data: Path, llm: Path, tower: Path, model_folder: Path, 
     return [stage, *arguments[stage].split(), "--out", str(out)]
 
 
-@pytest.mark.parametrize("stage", ["tune", "embed", "align", "index"])
-def test_the_same_command_completes_an_interrupted_run(
-    stage: str, shim: Path, image_folder: Path, llm: Path, tower: Path, model_folder: Path, tmp_path: Path
-) -> None:
-    data, store, out = image_folder / "captions.jsonl", tmp_path / "store", tmp_path / "work" / "out"
-    if stage == "align":
-        from llm2clip.cli import main
+@pytest.fixture(scope="module")
+def results(
+    shim: Path,
+    image_folder: Path,
+    llm: Path,
+    tower: Path,
+    model_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    """Results of all stages. One process runs them, so that the imports take place once."""
+    from llm2clip.cli import main
 
-        assert main(command("embed", data, llm, tower, model_folder, store, store)) == 0
-    plan = {"command": command(stage, data, llm, tower, model_folder, store, out), "points": POINTS, "shim": str(shim)}
+    folder = tmp_path_factory.mktemp("power_cut")
+    data, store, out = image_folder / "captions.jsonl", folder / "store", folder / "work" / "out"
+    assert main(command("embed", data, llm, tower, model_folder, store, store)) == 0
+    commands = [command(stage, data, llm, tower, model_folder, store, out) for stage in STAGES]
+    plan = {"commands": commands, "points": POINTS, "shim": str(shim)}
     environment = {**os.environ, "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1"}
-    driver = [sys.executable, __file__, json.dumps(plan), str(tmp_path / "work")]
+    driver = [sys.executable, __file__, json.dumps(plan), str(folder / "work")]
     completed = subprocess.run(driver, env=environment, capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stdout + completed.stderr
-    results = json.loads(completed.stdout.splitlines()[-1])
-    print(f"\n{stage}: {len(results)} points, the result is the same")
+    return dict(json.loads(completed.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_same_command_completes_an_interrupted_run(stage: str, results: dict[str, Any]) -> None:
+    print(f"\n{stage}: {len(results[stage])} points, the result is the same")
     same = dict.fromkeys(["kill", "power", "clock after kill", "clock while running"], "same")
-    assert results == [{"point": result["point"], "killed": True, **same} for result in results]
-    assert len(results) == POINTS
+    assert results[stage] == [{"point": result["point"], "killed": True, **same} for result in results[stage]]
+    assert len(results[stage]) == POINTS
 
 
 # ---- driver: runs with the library, and forks a process for each run, so that the imports take place once ----------
@@ -87,6 +99,7 @@ class Driver:
 
     def test(self, points: int) -> list[dict[str, Any]]:
         """Kill the command at random points, and resume it. Return a dict for each point."""
+        self.empty(self.out)
         assert self.run() == 0, self.log()
         calls = int((self.work / "calls").read_text())
         expected = digest(self.command[0], self.out)
@@ -224,4 +237,5 @@ if __name__ == "__main__":
     pipeline.embed_locally = functools.partial(pipeline.embed_locally, shard_size=40)  # several shards
     plan = json.loads(sys.argv[1])
     Path(sys.argv[2]).mkdir()
-    print(json.dumps(Driver(plan["command"], plan["shim"], Path(sys.argv[2])).test(plan["points"])))
+    drivers = [Driver(arguments, plan["shim"], Path(sys.argv[2])) for arguments in plan["commands"]]
+    print(json.dumps({driver.command[0]: driver.test(plan["points"]) for driver in drivers}))

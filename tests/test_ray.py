@@ -24,21 +24,30 @@ CAPTIONS = [f"caption number {i % 40} of some" for i in range(60)]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Start Ray on this machine as the command does. Yield the home folder."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patch.delenv(name)
+        patch.setenv("HOME", str(home))
+        patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 4}')
+        patch.setenv("RAY_AUTH_TOKEN", "")  # restored afterwards, with the token that `_start_ray` sets
+        ray_engine._start_ray()
+        yield home
+        ray.shutdown()
 
 
-def test_embed_with_ray_writes_the_store_of_embed(cluster: None, llm: Path, tmp_path: Path) -> None:
+def test_embed_with_ray_writes_the_store_of_embed(cluster: Path, llm: Path, tmp_path: Path) -> None:
+    """A store that was begun without Ray is continued, and no shard is encoded again."""
     open_encoder = partial(CaptionEncoder.from_pretrained, llm)
-    first = embed_with_ray(CAPTIONS[:20], open_encoder, tmp_path / "ray", workers=2, shard_size=8)
+    for name in ("ray", "local"):
+        embed(CAPTIONS[:20], open_encoder(device="cpu"), tmp_path / name, shard_size=8)
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "ray").glob("embeddings-*")}
     store = embed_with_ray(CAPTIONS, open_encoder, tmp_path / "ray", workers=2, shard_size=8)
     assert times.items() <= {p.name: p.stat().st_mtime_ns for p in (tmp_path / "ray").glob("embeddings-*")}.items()
-    embed(CAPTIONS[:20], open_encoder(device="cpu"), tmp_path / "local", shard_size=8)
     local = embed(CAPTIONS, open_encoder(device="cpu"), tmp_path / "local", shard_size=8)
-    assert len(first) == 20 and len(store) == 40
+    assert len(store) == 40
     assert [shard.sha256 for shard in store.shards] == [shard.sha256 for shard in local.shards]
     assert np.array_equal(store.take(store.find_rows(CAPTIONS)), local.take(local.find_rows(CAPTIONS)))
     with folder_lock(tmp_path / "ray"), pytest.raises(FolderInUseError, match="another run"):
@@ -46,7 +55,7 @@ def test_embed_with_ray_writes_the_store_of_embed(cluster: None, llm: Path, tmp_
 
 
 def test_ray_driver_frees_its_encoder_before_the_workers_start(
-    cluster: None, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Path, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver loads the encoder on the CPU. A GPU is then free for a worker on the same machine."""
     encoders: list[weakref.ref[CaptionEncoder]] = []
@@ -67,7 +76,7 @@ def test_ray_driver_frees_its_encoder_before_the_workers_start(
 
 
 def test_a_worker_that_always_dies_is_not_restarted_without_limit(
-    cluster: None, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Path, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_engine, "MAX_RETRIES", 1)
     driver, attempts = os.getpid(), tmp_path / "attempts"
@@ -89,14 +98,6 @@ def test_a_worker_that_always_dies_is_not_restarted_without_limit(
     assert len(list(attempts.iterdir())) == 2
 
 
-START = """
-import subprocess, sys, ray
-from llm2clip.store import ray_engine
-ray_engine._start_ray()
-print("started")
-address = ray.get_runtime_context().gcs_address
-subprocess.run([sys.executable, "-c", sys.argv[1], address], check=False)
-"""
 CONNECT = """
 import os, sys
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64)
@@ -106,14 +107,12 @@ print("connected")
 """
 
 
-def test_ray_on_this_machine_refuses_drivers_that_do_not_have_its_token(tmp_path: Path) -> None:
+def test_ray_on_this_machine_refuses_drivers_that_do_not_have_its_token(cluster: Path) -> None:
     """Ray listens on all network interfaces, so the address alone must not be enough."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment["HOME"] = str(tmp_path)
-    command = [sys.executable, "-c", START, CONNECT]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_TIMEOUT, check=True)
-    assert result.stdout.split() == ["started"] and "AuthenticationError" in result.stderr
-    assert not (tmp_path / ".ray").exists()  # the token is in no file
+    command = [sys.executable, "-c", CONNECT, ray.get_runtime_context().gcs_address]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=HANG_TIMEOUT, check=False)
+    assert not result.stdout and "AuthenticationError" in result.stderr
+    assert not (cluster / ".ray").exists()  # the token is in no file
 
 
 def test_ray_does_not_start_without_authentication(monkeypatch: pytest.MonkeyPatch) -> None:
