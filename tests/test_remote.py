@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from format_fixtures import FORMATS, ROWS, as_saved_dataset, as_tar, image_bytes, tar_members, write_jsonl, write_tar
-from llm2clip.data import build_table, remote, retries, shard_cache, storage
+from llm2clip.data import build_table, remote, shard_cache, storage
 from llm2clip.data.build_table import open_table
 from llm2clip.data.formats import find_files, find_format
 from llm2clip.data.formats.base import read_rows
@@ -27,9 +27,9 @@ from llm2clip.data.image_loader import iter_image_batches
 from llm2clip.data.image_order import EpochOrders
 from llm2clip.data.image_refs import FileImage, ParquetImage, TarImage
 from llm2clip.data.records import open_records
-from llm2clip.data.retries import RemoteError, ReplacedFileError
 from llm2clip.data.shard_cache import CacheFullError
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.storage import RemoteError, ReplacedFileError
 from llm2clip.io_utils import hide_url_secrets
 from llm2clip.search.build import _parse_source
 from remote_fixtures import START_S3_SERVER, WebServer, upload_folder
@@ -61,7 +61,7 @@ def clean_remote_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     monkeypatch.setattr(shard_cache, "_usage", shard_cache._Usage())
     monkeypatch.setattr(shard_cache, "_limits", {})
     monkeypatch.setattr(shard_cache, "TOUCH_SECONDS", -1)
-    monkeypatch.setattr(retries, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(storage, "FIRST_DELAY", 0.01)
 
 
 @pytest.fixture
@@ -272,8 +272,8 @@ def test_servers_without_ranges_are_read_from_the_start(web_server: WebServer, m
 
 def test_delays_grow_and_honour_retry_after(web_server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     delays: list[float] = []
-    monkeypatch.setattr(retries.time, "sleep", delays.append)
-    monkeypatch.setattr(retries, "FIRST_DELAY", 1.0)
+    monkeypatch.setattr(storage.time, "sleep", delays.append)
+    monkeypatch.setattr(storage, "FIRST_DELAY", 1.0)
     web_server.files["/x.tar"] = DATA
     url = f"{web_server.url}/x.tar"
     remote.get_remote_version(url)

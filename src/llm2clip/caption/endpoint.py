@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.io import encode_jpeg
 
 from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError, clean_answer
-from llm2clip.data.retries import compute_backoff, is_temporary_status, parse_retry_after
+from llm2clip.data.storage import compute_backoff, is_temporary_status, parse_retry_after
 from llm2clip.io_utils import escape_control_characters
 
 KEY_VARIABLE = "LLM2CLIP_API_KEY"

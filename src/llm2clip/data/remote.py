@@ -1,7 +1,7 @@
 """Reading files from object storage and web servers: `s3://`, `gs://`, `hf://`, `https://` and `http://`.
 
 Files are downloaded as a whole into a local cache (see `shard_cache`), except for Parquet files, which can also be read
-by byte range. Requests are repeated after temporary errors (see `retries`). Messages never contain credentials.
+by byte range. Requests are repeated after temporary errors (see `storage`). Messages never contain credentials.
 
 The first version of a file that a process sees is pinned: if the file is replaced later, reading it raises an error
 instead of mixing both versions.
@@ -28,12 +28,15 @@ from urllib.parse import quote
 from braceexpand import braceexpand
 
 from llm2clip.data import shard_cache
-from llm2clip.data.retries import MAX_ATTEMPTS, MissingRemoteFileError, RemoteError, call_with_retries
 from llm2clip.data.storage import (
     BLOCK_BYTES,
     LOOKUP_ATTEMPTS,
     LOOKUP_THREADS,
+    MAX_ATTEMPTS,
+    MissingRemoteFileError,
+    RemoteError,
     build_replaced_error,
+    call_with_retries,
     fetch_block,
     format_version,
     get_filesystem,

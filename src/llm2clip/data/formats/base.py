@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm2clip.data.remote import get_file_size, get_local_path, get_remote_version, is_remote
-from llm2clip.data.retries import RemoteError
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.storage import RemoteError
 from llm2clip.io_utils import DataFormatError, FatalDataError, describe_error
 
 UNREADABLE_FILE = "unreadable file"  # reason for skipping the rest of a file
