@@ -6,14 +6,13 @@ import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from conftest import load_benchmark
+import captions as captions_benchmark
 from format_fixtures import write_jsonl
 from llm2clip.caption import checks as checks_module
 from llm2clip.caption.answers import Answer, CaptionRequest
@@ -458,14 +457,7 @@ def test_run_writes_only_accepted_captions_and_a_report(
     assert "Earlier rejections remain valid" in report
 
 
-def load_captions_benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-    return load_benchmark("captions")
-
-
-def test_benchmark_trains_on_synthetic_captions_only_if_their_share_is_100_percent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_benchmark_trains_on_synthetic_captions_only_if_their_share_is_100_percent(tmp_path: Path) -> None:
     rows = []
     for number in range(2):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
@@ -473,8 +465,7 @@ def test_benchmark_trains_on_synthetic_captions_only_if_their_share_is_100_perce
     rows[0] |= {"short_captions": ["synthetic"], "long_captions": ["long synthetic"]}
     write_jsonl(tmp_path / "captions.jsonl", rows)
     files = dict.fromkeys(("all", "one prompt", "checked"), tmp_path / "captions.jsonl")
-    benchmark = load_captions_benchmark(monkeypatch)
-    models = benchmark.make_training_sets(files, Namespace(out=tmp_path, shares=[25, 100]))
+    models = captions_benchmark.make_training_sets(files, Namespace(out=tmp_path, shares=[25, 100]))
     assert {name: mix for name, (_, mix) in models.items()} == {
         "human": {"captions": 1},
         "short-25": {"captions": 0.75, "short_captions": 0.25},
@@ -489,10 +480,7 @@ def test_benchmark_trains_on_synthetic_captions_only_if_their_share_is_100_perce
         assert [(record.id, *record.captions) for record in records] == [("0", text)]
 
 
-def test_benchmark_table_has_means_over_seeds_and_intervals_of_the_first_seed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    benchmark = load_captions_benchmark(monkeypatch)
+def test_benchmark_table_has_means_over_seeds_and_intervals_of_the_first_seed(tmp_path: Path) -> None:
     files = []
     for seed in range(2):
         row: dict[str, object] = {}
@@ -501,6 +489,6 @@ def test_benchmark_table_has_means_over_seeds_and_intervals_of_the_first_seed(
         row["short queries"] = [{"words": str(n), "mAP": 5.0 * n, "mAP interval": [4.0, 6.0]} for n in (1, 2, 3)]
         files.append(tmp_path / f"{seed}.json")
         files[-1].write_text(json.dumps({"results": [{"rows": [row]}]}))
-    table = benchmark.make_table(files, ["human"])
+    table = captions_benchmark.make_table(files, ["human"])
     assert "| human | 11.0 ± 1.0 (8.0 to 12.0) | 11.0 ± 1.0 (8.0 to 12.0) | 5.0 ± 0.0 (4.0 to 6.0) |" in table
     assert "| captions | I2T R@1 | T2I R@1 | mAP, 1 word | mAP, 2 words | mAP, 3 words |" in table

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from functools import cache
-from importlib import import_module
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from config_headers import update_header
 from llm2clip.cli import build_parser, main
 from llm2clip.cli.commands import format_column_flags, format_command, read_builtin_configs
 from llm2clip.config import (
@@ -26,6 +26,8 @@ from llm2clip.config import (
 from llm2clip.data.transforms import MIN_CROP_SCALE
 from llm2clip.llava.config import LlavaConfig
 from llm2clip.runs.output_folder import ConfigChangedError, save_or_check_config
+from llm2clip.tools.plan import plan as planner
+from test_plan import measure_image_costs, measure_text_costs
 
 FIT_CONFIGS = [name for name in read_builtin_configs() if not name.startswith("llava-")]
 LLMS = [
@@ -128,10 +130,11 @@ def test_builtin_config_parses_and_flags_override_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FIT_CONFIGS if name != "cpu"])
 def test_builtin_config_states_the_estimates_of_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    monkeypatch.setattr(planner, "measure_text_costs", measure_text_costs)  # measure what configs share only once
+    monkeypatch.setattr(planner, "measure_image_costs", measure_image_costs)
     text = read_builtin_configs()[name]
     count = 0 if name in ("qwen2.5-0.5b", "tower-openai-b16") else 1  # all estimates, or the first one, to save time
-    updated = import_module("config_headers").update_header(name, text, count)
+    updated = update_header(name, text, count)
     assert updated == text, "run benchmarks/config_headers.py"
     assert "does not fit" not in text.split("# - 8 x h100")[1].split("# - 1 x")[0]
 
