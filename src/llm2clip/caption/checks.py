@@ -433,7 +433,6 @@ def _encode_sample(database: CaptionDatabase, encoder: DualEncoder, result: Scor
 def _encode_images(
     database: CaptionDatabase, rows: Sequence[ImageRow], encoder: DualEncoder, result: ScoredCaptions
 ) -> tuple[list[str], Tensor]:
-    """Return the hashes and embeddings of all images that can be decoded."""
     refs = [find_image_file(database, row) for row in rows]
     hashes: list[str] = []
     embeddings = [torch.empty(0, encoder.embed_dim)]

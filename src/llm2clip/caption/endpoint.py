@@ -225,7 +225,6 @@ class _Connection:
             timer.cancel()
 
     def _handle_event(self, event: str, info: dict[str, Any]) -> None:
-        """Get the socket when the client connects."""
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
             self._socket = info["return_value"].get_extra_info("socket")
             if self.is_late:

@@ -111,7 +111,6 @@ class LocalCaptioner:
         ]
 
     def _make_options(self, prompt: Prompt) -> dict[str, Any]:
-        """Return the arguments of `generate` for a prompt."""
         tokenizer = self.processor.tokenizer
         options: dict[str, Any] = {"max_new_tokens": prompt.max_tokens, "pad_token_id": tokenizer.pad_token_id}
         if prompt.temperature > 0:

@@ -186,7 +186,6 @@ def _copy_image(data: bytes, output: CaptionOutput) -> tuple[str, str]:
 
 
 def _is_caption_output(path: str) -> bool:
-    """Return True if a local file was written by a captioning run."""
     return path.endswith(".jsonl") and not is_remote(path) and os.path.exists(f"{path}.sqlite")
 
 

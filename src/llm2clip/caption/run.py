@@ -103,7 +103,6 @@ def _open_captioner(model: str, options: CaptionOptions) -> Captioner:
 
 
 def _check_encoder(name: str | None) -> Callable[[], DualEncoder] | None:
-    """Check that a dual encoder can be opened, and return a function that opens it."""
     if name is None:
         return None
     open_encoder = partial(open_dual_encoder, name, process_state().device)
@@ -430,14 +429,12 @@ class _CaptionRun:
             self.stop()
 
     def _take(self) -> list[_Item] | None:
-        """Return the next batch, or None if there are no more batches or the run is stopped."""
         while not self._stopped.is_set():
             with suppress(queue.Empty):
                 return self._batches.get(timeout=POLL_INTERVAL)
         return None
 
     def _make_answer(self, item: _Item, answer: Answer) -> StoredAnswer:
-        """Return the row of the database for an answer."""
         prompt = item.request.prompt
         return StoredAnswer(
             *AnswerKey(item.hash, prompt.key, item.request.sample, self.captioner.name),
@@ -460,7 +457,6 @@ def _hash_text(prompt: Prompt, caption: str | None) -> str | None:
 
 @contextmanager
 def _output_lock(out: Path) -> Iterator[None]:
-    """Hold a lock on the output. Raise FolderInUseError if another run is writing to it."""
     with ExitStack() as stack:
         try:
             stack.enter_context(folder_lock(out.parent, f".{out.name}.lock"))

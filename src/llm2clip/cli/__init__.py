@@ -112,6 +112,5 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _was_raised_by(packages: set[str], error: BaseException) -> bool:
-    """Return True if code in one of the given packages raised the exception."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return str(frames[-1].f_globals.get("__name__")).partition(".")[0] in packages

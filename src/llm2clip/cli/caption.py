@@ -61,7 +61,6 @@ def _caption(args: Namespace) -> list[str]:
 
 
 def _write_captions(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> list[str]:
-    """Caption images, and return lines that summarise the result."""
     if options.endpoint is None:
         import llm2clip.llava.modeling_patches  # noqa: F401  (registers its classes with transformers)
     from llm2clip.caption.records import CaptionOutput
@@ -137,7 +136,6 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
 
 
 def _check_fit_arguments(args: Namespace) -> None:
-    """Raise ValueError if arguments of `fit` do not fit together."""
     if not args.caption:
         for name in ("caption_model", "caption_prompts", "caption_language", "caption_check"):
             if args[name]:
@@ -158,7 +156,6 @@ def _check_fit_arguments(args: Namespace) -> None:
 
 
 def _format_caption_flags(args: Namespace) -> list[str]:
-    """Return the flags of `caption` for the settings of `fit --caption`."""
     flags = ["--max_skipped", str(args.max_skipped)]
     for name in ("prompts", "language", "check"):
         if value := args[f"caption_{name}"]:

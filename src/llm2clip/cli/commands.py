@@ -103,7 +103,6 @@ def suggest_names(name: str, known: Iterable[str]) -> str:
 
 
 def _describe_type(typehint: Any) -> str:
-    """Describe a type for error messages, for example as "an integer"."""
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     if typehint in names:
         return names[typehint]
@@ -177,7 +176,6 @@ def read_builtin_configs() -> dict[str, str]:
 
 
 def _read_config(file_or_name: str) -> dict[str, Any]:
-    """Read the settings from a config file or a built-in config."""
     path = Path(file_or_name)
     builtin = read_builtin_configs()
     if not path.is_file() and file_or_name not in builtin:

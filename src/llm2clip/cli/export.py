@@ -125,7 +125,6 @@ def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncod
 
 
 def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
-    """Load a model that has no caption encoder, and attach the encoder specified by `text`."""
     from llm2clip.models.convert.official import attach_caption_encoder
     from llm2clip.models.llm2clip import LLM2CLIP
 
@@ -142,7 +141,6 @@ def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
 
 
 def _format_closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[str]:
-    """Return the lines that `convert` prints at the end: the path of the result and the next command to run."""
     from llm2clip.models.convert.encoders import suggest_encoders
 
     if model.has_encoder:

@@ -194,7 +194,6 @@ def _read_keywords(folder: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def _read_groups(folder: Path) -> dict[str, tuple[str, str]]:
-    """Return the group and subgroup of each emoji, such as ("food and drink", "food-fruit")."""
     groups = {}
     for row in read_json(folder / "emojis.json"):
         char = row["character"].replace(VARIATION_SELECTOR, "")
@@ -260,7 +259,6 @@ def _derive_gender_keywords(
 
 
 def _draw_images(emojis: Sequence[Emoji], folder: Path, size: int) -> Iterator[Emoji]:
-    """Draw emoji as PNG files, and yield each emoji drawn. Skip emoji whose drawing duplicates an earlier one."""
     try:
         import resvg_py
     except ModuleNotFoundError as error:

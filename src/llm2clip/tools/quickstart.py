@@ -71,7 +71,6 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
 
 
 def _make_config(llm: str, tower: str, emoji: Path) -> FitConfig:
-    """Return the settings for `fit`, given the folders of the pretrained weights and the emoji data set."""
     return FitConfig(
         encoder=EncoderConfig(path=llm, layers=12, max_length=128),
         # Tune the LLM on the original captions, which are all in English.
@@ -108,7 +107,6 @@ def _write_training_data(emoji: Path, file: Path) -> None:
 
 
 def _write_search_results(model: LLM2CLIP, data: Path, page: Path) -> None:
-    """Search the held-out images with each of the `QUERIES` and write the results to an HTML page."""
     images = [record.image for record in open_records(f"{data}@val") if record.image is not None]
     image_embeddings = model.encode_image(images)
     scores, indices = model.similarity(model.encode_text(QUERIES), image_embeddings).topk(5)

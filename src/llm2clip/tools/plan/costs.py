@@ -251,7 +251,6 @@ class SavedBytesCounter:
 
 @contextmanager
 def _record_input_bytes(layers: Iterable[nn.Module]) -> Iterator[list[int]]:
-    """Record the size in bytes of each layer's input while the `with` block runs."""
     sizes: list[int] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -264,7 +263,6 @@ def _record_input_bytes(layers: Iterable[nn.Module]) -> Iterator[list[int]]:
 
 
 def _measure_shortened_llm(config: Any, tune: TuneConfig, num_layers: int, tokens: int, is_cpu: bool) -> PassCosts:
-    """Measure the costs per caption of a `tune` step with `num_layers` LLM layers and `tokens` tokens per caption."""
     short_config = type(config).from_dict(config.to_dict())
     short_config.num_hidden_layers, short_config.is_causal = num_layers, False
     if getattr(short_config, "layer_types", None):
@@ -289,7 +287,6 @@ def _measure_shortened_llm(config: Any, tune: TuneConfig, num_layers: int, token
 
 
 def _prepare_llm(llm: Any, tune: TuneConfig) -> Any:
-    """Freeze the input embeddings and, if configured, add LoRA."""
     llm.get_input_embeddings().requires_grad_(False)
     if not tune.lora_r:
         return llm

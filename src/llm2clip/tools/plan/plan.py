@@ -295,7 +295,6 @@ def _plan_student(plan: Plan, name: str, config: DistillConfig, other_texts: int
 
 
 def _add_last_layer(costs: TextCosts, embed_dim: int) -> TextCosts:
-    """Add a linear layer from a text's embedding to the shared space."""
     weights = costs.embed_dim * embed_dim
     return dataclasses.replace(
         costs,
@@ -374,7 +373,6 @@ def _list_memory_warnings(plan: Plan) -> list[str]:
 
 
 def _detect_machine() -> Machine:
-    """Return the number, type and free memory of this run's devices."""
     state = process_state()
     if state.device.type == "cuda":
         memory, name = torch.cuda.mem_get_info(state.device)[0], "gpu"
