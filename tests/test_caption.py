@@ -909,7 +909,7 @@ def fit_events(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(pipeline, "fit", fit)
     for module, name in ((pipeline, "load_pretrained_parts"), (pipeline, "check_encoder"), (plan, "check_resources")):
-        monkeypatch.setattr(module, name, lambda *_, name=name: events.append(name))
+        monkeypatch.setattr(module, name, lambda *_, name=name: events.append(name) or [])
     return events
 
 
@@ -1014,7 +1014,7 @@ def test_fit_selects_the_same_splits_with_and_without_captions(
 @pytest.mark.usefixtures("fit_events")
 def test_fit_suggests_to_index_all_images_of_the_sources(tmp_path: Path, photos: Path) -> None:
     run, table = tmp_path / "run", photos.with_name("photos.csv")
-    table.write_text("file,place\nphotos/0000.png,Oslo\n")
+    table.write_text("file,place\n" + "".join(f"photos/{number:04}.png,Oslo\n" for number in range(6)))
     words = ["fit", table, "--columns", "image=file,captions=place", "--out", run]
     with run_server() as server:
         lines = run_command(*words, "--caption", server.url, "--caption_model", "tiny")

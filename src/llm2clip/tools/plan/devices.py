@@ -13,14 +13,13 @@ On a CPU, memory use can also peak before training, while the LLM is being loade
 the fp32 weights plus the memory-mapped 16-bit files that they are converted from.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llm2clip.config import AlignConfig, Stage, TuneConfig
 
+# Quoted annotations keep `llm2clip --help` fast: otherwise, jsonargparse would import this module for `Machine`.
 if TYPE_CHECKING:
     from llm2clip.tools.plan.costs import ImageCosts, TextCosts
 
@@ -162,7 +161,7 @@ def _cpu_has_bf16() -> bool:
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def estimate_tune_memory(text: TextCosts, config: TuneConfig, machine: Machine) -> Parts:
+def estimate_tune_memory(text: "TextCosts", config: TuneConfig, machine: Machine) -> Parts:
     """Return the bytes that each component needs in the `tune` stage. `config.precision` must be fp32, bf16 or fp16."""
     from llm2clip.models.text.batching import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 
@@ -192,7 +191,7 @@ def estimate_tune_memory(text: TextCosts, config: TuneConfig, machine: Machine) 
     return parts | _estimate_fixed_parts(text, machine)
 
 
-def estimate_embed_memory(text: TextCosts, precision: str, machine: Machine) -> Parts:
+def estimate_embed_memory(text: "TextCosts", precision: str, machine: Machine) -> Parts:
     """Return the bytes that each component needs in the `embed` stage.
 
     On GPUs, the estimate is for the smallest batch, because `embed` uses larger batches only if they fit in memory. The
@@ -205,7 +204,7 @@ def estimate_embed_memory(text: TextCosts, precision: str, machine: Machine) -> 
     return parts | _estimate_fixed_parts(text, machine)
 
 
-def estimate_align_memory(image: ImageCosts, text: TextCosts, config: AlignConfig, machine: Machine) -> Parts:
+def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignConfig, machine: Machine) -> Parts:
     """Return the bytes that each component needs in the `align` stage. `config.precision` must be fp32, bf16 or fp16.
 
     `align` loads the LLM on the CPU to check that this LLM created the store.
@@ -236,7 +235,7 @@ def estimate_align_memory(image: ImageCosts, text: TextCosts, config: AlignConfi
     return parts | _estimate_fixed_parts(text, machine)
 
 
-def count_saved_bytes(text: TextCosts, gradient_checkpointing: bool) -> float:
+def count_saved_bytes(text: "TextCosts", gradient_checkpointing: bool) -> float:
     """Return the bytes of activations that a training pass through the LLM saves per token.
 
     One additional layer accounts for gradients in the layer that the backward pass is currently processing.
@@ -273,7 +272,7 @@ def _subtract_gradients(activations: float, trained: float, several_passes: bool
     return activations if several_passes else max(0.0, activations - 4 * trained)
 
 
-def _estimate_fixed_parts(text: TextCosts, machine: Machine) -> Parts:
+def _estimate_fixed_parts(text: "TextCosts", machine: Machine) -> Parts:
     if not machine.is_cpu:
         return {"libraries": FRAMEWORK_OVERHEAD}
     # Until the conversion ends, the fp32 weights (4 bytes) and the memory-mapped 16-bit files (2 bytes) are in memory.
