@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from llm2clip.data.image_refs import FileImage
+from llm2clip.search.backends import INDEX_FILE
 from llm2clip.search.metadata import Filter
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.sqlite_database import INDEX_FILE
 from llm2clip.search.types import IndexedContent, IndexedImage
 
 K = 10

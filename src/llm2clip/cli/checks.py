@@ -37,8 +37,7 @@ def check_sources(*groups: Iterable[str] | None) -> None:
 
 def check_index(location: str | None) -> None:
     """Raise FileNotFoundError if a local folder contains no index. URLs are not checked."""
-    from llm2clip.search.backends import format_missing_index_message
-    from llm2clip.search.sqlite_database import INDEX_FILE
+    from llm2clip.search.backends import INDEX_FILE, format_missing_index_message
 
     if location is not None and "://" not in location and not (Path(location) / INDEX_FILE).is_file():
         raise FileNotFoundError(format_missing_index_message(location))

@@ -33,6 +33,7 @@ from llm2clip.search.words import MAX_FUSED, WordQuery, fuse_rankings
 # extra with this name installs its packages. Locations without a scheme are folders.
 BACKENDS = {"postgresql": "postgres", "postgres": "postgres"}
 URL_FORM = "postgresql://USER@HOST/DATABASE?schema=NAME"
+INDEX_FILE = "index.sqlite"  # main file of an index folder
 FORMAT_VERSION = 2  # version of the index format
 NEW_INDEX_ADVICE = "Build a new index in another folder with `llm2clip index`"
 FILES_PER_NEWEST = 10  # number of files that `newest_ids` reads per image, because some may have the same content

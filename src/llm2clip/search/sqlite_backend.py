@@ -29,6 +29,7 @@ from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import (
     CONTENT_COLUMNS,
     IMAGE_COLUMNS,
+    INDEX_FILE,
     Backend,
     Query,
     Result,
@@ -38,7 +39,7 @@ from llm2clip.search.backends import (
     list_ids,
 )
 from llm2clip.search.metadata import CONTENT_FIELDS, Filter, read_columns
-from llm2clip.search.sqlite_database import INDEX_FILE, SqliteDatabase
+from llm2clip.search.sqlite_database import SqliteDatabase
 from llm2clip.search.types import MAX_LOCATIONS, IndexedContent, IndexedImage
 from llm2clip.search.vector_index import (
     CHUNK,

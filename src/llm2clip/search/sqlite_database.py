@@ -10,11 +10,10 @@ from typing import Any
 
 from llm2clip.runs.output_folder import check_format_version
 from llm2clip.runs.ranks import print_once
-from llm2clip.search.backends import FORMAT_VERSION, NEW_INDEX_ADVICE, IndexUnavailableError
+from llm2clip.search.backends import FORMAT_VERSION, INDEX_FILE, NEW_INDEX_ADVICE, IndexUnavailableError
 from llm2clip.search.metadata import CONTENT_FIELDS, IMAGE_FIELDS, define_columns
 from llm2clip.search.words import WORDS_SCHEMA
 
-INDEX_FILE = "index.sqlite"  # main file of an index
 COLUMN_TYPES = {float: "REAL", int: "INTEGER", str: "TEXT"}
 # The column "location" is the reference to an image's bytes, and "max_abs" is the largest absolute value in a vector.
 # The ids of contents are never reused, so contents with the same id are equal.
