@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import tracemalloc
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +99,18 @@ def make_bert(folder: Path, words: list[str]) -> Path:
 
 def run(teacher: Path, images: Path, out: Path, student: str, config: DistillConfig = CONFIG, **options: Any) -> Path:
     return distill(DistillOptions(str(teacher), [str(images / "captions.jsonl")], student, config, **options), out)
+
+
+@pytest.fixture(scope="module")
+def trained(teacher: Path, bert: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function that returns the model folder of a student, which is trained when it is first needed."""
+
+    @cache
+    def get(student: str) -> Path:
+        name = str(bert) if student == "bert" else student
+        return run(teacher, image_folder, tmp_path_factory.mktemp("trained"), name, max_skipped=0.9)
+
+    return get
 
 
 def mean_cosine(model: Path, teacher: Path, images: Path, dim: int | None = None) -> float:
@@ -271,10 +284,8 @@ def test_static_student(teacher: Path, image_folder: Path, tmp_path: Path) -> No
     assert any(message.startswith("text.onnx: minimum cosine similarity") for message in messages)
 
 
-def test_sentence_transformers_student_loses_its_normalize_layer(
-    teacher: Path, bert: Path, image_folder: Path, tmp_path: Path
-) -> None:
-    model_folder = run(teacher, image_folder, tmp_path, str(bert), max_skipped=0.9)
+def test_sentence_transformers_student_loses_its_normalize_layer(trained: Any) -> None:
+    model_folder = trained("bert")
     plain = SentenceTransformer(str(model_folder / "text"), device="cpu")
     assert [type(module).__name__ for module in plain] == ["Transformer", "Pooling", "Dense"]
     expected = LLM2CLIP.from_pretrained(model_folder, "cpu").encode_text(TEXTS)
@@ -284,8 +295,10 @@ def test_sentence_transformers_student_loses_its_normalize_layer(
 
 
 @pytest.mark.parametrize("student", ["layers:1", "static"])
-def test_resumed_run_gives_the_same_student(student: str, teacher: Path, image_folder: Path, tmp_path: Path) -> None:
-    complete = run(teacher, image_folder, tmp_path / "complete", student)
+def test_resumed_run_gives_the_same_student(
+    student: str, trained: Any, teacher: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    complete = trained(student)
     with killed_after(4):
         run(teacher, image_folder, tmp_path / "killed", student)
     assert not (tmp_path / "killed/model").exists()
@@ -296,8 +309,8 @@ def test_resumed_run_gives_the_same_student(student: str, teacher: Path, image_f
     assert first.identity() == second.identity()
 
 
-def test_two_processes_give_the_student_of_one(teacher: Path, image_folder: Path, tmp_path: Path) -> None:
-    alone = run(teacher, image_folder, tmp_path / "one", "layers:1")
+def test_two_processes_give_the_student_of_one(trained: Any, teacher: Path, image_folder: Path, tmp_path: Path) -> None:
+    alone = trained("layers:1")
     run_distributed(2, _run_on_rank, teacher, image_folder, tmp_path / "two")
     # Adam amplifies rounding errors of gradients that should be zero, so embeddings are compared instead of weights.
     first, second = (LLM2CLIP.from_pretrained(f, "cpu").encode_text(TEXTS) for f in (alone, tmp_path / "two/model"))
@@ -310,9 +323,9 @@ def _run_on_rank(teacher: Path, images: Path, out: Path) -> None:
 
 
 def test_index_of_the_teacher_opens_with_the_student(
-    teacher: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Any, teacher: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    student = open_dual_encoder(str(run(teacher, image_folder, tmp_path / "out", "layers:1")), "cpu")
+    student = open_dual_encoder(str(trained("layers:1")), "cpu")
     original = open_dual_encoder(str(teacher), "cpu")
     backend = create_backend("sqlite", tmp_path / "index")
     index_sources([image_folder], original, backend)
@@ -346,6 +359,7 @@ def test_index_of_the_teacher_opens_with_the_student(
 @pytest.mark.parametrize("student", ["layers:1", "static", "bert"])
 def test_commands_accept_a_student(
     student: str,
+    trained: Any,
     teacher: Path,
     bert: Path,
     image_folder: Path,
@@ -354,7 +368,7 @@ def test_commands_accept_a_student(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = str(bert) if student == "bert" else student
-    model = str(run(teacher, image_folder, tmp_path / "out", name, max_skipped=0.9))
+    model = str(trained(student))
 
     def succeed(*arguments: str | Path) -> str:
         """Run a command, and return everything that it prints."""
@@ -408,13 +422,13 @@ def record_uploads(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]
 
 @pytest.mark.parametrize("student_name", ["layers:1", "static"])
 def test_server_of_a_student_searches_the_index_of_its_teacher(
-    student_name: str, teacher: Path, image_folder: Path, tmp_path: Path
+    student_name: str, trained: Any, teacher: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     from fastapi.testclient import TestClient
 
     backend = create_backend("sqlite", tmp_path / "index")
     index_sources([image_folder], open_dual_encoder(str(teacher), "cpu"), backend)
-    folder = str(run(teacher, image_folder, tmp_path / "out", student_name))
+    folder = str(trained(student_name))
     student = truncate_to_index(backend.metadata(), open_dual_encoder(folder, "cpu", stage="serve"))
     query = "the left half is red"
     with TestClient(create_patient_app(student, backend), base_url="http://localhost") as client:
@@ -426,12 +440,10 @@ def test_server_of_a_student_searches_the_index_of_its_teacher(
 
 
 @pytest.mark.usefixtures("modules_cache")
-def test_exported_student_loads_with_transformers(
-    teacher: Path, bert: Path, image_folder: Path, tmp_path: Path
-) -> None:
+def test_exported_student_loads_with_transformers(trained: Any, tmp_path: Path) -> None:
     from transformers import AutoModel, AutoProcessor
 
-    model = LLM2CLIP.from_pretrained(run(teacher, image_folder, tmp_path / "out", str(bert), max_skipped=0.9), "cpu")
+    model = LLM2CLIP.from_pretrained(trained("bert"), "cpu")
     export_model(model, "transformers", tmp_path / "exported")
     exported = AutoModel.from_pretrained(tmp_path / "exported", trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(tmp_path / "exported", trust_remote_code=True)

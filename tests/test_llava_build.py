@@ -17,8 +17,8 @@ from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.llava.build import assemble_llava, build_llava, load_causal_llm
-from llm2clip.llava.chat_template import IMAGE_TOKEN, Conversation
 from llm2clip.llava.config import LlavaConfig
+from llm2clip.llava.dataset import IMAGE_TOKEN, Conversation
 from llm2clip.llava.image_features import LlavaTransform
 from llm2clip.llava.train import train_llava
 from llm2clip.models.vision.vision_tower import VisionTower

@@ -13,15 +13,6 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.llava.build import assemble_llava, load_causal_llm
-from llm2clip.llava.chat_template import (
-    IGNORE_INDEX,
-    IMAGE_TOKEN,
-    Conversation,
-    get_chat_template,
-    to_messages,
-    tokenize_and_label,
-)
-from llm2clip.llava.collator import ConversationDataset, LengthGroupedSampler, LlavaCollator
 from llm2clip.llava.conversations import (
     OBJECTS_FILE,
     SHORT_ANSWER,
@@ -32,6 +23,17 @@ from llm2clip.llava.conversations import (
     read_conversations,
     read_llava,
     read_objects,
+)
+from llm2clip.llava.dataset import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    Conversation,
+    ConversationDataset,
+    LengthGroupedSampler,
+    LlavaCollator,
+    get_chat_template,
+    to_messages,
+    tokenize_and_label,
 )
 from test_export import timm_tower
 

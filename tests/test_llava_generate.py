@@ -13,7 +13,7 @@ from PIL import Image
 
 from llm2clip.data.images import load_image
 from llm2clip.llava.build import build_llava
-from llm2clip.llava.chat_template import IGNORE_INDEX, tokenize_and_label
+from llm2clip.llava.dataset import IGNORE_INDEX, tokenize_and_label
 from llm2clip.llava.generate import AnswerGenerator, Question
 from test_export import hf_tower
 

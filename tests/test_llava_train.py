@@ -17,8 +17,8 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.llava import train as train_module
 from llm2clip.llava.build import build_llava
-from llm2clip.llava.chat_template import Conversation, tokenize_and_label
 from llm2clip.llava.config import LlavaConfig
+from llm2clip.llava.dataset import Conversation, tokenize_and_label
 from llm2clip.llava.train import train_llava
 from test_export import hf_tower
 

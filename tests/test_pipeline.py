@@ -1,12 +1,10 @@
 """The pipeline on generated images, through the command line: fit, its stages, resuming, and the saved model."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import HANG_TIMEOUT
+from conftest import run_distributed
 from llm2clip import LLM2CLIP, pipeline
 from llm2clip.cli import main
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
@@ -192,20 +190,19 @@ def test_fit_checks_disk_space_and_memory_before_training(
 
 
 def test_fit_on_two_ranks_makes_one_run(image_folder: Path, llm: Path, tower: Path, tmp_path: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llm2clip"]
     per_rank = ["--tune.batch_size", "4", "--align.batch_size", "7", "--align.epochs", "2"]
-    result = subprocess.run(
-        [sys.executable, *launcher, *fit_command(image_folder, llm, tower, tmp_path / "run"), *per_rank],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=HANG_TIMEOUT,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("4/4 evaluate") == 1  # printed by the main process only
+    command = [*fit_command(image_folder, llm, tower, tmp_path / "run"), *per_rank]
+    run_distributed(2, _run_command_on_rank, command, tmp_path)
+    outputs = [(tmp_path / f"output-{rank}").read_text() for rank in range(2)]
+    assert [output.count("4/4 evaluate") for output in outputs] == [1, 0]
     assert {p.name for p in (tmp_path / "run/model").iterdir()} > {"config.json", "model.safetensors", "text"}
     assert len((tmp_path / "run/tune/metrics.jsonl").read_text().splitlines()) == 6
     assert len((tmp_path / "run/align/metrics.jsonl").read_text().splitlines()) == 4  # 30 images, 14 in a step, twice
+
+
+def _run_command_on_rank(command: list[str], folder: Path) -> None:
+    with (folder / f"output-{torch.distributed.get_rank()}").open("w") as file, redirect_stdout(file):
+        assert main(command) == 0
 
 
 def test_saved_model_encodes_images_and_texts(run: Path, image_folder: Path) -> None:

@@ -62,7 +62,9 @@ def _caption(args: Namespace) -> list[str]:
 
 def _write_captions(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> list[str]:
     if options.endpoint is None:
-        import llm2clip.llava.modeling_patches  # noqa: F401  (registers its classes with transformers)
+        from llm2clip.llava.modeling_patches import register_classes
+
+        register_classes()
     from llm2clip.caption.records import CaptionOutput
     from llm2clip.caption.run import run_captioning
 

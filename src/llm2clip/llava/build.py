@@ -22,7 +22,7 @@ from torch import nn
 
 from llm2clip.io_utils import atomic_dir
 from llm2clip.llava import modeling_patches
-from llm2clip.llava.chat_template import IMAGE_TOKEN, find_answer_end_token, get_chat_template
+from llm2clip.llava.dataset import IMAGE_TOKEN, find_answer_end_token, get_chat_template
 from llm2clip.models.export.transformers import build_vision_model
 from llm2clip.models.hub.loading import load_config
 from llm2clip.models.hub.pretrained import resolve_pretrained
@@ -111,6 +111,7 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
 
     See `build_llava` for the arguments.
     """
+    modeling_patches.register_classes()
     vision = _convert_tower(tower)
     num_patches, num_registers = _count_image_tokens(vision, tower.preprocess.size)
     _add_image_token(tokenizer, llm)

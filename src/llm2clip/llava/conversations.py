@@ -19,7 +19,7 @@ from llm2clip.data.formats.base import BadRow, read_rows
 from llm2clip.data.image_refs import FileImage, is_safe_relative_path
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.llava.chat_template import Conversation, clean_text
+from llm2clip.llava.dataset import Conversation, clean_text
 
 # These prompts are part of the training data: changing them changes the results.
 SHORT_CAPTION_PROMPTS = (

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.images import load_image
-from llm2clip.llava import modeling_patches  # noqa: F401  (registers its classes with transformers)
-from llm2clip.llava.chat_template import IGNORE_INDEX, IMAGE_TOKEN, Conversation, to_messages, tokenize_and_label
+from llm2clip.llava.dataset import IGNORE_INDEX, IMAGE_TOKEN, Conversation, to_messages, tokenize_and_label
 from llm2clip.llava.image_features import LlavaTransform
+from llm2clip.llava.modeling_patches import register_classes
 from llm2clip.models.hub.loading import load_vision_language_model
 from llm2clip.models.precision import resolve_precision
 from llm2clip.runs.ranks import process_state
@@ -47,6 +47,7 @@ class AnswerGenerator:
         Raises:
             ValueError: the number of tokens per image is not fixed.
         """
+        register_classes()
         self.batch_size = batch_size
         self.device = torch.device(device) if device is not None else process_state().device
         self.model, self.processor = load_vision_language_model(

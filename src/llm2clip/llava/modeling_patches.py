@@ -69,9 +69,15 @@ class PatchLlava(LlavaForConditionalGeneration):
     config_class = PatchLlavaConfig
 
 
-AutoConfig.register(PatchTowerConfig.model_type, PatchTowerConfig, exist_ok=True)
-AutoModel.register(PatchTowerConfig, PatchTower, exist_ok=True)
-AutoConfig.register(PatchLlavaConfig.model_type, PatchLlavaConfig, exist_ok=True)
-AutoModelForImageTextToText.register(PatchLlavaConfig, PatchLlava, exist_ok=True)
-PatchLlavaConfig.register_for_auto_class()
-PatchLlava.register_for_auto_class("AutoModelForImageTextToText")
+def register_classes() -> None:
+    """Let transformers' auto classes load and save models with a `PatchTower`. Can be called repeatedly."""
+    AutoConfig.register(PatchTowerConfig.model_type, PatchTowerConfig, exist_ok=True)
+    AutoModel.register(PatchTowerConfig, PatchTower, exist_ok=True)
+    AutoConfig.register(PatchLlavaConfig.model_type, PatchLlavaConfig, exist_ok=True)
+    AutoModelForImageTextToText.register(PatchLlavaConfig, PatchLlava, exist_ok=True)
+    PatchLlavaConfig.register_for_auto_class()
+    PatchLlava.register_for_auto_class("AutoModelForImageTextToText")
+
+
+if not __name__.startswith("llm2clip."):
+    register_classes()  # in a model folder, transformers imports this file

@@ -27,11 +27,10 @@ from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.image_hashes import hash_images, load_training_image_hashes, save_training_image_hashes
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import atomic_dir, atomic_path
-from llm2clip.llava import modeling_patches  # noqa: F401  (registers its classes with transformers)
-from llm2clip.llava.chat_template import Conversation
-from llm2clip.llava.collator import ConversationDataset, LengthGroupedSampler, LlavaCollator
 from llm2clip.llava.config import LlavaConfig
+from llm2clip.llava.dataset import Conversation, ConversationDataset, LengthGroupedSampler, LlavaCollator
 from llm2clip.llava.image_features import PatchFeatures, PrecomputedVision, cache_patch_features, get_patch_feature_size
+from llm2clip.llava.modeling_patches import register_classes
 from llm2clip.models.hub.loading import load_config
 from llm2clip.models.precision import resolve_precision
 from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts
@@ -80,6 +79,7 @@ def train_llava(
     model_folder = out / "model"
     if (model_folder / "config.json").is_file():
         return model_folder
+    register_classes()
     state = process_state()
     out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory(state.device)

@@ -312,7 +312,7 @@ def hash_weights(module: nn.Module) -> str:
 def load_vision_language_model(name: str, device: torch.device, precision: Precision) -> tuple[Any, Any]:
     """Load a vision-language model for inference. Code in its folder is never run.
 
-    LLaVA models with a tower from timm can be loaded only after importing `llm2clip.llava.modeling_patches`.
+    LLaVA models with a tower from timm can be loaded only after a call to `llava.modeling_patches.register_classes`.
 
     Args:
         name: Model folder or hub id.
