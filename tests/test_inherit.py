@@ -238,20 +238,17 @@ def _inherit_on_rank(records: list[Record], store: str, folder: str) -> None:
 
 
 @pytest.mark.usefixtures("few_steps")
-@pytest.mark.parametrize("column", ["captions", "captions_xx"])
-def test_fit_inherits_phrases_if_there_are_any(column: str, image_folder: Path, llm: Path, tmp_path: Path) -> None:
-    """The captions in captions_xx are not English, so they contain no phrases."""
+def test_fit_inherits_phrases(image_folder: Path, llm: Path, tmp_path: Path) -> None:
     tower, _ = make_clip(tmp_path / "clip", "clip")
-    flags = ["--columns", json.dumps({"captions": column, "long_captions": ""}), "--encoder.path", str(llm)]
+    flags = ["--columns", json.dumps({"long_captions": ""}), "--encoder.path", str(llm)]
     flags += ["--tune.steps", "0", "--align.tower", tower, "--align.inherit", "true", "--align.batch_size", "8"]
-    flags += ["--align.epochs", "1", "--align.workers", "0", "--max_skipped", "0.5"]
+    flags += ["--align.epochs", "1", "--align.workers", "0"]
     run = tmp_path / "run"
     assert main(["fit", str(image_folder / "captions.jsonl"), "--out", str(run), *flags]) == 0
     assert (run / "align" / initial_model.WEIGHTS).exists()
     (clip_store,) = (run / "align").glob("clip-texts-*")
     for folder in (run / "store", clip_store):
-        is_stored = EmbeddingStore(folder).find_keys(make_caption_keys(["border"])) >= 0
-        assert is_stored.item() == (column == "captions")
+        assert EmbeddingStore(folder).find_keys(make_caption_keys(["border"])) >= 0
 
 
 def test_inherit_flag_parses_as_bool_or_name() -> None:

@@ -47,6 +47,14 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
+    _add_fit(commands)
+    _add_tune(commands)
+    _add_embed(commands)
+    _add_align(commands)
+    _add_distill(commands)
+
+
+def _add_fit(commands: Commands) -> None:
     parser = commands.add("fit", _fit, "Train on your images and captions: tune, embed, align, evaluate.")
     parser.add_argument("data", nargs="+", type=str, help=DATA_HELP)
     parser.add_argument("--out", type=str, required=True, help="Run directory.")
@@ -55,6 +63,8 @@ def add_commands(commands: Commands) -> None:
     add_stage_settings(parser)
     parser.add_class_arguments(EvaluateConfig, "evaluate")
 
+
+def _add_tune(commands: Commands) -> None:
     parser = commands.add("tune", _tune, "Tune a language model contrastively on captions.")
     parser.add_argument(
         "data",
@@ -69,6 +79,8 @@ def add_commands(commands: Commands) -> None:
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(TuneConfig, "tune")
 
+
+def _add_embed(commands: Commands) -> None:
     parser = commands.add("embed", _embed, "Encode every caption in DATA once and write the embeddings to a store.")
     parser.add_argument("data", nargs="+", type=str, help="Caption sources; images are not needed.")
     parser.add_argument("--out", type=str, required=True, help="Store folder.")
@@ -95,6 +107,8 @@ def add_commands(commands: Commands) -> None:
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(EmbedConfig, "embed")
 
+
+def _add_align(commands: Commands) -> None:
     parser = commands.add("align", _align, "Train a vision tower on images and the caption embeddings in a store.")
     parser.add_argument(
         "data",
@@ -120,6 +134,8 @@ def add_commands(commands: Commands) -> None:
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(AlignConfig, "align")
 
+
+def _add_distill(commands: Commands) -> None:
     parser = commands.add("distill", _distill, "Teach a small text encoder to replace a model's LLM and adapter.")
     parser.add_argument("model", type=str, help="Teacher: a model folder or hub id of an llm2clip model.")
     parser.add_argument(

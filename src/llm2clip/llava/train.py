@@ -98,10 +98,11 @@ def train_llava(
         if state.is_main_process:
             hashes = hash_images(conversation.image for conversation in all_conversations)
             earlier = load_training_image_hashes(source)  # images that the vision tower was trained on
+            hashes = hashes if earlier is None else np.union1d(hashes, earlier)
             with atomic_dir(model_folder) as folder:
                 _load_trained_model(source, config, out).save_pretrained(folder)
                 processor.save_pretrained(folder)
-                save_training_image_hashes(folder, hashes if earlier is None else np.union1d(hashes, earlier))
+                save_training_image_hashes(folder, hashes)
             for checkpoint in out.glob("*/checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
     wait_for_everyone()
@@ -192,15 +193,11 @@ def _train_stage(
     set_fsdp_wrap_policy(model.model.language_model.layers)
     model = _set_trainable_parts(model, stage, config, out)
 
-    signature = {
-        "batch_size": batch_size,
-        "conversations": hash_texts(
-            json.dumps([conversation.id, *conversation.turns]) for conversation in conversations
-        ),
-        "processes": state.num_processes,
-    }
+    texts = (json.dumps([conversation.id, *conversation.turns]) for conversation in conversations)
     checkpoints = Checkpoints(folder)
-    checkpoints.check_signature(signature)
+    checkpoints.check_signature(
+        {"batch_size": batch_size, "conversations": hash_texts(texts), "processes": state.num_processes}
+    )
     dataset = ConversationDataset(conversations, processor, num_image_tokens, max_length=config.max_length, store=store)
     sampler = (
         LengthGroupedSampler(dataset.estimate_lengths(), batch_size, config.seed) if config.group_by_length else None
@@ -219,9 +216,13 @@ def _train_stage(
     # On CPUs, attention from plain matmuls is faster, as in `tune`.
     with sdpa_kernel(SDPBackend.MATH) if state.device.type == "cpu" else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
+    _save_trained_weights(trainer, model, folder)
 
+
+def _save_trained_weights(trainer: Trainer, model: nn.Module, folder: Path) -> None:
+    """Save the weights that a stage has trained. Raise FloatingPointError if they are not finite."""
     full_state = trainer.accelerator.get_state_dict(trainer.model)  # FSDP gathers weights from all ranks
-    if state.is_main_process:
+    if process_state().is_main_process:
         names = sorted(name for name, weight in model.named_parameters() if weight.requires_grad)
         trained = {name: full_state[name].detach().cpu().contiguous() for name in names}
         if not all(tensor.isfinite().all() for tensor in trained.values()):

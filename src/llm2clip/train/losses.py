@@ -67,7 +67,7 @@ def info_nce(
     Returns:
         The loss as a float32 scalar, averaged over both directions and over this rank's images.
     """
-    return _apply_loss(_InfoNCE, image, text, logit_scale, None, image_of_text, text_ids, other_texts, gather)
+    return _apply_loss(_InfoNCE, image, text, [logit_scale], image_of_text, text_ids, other_texts, gather)
 
 
 def sigmoid_loss(
@@ -90,28 +90,28 @@ def sigmoid_loss(
         The loss as a float32 scalar: the weighted sum over all pairs, divided by the number of images. A pair's weight
         is 1 / (number of texts of the image to which the pair's text belongs).
     """
-    return _apply_loss(_Sigmoid, image, text, logit_scale, logit_bias, image_of_text, text_ids, other_texts, gather)
+    scalars = [logit_scale, logit_bias]
+    return _apply_loss(_Sigmoid, image, text, scalars, image_of_text, text_ids, other_texts, gather)
 
 
 def _apply_loss(
     function: type[torch.autograd.Function],
     image: Tensor,
     text: Tensor,
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | float | None,
+    scalars: Sequence[Tensor | float],
     image_of_text: Tensor | None,
-    text_ids: Tensor | None,
-    other_texts: Tensor | None,
-    gather: bool,
+    *layout: Any,
 ) -> Tensor:
-    """Call an autograd function with float32 tensors and with autocast disabled."""
-    scalars = [x for x in (logit_scale, logit_bias) if x is not None]
-    scalars = [torch.as_tensor(x, device=image.device, dtype=torch.float32).reshape(()) for x in scalars]
+    """Call an autograd function with float32 tensors and with autocast disabled.
+
+    `layout` contains the remaining arguments of `_ImageTextLayout`.
+    """
+    tensors = [torch.as_tensor(x, device=image.device, dtype=torch.float32).reshape(()) for x in scalars]
     if image_of_text is None:
         image_of_text = torch.arange(len(text), device=text.device)
     with torch.autocast(image.device.type, enabled=False):
-        layout = _ImageTextLayout(len(image), image_of_text, text_ids, other_texts, gather)
-        return function.apply(image.float(), text.float(), *scalars, layout)
+        pairs = _ImageTextLayout(len(image), image_of_text, *layout)
+        return function.apply(image.float(), text.float(), *tensors, pairs)
 
 
 @dataclass(frozen=True)
