@@ -8,22 +8,19 @@
     python benchmarks/data.py FOLDER features [--before CHECKOUT]
 
 Samples are a small JPEG and two captions, in webdataset tar files, in a JSONL file with image files, or in Parquet
-files. Samples that exist in FOLDER are reused. `--before` is a checkout of version 0.2, which has no record tables. It
-is measured at `--before_samples`.
+files. Samples that exist in FOLDER are reused. `--before` is a checkout of an earlier version, which is also measured.
 
 Each measurement runs in a new process. CPU seconds include the worker processes. The time to import the code is not
 included. Results are saved in FOLDER/results.jsonl. Slopes are fitted to the results for all sizes.
 """
 
 import argparse
-import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,12 +42,11 @@ STEPS = {  # name -> (measurement, options)
     "start align again": ("align", {}),
     "start align again, 4 processes": ("align", {"processes": 4}),
 }
-STEPS_BEFORE = ("read the sources with one core", "extract phrases (two cores)", "start align")
 COLUMNS = {"cpu": "CPU, s", "seconds": "wall, s", "peak": "peak, MB", "anonymous": "private, MB", "pss": "PSS, MB",
            "rss": "RSS, MB"}  # fmt: skip
 
 
-# ---- measured code, the same before and after ------------------------------------------------------------------------
+# ---- measured code ---------------------------------------------------------------------------------------------------
 
 
 def read_records(timer: Timer, source: str, folder: str) -> tuple[None, Any]:
@@ -59,9 +55,7 @@ def read_records(timer: Timer, source: str, folder: str) -> tuple[None, Any]:
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.data.splits import read_splits
 
-    options: dict[str, Any] = {"keep_selected_splits": True}
-    if "folder" in inspect.signature(read_splits).parameters:
-        options["folder"] = Path(folder) / "data"
+    options: dict[str, Any] = {"keep_selected_splits": True, "folder": Path(folder) / "data"}
     with timer:
         records = read_splits([f"{source}@none"], EvaluateConfig(), {}, SkipLog(), **options).train
     return None, records
@@ -105,16 +99,13 @@ def write_store(timer: Timer, source: str, folder: str) -> tuple[None, None]:
     from llm2clip.store.writer import open_for_writing
 
     _, records = extract_phrases(Timer(), source, folder)
-
-    def iterate_texts() -> Iterator[str]:
-        if hasattr(records, "iterate_texts"):
-            yield from records.iterate_texts(TEXT_FIELDS)
-            return
-        for record in records:
-            yield from (*record.texts, *record.phrases)
-
     with open_for_writing(
-        iterate_texts(), Path(folder) / "store", {"weights": "none"}, 1, dtype="float16", shard_size=1 << 16
+        records.iterate_texts(TEXT_FIELDS),
+        Path(folder) / "store",
+        {"weights": "none"},
+        1,
+        dtype="float16",
+        shard_size=1 << 16,
     ) as plan:
         for number in plan.shards:
             captions = plan.read_captions(number)
@@ -137,10 +128,9 @@ MEASUREMENTS: dict[str, Measurement] = {
 def measure_tables(folder: Path, args: argparse.Namespace) -> None:
     """Measure all steps for all formats and sizes."""
     for form in args.formats:
-        if args.before:
-            for count in args.before_samples:
-                measure_steps(folder, form, count, args, args.before)
         for count in args.samples:
+            if args.before:
+                measure_steps(folder, form, count, args, args.before)
             measure_steps(folder, form, count, args, None)
 
 
@@ -154,7 +144,7 @@ def measure_steps(folder: Path, form: str, count: int, args: argparse.Namespace,
         f"\n{count:,} images, {form}, {code}:\n\n| | {' | '.join(COLUMNS.values())} |\n|{'---|' * (1 + len(COLUMNS))}"
     )
     for step, (name, step_options) in STEPS.items():
-        if (args.steps and not re.search(args.steps, step)) or (checkout and step not in STEPS_BEFORE):
+        if args.steps and not re.search(args.steps, step):
             continue
         if step.startswith("read"):
             shutil.rmtree(work, ignore_errors=True)
@@ -208,8 +198,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", default=["tar"], choices=("tar", "jsonl", "parquet"))
     parser.add_argument("--pixels", type=int, default=32, help="side length of the images")
     parser.add_argument("--steps", help="regular expression of the steps to measure")
-    parser.add_argument("--before", type=Path, help="checkout of version 0.2")
-    parser.add_argument("--before_samples", type=int, nargs="*", default=[50_000, 200_000])
+    parser.add_argument("--before", type=Path, help="checkout of an earlier version")
     parser.add_argument("--loader_samples", type=int, default=20_000)
     parser.add_argument("--loader_pixels", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=10, help="number of turns of each loader")

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm2clip.data.formats import IMAGE_FOLDER, find_format, json_files, tables
-from llm2clip.data.formats import text as text_files
+from llm2clip.data.formats import IMAGE_FOLDER, base, find_format, json_files, tables
 from llm2clip.data.formats.base import BadRow, FilePart, RawRow, ReadOptions, read_rows, split_file
 from llm2clip.data.image_refs import LoadedImage
 from llm2clip.data.skip_log import SkipLog
@@ -48,7 +47,7 @@ def read_in_text_mode(path: Path) -> list[tuple[int, Any]]:
     rows: list[tuple[int, Any]] = []
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, 1):
-            if len(line) > text_files.MAX_LINE_CHARACTERS:
+            if len(line) > base.MAX_LINE_CHARACTERS:
                 rows.append((number, "malformed row"))
             elif any("\udc80" <= character <= "\udcff" for character in line):
                 rows.append((number, "not UTF-8"))
@@ -65,7 +64,7 @@ def read_in_text_mode(path: Path) -> list[tuple[int, Any]]:
 def test_parts_of_json_lines_have_the_rows_of_the_file(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_files, "MAX_LINE_CHARACTERS", 1000)
+    monkeypatch.setattr(base, "MAX_LINE_CHARACTERS", 1000)
     rng, path = random.Random(seed), tmp_path / "x.jsonl"
     newline = rng.choice([b"\n", b"\r\n"])
     content = b"".join(rng.choice(LINES) + newline for _ in range(rng.choice([1, 5, 40])))
@@ -91,7 +90,7 @@ def test_parts_of_csv_files_have_the_rows_of_the_file(
 ) -> None:
     """Rows with quoted line breaks, and malformed rows. The rows after an opened quote belong to it."""
     rng, path = random.Random(seed), tmp_path / "x.csv"
-    monkeypatch.setattr(text_files, "MAX_LINE_CHARACTERS", 1000)
+    monkeypatch.setattr(base, "MAX_LINE_CHARACTERS", 1000)
     newline, delimiter = rng.choice(["\n", "\r\n", "\r"]), rng.choice(",;\t")
     cells = [cell for cell in CSV_CELLS if cell != '"' and "early" not in cell] if seed % 2 else CSV_CELLS
     rows = [delimiter.join(rng.choices(cells, k=rng.choice([2, 2, 2, 2, 3]))) for _ in range(rng.choice([1, 5, 60]))]
@@ -162,7 +161,8 @@ def test_files_of_other_formats_are_not_divided(tmp_path: Path) -> None:
 
 def test_truncated_gzip_is_read_up_to_the_damage(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl.gz"
-    text = "".join(json.dumps({"a": random.Random(n).random()}) + "\n" for n in range(20_000))
+    rng = random.Random(0)
+    text = "".join(json.dumps({"a": rng.random()}) + "\n" for _ in range(20_000))
     path.write_bytes(gzip.compress(text.encode())[:-1000])
     *rows, (_, last, bad_row) = read_parts(path)[0]
     assert isinstance(bad_row, BadRow) and bad_row.reason == "truncated file"

@@ -21,8 +21,7 @@ from PIL import Image, ImageFile
 from conftest import load_benchmark
 from llm2clip.cli.export import _check_no_home_paths
 from llm2clip.data import columns, image_header, image_refs, images, records
-from llm2clip.data.formats import json_files
-from llm2clip.data.formats import text as text_files
+from llm2clip.data.formats import base, json_files
 from llm2clip.data.image_header import DecodingLimitError, check_decoding_work, open_header
 from llm2clip.data.image_refs import FileImage, ParquetImage
 from llm2clip.data.images import ImageError, decode_image, load_image
@@ -384,8 +383,8 @@ def test_sparse_caption_files_are_rejected_before_they_fill_the_memory(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / name
-    monkeypatch.setattr(text_files, "MAX_LINE_CHARACTERS", 1 << 16)
-    monkeypatch.setattr(text_files, "MAX_SKIPPED_CHARACTERS", 1 << 20)
+    monkeypatch.setattr(base, "MAX_LINE_CHARACTERS", 1 << 16)
+    monkeypatch.setattr(base, "MAX_SKIPPED_CHARACTERS", 1 << 20)
     if name.endswith(".gz"):
         path.write_bytes(gzip.compress(bytes(10 << 20)))
     else:
@@ -407,7 +406,7 @@ def test_sparse_caption_files_are_rejected_before_they_fill_the_memory(
 def test_a_row_that_is_too_long_is_skipped(
     name: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_files, "MAX_LINE_CHARACTERS", 10_000)
+    monkeypatch.setattr(base, "MAX_LINE_CHARACTERS", 10_000)
     (tmp_path / name).write_text(content.format(long="x" * 2_000_000, short="x" * 4000))
     log = SkipLog(max_skipped=1.0)
     assert [record.captions for record in open_records(tmp_path / name, log, "unchecked")] == [("a",), ("b",)]

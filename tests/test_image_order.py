@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from llm2clip.data import image_order
-from llm2clip.data.blocks import Blocks
 from llm2clip.data.image_order import (
     EpochOrders,
     choose_image_order,
@@ -15,7 +14,7 @@ from llm2clip.data.image_order import (
 )
 from llm2clip.data.image_refs import FileImage, TarImage
 from llm2clip.data.records import Record
-from llm2clip.data.table import RecordTable
+from llm2clip.data.table import Blocks, RecordTable
 
 
 def test_random_order_is_a_permutation_that_depends_on_seed_and_epoch() -> None:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from llm2clip.data import pairs as pairs_module
-from llm2clip.data.blocks import Blocks
 from llm2clip.data.pairs import (
     CaptionItems,
     ImageCaptions,
@@ -19,7 +18,7 @@ from llm2clip.data.pairs import (
     resolve_pairs_per_step,
 )
 from llm2clip.data.records import Record
-from llm2clip.data.table import RecordTable
+from llm2clip.data.table import Blocks, RecordTable
 
 IMAGES = [  # 40 that give a pair and two that do not
     *(ImageCaptions(tuple(f"image {i} caption {j}" for j in range(2 + i % 4))) for i in range(40)),

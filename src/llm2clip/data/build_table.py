@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from llm2clip.data.blocks import Blocks, read_metadata, write_rows
 from llm2clip.data.columns import TEXT_FIELDS
 from llm2clip.data.formats import find_files
 from llm2clip.data.formats.base import FilePart, split_file
@@ -37,7 +36,7 @@ from llm2clip.data.parallel import count_cores, map_in_processes
 from llm2clip.data.records import ImageCheck, ReadSummary, Record, RecordReader, Source
 from llm2clip.data.remote import get_file_size, is_remote, pin_versions, prefetch
 from llm2clip.data.skip_log import EventLog, SkipLog
-from llm2clip.data.table import RecordTable
+from llm2clip.data.table import Blocks, RecordTable, read_metadata, write_rows
 from llm2clip.data.texts import deduplicate_captions
 from llm2clip.io_utils import atomic_dir, atomic_path, get_cache_dir
 from llm2clip.progress import ProgressBar
@@ -286,8 +285,7 @@ def _open_merged(
 def _find_first_rows(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     """Return, for each row, the first row with the same key, of shape (N,), int64. Rows with key 0 are all different.
 
-    Args:
-        high, low: The upper and lower 64 bits of each key, uint64.
+    `high` and `low` are the upper and lower 64 bits of each key, uint64.
     """
     order = np.argsort(high, kind="stable")
     is_same = high[order[1:]] == high[order[:-1]]
@@ -323,9 +321,8 @@ def _hash_contents(table: RecordTable, positions: np.ndarray) -> np.ndarray:
         records = table.select(positions[start : start + BATCH_IMAGES])
         digests = records.column("digest").to_pylist()
         unknown = [n for n, digest in enumerate(digests) if digest is None]
-        for n, digest in zip(
-            unknown, hash_contents(list(records.select(np.array(unknown, int)).get_images())), strict=True
-        ):
+        images = list(records.select(np.array(unknown, int)).get_images())
+        for n, digest in zip(unknown, hash_contents(images), strict=True):
             digests[n] = digest
         data = b"".join(digest[:16].ljust(16, b"\0") for digest in digests)
         hashes[:, start : start + len(digests)] = np.frombuffer(data, ">u8").reshape(-1, 2).T
@@ -345,10 +342,7 @@ def _build_merged_records(
 ) -> Iterator[tuple[Record, str, ImageFacts]]:
     """Yield one record per group of rows.
 
-    Args:
-        members: Row numbers, sorted by group.
-        groups: Group of each row.
-        source_paths: Path of each group's source.
+    `members` are row numbers sorted by group, and `groups` their groups. `source_paths` has a path for each group.
     """
     starts = np.flatnonzero(np.concatenate([[True], groups[1:] != groups[:-1]]))
     selected = table.select(members)
@@ -373,8 +367,6 @@ def _merge_records(first: Record, second: Record) -> Record:
 
 
 def _delete_unused(folder: Path) -> None:
-    """Delete parts and tables that have not been opened for `UNUSED_DAYS` days."""
-
     oldest = time.time() - UNUSED_DAYS * 86_400
     for path in [*(folder / "parts").iterdir(), *(folder / "tables").iterdir()]:
         if path.stat().st_mtime < oldest:

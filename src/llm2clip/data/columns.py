@@ -76,11 +76,7 @@ class ColumnMapper:
         self._cache: dict[tuple[str, ...], dict[str, str]] = {}
 
     def map_table(self, file: str, columns: Sequence[str]) -> dict[str, str]:
-        """Return a dict {field: column} for a table whose rows all have the same columns.
-
-        Raises:
-            DataFormatError: A mapped column or the caption column is missing; see `check`.
-        """
+        """Return a dict {field: column} for a table whose rows all have the same columns. See `check` for errors."""
         key = tuple(columns)
         if key not in self._cache:
             self.columns |= dict.fromkeys(columns)
@@ -113,11 +109,7 @@ class ColumnMapper:
         return "image" in self._guess_columns(self.columns)
 
     def check(self, file: str = "") -> None:
-        """Check that the source has the mapped columns and a caption column.
-
-        Raises:
-            DataFormatError: A column is missing. The message lists the existing columns.
-        """
+        """Raise DataFormatError if the source lacks a mapped column or a caption column."""
         where = file or self.source
         for field, column in self.mapping.items():
             if column and column not in self.columns:
@@ -160,7 +152,6 @@ class ColumnMapper:
 
 @functools.lru_cache(maxsize=4096)
 def _normalize_name(column: str) -> str:
-    """Return a column name in lower case, with underscores instead of spaces and hyphens."""
     return re.sub(r"[\s-]+", "_", column.strip().lower())
 
 
@@ -168,7 +159,7 @@ def _normalize_name(column: str) -> str:
 
 
 class UnusableRow(Exception):
-    """Raised when a row cannot be converted to a record. Skipped rows are counted by `reason`."""
+    """A row cannot be converted to a record. Skipped rows are counted by `reason`."""
 
     def __init__(self, reason: str, value: object) -> None:
         super().__init__(reason, value)
@@ -254,11 +245,7 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
 
 
 def parse_name(value: Any, field: str) -> str | None:
-    """Return an id or split name as a string, or None if the value is missing.
-
-    Raises:
-        UnusableRow: The value is neither a string nor a number.
-    """
+    """Return an id or split name, or None if it is missing. Raise `UnusableRow` if it is neither text nor a number."""
     if type(value) is str:
         return value.strip() or None
     if is_null(value):

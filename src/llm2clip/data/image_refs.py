@@ -390,10 +390,8 @@ def _resolve_real_path(folder: str) -> str:
 def get_file_version(path: str) -> tuple[tuple[int, int], ...]:
     """Return the size and modification time (in ns) of a file, or of every file in a folder and its subfolders.
 
-    For a remote file, a hash of its etag takes the place of the modification time.
-
-    Cache keys and search indexes contain these values, so stale entries are never used. A folder's own modification
-    time is not enough, because overwriting a file in the folder does not change it.
+    For a remote file, a hash of its etag takes the place of the modification time. A folder's own modification time is
+    not enough, because overwriting a file in the folder does not change it.
     """
     if is_remote(path):
         return (get_version_numbers(path),)
@@ -408,9 +406,9 @@ def get_file_version(path: str) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class _Window:
-    """Window of consecutive decoded cells in a row group. `start` is the index of its first cell in the row group."""
+    """Consecutive decoded cells in a row group."""
 
-    start: int
+    start: int  # index of the first cell in the row group
     cells: pa.ChunkedArray
     num_bytes: int
 
@@ -440,7 +438,7 @@ def _read_parquet_cell(path: str, row: int, column: str) -> pa.Scalar:
 
 @functools.lru_cache(maxsize=1024)
 def _read_row_group_layout(path: str, version: object) -> tuple[list[int], int]:
-    """Return the index of each row group's first row in a Parquet file, and the number of rows to decode at a time."""
+    """Return the index of each row group's first row, and the number of rows to decode at a time."""
     with open_parquet(path) as file:
         metadata = file.metadata
     starts = [0]
@@ -499,21 +497,19 @@ def choose_parquet_batch_size(metadata: pq.FileMetaData) -> int:
     All rows in a row group can share one large value, so each value can be as large as the entire row group. Even then,
     a batch takes at most `MAX_BATCH_BYTES`, unless it is a single row.
     """
-    return max(1, min(64, MAX_BATCH_BYTES // max([1, *_read_row_group_sizes(metadata)])))
+    return max(1, min(64, MAX_BATCH_BYTES // max([1, *_list_row_group_bytes(metadata)])))
 
 
 def check_row_group_sizes(metadata: pq.FileMetaData) -> None:
     """Raise OSError if a Parquet file's metadata lists a row group larger than `MAX_ROW_GROUP_BYTES`."""
-    for group, num_bytes in enumerate(_read_row_group_sizes(metadata)):
+    for group, num_bytes in enumerate(_list_row_group_bytes(metadata)):
         if num_bytes > MAX_ROW_GROUP_BYTES:
             raise _build_row_group_error(group)
 
 
-def _read_row_group_sizes(metadata: pq.FileMetaData) -> list[int]:
-    """Return the uncompressed size of each row group in bytes, as stated in the file's metadata.
-
-    Column sizes are not used, because `RowGroupMetaData.column` crashes the process if the metadata is corrupt.
-    """
+def _list_row_group_bytes(metadata: pq.FileMetaData) -> list[int]:
+    """Return the uncompressed size of each row group, as stated in the file's metadata."""
+    # Column sizes are not used, because `RowGroupMetaData.column` crashes the process if the metadata is corrupt.
     return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
 
 
@@ -534,7 +530,7 @@ def _open_saved_column(folder: str, version: object, split: str | None, column: 
 
 
 def map_batches(path: str) -> list[pa.RecordBatch]:
-    """Map the record batches of an Arrow file into memory."""
+    """Map an Arrow file into memory."""
     reader = pa.ipc.open_file(pa.memory_map(path))
     return [reader.get_batch(n) for n in range(reader.num_record_batches)]
 

@@ -28,7 +28,6 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from llm2clip.config import TuneConfig
-from llm2clip.data.blocks import decode_name
 from llm2clip.data.build_table import load_source_indices, mask_same_images, open_table
 from llm2clip.data.columns import CAPTION_FIELDS, guess_columns
 from llm2clip.data.formats import find_files
@@ -36,7 +35,7 @@ from llm2clip.data.formats.base import BadRow, ReadOptions, read_rows
 from llm2clip.data.records import EARLY_CHECK_ROWS, NO_SPLIT, Source, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import mask_training_splits
-from llm2clip.data.table import RecordTable
+from llm2clip.data.table import RecordTable, decode_name
 from llm2clip.data.texts import deduplicate_captions
 from llm2clip.io_utils import DataFormatError
 from llm2clip.runs.ranks import print_once, process_state

@@ -27,7 +27,7 @@ ADVICE_BY_REASON = {
 
 
 class TooManySkipped(ValueError):
-    """Raised when too many rows are skipped, which usually means that the source or its column mapping is wrong."""
+    """Too many rows are skipped, which usually means that the source or its column mapping is wrong."""
 
 
 class SkipLog:
@@ -116,9 +116,8 @@ class SkipLog:
 
     def add_note(self, text: str, file: str) -> None:
         """Add a note about a file, such as an unusual encoding, to the summary. Repeated notes are ignored."""
-        name = (
-            hide_url_secrets(file).encode("utf-8", "backslashreplace").decode()
-        )  # the summary is printed, so it must be valid Unicode
+        # The summary is printed, so it must be valid Unicode.
+        name = hide_url_secrets(file).encode("utf-8", "backslashreplace").decode()
         self.notes.setdefault(text, {})[name] = None
 
     def replay(self, events: Iterable[Sequence[Any]]) -> None:
@@ -192,7 +191,7 @@ class EventLog(SkipLog):
         self.events: list[list[Any]] = []
 
     def count_source_rows(self, path: str, split: str, count: int) -> None:
-        """Do nothing. The number of rows is in the summary of the part that is read."""
+        """Do nothing. The summary of the part contains the number of rows."""
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
         self.events.append(["skip", file, row, reason, str(value)[:MAX_PATH_CHARACTERS], rows])

@@ -11,12 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llm2clip.config import EvaluateConfig
-from llm2clip.data.blocks import decode_name
 from llm2clip.data.build_table import load_source_indices, mask_same_images, open_table
 from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.records import NO_SPLIT, ImageCheck, Record, Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.table import RecordTable
+from llm2clip.data.table import RecordTable, decode_name
 
 TRAIN_SPLITS = (NO_SPLIT, "train", "training", "restval")
 HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first of these splits that exists is held out

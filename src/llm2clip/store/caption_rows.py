@@ -16,9 +16,8 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from llm2clip.data.blocks import BATCH_ROWS
 from llm2clip.data.parallel import count_cores, map_in_processes
-from llm2clip.data.table import RecordTable
+from llm2clip.data.table import BATCH_ROWS, RecordTable
 from llm2clip.io_utils import atomic_dir
 from llm2clip.runs.ranks import print_once
 from llm2clip.store.layout import index_path, make_caption_keys

@@ -19,12 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from llm2clip.config import AlignConfig
-from llm2clip.data.blocks import IMAGE_COLUMNS
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.counter_random import hash_counters, shuffle_rows, to_unit_interval
 from llm2clip.data.image_loader import decode_or_error, skip_finalization
 from llm2clip.data.image_order import EpochOrders, ImageOrder
-from llm2clip.data.table import ImageList, RecordTable
+from llm2clip.data.table import IMAGE_COLUMNS, ImageList, RecordTable
 from llm2clip.data.transforms import Preprocess, TrainTransform
 from llm2clip.store.caption_rows import CaptionRows, CaptionSource, find_caption_rows
 from llm2clip.store.image_features import make_image_keys

@@ -11,16 +11,21 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any
 
-from llm2clip.data.formats.base import BadRow, FilePart, RawRow, ReadOptions, SourceFormat, make_parts
-from llm2clip.data.formats.json_files import find_image_folder
-from llm2clip.data.formats.text import (
+from llm2clip.data.formats.base import (
+    BadRow,
     BoundedLines,
+    FilePart,
     LineTooLong,
+    RawRow,
+    ReadOptions,
+    SourceFormat,
     describe_encoding,
     find_undecodable,
+    make_parts,
     open_text,
     read_lines,
 )
+from llm2clip.data.formats.json_files import find_image_folder
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.remote import join_path, open_file
 from llm2clip.data.skip_log import SkipLog
@@ -175,7 +180,6 @@ def _read_csv_rows(
 
 
 def _read_delimiter(path: str, default: str, log: SkipLog | None = None) -> tuple[str, int]:
-    """Return a CSV file's delimiter and the line number of its header. An unusual delimiter is recorded in `log`."""
     with open_text(path, log, newline="") as file:
         sample = file.read(SAMPLE_CHARACTERS)
     delimiter, header_line = _detect_delimiter(sample, default)
@@ -203,7 +207,7 @@ def _detect_delimiter(sample: str, default: str) -> tuple[str, int]:
 
 
 def _count_matching_rows(sample: str, delimiter: str) -> int:
-    """Count the sample rows that have as many fields as the header. Return 0 if the header has only one field."""
+    """Count the rows that have as many fields as the header. Return 0 if the header has only one field."""
     rows = csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
         lengths = [len(cells) for cells in islice(rows, SAMPLE_ROWS)]
@@ -213,7 +217,6 @@ def _count_matching_rows(sample: str, delimiter: str) -> int:
 
 
 def _to_fields(header: Sequence[str], repeated: Set[str], cells: Sequence[str]) -> dict[str, Any] | BadRow:
-    """Return a dict {column name: cell}. The cells of columns that share a name are combined into a list."""
     if len(cells) != len(header):
         return BadRow("malformed row", f"{len(cells)} fields, but the header has {len(header)}: {cells}")
     fields: dict[str, Any] = dict(zip(header, cells, strict=True))

@@ -4,8 +4,17 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llm2clip.data.formats.base import NOT_UTF8, BadRow, FilePart, RawRow, ReadOptions, SourceFormat, parse_json
-from llm2clip.data.formats.text import find_undecodable, open_text
+from llm2clip.data.formats.base import (
+    NOT_UTF8,
+    BadRow,
+    FilePart,
+    RawRow,
+    ReadOptions,
+    SourceFormat,
+    find_undecodable,
+    open_text,
+    parse_json,
+)
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.remote import (
     file_exists,

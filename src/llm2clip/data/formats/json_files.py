@@ -23,10 +23,13 @@ from llm2clip.data.formats.base import (
     RawRow,
     ReadOptions,
     SourceFormat,
+    describe_encoding,
+    detect_encoding,
     make_parts,
+    open_text,
     parse_json,
+    read_lines,
 )
-from llm2clip.data.formats.text import describe_encoding, detect_encoding, open_text, read_lines
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.remote import file_exists, get_parent, is_remote, join_path, open_file
 from llm2clip.data.texts import is_valid_unicode
@@ -106,7 +109,7 @@ def _require_object(value: Any) -> dict[str, Any] | BadRow:
 def _find_line_starts(path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
     """Yield the byte positions and numbers of the first lines that start at or after each multiple of `target_bytes`.
 
-    Nothing more is yielded after a line that is too long, which occurs in sparse files.
+    Nothing more is yielded after a line that is too long. Such lines occur in sparse files.
     """
     start, number = 0, 1
     yield start, number
@@ -141,7 +144,7 @@ def _count_newlines(file: BinaryIO, start: int, stop: int) -> int:
 
 @dataclass(frozen=True)
 class KarpathyImage:
-    """An image with its captions, from a file with Karpathy's splits."""
+    """An image with its captions from a file with Karpathy's splits."""
 
     id: str  # COCO image id, or the file name without its suffix
     name: str  # path relative to the data set's image folder

@@ -181,7 +181,7 @@ def _is_image_type(kind: pa.DataType) -> bool:
 
 
 def _to_list(column: pa.Array) -> list[Any]:
-    """Return the values of a column, as `Array.to_pylist` does, but faster for texts, lists of texts and images."""
+    """Return what `Array.to_pylist` returns, but faster for texts, lists of texts and images."""
     kind = column.type
     try:
         if _is_text_or_bytes(kind):
@@ -206,9 +206,7 @@ def _is_text_or_bytes(kind: pa.DataType) -> bool:
 def _convert_image_cell(make_ref: Callable[[str], ImageRef], value: Any, bytes_skipped: bool = False) -> Any:
     """Convert a cell's value to None, the path of an image file, or a `LoadedImage` that refers to the cell.
 
-    Args:
-        make_ref: Function that creates a reference to the cell from the hash of its bytes.
-        bytes_skipped: Whether the bytes were not read.
+    `make_ref` creates a reference to the cell from the hash of its bytes.
     """
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if value is None:

@@ -79,8 +79,6 @@ class TarFile(SourceFormat):
 
 
 class _Member(NamedTuple):
-    """A regular file in a tar file."""
-
     name: str
     offset: int  # position of the contents in the tar file
     size: int
@@ -212,7 +210,7 @@ class _PlainHeaders:
         return _Member(self._prefix + name, position + 512, fields[1])
 
     def _parse_block(self, header: bytes) -> tuple[bytes, int] | None:
-        """Return the name and size in a header, or None if it differs from its template or its checksum is wrong."""
+        """Return the name and size in a header, or None if `tarfile` must parse it."""
         template = self._templates.get(header[156:157])
         if template is None or header[100:124] != template[0] or header[156:] != template[1]:
             return None
@@ -272,7 +270,6 @@ class _Sample:
                 self.contents[suffix] = window.read(member.offset, member.size)
 
     def is_complete(self) -> bool:
-        """Return True if the sample has an image and captions."""
         return bool(self.image_suffix and self.members.keys() & {"txt", "json"})
 
     def to_row(self, path: str) -> dict[str, Any] | BadRow:
