@@ -56,13 +56,6 @@ def test_the_held_out_tenth_is_random_if_ids_repeat(tmp_path: Path) -> None:
     assert len({r.captions[0].split()[0] for r in splits.held_out["captions"]}) == 2
 
 
-def test_read_splits_removes_held_out_images_from_training(tmp_path: Path) -> None:
-    train = write_images_and_jsonl(tmp_path / "a.jsonl", *(image_row(n) for n in (1, 2, 3)))
-    splits = splits_of(train, held_out=(write_images_and_jsonl(tmp_path / "b.jsonl", image_row(2)),))
-    assert ids(splits) == (["1", "3"], ["2"])
-    assert "1 held-out images removed from training" in splits.summary
-
-
 def test_rows_of_an_image_in_a_table_are_in_the_same_split(tmp_path: Path) -> None:
     """Hugging Face data sets often repeat the image in a row for each caption."""
     images = [image_bytes(seed) for seed in range(20)]

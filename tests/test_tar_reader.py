@@ -7,6 +7,7 @@ import random
 import tarfile
 import time
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def test_plain_headers_are_not_parsed_by_tarfile(
     assert count_tarfile_headers(tmp_path / "x.tar", monkeypatch) <= 4  # twice for the first header, once for the end
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_rows_of_corrupt_files_are_those_of_tarfile(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng, path = random.Random(seed), tmp_path / "x.tar"
     inputs = [build_tar(build_members(6), edit, kind) for _, edit, kind in EDITS]
@@ -148,13 +149,12 @@ def test_rows_of_corrupt_files_are_those_of_tarfile(seed: int, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("position", [0, 99, 100, 124, 134, 135, 136, 147, 148, 153, 154, 156, 157, 257, 345, 511])
-@pytest.mark.parametrize("value", [b"\0", b" ", b"8", b"-", b"x", b"/", b"\xff"])
 def test_headers_with_an_unusual_byte_are_those_of_tarfile(
-    position: int, value: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    position: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = bytearray(build_tar([(f"{n}.txt", b"text") for n in range(6)], kind=tarfile.USTAR_FORMAT))
     path = tmp_path / "x.tar"
-    for has_valid_checksum in (False, True):
+    for value, has_valid_checksum in product((b"\0", b" ", b"8", b"-", b"x", b"/", b"\xff"), (False, True)):
         header = data[2048:2560]
         header[position : position + 1] = value
         if has_valid_checksum and not 148 <= position < 156:
