@@ -159,16 +159,6 @@ def test_files_of_other_formats_are_not_divided(tmp_path: Path) -> None:
     assert len(rows) == 100 and "read as UTF-16" in notes
 
 
-def test_truncated_gzip_is_read_up_to_the_damage(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl.gz"
-    rng = random.Random(0)
-    text = "".join(json.dumps({"a": rng.random()}) + "\n" for _ in range(20_000))
-    path.write_bytes(gzip.compress(text.encode())[:-1000])
-    *rows, (_, last, bad_row) = read_parts(path)[0]
-    assert isinstance(bad_row, BadRow) and bad_row.reason == "truncated file"
-    assert [row for _, row, _ in rows] == list(range(1, last)) and last > 10_000
-
-
 def write_parquet(path: Path, num_rows: int, group_rows: int) -> Path:
     images = [{"bytes": f"image {n}".encode() * 20, "path": f"{n}.jpg"} for n in range(num_rows)]
     table = pa.table({"image": images, "caption": [f"caption {n}" for n in range(num_rows)]})

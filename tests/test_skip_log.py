@@ -197,22 +197,6 @@ def test_skip_limit_counts_all_rows_in_every_format(tmp_path: Path, name: str) -
     assert log.summary() == "150 of 6,000 rows skipped (malformed row: 150)"
 
 
-def test_lost_rows_of_a_damaged_parquet_file_are_counted(tmp_path: Path) -> None:
-    path = tmp_path / "x.parquet"
-    table = pa.table({"caption": [f"caption {n} {n * 7919 % 1000}" for n in range(10_000)]})
-    pq.write_table(table, path, row_group_size=2000, compression="snappy", use_dictionary=False)
-    at = pq.read_metadata(path).row_group(1).column(0).data_page_offset
-    data = bytearray(path.read_bytes())
-    data[at : at + 2000] = bytes(2000)
-    path.write_bytes(data)
-    log = SkipLog(max_skipped=1)
-    num_records = len(list(open_records(path, log)))
-    assert num_records < 3000
-    assert log.skipped["unreadable file"] == log.rows_seen - num_records == 10_000 - num_records
-    with pytest.raises(TooManySkipped):
-        list(open_records(path))
-
-
 @pytest.mark.parametrize(
     ("image", "reason", "advice"),
     [
