@@ -199,6 +199,17 @@ def test_repaired_images_are_used_at_the_next_start(tmp_path: Path) -> None:
     assert read_captions() == ["good", "bad", "missing"]
 
 
+def test_broken_links_in_a_folder_are_missing_images(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").write_bytes(image_bytes(0))
+    (tmp_path / "photos/b.jpg").symlink_to("nothing.jpg")
+    for name in "ab":
+        (tmp_path / f"photos/{name}.txt").write_text(name)
+    log = SkipLog(max_skipped=1.0)
+    table = open_table([str(tmp_path / "photos")], {}, log, folder=tmp_path / "tables")
+    assert list(table.iterate_texts(["captions"])) == ["a"] and log.skipped == {"missing image": 1}
+
+
 def test_settings_that_affect_reading_have_their_own_table(tmp_path: Path) -> None:
     source = str(write_jsonl(tmp_path / "x.jsonl", [{"id": 1, "caption": "a", "other": "b", "split": "val"}]))
     folder = tmp_path / "tables"
