@@ -20,7 +20,7 @@ from PIL import Image, ImageFile
 
 from conftest import load_benchmark
 from llm2clip.cli.export import _check_no_home_paths
-from llm2clip.data import columns, image_header, image_refs, images, records
+from llm2clip.data import columns, image_header, images, records, table_cells
 from llm2clip.data.formats import base, json_files
 from llm2clip.data.image_header import DecodingLimitError, check_decoding_work, open_header
 from llm2clip.data.image_refs import FileImage, ParquetImage
@@ -199,9 +199,9 @@ def test_parquet_rows_that_share_an_image_are_read_in_small_batches(
     table = pa.table({"image": [image] * 5000, "caption": ["a"] * 5000})
     pq.write_table(table, path, compression="zstd", row_group_size=5000)
     assert path.stat().st_size < 3000
-    monkeypatch.setattr(image_refs, "MAX_BATCH_BYTES", 400_000)
-    monkeypatch.setattr(image_refs, "MAX_WINDOW_BYTES", 400_000)
-    monkeypatch.setattr(image_refs, "MAX_ROW_GROUP_BYTES", 1 << 20)
+    monkeypatch.setattr(table_cells, "MAX_BATCH_BYTES", 400_000)
+    monkeypatch.setattr(table_cells, "MAX_WINDOW_BYTES", 400_000)
+    monkeypatch.setattr(table_cells, "MAX_ROW_GROUP_BYTES", 1 << 20)
     assert load_image(ParquetImage(str(path), 3, "image")).shape == (3, 10, 12)
     with pytest.raises(ImageError, match="row group 0 take more than"):
         load_image(ParquetImage(str(path), 4999, "image"))
@@ -211,7 +211,7 @@ def test_parquet_rows_that_share_an_image_are_read_in_small_batches(
     next(open_records(path))
     assert max(batch.nbytes for batch in parquet_batches) < 500_000
 
-    monkeypatch.setattr(image_refs, "MAX_ROW_GROUP_BYTES", 50_000)
+    monkeypatch.setattr(table_cells, "MAX_ROW_GROUP_BYTES", 50_000)
     log = SkipLog(max_skipped=1.0)
     with pytest.raises(ValueError, match="no records"):
         list(open_records(path, log))
@@ -230,7 +230,7 @@ def test_parquet_captions_are_read_in_small_batches(
     """A file in which 1,000 rows share one caption of 100 kB."""
     captions = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["x" * 100_000]))
     pq.write_table(pa.table({"caption": captions}), tmp_path / "x.parquet", compression="zstd")
-    monkeypatch.setattr(image_refs, "MAX_BATCH_BYTES", 400_000)
+    monkeypatch.setattr(table_cells, "MAX_BATCH_BYTES", 400_000)
     assert len(list(open_records(tmp_path / "x.parquet"))) == 1000
     assert max(map(len, parquet_batches)) <= 4
 
@@ -241,18 +241,18 @@ def test_reading_parquet_cells_in_any_order_takes_little_memory(
     path = tmp_path / "x.parquet"
     images_in_rows = [png_bytes(width) + bytes(10_000) for width in range(1, 41)]
     pq.write_table(pa.table({"image.x": [b"other"] * 40, "image": images_in_rows}), path, row_group_size=20)
-    monkeypatch.setattr(image_refs, "MAX_BATCH_BYTES", 1 << 18)  # a row at a time
-    monkeypatch.setattr(image_refs, "MAX_WINDOW_BYTES", 50_000)
-    monkeypatch.setattr(image_refs, "MAX_CACHE_BYTES", 120_000)
-    monkeypatch.setattr(image_refs, "_windows", OrderedDict())
+    monkeypatch.setattr(table_cells, "MAX_BATCH_BYTES", 1 << 18)  # a row at a time
+    monkeypatch.setattr(table_cells, "MAX_WINDOW_BYTES", 50_000)
+    monkeypatch.setattr(table_cells, "MAX_CACHE_BYTES", 120_000)
+    monkeypatch.setattr(table_cells, "_windows", OrderedDict())
     for row in (0, 3, 25, 39, 38, 19, 7):
         assert ParquetImage(str(path), row, "image").read() == images_in_rows[row]
-        windows = image_refs._windows.values()
+        windows = table_cells._windows.values()
         assert sum(window.cells.nbytes for window in windows) <= 120_000
         assert all(window.cells.nbytes <= 50_000 + 40_000 for window in windows)
     with pytest.raises(FileNotFoundError, match="no longer has row 20 in row group 1"):
         ParquetImage(str(path), 40, "image").read()
-    monkeypatch.setattr(image_refs, "MAX_CELL_BYTES", 5000)
+    monkeypatch.setattr(table_cells, "MAX_CELL_BYTES", 5000)
     with pytest.raises(OSError, match="the limit for a table cell"):
         ParquetImage(str(path), 3, "image").read()
 

@@ -11,27 +11,15 @@ import io
 import json
 import os
 from abc import ABC, abstractmethod
-from bisect import bisect_right
-from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, ClassVar, NamedTuple, Self
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import BinaryIO, ClassVar, NamedTuple, Self
 
 from llm2clip.data.image_header import MAX_FILE_BYTES
-from llm2clip.data.remote import FileSlice, get_version_numbers, is_remote, open_file, open_remote
+from llm2clip.data.remote import FileSlice, get_version_numbers, is_remote, open_file
+from llm2clip.data.table_cells import map_cached_batches, open_cell, read_parquet_cell, read_saved_cell
 from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets
-
-# Limit on the decoded image bytes in a Parquet row group. Because of compression and shared values, a file of a few
-# hundred bytes can expand to many gigabytes.
-MAX_ROW_GROUP_BYTES = 2 << 30
-MAX_BATCH_BYTES = 256 << 20  # approximate limit on the size of the rows decoded in one batch
-MAX_WINDOW_BYTES = 128 << 20  # approximate limit on the size of the adjacent cells that are kept when a cell is read
-MAX_CACHE_BYTES = 256 << 20  # limit on the total size of the decoded cells that each process caches
-MAX_CELL_BYTES = 256 << 20  # size limit for an image in a table cell
 
 
 class ImageColumns(NamedTuple):
@@ -246,7 +234,8 @@ class ParquetImage(_TableCell):
         return cls(columns.container or "", columns.offset, columns.name, (columns.digest or b"").hex())
 
     def _open(self) -> BinaryIO:
-        return _open_cell(_read_parquet_cell(self.path, self.row, self.column), self)
+        cell = read_parquet_cell(self.path, get_file_version(self.path), self.row, self.column)
+        return open_cell(cell, str(self))
 
     def __str__(self) -> str:
         return f"{hide_url_secrets(self.path)}[{self.row}].{self.column}"
@@ -274,8 +263,8 @@ class DatasetImage(_TableCell):
 
     def _open(self) -> BinaryIO:
         version = get_file_version(os.path.join(self.folder, self.split or ""))
-        dataset = _open_saved_column(self.folder, version, self.split, self.column)
-        return _open_cell(dataset[self.row][self.column], self)
+        cell = read_saved_cell(self.folder, version, self.split, self.row, self.column)
+        return open_cell(cell, str(self))
 
     def __str__(self) -> str:
         return f"{self.folder}{'/' + self.split if self.split else ''}[{self.row}].{self.column}"
@@ -320,7 +309,8 @@ class StoredImage(_TableCell):
         return cls(columns.container or "", columns.size, columns.offset, (columns.digest or b"").hex(), columns.name)
 
     def _open(self) -> BinaryIO:
-        return _open_cell(_map_cached_batches(self.path)[self.batch].column("image_data")[self.row], self)
+        cell = map_cached_batches(self.path)[self.batch].column("image_data")[self.row]
+        return open_cell(cell, str(self))
 
     def __str__(self) -> str:
         return self.name
@@ -363,16 +353,6 @@ def to_valid_unicode(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def disable_image_decoding(dataset: Any) -> Any:
-    """Make a Hugging Face data set return each image undecoded, as a dict with the keys "bytes" and "path"."""
-    import datasets
-
-    for column, feature in (dataset.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    return dataset
-
-
 def resolve_folder(path: str) -> str:
     """Make a path absolute and resolve symbolic links in its folder, but not in its file name. Keep URLs unchanged."""
     if is_remote(path):
@@ -399,162 +379,3 @@ def get_file_version(path: str) -> tuple[tuple[int, int], ...]:
     if os.path.isdir(path):
         files = sorted(os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names)
     return tuple((status.st_size, status.st_mtime_ns) for status in map(os.stat, files))
-
-
-# ---- cells of tables -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Consecutive decoded cells in a row group."""
-
-    start: int  # index of the first cell in the row group
-    cells: pa.ChunkedArray
-    num_bytes: int
-
-
-_windows: OrderedDict[tuple[object, ...], _Window] = OrderedDict()  # decoded cells, least recently used first
-
-
-def _read_parquet_cell(path: str, row: int, column: str) -> pa.Scalar:
-    """Return a cell, if possible from a cached window of decoded cells. The total size of all windows is limited.
-
-    No lock is used, because a process forked while another thread holds the lock would wait forever. If two threads
-    need the same window, both decode it.
-    """
-    version = get_file_version(path)
-    starts, batch_size = _read_row_group_layout(path, version)
-    group = bisect_right(starts, row) - 1
-    row -= starts[group]
-    key = (path, version, group, column)
-    window = _windows.pop(key, None)
-    if window is None or not window.start <= row < window.start + len(window.cells):
-        window = _decode_window(path, group, column, row, batch_size)
-    _windows[key] = window
-    while len(_windows) > 64 or sum(w.num_bytes for w in list(_windows.values())) > MAX_CACHE_BYTES:
-        _windows.popitem(last=False)
-    return window.cells[row - window.start]
-
-
-@functools.lru_cache(maxsize=1024)
-def _read_row_group_layout(path: str, version: object) -> tuple[list[int], int]:
-    """Return the index of each row group's first row, and the number of rows to decode at a time."""
-    with open_parquet(path) as file:
-        metadata = file.metadata
-    starts = [0]
-    for group in range(metadata.num_row_groups - 1):
-        starts.append(starts[-1] + metadata.row_group(group).num_rows)
-    return starts, choose_parquet_batch_size(metadata)
-
-
-def _decode_window(path: str, group: int, column: str, row: int, batch_size: int) -> _Window:
-    """Decode a row group up to the given row, plus as many of the following rows as fit in `MAX_WINDOW_BYTES`.
-
-    Raises:
-        FileNotFoundError: The row group does not contain this row.
-        OSError: The cells up to this row take more than `MAX_ROW_GROUP_BYTES`.
-    """
-    # The file is reopened each time and read without threads, because file handles and thread pools that survive a
-    # fork can deadlock in data loader workers.
-    batches: deque[pa.Array] = deque()
-    start = num_bytes = num_decoded = 0
-    with open_parquet(path) as file:
-        for batch in file.iter_batches(batch_size, row_groups=[group], columns=[column], use_threads=False):
-            index = batch.schema.get_field_index(column)  # the batch may have other columns, such as "image.x"
-            if index < 0:
-                raise OSError(f"{path} must have exactly one column {column!r}")
-            cells = batch.column(index)
-            batches.append(cells)
-            num_bytes += cells.nbytes
-            num_decoded += cells.nbytes
-            while num_bytes > MAX_WINDOW_BYTES and start + len(batches[0]) <= row:
-                start += len(batches[0])
-                num_bytes -= batches.popleft().nbytes
-            is_decoded = row < start + sum(map(len, batches))
-            if is_decoded and num_bytes > MAX_WINDOW_BYTES:
-                break
-            if not is_decoded and num_decoded > MAX_ROW_GROUP_BYTES:
-                raise _build_row_group_error(group)
-    if row >= start + sum(map(len, batches)):
-        raise FileNotFoundError(f"{path} no longer has row {row} in row group {group}")
-    return _Window(start, pa.chunked_array(batches), num_bytes)
-
-
-@contextmanager
-def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file. Of a remote file that is not in the cache, only the parts that are used are downloaded."""
-    if not is_remote(path):
-        with pq.ParquetFile(path) as file:
-            yield file
-        return
-    with open_remote(path) as source, pq.ParquetFile(source) as file:
-        yield file
-
-
-def choose_parquet_batch_size(metadata: pq.FileMetaData) -> int:
-    """Return the number of rows (at most 64) to read at a time from a Parquet file.
-
-    All rows in a row group can share one large value, so each value can be as large as the entire row group. Even then,
-    a batch takes at most `MAX_BATCH_BYTES`, unless it is a single row.
-    """
-    return max(1, min(64, MAX_BATCH_BYTES // max([1, *_list_row_group_bytes(metadata)])))
-
-
-def check_row_group_sizes(metadata: pq.FileMetaData) -> None:
-    """Raise OSError if a Parquet file's metadata lists a row group larger than `MAX_ROW_GROUP_BYTES`."""
-    for group, num_bytes in enumerate(_list_row_group_bytes(metadata)):
-        if num_bytes > MAX_ROW_GROUP_BYTES:
-            raise _build_row_group_error(group)
-
-
-def _list_row_group_bytes(metadata: pq.FileMetaData) -> list[int]:
-    """Return the uncompressed size of each row group, as stated in the file's metadata."""
-    # Column sizes are not used, because `RowGroupMetaData.column` crashes the process if the metadata is corrupt.
-    return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
-
-
-def _build_row_group_error(group: int) -> OSError:
-    return OSError(
-        f"the images in row group {group} take more than {MAX_ROW_GROUP_BYTES:,} bytes. Rewrite the file with smaller "
-        "row groups, such as 100 rows each"
-    )
-
-
-@functools.lru_cache(maxsize=16)
-def _open_saved_column(folder: str, version: object, split: str | None, column: str) -> Any:
-    from datasets import load_from_disk
-
-    loaded = load_from_disk(folder)
-    dataset = loaded[split] if split is not None and isinstance(loaded, dict) else loaded
-    return disable_image_decoding(dataset.select_columns([column]))
-
-
-def map_batches(path: str) -> list[pa.RecordBatch]:
-    """Map an Arrow file into memory."""
-    reader = pa.ipc.open_file(pa.memory_map(path))
-    return [reader.get_batch(n) for n in range(reader.num_record_batches)]
-
-
-@functools.lru_cache(maxsize=1024)
-def _map_cached_batches(path: str) -> list[pa.RecordBatch]:
-    return map_batches(path)
-
-
-def _open_cell(cell: Any, ref: ImageRef) -> BinaryIO:
-    """Open the image in a table cell, which contains bytes or a struct with bytes (Arrow or Python values).
-
-    Paths in cells are not opened. The cell contained bytes when the reference was created, so a path means that the
-    table has changed, and the path could point to any file on this machine.
-
-    Raises:
-        OSError: The cell contains no bytes, or more than `MAX_CELL_BYTES`.
-    """
-    data = cell.get("bytes") if isinstance(cell, dict | pa.StructScalar) else cell
-    if isinstance(data, pa.Scalar):
-        data = data.as_buffer() if data.is_valid else None
-    if data is None:
-        raise FileNotFoundError(f"{ref} does not contain the bytes of an image")
-    size = memoryview(data).nbytes
-    if size > MAX_CELL_BYTES:
-        raise OSError(f"image too large: {size:,} bytes; the limit for a table cell is {MAX_CELL_BYTES:,} bytes")
-    return io.BytesIO(data)

@@ -25,9 +25,9 @@ import pyarrow as pa
 from filelock import FileLock
 
 from llm2clip.data.columns import CAPTION_FIELDS
-from llm2clip.data.image_refs import map_batches
 from llm2clip.data.parallel import map_in_processes
 from llm2clip.data.table import TEXTS, RecordTable
+from llm2clip.data.table_cells import map_batches
 from llm2clip.io_utils import atomic_path
 from llm2clip.progress import ProgressBar
 

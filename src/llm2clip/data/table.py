@@ -26,15 +26,14 @@ from llm2clip.data.image_facts import ImageFacts
 from llm2clip.data.image_hashes import hash_images
 from llm2clip.data.image_refs import (
     IMAGE_KINDS,
-    MAX_BATCH_BYTES,
     ImageColumns,
     ImageRef,
     MemoryImage,
     StoredImage,
-    map_batches,
 )
 from llm2clip.data.records import Record
 from llm2clip.data.remote import get_pinned_versions, pin_versions
+from llm2clip.data.table_cells import MAX_BATCH_BYTES, map_batches
 
 TEXTS = pa.list_(pa.string())
 # Names that come from file names may not be valid Unicode, so they are stored as bytes; see `encode_name`.

@@ -16,13 +16,15 @@ from llm2clip.data.image_refs import (
     ImageRef,
     LoadedImage,
     ParquetImage,
+    compute_content_digest,
+)
+from llm2clip.data.remote import get_local_path
+from llm2clip.data.table_cells import (
     check_row_group_sizes,
     choose_parquet_batch_size,
-    compute_content_digest,
     disable_image_decoding,
     open_parquet,
 )
-from llm2clip.data.remote import get_local_path
 from llm2clip.io_utils import DataFormatError, describe_error
 
 

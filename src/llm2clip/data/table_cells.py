@@ -1,0 +1,196 @@
+"""Reading single images in the cells of Parquet files, Hugging Face data sets and Arrow files.
+
+The sizes of what is decoded are limited, because a file of a few hundred bytes can expand to many gigabytes. A
+`version` is a value that changes if the file changes (see `image_refs.get_file_version`), so that cached cells are
+never stale.
+"""
+
+import functools
+import io
+from bisect import bisect_right
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llm2clip.data.remote import is_remote, open_remote
+
+MAX_ROW_GROUP_BYTES = 2 << 30  # limit on the decoded bytes in a row group up to a cell
+MAX_BATCH_BYTES = 256 << 20  # approximate limit on the size of the rows decoded in one batch
+MAX_WINDOW_BYTES = 128 << 20  # approximate limit on the size of the adjacent cells that are kept when a cell is read
+MAX_CACHE_BYTES = 256 << 20  # limit on the total size of the decoded cells that each process caches
+MAX_CELL_BYTES = 256 << 20  # size limit for an image in a table cell
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Consecutive decoded cells in a row group."""
+
+    start: int  # index of the first cell in the row group
+    cells: pa.ChunkedArray
+    num_bytes: int
+
+
+_windows: OrderedDict[tuple[object, ...], _Window] = OrderedDict()  # decoded cells, least recently used first
+
+
+def read_parquet_cell(path: str, version: object, row: int, column: str) -> pa.Scalar:
+    """Return a cell, if possible from a cached window of decoded cells. The total size of all windows is limited.
+
+    No lock is used, because a process forked while another thread holds the lock would wait forever. If two threads
+    need the same window, both decode it.
+    """
+    starts, batch_size = _read_row_group_layout(path, version)
+    group = bisect_right(starts, row) - 1
+    row -= starts[group]
+    key = (path, version, group, column)
+    window = _windows.pop(key, None)
+    if window is None or not window.start <= row < window.start + len(window.cells):
+        window = _decode_window(path, group, column, row, batch_size)
+    _windows[key] = window
+    while len(_windows) > 64 or sum(w.num_bytes for w in list(_windows.values())) > MAX_CACHE_BYTES:
+        _windows.popitem(last=False)
+    return window.cells[row - window.start]
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_row_group_layout(path: str, version: object) -> tuple[list[int], int]:
+    """Return the index of each row group's first row, and the number of rows to decode at a time."""
+    with open_parquet(path) as file:
+        metadata = file.metadata
+    starts = [0]
+    for group in range(metadata.num_row_groups - 1):
+        starts.append(starts[-1] + metadata.row_group(group).num_rows)
+    return starts, choose_parquet_batch_size(metadata)
+
+
+def _decode_window(path: str, group: int, column: str, row: int, batch_size: int) -> _Window:
+    """Decode a row group up to the given row, plus as many of the following rows as fit in `MAX_WINDOW_BYTES`.
+
+    Raises:
+        FileNotFoundError: The row group does not contain this row.
+        OSError: The cells up to this row take more than `MAX_ROW_GROUP_BYTES`.
+    """
+    # The file is reopened each time and read without threads, because file handles and thread pools that survive a
+    # fork can deadlock in data loader workers.
+    batches: deque[pa.Array] = deque()
+    start = num_bytes = num_decoded = 0
+    with open_parquet(path) as file:
+        for batch in file.iter_batches(batch_size, row_groups=[group], columns=[column], use_threads=False):
+            index = batch.schema.get_field_index(column)  # the batch may have other columns, such as "image.x"
+            if index < 0:
+                raise OSError(f"{path} must have exactly one column {column!r}")
+            cells = batch.column(index)
+            batches.append(cells)
+            num_bytes += cells.nbytes
+            num_decoded += cells.nbytes
+            while num_bytes > MAX_WINDOW_BYTES and start + len(batches[0]) <= row:
+                start += len(batches[0])
+                num_bytes -= batches.popleft().nbytes
+            is_decoded = row < start + sum(map(len, batches))
+            if is_decoded and num_bytes > MAX_WINDOW_BYTES:
+                break
+            if not is_decoded and num_decoded > MAX_ROW_GROUP_BYTES:
+                raise _build_row_group_error(group)
+    if row >= start + sum(map(len, batches)):
+        raise FileNotFoundError(f"{path} no longer has row {row} in row group {group}")
+    return _Window(start, pa.chunked_array(batches), num_bytes)
+
+
+@contextmanager
+def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file. Of a remote file that is not in the cache, only the parts that are used are downloaded."""
+    if not is_remote(path):
+        with pq.ParquetFile(path) as file:
+            yield file
+        return
+    with open_remote(path) as source, pq.ParquetFile(source) as file:
+        yield file
+
+
+def choose_parquet_batch_size(metadata: pq.FileMetaData) -> int:
+    """Return the number of rows (at most 64) to read at a time from a Parquet file.
+
+    All rows in a row group can share one large value, so each value can be as large as the entire row group. Even then,
+    a batch takes at most `MAX_BATCH_BYTES`, unless it is a single row.
+    """
+    return max(1, min(64, MAX_BATCH_BYTES // max([1, *_list_row_group_bytes(metadata)])))
+
+
+def check_row_group_sizes(metadata: pq.FileMetaData) -> None:
+    """Raise OSError if a Parquet file's metadata lists a row group larger than `MAX_ROW_GROUP_BYTES`."""
+    for group, num_bytes in enumerate(_list_row_group_bytes(metadata)):
+        if num_bytes > MAX_ROW_GROUP_BYTES:
+            raise _build_row_group_error(group)
+
+
+def _list_row_group_bytes(metadata: pq.FileMetaData) -> list[int]:
+    """Return the uncompressed size of each row group, as stated in the file's metadata."""
+    # Column sizes are not used, because `RowGroupMetaData.column` crashes the process if the metadata is corrupt.
+    return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+
+
+def _build_row_group_error(group: int) -> OSError:
+    return OSError(
+        f"the images in row group {group} take more than {MAX_ROW_GROUP_BYTES:,} bytes. Rewrite the file with smaller "
+        "row groups, such as 100 rows each"
+    )
+
+
+def read_saved_cell(folder: str, version: object, split: str | None, row: int, column: str) -> Any:
+    """Return a cell of a data set written by `save_to_disk`."""
+    return _open_saved_column(folder, version, split, column)[row][column]
+
+
+@functools.lru_cache(maxsize=16)
+def _open_saved_column(folder: str, version: object, split: str | None, column: str) -> Any:
+    from datasets import load_from_disk
+
+    loaded = load_from_disk(folder)
+    dataset = loaded[split] if split is not None and isinstance(loaded, dict) else loaded
+    return disable_image_decoding(dataset.select_columns([column]))
+
+
+def map_batches(path: str) -> list[pa.RecordBatch]:
+    """Map an Arrow file into memory."""
+    reader = pa.ipc.open_file(pa.memory_map(path))
+    return [reader.get_batch(n) for n in range(reader.num_record_batches)]
+
+
+@functools.lru_cache(maxsize=1024)
+def map_cached_batches(path: str) -> list[pa.RecordBatch]:
+    return map_batches(path)
+
+
+def open_cell(cell: Any, name: str) -> BinaryIO:
+    """Open the image in a table cell, which contains bytes or a struct with bytes (Arrow or Python values).
+
+    Paths in cells are not opened. The cell contained bytes when the reference was created, so a path means that the
+    table has changed, and the path could point to any file on this machine.
+
+    Raises:
+        OSError: The cell contains no bytes, or more than `MAX_CELL_BYTES`.
+    """
+    data = cell.get("bytes") if isinstance(cell, dict | pa.StructScalar) else cell
+    if isinstance(data, pa.Scalar):
+        data = data.as_buffer() if data.is_valid else None
+    if data is None:
+        raise FileNotFoundError(f"{name} does not contain the bytes of an image")
+    size = memoryview(data).nbytes
+    if size > MAX_CELL_BYTES:
+        raise OSError(f"image too large: {size:,} bytes; the limit for a table cell is {MAX_CELL_BYTES:,} bytes")
+    return io.BytesIO(data)
+
+
+def disable_image_decoding(dataset: Any) -> Any:
+    """Make a Hugging Face data set return each image undecoded, as a dict with the keys "bytes" and "path"."""
+    import datasets
+
+    for column, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset
