@@ -78,7 +78,7 @@ class DataOverview:
         statistics: Statistics of all records.
         languages: Number of sampled texts per language code, keyed by text field.
         training: What `fit` would train on and hold out, as sentences.
-        num_held_out: Number of images that `fit` would hold out.
+        num_training, num_held_out: Numbers of images that `fit` would train on and hold out.
         log: Skip log.
         skipped: The first skipped rows of each reason.
         table_bytes: Size of the record table on disk.
@@ -89,6 +89,7 @@ class DataOverview:
     statistics: TableStatistics
     languages: dict[str, Counter[str]]
     training: list[str]
+    num_training: int
     num_held_out: int
     log: SkipLog
     skipped: list[SkippedRow]
@@ -115,11 +116,12 @@ def inspect_data(
             table = open_table(sources, columns, log)
             splits = read_splits(sources, EvaluateConfig(), columns, SkipLog(max_skipped=max_skipped))
             training = [splits.summary, splits.rule]
+            num_training = len(splits.train)
             num_held_out = max(map(len, splits.held_out.values()), default=0)
         except NoImagesError:
             table = open_table(sources, columns, log, image_check="unchecked")
             training = ["No record has an image. Only `tune` and `embed` accept text-only data"]
-            num_held_out = 0
+            num_training = num_held_out = 0
         seconds = time.monotonic() - start
         skipped = read_first_skipped_rows(Path(folder) / "skipped.jsonl")
     table = add_phrases(table)
@@ -128,6 +130,7 @@ def inspect_data(
         statistics=compute_statistics(table.iterate_batches(STATISTICS_COLUMNS), table.has_image),
         languages={name: count_languages(sample_texts(table, name, MAX_LANGUAGE_SAMPLE)) for name in CAPTION_FIELDS},
         training=training,
+        num_training=num_training,
         num_held_out=num_held_out,
         log=log,
         skipped=skipped,
@@ -188,6 +191,8 @@ def describe_data(overview: DataOverview) -> str:
         [(reason, count)] = log.skipped.most_common(1)
         share = 100 * skipped / log.rows_seen
         return f"{share:.1f}% of the rows cannot be used, so `fit` would stop. Main reason: {reason} ({count:,} rows)."
+    if not overview.num_training:
+        return f"{size}, but all of them would be held out: no image is left for training."
     if statistics.captions_per_image.count and statistics.captions_per_image.maximum < 2:
         return f"{size}. No image has two captions, which the first stage of `fit` needs: use `--tune.steps 0`."
     if overview.num_held_out < MIN_HELD_OUT:

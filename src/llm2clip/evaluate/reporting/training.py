@@ -18,7 +18,7 @@ from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.recall import KS, retrieval_metrics, two_way_ranks
 from llm2clip.evaluate.reporting import plots
 from llm2clip.evaluate.reporting.error_analysis import read_example_searches
-from llm2clip.evaluate.reporting.verdicts import describe_retrieval, describe_share
+from llm2clip.evaluate.reporting.verdicts import K, describe_retrieval, describe_share
 from llm2clip.evaluate.retrieval import RetrievalRanks, rank_caption_fields
 from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.io_utils import atomic_write_text, format_bytes, read_json
@@ -98,7 +98,7 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
 def _describe_fit(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> str:
     verdict = describe_retrieval("The model", trained[0], "held-out captions")
     if verdict.startswith("The model"):
-        verdict += f" Before training, it was {describe_share(untrained[0]['T2I']['R@10'])}."
+        verdict += f" Before training, it did so for {describe_share(untrained[0]['T2I'][f'R@{K}'])}."
     return verdict
 
 
