@@ -346,6 +346,7 @@ def test_report_lists_problems_failures_lengths_and_cost(tmp_path: Path) -> None
     captions = [["A dog runs in the park", None], ["A cat", None], ["A red bus on a street", "Two old men talk"]]
     database = make_database(tmp_path / "c.sqlite", captions)
     text = " ".join(format_report(database, make_report(database)).split())
+    assert text.startswith("1 of 4 captions (25.0%) are rejected: too short. 2 requests failed. content number")
     for part in (
         "images 3",
         "captions 4",

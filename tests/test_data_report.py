@@ -37,6 +37,7 @@ def test_data_command_counts_images_captions_and_splits(
     captions = [caption for row in rows for caption in row["captions"]]
     words = sorted(len(caption.split()) for caption in captions)
     num_val = sum(row["split"] == "val" for row in rows)
+    assert text.startswith(f"36 images with {len(captions) + 36} captions. Only {num_val} would be held out: too few")
     for line in (
         "images 36",
         f"captions {len(captions)}",
@@ -74,6 +75,9 @@ def test_data_page_shows_broken_images_and_escapes_all_texts(
     ]
     page = tmp_path / "data.html"
     text = run_data(capsys, write_rows(tmp_path / "rows.jsonl", rows), "--report", page)
+    assert text.startswith(
+        "25.0% of the rows cannot be used, so `fit` would stop. Main reason: missing image (1 rows)."
+    )
     assert "records without an image 1\n" in text and "\x1b" not in text
     assert "25.0% of the rows are skipped. `fit` stops above 5%" in text and "missing image 1\n" in text
     html = page.read_text()
@@ -85,6 +89,7 @@ def test_data_page_shows_broken_images_and_escapes_all_texts(
 def test_data_command_describes_texts_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_rows(tmp_path / "texts.jsonl", [{"captions": [f"Zwei Hunde spielen im Garten {n}"]} for n in range(9)])
     text = run_data(capsys, file, "--report", tmp_path / "data.html")
+    assert "No record has an image: only `tune` and `embed` can use these 9 captions.\n" in text
     assert "records without an image 9\n" in text and "Only `tune` and `embed` accept text-only data." in text
     assert "de 100.0%\n" in text and "shorter side" not in text
 

@@ -17,6 +17,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -81,6 +82,16 @@ class LengthScores:
     chance: Tensor
     mean_relevant: float
 
+    @property
+    def mean_ap(self) -> float:
+        """Mean average precision (mAP) in percent."""
+        return 100 * float(self.scores[:, 0].mean())
+
+    @cached_property
+    def intervals(self) -> Tensor:
+        """Result of `compute_mean_intervals`. Bootstrapping takes longer than anything else in a report."""
+        return compute_mean_intervals(self.scores)
+
     def to_dict(self) -> dict[str, Any]:
         """Return an entry for results.json, with metrics in percent and 95% confidence intervals."""
         entry: dict[str, Any] = {
@@ -89,7 +100,7 @@ class LengthScores:
             "relevant images per query": self.mean_relevant,
         }
         means = 100 * self.scores.mean(0)
-        low, high = compute_mean_intervals(self.scores)
+        low, high = self.intervals
         for n, name in enumerate(METRICS):
             entry[name] = float(means[n])
             entry[f"{name} interval"] = (float(low[n]), float(high[n]))
@@ -115,8 +126,7 @@ class ShortQueryResult:
         gains = []
         for before, after in zip(self.plain, self.with_templates, strict=True):
             if int(before.words) <= self.templates.max_words:
-                plain_map, template_map = (100 * float(length.scores[:, 0].mean()) for length in (before, after))
-                gains.append(f"{plain_map:.1f} to {template_map:.1f} for {before.words}-word queries")
+                gains.append(f"{before.mean_ap:.1f} to {after.mean_ap:.1f} for {before.words}-word queries")
         templates = ", ".join(map(repr, self.templates.templates))
         return f"Templates for short queries: {templates}. They increase mAP from {', '.join(gains)}"
 

@@ -402,9 +402,7 @@ def _build_short_query_metrics_table(curves: Curves) -> Table:
 
 
 def _format_mean_ap(length: LengthScores) -> str:
-    return format_with_interval(
-        100 * float(length.scores[:, 0].mean()), compute_mean_intervals(length.scores)[:, 0].tolist()
-    )
+    return format_with_interval(length.mean_ap, length.intervals[:, 0].tolist())
 
 
 def _format_difference_cell(first: LengthScores, other: LengthScores) -> str | None:
@@ -419,10 +417,7 @@ def _format_difference_cell(first: LengthScores, other: LengthScores) -> str | N
 def _plot_query_lengths(curves: Curves) -> Figure:
     points = {}
     for name, lengths in curves.items():
-        points[name] = [
-            (100 * float(length.scores[:, 0].mean()), *compute_mean_intervals(length.scores)[:, 0].tolist())
-            for length in lengths
-        ]
+        points[name] = [(length.mean_ap, *length.intervals[:, 0].tolist()) for length in lengths]
     labels = [length.words for length in next(iter(curves.values()))]
     svg = plots.plot_interval_curves(points, labels, "words in the query", "mAP, %")
     return Figure(svg, "mAP by query length in words, with 95% confidence intervals.")

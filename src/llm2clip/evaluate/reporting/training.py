@@ -326,8 +326,8 @@ def _compare_short_queries(
         {
             "words": first.words,
             "queries": len(first.scores),
-            "teacher mAP": 100 * float(first.scores[:, 0].mean()),
-            "student mAP": 100 * float(second.scores[:, 0].mean()),
+            "teacher mAP": first.mean_ap,
+            "student mAP": second.mean_ap,
         }
         for first, second in zip(*scores, strict=True)
     ]
