@@ -348,12 +348,12 @@ def test_align_step_waits_only_for_the_metrics_of_the_previous_step(
 
     If several images share a text, the loss waits in addition, because the number of their pairs is not known.
     """
-    syncs = align_step(batch_size=10, **settings).syncs
+    syncs = align_step(**{"batch_size": 4, **settings}).syncs
     assert [(cause, line.partition(":")[0]) for cause, line in syncs.elements()] == [("wait for an event", "loop.py")]
 
 
 def test_gradient_caching_copies_a_batch_once(align_step: CountSteps) -> None:
-    plain, cached = align_step(batch_size=10, loss="infonce"), align_step(batch_size=10, micro_batch_size=2)
+    plain, cached = align_step(batch_size=4, loss="infonce"), align_step(batch_size=4, micro_batch_size=2)
     assert cached.copied_bytes["to the GPU"] <= plain.copied_bytes["to the GPU"]
     assert_no_more_syncs(cached, plain)
 
