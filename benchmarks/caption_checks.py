@@ -28,7 +28,7 @@ import torch
 
 from llm2clip.caption.checks import check_captions, find_problem, identify_language, rank_captions, remove_opening
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
-from llm2clip.caption.prompts import Prompt
+from llm2clip.caption.options import Prompt
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings

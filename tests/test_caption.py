@@ -34,8 +34,7 @@ from llm2clip.caption import run as caption_run
 from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError, clean_answer
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.local import LocalCaptioner
-from llm2clip.caption.options import CaptionOptions
-from llm2clip.caption.prompts import Prompt, load_prompts
+from llm2clip.caption.options import CaptionOptions, Prompt, load_prompts
 from llm2clip.cli import build_parser, main
 from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.data.image_refs import FileImage, ImageRef

@@ -34,8 +34,7 @@ from llm2clip.caption.checks import (
     score_captions,
 )
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
-from llm2clip.caption.options import CaptionOptions
-from llm2clip.caption.prompts import Prompt
+from llm2clip.caption.options import CaptionOptions, Prompt
 from llm2clip.caption.report import CaptionReport, find_worst_images, format_report, write_report
 from llm2clip.caption.run import caption_images
 from llm2clip.data.images import load_image

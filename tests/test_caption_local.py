@@ -14,7 +14,7 @@ from llava_fixtures import build_tiny_llava, load_model
 from llm2clip.caption import local
 from llm2clip.caption.answers import Answer, CaptionRequest
 from llm2clip.caption.local import LocalCaptioner
-from llm2clip.caption.prompts import Prompt
+from llm2clip.caption.options import Prompt
 from llm2clip.cli import main
 from llm2clip.models.hub.loading import name_vision_language_model
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from llm2clip.caption.prompts import Prompt
+from llm2clip.caption.options import Prompt
 
 MAX_CHARACTERS = 10_000  # longer answers are rejected
 # All expressions take linear time, because answers can be hostile.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm2clip.caption.prompts import Prompt
+from llm2clip.caption.options import Prompt
 
 BUSY_TIMEOUT = 60  # seconds to wait for another rank's transaction
 FORMAT = 2

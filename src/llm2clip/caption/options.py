@@ -1,10 +1,24 @@
-"""Options of captioning runs. This module imports only the standard library to keep `llm2clip --help` fast."""
+"""Options and prompts of captioning runs. The default prompts are in `prompts.yaml`."""
 
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args
+
+import yaml
 
 from llm2clip.config import require_at_least, require_fraction, require_positive
 
 BATCH_SIZE = 32  # number of images; smaller batches are slower on CPUs
+Kind = Literal["short", "dense"]
+DEFAULT_FILE = Path(__file__).with_name("prompts.yaml")
+CAPTION_FIELD = "{caption}"  # stands for the caption of the image in the source
+MAX_TEXT_CHARACTERS = 20_000
+MAX_SAMPLES = 100
+_NAME = re.compile(r"[a-z0-9_]+")
 
 
 @dataclass
@@ -62,3 +76,123 @@ class CaptionOptions:
         """Return the cost of tokens, or 0 if no price is known."""
         input_price, output_price = self.price or (0.0, 0.0)
         return (input_tokens * input_price + output_tokens * output_price) / 1e6
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An instruction to write a caption.
+
+    Attributes:
+        name: Name of the prompt in its file.
+        kind: "short" for a sentence, "dense" for a detailed description.
+        text: Instruction, with the language of the answer.
+        samples: Number of answers per image.
+        temperature: Sampling temperature. 0 means greedy decoding.
+        max_tokens: Maximum number of tokens of an answer.
+    """
+
+    name: str
+    kind: Kind
+    text: str
+    samples: int = 1
+    temperature: float = 0.7
+    max_tokens: int = 100
+
+    @property
+    def key(self) -> str:
+        """Name with a hash of the text. With a changed text, the captions are requested again."""
+        return f"{self.name}-{hashlib.sha256(self.text.encode()).hexdigest()[:8]}"
+
+    def fill(self, caption: str | None) -> str:
+        """Return the instruction for an image. Lines with {caption} are omitted if the image has no caption."""
+        if CAPTION_FIELD not in self.text:
+            return self.text
+        if caption is None:
+            return _drop_caption_lines(self.text)
+        one_line = " ".join(caption.split()).encode(errors="replace").decode()  # without lone surrogates
+        return self.text.replace(CAPTION_FIELD, one_line)
+
+
+def load_prompts(
+    file: str | Path | None = None, language: str | None = None, use_captions: bool = False
+) -> list[Prompt]:
+    """Load the prompts in a YAML file.
+
+    Args:
+        file: YAML file that maps each prompt's name to its fields. Default: the built-in prompts.
+        language: Language of the answers, such as "German". Default: the model decides, usually English.
+        use_captions: Keep the lines with {caption}. Otherwise, they are removed.
+
+    Raises:
+        ValueError: The file is not valid. The message names the file, the prompt and the field.
+        OSError: The file cannot be read.
+    """
+    path = DEFAULT_FILE if file is None else Path(file).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+        content, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a valid YAML file ({error})") from error
+    if not isinstance(content, dict) or not content or not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{path} must map the names of prompts to their fields, as in {DEFAULT_FILE}")
+    counts = Counter(key.value for key, _ in root.value)  # safe_load keeps only the last prompt with a name
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"{path}: several prompts have the name {repeated[0]}. Give each prompt a different name")
+    return [_parse_prompt(path, name, fields, language, use_captions) for name, fields in content.items()]
+
+
+def _parse_prompt(path: Path, name: Any, fields: Any, language: str | None, use_captions: bool) -> Prompt:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"{path}: the name of a prompt must consist of a-z, 0-9 and _ (got {name!r})")
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}, prompt {name}: must have fields of the form `name: value` (got {fields!r})")
+    for key in fields:
+        if key not in _CHECKS:
+            raise ValueError(f"{path}, prompt {name}: unknown field {key!r}; available fields: {', '.join(_CHECKS)}")
+    for key in ("kind", "text"):
+        if key not in fields:
+            raise ValueError(f"{path}, prompt {name}: the field {key} is missing")
+    values = dict(fields)
+    for key, value in values.items():
+        is_valid, description = _CHECKS[key]
+        if not is_valid(value):
+            _reject(path, name, key, description, value)
+    text = values["text"].strip()
+    if not use_captions:
+        text = _drop_caption_lines(text)
+    if not text:
+        _reject(path, name, "text", "an instruction with a line without {caption}", values["text"])
+    values["text"] = f"{text}\nAnswer in {language}." if language else text
+    return Prompt(name=name, **values)
+
+
+def _drop_caption_lines(text: str) -> str:
+    return "\n".join(line for line in text.split("\n") if CAPTION_FIELD not in line)
+
+
+def _reject(path: Path, name: str, field: str, description: str, value: Any) -> NoReturn:
+    shown = repr(value)
+    if len(shown) > 100:
+        shown = f"{shown[:100]}..."
+    raise ValueError(f"{path}, prompt {name}: {field} must be {description} (got {shown})")
+
+
+def _is_integer(value: Any, largest: int) -> bool:
+    return type(value) is int and 1 <= value <= largest
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != "" and len(value) <= MAX_TEXT_CHARACTERS
+
+
+# Field -> (function that returns True for valid values, description of valid values).
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "kind": (lambda value: value in get_args(Kind), " or ".join(get_args(Kind))),
+    "text": (_is_text, f"a text of 1 to {MAX_TEXT_CHARACTERS:,} characters"),
+    "samples": (lambda value: _is_integer(value, MAX_SAMPLES), f"an integer from 1 to {MAX_SAMPLES}"),
+    "temperature": (lambda value: type(value) in (int, float) and 0 <= value <= 2, "a number from 0 to 2"),
+    "max_tokens": (lambda value: _is_integer(value, 8192), "an integer from 1 to 8192"),
+}

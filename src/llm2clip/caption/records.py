@@ -27,7 +27,7 @@ from typing import Any, TextIO
 
 from llm2clip.caption.checks import remove_opening
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
-from llm2clip.caption.prompts import Prompt
+from llm2clip.caption.options import Prompt
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.formats import find_files
 from llm2clip.data.image_facts import UNREADABLE_IMAGE

@@ -15,7 +15,7 @@ from llm2clip.caption.checks import (
     remove_opening,
 )
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
-from llm2clip.caption.prompts import Prompt
+from llm2clip.caption.options import Prompt
 from llm2clip.data.image_refs import to_valid_unicode
 from llm2clip.data.images import ImageError, load_image, make_thumbnail
 from llm2clip.data.table_statistics import Histogram

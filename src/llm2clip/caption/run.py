@@ -27,8 +27,7 @@ from llm2clip.caption.checks import check_captions, find_image_file, score_capti
 from llm2clip.caption.database import AnswerKey, CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.endpoint import EndpointCaptioner
 from llm2clip.caption.local import LocalCaptioner
-from llm2clip.caption.options import CaptionOptions
-from llm2clip.caption.prompts import CAPTION_FIELD, Prompt, load_prompts
+from llm2clip.caption.options import CAPTION_FIELD, CaptionOptions, Prompt, load_prompts
 from llm2clip.caption.records import CaptionOutput, list_images, write_failures, write_records
 from llm2clip.caption.report import CaptionReport, format_report, write_report
 from llm2clip.cpu_tuning import free_memory
