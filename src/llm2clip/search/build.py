@@ -185,7 +185,6 @@ def _check_deleted_fraction(source: str, indexed: Mapping[str, ImageState], dele
 
 
 def _describe_model(model: DualEncoder) -> dict[str, Any]:
-    """Return the metadata of a new index."""
     name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
     metadata = {"model": name, "embed_dim": model.embed_dim}
     parts = model.part_fingerprints

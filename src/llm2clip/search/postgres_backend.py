@@ -205,7 +205,6 @@ class PostgresBackend(Backend):
                 cursor.executemany(to_psycopg(INSERT_IMAGE), self._make_rows(connection, images))
 
     def _make_rows(self, connection: Connection, images: Sequence[tuple[IndexedImage, bytes]]) -> list[dict[str, Any]]:
-        """Return the parameters of INSERT_IMAGE for images and their content hashes."""
         texts: dict[bytes, str] = dict(
             connection.execute(
                 "SELECT hash, text FROM recognized_texts JOIN contents ON id = content WHERE hash = ANY(%s)",
@@ -409,7 +408,6 @@ class PostgresBackend(Backend):
 
 
 def _exists(run: Query, name: str) -> bool:
-    """Return True if there is a table or index with the given name, which includes the schema."""
     schema, relation = name.split(".")
     statement = (
         "SELECT 1 FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace "

@@ -69,7 +69,6 @@ def make_word_columns(images: Sequence[Mapping[str, str]]) -> list[dict[str, str
 
 
 def _split_fields(images: Sequence[Mapping[str, str]]) -> list[list[list[str]]]:
-    """Return the words of each field of each image, in the order of FIELDS."""
     words = split_words(fields[name] for fields in images for name in FIELDS)
     return [words[start : start + len(FIELDS)] for start in range(0, len(words), len(FIELDS))]
 

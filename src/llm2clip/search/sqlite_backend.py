@@ -158,7 +158,6 @@ class SqliteBackend(Backend):
             add_texts(connection, {image.name: image for image, _ in images}.values())
 
     def _add_content(self, connection: sqlite3.Connection, content: IndexedContent) -> None:
-        """Insert image content and its thumbnail, unless the content is already in the database."""
         row = read_columns(content, CONTENT_FIELDS)
         row |= {"hash": content.hash, "vector": np.ascontiguousarray(content.vector, dtype="<f2").tobytes()}
         row["max_abs"] = float(np.abs(content.vector).max())
@@ -388,7 +387,6 @@ class SqliteBackend(Backend):
 
 
 def _make_path_parameters(pattern: str) -> dict[str, str]:
-    """Return the SQL parameters for INSIDE_PATH."""
     return {"glob": pattern, "basename": os.path.basename(pattern)}
 
 
@@ -402,7 +400,6 @@ def _read_vector_chunks(db: sqlite3.Connection, last_id: int) -> Iterator[tuple[
 
 
 def _read_max_abs(db: sqlite3.Connection) -> float:
-    """Return the largest absolute value in any vector."""
     ((max_abs,),) = db.execute("SELECT max(max_abs) FROM contents")
     return max(float(max_abs or 0), 1e-6)
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,6 @@ def make_fields(image: IndexedImage, text: str = "") -> dict[str, str]:
 
 
 def _make_name_relative(image: IndexedImage) -> str:
-    """Return an image's name without the folder that also contains its source."""
     folder = image.source
     while folder not in ("", "/") and not image.name.startswith(os.path.join(folder, "")):
         folder = os.path.dirname(folder)
@@ -205,7 +205,6 @@ def find_matched_fields(db: sqlite3.Connection, query: WordQuery, ids: Sequence[
 
 
 def _make_match(query: WordQuery) -> tuple[str, list[str], dict[str, str]]:
-    """Return the SQL tables, conditions and parameters that select the rows of `texts` with all words of a query."""
     tables, conditions = "texts", []
     parameters: dict[str, str] = {}
     if query.words:
@@ -295,41 +294,39 @@ def add_texts(connection: sqlite3.Connection, images: Iterable[IndexedImage]) ->
         (last,),
     ).fetchall():
         connection.execute("UPDATE texts SET text = ? WHERE content = ? AND id > ?", (normalize(text), content, last))
-    # One statement per table, because FTS5 would write to the disk after each trigger call.
-    for table, columns in FULL_TEXT_TABLES.items():
-        listed = ", ".join(columns)
-        rows = f"SELECT id, {listed} FROM texts WHERE id > ?"
-        connection.execute(f"INSERT INTO {table} (rowid, {listed}) {rows}", (last,))
+    _add_to_full_text(connection, f"id > {int(last)}")
 
 
 def remove_texts(connection: sqlite3.Connection, names: Iterable[str]) -> None:
     """Remove the rows of images, in the transaction that removes or replaces these images."""
-    connection.execute("CREATE TEMP TABLE IF NOT EXISTS removed_texts (id INTEGER PRIMARY KEY)")
-    connection.execute("DELETE FROM removed_texts")
-    connection.executemany(
-        "INSERT INTO removed_texts SELECT id FROM images WHERE name = ?", [(name,) for name in names]
-    )
-    _remove_from_full_text(connection)
+    _remove_from_full_text(connection, "SELECT id FROM images WHERE name = ?", [(name,) for name in names])
     connection.execute("DELETE FROM texts WHERE id IN removed_texts")
 
 
 def set_recognized_text(connection: sqlite3.Connection, content: int, text: str) -> None:
     """Store the text recognised in an image content."""
-    connection.execute("CREATE TEMP TABLE IF NOT EXISTS removed_texts (id INTEGER PRIMARY KEY)")
-    connection.execute("DELETE FROM removed_texts")
-    connection.execute("INSERT INTO removed_texts SELECT id FROM texts WHERE content = ?", (content,))
+    _remove_from_full_text(connection, "SELECT id FROM texts WHERE content = ?", [(content,)])
     connection.execute("INSERT OR REPLACE INTO recognized_texts VALUES (?, ?)", (content, to_valid_unicode(text)))
-    _remove_from_full_text(connection)
     connection.execute("UPDATE texts SET text = ? WHERE content = ?", (normalize(text), content))
+    _add_to_full_text(connection, "id IN removed_texts")
+
+
+def _add_to_full_text(connection: sqlite3.Connection, condition: str) -> None:
+    # One statement per table, because FTS5 would write to the disk after each trigger call.
     for table, columns in FULL_TEXT_TABLES.items():
         listed = ", ".join(columns)
-        connection.execute(
-            f"INSERT INTO {table} (rowid, {listed}) SELECT id, {listed} FROM texts WHERE id IN removed_texts"
-        )
+        rows = f"SELECT id, {listed} FROM texts WHERE {condition}"
+        connection.execute(f"INSERT INTO {table} (rowid, {listed}) {rows}")
 
 
-def _remove_from_full_text(connection: sqlite3.Connection) -> None:
-    """Remove the rows listed in `removed_texts` from the full-text tables. Their rows in `texts` must still exist."""
+def _remove_from_full_text(connection: sqlite3.Connection, statement: str, parameters: Sequence[tuple[Any]]) -> None:
+    """List the ids that a statement returns in `removed_texts`, and remove these rows from the full-text tables.
+
+    The rows of `texts` must still exist.
+    """
+    connection.execute("CREATE TEMP TABLE IF NOT EXISTS removed_texts (id INTEGER PRIMARY KEY)")
+    connection.execute("DELETE FROM removed_texts")
+    connection.executemany(f"INSERT INTO removed_texts {statement}", parameters)
     for table, columns in FULL_TEXT_TABLES.items():
         listed = ", ".join(columns)
         connection.execute(
