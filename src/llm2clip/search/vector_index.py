@@ -86,10 +86,14 @@ class QuantizedVectors:
         return QuantizedVectors(self.scale, blocks)
 
     def with_only(self, ids: np.ndarray) -> QuantizedVectors:
-        """Return a new object without the vectors whose ids are not listed in `ids`. Both share unchanged blocks."""
+        """Return a new object without the vectors whose ids are not in the sorted array `ids`.
+
+        Both objects share unchanged blocks.
+        """
         blocks = []
         for block in self.blocks:
-            keep = np.isin(block.ids, ids, assume_unique=True)
+            first, end = np.searchsorted(ids, (block.ids[0], block.ids[-1] + 1))
+            keep = np.isin(block.ids, ids[first:end], assume_unique=True)
             if not keep.all():
                 block = VectorBlock(block.ids[keep], block.codes[keep])
             if len(block.ids):
