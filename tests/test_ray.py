@@ -14,10 +14,9 @@ import pytest
 from conftest import HANG_TIMEOUT
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.output_folder import FolderInUseError, folder_lock
-from llm2clip.store import ray_engine
-from llm2clip.store.encode import embed
+from llm2clip.store import encode
+from llm2clip.store.encode import embed, embed_with_ray
 from llm2clip.store.layout import StoreError
-from llm2clip.store.ray_engine import embed_with_ray
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 CAPTIONS = [f"caption number {i % 40} of some" for i in range(60)]
@@ -33,7 +32,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("HOME", str(home))
         patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 4}')
         patch.setenv("RAY_AUTH_TOKEN", "")  # restored afterwards, with the token that `_start_ray` sets
-        ray_engine._start_ray()
+        encode._start_ray()
         yield home
         ray.shutdown()
 
@@ -70,7 +69,7 @@ def test_ray_driver_frees_its_encoder_before_the_workers_start(
         assert [encoder() for encoder in encoders] == [None]
         raise StoreError("stopped here")
 
-    monkeypatch.setattr(ray_engine, "open_for_writing", check_and_stop)
+    monkeypatch.setattr(encode, "open_for_writing", check_and_stop)
     with pytest.raises(StoreError, match="stopped here"):
         embed_with_ray(CAPTIONS, open_encoder, tmp_path / "store")
 
@@ -78,7 +77,7 @@ def test_ray_driver_frees_its_encoder_before_the_workers_start(
 def test_a_worker_that_always_dies_is_not_restarted_without_limit(
     cluster: Path, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_engine, "MAX_RETRIES", 1)
+    monkeypatch.setattr(encode, "MAX_RETRIES", 1)
     driver, attempts = os.getpid(), tmp_path / "attempts"
     attempts.mkdir()
 
@@ -120,4 +119,4 @@ def test_ray_does_not_start_without_authentication(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(ValueError, match=r"Unset RAY_AUTH_MODE \(currently 'disabled'\)"):
-        ray_engine._start_ray()
+        encode._start_ray()

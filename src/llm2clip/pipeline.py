@@ -72,8 +72,8 @@ from llm2clip.runs.output_folder import run_lock, save_or_check_config
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state, wait_for_everyone
 from llm2clip.runs.run_description import StageClock
 from llm2clip.store.encode import embed as embed_locally
+from llm2clip.store.encode import embed_with_ray
 from llm2clip.store.layout import check_identity, make_caption_keys
-from llm2clip.store.ray_engine import embed_with_ray
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.train.align import align as train_align
 from llm2clip.train.clip_finetuning import finetune_clip
