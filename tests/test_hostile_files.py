@@ -33,7 +33,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_backbones import build_backbone
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.build import read_container_version, scan_source
-from llm2clip.search.request_images import load_request_image
+from llm2clip.search.images import load_request_image
 from llm2clip.search.types import IndexedImage
 
 hostile = load_benchmark("hostile_images")

@@ -23,7 +23,7 @@ from llm2clip.data.image_loader import decode_or_error, iter_image_batches
 from llm2clip.data.image_refs import FileImage, MemoryImage
 from llm2clip.data.images import ImageError, decode_image, load_image
 from llm2clip.data.transforms import EvalTransform, Preprocess, TrainTransform
-from llm2clip.search.request_images import load_request_image
+from llm2clip.search.images import load_request_image
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search import index, rerank
+from llm2clip.search import index, ranking
 from llm2clip.search.inference import Limits
 from llm2clip.search.query import QueryEncoder, SearchQuery
-from llm2clip.search.rerank import Reranker
+from llm2clip.search.ranking import Reranker
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Hit, IndexedImage
@@ -54,9 +54,9 @@ def backend(photos: Path, tmp_path: Path, dual_encoder: DualEncoder) -> SqliteBa
 
 @pytest.fixture(autouse=True)
 def few_reranked_hits(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (index, rerank):
+    for module in (index, ranking):
         monkeypatch.setattr(module, "RERANKED", 8)
-    monkeypatch.setattr(rerank, "IMAGES_PER_BATCH", 3)
+    monkeypatch.setattr(ranking, "IMAGES_PER_BATCH", 3)
 
 
 def make_client(
@@ -165,7 +165,7 @@ def test_server_without_a_rerank_model_rejects_requests_for_it(
 def test_cache_removes_the_least_recently_used_embedding(
     rerank_model: DualEncoder, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rerank, "MAX_CACHED", 2)
+    monkeypatch.setattr(ranking, "MAX_CACHED", 2)
     decoded: list[bytes] = []
 
     def decode(data: bytes) -> Tensor:

@@ -13,10 +13,10 @@ from llm2clip import Index
 from llm2clip.cli import main
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
-from llm2clip.search import rerank
+from llm2clip.search import ranking
 from llm2clip.search.backends import Filter
+from llm2clip.search.images import NotFound
 from llm2clip.search.index import SearchOptions
-from llm2clip.search.originals import NotFound
 from llm2clip.search.query import SearchQuery, UnsupportedQuery
 from llm2clip.search.relevance import update_calibration
 from llm2clip.search.server import create_app
@@ -141,7 +141,7 @@ def test_python_and_server_return_the_same_explanations_and_heatmaps(index: Inde
 
 
 def test_pages_of_an_index_follow_each_other(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rerank, "IMAGES_PER_BATCH", 5)
+    monkeypatch.setattr(ranking, "IMAGES_PER_BATCH", 5)
     for options in (SearchOptions(), SearchOptions(group_similar=False), SearchOptions(rerank=True)):
         names: list[str] = []
         offset: int | None = 0

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search import similar
+from llm2clip.search import ranking
 from llm2clip.search.inference import Limits
-from llm2clip.search.rerank import RERANKED
+from llm2clip.search.ranking import RERANKED
 from llm2clip.search.server import create_app
 from page_fixtures import on_both_devices, wait_until
 from search_fixtures import (
@@ -36,7 +36,7 @@ def address(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dual_e
     rerank_model = make_colour_model(dual_encoder, "owner/colours", [])
     app = create_app(model, index, Limits(timeout=HANG_TIMEOUT), rerank_model=rerank_model)
     with pytest.MonkeyPatch.context() as patch, running_server(app) as address:
-        patch.setattr(similar, "UNCENTRED_COPY_SIMILARITY", 1.1)  # a random model may consider any images similar
+        patch.setattr(ranking, "UNCENTRED_COPY_SIMILARITY", 1.1)  # a random model may consider any images similar
         yield address
 
 
@@ -352,7 +352,7 @@ def test_weak_hits_are_shown_on_request(
 @on_both_devices
 def test_similar_images_are_one_result_that_links_to_them(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The session's model considers all images similar if the threshold is low."""
-    monkeypatch.setattr(similar, "UNCENTRED_COPY_SIMILARITY", -1.0)
+    monkeypatch.setattr(ranking, "UNCENTRED_COPY_SIMILARITY", -1.0)
     search_for(page, "seven", 1)
     assert page.locator("#grid .note").inner_text() == "+35 similar"
     assert page.locator("#status").inner_text().startswith("36 images")

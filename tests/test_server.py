@@ -34,12 +34,13 @@ from starlette.testclient import TestClient
 
 from conftest import HANG_TIMEOUT
 from llm2clip.cli import main
-from llm2clip.cli.search import choose_token
+from llm2clip.cli.serve import choose_token
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search import inference
 from llm2clip.search.backends import open_backend
+from llm2clip.search.images import open_original
 from llm2clip.search.inference import (
     SCANS,
     Batcher,
@@ -52,7 +53,6 @@ from llm2clip.search.inference import (
 )
 from llm2clip.search.metadata import Filter
 from llm2clip.search.middleware import CHUNK_SIZE, SESSION_SECONDS, Authenticator
-from llm2clip.search.originals import open_original
 from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.schemas import MAX_IMAGES, MAX_TEMPLATES, MAX_TEXT_LENGTH, MAX_TEXTS
 from llm2clip.search.server import create_app
@@ -915,13 +915,13 @@ def test_serve_completes_requests_after_sigterm(model_folder: Path) -> None:
 SERVE_WITH_ENDLESS_DECODING = """
 import sys, time
 from llm2clip.cli import main
-from llm2clip.search import inference, request_images, server
+from llm2clip.search import images, server
 
 def decode(data, max_pixels):
     print("Decoding", flush=True)
     time.sleep(1_000_000)
 
-request_images.RequestImage.load = decode
+images.RequestImage.load = decode
 server.SHUTDOWN_TIMEOUT = 0.1
 sys.exit(main(sys.argv[1:]))
 """

@@ -18,18 +18,18 @@ from torch import Tensor
 from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search import similar
+from llm2clip.search import ranking
 from llm2clip.search.backends import Backend
 from llm2clip.search.exif import has_exif_time
 from llm2clip.search.metadata import Filter
-from llm2clip.search.relevance import Calibration, Scale
-from llm2clip.search.similar import (
+from llm2clip.search.ranking import (
     BURST_SECONDS,
     COPY_SIMILARITY,
     UNCENTRED_BURST_SIMILARITY,
     UNCENTRED_COPY_SIMILARITY,
     group_similar_hits,
 )
+from llm2clip.search.relevance import Calibration, Scale
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import IndexedContent, IndexedImage
 from search_fixtures import BACKENDS, create_backend, create_patient_app, make_index
@@ -149,7 +149,7 @@ def test_page_ends_before_the_first_hit_that_needs_another_group(tmp_path: Path)
 
 
 def test_only_the_first_hits_of_a_long_page_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similar, "MAX_COMPARED", 3)
+    monkeypatch.setattr(ranking, "MAX_COMPARED", 3)
     backend = SqliteBackend(tmp_path, write=True)
     add_images(backend, make_vectors(COPY, 5), [NOON] * 5)
     assert [len(group) for group in group_names(backend)] == [3, 1, 1]

@@ -1,35 +1,30 @@
-"""Image search commands: `index`, `search` and `serve`."""
+"""Image search commands `index` and `search`."""
 
 from __future__ import annotations
 
 import os
-import secrets
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from datetime import date as date_type
 from datetime import datetime
 from datetime import time as time_type
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-from llm2clip.cli.checks import check_index, check_port, check_sources, resolve_model
+from llm2clip.cli.checks import check_index, check_sources, resolve_model
 from llm2clip.cli.commands import (
     ArgumentParser,
     Commands,
-    Port,
     add_reading_arguments,
     format_command,
     select_arguments,
 )
 from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.data.texts import check_not_empty
-from llm2clip.io_utils import install_command
 from llm2clip.search.metadata import CONDITIONS, Filter
 
 if TYPE_CHECKING:
@@ -40,7 +35,6 @@ if TYPE_CHECKING:
     from llm2clip.search.query import SearchQuery
 
 NOTHING_CLOSE = "Nothing close: no image is close to the query. To see the closest images anyway, add --show_weak."
-
 NO_RESULTS = "No results: the index is empty, or no image matches the filters."
 
 
@@ -111,7 +105,7 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--negative_images", nargs="+", type=str, default=[], help="Images that the results should not resemble."
     )
-    _add_templates_argument(sub)
+    add_templates_argument(sub)
     sub.add_argument("--top", type=PositiveInt, default=10, help="Maximum number of results.")
     sub.add_argument("--show_weak", action="store_true", help="Also show results if nothing is close to the query.")
     sub.add_argument(
@@ -151,72 +145,8 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument("--open", action="store_true", help="Open an HTML page with the results in a browser.")
     sub.add_argument("--heatmaps", action="store_true", help="On the HTML page, show where images match the query.")
 
-    sub = commands.add("serve", _serve, "Serve a search API, an embeddings API and a search page over HTTP.")
-    sub.add_argument("--index", type=str, help="Index folder or URL. Default: serve embeddings only.")
-    sub.add_argument(
-        "--model",
-        type=str,
-        help="Model that built the index. Needed only if the model folder was moved. Required without --index.",
-    )
-    sub.add_argument(
-        "--host", type=str, default="127.0.0.1", help="Address to listen on. 0.0.0.0 means all network interfaces."
-    )
-    sub.add_argument("--port", type=Port, default=7860, help="Port to listen on. 0 means any free port.")
-    sub.add_argument(
-        "--token",
-        type=str,
-        help="Token that clients must send. Default: $LLM2CLIP_TOKEN if set, otherwise a random token. Other users of "
-        "this machine can see command-line arguments, but not environment variables.",
-    )
-    sub.add_argument(
-        "--no_token",
-        action="store_true",
-        help="Disable authentication. Only allowed if no other machine can connect (see --host).",
-    )
-    sub.add_argument(
-        "--behind_proxy",
-        action="store_true",
-        help="Trust the client address in the headers set by a reverse proxy on this machine.",
-    )
-    sub.add_argument(
-        "--allowed_origins",
-        nargs="+",
-        type=str,
-        default=[],
-        help="Other websites whose pages may use the API, such as https://example.org.",
-    )
-    sub.add_argument("--access_log", action="store_true", help="Write one JSON object per request to standard error.")
-    sub.add_argument(
-        "--rerank",
-        type=str,
-        help="Model with which requests can sort their first 50 results again: any model that `evaluate` accepts.",
-    )
-    _add_templates_argument(sub, " Requests can override the templates.")
-    sub.add_argument(
-        "--batch_size", type=PositiveInt, default=32, help="Maximum number of texts or images per forward pass."
-    )
-    sub.add_argument(
-        "--max_queue",
-        type=PositiveInt,
-        default=512,
-        help="Maximum number of searches, and of embedding requests, in progress. Further requests are rejected with "
-        "status 429.",
-    )
-    sub.add_argument(
-        "--timeout",
-        type=PositiveFloat,
-        default=30.0,
-        help="Maximum time per request in seconds. Slower requests fail with status 504.",
-    )
-    sub.add_argument(
-        "--precision",
-        type=str,
-        default="auto",
-        help="Text encoder precision: fp32, bf16, or auto (the faster of the two).",
-    )
 
-
-def _add_templates_argument(parser: ArgumentParser, note: str = "") -> None:
+def add_templates_argument(parser: ArgumentParser, note: str = "") -> None:
     parser.add_argument(
         "--templates",
         nargs="*",
@@ -301,7 +231,7 @@ def _search(args: Namespace) -> list[str]:
     from llm2clip.search.query import SearchQuery
     from llm2clip.search.relevance import warn_if_not_calibrated
 
-    templates = _make_query_templates(args.templates)
+    templates = make_query_templates(args.templates)
     query = SearchQuery(args.texts, args.images, args.negative, args.negative_images, templates=templates)
     options = SearchOptions(not args.no_words, not args.no_group, args.show_weak, args.rerank is not None)
     with redirect_stdout(sys.stderr):  # keeps everything but the results out of the --json and --paths output
@@ -404,7 +334,7 @@ def _make_filter(args: Namespace) -> Filter:
     return Filter(**values)
 
 
-def _make_query_templates(templates: list[str] | None) -> QueryTemplates | None:
+def make_query_templates(templates: list[str] | None) -> QueryTemplates | None:
     """Return the templates specified by --templates, or None to use the templates saved with the model."""
     from llm2clip.models.prompts import QueryTemplates, check_templates
 
@@ -448,84 +378,3 @@ def resolve_path_filter(path: str | None) -> str | None:
         return None
     path = os.path.expanduser(path)
     return to_valid_unicode(os.path.realpath(path) if os.path.isabs(path) or os.path.exists(path) else path)
-
-
-def _serve(args: Namespace) -> list[str]:
-    check_port(args.host, args.port)
-    check_index(args["index"])
-    if args.model is not None:
-        args.model = resolve_model(args.model)
-    if args.rerank is not None:
-        if not args["index"]:
-            raise ValueError("--rerank requires an index: add --index INDEX")
-        args.rerank = resolve_model(args.rerank)
-    from llm2clip.models.dual_encoder import open_dual_encoder
-    from llm2clip.runs.ranks import print_once
-    from llm2clip.search.backends import open_backend
-
-    try:
-        from llm2clip.search.inference import Limits
-        from llm2clip.search.relevance import warn_if_not_calibrated
-        from llm2clip.search.server import LOOPBACK, check_origins, create_app, serve
-    except ModuleNotFoundError as error:
-        raise ImportError(f"`serve` requires additional packages ({error}). Run {install_command('search')}") from error
-    templates = _make_query_templates(args.templates)
-    check_origins(args.allowed_origins)
-    backend = open_backend(args["index"]) if args["index"] else None
-    model_name = args.model or (backend.metadata()["model"] if backend else None)
-    if model_name is None:
-        raise ValueError("pass an index with --index or a model with --model")
-    token = choose_token(args.token, args.no_token, args.host)
-    if backend is not None:
-        warn_if_not_calibrated(backend)
-    model_thread = ThreadPoolExecutor(1, "model")
-    model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision, stage="serve").result()
-    rerank_model = None
-    if args.rerank is not None:
-        rerank_model = model_thread.submit(
-            open_dual_encoder, args.rerank, precision=args.precision, stage="serve"
-        ).result()
-    app = create_app(
-        model,
-        backend,
-        limits=Limits(max_queue=args.max_queue, timeout=args.timeout, batch_size=args.batch_size),
-        token=token,
-        hosts=LOOPBACK if args.host in LOOPBACK else None,
-        model_thread=model_thread,
-        templates=templates,
-        allowed_origins=args.allowed_origins,
-        access_log=args.access_log,
-        rerank_model=rerank_model,
-    )
-    host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6
-
-    def print_address(port: int) -> None:
-        address = f"http://{host}:{port}/"
-        page = f"{address}?token={quote(token, safe='')}" if token else address
-        print_once(f"Serving at {page}", f"API description: {address}openapi.json. Press Ctrl-C to stop.")
-
-    serve(app, args.host, args.port, on_start=print_address, behind_proxy=args.behind_proxy)
-    return ["Server stopped."]
-
-
-def choose_token(token: str | None, no_token: bool, host: str) -> str | None:
-    """Return the token that clients must send, or None if no token is required.
-
-    Raises:
-        ValueError: The options contradict each other, the token is empty, or other machines could connect without a
-            token.
-    """
-    from llm2clip.search.server import LOOPBACK
-
-    if no_token:
-        if token is not None:
-            raise ValueError("--token and --no_token cannot be used together")
-        if host not in LOOPBACK:
-            raise ValueError(
-                f"--no_token is not allowed with --host {host}, because other machines could access the indexed "
-                "images. Set a token with --token or LLM2CLIP_TOKEN, or remove --host."
-            )
-        return None
-    if token == "":
-        raise ValueError("--token is empty. Omit it to generate a token, or use --no_token to disable authentication.")
-    return token or os.environ.get("LLM2CLIP_TOKEN") or secrets.token_urlsafe(24)

@@ -11,10 +11,9 @@ from starlette.exceptions import HTTPException
 
 from llm2clip.data.image_refs import to_valid_unicode
 from llm2clip.search.backends import IndexUnavailableError, WordIndexError
+from llm2clip.search.images import InvalidImage, NotFound, TooLarge
 from llm2clip.search.inference import DeadlineExceeded, QueueFull
-from llm2clip.search.originals import NotFound, TooLarge
 from llm2clip.search.query import UnsupportedQuery
-from llm2clip.search.request_images import InvalidImage
 
 logger = logging.getLogger(__name__)
 

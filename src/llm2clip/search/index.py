@@ -23,12 +23,11 @@ from llm2clip.search.backends import Backend, open_backend
 from llm2clip.search.build import truncate_to_index
 from llm2clip.search.explain import Explanation, explain_hit
 from llm2clip.search.heatmap import compute_heatmap, draw_heatmap, locate_query, require_dense_encoder
+from llm2clip.search.images import NotFound, read_original
 from llm2clip.search.metadata import Filter
-from llm2clip.search.originals import NotFound, read_original
 from llm2clip.search.query import QueryEncoder, QueryVectors, SearchQuery, UnsupportedQuery
+from llm2clip.search.ranking import READ_FACTOR, RERANKED, HitPage, Reranker, Reranking, group_similar_hits
 from llm2clip.search.relevance import Calibration, load_calibration, search_relevant
-from llm2clip.search.rerank import RERANKED, Reranker, Reranking
-from llm2clip.search.similar import READ_FACTOR, HitPage, group_similar_hits
 from llm2clip.search.types import Hit
 
 CALIBRATION_SECONDS = 60.0  # maximum age of the cached calibration of relevance, in seconds

@@ -37,10 +37,9 @@ from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.search.backends import Backend, IndexUnavailableError
+from llm2clip.search.images import NotFound, load_query_image, open_original
 from llm2clip.search.index import Index, Resources
-from llm2clip.search.originals import NotFound, open_original
 from llm2clip.search.query import QueryEncoder
-from llm2clip.search.request_images import load_query_image
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -444,7 +443,7 @@ class InferenceService:
         return await self._embedders.run(function, *args)
 
     async def open_original(self, hit_id: str) -> tuple[BinaryIO, str]:
-        """Open a hit's image file. See `originals.open_original` for the return values."""
+        """Open a hit's image file. See `images.open_original` for the return values."""
         return await self._file_readers.run(open_original, self.require_index().backend, hit_id)
 
     def close(self) -> None:

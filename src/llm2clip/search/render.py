@@ -18,7 +18,7 @@ from llm2clip.reports import Example, Examples, Paragraph, write_report
 from llm2clip.search.backends import Backend
 from llm2clip.search.explain import Explanation
 from llm2clip.search.metadata import CONTENT_FIELDS, IMAGE_FIELDS, to_json
-from llm2clip.search.rerank import RERANKED
+from llm2clip.search.ranking import RERANKED
 from llm2clip.search.types import Hit
 
 CAPTION_LENGTH = 160  # maximum length of a displayed caption, in characters

@@ -10,11 +10,11 @@ from pydantic_core import PydanticCustomError
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.models.prompts import PLACEHOLDER, QueryTemplates
 from llm2clip.search.explain import MAX_WORDS
+from llm2clip.search.images import RequestImage
 from llm2clip.search.index import SearchOptions
 from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Condition, Filter, MetadataField
 from llm2clip.search.query import SearchQuery
-from llm2clip.search.request_images import RequestImage
-from llm2clip.search.rerank import RERANKED
+from llm2clip.search.ranking import RERANKED
 from llm2clip.search.types import MAX_LOCATIONS
 
 DATA_URI_PREFIX = "data:image/"

@@ -32,13 +32,12 @@ from llm2clip.search.backends import Backend
 from llm2clip.search.errors import ERROR_RESPONSES, add_error_handlers
 from llm2clip.search.examples import ExampleCache, ExamplesResponse
 from llm2clip.search.heatmap import locate_query
+from llm2clip.search.images import NotFound, RequestImage
 from llm2clip.search.inference import InferenceService, Limits
 from llm2clip.search.metadata import CONDITIONS, Condition
 from llm2clip.search.middleware import Authenticator, RequestMiddleware, make_connection_class
-from llm2clip.search.originals import NotFound
 from llm2clip.search.query import UnsupportedQuery
-from llm2clip.search.request_images import RequestImage
-from llm2clip.search.rerank import RERANKED
+from llm2clip.search.ranking import RERANKED
 from llm2clip.search.schemas import (
     DATA_URI_PREFIX,
     MAX_IMAGES,
@@ -93,7 +92,7 @@ def create_app(
         allowed_origins: Origins of other websites, such as `https://example.org`, whose pages may use the API. They
             must send the token in the Authorization header.
         access_log: Whether to write one JSON object per request to standard error.
-        rerank_model: Re-ranking model, with which requests can sort the first hits again. See `search.rerank`.
+        rerank_model: Re-ranking model, with which requests can sort the first hits again. See `search.ranking`.
 
     Raises:
         ValueError: The index was built with a different model, the token is not printable ASCII without spaces, there

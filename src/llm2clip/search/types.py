@@ -81,7 +81,7 @@ class IndexedContent(ContentMetadata):
 
 
 class SimilarHit(NamedTuple):
-    """A hit that was added to a similar hit with a better rank (see `search.similar`).
+    """A hit that was added to a similar hit with a better rank (see `search.ranking`).
 
     Args:
         id: Id of the hit.

@@ -14,9 +14,9 @@ from starlette.concurrency import run_in_threadpool
 
 from llm2clip.data.image_refs import FileImage, TarImage
 from llm2clip.search.backends import IndexUnavailableError
+from llm2clip.search.images import NotFound
 from llm2clip.search.inference import InferenceService, QueueFull
 from llm2clip.search.middleware import CHUNK_SIZE, ByteAllocation
-from llm2clip.search.originals import NotFound
 from llm2clip.search.types import IndexedImage
 
 MAX_ZIP_IMAGES = 200  # maximum number of images in an archive; more ids would make the URL too long for some proxies

@@ -1,0 +1,164 @@
+"""Command `serve`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
+
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt
+
+from llm2clip.cli.checks import check_index, check_port, resolve_model
+from llm2clip.cli.commands import Commands, Port
+from llm2clip.cli.search import add_templates_argument, make_query_templates
+from llm2clip.io_utils import install_command
+
+
+def add_commands(commands: Commands) -> None:
+    """Add this module's command."""
+    sub = commands.add("serve", _serve, "Serve a search API, an embeddings API and a search page over HTTP.")
+    sub.add_argument("--index", type=str, help="Index folder or URL. Default: serve embeddings only.")
+    sub.add_argument(
+        "--model",
+        type=str,
+        help="Model that built the index. Needed only if the model folder was moved. Required without --index.",
+    )
+    sub.add_argument(
+        "--host", type=str, default="127.0.0.1", help="Address to listen on. 0.0.0.0 means all network interfaces."
+    )
+    sub.add_argument("--port", type=Port, default=7860, help="Port to listen on. 0 means any free port.")
+    sub.add_argument(
+        "--token",
+        type=str,
+        help="Token that clients must send. Default: $LLM2CLIP_TOKEN if set, otherwise a random token. Other users of "
+        "this machine can see command-line arguments, but not environment variables.",
+    )
+    sub.add_argument(
+        "--no_token",
+        action="store_true",
+        help="Disable authentication. Only allowed if no other machine can connect (see --host).",
+    )
+    sub.add_argument(
+        "--behind_proxy",
+        action="store_true",
+        help="Trust the client address in the headers set by a reverse proxy on this machine.",
+    )
+    sub.add_argument(
+        "--allowed_origins",
+        nargs="+",
+        type=str,
+        default=[],
+        help="Other websites whose pages may use the API, such as https://example.org.",
+    )
+    sub.add_argument("--access_log", action="store_true", help="Write one JSON object per request to standard error.")
+    sub.add_argument(
+        "--rerank",
+        type=str,
+        help="Model with which requests can sort their first 50 results again: any model that `evaluate` accepts.",
+    )
+    add_templates_argument(sub, " Requests can override the templates.")
+    sub.add_argument(
+        "--batch_size", type=PositiveInt, default=32, help="Maximum number of texts or images per forward pass."
+    )
+    sub.add_argument(
+        "--max_queue",
+        type=PositiveInt,
+        default=512,
+        help="Maximum number of searches, and of embedding requests, in progress. Further requests are rejected with "
+        "status 429.",
+    )
+    sub.add_argument(
+        "--timeout",
+        type=PositiveFloat,
+        default=30.0,
+        help="Maximum time per request in seconds. Slower requests fail with status 504.",
+    )
+    sub.add_argument(
+        "--precision",
+        type=str,
+        default="auto",
+        help="Text encoder precision: fp32, bf16, or auto (the faster of the two).",
+    )
+
+
+def _serve(args: Namespace) -> list[str]:
+    check_port(args.host, args.port)
+    check_index(args["index"])
+    if args.model is not None:
+        args.model = resolve_model(args.model)
+    if args.rerank is not None:
+        if not args["index"]:
+            raise ValueError("--rerank requires an index: add --index INDEX")
+        args.rerank = resolve_model(args.rerank)
+    from llm2clip.models.dual_encoder import open_dual_encoder
+    from llm2clip.runs.ranks import print_once
+    from llm2clip.search.backends import open_backend
+
+    try:
+        from llm2clip.search.inference import Limits
+        from llm2clip.search.relevance import warn_if_not_calibrated
+        from llm2clip.search.server import LOOPBACK, check_origins, create_app, serve
+    except ModuleNotFoundError as error:
+        raise ImportError(f"`serve` requires additional packages ({error}). Run {install_command('search')}") from error
+    templates = make_query_templates(args.templates)
+    check_origins(args.allowed_origins)
+    backend = open_backend(args["index"]) if args["index"] else None
+    model_name = args.model or (backend.metadata()["model"] if backend else None)
+    if model_name is None:
+        raise ValueError("pass an index with --index or a model with --model")
+    token = choose_token(args.token, args.no_token, args.host)
+    if backend is not None:
+        warn_if_not_calibrated(backend)
+    model_thread = ThreadPoolExecutor(1, "model")
+    model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision, stage="serve").result()
+    rerank_model = None
+    if args.rerank is not None:
+        rerank_model = model_thread.submit(
+            open_dual_encoder, args.rerank, precision=args.precision, stage="serve"
+        ).result()
+    app = create_app(
+        model,
+        backend,
+        limits=Limits(max_queue=args.max_queue, timeout=args.timeout, batch_size=args.batch_size),
+        token=token,
+        hosts=LOOPBACK if args.host in LOOPBACK else None,
+        model_thread=model_thread,
+        templates=templates,
+        allowed_origins=args.allowed_origins,
+        access_log=args.access_log,
+        rerank_model=rerank_model,
+    )
+    host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6
+
+    def print_address(port: int) -> None:
+        address = f"http://{host}:{port}/"
+        page = f"{address}?token={quote(token, safe='')}" if token else address
+        print_once(f"Serving at {page}", f"API description: {address}openapi.json. Press Ctrl-C to stop.")
+
+    serve(app, args.host, args.port, on_start=print_address, behind_proxy=args.behind_proxy)
+    return ["Server stopped."]
+
+
+def choose_token(token: str | None, no_token: bool, host: str) -> str | None:
+    """Return the token that clients must send, or None if no token is required.
+
+    Raises:
+        ValueError: The options contradict each other, the token is empty, or other machines could connect without a
+            token.
+    """
+    from llm2clip.search.server import LOOPBACK
+
+    if no_token:
+        if token is not None:
+            raise ValueError("--token and --no_token cannot be used together")
+        if host not in LOOPBACK:
+            raise ValueError(
+                f"--no_token is not allowed with --host {host}, because other machines could access the indexed "
+                "images. Set a token with --token or LLM2CLIP_TOKEN, or remove --host."
+            )
+        return None
+    if token == "":
+        raise ValueError("--token is empty. Omit it to generate a token, or use --no_token to disable authentication.")
+    return token or os.environ.get("LLM2CLIP_TOKEN") or secrets.token_urlsafe(24)
