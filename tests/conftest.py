@@ -41,7 +41,7 @@ _CAPABILITIES = {**getattr(torch.cpu, "get_capabilities", dict)(), "amx_bf16": F
 torch.cpu.get_capabilities = lambda: _CAPABILITIES  # auto is fp32 on every machine
 torch.set_num_threads(1)  # tiny models are slower with more threads
 # `run_distributed` forks its processes from a server that has imported these modules, which takes several seconds.
-multiprocessing.set_forkserver_preload(["llm2clip.pipeline"])
+multiprocessing.set_forkserver_preload(["llm2clip.pipeline", "llm2clip.evaluate.runner"])
 
 pytest_plugins = ["align_fixtures", "page_fixtures"]
 HANG_TIMEOUT = 300  # seconds; only a test that hangs waits for so long, so its result does not depend on speed

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,15 @@ from scipy.stats import binomtest
 
 from conftest import run_distributed
 from format_fixtures import write_jsonl
-from llm2clip.cli import build_parser, main
+from llm2clip.cli import main
+from llm2clip.config import EvaluateOptions
 from llm2clip.data.image_hashes import hash_images, save_training_image_hashes
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import PrecomputedEmbeddings
+from llm2clip.evaluate.runner import evaluate_models
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.hub.loading import get_display_names
 from test_benchmarks import write
@@ -289,17 +292,10 @@ def test_evaluate_on_a_folder_of_classes_with_a_linear_probe(clip: Path, image_f
     assert metrics["linear probe"] == pytest.approx(100 * probe.score(*encode("test")))
 
 
-def _evaluate_without_shutdown(command: list[str]) -> None:
-    """Run a command, but leave the process group to `distributed`."""
-    parser, run = build_parser()
-    args = parser.instantiate(parser.parse_args(command))
-    run[args.subcommand](args[args.subcommand])
-
-
 def test_evaluate_on_two_ranks_matches_one(clip: Path, root: Path, tmp_path: Path) -> None:
-    command = ["evaluate", str(clip), "--benchmarks", "flickr30k", "winoground", "--root", str(root)]
-    assert main([*command, "--out", str(tmp_path / "one")]) == 0
-    run_distributed(2, _evaluate_without_shutdown, [*command, "--out", str(tmp_path / "two")])
+    options = EvaluateOptions(benchmarks=["flickr30k", "winoground"], root=str(root), out=str(tmp_path / "one"))
+    evaluate_models([str(clip)], [], options)
+    run_distributed(2, evaluate_models, [str(clip)], [], replace(options, out=str(tmp_path / "two")))
     assert read_results(tmp_path / "one") == read_results(tmp_path / "two")
 
 
