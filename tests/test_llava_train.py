@@ -50,32 +50,41 @@ def train(
     return train_llava(str(source), pretrain, instruct, config=config, out=out, log=log or SkipLog())
 
 
+@pytest.fixture(scope="module")
+def small_run(built: Path, conversations: list[Conversation], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory of both stages with the settings `SMALL` and cached features."""
+    return train(built, conversations, conversations, SMALL, tmp_path_factory.mktemp("small") / "run").parent
+
+
 def changed_names(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
 def test_each_stage_changes_only_its_own_weights(
-    built: Path, conversations: list[Conversation], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    built: Path,
+    small_run: Path,
+    conversations: list[Conversation],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    initial = load_weights(built)
-    both = load_weights(train(built, conversations, conversations, SMALL, tmp_path / "both"))
-    pretrained = initial | load_file(tmp_path / "both/pretrain/learned.safetensors")
+    initial, both = load_weights(built), load_weights(small_run / "model")
+    pretrained = initial | load_file(small_run / "pretrain/learned.safetensors")
     assert changed_names(initial, pretrained) == {name for name in initial if "multi_modal_projector" in name}
     assert changed_names(pretrained, both) == {name for name in initial if "vision_tower" not in name}
-    metrics = [json.loads(line) for line in (tmp_path / "both/instruct/metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (small_run / "instruct/metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["train_loss"] > 0
-    assert "train_runtime" not in "".join(capsys.readouterr())  # the Trainer's dicts are not printed
 
     lora = load_weights(train(built, [], conversations, LORA, tmp_path / "lora"))
+    assert "train_runtime" not in "".join(capsys.readouterr())  # the Trainer's dicts are not printed
     linear = {name for name in initial if "language_model" in name and "_proj" in name}
     assert changed_names(initial, lora) == linear | {name for name in initial if "projector" in name}
 
 
 def test_cached_features_give_the_same_result_as_pixels(
-    built: Path, conversations: list[Conversation], tmp_path: Path
+    built: Path, small_run: Path, conversations: list[Conversation], tmp_path: Path
 ) -> None:
-    cached = load_weights(train(built, conversations, conversations, SMALL, tmp_path / "cached"))
-    assert (tmp_path / "cached/features/manifest.json").is_file()
+    cached = load_weights(small_run / "model")
+    assert (small_run / "features/manifest.json").is_file()
     uncached_config = replace(SMALL, cache_gb=0)
     uncached = load_weights(train(built, conversations, conversations, uncached_config, tmp_path / "uncached"))
     assert not (tmp_path / "uncached/features").exists()
