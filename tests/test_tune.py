@@ -249,7 +249,7 @@ def test_tune_does_not_train_the_truncation_of_the_embedding(llm: Path, tmp_path
 
 def test_tune_on_text_pairs_saves_an_encoder_that_does_not_pool_instructions(llm: Path, tmp_path: Path) -> None:
     """sentence-transformers reads an instruction in the saved folder as tuning did."""
-    pairs = [Pair(f"question {n}", f"answer {n}", (f"wrong {n}",), "find:\n") for n in range(12)]
+    pairs = [Pair(f"question {n}", f"answer {n}", (f"wrong {n}",), "find:\n") for n in range(48)]
     folder = tune([CAPTIONS, pairs], open_encoder(llm), TUNE, tmp_path)
     encoder = open_encoder(folder)
     tokens = encoder.tokenize(["a dog"], ["find:\n"])
