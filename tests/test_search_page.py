@@ -652,28 +652,6 @@ def test_results_that_cannot_be_reranked_are_counted(page: Any) -> None:
     assert "3 could not be re-ranked" in page.locator("#status").inner_text()
 
 
-@pytest.mark.parametrize("page", ["wide"], indirect=True)
-def test_queries_with_images_are_not_reranked_if_the_model_takes_only_texts(page: Any) -> None:
-    def change(route: Any) -> None:
-        answer = route.fetch()
-        html = answer.text().replace("data-rerank-count", "data-rerank-texts-only data-rerank-count")
-        route.fulfill(response=answer, body=html)
-
-    page.route("**/", change)
-    page.reload()
-    page.locator("#rerank").check()
-    page.locator("#newest a").first.click()
-    wait_for_hits(page)
-    assert page.locator("#rerank").is_checked() and "re-ranked" not in page.locator("#status").inner_text()
-    search_for(page, "seven")
-    assert "re-ranked" not in page.locator("#status").inner_text()  # still with the image
-    page.go_back()
-    page.go_back()
-    page.locator("#rerank").check()
-    page.locator("#queries a").first.click()
-    wait_until(page, "document.getElementById('status').textContent.includes('re-ranked')")
-
-
 # ---- accessibility and touch ----------------------------------------------------------------------------------------
 
 
