@@ -134,7 +134,7 @@ def test_plain_headers_are_not_parsed_by_tarfile(
     assert count_tarfile_headers(tmp_path / "x.tar", monkeypatch) <= 4  # twice for the first header, once for the end
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(8))
 def test_rows_of_corrupt_files_are_those_of_tarfile(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng, path = random.Random(seed), tmp_path / "x.tar"
     inputs = [build_tar(build_members(6), edit, kind) for _, edit, kind in EDITS]
