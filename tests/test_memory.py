@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from conftest import make_llm
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
 from llm2clip.cpu_tuning import onednn_is_faster
-from llm2clip.models.precision import cast_linear_weights
+from llm2clip.models.precision import Precision, cast_linear_weights
 from llm2clip.models.text import packing
 from llm2clip.models.text.batching import TokenizedTexts, get_default_encoding_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -171,8 +171,8 @@ def captions(tokens: int) -> TokenizedTexts:
 
 def encoding_peak(encoder: CaptionEncoder, tokens: int) -> float:
     """Return the peak memory in bytes of encoding a batch of captions in bf16, including the weights."""
-    cast_linear_weights(encoder.llm, "bf16")
-    encoder.weights_precision = "bf16"
+    cast_linear_weights(encoder.llm, Precision("bf16"))
+    encoder.weights_precision = Precision("bf16")
     with fake_tensors(encoder), PeakMemory(encoder) as memory:
         encoder.encode(captions(tokens), batch_tokens=tokens)
     return memory.peak

@@ -30,7 +30,7 @@ IMAGES = [  # 40 that give a pair and two that do not
 def batches_of(
     images: list[ImageCaptions], batch_size: int, steps: int, seed: int, group_size: int = 1
 ) -> list[list[Pair]]:
-    return list(iter_pair_batches([images], [], batch_size, steps, seed, group_size))
+    return list(iter_pair_batches([images], batch_size, steps, seed, group_size))
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def test_pair_batches_depend_on_the_seed_and_use_every_image_in_a_pass() -> None
 def test_deferred_items_are_sampled_in_the_next_batch() -> None:
     """Two of four pairs share a text and are never in the same batch of two, yet all are sampled equally often."""
     pairs = [Pair("shared", "a"), Pair("b", "shared"), Pair("c", "d"), Pair("e", "f")]
-    counts = Counter(pair for batch in iter_pair_batches([pairs], [], 2, 200, seed=0) for pair in batch)
+    counts = Counter(pair for batch in iter_pair_batches([pairs], 2, 200, seed=0) for pair in batch)
     assert set(counts) == set(pairs)
     assert all(abs(count - 100) <= 2 for count in counts.values())
 
@@ -72,7 +72,7 @@ def test_a_caption_of_many_images_neither_slows_sampling_nor_excludes_images(mon
     draws = []
     monkeypatch.setattr("llm2clip.data.pairs.draw_pair", lambda *args: draws.append(1) or draw_pair(*args))
     counts: Counter[str] = Counter()
-    for batch in iter_pair_batches([items], [], 20, 300, seed=0):
+    for batch in iter_pair_batches([items], 20, 300, seed=0):
         texts = [text for pair in batch for text in pair.texts]
         assert len(set(texts)) == 40
         counts.update(text for text in texts if text.endswith("a"))
@@ -81,15 +81,15 @@ def test_a_caption_of_many_images_neither_slows_sampling_nor_excludes_images(mon
     assert min(counts[f"{n} a"] for n in range(30, 100)) > 60
 
 
-def test_pair_batches_raises_for_too_few_items_and_wrong_weights() -> None:
+def test_pair_batches_raises_for_too_few_items() -> None:
     with pytest.raises(ValueError, match="at least 41 images with two different captions, but a source has only 40"):
         batches_of(IMAGES, 41, 1, seed=0)
     with pytest.raises(ValueError, match="fewer than 2 pairs that share no text"):
         batches_of([ImageCaptions(("a", "b")), ImageCaptions(("b", "a")), ImageCaptions(("a", "b"))], 2, 1, seed=0)
     with pytest.raises(ValueError, match="a source has no captions or pairs to tune on"):
-        next(iter_pair_batches([IMAGES, []], [], 2, 1, seed=0))
+        next(iter_pair_batches([IMAGES, []], 2, 1, seed=0))
     with pytest.raises(ValueError, match="at least 2 text pairs, but a source has only 1"):
-        next(iter_pair_batches([[Pair("a", "b")]], [], 2, 1, seed=0))
+        next(iter_pair_batches([[Pair("a", "b")]], 2, 1, seed=0))
 
 
 def test_small_sources_reduce_the_number_of_pairs_per_step() -> None:
@@ -187,7 +187,7 @@ def test_batches_of_a_table_equal_those_of_a_list(
     monkeypatch.setattr(pairs_module, "ITEMS_PER_READ", 7)
     expected = draw_batches_from_list(MIXED_IMAGES, batch_size, 30, group_size)
     for items in (MIXED_IMAGES, make_items(MIXED_IMAGES)):
-        assert list(iter_pair_batches([items], [], batch_size, 30, 0, group_size)) == expected
+        assert list(iter_pair_batches([items], batch_size, 30, 0, group_size)) == expected
 
 
 def test_caption_items_read_the_images_of_a_table() -> None:
@@ -237,7 +237,7 @@ def test_images_without_two_different_captions_are_not_used() -> None:
         *(ImageCaptions((f"short {i}",), (f"long {i}",)) for i in range(9)),
         *(ImageCaptions((f"alone {i}",)) for i in range(9)),
     ]
-    batches = iter_pair_batches([images], [], 9, 5, 0)  # all nine that are usable
+    batches = iter_pair_batches([images], 9, 5, 0)  # all nine that are usable
     assert {text[0] for batch in batches for pair in batch for text in pair.texts} == {"s", "l"}
 
 

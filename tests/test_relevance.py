@@ -444,7 +444,7 @@ def test_build_index_calibrates_the_index(
     assert calibration is not None and calibration.image_count == 36
     image = backend.vectors(backend.sample_ids(1)).popitem()[1]
     assert not search_relevant(backend, calibration, QueryVectors(image, None, image), 5, Filter()).nothing_close
-    opposite = -normalize(calibration.sample_mean)
+    opposite = -image
     assert search_relevant(backend, calibration, QueryVectors(opposite, None, opposite), 5, Filter()).nothing_close
     index_sources([image_folder], dual_encoder, backend, relevance=False)
     assert backend.load_calibration() == b""

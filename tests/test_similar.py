@@ -166,7 +166,7 @@ def test_mean_embedding_is_subtracted_if_the_index_is_calibrated(tmp_path: Path)
     centred /= np.linalg.norm(centred, axis=1, keepdims=True)
     assert centred[0] @ centred[3] > COPY_SIMILARITY > centred[0] @ centred[1]
     scale = Scale(0, 1, 1, 0)
-    calibration = Calibration(make_vectors(COPY, 15), QUERY[None], [], 4, 0, "f", scale, scale, scale)
+    calibration = Calibration(make_vectors(COPY, 15).mean(axis=0), QUERY[None], [], 4, 0, "f", scale, scale, scale)
     hits = backend.search(QUERY, 100, Filter())
     assert [len(hit.similar) for hit in group_similar_hits(hits, backend, 10).hits] == [3]
     grouped = group_similar_hits(hits, backend, 10, calibration).hits

@@ -86,11 +86,11 @@ def add_commands(commands: Commands) -> None:
 def _serve(args: Namespace) -> list[str]:
     check_port(args.host, args.port)
     check_index(args["index"])
+    if args.rerank is not None and not args["index"]:
+        raise ValueError("--rerank requires an index: add --index INDEX")
     if args.model is not None:
         args.model = resolve_model(args.model)
     if args.rerank is not None:
-        if not args["index"]:
-            raise ValueError("--rerank requires an index: add --index INDEX")
         args.rerank = resolve_model(args.rerank)
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.runs.ranks import print_once

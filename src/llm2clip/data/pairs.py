@@ -345,10 +345,10 @@ def iter_pair_batches(
     """Yield `steps` batches of `batch_size` pairs.
 
     Each batch comes from a single source, so negatives are similar in kind to positives. A source is chosen with a
-    probability proportional to its number of items. No image or text occurs twice
-    in a batch, so another caption of the anchor's image is never used as a negative. If one of an item's texts is
-    already in the current batch, the item is deferred to the next batch. Items that are still deferred when a new pass
-    starts are not used in that pass. Each pass over a source draws a new order and new pairs.
+    probability proportional to its number of items. No image or text occurs twice in a batch, so another caption of the
+    anchor's image is never used as a negative. If one of an item's texts is already in the current batch, the item is
+    deferred to the next batch. Items that are still deferred when a new pass starts are not used in that pass. Each
+    pass over a source draws a new order and new pairs.
 
     Args:
         sources: Items of each source. An item is either a text pair or the captions of an image. Images without two
