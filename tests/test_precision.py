@@ -208,3 +208,11 @@ def test_model_with_encoder_in_bf16_is_saved_with_its_fp32_weights(model_folder:
     model.save_pretrained(tmp_path / "copy")
     for name in ("model.safetensors", "text/model.safetensors"):
         assert (tmp_path / "copy" / name).read_bytes() == (model_folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_encoders_with_layers_under_another_name_run_without_fp32_layers(precision: str) -> None:
+    """For example, DistilBERT has `transformer.layer` and T5 `encoder.block`."""
+    linear = nn.Linear(4, 4)
+    with precision_choice.autocast_llm(linear, torch.device("cpu"), precision_choice.Precision(precision)):
+        assert linear(torch.ones(1, 4)).dtype == precision_choice.Precision(precision).dtype

@@ -13,7 +13,7 @@ captions.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,8 +218,10 @@ def cast_linear_weights(llm: nn.Module, precision: Precision) -> None:
 
 @contextmanager
 def autocast_llm(llm: Any, device: torch.device, precision: Precision) -> Iterator[None]:
-    """Run a transformers model in fp32, bf16 or bf16+N inside the `with` block."""
-    fp32_layers = get_layers(llm)[: precision.num_fp32_layers]
+    """Make a transformers model compute in fp32, bf16 or bf16+N inside the `with` block."""
+    count = precision.num_fp32_layers
+    # Only bf16+N needs the layers, whose name `get_layers` knows for fewer models than can be encoded.
+    fp32_layers: Sequence[nn.Module] = list(get_layers(llm))[:count] if count else []
     for layer in fp32_layers:
         layer.forward = torch.autocast(device.type, enabled=False)(layer.forward)
     try:

@@ -35,9 +35,15 @@ def compute_heatmap(dense: DenseEncoder, pixels: Tensor, query: np.ndarray, vari
         pixels: Image of shape (3, H, W), uint8, resized by `dense.resize`, usually to `dense.localization_size`.
         query: L2-normalised query vector of shape (D,), float32.
         variant: Variant of the dense features. Default: `dense.localization_variant`.
+
+    Raises:
+        ValueError: The model returned NaN or infinity.
     """
     cells = dense.encode(pixels[None], variant or dense.localization_variant)[0]  # (h, w, D)
-    return (cells @ torch.from_numpy(query).to(cells)).cpu().numpy()
+    heatmap = (cells @ torch.from_numpy(query).to(cells)).cpu().numpy()
+    if not np.isfinite(heatmap).all():
+        raise ValueError("the model returned NaN or infinity for an image")
+    return heatmap
 
 
 def locate_query(

@@ -253,9 +253,10 @@ class Index:
             hits = reranking.hits
         hits = hits[skipped : skipped + count]
         page = HitPage(hits, len(hits))
-        if groups:
-            page = group_similar_hits(hits, self.backend, top, calibration)
-        total = self.backend.count_matches(image_filter) if image_filter else self.count()[1]
+        with self.resources.scanning:
+            if groups:
+                page = group_similar_hits(hits, self.backend, top, calibration)
+            total = self.backend.count_matches(image_filter) if image_filter else self.count()[1]
         # A backend skips images that another process has just removed, so a complete page may have fewer hits.
         end = offset + (count if page.size == len(hits) else page.size)
         return SearchPage(

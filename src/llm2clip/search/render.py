@@ -130,7 +130,7 @@ def write_contact_sheet(
         query: Description of the query, shown above the images.
         backend: Index that returned the hits.
         folder: Output folder. Default: a new temporary folder.
-        heatmaps: JPEG images to show instead of thumbnails, keyed by hit id. See `search.heatmap.draw_heatmaps`.
+        heatmaps: JPEG images to show instead of thumbnails, keyed by hit id. See `Index.draw_heatmaps`.
         rerank_model: Name of the model that re-ranked the hits. Default: the hits were not re-ranked.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="llm2clip-"))

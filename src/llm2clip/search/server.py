@@ -185,7 +185,7 @@ def make_server_config(app: FastAPI, host: str, port: int, behind_proxy: bool) -
     Args:
         behind_proxy: If True, the headers `X-Forwarded-For` and `X-Forwarded-Proto` set the client's address and scheme
             for requests from 127.0.0.1 (or the addresses in the environment variable FORWARDED_ALLOW_IPS). If False,
-            these headers are ignored, because clients could use them to evade the per-client limits.
+            these headers are ignored, because any client can set them.
     """
     return uvicorn.Config(
         app,
@@ -262,7 +262,8 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
         query, variant, image_size = request.to_query(), request.variant, request.image_size
         if request.id is not None:
             return service.require_index().compute_heatmap(query, request.id, variant, image_size)
-        # A server without an index locates queries without earlier hits.
+        if query.like or query.negative_like:
+            service.require_index()
         encoder = service.encoder if service.index is None else service.index.encoder
         vector = encoder.embed(query) if service.index is None else service.index.embed(query)
         image = RequestImage(request.image or "", "image")

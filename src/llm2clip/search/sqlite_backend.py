@@ -36,7 +36,6 @@ from llm2clip.search.backends import (
     SqlConditions,
     WordIndexError,
     format_missing_index_message,
-    list_ids,
 )
 from llm2clip.search.metadata import CONTENT_FIELDS, Filter, read_columns
 from llm2clip.search.sqlite_database import SqliteDatabase
@@ -65,6 +64,8 @@ from llm2clip.search.words import (
 )
 
 APPROXIMATE_ABOVE = 1_000_000
+# The ids are one parameter, so that SQLite compiles and caches one statement for any number of them.
+SELECT_VECTORS = "SELECT id, vector FROM contents WHERE id IN (SELECT value FROM json_each(:ids))"
 INSERT_CONTENT = f"""
 INSERT INTO contents (hash, vector, max_abs, {", ".join(CONTENT_COLUMNS)})
 VALUES (:hash, :vector, :max_abs, {", ".join(f":{name}" for name in CONTENT_COLUMNS)})
@@ -363,12 +364,12 @@ class SqliteBackend(Backend):
             return vectors
 
     def _fetch_vectors(self, run: Query, ids: Sequence[int]) -> dict[int, np.ndarray]:
-        rows = run(f"SELECT id, vector FROM contents WHERE id IN {list_ids(ids)}", {})
+        rows = run(SELECT_VECTORS, {"ids": json.dumps(list(ids))})
         return {content_id: np.frombuffer(vector, "<f2").astype(np.float32) for content_id, vector in rows}
 
     def _fetch_array(self, ids: np.ndarray) -> np.ndarray:
         """Return the vectors with the given ids, as a float16 array of shape (N, D). Removed ids have zero vectors."""
-        rows = self._db.query(f"SELECT id, vector FROM contents WHERE id IN {list_ids(ids.tolist())}")
+        rows = self._db.query(SELECT_VECTORS, {"ids": json.dumps(ids.tolist())})
         vectors: dict[int, bytes] = dict(rows)
         dim = self._read_dim()
         zeros = bytes(2 * dim)
