@@ -36,10 +36,10 @@ from torch import Tensor
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.records import open_records
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
-from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.precision import calibrate_precision
-from llm2clip.models.text.batching import get_default_batch_tokens, tune_batch_tokens
+from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.packing import get_default_batch_tokens, tune_batch_tokens
 from llm2clip.store.writer import quantize_rows
 
 # Code that runs other libraries' encoders. It defines `methods`, a dict from names to functions that encode `texts`.

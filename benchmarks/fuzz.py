@@ -44,9 +44,9 @@ from llm2clip.data.images import ImageError, decode_image
 from llm2clip.data.pairs import read_text_pairs
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.models.convert.checkpoint_io import read_checkpoint
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig, is_model_folder
+from llm2clip.models.official_layout import read_checkpoint
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search.exif import read_exif
 

@@ -35,8 +35,8 @@ from llm2clip.data.records import Record
 from llm2clip.data.table import RecordTable
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
-from llm2clip.models.text.batching import get_default_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.packing import get_default_batch_tokens
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search.vector_index import CHUNK, QuantizedVectors, VectorIndex
 from llm2clip.tools.plan.costs import LLMS, count_flops

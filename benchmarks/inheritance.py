@@ -33,11 +33,10 @@ from llm2clip.data.noun_phrases import add_phrases
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
-from llm2clip.models.hub.pretrained import resolve_pretrained
+from llm2clip.models.clip_models import find_visual_projection, load_clip_text_encoder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import FP32
-from llm2clip.models.pretrained_clip import find_visual_projection
-from llm2clip.models.text.clip_text_encoder import load_clip_text_encoder
+from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.store.image_features import TowerEncoder, make_image_keys, store_image_features
 

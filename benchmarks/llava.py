@@ -42,7 +42,7 @@ from llm2clip.llava.conversations import (
 from llm2clip.llava.dataset import Conversation
 from llm2clip.llava.image_features import PatchFeatures, cache_patch_features
 from llm2clip.llava.train import train_llava
-from llm2clip.models.hub.pretrained import resolve_pretrained
+from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.vision.vision_tower import VisionTower
 
 LLM = "smollm2-135m"

@@ -45,8 +45,8 @@ from llm2clip.data.texts import deduplicate_captions
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.retrieval import dual_encoder_from_store, rank_caption_fields
-from llm2clip.models.hub.loading import get_display_names
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.loading import get_display_names
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import open_encoder, rotate_embedding_space
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state

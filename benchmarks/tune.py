@@ -25,11 +25,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.data.pairs import ImageCaptions, iter_pair_batches
 from llm2clip.data.records import open_records
-from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.precision import has_bf16_hardware
-from llm2clip.models.text.batching import get_default_batch_tokens
+from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.packing import PACKED
+from llm2clip.models.text.packing import PACKED, get_default_batch_tokens
 from llm2clip.train.tune import PairCollator, PairLoss
 
 TEXTS_PER_BATCH = 32

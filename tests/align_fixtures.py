@@ -15,9 +15,8 @@ from llm2clip.config import AlignConfig
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
-from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.model_folder import LLM2CLIPConfig
+from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.store.encode import embed

@@ -29,7 +29,7 @@ from llm2clip.config import TuneConfig
 from llm2clip.data import build_table
 from llm2clip.data.pairs import ImageCaptions
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from llm2clip.models.hub.pretrained import AssetUnavailableError
+from llm2clip.models.pretrained import AssetUnavailableError
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.ranks import process_state, shut_down_process_group
 

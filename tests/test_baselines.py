@@ -17,8 +17,8 @@ from torch import Tensor
 
 from llm2clip.cli import main
 from llm2clip.data.images import load_image
+from llm2clip.models.clip_models import has_text_tower, load_clip_text_encoder
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from llm2clip.models.text.clip_text_encoder import has_text_tower, load_clip_text_encoder
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TEXTS = ["a dog", "two cats on a mat", "a long text: " + "word " * 60]

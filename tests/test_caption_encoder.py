@@ -18,11 +18,11 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from conftest import FAMILIES, make_llm, save_tokenizer
 from llm2clip.cpu_tuning import flex_attention_is_correct
-from llm2clip.models.hub.loading import fingerprint
+from llm2clip.models.loading import fingerprint
 from llm2clip.models.precision import CALIBRATION_CAPTIONS, calibrate_precision
-from llm2clip.models.text import batching
-from llm2clip.models.text.batching import TokenizedTexts, batch_by_length, get_default_encoding_tokens
+from llm2clip.models.text import packing
 from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.packing import TokenizedTexts, batch_by_length, get_default_encoding_tokens
 
 TEXTS = ["a dog", "a very long caption about two dogs that run through deep snow near a house", "猫"]
 
@@ -396,7 +396,7 @@ def test_loading_and_saving_show_no_progress_bars(llm: Path, tmp_path: Path, cap
 
 def test_tune_batch_tokens_takes_the_fastest(encoder: CaptionEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A larger batch must be faster, and none is tried after one that is slower or does not fit in memory."""
-    tokens = TokenizedTexts([[1, 2]] * batching.MIN_CAPTIONS_TO_TUNE, [], [0] * batching.MIN_CAPTIONS_TO_TUNE)
+    tokens = TokenizedTexts([[1, 2]] * packing.MIN_CAPTIONS_TO_TUNE, [], [0] * packing.MIN_CAPTIONS_TO_TUNE)
     tried: list[int] = []
 
     def set_speeds(speeds: dict[int, float]) -> None:
@@ -409,25 +409,25 @@ def test_tune_batch_tokens_takes_the_fastest(encoder: CaptionEncoder, monkeypatc
             return speeds[size]
 
         tried.clear()
-        monkeypatch.setattr(batching, "measure_tokens_per_second", speed)
+        monkeypatch.setattr(packing, "measure_tokens_per_second", speed)
 
     set_speeds({512: 100, 1024: 120, 2048: 121, 4096: 110})
-    assert batching.tune_batch_tokens(encoder, tokens) == 1024 and tried == [512, 1024, 2048, 4096]
+    assert packing.tune_batch_tokens(encoder, tokens) == 1024 and tried == [512, 1024, 2048, 4096]
     set_speeds({512: 100, 1024: 90, 2048: 1000})
-    assert batching.tune_batch_tokens(encoder, tokens) == 512 and tried == [512, 1024]
+    assert packing.tune_batch_tokens(encoder, tokens) == 512 and tried == [512, 1024]
     set_speeds({512: 100, 1024: 120})
-    assert batching.tune_batch_tokens(encoder, tokens) == 1024 and tried == [512, 1024, 2048]
+    assert packing.tune_batch_tokens(encoder, tokens) == 1024 and tried == [512, 1024, 2048]
     set_speeds({})
-    assert batching.tune_batch_tokens(encoder, tokens) == 256  # not even the smallest one fits
+    assert packing.tune_batch_tokens(encoder, tokens) == 256  # not even the smallest one fits
     tried.clear()
-    assert batching.tune_batch_tokens(encoder, encoder.tokenize(["a few"])) == 1024 and not tried
+    assert packing.tune_batch_tokens(encoder, encoder.tokenize(["a few"])) == 1024 and not tried
 
 
 def test_tokens_per_second_times_batches_of_all_lengths(
     encoder: CaptionEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(100))
-    monkeypatch.setattr(batching, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(packing, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     encoded_lengths: list[int] = []
     encode = encoder.encode
 
@@ -438,7 +438,7 @@ def test_tokens_per_second_times_batches_of_all_lengths(
     monkeypatch.setattr(encoder, "encode", record_and_encode)
     lengths = [40] * 10 + [20] * 20 + [10] * 40 + [5] * 80  # 400 tokens of each length
     tokens = TokenizedTexts([[1] * n for n in lengths], [], [0] * len(lengths))
-    assert batching.measure_tokens_per_second(encoder, tokens, 200, "fp32") == 200  # one second per batch
+    assert packing.measure_tokens_per_second(encoder, tokens, 200, "fp32") == 200  # one second per batch
     assert encoded_lengths == [40, 40, 40, 10, 5]
 
 

@@ -16,7 +16,7 @@ from llm2clip.caption.answers import Answer, CaptionRequest
 from llm2clip.caption.local import LocalCaptioner
 from llm2clip.caption.options import Prompt
 from llm2clip.cli import main
-from llm2clip.models.hub.loading import name_vision_language_model
+from llm2clip.models.loading import name_vision_language_model
 
 
 @pytest.fixture(scope="module")

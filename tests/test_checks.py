@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llm2clip.cli.checks import ENCODERS, check_pretrained, check_sources, resolve_encoder, resolve_model
-from llm2clip.models.hub.pretrained import ASSETS
+from llm2clip.models.pretrained import ASSETS
 
 WRONG_PATHS = (
     (["search", "nowhere", "x"], "nowhere is not an index"),

@@ -15,16 +15,15 @@ from torch import Tensor
 from conftest import TouchOnLoad, make_llm
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
-from llm2clip.models.convert.checkpoint_layout import LAYOUTS, Checkpoint, get_official_name
-from llm2clip.models.convert.encoders import TEMPLATE_TOKENS, find_published_template, suggest_encoders
-from llm2clip.models.convert.official import (
+from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
+from llm2clip.models.official_checkpoint import (
     copy_tensors,
     infer_config,
     load_official_checkpoint,
     save_official_checkpoint,
 )
-from llm2clip.models.heads import AdapterConfig
-from llm2clip.models.model_folder import LLM2CLIPConfig
+from llm2clip.models.official_layout import LAYOUTS, Checkpoint, get_official_name
+from llm2clip.models.published_encoders import TEMPLATE_TOKENS, find_published_template, suggest_encoders
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 
@@ -433,7 +432,7 @@ def test_load_official_downloads_only_the_needed_files(tmp_path: Path, monkeypat
         patterns.extend(allow_patterns)
         return str(folder)
 
-    monkeypatch.setattr("llm2clip.models.hub.loading.find_hub_problem", lambda: "")
+    monkeypatch.setattr("llm2clip.models.loading.find_hub_problem", lambda: "")
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: repository)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     load_official_checkpoint("microsoft/LLM2CLIP-Openai-B-16")
@@ -446,7 +445,7 @@ def test_load_official_reports_missing_checkpoints(tmp_path: Path, monkeypatch: 
 
         raise HTTPError("no network")
 
-    monkeypatch.setattr("llm2clip.models.hub.loading.find_hub_problem", lambda: "")
+    monkeypatch.setattr("llm2clip.models.loading.find_hub_problem", lambda: "")
     monkeypatch.setattr("huggingface_hub.list_repo_files", offline)
     with pytest.raises(FileNotFoundError, match="no/such-model"):
         load_official_checkpoint("no/such-model")

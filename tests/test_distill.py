@@ -28,7 +28,7 @@ from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.reporting import training as training_report
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.export import export_model
-from llm2clip.models.hub.loading import fingerprint
+from llm2clip.models.loading import fingerprint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import DistillOptions, distill
 from llm2clip.runs.fsdp import set_mixed_precision
@@ -416,7 +416,7 @@ def record_uploads(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]
             return call
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("llm2clip.models.hub.loading.find_hub_problem", lambda: "")
+    monkeypatch.setattr("llm2clip.models.loading.find_hub_problem", lambda: "")
     return calls
 
 

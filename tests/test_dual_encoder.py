@@ -16,9 +16,8 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.retrieval import evaluate_caption_fields
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.model_folder import LLM2CLIPConfig
+from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.prompts import QueryTemplates
 from test_caption_retrieval import make_clip
 

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from transformers import AutoModel, AutoTokenizer, MistralConfig, MistralModel
 
 from llm2clip.cli.commands import read_builtin_configs
-from llm2clip.models.convert.encoders import load_adapter_encoder
+from llm2clip.models.published_encoders import load_adapter_encoder
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from official_reference import LLM_CONFIG, make_weights, save_llama2_tokenizer, save_llm, save_lora
 

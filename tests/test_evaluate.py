@@ -24,7 +24,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import PrecomputedEmbeddings
 from llm2clip.evaluate.runner import evaluate_models
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from llm2clip.models.hub.loading import get_display_names
+from llm2clip.models.loading import get_display_names
 from test_benchmarks import write
 from test_dual_encoder import clip as clip  # the fixture
 

@@ -20,10 +20,9 @@ from conftest import make_llm
 from llm2clip.cli import main
 from llm2clip.models.export import export_model
 from llm2clip.models.export.model_card import render_model_card
-from llm2clip.models.heads import AdapterConfig
-from llm2clip.models.hub.pretrained import ASSETS
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.model_folder import LLM2CLIPConfig
+from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
+from llm2clip.models.pretrained import ASSETS
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.sentence_transformer import truncate_layers
 from llm2clip.models.vision.vision_tower import VisionTower
@@ -353,7 +352,7 @@ def test_push_command_uploads_the_folder_and_a_card(
     exists = False
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("llm2clip.models.hub.loading.find_hub_problem", lambda: "")
+    monkeypatch.setattr("llm2clip.models.loading.find_hub_problem", lambda: "")
     folder = make_model(tmp_path, timm_tower()).save_pretrained(tmp_path / "model")
     assert main(["push", str(folder), "me/finder", "--private"]) == 0
     assert "Pushed: https://hub/me/x" in capsys.readouterr().out

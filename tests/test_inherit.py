@@ -20,9 +20,9 @@ from llm2clip.config import AlignConfig
 from llm2clip.data.images import load_image
 from llm2clip.data.records import Record
 from llm2clip.data.table import RecordTable
+from llm2clip.models.clip_models import find_visual_projection, read_pretrained_logits
 from llm2clip.models.dual_encoder import open_dual_encoder
-from llm2clip.models.hub.loading import hash_weights
-from llm2clip.models.pretrained_clip import find_visual_projection, read_pretrained_logits
+from llm2clip.models.loading import hash_weights
 from llm2clip.store.layout import StoreError, make_caption_keys
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter

@@ -12,8 +12,8 @@ from conftest import make_llm
 from llm2clip import LLM2CLIP
 from llm2clip.config import AlignConfig
 from llm2clip.data.transforms import Preprocess
-from llm2clip.models.heads import Adapter
 from llm2clip.models.model_folder import LLM2CLIPConfig, is_model_folder
+from llm2clip.models.modeling_llm2clip import Adapter
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.output_folder import FormatVersionError

@@ -22,10 +22,9 @@ from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
 from llm2clip.cpu_tuning import onednn_is_faster
 from llm2clip.models.precision import Precision, cast_linear_weights
 from llm2clip.models.text import packing
-from llm2clip.models.text.batching import TokenizedTexts, get_default_encoding_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.lora import cast_frozen_linear_layers
-from llm2clip.models.text.packing import PACKED
+from llm2clip.models.text.packing import PACKED, TokenizedTexts, get_default_encoding_tokens
+from llm2clip.models.text.sentence_transformer import cast_frozen_linear_layers
 from llm2clip.tools.plan.costs import (
     TextCosts,
     build_llm,

@@ -8,18 +8,18 @@ import pytest
 from huggingface_hub import constants
 
 from llm2clip.cli import main
-from llm2clip.models.convert.official import load_official_checkpoint
+from llm2clip.models.clip_models import load_clip_text_encoder
 from llm2clip.models.dual_encoder import open_dual_encoder
-from llm2clip.models.hub.loading import (
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.loading import (
     check_model_source,
     find_hub_problem,
     is_hub_id,
     load_config,
     read_config,
 )
-from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.official_checkpoint import load_official_checkpoint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.clip_text_encoder import load_clip_text_encoder
 from llm2clip.models.vision.vision_tower import VisionTower
 
 PATHS = (

@@ -12,7 +12,7 @@ from PIL import Image
 from llm2clip import LLM2CLIP, CaptionEncoder
 from llm2clip.cli import main
 from llm2clip.config import AlignConfig
-from llm2clip.models.convert.official import save_official_checkpoint
+from llm2clip.models.official_checkpoint import save_official_checkpoint
 
 PAGE = Path(__file__).parent.parent / "docs" / "howto" / "one_index.md"
 TEXTS = ["the middle is red", "a longer text about nothing in particular"]

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
-from llm2clip.models.convert.encoders import LLAMA_3_1_8B, find_adapter, load_adapter_encoder
-from llm2clip.models.convert.official import load_official_checkpoint
+from llm2clip.models.official_checkpoint import load_official_checkpoint
+from llm2clip.models.published_encoders import LLAMA_3_1_8B, find_adapter, load_adapter_encoder
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from official_reference import FIXTURE, MAX_LENGTH, TEXTS, save_llm, save_lora
 from test_published_checkpoints import write_checkpoint
@@ -108,7 +108,7 @@ def test_find_adapter_downloads_a_subfolder_of_a_repository(
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr("llm2clip.models.hub.loading.find_hub_problem", lambda: "")
+    monkeypatch.setattr("llm2clip.models.loading.find_hub_problem", lambda: "")
     assert find_adapter(LLAMA_3_1_8B) == tmp_path / subfolder
     assert find_adapter(Path("weights.pt")) is None and find_adapter("C:\\weights\\model.pt") is None
 

@@ -12,9 +12,8 @@ from transformers import LlamaConfig
 
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
 from llm2clip.llava.config import LlavaConfig
-from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.model_folder import LLM2CLIPConfig
+from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.tools.plan import costs as model_costs
 from llm2clip.tools.plan import llava as llava_planner

@@ -11,9 +11,9 @@ import pytest
 from gguf import GGUFWriter
 from safetensors.numpy import load_file
 
-from llm2clip.models.convert.gguf import convert_gguf
-from llm2clip.models.hub import pretrained
-from llm2clip.models.hub.pretrained import (
+from llm2clip.models import pretrained
+from llm2clip.models.gguf import convert_gguf
+from llm2clip.models.pretrained import (
     Asset,
     AssetError,
     AssetUnavailableError,

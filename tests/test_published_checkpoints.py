@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip.models.convert.encoders import TEMPLATE
-from llm2clip.models.convert.official import load_official_checkpoint
+from llm2clip.models.official_checkpoint import load_official_checkpoint
+from llm2clip.models.published_encoders import TEMPLATE
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from official_reference import (
     FIXTURE,

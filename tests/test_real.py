@@ -8,7 +8,7 @@ from sentence_transformers import SentenceTransformer
 
 from llm2clip.data.records import open_records
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
-from llm2clip.models.hub.pretrained import resolve_pretrained
+from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 
 CAPTIONS = ["A dog runs.", "Two children in red coats build a snowman in front of a house.", "一只狗在跑。"]

@@ -31,8 +31,8 @@ from llm2clip.evaluate.dense.segmentation import (
     evaluate_segmentation,
 )
 from llm2clip.io_utils import DataFormatError, MissingFileError
-from llm2clip.models.vision import sliding_window
-from llm2clip.models.vision.sliding_window import (
+from llm2clip.models.vision import segmentation
+from llm2clip.models.vision.segmentation import (
     PixelScores,
     ResizeForWindows,
     WindowAxis,
@@ -296,7 +296,7 @@ def reference_window_scores(image: Tensor, cells: Tensor, window: int, size: tup
 
 @pytest.mark.parametrize("size", [(48, 64), (70, 31), (300, 40), (16, 200), (37, 37)])
 def test_pixel_scores_match_the_procedure_of_sclip(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sliding_window, "TILE_ELEMENTS", 3 * size[1] * 7)  # tiles of seven rows
+    monkeypatch.setattr(segmentation, "TILE_ELEMENTS", 3 * size[1] * 7)  # tiles of seven rows
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
     transform = ResizeForWindows(window=16, cell_size=4, scale=1.5)
@@ -366,7 +366,7 @@ def reference_segmentation(
 def test_segment_matches_the_post_processing_of_sclip(
     counts: list[int], logit_scale: float, min_probability: float, min_area: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sliding_window, "TILE_ELEMENTS", 5 * 30 * 4)  # tiles of four rows
+    monkeypatch.setattr(segmentation, "TILE_ELEMENTS", 5 * 30 * 4)  # tiles of four rows
     scores = 0.3 * torch.randn(5, 22, 30, generator=torch.Generator().manual_seed(0))
     tiles = segment(identity_scores(scores), counts, logit_scale, min_probability, min_area)
     labels = torch.cat([tile for _, tile in tiles])

@@ -24,7 +24,7 @@ from conftest import HANG_TIMEOUT, run_distributed
 from llm2clip.cli import main
 from llm2clip.data.records import Record
 from llm2clip.io_utils import atomic_path
-from llm2clip.models.hub.loading import fingerprint
+from llm2clip.models.loading import fingerprint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError
 from llm2clip.store.encode import embed

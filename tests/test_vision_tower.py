@@ -16,9 +16,8 @@ from align_fixtures import ALIGN, make_store, read_split
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.data.transforms import Preprocess
-from llm2clip.models.heads import AdapterConfig
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.model_folder import LLM2CLIPConfig
+from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.vision.vision_tower import VisionTower, add_tower_lora, merge_tower_lora
 from llm2clip.train.align import align
 from llm2clip.train.optim import has_identical_blocks

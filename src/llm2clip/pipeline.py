@@ -60,13 +60,12 @@ from llm2clip.evaluate.short_queries import ShortQueryResult, choose_query_templ
 from llm2clip.io_utils import iterate_lines
 from llm2clip.models.dual_encoder import wrap_llm2clip
 from llm2clip.models.export.model_card import write_model_card
-from llm2clip.models.hub.loading import check_model_source
-from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
-from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.llm2clip import LLM2CLIP, rotate_to_principal_components
+from llm2clip.models.loading import check_model_source
 from llm2clip.models.model_folder import find_model_folder, save_query_templates
+from llm2clip.models.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
-from llm2clip.models.truncation import rotate_to_principal_components
 from llm2clip.runs.checkpoint import latest_checkpoint
 from llm2clip.runs.output_folder import run_lock, save_or_check_config
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state, wait_for_everyone

@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from llm2clip.caption.answers import Answer, CaptionRequest, clean_answer
 from llm2clip.caption.options import Prompt
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
-from llm2clip.models.hub.loading import load_vision_language_model, name_vision_language_model
+from llm2clip.models.loading import load_vision_language_model, name_vision_language_model
 from llm2clip.models.precision import resolve_precision
 from llm2clip.runs.ranks import process_state
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from llm2clip.models.hub.loading import is_hub_id
+from llm2clip.models.loading import is_hub_id
 
 # Prefixes of model names (see `models/dual_encoder.py` and `models/vision/vision_tower.py`).
 PREFIXES = ("open_clip:", "timm:", "st:", "hf:")
@@ -14,7 +14,7 @@ ENCODERS = (
     "smollm2-135m",
     "all-minilm-l6-v2",
     "gemma3-270m",
-)  # names of caption encoders in `models/hub/pretrained.py`
+)  # names of caption encoders in `models/pretrained.py`
 
 
 def check_sources(*groups: Iterable[str] | None) -> None:

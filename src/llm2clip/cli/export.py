@@ -79,11 +79,11 @@ def _convert(args: Namespace) -> list[str]:
     for source in args.source:
         if "/" not in source:  # names with a slash may refer to a file in a hub repository
             resolve_model(source)
-    from llm2clip.models.convert.encoders import find_adapter, is_nv_embed, load_adapter_encoder, load_nv_embed
-    from llm2clip.models.convert.official import load_official_checkpoint, save_official_checkpoint
     from llm2clip.models.export.model_card import write_model_card
     from llm2clip.models.llm2clip import LLM2CLIP
     from llm2clip.models.model_folder import is_model_folder
+    from llm2clip.models.official_checkpoint import load_official_checkpoint, save_official_checkpoint
+    from llm2clip.models.published_encoders import find_adapter, is_nv_embed, load_adapter_encoder, load_nv_embed
 
     source = args.source[0]
     if len(args.source) > 1 or find_adapter(source) is not None:
@@ -125,8 +125,8 @@ def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncod
 
 
 def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
-    from llm2clip.models.convert.official import attach_caption_encoder
     from llm2clip.models.llm2clip import LLM2CLIP
+    from llm2clip.models.official_checkpoint import attach_caption_encoder
 
     if text is None:
         raise ValueError(
@@ -141,7 +141,7 @@ def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
 
 
 def _format_closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[str]:
-    from llm2clip.models.convert.encoders import suggest_encoders
+    from llm2clip.models.published_encoders import suggest_encoders
 
     if model.has_encoder:
         return [f"Model: {folder}", f"Next: {format_command('evaluate', folder, 'DATA')}"]
@@ -201,7 +201,7 @@ def _push(args: Namespace) -> list[str]:
     from huggingface_hub.errors import HTTPError
 
     from llm2clip.models.export.model_card import render_model_card
-    from llm2clip.models.hub.loading import find_hub_problem
+    from llm2clip.models.loading import find_hub_problem
 
     folder = Path(args.model)
     if not any((folder / name).is_file() for name in ("config.json", "open_clip_config.json", "text.onnx")):

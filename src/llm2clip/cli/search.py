@@ -167,7 +167,7 @@ def _index(args: Namespace) -> list[str]:
     args.model = resolve_model(args.model)
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.models.dual_encoder import open_dual_encoder
-    from llm2clip.models.truncation import check_dim
+    from llm2clip.models.llm2clip import check_dim
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.build import IndexOptions, build_index
     from llm2clip.search.ocr import open_recognizer

@@ -19,12 +19,12 @@ from llm2clip.data.texts import deduplicate_captions
 from llm2clip.evaluate.bootstrap import bootstrap_intervals
 from llm2clip.evaluate.embeddings import PRECOMPUTED_SUFFIX
 from llm2clip.evaluate.recall import KS, compute_chance_recall, compute_positive_ranks, recall, two_way_ranks
+from llm2clip.models.clip_models import has_text_tower, load_clip_text_encoder
 from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
-from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import is_model_folder
+from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.text.caption_encoder import load_for_evaluation
-from llm2clip.models.text.clip_text_encoder import has_text_tower, load_clip_text_encoder
 from llm2clip.runs.ranks import process_state
 
 

@@ -18,9 +18,9 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import deduplicate_captions
 from llm2clip.evaluate.recall import check_finite
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from llm2clip.models.hub.loading import fingerprint
+from llm2clip.models.llm2clip import check_dim, truncate_and_normalize
+from llm2clip.models.loading import fingerprint
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
-from llm2clip.models.truncation import check_dim, truncate_and_normalize
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import process_state
 from llm2clip.store.image_features import (

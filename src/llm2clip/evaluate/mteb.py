@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from llm2clip.data.images import load_image
 from llm2clip.models.dual_encoder import open_dual_encoder
-from llm2clip.models.hub.loading import fingerprint
+from llm2clip.models.loading import fingerprint
 
 
 class MTEBModel(AbsEncoder):

@@ -34,7 +34,7 @@ from llm2clip.evaluate.reporting.verdicts import describe_caption_retrieval, des
 from llm2clip.evaluate.retrieval import compute_retrieval_difference
 from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.io_utils import MissingFileError, atomic_write_text, sanitize_name
-from llm2clip.models.hub.loading import get_display_names
+from llm2clip.models.loading import get_display_names
 from llm2clip.models.prompts import QueryTemplates, check_templates
 from llm2clip.models.vision.dense import DENSE_VARIANTS
 from llm2clip.reports import BAD, Block, Paragraph, render_markdown, write_report

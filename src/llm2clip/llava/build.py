@@ -23,11 +23,11 @@ from torch import nn
 from llm2clip.io_utils import atomic_dir
 from llm2clip.llava import modeling_patches
 from llm2clip.llava.dataset import IMAGE_TOKEN, find_answer_end_token, get_chat_template
-from llm2clip.models.export.transformers import build_vision_model
-from llm2clip.models.hub.loading import load_config
-from llm2clip.models.hub.pretrained import resolve_pretrained
+from llm2clip.models.export.pytorch import build_vision_model
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.loading import load_config
 from llm2clip.models.model_folder import is_model_folder
+from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.vision.vision_tower import VisionTower
 
 

@@ -14,7 +14,7 @@ from llm2clip.data.images import load_image
 from llm2clip.llava.dataset import IGNORE_INDEX, IMAGE_TOKEN, Conversation, to_messages, tokenize_and_label
 from llm2clip.llava.image_features import LlavaTransform
 from llm2clip.llava.modeling_patches import register_classes
-from llm2clip.models.hub.loading import load_vision_language_model
+from llm2clip.models.loading import load_vision_language_model
 from llm2clip.models.precision import resolve_precision
 from llm2clip.runs.ranks import process_state
 

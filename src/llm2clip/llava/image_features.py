@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import resize
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import EvalTransform, Preprocess
-from llm2clip.models.hub.loading import hash_weights
+from llm2clip.models.loading import hash_weights
 from llm2clip.store.image_features import store_image_features
 from llm2clip.store.store import EmbeddingStore
 

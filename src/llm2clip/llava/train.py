@@ -31,7 +31,7 @@ from llm2clip.llava.config import LlavaConfig
 from llm2clip.llava.dataset import Conversation, ConversationDataset, LengthGroupedSampler, LlavaCollator
 from llm2clip.llava.image_features import PatchFeatures, PrecomputedVision, cache_patch_features, get_patch_feature_size
 from llm2clip.llava.modeling_patches import register_classes
-from llm2clip.models.hub.loading import load_config
+from llm2clip.models.loading import load_config
 from llm2clip.models.precision import resolve_precision
 from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts
 from llm2clip.runs.fsdp import set_fsdp_wrap_policy, set_mixed_precision

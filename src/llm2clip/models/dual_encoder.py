@@ -25,7 +25,15 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.transforms import EvalTransform, Preprocess
-from llm2clip.models.hub.loading import (
+from llm2clip.models.clip_models import (
+    OPEN_CLIP_PREFIX,
+    ClipTextEncoder,
+    get_pooled_output,
+    has_text_tower,
+    load_clip_text_encoder,
+)
+from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE, check_dim
+from llm2clip.models.loading import (
     WITHOUT_HUB_CODE,
     check_model_source,
     explain_remote_code_error,
@@ -33,18 +41,9 @@ from llm2clip.models.hub.loading import (
     hash_weights,
     hide_loading_bars,
 )
-from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE
 from llm2clip.models.model_folder import is_model_folder
 from llm2clip.models.precision import FP32, Precision, Stage, resolve_precision
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
-from llm2clip.models.text.clip_text_encoder import (
-    OPEN_CLIP_PREFIX,
-    ClipTextEncoder,
-    get_pooled_output,
-    has_text_tower,
-    load_clip_text_encoder,
-)
-from llm2clip.models.truncation import check_dim
 from llm2clip.models.vision.dense import DenseEncoder, build_dense_encoder
 from llm2clip.models.vision.vision_tower import VisionTower
 

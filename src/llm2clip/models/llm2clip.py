@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -23,17 +24,24 @@ from llm2clip.data.images import load_image, to_image_list
 from llm2clip.data.texts import check_not_empty
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.io_utils import atomic_dir, describe_error, read_json_object
-from llm2clip.models.dense_methods import DenseMethods
-from llm2clip.models.heads import Adapter, build_projection
-from llm2clip.models.hub.loading import fingerprint, read_safetensors
+from llm2clip.models.loading import fingerprint, read_safetensors
 from llm2clip.models.model_folder import FORMAT_VERSION, LLM2CLIPConfig, find_model_folder, is_model_folder
+from llm2clip.models.modeling_llm2clip import Adapter
 from llm2clip.models.precision import Precision, Stage, calibrate_precision, resolve_precision
 from llm2clip.models.prompts import average_prompts, build_query_prompts, check_templates, fill_templates
 from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.sentence_transformer import truncate_embeddings
+from llm2clip.models.vision.segmentation import DenseMethods
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.output_folder import check_format_version
 
 MAX_LOGIT_SCALE = 100.0  # maximum of exp(logit_scale) during training
+# Initial standard deviation of the weights of a projection with bias, as in the LLM2CLIP authors' code
+# (eva_vit_model.py: 0.02 times an init_scale of 0.001). The bias starts at zero.
+SMALL_PROJECTION_STD = 2e-5
+# Name prefixes of timm towers for which a new projection gets a bias. In the authors' code, projections for EVA towers
+# have a bias, projections for OpenAI CLIP towers do not, and other towers have no trained projection.
+_TOWERS_WITH_PROJECTION_BIAS = ("eva",)
 
 
 class LLM2CLIP(DenseMethods, nn.Module):
@@ -375,3 +383,115 @@ class LLM2CLIP(DenseMethods, nn.Module):
         model._text_folder = folder / "text" if (folder / "text").is_dir() else None
         model.training_images = load_training_image_hashes(folder)
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
+    """Build an image projection with random weights, initialised as in the authors' code.
+
+    With a bias, the weights are near zero, as for EVA towers. Without a bias, their standard deviation is
+    1 / sqrt(feature_dim), as for OpenAI's CLIP.
+    """
+    projection = nn.Linear(feature_dim, embed_dim, bias=bias)
+    nn.init.normal_(projection.weight, std=SMALL_PROJECTION_STD if bias else feature_dim**-0.5)
+    if bias:
+        nn.init.zeros_(projection.bias)
+    return projection
+
+
+def needs_projection_bias(tower: dict[str, Any]) -> bool:
+    """Return True if a new image projection for this vision tower config should have a bias and near-zero weights."""
+    architecture = tower["architecture"]  # a dict for transformers towers
+    return isinstance(architecture, str) and architecture.startswith(_TOWERS_WITH_PROJECTION_BIAS)
+
+
+# ---- truncated embeddings -------------------------------------------------------------------------------------------
+
+
+def truncate_and_normalize(embeddings: Tensor, dim: int) -> Tensor:
+    """Keep the first `dim` of D dimensions. Return L2-normalised embeddings of shape (N, dim), given shape (N, D)."""
+    return F.normalize(embeddings[..., :dim], dim=-1)
+
+
+def check_dim(dim: int, embed_dim: int, name: str) -> None:
+    """Raise ValueError if the embeddings of the named model cannot be truncated to `dim` dimensions."""
+    if not 1 <= dim <= embed_dim:
+        raise ValueError(
+            f"the embeddings of {name} have {embed_dim} dimensions, so they cannot be truncated to {dim}. Choose a "
+            f"number from 1 to {embed_dim}"
+        )
+
+
+@torch.no_grad()
+def rotate_to_principal_components(model: LLM2CLIP, captions: Tensor) -> None:
+    """Rotate a model's embedding space, so that the first dimensions are those in which captions differ most.
+
+    The rotation is applied to the weights of the last layers of both towers, which are linear. Cosine similarities do
+    not change, except for rounding. The rows of the rotation are the principal components of the text embeddings
+    without centring: the eigenvectors of their second-moment matrix, largest eigenvalue first.
+
+    Args:
+        model: Model with an image projection and an adapter. The model is modified in place.
+        captions: Caption embeddings from the encoder, unnormalised, float32 of shape (N, text_dim).
+
+    Raises:
+        ValueError: The model has no image projection or no adapter.
+    """
+    if not isinstance(model.projection, nn.Linear) or model.config.adapter.depth == 0:
+        raise ValueError("the embedding space can be rotated only in a model with an image projection and an adapter")
+    texts = model.project_text_embeddings(captions).double()  # (N, D)
+    eigenvectors = torch.linalg.eigh(texts.T @ texts).eigenvectors  # columns, smallest eigenvalue first
+    rotation = eigenvectors.flip(1).T  # (D, D)
+    rotate_outputs(model.projection, rotation)
+    rotate_outputs(model.adapter.out, rotation)
+
+
+@torch.no_grad()
+def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
+    """Return a copy of a model that computes only the first `dim` dimensions of its embeddings.
+
+    The last layers of both towers are linear, so only their first `dim` rows are kept. A tower without a projection
+    gets one that selects the first `dim` features. Without an adapter, the caption encoder is truncated.
+
+    Raises:
+        ValueError: `dim` is less than 1 or greater than the model's `embed_dim`, or the model has neither an adapter
+            nor a caption encoder.
+    """
+    check_dim(dim, model.config.embed_dim, "the model")
+    if dim == model.config.embed_dim:
+        return model
+    config = dataclasses.replace(model.config, embed_dim=dim, projection=True)
+    config.matryoshka_dims = [size for size in config.matryoshka_dims if size < dim]
+    if config.adapter.depth == 0:
+        if not model.has_encoder:
+            raise ValueError("a model without an adapter can be truncated only with its caption encoder: add --text")
+        encoder = copy.deepcopy(model.encoder)
+        truncate_embeddings(encoder.st, dim)
+        config.text_dim, config.encoder = dim, encoder.identity()
+    truncated = copy.deepcopy(model)
+    truncated.config = config
+    if isinstance(truncated.projection, nn.Linear):
+        truncate_outputs(truncated.projection, dim)
+    else:
+        features = model.tower.feature_dim
+        truncated.projection = nn.Linear(features, dim, bias=False, device=model.device)
+        truncated.projection.weight.copy_(torch.eye(dim, features))
+    if config.adapter.depth == 0:
+        truncated._encoder[:] = [encoder]
+    else:
+        truncate_outputs(truncated.adapter.out, dim)
+    return truncated
+
+
+def rotate_outputs(layer: nn.Linear, rotation: Tensor) -> None:
+    """Multiply a linear layer's outputs by a float64 CPU matrix, by changing the layer's weights in place."""
+    layer.weight.copy_(rotation @ layer.weight.cpu().double())  # on the CPU, because Apple GPUs do not support float64
+    if layer.bias is not None:
+        layer.bias.copy_(rotation @ layer.bias.cpu().double())
+
+
+def truncate_outputs(layer: nn.Linear, dim: int) -> None:
+    """Keep only the first `dim` outputs of a linear layer, in place."""
+    layer.out_features = dim
+    layer.weight = nn.Parameter(layer.weight[:dim].clone())
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias[:dim].clone())

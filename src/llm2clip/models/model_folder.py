@@ -12,19 +12,71 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llm2clip.data.image_hashes import TRAINING_IMAGES_FILE
 from llm2clip.io_utils import atomic_write_text, read_json_object
-from llm2clip.models.heads import AdapterConfig
-from llm2clip.models.hub.loading import check_model_source
+from llm2clip.models.loading import check_model_source
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 
 # Files to download from the hub: configs, weights, tokenizers and model cards, but no pickles or code.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", TRAINING_IMAGES_FILE)
 FORMAT_VERSION = 1  # version of the model folder layout
+# Layers of a residual block: name in this package -> name in official checkpoints.
+_OFFICIAL_NAMES = {"norm": "ln", "up": "fn.0", "down": "fn.3"}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Architecture of the text adapter, as saved in the model config.
+
+    Attributes:
+        depth: number of residual blocks. 0 stands for no adapter: caption embeddings are text embeddings.
+        expansion: hidden size of a residual block, as a multiple of its input size.
+        normalize_input: if True, L2-normalise the caption embeddings before the first block.
+    """
+
+    depth: int = 4  # as in the paper
+    expansion: int = 2
+    normalize_input: bool = True
+
+    # In official checkpoints, the adapter is an nn.Sequential of residual blocks, a LayerNorm and a linear layer, so
+    # the tensor names start with an index.
+
+    @classmethod
+    def from_official(
+        cls, names: Collection[str], get_shape: Callable[[str], tuple[int, ...]], normalize_input: bool
+    ) -> tuple[AdapterConfig, int, int]:
+        """Infer the architecture from an official checkpoint. Return it with the input and output sizes.
+
+        Args:
+            names: names of the adapter's tensors, without the prefix of the adapter.
+            get_shape: function that returns the shape of the tensor with such a name, or raises an error if there is no
+                such tensor.
+        """
+        depth = len({name.partition(".")[0] for name in names if ".ln." in name})
+        text_dim = get_shape(f"{depth}.weight")[0]
+        hidden = get_shape("0.fn.0.weight")[0] if depth else 2 * text_dim
+        embed_dim = get_shape(f"{depth + 1}.weight")[0]
+        return cls(depth, hidden // text_dim, normalize_input), text_dim, embed_dim
+
+    def get_official_name(self, name: str) -> str:
+        """Return the name in official checkpoints of the adapter's tensor `name`."""
+        *block, layer, kind = name.split(".")  # blocks.N.LAYER.weight, norm.weight, out.weight, ...
+        if block:
+            return f"{block[1]}.{_OFFICIAL_NAMES[layer]}.{kind}"
+        return f"{self.depth + ('norm', 'out').index(layer)}.{kind}"
+
+    def find_official_problem(self) -> str | None:
+        """Return why official checkpoints cannot contain this adapter, or None if they can."""
+        if self.depth == 0:
+            return "there is no adapter"
+        if not self.normalize_input:
+            return "the adapter does not normalise its input, but the official adapter does"
+        return None
 
 
 @dataclass

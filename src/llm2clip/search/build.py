@@ -21,7 +21,7 @@ from llm2clip.data.records import Source, open_records
 from llm2clip.data.remote import is_remote
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.hub.loading import fingerprint
+from llm2clip.models.loading import fingerprint
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import Backend

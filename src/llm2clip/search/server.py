@@ -26,8 +26,8 @@ from starlette.types import Receive, Scope, Send
 
 from llm2clip import __version__
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.llm2clip import check_dim, truncate_and_normalize
 from llm2clip.models.prompts import QueryTemplates
-from llm2clip.models.truncation import check_dim, truncate_and_normalize
 from llm2clip.search.backends import Backend
 from llm2clip.search.errors import ERROR_RESPONSES, add_error_handlers
 from llm2clip.search.examples import ExampleCache, ExamplesResponse

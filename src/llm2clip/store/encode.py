@@ -26,8 +26,8 @@ import torch
 from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.io_utils import atomic_write_jsonl, install_command, read_jsonl
 from llm2clip.models.precision import calibrate_precision, resolve_precision
-from llm2clip.models.text.batching import MIN_CAPTIONS_TO_TUNE, TokenizedTexts, tune_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.packing import MIN_CAPTIONS_TO_TUNE, TokenizedTexts, tune_batch_tokens
 from llm2clip.prefetch import Prefetcher
 from llm2clip.runs.ranks import load_or_compute_json, process_state
 from llm2clip.store.layout import MANIFEST, read_manifest

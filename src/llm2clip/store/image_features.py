@@ -22,7 +22,7 @@ from llm2clip.data.image_refs import FileImage, ImageRef, to_valid_unicode
 from llm2clip.data.remote import get_remote_version, is_remote
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import EvalTransform
-from llm2clip.models.hub.loading import hash_weights
+from llm2clip.models.loading import hash_weights
 from llm2clip.models.precision import Precision
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar

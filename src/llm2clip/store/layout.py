@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 
 from llm2clip.data.texts import make_caption_key
 from llm2clip.io_utils import atomic_path
-from llm2clip.models.hub.loading import fingerprint
+from llm2clip.models.loading import fingerprint
 from llm2clip.runs.output_folder import check_format_version
 
 T = TypeVar("T")

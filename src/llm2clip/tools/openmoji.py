@@ -28,7 +28,7 @@ from llm2clip.io_utils import (
     install_command,
     read_json,
 )
-from llm2clip.models.hub.pretrained import resolve_pretrained
+from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.progress import ProgressBar
 
 LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es", "pt", "it", "ru", "ar", "fa", "tr", "id")

@@ -16,8 +16,8 @@ from llm2clip.config import AlignConfig, EncoderConfig, EvaluateConfig, FitConfi
 from llm2clip.data.images import load_thumbnail
 from llm2clip.data.records import open_records
 from llm2clip.io_utils import atomic_write_jsonl, read_jsonl
-from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.pipeline import fit, open_run
 from llm2clip.reports import Block, Example, Examples, Paragraph, write_report
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state

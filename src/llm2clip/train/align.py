@@ -26,8 +26,8 @@ from llm2clip.config import AlignConfig
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
-from llm2clip.models.hub.loading import fingerprint
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.loading import fingerprint
 from llm2clip.models.precision import tf32_matmul
 from llm2clip.models.vision.vision_tower import VisionTower, merge_tower_lora
 from llm2clip.prefetch import prefetch

@@ -18,11 +18,10 @@ from llm2clip.data.image_hashes import save_training_image_hashes
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import atomic_dir
-from llm2clip.models.heads import AdapterConfig
-from llm2clip.models.hub.loading import fingerprint, hash_weights, hide_loading_bars, load_config
+from llm2clip.models.clip_models import ClipTextEncoder, get_pooled_output, load_clip_text_encoder
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.model_folder import LLM2CLIPConfig
-from llm2clip.models.text.clip_text_encoder import ClipTextEncoder, get_pooled_output, load_clip_text_encoder
+from llm2clip.models.loading import fingerprint, hash_weights, hide_loading_bars, load_config
+from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.ranks import process_state, wait_for_everyone
 from llm2clip.train.align import align

@@ -33,13 +33,12 @@ from llm2clip.cpu_tuning import free_memory, onednn_matmul
 from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import iterate_lines
-from llm2clip.models.heads import AdapterConfig
-from llm2clip.models.hub.loading import check_model_source, fingerprint, hash_weights
-from llm2clip.models.hub.pretrained import resolve_pretrained
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.model_folder import LLM2CLIPConfig
-from llm2clip.models.text.batching import TokenizedTexts, batch_by_length, get_default_batch_tokens
+from llm2clip.models.loading import check_model_source, fingerprint, hash_weights
+from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
+from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.text.packing import TokenizedTexts, batch_by_length, get_default_batch_tokens
 from llm2clip.runs.fsdp import is_fsdp_enabled
 from llm2clip.runs.ranks import print_once, process_state
 from llm2clip.store.encode import embed

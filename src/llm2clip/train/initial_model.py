@@ -32,13 +32,16 @@ from llm2clip.cpu_tuning import free_memory, onednn_matmul
 from llm2clip.data.records import Record
 from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import atomic_path
-from llm2clip.models.heads import AdapterConfig, needs_projection_bias
-from llm2clip.models.hub.loading import fingerprint, hash_weights
-from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.model_folder import LLM2CLIPConfig
+from llm2clip.models.clip_models import (
+    ClipTextEncoder,
+    build_model_in_clip_space,
+    load_inherited_clip,
+    read_pretrained_logits,
+)
+from llm2clip.models.llm2clip import LLM2CLIP, needs_projection_bias
+from llm2clip.models.loading import fingerprint, hash_weights
+from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.precision import resolve_precision
-from llm2clip.models.pretrained_clip import build_model_in_clip_space, load_inherited_clip, read_pretrained_logits
-from llm2clip.models.text.clip_text_encoder import ClipTextEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone

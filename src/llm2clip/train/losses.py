@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip.models.truncation import truncate_and_normalize
+from llm2clip.models.llm2clip import truncate_and_normalize
 from llm2clip.runs.ranks import RaggedGather
 
 LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # a chunk fits in a CPU's cache or takes 256 MB on a GPU

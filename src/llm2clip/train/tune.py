@@ -37,11 +37,9 @@ from llm2clip.data.pairs import TuningItem, iter_pair_batches, resolve_pairs_per
 from llm2clip.data.texts import make_text_key
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.precision import Precision, resolve_precision
-from llm2clip.models.text.batching import TokenizedTexts, get_default_batch_tokens
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.lora import LoraSession, check_qlora_available
-from llm2clip.models.text.packing import copy_to_device
-from llm2clip.models.text.sentence_transformer import get_layers
+from llm2clip.models.text.packing import TokenizedTexts, copy_to_device, get_default_batch_tokens
+from llm2clip.models.text.sentence_transformer import LoraSession, check_qlora_available, get_layers
 from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts
 from llm2clip.runs.fsdp import (
     copy_to_meta_device,

@@ -13,7 +13,7 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 
 from llm2clip.evaluate.benchmarks.base import DetectionData, ImageId
 from llm2clip.io_utils import DataFormatError, MissingFileError, read_json
-from llm2clip.models.hub.loading import load_config
+from llm2clip.models.loading import load_config
 
 GROUND_TRUTH = "ground-truth"
 TORCHVISION_PREFIX = "torchvision:"

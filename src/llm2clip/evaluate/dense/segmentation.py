@@ -1,7 +1,7 @@
 """Zero-shot semantic segmentation with dense features, and its metrics.
 
 Each patch embedding is compared with the embeddings of all class names, and the scores are upsampled. The protocol
-follows SCLIP; see `models/vision/sliding_window.py` and `SegmentationData`. The metrics follow mmsegmentation:
+follows SCLIP; see `models/vision/segmentation.py` and `SegmentationData`. The metrics follow mmsegmentation:
 intersections and unions are summed over all images before they are divided.
 """
 
@@ -23,7 +23,7 @@ from llm2clip.evaluate.classification import encode_classes
 from llm2clip.evaluate.dense import decode_batches, gather_results, get_logit_scales, get_model, select_variants
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.io_utils import atomic_path, atomic_write_text, sanitize_name
-from llm2clip.models.vision.sliding_window import PixelScores, ResizeForWindows, encode_windows, segment
+from llm2clip.models.vision.segmentation import PixelScores, ResizeForWindows, encode_windows, segment
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
 from llm2clip.runs.ranks import process_state
 

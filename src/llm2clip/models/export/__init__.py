@@ -31,14 +31,14 @@ class ExportFormat:
 
 FORMATS = {
     "transformers": ExportFormat(
-        "transformers:export_transformers", 'AutoModel.from_pretrained("{out}", trust_remote_code=True)'
+        "pytorch:export_transformers", 'AutoModel.from_pretrained("{out}", trust_remote_code=True)'
     ),
     "sentence-transformers": ExportFormat(
-        "transformers:export_sentence_transformers", 'SentenceTransformer("{out}", trust_remote_code=True)'
+        "pytorch:export_sentence_transformers", 'SentenceTransformer("{out}", trust_remote_code=True)'
     ),
-    "vision": ExportFormat("transformers:export_vision", 'AutoModel.from_pretrained("{out}")'),
+    "vision": ExportFormat("pytorch:export_vision", 'AutoModel.from_pretrained("{out}")'),
     "onnx": ExportFormat("onnx:export_onnx", 'onnxruntime.InferenceSession("{out}/text.onnx"), see {out}/USE.md'),
-    "open_clip": ExportFormat("open_clip:export_open_clip", 'open_clip.create_model_and_transforms("local-dir:{out}")'),
+    "open_clip": ExportFormat("pytorch:export_open_clip", 'open_clip.create_model_and_transforms("local-dir:{out}")'),
 }
 
 
@@ -69,7 +69,7 @@ def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False, 
     export: Callable[..., list[str] | None] = resolve_name(f"{__name__}.{FORMATS[to].function}")
     options: dict[str, Any] = {"int8": True} if int8 else {}
     if dim is not None:
-        from llm2clip.models.truncation import truncate_model
+        from llm2clip.models.llm2clip import truncate_model
 
         model = truncate_model(model, dim)
     with atomic_dir(out) as folder:

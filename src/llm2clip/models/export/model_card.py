@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from llm2clip.io_utils import atomic_write_text, read_json
-from llm2clip.models.hub.pretrained import ASSETS
+from llm2clip.models.pretrained import ASSETS
 from llm2clip.runs.output_folder import CONFIG_FILE
 
 # Example code for the model card, keyed by `model_type` in config.json.

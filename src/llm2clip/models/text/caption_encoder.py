@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import flex_attention_is_correct, onednn_matmul
 from llm2clip.data.texts import check_texts
-from llm2clip.models.hub.loading import hash_text, hash_weights, hide_loading_bars
-from llm2clip.models.hub.pretrained import resolve_gguf, resolve_pretrained
+from llm2clip.models.loading import hash_text, hash_weights, hide_loading_bars
 from llm2clip.models.precision import (
     FP32,
     Precision,
@@ -31,9 +30,17 @@ from llm2clip.models.precision import (
     cast_linear_weights,
     resolve_precision,
 )
-from llm2clip.models.text.batching import TokenizedTexts, get_default_encoding_tokens
+from llm2clip.models.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
-from llm2clip.models.text.packing import PACKED, can_pack, copy_to_device, pack_captions, remove_prompts
+from llm2clip.models.text.packing import (
+    PACKED,
+    TokenizedTexts,
+    can_pack,
+    copy_to_device,
+    get_default_encoding_tokens,
+    pack_captions,
+    remove_prompts,
+)
 from llm2clip.models.text.sentence_transformer import (
     count_prompt_tokens,
     has_consistent_prompt_length,
@@ -90,7 +97,7 @@ class CaptionEncoder(nn.Module):
 
         Args:
             path: folder or hub id of a transformers or sentence-transformers model, an llm2clip model folder, a `.gguf`
-                file, or the name of a model that `llm2clip` can download (see `models/hub/pretrained.py`).
+                file, or the name of a model that `llm2clip` can download (see `models/pretrained.py`).
             bidirectional: if True, each token attends to all tokens; if False, only to itself and earlier tokens.
             layers: number of layers to keep, counting from the input. The final norm is always kept.
             template: text around the caption, such as `"<|im_start|>user\\n{caption}<|im_end|>"`. The text before

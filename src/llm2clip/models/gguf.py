@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llm2clip.io_utils import atomic_dir
-from llm2clip.models.hub.loading import hide_loading_bars
+from llm2clip.models.loading import hide_loading_bars
 
 # GGUF type codes of strings and arrays, and the size in bytes of each other type of value, keyed by type code.
 _STRING, _ARRAY = 8, 9
