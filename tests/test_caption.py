@@ -1,5 +1,6 @@
 """Tests of `llm2clip caption`: prompts, endpoint, resuming, local models, and the records that are written."""
 
+import asyncio
 import gzip
 import json
 import os
@@ -29,11 +30,11 @@ from caption_fixtures import FAULTS, CaptionServer, make_photos, run_server
 from conftest import run_distributed
 from llava_fixtures import build_tiny_llava
 from llm2clip import pipeline
-from llm2clip.caption import endpoint, local
+from llm2clip.caption import captioners
 from llm2clip.caption import run as caption_run
 from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError, clean_answer
+from llm2clip.caption.captioners import LocalCaptioner
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
-from llm2clip.caption.local import LocalCaptioner
 from llm2clip.caption.options import CaptionOptions, Prompt, load_prompts
 from llm2clip.cli import build_parser, main
 from llm2clip.cli.output_folders import check_output_folder
@@ -52,7 +53,7 @@ CAPTIONS_PER_IMAGE = 3
 
 @pytest.fixture(autouse=True)
 def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(captioners, "FIRST_DELAY", 0.01)
 
 
 @pytest.fixture
@@ -462,7 +463,7 @@ def test_unchanged_files_are_not_read_again(tmp_path: Path, photos: Path, monkey
 
     with run_server() as server:
         caption(server, photos, tmp_path / "out.jsonl")
-        monkeypatch.setattr(caption_run, "write_report", lambda *_: None)  # reads images for its thumbnails
+        monkeypatch.setattr(caption_run, "write_caption_report", lambda *_: None)  # reads images for its thumbnails
         monkeypatch.setattr(ImageRef, "read", record)
         image = photos / "0001.png"
         image.write_bytes((photos / "0000.png").read_bytes())  # the images have the same size
@@ -475,8 +476,8 @@ def test_unchanged_files_are_not_read_again(tmp_path: Path, photos: Path, monkey
 
 def test_database_of_another_format_is_rejected(tmp_path: Path) -> None:
     with closing(CaptionDatabase(tmp_path / "out.jsonl.sqlite")) as database:
-        database.connection.execute("PRAGMA user_version = 1")
-    with pytest.raises(ValueError, match=r"has format 1, not 2\. Use another --out, or delete this file"):
+        database.connection.execute("PRAGMA user_version = 2")
+    with pytest.raises(ValueError, match=r"has format 2, not 3\. Use another --out, or delete this file"):
         CaptionDatabase(tmp_path / "out.jsonl.sqlite")
 
 
@@ -530,8 +531,8 @@ def test_refusals_and_rejected_images_are_listed_and_asked_again(tmp_path: Path,
 def test_rejected_first_requests_stop_the_run(
     tmp_path: Path, photos: Path, fault: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
-    with run_server(faults=[fault] * 99) as server, pytest.raises(endpoint.EndpointError) as error:
+    monkeypatch.setenv(captioners.KEY_VARIABLE, KEY)
+    with run_server(faults=[fault] * 99) as server, pytest.raises(captioners.EndpointError) as error:
         caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "2")
     assert message in str(error.value) and KEY not in str(error.value)
     assert server.num_requests <= 2
@@ -545,10 +546,10 @@ def test_rejected_image_does_not_stop_a_first_run(tmp_path: Path, photos: Path) 
 
 
 def test_run_stops_if_all_images_are_rejected(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "MAX_FAILURES_IN_A_ROW", 7)
+    monkeypatch.setattr(captioners, "MAX_FAILURES_IN_A_ROW", 7)
     with (
         run_server(faults=["400:this model takes no images"] * 99) as server,
-        pytest.raises(endpoint.EndpointError, match=r"the last 7 requests failed.*this model takes no images"),
+        pytest.raises(captioners.EndpointError, match=r"the last 7 requests failed.*this model takes no images"),
     ):
         caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "1")
     assert server.num_requests == 7
@@ -556,7 +557,7 @@ def test_run_stops_if_all_images_are_rejected(tmp_path: Path, photos: Path, monk
 
 def test_proxy_is_used_only_for_encrypted_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     def uses_proxy(url: str) -> bool:
-        client = endpoint.EndpointCaptioner(url, "tiny")._get_connection()._client
+        client = captioners.EndpointCaptioner(url, "tiny")._client
         return any(transport is not None for transport in client._mounts.values())
 
     for scheme in ("http", "https"):
@@ -568,7 +569,7 @@ def test_proxy_is_used_only_for_encrypted_connections(monkeypatch: pytest.Monkey
 def test_key_is_sent_but_never_written(
     tmp_path: Path, photos: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
+    monkeypatch.setenv(captioners.KEY_VARIABLE, KEY)
     with run_server(faults=["", *["403"] * 5], fault_rate=0.2) as server:  # these errors repeat the key
         flags = ["--retries", "0", "--concurrency", "1", "--max_skipped", "1"]
         caption(server, photos, tmp_path / "out.jsonl", *flags)
@@ -579,10 +580,10 @@ def test_key_is_sent_but_never_written(
 
 
 def test_run_stops_when_the_server_is_down(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "MAX_FAILURES_IN_A_ROW", 4)
+    monkeypatch.setattr(captioners, "MAX_FAILURES_IN_A_ROW", 4)
     with run_server() as server:
         pass  # now, nothing listens on its port
-    with pytest.raises(endpoint.EndpointError, match=r"the last 4 requests failed. the connection failed"):
+    with pytest.raises(captioners.EndpointError, match=r"the last 4 requests failed. the connection failed"):
         caption(server, photos, tmp_path / "out.jsonl", "--retries", "1")
 
 
@@ -615,7 +616,7 @@ def test_cost_limit_stops_the_run_until_it_is_raised(tmp_path: Path, photos: Pat
 
 
 def test_schedule_limits_requests_per_minute_and_pauses() -> None:
-    schedule, stopped = endpoint._Schedule(600), threading.Event()
+    schedule, stopped = captioners._Schedule(600), threading.Event()
     start = time.monotonic()
     for _ in range(3):
         schedule.wait(stopped)
@@ -629,15 +630,15 @@ def test_schedule_limits_requests_per_minute_and_pauses() -> None:
     assert time.monotonic() - start > 0.4
     schedule.pause(60)
     stopped.set()
-    with pytest.raises(endpoint.StoppedError):
+    with pytest.raises(captioners.StoppedError):
         schedule.wait(stopped)
 
 
 def test_retry_after_can_be_seconds_or_a_date() -> None:
     def parse(value: str) -> float | None:
-        return endpoint._parse_retry_after(httpx.Response(429, headers={"Retry-After": value}))
+        return captioners._parse_retry_after(httpx.Response(429, headers={"Retry-After": value}))
 
-    assert parse("2.5") == 2.5 and parse("99999") == endpoint.MAX_RETRY_AFTER and parse("-1") is None
+    assert parse("2.5") == 2.5 and parse("99999") == captioners.MAX_RETRY_AFTER and parse("-1") is None
     assert 20 < (parse(formatdate(time.time() + 30, usegmt=True)) or 0) <= 30
     assert parse("soon") is None and parse("") is None
 
@@ -653,14 +654,14 @@ def test_newer_name_of_max_tokens_is_used_if_the_server_needs_it(tmp_path: Path,
 def test_refused_filtered_and_compressed_responses_are_not_captions() -> None:
     def parse(message: dict[str, Any], reason: str = "stop") -> Answer:
         choice = {"message": message, "finish_reason": reason}
-        return endpoint._parse_response(json.dumps({"choices": [choice]}).encode())
+        return captioners._parse_response(json.dumps({"choices": [choice]}).encode())
 
     assert parse({"content": "A dog runs."}).text == "A dog runs."
     assert "refusal" in str(parse({"content": None, "refusal": "Our policy is violated."}).error)
     assert "content filter" in str(parse({"content": "A man in a park is about to"}, "content_filter").error)
     response = httpx.Response(200, headers={"Content-Encoding": "gzip"}, content=gzip.compress(b"x"))
-    with pytest.raises(endpoint._RequestError, match="compressed"):
-        endpoint._read_limited(response)
+    with pytest.raises(captioners._RequestError, match="compressed"):
+        asyncio.run(captioners._read_limited(response))
 
 
 @pytest.mark.parametrize(
@@ -673,13 +674,13 @@ def test_refused_filtered_and_compressed_responses_are_not_captions() -> None:
 )
 def test_invalid_endpoints_are_rejected(url: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        endpoint.EndpointCaptioner(url, "tiny")
+        captioners.EndpointCaptioner(url, "tiny")
 
 
 def test_unencrypted_connections_to_other_machines_are_reported() -> None:
-    assert len(endpoint.EndpointCaptioner("http://127.0.0.1:1/v1", "tiny").describe()) == 1
-    assert len(endpoint.EndpointCaptioner("https://example.org/v1", "tiny").describe()) == 1
-    first, second = endpoint.EndpointCaptioner("http://example.org/v1", "tiny").describe()
+    assert len(captioners.EndpointCaptioner("http://127.0.0.1:1/v1", "tiny").describe()) == 1
+    assert len(captioners.EndpointCaptioner("https://example.org/v1", "tiny").describe()) == 1
+    first, second = captioners.EndpointCaptioner("http://example.org/v1", "tiny").describe()
     assert first == "Images are sent to http://example.org (model tiny)." and "not encrypted" in second
 
 
@@ -711,6 +712,32 @@ def test_interrupted_run_stores_answers_and_resumes(
     assert len(read_rows(out)) == 6
 
 
+def test_second_interrupt_while_an_image_is_read_does_not_wait_for_requests(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, finish = threading.Event(), threading.Event()
+
+    def ask(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
+        started.set()
+        finish.wait(20)
+        raise StoppedError
+
+    def prepare(self: FixedCaptioner, image: torch.Tensor) -> torch.Tensor:
+        if started.wait(0.2):  # the first images fill the first batch
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return image
+
+    monkeypatch.setattr(FixedCaptioner, "ask", ask)
+    monkeypatch.setattr(FixedCaptioner, "prepare", prepare)
+    start = time.monotonic()
+    prompts = [Prompt("one", "short", "Describe it.")]
+    with pytest.raises(KeyboardInterrupt):
+        caption_run.caption_images([str(photos)], tmp_path / "out.jsonl", FixedCaptioner(), prompts, CaptionOptions())
+    assert time.monotonic() - start < 10
+    finish.set()
+
+
 def test_killed_run_repeats_only_requests_in_flight(tmp_path: Path, photos: Path) -> None:
     out = tmp_path / "out.jsonl"
     with run_server(delay=0.1) as server:
@@ -738,7 +765,7 @@ def test_output_of_another_program_and_a_second_run_are_rejected(tmp_path: Path,
         first.start()
         while not server.num_requests:
             time.sleep(0.01)
-        with pytest.raises(FolderInUseError, match=f"another run is writing to {out}"):
+        with pytest.raises(FolderInUseError, match=f"another run is writing to {tmp_path}"):
             caption(server, photos, out)
         first.join()
     assert server.num_requests == 6 * CAPTIONS_PER_IMAGE
@@ -843,7 +870,7 @@ def accept_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def accept(text: str, truncated: bool, *tokens: int) -> Answer:
         return Answer(f"A dog next to {text.encode().hex()}.", None, *tokens)
 
-    monkeypatch.setattr(local, "clean_answer", accept)
+    monkeypatch.setattr(captioners, "clean_answer", accept)
 
 
 @pytest.mark.usefixtures("accept_all")
@@ -919,6 +946,9 @@ def test_fit_captions_the_images_before_training(
     file = write_prompts(tmp_path / "prompts.yaml", one={"kind": "short", "text": "Describe it."})
     checks = ["load_pretrained_parts", "check_encoder"]
     encoders = []
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text("{}")
     monkeypatch.setattr(caption_run, "score_captions", lambda *args: encoders.append(args[3].name))
     with run_server() as server:
         words = ["fit", photos, "--out", run, "--caption", server.url]
@@ -930,6 +960,9 @@ def test_fit_captions_the_images_before_training(
             run_command(*words, "--align.loss", "nonsense")
         with pytest.raises(ValueError, match=r"with --caption, the data has only .* .got captions_de"):
             run_command(*words, "--evaluate.fields", '["captions_de", "short_captions"]')
+        for flags in (["--caption_prompts", tmp_path / "no.yaml"], ["--caption_check", damaged]):
+            with pytest.raises((OSError, ValueError), match=r"no\.yaml|damaged"):
+                run_command(*words, *flags)
         assert server.num_requests == 0 and not run.exists()
         server.answers = {"Describe": "I'm sorry, but I can't."}
         with pytest.raises(TooManySkipped, match="6 of 6 images have no caption"):

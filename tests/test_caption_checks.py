@@ -34,12 +34,19 @@ from llm2clip.caption.checks import (
     score_captions,
 )
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
+from llm2clip.caption.files import (
+    CaptionReport,
+    build_blocks,
+    describe_captions,
+    find_worst_images,
+    write_caption_report,
+)
 from llm2clip.caption.options import CaptionOptions, Prompt
-from llm2clip.caption.report import CaptionReport, find_worst_images, format_report, write_report
 from llm2clip.caption.run import caption_images
 from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.reports import render_text
 
 MODEL = "vlm"
 SHORT, SECOND, DENSE = (
@@ -341,6 +348,10 @@ def make_report(database: CaptionDatabase, prompts: Sequence[Prompt] = (SHORT, S
     return CaptionReport(["photos"], MODEL, prompts, check_captions(database, MODEL, prompts), cost=1.234)
 
 
+def format_report(database: CaptionDatabase, report: CaptionReport) -> str:
+    return render_text(build_blocks(database, report), describe_captions(database, report))
+
+
 def test_report_lists_problems_failures_lengths_and_cost(tmp_path: Path) -> None:
     captions = [["A dog runs in the park", None], ["A cat", None], ["A red bus on a street", "Two old men talk"]]
     database = make_database(tmp_path / "c.sqlite", captions)
@@ -387,7 +398,7 @@ def test_report_escapes_hostile_captions_names_and_errors(tmp_path: Path, image_
     for n, (text, error) in texts.items():
         database.add_answers([StoredAnswer(make_hash(n), SHORT.key, 0, SCRIPT, text, error, 0.0, "2026-11-29")])
     report = CaptionReport([SCRIPT], SCRIPT, [SHORT], check_captions(database, SCRIPT, [SHORT]))
-    write_report(tmp_path / "report.html", database, report)
+    write_caption_report(tmp_path / "report.html", database, report)
     html = (tmp_path / "report.html").read_text()
     assert "<script" not in html and "<img src=x" not in html and "<b>" not in html
     assert html.count("&lt;script&gt;") > 5 and html.count("data:image/jpeg;base64,") == 1
@@ -397,9 +408,9 @@ def test_report_escapes_hostile_captions_names_and_errors(tmp_path: Path, image_
 
 
 def test_report_shows_at_most_a_few_hundred_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip.caption.report.MAX_IMAGES", 5)
+    monkeypatch.setattr("llm2clip.caption.files.MAX_IMAGES", 5)
     database = make_database(tmp_path / "c.sqlite", [[text] for text in make_sentences(9)])
-    write_report(tmp_path / "report.html", database, make_report(database))
+    write_caption_report(tmp_path / "report.html", database, make_report(database))
     assert (tmp_path / "report.html").read_text().count("<article>") == 5
     assert json.dumps(make_sentences(1)[0])[1:-1].replace("'", "&#39;") in (tmp_path / "report.html").read_text()
 

@@ -11,9 +11,9 @@ from huggingface_hub import constants
 
 from caption_fixtures import make_photos
 from llava_fixtures import build_tiny_llava, load_model
-from llm2clip.caption import local
+from llm2clip.caption import captioners
 from llm2clip.caption.answers import Answer, CaptionRequest
-from llm2clip.caption.local import LocalCaptioner
+from llm2clip.caption.captioners import LocalCaptioner
 from llm2clip.caption.options import Prompt
 from llm2clip.cli import main
 from llm2clip.models.loading import name_vision_language_model
@@ -33,7 +33,7 @@ def test_sampled_answers_differ_between_processes_and_retries(
     tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A new process starts with PyTorch's default seed."""
-    monkeypatch.setattr(local, "clean_answer", lambda text, *_: Answer(text))
+    monkeypatch.setattr(captioners, "clean_answer", lambda text, *_: Answer(text))
     prompt = Prompt("a", "short", "Describe it.", temperature=1.0, max_tokens=10)
     answers = []
     for _ in range(2):

@@ -20,8 +20,40 @@ _MARKDOWN_LINE = re.compile(r"^[ \t]*(?:#{1,6}[ \t]+|>[ \t]+|[-*•][ \t]+|```\w
 _LABEL = re.compile(r"^(?:caption|description|answer|sentence)\s*:\s*", re.IGNORECASE)
 _EMPHASIS = re.compile(r"(\*\*|__|`)(?=\S)(.{1,200}?)(?<=\S)\1")
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "「": "」"}
-_REFUSAL_CHARACTERS = 300  # at the beginning of an answer, in which a refusal is expected
 _SENTENCE_END = re.compile(r".*[.!?。！？](?=\s|$|[\"”’])", re.DOTALL)
+
+# An answer is a refusal if it begins with one of these texts, after an optional apology. An apology before other words
+# is not enough, because a caption can quote one from a sign.
+_REFUSAL_CHARACTERS = 300
+_APOLOGY = re.compile(
+    r"(?:(?:i am |i'm )?(?:sorry|afraid)|(?:my )?apologies|i apologi[sz]e|unfortunately|es tut mir leid|leider|"
+    r"(?:je suis )?désolée?|lo siento|很?抱歉|对不起)(?: for (?:the|any) \w+)?[\s,.!，]*(?:but |aber |mais |pero |我)?",
+    re.IGNORECASE,
+)
+_PHOTO = r"(?:image|picture|photo)s?"
+_REFUSALS = (
+    r"$",
+    r"i (?:can ?not|can't)[.!]*$",
+    r"i(?: can ?not| can't| won't be able to| must decline to|(?: am|'m) (?:\w+ly )?(?:unable|not able) to) "
+    r"(?:describe|identify|assist|comply|process|help (?:you|with)|do that|"
+    rf"(?:see|view|access|provide) (?:[\w']+ ){{0,3}}?(?:{_PHOTO}|captions?|descriptions?|details)\b)",
+    rf"i (?:do not|don't) (?:have (?:access|the ability)|see (?:an?|any|the) {_PHOTO})\b",
+    r"i(?: am|'m) (?:an ai\b|not comfortable (?:describing|identifying))",
+    r"as an? (?:[\w-]+ ){0,3}?(?:[\w-]*ai|model|assistant)\b[^.]{0,30},? i\b",
+    rf"(?:it (?:seems|looks like|appears) )?(?:there is )?no {_PHOTO} (?:is |was |here )?"
+    r"(?:attached|provided|uploaded|to )",
+    r"(?:it (?:seems|looks like|appears) )?you (?:have not|haven't|did not|didn't) (?:upload|attach|provide)",
+    rf"(?:please|could you(?: please)?) (?:upload|provide|share|attach) (?:the|an?|your) {_PHOTO}\b",
+    rf"the {_PHOTO} (?:could not|cannot) be (?:loaded|displayed|opened)",
+    r"this (?:request|content) (?:violates|goes against)\b",
+    r"(?:ich kann|kann ich)\b[^.]{0,60}?\b(?:nichts?|keine?)\b[^.]{0,40}?\b(?:sehen|beschreiben|erkennen|helfen)\b",
+    r"ich sehe kein (?:bild|foto)|es wurde kein (?:bild|foto)|bitte laden sie|als ki\b[^.]{0,20} kann ich",
+    r"je ne (?:peux|vois) pas\b[^.]{0,30}?\b(?:voir|décrire|identifier|aider|image|photo)\b|en tant que modèle\b",
+    r"no (?:puedo|veo)\b[^.]{0,20}?\b(?:ver|describir|identificar|ayudar\w*|imagen|foto)\b|como modelo de lenguaje\b",
+    r"我?(?:无法|不能)[^。]{0,20}?(?:查看|看到|描述|识别(?:图|这))|作为[^。]{0,12}(?:人工智能|语言模型)|请上传",
+    r"申し訳[^。]{0,60}できません|画像[^。]{0,12}(?:できません|ていません)",
+)
+_REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,53 +162,8 @@ def _strip_markup(text: str) -> str:
     return text
 
 
-# ---- refusals --------------------------------------------------------------------------------------------------------
-
-# A caption can begin like a refusal, for example if it quotes a sign. Therefore, an apology is not sufficient: it must
-# be followed by what the model cannot do, or by a missing image.
-_CANNOT = (
-    r"(?:can ?not|can't|won't be able to|do not|don't|must decline to|"
-    r"(?:am|'m) (?:\w+ly )?(?:unable to|not able to))"
-)
-_PHOTO = r"(?:image|picture|photo)"
-_THING = rf"(?:{_PHOTO}s?|captions?|descriptions?|details?|assumptions?)\b"
-_REFUSALS = (
-    # English
-    r"(?:(?:(?:i am |i'm )?(?:really |very |so )?(?:sorry|afraid)|(?:my )?apologies|i apologi[sz]e|unfortunately)"
-    r"(?: for (?:the|any) \w+)?[\s,.!]*(?:but )?)?(?:"
-    rf"i ?{_CANNOT} (?:describe|identify|assist|comply|recogni[sz]e|help (?:you|with|identify)|do that|"
-    rf"have (?:the ability|access)|(?:see|view|process|access|provide|make|write) (?:[\w']+ ){{0,3}}?{_THING})|"
-    r"i (?:can ?not|can't)[.!]*$|$|i(?: am|'m) (?:an ai|not comfortable (?:describing|identifying|with))\b|"
-    rf"(?:it (?:seems|looks|appears)(?: like| that)? )?(?:(?:there is )?no {_PHOTO}(?: is| was| has been)? "
-    r"(?:attached|provided|uploaded|here)(?:[.,!]|$| to (?:your|this|describe|provide|caption)\b)|"
-    r"you (?:have not|haven't|did not|didn't) (?:upload|attach|provide|include)|"
-    rf"the {_PHOTO} (?:did not load|(?:could not|cannot) be (?:loaded|displayed|opened)))|"
-    rf"(?:please|could you(?: please)?) (?:upload|provide|share|attach|send) (?:the|an?|your) {_PHOTO}\b|"
-    r"this (?:request|content) (?:violates|goes against)\b)",
-    r"as an? (?:[\w-]+ ){0,3}?(?:[\w-]*ai|model|assistant)\b[^.]{0,30},? i\b",
-    # German
-    r"(?:es tut mir leid[\s,]*(?:aber )?|leider )?(?:(?:ich kann|kann ich)\b[^.]{0,60}?\b(?:nichts?|keine?[nrms]?)\b"
-    r"[^.]{0,40}?\b(?:sehen|beschreiben|erkennen|identifizieren|helfen)\b|ich sehe kein (?:bild|foto))",
-    r"als (?:eine? )?ki\b[^.]{0,20} (?:kann|darf|habe|bin) ich|es wurde kein (?:bild|foto)|"
-    r"bitte lade?n? (?:sie )?[^.]{0,15}(?:bild|foto)",
-    # French
-    r"(?:(?:je suis )?désolée?[\s,]*(?:mais )?)?je ne (?:peux|vois|suis) pas\b[^.]{0,30}?"
-    r"\b(?:voir|décrire|identifier|aider|image|photo)\b|en tant qu(?:e modèle|'ia|'assistant)\b",
-    # Spanish
-    r"(?:lo siento[\s,]*(?:pero )?)?no (?:puedo|veo|tengo acceso)\b[^.]{0,20}?"
-    r"\b(?:ver|describir|identificar|ayudar\w*|imagen|foto)\b|"
-    r"como (?:una? )?(?:modelo de lenguaje|ia)\b[^.]{0,30}\bno\b",
-    # Chinese
-    r"(?:(?:很?抱歉|对不起|對不起)[，,]\s*我?|我)(?:无法|無法|不能)[^。]{0,20}?"
-    r"(?:查看|看到|描述|识别|識別|帮|幫|提供)",
-    r"作为[^。]{0,12}(?:人工智能|语言模型)[^。]{0,12}(?:无法|不能)|请(?:上传|提供)[^。]{0,6}(?:图|照片)",
-    # Japanese
-    r"申し訳[^。]{0,60}(?:できません|できかねます)|画像[^。]{0,12}(?:できません|ていません)",
-)
-_REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)
-
-
 def is_refusal(text: str) -> bool:
     """Return True if a text begins with a refusal to write a caption."""
     beginning = " ".join(text[:_REFUSAL_CHARACTERS].replace("’", "'").split())
-    return _REFUSAL.match(beginning) is not None
+    apology = _APOLOGY.match(beginning)
+    return _REFUSAL.match(beginning, apology.end() if apology else 0) is not None

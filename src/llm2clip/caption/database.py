@@ -9,14 +9,14 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm2clip.caption.options import Prompt
 
 BUSY_TIMEOUT = 60  # seconds to wait for another rank's transaction
-FORMAT = 2
+FORMAT = 3
 SCHEMA = """
 CREATE TABLE images(
   number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, hash TEXT NOT NULL, record TEXT NOT NULL, version TEXT
@@ -30,11 +30,6 @@ CREATE TABLE answers(
   PRIMARY KEY(hash, prompt, sample, model)
 ) WITHOUT ROWID;
 """
-_IMAGE_COLUMNS = "number, key, hash, record, version"
-_ANSWER_COLUMNS = (
-    "hash, prompt, sample, model, text, error, temperature, date, input_tokens, output_tokens, problem, score, rank, "
-    "text_hash"
-)
 # The image files in a folder are listed even if a caption file in the folder, which can have splits, names them.
 _REMOVE_LISTED = """
 DELETE FROM images WHERE json_extract(record, '$.split') IS NULL AND json_extract(record, '$.captions') IS NULL
@@ -50,22 +45,23 @@ _KEEP_CAPTION = ", ".join(
 )
 # The tokens of earlier attempts are added, because they have been paid for.
 _ADD_ANSWER = f"""
-INSERT INTO answers({_ANSWER_COLUMNS}) VALUES ({", ".join("?" * 14)})
+INSERT INTO answers VALUES ({", ".join("?" * 14)})
 ON CONFLICT DO UPDATE SET error = excluded.error, input_tokens = input_tokens + excluded.input_tokens,
   output_tokens = output_tokens + excluded.output_tokens,
   {_KEEP_CAPTION}
 """
-# Errors are grouped by the text before the first colon.
-_COUNT_ERRORS = """
-SELECT substr(error, 1, instr(error || ':', ':') - 1) AS reason, count(*) AS number, min(error) FROM answers
-WHERE model = ? AND error IS NOT NULL AND ({prompts})
-  AND EXISTS (SELECT 1 FROM images WHERE images.hash = answers.hash)
-GROUP BY reason ORDER BY number DESC, reason LIMIT ?
+# Answers of a model to the prompts, for the current images.
+_CURRENT_ANSWERS = """
+FROM answers WHERE model = ? AND ({prompts}) AND EXISTS (SELECT 1 FROM images WHERE images.hash = answers.hash)
 """
-_COUNT_WITHOUT_CAPTION = """
+# Errors are grouped by the text before the first colon.
+_COUNT_ERRORS = f"""
+SELECT substr(error, 1, instr(error || ':', ':') - 1) AS reason, count(*) AS number, min(error) {_CURRENT_ANSWERS}
+  AND error IS NOT NULL GROUP BY reason ORDER BY number DESC, reason LIMIT ?
+"""
+_COUNT_WITHOUT_CAPTION = f"""
 SELECT count(*) FILTER (WHERE num_captions = 0), count(*) FILTER (WHERE num_captions > 0 AND num_accepted = 0) FROM (
-  SELECT count(text) AS num_captions, count(text) FILTER (WHERE problem IS NULL) AS num_accepted FROM answers
-  WHERE model = ? AND ({prompts}) AND EXISTS (SELECT 1 FROM images WHERE images.hash = answers.hash)
+  SELECT count(text) AS num_captions, count(text) FILTER (WHERE problem IS NULL) AS num_accepted {_CURRENT_ANSWERS}
   GROUP BY hash)
 """
 
@@ -81,7 +77,7 @@ class AnswerKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StoredAnswer:
-    """A row of the table `answers`.
+    """A row of the table `answers`. The order of the fields is the order of the columns.
 
     Attributes:
         text: The caption, or None if the request failed.
@@ -196,19 +192,18 @@ class CaptionDatabase:
 
     def find_image(self, key: str) -> ImageRow | None:
         """Return the image with this key, or None."""
-        row = self.connection.execute(f"SELECT {_IMAGE_COLUMNS} FROM images WHERE key = ?", (key,)).fetchone()
+        row = self.connection.execute("SELECT * FROM images WHERE key = ?", (key,)).fetchone()
         return None if row is None else _to_image_row(row)
 
     def read_image(self, number: int) -> ImageRow:
         """Return the record with this number."""
-        row = self.connection.execute(f"SELECT {_IMAGE_COLUMNS} FROM images WHERE number = ?", (number,)).fetchone()
+        row = self.connection.execute("SELECT * FROM images WHERE number = ?", (number,)).fetchone()
         return _to_image_row(row)
 
     def has_source_captions(self, image_hash: str) -> bool:
         """Return True if any record with this image has captions in the sources."""
         query = "SELECT 1 FROM images WHERE hash = ? AND json_extract(record, '$.captions[0]') IS NOT NULL LIMIT 1"
-        exists = self.connection.execute(query, (image_hash,)).fetchone()
-        return bool(exists)
+        return self.connection.execute(query, (image_hash,)).fetchone() is not None
 
     def count_images(self) -> int:
         """Return the number of distinct images."""
@@ -225,8 +220,7 @@ class CaptionDatabase:
 
     def _iterate_images(self, condition: str) -> Iterator[ImageRow]:
         last = -1
-        query = f"""SELECT {_IMAGE_COLUMNS} FROM images WHERE number > ? AND {condition}
-          ORDER BY number LIMIT 1000"""
+        query = f"SELECT * FROM images WHERE number > ? AND {condition} ORDER BY number LIMIT 1000"
         while rows := self.connection.execute(query, (last,)).fetchall():
             yield from map(_to_image_row, rows)
             last = rows[-1][0]
@@ -239,7 +233,7 @@ class CaptionDatabase:
         If the new answer is a failed request and the old one is a caption, only the error is stored.
         """
         with self.transaction():
-            self.connection.executemany(_ADD_ANSWER, [_to_values(answer) for answer in answers])
+            self.connection.executemany(_ADD_ANSWER, map(astuple, answers))
 
     def list_answers(self, image_hash: str, model: str, prompts: Sequence[str]) -> list[StoredAnswer]:
         """Return the answers of a model for an image, including failed ones, in the order of the prompts.
@@ -247,7 +241,7 @@ class CaptionDatabase:
         Args:
             prompts: Keys of the prompts.
         """
-        query = f"SELECT {_ANSWER_COLUMNS} FROM answers WHERE hash = ? AND prompt = ? AND model = ? ORDER BY sample"
+        query = "SELECT * FROM answers WHERE hash = ? AND prompt = ? AND model = ? ORDER BY sample"
         answers = []
         for prompt in prompts:
             answers += [StoredAnswer(*row) for row in self.connection.execute(query, (image_hash, prompt, model))]
@@ -255,19 +249,14 @@ class CaptionDatabase:
 
     def count_answers(self, model: str, prompts: Sequence[Prompt], only_captions: bool = False) -> int:
         """Return the number of answers for the current images. `only_captions` excludes failed requests."""
-        condition, parameters = _select_prompts(prompts)
-        query = f"SELECT count(*) FROM answers WHERE model = ? AND ({condition}) AND hash IN (SELECT hash FROM images)"
-        if only_captions:
-            query += " AND error IS NULL"
-        ((count,),) = self.connection.execute(query, (model, *parameters))
+        query = f"SELECT count(*) {_CURRENT_ANSWERS}"
+        ((count,),) = self._select(f"{query} AND error IS NULL" if only_captions else query, model, prompts)
         return int(count)
 
     def count_problems(self, model: str, prompts: Sequence[Prompt]) -> Counter[str]:
         """Return how many captions of the current images quality control has rejected for each problem."""
-        condition, parameters = _select_prompts(prompts)
-        query = f"""SELECT problem, count(*) FROM answers WHERE model = ? AND ({condition})
-          AND problem IS NOT NULL AND hash IN (SELECT hash FROM images) GROUP BY problem"""
-        return Counter(dict(self.connection.execute(query, (model, *parameters))))
+        query = f"SELECT problem, count(*) {_CURRENT_ANSWERS} AND problem IS NOT NULL GROUP BY problem"
+        return Counter(dict(self._select(query, model, prompts)))
 
     def count_errors(self, model: str, prompts: Sequence[Prompt], limit: int) -> list[tuple[str, int, str]]:
         """Return the most common reasons of failed requests, their numbers of requests, and an example of each.
@@ -275,19 +264,21 @@ class CaptionDatabase:
         Args:
             limit: Maximum number of reasons.
         """
-        condition, parameters = _select_prompts(prompts)
-        query = _COUNT_ERRORS.format(prompts=condition)
-        return list(self.connection.execute(query, (model, *parameters, limit)))
+        return self._select(_COUNT_ERRORS, model, prompts, limit)
 
     def count_images_without_caption(self, model: str, prompts: Sequence[Prompt]) -> tuple[int, int]:
         """Return how many current images have no caption because all requests failed, and how many only rejected ones.
 
         Each image must have been requested.
         """
-        condition, parameters = _select_prompts(prompts)
-        query = _COUNT_WITHOUT_CAPTION.format(prompts=condition)
-        ((num_failed, num_rejected),) = self.connection.execute(query, (model, *parameters))
+        ((num_failed, num_rejected),) = self._select(_COUNT_WITHOUT_CAPTION, model, prompts)
         return int(num_failed), int(num_rejected)
+
+    def _select(self, query: str, model: str, prompts: Sequence[Prompt], *parameters: object) -> list[Any]:
+        """Return the rows of a query that contains `_CURRENT_ANSWERS`."""
+        condition = " OR ".join(["prompt = ? AND sample < ?"] * len(prompts))
+        samples = [value for prompt in prompts for value in (prompt.key, prompt.samples)]
+        return self.connection.execute(query.format(prompts=condition), (model, *samples, *parameters)).fetchall()
 
     def count_tokens(self, model: str) -> tuple[int, int]:
         """Return the number of input and output tokens of all answers of a model."""
@@ -315,21 +306,9 @@ class CaptionDatabase:
             raise OSError(f"{self.file}: {error}") from error
 
 
-def _select_prompts(prompts: Sequence[Prompt]) -> tuple[str, list[str | int]]:
-    """Return an SQL condition that is true for the answers to these prompts, and its parameters."""
-    parameters: list[str | int] = []
-    for prompt in prompts:
-        parameters += [prompt.key, prompt.samples]
-    return " OR ".join(["prompt = ? AND sample < ?"] * len(prompts)), parameters
-
-
 def _to_image_row(row: tuple[int, str, str, str, str | None]) -> ImageRow:
     number, key, image_hash, record, version = row
     return ImageRow(number, key, image_hash, json.loads(record), version)
-
-
-def _to_values(answer: StoredAnswer) -> tuple[Any, ...]:
-    return tuple(getattr(answer, name) for name in _ANSWER_COLUMNS.split(", "))
 
 
 def _merge_records(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,9 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -18,6 +17,7 @@ DEFAULT_FILE = Path(__file__).with_name("prompts.yaml")
 CAPTION_FIELD = "{caption}"  # stands for the caption of the image in the source
 MAX_TEXT_CHARACTERS = 20_000
 MAX_SAMPLES = 100
+MAX_TOKENS = 8192
 _NAME = re.compile(r"[a-z0-9_]+")
 
 
@@ -86,12 +86,14 @@ class Prompt:
     """An instruction to write a caption.
 
     Attributes:
-        name: Name of the prompt in its file.
         kind: "short" for a sentence, "dense" for a detailed description.
         text: Instruction, with the language of the answer.
         samples: Number of answers per image.
         temperature: Sampling temperature. 0 means greedy decoding.
         max_tokens: Maximum number of tokens of an answer.
+
+    Raises:
+        ValueError: A value is not valid.
     """
 
     name: str
@@ -100,6 +102,21 @@ class Prompt:
     samples: int = 1
     temperature: float = 0.7
     max_tokens: int = 100
+
+    def __post_init__(self) -> None:
+        self._require("kind", self.kind in get_args(Kind), " or ".join(get_args(Kind)))
+        is_text = isinstance(self.text, str) and 0 < len(self.text.strip()) <= MAX_TEXT_CHARACTERS
+        self._require("text", is_text, f"a text of 1 to {MAX_TEXT_CHARACTERS:,} characters")
+        self._require("samples", _is_integer(self.samples, MAX_SAMPLES), f"an integer from 1 to {MAX_SAMPLES}")
+        is_temperature = type(self.temperature) in (int, float) and 0 <= self.temperature <= 2
+        self._require("temperature", is_temperature, "a number from 0 to 2")
+        self._require("max_tokens", _is_integer(self.max_tokens, MAX_TOKENS), f"an integer from 1 to {MAX_TOKENS}")
+
+    def _require(self, field: str, is_valid: bool, description: str) -> None:
+        if not is_valid:
+            value = repr(getattr(self, field))
+            shown = value if len(value) <= 100 else f"{value[:100]}..."
+            raise ValueError(f"{field} must be {description} (got {shown})")
 
     @property
     def key(self) -> str:
@@ -141,58 +158,37 @@ def load_prompts(
     counts = Counter(key.value for key, _ in root.value)  # safe_load keeps only the last prompt with a name
     if repeated := [name for name, count in counts.items() if count > 1]:
         raise ValueError(f"{path}: several prompts have the name {repeated[0]}. Give each prompt a different name")
-    return [_parse_prompt(path, name, fields, language, use_captions) for name, fields in content.items()]
+    prompts = []
+    for name, values in content.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"{path}: the name of a prompt must consist of a-z, 0-9 and _ (got {name!r})")
+        try:
+            prompts.append(_parse_prompt(name, values, language, use_captions))
+        except ValueError as error:
+            raise ValueError(f"{path}, prompt {name}: {error}") from None
+    return prompts
 
 
-def _parse_prompt(path: Path, name: Any, fields: Any, language: str | None, use_captions: bool) -> Prompt:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"{path}: the name of a prompt must consist of a-z, 0-9 and _ (got {name!r})")
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}, prompt {name}: must have fields of the form `name: value` (got {fields!r})")
-    for key in fields:
-        if key not in _CHECKS:
-            raise ValueError(f"{path}, prompt {name}: unknown field {key!r}; available fields: {', '.join(_CHECKS)}")
+def _parse_prompt(name: str, values: Any, language: str | None, use_captions: bool) -> Prompt:
+    if not isinstance(values, dict):
+        raise ValueError(f"must have fields of the form `name: value` (got {values!r})")
+    known = [field.name for field in fields(Prompt) if field.name != "name"]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown field {key!r}; available fields: {', '.join(known)}")
     for key in ("kind", "text"):
-        if key not in fields:
-            raise ValueError(f"{path}, prompt {name}: the field {key} is missing")
-    values = dict(fields)
-    for key, value in values.items():
-        is_valid, description = _CHECKS[key]
-        if not is_valid(value):
-            _reject(path, name, key, description, value)
-    text = values["text"].strip()
-    if not use_captions:
-        text = _drop_caption_lines(text)
+        if key not in values:
+            raise ValueError(f"the field {key} is missing")
+    prompt = Prompt(name, **values)
+    text = (prompt.text if use_captions else _drop_caption_lines(prompt.text)).strip()
     if not text:
-        _reject(path, name, "text", "an instruction with a line without {caption}", values["text"])
-    values["text"] = f"{text}\nAnswer in {language}." if language else text
-    return Prompt(name=name, **values)
+        raise ValueError(f"text must be an instruction with a line without {CAPTION_FIELD} (got {prompt.text!r})")
+    return replace(prompt, text=f"{text}\nAnswer in {language}." if language else text)
 
 
 def _drop_caption_lines(text: str) -> str:
     return "\n".join(line for line in text.split("\n") if CAPTION_FIELD not in line)
 
 
-def _reject(path: Path, name: str, field: str, description: str, value: Any) -> NoReturn:
-    shown = repr(value)
-    if len(shown) > 100:
-        shown = f"{shown[:100]}..."
-    raise ValueError(f"{path}, prompt {name}: {field} must be {description} (got {shown})")
-
-
 def _is_integer(value: Any, largest: int) -> bool:
     return type(value) is int and 1 <= value <= largest
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.strip() != "" and len(value) <= MAX_TEXT_CHARACTERS
-
-
-# Field -> (function that returns True for valid values, description of valid values).
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "kind": (lambda value: value in get_args(Kind), " or ".join(get_args(Kind))),
-    "text": (_is_text, f"a text of 1 to {MAX_TEXT_CHARACTERS:,} characters"),
-    "samples": (lambda value: _is_integer(value, MAX_SAMPLES), f"an integer from 1 to {MAX_SAMPLES}"),
-    "temperature": (lambda value: type(value) in (int, float) and 0 <= value <= 2, "a number from 0 to 2"),
-    "max_tokens": (lambda value: _is_integer(value, 8192), "an integer from 1 to 8192"),
-}

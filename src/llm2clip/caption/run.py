@@ -15,7 +15,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -23,23 +23,33 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm2clip.caption.answers import Answer, Captioner, CaptionRequest, StoppedError
+from llm2clip.caption.captioners import EndpointCaptioner, LocalCaptioner
 from llm2clip.caption.checks import check_captions, find_image_file, score_captions
-from llm2clip.caption.database import AnswerKey, CaptionDatabase, ImageRow, StoredAnswer
-from llm2clip.caption.endpoint import EndpointCaptioner
-from llm2clip.caption.local import LocalCaptioner
+from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
+from llm2clip.caption.files import (
+    CaptionOutput,
+    CaptionReport,
+    build_blocks,
+    describe_captions,
+    list_images,
+    write_caption_report,
+    write_failures,
+    write_records,
+)
 from llm2clip.caption.options import CAPTION_FIELD, CaptionOptions, Prompt, load_prompts
-from llm2clip.caption.records import CaptionOutput, list_images, write_failures, write_records
-from llm2clip.caption.report import CaptionReport, format_report, write_report
 from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.image_facts import UNREADABLE_IMAGE
 from llm2clip.data.images import ImageError, load_image, shrink_image
 from llm2clip.data.skip_log import MAX_VALUE_CHARACTERS, SkipLog, TooManySkipped
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.output_folder import FolderInUseError, folder_lock
+from llm2clip.reports import render_text
+from llm2clip.runs.output_folder import folder_lock
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 
 POLL_INTERVAL = 0.1  # seconds between checks of the stop signal
+
+OpenEncoder = Callable[[], DualEncoder]
 
 
 @dataclass(frozen=True)
@@ -68,29 +78,53 @@ class CaptionSummary:
         return lines
 
 
-def run_captioning(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> CaptionSummary:
-    """Open the models and prompts of the options, and write captions for all images; see `caption_images`.
+def load_inputs(options: CaptionOptions) -> tuple[list[Prompt], OpenEncoder | None]:
+    """Load the prompts, and check the dual encoder of `--check`, which is needed only after captioning.
+
+    Returns:
+        The prompts and, with `--check`, a function that opens the dual encoder.
+    """
+    prompts = load_prompts(options.prompts, options.language, options.use_captions)
+    if options.check is None:
+        return prompts, None
+    open_encoder = partial(open_dual_encoder, options.check, process_state().device)
+    if process_state().is_main_process:
+        open_encoder()
+        free_memory()
+    return prompts, open_encoder
+
+
+def run_captioning(
+    sources: Sequence[str],
+    out: Path,
+    model: str,
+    options: CaptionOptions,
+    inputs: tuple[Sequence[Prompt], OpenEncoder | None],
+) -> list[str]:
+    """Open the captioner and write captions for all images; see `caption_images`. Return lines to print.
 
     Args:
         model: Name of the model on the server or, without `options.endpoint`, a model folder or hub id.
+        inputs: Result of `load_inputs`.
     """
-    CaptionOutput(out).check()
-    if options.endpoint and process_state().num_processes > 1:
+    output = CaptionOutput(out)
+    output.check()
+    if options.endpoint is None:
+        captioner: Captioner = LocalCaptioner(model, options.batch_size)
+    else:
+        captioner = _open_endpoint(options.endpoint, model, options)
+    prompts, open_encoder = inputs
+    return caption_images(sources, out, captioner, prompts, options, open_encoder).format_lines(output)
+
+
+def _open_endpoint(endpoint: str, model: str, options: CaptionOptions) -> EndpointCaptioner:
+    if process_state().num_processes > 1:
         raise ValueError(
             "--endpoint requires a single process, because --max_cost and --max_requests_per_minute hold per process. "
             "Run the command without torchrun. --concurrency sets the number of requests at the same time"
         )
-    prompts = load_prompts(options.prompts, options.language, options.use_captions)
-    open_encoder = _check_encoder(options.check)
-    captioner = _open_captioner(model, options)
-    return caption_images(sources, out, captioner, prompts, options, open_encoder)
-
-
-def _open_captioner(model: str, options: CaptionOptions) -> Captioner:
-    if options.endpoint is None:
-        return LocalCaptioner(model, options.batch_size)
     captioner = EndpointCaptioner(
-        options.endpoint,
+        endpoint,
         model,
         concurrency=options.concurrency,
         max_requests_per_minute=options.max_requests_per_minute,
@@ -101,23 +135,13 @@ def _open_captioner(model: str, options: CaptionOptions) -> Captioner:
     return captioner
 
 
-def _check_encoder(name: str | None) -> Callable[[], DualEncoder] | None:
-    if name is None:
-        return None
-    open_encoder = partial(open_dual_encoder, name, process_state().device)
-    if process_state().is_main_process:
-        open_encoder()  # it is needed only after captioning, which can take hours
-        free_memory()
-    return open_encoder
-
-
 def caption_images(
     sources: Sequence[str],
     out: Path,
     captioner: Captioner,
     prompts: Sequence[Prompt],
     options: CaptionOptions,
-    open_encoder: Callable[[], DualEncoder] | None = None,
+    open_encoder: OpenEncoder | None = None,
 ) -> CaptionSummary:
     """Write captions for all images in the sources to a JSONL file. Must be called by all ranks.
 
@@ -139,7 +163,7 @@ def caption_images(
     output = CaptionOutput(out)
     output.check()
     is_main = process_state().is_main_process
-    with _output_lock(out) if is_main else nullcontext():
+    with folder_lock(out.parent, f".{out.name}.lock") if is_main else nullcontext():
         log = SkipLog(output.skipped if is_main else None, options.max_skipped)
         if is_main:
             with (
@@ -150,7 +174,7 @@ def caption_images(
         wait_for_everyone()
         with closing(CaptionDatabase(output.database)) as database:
             run = _CaptionRun(output, captioner, prompts, options, database)
-            summary = None
+            summary = CaptionSummary(0, 0, 0, "", log.summary())
             try:
                 with _stop_on_signals(run):
                     run.ask_all()
@@ -161,16 +185,15 @@ def caption_images(
                     was_completed = sys.exception() is None and not run.was_interrupted and not run.count_missing()
                     summary = _write_output(run, sources, log, open_encoder if was_completed else None)
             if is_main and not run.was_interrupted:
-                _check_missing(run)
-                _check_failures(run)
+                _check_result(run)
             wait_for_everyone()
             if run.was_interrupted:
                 raise KeyboardInterrupt
-    return summary or CaptionSummary(0, 0, 0, "", log.summary())
+    return summary
 
 
 def _write_output(
-    run: _CaptionRun, sources: Sequence[str], log: SkipLog, open_encoder: Callable[[], DualEncoder] | None
+    run: _CaptionRun, sources: Sequence[str], log: SkipLog, open_encoder: OpenEncoder | None
 ) -> CaptionSummary:
     """Check all captions, then write the records, the failed requests and the report.
 
@@ -195,11 +218,11 @@ def _write_output(
 
 
 def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> CaptionSummary:
-    database, output, model, prompts = run.database, run.output, run.captioner.name, run.prompts
-    num_records, num_captions = write_records(database, output, model, prompts)
-    num_failures = write_failures(database, output, model, prompts)
-    write_report(output.report, database, report)
-    text = format_report(database, report)
+    database, output, model, prompts = run.database, run.output, report.model, report.prompts
+    num_records, num_captions = write_records(database, output.records, model, prompts)
+    num_failures = write_failures(database, output.failures, model, prompts)
+    write_caption_report(output.report, database, report)
+    text = render_text(build_blocks(database, report), describe_captions(database, report))
     num_images = database.count_images()
     _, num_rejected = database.count_images_without_caption(model, prompts)
     if num_rejected > run.options.max_skipped * num_images:
@@ -210,17 +233,13 @@ def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> Capti
     return CaptionSummary(num_records, num_captions, num_failures, text, log.summary())
 
 
-def _check_missing(run: _CaptionRun) -> None:
-    """Raise ValueError if captions have not been requested. Each rank only knows whether it was interrupted itself."""
-    if num_missing := run.count_missing():
+def _check_result(run: _CaptionRun) -> None:
+    """Raise an error if captions are missing, if too many requests failed, or if no image has a caption."""
+    if num_missing := run.count_missing():  # each rank knows only whether it was interrupted itself
         raise ValueError(
             f"{num_missing:,} captions have not been requested, because another process was stopped. The other "
             "captions are stored. To request the missing ones, run the same command again"
         )
-
-
-def _check_failures(run: _CaptionRun) -> None:
-    """Raise an error if too many images have no caption because all their requests failed, or if no image has one."""
     num_failed, num_rejected = run.database.count_images_without_caption(run.captioner.name, run.prompts)
     num_images = run.database.count_images()
     if num_failed > run.options.max_skipped * num_images:
@@ -332,13 +351,11 @@ class _CaptionRun:
                 self._read_images()
             except StoppedError:
                 pass
-            except BaseException:
+            except Exception:  # not KeyboardInterrupt: the second Ctrl+C does not wait for requests in flight
                 self.stop()
+                self._join(threads)
                 raise
-            finally:
-                for thread in threads:
-                    while thread.is_alive():  # signals are handled between two calls of join
-                        thread.join(POLL_INTERVAL)
+            self._join(threads)
         if self._error is not None:
             raise self._error
 
@@ -353,6 +370,11 @@ class _CaptionRun:
         return self.database.count_images() * self._captions_per_image - num_answers
 
     # ---- calling thread
+
+    def _join(self, threads: Sequence[threading.Thread]) -> None:
+        for thread in threads:
+            while thread.is_alive():  # signals are handled between two calls of join
+                thread.join(POLL_INTERVAL)
 
     def _read_images(self) -> None:
         """Put batches of requests with the same prompt into the queue, then None for each thread."""
@@ -391,19 +413,20 @@ class _CaptionRun:
             return []
         with self._lock:
             self.meter.check_limit()
-        image = find_image_file(database, row)
+        prepared, failure = None, None
         try:
-            data = image.read()
+            data = find_image_file(database, row).read()
             if hashlib.sha256(data).hexdigest() != row.hash:
                 raise OSError("the file was changed during the run")
             prepared = self.captioner.prepare(shrink_image(load_image(data), self.options.image_size))
         except (ImageError, OSError) as error:
             failure = Answer(None, f"{UNREADABLE_IMAGE}: {error}")
-            items = [_Item(row.hash, CaptionRequest(None, prompt, sample, caption)) for prompt, sample in missing]
-            with self._lock:
-                self.database.add_answers([self._make_answer(item, failure) for item in items])
-            return []
-        return [_Item(row.hash, CaptionRequest(prepared, prompt, sample, caption)) for prompt, sample in missing]
+        items = [_Item(row.hash, CaptionRequest(prepared, prompt, sample, caption)) for prompt, sample in missing]
+        if failure is None:
+            return items
+        with self._lock:
+            self.database.add_answers([self._make_answer(item, failure) for item in items])
+        return []
 
     # ---- threads that call the captioner
 
@@ -436,7 +459,10 @@ class _CaptionRun:
     def _make_answer(self, item: _Item, answer: Answer) -> StoredAnswer:
         prompt = item.request.prompt
         return StoredAnswer(
-            *AnswerKey(item.hash, prompt.key, item.request.sample, self.captioner.name),
+            hash=item.hash,
+            prompt=prompt.key,
+            sample=item.request.sample,
+            model=self.captioner.name,
             text=answer.text,
             error=answer.error,
             temperature=prompt.temperature,
@@ -452,16 +478,6 @@ def _hash_text(prompt: Prompt, caption: str | None) -> str | None:
     if CAPTION_FIELD not in prompt.text:
         return None
     return hashlib.sha256(prompt.fill(caption).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _output_lock(out: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(folder_lock(out.parent, f".{out.name}.lock"))
-        except FolderInUseError:
-            raise FolderInUseError(f"another run is writing to {out}. Wait for it to finish") from None
-        yield
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 
@@ -56,19 +57,23 @@ def _caption(args: Namespace) -> list[str]:
     if options.check is not None:
         options.check = resolve_model(options.check)
     model = resolve_model(args.model) if options.endpoint is None else args.model
+    run_captioning, inputs = _load_inputs(options)
     out = Path(args.out).expanduser()
-    return [*_write_captions(args.data, out, model, options), f"Next: {format_command('fit', out, '--out', 'RUN')}"]
+    return [
+        *run_captioning(args.data, out, model, options, inputs),
+        f"Next: {format_command('fit', out, '--out', 'RUN')}",
+    ]
 
 
-def _write_captions(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> list[str]:
+def _load_inputs(options: CaptionOptions) -> tuple[Callable[..., list[str]], Any]:
+    """Return `run_captioning`, and the prompts and the dual encoder of the options."""
     if options.endpoint is None:
         from llm2clip.llava.modeling_patches import register_classes
 
         register_classes()
-    from llm2clip.caption.records import CaptionOutput
-    from llm2clip.caption.run import run_captioning
+    from llm2clip.caption.run import load_inputs, run_captioning
 
-    return run_captioning(sources, out, model, options).format_lines(CaptionOutput(out))
+    return run_captioning, load_inputs(options)
 
 
 # ---- fit -------------------------------------------------------------------------------------------------------------
@@ -91,7 +96,7 @@ def add_fit_arguments(parser: ArgumentParser) -> None:
 
 
 def prepare_captions(args: Namespace) -> Callable[[], None] | None:
-    """Check the arguments of `fit` for captions, and make the captions its data.
+    """Check the arguments, prompts and dual encoder of `fit` for captions, and make the captions its data.
 
     After a stage has written outputs, the captions are not changed any more, because a resumed run needs the same data.
 
@@ -118,6 +123,8 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
         max_skipped=args.max_skipped,
     )
 
+    run_captioning, inputs = _load_inputs(options)
+
     def write_captions() -> None:
         import torch
 
@@ -125,7 +132,7 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
         from llm2clip.runs.ranks import print_once
 
         try:
-            print_once(*_write_captions(sources, out, model, options))
+            print_once(*run_captioning(sources, out, model, options, inputs))
         except ValueError as error:
             if not isinstance(error.__cause__, torch.OutOfMemoryError):
                 raise

@@ -1,23 +1,30 @@
-"""Captions from a server with OpenAI's chat API, such as vLLM, llama.cpp, Ollama, LM Studio or a hosted one."""
+"""Captioners: a server with OpenAI's chat API, such as vLLM, llama.cpp or Ollama, or a model in this process."""
 
+import asyncio
 import base64
 import ipaddress
 import json
 import os
-import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
+import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.io import encode_jpeg
+from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError, clean_answer
+from llm2clip.caption.options import Prompt
+from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.storage import compute_backoff, is_temporary_status, parse_retry_after
 from llm2clip.io_utils import escape_control_characters
+from llm2clip.models.loading import load_vision_language_model, name_vision_language_model
+from llm2clip.models.precision import resolve_precision
+from llm2clip.runs.ranks import process_state
 
 KEY_VARIABLE = "LLM2CLIP_API_KEY"
 CONNECT_TIMEOUT = 10.0  # seconds
@@ -36,14 +43,14 @@ class EndpointError(ValueError):
 
 
 class _RequestError(Exception):
-    """A request failed."""
+    """A request failed. `retry` is True if another attempt could succeed."""
 
     def __init__(
         self, message: str, status: int | None = None, retry: bool = True, retry_after: float | None = None
     ) -> None:
         super().__init__(message)
         self.status = status  # HTTP status, or None if there was no valid response
-        self.retry = retry  # True if another attempt could succeed
+        self.retry = retry
         self.retry_after = retry_after  # delay in seconds that the server asks for, or None
 
 
@@ -55,7 +62,6 @@ class EndpointCaptioner:
 
     Args:
         endpoint: Base URL such as http://localhost:8000/v1. Requests are sent to URL/chat/completions.
-        model: Name of the model on the server.
         concurrency: Number of requests at the same time.
         max_requests_per_minute: Limit on the number of requests per minute, including retries.
         retries: Number of further attempts after a failed request.
@@ -80,21 +86,23 @@ class EndpointCaptioner:
         self.url = _parse_endpoint(endpoint)
         self.retries, self.timeout = retries, timeout
         self.is_loopback = _is_loopback(self.url.host)
+        self.worked_before = False
         self._stopped = threading.Event()
         self._schedule = _Schedule(max_requests_per_minute)
         self._lock = threading.Lock()
         self._failures_in_a_row = 0
-        self._has_succeeded = self.worked_before = False
+        self._has_succeeded = False
         self._max_tokens_field = "max_tokens"
-        self._connections = threading.local()  # one connection per thread
-        self._client_options: dict[str, Any] = {
-            "follow_redirects": False,
-            "timeout": httpx.Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout)),
-            "headers": _build_headers(),
-            "verify": httpx.create_ssl_context(),
+        self._client = httpx.AsyncClient(
+            follow_redirects=False,
+            timeout=httpx.Timeout(None, connect=min(CONNECT_TIMEOUT, timeout)),  # `_post` limits the total time
+            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            headers=_build_headers(),
             # A proxy could see unencrypted images, and it could not reach a server on this machine.
-            "trust_env": self.url.scheme == "https" and not self.is_loopback,
-        }
+            trust_env=self.url.scheme == "https" and not self.is_loopback,
+        )
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def describe(self) -> list[str]:
         """Return lines that say where images are sent, and a warning if the connection is not encrypted."""
@@ -162,12 +170,6 @@ class EndpointCaptioner:
         if self._stopped.wait(delay):
             raise StoppedError
 
-    def _get_connection(self) -> "_Connection":
-        if not hasattr(self._connections, "connection"):
-            self._connections.connection = _Connection(httpx.Client(**self._client_options))
-        connection: _Connection = self._connections.connection
-        return connection
-
     def _send(self, request: CaptionRequest, max_tokens_field: str) -> Answer:
         # The image comes first, so that servers can reuse it for the next prompt.
         content = [
@@ -180,61 +182,27 @@ class EndpointCaptioner:
             "temperature": request.prompt.temperature,
             max_tokens_field: request.prompt.max_tokens,
         }
-        connection = self._get_connection()
         try:
-            with connection.post(self.url, body, self.timeout) as response:
-                data = _read_limited(response)
+            response, data = asyncio.run_coroutine_threadsafe(self._post(body), self._loop).result()
+        except (TimeoutError, httpx.TimeoutException) as error:
+            raise _RequestError(f"no response within {self.timeout:g} seconds") from error
         except (httpx.HTTPError, httpx.StreamError) as error:
-            if isinstance(error, httpx.TimeoutException) or connection.is_late:
-                raise _RequestError(f"no response within {self.timeout:g} seconds") from error
             raise _RequestError(f"the connection failed: {_shorten(str(error)) or type(error).__name__}") from error
-        if connection.is_late:  # the body can seem complete
-            raise _RequestError(f"no response within {self.timeout:g} seconds")
         status = response.status_code
         if status != 200:
             message = _describe_status(response, data)
             raise _RequestError(message, status, is_temporary_status(status), _parse_retry_after(response))
         return _parse_response(data)
 
+    async def _post(self, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
+        """Return the response and its content. The timeouts of httpx limit only the time of each read.
 
-class _Connection:
-    """HTTP client for one request at a time, with a limit on the total time of a request.
-
-    The timeouts of httpx limit only the time of each read, so a server could send a byte every few seconds for ever.
-
-    Attributes:
-        is_late: True if the last request reached the limit.
-    """
-
-    def __init__(self, client: httpx.Client) -> None:
-        self.is_late = False
-        self._client = client
-        self._socket: socket.socket | None = None
-
-    @contextmanager
-    def post(self, url: httpx.URL, body: dict[str, Any], timeout: float) -> Iterator[httpx.Response]:
-        """Send a request. After `timeout` seconds, shut down the connection, so that reads and writes end or fail."""
-        self.is_late = False
-        timer = threading.Timer(timeout, self._stop)
-        timer.daemon = True
-        timer.start()
-        try:
-            with self._client.stream("POST", url, json=body, extensions={"trace": self._handle_event}) as response:
-                yield response
-        finally:
-            timer.cancel()
-
-    def _handle_event(self, event: str, info: dict[str, Any]) -> None:
-        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
-            self._socket = info["return_value"].get_extra_info("socket")
-            if self.is_late:
-                self._stop()
-
-    def _stop(self) -> None:
-        self.is_late = True
-        if self._socket is not None:
-            with suppress(OSError):  # it is closed already
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # not TLS's own shutdown, which can wait
+        Raises:
+            TimeoutError: The response is not complete after `timeout` seconds.
+            _RequestError: The response is compressed or too large.
+        """
+        async with asyncio.timeout(self.timeout), self._client.stream("POST", self.url, json=body) as response:
+            return response, await _read_limited(response)
 
 
 class _Schedule:
@@ -284,21 +252,22 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
+def _get_key() -> str:
+    return os.environ.get(KEY_VARIABLE, "").strip()
+
+
 def _build_headers() -> dict[str, str]:
-    headers = {"Accept-Encoding": "identity"}
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    if not key:
-        return headers
+    headers, key = {"Accept-Encoding": "identity"}, _get_key()
     if not key.isascii() or not key.isprintable():
         raise ValueError(f"the environment variable {KEY_VARIABLE} contains characters that are not allowed in a key")
-    return headers | {"Authorization": f"Bearer {key}"}
+    return headers | {"Authorization": f"Bearer {key}"} if key else headers
 
 
-def _read_limited(response: httpx.Response) -> bytes:
+async def _read_limited(response: httpx.Response) -> bytes:
     data = bytearray()
     if response.headers.get("content-encoding", "identity") != "identity":  # could expand to gigabytes
         raise _RequestError("the response is compressed, although the request does not allow it")
-    for chunk in response.iter_raw(65536):
+    async for chunk in response.aiter_raw(65536):
         data += chunk
         if len(data) > MAX_RESPONSE_BYTES:
             raise _RequestError(f"the response is larger than {MAX_RESPONSE_BYTES:,} bytes")
@@ -349,8 +318,7 @@ def _describe_status(response: httpx.Response, data: bytes) -> str:
 
 def _shorten(text: str) -> str:
     """Remove control characters and the key from a server's message, and truncate it."""
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    if key:
+    if key := _get_key():
         text = text.replace(key, "[key]")
     text = escape_control_characters(" ".join(text.split())).encode(errors="replace").decode()
     return text if len(text) <= MAX_MESSAGE_CHARACTERS else f"{text[:MAX_MESSAGE_CHARACTERS]}..."
@@ -362,11 +330,120 @@ def _parse_retry_after(response: httpx.Response) -> float | None:
     return min(MAX_RETRY_AFTER, seconds) if seconds > 0 else None
 
 
-def _advise(status: int | None) -> str:
+def _advise(status: int) -> str:
     if status in (401, 403):
         return f". Put the server's key in the environment variable {KEY_VARIABLE}"
     if status == 404:
         return ". Check --model, and that --endpoint ends with /v1 if the server needs it"
-    if status is not None and status < 400:
-        return ". If you trust this address, pass it as --endpoint"
-    return ""
+    return ". If you trust this address, pass it as --endpoint" if status < 400 else ""
+
+
+# ---- model in this process -------------------------------------------------------------------------------------------
+
+
+class LocalCaptioner:
+    """Captioner that runs a vision-language model on this process's device.
+
+    Args:
+        model: Model folder or hub id.
+        batch_size: Number of images per batch.
+        precision: fp32, bf16 or auto. auto means bf16 if the hardware supports it, and fp32 otherwise.
+
+    Raises:
+        ValueError: The model is not supported, for example because it has no chat template.
+        OSError: The model does not exist.
+    """
+
+    workers = 1
+
+    def __init__(self, model: str, batch_size: int, precision: str = "auto") -> None:
+        self.batch_size = batch_size
+        self.worked_before = False
+        self.device = process_state().device
+        self.model, self.processor = load_vision_language_model(
+            model, self.device, resolve_precision("caption", precision, self.device)
+        )
+        self.name = name_vision_language_model(model)
+        self.tokenizer = self.processor.tokenizer
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if not (self.processor.chat_template or self.tokenizer.chat_template):
+            raise ValueError(f"{model} has no chat template, so it cannot be asked for captions. Use a chat model")
+        keep_freed_memory(self.device)
+        torch.seed()  # PyTorch's default seed would give all processes, and each retry of a request, the same answers
+
+    def prepare(self, image: Tensor) -> Image.Image:
+        """Return a uint8 image of shape (3, H, W) as a Pillow image."""
+        pil_image: Image.Image = to_pil_image(image)
+        return pil_image
+
+    def ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
+        """Return an answer for each request. All requests must have the same prompt.
+
+        Raises:
+            ValueError: The batch does not fit in the device's memory.
+        """
+        try:
+            try:
+                return self._generate(requests)
+            except ValueError:  # a processor rejects some images, for example because they are too narrow
+                return [self._ask_alone(request) for request in requests]
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{len(requests)} images at a time do not fit in the memory of the {self.device.type} device. Run "
+                "`llm2clip caption` with a lower --batch_size, or with a lower --image_size. All earlier captions are "
+                "stored"
+            ) from error
+
+    def stop(self) -> None:
+        """Do nothing, because `ask` never waits."""
+
+    def _ask_alone(self, request: CaptionRequest) -> Answer:
+        try:
+            return self._generate([request])[0]
+        except ValueError as error:
+            return Answer(None, f"the model's processor rejects the image: {error}")
+
+    @torch.inference_mode()
+    @onednn_matmul()
+    def _generate(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
+        inputs = self.processor.apply_chat_template(
+            [self._to_messages(request) for request in requests],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(self.device, self.model.dtype)
+        tokens = self.model.generate(**inputs, **self._make_options(requests[0].prompt))
+        num_input = inputs["input_ids"].shape[1]
+        answers = []
+        for attention, new_tokens in zip(inputs["attention_mask"], tokens[:, num_input:].tolist(), strict=True):
+            answers.append(self._to_answer(int(attention.sum()), new_tokens))
+        return answers
+
+    def _to_messages(self, request: CaptionRequest) -> list[dict[str, Any]]:
+        text = request.text
+        for token in filter(None, self.tokenizer.all_special_tokens):  # such as the placeholder of an image
+            text = text.replace(token, " ")
+        return [
+            {"role": "user", "content": [{"type": "image", "image": request.image}, {"type": "text", "text": text}]}
+        ]
+
+    def _make_options(self, prompt: Prompt) -> dict[str, Any]:
+        options: dict[str, Any] = {"max_new_tokens": prompt.max_tokens, "pad_token_id": self.tokenizer.pad_token_id}
+        options["do_sample"] = prompt.temperature > 0
+        if prompt.temperature > 0:
+            options["temperature"] = prompt.temperature
+        image_token = getattr(self.model.config, "image_token_id", None)
+        if image_token is not None:
+            options["bad_words_ids"] = [[image_token]]
+        return options
+
+    def _to_answer(self, num_input_tokens: int, new_tokens: list[int]) -> Answer:
+        end = self.model.generation_config.eos_token_id
+        end_tokens = {end} if isinstance(end, int) else set(end or ())
+        length = next((n for n, token in enumerate(new_tokens) if token in end_tokens), len(new_tokens))
+        text = self.tokenizer.decode(new_tokens[:length], skip_special_tokens=True)
+        return clean_answer(text, length == len(new_tokens), num_input_tokens, length)

@@ -1,0 +1,452 @@
+"""Files of a captioning run: the images listed in its sources, and the records, failures and report that it writes.
+
+A run for OUT = captions.jsonl writes these files next to each other:
+
+    captions.jsonl             records with the captions
+    captions.jsonl.sqlite      all answers; see `database.py`. It makes the run resumable
+    captions_failures.jsonl    requests without a caption, with their reason. They are retried by the next run
+    captions_report.html       what quality control has found, with images and captions, worst first
+    captions_skipped.jsonl     images that could not be read when they were listed
+    captions_images/           copies of the images that are not files: members of tars, cells of tables, URLs
+
+The output of captioning runs is not read as a source.
+"""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TextIO
+
+from llm2clip.caption.checks import (
+    DUPLICATE,
+    MIN_OPENING_SHARE,
+    MISMATCH,
+    NEAR_DUPLICATE,
+    ScoredCaptions,
+    TextChecks,
+    find_image_file,
+    remove_opening,
+)
+from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
+from llm2clip.caption.options import Prompt
+from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
+from llm2clip.data.formats import find_files
+from llm2clip.data.image_facts import UNREADABLE_IMAGE
+from llm2clip.data.image_header import DecodingLimitError, ImageFormatError, open_header
+from llm2clip.data.image_refs import FileImage, ImageRef, get_file_version, to_valid_unicode
+from llm2clip.data.images import ImageError, load_image, make_thumbnail
+from llm2clip.data.records import Record, RecordReader, Source
+from llm2clip.data.remote import is_remote
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.table_statistics import Histogram
+from llm2clip.io_utils import atomic_path, explain_write_errors, hide_url_secrets
+from llm2clip.progress import ProgressBar
+from llm2clip.reports import Block, Example, Examples, Heading, Paragraph, Table, write_report
+from llm2clip.runs.run_description import build_run_section, describe_run
+
+WRITTEN_BY_CAPTION = "not read, because `llm2clip caption` has written it"
+MAX_IMAGES = 200  # images in the report
+MAX_ERRORS = 20  # reasons of failed requests in the report
+MAX_SOURCE_CAPTIONS = 10  # per image in the report
+MAX_TEXT_CHARACTERS = 2000  # longer texts are truncated in the report
+THUMBNAIL_SIDE = 320  # in pixels
+_COPIED_IMAGE = re.compile(r"[0-9a-f]{64}\.\w+")
+# Images with failed or rejected captions come first, then those with the highest rank. Duplicates do not count.
+_WORST_IMAGES = """
+SELECT (SELECT min(number) FROM images WHERE images.hash = answers.hash) AS first_number FROM answers
+WHERE model = ? AND prompt IN ({prompts}) AND first_number IS NOT NULL
+GROUP BY hash
+ORDER BY sum(error IS NOT NULL OR coalesce(problem, ?) NOT IN (?, ?)) DESC, max(rank) DESC, first_number LIMIT ?
+"""
+
+
+class CaptionOutput:
+    """Paths of a captioning run's files. They are derived from the path of the output, which must end with .jsonl."""
+
+    def __init__(self, records: Path) -> None:
+        self.records = records
+        self.database = records.with_name(f"{records.name}.sqlite")
+        self.failures = records.with_name(f"{records.stem}_failures.jsonl")
+        self.report = records.with_name(f"{records.stem}_report.html")
+        self.skipped = records.with_name(f"{records.stem}_skipped.jsonl")
+        self.images = records.with_name(f"{records.stem}_images")
+
+    def check(self) -> None:
+        """Raise ValueError if the path is not valid, or if the file was not written by a captioning run."""
+        if self.records.suffix.lower() != ".jsonl":
+            raise ValueError(f"--out must be a .jsonl file (got {self.records})")
+        if self.records.exists() and not self.database.exists():
+            raise ValueError(
+                f"--out {self.records} already exists, and was not written by `llm2clip caption`, because "
+                f"{self.database.name} does not exist. Choose another file"
+            )
+
+
+# ---- list the images -------------------------------------------------------------------------------------------------
+
+
+def list_images(
+    sources: Sequence[str],
+    columns: dict[str, str],
+    output: CaptionOutput,
+    log: SkipLog,
+    earlier: CaptionDatabase,
+) -> Iterator[ImageRow]:
+    """Yield a row for each record with an image. Copy images that are not local files to the images folder.
+
+    Args:
+        columns: Mapping from fields to columns of the sources; see `Source`.
+        earlier: Database with the images of the last run. Unchanged files are not read again.
+    """
+    number = 0
+    with ProgressBar(desc="read", unit="image") as bar:
+        for source in sources:
+            for record, image in _open_images(source, columns, output, log):
+                key = _make_key(record, image)
+                try:
+                    if isinstance(image, FileImage) and not is_remote(image.path):
+                        path = os.path.abspath(image.path)
+                        image_hash, version = _hash_file(image, earlier.find_image(key))
+                    else:
+                        path, image_hash, version = *_copy_image(image.read(), output), None
+                except (OSError, ImageFormatError, DecodingLimitError) as error:
+                    log.skip(str(image), number, UNREADABLE_IMAGE, error)
+                    continue
+                path = path.removeprefix(os.path.join(os.path.abspath(output.records.parent), ""))
+                yield ImageRow(number, key, image_hash, _make_record(record, path), version)
+                number += 1
+                bar.update()
+
+
+def _open_images(
+    source: str, columns: dict[str, str], output: CaptionOutput, log: SkipLog
+) -> Iterator[tuple[Record, ImageRef]]:
+    """Yield the records of a source that have an image, and the image. The output of captioning runs is omitted."""
+    parsed = Source.parse(source)
+    parsed = Source(parsed.path, parsed.splits, columns or parsed.columns)
+    source_path = os.path.realpath(os.path.expanduser(parsed.path))
+    # The output of another run is read if the user has named the file.
+    omits_output = not os.path.isfile(source_path) or source_path == os.path.realpath(output.records)
+    files = []
+    for file in find_files(parsed.path, all_files=True, log=log):
+        if omits_output and _is_caption_output(file.path):
+            log.add_note(WRITTEN_BY_CAPTION, file.path)
+        else:
+            files.append(file)
+    for number, record in enumerate(RecordReader(parsed, log, "header", require_captions=False).read(files)):
+        if record.image is None:
+            log.skip(parsed.path, number, "no image", record.id)
+        elif omits_output and _is_copied_image(str(record.image)):
+            log.add_note(WRITTEN_BY_CAPTION, os.path.dirname(str(record.image)))
+        else:
+            yield record, record.image
+
+
+def _make_key(record: Record, image: ImageRef) -> str:
+    """Return a string that identifies an image and its split. Invalid bytes in file names are escaped."""
+    key = image.key if record.split is None else f"{image.key}@{record.split}"
+    return key.encode(errors="backslashreplace").decode()
+
+
+def _make_record(record: Record, path: str) -> dict[str, Any]:
+    fields: dict[str, Any] = {"image": path, "id": record.id}
+    for name in TEXT_FIELDS:
+        if texts := getattr(record, name):
+            fields[name] = list(texts)
+    if record.split is not None:
+        fields["split"] = record.split
+    return fields
+
+
+def _hash_file(image: FileImage, earlier: ImageRow | None) -> tuple[str, str]:
+    """Return the hash and the version of an image file. It is read only if it has changed since the last run."""
+    ((size, modified),) = get_file_version(image.path)
+    version = f"{size} {modified}"
+    if earlier is not None and earlier.version == version:
+        return earlier.hash, version
+    return hashlib.sha256(image.read()).hexdigest(), version
+
+
+def _copy_image(data: bytes, output: CaptionOutput) -> tuple[str, str]:
+    """Copy an image to the images folder if it is not there yet. Return its path and hash."""
+    image_hash = hashlib.sha256(data).hexdigest()
+    image_format = (open_header(BytesIO(data)).format or "").lower()
+    suffix = {"jpeg": "jpg", "mpo": "jpg", "heif": "heic"}.get(image_format, image_format)
+    path = output.images.absolute() / f"{image_hash}.{suffix}"
+    if not path.exists() or path.stat().st_size != len(data):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # others cannot create a link with this name
+        with explain_write_errors(path), temporary.open("xb") as stream:
+            stream.write(data)
+        temporary.replace(path)
+    return os.path.abspath(path), image_hash
+
+
+def _is_caption_output(path: str) -> bool:
+    return path.endswith(".jsonl") and not is_remote(path) and os.path.exists(f"{path}.sqlite")
+
+
+def _is_copied_image(image: str) -> bool:
+    """Return True if an image was copied by a captioning run. Its name consists of its hash and a suffix."""
+    folder, name = os.path.split(image)
+    return _COPIED_IMAGE.fullmatch(name) is not None and _is_images_folder(folder)
+
+
+@cache
+def _is_images_folder(folder: str) -> bool:
+    """Return True if a captioning run copies images to a folder. It can also contain other images."""
+    return folder.endswith("_images") and _is_caption_output(f"{folder.removesuffix('_images')}.jsonl")
+
+
+# ---- records and failures --------------------------------------------------------------------------------------------
+
+
+def write_records(database: CaptionDatabase, file: Path, model: str, prompts: Sequence[Prompt]) -> tuple[int, int]:
+    """Write the records with their captions. Captions that quality control rejects are omitted.
+
+    Returns:
+        The number of records and the number of generated captions.
+    """
+    num_records = num_captions = 0
+    with _open_jsonl(file) as stream:
+        for row in database.iterate_images():
+            answers = _list_answers(database, row, model, prompts)
+            accepted = [answer for answer in answers if answer.text is not None and answer.problem is None]
+            record = _add_captions(row, accepted, prompts, database.has_source_captions(row.hash))
+            if any(record.get(name) for name in CAPTION_FIELDS):
+                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+                num_records += 1
+                num_captions += len(accepted)
+    return num_records, num_captions
+
+
+def _add_captions(
+    row: ImageRow, answers: Sequence[StoredAnswer], prompts: Sequence[Prompt], has_source_captions: bool
+) -> dict[str, Any]:
+    """Return an image's record with generated captions and their origin.
+
+    Short captions are added to `captions`, or to `short_captions` if the image has captions in the sources, in this
+    record or another one. Dense captions are added to `long_captions`.
+    """
+    record = dict(row.record)
+    short_field = "short_captions" if has_source_captions else "captions"
+    record.setdefault("captions", [])
+    kinds = {prompt.key: prompt.kind for prompt in prompts}
+    for answer in answers:
+        field = short_field if kinds[answer.prompt] == "short" else "long_captions"
+        record[field] = list(dict.fromkeys([*record.get(field, []), remove_opening(answer.text or "")]))
+    if answers:
+        temperatures = {answer.prompt: answer.temperature for answer in answers}
+        record["caption_source"] = {
+            "image_hash": row.hash,
+            "model": answers[0].model,
+            "prompts": list(temperatures),
+            "temperature": list(temperatures.values()),
+            "date": max(answer.date for answer in answers),
+        }
+    return record
+
+
+def write_failures(database: CaptionDatabase, file: Path, model: str, prompts: Sequence[Prompt]) -> int:
+    """Write the requests without a caption and their reasons. Return their number. Without failures, write no file."""
+    num_failures = 0
+    with _open_jsonl(file) as stream:
+        for row in database.iterate_distinct_images():
+            for answer in _list_answers(database, row, model, prompts):
+                if answer.error is not None:
+                    failure = {"image": row.record["image"], "id": row.record["id"], "prompt": answer.prompt}
+                    failure |= {"sample": answer.sample, "error": answer.error, "date": answer.date}
+                    stream.write(json.dumps(failure, ensure_ascii=False) + "\n")
+                    num_failures += 1
+    if not num_failures:
+        file.unlink()
+    return num_failures
+
+
+def _list_answers(
+    database: CaptionDatabase, row: ImageRow, model: str, prompts: Sequence[Prompt]
+) -> list[StoredAnswer]:
+    """Return the answers for an image, without samples that the prompts no longer ask for."""
+    samples = {prompt.key: prompt.samples for prompt in prompts}
+    answers = database.list_answers(row.hash, model, list(samples))
+    return [answer for answer in answers if answer.sample < samples[answer.prompt]]
+
+
+@contextmanager
+def _open_jsonl(file: Path) -> Iterator[TextIO]:
+    with atomic_path(file) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+        yield stream
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CaptionReport:
+    """Results of a captioning run that are shown in its report.
+
+    Args:
+        sources: Sources as given by the user.
+        model: Name of the captioner.
+        scores: Result of the comparison with the images, or None if the captions were not compared.
+        encoder: Name of the dual encoder with which the captions were compared.
+        cost: Cost of all answers, or None if no price is known.
+        seconds: Duration of this run.
+    """
+
+    sources: Sequence[str]
+    model: str
+    prompts: Sequence[Prompt]
+    checks: TextChecks
+    scores: ScoredCaptions | None = None
+    encoder: str | None = None
+    max_rank: float | None = None
+    cost: float | None = None
+    seconds: float = 0.0
+
+
+def write_caption_report(file: Path, database: CaptionDatabase, report: CaptionReport) -> None:
+    """Write a report with images and captions as a self-contained HTML page."""
+    blocks = build_blocks(database, report)
+    cards = [_make_card(database, row, report) for row in find_worst_images(database, report)]
+    if cards:
+        text = f"{len(cards):,} images: those with failed or rejected captions first, then by highest rank."
+        blocks += [Heading("Images"), Paragraph(text), Examples(cards, as_cards=True)]
+    sources = "\n".join(to_valid_unicode(hide_url_secrets(source)) for source in report.sources)
+    blocks += build_run_section(describe_run(report.seconds), code=sources)
+    write_report(file, "Captions", describe_captions(database, report), blocks, with_markdown=False)
+
+
+def describe_captions(database: CaptionDatabase, report: CaptionReport) -> str:
+    """State in words how many captions were rejected and why, and how many requests failed."""
+    num_captions = report.checks.num_captions
+    problems = database.count_problems(report.model, report.prompts)
+    num_failed = sum(count for _, count, _ in database.count_errors(report.model, report.prompts, MAX_ERRORS))
+    if not num_captions:
+        return f"No image has a caption. {num_failed:,} requests failed." if num_failed else "No image has a caption."
+    verdict = f"None of the {num_captions:,} captions is rejected."
+    if problems:
+        [(problem, count)] = problems.most_common(1)
+        share = 100 * problems.total() / num_captions
+        verdict = f"{problems.total():,} of {num_captions:,} captions ({share:.1f}%) are rejected"
+        verdict += f", most of them because: {problem} ({count:,})." if len(problems) > 1 else f": {problem}."
+    if num_failed:
+        verdict += f" {num_failed:,} requests failed."
+    elif report.scores is None:
+        verdict += " They were not compared with their images."
+    return verdict
+
+
+def build_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block]:
+    """Return the tables of a report."""
+    checks = report.checks
+    blocks = [*_build_summary(database, report), *_build_problems(database, report)]
+    rows = []
+    for kind, counts in checks.lengths.items():
+        histogram = Histogram(counts)
+        lengths = [f"{histogram.percentile(percent):,}" for percent in (0, 5, 50, 95, 100)]
+        rows.append([f"{kind} captions", f"{histogram.count:,}", *lengths])
+    if rows:
+        header = ["words", "captions", "shortest", "5%", "median", "95%", "longest"]
+        blocks += [Heading("Lengths"), Table(header, rows)]
+    rows = []
+    for opening, count in checks.openings:
+        rows.append([opening, f"{count:,}", f"{100 * count / checks.num_captions:.1f}%"])
+    if rows:
+        text = f"First words that more than {MIN_OPENING_SHARE:.0%} of the captions share. They are not rejected."
+        blocks += [Heading("Common openings"), Paragraph(text), Table(["opening", "captions", "share"], rows)]
+    rows = []
+    for reason, count, example in database.count_errors(report.model, report.prompts, MAX_ERRORS):
+        rows.append([_shorten(reason), f"{count:,}", _shorten(example.removeprefix(reason).removeprefix(": "))])
+    if rows:
+        blocks += [Heading("Failed requests"), Table(["reason", "requests", "example"], rows)]
+    return blocks
+
+
+def _build_summary(database: CaptionDatabase, report: CaptionReport) -> list[Block]:
+    num_rejected = database.count_problems(report.model, report.prompts).total()
+    input_tokens, output_tokens = database.count_tokens(report.model)
+    numbers = {
+        "images": database.count_images(),
+        "captions": report.checks.num_captions,
+        "rejected captions": num_rejected,
+        "captions whose opening was removed": report.checks.num_shortened,
+        "input tokens": input_tokens,
+        "output tokens": output_tokens,
+    }
+    rows = [(name, f"{number:,}") for name, number in numbers.items()]
+    if report.cost is not None:
+        rows.append(("cost", f"{report.cost:.2f}"))
+    return [Table(["content", "number"], rows), Paragraph(f"Model: {report.model}")]
+
+
+def _build_problems(database: CaptionDatabase, report: CaptionReport) -> list[Block]:
+    checks, scores = report.checks, report.scores
+    problems = database.count_problems(report.model, report.prompts)
+    paragraphs = []
+    if scores is not None:
+        paragraphs.append(
+            f"{scores.num_captions:,} captions were compared with {scores.sample_size:,} images by {report.encoder}. "
+            f"A caption is rejected if more than {report.max_rank:.0%} of these images match it better than its own."
+        )
+        if scores.unreadable:
+            name, error = next(iter(scores.unreadable.items()))
+            paragraphs.append(f"{len(scores.unreadable):,} images could not be read, for example {name}: {error}")
+    elif problems[MISMATCH]:
+        paragraphs.append("This run did not compare the captions with their images. Earlier rejections remain valid.")
+    else:
+        paragraphs.append("The captions were not compared with their images. To compare them, use --check MODEL.")
+    unknown = [name for name, code in checks.languages.items() if code is None]
+    if unknown:
+        paragraphs.append(f"The language of these prompts' captions was not checked: {', '.join(unknown)}.")
+    paragraphs.append(f"A caption fits many images if more than {checks.max_images:,} images have it.")
+    rows = []
+    for problem, count in problems.most_common():
+        rows.append((problem, f"{count:,}", f"{100 * count / max(1, checks.num_captions):.1f}%"))
+    table = Table(["problem", "captions", "share"], rows) if rows else Paragraph("No caption is rejected.")
+    return [Heading("Rejected captions"), table, *map(Paragraph, paragraphs)]
+
+
+def find_worst_images(database: CaptionDatabase, report: CaptionReport) -> list[ImageRow]:
+    """Return at most `MAX_IMAGES` images: those with the most failed or rejected captions, then by highest rank."""
+    keys = [prompt.key for prompt in report.prompts]
+    query = _WORST_IMAGES.format(prompts=", ".join("?" * len(keys)))
+    parameters = (report.model, *keys, DUPLICATE, DUPLICATE, NEAR_DUPLICATE, MAX_IMAGES)
+    numbers = [number for (number,) in database.connection.execute(query, parameters)]
+    return [database.read_image(number) for number in numbers]
+
+
+def _make_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) -> Example:
+    """Return an image's thumbnail and captions. If the image cannot be decoded, the card shows the error."""
+    file = find_image_file(database, row)
+    jpeg, error = None, ""
+    try:
+        jpeg = make_thumbnail(load_image(file), THUMBNAIL_SIDE)
+    except (ImageError, OSError) as problem:
+        error = to_valid_unicode(str(problem))
+    texts: dict[str, list[str]] = {}
+    for answer in database.list_answers(row.hash, report.model, [prompt.key for prompt in report.prompts]):
+        label, text = "failed requests", _shorten(answer.error or "")
+        if answer.text is not None:
+            label = "captions" if answer.problem is None else f"rejected: {answer.problem}"
+            text = _shorten(remove_opening(answer.text))
+            if answer.rank is not None and answer.score is not None:
+                text = f"{text} (rank {answer.rank:.1%}, score {answer.score:.3f})"
+        texts.setdefault(label, []).append(text)
+    if captions := row.record.get("captions"):
+        texts["captions in the source"] = [_shorten(caption) for caption in captions[:MAX_SOURCE_CAPTIONS]]
+    name = Path(to_valid_unicode(file.path)).name
+    return Example(jpeg, title=name, details=[to_valid_unicode(row.record["image"])], texts=texts, error=error)
+
+
+def _shorten(text: str) -> str:
+    is_long = len(text) > MAX_TEXT_CHARACTERS
+    return to_valid_unicode(f"{text[:MAX_TEXT_CHARACTERS]} … ({len(text):,} characters)" if is_long else text)
