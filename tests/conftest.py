@@ -13,6 +13,7 @@ import multiprocessing
 import random
 import resource
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Generator
 from contextlib import suppress
@@ -25,8 +26,9 @@ import torch
 from PIL import Image
 
 from format_fixtures import ROWS, image_bytes
+from llm2clip.cli import main
 from llm2clip.config import TuneConfig
-from llm2clip.data import build_table
+from llm2clip.data import build_table, image_loader
 from llm2clip.data.pairs import ImageCaptions
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.pretrained import AssetUnavailableError
@@ -40,8 +42,9 @@ with suppress(ImportError):
 _CAPABILITIES = {**getattr(torch.cpu, "get_capabilities", dict)(), "amx_bf16": False, "avx512_bf16": False}
 torch.cpu.get_capabilities = lambda: _CAPABILITIES  # auto is fp32 on every machine
 torch.set_num_threads(1)  # tiny models are slower with more threads
-# `run_distributed` forks its processes from a server that has imported these modules, which takes several seconds.
-multiprocessing.set_forkserver_preload(["llm2clip.pipeline", "llm2clip.evaluate.runner"])
+# Tests fork their processes from a server that has imported these modules, which takes several seconds.
+image_loader.PRELOADED_MODULES += ["llm2clip.pipeline", "llm2clip.evaluate.runner"]
+multiprocessing.set_forkserver_preload(image_loader.PRELOADED_MODULES)
 
 pytest_plugins = ["align_fixtures", "page_fixtures"]
 HANG_TIMEOUT = 300  # seconds; only a test that hangs waits for so long, so its result does not depend on speed
@@ -115,12 +118,13 @@ def make_llm(folder: Path, family: str = "llama", layers: int = 3, seed: int = 0
     return folder
 
 
-def make_tower(folder: Path, architecture: str = "test_efficientnet") -> Path:
+def make_tower(folder: Path, architecture: str = "test_efficientnet", **model_args: Any) -> Path:
     """Save a random timm model as a local checkpoint that `--align.tower FOLDER` opens."""
     import timm
 
     torch.manual_seed(0)
-    timm.models.save_for_hf(timm.create_model(architecture), folder, safe_serialization=True)
+    model = timm.create_model(architecture, **model_args)
+    timm.models.save_for_hf(model, folder, model_args=model_args, safe_serialization=True)
     return folder
 
 
@@ -327,6 +331,39 @@ def _rank(
     os._exit(0)  # threads of gloo may still hold tensors, which can crash the process while Python shuts down
 
 
+def run_in_process(function: Callable[..., None], *args: Any) -> int | None:
+    """Run `function(*args)` in a new process, and return its exit code."""
+    process = multiprocessing.get_context("forkserver").Process(target=function, args=args)
+    process.start()
+    process.join(HANG_TIMEOUT)
+    if process.is_alive():
+        process.kill()
+        pytest.fail("the process hangs")
+    return process.exitcode
+
+
+def start_command(arguments: list[str], output: Path) -> multiprocessing.process.BaseProcess:
+    """Start an llm2clip command in a new process, which leads a process group of its own. Its output goes to a file."""
+    process = multiprocessing.get_context("forkserver").Process(target=_run_command, args=(arguments, str(output)))
+    process.start()
+    return process
+
+
+def _run_command(arguments: list[str], output: str) -> None:
+    os.setsid()
+    # The signal is ignored in a process that inherits this from the shell, for example if tests run in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    del image_loader.PRELOADED_MODULES[1:]  # the workers of this process need no more
+    code = main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
 def load_benchmark(name: str) -> Any:
     """Import a script in the folder `benchmarks`."""
     file = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
@@ -339,16 +376,12 @@ def load_benchmark(name: str) -> Any:
 
 def run_with_few_open_files(function: Callable[..., None], *args: Any) -> None:
     """Run `function(*args)` in a new process that may open only 128 files. Usual limits are 256 and 1,024."""
-    context = torch.multiprocessing.start_processes(
-        _limit_open_files, (function, args), nprocs=1, join=False, start_method="forkserver"
-    )
-    if not context.join(timeout=HANG_TIMEOUT):
-        context.processes[0].kill()
-        pytest.fail("the process hangs")
+    assert run_in_process(_limit_open_files, function, args) == 0
 
 
-def _limit_open_files(_: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _limit_open_files(function: Callable[..., None], args: tuple[Any, ...]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+    del image_loader.PRELOADED_MODULES[1:]  # the workers of this process need no more
     function(*args)
 
 

@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import pretended_gpu
 from align_fixtures import ALIGN, make_store, read_split
-from conftest import CAPTIONS, make_tower
+from conftest import CAPTIONS, make_llm, make_tower
 from llava_fixtures import build_tiny_llava, make_conversations
 from llm2clip.cli import main
 from llm2clip.config import TuneConfig
@@ -48,8 +48,14 @@ CountSteps = Callable[..., Counts]
 
 @pytest.fixture(scope="session")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random vision transformer, as a timm checkpoint folder."""
-    return make_tower(tmp_path_factory.mktemp("vit"), "test_vit")
+    """A random vision transformer with two blocks, as a timm checkpoint folder."""
+    return make_tower(tmp_path_factory.mktemp("vit"), "test_vit", depth=2)
+
+
+@pytest.fixture(scope="session")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random decoder LLM with two layers, as a folder."""
+    return make_llm(tmp_path_factory.mktemp("llm"), layers=2)
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,6 @@ import math
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -30,6 +28,7 @@ from conftest import (
     make_llm,
     make_tower,
     run_distributed,
+    start_command,
 )
 from llm2clip.config import AlignConfig
 from llm2clip.data.image_order import draw_random_order
@@ -493,35 +492,25 @@ def test_an_error_in_the_loss_stops_the_workers_and_the_thread(
     assert "terminate" not in capfd.readouterr().err
 
 
-# The signal is ignored in a process that inherits this from the shell, for example if the tests run in the background.
-MAIN_WITH_CTRL_C = """
-import signal, sys
-from llm2clip.cli import main
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 def test_ctrl_c_ends_the_align_command(image_folder: Path, llm: Path, store: EmbeddingStore, tmp_path: Path) -> None:
     """Starts a real process with a worker, and interrupts both during training, as a terminal does."""
     tower = make_tower(tmp_path / "tower", "test_vit")
-    command = [sys.executable, "-c", MAIN_WITH_CTRL_C, "align", f"{image_folder / 'captions.jsonl'}@train"]
+    command = ["align", f"{image_folder / 'captions.jsonl'}@train"]
     command += ["--store", str(store.folder), "--encoder.path", str(llm), "--out", str(tmp_path / "run")]
     command += ["--align.tower", str(tower), "--align.workers", "1", "--align.epochs", "9999"]
     command += ["--align.batch_size", "10", "--align.image_size", "64"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     metrics = tmp_path / "run" / "metrics.jsonl"
-    with subprocess.Popen(command, env=env, start_new_session=True, **pipes) as process:
-        deadline = time.monotonic() + HANG_TIMEOUT
-        while process.poll() is None and time.monotonic() < deadline:
-            if metrics.exists() and metrics.read_text():  # the first step is complete
-                break
-            time.sleep(0.05)
-        with contextlib.suppress(ProcessLookupError):  # the output says why the process has ended
-            os.killpg(process.pid, signal.SIGINT)
-        output = process.communicate(timeout=HANG_TIMEOUT)[0]  # returns when the worker has ended, too
-    assert process.returncode == 130, output
+    process = start_command(command, tmp_path / "output")
+    deadline = time.monotonic() + HANG_TIMEOUT
+    while process.is_alive() and time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_text():  # the first step is complete
+            break
+        time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):  # the output says why the process has ended
+        os.killpg(process.pid or 0, signal.SIGINT)
+    process.join(HANG_TIMEOUT)
+    output = (tmp_path / "output").read_text()
+    assert process.exitcode == 130, output
     assert "Run the same command again to resume" in output
     assert "Traceback" not in output and "terminate" not in output, output
 

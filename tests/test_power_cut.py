@@ -44,10 +44,10 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(stage: str, data: Path, llm: Path, tower: Path, model_folder: Path, store: Path, out: Path) -> list[str]:
     arguments = {
-        "tune": f"{data} --encoder.path {llm} --tune.steps 4 --tune.batch_size 8 --tune.save_steps 1",
+        "tune": f"{data} --encoder.path {llm} --tune.steps 2 --tune.batch_size 8 --tune.save_steps 1",
         "embed": f"{data} --encoder.path {llm}",
         "align": f"{data}@train --store {store} --encoder.path {llm} --align.tower {tower} --align.image_size 64 "
-        "--align.embed_dim 16 --align.epochs 2 --align.batch_size 8 --align.save_steps 1 --align.workers 0",
+        "--align.embed_dim 16 --align.epochs 1 --align.batch_size 15 --align.save_steps 1 --align.workers 0",
         "index": f"{data} --model {model_folder} --workers 0 --batch_size 4",
     }
     return [stage, *arguments[stage].split(), "--out", str(out)]

@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,26 +77,23 @@ def test_ray_driver_frees_its_encoder_before_the_workers_start(
 
 
 def test_a_worker_that_always_dies_is_not_restarted_without_limit(
-    cluster: Path, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "MAX_RETRIES", 1)
-    driver, attempts = os.getpid(), tmp_path / "attempts"
-    attempts.mkdir()
+    """The worker does not import llm2clip, so that it starts quickly."""
 
-    def open_encoder(device: str) -> CaptionEncoder:
-        encoder = CaptionEncoder.from_pretrained(llm, device=device)
+    class DyingWorker:
+        def __init__(self, *_: object) -> None: ...
 
-        def die(*args: object, **options: object) -> None:
-            (attempts / f"{os.getpid()}").touch()
+        def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            (tmp_path / f"{os.getpid()}").touch()
             os._exit(1)
 
-        if os.getpid() != driver:
-            encoder.tokenize = die  # type: ignore[method-assign, assignment]
-        return encoder
-
+    monkeypatch.setattr(encode, "MAX_RETRIES", 1)
+    monkeypatch.setattr(encode, "ShardWorker", DyingWorker)
+    plan: Any = SimpleNamespace(shards=[0])
     with pytest.raises(ChildProcessError, match=r"A Ray worker died 2 times(.|\n)*Run the same command again"):
-        embed_with_ray(CAPTIONS, open_encoder, tmp_path / "store", workers=1, shard_size=100)
-    assert len(list(attempts.iterdir())) == 2
+        encode._run_workers(plan, None, workers=1, batch_tokens=None, precision="fp32")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 CONNECT = """

@@ -3,11 +3,10 @@
 import gc
 import hashlib
 import json
+import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from conftest import HANG_TIMEOUT, run_distributed
+from conftest import HANG_TIMEOUT, run_distributed, run_in_process
 from llm2clip.cli import main
 from llm2clip.data.records import Record
 from llm2clip.io_utils import atomic_path
 from llm2clip.models.loading import fingerprint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError
+from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError, folder_lock
+from llm2clip.store import writer
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import KeyIndex, StoreError, build_key_index, read_shards, sort_keys
 from llm2clip.store.maintenance import export_parquet, import_parquet, merge_stores, repair_store
@@ -219,45 +219,31 @@ def _embeddings(store: EmbeddingStore) -> np.ndarray:
     return store.take(store.find_rows(CAPTIONS))
 
 
-EMBED_AND_KILL = """
-import os, signal, sys
-from pathlib import Path
-import llm2clip.store.writer as writer
-from llm2clip.store.encode import embed
-from llm2clip.models.text.caption_encoder import CaptionEncoder
+def _embed_and_kill(llm: Path, folder: Path, moment: str) -> None:
+    """Embed captions, and kill the process at the third shard: when it calls the writer's function `moment`."""
+    owner: Any = {"save": writer.np, "write_table": writer.pq, "write_manifest": writer}[moment]
+    function, calls = getattr(owner, moment), []
+    calls_before = 4 if moment == "write_table" else 0  # for the captions of the missing shards
 
-llm, out, captions = sys.argv[1], sys.argv[2], sys.argv[3:]
-encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
-
-def kill_at_third_shard(name, owner):
-    function, calls = getattr(owner, name), []
-    calls_before = 4 if name == "write_table" else 0  # for the captions of the missing shards
-    def call(first, *rest, **options):
+    def call(first: Any, *rest: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == calls_before + 3:
-            if name == "save":
+            if moment == "save":
                 Path(first).write_bytes(b"half of the file")
             os.kill(os.getpid(), signal.SIGKILL)
         return function(first, *rest, **options)
-    setattr(owner, name, call)
 
-for name, owner in (("save", writer.np), ("write_table", writer.pq), ("write_manifest", writer)):
-    if child := os.fork():
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    else:
-        kill_at_third_shard(name, owner)
-        embed(captions, encoder, f"{out}/{name}", shard_size=16, precision="fp32")
-        sys.exit(1)  # not reached
-"""
+    setattr(owner, moment, call)
+    torch.set_num_threads(1)
+    embed(CAPTIONS, CaptionEncoder.from_pretrained(llm, device="cpu"), folder, shard_size=16, precision="fp32")
 
 
 def test_embed_resumes_after_kill_at_any_moment(encoder: CaptionEncoder, llm: Path, tmp_path: Path) -> None:
     """SIGKILL while embeddings are written, before the keys, and before the last manifest."""
-    command = [sys.executable, "-c", EMBED_AND_KILL, str(llm), str(tmp_path), *CAPTIONS]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     uninterrupted = embed(CAPTIONS, encoder, tmp_path / "uninterrupted", shard_size=16, precision="fp32")
     for moment, shards in (("save", 2), ("write_table", 2), ("write_manifest", 4)):
         folder = tmp_path / moment
+        assert run_in_process(_embed_and_kill, llm, folder, moment) == -signal.SIGKILL
         assert len(read_shards(folder)) == shards and (folder / ".incoming").exists()
         store = embed(CAPTIONS, encoder, folder, shard_size=16, precision="fp32")
         store.verify()
@@ -265,24 +251,22 @@ def test_embed_resumes_after_kill_at_any_moment(encoder: CaptionEncoder, llm: Pa
         assert not (folder / ".incoming").exists() and not list(folder.glob(".*.part*"))
 
 
-LOCK_AND_WAIT = """
-import sys
-from pathlib import Path
-from llm2clip.runs.output_folder import FolderInUseError, folder_lock
-
-with folder_lock(Path(sys.argv[1])):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
+def _lock_and_wait(folder: Path, connection: Any) -> None:
+    with folder_lock(folder):
+        connection.send("locked")
+        connection.recv()
 
 
 def test_embed_raises_until_the_process_with_the_lock_is_killed(encoder: CaptionEncoder, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", LOCK_AND_WAIT, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "locked\n"
-        with pytest.raises(FolderInUseError, match="another run is writing to"):
-            embed(CAPTIONS, encoder, tmp_path)
-        process.send_signal(signal.SIGKILL)
+    context = multiprocessing.get_context("forkserver")
+    connection, other_end = context.Pipe()
+    process = context.Process(target=_lock_and_wait, args=(tmp_path, other_end))
+    process.start()
+    assert connection.recv() == "locked"
+    with pytest.raises(FolderInUseError, match="another run is writing to"):
+        embed(CAPTIONS, encoder, tmp_path)
+    process.kill()
+    process.join()
     assert len(embed(CAPTIONS, encoder, tmp_path)) == 50
 
 

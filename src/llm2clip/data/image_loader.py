@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import pickle
 import sys
@@ -25,6 +26,8 @@ from llm2clip.io_utils import FatalDataError, describe_error
 T = TypeVar("T")
 MIN_IMAGES_FOR_WORKERS = 2048  # decoding fewer images takes less time than starting the workers
 PREFETCH_IMAGES = 4096  # remote files are downloaded ahead each time that this many images have been decoded
+# Modules that the first worker imports for all workers.
+PRELOADED_MODULES = ["llm2clip.train.sampling"]
 _ALIGNMENT = 64  # alignment in bytes of the tensors in a packed batch; valid for any dtype
 
 
@@ -64,7 +67,7 @@ def iter_image_batches(
         num_workers=workers,
         collate_fn=pack_batch if workers else list,
         worker_init_fn=skip_finalization,
-        multiprocessing_context="spawn" if workers else None,
+        multiprocessing_context=choose_start_method(workers),
         generator=torch.Generator(),  # leaves the global random state unchanged
     )
     next_prefetch = num_images = 0
@@ -94,6 +97,18 @@ class _DecodedImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
         return index, decode_or_error(self.refs[index], self.transform)
+
+
+def choose_start_method(workers: int) -> str | None:
+    """Return the start method of data loader workers, or None if there are none.
+
+    Forking a process that uses a GPU or threads is unsafe. With "forkserver", workers are forked from a process that
+    only imports modules, so that the imports take place once instead of once per worker.
+    """
+    if not workers or "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn" if workers else None
+    multiprocessing.set_forkserver_preload(PRELOADED_MODULES)
+    return "forkserver"
 
 
 def skip_finalization(worker: int) -> None:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from llm2clip.config import AlignConfig
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.counter_random import hash_counters, shuffle_rows, to_unit_interval
-from llm2clip.data.image_loader import decode_or_error, skip_finalization
+from llm2clip.data.image_loader import choose_start_method, decode_or_error, skip_finalization
 from llm2clip.data.image_order import EpochOrders, ImageOrder
 from llm2clip.data.table import IMAGE_COLUMNS, ImageList, RecordTable
 from llm2clip.data.transforms import Preprocess, TrainTransform
@@ -177,7 +177,7 @@ class AlignBatches:
             collate_fn=_collate,
             worker_init_fn=skip_finalization,
             persistent_workers=False,
-            multiprocessing_context="spawn" if workers else None,
+            multiprocessing_context=choose_start_method(workers),
             generator=torch.Generator(),  # so that the loader does not use the global random state
         )
         for pixels, samples, failures in loader:
