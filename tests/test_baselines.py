@@ -188,14 +188,12 @@ def test_texts_are_lower_cased_for_siglip2(tmp_path: Path) -> None:
     assert not torch.allclose(lower, upper, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"), [("clap", "audio"), ("owlvit", "detection"), ("aimv2", "padding"), ("tipsv2", "are unknown")]
-)
-def test_unsuitable_model_types_are_rejected_with_the_reason(kind: str, reason: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["clap", "owlvit", "aimv2", "tipsv2"])
+def test_unsuitable_model_types_are_rejected(kind: str, tmp_path: Path) -> None:
     import transformers
 
     transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"is a '{kind}' model, which is not supported: .*{reason}.*\.npz"):
+    with pytest.raises(ValueError, match=rf"is a '{kind}' model, which is not supported: .*unknown.*\.npz"):
         open_dual_encoder(str(tmp_path), "cpu")
 
 

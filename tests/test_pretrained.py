@@ -12,7 +12,6 @@ from gguf import GGUFWriter
 from safetensors.numpy import load_file
 
 from llm2clip.models import pretrained
-from llm2clip.models.gguf import convert_gguf
 from llm2clip.models.pretrained import (
     Asset,
     AssetError,
@@ -219,9 +218,9 @@ def write_gguf(file: Path, without: str = "") -> dict[str, np.ndarray]:
     return weights
 
 
-def test_convert_gguf_keeps_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_gguf_keeps_the_weights(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = write_gguf(tmp_path / "tiny.gguf")
-    folder = convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    folder = resolve_gguf(tmp_path / "tiny.gguf")
     assert "it/s" not in capsys.readouterr().err  # transformers' progress bars are hidden
     loaded = load_file(folder / "model.safetensors")
     names = {"embed_tokens": "token_embd", "norm": "output_norm"}
@@ -233,20 +232,14 @@ def test_convert_gguf_keeps_the_weights(tmp_path: Path, capsys: pytest.CaptureFi
     assert CaptionEncoder.from_pretrained(folder, device="cpu").encode([chr(0x100)]).isfinite().all()
 
 
-def test_convert_gguf_rejects_a_file_without_all_weights(tmp_path: Path) -> None:
+def test_convert_gguf_rejects_a_file_without_all_weights(cache: Path, tmp_path: Path) -> None:
     """transformers initialises missing weights randomly, with only a warning; an old `gguf` package reads none."""
     write_gguf(tmp_path / "tiny.gguf", without="blk.1.ffn_up.weight")
     with pytest.raises(ValueError, match=r"is missing 1 of the model's weights, including layers\.1\.mlp\.up_proj"):
-        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_convert_gguf_checks_its_paths(tmp_path: Path) -> None:
+        resolve_gguf(tmp_path / "tiny.gguf")
+    assert not list((cache / "gguf").iterdir())
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        convert_gguf(tmp_path / "no.gguf", tmp_path / "out")
-    (tmp_path / "some.gguf").write_bytes(b"GGUF")
-    with pytest.raises(FileExistsError):
-        convert_gguf(tmp_path / "some.gguf", tmp_path)
+        resolve_gguf(tmp_path / "no.gguf")
 
 
 def test_resolve_gguf_converts_once_until_the_file_changes(
@@ -256,14 +249,9 @@ def test_resolve_gguf_converts_once_until_the_file_changes(
     file.write_bytes(b"GGUF")
     converted: list[Path] = []
 
-    def convert(gguf: Path, out: Path) -> Path:
-        out.mkdir(parents=True)
-        converted.append(out)
-        return out
-
-    monkeypatch.setattr(pretrained, "convert_gguf", convert)
+    monkeypatch.setattr(pretrained, "write_gguf_as_safetensors", lambda gguf, folder: converted.append(folder))
     first = resolve_gguf(file)
-    assert first == resolve_gguf(file) and converted == [first] and first.parent == cache / "gguf"
+    assert first == resolve_gguf(file) and len(converted) == 1 and first.parent == cache / "gguf"
     file.write_bytes(b"GGUF, changed")
     assert resolve_gguf(file) != first
 

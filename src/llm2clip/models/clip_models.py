@@ -63,19 +63,6 @@ _TEXT_PREPROCESSING = {
     "altclip": _TextPreprocessing(context_length=77),
     "metaclip_2": _TextPreprocessing(),
 }
-# Maps each unsupported model type that has text features to the reason why it is not supported.
-_UNSUPPORTED_TYPES = {
-    # As of version 5.24, transformers applies the causal mask only if the batch contains padding.
-    "aimv2": "in transformers, its text embeddings depend on padding",
-    "blip": "its checkpoints compare images and texts with cross-attention; use another model",
-    "blip_2": "it embeds each image as 32 vectors instead of one",
-    "flava": "it returns image features for each patch, not for the whole image",
-    **dict.fromkeys(("clap", "clvp"), "it encodes audio, not images"),
-    **dict.fromkeys(("pe_video", "videoprism", "x_clip"), "it encodes videos, not images"),
-    **dict.fromkeys(("owlv2", "owlvit"), "it is a detection model; use the CLIP model it is based on"),
-    **dict.fromkeys(("sam3", "sam3_lite_text"), "it is a segmentation model"),
-    "clipseg": "it is a segmentation model; use the CLIP model it is based on",
-}
 
 
 @dataclass
@@ -83,7 +70,7 @@ class ClipTextEncoder:
     """Text tower of a CLIP model.
 
     Attributes:
-        model: complete CLIP model, with both towers.
+        model: CLIP model with both towers.
         context_length: maximum text length in tokens, or None if it is defined only in the model's own code.
         tokenize: function that converts N texts to a dict of model inputs, truncated to the context length.
         forward: function that takes the output of `tokenize` as keyword arguments and returns embeddings of shape
@@ -99,7 +86,6 @@ class ClipTextEncoder:
     embed_dim: int = field(init=False)
 
     def __post_init__(self) -> None:
-        """Determine the embedding dimension by encoding a text."""
         with torch.inference_mode():
             self.embed_dim = self._encode_batch(["a"]).shape[-1]
 
@@ -115,9 +101,8 @@ class ClipTextEncoder:
         return embeddings
 
     def _encode_batch(self, texts: list[str]) -> Tensor:
-        """Encode a batch of texts on the model's current device, since `model` may have been moved after loading."""
         batch = self.tokenize(texts)
-        device = next(self.model.parameters()).device
+        device = next(self.model.parameters()).device  # `model` may have been moved after loading
         return self.forward(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
 
     def count_truncated(self, captions: Sequence[str]) -> int | None:
@@ -129,8 +114,6 @@ class ClipTextEncoder:
 
 def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
     """Return True if `path` names an open_clip model or a transformers model with image and text towers.
-
-    For the arguments, see `load_clip_text_encoder`.
 
     Raises:
         ValueError: the model comes with its own code, and `trust_remote_code` is False.
@@ -155,12 +138,11 @@ def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
 def load_clip_text_encoder(
     path: str, device: torch.device | None = None, trust_remote_code: bool = False
 ) -> ClipTextEncoder:
-    """Load the text tower of a CLIP model.
+    """Load the text tower of a CLIP model, by default on a GPU if one is available.
 
     Args:
         path: for transformers, a folder or hub id. For open_clip, `open_clip:NAME/PRETRAINED`, `open_clip:FOLDER`
             (folder saved by open_clip) or `open_clip:hf-hub:ID`.
-        device: device to load the model on. Default: a GPU if available.
         trust_remote_code: if True, allow Python code that comes with the model to run.
 
     Raises:
@@ -225,13 +207,12 @@ def _load_transformers(path: str, device: torch.device, remote_code: bool) -> Cl
 
 
 def _get_text_preprocessing(path: str, model_type: str) -> _TextPreprocessing:
-    """Return the text preprocessing for a transformers model type. Raise ValueError if the type is not supported."""
     if model_type in _TEXT_PREPROCESSING:
         return _TEXT_PREPROCESSING[model_type]
-    reason = _UNSUPPORTED_TYPES.get(model_type, "its prompt, context length and padding are unknown to llm2clip")
     raise ValueError(
-        f"{path} is a {model_type!r} model, which is not supported: {reason}. Supported types: "
-        f"{', '.join(_TEXT_PREPROCESSING)}. To compare with any other model, save its embeddings in an .npz file"
+        f"{path} is a {model_type!r} model, which is not supported: its prompt, context length and padding are unknown "
+        f"to llm2clip. Supported types: {', '.join(_TEXT_PREPROCESSING)}. To compare with any other model, save its "
+        "embeddings in an .npz file"
     )
 
 
@@ -287,16 +268,9 @@ MIN_SIMILARITY = 0.99  # minimum cosine similarity between two implementations o
 
 
 def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
-    """Read a pretrained CLIP model's logit scale and logit bias.
+    """Read the logit scale (the factor, not its logarithm) and logit bias (or None) of a vision tower's CLIP model.
 
-    Args:
-        tower: vision tower, as in `VisionTower.from_pretrained`.
-
-    Returns:
-        The logit scale (the factor, not its logarithm), and the logit bias, or None if the checkpoint has no bias.
-
-    Raises:
-        ValueError: the tower's checkpoint has no logit scale because it contains only a vision tower.
+    For the tower, see `VisionTower.from_pretrained`. Raise ValueError if its checkpoint contains only a vision tower.
     """
     source = find_hub_id_or_folder(resolve_pretrained(tower))
     for name in _WEIGHT_FILES:
@@ -338,7 +312,6 @@ def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -
 
     Raises:
         ValueError: the tower's checkpoint contains no text tower.
-        ImportError, OSError: see `load_clip_text_encoder`.
     """
     if isinstance(inherit, str):
         return load_clip_text_encoder(inherit, device)
@@ -358,10 +331,7 @@ def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -
 def find_visual_projection(clip: Any) -> nn.Linear | None:
     """Return the linear layer that maps image features to embeddings in a transformers or open_clip model.
 
-    Return None if the features are already the embeddings, as in SigLIP.
-
-    Raises:
-        ValueError: the mapping from features to embeddings is not a linear layer.
+    Return None if the features are already the embeddings, as in SigLIP. Raise ValueError for other mappings.
     """
     if hasattr(clip, "get_image_features"):  # transformers
         return getattr(clip, "visual_projection", None)
@@ -387,10 +357,7 @@ def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: 
     """Build a model that has the same image embeddings as a CLIP model, and a randomly initialised text adapter.
 
     The CLIP model determines the device and the config's `embed_dim`, `projection` and `projection_bias`. `tower` is
-    the CLIP model's image tower, loaded for training.
-
-    Raises:
-        ValueError: the vision tower is not the image tower of the CLIP model. See also `find_visual_projection`.
+    the CLIP model's image tower, loaded for training. Raise ValueError if it is another tower.
     """
     projection = find_visual_projection(clip.model)
     feature_dim = clip.embed_dim if projection is None else projection.in_features
@@ -442,11 +409,7 @@ def _get_image_size(clip: Any) -> int | None:
 
 
 def find_hub_id_or_folder(tower: str) -> str:
-    """Return the folder or hub id of a tower's weights.
-
-    For a timm model, the hub id is taken from timm's pretrained config. If the model has no weights on the hub, its
-    name is returned unchanged.
-    """
+    """Return the folder or hub id of a tower's weights. For a timm model, timm's pretrained config names the hub id."""
     prefix, colon, rest = tower.partition(":")
     name = rest if colon and prefix in ("timm", "hf") else tower
     if "/" in name or Path(name).is_dir():

@@ -55,23 +55,18 @@ class DualEncoder:
     """An image encoder and a text encoder with a shared embedding space.
 
     Use `encode_images` and `encode_texts`, which return normalised embeddings. Functions whose names end in `_raw` may
-    return unnormalised embeddings of any dtype and on any device.
+    return unnormalised embeddings of shape (N, embed_dim) with any dtype and on any device.
 
     Attributes:
-        name: name passed to `open_dual_encoder`.
         identity: function that returns a dict of everything, except the precision, that affects the embeddings.
         transform: picklable function that preprocesses a uint8 image of shape (3, H, W) for the image encoder.
-        encode_images_raw: function that takes N outputs of `transform` and returns embeddings of shape (N, embed_dim).
-        encode_texts_raw: function that takes N texts and a bool (True to show a progress bar), and returns embeddings
-            of shape (N, embed_dim).
-        count_truncated: function that takes a list of texts and returns how many of them the text encoder truncates, or
-            None if unknown.
-        precision: precision in which the model runs: fp32, bf16 or bf16+N.
+        encode_images_raw: function that takes N outputs of `transform`.
+        encode_texts_raw: function that takes N texts and a bool (True to show a progress bar).
+        count_truncated: function that returns how many of N texts the text encoder truncates, or None if unknown.
         dense: encoder for dense image features, or None if this type of model does not support them.
-        logit_scale: function that returns the learned factor by which cosine similarities are multiplied. For models
-            without a logit scale, the function returns None.
-        query_templates: prompt templates for short search queries, as saved with the model. `encode_texts` does not use
-            them.
+        logit_scale: function that returns the learned factor by which cosine similarities are multiplied, or None for
+            models without a logit scale.
+        query_templates: prompt templates for short search queries. `encode_texts` does not use them.
         part_identities: function that returns two dicts of everything that affects the image embeddings and the text
             embeddings, or None if this type of model does not support it. Models with equal first dicts can search the
             same index.
@@ -109,16 +104,12 @@ class DualEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Fingerprint of the entire model."""
         return fingerprint(self.identity() if self.part_fingerprints is None else {"parts": self.part_fingerprints})
 
     def truncate(self, dim: int) -> DualEncoder:
         """Return the same model, with embeddings truncated to their first `dim` dimensions and normalised again.
 
-        Without training for this (`--align.matryoshka_dims`), truncation lowers the quality more.
-
-        Raises:
-            ValueError: `dim` is less than 1 or greater than `embed_dim`.
+        Raise ValueError if `dim` is not between 1 and `embed_dim`.
         """
         check_dim(dim, self.embed_dim, self.name)
         if dim == self.embed_dim:
@@ -152,10 +143,9 @@ def open_dual_encoder(
     trust_remote_code: bool = False,
     stage: Stage = "evaluate",
 ) -> DualEncoder:
-    """Load an image-text model by name.
+    """Load an image-text model by name, in one of the forms listed at the top of this module.
 
     Args:
-        name: model name, in one of the forms listed at the top of this module.
         device: device to load the model on. Default: a GPU if available.
         precision: precision of an llm2clip model (see `wrap_llm2clip`). Models of other types always run in fp32.
         trust_remote_code: if True, allow the model's own Python code to run. Required for Jina-CLIP.
@@ -182,14 +172,12 @@ def open_dual_encoder(
 
 
 def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str = "auto", stage: Stage = "evaluate") -> DualEncoder:
-    """Switch an LLM2CLIP model to eval mode and wrap it in a `DualEncoder`.
-
-    The caption encoder is loaded on first use.
+    """Switch an LLM2CLIP model to eval mode and wrap it. The caption encoder is loaded on first use.
 
     Args:
         precision: precision of the caption encoder, as in `CaptionEncoder.encode`, or `auto` for the precision of the
-            stage. On GPUs with bf16 support, the vision tower runs in bf16 unless the precision is fp32.
-        stage: stage that determines which precision `auto` selects (see `models/precision.py`).
+            stage (see `models/precision.py`). On GPUs with bf16 support, the vision tower runs in bf16 unless the
+            precision is fp32.
     """
     model.eval()
     resolved = resolve_precision(stage, precision, model.device)
@@ -275,7 +263,7 @@ def _load_transformers(name: str, device: torch.device, trust_remote_code: bool)
 
 
 def _apply_processor(processor: Any, image: Tensor) -> dict[str, Tensor]:
-    """Preprocess an image. This is a module-level function because worker processes cannot unpickle local functions."""
+    # A module-level function, because worker processes cannot unpickle local functions.
     batch = processor(images=to_pil_image(image), return_tensors="pt")
     return {key: tensor[0] for key, tensor in batch.items()}
 

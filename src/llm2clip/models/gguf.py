@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llm2clip.io_utils import atomic_dir
 from llm2clip.models.loading import hide_loading_bars
 
 # GGUF type codes of strings and arrays, and the size in bytes of each other type of value, keyed by type code.
@@ -21,39 +20,11 @@ _STRING, _ARRAY = 8, 9
 _VALUE_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
-def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
-    """Convert a GGUF file to the safetensors folder `out`, atomically, and return `out`.
-
-    For the folder's contents, see `write_gguf_as_safetensors`. If another process creates `out` during the conversion,
-    that folder is used.
-
-    Raises:
-        FileNotFoundError: the GGUF file does not exist.
-        FileExistsError: `out` exists.
-        ValueError: the file is corrupt or lacks weights.
-    """
-    gguf, out = Path(gguf).expanduser(), Path(out)
-    if not gguf.is_file():
-        raise FileNotFoundError(f"{gguf} does not exist")
-    if out.exists():
-        raise FileExistsError(f"{out} exists: remove it or choose another folder")
-    try:
-        with atomic_dir(out) as folder:
-            write_gguf_as_safetensors(gguf, folder)
-    except OSError:
-        if not out.is_dir():
-            raise
-    return out
-
-
 def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     """Write a GGUF file's tokenizer and decoder, without the LM head, to an existing folder.
 
-    All architectures that transformers can load from GGUF files are supported (llama, qwen2, qwen3, gemma3, ...). The
-    tokenizer's chat template is also written.
-
-    Raises:
-        ValueError: the file is corrupt or lacks weights.
+    All architectures that transformers can load from GGUF files are supported (llama, qwen2, qwen3, gemma3, ...). Raise
+    ValueError if the file is corrupt or lacks weights.
     """
     import torch
     import transformers.modeling_gguf_pytorch_utils
@@ -86,13 +57,10 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
 
 
 def check_gguf_header(gguf: Path) -> None:
-    """Check that the metadata in a GGUF file's header does not extend past the end of the file.
+    """Raise ValueError if the metadata in a GGUF file's header extends past the end of the file.
 
     The gguf package does not check array lengths: it would try to read an array of 2^40 values from a small file.
     File format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-
-    Raises:
-        ValueError: the file is not a little-endian GGUF file, or is corrupt.
     """
     with gguf.open("rb") as file:
         reader = _GGUFReader(file)

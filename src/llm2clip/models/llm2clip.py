@@ -103,9 +103,9 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
         Returns:
             (image embeddings, text embeddings, logit scale, logit bias). The embeddings are L2-normalised and float32,
-            of shape (N, embed_dim) for images and (M, embed_dim) for texts, or None if the corresponding input is None.
-            The logits are scale * cosine similarity + bias, where scale and bias are float32 scalars. The scale is
-            clamped to 100 only in training mode, because some official checkpoints have a larger scale.
+            of shape (N, embed_dim) and (M, embed_dim), or None without the corresponding input. The logits are scale *
+            cosine similarity + bias. The scale is clamped to 100 only in training mode, because some official
+            checkpoints have a larger scale.
         """
         if pixels is not None:
             features = self.tower(pixels)
@@ -141,7 +141,6 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @property
     def has_encoder(self) -> bool:
-        """True if the model has a caption encoder."""
         return bool(self._encoder) or self._text_folder is not None
 
     @property
@@ -161,9 +160,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         return self._encoder[0]
 
     def load_encoder(self, precision: str = "auto", stage: Stage = "serve") -> Precision:
-        """Load the caption encoder. To save memory, keep only the weights needed to encode with `precision`.
-
-        See `CaptionEncoder.move_for_encoding`. If the encoder has already been loaded, its weights are not changed.
+        """Load the caption encoder, unless it has been loaded, with only the weights needed to encode with `precision`.
 
         Args:
             precision: precision of the encoder, as in `CaptionEncoder.encode`, or `auto`.
@@ -197,11 +194,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         return encoder
 
     def set_encoder(self, encoder: CaptionEncoder) -> None:
-        """Set the caption encoder.
-
-        Raises:
-            ValueError: the adapter was trained with a different encoder.
-        """
+        """Set the caption encoder. Raise ValueError if the adapter was trained with a different encoder."""
         self._check_dimension(encoder, "the caption encoder")
         trained_with, identity = self.config.encoder, encoder.identity()
         # The precision is not compared, because users choose it for each call. The LLM config is not compared, because
@@ -236,7 +229,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
                 (H, W), or a tensor of shape (3, H, W), either uint8 or float with values from 0 to 1.
 
         Raises:
-            ImageError: an image cannot be decoded. The message names the image.
+            ImageError: an image cannot be decoded.
         """
         items = to_image_list(images)
         transform = EvalTransform(self.tower.preprocess)
@@ -259,7 +252,6 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """Encode N texts. Return L2-normalised float32 embeddings of shape (N, embed_dim) as a CPU tensor.
 
         Args:
-            texts: one text or a list of N texts.
             precision: precision of the caption encoder, as in `CaptionEncoder.encode`.
             templates: one or more prompt templates for class names and other short texts, such as "a photo of a {}".
                 Each text is inserted into every template, and its embedding is the normalised mean over these prompts.
@@ -280,11 +272,9 @@ class LLM2CLIP(DenseMethods, nn.Module):
     def encode_query(
         self, queries: str | Sequence[str], progress: bool = False, precision: str | None = None
     ) -> Tensor:
-        """Encode N search queries. Return L2-normalised float32 embeddings (N, embed_dim) as a CPU tensor.
+        """Encode N search queries like `encode_text`, but a short query is also inserted into the model's templates.
 
-        As in `llm2clip search`, a short query is also inserted into each of the model's templates
-        (`config.query_templates`), and its embedding is the normalised mean over the query and these prompts. For
-        longer queries and the other arguments, see `encode_text`.
+        Its embedding is the normalised mean over the query and these prompts (`config.query_templates`).
         """
         texts = [queries] if isinstance(queries, str) else list(queries)
         prompts, counts = build_query_prompts(texts, self.config.query_templates)
@@ -346,12 +336,9 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> LLM2CLIP:
-        """Load a model from a folder or the hub, and switch it to eval mode.
-
-        Weights are read only from safetensors files, and code in the folder is never run.
+        """Load a model from a folder or hub id, and switch it to eval mode. Code in the folder is never run.
 
         Args:
-            path: model folder or hub id.
             device: device to load the model on. Default: a GPU if available.
 
         Raises:
@@ -423,26 +410,21 @@ def check_dim(dim: int, embed_dim: int, name: str) -> None:
 
 @torch.no_grad()
 def rotate_to_principal_components(model: LLM2CLIP, captions: Tensor) -> None:
-    """Rotate a model's embedding space, so that the first dimensions are those in which captions differ most.
+    """Rotate a model's embedding space in place, so that its first dimensions are those in which captions differ most.
 
-    The rotation is applied to the weights of the last layers of both towers, which are linear. Cosine similarities do
-    not change, except for rounding. The rows of the rotation are the principal components of the text embeddings
-    without centring: the eigenvectors of their second-moment matrix, largest eigenvalue first.
-
-    Args:
-        model: Model with an image projection and an adapter. The model is modified in place.
-        captions: Caption embeddings from the encoder, unnormalised, float32 of shape (N, text_dim).
-
-    Raises:
-        ValueError: The model has no image projection or no adapter.
+    `align` calls this function, except for models with `--align.matryoshka_dims` (Matryoshka representation learning,
+    arXiv 2205.13147), without an adapter, or with `--align.inherit`. The rotation is applied to the last layers of both
+    towers, which are linear, so cosine similarities do not change. The rows of the rotation are the principal
+    components of the text embeddings without centring: the eigenvectors of their second-moment matrix, largest
+    eigenvalue first. `captions` are unnormalised embeddings from the encoder, float32 of shape (N, text_dim).
     """
     if not isinstance(model.projection, nn.Linear) or model.config.adapter.depth == 0:
         raise ValueError("the embedding space can be rotated only in a model with an image projection and an adapter")
     texts = model.project_text_embeddings(captions).double()  # (N, D)
     eigenvectors = torch.linalg.eigh(texts.T @ texts).eigenvectors  # columns, smallest eigenvalue first
     rotation = eigenvectors.flip(1).T  # (D, D)
-    rotate_outputs(model.projection, rotation)
-    rotate_outputs(model.adapter.out, rotation)
+    _rotate_outputs(model.projection, rotation)
+    _rotate_outputs(model.adapter.out, rotation)
 
 
 @torch.no_grad()
@@ -453,8 +435,7 @@ def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
     gets one that selects the first `dim` features. Without an adapter, the caption encoder is truncated.
 
     Raises:
-        ValueError: `dim` is less than 1 or greater than the model's `embed_dim`, or the model has neither an adapter
-            nor a caption encoder.
+        ValueError: `dim` is not between 1 and `embed_dim`, or the model has neither an adapter nor a caption encoder.
     """
     check_dim(dim, model.config.embed_dim, "the model")
     if dim == model.config.embed_dim:
@@ -470,7 +451,7 @@ def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
     truncated = copy.deepcopy(model)
     truncated.config = config
     if isinstance(truncated.projection, nn.Linear):
-        truncate_outputs(truncated.projection, dim)
+        _truncate_outputs(truncated.projection, dim)
     else:
         features = model.tower.feature_dim
         truncated.projection = nn.Linear(features, dim, bias=False, device=model.device)
@@ -478,19 +459,18 @@ def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
     if config.adapter.depth == 0:
         truncated._encoder[:] = [encoder]
     else:
-        truncate_outputs(truncated.adapter.out, dim)
+        _truncate_outputs(truncated.adapter.out, dim)
     return truncated
 
 
-def rotate_outputs(layer: nn.Linear, rotation: Tensor) -> None:
+def _rotate_outputs(layer: nn.Linear, rotation: Tensor) -> None:
     """Multiply a linear layer's outputs by a float64 CPU matrix, by changing the layer's weights in place."""
     layer.weight.copy_(rotation @ layer.weight.cpu().double())  # on the CPU, because Apple GPUs do not support float64
     if layer.bias is not None:
         layer.bias.copy_(rotation @ layer.bias.cpu().double())
 
 
-def truncate_outputs(layer: nn.Linear, dim: int) -> None:
-    """Keep only the first `dim` outputs of a linear layer, in place."""
+def _truncate_outputs(layer: nn.Linear, dim: int) -> None:
     layer.out_features = dim
     layer.weight = nn.Parameter(layer.weight[:dim].clone())
     if layer.bias is not None:

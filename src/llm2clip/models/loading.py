@@ -8,8 +8,7 @@ code on the hub: the `kernels` package downloads and runs attention implementati
 the kernels of some quantisation methods. To ensure that only the user can choose an implementation, pass the result of
 `load_config` or `build_config` to every transformers model, and `WITHOUT_HUB_CODE` to every SentenceTransformer.
 
-Fingerprints identify everything that affects the embeddings of a loaded model. Stores and caches use them to detect
-changes.
+Fingerprints identify everything that affects the embeddings of a loaded model. Stores and caches compare them.
 """
 
 from __future__ import annotations
@@ -64,8 +63,7 @@ def check_model_source(source: str | Path) -> None:
     If the hub cannot be reached, huggingface_hub is switched to offline mode to prevent retries.
 
     Raises:
-        FileNotFoundError: The source is neither an existing path nor a hub id, or the hub cannot be reached and the
-            model is not in the cache.
+        FileNotFoundError: The model cannot be looked up.
     """
     from huggingface_hub import constants
 
@@ -187,6 +185,21 @@ def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None
     return None if file is None else Path(file)
 
 
+def download_snapshot(hub_id: str, patterns: Sequence[str], **options: Any) -> Path:
+    """Download the matching files of a hub repository, and return their folder.
+
+    `options` are passed to `snapshot_download`. Raise FileNotFoundError if the repository is not available.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    check_model_source(hub_id)
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns), **options))
+    except (HFValidationError, HTTPError, OSError) as error:
+        raise FileNotFoundError(f"{hub_id} is not a file, a folder or a model on the hub ({error})") from error
+
+
 def read_config(source: str | Path, subfolder: str = "") -> dict[str, Any]:
     """Return the contents of config.json in a folder or hub repository, or an empty dict if the file is missing."""
     file = find_file(source, "config.json", subfolder)
@@ -206,32 +219,30 @@ def read_safetensors(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def hide_loading_bars() -> Iterator[None]:
-    """Hide transformers' progress bars for loading and saving weights. Also works as a decorator.
-
-    Download progress bars stay visible. The previous settings are restored on exit.
-    """
+    """Hide transformers' progress bars for weights, but not those for downloads. Also works as a decorator."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
+    # In transformers, the setting for all progress bars also changes the setting for downloads.
     bars_enabled, downloads_hidden = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
-    transformers_logging.disable_progress_bar()  # also hides the progress bars for downloads
+    transformers_logging.disable_progress_bar()
     if not downloads_hidden:
         enable_progress_bars()
     try:
         yield
     finally:
         if bars_enabled:
-            transformers_logging.enable_progress_bar()  # also shows the progress bars for downloads
+            transformers_logging.enable_progress_bar()
             if downloads_hidden:
                 disable_progress_bars()
 
 
 @contextmanager
 def hide_load_report() -> Iterator[None]:
-    """Hide transformers' report of missing and unexpected weights. Also works as a decorator.
+    """Hide transformers' report of missing and unexpected weights. Use this only where missing weights raise an error.
 
-    Unexpected weights are normal: for example, loading only the vision model from a CLIP checkpoint leaves the text
-    model's weights unused. Use this function only where missing weights raise an error.
+    Unexpected weights are normal: for example, a CLIP checkpoint also contains the text model. Also works as a
+    decorator.
     """
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
@@ -243,9 +254,7 @@ def hide_load_report() -> Iterator[None]:
 
 
 def requires_remote_code(path: str, trust_remote_code: bool) -> bool:
-    """Return True if loading a transformers model requires Python code from its folder or hub repository.
-
-    The code is not run. The result is False if the model does not exist or transformers has a class for its type.
+    """Return True if loading a transformers model requires Python code that comes with it. The code is not run.
 
     Raises:
         ValueError: the code is required, but `trust_remote_code` is False.
@@ -290,7 +299,6 @@ def fingerprint(identity: dict[str, Any]) -> str:
 
 
 def hash_text(text: str) -> str:
-    """Return a hash (32 hex digits) of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -310,27 +318,14 @@ def hash_weights(module: nn.Module) -> str:
 
 @hide_loading_bars()
 def load_vision_language_model(name: str, device: torch.device, precision: Precision) -> tuple[Any, Any]:
-    """Load a vision-language model for inference. Code in its folder is never run.
+    """Load a vision-language model and its processor for inference. Code in its folder is never run.
 
     LLaVA models with a tower from timm can be loaded only after a call to `llava.modeling_patches.register_classes`.
-
-    Args:
-        name: Model folder or hub id.
-
-    Returns:
-        The model and its processor.
-
-    Raises:
-        ValueError: The type of the model is not supported.
-        OSError: The model does not exist.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model: Any = AutoModelForImageTextToText.from_pretrained(
-        name,
-        config=load_config(name),
-        dtype=precision.dtype,
-        trust_remote_code=False,
+        name, config=load_config(name), dtype=precision.dtype, trust_remote_code=False
     )
     return model.to(device).eval(), AutoProcessor.from_pretrained(name, trust_remote_code=False)
 
@@ -338,11 +333,8 @@ def load_vision_language_model(name: str, device: torch.device, precision: Preci
 def name_vision_language_model(source: str) -> str:
     """Return a model's name with a hash of its files, such as `llava-9f3a12cd` for the folder `llava` or `llava/model`.
 
-    A copy has the same name if the last part of its path is the same. The hash depends neither on the precision nor on
-    the device. Reading the weights takes about a second per gigabyte.
-
-    Args:
-        source: Model folder or hub id. Files on the hub must have been downloaded.
+    Hub models must have been downloaded. Copies of a folder with the same name have the same name. Reading the weights
+    takes about a second per gigabyte.
     """
     config_file = find_file(source, "config.json")
     folder = Path(source) if config_file is None else config_file.parent

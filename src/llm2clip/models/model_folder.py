@@ -19,7 +19,7 @@ from typing import Any
 
 from llm2clip.data.image_hashes import TRAINING_IMAGES_FILE
 from llm2clip.io_utils import atomic_write_text, read_json_object
-from llm2clip.models.loading import check_model_source
+from llm2clip.models.loading import download_snapshot
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 
 # Files to download from the hub: configs, weights, tokenizers and model cards, but no pickles or code.
@@ -43,19 +43,14 @@ class AdapterConfig:
     expansion: int = 2
     normalize_input: bool = True
 
-    # In official checkpoints, the adapter is an nn.Sequential of residual blocks, a LayerNorm and a linear layer, so
-    # the tensor names start with an index.
-
     @classmethod
     def from_official(
         cls, names: Collection[str], get_shape: Callable[[str], tuple[int, ...]], normalize_input: bool
     ) -> tuple[AdapterConfig, int, int]:
         """Infer the architecture from an official checkpoint. Return it with the input and output sizes.
 
-        Args:
-            names: names of the adapter's tensors, without the prefix of the adapter.
-            get_shape: function that returns the shape of the tensor with such a name, or raises an error if there is no
-                such tensor.
+        In official checkpoints, the adapter is an nn.Sequential of residual blocks, a LayerNorm and a linear layer, so
+        the tensor names start with an index. `names` are the adapter's tensors, without the prefix of the adapter.
         """
         depth = len({name.partition(".")[0] for name in names if ".ln." in name})
         text_dim = get_shape(f"{depth}.weight")[0]
@@ -87,7 +82,6 @@ class LLM2CLIPConfig:
         tower: vision tower config (`VisionTower.config`).
         text_dim: dimension of the caption embeddings, which are the adapter's input.
         embed_dim: dimension of the shared embedding space.
-        adapter: architecture of the text adapter.
         projection: if True, the model has an image projection. If False, the tower's output is the image embedding, and
             `embed_dim` must equal the tower's feature dimension.
         projection_bias: if True, the image projection has a bias (see `build_projection`).
@@ -143,19 +137,5 @@ def save_query_templates(folder: Path, templates: QueryTemplates) -> None:
 
 
 def find_model_folder(path: str | Path) -> Path:
-    """Return the local folder of a model. If `path` is a hub id, the model is downloaded.
-
-    Raises:
-        FileNotFoundError: `path` is neither a folder nor a model on the hub.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if Path(path).is_dir():
-        return Path(path)
-    hub_id = str(path)
-    check_model_source(hub_id)
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(MODEL_FILES)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"{hub_id} is neither a folder nor a model on the hub ({error})") from error
+    """Return the local folder of a model folder or hub id. Raise FileNotFoundError if there is no such model."""
+    return Path(path) if Path(path).is_dir() else download_snapshot(str(path), MODEL_FILES)

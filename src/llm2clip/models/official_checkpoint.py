@@ -80,8 +80,7 @@ def load_official_checkpoint(
     """Load an official checkpoint as a float32 model on the CPU, in eval mode.
 
     Args:
-        source: folder, hub id or weight file (see `read_checkpoint`). If there is no config.json, the architecture is
-            inferred from the tensor shapes.
+        source: folder, hub id or weight file (see `read_checkpoint`).
         text: caption encoder that the adapter was trained with (see `attach_caption_encoder`). Default: no encoder.
         normalize_input: if True, the adapter L2-normalises its input. For the default, see `infer_config`.
 
@@ -101,9 +100,7 @@ def load_official_checkpoint(
 
 
 def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | Path = "") -> None:
-    """Load a caption encoder and attach it to the model.
-
-    An LLM released with LLM2CLIP is loaded with the template that was used to tune it.
+    """Load a caption encoder and attach it to the model. LLMs released with LLM2CLIP get the template of their tuning.
 
     Args:
         path: folder or hub id of an encoder, or of a PEFT LoRA adapter, which is merged into its LLM.
@@ -136,8 +133,7 @@ def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | 
 def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's tensors into a model with the same architecture.
 
-    Raises:
-        ValueError: a tensor is missing, unexpected or of the wrong shape, or a buffer does not match the architecture.
+    Raise ValueError if a tensor is missing, unexpected or of the wrong shape, or a buffer has unexpected values.
     """
     layout = checkpoint.layout
     unused = dict(checkpoint.tensors)
@@ -161,7 +157,11 @@ def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
 
     for name, expected in compute_buffers(model, layout).items():
         tensor = unused.pop(name, None)
-        if tensor is not None and not _is_close(tensor, expected):
+        if tensor is None:
+            continue
+        if tensor.shape != expected.shape or not torch.allclose(
+            tensor.to(expected.dtype), expected, rtol=0, atol=BUFFER_TOLERANCE
+        ):
             mismatches.append(f"{name} {tuple(tensor.shape)} does not match the architecture")
 
     unexpected = {name: tensor for name, tensor in unused.items() if not layout.ignored.match(name)}
@@ -177,25 +177,14 @@ def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
         parameter.copy_(tensor)
 
 
-def _is_close(tensor: Tensor, expected: Tensor) -> bool:
-    if tensor.shape != expected.shape:
-        return False
-    return torch.allclose(tensor.to(expected.dtype), expected, rtol=0, atol=BUFFER_TOLERANCE)
-
-
 # ---- architecture ---------------------------------------------------------------------------------------------------
 
 
 def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) -> LLM2CLIPConfig:
     """Infer the model config from a checkpoint's tensor shapes and config.json.
 
-    Args:
-        normalize_input: if True, the adapter L2-normalises its input. Checkpoints do not contain this setting. As in
-            the authors' code, it defaults to False if the adapter was trained with the LLM in the training loop, and to
-            True otherwise.
-
-    Raises:
-        ValueError: a tensor is missing, or the vision tower is not supported.
+    `normalize_input` tells if the adapter L2-normalises its input, which checkpoints do not contain. As in the authors'
+    code, it defaults to False if the adapter was trained with the LLM in the training loop, and to True otherwise.
     """
     layout, prefix = checkpoint.layout, checkpoint.layout.adapter
     adapter, text_dim, embed_dim = AdapterConfig.from_official(
@@ -221,11 +210,7 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
 
 
 def _infer_clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Infer the `VisionTower` config of a CLIP tower.
-
-    The architecture is read from config.json if there is one. Otherwise, it is inferred from the tensor shapes,
-    assuming the head dimension and activation of OpenAI's CLIP.
-    """
+    """Read the tower config from config.json, or infer it, with the head dimension and activation of OpenAI's CLIP."""
     from transformers import CLIPVisionConfig
 
     vision_config = checkpoint.config.get("vision_config")
@@ -290,9 +275,9 @@ def _infer_siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any
 def _build_timm_config(
     checkpoint: Checkpoint, known: str | None, family: str, image_size: int, sizes: dict[str, int], hidden: int
 ) -> dict[str, Any]:
-    """Build the config for the timm model `known` or, if it is None, for the timm model `family` with custom `sizes`.
+    """Build the config for the timm model `known` or, if it is None, for `family` with the arguments `sizes`.
 
-    `sizes` contains `timm.create_model` arguments, and `hidden` is the MLPs' hidden size.
+    `hidden` is the MLPs' hidden size.
     """
     args: dict[str, Any] = {"num_classes": 0, "img_size": image_size}
     if known is None:
@@ -303,11 +288,7 @@ def _build_timm_config(
 
 
 def _get_preprocess(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
-    """Return the checkpoint's preprocessing.
-
-    If the checkpoint does not define it, the shortest side is resized to `size` and the centre is cropped, as in the
-    authors' code. timm's default for 224-pixel EVA towers differs: it crops to 90% of the height and width.
-    """
+    # The default is that of the authors' code. timm's default for 224-pixel EVA towers differs: it crops to 90%.
     default = Preprocess(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     return (checkpoint.preprocess or default).to_dict()
 
@@ -333,18 +314,12 @@ def _compute_num_heads(checkpoint: Checkpoint, width: int, head_dim: int) -> int
 
 
 def save_official_checkpoint(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
-    """Save a model atomically as a checkpoint with the tensor names from the LLM2CLIP authors' code.
+    """Save a model atomically as a checkpoint with the tensor names from the LLM2CLIP authors' code. Return `out`.
 
-    An "hf" checkpoint is a folder with model.safetensors, config.json and preprocessor_config.json. An "eva" checkpoint
-    is a .pt file with a state dict, including the rotary embeddings that the authors' code expects. It contains no
-    preprocessing config, because the authors' code always resizes the shortest side to the tower's image size.
-
-    Args:
-        model: model with a transformers CLIP tower (for "hf") or a timm EVA-02 CLIP tower (for "eva").
-        out: folder (for "hf") or .pt file (for "eva") to create.
-
-    Returns:
-        Path of the checkpoint (`out`).
+    An "hf" checkpoint is a folder with model.safetensors, config.json and preprocessor_config.json, for models with a
+    transformers CLIP tower. An "eva" checkpoint is a .pt file with a state dict, including the rotary embeddings that
+    the authors' code expects, for models with a timm EVA-02 CLIP tower. It contains no preprocessing config, because
+    the authors' code always resizes the shortest side to the tower's image size.
 
     Raises:
         ValueError: the layout cannot represent the model.
@@ -375,7 +350,6 @@ def save_official_checkpoint(model: LLM2CLIP, out: str | Path, layout_name: str)
 
 
 def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
-    """Raise ValueError if the layout cannot represent the model. The message lists all reasons."""
     config, tower = model.config, model.tower.config
     problems = []
     if layout is HF:

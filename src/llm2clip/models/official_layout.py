@@ -32,8 +32,10 @@ from torch import Tensor
 from llm2clip.data.transforms import Preprocess
 from llm2clip.io_utils import DataFormatError, describe_error, read_json_object
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.loading import check_model_source, read_safetensors
+from llm2clip.models.loading import check_model_source, download_snapshot, read_safetensors
 from llm2clip.models.model_folder import AdapterConfig
+
+log = logging.getLogger(__name__)
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -46,15 +48,11 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any], Preprocess | None]:
-    """Read the tensors and configuration of a checkpoint.
+    """Read the tensors of a checkpoint, the contents of config.json ({} if missing), and the preprocessing (or None).
 
     Args:
         source: folder, hub id or weight file. A folder or repository must contain model.safetensors or
             pytorch_model.bin (either may be sharded), or a single .pt file. No configuration is read for a weight file.
-
-    Returns:
-        (tensors, config, preprocessing): a dict from tensor name to tensor; the contents of config.json, or {} if it is
-        missing; and the preprocessing from preprocessor_config.json, or None if it is missing.
 
     Raises:
         FileNotFoundError: the file, folder or repository does not exist.
@@ -75,9 +73,6 @@ def select_weights_file(names: list[str], source: str) -> str:
 
     A .pt file with "EVA" in its name takes precedence, because repositories with such a file also contain another
     weight file with a different text tower.
-
-    Raises:
-        ValueError: there is no weight file, or there are several .pt files to choose from.
     """
     pt_files = [name for name in names if name.endswith(".pt") and "/" not in name]
     eva_files = [name for name in pt_files if "EVA" in name]
@@ -163,24 +158,18 @@ def _read_optional_json(path: Path) -> dict[str, Any]:
 
 def _download_checkpoint(name: str) -> Path:
     """Download the weights and configuration of a hub repository. If the download fails, use a cached copy."""
-    from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub import list_repo_files
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     check_model_source(name)
     try:
         weights = select_weights_file(list_repo_files(name), name)
-        patterns = [weights, CONFIG_FILE, PREPROCESSOR_FILE]
-        if weights.endswith(".index.json"):
-            patterns.append(weights.removesuffix(".index.json").replace(".", "-*."))  # model-*.safetensors
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HFValidationError, HTTPError, LocalEntryNotFoundError, OSError) as error:
-        try:
-            return Path(snapshot_download(name, local_files_only=True))
-        except (HFValidationError, LocalEntryNotFoundError, OSError):
-            raise FileNotFoundError(f"{name} is not a file, a folder or a model on the hub ({error})") from error
-
-
-log = logging.getLogger(__name__)
+    except (HFValidationError, HTTPError, OSError):
+        return download_snapshot(name, ["*"], local_files_only=True)
+    patterns = [weights, CONFIG_FILE, PREPROCESSOR_FILE]
+    if weights.endswith(".index.json"):
+        patterns.append(weights.removesuffix(".index.json").replace(".", "-*."))  # model-*.safetensors
+    return download_snapshot(name, patterns)
 
 
 @dataclass(frozen=True)
@@ -189,8 +178,7 @@ class Layout:
 
     Attributes:
         required: name prefixes that identify the layout. Each prefix must match at least one tensor.
-        tower: name prefix of the vision tower's tensors.
-        adapter: name prefix of the text adapter's tensors.
+        tower, projection, adapter: name prefixes of the tensors of these parts.
         ignored: name pattern for tensors that do not affect the embeddings (the tensors of the original CLIP model's
             text tower and of the LLM).
     """
@@ -268,7 +256,6 @@ class Checkpoint:
     """Official checkpoint: tensors with canonical names, and configuration.
 
     Attributes:
-        tensors: dict from canonical name to tensor.
         online: True if the adapter was trained with the LLM in the training loop, False if it was trained on cached
             embeddings.
         config: contents of config.json, or {} if there is no such file.
@@ -292,8 +279,6 @@ class Checkpoint:
     ) -> Checkpoint:
         """Create a checkpoint from a state dict: replace aliases with canonical names and detect the layout.
 
-        If an "hf" checkpoint has no logit scale, the value from config.json or transformers' default is used.
-
         Raises:
             ValueError: the tensor names match no layout, or a tensor occurs twice with different values.
         """
@@ -309,7 +294,6 @@ class Checkpoint:
         return cls(source, layout, renamed, online, config or {}, preprocess)
 
     def get_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor. Raise ValueError if the checkpoint has no tensor with that name."""
         if name not in self.tensors:
             raise ValueError(f"{self.source} has no tensor {name}, which the {self.layout.name!r} layout requires")
         return tuple(self.tensors[name].shape)
@@ -355,7 +339,6 @@ def compute_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
 
 
 def describe_tensors(tensors: Mapping[str, Any], limit: int = 8) -> str:
-    """Format the names and shapes of up to `limit` tensors for an error message."""
     described = []
     for name, value in sorted(tensors.items())[:limit]:
         described.append(f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else name)
@@ -385,9 +368,7 @@ def _replace_substrings(name: str, replacements: Mapping[str, str]) -> str:
 
 
 def _rename_openai_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of an "openai" checkpoint to the "hf" names.
-
-    Some shapes also change:
+    """Rename the tensors of an "openai" checkpoint to the "hf" names. Some shapes also change:
 
     - `attn.in_proj_weight` of shape (3 * width, width) and `attn.in_proj_bias` of shape (3 * width,) contain the query,
       key and value projections. Each of these tensors is split into three.

@@ -88,15 +88,10 @@ FP32 = Precision("fp32")
 def resolve_precision(
     stage: Stage, setting: str, device: torch.device, calibrate: Callable[[], str] = lambda: "bf16"
 ) -> Precision:
-    """Return the precision in which a stage runs on a device.
+    """Return the precision in which a stage runs on a device: the setting or, for `auto`, see `AUTO_PRECISION`.
 
-    Args:
-        setting: Precision setting. Any value except `auto` is returned unchanged.
-        calibrate: Function that returns the precision for stages whose precision is calibrated (see `AUTO_PRECISION`
-            and `calibrate_precision`). Default: bf16, for vision towers and for models without a caption encoder.
-
-    Raises:
-        ValueError: The setting is not a precision.
+    `calibrate` returns the precision for stages whose precision is calibrated. Default: bf16, for vision towers and for
+    models without a caption encoder.
     """
     if setting != "auto":
         return Precision(setting)
@@ -105,7 +100,6 @@ def resolve_precision(
 
 
 def get_auto_precision(stage: Stage, device_type: str, has_bf16: bool) -> str:
-    """Return the precision or `CALIBRATED`, which `auto` selects for a stage and a device type (cuda, cpu, ...)."""
     return AUTO_PRECISION[stage].get(device_type, "fp32") if has_bf16 else "fp32"
 
 
@@ -120,14 +114,10 @@ def has_bf16_hardware(device: torch.device) -> bool:
 def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = None) -> str:
     """Find the fastest precision that is accurate enough on a device (default: the encoder's device).
 
-    The encoder must have fp32 weights.
-
-    Return `bf16` if it is accurate enough, otherwise `bf16+N` with the smallest sufficient N, or `fp32` if no N is
-    sufficient. A precision is accurate enough if each calibration caption's embedding has a cosine similarity of at
-    least 0.999 to its fp32 embedding.
-
-    If the encoder is on the CPU and the device is a GPU, layers are moved to the GPU one at a time, because the fp32
-    weights may not fit in GPU memory.
+    The encoder must have fp32 weights. The result is `bf16` if it is accurate enough, otherwise `bf16+N` with the
+    smallest sufficient N, or `fp32`. A precision is accurate enough if each calibration caption's embedding has a
+    cosine similarity of at least 0.999 to its fp32 embedding. If the encoder is on the CPU and the device is a GPU,
+    layers are moved to the GPU one at a time, because the fp32 weights may not fit in GPU memory.
     """
     if device is not None and device.type != encoder.device.type:
         with offload_layers(encoder, device):
@@ -178,8 +168,7 @@ def offload_layers(encoder: CaptionEncoder, device: torch.device) -> Iterator[No
 
 
 def _move_layer(layer: nn.Module, device: torch.device | str) -> None:
-    """Move a layer in place. Hooks that return this function's result (None) leave inputs and outputs unchanged."""
-    layer.to(device)
+    layer.to(device)  # without a return value, because the result of a hook would replace inputs or outputs
 
 
 def tf32_matmul() -> AbstractContextManager[None]:

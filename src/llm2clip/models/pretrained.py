@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from rich.console import Console
 
 from llm2clip.io_utils import atomic_dir, get_cache_dir
-from llm2clip.models.gguf import convert_gguf, write_gguf_as_safetensors
+from llm2clip.models.gguf import write_gguf_as_safetensors
 
 BuildFunction = Callable[[list[zipfile.ZipFile], Path], None]
 # Patterns of files that are not downloaded from the hub, such as weights in other frameworks' formats.
@@ -133,16 +133,13 @@ def resolve_gguf(gguf: str | Path) -> Path:
     stat = gguf.stat()
     key = hashlib.sha256(f"{gguf.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:12]
     out = get_cache_dir() / "gguf" / f"{gguf.stem}-{key}"
-    return out if out.is_dir() else convert_gguf(gguf, out)
+    if not out.is_dir():
+        _build_in_cache(out, lambda folder: write_gguf_as_safetensors(gguf, folder))
+    return out
 
 
 def resolve_npm_package(package: NpmPackage) -> Path:
-    """Return the folder with a package's files, downloading the package if it is not in the cache.
-
-    Raises:
-        AssetUnavailableError: the package is not in the cache and could not be downloaded.
-        AssetError: the downloaded archive does not match its hash or has different files.
-    """
+    """Return the folder with a package's files, like `resolve_pretrained`."""
     target = get_cache_dir() / "npm" / f"{package.name.removeprefix('@').replace('/', '-')}-{package.version}"
     if target.is_dir():
         return target
@@ -304,10 +301,7 @@ def _extract_npm_package(package: NpmPackage, archive: Path, folder: Path) -> No
 
 
 def extract_members(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixes: tuple[str, ...] = ()) -> None:
-    """Extract a wheel's non-hidden files whose paths start with `prefix` and end with one of `suffixes`.
-
-    The prefix is stripped from the extracted paths. If no file matches, AssetError is raised.
-    """
+    """Extract a wheel's non-hidden files whose paths start with `prefix`, without it, and end with a suffix."""
     members = [
         info
         for info in archive.infolist()
@@ -330,10 +324,7 @@ def _make_wheel_extractor(prefix: str, *suffixes: str) -> BuildFunction:
 
 
 def _make_gguf_converter(file_name: str) -> BuildFunction:
-    """Return a build function that converts a GGUF file to safetensors.
-
-    If the file is split across several wheels, the name of each part must contain `file_name`.
-    """
+    """Return a build function that converts a GGUF file, whose parts in the wheels have `file_name` in their names."""
 
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
         gguf = folder / "joined.gguf"
@@ -349,10 +340,7 @@ def _make_gguf_converter(file_name: str) -> BuildFunction:
 
 
 def _make_efficientnet_lite_converter(architecture: str, size: int, crop_pct: float) -> BuildFunction:
-    """Return a build function that converts an EfficientNet-Lite state dict to a folder that timm can load.
-
-    `crop_pct` is the fraction of the image's height and width that timm's evaluation transform crops to.
-    """
+    """Return a build function that converts an EfficientNet-Lite state dict to a folder that timm can load."""
 
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
         import timm

@@ -34,7 +34,7 @@ class QueryTemplates:
     """Prompt templates for short queries. Longer queries are encoded unchanged.
 
     Attributes:
-        templates: Prompt templates, such as "a photo of a {}". If empty, all queries are encoded unchanged.
+        templates: Prompt templates, such as "a photo of a {}".
         max_words: A query is short if it has at most this many words (1 to `MAX_TEMPLATE_WORDS`).
     """
 
@@ -42,7 +42,6 @@ class QueryTemplates:
     max_words: int = MAX_TEMPLATE_WORDS
 
     def __post_init__(self) -> None:
-        """Raise ValueError if a template has no placeholder or `max_words` is out of range."""
         check_templates(self.templates)
         if not 1 <= self.max_words <= MAX_TEMPLATE_WORDS:
             raise ValueError(f"max_words must be between 1 and {MAX_TEMPLATE_WORDS} (got {self.max_words})")
@@ -69,16 +68,10 @@ def fill_templates(texts: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 
 def average_prompts(prompts: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return the mean prompt embedding of each text (arXiv 2103.00020).
+    """Return the mean prompt embedding of each of N texts (arXiv 2103.00020), float32 of shape (N, D).
 
-    The prompt embeddings are L2-normalised before averaging, and their mean is L2-normalised again.
-
-    Args:
-        prompts: Embeddings of all prompts, of shape (P, D). The prompts of each text are adjacent.
-        counts: Number of prompts for each of the N texts, P in total.
-
-    Returns:
-        Text embeddings of shape (N, D), float32.
+    The prompt embeddings, of shape (P, D), are L2-normalised before averaging, and their mean is L2-normalised again.
+    The prompts of each text are adjacent, and `counts` contains their numbers.
     """
     normalized = F.normalize(prompts.float(), dim=-1)
     text_of_prompt = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
@@ -99,13 +92,10 @@ def is_short_text(text: str, max_words: int = MAX_TEMPLATE_WORDS) -> bool:
 
 
 def build_query_prompts(texts: Sequence[str], templates: QueryTemplates) -> tuple[list[str], list[int]]:
-    """Build the prompts for search queries. Each query is represented by the mean embedding of its prompts.
+    """Return the prompts of all search queries, and the number of prompts for each query (see `average_prompts`).
 
     A short query's prompts are the query itself and the filled templates. A longer query's only prompt is the query
     itself.
-
-    Returns:
-        The prompts of all queries, and the number of prompts for each query (see `average_prompts`).
     """
     groups = []
     for text in texts:

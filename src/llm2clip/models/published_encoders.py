@@ -27,7 +27,7 @@ from sentence_transformers.base.modules import Normalize
 from torch import Tensor, nn
 
 from llm2clip.io_utils import read_json
-from llm2clip.models.loading import check_model_source, read_config
+from llm2clip.models.loading import download_snapshot, find_file, read_config
 from llm2clip.models.official_layout import read_checkpoint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
@@ -84,14 +84,9 @@ _LLM_SETTINGS = (
 
 
 def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -> list[str]:
-    """Return the published caption encoders that a checkpoint was probably trained with.
+    """Return the published caption encoders that a checkpoint whose adapter has input size `text_dim` may need.
 
-    Args:
-        text_dim: input size of the checkpoint's adapter.
-
-    Returns:
-        Encoder names. If the checkpoint cannot be identified, all published encoders with embedding size `text_dim`
-        (possibly none).
+    If the checkpoint cannot be identified, these are all published encoders with this embedding size (possibly none).
     """
     candidates = [name for name, size in PUBLISHED_ENCODERS.items() if size == text_dim]
     if len(candidates) < 2:
@@ -111,11 +106,10 @@ def find_published_template(path: str | Path) -> str | None:
     folders and sentence-transformers folders, which contain their own template.
     """
     from transformers import AutoTokenizer
-    from transformers.utils import cached_file
 
     if (Path(path) / "text" / "modules.json").is_file() or str(path).endswith(".gguf"):
         return None
-    if cached_file(str(path), "modules.json", _raise_exceptions_for_missing_entries=False) is not None:
+    if find_file(path, "modules.json") is not None:
         return None
     vocabulary = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False).get_vocab()
     return TEMPLATE if all(token in vocabulary for token in TEMPLATE_TOKENS) else None
@@ -127,9 +121,7 @@ def find_published_template(path: str | Path) -> str | None:
 def find_adapter(source: str | Path) -> Path | None:
     """Return the local folder of a PEFT adapter, or None if `source` is not a PEFT adapter.
 
-    Args:
-        source: folder, hub id, or hub id followed by a subfolder (OWNER/NAME/SUBFOLDER). Adapters on the hub are
-            downloaded.
+    `source` is a folder, a hub id, or a hub id followed by a subfolder (OWNER/NAME/SUBFOLDER).
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -148,8 +140,7 @@ def load_adapter_encoder(sources: Sequence[str | Path], device: str | torch.devi
 
     Raises:
         FileNotFoundError: the base LLM does not exist.
-        ValueError: a source is not a LoRA adapter, an adapter does not match the LLM, or an llm2vec_config.json has
-            unsupported settings.
+        ValueError: a source is not a LoRA adapter, does not match the LLM, or has unsupported settings.
     """
     base, adapters = _resolve_adapter_chain(sources)
     try:
@@ -225,7 +216,7 @@ def _read_llm2vec_settings(adapter: Path) -> dict[str, Any]:
 
 
 def _remove_head_prefix(weights: dict[str, Any]) -> dict[str, Any]:
-    """Remove the prefix `model.` from the tensor names of an adapter that was trained on a model with an LM head."""
+    """Remove the prefix `model.`, which adapters have that were trained on a model with an LM head."""
     prefix = "base_model.model.model."
     if not all(name.startswith(prefix) for name in weights):
         return weights
@@ -234,18 +225,14 @@ def _remove_head_prefix(weights: dict[str, Any]) -> dict[str, Any]:
 
 def _download_adapter(source: str) -> Path | None:
     """Download an adapter from the hub. Return None if it does not exist or the hub cannot be reached."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
-
     match = _HUB_PATH.fullmatch(source)
     if match is None or Path(source).exists():
         return None
     repository, subfolder = match[1], match[2] or ""
+    patterns = [str(PurePosixPath(subfolder, name)) for name in _ADAPTER_FILES]
     try:
-        check_model_source(repository)
-        patterns = [str(PurePosixPath(subfolder, name)) for name in _ADAPTER_FILES]
-        return Path(snapshot_download(repository, allow_patterns=patterns)) / subfolder
-    except (HFValidationError, HTTPError, LocalEntryNotFoundError, OSError):
+        return download_snapshot(repository, patterns) / subfolder
+    except FileNotFoundError:
         return None
 
 
@@ -261,11 +248,7 @@ def load_nv_embed(source: str | Path) -> CaptionEncoder:
     """Load NV-Embed-v2 in its published format as a float32 caption encoder on the CPU.
 
     As in NV-Embed's code, each text consists of the begin token, the caption and the end token, and pooling includes
-    all of these tokens.
-
-    Raises:
-        FileNotFoundError: the folder or repository does not exist.
-        ValueError: a tensor is missing, unexpected or of the wrong shape, or the architecture is not supported.
+    all of these tokens. Raise ValueError if the checkpoint does not match this architecture.
     """
     tensors, config, _ = read_checkpoint(source)
     llm_tensors, pooling_tensors = _split_tensors(tensors)
@@ -291,7 +274,7 @@ def load_nv_embed(source: str | Path) -> CaptionEncoder:
 
 
 def _split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Separate the tensors of the LLM from those of the pooling layer, and rename both to llm2clip's names."""
+    """Return the tensors of the LLM and of the pooling layer, with llm2clip's names."""
     llm: dict[str, Tensor] = {}
     pooling: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -306,7 +289,6 @@ def _split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 
 def _load_weights(source: str | Path, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load tensors into a module. Raise ValueError if a name or shape does not match."""
     try:
         module.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
@@ -314,7 +296,6 @@ def _load_weights(source: str | Path, module: nn.Module, tensors: dict[str, Tens
 
 
 def _load_llm(source: str | Path, tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> CaptionEncoder:
-    """Load the LLM and the tokenizer as a bidirectional caption encoder with mean pooling."""
     from transformers import AutoModel, MistralConfig
 
     config = MistralConfig(
@@ -337,7 +318,7 @@ def _load_llm(source: str | Path, tensors: dict[str, Tensor], settings: Mapping[
 
 
 def _load_tokenizer(source: str | Path) -> Any:
-    """Load the tokenizer and configure it to add the begin and end tokens to every text."""
+    """Load the tokenizer, which adds the begin and end tokens to every text."""
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 

@@ -22,7 +22,7 @@ class ExportFormat:
         function: module and name of the export function. It takes a model and an empty folder, writes the model to the
             folder, and returns a list of messages for the user, or None. The module is imported only when needed, so
             that the command line can list the formats without importing PyTorch.
-        load_code: example code that loads the exported folder. {out} is replaced with the folder's path.
+        load_code: example code that loads the exported folder {out}.
     """
 
     function: str

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,20 +64,13 @@ CALIBRATION_TEXTS = (
 
 @dataclass
 class _Graph:
-    """ONNX graph to export.
+    """ONNX graph to export."""
 
-    Attributes:
-        name: file name without the suffix, either "vision" or "text".
-        inputs: dict from input name to a batch of at least two sample inputs.
-        dynamic_shapes: dynamic dimensions of each input, as in `torch.onnx.export`.
-        calibration: inputs on which the loss from 8-bit weights is measured.
-    """
-
-    name: str
+    name: str  # of the file, without the suffix: vision or text
     module: nn.Module
-    inputs: dict[str, Tensor]
-    dynamic_shapes: tuple[Any, ...]
-    calibration: dict[str, Tensor]
+    inputs: dict[str, Tensor]  # at least two sample inputs
+    dynamic_shapes: tuple[Any, ...]  # as in torch.onnx.export
+    calibration: dict[str, Tensor]  # inputs on which the loss from 8-bit weights is measured
 
 
 class VisionModule(nn.Module):
@@ -97,11 +89,8 @@ class VisionModule(nn.Module):
 class TextModule(nn.Module):
     """Module that encodes token ids and masks, int64 of shape (N, T), as L2-normalised float32 embeddings.
 
-    The embeddings have shape (N, embed_dim). The encoder can be a transformer with mean, last-token or CLS pooling, or
-    a `StaticEmbedding`. Modules after the pooling, such as Dense, are part of the graph.
-
-    Raises:
-        ValueError: the encoder has a different kind of pooling.
+    The encoder can be a transformer with mean, last-token or CLS pooling, or a `StaticEmbedding`. Modules after the
+    pooling, such as Dense, are part of the graph.
     """
 
     def __init__(self, model: LLM2CLIP) -> None:
@@ -137,15 +126,13 @@ class TextModule(nn.Module):
 def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     """Write vision.onnx, text.onnx, the tokenizer, the preprocessing config, and USE.md with example code.
 
-    If `int8` is True, also write vision-int8.onnx and text-int8.onnx with weights quantized to 8 bits.
-
-    Returns:
-        Messages with each graph's size and cosine similarity to PyTorch's embeddings.
+    If `int8` is True, also write vision-int8.onnx and text-int8.onnx with 8-bit weights (see `quantize_weights`).
+    Return messages with each graph's size and cosine similarity to PyTorch's embeddings.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: the caption encoder cannot be exported, or a graph's minimum cosine similarity is below 0.9999.
-            Graphs with 8-bit weights are exempt from the latter.
+        ValueError: the caption encoder cannot be exported, or the minimum cosine similarity of a graph with float32
+            weights is below 0.9999.
     """
     check_onnx_packages()
     messages = [*_export_graph(_build_vision_graph(model), folder, int8), *export_text(model, folder, int8)]
@@ -157,7 +144,6 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
 
 
 def check_onnx_packages() -> None:
-    """Raise ImportError if a package that the export requires is not installed."""
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
@@ -167,7 +153,6 @@ def check_onnx_packages() -> None:
 
 @torch.no_grad()
 def export_text(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
-    """Write text.onnx and the tokenizer. If `int8` is True, also write text-int8.onnx. See `export_onnx`."""
     tokenizer = build_tokenizer(model.encoder)
     tokenizer.save_pretrained(folder)  # save first, because a call with padding changes the tokenizer's settings
     graph = _build_text_graph(model, tokenizer)
@@ -177,16 +162,13 @@ def export_text(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
 
 @torch.no_grad()
 def export_quantized_text(model: LLM2CLIP, folder: Path) -> str:
-    """Write text.onnx with 8-bit weights and float32 activations (see `quantize_weights`), and the tokenizer.
-
-    Return a message about the accuracy of the graph. For errors, see `export_onnx`.
-    """
+    """Write text.onnx with 8-bit weights (see `quantize_weights`) and the tokenizer. Return a message."""
     export_text(model, folder)
     file, full = folder / "text.onnx", folder / "text-float32.onnx"
     file.replace(full)
     quantize_weights(full, file)
     graph = _build_text_graph(model, build_tokenizer(model.encoder))
-    message = _describe_quantized_graph(graph, file, full.stat().st_size)
+    message = _describe_quantized_graph(graph, file, full)
     full.unlink()
     return message
 
@@ -213,7 +195,6 @@ def _build_text_graph(model: LLM2CLIP, tokenizer: Any) -> _Graph:
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
-    """Return padded token ids and an attention mask, int64 of shape (N, T)."""
     tokens = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
     return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
@@ -222,12 +203,14 @@ def _export_graph(graph: _Graph, folder: Path, int8: bool) -> list[str]:
     """Write a graph and, if `int8` is True, its copy with 8-bit weights. Return a message for each."""
     messages = [_write_graph(graph, folder)]
     if int8:
-        messages.append(_quantize_graph(graph, folder))
+        file, quantized = folder / f"{graph.name}.onnx", folder / f"{graph.name}-int8.onnx"
+        quantize_weights(file, quantized)
+        messages.append(_describe_quantized_graph(graph, quantized, file))
     return messages
 
 
 def _write_graph(graph: _Graph, folder: Path) -> str:
-    """Write a graph and compare its embeddings with PyTorch's embeddings. Return a message with the result."""
+    """Write a graph and compare its embeddings with PyTorch's. Return a message with the result."""
     file = folder / f"{graph.name}.onnx"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`isinstance\\(treespec", FutureWarning)
@@ -251,43 +234,13 @@ def _write_graph(graph: _Graph, folder: Path) -> str:
     return f"{file.name}: minimum cosine similarity to PyTorch's embeddings {cosine:.6f}"
 
 
-def _quantize_graph(graph: _Graph, folder: Path) -> str:
-    """Write a copy of a graph with weights quantized to 8 bits. Return a message about its accuracy and size."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    file, quantized = folder / f"{graph.name}.onnx", folder / f"{graph.name}-int8.onnx"
-    full_size = _compute_total_size(folder, file.name)
-    root = logging.getLogger()
-    root.addFilter(_is_not_preprocessing_hint)
-    try:
-        quantize_dynamic(
-            file,
-            quantized,
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-            use_external_data_format=full_size > EXTERNAL_DATA_BYTES,
-        )
-    finally:
-        root.removeFilter(_is_not_preprocessing_hint)
-    return _describe_quantized_graph(graph, quantized, full_size)
-
-
-def _describe_quantized_graph(graph: _Graph, quantized: Path, full_size: int) -> str:
+def _describe_quantized_graph(graph: _Graph, quantized: Path, original: Path) -> str:
     cosines = _compute_cosines(quantized, graph.module, graph.calibration)
-    ratio = _compute_total_size(quantized.parent, quantized.name) / full_size
+    sizes = [sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")) for file in (quantized, original)]
     return (
-        f"{quantized.name}: mean cosine similarity {cosines.mean():.4f} (minimum {cosines.min():.4f}), {ratio:.0%} of "
-        "the original size"
+        f"{quantized.name}: mean cosine similarity {cosines.mean():.4f} (minimum {cosines.min():.4f}), "
+        f"{sizes[0] / sizes[1]:.0%} of the original size"
     )
-
-
-def _is_not_preprocessing_hint(record: logging.LogRecord) -> bool:
-    """Return False for onnxruntime's advice to preprocess graphs, which helps only if activations are quantized."""
-    return "run pre-processing before quantization" not in record.getMessage()
-
-
-def _compute_total_size(folder: Path, name: str) -> int:
-    return sum(file.stat().st_size for file in folder.glob(f"{name}*"))
 
 
 def _compute_cosines(file: Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -303,15 +256,12 @@ def _compute_cosines(file: Path, module: nn.Module, inputs: Mapping[str, Tensor]
 
 
 def quantize_weights(source: Path, target: Path) -> None:
-    """Write a copy of an ONNX graph in which weight matrices and embedding tables are stored as int8.
+    """Write a copy of an ONNX graph in which weight matrices, convolutions and embedding tables are stored as int8.
 
-    onnxruntime's dynamic quantisation also rounds activations, which changes embeddings far more than rounding the
-    weights does. This graph is as small and still computes in float32, so its embeddings are almost the same. When
-    onnxruntime loads the graph, it restores all float32 weights except embedding tables, of which each forward pass
-    restores the rows it reads.
-
-    Each output of a weight matrix and each row of an embedding table has its own float32 scale. The graph must be
-    smaller than 2 GB.
+    Each output of a weight matrix or convolution and each row of an embedding table has its own float32 scale. The
+    graph computes in float32, so its embeddings are almost the same. (onnxruntime's dynamic quantisation also rounds
+    activations, which changes embeddings far more.) When onnxruntime loads the graph, it restores all float32 weights
+    except embedding tables, of which each forward pass restores the rows it reads.
     """
     import onnx
     from onnx import helper, numpy_helper
@@ -321,12 +271,12 @@ def quantize_weights(source: Path, target: Path) -> None:
     restored, replaced = [], {}
     for tensor in list(graph.initializer):
         users = [node for node in graph.node if tensor.name in node.input]
-        axis = _find_input_axis(tensor, users)
-        if axis is None:
+        axes = _find_input_axes(tensor, users)
+        if axes is None:
             continue
         name = tensor.name
-        weights = numpy_helper.to_array(tensor)  # (K, N) or (N, K)
-        scales = np.maximum(np.abs(weights).max(axis, keepdims=True) / 127, 1e-12).astype(np.float32)
+        weights = numpy_helper.to_array(tensor)  # (K, N), (N, K) or (N, K, height, width)
+        scales = np.maximum(np.abs(weights).max(axes, keepdims=True) / 127, 1e-12).astype(np.float32)
         graph.initializer.remove(tensor)
         graph.initializer.append(numpy_helper.from_array(np.round(weights / scales).astype(np.int8), f"{name}_int8"))
         graph.initializer.append(numpy_helper.from_array(scales, f"{name}_scales"))
@@ -345,30 +295,34 @@ def quantize_weights(source: Path, target: Path) -> None:
         nodes += replaced.get(node.output[0], [node])
     del graph.node[:]
     graph.node.extend(nodes)
-    onnx.checker.check_model(model)
-    onnx.save(model, target)
+    is_large = sum(tensor.ByteSize() for tensor in graph.initializer) > EXTERNAL_DATA_BYTES
+    onnx.save(model, target, save_as_external_data=is_large, location=f"{target.name}.data")
 
 
-def _find_input_axis(tensor: Any, users: list[Any]) -> int | None:
-    """Return the axis of a weight over which its values share a scale, or None if it must stay in float32.
+def _find_input_axes(tensor: Any, users: list[Any]) -> tuple[int, ...] | None:
+    """Return the axes of a weight over which its values share a scale, or None if it must stay in float32.
 
-    That is the axis of the inputs of a weight matrix, or the axis of the dimensions of an embedding table.
+    These are the axes of the inputs of a weight matrix or convolution, or the axis of the dimensions of an embedding
+    table.
     """
     from onnx import TensorProto, helper
 
-    is_large_matrix = len(tensor.dims) == 2 and np.prod(tensor.dims) >= MIN_QUANTIZED_VALUES
-    if tensor.data_type != TensorProto.FLOAT or not is_large_matrix or not users:
+    is_large = len(tensor.dims) >= 2 and np.prod(tensor.dims) >= MIN_QUANTIZED_VALUES
+    if tensor.data_type != TensorProto.FLOAT or not is_large or not users:
         return None
-    axes = set()
+    choices = set()
     for node in users:
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        if node.op_type == "Gather" and node.input[0] == tensor.name and attributes.get("axis", 0) == 0:
-            axes.add(("table", 1))
-        elif node.op_type in ("MatMul", "Gemm") and node.input[1] == tensor.name:
-            axes.add(("matrix", attributes.get("transB", 0)))
+        is_matrix = len(tensor.dims) == 2
+        if node.op_type == "Conv" and node.input[1] == tensor.name:
+            choices.add(("convolution", tuple(range(1, len(tensor.dims)))))
+        elif is_matrix and node.op_type == "Gather" and node.input[0] == tensor.name and attributes.get("axis", 0) == 0:
+            choices.add(("table", (1,)))
+        elif is_matrix and node.op_type in ("MatMul", "Gemm") and node.input[1] == tensor.name:
+            choices.add(("matrix", (attributes.get("transB", 0),)))
         else:
             return None
-    return axes.pop()[1] if len(axes) == 1 else None
+    return choices.pop()[1] if len(choices) == 1 else None
 
 
 def _build_restoring_nodes(values: str, scales: str, output: str) -> list[Any]:

@@ -35,13 +35,9 @@ CHECKED_TEXTS = ("a", "Two dogs, running.", "一只猫", "1")  # the template mu
 
 
 def export_transformers(model: LLM2CLIP, folder: Path) -> None:
-    """Write a folder that transformers can load without this package.
+    """Write a folder that transformers can load without this package, with `trust_remote_code=True`.
 
-    `AutoModel.from_pretrained(..., trust_remote_code=True)` loads the model, and `AutoProcessor.from_pretrained` loads
-    the processor.
-
-    Raises:
-        ValueError: the format cannot represent the caption encoder.
+    Raise ValueError if the format cannot represent the caption encoder.
     """
     exported = build_export_model(model)
     exported.config.architectures = [LLM2CLIPExport.__name__]
@@ -63,10 +59,9 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
 
 
 def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
-    """Write a folder that both sentence-transformers and transformers can load.
+    """Write a folder that both sentence-transformers and transformers can load, with `trust_remote_code=True`.
 
-    `SentenceTransformer(..., trust_remote_code=True).encode` accepts texts and PIL images. For errors, see
-    `export_transformers`.
+    `SentenceTransformer.encode` accepts texts and PIL images. For errors, see `export_transformers`.
     """
     export_transformers(model, folder)
     modalities = {
@@ -86,13 +81,10 @@ def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
 
 
 def export_vision(model: LLM2CLIP, folder: Path) -> None:
-    """Write the vision tower, without the projection.
+    """Write the vision tower, without the projection, for models that need patch features, such as LLaVA.
 
-    `AutoModel.from_pretrained` can load the folder without remote code. Use this format for models that need patch
-    features, such as LLaVA.
-
-    Raises:
-        ValueError: transformers has no model class for the tower.
+    `AutoModel.from_pretrained` can load the folder without remote code. Raise ValueError if transformers has no model
+    class for the tower.
     """
     build_vision_model(model.tower).save_pretrained(folder)
     _write_json(folder / "preprocessor_config.json", model.tower.preprocess.to_dict())
@@ -102,8 +94,7 @@ def export_vision(model: LLM2CLIP, folder: Path) -> None:
 def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
     """Copy a model into a float32 transformers model on the CPU, in eval mode.
 
-    Raises:
-        ValueError: the format cannot represent the caption encoder.
+    Raise ValueError if the format cannot represent the caption encoder.
     """
     check_pooling(model.encoder)
     encoder = CaptionEncoder(copy.deepcopy(model.encoder.st).cpu().float())
@@ -159,7 +150,7 @@ def _build_export_config(model: LLM2CLIP, llm: Any) -> LLM2CLIPExportConfig:
 
 
 def _find_dense_layers(encoder: CaptionEncoder) -> list[Any]:
-    """Return the linear layers after pooling. `check_text_embeddings` detects layers with an activation function."""
+    # `check_text_embeddings` detects layers with an activation function.
     return [module for module in encoder.st if isinstance(module, Dense)]
 
 
@@ -180,7 +171,6 @@ def _build_tower_config(tower: VisionTower) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _check_export_model(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
-    """Raise ValueError if the models produce different text embeddings. See `check_text_embeddings`."""
     tokenizer = build_tokenizer(model.encoder)
     embeddings: list[Any] = []
     for text in SAMPLE_TEXTS:
@@ -190,12 +180,9 @@ def _check_export_model(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
 
 
 def check_text_embeddings(embeddings: Tensor, model: LLM2CLIP) -> None:
-    """Raise ValueError if an exported model's embeddings of `SAMPLE_TEXTS` differ from the original model's.
+    """Raise ValueError if an exported model's normalised embeddings of `SAMPLE_TEXTS` differ from the original model's.
 
     This detects caption encoders with a module that the format cannot represent, such as an activation function.
-
-    Args:
-        embeddings: L2-normalised embeddings of shape (N, embed_dim).
     """
     cosine = float((embeddings * model.encode_text(SAMPLE_TEXTS)).sum(1).min())
     if not cosine >= MIN_COSINE:  # this form also catches NaN
@@ -233,8 +220,7 @@ def build_vision_model(tower: VisionTower) -> Any:
 def build_tokenizer(encoder: CaptionEncoder) -> Any:
     """Return a copy of the encoder's tokenizer that also strips each text and adds the template's tokens around it.
 
-    Raises:
-        ValueError: the template affects how the text after it is tokenized.
+    Raise ValueError if the template affects how the text after it is tokenized.
     """
     from tokenizers import normalizers
 
@@ -272,23 +258,17 @@ def _build_static_tokenizer(static: StaticEmbedding) -> Any:
 
 
 def _add_template(tokenizer: Any, encoder: CaptionEncoder) -> None:
-    """Configure a tokenizer to add the template's tokens and special tokens before and after each text."""
     from tokenizers.processors import TemplateProcessing
 
     first, second = (encoder.tokenizer(encoder.prefix + text)["input_ids"] for text in ("a", "1"))
     before = _find_common_prefix(first, second)
     after = _find_common_prefix(first[::-1], second[::-1])[::-1]
-    template, special_tokens = ["$A"], []
-    if before:
-        template.insert(0, "<before>")
-    if after:
-        template.append("<after>")
+    special_tokens = []
     for name, ids in (("<before>", before), ("<after>", after)):
         if ids:
             special_tokens.append({"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)})
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=" ".join(template), special_tokens=special_tokens
-    )
+    template = " ".join((["<before>"] if before else []) + ["$A"] + (["<after>"] if after else []))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special_tokens)
 
 
 def _find_common_prefix(first: list[int], second: list[int]) -> list[int]:
@@ -296,22 +276,18 @@ def _find_common_prefix(first: list[int], second: list[int]) -> list[int]:
     return [token for token, _ in equal]
 
 
-# Config of the placeholder text tower, which is the smallest text tower that open_clip can build.
+# Config of the smallest text tower that open_clip can build
 PLACEHOLDER_TEXT = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
 
 ADVICE = "Use a format that supports all towers: --to transformers, --to onnx, or --to vision (images only)"
 
 
 def export_open_clip(model: LLM2CLIP, folder: Path) -> None:
-    """Write a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` can load.
+    """Write a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` can load, for timm towers.
 
-    In open_clip, `encode_image` returns the model's image embeddings. open_clip does not support bidirectional LLMs
-    with an adapter, so the text tower is a placeholder. Its weights are NaN, so `encode_text` returns NaN rather than
-    meaningless values. To encode texts, use llm2clip or another export format.
-
-    Raises:
-        ValueError: open_clip cannot represent the vision tower or its preprocessing.
-        ImportError: open_clip is not installed.
+    open_clip does not support bidirectional LLMs with an adapter, so the text tower is a placeholder. Its weights are
+    NaN, so `encode_text` returns NaN rather than meaningless values. Raise ValueError if open_clip cannot represent the
+    vision tower or its preprocessing.
     """
     try:
         import open_clip

@@ -67,7 +67,7 @@ class CaptionEncoder(nn.Module):
     Attributes:
         st: the SentenceTransformer. `st[0]` is the LLM and `st[1]` is the pooling layer, or `st[0]` is a
             `StaticEmbedding`, which has no attention and does its own pooling. Other layers may follow.
-        weights_precision: highest precision that the weights support. Default: fp32. `move_for_encoding` can lower it.
+        weights_precision: highest precision that the weights support. `move_for_encoding` can lower it.
     """
 
     def __init__(self, st: SentenceTransformer) -> None:
@@ -78,8 +78,38 @@ class CaptionEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        path: str | Path,
+        cls, path: str | Path, *, device: str | torch.device | None = None, **options: Any
+    ) -> CaptionEncoder:
+        """Load a decoder LLM, a sentence-transformers model or a `.gguf` file as a caption encoder in float32.
+
+        If an option is missing or None, the value saved with the model is used. Plain LLMs default to bidirectional
+        attention, mean pooling, no template and a maximum of 512 tokens.
+
+        Args:
+            path: folder or hub id of a transformers or sentence-transformers model, an llm2clip model folder, a `.gguf`
+                file, or the name of a model that `llm2clip` can download (see `models/pretrained.py`).
+            device: device to load the encoder on. Default: a GPU if available.
+            options: `bidirectional`, `layers`, `template`, `pooling`, `max_length` and `truncate_dim`, as in
+                `EncoderConfig`, and `attention`: `packed` (see `models/text/packing.py`) or an attention implementation
+                of transformers such as sdpa, eager, flex_attention or flash_attention_2. Decoders that support `packed`
+                use it by default. `packed` and flash attention need no padding. Flash attention requires bf16.
+
+        Raises:
+            ValueError: an option is not valid for the model.
+            OSError: the model does not exist.
+        """
+        path = _resolve_path(path)
+        encoder = cls(load_sentence_transformer(path, options.get("pooling") or "mean", device))
+        if encoder.is_static:
+            invalid = [name for name, value in options.items() if value is not None and name != "truncate_dim"]
+            if invalid:
+                raise ValueError(f"{path} is a static encoder, which has no {', '.join(invalid)}: remove this setting")
+        encoder._set_options(path, **options)
+        return encoder.eval()
+
+    def _set_options(
+        self,
+        path: str,
         *,
         bidirectional: bool | None = None,
         layers: int | None = None,
@@ -88,56 +118,20 @@ class CaptionEncoder(nn.Module):
         max_length: int | None = None,
         truncate_dim: int | None = None,
         attention: str | None = None,
-        device: str | torch.device | None = None,
-    ) -> CaptionEncoder:
-        """Load a decoder LLM, a sentence-transformers model or a `.gguf` file as a caption encoder in float32.
-
-        If an option is None, the value saved with the model is used. Plain LLMs default to bidirectional attention,
-        mean pooling, no template and a maximum of 512 tokens.
-
-        Args:
-            path: folder or hub id of a transformers or sentence-transformers model, an llm2clip model folder, a `.gguf`
-                file, or the name of a model that `llm2clip` can download (see `models/pretrained.py`).
-            bidirectional: if True, each token attends to all tokens; if False, only to itself and earlier tokens.
-            layers: number of layers to keep, counting from the input. The final norm is always kept.
-            template: text around the caption, such as `"<|im_start|>user\\n{caption}<|im_end|>"`. The text before
-                `{caption}` is excluded from pooling. At most one special token may follow `{caption}`. This token
-                replaces the tokenizer's default special tokens and is included in pooling, as in the paper.
-            pooling: pooling mode in sentence-transformers (mean, weightedmean, lasttoken, cls or max).
-            max_length: maximum input length in tokens, including the template.
-            truncate_dim: number of embedding dimensions to keep, for Matryoshka-trained encoders.
-            attention: attention implementation. This is `packed` (see `models/text/packing.py`) or a transformers
-                implementation such as sdpa, eager, flex_attention or flash_attention_2. Decoders that support `packed`
-                use it by default. `packed` and flash attention need no padding. Flash attention requires bf16.
-            device: device to load the encoder on. Default: a GPU if available.
-
-        Raises:
-            ValueError: an option is not valid for the model.
-            OSError: the model does not exist.
-        """
-        path = _resolve_path(path)
-        st = load_sentence_transformer(path, pooling or "mean", device)
-        encoder = cls(st)
-        if encoder.is_static:
-            options = {"bidirectional": bidirectional, "layers": layers, "template": template, "pooling": pooling}
-            options |= {"max_length": max_length, "attention": attention}
-            invalid = [name for name, value in options.items() if value is not None]
-            if invalid:
-                raise ValueError(f"{path} is a static encoder, which has no {', '.join(invalid)}: remove this setting")
+    ) -> None:
         if layers is not None:
-            truncate_layers(encoder.llm, layers)
+            truncate_layers(self.llm, layers)
         if bidirectional is not None:
-            set_bidirectional(encoder.llm, bidirectional)
+            set_bidirectional(self.llm, bidirectional)
         if pooling is not None:
-            encoder._set_pooling(pooling, path)
+            self._set_pooling(pooling, path)
         if template is not None:
-            set_template(st, template)
+            set_template(self.st, template)
         if max_length is not None:
-            st.max_seq_length = max_length
+            self.st.max_seq_length = max_length
         if truncate_dim is not None:
-            truncate_embeddings(st, truncate_dim)
-        encoder._set_attention(attention)
-        return encoder.eval()
+            truncate_embeddings(self.st, truncate_dim)
+        self._set_attention(attention)
 
     def _set_pooling(self, mode: str, path: str) -> None:
         pooling = self.st[1]
@@ -182,7 +176,6 @@ class CaptionEncoder(nn.Module):
 
     @property
     def embed_dim(self) -> int:
-        """Dimension of the embeddings."""
         return int(self.st.get_embedding_dimension())
 
     @property
@@ -197,9 +190,7 @@ class CaptionEncoder(nn.Module):
     @property
     def attention(self) -> str:
         """Name of the transformers attention implementation, or "" for static encoders."""
-        if self.is_static:
-            return ""
-        return str(self.llm.config._attn_implementation)
+        return "" if self.is_static else str(self.llm.config._attn_implementation)
 
     @property
     def prefix(self) -> str:
@@ -213,9 +204,11 @@ class CaptionEncoder(nn.Module):
         """Tokenize captions with the template and special tokens, and truncate them to the encoder's `max_length`.
 
         Leading and trailing whitespace is stripped, as in the LLM2CLIP authors' code. Truncation removes the caption's
-        last tokens but keeps the special token that follows the caption. `prompts` contains an instruction for each
-        caption, or "" for no instruction. The instruction is inserted between the template's prefix and the caption.
-        All tokens before the caption are excluded from pooling.
+        last tokens but keeps the special token that follows the caption.
+
+        Args:
+            prompts: an instruction for each caption, or "" for no instruction. It is inserted between the template's
+                prefix and the caption, and excluded from pooling.
 
         Raises:
             TypeError, ValueError: a caption is not a string, or is not valid Unicode.
@@ -240,17 +233,12 @@ class CaptionEncoder(nn.Module):
         return len(self.tokenize(captions).truncated)
 
     def count_prompt_tokens(self, prompt: str) -> int:
-        """Count the tokens before a caption (see `sentence_transformer.count_prompt_tokens`), and cache the result."""
         if prompt not in self._prompt_lengths:
             self._prompt_lengths[prompt] = count_prompt_tokens(self.tokenizer, prompt)
         return self._prompt_lengths[prompt]
 
     def exclude_prompts_from_pooling(self, prompts: Iterable[str]) -> None:
-        """Exclude instruction tokens from pooling. This setting is saved with the encoder.
-
-        Raises:
-            ValueError: sentence-transformers would miscount a prompt's tokens.
-        """
+        """Exclude instruction tokens from pooling. This setting is saved with the encoder."""
         for prompt in prompts:
             if not has_consistent_prompt_length(self.st, self.prefix + prompt):
                 raise ValueError(
@@ -260,14 +248,13 @@ class CaptionEncoder(nn.Module):
         self.st[1].include_prompt = False
 
     def collate(self, ids: Sequence[Sequence[int]], prompt_length: int | None = None) -> dict[str, Any]:
-        """Build the model inputs for a batch.
+        """Build the model inputs for a batch from the token ids of B captions.
 
         For `packed` and flash attention, the inputs form a single row without padding (see `pack_captions`). For other
         attention implementations, the inputs are padded input_ids and attention_mask, int64, of shape (B, T). For
         static encoders, the inputs are the concatenated input_ids and the offset of each caption, int64.
 
         Args:
-            ids: token ids of B captions, from `tokenize`.
             prompt_length: number of leading tokens of each caption to exclude from pooling. Default: the length of the
                 template's prefix.
         """
@@ -307,10 +294,10 @@ class CaptionEncoder(nn.Module):
         """Encode N captions. Return a float32 CPU tensor of shape (N, embed_dim): one unnormalised row per caption.
 
         Captions of similar length are batched together, so there is almost no padding. The other captions in a batch
-        change an embedding by at most about 1e-5.  The embedding of a text without tokens is a zero vector.
+        change an embedding by at most about 1e-5. The embedding of a text without tokens is a zero vector.
 
         Args:
-            captions: one text, a list of texts, or the output of `tokenize`.
+            captions: texts, or the output of `tokenize`.
             batch_tokens: maximum number of tokens per batch, including padding. Default: `default_batch_tokens`.
             precision: fp32, bf16 or bf16+N. bf16 is two to three times as fast as fp32. bf16+N runs the first N layers
                 in fp32, for models that are too inaccurate in bf16 (see `models/precision.py`). Default:
@@ -348,19 +335,14 @@ class CaptionEncoder(nn.Module):
         return embeddings
 
     def _encode_batch(self, batch: dict[str, Any]) -> Tensor:
-        """Encode a batch from `collate` as embeddings of shape (B, embed_dim).
-
-        The result is the same as from `self.st`, but excluding prompts from mean pooling needs no GPU synchronisation.
-        """
-        if self.is_static:
-            static_embeddings: Tensor = self.st(batch)["sentence_embedding"]
-            return static_embeddings
-        llm, pooling, *modules = self.st
-        features = llm(batch)
-        excludes_prompt = "prompt_length" in features and not pooling.include_prompt
-        if excludes_prompt and "caption_lengths" in features and pooling.pooling_mode == "mean":
-            remove_prompts(features)
-        for module in (pooling, *modules):
+        """Encode a batch like `self.st`, but without a GPU synchronisation to exclude prompts from mean pooling."""
+        first, *modules = self.st
+        features = first(batch)
+        if {"prompt_length", "caption_lengths"} <= features.keys():
+            pooling = modules[0]
+            if pooling.pooling_mode == "mean" and not pooling.include_prompt:
+                remove_prompts(features)
+        for module in modules:
             features = module(features)
         embeddings: Tensor = features["sentence_embedding"]
         return embeddings
@@ -397,11 +379,7 @@ class CaptionEncoder(nn.Module):
     # ---- identity and saving ----------------------------------------------------------------------------------------
 
     def identity(self, precision: str = "fp32") -> dict[str, Any]:
-        """Return a dict of everything that affects the embeddings. `fingerprint` hashes this dict.
-
-        Raises:
-            ValueError: the weights are no longer in fp32 (see `move_for_encoding`).
-        """
+        """Return a dict of everything that affects the embeddings. It requires weights in fp32."""
         self._check_weights("fp32")
         common = {
             "weights": hash_weights(self.st),
@@ -425,11 +403,7 @@ class CaptionEncoder(nn.Module):
 
     @hide_loading_bars()
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save the encoder in sentence-transformers' format, with safetensors weights.
-
-        Raises:
-            ValueError: the weights are no longer in fp32 (see `move_for_encoding`).
-        """
+        """Save the encoder in sentence-transformers' format, with safetensors weights. They must be in fp32."""
         self._check_weights("fp32")
         self.st.save_pretrained(str(folder), create_model_card=False)
 
@@ -446,7 +420,6 @@ def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) 
 
 
 def _resolve_path(path: str | Path) -> str:
-    """Return the folder or hub id to load. Convert `.gguf` files, and download models that llm2clip has names for."""
     path = resolve_pretrained(str(path))
     if (Path(path) / "text/modules.json").is_file():  # an llm2clip model folder
         return str(Path(path) / "text")
@@ -454,18 +427,15 @@ def _resolve_path(path: str | Path) -> str:
 
 
 def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) -> None:
-    """Copy the embeddings in `on_device` to the matching rows of the CPU tensor `embeddings`, and clear `on_device`.
-
-    All embeddings are copied at once, because each copy synchronises with the GPU.
-    """
+    """Copy the embeddings in `on_device` to the matching rows of the CPU tensor `embeddings`, and clear `on_device`."""
     if on_device:
         rows = [row for batch_rows, _ in on_device for row in batch_rows]
+        # A single copy, because each copy synchronises with the GPU.
         embeddings[rows] = torch.cat([batch for _, batch in on_device]).cpu()
         on_device.clear()
 
 
 def _serialize_config(config: Any) -> str:
-    """Serialise the LLM config entries that affect the LLM's output and that `identity` does not store separately."""
     values = json.loads(config.to_json_string(use_diff=False))
     return json.dumps({k: v for k, v in values.items() if k not in _CONFIG_WITHOUT_EFFECT}, sort_keys=True)
 

@@ -33,19 +33,9 @@ class LatentAttentionPooling(Pooling):
     config_keys = ["embedding_dimension", "include_prompt", "num_latents", "num_heads", "head_dim"]  # noqa: RUF012
 
     def __init__(
-        self,
-        embedding_dimension: int,
-        num_latents: int,
-        num_heads: int,
-        head_dim: int,
-        include_prompt: bool = True,
+        self, embedding_dimension: int, num_latents: int, num_heads: int, head_dim: int, include_prompt: bool = True
     ) -> None:
-        """Create the layer with random weights.
-
-        Args:
-            embedding_dimension: hidden size of the LLM, which is also the embedding dimension.
-            include_prompt: if True, the mean includes the tokens before the caption.
-        """
+        """Create the layer with random weights. `embedding_dimension` is the hidden size of the LLM."""
         super().__init__(embedding_dimension, "mean", include_prompt)
         self.num_latents, self.num_heads, self.head_dim = num_latents, num_heads, head_dim
         inner_dim = num_heads * head_dim
@@ -85,7 +75,6 @@ class LatentAttentionPooling(Pooling):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1)
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Save the config and weights to a folder."""
         self.save_config(output_path)
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
 

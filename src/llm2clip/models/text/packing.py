@@ -1,8 +1,5 @@
 """Batches of texts of similar length, and packed attention, which needs no padding.
 
-CPUs are fastest with batches that fit in their caches, whereas GPUs need large batches. The best batch size also
-depends on the model, so the token limit per batch can be tuned for speed.
-
 Packed attention concatenates all captions in a batch into a single row. Layers that process each token separately
 receive one long row of tokens. Attention is computed within each caption: consecutive captions of equal length share
 one attention call without a mask. In 16-bit precision on recent NVIDIA GPUs, a single call computes attention for all
@@ -47,12 +44,10 @@ MIN_SPEEDUP = 1.02  # larger batches need more memory, so they are used only if 
 
 
 def get_default_batch_tokens(device: torch.device) -> int:
-    """Return the default number of tokens per batch for a device."""
     return GPU_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
 
 
 def get_default_encoding_tokens(device: torch.device, hidden_size: int) -> int:
-    """Return the default number of tokens per batch for encoding with an LLM of the given hidden size."""
     return min(get_default_batch_tokens(device), max(CPU_BATCH_TOKENS, MAX_HIDDEN_ELEMENTS // hidden_size))
 
 
@@ -71,10 +66,7 @@ class TokenizedTexts:
     prompt_lengths: list[int]
 
     def batches(self, max_tokens: int) -> Iterator[tuple[int, list[int]]]:
-        """Yield (prompt length, text indices) for each batch. All texts in a batch have the same prompt length.
-
-        For `max_tokens` and the batch order, see `batch_by_length`.
-        """
+        """Yield (prompt length, text indices) for each batch of texts with the same prompt length."""
         for prompt_length in sorted(set(self.prompt_lengths)):
             members = [i for i, length in enumerate(self.prompt_lengths) if length == prompt_length]
             for batch in batch_by_length([len(self.ids[i]) for i in members], max_tokens):
@@ -98,9 +90,9 @@ def batch_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[in
 def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision: str = "fp32") -> int:
     """Find the `batch_tokens` value with which an encoder processes the given captions fastest.
 
-    Candidates are timed in increasing order (see `measure_tokens_per_second`). The search stops when a candidate is
-    slower than the best one so far or does not fit in memory. With fewer than 4,096 captions, nothing is timed, and the
-    encoder's default is returned.
+    CPUs are fastest with batches that fit in their caches, whereas GPUs need large batches. Candidates are timed in
+    increasing order, until one is slower than the best one so far or does not fit in memory. With fewer than 4,096
+    captions, nothing is timed, and the encoder's default is returned.
     """
     if len(tokens.ids) < MIN_CAPTIONS_TO_TUNE:
         return encoder.default_batch_tokens
@@ -126,7 +118,7 @@ def measure_tokens_per_second(
     """Measure the encoding speed on up to four batches.
 
     Batches are sorted by caption length. The timed batches are the one with the longest captions and those 1/6, 3/6 and
-    5/6 of the way through the list. These batches are representative because all have about the same number of tokens.
+    5/6 of the way through the list, because all have about the same number of tokens.
     """
     all_rows = [rows for _, rows in tokens.batches(batch_tokens)]
     indices = sorted({0, *(len(all_rows) * n // 6 for n in (1, 3, 5))})
@@ -149,9 +141,7 @@ MIN_COSINE = 0.999  # minimum cosine similarity between varlen_attn and sdpa out
 
 
 def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
-    """Pack B captions, with T tokens in total, into a single row.
-
-    `attention` is the model's attention implementation: `packed` or a flash attention variant.
+    """Pack B captions, with T tokens in total, into a single row for an attention implementation.
 
     Returns:
         Keyword arguments for the model:
@@ -195,10 +185,10 @@ def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.de
 
 
 def remove_prompts(features: dict[str, Any]) -> None:
-    """Remove the hidden states of prompt tokens from the LLM output for a packed batch. Modify `features` in place.
+    """Remove the hidden states of prompt tokens from the LLM output for a packed batch, in place.
 
-    In addition to the entries from `pack_captions`, `features` contains `prompt_length`, the number of tokens to remove
-    from the start of each caption. sentence-transformers' own exclusion of prompts would synchronise with the GPU.
+    sentence-transformers' own exclusion of prompts would synchronise with the GPU. `features` contains the entries from
+    `pack_captions` and `prompt_length`, the number of tokens to remove from the start of each caption.
     """
     prompt_length = features.pop("prompt_length")
     lengths = np.array(features["caption_lengths"])
@@ -225,9 +215,9 @@ def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
 def can_pack(llm: Any) -> bool:
     """Return True if a transformers model produces the same embeddings with packed attention as with padding.
 
-    The model must be a decoder, loaded with `sdpa`, whose tokens interact only through attention. Other layers that mix
-    tokens, such as convolutions, would mix neighbouring captions. The config must specify whether attention is causal,
-    because the definition of a sliding window depends on it.
+    The model must be a decoder, loaded with `sdpa`, whose tokens interact only through attention, not through layers
+    such as convolutions. The config must specify whether attention is causal, because the definition of a sliding
+    window depends on it.
     """
     config = llm.config
     layers = list(getattr(llm, "layers", []))
@@ -264,7 +254,6 @@ def packed_attention(
         sliding_window: attention span in tokens, as defined by transformers' masks. With causal attention, a token
             attends to this many tokens, including itself. With bidirectional attention, a token attends to itself and
             this many tokens on each side.
-        is_causal: True for causal attention, False for bidirectional attention. Default: `module.is_causal`.
 
     Returns:
         Attention output of shape (1, T, heads, D), and None in place of the attention weights.
@@ -308,8 +297,7 @@ def _attend_by_length(
     is_causal: bool,
     options: dict[str, Any],
 ) -> Tensor:
-    """Compute attention with one call for each group of consecutive captions of equal length."""
-    # Captions without tokens are skipped.
+    # One attention call for each group of consecutive captions of equal length. Captions without tokens are skipped.
     groups = [(length, len(list(group))) for length, group in groupby(caption_lengths) if length > 0]
     # Use `split` instead of slices: each slice would allocate a gradient of length T in the backward pass.
     group_sizes = [length * count for length, count in groups]
@@ -373,11 +361,8 @@ def varlen_attention(
 ) -> Tensor:
     """Use `torch.nn.attention.varlen` (flash attention) to compute attention within each caption of a packed row.
 
-    For the other arguments and the output, see `packed_attention`.
-
-    Args:
-        boundaries: cumulative caption lengths of shape (B + 1,), int32, on the device of `query`.
-        scaling: factor applied to the attention scores. Default: D ** -0.5.
+    `boundaries` are the cumulative caption lengths, int32 of shape (B + 1,), on the device of `query`. For the other
+    arguments and the output, see `packed_attention`.
     """
     varlen_attn = load_varlen_attn()
     assert varlen_attn is not None
@@ -389,18 +374,8 @@ def varlen_attention(
         after = 0
     dtype = get_varlen_dtype(query)
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
-    output: Tensor = varlen_attn(
-        q,
-        k,
-        v,
-        boundaries,
-        boundaries,
-        max_length,
-        max_length,
-        scale=scaling,
-        window_size=(before, after),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    options = {"scale": scaling, "window_size": (before, after), "enable_gqa": q.shape[1] != k.shape[1]}
+    output: Tensor = varlen_attn(q, k, v, boundaries, boundaries, max_length, max_length, **options)
     return output[None]
 
 
@@ -441,11 +416,7 @@ def supports_flash_attention(device: torch.device) -> bool:
 def check_varlen_attention(
     device: torch.device, dtype: torch.dtype, num_heads: int, num_key_heads: int, head_dim: int
 ) -> bool:
-    """Return True if `varlen_attention` works on a device and agrees with `scaled_dot_product_attention`.
-
-    Outputs and gradients are compared on two random captions, with bidirectional and causal attention. A warning is
-    shown if the kernel fails or the results differ.
-    """
+    """Return True if `varlen_attention` agrees with `scaled_dot_product_attention` on two random captions, or warn."""
     try:
         agrees = all(
             _agrees_with_sdpa(device, dtype, num_heads, num_key_heads, head_dim, causal) for causal in (False, True)

@@ -109,10 +109,7 @@ class _StrictTransformer(Transformer):
 
 
 def truncate_embeddings(st: Any, dim: int) -> None:
-    """Append a linear layer that keeps only the first `dim` embedding dimensions.
-
-    Unlike sentence-transformers' `truncate_dim` setting, the layer is saved with the model.
-    """
+    """Append a linear layer that keeps only the first `dim` dimensions. Unlike `truncate_dim`, it is saved."""
     full_dim = st.get_embedding_dimension()
     if not 0 < dim <= full_dim:
         raise ValueError(f"truncate_dim must be between 1 and {full_dim}, the encoder's dimension (got {dim})")
@@ -126,9 +123,6 @@ def set_template(st: Any, template: str) -> None:
 
     The text before the caption becomes the default prompt and is excluded from pooling. If a special token follows the
     caption, the tokenizer will append this token to every text.
-
-    Raises:
-        ValueError: the template is not valid for this model.
     """
     if template.count(CAPTION_PLACEHOLDER) != 1:
         raise ValueError(f"template must contain {CAPTION_PLACEHOLDER} exactly once (got {template!r})")
@@ -187,7 +181,7 @@ def is_encoder_only(llm: Any) -> bool:
 
 
 def get_layers(llm: Any) -> nn.ModuleList:
-    """Return the transformer layers of a model without a language-modelling head. Static embeddings have no layers."""
+    """Return the transformer layers of a model without a language-modelling head. Static embeddings have none."""
     if isinstance(llm, StaticEmbedding):
         return nn.ModuleList()
     layers: nn.ModuleList = llm.layers if hasattr(llm, "layers") else llm.encoder.layer
@@ -195,7 +189,6 @@ def get_layers(llm: Any) -> nn.ModuleList:
 
 
 def set_layers(llm: Any, layers: nn.ModuleList) -> None:
-    """Replace a model's transformer layers."""
     if hasattr(llm, "layers"):
         llm.layers = layers
     else:
@@ -203,7 +196,6 @@ def set_layers(llm: Any, layers: nn.ModuleList) -> None:
 
 
 def truncate_layers(llm: Any, count: int) -> None:
-    """Keep only the first `count` layers of a model, and update its config accordingly."""
     layers = get_layers(llm)
     if not 1 <= count <= len(layers):
         raise ValueError(f"layers must be between 1 and {len(layers)}, the depth of this model (got {count})")
@@ -228,7 +220,12 @@ def set_bidirectional(llm: Any, bidirectional: bool) -> None:
 
 
 class LoraSession:
-    """LoRA training of an encoder's LLM. The constructor adds LoRA layers, and `finish` merges them into the LLM."""
+    """LoRA training of an encoder's LLM. The constructor adds LoRA layers, and `finish` merges them into the LLM.
+
+    QLoRA (arXiv 2305.14314) stores the frozen matrices in 4 bits during training. Afterwards, LoRA is merged into the
+    original weights. Without QLoRA, the frozen matrices can be stored in 16 bits, and LoRA is then merged into the
+    rounded 16-bit values. Rounding has no effect if the LLM was released in the same 16-bit format.
+    """
 
     def __init__(self, encoder: Any, config: LoraConfig, dtype: torch.dtype, device: torch.device, quantize: bool):
         """Add LoRA to a `CaptionEncoder`'s LLM in place, and move the LLM to the training device.
@@ -236,7 +233,6 @@ class LoraSession:
         If the LLM is on the CPU at first, its float32 weights need not fit in the device's memory.
 
         Args:
-            encoder: encoder whose LLM has no LoRA layers yet.
             dtype: dtype of the frozen matrices. If `quantize` is True, dtype of the matmuls with these matrices.
             quantize: if True, store the frozen matrices in 4 bits (QLoRA, requires bitsandbytes) and keep the original
                 matrices on the CPU.
@@ -273,7 +269,6 @@ class LoraSession:
 
 
 def check_qlora_available() -> None:
-    """Raise ModuleNotFoundError if bitsandbytes is not installed."""
     if find_spec("bitsandbytes") is None:
         raise ModuleNotFoundError(f"--tune.qlora requires the bitsandbytes package: {install_command('qlora')}")
 

@@ -1,9 +1,8 @@
 """Dense image features: one embedding per image cell, in the embedding space shared by images and texts.
 
-A cell is a patch of a vision transformer or a position in a convolutional network's last feature map. A cell's
-embedding is computed by applying the tower's head and the image projection to this cell alone. Images can have any
-size: position embeddings are interpolated, and rotary embeddings are computed for the grid. A region embedding (for a
-box or a mask) is an average over the region's cells.
+A cell is a patch of a vision transformer or a position in a convolutional network's last feature map. Its embedding is
+computed by applying the tower's head and the image projection to this cell alone. Images can have any size. A region
+embedding (for a box or a mask) is an average over the region's cells.
 
 CLIP is trained only to match complete images with texts, so nothing forces a patch's output to describe that patch, and
 the last block mixes all patches. The training-free variants change only this block. In the formulas, x is the block's
@@ -48,19 +47,16 @@ _GAUSSIAN_STD = 5.0  # standard deviation in NACLIP's attention bias, in patches
 # 224-pixel tower receives images with a shorter side of 336 pixels.
 LOCALIZATION_SCALE = 1.5
 _MAX_ASPECT_RATIO = 8  # images with a larger aspect ratio are squeezed to this ratio, to limit their size
+_DINO_PARTS = ("norm1", "attention", "layer_scale1")
 # Maps each supported class of pre-norm blocks to the attribute names of its norm, attention and layer scale.
 _BLOCK_PARTS = {
     "timm.models.vision_transformer.Block": ("norm1", "attn", "ls1"),
     "timm.models.eva.EvaBlock": ("norm1", "attn", "gamma_1"),
     "transformers.models.clip.modeling_clip.CLIPEncoderLayer": ("layer_norm1", "self_attn", ""),
     "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer": ("layer_norm1", "self_attn", ""),
-    "transformers.models.dinov2.modeling_dinov2.Dinov2Layer": ("norm1", "attention", "layer_scale1"),
-    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer": (
-        "norm1",
-        "attention",
-        "layer_scale1",
-    ),
-    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": ("norm1", "attention", "layer_scale1"),
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Layer": _DINO_PARTS,
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer": _DINO_PARTS,
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": _DINO_PARTS,
 }
 
 
@@ -102,13 +98,10 @@ class DenseEncoder:
         Args:
             pixels: images of shape (N, 3, H, W), uint8 or float from 0 to 1, on any device. H and W must be multiples
                 of `cell_size`.
-            variant: dense variant, one of `variants`. For definitions, see the top of this module.
+            variant: one of `variants`, as defined at the top of this module.
 
         Returns:
             L2-normalised float32 embeddings of shape (N, H / cell_size, W / cell_size, D), on `device`.
-
-        Raises:
-            ValueError: the tower does not support the variant or the image size.
         """
         if variant not in self.variants:
             raise ValueError(
@@ -124,15 +117,10 @@ class DenseEncoder:
         return F.normalize(self.features(pixels.to(self.device), variant).float(), dim=-1)
 
     def resize(self, image: Tensor, image_size: int | None = None) -> Tensor:
-        """Resize an image to a whole number of cells. Keep its aspect ratio, except for rounding and a limit of 8:1.
+        """Resize an image of shape (3, H, W), uint8, to a whole number of cells.
 
-        Args:
-            image: image of shape (3, H, W), uint8.
-            image_size: length of the shorter side in pixels, rounded to a multiple of `cell_size`. Default: the tower's
-                training resolution.
-
-        Returns:
-            Image of shape (3, H', W'), uint8, where H' and W' are multiples of `cell_size`.
+        The aspect ratio is kept, except for rounding and a limit of 8:1. `image_size` is the length of the shorter side
+        in pixels, rounded to a multiple of `cell_size`. Default: the tower's training resolution.
         """
         rows, columns = self.compute_grid_shape(image.shape[-2], image.shape[-1], image_size)
         size = [rows * self.cell_size, columns * self.cell_size]
@@ -149,14 +137,10 @@ class DenseEncoder:
 def build_dense_encoder(
     tower: VisionTower, project: Callable[[Tensor], Tensor], precision: Precision = FP32
 ) -> DenseEncoder:
-    """Build a dense encoder that shares the weights of a vision tower.
+    """Build a dense encoder that shares the weights of a vision tower in eval mode.
 
-    Args:
-        tower: vision tower in eval mode. Later changes to its weights also change the dense features.
-        project: image projection, which maps pooled features of shape (N, feature_dim) to the shared embedding space.
-
-    Raises:
-        ValueError: the tower's architecture has no grid of cells.
+    `project` maps pooled features of shape (N, feature_dim) to the shared embedding space. Raise ValueError if the
+    tower's architecture has no grid of cells.
     """
     cell_size = _get_cell_size(tower)
     device = tower.mean.device
@@ -186,9 +170,7 @@ def feature_map(tower: VisionTower, pixels: Tensor) -> Tensor:
     Gradients flow to all of the tower's weights except interpolated position embeddings.
 
     Args:
-        tower: vision tower, in eval or training mode.
-        pixels: images of shape (N, 3, H, W), uint8 or float from 0 to 1. H and W must be multiples of the cell size
-            (see `DenseEncoder`).
+        pixels: images of shape (N, 3, H, W), uint8 or float from 0 to 1. H and W must be multiples of the cell size.
 
     Returns:
         Features of shape (N, C, h, w), where h and w are H and W divided by the cell size.
@@ -264,10 +246,7 @@ def _apply_head(tower: VisionTower, cells: Tensor) -> Tensor:
 
 
 def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
-    """Return a timm backbone for images of shape `size`. It shares the tower's weights except position embeddings.
-
-    Raise ValueError if the architecture supports only the size it was built for.
-    """
+    """Return a timm backbone for images of shape `size`. It shares the tower's weights except position embeddings."""
     backbone: Any = tower.backbone
     built_size = tower.config["args"].get("img_size")
     is_vit = isinstance(backbone, VisionTransformer | Eva)
@@ -299,10 +278,7 @@ def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
 
 
 def _replace_module(root: Any, name: str, module: nn.Module) -> Any:
-    """Return a copy of `root` in which the submodule `name` is replaced. The copy shares the other modules and weights.
-
-    `root` itself is not modified, so other threads can keep using it.
-    """
+    """Return a copy of `root` with another submodule `name`. `root` is not modified, because threads may use it."""
     first, _, rest = name.partition(".")
     root = _shallow_copy(root)
     root._modules[first] = _replace_module(root._modules[first], rest, module) if rest else module
@@ -477,11 +453,7 @@ def _compute_overlaps(num_cells: int, num_pixels: int) -> Tensor:
 
 
 def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
-    """Check N boxes (left, top, right, bottom) in pixels, and convert them to a float32 CPU tensor of shape (N, 4).
-
-    Raises:
-        ValueError: The shape is wrong, or a box contains NaN or infinity, is empty, or is not inside the image.
-    """
+    """Check N boxes (left, top, right, bottom) in pixels, and convert them to a float32 CPU tensor of shape (N, 4)."""
     tensor = torch.as_tensor(boxes, dtype=torch.float32).cpu()
     if tensor.numel() == 0:
         return tensor.new_empty(0, 4)
@@ -503,11 +475,7 @@ def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
 
 
 def check_masks(masks: Any, height: int, width: int) -> Tensor:
-    """Check N boolean masks, and convert them to a boolean CPU tensor of shape (N, H, W).
-
-    Raises:
-        ValueError: The masks are not boolean or do not have the image's size, or a mask is empty.
-    """
+    """Check N boolean masks, and convert them to a boolean CPU tensor of shape (N, H, W)."""
     tensor = torch.as_tensor(masks).cpu()
     if tensor.ndim != 3 or tensor.shape[1:] != (height, width):
         raise ValueError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,12 +44,7 @@ IMAGE_SCALE = 1.5  # default ratio of the resized image's shorter side to the wi
 
 @dataclass(frozen=True)
 class WindowAxis:
-    """Window positions along one axis.
-
-    Args:
-        length, window: Lengths of the resized image and of a window along this axis, in pixels.
-        starts: Position of each window's first pixel.
-    """
+    """Window positions along one axis, in pixels of the resized image. `starts` are the windows' first pixels."""
 
     length: int
     window: int
@@ -68,10 +63,7 @@ class WindowAxis:
         return cls(length, window, tuple(min(n * stride, length - window) for n in range(count)))
 
     def build_matrix(self, cells: int, size: int) -> Tensor:
-        """Return the matrix that maps the cells of all windows to `size` output pixels along this axis.
-
-        The matrix is float32, of shape (size, windows * cells), where `cells` is the number of cells per window.
-        """
+        """Return the matrix (size, windows * cells), float32, that maps the cells of all windows to output pixels."""
         upsample = _build_interpolation_matrix(cells, self.window)
         average = torch.zeros(self.length, len(self.starts) * cells, dtype=torch.float64)
         count = torch.zeros(self.length, 1, dtype=torch.float64)
@@ -88,8 +80,7 @@ class ResizeForWindows:
     The aspect ratio is kept. Interpolation is bilinear, with antialiasing.
 
     Args:
-        window: Side length of the window in pixels. Must be a multiple of `cell_size`.
-        cell_size: Side length of a cell in pixels.
+        window: Side length of the window in pixels, a multiple of `cell_size`.
         scale: Ratio of the resized image's shorter side to the window. The ratio is reduced if the longer side would
             exceed `MAX_SCALE` times the window.
     """
@@ -105,7 +96,6 @@ class ResizeForWindows:
         return cls(window, dense.cell_size, scale)
 
     def place_windows(self, height: int, width: int) -> tuple[WindowAxis, WindowAxis]:
-        """Return the vertical and horizontal window positions for an image of the given size."""
         scale = self.window * min(self.scale / min(height, width), MAX_SCALE / max(height, width))
         rows, columns = (
             WindowAxis.create(max(1, int(side * scale + 0.5)), self.window, self.cell_size) for side in (height, width)
@@ -173,13 +163,9 @@ def encode_windows(
     queries: Tensor,
     transform: ResizeForWindows,
 ) -> dict[int, PixelScores]:
-    """Encode the windows of all images in batches, and return the pixel scores of each image.
+    """Encode the windows of all images in batches, and return each image's pixel scores at its original size.
 
-    Args:
-        queries: Embeddings of all class names, of shape (K, D).
-
-    Returns:
-        Pixel scores at the original image sizes, keyed by image index.
+    `images` contains the outputs of `transform`. `queries` are the embeddings of all class names, of shape (K, D).
     """
     axes = {index: transform.place_windows(*size) for index, (_, size) in images.items()}
     indices_by_window: dict[tuple[int, int], list[int]] = {}  # windows of the same size are encoded together
@@ -216,8 +202,8 @@ def segment(
     """Assign each pixel to the class with the highest score, tile by tile, as in SCLIP.
 
     Args:
-        scores: Scores of all names. Names of the same class must be adjacent.
-        names_per_class: Number of names for each class. A class's score is the highest score of its names.
+        names_per_class: Number of names for each class, which are adjacent in `scores`. A class's score is the highest
+            score of its names.
         logit_scale: Factor applied to the scores before the softmax over all names.
         min_probability: Pixels whose highest probability is below this value are assigned to class 0 (background).
         min_area: Foreground classes that cover at most this fraction of the foreground are not predicted.
@@ -283,7 +269,7 @@ class DenseMethods:
 
         Raises:
             ValueError: the vision tower has no dense features, or does not support the variant or image size.
-            ImageError: an image cannot be decoded. The message names the image.
+            ImageError: an image cannot be decoded.
         """
         items = to_image_list(images)
         _, dense = self._prepare_dense()
@@ -319,9 +305,8 @@ class DenseMethods:
                 resolution.
 
         Raises:
-            ValueError: the vision tower has no dense features, or does not support the variant or image size. Both
-                boxes and masks are passed, or neither. A box is empty, contains NaN, or is not inside the image. A mask
-                is empty or does not have the same size as the image.
+            ValueError: the vision tower has no dense features, or does not support the variant or image size; or the
+                boxes or masks are invalid.
             ImageError: the image cannot be decoded.
         """
         if (boxes is None) == (masks is None):
@@ -337,27 +322,6 @@ class DenseMethods:
         checked = check_boxes(boxes, height, width)
         return encode_boxes(dense, [pixels], [checked], variant, model.config.embed_dim, image_size)[0]
 
-    @overload
-    def segment(
-        self,
-        image: Any,
-        names: Sequence[str | Sequence[str]],
-        templates: str | Sequence[str] = ...,
-        variant: str | None = ...,
-        return_scores: Literal[False] = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def segment(
-        self,
-        image: Any,
-        names: Sequence[str | Sequence[str]],
-        templates: str | Sequence[str] = ...,
-        variant: str | None = ...,
-        *,
-        return_scores: Literal[True],
-    ) -> tuple[Tensor, Tensor]: ...
-
     @torch.no_grad()
     @onednn_matmul()
     def segment(
@@ -367,7 +331,7 @@ class DenseMethods:
         templates: str | Sequence[str] = "a photo of a {}",
         variant: str | None = None,
         return_scores: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Any:
         """Assign each pixel of an image to one of the given classes (zero-shot segmentation).
 
         As in segmentation benchmarks without a background class (SCLIP, arXiv 2312.01597), the image is resized so that
@@ -386,8 +350,8 @@ class DenseMethods:
             (classes, H, W).
 
         Raises:
-            ValueError: there are no names, a name is empty, or a template has no {} placeholder. The vision tower has
-                no dense features, or does not support the variant. For encoder errors, see `encoder`.
+            ValueError: a name is empty, a template has no {} placeholder, or the vision tower has no dense features or
+                does not support the variant. For encoder errors, see `encoder`.
             ImageError: the image cannot be decoded.
         """
         classes = [[name] if isinstance(name, str) else list(name) for name in names]
