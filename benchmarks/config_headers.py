@@ -18,9 +18,8 @@ import yaml
 from llm2clip.cli import build_parser
 from llm2clip.cli.commands import read_builtin_configs
 from llm2clip.cli.setup import make_plan
-from llm2clip.tools.plan.devices import compute_peak_memory
-from llm2clip.tools.plan.plan import Plan
-from llm2clip.tools.plan.report import format_hours
+from llm2clip.tools.plan import Plan, format_hours
+from llm2clip.tools.plan_memory import compute_peak_memory
 
 IMAGES = 3_000_000  # each with two captions of 84 tokens, the defaults of `llm2clip plan`
 # The first line of an estimate, and its continuation lines, which are indented.

@@ -39,9 +39,9 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import get_default_batch_tokens
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search.vector_index import CHUNK, QuantizedVectors, VectorIndex
-from llm2clip.tools.plan.costs import LLMS, count_flops
-from llm2clip.tools.plan.devices import DEVICES, Machine
-from llm2clip.tools.plan.plan import plan_fit
+from llm2clip.tools.plan import plan_fit
+from llm2clip.tools.plan_costs import LLMS, count_flops
+from llm2clip.tools.plan_memory import DEVICES, Machine
 from llm2clip.train.grad_cache import compute_cached_loss
 from llm2clip.train.losses import info_nce
 from llm2clip.train.optim import MAX_GRAD_NORM, compile_blocks, make_optimizer

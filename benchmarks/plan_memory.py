@@ -23,9 +23,9 @@ from PIL import Image
 
 from gpu_parts import TINY_LLM, TOWERS, save_llm
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
-from llm2clip.tools.plan.costs import LLMS
-from llm2clip.tools.plan.devices import Machine, compute_peak_memory
-from llm2clip.tools.plan.plan import plan_fit
+from llm2clip.tools.plan import plan_fit
+from llm2clip.tools.plan_costs import LLMS
+from llm2clip.tools.plan_memory import Machine, compute_peak_memory
 
 IMAGES, CAPTIONS, TOKENS = 32, 2, 64  # number of images, captions per image, and tokens per caption
 TUNE = {"steps": 2, "batch_size": 28, "lora_r": 16}

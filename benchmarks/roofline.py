@@ -167,7 +167,7 @@ def align_steps(fake_tensors: FakeTensorMode) -> list[Step]:
     """Return training steps of ViT-L/14-336 on 64 images: one in a single pass, and one with gradient caching."""
     from gpu_parts import TOWERS, align_step
     from llm2clip.config import AlignConfig
-    from llm2clip.tools.plan.costs import build_tower
+    from llm2clip.tools.plan_costs import build_tower
 
     steps = []
     for variant in ("eager", "gradient caching"):
@@ -190,7 +190,7 @@ def llm_steps(fake_tensors: FakeTensorMode, train: bool) -> list[Step]:
 
     from llm2clip.models.text import packing
     from llm2clip.models.text.packing import PACKED, pack_captions
-    from llm2clip.tools.plan.costs import LLMS, build_llm
+    from llm2clip.tools.plan_costs import LLMS, build_llm
 
     packing.check_varlen_attention = lambda *_: True  # type: ignore[assignment]  # fake tensors cannot be compared
     lengths = sorted(20 + n % 32 for n in range(448))

@@ -45,7 +45,7 @@ from llm2clip.data.skip_log import TooManySkipped
 from llm2clip.runs import ranks
 from llm2clip.runs.output_folder import FolderInUseError
 from llm2clip.runs.ranks import process_state
-from llm2clip.tools.plan import plan
+from llm2clip.tools import plan
 
 KEY = "sk-very-secret"
 CAPTIONS_PER_IMAGE = 3

@@ -223,9 +223,9 @@ def test_train_command_reads_records_and_llava_json(
 
 
 def test_plan_matches_the_counted_flops_and_parameters(tmp_path: Path) -> None:
-    from llm2clip.tools.plan.costs import count_flops
-    from llm2clip.tools.plan.devices import Machine
-    from llm2clip.tools.plan.llava import plan_llava
+    from llm2clip.tools.plan_costs import count_flops
+    from llm2clip.tools.plan_llava import plan_llava
+    from llm2clip.tools.plan_memory import Machine
 
     llm = make_llm(tmp_path / "llm", layers=4)
     tower = hf_tower(tmp_path, "clip_vision_model")

@@ -25,7 +25,7 @@ from llm2clip.models.text import packing
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import PACKED, TokenizedTexts, get_default_encoding_tokens
 from llm2clip.models.text.sentence_transformer import cast_frozen_linear_layers
-from llm2clip.tools.plan.costs import (
+from llm2clip.tools.plan_costs import (
     TextCosts,
     build_llm,
     build_model,
@@ -33,7 +33,7 @@ from llm2clip.tools.plan.costs import (
     measure_image_costs,
     measure_text_costs,
 )
-from llm2clip.tools.plan.devices import (
+from llm2clip.tools.plan_memory import (
     USABLE_FRACTION,
     Machine,
     compute_peak_memory,

@@ -26,7 +26,7 @@ from llm2clip.data.table import RecordTable
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.tools.plan import plan as planner
+from llm2clip.tools import plan as planner
 
 
 def fit_command(image_folder: Path, llm: Path, tower: Path, out: Path) -> list[str]:

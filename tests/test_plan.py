@@ -15,10 +15,11 @@ from llm2clip.llava.config import LlavaConfig
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.tools.plan import costs as model_costs
-from llm2clip.tools.plan import llava as llava_planner
-from llm2clip.tools.plan import plan as planner
-from llm2clip.tools.plan.costs import (
+from llm2clip.tools import plan as planner
+from llm2clip.tools import plan_costs as model_costs
+from llm2clip.tools import plan_llava as llava_planner
+from llm2clip.tools.plan import Plan, format_plan, plan_fit
+from llm2clip.tools.plan_costs import (
     LLMS,
     TOWERS,
     SavedBytesCounter,
@@ -28,16 +29,14 @@ from llm2clip.tools.plan.costs import (
     count_parameters,
     get_llm_config,
 )
-from llm2clip.tools.plan.devices import (
+from llm2clip.tools.plan_llava import LlavaStage, plan_llava
+from llm2clip.tools.plan_memory import (
     DEVICES,
     Machine,
     compute_peak_memory,
     estimate_align_memory,
     estimate_tune_memory,
 )
-from llm2clip.tools.plan.llava import LlavaStage, plan_llava
-from llm2clip.tools.plan.plan import Plan, plan_fit
-from llm2clip.tools.plan.report import format_plan
 
 PAPER_ALIGN = AlignConfig(adapter_depth=4, embed_dim=1280, captions_per_image=1, precision="bf16")
 SMALL = FitConfig(align=AlignConfig(tower="test_vit", captions_per_image=1))
@@ -336,58 +335,6 @@ def test_format_plan_shows_tables_and_advice() -> None:
     assert "OUT OF MEMORY in align. To reduce it: a lower --align.micro_batch_size" in page
     untuned = plan_small(dataclasses.replace(SMALL, tune=TuneConfig(steps=0)))
     assert "tune" not in untuned.memory and format_plan(untuned)
-
-
-# ---- distill --------------------------------------------------------------------------------------------------------
-
-
-def plan_small_student(student: str, texts: int = 0, **more: Any) -> Plan:
-    return plan_fit(SMALL, Machine("h100", **more), 10_000, 2, 30, student=student, student_texts=texts)
-
-
-def test_hours_of_distill_count_new_texts_and_training() -> None:
-    plan = plan_small_student("layers:4", texts=5_000, mfu=0.5, tflops=100)
-    throughput = 0.5 * 100e12
-    student = plan.student
-    assert student is not None
-    four_layers = measure_text_costs(EncoderConfig(SMALL.encoder.path, layers=4), TuneConfig(lora_r=0), 30)
-    last_layer = 576 * plan.image.embed_dim
-    assert student.costs.parameters == four_layers.parameters + last_layer
-    assert student.step_flops == pytest.approx(four_layers.tune_forward + four_layers.tune_backward + 6 * last_layer)
-    flops = 5_000 * plan.text.forward + 25_000 * (2 * plan.image.adapter + 2 * student.step_flops)
-    assert plan.stage_hours["distill"] * 3600 == pytest.approx(flops / throughput)
-    assert student.target_bytes == 25_000 * (2 * plan.image.embed_dim + 16)
-    memory = plan.memory["distill"]
-    assert memory["student"] == 4 * student.costs.parameters and memory["AdamW"] == 8 * student.costs.trained
-    assert memory["model"] == 4 * plan.image.parameters
-    assert "texts" not in memory  # they are in the host's memory
-    assert compute_peak_memory(memory) < compute_peak_memory(plan.memory["tune"])
-    assert plan.fits["distill"]
-
-
-def test_static_student_has_an_embedding_per_token_and_two_layers() -> None:
-    plan = plan_small_student("static:all-minilm-l6-v2")
-    student, dim = plan.student, plan.image.embed_dim
-    assert student is not None
-    assert student.costs.parameters == 30522 * dim + 2 * dim**2 == student.costs.trained
-    assert student.step_flops == 3 * 2 * 2 * dim**2
-    assert student.new_texts == 30522
-    assert plan_small_student("static").student.new_texts == 49152  # type: ignore[union-attr]
-
-
-def test_report_of_a_plan_includes_the_student() -> None:
-    page = format_plan(plan_small_student("all-minilm-l6-v2", texts=7))
-    assert "student all-minilm-l6-v2" in page
-    assert "2 epochs of 20,007 texts, after the LLM has encoded 7 texts" in page
-    assert "distill 25%" in page and "text in a distill step" in page
-    assert "distill" not in format_plan(plan_small())
-
-
-def test_invalid_students_are_rejected() -> None:
-    with pytest.raises(ValueError, match="requires a number of layers"):
-        plan_small_student("layers:x")
-    with pytest.raises(ValueError, match="--student_texts requires --student"):
-        plan_fit(SMALL, GPU, 10_000, 2, 30, student_texts=5)
 
 
 # ---- LLaVA ----------------------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def _train(args: Namespace) -> list[str]:
 
 
 def _plan(args: Namespace) -> list[str]:
-    from llm2clip.tools.plan.llava import format_llava_plan, plan_llava
+    from llm2clip.tools.plan_llava import format_llava_plan, plan_llava
 
     stages = plan_llava(
         args.llava,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
-from jsonargparse.typing import NonNegativeInt
 
 from llm2clip.cli.checks import check_sources
 from llm2clip.cli.commands import (
@@ -20,11 +19,11 @@ from llm2clip.cli.commands import (
 )
 from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.cli.train import add_stage_settings
-from llm2clip.config import DistillConfig, FitConfig
-from llm2clip.tools.plan.devices import Machine
+from llm2clip.config import FitConfig
+from llm2clip.tools.plan_memory import Machine
 
 if TYPE_CHECKING:
-    from llm2clip.tools.plan.plan import Plan
+    from llm2clip.tools.plan import Plan
 
 
 def add_commands(commands: Commands) -> None:
@@ -50,21 +49,13 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "plan",
         _plan,
-        "Estimate the parameters, FLOPs, memory and hours of `fit` and `distill`, without downloading anything.",
+        "Estimate the parameters, FLOPs, memory and hours of `fit`, without downloading anything.",
     )
     parser.add_argument("--images", type=int, required=True, help="Number of training images.")
     parser.add_argument("--captions_per_image", type=float, default=2.0, help="Average number of captions per image.")
     parser.add_argument("--tokens_per_caption", type=float, default=84.0, help="Average caption length in tokens.")
-    parser.add_argument("--student", type=str, help="Also estimate `distill` after the run, with this --student.")
-    parser.add_argument(
-        "--student_texts",
-        type=NonNegativeInt,
-        default=0,
-        help="With --student: number of texts that are not captions of the run, such as the lines of --texts.",
-    )
     add_machine_arguments(parser)
     add_stage_settings(parser)
-    parser.add_class_arguments(DistillConfig, "distill")
 
 
 def _run_doctor(args: Namespace) -> list[str]:
@@ -127,14 +118,13 @@ def make_machine(args: Namespace) -> Machine:
 
 def make_plan(args: Namespace) -> Plan:
     """Plan a `fit` run from the arguments of the `plan` command."""
-    from llm2clip.tools.plan.plan import plan_fit
+    from llm2clip.tools.plan import plan_fit
 
     config = FitConfig(**select_arguments(args, "encoder", "tune", "embed", "align"))
-    names = ("images", "captions_per_image", "tokens_per_caption", "student", "student_texts", "distill")
-    return plan_fit(config, make_machine(args), **select_arguments(args, *names))
+    return plan_fit(config, make_machine(args), args.images, args.captions_per_image, args.tokens_per_caption)
 
 
 def _plan(args: Namespace) -> list[str]:
-    from llm2clip.tools.plan.report import format_plan
+    from llm2clip.tools.plan import format_plan
 
     return format_plan(make_plan(args)).splitlines()

@@ -196,7 +196,7 @@ def _fit(args: Namespace) -> list[str]:
 def _check_resources(run: Run, records: RecordTable | None) -> list[str]:
     """On the main process, check the resources for a model that has not been trained yet. Return warnings to print."""
     from llm2clip.runs.ranks import process_state
-    from llm2clip.tools.plan.plan import check_resources
+    from llm2clip.tools.plan import check_resources
 
     if run.model_dir.exists() or not process_state().is_main_process:
         return []

@@ -1,34 +1,34 @@
 """Estimates of the parameters, FLOPs, memory and hours of a `fit` run, and checks of free memory and disk space.
 
-Time is computed as FLOPs / (peak throughput * assumed model FLOPs utilisation); see `devices.MFU`. Small models, small
-batches and slow image decoding lower the actual utilisation.
+Time is computed as FLOPs / (peak throughput * assumed model FLOPs utilisation); see `plan_memory.MFU`. Small models,
+small batches and slow image decoding lower the actual utilisation.
 """
 
 import dataclasses
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
-from llm2clip.config import DistillConfig, EncoderConfig, FitConfig, TuneConfig
+from llm2clip.config import FitConfig
 from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
+from llm2clip.io_utils import format_bytes
 from llm2clip.runs.checkpoint import MAX_CHECKPOINTS
 from llm2clip.runs.fsdp import is_fsdp_enabled
 from llm2clip.runs.ranks import process_state
 from llm2clip.store.store import get_available_memory
-from llm2clip.tools.plan.costs import (
-    ImageCosts,
-    TextCosts,
-    get_llm_config,
-    measure_image_costs,
-    measure_text_costs,
-)
-from llm2clip.tools.plan.devices import (
+from llm2clip.tools.plan_costs import ImageCosts, TextCosts, measure_image_costs, measure_text_costs
+from llm2clip.tools.plan_memory import (
+    USABLE_FRACTION,
     Machine,
     Parts,
     compute_peak_memory,
@@ -41,59 +41,14 @@ from llm2clip.train.losses import get_loss
 from llm2clip.train.sampling import resolve_images_per_step
 
 CHARACTERS_PER_TOKEN = 4  # approximate value for English text
-ROW_BYTES = 60  # memory of `distill` per distinct text; see `train.distill.prepare_texts`
 # Settings that reduce the memory of each stage.
 MEMORY_ADVICE = {
     "tune": "To reduce it: --tune.gradient_checkpointing true, --tune.grad_cache true, a lower --tune.batch_tokens, "
     "--tune.qlora true, or --use_fsdp with several devices.",
     "embed": "To reduce it: use a smaller model or fewer layers (--encoder.layers).",
     "align": "To reduce it: a lower --align.micro_batch_size, --align.lora_r 16, or --use_fsdp with several devices.",
-    "distill": "To reduce it: use a smaller student, or a lower --distill.batch_size.",
 }
 SAMPLED_RECORDS = 1000  # number of records used to estimate caption counts and lengths
-
-
-@dataclass(frozen=True)
-class StudentPlan:
-    """Estimates for `llm2clip distill`, which teaches a small text encoder (the student) after a `fit` run."""
-
-    name: str  # see `train.distill.open_student`
-    config: DistillConfig  # settings, with the precision resolved for the device
-    costs: TextCosts  # costs of the student, including its new layers
-    new_texts: float  # number of texts that the LLM must encode; for a static student, its vocabulary is included
-    learned_texts: float  # number of texts that the student learns from: the captions and the additional texts
-    embed_dim: int  # dimension of the shared embedding space
-
-    @property
-    def step_flops(self) -> float:
-        """FLOPs per text of a training step."""
-        return self.costs.tune_forward + self.costs.tune_backward
-
-    @property
-    def target_bytes(self) -> float:
-        """Size on disk of the teacher's embeddings, which the student learns."""
-        return self.learned_texts * (2 * self.embed_dim + 16)
-
-    def estimate_hours(self, text: TextCosts, image: ImageCosts, embed_precision: str, machine: Machine) -> float:
-        """Return the hours for encoding new texts with the LLM, applying the adapter, and training the student."""
-        encoding = machine.estimate_hours(self.new_texts * text.forward, embed_precision, "embed")
-        adapter = machine.estimate_hours(self.learned_texts * 2 * image.adapter, "fp32", "distill")
-        training_flops = self.learned_texts * self.config.epochs * self.step_flops
-        return encoding + adapter + machine.estimate_hours(training_flops, self.config.precision, "distill")
-
-    def estimate_memory(self, image: ImageCosts, machine: Machine) -> Parts:
-        """Return the bytes per device that each component needs while the student is trained."""
-        # Like the `tune` stage without LoRA. Large batches are split, and two texts count as a pair.
-        settings = TuneConfig(
-            batch_size=max(1, self.config.batch_size // 2),
-            lora_r=0,
-            grad_cache=True,
-            precision=cast(Any, self.config.precision),
-        )
-        parts = estimate_tune_memory(self.costs, settings, dataclasses.replace(machine, use_fsdp=False))
-        parts["student"] = parts.pop("LLM")
-        texts = {"texts": ROW_BYTES * self.learned_texts} if machine.is_cpu else {}  # they stay in the host's memory
-        return {"model": 4.0 * image.parameters, **texts, **parts}
 
 
 @dataclass(frozen=True)
@@ -105,7 +60,6 @@ class Plan:
             too few images.
         machine, images, captions_per_image, tokens_per_caption: See `plan_fit`.
         text, image: Costs of the caption encoder and of the model trained by `align`.
-        student: Estimates for `distill` after the run, or None if it is not planned.
     """
 
     config: FitConfig
@@ -115,7 +69,6 @@ class Plan:
     tokens_per_caption: float
     text: TextCosts
     image: ImageCosts
-    student: StudentPlan | None = None
 
     @cached_property
     def step_flops(self) -> dict[str, float]:
@@ -142,15 +95,11 @@ class Plan:
         embed_flops = self.images * self.captions_per_image * self.text.forward
         feature_flops = self.images * self.image.tower_forward if align.tower_lr == 0 else 0.0
         align_flops = feature_flops + self.images * align.epochs * self.step_flops["total"]
-        hours = {
+        return {
             "tune": machine.estimate_hours(tune_texts * self.text.count_tune_flops(tune), tune.precision, "tune"),
             "embed": machine.estimate_hours(embed_flops, self.config.embed.precision, "embed"),
             "align": machine.estimate_hours(align_flops, align.precision, "align"),
         }
-        if self.student is not None:
-            precision = self.config.embed.precision
-            hours["distill"] = self.student.estimate_hours(self.text, self.image, precision, machine)
-        return hours
 
     @cached_property
     def memory(self) -> dict[str, Parts]:
@@ -162,8 +111,6 @@ class Plan:
         }
         if self.config.tune.steps == 0:
             del memory["tune"]
-        if self.student is not None:
-            memory["distill"] = self.student.estimate_memory(self.image, self.machine)
         return memory
 
     @property
@@ -209,19 +156,12 @@ def plan_fit(
     images: int,
     captions_per_image: float,
     tokens_per_caption: float,
-    *,
-    student: str | None = None,
-    student_texts: int = 0,
-    distill: DistillConfig | None = None,
 ) -> Plan:
-    """Estimate the parameters, FLOPs, memory and hours of a `fit` run, and of `distill` after it.
+    """Estimate the parameters, FLOPs, memory and hours of a `fit` run.
 
     Args:
         captions_per_image: Mean number of captions per image. All captions are assumed to be distinct.
         tokens_per_caption: Mean number of tokens per caption, including the template.
-        student: Student of `distill`; see `train.distill.open_student`. Default: `distill` is not planned.
-        student_texts: Number of texts that only the student learns from.
-        distill: Settings of `distill`.
 
     Raises:
         ValueError: A model is unknown, a number is not positive, or there are too few images for one step.
@@ -230,13 +170,11 @@ def plan_fit(
     for name, value in data.items():
         if value <= 0:
             raise ValueError(f"--{name} must be greater than 0 (got {value})")
-    if student_texts and student is None:
-        raise ValueError("--student_texts requires --student")
     config = _resolve_settings(config, machine, images)
     max_length = config.encoder.max_length or 512
     text = measure_text_costs(config.encoder, config.tune, min(tokens_per_caption, max_length), machine.is_cpu)
     captions = min(config.align.captions_per_image or captions_per_image, captions_per_image)
-    plan = Plan(
+    return Plan(
         config=config,
         machine=machine,
         images=images,
@@ -245,9 +183,6 @@ def plan_fit(
         text=text,
         image=measure_image_costs(config.align, text.embed_dim, captions),
     )
-    if student is None:
-        return plan
-    return dataclasses.replace(plan, student=_plan_student(plan, student, distill or DistillConfig(), student_texts))
 
 
 def _resolve_settings(config: FitConfig, machine: Machine, images: int) -> FitConfig:
@@ -262,84 +197,128 @@ def _resolve_settings(config: FitConfig, machine: Machine, images: int) -> FitCo
     return dataclasses.replace(config, **stages)
 
 
-def _plan_student(plan: Plan, name: str, config: DistillConfig, other_texts: int) -> StudentPlan:
-    """Estimate the costs of teaching a student, which learns from the captions of a run and from `other_texts` texts.
-
-    Raises:
-        ValueError: The student is unknown.
-    """
-    encoder, machine, tokens = plan.config.encoder, plan.machine, plan.tokens_per_caption
-    embed_dim = plan.image.embed_dim
-    precision = machine.device_spec.resolve_precision(config.precision, "distill")
-    config = dataclasses.replace(config, precision=cast(Any, precision))
-    kind, _, argument = name.partition(":")
-    new_texts = other_texts
-    if kind == "static":
-        vocabulary = get_llm_config(EncoderConfig(path=argument) if argument else encoder).vocab_size
-        costs = _compute_static_costs(vocabulary, embed_dim, tokens)
-        new_texts += vocabulary
-    else:
-        student = EncoderConfig(path=name)
-        if kind == "layers":
-            if not argument.isdecimal() or int(argument) < 1:
-                raise ValueError(
-                    f"--student layers:N requires a number of layers of at least 1, such as layers:4 (got {name!r})"
-                )
-            student = dataclasses.replace(encoder, layers=int(argument))
-        tokens = min(tokens, config.max_length or 512)
-        settings = TuneConfig(lora_r=0, precision=cast(Any, precision))
-        costs = measure_text_costs(student, settings, tokens, machine.is_cpu)
-        costs = _add_last_layer(costs, embed_dim)
-    learned_texts = plan.images * plan.captions_per_image + other_texts
-    return StudentPlan(name, config, costs, new_texts, learned_texts, embed_dim)
+# ---- report ----------------------------------------------------------------------------------------------------------
 
 
-def _add_last_layer(costs: TextCosts, embed_dim: int) -> TextCosts:
-    weights = costs.embed_dim * embed_dim
-    return dataclasses.replace(
-        costs,
-        parameters=costs.parameters + weights,
-        linear=costs.linear + weights,
-        trained=costs.trained + weights,
-        tune_forward=costs.tune_forward + 2 * weights,
-        tune_backward=costs.tune_backward + 4 * weights,
+def format_plan(plan: Plan, width: int = 110) -> str:
+    """Format a plan as text with at most `width` characters per line."""
+    page = StringIO()
+    console = Console(file=page, width=width, highlight=False)
+    tables = (_make_parameter_table(plan), _make_flops_table(plan), _make_memory_table(plan), _make_time_table(plan))
+    for table in tables:
+        console.print(table)
+        console.print()
+    for line in _list_remarks(plan):
+        console.print(line, markup=False)
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+
+
+def format_hours(hours: float) -> str:
+    """Format a duration in days, hours or minutes."""
+    if hours >= 48:
+        return f"{hours / 24:,.1f} days"
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
+
+
+def _make_table(columns: Iterable[str], rows: Iterable[Iterable[str]], right_align: bool = True) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for n, name in enumerate(columns):
+        table.add_column(name, justify="right" if n and right_align else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _make_parameter_table(plan: Plan) -> Table:
+    text, image = plan.text, plan.image
+    tuned = text.trained if plan.config.tune.steps else 0
+    rows = [
+        (f"caption encoder {plan.config.encoder.path}", f"{text.parameters:,}", f"{tuned:,}"),
+        (f"vision tower {plan.config.align.tower}", f"{image.tower:,}", ""),
+        ("projection", f"{image.projection:,}", ""),
+        ("adapter", f"{image.adapter:,}", ""),
+        ("tower, projection and adapter", f"{image.parameters:,}", f"{image.trained:,}"),
+    ]
+    return _make_table(("Parameters", "all", "trained"), rows)
+
+
+def _make_flops_table(plan: Plan) -> Table:
+    flops, align = plan.step_flops, plan.config.align
+    caption = f"caption of {plan.tokens_per_caption:g} tokens"
+    captions = "its caption" if plan.image.captions == 1 else f"its {plan.image.captions:g} captions"
+    source = ", from cached features" if align.tower_lr == 0 else ""
+    counts = {f"{caption}, forward": plan.text.forward}
+    if "tune" in plan.memory:
+        counts[f"{caption}, in a tuning step"] = plan.text.count_tune_flops(plan.config.tune)
+    counts["image through the tower"] = plan.image.tower_forward
+    counts[f"image and {captions} in an align step"] = flops["total"]
+    counts[f"  forward and backward{source}"] = flops["once"]
+    if flops["repeated"]:
+        counts["  repeated forward (micro_batch_size)"] = flops["repeated"]
+    counts["  loss"] = flops["loss"]
+    rows = [(name, f"{count / 1e9:,.0f}" if count >= 1e11 else f"{count / 1e9:,.2f}") for name, count in counts.items()]
+    return _make_table(("GFLOPs (10^9 FLOPs; a multiply-add counts as 2)", ""), rows)
+
+
+def _make_memory_table(plan: Plan) -> Table:
+    stages, device = list(plan.memory), plan.machine.device_spec
+    parts = dict.fromkeys(part for memory in plan.memory.values() for part in memory)  # unique names, in original order
+    ordered = sorted(parts, key=("libraries", "loading").__contains__)  # libraries and loading come last
+    rows = []
+    for part in ordered:
+        name = "loading (before training)" if part == "loading" else part
+        sizes = [plan.memory[stage].get(part) for stage in stages]
+        rows.append([name, *("" if size is None else f"{size / 1e9:.1f}" for size in sizes)])
+    rows.append(["peak", *(f"{compute_peak_memory(memory) / 1e9:.1f}" for memory in plan.memory.values())])
+    rows.append(["fits", *("yes" if stage_fits else "NO" for stage_fits in plan.fits.values())])
+    title = f"Memory per device, GB (10^9 bytes; {device.name} has {device.memory:g} GB)"
+    return _make_table((title, *stages), rows)
+
+
+def _make_time_table(plan: Plan) -> Table:
+    config, count = plan.config, plan.machine.count
+    align = f"{config.align.epochs:g} epochs of {plan.images:,} images, {config.align.batch_size * count:,} per step"
+    if plan.images_per_second:
+        align += f"; {plan.images_per_second:,.0f} images/s to decode per device"
+    details = {
+        "tune": f"{config.tune.steps:,} steps of {config.tune.batch_size * count:,} pairs",
+        "embed": f"{plan.images * plan.captions_per_image:,.0f} captions",
+        "align": align,
+    }
+    rows = [(stage, format_hours(plan.stage_hours[stage]), details[stage]) for stage in plan.memory]
+    return _make_table((f"Time on {count} x {plan.machine.device_spec.name}", "", ""), rows, right_align=False)
+
+
+def _list_remarks(plan: Plan) -> list[str]:
+    lines = [f"Embedding store ({plan.config.embed.dtype}): {format_bytes(plan.store_bytes)} on disk."]
+    if plan.feature_bytes:
+        lines.append(f"Cached tower features (float16): {format_bytes(plan.feature_bytes)} on disk.")
+    (step, hours), weights = plan.online_cost_ratios, 2.0 * plan.text.parameters  # bytes in half precision
+    lines.append(
+        f"Without the store, running the LLM in every `align` step would take {step:.2f} times the FLOPs per step, "
+        f"{hours:.2f} times the total time of `embed` and `align`, and {format_bytes(weights)} more memory per device "
+        "for the weights."
     )
-
-
-def _compute_static_costs(vocabulary: int, dim: int, tokens: float) -> TextCosts:
-    """Return the costs of a static student: an embedding of size `dim` per token, and two linear layers."""
-    linear = 2 * dim * dim
-    parameters = vocabulary * dim + linear
-    return TextCosts(
-        tokens=tokens,
-        embed_dim=dim,
-        parameters=parameters,
-        linear=linear,
-        largest_linear=dim * dim,
-        largest_matrix=dim * dim,
-        layers=0,
-        trained=parameters,
-        forward=2 * linear,
-        tune_forward=2 * linear,
-        tune_backward=4 * linear,
-        saved_per_token=0.0,
-        input_per_token=0.0,
-        saved_outside=4 * 6 * dim / tokens,  # input, output and intermediate results of both layers
+    for stage, stage_fits in plan.fits.items():
+        if not stage_fits:
+            lines.append(f"OUT OF MEMORY in {stage}. {MEMORY_ADVICE[stage]}")
+    mfu = ", ".join(f"{stage} {plan.machine.get_mfu(stage):.0%}" for stage in plan.stage_hours)
+    lines.append(
+        f"Estimated, not measured. Assumptions: {mfu} of peak throughput (MFU), "
+        f"{1 - USABLE_FRACTION:.0%} of memory lost to fragmentation, no duplicate captions, and image decoding that is "
+        "never the bottleneck."
     )
+    return lines
 
 
 # ---- checks before a run -------------------------------------------------------------------------------------------
 
 
 def check_resources(config: FitConfig, run_dir: Path, records: RecordTable | None) -> list[str]:
-    """Check before a run starts that there is enough free disk space and memory.
+    """Check before a run starts that there is enough free disk space. Return warnings about a lack of memory.
 
     Args:
         records: Training records. None if they do not exist yet: then only the disk space for the models is checked.
-
-    Returns:
-        Warnings about stages that need more memory than is free. They are not errors, because the memory needed is
-        only estimated.
 
     Raises:
         OSError: There is not enough free disk space.

@@ -219,7 +219,7 @@ def count_flops(run: Callable[[], Any]) -> float:
 
 
 def make_flop_counter() -> FlopCounterMode:
-    """Return PyTorch's FLOP counter, with added formulas for operations that it omits or counts incorrectly."""
+    """Return PyTorch's FLOP counter, with formulas for operations that it omits or counts incorrectly."""
     return FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS)
 
 
@@ -328,19 +328,14 @@ _FLOP_FORMULAS = {
 # ---- models without weights ------------------------------------------------------------------------------------------
 
 
-def _make_config(
-    kind: str, width: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int, **extra: int
-) -> dict[str, Any]:
-    return {
-        "model_type": kind,
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": ffn,
-        "vocab_size": vocab,
-        **extra,
-    }
+_CONFIG_NAMES = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size", "vocab_size",
+)  # fmt: skip
+
+
+def _make_config(*values: str | int, **extra: int) -> dict[str, Any]:
+    return dict(zip(_CONFIG_NAMES, values, strict=True)) | extra
 
 
 _LLAMA_8B = _make_config("llama", 4096, 32, 32, 8, 14336, 128256)
@@ -449,13 +444,12 @@ def build_tower(align: AlignConfig) -> VisionTower:
     name, size = TOWERS.get(align.tower.lower().removeprefix("hf:"), (align.tower, None))
     try:
         with torch.device("meta"):
-            tower = VisionTower.from_pretrained(name, image_size=align.image_size or size, pretrained=False)
+            return VisionTower.from_pretrained(name, image_size=align.image_size or size, pretrained=False)
     except OSError as error:
         raise ValueError(
             f"--align.tower {align.tower} is not a folder, a timm model or one of {', '.join(TOWERS)}, and "
             f"loading it from the hub failed: {str(error).splitlines()[0]}"
         ) from error
-    return tower
 
 
 def build_model(align: AlignConfig, text_dim: int) -> LLM2CLIP:

@@ -9,7 +9,7 @@ import torch
 
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
 from llm2clip.llava.config import LlavaConfig
-from llm2clip.tools.plan.costs import (
+from llm2clip.tools.plan_costs import (
     TextCosts,
     build_tower,
     count_flops,
@@ -17,7 +17,7 @@ from llm2clip.tools.plan.costs import (
     get_llm_config,
     measure_text_costs,
 )
-from llm2clip.tools.plan.devices import (
+from llm2clip.tools.plan_memory import (
     FRAMEWORK_OVERHEAD,
     Machine,
     Parts,
@@ -92,7 +92,7 @@ class LlavaStage:
 
     @property
     def memory(self) -> Parts:
-        """Bytes that each component needs per device. LLM weights use fp32 or, with LoRA, the compute precision."""
+        """Bytes per component and device. LLM weights use fp32 or, with LoRA, the compute precision."""
         llm, config, machine, parameters = self.llm, self.config, self.machine, self.parameters
         compute_bytes = get_bytes_per_value(config.precision)
         weight_bytes = compute_bytes if config.lora_r else 4
@@ -133,7 +133,7 @@ def plan_llava(
     """Estimate the costs of both training stages.
 
     Args:
-        llm, vision: Names of the causal LLM and the vision tower. Names in `costs.py` need no network access.
+        llm, vision: Names of the causal LLM and the vision tower. Names in `plan_costs.py` need no network access.
         conversations: Number of conversations in each stage, each assumed to have a different image.
         text_tokens: Mean number of text tokens per conversation in each stage.
 

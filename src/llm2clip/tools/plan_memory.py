@@ -1,6 +1,6 @@
 """Accelerators from data sheets, the utilisation assumed for each stage, and the memory that each component needs.
 
-The sizes of weights and activations are measured (see `costs.py`) and summed here. Running a complete step on fake
+The sizes of weights and activations are measured (see `plan_costs.py`) and summed here. Running a complete step on fake
 tensors would not be enough: the report lists each component, and fake tensors on one device do not
 account for sharded weights, communication buffers or 4-bit weights.
 
@@ -21,12 +21,11 @@ from llm2clip.config import AlignConfig, Stage, TuneConfig
 
 # Quoted annotations keep `llm2clip --help` fast: otherwise, jsonargparse would import this module for `Machine`.
 if TYPE_CHECKING:
-    from llm2clip.tools.plan.costs import ImageCosts, TextCosts
+    from llm2clip.tools.plan_costs import ImageCosts, TextCosts
 
 # Model FLOPs utilisation of each stage on a GPU, from `benchmarks/roofline.py` (see docs/results/speed.md). Vision
 # towers have smaller matrices than LLMs and spend half their time on elementwise operations.
-# Students of `distill` also have small matrices; their value is an assumption.
-MFU = {"tune": 0.4, "embed": 0.4, "align": 0.25, "distill": 0.25}
+MFU = {"tune": 0.4, "embed": 0.4, "align": 0.25}
 
 FRAMEWORK_OVERHEAD = 1e9  # bytes per device for the CUDA context and PyTorch's libraries
 CPU_FRAMEWORK_OVERHEAD = 0.75e9  # bytes per process for PyTorch, transformers and the interpreter
@@ -67,25 +66,19 @@ class Device:
         return 1e12 * (self.full if self.resolve_precision(setting) == "fp32" else self.half)
 
 
-DEVICES = {
-    device.name: device
-    for device in (
-        # NVIDIA H100 and H200 (SXM) data sheets: bf16 at 1,979 TFLOP/s with sparsity, which is twice the dense rate.
-        Device("h100", 989.5, 67, 80),
-        Device("h200", 989.5, 67, 141),
-        # NVIDIA A100 data sheet.
-        Device("a100-80", 312, 19.5, 80),
-        Device("a100-40", 312, 19.5, 40),
-        # NVIDIA L40S data sheet: dense bf16 at 362.05 TFLOP/s.
-        Device("l40s", 362, 91.6, 48),
-        # NVIDIA Ada GPU architecture white paper, appendix A: dense bf16 with fp32 accumulation at 165.2 TFLOP/s.
-        Device("rtx4090", 165.2, 82.6, 24),
-        # NVIDIA L4 data sheet: bf16 at 242 TFLOP/s with sparsity, which is twice the dense rate.
-        Device("l4", 121, 30.3, 24),
-        # NVIDIA T4 data sheet: fp16 at 65 TFLOP/s. The T4 does not support bf16.
-        Device("t4", 65, 8.1, 16, bf16=False),
-    )
-}
+# From NVIDIA's data sheets and, for the RTX 4090, from the Ada GPU architecture white paper (appendix A). For the H100,
+# H200 and L4, the data sheets list twice the dense rate. The T4's rate is for fp16.
+_DEVICES = (
+    Device("h100", 989.5, 67, 80),
+    Device("h200", 989.5, 67, 141),
+    Device("a100-80", 312, 19.5, 80),
+    Device("a100-40", 312, 19.5, 40),
+    Device("l40s", 362, 91.6, 48),
+    Device("rtx4090", 165.2, 82.6, 24),
+    Device("l4", 121, 30.3, 24),
+    Device("t4", 65, 8.1, 16, bf16=False),
+)
+DEVICES = {device.name: device for device in _DEVICES}
 
 
 @dataclass
@@ -98,8 +91,8 @@ class Machine:
     count: int = 1
     """Number of devices. One process runs on each device."""
     mfu: float | None = None
-    """Model FLOPs utilisation, as a fraction of peak throughput. Default: 0.25 for align and distill; 0.4 for tune,
-    embed and llava."""
+    """Model FLOPs utilisation, as a fraction of peak throughput. Default: 0.25 for align; 0.4 for tune, embed and
+    llava."""
     tflops: float | None = None
     """Peak throughput per device at the configured precision, in 10^12 FLOP/s. Default: from the data sheet."""
     memory: float | None = None
@@ -108,7 +101,6 @@ class Machine:
     """Shard the weights across the devices (FSDP2)."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError if a value is out of range, or if --tflops or --memory is missing for an unknown device."""
         for name in ("count", "mfu", "tflops", "memory"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -133,14 +125,16 @@ class Machine:
     @property
     def device_spec(self) -> Device:
         """Specifications of one device. --tflops and --memory override the values in `DEVICES`."""
-        device = DEVICES.get(self.device.lower()) or Device(
-            self.device, 0, 0, 0, bf16=not self.is_cpu or _cpu_has_bf16()
-        )
+        device = DEVICES.get(self.device.lower()) or Device(self.device, 0, 0, 0)
+        if self.is_cpu:
+            import torch
+
+            from llm2clip.models.precision import has_bf16_hardware
+
+            device = dataclasses.replace(device, bf16=has_bf16_hardware(torch.device("cpu")))
         if self.tflops is not None:
             device = dataclasses.replace(device, half=self.tflops, full=self.tflops)
-        if self.memory is not None:
-            device = dataclasses.replace(device, memory=self.memory)
-        return device
+        return device if self.memory is None else dataclasses.replace(device, memory=self.memory)
 
     def get_mfu(self, stage: str) -> float:
         return self.mfu or MFU[stage]
@@ -150,19 +144,11 @@ class Machine:
         return flops / (self.count * self.get_mfu(stage) * self.device_spec.get_peak_flops(precision)) / 3600
 
 
-def _cpu_has_bf16() -> bool:
-    import torch
-
-    from llm2clip.models.precision import has_bf16_hardware
-
-    return has_bf16_hardware(torch.device("cpu"))
-
-
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 def estimate_tune_memory(text: "TextCosts", config: TuneConfig, machine: Machine) -> Parts:
-    """Return the bytes that each component needs in the `tune` stage. `config.precision` must be fp32, bf16 or fp16."""
+    """Return the bytes per component in the `tune` stage. `config.precision` must be fp32, bf16 or fp16."""
     from llm2clip.models.text.packing import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 
     value_bytes, num_shards = get_bytes_per_value(config.precision), machine.num_shards
