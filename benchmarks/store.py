@@ -4,7 +4,7 @@
         [--captions 1000000 10000000]
 
 Reading: a store of random embeddings is created in FOLDER. Batches of random rows are read alternately with a plain
-memory map, with `EmbeddingStore` in mmap mode, and with `EmbeddingStore` in pread mode. For `cold` reads, the store's
+memory map, and with `EmbeddingStore` without and with `read_ahead`. For `cold` reads, the store's
 files are dropped from the page cache before each batch. For `hot` reads, the entire store has already been read once.
 The table shows medians and ranges.
 
@@ -112,8 +112,8 @@ def measure_reads(folder: Path, rows: int, batch: int, repeats: int) -> dict[str
     """Return the speeds of cold and hot reads in rows per second, for each reader."""
     readers: dict[str, Reader] = {
         "plain memory map": PlainMap(folder),
-        "EmbeddingStore, mmap": EmbeddingStore(folder, "mmap"),
-        "EmbeddingStore, pread": EmbeddingStore(folder, "pread"),
+        "EmbeddingStore": EmbeddingStore(folder, read_ahead=False),
+        "EmbeddingStore, read ahead": EmbeddingStore(folder, read_ahead=True),
     }
     rng = np.random.default_rng(1)
     rates: dict[str, dict[str, list[float]]] = {name: {"cold": [], "hot": []} for name in readers}

@@ -12,10 +12,9 @@ from llm2clip.data.build_table import open_table
 from llm2clip.data.columns import TEXT_FIELDS
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
-from llm2clip.store import caption_rows
-from llm2clip.store.caption_rows import find_caption_rows
+from llm2clip.store import store as store_module
 from llm2clip.store.layout import StoreError
-from llm2clip.store.store import EmbeddingStore
+from llm2clip.store.store import EmbeddingStore, find_caption_rows
 from llm2clip.store.writer import StoreWriter
 
 ROWS: list[dict[str, Any]] = [
@@ -63,9 +62,9 @@ def test_rows_are_distinct_and_leave_out_refused_captions_and_rare_phrases(tmp_p
 
 
 def test_rows_found_in_several_processes_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caption_rows, "MIN_PARALLEL_CAPTIONS", 1)
-    monkeypatch.setattr(caption_rows, "BATCH_ROWS", 1)
-    monkeypatch.setattr(caption_rows, "count_cores", lambda: 1)
+    monkeypatch.setattr(store_module, "MIN_PARALLEL_CAPTIONS", 1)
+    monkeypatch.setattr(store_module, "BATCH_ROWS", 1)
+    monkeypatch.setattr(store_module, "count_cores", lambda: 1)
     store = write_store(tmp_path / "store", TEXTS)
     assert list_rows(read_table(tmp_path, ROWS), store) == EXPECTED
 
@@ -92,7 +91,7 @@ def test_rows_are_looked_up_again_only_if_captions_or_store_change(
         raise AssertionError("looked up again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(caption_rows, "_look_up", fail)
+        patch.setattr(store_module, "_look_up", fail)
         same = open_table([str(tmp_path / "data.jsonl")], {}, SkipLog(), "ignore", tmp_path / "tables")
         assert list_rows(same, EmbeddingStore(store.folder)) == EXPECTED
     reversed_store = write_store(tmp_path / "reversed", TEXTS[::-1])

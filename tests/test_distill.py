@@ -34,7 +34,7 @@ from llm2clip.pipeline import DistillOptions, distill
 from llm2clip.runs.fsdp import set_mixed_precision
 from llm2clip.search.build import check_model, truncate_to_index
 from llm2clip.search.metadata import Filter
-from llm2clip.store import image_features, writer
+from llm2clip.store import encode, writer
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import StoreError
 from llm2clip.train import distill as distill_module
@@ -183,7 +183,7 @@ def test_texts_are_not_held_in_memory(teacher: Path, tmp_path: Path, monkeypatch
     for module, name in (
         (distill_module, "LOOKUP_CHUNK_SIZE"),
         (writer, "CHUNK_SIZE"),
-        (image_features, "SHARD_SIZE"),
+        (encode, "SHARD_SIZE"),
     ):
         monkeypatch.setattr(module, name, 2048)
     table = RecordTable.from_records(Record(str(n), None, (f"{n} {'x' * 200}",)) for n in range(15_000))

@@ -26,9 +26,8 @@ from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.store.caption_rows import find_caption_rows
 from llm2clip.store.encode import embed
-from llm2clip.store.store import EmbeddingStore
+from llm2clip.store.store import EmbeddingStore, find_caption_rows
 from llm2clip.train.sampling import AlignBatches
 from test_losses import info_nce_reference
 

@@ -21,7 +21,7 @@ from llm2clip.data.texts import deduplicate_captions
 from llm2clip.evaluate.recall import compute_chance_recall, compute_positive_ranks, two_way_ranks
 from llm2clip.store.layout import StoreError
 from llm2clip.store.maintenance import repair_store
-from llm2clip.store.store import EmbeddingStore, ReadMode
+from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter
 
 # derandomize: every run uses the same examples, so that a failure repeats.
@@ -102,17 +102,15 @@ def write_store(folder: Path, shards: Sequence[Sequence[str]], dtype: str = "flo
     st.lists(CAPTIONS, min_size=1, max_size=4),
     st.data(),
     st.sampled_from(["float16", "float32", "int8"]),
-    st.sampled_from(["mmap", "pread"]),
+    st.booleans(),
 )
-def test_store_matches_a_dictionary(
-    shards: list[list[str]], data: st.DataObject, dtype: str, read_mode: ReadMode
-) -> None:
+def test_store_matches_a_dictionary(shards: list[list[str]], data: st.DataObject, dtype: str, read_ahead: bool) -> None:
     """Captions repeat within and across shards; lookups repeat and are in any order."""
     distinct = deduplicate_captions(caption for captions in shards for caption in captions)
     queries = data.draw(st.lists(st.sampled_from(distinct), max_size=12))
     with TemporaryDirectory() as folder:
         write_store(Path(folder), shards, dtype)
-        store = EmbeddingStore(folder, read_mode)
+        store = EmbeddingStore(folder, read_ahead)
         assert len(store) == len(distinct)
         result, expected = store.take(store.find_rows(queries)), embeddings_of(queries).reshape(-1, 3)
         assert result.dtype == np.float32

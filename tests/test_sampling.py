@@ -20,8 +20,7 @@ from llm2clip.data.image_refs import MemoryImage
 from llm2clip.data.records import Record
 from llm2clip.data.table import RecordTable
 from llm2clip.data.transforms import Preprocess
-from llm2clip.store.caption_rows import find_caption_rows
-from llm2clip.store.store import EmbeddingStore
+from llm2clip.store.store import EmbeddingStore, find_caption_rows
 from llm2clip.train.sampling import (
     AlignBatches,
     Batch,

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -21,6 +22,7 @@ import torch
 
 from conftest import HANG_TIMEOUT, run_distributed, run_in_process
 from llm2clip.cli import main
+from llm2clip.cpu_tuning import get_available_memory
 from llm2clip.data.records import Record
 from llm2clip.io_utils import atomic_path
 from llm2clip.models.loading import fingerprint
@@ -28,17 +30,16 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError, folder_lock
 from llm2clip.store import writer
 from llm2clip.store.encode import embed
-from llm2clip.store.layout import KeyIndex, StoreError, build_key_index, read_shards, sort_keys
-from llm2clip.store.maintenance import export_parquet, import_parquet, merge_stores, repair_store
-from llm2clip.store.store import (
-    EmbeddingStore,
-    MmapReader,
-    PreadReader,
-    ReadMode,
-    drop_refused_captions,
-    get_available_memory,
+from llm2clip.store.layout import (
+    KeyIndex,
+    StoreError,
+    build_key_index,
     read_refused_captions,
+    read_shards,
+    sort_keys,
 )
+from llm2clip.store.maintenance import export_parquet, import_parquet, merge_stores, repair_store
+from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.store.writer import StoreWriter, shard_path, write_incoming_captions
 
 CAPTIONS = [f"caption number {i} of some" for i in range(50)]
@@ -527,8 +528,8 @@ def test_import_parquet_rejects_incomplete_rows(tmp_path: Path) -> None:
 # ---- readers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
-def test_int8_rows_are_within_half_a_quantization_step(tmp_path: Path, read_mode: ReadMode) -> None:
+@pytest.mark.parametrize("read_ahead", [False, True])
+def test_int8_rows_are_within_half_a_quantization_step(tmp_path: Path, read_ahead: bool) -> None:
     """Repeated rows of many shards, in any order. See test_properties.py for the other dtypes."""
     rng = np.random.default_rng(0)
     embeddings = rng.normal(size=(70, 12)).astype(np.float32) * 10 ** rng.uniform(-2, 1, (70, 1)).astype(np.float32)
@@ -538,7 +539,7 @@ def test_int8_rows_are_within_half_a_quantization_step(tmp_path: Path, read_mode
         texts = [str(i) for i in range(start, min(start + 16, 70))]
         writer.write(number, texts, [1] * len(texts), embeddings[start : start + 16])
     writer.finish()
-    store = pickle.loads(pickle.dumps(EmbeddingStore(tmp_path, read_mode)))
+    store = pickle.loads(pickle.dumps(EmbeddingStore(tmp_path, read_ahead)))
     order = rng.integers(0, 70, 200)
     tolerance = np.abs(embeddings).max(1, keepdims=True) / 254 + 1e-6
     result = store.take(store.find_rows([str(i) for i in order]))
@@ -549,10 +550,10 @@ def test_int8_rows_are_within_half_a_quantization_step(tmp_path: Path, read_mode
             store.take([row])
 
 
-@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
+@pytest.mark.parametrize("read_ahead", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_rows_read_in_chunks_into_an_array_are_exact(
-    tmp_path: Path, read_mode: ReadMode, dtype: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, read_ahead: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Repeated rows of three shards in any order, with chunks of three rows that cross the shards' bounds."""
     embeddings = np.random.default_rng(0).normal(size=(20, 4)).astype(dtype)
@@ -561,20 +562,18 @@ def test_rows_read_in_chunks_into_an_array_are_exact(
         texts = [str(i) for i in range(start, min(start + 7, 20))]
         writer.write(number, texts, [1] * len(texts), embeddings[start : start + 7].astype(np.float32))
     writer.finish()
-    store = EmbeddingStore(tmp_path, read_mode)
-    monkeypatch.setattr(type(store._reader), "chunk_bytes", 3 * embeddings[0].nbytes)
+    store = EmbeddingStore(tmp_path, read_ahead)
+    monkeypatch.setattr(store._reader, "chunk_bytes", 3 * embeddings[0].nbytes)
     rows = np.random.default_rng(1).integers(0, 20, 50)
     out = np.full((50, 4), np.nan, np.float32)
     assert store.take(rows, out=out) is out
     assert out.tobytes() == store.take(rows).tobytes() == embeddings[rows].astype(np.float32).tobytes()
 
 
-@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
-def test_readers_limit_and_close_open_files(
-    tmp_path: Path, read_mode: ReadMode, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("read_ahead", [False, True])
+def test_readers_limit_and_close_open_files(tmp_path: Path, read_ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm2clip.store.store.MAX_OPEN_FILES", 2)
-    store = EmbeddingStore(write_store(tmp_path, *([str(n)] for n in range(9)), dtype="int8"), read_mode)
+    store = EmbeddingStore(write_store(tmp_path, *([str(n)] for n in range(9)), dtype="int8"), read_ahead)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
         assert store.take([8, 0, 5, 1])[:, 0].tolist() == [8, 0, 5, 1]
@@ -585,17 +584,10 @@ def test_readers_limit_and_close_open_files(
     assert len(os.listdir("/proc/self/fd")) <= before, "files stay open"
 
 
-def test_pread_reader_raises_if_a_shard_is_truncated_later(tmp_path: Path) -> None:
-    store = EmbeddingStore(write_store(tmp_path, ["a", "b"]), "pread")
-    os.truncate(tmp_path / "embeddings-00000.npy", 132)  # 128 bytes of header, and 4 of 8 bytes of embeddings
-    with pytest.raises(StoreError, match="truncated while it was being read"):
-        store.take([1])
-
-
 def test_available_memory_respects_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert get_available_memory(tmp_path / "none") > 1 << 20
     machine = 5_000_000  # the memory of the real machine changes while the test runs
-    monkeypatch.setattr("llm2clip.store.store.psutil.virtual_memory", lambda: SimpleNamespace(available=machine))
+    monkeypatch.setattr("llm2clip.cpu_tuning.psutil.virtual_memory", lambda: SimpleNamespace(available=machine))
     assert get_available_memory(tmp_path / "none") == machine
     for limit, available in (("max\n", machine), ("3000000\n", 1000000)):
         (tmp_path / "memory.max").write_text(limit)
@@ -607,22 +599,31 @@ def test_available_memory_respects_the_control_group(tmp_path: Path, monkeypatch
     assert get_available_memory(tmp_path) == machine
 
 
-def test_store_is_mapped_if_it_takes_less_than_half_of_the_memory(
+def test_store_requests_only_the_pages_of_the_rows_if_it_takes_half_of_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_store(tmp_path, list("abcde"))  # 20 bytes of embeddings
-    for memory, reader in ((41, MmapReader), (40, PreadReader)):
+    writer = StoreWriter(tmp_path, IDENTITY, 3000, "float32")
+    writer.write(0, list("abcdef"), [1] * 6, np.arange(18000, dtype=np.float32).reshape(6, 3000))
+    writer.finish()  # 72,000 bytes of embeddings; a row takes 12,000 bytes
+    for memory, read_ahead in ((144001, False), (144000, True)):
         monkeypatch.setattr("llm2clip.store.store.get_available_memory", lambda memory=memory: memory)
         store = EmbeddingStore(tmp_path)
-        assert type(store._reader) is reader
-        assert type(pickle.loads(pickle.dumps(store))._reader) is reader
-    mapped = EmbeddingStore(tmp_path, "mmap")._reader
-    assert type(mapped) is MmapReader and isinstance(mapped.open_embeddings(0), np.memmap)
+        assert store._reader.read_ahead == pickle.loads(pickle.dumps(store))._reader.read_ahead == read_ahead
+    requests: list[tuple[int, ...]] = []
+    array: Any = SimpleNamespace(offset=128, _mmap=SimpleNamespace(madvise=lambda *args: requests.append(args)))
+    store._reader._request_pages(array, np.array([0, 2, 4]))
+    starts = [128 + row * 12000 for row in (0, 2, 4)]
+    first_bytes = [start // mmap.PAGESIZE * mmap.PAGESIZE for start in starts]
+    assert requests == [
+        (mmap.MADV_WILLNEED, first_byte, start + 12000 - first_byte)
+        for start, first_byte in zip(starts, first_bytes, strict=True)
+    ]
+    assert store.take([5, 0])[:, 0].tolist() == [15000, 0]
 
 
-@pytest.mark.parametrize("read_mode", ["mmap", "pread"])
-def test_store_can_be_read_in_forked_workers(tmp_path: Path, read_mode: ReadMode) -> None:
-    store = EmbeddingStore(write_store(tmp_path, *(CAPTIONS[i : i + 8] for i in range(0, 50, 8))), read_mode)
+@pytest.mark.parametrize("read_ahead", [False, True])
+def test_store_can_be_read_in_forked_workers(tmp_path: Path, read_ahead: bool) -> None:
+    store = EmbeddingStore(write_store(tmp_path, *(CAPTIONS[i : i + 8] for i in range(0, 50, 8))), read_ahead)
     expected = [store.take([row]) for row in range(50)]  # starts the threads of this process
     loader = torch.utils.data.DataLoader(
         RowDataset(store),

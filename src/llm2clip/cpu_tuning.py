@@ -1,13 +1,16 @@
-"""CPU settings for PyTorch and malloc that speed up training and encoding without changing the results."""
+"""Memory and CPU settings of PyTorch and malloc that speed up training and encoding without changing the results."""
 
 import ctypes
 import gc
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 # Upper bound on the relative error of a float32 matmul that sums a few hundred terms. bfloat16 matmuls have a thousand
@@ -41,6 +44,21 @@ def free_memory() -> None:
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def get_available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how many bytes this process can still allocate, given the available RAM and its cgroup's limit."""
+    available = int(psutil.virtual_memory().available)
+    limit_file, usage_file, stat_file = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not (limit_file.is_file() and usage_file.is_file()):
+        return available
+    limit = limit_file.read_text().strip()
+    if limit == "max":
+        return available
+    stat = stat_file.read_text() if stat_file.is_file() else ""
+    reclaimable = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)  # cached file pages
+    left = int(limit) - int(usage_file.read_text()) + (int(reclaimable[1]) if reclaimable else 0)
+    return min(available, left)
 
 
 @contextmanager

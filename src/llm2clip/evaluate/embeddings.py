@@ -23,12 +23,8 @@ from llm2clip.models.loading import fingerprint
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import process_state
-from llm2clip.store.image_features import (
-    encode_image_batches,
-    make_image_keys,
-    store_image_features,
-    store_text_embeddings,
-)
+from llm2clip.store.encode import encode_image_batches, store_image_features, store_text_embeddings
+from llm2clip.store.layout import make_image_keys
 
 BATCH_SIZE = 64  # images per forward pass
 PRECOMPUTED_SUFFIX = ".npz"

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, Sampler
 from llm2clip.data.image_loader import decode_or_error
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.llava.image_features import LlavaTransform
-from llm2clip.store.image_features import make_image_keys
+from llm2clip.store.encode import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 
 log = logging.getLogger(__name__)

@@ -17,11 +17,9 @@ from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import EvalTransform, Preprocess
 from llm2clip.models.loading import hash_weights
-from llm2clip.store.image_features import store_image_features
+from llm2clip.store.encode import store_image_features
 from llm2clip.store.store import EmbeddingStore
 
-MAX_SHARD_BYTES = 1 << 30
-MAX_SHARD_IMAGES = 8192
 MAX_SCALE = 8  # maximum length of an image's longer side before padding, as a multiple of the input size
 
 
@@ -61,7 +59,7 @@ def get_patch_feature_size(config: Any) -> int:
 class PatchFeatures:
     """Callable that runs a LLaVA model's vision tower and returns the projector's input.
 
-    Implements the `ImageEncoder` protocol from `store/image_features.py`.
+    Implements the `ImageEncoder` protocol from `store/encode.py`.
     """
 
     def __init__(self, model: Any, processor: Any, bf16: bool = False) -> None:
@@ -121,11 +119,7 @@ def cache_patch_features(
     Raises:
         StoreError: the store contains a different tower's features.
     """
-    bytes_per_image = 2 * features.embed_dim
-    shard_size = max(1, min(MAX_SHARD_IMAGES, MAX_SHARD_BYTES // bytes_per_image))
-    return store_image_features(
-        refs, features, features.identity(), folder, log, batch_size=32, workers=workers, shard_size=shard_size
-    )
+    return store_image_features(refs, features, features.identity(), folder, log, batch_size=32, workers=workers)
 
 
 class PrecomputedVision(nn.Module):

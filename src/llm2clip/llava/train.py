@@ -38,7 +38,7 @@ from llm2clip.runs.fsdp import set_fsdp_wrap_policy, set_mixed_precision
 from llm2clip.runs.output_folder import folder_lock
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 from llm2clip.runs.training_state import TrainingStateMixin
-from llm2clip.store.image_features import make_image_keys
+from llm2clip.store.encode import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 
 STAGES = ("pretrain", "instruct")

@@ -1,39 +1,44 @@
-"""Resumable encoding of captions into a store, shard by shard, by the processes of a run or by Ray workers.
+"""Resumable encoding of captions, images and texts into stores, shard by shard.
 
-Each distinct caption is encoded only once. Captions without an embedding are split into shards in input order. After an
-interruption, only the remaining shards are encoded. The result is the same with any number of processes or workers.
-
-- `embed`: with n processes, each process encodes every n-th shard. While a shard is being encoded, background threads
-  write the previous shard and tokenize the next one.
-- `embed_with_ray`: the driver reads and deduplicates the captions. Each worker loads the encoder once and then encodes
-  one shard after another. Workers may join or leave the cluster at any time. If a worker dies, Ray assigns its shard to
-  another worker, at most `MAX_RETRIES` times. The store's folder must be accessible from all machines.
+Each distinct input is encoded only once. Inputs without an embedding are split into shards in input order. After an
+interruption, only the remaining shards are encoded. With n processes, each process encodes every n-th shard. The result
+is the same with any number of processes or Ray workers.
 """
 
 import gc
 import os
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from llm2clip.cpu_tuning import keep_freed_memory
+from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
+from llm2clip.data.image_loader import iter_image_batches
+from llm2clip.data.image_refs import ImageRef
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.transforms import EvalTransform
 from llm2clip.io_utils import atomic_write_jsonl, install_command, read_jsonl
-from llm2clip.models.precision import calibrate_precision, resolve_precision
+from llm2clip.models.loading import hash_weights
+from llm2clip.models.precision import Precision, calibrate_precision, resolve_precision
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import MIN_CAPTIONS_TO_TUNE, TokenizedTexts, tune_batch_tokens
+from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.prefetch import Prefetcher
+from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import load_or_compute_json, process_state
-from llm2clip.store.layout import MANIFEST, read_manifest
+from llm2clip.store.layout import DTYPES, KEY_BYTES, MANIFEST, make_image_keys, read_manifest
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter, WritePlan, open_for_writing
 
+SHARD_SIZE = 8192  # maximum number of items per shard
+MAX_SHARD_BYTES = 1 << 30  # patch features of an image take megabytes, so their shards contain fewer images
 MAX_RETRIES = 4  # maximum number of retries per Ray worker and per shard; Ray Data's default is unlimited
 
 
@@ -42,28 +47,25 @@ def embed(
     encoder: CaptionEncoder,
     folder: str | Path,
     *,
-    shard_size: int = 8192,
+    shard_size: int = SHARD_SIZE,
     batch_tokens: int | None = None,
     precision: str = "auto",
     dtype: str = "float16",
     device: torch.device | None = None,
 ) -> EmbeddingStore:
-    """Encode captions into the store at `folder`; return the opened store.
+    """Encode captions into the store at `folder`, which is created if needed; return the opened store.
 
-    Captions longer than the encoder's `max_length` are truncated, counted, and listed in `folder/truncated-*.jsonl`.
-    Captions that the tokenizer cannot encode are skipped, counted, and listed in `folder/refused-*.jsonl`.
+    Captions longer than the encoder's `max_length` are truncated and listed in `folder/truncated-*.jsonl`. Captions
+    that the tokenizer cannot encode are skipped and listed in `folder/refused-*.jsonl`.
 
     Args:
         captions: Captions, possibly with duplicates. Only the main process iterates over them, and only once.
         encoder: Caption encoder with fp32 weights.
-        folder: Store folder, created if it does not exist. Captions already in the store are not encoded again.
-        shard_size: Number of captions per shard. A resumed run encodes only the remaining shards. Within each shard,
-            captions of similar length are batched together.
+        shard_size: Number of captions per shard. Within each shard, captions of similar length are batched together.
         batch_tokens: Maximum number of tokens per batch; see `CaptionEncoder.encode`. If None, the fastest value is
             determined by measurement. For fewer than 4096 captions, the encoder's default is used instead.
         precision: Precision of the encoder; see `CaptionEncoder.encode`. For "auto", see `resolve_store_precision`.
-        dtype: Storage dtype: float16, float32 or int8. int8 takes half the disk space of float16 and
-            uses one scale factor per row.
+        dtype: Storage dtype: float16, float32 or int8 (with one scale factor per row).
         device: Device on which to encode. If there are captions to encode, the encoder is moved to this device and
             keeps only the weights needed for encoding (see `CaptionEncoder.move_for_encoding`). Default: the encoder's
             current device, with all weights kept.
@@ -121,7 +123,7 @@ def load_or_tune_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], 
 
 
 def _encode_local_shards(plan: WritePlan, encoder: CaptionEncoder, batch_tokens: int | None, precision: str) -> None:
-    """Encode and write this process's shards."""
+    """Encode this process's shards. Meanwhile, threads write the previous shard and tokenize the next one."""
     tokenized_shards = ((n, tokenize_shard(plan.read_captions(n), encoder)) for n in plan.list_local_shards())
     with (
         plan.create_progress_bar("embed", "caption") as bar,
@@ -188,6 +190,143 @@ def _add_caption_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     atomic_write_jsonl(file, by_caption.values())
 
 
+# ---- images and other texts ------------------------------------------------------------------------------------------
+
+
+class ImageEncoder(Protocol):
+    """A model that encodes images, such as a vision tower or the image encoder of a dual encoder."""
+
+    @property
+    def embed_dim(self) -> int: ...
+
+    @property
+    def transform(self) -> Callable[[Tensor], Any]: ...
+
+    def encode_images(self, images: list[Any]) -> Tensor:
+        """Encode N outputs of `transform`. Return embeddings of shape (N, embed_dim) as a float32 CPU tensor."""
+        ...
+
+
+class TowerEncoder:
+    """Image encoder that consists of a vision tower without a projection, to cache the features of a frozen tower."""
+
+    def __init__(self, tower: VisionTower, precision: Precision) -> None:
+        """Set the tower to eval mode. It runs in fp32, or with autocast if `precision` is bf16 or fp16."""
+        self.tower, self.precision, self.embed_dim = tower.eval(), precision, tower.feature_dim
+        self.transform: Callable[[Tensor], Any] = EvalTransform(tower.preprocess)
+        keep_freed_memory(next(tower.parameters()).device)
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that affects the features: architecture, preprocessing, weights and precision."""
+        return {"tower": self.tower.config, "weights": hash_weights(self.tower), "precision": self.precision}
+
+    @torch.no_grad()
+    def encode_images(self, images: list[Any]) -> Tensor:
+        device = next(self.tower.parameters()).device
+        with self.precision.autocast(device):
+            return self.tower(torch.stack(images).to(device)).float().cpu()
+
+
+@onednn_matmul()
+def store_image_features(
+    refs: Sequence[ImageRef],
+    encoder: ImageEncoder,
+    identity: dict[str, Any],
+    folder: str | Path,
+    log: SkipLog,
+    *,
+    dtype: str = "float16",
+    batch_size: int = 64,
+    workers: int | None = None,
+) -> EmbeddingStore:
+    """Encode images into the store at `folder`; return the opened store. Images already in the store are skipped.
+
+    Args:
+        identity: All properties of the encoder that affect the features, such as its architecture and weights.
+        log: Records the images that cannot be decoded, which are not added to the store.
+        dtype: Storage dtype: float16, float32 or int8.
+        batch_size: Number of images per forward pass.
+        workers: Number of processes that decode images; see `iter_image_batches`.
+
+    Raises:
+        StoreError: The store was created with a different encoder.
+        TooManySkipped: Too many images cannot be decoded.
+    """
+    keys = make_image_keys(refs)
+    shard_size = max(1, min(SHARD_SIZE, MAX_SHARD_BYTES // (DTYPES[dtype].itemsize * encoder.embed_dim)))
+    indices = map(str, range(len(refs)))  # written to the store's temporary files in place of the images' names
+    with open_for_writing(
+        indices, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size, keys=keys
+    ) as plan:
+        for number, shard_indices, bar in _iter_shards(plan, "features", "image"):
+            shard_rows = np.array(shard_indices, np.int64)
+            shard_refs = [refs[n] for n in shard_rows.tolist()]
+            features, decoded = encode_image_batches(shard_refs, encoder, log, bar, batch_size, workers)
+            if decoded:
+                names = [str(shard_refs[i]) for i in decoded]
+                plan.writer.write_keyed(number, keys[shard_rows[decoded]], [0] * len(names), features.numpy(), names)
+    store = EmbeddingStore(folder)
+    # All processes check the limit at the end: if one process raised an error earlier, the others would wait forever.
+    # This process's failures are already in the log, with reasons. Add the images that failed in other processes.
+    failed = np.flatnonzero(store.find_keys(keys) < 0)
+    first_of_image = np.unique(keys[failed].view(f"V{KEY_BYTES}")[:, 0], return_index=True)[1]
+    for n in failed[np.sort(first_of_image)].tolist():
+        log.skip(str(refs[n]), 0, "undecodable image", "")
+    log.check()
+    return store
+
+
+def store_text_embeddings(
+    texts: Iterable[str],
+    encode: Callable[[list[str]], Tensor],
+    embed_dim: int,
+    identity: dict[str, Any],
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+) -> EmbeddingStore:
+    """Encode texts into the store at `folder`; return the opened store. The texts may contain duplicates.
+
+    `encode` takes N texts and returns embeddings of shape (N, embed_dim).
+    """
+    with open_for_writing(texts, folder, identity, embed_dim, dtype=dtype, shard_size=SHARD_SIZE) as plan:
+        for number, shard_texts, bar in _iter_shards(plan, "texts", "text"):
+            plan.writer.write(number, shard_texts, [0] * len(shard_texts), encode(shard_texts).numpy())
+            bar.update(len(shard_texts))
+    return EmbeddingStore(folder)
+
+
+def encode_image_batches(
+    refs: Sequence[ImageRef],
+    encoder: ImageEncoder,
+    log: SkipLog,
+    bar: ProgressBar,
+    batch_size: int = 64,
+    workers: int | None = None,
+) -> tuple[Tensor, list[int]]:
+    """Decode and encode images. Images that cannot be decoded are recorded in `log`.
+
+    Returns:
+        Float32 embeddings of shape (N, embed_dim), and the index in `refs` of each of the N encoded images.
+    """
+    embeddings, indices = [torch.empty(0, encoder.embed_dim)], []
+    for decoded, images, failures in iter_image_batches(refs, encoder.transform, batch_size, workers):
+        for i, reason in failures.items():
+            log.skip(str(refs[i]), 0, "undecodable image", reason)
+        if decoded:
+            embeddings.append(encoder.encode_images(images))
+            indices += decoded
+        bar.update(len(decoded) + len(failures))
+    return torch.cat(embeddings), indices
+
+
+def _iter_shards(plan: WritePlan, description: str, unit: str) -> Iterator[tuple[int, list[str], ProgressBar]]:
+    """Yield (shard number, image indices or texts, progress bar) for each of this process's shards."""
+    with plan.create_progress_bar(description, unit) as bar:
+        for number in plan.list_local_shards():
+            yield number, plan.read_captions(number), bar
+
+
 # ---- Ray -------------------------------------------------------------------------------------------------------------
 
 
@@ -197,12 +336,16 @@ def embed_with_ray(
     folder: str | Path,
     *,
     workers: int = 0,
-    shard_size: int = 8192,
+    shard_size: int = SHARD_SIZE,
     batch_tokens: int | None = None,
     precision: str = "auto",
     dtype: str = "float16",
 ) -> EmbeddingStore:
     """Encode captions into the store at `folder`, using Ray.
+
+    This process reads and deduplicates the captions. Each worker loads the encoder once and then encodes one shard
+    after another. Workers may join or leave the cluster at any time. If a worker dies, Ray assigns its shard to another
+    worker, at most `MAX_RETRIES` times.
 
     The environment variable RAY_ADDRESS specifies the cluster. If it is not set, Ray is started on this machine
     and accepts only connections with a random token, which this process passes to its workers.

@@ -21,7 +21,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
 from tokenize import TokenError
@@ -31,8 +33,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llm2clip.data.image_refs import FileImage, ImageRef, to_valid_unicode
+from llm2clip.data.remote import get_remote_version, is_remote
 from llm2clip.data.texts import make_caption_key
-from llm2clip.io_utils import atomic_path
+from llm2clip.io_utils import atomic_path, read_jsonl
 from llm2clip.models.loading import fingerprint
 from llm2clip.runs.output_folder import check_format_version
 
@@ -41,6 +45,7 @@ DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float16",
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 KEY_BYTES = 16
+LOOKUP_CHUNK_SIZE = 1 << 18  # number of keys to compute or look up at once
 NUM_KEY_PARTS = 16  # keys are sorted in this many parts, which limits the memory for sorting
 # Spec shared by all shards of a store: encoder identity, embedding dimension and dtype.
 StoreSpec = tuple[dict[str, Any], int, str]
@@ -245,6 +250,33 @@ def make_caption_keys(captions: Sequence[str]) -> np.ndarray:
         raise StoreError(f"caption {error.object[:120]!a} is not valid Unicode text: {error.reason}") from error
 
 
+def make_image_keys(refs: Iterable[ImageRef]) -> np.ndarray:
+    """Return the store keys of N images as a uint8 array of shape (N, 16)."""
+    chunks = iter_chunks(map(get_image_name, refs), LOOKUP_CHUNK_SIZE)
+    return np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *map(make_caption_keys, chunks)])
+
+
+def get_image_name(ref: ImageRef) -> str:
+    """Return an image's name in a store: its key followed by its file's size and modification time.
+
+    If the file changes, its name changes too, and the image is encoded again.
+    """
+    name, path = ref.key, ref.container_path
+    if path is not None and is_remote(path):
+        name = f"{name} {get_remote_version(path)}"
+    elif path is not None:
+        with suppress(OSError):
+            stat = os.stat(path) if isinstance(ref, FileImage) else _stat_cached(path)
+            name = f"{name} {stat.st_size} {stat.st_mtime_ns}"
+    return to_valid_unicode(name)
+
+
+@lru_cache(maxsize=65536)
+def _stat_cached(path: str) -> os.stat_result:
+    """Return the `stat` result of a tar file or table. The result is cached, because a file may contain many images."""
+    return os.stat(path)
+
+
 def iter_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Yield the items in lists of `size`. The last list may be shorter."""
     iterator = iter(items)
@@ -351,7 +383,7 @@ def _allocate_on_disk(file: Path) -> None:
             os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
 
 
-# ---- leftovers -----------------------------------------------------------------------------------------------------
+# ---- other files ---------------------------------------------------------------------------------------------------
 
 
 def remove_temp_files(folder: Path) -> list[str]:
@@ -364,3 +396,8 @@ def remove_temp_files(folder: Path) -> list[str]:
         else:
             path.unlink(missing_ok=True)
     return [path.name for path in leftovers]
+
+
+def read_refused_captions(folder: Path) -> list[dict[str, Any]]:
+    """Read the captions that the tokenizer could not encode, as dicts with the keys "caption" and "why"."""
+    return [row for file in sorted(folder.glob("refused-*.jsonl")) for _, row in read_jsonl(file)]

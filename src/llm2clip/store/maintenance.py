@@ -32,12 +32,13 @@ from llm2clip.store.layout import (
     make_caption_keys,
     read_keys,
     read_manifest,
+    read_refused_captions,
     read_shard_metadata,
     read_shards,
     remove_temp_files,
     scales_path,
 )
-from llm2clip.store.store import EmbeddingStore, find_corrupt_shards, read_refused_captions
+from llm2clip.store.store import EmbeddingStore, find_corrupt_shards
 from llm2clip.store.writer import StoreWriter, write_manifest
 
 PARQUET_BATCH_ROWS = 8192

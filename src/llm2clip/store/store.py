@@ -1,38 +1,38 @@
 """Read access to an embedding store, which contains an embedding of every caption in a data set.
 
-`EmbeddingStore.find_rows` looks up the row numbers of captions, and `EmbeddingStore.take` reads the embeddings in
-these rows. The module `layout` describes the files in a store.
-
-Embeddings are read through memory maps or, if the store is too large for memory, with positional reads. With a memory
-map, the operating system also reads the pages around every requested row. If the store is larger than memory, these
-pages are evicted before they are used. `PreadReader` therefore uses one positional read for each run of consecutive
-rows, reads in several threads, and advises the operating system that access is random. Both readers access rows in
-on-disk order.
+`EmbeddingStore.find_rows` looks up the row numbers of captions, `EmbeddingStore.take` reads the embeddings in these
+rows, and `find_caption_rows` looks up all captions of a record table. The module `layout` describes the files.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+import hashlib
+import mmap
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Protocol
 
 import numpy as np
-import psutil
+import pyarrow as pa
 import torch
+from filelock import FileLock
 
+from llm2clip.cpu_tuning import get_available_memory
 from llm2clip.data.columns import TEXT_FIELDS
+from llm2clip.data.parallel import count_cores, map_in_processes
 from llm2clip.data.records import Record
-from llm2clip.io_utils import read_jsonl
+from llm2clip.data.table import BATCH_ROWS, RecordTable
+from llm2clip.io_utils import atomic_dir
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.ranks import print_once
 from llm2clip.store.layout import (
     DTYPES,
+    LOOKUP_CHUNK_SIZE,
     READ_ERRORS,
     KeyIndex,
     Shard,
@@ -49,40 +49,41 @@ from llm2clip.store.layout import (
     read_all_keys,
     read_keys,
     read_manifest,
+    read_refused_captions,
     read_shard_metadata,
     scales_path,
 )
 
-ReadMode = Literal["auto", "mmap", "pread"]
-LOOKUP_CHUNK_SIZE = 1 << 18  # number of captions to hash and look up at once
-NUM_THREADS = 16  # maximum number of concurrent positional reads; the disk can reorder concurrent reads
 MAX_OPEN_FILES = 256  # maximum number of open files per cache; the limit per process is usually about a thousand
+CACHED_CHUNK = 1 << 18  # bytes to read before they are sorted; fits in the CPU's cache, so memory is passed only once
+UNCACHED_CHUNK = 1 << 24  # the same for reads from disk; many reads, so that the disk can reorder them
+CAPTION_ROWS_VERSION = 1  # increase it if the files of `find_caption_rows` change
+MIN_PARALLEL_CAPTIONS = 4_000_000  # fewer captions are looked up in less time than processes take to start
+TASKS_PER_CORE = 4
 
 
 class EmbeddingStore:
-    """Read access to a complete store. Pickling keeps only the folder and read mode; unpickling reopens the store."""
+    """Read access to a complete store. Pickling keeps only the folder and `read_ahead`; unpickling opens the store."""
 
-    def __init__(self, folder: str | Path, read_mode: ReadMode = "auto") -> None:
+    def __init__(self, folder: str | Path, read_ahead: bool | None = None) -> None:
         """Open the store at `folder`. Keys and embeddings stay on disk.
 
         Args:
-            read_mode: "mmap" reads embeddings through memory maps, and "pread" uses positional reads. "auto" selects
-                "mmap" if the embeddings take less than half of the available memory, and "pread" otherwise.
+            read_ahead: See `_RowReader`. Default: True if the embeddings take at least half of the available memory.
 
         Raises:
             StoreError: The folder does not contain a complete store, or a shard is missing or has the wrong size.
         """
-        self.folder, self.read_mode = Path(folder), read_mode
+        self.folder, self.read_ahead = Path(folder), read_ahead
         self.manifest: dict[str, Any] = read_manifest(self.folder)
         self.embed_dim: int = self.manifest["embed_dim"]
         self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
         self._total_rows = sum(shard.rows for shard in self.shards)
         dtype = self.manifest["dtype"]
-        if read_mode == "auto":
+        if read_ahead is None:
             size = self._total_rows * self.embed_dim * DTYPES[dtype].itemsize
-            read_mode = "mmap" if size < get_available_memory() / 2 else "pread"
-        reader_class: type[RowReader] = MmapReader if read_mode == "mmap" else PreadReader
-        self._reader = reader_class(self.folder, self.shards, self.embed_dim, dtype)
+            read_ahead = size >= get_available_memory() / 2
+        self._reader = _RowReader(self.folder, self.shards, self.embed_dim, dtype, read_ahead)
         self._index = self._open_index()
 
     def _open_index(self) -> KeyIndex:
@@ -98,8 +99,8 @@ class EmbeddingStore:
         build_key_index(file, read_all_keys(self.folder, self.shards))
         return KeyIndex(file)
 
-    def __reduce__(self) -> tuple[type[EmbeddingStore], tuple[Path, ReadMode]]:
-        return EmbeddingStore, (self.folder, self.read_mode)
+    def __reduce__(self) -> tuple[type[EmbeddingStore], tuple[Path, bool | None]]:
+        return EmbeddingStore, (self.folder, self.read_ahead)
 
     def __len__(self) -> int:
         """Return the number of distinct captions."""
@@ -133,7 +134,7 @@ class EmbeddingStore:
         return np.concatenate(parts)
 
     def take(self, rows: np.ndarray | Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
-        """Read the embeddings in N rows as a float32 array of shape (N, embed_dim), in the order of `rows`.
+        """Read the embeddings in N rows as an array of shape (N, embed_dim), in the order of `rows`.
 
         Args:
             out: Array to fill and return, for example in pinned memory. Its dtype is float32 or, for a float16 store,
@@ -175,49 +176,34 @@ def find_corrupt_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, 
         except READ_ERRORS:
             return False
 
+    options: dict[str, Any] = {"total": len(shards), "unit": "shard", "disable": not progress, "leave": False}
     with ThreadPoolExecutor(4) as pool:
-        results = ProgressBar(
-            pool.map(is_intact, shards),
-            desc="verify",
-            total=len(shards),
-            unit="shard",
-            disable=not progress,
-            delay=1,
-            leave=False,
-        )
+        results = ProgressBar(pool.map(is_intact, shards), "verify", delay=1, **options)
         return [shard.number for shard, intact in zip(shards, results, strict=True) if not intact]
 
 
-# ---- readers -------------------------------------------------------------------------------------------------------
+class _RowReader:
+    """Reads embeddings by row number through memory maps, in on-disk order.
 
-
-class ShardRows(NamedTuple):
-    """Rows to read from one shard."""
-
-    shard: int  # index of the shard in the list of shards
-    rows: np.ndarray  # row numbers within the shard, of shape (N,), int64, in ascending order
-    out: np.ndarray  # array to fill, of shape (N, embed_dim), in the store's dtype
-
-
-class RowReader(ABC):
-    """Base class for reading embeddings by row number. Subclasses implement how values are read from the shards.
-
-    Attributes:
-        chunk_bytes: Number of bytes to read before they are converted and sorted.
+    With `read_ahead`, the operating system is asked to read the pages of all rows of a chunk at once, and no others. If
+    the store is larger than memory, this is several times as fast: by default, the operating system also reads the
+    pages around each row, waits for each row in turn, and evicts the other pages before they are used.
     """
 
-    chunk_bytes: int
-
-    def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
+    def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str, read_ahead: bool) -> None:
         """Check the files of all shards.
 
         Raises:
             StoreError: A file is missing, or its shape, dtype or size is wrong.
         """
         stored_dtype = DTYPES[dtype]
+        self.read_ahead = read_ahead and hasattr(mmap, "MADV_WILLNEED")
 
         def open_embeddings(n: int) -> np.memmap[Any, Any]:
-            return _open_array(embeddings_path(folder, shards[n].number), (shards[n].rows, embed_dim), stored_dtype)
+            array = _open_array(embeddings_path(folder, shards[n].number), (shards[n].rows, embed_dim), stored_dtype)
+            if self.read_ahead and array.size:
+                array._mmap.madvise(mmap.MADV_RANDOM)
+            return array
 
         def open_scales(n: int) -> np.memmap[Any, Any]:
             return _open_array(scales_path(folder, shards[n].number), (shards[n].rows,), np.dtype(np.float32))
@@ -225,13 +211,13 @@ class RowReader(ABC):
         self.embed_dim, self.dtype = embed_dim, stored_dtype
         # Row number of each shard's first row, then the total number of rows.
         self.bounds = np.cumsum([0, *(shard.rows for shard in shards)])
-        self.data_offsets = [open_embeddings(n).offset for n in range(len(shards))]
+        for n in range(len(shards)):
+            open_embeddings(n)  # checks the file
+            if dtype == "int8":
+                open_scales(n)
         self.open_embeddings = lru_cache(MAX_OPEN_FILES)(open_embeddings)
-        self.open_scales = None
-        if dtype == "int8":
-            for n in range(len(shards)):
-                open_scales(n)  # checks the file
-            self.open_scales = lru_cache(MAX_OPEN_FILES)(open_scales)
+        self.open_scales = lru_cache(MAX_OPEN_FILES)(open_scales) if dtype == "int8" else None
+        self.chunk_bytes = UNCACHED_CHUNK if self.read_ahead else CACHED_CHUNK
 
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Read the embeddings in N rows of the store; see `EmbeddingStore.take`. `rows` has shape (N,), int64."""
@@ -240,98 +226,43 @@ class RowReader(ABC):
             raise IndexError(f"row numbers must be between 0 and {total - 1}")
         embeddings = np.empty((len(rows), self.embed_dim), np.float32) if out is None else out
         order = np.argsort(rows, kind="stable")
-        sorted_rows = rows[order]
         chunk_size = max(1, self.chunk_bytes // (self.embed_dim * self.dtype.itemsize))
         buffer = np.empty((min(chunk_size, len(rows)), self.embed_dim), self.dtype)
         for start in range(0, len(rows), chunk_size):
-            chunk = sorted_rows[start : start + chunk_size]
-            stored = buffer[: len(chunk)]
-            parts = self._split_by_shard(chunk, stored)
-            self._read(parts)
+            positions = order[start : start + chunk_size]
+            stored = buffer[: len(positions)]
+            scales = self._read(rows[positions], stored)
             values = stored
             if embeddings.dtype != self.dtype:
                 values = torch.from_numpy(stored).float().numpy()  # PyTorch converts float16 faster than NumPy
-            if self.open_scales is not None:
-                values *= np.concatenate([self.open_scales(part.shard)[part.rows] for part in parts])[:, None]
-            embeddings[order[start : start + chunk_size]] = values
+            if scales is not None:
+                values *= scales[:, None]
+            embeddings[positions] = values
         return embeddings
 
-    def _split_by_shard(self, sorted_rows: np.ndarray, out: np.ndarray) -> list[ShardRows]:
-        """Group the rows by shard. The `out` array of each group is a view of this group's rows in `out`."""
-        parts = []
+    def _read(self, sorted_rows: np.ndarray, out: np.ndarray) -> np.ndarray | None:
+        """Fill `out` with the stored values of the rows. Return their scale factors, or None if there are none."""
         cuts = np.searchsorted(sorted_rows, self.bounds)
-        for shard, (start, stop) in enumerate(pairwise(cuts)):
-            if start < stop:
-                parts.append(ShardRows(shard, sorted_rows[start:stop] - self.bounds[shard], out[start:stop]))
-        return parts
-
-    @abstractmethod
-    def _read(self, parts: list[ShardRows]) -> None:
-        """Read the rows of each part into its `out` array."""
-
-
-class MmapReader(RowReader):
-    """Reader that uses memory maps."""
-
-    chunk_bytes = 1 << 18  # fits in the CPU's cache, so main memory is read and written only once
-
-    def _read(self, parts: list[ShardRows]) -> None:
-        for part in parts:
+        parts = [(shard, start, stop) for shard, (start, stop) in enumerate(pairwise(cuts)) if start < stop]
+        scales = []
+        for shard, start, stop in parts if self.read_ahead else ():
+            self._request_pages(self.open_embeddings(shard), sorted_rows[start:stop] - self.bounds[shard])
+        for shard, start, stop in parts:
+            rows = sorted_rows[start:stop] - self.bounds[shard]
             # All rows are in range, so nothing is clipped. With mode="raise", NumPy would buffer the output.
-            np.take(self.open_embeddings(part.shard), part.rows, axis=0, out=part.out, mode="clip")
+            np.take(self.open_embeddings(shard), rows, axis=0, out=out[start:stop], mode="clip")
+            if self.open_scales is not None:
+                scales.append(self.open_scales(shard)[rows])
+        return np.concatenate(scales) if self.open_scales is not None else None
 
-
-class PreadReader(RowReader):
-    """Reader that uses one positional read for each run of consecutive rows. Several threads read in parallel."""
-
-    chunk_bytes = 1 << 24  # many reads, so that all threads are busy and the disk can reorder them
-
-    def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str) -> None:
-        super().__init__(folder, shards, embed_dim, dtype)
-        self.open_file = lru_cache(MAX_OPEN_FILES)(
-            lambda n: _RandomAccessFile(embeddings_path(folder, shards[n].number))
-        )
-        self.process_id, self.pool = os.getpid(), ThreadPoolExecutor(NUM_THREADS)
-
-    def _read(self, parts: list[ShardRows]) -> None:
-        if self.process_id != os.getpid():  # after a fork, the parent's threads do not exist in this process
-            self.process_id, self.pool = os.getpid(), ThreadPoolExecutor(NUM_THREADS)
-        for first in range(0, len(parts), MAX_OPEN_FILES):
-            self._read_parts(parts[first : first + MAX_OPEN_FILES])
-
-    def _read_parts(self, parts: list[ShardRows]) -> None:
+    def _request_pages(self, array: np.memmap[Any, Any], rows: np.ndarray) -> None:
+        """Make the operating system read the pages of these rows in the background."""
         row_bytes = self.embed_dim * self.dtype.itemsize
-        reads: list[tuple[_RandomAccessFile, memoryview, int]] = []  # (file, memory to fill, file offset)
-        for part in parts:
-            file, offset = self.open_file(part.shard), self.data_offsets[part.shard]
-            memory = part.out.view(np.uint8).reshape(-1).data
-            run_ends = (np.flatnonzero(np.diff(part.rows) != 1) + 1).tolist()
-            for start, stop in pairwise([0, *run_ends, len(part.rows)]):
-                file_offset = offset + int(part.rows[start]) * row_bytes
-                reads.append((file, memory[start * row_bytes : stop * row_bytes], file_offset))
-        chunk_size = -(-len(reads) // (4 * NUM_THREADS)) or 1
-        chunks = [reads[i : i + chunk_size] for i in range(0, len(reads), chunk_size)]
-        for _ in self.pool.map(_read_chunk, chunks):
-            pass  # iterating re-raises exceptions from the threads
-
-
-def _read_chunk(reads: Sequence[tuple[_RandomAccessFile, memoryview, int]]) -> None:
-    for file, memory, offset in reads:
-        if os.preadv(file.descriptor, [memory], offset) != len(memory):
-            raise StoreError("a shard was truncated while it was being read")
-
-
-class _RandomAccessFile:
-    """File opened for positional reads. The file is closed when this object is deleted."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):  # the attribute is missing if __init__ raised an error
-            os.close(self.descriptor)
+        starts = rows * row_bytes + array.offset % mmap.ALLOCATIONGRANULARITY
+        first_bytes = starts // mmap.PAGESIZE * mmap.PAGESIZE
+        sizes = starts + row_bytes - first_bytes
+        for first_byte, size in zip(first_bytes.tolist(), sizes.tolist(), strict=True):
+            array._mmap.madvise(mmap.MADV_WILLNEED, first_byte, size)
 
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
@@ -353,22 +284,170 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.
     return array
 
 
-def get_available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return how many bytes this process can still allocate, given the available RAM and its cgroup's limit."""
-    available = int(psutil.virtual_memory().available)
-    limit_file, usage_file, stat_file = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
-    if not (limit_file.is_file() and usage_file.is_file()):
-        return available
-    limit = limit_file.read_text().strip()
-    if limit == "max":
-        return available
-    stat = stat_file.read_text() if stat_file.is_file() else ""
-    reclaimable = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)  # cached file pages
-    left = int(limit) - int(usage_file.read_text()) + (int(reclaimable[1]) if reclaimable else 0)
-    return min(available, left)
+# ---- captions of a record table --------------------------------------------------------------------------------------
 
 
-# ---- captions without an embedding ---------------------------------------------------------------------------------
+class CaptionSource(Protocol):
+    """Source of text inputs for training: an embedding store or, in `clip_finetuning`, tokenized captions."""
+
+    manifest: dict[str, Any]
+
+    def find_rows(self, captions: Iterable[str]) -> np.ndarray:
+        """Return the row numbers of N captions, of shape (N,), int64."""
+        ...
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Return the text inputs of N rows, of shape (N, ...)."""
+        ...
+
+
+@dataclass(frozen=True)
+class CaptionRows:
+    """Row numbers of each record's captions of one kind, as two flat arrays.
+
+    Attributes:
+        rows: Row numbers of all captions, uint32 or int64. Each record's row numbers are sorted and distinct.
+        starts: Position of each record's first row number in `rows`, of shape (records + 1,), int64.
+    """
+
+    rows: np.ndarray
+    starts: np.ndarray
+
+    def __getitem__(self, record: int) -> np.ndarray:
+        """Return the distinct row numbers of a record's captions, of shape (captions,)."""
+        return self.rows[self.starts[record] : self.starts[record + 1]]
+
+
+_LookUp = tuple[RecordTable, str, CaptionSource]  # table, field and source of the texts that one process looks up
+
+
+def find_caption_rows(
+    table: RecordTable, source: CaptionSource, fields: Sequence[str], identity: str
+) -> dict[str, CaptionRows]:
+    """Find the captions of each record in the store, for each of the fields that has captions.
+
+    Looking up a caption takes about 2 microseconds, mostly for its hash. All captions of a table are therefore looked
+    up once, in parallel, and their row numbers are saved in the table's folder, which all processes map into memory.
+    Captions that the tokenizer could not encode and phrases without an embedding are skipped.
+
+    Args:
+        identity: Hash of the texts in these fields; see `RecordTable.compute_identity`.
+
+    Raises:
+        StoreError: A caption is not in the store.
+    """
+    if not isinstance(source, EmbeddingStore) or table.folder is None:
+        return _look_up_fields(table, source, fields)
+    version = [
+        CAPTION_ROWS_VERSION,
+        identity,
+        source.manifest["fingerprint"],
+        index_path(source.folder, source.shards).name,
+    ]
+    name = hashlib.sha256(repr([*version, *fields]).encode()).hexdigest()[:32]
+    folder = table.folder / f"caption-rows-{name}"
+    with FileLock(table.folder / "caption-rows.lock"):  # the other processes of this machine wait for the files
+        if not folder.exists():
+            with atomic_dir(folder) as temporary:
+                for field, captions in _look_up_fields(table, source, fields).items():
+                    np.save(temporary / f"{field}.rows.npy", captions.rows)
+                    np.save(temporary / f"{field}.starts.npy", captions.starts)
+    fields = [field for field in fields if (folder / f"{field}.rows.npy").exists()]
+    return {field: _map_caption_rows(folder, field) for field in fields}
+
+
+def _map_caption_rows(folder: Path, field: str) -> CaptionRows:
+    rows, starts = (np.load(folder / f"{field}.{name}.npy", mmap_mode="r") for name in ("rows", "starts"))
+    return CaptionRows(np.asarray(rows), np.asarray(starts))  # a plain array is faster to index than a memmap
+
+
+def _look_up_fields(table: RecordTable, source: CaptionSource, fields: Sequence[str]) -> dict[str, CaptionRows]:
+    captions: dict[str, CaptionRows] = {}
+    for field in fields:
+        num_texts = int(table.count_texts(field).sum(dtype=np.int64))
+        if num_texts:
+            in_processes = field != "phrases" and num_texts >= MIN_PARALLEL_CAPTIONS and table.folder is not None
+            tasks = _split_table(table, field, source) if in_processes else [(table, field, source)]
+            captions[field] = _concatenate(list(map_in_processes(_look_up, tasks)))
+    if "phrases" in captions and not len(captions["phrases"].rows) and isinstance(source, EmbeddingStore):
+        print_once(
+            f"No short phrases are used: {source.folder} has no phrase embeddings. To add them, run `llm2clip embed` "
+            "with --phrases true"
+        )
+    return captions
+
+
+def _split_table(table: RecordTable, field: str, source: CaptionSource) -> list[_LookUp]:
+    """Split a table into parts that are cheap to send to another process."""
+    column = table.resolve_field(field)
+    assert column is not None
+    size = max(BATCH_ROWS, -(-len(table) // (TASKS_PER_CORE * count_cores())))
+    parts = [table.blocks.select_files(table.rows[start : start + size]) for start in range(0, len(table), size)]
+    return [(RecordTable(*part), column, source) for part in parts]
+
+
+def _look_up(task: _LookUp) -> CaptionRows:
+    """Find the texts of one field in the store, a batch at a time."""
+    table, field, source = task
+    if field == "phrases" and isinstance(source, EmbeddingStore):
+        find_rows = _make_phrase_finder(source)
+    else:
+        find_rows = _make_caption_finder(source)
+    parts = []
+    for batch in table.iterate_batches([field]):
+        lists = batch.column(0)
+        rows = find_rows(lists.flatten())
+        record_of_row = np.repeat(np.arange(len(lists)), np.diff(lists.offsets.to_numpy()))
+        is_found = rows >= 0
+        parts.append(_sort_rows(rows[is_found], record_of_row[is_found], len(lists)))
+    return _concatenate(parts)
+
+
+def _make_caption_finder(source: CaptionSource) -> Callable[[pa.Array], np.ndarray]:
+    """Return a function that finds the rows of captions, with -1 for captions that the tokenizer could not encode."""
+    if not isinstance(source, EmbeddingStore):
+        return lambda captions: source.find_rows(captions.to_pylist())
+    refused = {row["caption"] for row in read_refused_captions(source.folder)}
+
+    def find_rows(captions: pa.Array) -> np.ndarray:
+        texts = captions.to_pylist()
+        rows = source.find_keys(make_caption_keys(texts))
+        missing = [texts[n] for n in np.flatnonzero(rows < 0).tolist()]
+        source.find_rows(caption for caption in missing if caption not in refused)  # raises StoreError
+        return rows
+
+    return find_rows
+
+
+def _make_phrase_finder(store: EmbeddingStore) -> Callable[[pa.Array], np.ndarray]:
+    """Return a function that finds the rows of phrases, with -1 for phrases that were too rare to be embedded."""
+    row_of_phrase: dict[str, int] = {}  # many images have the same phrases
+
+    def find_rows(phrases: pa.Array) -> np.ndarray:
+        encoded = phrases.dictionary_encode()
+        names = encoded.dictionary.to_pylist()
+        new = [name for name in names if name not in row_of_phrase]
+        row_of_phrase.update(zip(new, store.find_keys(make_caption_keys(new)).tolist(), strict=True))
+        rows = np.array([row_of_phrase[name] for name in names], np.int64)
+        return rows[encoded.indices.to_numpy()]
+
+    return find_rows
+
+
+def _sort_rows(rows: np.ndarray, record_of_row: np.ndarray, num_records: int) -> CaptionRows:
+    """Sort each record's row numbers and remove duplicates."""
+    # Combine each record and row into a single integer, because NumPy sorts integers faster than pairs.
+    base = int(rows.max(initial=0)) + 1
+    pairs = np.unique(record_of_row * base + rows)
+    rows = pairs % base
+    starts = np.concatenate([[0], np.cumsum(np.bincount(pairs // base, minlength=num_records))])
+    return CaptionRows(rows.astype(np.uint32) if base < 1 << 32 else rows, starts)
+
+
+def _concatenate(parts: Sequence[CaptionRows]) -> CaptionRows:
+    offsets = np.cumsum([0, *(len(part.rows) for part in parts)])
+    starts = [np.zeros(1, np.int64), *(part.starts[1:] + offset for part, offset in zip(parts, offsets, strict=False))]
+    return CaptionRows(np.concatenate([part.rows for part in parts]), np.concatenate(starts))
 
 
 def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> Sequence[Record]:
@@ -385,8 +464,3 @@ def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> S
         if record.texts:
             remaining.append(record)
     return remaining
-
-
-def read_refused_captions(folder: Path) -> list[dict[str, Any]]:
-    """Read the captions that the tokenizer could not encode, as dicts with the keys "caption" and "why"."""
-    return [row for file in sorted(folder.glob("refused-*.jsonl")) for _, row in read_jsonl(file)]

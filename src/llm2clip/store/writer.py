@@ -48,12 +48,13 @@ from llm2clip.store.layout import (
     mask_repeated_keys,
     read_all_keys,
     read_manifest,
+    read_refused_captions,
     read_shards,
     remove_temp_files,
     scales_path,
     sort_keys,
 )
-from llm2clip.store.store import EmbeddingStore, read_refused_captions
+from llm2clip.store.store import EmbeddingStore
 
 CHUNK_SIZE = 1 << 14  # number of captions to hash at once
 TEXTS_FILE = "captions.parquet"

@@ -33,9 +33,8 @@ from llm2clip.models.vision.vision_tower import VisionTower, merge_tower_lora
 from llm2clip.prefetch import prefetch
 from llm2clip.runs.fsdp import copy_to_meta_device, gather_to_cpu, is_fsdp_enabled, set_fsdp_wrap_policy
 from llm2clip.runs.ranks import print_once, process_state
-from llm2clip.store.caption_rows import CaptionSource
-from llm2clip.store.image_features import TowerEncoder, store_image_features
-from llm2clip.store.store import EmbeddingStore
+from llm2clip.store.encode import TowerEncoder, store_image_features
+from llm2clip.store.store import CaptionSource, EmbeddingStore
 from llm2clip.train.grad_cache import compute_cached_loss
 from llm2clip.train.loop import StepLoop, StepResult, Validator
 from llm2clip.train.losses import distillation_loss, get_loss, matryoshka_loss

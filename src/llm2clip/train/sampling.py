@@ -25,9 +25,8 @@ from llm2clip.data.image_loader import choose_start_method, decode_or_error, ski
 from llm2clip.data.image_order import EpochOrders, ImageOrder
 from llm2clip.data.table import IMAGE_COLUMNS, ImageList, RecordTable
 from llm2clip.data.transforms import Preprocess, TrainTransform
-from llm2clip.store.caption_rows import CaptionRows, CaptionSource, find_caption_rows
-from llm2clip.store.image_features import make_image_keys
-from llm2clip.store.store import EmbeddingStore
+from llm2clip.store.encode import make_image_keys
+from llm2clip.store.store import CaptionRows, CaptionSource, EmbeddingStore, find_caption_rows
 
 HASH_DIGITS = 16
 Sample = tuple[int, int]  # (epoch, index of the image's record)
