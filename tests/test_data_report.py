@@ -106,8 +106,8 @@ def test_first_skipped_rows_of_each_reason_are_listed(tmp_path: Path) -> None:
     for row in range(10):
         log.skip("a\udcff.csv", row, "no caption" if row % 2 else "missing image", f"\x00{row}\udcff")
     rows = read_first_skipped_rows(tmp_path / "log.jsonl")
-    assert [row.row for row in rows] == [0, 2, 4, 1, 3, 5]
-    assert rows[0].file == "a\\udcff.csv" and rows[0].value == "\x000\\udcff"
+    assert [row for _, row, _, _ in rows] == [0, 2, 4, 1, 3, 5]
+    assert rows[0] == ("a\\udcff.csv", 0, "missing image", "\x000\\udcff")
 
 
 def test_texts_are_sampled_evenly() -> None:

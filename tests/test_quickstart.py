@@ -16,8 +16,15 @@ from torch import Tensor
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import decode_image
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.tools.openmoji import LANGUAGES, _make_drawing_caption, _make_keyword_caption, prepare_emoji_records
-from llm2clip.tools.quickstart import QUERIES, _format_last_lines, _write_search_results
+from llm2clip.tools.quickstart import (
+    LANGUAGES,
+    QUERIES,
+    _add_article_if_countable,
+    _format_last_lines,
+    _make_keyword_caption,
+    _write_search_results,
+    prepare_emoji_records,
+)
 
 
 @pytest.fixture
@@ -81,18 +88,18 @@ def test_prepare_emoji_records_deduplicates_and_splits_by_family(
 @pytest.mark.parametrize(
     ("name", "keywords", "subgroup", "from_keywords", "of_drawing"),
     [
-        ("grapes", ["fruit", "grape", "grapes"], "food-fruit", None, "a drawing of grapes"),
-        ("unicorn", ["face", "unicorn"], "animal-mammal", "an emoji of a mammal: face", "a drawing of a unicorn"),
-        ("owl", ["bird", "wise"], "animal-bird", "an emoji of a bird: wise", "a drawing of an owl"),
-        ("foggy", ["fog", "foggy"], "sky-and-weather", "an emoji of fog", "a drawing of foggy"),
-        ("man", ["adult", "man"], "person", None, "a drawing of a man"),
+        ("grapes", ["fruit", "grape", "grapes"], "food-fruit", None, "grapes"),
+        ("unicorn", ["face", "unicorn"], "animal-mammal", "an emoji of a mammal: face", "a unicorn"),
+        ("owl", ["bird", "wise"], "animal-bird", "an emoji of a bird: wise", "an owl"),
+        ("foggy", ["fog", "foggy"], "sky-and-weather", "an emoji of fog", "foggy"),
+        ("man", ["adult", "man"], "person", None, "a man"),
     ],
 )
 def test_captions_are_built_from_name_keywords_and_subgroup(
     name: str, keywords: list[str], subgroup: str, from_keywords: str | None, of_drawing: str
 ) -> None:
     assert _make_keyword_caption(name, keywords, subgroup) == from_keywords
-    assert _make_drawing_caption(name, subgroup) == of_drawing
+    assert _add_article_if_countable(name, subgroup) == of_drawing
 
 
 def test_search_results_page_shows_the_nearest_images_of_each_query(tmp_path: Path) -> None:

@@ -365,7 +365,7 @@ def build_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block
         blocks += [Heading("Common openings"), Paragraph(text), Table(["opening", "captions", "share"], rows)]
     rows = []
     for reason, count, example in database.count_errors(report.model, report.prompts, MAX_ERRORS):
-        rows.append([_shorten(reason), f"{count:,}", _shorten(example.removeprefix(reason).removeprefix(": "))])
+        rows.append([shorten_text(reason), f"{count:,}", shorten_text(example.removeprefix(reason).removeprefix(": "))])
     if rows:
         blocks += [Heading("Failed requests"), Table(["reason", "requests", "example"], rows)]
     return blocks
@@ -434,19 +434,20 @@ def _make_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) 
         error = to_valid_unicode(str(problem))
     texts: dict[str, list[str]] = {}
     for answer in database.list_answers(row.hash, report.model, [prompt.key for prompt in report.prompts]):
-        label, text = "failed requests", _shorten(answer.error or "")
+        label, text = "failed requests", shorten_text(answer.error or "")
         if answer.text is not None:
             label = "captions" if answer.problem is None else f"rejected: {answer.problem}"
-            text = _shorten(remove_opening(answer.text))
+            text = shorten_text(remove_opening(answer.text))
             if answer.rank is not None and answer.score is not None:
                 text = f"{text} (rank {answer.rank:.1%}, score {answer.score:.3f})"
         texts.setdefault(label, []).append(text)
     if captions := row.record.get("captions"):
-        texts["captions in the source"] = [_shorten(caption) for caption in captions[:MAX_SOURCE_CAPTIONS]]
+        texts["captions in the source"] = [shorten_text(caption) for caption in captions[:MAX_SOURCE_CAPTIONS]]
     name = Path(to_valid_unicode(file.path)).name
     return Example(jpeg, title=name, details=[to_valid_unicode(row.record["image"])], texts=texts, error=error)
 
 
-def _shorten(text: str) -> str:
+def shorten_text(text: str) -> str:
+    """Truncate a text for a report."""
     is_long = len(text) > MAX_TEXT_CHARACTERS
     return to_valid_unicode(f"{text[:MAX_TEXT_CHARACTERS]} … ({len(text):,} characters)" if is_long else text)

@@ -59,12 +59,9 @@ def add_commands(commands: Commands) -> None:
 
 
 def _run_doctor(args: Namespace) -> list[str]:
-    from llm2clip.tools.doctor import doctor, format_checks
+    from llm2clip.tools.doctor import run_doctor
 
-    checks = doctor(Path(args.out), args.offline)
-    if any(check.failed for check in checks):
-        raise OSError("\n".join(["", *format_checks(checks)]))
-    return format_checks(checks)
+    return run_doctor(Path(args.out), args.offline)
 
 
 def _run_quickstart(args: Namespace) -> list[str]:
@@ -80,10 +77,11 @@ def _describe_data(args: Namespace) -> list[str]:
     page = None if args.report is None else Path(args.report).expanduser()
     if page is not None and page.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--report must be an .html file (got {args.report})")
-    from llm2clip.tools.data_report import format_overview, inspect_data, write_page
+    from llm2clip.reports import render_text
+    from llm2clip.tools.data_report import build_blocks, describe_data, inspect_data, write_page
 
     overview, table = inspect_data(args.data, args.columns, args.max_skipped)
-    lines = [format_overview(overview)]
+    lines = [render_text(build_blocks(overview), describe_data(overview))]
     if page is not None:
         write_page(page, overview, table)
         lines.append(f"Report: {page}")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llm2clip.caption.files import shorten_text
 from llm2clip.config import EvaluateConfig
 from llm2clip.data.build_table import NoImagesError, open_table
 from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
@@ -40,7 +41,6 @@ from llm2clip.reports import (
     Heading,
     Paragraph,
     Table,
-    render_text,
     write_report,
 )
 from llm2clip.runs.run_description import build_run_section, describe_run, format_duration
@@ -51,7 +51,6 @@ MAX_LANGUAGE_SAMPLE = 10_000  # texts of each kind whose language is identified
 MIN_LANGUAGE_SHARE = 0.01  # rarer languages are counted as "other", because most of them are errors
 MAX_LISTED = 20  # splits and file name suffixes listed
 MAX_TEXTS = 50  # texts of each kind shown below an image
-MAX_TEXT_CHARACTERS = 2000  # longer texts are truncated
 THUMBNAIL_SIDE = 320  # in pixels
 MIN_HELD_OUT = 50  # with fewer held-out images, recall says little about other images
 SMALL_SIDE = 224  # in pixels; input resolution of most vision towers
@@ -59,56 +58,29 @@ FIT_MAX_SKIPPED = 0.05  # default of `fit --max_skipped`
 FIELD_LABELS = {name: name.replace("_", " ") for name in TEXT_FIELDS}
 
 
-@dataclass(frozen=True)
-class SkippedRow:
-    """A skipped row."""
-
-    file: str
-    row: int
-    reason: str
-    value: str
+SkippedRow = tuple[str, int, str, str]  # file, row, reason and value
 
 
 @dataclass
 class DataOverview:
-    """What a data set contains.
+    """What a data set contains."""
 
-    Attributes:
-        sources: Sources as given by the user.
-        statistics: Statistics of all records.
-        languages: Number of sampled texts per language code, keyed by text field.
-        training: What `fit` would train on and hold out, as sentences.
-        num_training, num_held_out: Numbers of images that `fit` would train on and hold out.
-        log: Skip log.
-        skipped: The first skipped rows of each reason.
-        table_bytes: Size of the record table on disk.
-        seconds: Time that it took to build or open the table.
-    """
-
-    sources: list[str]
+    sources: list[str]  # as given by the user
     statistics: TableStatistics
-    languages: dict[str, Counter[str]]
-    training: list[str]
-    num_training: int
+    languages: dict[str, Counter[str]]  # numbers of sampled texts per language code, keyed by text field
+    training: list[str]  # what `fit` would train on and hold out, as sentences
+    num_training: int  # number of images that `fit` would train on
     num_held_out: int
     log: SkipLog
-    skipped: list[SkippedRow]
-    table_bytes: int
-    seconds: float
+    skipped: list[SkippedRow]  # the first skipped rows of each reason
+    table_bytes: int  # size of the record table on disk
+    seconds: float  # time that it took to build or open the table
 
 
 def inspect_data(
     sources: Sequence[str], columns: dict[str, str], max_skipped: float = 1.0
 ) -> tuple[DataOverview, RecordTable]:
-    """Build or open the record table of a data set. Return an overview of its contents, and the table.
-
-    Args:
-        columns: Column mapping that extends or overrides each source's own mapping.
-        max_skipped: Maximum fraction of rows that may be skipped.
-
-    Raises:
-        ValueError: See `open_table`.
-    """
+    """Build or open the record table of a data set; see `open_table`. Return an overview of it, and the table."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         log = SkipLog(Path(folder) / "skipped.jsonl", max_skipped)
@@ -149,7 +121,7 @@ def read_first_skipped_rows(file: Path) -> list[SkippedRow]:
             examples = rows.setdefault(entry["reason"], [])
             if len(examples) < EXAMPLES_PER_REASON:
                 name, value = to_valid_unicode(entry["file"]), to_valid_unicode(entry["value"])
-                examples.append(SkippedRow(name, entry["row"], entry["reason"], value))
+                examples.append((name, entry["row"], entry["reason"], value))
     return [row for examples in rows.values() for row in examples]
 
 
@@ -170,11 +142,6 @@ def choose_evenly(length: int, count: int) -> np.ndarray:
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
-
-
-def format_overview(overview: DataOverview) -> str:
-    """Format an overview as text for a terminal."""
-    return render_text(build_blocks(overview), describe_data(overview))
 
 
 def describe_data(overview: DataOverview) -> str:
@@ -245,31 +212,25 @@ def _build_captions(overview: DataOverview) -> list[Block]:
         label, counts = FIELD_LABELS[name], [f"{statistics.num_records:,}", f"{statistics.words.count:,}"]
         rows.append([f"{label} (words)", *counts, *_summarize(statistics.words)])
         rows.append([f"{label} (characters)", "", "", *_summarize(statistics.characters)])
+    header = ["length", "records", "texts", "median", "95%", "longest"]
+    blocks: list[Block] = [Heading("Captions"), Table(header, rows)]
+    counts_per_image = overview.statistics.captions_per_image
+    if counts_per_image.count:
+        text = (
+            f"Captions per image: mean {counts_per_image.mean:.1f}, median {counts_per_image.percentile(50):,}, "
+            f"maximum {counts_per_image.maximum:,}."
+        )
+        if num_single := counts_per_image.count_below(2):
+            text += f" {num_single:,} images have a single caption. `tune` uses only images with at least two."
+        blocks.append(Paragraph(text))
     words = {FIELD_LABELS[name]: statistics.words for name, statistics in texts.items()}
-    return [
-        Heading("Captions"),
-        Table(["length", "records", "texts", "median", "95%", "longest"], rows),
-        *_describe_captions_per_image(overview.statistics.captions_per_image),
-        _plot(words, "words", "texts with at most this length, %"),
-        *_build_languages(overview.languages),
-    ]
+    blocks.append(_plot(words, "words", "texts with at most this length, %"))
+    return blocks + _build_languages(overview.languages)
 
 
 def _summarize(histogram: Histogram) -> list[str]:
     """Return the median, the 95th percentile and the maximum as cells."""
     return [f"{value:,}" for value in (histogram.percentile(50), histogram.percentile(95), histogram.maximum)]
-
-
-def _describe_captions_per_image(histogram: Histogram) -> list[Block]:
-    if not histogram.count:
-        return []
-    text = (
-        f"Captions per image: mean {histogram.mean:.1f}, median {histogram.percentile(50):,}, maximum "
-        f"{histogram.maximum:,}."
-    )
-    if num_single := histogram.count_below(2):
-        text += f" {num_single:,} images have a single caption. `tune` uses only images with at least two."
-    return [Paragraph(text)]
 
 
 def _build_languages(languages: dict[str, Counter[str]]) -> list[Block]:
@@ -325,7 +286,7 @@ def _build_skipped(overview: DataOverview) -> list[Block]:
         blocks.append(Table(["parts of rows that are not used", "rows"], rows))
     if overview.skipped:
         header = ["file", "row", "reason", "value"]
-        blocks.append(Table(header, [(row.file, row.row, row.reason, row.value) for row in overview.skipped]))
+        blocks.append(Table(header, overview.skipped))
     return [Heading("Skipped rows"), *(blocks or [Paragraph("No rows are skipped.")])]
 
 
@@ -372,17 +333,8 @@ def _make_card(record: Record) -> Example:
     texts = {}
     for field in TEXT_FIELDS:
         if values := getattr(record, field):
-            texts[FIELD_LABELS[field]] = _shorten_texts(values)
+            shown = [shorten_text(text) for text in values[:MAX_TEXTS]]
+            more = [f"… and {len(values) - MAX_TEXTS:,} more"] if len(values) > MAX_TEXTS else []
+            texts[FIELD_LABELS[field]] = [*shown, *more]
     details = [to_valid_unicode(detail) for detail in details]
     return Example(jpeg, title=to_valid_unicode(name), details=details, texts=texts, error=error)
-
-
-def _shorten_texts(texts: Sequence[str]) -> list[str]:
-    """Truncate long texts and long lists of texts, so that one record cannot fill the page."""
-    shown = []
-    for text in texts[:MAX_TEXTS]:
-        is_long = len(text) > MAX_TEXT_CHARACTERS
-        shown.append(f"{text[:MAX_TEXT_CHARACTERS]} … ({len(text):,} characters)" if is_long else text)
-    if len(texts) > MAX_TEXTS:
-        shown.append(f"… and {len(texts) - MAX_TEXTS:,} more")
-    return shown

@@ -44,14 +44,18 @@ class Check:
         return "bad" if self.failed else "note" if self.fix else "ok"
 
 
-def doctor(run_dir: Path, offline: bool = False) -> list[Check]:
-    """Run all checks. `offline` skips the check that connects to the model hub."""
+def run_doctor(run_dir: Path, offline: bool = False) -> list[str]:
+    """Run all checks, and return them as a table followed by a summary line.
+
+    Args:
+        offline: Skip the check that connects to the model hub.
+
+    Raises:
+        OSError: A check failed. The message contains the table.
+    """
     checks = [*check_packages(), *check_compute(), *check_memory(), *check_disks(run_dir)]
-    return checks if offline else [*checks, *check_hub()]
-
-
-def format_checks(checks: list[Check]) -> list[str]:
-    """Format the checks as a table followed by a summary line."""
+    if not offline:
+        checks += check_hub()
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
@@ -60,8 +64,9 @@ def format_checks(checks: list[Check]) -> list[str]:
         if check.fix:
             lines.append(f"{'':<{width + 8}}-> {check.fix}")
     failures = sum(check.failed for check in checks)
-    summary = f"{failures} of {len(checks)} checks failed." if failures else "All checks passed."
-    return [*lines, "", summary]
+    if failures:
+        raise OSError("\n".join(["", *lines, "", f"{failures} of {len(checks)} checks failed."]))
+    return [*lines, "", "All checks passed."]
 
 
 def read_requirements() -> dict[str, list[Requirement]]:
@@ -76,7 +81,6 @@ def read_requirements() -> dict[str, list[Requirement]]:
 
 
 def find_version_problem(requirement: Requirement) -> str | None:
-    """Return a message if a package is missing or its version is unsupported, and None otherwise."""
     try:
         version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
@@ -87,7 +91,6 @@ def find_version_problem(requirement: Requirement) -> str | None:
 
 
 def check_packages() -> Iterator[Check]:
-    """Check the installed packages against the requirements of the base install and each extra."""
     for extra, packages in sorted(read_requirements().items()):
         if extra in DEVELOPER_EXTRAS:
             continue
@@ -104,7 +107,6 @@ def check_packages() -> Iterator[Check]:
 
 
 def check_compute() -> Iterator[Check]:
-    """Check the device, its default precision, the number of CPU threads, and a gradient computed on the device."""
     import torch
 
     from llm2clip.models.precision import has_bf16_hardware
@@ -161,7 +163,6 @@ def check_gradient(device: torch.device) -> Check:
 
 
 def check_memory() -> Iterator[Check]:
-    """Check the free memory and the free shared memory, which data loading workers use."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -178,7 +179,6 @@ def check_memory() -> Iterator[Check]:
 
 
 def check_disks(run_dir: Path) -> Iterator[Check]:
-    """Check that the folders for runs and cached files are writable and have enough free disk space."""
     from llm2clip.io_utils import get_cache_dir
 
     for name, folder in (("runs", run_dir), ("cache", get_cache_dir())):
@@ -193,7 +193,6 @@ def check_disks(run_dir: Path) -> Iterator[Check]:
 
 
 def check_hub() -> Iterator[Check]:
-    """Check the connection to the model hub."""
     from huggingface_hub import get_session
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
