@@ -48,7 +48,7 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig, is_model_folder
 from llm2clip.models.official_layout import read_checkpoint
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.search.exif import read_exif
+from llm2clip.search.metadata import read_exif
 
 MEMORY_LIMIT = 2 << 30  # address space in bytes, in addition to the imported libraries
 TIME_LIMIT = 10.0  # CPU seconds per input

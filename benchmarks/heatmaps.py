@@ -17,7 +17,7 @@ from tqdm import tqdm
 from llm2clip.data.images import load_image
 from llm2clip.evaluate.benchmarks import BENCHMARKS
 from llm2clip.models.dual_encoder import open_dual_encoder
-from llm2clip.search.heatmap import compute_heatmap, require_dense_encoder
+from llm2clip.search.explain import compute_heatmap, require_dense_encoder
 
 RESAMPLES = 1000
 

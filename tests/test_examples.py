@@ -9,8 +9,7 @@ from starlette.testclient import TestClient
 
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.backends import Backend
-from llm2clip.search.examples import MAX_NEWEST, MAX_QUERIES, ExampleCache, choose_queries
-from llm2clip.search.server import create_app
+from llm2clip.search.server import MAX_NEWEST, MAX_QUERIES, Access, ExampleCache, choose_queries, create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
 from search_fixtures import BACKENDS, create_backend, create_patient_app, index_sources, make_index
 
@@ -65,13 +64,13 @@ def test_examples_are_computed_once_per_interval(
     first = cache.get(backend)
     assert len(first.queries) == MAX_QUERIES and len(first.newest) == MAX_NEWEST
     assert cache.get(backend) is first
-    monkeypatch.setattr("llm2clip.search.examples.MAX_AGE", -1.0)
+    monkeypatch.setattr("llm2clip.search.server.MAX_AGE", -1.0)
     assert cache.get(backend) is not first
 
 
 def test_examples_require_the_token_and_an_index(dual_encoder: DualEncoder, photos: Path, tmp_path: Path) -> None:
     index = make_index(tmp_path / "index", photos, dual_encoder)
-    with TestClient(create_app(dual_encoder, index, token="secret"), base_url=BASE_URL) as client:
+    with TestClient(create_app(dual_encoder, index, access=Access(token="secret")), base_url=BASE_URL) as client:
         assert client.get("/examples").status_code == 401
         response = client.get("/examples", headers={"authorization": "Bearer secret"})
         assert response.json()["queries"] == ["Ein roter Ärmel"]

@@ -117,7 +117,7 @@ def test_server_explains_a_hit(client: TestClient, dual_encoder: DualEncoder, ba
     assert vector is not None and like is not None
     for text, word in zip(("red dog", "a dog", "a red"), explanation["words"], strict=True):
         texts = dual_encoder.encode_texts([text, "blue"]).numpy()
-        without = SearchQuery([text], negative_texts=["blue"], like=["5"]).combine(list(texts), [1, 1], [], [like])
+        without = SearchQuery([text], negative_texts=["blue"], like=["5"]).combine(list(texts), [], [like])
         assert word["effect"] == pytest.approx(explanation["score"] - without.combined @ vector, abs=1e-5)
         assert word["text_index"] == 0
 

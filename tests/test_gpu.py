@@ -14,7 +14,7 @@ from conftest import make_tower
 from llm2clip.cli import main
 from llm2clip.models.dual_encoder import open_dual_encoder, wrap_llm2clip
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.search.heatmap import compute_heatmap
+from llm2clip.search.explain import compute_heatmap
 from llm2clip.train.losses import info_nce, sigmoid_loss
 from test_dense import BUILDERS, make_llm2clip
 

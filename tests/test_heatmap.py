@@ -16,7 +16,7 @@ from llm2clip.cli import main
 from llm2clip.data.images import decode_image, load_image
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.vision.dense import build_dense_encoder
-from llm2clip.search.heatmap import DARKEST, compute_heatmap, draw_heatmap
+from llm2clip.search.explain import DARKEST, compute_heatmap, draw_heatmap
 from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.sqlite_backend import SqliteBackend

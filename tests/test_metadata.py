@@ -15,8 +15,17 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import gallery
 from llm2clip.search.backends import Backend
-from llm2clip.search.exif import MAX_CAMERA_LENGTH, TIME_OFFSET, read_exif
-from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, MAX_FILTER_LENGTH, Filter, to_json
+from llm2clip.search.metadata import (
+    CONDITIONS,
+    CONTENT_FIELDS,
+    IMAGE_FIELDS,
+    MAX_CAMERA_LENGTH,
+    MAX_FILTER_LENGTH,
+    TIME_OFFSET,
+    Filter,
+    read_exif,
+    to_json,
+)
 from llm2clip.search.schemas import FilterRequest, HitResponse, ImageLocation
 from llm2clip.search.types import IndexedContent, IndexedImage
 from search_fixtures import index_sources, search_names
@@ -102,7 +111,7 @@ def test_metadata_is_stored_filtered_and_shown(kind: str, tmp_path: Path) -> Non
     size, date, camera, position = hits["0"].details
     assert (size.text, camera.text, camera.url) == ("100 × 500", "Canon EOS R5", "")
     assert date.text == f"{datetime.fromtimestamp(0):%Y-%m-%d %H:%M}"
-    assert (position.text, position.url, position.is_private) == ("-33.5, -70.25", MAP, True)
+    assert (position.text, position.url) == ("-33.5, -70.25", MAP)
     assert len(hits["1"].details) == 3 and len(hits["2"].details) == 3
 
     for with_private in (False, True):

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +18,16 @@ import pytest
 
 from llm2clip.data.image_refs import FileImage, ImageRef, TarImage
 from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError
-from llm2clip.search.backends import Backend, IndexUnavailableError, hide_password, open_backend
+from llm2clip.search.backends import Backend, hide_password, open_backend
 from llm2clip.search.metadata import Filter
-from llm2clip.search.types import IndexedContent, IndexedImage
+from llm2clip.search.types import (
+    Deadline,
+    DeadlineExceeded,
+    IndexedContent,
+    IndexedImage,
+    IndexUnavailableError,
+    current_deadline,
+)
 from llm2clip.search.words import WordQuery
 from postgres_fixtures import PostgresServer, get_postgres_server
 from search_fixtures import (
@@ -33,7 +42,6 @@ from search_fixtures import (
 if TYPE_CHECKING:
     from llm2clip.models.dual_encoder import DualEncoder
 
-make_match = pytest.importorskip("llm2clip.search.postgres_words").make_match
 postgres_backend = pytest.importorskip("llm2clip.search.postgres_backend")
 postgres_database = pytest.importorskip("llm2clip.search.postgres_database")
 psycopg = pytest.importorskip("psycopg")
@@ -56,6 +64,20 @@ def server() -> Iterator[PostgresServer]:
     yield server
     if not server.is_running:
         server.start()
+
+
+def test_waiting_for_a_connection_ends_at_the_deadline(tmp_path: Path) -> None:
+    backend = create_backend("postgres", tmp_path)
+    token = current_deadline.set(Deadline(time.monotonic() + 0.01, 0.01))
+    try:
+        with ExitStack() as stack:
+            for _ in range(postgres_database.MAX_CONNECTIONS):
+                stack.enter_context(backend._db._slots)
+            with pytest.raises(DeadlineExceeded):
+                backend.metadata()
+    finally:
+        current_deadline.reset(token)
+    assert backend.metadata() == {}
 
 
 def make_content(number: int, vector: np.ndarray | None = None, side: int = 100) -> IndexedContent:
@@ -316,7 +338,7 @@ def test_postgres_word_search_uses_its_indexes(tmp_path: Path) -> None:
         images.append((make_image(f"/p/{number}.png", [f"caption{number} 编号"]), content.hash))
     backend.add(contents, images)
     backend.finish()
-    match, parameters = make_match(WordQuery.parse(["caption7"]))
+    match, parameters = postgres_backend._make_match(WordQuery.parse(["caption7"]))
     assert "images_words" in str(backend._query(f"EXPLAIN SELECT content FROM images WHERE {match}", parameters))
     nearest = backend.search(QUERY, 10, Filter())
     number = next(number for number in range(3000) if f"/p/{number}.png" not in str(nearest))

@@ -1,6 +1,7 @@
 """Tests of the proxy configurations in deploy/: they are valid, pass on requests, and limit clients."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from conftest import HANG_TIMEOUT
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.inference import Limits
-from llm2clip.search.server import create_app, make_server_config
+from llm2clip.search.server import Access, create_app, make_server_config
 from search_fixtures import running_server, wait_until
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -24,7 +25,7 @@ DEPLOY = Path(__file__).parents[1] / "deploy"
 @pytest.fixture(scope="module")
 def server(dual_encoder: DualEncoder) -> Iterator[str]:
     """Address of a server behind a proxy, such as `127.0.0.1:7860`."""
-    app = create_app(dual_encoder, limits=Limits(timeout=HANG_TIMEOUT), token="secret")
+    app = create_app(dual_encoder, limits=Limits(timeout=HANG_TIMEOUT), access=Access(token="secret"))
     config = make_server_config(app, "127.0.0.1", 0, behind_proxy=True)
     with running_server(app, http=config.http, proxy_headers=True, ws="none") as url:
         yield urlsplit(url).netloc
@@ -90,6 +91,13 @@ def test_nginx_passes_on_requests_and_limits_clients(server: str, tmp_path: Path
         check_requests(client)
         assert "Secure" in client.get("/?token=secret").headers["set-cookie"]  # the server knows the client's scheme
         assert 429 in {client.get("/health").status_code for _ in range(30)}
+
+
+def test_nginx_counts_downloads_apart_from_other_connections() -> None:
+    """A limit in a location replaces all limits of the server, so both are listed."""
+    _, _, location = (DEPLOY / "nginx.conf").read_text().partition("location = /zip {")
+    limits = re.findall(r"limit_conn (\w+) (\d+);", location.partition("}")[0])
+    assert sorted(limits) == [("llm2clip_connections", "32"), ("llm2clip_downloads", "4")]
 
 
 def test_caddy_passes_on_requests(server: str, tmp_path: Path) -> None:

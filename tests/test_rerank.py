@@ -13,13 +13,11 @@ from torch import Tensor
 from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search import index, ranking
 from llm2clip.search.inference import Limits
-from llm2clip.search.query import QueryEncoder, SearchQuery
-from llm2clip.search.ranking import Reranker
+from llm2clip.search.query import QueryEncoder, Reranker, SearchQuery
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import Hit, IndexedImage
+from llm2clip.search.types import DeadlineExceeded, Hit, IndexedImage
 from search_fixtures import HANG_TIMEOUT, make_colour_model, make_index
 
 BASE_URL = "http://localhost"
@@ -54,9 +52,9 @@ def backend(photos: Path, tmp_path: Path, dual_encoder: DualEncoder) -> SqliteBa
 
 @pytest.fixture(autouse=True)
 def few_reranked_hits(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (index, ranking):
-        monkeypatch.setattr(module, "RERANKED", 8)
-    monkeypatch.setattr(ranking, "IMAGES_PER_BATCH", 3)
+    for module in ("index", "query"):
+        monkeypatch.setattr(f"llm2clip.search.{module}.RERANKED", 8)
+    monkeypatch.setattr("llm2clip.search.query.IMAGES_PER_BATCH", 3)
 
 
 def make_client(
@@ -121,6 +119,19 @@ def test_pages_of_reranked_hits_follow_each_other(
         assert hits == everything
 
 
+def test_network_timeouts_are_missing_files_but_deadlines_are_errors(rerank_model: DualEncoder) -> None:
+    errors: dict[str, Exception] = {"1": TimeoutError(110, "Connection timed out"), "2": DeadlineExceeded("late")}
+
+    def read(hit_id: str) -> bytes:
+        raise errors[hit_id]
+
+    reranker = Reranker(QueryEncoder(rerank_model), read)
+    hits = [Hit(hit_id, 0.5, (), 1) for hit_id in errors]
+    assert reranker.sort(SearchQuery(["red"]), hits[:1]).missing == 1
+    with pytest.raises(DeadlineExceeded):
+        reranker.sort(SearchQuery(["red"]), hits)
+
+
 def test_missing_and_oversized_files_follow_the_reranked_hits(
     dual_encoder: DualEncoder, photos: Path, backend: SqliteBackend, rerank_model: DualEncoder
 ) -> None:
@@ -165,7 +176,7 @@ def test_server_without_a_rerank_model_rejects_requests_for_it(
 def test_cache_removes_the_least_recently_used_embedding(
     rerank_model: DualEncoder, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranking, "MAX_CACHED", 2)
+    monkeypatch.setattr("llm2clip.search.query.MAX_CACHED", 2)
     decoded: list[bytes] = []
 
     def decode(data: bytes) -> Tensor:

@@ -13,14 +13,13 @@ from llm2clip import Index
 from llm2clip.cli import main
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
-from llm2clip.search import ranking
 from llm2clip.search.backends import Filter
-from llm2clip.search.images import NotFound
 from llm2clip.search.index import SearchOptions
-from llm2clip.search.query import SearchQuery, UnsupportedQuery
+from llm2clip.search.query import SearchQuery
 from llm2clip.search.relevance import update_calibration
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.types import NotFound, UnsupportedQuery
 from search_fixtures import add_red_detector, make_colour_model, make_index
 
 # Each query: its fields as in `SearchQuery`, the other fields of a request, and the flags of the command.
@@ -141,7 +140,7 @@ def test_python_and_server_return_the_same_explanations_and_heatmaps(index: Inde
 
 
 def test_pages_of_an_index_follow_each_other(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranking, "IMAGES_PER_BATCH", 5)
+    monkeypatch.setattr("llm2clip.search.query.IMAGES_PER_BATCH", 5)
     for options in (SearchOptions(), SearchOptions(group_similar=False), SearchOptions(rerank=True)):
         names: list[str] = []
         offset: int | None = 0

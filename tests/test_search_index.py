@@ -1,6 +1,7 @@
 """Tests of building, updating and filtering an index, on generated images and a random model."""
 
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import tarfile
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -112,6 +114,19 @@ def test_open_index_switches_to_a_new_index_at_the_same_path(
     assert capsys.readouterr().out.count("replaced with an index of a different model") == 1
 
 
+def test_index_on_a_read_only_disk(
+    photos: Path, dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index_sources([photos], dual_encoder, SqliteBackend(tmp_path / "index", write=True))
+    gc.collect()  # closes the writer
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY))
+    reader = SqliteBackend(tmp_path / "index")
+    assert len(search_names(reader)) == reader.count()[0] > 0
+    assert [file.name for file in (tmp_path / "index").iterdir() if file.name.startswith("index.sqlite")] == [
+        "index.sqlite"  # SQLite has created no other files, which would fail on a read-only disk
+    ]
+
+
 def test_build_index_keeps_images_after_a_read_error(
     photos: Path, dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +201,7 @@ def test_build_index_requires_prune_to_remove_many_images(
 ADD_AND_KILL = """
 import os, pickle, signal, sys
 from pathlib import Path
-from llm2clip.search import vector_index
+from llm2clip.search import sqlite_backend, vector_index
 from llm2clip.search.sqlite_backend import SqliteBackend
 
 out = Path(sys.argv[1])
@@ -202,7 +217,7 @@ def kill_at_call(number, name, owner):
     setattr(owner, name, call)
 
 for number, name, owner in (
-    (4, "_add_content", SqliteBackend), (1, "finish", SqliteBackend), (1, "atomic_write_text", vector_index)
+    (4, "read_columns", sqlite_backend), (1, "finish", SqliteBackend), (1, "atomic_write_text", vector_index)
 ):
     if child := os.fork():
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -231,7 +246,7 @@ def test_build_index_resumes_after_kill_at_any_moment(photos: Path, dual_encoder
     (tmp_path / "batches").write_bytes(pickle.dumps((complete.metadata(), batches)))
     command = [sys.executable, "-c", ADD_AND_KILL, str(tmp_path)]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for moment, committed in (("_add_content", 2), ("finish", 6), ("atomic_write_text", 6)):
+    for moment, committed in (("read_columns", 2), ("finish", 6), ("atomic_write_text", 6)):
         backend = SqliteBackend(tmp_path / moment, write=True, approximate_above=3)
         assert backend._db.query("PRAGMA integrity_check") == [("ok",)]
         assert backend.count()[1] == committed

@@ -12,10 +12,9 @@ import pytest
 from PIL import Image
 
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search import ranking
 from llm2clip.search.inference import Limits
-from llm2clip.search.ranking import RERANKED
-from llm2clip.search.server import create_app
+from llm2clip.search.query import RERANKED
+from llm2clip.search.server import Access, create_app
 from page_fixtures import on_both_devices, wait_until
 from search_fixtures import (
     HANG_TIMEOUT,
@@ -36,7 +35,9 @@ def address(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dual_e
     rerank_model = make_colour_model(dual_encoder, "owner/colours", [])
     app = create_app(model, index, Limits(timeout=HANG_TIMEOUT), rerank_model=rerank_model)
     with pytest.MonkeyPatch.context() as patch, running_server(app) as address:
-        patch.setattr(ranking, "UNCENTRED_COPY_SIMILARITY", 1.1)  # a random model may consider any images similar
+        patch.setattr(
+            "llm2clip.search.query.UNCENTRED_COPY_SIMILARITY", 1.1
+        )  # a random model may consider any images similar
         yield address
 
 
@@ -352,7 +353,7 @@ def test_weak_hits_are_shown_on_request(
 @on_both_devices
 def test_similar_images_are_one_result_that_links_to_them(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The session's model considers all images similar if the threshold is low."""
-    monkeypatch.setattr(ranking, "UNCENTRED_COPY_SIMILARITY", -1.0)
+    monkeypatch.setattr("llm2clip.search.query.UNCENTRED_COPY_SIMILARITY", -1.0)
     search_for(page, "seven", 1)
     assert page.locator("#grid .note").inner_text() == "+35 similar"
     assert page.locator("#status").inner_text().startswith("36 images")
@@ -768,7 +769,7 @@ def test_placeholders_are_readable_and_key_hints_are_hidden_on_touch_devices(pag
 
 
 def test_page_without_a_token_asks_for_it(browser: Any, dual_encoder: DualEncoder) -> None:
-    with running_server(create_app(dual_encoder, token="secret")) as address:
+    with running_server(create_app(dual_encoder, access=Access(token="secret"))) as address:
         page = browser.new_page()
         page.goto(f"{address}#q=red")
         page.locator("input[name=token]").fill("wrong")

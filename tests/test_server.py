@@ -18,7 +18,7 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,22 +41,15 @@ from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search import inference
 from llm2clip.search.backends import open_backend
 from llm2clip.search.images import open_original
-from llm2clip.search.inference import (
-    SCANS,
-    Batcher,
-    Deadline,
-    DeadlineExceeded,
-    InferenceService,
-    Limits,
-    QueueFull,
-    current_deadline,
-)
+from llm2clip.search.index import Index
+from llm2clip.search.inference import DECODERS, SCANS, Batcher, InferenceService, Limits, QueueFull
 from llm2clip.search.metadata import Filter
 from llm2clip.search.middleware import CHUNK_SIZE, SESSION_SECONDS, Authenticator
 from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.schemas import MAX_IMAGES, MAX_TEMPLATES, MAX_TEXT_LENGTH, MAX_TEXTS
-from llm2clip.search.server import create_app
+from llm2clip.search.server import Access, create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.types import Deadline, DeadlineExceeded, current_deadline
 from search_fixtures import (
     create_backend,
     create_patient_app,
@@ -517,7 +510,7 @@ def test_unusual_and_damaged_images_never_fail_the_server(client: TestClient, im
 
 
 def test_token_is_required(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
-    app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), token="secret", hosts=None)
+    app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), access=Access(token="secret", hosts=None))
     with TestClient(app, base_url="http://example.org") as client:
 
         def thumbnail(**headers: str) -> int:
@@ -544,7 +537,9 @@ def test_token_is_required(dual_encoder: DualEncoder, backend: SqliteBackend) ->
 
 def test_only_allowed_origins_may_send_cross_site_requests(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
     allowed = "https://example.org"
-    app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), token="secret", allowed_origins=[allowed])
+    app = create_app(
+        dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), access=Access(token="secret", allowed_origins=[allowed])
+    )
 
     def headers(origin: str) -> dict[str, str]:
         return {"origin": origin, "sec-fetch-site": "cross-site", "authorization": "Bearer secret"}
@@ -567,13 +562,13 @@ def test_only_allowed_origins_may_send_cross_site_requests(dual_encoder: DualEnc
 @pytest.mark.parametrize("origin", ["*", "example.org", "https://example.org/", "https://a b", "ftp://example.org", ""])
 def test_invalid_origins_are_rejected(dual_encoder: DualEncoder, origin: str) -> None:
     with pytest.raises(ValueError, match="is not an origin"):
-        create_app(dual_encoder, allowed_origins=[origin])
+        create_app(dual_encoder, access=Access(allowed_origins=[origin]))
 
 
 def test_access_log_has_one_json_object_per_request_without_private_data(
     dual_encoder: DualEncoder, backend: SqliteBackend, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), token="secret", access_log=True)
+    app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), access=Access(token="secret", log=True))
     with TestClient(app, base_url=BASE_URL) as client:
         client.get("/?token=secret")
         client.post("/search", json={"texts": ["private"]}, headers={"authorization": "Bearer secret"})
@@ -597,7 +592,7 @@ def test_traces_contain_routes_but_no_private_data(dual_encoder: DualEncoder, ba
     [excluded] = re.findall(r"OTEL_PYTHON_FASTAPI_EXCLUDED_URLS='(.+)'", documentation)
     exporter, provider = memory.InMemorySpanExporter(), trace.TracerProvider()
     provider.add_span_processor(export.SimpleSpanProcessor(exporter))
-    app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), token="secret")
+    app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), access=Access(token="secret"))
     instrumentation.FastAPIInstrumentor.instrument_app(app, tracer_provider=provider, excluded_urls=excluded)
     with TestClient(app, base_url=BASE_URL) as client:
         assert client.get("/?token=secret").status_code == 200
@@ -610,7 +605,7 @@ def test_traces_contain_routes_but_no_private_data(dual_encoder: DualEncoder, ba
 
 
 def test_session_cookie_does_not_contain_the_token(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
-    app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), token="secret", hosts=None)
+    app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), access=Access(token="secret", hosts=None))
     with TestClient(app, base_url="http://example.org", follow_redirects=False) as client:
         response = client.get("/?token=secret")
         assert response.status_code == 303 and response.headers["location"] == "/"
@@ -650,7 +645,7 @@ def test_sessions_expire_and_cannot_be_forged(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("token", ["", "sécret", "two words", "line\n"])
 def test_unusable_tokens_are_rejected(dual_encoder: DualEncoder, token: str) -> None:
     with pytest.raises(ValueError, match="printable ASCII"):
-        create_app(dual_encoder, token=token)
+        create_app(dual_encoder, access=Access(token=token))
 
 
 # ---- concurrency ----------------------------------------------------------------------------------------------------
@@ -855,6 +850,56 @@ def test_batcher_removes_the_items_of_requests_that_have_timed_out() -> None:
             released.set()
         assert running.result() == [1] and batcher.submit([4]) == [4]
     assert calls == [[1], [4]]
+
+
+def test_closed_batcher_wakes_its_callers_and_rejects_items() -> None:
+    released = threading.Event()
+
+    def work(items: list[int]) -> list[int]:
+        assert released.wait(HANG_TIMEOUT)
+        return items
+
+    with ThreadPoolExecutor(1) as executor, ThreadPoolExecutor(2) as clients:
+        batcher = Batcher(work, executor, max_batch_size=1)
+        try:
+            running, waiting = clients.submit(batcher.submit, [1]), None
+            wait_until(lambda: batcher._is_scheduled and len(batcher) == 0)
+            waiting = clients.submit(batcher.submit, [2])
+            wait_until(lambda: len(batcher) == 1)
+            batcher.close()
+            with pytest.raises(CancelledError):
+                waiting.result(HANG_TIMEOUT)
+            with pytest.raises(QueueFull, match="the server is stopping"):
+                batcher.submit([3])
+        finally:
+            released.set()
+        assert running.result() == [1]
+
+
+def test_waiting_for_shared_values_of_an_index_ends_at_the_deadline(
+    dual_encoder: DualEncoder, backend: SqliteBackend
+) -> None:
+    index = Index(backend, dual_encoder)
+    expected = index.count()
+    token = current_deadline.set(Deadline(time.monotonic() + 0.01, 0.01))
+    try:
+        with index._calibration_slot:
+            assert index.count() == expected
+            with pytest.raises(DeadlineExceeded):
+                assert index.calibration
+        with index._count_slot, pytest.raises(DeadlineExceeded):
+            index.count()
+    finally:
+        current_deadline.reset(token)
+
+
+def test_image_files_share_the_decoding_limit(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
+    app = create_patient_app(dual_encoder, backend, timeout=0.5)
+    with TestClient(app, base_url=BASE_URL) as client, ExitStack() as stack:
+        assert client.get("/image/1").status_code == 200
+        for _ in range(DECODERS):
+            stack.enter_context(app.state.service._decoding)
+        assert client.get("/image/1").status_code == 504
 
 
 # ---- the command `serve` --------------------------------------------------------------------------------------------

@@ -143,13 +143,13 @@ def test_byte_budget_limits_the_total() -> None:
         allocate(256 << 10)
     with pytest.raises(QueueFull):
         allocate(ALWAYS_ACCEPTED + 1)
-    allocations.pop().release()
+    allocations.pop().remove()
     allocate(ALWAYS_ACCEPTED)  # small bodies are always accepted
     assert budget.total == (1 << 20) + ALWAYS_ACCEPTED
     allocations[0].remove(256 << 10)
     allocate(128 << 10)
     for allocation in allocations:
-        allocation.release()
+        allocation.remove()
     allocations[1].remove(1)  # nothing is left
     assert budget.total == 0
 

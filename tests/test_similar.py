@@ -18,11 +18,9 @@ from torch import Tensor
 from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search import ranking
 from llm2clip.search.backends import Backend
-from llm2clip.search.exif import has_exif_time
 from llm2clip.search.metadata import Filter
-from llm2clip.search.ranking import (
+from llm2clip.search.query import (
     BURST_SECONDS,
     COPY_SIMILARITY,
     UNCENTRED_BURST_SIMILARITY,
@@ -118,14 +116,14 @@ def test_index_distinguishes_exif_times_from_modification_times(dual_encoder: Du
         os.utime(photos / name, (taken, taken))
     backend = make_index(tmp_path / "index", photos, dual_encoder)
     images = [image for hit in backend.search(None, 9, Filter()) for image in hit.images]
-    assert {Path(image.name).name: has_exif_time(image) for image in images} == {
+    assert {Path(image.name).name: image.has_exif_time for image in images} == {
         "exif.jpg": True,
         "plain.jpg": False,
         "other.jpg": True,
     }
     assert [image.taken for image in images] == pytest.approx([taken] * 3, abs=1e-3)
     in_data_set = dataclasses.replace(images[0], file_version="0f" * 16)
-    assert not has_exif_time(in_data_set)
+    assert not in_data_set.has_exif_time
 
 
 def test_page_ends_before_the_first_hit_that_needs_another_group(tmp_path: Path) -> None:
@@ -149,7 +147,7 @@ def test_page_ends_before_the_first_hit_that_needs_another_group(tmp_path: Path)
 
 
 def test_only_the_first_hits_of_a_long_page_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranking, "MAX_COMPARED", 3)
+    monkeypatch.setattr("llm2clip.search.query.MAX_COMPARED", 3)
     backend = SqliteBackend(tmp_path, write=True)
     add_images(backend, make_vectors(COPY, 5), [NOON] * 5)
     assert [len(group) for group in group_names(backend)] == [3, 1, 1]
@@ -169,7 +167,7 @@ def test_mean_embedding_is_subtracted_if_the_index_is_calibrated(tmp_path: Path)
     calibration = Calibration(make_vectors(COPY, 15).mean(axis=0), QUERY[None], [], 4, 0, "f", scale, scale, scale)
     hits = backend.search(QUERY, 100, Filter())
     assert [len(hit.similar) for hit in group_similar_hits(hits, backend, 10).hits] == [3]
-    grouped = group_similar_hits(hits, backend, 10, calibration).hits
+    grouped = group_similar_hits(hits, backend, 10, calibration.sample_mean).hits
     assert sorted(len(hit.similar) for hit in grouped) == [0, 0, 1]
 
 

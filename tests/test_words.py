@@ -23,10 +23,10 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import ocr, vector_index, words
-from llm2clip.search.backends import Backend, WordIndexError
+from llm2clip.search.backends import Backend
 from llm2clip.search.metadata import Filter, normalize
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import Hit, IndexedContent, IndexedImage
+from llm2clip.search.types import Hit, IndexedContent, IndexedImage, WordIndexError
 from llm2clip.search.words import WordQuery, fuse_rankings
 from search_fixtures import create_patient_app, get_location, index_sources, search_names
 

@@ -16,12 +16,11 @@ from starlette.testclient import TestClient
 from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, to_valid_unicode
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import inference, middleware, zip_download
-from llm2clip.search.backends import IndexUnavailableError
 from llm2clip.search.inference import QueueFull
 from llm2clip.search.middleware import CHUNK_SIZE, ByteBudget
-from llm2clip.search.server import create_app
+from llm2clip.search.server import Access, create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import IndexedImage
+from llm2clip.search.types import IndexedImage, IndexUnavailableError
 from llm2clip.search.zip_download import (
     MAX_NAME_BYTES,
     MAX_ZIP_IMAGES,
@@ -192,11 +191,12 @@ def test_zip_lists_files_while_the_index_is_down(
 
     monkeypatch.setattr(inference, "open_original", fail)
     files = download(client, "1")
-    assert files == {MISSING_FILE: b"1: the index is temporarily unavailable\n"}
+    name = index.images("1")[0].name
+    assert files == {MISSING_FILE: f"{name}: the index is temporarily unavailable\n".encode()}
 
 
 def test_zip_requires_the_token_and_an_index(dual_encoder: DualEncoder, index: SqliteBackend) -> None:
-    with TestClient(create_app(dual_encoder, index, token="secret"), base_url=BASE_URL) as client:
+    with TestClient(create_app(dual_encoder, index, access=Access(token="secret")), base_url=BASE_URL) as client:
         assert client.get("/zip?ids=1").status_code == 401
         assert client.get("/zip?ids=1", headers={"authorization": "Bearer secret"}).status_code == 200
     with TestClient(create_patient_app(dual_encoder), base_url=BASE_URL) as client:

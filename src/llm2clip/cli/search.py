@@ -226,7 +226,7 @@ def _search(args: Namespace) -> list[str]:
     for name in ("model", "rerank"):
         if args[name] is not None:
             args[name] = resolve_model(args[name])
-    from llm2clip.search.heatmap import require_dense_encoder
+    from llm2clip.search.explain import require_dense_encoder
     from llm2clip.search.index import Index, SearchOptions
     from llm2clip.search.query import SearchQuery
     from llm2clip.search.relevance import warn_if_not_calibrated

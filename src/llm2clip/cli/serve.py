@@ -99,7 +99,7 @@ def _serve(args: Namespace) -> list[str]:
     try:
         from llm2clip.search.inference import Limits
         from llm2clip.search.relevance import warn_if_not_calibrated
-        from llm2clip.search.server import LOOPBACK, check_origins, create_app, serve
+        from llm2clip.search.server import LOOPBACK, Access, check_origins, create_app, serve
     except ModuleNotFoundError as error:
         raise ImportError(f"`serve` requires additional packages ({error}). Run {install_command('search')}") from error
     templates = make_query_templates(args.templates)
@@ -122,12 +122,9 @@ def _serve(args: Namespace) -> list[str]:
         model,
         backend,
         limits=Limits(max_queue=args.max_queue, timeout=args.timeout, batch_size=args.batch_size),
-        token=token,
-        hosts=LOOPBACK if args.host in LOOPBACK else None,
+        access=Access(token, LOOPBACK if args.host in LOOPBACK else None, args.allowed_origins, args.access_log),
         model_thread=model_thread,
         templates=templates,
-        allowed_origins=args.allowed_origins,
-        access_log=args.access_log,
         rerank_model=rerank_model,
     )
     host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6

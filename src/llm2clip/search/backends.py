@@ -27,7 +27,7 @@ from llm2clip.search.metadata import (
     read_columns,
 )
 from llm2clip.search.types import Hit, ImageState, IndexedContent, IndexedImage, ref_from_json, ref_to_json
-from llm2clip.search.words import MAX_FUSED, WordQuery, fuse_rankings
+from llm2clip.search.words import MAX_FUSED, WordQuery, find_matched_fields, fuse_rankings
 
 # Backend of each URL scheme, and the form of the URLs. The module `search.NAME_backend` defines `open_index`, and the
 # extra with this name installs its packages. Locations without a scheme are folders.
@@ -37,17 +37,12 @@ INDEX_FILE = "index.sqlite"  # main file of an index folder
 FORMAT_VERSION = 2  # version of the index format
 NEW_INDEX_ADVICE = "Build a new index in another folder with `llm2clip index`"
 FILES_PER_NEWEST = 10  # number of files that `newest_ids` reads per image, because some may have the same content
-
-
-class WordIndexError(OSError):
-    """Raised if a search needs the tables for word search and they are corrupt."""
-
+IMAGE_COLUMNS = ("name", "location", "source", "file_version", "captions", *list_columns(IMAGE_FIELDS))
+CONTENT_COLUMNS = tuple(list_columns(CONTENT_FIELDS))
 
 Result = TypeVar("Result")
 # Runs an SQL statement, whose parameters have the form `:NAME`, and returns all rows.
 Query = Callable[[str, Mapping[str, Any]], list[tuple[Any, ...]]]
-IMAGE_COLUMNS = ("name", "location", "source", "file_version", "captions", *list_columns(IMAGE_FIELDS))
-CONTENT_COLUMNS = tuple(list_columns(CONTENT_FIELDS))
 
 
 @dataclass
@@ -74,6 +69,10 @@ class Backend(ABC):
     The tables `contents`, `thumbnails`, `images`, `metadata`, `calibration` and `recognized_texts` are the same in all
     backends. Statements that all databases understand are in this class.
     """
+
+    # Condition for rows whose value is in the JSON list :ids. It is one parameter, so that databases compile and cache
+    # one statement for any number of ids.
+    IN_IDS: str
 
     # ---- building
 
@@ -215,7 +214,9 @@ class Backend(ABC):
                 others = self._fetch_vectors(run, [content_id for content_id in ids if content_id not in scores])
                 scores |= {content_id: float(other @ vector) for content_id, other in others.items()}
             matched_ids = sorted(set(ids) & set(matches.tolist()))
-            matched = self._find_matched_fields(run, query, matched_ids) if matched_ids else {}
+            matched = {}
+            if matched_ids:
+                matched = find_matched_fields(query, self._read_word_fields(run, query, matched_ids))
             return self._read_hits(run, ids, scores, matched, image_filter)
 
         return self._read(read)
@@ -229,12 +230,12 @@ class Backend(ABC):
         image_filter: Filter,
     ) -> list[Hit]:
         """Return the hits with the given content ids. Skip contents that another process has just removed."""
-        columns = ", ".join(item.name for item in CONTENT_FIELDS)
+        names = [item.name for item in CONTENT_FIELDS]
         rows = run(
             "SELECT id, (SELECT count(*) FROM images WHERE content = contents.id), "
-            f"(SELECT text FROM recognized_texts WHERE content = contents.id), {columns} "
-            f"FROM contents WHERE id IN {list_ids(ids)}",
-            {},
+            f"(SELECT text FROM recognized_texts WHERE content = contents.id), {', '.join(names)} "
+            f"FROM contents WHERE id {self.IN_IDS}",
+            {"ids": json.dumps(list(ids))},
         )
         contents = {content_id: values for content_id, *values in rows}
         images = self._read_images(run, ids, self._make_conditions(image_filter))
@@ -249,7 +250,7 @@ class Backend(ABC):
                     image_count,
                     matched.get(content_id, ()),
                     self._decode(text or ""),
-                    **dict(zip([item.name for item in CONTENT_FIELDS], values, strict=True)),
+                    **dict(zip(names, values, strict=True)),
                 )
                 hits.append(hit)
         return hits
@@ -283,7 +284,7 @@ class Backend(ABC):
         return list(dict.fromkeys(str(content_id) for (content_id,) in rows))[:count]
 
     def save_calibration(self, data: bytes) -> None:
-        """Store a serialized `search.relevance.Calibration`, or empty bytes if the index is to have none."""
+        """Store a serialized `search.ranking.Calibration`, or empty bytes if the index is to have none."""
         with self._write() as run:
             run("DELETE FROM calibration", {})
             run("INSERT INTO calibration VALUES (:data)", {"data": data})
@@ -366,8 +367,8 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def _find_matched_fields(self, run: Query, query: WordQuery, ids: Sequence[int]) -> dict[int, tuple[str, ...]]:
-        """Return the fields that contain words of the query, for contents that contain all words."""
+    def _read_word_fields(self, run: Query, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
+        """Return the ids of the given contents and the fields of their images that contain all words of a query."""
 
     @abstractmethod
     def _read_images(
@@ -378,9 +379,15 @@ class Backend(ABC):
         If there are more images, return those indexed first, so that the database can stop reading early.
         """
 
-    @abstractmethod
     def _fetch_vectors(self, run: Query, ids: Sequence[int]) -> dict[int, np.ndarray]:
         """Return the float32 vectors with the given content ids. Unknown ids are skipped."""
+        statement = f"SELECT id, vector FROM contents WHERE id {self.IN_IDS}"
+        rows = run(statement, {"ids": json.dumps(list(ids))}) if len(ids) else []
+        return {content_id: self._decode_vector(vector) for content_id, vector in rows}
+
+    @abstractmethod
+    def _decode_vector(self, vector: Any) -> np.ndarray:
+        """Return a value of the column `vector` as a float32 array of shape (D,)."""
 
     # ---- rows
 
@@ -408,29 +415,18 @@ class Backend(ABC):
         return IndexedImage(ref=ref, captions=captions, **values)
 
 
-def list_ids(ids: Sequence[int]) -> str:
-    """Return an SQL list of integer ids."""
-    return f"({', '.join(str(int(content_id)) for content_id in ids) or 'NULL'})"
+# ---- opening
 
 
 def format_missing_index_message(folder: str | Path) -> str:
-    """Return the error message for a folder that contains no index."""
     out = shlex.quote(str(folder))
     return f"{folder} is not an index. Create an index with: llm2clip index PHOTOS --model MODEL --out {out}"
-
-
-class IndexUnavailableError(OSError):
-    """An index cannot be read, because its server is down, or because its tables are corrupt or being replaced.
-
-    Trying again later may help.
-    """
 
 
 def open_backend(location: str, write: bool = False, approximate_above: int | None = None) -> Backend:
     """Open the index in a local folder or at a URL of the form URL_FORM.
 
     Args:
-        location: Local folder or URL.
         write: If True, open the index for writing, and create it if it does not exist.
         approximate_above: Minimum number of distinct images for approximate search. Default: 1,000,000 for a folder,
             100,000 for PostgreSQL.

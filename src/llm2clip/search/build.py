@@ -9,13 +9,14 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from llm2clip.data.image_loader import iter_image_batches
-from llm2clip.data.image_refs import TarImage, get_file_version, resolve_folder, to_valid_unicode
+from llm2clip.data.image_refs import TarImage, resolve_folder, to_valid_unicode
 from llm2clip.data.images import make_thumbnail
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.remote import is_remote
@@ -25,7 +26,8 @@ from llm2clip.models.loading import fingerprint
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import Backend
-from llm2clip.search.exif import read_exif
+from llm2clip.search.images import format_file_version, read_container_version
+from llm2clip.search.metadata import read_exif
 from llm2clip.search.ocr import RecognizeText, recognize_texts
 from llm2clip.search.relevance import remove_calibration, update_calibration
 from llm2clip.search.types import REF_TYPES, ImageState, IndexedContent, IndexedImage
@@ -112,15 +114,9 @@ def build_index(
     with backend.lock():
         model = _prepare_backend(backend, model, options.dim)
         parsed = [_parse_source(source, options.columns) for source in sources]
-        indexed_by_source = {str(source): backend.indexed([to_valid_unicode(str(source))]) for source in parsed}
-        try:
-            images = scan_sources(parsed, log, options.prune, options.allow_outside)
-        except FileNotFoundError as error:
-            if any(indexed_by_source[str(source)] and source.path in str(error) for source in parsed):
-                raise FileNotFoundError(
-                    f"{error}\nIf the source no longer exists, add --prune to remove its images from the index."
-                ) from error
-            raise
+        names = [to_valid_unicode(str(source)) for source in parsed]
+        indexed_by_source = {name: backend.indexed([name]) for name in names}
+        images = _scan_indexed_sources(parsed, indexed_by_source, log, options)
         indexed = {name: state for states in indexed_by_source.values() for name, state in states.items()}
         to_add = []
         for image in images.values():
@@ -148,13 +144,26 @@ def build_index(
             embedded=embedded,
         )
         if options.recognize is not None:
-            names = [to_valid_unicode(str(source)) for source in parsed]
             report.read = recognize_texts(names, backend, options.recognize, log, options.workers)
         if options.relevance:
             update_calibration(backend, model, changed=bool(report))
         else:
             remove_calibration(backend)
     return report
+
+
+def _scan_indexed_sources(
+    sources: Sequence[Source], indexed: Mapping[str, Mapping[str, ImageState]], log: SkipLog, options: IndexOptions
+) -> dict[str, IndexedImage]:
+    """Return the images of all sources. If a source with indexed images is missing, recommend --prune."""
+    try:
+        return scan_sources(sources, log, options.prune, options.allow_outside)
+    except FileNotFoundError as error:
+        if any(indexed[to_valid_unicode(str(source))] and source.path in str(error) for source in sources):
+            raise FileNotFoundError(
+                f"{error}\nIf the source no longer exists, add --prune to remove its images from the index."
+            ) from error
+        raise
 
 
 def _prepare_backend(backend: Backend, model: DualEncoder, dim: int | None) -> DualEncoder:
@@ -231,7 +240,7 @@ def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
 
 
 def _parse_source(text: str, columns: dict[str, str]) -> Source:
-    """Parse a source, make its path absolute, and add the given column names."""
+    """Parse a source, and make its path absolute."""
     source = Source.parse(text)
     path = source.path
     if is_remote(path):
@@ -242,10 +251,7 @@ def _parse_source(text: str, columns: dict[str, str]) -> Source:
 
 
 def _is_unchanged_file(name: str, version: str, folders: Sequence[str]) -> bool:
-    """Return True if an indexed image is a file in one of the folders and has not changed since indexing.
-
-    If the scan missed such a file, there was a read error, so the image must stay in the index.
-    """
+    """Return True for an unchanged file in one of the folders. If the scan missed it, there was a read error."""
     try:
         stat = os.stat(name)
     except (OSError, ValueError):
@@ -277,8 +283,7 @@ def _read_images(
     """Read and hash image files.
 
     Returns:
-        A list of (image, content hash) pairs for content that is already in the index, and a dict that groups all other
-        readable images by content hash.
+        Pairs of image and content hash for content that is already in the index, and all other images by content hash.
     """
     readable: list[tuple[IndexedImage, bytes]] = []
     for image in ProgressBar(images, desc="read", unit="image"):
@@ -303,7 +308,8 @@ def _embed_images(
     hashes = list(images_by_hash)
     refs = [images_by_hash[digest][0].ref for digest in hashes]
     with ProgressBar(total=len(refs), desc="embed", unit="image", disable=not refs) as bar:
-        batches = iter_image_batches(refs, PrepareImage(model.transform), options.batch_size, options.workers)
+        prepare = partial(_prepare_image, model.transform)  # can be pickled
+        batches = iter_image_batches(refs, prepare, options.batch_size, options.workers)
         for indices, prepared, errors in batches:
             contents = []
             vectors = model.encode_images([pixels for pixels, *_ in prepared]).numpy() if indices else ()
@@ -320,15 +326,10 @@ def _embed_images(
             bar.update(len(contents) + len(errors))
 
 
-@dataclass(frozen=True)
-class PrepareImage:
-    """Transform that returns the model input, JPEG thumbnail, width and height of a decoded image."""
-
-    transform: Callable[[Tensor], Any]
-
-    def __call__(self, image: Tensor) -> tuple[Any, bytes, int, int]:
-        height, width = image.shape[-2:]
-        return self.transform(image), make_thumbnail(image, THUMBNAIL_SIDE), width, height
+def _prepare_image(transform: Callable[[Tensor], Any], image: Tensor) -> tuple[Any, bytes, int, int]:
+    """Return the model input, JPEG thumbnail, width and height of a decoded image."""
+    height, width = image.shape[-2:]
+    return transform(image), make_thumbnail(image, THUMBNAIL_SIDE), width, height
 
 
 # ---- scanning the sources
@@ -337,10 +338,7 @@ class PrepareImage:
 def scan_sources(
     sources: Sequence[Source], log: SkipLog, prune: bool = False, allow_outside: bool = False
 ) -> dict[str, IndexedImage]:
-    """Return the images of all sources, keyed by name. See `scan_source` for the arguments.
-
-    Rows with the same image are merged, and their captions are combined.
-    """
+    """Return the images of all sources, keyed by name. Rows with the same image are merged, with all captions."""
     images: dict[str, IndexedImage] = {}
     for source in sources:
         for image in scan_source(source, log, prune, allow_outside):
@@ -359,15 +357,13 @@ def scan_sources(
 def scan_source(
     source: Source, log: SkipLog, prune: bool = False, allow_outside: bool = False
 ) -> Iterator[IndexedImage]:
-    """Yield the images of a source without decoding them.
+    """Yield the images of a source with an absolute path, without decoding them.
 
     By default, images outside the source's folder are skipped. All users of a server can see the images in its index,
     so a caption file or symbolic link in an untrusted source could otherwise expose private images.
 
     Args:
-        source: Image source with an absolute path.
-        log: Skip log for rows without an image and images outside the source's folder.
-        prune: If True, treat a missing source as empty. If False, a missing or empty source raises an error.
+        prune: If True, treat a missing source as empty.
         allow_outside: If True, also yield images outside the source's folder.
 
     Raises:
@@ -414,9 +410,8 @@ def scan_source(
 def _find_source_folder(source: str) -> str:
     """Return the folder that must contain the source's images, with symbolic links resolved.
 
-    If the source is a folder, this is the source itself. If it is a file, this is its parent folder. If it is a glob
-    pattern, this is the part before the first path component with a special character. For files in a folder named
-    `annotations`, such as COCO's caption files, this is the parent of `annotations`, which also contains the images.
+    This is the source itself, or the last existing folder of the path of a file or glob pattern. For files in a folder
+    named `annotations`, such as COCO's caption files, it is the parent of `annotations`, which contains the images.
     """
     folder = os.path.abspath(source)
     while not os.path.isdir(folder):
@@ -431,18 +426,6 @@ def _is_in_folder(path: str, folder: str) -> bool:
     if os.path.islink(path):
         path = os.path.realpath(path)
     return path == folder or path.startswith(os.path.join(folder, ""))
-
-
-def format_file_version(stat: os.stat_result) -> str:
-    """Return a file's size and modification time as a string, used to detect changes."""
-    return f"{stat.st_size} {stat.st_mtime_ns}"
-
-
-def read_container_version(path: str) -> str:
-    """Return a string that changes when an image file, a tar file, a table or any file in a saved data set changes."""
-    if not os.path.isdir(path):
-        return format_file_version(os.stat(path))
-    return hashlib.sha256(repr(get_file_version(path)).encode()).hexdigest()[:32]
 
 
 def read_digest_and_metadata(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, IndexedImage]:

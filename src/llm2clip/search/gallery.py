@@ -35,32 +35,18 @@ from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import Backend, hide_password, open_backend
 from llm2clip.search.build import truncate_to_index
-from llm2clip.search.metadata import Filter
+from llm2clip.search.metadata import Filter, list_details
 from llm2clip.search.types import Hit
 
 PAGE_FOLDER = Path(__file__).parent / "gallery_page"
 STYLE_SHEET = Path(__file__).parent / "static/page.css"
+MIT_LICENSE = Path(__file__).with_name("mit_license.txt")
 MAX_MB = 1000  # default size limit; several free hosts have this limit
 # Larger text encoders, such as most LLMs, take too long to download and too much memory in a browser.
 MAX_TEXT_PARAMETERS = 125_000_000
 HITS_PER_READ = 1000
 SAMPLED_THUMBNAILS = 200  # number of thumbnails from which the size of all thumbnails is estimated
 MAX_CAPTION_CHARACTERS = 300
-MIT_LICENSE = """Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
-associated documentation files (the "Software"), to deal in the Software without restriction,
-including without limitation the rights to use, copy, modify, merge, publish, distribute,
-sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
-furnished to do so, subject to the following conditions:
-
-The above copyright notice and this permission notice shall be included in all copies or substantial
-portions of the Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
-NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
-NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES
-OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
-CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
-"""
 
 
 def export_gallery(
@@ -71,7 +57,6 @@ def export_gallery(
     Args:
         model_name: llm2clip model that built the index, with a small text encoder.
         index: index folder or URL, as in `open_backend`.
-        out: folder to create.
         max_mb: maximum size of the gallery in MB.
         with_private: whether to include private metadata, such as GPS positions.
 
@@ -112,7 +97,7 @@ def export_gallery(
     return messages
 
 
-# ---- checks ---------------------------------------------------------------------------------------------------------
+# ---- checks
 
 
 def check_text_encoder_size(model: LLM2CLIP, name: str) -> int:
@@ -169,7 +154,7 @@ def check_gallery_size(index: str, backend: Backend, text_parameters: int, max_m
     print_once(f"Gallery: {summary}")
 
 
-# ---- contents -------------------------------------------------------------------------------------------------------
+# ---- contents
 
 
 def _write_images(backend: Backend, folder: Path, with_private: bool) -> list[list[Any]]:
@@ -178,14 +163,14 @@ def _write_images(backend: Backend, folder: Path, with_private: bool) -> list[li
     images: list[list[Any]] = []
     vectors = []
     with ProgressBar(total=backend.count()[1], desc="gallery", unit="image") as bar:
-        for hit in _iterate_hits(backend):
+        for hit in iterate_hits(backend):
             vector, thumbnail = backend.vector(hit.id), backend.thumbnail(hit.id)
             if vector is None or thumbnail is None:  # removed by another process since the search
                 continue
             (folder / f"thumbnails/{len(images)}.jpg").write_bytes(thumbnail)
             image = hit.images[0]
             caption = image.captions[0][:MAX_CAPTION_CHARACTERS] if image.captions else ""
-            details = [[item.text, item.url] for item in hit.details if with_private or not item.is_private]
+            details = [[item.text, item.url] for item in list_details(hit, image, with_private)]
             images.append([image.file_name, caption, details])
             vectors.append(vector.astype(np.float16))
             bar.update(1)
@@ -194,7 +179,7 @@ def _write_images(backend: Backend, folder: Path, with_private: bool) -> list[li
     return images
 
 
-def _iterate_hits(backend: Backend) -> Iterator[Hit]:
+def iterate_hits(backend: Backend) -> Iterator[Hit]:
     """Yield all image contents of an index, newest first."""
     offset = 0
     while hits := backend.search(None, HITS_PER_READ, Filter(), offset):
@@ -244,7 +229,8 @@ def _format_licenses() -> str:
     for package in (ONNXRUNTIME_WEB, TOKENIZERS):
         files = ", ".join(f"lib/{name}" for name in package.files.values())
         sections.append(f"{package.name} {package.version} ({package.license}): {package.homepage}\nFiles: {files}\n")
-    return "\n".join([*sections, "onnxruntime-web: Copyright (c) Microsoft Corporation. MIT License\n", MIT_LICENSE])
+    copyright_notice = "onnxruntime-web: Copyright (c) Microsoft Corporation. MIT License\n"
+    return "\n".join([*sections, copyright_notice, MIT_LICENSE.read_text(encoding="utf-8")])
 
 
 def _format_sizes(folder: Path, count: int) -> str:

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import hashlib
 import io
 import os
 from typing import BinaryIO, NamedTuple
@@ -10,17 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from llm2clip.data.image_header import ImageFormatError, is_heic, open_header
-from llm2clip.data.image_refs import FileImage, read_image_file
+from llm2clip.data.image_refs import FileImage, get_file_version, read_image_file
 from llm2clip.data.images import ImageError, load_image
 from llm2clip.search.backends import Backend
-from llm2clip.search.build import format_file_version, read_container_version
-from llm2clip.search.types import IndexedImage
+from llm2clip.search.types import IndexedImage, NotFound
 
 # ---- files of hits
-
-
-class NotFound(LookupError):
-    """Raised when the index, an indexed image, or its original file does not exist."""
 
 
 class TooLarge(ValueError):
@@ -52,10 +48,7 @@ def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
 
 
 def read_original(backend: Backend, hit_id: str, max_bytes: int | None = None) -> bytes:
-    """Return the contents of a hit's image file.
-
-    Args:
-        max_bytes: Maximum size of the file. Default: the limit of `read_image_file`.
+    """Return the contents of a hit's image file. By default, its maximum size is the limit of `read_image_file`.
 
     Raises:
         NotFound: See `open_original`.
@@ -72,7 +65,6 @@ def read_original(backend: Backend, hit_id: str, max_bytes: int | None = None) -
 
 
 def _open_unchanged_image(image: IndexedImage) -> BinaryIO:
-    """Open an image's file. Raise FileNotFoundError if the file has been changed or removed since indexing."""
     path = image.ref.container_path or ""
     if read_container_version(path) != image.file_version:  # check before opening, because a named pipe would block
         raise FileNotFoundError(f"{path} has changed since it was indexed")
@@ -80,6 +72,18 @@ def _open_unchanged_image(image: IndexedImage) -> BinaryIO:
     if isinstance(image.ref, FileImage) and format_file_version(os.fstat(stream.fileno())) != image.file_version:
         raise FileNotFoundError(f"{path} has changed since it was indexed")
     return stream
+
+
+def format_file_version(stat: os.stat_result) -> str:
+    """Return a file's size and modification time as a string, used to detect changes."""
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def read_container_version(path: str) -> str:
+    """Return a string that changes when an image file, a tar file, a table or any file in a saved data set changes."""
+    if not os.path.isdir(path):
+        return format_file_version(os.stat(path))
+    return hashlib.sha256(repr(get_file_version(path)).encode()).hexdigest()[:32]
 
 
 # ---- images in requests
@@ -107,22 +111,21 @@ class RequestImage(NamedTuple):
     data: bytes | str
     param: str
 
-    def load(self, max_pixels: int) -> Tensor:
-        """Decode the image to a uint8 tensor of shape (3, H, W).
-
-        Raises:
-            InvalidImage: The image cannot be decoded, or has more than `max_pixels` pixels.
-        """
-        try:
-            data = decode_data_uri(self.data) if isinstance(self.data, str) else self.data
-            return load_request_image(data, max_pixels)
-        except (ImageError, TooLarge) as error:
-            raise InvalidImage(error, self.param) from error
-
 
 def load_query_image(image: RequestImage | bytes, max_pixels: int) -> Tensor:
-    """Decode an image of a request, or the contents of an image file, to a uint8 tensor of shape (3, H, W)."""
-    return image.load(max_pixels) if isinstance(image, RequestImage) else load_request_image(image, max_pixels)
+    """Decode an image of a request, or the contents of an image file, to a uint8 tensor of shape (3, H, W).
+
+    Raises:
+        InvalidImage: The image of a request cannot be decoded, or has more than `max_pixels` pixels.
+        ImageError, TooLarge: The same, for the contents of a file.
+    """
+    if not isinstance(image, RequestImage):
+        return load_request_image(image, max_pixels)
+    try:
+        data = decode_data_uri(image.data) if isinstance(image.data, str) else image.data
+        return load_request_image(data, max_pixels)
+    except (ImageError, TooLarge) as error:
+        raise InvalidImage(error, image.param) from error
 
 
 def decode_data_uri(uri: str) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,14 +20,29 @@ from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search.backends import Backend, open_backend
 from llm2clip.search.build import truncate_to_index
-from llm2clip.search.explain import Explanation, explain_hit
-from llm2clip.search.heatmap import compute_heatmap, draw_heatmap, locate_query, require_dense_encoder
-from llm2clip.search.images import NotFound, read_original
+from llm2clip.search.explain import (
+    Explanation,
+    compute_heatmap,
+    draw_heatmap,
+    explain_hit,
+    locate_query,
+    require_dense_encoder,
+)
+from llm2clip.search.images import read_original
 from llm2clip.search.metadata import Filter
-from llm2clip.search.query import QueryEncoder, QueryVectors, SearchQuery, UnsupportedQuery
-from llm2clip.search.ranking import READ_FACTOR, RERANKED, HitPage, Reranker, Reranking, group_similar_hits
+from llm2clip.search.query import (
+    READ_FACTOR,
+    RERANKED,
+    HitPage,
+    QueryEncoder,
+    QueryVectors,
+    Reranker,
+    Reranking,
+    SearchQuery,
+    group_similar_hits,
+)
 from llm2clip.search.relevance import Calibration, load_calibration, search_relevant
-from llm2clip.search.types import Hit
+from llm2clip.search.types import Hit, NotFound, Slots, UnsupportedQuery
 
 CALIBRATION_SECONDS = 60.0  # maximum age of the cached calibration of relevance, in seconds
 COUNT_SECONDS = 1.0  # maximum age of the cached image count, in seconds
@@ -131,7 +145,7 @@ class Index:
         """
         self.backend, self.resources = backend, resources or Resources()
         self._model, self._rerank_model, self._templates, self._load = model, rerank_model, templates, load
-        self._cache_lock = threading.Lock()
+        self._count_slot, self._calibration_slot = Slots(1), Slots(1)
         self._counts, self._counts_time = (0, 0), -math.inf
         self._calibration: Calibration | None = None
         self._calibration_time = -math.inf
@@ -227,17 +241,47 @@ class Index:
             raise ValueError("the query is empty: provide at least one text, image, hit id or filter")
         if options.rerank and not self.can_rerank:
             raise UnsupportedQuery("re-ranking requires a re-ranking model: open the index with a rerank_model")
-        reranks = options.rerank and bool(query) and offset < RERANKED
-        groups = options.group_similar and bool(query)
         vectors = self.embed(query) if query else None
+        groups = options.group_similar and bool(query)
+        hits, nothing_close, reranking = self._rank(query, vectors, top, offset, image_filter, options)
+        page = HitPage(hits, len(hits))
+        calibration = self.calibration if query else None
+        with self.resources.scanning:
+            if groups:
+                mean = None if calibration is None else calibration.sample_mean
+                page = group_similar_hits(hits, self.backend, top, mean)
+            total = self.backend.count_matches(image_filter) if image_filter else self.count()[1]
+        # A backend skips images that another process has just removed, so a complete page may have fewer hits.
+        read = top * (READ_FACTOR if groups else 1)
+        end = offset + (read if page.size == len(hits) else page.size)
+        return SearchPage(
+            hits=page.hits,
+            nothing_close=nothing_close,
+            total=total,
+            next_offset=end if page.hits and end < total else None,
+            rerank_seconds=None if reranking is None else reranking.seconds,
+            rerank_missing=None if reranking is None else reranking.missing,
+            query=vectors,
+        )
 
+    def _rank(
+        self,
+        query: SearchQuery,
+        vectors: QueryVectors | None,
+        top: int,
+        offset: int,
+        image_filter: Filter,
+        options: SearchOptions,
+    ) -> tuple[list[Hit], bool, Reranking | None]:
+        """Return the hits of a page before similar ones are grouped, and whether nothing is close."""
+        reranks = options.rerank and bool(query) and offset < RERANKED
         # All pages with re-ranked hits are parts of one ranking, so these pages read it from the start.
         start = 0 if reranks else offset
         skipped = offset - start
-        count = top * (READ_FACTOR if groups else 1)
+        count = top * (READ_FACTOR if options.group_similar and query else 1)
         calibration = self.calibration if query else None
         with self.resources.scanning:
-            result = search_relevant(
+            hits, nothing_close = search_relevant(
                 self.backend,
                 calibration,
                 vectors,
@@ -247,27 +291,11 @@ class Index:
                 words=query.texts if options.words and not query.has_negative_parts else (),
                 show_weak=options.show_weak,
             )
-        hits, reranking = result.hits, None
+        reranking = None
         if reranks:
             reranking = self._reranker.sort(query, hits) if hits else Reranking(hits, 0, 0.0)
             hits = reranking.hits
-        hits = hits[skipped : skipped + count]
-        page = HitPage(hits, len(hits))
-        with self.resources.scanning:
-            if groups:
-                page = group_similar_hits(hits, self.backend, top, calibration)
-            total = self.backend.count_matches(image_filter) if image_filter else self.count()[1]
-        # A backend skips images that another process has just removed, so a complete page may have fewer hits.
-        end = offset + (count if page.size == len(hits) else page.size)
-        return SearchPage(
-            hits=page.hits,
-            nothing_close=result.nothing_close,
-            total=total,
-            next_offset=end if page.hits and end < total else None,
-            rerank_seconds=None if reranking is None else reranking.seconds,
-            rerank_missing=None if reranking is None else reranking.missing,
-            query=vectors,
-        )
+        return hits[skipped : skipped + count], nothing_close, reranking
 
     def explain(self, query: str | SearchQuery, hit_id: str) -> Explanation:
         """Return how much the score of a hit changes if a word is removed from the query's texts.
@@ -286,13 +314,13 @@ class Index:
         """Return the cosine similarity between a query and each cell of a hit's image, of shape (h, w), float32.
 
         Args:
-            variant, image_size: See `heatmap.locate_query`.
+            variant, image_size: See `explain.locate_query`.
 
         Raises:
             ValueError: The model cannot embed image regions, or does not support the variant or the size.
             NotFound: The index does not contain the hit, or its file has been changed or removed.
         """
-        vector = self.embed(_to_query(query)).combined
+        vector = self.embed(query).combined
         return locate_query(self.encoder, vector, lambda: self._load_original(hit_id), variant, image_size)
 
     def draw_heatmaps(self, page: SearchPage) -> dict[str, bytes]:
@@ -324,7 +352,7 @@ class Index:
 
     def count(self) -> tuple[int, int]:
         """Return the numbers of images and of distinct images in the index, which may be up to a second old."""
-        with self._cache_lock:
+        with self._count_slot:
             if time.monotonic() - self._counts_time > COUNT_SECONDS:
                 self._counts, self._counts_time = self.backend.count(), time.monotonic()
             return self._counts
@@ -333,7 +361,7 @@ class Index:
     def calibration(self) -> Calibration | None:
         """Calibration of relevance, which may be up to a minute old. None if the index has none for its model."""
         encoder = self.encoder
-        with self._cache_lock:
+        with self._calibration_slot:
             if time.monotonic() - self._calibration_time > CALIBRATION_SECONDS:
                 self._calibration = load_calibration(self.backend, encoder.model)
                 self._calibration_time = time.monotonic()

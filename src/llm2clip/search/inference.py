@@ -12,9 +12,10 @@ and at most as many texts, and as many images, wait for the model. Otherwise, `Q
 converts to status 429.
 
 Timeouts: `RequestMiddleware` cancels a request after `Limits.timeout` and responds with status 504. A request that has
-not started never starts. Otherwise, its thread continues until it next waits for the model, a decoder or the index:
-every wait ends at the deadline of the request (`Deadline`), and texts that are still queued are removed. Only a forward
-pass, a scan or the decoding of an image that has already started runs to its end, of which there are at most a few.
+not started never starts. Otherwise, its thread continues until it next waits for the model, a decoder, the index or a
+database connection: every wait ends at the deadline of the request (`types.Deadline`), and texts that are still queued
+are removed. Only a forward pass, a scan or the decoding of an image that has already started runs to its end, of which
+there are at most a few.
 """
 
 import asyncio
@@ -25,9 +26,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
-from contextvars import ContextVar, copy_context
+from contextvars import copy_context
 from functools import partial
-from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -36,14 +37,15 @@ from torch import Tensor
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
-from llm2clip.search.backends import Backend, IndexUnavailableError
-from llm2clip.search.images import NotFound, load_query_image, open_original
+from llm2clip.search.backends import Backend
+from llm2clip.search.images import load_query_image, open_original
 from llm2clip.search.index import Index, Resources
 from llm2clip.search.query import QueryEncoder
+from llm2clip.search.types import IndexUnavailableError, NotFound, Slots, current_deadline
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-DECODERS = 2  # number of threads that decode an image at the same time
+DECODERS = 2  # number of threads that read or decode an image at the same time
 SCANS = 2  # number of searches that scan the index at the same time; more would only compete for memory bandwidth
 WORKERS_PER_BATCH_ITEM = 2  # while a batch is encoded, the next one is collected
 MAX_WAIT = 0.03  # maximum time to wait for more items before processing a batch, in seconds
@@ -51,29 +53,6 @@ MAX_WAIT = 0.03  # maximum time to wait for more items before processing a batch
 
 class QueueFull(Exception):
     """Raised when too many items are waiting. The caller should try again later."""
-
-
-class DeadlineExceeded(TimeoutError):
-    """Raised when a request has taken longer than the time limit."""
-
-
-class Deadline(NamedTuple):
-    """End of a request, as `time.monotonic`, and the time limit of requests in seconds."""
-
-    end: float = math.inf
-    limit: float = math.inf
-
-    @property
-    def remaining(self) -> float | None:
-        """Remaining time in seconds, or None without a limit."""
-        return None if self.end == math.inf else max(0.0, self.end - time.monotonic())
-
-    def make_error(self) -> DeadlineExceeded:
-        return DeadlineExceeded(f"the request took longer than {self.limit:g} seconds")
-
-
-NO_DEADLINE = Deadline()
-current_deadline: ContextVar[Deadline] = ContextVar("current_deadline", default=NO_DEADLINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,24 +81,6 @@ class Limits:
     batch_size: int = 32
     max_connections: int = 512
     idle_timeout: float = 10.0
-
-
-# ---- waiting
-
-
-class Slots:
-    """Context manager that a limited number of threads can hold. Waiting for it ends at the request's deadline."""
-
-    def __init__(self, count: int) -> None:
-        self._semaphore = threading.BoundedSemaphore(count)
-
-    def __enter__(self) -> None:
-        deadline = current_deadline.get()
-        if not self._semaphore.acquire(timeout=deadline.remaining):
-            raise deadline.make_error()
-
-    def __exit__(self, *_: object) -> None:
-        self._semaphore.release()
 
 
 class WorkerPool:
@@ -208,6 +169,7 @@ class Batcher(Generic[Item, Result]):
         self._queue: deque[_Pending[Item, Result]] = deque()
         self._changed = threading.Condition()  # guards the queue
         self._is_scheduled = False  # True if the executor will process the queue
+        self._is_closed = False
         self._last_size, self._last_seconds = 0, 0.0  # number of items in the last batch, and its duration
 
     def __len__(self) -> int:
@@ -219,12 +181,15 @@ class Batcher(Generic[Item, Result]):
 
         Raises:
             ValueError: There are more than `max_queue` items.
-            QueueFull: The queue does not have enough space for the items.
+            QueueFull: The queue does not have enough space for the items, or is closed.
             DeadlineExceeded: The request's deadline passed first. Items that are still waiting are removed.
+            CancelledError: The queue was closed while the items were waiting.
             Exception: Any exception that `work` raises for one of the items.
         """
         entries: list[_Pending[Item, Result]] = [_Pending(item, Future()) for item in items]
         with self._changed:
+            if self._is_closed:
+                raise QueueFull("the server is stopping; try again later")
             _check_capacity(len(items), len(self), self._max_queue, "items")
             self._queue.extend(entries)
             self._changed.notify()
@@ -295,10 +260,12 @@ class Batcher(Generic[Item, Result]):
             entry.result.set_result(result)
 
     def close(self) -> None:
-        """Cancel all waiting items."""
+        """Cancel all waiting items, so that their callers stop waiting, and reject new ones."""
         with self._changed:
+            self._is_closed = True
             for entry in self._queue:
-                entry.result.cancel()
+                if entry.result.cancel():
+                    entry.result.set_running_or_notify_cancel()  # wakes the caller
             self._queue.clear()
 
 
@@ -324,11 +291,11 @@ class InferenceService:
     ) -> None:
         """
         Args:
-            model_thread: Single-threaded executor that loaded the model and will run it. On a CPU, each thread that
+            model_thread: Single-threaded executor that loaded the models and will run them. On a CPU, each thread that
                 runs PyTorch operations has its own OpenMP thread pool. With more OpenMP threads than cores, the threads
                 do not busy-wait between operations, which halves the model's speed.
             templates: Prompt templates for requests without templates. See `build_query_prompts`.
-            rerank_model: Re-ranking model, loaded by `model_thread`. If None, requests for re-ranking are rejected.
+            rerank_model: Re-ranking model. If None, requests for re-ranking are rejected.
 
         Raises:
             ValueError: The index was built with a different model.
@@ -346,9 +313,10 @@ class InferenceService:
         self._file_readers = WorkerPool(DECODERS, "files", limits.max_queue)
         self._create_metrics()
         self._batchers: list[Batcher[Any, Any]] = []
+        self._decoding = Slots(DECODERS)
         resources = Resources(
             load=partial(load_query_image, max_pixels=limits.max_pixels),
-            decoding=Slots(DECODERS),
+            decoding=self._decoding,
             scanning=Slots(SCANS),
             max_file_bytes=limits.max_body_bytes,
         )
@@ -362,11 +330,7 @@ class InferenceService:
             self.index.encoder  # noqa: B018  (checks that the model fits the index)
 
     def _batch_calls(self, model: DualEncoder, prefix: str = "") -> DualEncoder:
-        """Return a model whose calls are batched and run by the model thread.
-
-        Args:
-            prefix: Prefix of the metrics' labels.
-        """
+        """Return a model whose calls are batched and run by the model thread. The prefix is for the metrics' labels."""
 
         @torch.inference_mode()
         def encode_texts(texts: list[str]) -> list[Tensor]:
@@ -415,18 +379,11 @@ class InferenceService:
         self.request_count = Counter(
             "llm2clip_http_requests", "Number of HTTP requests.", ["method", "path", "status"], registry=registry
         )
-        self.request_duration = Histogram(
-            "llm2clip_http_request_duration_seconds",
-            "Duration of HTTP requests in seconds.",
-            ["path"],
-            registry=registry,
-        )
+        name = "llm2clip_http_request_duration_seconds"
+        self.request_duration = Histogram(name, "Duration of HTTP requests in seconds.", ["path"], registry=registry)
+        sizes = (1, 2, 4, 8, 16, 32, 64)
         self.batch_sizes = Histogram(
-            "llm2clip_batch_size",
-            "Number of items per forward pass.",
-            ["kind"],
-            buckets=(1, 2, 4, 8, 16, 32, 64),
-            registry=registry,
+            "llm2clip_batch_size", "Number of items per forward pass.", ["kind"], buckets=sizes, registry=registry
         )
         self.queue_size = Gauge(
             "llm2clip_queue_size", "Number of items waiting for the model.", ["kind"], registry=registry
@@ -444,7 +401,13 @@ class InferenceService:
 
     async def open_original(self, hit_id: str) -> tuple[BinaryIO, str]:
         """Open a hit's image file. See `images.open_original` for the return values."""
-        return await self._file_readers.run(open_original, self.require_index().backend, hit_id)
+        backend = self.require_index().backend
+
+        def open_file() -> tuple[BinaryIO, str]:
+            with self._decoding:
+                return open_original(backend, hit_id)
+
+        return await self._file_readers.run(open_file)
 
     def close(self) -> None:
         """Cancel all queued work and stop all idle threads.

@@ -2,16 +2,18 @@
 
 The columns of both index backends, the HTTP API, the options and the JSON output of `llm2clip search`, the details and
 filters of the search page, its CSV list and galleries are derived from the declarations. To add a field, declare it
-here, read it in `exif.read_exif`, and increase `backends.FORMAT_VERSION`.
+here, read it in `read_exif`, and increase `backends.FORMAT_VERSION`.
 """
 
+import io
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from types import NoneType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 # FTS5's trigram tokenizer stops at NUL, and SQLite cannot store lone surrogates. They are replaced with symbols, such
 # as U+2400 (␀) for NUL, which separate words as the original characters do.
@@ -36,14 +38,16 @@ def escape_pattern(text: str) -> str:
     return text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
 
 
+# ---- declarations
+
+
 @dataclass(frozen=True)
 class Condition:
     """A condition of a `Filter`.
 
     Attributes:
         name: Name in `Filter`, in the HTTP API and on the command line.
-        kind: Type of the value: a text, a number, or a time as a Unix timestamp. On the command line and on the search
-            page, times are dates.
+        kind: Type of the value. Times are Unix timestamps, and dates on the command line and on the search page.
         label: Description in front of the value on the search page.
         description: Continuation of "Only images" in the HTTP API and in `--help`.
         sql: SQL condition. `:NAME` is the value. Empty if each backend has its own.
@@ -63,10 +67,12 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Declaration:
-    """Declaration of a metadata field.
+class MetadataField:
+    """A metadata field. Its column has the same name. For texts, the column `folded_NAME` is normalised, for filters.
 
     Attributes:
+        type: Type of the values: float, int or str.
+        is_nullable: True if the value can be None.
         description: Description in the HTTP API.
         display: Text for the details of an image. `{NAME}` is the value of a field. The text is omitted if one of the
             values is None or empty.
@@ -76,6 +82,9 @@ class Declaration:
         conditions: Filters on the field.
     """
 
+    name: str
+    type: type
+    is_nullable: bool
     description: str
     display: str = ""
     link: str = ""
@@ -85,8 +94,8 @@ class Declaration:
 
 
 def declare(default: Any, **values: Any) -> Any:
-    """Return a dataclass field with the given default and `Declaration`."""
-    return field(default=default, metadata={"declaration": Declaration(**values)})
+    """Return a dataclass field with the given default and attributes of its `MetadataField`."""
+    return field(default=default, metadata=values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,29 +159,12 @@ class ContentMetadata:
     height: int = declare(0, description="height in pixels, after EXIF rotation")
 
 
-@dataclass(frozen=True)
-class MetadataField:
-    """A declared metadata field.
-
-    Attributes:
-        name: Name of the field, and of its column. The column `folded_NAME` contains normalised texts, for filters.
-        type: Type of the values: float, int or str.
-        is_nullable: True if the value can be None.
-    """
-
-    name: str
-    type: type
-    is_nullable: bool
-    declaration: Declaration
-
-
 def list_fields(metadata: type[ImageMetadata] | type[ContentMetadata]) -> tuple[MetadataField, ...]:
-    """Return the declared fields of a class."""
     declared = []
     for item in fields(metadata):
         types = get_args(item.type) or (item.type,)
         [value_type] = [candidate for candidate in types if candidate is not NoneType]
-        declared.append(MetadataField(item.name, value_type, NoneType in types, item.metadata["declaration"]))
+        declared.append(MetadataField(item.name, value_type, NoneType in types, **item.metadata))
     return tuple(declared)
 
 
@@ -180,17 +172,12 @@ IMAGE_FIELDS, CONTENT_FIELDS = list_fields(ImageMetadata), list_fields(ContentMe
 
 
 def list_columns(metadata_fields: tuple[MetadataField, ...]) -> list[str]:
-    """Return the names of the columns of metadata fields."""
     columns = [item.name for item in metadata_fields]
     return columns + [f"folded_{item.name}" for item in metadata_fields if item.type is str]
 
 
 def define_columns(metadata_fields: tuple[MetadataField, ...], types: Mapping[type, str]) -> str:
-    """Return the SQL definitions of the columns of metadata fields.
-
-    Args:
-        types: SQL type of each Python type.
-    """
+    """Return the SQL definitions of the columns of metadata fields, given the SQL type of each Python type."""
     definitions = []
     for item in metadata_fields:
         definition = types[item.type] if item.is_nullable else f"{types[item.type]} NOT NULL"
@@ -207,33 +194,28 @@ def read_columns(values: ImageMetadata | ContentMetadata, metadata_fields: tuple
     return columns
 
 
-class Detail(NamedTuple):
-    """A line about an image, made from one or more metadata fields.
+# ---- display
 
-    Attributes:
-        text: Text for the user.
-        url: URL to which the text is linked, or an empty string.
-        is_private: True if galleries omit the line by default.
-    """
+
+@dataclass(frozen=True)
+class Detail:
+    """A line about an image for the user, with the URL to which it is linked, or an empty string."""
 
     text: str
     url: str
-    is_private: bool
 
 
-def list_details(content: ContentMetadata, image: ImageMetadata) -> list[Detail]:
+def list_details(content: ContentMetadata, image: ImageMetadata, with_private: bool = True) -> list[Detail]:
     """Return the lines about an image content and one of its images."""
     values = to_json(content, CONTENT_FIELDS) | to_json(image, IMAGE_FIELDS)
-    for item in (*CONTENT_FIELDS, *IMAGE_FIELDS):
-        if item.declaration.is_time and values[item.name] is not None:
-            values[item.name] = values[item.name][: len("2024-05-31T12:00")].replace("T", " ")
     details = []
     for item in (*CONTENT_FIELDS, *IMAGE_FIELDS):
-        declaration = item.declaration
-        names = re.findall(r"{(\w+)}", declaration.display)
-        if names and all(values[name] not in (None, "") for name in names):
-            text, url = declaration.display.format(**values), declaration.link.format(**values)
-            details.append(Detail(text, url, declaration.is_private))
+        if item.is_time and values[item.name] is not None:
+            values[item.name] = values[item.name][: len("2024-05-31T12:00")].replace("T", " ")
+        names = re.findall(r"{(\w+)}", item.display)
+        is_shown = with_private or not item.is_private
+        if is_shown and names and all(values[name] not in (None, "") for name in names):
+            details.append(Detail(item.display.format(**values), item.link.format(**values)))
     return details
 
 
@@ -241,17 +223,21 @@ def to_json(values: ImageMetadata | ContentMetadata, metadata_fields: tuple[Meta
     """Return the values of metadata fields. Times are local and in ISO 8601 format, or None if out of range."""
     converted = {item.name: getattr(values, item.name) for item in metadata_fields}
     for item in metadata_fields:
-        if item.declaration.is_time:
-            converted[item.name] = _format_time(converted[item.name])
+        if item.is_time:
+            time = to_datetime(converted[item.name])
+            converted[item.name] = None if time is None else time.isoformat(timespec="seconds")
     return converted
 
 
-def _format_time(timestamp: float) -> str | None:
+def to_datetime(timestamp: float) -> datetime | None:
+    """Return a local time, or None if it is out of range: files can have any modification time."""
     try:
-        return datetime.fromtimestamp(timestamp).isoformat(timespec="seconds")
-    except (OverflowError, OSError, ValueError):  # files can have any modification time
+        return datetime.fromtimestamp(timestamp)
+    except (OverflowError, OSError, ValueError):
         return None
 
+
+# ---- filters
 
 PATH = Condition(
     "path",
@@ -263,8 +249,8 @@ PATH = Condition(
     placeholder="2024/trip or *.png",
 )
 CAPTION = Condition("caption", "text", "caption contains", "with a caption that contains this text, ignoring case")
-CONTENT_CONDITIONS = [condition for item in CONTENT_FIELDS for condition in item.declaration.conditions]
-IMAGE_CONDITIONS = [condition for item in IMAGE_FIELDS for condition in item.declaration.conditions]
+CONTENT_CONDITIONS = [condition for item in CONTENT_FIELDS for condition in item.conditions]
+IMAGE_CONDITIONS = [condition for item in IMAGE_FIELDS for condition in item.conditions]
 CONDITIONS = {condition.name: condition for condition in (CAPTION, PATH, *IMAGE_CONDITIONS, *CONTENT_CONDITIONS)}
 
 
@@ -295,3 +281,59 @@ class Filter:
 
     def __bool__(self) -> bool:
         return bool(self.values)
+
+
+# ---- EXIF data
+
+EXIF_IFD, GPS_IFD = 0x8769, 0x8825
+DATE_TAKEN, DATE, MAKE, MODEL = 0x9003, 0x0132, 0x010F, 0x0110  # EXIF tags
+LATITUDE_REFERENCE, LATITUDE, LONGITUDE_REFERENCE, LONGITUDE = 1, 2, 3, 4  # tags of GPS_IFD
+MAX_CAMERA_LENGTH = 200  # in characters
+TIME_OFFSET = 1e-6  # added to EXIF times that are equal to the file's modification time, in seconds
+
+
+def read_exif(data: bytes, modified: float = 0.0) -> dict[str, Any]:
+    """Return the fields of `ImageMetadata` that an encoded image contains.
+
+    EXIF dates have no time zone, so the local time zone is assumed.
+
+    Args:
+        modified: The file's modification time, which is returned as `taken` if there is no date.
+    """
+    from llm2clip.data.image_header import open_header  # imported here, because the commands import this module
+
+    metadata: dict[str, Any] = {"taken": modified}
+    try:
+        header = open_header(io.BytesIO(data))
+        if header.format == "PNG" and "exif" not in header.info:
+            return metadata  # Pillow would decode the entire image to look for EXIF data after the pixels
+        exif = header.getexif()
+        metadata["camera"] = _read_camera(exif)
+    except Exception:  # Pillow can raise almost any exception for corrupt headers
+        return metadata
+    with suppress(Exception):
+        date = exif.get_ifd(EXIF_IFD).get(DATE_TAKEN) or exif.get(DATE)
+        taken = datetime.strptime(str(date)[:19], "%Y:%m:%d %H:%M:%S").timestamp()
+        metadata["taken"] = taken + TIME_OFFSET if taken == modified else taken  # see `IndexedImage.has_exif_time`
+    with suppress(Exception):
+        gps = exif.get_ifd(GPS_IFD)
+        latitude = _read_angle(gps[LATITUDE], gps[LATITUDE_REFERENCE], "S")
+        longitude = _read_angle(gps[LONGITUDE], gps[LONGITUDE_REFERENCE], "W")
+        if abs(latitude) <= 90 and abs(longitude) <= 180:  # False for NaN
+            metadata |= {"latitude": latitude, "longitude": longitude}
+    return metadata
+
+
+def _read_camera(exif: Any) -> str:
+    from llm2clip.data.image_refs import to_valid_unicode
+
+    make, model = (str(exif.get(tag) or "").strip(" \0") for tag in (MAKE, MODEL))
+    camera = model if model.casefold().startswith(make.casefold()) else f"{make} {model}"
+    return to_valid_unicode(camera[:MAX_CAMERA_LENGTH])
+
+
+def _read_angle(parts: Any, reference: Any, negative_reference: str) -> float:
+    """Convert degrees, minutes and seconds to degrees, rounded to about 10 cm."""
+    degrees, minutes, seconds = (float(part) for part in parts)
+    angle = round(degrees + minutes / 60 + seconds / 3600, 6)
+    return -angle if str(reference).strip(" \0").upper() == negative_reference else angle

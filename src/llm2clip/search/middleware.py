@@ -11,6 +11,7 @@ import secrets
 import sys
 import time
 from collections.abc import Collection
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from fastapi.responses import FileResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llm2clip.search.errors import RETRY_SOON, make_error_response
-from llm2clip.search.inference import Deadline, InferenceService, Limits, QueueFull, current_deadline
+from llm2clip.search.inference import InferenceService, Limits, QueueFull
+from llm2clip.search.schemas import RETRY_SOON, make_error_response
+from llm2clip.search.types import NO_DEADLINE, Deadline, current_deadline
 
 SESSION_SECONDS = 24 * 3600
 # Requests with other methods are counted as "other", because clients can send arbitrary method names.
@@ -107,11 +109,6 @@ class RequestMiddleware:
         allowed_origins: Collection[str] = (),
         access_log: bool = False,
     ) -> None:
-        """
-        Args:
-            allowed_origins: Origins whose pages may send cross-site requests, such as `https://example.org`.
-            access_log: Whether to write one JSON object per request to standard error.
-        """
         self.app, self.service, self.auth = app, service, auth
         self.allowed_origins, self.access_log = frozenset(allowed_origins), access_log
         self.budget = ByteBudget(service.limits.max_bytes_in_flight)
@@ -133,7 +130,7 @@ class RequestMiddleware:
             if error is not None:
                 await error(scope, receive, sender)
         finally:
-            allocation.release()
+            allocation.remove()
             route = getattr(scope.get("route"), "path", "other")
             method = scope["method"] if scope["method"] in COUNTED_METHODS else "other"
             self.service.request_count.labels(method, route, sender.status).inc()
@@ -174,7 +171,7 @@ class RequestMiddleware:
         return path == "/" and self.auth.is_token(request.query_params.get("token", ""))
 
     async def _run_app(self, scope: Scope, body: _BodyReader, sender: _ResponseSender) -> Response | None:
-        """Run the application. Return an error response if the request times out or its body is rejected."""
+        """Run the application. Return an error response if the request times out before the response starts."""
         timeout = self.service.limits.timeout
         deadline = Deadline(time.monotonic() + timeout, timeout)
         current_deadline.set(deadline)
@@ -186,10 +183,6 @@ class RequestMiddleware:
             if sender.started:
                 raise
             return make_error_response(504, str(deadline.make_error()))
-        except _BodyRejected as error:
-            if sender.started:
-                raise
-            return make_error_response(error.status_code, str(error.detail), dict(error.headers or {}))
         finally:
             sender.timer = None
         return None
@@ -209,15 +202,11 @@ def _log_request(scope: Scope, route: str, status: int, seconds: float) -> None:
     print(json.dumps(event), file=sys.stderr, flush=True)
 
 
-class _BodyRejected(HTTPException):
-    """Raised when a request body exceeds a size limit.
-
-    This class must be an HTTPException: FastAPI replaces all other exceptions raised while reading a body.
-    """
-
-
 class _BodyReader:
-    """Wrapper around `receive` that enforces size limits even if Content-Length is missing or wrong."""
+    """Wrapper around `receive` that enforces size limits even if Content-Length is missing or wrong.
+
+    It raises HTTPException, because FastAPI replaces all other exceptions that are raised while reading a body.
+    """
 
     def __init__(self, request: Request, receive: Receive, allocation: ByteAllocation, limits: Limits) -> None:
         self._receive, self._allocation, self._limits = receive, allocation, limits
@@ -231,15 +220,15 @@ class _BodyReader:
         try:
             self._allocation.add(len(body))
         except QueueFull as error:
-            raise _BodyRejected(429, str(error), RETRY_SOON) from None
+            raise HTTPException(429, str(error), RETRY_SOON) from None
         self._size += len(body)
         max_bytes = self._limits.max_body_bytes
         if self._size > max_bytes:
-            raise _BodyRejected(413, f"the request body is too large; the limit is {max_bytes:,} bytes")
+            raise HTTPException(413, f"the request body is too large; the limit is {max_bytes:,} bytes")
         if self._is_json:
             self._json_values += body.count(b",") + body.count(b"[") + body.count(b"{")
             if self._json_values > MAX_JSON_VALUES:
-                raise _BodyRejected(413, f"the JSON body contains too many values; the limit is {MAX_JSON_VALUES:,}")
+                raise HTTPException(413, f"the JSON body contains too many values; the limit is {MAX_JSON_VALUES:,}")
         return message
 
 
@@ -254,7 +243,7 @@ class _ResponseSender:
         self._start: Message | None = None  # start message, sent only after the body size has been checked
         self._is_rejected = False
         self.status, self.started = 500, False
-        # The timeout no longer applies once the response has started, because the sending time depends on the client.
+        # The time limit ends once the response has started, because the sending time depends on the client.
         # `LimitedConnection` aborts the connection if the client does not read the response.
         self.timer: asyncio.Timeout | None = None
 
@@ -284,6 +273,7 @@ class _ResponseSender:
     async def _send_start(self, message: Message) -> None:
         self._start = None
         self.status, self.started = message["status"], True
+        current_deadline.set(NO_DEADLINE)
         if self.timer is not None and not self.timer.expired():
             self.timer.reschedule(None)
         headers = list(message["headers"])
@@ -297,11 +287,12 @@ class _ResponseSender:
 # ---- limits
 
 
+@dataclass
 class ByteBudget:
     """Limit on the total size of all request and response bodies, and of the files of downloads, in memory."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes, self.total = max_bytes, 0
+    max_bytes: int
+    total: int = 0
 
 
 class ByteAllocation:
@@ -320,15 +311,11 @@ class ByteAllocation:
         if self._budget.total > self._budget.max_bytes and self.size > ALWAYS_ACCEPTED:
             raise QueueFull("the server is busy: too much data in concurrent requests; try again later")
 
-    def remove(self, size: int) -> None:
-        """Return bytes to the budget. After `release`, there are none left."""
-        size = min(size, self.size)
+    def remove(self, size: int | None = None) -> None:
+        """Return bytes to the budget. Default: all of them."""
+        size = self.size if size is None else min(size, self.size)
         self.size -= size
         self._budget.total -= size
-
-    def release(self) -> None:
-        """Return all bytes to the budget."""
-        self.remove(self.size)
 
 
 class LimitedConnection(H11Protocol):

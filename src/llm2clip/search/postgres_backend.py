@@ -10,8 +10,11 @@ Each index is a schema of its own, with these tables:
     recognized_texts   the text recognised in each content
 
 All filters are SQL conditions with parameters, so a search reads only matching rows. From `approximate_above` distinct
-images on, `finish` builds an HNSW graph in the database, and searches are approximate. Word search uses a text index
-(GIN) of the database (see `search.postgres_words`).
+images on, `finish` builds an HNSW graph in the database, and searches are approximate.
+
+Word search finds the same matches as with SQLite. The texts are split into words in Python, and the column `words` is
+written in the text form of a tsvector. PostgreSQL's text search configurations are not used, because their parser
+splits file names and numbers differently and keeps diacritics.
 
 Names of schemas are restricted to ASCII letters, digits and underscores. All other text is passed as a parameter.
 """
@@ -20,15 +23,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 from pgvector import HalfVector
+from psycopg import sql
 from psycopg.errors import Diagnostic
 
 from llm2clip.data.image_refs import FileImage, to_valid_unicode
+from llm2clip.data.texts import UNSPACED
 from llm2clip.runs.output_folder import check_format_version
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import (
@@ -52,16 +58,21 @@ from llm2clip.search.metadata import (
     read_columns,
 )
 from llm2clip.search.postgres_database import Connection, PostgresDatabase, make_query, parse_url, to_psycopg
-from llm2clip.search.postgres_words import (
-    WORD_COLUMNS,
-    create_trigram_index,
-    find_matched_fields,
-    find_matches,
-    make_match,
-    make_word_columns,
-)
 from llm2clip.search.types import MAX_LOCATIONS, IndexedContent, IndexedImage
-from llm2clip.search.words import WordQuery, make_fields
+from llm2clip.search.words import (
+    MAX_FUSED,
+    MAX_MATCHED_FRACTION,
+    MAX_MATCHES,
+    MAX_QUERY_LENGTH,
+    MIN_COMMON,
+    SEPARATOR,
+    SUBSTRING_COLUMNS,
+    WordQuery,
+    compute_match_limit,
+    make_fields,
+    split_fields,
+    split_words,
+)
 
 # Lower than with SQLite, whose exact search is several times as fast (benchmarks/postgres.py).
 APPROXIMATE_ABOVE = 100_000
@@ -73,11 +84,17 @@ HNSW_INDEX = "contents_hnsw"
 MATCHED_LOCATIONS = 5
 MAX_EXACT_MATCHES = 50_000  # if at most this many images match a filter, they are searched exactly
 EF_SEARCH, MAX_EF_SEARCH = 100, 1000  # candidates per HNSW search: the default, and pgvector's limit
+# Longer words are truncated, because PostgreSQL limits the words of a tsvector to 2,046 bytes. Words of a query are
+# shorter, so they never match a truncated word.
+MAX_WORD_LENGTH = MAX_QUERY_LENGTH + 1
+# The words of longer texts are ignored, because PostgreSQL limits a tsvector to a megabyte, including the positions.
+MAX_WORDS_SIZE, POSITION_SIZE = 1_000_000, 8
 COLUMN_TYPES = {float: "double precision", int: "integer", str: 'text COLLATE "C"'}
 
 # "key" is the SHA-256 hash of the name, because PostgreSQL limits the length of indexed text to about 2,700 bytes.
-# "container" is the tar file or table that contains the image, and "folded_captions" are the captions in the form in
-# which filters compare them. Both are NULL if there are none. `postgres_words` describes the columns for word search.
+# "container" is the tar file or table that contains the image. The columns for word search contain normalised texts:
+# the date, all captions (also for filters), the texts with scripts without spaces, and all words with their positions.
+# These columns are NULL if there is nothing to store.
 TABLES = f"""
 CREATE TABLE metadata (key text PRIMARY KEY, value text NOT NULL);
 CREATE TABLE calibration (data bytea NOT NULL);
@@ -105,6 +122,7 @@ WITH added AS (
   ON CONFLICT (hash) DO NOTHING RETURNING id)
 INSERT INTO thumbnails SELECT id, :thumbnail FROM added
 """
+WORD_COLUMNS = ("date", "folded_captions", "unspaced_texts", "words")
 UPDATED_COLUMNS = (*IMAGE_COLUMNS, "container", *WORD_COLUMNS)
 INSERT_IMAGE = f"""
 INSERT INTO images (key, content, {", ".join(UPDATED_COLUMNS)})
@@ -145,13 +163,12 @@ class PostgresBackend(Backend):
     Several processes can search an index at the same time, even while one process writes to it.
     """
 
+    IN_IDS = "IN (SELECT value::bigint FROM json_array_elements_text(:ids::json))"
+
     def __init__(self, url: str, approximate_above: int = APPROXIMATE_ABOVE) -> None:
-        """
-        Args:
-            url: Connection URL of libpq, with the additional parameter `schema`. The password can also come from
-                PGPASSWORD, a password file or a service file.
-            approximate_above: Minimum number of distinct images for which `finish` builds an HNSW graph, which makes
-                searches approximate.
+        """Open the index at a connection URL of libpq with the additional parameter `schema`. See `open_backend`.
+
+        The password can also come from PGPASSWORD, a password file or a service file.
 
         Raises:
             ValueError: The URL is invalid, or the connection to another machine would not be encrypted.
@@ -213,7 +230,7 @@ class PostgresBackend(Backend):
         )
         fields = [make_fields(image, self._decode(texts.get(digest, ""))) for image, digest in images]
         rows = []
-        for (image, digest), columns in zip(images, make_word_columns(fields), strict=True):
+        for (image, digest), columns in zip(images, _make_word_columns(fields), strict=True):
             container = None if isinstance(image.ref, FileImage) else self._encode(image.container)
             row = {"key": self._hash_name(image.name), "hash": digest, "container": container}
             rows.append({**row, **self._image_to_row(image), **columns})
@@ -240,15 +257,12 @@ class PostgresBackend(Backend):
             cursor.executemany(to_psycopg(INSERT_TEXT), text_rows)
             statement = f"{TEXT_ROWS} WHERE images.content IN (SELECT id FROM contents WHERE hash = ANY(:hashes))"
             rows = make_query(connection)(statement, {"hashes": list(texts)})
-            columns = make_word_columns([self._fields_from_row(row) for row in rows])
+            columns = _make_word_columns([self._fields_from_row(row) for row in rows])
             parameters = [{**values, "id": row[0]} for values, row in zip(columns, rows, strict=True)]
             cursor.executemany(to_psycopg(UPDATE_WORDS), parameters)
 
     def finish(self) -> None:
-        """Build the HNSW graph if there are enough distinct images, and update the statistics of the query planner.
-
-        PostgreSQL then keeps the graph up to date.
-        """
+        """Build the HNSW graph, which PostgreSQL then keeps up to date, and update the query planner's statistics."""
         _, contents = self.count()
         dim = int(self.metadata()["embed_dim"])
         with self._db.write() as connection:
@@ -351,19 +365,37 @@ class PostgresBackend(Backend):
         return ids.astype(np.int64), -distances
 
     def _find_word_matches(self, run: Query, query: WordQuery, image_filter: Filter) -> np.ndarray:
-        return find_matches(run, query, *self._make_content_condition(image_filter))
+        """Matches are ranked by `ts_rank` with a penalty for long texts, because PostgreSQL does not compute BM25."""
+        condition, parameters = self._make_content_condition(image_filter)
+        match, match_parameters = _make_match(query)
+        parameters = {**parameters, **match_parameters, "limit": MIN_COMMON, "fused": MAX_FUSED}
+        exceeds = f"SELECT 1 FROM images WHERE {match} OFFSET :limit LIMIT 1"
+        if run(exceeds, parameters):
+            # In larger indexes, the limit is the same, so not all images are counted.
+            counted = {"counted": math.ceil(MAX_MATCHES / MAX_MATCHED_FRACTION)}
+            ((total,),) = run("SELECT count(*) FROM (SELECT FROM images LIMIT :counted) AS counted", counted)
+            parameters["limit"] = compute_match_limit(total)
+            if run(exceeds, parameters):
+                return np.empty(0, np.int64)
+        rank = "ts_rank(words, :words::tsquery, 1)" if query.words else "0"
+        rows = run(
+            f"WITH matches AS MATERIALIZED (SELECT content, {rank} AS rank FROM images WHERE {match}) "
+            f"SELECT content FROM matches JOIN contents ON contents.id = content WHERE {condition} "
+            "GROUP BY content ORDER BY max(rank) DESC, content LIMIT :fused",
+            parameters,
+        )
+        return np.array([content for (content,) in rows], np.int64)
 
-    def _find_matched_fields(self, run: Query, query: WordQuery, ids: Sequence[int]) -> dict[int, tuple[str, ...]]:
+    def _read_word_fields(self, run: Query, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
         """Only MATCHED_LOCATIONS of the images with all words are read per content."""
-        match, parameters = make_match(query)
+        match, parameters = _make_match(query)
         rows = run(
             f"SELECT matching.* FROM unnest(:ids::bigint[]) AS page(id), LATERAL ({TEXT_ROWS} "
             f"WHERE images.content = page.id AND {match} ORDER BY images.id LIMIT :locations) AS matching",
             {**parameters, "ids": list(ids), "locations": MATCHED_LOCATIONS},
         )
         # The stored dates are those of the time zone of the machine that added the images.
-        fields = [(row[1], {**self._fields_from_row(row), "date": row[3]}) for row in rows]
-        return find_matched_fields(query, fields)
+        return [(row[1], {**self._fields_from_row(row), "date": row[3]}) for row in rows]
 
     def _read_images(
         self, run: Query, ids: Sequence[int], conditions: SqlConditions
@@ -386,9 +418,8 @@ class PostgresBackend(Backend):
             images.setdefault(content_id, {})[self._image_from_row(row)] = None
         return {content_id: tuple(content_images)[:MAX_LOCATIONS] for content_id, content_images in images.items()}
 
-    def _fetch_vectors(self, run: Query, ids: Sequence[int]) -> dict[int, np.ndarray]:
-        rows = run("SELECT id, vector FROM contents WHERE id = ANY(:ids)", {"ids": list(ids)})
-        return {content_id: vector.to_numpy().astype(np.float32) for content_id, vector in rows}
+    def _decode_vector(self, vector: HalfVector) -> np.ndarray:
+        return vector.to_numpy().astype(np.float32)
 
     # ---- rows
 
@@ -421,8 +452,16 @@ def _create_tables(connection: Connection, dim: int) -> None:
     if dim <= MAX_INLINE_DIM:
         # By default, vectors of more than about 1,000 dimensions are stored in a separate table, which is slow to scan.
         connection.execute("ALTER TABLE contents ALTER COLUMN vector SET STORAGE PLAIN")
-    create_trigram_index(connection, "images_captions", "folded_captions")
-    create_trigram_index(connection, "images_unspaced_texts", "unspaced_texts")
+    schema = connection.execute(
+        "SELECT nspname FROM pg_extension JOIN pg_namespace ON pg_namespace.oid = extnamespace "
+        "WHERE extname = 'pg_trgm'"
+    ).fetchone()
+    if schema is None:
+        return
+    operators = sql.Identifier(schema[0], "gin_trgm_ops")
+    for name, column in (("images_captions", "folded_captions"), ("images_unspaced_texts", "unspaced_texts")):
+        statement = sql.SQL("CREATE INDEX IF NOT EXISTS {} ON images USING gin ({} {})")
+        connection.execute(statement.format(sql.Identifier(name), sql.Identifier(column), operators))
 
 
 def _list_image_conditions(conditions: SqlConditions) -> list[str]:
@@ -437,3 +476,47 @@ def _has_many_matches(run: Query, condition: str, parameters: Mapping[str, Any])
     values = {**parameters, "limit": MAX_EXACT_MATCHES + 1}
     ((count,),) = run(f"SELECT count(*) FROM ({matches}) AS matches", values)
     return bool(count > MAX_EXACT_MATCHES)
+
+
+# ---- words
+
+
+def _make_word_columns(images: Sequence[Mapping[str, str]]) -> list[dict[str, str | None]]:
+    """Return the values of WORD_COLUMNS for the fields of several images."""
+    rows = []
+    for fields, words in zip(images, split_fields(images), strict=True):
+        unspaced = [fields[name] for name in SUBSTRING_COLUMNS if UNSPACED.search(fields[name])]
+        row = {"date": fields["date"], "folded_captions": fields["captions"] or None}
+        rows.append({**row, "unspaced_texts": SEPARATOR.join(unspaced) or None, "words": _format_tsvector(words)})
+    return rows
+
+
+def _format_tsvector(fields: Iterable[Sequence[str]]) -> str:
+    """Return the words of several fields in the text form of a tsvector. Words consist of letters and digits.
+
+    Positions of different fields do not follow each other, so phrases do not match across two fields.
+    """
+    positions: dict[str, list[str]] = {}
+    position = size = 0
+    for words in fields:
+        position += 1
+        for word in words:
+            word = word[:MAX_WORD_LENGTH]
+            position += 1
+            size += len(word.encode()) + POSITION_SIZE
+            if size <= MAX_WORDS_SIZE:
+                positions.setdefault(word, []).append(str(position))
+    return " ".join(f"'{word}':{','.join(numbers)}" for word, numbers in positions.items())
+
+
+def _make_match(query: WordQuery) -> tuple[str, dict[str, str]]:
+    """Return the SQL condition for rows of `images` with all words of a query, and its parameters."""
+    conditions, parameters = [], {}
+    if query.words:
+        phrases = [" <-> ".join(f"'{word}'" for word in words) for words in split_words(query.words) if words]
+        conditions.append("words @@ :words::tsquery")
+        parameters["words"] = " & ".join(f"({phrase})" for phrase in phrases)  # an empty tsquery matches nothing
+    for number, text in enumerate(query.substrings):
+        conditions.append(f"unspaced_texts LIKE :substring{number}")
+        parameters[f"substring{number}"] = f"%{escape_pattern(text)}%"
+    return " AND ".join(conditions), parameters

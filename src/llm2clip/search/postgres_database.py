@@ -17,7 +17,8 @@ from psycopg import errors, pq, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from llm2clip.runs.output_folder import FolderInUseError
-from llm2clip.search.backends import IndexUnavailableError, Query, hide_password
+from llm2clip.search.backends import Query, hide_password
+from llm2clip.search.types import IndexUnavailableError, Slots
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Result = TypeVar("Result")
@@ -43,8 +44,7 @@ UNREADABLE = (errors.UndefinedTable, errors.InsufficientPrivilege, psycopg.Opera
 def parse_url(url: str) -> tuple[str, str]:
     """Split an index URL into a connection string of libpq and the schema name.
 
-    Connections to other machines must be encrypted, because they transmit captions and thumbnails, and may transmit a
-    password.
+    Connections to other machines must be encrypted, because they transmit captions, thumbnails and passwords.
 
     Raises:
         ValueError: The URL is invalid, or it disables encryption for another machine.
@@ -100,13 +100,10 @@ class PostgresDatabase:
     """
 
     def __init__(self, conninfo: str, schema: str, location: str) -> None:
-        """
-        Args:
-            location: URL without a password, for error messages.
-        """
+        """`location` is the URL without a password, for error messages."""
         self.conninfo, self.schema, self.location = conninfo, schema, location
         self._idle: queue.LifoQueue[Connection] = queue.LifoQueue()
-        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._slots = Slots(MAX_CONNECTIONS)
         self._writer: Connection | None = None
         self._write_lock, self._is_locked = threading.RLock(), False
 
@@ -115,8 +112,7 @@ class PostgresDatabase:
     def read(self, function: Callable[[Connection], Result]) -> Result:
         """Call a function with a connection in a read-only transaction, which sees a single state of the database.
 
-        If the connection is lost, for example because the server was restarted, call the function again with a new
-        connection.
+        If the connection is lost, for example because the server was restarted, call the function again.
         """
         with self._slots:
             try:
@@ -228,22 +224,20 @@ class PostgresDatabase:
 
     def _connect(self, create_extensions: bool = False) -> Connection:
         """Open a connection and set it up. With `create_extensions`, create missing extensions first."""
+        connection = None
         try:
             # Without prepared statements, each plan takes the parameters, such as path patterns, into account.
             connection = psycopg.connect(self.conninfo, autocommit=True, prepare_threshold=None)
-        except psycopg.OperationalError as error:
-            raise self._make_unavailable_error(error) from error
-        try:
             if create_extensions:
                 self._create_extensions(connection)
             self._set_up(connection)
-        except psycopg.Error as error:
-            connection.close()
+        except Exception as error:
+            if connection is not None:
+                connection.close()
             if isinstance(error, psycopg.OperationalError):
                 raise self._make_unavailable_error(error) from error
-            raise OSError(f"{self.location}: {str(error).strip()}") from error
-        except Exception:
-            connection.close()
+            if isinstance(error, psycopg.Error):
+                raise OSError(f"{self.location}: {str(error).strip()}") from error
             raise
         return connection
 

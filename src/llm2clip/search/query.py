@@ -1,6 +1,34 @@
-"""Search queries, made of positive and negative texts, images and earlier hits, and their embeddings."""
+"""Search queries and their embeddings, re-ranking of hits, and groups of similar hits.
 
-from collections.abc import Callable, Sequence
+Queries consist of positive and negative texts, images and earlier hits.
+
+Re-ranking: a second, usually larger, dual encoder embeds the query and the original image files of the first hits, and
+sorts the hits by their cosine similarity. The embeddings are cached in memory by the hash of the file, so only the
+first search has to decode it.
+
+Groups: bursts and edited copies of a photograph are shown as one hit. Two images are similar if one of these conditions
+holds:
+
+    edited copies   the cosine similarity of their embeddings is at least COPY_SIMILARITY
+    bursts          it is at least BURST_SIMILARITY, and they were taken within BURST_SECONDS of each other
+
+The mean embedding of the index, which its calibration contains, is subtracted first, because in some models all
+embeddings are similar. In an index without a calibration, the cosine similarity must therefore be higher. Only EXIF
+times count for bursts, because files that were copied together have nearly equal modification times.
+`benchmarks/similar.py` measures how many edited copies and how many different photographs each similarity includes.
+
+Pages: a page is a range of consecutive ungrouped hits, and only the hits of this range are grouped. A later page
+therefore starts where the last one ends (`next_offset`), and each hit is in exactly one group of one page. No page has
+to read the hits of earlier pages, so a hit may be similar to one on an earlier page. Searches read READ_FACTOR times
+as many hits as a page has. If many of them are similar to each other, the page has fewer hits than requested.
+"""
+
+import dataclasses
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,16 +37,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.data.images import load_image
+from llm2clip.data.images import ImageError, load_image
 from llm2clip.data.texts import check_not_empty
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates, average_prompts, build_query_prompts
+from llm2clip.search.backends import Backend
+from llm2clip.search.images import TooLarge
+from llm2clip.search.types import DeadlineExceeded, Hit, IndexUnavailableError, NotFound, SimilarHit
 
 NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results have little to do with the positive parts of the query
-
-
-class UnsupportedQuery(ValueError):
-    """Raised when a query is valid, but asks for something that is not available for it."""
 
 
 class QueryVectors(NamedTuple):
@@ -61,7 +88,6 @@ class SearchQuery:
 
     @property
     def has_negative_parts(self) -> bool:
-        """True if there is something that results should not resemble."""
         return bool(self.negative_texts or self.negative_images or self.negative_like)
 
     def build_prompts(self, default_templates: QueryTemplates) -> tuple[list[str], list[int]]:
@@ -75,30 +101,14 @@ class SearchQuery:
         return build_query_prompts(texts, default_templates if self.templates is None else self.templates)
 
     def combine(
-        self,
-        prompts: Sequence[np.ndarray],
-        counts: Sequence[int],
-        images: Sequence[np.ndarray],
-        hits: Sequence[np.ndarray] = (),
+        self, texts: Sequence[np.ndarray], images: Sequence[np.ndarray], hits: Sequence[np.ndarray] = ()
     ) -> QueryVectors:
         """Return the query vector and its positive parts. See `combine_embeddings` for the formula.
 
         Args:
-            prompts: Embeddings of the prompts returned by `build_prompts`, each of shape (D,).
-            counts: Number of prompts for each text.
+            texts: Embeddings of the texts, then of the negative texts, each of shape (D,).
             images: Embeddings of the images, then of the negative images, each of shape (D,).
             hits: Embeddings of the hits in `like`, then in `negative_like`, each of shape (D,).
-
-        Raises:
-            ValueError: The query has no parts.
-        """
-        texts = list(average_prompts(torch.from_numpy(np.stack(prompts)), counts).numpy()) if len(prompts) else []
-        return self.combine_texts(texts, images, hits)
-
-    def combine_texts(
-        self, texts: Sequence[np.ndarray], images: Sequence[np.ndarray], hits: Sequence[np.ndarray] = ()
-    ) -> QueryVectors:
-        """Return the same as `combine`, given the embeddings of the texts, then of the negative texts.
 
         Raises:
             ValueError: The query has no parts.
@@ -113,6 +123,39 @@ class SearchQuery:
         )
 
 
+def average_embeddings(prompts: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+    """Return the normalised mean embedding of each text's prompts, given the number of prompts per text."""
+    return list(average_prompts(torch.from_numpy(prompts), counts).numpy())
+
+
+def combine_embeddings(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray] = ()) -> np.ndarray:
+    """Combine positive and negative embeddings into an L2-normalised query vector of shape (D,), float32.
+
+    The positive and negative embeddings are averaged separately, and both means are L2-normalised. The query vector is
+    the positive mean minus half the negative mean, normalised again. Without positive embeddings, the query vector
+    points away from the negative mean, so the images least similar to the negative embeddings are ranked first.
+
+    Args:
+        positive: L2-normalised embeddings that results should resemble, each of shape (D,), float32.
+        negative: L2-normalised embeddings that results should not resemble, each of shape (D,), float32.
+
+    Raises:
+        ValueError: Both lists are empty.
+    """
+    if not len(positive) and not len(negative):
+        raise ValueError("the query is empty: provide at least one text or image to search for")
+    if not len(positive):
+        return -_normalize(np.mean(negative, axis=0))
+    query = _normalize(np.mean(positive, axis=0))
+    if len(negative):
+        query = _normalize(query - NEGATIVE_WEIGHT * _normalize(np.mean(negative, axis=0)))
+    return query
+
+
+def _normalize(vector: np.ndarray) -> np.ndarray:
+    return (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32)
+
+
 class QueryEncoder:
     """A dual encoder that embeds queries and images. Thread-safe if the model is."""
 
@@ -125,9 +168,8 @@ class QueryEncoder:
     ) -> None:
         """
         Args:
-            load: Function that decodes an image to a uint8 tensor of shape (3, H, W).
-            decoding: Reusable context manager that is held while an image is decoded and preprocessed, for example to
-                limit the number of decoded images in memory. Default: no limit.
+            load: Function that decodes an image of a query to a uint8 tensor of shape (3, H, W).
+            decoding: Reusable context manager that is held while an image is decoded. Default: no limit.
             templates: Prompt templates for queries without templates of their own. Default: those of the model.
         """
         self.model, self.load = model, load
@@ -162,10 +204,7 @@ class QueryEncoder:
         return _check_finite(self.model.encode_texts(texts).numpy(), "a text")
 
     def embed(self, query: SearchQuery, hits: Sequence[np.ndarray] = ()) -> QueryVectors:
-        """Embed a query.
-
-        Args:
-            hits: Embeddings of the hits in `query.like`, then in `query.negative_like`, each of shape (D,).
+        """Embed a query. For `hits`, see `SearchQuery.combine`.
 
         Raises:
             ValueError: The query has no parts, a text is empty, or the model returned NaN or infinity.
@@ -174,7 +213,7 @@ class QueryEncoder:
         prompts, counts = query.build_prompts(self.templates)
         prompt_vectors = self.embed_texts(prompts)
         images = self.embed_images([*query.images, *query.negative_images])
-        return query.combine(list(prompt_vectors), counts, list(images), hits)
+        return query.combine(average_embeddings(prompt_vectors, counts), list(images), hits)
 
 
 def _check_finite(vectors: np.ndarray, kind: str) -> np.ndarray:
@@ -183,29 +222,181 @@ def _check_finite(vectors: np.ndarray, kind: str) -> np.ndarray:
     return vectors
 
 
-def combine_embeddings(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray] = ()) -> np.ndarray:
-    """Combine positive and negative embeddings into an L2-normalised query vector of shape (D,), float32.
+# ---- re-ranking
 
-    The positive and negative embeddings are averaged separately, and both means are L2-normalised. The query vector is
-    the positive mean minus half the negative mean, normalised again. Without positive embeddings, the query vector
-    points away from the negative mean, so the images least similar to the negative embeddings are ranked first.
+RERANKED = 50  # number of hits that are sorted again
+IMAGES_PER_BATCH = 8  # limits the memory for decoded images
+MAX_CACHED = 4096  # maximum number of cached embeddings; those of 1,024 dimensions take 16 MB
+
+
+class Reranking(NamedTuple):
+    """Hits after re-ranking, the number of hits that could not be rated, and the duration in seconds."""
+
+    hits: list[Hit]
+    missing: int
+    seconds: float
+
+
+class Reranker:
+    """A re-ranking model and its cached image embeddings. Thread-safe if the model is."""
+
+    def __init__(self, encoder: QueryEncoder, read: Callable[[str], bytes]) -> None:
+        """`read` takes a hit id and returns the contents of the image file."""
+        self.encoder, self._read = encoder, read
+        self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()  # the last item is the most recently used one
+        self._lock = threading.Lock()
+
+    def sort(self, query: SearchQuery, hits: Sequence[Hit]) -> Reranking:
+        """Sort the first RERANKED hits by their similarity to a query.
+
+        Raises:
+            NotFound: The query contains a hit whose image file cannot be decoded.
+        """
+        start = time.perf_counter()
+        query_vector = self._embed_query(query)
+        vectors = self._embed_files([hit.id for hit in hits[:RERANKED]])
+        scores = {hit_id: float(query_vector @ vector) for hit_id, vector in vectors.items()}
+        ranking, missing = sort_hits(hits, scores)
+        return Reranking(ranking, missing, time.perf_counter() - start)
+
+    def _embed_query(self, query: SearchQuery) -> np.ndarray:
+        """Return the query vector. The model embeds the image files of earlier hits."""
+        like = [*query.like, *query.negative_like]
+        vectors = self._embed_files(like)
+        for hit_id in like:
+            if hit_id not in vectors:
+                raise NotFound(
+                    f"re-ranking needs the image file of hit {hit_id}, which is part of the query, but the file cannot "
+                    "be decoded, or has been changed or removed since it was indexed"
+                )
+        return self.encoder.embed(query, [vectors[hit_id] for hit_id in like]).combined
+
+    def _embed_files(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the embeddings of the image files of hits, without those that cannot be decoded or embedded."""
+        vectors: dict[str, np.ndarray] = {}
+        for start in range(0, len(hit_ids), IMAGES_PER_BATCH):
+            images: dict[str, tuple[bytes, Any]] = {}  # hash of the file, and input of the model
+            for hit_id in hit_ids[start : start + IMAGES_PER_BATCH]:
+                try:
+                    key, vector, pixels = self._prepare(hit_id)
+                except (DeadlineExceeded, IndexUnavailableError):
+                    raise
+                except (ImageError, NotFound, TooLarge, OSError):
+                    continue
+                if vector is None:
+                    images[hit_id] = key, pixels
+                else:
+                    vectors[hit_id] = vector
+            if not images:
+                continue
+            embeddings = self.encoder.model.encode_images([pixels for _, pixels in images.values()]).numpy()
+            for (hit_id, (key, _)), vector in zip(images.items(), embeddings, strict=True):
+                if np.isfinite(vector).all():
+                    self._add(key, vector)
+                    vectors[hit_id] = vector
+        return vectors
+
+    def _prepare(self, hit_id: str) -> tuple[bytes, np.ndarray | None, Any]:
+        """Return the hash of a hit's image file, and either its cached embedding or the input of the model."""
+        with self.encoder.decoding:
+            data = self._read(hit_id)
+            key = hashlib.sha256(data).digest()
+            with self._lock:
+                vector = self._cache.get(key)
+                if vector is not None:
+                    self._cache.move_to_end(key)
+                    return key, vector, None
+            return key, None, self.encoder.model.transform(self.encoder.load(data))
+
+    def _add(self, key: bytes, vector: np.ndarray) -> None:
+        """Add an embedding to the cache, and remove the least recently used one if the cache is full."""
+        with self._lock:
+            self._cache[key] = vector
+            if len(self._cache) > MAX_CACHED:
+                self._cache.popitem(last=False)
+
+
+def sort_hits(hits: Sequence[Hit], scores: Mapping[str, float]) -> tuple[list[Hit], int]:
+    """Sort the first RERANKED hits by score, highest first. The other hits stay in their order.
 
     Args:
-        positive: L2-normalised embeddings that results should resemble, each of shape (D,), float32.
-        negative: L2-normalised embeddings that results should not resemble, each of shape (D,), float32.
+        scores: Scores of hits, keyed by hit id. The first RERANKED hits without a score follow the sorted ones.
 
-    Raises:
-        ValueError: Both lists are empty.
+    Returns:
+        The hits, and the number of the first RERANKED hits that have no score.
     """
-    if not len(positive) and not len(negative):
-        raise ValueError("the query is empty: provide at least one text or image to search for")
-    if not len(positive):
-        return -_normalize(np.mean(negative, axis=0))
-    query = _normalize(np.mean(positive, axis=0))
-    if len(negative):
-        query = _normalize(query - NEGATIVE_WEIGHT * _normalize(np.mean(negative, axis=0)))
-    return query
+    first = hits[:RERANKED]
+    rated = sorted((hit for hit in first if hit.id in scores), key=lambda hit: -scores[hit.id])
+    missing = [hit for hit in first if hit.id not in scores]
+    return [*rated, *missing, *hits[RERANKED:]], len(missing)
 
 
-def _normalize(vector: np.ndarray) -> np.ndarray:
-    return (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32)
+# ---- similar hits
+
+COPY_SIMILARITY, BURST_SIMILARITY = 0.85, 0.7
+UNCENTRED_COPY_SIMILARITY, UNCENTRED_BURST_SIMILARITY = 0.95, 0.85  # without a calibration
+BURST_SECONDS = 10.0  # EXIF times are in whole seconds
+READ_FACTOR = 2
+MAX_COMPARED = 2000  # later hits of a page are not grouped, because memory grows with the square of this number
+
+
+class HitPage(NamedTuple):
+    """Hits of a page, and the number of ungrouped hits that they represent."""
+
+    hits: list[Hit]
+    size: int
+
+
+def group_similar_hits(hits: Sequence[Hit], backend: Backend, count: int, mean: np.ndarray | None = None) -> HitPage:
+    """Add each hit to the `similar` hits of the first better hit to which it is similar.
+
+    Grouped hits are not compared with later hits, so all hits of a group are similar to its first hit.
+
+    Args:
+        hits: Hits, best first.
+        count: Maximum number of groups. The page ends before the first hit that would need another group.
+        mean: Mean embedding of the index, of shape (D,), or None if it is unknown.
+    """
+    is_similar = compare_hits(hits[:MAX_COMPARED], backend, mean)
+    groups: dict[int, list[Hit]] = {}  # similar hits, keyed by the position of the first hit
+    size = 0
+    for position, hit in enumerate(hits):
+        first = None
+        if position < len(is_similar):
+            first = next((other for other in groups if is_similar[other, position]), None)
+        if first is not None:
+            groups[first].append(hit)
+        elif len(groups) < count:
+            groups[position] = []
+        else:
+            break
+        size += 1
+    page = []
+    for position, others in groups.items():
+        similar = tuple(SimilarHit(other.id, other.images[0].name, other.images[0].file_name) for other in others)
+        page.append(dataclasses.replace(hits[position], similar=similar))
+    return HitPage(page, size)
+
+
+def compare_hits(hits: Sequence[Hit], backend: Backend, mean: np.ndarray | None) -> np.ndarray:
+    """Return a boolean array of shape (N, N) that is True for pairs of similar hits.
+
+    Hits that another process has just removed from the index are similar to no other hit.
+    """
+    vectors = backend.vectors([hit.id for hit in hits])
+    if not vectors:
+        return np.zeros((len(hits), len(hits)), bool)
+    centre = np.zeros_like(next(iter(vectors.values()))) if mean is None else mean
+    matrix = np.stack([vectors.get(hit.id, centre) - centre for hit in hits])  # removed hits have zero vectors
+    matrix /= np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-6)
+    cosines = matrix @ matrix.T
+    times = np.array([find_capture_time(hit) for hit in hits], np.float64)  # None becomes NaN
+    is_burst = np.abs(times[:, None] - times) <= BURST_SECONDS  # False for NaN
+    if mean is None:
+        return (cosines >= UNCENTRED_COPY_SIMILARITY) | ((cosines >= UNCENTRED_BURST_SIMILARITY) & is_burst)
+    return (cosines >= COPY_SIMILARITY) | ((cosines >= BURST_SIMILARITY) & is_burst)
+
+
+def find_capture_time(hit: Hit) -> float | None:
+    """Return the EXIF time of a hit's first image that has one, as a Unix timestamp."""
+    return next((image.taken for image in hit.images if image.has_exif_time), None)

@@ -54,7 +54,7 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import Backend
 from llm2clip.search.metadata import Filter, normalize
-from llm2clip.search.query import QueryVectors, SearchQuery
+from llm2clip.search.query import QueryVectors, SearchQuery, average_embeddings, combine_embeddings
 from llm2clip.search.types import Hit
 
 BACKGROUND_QUERIES = Path(__file__).with_name("background_queries.txt").read_text(encoding="utf-8").splitlines()
@@ -85,17 +85,12 @@ MAX_CHANGED_FRACTION = 0.1  # a calibration is renewed if more of the index has 
 
 @dataclass(frozen=True)
 class Scale:
-    """Conversion of t to a relevance, for one kind of query or hit. See the module's docstring.
+    """Conversion of t to a relevance, for one kind of query or hit. See the module's docstring for the names."""
 
-    Attributes:
-        mean, deviation: Mean and standard deviation of t for queries without an answer.
-        slope, intercept: Coefficients a and b of the logistic function.
-    """
-
-    mean: float
-    deviation: float
-    slope: float
-    intercept: float
+    mean: float  # m
+    deviation: float  # d
+    slope: float  # a
+    intercept: float  # b
 
     def standardize(self, values: np.ndarray, overlaps: np.ndarray | float = 0.0) -> np.ndarray:
         """Convert values of t, and overlaps of the query with the captions, to values of x."""
@@ -103,7 +98,6 @@ class Scale:
         return standardized
 
     def to_relevance(self, values: np.ndarray, overlaps: np.ndarray | float = 0.0) -> np.ndarray:
-        """Convert values of t, and overlaps of the query with the captions, to relevances between 0 and 1."""
         return apply_logistic(self.slope * self.standardize(values, overlaps) + self.intercept)
 
 
@@ -141,22 +135,15 @@ class Calibration:
         Args:
             overlaps: Overlap of the query's texts with the captions of each hit (see `compute_overlap`), of shape (K,).
                 NaN for hits without captions. Default: captions are not used.
-
-        Raises:
-            ValueError: The query has no positive parts, or contains NaN or infinity.
         """
         ratings = []
         for part, scale in ((query.texts, self.texts), (query.images, self.images)):
             if part is not None:
-                if not np.isfinite(part).all():
-                    raise ValueError("the model returned NaN or infinity for the query")
                 evidence = compute_evidence(part, vectors, self.background)
                 rating = scale.to_relevance(evidence)
                 if part is query.texts and overlaps is not None:
                     rating = np.where(np.isnan(overlaps), rating, self.captions.to_relevance(evidence, overlaps))
                 ratings.append(rating)
-        if not ratings:
-            raise ValueError("the query has no positive texts or images")
         return np.max(ratings, axis=0)
 
     def to_bytes(self) -> bytes:
@@ -190,26 +177,19 @@ class Calibration:
 # ---- formulas
 
 
-def compute_hubness(vectors: np.ndarray, query: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Return the largest similarity between each of the K images and a background query, of shape (K,).
-
-    Background queries that have the same meaning as the query itself do not count.
-    """
-    similarities = vectors @ background.T  # (K, B)
-    similarities[:, find_near_duplicates(background, query, background.mean(axis=0))] = -1
-    hubness: np.ndarray = similarities.max(axis=1, initial=-1.0)
-    return hubness
-
-
 def compute_evidence(query: np.ndarray, vectors: np.ndarray, background: np.ndarray) -> np.ndarray:
     """Return t = s - 0.25 * hubness for each of the K images, of shape (K,).
+
+    Background queries that have the same meaning as the query itself do not count for the hubness.
 
     Args:
         query: L2-normalised query vector of shape (D,).
         vectors: L2-normalised embeddings of the images, of shape (K, D).
         background: L2-normalised embeddings of the background queries, of shape (B, D).
     """
-    evidence: np.ndarray = vectors @ query - HUBNESS_WEIGHT * compute_hubness(vectors, query, background)
+    similarities = vectors @ background.T  # (K, B)
+    similarities[:, find_near_duplicates(background, query, background.mean(axis=0))] = -1
+    evidence: np.ndarray = vectors @ query - HUBNESS_WEIGHT * similarities.max(axis=1, initial=-1.0)
     return evidence
 
 
@@ -238,11 +218,6 @@ def find_near_duplicates(vectors: np.ndarray, item: np.ndarray, mean: np.ndarray
     """Return a boolean mask of shape (K,) that selects the near duplicates of an image or text, including itself.
 
     The mean embedding is subtracted, because in some models all embeddings are similar.
-
-    Args:
-        vectors: Embeddings of shape (K, D).
-        item: Embedding of the image or text, of shape (D,).
-        mean: Mean embedding of all images or texts, of shape (D,).
     """
     centred, reference = vectors - mean, item - mean
     norms = np.linalg.norm(centred, axis=1) * np.linalg.norm(reference)
@@ -292,8 +267,6 @@ class Reference(NamedTuple):
 def update_calibration(backend: Backend, model: DualEncoder, changed: bool = True) -> None:
     """Calibrate an index if it has no calibration for this model, or more than a tenth of it has changed since.
 
-    Indexes with fewer than MIN_IMAGES distinct images, or of which nearly all images are alike, get no calibration.
-
     Args:
         model: Model of the index, truncated to the number of dimensions of the index.
         changed: False if no image has been added, changed or removed since the last call.
@@ -309,7 +282,7 @@ def update_calibration(backend: Backend, model: DualEncoder, changed: bool = Tru
 
 
 def remove_calibration(backend: Backend) -> None:
-    """Remove an index's calibration, and record that it has been removed."""
+    """Remove an index's calibration, and store that this was intended."""
     if backend.load_calibration() != b"":
         backend.save_calibration(b"")
 
@@ -379,18 +352,9 @@ def calibrate(backend: Backend, model: DualEncoder) -> Calibration | None:
 
 def embed_texts(model: DualEncoder, texts: Sequence[str]) -> np.ndarray:
     """Embed texts as separate queries, with the model's prompt templates. Return a float32 array of shape (N, D)."""
-    queries = [SearchQuery([text]) for text in texts]
-    prompts, counts = [], []
-    for query in queries:
-        query_prompts, query_counts = query.build_prompts(model.query_templates)
-        prompts += query_prompts
-        counts += query_counts
-    vectors = model.encode_texts(prompts).numpy()
-    ends = np.cumsum(counts)
-    embeddings = []
-    for query, end, count in zip(queries, ends, counts, strict=True):
-        embeddings.append(query.combine(list(vectors[end - count : end]), [count], []).combined)
-    return np.stack(embeddings)
+    prompts, counts = SearchQuery(texts).build_prompts(model.query_templates)
+    means = average_embeddings(model.encode_texts(prompts).numpy(), counts)
+    return np.stack([combine_embeddings([mean]) for mean in means])
 
 
 def _make_scale(values: Sequence[float], slope: float, intercept: float) -> Scale | None:
@@ -431,8 +395,7 @@ def _find_neighbours(
 def get_captions(hit: Hit) -> list[str]:
     """Return the first distinct captions of a hit, truncated.
 
-    Otherwise, rating an image with the captions of a hundred websites would be slow, and it would be relevant to all
-    queries.
+    Otherwise, an image with the captions of a hundred websites would be slow to rate and relevant to all queries.
     """
     captions = dict.fromkeys(caption for image in hit.images for caption in image.captions)
     return [caption[:MAX_CAPTION_LENGTH] for caption in islice(captions, MAX_CAPTIONS)]
@@ -451,10 +414,7 @@ def _fit_to_captions(
     hit_ids: Sequence[str],
     reference: Reference,
 ) -> Scale:
-    """Fit a scale's slope and intercept to captions of the given images as queries.
-
-    If fewer than MIN_QUERIES of the images have another caption, return the scale unchanged.
-    """
+    """Fit a scale to captions of the given images as queries, if at least MIN_QUERIES images have another caption."""
     queries = {}
     for hit_id in hit_ids:
         texts = [text for image in backend.images(hit_id) for text in image.captions if text.strip()]
@@ -506,15 +466,11 @@ def search_relevant(
     words: Sequence[str] = (),
     show_weak: bool = False,
 ) -> SearchResult:
-    """Search an index, and rate the hits.
+    """Search an index, and rate the hits. For the arguments, see `Backend.search`.
 
     If nothing is close, return no hits, unless `show_weak` is set or there is a filter.
     Images that contain all words of the query count as close. Without a calibration, and for queries without positive
     parts, hits have no relevance and are always returned.
-
-    Args:
-        query: Embeddings of the query, or None to return the newest images that match the filter.
-        count, image_filter, offset, words: See `Backend.search`.
     """
     vector = None if query is None else query.combined
     if calibration is None or query is None or (query.texts is None and query.images is None):
@@ -537,11 +493,7 @@ def search_relevant(
 def rate_hits(
     backend: Backend, calibration: Calibration, query: QueryVectors, hits: Sequence[Hit], words: Sequence[str] = ()
 ) -> list[Hit]:
-    """Return the hits with their relevance. Hits that another process has just removed are returned unchanged.
-
-    Args:
-        words: Texts of the query, to compare with the captions of the hits.
-    """
+    """Return the hits with their relevance. Hits that another process has just removed are returned unchanged."""
     vectors = backend.vectors([hit.id for hit in hits])
     if not vectors:
         return list(hits)

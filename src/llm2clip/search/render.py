@@ -18,7 +18,7 @@ from llm2clip.reports import Example, Examples, Paragraph, write_report
 from llm2clip.search.backends import Backend
 from llm2clip.search.explain import Explanation
 from llm2clip.search.metadata import CONTENT_FIELDS, IMAGE_FIELDS, to_json
-from llm2clip.search.ranking import RERANKED
+from llm2clip.search.query import RERANKED
 from llm2clip.search.types import Hit
 
 CAPTION_LENGTH = 160  # maximum length of a displayed caption, in characters
@@ -36,19 +36,19 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
     table.add_column("file", overflow="fold")
     for rank, hit in enumerate(hits, 1):
         first = hit.images[0]
-        description = RichText(_replace_unprintable_characters(first.name))
+        lines = []
         if hit.image_count > 1:
-            description.append(f"\nand {hit.image_count - 1:,} duplicates", style="dim")
+            lines.append(f"and {hit.image_count - 1:,} duplicates")
         if first.captions:
-            caption = shorten(_replace_unprintable_characters(first.captions[0]), CAPTION_LENGTH, placeholder=" …")
-            description.append("\n" + caption, style="dim")
+            lines.append(_shorten(first.captions[0]))
         if hit.text:
-            text = shorten(_replace_unprintable_characters(hit.text), CAPTION_LENGTH, placeholder=" …")
-            description.append(f"\ntext: {text}", style="dim")
+            lines.append(f"text: {_shorten(hit.text)}")
         if hit.similar:
-            description.append(f"\n+{len(hit.similar)} similar", style="dim")
+            lines.append(f"+{len(hit.similar)} similar")
         if hit.matched:
-            description.append(f"\nmatched: {', '.join(hit.matched)}", style="dim")
+            lines.append(f"matched: {', '.join(hit.matched)}")
+        description = RichText(_replace_unprintable_characters(first.name))
+        description.append("".join(f"\n{line}" for line in lines), style="dim")
         thumbnail = [_draw_thumbnail(backend.thumbnail(hit.id))] if with_thumbnails else []
         table.add_row(str(rank), _format_score_or_date(hit), *thumbnail, description)
     console.print(table)
@@ -94,6 +94,10 @@ def _replace_unprintable_characters(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
+def _shorten(text: str) -> str:
+    return shorten(_replace_unprintable_characters(text), CAPTION_LENGTH, placeholder=" …")
+
+
 def _draw_thumbnail(jpeg: bytes | None) -> RichText:
     """Draw a thumbnail with half-block characters, each of which shows two pixels, one above the other."""
     import torch
@@ -128,10 +132,9 @@ def write_contact_sheet(
 
     Args:
         query: Description of the query, shown above the images.
-        backend: Index that returned the hits.
         folder: Output folder. Default: a new temporary folder.
         heatmaps: JPEG images to show instead of thumbnails, keyed by hit id. See `Index.draw_heatmaps`.
-        rerank_model: Name of the model that re-ranked the hits. Default: the hits were not re-ranked.
+        rerank_model: Name of the model that re-ranked the hits, if any.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="llm2clip-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +160,6 @@ def write_contact_sheet(
 
 
 def _make_file_url(hit: Hit) -> str | None:
-    """Return the URL of the image file, tar file or table of a hit's first image, or None if the file is missing."""
     path = Path(hit.images[0].container)
     return path.as_uri() if path.is_absolute() and path.exists() else None
 

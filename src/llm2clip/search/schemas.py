@@ -1,21 +1,37 @@
-"""Pydantic models for HTTP API requests and responses."""
+"""Pydantic models for HTTP API requests and responses, and error responses in the JSON format of OpenAI's API."""
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any, Literal, TypeVar
 
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
+from starlette.exceptions import HTTPException
 
+from llm2clip.data.image_refs import to_valid_unicode
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.models.prompts import PLACEHOLDER, QueryTemplates
 from llm2clip.search.explain import MAX_WORDS
-from llm2clip.search.images import RequestImage
+from llm2clip.search.images import InvalidImage, RequestImage, TooLarge
 from llm2clip.search.index import SearchOptions
-from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Condition, Filter, MetadataField
-from llm2clip.search.query import SearchQuery
-from llm2clip.search.ranking import RERANKED
-from llm2clip.search.types import MAX_LOCATIONS
+from llm2clip.search.inference import QueueFull
+from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Condition, Detail, Filter, MetadataField
+from llm2clip.search.query import RERANKED, SearchQuery
+from llm2clip.search.types import (
+    MAX_LOCATIONS,
+    DeadlineExceeded,
+    IndexUnavailableError,
+    NotFound,
+    SimilarHit,
+    UnsupportedQuery,
+    WordIndexError,
+)
+
+logger = logging.getLogger(__name__)
 
 DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # in characters
@@ -71,7 +87,6 @@ TextOrDataUri = Annotated[str, AfterValidator(_require_text_or_data_uri)]
 HitId = Annotated[str, Field(max_length=64), AfterValidator(_require_valid_unicode)]
 Time = Annotated[float, Field(ge=-1e11, le=1e12, allow_inf_nan=False)]
 
-
 Item = TypeVar("Item")
 # Without fail_fast, pydantic would create an error object for every invalid item, however many there are.
 Items = Annotated[list[Item], Field(fail_fast=True)]
@@ -104,7 +119,6 @@ FILTER_TYPES: dict[str, Any] = {
 
 
 def _make_filter_field(condition: Condition) -> tuple[Any, Any]:
-    """Return the type and the default of the field of a condition."""
     unit = ", as a Unix timestamp" if condition.kind.endswith("time") else ""
     max_length = condition.max_length if condition.kind == "text" else None
     description = f"only images {condition.description}{unit}"
@@ -186,11 +200,10 @@ class SearchRequest(QueryRequest):
 
 
 def _make_metadata_model(name: str, metadata_fields: tuple[MetadataField, ...]) -> type[BaseModel]:
-    """Create a model with metadata fields."""
     types = {}
     for item in metadata_fields:
         value_type = item.type | None if item.is_nullable else item.type
-        types[item.name] = (value_type, Field(description=item.declaration.description))
+        types[item.name] = (value_type, Field(description=item.description))
     return create_model(name, **types)  # type: ignore[call-overload]
 
 
@@ -200,21 +213,6 @@ class ImageLocation(_make_metadata_model("ImageFields", IMAGE_FIELDS)):  # type:
     name: str
     file_name: str = Field(description="file name without folders")
     captions: list[str]
-
-
-class SimilarHitResponse(BaseModel):
-    """A hit that is part of another hit, because the images are similar."""
-
-    id: str
-    name: str = Field(description="name of the image's first location")
-    file_name: str
-
-
-class DetailResponse(BaseModel):
-    """A line about an image, for the user."""
-
-    text: str
-    url: str = Field(description="URL to which the text is linked, or an empty string")
 
 
 class HitResponse(_make_metadata_model("ContentFields", CONTENT_FIELDS)):  # type: ignore[misc]
@@ -232,8 +230,8 @@ class HitResponse(_make_metadata_model("ContentFields", CONTENT_FIELDS)):  # typ
         description="fields that contain words of the query, if the image contains all words of the query"
     )
     text: str = Field(description="text recognised in the image")
-    details: list[DetailResponse] = Field(description="metadata of the image and its first location, in words")
-    similar: list[SimilarHitResponse] = Field(
+    details: list[Detail] = Field(description="metadata of the image and its first location, in words")
+    similar: list[SimilarHit] = Field(
         description="other hits that are bursts or edited copies of this image, best first"
     )
 
@@ -257,6 +255,22 @@ class SearchResponse(BaseModel):
         "exceed the server's size limits, or have been changed or removed; they follow the re-ranked hits; null "
         "without re-ranking"
     )
+
+
+class NewImage(BaseModel):
+    """One of the newest images."""
+
+    id: str
+    file_name: str
+
+
+class ExamplesResponse(BaseModel):
+    """Suggestions for a first search."""
+
+    queries: list[str] = Field(
+        description="short captions from a sample of the images; empty if the sample has no captions"
+    )
+    newest: list[NewImage] = Field(description="the newest images in the index, newest first")
 
 
 class HeatmapRequest(QueryRequest):
@@ -353,3 +367,100 @@ class HealthResponse(BaseModel):
     model: str | None = None
     dimensions: int | None = None
     images: int | None = None
+
+
+# ---- errors
+
+ERROR_TYPES = {
+    400: "bad request",
+    401: "missing or invalid token",
+    403: "cross-site request",
+    404: "not found",
+    413: "request too large",
+    422: "invalid request",
+    429: "too many requests",
+    503: "index unavailable",
+    504: "timeout",
+}
+# All other exceptions are reported as internal errors.
+STATUS_CODES: dict[type[Exception], int] = {
+    QueueFull: 429,
+    TooLarge: 413,
+    UnsupportedQuery: 400,
+    NotFound: 404,
+    IndexUnavailableError: 503,
+    WordIndexError: 503,
+    DeadlineExceeded: 504,
+    ValueError: 422,
+}
+MAX_MESSAGE_LENGTH = 1000  # in characters; validation messages may quote parts of the request
+RETRY_SOON = {"Retry-After": "1"}  # asks the client to wait for one second
+
+
+class ErrorBody(BaseModel):
+    """Error description in the format of OpenAI's API."""
+
+    message: str
+    type: str
+    code: int
+    param: str | None = Field(
+        default=None, description='field and index of the image that cannot be decoded, such as "images.0"'
+    )
+
+
+class ErrorResponse(BaseModel):
+    """JSON body of all error responses."""
+
+    error: ErrorBody
+
+
+# Passed to FastAPI as `responses` to document these errors in the OpenAPI schema.
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    code: {"model": ErrorResponse, "description": description} for code, description in ERROR_TYPES.items()
+}
+
+
+def make_error_response(
+    code: int, message: str, headers: dict[str, str] | None = None, param: str | None = None
+) -> JSONResponse:
+    """Return a JSON error response in the format of OpenAI's API."""
+    error = {"message": message, "type": ERROR_TYPES.get(code, "error"), "code": code, "param": param}
+    return JSONResponse({"error": error}, code, headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Register handlers that convert all exceptions in an application to error responses."""
+    app.add_exception_handler(Exception, _handle_unexpected_error)
+    app.add_exception_handler(HTTPException, _handle_http_exception)
+    app.add_exception_handler(RequestValidationError, _handle_validation_error)
+    for exception in STATUS_CODES:
+        app.add_exception_handler(exception, _handle_error)
+
+
+async def _handle_error(_: Request, error: Exception) -> Response:
+    if isinstance(error, InvalidImage):
+        return make_error_response(error.code, str(error), param=error.param)
+    code = next(code for exception, code in STATUS_CODES.items() if isinstance(error, exception))
+    message = str(error)
+    if isinstance(error, IndexUnavailableError):
+        logger.warning("%s", error)  # clients do not receive the message, because it contains addresses
+        message = "the index is temporarily unavailable; try again later"
+    return make_error_response(code, message, RETRY_SOON if code in (429, 503) else None)
+
+
+async def _handle_unexpected_error(_: Request, error: Exception) -> JSONResponse:
+    return make_error_response(500, "internal server error; see the server's log")
+
+
+async def _handle_http_exception(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return make_error_response(error.status_code, str(error.detail), dict(error.headers or {}))
+
+
+async def _handle_validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems = []
+    for problem in error.errors()[:3]:
+        field = ".".join(str(part) for part in problem["loc"])
+        problems.append(f"{field}: {problem['msg']}")
+    return make_error_response(422, to_valid_unicode("; ".join(problems))[:MAX_MESSAGE_LENGTH])

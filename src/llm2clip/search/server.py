@@ -5,11 +5,15 @@ import hashlib
 import html
 import io
 import os
+import random
 import re
 import socket
+import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -29,50 +33,74 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.llm2clip import check_dim, truncate_and_normalize
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search.backends import Backend
-from llm2clip.search.errors import ERROR_RESPONSES, add_error_handlers
-from llm2clip.search.examples import ExampleCache, ExamplesResponse
-from llm2clip.search.heatmap import locate_query
-from llm2clip.search.images import NotFound, RequestImage
+from llm2clip.search.explain import locate_query
+from llm2clip.search.images import RequestImage
 from llm2clip.search.inference import InferenceService, Limits
 from llm2clip.search.metadata import CONDITIONS, Condition
 from llm2clip.search.middleware import Authenticator, RequestMiddleware, make_connection_class
-from llm2clip.search.query import UnsupportedQuery
-from llm2clip.search.ranking import RERANKED
+from llm2clip.search.query import RERANKED
 from llm2clip.search.schemas import (
     DATA_URI_PREFIX,
+    ERROR_RESPONSES,
     MAX_IMAGES,
     MAX_OFFSET,
     MAX_TEMPLATES,
     EmbeddingItem,
     EmbedRequest,
     EmbedResponse,
+    ExamplesResponse,
     ExplainRequest,
     ExplainResponse,
     HealthResponse,
     HeatmapRequest,
     HeatmapResponse,
+    NewImage,
     SearchRequest,
     SearchResponse,
+    add_error_handlers,
 )
+from llm2clip.search.types import NotFound, UnsupportedQuery
 from llm2clip.search.zip_download import MAX_ZIP_IMAGES, parse_ids, read_chunks, stream_zip
 
 STATIC_FOLDER = Path(__file__).parent / "static"
 STATIC_FILES = ("page.css", "page.js", "selection.js", "start.js")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 SHUTDOWN_TIMEOUT = 5  # in seconds; leaves time to cancel requests, because `docker stop` kills the process after 10 s
+SAMPLE_SIZE = 64  # number of images whose captions are read for examples; equal indexes give equal samples
+MAX_QUERIES, MAX_NEWEST = 6, 12  # numbers of example queries and newest images
+MIN_LENGTH, MAX_LENGTH = 4, 200  # of an example query, in characters
+MAX_AGE = 600.0  # maximum age of cached examples, in seconds
 API_ERRORS: dict[int | str, dict[str, Any]] = {code: ERROR_RESPONSES[code] for code in (400, 404, 422, 429, 503, 504)}
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may use a server.
+
+    Attributes:
+        token: Token that every request must contain. Without the token, only `/health` is available, and returns only
+            the status. API clients send the header `Authorization: Bearer TOKEN`. In a browser, opening
+            `/?token=TOKEN` starts a 24-hour session. If None, no token is required.
+        hosts: Host names that are allowed in the Host header. If None, all host names are allowed. This check prevents
+            DNS rebinding attacks, in which a website makes its own host name resolve to this machine's address.
+        allowed_origins: Origins of other websites, such as `https://example.org`, whose pages may use the API. They
+            must send the token in the Authorization header.
+        log: Whether to write one JSON object per request to standard error.
+    """
+
+    token: str | None = None
+    hosts: Sequence[str] | None = LOOPBACK
+    allowed_origins: Sequence[str] = ()
+    log: bool = False
 
 
 def create_app(
     model: DualEncoder,
     backend: Backend | None = None,
     limits: Limits | None = None,
-    token: str | None = None,
-    hosts: Sequence[str] | None = LOOPBACK,
+    access: Access | None = None,
     model_thread: ThreadPoolExecutor | None = None,
     templates: QueryTemplates | None = None,
-    allowed_origins: Sequence[str] = (),
-    access_log: bool = False,
     rerank_model: DualEncoder | None = None,
 ) -> FastAPI:
     """Create the web application.
@@ -81,28 +109,22 @@ def create_app(
         model: Model that encodes texts and images. If there is an index, it must have been built with this model.
         backend: Index to search. If None, the server only computes embeddings.
         limits: Resource limits for requests. Default: `Limits()`.
-        token: Token that every request must contain. Without the token, only `/health` is available, and returns only
-            the status. API clients send the header `Authorization: Bearer TOKEN`. In a browser, opening
-            `/?token=TOKEN` starts a 24-hour session. If None, no token is required.
-        hosts: Host names that are allowed in the Host header. If None, all host names are allowed. This check prevents
-            DNS rebinding attacks, in which a website makes its own host name resolve to this machine's address.
-        model_thread: Single-threaded executor in which the model was loaded. See `InferenceService`.
+        access: Who may use the server. Default: everybody on this machine.
+        model_thread: Single-threaded executor in which the models were loaded. See `InferenceService`.
         templates: Prompt templates for short search texts. The embeddings of the text and the filled-in templates are
             averaged. Requests can override the templates. Default: the templates saved with the model.
-        allowed_origins: Origins of other websites, such as `https://example.org`, whose pages may use the API. They
-            must send the token in the Authorization header.
-        access_log: Whether to write one JSON object per request to standard error.
-        rerank_model: Re-ranking model, with which requests can sort the first hits again. See `search.ranking`.
+        rerank_model: Re-ranking model, with which requests can sort the first hits again. See `search.query`.
 
     Raises:
         ValueError: The index was built with a different model, the token is not printable ASCII without spaces, there
             are too many templates, or an origin is invalid.
     """
-    auth = Authenticator(token) if token is not None else None
+    access = access or Access()
+    auth = Authenticator(access.token) if access.token is not None else None
     templates = model.query_templates if templates is None else templates
     if len(templates.templates) > MAX_TEMPLATES:
         raise ValueError(f"too many templates: {len(templates.templates)}; the limit is {MAX_TEMPLATES}")
-    check_origins(allowed_origins)
+    check_origins(access.allowed_origins)
     service = InferenceService(model, backend, limits or Limits(), model_thread, templates, rerank_model)
 
     @asynccontextmanager
@@ -126,20 +148,23 @@ def create_app(
     _add_image_routes(app, service)
     _add_page_routes(app, auth, rerank_model)
     add_error_handlers(app)
-    app.add_middleware(
-        RequestMiddleware, service=service, auth=auth, allowed_origins=allowed_origins, access_log=access_log
-    )
-    if allowed_origins:
+    _add_middleware(app, service, auth, access)
+    return app
+
+
+def _add_middleware(app: FastAPI, service: InferenceService, auth: Authenticator | None, access: Access) -> None:
+    origins = list(access.allowed_origins)
+    app.add_middleware(RequestMiddleware, service=service, auth=auth, allowed_origins=origins, access_log=access.log)
+    if origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(allowed_origins),
+            allow_origins=origins,
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
             max_age=600,  # seconds for which browsers may cache the answer
         )
-    if hosts is not None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    return app
+    if access.hosts is not None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(access.hosts))
 
 
 def check_origins(origins: Iterable[str]) -> None:
@@ -184,8 +209,7 @@ def make_server_config(app: FastAPI, host: str, port: int, behind_proxy: bool) -
 
     Args:
         behind_proxy: If True, the headers `X-Forwarded-For` and `X-Forwarded-Proto` set the client's address and scheme
-            for requests from 127.0.0.1 (or the addresses in the environment variable FORWARDED_ALLOW_IPS). If False,
-            these headers are ignored, because any client can set them.
+            for requests from 127.0.0.1 (or the addresses in the environment variable FORWARDED_ALLOW_IPS).
     """
     return uvicorn.Config(
         app,
@@ -273,12 +297,12 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
 def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
     encoder = service.encoder
 
-    def make_response(vectors: Iterable[np.ndarray], encoding: str) -> EmbedResponse:
+    def make_response(vectors: np.ndarray, encoding: str = "float") -> EmbedResponse:
         items = []
         for index, vector in enumerate(vectors):
-            embedding = (
-                vector.tolist() if encoding == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()
-            )
+            embedding: list[float] | str = vector.tolist()
+            if encoding == "base64":
+                embedding = base64.b64encode(vector.astype("<f4").tobytes()).decode()
             items.append(EmbeddingItem(index=index, embedding=embedding))
         usage = {"prompt_tokens": 0, "total_tokens": 0}
         return EmbedResponse(data=items, model=Path(encoder.model.name).name, usage=usage)
@@ -319,7 +343,7 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
     async def upload(files: list[UploadFile]) -> EmbedResponse:
         """Return the embeddings of uploaded images."""
         images = [RequestImage(await file.read(), f"files.{index}") for index, file in enumerate(files)]
-        return make_response(await service.run_embedding(embed_images, images), "float")
+        return make_response(await service.run_embedding(embed_images, images))
 
 
 def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
@@ -345,7 +369,12 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
             return Response(stream.getvalue(), media_type=media_type, headers=headers)
         size = stream.seek(0, os.SEEK_END)
         headers["Content-Length"] = str(size)
-        return FileStream(_read_and_close(stream, size), media_type=media_type, headers=headers)
+        return FileStream(read_and_close(stream, size), media_type, headers)
+
+    async def read_and_close(stream: BinaryIO, size: int) -> AsyncGenerator[bytes, None]:
+        with stream:
+            async for chunk in read_chunks(stream, size):
+                yield chunk
 
     @app.get("/zip", response_class=Response, responses=API_ERRORS)
     async def download_zip(
@@ -372,10 +401,7 @@ class FileStream(StreamingResponse):
     def __init__(
         self, chunks: AsyncGenerator[bytes, None], media_type: str, headers: Mapping[str, str], first: bytes = b""
     ) -> None:
-        """
-        Args:
-            first: Chunk that has already been taken from `chunks`.
-        """
+        """`first` has already been taken from `chunks`."""
         super().__init__(_prepend(first, chunks), media_type=media_type, headers=headers)
         self._chunks = chunks
 
@@ -389,13 +415,6 @@ async def _prepend(first: bytes, chunks: AsyncGenerator[bytes, None]) -> AsyncGe
         yield first
     async for chunk in chunks:
         yield chunk
-
-
-async def _read_and_close(stream: BinaryIO, size: int) -> AsyncGenerator[bytes, None]:
-    """Yield the first `size` bytes of a stream in chunks, then close the stream."""
-    with stream:
-        async for chunk in read_chunks(stream, size):
-            yield chunk
 
 
 def _add_page_routes(app: FastAPI, auth: Authenticator | None, rerank_model: DualEncoder | None) -> None:
@@ -438,8 +457,45 @@ def _make_filter_input(condition: Condition) -> str:
 
 
 def _shorten_model_name(name: str) -> str:
-    """Return a model's name without the path of its folder, which may be private. Names of hubs remain complete."""
+    """Return a model's name without the path of its folder, which may be private."""
     if not os.path.exists(name):
         return name
     path = Path(name).absolute()
     return (path.parent.name if path.name == "model" else path.name) or name  # `fit` saves the model in RUN/model
+
+
+# ---- examples
+
+
+class ExampleCache:
+    """Cached example queries and newest images of one index, for the first screen of the search page. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._examples = ExamplesResponse(queries=[], newest=[])
+        self._time = -float("inf")
+        self._lock = threading.Lock()
+
+    def get(self, backend: Backend) -> ExamplesResponse:
+        """Return the examples of an index, which may be up to MAX_AGE seconds old."""
+        with self._lock:
+            if time.monotonic() - self._time <= MAX_AGE:
+                return self._examples
+            self._time = time.monotonic()  # other threads return the old examples, even if reading the index fails
+        newest = []
+        for hit_id in backend.newest_ids(MAX_NEWEST):
+            newest += [NewImage(id=hit_id, file_name=image.file_name) for image in backend.images(hit_id)[:1]]
+        self._examples = ExamplesResponse(queries=choose_queries(backend), newest=newest)
+        return self._examples
+
+
+def choose_queries(backend: Backend) -> list[str]:
+    """Return up to MAX_QUERIES captions from a sample of the images, chosen from the shorter half of these captions."""
+    captions: dict[str, None] = {}
+    for hit_id in backend.sample_ids(SAMPLE_SIZE):
+        for image in backend.images(hit_id)[:1]:
+            for caption in image.captions[:1]:
+                text = " ".join(caption.split())
+                if MIN_LENGTH <= len(text) <= MAX_LENGTH:
+                    captions[text] = None
+    shortest = sorted(captions, key=len)[: max(MAX_QUERIES, len(captions) // 2)]
+    return random.sample(shortest, min(MAX_QUERIES, len(shortest)))

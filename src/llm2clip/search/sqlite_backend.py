@@ -7,8 +7,7 @@
 
 SQLite commits each batch atomically, lets other processes read during a write, and stores the database as a single file
 that is easy to copy. Readers keep the quantized vectors in memory, and load only new vectors after a write. Word search
-and caption filters use full-text tables (see `search.words`). A reader needs write permission to the folder, because
-SQLite creates files next to the database even when reading.
+and caption filters use full-text tables (see `search.words`).
 """
 
 import glob
@@ -18,28 +17,28 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm2clip.runs.output_folder import folder_lock
+from llm2clip.runs.output_folder import check_format_version, folder_lock
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import (
     CONTENT_COLUMNS,
+    FORMAT_VERSION,
     IMAGE_COLUMNS,
     INDEX_FILE,
+    NEW_INDEX_ADVICE,
     Backend,
     Query,
     Result,
     SqlConditions,
-    WordIndexError,
     format_missing_index_message,
 )
-from llm2clip.search.metadata import CONTENT_FIELDS, Filter, read_columns
-from llm2clip.search.sqlite_database import SqliteDatabase
-from llm2clip.search.types import MAX_LOCATIONS, IndexedContent, IndexedImage
+from llm2clip.search.metadata import CONTENT_FIELDS, IMAGE_FIELDS, Filter, define_columns, read_columns
+from llm2clip.search.types import MAX_LOCATIONS, IndexedContent, IndexedImage, IndexUnavailableError, WordIndexError
 from llm2clip.search.vector_index import (
     CHUNK,
     GRAPH_FILE,
@@ -51,21 +50,41 @@ from llm2clip.search.vector_index import (
     update_graph,
 )
 from llm2clip.search.words import (
+    WORDS_SCHEMA,
     WordQuery,
     add_texts,
-    find_matched_fields,
     find_matches,
     is_corrupt,
     is_corruption,
     make_caption_condition,
+    read_fields,
     rebuild,
     remove_texts,
     set_recognized_text,
+    sort_distinct,
 )
 
 APPROXIMATE_ABOVE = 1_000_000
-# The ids are one parameter, so that SQLite compiles and caches one statement for any number of them.
-SELECT_VECTORS = "SELECT id, vector FROM contents WHERE id IN (SELECT value FROM json_each(:ids))"
+COLUMN_TYPES = {float: "REAL", int: "INTEGER", str: "TEXT"}
+# The column "location" is the reference to an image's bytes, and "max_abs" is the largest absolute value in a vector.
+# The ids of contents are never reused, so contents with the same id are equal.
+SCHEMA = f"""
+CREATE TABLE metadata (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE calibration (data BLOB NOT NULL);
+CREATE TABLE contents (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, hash BLOB NOT NULL UNIQUE, vector BLOB NOT NULL, max_abs REAL NOT NULL,
+  {define_columns(CONTENT_FIELDS, COLUMN_TYPES)});
+CREATE INDEX contents_max_abs ON contents(max_abs);
+CREATE TABLE thumbnails (id INTEGER PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, jpeg BLOB NOT NULL);
+CREATE TABLE images (
+  id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, content INTEGER NOT NULL REFERENCES contents(id),
+  location TEXT NOT NULL, source TEXT NOT NULL, file_version TEXT NOT NULL, captions TEXT NOT NULL,
+  {define_columns(IMAGE_FIELDS, COLUMN_TYPES)});
+CREATE INDEX images_content ON images(content);
+CREATE INDEX images_source ON images(source);
+CREATE INDEX images_taken ON images(taken);
+PRAGMA user_version = {FORMAT_VERSION};
+"""
 INSERT_CONTENT = f"""
 INSERT INTO contents (hash, vector, max_abs, {", ".join(CONTENT_COLUMNS)})
 VALUES (:hash, :vector, :max_abs, {", ".join(f":{name}" for name in CONTENT_COLUMNS)})
@@ -95,13 +114,10 @@ class SqliteBackend(Backend):
     Several processes can read an index at the same time, even while one process writes to it.
     """
 
+    IN_IDS = "IN (SELECT value FROM json_each(:ids))"
+
     def __init__(self, folder: Path, write: bool = False, approximate_above: int = APPROXIMATE_ABOVE) -> None:
-        """
-        Args:
-            write: If True, open the index for writing, and create it if it does not exist. Only the current user can
-                read a new index.
-            approximate_above: Minimum number of distinct images for which `finish` builds an HNSW graph, which makes
-                searches approximate.
+        """Open the index in a folder. See `open_backend`. Only the current user can read a new index.
 
         Raises:
             FileNotFoundError: `write` is False, and there is no complete index in the folder.
@@ -152,19 +168,16 @@ class SqliteBackend(Backend):
         with self._db.transaction() as connection:
             self._may_have_orphans = True
             for content in contents:
-                self._add_content(connection, content)
+                row = read_columns(content, CONTENT_FIELDS)
+                row |= {"hash": content.hash, "vector": np.ascontiguousarray(content.vector, dtype="<f2").tobytes()}
+                row["max_abs"] = float(np.abs(content.vector).max())
+                added = connection.execute(INSERT_CONTENT, row).fetchone()
+                if added is not None:
+                    connection.execute("INSERT INTO thumbnails VALUES (?, ?)", (added[0], content.thumbnail))
             remove_texts(connection, [image.name for image, _ in images])
             rows = [{**self._image_to_row(image), "hash": digest} for image, digest in images]
             connection.executemany(INSERT_IMAGE, rows)
             add_texts(connection, {image.name: image for image, _ in images}.values())
-
-    def _add_content(self, connection: sqlite3.Connection, content: IndexedContent) -> None:
-        row = read_columns(content, CONTENT_FIELDS)
-        row |= {"hash": content.hash, "vector": np.ascontiguousarray(content.vector, dtype="<f2").tobytes()}
-        row["max_abs"] = float(np.abs(content.vector).max())
-        added = connection.execute(INSERT_CONTENT, row).fetchone()
-        if added is not None:
-            connection.execute("INSERT INTO thumbnails VALUES (?, ?)", (added[0], content.thumbnail))
 
     def remove(self, names: Sequence[str]) -> None:
         if not names and not self._may_have_orphans:
@@ -187,7 +200,7 @@ class SqliteBackend(Backend):
         if len(ids) >= self.approximate_above:
             with self._db.snapshot() as db:
                 max_abs = _read_max_abs(db)
-            update_graph(self.folder, ids, self._fetch_array, self._read_dim(), max_abs)
+            update_graph(self.folder, ids, self._fetch_array, int(self.metadata()["embed_dim"]), max_abs)
             for name in (GRAPH_FILE, GRAPH_STATE_FILE):
                 shutil.copymode(self._db.file, self.folder / name)
 
@@ -215,10 +228,6 @@ class SqliteBackend(Backend):
         return make_caption_condition(caption)
 
     # ---- searching
-
-    def count(self) -> tuple[int, int]:
-        counts: tuple[int, int] = self._get_cached("count", self._db.read_state(), super().count)
-        return counts
 
     def count_matches(self, image_filter: Filter) -> int:
         return len(self._get_matching_ids(image_filter)) if image_filter else self.count()[1]
@@ -250,9 +259,9 @@ class SqliteBackend(Backend):
         ids: np.ndarray = self._get_cached("word matches", (self._db.read_state(), query, image_filter), find)
         return ids
 
-    def _find_matched_fields(self, run: Query, query: WordQuery, ids: Sequence[int]) -> dict[int, tuple[str, ...]]:
+    def _read_word_fields(self, run: Query, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
         with self._open_words() as db:
-            return find_matched_fields(db, query, ids)
+            return read_fields(db, query, ids)
 
     @contextmanager
     def _open_words(self) -> Iterator[sqlite3.Connection]:
@@ -297,8 +306,7 @@ class SqliteBackend(Backend):
     def _find_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
         """Return the ids of all contents with at least one image that matches a filter, as int64 of shape (N,).
 
-        By default, the ids are in ascending order. With `newest_first`, they are sorted by the latest capture time of
-        their matching images, newest first.
+        The ids are in ascending order, or sorted by the latest capture time of their matching images, newest first.
         """
         conditions = self._make_conditions(image_filter)
         where = [*conditions.images, *conditions.contents]
@@ -311,11 +319,7 @@ class SqliteBackend(Backend):
         with self._open_words() as db:
             sql = f"SELECT {columns} FROM {tables} WHERE {' AND '.join(where) or 'true'}"
             rows = np.fromiter(db.execute(sql, conditions.parameters), MATCH_DTYPE)
-        if not newest_first:
-            return _sort_unique(rows["content"])
-        ids = rows["content"][np.lexsort((rows["content"], -rows["taken"]))]
-        _, first = np.unique(ids, return_index=True)
-        return ids[np.sort(first)]
+        return sort_distinct(rows["content"], -rows["taken"]) if newest_first else _sort_unique(rows["content"])
 
     # ---- vectors
 
@@ -343,10 +347,7 @@ class SqliteBackend(Backend):
         return graph if ids == (state.count, state.last, state.sum) else None
 
     def _load_current_vectors(self) -> QuantizedVectors:
-        """Return all quantized vectors, reading only vectors added since the last call.
-
-        If a new vector raises the maximum absolute value, it would overflow with the old scale: all vectors are reread.
-        """
+        """Return all quantized vectors. Read only those added since the last call, unless they need a new scale."""
         # Use a separate connection, because reading all vectors takes seconds and would block other threads.
         with self._vectors_lock, self._db.snapshot() as db:
             file_id, vectors = self._db.file_id, QuantizedVectors(127 / _read_max_abs(db))
@@ -363,21 +364,17 @@ class SqliteBackend(Backend):
             self._vectors = file_id, vectors
             return vectors
 
-    def _fetch_vectors(self, run: Query, ids: Sequence[int]) -> dict[int, np.ndarray]:
-        rows = run(SELECT_VECTORS, {"ids": json.dumps(list(ids))})
-        return {content_id: np.frombuffer(vector, "<f2").astype(np.float32) for content_id, vector in rows}
+    def _decode_vector(self, vector: bytes) -> np.ndarray:
+        return np.frombuffer(vector, "<f2").astype(np.float32)
 
     def _fetch_array(self, ids: np.ndarray) -> np.ndarray:
         """Return the vectors with the given ids, as a float16 array of shape (N, D). Removed ids have zero vectors."""
-        rows = self._db.query(SELECT_VECTORS, {"ids": json.dumps(ids.tolist())})
-        vectors: dict[int, bytes] = dict(rows)
-        dim = self._read_dim()
+        statement = f"SELECT id, vector FROM contents WHERE id {self.IN_IDS}"
+        vectors: dict[int, bytes] = dict(self._db.query(statement, {"ids": json.dumps(ids.tolist())}))
+        dim = int(self.metadata()["embed_dim"])
         zeros = bytes(2 * dim)
         joined = b"".join(vectors.get(content_id, zeros) for content_id in ids.tolist())
         return np.frombuffer(joined, "<f2").reshape(-1, dim)
-
-    def _read_dim(self) -> int:
-        return int(self.metadata()["embed_dim"])
 
     def _get_cached(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:
         """Return the cached value with the given name. Recompute it if the state has changed since the last call."""
@@ -414,3 +411,119 @@ def _sort_unique(ids: np.ndarray) -> np.ndarray:
     occurs = np.zeros(int(ids.max(initial=-1)) + 1, bool)
     occurs[ids] = True
     return np.flatnonzero(occurs)
+
+
+# ---- database
+
+
+class SqliteDatabase:
+    """Connection to an index database. Thread-safe.
+
+    Attributes:
+        is_empty: True if the database was empty when it was opened for reading.
+    """
+
+    def __init__(self, folder: Path, write: bool) -> None:
+        """Open the database in an existing folder. With `write`, create the database if it does not exist."""
+        self.file = folder / INDEX_FILE
+        if not self.file.exists():
+            self.file.touch(mode=0o600)  # SQLite's temporary files inherit these permissions
+        self._lock = threading.RLock()
+        with self._convert_errors():
+            self.file_id = self._rejected_id = self._read_file_id()
+            self.connection = self._connect()
+            version = int(self.connection.execute("PRAGMA user_version").fetchone()[0])
+            self.is_empty = version == 0 and not write
+            if version:
+                check_format_version(self.file, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
+            if write:
+                # Affects only new databases. A page should hold several vectors, each of which takes about 2 KB.
+                self.connection.execute("PRAGMA page_size = 16384")
+                self.connection.execute("PRAGMA journal_mode = WAL")
+                self.connection.execute("PRAGMA foreign_keys = ON")
+                if version == 0:
+                    self.connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {WORDS_SCHEMA} COMMIT;")
+
+    def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
+        """Run a statement and return all rows."""
+        with self._lock, self._convert_errors():
+            new_id = self._read_file_id()
+            if new_id not in (self.file_id, self._rejected_id, (0, 0)):
+                self._open_new_file(new_id)
+            return self.connection.execute(sql, parameters).fetchall()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Yield a connection with an open transaction, which is rolled back if an exception is raised."""
+        with self._lock, self._convert_errors(), self.connection:
+            self.connection.execute("BEGIN IMMEDIATE")
+            yield self.connection
+
+    @contextmanager
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """Open a separate connection to read a database snapshot without blocking other threads.
+
+        If the file has been replaced or deleted, only the existing connection can read it, so other threads wait.
+        """
+        if self._read_file_id() != self.file_id:
+            with self._lock, self._convert_errors():
+                yield self.connection
+            return
+        with self._convert_errors(), closing(self._connect()) as db:
+            db.execute("BEGIN")
+            yield db
+
+    def read_state(self) -> tuple[Any, ...]:
+        """Return a value that changes with every write to the database."""
+        ((version,),) = self.query("PRAGMA data_version")  # changes when another connection writes
+        with self._lock:
+            return version, self.connection.total_changes, self.file_id
+
+    def _connect(self) -> sqlite3.Connection:
+        options: dict[str, Any] = {"check_same_thread": False, "isolation_level": None, "timeout": 60}
+        is_read_only = os.statvfs(self.file.parent).f_flag & os.ST_RDONLY
+        if is_read_only and not Path(f"{self.file}-wal").exists():
+            # Otherwise, SQLite creates files next to the database even when reading.
+            return sqlite3.connect(f"{self.file.absolute().as_uri()}?immutable=1", uri=True, **options)
+        return sqlite3.connect(self.file, **options)
+
+    def _open_new_file(self, new_id: tuple[int, int]) -> None:
+        """Read from the file that has replaced the index file since it was opened.
+
+        Until the new file contains an index of the same model, continue with the old file, which remains readable even
+        after it has been deleted.
+        """
+        identity = """SELECT key, value FROM metadata
+          WHERE key IN ('fingerprint', 'image_fingerprint', 'embed_dim') ORDER BY key"""
+        with closing(self._connect()) as connection:
+            try:
+                new_model = connection.execute(identity).fetchall()
+            except sqlite3.Error:
+                return  # the tables have not been created yet
+        if new_model == self.connection.execute(identity).fetchall():
+            old, self.connection, self.file_id = self.connection, self._connect(), new_id
+            old.close()
+        elif new_model:
+            self._rejected_id = new_id
+            print_once(f"{self.file} was replaced with an index of a different model. To use it, restart this command")
+
+    def _read_file_id(self) -> tuple[int, int]:
+        """Return the numbers by which the file system identifies the database file, or (0, 0) if it was deleted."""
+        try:
+            stat = self.file.stat()
+        except FileNotFoundError:
+            return 0, 0
+        return stat.st_dev, stat.st_ino
+
+    @contextmanager
+    def _convert_errors(self) -> Iterator[None]:
+        """Convert SQLite errors, such as a full disk or a locked database, to errors that name the file."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            # A table is missing or locked, or the disk is full; or the file is corrupt or not a database.
+            is_unavailable = isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
+            advice = ""
+            if not os.access(self.file.parent, os.W_OK):
+                advice = ". Searching an index requires write permission to its folder, where SQLite creates files"
+            raise (IndexUnavailableError if is_unavailable else OSError)(f"{self.file}: {error}{advice}") from error

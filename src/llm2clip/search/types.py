@@ -1,14 +1,18 @@
-"""Images, image contents and hits of an index, and the stored form of image references."""
+"""Images, contents and hits of an index, errors that searches raise, and deadlines of requests."""
 
 import json
+import math
 import os
+import threading
+import time
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage, to_valid_unicode
-from llm2clip.search.metadata import ContentMetadata, Detail, ImageMetadata, list_details
+from llm2clip.search.metadata import TIME_OFFSET, ContentMetadata, Detail, ImageMetadata, list_details
 
 # These keys are stored in every index, so they must not change when a class is renamed.
 REF_TYPES: dict[str, type[ImageRef]] = {
@@ -17,6 +21,7 @@ REF_TYPES: dict[str, type[ImageRef]] = {
     "ParquetImage": ParquetImage,
     "DatasetImage": DatasetImage,
 }
+MAX_LOCATIONS = 100  # maximum per hit; web data sets contain some images hundreds of thousands of times
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +49,7 @@ class IndexedImage(ImageMetadata):
             return self.name
         name = self.name
         if isinstance(self.ref, TarImage):
-            # This suffix distinguishes tar members with the same name.
-            name = name.removesuffix(f"@{self.ref.offset}")
+            name = name.removesuffix(f"@{self.ref.offset}")  # distinguishes tar members with the same name
         path_length = len(self.ref.container_path or "")
         return name.removesuffix(to_valid_unicode(str(self.ref)[path_length:]))
 
@@ -56,6 +60,15 @@ class IndexedImage(ImageMetadata):
         if isinstance(self.ref, TarImage):
             name = name[len(self.container) + len("!") :].removesuffix(f"@{self.ref.offset}")
         return os.path.basename(name)
+
+    @property
+    def has_exif_time(self) -> bool:
+        """True if `taken` is an EXIF time. False if it is, or could be, the file's modification time.
+
+        For images in a saved data set, the index does not contain the modification time, so the value is always False.
+        """
+        _, _, nanoseconds = self.file_version.partition(" ")
+        return nanoseconds.isdigit() and abs(self.taken - int(nanoseconds) / 1e9) > TIME_OFFSET / 2
 
 
 class ImageState(NamedTuple):
@@ -80,20 +93,13 @@ class IndexedContent(ContentMetadata):
     thumbnail: bytes
 
 
-class SimilarHit(NamedTuple):
-    """A hit that was added to a similar hit with a better rank (see `search.ranking`).
-
-    Args:
-        id: Id of the hit.
-        name, file_name: Name and file name of its first image.
-    """
+@dataclass(frozen=True)
+class SimilarHit:
+    """A hit that was added to a similar hit with a better rank. Names are those of its first image."""
 
     id: str
     name: str
     file_name: str
-
-
-MAX_LOCATIONS = 100  # maximum per hit; web data sets contain some images hundreds of thousands of times
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ class Hit(ContentMetadata):
             contains all words of the query, otherwise empty.
         text: Text recognised in the image. Empty if there is none.
         relevance: Number from 0 to 1 that estimates whether the index has an answer to the query, judging from this
-            image (see `search.relevance`). None if unknown.
+            image (see `search.ranking`). None if unknown.
         similar: Hits that were added to this hit because they are similar to it, best first.
     """
 
@@ -130,13 +136,75 @@ class Hit(ContentMetadata):
 
 
 def ref_to_json(ref: ImageRef) -> str:
-    """Serialize an image reference to JSON."""
     return json.dumps([type(ref).__name__, asdict(ref)])  # type: ignore[call-overload]
 
 
 def ref_from_json(text: str) -> ImageRef:
     """Deserialize an image reference from `ref_to_json`. Raise ValueError if the reference has an unknown type."""
-    name, fields = json.loads(text)
+    name, values = json.loads(text)
     if name not in REF_TYPES:
         raise ValueError(f"unknown image reference type: {name}")
-    return REF_TYPES[name](**fields)
+    return REF_TYPES[name](**values)
+
+
+# ---- errors
+
+
+class NotFound(LookupError):
+    """Raised when the index, an indexed image, or its original file does not exist."""
+
+
+class UnsupportedQuery(ValueError):
+    """Raised when a query is valid, but asks for something that is not available for it."""
+
+
+class WordIndexError(OSError):
+    """Raised if a search needs the tables for word search and they are corrupt."""
+
+
+class IndexUnavailableError(OSError):
+    """An index cannot be read, because its server is down, or because its tables are corrupt or being replaced.
+
+    Trying again later may help.
+    """
+
+
+# ---- deadlines
+
+
+class DeadlineExceeded(TimeoutError):
+    """Raised when a request to the server has taken longer than the time limit."""
+
+
+class Deadline(NamedTuple):
+    """End of a request, as `time.monotonic`, and the time limit of requests in seconds."""
+
+    end: float = math.inf
+    limit: float = math.inf
+
+    @property
+    def remaining(self) -> float | None:
+        """Remaining time in seconds, or None without a limit."""
+        return None if self.end == math.inf else max(0.0, self.end - time.monotonic())
+
+    def make_error(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"the request took longer than {self.limit:g} seconds")
+
+
+NO_DEADLINE = Deadline()
+current_deadline: ContextVar[Deadline] = ContextVar("current_deadline", default=NO_DEADLINE)
+
+
+class Slots:
+    """Context manager that a limited number of threads can hold. Waiting for it ends at the request's deadline."""
+
+    def __init__(self, count: int) -> None:
+        self._semaphore = threading.BoundedSemaphore(count)
+
+    def __enter__(self) -> None:
+        deadline = current_deadline.get()
+        if not self._semaphore.acquire(timeout=deadline.remaining):
+            raise deadline.make_error()
+
+    def __exit__(self, *_: object) -> None:
+        self._semaphore.release()

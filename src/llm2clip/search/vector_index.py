@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from usearch.index import Index, MetricKind
@@ -37,13 +37,7 @@ NEAREST = 16  # number of neighbours among which a vector must find itself
 GRAPH_FILE, GRAPH_STATE_FILE = "graph.usearch", "graph.json"
 
 FetchVectors = Callable[[np.ndarray], np.ndarray]  # maps ids of shape (N,) to float16 vectors of shape (N, D)
-
-
-class VectorBlock(NamedTuple):
-    """A block of quantized vectors: sorted int64 ids of shape (N,) and int8 codes of shape (N, D)."""
-
-    ids: np.ndarray
-    codes: np.ndarray
+Block = tuple[np.ndarray, np.ndarray]  # sorted int64 ids of shape (N,), and int8 codes of shape (N, D)
 
 
 class QuantizedVectors:
@@ -53,10 +47,10 @@ class QuantizedVectors:
     update copies only a few blocks instead of all vectors.
     """
 
-    def __init__(self, scale: float, blocks: Sequence[VectorBlock] = ()) -> None:
+    def __init__(self, scale: float, blocks: Sequence[Block] = ()) -> None:
         """
         Args:
-            scale: Quantization scale: 127 divided by the largest absolute value in any vector.
+            scale: 127 divided by the largest absolute value in any vector.
             blocks: Blocks of vectors, sorted by id.
         """
         self.scale, self.blocks = scale, tuple(blocks)
@@ -64,64 +58,55 @@ class QuantizedVectors:
     @property
     def last_id(self) -> int:
         """Largest id, or 0 if there are no vectors."""
-        return int(self.blocks[-1].ids[-1]) if self.blocks else 0
+        return int(self.blocks[-1][0][-1]) if self.blocks else 0
 
     def __len__(self) -> int:
-        return sum(len(block.ids) for block in self.blocks)
+        return sum(len(ids) for ids, _ in self.blocks)
 
     def with_added(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> QuantizedVectors:
         """Return a new object with additional vectors. Both objects share most blocks.
 
         Args:
-            chunks: Vectors to add. Each chunk contains int64 ids of shape (N,) and float16 vectors of shape (N, D). The
-                ids must be larger than all previous ids.
+            chunks: Int64 ids of shape (N,), larger than all previous ids, and float16 vectors of shape (N, D).
         """
         blocks = list(self.blocks)
         for ids, vectors in chunks:
-            block = VectorBlock(ids, quantize(vectors, self.scale))
-            if blocks and len(blocks[-1].ids) + len(ids) <= CHUNK:
-                previous = blocks.pop()
-                block = VectorBlock(np.concatenate([previous.ids, ids]), np.concatenate([previous.codes, block.codes]))
-            blocks.append(block)
+            codes = quantize(vectors, self.scale)
+            if blocks and len(blocks[-1][0]) + len(ids) <= CHUNK:
+                last_ids, last_codes = blocks.pop()
+                ids, codes = np.concatenate([last_ids, ids]), np.concatenate([last_codes, codes])
+            blocks.append((ids, codes))
         return QuantizedVectors(self.scale, blocks)
 
     def with_only(self, ids: np.ndarray) -> QuantizedVectors:
-        """Return a new object without the vectors whose ids are not in the sorted array `ids`.
-
-        Both objects share unchanged blocks.
-        """
-        blocks = []
-        for block in self.blocks:
-            first, end = np.searchsorted(ids, (block.ids[0], block.ids[-1] + 1))
-            keep = np.isin(block.ids, ids[first:end], assume_unique=True)
-            if not keep.all():
-                block = VectorBlock(block.ids[keep], block.codes[keep])
-            if len(block.ids):
-                blocks.append(block)
-        return QuantizedVectors(self.scale, blocks)
+        """Return a new object without the vectors whose ids are not in the sorted array `ids`."""
+        blocks = [_select(block, ids) for block in self.blocks]
+        return QuantizedVectors(self.scale, [block for block in blocks if len(block[0])])
 
     def find_nearest(self, query_code: np.ndarray, count: int, allowed_ids: np.ndarray | None = None) -> np.ndarray:
-        """Return the ids of the vectors with the largest dot products with a quantized query.
-
-        The ids are int64 of shape (min(count, N),), sorted by decreasing dot product.
+        """Return the ids of the vectors with the largest dot products with a quantized query, largest first.
 
         Args:
             query_code: Quantized query of shape (D,), int8.
             allowed_ids: Sorted ids of the vectors to search. Default: all vectors.
         """
         best_ids, best_distances = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
-        for ids, codes in self.blocks:
-            if allowed_ids is not None:
-                first, end = np.searchsorted(allowed_ids, (ids[0], ids[-1] + 1))
-                allowed = np.isin(ids, allowed_ids[first:end], assume_unique=True)
-                if not allowed.all():
-                    ids, codes = ids[allowed], codes[allowed]
+        for block in self.blocks:
+            ids, codes = block if allowed_ids is None else _select(block, allowed_ids)
             if len(ids):
                 matches = exact_search(codes, query_code, min(count, len(ids)), MetricKind.IP, exact=True)
                 best_ids.append(ids[matches.keys.astype(np.int64)])
                 best_distances.append(matches.distances)
         order = np.argsort(np.concatenate(best_distances), kind="stable")[:count]
         return np.concatenate(best_ids)[order]
+
+
+def _select(block: Block, allowed_ids: np.ndarray) -> Block:
+    """Return the vectors of a block whose ids are in a sorted array: the block itself if it contains no others."""
+    ids, codes = block
+    first, end = np.searchsorted(allowed_ids, (ids[0], ids[-1] + 1))
+    allowed = np.isin(ids, allowed_ids[first:end], assume_unique=True)
+    return block if allowed.all() else (ids[allowed], codes[allowed])
 
 
 def quantize(vectors: np.ndarray, scale: float) -> np.ndarray:
@@ -153,9 +138,7 @@ class VectorIndex:
     def search(
         self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids and cosine similarities of the nearest vectors, best first, with ties ordered by id.
-
-        Both arrays have shape (K,). The ids are int64, and the similarities are float32.
+        """Return the int64 ids and float32 cosine similarities of the nearest vectors, best first, then by id.
 
         Args:
             query: L2-normalised query vector of shape (D,), float32.
@@ -179,23 +162,14 @@ class VectorIndex:
 
 @dataclass(frozen=True)
 class GraphState:
-    """Contents of `graph.json`: the quantization scale, a summary of the graph's ids, and a checksum.
+    """Contents of `graph.json`."""
 
-    Args:
-        scale: Quantization scale of the vectors in the graph.
-        count: Number of ids.
-        last: Largest id.
-        sum: Sum of all ids.
-        checksum: Checksum of the graph file, from `compute_checksum`.
-        found: Fraction of a sample of the vectors that a search for the vector itself finds.
-    """
-
-    scale: float
-    count: int
-    last: int
-    sum: int
-    checksum: str
-    found: float
+    scale: float  # quantization scale of the vectors in the graph
+    count: int  # number of ids
+    last: int  # largest id
+    sum: int  # sum of all ids
+    checksum: str  # of the graph file, from `compute_checksum`
+    found: float  # fraction of a sample of the vectors that a search for the vector itself finds
 
 
 def update_graph(
@@ -204,9 +178,7 @@ def update_graph(
     """Update the HNSW graph in a folder to contain exactly the vectors with the given ids.
 
     Args:
-        folder: Folder for `graph.usearch` and `graph.json`.
         ids: Sorted ids of all vectors, int64 of shape (N,).
-        fetch: Function that returns the float16 vectors with the given ids.
         dim: Vector dimension D.
         max_abs: Largest absolute value in any vector. If it has grown by 10% or more since the graph was built, the
             graph is rebuilt.
@@ -219,7 +191,7 @@ def update_graph(
     if opened is not None and opened[1].scale < 1.1 * scale:
         graph, scale = opened[0], opened[1].scale
     else:
-        graph = _make_graph(dim)
+        graph = Index(ndim=dim, metric=MetricKind.IP, dtype="i8")
     graph_ids = np.sort(np.fromiter(graph.keys, np.int64, len(graph)))
     removed = np.setdiff1d(graph_ids, ids, assume_unique=True)
     added = np.setdiff1d(ids, graph_ids, assume_unique=True)
@@ -248,10 +220,6 @@ def update_graph(
         graph.save(str(temporary))
     state = GraphState(scale, len(ids), int(ids[-1]), int(ids.sum()), compute_checksum(graph_file), found)
     atomic_write_text(state_file, json.dumps(asdict(state)))
-
-
-def _make_graph(dim: int) -> Any:
-    return Index(ndim=dim, metric=MetricKind.IP, dtype="i8")
 
 
 def _add_to_graph(graph: Any, ids: np.ndarray, fetch: FetchVectors, scale: float, threads: int) -> None:
@@ -288,7 +256,6 @@ def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None
     If the graph is corrupt, for example after a power failure, print a message.
 
     Args:
-        folder: Folder that contains `graph.usearch` and `graph.json`.
         view: If True, memory-map the graph for searching, which makes it read-only, unless searches miss too many of
             its vectors. If False, load it into memory.
     """

@@ -3,7 +3,7 @@
 With SQLite, the table `texts` has one row per image, with the same id as in `images`: its captions, the text recognised
 in the image, its file name, camera and date. Two full-text tables index this table: `words` finds whole words, ignoring
 case and diacritics, and `trigrams` finds substrings. They serve languages that separate words with spaces, and all
-others, such as Chinese and Japanese. `search.postgres_words` searches the same texts in PostgreSQL.
+others, such as Chinese and Japanese. `search.postgres_backend` searches the same texts in PostgreSQL.
 
 All texts are stored as returned by `normalize`. The original captions are in the table `images`, and the original
 recognised texts are in the table `recognized_texts`.
@@ -11,20 +11,20 @@ recognised texts are in the table `recognized_texts`.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import numpy as np
 
 from llm2clip.data.image_refs import to_valid_unicode
 from llm2clip.data.texts import UNSPACED
-from llm2clip.search.metadata import normalize
+from llm2clip.search.metadata import normalize, to_datetime
 from llm2clip.search.types import IndexedImage
 
 # The fields of an image's texts, which are the columns of `words`, and their names in search results.
@@ -60,29 +60,18 @@ RRF_K = 60  # constant of reciprocal rank fusion (Cormack et al., 2009)
 
 
 def make_fields(image: IndexedImage, text: str = "") -> dict[str, str]:
-    """Return the texts of an image in normalised form, keyed by FIELDS.
-
-    Args:
-        text: Text recognised in the image.
-    """
-    try:
-        date = datetime.fromtimestamp(image.taken).strftime("%Y-%m-%d")
-    except (OverflowError, OSError, ValueError):  # files can have any modification time
-        date = ""
-    return {
-        "captions": "".join(SEPARATOR + normalize(caption) for caption in image.captions),
-        "text": normalize(text),
-        "name": normalize(_make_name_relative(image)),
-        "camera": normalize(image.camera),
-        "date": date,
-    }
-
-
-def _make_name_relative(image: IndexedImage) -> str:
+    """Return the texts of an image in normalised form, keyed by FIELDS. `text` was recognised in the image."""
+    taken = to_datetime(image.taken)
     folder = image.source
     while folder not in ("", "/") and not image.name.startswith(os.path.join(folder, "")):
         folder = os.path.dirname(folder)
-    return image.name.removeprefix(os.path.join(folder, ""))
+    return {
+        "captions": "".join(SEPARATOR + normalize(caption) for caption in image.captions),
+        "text": normalize(text),
+        "name": normalize(image.name.removeprefix(os.path.join(folder, ""))),
+        "camera": normalize(image.camera),
+        "date": "" if taken is None else taken.strftime("%Y-%m-%d"),
+    }
 
 
 def split_words(texts: Iterable[str]) -> list[list[str]]:
@@ -140,10 +129,7 @@ def quote(text: str) -> str:
 
 
 def make_caption_condition(caption: str) -> tuple[str, dict[str, str]]:
-    """Return an SQL condition for `images` with a caption that contains a text, and its parameter :caption.
-
-    The condition ignores case. Texts of fewer than three characters require a scan of all captions.
-    """
+    """Return an SQL condition for `images` with a caption that contains a text, ignoring case, and its parameter."""
     text = normalize(caption)
     if not text:
         return "images.id IN (SELECT id FROM texts WHERE captions != :caption)", {"caption": ""}
@@ -154,13 +140,9 @@ def make_caption_condition(caption: str) -> tuple[str, dict[str, str]]:
 
 
 def find_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.ndarray | None) -> np.ndarray:
-    """Return the ids of the image contents that contain all words of a query, best BM25 score first.
+    """Return the ids of at most MAX_FUSED contents that contain all words of a query, best BM25 score first.
 
-    Args:
-        allowed_ids: Ids of the contents that match the filter. Default: all contents.
-
-    Returns:
-        At most MAX_FUSED content ids, int64 of shape (N,). Empty if too many images contain all words.
+    The ids are int64. There are none if too many images contain all words. By default, all contents are allowed.
     """
     tables, conditions, parameters = _make_match(query)
     ranks = [f"{table}.rank" for table in FULL_TEXT_TABLES if table in tables]
@@ -177,31 +159,51 @@ def find_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.ndarr
         return np.empty(0, np.int64)
     if allowed_ids is not None:
         rows = rows[np.isin(rows["content"], allowed_ids)]
-    ids = rows["content"][np.lexsort((rows["content"], rows["rank"]))]  # a lower rank is better
-    _, first = np.unique(ids, return_index=True)  # an image may have several rows, one per location
-    return ids[np.sort(first)][:MAX_FUSED]
+    return sort_distinct(rows["content"], rows["rank"])[:MAX_FUSED]  # a lower rank is better
 
 
-def find_matched_fields(db: sqlite3.Connection, query: WordQuery, ids: Sequence[int]) -> dict[int, tuple[str, ...]]:
-    """Return the fields that contain words of the query, for each of the given contents that contains all words."""
+def sort_distinct(ids: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Sort ids by their lowest key, then by id. Ids that occur several times are returned once."""
+    ids = ids[np.lexsort((ids, keys))]
+    _, first = np.unique(ids, return_index=True)
+    return ids[np.sort(first)]
+
+
+def read_fields(db: sqlite3.Connection, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
+    """Return the fields of the images that contain all words of a query, for the given contents, and content ids."""
     tables, conditions, parameters = _make_match(query)
-    columns = []
-    for number, column in enumerate(FIELDS):
-        tests = [f"instr(texts.{column}, :substring{n})" for n in range(len(query.substrings))]
-        if query.words:  # highlight() inserts a separator before each match
-            tests.append(f"instr(highlight(words, {number}, :mark, ''), :mark)")
-        columns.append(" OR ".join(tests))
-    # The captions already contain separators, so matches are marked with another control character.
-    parameters |= {f"substring{n}": text for n, text in enumerate(query.substrings)} | {"mark": "\x01"}
-    listed = ", ".join(str(int(content)) for content in ids)
     # With CROSS JOIN, SQLite looks up the given contents instead of reading all matches.
     tables = tables.replace(" JOIN ", " CROSS JOIN ")
-    sql = f"SELECT texts.content, {', '.join(columns)} FROM {tables} WHERE {' AND '.join(conditions)}"
-    fields: dict[int, set[str]] = {}
-    for content, *matches in db.execute(f"{sql} AND texts.content IN ({listed})", parameters):
-        matched = fields.setdefault(content, set())
-        matched.update(name for name, is_match in zip(FIELDS.values(), matches, strict=True) if is_match)
-    return {content: tuple(name for name in FIELDS.values() if name in names) for content, names in fields.items()}
+    conditions.append("texts.content IN (SELECT value FROM json_each(:ids))")
+    columns = ", ".join(f"texts.{column}" for column in ("content", *FIELDS))
+    sql = f"SELECT {columns} FROM {tables} WHERE {' AND '.join(conditions)}"
+    rows = db.execute(sql, {**parameters, "ids": json.dumps(list(ids))})
+    return [(content, dict(zip(FIELDS, values, strict=True))) for content, *values in rows]
+
+
+def find_matched_fields(
+    query: WordQuery, images: Sequence[tuple[int, Mapping[str, str]]]
+) -> dict[int, tuple[str, ...]]:
+    """Return the names of the fields that contain words of the query, keyed by content id.
+
+    Args:
+        images: Content ids and fields of images that contain all words of the query.
+    """
+    phrases = [f" {' '.join(words)} " for words in split_words(query.words) if words]
+    matched: dict[int, set[str]] = {}
+    for (content, fields), field_words in zip(images, split_fields([fields for _, fields in images]), strict=True):
+        for (column, name), words in zip(FIELDS.items(), field_words, strict=True):
+            joined = f" {' '.join(words)} "
+            has_words = any(phrase in joined for phrase in phrases)
+            if has_words or any(text in fields[column] for text in query.substrings):
+                matched.setdefault(content, set()).add(name)
+    return {content: tuple(name for name in FIELDS.values() if name in names) for content, names in matched.items()}
+
+
+def split_fields(images: Sequence[Mapping[str, str]]) -> list[list[list[str]]]:
+    """Split the fields of several images into words."""
+    words = split_words(fields[name] for fields in images for name in FIELDS)
+    return [words[start : start + len(FIELDS)] for start in range(0, len(words), len(FIELDS))]
 
 
 def _make_match(query: WordQuery) -> tuple[str, list[str], dict[str, str]]:
@@ -224,7 +226,7 @@ def _make_match(query: WordQuery) -> tuple[str, list[str], dict[str, str]]:
 
 
 def compute_match_limit(total: int) -> int:
-    """Return the maximum number of images that may contain all words of a query in an index of `total` images."""
+    """Return how many images may contain all words of a query in an index of `total` images."""
     return int(min(max(MIN_COMMON, MAX_MATCHED_FRACTION * total), MAX_MATCHES))
 
 
@@ -233,9 +235,6 @@ def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
     Only the MAX_FUSED best ids of each ranking are fused. The other ids of the first ranking follow in their order, so
     a longer first ranking does not change the order of the ids that come first.
-
-    Args:
-        first, second: Distinct ids, best first, int64 of shape (N,) and (M,).
     """
     scores: dict[int, float] = {}
     for ranking in (first, second):
@@ -250,10 +249,7 @@ def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def is_corrupt(connection: sqlite3.Connection) -> bool:
-    """Return True if the full-text tables do not agree with the table `texts`.
-
-    The check takes about 14 seconds per million images.
-    """
+    """Return True if the full-text tables do not agree with `texts`. Takes about 14 seconds per million images."""
     try:
         for table in FULL_TEXT_TABLES:
             connection.execute(f"INSERT INTO {table} ({table}, rank) VALUES ('integrity-check', 1)")
@@ -281,7 +277,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
 
 
 def add_texts(connection: sqlite3.Connection, images: Iterable[IndexedImage]) -> None:
-    """Add rows for images that have no row yet, in the transaction that adds these images."""
+    """Add the rows of images that have just been added."""
     ((last,),) = connection.execute("SELECT coalesce(max(id), 0) FROM texts")
     for image in images:
         connection.execute(
@@ -298,13 +294,12 @@ def add_texts(connection: sqlite3.Connection, images: Iterable[IndexedImage]) ->
 
 
 def remove_texts(connection: sqlite3.Connection, names: Iterable[str]) -> None:
-    """Remove the rows of images, in the transaction that removes or replaces these images."""
+    """Remove the rows of images that are about to be removed or replaced."""
     _remove_from_full_text(connection, "SELECT id FROM images WHERE name = ?", [(name,) for name in names])
     connection.execute("DELETE FROM texts WHERE id IN removed_texts")
 
 
 def set_recognized_text(connection: sqlite3.Connection, content: int, text: str) -> None:
-    """Store the text recognised in an image content."""
     _remove_from_full_text(connection, "SELECT id FROM texts WHERE content = ?", [(content,)])
     connection.execute("INSERT OR REPLACE INTO recognized_texts VALUES (?, ?)", (content, to_valid_unicode(text)))
     connection.execute("UPDATE texts SET text = ? WHERE content = ?", (normalize(text), content))

@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import time
 import unicodedata
 import zipfile
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -13,11 +12,10 @@ from typing import BinaryIO
 from starlette.concurrency import run_in_threadpool
 
 from llm2clip.data.image_refs import FileImage, TarImage
-from llm2clip.search.backends import IndexUnavailableError
-from llm2clip.search.images import NotFound
 from llm2clip.search.inference import InferenceService, QueueFull
+from llm2clip.search.metadata import to_datetime
 from llm2clip.search.middleware import CHUNK_SIZE, ByteAllocation
-from llm2clip.search.types import IndexedImage
+from llm2clip.search.types import IndexedImage, IndexUnavailableError, NotFound
 
 MAX_ZIP_IMAGES = 200  # maximum number of images in an archive; more ids would make the URL too long for some proxies
 MAX_ZIP_BYTES = 4 << 30  # maximum total size of the images in an archive
@@ -63,13 +61,12 @@ async def stream_zip(
             try:
                 images = await run_in_threadpool(service.require_index().backend.images, hit_id)
                 stream, media_type, size = await _open_original(service, hit_id, allocation)
-            except (NotFound, QueueFull) as error:
+            except (NotFound, QueueFull, IndexUnavailableError) as error:
                 if isinstance(error, QueueFull) and not total_size and not missing:
                     raise  # nothing has been sent yet, so the client receives status 429
-                missing.append(f"{images[0].name if images else hit_id}: {error}")
-                continue
-            except IndexUnavailableError:  # its message contains addresses
-                missing.append(f"{hit_id}: the index is temporarily unavailable")
+                is_private = isinstance(error, IndexUnavailableError)  # its message contains addresses
+                reason = "the index is temporarily unavailable" if is_private else str(error)
+                missing.append(f"{images[0].name if images else hit_id}: {reason}")
                 continue
             try:
                 if total_size + size > MAX_ZIP_BYTES:
@@ -134,7 +131,6 @@ class _ChunkBuffer(io.RawIOBase):
         return len(data)
 
     def take(self) -> bytes:
-        """Return the bytes written since the last call."""
         data, self._data = bytes(self._data), bytearray()
         return data
 
@@ -168,8 +164,5 @@ def make_unique(name: str, names: set[str]) -> str:
 
 def make_date(image: IndexedImage) -> tuple[int, int, int, int, int, int]:
     """Return an image's capture time (year, month, day, hour, minute, second), within the range of zip archives."""
-    try:
-        date = time.localtime(image.taken)[:6]
-    except (OverflowError, OSError, ValueError):
-        return FIRST_DATE
-    return max(FIRST_DATE, min(date, LAST_DATE))
+    taken = to_datetime(image.taken)
+    return FIRST_DATE if taken is None else max(FIRST_DATE, min(taken.timetuple()[:6], LAST_DATE))
