@@ -55,8 +55,7 @@ from llm2clip.caption.checks import rank_captions, split_words
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.llava.conversations import LONG_CAPTION_PROMPTS, SHORT_CAPTION_PROMPTS
-from llm2clip.llava.dataset import IMAGE_TOKEN
+from llm2clip.llava.conversations import IMAGE_TOKEN, LONG_CAPTION_PROMPTS, SHORT_CAPTION_PROMPTS
 from llm2clip.models.dual_encoder import open_dual_encoder
 from shared import run_llm2clip, write_rows_once
 

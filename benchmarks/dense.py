@@ -36,9 +36,9 @@ from llm2clip.data.images import load_image
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.evaluate.benchmarks.base import SegmentationData
-from llm2clip.evaluate.dense.regions import CROP, encode_boxes
-from llm2clip.evaluate.dense.segmentation import evaluate_segmentation
 from llm2clip.evaluate.embeddings import ModelEmbeddings
+from llm2clip.evaluate.regions import CROP, encode_boxes
+from llm2clip.evaluate.segmentation import segment_images
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.vision.dense import build_dense_encoder
 from llm2clip.models.vision.vision_tower import VisionTower
@@ -150,7 +150,7 @@ def segment_with_llm2clip(model: DualEncoder, files: Sequence[Path], labels: Seq
     names = [(f"class {n}",) for n in range(NUM_CLASSES)]
     data = SegmentationData([FileImage(str(file)) for file in files], labels.__getitem__, names, ["{}"])
     embeddings = ModelEmbeddings(model, SkipLog(), progress=False)
-    counts = evaluate_segmentation(data, embeddings, ["plain"]).counts["plain"]
+    counts = segment_images(data, embeddings, ["plain"]).counts["plain"]
     return 100 * counts.intersection.sum() / counts.labelled.sum()
 
 

@@ -30,17 +30,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.llava import LlavaConfig
 from llm2clip.llava.build import build_llava, load_tower
-from llm2clip.llava.config import LlavaConfig
 from llm2clip.llava.conversations import (
     SHORT_ANSWER,
     SHORT_CAPTION_PROMPTS,
+    Conversation,
     make_captioning_conversations,
     make_instruction_conversations,
     make_object_conversations,
 )
-from llm2clip.llava.dataset import Conversation
-from llm2clip.llava.image_features import PatchFeatures, cache_patch_features
+from llm2clip.llava.dataset import PatchFeatures, cache_patch_features
 from llm2clip.llava.train import train_llava
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.vision.vision_tower import VisionTower

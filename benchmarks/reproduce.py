@@ -20,7 +20,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.evaluate.reporting import plots
+from llm2clip.evaluate import plots
 from llm2clip.io_utils import read_json
 from llm2clip.published_results import CRA, CRA_NOTE, TABLES, PublishedTable
 from llm2clip.reports import (

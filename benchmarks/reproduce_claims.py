@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.images import load_image
 from llm2clip.data.transforms import EvalTransform
-from llm2clip.evaluate.bootstrap import compute_percentile_interval, draw_bootstrap_counts
+from llm2clip.evaluate.metrics import compute_percentile_interval, draw_bootstrap_counts
 from llm2clip.reports import format_interval
 from llm2clip.train.initial_model import create_initial_model
 from llm2clip.train.losses import info_nce

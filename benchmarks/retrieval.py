@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip.evaluate.recall import KS, recall, two_way_ranks
+from llm2clip.evaluate.metrics import KS, recall, two_way_ranks
 from shared import memory_mb, reset_peak_memory
 
 

@@ -10,8 +10,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from llm2clip.evaluate.reporting import plots
-from llm2clip.evaluate.reporting.plots import COLOURS, GREY
+from llm2clip.evaluate import plots
+from llm2clip.evaluate.plots import COLOURS, GREY
 
 FIGURES = Path(__file__).parent / "figures"
 TEXT, IMAGE, TRAINED, SHARED = COLOURS[:4]

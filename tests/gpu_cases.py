@@ -25,8 +25,8 @@ from llm2clip.config import TuneConfig
 from llm2clip.data.pairs import ImageCaptions
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
-from llm2clip.evaluate import bootstrap
-from llm2clip.llava.config import LlavaConfig
+from llm2clip.evaluate import metrics
+from llm2clip.llava import LlavaConfig
 from llm2clip.llava.train import train_llava
 from llm2clip.models.dual_encoder import DualEncoder, wrap_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -61,8 +61,8 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def few_bootstrap_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the pretended GPU, each operation on the CPU is slow as well."""
-    few = partial(bootstrap.draw_bootstrap_counts, num_resamples=20)
-    monkeypatch.setattr(bootstrap, "draw_bootstrap_counts", few)
+    few = partial(metrics.draw_bootstrap_counts, num_resamples=20)
+    monkeypatch.setattr(metrics, "draw_bootstrap_counts", few)
 
 
 @pytest.fixture(scope="session")

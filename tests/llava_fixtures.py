@@ -8,8 +8,7 @@ import torch
 from conftest import make_llm
 from llm2clip.data.records import open_records
 from llm2clip.llava.build import build_llava
-from llm2clip.llava.conversations import make_captioning_conversations
-from llm2clip.llava.dataset import Conversation
+from llm2clip.llava.conversations import Conversation, make_captioning_conversations
 from llm2clip.models.vision.vision_tower import VisionTower
 from test_export import hf_tower, timm_tower
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from llm2clip.data.images import load_image
-from llm2clip.evaluate.recall import retrieval_metrics, two_way_ranks
+from llm2clip.evaluate.metrics import retrieval_metrics, two_way_ranks
 
 CAPTIONS_PER_IMAGE = [5, 1, 3, 7, 2, 5, 4, 6, 1, 2, 3, 5]
 IMAGE_OF_TEXT = torch.repeat_interleave(torch.arange(len(CAPTIONS_PER_IMAGE)), torch.tensor(CAPTIONS_PER_IMAGE))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from conftest import save_tokenizer
 from llm2clip.cli import main
-from llm2clip.evaluate.bootstrap import bootstrap_intervals
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy, compute_mean_cosines, find_worst_mistakes
+from llm2clip.evaluate.metrics import bootstrap_intervals
 from llm2clip.models.clip_models import has_text_tower, load_clip_text_encoder
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 
 from llm2clip.data.image_refs import FileImage
 from llm2clip.evaluate.benchmarks.base import CompositionalExample
-from llm2clip.evaluate.bootstrap import bootstrap_intervals
 from llm2clip.evaluate.classification import (
     classification_accuracy,
     compute_compositional_accuracy,
     encode_classes,
     fit_linear_probe,
 )
+from llm2clip.evaluate.metrics import bootstrap_intervals
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -24,7 +24,7 @@ from llm2clip.config import (
     TuneConfig,
 )
 from llm2clip.data.transforms import MIN_CROP_SCALE
-from llm2clip.llava.config import LlavaConfig
+from llm2clip.llava import LlavaConfig
 from llm2clip.runs.output_folder import ConfigChangedError, save_or_check_config
 from llm2clip.tools import plan as planner
 from test_plan import measure_image_costs, measure_text_costs

@@ -25,7 +25,7 @@ from llm2clip.cli import main
 from llm2clip.config import DistillConfig
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.table import RecordTable
-from llm2clip.evaluate.reporting import training as training_report
+from llm2clip.evaluate import training_report
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.export import export_model
 from llm2clip.models.loading import fingerprint

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from format_fixtures import image_bytes
 from llm2clip.data.image_refs import MemoryImage
 from llm2clip.data.records import Record
-from llm2clip.evaluate.recall import recall, two_way_ranks
-from llm2clip.evaluate.reporting.error_analysis import (
+from llm2clip.evaluate.metrics import recall, two_way_ranks
+from llm2clip.evaluate.retrieval import (
+    RetrievalRanks,
     analyze_errors,
     compute_recall_by_length,
     find_worst_captions,
     make_length_bins,
     measure_caption_lengths,
 )
-from llm2clip.evaluate.retrieval import RetrievalRanks
 
 
 def test_length_bins_have_about_as_many_captions_each() -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from conftest import run_distributed
+from dense_fixtures import make_coco
 from format_fixtures import write_jsonl
 from llm2clip.cli import main
 from llm2clip.config import EvaluateOptions
@@ -293,10 +294,20 @@ def test_evaluate_on_a_folder_of_classes_with_a_linear_probe(clip: Path, image_f
 
 
 def test_evaluate_on_two_ranks_matches_one(clip: Path, root: Path, tmp_path: Path) -> None:
-    options = EvaluateOptions(benchmarks=["flickr30k", "winoground"], root=str(root), out=str(tmp_path / "one"))
+    """Each kind of benchmark that shares images or texts between the ranks. One of the images cannot be decoded."""
+    file = make_coco(root / "coco")
+    (root / "coco/val2017/1.png").write_bytes(b"no image")
+    names = ["flickr30k", "winoground", *(f"{kind}:{file}" for kind in ("boxes", "segmentation", "detection"))]
+    options = EvaluateOptions(
+        benchmarks=names, root=str(root), out=str(tmp_path / "one"), templates=["a {}"], proposals="ground-truth",
+        dense_variants=["plain", "sclip"], crop_proposals=True, max_skipped=0.5,
+    )  # fmt: skip
     evaluate_models([str(clip)], [], options)
     run_distributed(2, evaluate_models, [str(clip)], [], replace(options, out=str(tmp_path / "two")))
-    assert read_results(tmp_path / "one") == read_results(tmp_path / "two")
+    results = read_results(tmp_path / "one")
+    assert [result["benchmark"] for result in results] == names
+    assert [result["images"] for result in results[2:]] == [2, 2, 2]
+    assert results == read_results(tmp_path / "two")
 
 
 def test_evaluate_reports_missing_benchmarks_and_models(

@@ -16,10 +16,10 @@ from llm2clip import LLM2CLIP
 from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.llava import LlavaConfig
 from llm2clip.llava.build import assemble_llava, build_llava, load_causal_llm
-from llm2clip.llava.config import LlavaConfig
-from llm2clip.llava.dataset import IMAGE_TOKEN, Conversation
-from llm2clip.llava.image_features import LlavaTransform
+from llm2clip.llava.conversations import IMAGE_TOKEN, Conversation
+from llm2clip.llava.dataset import LlavaTransform
 from llm2clip.llava.train import train_llava
 from llm2clip.models.vision.vision_tower import VisionTower
 from search_fixtures import make_model

@@ -14,27 +14,23 @@ from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.llava.build import assemble_llava, load_causal_llm
 from llm2clip.llava.conversations import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
     OBJECTS_FILE,
     SHORT_ANSWER,
+    Conversation,
     find_mentioned_objects,
+    get_chat_template,
     make_captioning_conversations,
     make_instruction_conversations,
     make_object_conversations,
     read_conversations,
     read_llava,
     read_objects,
-)
-from llm2clip.llava.dataset import (
-    IGNORE_INDEX,
-    IMAGE_TOKEN,
-    Conversation,
-    ConversationDataset,
-    LengthGroupedSampler,
-    LlavaCollator,
-    get_chat_template,
     to_messages,
     tokenize_and_label,
 )
+from llm2clip.llava.dataset import ConversationDataset, LengthGroupedSampler, LlavaCollator
 from test_export import timm_tower
 
 # ---- chat template --------------------------------------------------------------------------------------------------

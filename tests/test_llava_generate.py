@@ -1,6 +1,8 @@
-"""Tests of answers and log-likelihoods of LLaVA models, alone and in lmms-eval (skipped if it is not installed)."""
+"""Tests of answers and log-likelihoods of LLaVA models, alone and through the interface of lmms-eval."""
 
-import json
+import importlib
+import importlib.util
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ from PIL import Image
 
 from llm2clip.data.images import load_image
 from llm2clip.llava.build import build_llava
-from llm2clip.llava.dataset import IGNORE_INDEX, tokenize_and_label
+from llm2clip.llava.conversations import IGNORE_INDEX, tokenize_and_label
 from llm2clip.llava.generate import AnswerGenerator, Question
 from test_export import hf_tower
 
@@ -81,84 +83,54 @@ def test_score_answer_matches_the_loss(built: Path, image_folder: Path) -> None:
 
 # ---- lmms-eval ------------------------------------------------------------------------------------------------------
 
-QUESTIONS = ("Is it red?", "What colour has the middle of it, would you say?", "Is it?")
-UTILS = """
-from PIL import Image
 
-def visual(doc):
-    return [Image.open(doc["image_path"]).convert("RGB")]
+class LmmsStub:
+    """Base class of lmms-eval's models."""
 
-def text(doc, lmms_eval_specific_kwargs=None):
-    return doc["question"]
-
-def results(doc, answers):
-    return {"answer": answers[0], "correct": 1.0}
-
-def join(items):
-    return " | ".join(items)
-"""
-TASK_YAML = """
-task: local_task
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {rows}}}
-test_split: test
-output_type: generate_until
-doc_to_visual: !function utils.visual
-doc_to_text: !function utils.text
-doc_to_target: answer
-generation_kwargs: {{max_new_tokens: 6, num_beams: 2, do_sample: false}}
-process_results: !function utils.results
-metric_list:
-  - metric: answer
-    aggregation: !function utils.join
-    higher_is_better: true
-"""
+    def __init__(self) -> None:
+        self.task_dict: dict[str, Any] = {}
 
 
-def write_task(folder: Path, image_folder: Path) -> list[dict[str, Any]]:
-    """Write a task with five questions for lmms-eval; return its rows."""
-    rows = []
-    for n in range(5):
-        rows.append({"image_path": str(image_folder / f"{n}.png"), "question": QUESTIONS[n % 3], "answer": "yes"})
-    folder.mkdir()
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "utils.py").write_text(UTILS)
-    (folder / "local_task.yaml").write_text(TASK_YAML.format(rows=folder / "rows.jsonl"))
-    return rows
+@pytest.fixture
+def lmms_module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of the lmms-eval model. If lmms-eval is not installed, the two imported classes are replaced."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        registry = SimpleNamespace(ModelManifest=lambda name, **paths: SimpleNamespace(model_id=name, **paths))
+        for name, module in (("api.model", SimpleNamespace(lmms=LmmsStub)), ("models.registry_v2", registry)):
+            monkeypatch.setitem(sys.modules, f"lmms_eval.{name}", module)
+        for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.models"):
+            monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))
+    yield importlib.import_module("llm2clip.llava.lmms")
+    sys.modules.pop("llm2clip.llava.lmms")
 
 
-def test_lmms_model_answers_like_answer_generator(built: Path, image_folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
-    from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
+def test_lmms_model_answers_and_scores_like_answer_generator(lmms_module: Any, built: Path, image_folder: Path) -> None:
+    model = lmms_module.LmmsModel(str(built), "cpu", 2, "fp32")
+    assert lmms_module.MANIFEST.simple_class_path == f"{type(model).__module__}.{type(model).__qualname__}"
+    model.task_dict = {"task": {"test": dict(enumerate(range(5)))}}
+    generator = AnswerGenerator(str(built), "cpu", "fp32", 2)
+    prompts = ["Is it red?", "What colour has the middle of it, would you say?", "Is it?", "Is it red?", "Is it?"]
+    questions = [Question(load_pixels(image_folder, n), prompt) for n, prompt in enumerate(prompts)]
 
-    from llm2clip.llava.lmms import MANIFEST, LmmsModel
+    def load(n: int) -> list[Image.Image]:
+        return [Image.open(image_folder / f"{n}.png")]
 
-    assert MANIFEST.simple_class_path == f"{LmmsModel.__module__}.{LmmsModel.__qualname__}"
-    rows = write_task(tmp_path / "tasks", image_folder)
-    output = simple_evaluate(
-        model=LmmsModel(str(built), "cpu", 2, "fp32"),
-        tasks=["local_task"],
-        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
-        log_samples=False,
-        bootstrap_iters=0,
-    )
-    questions = [Question(load_pixels(image_folder, n), row["question"]) for n, row in enumerate(rows)]
-    expected = AnswerGenerator(str(built), "cpu", "fp32", 2).generate(questions, 6, num_beams=2)
-    metrics = output["results"]["local_task"]
-    (answers,) = [value for name, value in metrics.items() if name.partition(",")[0] == "answer"]
-    assert answers == " | ".join(expected)
+    requests = []
+    for n, prompt in enumerate(prompts):
+        settings = {"max_new_tokens": 6, "num_beams": 1 + n % 2}
+        requests.append(SimpleNamespace(args=(prompt, settings, load, n, "task", "test")))
+    expected = [generator.generate([question], 6, 1 + n % 2)[0] for n, question in enumerate(questions)]
+    assert model.generate_until(requests) == expected
+    end = next(answer for answer in expected if answer)[-1]
+    requests[0].args[1]["until"] = [end]
+    assert model.generate_until(requests)[0] == expected[0].partition(end)[0].strip()
 
-
-def test_lmms_model_loglikelihood_matches_score_answer(built: Path, image_folder: Path) -> None:
-    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
-    from llm2clip.llava.lmms import LmmsModel
-
-    lmms_model = LmmsModel(str(built), "cpu", 2, "fp32")
-    path = image_folder / "1.png"
-    lmms_model.task_dict = {"task": {"test": {0: {"image_path": path}}}}
-    request = SimpleNamespace(args=("Is it?", "Yes", lambda doc: [Image.open(doc["image_path"])], 0, "task", "test"))
-    question = Question(load_pixels(image_folder, 1), "Is it?")
-    expected = AnswerGenerator(str(built), "cpu", "fp32").score_answer(question, "Yes")
-    assert lmms_model.loglikelihood([request]) == [expected]
+    request = SimpleNamespace(args=(prompts[1], "Yes", load, 1, "task", "test"))
+    assert model.loglikelihood([request]) == [generator.score_answer(questions[1], "Yes")]
+    for visuals, message in (
+        (["video.mp4"], "videos are not supported"),
+        (load(1) * 2, r"at most one image \(got 2\)"),
+    ):
+        request = SimpleNamespace(args=("Q", "Yes", lambda doc, visuals=visuals: visuals, 1, "task", "test"))
+        with pytest.raises(ValueError, match=message):
+            model.loglikelihood([request])

@@ -16,7 +16,7 @@ from llm2clip.config import (
     FitConfig,
     TuneConfig,
 )
-from llm2clip.llava.config import LlavaConfig
+from llm2clip.llava import LlavaConfig
 from llm2clip.runs.output_folder import RUN_LOCK, folder_lock, save_or_check_config
 
 RUN_CONFIGS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
-from llm2clip.llava.config import LlavaConfig
+from llm2clip.llava import LlavaConfig
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.vision.vision_tower import VisionTower

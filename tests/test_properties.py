@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import deduplicate_captions
-from llm2clip.evaluate.recall import compute_chance_recall, compute_positive_ranks, two_way_ranks
+from llm2clip.evaluate.metrics import compute_chance_recall, compute_positive_ranks, two_way_ranks
 from llm2clip.store.layout import StoreError
 from llm2clip.store.maintenance import repair_store
 from llm2clip.store.store import EmbeddingStore

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from llm2clip.evaluate.benchmark_eval import BenchmarkResult
 from llm2clip.evaluate.benchmarks import BENCHMARKS
-from llm2clip.evaluate.reporting.comparison import build_benchmark_blocks, build_caption_retrieval_blocks
+from llm2clip.evaluate.benchmarks.base import BenchmarkResult
+from llm2clip.evaluate.comparison import build_benchmark_blocks, build_caption_retrieval_blocks
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.published_results import (
     CRA,

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest
 
-from llm2clip.evaluate.recall import (
+from llm2clip.evaluate.metrics import (
     compute_positive_ranks,
     compute_recall_differences,
     compute_recall_intervals,

@@ -17,8 +17,9 @@ from llm2clip.data import image_loader
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.evaluate.benchmarks import BENCHMARKS, get_benchmarks
 from llm2clip.evaluate.benchmarks.base import RegionData
-from llm2clip.evaluate.bootstrap import draw_bootstrap_counts
-from llm2clip.evaluate.dense.regions import (
+from llm2clip.evaluate.embeddings import PrecomputedEmbeddings
+from llm2clip.evaluate.metrics import draw_bootstrap_counts
+from llm2clip.evaluate.regions import (
     RegionPredictions,
     classify_regions,
     compute_class_accuracy,
@@ -26,8 +27,7 @@ from llm2clip.evaluate.dense.regions import (
     crop_region,
     encode_boxes,
 )
-from llm2clip.evaluate.dense.segmentation import evaluate_segmentation
-from llm2clip.evaluate.embeddings import PrecomputedEmbeddings
+from llm2clip.evaluate.segmentation import segment_images
 from llm2clip.io_utils import DataFormatError, MissingFileError
 from test_dual_encoder import clip as clip  # the fixture
 
@@ -248,14 +248,14 @@ def test_unsupported_variants_and_sources_are_reported(tmp_path: Path, capsys: p
     assert list(classify_regions(data, embeddings, ["naclip", "plain"])) == ["crop", "plain"]
     assert "the dense variants naclip are skipped: the model supports only plain, sclip" in capsys.readouterr().out
     segmentation = make_segmentation(tmp_path)
-    assert list(evaluate_segmentation(segmentation, embeddings, ["naclip", "plain"]).counts) == ["plain"]
+    assert list(segment_images(segmentation, embeddings, ["naclip", "plain"]).counts) == ["plain"]
     with pytest.raises(ValueError, match="naclip cannot be used: the model supports only plain, sclip"):
-        evaluate_segmentation(segmentation, embeddings, ["naclip"])
+        segment_images(segmentation, embeddings, ["naclip"])
     embeddings.model.dense = None
     assert list(classify_regions(data, embeddings, ["plain"])) == ["crop"], "crops need no dense features"
     assert "plain are skipped: the model has no dense features" in capsys.readouterr().out
     with pytest.raises(ValueError, match="plain cannot be used: the model has no dense features"):
-        evaluate_segmentation(segmentation, embeddings, ["plain"])
+        segment_images(segmentation, embeddings, ["plain"])
     file = tmp_path / "x.npz"
     np.savez(file, images=np.eye(1, 3), image_names=["1.jpg"], texts=np.eye(1, 3), captions=["x"])
     with pytest.raises(ValueError, match="precomputed embeddings cannot be used"):

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llm2clip.evaluate.benchmark_eval import BenchmarkResult
-from llm2clip.evaluate.reporting.plots import plot_curves, plot_distributions, plot_intervals
-from llm2clip.evaluate.reporting.training import describe_distillation
-from llm2clip.evaluate.reporting.verdicts import describe_caption_retrieval, describe_results, describe_share
+from llm2clip.evaluate.benchmarks.base import BenchmarkResult
+from llm2clip.evaluate.comparison import describe_caption_retrieval, describe_results, describe_share
+from llm2clip.evaluate.plots import plot_curves, plot_distributions, plot_intervals
+from llm2clip.evaluate.training_report import describe_distillation
 from llm2clip.reports import (
     Code,
     Details,

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,13 +23,13 @@ from llm2clip.evaluate.benchmarks import BENCHMARKS, get_benchmarks
 from llm2clip.evaluate.benchmarks.base import SegmentationData
 from llm2clip.evaluate.benchmarks.coco_instances import decode_mask
 from llm2clip.evaluate.benchmarks.segmentation import read_class_names
-from llm2clip.evaluate.bootstrap import draw_bootstrap_counts
-from llm2clip.evaluate.dense.segmentation import (
+from llm2clip.evaluate.metrics import draw_bootstrap_counts
+from llm2clip.evaluate.segmentation import (
     LabelMapWriter,
     build_segmentation_blocks,
     compute_class_iou,
     compute_segmentation_metrics,
-    evaluate_segmentation,
+    segment_images,
 )
 from llm2clip.io_utils import DataFormatError, MissingFileError
 from llm2clip.models.vision import segmentation
@@ -46,101 +47,91 @@ from test_dual_encoder import clip as clip  # the fixture
 SIZE = (8, 6)  # width and height of the generated images
 
 
-def save_labels(file: Path, values: list[int], palette: bool = False) -> None:
-    """Save a label file of size `SIZE`. The values are repeated, row by row."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.resize(np.array(values, np.uint8), (SIZE[1], SIZE[0]))
-    image = Image.fromarray(pixels)
-    if palette:
-        image.putpalette(list(range(256)) * 3)
-    image.save(file)
+class Layout(NamedTuple):
+    """Files of a data set with one image, relative to the root folder. `split` is the file that lists the image."""
+
+    image: str
+    labels: str
+    split: str = ""
+
+    def save(self, root: Path, values: list[int]) -> None:
+        """Save an image and a label file of size `SIZE`. The values are repeated, row by row."""
+        for name in self:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", SIZE, (10, 20, 30)).save(root / self.image)
+        pixels = np.resize(np.array(values, np.uint16), (SIZE[1], SIZE[0]))
+        if self.labels.endswith(".mat"):
+            savemat(root / self.labels, {"LabelMap": pixels})
+        else:
+            image = Image.fromarray(pixels.astype(np.uint8))
+            if "SegmentationClass" in self.labels:  # as in VOC, colours for viewers
+                image.putpalette(list(range(256)) * 3)
+            image.save(root / self.labels)
+        if self.split:
+            (root / self.split).write_text(Path(self.image).stem + "\n")
 
 
-def save_image(file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", SIZE, (10, 20, 30)).save(file)
-
-
-def first_labels(name: str, root: Path, count: int) -> list[int]:
-    """Read a benchmark with a single image, and return its first labels."""
-    data = BENCHMARKS[name].load(BENCHMARKS[name].find(root))
-    labels = data.read_labels(0)
-    assert len(data.images) == 1 and Path(str(data.images[0])).is_file()
-    assert labels.shape == (SIZE[1], SIZE[0]) and labels.dtype == np.uint8
-    assert labels[labels != 255].max() < len(data.names)
-    return labels.flatten()[:count].tolist()
+VOC = Layout("JPEGImages/2007_1.jpg", "SegmentationClass/2007_1.png", "ImageSets/Segmentation/val.txt")
+CONTEXT = Layout("VOC2010/JPEGImages/a.jpg", "VOC2010/trainval/a.mat", "VOC2010/ImageSets/Main/val.txt")
+CONTEXT_PNG = Layout(
+    "VOC2010/JPEGImages/a.jpg",
+    "VOC2010/SegmentationClassContext/a.png",
+    "VOC2010/ImageSets/SegmentationContext/val.txt",
+)
+STUFF = Layout("coco/val2017/1.jpg", "coco/stuffthingmaps/val2017/1.png")
+ADE20K = Layout(
+    "ADEChallengeData2016/images/validation/ADE_val_1.jpg", "ADEChallengeData2016/annotations/validation/ADE_val_1.png"
+)
+CITYSCAPES = Layout(
+    "cityscapes/leftImg8bit/val/ulm/ulm_1_leftImg8bit.png", "cityscapes/gtFine/val/ulm/ulm_1_gtFine_labelIds.png"
+)
 
 
 # ---- readers -------------------------------------------------------------------------------------------------------
 
 
-def make_voc(root: Path) -> None:
-    save_image(root / "JPEGImages/2007_1.jpg")
-    save_image(root / "JPEGImages/2007_2.jpg")
-    save_labels(root / "SegmentationClass/2007_1.png", [0, 1, 20, 255], palette=True)
-    (root / "ImageSets/Segmentation").mkdir(parents=True)
-    (root / "ImageSets/Segmentation/val.txt").write_text("2007_1\n")
+@pytest.mark.parametrize(
+    ("name", "layout", "values", "expected", "names"),
+    [
+        ("voc20", VOC, [0, 1, 20, 255], [255, 0, 19, 255], {0: "aeroplane"}),
+        ("voc21", VOC, [0, 1, 20, 255], [0, 1, 20, 255], {0: "background", 1: "aeroplane"}),
+        # 7 is not among the 59 classes.
+        ("context59", CONTEXT, [0, 2, 458, 7, 284], [255, 0, 58, 255, 36], {0: "aeroplane", 36: "person", 58: "wood"}),
+        ("context60", CONTEXT, [0, 2, 458, 7, 284], [0, 1, 59, 0, 37], {0: "background", 37: "person"}),
+        ("context59", CONTEXT_PNG, [0, 1, 59, 37], [255, 0, 58, 36], {}),
+        ("context60", CONTEXT_PNG, [0, 1, 59, 37], [0, 1, 59, 37], {}),
+        # Values of COCO-Stuff are category ids minus one.
+        ("coco-stuff", STUFF, [0, 9, 12, 89, 91, 181, 255], [0, 9, 11, 79, 80, 170, 255],
+         {0: "person", 9: "trafficlight", 11: "stopsign", 79: "toothbrush", 80: "banner", 170: "wood"}),
+        ("ade20k", ADE20K, [0, 1, 150], [255, 0, 149], {0: "wall"}),
+        ("cityscapes", CITYSCAPES, [0, 7, 8, 11, 24, 33, 29], [255, 0, 1, 2, 11, 18, 255],
+         {0: "road", 11: "person", 18: "bicycle"}),
+    ],
+)  # fmt: skip
+def test_labels_are_read_as_class_indices(
+    name: str, layout: Layout, values: list[int], expected: list[int], names: dict[int, str], tmp_path: Path
+) -> None:
+    root = tmp_path / "VOCdevkit/VOC2012" if layout is VOC else tmp_path
+    layout.save(root, values)
+    data = BENCHMARKS[name].load(BENCHMARKS[name].find(tmp_path))
+    labels = data.read_labels(0)
+    assert [str(image) for image in data.images] == [str(root / layout.image)]
+    assert labels.shape == (SIZE[1], SIZE[0]) and labels.dtype == np.uint8
+    assert labels[labels != 255].max() < len(data.names)
+    assert labels.flatten()[: len(values)].tolist() == expected
+    assert {label: data.get_class_name(label) for label in names} == names
 
 
-def test_voc_labels_with_and_without_background(tmp_path: Path) -> None:
-    make_voc(tmp_path / "VOCdevkit/VOC2012")
-    assert first_labels("voc20", tmp_path, 4) == [255, 0, 19, 255]
-    assert first_labels("voc21", tmp_path, 4) == [0, 1, 20, 255]
-    data = BENCHMARKS["voc21"].load(tmp_path / "VOCdevkit")
-    assert len(data.names) == 21 and data.names[0][:2] == ["sky", "wall"] and data.names[1] == ["aeroplane"]
+def test_protocols_of_data_sets_differ(tmp_path: Path) -> None:
+    VOC.save(tmp_path, [1])
+    data = BENCHMARKS["voc21"].load(tmp_path)
+    assert len(data.names) == 21 and data.names[0][:2] == ["sky", "wall"] and data.has_background
     assert (data.logit_scale, data.min_probability, data.min_area, data.scale) == (65, 0.1, 0.1, 1.5)
-    assert data.has_background and [data.get_class_name(n) for n in (0, 1)] == ["background", "aeroplane"]
-    data = BENCHMARKS["voc20"].load(tmp_path / "VOCdevkit/VOC2012")
-    assert (data.logit_scale, data.min_probability, data.min_area) == (40, 0, 0)
-    assert not data.has_background and data.get_class_name(0) == "aeroplane"
-
-
-def make_context(root: Path) -> Path:
-    """Write PASCAL-Context with one image and without its labels, trainval/a.mat. Return the folder VOC2010."""
-    folder = root / "VOC2010"
-    save_image(folder / "JPEGImages/a.jpg")
-    (folder / "ImageSets/Main").mkdir(parents=True)
-    (folder / "ImageSets/Main/val.txt").write_text("a\n")
-    (folder / "trainval").mkdir()
-    return folder
-
-
-def test_context_labels_from_pngs_and_from_the_original_files(tmp_path: Path) -> None:
-    root = make_context(tmp_path)
-    labels = np.resize(np.array([0, 2, 458, 7, 284], np.uint16), (SIZE[1], SIZE[0]))  # 7 is not among the 59 classes
-    savemat(root / "trainval/a.mat", {"LabelMap": labels})
-    assert first_labels("context59", tmp_path, 5) == [255, 0, 58, 255, 36]
-    assert first_labels("context60", tmp_path, 5) == [0, 1, 59, 0, 37]
-    names = read_class_names("context59")
-    assert names[0] == ["aeroplane"] and names[36] == ["person"] and names[58] == ["wood"]
-    save_labels(root / "SegmentationClassContext/a.png", [0, 1, 59, 37])
-    (root / "ImageSets/SegmentationContext").mkdir()
-    (root / "ImageSets/SegmentationContext/val.txt").write_text("a\n")
-    assert first_labels("context59", tmp_path, 4) == [255, 0, 58, 36]
-    assert first_labels("context60", tmp_path, 4) == [0, 1, 59, 37]
-
-
-def test_coco_stuff_labels(tmp_path: Path) -> None:
-    """Values are category ids minus one: 0 person, 9 traffic light, 12 stop sign, 89 toothbrush, 181 wood-other."""
-    save_image(tmp_path / "coco/val2017/1.jpg")
-    save_labels(tmp_path / "coco/stuffthingmaps/val2017/1.png", [0, 9, 12, 89, 91, 181, 255])
-    assert first_labels("coco-stuff", tmp_path, 7) == [0, 9, 11, 79, 80, 170, 255]
-    data = BENCHMARKS["coco-stuff"].load(tmp_path / "coco")
-    names = [data.names[n][0] for n in (0, 9, 11, 79, 80, 170)]
-    assert names == ["person", "trafficlight", "stopsign", "toothbrush", "banner", "wood"] and data.scale == 2
-
-
-def test_ade20k_and_cityscapes_labels(tmp_path: Path) -> None:
-    root = tmp_path / "ADEChallengeData2016"
-    save_image(root / "images/validation/ADE_val_1.jpg")
-    save_labels(root / "annotations/validation/ADE_val_1.png", [0, 1, 150])
-    assert first_labels("ade20k", tmp_path, 3) == [255, 0, 149]
-    root = tmp_path / "cityscapes"
-    save_image(root / "leftImg8bit/val/ulm/ulm_1_leftImg8bit.png")
-    save_labels(root / "gtFine/val/ulm/ulm_1_gtFine_labelIds.png", [0, 7, 8, 11, 24, 33, 29])
-    assert first_labels("cityscapes", tmp_path, 7) == [255, 0, 1, 2, 11, 18, 255]
-    data = BENCHMARKS["cityscapes"].load(root)
-    assert [data.names[n][0] for n in (0, 11, 18)] == ["road", "person", "bicycle"] and data.scale == 2.5
+    data = BENCHMARKS["voc20"].load(tmp_path)
+    assert (data.logit_scale, data.min_probability, data.min_area, data.has_background) == (40, 0, 0, False)
+    for name, layout, scale in (("coco-stuff", STUFF, 2), ("cityscapes", CITYSCAPES, 2.5)):
+        layout.save(tmp_path, [11])
+        assert BENCHMARKS[name].load(BENCHMARKS[name].find(tmp_path)).scale == scale
 
 
 def make_coco_object(folder: Path) -> None:
@@ -186,16 +177,15 @@ def test_every_class_name_file_has_a_source_and_all_classes() -> None:
 
 def test_invalid_label_files_are_reported(tmp_path: Path) -> None:
     root = tmp_path / "voc2012"
-    make_voc(root)
+    VOC.save(root, [1, 21])
     benchmark = BENCHMARKS["voc20"]
-    file = root / "SegmentationClass/2007_1.png"
-    save_labels(file, [1, 21])
+    file = root / VOC.labels
     with pytest.raises(DataFormatError, match=r"2007_1.png contains the label 21, which does not exist"):
         benchmark.load(root).read_labels(0)
     Image.new("RGB", SIZE).save(file)
     with pytest.raises(DataFormatError, match=r"2007_1.png: label files must have one 8-bit channel \(got mode RGB\)"):
         benchmark.load(root).read_labels(0)
-    save_labels(file, [1])
+    VOC.save(root, [1])
     content = file.read_bytes()
     for corrupt in (b"x", content[: content.index(b"IDAT") + 6], content.replace(b"IDAT", b"I\0\0\0")):
         file.write_bytes(corrupt)
@@ -204,24 +194,22 @@ def test_invalid_label_files_are_reported(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(MissingFileError, match=r"1 of 1 images listed in .*val.txt are missing, e.g. .*2007_1.png"):
         benchmark.load(root)
-    (root / "ImageSets/Segmentation/val.txt").write_text("\n")
+    (root / VOC.split).write_text("\n")
     with pytest.raises(MissingFileError, match=r"val.txt contains no images"):
         benchmark.load(root)
     with pytest.raises(MissingFileError, match="contains neither VOC2012/JPEGImages nor JPEGImages"):
         benchmark.load(tmp_path)
 
-
-def test_invalid_label_files_of_context_are_reported(tmp_path: Path) -> None:
-    file = make_context(tmp_path) / "trainval/a.mat"
-    savemat(file, {"LabelMap": np.full((6, 8), 460, np.uint16)})
+    CONTEXT.save(tmp_path, [460])
+    benchmark, file = BENCHMARKS["context59"], tmp_path / CONTEXT.labels
     with pytest.raises(DataFormatError, match=r"a.mat contains the label 460, which does not exist"):
-        first_labels("context59", tmp_path, 1)
+        benchmark.load(tmp_path).read_labels(0)
     savemat(file, {"labels": np.zeros((6, 8))})
     with pytest.raises(DataFormatError, match=r"a.mat: unreadable label file: KeyError\('LabelMap'\)"):
-        first_labels("context59", tmp_path, 1)
+        benchmark.load(tmp_path).read_labels(0)
     file.write_bytes(b"MATLAB")
     with pytest.raises(DataFormatError, match=r"a.mat: unreadable label file"):
-        first_labels("context59", tmp_path, 1)
+        benchmark.load(tmp_path).read_labels(0)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +380,7 @@ def naive_predictions(data: SegmentationData) -> list[np.ndarray]:
 def test_segmentation_of_coloured_images_matches_sklearn(tmp_path: Path) -> None:
     data = make_segmentation(tmp_path)
     embeddings = colour_embeddings()
-    result = evaluate_segmentation(data, embeddings, ["plain", "sclip"])
+    result = segment_images(data, embeddings, ["plain", "sclip"])
     assert result.images == [0, 1, 2] and set(result.examples) == {0, 1, 2}
     for index, prediction in enumerate(naive_predictions(data)):
         maps = result.examples[index]
@@ -417,12 +405,12 @@ def test_learned_logit_scale_is_evaluated_next_to_the_scale_of_the_protocol(tmp_
     data = dataclasses.replace(make_segmentation(tmp_path), logit_scale=50, min_probability=0.6)
     embeddings = colour_embeddings()
     embeddings.model.logit_scale = lambda: 1.0
-    result = evaluate_segmentation(data, embeddings, ["plain"])
+    result = segment_images(data, embeddings, ["plain"])
     assert result.logit_scales == {"plain": 50, "plain, learned scale": 1}
     # The probability of the right class is 0.6 only with the scale of the protocol: e / (e + 3) < 0.6.
     assert result.counts["plain, learned scale"][:, 2, 1:].sum() == 0
     assert result.counts["plain"][:, 2, 1:].sum() > 0
-    result = evaluate_segmentation(dataclasses.replace(data, min_probability=0), embeddings, ["plain"])
+    result = segment_images(dataclasses.replace(data, min_probability=0), embeddings, ["plain"])
     assert list(result.counts) == ["plain"], "without a minimum probability, the scale does not affect the result"
 
 
@@ -432,7 +420,7 @@ def test_unusable_images_and_labels_are_skipped(tmp_path: Path) -> None:
     labels = [data.read_labels(0), data.read_labels(1), data.read_labels(2)[:10]]
     data = dataclasses.replace(data, read_labels=labels.__getitem__)
     embeddings = colour_embeddings(max_skipped=1.0)
-    result = evaluate_segmentation(data, embeddings, ["plain"])
+    result = segment_images(data, embeddings, ["plain"])
     assert result.images == [0] and embeddings.log.skipped == {"unusable image": 2}
     assert "the label map is 64 x 10 pixels, but the image is 64 x 48 pixels" in embeddings.log.examples[1]
 
@@ -466,7 +454,7 @@ def test_segmentation_intervals_match_a_naive_bootstrap() -> None:
 
 def test_pictures_show_labels_and_predictions_without_the_background(tmp_path: Path) -> None:
     data = make_segmentation(tmp_path)
-    result = evaluate_segmentation(data, colour_embeddings(), ["plain"])
+    result = segment_images(data, colour_embeddings(), ["plain"])
     result.examples = {0: {"labels": np.where(np.arange(64) < 32, 0, 1).repeat(48).reshape(64, 48).T.astype(np.uint8)}}
     for has_background in (False, True):
         shown = dataclasses.replace(data, has_background=has_background)
@@ -543,7 +531,7 @@ def test_masks_of_the_users_coco_file_are_read(tmp_path: Path) -> None:
 
 def test_label_maps_are_written_as_png(tmp_path: Path) -> None:
     data = make_segmentation(tmp_path)
-    result = evaluate_segmentation(data, colour_embeddings(), ["plain", "sclip"], tmp_path / "out")
+    result = segment_images(data, colour_embeddings(), ["plain", "sclip"], tmp_path / "out")
     assert (tmp_path / "out/classes.txt").read_text() == "red\ngreen\nblue\n"
     for method in ("plain", "sclip"):
         for index in range(3):
@@ -563,7 +551,7 @@ def test_evaluate_command_writes_segmentation_results_and_pictures(
 ) -> None:
     root, out = tmp_path / "root", tmp_path / "out"
     make_coco_object(root / "coco")
-    make_voc(root / "voc2012")
+    VOC.save(root / "voc2012", [0, 1, 20, 255])
     command = ["evaluate", str(clip), "--benchmarks", "coco-object", "voc20", "ade20k", "--root", str(root)]
     assert main([*command, "--dense_variants", "plain", "naclip", "--out", str(out)]) == 1
     assert "Skipped ade20k" in capsys.readouterr().err

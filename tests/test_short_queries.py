@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,14 +12,13 @@ from sklearn.metrics import average_precision_score, ndcg_score
 
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.evaluate.bootstrap import draw_bootstrap_counts
-from llm2clip.evaluate.recall import QUERY_TILE, compute_positive_ranks
-from llm2clip.evaluate.reporting.comparison import build_overview_table
+from llm2clip.evaluate.metrics import QUERY_TILE, compute_positive_ranks, draw_bootstrap_counts
 from llm2clip.evaluate.retrieval import RetrievalRanks
 from llm2clip.evaluate.short_queries import (
     CANDIDATES,
     LabelledQuery,
     LengthScores,
+    build_overview_table,
     build_queries,
     choose_query_templates,
     compute_chance_scores,
@@ -143,13 +141,6 @@ def test_wrong_answers_rank_first_among_equal_scores() -> None:
         assert ranks.tolist() == [rank for rank, i in enumerate(order) if i in relevant[n]]
     constant = compute_positive_ranks(torch.ones(1, 2), torch.ones(6, 2), [[0, 3]])
     assert constant[0].tolist() == [4, 5], "a model that returns a constant has the worst ranks"
-
-
-def test_ranking_scores_of_a_small_example() -> None:
-    """Relevant images at ranks 1, 3 and 12, counted from 1."""
-    ideal = 1 + 1 / math.log2(3) + 1 / 2
-    expected = [(1 + 2 / 3 + 3 / 12) / 3, 2 / 3, (1 + 1 / 2) / ideal]
-    assert compute_ranking_scores(torch.tensor([0, 2, 11])).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("num_relevant", "num_images"), [(1, 1), (1, 5), (2, 6), (6, 6), (3, 12)])

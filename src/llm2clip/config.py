@@ -328,7 +328,7 @@ class EvaluateOptions:
     such as boxes:FILE.json. Embeddings are averaged over the templates."""
     proposals: str | None = None
     """Detection: source of the boxes to classify. One of: a JSON file in COCO results format, a transformers detector
-    (folder or hub id), a torchvision detector (torchvision:NAME), or `ground-truth`."""
+    (folder or hub id), or `ground-truth`."""
     crop_proposals: bool = False
     """Detection: also classify each box by encoding a crop of it, which takes one forward pass per box."""
     save_predictions: bool = False

@@ -46,10 +46,9 @@ from llm2clip.data.splits import DataSplits, read_splits
 from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.reporting.error_analysis import collect_example_searches
-from llm2clip.evaluate.reporting.training import write_distill_report, write_fit_report
 from llm2clip.evaluate.retrieval import (
     RetrievalRanks,
+    collect_example_searches,
     compute_field_metrics,
     dual_encoder_from_store,
     evaluate_caption_fields,
@@ -57,6 +56,7 @@ from llm2clip.evaluate.retrieval import (
     rank_caption_fields,
 )
 from llm2clip.evaluate.short_queries import ShortQueryResult, choose_query_templates
+from llm2clip.evaluate.training_report import write_distill_report, write_fit_report
 from llm2clip.io_utils import iterate_lines
 from llm2clip.models.dual_encoder import wrap_llm2clip
 from llm2clip.models.export.model_card import write_model_card

@@ -11,7 +11,7 @@ from llm2clip.cli.checks import check_pretrained, check_sources
 from llm2clip.cli.commands import SECTIONS, ArgumentParser, Commands, add_reading_arguments, format_command
 from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.cli.setup import add_machine_arguments, make_machine
-from llm2clip.llava.config import LlavaConfig
+from llm2clip.llava import LlavaConfig
 
 SECTIONS.add("llava")
 

@@ -16,9 +16,14 @@ from torch import Tensor
 
 from llm2clip.config import EncoderConfig
 from llm2clip.data.texts import deduplicate_captions
-from llm2clip.evaluate.bootstrap import bootstrap_intervals
 from llm2clip.evaluate.embeddings import PRECOMPUTED_SUFFIX
-from llm2clip.evaluate.recall import KS, compute_chance_recall, compute_positive_ranks, recall, two_way_ranks
+from llm2clip.evaluate.metrics import (
+    bootstrap_intervals,
+    compute_chance_recall,
+    compute_positive_ranks,
+    recall,
+    two_way_ranks,
+)
 from llm2clip.models.clip_models import has_text_tower, load_clip_text_encoder
 from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -29,10 +34,9 @@ from llm2clip.runs.ranks import process_state
 
 
 class TextEncoder(Protocol):
-    """Interface for text encoders, such as a `CaptionEncoder` or the text tower of an image-text model.
+    """Interface for text encoders. `encode` returns float32 embeddings of shape (N, D) on the CPU.
 
-    `encode` returns float32 embeddings of shape (N, D) on the CPU. `count_truncated` returns the number of texts
-    truncated to the maximum length, or None if unknown.
+    `count_truncated` returns the number of texts truncated to the maximum length, or None if unknown.
     """
 
     def encode(self, captions: Sequence[str], *, progress: bool = ...) -> Tensor: ...
@@ -44,8 +48,7 @@ def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_co
     """Load the text encoder of a model. If `model` is None, load the caption encoder that `encoder` describes.
 
     Raises:
-        ValueError: If the model has no separate text encoder, or if `encoder` is a CLIP text tower with settings that
-            do not apply to it.
+        ValueError: If the model has no separate text encoder, or settings of `encoder` do not apply to it.
     """
     device = process_state().device
     if model is not None:
@@ -110,24 +113,9 @@ def caption_retrieval_accuracy(
     embeddings = F.normalize(encoder.encode(texts, progress=progress), dim=-1)
     first = embeddings[[row_of_text[captions[0]] for captions in caption_lists]]
     second = embeddings[[row_of_text[captions[1]] for captions in caption_lists]]
-
-    first_ranks, second_ranks = two_way_ranks(first, second, range(len(first)))
-    first_recall, second_recall = recall(first_ranks), recall(second_ranks)
-    hits = ((first_ranks < 1).double() + (second_ranks < 1)) / 2  # accuracy of each image
-    low, high = (100 * bootstrap_intervals(hits[:, None], torch.ones(len(hits)))).flatten().tolist()
-    positive_cosine, negative_cosine = compute_mean_cosines(first, second)
-    metrics: dict[str, Any] = {
-        "CRA": (first_recall["R@1"] + second_recall["R@1"]) / 2,
-        "CRA interval": (low, high),
-        "first to second": first_recall,
-        "second to first": second_recall,
-        "positive cosine": positive_cosine,
-        "negative cosine": negative_cosine,
-        "images": len(caption_lists),
-        "excluded": len(images) - len(caption_lists),
-        "truncated": encoder.count_truncated(texts),
-        "chance": 100.0 / len(caption_lists),
-    }
+    metrics, hits = _compute_paper_metrics(first, second)
+    metrics |= {"excluded": len(images) - len(caption_lists), "truncated": encoder.count_truncated(texts)}
+    metrics["chance"] = 100.0 / len(caption_lists)
     if all_pairs:
         rows = [row_of_text[caption] for captions in caption_lists for caption in captions]
         metrics |= _compute_all_pairs_metrics(embeddings[rows], [len(captions) for captions in caption_lists])
@@ -138,11 +126,27 @@ def caption_retrieval_accuracy(
     return metrics
 
 
-def _compute_all_pairs_metrics(embeddings: Tensor, captions_per_image: Sequence[int]) -> dict[str, Any]:
-    """Compute recall for the "all pairs" protocol. Each caption is used to retrieve the other captions of its image.
+def _compute_paper_metrics(first: Tensor, second: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Return the metrics of the paper's protocol, and the accuracy of each image of shape (N,)."""
+    first_ranks, second_ranks = two_way_ranks(first, second, range(len(first)))
+    first_recall, second_recall = recall(first_ranks), recall(second_ranks)
+    hits = ((first_ranks < 1).double() + (second_ranks < 1)) / 2
+    low, high = (100 * bootstrap_intervals(hits[:, None], torch.ones(len(hits)))).flatten().tolist()
+    positive_cosine, negative_cosine = compute_mean_cosines(first, second)
+    metrics = {
+        "CRA": (first_recall["R@1"] + second_recall["R@1"]) / 2,
+        "CRA interval": (low, high),
+        "first to second": first_recall,
+        "second to first": second_recall,
+        "positive cosine": positive_cosine,
+        "negative cosine": negative_cosine,
+        "images": len(first),
+    }
+    return metrics, hits
 
-    `embeddings` has shape (captions, D) and is L2-normalised. Captions of the same image must be adjacent.
-    """
+
+def _compute_all_pairs_metrics(embeddings: Tensor, captions_per_image: Sequence[int]) -> dict[str, Any]:
+    """Compute recall for the "all pairs" protocol. In `embeddings`, captions of the same image must be adjacent."""
     positives: list[list[int]] = []
     for count in captions_per_image:
         start = len(positives)
@@ -154,15 +158,12 @@ def _compute_all_pairs_metrics(embeddings: Tensor, captions_per_image: Sequence[
     return {
         "captions": total,
         "all pairs": recall(best_ranks),
-        "all pairs chance": compute_chance_recall([len(others) for others in positives], total - 1, KS),
+        "all pairs chance": compute_chance_recall([len(others) for others in positives], total - 1),
     }
 
 
 def compute_mean_cosines(first: Tensor, second: Tensor) -> tuple[float, float]:
-    """Return the mean of first[i] · second[i] over all i, and the mean of first[i] · second[j] over all i != j.
-
-    `first` and `second` have shape (N, D).
-    """
+    """Return the mean of first[i] · second[i] over all i, and the mean of first[i] · second[j] over all i != j."""
     a, b = first.double(), second.double()
     diagonal_sum = float((a * b).sum())
     total_sum = float(a.sum(0) @ b.sum(0))
@@ -175,14 +176,8 @@ def find_worst_mistakes(
 ) -> list[dict[str, Any]]:
     """Return the queries for which a wrong caption is at least as similar as the correct caption, worst first.
 
-    Args:
-        first, second: Embeddings of the first and second captions of N images, each of shape (N, D), L2-normalised.
-        chunk_size: Number of queries per matmul.
-
-    Returns:
-        Mistakes in descending order of the difference between the two similarities. Each mistake has "caption" (the
-        query), "correct" (the correct caption), "retrieved" (the wrong caption), and the cosine similarities "correct
-        cosine" and "retrieved cosine".
+    Each mistake has "caption" (the query), "correct" (the correct caption), "retrieved" (the wrong caption), and the
+    cosine similarities "correct cosine" and "retrieved cosine". `chunk_size` is the number of queries per matmul.
     """
     correct_scores = (first * second).sum(1)
     wrong_scores, wrong_indices = torch.empty(len(first)), torch.empty(len(first), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Accuracy of zero-shot classification, linear probes and compositional benchmarks.
+"""Zero-shot classification, linear probes and compositional benchmarks.
 
 In compositional benchmarks, a tie between the correct answer and a wrong answer counts as an error.
 """
@@ -10,10 +10,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.evaluate.benchmarks.base import CompositionalExample
-from llm2clip.evaluate.bootstrap import BootstrapMetrics
+from llm2clip.data.texts import deduplicate_captions
+from llm2clip.evaluate.benchmarks.base import BenchmarkResult, ClassificationData, CompositionalExample
 from llm2clip.evaluate.embeddings import EmbeddingSource
+from llm2clip.evaluate.metrics import BootstrapMetrics
+from llm2clip.io_utils import DataFormatError
 from llm2clip.models.prompts import average_prompts, fill_templates
+
+
+def evaluate_classification(
+    data: ClassificationData, embeddings: EmbeddingSource, train: ClassificationData | None = None
+) -> BenchmarkResult:
+    """Classify images by the nearest class embedding. If `train` is given, also fit a linear probe to its images."""
+    images, indices = embeddings.encode_images(data.images)
+    labels = [data.labels[i] for i in indices]
+    classes = encode_classes(embeddings, data.names, data.templates)
+    accuracy = classification_accuracy(images, labels, classes, indices)
+    metrics = dict(accuracy.values)
+    metrics["chance"] = 100.0 / len(set(labels))
+    if train is not None:
+        if list(train.names) != list(data.names):
+            raise DataFormatError("the linear probe requires training and test images with the same classes")
+        train_images, train_indices = embeddings.encode_images(train.images)
+        probe = fit_linear_probe(train_images, [train.labels[i] for i in train_indices], images, labels)
+        metrics |= {"linear probe": probe["top-1"], "linear probe C": probe["C"]}
+    counts = {"images": len(images), **count_texts(embeddings, data.names, data.templates)}
+    summary = {"intervals": accuracy.intervals, **counts, "metrics": metrics}
+    return BenchmarkResult(summary, data.images, bootstrap={"": accuracy})
 
 
 def encode_classes(embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -22,14 +45,21 @@ def encode_classes(embeddings: EmbeddingSource, names: Sequence[str], templates:
     return average_prompts(embeddings.encode_texts(prompts), [len(templates)] * len(names))
 
 
+def count_texts(
+    embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str] = ("{}",)
+) -> dict[str, int | None]:
+    """Return the number of prompts ("texts") and of prompts that exceed the model's maximum length ("truncated")."""
+    texts = fill_templates(names, templates)
+    return {"texts": len(texts), "truncated": embeddings.count_truncated(texts)}
+
+
 def classification_accuracy(
     images: Tensor, labels: Sequence[int], classes: Tensor, indices: Sequence[int], chunk_size: int = 4096
 ) -> BootstrapMetrics:
     """Return accuracies in percent: "top-1", "top-5" and "mean per class" (top-1 accuracy averaged over classes).
 
     Args:
-        images: Image embeddings of shape (N, D), L2-normalised.
-        classes: Class embeddings of shape (classes, D), L2-normalised.
+        images, classes: L2-normalised embeddings of shape (N, D) and (classes, D).
         indices: Index of each image in the benchmark, which identifies the image when models are compared.
         chunk_size: Number of images per matmul.
     """
@@ -54,11 +84,7 @@ def compute_class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the zero-based rank of the correct class of each item, int64 of shape (N,).
 
     If several classes have the same score, the one with the lowest index is ranked first, as in argmax. Such ties occur
-    because some ImageNet classes share a name.
-
-    Args:
-        scores: Scores of all classes, of shape (N, classes).
-        labels: Index of the correct class, int64 of shape (N,).
+    because some ImageNet classes share a name. `scores` has shape (N, classes).
     """
     correct_score = scores.gather(1, labels[:, None])
     is_earlier_class = torch.arange(scores.shape[1]) < labels[:, None]
@@ -72,9 +98,6 @@ def fit_linear_probe(
 
     As in CLIP (arXiv 2103.00020, appendix A.3), the regularisation strength is selected on a validation split. Here,
     the candidates are powers of ten, and the split contains a fifth of the training images.
-
-    Args:
-        train, test: Embeddings of the training and test images, of shape (N, D).
 
     Returns:
         A dict with "top-1", the accuracy in percent, and "C", the selected inverse regularisation strength.
@@ -98,6 +121,23 @@ def fit_linear_probe(
     return {"top-1": 100 * float(accuracy), "C": best_c}
 
 
+# ---- compositional benchmarks ----------------------------------------------------------------------------------------
+
+
+def evaluate_compositional(examples: Sequence[CompositionalExample], embeddings: EmbeddingSource) -> BenchmarkResult:
+    """Evaluate a model on all examples whose images can be decoded. See `compute_compositional_accuracy`."""
+    all_images = [image for example in examples for image in example.images]
+    refs = list({ref.key: ref for ref in all_images}.values())
+    texts = deduplicate_captions(caption for example in examples for caption in example.captions)
+    images, indices = embeddings.encode_images(refs)
+    image_embeddings = {refs[i].key: image for i, image in zip(indices, images, strict=True)}
+    text_embeddings = dict(zip(texts, embeddings.encode_texts(texts), strict=True))
+    complete = [example for example in examples if all(ref.key in image_embeddings for ref in example.images)]
+    counts = {"examples": len(complete), "images": len(images), **count_texts(embeddings, texts)}
+    metrics = compute_compositional_accuracy(complete, image_embeddings, text_embeddings)
+    return BenchmarkResult(counts | {"metrics": metrics}, all_images)
+
+
 def compute_compositional_accuracy(
     examples: Sequence[CompositionalExample],
     image_embeddings: Mapping[str, Tensor],
@@ -113,9 +153,7 @@ def compute_compositional_accuracy(
     contains the accuracy for each category, and "mean", the average over the categories. The chance level is 50.
 
     Args:
-        examples: All examples of a single benchmark.
-        image_embeddings: Image embeddings of shape (D,), L2-normalised, keyed by `ImageRef.key`.
-        text_embeddings: Caption embeddings of shape (D,), L2-normalised, keyed by caption.
+        image_embeddings, text_embeddings: L2-normalised embeddings of shape (D,), keyed by `ImageRef.key` and caption.
     """
     hits: dict[str, list[bool]] = {}
     for example in examples:

@@ -1,4 +1,7 @@
-"""Sources of embeddings for evaluation: a model (optionally with a cache on disk), or precomputed embeddings."""
+"""Sources of embeddings for evaluation: a model (optionally with a cache on disk), or precomputed embeddings.
+
+Embeddings are float32 of shape (N, D), L2-normalised, on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import copy
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,11 +18,11 @@ from torch import Tensor
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.texts import deduplicate_captions
-from llm2clip.evaluate.recall import check_finite
+from llm2clip.evaluate.metrics import check_finite
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.llm2clip import check_dim, truncate_and_normalize
 from llm2clip.models.loading import fingerprint
-from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
+from llm2clip.models.prompts import NO_TEMPLATES
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import process_state
 from llm2clip.store.encode import encode_image_batches, store_image_features, store_text_embeddings
@@ -31,53 +33,6 @@ PRECOMPUTED_SUFFIX = ".npz"
 PRECOMPUTED_ARRAYS = ("images", "image_names", "texts", "captions")
 
 
-class EmbeddingSource(Protocol):
-    """Interface for sources of image and text embeddings.
-
-    Embeddings are float32 of shape (N, D), L2-normalised, on the CPU.
-    """
-
-    log: SkipLog
-    """Log of images that cannot be decoded."""
-    query_templates: QueryTemplates
-    """Prompt templates for short search queries, saved with the model. `encode_texts` does not apply them."""
-
-    @property
-    def embed_dim(self) -> int:
-        """Number of dimensions of the embeddings."""
-        ...
-
-    def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        """Return the embeddings of all decodable images, and the images' indices in `refs`.
-
-        Raises:
-            TooManySkipped: If too many images cannot be decoded.
-            ValueError: If an embedding contains NaN or infinity, or if a file of precomputed embeddings lacks an image
-                or has only one entry for two images.
-        """
-        ...
-
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return the embedding of each text.
-
-        Raises:
-            ValueError: If an embedding contains NaN or infinity, or if a file of precomputed embeddings lacks a text.
-        """
-        ...
-
-    def count_truncated(self, texts: Sequence[str]) -> int | None:
-        """Return the number of texts truncated to the model's maximum length, or None if unknown."""
-        ...
-
-    def truncate(self, dim: int) -> EmbeddingSource:
-        """Return a source of the same embeddings, truncated to their first `dim` dimensions and normalised again.
-
-        Raises:
-            ValueError: If the embeddings have fewer than `dim` dimensions.
-        """
-        ...
-
-
 def open_embedding_source(
     model: str, log: SkipLog, cache_dir: Path | None, trust_remote_code: bool = False
 ) -> EmbeddingSource:
@@ -85,8 +40,8 @@ def open_embedding_source(
 
     Args:
         model: Model as accepted by `open_dual_encoder`, or an .npz file.
+        log: Log of images that cannot be decoded.
         cache_dir: Folder in which the model's embeddings are cached. If None, embeddings are not cached.
-        trust_remote_code: If True, run Python code from the model's repository, as Jina-CLIP requires.
 
     Raises:
         ValueError: If the model is not an image-text model, or the .npz file is invalid.
@@ -100,13 +55,10 @@ def open_embedding_source(
 
 
 class ModelEmbeddings:
-    """Embedding source that runs a model."""
+    """Embedding source that runs a model. The model's `query_templates` are not applied to texts."""
 
     def __init__(self, model: DualEncoder, log: SkipLog, cache_dir: Path | None = None, progress: bool = True) -> None:
-        """
-        Args:
-            cache_dir: Folder for cached embeddings, with one subfolder per model. If None, embeddings are not cached.
-        """
+        """If `cache_dir` is not None, embeddings are cached there, in one subfolder per model."""
         self.model, self.log, self.progress = model, log, progress
         self._full_model = model  # the cache contains its embeddings, even if `model` is truncated
         self.query_templates = model.query_templates
@@ -120,6 +72,12 @@ class ModelEmbeddings:
         return self.model.embed_dim
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
+        """Return the embeddings of all decodable images, and the images' indices in `refs`.
+
+        Raises:
+            TooManySkipped: If too many images cannot be decoded.
+            ValueError: If an embedding contains NaN or infinity.
+        """
         self.log.count_at_least(len(refs))  # benchmark readers do not count their rows
         if self.folder is None:
             with ProgressBar(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
@@ -137,6 +95,7 @@ class ModelEmbeddings:
         return embeddings, indices
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return the embedding of each text, or raise ValueError if an embedding contains NaN or infinity."""
         if self.folder is None:
             embeddings = self.model.encode_texts(texts, self.progress)
         else:
@@ -157,9 +116,15 @@ class ModelEmbeddings:
         return full if dim == self._full_model.embed_dim else truncate_and_normalize(full, dim)
 
     def count_truncated(self, texts: Sequence[str]) -> int | None:
+        """Return the number of texts truncated to the model's maximum length, or None if unknown."""
         return self.model.count_truncated(texts)
 
     def truncate(self, dim: int) -> ModelEmbeddings:
+        """Return a source of the same embeddings, truncated to their first `dim` dimensions and normalised again.
+
+        Raises:
+            ValueError: If the embeddings have fewer than `dim` dimensions.
+        """
         truncated = copy.copy(self)
         truncated.model = self._full_model.truncate(dim)
         return truncated
@@ -172,7 +137,8 @@ class PrecomputedEmbeddings:
     captions=strings), with arrays of shape (N, D), (N,), (M, D) and (M,).
 
     Images are looked up by full path. If a path is not in `image_names`, leading folders are removed one at a time,
-    down to the bare file name.
+    down to the bare file name. The methods are those of `ModelEmbeddings`. `encode_images` and `encode_texts` raise
+    ValueError if the file lacks an image or text, or has only one entry for two images.
     """
 
     def __init__(self, file: Path, log: SkipLog) -> None:
@@ -214,11 +180,7 @@ class PrecomputedEmbeddings:
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
         rows = [self._find_image(ref) for ref in refs]
-        missing = [ref for ref, row in zip(refs, rows, strict=True) if row is None]
-        if missing:
-            raise ValueError(
-                f"{self.file} has no embedding for {len(missing):,} of {len(refs):,} images, e.g. {missing[0]}"
-            )
+        self._check_found("images", refs, rows)
         image_of_row: dict[int | None, ImageRef] = {}
         for ref, row in zip(refs, rows, strict=True):
             other = image_of_row.setdefault(row, ref)
@@ -238,12 +200,16 @@ class PrecomputedEmbeddings:
         return None
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        missing = [text for text in texts if text not in self._row_of_text]
+        rows = [self._row_of_text.get(text) for text in texts]
+        self._check_found("texts", [repr(text) for text in texts], rows)
+        return self._texts[torch.tensor(rows)]
+
+    def _check_found(self, kind: str, names: Sequence[object], rows: Sequence[int | None]) -> None:
+        missing = [name for name, row in zip(names, rows, strict=True) if row is None]
         if missing:
             raise ValueError(
-                f"{self.file} has no embedding for {len(missing):,} of {len(texts):,} texts, e.g. {missing[0]!r}"
+                f"{self.file} has no embedding for {len(missing):,} of {len(rows):,} {kind}, e.g. {missing[0]}"
             )
-        return self._texts[torch.tensor([self._row_of_text[text] for text in texts])]
 
     def count_truncated(self, texts: Sequence[str]) -> int | None:
         return None
@@ -254,3 +220,6 @@ class PrecomputedEmbeddings:
         truncated._images = truncate_and_normalize(self._images, dim)
         truncated._texts = truncate_and_normalize(self._texts, dim)
         return truncated
+
+
+EmbeddingSource = ModelEmbeddings | PrecomputedEmbeddings

@@ -27,11 +27,7 @@ class MTEBModel(AbsEncoder):
     """Encoder for texts, images and pairs. A pair's embedding is the normalised sum of its image and text vectors."""
 
     def __init__(self, name: str, device: torch.device | str | None = None) -> None:
-        """
-        Args:
-            name: Model as accepted by `open_dual_encoder`.
-            device: Device for the model. Default: a GPU if available.
-        """
+        """See `open_dual_encoder`. Default device: a GPU if available."""
         self.model = open_dual_encoder(name, device)
         parts = [part for part in name.replace(":", "/").split("/") if part not in ("", ".", "..")]
         metadata = {
@@ -46,8 +42,7 @@ class MTEBModel(AbsEncoder):
     def encode(self, inputs: DataLoader[Any], **_: Any) -> np.ndarray:
         """Return L2-normalised embeddings, float32 of shape (N, D). Prompts are not added to the texts.
 
-        Args:
-            inputs: Each batch must have a "text" column, an "image" column with PIL images, or both.
+        Each batch must have a "text" column, an "image" column with PIL images, or both.
         """
         chunks = []
         for batch in inputs:

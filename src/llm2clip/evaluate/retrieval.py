@@ -1,5 +1,9 @@
-"""Retrieval evaluation on captioned images. Each caption field (captions, captions_zh, ...) is evaluated separately."""
+"""Retrieval evaluation on captioned images, and the analysis of retrieval errors.
 
+Each caption field (captions, captions_zh, ...) is evaluated separately.
+"""
+
+import base64
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,34 +12,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm2clip.data.images import load_thumbnail
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.evaluate import plots
 from llm2clip.evaluate.benchmarks.base import CaptionFields
 from llm2clip.evaluate.embeddings import EmbeddingSource, ModelEmbeddings
-from llm2clip.evaluate.recall import compute_recall_differences, recall, retrieval_metrics, two_way_ranks
+from llm2clip.evaluate.metrics import (
+    compute_recall_differences,
+    compute_recall_intervals,
+    recall,
+    retrieval_metrics,
+    two_way_ranks,
+)
 from llm2clip.models.dual_encoder import DualEncoder, wrap_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.reports import Block, Example, Examples, Figure, Heading, Paragraph
 from llm2clip.store.store import EmbeddingStore
+
+MAX_K = 50  # maximum k in the recall curves
+THUMBNAIL_SIDE = 280  # maximum width and height of thumbnails, in pixels
+TOP_IMAGES = 5  # number of top-ranked images shown per query
 
 
 @dataclass(frozen=True)
 class RetrievalRanks:
-    """Retrieval ranks for one caption field in both directions, with the ranked records and embeddings.
+    """Retrieval ranks for one caption field in both directions, with the ranked records and embeddings."""
 
-    Args:
-        records: Records that have a caption and a decodable image.
-        images: Image embeddings of shape (I, D).
-        texts: Embeddings of all captions, of shape (T, D).
-        image_of_text: Image index of each caption, int64 of shape (T,).
-        image_ranks: Zero-based rank of each image's best caption, int64 of shape (I,).
-        text_ranks: Zero-based rank of each caption's image, int64 of shape (T,).
-    """
-
-    records: list[Record]
-    images: Tensor
-    texts: Tensor
-    image_of_text: Tensor
-    image_ranks: Tensor
+    records: list[Record]  # records that have a caption and a decodable image
+    images: Tensor  # embeddings of shape (I, D)
+    texts: Tensor  # embeddings of all captions, of shape (T, D)
+    image_of_text: Tensor  # image index of each caption, int64 of shape (T,)
+    image_ranks: Tensor  # see `two_way_ranks`
     text_ranks: Tensor
 
     @property
@@ -49,14 +57,9 @@ def evaluate_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) 
 
 
 def rank_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> dict[str, RetrievalRanks]:
-    """Compute retrieval ranks for each non-empty caption field.
+    """Compute retrieval ranks for each non-empty caption field. Images in several fields are encoded only once.
 
-    An image that appears in several fields is encoded only once.
-
-    Args:
-        embeddings: Source of image and text embeddings. Images that cannot be decoded are excluded and recorded in
-            `embeddings.log`.
-        fields: Records, keyed by caption field.
+    Images that cannot be decoded are excluded and recorded in `embeddings.log`.
 
     Raises:
         ValueError: If no image has a caption.
@@ -138,14 +141,10 @@ def measure_caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
 def make_validator(
     fields: CaptionFields, log: SkipLog, store: EmbeddingStore
 ) -> Callable[[LLM2CLIP], dict[str, float]]:
-    """Create a function that evaluates a model during training.
+    """Create a function that evaluates a model during training, with the stored embeddings of all captions.
 
     The validator returns R@1 for each caption field in both directions, and "score", the mean of I2T and T2I R@1 for
     the first field. It raises ValueError if no image has a caption.
-
-    Args:
-        fields: Records, keyed by caption field.
-        store: The caption encoder's embeddings. Must contain all captions in `fields`.
     """
 
     def validate(model: LLM2CLIP) -> dict[str, float]:
@@ -169,3 +168,166 @@ def dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncod
     return dataclasses.replace(
         wrap_llm2clip(model, "llm2clip"), encode_texts_raw=read_texts, count_truncated=lambda texts: None
     )
+
+
+# ---- error analysis --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ErrorAnalysis:
+    """Analysis of a model's retrieval errors for one caption field."""
+
+    curves: dict[str, list[float]]
+    """R@1 to R@50 in percent, keyed by direction ("I2T" or "T2I")."""
+    length_unit: str
+    """Unit of caption lengths. See `measure_caption_lengths`."""
+    length_bins: list[tuple[int, int]]
+    """Minimum and maximum caption length of each bin."""
+    recall_by_length: list[tuple[float, float, float]]
+    """T2I R@1 of each bin, as (value, lower bound, upper bound) in percent."""
+    similarity: Tensor
+    """Cosine similarities between a few images (columns) and their first captions (rows)."""
+    examples: list[Examples]
+    """Images retrieved for captions sampled at regular intervals."""
+    failures: list[Examples]
+    """Images retrieved for the captions whose correct images have the worst ranks."""
+
+
+def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6, matrix_size: int = 20) -> ErrorAnalysis:
+    """Analyse errors, with up to `num_queries` examples and failures, and `matrix_size` images in the matrix."""
+    unit, lengths = measure_caption_lengths(ranks.captions)
+    bins = make_length_bins(lengths)
+    num_images = len(ranks.records)
+    image_rows = torch.linspace(0, num_images - 1, min(matrix_size, num_images)).long()
+    first_captions = torch.tensor([int((ranks.image_of_text == i).nonzero()[0]) for i in image_rows])
+    curves = {}
+    for direction, direction_ranks in (("I2T", ranks.image_ranks), ("T2I", ranks.text_ranks)):
+        curves[direction] = list(recall(direction_ranks, range(1, MAX_K + 1)).values())
+    return ErrorAnalysis(
+        curves=curves,
+        length_unit=unit,
+        length_bins=bins,
+        recall_by_length=compute_recall_by_length(ranks, lengths, bins),
+        similarity=ranks.texts[first_captions] @ ranks.images[image_rows].T,
+        examples=[_retrieve_images(ranks, text) for text in _sample_caption_indices(ranks, num_queries)],
+        failures=[_retrieve_images(ranks, text) for text in find_worst_captions(ranks, num_queries)],
+    )
+
+
+def collect_example_searches(ranks: RetrievalRanks, count: int = 5) -> list[dict[str, Any]]:
+    """Return JSON-compatible dicts of sample captions and the retrieved images. See `read_example_searches`."""
+    searches = []
+    for text in _sample_caption_indices(ranks, count):
+        search = _retrieve_images(ranks, text)
+        images = []
+        for image in search.images:
+            jpeg = image.jpeg and base64.b64encode(image.jpeg).decode()
+            images.append({"jpeg": jpeg, "caption": image.caption, "is_correct": image.is_correct})
+        searches.append({"query": search.title, "images": images})
+    return searches
+
+
+def read_example_searches(searches: Sequence[Mapping[str, Any]]) -> list[Examples]:
+    """Convert the result of `collect_example_searches` to report blocks."""
+    blocks = []
+    for search in searches:
+        images = []
+        for image in search["images"]:
+            jpeg = image["jpeg"] and base64.b64decode(image["jpeg"])
+            images.append(Example(jpeg, image["caption"], image["is_correct"]))
+        blocks.append(Examples(images, search["query"]))
+    return blocks
+
+
+def _sample_caption_indices(ranks: RetrievalRanks, count: int) -> list[int]:
+    num_captions = len(ranks.captions)
+    indices: list[int] = torch.linspace(0, num_captions - 1, min(count, num_captions)).long().tolist()
+    return indices
+
+
+def make_length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 20) -> list[tuple[int, int]]:
+    """Divide caption lengths into bins with similar numbers of captions. Return each bin as (minimum, maximum).
+
+    Each bin contains at least `min_captions` captions, unless there are fewer captions in total.
+    """
+    ordered = torch.tensor(sorted(lengths))
+    num_bins = max(1, min(max_bins, len(ordered) // min_captions))
+    quantiles = [len(ordered) * n // num_bins for n in range(1, num_bins)]
+    edges = sorted({int(ordered[q]) for q in quantiles})
+    starts = [int(ordered[0])]
+    for edge in edges:
+        num_below = int(((ordered >= starts[-1]) & (ordered < edge)).sum())
+        num_above = int((ordered >= edge).sum())
+        if num_below >= min_captions and num_above >= min_captions:
+            starts.append(edge)
+    ends = [start - 1 for start in starts[1:]] + [int(ordered[-1])]
+    return list(zip(starts, ends, strict=True))
+
+
+def compute_recall_by_length(
+    ranks: RetrievalRanks, lengths: Sequence[int], bins: Sequence[tuple[int, int]]
+) -> list[tuple[float, float, float]]:
+    """Return the T2I R@1 of each length bin, as (value, lower bound, upper bound) in percent."""
+    length = torch.tensor(lengths)
+    recalls = []
+    for first, last in bins:
+        in_bin = (length >= first) & (length <= last)
+        bin_ranks = ranks.text_ranks[in_bin]
+        low, high = compute_recall_intervals(bin_ranks, ranks.image_of_text[in_bin], (1,))["R@1"]
+        recalls.append((recall(bin_ranks, (1,))["R@1"], low, high))
+    return recalls
+
+
+def find_worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
+    """Return the indices of the captions whose correct images have the worst ranks, at most one caption per image.
+
+    Captions whose correct image ranks first are excluded.
+    """
+    caption_of_image: dict[int, int] = {}
+    for text in ranks.text_ranks.argsort(descending=True, stable=True).tolist():
+        if len(caption_of_image) == count or ranks.text_ranks[text] == 0:
+            break
+        caption_of_image.setdefault(int(ranks.image_of_text[text]), text)
+    return list(caption_of_image.values())
+
+
+def _retrieve_images(ranks: RetrievalRanks, text: int) -> Examples:
+    """Return the `TOP_IMAGES` top-ranked images for a caption, then the correct image if it is not one of them."""
+    correct_image, correct_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
+    scores = ranks.images @ ranks.texts[text]
+    top_images = scores.topk(min(TOP_IMAGES, len(scores))).indices.tolist()
+    positions = list(enumerate(top_images, 1))
+    if correct_image not in top_images:
+        positions.append((correct_rank + 1, correct_image))
+    images = []
+    for position, image in positions:
+        ref = ranks.records[image].image
+        assert ref is not None  # records without an image are not ranked
+        caption = f"{position}. cosine {float(scores[image]):.2f}"
+        images.append(Example(load_thumbnail(ref, THUMBNAIL_SIDE), caption, is_correct=image == correct_image))
+    return Examples(images, ranks.captions[text])
+
+
+def build_error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
+    """Return recall plots for all models, and the similarity matrix and examples for the first model."""
+    name, first = next(iter(analyses.items()))
+    curves = {}
+    for model, analysis in analyses.items():
+        for direction, curve in analysis.curves.items():
+            curves[f"{model} {direction}"] = curve
+    svg = plots.plot_curves(curves, range(1, MAX_K + 1), "k", "R@k, %", log_x=True)
+    blocks: list[Block] = [Figure(svg, "Recall at k (R@k) for increasing k.")]
+    if len(first.length_bins) > 1:
+        points = {model: analysis.recall_by_length for model, analysis in analyses.items()}
+        labels = [f"{low}–{high}" if low < high else str(low) for low, high in first.length_bins]
+        svg = plots.plot_interval_curves(points, labels, f"{first.length_unit} in the caption", "T2I R@1, %")
+        blocks.append(Figure(svg, "Recall by caption length, with 95% confidence intervals."))
+    matrix = plots.plot_matrix(first.similarity, "images", "their first captions")
+    blocks.append(Figure(matrix, f"Cosine similarities computed by {name}. Matching pairs are on the diagonal."))
+    if first.examples:
+        text = f"Captions sampled at regular intervals, with the images retrieved by {name}. Correct images are marked."
+        blocks += [Heading("Examples", 3), Paragraph(text), *first.examples]
+    if first.failures:
+        text = "Captions whose correct images rank lowest."
+        blocks += [Heading("Worst failures", 3), Paragraph(text), *first.failures]
+    return blocks

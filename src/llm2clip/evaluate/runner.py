@@ -20,19 +20,27 @@ from llm2clip.data.image_hashes import count_training_images, load_training_imag
 from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.splits import read_splits
-from llm2clip.evaluate.benchmark_eval import BenchmarkResult, run_benchmark
-from llm2clip.evaluate.benchmarks import Benchmark, get_benchmarks, has_user_data
-from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy, open_text_encoder
-from llm2clip.evaluate.embeddings import EmbeddingSource, open_embedding_source
-from llm2clip.evaluate.reporting.comparison import (
+from llm2clip.evaluate.benchmarks import get_benchmarks, has_user_data
+from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkResult, ClassificationData
+from llm2clip.evaluate.caption_retrieval import TextEncoder, caption_retrieval_accuracy, open_text_encoder
+from llm2clip.evaluate.classification import evaluate_classification, evaluate_compositional
+from llm2clip.evaluate.comparison import (
     build_benchmark_blocks,
     build_caption_retrieval_blocks,
-    build_short_query_blocks,
+    describe_caption_retrieval,
+    describe_results,
 )
-from llm2clip.evaluate.reporting.error_analysis import analyze_errors
-from llm2clip.evaluate.reporting.verdicts import describe_caption_retrieval, describe_results
-from llm2clip.evaluate.retrieval import compute_retrieval_difference
-from llm2clip.evaluate.short_queries import score_short_queries
+from llm2clip.evaluate.detection import evaluate_detection
+from llm2clip.evaluate.embeddings import EmbeddingSource, open_embedding_source
+from llm2clip.evaluate.regions import evaluate_regions
+from llm2clip.evaluate.retrieval import (
+    analyze_errors,
+    compute_field_metrics,
+    compute_retrieval_difference,
+    rank_caption_fields,
+)
+from llm2clip.evaluate.segmentation import evaluate_segmentation
+from llm2clip.evaluate.short_queries import build_short_query_blocks, score_short_queries
 from llm2clip.io_utils import MissingFileError, atomic_write_text, sanitize_name
 from llm2clip.models.loading import get_display_names
 from llm2clip.models.prompts import QueryTemplates, check_templates
@@ -92,55 +100,41 @@ def evaluate_models(
     _check_arguments(models, data, options)
     log = _make_skip_log(options, "records")
     title_name = get_display_names(models or [encoder.path])[0]
-    evaluation = _Evaluation(Path(options.out) if options.out else None)
+    report = _Report(Path(options.out) if options.out else None)
     if options.captions:
-        records = open_table(options.captions, options.columns, log, "unchecked")
         text_encoder = open_text_encoder(models[0] if models else None, encoder, options.trust_remote_code)
-        metrics = caption_retrieval_accuracy(
-            [record.captions for record in records],
-            text_encoder,
-            all_pairs=options.all_pairs,
-            num_mistakes=3 if options.mistakes is None else options.mistakes,
-        )
-        evaluation.save("caption retrieval", metrics)
-        blocks = build_caption_retrieval_blocks(title_name, metrics)
-        evaluation.add_section("Caption retrieval", describe_caption_retrieval(title_name, metrics), blocks)
+        report.add_caption_retrieval(title_name, text_encoder, options, log)
     if data or options.benchmarks:
         user_data = [_read_user_benchmark(data, config, options.columns, log)] if data else []
         benchmarks = [*user_data, *get_benchmarks(options.benchmarks, options.templates or ())]
-        runner = BenchmarkRunner(benchmarks, log, options)
-        _run_benchmarks(runner, models, options, evaluation)
+        BenchmarkRunner(benchmarks, log, options).evaluate_models(models, report)
     last_lines = [log.summary()] if log.rows_seen and not data else []
-    last_lines += evaluation.skipped + evaluation.proposals + evaluation.warnings
-    if evaluation.out is not None and process_state().is_main_process:
+    last_lines += report.skipped + report.proposals + report.warnings
+    if report.out is not None and process_state().is_main_process:
         settings = {"models": models, "data": data, **vars(options), "encoder": encoder, "config": config}
-        page = evaluation.write(f"Evaluation of {title_name}", describe_run(time.time() - start), settings)
+        page = report.write(f"Evaluation of {title_name}", describe_run(time.time() - start), settings)
         last_lines.append(f"Report: {page}")
-    if evaluation.failures:
+    if report.failures:
         print_once(*last_lines)
-        lines = ["some evaluations failed, but the others are complete:", *evaluation.failures]
+        lines = ["some evaluations failed, but the others are complete:", *report.failures]
         raise IncompleteEvaluationError("\n".join(lines))
     return last_lines
 
 
 @dataclass
-class _Evaluation:
-    """Results and report of an evaluation so far.
-
-    Args:
-        out: Output folder, or None if nothing is written.
-        results: Contents of results.json.
-        verdict: Verdict of the last section, which becomes the verdict of the report.
-        skipped: Descriptions of skipped rows and benchmarks.
-        proposals: Descriptions of the proposals for detection benchmarks.
-    """
+class _Report:
+    """Results and report of an evaluation so far. Without an output folder `out`, nothing is written."""
 
     out: Path | None
     results: dict[str, Any] = field(default_factory=dict)
+    """Contents of results.json."""
     verdict: str = ""
+    """Verdict of the last section, which becomes the verdict of the report."""
     blocks: list[Block] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    """Descriptions of skipped rows and benchmarks."""
     proposals: list[str] = field(default_factory=list)
+    """Descriptions of the proposals for detection benchmarks."""
     warnings: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -150,6 +144,18 @@ class _Evaluation:
         if self.out is not None and process_state().is_main_process:
             text = json.dumps(self.results, indent=1, ensure_ascii=False)
             atomic_write_text(self.out / "results.json", text)
+
+    def add_caption_retrieval(self, name: str, encoder: TextEncoder, options: EvaluateOptions, log: SkipLog) -> None:
+        """Measure the caption retrieval accuracy of an encoder on `options.captions`, and add it to the report."""
+        metrics = caption_retrieval_accuracy(
+            [record.captions for record in open_table(options.captions, options.columns, log, "unchecked")],
+            encoder,
+            all_pairs=options.all_pairs,
+            num_mistakes=3 if options.mistakes is None else options.mistakes,
+        )
+        self.save("caption retrieval", metrics)
+        blocks = build_caption_retrieval_blocks(name, metrics)
+        self.add_section("Caption retrieval", describe_caption_retrieval(name, metrics), blocks)
 
     def add_section(self, title: str, verdict: str, blocks: Sequence[Block]) -> None:
         """Add blocks to the report, and print their tables."""
@@ -172,27 +178,6 @@ class _Evaluation:
         return page
 
 
-def _run_benchmarks(
-    runner: BenchmarkRunner, models: Sequence[str], options: EvaluateOptions, evaluation: _Evaluation
-) -> None:
-    """Evaluate all models on all benchmarks, and add the results to `evaluation`."""
-    for n, name in enumerate(get_display_names(models) if runner.runs else []):
-        for _ in runner.evaluate_model(models[n], name, is_baseline=n > 0):
-            evaluation.save("results", runner.get_summaries())  # so that no results are lost if a later benchmark fails
-    if not runner.get_summaries():
-        raise ValueError("\n".join(["nothing could be evaluated:", *runner.missing, *runner.failures]))
-    skipped = runner.list_skipped_rows()
-    if "all" in options.benchmarks:  # with "all", missing benchmarks do not count as failures
-        skipped += runner.missing
-        evaluation.failures = runner.failures
-    else:
-        evaluation.failures = runner.missing + runner.failures
-    evaluation.skipped, evaluation.proposals = skipped, runner.describe_proposals()
-    evaluation.warnings = runner.list_warnings()
-    first = next(run for run in runner.runs if run.results)
-    evaluation.add_section("Results", describe_results(first.benchmark.name, first.results), runner.build_blocks())
-
-
 @dataclass
 class BenchmarkRun:
     """An available benchmark with its folder, its skip log and the models' results."""
@@ -211,16 +196,13 @@ class BenchmarkRunner:
     """
 
     def __init__(self, benchmarks: Sequence[Benchmark], log: SkipLog, options: EvaluateOptions) -> None:
-        """
-        Args:
-            log: Skip log for the user's data.
-            options: If `options.out` is not set, embeddings are not cached, and errors are not analysed.
-        """
+        """`log` is the skip log for the user's data. Without `options.out`, nothing is cached or analysed."""
         self.runs: list[BenchmarkRun] = []
         self.missing: list[str] = []
         self.failures: list[str] = []
         self._options = options
         self._out = Path(options.out) if options.out else None
+        self._is_distributed = process_state().num_processes > 1
         for benchmark in benchmarks:
             try:
                 folder = benchmark.find(Path(options.root))
@@ -231,22 +213,52 @@ class BenchmarkRunner:
             benchmark_log = log if benchmark.name == USER_DATA else _make_skip_log(options, name)
             self.runs.append(BenchmarkRun(benchmark, folder, benchmark_log))
 
-    def evaluate_model(self, model: str, name: str, is_baseline: bool) -> Iterator[BenchmarkResult]:
+    def evaluate_models(self, models: Sequence[str], report: _Report) -> None:
+        """Evaluate all models on all benchmarks, and add the results to `report`."""
+        for n, name in enumerate(get_display_names(models) if self.runs else []):
+            for _ in self._evaluate_model(models[n], name, is_baseline=n > 0):
+                report.save("results", self._get_summaries())  # so that no results are lost if a later benchmark fails
+        summaries = self._get_summaries()
+        if not summaries:
+            raise ValueError("\n".join(["nothing could be evaluated:", *self.missing, *self.failures]))
+        for run in self.runs:  # the user's data always gets a line
+            if run.log.skipped or run.benchmark.name == USER_DATA:
+                report.skipped.append(f"{run.benchmark.name}: {run.log.summary()}.")
+        if "all" in self._options.benchmarks:  # with "all", missing benchmarks do not count as failures
+            report.skipped += self.missing
+            report.failures = self.failures
+        else:
+            report.failures = self.missing + self.failures
+        for summary in summaries:
+            if summary.get("images trained on"):
+                report.warnings.append(
+                    f"Warning: {summary['model']} was trained on {summary['images trained on']:,} of the images "
+                    f"in {summary['benchmark']}. These results do not predict performance on new images."
+                )
+        with_results = [run for run in self.runs if run.results]
+        blocks: list[Block] = []
+        for run in with_results:
+            blocks += build_benchmark_blocks(run.benchmark, run.results)
+            if "proposals" in run.results[0].summary:
+                description = run.results[0].summary["proposals"]["description"]
+                report.proposals.append(f"{run.benchmark.name}: {description}")
+        blocks += build_short_query_blocks([(run.benchmark, run.results) for run in self.runs])
+        first = with_results[0]
+        report.add_section("Results", describe_results(first.benchmark.name, first.results), blocks)
+
+    def _evaluate_model(self, model: str, name: str, is_baseline: bool) -> Iterator[BenchmarkResult]:
         """Evaluate a model on all benchmarks, and yield each result as soon as it is available.
 
         With `EvaluateOptions.dims`, truncated embeddings are evaluated like further baselines.
 
         Args:
-            model: See `open_embedding_source`.
-            name: Model name to show in tables.
             is_baseline: If True, skip the model if it cannot be loaded, and show no example images for it.
         """
-        is_distributed = process_state().num_processes > 1
         try:
             cache_dir = self._out / "vectors" if self._out else None
             embeddings = open_embedding_source(model, self.runs[0].log, cache_dir, self._options.trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
-            if not is_baseline or is_distributed:  # if only this rank skipped the model, the others would wait forever
+            if not is_baseline or self._is_distributed:  # if only this rank skipped the model, the others would wait
                 raise
             self.failures.append(f"Skipped {name}: {error}")
             return
@@ -264,20 +276,16 @@ class BenchmarkRunner:
         for run in self.runs:
             for n, (source_name, source) in enumerate(sources.items()):
                 source.log = run.log
-                result = self._evaluate_source(run, source, source_name, training_images, is_baseline or n > 0)
+                result = self._evaluate_source(run, source, source_name, training_images)
                 if result is not None:
+                    self._analyze_result(result, is_baseline or n > 0)
                     if self._options.dims:
                         result.summary |= {"full model": name, "dimensions": source.embed_dim}
                     run.results.append(result)
                     yield result
 
     def _evaluate_source(
-        self,
-        run: BenchmarkRun,
-        embeddings: EmbeddingSource,
-        name: str,
-        training_images: np.ndarray | None,
-        is_baseline: bool,
+        self, run: BenchmarkRun, embeddings: EmbeddingSource, name: str, training_images: np.ndarray | None
     ) -> BenchmarkResult | None:
         """Evaluate one source of embeddings on one benchmark. Record an error in `failures` and return None."""
         benchmark = run.benchmark
@@ -286,11 +294,10 @@ class BenchmarkRunner:
         if self._out is not None and self._options.save_predictions:
             predictions_dir = self._out / "predictions" / sanitize_name(benchmark.name) / sanitize_name(name)
         try:
-            result = run_benchmark(benchmark, run.folder, embeddings, self._options, predictions_dir)
+            result = _run_benchmark(benchmark, run.folder, embeddings, self._options, predictions_dir)
         except (OSError, ValueError) as error:
             # Invalid data causes the same error on every rank. Other errors may occur only on this rank.
-            is_distributed = process_state().num_processes > 1
-            if is_distributed and not isinstance(error, MissingFileError | ValueError):
+            if self._is_distributed and not isinstance(error, MissingFileError | ValueError):
                 raise
             self.failures.append(_describe_failure(f"{name} on {benchmark.name}", benchmark, error))
             return None
@@ -301,16 +308,6 @@ class BenchmarkRunner:
             _add_differences(run.results[0], result)
         if self._options.short_queries:
             self._add_short_queries(result, embeddings)
-        if self._out is not None and process_state().is_main_process:
-            for n, (caption_field, ranks) in enumerate(result.ranks.items()):
-                # With examples for all 36 languages of Crossmodal-3600, the report would contain 2,000 images.
-                with_examples = not is_baseline and n == 0
-                result.error_analysis[caption_field] = analyze_errors(ranks, EXAMPLE_QUERIES if with_examples else 0)
-            if result.draw_examples is not None and not is_baseline:
-                result.examples = result.draw_examples()
-        result.draw_examples = None  # free the memory of images and embeddings
-        empty = torch.empty(0)
-        result.ranks = {key: replace(ranks, images=empty, texts=empty) for key, ranks in result.ranks.items()}
         return result
 
     def _add_short_queries(self, result: BenchmarkResult, embeddings: EmbeddingSource) -> None:
@@ -334,41 +331,62 @@ class BenchmarkRunner:
                 row["short queries with templates"] = [length.to_dict() for length in scores.with_templates]
                 row["query templates"] = dataclasses.asdict(templates)
 
-    def get_summaries(self) -> list[dict[str, Any]]:
+    def _analyze_result(self, result: BenchmarkResult, is_baseline: bool) -> None:
+        """Analyse errors and draw examples for the report. Then free the memory of images and embeddings."""
+        if self._out is not None and process_state().is_main_process:
+            for n, (caption_field, ranks) in enumerate(result.ranks.items()):
+                # With examples for all 36 languages of Crossmodal-3600, the report would contain 2,000 images.
+                with_examples = not is_baseline and n == 0
+                result.error_analysis[caption_field] = analyze_errors(ranks, EXAMPLE_QUERIES if with_examples else 0)
+            if result.draw_examples is not None and not is_baseline:
+                result.examples = result.draw_examples()
+        result.draw_examples = None
+        empty = torch.empty(0)
+        result.ranks = {key: replace(ranks, images=empty, texts=empty) for key, ranks in result.ranks.items()}
+
+    def _get_summaries(self) -> list[dict[str, Any]]:
         """Return the entries for "results" in results.json."""
         return [{"model": result.model, **result.summary} for run in self.runs for result in run.results]
 
-    def build_blocks(self) -> list[Block]:
-        """Return a report section for each benchmark with results, followed by the sections on short queries."""
-        blocks: list[Block] = []
-        for run in self.runs:
-            if run.results:
-                blocks += build_benchmark_blocks(run.benchmark, run.results)
-        return blocks + build_short_query_blocks([(run.benchmark, run.results) for run in self.runs])
 
-    def list_warnings(self) -> list[str]:
-        """Return a warning for each result whose model was trained on some of the benchmark's images."""
-        lines = []
-        for summary in self.get_summaries():
-            if summary.get("images trained on"):
-                lines.append(
-                    f"Warning: {summary['model']} was trained on {summary['images trained on']:,} of the images "
-                    f"in {summary['benchmark']}. These results do not predict performance on new images."
-                )
-        return lines
+def _run_benchmark(
+    benchmark: Benchmark,
+    folder: Path,
+    embeddings: EmbeddingSource,
+    options: EvaluateOptions,
+    predictions_dir: Path | None,
+) -> BenchmarkResult:
+    data, variants = benchmark.load(folder), options.dense_variants
+    if benchmark.kind == "retrieval":
+        ranks = rank_caption_fields(embeddings, data)
+        images = [record.image for records in data.values() for record in records if record.image is not None]
+        result = BenchmarkResult({"rows": compute_field_metrics(embeddings, ranks)}, images, ranks)
+    elif benchmark.kind == "compositional":
+        result = evaluate_compositional(data, embeddings)
+    elif benchmark.kind == "classification":
+        train = _load_probe_data(benchmark, folder) if options.linear_probe else None
+        result = evaluate_classification(data, embeddings, train)
+    elif benchmark.kind == "regions":
+        result = evaluate_regions(data, embeddings, variants)
+    elif benchmark.kind == "segmentation":
+        result = evaluate_segmentation(data, embeddings, variants, predictions_dir)
+    else:
+        result = evaluate_detection(data, embeddings, options, predictions_dir)
+    result.summary = {"benchmark": benchmark.name, "kind": benchmark.kind, **result.summary}
+    return result
 
-    def list_skipped_rows(self) -> list[str]:
-        """Return one line for each benchmark with skipped rows. The user's data always gets a line."""
-        lines = []
-        for run in self.runs:
-            if run.log.skipped or run.benchmark.name == USER_DATA:
-                lines.append(f"{run.benchmark.name}: {run.log.summary()}.")
-        return lines
 
-    def describe_proposals(self) -> list[str]:
-        """Return a one-line description of the proposals for each detection benchmark."""
-        summaries = [run.results[0].summary for run in self.runs if run.results]
-        return [f"{s['benchmark']}: {s['proposals']['description']}" for s in summaries if "proposals" in s]
+def _load_probe_data(benchmark: Benchmark, folder: Path) -> ClassificationData | None:
+    """Load the training images for a linear probe. If no probe can be trained, print the reason and return None."""
+    reason = "it needs training images from at least two classes"
+    try:
+        train: ClassificationData | None = benchmark.load(folder, train=True)
+        if train is not None and len(set(train.labels)) > 1:
+            return train
+    except MissingFileError as error:
+        reason = str(error)
+    print_once(f"{benchmark.name}: linear probe skipped: {reason}")
+    return None
 
 
 def _add_differences(first: BenchmarkResult, result: BenchmarkResult) -> None:
@@ -411,11 +429,7 @@ def _check_arguments(models: Sequence[str], data: Sequence[str], options: Evalua
 def _read_user_benchmark(
     data: Sequence[str], config: EvaluateConfig, columns: dict[str, str], log: SkipLog
 ) -> Benchmark:
-    """Return the user's data as a retrieval benchmark.
-
-    Raises:
-        ValueError: If only some of the sources specify splits.
-    """
+    """Return the user's data as a retrieval benchmark, or raise ValueError if only some sources specify splits."""
     without_splits = [source for source in data if not Source.parse(source).splits]
     if not without_splits:
         splits = read_splits([], replace(config, data=list(data)), columns, log)

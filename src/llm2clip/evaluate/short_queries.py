@@ -2,7 +2,7 @@
 
 Queries are built from the captions of the evaluated images. For words and phrases of up to three words, an image is
 relevant if one of its captions mentions the query. Longer queries are complete captions, and the images with this
-caption are relevant. Metrics are computed from exact ranks, and ties count against the model (see `recall`).
+caption are relevant. Metrics are computed from exact ranks, and ties count against the model (see `metrics`).
 
 An image may show what a query names even if none of its captions mentions it. Such images count as wrong answers, so
 the metrics usually underestimate the models. Use the metrics to compare models on the same images.
@@ -24,17 +24,24 @@ import torch
 from torch import Tensor
 
 from llm2clip.data.noun_phrases import CONNECTIVES, DETERMINERS, FUNCTION_WORDS, NUMBERS, to_word_set
-from llm2clip.evaluate.bootstrap import bootstrap_intervals
+from llm2clip.evaluate import plots
+from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkResult
+from llm2clip.evaluate.comparison import format_difference
 from llm2clip.evaluate.embeddings import EmbeddingSource
-from llm2clip.evaluate.recall import compute_positive_ranks
+from llm2clip.evaluate.metrics import (
+    compute_chance_scores,
+    compute_mean_intervals,
+    compute_positive_ranks,
+    compute_ranking_scores,
+)
 from llm2clip.evaluate.retrieval import RetrievalRanks, measure_caption_lengths
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates, average_prompts, build_query_prompts
+from llm2clip.reports import Block, Figure, Heading, Paragraph, Table, format_interval, format_with_interval
 
 PHRASE_LENGTHS = (1, 2, 3)  # numbers of words in a phrase
 CAPTION_LENGTHS = {"4–7": range(4, 8), "8+": range(8, 1 << 30)}  # numbers of words in a complete caption
 Item = TypeVar("Item", str, tuple[str, ...])
 METRICS = ("mAP", "R-precision", "nDCG@10")
-NDCG_K = 10
 # Letters and digits, which may be joined by apostrophes or hyphens, as in "t-shirt" and "man's".
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 # Spaces before possessive endings in tokenized captions, as in "the dog 's mouth".
@@ -50,11 +57,13 @@ although nor though whether almost still well
 """
 STOP_WORDS = (DETERMINERS | CONNECTIVES | FUNCTION_WORDS | to_word_set(_OTHER_STOP_WORDS)) - NUMBERS - {"back"}
 # Candidates for `choose_query_templates`: a single template, and an ensemble of four templates.
-CANDIDATES = (
-    ("a photo of {}",),
-    ("a photo of {}", "a photo of a {}.", "a picture of {}", "there is {}"),
-)
+CANDIDATES = (("a photo of {}",), ("a photo of {}", "a photo of a {}.", "a picture of {}", "there is {}"))
 MAX_CANDIDATE_QUERIES = 300  # maximum number of queries of each length for comparing the candidates
+REPORT_NOTE = (
+    "One- to three-word queries are words and phrases from the captions. Every image with a caption that mentions the "
+    "query is a correct answer. Other images are wrong answers, even if they show what the query names. Longer queries "
+    "are complete captions. Intervals are 95% bootstrap intervals over queries."
+)
 
 
 @dataclass(frozen=True)
@@ -67,20 +76,13 @@ class LabelledQuery:
 
 @dataclass(frozen=True)
 class LengthScores:
-    """Results for all queries of one length.
+    """Results for all queries of one length."""
 
-    Args:
-        words: Number of words in the queries, such as "2" or "4–7".
-        scores: AP, R-precision and nDCG@10 of each query, between 0 and 1, float64 of shape (Q, 3).
-        chance: Expected scores of a random ranking, averaged over the queries, float64 of shape (3,).
-        mean_relevant: Mean number of relevant images per query.
-    """
-
-    words: str
+    words: str  # number of words in the queries, such as "2" or "4–7"
     queries: Sequence[LabelledQuery]
-    scores: Tensor
-    chance: Tensor
-    mean_relevant: float
+    scores: Tensor  # AP, R-precision and nDCG@10 of each query, between 0 and 1, float64 of shape (Q, 3)
+    chance: Tensor  # expected scores of a random ranking, averaged over the queries, float64 of shape (3,)
+    mean_relevant: float  # mean number of relevant images per query
 
     @property
     def mean_ap(self) -> float:
@@ -91,6 +93,11 @@ class LengthScores:
     def intervals(self) -> Tensor:
         """Result of `compute_mean_intervals`. Bootstrapping takes longer than anything else in a report."""
         return compute_mean_intervals(self.scores)
+
+    @property
+    def mean_ap_interval(self) -> tuple[float, float]:
+        low, high = self.intervals[:, 0].tolist()
+        return low, high
 
     def to_dict(self) -> dict[str, Any]:
         """Return an entry for results.json, with metrics in percent and 95% confidence intervals."""
@@ -131,7 +138,6 @@ class ShortQueryResult:
         return f"Templates for short queries: {templates}. They increase mAP from {', '.join(gains)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the templates and the results as a JSON-compatible dict. See `LengthScores.to_dict`."""
         with_templates = self.with_templates
         return {
             "templates": list(self.templates.templates),
@@ -146,10 +152,8 @@ def score_short_queries(
 ) -> ShortQueryResult:
     """Compute retrieval metrics for each query length.
 
-    Args:
-        ranks: Images, captions and image embeddings of one caption field.
-        templates: Prompt templates. If there are any, short queries are also evaluated with templates: the embeddings
-            of the query and of the filled templates are averaged (see `build_query_prompts`).
+    If there are templates, short queries are also evaluated with templates: the embeddings of the query and of the
+    filled templates are averaged (see `build_query_prompts`).
 
     Raises:
         ValueError: If the source has no embedding for a query, or no queries can be built from the captions.
@@ -171,8 +175,6 @@ def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -
     length is the largest n for which it helps at all lengths from 1 to n. The candidate with the largest total gain up
     to its maximum length is chosen. If no candidate helps with single words, no templates are chosen.
 
-    With I images and Q queries per length, this takes O(Q * I) time and O(Q + I) memory.
-
     Raises:
         ValueError: If no short queries can be built from the captions (see `build_queries`).
     """
@@ -192,10 +194,7 @@ def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -
 
 
 def _measure_gain(plain: Sequence[LengthScores], scores: Sequence[LengthScores]) -> tuple[int, float]:
-    """Return the maximum query length at which templates help, and the total mAP gain up to this length.
-
-    Both are 0 if templates do not help with single words.
-    """
+    """Return the maximum query length at which templates help, and the total mAP gain up to it, or (0, 0)."""
     max_words, gain = 0, 0.0
     for words, before, after in zip(PHRASE_LENGTHS, plain, scores, strict=False):
         differences = after.scores - before.scores
@@ -212,10 +211,7 @@ def _score_queries(
     queries: Mapping[str, Sequence[LabelledQuery]],
     candidates: Sequence[QueryTemplates],
 ) -> list[list[LengthScores]]:
-    """Return the metrics for each candidate and query length. Each distinct prompt is encoded only once.
-
-    `images` contains L2-normalised embeddings, float32 of shape (I, D). `queries` is the result of `build_queries`.
-    """
+    """Return the metrics for each candidate and query length. Each distinct prompt is encoded only once."""
     texts = [query.text for length_queries in queries.values() for query in length_queries]
     prompts = list(
         dict.fromkeys(prompt for templates in candidates for prompt in build_query_prompts(texts, templates)[0])
@@ -234,7 +230,6 @@ def _score_queries(
 
 
 def _score_length(words: str, queries: Sequence[LabelledQuery], vectors: Tensor, images: Tensor) -> LengthScores:
-    """Compute metrics for queries of one length, given query embeddings `vectors` of shape (Q, D)."""
     relevant = [query.relevant for query in queries]
     scores = [compute_ranking_scores(query_ranks) for query_ranks in compute_positive_ranks(vectors, images, relevant)]
     num_relevant = [len(indices) for indices in relevant]
@@ -305,7 +300,7 @@ def build_queries(
 
 
 def _sample(items: Iterable[Item], count: int, seed: int) -> list[Item]:
-    """Return a sorted random sample of up to `count` items. The order of the items does not affect the sample."""
+    """Return a sorted random sample of up to `count` items, independent of their order."""
     ordered = sorted(items)
     return ordered if len(ordered) <= count else sorted(random.Random(seed).sample(ordered, count))
 
@@ -341,57 +336,94 @@ def _is_content_word(word: str) -> bool:
     return len(word) > 1 and word.replace("’", "'") not in STOP_WORDS and any(map(str.isalpha, word))
 
 
-# ---- metrics ---------------------------------------------------------------------------------------------------------
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+Curves = Mapping[str, Sequence[LengthScores]]
+"""Results for each query length, keyed by model name. The key ends in ", with templates" if templates are used."""
 
 
-def compute_ranking_scores(ranks: Tensor) -> Tensor:
-    """Return average precision, R-precision and nDCG@10 of a ranking, each between 0 and 1, float64 of shape (3,).
+def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
+    """Return one report section per caption field that has short-query results.
 
-    Let P be the number of relevant images, and r_n the rank (from 1) of the n-th relevant image. Average precision is
-    the mean of n / r_n. R-precision is the fraction of relevant images among the first P images. nDCG@10 is the sum of
-    1 / log2(r_n + 1) over the relevant images among the first ten, divided by the sum for a perfect ranking (Järvelin
-    and Kekäläinen, 2002, with binary relevance).
-
-    Args:
-        ranks: Zero-based ranks of all relevant images, in ascending order, int64 of shape (P,).
+    The first table in a section shows mAP by query length and top-1 accuracy on each of the classification benchmarks.
     """
-    num_relevant = len(ranks)
-    positions = torch.arange(1, num_relevant + 1, dtype=torch.float64)
-    average_precision = (positions / (ranks + 1)).mean()
-    r_precision = (ranks < num_relevant).double().mean()
-    discounts = _compute_discounts(NDCG_K)
-    ndcg = discounts[ranks[ranks < NDCG_K]].sum() / discounts[:num_relevant].sum()
-    return torch.stack([average_precision, r_precision, ndcg])
+    accuracies = {b.name: _format_accuracy_cells(r) for b, r in results if b.kind == "classification"}
+    blocks: list[Block] = []
+    for benchmark, model_results in results:
+        for field in dict.fromkeys(name for result in model_results for name in result.short_queries):
+            curves = {}
+            for result in model_results:
+                scores = result.short_queries.get(field)
+                if scores is not None:
+                    curves[result.model] = scores.plain
+                    if scores.with_templates is not None:
+                        curves[f"{result.model}, with templates"] = scores.with_templates
+            blocks += [
+                Heading(f"{benchmark.name}, {field}: retrieval quality by query length"),
+                build_overview_table(curves, accuracies),
+                _plot_query_lengths(curves),
+                Paragraph(REPORT_NOTE),
+                _build_metrics_table(curves),
+            ]
+    return blocks
 
 
-def compute_chance_scores(num_relevant: int, num_images: int) -> Tensor:
-    """Return the expected `compute_ranking_scores` of a random ranking, float64 of shape (3,).
+def build_overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | None]]) -> Table:
+    """Return a table of mAP by query length, and of the `accuracies`, keyed by benchmark name and then by row label.
 
-    If P of N images are relevant, the image at rank r is relevant with probability P / N. If it is relevant, each of
-    the r - 1 images before it is relevant with probability (P - 1) / (N - 1), so the expected precision at this rank is
-    (1 + (r - 1) (P - 1) / (N - 1)) / r. The expected average precision is the mean of this value over all ranks.
+    The last rows show the difference between the first model and each other model, with 95% confidence intervals from
+    paired bootstrap resamples.
     """
-    positions = torch.arange(1, num_images + 1, dtype=torch.float64)
-    precisions = (1 + (positions - 1) * (num_relevant - 1) / max(1, num_images - 1)) / positions
-    r_precision = torch.tensor(num_relevant / num_images, dtype=torch.float64)
-    discounts = _compute_discounts(NDCG_K)
-    ndcg = r_precision * discounts[:num_images].sum() / discounts[:num_relevant].sum()
-    return torch.stack([precisions.mean(), r_precision, ndcg])
+    name, first = next(iter(curves.items()))
+    header = ["model", *(f"{length.words} {'word' if length.words == '1' else 'words'}: mAP" for length in first)]
+    header += [f"{benchmark}: top-1" for benchmark in accuracies]
+    rows: list[list[Any]] = [["chance", *(100 * float(s.chance[0]) for s in first), *([None] * len(accuracies))]]
+    for model, lengths in curves.items():
+        cells: list[str | None] = [format_with_interval(s.mean_ap, s.mean_ap_interval) for s in lengths]
+        rows.append([model, *cells, *(values.get(model) for values in accuracies.values())])
+    highlight = frozenset(range(1, len(rows)))
+    for other, lengths in list(curves.items())[1:]:
+        cells = [_format_mean_ap_difference(a, b) for a, b in zip(first, lengths, strict=True)]
+        label = f"{name} minus {other}"
+        rows.append([label, *cells, *(values.get(label) for values in accuracies.values())])
+    return Table(header, rows, highlight)
 
 
-def _compute_discounts(count: int) -> Tensor:
-    """Return each rank's weight in the discounted cumulative gain, float64 of shape (count,)."""
-    return 1 / torch.arange(2, count + 2, dtype=torch.float64).log2()
+def _format_accuracy_cells(results: Sequence[BenchmarkResult]) -> dict[str, str | None]:
+    cells: dict[str, str | None] = {}
+    for result in results:
+        summary = result.summary
+        cells[result.model] = format_with_interval(summary["metrics"]["top-1"], summary["intervals"]["top-1"])
+        if "difference" in summary:
+            cells[f"{results[0].model} minus {result.model}"] = format_difference(summary["difference"], "top-1")
+    return cells
 
 
-def compute_mean_intervals(scores: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-    """Return 95% bootstrap confidence intervals for the mean scores, in percent, float64 of shape (2, 3).
+def _format_mean_ap_difference(first: LengthScores, other: LengthScores) -> str | None:
+    if first.queries != other.queries:
+        return None
+    differences = first.scores - other.scores
+    interval = compute_mean_intervals(differences, bounds=(-1.0, 1.0))[:, 0].tolist()
+    return format_with_interval(100 * float(differences[:, 0].mean()), interval, "+.1f")
 
-    Queries are resampled, but images are not. Models evaluated on the same queries have paired resamples. For an
-    interval of the difference between two models, pass the differences between their scores.
 
-    Args:
-        scores: Scores of each query, or differences between the scores of two models, of shape (Q, 3).
-        bounds: Smallest and largest possible values in `scores`.
-    """
-    return 100 * bootstrap_intervals(scores, torch.ones(len(scores)), bounds=bounds)
+def _plot_query_lengths(curves: Curves) -> Figure:
+    points = {}
+    for name, lengths in curves.items():
+        points[name] = [(length.mean_ap, *length.mean_ap_interval) for length in lengths]
+    labels = [length.words for length in next(iter(curves.values()))]
+    svg = plots.plot_interval_curves(points, labels, "words in the query", "mAP, %")
+    return Figure(svg, "mAP by query length in words, with 95% confidence intervals.")
+
+
+def _build_metrics_table(curves: Curves) -> Table:
+    rows: list[list[Any]] = []
+    for model, lengths in curves.items():
+        for length in lengths:
+            entry = length.to_dict()
+            cells = []
+            for name in METRICS:
+                cells += [entry[name], format_interval(entry[f"{name} interval"])]
+            rows.append([model, length.words, entry["queries"], entry["relevant images per query"], *cells])
+    columns = [column for name in METRICS for column in (f"{name}, %", "95% interval")]
+    return Table(["model", "words", "queries", "relevant images", *columns], rows)

@@ -22,7 +22,7 @@ from torch import nn
 
 from llm2clip.io_utils import atomic_dir
 from llm2clip.llava import modeling_patches
-from llm2clip.llava.dataset import IMAGE_TOKEN, find_answer_end_token, get_chat_template
+from llm2clip.llava.conversations import IMAGE_TOKEN, find_answer_end_token, get_chat_template
 from llm2clip.models.export.pytorch import build_vision_model
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import load_config
@@ -32,14 +32,10 @@ from llm2clip.models.vision.vision_tower import VisionTower
 
 
 def load_tower(name: str, image_size: int | None = None) -> VisionTower:
-    """Load the vision tower of an LLM2CLIP model, or a pretrained tower (see `VisionTower.from_pretrained`).
-
-    Args:
-        name: path of an LLM2CLIP model folder, or the name of a pretrained tower.
-        image_size: input size in pixels. Default: the tower's training resolution.
+    """Load the vision tower of an LLM2CLIP model folder, or a pretrained tower (see `VisionTower.from_pretrained`).
 
     Raises:
-        ValueError: `image_size` differs from the LLM2CLIP model's training resolution.
+        ValueError: `image_size` (in pixels) differs from the LLM2CLIP model's training resolution.
     """
     if not is_model_folder(name):
         return VisionTower.from_pretrained(name, image_size=image_size)
@@ -58,7 +54,6 @@ def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pa
 
     Args:
         llm: folder, hub id or short name of a causal LLM with a tokenizer. The LLM keeps its dtype.
-        out: folder to create. It must not already exist.
         seed: random seed for initialising the projector.
         pad: if True, pad images to squares, as LLaVA-1.5 does. If False, use the tower's own preprocessing, which may
             include a center crop.
@@ -89,11 +84,7 @@ def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pa
 
 
 def load_causal_llm(name: str) -> Any:
-    """Load a causal LLM with its language modelling head, in the checkpoint's dtype.
-
-    Raises:
-        ValueError: weights, such as those of the head, are missing from the checkpoint.
-    """
+    """Load a causal LLM in the checkpoint's dtype, or raise ValueError if weights, such as the head's, are missing."""
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -107,10 +98,7 @@ def load_causal_llm(name: str) -> Any:
 
 
 def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, pad: bool = True) -> tuple[Any, Any]:
-    """Return a LLaVA model and its processor. The LLM and the tokenizer are modified in place.
-
-    See `build_llava` for the arguments.
-    """
+    """Return a LLaVA model and its processor. The LLM and the tokenizer are modified in place."""
     modeling_patches.register_classes()
     vision = _convert_tower(tower)
     num_patches, num_registers = _count_image_tokens(vision, tower.preprocess.size)
@@ -181,7 +169,6 @@ def _count_image_tokens(vision: Any, size: int) -> tuple[int, int]:
 
 
 def _resize_position_embeddings(vision: Any, size: int) -> None:
-    """Interpolate the position embeddings of a CLIP or SigLIP tower to a different image size."""
     embeddings = vision.embeddings
     old = embeddings.position_embedding.weight  # (class token and patches, width)
     patch_size = vision.config.patch_size
@@ -209,7 +196,6 @@ def _add_image_token(tokenizer: Any, llm: Any) -> None:
 
 
 def _combine_parts(vision: Any, llm: Any, tokenizer: Any, *, num_image_tokens: int, seed: int) -> Any:
-    """Combine the tower, a new projector and the LLM into a single model in the LLM's dtype."""
     from transformers import FastVlmConfig, FastVlmForConditionalGeneration, LlavaConfig, LlavaForConditionalGeneration
 
     arguments: dict[str, Any] = {
@@ -260,11 +246,6 @@ def _make_generation_config(llm: Any, tokenizer: Any, end_token: int) -> Any:
 def _build_processor(
     tower: VisionTower, model: Any, tokenizer: Any, num_patches: int, num_registers: int, pad: bool
 ) -> Any:
-    """Return the processor for a LLaVA model.
-
-    Raises:
-        ValueError: the patches do not form a square grid, which the processor requires to count image tokens.
-    """
     from transformers import LlavaImageProcessor, LlavaProcessor
 
     size = tower.preprocess.size
@@ -289,13 +270,7 @@ def _build_processor(
 
 
 def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_logits: torch.Tensor) -> None:
-    """Reload a saved model, compare its logits for a text with the LLM's logits, and run the model on an image.
-
-    `text_ids` has shape (1, tokens), and `expected_logits` has shape (1, tokens, vocabulary).
-
-    Raises:
-        ValueError: the saved model's logits do not match the LLM's logits.
-    """
+    """Reload a saved model, compare its logits for a text with the LLM's logits, and run the model on an image."""
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -305,10 +280,8 @@ def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_
         # The model's vocabulary may be larger than the LLM's because of the image token and padding.
         logits = model(input_ids=text_ids).logits.float()[..., : expected_logits.shape[-1]]
         tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
-        if (
-            logits.shape != expected_logits.shape
-            or (logits - expected_logits).norm() > tolerance * expected_logits.norm()
-        ):
+        has_shape = logits.shape == expected_logits.shape
+        if not has_shape or (logits - expected_logits).norm() > tolerance * expected_logits.norm():
             raise ValueError(
                 f"{llm} cannot be used, because its logits change within a LLaVA model: transformers' LLaVA classes do "
                 "not support output biases or scaled logits. Use another LLM"

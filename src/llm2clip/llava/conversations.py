@@ -1,14 +1,19 @@
-"""Training conversations from files in LLaVA's format and from captioned images.
+"""Training conversations: readers for LLaVA's format and for captioned images, and the chat template.
 
 Captioned images are turned into two kinds of conversations: captioning, and yes-or-no questions about objects. The
 questions follow POPE (arXiv 2305.10355) with random sampling. POPE asks about objects marked by annotators. Here, an
 object counts as present if any of the image's captions mentions it, and as absent otherwise. Captions mention most
 salient objects but not everything in the image, so the answer "No" is sometimes wrong.
+
+If the LLM has no chat template, Vicuna's template is used, as in LLaVA-1.5. In transformers' message format, a
+message's content can be a list of text and image parts. A Jinja prefix converts such lists to text with `<image>`
+tokens.
 """
 
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,11 +21,13 @@ from typing import Any
 from llm2clip.data.build_table import open_table
 from llm2clip.data.formats import find_format
 from llm2clip.data.formats.base import BadRow, read_rows
-from llm2clip.data.image_refs import FileImage, is_safe_relative_path
+from llm2clip.data.image_refs import FileImage, ImageRef, is_safe_relative_path
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.llava.dataset import Conversation, clean_text
 
+IMAGE_TOKEN = "<image>"
+IGNORE_INDEX = -100  # label of tokens outside answers, as in transformers and cross_entropy
+PLACEHOLDER_MARKS = ("\ue000", "\ue001")  # delimiters of answer placeholders; see `tokenize_and_label`
 # These prompts are part of the training data: changing them changes the results.
 SHORT_CAPTION_PROMPTS = (
     "Describe the picture in one sentence.",
@@ -41,6 +48,47 @@ OBJECTS_FILE = Path(__file__).with_name("objects.txt")
 UNCOUNTABLE = ("snow",)
 OBJECTS_PER_IMAGE = 3  # maximum number of present objects per image, and of absent objects (k in POPE)
 
+_FLATTEN_CONTENT = """{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- set content = namespace(text='') -%}
+  {%- if message['content'] is string -%}
+    {%- set content.text = message['content'] -%}
+  {%- else -%}
+    {%- for part in message['content'] -%}
+      {%- if part['type'] == 'image' -%}{%- set content.text = content.text + '<image>\n' -%}
+      {%- elif part['type'] == 'text' -%}{%- set content.text = content.text + part['text'] -%}{%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {%- set flat.messages = flat.messages + [{'role': message['role'], 'content': content.text}] -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+_VICUNA_TEMPLATE = """{{- 'A chat between a curious user and an artificial intelligence assistant. ' -}}
+{{- "The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
+{%- for message in messages -%}
+  {%- if message['role'] == 'user' -%}{{- 'USER: ' + message['content'] + ' ' -}}
+  {%- elif message['role'] == 'assistant' -%}{{- 'ASSISTANT: ' + message['content'] + eos_token -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Question-answer pairs, optionally about an image. The image precedes the first question."""
+
+    id: str
+    image: ImageRef | None
+    turns: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LabeledTokens:
+    """A conversation's token ids, and one label per token: the token id within answers, IGNORE_INDEX elsewhere."""
+
+    ids: list[int]
+    labels: list[int]
+
 
 def read_conversations(
     sources: Sequence[str],
@@ -54,7 +102,6 @@ def read_conversations(
     """Read conversations from files in LLaVA's format and from captioned images.
 
     Args:
-        sources: paths of files or folders. Formats are detected automatically.
         from_records: `make_captioning_conversations` or `make_instruction_conversations`, for captioned images.
         images: image folder for files in LLaVA's format. See `read_llava`.
         columns: mapping from record fields to column names, for captioned images.
@@ -111,12 +158,6 @@ def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> lis
 
 
 def _parse_conversation(row: dict[str, Any], root: Path, number: str) -> Conversation:
-    """Convert a row in LLaVA's format to a conversation.
-
-    Raises:
-        FileNotFoundError: the image file is missing.
-        AttributeError, KeyError, TypeError, ValueError: the row is invalid.
-    """
     messages = row["conversations"]
     if messages and messages[0]["from"] != "human":
         messages = messages[1:]  # as in LLaVA's code, drop the first message if it is not from the user
@@ -198,10 +239,7 @@ def make_object_conversations(
 
 
 def find_mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[str]:
-    """Return the objects mentioned in the texts. Longer names match first, so "hot dog" does not count as a dog.
-
-    `names` maps names to objects, as returned by `read_objects`.
-    """
+    """Return the objects mentioned in the texts. Longer names match first, so "hot dog" does not count as a dog."""
     pattern = _compile_name_pattern(tuple(names))
     return {names[match.lower()] for text in texts for match in pattern.findall(text)}
 
@@ -249,3 +287,127 @@ def _format_question(name: str) -> str:
         return f"Is there {name} in the image?"
     article = "an" if name[0] in "aeiou" else "a"
     return f"Is there {article} {name} in the image?"
+
+
+# ---- chat template ---------------------------------------------------------------------------------------------------
+
+
+def get_chat_template(tokenizer: Any) -> str:
+    """Return the Jinja prefix followed by the LLM's chat template, or by Vicuna's template if the LLM has none."""
+    template = tokenizer.chat_template
+    if template is not None and template.startswith(_FLATTEN_CONTENT):
+        return str(template)
+    return _FLATTEN_CONTENT + (template or _VICUNA_TEMPLATE)
+
+
+def find_answer_end_token(tokenizer: Any) -> int:
+    """Check the chat template on a sample conversation, and return the id of the token that ends an answer.
+
+    Raises:
+        ValueError: the sample's labels do not decode to its answers, or `tokenize_and_label` rejects the template.
+    """
+    conversation = Conversation("", None, (("A question?", "An answer."), ("Another?", "Yes.")))
+    labels = [label for label in tokenize_and_label(conversation, tokenizer, 0).labels if label != IGNORE_INDEX]
+    decoded = tokenizer.decode(labels, skip_special_tokens=True)
+    if re.sub(r"\s", "", decoded) != "Ananswer.Yes.":
+        raise ValueError(f"the LLM's chat template changes 'An answer.' and 'Yes.' to {decoded!r}. Use another LLM")
+    return labels[-1]
+
+
+def to_messages(conversation: Conversation) -> list[dict[str, Any]]:
+    """Convert a conversation to the message format of transformers' processors."""
+    messages: list[dict[str, Any]] = []
+    for n, (question, answer) in enumerate(conversation.turns):
+        content: list[dict[str, Any]] = [{"type": "text", "text": clean_text(question)}]
+        if n == 0 and conversation.image is not None:
+            content.insert(0, {"type": "image"})
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": clean_text(answer)}]})
+    return messages
+
+
+def clean_text(text: str) -> str:
+    """Strip whitespace and remove `<image>` tokens. The chat template inserts its own `<image>` tokens.
+
+    Raises:
+        ValueError: the text is not valid Unicode or contains a character from PLACEHOLDER_MARKS.
+    """
+    text.encode()  # raises UnicodeEncodeError for lone surrogates (such as half an emoji), which no tokenizer accepts
+    if any(mark in text for mark in PLACEHOLDER_MARKS):
+        raise ValueError("the private-use characters U+E000 and U+E001 are reserved and must not occur in a text")
+    while IMAGE_TOKEN in text:  # removing one token can create another: <im<image>age>
+        text = text.replace(IMAGE_TOKEN, "")
+    return text.strip()
+
+
+def tokenize_and_label(conversation: Conversation, tokenizer: Any, num_image_tokens: int) -> LabeledTokens:
+    """Tokenize a conversation and label its answers, including the special token that ends each answer.
+
+    The chat template is first rendered with numbered placeholders in place of the answers. This locates the exact span
+    of each answer with any template.
+
+    Args:
+        num_image_tokens: number of tokens per image.
+
+    Raises:
+        ValueError: the template drops an answer or has no special token after an answer.
+    """
+    messages = to_messages(conversation)
+    answers = []
+    for n, message in enumerate(messages[1::2]):
+        answers.append(message["content"][0]["text"])
+        message["content"][0]["text"] = _make_placeholder(n)
+    rendered = tokenizer.apply_chat_template(
+        messages, chat_template=get_chat_template(tokenizer), tokenize=False, add_generation_prompt=False
+    )
+    special_tokens = _get_special_tokens(tokenizer)
+    text = ""
+    spans = []  # (start, end) of each answer in the text, including the token that ends the answer
+    for n, answer in enumerate(answers):
+        before, placeholder, rendered = rendered.partition(_make_placeholder(n))
+        if not placeholder:
+            raise ValueError("the LLM's chat template drops an answer. Use another LLM")
+        end_token = next((token for token in special_tokens if rendered.lstrip().startswith(token)), None)
+        if end_token is None:
+            raise ValueError(
+                "the LLM's chat template has no special token after an answer, so the model would not learn to stop. "
+                "Use another LLM"
+            )
+        length = rendered.index(end_token) + len(end_token)
+        ending, rendered = rendered[:length], rendered[length:]
+        start = len(text) + len(before)
+        text += before + answer + ending
+        spans.append((start, len(text)))
+    return _label_spans(text, spans, tokenizer, num_image_tokens)
+
+
+def _make_placeholder(n: int) -> str:
+    return f"{PLACEHOLDER_MARKS[0]}{n}{PLACEHOLDER_MARKS[1]}"
+
+
+def _get_special_tokens(tokenizer: Any) -> list[str]:
+    """Return all special tokens except `<image>`, longest first.
+
+    `all_special_tokens` omits some added tokens that are marked as special, so `added_tokens_decoder` is also read.
+    """
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted({*tokenizer.all_special_tokens, *added} - {IMAGE_TOKEN}, key=len, reverse=True)
+
+
+def _label_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any, num_image_tokens: int) -> LabeledTokens:
+    """Tokenize a text, expand each `<image>` to `num_image_tokens` tokens, and label the tokens within `spans`."""
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    encoded = tokenizer(text, add_special_tokens=not has_bos, return_offsets_mapping=True)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    ids: list[int] = []
+    labels: list[int] = []
+    for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if token == image_id:
+            ids += [token] * num_image_tokens
+            labels += [IGNORE_INDEX] * num_image_tokens
+            continue
+        # Check only the token's end, because some tokenizers merge the space before an answer into its first token.
+        in_answer = any(span_start < end <= span_end for span_start, span_end in spans)
+        ids.append(token)
+        labels.append(token if in_answer else IGNORE_INDEX)
+    return LabeledTokens(ids, labels)

@@ -1,200 +1,150 @@
-"""Conversations about images as training data: chat template, labels of the answers, dataset, collator, sampler.
+"""Training data of LLaVA models: patch features of the frozen vision tower, dataset, collator and sampler.
 
-If the LLM has no chat template, Vicuna's template is used, as in LLaVA-1.5. In transformers' message format, a
-message's content can be a list of text and image parts. A Jinja prefix converts such lists to text with `<image>`
-tokens.
+During training, `PrecomputedVision` replaces the vision tower and returns patch features that were either read from a
+store or computed just before the forward pass.
 """
 
 import logging
 import math
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
+from torchvision.transforms.v2.functional import resize
 
 from llm2clip.data.image_loader import decode_or_error
 from llm2clip.data.image_refs import ImageRef
-from llm2clip.llava.image_features import LlavaTransform
-from llm2clip.store.encode import make_image_keys
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.transforms import EvalTransform, Preprocess
+from llm2clip.llava.conversations import IGNORE_INDEX, IMAGE_TOKEN, Conversation, tokenize_and_label
+from llm2clip.models.loading import hash_weights
+from llm2clip.store.encode import store_image_features
+from llm2clip.store.layout import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 
 log = logging.getLogger(__name__)
 
-IMAGE_TOKEN = "<image>"
-IGNORE_INDEX = -100  # label of tokens outside answers, as in transformers and cross_entropy
-PLACEHOLDER_MARKS = ("\ue000", "\ue001")  # delimiters of answer placeholders; see `tokenize_and_label`
+MAX_SCALE = 8  # maximum length of an image's longer side before padding, as a multiple of the input size
 MEGABATCH = 50  # number of batches per length-sorted group, as in LLaVA's sampler
 MIN_TEXT_TOKENS = 64  # max_length must leave at least this many tokens for text
 MAX_REPLACEMENTS = 1000  # maximum number of consecutive conversations to try
 
-_FLATTEN_CONTENT = """{%- set flat = namespace(messages=[]) -%}
-{%- for message in messages -%}
-  {%- set content = namespace(text='') -%}
-  {%- if message['content'] is string -%}
-    {%- set content.text = message['content'] -%}
-  {%- else -%}
-    {%- for part in message['content'] -%}
-      {%- if part['type'] == 'image' -%}{%- set content.text = content.text + '<image>\n' -%}
-      {%- elif part['type'] == 'text' -%}{%- set content.text = content.text + part['text'] -%}{%- endif -%}
-    {%- endfor -%}
-  {%- endif -%}
-  {%- set flat.messages = flat.messages + [{'role': message['role'], 'content': content.text}] -%}
-{%- endfor -%}
-{%- set messages = flat.messages -%}
-"""
-_VICUNA_TEMPLATE = """{{- 'A chat between a curious user and an artificial intelligence assistant. ' -}}
-{{- "The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
-{%- for message in messages -%}
-  {%- if message['role'] == 'user' -%}{{- 'USER: ' + message['content'] + ' ' -}}
-  {%- elif message['role'] == 'assistant' -%}{{- 'ASSISTANT: ' + message['content'] + eos_token -}}{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-"""
+
+class LlavaTransform:
+    """Preprocessing of decoded images that matches a LLaVA model's image processor."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor.image_processor
+        settings = self.processor.to_dict()
+        self.preprocess = replace(Preprocess.from_dict(settings), crop_rounding="down")  # as in transformers
+        self.transform = EvalTransform(self.preprocess)
+        self.mean = torch.tensor(self.preprocess.mean).view(3, 1, 1)
+        self.std = torch.tensor(self.preprocess.std).view(3, 1, 1)
+        self.pad = bool(settings.get("do_pad"))
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Convert a uint8 image of shape (3, H, W) to normalised float32 pixels of shape (3, S, S)."""
+        if self.pad:
+            max_side = MAX_SCALE * self.preprocess.resize_size
+            longer_side = max(image.shape[-2:])
+            if longer_side > max_side:  # padding a very long image to a square would exhaust memory
+                shape = [max(1, round(side * max_side / longer_side)) for side in image.shape[-2:]]
+                image = resize(image, shape, antialias=True)
+            colour = tuple(int(255 * value) for value in self.preprocess.mean)
+            image = self.processor.pad_to_square(image, background_color=colour)
+        pixels: Tensor = self.transform(image)
+        return (pixels.float() / 255 - self.mean) / self.std
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Question-answer pairs, optionally about an image. The image precedes the first question."""
-
-    id: str
-    image: ImageRef | None
-    turns: tuple[tuple[str, str], ...]
+def get_patch_feature_size(config: Any) -> int:
+    """Return the patch feature dimension for a LLaVA model's config."""
+    layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+    size: int = config.vision_config.hidden_size * layers
+    return size
 
 
-@dataclass(frozen=True, slots=True)
-class LabeledTokens:
-    """A conversation's token ids, and one label per token: the token id within answers, IGNORE_INDEX elsewhere."""
+class PatchFeatures:
+    """Callable that runs a LLaVA model's vision tower and returns the projector's input.
 
-    ids: list[int]
-    labels: list[int]
-
-
-def get_chat_template(tokenizer: Any) -> str:
-    """Return the Jinja prefix followed by the LLM's chat template, or by Vicuna's template if the LLM has none."""
-    template = tokenizer.chat_template
-    if template is not None and template.startswith(_FLATTEN_CONTENT):
-        return str(template)
-    return _FLATTEN_CONTENT + (template or _VICUNA_TEMPLATE)
-
-
-def find_answer_end_token(tokenizer: Any) -> int:
-    """Check the chat template on a sample conversation, and return the id of the token that ends an answer.
-
-    Raises:
-        ValueError: the sample's labels do not decode to its answers, or `tokenize_and_label` rejects the template.
+    Implements the `ImageEncoder` protocol from `store/encode.py`.
     """
-    conversation = Conversation("", None, (("A question?", "An answer."), ("Another?", "Yes.")))
-    labels = [label for label in tokenize_and_label(conversation, tokenizer, 0).labels if label != IGNORE_INDEX]
-    decoded = tokenizer.decode(labels, skip_special_tokens=True)
-    if re.sub(r"\s", "", decoded) != "Ananswer.Yes.":
-        raise ValueError(f"the LLM's chat template changes 'An answer.' and 'Yes.' to {decoded!r}. Use another LLM")
-    return labels[-1]
+
+    def __init__(self, model: Any, processor: Any, bf16: bool = False) -> None:
+        """If `bf16` is True, run the tower under bfloat16 autocast. The tower stays on its current device."""
+        self.tower = model.model.vision_tower.eval()
+        self.config = model.config
+        self.transform = LlavaTransform(processor)
+        self.bf16 = bf16
+        size = self.transform.preprocess.size
+        self.num_tokens, feature_size = self(torch.zeros(1, 3, size, size)).shape[1:]
+        self.embed_dim = self.num_tokens * feature_size
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.tower.parameters()).device
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Map pixels of shape (N, 3, S, S) to patch features of shape (N, tokens, feature size)."""
+        pixels = pixels.to(self.device, self.tower.dtype)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            if self.config.model_type == "fast_vlm":
+                feature_map: Tensor = self.tower(pixels).last_hidden_state  # (N, channels, rows, columns)
+                return feature_map.flatten(2).transpose(1, 2)
+            hidden_states = self.tower(pixels, output_hidden_states=True).hidden_states
+            layers = self.config.vision_feature_layer
+            selected = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+            if self.config.vision_feature_select_strategy == "default":
+                selected = [state[:, 1:] for state in selected]  # drop the class token
+            return torch.cat(selected, -1)
+
+    def identity(self) -> dict[str, Any]:
+        """Return all settings that affect the features, and a hash of the weights, for the store's fingerprint."""
+        return {
+            "tower": self.tower.config.to_dict(),
+            "weights": hash_weights(self.tower),
+            "preprocess": {**self.transform.preprocess.to_dict(), "pad": self.transform.pad},
+            "layer": self.config.vision_feature_layer,
+            "patches": self.num_tokens,
+            "low": self.bf16,
+        }
+
+    def encode_images(self, images: list[Any]) -> Tensor:
+        """Encode preprocessed images as a float32 CPU tensor of shape (N, tokens * feature size)."""
+        return self(torch.stack(images)).float().flatten(1).cpu()
 
 
-def to_messages(conversation: Conversation) -> list[dict[str, Any]]:
-    """Convert a conversation to the message format of transformers' processors."""
-    messages: list[dict[str, Any]] = []
-    for n, (question, answer) in enumerate(conversation.turns):
-        content: list[dict[str, Any]] = [{"type": "text", "text": clean_text(question)}]
-        if n == 0 and conversation.image is not None:
-            content.insert(0, {"type": "image"})
-        messages.append({"role": "user", "content": content})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": clean_text(answer)}]})
-    return messages
+def cache_patch_features(
+    refs: Sequence[ImageRef], features: PatchFeatures, folder: Path, log: SkipLog, workers: int | None = None
+) -> EmbeddingStore:
+    """Add missing patch features to the float16 store in `folder` and return the store."""
+    return store_image_features(refs, features, features.identity(), folder, log, batch_size=32, workers=workers)
 
 
-def clean_text(text: str) -> str:
-    """Strip whitespace and remove `<image>` tokens. The chat template inserts its own `<image>` tokens.
+class PrecomputedVision(nn.Module):
+    """Replacement for the vision tower that returns precomputed patch features in the format that the model expects.
 
-    Raises:
-        ValueError: the text is not valid Unicode or contains a character from PLACEHOLDER_MARKS.
+    The model inputs must select the last layer and all tokens, as in `LlavaCollator`. If `feature_maps` is True, the
+    features are channels-first, as FastVLM expects.
     """
-    text.encode()  # raises UnicodeEncodeError for lone surrogates (such as half an emoji), which no tokenizer accepts
-    if any(mark in text for mark in PLACEHOLDER_MARKS):
-        raise ValueError("the private-use characters U+E000 and U+E001 are reserved and must not occur in a text")
-    while IMAGE_TOKEN in text:  # removing one token can create another: <im<image>age>
-        text = text.replace(IMAGE_TOKEN, "")
-    return text.strip()
 
+    def __init__(self, feature_maps: bool) -> None:
+        super().__init__()
+        self.feature_maps = feature_maps
 
-def tokenize_and_label(conversation: Conversation, tokenizer: Any, num_image_tokens: int) -> LabeledTokens:
-    """Tokenize a conversation and label its answers, including the special token that ends each answer.
+    def forward(self, pixel_values: Tensor, **_: Any) -> Any:
+        """Wrap patch features of shape (N, tokens, feature size) in the output type of a vision tower."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    The chat template is first rendered with numbered placeholders in place of the answers. This locates the exact span
-    of each answer with any template.
-
-    Args:
-        num_image_tokens: number of tokens per image.
-
-    Raises:
-        ValueError: the template drops an answer or has no special token after an answer.
-    """
-    messages = to_messages(conversation)
-    answers = []
-    for n, message in enumerate(messages[1::2]):
-        answers.append(message["content"][0]["text"])
-        message["content"][0]["text"] = _make_placeholder(n)
-    rendered = tokenizer.apply_chat_template(
-        messages, chat_template=get_chat_template(tokenizer), tokenize=False, add_generation_prompt=False
-    )
-    special_tokens = _get_special_tokens(tokenizer)
-    text = ""
-    spans = []  # (start, end) of each answer in the text, including the token that ends the answer
-    for n, answer in enumerate(answers):
-        before, placeholder, rendered = rendered.partition(_make_placeholder(n))
-        if not placeholder:
-            raise ValueError("the LLM's chat template drops an answer. Use another LLM")
-        end_token = next((token for token in special_tokens if rendered.lstrip().startswith(token)), None)
-        if end_token is None:
-            raise ValueError(
-                "the LLM's chat template has no special token after an answer, so the model would not learn to stop. "
-                "Use another LLM"
-            )
-        length = rendered.index(end_token) + len(end_token)
-        ending, rendered = rendered[:length], rendered[length:]
-        start = len(text) + len(before)
-        text += before + answer + ending
-        spans.append((start, len(text)))
-    return _label_spans(text, spans, tokenizer, num_image_tokens)
-
-
-def _make_placeholder(n: int) -> str:
-    return f"{PLACEHOLDER_MARKS[0]}{n}{PLACEHOLDER_MARKS[1]}"
-
-
-def _get_special_tokens(tokenizer: Any) -> list[str]:
-    """Return all special tokens except `<image>`, longest first.
-
-    `all_special_tokens` omits some added tokens that are marked as special, so `added_tokens_decoder` is also read.
-    """
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted({*tokenizer.all_special_tokens, *added} - {IMAGE_TOKEN}, key=len, reverse=True)
-
-
-def _label_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any, num_image_tokens: int) -> LabeledTokens:
-    """Tokenize a text, expand each `<image>` to `num_image_tokens` tokens, and label the tokens within `spans`."""
-    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    encoded = tokenizer(text, add_special_tokens=not has_bos, return_offsets_mapping=True)
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    ids: list[int] = []
-    labels: list[int] = []
-    for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if token == image_id:
-            ids += [token] * num_image_tokens
-            labels += [IGNORE_INDEX] * num_image_tokens
-            continue
-        # Check only the token's end, because some tokenizers merge the space before an answer into its first token.
-        in_answer = any(span_start < end <= span_end for span_start, span_end in spans)
-        ids.append(token)
-        labels.append(token if in_answer else IGNORE_INDEX)
-    return LabeledTokens(ids, labels)
+        last: Any = pixel_values.transpose(1, 2) if self.feature_maps else pixel_values
+        return BaseModelOutputWithPooling(last_hidden_state=last, hidden_states=(pixel_values,))
 
 
 # ---- dataset and batches ---------------------------------------------------------------------------------------------
@@ -266,7 +216,6 @@ class ConversationDataset(Dataset):
         raise ValueError(f"{item}, and no other usable conversation was found")
 
     def _load_item(self, index: int) -> dict[str, Any] | str:
-        """Return a conversation's item, or the reason why the conversation cannot be used."""
         conversation = self.conversations[index]
         try:
             labeled = tokenize_and_label(conversation, self.tokenizer, self.num_image_tokens)
@@ -290,10 +239,7 @@ class LlavaCollator:
     """Collator that right-pads conversations to the longest one in the batch."""
 
     def __init__(self, tokenizer: Any, num_image_tokens: int, empty_image: Tensor) -> None:
-        """
-        Args:
-            empty_image: pixels or patch features of a blank image, which is added to batches without images.
-        """
+        """`empty_image` contains the pixels or patch features of a blank image for batches without images."""
         self.pad_id: int = tokenizer.pad_token_id
         self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.num_image_tokens = num_image_tokens

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.images import load_image
-from llm2clip.llava.dataset import IGNORE_INDEX, IMAGE_TOKEN, Conversation, to_messages, tokenize_and_label
-from llm2clip.llava.image_features import LlavaTransform
+from llm2clip.llava.conversations import IGNORE_INDEX, IMAGE_TOKEN, Conversation, to_messages, tokenize_and_label
+from llm2clip.llava.dataset import LlavaTransform
 from llm2clip.llava.modeling_patches import register_classes
 from llm2clip.models.loading import load_vision_language_model
 from llm2clip.models.precision import resolve_precision
@@ -40,7 +40,6 @@ class AnswerGenerator:
         """
         Args:
             name: model folder or hub id.
-            device: device to run the model on. Default: the current process's device.
             precision: fp32, bf16 or auto. auto means bf16 if the hardware supports it, and fp32 otherwise.
             batch_size: number of questions per forward pass.
 
@@ -64,12 +63,7 @@ class AnswerGenerator:
         keep_freed_memory(self.device)
 
     def generate(self, questions: Sequence[Question], max_new_tokens: int, num_beams: int = 1) -> list[str]:
-        """Return one answer per question.
-
-        Args:
-            max_new_tokens: maximum number of tokens per answer.
-            num_beams: number of beams. 1 means greedy decoding.
-        """
+        """Return one answer of up to `max_new_tokens` tokens per question. One beam means greedy decoding."""
         answers = [""] * len(questions)
         image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         # Batches of similar length need little padding. Questions with and without images go into separate batches.

@@ -22,13 +22,7 @@ class LmmsModel(lmms):
     def __init__(
         self, pretrained: str, device: str | None = None, batch_size: int | str = 16, precision: str = "auto", **_: Any
     ) -> None:
-        """
-        Args:
-            pretrained: model folder or hub id.
-            device: device to run the model on. Default: the current process's device.
-            batch_size: number of questions per forward pass.
-            precision: fp32, bf16 or auto.
-        """
+        """See `AnswerGenerator`."""
         super().__init__()
         self.generator = AnswerGenerator(pretrained, device, precision, int(batch_size))
         self.device = self.generator.device
@@ -73,11 +67,6 @@ class LmmsModel(lmms):
         raise NotImplementedError("multi-round requests are not supported")
 
     def _convert_to_question(self, context: str, to_visual: Any, doc_id: Any, task: str, split: str) -> Question:
-        """Convert a request to a question.
-
-        Raises:
-            ValueError: the request contains a video or more than one image.
-        """
         visuals = (to_visual(self.task_dict[task][split][doc_id]) if to_visual else None) or []
         if any(isinstance(visual, str) for visual in visuals):
             raise ValueError(f"{task}: videos are not supported")

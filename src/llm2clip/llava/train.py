@@ -27,9 +27,17 @@ from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.image_hashes import hash_images, load_training_image_hashes, save_training_image_hashes
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import atomic_dir, atomic_path
-from llm2clip.llava.config import LlavaConfig
-from llm2clip.llava.dataset import Conversation, ConversationDataset, LengthGroupedSampler, LlavaCollator
-from llm2clip.llava.image_features import PatchFeatures, PrecomputedVision, cache_patch_features, get_patch_feature_size
+from llm2clip.llava import LlavaConfig
+from llm2clip.llava.conversations import Conversation
+from llm2clip.llava.dataset import (
+    ConversationDataset,
+    LengthGroupedSampler,
+    LlavaCollator,
+    PatchFeatures,
+    PrecomputedVision,
+    cache_patch_features,
+    get_patch_feature_size,
+)
 from llm2clip.llava.modeling_patches import register_classes
 from llm2clip.models.loading import load_config
 from llm2clip.models.precision import resolve_precision
@@ -59,7 +67,6 @@ def train_llava(
         source: folder or hub id of a LLaVA model, such as a folder written by `build_llava`.
         pretrain: conversations for training the projector. May be empty. Conversations without an image are ignored.
         instruct: conversations for training the projector and the LLM. May be empty.
-        out: run directory.
         log: records images that cannot be decoded while features are cached. Without caching, undecodable images only
             cause warnings.
 
@@ -96,17 +103,23 @@ def train_llava(
             if usable and not (out / stage / TRAINED_WEIGHTS).is_file():
                 _train_stage(stage, source, usable, processor=processor, config=config, out=out, store=store)
         if state.is_main_process:
-            hashes = hash_images(conversation.image for conversation in all_conversations)
-            earlier = load_training_image_hashes(source)  # images that the vision tower was trained on
-            hashes = hashes if earlier is None else np.union1d(hashes, earlier)
-            with atomic_dir(model_folder) as folder:
-                _load_trained_model(source, config, out).save_pretrained(folder)
-                processor.save_pretrained(folder)
-                save_training_image_hashes(folder, hashes)
+            _save_model(source, all_conversations, processor, config, out)
             for checkpoint in out.glob("*/checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
     wait_for_everyone()
     return model_folder
+
+
+def _save_model(
+    source: str, conversations: Sequence[Conversation], processor: Any, config: LlavaConfig, out: Path
+) -> None:
+    """Save the model with the hashes of all images that it, or its vision tower, was trained on."""
+    hashes = hash_images(conversation.image for conversation in conversations)
+    earlier = load_training_image_hashes(source)
+    with atomic_dir(out / "model") as folder:
+        _load_trained_model(source, config, out).save_pretrained(folder)
+        processor.save_pretrained(folder)
+        save_training_image_hashes(folder, hashes if earlier is None else np.union1d(hashes, earlier))
 
 
 def load_llava(source: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -126,10 +139,7 @@ def _cache_features(
     folder: Path,
     log: SkipLog,
 ) -> EmbeddingStore | None:
-    """Cache the patch features of all images and return the store.
-
-    If the store would be larger than `config.cache_gb`, cache nothing and return None.
-    """
+    """Cache the patch features of all images and return the store, or None if it would exceed `config.cache_gb`."""
     images = {conversation.image.key: conversation.image for conversation in conversations if conversation.image}
     if not images or not config.cache_gb:
         return None
@@ -151,7 +161,6 @@ def _cache_features(
 
 
 def _drop_unusable_conversations(conversations: Sequence[Conversation], store: EmbeddingStore) -> list[Conversation]:
-    """Remove conversations whose image is not in the store."""
     images = [conversation.image for conversation in conversations if conversation.image is not None]
     in_store = iter(store.find_keys(make_image_keys(images)) >= 0)
     return [conversation for conversation in conversations if conversation.image is None or next(in_store)]
@@ -170,10 +179,9 @@ def _train_stage(
     out: Path,
     store: EmbeddingStore | None,
 ) -> None:
-    """Train one stage and save the trained weights to `out/STAGE/learned.safetensors`.
+    """Train one stage, or resume it, and save the trained weights to `out/STAGE/learned.safetensors`.
 
-    Training resumes from the latest checkpoint, if there is one. If `store` is None, the vision tower computes patch
-    features in every step.
+    If `store` is None, the vision tower computes patch features in every step.
     """
     folder, state = out / stage, process_state()
     batch_size = config.pretrain_batch_size if stage == "pretrain" else config.batch_size
@@ -272,17 +280,15 @@ def _make_training_arguments(
 
 
 class _LlavaTrainer(TrainingStateMixin, Trainer):
-    """Trainer that groups batches by length and runs the vision tower outside the model."""
+    """Trainer that groups batches by length and runs the vision tower outside the model.
+
+    If `sampler` is None, the Trainer's default sampler is used. If `features` is None, batches must already contain
+    patch features.
+    """
 
     def __init__(
         self, *, sampler: LengthGroupedSampler | None, features: PatchFeatures | None, **arguments: Any
     ) -> None:
-        """
-        Args:
-            sampler: if None, the Trainer's default sampler is used.
-            features: vision tower that computes patch features in each step. If None, batches must already contain
-                patch features.
-        """
         super().__init__(**arguments)
         self.sampler = sampler
         self.features = features
@@ -353,11 +359,6 @@ def _load_trained_model(source: str, config: LlavaConfig, out: Path) -> Any:
 
 
 def _load_trained_weights(model: nn.Module, file: Path) -> None:
-    """Copy trained weights from a file into a model's parameters.
-
-    Raises:
-        ValueError: names or shapes in the file do not match the model's parameters.
-    """
     parameters = dict(model.named_parameters())
     tensors = load_file(file)
     for name, tensor in tensors.items():

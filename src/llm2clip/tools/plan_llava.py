@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
-from llm2clip.llava.config import LlavaConfig
+from llm2clip.llava import LlavaConfig
 from llm2clip.tools.plan_costs import (
     TextCosts,
     build_tower,

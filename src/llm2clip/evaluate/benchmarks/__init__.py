@@ -7,30 +7,17 @@ from typing import Any
 
 import yaml
 
-from llm2clip.evaluate.benchmarks import (
-    classification,
-    coco_instances,
-    retrieval,
-    segmentation,
-)
+from llm2clip.evaluate.benchmarks import classification, coco_instances, retrieval, segmentation
 from llm2clip.evaluate.benchmarks.base import Benchmark
-from llm2clip.evaluate.benchmarks.classification import FOLDER_PREFIX, make_folder_benchmark
-from llm2clip.evaluate.benchmarks.coco_instances import (
-    BOXES_PREFIX,
-    DETECTION_PREFIX,
-    make_boxes_benchmark,
-    make_detection_benchmark,
-)
-from llm2clip.evaluate.benchmarks.segmentation import SEGMENTATION_PREFIX, make_segmentation_benchmark
 from llm2clip.io_utils import MissingFileError
 from llm2clip.published_results import get_published_metrics, get_published_rows
 from llm2clip.reports import Table, render_markdown
 
 USER_BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Benchmark]] = {
-    FOLDER_PREFIX: make_folder_benchmark,
-    BOXES_PREFIX: make_boxes_benchmark,
-    SEGMENTATION_PREFIX: make_segmentation_benchmark,
-    DETECTION_PREFIX: make_detection_benchmark,
+    classification.FOLDER_PREFIX: classification.make_folder_benchmark,
+    coco_instances.BOXES_PREFIX: coco_instances.make_boxes_benchmark,
+    segmentation.SEGMENTATION_PREFIX: segmentation.make_segmentation_benchmark,
+    coco_instances.DETECTION_PREFIX: coco_instances.make_detection_benchmark,
 }
 """Functions that create a benchmark from the user's data and prompt templates, keyed by name prefix."""
 
@@ -56,16 +43,10 @@ def has_user_data(name: str) -> bool:
 
 
 def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[Benchmark]:
-    """Return the benchmarks with the given names.
+    """Return the benchmarks with the given names, or raise ValueError if a name is unknown.
 
     The name "all" selects every public benchmark. Names of the form PREFIX:PATH create benchmarks from the user's data
-    (see `USER_BENCHMARKS`).
-
-    Args:
-        templates: Prompt templates for the user's data. Default: depends on the kind of benchmark.
-
-    Raises:
-        ValueError: If a name is unknown.
+    (see `USER_BENCHMARKS`), with the given prompt templates.
     """
     user_benchmarks = []
     for name in names:
@@ -80,11 +61,7 @@ def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[
 
 
 def list_benchmarks(root: Path) -> list[str]:
-    """Return lines of text that list all benchmarks and their folders in `root`.
-
-    The list shows how many models have results published by the LLM2CLIP authors. For each missing benchmark, it also
-    shows where to download the files.
-    """
+    """Return lines of text that list all benchmarks, the number of published results, and download locations."""
     rows, missing = [], []
     for benchmark in BENCHMARKS.values():
         try:

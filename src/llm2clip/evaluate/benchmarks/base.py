@@ -1,19 +1,28 @@
-"""Data types for benchmarks, and helpers shared by the benchmark readers."""
+"""Data types for benchmarks and their results, and helpers shared by the benchmark readers."""
+
+from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from llm2clip.data.image_refs import FileImage, ImageRef, is_safe_relative_path
 from llm2clip.data.records import Record
 from llm2clip.io_utils import DataFormatError, MissingFileError
+from llm2clip.reports import Block
+
+if TYPE_CHECKING:
+    from llm2clip.evaluate.metrics import BootstrapMetrics
+    from llm2clip.evaluate.retrieval import ErrorAnalysis, RetrievalRanks
+    from llm2clip.evaluate.short_queries import ShortQueryResult
 
 ImageId = int | str
 COCO_FOLDERS = ("coco", "COCO", "mscoco")
+IGNORED = 255  # label of pixels that are ignored in segmentation
 
 CaptionFields = Mapping[str, Sequence[Record]]
 """Records for each caption field (captions, captions_zh, ...). Each record's `captions` are the texts in that field."""
@@ -24,26 +33,23 @@ class CompositionalExample:
     """Images and captions that a model must match by cosine similarity.
 
     Caption i is the correct caption of image i. If there are more captions than images, the remaining captions are
-    wrong for every image.
+    wrong for every image. Accuracy is reported for each `kind`.
     """
 
     id: str
     kind: str
-    """Category of the example. Accuracy is reported for each category."""
     images: tuple[ImageRef, ...]
     captions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """Images with class labels, class names and prompt templates."""
+    """Images with class labels (indices into `names`), class names and prompt templates with {} for the class name."""
 
     images: Sequence[ImageRef]
     labels: Sequence[int]
-    """Class index (into `names`) of each image."""
     names: Sequence[str]
     templates: Sequence[str]
-    """Prompt templates, with {} as the placeholder for the class name."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +57,13 @@ class RegionData:
     """Images with labelled boxes, class names and templates. The fields `images` to `areas` have one item per image."""
 
     images: Sequence[ImageRef]
-    sizes: Sequence[tuple[int, int]]
-    """Width and height in pixels of each image, to which the box coordinates refer."""
-    boxes: Sequence[np.ndarray]
-    """Boxes in each image as (left, top, right, bottom) in pixels, clipped to the image, float32 of shape (R, 4)."""
-    labels: Sequence[np.ndarray]
-    """Class index (into `names`) of each box, int64 of shape (R,)."""
-    areas: Sequence[np.ndarray]
-    """Area of each object's mask in square pixels, float32 of shape (R,). It determines COCO's size class."""
+    sizes: Sequence[tuple[int, int]]  # width and height in pixels, to which the box coordinates refer
+    boxes: Sequence[np.ndarray]  # (left, top, right, bottom) in pixels, clipped to the image, float32 of shape (R, 4)
+    labels: Sequence[np.ndarray]  # class index (into `names`) of each box, int64 of shape (R,)
+    areas: Sequence[np.ndarray]  # areas of the objects' masks in square pixels, float32 of shape (R,)
     names: Sequence[str]
     templates: Sequence[str]
-    """Prompt templates, with {} as the placeholder for the class name."""
-    excluded: Mapping[str, int]
-    """Number of excluded boxes, by reason."""
-
-
-IGNORED = 255
-"""Label of pixels that are ignored in segmentation."""
+    excluded: Mapping[str, int]  # number of excluded boxes, by reason
 
 
 @dataclass(frozen=True)
@@ -80,20 +76,16 @@ class SegmentationData:
     names: Sequence[Sequence[str]]
     """Names of each class. A pixel's score for a class is the maximum over the class's names."""
     templates: Sequence[str]
-    """Prompt templates, with {} as the placeholder for the class name."""
     has_background: bool = False
     """True if class 0 is the background. Its names are those of things that do not belong to any other class."""
-    scale: float = 1.5
-    """Ratio of the resized image's shorter side to the side of the sliding window."""
-    logit_scale: float = 40.0
-    """Factor by which cosine similarities are multiplied before the softmax."""
+    scale: float = 1.5  # ratio of the resized image's shorter side to the side of the sliding window
+    logit_scale: float = 40.0  # factor by which cosine similarities are multiplied before the softmax
     min_probability: float = 0.0
     """Pixels whose maximum class probability is below this value are assigned to class 0, the background."""
     min_area: float = 0.0
     """Foreground classes that cover at most this fraction of the foreground are not predicted."""
 
     def get_class_name(self, label: int) -> str:
-        """Return the display name of a class."""
         return "background" if label == 0 and self.has_background else self.names[label][0]
 
 
@@ -103,18 +95,15 @@ class DetectionData:
 
     images: Sequence[ImageRef]
     image_ids: Sequence[ImageId]
-    sizes: Sequence[tuple[int, int]]
-    """Width and height in pixels of each image, to which the box coordinates refer."""
+    sizes: Sequence[tuple[int, int]]  # width and height in pixels, to which the box coordinates refer
     annotations: Sequence[Mapping[str, Any]]
     """Objects in COCO's format: "image_id", "category_id", "bbox" as [x, y, width, height] in pixels, and "iscrowd".
     Boxes lie inside the image and are not empty."""
     names: Sequence[str]
-    category_ids: Sequence[int]
-    """COCO category id for each class in `names`."""
+    category_ids: Sequence[int]  # COCO category id for each class in `names`
     groups: Mapping[str, Sequence[str]]
     """Groups of class names for which metrics are reported, such as {"novel": [...], "base": [...]}."""
     templates: Sequence[str]
-    """Prompt templates, with {} as the placeholder for the class name."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +113,7 @@ class Benchmark:
     Args:
         name: Name of the benchmark on the command line.
         kind: Kind of benchmark, which determines the metrics and the return type of `read`: `CaptionFields` for
-            "retrieval", a list of `CompositionalExample` for "compositional", `ClassificationData` for
-            "classification", `RegionData` for "regions", `SegmentationData` for "segmentation", and `DetectionData`
-            for "detection".
+            "retrieval", a list of `CompositionalExample` for "compositional", and otherwise the class of that name.
         description: One-line description that states the size and the split.
         folders: Possible names of the benchmark's folder inside the root folder, in order of preference.
         read: Function that reads the data from the benchmark's folder.
@@ -152,11 +139,7 @@ class Benchmark:
         return (int(match[1].replace(",", "")), match[2]) if match else None
 
     def find(self, root: Path) -> Path:
-        """Return the benchmark's folder.
-
-        Raises:
-            MissingFileError: If `root` contains none of `folders`.
-        """
+        """Return the benchmark's folder, or raise MissingFileError if `root` contains none of `folders`."""
         for name in self.folders:
             if (root / name).is_dir():
                 return root / name
@@ -178,22 +161,49 @@ class Benchmark:
             raise DataFormatError(f"{folder}: a row does not match the {self.name} format ({error!r})") from error
 
 
-def resolve_image(folder: Path, name: str) -> FileImage:
-    """Return a reference to the image at the path `name` inside a folder.
+@dataclass
+class BenchmarkResult:
+    """Result of a model on a benchmark."""
 
-    Raises:
-        DataFormatError: If the path points outside the folder.
-    """
+    summary: dict[str, Any]
+    """Entry for results.json, with "benchmark" and "kind". Metrics are in percent, except "linear probe C". Retrieval
+    entries have "rows" (see `compute_field_metrics`). All other entries have the counts "images", "texts" and
+    "truncated" (texts that exceed the model's maximum length). Compositional and classification entries have "metrics",
+    and "examples" (number of decodable examples) or "intervals" (95% confidence intervals). Region, segmentation and
+    detection entries have "rows", one per method, with "method", "metrics", "intervals", per-class metrics ("class
+    top-1", "IoU" or "class AP50") and, if it affects the metrics, "logit scale"."""
+    images: Sequence[ImageRef] = ()
+    """All images in the benchmark, including undecodable images."""
+    ranks: dict[str, RetrievalRanks] = field(default_factory=dict)
+    """Retrieval ranks, keyed by caption field. Empty if the benchmark is not a retrieval benchmark."""
+    bootstrap: dict[str, BootstrapMetrics] = field(default_factory=dict)
+    """Metrics and their bootstrap resamples, keyed by method ("" for classification)."""
+    draw_examples: Callable[[], list[Block]] | None = None
+    """Function that returns a report section with example images."""
+    model: str = ""
+    error_analysis: dict[str, ErrorAnalysis] = field(default_factory=dict)  # keyed by caption field
+    short_queries: dict[str, ShortQueryResult] = field(default_factory=dict)  # keyed by caption field
+    examples: list[Block] = field(default_factory=list)  # result of `draw_examples`, or [] to show no images
+
+    @property
+    def first_entry(self) -> Mapping[str, Any]:
+        """First row of the summary, or the summary itself if it has no rows."""
+        rows: Sequence[Mapping[str, Any]] = self.summary.get("rows", [self.summary])
+        return rows[0]
+
+
+# ---- helpers for readers ---------------------------------------------------------------------------------------------
+
+
+def resolve_image(folder: Path, name: str) -> FileImage:
+    """Return a reference to the image at the path `name`, or raise DataFormatError if it is outside the folder."""
     if not is_safe_relative_path(name):
         raise DataFormatError(f"{folder}: the image path {name!r} points outside the folder")
     return FileImage(str(folder / name))
 
 
 def find_image_file(folders: Sequence[Path], name: str) -> FileImage:
-    """Return a reference to the image in the first folder that contains it.
-
-    If none of the folders contains the image, return a reference to a missing file in the first folder.
-    """
+    """Return the image in the first folder that contains it, or else a missing file in the first folder."""
     candidates = [resolve_image(folder, name) for folder in folders]
     return next((ref for ref in candidates if Path(ref.path).is_file()), candidates[0])
 

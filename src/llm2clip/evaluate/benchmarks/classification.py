@@ -1,13 +1,9 @@
-"""Benchmarks in which a model chooses the correct text for an image, or the correct image for a text.
-
-Zero-shot classification: ImageNet and its variants, ObjectNet, CIFAR, and any folder with one subfolder per class.
+"""Zero-shot classification (ImageNet and its variants, ObjectNet, CIFAR, and any folder with one subfolder per class)
+and compositional benchmarks (Winoground and SugarCrepe).
 
 As in CLIP (arXiv 2103.00020), each class name is inserted into all prompt templates, and the class embedding is the
 mean embedding of these prompts. For ImageNet, OpenAI's class names and 80 templates come from open_clip. The classes
 are sorted by WordNet id, and the list of ids comes from timm.
-
-Compositional benchmarks: Winoground and SugarCrepe, images with captions that differ only in a few words or in word
-order.
 """
 
 import importlib.util
@@ -50,12 +46,9 @@ SUGARCREPE_KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace
 
 
 def make_folder_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
-    """Create a zero-shot classification benchmark from the user's images.
+    """Create a zero-shot classification benchmark from the user's folder `name`. See `read_class_folders`.
 
-    Args:
-        name: Path of a folder that contains one subfolder of images per class. Alternatively, the folder can contain
-            test/ or val/ (and optionally train/), each with one subfolder per class.
-        templates: Prompt templates. Default: see `read_class_folders`.
+    The folder can also contain test/ or val/ (and optionally train/), each with one subfolder per class.
     """
 
     def read(folder: Path) -> ClassificationData:
@@ -80,10 +73,6 @@ def read_class_folders(folder: Path, split: str = "") -> ClassificationData:
     Class names are read from `folder/classnames.txt`, whose lines have the form "FOLDER<tab>NAME". Without this file,
     the folder names are used, with underscores replaced by spaces. If `folder/templates.txt` exists, each of its lines
     is a prompt template.
-
-    Raises:
-        MissingFileError: If no subfolder contains images.
-        DataFormatError: If a class has no name, or a template has no {}.
     """
     root = folder / split
     class_dirs = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
@@ -133,27 +122,27 @@ def _read_images(class_dirs: Sequence[Path], names: Sequence[str], templates: Se
 
 
 def get_imagenet_templates() -> list[str]:
-    """Return OpenAI's 80 prompt templates for ImageNet, with {} as the placeholder for the class name.
-
-    Raises:
-        MissingFileError: If open_clip is not installed.
-    """
-    if importlib.util.find_spec("open_clip") is None:
-        raise MissingFileError(
-            f"ImageNet's class names and templates require open_clip: {install_command('open-clip')}"
-        )
+    """Return OpenAI's 80 prompt templates for ImageNet, or raise MissingFileError if open_clip is not installed."""
+    _check_open_clip()
     from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
     return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
 
 
-def _load_imagenet_metadata() -> tuple[list[str], list[str], list[str]]:
-    """Return ImageNet's sorted WordNet ids, OpenAI's class names and OpenAI's prompt templates."""
-    templates = get_imagenet_templates()
+def _check_open_clip() -> None:
+    if importlib.util.find_spec("open_clip") is None:
+        raise MissingFileError(
+            f"ImageNet's class names and templates require open_clip: {install_command('open-clip')}"
+        )
+
+
+def _load_imagenet_classes() -> tuple[list[str], list[str]]:
+    """Return ImageNet's sorted WordNet ids, and OpenAI's class names in the same order."""
+    _check_open_clip()
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
 
-    return list(ImageNetInfo("imagenet-1k").label_names()), list(IMAGENET_CLASSNAMES), templates
+    return list(ImageNetInfo("imagenet-1k").label_names()), list(IMAGENET_CLASSNAMES)
 
 
 def _read_imagenet(folder: Path) -> ClassificationData:
@@ -162,22 +151,19 @@ def _read_imagenet(folder: Path) -> ClassificationData:
 
 
 def _read_wordnet_folders(root: Path) -> ClassificationData:
-    ids, names, templates = _load_imagenet_metadata()
-    class_dirs, class_names = [], []
-    for wordnet_id, name in zip(ids, names, strict=True):
-        if (root / wordnet_id).is_dir():
-            class_dirs.append(root / wordnet_id)
-            class_names.append(name)
+    names = dict(zip(*_load_imagenet_classes(), strict=True))
+    class_dirs = [root / wordnet_id for wordnet_id in names if (root / wordnet_id).is_dir()]
     if not class_dirs:
         raise MissingFileError(f"{root} has no folders named after WordNet ids, such as n01440764")
-    return _read_images(class_dirs, class_names, templates)
+    return _read_images(class_dirs, [names[path.name] for path in class_dirs], get_imagenet_templates())
 
 
 def _read_imagenet_v2(folder: Path) -> ClassificationData:
     """Read the folders `0` to `999`. Their names are class indices, which must be sorted as numbers, not as text."""
-    _, names, templates = _load_imagenet_metadata()
+    _, names = _load_imagenet_classes()
     root = folder if (folder / "0").is_dir() else find_first(folder, "imagenetv2-matched-frequency-format-val")
-    return _read_images([find_first(root, str(n)) for n in range(len(names))], names, templates)
+    class_dirs = [find_first(root, str(n)) for n in range(len(names))]
+    return _read_images(class_dirs, names, get_imagenet_templates())
 
 
 def _read_objectnet(folder: Path) -> ClassificationData:
@@ -216,11 +202,7 @@ def _encode_png(image: Image.Image) -> io.BytesIO:
 
 
 def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_labels: int = 0) -> ClassificationData:
-    """Read CIFAR's binary format.
-
-    Each row contains the label (for CIFAR-100, the coarse label and the fine label), followed by 1,024 bytes each for
-    red, green and blue.
-    """
+    """Read CIFAR's binary format: the label (CIFAR-100: coarse and fine label), then all red, green and blue values."""
     row_size = skipped_labels + 1 + CIFAR_PIXELS
     names = [name.replace("_", " ") for name in read_lines(find_first(folder, names_file))]
     images: list[ImageRef] = []
@@ -248,38 +230,33 @@ CIFAR10_NAMES, CIFAR100_NAMES = "batches.meta.txt", "fine_label_names.txt"
 
 
 def _read_winoground(folder: Path) -> list[CompositionalExample]:
-    """Read 400 examples. Each has two images and two captions, which consist of the same words (arXiv 2204.03162)."""
+    """Read 400 examples. Each has two images and two captions, which consist of the same words (arXiv 2204.03162).
+
+    The images are in a folder, or (on the Hugging Face Hub) in a Parquet table.
+    """
+    examples = []
     try:
         file = find_first(folder, "examples.jsonl", "data/examples.jsonl")
+        rows = [row for _, row in read_jsonl(file)]
     except MissingFileError:
-        return _read_winoground_parquet(find_first(folder, "data/test-*.parquet", "test-*.parquet"))
-    image_dir = find_first(file.parent, "images")
-    examples = []
-    for _, row in read_jsonl(file):
-        names = [row["image_0"], row["image_1"]]
-        refs = tuple(resolve_image(image_dir, name if Path(name).suffix else f"{name}.png") for name in names)
+        file = find_first(folder, "data/test-*.parquet", "test-*.parquet")
+        rows = pq.read_table(file, columns=["id", "image_0", "image_1", "caption_0", "caption_1"]).to_pylist()
+    for row in rows:
+        refs: list[ImageRef] = []
+        for key in ("image_0", "image_1"):
+            value = row[key]
+            if isinstance(value, dict):
+                refs.append(MemoryImage(value["bytes"], f"{file}, {row['id']}, {key}"))
+            else:
+                refs.append(resolve_image(file.parent / "images", value if Path(value).suffix else f"{value}.png"))
         captions = (row["caption_0"], row["caption_1"])
-        examples.append(CompositionalExample(str(row["id"]), "winoground", refs, captions))
+        examples.append(CompositionalExample(str(row["id"]), "winoground", tuple(refs), captions))
     _check_image_files(examples, file)
     return examples
 
 
-def _read_winoground_parquet(file: Path) -> list[CompositionalExample]:
-    """Read the version on the Hugging Face Hub, a Parquet table that includes the images."""
-    examples = []
-    columns = ["id", "image_0", "image_1", "caption_0", "caption_1"]
-    for row in pq.read_table(file, columns=columns).to_pylist():
-        refs = tuple(MemoryImage(row[key]["bytes"], f"{file}, {row['id']}, {key}") for key in ("image_0", "image_1"))
-        captions = (row["caption_0"], row["caption_1"])
-        examples.append(CompositionalExample(str(row["id"]), "winoground", refs, captions))
-    return examples
-
-
 def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
-    """Read 7,511 examples, each with a COCO val2017 image, a correct caption and a wrong caption (arXiv 2306.14610).
-
-    In the wrong captions, words have been added, replaced or swapped. Each file contains one category of changes.
-    """
+    """Read 7,511 examples, each with a COCO val2017 image, a correct caption and a wrong caption (arXiv 2306.14610)."""
     data_dir = folder / "data" if (folder / "data").is_dir() else folder
     image_dir = next((root / "val2017" for root in find_coco_roots(folder) if (root / "val2017").is_dir()), None)
     if image_dir is None:

@@ -49,20 +49,16 @@ CROWD, DEGENERATE = "crowd", "smaller than a pixel"  # reasons for excluding a b
 
 @dataclass(frozen=True)
 class Instances:
-    """Contents of an annotation file in COCO's format.
-
-    Attributes:
-        images: Image entries, keyed by image id.
-        sizes: Width and height of each image in pixels, keyed by image id.
-        annotations: Object entries. Every "image_id" is a key of `images`, and every "category_id" is a key of `names`.
-        names: Category names with underscores replaced by spaces, keyed by category id and sorted by id.
-    """
+    """Contents of an annotation file in COCO's format."""
 
     file: Path
     images: dict[ImageId, dict[str, Any]]
     sizes: dict[ImageId, tuple[int, int]]
+    """Width and height of each image in pixels, keyed by image id."""
     annotations: list[dict[str, Any]]
+    """Object entries. Every "image_id" is a key of `images`, and every "category_id" is a key of `names`."""
     names: dict[Any, str]
+    """Category names with underscores replaced by spaces, keyed by category id and sorted by id."""
 
 
 def make_coco_file_benchmark(
@@ -71,9 +67,6 @@ def make_coco_file_benchmark(
     """Create a benchmark from the user's JSON file in COCO's format.
 
     The images can be in the same folder as the file or in a subfolder such as `images`, as for COCO captions.
-
-    Args:
-        prefix: Prefix that selects the kind of benchmark on the command line, such as "boxes:".
     """
     file = Path(name).expanduser().absolute()
     return Benchmark(
@@ -86,16 +79,21 @@ def make_coco_file_benchmark(
     )
 
 
-def read_instances(file: Path, with_masks: bool = False) -> Instances:
+def read_instances(file: Path, with_masks: bool = False, needs_pycocotools: bool = False) -> Instances:
     """Read a JSON file in COCO's format. Print a warning if several categories have the same name.
 
     Args:
         with_masks: If True, keep each object's "segmentation". Polygons take up a lot of memory.
 
     Raises:
-        DataFormatError: If the file lists no images, an id is not unique, a category has no name, an image has an
-            invalid size, or an annotation refers to an image or category that does not exist.
+        MissingFileError: If pycocotools, which is needed for masks and average precision, is not installed.
+        DataFormatError: If ids are not unique, a name or size is invalid, or an annotation refers to a missing entry.
     """
+    if (with_masks or needs_pycocotools) and importlib.util.find_spec("pycocotools") is None:
+        raise MissingFileError(
+            f"pycocotools is required to decode COCO's masks and compute the average precision: "
+            f"{install_command('dense')}"
+        )
     data = read_json(file, None if with_masks else drop_unused_keys)
     images: dict[ImageId, dict[str, Any]] = {}
     for image in data["images"]:
@@ -117,7 +115,6 @@ def read_instances(file: Path, with_masks: bool = False) -> Instances:
 
 
 def _parse_category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -> dict[Any, str]:
-    """Return the name of each category, keyed by category id and sorted by id."""
     names: dict[Any, str] = {}
     for category in sorted(categories, key=lambda category: category["id"]):
         name = category["name"].replace("_", " ").strip()
@@ -140,22 +137,8 @@ def find_instances_file(folder: Path) -> Path:
     return find_first(folder, "annotations/instances_val2017.json", "instances_val2017.json")
 
 
-def require_pycocotools() -> None:
-    """Raise MissingFileError if pycocotools is not installed."""
-    if importlib.util.find_spec("pycocotools") is None:
-        raise MissingFileError(
-            f"pycocotools is required to decode COCO's masks and compute the average precision: "
-            f"{install_command('dense')}"
-        )
-
-
 def make_image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[ImageRef]:
-    """Return references to the images listed in a JSON file.
-
-    Raises:
-        MissingFileError: If image files are missing.
-        DataFormatError: If an image path points outside the folder.
-    """
+    """Return references to the images listed in a JSON file, or raise MissingFileError if image files are missing."""
     names = []
     for image in images:
         # LVIS specifies only a URL, such as http://images.cocodataset.org/val2017/000000397133.jpg.
@@ -179,14 +162,7 @@ def _parse_image_size(file: Path, image: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def clip_box(file: Path, annotation: Mapping[str, Any], image_size: tuple[int, int]) -> list[float]:
-    """Return an annotation's box as [left, top, right, bottom] in pixels, clipped to the image.
-
-    Args:
-        image_size: Width and height of the image in pixels.
-
-    Raises:
-        DataFormatError: If the box does not consist of four finite numbers, or its width or height is negative.
-    """
+    """Return an annotation's box as [left, top, right, bottom] in pixels, clipped to an image of (width, height)."""
     box: Any = annotation.get("bbox")
     is_valid = isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)
     if not is_valid or not all(map(math.isfinite, box)) or min(box[2:]) < 0:
@@ -208,10 +184,7 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
 
     pycocotools does not validate its input: polygons far outside the image use unlimited memory, and masks with missing
     run lengths contain uninitialised memory. Therefore, polygons are checked before pycocotools decodes them, and RLE
-    is decoded without pycocotools.
-
-    Raises:
-        ValueError: If a polygon is far outside the image, or the run lengths are invalid or do not fit the image size.
+    is decoded without pycocotools. Invalid masks raise ValueError.
     """
     if isinstance(segmentation, list):
         from pycocotools import mask
@@ -241,9 +214,6 @@ def _decompress_run_lengths(data: bytes) -> list[int]:
     by another group of the same number. Each group is stored as the character whose code is 48 plus the group's value.
     The fifth bit of a number's last group is the sign. From the fourth number on, each number is the difference from
     the run length two positions earlier.
-
-    Raises:
-        ValueError: If a character is invalid, or the last number is incomplete.
     """
     runs: list[int] = []
     value, shift = 0, 0
@@ -271,18 +241,14 @@ def _decompress_run_lengths(data: bytes) -> list[int]:
 
 def make_boxes_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
     """Create a region classification benchmark from the JSON file `name`. See `make_coco_file_benchmark`."""
-    return make_coco_file_benchmark(BOXES_PREFIX, name, "regions", partial(read_boxes, templates=templates))
+    return make_coco_file_benchmark(BOXES_PREFIX, name, "regions", partial(_read_boxes, templates=templates))
 
 
-def read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
+def _read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
     """Read boxes from a JSON file in COCO's format. Images without boxes are omitted.
 
-    Boxes are clipped to the image. Crowd boxes and boxes smaller than a pixel are excluded. Underscores in class names
-    are replaced by spaces. By default, OpenAI's prompt templates for ImageNet are used.
-
-    Raises:
-        MissingFileError: If image files are missing, or open_clip, which provides the templates, is not installed.
-        DataFormatError: If an annotation has an invalid box, or if there are no boxes. See also `read_instances`.
+    Boxes are clipped to the image. Crowd boxes and boxes smaller than a pixel are excluded. By default, OpenAI's prompt
+    templates for ImageNet are used.
     """
     instances = read_instances(file)
     label_of_category = {category_id: label for label, category_id in enumerate(instances.names)}
@@ -326,20 +292,17 @@ def make_detection_benchmark(name: str, templates: Sequence[str] = ()) -> Benchm
     """Create a detection benchmark from the JSON file `name`. See `make_coco_file_benchmark`."""
 
     def read(file: Path) -> DetectionData:
-        require_pycocotools()
-        instances = read_instances(file)
-        return read_detection(
-            instances, list(instances.names), {}, templates or get_imagenet_templates(), with_empty=True
-        )
+        instances = read_instances(file, needs_pycocotools=True)
+        return _select_objects(instances, list(instances.names), {}, templates, with_empty=True)
 
     return make_coco_file_benchmark(DETECTION_PREFIX, name, "detection", read)
 
 
-def read_detection(
+def _select_objects(
     instances: Instances,
     category_ids: Sequence[Any],
     groups: Mapping[str, Sequence[str]],
-    templates: Sequence[str],
+    templates: Sequence[str] = (),
     with_empty: bool = False,
 ) -> DetectionData:
     """Return the objects of the given categories, and the images that contain them.
@@ -351,8 +314,7 @@ def read_detection(
         with_empty: If True, also return images without objects of these categories.
 
     Raises:
-        MissingFileError: If image files are missing.
-        DataFormatError: If an annotation has an invalid box, or there are no objects other than crowds.
+        DataFormatError: If there are no objects other than crowds.
     """
     used_categories = set(category_ids)
     annotations = []
@@ -373,13 +335,12 @@ def read_detection(
         names=[instances.names[category_id] for category_id in category_ids],
         category_ids=list(category_ids),
         groups=groups,
-        templates=templates,
+        templates=templates or get_imagenet_templates(),
     )
 
 
 def _read_ov_coco(folder: Path) -> DetectionData:
-    require_pycocotools()
-    instances = read_instances(find_instances_file(folder))
+    instances = read_instances(find_instances_file(folder), needs_pycocotools=True)
     groups = load_ov_coco_classes()
     names = [name for group in groups.values() for name in group]
     category_ids = {name: category_id for category_id, name in instances.names.items()}
@@ -388,11 +349,11 @@ def _read_ov_coco(folder: Path) -> DetectionData:
         raise DataFormatError(
             f"{instances.file}: {len(missing)} of the {len(names)} OV-COCO categories are missing, e.g. {missing[0]!r}"
         )
-    return read_detection(instances, [category_ids[name] for name in names], groups, get_imagenet_templates())
+    return _select_objects(instances, [category_ids[name] for name in names], groups)
 
 
 READERS = {
-    "coco-boxes": lambda folder: read_boxes(find_instances_file(folder)),
-    "lvis-boxes": lambda folder: read_boxes(find_first(folder, "annotations/lvis_v1_val.json", "lvis_v1_val.json")),
+    "coco-boxes": lambda folder: _read_boxes(find_instances_file(folder)),
+    "lvis-boxes": lambda folder: _read_boxes(find_first(folder, "annotations/lvis_v1_val.json", "lvis_v1_val.json")),
     "ov-coco": _read_ov_coco,
 }

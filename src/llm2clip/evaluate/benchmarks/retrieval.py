@@ -1,14 +1,13 @@
 """Retrieval with English captions (Flickr30k, COCO, Flickr8k, ShareGPT4V-1k, Urban-1k and DOCCI) and with captions in
 other languages (Flickr30k-CN, COCO-CN, Flickr8k-CN, Crossmodal-3600 and XTD10).
 
-For each language, all test images and captions form a single pool, which is ranked by cosine similarity. No prompts are
-added to the captions. In text-to-image retrieval (T2I), a query is correct if the caption's image is in the top k. In
-image-to-text retrieval (I2T), a query is correct if any of the image's captions is in the top k. VSE++ (arXiv
-1707.05612) and CLIP (arXiv 2103.00020) use this protocol.
+For each language, all test images and captions form a single pool, which is ranked by cosine similarity, without
+prompts. In image-to-text retrieval (I2T), a query is correct if any of the image's captions is in the top k. VSE++
+(arXiv 1707.05612) and CLIP (arXiv 2103.00020) use this protocol.
 
 Flickr30k, COCO and Flickr8k use Karpathy's test splits (arXiv 1412.2306). COCO's 5,000 test images have five to seven
 captions each. All 25,010 captions are used, whereas code derived from VSE++ uses only the first five captions of each
-image, 25,000 in total. ShareGPT4V-1k, Urban-1k and DOCCI have one long caption per image.
+image, 25,000 in total.
 """
 
 import base64
@@ -47,31 +46,24 @@ XTD10_FILES = {
 # ---- Flickr30k, COCO and Flickr8k ------------------------------------------------------------------------------------
 
 
-def read_karpathy_json(file: Path, image_dir: Path, split: str = "test") -> list[Record]:
-    """Read one split of Karpathy's `dataset_NAME.json`; see `llm2clip.data.formats.json_files`."""
-    pairs = []
-    for row in read_json(file)["images"]:
-        image = KarpathyImage.parse(row)
-        if image.split == split:
-            pairs.append((resolve_image(image_dir, image.name), image.captions))
-    return make_captioned_records(pairs, file)
+def _read_karpathy_json(file: Path, image_dir: Path) -> CaptionFields:
+    """Read the test split of Karpathy's `dataset_NAME.json`; see `llm2clip.data.formats.json_files`."""
+    images = [KarpathyImage.parse(row) for row in read_json(file)["images"]]
+    pairs = [(resolve_image(image_dir, image.name), image.captions) for image in images if image.split == "test"]
+    return {"captions": make_captioned_records(pairs, file)}
 
 
-def read_blip_json(file: Path, image_dir: Path) -> list[Record]:
+def _read_blip_json(file: Path, image_dir: Path) -> CaptionFields:
     """Read BLIP's `NAME_test.json`, whose format is [{"image": "val2014/...jpg", "caption": [...]}]."""
     pairs = []
     for row in read_json(file):
         captions = row["caption"]
         pairs.append((resolve_image(image_dir, row["image"]), [captions] if isinstance(captions, str) else captions))
-    return make_captioned_records(pairs, file)
+    return {"captions": make_captioned_records(pairs, file)}
 
 
 def read_caption_lines(file: Path) -> dict[str, list[str]]:
-    """Read a caption file and return the captions of each image, keyed by image id (without .jpg).
-
-    Each line has the form "ID#KIND#N caption" or "ID#N<tab>caption". An image's lines need not be adjacent. For
-    captions with part-of-speech tags, see `strip_tags`.
-    """
+    """Read lines of the form "ID#KIND#N caption" or "ID#N<tab>caption". Return captions keyed by ID (without .jpg)."""
     captions: dict[str, list[str]] = {}
     for number, line in enumerate(read_lines(file), 1):
         match = re.fullmatch(r"(.+?)(?:\.jpg)?#(?:\w+#)?\d+[\t ]+(.*)", line)
@@ -90,10 +82,7 @@ def strip_tags(text: str) -> str:
 
 
 def read_listed_images(names_file: Path, captions_file: Path, image_dirs: Sequence[Path]) -> list[Record]:
-    """Read the images listed in `names_file`, and their captions from `captions_file`.
-
-    Each image is searched for in the folders `image_dirs`, in this order.
-    """
+    """Read the images listed in `names_file`, which are in any of `image_dirs`, and their captions."""
     captions = read_caption_lines(captions_file)
     pairs = []
     for line in read_lines(names_file):
@@ -108,24 +97,23 @@ def _read_coco(folder: Path) -> CaptionFields:
     image_dir = find_first(folder, "val2014", "images/val2014").parent
     for name in ("dataset_coco.json", "annotations/dataset_coco.json"):
         if (folder / name).exists():
-            return {"captions": read_karpathy_json(folder / name, image_dir)}
+            return _read_karpathy_json(folder / name, image_dir)
     file = find_first(folder, "coco_karpathy_test.json", "annotations/coco_karpathy_test.json")
-    return {"captions": read_blip_json(file, image_dir)}
+    return _read_blip_json(file, image_dir)
 
 
 def _read_flickr30k(folder: Path) -> CaptionFields:
     file = folder / "dataset_flickr30k.json"
     if file.exists():
-        return {"captions": read_karpathy_json(file, find_first(folder, *IMAGE_FOLDERS["flickr30k"]))}
-    file = find_first(folder, "flickr30k_test.json", "annotations/flickr30k_test.json")
-    return {"captions": read_blip_json(file, folder)}
+        return _read_karpathy_json(file, find_first(folder, *IMAGE_FOLDERS["flickr30k"]))
+    return _read_blip_json(find_first(folder, "flickr30k_test.json", "annotations/flickr30k_test.json"), folder)
 
 
 def _read_flickr8k(folder: Path) -> CaptionFields:
     image_dir = find_first(folder, *IMAGE_FOLDERS["flickr8k"])
     file = folder / "dataset_flickr8k.json"
     if file.exists():
-        return {"captions": read_karpathy_json(file, image_dir)}
+        return _read_karpathy_json(file, image_dir)
     names = find_first(folder, "Flickr_8k.testImages.txt", "Flickr8k_text/Flickr_8k.testImages.txt")
     captions = find_first(names.parent, "Flickr8k.token.txt")
     return {"captions": read_listed_images(names, captions, [image_dir])}
@@ -135,13 +123,7 @@ def _read_flickr8k(folder: Path) -> CaptionFields:
 
 
 def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
-    """Read the first `count` objects in a JSON list without reading the rest of the file.
-
-    ShareGPT4V's file is 1.4 GB, but only its first 1,000 objects are needed.
-
-    Raises:
-        DataFormatError: If the file is not a JSON list, or one of its first `count` objects is not valid JSON.
-    """
+    """Read the first `count` objects in a JSON list without reading the rest of the file, which may be gigabytes."""
     with file.open(encoding="utf-8") as stream:
         text = stream.read(READ_SIZE)
     decoder = json.JSONDecoder()
@@ -168,10 +150,9 @@ def _read_sharegpt4v(folder: Path) -> CaptionFields:
     As in Long-CLIP (arXiv 2403.15378), the caption is `conversations[1].value` with newlines replaced by spaces.
     """
     file = find_first(folder, SHAREGPT4V_FILE)
-    rows = read_first_objects(file, 1000)
     image_dir = folder if (folder / "sam").exists() else find_first(folder, "images", "data")
     pairs = []
-    for row in rows:
+    for row in read_first_objects(file, 1000):
         caption = row["conversations"][1]["value"].replace("\n", " ")
         pairs.append((resolve_image(image_dir, row["image"]), [caption]))
     return {"captions": make_captioned_records(pairs, file)}
@@ -202,12 +183,8 @@ def _read_docci(folder: Path) -> CaptionFields:
 # ---- captions in other languages -------------------------------------------------------------------------------------
 
 
-def read_chinese_clip(folder: Path) -> CaptionFields:
-    """Read a benchmark in Chinese-CLIP's format (arXiv 2211.01335).
-
-    Each line of test_texts.jsonl has the form {"text_id", "text", "image_ids"}. Each line of test_imgs.tsv has the form
-    "ID<tab>BASE64".
-    """
+def _read_chinese_clip(folder: Path) -> CaptionFields:
+    """Read a benchmark in Chinese-CLIP's format (arXiv 2211.01335): {"text", "image_ids"} and "ID<tab>BASE64"."""
     texts, images = folder / "test_texts.jsonl", folder / "test_imgs.tsv"
     captions: dict[str, list[str]] = {}
     for number, row in read_jsonl(texts):
@@ -222,7 +199,6 @@ def read_chinese_clip(folder: Path) -> CaptionFields:
 
 
 def _read_base64_images(file: Path, ids: set[str]) -> dict[str, ImageRef]:
-    """Read the images with the given ids from a file of "ID<tab>BASE64" lines."""
     refs: dict[str, ImageRef] = {}
     with file.open(encoding="ascii") as stream:
         for number, line in enumerate(stream, 1):
@@ -240,7 +216,7 @@ def _read_base64_images(file: Path, ids: set[str]) -> dict[str, ImageRef]:
 def _read_flickr30k_cn(folder: Path) -> CaptionFields:
     """Read 1,000 images with 5,000 human-translated captions (arXiv 1708.04390)."""
     if (folder / "test_texts.jsonl").exists():
-        return read_chinese_clip(folder)
+        return _read_chinese_clip(folder)
     image_dir = _find_image_dir(folder, "flickr30k")
     file = folder / "flickr30k_cn_test.txt"
     if file.exists():
@@ -255,7 +231,7 @@ def _read_flickr30k_cn(folder: Path) -> CaptionFields:
 def _read_coco_cn(folder: Path) -> CaptionFields:
     """Read 1,000 images with 1,053 human-written captions (arXiv 1805.08661). The translated captions are not used."""
     if (folder / "test_texts.jsonl").exists():
-        return read_chinese_clip(folder)
+        return _read_chinese_clip(folder)
     names = find_first(folder, "coco-cn_test.txt")
     captions = find_first(folder, "imageid.human-written-caption.txt")
     roots = [folder / "images", *find_coco_roots(folder)]
@@ -271,14 +247,11 @@ def _read_flickr8k_cn(folder: Path) -> CaptionFields:
     image_dir = _find_image_dir(folder, "flickr8k")
     data_dir = folder / "data" if (folder / "data").is_dir() else folder
     names = find_first(data_dir, "flickr8ktest.txt")
-    files = {
-        "captions_zh": data_dir / "flickr8kzhc.caption.txt",
-        "captions_zh_translated": data_dir / "flickr8kzhmtest.captions.txt",
-    }
+    files = {"captions_zh": "flickr8kzhc.caption.txt", "captions_zh_translated": "flickr8kzhmtest.captions.txt"}
     fields = {}
-    for field, file in files.items():
-        if file.exists():
-            fields[field] = read_listed_images(names, file, [image_dir])
+    for field, name in files.items():
+        if (data_dir / name).exists():
+            fields[field] = read_listed_images(names, data_dir / name, [image_dir])
     if not fields:
         raise MissingFileError(f"{data_dir} has no flickr8kzhc.caption.txt")
     return fields
@@ -291,10 +264,7 @@ def _find_image_dir(folder: Path, dataset: str) -> Path:
 
 
 def _read_xm3600(folder: Path) -> CaptionFields:
-    """Read 3,600 images with captions in 36 languages (arXiv 2205.12522).
-
-    All captions are used, whereas some evaluation tools use only each image's first caption per language.
-    """
+    """Read 3,600 images with captions in 36 languages (arXiv 2205.12522). All captions are used."""
     file = find_first(folder, "captions.jsonl", "annotations/captions.jsonl")
     image_dir = find_first(folder, "images")
     pairs: dict[str, list[tuple[ImageRef, list[str]]]] = {}

@@ -32,7 +32,6 @@ from llm2clip.evaluate.benchmarks.coco_instances import (
     make_coco_file_benchmark,
     make_image_refs,
     read_instances,
-    require_pycocotools,
 )
 from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, read_lines
 
@@ -66,31 +65,28 @@ def read_class_names(name: str) -> list[list[str]]:
 
 
 def make_segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
-    """Create a segmentation benchmark from the user's images and masks.
+    """Create a segmentation benchmark from a folder, or from a JSON file in COCO's format with a "segmentation".
 
-    Args:
-        name: Path of a folder, or of a JSON file in COCO's format with a "segmentation" for each object. A folder must
-            contain images/, masks/ (one PNG per image, with the same name) and classes.txt. Line n of classes.txt lists
-            the comma-separated names of the class with pixel value n - 1. Pixels with the value 255 are ignored. If
-            the first class is "background", the protocol for data sets with a background is used.
+    A folder must contain images/, masks/ (one PNG per image, with the same name) and classes.txt. Line n of classes.txt
+    lists the comma-separated names of the class with pixel value n - 1. Pixels with the value 255 are ignored. If the
+    first class is "background", the protocol for data sets with a background is used.
     """
-    if not name.endswith(".json"):
-        return Benchmark(
-            name=SEGMENTATION_PREFIX + name,
-            kind="segmentation",
-            description="images with masks",
-            folders=(str(Path(name).expanduser().absolute()),),
-            read=partial(_read_mask_folder, templates=templates),
-            source="a folder with images/, masks/ (PNGs) and classes.txt",
-        )
+    if name.endswith(".json"):
+        return make_coco_file_benchmark(SEGMENTATION_PREFIX, name, "segmentation", partial(_read_masks, templates))
+    return Benchmark(
+        name=SEGMENTATION_PREFIX + name,
+        kind="segmentation",
+        description="images with masks",
+        folders=(str(Path(name).expanduser().absolute()),),
+        read=partial(_read_mask_folder, templates=templates),
+        source="a folder with images/, masks/ (PNGs) and classes.txt",
+    )
 
-    def read(file: Path) -> SegmentationData:
-        require_pycocotools()
-        instances = read_instances(file, with_masks=True)
-        names = [[class_name] for class_name in instances.names.values()]
-        return _build_from_instances(instances, names, templates or get_imagenet_templates())
 
-    return make_coco_file_benchmark(SEGMENTATION_PREFIX, name, "segmentation", read)
+def _read_masks(templates: Sequence[str], file: Path) -> SegmentationData:
+    instances = read_instances(file, with_masks=True)
+    names = [[class_name] for class_name in instances.names.values()]
+    return _build_from_instances(instances, names, templates or get_imagenet_templates())
 
 
 def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData:
@@ -129,9 +125,7 @@ def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationDat
 def _make_label_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -> np.ndarray:
     """Return a table that maps pixel values to class indices, int16 of shape (256,).
 
-    Args:
-        classes: Class index of each pixel value.
-        ignored: Other valid pixel values. Like 255, they are mapped to `IGNORED`.
+    The values in `ignored`, and 255, are mapped to `IGNORED`. Other values than those in `classes` are invalid.
     """
     table = np.full(256, _INVALID, np.int16)
     table[[*ignored, 255]] = IGNORED
@@ -141,10 +135,7 @@ def _make_label_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -
 
 
 def _read_label_file(file: Path, table: np.ndarray) -> np.ndarray:
-    """Read labels from a single-channel PNG, or from the array LabelMap in a MATLAB file.
-
-    `table` contains the class index of each pixel value (see `_make_label_table`). The result is uint8 of shape (H, W).
-    """
+    """Read labels, uint8 of shape (H, W), from a single-channel PNG or from the array LabelMap in a MATLAB file."""
     mode = ""
     try:
         if file.suffix == ".mat":  # PASCAL-Context's own format
@@ -176,10 +167,9 @@ def _build_from_files(
     templates: Sequence[str] = (),
     **protocol: Any,
 ) -> SegmentationData:
-    """Return a data set with one label file per image.
+    """Return a data set with one label file per image. See `_make_label_table`.
 
-    `table` maps pixel values to class indices (see `_make_label_table`), `source` is the file or folder to name in
-    error messages, and `protocol` contains other fields of `SegmentationData`.
+    Error messages name `source`. `protocol` contains other fields of `SegmentationData`.
     """
     if not images:
         raise MissingFileError(f"{source} contains no images")
@@ -204,51 +194,51 @@ def _find_devkit(folder: Path, year: str) -> Path:
     raise MissingFileError(f"{folder} contains neither {year}/JPEGImages nor JPEGImages")
 
 
+def _list_files(root: Path, split_file: Path, label_files: str) -> tuple[list[FileImage], list[Path]]:
+    """Return the images in a split and their label files. `label_files` is a path with {} for the name of an image."""
+    ids = read_lines(split_file)
+    images = [resolve_image(root / "JPEGImages", f"{name}.jpg") for name in ids]
+    return images, [root / label_files.format(name) for name in ids]
+
+
 def _read_voc(folder: Path, with_background: bool) -> SegmentationData:
     root = _find_devkit(folder, "VOC2012")
     split_file = find_first(root, "ImageSets/Segmentation/val.txt")
-    ids = read_lines(split_file)
-    label_files = [root / "SegmentationClass" / f"{name}.png" for name in ids]
-    images = [resolve_image(root / "JPEGImages", f"{name}.jpg") for name in ids]
+    files = _list_files(root, split_file, "SegmentationClass/{}.png")
     names = read_class_names("voc20")
-    if with_background:
-        table = _make_label_table({value: value for value in range(21)})
-        names = [*read_class_names("background"), *names]
-        protocol = {**_WITH_BACKGROUND, "logit_scale": 65, "min_area": 0.1}
-    else:
+    if not with_background:
         table = _make_label_table({value: value - 1 for value in range(1, 21)}, ignored=[0])
-        protocol = {}
-    return _build_from_files(images, label_files, table, split_file, names, **protocol)
+        return _build_from_files(*files, table, split_file, names)
+    table = _make_label_table({value: value for value in range(21)})
+    names = [*read_class_names("background"), *names]
+    protocol = {**_WITH_BACKGROUND, "logit_scale": 65, "min_area": 0.1}
+    return _build_from_files(*files, table, split_file, names, **protocol)
 
 
 def _read_context(folder: Path, with_background: bool) -> SegmentationData:
     """Read mmsegmentation's PNGs (SegmentationClassContext/). If there are none, read the original MATLAB files."""
     root = _find_devkit(folder, "VOC2010")
-    background = {0: 0} if with_background else {}
     offset = 0 if with_background else 1
     if (root / "SegmentationClassContext").is_dir():
         split_file = find_first(root, "ImageSets/SegmentationContext/val.txt")
-        ids = read_lines(split_file)
-        label_files = [root / "SegmentationClassContext" / f"{name}.png" for name in ids]
+        files = _list_files(root, split_file, "SegmentationClassContext/{}.png")
+        background = {0: 0} if with_background else {}
         table = _make_label_table({value: value - offset for value in range(1, 60)} | background, ignored=[0])
     else:
         split_file = find_first(root, "ImageSets/Main/val.txt")
-        ids = read_lines(split_file)
-        label_files = [root / "trainval" / f"{name}.mat" for name in ids]
+        files = _list_files(root, split_file, "trainval/{}.mat")
         table = np.full(460, 0 if with_background else IGNORED, np.int16)
         table[list(_CONTEXT_IDS)] = np.arange(1, 60) - offset
-    images = [resolve_image(root / "JPEGImages", f"{name}.jpg") for name in ids]
     names = read_class_names("context59")
     if with_background:
-        return _build_from_files(images, label_files, table, split_file, [["background"], *names], **_WITH_BACKGROUND)
-    return _build_from_files(images, label_files, table, split_file, names)
+        return _build_from_files(*files, table, split_file, [["background"], *names], **_WITH_BACKGROUND)
+    return _build_from_files(*files, table, split_file, names)
 
 
 # ---- COCO ----------------------------------------------------------------------------------------------------------
 
 
 def _read_coco_object(folder: Path) -> SegmentationData:
-    require_pycocotools()
     instances = read_instances(find_instances_file(folder), with_masks=True)
     names = read_class_names("coco_object")
     if len(instances.names) != len(names):
@@ -259,13 +249,7 @@ def _read_coco_object(folder: Path) -> SegmentationData:
 def _build_from_instances(instances: Instances, names: list[list[str]], templates: Sequence[str]) -> SegmentationData:
     """Return a data set whose labels come from the object masks. Pixels outside all masks are background.
 
-    Pixels that belong to several objects get the label of the smallest object.
-
-    Args:
-        names: Names of each category, in order of category id.
-
-    Raises:
-        DataFormatError: If an object has no "area" field, or there are too many categories.
+    Pixels that belong to several objects get the label of the smallest object. `names` are in order of category id.
     """
     file = instances.file
     if len(names) >= IGNORED:
@@ -308,8 +292,7 @@ def _read_coco_stuff(folder: Path) -> SegmentationData:
     images = [resolve_image(image_dir, f"{file.stem}.jpg") for file in label_files]
     values = [value for value in range(182) if value not in _COCO_REMOVED]
     table = _make_label_table({value: label for label, value in enumerate(values)})
-    names = read_class_names("coco_stuff")
-    return _build_from_files(images, label_files, table, label_dir, names, scale=2.0)
+    return _build_from_files(images, label_files, table, label_dir, read_class_names("coco_stuff"), scale=2.0)
 
 
 # ---- ADE20K and Cityscapes -----------------------------------------------------------------------------------------
@@ -333,8 +316,7 @@ def _read_cityscapes(folder: Path) -> SegmentationData:
         images.append(resolve_image(folder / "leftImg8bit" / "val", f"{file.parent.name}/{name}"))
     others = [value for value in range(34) if value not in _CITYSCAPES_IDS]
     table = _make_label_table({value: label for label, value in enumerate(_CITYSCAPES_IDS)}, ignored=others)
-    names = read_class_names("cityscapes")
-    return _build_from_files(images, label_files, table, label_dir, names, scale=2.5)
+    return _build_from_files(images, label_files, table, label_dir, read_class_names("cityscapes"), scale=2.5)
 
 
 READERS = {

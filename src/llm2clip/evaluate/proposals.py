@@ -16,22 +16,16 @@ from llm2clip.io_utils import DataFormatError, MissingFileError, read_json
 from llm2clip.models.loading import load_config
 
 GROUND_TRUTH = "ground-truth"
-TORCHVISION_PREFIX = "torchvision:"
 MAX_COORDINATE = 1 << 24  # limit for pixel coordinates; float32 represents integers exactly up to this value
 MAX_PROPOSALS = 300  # maximum number of proposals per image; the highest-scoring ones are used
 
 
 @dataclass
 class Proposals:
-    """Class-agnostic boxes in one image.
+    """Class-agnostic boxes in one image."""
 
-    Args:
-        boxes: Corners (x0, y0, x1, y1) in pixels, float32 of shape (N, 4).
-        scores: Objectness between 0 and 1, float32 of shape (N,).
-    """
-
-    boxes: Tensor
-    scores: Tensor
+    boxes: Tensor  # corners (x0, y0, x1, y1) in pixels, float32 of shape (N, 4)
+    scores: Tensor  # objectness between 0 and 1, float32 of shape (N,)
 
     def select_top(self, height: int, width: int) -> Proposals:
         """Clip the boxes to the image. Return up to `MAX_PROPOSALS` non-empty boxes, sorted by descending score."""
@@ -44,38 +38,32 @@ class Proposals:
 
 @dataclass
 class ProposalSource:
-    """Source of box proposals.
-
-    Args:
-        find: Function that takes an image id and a uint8 image of shape (3, H, W), and returns the image's proposals.
-        note: Warning about unused boxes and images without boxes, or an empty string.
-    """
+    """Source of box proposals."""
 
     find: Callable[[ImageId, Tensor], Proposals]
+    """Function that takes an image id and a uint8 image of shape (3, H, W)."""
     note: str = ""
+    """Warning about unused boxes and images without boxes, or an empty string."""
 
 
 def open_proposals(name: str, data: DetectionData, device: torch.device) -> ProposalSource:
-    """Open a source of box proposals.
+    """Open a source of box proposals. Class labels predicted by detectors are ignored.
 
     Args:
-        name: "ground-truth", the path of a JSON file in COCO's results format, torchvision:NAME, or the folder or hub
-            id of a transformers object detection model. Class labels predicted by detectors are ignored.
+        name: "ground-truth", the path of a JSON file in COCO's results format, or the folder or hub id of a
+            transformers object detection model.
 
     Raises:
         MissingFileError: If the JSON file does not exist.
         DataFormatError: If a row of the JSON file is invalid.
-        ValueError: If torchvision or transformers has no such detector.
+        ValueError: If transformers cannot load the detector.
     """
     if name == GROUND_TRUTH:
         boxes_of_image = get_object_boxes(data)
         return _make_lookup({key: Proposals(boxes, torch.ones(len(boxes))) for key, boxes in boxes_of_image.items()})
-    if name.startswith(TORCHVISION_PREFIX):
-        detect = _load_torchvision_detector(name.removeprefix(TORCHVISION_PREFIX), device)
-    elif name.endswith(".json"):
+    if name.endswith(".json"):
         return _read_proposals(Path(name), data)
-    else:
-        detect = _load_transformers_detector(name, device)
+    detect = _load_detector(name, device)
     return ProposalSource(lambda image_id, image: detect(image))
 
 
@@ -130,7 +118,6 @@ def _read_proposals(file: Path, data: DetectionData) -> ProposalSource:
 
 
 def _parse_row(file: Path, number: int, row: Any) -> tuple[str, list[float]]:
-    """Return a row's image id as a string, and the values [x, y, w, h, score]."""
     try:
         image_id = row["image_id"]
         if isinstance(image_id, float) and image_id.is_integer():  # pandas may write the id 139 as 139.0
@@ -158,23 +145,7 @@ def _parse_row(file: Path, number: int, row: Any) -> tuple[str, list[float]]:
 # ---- detectors -------------------------------------------------------------------------------------------------------
 
 
-def _load_torchvision_detector(name: str, device: torch.device) -> Callable[[Tensor], Proposals]:
-    from torchvision.models import detection, get_model, list_models
-
-    names = [n for n in list_models(module=detection) if not n.startswith("keypoint")]
-    if name not in names:
-        raise ValueError(f"torchvision has no detector {name!r}; choose from {', '.join(names)}")
-    model = get_model(name, weights="DEFAULT").eval().to(device)
-
-    @torch.inference_mode()
-    def detect(image: Tensor) -> Proposals:
-        [result] = model([image.to(device).float() / 255])
-        return Proposals(result["boxes"].float().cpu(), result["scores"].float().cpu())
-
-    return detect
-
-
-def _load_transformers_detector(name: str, device: torch.device) -> Callable[[Tensor], Proposals]:
+def _load_detector(name: str, device: torch.device) -> Callable[[Tensor], Proposals]:
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
     try:
@@ -185,7 +156,7 @@ def _load_transformers_detector(name: str, device: torch.device) -> Callable[[Te
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--proposals {name}: not a transformers object detection model ({error}). Pass ground-truth, a JSON file "
-            f"in COCO's results format, {TORCHVISION_PREFIX}NAME, or a folder or hub id of an object detection model"
+            "in COCO's results format, or a folder or hub id of an object detection model"
         ) from error
 
     @torch.inference_mode()

@@ -60,11 +60,7 @@ def plot_interval_curves(
 
 
 def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: str) -> str:
-    """Plot each value with a horizontal error bar, one row per value, and return the SVG.
-
-    Args:
-        intervals: Value and error bar limits as (value, low, high), keyed by label. The first label is at the top.
-    """
+    """Plot each (value, low, high) with a horizontal error bar, keyed by label from top to bottom. Return the SVG."""
     figure, axes = create_axes(7.5, 0.5 + 0.36 * len(intervals))
     for n, (value, low, high) in enumerate(intervals.values()):
         axes.plot([low, high], [-n, -n], color=COLOURS[0], linewidth=2.5, alpha=0.5, solid_capstyle="round")
@@ -78,8 +74,7 @@ def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: 
 def plot_distributions(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], xlabel: str, ylabel: str) -> str:
     """Plot cumulative distributions of positive integers on a logarithmic axis, and return the SVG.
 
-    Args:
-        curves: Increasing values and the percentage of values up to each of them, keyed by curve name.
+    `curves` contains increasing values and the percentage of values up to each of them, keyed by curve name.
     """
     figure, axes = create_axes(4.8, 2.9)
     for n, (name, (x, y)) in enumerate(curves.items()):

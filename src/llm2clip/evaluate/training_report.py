@@ -14,12 +14,11 @@ from torch import Tensor
 
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.evaluate import plots
+from llm2clip.evaluate.comparison import K, describe_retrieval, describe_share
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.recall import KS, retrieval_metrics, two_way_ranks
-from llm2clip.evaluate.reporting import plots
-from llm2clip.evaluate.reporting.error_analysis import read_example_searches
-from llm2clip.evaluate.reporting.verdicts import K, describe_retrieval, describe_share
-from llm2clip.evaluate.retrieval import RetrievalRanks, rank_caption_fields
+from llm2clip.evaluate.metrics import KS, retrieval_metrics, two_way_ranks
+from llm2clip.evaluate.retrieval import RetrievalRanks, rank_caption_fields, read_example_searches
 from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.io_utils import atomic_write_text, format_bytes, read_json
 from llm2clip.models.dual_encoder import wrap_llm2clip
@@ -53,7 +52,6 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
     """Write report.md and report.html to a run directory, and print a summary of the metrics.
 
     Args:
-        run_dir: Run directory with `model/` and the results of all stages.
         trained: Result of `evaluate_caption_fields` after the `align` stage.
         data: One-line description of the training and held-out data.
     """
@@ -88,18 +86,13 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
         Code(_format_usage(run_dir / "model"), "python"),
         *build_run_section(describe_run(sum(durations.values())), f"Stages: {stages}. {data}", settings),
     ]
-    verdict = _describe_fit(untrained, trained)
+    verdict = describe_retrieval("The model", trained[0], "held-out captions")
+    if verdict.startswith("The model"):
+        verdict += f" Before training, it did so for {describe_share(untrained[0]['T2I'][f'R@{K}'])}."
     page = run_dir / "report.html"
     write_report(page, f"Training of {run_dir.resolve().name}", verdict, blocks)
     summary = build_summary_table(cra, untrained, trained)
     print_once(render_markdown("Results", [summary], verdict), f"Report: {page}")
-
-
-def _describe_fit(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> str:
-    verdict = describe_retrieval("The model", trained[0], "held-out captions")
-    if verdict.startswith("The model"):
-        verdict += f" Before training, it did so for {describe_share(untrained[0]['T2I'][f'R@{K}'])}."
-    return verdict
 
 
 def _format_usage(model_dir: Path) -> str:
@@ -115,12 +108,7 @@ def _format_usage(model_dir: Path) -> str:
 def build_summary_table(
     cra: Sequence[dict[str, Any]], untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]
 ) -> Table:
-    """Return a table with the main metrics of a `fit` run.
-
-    Args:
-        cra: Results of `caption_retrieval_accuracy` before and after the `tune` stage. Empty if CRA was not measured.
-        untrained, trained: Results of `evaluate_caption_fields` before and after the `align` stage.
-    """
+    """Return a table with the main metrics of a `fit` run. `cra` is empty if CRA was not measured."""
     rows: list[list[Any]] = []
     if cra:
         rows.append([f"CRA ({cra[0]['images']:,} images)", cra[0]["chance"], cra[0]["CRA"], cra[1]["CRA"]])
@@ -133,7 +121,6 @@ def build_summary_table(
 
 
 def build_caption_retrieval_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table:
-    """Return a table that compares the CRA before and after the `tune` stage with the chance level."""
     rows: list[list[Any]] = [["chance", raw["chance"], None]]
     for name, metrics in (("raw", raw), ("tuned", tuned)):
         rows.append([name, metrics["CRA"], format_interval(metrics["CRA interval"])])
@@ -142,7 +129,6 @@ def build_caption_retrieval_table(raw: dict[str, Any], tuned: dict[str, Any]) ->
 
 
 def _build_retrieval_section(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> list[Block]:
-    """Compare each caption field's recall before and after training with the chance level."""
     rows: list[list[Any]] = []
     for before, after in zip(untrained, trained, strict=True):
         name = f"{after['captions']} ({after['images']:,} images, {after['texts']:,} texts)"
@@ -173,11 +159,7 @@ def _format_recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
 
 
 def _build_short_query_section(result: Mapping[str, Any]) -> list[Block]:
-    """Return a report section on one- to three-word queries, encoded with and without the model's templates.
-
-    Args:
-        result: Result of `ShortQueryResult.to_dict`.
-    """
+    """Return a report section on one- to three-word queries. `result` is the result of `ShortQueryResult.to_dict`."""
     literal, with_templates = result["short queries"], result["short queries with templates"]
     header = ["query", *(f"{row['words']} {'word' if row['words'] == '1' else 'words'}: mAP" for row in literal)]
     rows = [
@@ -234,7 +216,6 @@ def write_distill_report(
     Args:
         encode_teacher_texts: Function that takes N texts and returns the teacher's L2-normalised embeddings (N, D).
         held_out: Records on which to evaluate, keyed by caption field. May be empty.
-        log: Log of images that cannot be decoded.
         seconds: Duration of the run so far.
     """
     student = LLM2CLIP.from_pretrained(folder / "model", teacher.device)
@@ -280,12 +261,11 @@ def describe_distillation(result: Mapping[str, Any]) -> str:
 
 
 def compare_text_embeddings(name: str, ranks: RetrievalRanks, texts: Tensor) -> dict[str, Any]:
-    """Compare a student's embeddings of the texts in `ranks` with the teacher's, on the same image embeddings.
+    """Compare a student's embeddings of `ranks.captions` with the teacher's, on the same image embeddings.
 
     Args:
-        name: Name of the caption field.
         ranks: Retrieval ranks of the teacher.
-        texts: The student's embeddings of `ranks.captions`, L2-normalised, of shape (T, D).
+        texts: The student's embeddings, L2-normalised, of shape (T, D).
 
     Returns:
         "captions", "images" and "texts" (name of the field and counts); "teacher" and "student" (see
@@ -322,15 +302,11 @@ def _compare_short_queries(
             print_once(f"Short queries are not compared: {error}")
             return []
         scores.append(result.with_templates or result.plain)
-    return [
-        {
-            "words": first.words,
-            "queries": len(first.scores),
-            "teacher mAP": first.mean_ap,
-            "student mAP": second.mean_ap,
-        }
-        for first, second in zip(*scores, strict=True)
-    ]
+    entries = []
+    for first, second in zip(*scores, strict=True):
+        counts = {"words": first.words, "queries": len(first.scores)}
+        entries.append(counts | {"teacher mAP": first.mean_ap, "student mAP": second.mean_ap})
+    return entries
 
 
 def measure_text_encoder(folder: Path, queries: Sequence[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import io
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +25,22 @@ from torchvision.ops import batched_nms, box_convert, box_iou, nms
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
+from llm2clip.config import EvaluateOptions
 from llm2clip.data.images import load_image, make_thumbnail
-from llm2clip.evaluate.benchmarks.base import DetectionData, ImageId
-from llm2clip.evaluate.bootstrap import BootstrapMetrics, draw_bootstrap_counts
-from llm2clip.evaluate.classification import encode_classes
-from llm2clip.evaluate.dense import decode_images, gather_results, get_logit_scales, get_model, select_variants
-from llm2clip.evaluate.dense.proposals import GROUND_TRUTH, Proposals, get_object_boxes, open_proposals
-from llm2clip.evaluate.dense.regions import CROP, encode_boxes
+from llm2clip.evaluate.benchmarks.base import BenchmarkResult, DetectionData, ImageId
+from llm2clip.evaluate.classification import count_texts, encode_classes
 from llm2clip.evaluate.embeddings import EmbeddingSource
+from llm2clip.evaluate.metrics import BootstrapMetrics, draw_bootstrap_counts
+from llm2clip.evaluate.proposals import GROUND_TRUTH, Proposals, get_object_boxes, open_proposals
+from llm2clip.evaluate.regions import (
+    CROP,
+    decode_images,
+    encode_boxes,
+    gather_results,
+    get_logit_scales,
+    get_model,
+    select_variants,
+)
 from llm2clip.io_utils import atomic_write_text, sanitize_name
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
 from llm2clip.runs.ranks import process_state
@@ -51,41 +60,27 @@ AP50_INDEX = 0  # index of 0.5 in COCO's IoU thresholds 0.5, 0.55, ..., 0.95
 
 @dataclass
 class Detections:
-    """Detections in one image, sorted by descending score.
+    """Detections in one image, sorted by descending score."""
 
-    Args:
-        boxes: Corners (x0, y0, x1, y1) in pixels, float32 of shape (N, 4).
-        scores: Scores between 0 and 1, float64 of shape (N,).
-        labels: Class indices, int64 of shape (N,).
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
+    boxes: Tensor  # corners (x0, y0, x1, y1) in pixels, float32 of shape (N, 4)
+    scores: Tensor  # between 0 and 1, float64 of shape (N,)
+    labels: Tensor  # class indices, int64 of shape (N,)
 
 
 @dataclass
 class DetectionResults:
-    """A model's detections in all images.
+    """A model's detections in all images, keyed by method.
 
-    Args:
-        by_method: Detections, keyed by method and then by image id. Each method uses either the protocol's logit scale
-            or the model's learned scale, if the model has one. See `get_logit_scales`.
-        logit_scales: Logit scale of each method.
-        num_boxes: Number of proposals.
-        num_covered, num_objects: Number of objects covered by a proposal, and total number of objects. Crowds are not
-            counted.
-        note: See `ProposalSource.note`.
-        failures: Error for each unusable image, keyed by the image's index.
+    Each method uses either the protocol's logit scale or the model's learned scale. See `get_logit_scales`.
     """
 
     by_method: dict[str, dict[ImageId, Detections]]
     logit_scales: dict[str, float]
-    num_boxes: int
-    num_covered: int
-    num_objects: int
-    note: str
-    failures: dict[int, str]
+    num_boxes: int  # number of proposals
+    num_covered: int  # number of objects covered by a proposal
+    num_objects: int  # number of objects except crowds
+    note: str  # see `ProposalSource.note`
+    failures: dict[int, str]  # error for each unusable image, keyed by the image's index
 
     def describe_proposals(self, source: str) -> dict[str, Any]:
         """Return a dict with the proposals' source, number, recall in percent, and description for the report."""
@@ -103,6 +98,38 @@ class DetectionResults:
         return values | {"description": description}
 
 
+def evaluate_detection(
+    data: DetectionData, embeddings: EmbeddingSource, options: EvaluateOptions, predictions_dir: Path | None = None
+) -> BenchmarkResult:
+    """Detect objects with each method, compute the metrics, and write the detections to `predictions_dir` if given."""
+    if options.proposals is None:
+        raise ValueError(
+            "a detection benchmark needs boxes: pass --proposals FILE.json (COCO's results format), "
+            "--proposals DETECTOR, or --proposals ground-truth"
+        )
+    results = detect_objects(data, embeddings, options.proposals, options.dense_variants, options.crop_proposals)
+    description = results.describe_proposals(options.proposals)
+    usable = drop_images(data, results.failures)
+    rows, bootstrap = [], {}
+    for method, detections in results.by_method.items():
+        if predictions_dir is not None and process_state().is_main_process:
+            write_detections(predictions_dir, method, usable, detections)
+        metrics, class_ap50 = compute_detection_metrics(usable, detections)
+        values = {**metrics.values, "proposal recall": description["recall"]}
+        bootstrap[method] = dataclasses.replace(metrics, values=values)
+        row = bootstrap[method].to_row(method)
+        rows.append(row | {"class AP50": class_ap50, "logit scale": results.logit_scales[method]})
+    first_method, first_detections = next(iter(results.by_method.items()))
+    summary = {
+        "images": len(first_detections),
+        **count_texts(embeddings, data.names, data.templates),
+        "proposals": description,
+        "rows": rows,
+    }
+    draw_examples = partial(build_detection_blocks, usable, first_method, first_detections)
+    return BenchmarkResult(summary, data.images, bootstrap=bootstrap, draw_examples=draw_examples)
+
+
 def detect_objects(
     data: DetectionData, embeddings: EmbeddingSource, proposals: str, variants: Sequence[str], with_crops: bool = False
 ) -> DetectionResults:
@@ -111,13 +138,11 @@ def detect_objects(
     In a distributed run, the images are split across the ranks, and every rank returns all detections.
 
     Args:
-        embeddings, variants: See `classify_regions`.
         proposals: Source of the boxes. See `open_proposals`.
         with_crops: If True, also use the method "crop", which encodes each box as a separate image. See `regions.py`.
 
     Raises:
-        ValueError: If the embeddings are precomputed, the model supports none of the variants, or the proposals are
-            invalid.
+        ValueError: If the embeddings are precomputed, or the model supports none of the variants.
         TooManySkipped: If too many images are unusable.
     """
     model = get_model(embeddings)
@@ -174,13 +199,7 @@ def classify_boxes(
     """Classify the boxes of one image and return up to `MAX_DETECTIONS` detections.
 
     score(box, class) = sqrt(objectness * p) in float64, where p is the softmax over classes of logit_scale * cosine.
-    Detections with equal scores are sorted by box index and then by class index.
-
-    Args:
-        proposals: Boxes and objectness scores of P proposals.
-        box_embeddings: Box embeddings of shape (P, D), L2-normalised.
-        classes: Class embeddings of shape (C, D), L2-normalised.
-        logit_scale: Factor by which cosine similarities are multiplied before the softmax.
+    Detections with equal scores are sorted by box index and then by class index. The embeddings are L2-normalised.
     """
     # float32 would round many probabilities to 1, and the order of equal scores would be arbitrary.
     probabilities = (logit_scale * box_embeddings.double() @ classes.double().T).softmax(1)  # (boxes, classes)
@@ -214,15 +233,11 @@ def build_detection_blocks(
         f"The {EXAMPLE_BOXES} highest-scoring detections per image for the method {method}. If detections overlap, "
         "only the one with the highest score is shown."
     )
-    return [
-        Heading("Detections", 3),
-        Paragraph(text),
-        Examples(images, "Example images, evenly spaced through the data set:"),
-    ]
+    examples = Examples(images, "Example images, evenly spaced through the data set:")
+    return [Heading("Detections", 3), Paragraph(text), examples]
 
 
 def _draw_detections(image: Tensor, detected: Detections, names: Sequence[str]) -> Example:
-    """Draw the highest-scoring detections on an image. Of overlapping boxes, only the highest-scoring one is drawn."""
     height, width = image.shape[1:]
     scale = EXAMPLE_SIDE / max(height, width)
     drawn = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
@@ -246,12 +261,8 @@ def compute_detection_metrics(
 
     COCOeval from pycocotools matches detections to objects and computes the precision at 101 recall values. AP50 uses
     an IoU threshold of 0.5, and AP is the mean over the thresholds 0.5, 0.55, ..., 0.95. A group's value is the mean
-    over its classes, excluding classes without objects.
-
-    Bootstrapping over images reuses COCOeval's matches and recomputes only the precision for each resample.
-
-    Args:
-        detections: Detections, keyed by image id. Images without an entry have no detections.
+    over its classes, excluding classes without objects. Bootstrapping over images reuses COCOeval's matches and
+    recomputes only the precision for each resample. Images without an entry in `detections` have no detections.
 
     Returns:
         Metrics "AP50 GROUP" and "AP GROUP" for each group in `data.groups` and for the group "all", and the AP50 of
@@ -291,7 +302,7 @@ def compute_detection_metrics(
 
 
 def to_result_rows(data: DetectionData, detections: Mapping[ImageId, Detections]) -> list[dict[str, Any]]:
-    """Convert detections to COCO's results format: "image_id", "category_id", "bbox" as [x, y, w, h] and "score"."""
+    """Convert detections to COCO's results format."""
     rows = []
     for image_id, detected in detections.items():
         boxes = box_convert(detected.boxes.double(), "xyxy", "xywh").tolist()
@@ -305,23 +316,19 @@ def to_result_rows(data: DetectionData, detections: Mapping[ImageId, Detections]
 class ClassMatches:
     """Detections of one class in all images, sorted by descending score and matched at an IoU threshold of 0.5.
 
-    Args:
-        image: Image index of each detection, of shape (N,).
-        is_correct: Boolean mask of shape (N,) that is True for detections that match an object. Detections that match a
-            crowd are not included.
-        objects: Number of objects in each image, of shape (images,). Crowds are excluded.
+    Crowds, and detections that match a crowd, are excluded.
     """
 
-    image: np.ndarray
-    is_correct: np.ndarray
-    objects: np.ndarray
+    image: np.ndarray  # image index of each detection, of shape (N,)
+    is_correct: np.ndarray  # True for detections that match an object, bool of shape (N,)
+    objects: np.ndarray  # number of objects in each image, of shape (images,)
 
 
 def compute_weighted_ap(matches: ClassMatches, weights: np.ndarray, recall_values: np.ndarray) -> float:
     """Return the interpolated average precision of one class, counting image i `weights[i]` times.
 
-    COCOeval would return the same value for a data set in which the images are repeated. The precision is averaged over
-    `recall_values`. The result is NaN if there are no objects.
+    COCOeval would return this value for a data set in which the images are repeated, unless scores are equal. The
+    precision is averaged over `recall_values`. The result is NaN if there are no objects.
     """
     num_objects = float(weights @ matches.objects)
     if num_objects == 0:
@@ -378,7 +385,6 @@ def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]
 
 
 def _extract_class_matches(evaluator: Any, k: int) -> ClassMatches:
-    """Extract COCOeval's matches of class k at the IoU threshold 0.5."""
     num_images = len(evaluator.params.imgIds)
     scores, images, is_correct = [np.zeros(0)], [np.zeros(0, int)], [np.zeros(0, bool)]
     objects = np.zeros(num_images)

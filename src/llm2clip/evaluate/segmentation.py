@@ -7,6 +7,7 @@ intersections and unions are summed over all images before they are divided.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.images import load_image, make_thumbnail
-from llm2clip.evaluate.benchmarks.base import IGNORED, SegmentationData
-from llm2clip.evaluate.bootstrap import BootstrapMetrics
-from llm2clip.evaluate.classification import encode_classes
-from llm2clip.evaluate.dense import decode_batches, gather_results, get_logit_scales, get_model, select_variants
+from llm2clip.evaluate.benchmarks.base import IGNORED, BenchmarkResult, SegmentationData
+from llm2clip.evaluate.classification import count_texts, encode_classes
 from llm2clip.evaluate.embeddings import EmbeddingSource
+from llm2clip.evaluate.metrics import BootstrapMetrics
+from llm2clip.evaluate.regions import decode_batches, gather_results, get_logit_scales, get_model, select_variants
 from llm2clip.io_utils import atomic_path, atomic_write_text, sanitize_name
 from llm2clip.models.vision.segmentation import PixelScores, ResizeForWindows, encode_windows, segment
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
@@ -36,35 +37,46 @@ OVERLAY_OPACITY = 0.6  # opacity of the class colours drawn over example images
 class SegmentationResult:
     """Result of a segmentation benchmark.
 
-    Args:
-        images: Indices of the evaluated images.
-        counts: Pixel counts of each method, int64 of shape (images, 3, classes). See `_segment_and_count`. Each method
-            is a variant with either the protocol's logit scale or the model's learned scale. The learned scale is
-            omitted if it does not affect the result. See `get_logit_scales`.
-        logit_scales: Logit scale of each method.
-        examples: Downsampled predictions for a few images as uint8 arrays of shape (h, w), keyed by image index and
-            then by method. The key "labels" stands for the true labels.
+    Each method is a variant with either the protocol's logit scale or the model's learned scale. The learned scale is
+    omitted if it does not affect the result. See `get_logit_scales`.
     """
 
     images: list[int]
+    """Indices of the evaluated images."""
     counts: dict[str, np.ndarray]
+    """Pixel counts of each method, int64 of shape (images, 3, classes). See `_segment_and_count`."""
     logit_scales: dict[str, float]
     examples: dict[int, dict[str, np.ndarray]]
+    """Downsampled predictions for a few images as uint8 arrays of shape (h, w), keyed by image index and then by
+    method. The key "labels" stands for the true labels."""
 
 
 def evaluate_segmentation(
-    data: SegmentationData,
-    embeddings: EmbeddingSource,
-    variants: Sequence[str],
-    predictions_dir: Path | None = None,
+    data: SegmentationData, embeddings: EmbeddingSource, variants: Sequence[str], predictions_dir: Path | None = None
+) -> BenchmarkResult:
+    """Segment all images with each method and compute the metrics. See `segment_images`."""
+    result = segment_images(data, embeddings, variants, predictions_dir)
+    rows, bootstrap = [], {}
+    class_names = [data.get_class_name(label) for label in range(len(data.names))]
+    for method, counts in result.counts.items():
+        bootstrap[method] = compute_segmentation_metrics(counts, result.images)
+        row = bootstrap[method].to_row(method)
+        row["IoU"] = dict(zip(class_names, compute_class_iou(counts), strict=True))
+        if data.min_probability > 0:  # without a threshold, the logit scale does not affect predictions
+            row["logit scale"] = result.logit_scales[method]
+        rows.append(row)
+    all_names = [name for names in data.names for name in names]
+    summary = {"images": len(result.images), **count_texts(embeddings, all_names, data.templates), "rows": rows}
+    draw_examples = partial(build_segmentation_blocks, data, result)
+    return BenchmarkResult(summary, data.images, bootstrap=bootstrap, draw_examples=draw_examples)
+
+
+def segment_images(
+    data: SegmentationData, embeddings: EmbeddingSource, variants: Sequence[str], predictions_dir: Path | None = None
 ) -> SegmentationResult:
-    """Segment all images with each variant. Each image is decoded once.
+    """Segment all images with each variant. Each image is decoded once. See `LabelMapWriter` for `predictions_dir`.
 
     In a distributed run, the images are split across the ranks, and every rank returns the complete result.
-
-    Args:
-        embeddings, variants: See `classify_regions`.
-        predictions_dir: Folder for the predictions (see `LabelMapWriter`). If None, predictions are not saved.
 
     Raises:
         ValueError: If the embeddings are precomputed, or the model supports none of the variants.
@@ -88,12 +100,7 @@ def evaluate_segmentation(
         scores = {name: encode_windows(resized, dense, name, queries, transform) for name in variants}
         for index, (_, size) in resized.items():
             try:
-                labels = data.read_labels(index)
-                if labels.shape != size:
-                    raise ValueError(
-                        f"the label map is {labels.shape[1]} x {labels.shape[0]} pixels, but the image is {size[1]} x "
-                        f"{size[0]} pixels"
-                    )
+                labels = _read_labels(data, index, size)
             except (ValueError, OSError) as error:
                 failures[index] = str(error)
                 continue
@@ -117,11 +124,20 @@ def evaluate_segmentation(
     )
 
 
+def _read_labels(data: SegmentationData, index: int, size: tuple[int, int]) -> np.ndarray:
+    labels = data.read_labels(index)
+    if labels.shape != size:
+        raise ValueError(
+            f"the label map is {labels.shape[1]} x {labels.shape[0]} pixels, but the image is {size[1]} x "
+            f"{size[0]} pixels"
+        )
+    return labels
+
+
 class LabelMapWriter:
     """Writer of predicted label maps: METHOD/NAME.png for each image, where NAME is the stem of the image's file name.
 
-    Pixel values are class indices. The PNGs have a palette, so image viewers show the classes in colour. classes.txt
-    lists one class name per line, sorted by class index.
+    Pixel values are class indices, which classes.txt lists. The PNGs have a palette, so viewers show colours.
     """
 
     def __init__(self, folder: Path, data: SegmentationData) -> None:
@@ -143,15 +159,14 @@ class LabelMapWriter:
 
 
 def compute_segmentation_metrics(counts: np.ndarray, images: Sequence[int]) -> BootstrapMetrics:
-    """Return "mIoU", "pixel accuracy" and "mean class accuracy" in percent.
+    """Return mmsegmentation's mIoU, aAcc and mAcc in percent, bootstrapped over images.
 
-    The metrics are mmsegmentation's mIoU, aAcc and mAcc, bootstrapped over images. The mean IoU excludes classes that
-    are neither labelled nor predicted in any image. The mean class accuracy excludes classes without labelled pixels.
+    The mean IoU excludes classes that are neither labelled nor predicted in any image. The mean class accuracy excludes
+    classes without labelled pixels.
     """
     counts = counts.astype(np.float64)
 
     def metrics(weights: np.ndarray) -> list[float]:
-        """Return all metrics, counting image i `weights[i]` times."""
         intersection, labelled, predicted = np.tensordot(weights, counts, 1)  # (3, classes)
         with np.errstate(invalid="ignore"):  # 0 / 0 for classes that do not occur
             iou = intersection / (labelled + predicted - intersection)
@@ -218,7 +233,6 @@ def _segment_and_count(
 
 
 def _downsample(labels: np.ndarray) -> np.ndarray:
-    """Downsample a label map to at most `EXAMPLE_SIDE` pixels per side by skipping rows and columns."""
     step = -(-max(labels.shape) // EXAMPLE_SIDE)
     return labels[::step, ::step].copy()
 

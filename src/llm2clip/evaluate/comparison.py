@@ -1,17 +1,15 @@
-"""Report sections that compare models with each other and with published results: tables, plots and example images."""
+"""Comparison of models with each other and with published results: tables, plots, and verdicts in words."""
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm2clip.evaluate.benchmark_eval import BenchmarkResult
-from llm2clip.evaluate.benchmarks import Benchmark
+from llm2clip.evaluate import plots
+from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkResult
 from llm2clip.evaluate.benchmarks.coco_instances import DEGENERATE
-from llm2clip.evaluate.recall import KS
-from llm2clip.evaluate.reporting import plots
-from llm2clip.evaluate.reporting.error_analysis import build_error_analysis_blocks
-from llm2clip.evaluate.short_queries import METRICS, LengthScores, compute_mean_intervals
+from llm2clip.evaluate.metrics import KS
+from llm2clip.evaluate.retrieval import build_error_analysis_blocks
 from llm2clip.published_results import CRA, CRA_NOTE, get_published_metrics, get_published_notes, get_published_rows
 from llm2clip.reports import (
     Block,
@@ -30,14 +28,9 @@ DIRECTIONS = ("I2T", "T2I")
 REFERENCE_MODELS = ("2024: Llama3-8B-CC", "2024: EVA02 + LLM2CLIP", "2026: Llama-3.1-8B-CC", "2026: SigLIP2 + LLM2CLIP")
 CLASS_METRICS = ("class top-1", "IoU", "class AP50")  # per-class metrics in the rows of `BenchmarkResult.summary`
 MEAN_BENCHMARKS = ("xm3600",)  # benchmarks for which only the mean over all languages was published
-SHORT_QUERY_NOTE = (
-    "One- to three-word queries are words and phrases from the captions. Every image with a caption that mentions the "
-    "query is a correct answer. Other images are wrong answers, even if they show what the query names. Longer queries "
-    "are complete captions. Intervals are 95% bootstrap intervals over queries."
-)
 BYTES_PER_VALUE = 2  # search indexes store vectors in float16
-Curves = Mapping[str, Sequence[LengthScores]]
-"""Results for each query length, keyed by model name. The key ends in ", with templates" if templates are used."""
+MIN_IMAGES = 50  # with fewer images, recall says little about other images
+K = 10  # verdicts describe retrieval by R@K
 
 
 def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResult]) -> list[Block]:
@@ -90,11 +83,7 @@ def _describe_benchmark(benchmark: Benchmark, summary: Mapping[str, Any]) -> str
 
 
 def build_caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
-    """Return the report section on caption retrieval, including the CRA in the paper (5,000 images of COCO).
-
-    Args:
-        metrics: Result of `caption_retrieval_accuracy`.
-    """
+    """Return the report section on the result of `caption_retrieval_accuracy`, with the paper's CRA (5,000 images)."""
     rows: list[list[Any]] = [[f"paper: {model}, COCO", cra, None, 5000] for model, cra in CRA.items()]
     rows.append([name, metrics["CRA"], format_interval(metrics["CRA interval"]), metrics["images"]])
     rows.append(["chance", metrics["chance"], None, metrics["images"]])
@@ -102,7 +91,7 @@ def build_caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[B
     for protocol in ("first to second", "second to first", "all pairs"):
         if protocol in metrics:
             chance = metrics["all pairs chance"]["R@1"] if protocol == "all pairs" else metrics["chance"]
-            direction_rows.append([protocol, *_get_recalls(metrics[protocol]), chance])
+            direction_rows.append([protocol, *(metrics[protocol][f"R@{k}"] for k in KS), chance])
     truncated = "unknown" if metrics["truncated"] is None else f"{metrics['truncated']:,}"
     blocks: list[Block] = [
         Heading("CRA: the first two captions of each image retrieve each other"),
@@ -142,39 +131,28 @@ def build_recall_table(
     header = ["model"]
     for direction in DIRECTIONS:
         header += [f"{direction} R@1", "95% interval", "R@5", "R@10", f"{direction} median rank"]
-    header.append("truncated")
+    first_model, first_row = next(iter(results.items()))
     rows = [_make_recall_row(f"paper {model}", recalls) for model, recalls in published.items()]
-    first_row = next(iter(results.values()))
     rows.append(_make_recall_row("chance", _get_both_recalls(first_row, " chance")))
     highlight = frozenset(range(len(rows), len(rows) + len(results)))
     for model, row in results.items():
-        limits = [row[f"{direction} interval"]["R@1"] for direction in DIRECTIONS]
-        rows.append(
-            _make_recall_row(
-                model,
-                _get_both_recalls(row),
-                intervals=[format_interval(interval) for interval in limits],
-                median_ranks=[f"{row[direction]['median rank']:g}" for direction in DIRECTIONS],
-                truncated=format_truncated(row["truncated"], row["texts"]),
-            )
-        )
-    differences = _subtract_recalls({model: _get_both_recalls(row) for model, row in results.items()}, published)
-    first_model = next(iter(results))
+        intervals = [format_interval(row[f"{direction} interval"]["R@1"]) for direction in DIRECTIONS]
+        median_ranks = [f"{row[direction]['median rank']:g}" for direction in DIRECTIONS]
+        truncated = _format_truncated(row["truncated"], row["texts"])
+        rows.append(_make_recall_row(model, _get_both_recalls(row), intervals, median_ranks, truncated))
     paired = {f"{first_model} minus {model}": row.get("difference") for model, row in results.items()}
-    for name, values in differences.items():
+    recalls = {model: _get_both_recalls(row) for model, row in results.items()}
+    for name, values in _subtract_recalls(recalls, published).items():
         difference = paired.get(name)
-        limits = [difference[f"{direction} interval"]["R@1"] if difference else None for direction in DIRECTIONS]
-        rows.append(
-            _make_recall_row(name, values, [interval and format_interval(interval, "+.1f") for interval in limits])
-        )
-    return Table(header, rows, highlight)
+        limits: list[str | None] = [None, None]
+        if difference:
+            limits = [format_interval(difference[f"{direction} interval"]["R@1"], "+.1f") for direction in DIRECTIONS]
+        rows.append(_make_recall_row(name, values, limits))
+    return Table([*header, "truncated"], rows, highlight)
 
 
 def build_dimension_blocks(results: Sequence[BenchmarkResult]) -> list[Block]:
-    """Return a plot and a table of R@1 by number of dimensions, for the first caption field.
-
-    The result is empty if no truncated embeddings were evaluated (`EvaluateOptions.dims`).
-    """
+    """Return a plot and a table of R@1 by number of dimensions, or [] without truncated embeddings."""
     recalls: dict[str, dict[int, list[float]]] = {}  # (I2T R@1, T2I R@1), keyed by model and number of dimensions
     for result in results:
         if "dimensions" in result.summary:
@@ -220,9 +198,8 @@ def build_mean_recall_table(
 def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[str, Mapping[str, float]]) -> Table:
     """Return a metrics table for a benchmark of any kind except "retrieval".
 
-    The rows show the published results (see `get_published_metrics`), the chance level (unless it is a metric), and the
-    results of each model and method. The last rows show the differences between the first model and each baseline, with
-    paired confidence intervals. The method and logit scale columns are omitted if no row uses them.
+    The rows show the published results, the chance level (unless it is a metric), each model and method, and the
+    differences between the first model and each baseline. The method and logit scale columns are omitted if unused.
     """
     metric_rows = [(result, row) for result in results for row in result.summary.get("rows", [result.summary])]
     names = list(dict.fromkeys(name for _, row in metric_rows for name in row["metrics"]))
@@ -239,7 +216,7 @@ def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[s
         is_upper_bound = summary.get("proposals", {}).get("is_upper_bound", False)
         name = f"{result.model} (upper bound)" if is_upper_bound else result.model
         cells = [_format_metric_cell(row["metrics"], row.get("intervals", {}), metric) for metric in names]
-        truncated = format_truncated(summary["truncated"], summary["texts"])
+        truncated = _format_truncated(summary["truncated"], summary["texts"])
         rows.append([name, *map(row.get, settings), summary["images"], *cells, truncated])
     for result, row in metric_rows:
         if "difference" in row:
@@ -275,8 +252,7 @@ def build_class_details(results: Sequence[BenchmarkResult]) -> list[Block]:
     return [Details(f"{metric.removeprefix('class ')} per class, %", "\n".join(lines))]
 
 
-def format_truncated(truncated: int | None, texts: int) -> str:
-    """Format the percentage of texts that exceed a model's maximum length."""
+def _format_truncated(truncated: int | None, texts: int) -> str:
     if truncated is None:
         return "unknown"
     return f"{100 * truncated / max(1, texts):.1f}% of the texts" if truncated else "none"
@@ -291,10 +267,9 @@ def _make_recall_row(
 ) -> list[Any]:
     """Return a row of `build_recall_table`. `recalls` must be ordered as in `_get_both_recalls`."""
     cells: list[Any] = [name]
-    for recalls_of_direction, interval, median_rank in zip(
-        (recalls[: len(KS)], recalls[len(KS) :]), intervals, median_ranks, strict=True
-    ):
-        cells += [recalls_of_direction[0], interval, *recalls_of_direction[1:], median_rank]
+    for n, (interval, median_rank) in enumerate(zip(intervals, median_ranks, strict=True)):
+        first, *others = recalls[n * len(KS) : (n + 1) * len(KS)]
+        cells += [first, interval, *others, median_rank]
     return [*cells, truncated]
 
 
@@ -314,110 +289,93 @@ def _subtract_recalls(
 
 def _get_both_recalls(row: dict[str, Any], suffix: str = "") -> list[float]:
     """Return R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I."""
-    return [value for direction in DIRECTIONS for value in _get_recalls(row[direction + suffix])]
+    return [row[direction + suffix][f"R@{k}"] for direction in DIRECTIONS for k in KS]
 
 
-def _get_recalls(metrics: dict[str, float]) -> list[float]:
-    return [metrics[f"R@{k}"] for k in KS]
+# ---- verdicts --------------------------------------------------------------------------------------------------------
 
 
-# ---- short queries ---------------------------------------------------------------------------------------------------
+def describe_share(percent: float) -> str:
+    """Express a percentage as a fraction in words, such as "6 of 10" or "3 of 100"."""
+    if percent in (0, 100):
+        return "none" if percent == 0 else "all"
+    if percent < 0.5:
+        return "fewer than 1 of 100"
+    if 9.5 <= percent < 95:
+        return f"{percent / 10:.0f} of 10"
+    return f"{min(percent, 99):.0f} of 100"
 
 
-def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
-    """Return one report section per caption field that has short-query results.
+def _count_images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"
 
-    The first table in a section shows mAP by query length and top-1 accuracy on each of the classification benchmarks.
 
-    Args:
-        results: All benchmarks in the run, each with one result per model.
+def describe_retrieval(model: str, row: Mapping[str, Any], captions: str = "captions") -> str:
+    """State in words for how many captions a model finds the image. `row` is a row of `compute_field_metrics`."""
+    images = row["images"]
+    if images < MIN_IMAGES:
+        return (
+            f"Only {_count_images(images)} evaluated: too few to judge the model. "
+            f"Use at least {MIN_IMAGES} images that it was not trained on."
+        )
+    share, chance = describe_share(row["T2I"][f"R@{K}"]), describe_share(row["T2I chance"][f"R@{K}"])
+    return (
+        f"{model} finds the right image among the first {K} of {images:,} for {share} {captions} "
+        f"(a random order: {chance})."
+    )
+
+
+def _describe_difference(baseline: str, difference: float, interval: Sequence[float] | None, metric: str) -> str:
+    """State in words whether a model is better than a baseline by `difference` percentage points."""
+    if interval is None:
+        return f"It differs from {baseline} by {difference:+.1f} points of {metric}."
+    low, high = interval
+    if low > 0:
+        return f"It beats {baseline} by {difference:.1f} points of {metric} (95% interval {low:.1f} to {high:.1f})."
+    if high < 0:
+        return (
+            f"It is {-difference:.1f} points of {metric} worse than {baseline} "
+            f"(95% interval {-high:.1f} to {-low:.1f})."
+        )
+    return (
+        f"The difference from {baseline} may be chance: {difference:+.1f} points of {metric} "
+        f"(95% interval {low:+.1f} to {high:+.1f})."
+    )
+
+
+def describe_caption_retrieval(encoder: str, metrics: Mapping[str, Any]) -> str:
+    """State the caption retrieval accuracy in words. `metrics` is a result of `caption_retrieval_accuracy`."""
+    images = _count_images(metrics["images"])
+    if metrics["images"] < MIN_IMAGES:
+        return f"Only {images} with two captions: too few to judge the encoder. Use at least {MIN_IMAGES}."
+    return f"For {describe_share(metrics['CRA'])} of {images}, {encoder} finds the second caption from the first."
+
+
+def describe_results(benchmark: str, results: Sequence[BenchmarkResult]) -> str:
+    """State the first model's main result on a benchmark in words, and compare it with the best baseline.
+
+    Truncated embeddings of the first model are not baselines.
     """
-    accuracies = {b.name: _format_accuracy_cells(r) for b, r in results if b.kind == "classification"}
-    blocks: list[Block] = []
-    for benchmark, model_results in results:
-        for field in dict.fromkeys(name for result in model_results for name in result.short_queries):
-            curves = {}
-            for result in model_results:
-                scores = result.short_queries.get(field)
-                if scores is not None:
-                    curves[result.model] = scores.plain
-                    if scores.with_templates is not None:
-                        curves[f"{result.model}, with templates"] = scores.with_templates
-            blocks += [
-                Heading(f"{benchmark.name}, {field}: retrieval quality by query length"),
-                build_overview_table(curves, accuracies),
-                _plot_query_lengths(curves),
-                Paragraph(SHORT_QUERY_NOTE),
-                _build_short_query_metrics_table(curves),
-            ]
-    return blocks
-
-
-def build_overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | None]]) -> Table:
-    """Return a table of mAP by query length and of zero-shot accuracy, both in percent.
-
-    The last rows show the difference between the first model and each other model. mAP differences come with 95%
-    confidence intervals from paired bootstrap resamples.
-
-    Args:
-        accuracies: Formatted top-1 accuracies, keyed by benchmark name and then by row label.
-    """
-    name, first = next(iter(curves.items()))
-    header = ["model", *(f"{length.words} {'word' if length.words == '1' else 'words'}: mAP" for length in first)]
-    header += [f"{benchmark}: top-1" for benchmark in accuracies]
-    rows: list[list[Any]] = [["chance", *(100 * float(s.chance[0]) for s in first), *([None] * len(accuracies))]]
-    for model, lengths in curves.items():
-        rows.append([model, *map(_format_mean_ap, lengths), *(values.get(model) for values in accuracies.values())])
-    highlight = frozenset(range(1, len(rows)))
-    for other, lengths in list(curves.items())[1:]:
-        cells: list[str | None] = [_format_difference_cell(a, b) for a, b in zip(first, lengths, strict=True)]
-        label = f"{name} minus {other}"
-        rows.append([label, *cells, *(values.get(label) for values in accuracies.values())])
-    return Table(header, rows, highlight)
-
-
-def _format_accuracy_cells(results: Sequence[BenchmarkResult]) -> dict[str, str | None]:
-    """Return each model's top-1 accuracy and its difference from the first model's, keyed by row label."""
-    cells: dict[str, str | None] = {}
-    for result in results:
-        summary = result.summary
-        cells[result.model] = format_with_interval(summary["metrics"]["top-1"], summary["intervals"]["top-1"])
-        if "difference" in summary:
-            cells[f"{results[0].model} minus {result.model}"] = format_difference(summary["difference"], "top-1")
-    return cells
-
-
-def _build_short_query_metrics_table(curves: Curves) -> Table:
-    """Return a table of all short-query metrics, with one row per model and query length."""
-    rows: list[list[Any]] = []
-    for model, lengths in curves.items():
-        for length in lengths:
-            entry = length.to_dict()
-            cells = []
-            for name in METRICS:
-                cells += [entry[name], format_interval(entry[f"{name} interval"])]
-            rows.append([model, length.words, entry["queries"], entry["relevant images per query"], *cells])
-    columns = [column for name in METRICS for column in (f"{name}, %", "95% interval")]
-    return Table(["model", "words", "queries", "relevant images", *columns], rows)
-
-
-def _format_mean_ap(length: LengthScores) -> str:
-    return format_with_interval(length.mean_ap, length.intervals[:, 0].tolist())
-
-
-def _format_difference_cell(first: LengthScores, other: LengthScores) -> str | None:
-    """Format the mean difference in mAP. Return None if the models were evaluated on different queries."""
-    if first.queries != other.queries:
-        return None
-    differences = first.scores - other.scores
-    interval = compute_mean_intervals(differences, bounds=(-1.0, 1.0))[:, 0].tolist()
-    return format_with_interval(100 * float(differences[:, 0].mean()), interval, "+.1f")
-
-
-def _plot_query_lengths(curves: Curves) -> Figure:
-    points = {}
-    for name, lengths in curves.items():
-        points[name] = [(length.mean_ap, *length.intervals[:, 0].tolist()) for length in lengths]
-    labels = [length.words for length in next(iter(curves.values()))]
-    svg = plots.plot_interval_curves(points, labels, "words in the query", "mAP, %")
-    return Figure(svg, "mAP by query length in words, with 95% confidence intervals.")
+    first = results[0]
+    if first.ranks:
+        direction, metric = "T2I", "R@10"
+        verdict = describe_retrieval(first.model, first.first_entry)
+    else:
+        metrics = first.first_entry["metrics"]
+        direction, metric = "metrics", next(name for name in ("group", "mean", *metrics) if name in metrics)
+        verdict = f"{first.model} reaches {metrics[metric]:.1f}% {metric} on {benchmark}."
+        if metric == "top-1":
+            things = "boxes" if "regions" in first.summary else "images"
+            share = describe_share(metrics[metric])
+            verdict = f"{first.model} names the right class for {share} {things} of {benchmark}."
+    differences = []
+    for result in results[1:]:
+        difference = result.first_entry.get("difference")
+        is_truncated = "full model" in result.summary and result.summary["full model"] == first.model
+        if difference and not is_truncated and metric in difference[direction]:
+            intervals = difference.get("intervals", difference.get(f"{direction} interval"))
+            differences.append((difference[direction][metric], result.model, intervals.get(metric)))
+    if differences:
+        value, baseline, interval = min(differences)
+        verdict += " " + _describe_difference(baseline, value, interval, metric)
+    return verdict

@@ -1,0 +1,440 @@
+"""Retrieval ranks, the metrics computed from them, and bootstrap confidence intervals.
+
+The score matrix is computed in tiles and never stored in full. Scores are not sorted: a rank is the number of wrong
+answers that score at least as high as the best correct answer. Ties count against the model, so a model that assigns
+the same score to every pair gets the worst possible ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm2clip.cpu_tuning import onednn_matmul
+
+KS = (1, 5, 10)
+TILE = 512  # images per tile; with four times as many texts, a tile's float32 scores (4 MB) fit in the CPU cache
+QUERY_TILE = 32  # number of queries that `compute_positive_ranks` scores at a time
+NDCG_K = 10
+LEVEL = 0.95  # confidence level of all intervals
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------
+
+
+@onednn_matmul()
+def compute_positive_ranks(
+    queries: Tensor,
+    items: Tensor,
+    positives: Sequence[Sequence[int]],
+    tile_size: int = 2 * TILE,
+    self_index: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """Return the zero-based ranks of each query's positives in ascending order, int64 of shape (positives,).
+
+    An item can be a positive for several queries.
+
+    Args:
+        queries, items: L2-normalised embeddings of shape (Q, D) and (N, D).
+        positives: Indices of each query's correct items. For example, if 3 images have 2, 1 and 2 captions, the
+            positives for image-to-text retrieval are [[0, 1], [2], [3, 4]].
+        tile_size: Number of items per matmul. Scores for `QUERY_TILE` queries and all items are kept in memory.
+        self_index: Index of one item per query that is excluded from its ranking: the query itself, if it is an item.
+
+    Raises:
+        ValueError: If a query has no positive, or an embedding contains NaN or infinity.
+    """
+    for n, indices in enumerate(positives):
+        if len(indices) == 0:
+            raise ValueError(f"query {n} has no positive item")
+    check_finite(queries, items)
+    ranks = []
+    for start in range(0, len(queries), QUERY_TILE):
+        query_tile = _pad_tile(queries[start : start + QUERY_TILE].float(), QUERY_TILE)
+        tiles = []
+        for offset in range(0, len(items), tile_size):
+            tile_scores = query_tile @ _pad_tile(items[offset : offset + tile_size].float(), tile_size).T
+            tiles.append(tile_scores[:, : len(items) - offset])
+        scores = torch.cat(tiles, 1)  # (QUERY_TILE, N)
+        for query in range(start, min(start + QUERY_TILE, len(queries))):
+            query_scores = scores[query - start]
+            if self_index is not None:
+                query_scores[self_index[query]] = -torch.inf
+            ranks.append(_rank_positives(query_scores, torch.as_tensor(positives[query])))
+    return ranks
+
+
+def _rank_positives(scores: Tensor, positives: Tensor) -> Tensor:
+    positive_scores = scores[positives].sort().values  # ascending
+    negative_scores = scores.index_fill(0, positives, -torch.inf)
+    # For each negative, count the positives that it beats: those whose score is not higher.
+    num_beaten = torch.bucketize(negative_scores, positive_scores, right=True)
+    negatives_by_beaten = torch.bincount(num_beaten, minlength=len(positives) + 1)
+    # Counting from 0, positive n (of P, best first) is beaten by the negatives that beat at least P - n positives.
+    negatives_before = negatives_by_beaten.flip(0).cumsum(0)[:-1]
+    return negatives_before + torch.arange(len(positives))
+
+
+@onednn_matmul()
+def two_way_ranks(
+    images: Tensor,
+    texts: Tensor,
+    image_of_text: Sequence[int] | Tensor,
+    tile_size: int = TILE,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the zero-based ranks of each image's best caption (I,) and of each caption's image (T,), int64 on the CPU.
+
+    Args:
+        images, texts: L2-normalised embeddings of shape (I, D) and (T, D), float32 or float16. Scores are float32.
+        image_of_text: Image index of each text. Every image must have at least one text.
+        tile_size: Number of images per tile. Must be a multiple of 16, or identical vectors may get different scores.
+        device: Device for the matmuls. Default: the device of `images`.
+
+    Raises:
+        ValueError: If an image has no text, or an embedding contains NaN or infinity.
+    """
+    owner = torch.as_tensor(image_of_text)
+    counts = torch.bincount(owner, minlength=len(images))
+    if len(counts) > len(images) or not counts.all():
+        raise ValueError(
+            f"each of the {len(images)} images must have a text, and each text must belong to one of these images"
+        )
+    check_finite(images, texts)
+    tiles = _ScoreTiles(images, texts, owner, tile_size, torch.device(device or images.device))
+    best_image, best_text = _compute_best_match_scores(tiles)
+
+    # Counts of wrong answers are stored as float32, which is exact up to 2**24.
+    image_counts, text_counts = torch.zeros_like(best_image), torch.zeros_like(best_text)
+    for j in range(tiles.num_columns):
+        text_tile, text_range = tiles.get_texts(j), tiles.text_range(j)
+        for i in range(tiles.num_rows):
+            scores, image_range = tiles.get_images(i) @ text_tile.T, tiles.image_range(i)
+            scores[tiles.find_positives(i, j)] = -torch.inf
+            scores[len(images) - image_range.start :] = -torch.inf  # ignore the padding
+            scores[:, len(texts) - text_range.start :] = -torch.inf
+            image_counts[image_range] += _is_at_least(scores, best_image[image_range, None]).sum(1)
+            text_counts[text_range] += _is_at_least(scores, best_text[text_range]).sum(0)
+    image_ranks = image_counts[: len(images)].long().cpu()
+    text_ranks = text_counts[: len(texts)].long().cpu()
+    return image_ranks, torch.empty_like(text_ranks).index_copy_(0, tiles.order, text_ranks)
+
+
+class _ScoreTiles:
+    """Image-text score matrix, divided into tiles of `tile_size` images and 4 * `tile_size` texts.
+
+    Because texts are sorted by image, only a few tiles contain positives. The last tiles are zero-padded.
+    """
+
+    def __init__(self, images: Tensor, texts: Tensor, owner: Tensor, tile_size: int, device: torch.device) -> None:
+        self._images, self._texts, self._device = images, texts, device
+        self.num_images = len(images)
+        self.height, self.width = tile_size, 4 * tile_size
+        self.num_rows = -(-len(images) // self.height)
+        self.num_columns = -(-len(texts) // self.width)
+        self.order = owner.argsort(stable=True)
+        self.owner = owner[self.order].to(device)
+
+    def image_range(self, i: int) -> slice:
+        return slice(i * self.height, (i + 1) * self.height)
+
+    def text_range(self, j: int) -> slice:
+        return slice(j * self.width, (j + 1) * self.width)
+
+    def get_images(self, i: int) -> Tensor:
+        return _pad_tile(self._images[self.image_range(i)].to(self._device, torch.float32), self.height)
+
+    def get_texts(self, j: int) -> Tensor:
+        texts = self._texts[self.order[self.text_range(j)]]
+        return _pad_tile(texts.to(self._device, torch.float32), self.width)
+
+    def find_positives(self, i: int, j: int) -> tuple[Tensor, Tensor]:
+        """Return the row and column indices of the positives within tile (i, j)."""
+        rows = self.owner[self.text_range(j)] - i * self.height
+        columns = ((rows >= 0) & (rows < self.height)).nonzero()[:, 0]
+        return rows[columns], columns
+
+
+def _compute_best_match_scores(tiles: _ScoreTiles) -> tuple[Tensor, Tensor]:
+    """Return the scores of each image's best caption and of each caption's image.
+
+    Negatives are later scored by the same matmuls, so ties are exact. Padding in the last tiles gets infinite scores,
+    which no negative can reach.
+    """
+    device = tiles.owner.device
+    best_image = torch.full((tiles.num_rows * tiles.height,), torch.inf, device=device)
+    best_text = torch.full((tiles.num_columns * tiles.width,), torch.inf, device=device)
+    best_image[: tiles.num_images] = -torch.inf
+    for j in range(tiles.num_columns):
+        text_tile = tiles.get_texts(j)
+        owners = tiles.owner[tiles.text_range(j)]
+        for i in range(int(owners[0]) // tiles.height, int(owners[-1]) // tiles.height + 1):
+            rows, columns = tiles.find_positives(i, j)
+            scores = (tiles.get_images(i) @ text_tile.T)[rows, columns]
+            best_text[columns + j * tiles.width] = scores
+            best_image.scatter_reduce_(0, rows + i * tiles.height, scores, "amax")
+    return best_image, best_text
+
+
+def _pad_tile(vectors: Tensor, size: int) -> Tensor:
+    """Append zero vectors. Matmuls of the same shape round identically, so equal vectors get equal scores."""
+    return vectors if len(vectors) == size else F.pad(vectors, (0, 0, 0, size - len(vectors)))
+
+
+def _is_at_least(scores: Tensor, threshold: Tensor) -> Tensor:
+    """Return floats (1.0 if score >= threshold, else 0.0), because summing floats is ten times as fast as booleans."""
+    return torch.ge(scores, threshold, out=torch.empty_like(scores))
+
+
+def check_finite(*embeddings: Tensor) -> None:
+    """Raise ValueError if an embedding contains NaN or infinity.
+
+    Without this check, a model that outputs NaN would get perfect ranks, because comparisons with NaN are always false.
+    """
+    for vectors in embeddings:
+        if not all(torch.isfinite(part).all() for part in vectors.split(8192)):
+            raise ValueError("an embedding contains NaN or infinity: the model is broken")
+
+
+# ---- recall ----------------------------------------------------------------------------------------------------------
+
+
+def retrieval_metrics(
+    image_ranks: Tensor, text_ranks: Tensor, image_of_text: Sequence[int] | Tensor
+) -> dict[str, dict[str, Any]]:
+    """Return recall in both directions, with chance levels and 95% confidence intervals. See `two_way_ranks`.
+
+    Returns:
+        {"I2T": {"R@1": ..., "median rank": ...}, "T2I": ..., "I2T chance": {"R@1": ...}, "T2I chance": ...,
+        "I2T interval": {"R@1": (low, high), ...}, "T2I interval": ...}. Recall is in percent. Median ranks start at 1.
+    """
+    owner = torch.as_tensor(image_of_text)
+    metrics: dict[str, dict[str, Any]] = {}
+    for direction, ranks, groups in (("I2T", image_ranks, torch.arange(len(image_ranks))), ("T2I", text_ranks, owner)):
+        metrics[direction] = recall(ranks) | {"median rank": float(ranks.double().quantile(0.5)) + 1}
+        metrics[f"{direction} interval"] = compute_recall_intervals(ranks, groups)
+    captions_per_image = torch.bincount(owner, minlength=len(image_ranks)).tolist()
+    metrics["I2T chance"] = compute_chance_recall(captions_per_image, len(owner))
+    metrics["T2I chance"] = compute_chance_recall([1] * len(owner), len(image_ranks))
+    return metrics
+
+
+def recall(ranks: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
+    """Return R@k, the percentage of queries with a positive among the top k items."""
+    return {f"R@{k}": 100.0 * float((ranks < k).double().mean()) for k in ks}
+
+
+def compute_chance_recall(positives: Sequence[int], num_items: int, ks: Sequence[int] = KS) -> dict[str, float]:
+    """Return the expected R@k of a random ranking of `num_items` items, in percent.
+
+    By the hypergeometric distribution, the expected R@k of a query with p positives is
+    1 - C(num_items - p, k) / C(num_items, k). `positives` contains p for each query.
+    """
+    chance = {}
+    for k in ks:
+        total = 0.0
+        for p, num_queries in Counter(positives).items():
+            miss = 1.0
+            for i in range(min(k, num_items)):
+                miss *= max(0, num_items - p - i) / (num_items - i)
+            total += num_queries * (1 - miss)
+        chance[f"R@{k}"] = 100.0 * total / max(1, len(positives))
+    return chance
+
+
+def compute_recall_intervals(ranks: Tensor, groups: Tensor, ks: Sequence[int] = KS) -> dict[str, tuple[float, float]]:
+    """Return 95% bootstrap confidence intervals for R@k, in percent.
+
+    Images are resampled, each with all its queries, because results for captions of the same image are correlated.
+    `groups` contains the image index of each query.
+    """
+    return _bootstrap_by_image([(ranks < k).double() for k in ks], groups, ks, (0.0, 1.0))
+
+
+def compute_recall_differences(
+    ranks: Tensor, baseline_ranks: Tensor, groups: Tensor, ks: Sequence[int] = KS
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Return R@k of a model minus R@k of a baseline, in percentage points, and paired 95% bootstrap intervals."""
+    differences = [(ranks < k).double() - (baseline_ranks < k).double() for k in ks]
+    means = {f"R@{k}": 100.0 * float(d.mean()) for k, d in zip(ks, differences, strict=True)}
+    return means, _bootstrap_by_image(differences, groups, ks, (-1.0, 1.0))
+
+
+def _bootstrap_by_image(
+    values: Sequence[Tensor], groups: Tensor, ks: Sequence[int], bounds: tuple[float, float]
+) -> dict[str, tuple[float, float]]:
+    stacked = torch.stack(list(values), 1)  # (Q, K)
+    sums = stacked.new_zeros(int(groups.max()) + 1, len(ks)).index_add_(0, groups, stacked)
+    low, high = (100 * bootstrap_intervals(sums, torch.bincount(groups), bounds)).tolist()
+    return {f"R@{k}": (low[n], high[n]) for n, k in enumerate(ks)}
+
+
+# ---- ranking scores --------------------------------------------------------------------------------------------------
+
+
+def compute_ranking_scores(ranks: Tensor) -> Tensor:
+    """Return average precision, R-precision and nDCG@10 of a ranking, each between 0 and 1, float64 of shape (3,).
+
+    Let P be the number of relevant images, and r_n the rank (from 1) of the n-th relevant image. Average precision is
+    the mean of n / r_n. R-precision is the fraction of relevant images among the first P images. nDCG@10 is the sum of
+    1 / log2(r_n + 1) over the relevant images among the first ten, divided by the sum for a perfect ranking (Järvelin
+    and Kekäläinen, 2002, with binary relevance).
+
+    Args:
+        ranks: Zero-based ranks of all relevant images, in ascending order, int64 of shape (P,).
+    """
+    num_relevant = len(ranks)
+    positions = torch.arange(1, num_relevant + 1, dtype=torch.float64)
+    average_precision = (positions / (ranks + 1)).mean()
+    r_precision = (ranks < num_relevant).double().mean()
+    discounts = _compute_discounts(NDCG_K)
+    ndcg = discounts[ranks[ranks < NDCG_K]].sum() / discounts[:num_relevant].sum()
+    return torch.stack([average_precision, r_precision, ndcg])
+
+
+def compute_chance_scores(num_relevant: int, num_images: int) -> Tensor:
+    """Return the expected `compute_ranking_scores` of a random ranking, float64 of shape (3,).
+
+    If P of N images are relevant, the image at rank r is relevant with probability P / N. If it is relevant, each of
+    the r - 1 images before it is relevant with probability (P - 1) / (N - 1), so the expected precision at this rank is
+    (1 + (r - 1) (P - 1) / (N - 1)) / r. The expected average precision is the mean of this value over all ranks.
+    """
+    positions = torch.arange(1, num_images + 1, dtype=torch.float64)
+    precisions = (1 + (positions - 1) * (num_relevant - 1) / max(1, num_images - 1)) / positions
+    r_precision = torch.tensor(num_relevant / num_images, dtype=torch.float64)
+    discounts = _compute_discounts(NDCG_K)
+    ndcg = r_precision * discounts[:num_images].sum() / discounts[:num_relevant].sum()
+    return torch.stack([precisions.mean(), r_precision, ndcg])
+
+
+def _compute_discounts(count: int) -> Tensor:
+    """Return each rank's weight in the discounted cumulative gain, float64 of shape (count,)."""
+    return 1 / torch.arange(2, count + 2, dtype=torch.float64).log2()
+
+
+def compute_mean_intervals(scores: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """Return 95% bootstrap confidence intervals for the mean scores, in percent, float64 of shape (2, 3).
+
+    Queries are resampled, but images are not. For an interval of the difference between two models, pass the
+    differences between their scores of shape (Q, 3), and the smallest and largest possible difference as `bounds`.
+    """
+    return 100 * bootstrap_intervals(scores, torch.ones(len(scores)), bounds=bounds)
+
+
+# ---- bootstrap -------------------------------------------------------------------------------------------------------
+
+
+def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """Return 95% bootstrap confidence intervals for the means of K quantities over all elements.
+
+    Each group of elements, such as all captions of an image, is resampled as a unit.
+
+    Args:
+        sums: Sum of each quantity within each group, of shape (groups, K).
+        counts: Number of elements in each group, of shape (groups,). Empty groups are ignored.
+        bounds: Smallest and largest possible values of an element.
+
+    Returns:
+        Lower and upper ends of the intervals, float64 of shape (2, K).
+    """
+    # Each group is weighted by the number of times it was drawn, which takes one matmul per resample. For 1,000 to
+    # 25,000 groups, scipy.stats.bootstrap is 1.5 to 5 times slower because it copies the resampled rows. By default, it
+    # also keeps all resamples in memory.
+    sums, counts = sums.double()[counts > 0], counts.double()[counts > 0]
+    means = [weights @ sums / (weights @ counts) for weights in draw_bootstrap_counts(len(sums))]
+    return compute_percentile_interval(torch.stack(means), len(sums), bounds)
+
+
+def draw_bootstrap_counts(num_groups: int, num_resamples: int = 1000) -> Iterator[Tensor]:
+    """For each resample, yield the number of times each group is drawn, float64 of shape (num_groups,).
+
+    The draws depend only on the number of groups, so models evaluated on the same data have paired resamples.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(num_resamples):
+        drawn = torch.randint(num_groups, (num_groups,), generator=generator)
+        yield torch.bincount(drawn, minlength=num_groups).double()
+
+
+def compute_percentile_interval(means: Tensor, num_groups: int, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """Compute central 95% confidence intervals from resampled means, using Efron's percentile method.
+
+    If all groups have the same mean, such as 0% or 100%, all resampled means are equal, and the percentile interval is
+    a single point. A wider interval is returned instead: it ranges from the mean that would result if a fraction p of
+    the groups were at the lower bound to the mean that would result if they were at the upper bound. The fraction p is
+    the Clopper-Pearson upper bound for 0 deviating groups out of n, 1 - 0.025 ** (1 / n).
+
+    Args:
+        means: Means of the resamples, of shape (resamples, ...). The result has shape (2, ...).
+        num_groups: Number of resampled groups (n).
+        bounds: Smallest and largest possible values of an element.
+    """
+    quantiles = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=means.dtype)
+    interval = means.quantile(quantiles, 0)
+    largest_share = 1 - ((1 - LEVEL) / 2) ** (1 / num_groups)
+    limits = torch.stack([torch.full_like(means[0], bound) for bound in bounds])  # (2, ...)
+    widened = means[:1] + largest_share * (limits - means[:1])
+    is_constant = means.amax(0) - means.amin(0) < 1e-9 * (bounds[1] - bounds[0])
+    return torch.where(is_constant, widened, interval)
+
+
+@dataclass(frozen=True)
+class BootstrapMetrics:
+    """Metrics in percent, and their values on bootstrap resamples of the images."""
+
+    images: tuple[int | str, ...]
+    """Index or id of each evaluated image."""
+    values: Mapping[str, float]
+    resamples: Mapping[str, np.ndarray]
+    """Each metric's value on every resample, float64 of shape (resamples,). Undefined values are NaN. Metrics without
+    an entry have no confidence interval."""
+
+    @classmethod
+    def from_function(
+        cls, images: Sequence[int | str], names: Sequence[str], metrics: Callable[[np.ndarray], Sequence[float]]
+    ) -> BootstrapMetrics:
+        """Compute metrics on all images and on each resample.
+
+        `metrics` takes weights of shape (images,) and returns all metrics in the order of `names`. It must count image
+        i `weights[i]` times.
+        """
+        samples = np.array([metrics(weights.numpy()) for weights in draw_bootstrap_counts(len(images))], np.float64)
+        values = [float(value) for value in metrics(np.ones(len(images)))]
+        return cls(tuple(images), dict(zip(names, values, strict=True)), dict(zip(names, samples.T, strict=True)))
+
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95% confidence interval of each metric."""
+        return {name: self._interval(samples, (0.0, 100.0)) for name, samples in self.resamples.items()}
+
+    def to_row(self, method: str) -> dict[str, Any]:
+        """Return a row of results.json with the metrics of one method."""
+        return {"method": method, "metrics": dict(self.values), "intervals": self.intervals}
+
+    def subtract(self, baseline: BootstrapMetrics) -> dict[str, Any]:
+        """Return each metric minus the baseline's metric, in percentage points, with paired 95% intervals.
+
+        Returns:
+            {"metrics": {NAME: difference}, "intervals": {NAME: (low, high)}}. "intervals" is empty if the models were
+            evaluated on different images.
+        """
+        names = [name for name in self.values if name in baseline.values]
+        intervals = {}
+        for name in names:
+            if self.images == baseline.images and name in self.resamples:
+                differences = self.resamples[name] - baseline.resamples[name]
+                intervals[name] = self._interval(differences, (-100.0, 100.0))
+        metrics = {name: self.values[name] - baseline.values[name] for name in names}
+        return {"metrics": metrics, "intervals": intervals}
+
+    def _interval(self, samples: np.ndarray, bounds: tuple[float, float]) -> tuple[float, float]:
+        defined = torch.from_numpy(samples[~np.isnan(samples)])
+        low, high = compute_percentile_interval(defined, len(self.images), bounds).tolist()
+        return low, high

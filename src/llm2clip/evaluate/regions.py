@@ -1,0 +1,344 @@
+"""Zero-shot classification of image regions, and helpers for all benchmarks that use dense features.
+
+- "crop": the region is cropped and encoded like any other image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged
+    by a factor of 1.5 around its centre, clipped to the image, and padded with black to a square. Because of the
+    padding, preprocessing does not crop the longer side, but a `crop_pct` below 1 still cuts off the edges.
+- Each dense variant: the entire image is encoded. As in CLIPSelf, the patch embeddings within the box are averaged
+    using RoIAlign (arXiv 1703.06870) with an adaptive sampling ratio, and the mean is L2-normalised.
+
+The predicted class is the one whose embedding has the highest cosine similarity to the region embedding. By default,
+class embeddings are averaged over OpenAI's prompt templates for ImageNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from llm2clip.data.image_loader import iter_image_batches
+from llm2clip.data.image_refs import ImageRef
+from llm2clip.data.images import load_image, make_thumbnail
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.evaluate.benchmarks.base import BenchmarkResult, RegionData
+from llm2clip.evaluate.classification import compute_class_ranks, count_texts, encode_classes
+from llm2clip.evaluate.embeddings import BATCH_SIZE, EmbeddingSource, ModelEmbeddings
+from llm2clip.evaluate.metrics import BootstrapMetrics
+from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.vision.dense import encode_boxes as encode_dense_boxes
+from llm2clip.progress import ProgressBar
+from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
+from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
+
+CROP = "crop"
+CROP_SCALE = 1.5  # factor by which a box is enlarged before it is cropped
+SIZE_LIMITS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
+"""Lower (inclusive) and upper (exclusive) limit of the object's area in square pixels for each COCO size class."""
+THUMBNAIL_SIDE = 280  # maximum width and height of thumbnails, in pixels
+IMAGES_PER_BATCH = 8  # number of decoded images in memory at a time
+LEARNED_SCALE = ", learned scale"  # suffix of a method's name if the method uses the model's learned logit scale
+T = TypeVar("T")
+
+
+# ---- helpers for regions, segmentation and detection -----------------------------------------------------------------
+
+
+def get_model(embeddings: EmbeddingSource) -> DualEncoder:
+    """Return the model behind an embedding source, or raise ValueError if the embeddings were precomputed."""
+    if not isinstance(embeddings, ModelEmbeddings):
+        raise ValueError("regions and pixels must be encoded with a model, so precomputed embeddings cannot be used")
+    return embeddings.model
+
+
+def select_variants(model: DualEncoder, variants: Sequence[str], required: bool) -> list[str]:
+    """Return the requested dense feature variants that the model supports, and print the other requested variants.
+
+    Raises:
+        ValueError: If `required` is True and the model supports none of the variants.
+    """
+    available = model.dense.variants if model.dense is not None else ()
+    supported = [variant for variant in variants if variant in available]
+    skipped = ", ".join(variant for variant in variants if variant not in available)
+    reason = f"the model supports only {', '.join(available)}" if available else "the model has no dense features"
+    if required and not supported:
+        raise ValueError(f"{model.name}: the dense variants {skipped} cannot be used: {reason}")
+    if skipped:
+        print_once(f"{model.name}: the dense variants {skipped} are skipped: {reason}")
+    return supported
+
+
+def get_logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, float]:
+    """Return the logit scales to evaluate: the protocol's scale and, if there is one, the model's learned scale.
+
+    Published protocols use CLIP's scales, which may not suit models that learned a different scale. The scales are
+    keyed by method name suffix: "" for the protocol's scale, `LEARNED_SCALE` for the learned scale.
+    """
+    learned = model.logit_scale()
+    return {"": protocol_scale} if learned is None else {"": protocol_scale, LEARNED_SCALE: learned}
+
+
+def decode_batches(
+    refs: Sequence[ImageRef], transform: Callable[[Tensor], T], description: str, failures: dict[int, str]
+) -> Iterator[dict[int, T]]:
+    """Decode and transform this rank's share of the images. Yield batches, keyed by the image's index in `refs`.
+
+    Args:
+        transform: Picklable function that is applied to each image, a uint8 tensor of shape (3, H, W).
+        description: Label of the progress bar.
+        failures: Errors of undecodable images, keyed by the image's index in `refs`. Updated in place.
+    """
+    state = process_state()
+    indices = range(state.process_index, len(refs), state.num_processes)
+    with ProgressBar(total=len(indices), desc=description, unit="image", disable=not state.is_main_process) as bar:
+        for decoded, items, errors in iter_image_batches([refs[i] for i in indices], transform, IMAGES_PER_BATCH):
+            failures |= {indices[i]: reason for i, reason in errors.items()}
+            yield {indices[i]: item for i, item in zip(decoded, items, strict=True)}
+            bar.update(len(decoded) + len(errors))
+
+
+def decode_images(
+    refs: Sequence[ImageRef], sizes: Sequence[tuple[int, int]], description: str, failures: dict[int, str]
+) -> Iterator[dict[int, Tensor]]:
+    """Decode this rank's images in batches, as uint8 tensors of shape (3, H, W). See `decode_batches`.
+
+    An image whose (width, height) differs from `sizes` is recorded in `failures` and not returned, because its boxes
+    would be wrong.
+    """
+    for images in decode_batches(refs, _identity, description, failures):
+        for index in list(images):
+            width, height = sizes[index]
+            actual_height, actual_width = images[index].shape[1:]
+            if (actual_width, actual_height) != (width, height):
+                failures[index] = (
+                    f"the image is {actual_width} x {actual_height} pixels, but its boxes are for an image of "
+                    f"{width} x {height} pixels"
+                )
+                del images[index]
+        yield images
+
+
+def _identity(image: Tensor) -> Tensor:
+    return image
+
+
+def gather_results(
+    results: dict[int, T], failures: dict[int, str], refs: Sequence[ImageRef], log: SkipLog
+) -> dict[int, T]:
+    """Return the results of all ranks, sorted by image index, and log the unusable images.
+
+    Args:
+        results: This rank's results (any picklable objects), keyed by the image's index in `refs`.
+        failures: This rank's errors, keyed by the image's index. Updated in place with the errors of all ranks.
+
+    Raises:
+        TooManySkipped: If too many images are unusable.
+        ValueError: If there are no images, or no image is usable.
+    """
+    if process_state().num_processes > 1:
+        # Some ranks may finish much later than others, and the collective operation would time out before they do.
+        wait_for_everyone()
+        for rank_results, rank_failures in gather_object([(results, failures)]):
+            results |= rank_results
+            failures |= rank_failures
+    log.count_at_least(len(refs))
+    for index, reason in sorted(failures.items()):
+        log.skip(str(refs[index]), 0, "unusable image", reason)
+    log.check()
+    if not refs:
+        raise ValueError("the benchmark contains no images")
+    if len(failures) == len(refs):
+        raise ValueError(f"none of the {len(refs):,} images can be used; first failure: {refs[0]} ({failures[0]})")
+    return dict(sorted(results.items()))
+
+
+# ---- classification --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RegionPredictions:
+    """Class predictions of one method for all R regions. Each array has shape (R,)."""
+
+    image: np.ndarray  # index of the region's image
+    region: np.ndarray  # index of the region within its image
+    rank: np.ndarray  # zero-based rank of the correct class; see `compute_class_ranks`
+    predicted: np.ndarray  # index of the class with the highest score
+    margin: np.ndarray  # score of the predicted class minus the score of the correct class, float32
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[RegionPredictions]) -> RegionPredictions:
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__}
+        order = np.lexsort((columns["region"], columns["image"]))
+        return cls(**{name: values[order] for name, values in columns.items()})
+
+
+def evaluate_regions(data: RegionData, embeddings: EmbeddingSource, variants: Sequence[str]) -> BenchmarkResult:
+    """Classify all regions with each method and compute the metrics. See `classify_regions`."""
+    predictions = classify_regions(data, embeddings, variants)
+    rows, bootstrap = [], {}
+    for method, method_predictions in predictions.items():
+        bootstrap[method] = compute_region_metrics(data, method_predictions)
+        accuracies = dict(zip(data.names, compute_class_accuracy(data, method_predictions), strict=True))
+        rows.append(bootstrap[method].to_row(method) | {"class top-1": accuracies})
+    first_method, first_predictions = next(iter(predictions.items()))
+    summary = {
+        "images": len(set(first_predictions.image.tolist())),
+        "regions": len(first_predictions.image),
+        "excluded regions": dict(data.excluded),
+        **count_texts(embeddings, data.names, data.templates),
+        "chance": 100.0 / len(data.names),
+        "rows": rows,
+    }
+    draw_examples = partial(build_wrong_region_blocks, data, first_method, first_predictions)
+    return BenchmarkResult(summary, data.images, bootstrap=bootstrap, draw_examples=draw_examples)
+
+
+def classify_regions(
+    data: RegionData, embeddings: EmbeddingSource, variants: Sequence[str]
+) -> dict[str, RegionPredictions]:
+    """Classify all regions with "crop" and each dense variant, and return the predictions keyed by method.
+
+    Each image is decoded once. Unusable images are recorded in `embeddings.log`. Variants not supported by the model
+    are skipped. In a distributed run, the images are split across the ranks, and every rank returns all predictions.
+
+    Raises:
+        ValueError: If the embeddings are precomputed.
+        TooManySkipped: If too many images are unusable.
+    """
+    model = get_model(embeddings)
+    methods = [CROP, *select_variants(model, variants, required=False)]
+    classes = encode_classes(embeddings, data.names, data.templates)
+    batches: dict[int, dict[str, RegionPredictions]] = {}  # each batch's predictions, keyed by its lowest image index
+    failures: dict[int, str] = {}
+    for images in decode_images(data.images, data.sizes, "regions", failures):
+        boxes = [torch.from_numpy(data.boxes[index]) for index in images]
+        for method in methods if images else ():
+            regions = torch.cat(encode_boxes(model, list(images.values()), boxes, method))
+            predictions = batches.setdefault(min(images), {})
+            predictions[method] = _predict_classes(regions, list(images), data, classes)
+    batches = gather_results(batches, failures, data.images, embeddings.log)
+    return {method: RegionPredictions.concatenate([batch[method] for batch in batches.values()]) for method in methods}
+
+
+def _predict_classes(regions: Tensor, indices: Sequence[int], data: RegionData, classes: Tensor) -> RegionPredictions:
+    labels = torch.from_numpy(np.concatenate([data.labels[i] for i in indices]))
+    counts = [len(data.labels[i]) for i in indices]
+    scores = regions @ classes.T  # (regions, classes)
+    best, predicted = scores.max(1)
+    return RegionPredictions(
+        image=np.repeat(np.array(indices, np.int64), counts),
+        region=np.concatenate([np.arange(count) for count in counts]),
+        rank=compute_class_ranks(scores, labels).numpy(),
+        predicted=predicted.numpy(),
+        margin=(best - scores.gather(1, labels[:, None])[:, 0]).numpy(),
+    )
+
+
+def compute_region_metrics(data: RegionData, predictions: RegionPredictions) -> BootstrapMetrics:
+    """Return accuracies in percent, bootstrapped over images because regions of the same image are correlated.
+
+    The metrics are "top-1", "top-5", "mean per class" (top-1 accuracy averaged over the classes that have regions), and
+    "small", "medium" and "large" (top-1 accuracy for each COCO size class that has regions).
+    """
+    indices, image = np.unique(predictions.image, return_inverse=True)
+    labels, areas = (np.concatenate([values[i] for i in indices]) for values in (data.labels, data.areas))
+    hits = (predictions.rank < 1).astype(np.float64)
+    everything = np.ones(len(hits), bool)
+    selections = {"top-1": (hits, everything), "top-5": ((predictions.rank < 5).astype(np.float64), everything)}
+    for name, (low, high) in SIZE_LIMITS.items():
+        in_size_class = (areas >= low) & (areas < high)
+        if in_size_class.any():
+            selections[name] = (hits, in_size_class)
+
+    def metrics(image_weights: np.ndarray) -> list[float]:
+        weights = image_weights[image]  # of the regions
+        with np.errstate(invalid="ignore"):  # a resample may lack regions of a size or class (0 / 0)
+            values = [(weights * mask) @ correct / (weights @ mask) for correct, mask in selections.values()]
+            class_accuracy = np.bincount(labels, weights * hits) / np.bincount(labels, weights)
+        return [100.0 * float(value) for value in (*values, np.nanmean(class_accuracy))]
+
+    return BootstrapMetrics.from_function(indices.tolist(), [*selections, "mean per class"], metrics)
+
+
+def compute_class_accuracy(data: RegionData, predictions: RegionPredictions) -> list[float | None]:
+    """Return the top-1 accuracy of each class in percent, or None for a class without regions."""
+    labels = np.concatenate([data.labels[i] for i in np.unique(predictions.image)])
+    counts = np.bincount(labels, minlength=len(data.names)).tolist()
+    hits = np.bincount(labels[predictions.rank < 1], minlength=len(data.names)).tolist()
+    return [100.0 * hit / count if count else None for hit, count in zip(hits, counts, strict=True)]
+
+
+def build_wrong_region_blocks(
+    data: RegionData, method: str, predictions: RegionPredictions, count: int = 12
+) -> list[Block]:
+    """Return a report section on the errors with the largest margins. It shows each image and class at most once."""
+    order = np.argsort(-predictions.margin, kind="stable")
+    images: list[Example] = []
+    shown_images, shown_classes = set(), set()
+    for n in order[predictions.rank[order] > 0].tolist():
+        index, region = int(predictions.image[n]), int(predictions.region[n])
+        label = int(data.labels[index][region])
+        if index in shown_images or label in shown_classes:
+            continue
+        shown_images.add(index)
+        shown_classes.add(label)
+        crop = crop_region(load_image(data.images[index]), data.boxes[index][region].tolist())
+        caption = f"{data.names[label]}, classified as {data.names[int(predictions.predicted[n])]}"
+        images.append(Example(make_thumbnail(crop, THUMBNAIL_SIDE), caption, is_correct=False))
+        if len(images) == count:
+            break
+    if not images:
+        return []
+    text = f"Largest-margin errors of the method {method}. Each image and each class is shown at most once."
+    examples = Examples(images, "Correct class and predicted class:")
+    return [Heading("Misclassified regions", 3), Paragraph(text), examples]
+
+
+# ---- embeddings of boxes ---------------------------------------------------------------------------------------------
+
+
+def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[Tensor], method: str) -> list[Tensor]:
+    """Return one float32 CPU tensor of shape (R, D) per image: the L2-normalised embeddings of its R boxes.
+
+    Args:
+        images: Images, uint8 of shape (3, H, W).
+        boxes: Boxes in each image as (left, top, right, bottom) in pixels, float32 of shape (R, 4).
+        method: "crop" or a dense feature variant.
+    """
+    if method == CROP:
+        crops = torch.cat([torch.empty(0, model.embed_dim), *_encode_crops(model, images, boxes)])
+        return list(crops.split([len(image_boxes) for image_boxes in boxes]))
+    assert model.dense is not None
+    return encode_dense_boxes(model.dense, images, boxes, method, model.embed_dim)
+
+
+def _encode_crops(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[Tensor]) -> Iterator[Tensor]:
+    pairs = zip(images, boxes, strict=True)
+    crops = (crop_region(image, box) for image, image_boxes in pairs for box in image_boxes.tolist())
+    while batch := [model.transform(crop) for crop in islice(crops, BATCH_SIZE)]:
+        yield model.encode_images(batch)
+
+
+def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:
+    """Crop a box (left, top, right, bottom) in pixels from a uint8 image (3, H, W), and return a square (3, S, S).
+
+    The box is enlarged by `CROP_SCALE` around its centre, clipped to the image, and padded with black along its shorter
+    dimension, equally on both sides.
+    """
+    height, width = image.shape[1:]
+    left, top, right, bottom = box
+    margin_x, margin_y = (CROP_SCALE - 1) / 2 * (right - left), (CROP_SCALE - 1) / 2 * (bottom - top)
+    left, top = round(max(0.0, left - margin_x)), round(max(0.0, top - margin_y))
+    right, bottom = round(min(float(width), right + margin_x)), round(min(float(height), bottom + margin_y))
+    left, top = min(left, width - 1), min(top, height - 1)
+    crop = image[:, top : max(bottom, top + 1), left : max(right, left + 1)]
+    side = max(crop.shape[1:])
+    pad_y, pad_x = side - crop.shape[1], side - crop.shape[2]
+    return F.pad(crop, (pad_x // 2, pad_x - pad_x // 2, pad_y // 2, pad_y - pad_y // 2))
