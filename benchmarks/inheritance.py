@@ -38,7 +38,8 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import FP32
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.store.encode import TowerEncoder, make_image_keys, store_image_features
+from llm2clip.store.encode import TowerEncoder, store_image_features
+from llm2clip.store.layout import make_image_keys
 
 EMBED_DIM = 256
 TEXT_TOWER = {"context_length": 24, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 3}

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from llm2clip.runs import checkpoint as checkpoint_module
-from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, latest_checkpoint, read_metrics
-from llm2clip.runs.output_folder import FormatVersionError
+from llm2clip.runs.checkpoint import Checkpoints
+from llm2clip.runs.output_folder import FormatVersionError, MetricsLog, latest_checkpoint, read_metrics
 
 
 def make_checkpoints(folder: Path, complete: tuple[int, ...], incomplete: tuple[int, ...] = ()) -> None:

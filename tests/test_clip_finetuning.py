@@ -28,7 +28,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.models.clip_models import load_clip_text_encoder
 from llm2clip.models.dual_encoder import open_dual_encoder
-from llm2clip.runs.checkpoint import read_metrics
+from llm2clip.runs.output_folder import read_metrics
 from llm2clip.train.clip_finetuning import TokenizedCaptions, build_finetuning_model, finetune_clip
 
 SIZES: dict[str, Any] = {

@@ -31,7 +31,7 @@ from llm2clip.models.export import export_model
 from llm2clip.models.loading import fingerprint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import DistillOptions, distill
-from llm2clip.runs.fsdp import set_mixed_precision
+from llm2clip.runs.ranks import set_mixed_precision
 from llm2clip.search.build import check_model, truncate_to_index
 from llm2clip.search.metadata import Filter
 from llm2clip.store import encode, writer
@@ -232,7 +232,7 @@ def test_student_model_keeps_the_image_encoder_and_learns_the_text_embeddings(
 
 
 def test_training_reduces_the_loss(teacher: Path, student_llm: Path, image_folder: Path, tmp_path: Path) -> None:
-    from llm2clip.runs.checkpoint import read_metrics
+    from llm2clip.runs.output_folder import read_metrics
 
     run(teacher, image_folder, tmp_path, str(student_llm), DistillConfig(epochs=10, batch_size=16, lr=3e-3))
     losses = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from conftest import run_distributed
-from llm2clip.runs.fsdp import full_tensor
+from llm2clip.runs.ranks import full_tensor
 from llm2clip.train.grad_cache import compute_cached_loss
 
 # The function with which FSDP reduces gradients; the first is new in PyTorch 2.13.

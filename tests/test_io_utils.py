@@ -25,8 +25,7 @@ from llm2clip.io_utils import (
     read_jsonl,
     read_lines,
 )
-from llm2clip.runs.checkpoint import Checkpoints
-from llm2clip.runs.training_state import save_training_state
+from llm2clip.runs.checkpoint import Checkpoints, save_training_state
 
 
 def test_read_jsonl_splits_at_newlines_only(tmp_path: Path) -> None:

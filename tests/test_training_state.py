@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from llm2clip.runs import training_state
-from llm2clip.runs.training_state import load_training_state, save_training_state
+from llm2clip.runs import checkpoint
+from llm2clip.runs.checkpoint import load_training_state, save_training_state
 
 
 class Run:
@@ -39,7 +39,7 @@ class Run:
 
 @pytest.mark.parametrize("max_file_bytes", [2**30, 40])
 def test_loaded_state_continues_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_file_bytes: int) -> None:
-    monkeypatch.setattr(training_state, "MAX_FILE_BYTES", max_file_bytes)
+    monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", max_file_bytes)
     uninterrupted, interrupted, resumed = Run(), Run(), Run()
     uninterrupted.train(0, 8)
     interrupted.train(0, 4)

@@ -50,49 +50,48 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
     does not exist.
     """
     file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned_files(file.parent, f".{file.stem}.", f".part{file.suffix}")
-    # Keep the file's suffix at the end, because functions such as np.save append it if it is missing. The name is
-    # random, so that other users with write access to the folder cannot create a link with this name in advance.
-    temporary = file.with_name(f".{file.stem}.{secrets.token_hex(8)}.part{file.suffix}")
-    temporary.touch(exist_ok=False)
-    mode = temporary.stat().st_mode
-    try:
-        with _hold_lock(temporary), explain_write_errors(file):
-            yield temporary
-            restore_mode(temporary, mode)
-            fsync_file(temporary)
-            temporary.replace(file)
-        fsync_folder(file.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Keep the file's suffix at the end, because functions such as np.save append it if it is missing.
+    affixes = f".{file.stem}.", f".part{file.suffix}"
+    with _replace_on_success(file, *affixes, create=lambda path: path.touch(exist_ok=False)) as temporary:
+        yield temporary
 
 
 @contextmanager
 def atomic_dir(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder next to `folder`. On success, rename it to `folder`.
-
-    `folder` must not already exist. The temporary folder is removed if the `with` block raises an exception. Temporary
-    folders left behind by killed processes are also removed.
-    """
+    """Yield an empty temporary folder next to `folder`, which must not exist. See `atomic_path`."""
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned_files(folder.parent, f".{folder.name}.", ".part")
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")
-    temporary.mkdir()
+    with _replace_on_success(folder, f".{folder.name}.", ".part", create=Path.mkdir) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _replace_on_success(target: Path, prefix: str, suffix: str, create: Callable[[Path], None]) -> Iterator[Path]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned_files(target.parent, prefix, suffix)
+    # The name is random, so that other users with write access to the folder cannot create a link with this name.
+    temporary = target.with_name(f"{prefix}{secrets.token_hex(8)}{suffix}")
+    create(temporary)
+    mode = temporary.stat().st_mode
     try:
-        with _hold_lock(temporary), explain_write_errors(folder):
+        with _hold_lock(temporary), explain_write_errors(target):
             yield temporary
             for path in [temporary, *temporary.rglob("*")]:
                 if path.is_dir():
                     fsync_folder(path)  # otherwise, the folder might not list its files after a power failure
                 else:
-                    restore_mode(path, temporary.stat().st_mode)
+                    restore_mode(path, mode)
                     fsync_file(path)
-            temporary.replace(folder)
-        fsync_folder(folder.parent)
+            temporary.replace(target)
+        fsync_folder(target.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -123,10 +122,7 @@ def _remove_abandoned_files(folder: Path, prefix: str, suffix: str) -> None:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+                _remove(path)
             finally:
                 os.close(descriptor)
 
@@ -182,23 +178,16 @@ def fsync_file(file: Path) -> None:
 
 def fsync_folder(folder: Path) -> None:
     """Flush a folder to disk, so that a file renamed within it survives a power failure."""
-    try:
+    with suppress(OSError):  # Windows and some network file systems do not support this
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # on Windows, folders cannot be opened
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some network file systems do not support fsync on folders
-        pass
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def get_cache_dir() -> Path:
-    """Return the user's cache folder.
-
-    The folder is $LLM2CLIP_CACHE, $XDG_CACHE_HOME/llm2clip or ~/.cache/llm2clip, in this order of precedence.
-    """
+    """Return the user's cache folder: $LLM2CLIP_CACHE, $XDG_CACHE_HOME/llm2clip or ~/.cache/llm2clip."""
     if folder := os.environ.get("LLM2CLIP_CACHE"):
         return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llm2clip"
@@ -220,10 +209,7 @@ def hide_url_secrets(text: str) -> str:
 
 
 def install_command(*extras: str) -> str:
-    """Return the command that installs these extras. It must be run in the llm2clip source folder.
-
-    llm2clip is not on a package index, so it cannot be installed by name.
-    """
+    """Return the command that installs these extras, to be run in the source folder: there is no published package."""
     return f"pip install -e '.[{','.join(extras)}]'" if extras else "pip install -e ."
 
 
@@ -239,16 +225,11 @@ def format_bytes(size: float) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return an exception's type and message, for logging inputs that cannot be read."""
     return f"{type(error).__name__}: {error}"
 
 
 def open_regular_file(path: str | os.PathLike[str]) -> io.BufferedReader:
-    """Open a regular file in binary mode. Reject other files: reading from a named pipe or device may never end.
-
-    Raises:
-        OSError: The file does not exist, cannot be read, or is not a regular file.
-    """
+    """Open a regular file in binary mode, or raise OSError. Reading from a named pipe or device may never end."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # `open` raises an error for folders
         raise OSError(f"{os.fspath(path)} is not a regular file")
@@ -325,7 +306,7 @@ def check_json_size(file: str | Path, stream: BinaryIO) -> None:
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) for each line of a JSONL file. Line numbers start at 1. Empty lines are skipped.
+    """Yield (line number, object) for each non-empty line of a JSONL file. Line numbers start at 1.
 
     Raises:
         DataFormatError: A line is not a JSON object.

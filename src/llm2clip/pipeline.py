@@ -66,8 +66,7 @@ from llm2clip.models.model_folder import find_model_folder, save_query_templates
 from llm2clip.models.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
-from llm2clip.runs.checkpoint import latest_checkpoint
-from llm2clip.runs.output_folder import run_lock, save_or_check_config
+from llm2clip.runs.output_folder import latest_checkpoint, run_lock, save_or_check_config
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state, wait_for_everyone
 from llm2clip.runs.run_description import StageClock
 from llm2clip.store.encode import embed as embed_locally

@@ -35,8 +35,7 @@ from llm2clip.reports import (
     render_markdown,
     write_report,
 )
-from llm2clip.runs.checkpoint import read_metrics
-from llm2clip.runs.output_folder import CONFIG_FILE
+from llm2clip.runs.output_folder import CONFIG_FILE, read_metrics
 from llm2clip.runs.ranks import print_once
 from llm2clip.runs.run_description import DURATIONS_FILE, build_run_section, describe_run, format_duration
 

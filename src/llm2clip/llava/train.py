@@ -41,11 +41,9 @@ from llm2clip.llava.dataset import (
 from llm2clip.llava.modeling_patches import register_classes
 from llm2clip.models.loading import load_config
 from llm2clip.models.precision import resolve_precision
-from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts
-from llm2clip.runs.fsdp import set_fsdp_wrap_policy, set_mixed_precision
+from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, TrainingStateMixin, hash_texts
 from llm2clip.runs.output_folder import folder_lock
-from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
-from llm2clip.runs.training_state import TrainingStateMixin
+from llm2clip.runs.ranks import print_once, process_state, set_fsdp_wrap_policy, set_mixed_precision, wait_for_everyone
 from llm2clip.store.encode import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 

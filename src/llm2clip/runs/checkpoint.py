@@ -1,32 +1,51 @@
-"""Checkpoints and metrics of a training run, shared by all training loops.
+"""Checkpoints of a training run, shared by all training loops.
 
-A run saves `checkpoints/checkpoint-N` every few steps and appends a line to `metrics.jsonl` for every logged step. A
-checkpoint without a marker file is incomplete and is ignored. The marker file contains the run's signature, which
-consists of the settings and a hash of the data. Training resumes only from a checkpoint with the same signature. The
-number of ranks may change: the resumed run still processes the same number of images or pairs per step.
+A run saves `checkpoints/checkpoint-N` every few steps. A checkpoint without a marker file is incomplete and is ignored.
+The marker file contains the run's signature, which consists of the settings and a hash of the data. Training resumes
+only from a checkpoint with the same signature. The number of ranks may change: the resumed run still processes the same
+number of images or pairs per step.
+
+    complete                    marker file: signature, and sizes of the other files
+    state-1.safetensors, ...    trained weights and buffers (model/WEIGHT), and the optimizer's state for each trained
+                                weight (optimizer/WEIGHT/KEY)
+    state.json                  learning rate schedule and gradient scaler
+
+The files do not depend on FSDP either: tensors are unsharded and stored under their parameter names. Checkpoints use
+safetensors and JSON because, unlike pickle, these formats cannot execute code when they are loaded.
 """
 
 import hashlib
 import json
 import math
-import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, fsync_file, fsync_folder, restore_mode
+from llm2clip.io_utils import atomic_write_text, explain_write_errors, fsync_file, fsync_folder, restore_mode
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.output_folder import check_format_version
-from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
+from llm2clip.runs.output_folder import (
+    CHECKPOINT_PREFIX,
+    COMPLETE_MARKER,
+    MAX_CHECKPOINTS,
+    MetricsLog,
+    check_format_version,
+    latest_checkpoint,
+    list_checkpoints,
+    parse_step,
+)
+from llm2clip.runs.ranks import distribute_like, full_tensor, print_once, process_state, wait_for_everyone
 
-PREFIX = "checkpoint-"  # same prefix as in transformers' Trainer
-COMPLETE_MARKER = "complete"
-MAX_CHECKPOINTS = 2  # number of checkpoints to keep; older ones are removed
 FORMAT_VERSION = 1  # version of the checkpoint format
+TENSOR_FILE, JSON_FILE = "state-{}.safetensors", "state.json"
+MAX_FILE_BYTES = 4 * 2**30  # maximum file size; also limits the unsharded tensors in the main process's memory
 
 
 class Checkpoints:
@@ -45,7 +64,6 @@ class Checkpoints:
         checkpoint-N.damaged, and training resumes from the previous checkpoint.
 
         Args:
-            folder: Checkpoint folder. It need not exist yet.
             batch_size: Number of items per step and rank, or None if the run's config has no such setting.
 
         Raises:
@@ -56,7 +74,7 @@ class Checkpoints:
         state = process_state()
         latest, error = None, ""
         if state.is_main_process:
-            for path in _list_checkpoints(folder):
+            for path in list_checkpoints(folder):
                 if not (path / COMPLETE_MARKER).exists():
                     shutil.rmtree(path)
             try:
@@ -76,7 +94,7 @@ class Checkpoints:
             advice = f"Delete {folder} to start this stage over"
             check_format_version(latest, self._marker.get("format_version"), FORMAT_VERSION, advice)
         self.latest: Path | None = latest
-        self.step = 0 if latest is None else _parse_step(latest)
+        self.step = 0 if latest is None else parse_step(latest)
 
     def get_saved_items_per_step(self, name: str) -> int | None:
         """Return the resumed run's items per step over all ranks. Print a message if the number of ranks has changed.
@@ -138,8 +156,7 @@ class Checkpoints:
             )
 
     def path(self, step: int) -> Path:
-        """Return the checkpoint path for a step."""
-        return self.folder / f"{PREFIX}{step}"
+        return self.folder / f"{CHECKPOINT_PREFIX}{step}"
 
     def commit(self, step: int) -> None:
         """Wait for all ranks, mark the checkpoint for a step as complete, and remove old checkpoints."""
@@ -150,29 +167,14 @@ class Checkpoints:
                 self.path(step),
                 {"signature": self._signature, "batch_size": self.batch_size, "ranks": state.num_processes},
             )
-            for path in _list_checkpoints(self.folder)[:-MAX_CHECKPOINTS]:
+            for path in list_checkpoints(self.folder)[:-MAX_CHECKPOINTS]:
                 shutil.rmtree(path)
-
-
-class MetricsLog:
-    """JSONL file of metrics, with one object per line. Each object has a `step` field."""
-
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """Prepare the file for appending. Drop lines for steps after `resume_step`, since these steps are repeated."""
-        self.path = path
-        lines = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
-        atomic_write_jsonl(path, lines)
-
-    def write(self, step: int, **values: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
 
 
 class TrainingLog(TrainerCallback):
     """Callback for transformers' Trainer that writes metrics, stops on non-finite values and commits checkpoints.
 
-    It also shows a progress bar with the loss. It replaces the Trainer's own callbacks, which print a dict every few
-    steps.
+    It also shows a progress bar, in place of the Trainer's own callbacks, which print a dict every few steps.
     """
 
     def __init__(
@@ -181,7 +183,6 @@ class TrainingLog(TrainerCallback):
         """
         Args:
             metrics: JSONL file to which the main process writes metrics.
-            checkpoints: Checkpoints in the Trainer's output directory.
             description: Label of the progress bar.
             advice: Advice to append to the error message if the loss or gradient norm is not finite.
             log_summary: If True, also write the Trainer's final summary (run time, mean loss).
@@ -191,18 +192,14 @@ class TrainingLog(TrainerCallback):
         self.log = MetricsLog(metrics, checkpoints.step) if process_state().is_main_process else None
 
     def add_to(self, trainer: Any) -> None:
-        """Add this callback to a Trainer."""
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        is_hidden, start = not state.is_world_process_zero, state.global_step
         self.bar = ProgressBar(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.description,
-            unit="step",
-            disable=not state.is_world_process_zero,
+            total=state.max_steps, initial=start, desc=self.description, unit="step", disable=is_hidden
         )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -232,41 +229,12 @@ def raise_if_not_finite(name: str, value: float, step: int, checkpoints: Checkpo
     raise FloatingPointError(f"{name} is {value} at step {step}. Last complete checkpoint: {last}. {advice}".rstrip())
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the complete checkpoint with the highest step, or None if there is no complete checkpoint."""
-    complete = [path for path in _list_checkpoints(folder) if (path / COMPLETE_MARKER).exists()]
-    return complete[-1] if complete else None
-
-
 def hash_texts(texts: Iterable[str]) -> str:
     """Return a hash of the texts as 16 hexadecimal digits. It depends on the order of the texts."""
     total = hashlib.sha256()
     for text in texts:
         total.update(hashlib.sha256(text.encode(errors="surrogateescape")).digest())
     return total.hexdigest()[:16]
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics file. Ignore damaged lines, which can result from a killed process or a power failure."""
-    lines = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(values, dict) and "step" in values:
-            lines.append(values)
-    return lines
-
-
-def _list_checkpoints(folder: Path) -> list[Path]:
-    """List all checkpoints in a folder, including incomplete ones, sorted by step."""
-    pattern = re.compile(re.escape(PREFIX) + r"\d+")
-    return sorted((path for path in folder.glob(f"{PREFIX}*") if pattern.fullmatch(path.name)), key=_parse_step)
-
-
-def _parse_step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
@@ -289,7 +257,7 @@ def _rename_damaged_checkpoints(folder: Path) -> Path | None:
     If all checkpoints are damaged, raise ValueError without renaming any.
     """
     damages: dict[Path, str] = {}
-    for checkpoint in reversed(_list_checkpoints(folder)):
+    for checkpoint in reversed(list_checkpoints(folder)):
         damage = _describe_damage(checkpoint)
         if not damage:
             for damaged, reason in damages.items():
@@ -323,3 +291,126 @@ def _describe_damage(checkpoint: Path) -> str:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
     return ""
+
+
+# ---- training state --------------------------------------------------------------------------------------------------
+
+
+def save_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any = None) -> None:
+    """Save the state of a training run in a checkpoint folder. Must be called by all ranks.
+
+    Args:
+        model: Model without its DDP wrapper. Frozen parameters are not saved.
+        schedule: Learning rate schedule. Its `state_dict()` must be JSON-serialisable.
+        scaler: Gradient scaler, or None if the run has none.
+    """
+    is_main = process_state().is_main_process
+    part: dict[str, Tensor] = {}
+    part_bytes, part_number = 0, 1
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, shard in _iterate_state_tensors(model, optimizer):
+        tensor = full_tensor(shard.detach())  # must be called by all ranks
+        if not is_main:
+            continue
+        if part and part_bytes + tensor.nbytes > MAX_FILE_BYTES:
+            _save_part(part, folder / TENSOR_FILE.format(part_number))
+            part, part_bytes, part_number = {}, 0, part_number + 1
+        part[name] = tensor.cpu().contiguous()
+        part_bytes += tensor.nbytes
+    if is_main:
+        _save_part(part, folder / TENSOR_FILE.format(part_number))
+        state = {"schedule": schedule.state_dict(), "scaler": None if scaler is None else scaler.state_dict()}
+        atomic_write_text(folder / JSON_FILE, json.dumps(state))
+
+
+def _save_part(tensors: dict[str, Tensor], file: Path) -> None:
+    with explain_write_errors(file):
+        save_file(tensors, file)
+
+
+@torch.no_grad()
+def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any = None) -> None:
+    """Load a state saved by `save_training_state`. The number of ranks may differ. Must be called by all ranks.
+
+    Raises:
+        ValueError: The saved weights do not match the weights that this run trains.
+    """
+    file_of: dict[str, Any] = {}  # name of each saved tensor -> the file that contains it
+    for path in folder.glob(TENSOR_FILE.format("*")):
+        file = safe_open(path, framework="pt")
+        file_of.update(dict.fromkeys(file.keys(), file))
+    weights = {f"model/{name}": weight for name, weight in _iterate_trained_tensors(model)}
+    if {name for name in file_of if name.startswith("model/")} != weights.keys():
+        raise ValueError(
+            f"{folder} does not contain exactly the weights that this run trains. Use the same settings, or delete "
+            f"{folder.parent} to start this stage over"
+        )
+    for name, weight in weights.items():
+        weight.copy_(distribute_like(weight, file_of[name].get_tensor(name)))
+
+    # In the optimizer's state dict, parameters are numbered in the order of the parameter groups.
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states: dict[int, dict[str, Tensor]] = {}
+    for number, parameter in enumerate(parameters):
+        prefix = f"optimizer/{names[id(parameter)]}/"
+        values: dict[str, Tensor] = {}
+        for name in sorted(name for name in file_of if name.startswith(prefix)):  # same order on all ranks
+            value, key = file_of[name].get_tensor(name), name.removeprefix(prefix)
+            # All values except the step have the parameter's shape and are sharded in the same way.
+            values[key] = value if key == "step" else distribute_like(parameter, value)
+        if values:  # a parameter without a gradient has no state
+            states[number] = values
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    state = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
+    schedule.load_state_dict(state["schedule"])
+    for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = lr
+    if scaler is not None:
+        scaler.load_state_dict(state["scaler"])
+
+
+class TrainingStateMixin:
+    """Mixin for transformers' Trainer that saves the training state with `save_training_state`.
+
+    The Trainer alone would also save frozen weights and would pickle the state of sharded models. All other checkpoint
+    files are still written by the Trainer, which loads them as JSON or with `weights_only`.
+    """
+
+    args: Any
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Do nothing. `_save_optimizer_and_scheduler` also saves the weights."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Do nothing. `_load_optimizer_and_scheduler` also loads the weights."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_training_state(Path(output_dir), self.model, self.optimizer, self.lr_scheduler)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_training_state(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
+
+
+def _iterate_state_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in _iterate_trained_tensors(model):
+        yield f"model/{name}", weight
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            yield f"optimizer/{name}/{key}", value
+
+
+def _iterate_trained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and value of each trained parameter and of each buffer in the model's state dict."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
+    state = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name in state:
+            yield name, buffer

@@ -1,4 +1,4 @@
-"""Output folders: format versions, locks and run configs.
+"""Output folders: format versions, locks, and the config, metrics and list of checkpoints of a run.
 
 Folders with an unsupported format version are rejected. Only one command can write to a folder at a time. A resumed run
 must have the settings that are saved in its run directory.
@@ -7,6 +7,7 @@ must have the settings that are saved in its run directory.
 import dataclasses
 import errno
 import fnmatch
+import json
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,9 +18,12 @@ import yaml
 from filelock import FileLock, Timeout
 
 from llm2clip.config import RESUME_SAFE
-from llm2clip.io_utils import atomic_write_text
+from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text
 
 CONFIG_FILE = "config.yaml"  # all settings of a run
+CHECKPOINT_PREFIX = "checkpoint-"  # same prefix as in transformers' Trainer
+COMPLETE_MARKER = "complete"  # name of the file in a checkpoint that marks it as complete
+MAX_CHECKPOINTS = 2  # number of checkpoints to keep; older ones are removed
 RUN_LOCK = ".run.lock"  # held during all stages of a run; an embedding store also has its own lock
 
 # Kind of folder whose files look like data -> glob patterns. A folder of this kind contains matches for all patterns.
@@ -34,15 +38,11 @@ class FormatVersionError(ValueError):
 
 
 def check_format_version(path: str | Path, version: object, supported: int, advice: str) -> None:
-    """Check that a file or folder has the format version that this version of llm2clip reads.
+    """Raise FormatVersionError if a file or folder does not have the format version that this llm2clip reads.
 
     Args:
-        path: File or folder, for the error message.
         version: Format version in the file, or None if the file does not contain one.
         advice: Advice on how to recreate the file, for the error message.
-
-    Raises:
-        FormatVersionError: The versions differ.
     """
     if version != supported:
         actual = "no format version" if version is None else f"format version {version}"
@@ -52,10 +52,7 @@ def check_format_version(path: str | Path, version: object, supported: int, advi
 
 
 def describe_output_folder(names: Collection[str]) -> str | None:
-    """Describe the llm2clip output folder that has files with these names, for example as "a run directory".
-
-    Return None if in doubt, so that no data is ignored.
-    """
+    """Describe the llm2clip output folder that has files with these names, or return None if it may contain data."""
     for description, patterns in _NOT_DATA.items():
         if all(fnmatch.filter(names, pattern) for pattern in patterns):
             return description
@@ -77,7 +74,6 @@ def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
 
     Args:
         folder: Folder to lock. It is created if needed.
-        name: Name of the lock file.
 
     Raises:
         FolderInUseError: Another run holds the lock.
@@ -135,7 +131,6 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
 
     Args:
         config: Settings, keyed by name. Dataclasses are converted to dicts.
-        run_dir: Run directory, in which the config is saved as `config.yaml`.
         processes: Number of processes in the run, also saved in the file. None if unknown.
 
     Raises:
@@ -146,7 +141,7 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
     if has_outputs(run_dir):
         text = file.read_text(encoding="utf-8")
         saved = yaml.safe_load(text)
-        changes = [change for change in _find_differences(saved, new) if not _is_resume_safe(change[0])]
+        changes = [change for change in _find_differences(saved, new) if change[0].split(".")[-1] not in RESUME_SAFE]
         if _compute_pairs_per_step(saved, _parse_process_count(text)) == _compute_pairs_per_step(new, processes):
             changes = [change for change in changes if change[0] != "tune.batch_size"]
         else:
@@ -183,10 +178,6 @@ def has_outputs(run_dir: Path) -> bool:
     return not all(any(fnmatch.fnmatch(name, pattern) for pattern in _NOT_OUTPUTS) for name in names)
 
 
-def _is_resume_safe(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in RESUME_SAFE
-
-
 def to_plain_types(value: Any) -> Any:
     """Convert dataclasses, tuples, paths and the command line's restricted number types to plain types for YAML."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -210,3 +201,49 @@ def _find_differences(saved: Any, new: Any, name: str = "") -> list[tuple[str, A
         dotted = f"{name}.{key}" if name else key
         differences += _find_differences(saved.get(key), new.get(key), dotted)
     return differences
+
+
+# ---- checkpoints and metrics -----------------------------------------------------------------------------------------
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the complete checkpoint with the highest step, or None if there is no complete checkpoint."""
+    complete = [path for path in list_checkpoints(folder) if (path / COMPLETE_MARKER).exists()]
+    return complete[-1] if complete else None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List all checkpoints in a folder, including incomplete ones, sorted by step."""
+    paths = folder.glob(f"{CHECKPOINT_PREFIX}*")
+    return sorted((path for path in paths if re.fullmatch(r".*-\d+", path.name)), key=parse_step)
+
+
+def parse_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
+
+
+class MetricsLog:
+    """JSONL file of metrics, with one object per line. Each object has a `step` field."""
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        """Prepare the file for appending. Drop lines for steps after `resume_step`, since these steps are repeated."""
+        self.path = path
+        lines = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
+        atomic_write_jsonl(path, lines)
+
+    def write(self, step: int, **values: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read a metrics file. Ignore damaged lines, which can result from a killed process or a power failure."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(values, dict) and "step" in values:
+            lines.append(values)
+    return lines

@@ -22,11 +22,6 @@ from llm2clip.runs.ranks import print_once, process_state
 DURATIONS_FILE = "durations.json"
 
 
-def format_command_line() -> str:
-    """Return the command that started this process, quoted for the shell."""
-    return shlex.join(["llm2clip", *sys.argv[1:]])
-
-
 def describe_device(device: torch.device) -> str:
     """Describe this machine's GPUs or, if `device` is not a GPU, its processor."""
     if device.type == "cuda":
@@ -47,21 +42,12 @@ def describe_run(seconds: float) -> dict[str, Any]:
     state = process_state()
     processes = f"{state.num_processes} processes, each on " if state.num_processes > 1 else ""
     return {
-        "command": format_command_line(),
+        "command": shlex.join(["llm2clip", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": metadata.version("llm2clip"),
         "machine": processes + describe_device(state.device),
         "seconds": round(seconds, 1),
     }
-
-
-def format_run(run: Mapping[str, Any]) -> str:
-    """Format the result of `describe_run` as a sentence, without the command."""
-    date = datetime.fromisoformat(run["date"])
-    return (
-        f"llm2clip {run['version']}, {date.day} {date:%B %Y, %H:%M} UTC, {format_duration(run['seconds'])} on "
-        f"{run['machine']}."
-    )
 
 
 def build_run_section(
@@ -71,11 +57,12 @@ def build_run_section(
 
     Args:
         run: Result of `describe_run`.
-        note: Further sentences about the run.
         settings: Settings as text, shown collapsed.
         code: Text to show instead of the command, such as the sources.
     """
-    text = f"{format_run(run)} {note}".rstrip()
+    date = datetime.fromisoformat(run["date"])
+    text = f"llm2clip {run['version']}, {date.day} {date:%B %Y, %H:%M} UTC, {format_duration(run['seconds'])} on "
+    text = f"{text}{run['machine']}. {note}".rstrip()
     blocks: list[Block] = [Heading("Run"), Paragraph(text), Code(run["command"] if code is None else code)]
     if settings:
         blocks.append(Details("Settings", settings))

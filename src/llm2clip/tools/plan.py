@@ -23,9 +23,8 @@ from llm2clip.cpu_tuning import get_available_memory
 from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import format_bytes
-from llm2clip.runs.checkpoint import MAX_CHECKPOINTS
-from llm2clip.runs.fsdp import is_fsdp_enabled
-from llm2clip.runs.ranks import process_state
+from llm2clip.runs.output_folder import MAX_CHECKPOINTS
+from llm2clip.runs.ranks import is_fsdp_enabled, process_state
 from llm2clip.tools.plan_costs import ImageCosts, TextCosts, measure_image_costs, measure_text_costs
 from llm2clip.tools.plan_memory import (
     USABLE_FRACTION,

@@ -31,8 +31,14 @@ from llm2clip.models.loading import fingerprint
 from llm2clip.models.precision import tf32_matmul
 from llm2clip.models.vision.vision_tower import VisionTower, merge_tower_lora
 from llm2clip.prefetch import prefetch
-from llm2clip.runs.fsdp import copy_to_meta_device, gather_to_cpu, is_fsdp_enabled, set_fsdp_wrap_policy
-from llm2clip.runs.ranks import print_once, process_state
+from llm2clip.runs.ranks import (
+    copy_to_meta_device,
+    gather_to_cpu,
+    is_fsdp_enabled,
+    print_once,
+    process_state,
+    set_fsdp_wrap_policy,
+)
 from llm2clip.store.encode import TowerEncoder, store_image_features
 from llm2clip.store.store import CaptionSource, EmbeddingStore
 from llm2clip.train.grad_cache import compute_cached_loss

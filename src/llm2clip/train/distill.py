@@ -39,8 +39,7 @@ from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import TokenizedTexts, batch_by_length, get_default_batch_tokens
-from llm2clip.runs.fsdp import is_fsdp_enabled
-from llm2clip.runs.ranks import print_once, process_state
+from llm2clip.runs.ranks import is_fsdp_enabled, print_once, process_state
 from llm2clip.store.encode import embed, store_text_embeddings
 from llm2clip.store.layout import MANIFEST, StoreError, check_identity, iter_chunks, make_caption_keys
 from llm2clip.store.store import LOOKUP_CHUNK_SIZE, EmbeddingStore

@@ -28,10 +28,22 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import atomic_path, atomic_write_text, fsync_folder
 from llm2clip.models.precision import resolve_precision
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.checkpoint import Checkpoints, MetricsLog, hash_texts, raise_if_not_finite
-from llm2clip.runs.fsdp import enable_fp32_gradient_reduction, full_tensor, is_fsdp_enabled, set_mixed_precision
-from llm2clip.runs.ranks import process_state, wait_for_everyone
-from llm2clip.runs.training_state import load_training_state, save_training_state
+from llm2clip.runs.checkpoint import (
+    Checkpoints,
+    hash_texts,
+    load_training_state,
+    raise_if_not_finite,
+    save_training_state,
+)
+from llm2clip.runs.output_folder import MetricsLog
+from llm2clip.runs.ranks import (
+    enable_fp32_gradient_reduction,
+    full_tensor,
+    is_fsdp_enabled,
+    process_state,
+    set_mixed_precision,
+    wait_for_everyone,
+)
 from llm2clip.train.optim import MAX_GRAD_NORM, make_cosine_schedule
 
 # In fp16, the gradient scaler skips every step with non-finite gradients and then halves its scale factor. After this

@@ -40,17 +40,20 @@ from llm2clip.models.precision import Precision, resolve_precision
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import TokenizedTexts, copy_to_device, get_default_batch_tokens
 from llm2clip.models.text.sentence_transformer import LoraSession, check_qlora_available, get_layers
-from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, hash_texts
-from llm2clip.runs.fsdp import (
+from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, TrainingStateMixin, hash_texts
+from llm2clip.runs.ranks import (
+    RaggedGather,
     copy_to_meta_device,
     enable_fp32_gradient_reduction,
     gather_to_cpu,
     is_fsdp_enabled,
+    max_over_ranks,
+    print_once,
+    process_state,
     set_fsdp_wrap_policy,
     set_mixed_precision,
+    wait_for_everyone,
 )
-from llm2clip.runs.ranks import RaggedGather, max_over_ranks, print_once, process_state, wait_for_everyone
-from llm2clip.runs.training_state import TrainingStateMixin
 from llm2clip.train.grad_cache import compute_cached_loss
 
 PAIR_SCHEMA = pa.schema(
