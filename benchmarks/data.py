@@ -52,8 +52,8 @@ COLUMNS = {"cpu": "CPU, s", "seconds": "wall, s", "peak": "peak, MB", "anonymous
 def read_records(timer: Timer, source: str, folder: str) -> tuple[None, Any]:
     """Measure reading the records of a source, and print their number."""
     from llm2clip.config import EvaluateConfig
+    from llm2clip.data.build_table import read_splits
     from llm2clip.data.skip_log import SkipLog
-    from llm2clip.data.splits import read_splits
 
     options: dict[str, Any] = {"keep_selected_splits": True, "folder": Path(folder) / "data"}
     with timer:
@@ -95,7 +95,7 @@ def start_align(
 
 def write_store(timer: Timer, source: str, folder: str) -> tuple[None, None]:
     """Write a store with one-dimensional embeddings of the captions and phrases."""
-    from llm2clip.data.columns import TEXT_FIELDS
+    from llm2clip.data.records import TEXT_FIELDS
     from llm2clip.store.writer import open_for_writing
 
     _, records = extract_phrases(Timer(), source, folder)

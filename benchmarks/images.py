@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from llm2clip.data.formats.image_folder import IMAGE_SUFFIXES, list_files
+from llm2clip.data.formats import IMAGE_SUFFIXES, list_files
 from llm2clip.data.images import load_image
 from llm2clip.data.transforms import Preprocess, TrainTransform
 

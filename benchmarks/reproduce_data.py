@@ -35,11 +35,11 @@ from llm2clip.config import (
     require_at_least,
     require_positive,
 )
-from llm2clip.data.build_table import mask_same_images, open_table
+from llm2clip.data.build_table import open_table, read_splits
+from llm2clip.data.image_facts import mask_same_images
 from llm2clip.data.pairs import ImageCaptions, Pair, TuningItem, read_text_pairs, read_tuning_sources
 from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_splits, replace_captions
 from llm2clip.data.table import RecordTable
 from llm2clip.data.texts import deduplicate_captions
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
@@ -448,6 +448,11 @@ class _StoreTextEncoder:
 
     def count_truncated(self, captions: Sequence[str]) -> None:
         """Return None, because the store does not record which texts were truncated."""
+
+
+def replace_captions(record: Record, captions: tuple[str, ...]) -> Record:
+    """Return a copy of a record with all captions replaced by `captions`."""
+    return dataclasses.replace(record, captions=captions, short_captions=(), long_captions=())
 
 
 def _make_file_name(name: str) -> str:

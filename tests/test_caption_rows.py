@@ -9,7 +9,7 @@ import pytest
 
 from format_fixtures import write_jsonl
 from llm2clip.data.build_table import open_table
-from llm2clip.data.columns import TEXT_FIELDS
+from llm2clip.data.records import TEXT_FIELDS
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.store import store as store_module

@@ -17,7 +17,7 @@ from dense_fixtures import make_coco
 from format_fixtures import write_jsonl
 from llm2clip.cli import main
 from llm2clip.config import EvaluateOptions
-from llm2clip.data.image_hashes import hash_images, save_training_image_hashes
+from llm2clip.data.image_facts import hash_images, save_training_image_hashes
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records

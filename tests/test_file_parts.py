@@ -11,8 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm2clip.data.formats import IMAGE_FOLDER, base, find_format, json_files, tables
-from llm2clip.data.formats.base import BadRow, FilePart, RawRow, ReadOptions, read_rows, split_file
+from llm2clip.data.formats import (
+    BadRow,
+    FilePart,
+    RawRow,
+    ReadOptions,
+    find_format,
+    load_formats,
+    read_rows,
+    split_file,
+    text_files,
+)
 from llm2clip.data.image_refs import LoadedImage
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import DataFormatError
@@ -47,7 +56,7 @@ def read_in_text_mode(path: Path) -> list[tuple[int, Any]]:
     rows: list[tuple[int, Any]] = []
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, 1):
-            if len(line) > base.MAX_LINE_CHARACTERS:
+            if len(line) > text_files.MAX_LINE_CHARACTERS:
                 rows.append((number, "malformed row"))
             elif any("\udc80" <= character <= "\udcff" for character in line):
                 rows.append((number, "not UTF-8"))
@@ -64,7 +73,7 @@ def read_in_text_mode(path: Path) -> list[tuple[int, Any]]:
 def test_parts_of_json_lines_have_the_rows_of_the_file(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "MAX_LINE_CHARACTERS", 1000)
+    monkeypatch.setattr(text_files, "MAX_LINE_CHARACTERS", 1000)
     rng, path = random.Random(seed), tmp_path / "x.jsonl"
     newline = rng.choice([b"\n", b"\r\n"])
     content = b"".join(rng.choice(LINES) + newline for _ in range(rng.choice([1, 5, 40])))
@@ -90,7 +99,7 @@ def test_parts_of_csv_files_have_the_rows_of_the_file(
 ) -> None:
     """Rows with quoted line breaks, and malformed rows. The rows after an opened quote belong to it."""
     rng, path = random.Random(seed), tmp_path / "x.csv"
-    monkeypatch.setattr(base, "MAX_LINE_CHARACTERS", 1000)
+    monkeypatch.setattr(text_files, "MAX_LINE_CHARACTERS", 1000)
     newline, delimiter = rng.choice(["\n", "\r\n", "\r"]), rng.choice(",;\t")
     cells = [cell for cell in CSV_CELLS if cell != '"' and "early" not in cell] if seed % 2 else CSV_CELLS
     rows = [delimiter.join(rng.choices(cells, k=rng.choice([2, 2, 2, 2, 3]))) for _ in range(rng.choice([1, 5, 60]))]
@@ -120,7 +129,7 @@ def test_files_are_divided_near_the_target_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk_bytes", [1, 5, 64])
 def test_newlines_are_counted_across_chunks(chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_files, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", chunk_bytes)
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"a": "x" * (n % 17)}) + "\n" for n in range(200)))
     rows, _ = read_parts(path, 300)
@@ -128,7 +137,7 @@ def test_newlines_are_counted_across_chunks(chunk_bytes: int, tmp_path: Path, mo
 
 
 def test_a_line_that_is_too_long_ends_the_division(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_files, "MAX_LINE_CHARACTERS", 1 << 16)
+    monkeypatch.setattr(text_files, "MAX_LINE_CHARACTERS", 1 << 16)
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n' * 10)
     os.truncate(path, 1 << 40)  # a sparse file, whose last line has a terabyte
@@ -152,7 +161,7 @@ def test_files_of_other_formats_are_not_divided(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
         part = FilePart(find_format(name.removesuffix(".gz")).format, str(tmp_path / name))
         assert split_file(part, 10) == [part]
-    missing, folder = find_format(f"{tmp_path}/missing.jsonl"), FilePart(IMAGE_FOLDER, str(tmp_path))
+    missing, folder = find_format(f"{tmp_path}/missing.jsonl"), FilePart(load_formats()["images"], str(tmp_path))
     assert split_file(missing, 10) == [missing] and split_file(folder, 1) == [folder]
     assert len(read_parts(tmp_path / "x.jsonl.gz", 10)[0]) == 100
     rows, notes = read_parts(tmp_path / "utf-16.jsonl", 10)
@@ -189,25 +198,3 @@ def test_parts_of_a_corrupt_parquet_file_count_each_row_once(tmp_path: Path) -> 
     rows, _ = read_parts(path, 1000)
     assert sum(fields.rows if isinstance(fields, BadRow) else 1 for _, _, fields in rows) == 100
     assert any(isinstance(fields, BadRow) for _, _, fields in rows)
-
-
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-
-
-@pytest.mark.parametrize(
-    ("values", "kind"),
-    [
-        (["a", "", None, "é一"], pa.string()),
-        ([b"a", b"", None, b"\xff"], pa.binary()),
-        ([["a", None], [], ["b", "c"], [""]], pa.list_(pa.string())),
-        ([["a"], None, [], ["b"]], pa.list_(pa.string())),
-        ([{"bytes": b"a", "path": "a"}, {"bytes": None, "path": "b"}, {"bytes": b"", "path": None}], IMAGE),
-        ([{"bytes": b"a", "path": "a"}, None, {"bytes": b"b", "path": "b"}], IMAGE),
-        ([1, None, 2], pa.int64()),
-        ([[["a"]], [], None], pa.list_(pa.list_(pa.string()))),
-    ],
-)
-def test_cells_of_parquet_files_are_those_of_arrow(values: list[Any], kind: pa.DataType) -> None:
-    column = pa.array(values, kind)
-    for part in (column, column[1:], column[:2], column[1:2], column[:0]):
-        assert tables._to_list(part) == part.to_pylist()

@@ -22,10 +22,10 @@ from format_fixtures import (
     write_tar,
 )
 from llm2clip.config import EvaluateConfig
+from llm2clip.data.build_table import read_splits
 from llm2clip.data.image_refs import FileImage, MemoryImage, ParquetImage, TarImage, compute_content_digest
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_splits
 
 
 @pytest.mark.parametrize("write", FORMATS, ids=lambda write: write.__name__)

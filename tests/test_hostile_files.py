@@ -20,8 +20,8 @@ from PIL import Image, ImageFile
 
 from conftest import load_benchmark
 from llm2clip.cli.export import _check_no_home_paths
-from llm2clip.data import columns, image_header, images, records, table_cells
-from llm2clip.data.formats import base, json_files
+from llm2clip.data import image_header, images, records, table_cells, texts
+from llm2clip.data.formats import text_files
 from llm2clip.data.image_header import DecodingLimitError, check_decoding_work, open_header
 from llm2clip.data.image_refs import FileImage, ParquetImage
 from llm2clip.data.images import ImageError, decode_image, load_image
@@ -383,8 +383,8 @@ def test_sparse_caption_files_are_rejected_before_they_fill_the_memory(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / name
-    monkeypatch.setattr(base, "MAX_LINE_CHARACTERS", 1 << 16)
-    monkeypatch.setattr(base, "MAX_SKIPPED_CHARACTERS", 1 << 20)
+    monkeypatch.setattr(text_files, "MAX_LINE_CHARACTERS", 1 << 16)
+    monkeypatch.setattr(text_files, "MAX_SKIPPED_CHARACTERS", 1 << 20)
     if name.endswith(".gz"):
         path.write_bytes(gzip.compress(bytes(10 << 20)))
     else:
@@ -406,7 +406,7 @@ def test_sparse_caption_files_are_rejected_before_they_fill_the_memory(
 def test_a_row_that_is_too_long_is_skipped(
     name: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "MAX_LINE_CHARACTERS", 10_000)
+    monkeypatch.setattr(text_files, "MAX_LINE_CHARACTERS", 10_000)
     (tmp_path / name).write_text(content.format(long="x" * 2_000_000, short="x" * 4000))
     log = SkipLog(max_skipped=1.0)
     assert [record.captions for record in open_records(tmp_path / name, log, "unchecked")] == [("a",), ("b",)]
@@ -443,8 +443,8 @@ def test_captions_of_a_row_are_limited(tmp_path: Path) -> None:
     "cell", ["[f'{1}{1}']", "['a', rf'{1}']", "[{1,{2}}]", "[{[]: 1}]", "['a', ...]", "[b'a']", "[-'a']", "['a'] * 9"]
 )
 def test_only_lists_of_strings_are_parsed_as_python(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns.ast, "literal_eval", lambda _: pytest.fail("the cell was parsed"))
-    assert columns.parse_captions(cell, True, SkipLog(), "x.csv", 1) == (cell,)
+    monkeypatch.setattr(texts.ast, "literal_eval", lambda _: pytest.fail("the cell was parsed"))
+    assert texts.parse_captions(cell, True, SkipLog(), "x.csv", 1) == (cell,)
 
 
 @pytest.mark.parametrize(
@@ -457,7 +457,7 @@ def test_only_lists_of_strings_are_parsed_as_python(cell: str, monkeypatch: pyte
     ],
 )
 def test_lists_in_cells_are_parsed(cell: str, captions: tuple[str, ...]) -> None:
-    assert columns.parse_captions(cell, True, SkipLog(), "x.csv", 1) == captions
+    assert texts.parse_captions(cell, True, SkipLog(), "x.csv", 1) == captions
 
 
 def test_coco_ids_of_a_wrong_type_are_skipped(tmp_path: Path) -> None:
@@ -478,7 +478,7 @@ def test_an_unexpected_exception_of_a_reader_is_a_bad_row(tmp_path: Path, monkey
 
     file, log = write_jsonl(tmp_path / "x.jsonl", {"caption": "a"}), SkipLog(max_skipped=1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(json_files.JsonLines, "read", fail)
+        patch.setattr(text_files.JsonLines, "read", fail)
         assert [record.captions for record in open_records(file, log)] == [("a",)]
     assert log.examples == [f"{file}, row 2: unreadable file: MemoryError: no memory"]
     monkeypatch.setattr(records, "parse_name", lambda *_: {}["missing"])

@@ -10,11 +10,10 @@ import pytest
 from PIL import Image
 
 from conftest import load_benchmark
-from llm2clip.data.columns import UnusableRow
-from llm2clip.data.image_facts import ImageFacts, read_image_facts
-from llm2clip.data.image_hashes import hash_images
+from llm2clip.data.image_facts import ImageFacts, hash_images, read_image_facts
 from llm2clip.data.image_header import MAX_FILE_BYTES, START_BYTES, open_header, parse_image_size
 from llm2clip.data.image_refs import FileImage, LoadedImage, TarImage
+from llm2clip.data.skip_log import UnusableRow
 
 fuzz = load_benchmark("fuzz")
 mutate_image: Callable[[bytes, random.Random], bytes] = fuzz.mutate_image
@@ -31,9 +30,6 @@ SIMPLE_IMAGES = [
     encode(NOISE, "JPEG"), encode(NOISE, "JPEG", quality=95, optimize=True), encode(NOISE, "JPEG", progressive=True),
     encode(NOISE.convert("L"), "JPEG"), encode(NOISE.convert("CMYK"), "JPEG"),
     encode(NOISE, "JPEG", dpi=(72, 72), icc_profile=b"x" * 200, comment=b"comment", xmp=b"<x/>"),
-    encode(NOISE, "PNG"), encode(NOISE.convert("RGBA"), "PNG"), encode(NOISE.convert("L"), "PNG", dpi=(72, 72)),
-    encode(NOISE.convert("P"), "PNG", transparency=3), encode(NOISE.convert("1"), "PNG"),
-    encode(NOISE, "WEBP"), encode(NOISE, "WEBP", lossless=True), encode(NOISE.convert("RGBA"), "WEBP", lossless=True),
 ]  # fmt: skip
 
 
@@ -45,7 +41,7 @@ def read_size_with_pillow(data: bytes) -> tuple[int, int] | type[Exception]:
 
 
 @pytest.mark.parametrize("data", SIMPLE_IMAGES)
-def test_ordinary_images_are_not_opened_with_pillow(data: bytes) -> None:
+def test_ordinary_jpeg_files_are_not_opened_with_pillow(data: bytes) -> None:
     assert parse_image_size(data[:START_BYTES], len(data)) == read_size_with_pillow(data) == (50, 40)
 
 
@@ -68,7 +64,7 @@ def test_size_of_corrupt_images_is_that_of_pillow(seed: int) -> None:
     assert num_simple > 40
 
 
-@pytest.mark.parametrize("data", [b"", b"x", b"\xff\xd8\xff", b"RIFF", b"\x89PNG\r\n\x1a\n", b"%PDF-1.7"])
+@pytest.mark.parametrize("data", [b"", b"x", b"\xff\xd8\xff", b"%PDF-1.7", encode(NOISE, "PNG"), encode(NOISE, "WEBP")])
 def test_size_of_other_files_is_unknown(data: bytes) -> None:
     assert parse_image_size(data, len(data)) is None
 

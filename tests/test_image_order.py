@@ -152,3 +152,5 @@ def test_epoch_orders_download_the_next_shards_ahead(monkeypatch: pytest.MonkeyP
     assert few.image_order == "random" and requests[40:] == [["s3://bucket/000.tar", "s3://bucket/001.tar"]]
     EpochOrders(make_shards("/local", 40), np.ones(120, bool), 0, "shards").take(0, 0, 3)
     assert len(requests) == 41
+    cached = EpochOrders(table, np.ones(120, bool), 0, read_images=False)
+    assert cached.take(0, 0, 120).tolist() == order and len(requests) == 41, "cached features need no images"

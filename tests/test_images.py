@@ -18,11 +18,10 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
-from llm2clip.data import image_header, image_loader, images
-from llm2clip.data.image_loader import decode_or_error, iter_image_batches
+from llm2clip.data import image_header, images, transforms
 from llm2clip.data.image_refs import FileImage, MemoryImage
-from llm2clip.data.images import ImageError, decode_image, load_image
-from llm2clip.data.transforms import EvalTransform, Preprocess, TrainTransform
+from llm2clip.data.images import ImageError, decode_image, decode_or_error, iter_image_batches, load_image
+from llm2clip.data.transforms import MIN_CROP_SCALE, EvalTransform, Preprocess, TrainTransform
 from llm2clip.search.images import load_request_image
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -340,12 +339,11 @@ def test_train_transform_depends_only_on_its_generator() -> None:
 
 
 def test_train_transform_crops_have_the_documented_size_and_ratio() -> None:
-    transform = TrainTransform(Preprocess(32, "shortest", 1.0, "bicubic", *HALF), min_crop_scale=0.5)
     generator = torch.Generator().manual_seed(0)
-    boxes = [transform._sample_crop_box(300, 300, generator) for _ in range(300)]
+    boxes = [transforms._sample_crop_box(300, 300, generator) for _ in range(300)]
     for top, left, height, width in boxes:
         assert 0 <= top <= 300 - height and 0 <= left <= 300 - width
-        assert 0.49 < height * width / 300**2 <= 1
+        assert MIN_CROP_SCALE - 0.01 < height * width / 300**2 <= 1
         assert 0.74 < width / height < 1.35
     assert {math.copysign(1, width - height) for _, _, height, width in boxes} == {1.0, -1.0}
 
@@ -358,7 +356,7 @@ def test_image_batches_are_equal_with_workers_and_report_failures(
     for n, ref in enumerate(refs):
         Path(ref.path).write_bytes(encode(photo(60 + n), "JPEG")[: 200 if n in (1, 6) else None])
     batches = list(iter_image_batches(refs, transform, 3))
-    monkeypatch.setattr(image_loader, "MIN_IMAGES_FOR_WORKERS", 7)
+    monkeypatch.setattr(images, "MIN_IMAGES_FOR_WORKERS", 7)
     batches_of_workers = list(iter_image_batches(refs, transform, 3, workers=2))
     for (indices, pixels, failures), of_workers in zip(batches, batches_of_workers, strict=True):
         assert (indices, failures) == (of_workers[0], of_workers[2])
@@ -374,9 +372,9 @@ def test_packed_batches_contain_a_single_tensor_and_restore_any_structure() -> N
         ("b", {"pixels": torch.rand(2, 3).T, "scalar": torch.tensor(7)}, None),
         ("c", torch.empty(0, 4, dtype=torch.bfloat16), "error message"),
     ]
-    pickled, offsets, buffer = image_loader.pack_batch(items)
-    assert buffer.dtype == torch.uint8 and b"torch_storage" not in pickled and len(offsets) == 5
-    restored = image_loader.unpack_batch((pickled, offsets, buffer))
+    packed = images.pack_batch(items)
+    assert packed.dtype == torch.uint8 and b"torch.storage" not in packed.numpy().tobytes()
+    restored = images.unpack_batch(packed)
     assert [(name, other) for name, _, other in restored] == [(name, other) for name, _, other in items]
     for (_, value, _), (_, expected, _) in zip(restored, items, strict=True):
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
@@ -386,7 +384,7 @@ def test_closing_image_batches_early_stops_the_workers_cleanly(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A worker would be aborted if a thread were still sending a batch when the interpreter is finalized."""
-    monkeypatch.setattr(image_loader, "MIN_IMAGES_FOR_WORKERS", 0)
+    monkeypatch.setattr(images, "MIN_IMAGES_FOR_WORKERS", 0)
     refs = [MemoryImage(encode(photo(), "PNG"), str(n)) for n in range(300)] * 5
     transform = EvalTransform(Preprocess(224, "squash", 1.0, "bicubic", *HALF))
     with contextlib.closing(iter_image_batches(refs, transform, batch_size=300, workers=1)) as batches:

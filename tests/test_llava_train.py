@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from conftest import Killed, emulate_fsdp_launch, make_llm, run_distributed
 from llava_fixtures import build_tiny_llava, load_model, load_weights, make_conversations, make_vision_tower
 from llm2clip.cli import main
-from llm2clip.data.image_hashes import load_training_image_hashes
+from llm2clip.data.image_facts import load_training_image_hashes
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.llava import LlavaConfig

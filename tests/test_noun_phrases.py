@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import pickle
 import random
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from llm2clip.config import AlignConfig
 from llm2clip.data import noun_phrases
 from llm2clip.data.build_table import open_table
 from llm2clip.data.noun_phrases import MIN_IMAGES, add_phrases, to_word_set
+from llm2clip.data.parallel import map_in_processes
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
@@ -314,7 +317,15 @@ def test_worker_processes_find_the_same_phrases(tmp_path: Path, monkeypatch: pyt
     source, captions = make_source(tmp_path)
     monkeypatch.setattr(noun_phrases, "MIN_PARALLEL_IMAGES", 1)
     monkeypatch.setattr(noun_phrases, "PART_IMAGES", 41)
+    sizes: list[int] = []
+
+    def map_and_measure(function: Any, items: Any, workers: int | None) -> Any:
+        sizes.append(len(pickle.dumps(function)))
+        return map_in_processes(function, items, workers)
+
+    monkeypatch.setattr(noun_phrases, "map_in_processes", map_and_measure)
     assert list_phrases(add_phrases(read_table(source, tmp_path))) == phrase_reference.extract_phrases(captions)
+    assert len(sizes) == 3 and max(sizes) < 1000, "the words are not sent with each part"
 
 
 def test_killed_process_leaves_no_incomplete_file(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from conftest import run_distributed
 from llm2clip import LLM2CLIP, pipeline
 from llm2clip.cli import main
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
-from llm2clip.data.image_hashes import TRAINING_IMAGES_FILE, count_training_images, load_training_image_hashes
+from llm2clip.data.image_facts import TRAINING_IMAGES_FILE, count_training_images, load_training_image_hashes
 from llm2clip.data.records import open_records
 from llm2clip.data.table import RecordTable
 from llm2clip.models.text.caption_encoder import CaptionEncoder

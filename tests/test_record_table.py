@@ -6,6 +6,7 @@ import os
 import pickle
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from format_fixtures import image_bytes, write_jsonl, write_tar
-from llm2clip.data import build_table, image_hashes
-from llm2clip.data.build_table import load_source_indices, mask_same_images, open_table
-from llm2clip.data.columns import CAPTION_FIELDS
-from llm2clip.data.image_hashes import hash_images
+from llm2clip.data import build_table, image_facts
+from llm2clip.data.build_table import load_source_indices, open_table
+from llm2clip.data.image_facts import hash_images, mask_same_images
 from llm2clip.data.image_refs import FileImage, MemoryImage, ParquetImage, TarImage
-from llm2clip.data.records import EARLY_CHECK_ROWS, ImageCheck, Record, Source, open_records
+from llm2clip.data.records import CAPTION_FIELDS, EARLY_CHECK_ROWS, ImageCheck, Record, Source, open_records
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.data.table import RecordTable, decode_name
 
@@ -243,7 +243,7 @@ def test_merged_rows_keep_the_place_and_source_of_the_first(tmp_path: Path) -> N
 def test_merging_finds_keys_that_differ_in_one_half_only() -> None:
     high = np.array([5, 5, 0, 5, 0, 0, 7], np.uint64)
     low = np.array([1, 2, 0, 1, 0, 3, 2], np.uint64)
-    assert build_table._find_first_rows(high, low).tolist() == [0, 1, 2, 0, 4, 5, 6]
+    assert image_facts.find_first_rows(high, low).tolist() == [0, 1, 2, 0, 4, 5, 6]
 
 
 def test_mask_same_images_finds_paths_and_copies(tmp_path: Path) -> None:
@@ -385,12 +385,16 @@ def test_copies_in_a_tar_file_are_merged_with_files(tmp_path: Path) -> None:
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list to which the length of each later read for hashing is appended."""
+    """Return a list to which the size of each image that is later hashed in full is appended."""
     lengths: list[int] = []
-    read = image_hashes._hash_range
-    monkeypatch.setattr(
-        image_hashes, "_hash_range", lambda path, start, length: lengths.append(length) or read(path, start, length)
-    )
+    compute_digest = hashlib.file_digest
+
+    def count(stream: Any, name: str) -> Any:
+        digest = compute_digest(stream, name)
+        lengths.append(stream.tell())
+        return digest
+
+    monkeypatch.setattr(hashlib, "file_digest", count)
     return lengths
 
 
@@ -405,8 +409,8 @@ def test_links_have_the_contents_of_their_target(tmp_path: Path, monkeypatch: py
     lengths = count_reads(monkeypatch)
     names = ("link", "target", "broken", "empty", "missing")
     expected = [hashlib.sha256(data).digest()] * 2 + [b""] * 3
-    assert image_hashes.hash_contents([FileImage(str(tmp_path / f"{name}.jpg")) for name in names]) == expected
-    assert lengths == [len(data)]
+    assert image_facts.hash_contents([FileImage(str(tmp_path / f"{name}.jpg")) for name in names]) == expected
+    assert sorted(lengths) == [0, len(data)]  # the empty file and the target
 
 
 def test_only_images_with_equal_hashes_are_read_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from dense_fixtures import COLOURS, colour_embeddings, colour_model, make_coco, make_segmentation
 from llm2clip.cli import main
-from llm2clip.data import image_loader
+from llm2clip.data import images
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.evaluate.benchmarks import BENCHMARKS, get_benchmarks
 from llm2clip.evaluate.benchmarks.base import RegionData
@@ -198,13 +198,13 @@ def test_all_methods_recognise_coloured_boxes_and_decode_each_image_once(
     make_coco(tmp_path / "coco")
     data = BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
     decoded: Counter[str] = Counter()
-    load_image = image_loader.load_image
+    load_image = images.load_image
 
     def counting_load_image(ref: Any) -> Any:
         decoded[str(ref)] += 1
         return load_image(ref)
 
-    monkeypatch.setattr(image_loader, "load_image", counting_load_image)
+    monkeypatch.setattr(images, "load_image", counting_load_image)
     predictions = classify_regions(data, colour_embeddings(), ["plain", "sclip"])
     assert list(predictions) == ["crop", "plain", "sclip"] and set(decoded.values()) == {1} and len(decoded) == 3
     for method in ("crop", "plain"):

@@ -15,9 +15,8 @@ from align_fixtures import ALIGN, fresh_model
 from conftest import run_with_few_open_files
 from format_fixtures import image_bytes
 from llm2clip.config import AlignConfig
-from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.image_refs import MemoryImage
-from llm2clip.data.records import Record
+from llm2clip.data.records import CAPTION_FIELDS, Record
 from llm2clip.data.table import RecordTable
 from llm2clip.data.transforms import Preprocess
 from llm2clip.store.store import EmbeddingStore, find_caption_rows

@@ -12,8 +12,8 @@ from PIL import Image
 
 from format_fixtures import image_bytes, image_row, write_images_and_jsonl, write_jsonl
 from llm2clip.config import EvaluateConfig
+from llm2clip.data.build_table import DataSplits, read_splits
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import DataSplits, read_splits
 
 
 def splits_of(*sources: str | Path, held_out: tuple[str | Path, ...] = ()) -> DataSplits:

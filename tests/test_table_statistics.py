@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
+from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.table_statistics import (
     Histogram,
     TableStatistics,

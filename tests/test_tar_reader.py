@@ -14,10 +14,7 @@ from typing import Any
 import pytest
 
 from conftest import load_benchmark
-from llm2clip.data.formats import find_format
-from llm2clip.data.formats import tar as tar_reader
-from llm2clip.data.formats.base import BadRow, RawRow, ReadOptions, read_rows
-from llm2clip.data.formats.tar import _PlainHeaders
+from llm2clip.data.formats import BadRow, RawRow, ReadOptions, find_format, image_files, read_rows
 from llm2clip.data.image_refs import LoadedImage, TarImage
 
 mutate_tar: Callable[[bytes, random.Random], bytes] = load_benchmark("fuzz").mutate_tar
@@ -87,7 +84,7 @@ def read_tar(path: Path, image_bytes: bool = True) -> list[RawRow]:
 
 def read_with_tarfile(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RawRow]:
     with monkeypatch.context() as patch:
-        patch.setattr(_PlainHeaders, "parse", lambda *_: None)
+        patch.setattr(image_files, "_parse_plain_headers", lambda *_: None)
         return read_tar(path)
 
 
@@ -96,8 +93,8 @@ def read_with_tarfile(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RawRo
 def test_rows_are_those_of_tarfile(
     name: str, edit: Edit, kind: int, window_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tar_reader, "WINDOW_BYTES", window_bytes)
-    monkeypatch.setattr(tar_reader, "JUMP_BYTES", 1024)
+    monkeypatch.setattr(image_files, "WINDOW_BYTES", window_bytes)
+    monkeypatch.setattr(image_files, "JUMP_BYTES", 1024)
     path, data = tmp_path / "x.tar", build_tar(build_members(20), edit, kind)
     path.write_bytes(data)
     rows = read_tar(path)
@@ -131,7 +128,7 @@ def test_plain_headers_are_not_parsed_by_tarfile(
     edit: Edit, kind: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "x.tar").write_bytes(build_tar(build_members(50), edit, kind))
-    assert count_tarfile_headers(tmp_path / "x.tar", monkeypatch) <= 4  # twice for the first header, once for the end
+    assert count_tarfile_headers(tmp_path / "x.tar", monkeypatch) <= 4  # the first header and the end
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -148,7 +145,9 @@ def test_rows_of_corrupt_files_are_those_of_tarfile(seed: int, tmp_path: Path, m
     assert "truncated tar" in reasons
 
 
-@pytest.mark.parametrize("position", [0, 99, 100, 124, 134, 135, 136, 147, 148, 153, 154, 156, 157, 257, 345, 511])
+@pytest.mark.parametrize(
+    "position", [0, 99, 100, 124, 134, 135, 136, 147, 148, 153, 154, 156, 157, 257, 329, 344, 345, 511]
+)
 def test_headers_with_an_unusual_byte_are_those_of_tarfile(
     position: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +183,7 @@ def test_pax_records_are_those_of_tarfile(records: bytes, tmp_path: Path, monkey
 
 
 def test_large_images_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar_reader, "MAX_LOADED_BYTES", 10_000)
+    monkeypatch.setattr(image_files, "MAX_LOADED_BYTES", 10_000)
     members = [("a.jpg", bytes(10_000)), ("a.txt", b"a"), ("b.png", bytes(10_001)), ("b.txt", b"b")]
     (tmp_path / "x.tar").write_bytes(build_tar(members))
     images = [fields["image"] for _, _, fields in read_tar(tmp_path / "x.tar") if isinstance(fields, dict)]

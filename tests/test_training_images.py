@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 from conftest import TouchOnLoad
 from format_fixtures import image_bytes, write_tar
-from llm2clip.data.image_hashes import (
+from llm2clip.data.image_facts import (
     TRAINING_IMAGES_FILE,
     count_training_images,
     hash_images,

@@ -10,10 +10,9 @@ import pytest
 
 from format_fixtures import image_row, write_images_and_jsonl, write_jsonl
 from llm2clip.config import EvaluateConfig, TuneConfig
-from llm2clip.data.build_table import open_table
+from llm2clip.data.build_table import DataSplits, open_table, read_splits
 from llm2clip.data.pairs import ImageCaptions, Pair, read_text_pairs, read_tuning_sources
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
-from llm2clip.data.splits import DataSplits, read_splits
 from llm2clip.data.table import RecordTable
 
 

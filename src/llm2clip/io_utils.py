@@ -236,24 +236,6 @@ def open_regular_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     return open(path, "rb")
 
 
-class SizedReader(io.RawIOBase):
-    """Base class of seekable streams of `size` bytes. Subclasses implement `readinto` and move `_position`."""
-
-    def __init__(self, size: int) -> None:
-        self._size, self._position = size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        start = (0, self._position, self._size)[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-
 def find_first(folder: Path, *names: str) -> Path:
     """Return the first file or folder in `names` that exists in `folder`. Names may be glob patterns.
 

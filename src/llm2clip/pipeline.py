@@ -36,13 +36,11 @@ from transformers.utils import cached_file
 
 from llm2clip.config import AlignConfig, DistillConfig, EncoderConfig, EvaluateConfig, FitConfig
 from llm2clip.cpu_tuning import free_memory
-from llm2clip.data.build_table import open_table
-from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
+from llm2clip.data.build_table import DataSplits, open_table, read_splits
 from llm2clip.data.noun_phrases import add_phrases
 from llm2clip.data.pairs import TuningItem, read_tuning_sources
-from llm2clip.data.records import Record, Source
+from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, Record, Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import DataSplits, read_splits
 from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings

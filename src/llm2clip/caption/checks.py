@@ -19,8 +19,8 @@ from torch import Tensor
 
 from llm2clip.caption.database import AnswerKey, CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.options import Kind, Prompt
-from llm2clip.data.image_loader import iter_image_batches
 from llm2clip.data.image_refs import FileImage
+from llm2clip.data.images import iter_image_batches
 from llm2clip.data.texts import UNSPACED, make_text_key
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.progress import ProgressBar

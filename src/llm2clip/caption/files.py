@@ -37,16 +37,16 @@ from llm2clip.caption.checks import (
 )
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.options import Prompt
-from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.formats import find_files
 from llm2clip.data.image_facts import UNREADABLE_IMAGE
 from llm2clip.data.image_header import DecodingLimitError, ImageFormatError, open_header
-from llm2clip.data.image_refs import FileImage, ImageRef, get_file_version, to_valid_unicode
+from llm2clip.data.image_refs import FileImage, ImageRef, get_file_version
 from llm2clip.data.images import ImageError, load_image, make_thumbnail
-from llm2clip.data.records import Record, RecordReader, Source
-from llm2clip.data.remote import is_remote
+from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, Record, RecordReader, Source
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.storage import is_remote
 from llm2clip.data.table_statistics import Histogram
+from llm2clip.data.texts import to_valid_unicode
 from llm2clip.io_utils import atomic_path, explain_write_errors, hide_url_secrets
 from llm2clip.progress import ProgressBar
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph, Table, write_report

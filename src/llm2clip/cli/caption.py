@@ -154,7 +154,7 @@ def _check_fit_arguments(args: Namespace) -> None:
         raise ValueError(f"--caption {args.caption} is a server. Pass the name of its model with --caption_model")
     if args.caption_model and not _is_url(args.caption):
         raise ValueError(f"--caption_model requires the URL of a server in --caption (got {args.caption})")
-    from llm2clip.data.columns import CAPTION_FIELDS
+    from llm2clip.data.records import CAPTION_FIELDS
 
     lost_fields = set(args.evaluate.fields) - set(CAPTION_FIELDS)
     if lost_fields and not args.evaluate.data:

@@ -115,6 +115,6 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
 
 def list_local_sources(sources: Sequence[str]) -> list[str]:
     """Return the sources that `index` can read, or a placeholder if there are none, for a command to run next."""
-    from llm2clip.data.remote import is_remote
+    from llm2clip.data.storage import is_remote
 
     return [source for source in sources if not is_remote(source)] or ["PHOTOS"]

@@ -101,7 +101,7 @@ def _add_model_arguments(parser: ArgumentParser, required: bool) -> None:
 
 def _build(args: Namespace) -> list[str]:
     check_pretrained(args.vision, args.llm)
-    from llm2clip.data.image_hashes import load_training_image_hashes, save_training_image_hashes
+    from llm2clip.data.image_facts import load_training_image_hashes, save_training_image_hashes
     from llm2clip.llava.build import build_llava, load_tower
 
     folder = build_llava(load_tower(args.vision, args.image_size), args.llm, args.out, pad=args.pad)

@@ -1,4 +1,4 @@
-"""Building and opening record tables.
+"""Building record tables, and dividing their records into training and held-out records.
 
 Sources are read in parts, a part being a file or a range of a large file. The rows of each part are saved in an Arrow
 file whose name is a hash of everything that affects them. A table lists its parts, the rows that it uses, and the rows
@@ -19,24 +19,42 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from filelock import FileLock
 
-from llm2clip.data.columns import TEXT_FIELDS
-from llm2clip.data.formats import find_files
-from llm2clip.data.formats.base import FilePart, split_file
-from llm2clip.data.image_facts import ImageFacts
-from llm2clip.data.image_hashes import hash_contents
-from llm2clip.data.image_refs import IMAGE_KINDS
+from llm2clip.config import EvaluateConfig
+from llm2clip.data.formats import UNREADABLE_FILE, FilePart, find_files, split_file
+from llm2clip.data.image_facts import (
+    MISSING_IMAGE,
+    TOO_LARGE_IMAGE,
+    UNREADABLE_IMAGE,
+    ImageFacts,
+    find_copies,
+    find_first_rows,
+    mask_same_images,
+)
 from llm2clip.data.parallel import count_cores, map_in_processes
-from llm2clip.data.records import ImageCheck, ReadSummary, Record, RecordReader, Source
-from llm2clip.data.remote import get_file_size, is_remote, pin_versions, prefetch
+from llm2clip.data.records import (
+    CAPTION_FIELDS,
+    NO_SPLIT,
+    TEXT_FIELDS,
+    ImageCheck,
+    ReadSummary,
+    Record,
+    RecordReader,
+    Source,
+)
+from llm2clip.data.remote import get_file_size, pin_versions, prefetch
 from llm2clip.data.skip_log import EventLog, SkipLog
-from llm2clip.data.table import Blocks, RecordTable, read_metadata, write_rows
+from llm2clip.data.storage import is_remote
+from llm2clip.data.table import Blocks, RecordTable, decode_name, read_metadata, write_rows
 from llm2clip.data.texts import deduplicate_captions
 from llm2clip.io_utils import atomic_dir, atomic_path, get_cache_dir
 from llm2clip.progress import ProgressBar
@@ -45,9 +63,14 @@ FORMAT_VERSION = 3  # increase it if the columns, their contents or the rules fo
 PART_BYTES = 16 << 20  # approximate size of a part of a large file
 MIN_PARALLEL_BYTES = 8 << 20  # smaller sources are read in this process, because starting processes takes a second
 START_TIME = time.time_ns()  # approximate start of this process
-BATCH_IMAGES = 1 << 14  # number of images whose references are in memory at a time
 PREFETCH_FILES = 8  # number of remote files to download ahead
 UNUSED_DAYS = 30  # parts and tables that have not been opened for this long are deleted
+
+
+TRAIN_SPLITS = (NO_SPLIT, "train", "training", "restval")
+HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first of these splits that exists is held out
+HELD_OUT_DIVISOR = 10  # one in this many images is held out if the data has no held-out split
+MAX_HELD_OUT = 1000  # maximum number of images to hold out if the data has no held-out split
 
 
 class NoImagesError(ValueError):
@@ -69,14 +92,11 @@ def open_table(
 
     Rows with the same image are merged into one record with all their distinct captions, even if the sources differ.
     The merged record keeps the id, split and source of the first row. Image files with the same bytes are treated as
-    the same image. Rows without an image are merged if they have the same id, source path and split.
-
-    The time grows with the number of rows that were not read before, divided by the number of processes. The memory
-    does not grow while rows are read. While they are merged, it is about 60 bytes per row.
+    the same image. Rows without an image are merged if they have the same id, source path and split. Merging takes
+    about 60 bytes of memory per row.
 
     Args:
         columns: Column mapping that extends or overrides each source's own mapping.
-        log: Skip log. It records skipped rows and counts duplicate images.
         image_check: How to check images; see `open_records`. If "ignore", the bytes of image files are not compared.
         folder: Folder for the table. Default: a folder in the user's cache.
         workers: Number of processes. Default: one per core, or this process for small sources.
@@ -109,24 +129,6 @@ def load_source_indices(table: RecordTable) -> np.ndarray:
     return np.load(table.folder / "sources.npy")
 
 
-def mask_same_images(records: RecordTable, candidates: RecordTable) -> np.ndarray:
-    """Return a boolean mask of the candidates that have the same image as one of the records, of shape (candidates,).
-
-    Image files with the same bytes are treated as the same image.
-    """
-    keys = [table.numbers("key_high") for table in (records, candidates)]
-    is_same = candidates.has_image & np.isin(keys[1], keys[0][records.has_image])
-    known_hashes, candidate_hashes = _read_copy_hashes(records), _read_copy_hashes(candidates)
-    shared = np.intersect1d(known_hashes, candidate_hashes)
-    shared = shared[shared > 0]
-    positions = np.flatnonzero(np.isin(candidate_hashes, shared))
-    known = _hash_contents(records, np.flatnonzero(np.isin(known_hashes, shared)))
-    first = _find_first_rows(*np.concatenate([known, _hash_contents(candidates, positions)], axis=1))
-    num_known = known.shape[1]
-    is_same[positions[first[num_known:] < num_known]] = True
-    return is_same
-
-
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -142,12 +144,6 @@ class _PartTask:
     version: str | None = None  # pinned version of a remote file
     summary: ReadSummary | None = None
 
-    def estimate_work(self) -> float:
-        """Return the size of the text or of the download of the part, in bytes."""
-        if self.version is not None:
-            return get_file_size(self.part.path)
-        return self.part.format.estimate_text_bytes(self.part) if os.path.isfile(self.part.path) else 0
-
 
 def _list_parts(sources: Sequence[Source], log: SkipLog, image_check: ImageCheck, folder: Path) -> list[_PartTask]:
     """List the parts of all sources in order. The name of a part's file is a hash of all that affects its rows."""
@@ -162,7 +158,7 @@ def _list_parts(sources: Sequence[Source], log: SkipLog, image_check: ImageCheck
             pinned = version if is_remote(path) and not source_format.is_folder else None
             for part in split_file(source_file, PART_BYTES):
                 file = folder / "parts" / f"{_hash_json([*settings, part.start, part.stop])}.arrow"
-                summary = _read_summary(file) if file.exists() else None
+                summary = ReadSummary(**read_metadata(str(file), "summary")) if file.exists() else None
                 if summary is not None and _must_read_again(part, summary):
                     file.unlink()
                     summary = None
@@ -172,9 +168,18 @@ def _list_parts(sources: Sequence[Source], log: SkipLog, image_check: ImageCheck
 
 def _must_read_again(part: FilePart, summary: ReadSummary) -> bool:
     """Return True if reading a part again can give other rows, although its file has not changed."""
+    skipped = [event for event in summary.events if event[0] == "skip"]  # "skip", file, row, reason, value, rows
     # Another run tries again to download a file, but all processes of a run must use the same rows.
-    is_earlier_run = summary.read_at < START_TIME
-    return summary.has_repaired_images() or (is_remote(part.path) and is_earlier_run and summary.has_unreadable_files())
+    if is_remote(part.path) and summary.read_at < START_TIME and any(e[3] == UNREADABLE_FILE for e in skipped):
+        return True
+    for _, _, _, reason, value, _ in skipped:
+        if reason in (MISSING_IMAGE, UNREADABLE_IMAGE, TOO_LARGE_IMAGE):
+            path = value if reason == MISSING_IMAGE else value.split(": ")[0]
+            with suppress(OSError, ValueError):
+                changed_at = os.stat(path).st_mtime_ns
+                if reason == MISSING_IMAGE or changed_at > summary.read_at:
+                    return True
+    return False
 
 
 def _read_parts(
@@ -182,7 +187,7 @@ def _read_parts(
 ) -> None:
     """Read the parts that have not been read before, and check each source when all of its parts are complete."""
     missing = {task.file: task for task in tasks if task.summary is None}
-    work = sum(task.estimate_work() for task in missing.values())
+    work = _estimate_work([task.part for task in missing.values()])
     if workers is None:
         workers = count_cores() if work >= MIN_PARALLEL_BYTES else 1
     new_parts = iter(map_in_processes(_write_part, list(missing.values()), workers))
@@ -197,12 +202,24 @@ def _read_parts(
                 if missing.pop(task.file, None) is not None and (error := next(new_parts)) is not None:
                     raise error
                 os.utime(task.file)
-                task.summary = task.summary or _read_summary(task.file)
+                task.summary = task.summary or ReadSummary(**read_metadata(str(task.file), "summary"))
                 reader.add_summary(task.summary)
                 num_rows += task.summary.num_records
                 bar.set_postfix_str(f"{num_rows:,} rows", refresh=False)
                 bar.update()
             reader.finish()
+
+
+def _estimate_work(parts: Sequence[FilePart]) -> float:
+    """Return the size of the text in local files and of whole remote files, in bytes. Each file is counted once."""
+    formats = {part.path: part.format for part in parts}
+    work = 0.0
+    for path, source_format in formats.items():
+        if is_remote(path) and not source_format.is_folder:
+            work += get_file_size(path)
+        elif os.path.isfile(path):
+            work += get_file_size(path) * source_format.text_share
+    return work
 
 
 def _write_part(task: _PartTask) -> Exception | None:
@@ -218,10 +235,6 @@ def _write_part(task: _PartTask) -> Exception | None:
     except (ValueError, OSError) as error:
         return error
     return None
-
-
-def _read_summary(file: Path) -> ReadSummary:
-    return ReadSummary(**read_metadata(str(file), "summary"))
 
 
 # ---- merging ---------------------------------------------------------------------------------------------------------
@@ -240,8 +253,8 @@ def _merge_parts(sources: Sequence[Source], tasks: Sequence[_PartTask], image_ch
     table = RecordTable(blocks, np.arange(blocks.num_rows))
     num_rows = [summary.num_records for summary in summaries]
     source_of_row = np.repeat(np.array([task.source_index for task in tasks], np.int16), num_rows)
-    first = _find_first_rows(table.numbers("key_high"), table.numbers("key_low"))
-    copies, originals = _find_copies(table, first) if image_check != "ignore" else np.empty((2, 0), np.int64)
+    first = find_first_rows(table.numbers("key_high"), table.numbers("key_low"))
+    copies, originals = find_copies(table, first) if image_check != "ignore" else np.empty((2, 0), np.int64)
     final = first.copy()  # for each row, the first row with the same image
     final[copies] = originals
     final = final[first]
@@ -282,68 +295,10 @@ def _open_merged(
     return table
 
 
-def _find_first_rows(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Return, for each row, the first row with the same key, of shape (N,), int64. Rows with key 0 are all different.
-
-    `high` and `low` are the upper and lower 64 bits of each key, uint64.
-    """
-    order = np.argsort(high, kind="stable")
-    is_same = high[order[1:]] == high[order[:-1]]
-    is_equal = is_same & (low[order[1:]] == low[order[:-1]])
-    if not np.array_equal(is_same, is_equal):  # different keys share their upper 64 bits
-        order = np.lexsort((low, high))
-        is_equal = (high[order[1:]] == high[order[:-1]]) & (low[order[1:]] == low[order[:-1]])
-    is_equal &= (high[order[1:]] > 0) | (low[order[1:]] > 0)
-    is_first = np.concatenate([np.ones(min(1, len(high)), bool), ~is_equal])
-    first = np.empty(len(high), np.int64)
-    first[order] = order[is_first][np.cumsum(is_first) - 1]
-    return first
-
-
-def _find_copies(table: RecordTable, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first row of each image that is a copy, and the first row of the image of which it is a copy."""
-    hashes = _read_copy_hashes(table)
-    hashes[first != np.arange(len(first))] = 0
-    values, counts = np.unique(hashes[hashes > 0], return_counts=True)
-    rows = np.flatnonzero(np.isin(hashes, values[counts > 1]))
-    originals = rows[_find_first_rows(*_hash_contents(table, rows))]
-    is_copy = originals != rows
-    return rows[is_copy], originals[is_copy]
-
-
-def _hash_contents(table: RecordTable, positions: np.ndarray) -> np.ndarray:
-    """Return the first 128 bits of `image_hashes.hash_contents`, or 0, as a uint64 array of shape (2, N).
-
-    Only images whose bytes were not hashed when the table was built are read.
-    """
-    hashes = np.empty((2, len(positions)), np.uint64)
-    for start in range(0, len(positions), BATCH_IMAGES):
-        records = table.select(positions[start : start + BATCH_IMAGES])
-        digests = records.column("digest").to_pylist()
-        unknown = [n for n, digest in enumerate(digests) if digest is None]
-        images = list(records.select(np.array(unknown, int)).get_images())
-        for n, digest in zip(unknown, hash_contents(images), strict=True):
-            digests[n] = digest
-        data = b"".join(digest[:16].ljust(16, b"\0") for digest in digests)
-        hashes[:, start : start + len(digests)] = np.frombuffer(data, ">u8").reshape(-1, 2).T
-    return hashes
-
-
-def _read_copy_hashes(table: RecordTable) -> np.ndarray:
-    """Return the hash of each record's image file or tar member, and 0 for other images, of shape (N,), uint64."""
-    hashes, kinds = table.numbers("image_hash"), table.numbers("image_kind")
-    kinds_with_hash = [number for number, kind in enumerate(IMAGE_KINDS) if kind.has_file_name]
-    hashes[~np.isin(kinds, kinds_with_hash)] = 0
-    return hashes
-
-
 def _build_merged_records(
     table: RecordTable, members: np.ndarray, groups: np.ndarray, source_paths: Sequence[str]
 ) -> Iterator[tuple[Record, str, ImageFacts]]:
-    """Yield one record per group of rows.
-
-    `members` are row numbers sorted by group, and `groups` their groups. `source_paths` has a path for each group.
-    """
+    """Yield one record per group of rows. `members` are row numbers, sorted by their `groups`."""
     starts = np.flatnonzero(np.concatenate([[True], groups[1:] != groups[:-1]]))
     selected = table.select(members)
     first_members = table.select(members[starts])
@@ -375,3 +330,160 @@ def _delete_unused(folder: Path) -> None:
 
 def _hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+
+
+# ---- splits ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DataSplits:
+    """Training records and held-out records.
+
+    Attributes:
+        held_out: Maps each caption field to the held-out records that have an image. The `captions` of these records
+            are the captions in that field. The fields are `captions`, `short_captions` and `long_captions`, if present
+            in the data, and the columns listed in `EvaluateConfig.fields`.
+        summary: One-line description of the training and held-out records.
+        rule: Explanation of how the held-out images were chosen and how to use all images instead.
+    """
+
+    train: RecordTable
+    held_out: dict[str, RecordTable]
+    summary: str
+    rule: str
+
+
+def read_splits(
+    sources: Sequence[str],
+    config: EvaluateConfig,
+    columns: dict[str, str],
+    log: SkipLog,
+    image_check: ImageCheck = "header",
+    keep_selected_splits: bool = False,
+    folder: Path | None = None,
+) -> DataSplits:
+    """Read sources and divide their records into training and held-out records. Each image has one record.
+
+    If splits are selected for a source (`PATH@train+none`), all records in these splits are used for training.
+    Otherwise, only records with a training split or no split are used. The held-out records are determined by the first
+    of these rules that applies:
+
+    1. If `config.data` lists sources, their records are held out, and their images are removed from the training data.
+    2. If a source has a split named val, validation, valid, dev or test, that split is held out. If there are several
+       such splits, the one that comes first in this list is held out.
+    3. Otherwise, a tenth of the training images (at most 1,000) is held out, chosen by a hash of each record. Sources
+       with selected splits contribute held-out images only if all sources have selected splits.
+
+    If `keep_selected_splits` is True and all sources have selected splits, no images are held out instead of applying
+    rule 3. For the other arguments, see `open_table`.
+    """
+    records = open_table(sources, columns, log, image_check, folder)
+    parsed = [Source.parse(source) for source in sources]
+    source_of_record = load_source_indices(records)
+    has_selection = np.array([bool(source.splits) for source in parsed], bool)[source_of_record]
+    split_names, split_of_record = _read_split_names(records)
+    in_training_split = _mask_splits(split_names, split_of_record, TRAIN_SPLITS)
+    is_training = has_selection | in_training_split
+    other_splits = {split_names[n].lower() for n in np.unique(split_of_record[~is_training])}
+    held_out_split = next((name for name in HELD_OUT_SPLITS if name in other_splits), None)
+    is_held_out = np.zeros(len(records), bool)
+    notes = []
+    if config.data:
+        parsed = [Source.parse(source) for source in config.data]
+        held_out = open_table(config.data, columns, log, image_check, folder)
+        source_of_held_out = load_source_indices(held_out)
+        is_leaked = is_training & mask_same_images(held_out, records)
+        is_training &= ~is_leaked
+        if num_leaked := int(is_leaked.sum()):
+            notes.append(f"{num_leaked:,} held-out images removed from training")
+    else:
+        if held_out_split is not None:
+            is_held_out = ~is_training & _mask_splits(split_names, split_of_record, (held_out_split,))
+        elif not (keep_selected_splits and all(source.splits for source in parsed)):
+            is_held_out = _draw_held_out(records, is_training, has_selection)
+            is_training &= ~is_held_out
+        held_out, source_of_held_out = records.select(is_held_out), source_of_record[is_held_out]
+    is_other = ~has_selection & ~in_training_split & ~is_held_out
+    if num_other := int(is_other.sum()):
+        names = ", ".join(sorted(split_names[n] for n in np.unique(split_of_record[is_other])))
+        notes.append(f"{num_other:,} records from other splits ({names}) not used")
+    held_out_sources = [parsed[n] for n in np.unique(source_of_held_out[held_out.has_image])]
+    held_out = held_out.select(held_out.has_image)
+    train = records.select(is_training)
+    image_counts = np.bincount(split_of_record[records.has_image], minlength=len(split_names)).tolist()
+    pa.default_memory_pool().release_unused()  # otherwise, this process would keep the memory of the columns read above
+    return DataSplits(
+        train=train,
+        held_out=_group_by_caption_field(held_out, held_out_sources, config.fields, columns, folder),
+        summary=", ".join([f"{train.has_image.sum():,} training images", f"{len(held_out):,} held out", *notes]),
+        rule=_describe_rule(len(held_out), held_out_split, dict(zip(split_names, image_counts, strict=True))),
+    )
+
+
+def _describe_rule(num_held_out: int, held_out_split: str | None, num_images: dict[str, int]) -> str:
+    """Explain which images in the sources are held out, and how to use all images instead.
+
+    `held_out_split` is None if the images were drawn from the training images. `num_images` counts the images by split.
+    """
+    reason = f"the {held_out_split} split"
+    if held_out_split is None:
+        reason = f"one in {HELD_OUT_DIVISOR}, at most {MAX_HELD_OUT:,}, because no split is named {HELD_OUT_SPLITS[0]}"
+        reason += f" or {HELD_OUT_SPLITS[-1]}"
+    splits = "+".join(sorted(name for name, count in num_images.items() if count))
+    return (
+        f"{num_held_out:,} held-out images out of {sum(num_images.values()):,} ({reason}). To use all images, list "
+        f"their splits: PATH@{splits}"
+    )
+
+
+def mask_training_splits(records: RecordTable) -> np.ndarray:
+    """Return a boolean mask of the records that are in a training split or have no split, of shape (N,)."""
+    return _mask_splits(*_read_split_names(records), TRAIN_SPLITS)
+
+
+def _read_split_names(records: RecordTable) -> tuple[list[str], np.ndarray]:
+    """Return the names of all splits, and the index of each record's split, of shape (N,)."""
+    encoded = pc.fill_null(records.column("split"), NO_SPLIT.encode()).dictionary_encode().unify_dictionaries()
+    names = encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
+    indices = [chunk.indices.to_numpy() for chunk in encoded.chunks]
+    return [decode_name(name) for name in names], np.concatenate([np.empty(0, np.int32), *indices])
+
+
+def _mask_splits(names: Sequence[str], split_of_record: np.ndarray, splits: Sequence[str]) -> np.ndarray:
+    """Return a boolean mask of the records in these splits (in lower case), of shape (N,)."""
+    is_selected = np.array([name.lower() in splits for name in names], bool)
+    return is_selected[split_of_record] if len(names) else np.zeros(len(split_of_record), bool)
+
+
+def _draw_held_out(records: RecordTable, is_training: np.ndarray, has_selection: np.ndarray) -> np.ndarray:
+    """Choose a tenth of the training images by hash. Return a boolean mask of the held-out records, of shape (N,)."""
+    is_candidate = is_training & ~has_selection
+    if not is_candidate.any():
+        is_candidate = is_training
+    candidates = np.flatnonzero(is_candidate & records.has_image)
+    count = min(MAX_HELD_OUT, max(1, len(candidates) // HELD_OUT_DIVISOR))
+    hashes = records.select(candidates).numbers("draw_hash")
+    is_held_out = np.zeros(len(records), bool)
+    is_held_out[candidates[np.argsort(hashes, kind="stable")[:count]]] = True
+    return is_held_out
+
+
+def _group_by_caption_field(
+    held_out: RecordTable,
+    sources: Sequence[Source],
+    extra_columns: Sequence[str],
+    columns: dict[str, str],
+    folder: Path | None,
+) -> dict[str, RecordTable]:
+    """Group held-out records by caption field. For each extra caption column, read the sources again."""
+    fields = {"captions": held_out.select(held_out.count_texts("captions") > 0)}
+    for name in CAPTION_FIELDS[1:]:
+        if held_out.count_texts(name).any():
+            fields[name] = held_out.use_as_captions(name)
+    sources = [Source(path, splits) for path, splits in dict.fromkeys((s.path, s.splits) for s in sources)]
+    for name in extra_columns:
+        only_this_column = {**columns, **dict.fromkeys(CAPTION_FIELDS, ""), "captions": name}
+        quiet = SkipLog(max_skipped=1.0)  # some rows are expected to have no caption in this column
+        candidates = open_table(sources, only_this_column, quiet, "exists", folder)
+        fields[name] = candidates.select(mask_same_images(held_out, candidates))
+    return fields

@@ -17,14 +17,9 @@ _MULTIPLIER_1, _MULTIPLIER_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049
 
 
 def hash_counters(seed: int, *counters: np.ndarray | int) -> np.ndarray:
-    """Return 64 random bits as uint64 for each combination of counters.
+    """Return 64 random bits for each combination of counters, as a uint64 array of the counters' broadcast shape.
 
-    Args:
-        seed: Non-negative integer.
-        counters: Non-negative integers or integer arrays, which are broadcast against each other.
-
-    Returns:
-        Array of the counters' broadcast shape.
+    The seed and the counters must not be negative.
     """
     if seed < 0:
         raise ValueError(f"the seed must be at least 0 (got {seed})")
@@ -44,13 +39,7 @@ def to_unit_interval(bits: np.ndarray) -> np.ndarray:
 def shuffle_rows(values: np.ndarray, counts: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """Shuffle the first `counts[n]` values of each row n by sorting them by their random bits.
 
-    Args:
-        values: Array of shape (N, M).
-        counts: Number of values to shuffle in each row, of shape (N,). The other values stay at the end of the row.
-        bits: Random bits of each value, of shape (N, M), uint64.
-
-    Returns:
-        The shuffled values, of shape (N, M).
+    `values` and `bits` (uint64) have shape (N, M), and `counts` has shape (N,). The other values stay at the end.
     """
     is_used = np.arange(values.shape[1]) < counts[:, None]
     keys = np.where(is_used, bits, np.uint64(0xFFFFFFFFFFFFFFFF))
@@ -58,7 +47,6 @@ def shuffle_rows(values: np.ndarray, counts: np.ndarray, bits: np.ndarray) -> np
 
 
 def _mix(bits: np.ndarray) -> np.ndarray:
-    """Apply the output function of SplitMix64."""
     bits = (bits ^ (bits >> np.uint64(30))) * _MULTIPLIER_1
     bits = (bits ^ (bits >> np.uint64(27))) * _MULTIPLIER_2
     return np.asarray(bits ^ (bits >> np.uint64(31)))

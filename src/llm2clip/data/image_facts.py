@@ -1,15 +1,31 @@
-"""Checks of images without decoding them: size in pixels and hash, from a few kilobytes of each file."""
+"""Sizes and hashes of images, computed without decoding them, and images that are copies of each other.
 
+A hash covers an image's size and a short sample from the middle, so files are not read in full. To detect copies, only
+images with the same hash are read in full.
+
+The hashes of the training images, 8 bytes each, are stored in the model folder as `training_images.npy`. They allow
+`evaluate` to warn if a model is evaluated on its training images. The hashes do not depend on where an image is stored,
+so copies of a data set are recognised. Neither images nor paths can be recovered from the hashes, but anyone with a
+copy of an image can check whether the model was trained on it.
+"""
+
+from __future__ import annotations
+
+import functools
 import hashlib
 import io
 import os
+import re
 import stat
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import numpy as np
 from PIL import Image
 
-from llm2clip.data.columns import UnusableRow
-from llm2clip.data.image_hashes import SAMPLE_BYTES, compute_image_hash, hash_content, hash_image_sample
 from llm2clip.data.image_header import (
     MAX_PIXELS,
     START_BYTES,
@@ -18,10 +34,20 @@ from llm2clip.data.image_header import (
     open_header,
     parse_image_size,
 )
-from llm2clip.data.image_refs import FileImage, LoadedImage, TarImage
-from llm2clip.data.remote import file_exists, get_local_path, is_remote
+from llm2clip.data.image_refs import IMAGE_KINDS, FileImage, ImageRef, LoadedImage, TarImage, get_file_version
+from llm2clip.data.remote import file_exists, get_local_path
+from llm2clip.data.skip_log import UnusableRow
+from llm2clip.data.storage import is_remote
 from llm2clip.io_utils import FatalDataError, describe_error
 
+if TYPE_CHECKING:
+    from llm2clip.data.table import RecordTable
+
+TRAINING_IMAGES_FILE = "training_images.npy"
+SAMPLE_BYTES = 1024
+NUM_THREADS = 16  # many threads help on network file systems with high latency
+ITEMS_PER_TASK = 32
+BATCH_IMAGES = 1 << 14  # number of images whose references are in memory at a time
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # does not wait for a named pipe
 MISSING_IMAGE, UNREADABLE_IMAGE, TOO_LARGE_IMAGE = "missing image", "unreadable image", "image too large"
 
@@ -31,7 +57,7 @@ class ImageFacts(NamedTuple):
 
     Attributes:
         width, height: Size in pixels, or 0 if it is not known.
-        hash: See `image_hashes.hash_images`; 0 if it is not known.
+        hash: See `hash_images`; 0 if it is not known.
         digest: SHA-256 of all bytes, only for images in object storage. To compare such images later, they would have
             to be downloaded again.
     """
@@ -67,12 +93,10 @@ def read_image_facts(
         width, height = size or _read_size_with_pillow(image)
         if width * height > MAX_PIXELS:
             raise UnusableRow(TOO_LARGE_IMAGE, f"{image.ref}: {width} x {height}")
-    if compute_hash and samples is not None and isinstance(image.ref, FileImage | TarImage):
-        image_hash = hash_image_sample(samples.size, samples.middle) if samples.size else 0
-        if is_remote(image.ref.path):
-            digest = hashlib.sha256(image.data).digest() if image.data else hash_content(image.ref) or None
-    elif compute_hash:
-        image_hash = compute_image_hash(image.ref)
+    if compute_hash:
+        image_hash = _hash_image(image.ref, samples)
+        if samples is not None and isinstance(image.ref, FileImage | TarImage) and is_remote(image.ref.path):
+            digest = hashlib.sha256(image.data).digest() if image.data else _hash_content(image.ref) or None
     return ImageFacts(width, height, image_hash, digest)
 
 
@@ -140,3 +164,168 @@ def _read_size_with_pillow(image: LoadedImage) -> tuple[int, int]:
         is_complete = isinstance(error, ImageFormatError | DecodingLimitError | OSError)
         reason = str(error) if is_complete else describe_error(error)
         raise UnusableRow(UNREADABLE_IMAGE, f"{image.ref}: {reason}") from error
+
+
+# ---- hashes ----------------------------------------------------------------------------------------------------------
+
+
+def hash_contents(images: Sequence[ImageRef | None]) -> list[bytes]:
+    """Return the SHA-256 of all bytes of each image file or tar member, and b"" for images that cannot be read.
+
+    The result is also b"" for empty images and for images in tables, whose keys are already hashes of their bytes.
+    """
+    with ThreadPool(NUM_THREADS) as pool:
+        return pool.map(_hash_content, images, ITEMS_PER_TASK)
+
+
+def hash_images(images: Iterable[ImageRef | None]) -> np.ndarray:
+    """Return the sorted hashes of all distinct images as a uint64 array of shape (N,). Missing images are omitted.
+
+    To avoid reading whole files, image files and tar members are hashed by their size and middle 1,024 bytes only.
+    Images in tables are already identified by a hash of all their bytes.
+    """
+    refs = list({image.key: image for image in images if image is not None}.values())
+    with ThreadPool(NUM_THREADS) as pool:
+        hashes = np.array(pool.map(_hash_image, refs, ITEMS_PER_TASK), np.uint64)
+    return np.unique(hashes[hashes > 0])
+
+
+def count_training_images(training_images: np.ndarray, images: Iterable[ImageRef | None]) -> int:
+    """Count the distinct images whose hashes are in the sorted array `training_images`."""
+    hashes = hash_images(images)
+    positions = np.searchsorted(training_images, hashes)
+    is_inside = positions < len(training_images)
+    return int((training_images[positions[is_inside]] == hashes[is_inside]).sum())
+
+
+def save_training_image_hashes(folder: Path, training_images: np.ndarray) -> None:
+    """Save the hashes from `hash_images` in a model folder."""
+    np.save(folder / TRAINING_IMAGES_FILE, training_images, allow_pickle=False)
+
+
+def load_training_image_hashes(model: str | Path) -> np.ndarray | None:
+    """Load a model's sorted training image hashes as a memory-mapped uint64 array of shape (N,).
+
+    `model` is a model folder, or the Hub id of a downloaded model. Return None if the model has no hashes.
+
+    Raises:
+        ValueError: The hash file is corrupt.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    file = Path(model) / TRAINING_IMAGES_FILE
+    if not Path(model).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        file = Path(str(try_to_load_from_cache(str(model), TRAINING_IMAGES_FILE)))
+    if not file.is_file():
+        return None
+    try:
+        hashes = np.load(file, mmap_mode="r", allow_pickle=False)
+        if hashes.dtype != np.dtype("<u8") or hashes.ndim != 1:
+            raise ValueError(f"it has dtype {hashes.dtype} and shape {hashes.shape}")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file} is not a valid array of image hashes ({error}). Delete this file") from error
+    return hashes
+
+
+def _hash_image(image: ImageRef, samples: _Samples | None = None) -> int:
+    """Return 64 bits that identify an image, or 0 if it is empty or does not exist."""
+    if not isinstance(image, FileImage | TarImage):
+        return int.from_bytes(hashlib.sha256(image.key.encode()).digest()[:8], "little")
+    samples = samples or _read_samples(LoadedImage(image, None))
+    if samples is None or not samples.size:
+        return 0
+    digest = hashlib.sha256(samples.size.to_bytes(8, "little") + hashlib.sha256(samples.middle).digest())
+    return int.from_bytes(digest.digest()[:8], "little")
+
+
+def _hash_content(image: ImageRef | None) -> bytes:
+    if not isinstance(image, FileImage | TarImage):
+        return b""
+    path = image.path if is_remote(image.path) else os.path.realpath(image.path)
+    try:
+        return _hash_content_cached(replace(image, path=path), get_file_version(path))
+    except OSError:
+        return b""
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _hash_content_cached(image: FileImage | TarImage, version: object) -> bytes:
+    with image.open() as stream:
+        digest = hashlib.file_digest(cast(Any, stream), "sha256").digest()
+    return b"" if digest == hashlib.sha256().digest() else digest
+
+
+# ---- copies ----------------------------------------------------------------------------------------------------------
+
+
+def mask_same_images(records: RecordTable, candidates: RecordTable) -> np.ndarray:
+    """Return a boolean mask of the candidates that have the same image as one of the records, of shape (candidates,).
+
+    Image files with the same bytes are treated as the same image.
+    """
+    keys = [table.numbers("key_high") for table in (records, candidates)]
+    is_same = candidates.has_image & np.isin(keys[1], keys[0][records.has_image])
+    known_hashes, candidate_hashes = _read_copy_hashes(records), _read_copy_hashes(candidates)
+    shared = np.intersect1d(known_hashes, candidate_hashes)
+    shared = shared[shared > 0]
+    positions = np.flatnonzero(np.isin(candidate_hashes, shared))
+    known = _hash_contents(records, np.flatnonzero(np.isin(known_hashes, shared)))
+    first = find_first_rows(*np.concatenate([known, _hash_contents(candidates, positions)], axis=1))
+    num_known = known.shape[1]
+    is_same[positions[first[num_known:] < num_known]] = True
+    return is_same
+
+
+def find_first_rows(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Return, for each row, the first row with the same key, of shape (N,), int64. Rows with key 0 are all different.
+
+    `high` and `low` are the upper and lower 64 bits of each key, uint64.
+    """
+    order = np.argsort(high, kind="stable")
+    is_same = high[order[1:]] == high[order[:-1]]
+    is_equal = is_same & (low[order[1:]] == low[order[:-1]])
+    if not np.array_equal(is_same, is_equal):  # different keys share their upper 64 bits
+        order = np.lexsort((low, high))
+        is_equal = (high[order[1:]] == high[order[:-1]]) & (low[order[1:]] == low[order[:-1]])
+    is_equal &= (high[order[1:]] > 0) | (low[order[1:]] > 0)
+    is_first = np.concatenate([np.ones(min(1, len(high)), bool), ~is_equal])
+    first = np.empty(len(high), np.int64)
+    first[order] = order[is_first][np.cumsum(is_first) - 1]
+    return first
+
+
+def find_copies(table: RecordTable, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first row of each image that is a copy, and the first row of the image of which it is a copy."""
+    hashes = _read_copy_hashes(table)
+    hashes[first != np.arange(len(first))] = 0
+    values, counts = np.unique(hashes[hashes > 0], return_counts=True)
+    rows = np.flatnonzero(np.isin(hashes, values[counts > 1]))
+    originals = rows[find_first_rows(*_hash_contents(table, rows))]
+    is_copy = originals != rows
+    return rows[is_copy], originals[is_copy]
+
+
+def _hash_contents(table: RecordTable, positions: np.ndarray) -> np.ndarray:
+    """Return the first 128 bits of `hash_contents`, or 0, as a uint64 array of shape (2, N).
+
+    Only images whose bytes were not hashed when the table was built are read.
+    """
+    hashes = np.empty((2, len(positions)), np.uint64)
+    for start in range(0, len(positions), BATCH_IMAGES):
+        records = table.select(positions[start : start + BATCH_IMAGES])
+        digests = records.column("digest").to_pylist()
+        unknown = [n for n, digest in enumerate(digests) if digest is None]
+        images = list(records.select(np.array(unknown, int)).get_images())
+        for n, digest in zip(unknown, hash_contents(images), strict=True):
+            digests[n] = digest
+        data = b"".join(digest[:16].ljust(16, b"\0") for digest in digests)
+        hashes[:, start : start + len(digests)] = np.frombuffer(data, ">u8").reshape(-1, 2).T
+    return hashes
+
+
+def _read_copy_hashes(table: RecordTable) -> np.ndarray:
+    """Return the hash of each record's image file or tar member, and 0 for other images, of shape (N,), uint64."""
+    hashes, kinds = table.numbers("image_hash"), table.numbers("image_kind")
+    kinds_with_hash = [number for number, kind in enumerate(IMAGE_KINDS) if kind.has_file_name]
+    hashes[~np.isin(kinds, kinds_with_hash)] = 0
+    return hashes

@@ -4,16 +4,15 @@ Limiting the number of pixels does not limit the decoding time: a small file can
 or bytes thousands of times. `open_header` and `check_decoding_work` reject such files. `benchmarks/hostile_images.py`
 measures the slowest files that pass these checks.
 
-`parse_image_size` gives the size of ordinary images in a tenth of the time that `open_header` takes.
+`parse_image_size` gives the size of ordinary JPEG files in a tenth of the time that `open_header` takes.
 """
 
 import io
 import re
 import struct
-import zlib
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
 from PIL import Image
 
@@ -47,10 +46,8 @@ _COMPLEX_FRAME = re.compile(rb"\xff[\xc2\xc5-\xc7\xc9-\xcb\xcd-\xcf]\x00[\x0b\x0
 _UNCHECKED_SEGMENTS = frozenset({0xC4, 0xDD, 0xFE, *range(0xE3, 0xED), 0xEF})
 _SIMPLE_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
 _unpack_segment_header = struct.Struct(">BBH").unpack_from  # 0xFF, marker, length
-MAX_SIMPLE_SEGMENTS = 100  # JPEG files with more segments, and PNG files with more chunks, are opened with Pillow
+MAX_SIMPLE_SEGMENTS = 100  # JPEG files with more segments are opened with Pillow
 MAX_SIMPLE_PIXELS = 50_000_000  # larger images are opened with Pillow, which has its own limit
-_PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # colour type -> bit depths
-_PNG_LENGTHS = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9, b"bKGD": 0, b"tIME": 0}  # chunk -> minimum length
 START_BYTES = 4096  # number of bytes at the start of a file that contain the headers of most images
 
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_BYTES, _STRIP_BYTES = 322, 323, 325, 279  # TIFF tags
@@ -72,11 +69,11 @@ _UNSUPPORTED = {  # regular expression for the start of a file -> format name
 
 
 class ImageFormatError(ValueError):
-    """Raised when a file is not an image in a supported format. The message names the format if it is known."""
+    """A file is not an image in a supported format. The message names the format if it is known."""
 
 
 class DecodingLimitError(ValueError):
-    """Raised when decoding an image would take far more work than its number of pixels suggests."""
+    """Decoding an image would take far more work than its number of pixels suggests."""
 
 
 @cache
@@ -87,49 +84,26 @@ def list_formats() -> list[str]:
 
 
 def parse_image_size(data: bytes, file_size: int) -> tuple[int, int] | None:
-    """Return the width and height of an image that starts with `data`, or None if it must be opened with Pillow.
+    """Return the width and height of a JPEG that starts with `data`, or None if it must be opened with Pillow.
 
-    The headers of most JPEG, PNG and WebP images are parsed. The result is None for all images that `open_header`
-    rejects, and for all images in other formats. `START_BYTES` of data are enough for most images.
+    The headers of most JPEG files are parsed. The result is None for all images that `open_header` rejects, and for all
+    images in other formats. `START_BYTES` of data are enough for most images.
     """
-    if file_size > MAX_FILE_BYTES:
+    if file_size > MAX_FILE_BYTES or not data.startswith(b"\xff\xd8\xff"):
         return None
     try:
-        if data.startswith(b"\xff\xd8\xff"):
-            width, height = _parse_jpeg_size(data)
-        elif data.startswith(b"RIFF"):
-            width, height = _parse_webp_size(data, file_size)
-        else:
-            width, height = _parse_png_size(data)
-    except (_UnusualHeader, struct.error, IndexError):  # the header is unusual, or longer than `data`
+        size = _parse_jpeg_size(data)
+    except struct.error:  # the header is longer than `data`
         return None
-    return (width, height) if 0 < width * height <= MAX_SIMPLE_PIXELS else None
+    return size if size is not None and 0 < size[0] * size[1] <= MAX_SIMPLE_PIXELS else None
 
 
-class _UnusualHeader(ValueError):
-    """Raised for headers that must be parsed by Pillow."""
+def _parse_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Return the size of a baseline or progressive JPEG, or None if its header is unusual.
 
-
-class _JpegHeader(NamedTuple):
-    """Header of a JPEG, without its height and width."""
-
-    start: bytes
-    end: bytes
-
-
-# Images from one encoder often have the same header, so the last header is compared before a header is parsed.
-_last_jpeg_header = _JpegHeader(b"-", b"-")
-
-
-def _parse_jpeg_size(data: bytes) -> tuple[int, int]:
-    """Return the size of a baseline or progressive JPEG. Segments are checked as in Pillow, up to the first scan."""
-    global _last_jpeg_header
-    start, end = _last_jpeg_header
-    if data.startswith(start) and data.startswith(end, len(start) + 4):
-        height, width = struct.unpack_from(">HH", data, len(start))
-        return width, height
+    Segments are checked as in Pillow, up to the first scan.
+    """
     size = None
-    size_position = 0
     position = 2
     for _ in range(MAX_SIMPLE_SEGMENTS):
         prefix, marker, length = _unpack_segment_header(data, position)
@@ -146,13 +120,12 @@ def _parse_jpeg_size(data: bytes) -> tuple[int, int]:
             bits, height, width, num_components = struct.unpack_from(">BHHB", data, content)
             if size is not None or bits != 8 or num_components not in (1, 3, 4) or length != 8 + 3 * num_components:
                 break
-            size, size_position = (width, height), content + 1
+            size = width, height
         elif marker == _SOS and size is not None:
-            _last_jpeg_header = _JpegHeader(data[:size_position], data[size_position + 4 : position])
             return size
         elif not _is_simple_segment(marker, data[content : content + 12], length - 2):
             break
-    raise _UnusualHeader
+    return None
 
 
 def _is_simple_segment(marker: int, start: bytes, length: int) -> bool:
@@ -164,49 +137,6 @@ def _is_simple_segment(marker: int, start: bytes, length: int) -> bool:
     if marker == 0xE2:
         return not start.startswith(b"MPF\0") and (length >= 14 or not start.startswith(b"ICC_PROFILE\0"))
     return marker == 0xEE and (length >= 7 or not start.startswith(b"Adobe"))
-
-
-def _parse_png_size(data: bytes) -> tuple[int, int]:
-    """Return the size of a PNG. Chunks and their checksums are checked as in Pillow, up to the first pixel data."""
-    if not data.startswith(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"):
-        raise _UnusualHeader
-    width, height, depth, colour_type, _, filter_method, _ = struct.unpack_from(">IIBBBBB", data, 16)
-    if depth not in _PNG_DEPTHS.get(colour_type, ()) or filter_method:
-        raise _UnusualHeader
-    position = 8
-    for number in range(MAX_SIMPLE_SEGMENTS):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        if kind == b"IDAT":
-            return width, height
-        is_simple = number == 0 or (kind in _PNG_LENGTHS and length >= _PNG_LENGTHS[kind])
-        if not is_simple and not (colour_type == 3 and kind in (b"PLTE", b"tRNS")):
-            break
-        end = position + 8 + length
-        (checksum,) = struct.unpack_from(">I", data, end)
-        if zlib.crc32(data[position + 4 : end]) != checksum:
-            break
-        position = end + 4
-    raise _UnusualHeader
-
-
-def _parse_webp_size(data: bytes, file_size: int) -> tuple[int, int]:
-    """Return the size of a WebP file that consists of a single image chunk (RFC 9649)."""
-    riff_size, form, kind, chunk_size = struct.unpack_from("<I4s4sI", data, 4)
-    if form != b"WEBP" or riff_size != file_size - 8 or chunk_size + chunk_size % 2 + 12 != riff_size:
-        raise _UnusualHeader
-    if kind == b"VP8 ":
-        frame = int.from_bytes(data[20:23], "little")
-        start_code, width, height = struct.unpack_from("<3sHH", data, 23)
-        # The frame must be a visible key frame with a known profile, and its first partition must fit in the chunk.
-        if frame & 1 or frame >> 1 & 7 > 3 or not frame >> 4 & 1 or frame >> 5 >= chunk_size:
-            raise _UnusualHeader
-        if start_code == b"\x9d\x01\x2a":
-            return width & 0x3FFF, height & 0x3FFF
-    elif kind == b"VP8L":
-        signature, bits = struct.unpack_from("<BI", data, 20)
-        if signature == 0x2F and not bits >> 29 and chunk_size > 5:
-            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    raise _UnusualHeader
 
 
 def open_header(stream: BinaryIO) -> Image.Image:

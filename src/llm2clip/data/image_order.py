@@ -6,13 +6,13 @@ window are shuffled. Remote shards are then downloaded only once per epoch.
 """
 
 import os
-from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
 from llm2clip.data.image_refs import IMAGE_KINDS, ParquetImage, TarImage
-from llm2clip.data.remote import is_remote, prefetch
+from llm2clip.data.remote import prefetch
+from llm2clip.data.storage import is_remote
 from llm2clip.data.table import RecordTable
 
 ImageOrder = Literal["random", "shards"]
@@ -28,13 +28,19 @@ class EpochOrders:
     """
 
     def __init__(
-        self, records: RecordTable, is_usable: np.ndarray, seed: int, image_order: ImageOrder | None = None
+        self,
+        records: RecordTable,
+        is_usable: np.ndarray,
+        seed: int,
+        image_order: ImageOrder | None = None,
+        read_images: bool = True,
     ) -> None:
         """
         Args:
             records: Records with an image.
             is_usable: Boolean mask of the records to use, of shape (N,).
             image_order: Default: see `choose_image_order`.
+            read_images: Whether the images will be read, so that remote shards are downloaded ahead.
         """
         self.image_order = image_order or choose_image_order(records)
         self.seed, self.num_images = seed, int(is_usable.sum())
@@ -42,7 +48,7 @@ class EpochOrders:
             None if self.num_images == len(records) else np.flatnonzero(is_usable).astype(_choose_dtype(len(records)))
         )
         self._shard_of_image, self._shards = np.empty(0, np.int32), _list_paths(records)
-        self._is_remote = any(map(is_remote, self._shards))
+        self._prefetch_shards = read_images and any(map(is_remote, self._shards))
         self._next_prefetch = 0  # position of the epoch at which the next shards are downloaded
         if self.image_order == "shards":
             self._shard_of_image, self._shards = number_shards(records)
@@ -56,7 +62,7 @@ class EpochOrders:
             self._order = np.empty(0, np.int32)  # free the memory first
             self._epoch, self._order = epoch, self._draw(epoch)
             self._next_prefetch = 0
-        if self._is_remote and start >= self._next_prefetch:
+        if self._prefetch_shards and start >= self._next_prefetch:
             self._prefetch(start)
         images = self._order[start:stop]
         return images if self._usable is None else self._usable[images]
@@ -67,10 +73,10 @@ class EpochOrders:
             upcoming = list_upcoming_shards(self._order, self._shard_of_image, start)
             prefetch([self._shards[shard] for shard in upcoming])
             self._next_prefetch = start + max(1, self.num_images // len(self._shards))
-        else:
-            if len(self._shards) <= WINDOW:  # more shards may not fit in the cache
-                prefetch(self._shards)
-            self._next_prefetch = self.num_images
+            return
+        if len(self._shards) <= WINDOW:  # more shards may not fit in the cache
+            prefetch(self._shards)
+        self._next_prefetch = self.num_images
 
     def _draw(self, epoch: int) -> np.ndarray:
         if self.image_order == "shards":
@@ -115,8 +121,10 @@ def list_upcoming_shards(
 ) -> list[int]:
     """List the next shards that contain images of `order[start:]`, in the order in which they are first needed."""
     shards: dict[int, None] = {}  # a dict, because a set has no order
-    for chunk in _iterate_chunks(order[start:]):
-        shards_of_chunk, first_position = np.unique(shard_of_image[chunk], return_index=True)
+    for position in range(start, len(order), 1 << 16):
+        shards_of_chunk, first_position = np.unique(
+            shard_of_image[order[position : position + (1 << 16)]], return_index=True
+        )
         shards.update(dict.fromkeys(shards_of_chunk[np.argsort(first_position)].tolist()))
         if len(shards) >= max_shards:
             break
@@ -159,19 +167,14 @@ def choose_image_order(records: RecordTable) -> ImageOrder:
     the choice, for example for local files on a hard disk or a network file system.
     """
     forced = os.environ.get("LLM2CLIP_IMAGE_ORDER")
-    if forced in ("random", "shards"):
-        return "random" if forced == "random" else "shards"
     if forced:
-        raise ValueError(f"LLM2CLIP_IMAGE_ORDER must be random or shards (got {forced})")
+        if forced not in ("random", "shards"):
+            raise ValueError(f"LLM2CLIP_IMAGE_ORDER must be random or shards (got {forced})")
+        return cast(ImageOrder, forced)
     paths = _list_paths(records)
     if len(paths) <= WINDOW or not np.isin(records.numbers("image_kind"), SHARD_KINDS).all():
         return "random"
     return "shards" if any(map(is_remote, paths)) else "random"
-
-
-def _iterate_chunks(order: np.ndarray, size: int = 1 << 16) -> Iterator[np.ndarray]:
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
 
 
 def _choose_dtype(num_images: int) -> type[np.signedinteger]:

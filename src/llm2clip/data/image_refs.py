@@ -1,8 +1,7 @@
 """Image references, which specify where the encoded bytes of an image are stored.
 
-Records contain references instead of images, so lists of records are small and can be sent to other processes. A kind
-of reference is one subclass of `ImageRef`, which reads the bytes, names the image, and converts itself to and from the
-columns of a record table. `IMAGE_KINDS` lists the kinds that a record table may contain.
+A kind of reference is one subclass of `ImageRef`, which reads the bytes, names the image, and converts itself to and
+from the columns of a record table. `IMAGE_KINDS` lists the kinds that a record table may contain.
 """
 
 import functools
@@ -10,51 +9,42 @@ import hashlib
 import io
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO, ClassVar, NamedTuple, Self
+from typing import Any, BinaryIO, ClassVar, NamedTuple, Self
 
 from llm2clip.data.image_header import MAX_FILE_BYTES
-from llm2clip.data.remote import FileSlice, get_version_numbers, is_remote, open_file
+from llm2clip.data.remote import FileSlice, get_remote_version, open_file
+from llm2clip.data.skip_log import UnusableRow
+from llm2clip.data.storage import get_parent, is_remote, join_path, parse_size
 from llm2clip.data.table_cells import map_cached_batches, open_cell, read_parquet_cell, read_saved_cell
+from llm2clip.data.texts import is_null
 from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets
 
 
 class ImageColumns(NamedTuple):
-    """Image reference, as stored in the columns of a record table.
+    """Image reference, as stored in the columns of a record table."""
 
-    Attributes:
-        container: Path of the file or folder that contains the image. None if the bytes are stored in the table.
-        name: File name, tar member or table column.
-        offset: Position in a tar file, or row number in a table.
-        size: Number of bytes of a tar member.
-        digest: SHA-256 of the image's bytes, if they identify the image.
-        data: Bytes of an image that cannot be read again.
-    """
-
-    container: str | None = None
-    name: str = ""
-    offset: int = 0
-    size: int = 0
-    digest: bytes | None = None
-    data: bytes | None = None
+    container: str | None = None  # path of the file or folder, or None if the bytes are stored in the table
+    name: str = ""  # file name, tar member or table column
+    offset: int = 0  # position in a tar file, or row number in a table
+    size: int = 0  # number of bytes of a tar member
+    digest: bytes | None = None  # SHA-256 of the image's bytes, if they identify the image
+    data: bytes | None = None  # bytes of an image that cannot be read again
 
 
 class ImageRef(ABC):
     """Reference to an image's encoded bytes. References are small, picklable and valid in any process.
 
     `str()` returns a name for use in messages.
-
-    Attributes:
-        kind_name: Where such images are stored, for reports.
-        has_file_name: True if the image is a file, or a member of an archive, with a file name of its own.
     """
 
     __slots__ = ()
-    kind_name: ClassVar[str] = "memory"
-    has_file_name: ClassVar[bool] = False
+    kind_name: ClassVar[str] = "memory"  # where such images are stored, for reports
+    has_file_name: ClassVar[bool] = False  # whether the image is a file or a member of an archive
 
     @property
     def key(self) -> str:
@@ -71,8 +61,7 @@ class ImageRef(ABC):
 
     @property
     def identifies_image(self) -> bool:
-        """True if `key` identifies the image. False for a table cell whose bytes have not been read, because other
-        cells may contain the same image."""
+        """False for a table cell whose bytes have not been read, because other cells may contain the same image."""
         return True
 
     @property
@@ -81,20 +70,12 @@ class ImageRef(ABC):
         return getattr(self, "path", None) or getattr(self, "folder", None)
 
     def open(self) -> BinaryIO:
-        """Open the encoded bytes as a stream, for example to read only the header.
-
-        Raises:
-            OSError: The image cannot be read.
-        """
+        """Open the encoded bytes as a stream. Raise OSError if the image cannot be read."""
         with self._convert_reader_errors():
             return self._open()
 
     def read(self) -> bytes:
-        """Return all encoded bytes.
-
-        Raises:
-            OSError: The image cannot be read, or is larger than `MAX_FILE_BYTES`.
-        """
+        """Return all encoded bytes. Raise OSError if they cannot be read, or are more than `MAX_FILE_BYTES`."""
         with self._convert_reader_errors(), self._open() as stream:
             return read_image_file(stream)
 
@@ -214,10 +195,7 @@ class _TableCell(ImageRef):
 class ParquetImage(_TableCell):
     """A cell in a Parquet file. It contains either bytes or a struct with bytes and a path.
 
-    Reading a cell decodes its row group up to that cell, plus as many of the following cells as fit in
-    `MAX_WINDOW_BYTES`. Each process caches up to `MAX_CACHE_BYTES` of decoded cells. Reading in file order is therefore
-    fast. In random order, most reads must first decode a row group. Files should have small row groups; Hugging Face
-    uses 100 rows.
+    Reading in file order is fast. In random order, most reads must first decode a row group; see `read_parquet_cell`.
     """
 
     kind_name: ClassVar[str] = "Parquet files"
@@ -243,7 +221,7 @@ class ParquetImage(_TableCell):
 
 @dataclass(frozen=True, slots=True)
 class DatasetImage(_TableCell):
-    """A cell in a Hugging Face data set written by `save_to_disk`. Memory mapping makes random access fast."""
+    """A cell in a Hugging Face data set written by `save_to_disk`."""
 
     kind_name: ClassVar[str] = "Hugging Face data sets"
     folder: str
@@ -320,12 +298,41 @@ class StoredImage(_TableCell):
 IMAGE_KINDS: tuple[type[ImageRef], ...] = (FileImage, TarImage, ParquetImage, DatasetImage, StoredImage)
 
 
-def read_image_file(stream: BinaryIO) -> bytes:
-    """Return the contents of an open image file.
+def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
+    """Return a reference to the image in a cell, or None if the value is missing. Raise `UnusableRow` if it is invalid.
 
-    Raises:
-        OSError: The file cannot be read, or is larger than `MAX_FILE_BYTES`. A sparse file can claim to be terabytes
-            in size.
+    A cell may contain a path relative to the folder of `file`, encoded bytes, a Hugging Face dict with the keys "bytes"
+    and "path", or a reference created by the reader.
+    """
+    if type(value) is LoadedImage:
+        return value
+    name = None
+    if isinstance(value, dict) and {"bytes", "path"} & value.keys():
+        name = value.get("path")
+        value = value["bytes"] if value.get("bytes") is not None else name
+    if is_null(value) or value == b"":
+        return None
+    if isinstance(value, ImageRef):
+        return LoadedImage(value, None, str(value))
+    if isinstance(value, bytes):
+        return LoadedImage(MemoryImage(value, name or f"image in {file}"), value, name)
+    if not isinstance(value, str):
+        raise UnusableRow("malformed row", f"an image must be a path, bytes or null (got {value!r})")
+    if reject_urls and ":" in value and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", value):
+        raise UnusableRow("image is a URL", value)
+    path = join_path(get_parent(file), value)
+    if is_remote(file):
+        return LoadedImage(FileImage(path), None, value)
+    if "\\" in value and not os.path.exists(path):  # a relative path written on Windows
+        portable = os.path.join(os.path.dirname(file), value.replace("\\", "/"))
+        path = portable if os.path.exists(portable) else path
+    return LoadedImage(FileImage(path), None, path)
+
+
+def read_image_file(stream: BinaryIO) -> bytes:
+    """Return the contents of an open image file. Raise OSError if it is larger than `MAX_FILE_BYTES`.
+
+    A sparse file can claim to be terabytes in size.
     """
     size = stream.seek(0, os.SEEK_END)
     if size > MAX_FILE_BYTES:
@@ -335,26 +342,17 @@ def read_image_file(stream: BinaryIO) -> bytes:
 
 
 def compute_content_digest(data: bytes) -> str:
-    """Return the hexadecimal SHA-256 hash of an image's bytes, which identifies the image."""
+    """Return the hexadecimal SHA-256 hash of an image's bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
 def is_safe_relative_path(name: str) -> bool:
-    """Return True if a file name from a data set is relative and does not contain "..".
-
-    Such a name cannot refer to a file outside the data set's folder, except through a symbolic link. Symbolic links are
-    not checked.
-    """
+    """Return True if a file name from a data set cannot refer to a file outside its folder, except through a link."""
     return not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
 
 
-def to_valid_unicode(name: str) -> str:
-    """Convert a file name to valid Unicode. Bytes that are not UTF-8 are replaced with escape sequences."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
 def resolve_folder(path: str) -> str:
-    """Make a path absolute and resolve symbolic links in its folder, but not in its file name. Keep URLs unchanged."""
+    """Make a path absolute and resolve links in its folder, but not in its file name. Return URLs unchanged."""
     if is_remote(path):
         return path
     folder, name = os.path.split(path)
@@ -370,11 +368,11 @@ def _resolve_real_path(folder: str) -> str:
 def get_file_version(path: str) -> tuple[tuple[int, int], ...]:
     """Return the size and modification time (in ns) of a file, or of every file in a folder and its subfolders.
 
-    For a remote file, a hash of its etag takes the place of the modification time. A folder's own modification time is
-    not enough, because overwriting a file in the folder does not change it.
+    For a remote file, a hash of its version takes the place of the modification time.
     """
     if is_remote(path):
-        return (get_version_numbers(path),)
+        version = get_remote_version(path)
+        return ((parse_size(version), int(hashlib.sha256(version.encode()).hexdigest()[:15], 16)),)
     files = [path]
     if os.path.isdir(path):
         files = sorted(os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names)

@@ -14,6 +14,7 @@ phrases. The phrases are saved with the table.
 
 import hashlib
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache, partial
@@ -24,8 +25,8 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from llm2clip.data.columns import CAPTION_FIELDS
 from llm2clip.data.parallel import map_in_processes
+from llm2clip.data.records import CAPTION_FIELDS
 from llm2clip.data.table import TEXTS, RecordTable
 from llm2clip.data.table_cells import map_batches
 from llm2clip.io_utils import atomic_path
@@ -219,17 +220,24 @@ def _extract_phrases(records: RecordTable) -> Iterator[pa.ListArray]:
                 yield result
                 bar.update()
 
-        nouns = _select_frequent(process(_count_nouns_of_part))
-        frequent = _select_frequent(process(partial(_count_phrases_of_part, nouns=nouns)))
-        yield from process(partial(_find_phrases_of_part, nouns=nouns, frequent=frequent))
+        with tempfile.TemporaryDirectory() as folder:  # each process loads the words only once
+            nouns, frequent = Path(folder) / "nouns.txt", Path(folder) / "phrases.txt"
+            _write_frequent(nouns, process(_count_nouns_of_part))
+            _write_frequent(frequent, process(partial(_count_phrases_of_part, nouns_file=nouns)))
+            yield from process(partial(_find_phrases_of_part, nouns_file=nouns, frequent_file=frequent))
 
 
-def _select_frequent(counters: Iterator[Counter[str]]) -> frozenset[str]:
-    """Add up the counts of all parts; return the words or phrases that occur in at least `MIN_IMAGES` images."""
+def _write_frequent(file: Path, counters: Iterator[Counter[str]]) -> None:
+    """Add up the counts of all parts, and save the words or phrases that occur in at least `MIN_IMAGES` images."""
     total = Counter[str]()
     for counter in counters:
         total.update(counter)
-    return frozenset(text for text, count in total.items() if count >= MIN_IMAGES)
+    file.write_text("\n".join(text for text, count in total.items() if count >= MIN_IMAGES), encoding="utf-8")
+
+
+@lru_cache(maxsize=2)
+def _load_frequent(file: Path) -> frozenset[str]:
+    return frozenset(file.read_text(encoding="utf-8").split("\n"))
 
 
 def _sample_captions(records: RecordTable) -> list[str]:
@@ -257,16 +265,18 @@ def _count_nouns_of_part(records: RecordTable) -> Counter[str]:
     return counts
 
 
-def _count_phrases_of_part(records: RecordTable, nouns: frozenset[str]) -> Counter[str]:
+def _count_phrases_of_part(records: RecordTable, nouns_file: Path) -> Counter[str]:
     """Count the images in which each phrase occurs."""
+    nouns = _load_frequent(nouns_file)
     counts = Counter[str]()
     for captions in _iterate_captions(records):
         counts.update({phrase for caption in captions for phrase in find_phrases(caption, nouns)})
     return counts
 
 
-def _find_phrases_of_part(records: RecordTable, nouns: frozenset[str], frequent: frozenset[str]) -> pa.ListArray:
+def _find_phrases_of_part(records: RecordTable, nouns_file: Path, frequent_file: Path) -> pa.ListArray:
     """Return the frequent phrases of each image, in order of first appearance."""
+    nouns, frequent = _load_frequent(nouns_file), _load_frequent(frequent_file)
     texts: list[str] = []
     offsets = [0]
     for captions in _iterate_captions(records):

@@ -16,27 +16,24 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from llm2clip.config import TuneConfig
-from llm2clip.data.build_table import load_source_indices, mask_same_images, open_table
-from llm2clip.data.columns import CAPTION_FIELDS, guess_columns
-from llm2clip.data.formats import find_files
-from llm2clip.data.formats.base import BadRow, ReadOptions, read_rows
-from llm2clip.data.records import EARLY_CHECK_ROWS, NO_SPLIT, Source, open_records
+from llm2clip.data.build_table import load_source_indices, mask_training_splits, open_table
+from llm2clip.data.formats import BadRow, ReadOptions, find_files, read_rows
+from llm2clip.data.image_facts import mask_same_images
+from llm2clip.data.records import CAPTION_FIELDS, EARLY_CHECK_ROWS, NO_SPLIT, Source, guess_columns, open_records
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import mask_training_splits
 from llm2clip.data.table import RecordTable, decode_name
-from llm2clip.data.texts import deduplicate_captions
+from llm2clip.data.texts import deduplicate_captions, is_valid_unicode
 from llm2clip.io_utils import DataFormatError
 from llm2clip.runs.ranks import print_once, process_state
 
@@ -117,21 +114,8 @@ class CaptionItems(Sequence[ImageCaptions]):
     @cached_property
     def pairable(self) -> Sequence[ImageCaptions]:
         """Images with two different captions."""
-        masks = [_mask_pairable(batch) for batch in self.records.iterate_batches(CAPTION_FIELDS, 1 << 14)]
-        return CaptionItems(self.records.select(np.concatenate([np.empty(0, bool), *masks])))
-
-
-def _mask_pairable(batch: pa.RecordBatch) -> np.ndarray:
-    """Return a boolean mask of the records that have two different captions, of shape (N,)."""
-    rows = np.arange(batch.num_rows)
-    row_of_text = np.concatenate([np.repeat(rows, np.diff(column.offsets.to_numpy())) for column in batch.columns])
-    texts = pa.concat_arrays([column.flatten() for column in batch.columns])
-    first_text = np.zeros(batch.num_rows, np.int64)  # index of any text of each record
-    first_text[row_of_text] = np.arange(len(texts))
-    differs = pc.not_equal(texts, texts.take(pa.array(first_text[row_of_text])))
-    is_pairable = np.zeros(batch.num_rows, bool)
-    is_pairable[row_of_text[differs.to_numpy(zero_copy_only=False)]] = True
-    return is_pairable
+        is_pairable = np.fromiter(map(can_pair, self), bool, len(self))
+        return CaptionItems(self.records.select(is_pairable))
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
@@ -165,34 +149,24 @@ def read_tuning_sources(
     Raises:
         ValueError: A source has too few pairs, or there are neither text pairs nor images with two captions.
     """
-    sources = [*training_sources, *config.data]
     excluded_ids = _read_comparable_ids(config.exclude, columns, log)
-    held_out_ids = {name for table in held_out for name in _list_comparable_ids(table)}
-    parsed_training_sources = {(source.path, source.splits) for source in map(Source.parse, training_sources)}
-
     num_read = len(train or ())
     captions: list[CaptionItems] = []
     if train:
         captions.append(CaptionItems(train.select(~_mask_ids(train, excluded_ids))))
-    if sources:
-        records = open_table(sources, columns, log, "unchecked", folder)
-        source_of_record = load_source_indices(records)
+    if training_sources or config.data:
+        records = open_table([*training_sources, *config.data], columns, log, "unchecked", folder)
         num_read += len(records)
-        parsed = [Source.parse(source) for source in sources]
-        is_selected = mask_training_splits(records) | np.array([bool(s.splits) for s in parsed])[source_of_record]
-        for table in held_out:
-            is_selected &= ~mask_same_images(table, records)
-        is_training_source = np.array([(source.path, source.splits) in parsed_training_sources for source in parsed])
-        is_selected &= ~_mask_ids(records, excluded_ids)
-        others = np.flatnonzero(is_selected & ~is_training_source[source_of_record])
-        is_selected[others] = ~_mask_ids(records.select(others), held_out_ids)
-        captions.append(CaptionItems(records.select(is_selected)))
+        is_usable = _mask_usable(records, held_out, training_sources, config) & ~_mask_ids(records, excluded_ids)
+        captions.append(CaptionItems(records.select(is_usable)))
     num_removed = num_read - sum(len(items) for items in captions)
     if config.exclude and not num_removed:
         print_once("--tune.exclude has no effect: the tuning data contains none of the excluded images")
-    if config.steps and not config.text_pairs:
-        _require_two_captions(captions)
-
+    if config.steps and not config.text_pairs and not any(items.pairable for items in captions):
+        raise ValueError(
+            "no image has two different captions, which tuning needs as positive pairs. Use --tune.steps 0 to leave "
+            "the LLM unchanged, or --tune.data to tune on a data set with several captions per image"
+        )
     pairs = [list(read_text_pairs(path, log)) for path in config.text_pairs]
     if config.steps:
         resolve_pairs_per_step([*captions, *pairs], config.batch_size, process_state().num_processes)
@@ -201,6 +175,24 @@ def read_tuning_sources(
     removed = f"; {num_removed:,} images excluded" if num_removed else ""
     print_once(f"tuning on {' + '.join(counts)}{removed}")
     return [*captions, *pairs]
+
+
+def _mask_usable(
+    records: RecordTable, held_out: Sequence[RecordTable], training_sources: Sequence[str], config: TuneConfig
+) -> np.ndarray:
+    """Return a boolean mask of the records that are in a selected split and not held out, of shape (N,)."""
+    source_of_record = load_source_indices(records)
+    training = [Source.parse(source) for source in training_sources]
+    sources = [*training, *map(Source.parse, config.data)]
+    is_usable = mask_training_splits(records) | np.array([bool(s.splits) for s in sources])[source_of_record]
+    for table in held_out:
+        is_usable &= ~mask_same_images(table, records)
+    training_paths = {(source.path, source.splits) for source in training}
+    is_training_source = np.array([(source.path, source.splits) in training_paths for source in sources])
+    others = np.flatnonzero(is_usable & ~is_training_source[source_of_record])
+    held_out_ids = {name for table in held_out for name in _list_comparable_ids(table)}
+    is_usable[others] = ~_mask_ids(records.select(others), held_out_ids)
+    return is_usable
 
 
 def _read_comparable_ids(sources: Sequence[str], columns: dict[str, str], log: SkipLog) -> set[str]:
@@ -238,15 +230,6 @@ def to_comparable_id(record_id: str) -> str:
     return number[0] if number else record_id
 
 
-def _require_two_captions(captions: Sequence[CaptionItems]) -> None:
-    if any(items.pairable for items in captions):
-        return
-    raise ValueError(
-        "no image has two different captions, which tuning needs as positive pairs. Use --tune.steps 0 to leave the "
-        "LLM unchanged, or --tune.data to tune on a data set with several captions per image"
-    )
-
-
 def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
     """Yield the pairs in a source (`PATH` or `PATH@split`) in order. If a row has several positives, use the first.
 
@@ -259,35 +242,30 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
     log, source = SkipLog() if log is None else log, Source.parse(path)
     num_pairs, columns_known = 0, False
     options = ReadOptions(_choose_columns, image_bytes=False, splits=source.splits, log=log)
-    for file in find_files(source.path):
-        for row_file, number, fields in read_rows(file, options):
-            if isinstance(fields, BadRow):
-                log.count_rows(fields.rows)
-                log.skip(row_file, number, fields.reason, fields.value, fields.rows)
-                continue
-            if source.splits and (_get_first_text(fields.get("split")) or NO_SPLIT) not in source.splits:
-                continue
-            log.count_rows(1)
-            try:
-                columns = _choose_columns(row_file, list(fields))
-                columns_known = True
-            except DataFormatError:
-                if not columns_known:  # the first row lacks these columns, so the file does not contain pairs
-                    raise
-                columns = {}  # this JSON object lacks the required keys
-            pair = _to_pair(fields, columns)
-            if pair.anchor == pair.positive or not pair.anchor or not pair.positive:
-                log.skip(
-                    row_file, number, "missing or identical texts", f"{pair.anchor[:80]!r}, {pair.positive[:80]!r}"
-                )
-                if log.rows_seen >= EARLY_CHECK_ROWS:
-                    log.check()
-                continue
-            try:
-                "".join([*pair.texts, *pair.negatives, pair.instruction]).encode()
-            except UnicodeEncodeError as error:
-                log.skip(row_file, number, "not valid Unicode", error)
-                continue
+    rows = chain.from_iterable(read_rows(file, options) for file in find_files(source.path))
+    for row_file, number, fields in rows:
+        if isinstance(fields, BadRow):
+            log.count_rows(fields.rows)
+            log.skip(row_file, number, fields.reason, fields.value, fields.rows)
+            continue
+        if source.splits and (_get_first_text(fields.get("split")) or NO_SPLIT) not in source.splits:
+            continue
+        log.count_rows(1)
+        try:
+            columns = _choose_columns(row_file, list(fields))
+            columns_known = True
+        except DataFormatError:
+            if not columns_known:  # the first row lacks these columns, so the file does not contain pairs
+                raise
+            columns = {}  # this JSON object lacks the required keys
+        pair = _to_pair(fields, columns)
+        if pair.anchor == pair.positive or not pair.anchor or not pair.positive:
+            log.skip(row_file, number, "missing or identical texts", f"{pair.anchor[:80]!r}, {pair.positive[:80]!r}")
+            if log.rows_seen >= EARLY_CHECK_ROWS:
+                log.check()
+        elif not is_valid_unicode("".join([*pair.texts, *pair.negatives, pair.instruction])):
+            log.skip(row_file, number, "not valid Unicode", pair)
+        else:
             num_pairs += 1
             yield pair
     log.check()
@@ -336,11 +314,7 @@ def _list_texts(value: Any) -> list[str]:
 
 
 def iter_pair_batches(
-    sources: Sequence[Sequence[TuningItem]],
-    batch_size: int,
-    steps: int,
-    seed: int,
-    hard_negative_group_size: int = 1,
+    sources: Sequence[Sequence[TuningItem]], batch_size: int, steps: int, seed: int, hard_negative_group_size: int = 1
 ) -> Iterator[list[Pair]]:
     """Yield `steps` batches of `batch_size` pairs.
 
@@ -348,13 +322,9 @@ def iter_pair_batches(
     probability proportional to its number of items. No image or text occurs twice in a batch, so another caption of the
     anchor's image is never used as a negative. If one of an item's texts is already in the current batch, the item is
     deferred to the next batch. Items that are still deferred when a new pass starts are not used in that pass. Each
-    pass over a source draws a new order and new pairs.
+    pass over a source draws a new order and new pairs. Images without two different captions are ignored.
 
-    Args:
-        sources: Items of each source. An item is either a text pair or the captions of an image. Images without two
-            different captions are ignored.
-        hard_negative_group_size: Number of items per group of similar captions; see `draw_grouped_permutation`. If 1,
-            batches are random.
+    `hard_negative_group_size` is the number of items per group of similar captions; see `draw_grouped_permutation`.
 
     Raises:
         ValueError: A source has fewer usable items than a batch needs.
@@ -418,7 +388,7 @@ def select_pairable_items(items: Sequence[TuningItem], batch_size: int) -> Seque
 
 def can_pair(captions: ImageCaptions) -> bool:
     """Return True if an image has two different captions."""
-    return bool(_list_pair_kinds(captions))
+    return len(set(captions.texts)) > 1
 
 
 def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
@@ -549,13 +519,10 @@ def compute_caption_vectors(captions: Iterable[Sequence[str]]) -> np.ndarray:
 
 
 def draw_grouped_permutation(vectors: np.ndarray, group_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Return a random permutation of N items, as int64 indices. Groups of similar items stay together.
+    """Return a random permutation of N items, as int64 indices. Groups of `group_size` similar items stay together.
 
-    Args:
-        vectors: Vectors from `compute_caption_vectors`, of shape (N, D).
-        group_size: Number of items per group. If N is not a multiple of `group_size`, one group is smaller. If
-            `group_size` is 1, the result is an ordinary random permutation.
-        rng: Generator for the random directions and order. Each call forms new groups.
+    `vectors` are from `compute_caption_vectors`, of shape (N, D). If N is not a multiple of `group_size`, one group is
+    smaller. Each call forms new groups.
     """
     if group_size <= 1:
         return rng.permutation(len(vectors))

@@ -18,13 +18,8 @@ def count_cores() -> int:
 def map_in_processes(function: Callable[[S], T], items: Sequence[S], workers: int | None = None) -> Iterator[T]:
     """Apply a function to each item, and yield the results in the order of the items.
 
-    Workers are separate processes that do not import the main script. If a worker raises an error, so does this
-    function.
-
-    Args:
-        function: Function defined at the top level of a module. The items and results must be picklable.
-        workers: Number of processes. If 1, or if there is only one item, the work is done in this process. Default:
-            one per core.
+    Workers are separate processes that do not import the main script. The default number of workers is one per core. If
+    there is one worker or one item, the work is done in this process.
     """
     workers = min(workers or count_cores(), len(items))
     if workers <= 1:

@@ -1,10 +1,14 @@
-"""Reading files from object storage and web servers: `s3://`, `gs://`, `hf://`, `https://` and `http://`.
+"""Files in object storage and on web servers: `s3://`, `gs://`, `hf://`, `https://` and `http://`.
 
-Files are downloaded as a whole into a local cache (see `shard_cache`), except for Parquet files, which can also be read
-by byte range. Requests are repeated after temporary errors (see `storage`). Messages never contain credentials.
+Files are downloaded as a whole into a local cache. Requests are repeated after temporary errors (see `storage`).
+Messages never contain credentials.
 
 The first version of a file that a process sees is pinned: if the file is replaced later, reading it raises an error
 instead of mixing both versions.
+
+The environment variable LLM2CLIP_SHARD_CACHE_GB limits the size of the cache. The least recently used files are removed
+first. Several processes can use the cache at the same time. Files that are being read are never removed: readers hold a
+shared lock on them.
 """
 
 from __future__ import annotations
@@ -13,23 +17,26 @@ import functools
 import glob
 import hashlib
 import io
+import math
 import os
 import posixpath
 import re
+import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import quote
 
 from braceexpand import braceexpand
+from filelock import FileLock
 
-from llm2clip.data import shard_cache
 from llm2clip.data.storage import (
     BLOCK_BYTES,
+    DISK_ERRORS,
     LOOKUP_ATTEMPTS,
     LOOKUP_THREADS,
     MAX_ATTEMPTS,
@@ -41,70 +48,40 @@ from llm2clip.data.storage import (
     format_version,
     get_filesystem,
     get_scheme,
+    is_remote,
     parse_size,
     read_info,
+    split_url,
+    strip_query,
     to_path,
     to_url,
 )
-from llm2clip.io_utils import SizedReader, hide_url_secrets, open_regular_file
+from llm2clip.io_utils import FatalDataError, atomic_path, get_cache_dir, hide_url_secrets, open_regular_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 T = TypeVar("T")
 
 PREFETCH_THREADS = 4
 FAILURE_SECONDS = 600  # a file that failed after all attempts is not requested again for this long
-_REMOTE = re.compile(r"(s3|gs|hf|https?)://")
+SIZE_VARIABLE = "LLM2CLIP_SHARD_CACHE_GB"
+MAX_DEFAULT_BYTES = 200 * 10**9
+FILL_FRACTION = 0.95  # if the cache is full, files are removed until this fraction of the limit is in use
+UNLISTED_FRACTION = 0.02  # each process may add this fraction of the limit before it lists the files in the cache again
+TOUCH_SECONDS = 60  # a file's time of last use is updated at most this often
 
 _versions: dict[str, str] = {}  # URL -> pinned version
 _failures: dict[str, tuple[float, RemoteError]] = {}  # URL -> time and error of the last failure
+_room: dict[tuple[str, str], float] = {}  # cache folder and limit -> bytes that may be added before it is listed again
+_pending: deque[str] = deque()  # URLs of files to download ahead
+_prefetch_threads: list[threading.Thread] = []
 
 
-# ---- names -----------------------------------------------------------------------------------------------------------
-
-
-def is_remote(path: str) -> bool:
-    """Return True if a path is the URL of a remote file or folder. `hf:NAME`, a data set on the Hub, is not a path."""
-    return _REMOTE.match(str(path)) is not None
-
-
-def get_parent(path: str) -> str:
-    """Return the folder of a local or remote file."""
-    return os.path.dirname(_strip_query(path) if is_remote(path) else path)
-
-
-def get_file_name(path: str) -> str:
-    """Return the file name of a local or remote file."""
-    return os.path.basename(_strip_query(path) if is_remote(path) else path)
-
-
-def join_path(folder: str, name: str) -> str:
-    """Join a folder and a relative file name from a data set.
-
-    A name never leads from a local folder to a remote file, or the other way round. In a remote folder, names are
-    resolved like relative URLs: an absolute name or `..` stays within the same bucket, data set or host.
-    """
-    if not is_remote(folder):
-        return os.path.join(folder or ".", name) if is_remote(name) else os.path.join(folder, name)
-    scheme, root, key = _split_url(folder)
-    if scheme.startswith("http"):
-        name = quote(name)
-    joined = posixpath.normpath(posixpath.join("/", key, name.replace("\\", "/"))).lstrip("/")
-    return f"{scheme}://{root}/{joined}"
-
-
-def _split_url(url: str) -> tuple[str, str, str]:
-    """Split a URL into its scheme, its root (bucket, data set or host), and the path below the root."""
-    scheme, _, rest = url.partition("://")
-    if scheme == "hf":
-        parts = rest.split("/")
-        num_parts = 3 if parts[0] in ("datasets", "spaces", "models", "buckets") else 2
-        return scheme, "/".join(parts[:num_parts]), "/".join(parts[num_parts:])
-    root, _, key = rest.partition("/")
-    return scheme, root, key
-
-
-def _strip_query(url: str) -> str:
-    """Return a web address without its query string. In object storage, `?` is part of the name."""
-    return url.partition("?")[0] if url.startswith("http") else url
+class CacheFullError(FatalDataError):
+    """A remote file does not fit in the cache."""
 
 
 # ---- listing ---------------------------------------------------------------------------------------------------------
@@ -120,23 +97,23 @@ def find_remote_files(pattern: str) -> list[str]:
         ValueError: The URL contains a user name or password.
     """
     name = hide_url_secrets(pattern)
-    if "@" in _split_url(pattern)[1] and not pattern.startswith("hf"):
+    if "@" in split_url(pattern)[1] and not pattern.startswith("hf"):
         raise ValueError(f"{name}: remove the user name and password from the URL. Put them in ~/.netrc instead")
+    address = strip_query(pattern)
+    is_pattern = (glob.has_magic(address) or "{" in address) and not _exists(pattern)
     urls = []
-    for url in _expand_braces(pattern):
-        matches = _glob(url) if _has_magic(url) else [url]
+    for url in [expanded + pattern[len(address) :] for expanded in braceexpand(address)] if is_pattern else [pattern]:
+        matches = _glob(url) if is_pattern and glob.has_magic(strip_query(url)) else [url]
         if not matches:
             raise MissingRemoteFileError(f"{hide_url_secrets(url)}: no such file or folder")
         urls += matches
-    with ThreadPoolExecutor(min(LOOKUP_THREADS, len(urls))) as pool:
+    return look_up_versions(urls)
+
+
+def look_up_versions(urls: Sequence[str]) -> list[str]:
+    """Pin the current versions of many files, several at a time. Return their URLs, with a slash after folders."""
+    with ThreadPoolExecutor(LOOKUP_THREADS) as pool:
         return list(pool.map(_pin_file_or_mark_folder, urls))
-
-
-def look_up_versions(urls: Sequence[str]) -> None:
-    """Pin the current versions of many files, several at a time."""
-    if urls:
-        with ThreadPoolExecutor(min(LOOKUP_THREADS, len(urls))) as pool:
-            list(pool.map(_pin_file_or_mark_folder, urls))
 
 
 def list_folder(folder: str) -> list[str]:
@@ -179,7 +156,6 @@ def walk_folder(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def file_exists(path: str) -> bool:
-    """Return True if a local or remote file exists."""
     if not is_remote(path):
         return os.path.isfile(path)
     try:
@@ -192,11 +168,7 @@ def file_exists(path: str) -> bool:
 
 
 def get_file_size(path: str) -> int:
-    """Return the size of a local or remote file in bytes.
-
-    Raises:
-        OSError: The file does not exist, or its size cannot be determined.
-    """
+    """Return the size of a local or remote file in bytes. Raise OSError if it cannot be determined."""
     if not is_remote(path):
         return os.path.getsize(path)
     return parse_size(_get_version(path))
@@ -206,25 +178,12 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _expand_braces(pattern: str) -> Iterator[str]:
-    address, mark, query = pattern.partition("?") if pattern.startswith("http") else (pattern, "", "")
-    if "{" not in address or _exists(pattern):
-        yield pattern
-        return
-    for url in braceexpand(address):
-        yield url + mark + query
-
-
 def _exists(url: str) -> bool:
     """Return True if a file exists. A name without listing permission, which is the usual case, counts as missing."""
     try:
         return get_remote_version(url) != ""
     except RemoteError:
         return False
-
-
-def _has_magic(url: str) -> bool:
-    return glob.has_magic(_strip_query(url)) and not _exists(url)
 
 
 def _glob(pattern: str) -> list[str]:
@@ -243,7 +202,7 @@ def _pin_file_or_mark_folder(url: str) -> str:
 
     Web servers do not distinguish files from folders, so a web address without a file suffix is a folder.
     """
-    if url.endswith("/") or (url.startswith("http") and "." not in _split_url(_strip_query(url))[2].rpartition("/")[2]):
+    if url.endswith("/") or (url.startswith("http") and "." not in split_url(strip_query(url))[2].rpartition("/")[2]):
         return url.rstrip("/") + "/"
     info = read_info(url)
     if info["type"] == "directory":
@@ -274,19 +233,13 @@ def get_remote_version(url: str) -> str:
 
 
 def get_pinned_versions(urls: Iterable[str]) -> dict[str, str]:
-    """Return a dict {URL: version} of the files whose version is pinned, to pass it to other processes."""
+    """Return the pinned versions of files, to pass them to other processes."""
     return {url: _versions[url] for url in urls if url in _versions}
 
 
 def pin_versions(versions: Mapping[str, str]) -> None:
     """Pin the versions of files, for example in a worker process. Other versions are then rejected."""
     _versions.update(versions)
-
-
-def get_version_numbers(url: str) -> tuple[int, int]:
-    """Return the size of a remote file, and a hash of its version. Compare with `image_refs.get_file_version`."""
-    version = get_remote_version(url)
-    return parse_size(version), int(hashlib.sha256(version.encode()).hexdigest()[:15], 16)
 
 
 def _check_version(url: str, version: str) -> None:
@@ -312,18 +265,17 @@ def open_file(path: str) -> io.BufferedReader:
     if not is_remote(path):
         return open_regular_file(path)
     version = _get_version(path)
-    cached_path, size = shard_cache.get_cached_path(path, version), parse_size(version)
-    while (file := shard_cache.open_cached(cached_path, size)) is None:  # another process may remove it immediately
-        write = functools.partial(_write_blocks, path, version)
-        add_file = functools.partial(shard_cache.add_file, cached_path, size, hide_url_secrets(path), write)
-        _remember_failure(path, add_file)
+    cached_path = get_cached_path(path, version)
+    while (file := _open_cached(cached_path, parse_size(version))) is None:
+        # Another process may remove the file again immediately.
+        _remember_failure(path, functools.partial(_download, path, version, cached_path))
     return file
 
 
 def get_local_path(path: str) -> str:
     """Return the path of a local file with the contents of a file. A remote file is first downloaded into the cache.
 
-    Open the path at once: later, the file may have been removed from the cache. For the exceptions, see `open_file`.
+    Open the path at once: later, the file may have been removed from the cache. See `open_file`.
     """
     if not is_remote(path):
         return path
@@ -331,25 +283,22 @@ def get_local_path(path: str) -> str:
         return str(file.name)
 
 
-def open_remote(path: str) -> BinaryIO:
-    """Open a local or remote file for reading single byte ranges, such as row groups of a Parquet file.
-
-    A remote file that is in the cache is read from there. Otherwise, each read is a request. Closing the file checks
-    that it was not replaced in the meantime.
-    """
-    if not is_remote(path):
-        return open_regular_file(path)
-    version = get_remote_version(path)
-    cached = shard_cache.open_cached(shard_cache.get_cached_path(path, version), parse_size(version))
-    return cached or _RangeReader(path, version)  # type: ignore[return-value]
-
-
-class FileSlice(SizedReader):
-    """Stream over part of a file or URL."""
+class FileSlice(io.RawIOBase):
+    """Seekable stream over part of a local or remote file."""
 
     def __init__(self, path: str, offset: int, size: int) -> None:
-        super().__init__(size)
-        self._file, self._offset = open_file(path), offset
+        self._file, self._offset, self._size, self._position = open_file(path), offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        start = (0, self._position, self._size)[whence]
+        self._position = max(0, start + offset)
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
         size = max(0, min(len(buffer), self._size - self._position))
@@ -360,36 +309,6 @@ class FileSlice(SizedReader):
 
     def close(self) -> None:
         self._file.close()
-        super().close()
-
-
-class _RangeReader(SizedReader):
-    """Stream in which each read is one request. It is not buffered, because pyarrow reads exactly what it needs."""
-
-    def __init__(self, url: str, version: str) -> None:
-        super().__init__(parse_size(version))
-        self._url, self._version, self._num_reads = url, version, 0
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        end = min(self._position + len(view), self._size)
-        if end <= self._position:
-            return 0
-        chunks = io.BytesIO()
-        fetch_block(self._url, self._version, self._position, end, chunks)
-        data = chunks.getbuffer()
-        if len(data) > end - self._position:  # a server without ranges returns the whole file
-            data = data[self._position : end]
-        view[: len(data)] = data
-        self._position += len(data)
-        self._num_reads += 1
-        return len(data)
-
-    def close(self) -> None:
-        if not self.closed and self._num_reads:
-            self._num_reads = 0
-            super().close()
-            _check_version(self._url, self._version)
         super().close()
 
 
@@ -414,62 +333,171 @@ def _remember_failure(url: str, function: Callable[[], T]) -> T:
     return result
 
 
-def _write_blocks(url: str, version: str, file: BinaryIO) -> None:
-    """Download a file in blocks. Check that its version is the same before and after the download."""
-    _check_version(url, version)
+# ---- cache -----------------------------------------------------------------------------------------------------------
+
+
+def get_cache_folder() -> Path:
+    """Return the folder in which remote files are cached."""
+    return get_cache_dir() / "shards"
+
+
+def get_cached_path(url: str, version: str) -> Path:
+    """Return the path at which a version of a remote file is cached. It ends with the file's suffix."""
+    digest = hashlib.sha256(f"{url}\0{version}".encode("utf-8", "surrogatepass")).hexdigest()[:40]
+    name = url.partition("?")[0].rpartition("/")[2]
+    suffix = re.search(r"(\.[A-Za-z0-9]{1,9}){1,2}$", name)
+    return get_cache_folder() / digest[:2] / f"{digest}{suffix[0] if suffix else ''}"
+
+
+def _open_cached(path: Path, size: int) -> io.BufferedReader | None:
+    """Open a cached file, which is not removed while open. Return None if it is missing or has a different size."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+    except FileNotFoundError:
+        return None
+    _lock(file, exclusive=False)
+    status = os.fstat(file.fileno())
+    if status.st_size != size:  # damaged, for example by a power failure
+        file.close()
+        path.unlink(missing_ok=True)
+        return None
+    if time.time() - status.st_mtime > TOUCH_SECONDS:
+        with suppress(OSError):
+            os.utime(path)
+    return file
+
+
+def _download(url: str, version: str, path: Path) -> None:
+    """Download a file into the cache, unless another process has just done so.
+
+    Raises:
+        CacheFullError: The file is larger than the size limit, or the disk is full.
+    """
     size = parse_size(version)
-    while file.tell() < size:
-        fetch_block(url, version, file.tell(), min(size, file.tell() + BLOCK_BYTES), file)
-    _check_version(url, version)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    locks = get_cache_folder() / "locks"
+    locks.mkdir(exist_ok=True)
+    with FileLock(locks / path.name[:2]):
+        if (file := _open_cached(path, size)) is not None:
+            file.close()
+            return
+        _make_room(size, url)
+        try:
+            with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+                _check_version(url, version)
+                while stream.tell() < size:
+                    fetch_block(url, version, stream.tell(), min(size, stream.tell() + BLOCK_BYTES), stream)
+                _check_version(url, version)
+        except OSError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in DISK_ERRORS:
+                raise
+            raise CacheFullError(
+                f"{hide_url_secrets(url)}: {error}. Free some space, or move the cache to another disk with the "
+                "environment variable LLM2CLIP_CACHE"
+            ) from error
+
+
+def _make_room(size: int, url: str) -> None:
+    """Remove files until a new file fits within the size limit."""
+    key = (str(get_cache_folder()), os.environ.get(SIZE_VARIABLE, ""))
+    if size > _room.get(key, -1):
+        files = sorted(_list_files())
+        used = sum(file_size for _, file_size, _ in files)
+        limit = _get_size_limit(used)
+        if size > limit:
+            raise CacheFullError(
+                f"{hide_url_secrets(url)}: {size / 1e9:.2f} GB, but the cache of remote files is limited to "
+                f"{limit / 1e9:.2f} GB. Raise the limit with the environment variable {SIZE_VARIABLE}"
+            )
+        if used + size > limit:
+            used -= _remove_files(files, used + size - FILL_FRACTION * limit)
+        _room[key] = min(limit - used, max(size, UNLISTED_FRACTION * limit))
+    _room[key] -= size
+
+
+def _get_size_limit(used: int) -> float:
+    """Return the cache's size limit in bytes. Default: half of the disk space for the cache, but at most 200 GB.
+
+    Raises:
+        ValueError: The environment variable is not a positive number.
+    """
+    text = os.environ.get(SIZE_VARIABLE)
+    if not text:
+        return min(MAX_DEFAULT_BYTES, (shutil.disk_usage(get_cache_folder()).free + used) / 2)
+    try:
+        limit = float(text) * 1e9
+    except ValueError:
+        limit = math.nan
+    if not limit > 0:
+        raise ValueError(f"{SIZE_VARIABLE} must be a number of gigabytes greater than 0 (got {text!r})")
+    return limit
+
+
+def _list_files() -> Iterator[tuple[float, int, str]]:
+    """Yield the (time of last use, size, path) of each file in the cache, including unfinished downloads."""
+    for parent, folders, names in os.walk(get_cache_folder()):
+        if "locks" in folders:
+            folders.remove("locks")
+        for name in names:
+            path = os.path.join(parent, name)
+            with suppress(OSError):  # removed by another process
+                status = os.stat(path)
+                yield status.st_mtime, status.st_size, path
+
+
+def _remove_files(files: Iterable[tuple[float, int, str]], num_bytes: float) -> int:
+    """Remove the first files that no process is reading or writing. Return the number of bytes that were freed."""
+    num_freed = 0
+    for _, size, path in files:
+        if num_freed >= num_bytes:
+            break
+        with suppress(OSError), open(path, "rb") as file:
+            if _lock(file, exclusive=True):
+                os.unlink(path)
+                num_freed += size
+    return num_freed
+
+
+def _lock(file: BinaryIO, exclusive: bool) -> bool:
+    """Lock an open file until it is closed. Return False if another process prevents an exclusive lock."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
+    except BlockingIOError:
+        return False
+    except OSError:  # the file system does not support locks; on POSIX, an open file outlives its removal
+        return True
+    return True
 
 
 # ---- downloading ahead -----------------------------------------------------------------------------------------------
-
-
-class _Prefetcher:
-    """Background threads that download files into the cache. The threads end when no files are left."""
-
-    def __init__(self) -> None:
-        self.process_id = os.getpid()
-        self._lock = threading.Lock()
-        self._pending: deque[str] = deque()
-        self._active: set[str] = set()
-
-    def replace_pending(self, urls: Sequence[str]) -> None:
-        """Download these files next. Files that were requested earlier and not started are dropped."""
-        with self._lock:
-            self._pending = deque(url for url in dict.fromkeys(urls) if url not in self._active)
-            num_threads = min(PREFETCH_THREADS - len(self._active), len(self._pending))
-            for _ in range(num_threads):
-                url = self._pending.popleft()
-                self._active.add(url)
-                threading.Thread(target=self._run, args=(url,), daemon=True).start()
-
-    def _run(self, url: str) -> None:
-        next_url: str | None = url
-        while next_url is not None:
-            with suppress(Exception):  # opening the file raises the same error
-                get_local_path(next_url)
-            with self._lock:
-                self._active.discard(next_url)
-                next_url = self._pending.popleft() if self._pending else None
-                if next_url is not None:
-                    self._active.add(next_url)
-
-
-_prefetcher = _Prefetcher()
 
 
 def prefetch(paths: Sequence[str]) -> None:
     """Download remote files into the cache in background threads, several at a time, in this order.
 
     Return immediately. Local files and files in the cache are ignored, as are errors: opening the file raises them.
-    Each call replaces the files of earlier calls whose download has not started.
+    Each call with remote files replaces the files of earlier calls whose download has not started.
     """
-    global _prefetcher
-    urls = [path for path in paths if is_remote(path)]
+    urls = [path for path in dict.fromkeys(paths) if is_remote(path)]
     if not urls:
         return
-    if _prefetcher.process_id != os.getpid():  # forked: the threads and the state of the lock belong to the parent
-        _prefetcher = _Prefetcher()
-    _prefetcher.replace_pending(urls)
+    _pending.clear()
+    _pending.extend(urls)
+    _prefetch_threads[:] = [thread for thread in _prefetch_threads if thread.is_alive()]  # none in a forked process
+    for _ in range(min(PREFETCH_THREADS - len(_prefetch_threads), len(urls))):
+        thread = threading.Thread(target=_download_pending, daemon=True)
+        thread.start()
+        _prefetch_threads.append(thread)
+
+
+def _download_pending() -> None:
+    while True:
+        try:
+            url = _pending.popleft()
+        except IndexError:
+            return
+        with suppress(Exception):  # opening the file raises the same error
+            get_local_path(url)

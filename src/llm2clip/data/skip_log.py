@@ -26,26 +26,28 @@ ADVICE_BY_REASON = {
 }
 
 
+class UnusableRow(Exception):
+    """A row cannot be converted to a record. Skipped rows are counted by `reason`."""
+
+    def __init__(self, reason: str, value: object) -> None:
+        super().__init__(reason, value)
+        self.reason, self.value = reason, value
+
+
 class TooManySkipped(ValueError):
     """Too many rows are skipped, which usually means that the source or its column mapping is wrong."""
 
 
 class SkipLog:
-    """Log that counts skipped rows and lists them in a JSON Lines file.
-
-    Only one process may write to a file. Either pass a different path in each process, or pass a path only in the first
-    process.
+    """Log that counts skipped rows and lists them in a JSON Lines file. Only one process may write to a file.
 
     Args:
-        path: File in which to list skipped rows. An existing file is overwritten. If None, rows are counted but not
-            listed.
+        path: File in which to list skipped rows. An existing file is overwritten. If None, rows are only counted.
         max_skipped: Maximum fraction of rows that may be skipped.
 
     Attributes:
         skipped: Number of skipped rows per reason.
         dropped: Number of rows per reason from which a value, such as an empty caption, was dropped.
-        examples: Descriptions of the first three skipped rows.
-        notes: Maps each note, such as an unusual encoding, to the files that it applies to.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, max_skipped: float = 0.05) -> None:
@@ -107,11 +109,7 @@ class SkipLog:
             self._write(file, row, reason, value)
 
     def count_copies(self, hashes: np.ndarray) -> None:
-        """Record that images were merged with identical images.
-
-        Args:
-            hashes: Hashes of the images' keys, uint64. Each image is counted once.
-        """
+        """Record that images were merged with identical images, given the uint64 hashes of the images' keys."""
         self._copies = np.union1d(self._copies, hashes)
 
     def add_note(self, text: str, file: str) -> None:
@@ -145,7 +143,7 @@ class SkipLog:
         )
 
     def list_notes(self) -> list[str]:
-        """Return the first `MAX_NOTES` notes. Each note names one file that it applies to and counts the others."""
+        """Return the first notes. Each note names one file that it applies to and counts the others."""
         notes = []
         for text, files in islice(self.notes.items(), MAX_NOTES):
             others = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
@@ -153,7 +151,6 @@ class SkipLog:
         return notes
 
     def _record_once(self, file: str, row: int, reason: str) -> bool:
-        """Return True the first time that a row is recorded for a given reason."""
         key = (file, row, reason)
         if key in self._recorded:
             return False
@@ -172,9 +169,8 @@ class SkipLog:
         if self.path is None:
             return
         entry = {"file": file, "row": row, "reason": reason, "value": str(value)[:MAX_VALUE_CHARACTERS]}
-        # The file is reopened for each line, so that no line is lost if the run is killed. Skipped rows are rare, so
-        # this is fast enough. In file names that are not UTF-8, lone surrogates represent the invalid bytes.
-        # backslashreplace writes them as \udcXX, which is valid JSON.
+        # The file is reopened for each line, so that no line is lost if the run is killed. Bytes of file names that are
+        # not UTF-8, which are lone surrogates, are written as \udcXX, which is valid JSON.
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
@@ -182,8 +178,7 @@ class SkipLog:
 class EventLog(SkipLog):
     """Skip log that only collects what it should record, for `SkipLog.replay` in another process.
 
-    Attributes:
-        events: Each call, as a list of a method's name and its arguments. It can be converted to JSON.
+    `events` lists the name and the arguments of each call. It can be converted to JSON.
     """
 
     def __init__(self) -> None:

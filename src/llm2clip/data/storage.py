@@ -1,19 +1,23 @@
-"""Requests to object storage and web servers, through fsspec, with retries after temporary errors.
+"""URLs of remote files, and requests to object storage and web servers with retries after temporary errors.
 
-Credentials come from the environment that each storage's own tools use, such as AWS_PROFILE or ~/.netrc. Each storage
-library raises its own exceptions. They are distinguished by the HTTP status in the chain of causes, or otherwise by
-their type.
+Requests are sent through fsspec. Credentials come from the environment that each storage's own tools use, such as
+AWS_PROFILE or ~/.netrc. Each storage library raises its own exceptions. They are distinguished by the HTTP status in
+the chain of causes, or otherwise by their type.
 """
 
 import asyncio
 import errno
 import math
 import os
+import posixpath
 import random
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Any, BinaryIO, TypeVar
+from urllib.parse import quote
 
 from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets, install_command
 
@@ -35,6 +39,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NETWORK_PACKAGES = ("aiohttp", "botocore", "aiobotocore", "gcsfs", "httpx", "httpx2", "httpcore", "requests", "urllib3")
 # Exceptions of these packages that another attempt cannot avoid, such as missing credentials.
 PERMANENT_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "InvalidURL", "OfflineModeIsEnabled")
+_REMOTE = re.compile(r"(s3|gs|hf|https?)://")
 _random = random.Random()  # the global generator must not depend on the network
 
 _filesystems: dict[tuple[int, str], Any] = {}  # (process id, scheme) -> file system; forked processes need their own
@@ -50,6 +55,68 @@ class MissingRemoteFileError(RemoteError, FileNotFoundError):
 
 class ReplacedFileError(FatalDataError):
     """A remote file changed during a run."""
+
+
+# ---- URLs -----------------------------------------------------------------------------------------------------------
+
+
+def is_remote(path: str) -> bool:
+    """Return True if a path is the URL of a remote file or folder. `hf:NAME`, a data set on the Hub, is not a path."""
+    return _REMOTE.match(str(path)) is not None
+
+
+def get_parent(path: str) -> str:
+    """Return the folder of a local or remote file."""
+    return os.path.dirname(strip_query(path) if is_remote(path) else path)
+
+
+def get_file_name(path: str) -> str:
+    """Return the file name of a local or remote file."""
+    return os.path.basename(strip_query(path) if is_remote(path) else path)
+
+
+def join_path(folder: str, name: str) -> str:
+    """Join a folder and a relative file name from a data set.
+
+    A name never leads from a local folder to a remote file, or the other way round. In a remote folder, names are
+    resolved like relative URLs: an absolute name or `..` stays within the same bucket, data set or host.
+    """
+    if not is_remote(folder):
+        return os.path.join(folder or ".", name) if is_remote(name) else os.path.join(folder, name)
+    scheme, root, key = split_url(folder)
+    if scheme.startswith("http"):
+        name = quote(name)
+    joined = posixpath.normpath(posixpath.join("/", key, name.replace("\\", "/"))).lstrip("/")
+    return f"{scheme}://{root}/{joined}"
+
+
+def split_url(url: str) -> tuple[str, str, str]:
+    """Split a URL into its scheme, its root (bucket, data set or host), and the path below the root."""
+    scheme, _, rest = url.partition("://")
+    if scheme == "hf":
+        parts = rest.split("/")
+        num_parts = 3 if parts[0] in ("datasets", "spaces", "models", "buckets") else 2
+        return scheme, "/".join(parts[:num_parts]), "/".join(parts[num_parts:])
+    root, _, key = rest.partition("/")
+    return scheme, root, key
+
+
+def strip_query(url: str) -> str:
+    """Return a web address without its query string. In object storage, `?` is part of the name."""
+    return url.partition("?")[0] if url.startswith("http") else url
+
+
+def get_scheme(url: str) -> str:
+    return url.partition("://")[0]
+
+
+def to_path(url: str) -> str:
+    """Return the path that fsspec uses for a URL."""
+    return url if get_scheme(url).startswith("http") else url.partition("://")[2]
+
+
+def to_url(scheme: str, path: str) -> str:
+    return path if "://" in path else f"{scheme}://{path}"
 
 
 # ---- versions --------------------------------------------------------------------------------------------------------
@@ -95,34 +162,24 @@ def fetch_block(url: str, version: str, start: int, end: int, file: BinaryIO) ->
     Raises:
         RemoteError: The bytes cannot be read after several attempts.
     """
+    from fsspec.asyn import sync
+
+    filesystem = get_filesystem(get_scheme(url))
     position = file.tell()
 
     def fetch() -> None:
         file.seek(position)
         file.truncate()
         if get_scheme(url).startswith("http"):
-            _fetch_from_web(url, version, start, end, file)
-        else:
-            data = _fetch_from_storage(url, start, end)
-            if len(data) != end - start:
-                raise ConnectionError(f"truncated response: {len(data):,} of {end - start:,} bytes")
-            file.write(data)
+            sync(filesystem.loop, _stream_response, filesystem, url, version, start, end, file)
+            return
+        options = {"timeout": BLOCK_TIMEOUT} if filesystem.async_impl else {}
+        data = filesystem.cat_file(to_path(url), start=start, end=end, **options)
+        if len(data) != end - start:
+            raise ConnectionError(f"truncated response: {len(data):,} of {end - start:,} bytes")
+        file.write(data)
 
     call_with_retries(fetch, url)
-
-
-def _fetch_from_storage(url: str, start: int, end: int) -> bytes:
-    filesystem = get_filesystem(get_scheme(url))
-    options = {"timeout": BLOCK_TIMEOUT} if filesystem.async_impl else {}
-    data: bytes = filesystem.cat_file(to_path(url), start=start, end=end, **options)
-    return data
-
-
-def _fetch_from_web(url: str, version: str, start: int, end: int, file: BinaryIO) -> None:
-    from fsspec.asyn import sync
-
-    filesystem = get_filesystem(get_scheme(url))
-    sync(filesystem.loop, _stream_response, filesystem, url, version, start, end, file)
 
 
 async def _stream_response(filesystem: Any, url: str, version: str, start: int, end: int, file: BinaryIO) -> None:
@@ -160,30 +217,34 @@ def _check_response(headers: Mapping[str, str], url: str, version: str) -> None:
 # ---- file systems ----------------------------------------------------------------------------------------------------
 
 
-def get_scheme(url: str) -> str:
-    return url.partition("://")[0]
-
-
-def to_path(url: str) -> str:
-    """Return the path that fsspec uses for a URL."""
-    return url if get_scheme(url).startswith("http") else url.partition("://")[2]
-
-
-def to_url(scheme: str, path: str) -> str:
-    return path if "://" in path else f"{scheme}://{path}"
-
-
 def get_filesystem(scheme: str) -> Any:
     """Return this process's file system for a URL scheme. All threads share it, and thus its connections."""
     key = (os.getpid(), scheme)
     if key not in _filesystems:
         try:
-            _filesystems[key] = _OPENERS[scheme]()
+            _filesystems[key] = _open_filesystem(scheme)
         except ImportError as error:
             raise ImportError(
                 f"{scheme}:// requires additional packages ({error}): {install_command('remote')}"
             ) from error
     return _filesystems[key]
+
+
+def _open_filesystem(scheme: str) -> Any:
+    import fsspec
+
+    if scheme == "s3":
+        return _open_s3()
+    if scheme == "hf":
+        return fsspec.filesystem("hf")
+    if scheme == "gs":
+        return fsspec.filesystem("gs", **UNCACHED)
+    from aiohttp import ClientTimeout
+
+    # trust_env: proxies from HTTPS_PROXY, and credentials from ~/.netrc, which are sent only to the host they are for.
+    timeout = ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
+    options = {"timeout": timeout, "trust_env": True}
+    return fsspec.filesystem("https", client_kwargs=options, get_client=_open_session, **UNCACHED)
 
 
 def _open_s3() -> Any:
@@ -203,28 +264,6 @@ def _open_s3() -> Any:
     return filesystem
 
 
-def _open_gs() -> Any:
-    import fsspec
-
-    return fsspec.filesystem("gs", **UNCACHED)
-
-
-def _open_hf() -> Any:
-    import fsspec
-
-    return fsspec.filesystem("hf")
-
-
-def _open_web() -> Any:
-    import fsspec
-    from aiohttp import ClientTimeout
-
-    # trust_env: proxies from HTTPS_PROXY, and credentials from ~/.netrc, which are sent only to the host they are for.
-    timeout = ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
-    options = {"timeout": timeout, "trust_env": True}
-    return fsspec.filesystem("https", client_kwargs=options, get_client=_open_session, **UNCACHED)
-
-
 async def _open_session(loop: asyncio.AbstractEventLoop, **options: Any) -> Any:
     from aiohttp import ClientSession, TraceConfig
 
@@ -235,14 +274,12 @@ async def _open_session(loop: asyncio.AbstractEventLoop, **options: Any) -> Any:
 
 async def _check_redirect(session: Any, context: Any, redirect: Any) -> None:
     """Reject a redirect from https to http, over which anyone could read or change the data."""
-    target = redirect.response.headers.get("Location", "")
-    if redirect.url.scheme == "https" and target.lower().startswith("http:"):
+    from yarl import URL
+
+    headers = redirect.response.headers
+    target = URL(headers.get("Location") or headers.get("URI") or "")  # parsed as in aiohttp
+    if redirect.url.scheme == "https" and target.scheme not in ("", "https"):
         raise ValueError("redirect from https to http")
-
-
-_OPENERS: dict[str, Callable[[], Any]] = {
-    "s3": _open_s3, "gs": _open_gs, "hf": _open_hf, "https": _open_web, "http": _open_web,
-}  # fmt: skip
 
 
 # ---- retries ---------------------------------------------------------------------------------------------------------
@@ -273,67 +310,52 @@ def call_with_retries(function: Callable[[], T], url: str, max_attempts: int | N
             if not _is_temporary(error):
                 raise _convert_error(error, url) from None
             if attempt >= max_attempts:
-                message = f"{_describe(error, url)} (after {attempt} attempts)"
-                raise RemoteError(message) from None
-            delay = _compute_delay(attempt, error)
+                raise RemoteError(f"{_describe(error, url)} (after {attempt} attempts)") from None
+            delay = compute_backoff(attempt - 1, FIRST_DELAY, MAX_DELAY)
+            delay = max(delay, min(_read_retry_after(error), MAX_RETRY_AFTER))
         time.sleep(delay)
 
 
 def compute_backoff(attempt: int, first: float, longest: float) -> float:
-    """Return the delay before another attempt, in seconds. It doubles with each attempt, and is random.
+    """Return the random delay in seconds before another attempt. Its limit doubles from `first` up to `longest`.
 
-    Args:
-        attempt: Number of the failed attempt, from 0.
-        first: Longest delay after the first attempt, in seconds.
-        longest: Longest delay after any attempt, in seconds.
+    `attempt` is the number of the failed attempt, from 0.
     """
     return min(longest, first * 2**attempt) * _random.uniform(0.5, 1.0)
 
 
 def parse_retry_after(value: str) -> float:
     """Return the delay in seconds in a `Retry-After` header, which contains seconds or a date. 0 if it is invalid."""
-    try:
+    with suppress(ValueError):
         return float(value)
-    except ValueError:
-        pass  # not a number of seconds
-    try:
+    with suppress(ValueError, TypeError, OverflowError):
         return parsedate_to_datetime(value).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
+    return 0.0
 
 
 def is_temporary_status(status: int) -> bool:
-    """Return True if another attempt may succeed after a response with this HTTP status."""
     return status >= 500 or status in RETRIED_STATUSES
 
 
-def _compute_delay(attempt: int, error: BaseException) -> float:
-    delay = compute_backoff(attempt - 1, FIRST_DELAY, MAX_DELAY)
-    return max(delay, min(_read_retry_after(error), MAX_RETRY_AFTER))
-
-
 def _is_temporary(error: BaseException) -> bool:
-    """Return True if another attempt may succeed."""
     status = _get_status(error)
     if status is not None:
         return is_temporary_status(status)
-    chain = list(_iterate_causes(error))
+    chain = _list_causes(error)
     if any(type(cause).__name__ in PERMANENT_ERRORS for cause in chain):
         return False
-    if any(isinstance(cause, ConnectionError | TimeoutError) or _is_network_error(cause) for cause in chain):
-        return True
+    for cause in chain:
+        package = type(cause).__module__.partition(".")[0]
+        if isinstance(cause, ConnectionError | TimeoutError) or package in NETWORK_PACKAGES:
+            return True
     return isinstance(error, OSError) and not isinstance(
         error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError | FileExistsError
     )
 
 
-def _is_network_error(error: BaseException) -> bool:
-    return type(error).__module__.partition(".")[0] in NETWORK_PACKAGES
-
-
 def _convert_error(error: BaseException, url: str) -> RemoteError:
     status = _get_status(error)
-    if status == 404 or (status is None and isinstance(_get_root_cause(error), FileNotFoundError)):
+    if status == 404 or (status is None and isinstance(_list_causes(error)[-1], FileNotFoundError)):
         return MissingRemoteFileError(f"{hide_url_secrets(url)}: no such file or folder")
     if isinstance(error, PermissionError) or status in (401, 403):
         return RemoteError(f"{_describe(error, url)}. Check your credentials for this storage")
@@ -342,17 +364,13 @@ def _convert_error(error: BaseException, url: str) -> RemoteError:
 
 def _describe(error: BaseException, url: str) -> str:
     status = _get_status(error)
-    reason = f"HTTP status {status}" if status is not None else describe_error(_get_root_cause(error))
+    reason = f"HTTP status {status}" if status is not None else describe_error(_list_causes(error)[-1])
     return hide_url_secrets(f"{url}: {reason}")
-
-
-def _get_root_cause(error: BaseException) -> BaseException:
-    return list(_iterate_causes(error))[-1]
 
 
 def _get_status(error: BaseException) -> int | None:
     """Return the HTTP status that caused an exception, or None if there was no response."""
-    for cause in _iterate_causes(error):
+    for cause in _list_causes(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):  # botocore
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -367,7 +385,7 @@ def _get_status(error: BaseException) -> int | None:
 
 def _read_retry_after(error: BaseException) -> float:
     """Return the delay in seconds that the server requested, or 0."""
-    for cause in _iterate_causes(error):
+    for cause in _list_causes(error):
         response = getattr(cause, "response", None)
         headers: Any = getattr(cause, "headers", None) or getattr(response, "headers", None)
         if isinstance(response, dict):  # botocore, with names in lower case
@@ -378,10 +396,9 @@ def _read_retry_after(error: BaseException) -> float:
     return 0.0
 
 
-def _iterate_causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    for _ in range(10):
-        if cause is None:
-            return
-        yield cause
-        cause = cause.__cause__ or cause.__context__
+def _list_causes(error: BaseException) -> list[BaseException]:
+    """Return an exception and its causes, at most 10."""
+    causes = [error]
+    while len(causes) < 10 and (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    return causes

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,17 +20,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
-from llm2clip.data.image_facts import ImageFacts
-from llm2clip.data.image_hashes import hash_images
-from llm2clip.data.image_refs import (
-    IMAGE_KINDS,
-    ImageColumns,
-    ImageRef,
-    MemoryImage,
-    StoredImage,
-)
-from llm2clip.data.records import Record
+from llm2clip.data.image_facts import ImageFacts, hash_images
+from llm2clip.data.image_refs import IMAGE_KINDS, ImageColumns, ImageRef, MemoryImage, StoredImage
+from llm2clip.data.records import TEXT_FIELDS, Record
 from llm2clip.data.remote import get_pinned_versions, pin_versions
 from llm2clip.data.table_cells import MAX_BATCH_BYTES, map_batches
 
@@ -52,17 +43,15 @@ SCHEMA = pa.schema(
         ("image_data", pa.binary()),  # bytes of an image that cannot be read again
         ("width", pa.int32()),  # pixels; 0 if the header was not checked
         ("height", pa.int32()),
-        ("image_hash", pa.uint64()),  # see `image_hashes.hash_images`; 0 if the image was not read
+        ("image_hash", pa.uint64()),  # see `image_facts.hash_images`; 0 if the image was not read
         ("key_high", pa.uint64()),  # rows with the same key are merged; 0 for rows that are never merged
         ("key_low", pa.uint64()),
         ("draw_hash", pa.uint64()),  # order in which images are held out
     ]
 )
-_COLUMN_INDEX = {name: n for n, name in enumerate(SCHEMA.names)}
 IMAGE_COLUMNS = ("image_kind", "container", "image_name", "offset", "size", "digest")
 NO_IMAGE = -1
 _KIND_NUMBERS = {kind: number for number, kind in enumerate(IMAGE_KINDS)}
-_HALVES = struct.Struct(">QQ")
 BATCH_ROWS = 1 << 16  # rows per batch when a table is read in batches
 
 
@@ -70,8 +59,7 @@ class RecordTable(Sequence[Record]):
     """Sequence of records in memory-mapped batches. Selecting records copies no columns.
 
     Attributes:
-        blocks: Batches that contain the rows.
-        rows: Row number of each record in the concatenated batches, of shape (N,), int32 or int64.
+        rows: Row number of each record in `blocks`, of shape (N,), int32 or int64.
         folder: Folder for files that are derived from the table, or None for a table in memory.
     """
 
@@ -105,12 +93,7 @@ class RecordTable(Sequence[Record]):
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError(f"record {index} of a table with {len(self):,} records")
-        row = int(self.rows[position])
-        texts = [self._get_texts(field, row) for field in TEXT_FIELDS]
-        if self._phrases is not None:
-            texts[-1] = self._phrases.get(position)
-        name, from_source, split = (self.blocks.get_value(column, row) for column in _NAME_COLUMNS)
-        return _make_record(name, from_source, split, self.blocks.get_image(row), *texts)
+        return next(self._make_records(position, position + 1))
 
     def __iter__(self) -> Iterator[Record]:
         for start in range(0, len(self), 1024):
@@ -165,7 +148,7 @@ class RecordTable(Sequence[Record]):
             yield self._take(columns, start, stop)
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """Return the values of a column, one per record. Rows that are not adjacent are copied."""
+        """Return the values of a column. Rows that are not adjacent are copied."""
         chunks = [batch.column(0) for batch in self.iterate_batches([name])]
         return pa.chunked_array(chunks, TEXTS if name in TEXT_FIELDS else SCHEMA.field(name).type)
 
@@ -197,10 +180,7 @@ class RecordTable(Sequence[Record]):
         return ImageList(self.blocks, self.rows)
 
     def hash_images(self) -> np.ndarray:
-        """Return the sorted hashes of all distinct images, of shape (N,), uint64. See `image_hashes.hash_images`.
-
-        Only images whose bytes were not read when the table was built are read.
-        """
+        """Return the sorted hashes of all distinct images, of shape (N,), uint64. See `image_facts.hash_images`."""
         hashes = self.numbers("image_hash")
         unknown = self.select(self.has_image & (hashes == 0))
         return np.union1d(hashes[hashes > 0], hash_images(unknown.get_images()))
@@ -220,49 +200,36 @@ class RecordTable(Sequence[Record]):
     # ---- rows --------------------------------------------------------------------------------------------------------
 
     def _take(self, columns: Sequence[str], start: int, stop: int) -> pa.RecordBatch:
-        stored = [name for name in columns if not self._is_replaced(name)]
+        fields = {name: self.resolve_field(name) if name in TEXT_FIELDS else name for name in columns}
+        if self._phrases is not None and "phrases" in fields:
+            fields["phrases"] = None
+        stored = [field for field in fields.values() if field is not None]
         batch = self.blocks.take(self.rows[start:stop], stored)
         arrays = []
-        for name in columns:
-            if name in stored:
-                arrays.append(batch.column(name))
+        for name, field in fields.items():
+            if field is not None:
+                arrays.append(batch.column(field))
             elif name == "phrases" and self._phrases is not None:
                 arrays.append(self._phrases.take(start, stop))
-            elif (field := self.resolve_field(name)) is not None:
-                arrays.append(self.blocks.take(self.rows[start:stop], [field]).column(0))
             else:
                 arrays.append(pa.ListArray.from_arrays(np.zeros(stop - start + 1, np.int32), pa.array([], pa.string())))
         return pa.RecordBatch.from_arrays(arrays, list(columns))
 
-    def _get_texts(self, field: str, row: int) -> tuple[str, ...]:
-        column = self.resolve_field(field)
-        return () if column is None else tuple(self.blocks.get_value(column, row))
-
-    def _is_replaced(self, column: str) -> bool:
-        if column == "phrases":
-            return self._phrases is not None
-        return column in CAPTION_FIELDS and self._caption_field is not None
-
     def _make_records(self, start: int, stop: int) -> Iterator[Record]:
-        values = self._take([*_NAME_COLUMNS, *TEXT_FIELDS], start, stop).to_pydict()
-        names = [values[column] for column in _NAME_COLUMNS]
-        texts = [map(tuple, values[field]) for field in TEXT_FIELDS]
-        for cells in zip(*names, self.get_images()[start:stop], *texts, strict=True):
-            yield _make_record(*cells)
-
-
-_NAME_COLUMNS = ("id", "id_from_source", "split")
-
-
-def _make_record(
-    name: bytes, id_from_source: bool, split: bytes | None, image: ImageRef | None, *texts: tuple[str, ...]
-) -> Record:
-    """Create a record from a row. `texts` are in the order of `TEXT_FIELDS`."""
-    captions, short_captions, long_captions, phrases = texts
-    split_name = None if split is None else decode_name(split)
-    return Record(
-        decode_name(name), image, captions, short_captions, long_captions, split_name, phrases, id_from_source
-    )
+        values = self._take(["id", "id_from_source", "split", *TEXT_FIELDS], start, stop).to_pydict()
+        images = self.blocks.get_images(self.rows[start:stop])
+        for name, from_source, split, *texts, image in zip(*values.values(), images, strict=True):
+            captions, short_captions, long_captions, phrases = map(tuple, texts)
+            yield Record(
+                id=decode_name(name),
+                image=image,
+                captions=captions,
+                short_captions=short_captions,
+                long_captions=long_captions,
+                split=None if split is None else decode_name(split),
+                phrases=phrases,
+                id_from_source=from_source,
+            )
 
 
 @dataclass(frozen=True)
@@ -271,9 +238,6 @@ class _Phrases:
 
     lists: pa.ChunkedArray
     rows: np.ndarray | None = None
-
-    def get(self, position: int) -> tuple[str, ...]:
-        return tuple(self.lists[position if self.rows is None else int(self.rows[position])].as_py())
 
     def take(self, start: int, stop: int) -> pa.Array:
         rows = np.arange(start, stop) if self.rows is None else self.rows[start:stop]
@@ -295,11 +259,10 @@ class ImageList(Sequence[ImageRef | None]):
     def __getitem__(self, index: Any) -> Any:
         """Return an image reference (None if the record has no image) or, for a slice, a list of them."""
         if isinstance(index, slice):
-            return self.blocks.get_images(self.rows[index])
-        return self.blocks.get_image(int(self.rows[index]))
+            return self.take(index)
+        return self.take([index])[0]
 
-    def take(self, positions: np.ndarray) -> list[Any]:
-        """Return the image references of N records, which is faster than one by one."""
+    def take(self, positions: Any) -> list[Any]:
         return self.blocks.get_images(self.rows[positions])
 
     def __iter__(self) -> Iterator[ImageRef | None]:
@@ -338,11 +301,10 @@ def _list_hashed_parts(array: pa.Array) -> Iterator[Any]:
 
 
 class Blocks:
-    """Record batches, numbered consecutively, with the paths of the files and folders that contain their images.
+    """Record batches with consecutive row numbers.
 
     Attributes:
-        batches: Batches with the columns in `SCHEMA`.
-        containers: Paths of the containers of each batch's images.
+        containers: Paths of the files and folders that contain the images of each batch.
         paths: Arrow file of each batch, and the index of the batch in this file. Empty for batches in memory.
         starts: Number of the first row of each batch, followed by the total number of rows.
     """
@@ -355,7 +317,6 @@ class Blocks:
     ) -> None:
         self.batches, self.containers, self.paths = batches, containers, paths
         self.starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
-        self._starts: list[int] = self.starts.tolist()  # faster for single rows
 
     @classmethod
     def open(cls, files: Sequence[str], versions: Mapping[str, str] | None = None) -> Blocks:
@@ -377,7 +338,7 @@ class Blocks:
 
     @property
     def num_rows(self) -> int:
-        return self._starts[-1]
+        return int(self.starts[-1])
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.paths:
@@ -394,9 +355,7 @@ class Blocks:
         files = {self.paths[n][0] for n in np.unique(batch_of_row).tolist()}
         numbers = [n for n, (file, _) in enumerate(self.paths) if file in files]
         blocks = Blocks(
-            [self.batches[n] for n in numbers],
-            [self.containers[n] for n in numbers],
-            [self.paths[n] for n in numbers],
+            [self.batches[n] for n in numbers], [self.containers[n] for n in numbers], [self.paths[n] for n in numbers]
         )
         shifts = np.zeros(len(self.batches), np.int64)
         shifts[numbers] = blocks.starts[:-1] - self.starts[numbers]
@@ -409,16 +368,13 @@ class Blocks:
                 [pa.array([], SCHEMA.field(name).type) for name in columns], list(columns)
             )
         batch_of_row = np.searchsorted(self.starts, rows, side="right") - 1
+        order = np.argsort(batch_of_row, kind="stable")  # each batch is visited once
+        sorted_rows, batch_of_row = rows[order], batch_of_row[order]
         bounds = [0, *(np.flatnonzero(np.diff(batch_of_row)) + 1).tolist(), len(rows)]
-        if len(bounds) > 64 and len(bounds) > 2 * len(self.batches):  # rows in random order: visit each batch once
-            order = np.argsort(batch_of_row, kind="stable")
-            inverse = np.empty_like(order)
-            inverse[order] = np.arange(len(order))
-            return self.take(rows[order], columns).take(pa.array(inverse))
         pieces = []
         for start, stop in pairwise(bounds):
             batch = self.batches[batch_of_row[start]].select(list(columns))
-            local = rows[start:stop] - self.starts[batch_of_row[start]]
+            local = sorted_rows[start:stop] - self.starts[batch_of_row[start]]
             if are_adjacent(local):
                 pieces.append(batch.slice(int(local[0]), len(local)))
             else:
@@ -426,22 +382,17 @@ class Blocks:
         if len(pieces) == 1:
             return pieces[0]
         arrays = [pa.concat_arrays([piece.column(n) for piece in pieces]) for n in range(len(columns))]
-        return pa.RecordBatch.from_arrays(arrays, list(columns))
+        batch = pa.RecordBatch.from_arrays(arrays, list(columns))
+        if np.array_equal(rows, sorted_rows):
+            return batch
+        positions = np.empty_like(order)
+        positions[order] = np.arange(len(order))
+        return batch.take(pa.array(positions))
 
     def get_images(self, rows: np.ndarray) -> list[ImageRef | None]:
         batches = (np.searchsorted(self.starts, rows, side="right") - 1).tolist()
-        values = self.take(rows, IMAGE_COLUMNS).to_pydict()
-        columns = [values[name] for name in IMAGE_COLUMNS]
-        return [self._make_image(*cells) for cells in zip(batches, rows.tolist(), *columns, strict=True)]
-
-    def get_image(self, row: int) -> ImageRef | None:
-        """Return the image reference of one row, which is faster than `get_images` for a single row."""
-        batch = bisect_right(self._starts, row) - 1
-        return self._make_image(batch, row, *(self.get_value(name, row) for name in IMAGE_COLUMNS))
-
-    def get_value(self, column: str, row: int) -> Any:
-        batch = bisect_right(self._starts, row) - 1
-        return self.batches[batch].column(_COLUMN_INDEX[column])[row - self._starts[batch]].as_py()
+        cells = self.take(rows, IMAGE_COLUMNS).to_pydict().values()
+        return [self._make_image(*values) for values in zip(batches, rows.tolist(), *cells, strict=True)]
 
     def _make_image(
         self, batch: int, row: int, kind: int, container: int, name: bytes, offset: int, size: int, digest: bytes | None
@@ -452,7 +403,7 @@ class Blocks:
         if image_class is not StoredImage:
             path = self.containers[batch][container]
             return image_class.from_columns(ImageColumns(path, decode_name(name), offset, size, digest))
-        local = row - self._starts[batch]
+        local = int(row - self.starts[batch])
         if not self.paths:
             data = self.batches[batch].column("image_data")[local].as_py()
             return MemoryImage.from_columns(ImageColumns(name=decode_name(name), data=data))
@@ -569,14 +520,12 @@ def hash_merge_key(record: Record, source: str) -> tuple[int, int]:
     Return (0, 0) if nothing identifies the record. Such records are never merged.
     """
     if record.image is not None and record.image.identifies_image:
-        return _hash_128(record.image.key)
-    if not record.id_from_source:
+        text = record.image.key
+    elif record.id_from_source:
+        text = "\0".join(["id", source, record.split or "", record.id])
+    else:
         return 0, 0
-    return _hash_128("\0".join(["id", source, record.split or "", record.id]))
-
-
-def _hash_128(text: str) -> tuple[int, int]:
-    high, low = _HALVES.unpack(hashlib.blake2b(encode_name(text), digest_size=16).digest())
+    high, low = struct.unpack(">QQ", hashlib.blake2b(encode_name(text), digest_size=16).digest())
     return high, low
 
 

@@ -1,23 +1,20 @@
 """Reading single images in the cells of Parquet files, Hugging Face data sets and Arrow files.
 
 The sizes of what is decoded are limited, because a file of a few hundred bytes can expand to many gigabytes. A
-`version` is a value that changes if the file changes (see `image_refs.get_file_version`), so that cached cells are
-never stale.
+`version` changes if the file changes (see `image_refs.get_file_version`), so that cached cells are never stale.
 """
 
 import functools
 import io
 from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2clip.data.remote import is_remote, open_remote
+from llm2clip.data.remote import get_local_path
 
 MAX_ROW_GROUP_BYTES = 2 << 30  # limit on the decoded bytes in a row group up to a cell
 MAX_BATCH_BYTES = 256 << 20  # approximate limit on the size of the rows decoded in one batch
@@ -41,8 +38,7 @@ _windows: OrderedDict[tuple[object, ...], _Window] = OrderedDict()  # decoded ce
 def read_parquet_cell(path: str, version: object, row: int, column: str) -> pa.Scalar:
     """Return a cell, if possible from a cached window of decoded cells. The total size of all windows is limited.
 
-    No lock is used, because a process forked while another thread holds the lock would wait forever. If two threads
-    need the same window, both decode it.
+    No lock is used, because a process forked while another thread holds the lock would wait forever.
     """
     starts, batch_size = _read_row_group_layout(path, version)
     group = bisect_right(starts, row) - 1
@@ -60,7 +56,7 @@ def read_parquet_cell(path: str, version: object, row: int, column: str) -> pa.S
 @functools.lru_cache(maxsize=1024)
 def _read_row_group_layout(path: str, version: object) -> tuple[list[int], int]:
     """Return the index of each row group's first row, and the number of rows to decode at a time."""
-    with open_parquet(path) as file:
+    with pq.ParquetFile(get_local_path(path)) as file:
         metadata = file.metadata
     starts = [0]
     for group in range(metadata.num_row_groups - 1):
@@ -79,7 +75,7 @@ def _decode_window(path: str, group: int, column: str, row: int, batch_size: int
     # fork can deadlock in data loader workers.
     batches: deque[pa.Array] = deque()
     start = num_bytes = num_decoded = 0
-    with open_parquet(path) as file:
+    with pq.ParquetFile(get_local_path(path)) as file:
         for batch in file.iter_batches(batch_size, row_groups=[group], columns=[column], use_threads=False):
             index = batch.schema.get_field_index(column)  # the batch may have other columns, such as "image.x"
             if index < 0:
@@ -99,17 +95,6 @@ def _decode_window(path: str, group: int, column: str, row: int, batch_size: int
     if row >= start + sum(map(len, batches)):
         raise FileNotFoundError(f"{path} no longer has row {row} in row group {group}")
     return _Window(start, pa.chunked_array(batches), num_bytes)
-
-
-@contextmanager
-def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file. Of a remote file that is not in the cache, only the parts that are used are downloaded."""
-    if not is_remote(path):
-        with pq.ParquetFile(path) as file:
-            yield file
-        return
-    with open_remote(path) as source, pq.ParquetFile(source) as file:
-        yield file
 
 
 def choose_parquet_batch_size(metadata: pq.FileMetaData) -> int:
@@ -169,8 +154,7 @@ def map_cached_batches(path: str) -> list[pa.RecordBatch]:
 def open_cell(cell: Any, name: str) -> BinaryIO:
     """Open the image in a table cell, which contains bytes or a struct with bytes (Arrow or Python values).
 
-    Paths in cells are not opened. The cell contained bytes when the reference was created, so a path means that the
-    table has changed, and the path could point to any file on this machine.
+    Paths in cells are not opened, because they could point to any file on this machine.
 
     Raises:
         OSError: The cell contains no bytes, or more than `MAX_CELL_BYTES`.

@@ -3,6 +3,7 @@
 All numbers are computed from the columns of record batches, so that memory does not depend on the number of rows.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,9 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.image_refs import IMAGE_KINDS
-from llm2clip.data.records import NO_SPLIT
+from llm2clip.data.records import CAPTION_FIELDS, NO_SPLIT, TEXT_FIELDS
 
 STATISTICS_COLUMNS = ("image_kind", "image_name", "width", "height", "split", *TEXT_FIELDS)
 LANGUAGE_CHARACTERS = 1000  # the language of a longer text is identified from its first characters
@@ -25,7 +25,6 @@ class Histogram:
     """Number of occurrences of each integer, for exact percentiles of data that does not fit in memory."""
 
     def __init__(self, counts: Mapping[int, int] | None = None) -> None:
-        """Count nothing, or start with the number of occurrences of some integers."""
         self._counts: Counter[int] = Counter(counts)
 
     def add(self, values: pa.Array | pa.ChunkedArray) -> None:
@@ -39,7 +38,6 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """Number of integers that were counted."""
         return self._counts.total()
 
     @property
@@ -58,7 +56,6 @@ class Histogram:
         return values[min(int(position), len(values) - 1)]
 
     def count_below(self, limit: int) -> int:
-        """Return how many values are less than `limit`."""
         return sum(count for value, count in self._counts.items() if value < limit)
 
     def cumulate(self, max_points: int = 200) -> tuple[list[int], list[float]]:
@@ -77,19 +74,13 @@ class Histogram:
 
 @dataclass
 class TextStatistics:
-    """Lengths of the texts in a column, such as the short captions.
-
-    Attributes:
-        num_records: Number of records with at least one text in this column.
-        words, characters: Length of each text. Words are separated by whitespace.
-    """
+    """Lengths of the texts in a column, and the number of records with at least one text in this column."""
 
     num_records: int = 0
     words: Histogram = field(default_factory=Histogram)
     characters: Histogram = field(default_factory=Histogram)
 
     def add(self, texts: pa.Array) -> None:
-        """Add a column of type list<string>."""
         self.num_records += pc.sum(pc.greater(pc.list_value_length(texts), 0)).as_py() or 0
         values = pc.list_flatten(texts)
         self.words.add(count_words(values))
@@ -101,9 +92,7 @@ class TableStatistics:
     """Statistics of a record table.
 
     Attributes:
-        num_records: Number of records, with or without an image.
         num_images: Number of records with an image.
-        texts: Statistics of each text column, keyed by field name.
         captions_per_image: Number of captions of each record with an image, all caption fields together.
         splits: Number of (records, images) in each split.
         kinds: Number of images of each kind (an index into `IMAGE_KINDS`).
@@ -123,12 +112,6 @@ class TableStatistics:
     short_sides: Histogram = field(default_factory=Histogram)
 
     def add(self, batch: pa.RecordBatch, has_image: pa.Array) -> None:
-        """Add records.
-
-        Args:
-            batch: Record batch with the columns `STATISTICS_COLUMNS`.
-            has_image: Booleans, whether each record has an image.
-        """
         self.num_records += len(batch)
         for name in TEXT_FIELDS:
             self.texts[name].add(batch[name])
@@ -158,11 +141,9 @@ class TableStatistics:
 
 
 def compute_statistics(batches: Iterable[pa.RecordBatch], has_image: np.ndarray) -> TableStatistics:
-    """Return the statistics of a table.
+    """Return the statistics of a table from record batches with the columns `STATISTICS_COLUMNS`.
 
-    Args:
-        batches: All records in order, as record batches with the columns `STATISTICS_COLUMNS`.
-        has_image: Boolean array of shape (N,), whether each record has an image.
+    `has_image` is a boolean mask of the records with an image, of shape (N,).
     """
     statistics = TableStatistics()
     start = 0
@@ -180,10 +161,7 @@ def count_words(texts: pa.Array) -> pa.Array:
 def count_captions(batch: pa.RecordBatch) -> pa.Array:
     """Return the number of captions of each record, all caption fields together."""
     lengths = [pc.fill_null(pc.list_value_length(batch[name]), 0) for name in CAPTION_FIELDS]
-    total = lengths[0]
-    for length in lengths[1:]:
-        total = pc.add(total, length)
-    return total
+    return functools.reduce(pc.add, lengths)
 
 
 def count_values(values: pa.Array) -> Counter:

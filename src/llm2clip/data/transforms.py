@@ -30,9 +30,7 @@ class Preprocess:
         size: Side length of the square input, in pixels.
         resize: "shortest" resizes the shorter side and keeps the aspect ratio; "squash" resizes to a square.
         crop_pct: Side length of the centre crop, divided by the (shorter) side length of the resized image.
-        interpolation: Interpolation mode for resizing.
-        mean: Per-channel normalisation mean, for pixel values in [0, 1].
-        std: Per-channel normalisation standard deviation, for pixel values in [0, 1].
+        mean, std: Normalisation of each channel, for pixel values in [0, 1].
         crop_rounding: Rounding of the crop's top left corner if an odd number of rows or columns is removed:
             "half_even" as in torchvision (timm, open_clip and the LLM2CLIP authors' code), "down" as in transformers.
     """
@@ -116,8 +114,8 @@ class EvalTransform:
         size, resize_size = self.preprocess.size, self.preprocess.resize_size
         side = [resize_size, resize_size]
         if self.preprocess.resize == "shortest":
-            # The ends of an elongated image are cropped before resizing, because the final centre crop discards them
-            # anyway. Resizing an uncropped image of 1 x 1,000,000 pixels would exhaust memory.
+            # The final centre crop discards the ends of an elongated image. They are cropped before resizing, because
+            # resizing an image of 1 x 1,000,000 pixels would exhaust memory.
             height, width = image.shape[-2:]
             shortest = min(height, width)
             image = F.center_crop(image, [min(height, 8 * shortest), min(width, 8 * shortest)])
@@ -137,40 +135,37 @@ MIN_CROP_SCALE = 0.9  # minimum area of random crops, as in the authors' code
 class TrainTransform:
     """Training transform: resize a random crop of a uint8 image of shape (3, H, W) to shape (3, S, S).
 
-    The crop covers a random fraction of the image area, at least `min_crop_scale`, and has an aspect ratio between 3/4
-    and 4/3. If `min_crop_scale` is 1, the transform is the same as `EvalTransform`. Images are not flipped, because
-    captions mention left and right.
+    The crop covers a random fraction of the image area, at least `MIN_CROP_SCALE`, and has an aspect ratio between 3/4
+    and 4/3. Images are not flipped, because captions mention left and right.
 
     All random numbers come from the `generator` argument. If it is seeded with (seed, epoch, index), a sample's crop
     does not depend on which worker process loads the sample.
     """
 
     preprocess: Preprocess
-    min_crop_scale: float = MIN_CROP_SCALE
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        if self.min_crop_scale >= 1:
-            return EvalTransform(self.preprocess)(image)
-        box = self._sample_crop_box(image.shape[-2], image.shape[-1], generator)
+        box = _sample_crop_box(image.shape[-2], image.shape[-1], generator)
         side = [self.preprocess.size, self.preprocess.size]
         interpolation = InterpolationMode(self.preprocess.interpolation)
         return F.resized_crop(image, *box, side, interpolation=interpolation, antialias=True).contiguous()
 
-    def _sample_crop_box(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-        """Sample a crop box as in torchvision's RandomResizedCrop. Return (top, left, height, width)."""
-        min_ratio, max_ratio = 3 / 4, 4 / 3
-        for _ in range(10):
-            share, log_ratio, down, right = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-            area = height * width * (self.min_crop_scale + share * (1.0 - self.min_crop_scale))
-            ratio = math.exp(math.log(min_ratio) + log_ratio * (math.log(max_ratio) - math.log(min_ratio)))
-            crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < crop_width <= width and 0 < crop_height <= height:
-                top, left = int(down * (height - crop_height + 1)), int(right * (width - crop_width + 1))
-                return top, left, crop_height, crop_width
-        # If no crop fits (very elongated images), use the largest central crop with a valid aspect ratio.
-        crop_width, crop_height = min(width, round(height * max_ratio)), min(height, round(width / min_ratio))
-        top, left = (height - crop_height) // 2, (width - crop_width) // 2
-        return top, left, max(crop_height, 1), max(crop_width, 1)
+
+def _sample_crop_box(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """Sample a crop box as in torchvision's RandomResizedCrop. Return (top, left, height, width)."""
+    min_ratio, max_ratio = 3 / 4, 4 / 3
+    for _ in range(10):
+        share, log_ratio, down, right = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        area = height * width * (MIN_CROP_SCALE + share * (1.0 - MIN_CROP_SCALE))
+        ratio = math.exp(math.log(min_ratio) + log_ratio * (math.log(max_ratio) - math.log(min_ratio)))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top, left = int(down * (height - crop_height + 1)), int(right * (width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    # If no crop fits (very elongated images), use the largest central crop with a valid aspect ratio.
+    crop_width, crop_height = min(width, round(height * max_ratio)), min(height, round(width / min_ratio))
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    return top, left, max(crop_height, 1), max(crop_width, 1)
 
 
 def _compute_resize_size(size: int, crop_pct: float) -> int:

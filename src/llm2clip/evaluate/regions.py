@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from llm2clip.data.image_loader import iter_image_batches
 from llm2clip.data.image_refs import ImageRef
-from llm2clip.data.images import load_image, make_thumbnail
+from llm2clip.data.images import iter_image_batches, load_image, make_thumbnail
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.benchmarks.base import BenchmarkResult, RegionData
 from llm2clip.evaluate.classification import compute_class_ranks, count_texts, encode_classes

@@ -15,11 +15,10 @@ import torch
 import yaml
 
 from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions
-from llm2clip.data.build_table import open_table
-from llm2clip.data.image_hashes import count_training_images, load_training_image_hashes
+from llm2clip.data.build_table import open_table, read_splits
+from llm2clip.data.image_facts import count_training_images, load_training_image_hashes
 from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_splits
 from llm2clip.evaluate.benchmarks import get_benchmarks, has_user_data
 from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkResult, ClassificationData
 from llm2clip.evaluate.caption_retrieval import TextEncoder, caption_retrieval_accuracy, open_text_encoder

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.data.build_table import open_table
-from llm2clip.data.formats import find_format
-from llm2clip.data.formats.base import BadRow, read_rows
+from llm2clip.data.formats import BadRow, find_format, read_rows
 from llm2clip.data.image_refs import FileImage, ImageRef, is_safe_relative_path
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog

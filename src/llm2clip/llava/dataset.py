@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2.functional import resize
 
-from llm2clip.data.image_loader import decode_or_error
 from llm2clip.data.image_refs import ImageRef
+from llm2clip.data.images import decode_or_error
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import EvalTransform, Preprocess
 from llm2clip.llava.conversations import IGNORE_INDEX, IMAGE_TOKEN, Conversation, tokenize_and_label

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import onednn_matmul
-from llm2clip.data.image_hashes import load_training_image_hashes, save_training_image_hashes
+from llm2clip.data.image_facts import load_training_image_hashes, save_training_image_hashes
 from llm2clip.data.images import load_image, to_image_list
 from llm2clip.data.texts import check_not_empty
 from llm2clip.data.transforms import EvalTransform

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm2clip.data.image_hashes import TRAINING_IMAGES_FILE
+from llm2clip.data.image_facts import TRAINING_IMAGES_FILE
 from llm2clip.io_utils import atomic_write_text, read_json_object
 from llm2clip.models.loading import download_snapshot
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates

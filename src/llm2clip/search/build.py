@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from llm2clip.data.image_loader import iter_image_batches
-from llm2clip.data.image_refs import TarImage, resolve_folder, to_valid_unicode
-from llm2clip.data.images import make_thumbnail
+from llm2clip.data.image_refs import TarImage, resolve_folder
+from llm2clip.data.images import iter_image_batches, make_thumbnail
 from llm2clip.data.records import Source, open_records
-from llm2clip.data.remote import is_remote
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.storage import is_remote
+from llm2clip.data.texts import to_valid_unicode
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.loading import fingerprint
 from llm2clip.progress import ProgressBar

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from llm2clip.data.image_loader import iter_image_batches
-from llm2clip.data.images import shrink_image
+from llm2clip.data.images import iter_image_batches, shrink_image
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import describe_error, install_command
 from llm2clip.progress import ProgressBar

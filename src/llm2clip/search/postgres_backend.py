@@ -33,8 +33,8 @@ from pgvector import HalfVector
 from psycopg import sql
 from psycopg.errors import Diagnostic
 
-from llm2clip.data.image_refs import FileImage, to_valid_unicode
-from llm2clip.data.texts import UNSPACED
+from llm2clip.data.image_refs import FileImage
+from llm2clip.data.texts import UNSPACED, to_valid_unicode
 from llm2clip.runs.output_folder import check_format_version
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import (

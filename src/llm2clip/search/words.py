@@ -22,8 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.data.image_refs import to_valid_unicode
-from llm2clip.data.texts import UNSPACED
+from llm2clip.data.texts import UNSPACED, to_valid_unicode
 from llm2clip.search.metadata import normalize, to_datetime
 from llm2clip.search.types import IndexedImage
 

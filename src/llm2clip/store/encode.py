@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
-from llm2clip.data.image_loader import iter_image_batches
 from llm2clip.data.image_refs import ImageRef
+from llm2clip.data.images import iter_image_batches
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.io_utils import atomic_write_jsonl, install_command, read_jsonl

@@ -33,9 +33,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2clip.data.image_refs import FileImage, ImageRef, to_valid_unicode
-from llm2clip.data.remote import get_remote_version, is_remote
-from llm2clip.data.texts import make_caption_key
+from llm2clip.data.image_refs import FileImage, ImageRef
+from llm2clip.data.remote import get_remote_version
+from llm2clip.data.storage import is_remote
+from llm2clip.data.texts import make_caption_key, to_valid_unicode
 from llm2clip.io_utils import atomic_path, read_jsonl
 from llm2clip.models.loading import fingerprint
 from llm2clip.runs.output_folder import check_format_version

@@ -14,14 +14,12 @@ import numpy as np
 
 from llm2clip.caption.files import shorten_text
 from llm2clip.config import EvaluateConfig
-from llm2clip.data.build_table import NoImagesError, open_table
-from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
-from llm2clip.data.image_refs import IMAGE_KINDS, to_valid_unicode
+from llm2clip.data.build_table import NoImagesError, open_table, read_splits
+from llm2clip.data.image_refs import IMAGE_KINDS
 from llm2clip.data.images import ImageError, load_image, make_thumbnail
 from llm2clip.data.noun_phrases import add_phrases
-from llm2clip.data.records import Record
+from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.splits import read_splits
 from llm2clip.data.table import RecordTable
 from llm2clip.data.table_statistics import (
     STATISTICS_COLUMNS,
@@ -30,6 +28,7 @@ from llm2clip.data.table_statistics import (
     compute_statistics,
     count_languages,
 )
+from llm2clip.data.texts import to_valid_unicode
 from llm2clip.evaluate.plots import plot_distributions
 from llm2clip.io_utils import format_bytes
 from llm2clip.reports import (

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from llm2clip.config import FitConfig
 from llm2clip.cpu_tuning import get_available_memory
-from llm2clip.data.columns import CAPTION_FIELDS
+from llm2clip.data.records import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import format_bytes
 from llm2clip.runs.output_folder import MAX_CHECKPOINTS

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip.config import AlignConfig
-from llm2clip.data.image_hashes import save_training_image_hashes
+from llm2clip.data.image_facts import save_training_image_hashes
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import atomic_dir

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from llm2clip.config import DistillConfig
 from llm2clip.cpu_tuning import free_memory, onednn_matmul
-from llm2clip.data.columns import CAPTION_FIELDS
+from llm2clip.data.records import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import iterate_lines
 from llm2clip.models.llm2clip import LLM2CLIP

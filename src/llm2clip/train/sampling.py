@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from llm2clip.config import AlignConfig
-from llm2clip.data.columns import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.counter_random import hash_counters, shuffle_rows, to_unit_interval
-from llm2clip.data.image_loader import choose_start_method, decode_or_error, skip_finalization
 from llm2clip.data.image_order import EpochOrders, ImageOrder
+from llm2clip.data.images import choose_start_method, decode_or_error, skip_finalization
+from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.table import IMAGE_COLUMNS, ImageList, RecordTable
 from llm2clip.data.transforms import Preprocess, TrainTransform
 from llm2clip.store.encode import make_image_keys
@@ -144,7 +144,7 @@ class AlignBatches:
         self.images_per_step = images_per_step or resolve_images_per_step(self.image_count, config, self.world_size)
         self.steps_per_epoch = self.image_count // self.images_per_step
         self.config, self.store = config, store
-        self.orders = EpochOrders(records, is_usable, config.seed, image_order)
+        self.orders = EpochOrders(records, is_usable, config.seed, image_order, read_images=features is None)
         self.phrases = captions.get("phrases")
         self.captions = CaptionSampler(
             list(captions.values()), [config.caption_mix.get(kind, 0.0) for kind in captions], config

@@ -1,50 +1,248 @@
-"""Source formats, and the files that a path stands for.
+"""Source formats: their interface, and the files that a path stands for.
 
-To add a format, write a subclass of `SourceFormat` in this package, and add it to `FORMATS`.
+A format is one subclass of `SourceFormat`. To add a format, write a subclass in this package, and add it to
+`load_formats`. The parts of a file depend only on the file, so the rows do not depend on the number of processes.
 """
+
+from __future__ import annotations
 
 import difflib
 import glob
+import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 from braceexpand import braceexpand
 
-from llm2clip.data.formats.base import FilePart, SourceFormat
-from llm2clip.data.formats.csv_files import CaptionsTxt, DelimitedText
-from llm2clip.data.formats.image_folder import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES, ImageFolder, list_files
-from llm2clip.data.formats.json_files import JsonFile, JsonLines
-from llm2clip.data.formats.tables import HubDataset, Parquet, SavedDataset
-from llm2clip.data.formats.tar import TarFile
-from llm2clip.data.remote import find_remote_files, get_file_name, is_remote, list_folder, look_up_versions
-from llm2clip.data.skip_log import SkipLog
-from llm2clip.io_utils import hide_url_secrets
-
-# The first format whose suffix matches is used. A folder without caption files is read in the first shard format of
-# which it contains files.
-FORMATS: tuple[SourceFormat, ...] = (
-    JsonLines(),
-    JsonFile(),
-    DelimitedText("csv", ","),
-    DelimitedText("tsv", "\t"),
-    TarFile(),
-    Parquet(),
-    CaptionsTxt(),
+from llm2clip.data.remote import (
+    find_remote_files,
+    get_file_size,
+    get_local_path,
+    get_remote_version,
+    list_folder,
+    look_up_versions,
+    walk_folder,
 )
-HUB_DATASET, SAVED_DATASET, IMAGE_FOLDER = HubDataset(), SavedDataset(), ImageFolder()  # formats without a suffix
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.storage import RemoteError, get_file_name, is_remote
+from llm2clip.io_utils import DataFormatError, FatalDataError, describe_error, hide_url_secrets
+from llm2clip.runs.output_folder import describe_output_folder
+
+UNREADABLE_FILE = "unreadable file"  # reason for skipping the rest of a file
+IMAGE_SUFFIXES = frozenset(
+    {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "heic", "heif", "hif"}
+)
+# Unsupported image formats. Files in these formats are recorded in the skip log.
+UNSUPPORTED_SUFFIXES = frozenset({"dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raw", "psd", "svg", "jxl"})
 CAPTION_FILES = (
     "captions.jsonl", "captions.jsonl.gz", "captions.csv", "captions.tsv", "metadata.jsonl", "metadata.csv",
     "captions.txt",
 )  # fmt: skip
-SUFFIXES = ", ".join(suffix for source_format in FORMATS for suffix in source_format.suffixes)
-READABLE_FORMATS = (
-    f"files ending in {SUFFIXES} (.txt: lines of 'name.jpg,caption' or 'name.jpg#0<TAB>caption'; tar files "
-    "must be uncompressed); globs and {000..010} patterns that match such files; a folder that contains captions.jsonl,"
-    " metadata.csv, tar files, Parquet files, or images (each x.jpg with an x.txt or x.json next to it); a folder "
-    "written by save_to_disk; hf:NAME[:CONFIG] (a data set on the Hugging Face Hub). Files and folders can also be in "
-    "object storage or on a web server (s3://, gs://, hf://, https://)"
-)
+
+
+# ---- interface -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be read. Skipped rows are counted by `reason`."""
+
+    reason: str
+    value: str  # details for the skip log
+    rows: int = 1  # number of rows that cannot be read, including this row
+
+
+# File, row number and fields. The row number starts at 1; in a text file, it is the line number. The fields are a dict
+# {column name: raw value}, which `columns` interprets.
+RawRow = tuple[str, int, dict[str, Any] | BadRow]
+ColumnChooser = Callable[[str, Sequence[str]], dict[str, str]]  # (file, column names) -> {field: column}
+
+
+def choose_all_columns(file: str, names: Sequence[str]) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What to read from a file.
+
+    Attributes:
+        choose: Selects the columns to read from a table.
+        image_bytes: Whether to read images embedded in tables and tar files.
+        splits: Splits of a Hugging Face data set to read. If empty or None, all splits are read. Each row's `split`
+            field is set to the name of its split, unless `splits` is None, in which case rows keep their own values.
+        log: Skip log. It records notes about files, such as unusual encodings.
+    """
+
+    choose: ColumnChooser = choose_all_columns
+    image_bytes: bool = True
+    splits: Sequence[str] | None = ()
+    log: SkipLog | None = None
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """Part of a source file, or a complete file or folder.
+
+    Attributes:
+        start: Start of the part: byte position of a row, or index of a row group in a Parquet file.
+        stop: End of the part, exclusive, in the same unit. None stands for the end of the file. The row at `stop`
+            belongs to the next part.
+        first_row: Row or line number of the part's first row in the file, starting at 1.
+    """
+
+    format: SourceFormat
+    path: str
+    start: int = 0
+    stop: int | None = None
+    first_row: int = 1
+
+
+class SourceFormat(ABC):
+    """A format of data sources.
+
+    Attributes:
+        name: Unique name.
+        suffixes: Lower-case file name suffixes of this format.
+        text_share: Approximate share of a file that is text.
+        is_folder: True if a source is a folder whose files are listed and downloaded one by one.
+        is_shard: True if a folder of such files is a data set.
+        has_caption_columns: False if captions are stored in files next to the images instead of columns.
+        is_table: True if all rows of a file have the same columns.
+        is_plain_text: True if all cells are text, so that missing values are written as words, such as "nan", and each
+            caption has its own row.
+        has_lists_as_text: True if a text may contain a JSON or Python list of captions.
+    """
+
+    name: str
+    suffixes: tuple[str, ...] = ()
+    text_share = 1.0
+    is_folder = False
+    is_shard = False
+    has_caption_columns = True
+    is_table = False
+    is_plain_text = False
+    has_lists_as_text = False
+
+    @abstractmethod
+    def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
+        """Yield the rows in a part. If the entire file cannot be read, raise `DataFormatError`. See `read_rows`."""
+
+    def split(self, path: str, target_bytes: int) -> list[FilePart]:
+        """Divide a large file into parts of about `target_bytes`. May raise any type of exception."""
+        return [FilePart(self, path)]
+
+    def download(self, path: str) -> None:
+        """Download the remote files that `read` needs."""
+        get_local_path(path)
+
+    def compute_version(self, path: str) -> str:
+        """Return a string that changes if a file, or a file in a folder, changes."""
+        if is_remote(path):
+            return get_remote_version(path)
+        files = [path]
+        if os.path.isdir(path):
+            files = sorted(os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names)
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(os.fsencode(file))
+            with suppress(FileNotFoundError):  # for example, a symbolic link whose target is missing
+                status = os.stat(file)
+                digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        return digest.hexdigest()
+
+
+def make_parts(file_format: SourceFormat, path: str, starts: Iterator[tuple[int, int]]) -> list[FilePart]:
+    """Return the parts of a file that begin at these positions and row numbers."""
+    positions, rows = zip(*starts, strict=True)
+    stops = [*positions[1:], None]
+    return [FilePart(file_format, path, *bounds) for bounds in zip(positions, stops, rows, strict=True)]
+
+
+def split_file(file: FilePart, target_bytes: int) -> list[FilePart]:
+    """Divide a large file into parts of about `target_bytes`.
+
+    A file that cannot be read is a single part, so that `read_rows` reports the error.
+    """
+    with suppress(Exception):  # corrupt Parquet metadata can make pyarrow raise any type of exception
+        if get_file_size(file.path) > target_bytes:
+            return file.format.split(file.path, target_bytes)
+    return [file]
+
+
+def read_rows(part: FilePart, options: ReadOptions = ReadOptions()) -> Iterator[RawRow]:
+    """Yield the raw rows in a part of a file. Together, the parts of a file have the rows of the complete file.
+
+    A corrupt file can make a library raise any type of exception. In this case, the last row is a `BadRow`, so a single
+    corrupt file does not stop a run.
+
+    Raises:
+        DataFormatError: No part of the file can be read. The message contains the reason.
+        OSError: The file does not exist, or the disk cannot be read.
+    """
+    number = part.first_row - 1
+    if is_remote(part.path):
+        try:
+            part.format.download(part.path)
+        except RemoteError as error:
+            yield part.path, part.first_row, BadRow(UNREADABLE_FILE, str(error))
+            return
+    try:
+        for row in part.format.read(part, options):
+            number = row[1]
+            yield row
+    except (DataFormatError, FatalDataError, OSError):
+        raise
+    except Exception as error:
+        yield part.path, number + 1, BadRow(UNREADABLE_FILE, describe_error(error))
+
+
+# ---- registry --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def load_formats() -> Mapping[str, SourceFormat]:
+    """Return all formats by name. The first format whose suffix matches is used.
+
+    A folder without caption files is read in the first shard format of which it contains files.
+    """
+    # These modules import this module.
+    from llm2clip.data.formats.csv_files import CaptionsTxt, DelimitedText
+    from llm2clip.data.formats.image_files import ImageFolder, TarFile
+    from llm2clip.data.formats.tables import HubDataset, Parquet, SavedDataset
+    from llm2clip.data.formats.text_files import JsonFile, JsonLines
+
+    formats: list[SourceFormat] = [
+        JsonLines(),
+        JsonFile(),
+        DelimitedText("csv", ","),
+        DelimitedText("tsv", "\t"),
+        TarFile(),
+        Parquet(),
+        CaptionsTxt(),
+        HubDataset(),
+        SavedDataset(),
+        ImageFolder(),
+    ]
+    return {source_format.name: source_format for source_format in formats}
+
+
+def describe_formats() -> str:
+    """Describe what a source can be, for error messages."""
+    suffixes = ", ".join(suffix for source_format in load_formats().values() for suffix in source_format.suffixes)
+    return (
+        f"files ending in {suffixes} (.txt: lines of 'name.jpg,caption' or 'name.jpg#0<TAB>caption'; tar files "
+        "must be uncompressed); globs and {000..010} patterns that match such files; a folder that contains "
+        "captions.jsonl, metadata.csv, tar files, Parquet files, or images (each x.jpg with an x.txt or x.json next to "
+        "it); a folder written by save_to_disk; hf:NAME[:CONFIG] (a data set on the Hugging Face Hub). Files and "
+        "folders can also be in object storage or on a web server (s3://, gs://, hf://, https://)"
+    )
 
 
 def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -> list[FilePart]:
@@ -69,7 +267,7 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
         look_up_versions([file.path for file in files if not file.format.is_folder])
         return files
     if path.startswith("hf:"):
-        return [FilePart(HUB_DATASET, path.removeprefix("hf:"))]
+        return [FilePart(load_formats()["hf"], path.removeprefix("hf:"))]
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         return _find_in_folder(path, all_files, log)
@@ -93,29 +291,68 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
 def find_format(path: str) -> FilePart:
     """Return a file with the format that its suffix stands for. Raise ValueError if no format has this suffix."""
     name = get_file_name(path)
-    for source_format in FORMATS:
-        if name.lower().endswith(source_format.suffixes):
+    for source_format in load_formats().values():
+        if source_format.suffixes and name.lower().endswith(source_format.suffixes):
             return FilePart(source_format, path)
-    advice = _suggest_conversion(name) or f"supported formats: {READABLE_FORMATS}"
+    advice = _suggest_conversion(name) or f"supported formats: {describe_formats()}"
     raise ValueError(f"{hide_url_secrets(path)}: unknown format; {advice}")
+
+
+def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None) -> Iterator[str]:
+    """Yield the paths of all files with the given suffixes in a folder and its subfolders, sorted within each folder.
+
+    Hidden files and folders are skipped, as are llm2clip run directories and stores in subfolders. `log` records them.
+    The suffixes are in lower case, without the dot.
+
+    Raises:
+        OSError: A folder cannot be listed. If the folder were skipped, its files would look deleted.
+    """
+    for parent, folders, names in walk_folder(folder):
+        kind = describe_output_folder(names) if parent != folder else None
+        if kind is not None:
+            folders.clear()
+            if log is not None:
+                log.add_note(f"not read, because it is {kind} written by llm2clip", parent)
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.rpartition(".")[2].lower() in suffixes and not name.startswith("."):
+                yield os.path.join(parent, name)
+
+
+def suggest_paths(path: str) -> str:
+    """Return a hint for a missing path: the most similar paths in its deepest existing parent folder."""
+    parent, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
+    while not os.path.isdir(parent):
+        parent, name = os.path.split(parent)
+    similar = [os.path.join(parent, match) for match in difflib.get_close_matches(name, os.listdir(parent), n=3)]
+    return f"did you mean {' or '.join(similar)}?" if similar else f"{parent} does not contain '{name}'"
+
+
+def is_saved_dataset(names: Sequence[str]) -> bool:
+    """Return True if a folder with these files was written by `save_to_disk`."""
+    return "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names)
 
 
 def _find_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> list[FilePart]:
     """List the files in a folder; see `find_files`. The names of caption files are case-insensitive."""
     names = list_folder(folder)
-    if SavedDataset.is_saved(names):
+    formats = load_formats()
+    if is_saved_dataset(names):
         if is_remote(folder):
             raise ValueError(f"{folder}: a folder written by save_to_disk must be on a local disk. Copy it first")
-        return [FilePart(SAVED_DATASET, folder)]
+        return [FilePart(formats["saved"], folder)]
     lower_names = {name.lower(): name for name in names}
     files: list[FilePart] = []
     for name in CAPTION_FILES:
         if name in lower_names and (all_files or not files):
             files += find_files(os.path.join(folder, lower_names[name]))
-    shard_formats = [source_format for source_format in FORMATS if source_format.is_shard]
+    if files and not all_files:
+        return files
+    images = [FilePart(formats["images"], folder)]
+    shard_formats = [source_format for source_format in formats.values() if source_format.is_shard]
     if all_files:
-        if next(list_files(folder, IMAGE_SUFFIXES), None) is not None:
-            files.append(FilePart(IMAGE_FOLDER, folder))
+        files += images if _has_images(folder) else []
         for shards in shard_formats:
             suffixes = frozenset(suffix.lstrip(".") for suffix in shards.suffixes)
             files += [FilePart(shards, path) for path in list_files(folder, suffixes, log)]
@@ -123,12 +360,16 @@ def _find_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> list[F
             raise FileNotFoundError(_describe_unreadable_folder(folder, names))
         return files
     for shards in shard_formats:
-        if not files:
-            paths = [os.path.join(folder, name) for name in names if name.lower().endswith(shards.suffixes)]
-            files = [FilePart(shards, path) for path in paths]
-    if not files and next(list_files(folder, IMAGE_SUFFIXES), None) is None:
-        raise ValueError(f"{_describe_unreadable_folder(folder, names)}; supported formats: {READABLE_FORMATS}")
-    return files or [FilePart(IMAGE_FOLDER, folder)]
+        paths = [os.path.join(folder, name) for name in names if name.lower().endswith(shards.suffixes)]
+        if paths:
+            return [FilePart(shards, path) for path in paths]
+    if not _has_images(folder):
+        raise ValueError(f"{_describe_unreadable_folder(folder, names)}; supported formats: {describe_formats()}")
+    return images
+
+
+def _has_images(folder: str) -> bool:
+    return next(list_files(folder, IMAGE_SUFFIXES), None) is not None
 
 
 def _describe_unreadable_folder(folder: str, names: Sequence[str]) -> str:
@@ -151,12 +392,3 @@ def _suggest_conversion(path: str) -> str:
     if suffix in IMAGE_SUFFIXES:
         return "this is a single image: pass the folder that contains the images"
     return ""
-
-
-def suggest_paths(path: str) -> str:
-    """Return a hint for a missing path: the most similar paths in its deepest existing parent folder."""
-    parent, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
-    while not os.path.isdir(parent):
-        parent, name = os.path.split(parent)
-    similar = [os.path.join(parent, match) for match in difflib.get_close_matches(name, os.listdir(parent), n=3)]
-    return f"did you mean {' or '.join(similar)}?" if similar else f"{parent} does not contain '{name}'"

@@ -11,24 +11,20 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any
 
-from llm2clip.data.formats.base import (
-    BadRow,
+from llm2clip.data.formats import BadRow, FilePart, RawRow, ReadOptions, SourceFormat, make_parts
+from llm2clip.data.formats.text_files import (
     BoundedLines,
-    FilePart,
     LineTooLong,
-    RawRow,
-    ReadOptions,
-    SourceFormat,
     describe_encoding,
+    find_image_folder,
     find_undecodable,
-    make_parts,
     open_text,
     read_lines,
 )
-from llm2clip.data.formats.json_files import find_image_folder
 from llm2clip.data.image_refs import FileImage
-from llm2clip.data.remote import join_path, open_file
+from llm2clip.data.remote import open_file
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.storage import join_path
 from llm2clip.data.texts import is_valid_unicode
 from llm2clip.io_utils import DataFormatError
 

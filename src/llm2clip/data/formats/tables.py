@@ -3,28 +3,16 @@
 import os
 from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
-from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2clip.data.formats.base import UNREADABLE_FILE, BadRow, FilePart, RawRow, ReadOptions, SourceFormat
-from llm2clip.data.image_refs import (
-    DatasetImage,
-    ImageRef,
-    LoadedImage,
-    ParquetImage,
-    compute_content_digest,
-)
+from llm2clip.data.formats import UNREADABLE_FILE, BadRow, FilePart, RawRow, ReadOptions, SourceFormat
+from llm2clip.data.image_refs import DatasetImage, ImageRef, LoadedImage, ParquetImage, compute_content_digest
 from llm2clip.data.remote import get_local_path
-from llm2clip.data.table_cells import (
-    check_row_group_sizes,
-    choose_parquet_batch_size,
-    disable_image_decoding,
-    open_parquet,
-)
+from llm2clip.data.storage import is_remote
+from llm2clip.data.table_cells import check_row_group_sizes, choose_parquet_batch_size, disable_image_decoding
 from llm2clip.io_utils import DataFormatError, describe_error
 
 
@@ -61,10 +49,8 @@ class Parquet(SourceFormat):
                     check_row_group_sizes(file.metadata)
                 batch_size = choose_parquet_batch_size(file.metadata)
                 for batch in file.iter_batches(batch_size, row_groups=row_groups, columns=columns, use_threads=False):
-                    names = batch.schema.names
-                    images_in_batch = image_columns.intersection(names)
-                    for cells in zip(*map(_to_list, batch.columns), strict=True):
-                        fields = dict(zip(names, cells, strict=True))
+                    images_in_batch = image_columns.intersection(batch.schema.names)
+                    for fields in batch.to_pylist():
                         for name in images_in_batch:
                             make_ref = partial(ParquetImage, part.path, row, name)
                             fields[name] = _convert_image_cell(make_ref, fields[name], not options.image_bytes)
@@ -75,8 +61,9 @@ class Parquet(SourceFormat):
 
     def split(self, path: str, target_bytes: int) -> list[FilePart]:
         """Divide a file into ranges of row groups with at least `target_bytes` of uncompressed data each."""
-        with open_parquet(path) as parquet_file:
-            metadata = parquet_file.metadata
+        if is_remote(path):  # downloaded when it is read, ahead of time and by several processes
+            return [FilePart(self, path)]
+        metadata = pq.read_metadata(path)
         parts = []
         start, num_bytes, first_row, row = 0, 0, 1, 1
         for index in range(metadata.num_row_groups):
@@ -89,9 +76,6 @@ class Parquet(SourceFormat):
                 parts.append(FilePart(self, path, start, index + 1, first_row))
                 start, num_bytes, first_row = index + 1, 0, row
         return parts or [FilePart(self, path)]
-
-    def estimate_text_bytes(self, part: FilePart) -> float:
-        return os.path.getsize(part.path)  # the bounds of a part are row groups
 
 
 class HubDataset(SourceFormat):
@@ -134,11 +118,6 @@ class SavedDataset(SourceFormat):
 
         yield from _read_dataset(datasets.load_from_disk(part.path), part.path, True, options)
 
-    @staticmethod
-    def is_saved(names: Sequence[str]) -> bool:
-        """Return True if a folder with these files was written by `save_to_disk`."""
-        return "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names)
-
 
 def _read_dataset(loaded: Any, name: str, saved: bool, options: ReadOptions) -> Iterator[RawRow]:
     import datasets
@@ -180,29 +159,6 @@ def _is_image_type(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _to_list(column: pa.Array) -> list[Any]:
-    """Return what `Array.to_pylist` returns, but faster for texts, lists of texts and images."""
-    kind = column.type
-    try:
-        if _is_text_or_bytes(kind):
-            return cast(list[Any], column.to_numpy(zero_copy_only=False).tolist())
-        if pa.types.is_list(kind) and _is_text_or_bytes(kind.value_type) and not column.null_count:
-            texts = _to_list(column.flatten())
-            ends = np.cumsum(column.value_lengths().to_numpy()).tolist()
-            return [texts[start:end] for start, end in pairwise([0, *ends])]
-        if _is_image_type(kind) and kind.num_fields == 2 and not column.null_count:
-            names = [kind.field(0).name, kind.field(1).name]
-            cells = map(_to_list, column.flatten())
-            return [dict(zip(names, values, strict=True)) for values in zip(*cells, strict=True)]
-    except Exception:  # `to_pylist` raises the exception that describes the corrupt values
-        pass
-    return cast(list[Any], column.to_pylist())
-
-
-def _is_text_or_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_binary(kind)
 
 
 def _convert_image_cell(make_ref: Callable[[str], ImageRef], value: Any, bytes_skipped: bool = False) -> Any:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llm2clip.data.formats.json_files import drop_unused_keys, find_image_folder, guess_folders
+from llm2clip.data.formats.text_files import drop_unused_keys, find_image_folder, guess_folders
 from llm2clip.data.image_header import MAX_PIXELS
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.evaluate.benchmarks.base import (

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm2clip.data.formats.json_files import KarpathyImage
+from llm2clip.data.formats.text_files import KarpathyImage
 from llm2clip.data.image_refs import ImageRef, MemoryImage
 from llm2clip.data.records import Record
 from llm2clip.evaluate.benchmarks.base import (
@@ -47,7 +47,7 @@ XTD10_FILES = {
 
 
 def _read_karpathy_json(file: Path, image_dir: Path) -> CaptionFields:
-    """Read the test split of Karpathy's `dataset_NAME.json`; see `llm2clip.data.formats.json_files`."""
+    """Read the test split of Karpathy's `dataset_NAME.json`; see `llm2clip.data.formats.text_files`."""
     images = [KarpathyImage.parse(row) for row in read_json(file)["images"]]
     pairs = [(resolve_image(image_dir, image.name), image.captions) for image in images if image.split == "test"]
     return {"captions": make_captioned_records(pairs, file)}

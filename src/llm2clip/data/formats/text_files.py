@@ -1,4 +1,8 @@
-"""Readers for JSON Lines and JSON files, including the JSON formats of COCO, Flickr30k and Flickr8k.
+"""Reading text files, and the formats JSON Lines and JSON, including the JSON of COCO, Flickr30k and Flickr8k.
+
+Text files are read in UTF-8 or UTF-16. For other encodings, a message explains how to convert the file to UTF-8. Files
+are never decoded with a guessed encoding: for example, any French text in cp1252 can also be decoded as cp1250, but
+some letters are then wrong.
 
 - COCO's `captions_train2017.json`: {"images": [{"id", "file_name", "coco_url"}], "annotations": [{"image_id",
   "caption"}]} (cocodataset.org, "Data format")
@@ -8,33 +12,43 @@
 
 from __future__ import annotations
 
+import codecs
+import functools
 import gzip
+import io
 import json
 import os
 import re
+import shlex
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from itertools import islice
+from typing import Any, BinaryIO, TextIO, cast
 
-from llm2clip.data.formats.base import (
-    BadRow,
-    FilePart,
-    RawRow,
-    ReadOptions,
-    SourceFormat,
-    describe_encoding,
-    detect_encoding,
-    make_parts,
-    open_text,
-    parse_json,
-    read_lines,
-)
+from charset_normalizer import from_bytes
+
+from llm2clip.data.formats import BadRow, FilePart, RawRow, ReadOptions, SourceFormat, make_parts
 from llm2clip.data.image_refs import FileImage
-from llm2clip.data.remote import file_exists, get_parent, is_remote, join_path, open_file
-from llm2clip.data.texts import is_valid_unicode
+from llm2clip.data.remote import FileSlice, file_exists, get_file_size, open_file
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.storage import get_file_name, get_parent, is_remote, join_path
+from llm2clip.data.texts import NOT_UTF8, is_valid_unicode, to_valid_unicode
 from llm2clip.io_utils import MAX_LINE_CHARACTERS, DataFormatError, check_json_size
 
+_BYTE_ORDER_MARKS = (  # UTF-32 marks come first, because one of them starts with a UTF-16 mark
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+# Common encodings of caption files. The Windows encodings cover the corresponding ISO 8859 encodings.
+_LIKELY_ENCODINGS = (
+    "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r", "shift_jis", "euc_jp", "gb18030",
+    "big5", "euc_kr",
+)  # fmt: skip
+MAX_LISTED_ENCODINGS = 3  # maximum number of likely encodings listed in a message
+MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the sample from which the encoding is guessed
+MAX_SEARCHED_BYTES = 1 << 28  # maximum number of bytes to search for text that is not UTF-8
+MAX_SKIPPED_CHARACTERS = 1 << 30  # files with longer lines are rejected, because they are corrupt or sparse
 # Folders that may contain the images, relative to the caption file. COCO's `annotations/` is next to its image folders.
 IMAGE_FOLDERS = (
     "", "images", "Images", "..", "../images", "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset",
@@ -44,6 +58,189 @@ MAX_SEARCHED_IMAGES = 50  # number of images to look for when searching for the 
 MAX_SEARCHED_REMOTE_IMAGES = 3  # each candidate takes a request
 CHUNK_BYTES = 1 << 20
 UNUSED_KEYS = ("tokens", "sentids", "segmentation", "flickr_url", "license", "date_captured")
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def open_text(
+    path: str, log: SkipLog | None = None, newline: str | None = None, start: int = 0, stop: int | None = None
+) -> TextIO:
+    """Open a UTF-8 or UTF-16 text file, which may be gzipped (.gz). Byte order marks are removed.
+
+    Undecodable bytes become lone surrogates, so that a reader can skip a row instead of the entire file; see
+    `find_undecodable`. To read lines, use `BoundedLines`.
+
+    UTF-16 files are recorded in `log`. `newline` is the newline mode, as in the built-in function `open`. `start` and
+    `stop` are the bytes of a UTF-8 file between which the text is read.
+    """
+    stream = _open_binary(path, start, stop)
+    try:
+        encoding = "utf-8" if start else detect_encoding(stream.read(4))
+        stream.seek(0)
+    except Exception:
+        stream.close()
+        raise
+    if encoding in ("utf-8", "utf-8-sig"):
+        return io.TextIOWrapper(stream, encoding, "surrogateescape", newline)
+    if log is not None:
+        log.add_note(f"read as {encoding.upper()}", path)
+    return io.TextIOWrapper(stream, encoding, "escape_undecodable", newline)
+
+
+class LineTooLong(ValueError):
+    """A line or a multi-line row has too many characters."""
+
+
+class BoundedLines:
+    """Iterator over the lines of a text file, with a limit on the length of each row. A row may span several lines.
+
+    If a row is too long, `LineTooLong` is raised. Iteration can then continue with the next line.
+    """
+
+    def __init__(self, file: TextIO, path: str) -> None:
+        self._file, self._path = file, path
+        self.start_row()
+
+    def start_row(self) -> None:
+        """Reset the character count at the start of a row."""
+        self._characters_left = MAX_LINE_CHARACTERS
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline(self._characters_left + 1)
+        if not line:
+            raise StopIteration
+        self._characters_left -= len(line)
+        if self._characters_left >= 0:
+            return line
+        num_skipped = 0
+        while line and not line.endswith("\n"):
+            line = self._file.readline(1 << 20)
+            num_skipped += len(line)
+            if num_skipped > MAX_SKIPPED_CHARACTERS:
+                raise DataFormatError(f"{self._path}: a line has more than {MAX_SKIPPED_CHARACTERS:,} characters")
+        self.start_row()
+        raise LineTooLong(f"a row has more than {MAX_LINE_CHARACTERS:,} characters")
+
+
+def read_lines(
+    path: str, log: SkipLog | None = None, newline: str | None = None, start: int = 0, stop: int | None = None
+) -> Iterator[str | BadRow]:
+    """Yield the lines of a text file. A line that is too long or cannot be decoded becomes a `BadRow`.
+
+    The arguments are the same as for `open_text`.
+    """
+    with open_text(path, log, newline, start, stop) as file:
+        lines = BoundedLines(file, path)
+        while True:
+            lines.start_row()
+            try:
+                line = next(lines)
+            except StopIteration:
+                return
+            except LineTooLong as error:
+                yield BadRow("malformed row", str(error))
+                continue
+            yield find_undecodable(line, path, log) or line
+
+
+def detect_encoding(start: bytes) -> str:
+    """Detect a file's encoding from its first four bytes. Return "utf-8-sig", or the name of a UTF-16 or UTF-32 codec.
+
+    A file without a byte order mark is treated as UTF-16 if alternate bytes are 0. This rule is reliable, because
+    caption files start with two ASCII characters, and UTF-8 text does not contain zero bytes.
+    """
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if start.startswith(mark):
+            return encoding
+    zeros = [byte == 0 for byte in start]
+    if zeros == [False, True, False, True]:
+        return "utf-16-le"
+    if zeros == [True, False, True, False]:
+        return "utf-16-be"
+    return "utf-8-sig"
+
+
+def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow | None:
+    """Return None if a text was fully decoded. Otherwise, log the file's likely encodings and return a `BadRow`."""
+    if is_valid_unicode(text):
+        return None
+    if log is not None:
+        log.add_note(describe_encoding(path), path)
+    return BadRow(NOT_UTF8, to_valid_unicode(text.strip()))
+
+
+@functools.lru_cache(maxsize=64)
+def describe_encoding(path: str) -> str:
+    """Return a message with an undecodable line in each likely encoding, and how to convert the file."""
+    with _open_binary(path) as stream:
+        encoding = detect_encoding(stream.read(4))
+    if encoding != "utf-8-sig":
+        return f"contains bytes that are not valid {encoding.upper()}"
+    sample, line = _sample_undecodable_lines(path)
+    if not line:
+        return "not UTF-8. Convert the file to UTF-8"
+    likely = [match.encoding for match in from_bytes(sample, cp_isolation=list(_LIKELY_ENCODINGS))]
+    if sum(byte > 127 for byte in sample) < 0.3 * len(sample):
+        likely.insert(0, "cp1252")  # the most common encoding of texts that are mostly ASCII
+    readings: dict[str, str] = {}  # decoded line -> encoding
+    for encoding in likely:
+        try:
+            readings.setdefault(line.decode(encoding).strip()[:60], encoding)
+        except UnicodeDecodeError:
+            continue
+    likely_readings = list(islice(readings.items(), MAX_LISTED_ENCODINGS))
+    if not likely_readings:
+        return "not UTF-8, in an unknown encoding. Convert the file to UTF-8"
+    description = "not UTF-8, probably " + " or ".join(f"{encoding} ({text!r})" for text, encoding in likely_readings)
+    if path.lower().endswith(".gz"):
+        return f"{description}. Convert the file to UTF-8"
+    name, advice = "ENCODING", "Convert the file from the encoding that shows this text correctly"
+    if len(likely_readings) == 1:
+        name, advice = likely_readings[0][1].upper().replace("_", "-"), "Convert the file"
+    stem, suffix = os.path.splitext(path)
+    command = f"iconv -f {name} -t UTF-8 {shlex.quote(path)} > {shlex.quote(f'{stem}-utf8{suffix}')}"
+    return f"{description}. {advice}: `{command}`"
+
+
+def _open_binary(path: str, start: int = 0, stop: int | None = None) -> BinaryIO:
+    if start or stop is not None:
+        size = (get_file_size(path) if stop is None else stop) - start
+        return io.BufferedReader(FileSlice(path, start, size))
+    stream = open_file(path)
+    is_compressed = get_file_name(path).lower().endswith(".gz")
+    return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if is_compressed else stream
+
+
+def _sample_undecodable_lines(path: str) -> tuple[bytes, bytes]:
+    """Return a file's first lines that are not valid UTF-8, joined, and the first one of them."""
+    sample = first = b""
+    num_searched = 0
+    with _open_binary(path) as stream:
+        while len(sample) <= MAX_SAMPLE_BYTES and num_searched <= MAX_SEARCHED_BYTES:
+            line = stream.readline(1 << 20)
+            if not line:
+                break
+            num_searched += len(line)
+            if not is_valid_unicode(line.decode(errors="surrogateescape")):
+                sample += line
+                first = first or line
+    return sample[: 2 * MAX_SAMPLE_BYTES], first
+
+
+def _escape_undecodable(error: UnicodeError) -> tuple[str, int]:
+    """Replace undecodable bytes with lone surrogates. Unlike Python's surrogateescape, this also works for UTF-16."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udc80" * (error.end - error.start), error.end
+
+
+codecs.register_error("escape_undecodable", _escape_undecodable)
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
 class JsonLines(SourceFormat):
@@ -100,6 +297,14 @@ class JsonFile(SourceFormat):
             yield path, number, _require_object(row)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON, or return a `BadRow` if it is malformed."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return BadRow("malformed row", f"{error}: {text[:200]!r}")
+
+
 def _require_object(value: Any) -> dict[str, Any] | BadRow:
     if isinstance(value, dict | BadRow):
         return value
@@ -125,21 +330,11 @@ def _find_line_starts(path: str, target_bytes: int) -> Iterator[tuple[int, int]]
             stop = target - 1 + len(rest_of_line)
             if not rest_of_line.endswith(b"\n") or stop == size:
                 return
-            number += _count_newlines(file, start, stop)
-            start = stop
+            file.seek(start)
+            while start < stop and (chunk := file.read(min(CHUNK_BYTES, stop - start))):
+                number += chunk.count(b"\n")
+                start += len(chunk)
             yield start, number
-
-
-def _count_newlines(file: BinaryIO, start: int, stop: int) -> int:
-    file.seek(start)
-    num_newlines = 0
-    while start < stop and (chunk := file.read(min(CHUNK_BYTES, stop - start))):
-        num_newlines += chunk.count(b"\n")
-        start += len(chunk)
-    return num_newlines
-
-
-# ---- COCO and Karpathy's splits --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,370 @@
+"""Images with captions in files next to them, in a folder or in webdataset tar files.
+
+The captions of `x.jpg` are in `x.json` or in `x.txt`. In a folder, each line of a text file is a caption.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, cast
+
+from llm2clip.data.formats import (
+    IMAGE_SUFFIXES,
+    UNSUPPORTED_SUFFIXES,
+    BadRow,
+    FilePart,
+    RawRow,
+    ReadOptions,
+    SourceFormat,
+    list_files,
+)
+from llm2clip.data.formats.text_files import find_undecodable, open_text, parse_json
+from llm2clip.data.image_refs import FileImage, LoadedImage, TarImage
+from llm2clip.data.remote import file_exists, get_remote_version, list_folder, look_up_versions, open_file, walk_folder
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.storage import is_remote
+from llm2clip.data.texts import NOT_UTF8
+
+MAX_CAPTION_BYTES = 1 << 20  # size limit for the caption file of a single image
+MAX_TAR_HEADER_BYTES = 1 << 16  # maximum size of a member's headers (its name, links and attributes)
+MAX_GLOBAL_HEADERS = 100  # maximum number of PAX headers that apply to all members of a tar file
+WINDOW_BYTES = 1 << 20  # number of bytes of a tar file that are read at a time
+JUMP_BYTES = 1 << 14  # number of bytes that are read after a large image
+MAX_LOADED_BYTES = 1 << 17  # larger images are not read with the captions
+_PLAIN_HEADER = re.compile(  # the fields of a regular file's header or of a PAX header, after the name
+    rb"(?:[0-7]{7}[\0 ]|[0-7]{6} \0){3}"  # mode, user and group
+    rb"([0-7]{11})[\0 ][0-7]{11}[\0 ]"  # size and time
+    rb"([0-7]{6})\0 ([0x\0])\0{100}ustar.{67}"  # checksum, type, empty link, format, names of the user and the group
+    rb"(?:\0{16}|(?:0{7}\0|0{6} \0){2})",  # device
+    re.DOTALL,
+)
+_TIME_RECORDS = re.compile(rb"(?:\d{1,3} [amc]time=[0-9.]+\n)+")  # PAX records: length, name and value
+
+
+class ImageFolder(SourceFormat):
+    """Folder of images with captions in files next to them. File name suffixes are case-insensitive.
+
+    An image in an unsupported format becomes a `BadRow`, unless there is a supported image with the same name, such as
+    a JPEG file next to a camera's raw file. The skip log records UTF-16 text files, and the likely encodings of the
+    first text file that is neither UTF-8 nor UTF-16.
+    """
+
+    name = "images"
+    is_folder = True
+    has_caption_columns = False
+
+    def download(self, path: str) -> None:
+        """Do nothing. Each file is downloaded when it is opened."""
+
+    def compute_version(self, path: str) -> str:
+        if not is_remote(path):
+            return super().compute_version(path)
+        urls = [f"{parent}/{name}" for parent, _, names in walk_folder(path) for name in names]
+        look_up_versions(urls)
+        return "\n".join(f"{url} {get_remote_version(url)}" for url in urls)
+
+    def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
+        log, note_encoding = options.log, True
+        parent, files = "", dict[str, str]()  # file name with a lower-case suffix -> actual file name
+        for number, path in enumerate(list_files(part.path, IMAGE_SUFFIXES | UNSUPPORTED_SUFFIXES, log), 1):
+            if os.path.dirname(path) != parent:
+                parent = os.path.dirname(path)
+                files = {_lowercase_suffix(name): name for name in list_folder(parent)}
+            stem, _, suffix = os.path.basename(path).rpartition(".")
+            if suffix.lower() in UNSUPPORTED_SUFFIXES:
+                if not any(f"{stem}.{supported}" in files for supported in IMAGE_SUFFIXES):
+                    yield path, number, BadRow("unsupported image format", f"convert {path} to JPEG, PNG or WebP")
+                continue
+            fields = _read_caption_files(parent, stem, files, log, note_encoding)
+            if isinstance(fields, BadRow):
+                note_encoding = note_encoding and fields.reason != NOT_UTF8
+                yield path, number, fields
+            else:
+                yield path, number, fields | {"image": FileImage(path)}
+
+
+def _read_caption_files(
+    parent: str, stem: str, files: Mapping[str, str], log: SkipLog | None, note_encoding: bool
+) -> dict[str, Any] | BadRow:
+    """Return the fields in an image's JSON and text files, if these exist."""
+    fields: dict[str, Any] | BadRow = {}
+    json_path = os.path.join(parent, files.get(f"{stem}.json", ""))
+    if f"{stem}.json" in files and file_exists(json_path):
+        with open_file(json_path) as file:
+            data = file.read(MAX_CAPTION_BYTES + 1)
+        fields = _build_too_large_row(json_path) if len(data) > MAX_CAPTION_BYTES else _parse_caption_json(data)
+    text_path = os.path.join(parent, files.get(f"{stem}.txt", ""))
+    if isinstance(fields, BadRow) or f"{stem}.txt" not in files or not file_exists(text_path):
+        return fields
+    with open_text(text_path, log) as text_file:
+        text = text_file.read(MAX_CAPTION_BYTES + 1)
+    if len(text) > MAX_CAPTION_BYTES:
+        return _build_too_large_row(text_path)
+    undecodable = find_undecodable(text, text_path, log if note_encoding else None)
+    return undecodable or fields | {"txt": [line for line in text.split("\n") if line.strip()]}
+
+
+def _lowercase_suffix(name: str) -> str:
+    stem, dot, suffix = name.rpartition(".")
+    return f"{stem}{dot}{suffix.lower()}"
+
+
+def _build_too_large_row(name: str) -> BadRow:
+    return BadRow("caption file over 1 MB", name)
+
+
+def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
+    """Parse a JSON caption file, which contains an object with fields, a list of captions or a single caption."""
+    value = parse_json(data)
+    if isinstance(value, dict | BadRow):
+        return value
+    if isinstance(value, list | str):
+        return {"captions": value}
+    return BadRow("malformed row", f"no captions: {value!r}")
+
+
+# ---- samples of tar files --------------------------------------------------------------------------------------------
+
+
+class TarFile(SourceFormat):
+    """Uncompressed webdataset tar file. A sample consists of adjacent members with the same name up to the first dot.
+
+    The file is scanned once. Images are referenced by offset, and with `ReadOptions.image_bytes`, the references
+    include the bytes of images of at most `MAX_LOADED_BYTES`. If the file is truncated, its complete samples are
+    yielded, followed by one `BadRow`. Member names are used only as keys, and nothing is extracted to disk.
+    """
+
+    name = "tar"
+    suffixes = (".tar",)
+    text_share = 1 / 8
+    is_shard = has_lists_as_text = True
+    has_caption_columns = False
+
+    def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
+        path = part.path
+        number, sample = 0, _Sample("")
+        try:
+            file = _BoundedFile(open_file(path).detach())
+            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - `file` is closed below
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            yield path, 1, BadRow("unreadable tar", str(error))
+            return
+        with file:
+            window = _Window(file)
+            damage = ""
+            for member in _read_members(tar, file, window):
+                if isinstance(member, str):
+                    damage = member
+                    break
+                key, suffix = _split_name(member.name)
+                if not key:
+                    continue
+                if key != sample.key:
+                    if sample.members:
+                        number += 1
+                        yield path, number, sample.to_row(path)
+                    sample = _Sample(key)
+                sample.add(suffix, member, window, options.image_bytes)
+            if sample.members and (not damage or sample.is_complete()):  # skip a sample cut off by the damage
+                number += 1
+                yield path, number, sample.to_row(path)
+            if damage:
+                yield path, number + 1, BadRow("truncated tar", damage)
+
+
+class _Member(NamedTuple):
+    name: str
+    offset: int  # position of the contents in the tar file
+    size: int
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Return a member's key, which is its path up to the first dot of the file name, and its lower-case suffix."""
+    if "//" in name:
+        name = os.path.join(*os.path.split(name))
+    start = name.rfind("/") + 1
+    dot = name.find(".", start)
+    if dot < 0:
+        dot = len(name)
+    return name[:dot] if dot > start else "", name[dot + 1 :].lower()
+
+
+class _Sample:
+    """Members of a tar file that share a key, indexed by suffix."""
+
+    def __init__(self, key: str) -> None:
+        self.key, self.members = key, dict[str, _Member]()
+        self.contents: dict[str, bytes] = {}  # contents of the captions and of the first image, unless they are large
+        self.image_suffix = ""  # suffix of the first image
+        self.duplicate = ""  # name of a member that occurs twice, if any
+
+    def add(self, suffix: str, member: _Member, window: _Window, image_bytes: bool) -> None:
+        if suffix in self.members:
+            self.duplicate = member.name
+        self.members[suffix] = member
+        if suffix in ("json", "txt"):
+            if member.size <= MAX_CAPTION_BYTES:
+                self.contents[suffix] = window.read(member.offset, member.size)
+        elif suffix in IMAGE_SUFFIXES and not self.image_suffix:
+            self.image_suffix = suffix
+            if image_bytes and member.size <= MAX_LOADED_BYTES:
+                self.contents[suffix] = window.read(member.offset, member.size)
+
+    def is_complete(self) -> bool:
+        return bool(self.image_suffix and self.members.keys() & {"txt", "json"})
+
+    def to_row(self, path: str) -> dict[str, Any] | BadRow:
+        if self.duplicate:
+            return BadRow("duplicate name in tar", self.duplicate)
+        fields: dict[str, Any] = {}
+        for suffix in ("json", "txt"):
+            member = self.members.get(suffix)
+            if member is None:
+                continue
+            data = self.contents.get(suffix)
+            if data is None:
+                return _build_too_large_row(member.name)
+            if suffix == "txt":
+                fields["txt"] = data.decode("utf-8-sig", "surrogateescape")
+                continue
+            parsed = _parse_caption_json(data)
+            if isinstance(parsed, BadRow):
+                return parsed
+            fields = parsed
+        images: dict[str, LoadedImage] = {}
+        for suffix, member in self.members.items():
+            if suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
+                ref = TarImage(path, member.offset, member.size, member.name)
+                images[suffix] = LoadedImage(ref, self.contents.get(suffix), member.name)
+        fields |= images  # images are also keyed by suffix, so that a column mapping can select one of them
+        fields["image"] = images.get(self.image_suffix)
+        return {"id": self.key.rpartition("/")[2]} | fields
+
+
+# ---- members of tar files --------------------------------------------------------------------------------------------
+
+
+class _BoundedFile(io.BufferedReader):
+    """Tar file reader that limits how many bytes `tarfile` can read for a member's headers.
+
+    Without this limit, a header in a sparse file could claim to be terabytes in size.
+    """
+
+    bytes_left = MAX_TAR_HEADER_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.bytes_left -= size or 0
+        if self.bytes_left < 0:
+            raise tarfile.ReadError(f"the headers of a member are larger than {MAX_TAR_HEADER_BYTES:,} bytes")
+        return super().read(size)
+
+
+class _Window:
+    """Part of a file in memory. Ranges that are read in the order of the file share one large read."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file = file
+        self._buffer = memoryview(bytearray(WINDOW_BYTES))
+        self._start = self._stop = 0  # range of the file that is in the buffer
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes at `offset`, or fewer at the end of the file. `size` must be at most `WINDOW_BYTES`."""
+        if offset < self._start or offset + size > self._stop:
+            is_jump = not self._start <= offset <= self._stop  # past a large image, which is not needed
+            length = max(size, JUMP_BYTES) if is_jump else WINDOW_BYTES
+            self._file.seek(offset)
+            self._start = offset
+            self._stop = offset + self._file.readinto(self._buffer[:length])
+        return bytes(self._buffer[offset - self._start : min(offset + size, self._stop) - self._start])
+
+
+def _read_members(tar: tarfile.TarFile, file: _BoundedFile, window: _Window) -> Iterator[_Member | str]:
+    """Yield the regular files in a tar file. If it is corrupt, the last item is a string that describes the problem.
+
+    On its own, `tarfile` would stop at the corrupt position without raising an error. Plain headers are not parsed by
+    `tarfile`, which takes 20 times as long.
+    """
+    size, end = os.fstat(file.fileno()).st_size, 0
+    while True:
+        member = None if tar.pax_headers or not end else _parse_plain_headers(window, tar.offset)
+        if member is not None:
+            end = member.offset + member.size
+            tar.offset = end + -end % tarfile.BLOCKSIZE
+            if end > size:
+                yield f"{member.name} ends at byte {end}, but the file ends at byte {size}"
+                return
+            yield member
+            continue
+        file.bytes_left = MAX_TAR_HEADER_BYTES
+        file.seek(0)  # so that `tarfile` checks that the file does not end before the next header
+        try:
+            info = tar.next()
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            yield f"after byte {end}: {error}"
+            return
+        cast(Any, tar).members.clear()  # saves memory: `tarfile` keeps every member with a copy of the global headers
+        if len(tar.pax_headers) > MAX_GLOBAL_HEADERS:
+            yield f"after byte {end}: more than {MAX_GLOBAL_HEADERS} global headers"
+            return
+        if info is None:
+            break
+        if info.size < 0 or info.offset_data < end:  # a header that points backwards would cause an endless loop
+            yield f"after byte {end}: invalid header"
+            return
+        end = info.offset_data + info.size
+        if info.isreg() and end > size:
+            yield f"{info.name} ends at byte {end}, but the file ends at byte {size}"
+            return
+        if info.isreg() and not info.issparse():
+            yield _Member(info.name, info.offset_data, info.size)
+    file.seek(tar.offset)
+    file.bytes_left = MAX_TAR_HEADER_BYTES
+    if file.read(512) != bytes(512):
+        yield f"no end-of-archive marker at byte {tar.offset}"
+
+
+def _parse_plain_headers(window: _Window, position: int) -> _Member | None:
+    """Parse the headers of a regular file. Return None for all other headers, which `tarfile` must parse.
+
+    A PAX header before the file's header may contain its time stamps and nothing else, as in files written by
+    webdataset.
+    """
+    header = window.read(position, tarfile.BLOCKSIZE)
+    fields = _parse_plain_block(header)
+    if fields is not None and fields[1] == b"x":
+        records = window.read(position + tarfile.BLOCKSIZE, tarfile.BLOCKSIZE).rstrip(b"\0")
+        if fields[0] != len(records) or not _has_only_times(records):
+            return None
+        position += 2 * tarfile.BLOCKSIZE
+        header = window.read(position, tarfile.BLOCKSIZE)
+        fields = _parse_plain_block(header)
+    if fields is None or fields[1] == b"x":
+        return None
+    name = header[:100].partition(b"\0")[0]
+    if header[345]:
+        name = header[345:500].partition(b"\0")[0] + b"/" + name
+    if name.endswith(b"/"):  # a folder, in old tar files
+        return None
+    return _Member(name.decode(tarfile.ENCODING, "surrogateescape"), position + tarfile.BLOCKSIZE, fields[0])
+
+
+def _parse_plain_block(header: bytes) -> tuple[int, bytes] | None:
+    """Return the size and the type in a header, or None if `tarfile` must parse it."""
+    match = _PLAIN_HEADER.match(header, 100)
+    if match is None or len(header) < tarfile.BLOCKSIZE:
+        return None
+    # Adler-32 contains the sum of the bytes plus 1, modulo 65,521. The sums of these parts are smaller.
+    parts = (header[:148], header[156:345], header[345:])
+    checksum = sum((zlib.adler32(part) & 0xFFFF) - 1 for part in parts) + 8 * ord(" ")
+    return (int(match[1], 8), match[3]) if int(match[2], 8) == checksum else None
+
+
+def _has_only_times(records: bytes) -> bool:
+    """Return True if all PAX records in a header are time stamps with correct lengths."""
+    lines = records.splitlines(keepends=True)
+    return _TIME_RECORDS.fullmatch(records) is not None and all(int(line.split()[0]) == len(line) for line in lines)
