@@ -37,7 +37,7 @@ from llm2clip.caption.captioners import LocalCaptioner
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.options import CaptionOptions, Prompt, load_prompts
 from llm2clip.cli import build_parser, main
-from llm2clip.cli.output_folders import check_output_folder
+from llm2clip.cli.checks import check_output_folder
 from llm2clip.data.image_refs import FileImage, ImageRef
 from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records

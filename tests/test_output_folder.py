@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llm2clip.cli import main
-from llm2clip.cli.output_folders import KINDS, check_output_folder, detect_folder_kind
+from llm2clip.cli.checks import KINDS, check_output_folder, detect_folder_kind
 from llm2clip.config import (
     AlignConfig,
     DistillConfig,

@@ -1,30 +1,28 @@
-"""Path and model name checks that avoid heavy imports, so commands report mistakes within a second."""
+"""Checks of paths, model names and output folders. They avoid heavy imports, so mistakes are reported at once."""
 
 import os
 import socket
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
+import yaml
+
 from llm2clip.models.loading import is_hub_id
+from llm2clip.runs.output_folder import CONFIG_FILE
 
 # Prefixes of model names (see `models/dual_encoder.py` and `models/vision/vision_tower.py`).
 PREFIXES = ("open_clip:", "timm:", "st:", "hf:")
-ENCODERS = (
-    "smollm2-135m",
-    "all-minilm-l6-v2",
-    "gemma3-270m",
-)  # names of caption encoders in `models/pretrained.py`
+ENCODERS = ("smollm2-135m", "all-minilm-l6-v2", "gemma3-270m")  # caption encoders in `models/pretrained.py`
 
 
 def check_sources(*groups: Iterable[str] | None) -> None:
-    """Check that all data sources exist.
+    """Raise FileNotFoundError if a path does not exist or a pattern matches no file.
 
     Args:
         groups: Lists of sources of the form PATH or PATH@split+split.
-
-    Raises:
-        FileNotFoundError: A path does not exist, or a pattern matches no file. The message suggests similar names.
     """
     from llm2clip.data.formats import find_files
     from llm2clip.data.records import Source
@@ -68,7 +66,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def resolve_model(name: str) -> str:
-    """Return a run directory's model folder, or return `name` unchanged if it already refers to an image-text model.
+    """Return the model folder of a run directory, or the name of an image-text model unchanged.
 
     Raises:
         FileNotFoundError: The name is neither an existing path nor a valid model name.
@@ -77,7 +75,7 @@ def resolve_model(name: str) -> str:
 
 
 def resolve_encoder(path: str) -> str:
-    """Return a run directory's tuned encoder, or return `path` unchanged if it already refers to a caption encoder.
+    """Return the tuned encoder of a run directory, or the path or name of a caption encoder unchanged.
 
     Raises:
         FileNotFoundError: The path does not exist and is not a valid encoder name.
@@ -118,3 +116,83 @@ def list_local_sources(sources: Sequence[str]) -> list[str]:
     from llm2clip.data.storage import is_remote
 
     return [source for source in sources if not is_remote(source)] or ["PHOTOS"]
+
+
+# ---- output folders --------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "fit": "a run directory of `llm2clip fit`",
+    "tune": "a run directory of `llm2clip tune`",
+    "align": "a run directory of `llm2clip align`",
+    "distill": "a run directory of `llm2clip distill`",
+    "llava": "a run directory of `llm2clip llava train`",
+    "store": "an embedding store",
+    "index": "an index",
+    "evaluation": "an output folder of `llm2clip evaluate`",
+    "model": "a model folder",
+}
+# Kind -> glob patterns. A folder of this kind contains a match for at least one pattern.
+_CONTENTS = {
+    "index": ("index.sqlite",),
+    "store": ("manifest.json", "keys-*.parquet"),
+    "evaluation": ("results.json", "vectors", "skipped"),
+    "model": ("config.json", "open_clip_config.json", "text.onnx"),
+}
+# Sections of a run's config. The first of these that a config contains determines the kind of its run directory.
+_RUN_SECTIONS = ("llava", "distill", "embed", "align", "tune")
+_OWN_FILES = ("skipped.jsonl", "metrics.jsonl")  # files that llm2clip writes, which do not count as data
+_DATA_SUFFIXES = {
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"),
+    *(".tar", ".parquet", ".arrow", ".csv", ".tsv", ".jsonl"),
+}
+_MAX_ENTRIES = 1000  # maximum number of files and folders to check per folder
+
+
+def check_output_folder(path: str | Path, kind: str) -> None:
+    """Check that a command may write a folder of a kind, a key of `KINDS`, to `--out`. It need not exist.
+
+    Raises:
+        ValueError: The folder is of a different kind, or is of unknown kind and contains data files.
+        NotADirectoryError: The path is a file.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if folder.exists():
+            raise NotADirectoryError(f"--out {path} is a file. Pass a new or empty folder")
+        return
+    actual = detect_folder_kind(folder)
+    if actual not in (None, kind):
+        raise ValueError(f"--out {path} is {KINDS[actual]}, not {KINDS[kind]}. Pass a new or empty folder")
+    data_file = _find_data_file(folder) if actual is None else None
+    if data_file is not None:
+        raise ValueError(f"--out {path} already contains data, such as {data_file}. Pass a new or empty folder")
+
+
+def detect_folder_kind(folder: str | Path) -> str | None:
+    """Return the kind of an output folder (a key of `KINDS`), or None if it is unknown."""
+    folder = Path(folder)
+    if (folder / CONFIG_FILE).is_file():
+        try:
+            config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            config = None
+        for section in _RUN_SECTIONS:
+            if isinstance(config, dict) and section in config:
+                return "fit" if section == "embed" else section
+    for kind, names in _CONTENTS.items():
+        if any(any(folder.glob(name)) for name in names):
+            return kind
+    return None
+
+
+def _find_data_file(folder: Path) -> Path | None:
+    """Return the relative path of a data file in `folder` or a direct subfolder, or None if there are no data files."""
+    entries = list(islice(folder.iterdir(), _MAX_ENTRIES))
+    for entry in list(entries):
+        with suppress(OSError):  # not a folder, or not readable
+            entries += islice(entry.iterdir(), _MAX_ENTRIES)
+    for entry in entries:
+        is_own = entry.name.startswith(".") or entry.name in _OWN_FILES
+        if entry.suffix.lower() in _DATA_SUFFIXES and not is_own and entry.is_file():
+            return entry.relative_to(folder)
+    return None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from llm2clip.cli.checks import check_sources, list_local_sources, resolve_encoder, resolve_model
+from llm2clip.cli.checks import check_output_folder, check_sources, list_local_sources, resolve_encoder, resolve_model
 from llm2clip.cli.commands import (
     DATA_HELP,
     Commands,
@@ -15,7 +15,6 @@ from llm2clip.cli.commands import (
     format_command,
     select_arguments,
 )
-from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions
 
 

@@ -160,12 +160,9 @@ def _export(args: Namespace) -> list[str]:
     args.model = resolve_model(args.model)
     if args.to == "gallery":
         return _export_gallery(args)
-    if args["index"] is not None:
-        raise ValueError("--index can only be used with --to gallery")
-    if args.max_mb is not None:
-        raise ValueError("--max_mb can only be used with --to gallery")
-    if args.gps:
-        raise ValueError("--gps can only be used with --to gallery")
+    for name in ("index", "max_mb", "gps"):
+        if args[name]:
+            raise ValueError(f"--{name} can only be used with --to gallery")
     from llm2clip.models.llm2clip import LLM2CLIP
 
     model = LLM2CLIP.from_pretrained(args.model, device="cpu")

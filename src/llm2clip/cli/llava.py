@@ -7,9 +7,8 @@ from pathlib import Path
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
-from llm2clip.cli.checks import check_pretrained, check_sources
+from llm2clip.cli.checks import check_output_folder, check_pretrained, check_sources
 from llm2clip.cli.commands import SECTIONS, ArgumentParser, Commands, add_reading_arguments, format_command
-from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.cli.setup import add_machine_arguments, make_machine
 from llm2clip.llava import LlavaConfig
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-from llm2clip.cli.checks import check_index, check_sources, resolve_model
+from llm2clip.cli.checks import check_index, check_output_folder, check_sources, resolve_model
 from llm2clip.cli.commands import (
     ArgumentParser,
     Commands,
@@ -23,7 +23,6 @@ from llm2clip.cli.commands import (
     format_command,
     select_arguments,
 )
-from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.data.texts import check_not_empty
 from llm2clip.search.metadata import CONDITIONS, Filter
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
-from llm2clip.cli.checks import check_sources
+from llm2clip.cli.checks import check_output_folder, check_sources
 from llm2clip.cli.commands import (
     DATA_HELP,
     ArgumentParser,
@@ -17,7 +17,6 @@ from llm2clip.cli.commands import (
     read_builtin_configs,
     select_arguments,
 )
-from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.cli.train import add_stage_settings
 from llm2clip.config import FitConfig
 from llm2clip.tools.plan_memory import Machine
@@ -98,7 +97,6 @@ def _list_configs(args: Namespace) -> list[str]:
 
 
 def add_machine_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments that describe the training machine."""
     parser.add_class_arguments(Machine, skip={"use_fsdp"})
     parser.add_argument(
         "--use_fsdp", action="store_true", help="Shard the weights with FSDP, as in `accelerate launch --use_fsdp`."
@@ -106,11 +104,6 @@ def add_machine_arguments(parser: ArgumentParser) -> None:
 
 
 def make_machine(args: Namespace) -> Machine:
-    """Create a `Machine` from the arguments.
-
-    Raises:
-        ValueError: The device is unknown, or a value is out of range.
-    """
     return Machine(**select_arguments(args, *(field.name for field in dataclasses.fields(Machine))))
 
 

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
-from llm2clip.cli.checks import check_stores
+from llm2clip.cli.checks import check_output_folder, check_stores
 from llm2clip.cli.commands import Commands
-from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.config import EncoderConfig
 
 if TYPE_CHECKING:

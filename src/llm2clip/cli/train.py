@@ -13,6 +13,7 @@ from jsonargparse.typing import NonNegativeInt
 
 from llm2clip.cli.caption import add_fit_arguments, prepare_captions
 from llm2clip.cli.checks import (
+    check_output_folder,
     check_pretrained,
     check_sources,
     check_stores,
@@ -29,7 +30,6 @@ from llm2clip.cli.commands import (
     format_command,
     select_arguments,
 )
-from llm2clip.cli.output_folders import check_output_folder
 from llm2clip.config import (
     AlignConfig,
     DistillConfig,
@@ -302,10 +302,7 @@ def _format_index_data(args: Namespace) -> list[str]:
 
 
 def _make_encoder_flags(encoder: EncoderConfig) -> list[str]:
-    """Return --encoder flags for the encoder's path and for all other settings that differ from their defaults.
-
-    Commands that use a store need these flags, because a store works only with the encoder config that created it.
-    """
+    """Return the --encoder flags that are needed to use a store of this encoder."""
     flags = []
     for name, value in vars(encoder).items():
         if name == "path":
