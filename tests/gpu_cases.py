@@ -80,12 +80,6 @@ def store(image_folder: Path, llm: Path, tmp_path_factory: pytest.TempPathFactor
     return make_store(image_folder, llm, tmp_path_factory.mktemp("embedded") / "store")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def check_varlen_attention(llm: Path) -> None:
-    """Encode a caption, because the first call compares attention kernels, which must not be part of any counts."""
-    CaptionEncoder.from_pretrained(llm).encode(["a"], precision="bf16")
-
-
 @pytest.fixture(scope="session")
 def align_step(
     image_folder: Path, store: EmbeddingStore, vit: Path, tmp_path_factory: pytest.TempPathFactory

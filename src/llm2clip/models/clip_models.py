@@ -51,8 +51,7 @@ _TEXT_PREPROCESSING = {
     "clip": _TextPreprocessing(),
     # On padding, see the transformers documentation for SigLIP and SigLIP 2 ("make sure to set padding='max_length'").
     # Both models were trained on lower-case texts (arXiv 2502.14786 for SigLIP 2). SigLIP's tokenizer lower-cases texts
-    # (https://github.com/huggingface/transformers/pull/43101), but the Gemma tokenizer in SigLIP 2 checkpoints does
-    # not.
+    # (https://github.com/huggingface/transformers/pull/43101), the Gemma tokenizer in SigLIP 2 checkpoints does not.
     "siglip": _TextPreprocessing(fully_padded=True, lower_case=True),
     "siglip2": _TextPreprocessing(fully_padded=True, lower_case=True),
     # Default of `cn_clip.clip.tokenize` (https://github.com/OFA-Sys/Chinese-CLIP). The BERT tower has 512 positions.
@@ -72,9 +71,8 @@ class ClipTextEncoder:
     Attributes:
         model: CLIP model with both towers.
         context_length: maximum text length in tokens, or None if it is defined only in the model's own code.
-        tokenize: function that converts N texts to a dict of model inputs, truncated to the context length.
-        forward: function that takes the output of `tokenize` as keyword arguments and returns embeddings of shape
-            (N, embed_dim).
+        tokenize: function that converts N texts to keyword arguments of `forward`, truncated to the context length.
+        forward: function that returns embeddings of shape (N, embed_dim).
         count_tokens: function that counts a text's tokens before truncation, or None if this is not possible.
     """
 
@@ -106,7 +104,6 @@ class ClipTextEncoder:
         return self.forward(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
 
     def count_truncated(self, captions: Sequence[str]) -> int | None:
-        """Return the number of texts that exceed the context length, or None if it cannot be determined."""
         if self.count_tokens is None or self.context_length is None:
             return None
         return sum(self.count_tokens(caption) > self.context_length for caption in captions)
@@ -160,18 +157,14 @@ def load_clip_text_encoder(
 
 @hide_loading_bars()
 def _load_transformers(path: str, device: torch.device, remote_code: bool) -> ClipTextEncoder:
-    """Load a model with transformers' classes or, if `remote_code` is True, with the model's own code.
-
-    If the model has an `encode_text` method, as Jina-CLIP does, that method tokenizes and truncates the texts.
-    Otherwise, the model must have a `get_text_features` method, and its tokenizer must specify the context length.
-    """
+    """Load a model with transformers' classes or, if `remote_code` is True, with the model's own code."""
     from transformers import AutoModel, AutoTokenizer
 
     config = None if remote_code else load_config(path)
     preprocessing = _TextPreprocessing() if config is None else _get_text_preprocessing(path, config.model_type)
     model: Any = AutoModel.from_pretrained(path, config=config, trust_remote_code=remote_code, dtype=torch.float32)
     model = model.to(device).eval()
-    if remote_code and hasattr(model, "encode_text"):
+    if remote_code and hasattr(model, "encode_text"):  # as in Jina-CLIP, which tokenizes and truncates the texts
         return ClipTextEncoder(
             model=model,
             context_length=None,
@@ -217,7 +210,6 @@ def _get_text_preprocessing(path: str, model_type: str) -> _TextPreprocessing:
 
 
 def get_pooled_output(features: Any) -> Tensor:
-    """Extract the embeddings from the output of `get_text_features` or `get_image_features`."""
     embeddings: Tensor = features if isinstance(features, Tensor) else features.pooler_output
     return embeddings
 
@@ -286,7 +278,7 @@ def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
 
 
 def _read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Read the named tensors from a weight file or from the shards listed in an index file. Skip missing tensors."""
+    """Read the named tensors from a weight file or from the shards in an index file. Skip missing tensors."""
     if file.name.endswith(".index.json"):
         shard_of = read_weight_map(file)
         tensors: dict[str, Tensor] = {}

@@ -156,7 +156,6 @@ def open_dual_encoder(
         ValueError: the model lacks an image encoder or a text encoder, its type is not supported, or it comes with its
             own code and `trust_remote_code` is False.
         OSError: the model does not exist.
-        ImportError: a library that the model requires is not installed.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name.startswith(SENTENCE_TRANSFORMERS_PREFIX):
@@ -226,7 +225,6 @@ def _identify_parts(model: LLM2CLIP) -> tuple[dict[str, Any], dict[str, Any]]:
 def _try_build_dense_encoder(
     tower: VisionTower, project: Callable[[Tensor], Tensor], precision: Precision = FP32
 ) -> DenseEncoder | None:
-    """Build a dense encoder, or return None if the tower's architecture does not divide images into cells."""
     try:
         return build_dense_encoder(tower, project, precision)
     except ValueError:
@@ -239,13 +237,9 @@ def _load_transformers(name: str, device: torch.device, trust_remote_code: bool)
 
     text_encoder = load_clip_text_encoder(name, device, trust_remote_code)
     model = text_encoder.model
-    if hasattr(model, "encode_text") and hasattr(model, "encode_image"):
-        # Jina-CLIP's own code preprocesses the images.
+    if hasattr(model, "encode_text") and hasattr(model, "encode_image"):  # Jina-CLIP's own code preprocesses the images
         return _wrap_text_encoder(
-            name,
-            text_encoder,
-            transform=to_pil_image,
-            encode_images=lambda images: torch.as_tensor(model.encode_image(images)),
+            name, text_encoder, to_pil_image, lambda images: torch.as_tensor(model.encode_image(images))
         )
     processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
 
@@ -269,7 +263,6 @@ def _apply_processor(processor: Any, image: Tensor) -> dict[str, Tensor]:
 
 
 def _build_transformers_dense_encoder(model: Any, processor: Any) -> DenseEncoder | None:
-    """Build the dense encoder of a CLIP or SigLIP model, or return None for other model types."""
     if model.config.model_type not in ("clip", "siglip"):
         return None
     try:
@@ -300,7 +293,6 @@ def _load_open_clip(name: str, device: torch.device) -> DualEncoder:
 
 
 def _build_open_clip_dense_encoder(visual: Any, cfg: dict[str, Any], device: torch.device) -> DenseEncoder | None:
-    """Build the dense encoder of an open_clip model with a timm image encoder, or return None for other models."""
     trunk = getattr(visual, "trunk", None)
     if trunk is None or hasattr(visual.head, "pool"):  # open_clip's own image encoder or pooling
         return None

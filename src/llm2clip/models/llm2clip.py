@@ -51,13 +51,11 @@ class LLM2CLIP(DenseMethods, nn.Module):
     whereas training reads caption embeddings from an embedding store.
 
     Attributes:
-        tower: vision tower, which maps images of shape (N, 3, S, S) to features of shape (N, feature_dim).
         projection: linear layer from feature_dim to embed_dim, or the identity if `config.projection` is False.
-        adapter: text adapter, which maps caption embeddings of shape (M, text_dim) to shape (M, embed_dim).
         logit_scale: parameter of shape (1,), the logarithm of the factor applied to cosine similarities.
         logit_bias: parameter of shape (1,), the bias added to the logits, or None if the model has no logit bias.
-        training_images: sorted uint64 hashes of the training images (see `hash_images`), of shape (N,). The hashes are
-            saved with the model. None if the training images are unknown.
+        training_images: sorted uint64 hashes of the training images (see `hash_images`), of shape (N,), or None if they
+            are unknown. The hashes are saved with the model.
     """
 
     def __init__(self, config: LLM2CLIPConfig, tower: VisionTower, encoder: CaptionEncoder | None = None) -> None:
@@ -119,7 +117,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @torch.no_grad()
     def set_logits(self, scale: float, bias: float | None = None) -> None:
-        """Set the logit scale, clamped to 100. Set the logit bias too if the model has one and `bias` is not None."""
+        """Set the logit scale, clamped to 100, and the logit bias if the model has one and `bias` is not None."""
         self.logit_scale.fill_(math.log(scale))
         self.clamp_logit_scale()
         if bias is not None and self.logit_bias is not None:
@@ -127,17 +125,12 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Clamp the logit scale to just below the training maximum of 100. Call this after every optimizer step.
-
-        Above the maximum, the gradient of the logit scale is zero, so the scale could never decrease again.
-        """
+        """Clamp the logit scale after an optimizer step: above the maximum of 100, its gradient would be zero."""
         self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE) - 1e-6)
 
     @property
     def device(self) -> torch.device:
         return self.logit_scale.device
-
-    # ---- caption encoder --------------------------------------------------------------------------------------------
 
     @property
     def has_encoder(self) -> bool:
@@ -145,15 +138,14 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @property
     def text_folder(self) -> Path | None:
-        """Folder of the saved caption encoder, or None if the model was not loaded from a folder with an encoder."""
+        """Folder of the saved caption encoder, if the model was loaded from a folder with an encoder."""
         return self._text_folder
 
     @property
     def encoder(self) -> CaptionEncoder:
         """The caption encoder. Unless `load_encoder` has been called, it is loaded on first use, with fp32 weights.
 
-        Raises:
-            ValueError: the model has no caption encoder, or the encoder's embedding dimension is not `text_dim`.
+        Raise ValueError if the model has no caption encoder, or the encoder's embedding dimension is not `text_dim`.
         """
         if not self._encoder:
             self._encoder.append(self._load_text_folder(self.device))
@@ -162,13 +154,8 @@ class LLM2CLIP(DenseMethods, nn.Module):
     def load_encoder(self, precision: str = "auto", stage: Stage = "serve") -> Precision:
         """Load the caption encoder, unless it has been loaded, with only the weights needed to encode with `precision`.
 
-        Args:
-            precision: precision of the encoder, as in `CaptionEncoder.encode`, or `auto`.
-            stage: stage that determines which precision `auto` selects (see `models/precision.py`). Instead of a
-                calibrated precision, a model trained on bf16 embeddings uses the precision of these embeddings.
-
-        Returns:
-            The encoder's precision: fp32, bf16 or bf16+N, never `auto`.
+        Return the encoder's precision. `auto` selects a precision for the stage (see `models/precision.py`). Instead of
+        a calibrated precision, a model trained on bf16 embeddings uses the precision of these embeddings.
         """
         encoder = self._encoder[0] if self._encoder else self._load_text_folder("cpu")
         resolved = resolve_precision(stage, precision, self.device, lambda: self._calibrate(encoder))
@@ -215,8 +202,6 @@ class LLM2CLIP(DenseMethods, nn.Module):
                 f"{name} produces {encoder.embed_dim}-dimensional embeddings, but the adapter requires "
                 f"{self.config.text_dim} dimensions: this is not the encoder that the adapter was trained with"
             )
-
-    # ---- embeddings -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()  # not inference_mode: users may train a linear probe on the embeddings
     @onednn_matmul()
@@ -292,15 +277,12 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """Return a matrix of shape (texts, images) with the cosine similarities of L2-normalised embeddings."""
         return texts @ images.T
 
-    # ---- saving and loading -----------------------------------------------------------------------------------------
-
     def save_pretrained(self, folder: str | Path, encoder: CaptionEncoder | str | Path | None = None) -> Path:
-        """Save the model to a folder atomically. This does not write a model card (see `write_model_card`).
+        """Save the model to a folder atomically, without a model card. An existing model folder is replaced.
 
         Args:
-            folder: folder to create. An existing model folder is replaced.
-            encoder: caption encoder to save. The folder of a saved caption encoder is copied. Default: the model's
-                caption encoder, if there is one.
+            encoder: caption encoder to save, or folder of a saved caption encoder. Default: the model's caption
+                encoder, if there is one.
 
         Raises:
             FileExistsError: `folder` exists and is not a model folder.
@@ -373,11 +355,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
 
 def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
-    """Build an image projection with random weights, initialised as in the authors' code.
-
-    With a bias, the weights are near zero, as for EVA towers. Without a bias, their standard deviation is
-    1 / sqrt(feature_dim), as for OpenAI's CLIP.
-    """
+    """Build an image projection with random weights, initialised as in the authors' code for EVA (bias) or CLIP."""
     projection = nn.Linear(feature_dim, embed_dim, bias=bias)
     nn.init.normal_(projection.weight, std=SMALL_PROJECTION_STD if bias else feature_dim**-0.5)
     if bias:
@@ -395,12 +373,10 @@ def needs_projection_bias(tower: dict[str, Any]) -> bool:
 
 
 def truncate_and_normalize(embeddings: Tensor, dim: int) -> Tensor:
-    """Keep the first `dim` of D dimensions. Return L2-normalised embeddings of shape (N, dim), given shape (N, D)."""
     return F.normalize(embeddings[..., :dim], dim=-1)
 
 
 def check_dim(dim: int, embed_dim: int, name: str) -> None:
-    """Raise ValueError if the embeddings of the named model cannot be truncated to `dim` dimensions."""
     if not 1 <= dim <= embed_dim:
         raise ValueError(
             f"the embeddings of {name} have {embed_dim} dimensions, so they cannot be truncated to {dim}. Choose a "

@@ -7,8 +7,6 @@ A model folder may come from an untrusted source. It can contain Python code, as
 code on the hub: the `kernels` package downloads and runs attention implementations with names such as `OWNER/NAME`, and
 the kernels of some quantisation methods. To ensure that only the user can choose an implementation, pass the result of
 `load_config` or `build_config` to every transformers model, and `WITHOUT_HUB_CODE` to every SentenceTransformer.
-
-Fingerprints identify everything that affects the embeddings of a loaded model. Stores and caches compare them.
 """
 
 from __future__ import annotations
@@ -58,12 +56,9 @@ def is_hub_id(name: str) -> bool:
 
 
 def check_model_source(source: str | Path) -> None:
-    """Check that a model is a local file or folder, or can be looked up on the hub or in the hub's cache.
+    """Raise FileNotFoundError unless a model is a local path, or can be looked up on the hub or in the hub's cache.
 
     If the hub cannot be reached, huggingface_hub is switched to offline mode to prevent retries.
-
-    Raises:
-        FileNotFoundError: The model cannot be looked up.
     """
     from huggingface_hub import constants
 
@@ -93,11 +88,10 @@ def find_hub_problem() -> str:
 
 
 def get_display_names(models: Sequence[str]) -> list[str]:
-    """Return a short, unique name for each model, in the order of `models`.
+    """Return a short, unique name for each model.
 
-    Existing paths are shortened to their last component, and RUN/model and RUN/encoder to RUN's folder name. Hub ids
-    are not shortened. If two short names are equal, no name is shortened. If a model is listed more than once, its
-    repetitions are numbered, e.g. "NAME (2)".
+    Existing paths are shortened to their last component, and RUN/model and RUN/encoder to RUN's folder name, unless two
+    short names are equal. If a model is listed more than once, its repetitions are numbered, e.g. "NAME (2)".
     """
     names = [_shorten_name(model) for model in models]
     if len(set(names)) < len(names):
@@ -124,11 +118,8 @@ def _shorten_name(model: str) -> str:
 def load_config(source: str | Path, **kwargs: Any) -> Any:
     """Load a transformers model's config from a folder or the hub, and remove entries that name code to run.
 
-    `kwargs` are passed to `AutoConfig.from_pretrained`.
-
-    Raises:
-        ValueError: the model type is unknown to transformers, or the weights are quantised.
-        OSError: the model does not exist.
+    `kwargs` are passed to `AutoConfig.from_pretrained`. Raise ValueError if the model type is unknown to transformers,
+    or the weights are quantised, and OSError if the model does not exist.
     """
     from transformers import AutoConfig
 
@@ -256,8 +247,7 @@ def hide_load_report() -> Iterator[None]:
 def requires_remote_code(path: str, trust_remote_code: bool) -> bool:
     """Return True if loading a transformers model requires Python code that comes with it. The code is not run.
 
-    Raises:
-        ValueError: the code is required, but `trust_remote_code` is False.
+    Raise ValueError if the code is required, but `trust_remote_code` is False.
     """
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 

@@ -31,12 +31,11 @@ _OFFICIAL_NAMES = {"norm": "ln", "up": "fn.0", "down": "fn.3"}
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Architecture of the text adapter, as saved in the model config.
+    """Architecture of the text adapter, as saved in the model config (see `Adapter`).
 
     Attributes:
         depth: number of residual blocks. 0 stands for no adapter: caption embeddings are text embeddings.
         expansion: hidden size of a residual block, as a multiple of its input size.
-        normalize_input: if True, L2-normalise the caption embeddings before the first block.
     """
 
     depth: int = 4  # as in the paper
@@ -82,14 +81,12 @@ class LLM2CLIPConfig:
         tower: vision tower config (`VisionTower.config`).
         text_dim: dimension of the caption embeddings, which are the adapter's input.
         embed_dim: dimension of the shared embedding space.
-        projection: if True, the model has an image projection. If False, the tower's output is the image embedding, and
-            `embed_dim` must equal the tower's feature dimension.
-        projection_bias: if True, the image projection has a bias (see `build_projection`).
+        projection: if False, the tower's output is the image embedding, and `embed_dim` must equal the tower's feature
+            dimension.
         logit_bias: if True, the model has a learned logit bias, for the sigmoid loss.
         matryoshka_dims: truncated embedding sizes that the model was trained for, in addition to `embed_dim`.
         encoder: `CaptionEncoder.identity()` of the encoder the adapter was trained with. Empty if unknown.
-        query_templates: prompt templates that search and evaluation use to encode short queries. `encode_text` does not
-            use them.
+        query_templates: prompt templates for short queries in search and evaluation. `encode_text` ignores them.
     """
 
     tower: dict[str, Any]

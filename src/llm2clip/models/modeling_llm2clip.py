@@ -31,15 +31,11 @@ class LLM2CLIPExportConfig(PretrainedConfig):
             (arguments for `timm.create_model`), `feature_dim`, `image_size` and `interpolate_pos_encoding` (True if a
             transformers tower must interpolate its position embeddings).
         text: config of the LLM.
-        text_dim: dimension of the caption embeddings, which are the adapter's input.
-        embed_dim: dimension of the shared embedding space.
-        adapter: arguments of `Adapter` except `text_dim` and `embed_dim`.
-        projection: True if the model has an image projection.
-        projection_bias: True if the image projection has a bias.
+        text_dim, embed_dim: input and output dimensions of the adapter.
+        adapter: other arguments of `Adapter`.
         pooling: pooling mode of the LLM: "mean", "lasttoken" or "cls".
         dense: (input size, output size, has bias) of each linear layer between pooling and adapter.
         prompt_tokens: number of tokens at the start of each text that are excluded from mean pooling.
-        logit_bias: True if the model has a logit bias, as models trained with the sigmoid loss do.
     """
 
     model_type = "llm2clip_export"
@@ -88,10 +84,7 @@ class LLM2CLIPExport(PreTrainedModel):
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Encode token ids of shape (N, T).
-
-        The result's `pooler_output` contains L2-normalised float32 embeddings of shape (N, embed_dim).
-        """
+        """Encode token ids (N, T). `pooler_output` contains L2-normalised float32 embeddings (N, embed_dim)."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         hidden = self.llm(input_ids=input_ids, attention_mask=mask).last_hidden_state
         pooled = pool_tokens(hidden, mask, self.config.pooling, self.config.prompt_tokens)
@@ -99,10 +92,7 @@ class LLM2CLIPExport(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=text)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Encode pixel values of shape (N, 3, S, S), as returned by the processor.
-
-        The result's `pooler_output` contains L2-normalised float32 embeddings of shape (N, embed_dim).
-        """
+        """Encode pixels (N, 3, S, S). `pooler_output` contains L2-normalised float32 embeddings (N, embed_dim)."""
         tower = self.config.tower
         if tower["library"] == "timm":
             feature = self.vision(pixel_values)
@@ -180,12 +170,9 @@ class ResidualBlock(nn.Module):
 
 
 def pool_tokens(hidden: Tensor, mask: Tensor, pooling: str, prompt_tokens: int) -> Tensor:
-    """Pool hidden states of shape (N, T, D) to shape (N, D). Padding may be on either side.
+    """Pool hidden states (N, T, D) with an int64 mask (N, T) to shape (N, D). Padding may be on either side.
 
-    Args:
-        mask: attention mask of shape (N, T), int64.
-        pooling: "mean", "lasttoken" or "cls".
-        prompt_tokens: number of tokens at the start of each text that are excluded from mean pooling.
+    For `pooling` and `prompt_tokens`, see `LLM2CLIPExportConfig`.
     """
     position = mask.cumsum(1)  # 1-based position of each token, not counting padding
     if pooling == "mean":

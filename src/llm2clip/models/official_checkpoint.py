@@ -126,9 +126,6 @@ def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | 
     model.set_encoder(encoder)
 
 
-# ---- tensors --------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's tensors into a model with the same architecture.
@@ -177,9 +174,6 @@ def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
         parameter.copy_(tensor)
 
 
-# ---- architecture ---------------------------------------------------------------------------------------------------
-
-
 def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) -> LLM2CLIPConfig:
     """Infer the model config from a checkpoint's tensor shapes and config.json.
 
@@ -192,12 +186,7 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
         lambda name: checkpoint.get_shape(prefix + name),
         normalize_input=not checkpoint.online if normalize_input is None else normalize_input,
     )
-    if layout is SIGLIP2:
-        tower = _infer_siglip_tower(checkpoint, embed_dim)
-    elif layout is EVA:
-        tower = _infer_eva_tower(checkpoint)
-    else:
-        tower = _infer_clip_tower(checkpoint)
+    tower = _infer_timm_tower(checkpoint, embed_dim) if layout in (EVA, SIGLIP2) else _infer_clip_tower(checkpoint)
     return LLM2CLIPConfig(
         tower=tower,
         text_dim=text_dim,
@@ -239,52 +228,33 @@ def _infer_clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"library": "transformers", "architecture": architecture, "preprocess": preprocess}
 
 
-def _infer_eva_tower(checkpoint: Checkpoint) -> dict[str, Any]:
-    width, _, patch_size, _ = checkpoint.get_shape("visual.patch_embed.proj.weight")
-    image_size = _compute_grid_size(checkpoint, checkpoint.get_shape("visual.pos_embed")[1] - 1) * patch_size
-    depth = checkpoint.count_blocks("visual.blocks.")
-    hidden = checkpoint.get_shape("visual.blocks.0.mlp.w1.weight")[0]
-    rotary = checkpoint.tensors.get("visual.rope.freqs_cos")  # shape (positions, head dimension)
-    heads = _compute_num_heads(checkpoint, width, HEAD_DIM if rotary is None else rotary.shape[-1])
-
-    known = None
-    if heads == width // HEAD_DIM:
-        known = _TIMM_EVA_TOWERS.get((patch_size, width, depth, hidden), {}).get(image_size)
-    sizes = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
-    return _build_timm_config(checkpoint, known, "eva02_large_patch14_clip_336", image_size, sizes, hidden)
-
-
-def _infer_siglip_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
-    width, _, patch_size, _ = checkpoint.get_shape("visual.trunk.patch_embed.proj.weight")
-    if width != embed_dim:
+def _infer_timm_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
+    """Return the config of an EVA or SigLIP 2 tower: a known timm model, or one with custom sizes."""
+    is_eva, prefix = checkpoint.layout is EVA, checkpoint.layout.tower
+    width, _, patch_size, _ = checkpoint.get_shape(f"{prefix}patch_embed.proj.weight")
+    if not is_eva and width != embed_dim:
         raise ValueError(
             f"{checkpoint.source}: the tower's output has size {width}, but the adapter's output has size {embed_dim}. "
             f"In the {checkpoint.layout.name!r} layout, which has no image projection, the sizes must be equal"
         )
-    image_size = _compute_grid_size(checkpoint, checkpoint.get_shape("visual.trunk.pos_embed")[1]) * patch_size
-    depth = checkpoint.count_blocks("visual.trunk.blocks.")
-    hidden = checkpoint.get_shape("visual.trunk.blocks.0.mlp.fc1.weight")[0]
+    positions = checkpoint.get_shape(f"{prefix}pos_embed")[1]
+    image_size = _compute_grid_size(checkpoint, positions - 1 if is_eva else positions) * patch_size  # -1: class token
+    depth = checkpoint.count_blocks(f"{prefix}blocks.")
+    hidden = checkpoint.get_shape(f"{prefix}blocks.0.mlp.{'w1' if is_eva else 'fc1'}.weight")[0]
+    rotary = checkpoint.tensors.get("visual.rope.freqs_cos")  # shape (positions, head dimension), only for EVA
+    head_dim = HEAD_DIM if rotary is None else rotary.shape[-1]
 
-    known = _TIMM_SIGLIP_TOWERS.get((patch_size, width, depth, hidden), {}).get(image_size)
-    # For known towers, timm defines the number of heads, because the head dimension may differ from HEAD_DIM.
-    heads = 0 if known else _compute_num_heads(checkpoint, width, HEAD_DIM)
-    sizes = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
-    return _build_timm_config(checkpoint, known, "vit_base_patch16_siglip_224", image_size, sizes, hidden)
-
-
-def _build_timm_config(
-    checkpoint: Checkpoint, known: str | None, family: str, image_size: int, sizes: dict[str, int], hidden: int
-) -> dict[str, Any]:
-    """Build the config for the timm model `known` or, if it is None, for `family` with the arguments `sizes`.
-
-    `hidden` is the MLPs' hidden size.
-    """
+    known_towers = _TIMM_EVA_TOWERS if is_eva else _TIMM_SIGLIP_TOWERS
+    name = known_towers.get((patch_size, width, depth, hidden), {}).get(image_size)
     args: dict[str, Any] = {"num_classes": 0, "img_size": image_size}
-    if known is None:
+    if name is None or head_dim != HEAD_DIM:
+        name = "eva02_large_patch14_clip_336" if is_eva else "vit_base_patch16_siglip_224"
+        heads = _compute_num_heads(checkpoint, width, head_dim)
+        args |= {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
         # timm rounds width * mlp_ratio down to an integer, so add 0.5 to the hidden size.
-        args |= {**sizes, "mlp_ratio": (hidden + 0.5) / sizes["embed_dim"]}
+        args["mlp_ratio"] = (hidden + 0.5) / width
     preprocess = _get_preprocess(checkpoint, image_size)
-    return {"library": "timm", "architecture": known or family, "args": args, "preprocess": preprocess}
+    return {"library": "timm", "architecture": name, "args": args, "preprocess": preprocess}
 
 
 def _get_preprocess(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
@@ -308,9 +278,6 @@ def _compute_num_heads(checkpoint: Checkpoint, width: int, head_dim: int) -> int
             f"{checkpoint.source}: the tower's width {width} is not a multiple of the head size {head_dim}"
         )
     return width // head_dim
-
-
-# ---- saving ----------------------------------------------------------------------------------------------------------
 
 
 def save_official_checkpoint(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:

@@ -117,7 +117,7 @@ def _load_weights(path: Path) -> dict[str, Any]:
 
 
 def _is_torchscript(path: Path) -> bool:
-    """Return True for archives written by `torch.jit.save`, such as the original checkpoints of CLIP."""
+    # Such archives, written by `torch.jit.save`, are the original checkpoints of CLIP.
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
@@ -145,7 +145,7 @@ def _load_shards(index: Path) -> dict[str, Any]:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Return an index file's mapping from tensor name to shard file name. Raise DataFormatError if it is invalid."""
+    """Return an index file's mapping from tensor name to shard file name."""
     shard_of = read_json_object(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise DataFormatError(f'{index} must have the form {{"weight_map": {{"TENSOR": "SHARD.safetensors"}}}}')
@@ -319,11 +319,7 @@ def get_official_name(name: str, layout: Layout, adapter: AdapterConfig) -> str:
 
 
 def compute_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
-    """Compute an official checkpoint's optional buffers from the architecture.
-
-    "hf" checkpoints have a buffer of position ids. "eva" checkpoints have buffers with the rotary embeddings' cosines
-    and sines, for the tower and for each block. "siglip2" checkpoints have no buffers.
-    """
+    """Compute an official checkpoint's optional buffers: position ids, or the rotary embeddings' cosines and sines."""
     if layout is SIGLIP2:
         return {}
     backbone: Any = model.tower.backbone
@@ -403,12 +399,8 @@ def _detect_layout(source: str, tensors: Mapping[str, Tensor]) -> Layout:
 
 
 def _get_default_logit_scale(source: str, config: Mapping[str, Any]) -> Tensor:
-    """Return the logit scale from config.json, or transformers' default if config.json does not set it."""
     value = float(config.get("logit_scale_init_value", _DEFAULT_LOGIT_SCALE))
-    log.warning(
-        "%s has no logit_scale; using logit_scale_init_value %s (%s). Embeddings are not affected",
-        source,
-        value,
-        "from config.json" if "logit_scale_init_value" in config else "transformers' default",
-    )
+    origin = "from config.json" if "logit_scale_init_value" in config else "transformers' default"
+    message = "%s has no logit_scale; using logit_scale_init_value %s (%s). Embeddings are not affected"
+    log.warning(message, source, value, origin)
     return torch.tensor(value)

@@ -3,11 +3,9 @@
 In some layers of an LLM, the MLP's output for a few tokens is a thousand times larger than for all other tokens
 (massive activations, arXiv 2402.17762). A token gets a massive activation when its hidden state crosses a threshold.
 In an untuned LLM with bidirectional attention, many tokens are close to the threshold, so small rounding errors of
-earlier layers decide which tokens cross it. Layer 11 of untuned SmolLM2-135M is an example: the minimum cosine
-similarity between the bf16 and fp32 embeddings of 48 captions is 0.984, even if only layers 0 to 11 run in bf16. Any
-one of three changes raises the minimum to 0.9999: running layers 0 to 11 in fp32, using causal attention, or tuning the
-LLM. The number of initial layers that must stay in fp32 is therefore measured once per encoder, on a fixed set of
-captions.
+earlier layers decide which tokens cross it. In untuned SmolLM2-135M, the minimum cosine similarity between the bf16 and
+fp32 embeddings of 48 captions is 0.984. It is 0.9999 with layers 0 to 11 in fp32, with causal attention, or after
+tuning. The number of initial layers that must stay in fp32 is therefore measured once per encoder.
 """
 
 from __future__ import annotations
@@ -55,9 +53,6 @@ class Precision(str):
     """Precision of a model: fp32, bf16, fp16, or bf16+N, which is bf16 with the first N layers of the LLM in fp32.
 
     It is a string, so it can be saved in JSON files. `resolve_precision` returns the precision of a stage.
-
-    Raises:
-        ValueError: The string is not a precision.
     """
 
     def __new__(cls, name: str) -> Precision:
@@ -78,7 +73,6 @@ class Precision(str):
         return int(self.partition("+")[2] or 0)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Return a context manager that runs models in this precision. For fp32, it does nothing."""
         return nullcontext() if self.dtype is torch.float32 else torch.autocast(device.type, self.dtype)
 
 
@@ -144,10 +138,7 @@ def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = N
 
 @contextmanager
 def offload_layers(encoder: CaptionEncoder, device: torch.device) -> Iterator[None]:
-    """Run an encoder on `device` inside the `with` block, with at most one LLM layer on the device at a time.
-
-    The encoder must be on the CPU, and is moved back to the CPU on exit.
-    """
+    """Run an encoder from the CPU on `device` inside the `with` block, with one LLM layer on the device at a time."""
     layers = get_layers(encoder.llm)
     set_layers(encoder.llm, nn.ModuleList())
     encoder.to(device)  # moves all modules except the layers
@@ -172,24 +163,18 @@ def _move_layer(layer: nn.Module, device: torch.device | str) -> None:
 
 
 def tf32_matmul() -> AbstractContextManager[None]:
-    """Use TF32 for float32 matmuls on NVIDIA GPUs inside the `with` block. Without a GPU, nothing changes.
+    """Use TF32 for float32 matmuls on NVIDIA GPUs inside the `with` block, which is several times faster.
 
-    TF32 rounds matmul inputs to the precision of float16 and accumulates the products in float32, which is several
-    times faster than full float32. PyTorch uses TF32 for convolutions by default. Losses and similarities need full
-    precision, because the differences between similarities are small.
+    Losses and similarities need full precision, because the differences between similarities are small.
     """
     return float32_matmul_precision("high") if torch.cuda.is_available() else nullcontext()
-
-
-# ---- encoding in bf16, with the first layers in fp32 ----------------------------------------------------------------
 
 
 def cast_linear_weights(llm: nn.Module, precision: Precision) -> None:
     """Cast all weights of a transformers model that are used only in bf16 matmuls to bf16, in place.
 
     Autocast would cast these weights before every matmul anyway, so the embeddings are bit-identical. Norms, token
-    embeddings and, with bf16+N, the first N layers stay in fp32. Weights that linear layers share with other types of
-    layers, such as tied token embeddings, also stay in fp32. The cast weights cannot be restored to full precision.
+    embeddings (also tied ones) and, with bf16+N, the first N layers stay in fp32.
     """
     if precision == "fp32":
         return

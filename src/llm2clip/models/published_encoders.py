@@ -1,12 +1,10 @@
 """Published caption encoders: those of the LLM2CLIP authors, LLMs with LoRA adapters in PEFT format, and NV-Embed-v2.
 
 A checkpoint's text adapter works only with the encoder it was trained with. Two encoders have the same embedding size
-(4096), so the adapter's tensors do not identify the encoder. Instead, the encoder is inferred from the vision tower and
-the checkpoint's name.
+(4096), so the encoder is inferred from the vision tower and the checkpoint's name.
 
-LLM2Vec and the first training stage of the LLM2CLIP authors' code produce LoRA adapters. Several LoRA adapters can form
-a chain: for example, LLM2Vec's supervised adapter was trained after merging the MNTP adapter into the LLM. The adapters
-in a chain must be merged in the order in which they were trained.
+LLM2Vec and the first training stage of the LLM2CLIP authors' code produce LoRA adapters. Several adapters can form a
+chain, such as LLM2Vec's MNTP and supervised adapters, and must be merged in the order in which they were trained.
 
 NV-Embed-v2 is a bidirectional Mistral with latent attention pooling. Its repository contains Python code for
 transformers 4, which llm2clip does not run. Instead, the weights are loaded into transformers' Mistral and into
@@ -100,11 +98,7 @@ def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -
 
 
 def find_published_template(path: str | Path) -> str | None:
-    """Return the template of the LLMs released with LLM2CLIP, or None if it does not apply to the encoder at `path`.
-
-    The template applies to plain LLMs with Llama 3's special tokens. It does not apply to GGUF files, or to model
-    folders and sentence-transformers folders, which contain their own template.
-    """
+    """Return the template of the LLMs released with LLM2CLIP for plain LLMs with Llama 3's special tokens, or None."""
     from transformers import AutoTokenizer
 
     if (Path(path) / "text" / "modules.json").is_file() or str(path).endswith(".gguf"):
@@ -240,7 +234,6 @@ def _download_adapter(source: str) -> Path | None:
 
 
 def is_nv_embed(source: str | Path) -> bool:
-    """Return True if a folder or hub repository contains NV-Embed-v2 in its published format."""
     return read_config(source).get("model_type") == NV_EMBED
 
 

@@ -252,9 +252,6 @@ def _compute_cosines(file: Path, module: nn.Module, inputs: Mapping[str, Tensor]
     return torch.cosine_similarity(embeddings, module(*inputs.values()))
 
 
-# ---- 8-bit weights with float32 activations --------------------------------------------------------------------------
-
-
 def quantize_weights(source: Path, target: Path) -> None:
     """Write a copy of an ONNX graph in which weight matrices, convolutions and embedding tables are stored as int8.
 

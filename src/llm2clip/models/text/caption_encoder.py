@@ -155,8 +155,6 @@ class CaptionEncoder(nn.Module):
         elif can_pack(self.llm):
             self.llm.set_attn_implementation(PACKED)
 
-    # ---- properties -------------------------------------------------------------------------------------------------
-
     @property
     def is_static(self) -> bool:
         """True if the encoder has an embedding for each token instead of an LLM."""
@@ -184,7 +182,6 @@ class CaptionEncoder(nn.Module):
 
     @property
     def default_batch_tokens(self) -> int:
-        """Default number of tokens per batch for `encode`, based on the device and the size of the LLM."""
         return get_default_encoding_tokens(self.device, self.st[0].get_embedding_dimension())
 
     @property
@@ -197,8 +194,6 @@ class CaptionEncoder(nn.Module):
         """Template text before the caption."""
         name = self.st.default_prompt_name
         return (self.st.prompts[name] or "") if name else ""
-
-    # ---- tokens -----------------------------------------------------------------------------------------------------
 
     def tokenize(self, captions: Sequence[str], prompts: Sequence[str] | None = None) -> TokenizedTexts:
         """Tokenize captions with the template and special tokens, and truncate them to the encoder's `max_length`.
@@ -229,7 +224,6 @@ class CaptionEncoder(nn.Module):
         return TokenizedTexts(ids, truncated, [self.count_prompt_tokens(prefix) for prefix in prefixes])
 
     def count_truncated(self, captions: Sequence[str]) -> int:
-        """Count the captions that exceed `max_length` and are therefore truncated."""
         return len(self.tokenize(captions).truncated)
 
     def count_prompt_tokens(self, prompt: str) -> int:
@@ -274,8 +268,6 @@ class CaptionEncoder(nn.Module):
             batch["prompt_length"] = prompt_length
         return batch
 
-    # ---- embeddings -------------------------------------------------------------------------------------------------
-
     def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Encode the token ids of B captions. Return embeddings of shape (B, embed_dim), with gradients."""
         embeddings: Tensor = self.st(self.collate(ids))["sentence_embedding"]
@@ -299,9 +291,8 @@ class CaptionEncoder(nn.Module):
         Args:
             captions: texts, or the output of `tokenize`.
             batch_tokens: maximum number of tokens per batch, including padding. Default: `default_batch_tokens`.
-            precision: fp32, bf16 or bf16+N. bf16 is two to three times as fast as fp32. bf16+N runs the first N layers
-                in fp32, for models that are too inaccurate in bf16 (see `models/precision.py`). Default:
-                `weights_precision`.
+            precision: fp32, bf16, which is two to three times as fast, or bf16+N, for models that are too inaccurate in
+                bf16 (see `models/precision.py`). Default: `weights_precision`.
             progress: True to show a progress bar, or an existing `ProgressBar` to update.
 
         Raises:
@@ -351,9 +342,8 @@ class CaptionEncoder(nn.Module):
         """Move the encoder to a device. Keep only the weights needed to encode with `precision`.
 
         With bf16, the LLM's linear layers are stored in bf16 instead of fp32. Encoding then takes less than half the
-        memory and returns bit-identical embeddings. If the encoder was loaded on the CPU, the linear layers are never
-        stored on the GPU in fp32. After this call, the encoder can no longer be saved, trained or used in fp32, and
-        `identity` raises an error.
+        memory and returns bit-identical embeddings. After this call, the encoder can no longer be saved, trained or
+        used in fp32, and `identity` raises an error.
         """
         self.weights_precision = self._check_weights(precision)
         cast_linear_weights(self.llm, self.weights_precision)
@@ -375,8 +365,6 @@ class CaptionEncoder(nn.Module):
                 "encoder again"
             )
         return precision
-
-    # ---- identity and saving ----------------------------------------------------------------------------------------
 
     def identity(self, precision: str = "fp32") -> dict[str, Any]:
         """Return a dict of everything that affects the embeddings. It requires weights in fp32."""

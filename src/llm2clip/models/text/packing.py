@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -53,17 +51,11 @@ def get_default_encoding_tokens(device: torch.device, hidden_size: int) -> int:
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """Tokenized texts.
-
-    Attributes:
-        ids: token ids of each text.
-        truncated: indices of texts that were truncated to the encoder's `max_length`.
-        prompt_lengths: number of leading tokens to exclude from pooling in each text.
-    """
+    """Token ids of texts."""
 
     ids: list[list[int]]
-    truncated: list[int]
-    prompt_lengths: list[int]
+    truncated: list[int]  # indices of texts that were truncated to the encoder's `max_length`
+    prompt_lengths: list[int]  # number of leading tokens to exclude from pooling in each text
 
     def batches(self, max_tokens: int) -> Iterator[tuple[int, list[int]]]:
         """Yield (prompt length, text indices) for each batch of texts with the same prompt length."""
@@ -137,7 +129,6 @@ def measure_tokens_per_second(
 PACKED = "packed"
 MAX_UNFUSED_LENGTH = 512  # in tokens; for longer captions, `unfused_attention` would need too much memory
 MAX_VARLEN_HEAD_DIM = 256
-MIN_COSINE = 0.999  # minimum cosine similarity between varlen_attn and sdpa outputs, both in 16-bit precision
 
 
 def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
@@ -271,7 +262,7 @@ def packed_attention(
         )
         return padded
 
-    if "cu_seq_lens_q" in kwargs and can_use_varlen(query, key, kwargs.get("dropout") or 0.0):
+    if "cu_seq_lens_q" in kwargs and can_use_varlen(query, kwargs.get("dropout") or 0.0):
         output = varlen_attention(
             query,
             key,
@@ -346,9 +337,6 @@ def unfused_attention(
     return output.view(batch, heads, length, -1).transpose(1, 2)
 
 
-# ---- attention over all captions in a single call, on NVIDIA GPUs ---------------------------------------------------
-
-
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -385,16 +373,16 @@ def get_varlen_dtype(query: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else query.dtype
 
 
-def can_use_varlen(query: Tensor, key: Tensor, dropout: float) -> bool:
-    """Return True if `varlen_attention` supports these queries and keys. For the shapes, see `packed_attention`."""
-    dtype, head_dim = get_varlen_dtype(query), query.shape[-1]
-    if query.device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or dropout:
+def can_use_varlen(query: Tensor, dropout: float) -> bool:
+    """Return True if `varlen_attention` supports these queries, of shape (1, heads, T, D)."""
+    device, dtype, head_dim = query.device, get_varlen_dtype(query), query.shape[-1]
+    if device.type != "cuda" or torch.version.cuda is None or dtype not in (torch.bfloat16, torch.float16) or dropout:
         return False
     if head_dim % 8 or head_dim > MAX_VARLEN_HEAD_DIM or not torch.backends.cuda.flash_sdp_enabled():
         return False
-    if torch.compiler.is_compiling() or load_varlen_attn() is None or not supports_flash_attention(query.device):
+    if torch.compiler.is_compiling() or load_varlen_attn() is None:
         return False
-    return check_varlen_attention(query.device, dtype, query.shape[1], key.shape[1], head_dim)
+    return torch.cuda.get_device_capability(device) >= (8, 0)  # flash attention requires Ampere or later
 
 
 @lru_cache
@@ -405,53 +393,6 @@ def load_varlen_attn() -> Callable[..., Any] | None:
     except ImportError:
         return None
     return varlen_attn if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters) else None
-
-
-def supports_flash_attention(device: torch.device) -> bool:
-    """Return True for NVIDIA GPUs of the Ampere generation or later."""
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@lru_cache
-def check_varlen_attention(
-    device: torch.device, dtype: torch.dtype, num_heads: int, num_key_heads: int, head_dim: int
-) -> bool:
-    """Return True if `varlen_attention` agrees with `scaled_dot_product_attention` on two random captions, or warn."""
-    try:
-        agrees = all(
-            _agrees_with_sdpa(device, dtype, num_heads, num_key_heads, head_dim, causal) for causal in (False, True)
-        )
-        problem = "produces wrong results"
-    except (RuntimeError, ValueError, TypeError) as error:
-        agrees, problem = False, f"fails ({str(error).splitlines()[0]})"
-    if not agrees:
-        warnings.warn(f"torch's varlen_attn {problem} on {device}: falling back to slower attention", stacklevel=2)
-    return agrees
-
-
-@torch.inference_mode(False)  # the comparison needs gradients, even if the caller disabled them
-@torch.autocast("cuda", enabled=False)
-def _agrees_with_sdpa(
-    device: torch.device, dtype: torch.dtype, num_heads: int, num_key_heads: int, head_dim: int, causal: bool
-) -> bool:
-    lengths = [5, 3]
-    generator = torch.Generator().manual_seed(0)
-    inputs = []
-    for count in (num_heads, num_key_heads, num_key_heads):
-        x = torch.randn(1, count, sum(lengths), head_dim, generator=generator)
-        inputs.append(x.to(device, dtype).requires_grad_())
-    boundaries = torch.tensor([0, 5, 8], dtype=torch.int32, device=device)
-    weights = torch.randn(1, sum(lengths), num_heads, head_dim, generator=generator).to(device, dtype)
-    with torch.enable_grad():
-        query, key, value = inputs
-        output = varlen_attention(query, key, value, boundaries, max(lengths), causal)
-        captions = zip(*(x.split(lengths, dim=2) for x in inputs), strict=True)
-        parts = [F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True) for q, k, v in captions]
-        expected = torch.cat(parts, dim=2).transpose(1, 2)  # (1, T, heads, D)
-        gradients = torch.autograd.grad((output * weights).sum(), inputs)
-        expected_gradients = torch.autograd.grad((expected * weights).sum(), inputs)
-    pairs = zip((output, *gradients), (expected, *expected_gradients), strict=True)
-    return all(F.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0) > MIN_COSINE for a, b in pairs)
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)

@@ -33,11 +33,7 @@ def load_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     """Load a model from a folder or hub id as a float32 SentenceTransformer, by default on a GPU if one is available.
 
     A sentence-transformers model is loaded as saved. A plain transformers model gets bidirectional attention and a
-    pooling layer with the mode `pooling`.
-
-    Raises:
-        ValueError: the checkpoint is missing weights, or must be converted first.
-        OSError: the model does not exist.
+    pooling layer with the mode `pooling`. Raise ValueError if weights are missing or the model must be converted first.
     """
     from transformers.utils import cached_file
 
@@ -156,13 +152,10 @@ def _set_suffix(tokenizer: Any, suffix: str) -> None:
 
 
 def count_prompt_tokens(tokenizer: Any, prompt: str) -> int:
-    """Count the leading tokens that do not depend on the caption: special tokens and prompt tokens.
-
-    Tokenizing the prompt by itself would give a wrong count if the prompt ends in a space, because the space becomes
-    part of the next token.
-    """
+    """Count the leading tokens that do not depend on the caption: special tokens and prompt tokens."""
     if not prompt:
         return 0
+    # Tokenizing the prompt alone would give a wrong count if its final space becomes part of the next token.
     first, second = tokenizer([prompt + "a", prompt + "1"], return_attention_mask=False)["input_ids"]
     return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
 
@@ -230,12 +223,9 @@ class LoraSession:
     def __init__(self, encoder: Any, config: LoraConfig, dtype: torch.dtype, device: torch.device, quantize: bool):
         """Add LoRA to a `CaptionEncoder`'s LLM in place, and move the LLM to the training device.
 
-        If the LLM is on the CPU at first, its float32 weights need not fit in the device's memory.
-
-        Args:
-            dtype: dtype of the frozen matrices. If `quantize` is True, dtype of the matmuls with these matrices.
-            quantize: if True, store the frozen matrices in 4 bits (QLoRA, requires bitsandbytes) and keep the original
-                matrices on the CPU.
+        If the LLM is on the CPU at first, its float32 weights need not fit in the device's memory. The frozen matrices
+        are stored in `dtype` or, if `quantize` is True, in 4 bits (QLoRA, requires bitsandbytes), with matmuls in
+        `dtype` and the original matrices on the CPU.
         """
         self.encoder, self.config = encoder, config
         transformer = encoder.st[0]

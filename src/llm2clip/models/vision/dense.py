@@ -65,14 +65,12 @@ class DenseEncoder:
     """Image encoder that returns one embedding per cell in the shared embedding space.
 
     Attributes:
-        cell_size: side length of a cell in pixels. This is the patch size, or a convolutional network's total stride.
+        cell_size: side length of a cell in pixels: the patch size, or a convolutional network's total stride.
         image_size: the tower's training resolution, in pixels.
         variants: supported variants. Convolutional networks support only "plain".
-        device: device of the model and of the embeddings.
-        interpolation: interpolation mode for `resize`, from the tower's preprocessing.
-        localization_variant: recommended variant for localisation. It is "naclip" for towers that pool a class token,
-            because training never compared patches with texts, and NACLIP reports the best segmentation results on most
-            data sets. It is "plain" for towers that pool cells, whose training compared pooled cells with texts.
+        interpolation: interpolation mode for `resize`.
+        localization_variant: recommended variant for localisation: "naclip" for towers that pool a class token, because
+            training never compared patches with texts, and "plain" for towers that pool cells.
         features: function that takes pixels of shape (N, 3, H, W) on `device` and a variant, and returns unnormalised
             embeddings of shape (N, H / cell_size, W / cell_size, D).
     """
@@ -93,15 +91,10 @@ class DenseEncoder:
     @torch.no_grad()
     @onednn_matmul()
     def encode(self, pixels: Tensor, variant: str = "plain") -> Tensor:
-        """Encode the cells of N images of the same size.
+        """Encode the cells of N images of shape (N, 3, H, W), uint8 or float from 0 to 1, on any device.
 
-        Args:
-            pixels: images of shape (N, 3, H, W), uint8 or float from 0 to 1, on any device. H and W must be multiples
-                of `cell_size`.
-            variant: one of `variants`, as defined at the top of this module.
-
-        Returns:
-            L2-normalised float32 embeddings of shape (N, H / cell_size, W / cell_size, D), on `device`.
+        H and W must be multiples of `cell_size`. The result has shape (N, H / cell_size, W / cell_size, D). It is
+        L2-normalised, float32 and on `device`. The variants are defined at the top of this module.
         """
         if variant not in self.variants:
             raise ValueError(
@@ -167,16 +160,9 @@ def build_dense_encoder(
 def feature_map(tower: VisionTower, pixels: Tensor) -> Tensor:
     """Compute the feature map before the tower's head, for example as input to a detector.
 
-    Gradients flow to all of the tower's weights except interpolated position embeddings.
-
-    Args:
-        pixels: images of shape (N, 3, H, W), uint8 or float from 0 to 1. H and W must be multiples of the cell size.
-
-    Returns:
-        Features of shape (N, C, h, w), where h and w are H and W divided by the cell size.
-
-    Raises:
-        ValueError: the tower's architecture has no grid of cells.
+    Images of shape (N, 3, H, W), uint8 or float from 0 to 1, are mapped to shape (N, C, h, w), where h and w are H and
+    W divided by the cell size. Gradients flow to all of the tower's weights except interpolated position embeddings.
+    Raise ValueError if the tower's architecture has no grid of cells.
     """
     return _encode_cells(tower, pixels, "plain").permute(0, 3, 1, 2)
 
@@ -250,9 +236,8 @@ def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
     backbone: Any = tower.backbone
     built_size = tower.config["args"].get("img_size")
     is_vit = isinstance(backbone, VisionTransformer | Eva)
-    if size == (tower.preprocess.size, tower.preprocess.size) or getattr(backbone, "dynamic_img_size", False):
-        return tower.backbone
-    if not is_vit and built_size is None:
+    is_built_for_size = size == (tower.preprocess.size, tower.preprocess.size) or (not is_vit and built_size is None)
+    if is_built_for_size or getattr(backbone, "dynamic_img_size", False):
         return tower.backbone
     if not is_vit:
         raise ValueError(
@@ -330,8 +315,7 @@ def _run_attention_branch(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any
 class _ReplacedAttention(TorchFunctionMode):
     """Context manager that makes `scaled_dot_product_attention` compute a dense variant's attention in this thread.
 
-    timm and transformers compute q, k and v in many ways (fused or not, with norms, rotary embeddings and split
-    biases), but always pass them to this function.
+    timm and transformers compute q, k and v in many ways, but always pass them to this function.
     """
 
     def __init__(self, variant: str, grid: tuple[int, int]) -> None:
@@ -348,10 +332,7 @@ class _ReplacedAttention(TorchFunctionMode):
         return self._attend(*args, **(kwargs or {}))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
-        """Compute the attention output for q, k and v, each of shape (N, heads, L, head_dim).
-
-        The mask and dropout are ignored: there is no dropout in eval mode, and images of the same size need no mask.
-        """
+        """Compute the attention output for q, k and v, of shape (N, heads, L, head_dim), without mask and dropout."""
         attend = F.scaled_dot_product_attention
         if self.variant == "maskclip":
             return v
@@ -385,18 +366,14 @@ def encode_boxes(
     embed_dim: int,
     image_size: int | None = None,
 ) -> list[Tensor]:
-    """Encode the boxes in each image.
+    """Encode the boxes in images of shape (3, H, W), uint8. Return L2-normalised float32 embeddings (R, embed_dim).
 
     As in CLIPSelf (arXiv 2310.01403), the entire image is encoded, and the cells in each box are averaged with RoIAlign
     (arXiv 1703.06870).
 
     Args:
-        images: Images of shape (3, H, W), uint8.
         boxes: For each image, R boxes of shape (R, 4), float32, as (left, top, right, bottom) in pixels.
         image_size: Length of the resized image's shorter side in pixels. Default: `dense.localization_size`.
-
-    Returns:
-        For each image, L2-normalised embeddings of shape (R, embed_dim), float32, on the CPU.
     """
     resized_by_shape: dict[torch.Size, dict[int, Tensor]] = {}  # images of the same shape are encoded together
     for n, image in enumerate(images):
@@ -422,15 +399,9 @@ def encode_boxes(
 def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
     """For each mask, average an image's cell embeddings, weighted by the mask's area in each cell.
 
-    Images are resized without cropping. Therefore, in an image with H x W pixels and h x w cells, cell (i, j) covers
-    rows i * H / h to (i + 1) * H / h and columns j * W / w to (j + 1) * W / w.
-
-    Args:
-        features: Cell embeddings of shape (h, w, D), float32.
-        masks: Non-empty boolean masks of shape (N, H, W), at any resolution.
-
-    Returns:
-        L2-normalised embeddings of shape (N, D), float32.
+    `features` are float32 of shape (h, w, D), and `masks` are boolean of shape (N, H, W), at any resolution. Cell
+    (i, j) covers rows i * H / h to (i + 1) * H / h and columns j * W / w to (j + 1) * W / w. The result is
+    L2-normalised, of shape (N, D).
     """
     h, w, dim = features.shape
     rows, columns = (

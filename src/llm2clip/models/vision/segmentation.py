@@ -130,17 +130,11 @@ def arrange_windows(scores: Tensor, rows: WindowAxis, columns: WindowAxis) -> Te
 
 @dataclass(frozen=True)
 class PixelScores:
-    """Pixel scores of an image, computed tile by tile.
+    """Pixel scores of an image, computed tile by tile."""
 
-    Args:
-        grid: Cell scores of all windows, of shape (K, A, B). See `arrange_windows`.
-        rows: Matrix of shape (H, A) that maps window cells to pixel rows. See `WindowAxis.build_matrix`.
-        columns: Matrix of shape (W, B) that maps window cells to pixel columns.
-    """
-
-    grid: Tensor
-    rows: Tensor
-    columns: Tensor
+    grid: Tensor  # cell scores of all windows, of shape (K, A, B); see `arrange_windows`
+    rows: Tensor  # matrix of shape (H, A) that maps window cells to pixel rows; see `WindowAxis.build_matrix`
+    columns: Tensor  # matrix of shape (W, B) that maps window cells to pixel columns
 
     def iterate_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (slice of pixel rows, pixel scores of shape (K, rows, W)) for each tile."""
@@ -199,7 +193,7 @@ def segment(
     min_probability: float = 0.0,
     min_area: float = 0.0,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Assign each pixel to the class with the highest score, tile by tile, as in SCLIP.
+    """Assign each pixel to the class with the highest score, as in SCLIP.
 
     Args:
         names_per_class: Number of names for each class, which are adjacent in `scores`. A class's score is the highest
@@ -254,8 +248,7 @@ class DenseMethods:
     ) -> list[Tensor]:
         """Encode each image cell (ViT patch or CNN feature map position) in the shared embedding space.
 
-        Images keep their aspect ratio, so the grids of cells may have different shapes. If all images have the same
-        size, you can combine the results into one tensor with `torch.stack`.
+        Images keep their aspect ratio, so the grids of cells may have different shapes.
 
         Args:
             images: one image or a list of N images, as for `encode_image`.
@@ -269,7 +262,6 @@ class DenseMethods:
 
         Raises:
             ValueError: the vision tower has no dense features, or does not support the variant or image size.
-            ImageError: an image cannot be decoded.
         """
         items = to_image_list(images)
         _, dense = self._prepare_dense()
@@ -295,7 +287,6 @@ class DenseMethods:
         weighted by the mask's area in each cell.
 
         Args:
-            image: one image, as for `encode_image`.
             boxes: array of shape (N, 4) with (x0, y0, x1, y1) in pixels of the original image, after its EXIF
                 orientation has been applied.
             masks: boolean array of shape (N, H, W), used instead of `boxes`. H and W are the original image's height
@@ -303,11 +294,6 @@ class DenseMethods:
             variant: see `encode_dense`. Default: the tower's `DenseEncoder.localization_variant`.
             image_size: length of the resized image's shorter side in pixels. Default: 1.5 times the tower's training
                 resolution.
-
-        Raises:
-            ValueError: the vision tower has no dense features, or does not support the variant or image size; or the
-                boxes or masks are invalid.
-            ImageError: the image cannot be decoded.
         """
         if (boxes is None) == (masks is None):
             raise ValueError("encode_regions needs either boxes or masks, but not both")
@@ -339,7 +325,6 @@ class DenseMethods:
         resolution then slides over the image.
 
         Args:
-            image: one image, as for `encode_image`.
             names: one or more names for each class. A class's score is the highest score of its names.
             templates: prompt templates for the names, as for `encode_text`. The benchmarks use OpenAI's 80 templates.
             variant: see `encode_dense`. Default: the tower's `DenseEncoder.localization_variant`.
@@ -348,11 +333,6 @@ class DenseMethods:
             The class index of each pixel, as an int64 CPU tensor of shape (H, W). With `return_scores`, also the class
             scores of each pixel (cosine similarities averaged over the windows), as a float32 CPU tensor of shape
             (classes, H, W).
-
-        Raises:
-            ValueError: a name is empty, a template has no {} placeholder, or the vision tower has no dense features or
-                does not support the variant. For encoder errors, see `encoder`.
-            ImageError: the image cannot be decoded.
         """
         classes = [[name] if isinstance(name, str) else list(name) for name in names]
         is_valid = all(class_names and all(name.strip() for name in class_names) for class_names in classes)

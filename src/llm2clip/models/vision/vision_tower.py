@@ -96,8 +96,6 @@ class VisionTower(nn.Module):
             if name.endswith("mask_token"):
                 parameter.requires_grad_(False)
 
-    # ---- construction -----------------------------------------------------------------------------------------------
-
     @classmethod
     @hide_loading_bars()
     def from_pretrained(cls, name: str | Path, *, image_size: int | None = None, pretrained: bool = True) -> Self:
@@ -123,8 +121,6 @@ class VisionTower(nn.Module):
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Build a tower from its `config` with random weights, in eval mode, without network access."""
         return cls(build_backbone(config), config).eval()
-
-    # ---- forward pass -----------------------------------------------------------------------------------------------
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map images (N, 3, S, S), uint8 or float from 0 to 1, to features (N, feature_dim) in the backbone's dtype."""
@@ -190,8 +186,6 @@ class VisionTower(nn.Module):
         super()._apply(fn, recurse)
         self._set_normalization(self.mean.device)
         return self
-
-    # ---- layers -----------------------------------------------------------------------------------------------------
 
     def get_parameter_depths(self) -> dict[str, int]:
         """Return the depth of each parameter, keyed by name. The stem or embeddings have depth 0."""
@@ -338,9 +332,6 @@ def _parse_name(name: str) -> tuple[str, str]:
     raise ValueError(f"{name}: config.json has neither 'architecture' (timm) nor 'model_type' (transformers)")
 
 
-# ---- timm -----------------------------------------------------------------------------------------------------------
-
-
 def _load_timm(source: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
     model_name, architecture, cfg, args = _resolve_timm_source(source)
     if pretrained and cfg.get("hf_hub_id") and not Path(source).is_dir():
@@ -397,9 +388,6 @@ def _read_timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> P
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
     )
-
-
-# ---- transformers ---------------------------------------------------------------------------------------------------
 
 
 def _load_transformers(source: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
