@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from conftest import run_distributed
-from dense_fixtures import make_coco
+from dense_fixtures import COLOURS, make_coco
 from format_fixtures import write_jsonl
 from llm2clip.cli import main
 from llm2clip.config import EvaluateOptions
@@ -28,6 +28,7 @@ from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.loading import get_display_names
 from test_benchmarks import write
 from test_dual_encoder import clip as clip  # the fixture
+from test_segmentation import VOC
 
 
 @pytest.fixture
@@ -293,21 +294,42 @@ def test_evaluate_on_a_folder_of_classes_with_a_linear_probe(clip: Path, image_f
     assert metrics["linear probe"] == pytest.approx(100 * probe.score(*encode("test")))
 
 
-def test_evaluate_on_two_ranks_matches_one(clip: Path, root: Path, tmp_path: Path) -> None:
-    """Each kind of benchmark that shares images or texts between the ranks. One of the images cannot be decoded."""
+def test_evaluate_dense_benchmarks_in_a_report_and_on_two_ranks(clip: Path, root: Path, tmp_path: Path) -> None:
+    """The ranks share images and texts, and get the results of one process. One of COCO's images cannot be decoded."""
     file = make_coco(root / "coco")
     (root / "coco/val2017/1.png").write_bytes(b"no image")
-    names = ["flickr30k", "winoground", *(f"{kind}:{file}" for kind in ("boxes", "segmentation", "detection"))]
+    VOC.save(root / "voc2012", [0, 1, 20, 255])
+    kinds = ("boxes", "segmentation", "detection")
+    out = tmp_path / "out"
     options = EvaluateOptions(
-        benchmarks=names, root=str(root), out=str(tmp_path / "one"), templates=["a {}"], proposals="ground-truth",
-        dense_variants=["plain", "sclip"], crop_proposals=True, max_skipped=0.5,
+        benchmarks=["flickr30k", "winoground", "voc20", *(f"{kind}:{file}" for kind in kinds)], root=str(root),
+        out=str(out), templates=["a {}"], proposals="ground-truth", crop_proposals=True, max_skipped=0.5,
+        dense_variants=["plain", "naclip"],
     )  # fmt: skip
-    evaluate_models([str(clip)], [], options)
-    run_distributed(2, evaluate_models, [str(clip)], [], replace(options, out=str(tmp_path / "two")))
-    results = read_results(tmp_path / "one")
-    assert [result["benchmark"] for result in results] == names
-    assert [result["images"] for result in results[2:]] == [2, 2, 2]
+    evaluate_models([str(clip), str(clip)], [], options)
+    results = read_results(out)
+    run_distributed(2, evaluate_models, [str(clip), str(clip)], [], replace(options, out=str(tmp_path / "two")))
     assert results == read_results(tmp_path / "two")
+
+    by_kind = {result["kind"]: result for result in results[::2]}
+    regions, segmentation, voc = by_kind["regions"], by_kind["segmentation"], results[4]
+    methods = ["plain", "plain, learned scale", "naclip", "naclip, learned scale"]
+    assert [row["method"] for row in regions["rows"]] == ["crop", "plain", "naclip"]
+    assert (regions["images"], regions["regions"], regions["texts"]) == (2, 3, 3)
+    assert regions["chance"] == pytest.approx(100 / 3) and set(regions["rows"][0]["class top-1"]) == set(COLOURS)
+    assert [row["method"] for row in segmentation["rows"]] == methods and segmentation["images"] == 2
+    assert [row["logit scale"] for row in segmentation["rows"]] == pytest.approx([50, 14.3] * 2, abs=0.05)
+    assert set(segmentation["rows"][0]["metrics"]) == {"mIoU", "pixel accuracy", "mean class accuracy"}
+    assert set(segmentation["rows"][0]["IoU"]) == {"background", *COLOURS}
+    assert (voc["benchmark"], voc["images"], voc["texts"]) == ("voc20", 1, 80 * 30)
+    for result in results[1::2]:
+        for row in result.get("rows", ()):
+            assert set(row["difference"].get("metrics", {"": 0}).values()) == {0}, "the baseline is the same model"
+    page, report = (out / "report.html").read_text(), (out / "report.md").read_text()
+    assert "paper 2026: EVA02 + LLM2CLIP | " in report and "The authors published no code" in report
+    assert f"{clip} minus {clip} (2) | crop" in report and "| model | method | logit scale |" in report
+    assert ("classified as" in page) == (regions["rows"][0]["metrics"]["top-1"] < 100)
+    assert 'class="legend"' in page and "<summary>IoU per class, %</summary>" in page
 
 
 def test_evaluate_reports_missing_benchmarks_and_models(
@@ -323,9 +345,11 @@ def test_evaluate_reports_missing_benchmarks_and_models(
     assert "Skipped coco" in capsys.readouterr().out
     assert main(["evaluate", "--benchmarks", "docci", "--root", str(root)]) == 1
     assert "put the model first" in capsys.readouterr().err
-    for option in (["--mistakes", "5"], ["--all_pairs"]):
-        assert main(["evaluate", str(clip), "--benchmarks", "flickr30k", "--root", str(root), *option]) == 1
-        assert "add --captions" in capsys.readouterr().err
+    options = {"--mistakes 5": "add --captions", "--all_pairs": "add --captions"}
+    options["--dense_variants slip"] = "unknown dense variant 'slip'; choose from plain"
+    for option, message in options.items():
+        assert main(["evaluate", str(clip), "--benchmarks", "flickr30k", "--root", str(root), *option.split()]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_evaluate_states_what_it_evaluates_and_warns_about_training_images(

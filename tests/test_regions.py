@@ -11,8 +11,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score
 
-from dense_fixtures import COLOURS, colour_embeddings, colour_model, make_coco, make_segmentation
-from llm2clip.cli import main
+from dense_fixtures import colour_embeddings, colour_model, make_coco, make_segmentation
 from llm2clip.data import images
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.evaluate.benchmarks import BENCHMARKS, get_benchmarks
@@ -346,35 +345,6 @@ def test_differences_have_paired_intervals() -> None:
     fewer = RegionPredictions(**{name: values[keep] for name, values in vars(second).items()})
     difference = compute_region_metrics(data, first).subtract(compute_region_metrics(data, fewer))
     assert difference["intervals"] == {} and "top-1" in difference["metrics"], "the models saw different images"
-
-
-# ---- command -------------------------------------------------------------------------------------------------------
-
-
-def test_evaluate_command_writes_region_results_and_pictures(
-    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_coco(tmp_path / "root/coco")
-    out = tmp_path / "out"
-    command = ["evaluate", str(clip), "--benchmarks", "coco-boxes", "--root", str(tmp_path / "root")]
-    command += ["--dense_variants", "plain", "sclip", "--out", str(out), "--baselines", str(clip)]
-    assert main(command) == 0
-    output = capsys.readouterr().out
-    assert "| model | method |" in output and "| crop |" in output and "| sclip |" in output
-    results = json.loads((out / "results.json").read_text())["results"]
-    assert [row["method"] for row in results[0]["rows"]] == ["crop", "plain", "sclip"]
-    assert results[0]["images"] == 3 and results[0]["regions"] == 5 and results[0]["texts"] == 240
-    assert results[0]["chance"] == pytest.approx(100 / 3)
-    for row, baseline_row in zip(results[0]["rows"], results[1]["rows"], strict=True):
-        difference = baseline_row.pop("difference")
-        assert row == baseline_row and set(difference["metrics"].values()) == {0}
-        assert set(row["class top-1"]) == set(COLOURS)
-    report, page = (out / "report.md").read_text(), (out / "report.html").read_text()
-    assert f"{clip.name} minus" in report and "+0.0" in report
-    wrong = results[0]["rows"][0]["metrics"]["top-1"] < 100
-    assert page.count("classified as") >= 1 if wrong else "classified as" not in page
-    assert main([*command[:-4], "--dense_variants", "slip"]) == 1
-    assert "unknown dense variant 'slip'; choose from plain" in capsys.readouterr().err
 
 
 @pytest.mark.data

@@ -17,7 +17,6 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, jaccard_sco
 from torch import Tensor
 
 from dense_fixtures import CELL, colour_embeddings, make_coco, make_segmentation
-from llm2clip.cli import main
 from llm2clip.data.images import load_image
 from llm2clip.evaluate.benchmarks import BENCHMARKS, get_benchmarks
 from llm2clip.evaluate.benchmarks.base import SegmentationData
@@ -541,32 +540,6 @@ def test_label_maps_are_written_as_png(tmp_path: Path) -> None:
     duplicates = dataclasses.replace(data, images=[data.images[0]] * 3)
     LabelMapWriter(tmp_path / "twice", duplicates).write("plain, learned scale", 2, np.zeros((4, 4), np.uint8))
     assert (tmp_path / "twice/plain-learned-scale/2-0.png").is_file()
-
-
-# ---- command -------------------------------------------------------------------------------------------------------
-
-
-def test_evaluate_command_writes_segmentation_results_and_pictures(
-    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root, out = tmp_path / "root", tmp_path / "out"
-    make_coco_object(root / "coco")
-    VOC.save(root / "voc2012", [0, 1, 20, 255])
-    command = ["evaluate", str(clip), "--benchmarks", "coco-object", "voc20", "ade20k", "--root", str(root)]
-    assert main([*command, "--dense_variants", "plain", "naclip", "--out", str(out)]) == 1
-    assert "Skipped ade20k" in capsys.readouterr().err
-    voc, coco = json.loads((out / "results.json").read_text())["results"]
-    methods = ["plain", "plain, learned scale", "naclip", "naclip, learned scale"]
-    assert [row["method"] for row in coco["rows"]] == methods and coco["images"] == 3
-    assert [row["logit scale"] for row in coco["rows"]] == pytest.approx([50, 14.3] * 2, abs=0.05)
-    assert set(coco["rows"][0]["metrics"]) == {"mIoU", "pixel accuracy", "mean class accuracy"}
-    assert "background" in coco["rows"][0]["IoU"] and "sky" not in coco["rows"][0]["IoU"]
-    assert coco["rows"][0]["IoU"]["toothbrush"] == 0 and coco["rows"][0]["IoU"]["zebra"] is None
-    assert voc["images"] == 1 and voc["texts"] == 80 * 30
-    page, report = (out / "report.html").read_text(), (out / "report.md").read_text()
-    assert page.count("data:image/jpeg") == 6 * 3 + 4 * 1 and 'class="legend"' in page and "toothbrush" in page
-    assert "| mIoU |" in report and "paper 2026: EVA02 + LLM2CLIP | " in report
-    assert "The authors published no code" in report
 
 
 @pytest.mark.data

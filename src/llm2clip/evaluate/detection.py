@@ -251,9 +251,6 @@ def _draw_detections(image: Tensor, detected: Detections, names: Sequence[str]) 
     return Example(make_thumbnail(drawn, EXAMPLE_SIDE), caption or "no detections")
 
 
-# ---- average precision ---------------------------------------------------------------------------------------------
-
-
 def compute_detection_metrics(
     data: DetectionData, detections: Mapping[ImageId, Detections], resamples: int = 1000
 ) -> tuple[BootstrapMetrics, dict[str, float]]:

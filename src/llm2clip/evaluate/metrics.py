@@ -252,8 +252,8 @@ def compute_chance_recall(positives: Sequence[int], num_items: int, ks: Sequence
 def compute_recall_intervals(ranks: Tensor, groups: Tensor, ks: Sequence[int] = KS) -> dict[str, tuple[float, float]]:
     """Return 95% bootstrap confidence intervals for R@k, in percent.
 
-    Images are resampled, each with all its queries, because results for captions of the same image are correlated.
-    `groups` contains the image index of each query.
+    Images are resampled, each with all its queries, because captions of the same image are correlated. `groups` holds
+    the image index of each query.
     """
     return _bootstrap_by_image([(ranks < k).double() for k in ks], groups, ks, (0.0, 1.0))
 
@@ -315,7 +315,6 @@ def compute_chance_scores(num_relevant: int, num_images: int) -> Tensor:
 
 
 def _compute_discounts(count: int) -> Tensor:
-    """Return each rank's weight in the discounted cumulative gain, float64 of shape (count,)."""
     return 1 / torch.arange(2, count + 2, dtype=torch.float64).log2()
 
 
@@ -344,9 +343,8 @@ def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float
     Returns:
         Lower and upper ends of the intervals, float64 of shape (2, K).
     """
-    # Each group is weighted by the number of times it was drawn, which takes one matmul per resample. For 1,000 to
-    # 25,000 groups, scipy.stats.bootstrap is 1.5 to 5 times slower because it copies the resampled rows. By default, it
-    # also keeps all resamples in memory.
+    # One matmul per resample, weighted by how often each group was drawn. scipy.stats.bootstrap copies the resampled
+    # rows, which is 1.5 to 5 times slower, and keeps all resamples in memory.
     sums, counts = sums.double()[counts > 0], counts.double()[counts > 0]
     means = [weights @ sums / (weights @ counts) for weights in draw_bootstrap_counts(len(sums))]
     return compute_percentile_interval(torch.stack(means), len(sums), bounds)
@@ -411,7 +409,6 @@ class BootstrapMetrics:
 
     @property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95% confidence interval of each metric."""
         return {name: self._interval(samples, (0.0, 100.0)) for name, samples in self.resamples.items()}
 
     def to_row(self, method: str) -> dict[str, Any]:

@@ -81,9 +81,6 @@ def _make_lookup(proposals: Mapping[ImageId, Proposals], note: str = "") -> Prop
     return ProposalSource(lambda image_id, image: proposals.get(image_id, nothing), note)
 
 
-# ---- file ------------------------------------------------------------------------------------------------------------
-
-
 def _read_proposals(file: Path, data: DetectionData) -> ProposalSource:
     """Read a JSON file in COCO's results format: a list of {"image_id", "bbox": [x, y, w, h], "score"}."""
     if not file.is_file():
@@ -140,9 +137,6 @@ def _parse_row(file: Path, number: int, row: Any) -> tuple[str, list[float]]:
             f"{file}, row {number}: the score must be between 0 and 1 (got {values[4]:g}); apply a sigmoid to logits"
         )
     return str(image_id), values
-
-
-# ---- detectors -------------------------------------------------------------------------------------------------------
 
 
 def _load_detector(name: str, device: torch.device) -> Callable[[Tensor], Proposals]:

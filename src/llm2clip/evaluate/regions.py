@@ -206,10 +206,6 @@ def classify_regions(
 
     Each image is decoded once. Unusable images are recorded in `embeddings.log`. Variants not supported by the model
     are skipped. In a distributed run, the images are split across the ranks, and every rank returns all predictions.
-
-    Raises:
-        ValueError: If the embeddings are precomputed.
-        TooManySkipped: If too many images are unusable.
     """
     model = get_model(embeddings)
     methods = [CROP, *select_variants(model, variants, required=False)]

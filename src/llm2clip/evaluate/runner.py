@@ -99,86 +99,29 @@ def evaluate_models(
     _check_arguments(models, data, options)
     log = _make_skip_log(options, "records")
     title_name = get_display_names(models or [encoder.path])[0]
-    report = _Report(Path(options.out) if options.out else None)
+    evaluation = _Evaluation(options)
     if options.captions:
         text_encoder = open_text_encoder(models[0] if models else None, encoder, options.trust_remote_code)
-        report.add_caption_retrieval(title_name, text_encoder, options, log)
+        evaluation.measure_caption_retrieval(title_name, text_encoder, log)
     if data or options.benchmarks:
         user_data = [_read_user_benchmark(data, config, options.columns, log)] if data else []
         benchmarks = [*user_data, *get_benchmarks(options.benchmarks, options.templates or ())]
-        BenchmarkRunner(benchmarks, log, options).evaluate_models(models, report)
+        evaluation.run_benchmarks(models, benchmarks, log)
     last_lines = [log.summary()] if log.rows_seen and not data else []
-    last_lines += report.skipped + report.proposals + report.warnings
-    if report.out is not None and process_state().is_main_process:
+    last_lines += evaluation.skipped + evaluation.proposals + evaluation.warnings
+    if evaluation.out is not None and process_state().is_main_process:
         settings = {"models": models, "data": data, **vars(options), "encoder": encoder, "config": config}
-        page = report.write(f"Evaluation of {title_name}", describe_run(time.time() - start), settings)
+        page = evaluation.write(f"Evaluation of {title_name}", describe_run(time.time() - start), settings)
         last_lines.append(f"Report: {page}")
-    if report.failures:
+    if evaluation.failures:
         print_once(*last_lines)
-        lines = ["some evaluations failed, but the others are complete:", *report.failures]
+        lines = ["some evaluations failed, but the others are complete:", *evaluation.failures]
         raise IncompleteEvaluationError("\n".join(lines))
     return last_lines
 
 
 @dataclass
-class _Report:
-    """Results and report of an evaluation so far. Without an output folder `out`, nothing is written."""
-
-    out: Path | None
-    results: dict[str, Any] = field(default_factory=dict)
-    """Contents of results.json."""
-    verdict: str = ""
-    """Verdict of the last section, which becomes the verdict of the report."""
-    blocks: list[Block] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    """Descriptions of skipped rows and benchmarks."""
-    proposals: list[str] = field(default_factory=list)
-    """Descriptions of the proposals for detection benchmarks."""
-    warnings: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-
-    def save(self, key: str, values: Any) -> None:
-        """Set an entry of results.json, and write the file."""
-        self.results[key] = values
-        if self.out is not None and process_state().is_main_process:
-            text = json.dumps(self.results, indent=1, ensure_ascii=False)
-            atomic_write_text(self.out / "results.json", text)
-
-    def add_caption_retrieval(self, name: str, encoder: TextEncoder, options: EvaluateOptions, log: SkipLog) -> None:
-        """Measure the caption retrieval accuracy of an encoder on `options.captions`, and add it to the report."""
-        metrics = caption_retrieval_accuracy(
-            [record.captions for record in open_table(options.captions, options.columns, log, "unchecked")],
-            encoder,
-            all_pairs=options.all_pairs,
-            num_mistakes=3 if options.mistakes is None else options.mistakes,
-        )
-        self.save("caption retrieval", metrics)
-        blocks = build_caption_retrieval_blocks(name, metrics)
-        self.add_section("Caption retrieval", describe_caption_retrieval(name, metrics), blocks)
-
-    def add_section(self, title: str, verdict: str, blocks: Sequence[Block]) -> None:
-        """Add blocks to the report, and print their tables."""
-        self.verdict = verdict
-        self.blocks += blocks
-        tables = [block for block in blocks if not isinstance(block, Paragraph)] if title == "Results" else blocks
-        print_once(render_markdown(title, tables, verdict))
-
-    def write(self, title: str, run: dict[str, Any], settings: dict[str, Any]) -> Path:
-        """Write results.json, report.md and report.html, and return the path of the page."""
-        assert self.out is not None
-        plain_settings = to_plain_types(settings)
-        self.save("run", run | {"settings": plain_settings})
-        problems = [Paragraph(line, BAD) for line in [*self.warnings, *self.failures]]
-        settings_text = yaml.safe_dump(plain_settings, sort_keys=False, allow_unicode=True)
-        page = self.out / "report.html"
-        run_section = build_run_section(run, settings=settings_text)
-        run_section += [Paragraph(line) for line in self.skipped]
-        write_report(page, title, self.verdict, [*problems, *self.blocks, *run_section])
-        return page
-
-
-@dataclass
-class BenchmarkRun:
+class _BenchmarkRun:
     """An available benchmark with its folder, its skip log and the models' results."""
 
     benchmark: Benchmark
@@ -187,63 +130,113 @@ class BenchmarkRun:
     results: list[BenchmarkResult] = field(default_factory=list)
 
 
-class BenchmarkRunner:
-    """Runner that evaluates models on benchmarks.
+class _Evaluation:
+    """Results and report of an evaluation. Without an output folder, nothing is written, cached or analysed.
 
-    If an evaluation fails, the error is recorded in `failures`, and the remaining evaluations still run. Benchmarks
-    that have no folder in `options.root` are recorded in `missing`.
+    If the evaluation of a model on a benchmark fails, the error is recorded in `failures`, and the others still run.
     """
 
-    def __init__(self, benchmarks: Sequence[Benchmark], log: SkipLog, options: EvaluateOptions) -> None:
-        """`log` is the skip log for the user's data. Without `options.out`, nothing is cached or analysed."""
-        self.runs: list[BenchmarkRun] = []
-        self.missing: list[str] = []
+    def __init__(self, options: EvaluateOptions) -> None:
+        self.out = Path(options.out) if options.out else None
+        self.skipped: list[str] = []  # descriptions of skipped rows and benchmarks
+        self.proposals: list[str] = []  # descriptions of the proposals for detection benchmarks
+        self.warnings: list[str] = []
         self.failures: list[str] = []
         self._options = options
-        self._out = Path(options.out) if options.out else None
+        self._runs: list[_BenchmarkRun] = []
+        self._results: dict[str, Any] = {}  # contents of results.json
+        self._verdict = ""  # of the last section, which becomes the verdict of the report
+        self._blocks: list[Block] = []
         self._is_distributed = process_state().num_processes > 1
+
+    def write(self, title: str, run: dict[str, Any], settings: dict[str, Any]) -> Path:
+        """Write results.json, report.md and report.html, and return the path of the page."""
+        assert self.out is not None
+        plain_settings = to_plain_types(settings)
+        self._save("run", run | {"settings": plain_settings})
+        problems = [Paragraph(line, BAD) for line in [*self.warnings, *self.failures]]
+        settings_text = yaml.safe_dump(plain_settings, sort_keys=False, allow_unicode=True)
+        page = self.out / "report.html"
+        run_section = build_run_section(run, settings=settings_text)
+        run_section += [Paragraph(line) for line in self.skipped]
+        write_report(page, title, self._verdict, [*problems, *self._blocks, *run_section])
+        return page
+
+    def _save(self, key: str, values: Any) -> None:
+        """Set an entry of results.json, and write the file."""
+        self._results[key] = values
+        if self.out is not None and process_state().is_main_process:
+            text = json.dumps(self._results, indent=1, ensure_ascii=False)
+            atomic_write_text(self.out / "results.json", text)
+
+    def _add_section(self, title: str, verdict: str, blocks: Sequence[Block]) -> None:
+        """Add blocks to the report, and print their tables."""
+        self._verdict = verdict
+        self._blocks += blocks
+        tables = [block for block in blocks if not isinstance(block, Paragraph)] if title == "Results" else blocks
+        print_once(render_markdown(title, tables, verdict))
+
+    def measure_caption_retrieval(self, name: str, encoder: TextEncoder, log: SkipLog) -> None:
+        """Measure the caption retrieval accuracy of an encoder, and add it to the report."""
+        options = self._options
+        metrics = caption_retrieval_accuracy(
+            [record.captions for record in open_table(options.captions, options.columns, log, "unchecked")],
+            encoder,
+            all_pairs=options.all_pairs,
+            num_mistakes=3 if options.mistakes is None else options.mistakes,
+        )
+        self._save("caption retrieval", metrics)
+        blocks = build_caption_retrieval_blocks(name, metrics)
+        self._add_section("Caption retrieval", describe_caption_retrieval(name, metrics), blocks)
+
+    def run_benchmarks(self, models: Sequence[str], benchmarks: Sequence[Benchmark], log: SkipLog) -> None:
+        """Evaluate all models on all benchmarks, and add the results to the report.
+
+        Args:
+            log: Skip log for the user's data.
+        """
+        missing = []
         for benchmark in benchmarks:
             try:
-                folder = benchmark.find(Path(options.root))
+                folder = benchmark.find(Path(self._options.root))
             except MissingFileError as error:
-                self.missing.append(_describe_failure(benchmark.name, benchmark, error))
+                missing.append(_describe_failure(benchmark.name, benchmark, error))
                 continue
-            name = f"{len(self.runs)}-{benchmark.name}"
-            benchmark_log = log if benchmark.name == USER_DATA else _make_skip_log(options, name)
-            self.runs.append(BenchmarkRun(benchmark, folder, benchmark_log))
-
-    def evaluate_models(self, models: Sequence[str], report: _Report) -> None:
-        """Evaluate all models on all benchmarks, and add the results to `report`."""
-        for n, name in enumerate(get_display_names(models) if self.runs else []):
+            name = f"{len(self._runs)}-{benchmark.name}"
+            benchmark_log = log if benchmark.name == USER_DATA else _make_skip_log(self._options, name)
+            self._runs.append(_BenchmarkRun(benchmark, folder, benchmark_log))
+        for n, name in enumerate(get_display_names(models) if self._runs else []):
             for _ in self._evaluate_model(models[n], name, is_baseline=n > 0):
-                report.save("results", self._get_summaries())  # so that no results are lost if a later benchmark fails
-        summaries = self._get_summaries()
-        if not summaries:
-            raise ValueError("\n".join(["nothing could be evaluated:", *self.missing, *self.failures]))
-        for run in self.runs:  # the user's data always gets a line
-            if run.log.skipped or run.benchmark.name == USER_DATA:
-                report.skipped.append(f"{run.benchmark.name}: {run.log.summary()}.")
-        if "all" in self._options.benchmarks:  # with "all", missing benchmarks do not count as failures
-            report.skipped += self.missing
-            report.failures = self.failures
-        else:
-            report.failures = self.missing + self.failures
-        for summary in summaries:
-            if summary.get("images trained on"):
-                report.warnings.append(
-                    f"Warning: {summary['model']} was trained on {summary['images trained on']:,} of the images "
-                    f"in {summary['benchmark']}. These results do not predict performance on new images."
-                )
-        with_results = [run for run in self.runs if run.results]
+                self._save("results", self._get_summaries())  # so that no results are lost if a later benchmark fails
+        with_results = [run for run in self._runs if run.results]
+        if not with_results:
+            raise ValueError("\n".join(["nothing could be evaluated:", *missing, *self.failures]))
+        self._collect_messages(missing)
         blocks: list[Block] = []
         for run in with_results:
             blocks += build_benchmark_blocks(run.benchmark, run.results)
-            if "proposals" in run.results[0].summary:
-                description = run.results[0].summary["proposals"]["description"]
-                report.proposals.append(f"{run.benchmark.name}: {description}")
-        blocks += build_short_query_blocks([(run.benchmark, run.results) for run in self.runs])
+        blocks += build_short_query_blocks([(run.benchmark, run.results) for run in self._runs])
         first = with_results[0]
-        report.add_section("Results", describe_results(first.benchmark.name, first.results), blocks)
+        self._add_section("Results", describe_results(first.benchmark.name, first.results), blocks)
+
+    def _collect_messages(self, missing: list[str]) -> None:
+        """Collect descriptions of skipped rows and proposals, and warnings. `missing` are the missing benchmarks."""
+        for run in self._runs:
+            if run.log.skipped or run.benchmark.name == USER_DATA:  # the user's data always gets a line
+                self.skipped.append(f"{run.benchmark.name}: {run.log.summary()}.")
+            if run.results and "proposals" in run.results[0].summary:
+                description = run.results[0].summary["proposals"]["description"]
+                self.proposals.append(f"{run.benchmark.name}: {description}")
+        if "all" in self._options.benchmarks:  # with "all", missing benchmarks do not count as failures
+            self.skipped += missing
+        else:
+            self.failures = missing + self.failures
+        for summary in self._get_summaries():
+            if summary.get("images trained on"):
+                self.warnings.append(
+                    f"Warning: {summary['model']} was trained on {summary['images trained on']:,} of the images "
+                    f"in {summary['benchmark']}. These results do not predict performance on new images."
+                )
 
     def _evaluate_model(self, model: str, name: str, is_baseline: bool) -> Iterator[BenchmarkResult]:
         """Evaluate a model on all benchmarks, and yield each result as soon as it is available.
@@ -254,8 +247,8 @@ class BenchmarkRunner:
             is_baseline: If True, skip the model if it cannot be loaded, and show no example images for it.
         """
         try:
-            cache_dir = self._out / "vectors" if self._out else None
-            embeddings = open_embedding_source(model, self.runs[0].log, cache_dir, self._options.trust_remote_code)
+            cache_dir = self.out / "vectors" if self.out else None
+            embeddings = open_embedding_source(model, self._runs[0].log, cache_dir, self._options.trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
             if not is_baseline or self._is_distributed:  # if only this rank skipped the model, the others would wait
                 raise
@@ -272,7 +265,7 @@ class BenchmarkRunner:
                     raise
                 self.failures.append(f"Skipped {name}: {error}")
         training_images = load_training_image_hashes(model)
-        for run in self.runs:
+        for run in self._runs:
             for n, (source_name, source) in enumerate(sources.items()):
                 source.log = run.log
                 result = self._evaluate_source(run, source, source_name, training_images)
@@ -284,14 +277,14 @@ class BenchmarkRunner:
                     yield result
 
     def _evaluate_source(
-        self, run: BenchmarkRun, embeddings: EmbeddingSource, name: str, training_images: np.ndarray | None
+        self, run: _BenchmarkRun, embeddings: EmbeddingSource, name: str, training_images: np.ndarray | None
     ) -> BenchmarkResult | None:
         """Evaluate one source of embeddings on one benchmark. Record an error in `failures` and return None."""
         benchmark = run.benchmark
         print_once(f"{name}: {benchmark.name}")
         predictions_dir = None
-        if self._out is not None and self._options.save_predictions:
-            predictions_dir = self._out / "predictions" / sanitize_name(benchmark.name) / sanitize_name(name)
+        if self.out is not None and self._options.save_predictions:
+            predictions_dir = self.out / "predictions" / sanitize_name(benchmark.name) / sanitize_name(name)
         try:
             result = _run_benchmark(benchmark, run.folder, embeddings, self._options, predictions_dir)
         except (OSError, ValueError) as error:
@@ -332,7 +325,7 @@ class BenchmarkRunner:
 
     def _analyze_result(self, result: BenchmarkResult, is_baseline: bool) -> None:
         """Analyse errors and draw examples for the report. Then free the memory of images and embeddings."""
-        if self._out is not None and process_state().is_main_process:
+        if self.out is not None and process_state().is_main_process:
             for n, (caption_field, ranks) in enumerate(result.ranks.items()):
                 # With examples for all 36 languages of Crossmodal-3600, the report would contain 2,000 images.
                 with_examples = not is_baseline and n == 0
@@ -345,7 +338,7 @@ class BenchmarkRunner:
 
     def _get_summaries(self) -> list[dict[str, Any]]:
         """Return the entries for "results" in results.json."""
-        return [{"model": result.model, **result.summary} for run in self.runs for result in run.results]
+        return [{"model": result.model, **result.summary} for run in self._runs for result in run.results]
 
 
 def _run_benchmark(

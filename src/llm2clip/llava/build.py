@@ -110,9 +110,6 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
     return model.eval(), processor
 
 
-# ---- vision tower ---------------------------------------------------------------------------------------------------
-
-
 def _convert_tower(tower: VisionTower) -> Any:
     """Copy a tower to a transformers model on the CPU, with float32 weights and in eval mode.
 
@@ -182,9 +179,6 @@ def _resize_position_embeddings(vision: Any, size: int) -> None:
     embeddings.num_patches = num_patches
     embeddings.num_positions = len(new)
     embeddings.register_buffer("position_ids", torch.arange(len(new)).expand((1, -1)), persistent=False)
-
-
-# ---- model and processor --------------------------------------------------------------------------------------------
 
 
 def _add_image_token(tokenizer: Any, llm: Any) -> None:

@@ -147,9 +147,6 @@ class PrecomputedVision(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=last, hidden_states=(pixel_values,))
 
 
-# ---- dataset and batches ---------------------------------------------------------------------------------------------
-
-
 class ConversationDataset(Dataset):
     """Dataset of tokenized, labelled conversations, with images as either pixels or cached patch features."""
 

@@ -126,9 +126,6 @@ def load_llava(source: str, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=False)
 
 
-# ---- cached features ------------------------------------------------------------------------------------------------
-
-
 def _cache_features(
     source: str,
     conversations: Sequence[Conversation],
@@ -162,9 +159,6 @@ def _drop_unusable_conversations(conversations: Sequence[Conversation], store: E
     images = [conversation.image for conversation in conversations if conversation.image is not None]
     in_store = iter(store.find_keys(make_image_keys(images)) >= 0)
     return [conversation for conversation in conversations if conversation.image is None or next(in_store)]
-
-
-# ---- one stage ------------------------------------------------------------------------------------------------------
 
 
 def _train_stage(
@@ -299,9 +293,6 @@ class _LlavaTrainer(TrainingStateMixin, Trainer):
         if self.features is not None:
             prepared["pixel_values"] = self.features(prepared["pixel_values"])
         return prepared
-
-
-# ---- weights --------------------------------------------------------------------------------------------------------
 
 
 def _set_trainable_parts(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:

@@ -30,10 +30,9 @@ CaptionFields = Mapping[str, Sequence[Record]]
 
 @dataclass(frozen=True)
 class CompositionalExample:
-    """Images and captions that a model must match by cosine similarity.
+    """Images and captions that a model must match by cosine similarity. Accuracy is reported for each `kind`.
 
-    Caption i is the correct caption of image i. If there are more captions than images, the remaining captions are
-    wrong for every image. Accuracy is reported for each `kind`.
+    Caption i is the correct caption of image i. Any further captions are wrong for every image.
     """
 
     id: str

@@ -226,8 +226,6 @@ def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_lab
 
 CIFAR10_NAMES, CIFAR100_NAMES = "batches.meta.txt", "fine_label_names.txt"
 
-# ---- compositional benchmarks ---------------------------------------------------------------------------------------
-
 
 def _read_winoground(folder: Path) -> list[CompositionalExample]:
     """Read 400 examples. Each has two images and two captions, which consist of the same words (arXiv 2204.03162).

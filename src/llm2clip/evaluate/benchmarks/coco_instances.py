@@ -236,9 +236,6 @@ def _decompress_run_lengths(data: bytes) -> list[int]:
     return runs
 
 
-# ---- region classification -------------------------------------------------------------------------------------------
-
-
 def make_boxes_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
     """Create a region classification benchmark from the JSON file `name`. See `make_coco_file_benchmark`."""
     return make_coco_file_benchmark(BOXES_PREFIX, name, "regions", partial(_read_boxes, templates=templates))
@@ -277,9 +274,6 @@ def _read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
         templates=templates or get_imagenet_templates(),
         excluded=excluded,
     )
-
-
-# ---- detection -------------------------------------------------------------------------------------------------------
 
 
 def load_ov_coco_classes() -> dict[str, list[str]]:

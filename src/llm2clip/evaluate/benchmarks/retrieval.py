@@ -43,9 +43,6 @@ XTD10_FILES = {
 }
 
 
-# ---- Flickr30k, COCO and Flickr8k ------------------------------------------------------------------------------------
-
-
 def _read_karpathy_json(file: Path, image_dir: Path) -> CaptionFields:
     """Read the test split of Karpathy's `dataset_NAME.json`; see `llm2clip.data.formats.text_files`."""
     images = [KarpathyImage.parse(row) for row in read_json(file)["images"]]
@@ -119,9 +116,6 @@ def _read_flickr8k(folder: Path) -> CaptionFields:
     return {"captions": read_listed_images(names, captions, [image_dir])}
 
 
-# ---- ShareGPT4V, Urban-1k and DOCCI: one long caption per image ------------------------------------------------------
-
-
 def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
     """Read the first `count` objects in a JSON list without reading the rest of the file, which may be gigabytes."""
     with file.open(encoding="utf-8") as stream:
@@ -180,9 +174,6 @@ def _read_docci(folder: Path) -> CaptionFields:
     return {"captions": make_captioned_records(pairs, file)}
 
 
-# ---- captions in other languages -------------------------------------------------------------------------------------
-
-
 def _read_chinese_clip(folder: Path) -> CaptionFields:
     """Read a benchmark in Chinese-CLIP's format (arXiv 2211.01335): {"text", "image_ids"} and "ID<tab>BASE64"."""
     texts, images = folder / "test_texts.jsonl", folder / "test_imgs.tsv"
@@ -218,10 +209,6 @@ def _read_flickr30k_cn(folder: Path) -> CaptionFields:
     if (folder / "test_texts.jsonl").exists():
         return _read_chinese_clip(folder)
     image_dir = _find_image_dir(folder, "flickr30k")
-    file = folder / "flickr30k_cn_test.txt"
-    if file.exists():
-        pairs = [(resolve_image(image_dir, f"{name}.jpg"), texts) for name, texts in read_caption_lines(file).items()]
-        return {"captions_zh": make_captioned_records(pairs, file)}
     test_dir = find_first(folder, "flickr30kzhmbosontest")
     captions = find_first(test_dir, "TextData/seg.flickr30kzhmbosontest.caption.txt", "TextData/*.caption.txt")
     names = find_first(test_dir, "ImageSets/flickr30kzhmbosontest.txt", "ImageSets/*.txt")

@@ -61,9 +61,6 @@ def read_class_names(name: str) -> list[list[str]]:
     return [line.split(", ") for line in with_source if not line.startswith("#")]
 
 
-# ---- the user's images ---------------------------------------------------------------------------------------------
-
-
 def make_segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
     """Create a segmentation benchmark from a folder, or from a JSON file in COCO's format with a "segmentation".
 
@@ -117,9 +114,6 @@ def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationDat
     images = [image_of_stem[file.stem] for file in label_files]
     protocol = _WITH_BACKGROUND if has_background else {}
     return _build_from_files(images, label_files, table, label_dir, names, templates, **protocol)
-
-
-# ---- label files ---------------------------------------------------------------------------------------------------
 
 
 def _make_label_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -> np.ndarray:
@@ -183,9 +177,6 @@ def _build_from_files(
     return SegmentationData(refs, read_labels, names, templates or get_imagenet_templates(), **protocol)
 
 
-# ---- PASCAL VOC and PASCAL-Context ---------------------------------------------------------------------------------
-
-
 def _find_devkit(folder: Path, year: str) -> Path:
     """Return the folder of the VOC release `year` ("VOC2012" or "VOC2010"), which can be `folder` itself."""
     for root in (folder / "VOCdevkit" / year, folder / year, folder):
@@ -233,9 +224,6 @@ def _read_context(folder: Path, with_background: bool) -> SegmentationData:
     if with_background:
         return _build_from_files(*files, table, split_file, [["background"], *names], **_WITH_BACKGROUND)
     return _build_from_files(*files, table, split_file, names)
-
-
-# ---- COCO ----------------------------------------------------------------------------------------------------------
 
 
 def _read_coco_object(folder: Path) -> SegmentationData:
@@ -293,9 +281,6 @@ def _read_coco_stuff(folder: Path) -> SegmentationData:
     values = [value for value in range(182) if value not in _COCO_REMOVED]
     table = _make_label_table({value: label for label, value in enumerate(values)})
     return _build_from_files(images, label_files, table, label_dir, read_class_names("coco_stuff"), scale=2.0)
-
-
-# ---- ADE20K and Cityscapes -----------------------------------------------------------------------------------------
 
 
 def _read_ade20k(folder: Path) -> SegmentationData:
