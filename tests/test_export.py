@@ -250,31 +250,6 @@ def test_onnx_export_and_its_example_give_the_same_embeddings(
     np.testing.assert_allclose(results["images"], images.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("projection", [True, False])
-@torch.no_grad()
-def test_open_clip_export_gives_the_same_image_embeddings_and_nan_for_texts(
-    projection: bool, tmp_path: Path, photos: list[Path]
-) -> None:
-    open_clip = pytest.importorskip("open_clip")
-    tower_config = timm_tower().config
-    tower_config["preprocess"] |= {"crop_pct": 1.0, "size": {"shortest_edge": 76}}
-    tower = VisionTower.from_config(tower_config)
-    model = make_model(tmp_path, tower, projection=projection, embed_dim=16 if projection else tower.feature_dim)
-    export_model(model, "open_clip", tmp_path / "out")
-    exported, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
-    pixels = torch.stack([preprocess(Image.open(path).convert("RGB")) for path in photos])
-    images = exported.eval().encode_image(pixels, normalize=True)
-    assert ((images * model.encode_image(photos)).sum(1) > 0.999).all()
-    assert exported.encode_text(torch.zeros(1, 8, dtype=torch.long)).isnan().all()
-
-
-def test_open_clip_export_requires_a_timm_tower(tmp_path: Path) -> None:
-    pytest.importorskip("open_clip")
-    with pytest.raises(ValueError, match=r"requires a timm vision tower.* --to transformers"):
-        export_model(make_model(tmp_path, hf_tower(tmp_path, "clip_vision_model")), "open_clip", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_export_model_rejects_models_that_the_format_cannot_represent(tmp_path: Path) -> None:
     model = make_model(tmp_path / "max", timm_tower(), text_pooling="max")
     with pytest.raises(ValueError, match="uses 'max' pooling"):

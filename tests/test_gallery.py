@@ -27,7 +27,7 @@ from llm2clip.models import pretrained
 from llm2clip.models.dual_encoder import wrap_llm2clip
 from llm2clip.models.export import export_model
 from llm2clip.models.export.onnx import export_text
-from llm2clip.models.export.pytorch import build_tokenizer
+from llm2clip.models.export.transformers import build_tokenizer
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.pretrained import AssetError, AssetUnavailableError, NpmPackage, resolve_npm_package

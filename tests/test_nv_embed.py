@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from llm2clip.cli import main
-from llm2clip.models.export.pytorch import build_export_model
+from llm2clip.models.export.transformers import build_export_model
 from llm2clip.models.loading import fingerprint
 from llm2clip.models.published_encoders import is_nv_embed, load_nv_embed
 from llm2clip.models.text import latent_attention

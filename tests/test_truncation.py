@@ -18,7 +18,7 @@ from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import open_embedding_source
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder, wrap_llm2clip
-from llm2clip.models.export.pytorch import build_export_model, build_tokenizer
+from llm2clip.models.export.transformers import build_export_model, build_tokenizer
 from llm2clip.models.llm2clip import LLM2CLIP, rotate_to_principal_components, truncate_model
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder

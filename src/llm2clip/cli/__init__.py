@@ -32,7 +32,7 @@ Using a model:
   llm2clip index PHOTOS --model MODEL --out INDEX    make images searchable
   llm2clip search INDEX "a full sentence"    search by text or image
   llm2clip serve --index INDEX          search page and API over HTTP
-  llm2clip export MODEL --to FORMAT --out FOLDER    transformers, sentence-transformers, ONNX, open_clip, gallery
+  llm2clip export MODEL --to FORMAT --out FOLDER    transformers, sentence-transformers, ONNX, gallery
   llm2clip convert CHECKPOINT --out MODEL           import a published LLM2CLIP checkpoint
   llm2clip push MODEL REPO              upload a model to the hub
   llm2clip llava build | train | plan               use the vision tower in a multimodal LLM

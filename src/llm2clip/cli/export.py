@@ -45,7 +45,7 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "export",
         _export,
-        "Export a model to transformers, sentence-transformers, ONNX or open_clip, or an index to a static web page.",
+        "Export a model to transformers, sentence-transformers or ONNX, or an index to a static web page.",
     )
     parser.add_argument("model", type=str, help="Model folder or hub id.")
     parser.add_argument(
@@ -201,7 +201,7 @@ def _push(args: Namespace) -> list[str]:
     from llm2clip.models.loading import find_hub_problem
 
     folder = Path(args.model)
-    if not any((folder / name).is_file() for name in ("config.json", "open_clip_config.json", "text.onnx")):
+    if not any((folder / name).is_file() for name in ("config.json", "text.onnx")):
         raise FileNotFoundError(f"{args.model} is not a model folder: it has no config.json")
     _check_no_home_paths(folder)
     problem = find_hub_problem()

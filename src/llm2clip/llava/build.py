@@ -23,7 +23,7 @@ from torch import nn
 from llm2clip.io_utils import atomic_dir
 from llm2clip.llava import modeling_patches
 from llm2clip.llava.conversations import IMAGE_TOKEN, find_answer_end_token, get_chat_template
-from llm2clip.models.export.pytorch import build_vision_model
+from llm2clip.models.export.transformers import build_vision_model
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import load_config
 from llm2clip.models.model_folder import is_model_folder

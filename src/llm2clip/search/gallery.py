@@ -27,7 +27,7 @@ from safetensors import safe_open
 from llm2clip.io_utils import atomic_dir, format_bytes
 from llm2clip.models.dual_encoder import wrap_llm2clip
 from llm2clip.models.export.onnx import check_onnx_packages, count_final_tokens, export_quantized_text
-from llm2clip.models.export.pytorch import CHECKED_TEXTS, SAMPLE_TEXTS, build_tokenizer
+from llm2clip.models.export.transformers import CHECKED_TEXTS, SAMPLE_TEXTS, build_tokenizer
 from llm2clip.models.llm2clip import LLM2CLIP, truncate_model
 from llm2clip.models.pretrained import ONNXRUNTIME_WEB, TOKENIZERS, resolve_npm_package
 from llm2clip.models.prompts import MAX_TEMPLATE_CHARACTERS

@@ -31,14 +31,13 @@ class ExportFormat:
 
 FORMATS = {
     "transformers": ExportFormat(
-        "pytorch:export_transformers", 'AutoModel.from_pretrained("{out}", trust_remote_code=True)'
+        "transformers:export_transformers", 'AutoModel.from_pretrained("{out}", trust_remote_code=True)'
     ),
     "sentence-transformers": ExportFormat(
-        "pytorch:export_sentence_transformers", 'SentenceTransformer("{out}", trust_remote_code=True)'
+        "transformers:export_sentence_transformers", 'SentenceTransformer("{out}", trust_remote_code=True)'
     ),
-    "vision": ExportFormat("pytorch:export_vision", 'AutoModel.from_pretrained("{out}")'),
+    "vision": ExportFormat("transformers:export_vision", 'AutoModel.from_pretrained("{out}")'),
     "onnx": ExportFormat("onnx:export_onnx", 'onnxruntime.InferenceSession("{out}/text.onnx"), see {out}/USE.md'),
-    "open_clip": ExportFormat("pytorch:export_open_clip", 'open_clip.create_model_and_transforms("local-dir:{out}")'),
 }
 
 

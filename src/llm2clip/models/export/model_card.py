@@ -76,8 +76,6 @@ def _render_front_matter(folder: Path, model_type: str, license: str | None) -> 
     task = "zero-shot-image-classification"
     if (folder / "text.onnx").is_file():
         library = "onnx"
-    elif (folder / "open_clip_config.json").is_file():
-        library = "open_clip"
     elif model_type == "llm2clip":
         library = "llm2clip"
     else:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm2clip.io_utils import install_command
-from llm2clip.models.export.pytorch import (
+from llm2clip.models.export.transformers import (
     MIN_COSINE,
     SAMPLE_TEXTS,
     build_tokenizer,
