@@ -34,16 +34,10 @@ OPEN_CLIP_PREFIX = "open_clip:"
 
 @dataclass(frozen=True)
 class _TextPreprocessing:
-    """Text preprocessing that a model type requires.
+    """Text preprocessing that a model type requires."""
 
-    Attributes:
-        context_length: maximum text length in training, in tokens. If None, the number of position embeddings.
-        fully_padded: True if training texts were padded to the context length and no attention mask was used.
-        lower_case: True if training texts were lower-cased.
-    """
-
-    context_length: int | None = None
-    fully_padded: bool = False
+    context_length: int | None = None  # maximum text length in tokens; if None, the number of position embeddings
+    fully_padded: bool = False  # training texts were padded to the context length, and no attention mask was used
     lower_case: bool = False
 
 
@@ -140,12 +134,10 @@ def load_clip_text_encoder(
     Args:
         path: for transformers, a folder or hub id. For open_clip, `open_clip:NAME/PRETRAINED`, `open_clip:FOLDER`
             (folder saved by open_clip) or `open_clip:hf-hub:ID`.
-        trust_remote_code: if True, allow Python code that comes with the model to run.
 
     Raises:
         ValueError: the model's type is not supported, the model comes with its own code and `trust_remote_code` is
             False, or `path` names an open_clip architecture without weights.
-        ImportError: open_clip is required but not installed.
         OSError: the model does not exist.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")

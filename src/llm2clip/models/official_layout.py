@@ -3,14 +3,10 @@
 Code in a checkpoint is never executed. Weights are read from safetensors files, or from pickle files with
 `weights_only=True`. The official checkpoints have four naming schemes, called layouts:
 
-- "hf" is a transformers checkpoint. It contains OpenAI's CLIP vision tower (with transformers' tensor names), a
-  projection without bias, and an adapter.
-- "openai" is a state dict with the same tower, projection and adapter, but the tower has the original CLIP code's
-  tensor names. These names are converted to the "hf" names on loading.
-- "eva" is a state dict from the EVA-CLIP code. It contains an EVA-02 tower (whose tensor names differ from timm's), a
-  projection with bias, and an adapter with the same architecture.
-- "siglip2" is a state dict with a timm SigLIP 2 tower and an adapter. There is no projection: the image embedding is
-  the tower's output.
+- "hf": OpenAI's CLIP vision tower with transformers' tensor names, a projection without bias, and an adapter.
+- "openai": the same tensors, with the names in the original CLIP code, which are converted to the "hf" names.
+- "eva": an EVA-02 tower with the names in the EVA-CLIP code, a projection with bias, and an adapter.
+- "siglip2": a timm SigLIP 2 tower and an adapter. There is no projection: the image embedding is the tower's output.
 
 The layout is detected from the tensor names alone.
 """
@@ -92,12 +88,6 @@ def select_weights_file(names: list[str], source: str) -> str:
 def _load_weights(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    if _is_torchscript(path):
-        raise ValueError(
-            f"{path} is a TorchScript archive, which contains code. If you trust the file, extract the tensors: "
-            f"safetensors.torch.save_file(torch.jit.load({str(path)!r}, map_location='cpu').state_dict(), "
-            "'model.safetensors')"
-        )
     try:
         # Some checkpoints also contain an LLM. With mmap, tensors that are not needed are never read from disk.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -107,22 +97,16 @@ def _load_weights(path: Path) -> dict[str, Any]:
             f"extract the state dict and save it with safetensors.torch.save_file ({_get_first_line(error)})"
         ) from error
     except Exception as error:  # for a corrupt file, torch can raise almost any type of exception
-        raise ValueError(f"{path} is corrupt or incomplete ({_get_first_line(error)})") from error
+        raise ValueError(
+            f"{path} is corrupt, incomplete or a TorchScript archive, whose state dict you must save with "
+            f"safetensors.torch.save_file first ({_get_first_line(error)})"
+        ) from error
     for key in ("state_dict", "module", "model"):  # keys under which training scripts save the state dict
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise ValueError(f"{path} contains a {type(content).__name__}, not a mapping from names to tensors")
     return dict(content)
-
-
-def _is_torchscript(path: Path) -> bool:
-    # Such archives, written by `torch.jit.save`, are the original checkpoints of CLIP.
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
-        return False
 
 
 def _get_first_line(error: Exception) -> str:

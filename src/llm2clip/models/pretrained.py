@@ -136,7 +136,7 @@ def resolve_npm_package(package: NpmPackage) -> Path:
     with tempfile.TemporaryDirectory(prefix=".npm-", dir=target.parent) as downloads:
         with console.status(f"{package.name}: downloading ({package.size_mb:.1f} MB)"):
             archive = _download_npm_package(package, Path(downloads), target)
-        _check_sha512(package, archive)
+        _check_hash(package.name, archive, "sha512", base64.b64decode(package.sha512))
         _build_in_cache(target, lambda folder: _extract_npm_package(package, archive, folder))
     _print_license(console, f"{package.name} {package.version}: downloaded to {target}", package.license)
     return target
@@ -158,11 +158,13 @@ def _print_license(console: Console, message: str, license: str) -> None:
     console.print(f"{message}. License: {license}", soft_wrap=True, highlight=False)
 
 
-def _check_hash(name: str, file: Path, algorithm: str, actual: str, expected: str) -> None:
+def _check_hash(name: str, file: Path, algorithm: str, expected: bytes) -> None:
+    with file.open("rb") as stream:
+        actual = hashlib.file_digest(stream, algorithm).digest()
     if actual != expected:
         raise AssetError(
-            f"{name}: {file.name} has {algorithm} {actual}, expected {expected}. The file was changed in the registry "
-            "or in transit, so it is not used"
+            f"{name}: {file.name} has the {algorithm} hash {actual.hex()}, expected {expected.hex()}. The file was "
+            "changed in the registry or in transit, so it is not used"
         )
 
 
@@ -196,13 +198,6 @@ def _get_last_lines(output: str) -> str:
     return "\n".join(output.strip().splitlines()[-6:])
 
 
-def check_sha256(file: Path, asset_name: str, wheel: Wheel) -> None:
-    """Raise AssetError if a downloaded wheel does not match its pinned hash."""
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    _check_hash(asset_name, file, "SHA-256", digest, wheel.sha256)
-
-
 def _download_and_build(asset: Asset, target: Path) -> None:
     start = time.perf_counter()
     console = Console(stderr=True)
@@ -212,7 +207,7 @@ def _download_and_build(asset: Asset, target: Path) -> None:
         with console.status(f"{asset.name}: downloading {asset.description} ({asset.size_mb:.1f} MB)"):
             for n, wheel in enumerate(asset.wheels):
                 file = download_wheel(asset.name, wheel, Path(downloads) / f"wheel-{n}")
-                check_sha256(file, asset.name, wheel)
+                _check_hash(asset.name, file, "sha256", bytes.fromhex(wheel.sha256))
                 archives.append(stack.enter_context(zipfile.ZipFile(file)))
         with console.status(f"{asset.name}: preparing files"):
             is_built = _build_in_cache(target, lambda folder: asset.build(archives, folder))
@@ -267,12 +262,6 @@ def _download_npm_package(package: NpmPackage, folder: Path, target: Path) -> Pa
             f"Check the network and npm's registry with `npm view {requirement}`. {advice}"
         )
     return archives[0]
-
-
-def _check_sha512(package: NpmPackage, archive: Path) -> None:
-    with archive.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha512").digest()
-    _check_hash(package.name, archive, "SHA-512", base64.b64encode(digest).decode(), package.sha512)
 
 
 def _extract_npm_package(package: NpmPackage, archive: Path, folder: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm2clip.io_utils import atomic_dir
 
@@ -18,15 +18,12 @@ if TYPE_CHECKING:
 class ExportFormat:
     """Format of another library to which a model can be exported.
 
-    Attributes:
-        function: module and name of the export function. It takes a model and an empty folder, writes the model to the
-            folder, and returns a list of messages for the user, or None. The module is imported only when needed, so
-            that the command line can list the formats without importing PyTorch.
-        load_code: example code that loads the exported folder {out}.
+    The function takes a model and an empty folder, writes the model to the folder, and returns a list of messages for
+    the user, or None. It is imported only when needed, so that the command line can list the formats without PyTorch.
     """
 
-    function: str
-    load_code: str
+    function: str  # module and name
+    load_code: str  # example code that loads the exported folder {out}
 
 
 FORMATS = {
@@ -55,7 +52,6 @@ def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False, 
     Raises:
         ValueError: the format is unknown, or cannot represent the model.
         FileExistsError: `out` exists.
-        ImportError: a library that the format requires is not installed.
     """
     if to not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)} (got {to!r})")
@@ -66,10 +62,9 @@ def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False, 
     if Path(out).exists():
         raise FileExistsError(f"{out} exists: choose another folder")
     export: Callable[..., list[str] | None] = resolve_name(f"{__name__}.{FORMATS[to].function}")
-    options: dict[str, Any] = {"int8": True} if int8 else {}
     if dim is not None:
         from llm2clip.models.llm2clip import truncate_model
 
         model = truncate_model(model, dim)
     with atomic_dir(out) as folder:
-        return export(model, folder, **options) or []
+        return (export(model, folder, int8=True) if int8 else export(model, folder)) or []

@@ -68,7 +68,6 @@ class VisionTower(nn.Module):
     """Vision encoder that maps images of shape (N, 3, S, S) to pooled features of shape (N, feature_dim).
 
     Attributes:
-        backbone: timm or transformers module with all parameters.
         config: JSON-serialisable dict from which `from_config` rebuilds the architecture.
         preprocess: image preprocessing. `preprocess.size` is S.
         freeze_norm: if True, batch norms stay in eval mode during training. In training mode, small batches would
@@ -106,7 +105,7 @@ class VisionTower(nn.Module):
                 folder saved by either library, a hub id (with a slash), the name of a timm model, or the name of a
                 model that `llm2clip` can download (see `models/pretrained.py`).
             image_size: image size in pixels. Default: the tower's training resolution.
-            pretrained: if True, load the pretrained weights. If False, initialise the weights randomly.
+            pretrained: if False, initialise the weights randomly.
 
         Raises:
             ValueError: the model is not supported.
