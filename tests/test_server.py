@@ -711,7 +711,7 @@ def test_server_returns_429_when_the_queue_is_full(dual_encoder: DualEncoder) ->
     with paused_server(dual_encoder, max_queue=4, batch_size=1) as (model, post, service):
         accepted = [post(f"{n}") for n in range(4)]
         assert model.started.wait(HANG_TIMEOUT)
-        wait_until(lambda: service._embedders.waiting == 4)
+        wait_until(lambda: service.embedders.waiting == 4)
         rejected = post("4").result()
         assert rejected.status_code == 429 and rejected.headers["retry-after"]
         model.resume()
@@ -751,7 +751,7 @@ def test_searches_that_timed_out_do_not_pile_up(dual_encoder: DualEncoder, backe
             return []
 
     app = create_patient_app(dual_encoder, PausedBackend(backend.folder), timeout=0.5, max_queue=6, batch_size=2)
-    searchers = app.state.service._searchers
+    searchers = app.state.service.searchers
     with TestClient(app, base_url=BASE_URL) as client, ThreadPoolExecutor(6) as clients:
 
         def post(number: int) -> Any:
@@ -777,7 +777,7 @@ def test_server_returns_429_when_too_many_searches_wait(dual_encoder: DualEncode
             return []
 
     app = create_patient_app(dual_encoder, PausedBackend(backend.folder), max_queue=3)
-    searchers = app.state.service._searchers
+    searchers = app.state.service.searchers
     with TestClient(app, base_url=BASE_URL) as client, ThreadPoolExecutor(3) as clients:
         try:
             accepted = [clients.submit(client.post, "/search", json={"texts": [f"{n}"]}) for n in range(3)]

@@ -39,16 +39,27 @@ NO_RESULTS = "No results: the index is empty, or no image matches the filters."
 
 def add_commands(commands: Commands) -> None:
     """Add this module's commands."""
-    sub = commands.add("index", _index, "Build or update an image index for `search` and `serve`.")
+    _add_index_arguments(commands.add("index", _index, "Build or update an image index for `search` and `serve`."))
+    sub = commands.add(
+        "search", _search, "Search an index by text (in any language that the model supports) and by image."
+    )
+    sub.add_argument("index", type=str, help="Index folder or URL.")
+    _add_query_arguments(sub)
+    for name, condition in CONDITIONS.items():
+        example = ", given as a date or time such as 2024-05-31" if condition.kind.endswith("time") else ""
+        value_type = PositiveInt if condition.kind == "number" else str
+        sub.add_argument(f"--{name}", type=value_type, help=f"Only images {condition.description}{example}.")
+    sub.add_argument("--model", type=str, help="Model that built the index. Needed only if the model folder was moved.")
+    _add_output_arguments(sub)
+
+
+def _add_index_arguments(sub: ArgumentParser) -> None:
     sub.add_argument("data", nargs="+", type=str, help="Image sources, with or without captions.")
     sub.add_argument(
         "--model", type=str, required=True, help="Model folder, or any other model that `evaluate` accepts."
     )
     sub.add_argument(
-        "--out",
-        type=str,
-        required=True,
-        help="Index folder or postgresql://USER@HOST/DATABASE?schema=NAME.",
+        "--out", type=str, required=True, help="Index folder or postgresql://USER@HOST/DATABASE?schema=NAME."
     )
     sub.add_argument(
         "--dim",
@@ -94,10 +105,8 @@ def add_commands(commands: Commands) -> None:
         "1,000,000 for a folder, 100,000 for PostgreSQL.",
     )
 
-    sub = commands.add(
-        "search", _search, "Search an index by text (in any language that the model supports) and by image."
-    )
-    sub.add_argument("index", type=str, help="Index folder or URL.")
+
+def _add_query_arguments(sub: ArgumentParser) -> None:
     sub.add_argument("texts", nargs="*", type=str, default=[], help="What the images should show.")
     sub.add_argument("--images", nargs="+", type=str, default=[], help="Images that the results should resemble.")
     sub.add_argument("--negative", nargs="+", type=str, default=[], help="What the images should not show.")
@@ -123,11 +132,9 @@ def add_commands(commands: Commands) -> None:
         type=str,
         help="Model that sorts the first 50 results again, using the image files: any model that `evaluate` accepts.",
     )
-    for name, condition in CONDITIONS.items():
-        example = ", given as a date or time such as 2024-05-31" if condition.kind.endswith("time") else ""
-        value_type = PositiveInt if condition.kind == "number" else str
-        sub.add_argument(f"--{name}", type=value_type, help=f"Only images {condition.description}{example}.")
-    sub.add_argument("--model", type=str, help="Model that built the index. Needed only if the model folder was moved.")
+
+
+def _add_output_arguments(sub: ArgumentParser) -> None:
     sub.add_argument(
         "--json",
         action="store_true",

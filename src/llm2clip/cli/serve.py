@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from llm2clip.cli.checks import check_index, check_port, resolve_model
-from llm2clip.cli.commands import Commands, Port
+from llm2clip.cli.commands import ArgumentParser, Commands, Port
 from llm2clip.cli.search import add_templates_argument, make_query_templates
 from llm2clip.io_utils import install_command
 
@@ -53,6 +53,10 @@ def add_commands(commands: Commands) -> None:
         help="Other websites whose pages may use the API, such as https://example.org.",
     )
     sub.add_argument("--access_log", action="store_true", help="Write one JSON object per request to standard error.")
+    _add_model_arguments(sub)
+
+
+def _add_model_arguments(sub: ArgumentParser) -> None:
     sub.add_argument(
         "--rerank",
         type=str,

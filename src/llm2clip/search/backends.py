@@ -47,13 +47,7 @@ Query = Callable[[str, Mapping[str, Any]], list[tuple[Any, ...]]]
 
 @dataclass
 class SqlConditions:
-    """SQL conditions of a filter, and their parameters.
-
-    Args:
-        images: Conditions on a row of `images`.
-        captions: Condition on the captions of a row of `images`, or None.
-        contents: Conditions on a row of `contents`.
-    """
+    """SQL conditions of a filter on rows of `images`, on the captions of such a row, and on rows of `contents`."""
 
     images: list[str] = field(default_factory=list)
     captions: str | None = None
@@ -64,10 +58,9 @@ class SqlConditions:
 class Backend(ABC):
     """Base class of indexes, which store images and search them by embedding.
 
-    Methods of backends on a server raise IndexUnavailableError if the server does not respond.
-
     The tables `contents`, `thumbnails`, `images`, `metadata`, `calibration` and `recognized_texts` are the same in all
-    backends. Statements that all databases understand are in this class.
+    backends. Statements that all databases understand are in this class. Methods raise IndexUnavailableError if the
+    database cannot be read.
     """
 
     # Condition for rows whose value is in the JSON list :ids. It is one parameter, so that databases compile and cache
@@ -78,10 +71,7 @@ class Backend(ABC):
 
     @abstractmethod
     def lock(self) -> AbstractContextManager[None]:
-        """Return a context manager that prevents other runs from writing to the index.
-
-        Entering the context raises FolderInUseError if another run holds the lock.
-        """
+        """Prevent other runs from writing to the index. Raise FolderInUseError if another run holds the lock."""
 
     @abstractmethod
     def metadata(self) -> dict[str, Any]:
@@ -96,14 +86,8 @@ class Backend(ABC):
     def initialize(self, metadata: Mapping[str, Any]) -> None:
         """Store the metadata and prepare the backend for adding images."""
 
-    def repair_words(self) -> None:  # noqa: B027
-        """Rebuild the tables for word search if they are corrupt. By default, the database repairs them itself."""
-
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
-        """Return the states of the images that were indexed from the given sources, keyed by image name.
-
-        Images from other sources are also included if their path is inside one of the given sources.
-        """
+        """Return the states of the images from the given sources or inside their paths, keyed by image name."""
         states = {}
         for source in sources:
             condition, parameters = self._make_source_condition(source)
@@ -119,9 +103,9 @@ class Backend(ABC):
 
     @abstractmethod
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        """Add images and their contents. An image replaces any existing image of the same name.
+        """Add contents, and pairs of image and content hash, in one transaction.
 
-        Each image is paired with its content hash. Everything is added in one transaction.
+        An image replaces any existing image of the same name.
         """
 
     @abstractmethod
@@ -133,10 +117,7 @@ class Backend(ABC):
         """Complete an indexing run. Call this after all images have been added and removed."""
 
     def contents_without_text(self, sources: Sequence[str]) -> list[tuple[bytes, IndexedImage]]:
-        """Return the contents in which no text has been recognised yet, as pairs of content hash and image.
-
-        Only images that `indexed` returns for the sources are included.
-        """
+        """Return content hash and image of the contents in which no text has been recognised yet, as in `indexed`."""
         missing: dict[bytes, IndexedImage] = {}
         for source in sources:
             condition, parameters = self._make_source_condition(source)
@@ -183,20 +164,15 @@ class Backend(ABC):
     ) -> list[Hit]:
         """Return the images that match a filter, most similar to the query vector first.
 
-        Images whose texts contain all words of the query are ranked higher (see `search.words`). Their scores are
-        cosine similarities, so the scores of the hits are then not sorted.
-
-        Without a query vector, return the newest images first. If several files of an image match the filter, the
-        latest of their capture times is used. Images with equal times are ordered by id.
+        Images whose texts contain all words of the query are ranked higher (see `search.words`), so the scores of the
+        hits, which are cosine similarities, are then not sorted. Without a query vector, return the newest images
+        first. If several files of an image match the filter, the latest of their capture times is used. Equal times are
+        ordered by id.
 
         Args:
             vector: L2-normalised query vector of shape (D,), float32, or None.
-            count: Maximum number of hits.
             offset: Number of hits to skip.
             words: Texts of the query, for word search. Used only with a query vector.
-
-        Raises:
-            WordIndexError: The tables for word search are corrupt.
         """
         query = WordQuery() if vector is None else WordQuery.parse(words)
 
@@ -229,7 +205,6 @@ class Backend(ABC):
         matched: Mapping[int, tuple[str, ...]],
         image_filter: Filter,
     ) -> list[Hit]:
-        """Return the hits with the given content ids. Skip contents that another process has just removed."""
         names = [item.name for item in CONTENT_FIELDS]
         rows = run(
             "SELECT id, (SELECT count(*) FROM images WHERE content = contents.id), "
@@ -260,14 +235,10 @@ class Backend(ABC):
         """Return the number of distinct images that match a filter."""
 
     def vector(self, hit_id: str) -> np.ndarray | None:
-        """Return a hit's embedding as a float32 array of shape (D,), or None if the id is unknown."""
         return self.vectors([hit_id]).get(hit_id)
 
     def vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return the embeddings of several hits in the given order, as float32 arrays of shape (D,).
-
-        Unknown ids are skipped.
-        """
+        """Return the embeddings of hits in the given order, of shape (D,), float32. Unknown ids are skipped."""
         ids = [parse_content_id(hit_id) for hit_id in hit_ids]
         vectors = self._read(lambda run: self._fetch_vectors(run, ids))
         return {hit_id: vectors[i] for hit_id, i in zip(hit_ids, ids, strict=True) if i in vectors}
@@ -354,17 +325,11 @@ class Backend(ABC):
     def _find_nearest(
         self, run: Query, vector: np.ndarray, depth: int, image_filter: Filter
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of the `depth` contents most similar to a vector, and their cosine similarities.
-
-        Both arrays have shape (K,). The ids are int64.
-        """
+        """Return the int64 ids of the `depth` contents most similar to a vector, and their cosine similarities."""
 
     @abstractmethod
     def _find_word_matches(self, run: Query, query: WordQuery, image_filter: Filter) -> np.ndarray:
-        """Return the ids of the contents that contain all words of a query, best first, int64 of shape (K,).
-
-        At most MAX_FUSED ids, and none if too many images contain all words.
-        """
+        """Return the ids of at most MAX_FUSED contents with all words, best first. None if too many images match."""
 
     @abstractmethod
     def _read_word_fields(self, run: Query, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
@@ -399,14 +364,12 @@ class Backend(ABC):
         return text
 
     def _image_to_row(self, image: IndexedImage) -> dict[str, Any]:
-        """Return an image's values for IMAGE_COLUMNS."""
         row = {"name": image.name, "location": ref_to_json(image.ref), "source": image.source}
         row |= {"file_version": image.file_version, "captions": json.dumps(image.captions)}
         row |= read_columns(image, IMAGE_FIELDS)
         return {name: self._encode(value) if isinstance(value, str) else value for name, value in row.items()}
 
     def _image_from_row(self, row: Sequence[Any]) -> IndexedImage:
-        """Return the image with the given values of IMAGE_COLUMNS."""
         values: dict[str, Any] = {}
         for name, value in zip(IMAGE_COLUMNS, row, strict=True):
             if not name.startswith("folded_"):
@@ -427,7 +390,7 @@ def open_backend(location: str, write: bool = False, approximate_above: int | No
     """Open the index in a local folder or at a URL of the form URL_FORM.
 
     Args:
-        write: If True, open the index for writing, and create it if it does not exist.
+        write: If True, create the index if it does not exist.
         approximate_above: Minimum number of distinct images for approximate search. Default: 1,000,000 for a folder,
             100,000 for PostgreSQL.
 
@@ -448,7 +411,6 @@ def open_backend(location: str, write: bool = False, approximate_above: int | No
 
 
 def get_backend_name(location: str) -> str:
-    """Return the name of the backend for an index location. Raise ValueError if the URL scheme is unknown."""
     scheme, separator, _ = location.partition("://")
     if not separator:
         return "sqlite"

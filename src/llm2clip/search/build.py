@@ -41,10 +41,7 @@ CHUNK = 8192  # number of images to read and hash before embedding the new ones
 
 @dataclass
 class IndexReport:
-    """Numbers of images added, changed, removed and embedded by an indexing run. Identical files are embedded once.
-
-    `read` is the number of distinct images in which text was recognised or searched for, or None without `--ocr`.
-    """
+    """Numbers of images added, changed, removed, embedded, and read for text (None without `--ocr`)."""
 
     added: int = 0
     changed: int = 0
@@ -68,16 +65,14 @@ class IndexOptions:
     """Options of `build_index`.
 
     Args:
-        columns: Name of the source column for each llm2clip field.
         batch_size: Number of images per forward pass and per commit.
         workers: Number of image decoding processes. For the default, see `iter_image_batches`.
         prune: If True, remove deleted images from the index even if a source is missing or empty, or many of its images
             no longer exist. If False, these cases raise an error.
         allow_outside: If True, also index images outside their source's folder (see `scan_source`).
-        dim: Number of dimensions to which embeddings are truncated. Default: that of the index, or the model's own for
-            a new index.
+        dim: Number of dimensions to which embeddings are truncated. Default: that of the index, or of the model.
         relevance: If True, calibrate the relevance of hits (see `search.relevance`). If False, remove the calibration.
-        recognize: Function that recognises the text in an image (see `search.ocr`). Default: no text recognition.
+        recognize: Function that recognises the text in an image (see `search.ocr`), or None.
     """
 
     columns: dict[str, str] = field(default_factory=dict)
@@ -105,9 +100,8 @@ def build_index(
 
     Raises:
         FolderInUseError: Another run is writing to the index.
-        ValueError: The index was built with a different model or number of dimensions, the model has fewer than
-            `options.dim` dimensions, or many of a source's images no longer exist. In the last case, new images have
-            been added, but none have been removed.
+        ValueError: The index was built with a different model or number of dimensions, or many of a source's images no
+            longer exist. In the last case, new images have been added, but none have been removed.
         OSError: A source does not exist, or a folder cannot be listed.
         TooManySkipped: Too many images cannot be read.
     """
@@ -179,12 +173,10 @@ def _prepare_backend(backend: Backend, model: DualEncoder, dim: int | None) -> D
     else:
         model = model if dim is None else model.truncate(dim)
         backend.initialize(_describe_model(model))
-    backend.repair_words()
     return model
 
 
 def _check_deleted_fraction(source: str, indexed: Mapping[str, ImageState], deleted: set[str]) -> None:
-    """Raise ValueError if a source has lost more images than MAX_DELETED and MAX_DELETED_FRACTION allow."""
     missing = [name for name in indexed if name in deleted]
     if len(missing) > max(MAX_DELETED, MAX_DELETED_FRACTION * len(indexed)):
         raise ValueError(
@@ -203,11 +195,7 @@ def _describe_model(model: DualEncoder) -> dict[str, Any]:
 
 
 def truncate_to_index(metadata: Mapping[str, Any], model: DualEncoder) -> DualEncoder:
-    """Return the model, truncated to the number of dimensions of an index.
-
-    Raises:
-        ValueError: The index was built with a different model, whose embeddings are not comparable.
-    """
+    """Return the model, truncated to the dimensions of an index. Raise ValueError if it is a different model."""
     if metadata["embed_dim"] < model.embed_dim:
         model = model.truncate(metadata["embed_dim"])
     check_model(metadata, model)
@@ -217,9 +205,8 @@ def truncate_to_index(metadata: Mapping[str, Any], model: DualEncoder) -> DualEn
 def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
     """Raise ValueError if an index was built with a different model, whose embeddings are not comparable.
 
-    A model with the same image encoder but a different text encoder, such as a student made by `llm2clip distill`, can
-    use the index. In this case, print a message. Indexes of models without separate encoders have a fingerprint of the
-    entire model, and work only with this model.
+    A model with the same image encoder and another text encoder, such as a student made by `llm2clip distill`, can use
+    the index. Indexes of models without separate encoders have a fingerprint of the entire model.
     """
     parts = model.part_fingerprints if "image_fingerprint" in metadata else None
     if parts is not None:
@@ -240,7 +227,6 @@ def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
 
 
 def _parse_source(text: str, columns: dict[str, str]) -> Source:
-    """Parse a source, and make its path absolute."""
     source = Source.parse(text)
     path = source.path
     if is_remote(path):
@@ -262,7 +248,7 @@ def _is_unchanged_file(name: str, version: str, folders: Sequence[str]) -> bool:
 def _add_images(
     images: Sequence[IndexedImage], model: DualEncoder, backend: Backend, log: SkipLog, options: IndexOptions
 ) -> tuple[set[str], int]:
-    """Add images to the index. Return the names of all added images and the number of new embeddings."""
+    """Return the names of all added images and the number of new embeddings."""
     added: set[str] = set()
     embedded = 0
     for start in range(0, len(images), CHUNK):
@@ -280,11 +266,7 @@ def _add_images(
 def _read_images(
     images: Sequence[IndexedImage], backend: Backend, log: SkipLog
 ) -> tuple[list[tuple[IndexedImage, bytes]], dict[bytes, list[IndexedImage]]]:
-    """Read and hash image files.
-
-    Returns:
-        Pairs of image and content hash for content that is already in the index, and all other images by content hash.
-    """
+    """Return pairs of image and hash for content that is already in the index, and all other images by hash."""
     readable: list[tuple[IndexedImage, bytes]] = []
     for image in ProgressBar(images, desc="read", unit="image"):
         digest, described = read_digest_and_metadata(image, log)
@@ -360,11 +342,8 @@ def scan_source(
     """Yield the images of a source with an absolute path, without decoding them.
 
     By default, images outside the source's folder are skipped. All users of a server can see the images in its index,
-    so a caption file or symbolic link in an untrusted source could otherwise expose private images.
-
-    Args:
-        prune: If True, treat a missing source as empty.
-        allow_outside: If True, also yield images outside the source's folder.
+    so a caption file or symbolic link in an untrusted source could otherwise expose private images. With `prune`, a
+    missing source is treated as empty.
 
     Raises:
         FileNotFoundError: `prune` is False, and the source does not exist or has no images.
@@ -408,10 +387,9 @@ def scan_source(
 
 
 def _find_source_folder(source: str) -> str:
-    """Return the folder that must contain the source's images, with symbolic links resolved.
+    """Return the folder that must contain the images: the last folder in the path of the source.
 
-    This is the source itself, or the last existing folder of the path of a file or glob pattern. For files in a folder
-    named `annotations`, such as COCO's caption files, it is the parent of `annotations`, which contains the images.
+    For files in a folder `annotations`, such as COCO's caption files, it is the parent of `annotations`.
     """
     folder = os.path.abspath(source)
     while not os.path.isdir(folder):

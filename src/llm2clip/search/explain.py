@@ -35,14 +35,6 @@ UNSPACED_WORDS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class QueryWord:
-    """A word of a query.
-
-    Args:
-        text_index: Index of the text that contains the word.
-        start, end: Character offsets of the word in this text.
-        effect: Score with the full query minus the score without the word.
-    """
-
     text: str
     text_index: int
     start: int
@@ -111,7 +103,6 @@ def explain_hit(
 
 
 def find_words(texts: Sequence[str]) -> list[QueryWord]:
-    """Return the first MAX_WORDS words of several texts."""
     words: list[QueryWord] = []
     for index, text in enumerate(texts):
         for start, end in _iterate_words(text):
@@ -122,7 +113,6 @@ def find_words(texts: Sequence[str]) -> list[QueryWord]:
 
 
 def _iterate_words(text: str) -> Iterator[tuple[int, int]]:
-    """Yield the start and end of each word in a text."""
     for token in re.finditer(r"\S+", text):
         if UNSPACED.search(token[0]):
             for part in UNSPACED_WORDS.finditer(token[0]):
@@ -167,7 +157,6 @@ def compute_heatmap(dense: DenseEncoder, pixels: Tensor, query: np.ndarray, vari
     """Return the cosine similarity between a query and each image cell, as a float32 array of shape (h, w).
 
     Args:
-        dense: Dense encoder of the model that embedded the query.
         pixels: Image of shape (3, H, W), uint8, resized by `dense.resize`, usually to `dense.localization_size`.
         query: L2-normalised query vector of shape (D,), float32.
         variant: Variant of the dense features. Default: `dense.localization_variant`.
@@ -216,12 +205,7 @@ def locate_query(
 
 
 def draw_heatmap(image: Tensor, heatmap: np.ndarray) -> bytes:
-    """Darken the parts of an image that are least similar to the query. Return a small JPEG.
-
-    Args:
-        image: Image of shape (3, H, W), uint8.
-        heatmap: Cosine similarity of each cell, of shape (h, w), mapped linearly to a brightness of DARKEST to 1.
-    """
+    """Darken the parts of an image of shape (3, H, W) that are least similar to the query. Return a small JPEG."""
     small = shrink_image(image, IMAGE_SIDE)
     cells = torch.from_numpy(heatmap).float()
     spread = cells.max() - cells.min()

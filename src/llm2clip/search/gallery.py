@@ -158,7 +158,7 @@ def check_gallery_size(index: str, backend: Backend, text_parameters: int, max_m
 
 
 def _write_images(backend: Backend, folder: Path, with_private: bool) -> list[list[Any]]:
-    """Write thumbnails and vectors. Return the file name, caption and details of each image, newest first."""
+    """Return the file name, caption and details of each image, newest first."""
     (folder / "thumbnails").mkdir()
     images: list[list[Any]] = []
     vectors = []
@@ -180,7 +180,6 @@ def _write_images(backend: Backend, folder: Path, with_private: bool) -> list[li
 
 
 def iterate_hits(backend: Backend) -> Iterator[Hit]:
-    """Yield all image contents of an index, newest first."""
     offset = 0
     while hits := backend.search(None, HITS_PER_READ, Filter(), offset):
         yield from hits
@@ -188,10 +187,7 @@ def iterate_hits(backend: Backend) -> Iterator[Hit]:
 
 
 def quantize_vectors(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Round L2-normalised float32 vectors of shape (N, D) to int8 values (N, D) and float32 scales (N,).
-
-    Each vector's values times its scale are again L2-normalised.
-    """
+    """Round L2-normalised float32 vectors of shape (N, D) to int8 values times float32 scales of shape (N,)."""
     largest = np.maximum(np.abs(vectors).max(1, keepdims=True), 1e-12)
     values = np.round(vectors * (127 / largest)).astype(np.int8)
     norms = np.linalg.norm(values.astype(np.float32), axis=1)
@@ -234,7 +230,6 @@ def _format_licenses() -> str:
 
 
 def _format_sizes(folder: Path, count: int) -> str:
-    """Return a message with the size of each part of a gallery."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     sizes = dict.fromkeys(("thumbnails", "vectors", "text encoder", "libraries", "page"), 0)
     for file in files:

@@ -48,11 +48,10 @@ def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
 
 
 def read_original(backend: Backend, hit_id: str, max_bytes: int | None = None) -> bytes:
-    """Return the contents of a hit's image file. By default, its maximum size is the limit of `read_image_file`.
+    """Return the contents of a hit's image file, as in `open_original`.
 
     Raises:
-        NotFound: See `open_original`.
-        TooLarge: The file has more than `max_bytes` bytes.
+        TooLarge: The file has more than `max_bytes` bytes. Default: the limit of `read_image_file`.
     """
     stream, _ = open_original(backend, hit_id)
     with stream:
@@ -75,7 +74,6 @@ def _open_unchanged_image(image: IndexedImage) -> BinaryIO:
 
 
 def format_file_version(stat: os.stat_result) -> str:
-    """Return a file's size and modification time as a string, used to detect changes."""
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
@@ -93,12 +91,7 @@ FORMAT_NOT_ACCEPTED = "{} images are not accepted in requests. Convert the image
 
 
 class InvalidImage(ValueError):
-    """Raised when an image in a request cannot be decoded.
-
-    Args:
-        cause: ImageError or TooLarge. Determines the message and status code of the response.
-        param: Field and index of the image, such as "images.0".
-    """
+    """Raised when an image in a request cannot be decoded. `param` is its field and index, such as "images.0"."""
 
     def __init__(self, cause: Exception, param: str) -> None:
         super().__init__(str(cause))
@@ -129,7 +122,6 @@ def load_query_image(image: RequestImage | bytes, max_pixels: int) -> Tensor:
 
 
 def decode_data_uri(uri: str) -> bytes:
-    """Decode a base64 data URI to bytes. Raise ImageError if the text is not a valid base64 data URI."""
     header, comma, body = uri.partition(",")
     if not comma or not header.endswith(";base64"):
         raise ImageError("an image must be a data URI of the form data:image/jpeg;base64,...")

@@ -137,12 +137,7 @@ class Index:
         load: Callable[[str], DualEncoder] = open_dual_encoder,
         resources: Resources | None = None,
     ) -> None:
-        """
-        Args:
-            model, rerank_model, templates: See `open`.
-            load: Function that loads a model by name.
-            resources: Limits of the server. Default: no limits.
-        """
+        """Create an index from a backend. See `open` for the models and templates. `load` loads a model by name."""
         self.backend, self.resources = backend, resources or Resources()
         self._model, self._rerank_model, self._templates, self._load = model, rerank_model, templates, load
         self._count_slot, self._calibration_slot = Slots(1), Slots(1)
@@ -197,7 +192,6 @@ class Index:
 
     @property
     def can_rerank(self) -> bool:
-        """True if the index was opened with a re-ranking model."""
         return self._rerank_model is not None
 
     @cached_property
@@ -313,8 +307,7 @@ class Index:
     ) -> np.ndarray:
         """Return the cosine similarity between a query and each cell of a hit's image, of shape (h, w), float32.
 
-        Args:
-            variant, image_size: See `explain.locate_query`.
+        For `variant` and `image_size`, see `explain.locate_query`.
 
         Raises:
             ValueError: The model cannot embed image regions, or does not support the variant or the size.
@@ -328,9 +321,6 @@ class Index:
 
         The parts of an image that are least similar to the query are dark. Hits are skipped if their image files cannot
         be decoded, or have been changed or removed since they were indexed.
-
-        Raises:
-            ValueError: The page has no query, or the model cannot embed image regions.
         """
         if page.query is None:
             raise ValueError("heat maps require a query")
@@ -368,7 +358,6 @@ class Index:
             return self._calibration
 
     def _read_vectors(self, hit_ids: Sequence[str]) -> list[np.ndarray]:
-        """Return the embeddings of hits. Raise NotFound if the index does not contain one of them."""
         vectors = self.backend.vectors(hit_ids) if hit_ids else {}
         for hit_id in hit_ids:
             if hit_id not in vectors:

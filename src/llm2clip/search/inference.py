@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from functools import partial
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -87,24 +87,13 @@ class WorkerPool:
     """Threads that run functions for the event loop."""
 
     def __init__(self, threads: int, unit: str, max_waiting: int) -> None:
-        """
-        Args:
-            unit: Plural noun for the jobs, such as "requests". Used in error messages and thread names.
-            max_waiting: Maximum number of waiting and running jobs.
-        """
         self.waiting = 0  # number of waiting and running jobs whose callers have not been cancelled
         self._unit, self._max_waiting = unit, max_waiting
         # Each thread that runs PyTorch operations has its own OpenMP threads, so worker threads use only one.
         self._pool = ThreadPoolExecutor(threads, unit, initializer=partial(torch.set_num_threads, 1))
 
     async def run(self, function: Callable[..., Result], *args: Any) -> Result:
-        """Call a function in a thread, with the caller's context variables.
-
-        If the caller is cancelled, a call that has started runs to its end.
-
-        Raises:
-            QueueFull: Too many jobs are waiting.
-        """
+        """Call a function in a thread, with the caller's context variables. Raise QueueFull if there are too many."""
         _check_capacity(1, self.waiting, self._max_waiting, self._unit)
         future = self._pool.submit(copy_context().run, function, *args)
         self.waiting += 1
@@ -114,7 +103,6 @@ class WorkerPool:
             self.waiting -= 1
 
     def shutdown(self) -> None:
-        """Cancel all jobs that have not started, without waiting for running jobs."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -129,10 +117,7 @@ def _check_capacity(count: int, waiting: int, limit: int, unit: str) -> None:
 # ---- batches
 
 
-@dataclasses.dataclass
-class _Pending(Generic[Item, Result]):
-    """A queued item and the future for its result."""
-
+class _Pending(NamedTuple, Generic[Item, Result]):
     item: Item
     result: Future[Result]
 
@@ -156,13 +141,9 @@ class Batcher(Generic[Item, Result]):
         max_queue: int = 256,
         on_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
-        """
-        Args:
-            work: Function that takes a list of items and returns one result per item.
-            executor: Executor that runs `work`. If calls must not overlap, use a single-threaded executor. Batchers
-                that share an executor take turns.
-            max_queue: Maximum number of waiting items.
-            on_batch: Callback that receives the size of each batch.
+        """Create a batcher. If calls of `work` must not overlap, use a single-threaded executor.
+
+        Batchers that share an executor take turns. `on_batch` receives the size of each batch.
         """
         self._work, self._executor, self._on_batch = work, executor, on_batch
         self._max_batch_size, self._max_queue = max_batch_size, max_queue
@@ -173,7 +154,6 @@ class Batcher(Generic[Item, Result]):
         self._last_size, self._last_seconds = 0, 0.0  # number of items in the last batch, and its duration
 
     def __len__(self) -> int:
-        """Return the number of waiting items."""
         return len(self._queue)
 
     def submit(self, items: Sequence[Item]) -> list[Result]:
@@ -273,12 +253,7 @@ class Batcher(Generic[Item, Result]):
 
 
 class InferenceService:
-    """A server's model, index, worker threads and metrics.
-
-    Attributes:
-        encoder: Encoder of texts and images with all dimensions of the model.
-        index: Index to search, or None if the server only computes embeddings.
-    """
+    """A server's model, index (None if the server only computes embeddings), worker threads and metrics."""
 
     def __init__(
         self,
@@ -294,7 +269,7 @@ class InferenceService:
             model_thread: Single-threaded executor that loaded the models and will run them. On a CPU, each thread that
                 runs PyTorch operations has its own OpenMP thread pool. With more OpenMP threads than cores, the threads
                 do not busy-wait between operations, which halves the model's speed.
-            templates: Prompt templates for requests without templates. See `build_query_prompts`.
+            templates: Prompt templates for requests without templates.
             rerank_model: Re-ranking model. If None, requests for re-ranking are rejected.
 
         Raises:
@@ -307,8 +282,8 @@ class InferenceService:
         self._model_thread.submit(torch.get_num_threads).result()
         # Embedding requests do not wait for searches, which may take seconds in a large index.
         threads = WORKERS_PER_BATCH_ITEM * limits.batch_size
-        self._searchers = WorkerPool(threads, "searches", limits.max_queue)
-        self._embedders = WorkerPool(threads, "requests", limits.max_queue)
+        self.searchers = WorkerPool(threads, "searches", limits.max_queue)
+        self.embedders = WorkerPool(threads, "requests", limits.max_queue)
         # Files are opened in threads of their own, because reading a table cell requires decoding the table.
         self._file_readers = WorkerPool(DECODERS, "files", limits.max_queue)
         self._create_metrics()
@@ -391,16 +366,7 @@ class InferenceService:
         index_images = Gauge("llm2clip_index_images", "Number of images in the index.", registry=registry)
         index_images.set_function(self._count_images_for_metrics)
 
-    async def run_search(self, function: Callable[..., Result], *args: Any) -> Result:
-        """Call a function that searches the index in a worker thread. See `WorkerPool.run`."""
-        return await self._searchers.run(function, *args)
-
-    async def run_embedding(self, function: Callable[..., Result], *args: Any) -> Result:
-        """Call a function that only computes embeddings in a worker thread. See `WorkerPool.run`."""
-        return await self._embedders.run(function, *args)
-
     async def open_original(self, hit_id: str) -> tuple[BinaryIO, str]:
-        """Open a hit's image file. See `images.open_original` for the return values."""
         backend = self.require_index().backend
 
         def open_file() -> tuple[BinaryIO, str]:
@@ -410,18 +376,14 @@ class InferenceService:
         return await self._file_readers.run(open_file)
 
     def close(self) -> None:
-        """Cancel all queued work and stop all idle threads.
-
-        Busy threads stop once they finish their current work. This method does not wait for them.
-        """
+        """Cancel all queued work and stop all idle threads. Busy threads stop after their current work."""
         for batcher in self._batchers:
             batcher.close()
         self._model_thread.shutdown(wait=False, cancel_futures=True)
-        for pool in (self._searchers, self._embedders, self._file_readers):
+        for pool in (self.searchers, self.embedders, self._file_readers):
             pool.shutdown()
 
     def require_index(self) -> Index:
-        """Return the index. Raise NotFound if the server was started without an index."""
         if self.index is None:
             raise NotFound("this server has no index. To search, start it with: llm2clip serve --index INDEX")
         return self.index
@@ -431,7 +393,6 @@ class InferenceService:
         return 0 if self.index is None else self.index.count()[0]
 
     def _count_images_for_metrics(self) -> float:
-        """Return the number of images, or NaN if the index is unavailable, so that the other metrics stay available."""
         try:
             return self.count_images()
         except IndexUnavailableError:

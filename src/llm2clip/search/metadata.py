@@ -34,7 +34,6 @@ def make_contains_pattern(text: str) -> str:
 
 
 def escape_pattern(text: str) -> str:
-    """Escape the characters that have a special meaning in LIKE patterns."""
     return text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
 
 
@@ -177,7 +176,6 @@ def list_columns(metadata_fields: tuple[MetadataField, ...]) -> list[str]:
 
 
 def define_columns(metadata_fields: tuple[MetadataField, ...], types: Mapping[type, str]) -> str:
-    """Return the SQL definitions of the columns of metadata fields, given the SQL type of each Python type."""
     definitions = []
     for item in metadata_fields:
         definition = types[item.type] if item.is_nullable else f"{types[item.type]} NOT NULL"
@@ -188,7 +186,6 @@ def define_columns(metadata_fields: tuple[MetadataField, ...], types: Mapping[ty
 
 
 def read_columns(values: ImageMetadata | ContentMetadata, metadata_fields: tuple[MetadataField, ...]) -> dict[str, Any]:
-    """Return the values of the columns of metadata fields."""
     columns = {item.name: getattr(values, item.name) for item in metadata_fields}
     columns |= {f"folded_{item.name}": normalize(columns[item.name]) for item in metadata_fields if item.type is str}
     return columns
@@ -295,10 +292,7 @@ TIME_OFFSET = 1e-6  # added to EXIF times that are equal to the file's modificat
 def read_exif(data: bytes, modified: float = 0.0) -> dict[str, Any]:
     """Return the fields of `ImageMetadata` that an encoded image contains.
 
-    EXIF dates have no time zone, so the local time zone is assumed.
-
-    Args:
-        modified: The file's modification time, which is returned as `taken` if there is no date.
+    EXIF dates have no time zone, so the local time zone is assumed. Without a date, `taken` is the modification time.
     """
     from llm2clip.data.image_header import open_header  # imported here, because the commands import this module
 

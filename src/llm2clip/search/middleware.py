@@ -50,10 +50,8 @@ class Authenticator:
     """Checks that requests contain a token, or the cookie of a session that was started with the token.
 
     Sessions are not stored: the cookie contains the session's end time, signed with a key that is derived from the
-    token. All processes with the same token therefore accept the same sessions.
-
-    The cookie does not contain the token: browsers send cookies to all ports of a host, so other servers on the same
-    machine can read them.
+    token, so all processes with the same token accept the same sessions. The cookie does not contain the token:
+    browsers send cookies to all ports of a host, so other servers on the same machine can read them.
     """
 
     def __init__(self, token: str) -> None:
@@ -70,7 +68,6 @@ class Authenticator:
         self._cookie_name = f"llm2clip_session_{self._sign('name')[:8]}"
 
     def is_authorized(self, request: Request) -> bool:
-        """Return True if a request has the token in its Authorization header, or a valid session cookie."""
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and self.is_token(bearer):
             return True
@@ -83,7 +80,6 @@ class Authenticator:
         return secrets.compare_digest(text.encode(), self._token.encode())
 
     def start_session(self, request: Request, response: Response) -> None:
-        """Start a session and add its cookie to a response."""
         end = int(time.time()) + SESSION_SECONDS
         response.set_cookie(
             self._cookie_name,
@@ -140,7 +136,7 @@ class RequestMiddleware:
                 _log_request(scope, route, sender.status, seconds)
 
     def _check_request(self, request: Request) -> Response | None:
-        """Check a request before reading its body. Return an error response if it must be rejected."""
+        """Return an error response if a request must be rejected before its body is read."""
         max_bytes = self.service.limits.max_body_bytes
         length = request.headers.get("content-length", "")
         if length and "transfer-encoding" in request.headers:
@@ -302,10 +298,7 @@ class ByteAllocation:
         self._budget, self.size = budget, 0
 
     def add(self, size: int) -> None:
-        """Allocate more bytes. Raise QueueFull if the budget is exhausted.
-
-        The first ALWAYS_ACCEPTED bytes of a request are always granted.
-        """
+        """Allocate more bytes. Raise QueueFull if the budget is exhausted after the first ALWAYS_ACCEPTED bytes."""
         self.size += size
         self._budget.total += size
         if self._budget.total > self._budget.max_bytes and self.size > ALWAYS_ACCEPTED:
@@ -359,7 +352,6 @@ class LimitedConnection(H11Protocol):
         self._update_timer()
 
     def _is_idle(self) -> bool:
-        """Return True if no request is in progress."""
         return self.cycle is None or self.cycle.response_complete
 
     def _update_timer(self) -> None:
@@ -375,17 +367,13 @@ class LimitedConnection(H11Protocol):
             self._timer = None
 
     def _abort_one_connection(self) -> None:
-        """Abort the oldest idle connection, or the oldest one if none is idle.
-
-        A new connection is idle, so it may be aborted itself.
-        """
+        """Abort the oldest idle connection, which may be the new one, or the oldest one if none is idle."""
         oldest = next(iter(self.opened))
         connection = next((connection for connection in self.opened if connection._is_idle()), oldest)
         connection._unregister()  # connection_lost is called later, possibly after another connection is made
         connection.transport.abort()
 
     def _unregister(self) -> None:
-        """Remove this connection from the open connections."""
         self.connections.discard(self)
         self.opened.pop(self, None)
 

@@ -31,7 +31,7 @@ RecognizeText = Callable[[np.ndarray], str]  # RGB image of shape (H, W, 3), uin
 
 
 def open_recognizer() -> RecognizeText:
-    """Load the PP-OCR models and return a function that recognises the text in an image.
+    """Return a function that recognises the text in an image with the PP-OCR models.
 
     Raises:
         ImportError: The package rapidocr or onnxruntime is not installed, or rapidocr does not contain the weights.
@@ -92,12 +92,9 @@ def prepare_image(image: Tensor) -> np.ndarray:
 def recognize_texts(
     sources: Sequence[str], backend: Backend, recognize: RecognizeText, log: SkipLog, workers: int | None = None
 ) -> int:
-    """Recognise the texts in the images of the given sources that have no recognised text yet, once per content.
+    """Recognise the texts of the contents of the given sources that have none yet. Return the number of stored texts.
 
     Images whose text cannot be recognised stay in the index. They are listed in the log, and the next call tries again.
-
-    Returns:
-        The number of contents whose text was stored, including contents without any text.
     """
     contents = backend.contents_without_text(sources)
     stored = 0

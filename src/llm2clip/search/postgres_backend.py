@@ -158,10 +158,7 @@ def open_index(location: str, write: bool, approximate_above: int | None) -> Pos
 
 
 class PostgresBackend(Backend):
-    """Index backend in a schema of a PostgreSQL database with pgvector. Thread-safe.
-
-    Several processes can search an index at the same time, even while one process writes to it.
-    """
+    """Index backend in a schema of a PostgreSQL database with pgvector, for any number of readers. Thread-safe."""
 
     IN_IDS = "IN (SELECT value::bigint FROM json_array_elements_text(:ids::json))"
 
@@ -433,7 +430,6 @@ class PostgresBackend(Backend):
         return hashlib.sha256(self._encode(name).encode()).digest()
 
     def _fields_from_row(self, row: Sequence[Any]) -> dict[str, str]:
-        """Return the fields for word search of an image in a row of TEXT_ROWS."""
         _, _, text, _, *image_row = row
         return make_fields(self._image_from_row(image_row), self._decode(text))
 
@@ -482,7 +478,6 @@ def _has_many_matches(run: Query, condition: str, parameters: Mapping[str, Any])
 
 
 def _make_word_columns(images: Sequence[Mapping[str, str]]) -> list[dict[str, str | None]]:
-    """Return the values of WORD_COLUMNS for the fields of several images."""
     rows = []
     for fields, words in zip(images, split_fields(images), strict=True):
         unspaced = [fields[name] for name in SUBSTRING_COLUMNS if UNSPACED.search(fields[name])]
@@ -492,7 +487,7 @@ def _make_word_columns(images: Sequence[Mapping[str, str]]) -> list[dict[str, st
 
 
 def _format_tsvector(fields: Iterable[Sequence[str]]) -> str:
-    """Return the words of several fields in the text form of a tsvector. Words consist of letters and digits.
+    """Return the words of several fields, which consist of letters and digits, in the text form of a tsvector.
 
     Positions of different fields do not follow each other, so phrases do not match across two fields.
     """

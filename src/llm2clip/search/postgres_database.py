@@ -82,10 +82,7 @@ def parse_url(url: str) -> tuple[str, str]:
 
 
 def _resolve_options(conninfo: str) -> dict[str, str]:
-    """Return all connection options, including those from environment variables and service files.
-
-    `connect_start` opens a socket, but sends nothing.
-    """
+    """Return all connection options, also those from the environment and service files. Sends nothing."""
     connection = pq.PGconn.connect_start(conninfo.encode())
     options = {option.keyword.decode(): option.val.decode() for option in connection.info if option.val is not None}
     connection.finish()
@@ -159,11 +156,7 @@ class PostgresDatabase:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the index's advisory lock. PostgreSQL releases it when the connection ends.
-
-        Raises:
-            FolderInUseError: Another run holds the lock.
-        """
+        """Hold the index's advisory lock, which PostgreSQL releases when the connection ends."""
         digest = hashlib.sha256(f"llm2clip index {self.schema}".encode()).digest()
         key = int.from_bytes(digest[:8], "big", signed=True)
         with self._convert_errors():
@@ -180,14 +173,12 @@ class PostgresDatabase:
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """Yield a connection with an open transaction, which is rolled back if an exception is raised."""
         with self._write_lock, self._convert_errors():
             writer = self._get_writer()
             with writer.transaction():
                 yield writer
 
     def vacuum(self, *tables: str) -> None:
-        """Remove deleted rows from tables and update the statistics of the query planner."""
         with self._write_lock, self._convert_errors():
             self._get_writer().execute(f"VACUUM (ANALYZE) {', '.join(tables)}")
 
@@ -268,11 +259,7 @@ class PostgresDatabase:
             register_vector(connection)
 
     def _create_extensions(self, connection: Connection) -> None:
-        """Create the extension pgvector and, if possible, pg_trgm, which makes caption filters faster.
-
-        Raises:
-            OSError: pgvector is not installed on the server, or the user may not create it.
-        """
+        """Create pgvector and, if possible, pg_trgm, which makes caption filters faster."""
         rows = connection.execute(
             "SELECT name FROM pg_available_extensions WHERE name IN ('vector', 'pg_trgm')"
         ).fetchall()

@@ -83,7 +83,6 @@ class SearchQuery:
     templates: QueryTemplates | None = None
 
     def __bool__(self) -> bool:
-        """Return True if the query has at least one part."""
         return bool(self.texts or self.images or self.like) or self.has_negative_parts
 
     @property
@@ -91,11 +90,7 @@ class SearchQuery:
         return bool(self.negative_texts or self.negative_images or self.negative_like)
 
     def build_prompts(self, default_templates: QueryTemplates) -> tuple[list[str], list[int]]:
-        """Return the prompts of all texts, then of all negative texts, and the number of prompts per text.
-
-        Raises:
-            ValueError: A text is empty.
-        """
+        """Return the prompts of all texts, then of all negative texts, and the number of prompts per text."""
         texts = [*self.texts, *self.negative_texts]
         check_not_empty(texts)
         return build_query_prompts(texts, default_templates if self.templates is None else self.templates)
@@ -109,9 +104,6 @@ class SearchQuery:
             texts: Embeddings of the texts, then of the negative texts, each of shape (D,).
             images: Embeddings of the images, then of the negative images, each of shape (D,).
             hits: Embeddings of the hits in `like`, then in `negative_like`, each of shape (D,).
-
-        Raises:
-            ValueError: The query has no parts.
         """
         positive_texts = texts[: len(self.texts)]
         positive_images = [*hits[: len(self.like)], *images[: len(self.images)]]
@@ -129,15 +121,11 @@ def average_embeddings(prompts: np.ndarray, counts: Sequence[int]) -> list[np.nd
 
 
 def combine_embeddings(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray] = ()) -> np.ndarray:
-    """Combine positive and negative embeddings into an L2-normalised query vector of shape (D,), float32.
+    """Combine positive and negative L2-normalised embeddings into an L2-normalised query vector of shape (D,), float32.
 
     The positive and negative embeddings are averaged separately, and both means are L2-normalised. The query vector is
     the positive mean minus half the negative mean, normalised again. Without positive embeddings, the query vector
     points away from the negative mean, so the images least similar to the negative embeddings are ranked first.
-
-    Args:
-        positive: L2-normalised embeddings that results should resemble, each of shape (D,), float32.
-        negative: L2-normalised embeddings that results should not resemble, each of shape (D,), float32.
 
     Raises:
         ValueError: Both lists are empty.
@@ -168,9 +156,9 @@ class QueryEncoder:
     ) -> None:
         """
         Args:
-            load: Function that decodes an image of a query to a uint8 tensor of shape (3, H, W).
-            decoding: Reusable context manager that is held while an image is decoded. Default: no limit.
-            templates: Prompt templates for queries without templates of their own. Default: those of the model.
+        load: Function that decodes an image of a query to a uint8 tensor of shape (3, H, W).
+        decoding: Reusable context manager that is held while an image is decoded.
+        templates: Prompt templates for queries without templates of their own. Default: those of the model.
         """
         self.model, self.load = model, load
         self.decoding = nullcontext() if decoding is None else decoding
@@ -182,23 +170,14 @@ class QueryEncoder:
             return self.model.transform(self.load(image))
 
     def embed_images(self, images: Sequence[Any]) -> np.ndarray:
-        """Return L2-normalised image embeddings of shape (N, D), float32.
-
-        Raises:
-            ImageError: An image cannot be decoded.
-            ValueError: The model returned NaN or infinity.
-        """
+        """Return L2-normalised image embeddings of shape (N, D), float32. Raise ImageError for corrupt images."""
         if not images:
             return np.empty((0, self.model.embed_dim), np.float32)
         prepared = [self.prepare(image) for image in images]
         return _check_finite(self.model.encode_images(prepared).numpy(), "an image")
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Return L2-normalised text embeddings of shape (N, D), float32. Prompt templates are not applied.
-
-        Raises:
-            ValueError: The model returned NaN or infinity.
-        """
+        """Return L2-normalised text embeddings of shape (N, D), float32. Prompt templates are not applied."""
         if not texts:
             return np.empty((0, self.model.embed_dim), np.float32)
         return _check_finite(self.model.encode_texts(texts).numpy(), "a text")
@@ -260,7 +239,6 @@ class Reranker:
         return Reranking(ranking, missing, time.perf_counter() - start)
 
     def _embed_query(self, query: SearchQuery) -> np.ndarray:
-        """Return the query vector. The model embeds the image files of earlier hits."""
         like = [*query.like, *query.negative_like]
         vectors = self._embed_files(like)
         for hit_id in like:
@@ -309,7 +287,6 @@ class Reranker:
             return key, None, self.encoder.model.transform(self.encoder.load(data))
 
     def _add(self, key: bytes, vector: np.ndarray) -> None:
-        """Add an embedding to the cache, and remove the least recently used one if the cache is full."""
         with self._lock:
             self._cache[key] = vector
             if len(self._cache) > MAX_CACHED:
@@ -317,13 +294,9 @@ class Reranker:
 
 
 def sort_hits(hits: Sequence[Hit], scores: Mapping[str, float]) -> tuple[list[Hit], int]:
-    """Sort the first RERANKED hits by score, highest first. The other hits stay in their order.
+    """Sort the first RERANKED hits by score, highest first. Hits without a score follow, and then the other hits.
 
-    Args:
-        scores: Scores of hits, keyed by hit id. The first RERANKED hits without a score follow the sorted ones.
-
-    Returns:
-        The hits, and the number of the first RERANKED hits that have no score.
+    Return the hits, and the number of the first RERANKED hits that have no score.
     """
     first = hits[:RERANKED]
     rated = sorted((hit for hit in first if hit.id in scores), key=lambda hit: -scores[hit.id])
@@ -353,7 +326,6 @@ def group_similar_hits(hits: Sequence[Hit], backend: Backend, count: int, mean: 
     Grouped hits are not compared with later hits, so all hits of a group are similar to its first hit.
 
     Args:
-        hits: Hits, best first.
         count: Maximum number of groups. The page ends before the first hit that would need another group.
         mean: Mean embedding of the index, of shape (D,), or None if it is unknown.
     """
@@ -379,10 +351,7 @@ def group_similar_hits(hits: Sequence[Hit], backend: Backend, count: int, mean: 
 
 
 def compare_hits(hits: Sequence[Hit], backend: Backend, mean: np.ndarray | None) -> np.ndarray:
-    """Return a boolean array of shape (N, N) that is True for pairs of similar hits.
-
-    Hits that another process has just removed from the index are similar to no other hit.
-    """
+    """Return a boolean array of shape (N, N) that is True for pairs of similar hits. Removed hits have none."""
     vectors = backend.vectors([hit.id for hit in hits])
     if not vectors:
         return np.zeros((len(hits), len(hits)), bool)

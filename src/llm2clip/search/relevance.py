@@ -108,10 +108,8 @@ class Calibration:
     Attributes:
         sample_mean: Mean embedding of randomly chosen images, of shape (D,), float32.
         background: Embeddings of the background queries, of shape (B, D), float32.
-        sample_ids: Hit ids of these images, to find out how much of it is still in the index.
-        image_count: Number of distinct images in the index.
+        sample_ids: Hit ids of these images, to find out how much of the sample is still in the index.
         captioned_count: Number of images with several captions among the first MAX_QUERIES of `sample_ids`.
-        fingerprint: Fingerprint of the model.
         texts, images: Scales for text queries and image queries.
         captions: Scale for text queries and hits with captions.
     """
@@ -129,12 +127,8 @@ class Calibration:
     def rate(self, query: QueryVectors, vectors: np.ndarray, overlaps: np.ndarray | None = None) -> np.ndarray:
         """Return the relevance of hits with the given embeddings of shape (K, D), as a float array of shape (K,).
 
-        Only the positive parts of a query count. If a query contains both texts and images, the relevance is the larger
-        of the relevance to the texts and the relevance to the images.
-
-        Args:
-            overlaps: Overlap of the query's texts with the captions of each hit (see `compute_overlap`), of shape (K,).
-                NaN for hits without captions. Default: captions are not used.
+        Only the positive parts of a query count: the larger of the relevances to its texts and to its images.
+        `overlaps` of the texts with the captions of each hit are NaN for hits without captions.
         """
         ratings = []
         for part, scale in ((query.texts, self.texts), (query.images, self.images)):
@@ -178,14 +172,9 @@ class Calibration:
 
 
 def compute_evidence(query: np.ndarray, vectors: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Return t = s - 0.25 * hubness for each of the K images, of shape (K,).
+    """Return t = s - 0.25 * hubness for K images with embeddings of shape (K, D).
 
     Background queries that have the same meaning as the query itself do not count for the hubness.
-
-    Args:
-        query: L2-normalised query vector of shape (D,).
-        vectors: L2-normalised embeddings of the images, of shape (K, D).
-        background: L2-normalised embeddings of the background queries, of shape (B, D).
     """
     similarities = vectors @ background.T  # (K, B)
     similarities[:, find_near_duplicates(background, query, background.mean(axis=0))] = -1
@@ -194,10 +183,7 @@ def compute_evidence(query: np.ndarray, vectors: np.ndarray, background: np.ndar
 
 
 def split_stems(texts: Sequence[str]) -> set[str]:
-    """Return the words of texts, truncated to STEM_LENGTH letters, and the characters of scripts without spaces.
-
-    Diacritics and vowel signs are removed.
-    """
+    """Return the words of texts, truncated to STEM_LENGTH letters without diacritics, and unspaced characters."""
     decomposed = unicodedata.normalize("NFD", normalize("\n".join(texts)))
     letters = "".join(character for character in decomposed if not unicodedata.category(character).startswith("M"))
     spaced = UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFC", letters))
@@ -215,7 +201,7 @@ def compute_overlap(stems: set[str], captions: Sequence[str]) -> float:
 
 
 def find_near_duplicates(vectors: np.ndarray, item: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Return a boolean mask of shape (K,) that selects the near duplicates of an image or text, including itself.
+    """Return a boolean mask of the vectors that are near duplicates of an image or text, including itself.
 
     The mean embedding is subtracted, because in some models all embeddings are similar.
     """
@@ -231,8 +217,8 @@ def apply_logistic(values: np.ndarray) -> np.ndarray:
 def fit_logistic(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
     """Fit slope a >= 0 and intercept b of 1 / (1 + exp(-a * x - b)) to the values of two classes (Platt scaling).
 
-    Minimises the cross-entropy, in which both classes have a total weight of 100, plus 0.5 * (a - 1.2)^2 with Newton's
-    method. The penalty keeps a finite if the classes do not overlap.
+    Minimises the cross-entropy, in which both classes have a total weight of 100, plus 0.5 * (a - 1.2)^2. The penalty
+    keeps a finite if the classes do not overlap.
     """
     values = np.concatenate([positive, negative])
     inputs = np.column_stack([values, np.ones(len(values))])
@@ -282,7 +268,6 @@ def update_calibration(backend: Backend, model: DualEncoder, changed: bool = Tru
 
 
 def remove_calibration(backend: Backend) -> None:
-    """Remove an index's calibration, and store that this was intended."""
     if backend.load_calibration() != b"":
         backend.save_calibration(b"")
 
@@ -316,7 +301,6 @@ def _is_outdated(calibration: Calibration, backend: Backend) -> bool:
 
 
 def _count_captioned(backend: Backend, ids: Sequence[str]) -> int:
-    """Return the number of images that have at least two different captions."""
     return sum(len({text for image in backend.images(hit_id) for text in image.captions}) > 1 for hit_id in ids)
 
 
@@ -365,13 +349,7 @@ def _make_scale(values: Sequence[float], slope: float, intercept: float) -> Scal
 
 
 class Neighbours(NamedTuple):
-    """The first hits of a query.
-
-    Attributes:
-        captions: Captions of each hit.
-        values: t of each hit, of shape (K,).
-        is_other: Boolean mask of shape (K,). False for the image to exclude and its near duplicates.
-    """
+    """Captions and t of the first hits of a query. `is_other` is False for near duplicates of an excluded image."""
 
     captions: list[list[str]]
     values: np.ndarray
@@ -393,10 +371,7 @@ def _find_neighbours(
 
 
 def get_captions(hit: Hit) -> list[str]:
-    """Return the first distinct captions of a hit, truncated.
-
-    Otherwise, an image with the captions of a hundred websites would be slow to rate and relevant to all queries.
-    """
+    """Return the first distinct captions of a hit, truncated. Images from a hundred websites would be slow to rate."""
     captions = dict.fromkeys(caption for image in hit.images for caption in image.captions)
     return [caption[:MAX_CAPTION_LENGTH] for caption in islice(captions, MAX_CAPTIONS)]
 
@@ -440,7 +415,7 @@ def _fit_to_captions(
 
 
 def _standardize(scale: Scale, query: str, neighbours: Neighbours) -> np.ndarray:
-    """Return x of each hit. Captions that are equal to the query are ignored."""
+    """Return x of each hit, without captions that are equal to the query."""
     stems = split_stems([query])
     overlaps = [compute_overlap(stems, [text for text in texts if text != query]) for texts in neighbours.captions]
     return scale.standardize(neighbours.values, np.nan_to_num(overlaps))

@@ -55,7 +55,6 @@ def print_hits(hits: Sequence[Hit], backend: Backend, console: Console) -> None:
 
 
 def print_explanation(explanation: Explanation, console: Console) -> None:
-    """Print a table of the words of a query and their effects on the score of the first hit."""
     table = RichTable(title="Effect of each word on the first result's cosine similarity", title_justify="left")
     table.add_column("word", overflow="fold")
     table.add_column("effect", justify="right")
@@ -85,7 +84,6 @@ def hit_to_json(rank: int, hit: Hit) -> str:
 
 
 def _format_score_or_date(hit: Hit) -> str:
-    """Return a hit's score, or its first image's date if the search had no query."""
     return f"{datetime.fromtimestamp(hit.images[0].taken):%Y-%m-%d}" if hit.score is None else f"{hit.score:.3f}"
 
 
@@ -134,7 +132,6 @@ def write_contact_sheet(
         query: Description of the query, shown above the images.
         folder: Output folder. Default: a new temporary folder.
         heatmaps: JPEG images to show instead of thumbnails, keyed by hit id. See `Index.draw_heatmaps`.
-        rerank_model: Name of the model that re-ranked the hits, if any.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="llm2clip-"))
     folder.mkdir(parents=True, exist_ok=True)

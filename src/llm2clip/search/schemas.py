@@ -27,7 +27,6 @@ from llm2clip.search.types import (
     NotFound,
     SimilarHit,
     UnsupportedQuery,
-    WordIndexError,
 )
 
 logger = logging.getLogger(__name__)
@@ -388,7 +387,6 @@ STATUS_CODES: dict[type[Exception], int] = {
     UnsupportedQuery: 400,
     NotFound: 404,
     IndexUnavailableError: 503,
-    WordIndexError: 503,
     DeadlineExceeded: 504,
     ValueError: 422,
 }

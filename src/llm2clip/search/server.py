@@ -184,14 +184,9 @@ def serve(
     on_start: Callable[[int], None] = lambda port: None,
     behind_proxy: bool = False,
 ) -> None:
-    """Serve an application until the process receives SIGINT or SIGTERM.
+    """Serve an application until the process receives SIGINT or SIGTERM. Wait up to 5 seconds for requests in progress.
 
-    Before stopping, the server waits up to 5 seconds for requests in progress.
-
-    Args:
-        port: Port to listen on. 0 means any free port.
-        on_start: Callback that receives the port once the server accepts connections.
-        behind_proxy: See `make_server_config`.
+    `on_start` receives the port once the server accepts connections. Port 0 means any free port.
     """
 
     class Server(uvicorn.Server):
@@ -253,7 +248,7 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
         """
         if request.rerank and not service.require_index().can_rerank:
             raise UnsupportedQuery("this server has no re-ranking model. Start it with: llm2clip serve --rerank MODEL")
-        return Response(await service.run_search(search_index, request), media_type="application/json")
+        return Response(await service.searchers.run(search_index, request), media_type="application/json")
 
     def search_index(request: SearchRequest) -> bytes:
         """Return a `SearchResponse` as JSON, serialized in the worker thread because it can be large."""
@@ -274,13 +269,13 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
     @app.post("/explain", responses=API_ERRORS)
     async def explain(request: ExplainRequest) -> ExplainResponse:
         """Return how much the score of a hit changes if a word is removed from the query's texts."""
-        explanation = await service.run_search(service.require_index().explain, request.to_query(), request.id)
+        explanation = await service.searchers.run(service.require_index().explain, request.to_query(), request.id)
         return ExplainResponse.model_validate(explanation, from_attributes=True)
 
     @app.post("/heatmap", responses=API_ERRORS)
     async def heatmap(request: HeatmapRequest) -> HeatmapResponse:
         """Return a heat map that locates the given texts, images and earlier hits in an image."""
-        return HeatmapResponse(rows=(await service.run_search(compute_heatmap, request)).tolist())
+        return HeatmapResponse(rows=(await service.searchers.run(compute_heatmap, request)).tolist())
 
     def compute_heatmap(request: HeatmapRequest) -> np.ndarray:
         query, variant, image_size = request.to_query(), request.variant, request.image_size
@@ -320,7 +315,7 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
         The paths /embed and /v1/embeddings are equivalent. With `dimensions`, embeddings are truncated to this number
         of dimensions and normalised again.
         """
-        return await service.run_embedding(embed_inputs, request)
+        return await service.embedders.run(embed_inputs, request)
 
     def embed_inputs(request: EmbedRequest) -> EmbedResponse:
         if request.dimensions is not None:
@@ -343,7 +338,7 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
     async def upload(files: list[UploadFile]) -> EmbedResponse:
         """Return the embeddings of uploaded images."""
         images = [RequestImage(await file.read(), f"files.{index}") for index, file in enumerate(files)]
-        return make_response(await service.run_embedding(embed_images, images))
+        return make_response(await service.embedders.run(embed_images, images))
 
 
 def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
@@ -393,10 +388,7 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
 
 
 class FileStream(StreamingResponse):
-    """Response that reads files in a generator, and closes the generator as soon as the client disconnects.
-
-    Otherwise, the files would stay open until the garbage collector closes the generator.
-    """
+    """Response that closes its generator, and so the open files, as soon as the client disconnects."""
 
     def __init__(
         self, chunks: AsyncGenerator[bytes, None], media_type: str, headers: Mapping[str, str], first: bytes = b""
@@ -442,7 +434,6 @@ def _add_page_routes(app: FastAPI, auth: Authenticator | None, rerank_model: Dua
 
 
 def _make_filter_input(condition: Condition) -> str:
-    """Return the label and the input element of a filter on the search page."""
     attributes = {"id": condition.name, "data-filter": condition.kind, "data-label": condition.label}
     if condition.kind == "number":
         attributes |= {"type": "number", "min": "1", "max": "1000000", "step": "1"}

@@ -38,7 +38,7 @@ from llm2clip.search.backends import (
     format_missing_index_message,
 )
 from llm2clip.search.metadata import CONTENT_FIELDS, IMAGE_FIELDS, Filter, define_columns, read_columns
-from llm2clip.search.types import MAX_LOCATIONS, IndexedContent, IndexedImage, IndexUnavailableError, WordIndexError
+from llm2clip.search.types import MAX_LOCATIONS, IndexedContent, IndexedImage, IndexUnavailableError
 from llm2clip.search.vector_index import (
     CHUNK,
     GRAPH_FILE,
@@ -54,11 +54,8 @@ from llm2clip.search.words import (
     WordQuery,
     add_texts,
     find_matches,
-    is_corrupt,
-    is_corruption,
     make_caption_condition,
     read_fields,
-    rebuild,
     remove_texts,
     set_recognized_text,
     sort_distinct,
@@ -109,10 +106,7 @@ def open_index(location: str, write: bool, approximate_above: int | None) -> Bac
 
 
 class SqliteBackend(Backend):
-    """Index backend in a local folder. Thread-safe.
-
-    Several processes can read an index at the same time, even while one process writes to it.
-    """
+    """Index backend in a local folder, for any number of readers while one process writes to it. Thread-safe."""
 
     IN_IDS = "IN (SELECT value FROM json_each(:ids))"
 
@@ -133,7 +127,6 @@ class SqliteBackend(Backend):
         # Quantized vectors, and the id of the file from which they were read.
         self._vectors: tuple[tuple[int, int], QuantizedVectors] | None = None
         self._index_lock, self._vectors_lock = threading.Lock(), threading.Lock()
-        self._are_words_checked = False
         if not write and (self._db.is_empty or not self.metadata()):
             raise FileNotFoundError(
                 f"{folder} is an incomplete index without images. To complete it, run `llm2clip index` again"
@@ -151,15 +144,6 @@ class SqliteBackend(Backend):
         rows = [(key, json.dumps(value)) for key, value in metadata.items()]
         with self._db.transaction() as connection:
             connection.executemany("INSERT OR REPLACE INTO metadata VALUES (?, ?)", rows)
-
-    def repair_words(self) -> None:
-        if self._are_words_checked:
-            return
-        with self._db.transaction() as connection:
-            if is_corrupt(connection):
-                rebuild(connection)
-                print_once(f"{self._db.file}: the tables for word search were corrupt and have been rebuilt")
-        self._are_words_checked = True
 
     def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
         return {digest for digest in hashes if self._db.query("SELECT 1 FROM contents WHERE hash = ?", (digest,))}
@@ -253,29 +237,15 @@ class SqliteBackend(Backend):
     def _find_word_matches(self, run: Query, query: WordQuery, image_filter: Filter) -> np.ndarray:
         def find() -> np.ndarray:
             allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
-            with self._open_words() as db:
+            with self._db.snapshot() as db:
                 return find_matches(db, query, allowed_ids)
 
         ids: np.ndarray = self._get_cached("word matches", (self._db.read_state(), query, image_filter), find)
         return ids
 
     def _read_word_fields(self, run: Query, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
-        with self._open_words() as db:
+        with self._db.snapshot() as db:
             return read_fields(db, query, ids)
-
-    @contextmanager
-    def _open_words(self) -> Iterator[sqlite3.Connection]:
-        """Open a database snapshot for a word search. Raise WordIndexError if the tables are corrupt."""
-        try:
-            with self._db.snapshot() as db:
-                yield db
-        except OSError as error:
-            if not is_corruption(error.__cause__):
-                raise
-            raise WordIndexError(
-                f"{error}. The tables for word search and caption filters are corrupt. To rebuild them, run "
-                "`llm2clip index` again. Until then, search without words and without a caption filter."
-            ) from error
 
     def _read_images(
         self, run: Query, ids: Sequence[int], conditions: SqlConditions
@@ -298,33 +268,28 @@ class SqliteBackend(Backend):
         return images
 
     def _get_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
-        """Return the ids from `_find_matching_ids`. Those for the last filter are cached for further result pages."""
+        """Return the ids from `_find_matching_ids`, cached for further result pages."""
         key = self._db.read_state(), image_filter, newest_first
         ids: np.ndarray = self._get_cached("ids", key, lambda: self._find_matching_ids(image_filter, newest_first))
         return ids
 
     def _find_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
-        """Return the ids of all contents with at least one image that matches a filter, as int64 of shape (N,).
-
-        The ids are in ascending order, or sorted by the latest capture time of their matching images, newest first.
-        """
+        """Return the int64 ids of all contents with a matching image, in ascending order or newest image first."""
         conditions = self._make_conditions(image_filter)
         where = [*conditions.images, *conditions.contents]
-        tables, columns = "images JOIN contents ON contents.id = images.content", "images.content, images.taken"
         if conditions.captions is not None:
-            if not where and not newest_first:
-                # These rows have the same ids as those of `images`, and are smaller.
-                tables, columns = "texts AS images", "images.content, 0.0"
             where.append(conditions.captions)
-        with self._open_words() as db:
-            sql = f"SELECT {columns} FROM {tables} WHERE {' AND '.join(where) or 'true'}"
+        with self._db.snapshot() as db:
+            sql = (
+                "SELECT images.content, images.taken FROM images JOIN contents ON contents.id = images.content "
+                f"WHERE {' AND '.join(where) or 'true'}"
+            )
             rows = np.fromiter(db.execute(sql, conditions.parameters), MATCH_DTYPE)
-        return sort_distinct(rows["content"], -rows["taken"]) if newest_first else _sort_unique(rows["content"])
+        return sort_distinct(rows["content"], -rows["taken"]) if newest_first else np.unique(rows["content"])
 
     # ---- vectors
 
     def _get_current_vector_index(self) -> VectorIndex:
-        """Return a vector index for the current database state."""
         with self._index_lock:  # among concurrent searches, one opens the graph while the others wait
             graph_time = 0
             with suppress(FileNotFoundError):
@@ -406,22 +371,11 @@ def _read_int_column(cursor: Iterable[tuple[Any, ...]]) -> np.ndarray:
     return np.array([value for (value,) in cursor], dtype=np.int64)
 
 
-def _sort_unique(ids: np.ndarray) -> np.ndarray:
-    """Return the distinct ids in ascending order. Ids are dense, so a boolean array is faster than sorting."""
-    occurs = np.zeros(int(ids.max(initial=-1)) + 1, bool)
-    occurs[ids] = True
-    return np.flatnonzero(occurs)
-
-
 # ---- database
 
 
 class SqliteDatabase:
-    """Connection to an index database. Thread-safe.
-
-    Attributes:
-        is_empty: True if the database was empty when it was opened for reading.
-    """
+    """Connection to an index database. `is_empty` if it was empty when it was opened for reading. Thread-safe."""
 
     def __init__(self, folder: Path, write: bool) -> None:
         """Open the database in an existing folder. With `write`, create the database if it does not exist."""
@@ -445,7 +399,6 @@ class SqliteDatabase:
                     self.connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {WORDS_SCHEMA} COMMIT;")
 
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
-        """Run a statement and return all rows."""
         with self._lock, self._convert_errors():
             new_id = self._read_file_id()
             if new_id not in (self.file_id, self._rejected_id, (0, 0)):
@@ -524,6 +477,8 @@ class SqliteDatabase:
             # A table is missing or locked, or the disk is full; or the file is corrupt or not a database.
             is_unavailable = isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
             advice = ""
-            if not os.access(self.file.parent, os.W_OK):
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT:
+                advice = f". The index is corrupt. {NEW_INDEX_ADVICE}"
+            elif not os.access(self.file.parent, os.W_OK):
                 advice = ". Searching an index requires write permission to its folder, where SQLite creates files"
             raise (IndexUnavailableError if is_unavailable else OSError)(f"{self.file}: {error}{advice}") from error

@@ -64,10 +64,7 @@ class IndexedImage(ImageMetadata):
 
     @property
     def has_exif_time(self) -> bool:
-        """True if `taken` is an EXIF time. False if it is, or could be, the file's modification time.
-
-        For images in a saved data set, the index does not contain the modification time, so the value is always False.
-        """
+        """True if `taken` is an EXIF time. False if it is, or could be, the modification time of a file or data set."""
         _, _, nanoseconds = self.file_version.partition(" ")
         return nanoseconds.isdigit() and abs(self.taken - int(nanoseconds) / 1e9) > TIME_OFFSET / 2
 
@@ -141,7 +138,6 @@ def ref_to_json(ref: ImageRef) -> str:
 
 
 def ref_from_json(text: str) -> ImageRef:
-    """Deserialize an image reference from `ref_to_json`. Raise ValueError if the reference has an unknown type."""
     name, values = json.loads(text)
     if name not in REF_TYPES:
         raise ValueError(f"unknown image reference type: {name}")
@@ -159,15 +155,8 @@ class UnsupportedQuery(ValueError):
     """Raised when a query is valid, but asks for something that is not available for it."""
 
 
-class WordIndexError(OSError):
-    """Raised if a search needs the tables for word search and they are corrupt."""
-
-
 class IndexUnavailableError(OSError):
-    """An index cannot be read, because its server is down, or because its tables are corrupt or being replaced.
-
-    Trying again later may help.
-    """
+    """An index cannot be read, for example because its server is down. Trying again later may help."""
 
 
 # ---- deadlines
@@ -185,7 +174,6 @@ class Deadline(NamedTuple):
 
     @property
     def remaining(self) -> float | None:
-        """Remaining time in seconds, or None without a limit."""
         return None if self.end == math.inf else max(0.0, self.end - time.monotonic())
 
     def make_error(self) -> DeadlineExceeded:

@@ -43,31 +43,24 @@ Block = tuple[np.ndarray, np.ndarray]  # sorted int64 ids of shape (N,), and int
 class QuantizedVectors:
     """Vectors quantized to int8 by rounding scale * x and clipping to ±127.
 
-    All vectors share one scale, so their dot products with a query are comparable. Vectors are stored in blocks, so an
-    update copies only a few blocks instead of all vectors.
+    All vectors share one scale, so their dot products with a query are comparable. Vectors are stored in blocks, sorted
+    by id, so an update copies only a few blocks instead of all vectors.
     """
 
     def __init__(self, scale: float, blocks: Sequence[Block] = ()) -> None:
-        """
-        Args:
-            scale: 127 divided by the largest absolute value in any vector.
-            blocks: Blocks of vectors, sorted by id.
-        """
         self.scale, self.blocks = scale, tuple(blocks)
 
     @property
     def last_id(self) -> int:
-        """Largest id, or 0 if there are no vectors."""
         return int(self.blocks[-1][0][-1]) if self.blocks else 0
 
     def __len__(self) -> int:
         return sum(len(ids) for ids, _ in self.blocks)
 
     def with_added(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> QuantizedVectors:
-        """Return a new object with additional vectors. Both objects share most blocks.
+        """Return a new object with chunks of additional int64 ids and float16 vectors. Both objects share most blocks.
 
-        Args:
-            chunks: Int64 ids of shape (N,), larger than all previous ids, and float16 vectors of shape (N, D).
+        The ids must be larger than all previous ids.
         """
         blocks = list(self.blocks)
         for ids, vectors in chunks:
@@ -84,12 +77,7 @@ class QuantizedVectors:
         return QuantizedVectors(self.scale, [block for block in blocks if len(block[0])])
 
     def find_nearest(self, query_code: np.ndarray, count: int, allowed_ids: np.ndarray | None = None) -> np.ndarray:
-        """Return the ids of the vectors with the largest dot products with a quantized query, largest first.
-
-        Args:
-            query_code: Quantized query of shape (D,), int8.
-            allowed_ids: Sorted ids of the vectors to search. Default: all vectors.
-        """
+        """Return the ids of the vectors with the largest dot products with a quantized query, largest first."""
         best_ids, best_distances = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
         for block in self.blocks:
             ids, codes = block if allowed_ids is None else _select(block, allowed_ids)
@@ -110,7 +98,6 @@ def _select(block: Block, allowed_ids: np.ndarray) -> Block:
 
 
 def quantize(vectors: np.ndarray, scale: float) -> np.ndarray:
-    """Quantize float vectors of shape (N, D) to int8."""
     return np.clip(np.rint(vectors.astype(np.float32) * scale), -127, 127).astype(np.int8)
 
 
@@ -175,11 +162,9 @@ class GraphState:
 def update_graph(
     folder: Path, ids: np.ndarray, fetch: FetchVectors, dim: int, max_abs: float, threads: int = 0
 ) -> None:
-    """Update the HNSW graph in a folder to contain exactly the vectors with the given ids.
+    """Update the HNSW graph in a folder to contain exactly the vectors with the given sorted ids.
 
     Args:
-        ids: Sorted ids of all vectors, int64 of shape (N,).
-        dim: Vector dimension D.
         max_abs: Largest absolute value in any vector. If it has grown by 10% or more since the graph was built, the
             graph is rebuilt.
         threads: Number of threads that add vectors. 0 means all cores. With several threads, the graph differs between
@@ -251,13 +236,9 @@ def _find_unreachable(
 
 
 def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None:
-    """Open the graph in a folder. Return the graph and its state, or None if there is no usable graph.
+    """Return the graph in a folder and its state, or None if there is none or it is corrupt.
 
-    If the graph is corrupt, for example after a power failure, print a message.
-
-    Args:
-        view: If True, memory-map the graph for searching, which makes it read-only, unless searches miss too many of
-            its vectors. If False, load it into memory.
+    With `view`, memory-map the graph for searching, unless searches miss too many of its vectors.
     """
     graph_file, state_file = folder / GRAPH_FILE, folder / GRAPH_STATE_FILE
     if not state_file.exists():
@@ -280,10 +261,7 @@ def open_graph(folder: Path, view: bool = True) -> tuple[Any, GraphState] | None
 
 
 def compute_checksum(file: Path) -> str:
-    """Return the size of a file and the sum of its 64-bit words.
-
-    Only the disk limits the speed of this sum, whereas a cryptographic hash of a large graph takes several seconds.
-    """
+    """Return the size of a file and the sum of its 64-bit words, which only the disk's speed limits."""
     data = np.memmap(file, np.uint8, mode="r")
     end = len(data) // 8 * 8  # the remaining bytes are added one by one
     total = data[:end].view("<u8").sum(dtype=np.uint64) + data[end:].sum(dtype=np.uint64)

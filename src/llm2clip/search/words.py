@@ -31,12 +31,6 @@ FIELDS = {"captions": "caption", "text": "text", "name": "name", "camera": "came
 SUBSTRING_COLUMNS = ("captions", "text", "name")  # columns of `trigrams`
 FULL_TEXT_TABLES = {"words": tuple(FIELDS), "trigrams": SUBSTRING_COLUMNS}
 TOKENIZER = "unicode61 remove_diacritics 2"
-FULL_TEXT_SCHEMA = f"""
-CREATE VIRTUAL TABLE words USING fts5(
-  captions, text, name, camera, date, content='texts', content_rowid='id', tokenize='{TOKENIZER}');
-CREATE VIRTUAL TABLE trigrams USING fts5(
-  captions, text, name, content='texts', content_rowid='id', tokenize='trigram case_sensitive 1');
-"""
 WORDS_SCHEMA = f"""
 CREATE TABLE recognized_texts (
   content INTEGER PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, text TEXT NOT NULL);
@@ -44,7 +38,11 @@ CREATE TABLE texts (
   id INTEGER PRIMARY KEY, content INTEGER NOT NULL, captions TEXT NOT NULL, text TEXT NOT NULL, name TEXT NOT NULL,
   camera TEXT NOT NULL, date TEXT NOT NULL);
 CREATE INDEX texts_content ON texts(content);
-{FULL_TEXT_SCHEMA}"""
+CREATE VIRTUAL TABLE words USING fts5(
+  captions, text, name, camera, date, content='texts', content_rowid='id', tokenize='{TOKENIZER}');
+CREATE VIRTUAL TABLE trigrams USING fts5(
+  captions, text, name, content='texts', content_rowid='id', tokenize='trigram case_sensitive 1');
+"""
 SEPARATOR = "\x1f"  # precedes each caption in `texts`; never occurs in normalised texts
 TRIGRAM_LENGTH = 3  # `trigrams` cannot find shorter texts
 UNSPACED_PARTS = re.compile(rf"(?:[^\W_]|{UNSPACED.pattern})+")  # \w excludes vowel signs and tone marks
@@ -90,11 +88,11 @@ def split_words(texts: Iterable[str]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class WordQuery:
-    """Words that must all occur in the texts of an image. All words are normalised.
+    """Normalised words that must all occur in the texts of an image.
 
     Attributes:
         words: Whole words. A word with punctuation, such as `img_1234.jpg`, is a sequence of words.
-        substrings: Words in scripts without spaces between words. They are matched as substrings.
+        substrings: Words in scripts without spaces between words.
     """
 
     words: tuple[str, ...] = ()
@@ -139,10 +137,7 @@ def make_caption_condition(caption: str) -> tuple[str, dict[str, str]]:
 
 
 def find_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.ndarray | None) -> np.ndarray:
-    """Return the ids of at most MAX_FUSED contents that contain all words of a query, best BM25 score first.
-
-    The ids are int64. There are none if too many images contain all words. By default, all contents are allowed.
-    """
+    """Return the ids of at most MAX_FUSED contents with all words, best BM25 score first. None if too many match."""
     tables, conditions, parameters = _make_match(query)
     ranks = [f"{table}.rank" for table in FULL_TEXT_TABLES if table in tables]
     source = f"FROM {tables} WHERE {' AND '.join(conditions)}"
@@ -183,11 +178,7 @@ def read_fields(db: sqlite3.Connection, query: WordQuery, ids: Sequence[int]) ->
 def find_matched_fields(
     query: WordQuery, images: Sequence[tuple[int, Mapping[str, str]]]
 ) -> dict[int, tuple[str, ...]]:
-    """Return the names of the fields that contain words of the query, keyed by content id.
-
-    Args:
-        images: Content ids and fields of images that contain all words of the query.
-    """
+    """Return the names of the fields that contain words of the query, keyed by content id."""
     phrases = [f" {' '.join(words)} " for words in split_words(query.words) if words]
     matched: dict[int, set[str]] = {}
     for (content, fields), field_words in zip(images, split_fields([fields for _, fields in images]), strict=True):
@@ -200,7 +191,6 @@ def find_matched_fields(
 
 
 def split_fields(images: Sequence[Mapping[str, str]]) -> list[list[list[str]]]:
-    """Split the fields of several images into words."""
     words = split_words(fields[name] for fields in images for name in FIELDS)
     return [words[start : start + len(FIELDS)] for start in range(0, len(words), len(FIELDS))]
 
@@ -225,7 +215,6 @@ def _make_match(query: WordQuery) -> tuple[str, list[str], dict[str, str]]:
 
 
 def compute_match_limit(total: int) -> int:
-    """Return how many images may contain all words of a query in an index of `total` images."""
     return int(min(max(MIN_COMMON, MAX_MATCHED_FRACTION * total), MAX_MATCHES))
 
 
@@ -245,34 +234,6 @@ def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 # ---- building
-
-
-def is_corrupt(connection: sqlite3.Connection) -> bool:
-    """Return True if the full-text tables do not agree with `texts`. Takes about 14 seconds per million images."""
-    try:
-        for table in FULL_TEXT_TABLES:
-            connection.execute(f"INSERT INTO {table} ({table}, rank) VALUES ('integrity-check', 1)")
-    except sqlite3.DatabaseError as error:
-        if not is_corruption(error):
-            raise
-        return True
-    return False
-
-
-def is_corruption(error: BaseException | None) -> bool:
-    """Return True if an SQLite error means that a full-text table is corrupt or missing."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR)
-
-
-def rebuild(connection: sqlite3.Connection) -> None:
-    """Build the full-text tables again from the table `texts`."""
-    for table in FULL_TEXT_TABLES:
-        connection.execute(f"DROP TABLE IF EXISTS {table}")
-    for statement in FULL_TEXT_SCHEMA.split(";\n"):
-        connection.execute(statement)
-    for table in FULL_TEXT_TABLES:
-        connection.execute(f"INSERT INTO {table} ({table}) VALUES ('rebuild')")
 
 
 def add_texts(connection: sqlite3.Connection, images: Iterable[IndexedImage]) -> None:
@@ -314,10 +275,7 @@ def _add_to_full_text(connection: sqlite3.Connection, condition: str) -> None:
 
 
 def _remove_from_full_text(connection: sqlite3.Connection, statement: str, parameters: Sequence[tuple[Any]]) -> None:
-    """List the ids that a statement returns in `removed_texts`, and remove these rows from the full-text tables.
-
-    The rows of `texts` must still exist.
-    """
+    """Store the ids from a statement in `removed_texts`, and remove these rows from the full-text tables."""
     connection.execute("CREATE TEMP TABLE IF NOT EXISTS removed_texts (id INTEGER PRIMARY KEY)")
     connection.execute("DELETE FROM removed_texts")
     connection.executemany(f"INSERT INTO removed_texts {statement}", parameters)

@@ -41,12 +41,8 @@ async def stream_zip(
 ) -> AsyncGenerator[bytes, None]:
     """Yield an uncompressed zip archive with the original image files of hits, in chunks.
 
-    Files that cannot be included are listed with the reason in MISSING_FILE: their hit does not exist, the file has
-    been changed or removed since it was indexed, the archive would exceed MAX_ZIP_BYTES, or the server is busy.
-
-    Args:
-        allocation: The request's share of the byte budget, to which images from table cells are added while they are
-            in memory.
+    Files that cannot be included are listed with the reason in MISSING_FILE. Images from table cells count towards the
+    byte budget while they are in memory.
 
     Raises:
         QueueFull: The first file cannot be included, because the server is busy.
@@ -97,7 +93,6 @@ async def stream_zip(
 async def _open_original(
     service: InferenceService, hit_id: str, allocation: ByteAllocation
 ) -> tuple[BinaryIO, str, int]:
-    """Open a hit's image file, and allocate its size if it is in memory. Return the stream, media type and size."""
     stream, media_type = await service.open_original(hit_id)
     size = stream.seek(0, os.SEEK_END)
     if isinstance(stream, io.BytesIO):  # the image is stored in a table cell
@@ -118,8 +113,6 @@ async def read_chunks(stream: BinaryIO, size: int) -> AsyncIterator[bytes]:
 
 
 class _ChunkBuffer(io.RawIOBase):
-    """Write-only stream that keeps written bytes until they are taken."""
-
     def __init__(self) -> None:
         self._data = bytearray()
 
@@ -136,10 +129,7 @@ class _ChunkBuffer(io.RawIOBase):
 
 
 def make_valid_file_name(image: IndexedImage, media_type: str) -> str:
-    """Convert an image's file name to one that is valid on all systems.
-
-    Names of images in tables, such as `TABLE[ROW].COLUMN`, get a suffix for their media type.
-    """
+    """Convert an image's file name to one that is valid on all systems. Images in tables get a suffix."""
     name = re.split(r"[/\\]", image.file_name)[-1]
     name = re.sub(r'[\x00-\x1f\x7f<>:"|?*]', "_", name)
     name = "".join(c for c in name if unicodedata.category(c) != "Cf").strip(" .")  # Cf: invisible, or reverses text
@@ -163,6 +153,5 @@ def make_unique(name: str, names: set[str]) -> str:
 
 
 def make_date(image: IndexedImage) -> tuple[int, int, int, int, int, int]:
-    """Return an image's capture time (year, month, day, hour, minute, second), within the range of zip archives."""
     taken = to_datetime(image.taken)
     return FIRST_DATE if taken is None else max(FIRST_DATE, min(taken.timetuple()[:6], LAST_DATE))
