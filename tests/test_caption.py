@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from email.utils import formatdate
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,12 +60,9 @@ def photos(tmp_path: Path) -> Path:
     return make_photos(tmp_path / "photos", 6)
 
 
-make_parser = cache(build_parser)  # takes half a second
-
-
 def run_command(*words: object) -> str:
     """Run a command as `main` does, but without handling errors. Return the lines that it prints at the end."""
-    parser, run = make_parser()
+    parser, run = build_parser()
     settings = parser.instantiate(parser.parse_args(list(map(str, words))))
     return "\n".join(run[settings.subcommand](settings[settings.subcommand]))
 

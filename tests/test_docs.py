@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import pytest
 from llm2clip.cli import build_parser
 
 ROOT = Path(__file__).parent.parent
-make_parser = cache(build_parser)  # takes half a second
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -29,7 +27,7 @@ def documented_commands() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "command"), documented_commands())
 def test_documented_command_parses(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    parser, run = make_parser()
+    parser, run = build_parser()
     try:
         args = parser.parse_args(shlex.split(command, comments=True)[1:])
     except SystemExit as error:
@@ -38,7 +36,7 @@ def test_documented_command_parses(page: str, command: str, monkeypatch: pytest.
 
 
 def test_help_lists_each_command_once_and_each_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    parser, run = make_parser()
+    parser, run = build_parser()
     parser.print_help()
     listed = re.findall(r"^  llm2clip ((?:\w+ \| )*\w+)", capsys.readouterr().out, flags=re.MULTILINE)
     assert sorted(" | ".join(listed).split(" | ")) == sorted(run)
@@ -75,6 +73,6 @@ def test_service_and_container_start_the_server_with_valid_options() -> None:
     (command,) = re.findall(r"^ExecStart=\S+/llm2clip (.+)$", service.replace("%i", "7860"), re.MULTILINE)
     containerfile = (ROOT / "deploy/Containerfile").read_text()
     (arguments,) = re.findall(r"^CMD (\[.+\])$", containerfile, re.MULTILINE)
-    parser, _ = make_parser()
+    parser, _ = build_parser()
     for argv in (command.split(), json.loads(arguments)):
         assert parser.parse_args(argv).serve.access_log

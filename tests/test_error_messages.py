@@ -92,7 +92,8 @@ ERRORS = {
         "--columns image=img_file",
     ),
     "one caption per image": (
-        "fit {tmp}/one.jsonl --out {tmp}/run --encoder.path {llm} --align.batch_size 4", "--tune.steps 0",
+        "fit {tmp}/one.jsonl --out {tmp}/run --encoder.path {llm} --align.tower {tower} --align.batch_size 4",
+        "--tune.steps 0",
     ),
     # models
     "missing model": ("evaluate {tmp}/nomodel {data}", "nomodel", "neither a folder nor"),

@@ -163,8 +163,10 @@ class ConfigFileAction(ActionConfigFile):
         except (OSError, ValueError) as error:
             raise TypeError(f"{values}: {error}") from error
         parser.config_file = values
-        self.apply_config(parser, cfg, self.dest, yaml.safe_dump(settings))
-        parser.config_file = None
+        try:
+            self.apply_config(parser, cfg, self.dest, yaml.safe_dump(settings))
+        finally:
+            parser.config_file = None
 
 
 def read_builtin_configs() -> dict[str, str]:
