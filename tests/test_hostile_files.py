@@ -481,7 +481,7 @@ def test_an_unexpected_exception_of_a_reader_is_a_bad_row(tmp_path: Path, monkey
         patch.setattr(text_files.JsonLines, "read", fail)
         assert [record.captions for record in open_records(file, log)] == [("a",)]
     assert log.examples == [f"{file}, row 2: unreadable file: MemoryError: no memory"]
-    monkeypatch.setattr(records, "parse_name", lambda *_: {}["missing"])
+    monkeypatch.setattr(records, "_parse_name", lambda *_: {}["missing"])
     with pytest.raises(TooManySkipped, match="malformed row: KeyError: "):
         list(open_records(file))
 

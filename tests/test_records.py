@@ -60,7 +60,7 @@ def test_open_records_merges_csv_rows_by_id_and_split(tmp_path: Path) -> None:
 # ---- sources: splits, columns, paths -------------------------------------------------------------------------------
 
 
-def test_source_parse_accepts_paths_splits_and_mappings(tmp_path: Path) -> None:
+def test_source_parse_accepts_paths_and_splits(tmp_path: Path) -> None:
     assert Source.parse("photos.csv@train+none") == Source("photos.csv", ("train", "none"))
     assert Source.parse("a@b/photos.csv") == Source("a@b/photos.csv")
     assert Source.parse("hf:org/name:config@test") == Source("hf:org/name:config", ("test",))
@@ -68,14 +68,10 @@ def test_source_parse_accepts_paths_splits_and_mappings(tmp_path: Path) -> None:
     existing = str(tmp_path / "x@train")
     assert Source.parse(existing) == Source(existing)
     assert Source.parse(f"{existing}@val") == Source(existing, ("val",))
-    assert Source.parse({"path": "x@a", "columns": {"id": "key"}}) == Source("x", ("a",), {"id": "key"})
-    assert Source.parse({"path": "x@a", "splits": "b+c"}).splits == ("b", "c")
     assert Source.parse(str(Source("x", ("a", "b")))) == Source("x", ("a", "b"))
     assert pickle.loads(pickle.dumps(Source("x", ("a",), {"id": "k"}))) == Source("x", ("a",), {"id": "k"})
     with pytest.raises(ValueError, match="unknown field 'caption'; available fields: id, image, captions"):
         Source("x", columns={"caption": "text"})
-    with pytest.raises(ValueError, match=r"must have the key 'path' .*\(got path, split\)$"):
-        Source.parse({"path": "x", "split": "a"})
 
 
 def test_open_records_selects_splits_and_lists_them_in_errors(folder: Path) -> None:

@@ -16,7 +16,6 @@ import hashlib
 import io
 import os
 import re
-import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
@@ -35,7 +34,7 @@ from llm2clip.data.image_header import (
     parse_image_size,
 )
 from llm2clip.data.image_refs import IMAGE_KINDS, FileImage, ImageRef, LoadedImage, TarImage, get_file_version
-from llm2clip.data.remote import file_exists, get_local_path
+from llm2clip.data.remote import file_exists, open_file
 from llm2clip.data.skip_log import UnusableRow
 from llm2clip.data.storage import is_remote
 from llm2clip.io_utils import FatalDataError, describe_error
@@ -48,7 +47,6 @@ SAMPLE_BYTES = 1024
 NUM_THREADS = 16  # many threads help on network file systems with high latency
 ITEMS_PER_TASK = 32
 BATCH_IMAGES = 1 << 14  # number of images whose references are in memory at a time
-_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # does not wait for a named pipe
 MISSING_IMAGE, UNREADABLE_IMAGE, TOO_LARGE_IMAGE = "missing image", "unreadable image", "image too large"
 
 
@@ -118,37 +116,24 @@ def _read_samples(image: LoadedImage) -> _Samples | None:
     if not isinstance(ref, FileImage | TarImage):
         return None
     try:
-        file = os.open(get_local_path(ref.path), _OPEN_FLAGS)
+        with open_file(ref.path) as file:
+            offset, size = (ref.offset, ref.size) if isinstance(ref, TarImage) else (0, file.seek(0, os.SEEK_END))
+            start, length = _locate_middle(size)
+            file.seek(offset)
+            first = file.read(min(size, max(START_BYTES, length)))
+            file.seek(offset + start)
+            middle = file.read(length)
     except FatalDataError:
         raise
     except (OSError, ValueError):
         return None
-    try:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            return None
-        offset, size = (ref.offset, ref.size) if isinstance(ref, TarImage) else (0, status.st_size)
-        start, length = _locate_middle(size)
-        first = _read_range(file, offset, min(size, max(START_BYTES, length)))
-        middle = first[start : start + length]
-        if start + length > len(first):
-            middle = _read_range(file, offset + start, length)
-        return _Samples(size, first, middle) if len(middle) == length else None
-    except OSError:
-        return None
-    finally:
-        os.close(file)
+    return _Samples(size, first, middle) if len(middle) == length else None
 
 
 def _locate_middle(size: int) -> tuple[int, int]:
     """Return the position and length of the middle part of an image that is hashed."""
     length = min(SAMPLE_BYTES, size)
     return (size - length) // 2, length
-
-
-def _read_range(file: int, start: int, length: int) -> bytes:
-    os.lseek(file, start, os.SEEK_SET)
-    return os.read(file, length)
 
 
 def _read_size_with_pillow(image: LoadedImage) -> tuple[int, int]:

@@ -60,7 +60,11 @@ class EpochOrders:
         """Return the indices of the records at positions `start` to `stop` of an epoch."""
         if epoch != self._epoch:
             self._order = np.empty(0, np.int32)  # free the memory first
-            self._epoch, self._order = epoch, self._draw(epoch)
+            self._epoch = epoch
+            if self.image_order == "shards":
+                self._order = draw_shard_order(self._shard_of_image, self.seed, epoch)
+            else:
+                self._order = draw_random_order(self.num_images, self.seed, epoch)
             self._next_prefetch = 0
         if self._prefetch_shards and start >= self._next_prefetch:
             self._prefetch(start)
@@ -77,11 +81,6 @@ class EpochOrders:
         if len(self._shards) <= WINDOW:  # more shards may not fit in the cache
             prefetch(self._shards)
         self._next_prefetch = self.num_images
-
-    def _draw(self, epoch: int) -> np.ndarray:
-        if self.image_order == "shards":
-            return draw_shard_order(self._shard_of_image, self.seed, epoch)
-        return draw_random_order(self.num_images, self.seed, epoch)
 
 
 def draw_random_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
@@ -152,7 +151,6 @@ def number_shards(records: RecordTable) -> tuple[np.ndarray, list[str]]:
 
 
 def _list_paths(records: RecordTable) -> list[str]:
-    """List the paths of the files and folders that contain the images."""
     return list(dict.fromkeys(path for containers in records.blocks.containers for path in containers))
 
 

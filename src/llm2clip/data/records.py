@@ -96,21 +96,13 @@ class Source:
                 raise ValueError(f"columns: unknown field {name!r}; available fields: {', '.join(COLUMN_NAMES)}")
 
     @classmethod
-    def parse(cls, value: str | os.PathLike[str] | Mapping[str, Any] | Source) -> Source:
-        """Create a source from `path`, `path@split+split`, or a mapping with the keys path, splits and columns.
+    def parse(cls, value: str | os.PathLike[str] | Source) -> Source:
+        """Create a source from `path` or `path@split+split`.
 
         If the entire string is the path of an existing file or folder, it is never split at an @.
         """
         if isinstance(value, Source):
             return value
-        if isinstance(value, Mapping):
-            if "path" not in value or not set(value) <= {"path", "splits", "columns"}:
-                keys = ", ".join(map(str, value))
-                raise ValueError(f"a source must have the key 'path' and may have 'splits' and 'columns' (got {keys})")
-            source = cls.parse(value["path"])
-            splits = value.get("splits") or ()
-            splits = tuple(splits.split("+") if isinstance(splits, str) else map(str, splits))
-            return cls(source.path, splits or source.splits, dict(value.get("columns") or {}))
         text = os.fspath(value)
         selection = re.fullmatch(r"(.+)@([^@/\\]+)", text, flags=re.DOTALL)
         if selection is None or os.path.exists(os.path.expanduser(text)):
@@ -123,7 +115,7 @@ class Source:
 
 
 def open_records(
-    source: str | os.PathLike[str] | Mapping[str, Any] | Source,
+    source: str | os.PathLike[str] | Source,
     log: SkipLog | None = None,
     image_check: ImageCheck = "header",
     require_captions: bool = True,
@@ -216,6 +208,7 @@ class RecordReader:
         """Yield the usable records in a file or part of a file, with what is known about their images."""
         self.mapper.require_captions = self.require_captions and part.format.has_caption_columns
         read_bytes = self.image_check != "ignore"
+        check_exists, check_header = self.image_check in ("header", "exists"), self.image_check == "header"
         splits = None if "split" in self.source.columns else self.source.splits
         raw_rows = read_rows(part, ReadOptions(self.mapper.map_table, read_bytes, splits, self.log))
         rows = self._parse_rows(raw_rows, part.format)
@@ -224,7 +217,9 @@ class RecordReader:
                 if not row.record.texts and (self.require_captions or not row.record.image):
                     reason = "no caption" if self.require_captions else "no image and no caption"
                     raise UnusableRow(reason, row.record.image or (row.record.id if row.record.id_from_source else ""))
-                facts = self._read_image_facts(row.image, hash_images and read_bytes)
+                facts = ImageFacts()
+                if row.image is not None:
+                    facts = read_image_facts(row.image, check_exists, check_header, hash_images and read_bytes)
             except Exception as error:
                 self._skip(row.file, row.row, error, row.num_rows)
                 continue
@@ -311,13 +306,6 @@ class RecordReader:
             **texts,
         )
         return record, image
-
-    def _read_image_facts(self, image: LoadedImage | None, hash_image: bool) -> ImageFacts:
-        """Check an image. Raise `UnusableRow` if it cannot be used."""
-        if image is None:
-            return ImageFacts()
-        check_exists = self.image_check in ("header", "exists")
-        return read_image_facts(image, check_exists, self.image_check == "header", hash_image)
 
     def _count_rows(self, split: str, count: int) -> None:
         self.summary.row_counts[split] += count

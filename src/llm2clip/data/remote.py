@@ -34,28 +34,8 @@ from typing import Any, BinaryIO, TypeVar
 from braceexpand import braceexpand
 from filelock import FileLock
 
-from llm2clip.data.storage import (
-    BLOCK_BYTES,
-    DISK_ERRORS,
-    LOOKUP_ATTEMPTS,
-    LOOKUP_THREADS,
-    MAX_ATTEMPTS,
-    MissingRemoteFileError,
-    RemoteError,
-    build_replaced_error,
-    call_with_retries,
-    fetch_block,
-    format_version,
-    get_filesystem,
-    get_scheme,
-    is_remote,
-    parse_size,
-    read_info,
-    split_url,
-    strip_query,
-    to_path,
-    to_url,
-)
+from llm2clip.data import storage
+from llm2clip.data.storage import MissingRemoteFileError, RemoteError, is_remote
 from llm2clip.io_utils import FatalDataError, atomic_path, get_cache_dir, hide_url_secrets, open_regular_file
 
 try:
@@ -97,13 +77,13 @@ def find_remote_files(pattern: str) -> list[str]:
         ValueError: The URL contains a user name or password.
     """
     name = hide_url_secrets(pattern)
-    if "@" in split_url(pattern)[1] and not pattern.startswith("hf"):
+    if "@" in storage.split_url(pattern)[1] and not pattern.startswith("hf"):
         raise ValueError(f"{name}: remove the user name and password from the URL. Put them in ~/.netrc instead")
-    address = strip_query(pattern)
+    address = storage.strip_query(pattern)
     is_pattern = (glob.has_magic(address) or "{" in address) and not _exists(pattern)
     urls = []
     for url in [expanded + pattern[len(address) :] for expanded in braceexpand(address)] if is_pattern else [pattern]:
-        matches = _glob(url) if is_pattern and glob.has_magic(strip_query(url)) else [url]
+        matches = _glob(url) if is_pattern and glob.has_magic(storage.strip_query(url)) else [url]
         if not matches:
             raise MissingRemoteFileError(f"{hide_url_secrets(url)}: no such file or folder")
         urls += matches
@@ -112,7 +92,7 @@ def find_remote_files(pattern: str) -> list[str]:
 
 def look_up_versions(urls: Sequence[str]) -> list[str]:
     """Pin the current versions of many files, several at a time. Return their URLs, with a slash after folders."""
-    with ThreadPoolExecutor(LOOKUP_THREADS) as pool:
+    with ThreadPoolExecutor(storage.LOOKUP_THREADS) as pool:
         return list(pool.map(_pin_file_or_mark_folder, urls))
 
 
@@ -126,11 +106,11 @@ def list_folder(folder: str) -> list[str]:
 def _list_remote_folder(folder: str) -> list[str]:
     """Return the sorted names of the files and folders in a remote folder. Names of folders end with a slash."""
     folder = folder.rstrip("/") + "/"
-    scheme = get_scheme(folder)
-    filesystem = get_filesystem(scheme)
+    scheme = storage.get_scheme(folder)
+    filesystem = storage.get_filesystem(scheme)
     names = set()
-    for entry in call_with_retries(lambda: filesystem.ls(to_path(folder), detail=True), folder):
-        url = to_url(scheme, entry["name"])
+    for entry in storage.call_with_retries(lambda: filesystem.ls(storage.to_path(folder), detail=True), folder):
+        url = storage.to_url(scheme, entry["name"])
         name = url.rstrip("/").removeprefix(folder)
         if name and "/" not in name and "?" not in name and url.startswith(folder):
             names.add(name + ("/" if entry["type"] == "directory" else ""))
@@ -171,7 +151,7 @@ def get_file_size(path: str) -> int:
     """Return the size of a local or remote file in bytes. Raise OSError if it cannot be determined."""
     if not is_remote(path):
         return os.path.getsize(path)
-    return parse_size(_get_version(path))
+    return storage.parse_size(_get_version(path))
 
 
 def _raise(error: OSError) -> None:
@@ -188,10 +168,12 @@ def _exists(url: str) -> bool:
 
 def _glob(pattern: str) -> list[str]:
     """Return the URLs that match a glob pattern. As in a local folder, hidden files match only a pattern with a dot."""
-    scheme = get_scheme(pattern)
-    filesystem = get_filesystem(scheme)
-    paths = call_with_retries(lambda: filesystem.glob(to_path(pattern)), pattern, LOOKUP_ATTEMPTS)
-    urls = sorted(to_url(scheme, path) for path in paths)
+    scheme = storage.get_scheme(pattern)
+    filesystem = storage.get_filesystem(scheme)
+    paths = storage.call_with_retries(
+        lambda: filesystem.glob(storage.to_path(pattern)), pattern, storage.LOOKUP_ATTEMPTS
+    )
+    urls = sorted(storage.to_url(scheme, path) for path in paths)
     if posixpath.basename(pattern).startswith("."):
         return urls
     return [url for url in urls if not posixpath.basename(url.rstrip("/")).startswith(".")]
@@ -202,12 +184,14 @@ def _pin_file_or_mark_folder(url: str) -> str:
 
     Web servers do not distinguish files from folders, so a web address without a file suffix is a folder.
     """
-    if url.endswith("/") or (url.startswith("http") and "." not in split_url(strip_query(url))[2].rpartition("/")[2]):
+    if url.endswith("/") or (
+        url.startswith("http") and "." not in storage.split_url(storage.strip_query(url))[2].rpartition("/")[2]
+    ):
         return url.rstrip("/") + "/"
-    info = read_info(url)
+    info = storage.read_info(url)
     if info["type"] == "directory":
         return url + "/"
-    _versions[url] = format_version(info, url)
+    _versions[url] = storage.format_version(info, url)
     return url
 
 
@@ -225,10 +209,10 @@ def get_remote_version(url: str) -> str:
     """
     version = _versions.get(url)
     if version is None:
-        info = read_info(url)
+        info = storage.read_info(url)
         if info["type"] == "directory":
             raise MissingRemoteFileError(f"{hide_url_secrets(url)} is a folder, not a file")
-        version = _versions.setdefault(url, format_version(info, url))
+        version = _versions.setdefault(url, storage.format_version(info, url))
     return version
 
 
@@ -244,9 +228,9 @@ def pin_versions(versions: Mapping[str, str]) -> None:
 
 def _check_version(url: str, version: str) -> None:
     """Raise `ReplacedFileError` if a file no longer has this version."""
-    current = format_version(read_info(url, MAX_ATTEMPTS), url)
+    current = storage.format_version(storage.read_info(url, storage.MAX_ATTEMPTS), url)
     if current != version:
-        raise build_replaced_error(url, version, current)
+        raise storage.build_replaced_error(url, version, current)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -266,7 +250,7 @@ def open_file(path: str) -> io.BufferedReader:
         return open_regular_file(path)
     version = _get_version(path)
     cached_path = get_cached_path(path, version)
-    while (file := _open_cached(cached_path, parse_size(version))) is None:
+    while (file := _open_cached(cached_path, storage.parse_size(version))) is None:
         # Another process may remove the file again immediately.
         _remember_failure(path, functools.partial(_download, path, version, cached_path))
     return file
@@ -373,7 +357,7 @@ def _download(url: str, version: str, path: Path) -> None:
     Raises:
         CacheFullError: The file is larger than the size limit, or the disk is full.
     """
-    size = parse_size(version)
+    size = storage.parse_size(version)
     path.parent.mkdir(parents=True, exist_ok=True)
     locks = get_cache_folder() / "locks"
     locks.mkdir(exist_ok=True)
@@ -386,11 +370,13 @@ def _download(url: str, version: str, path: Path) -> None:
             with atomic_path(path) as temporary, open(temporary, "wb") as stream:
                 _check_version(url, version)
                 while stream.tell() < size:
-                    fetch_block(url, version, stream.tell(), min(size, stream.tell() + BLOCK_BYTES), stream)
+                    storage.fetch_block(
+                        url, version, stream.tell(), min(size, stream.tell() + storage.BLOCK_BYTES), stream
+                    )
                 _check_version(url, version)
         except OSError as error:
             cause = error.__cause__
-            if not isinstance(cause, OSError) or cause.errno not in DISK_ERRORS:
+            if not isinstance(cause, OSError) or cause.errno not in storage.DISK_ERRORS:
                 raise
             raise CacheFullError(
                 f"{hide_url_secrets(url)}: {error}. Free some space, or move the cache to another disk with the "

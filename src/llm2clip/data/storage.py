@@ -33,7 +33,6 @@ UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}  # `_files
 MAX_ATTEMPTS = 8
 FIRST_DELAY = 0.5  # seconds; doubles with each attempt, so that the default attempts span about a minute
 MAX_DELAY = 30.0  # seconds
-MAX_RETRY_AFTER = 120.0  # upper limit for the delay that a server requests, in seconds
 RETRIED_STATUSES = (408, 425, 429)  # and all from 500
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NETWORK_PACKAGES = ("aiohttp", "botocore", "aiobotocore", "gcsfs", "httpx", "httpx2", "httpcore", "requests", "urllib3")
@@ -289,7 +288,7 @@ def call_with_retries(function: Callable[[], T], url: str, max_attempts: int | N
     """Return the result of a function that sends requests. Call it again after temporary errors.
 
     Temporary errors are connection errors, timeouts, truncated responses and the HTTP statuses 408, 425, 429 and 5xx.
-    The delay between attempts doubles each time and is at least as long as the server's `Retry-After` header requests.
+    The delay between attempts doubles each time.
 
     Raises:
         MissingRemoteFileError: The file does not exist.
@@ -311,9 +310,7 @@ def call_with_retries(function: Callable[[], T], url: str, max_attempts: int | N
                 raise _convert_error(error, url) from None
             if attempt >= max_attempts:
                 raise RemoteError(f"{_describe(error, url)} (after {attempt} attempts)") from None
-            delay = compute_backoff(attempt - 1, FIRST_DELAY, MAX_DELAY)
-            delay = max(delay, min(_read_retry_after(error), MAX_RETRY_AFTER))
-        time.sleep(delay)
+        time.sleep(compute_backoff(attempt - 1, FIRST_DELAY, MAX_DELAY))
 
 
 def compute_backoff(attempt: int, first: float, longest: float) -> float:
@@ -381,19 +378,6 @@ def _get_status(error: BaseException) -> int | None:
         if str(status).isdecimal():
             return int(str(status))
     return None
-
-
-def _read_retry_after(error: BaseException) -> float:
-    """Return the delay in seconds that the server requested, or 0."""
-    for cause in _list_causes(error):
-        response = getattr(cause, "response", None)
-        headers: Any = getattr(cause, "headers", None) or getattr(response, "headers", None)
-        if isinstance(response, dict):  # botocore, with names in lower case
-            headers = response.get("ResponseMetadata", {}).get("HTTPHeaders")
-        value = (headers or {}).get("Retry-After") or (headers or {}).get("retry-after")
-        if value is not None:
-            return parse_retry_after(str(value))
-    return 0.0
 
 
 def _list_causes(error: BaseException) -> list[BaseException]:

@@ -22,6 +22,7 @@ import re
 import shlex
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, BinaryIO, TextIO, cast
@@ -188,22 +189,15 @@ def describe_encoding(path: str) -> str:
         likely.insert(0, "cp1252")  # the most common encoding of texts that are mostly ASCII
     readings: dict[str, str] = {}  # decoded line -> encoding
     for encoding in likely:
-        try:
+        with suppress(UnicodeDecodeError):
             readings.setdefault(line.decode(encoding).strip()[:60], encoding)
-        except UnicodeDecodeError:
-            continue
-    likely_readings = list(islice(readings.items(), MAX_LISTED_ENCODINGS))
-    if not likely_readings:
-        return "not UTF-8, in an unknown encoding. Convert the file to UTF-8"
-    description = "not UTF-8, probably " + " or ".join(f"{encoding} ({text!r})" for text, encoding in likely_readings)
+    listed = " or ".join(f"{encoding} ({text!r})" for text, encoding in islice(readings.items(), MAX_LISTED_ENCODINGS))
+    description = f"not UTF-8, {f'probably {listed}' if listed else 'in an unknown encoding'}"
     if path.lower().endswith(".gz"):
         return f"{description}. Convert the file to UTF-8"
-    name, advice = "ENCODING", "Convert the file from the encoding that shows this text correctly"
-    if len(likely_readings) == 1:
-        name, advice = likely_readings[0][1].upper().replace("_", "-"), "Convert the file"
     stem, suffix = os.path.splitext(path)
-    command = f"iconv -f {name} -t UTF-8 {shlex.quote(path)} > {shlex.quote(f'{stem}-utf8{suffix}')}"
-    return f"{description}. {advice}: `{command}`"
+    command = f"iconv -f ENCODING -t UTF-8 {shlex.quote(path)} > {shlex.quote(f'{stem}-utf8{suffix}')}"
+    return f"{description}. Convert the file from the encoding that shows this text correctly: `{command}`"
 
 
 def _open_binary(path: str, start: int = 0, stop: int | None = None) -> BinaryIO:
