@@ -2,7 +2,7 @@
 
 A reader may accept an input, or reject it with an exception that it documents. Each reader runs in its own process with
 limits on memory and on CPU time per input. The script prints how many inputs were read and rejected, which exceptions
-were unexpected, the slowest input and the peak memory. `tests/test_fuzz.py` runs this test on a few inputs.
+were unexpected, the slowest input and the peak memory. `tests/test_formats.py` runs this test on a few inputs.
 
     python benchmarks/fuzz.py [--reader NAME ...] [--count 100000] [--seconds 600] [--seed 0] [--save FOLDER]
 """

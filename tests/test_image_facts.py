@@ -3,16 +3,29 @@
 import io
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 
-from conftest import load_benchmark
-from llm2clip.data.image_facts import ImageFacts, hash_images, read_image_facts
+from conftest import TouchOnLoad, load_benchmark
+from format_fixtures import image_bytes, write_tar
+from llm2clip.data.image_facts import (
+    TRAINING_IMAGES_FILE,
+    ImageFacts,
+    count_training_images,
+    hash_images,
+    load_training_image_hashes,
+    read_image_facts,
+    save_training_image_hashes,
+)
 from llm2clip.data.image_header import MAX_FILE_BYTES, START_BYTES, open_header, parse_image_size
-from llm2clip.data.image_refs import FileImage, LoadedImage, TarImage
+from llm2clip.data.image_refs import FileImage, LoadedImage, MemoryImage, TarImage
+from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import UnusableRow
 
 fuzz = load_benchmark("fuzz")
@@ -98,3 +111,48 @@ def test_facts_of_a_named_pipe_do_not_wait_for_data(tmp_path: Path) -> None:
     image = LoadedImage(FileImage(str(tmp_path / "x.jpg")), None)
     with pytest.raises(UnusableRow, match="missing image"):
         read_image_facts(image)
+
+
+# ---- training images -------------------------------------------------------------------------------------------------
+
+
+def test_training_images_are_recognised_in_other_folders_and_in_tar_files(image_folder: Path, tmp_path: Path) -> None:
+    refs = [record.image for record in open_records(image_folder / "captions.jsonl")]
+    hashes = hash_images([*refs[:20], refs[3], None, FileImage(str(tmp_path / "missing.png"))])
+    assert len(hashes) == 20 and hashes.dtype == np.uint64 and count_training_images(hashes, refs) == 20
+    copies = [FileImage(shutil.copy(str(ref), tmp_path / f"copy-{n}.png")) for n, ref in enumerate(refs)]
+    assert count_training_images(hashes, copies) == 20
+    members = {f"{n}.{suffix}": data for n, ref in enumerate(refs) for suffix, data in
+               (("png", Path(str(ref)).read_bytes()), ("txt", b"a caption"))}  # fmt: skip
+    tar = write_tar(tmp_path / "0.tar", members.items())
+    assert count_training_images(hashes, [record.image for record in open_records(tar)]) == 20
+    cells = [MemoryImage(image_bytes(seed)) for seed in range(4)]
+    assert count_training_images(hash_images(cells[:3]), cells) == 3
+    assert count_training_images(hash_images([]), refs) == 0
+
+
+def test_training_images_are_saved_without_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_training_image_hashes(tmp_path) is None
+    assert load_training_image_hashes("open_clip:ViT-B-32/openai") is None
+    hashes = np.array([1, 2, 2**64 - 1], np.uint64)
+    save_training_image_hashes(tmp_path, hashes)
+    assert (tmp_path / TRAINING_IMAGES_FILE).stat().st_size <= 128 + 8 * 3
+    loaded = load_training_image_hashes(tmp_path)
+    assert loaded is not None and loaded.tolist() == hashes.tolist()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert load_training_image_hashes("org/model") is None
+    commit = tmp_path / "hub/models--org--model/snapshots/1"
+    commit.mkdir(parents=True)
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs/main").write_text("1")
+    shutil.copy(tmp_path / TRAINING_IMAGES_FILE, commit)
+    loaded = load_training_image_hashes("org/model")
+    assert loaded is not None and loaded.tolist() == hashes.tolist(), "a model downloaded from the hub"
+    for array in (np.zeros((2, 2), np.uint64), np.zeros(3), np.array([TouchOnLoad(tmp_path / "loaded")], object)):
+        np.save(tmp_path / TRAINING_IMAGES_FILE, array, allow_pickle=True)
+        with pytest.raises(ValueError, match="is not a valid array of image hashes"):
+            load_training_image_hashes(tmp_path)
+    (tmp_path / TRAINING_IMAGES_FILE).write_bytes(b"")
+    with pytest.raises(ValueError, match="is not a valid array of image hashes"):
+        load_training_image_hashes(tmp_path)
+    assert not (tmp_path / "loaded").exists()
