@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -384,18 +384,17 @@ def read_splits(
     split_names, split_of_record = _read_split_names(records)
     in_training_split = _mask_splits(split_names, split_of_record, TRAIN_SPLITS)
     is_training = has_selection | in_training_split
-    other_splits = {split_names[n].lower() for n in np.unique(split_of_record[~is_training])}
-    held_out_split = next((name for name in HELD_OUT_SPLITS if name in other_splits), None)
+    held_out_split = _find_held_out_split(split_names[n] for n in np.unique(split_of_record[~is_training]))
     is_held_out = np.zeros(len(records), bool)
-    notes = []
+    notes: list[str] = []
     if config.data:
         parsed = [Source.parse(source) for source in config.data]
         held_out = open_table(config.data, columns, log, image_check, folder)
         source_of_held_out = load_source_indices(held_out)
         is_leaked = is_training & mask_same_images(held_out, records)
         is_training &= ~is_leaked
-        if num_leaked := int(is_leaked.sum()):
-            notes.append(f"{num_leaked:,} held-out images removed from training")
+        if is_leaked.any():
+            notes.append(f"{is_leaked.sum():,} held-out images removed from training")
     else:
         if held_out_split is not None:
             is_held_out = ~is_training & _mask_splits(split_names, split_of_record, (held_out_split,))
@@ -403,21 +402,30 @@ def read_splits(
             is_held_out = _draw_held_out(records, is_training, has_selection)
             is_training &= ~is_held_out
         held_out, source_of_held_out = records.select(is_held_out), source_of_record[is_held_out]
-    is_other = ~has_selection & ~in_training_split & ~is_held_out
-    if num_other := int(is_other.sum()):
-        names = ", ".join(sorted(split_names[n] for n in np.unique(split_of_record[is_other])))
-        notes.append(f"{num_other:,} records from other splits ({names}) not used")
+    notes += _describe_unused(split_names, split_of_record[~has_selection & ~in_training_split & ~is_held_out])
     held_out_sources = [parsed[n] for n in np.unique(source_of_held_out[held_out.has_image])]
     held_out = held_out.select(held_out.has_image)
     train = records.select(is_training)
-    image_counts = np.bincount(split_of_record[records.has_image], minlength=len(split_names)).tolist()
+    num_images = np.bincount(split_of_record[records.has_image], minlength=len(split_names)).tolist()
     pa.default_memory_pool().release_unused()  # otherwise, this process would keep the memory of the columns read above
     return DataSplits(
         train=train,
         held_out=_group_by_caption_field(held_out, held_out_sources, config.fields, columns, folder),
         summary=", ".join([f"{train.has_image.sum():,} training images", f"{len(held_out):,} held out", *notes]),
-        rule=_describe_rule(len(held_out), held_out_split, dict(zip(split_names, image_counts, strict=True))),
+        rule=_describe_rule(len(held_out), held_out_split, dict(zip(split_names, num_images, strict=True))),
     )
+
+
+def _find_held_out_split(splits: Iterable[str]) -> str | None:
+    names = {name.lower() for name in splits}
+    return next((name for name in HELD_OUT_SPLITS if name in names), None)
+
+
+def _describe_unused(split_names: Sequence[str], splits: np.ndarray) -> list[str]:
+    if not len(splits):
+        return []
+    names = ", ".join(sorted(split_names[n] for n in np.unique(splits)))
+    return [f"{len(splits):,} records from other splits ({names}) not used"]
 
 
 def _describe_rule(num_held_out: int, held_out_split: str | None, num_images: dict[str, int]) -> str:

@@ -392,11 +392,13 @@ class Blocks:
     def get_images(self, rows: np.ndarray) -> list[ImageRef | None]:
         batches = (np.searchsorted(self.starts, rows, side="right") - 1).tolist()
         cells = self.take(rows, IMAGE_COLUMNS).to_pydict().values()
-        return [self._make_image(*values) for values in zip(batches, rows.tolist(), *cells, strict=True)]
+        return [
+            self._make_image(*values) for values in zip(batches, rows.tolist(), zip(*cells, strict=True), strict=True)
+        ]
 
-    def _make_image(
-        self, batch: int, row: int, kind: int, container: int, name: bytes, offset: int, size: int, digest: bytes | None
-    ) -> ImageRef | None:
+    def _make_image(self, batch: int, row: int, cells: tuple[Any, ...]) -> ImageRef | None:
+        """Create the image reference of a row from the values of `IMAGE_COLUMNS`."""
+        kind, container, name, offset, size, digest = cells
         if kind == NO_IMAGE:
             return None
         image_class = IMAGE_KINDS[kind]
