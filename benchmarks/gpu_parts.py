@@ -42,9 +42,8 @@ from llm2clip.search.vector_index import CHUNK, QuantizedVectors, VectorIndex
 from llm2clip.tools.plan import plan_fit
 from llm2clip.tools.plan_costs import LLMS, count_flops
 from llm2clip.tools.plan_memory import DEVICES, Machine
-from llm2clip.train.grad_cache import compute_cached_loss
 from llm2clip.train.losses import info_nce
-from llm2clip.train.optim import MAX_GRAD_NORM, compile_blocks, make_optimizer
+from llm2clip.train.optim import MAX_GRAD_NORM, compile_blocks, compute_cached_loss, make_optimizer
 from llm2clip.train.sampling import AlignBatches
 from llm2clip.train.tune import PairCollator, PairLoss
 from search import K, vector_chunks

@@ -21,8 +21,8 @@ from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.train.grad_cache import compute_cached_loss
 from llm2clip.train.losses import info_nce
+from llm2clip.train.optim import compute_cached_loss
 from shared import memory_mb, reset_peak_memory
 
 TEXT_DIM = 576

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import tracemalloc
 from functools import cache
 from pathlib import Path
@@ -33,10 +32,8 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import DistillOptions, distill
 from llm2clip.runs.ranks import set_mixed_precision
 from llm2clip.search.build import check_model, truncate_to_index
-from llm2clip.search.metadata import Filter
 from llm2clip.store import encode, writer
 from llm2clip.store.encode import embed
-from llm2clip.store.layout import StoreError
 from llm2clip.train import distill as distill_module
 from llm2clip.train.distill import (
     DistillTexts,
@@ -47,7 +44,7 @@ from llm2clip.train.distill import (
     plan_epoch,
     prepare_texts,
 )
-from search_fixtures import create_backend, create_patient_app, index_sources, search_names
+from search_fixtures import create_backend, index_sources, search_names
 
 CONFIG = DistillConfig(epochs=4, batch_size=16, lr=3e-3, save_steps=3, precision="fp32")
 TEXTS = ["the left half is red", "a grey picture, blue at its border", "x", "Ein längerer Text über ein Bild, in Grün."]
@@ -361,13 +358,10 @@ def test_commands_accept_a_student(
     student: str,
     trained: Any,
     teacher: Path,
-    bert: Path,
     image_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    name = str(bert) if student == "bert" else student
     model = str(trained(student))
 
     def succeed(*arguments: str | Path) -> str:
@@ -386,129 +380,3 @@ def test_commands_accept_a_student(
     assert ".png" in succeed("search", own_index, "the left half is red")
     output = succeed("evaluate", model, f"{image_folder / 'captions.jsonl'}@val", "--out", tmp_path / "evaluation")
     assert "R@1" in output
-
-    plan = ["plan", "--images", "1000", "--device", "l4", "--align.tower", "test_vit", "--encoder.path", teacher]
-    assert f"student {name}" in succeed(*plan, "--student", name)
-
-    uploads = record_uploads(monkeypatch)
-    assert "Pushed" in succeed("push", model, "me/student")
-    card = uploads["upload_file"]["path_or_fileobj"].decode()
-    assert uploads["upload_folder"]["folder_path"] == Path(model)
-    assert str(teacher) not in card and str(tmp_path) not in card
-
-    capsys.readouterr()
-    assert main(["convert", model, "--to", "hf", "--out", str(tmp_path / "official")]) == 1
-    assert "there is no adapter" in capsys.readouterr().err
-    assert main(["convert", model, "--text", str(bert), "--out", str(tmp_path / "converted")]) == 1
-    assert "already has a caption encoder" in capsys.readouterr().err
-
-
-def record_uploads(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
-    """Replace the hub's API, and return the arguments of its calls by name."""
-    calls: dict[str, dict[str, Any]] = {}
-
-    class Api:
-        def __getattr__(self, name: str) -> Any:
-            def call(*args: Any, **options: Any) -> str:
-                calls[name] = options
-                return "https://hub/me/student"
-
-            return call
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("llm2clip.models.loading.find_hub_problem", lambda: "")
-    return calls
-
-
-@pytest.mark.parametrize("student_name", ["layers:1", "static"])
-def test_server_of_a_student_searches_the_index_of_its_teacher(
-    student_name: str, trained: Any, teacher: Path, image_folder: Path, tmp_path: Path
-) -> None:
-    from fastapi.testclient import TestClient
-
-    backend = create_backend("sqlite", tmp_path / "index")
-    index_sources([image_folder], open_dual_encoder(str(teacher), "cpu"), backend)
-    folder = str(trained(student_name))
-    student = truncate_to_index(backend.metadata(), open_dual_encoder(folder, "cpu", stage="serve"))
-    query = "the left half is red"
-    with TestClient(create_patient_app(student, backend), base_url="http://localhost") as client:
-        response = client.post("/search", json={"texts": [query], "words": False, "top": 3})
-    assert response.status_code == 200, response.text
-    expected = backend.search(student.encode_texts([query])[0].numpy(), 3, Filter())
-    scores = [hit["score"] for hit in response.json()["hits"]]
-    assert scores == pytest.approx([hit.score for hit in expected], abs=1e-3)
-
-
-@pytest.mark.usefixtures("modules_cache")
-def test_exported_student_loads_with_transformers(trained: Any, tmp_path: Path) -> None:
-    from transformers import AutoModel, AutoProcessor
-
-    model = LLM2CLIP.from_pretrained(trained("bert"), "cpu")
-    export_model(model, "transformers", tmp_path / "exported")
-    exported = AutoModel.from_pretrained(tmp_path / "exported", trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(tmp_path / "exported", trust_remote_code=True)
-    tokens = processor(text=TEXTS, padding=True, return_tensors="pt")
-    inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
-    with torch.no_grad():
-        texts = exported.get_text_features(**inputs).pooler_output
-    torch.testing.assert_close(texts, model.encode_text(TEXTS), atol=1e-5, rtol=0)
-
-
-def test_stores_of_the_teacher_are_used(
-    teacher: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    texts = [text for record in open_records(image_folder / "captions.jsonl") for text in record.texts]
-    embed(texts, CaptionEncoder.from_pretrained(teacher, device="cpu"), tmp_path / "store")
-    shutil.copytree(teacher, tmp_path / "model")
-    (tmp_path / "more.txt").write_text("a further text\nthe left half is red\n")
-    encoded: list[str] = []
-    original = distill_module.embed
-
-    def record_texts(texts: Any, *args: Any, **options: Any) -> Any:
-        encoded.extend(texts)
-        return original(texts, *args, **options)
-
-    monkeypatch.setattr(distill_module, "embed", record_texts)
-    run(tmp_path / "model", image_folder, tmp_path / "out", "layers:1", texts=str(tmp_path / "more.txt"))
-    assert "a further text" in encoded
-    assert not set(encoded) & set(texts)
-
-
-def test_store_of_another_encoder_is_rejected(
-    teacher: Path, student_llm: Path, image_folder: Path, tmp_path: Path
-) -> None:
-    embed(TEXTS, CaptionEncoder.from_pretrained(student_llm, device="cpu"), tmp_path / "store")
-    with pytest.raises(StoreError, match="made by a different encoder"):
-        run(teacher, image_folder, tmp_path / "out", "layers:1", store=str(tmp_path / "store"))
-    assert not (tmp_path / "out").exists()
-
-
-def test_invalid_students_and_teachers_are_rejected(teacher: Path, image_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(teacher, tmp_path / "model", ignore=shutil.ignore_patterns("text"))
-    with pytest.raises(ValueError, match="has no caption encoder"):
-        run(tmp_path / "model", image_folder, tmp_path / "out", "layers:1")
-    with pytest.raises(ValueError, match="layers must be between 1 and 3"):
-        run(teacher, image_folder, tmp_path / "out", "layers:9")
-    with pytest.raises(ValueError, match="requires a number of layers"):
-        run(teacher, image_folder, tmp_path / "out", "layers:x")
-    assert not (tmp_path / "out").exists()
-    folder = tmp_path / "german"
-    folder.mkdir()
-    with pytest.raises(ValueError, match=r"tokenizer cannot encode 1\d\d of 1\d\d texts"):
-        run(teacher, image_folder, tmp_path / "out", str(make_bert(folder, ["hund", "katze"])))
-    assert not (tmp_path / "out/model").exists()
-
-
-def test_command_prints_the_model_and_the_comparison(
-    teacher: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    settings = ["--student", "layers:1", "--distill.epochs", "1", "--distill.batch_size", "16", "--out", str(out)]
-    assert main(["distill", str(teacher), str(image_folder / "captions.jsonl"), *settings]) == 0
-    output = capsys.readouterr().out
-    assert f"Model: {out / 'model'}" in output
-    assert "Next: llm2clip evaluate" in output
-    assert "queries per second on one core" in output
-    assert (
-        main(["distill", str(teacher), str(image_folder / "captions.jsonl"), *settings]) == 0
-    )  # complete: nothing to do

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from conftest import run_distributed
 from llm2clip.runs.ranks import full_tensor
-from llm2clip.train.grad_cache import compute_cached_loss
+from llm2clip.train.optim import compute_cached_loss
 
 # The function with which FSDP reduces gradients; the first is new in PyTorch 2.13.
 REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"

@@ -42,8 +42,7 @@ from llm2clip.tools.plan_memory import (
     estimate_tune_memory,
     fits_in_memory,
 )
-from llm2clip.train.grad_cache import compute_cached_loss
-from llm2clip.train.optim import make_optimizer, select_trainable_weights
+from llm2clip.train.optim import compute_cached_loss, make_optimizer, select_trainable_weights
 from llm2clip.train.tune import PairLoss
 
 LLAMA_8B = EncoderConfig("meta-llama/meta-llama-3-8b")

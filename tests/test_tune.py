@@ -23,7 +23,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.runs.checkpoint import Checkpoints
 from llm2clip.runs.output_folder import read_metrics
 from llm2clip.train import tune as tune_module
-from llm2clip.train.grad_cache import compute_cached_loss
+from llm2clip.train.optim import compute_cached_loss
 from llm2clip.train.tune import PairCollator, PairLoss, pair_loss, tune
 
 INSTRUCTION = "find: "

@@ -77,8 +77,7 @@ from llm2clip.train.distill import (
     DistillTexts,
     Teacher,
     build_student_model,
-    iterate_captions,
-    iterate_phrases,
+    iterate_texts,
     list_token_texts,
     open_student,
     prepare_texts,
@@ -101,25 +100,22 @@ Command = Literal["fit", "tune", "embed", "align"]
 
 
 class Run:
-    """A run directory that this process has locked. Its data is read when it is first needed.
-
-    Attributes:
-        command: "fit", or the command that runs a single stage.
-        sources: Data sources, each in the form PATH or PATH@split+split (see `llm2clip.data.records.Source`).
-        out: Run directory. With the command "embed", the store.
-        config: Settings. A single stage ignores those of the other stages.
-        log: Log of skipped rows and images.
-        model_dir: Folder of the trained model.
-    """
+    """A run directory that this process has locked. Its data is read when it is first needed."""
 
     def __init__(self, command: Command, sources: Sequence[str], out: Path, config: FitConfig) -> None:
+        """
+        Args:
+            command: "fit", or the command that runs a single stage.
+            sources: Data sources, each in the form PATH or PATH@split+split (see `llm2clip.data.records.Source`).
+            out: Run directory. With the command "embed", the store.
+            config: Settings. A single stage ignores those of the other stages.
+        """
         self.command, self.sources, self.out, self.config = command, list(sources), out, config
         self.model_dir = out / "model"
         self.parts: PretrainedParts | None = None
         self.log = SkipLog()
 
     def stage_folder(self, stage: str) -> Path:
-        """Return the output folder of a stage."""
         return self.out / stage if self.command == "fit" else self.out
 
     def check_models(self) -> None:
@@ -168,16 +164,11 @@ class Run:
 
     def read_tuning_pairs(self) -> list[Sequence[TuningItem]]:
         """Read the training data of `tune`: one list of image captions or text pairs per source."""
-        return self._read_fit_tuning_pairs() if self.command == "fit" else self._read_own_tuning_pairs()
-
-    def _read_fit_tuning_pairs(self) -> list[Sequence[TuningItem]]:
-        """Read the tuning data of `fit`.
-
-        Rows skipped in additional tuning sources go into a separate log, because the run's log covers only its image
-        data.
-        """
+        if self.command != "fit":
+            return self._read_own_tuning_pairs()
         config, data = self.config.tune, self.data
         own_captions = None if config.data or config.text_pairs else data.train
+        # Skipped rows of other sources go into a separate log, because the run's log covers only its image data.
         has_other_sources = bool(config.data or config.text_pairs or config.exclude)
         log = _open_skip_log(self.out / "skipped_tune.jsonl" if has_other_sources else None, self.config.max_skipped)
         held_out, folder = list(data.held_out.values()), self.out / "data"
@@ -208,10 +199,7 @@ def open_run(
 ) -> Iterator[Run]:
     """Open a run directory, which is created if needed and locked until the end of the `with` block.
 
-    If the directory contains an interrupted run, that run is resumed.
-
-    Args:
-        other_settings: Further settings of the command to save in the run directory.
+    If the directory contains an interrupted run, that run is resumed. The settings are saved in the directory.
 
     Raises:
         ConfigChangedError: The run directory was created with different settings.
@@ -231,10 +219,7 @@ def open_run(
 
 
 def fit(run: Run) -> Path:
-    """Run all stages on captioned images, and write a report.
-
-    Returns:
-        The model folder.
+    """Run all stages on captioned images, and write a report. Return the model folder.
 
     Raises:
         TooManySkipped: The fraction of unusable rows exceeds `config.max_skipped`.
@@ -260,14 +245,10 @@ def fit(run: Run) -> Path:
 
 
 def tune(run: Run) -> Path:
-    """Tune the caption encoder on text pairs.
+    """Tune the caption encoder on text pairs. Return the folder of the tuned caption encoder.
 
     In a `fit` run, caption retrieval accuracy on the held-out images is measured before and after tuning if at least
-    two images have two or more distinct captions each, except with QLoRA. The results are saved in cra_raw.json and
-    cra_tuned.json.
-
-    Returns:
-        The folder of the tuned caption encoder.
+    two images have two or more distinct captions each, except with QLoRA.
 
     Raises:
         ValueError: There are no captions or text pairs to tune on.
@@ -306,7 +287,6 @@ def embed(
     """Encode all captions into an embedding store. Captions that are already in the store are skipped.
 
     Args:
-        encoder: Frozen caption encoder.
         phrases: If True, also encode short phrases from the captions. `fit` does so only if `align` uses them.
         engine: "local" uses the ranks started by the launcher. "ray" uses a Ray cluster.
         ray_workers: Number of Ray workers. 0 means one worker per GPU or, if there are no GPUs, one per two CPU cores.
@@ -324,7 +304,7 @@ def embed(
 
 
 def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Path | None = None) -> Path:
-    """Train the vision tower, its projection and the adapter against the cached caption embeddings.
+    """Train the vision tower, its projection and the adapter on cached caption embeddings. Return the model folder.
 
     The model is evaluated on the held-out images before and during training. The command `align` does so only if
     `config.evaluate.data` lists held-out sources.
@@ -335,9 +315,6 @@ def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Pat
         encoder: Caption encoder that created the store. It is saved with the model.
         features: Folder of the feature store, which caches the frozen tower's features and can be shared between runs.
             Default: a folder in the run directory.
-
-    Returns:
-        The model folder.
     """
     model_dir, out, config = run.model_dir, run.stage_folder("align"), run.config.align
     if model_dir.exists():
@@ -371,9 +348,9 @@ def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Pat
 
 def finetune(run: Run) -> Path:
     """Fine-tune both towers of the CLIP model `config.align.tower`, as a baseline for `align`. Return its folder."""
-    return (
-        run.model_dir if run.model_dir.exists() else finetune_clip(run.data.train, run.config.align, run.out, run.log)
-    )
+    if not run.model_dir.exists():
+        finetune_clip(run.data.train, run.config.align, run.out, run.log)
+    return run.model_dir
 
 
 def evaluate(run: Run, store: EmbeddingStore) -> list[dict[str, Any]]:
@@ -381,9 +358,6 @@ def evaluate(run: Run, store: EmbeddingStore) -> list[dict[str, Any]]:
 
     If the model has a caption encoder, also choose prompt templates for short queries (see `choose_query_templates`).
     The templates are saved in the model's config and, together with their results, in `query_templates.json`.
-
-    Args:
-        store: Store of caption embeddings, including those of the held-out captions.
 
     Returns:
         One row of metrics per caption column (see `evaluate_caption_fields`). They are also saved in `trained.json`,
@@ -419,9 +393,6 @@ class DistillOptions:
         data: Data sources. The training records' captions and phrases are the texts to learn from; images are needed
             only for the held-out records, on which both models are evaluated.
         student: See `open_student`.
-        evaluate: Settings that determine the held-out records. Default: as in `fit`.
-        columns: Source column for each field.
-        max_skipped: Maximum fraction of rows or texts that cannot be used.
         texts: File with additional texts to learn from, one per line.
         store: Store of the teacher's caption embeddings. Texts that are not in it are encoded into `out/store`.
     """
@@ -440,11 +411,8 @@ class DistillOptions:
 def distill(options: DistillOptions, out: Path) -> Path:
     """Teach a small text encoder to produce a model's text embeddings, and compare it with the model.
 
-    Args:
-        out: Run directory. The result is `out/model`, and the comparison is `out/report.html`.
-
-    Returns:
-        The model folder, which contains the teacher's image encoder and the student.
+    The result is `out/model`, which contains the teacher's image encoder and the student. The comparison is
+    `out/report.html`.
 
     Raises:
         ValueError: The teacher has no caption encoder, or the student's tokenizer cannot encode the texts.
@@ -498,8 +466,7 @@ def _embed_distill_texts(
     other_texts = Path(options.texts) if options.texts else None
     held_out_texts = [table.iterate_texts(CAPTION_FIELDS) for table in data.held_out.values()]
     token_texts = filter(None, list_token_texts(student))
-    training_texts = chain(iterate_captions(train, other_texts), iterate_phrases(train))
-    teacher.embed(chain(training_texts, token_texts, *held_out_texts), out / "store")
+    teacher.embed(chain(*iterate_texts(train, other_texts), token_texts, *held_out_texts), out / "store")
     return prepare_texts(train, other_texts, student, teacher, out, options.max_skipped)
 
 
@@ -507,7 +474,7 @@ def _embed_distill_texts(
 
 
 def open_encoder(config: EncoderConfig, device: str | None = None) -> CaptionEncoder:
-    """Load the caption encoder described by `config`. If `device` is None, load it on this rank's device."""
+    """Load a caption encoder. Default device: that of this rank."""
     return CaptionEncoder.from_pretrained(**dataclasses.asdict(config), device=device)
 
 
@@ -553,7 +520,6 @@ def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
 
 
 def _drop_unencodable_captions(held_out: HeldOut, store: EmbeddingStore) -> HeldOut:
-    """Remove captions that the tokenizer could not encode."""
     return {column: drop_refused_captions(records, store) for column, records in held_out.items()}
 
 
@@ -569,7 +535,7 @@ def _measure_cra(
 
 
 def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks], log: SkipLog) -> dict[str, Any]:
-    """Choose templates for short queries, print the choice, and return a `ShortQueryResult` as a dict."""
+    """Choose templates for short queries, and print the choice. Return a `ShortQueryResult` as a dict."""
     embeddings = ModelEmbeddings(wrap_llm2clip(model, "llm2clip"), log)
     try:
         choice = choose_query_templates(embeddings, next(iter(ranked.values())))

@@ -25,15 +25,10 @@ def prefetch(items: Generator[T], device: torch.device) -> Generator[T] | Prefet
 class Prefetcher(Iterator[T], Generic[T]):
     """Iterator that runs a generator in a background thread and preserves the order of its items.
 
-    An exception in the generator is raised after all preceding items have been returned.
+    An exception in the generator is raised after all preceding items have been returned. `close` closes the generator.
     """
 
     def __init__(self, items: Generator[T], depth: int = PREFETCH_DEPTH) -> None:
-        """
-        Args:
-            items: Generator of the items. It is closed when it is exhausted, raises an exception, or `close` is called.
-            depth: Number of items to prepare in advance.
-        """
         self._items = items
         self._results: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
         self._free = Semaphore(depth)

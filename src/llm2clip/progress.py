@@ -10,10 +10,7 @@ LOG_INTERVAL = 10.0  # seconds between lines in a log file
 
 
 class ProgressBar(tqdm):
-    """tqdm progress bar for terminals and log files. In log files, it writes a new line every few seconds.
-
-    The arguments are the same as for `tqdm.auto.tqdm`.
-    """
+    """tqdm progress bar for terminals and log files. In log files, it writes a new line every few seconds."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._writes_lines = not sys.stderr.isatty() and "ipykernel" not in sys.modules
@@ -35,7 +32,6 @@ class ProgressBar(tqdm):
         return True
 
     def close(self) -> None:
-        """Close the bar. In a log file, write its final state."""
         if not self._writes_lines:
             return super().close()
         if self.disable:
@@ -49,12 +45,10 @@ class ProgressBar(tqdm):
         return None
 
     def moveto(self, n: int) -> None:
-        """Move the cursor. Do nothing in a log file, which has no cursor."""
         if not self._writes_lines:
             super().moveto(n)
 
     def clear(self, *args: Any, **kwargs: Any) -> None:
-        """Clear the bar, so that a message can be printed. Do nothing in a log file."""
         if not self._writes_lines:
             super().clear(*args, **kwargs)
 

@@ -12,23 +12,14 @@ Cell = tuple[float, ...] | None
 
 @dataclass(frozen=True)
 class PublishedTable:
-    """A table of published results.
-
-    Args:
-        title: Description of the values in the table.
-        year: Year of the project page version that contains the table.
-        source: Project page version, with commit and date.
-        rows: Cells of each row, one per column, keyed by row name.
-        heading: Heading in the documentation. Empty if the documentation does not contain the table.
-        note: Remarks about the values. May be empty.
-    """
+    """A table of published results."""
 
     title: str
-    year: int
-    source: str
+    year: int  # of the project page version that contains the table
+    source: str  # project page version, with commit and date
     columns: tuple[str, ...]
-    rows: dict[str, tuple[Cell, ...]]
-    heading: str = ""
+    rows: dict[str, tuple[Cell, ...]]  # one cell per column, keyed by row name
+    heading: str = ""  # in the documentation; empty if the documentation does not contain the table
     note: str = ""
 
     def get_cell(self, row: str, column: str) -> Cell:
@@ -91,14 +82,11 @@ def get_published_metrics(benchmark: str) -> dict[str, dict[str, float]]:
 
 
 def get_published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
-    """Return the authors' results on a retrieval benchmark.
-
-    For xm3600, the project page has a single value per direction, which is comparable to the mean over all languages.
+    """Return the authors' results on a retrieval benchmark. For xm3600, they are means over all languages.
 
     Returns:
         Six values per model: R@1, R@5 and R@10 for I2T, then the same for T2I. R@5 and R@10 are None if only R@1 was
-        published. Keys have the form "YEAR: MODEL", such as "2026: Llama-3-8B-CC", where YEAR is the year of the
-        project page version. The dict is empty if the authors published no results for the benchmark.
+        published. Keys have the form "YEAR: MODEL", such as "2026: Llama-3-8B-CC". The dict may be empty.
     """
     rows: dict[str, tuple[float | None, ...]] = {}
     for table in _find_tables(benchmark):

@@ -51,19 +51,12 @@ class Code:
 
 @dataclass(frozen=True)
 class Table:
-    """A table. `format_cell` formats its values.
+    """A table. `format_cell` formats its values."""
 
-    Args:
-        header: Column names. They must not be empty, because screen readers read them aloud.
-        rows: Cell values, row by row.
-        highlight: Indices of the rows to highlight.
-        statuses: Status of each cell, keyed by the cell's text, e.g. {"holds": GOOD}.
-    """
-
-    header: Sequence[str]
+    header: Sequence[str]  # column names; must not be empty, because screen readers read them aloud
     rows: Sequence[Sequence[Any]]
-    highlight: frozenset[int] = frozenset()
-    statuses: Mapping[str, str] = field(default_factory=dict)
+    highlight: frozenset[int] = frozenset()  # indices of the rows to highlight
+    statuses: Mapping[str, str] = field(default_factory=dict)  # keyed by the cell's text, e.g. {"holds": GOOD}
 
 
 @dataclass(frozen=True)
@@ -76,43 +69,26 @@ class Figure:
 
 @dataclass(frozen=True)
 class Example:
-    """An image with texts.
+    """An image with texts."""
 
-    Args:
-        jpeg: JPEG data. None if the image cannot be decoded.
-        caption: Text shown below the image.
-        is_correct: True if the image is a correct result for a query. None if unknown.
-        url: Link target of the image, or None for no link.
-        title: Text shown above the image, such as its file name.
-        details: Short texts shown below the title, such as the size of the image.
-        texts: Texts of each kind, keyed by a label such as "captions".
-        error: Text shown in place of an image that cannot be decoded.
-    """
-
-    jpeg: bytes | None
-    caption: str = ""
-    is_correct: bool | None = None
-    url: str | None = None
-    title: str = ""
-    details: Sequence[str] = ()
-    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    error: str = "image not available"
+    jpeg: bytes | None  # None if the image cannot be decoded
+    caption: str = ""  # below the image
+    is_correct: bool | None = None  # True if the image is a correct result for a query, None if unknown
+    url: str | None = None  # link target of the image
+    title: str = ""  # above the image, such as its file name
+    details: Sequence[str] = ()  # short texts below the title, such as the size of the image
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # keyed by a label such as "captions"
+    error: str = "image not available"  # in place of an image that cannot be decoded
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Images shown next to each other.
-
-    Args:
-        title: Text shown above the images, such as the query that retrieved them.
-        as_cards: True to show wide cards, which have room for texts. False to show thumbnails.
-        legend: Meaning of the colours in the images, as pairs of a name and a CSS colour such as "#ff0000".
-    """
+    """Images shown next to each other."""
 
     images: Sequence[Example]
-    title: str = ""
-    as_cards: bool = False
-    legend: Sequence[tuple[str, str]] = ()
+    title: str = ""  # above the images, such as the query that retrieved them
+    as_cards: bool = False  # True to show wide cards, which have room for texts; False to show thumbnails
+    legend: Sequence[tuple[str, str]] = ()  # names and CSS colours (such as "#ff0000") of what the images show
 
 
 @dataclass(frozen=True)
@@ -130,12 +106,7 @@ _ONLY_HTML = Figure | Examples | Details
 def write_report(
     html_file: Path, title: str, verdict: str, blocks: Sequence[Block], with_markdown: bool = True
 ) -> None:
-    """Write a report as HTML and, next to it, as Markdown.
-
-    Args:
-        html_file: Path of the page. The Markdown file has the same name with the suffix .md.
-        verdict: One or two sentences that state the main result. May be empty.
-    """
+    """Write a report as HTML and, next to it, as Markdown. `verdict` states the main result in one or two sentences."""
     if with_markdown:
         markdown = render_markdown(title, blocks, verdict, html_file.name)
         atomic_write_text(html_file.with_suffix(".md"), markdown)
@@ -183,7 +154,6 @@ def render_text(blocks: Sequence[Block], verdict: str = "", width: int = 120) ->
 
 
 def _make_terminal_table(table: Table) -> RichTable:
-    """Create a table without lines. Columns of numbers are aligned to the right."""
     rows = [[escape_control_characters(format_cell(value)) for value in row] for row in table.rows]
     terminal_table = RichTable(box=None, pad_edge=False)
     for number, name in enumerate(table.header):
@@ -222,13 +192,10 @@ def _find_section(blocks: Sequence[Block], start: int) -> Sequence[Block]:
     heading = blocks[start]
     if not isinstance(heading, Heading):
         return []
-    end = start + 1
-    while end < len(blocks):
-        block = blocks[end]
+    for end, block in enumerate(blocks[start + 1 :], start + 1):
         if isinstance(block, Heading) and block.level <= heading.level:
-            break
-        end += 1
-    return blocks[start:end]
+            return blocks[start:end]
+    return blocks[start:]
 
 
 def _format_table(table: Table) -> str:
@@ -297,7 +264,6 @@ def format_with_interval(value: float, interval: Sequence[float], number_format:
 
 
 def _choose_cell_classes(text: str, statuses: Mapping[str, str]) -> str:
-    """Return the CSS classes for a table cell."""
     classes = []
     if text in statuses:
         classes.append(statuses[text])

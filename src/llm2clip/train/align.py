@@ -40,12 +40,12 @@ from llm2clip.runs.ranks import (
     set_fsdp_wrap_policy,
 )
 from llm2clip.store.encode import TowerEncoder, store_image_features
-from llm2clip.store.store import CaptionSource, EmbeddingStore
-from llm2clip.train.grad_cache import compute_cached_loss
+from llm2clip.store.store import CaptionSource
 from llm2clip.train.loop import StepLoop, StepResult, Validator
 from llm2clip.train.losses import distillation_loss, get_loss, matryoshka_loss
 from llm2clip.train.optim import (
     compile_blocks,
+    compute_cached_loss,
     make_optimizer,
     restore_blocks,
     select_trainable_weights,
@@ -70,15 +70,12 @@ def align(
     Args:
         records: Training data. All captions must be in the store, except for captions that the tokenizer could not
             encode. Phrases that are not in the store are not used.
-        store: Cached caption embeddings.
         model: Model with a pretrained tower and newly initialised heads. The model is modified in place.
         run_dir: Output folder for checkpoints/, metrics.jsonl, evaluations.jsonl and best/. No other process may write
             to this folder (see `run_lock`).
         log: Log of images that cannot be decoded.
-        validate: Function that evaluates the model on held-out images. If None, the model is not evaluated during
-            training.
-        features: Folder of the feature store, which caches the features of a frozen tower. Default: a folder in
-            `run_dir`.
+        validate: Function that evaluates the model on held-out images. If None, the model is not evaluated.
+        features: Folder of the feature store of a frozen tower. Default: a folder in `run_dir`.
 
     Returns:
         The trained model in eval mode. With FSDP, the returned model is an unsharded copy of `model`; otherwise, it is
@@ -98,33 +95,18 @@ def align(
     select_trainable_weights(model, config)  # also initialises the LoRA layers
     set_fsdp_wrap_policy(model.tower.get_blocks())
     loop = StepLoop("align", "images", config, run_dir, config.report_to)
-    rank = loop.accelerator.process_index
     data = _open_batches(records, store, model, loop, features, log)
 
-    # Model and optimizer.
     optimizer = make_optimizer(model, config, loop.device)
     unsharded = copy_to_meta_device(model) if is_fsdp_enabled() else None
     eval_steps = data.steps_per_epoch if config.eval_steps is None else config.eval_steps
     loop.start(model, optimizer, config.lr, validate, eval_steps)
     if should_compile(model.tower, loop.device, loop.steps - loop.checkpoints.step):
         compile_blocks(model.tower)
-
-    def compute_gradients(step: int, batch: Batch) -> StepResult:
-        _seed_dropout(config.seed, step, rank)
-        batch = batch.to(loop.device)
-        pretrained_features = None
-        if pretrained_tower is not None:
-            pretrained_features = _compute_tower_features(batch.images, pretrained_tower, config, loop.accelerator)
-        loss, logit_scale = _compute_loss(loop.net, batch, pretrained_features, config, loop.accelerator)
-        with tf32_matmul():
-            loop.accelerator.backward(loss)
-        metrics = {"logit_scale": logit_scale}
-        return StepResult(loss.detach(), len(batch.images), metrics, batch.image_names, batch.failures)
-
     model.train()
     prepared = prefetch(_pin_batches(data, loop.checkpoints.step, loop.device), loop.device)
     with closing(prepared) as batches:
-        loop.run(batches, compute_gradients, log, after_step=model.clamp_logit_scale)
+        loop.run(batches, partial(_compute_gradients, loop, pretrained_tower), log, model.clamp_logit_scale)
 
     # Restore the original model structure: remove compilation, sharding and LoRA layers.
     restore_blocks(model.tower)
@@ -153,7 +135,12 @@ def _open_batches(
     config: Any = loop.config
     feature_store = None
     if config.tower_lr == 0:
-        feature_store = _compute_features(records, model.tower, loop, features, log)
+        refs: Any = records.select(records.has_image).get_images()
+        encoder = TowerEncoder(model.tower, loop.precision)
+        identity = encoder.identity()
+        folder = features or loop.run_dir / f"features-{fingerprint(identity)[:8]}"
+        workers = resolve_decoding_workers(config)
+        feature_store = store_image_features(refs, encoder, identity, folder, log, workers=workers)
     rank, world_size = loop.accelerator.process_index, loop.accelerator.num_processes
     data = AlignBatches(
         records,
@@ -180,18 +167,6 @@ def _open_batches(
     return data
 
 
-def _compute_features(
-    records: RecordTable, tower: VisionTower, loop: StepLoop, folder: Path | None, log: SkipLog
-) -> EmbeddingStore:
-    """Compute the frozen tower's features for all images that are not yet in the feature store. Return the store."""
-    config: Any = loop.config
-    refs: Any = records.select(records.has_image).get_images()
-    encoder = TowerEncoder(tower, loop.precision)
-    identity = encoder.identity()
-    folder = folder or loop.run_dir / f"features-{fingerprint(identity)[:8]}"
-    return store_image_features(refs, encoder, identity, folder, log, workers=resolve_decoding_workers(config))
-
-
 def _pin_batches(data: AlignBatches, first_step: int, device: torch.device) -> Generator[Batch]:
     """Yield the batches, in pinned memory if the device is a GPU."""
     if device.type == "cuda":
@@ -201,9 +176,20 @@ def _pin_batches(data: AlignBatches, first_step: int, device: torch.device) -> G
             yield batch.pin_memory() if device.type == "cuda" else batch
 
 
-def _seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Seed the dropout of a step, so that a run resumed on the same number of ranks draws the same dropout masks."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+def _compute_gradients(loop: StepLoop, pretrained_tower: VisionTower | None, step: int, batch: Batch) -> StepResult:
+    config: Any = loop.config
+    # Seed the dropout, so that a run resumed on the same number of ranks draws the same dropout masks.
+    seed = np.random.SeedSequence([config.seed, step, loop.accelerator.process_index])
+    torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+    batch = batch.to(loop.device)
+    pretrained_features = None
+    if pretrained_tower is not None:
+        pretrained_features = _compute_tower_features(batch.images, pretrained_tower, config, loop.accelerator)
+    loss, logit_scale = _compute_loss(loop.net, batch, pretrained_features, config, loop.accelerator)
+    with tf32_matmul():
+        loop.accelerator.backward(loss)
+    metrics = {"logit_scale": logit_scale}
+    return StepResult(loss.detach(), len(batch.images), metrics, batch.image_names, batch.failures)
 
 
 @torch.no_grad()

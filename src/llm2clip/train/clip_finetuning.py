@@ -40,7 +40,6 @@ def finetune_clip(records: RecordTable, config: AlignConfig, out: Path, log: Ski
 
     Args:
         out: Output folder for checkpoints, metrics and the model.
-        log: Log of images that cannot be decoded.
 
     Returns:
         The model folder, `out/model`, in transformers format.
@@ -81,7 +80,7 @@ class TokenizedCaptions:
         self._row_of: dict[str, int] = {}
 
     def find_rows(self, captions: Iterable[str]) -> np.ndarray:
-        """Return the row numbers of N captions, of shape (N,), int64. Identical captions have the same row number."""
+        """Return the row numbers of N captions, of shape (N,), int64."""
         rows = []
         for caption in captions:
             row = self._row_of.setdefault(caption, len(self._captions))

@@ -1,19 +1,17 @@
 """The `distill` stage: teaches a small text encoder to produce a model's text embeddings.
 
 The student replaces the caption encoder and the adapter. Its last layer maps texts directly to the shared embedding
-space, so serving needs no LLM. The vision tower and the projection do not change, and existing image embeddings remain
-valid. The loss is the cosine distance to the teacher's text embeddings, as in NanoVDR (arXiv 2603.12824), where it was
-the best of six objectives, and in LEAF (arXiv 2509.12539).
-
-The teacher encodes each text once, before training. Each training step runs only the student. Texts of similar length
-form a batch, so there is almost no padding.
+space, so serving needs no LLM, and existing image embeddings remain valid. The loss is the cosine distance to the
+teacher's text embeddings, as in NanoVDR (arXiv 2603.12824), where it was the best of six objectives, and in LEAF (arXiv
+2509.12539). The teacher encodes each text once, before training. Texts of similar length form a batch.
 """
 
 import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import chain, compress, count
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -63,20 +61,20 @@ class Teacher:
     """Text encoder of a model. Its caption embeddings are read from stores where possible.
 
     Attributes:
-        model: the model. Its caption encoder is loaded only for texts that are in none of the stores.
-        stores: stores with embeddings from the model's caption encoder.
+        model: The model. Its caption encoder is loaded only for texts that are in none of the stores.
+        stores: Stores with embeddings from the model's caption encoder.
     """
 
     def __init__(self, model: LLM2CLIP, folder: Path, store: str | None = None) -> None:
         """Find the stores of a model's caption embeddings.
 
         Args:
-            folder: model folder. In the run directory of `fit`, the store next to it is used as well.
-            store: folder of an additional store.
+            folder: Model folder.
+            store: Folder of the store. Default: in the run directory of `fit`, the store next to the model.
 
         Raises:
-            ValueError: the model has no caption encoder.
-            StoreError: the store was made by a different encoder.
+            ValueError: The model has no caption encoder.
+            StoreError: The store was made by a different encoder.
         """
         if not model.has_encoder:
             raise ValueError(
@@ -104,10 +102,7 @@ class Teacher:
         check_identity({n: stored.get(n) for n in names}, {n: expected[n] for n in names}, store.folder)
 
     def embed(self, texts: Iterable[str], folder: Path) -> None:
-        """Encode all texts that are not in the stores into an additional store. Must be called by all ranks.
-
-        The texts are read in chunks, so memory use hardly depends on their number (see `store/writer.py`).
-        """
+        """Encode all texts that are not in the stores into an additional store. Must be called by all ranks."""
         missing = self.select(texts, is_stored=False)
         first = next(missing, None)
         if first is not None:
@@ -162,12 +157,11 @@ def open_student(name: str, teacher_folder: Path, embed_dim: int, config: Distil
         name: sentence-transformers model or LLM (a folder, a hub id, or the name of a built-in model), `layers:N` for
             the first N layers of the teacher, `static` for an embedding per token of the teacher's tokenizer, or
             `static:NAME` for an embedding per token of another model's tokenizer.
-        teacher_folder: model folder of the teacher.
-        embed_dim: dimension of the shared space.
+        embed_dim: Dimension of the shared space.
 
     Raises:
-        ValueError: the name or a setting is invalid.
-        OSError: the model does not exist.
+        ValueError: The name or a setting is invalid.
+        OSError: The model does not exist.
     """
     set_seed(config.seed)
     kind, _, argument = name.partition(":")
@@ -289,12 +283,10 @@ class DistillTexts:
     """Distinct training texts, tokenized by the student: first the captions, then the phrases.
 
     Attributes:
-        tokens: token ids of all texts, int32 of shape (T,), in a memory-mapped file.
-        offsets: index in `tokens` of each text's first token, followed by T, int64 of shape (N + 1,).
-        targets: store of the teacher's text embeddings in the shared space.
-        rows: each text's row in `targets`, int64 of shape (N,).
-        num_captions: number of captions.
-        text_hash: hash of all texts.
+        tokens: Token ids of all texts, int32 of shape (T,), in a memory-mapped file.
+        offsets: Index in `tokens` of each text's first token, followed by T, int64 of shape (N + 1,).
+        targets: Store of the teacher's text embeddings in the shared space.
+        rows: Each text's row in `targets`, int64 of shape (N,).
     """
 
     tokens: np.ndarray
@@ -303,10 +295,11 @@ class DistillTexts:
     rows: np.ndarray
     num_captions: int
     text_hash: str
-    lengths: np.ndarray = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "lengths", np.diff(self.offsets))
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each text, int64 of shape (N,)."""
+        return np.diff(self.offsets)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -330,59 +323,48 @@ def prepare_texts(
 ) -> DistillTexts:
     """Embed the records' captions and phrases with the teacher, and tokenize them. Must be called by all ranks.
 
-    Texts that one of the tokenizers cannot encode are skipped.
-
-    The texts are read in chunks from the records' memory-mapped file, and their tokens are written to a temporary file.
-    Memory: about 25 bytes per distinct text, up to 60 bytes at the peak, plus one chunk of texts (about 100 MB). Disk
-    space for the temporary file: 4 bytes per token and rank.
+    Texts that one of the tokenizers cannot encode are skipped. The tokens are written to a temporary file, which takes
+    4 bytes per token and rank. Memory: about 25 bytes per distinct text, up to 60 bytes at the peak, plus one chunk of
+    texts (about 100 MB).
 
     Args:
-        records: records with phrases.
-        other_texts: file with additional texts, one per line. They count as captions.
-        folder: folder for the store `targets` of the teacher's text embeddings in the shared space, and for the
+        other_texts: File with additional texts, one per line. They count as captions.
+        folder: Folder for the store `targets` of the teacher's text embeddings in the shared space, and for the
             temporary file.
-        max_skipped: maximum fraction of the texts that the student's tokenizer cannot encode.
+        max_skipped: Maximum fraction of the texts that the student's tokenizer cannot encode.
 
     Raises:
-        ValueError: there are no texts, or the student's tokenizer cannot encode too many of them.
+        ValueError: There are no texts, or the student's tokenizer cannot encode too many of them.
     """
     identity: dict[str, Any] = {"precision": "fp32"}
     identity["encoder"] = [fingerprint(store.manifest["identity"]) for store in teacher.stores]
     identity["adapter"] = hash_weights(teacher.model.adapter)
     dim = teacher.model.config.embed_dim
-    all_texts = chain(iterate_captions(records, other_texts), iterate_phrases(records))
-    texts = teacher.select(all_texts, is_stored=True)
+    texts = teacher.select(chain(*iterate_texts(records, other_texts)), is_stored=True)
     targets = store_text_embeddings(texts, teacher.encode, dim, identity, folder / "targets", dtype="float16")
     with TemporaryFile(dir=folder) as file:
         tokenized = _TokenWriter(student, targets, file)
-        for chunk in iter_chunks(iterate_captions(records, other_texts), TOKENIZE_CHUNK):
+        captions, phrases = iterate_texts(records, other_texts)
+        for chunk in iter_chunks(captions, TOKENIZE_CHUNK):
             tokenized.add(chunk)
         num_captions = tokenized.count
-        for chunk in iter_chunks(iterate_phrases(records), TOKENIZE_CHUNK):
+        for chunk in iter_chunks(phrases, TOKENIZE_CHUNK):
             tokenized.add(chunk)
         return tokenized.finish(num_captions, max_skipped)
 
 
-def iterate_captions(records: RecordTable, other_texts: Path | None) -> Iterator[str]:
-    """Yield the records' captions and the lines of a file, if there is one."""
-    return chain(records.iterate_texts(CAPTION_FIELDS), iterate_lines(other_texts) if other_texts else ())
-
-
-def iterate_phrases(records: RecordTable) -> Iterator[str]:
-    """Yield the records' phrases."""
-    return records.iterate_texts(("phrases",))
+def iterate_texts(records: RecordTable, other_texts: Path | None) -> tuple[Iterator[str], Iterator[str]]:
+    """Return iterators over the captions (those of the records and the lines of a file) and over the phrases."""
+    other_lines = iterate_lines(other_texts) if other_texts else ()
+    return chain(records.iterate_texts(CAPTION_FIELDS), other_lines), records.iterate_texts(("phrases",))
 
 
 class _TokenWriter:
-    """Tokenizes distinct texts that have an embedding in `targets`, and writes their tokens to a file.
-
-    Attributes:
-        count: number of texts so far.
-    """
+    """Tokenizes distinct texts that have an embedding in `targets`, and writes their tokens to a file."""
 
     def __init__(self, student: CaptionEncoder, targets: EmbeddingStore, file: IO[bytes]) -> None:
         self.student, self.targets, self.file = student, targets, file
-        self.count = 0
+        self.count = 0  # number of texts so far
         self._ignored_ids = _find_ignored_ids(student)
         self._is_seen = np.zeros(1 + sum(shard.rows for shard in targets.shards), bool)  # for each row of `targets`
         self._rows, self._lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -414,7 +396,6 @@ class _TokenWriter:
         self.count += len(valid)
 
     def finish(self, num_captions: int, max_skipped: float) -> DistillTexts:
-        """Return the texts. For `max_skipped` and errors, see `prepare_texts`."""
         total, failed = self.count + self._num_failed, self._num_failed
         if not total:
             raise ValueError("there are no texts to learn from: the training records have no captions")
@@ -451,8 +432,7 @@ def plan_epoch(data: DistillTexts, texts_per_step: int, seed: int, epoch: int) -
     """Return the indices of the texts for each step of an epoch, int64 of shape (steps, texts_per_step).
 
     The texts of a step have similar lengths, and the steps are in random order. Phrases are repeated as in
-    `repeat_phrases`. The remaining texts that do not fill a step are omitted, different ones in each epoch. Memory: 8
-    bytes per text of the epoch, up to 32 bytes at the peak.
+    `repeat_phrases`. The remaining texts that do not fill a step are omitted, different ones in each epoch.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(repeat_phrases(np.arange(len(data)), data.num_captions))
@@ -490,24 +470,20 @@ def distill(
     if is_fsdp_enabled():
         raise ValueError("distill does not support FSDP, because students are small: remove --use_fsdp")
     loop = StepLoop("distill", "texts", config, run_dir)
-    rank, world_size = loop.accelerator.process_index, loop.accelerator.num_processes
-
-    # Steps. Phrases are repeated, so an epoch may have more texts than there are distinct texts.
-    texts_per_step = loop.items_per_step
+    texts_per_step, world_size = loop.items_per_step, loop.accelerator.num_processes
     if texts_per_step is None:
         texts_per_step = min(config.batch_size, max(1, len(data) // world_size)) * world_size
     if texts_per_step > len(data):
         raise ValueError(f"there are only {len(data)} texts, fewer than {world_size} processes")
+    # Phrases are repeated, so an epoch may have more texts than there are distinct texts.
     steps_per_epoch = len(plan_epoch(data, texts_per_step, config.seed, 0))
-    steps = max(1, round(config.epochs * steps_per_epoch))
     properties = {
         "texts": data.text_hash,
         "teacher": data.targets.manifest["fingerprint"],
         "student": fingerprint(student.identity()),
     }
-    loop.check_signature(steps, texts_per_step, properties)
+    loop.check_signature(max(1, round(config.epochs * steps_per_epoch)), texts_per_step, properties)
 
-    # Model and optimizer.
     if loop.checkpoints.latest is None:
         initialize_student(student, teacher, data)
     student.to(loop.device)
@@ -515,32 +491,38 @@ def distill(
     student.eval()
     groups = _select_parameters(student, config)
     loop.start(student.st, torch.optim.Adam(groups, betas=ADAM_BETAS), lr=groups[0]["lr"])
-    batch_tokens = get_default_batch_tokens(loop.device)
-
-    def iterate_batches() -> Iterator[np.ndarray]:
-        """Yield the indices of this rank's texts for each remaining step."""
-        first_epoch, first_step = divmod(loop.checkpoints.step, steps_per_epoch)
-        for epoch in count(first_epoch):
-            epoch_plan = plan_epoch(data, texts_per_step, config.seed, epoch)
-            for items in epoch_plan[first_step if epoch == first_epoch else 0 :]:
-                yield items[rank::world_size]
-
-    def compute_gradients(step: int, items: np.ndarray) -> StepResult:
-        # The loss is a mean over texts, so the gradients do not depend on how the batch is split.
-        loss = torch.zeros((), device=loop.device)
-        parts = list(batch_by_length(data.lengths[items].tolist(), batch_tokens))
-        for number, part in enumerate(parts, 1):
-            batch = student.collate(data.get_ids(items[part]))
-            targets = data.get_targets(items[part]).to(loop.device)
-            with nullcontext() if number == len(parts) else loop.accelerator.no_sync(loop.net):
-                part_loss = cosine_loss(loop.net(batch)["sentence_embedding"], targets) * (len(part) / len(items))
-                loop.accelerator.backward(part_loss)
-            loss += part_loss.detach()
-        return StepResult(loss, len(items))
-
-    loop.run(iterate_batches(), compute_gradients)
+    batches = _iterate_batches(data, loop, texts_per_step, steps_per_epoch)
+    loop.run(batches, partial(_compute_gradients, loop, student, data))
     student.st.requires_grad_(True)
     return student.eval()
+
+
+def _iterate_batches(
+    data: DistillTexts, loop: StepLoop, texts_per_step: int, steps_per_epoch: int
+) -> Iterator[np.ndarray]:
+    """Yield the indices of this rank's texts for each remaining step."""
+    rank, world_size = loop.accelerator.process_index, loop.accelerator.num_processes
+    first_epoch, first_step = divmod(loop.checkpoints.step, steps_per_epoch)
+    for epoch in count(first_epoch):
+        steps = plan_epoch(data, texts_per_step, loop.config.seed, epoch)
+        for items in steps[first_step if epoch == first_epoch else 0 :]:
+            yield items[rank::world_size]
+
+
+def _compute_gradients(
+    loop: StepLoop, student: CaptionEncoder, data: DistillTexts, step: int, items: np.ndarray
+) -> StepResult:
+    # The loss is a mean over texts, so the gradients do not depend on how the batch is split.
+    loss = torch.zeros((), device=loop.device)
+    parts = list(batch_by_length(data.lengths[items].tolist(), get_default_batch_tokens(loop.device)))
+    for number, part in enumerate(parts, 1):
+        batch = student.collate(data.get_ids(items[part]))
+        targets = data.get_targets(items[part]).to(loop.device)
+        with nullcontext() if number == len(parts) else loop.accelerator.no_sync(loop.net):
+            part_loss = cosine_loss(loop.net(batch)["sentence_embedding"], targets) * (len(part) / len(items))
+            loop.accelerator.backward(part_loss)
+        loss += part_loss.detach()
+    return StepResult(loss, len(items))
 
 
 def _select_parameters(student: CaptionEncoder, config: DistillConfig) -> list[dict[str, Any]]:

@@ -5,11 +5,8 @@ adapter degrades the features of a pretrained tower. With representation inherit
 of ProCLIP (arXiv 2510.18795), the projection is therefore taken from the tower's CLIP model, and the adapter first
 learns from text alone to map the LLM embedding of a text to the embedding of the same text in this CLIP model.
 
-The texts for inheritance are the captions, short captions and phrases of the training data. Long captions are used only
-if there are no captions and no short captions. Records without an image are also used. Phrases such as "red hat" are
-repeated until they make up about half of the texts, so that the adapter learns short texts as well as full captions.
-CLIP's embeddings of these texts are cached in a store, and the LLM's embeddings come from the caption store, so each
-training step runs only the adapter.
+The texts for inheritance are the captions and phrases of the training data, with or without an image. Phrases such as
+"red hat" are repeated, so that the adapter learns short texts as well. Both kinds of embeddings are read from stores.
 """
 
 import hashlib
@@ -63,19 +60,12 @@ MAX_TEST_TEXTS = 1000  # maximum number of held-out texts for measuring the cosi
 
 @dataclass
 class PretrainedParts:
-    """Pretrained parts of a model, on the CPU.
-
-    Attributes:
-        clip: CLIP model whose text space is inherited, or None without `--align.inherit`.
-        logits: Logit scale and bias of the tower's CLIP model, or None if they are not inherited.
-        random_state: State of PyTorch's random number generator after the parts were loaded, which may consume random
-            numbers. This state is restored before new weights are initialised.
-    """
+    """Pretrained parts of a model, on the CPU."""
 
     tower: VisionTower
-    clip: ClipTextEncoder | None
-    logits: tuple[float, float | None] | None
-    random_state: Tensor
+    clip: ClipTextEncoder | None  # CLIP model whose text space is inherited, or None without `--align.inherit`
+    logits: tuple[float, float | None] | None  # scale and bias of the tower's CLIP model, or None if not inherited
+    random_state: Tensor  # of PyTorch after the parts were loaded; restored before new weights are initialised
 
 
 @torch.random.fork_rng(devices=[])
@@ -152,10 +142,7 @@ def create_initial_model(
 def make_model_config(
     config: AlignConfig, tower: VisionTower, text_dim: int, encoder: dict[str, Any] | None = None
 ) -> LLM2CLIPConfig:
-    """Return the config of the model that the `align` stage trains.
-
-    `text_dim` is the caption encoder's embedding dimension, and `encoder` is its identity, or None if unknown.
-    """
+    """Return the config of the model that `align` trains. `encoder` is the caption encoder's identity, if known."""
     embed_dim = config.embed_dim or tower.feature_dim
     if config.adapter_depth == 0:  # caption embeddings are text embeddings
         embed_dim = text_dim
@@ -192,12 +179,9 @@ def inherit_text_space(
 
     Args:
         model: Model with a new adapter and the same `embed_dim` as the CLIP model. The model is modified in place.
-        clip: Text tower of the CLIP model.
         store: Store of the LLM embeddings of the captions and phrases of `records`. Captions that the tokenizer could
             not encode and phrases that are not in the store are skipped.
-        seed: Seed for the order of the texts.
         precision: "bf16" enables autocast. With "fp32" or "fp16", the adapter is trained in float32.
-        folder: Folder for the weights and the store of CLIP text embeddings.
     """
     table = records if isinstance(records, RecordTable) else RecordTable.from_records(records)
     texts = (text for chunk in iterate_training_texts(table, store) for text in chunk.texts)
@@ -237,16 +221,10 @@ class TextChunk:
 
 @dataclass(frozen=True)
 class TrainingTexts:
-    """Distinct training texts: first the captions, then the phrases. A phrase that is also a caption is a caption.
+    """Distinct training texts: first the captions, then the phrases. A phrase that is also a caption is a caption."""
 
-    Attributes:
-        rows, clip_rows: Row numbers of the LLM embeddings and of the CLIP embeddings, of shape (N,), int64.
-        num_captions: Number of captions.
-        text_hash: Hash of all texts.
-    """
-
-    rows: np.ndarray
-    clip_rows: np.ndarray
+    rows: np.ndarray  # row numbers of the LLM embeddings, of shape (N,), int64
+    clip_rows: np.ndarray  # row numbers of the CLIP embeddings, of shape (N,), int64
     num_captions: int
     text_hash: str
 

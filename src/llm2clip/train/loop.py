@@ -1,8 +1,8 @@
-"""Training loop shared by `align` and `distill`, with metrics, evaluation, checkpoints and experiment trackers.
+"""Training loop shared by `align` and `distill`.
 
 A stage passes its model, its optimizer, its batches and a function that computes the gradients of a batch to
-`StepLoop`. Everything else is the same for all stages: mixed precision, gradient clipping, the learning rate schedule,
-metrics that are read without waiting for the device, evaluation on held-out images, checkpoints, and exact resumption.
+`StepLoop`, which does the rest: mixed precision, gradient clipping, the learning rate schedule, metrics, evaluation on
+held-out images, checkpoints, experiment trackers, and exact resumption.
 """
 
 import json
@@ -92,7 +92,6 @@ class StepLoop:
         """Set up mixed precision and find the checkpoint to resume from.
 
         Args:
-            stage: Name of the config section, such as "align".
             items: What the training data consists of, such as "images". Part of the names of metrics.
             report_to: Names of experiment trackers.
 
@@ -145,7 +144,6 @@ class StepLoop:
 
         Args:
             lr: Peak learning rate to log.
-            validate: Function that evaluates the model on held-out images.
             eval_steps: Number of steps between evaluations. 0 disables evaluation.
         """
         self.model, self.lr, self.eval_steps = model, lr, eval_steps
@@ -179,8 +177,7 @@ class StepLoop:
             FloatingPointError: The loss or a gradient is not finite.
             TooManySkipped: Too many items cannot be decoded.
         """
-        is_hidden, world_size = self.metrics is None, self.accelerator.num_processes
-        start = self.checkpoints.step
+        is_hidden, start = self.metrics is None, self.checkpoints.step
         with ProgressBar(total=self.steps, initial=start, desc=self.stage, unit="step", disable=is_hidden) as progress:
             report = StepReport(self, log, progress)
             clock = time.perf_counter()
@@ -188,51 +185,52 @@ class StepLoop:
                 data_start = time.perf_counter()
                 batch = next(batches)
                 data_seconds = time.perf_counter() - data_start
-
-                # Forward and backward.
                 result = compute_gradients(step, batch)
-                loss = self.accelerator.reduce(result.loss, "mean")
-                grad_norm = full_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM))
-
-                # Optimizer step.
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                self.schedule.step()
+                loss, grad_norm = self._update_weights(result)
                 after_step()
 
                 # Metrics. On a GPU, `report.add` waits for the previous step, so the time between steps is measured.
                 now = time.perf_counter()
                 step_seconds, clock = now - clock, now
+                items_per_second = result.num_items * self.accelerator.num_processes / step_seconds
                 step_metrics = {
                     "lr": self.lr * self._lr_factor(step - 1),
-                    f"{self.items}_per_second": result.num_items * world_size / step_seconds,
+                    f"{self.items}_per_second": items_per_second,
                     "data_wait": data_seconds / step_seconds,  # fraction of the step spent waiting for the batch
                 }
                 report.add(step, result, loss, grad_norm, step_metrics)
                 progress.update()
-
-                # Evaluation and checkpoint.
-                is_last = step == self.steps
-                evaluates = self.best.validate is not None and (step % self.eval_steps == 0 or is_last)
-                saves = step % self.config.save_steps == 0 or is_last
-                if evaluates or saves:
-                    report.flush()  # raises an error if a loss or gradient was not finite
-                if evaluates:
-                    self.accelerator.log(self.best.evaluate(self.model, step), step)
-                    self.model.train()
-                if saves:
-                    self._save_checkpoint(step)
-                if evaluates or saves:
+                if self._evaluate_and_save(step, report):
                     clock = time.perf_counter()
         for tracker in self.accelerator.trackers:
             tracker.finish()  # accelerator.end_training() would also destroy the process group
         self.accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)  # removes the autocast wrapper
         vars(self.model).pop("_is_accelerate_prepared", None)  # so that later training uses autocast again
 
-    def _save_checkpoint(self, step: int) -> None:
-        folder = self.checkpoints.path(step)
-        save_training_state(folder, self.model, self.optimizer, self.schedule, self.accelerator.scaler)
-        self.checkpoints.commit(step)
+    def _update_weights(self, result: StepResult) -> tuple[Tensor, Tensor]:
+        """Run the optimizer step. Return the mean loss over all ranks and the gradient norm before clipping."""
+        loss = self.accelerator.reduce(result.loss, "mean")
+        grad_norm = full_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        return loss, grad_norm
+
+    def _evaluate_and_save(self, step: int, report: "StepReport") -> bool:
+        """Evaluate the model and save a checkpoint if they are due. Return True if either was done."""
+        is_last = step == self.steps
+        evaluates = self.best.validate is not None and (step % self.eval_steps == 0 or is_last)
+        saves = step % self.config.save_steps == 0 or is_last
+        if evaluates or saves:
+            report.flush()  # raises an error if a loss or gradient was not finite
+        if evaluates:
+            self.accelerator.log(self.best.evaluate(self.model, step), step)
+            self.model.train()
+        if saves:
+            folder = self.checkpoints.path(step)
+            save_training_state(folder, self.model, self.optimizer, self.schedule, self.accelerator.scaler)
+            self.checkpoints.commit(step)
+        return evaluates or saves
 
 
 class StepReport:
@@ -252,9 +250,6 @@ class StepReport:
         self, step: int, result: StepResult, loss: Tensor, grad_norm: Tensor, step_metrics: dict[str, float]
     ) -> None:
         """Report a step that has just run. Must be called by all ranks.
-
-        `loss` (the mean over all ranks) and `grad_norm` are scalars. `step_metrics` are logged after the metrics of the
-        result.
 
         Raises:
             FloatingPointError: The loss or the gradient of this step or the previous step is not finite.
@@ -294,9 +289,8 @@ class StepReport:
             self.progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
     def _log_failures(self, result: StepResult, failures_of_all_ranks: list[float]) -> None:
-        """Report images that could not be decoded.
+        """Log the failures of all ranks, so that all ranks stop at the same step if there are too many.
 
-        Each rank counts the failures of all ranks, so that all ranks stop at the same step if there are too many.
         `failures_of_all_ranks` contains the total number of failures, or is empty in a single-process run.
         """
         failures = list(result.failures.items())
@@ -308,7 +302,7 @@ class StepReport:
             self.log.check()
 
     def _check_finite(self, name: str, value: float, step: int, result: StepResult) -> None:
-        """Raise FloatingPointError if `value` is not finite, after listing the names of the step's items in a file."""
+        """Raise FloatingPointError if a value is not finite, after listing the names of the step's items in a file."""
         if math.isfinite(value):
             return
         stage, items = self.loop.stage, self.loop.items
@@ -356,13 +350,7 @@ class BestCheckpoint:
     """Evaluates the model during training, and saves the weights with the best score to `run_dir/best`."""
 
     def __init__(self, run_dir: Path, resume_step: int, validate: Validator | None, accelerator: Accelerator) -> None:
-        """
-        Args:
-            run_dir: Run directory. Evaluations are appended to evaluations.jsonl in this directory.
-            resume_step: Step of the checkpoint from which training resumes. Evaluations of later steps are deleted,
-                because these steps will be repeated.
-            validate: Function that evaluates a model. If None, the model is not evaluated.
-        """
+        """Delete evaluations of steps after `resume_step`, because these steps will be repeated."""
         self.folder, self.validate, self.accelerator = run_dir / "best", validate, accelerator
         self.log: MetricsLog | None = None
         self.best_score = float("-inf")
@@ -407,7 +395,6 @@ class BestCheckpoint:
         return metrics
 
     def restore(self, model: nn.Module) -> None:
-        """Load the best weights into the model."""
         model.load_state_dict(load_file(self.folder / WEIGHTS))
 
     def _read_saved_step(self) -> int:

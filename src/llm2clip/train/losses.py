@@ -14,9 +14,7 @@ batches and multiple ranks:
   computes the gradients with respect to its own embeddings. Averaged over ranks, as in DistributedDataParallel, the
   loss and its gradients equal those of a single process with the complete batch.
 
-`LOSSES` lists the losses that `--align.loss` can select. The `tune` stage has its own loss, `tune.pair_loss`, which
-compares texts with each other and with hard negatives. It stores the full logit matrix, because LLM activations limit
-its batches to a few thousand texts.
+`LOSSES` lists the losses that `--align.loss` can select. The `tune` stage has its own loss, `tune.pair_loss`.
 """
 
 from __future__ import annotations
@@ -102,10 +100,7 @@ def _apply_loss(
     image_of_text: Tensor | None,
     *layout: Any,
 ) -> Tensor:
-    """Call an autograd function with float32 tensors and with autocast disabled.
-
-    `layout` contains the remaining arguments of `_ImageTextLayout`.
-    """
+    """Call an autograd function with float32 tensors and with autocast disabled."""
     tensors = [torch.as_tensor(x, device=image.device, dtype=torch.float32).reshape(()) for x in scalars]
     if image_of_text is None:
         image_of_text = torch.arange(len(text), device=text.device)
@@ -132,7 +127,7 @@ class Loss:
     chunk_tensors: int
 
     def __call__(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *layout: Tensor | None) -> Tensor:
-        """Return the loss. `bias` is ignored if the loss needs no bias; `layout` contains the remaining arguments."""
+        """Return the loss. `layout` contains the remaining arguments of `function`."""
         scalars = (scale, bias) if self.needs_bias else (scale,)
         return self.function(image, text, *scalars, *layout)
 
@@ -148,9 +143,7 @@ def matryoshka_loss(
 ) -> Tensor:
     """Return the mean of a loss over the full embeddings and over each truncated size (Matryoshka, arXiv 2205.13147).
 
-    Args:
-        dims: Truncated sizes. Truncated embeddings are normalised again. If empty, only the full size is used.
-        image, text, scale, bias, layout: See `Loss.__call__`.
+    Truncated embeddings are normalised again.
     """
     value = loss(image, text, scale, bias, *layout)
     if not dims:
@@ -490,8 +483,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
     tower's features before the projection, because a new projection has no teacher. Memory use is quadratic in N.
 
     Args:
-        student, teacher: Embeddings of the same N items, of shape (N, D). This function L2-normalises them. The
-            teacher's embeddings receive no gradients.
+        student, teacher: Embeddings of the same N items, of shape (N, D), which are L2-normalised here. The teacher's
+            embeddings receive no gradients.
         gather: If True, use the pairs of all ranks; all ranks must then call this function. If all ranks have the same
             number of items, the loss and its gradients, averaged over ranks, equal those of a single process with all
             items.

@@ -1,8 +1,7 @@
 """Sampling of training batches for the `align` stage.
 
 The images, captions and crops of each step depend only on the seed and the step number. A resumed run therefore trains
-on the same data as an uninterrupted run, regardless of the number of workers. An image's sampled captions depend only
-on the seed, the epoch and the image.
+on the same data as an uninterrupted run, regardless of the number of workers.
 """
 
 from __future__ import annotations
@@ -62,10 +61,7 @@ class Batch:
     duplicates of other images in the batch."""
 
     def to(self, device: torch.device) -> Batch:
-        """Copy the tensors to a device, and convert float16 to float32 there.
-
-        Copying from pinned memory to a GPU is asynchronous.
-        """
+        """Copy the tensors to a device, and convert float16 to float32 there."""
         is_cuda = device.type == "cuda"
 
         def move(tensor: Tensor) -> Tensor:
@@ -79,7 +75,6 @@ class Batch:
         return self.map_tensors(Tensor.pin_memory)
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """Return a batch with a function applied to each tensor."""
         tensors: dict[str, Any] = {k: function(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
 
@@ -87,12 +82,7 @@ class Batch:
 class AlignBatches:
     """Batches of a training run. Iteration can start at any step.
 
-    Attributes:
-        images_per_step: Total number of images per step, across all ranks.
-        steps_per_epoch: Number of steps per epoch. Images are reshuffled every epoch, and leftover images that do not
-            fill a step are dropped.
-        image_hash: Hash of the image references.
-        caption_hash: Hash of the captions.
+    Images are reshuffled every epoch, and leftover images that do not fill a step are dropped.
     """
 
     def __init__(
@@ -109,8 +99,6 @@ class AlignBatches:
         """
         Args:
             records: Training data. Records without an image or without captions are ignored.
-            store: Source of the caption embeddings.
-            preprocess: Image preprocessing of the vision tower.
             ranks: This rank and the number of ranks.
             features: Store of a frozen tower's image features. If it is given, batches contain these features instead
                 of pixels, and images without features are ignored.
@@ -225,10 +213,7 @@ def _take_rows(source: CaptionSource, rows: np.ndarray) -> Tensor:
 
 
 def allocate_pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Allocate a tensor in pinned memory or, without a GPU, in ordinary memory.
-
-    PyTorch reuses the pinned memory of freed tensors, but not before their asynchronous copies to a GPU are complete.
-    """
+    # PyTorch reuses the pinned memory of freed tensors, but not before their copies to a GPU are complete.
     return torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
 
 
@@ -287,8 +272,6 @@ def resolve_decoding_workers(config: AlignConfig) -> int:
 
 
 class _BatchSampler(Sampler[list[Sample]]):
-    """Batch sampler that computes the samples for each step on demand."""
-
     def __init__(self, data: AlignBatches, first_step: int) -> None:
         self.data, self.first_step = data, first_step
 
@@ -351,20 +334,11 @@ class CaptionSampler:
     """
 
     def __init__(self, captions_by_kind: Sequence[CaptionRows], weights: Sequence[float], config: AlignConfig) -> None:
-        """
-        Args:
-            weights: Sampling weight of each kind, at least 0.
-            config: Provides the seed and the number of captions per image.
-        """
         self.captions_by_kind, self.weights = list(captions_by_kind), np.array(weights, np.float64)
         self.seed, self.captions_per_image = config.seed, config.captions_per_image
 
     def sample(self, epochs: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sample captions for N images.
-
-        Args:
-            epochs: Epoch of each sample, of shape (N,), int64.
-            images: Index of each sample's image, of shape (N,), int64.
+        """Sample captions for N images. `epochs` and `images` (their indices) have shape (N,), int64.
 
         Returns:
             The captions' row numbers in the store and the position of each caption's image in `images`, both of shape

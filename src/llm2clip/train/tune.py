@@ -4,11 +4,9 @@ Two captions of the same image form a positive pair (called "CC" in the paper), 
 negatives. General text pairs ("TC") can be added or used instead. LoRA is merged into the LLM after training, so the
 result is an ordinary sentence-transformers model.
 
-Training uses the sentence-transformers trainer, with a metrics log, a progress bar and checkpoints that contain only
-the trained weights. The loss is InfoNCE over text pairs. Captions have 10 to 200 tokens, so padding a complete batch to
-its longest text would waste half the compute. Texts are therefore sorted by length and encoded in several forward
-passes, each with a limited number of tokens. Gradient caching can then keep the activations of only one pass in memory
-at a time.
+Captions have 10 to 200 tokens, so padding a complete batch to its longest text would waste half the compute. Texts are
+therefore sorted by length and encoded in several forward passes, each with a limited number of tokens. Gradient caching
+can then keep the activations of only one pass in memory at a time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,7 +52,7 @@ from llm2clip.runs.ranks import (
     set_mixed_precision,
     wait_for_everyone,
 )
-from llm2clip.train.grad_cache import compute_cached_loss
+from llm2clip.train.optim import compute_cached_loss
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -71,8 +69,7 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
 
     Args:
         sources: For each source, a list of image captions or text pairs.
-        encoder: Caption encoder to tune, modified in place.
-        config: If `steps` is 0, the encoder is saved without tuning.
+        encoder: Caption encoder to tune, modified in place. If `steps` is 0, it is saved without tuning.
         run_dir: Output folder for checkpoints/, metrics.jsonl and, after training, encoder/. No other process may write
             to this folder (see `run_lock`).
 
@@ -87,7 +84,10 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
     encoder_dir = run_dir / "encoder"
     if not encoder_dir.exists():
         checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
-        _check_settings(config)
+        if config.qlora:
+            check_qlora_available()
+            if is_fsdp_enabled():
+                raise ValueError("--tune.qlora does not support FSDP: remove --use_fsdp")
         if config.steps > 0:
             pairs = _sample_pairs(sources, encoder, config, checkpoints.get_saved_items_per_step("pairs per step"))
             precision, lora = _select_trainable_weights(encoder, config)
@@ -100,20 +100,10 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
     return encoder_dir
 
 
-def _check_settings(config: TuneConfig) -> None:
-    """Raise an error if settings contradict each other, or if a package or device does not support them."""
-    if config.qlora:
-        check_qlora_available()
-        if is_fsdp_enabled():
-            raise ValueError("--tune.qlora does not support FSDP: remove --use_fsdp")
-
-
 def _sample_pairs(
     sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, pairs_per_step: int | None
 ) -> pa.Table:
     """Return the text pairs for all steps. The pairs are identical on all ranks.
-
-    The memory grows with the number of pairs: the size of the texts plus about 30 bytes per pair.
 
     `pairs_per_step` is the number of pairs per step of the run to resume, or None for a new run.
     """
@@ -124,13 +114,8 @@ def _sample_pairs(
             print_once(
                 f"Too little data for {config.batch_size * world_size:,} pairs per step: using {pairs_per_step:,}"
             )
-    batches = iter_pair_batches(
-        sources,
-        pairs_per_step,
-        config.steps,
-        seed=config.seed,
-        hard_negative_group_size=config.hard_negative_group_size,
-    )
+    options = {"seed": config.seed, "hard_negative_group_size": config.hard_negative_group_size}
+    batches = iter_pair_batches(sources, pairs_per_step, config.steps, **options)
     pairs = pa.Table.from_batches(
         (pa.RecordBatch.from_pylist(list(map(asdict, batch)), PAIR_SCHEMA) for batch in batches), PAIR_SCHEMA
     )
@@ -143,8 +128,8 @@ def _sample_pairs(
 def _select_trainable_weights(encoder: CaptionEncoder, config: TuneConfig) -> tuple[Precision, LoraSession | None]:
     """Select the trainable weights: either newly added LoRA layers or all LLM weights except the token embeddings.
 
-    Return the training precision (fp32, bf16 or fp16) and the LoRA session (None without LoRA). With LoRA, the frozen
-    matrices take up nearly all memory, so they are stored in the training precision or, with QLoRA, in 4 bits.
+    With LoRA, the frozen matrices take up nearly all memory, so they are stored in the training precision or, with
+    QLoRA, in 4 bits.
     """
     torch.manual_seed(config.seed)
     device = process_state().device
@@ -391,8 +376,7 @@ class PairLoss(nn.Module):
         super().__init__()
         self.model = encoder.st  # the trainer replaces this with its distributed wrapper
         self._encoder = [encoder]  # in a list, so that the encoder is not registered as a submodule
-        self.scale = 1 / temperature
-        self.batch_tokens = batch_tokens
+        self.scale, self.batch_tokens = 1 / temperature, batch_tokens
         self.symmetric, self.grad_cache = symmetric, grad_cache
 
     def forward(self, features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
@@ -401,18 +385,12 @@ class PairLoss(nn.Module):
         passes = list(self._iterate_passes(batch["tokens"], batch["prompt_lengths"]))
         rows_in_order = [row for rows, _ in passes for row in rows]
         order = copy_to_device(torch.tensor(rows_in_order).argsort(), device)  # to restore the order of the batch
-
         runs = [run for _, run in passes]
-
-        def run_without_output() -> Tensor:
-            """Rerun the last pass, which has the shortest texts, and discard its output."""
-            return passes[-1][1]()[:0]
-
         sharded, most_passes = isinstance(self.model, FSDPModule), len(passes)
         if sharded or self.grad_cache:
             most_passes = max_over_ranks(len(passes), device)
-        if sharded:  # ranks with fewer passes add dummy passes, so that all ranks run the same number
-            runs += [run_without_output] * (most_passes - len(passes))
+        if sharded:  # ranks with fewer passes rerun the last one, without output, so that all run the same number
+            runs += [lambda: passes[-1][1]()[:0]] * (most_passes - len(passes))
 
         def loss_function(embeddings: Tensor) -> Tensor:
             return self._compute_loss(embeddings[order], batch["pairs"], batch["text_ids"].to(embeddings.device))
@@ -420,7 +398,8 @@ class PairLoss(nn.Module):
         # With a single pass, gradient caching would only repeat this pass. Caching changes the order of collective
         # operations, so all ranks must make the same choice.
         if self.grad_cache and most_passes > 1 and torch.is_grad_enabled():
-            return compute_cached_loss([partial(_run_as_tuple, run) for run in runs], loss_function, self.model, device)
+            cached_runs = [partial(_run_as_tuple, run) for run in runs]
+            return compute_cached_loss(cached_runs, loss_function, self.model, device)
         return loss_function(torch.cat([run() for run in runs]))
 
     def _iterate_passes(
