@@ -276,7 +276,7 @@ def compute_detection_metrics(
     recall_values = evaluator.params.recThrs
     resampled = []
     for weights in draw_bootstrap_counts(len(data.image_ids), resamples):
-        resampled.append([100 * compute_weighted_ap(match, weights.numpy(), recall_values) for match in matches])
+        resampled.append([100 * _compute_weighted_ap(match, weights.numpy(), recall_values) for match in matches])
     resampled_ap50 = np.array(resampled)  # (resamples, classes)
 
     ap50: dict[str, float] = {}
@@ -310,7 +310,7 @@ def to_result_rows(data: DetectionData, detections: Mapping[ImageId, Detections]
 
 
 @dataclass
-class ClassMatches:
+class _ClassMatches:
     """Detections of one class in all images, sorted by descending score and matched at an IoU threshold of 0.5.
 
     Crowds, and detections that match a crowd, are excluded.
@@ -321,7 +321,7 @@ class ClassMatches:
     objects: np.ndarray  # number of objects in each image, of shape (images,)
 
 
-def compute_weighted_ap(matches: ClassMatches, weights: np.ndarray, recall_values: np.ndarray) -> float:
+def _compute_weighted_ap(matches: _ClassMatches, weights: np.ndarray, recall_values: np.ndarray) -> float:
     """Return the interpolated average precision of one class, counting image i `weights[i]` times.
 
     COCOeval would return this value for a data set in which the images are repeated, unless scores are equal. The
@@ -381,7 +381,7 @@ def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]
     return evaluator
 
 
-def _extract_class_matches(evaluator: Any, k: int) -> ClassMatches:
+def _extract_class_matches(evaluator: Any, k: int) -> _ClassMatches:
     num_images = len(evaluator.params.imgIds)
     scores, images, is_correct = [np.zeros(0)], [np.zeros(0, int)], [np.zeros(0, bool)]
     objects = np.zeros(num_images)
@@ -394,4 +394,4 @@ def _extract_class_matches(evaluator: Any, k: int) -> ClassMatches:
         images.append(np.full(int(counted.sum()), i))
         objects[i] = np.count_nonzero(np.asarray(result["gtIgnore"]) == 0)
     order = np.argsort(-np.concatenate(scores), kind="mergesort")  # stable, like COCOeval's sort
-    return ClassMatches(np.concatenate(images)[order], np.concatenate(is_correct)[order], objects)
+    return _ClassMatches(np.concatenate(images)[order], np.concatenate(is_correct)[order], objects)

@@ -1,9 +1,9 @@
 """Training conversations: readers for LLaVA's format and for captioned images, and the chat template.
 
-Captioned images are turned into two kinds of conversations: captioning, and yes-or-no questions about objects. The
-questions follow POPE (arXiv 2305.10355) with random sampling. POPE asks about objects marked by annotators. Here, an
-object counts as present if any of the image's captions mentions it, and as absent otherwise. Captions mention most
-salient objects but not everything in the image, so the answer "No" is sometimes wrong.
+Captioned images are turned into captioning conversations, and into yes-or-no questions about objects. The questions
+follow POPE (arXiv 2305.10355) with random sampling. Here, an object counts as present if any of the image's captions
+mentions it, and as absent otherwise. Captions mention most salient objects but not everything in the image, so the
+answer "No" is sometimes wrong.
 
 If the LLM has no chat template, Vicuna's template is used, as in LLaVA-1.5. In transformers' message format, a
 message's content can be a list of text and image parts. A Jinja prefix converts such lists to text with `<image>`
@@ -128,11 +128,8 @@ def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> lis
     """Read a file in LLaVA's format, such as blip_laion_cc_sbu_558k.json or llava_v1_5_mix665k.json.
 
     Each row is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}, where
-    `image` is optional. A .json file contains a list of rows, and a .jsonl file contains one row per line. Invalid rows
+    `image` is optional, and relative to the folder `images` (default: the folder that contains the file). Invalid rows
     and rows whose image file is missing are skipped and logged.
-
-    Args:
-        images: folder to which image paths are relative. Default: the folder that contains the file.
 
     Raises:
         ValueError: a .json file does not contain a list.

@@ -163,9 +163,6 @@ class ConversationDataset(Dataset):
             num_image_tokens: number of `<image>` tokens per image.
             max_length: maximum number of tokens. Longer conversations are truncated.
             store: cached patch features of all images. If None, images are decoded instead.
-
-        Raises:
-            ValueError: `max_length` does not leave enough tokens for text.
         """
         minimum = num_image_tokens + MIN_TEXT_TOKENS
         if max_length < minimum:
@@ -201,9 +198,6 @@ class ConversationDataset(Dataset):
         """Return a dict with `ids`, `labels` and, if there is an image, its pixels or patch features as `vision`.
 
         If a conversation cannot be used, log a warning and return the next usable conversation instead.
-
-        Raises:
-            ValueError: no usable conversation was found.
         """
         for offset in range(min(MAX_REPLACEMENTS, len(self))):
             item = self._load_item(index=(index + offset) % len(self))
