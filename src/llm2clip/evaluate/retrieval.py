@@ -16,7 +16,7 @@ from llm2clip.data.images import load_thumbnail
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate import plots
-from llm2clip.evaluate.benchmarks.base import CaptionFields
+from llm2clip.evaluate.benchmarks.base import BenchmarkResult, CaptionFields
 from llm2clip.evaluate.embeddings import EmbeddingSource, ModelEmbeddings
 from llm2clip.evaluate.metrics import (
     compute_recall_differences,
@@ -49,6 +49,13 @@ class RetrievalRanks:
     @property
     def captions(self) -> list[str]:
         return [caption for record in self.records for caption in record.captions]
+
+
+def evaluate_retrieval(fields: CaptionFields, embeddings: EmbeddingSource) -> BenchmarkResult:
+    """Rank the captions and images of a benchmark in both directions, and compute the metrics."""
+    ranks = rank_caption_fields(embeddings, fields)
+    images = [record.image for records in fields.values() for record in records if record.image is not None]
+    return BenchmarkResult({"rows": compute_field_metrics(embeddings, ranks)}, images, ranks)
 
 
 def evaluate_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> list[dict[str, Any]]:

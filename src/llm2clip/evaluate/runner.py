@@ -32,12 +32,7 @@ from llm2clip.evaluate.comparison import (
 from llm2clip.evaluate.detection import evaluate_detection
 from llm2clip.evaluate.embeddings import EmbeddingSource, open_embedding_source
 from llm2clip.evaluate.regions import evaluate_regions
-from llm2clip.evaluate.retrieval import (
-    analyze_errors,
-    compute_field_metrics,
-    compute_retrieval_difference,
-    rank_caption_fields,
-)
+from llm2clip.evaluate.retrieval import analyze_errors, compute_retrieval_difference, evaluate_retrieval
 from llm2clip.evaluate.segmentation import evaluate_segmentation
 from llm2clip.evaluate.short_queries import build_short_query_blocks, score_short_queries
 from llm2clip.io_utils import MissingFileError, atomic_write_text, sanitize_name
@@ -350,9 +345,7 @@ def _run_benchmark(
 ) -> BenchmarkResult:
     data, variants = benchmark.load(folder), options.dense_variants
     if benchmark.kind == "retrieval":
-        ranks = rank_caption_fields(embeddings, data)
-        images = [record.image for records in data.values() for record in records if record.image is not None]
-        result = BenchmarkResult({"rows": compute_field_metrics(embeddings, ranks)}, images, ranks)
+        result = evaluate_retrieval(data, embeddings)
     elif benchmark.kind == "compositional":
         result = evaluate_compositional(data, embeddings)
     elif benchmark.kind == "classification":
