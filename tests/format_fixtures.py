@@ -13,7 +13,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from PIL import Image
 
 from llm2clip.data.records import Source, open_records
@@ -176,20 +175,8 @@ def as_glob_of_tars(folder: Path) -> str:
     return str(folder / "shard-*.tar")
 
 
-def as_saved_dataset(folder: Path) -> str:
-    datasets = pytest.importorskip("datasets")
-    features = datasets.Features(
-        id=datasets.Value("string"),
-        image=datasets.Image(),
-        captions=datasets.Sequence(datasets.Value("string")),
-        split=datasets.Value("string"),
-    )
-    datasets.Dataset.from_list(rows_with_image_bytes(folder), features=features).save_to_disk(folder / "saved")
-    return str(folder / "saved")
-
-
 FORMATS = [
     as_jsonl, as_jsonl_gz, as_json, as_csv_of_rows, as_tsv_of_rows, as_csv_of_lists, as_parquet_of_paths,
     as_parquet_of_bytes, as_folder_of_parquet, as_images_with_json, as_folder_with_captions, as_tar, as_glob_of_tars,
-    as_tars_in_braces, as_saved_dataset,
+    as_tars_in_braces,
 ]  # fmt: skip

@@ -79,18 +79,15 @@ def test_hub_datasets_are_streamed_with_their_splits(folder: Path) -> None:
     records = [(r.split, r.captions) for r in open_records(f"hf:{folder / 'hub'}")]
     assert sorted(records) == [("test", ("one",)), ("train", ('a "dog"',)), ("train", ("a cat",))]
     assert [r.captions for r in open_records(f"hf:{folder / 'hub'}@test")] == [("one",)]
+    with pytest.raises(ValueError, match="no split val; its splits: train, test"):
+        list(open_records(f"hf:{folder / 'hub'}@val"))
 
 
-def test_saved_dataset_dict_gives_its_keys_as_splits(folder: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    parts = {name: datasets.Dataset.from_dict({"text": [name], "split": ["mine"]}) for name in ("train", "val")}
-    datasets.DatasetDict(parts).save_to_disk(folder / "saved")
-    assert [r.split for r in open_records(folder / "saved")] == ["train", "val"]
-    assert [r.captions for r in open_records(f"{folder / 'saved'}@val")] == [("val",)]
-    with pytest.raises(ValueError, match="no split test; its splits: train, val"):
-        list(open_records(f"{folder / 'saved'}@test"))
-    mapped = Source(str(folder / "saved"), ("mine",), {"split": "split"})
-    assert [r.split for r in open_records(mapped)] == ["mine", "mine"]
+def test_saved_datasets_must_be_converted(folder: Path) -> None:
+    (folder / "saved").mkdir()
+    (folder / "saved/dataset_dict.json").touch()
+    with pytest.raises(ValueError, match="Convert it with datasets"):
+        open_records(folder / "saved")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from format_fixtures import FORMATS, ROWS, as_saved_dataset, as_tar, image_bytes, tar_members, write_jsonl, write_tar
+from format_fixtures import (
+    FORMATS,
+    ROWS,
+    as_folder_with_captions,
+    as_glob_of_tars,
+    as_images_with_json,
+    as_parquet_of_bytes,
+    as_tar,
+    image_bytes,
+    tar_members,
+    write_jsonl,
+    write_tar,
+)
 from llm2clip.data import build_table, remote, storage
 from llm2clip.data.build_table import open_table
 from llm2clip.data.formats import find_files, find_format, read_rows
@@ -38,7 +50,6 @@ from remote_fixtures import START_S3_SERVER, WebServer, upload_folder
 for package in ("aiohttp", "fsspec", "moto", "s3fs"):
     pytest.importorskip(package, reason="requires the packages of the extra `remote`")
 
-REMOTE_FORMATS = [write for write in FORMATS if write is not as_saved_dataset]
 DATA = bytes(range(256)) * 40
 
 
@@ -94,7 +105,7 @@ def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
 # ---- records ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("write", REMOTE_FORMATS, ids=lambda write: write.__name__)
+@pytest.mark.parametrize("write", FORMATS, ids=lambda write: write.__name__)
 def test_records_from_s3_equal_those_from_disk(folder: Path, bucket: str, write: Callable[[Path], str]) -> None:
     path = write(folder)
     upload_folder(folder, bucket)
@@ -104,7 +115,11 @@ def test_records_from_s3_equal_those_from_disk(folder: Path, bucket: str, write:
     assert logs[0].summary() == logs[1].summary()
 
 
-@pytest.mark.parametrize("write", REMOTE_FORMATS, ids=lambda write: write.__name__)
+@pytest.mark.parametrize(
+    "write",
+    [as_folder_with_captions, as_glob_of_tars, as_images_with_json, as_parquet_of_bytes],
+    ids=lambda write: write.__name__,
+)
 def test_records_from_a_web_server_equal_those_from_disk(
     folder: Path, web_server: WebServer, write: Callable[[Path], str]
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage
+from llm2clip.data.image_refs import FileImage, ImageRef, ParquetImage, TarImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError
 from llm2clip.search.backends import open_backend
@@ -24,10 +24,6 @@ STORED_REFS = (
     (
         ParquetImage("/p", 3, "image"),
         '["ParquetImage", {"path": "/p", "row": 3, "column": "image", "digest": ""}]',
-    ),
-    (
-        DatasetImage("/d", "train", 3, "image"),
-        '["DatasetImage", {"folder": "/d", "split": "train", "row": 3, "column": "image", "digest": ""}]',
     ),
 )
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage
+from llm2clip.data.image_refs import FileImage, ImageRef, ParquetImage, TarImage
 from llm2clip.data.texts import to_valid_unicode
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import inference, middleware, zip_download
@@ -236,7 +236,6 @@ def test_file_names_are_valid_on_all_systems(name: str, expected: str) -> None:
         (TarImage("/photos/a.tar", 512, 9, "b.png"), "b.png", "b.png"),
         (TarImage("/photos/a.tar", 512, 9, "dir/Hello!World.jpg"), "Hello!World.jpg", "Hello!World.jpg"),
         (ParquetImage("/photos/t.parquet", 7, "image"), "t.parquet[7].image", "t.parquet[7].image.png"),
-        (DatasetImage("/photos/set", "train", 7, "image"), "train[7].image", "train[7].image.png"),
         (FileImage("/photos/café\udcff.png"), "café\\udcff.png", "udcff.png"),
     ],
 )

@@ -59,7 +59,7 @@ from llm2clip.data.texts import deduplicate_captions
 from llm2clip.io_utils import atomic_dir, atomic_path, get_cache_dir
 from llm2clip.progress import ProgressBar
 
-FORMAT_VERSION = 3  # increase it if the columns, their contents or the rules for merging change
+FORMAT_VERSION = 4  # increase it if the columns, their contents or the rules for merging change
 PART_BYTES = 16 << 20  # approximate size of a part of a large file
 MIN_PARALLEL_BYTES = 8 << 20  # smaller sources are read in this process, because starting processes takes a second
 START_TIME = time.time_ns()  # approximate start of this process

@@ -7,7 +7,6 @@ from the columns of a record table. `IMAGE_KINDS` lists the kinds that a record 
 import functools
 import hashlib
 import io
-import json
 import os
 import re
 from abc import ABC, abstractmethod
@@ -20,7 +19,7 @@ from llm2clip.data.image_header import MAX_FILE_BYTES
 from llm2clip.data.remote import FileSlice, get_remote_version, open_file
 from llm2clip.data.skip_log import UnusableRow
 from llm2clip.data.storage import get_parent, is_remote, join_path, parse_size
-from llm2clip.data.table_cells import map_cached_batches, open_cell, read_parquet_cell, read_saved_cell
+from llm2clip.data.table_cells import map_cached_batches, open_cell, read_parquet_cell
 from llm2clip.data.texts import is_null
 from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets
 
@@ -67,7 +66,7 @@ class ImageRef(ABC):
     @property
     def container_path(self) -> str | None:
         """Path of the file or folder that contains the bytes, or None for an image in memory."""
-        return getattr(self, "path", None) or getattr(self, "folder", None)
+        return getattr(self, "path", None)
 
     def open(self) -> BinaryIO:
         """Open the encoded bytes as a stream. Raise OSError if the image cannot be read."""
@@ -220,35 +219,6 @@ class ParquetImage(_TableCell):
 
 
 @dataclass(frozen=True, slots=True)
-class DatasetImage(_TableCell):
-    """A cell in a Hugging Face data set written by `save_to_disk`."""
-
-    kind_name: ClassVar[str] = "Hugging Face data sets"
-    folder: str
-    split: str | None
-    row: int
-    column: str
-    digest: str = ""
-
-    def to_columns(self) -> ImageColumns:
-        container = json.dumps([self.folder, self.split])
-        return ImageColumns(container, self.column, self.row, digest=bytes.fromhex(self.digest) or None)
-
-    @classmethod
-    def from_columns(cls, columns: ImageColumns) -> Self:
-        folder, split = json.loads(columns.container or "")
-        return cls(folder, split, columns.offset, columns.name, (columns.digest or b"").hex())
-
-    def _open(self) -> BinaryIO:
-        version = get_file_version(os.path.join(self.folder, self.split or ""))
-        cell = read_saved_cell(self.folder, version, self.split, self.row, self.column)
-        return open_cell(cell, str(self))
-
-    def __str__(self) -> str:
-        return f"{self.folder}{'/' + self.split if self.split else ''}[{self.row}].{self.column}"
-
-
-@dataclass(frozen=True, slots=True)
 class MemoryImage(ImageRef):
     """An encoded image in memory, for sources that can be read only once."""
 
@@ -295,7 +265,7 @@ class StoredImage(_TableCell):
 
 
 # An image's kind is stored in record tables as its index in this list. An image of another kind is a `StoredImage`.
-IMAGE_KINDS: tuple[type[ImageRef], ...] = (FileImage, TarImage, ParquetImage, DatasetImage, StoredImage)
+IMAGE_KINDS: tuple[type[ImageRef], ...] = (FileImage, TarImage, ParquetImage, StoredImage)
 
 
 def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:

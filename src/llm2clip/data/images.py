@@ -389,7 +389,7 @@ def pack_batch(items: list[Any]) -> Tensor:
 
 def unpack_batch(batch: Tensor) -> list[Any]:
     """Restore the items packed by `pack_batch`."""
-    items: list[Any] = pickle.loads(memoryview(batch.numpy()))
+    items: list[Any] = pickle.loads(batch.numpy().data)
     return items
 
 

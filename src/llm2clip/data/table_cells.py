@@ -1,4 +1,4 @@
-"""Reading single images in the cells of Parquet files, Hugging Face data sets and Arrow files.
+"""Reading single images in the cells of Parquet and Arrow files.
 
 The sizes of what is decoded are limited, because a file of a few hundred bytes can expand to many gigabytes. A
 `version` changes if the file changes (see `image_refs.get_file_version`), so that cached cells are never stale.
@@ -9,7 +9,7 @@ import io
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -126,20 +126,6 @@ def _build_row_group_error(group: int) -> OSError:
     )
 
 
-def read_saved_cell(folder: str, version: object, split: str | None, row: int, column: str) -> Any:
-    """Return a cell of a data set written by `save_to_disk`."""
-    return _open_saved_column(folder, version, split, column)[row][column]
-
-
-@functools.lru_cache(maxsize=16)
-def _open_saved_column(folder: str, version: object, split: str | None, column: str) -> Any:
-    from datasets import load_from_disk
-
-    loaded = load_from_disk(folder)
-    dataset = loaded[split] if split is not None and isinstance(loaded, dict) else loaded
-    return disable_image_decoding(dataset.select_columns([column]))
-
-
 def map_batches(path: str) -> list[pa.RecordBatch]:
     """Map an Arrow file into memory."""
     reader = pa.ipc.open_file(pa.memory_map(path))
@@ -151,30 +137,19 @@ def map_cached_batches(path: str) -> list[pa.RecordBatch]:
     return map_batches(path)
 
 
-def open_cell(cell: Any, name: str) -> BinaryIO:
-    """Open the image in a table cell, which contains bytes or a struct with bytes (Arrow or Python values).
+def open_cell(cell: pa.Scalar, name: str) -> BinaryIO:
+    """Open the image in a table cell, which contains bytes or a struct with bytes.
 
     Paths in cells are not opened, because they could point to any file on this machine.
 
     Raises:
         OSError: The cell contains no bytes, or more than `MAX_CELL_BYTES`.
     """
-    data = cell.get("bytes") if isinstance(cell, dict | pa.StructScalar) else cell
-    if isinstance(data, pa.Scalar):
-        data = data.as_buffer() if data.is_valid else None
-    if data is None:
+    data = cell.get("bytes") if isinstance(cell, pa.StructScalar) else cell
+    if data is None or not data.is_valid:
         raise FileNotFoundError(f"{name} does not contain the bytes of an image")
-    size = memoryview(data).nbytes
+    data = data.as_buffer()
+    size = data.size
     if size > MAX_CELL_BYTES:
         raise OSError(f"image too large: {size:,} bytes; the limit for a table cell is {MAX_CELL_BYTES:,} bytes")
     return io.BytesIO(data)
-
-
-def disable_image_decoding(dataset: Any) -> Any:
-    """Make a Hugging Face data set return each image undecoded, as a dict with the keys "bytes" and "path"."""
-    import datasets
-
-    for column, feature in (dataset.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    return dataset

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm2clip.data.image_refs import DatasetImage, FileImage, ImageRef, ParquetImage, TarImage
+from llm2clip.data.image_refs import FileImage, ImageRef, ParquetImage, TarImage
 from llm2clip.data.texts import to_valid_unicode
 from llm2clip.search.metadata import TIME_OFFSET, ContentMetadata, Detail, ImageMetadata, list_details
 
@@ -20,7 +20,6 @@ REF_TYPES: dict[str, type[ImageRef]] = {
     "FileImage": FileImage,
     "TarImage": TarImage,
     "ParquetImage": ParquetImage,
-    "DatasetImage": DatasetImage,
 }
 MAX_LOCATIONS = 100  # maximum per hit; web data sets contain some images hundreds of thousands of times
 

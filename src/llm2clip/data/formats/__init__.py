@@ -215,7 +215,7 @@ def load_formats() -> Mapping[str, SourceFormat]:
     # These modules import this module.
     from llm2clip.data.formats.csv_files import CaptionsTxt, DelimitedText
     from llm2clip.data.formats.image_files import ImageFolder, TarFile
-    from llm2clip.data.formats.tables import HubDataset, Parquet, SavedDataset
+    from llm2clip.data.formats.tables import HubDataset, Parquet
     from llm2clip.data.formats.text_files import JsonFile, JsonLines
 
     formats: list[SourceFormat] = [
@@ -227,7 +227,6 @@ def load_formats() -> Mapping[str, SourceFormat]:
         Parquet(),
         CaptionsTxt(),
         HubDataset(),
-        SavedDataset(),
         ImageFolder(),
     ]
     return {source_format.name: source_format for source_format in formats}
@@ -240,7 +239,7 @@ def describe_formats() -> str:
         f"files ending in {suffixes} (.txt: lines of 'name.jpg,caption' or 'name.jpg#0<TAB>caption'; tar files "
         "must be uncompressed); globs and {000..010} patterns that match such files; a folder that contains "
         "captions.jsonl, metadata.csv, tar files, Parquet files, or images (each x.jpg with an x.txt or x.json next to "
-        "it); a folder written by save_to_disk; hf:NAME[:CONFIG] (a data set on the Hugging Face Hub). Files and "
+        "it); hf:NAME[:CONFIG] (a data set on the Hugging Face Hub). Files and "
         "folders can also be in object storage or on a web server (s3://, gs://, hf://, https://)"
     )
 
@@ -329,19 +328,14 @@ def suggest_paths(path: str) -> str:
     return f"did you mean {' or '.join(similar)}?" if similar else f"{parent} does not contain '{name}'"
 
 
-def is_saved_dataset(names: Sequence[str]) -> bool:
-    """Return True if a folder with these files was written by `save_to_disk`."""
-    return "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names)
-
-
 def _find_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> list[FilePart]:
     """List the files in a folder; see `find_files`. The names of caption files are case-insensitive."""
     names = list_folder(folder)
     formats = load_formats()
-    if is_saved_dataset(names):
-        if is_remote(folder):
-            raise ValueError(f"{folder}: a folder written by save_to_disk must be on a local disk. Copy it first")
-        return [FilePart(formats["saved"], folder)]
+    if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names):
+        raise ValueError(
+            f"{folder}: a folder written by save_to_disk. Convert it with datasets.load_from_disk(...) and to_parquet"
+        )
     lower_names = {name.lower(): name for name in names}
     files: list[FilePart] = []
     for name in CAPTION_FILES:

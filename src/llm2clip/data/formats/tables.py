@@ -1,18 +1,18 @@
-"""Tables: Parquet files and Hugging Face data sets. Only the columns selected by `ReadOptions.choose` are read."""
+"""Parquet files and data sets on the Hugging Face Hub. Only the columns selected by `ReadOptions.choose` are read."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence, Set
-from functools import partial
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2clip.data.formats import UNREADABLE_FILE, BadRow, FilePart, RawRow, ReadOptions, SourceFormat
-from llm2clip.data.image_refs import DatasetImage, ImageRef, LoadedImage, ParquetImage, compute_content_digest
+from llm2clip.data.image_refs import LoadedImage, ParquetImage, compute_content_digest
 from llm2clip.data.remote import get_local_path
 from llm2clip.data.storage import is_remote
-from llm2clip.data.table_cells import check_row_group_sizes, choose_parquet_batch_size, disable_image_decoding
+from llm2clip.data.table_cells import check_row_group_sizes, choose_parquet_batch_size
 from llm2clip.io_utils import DataFormatError, describe_error
 
 
@@ -52,8 +52,8 @@ class Parquet(SourceFormat):
                     images_in_batch = image_columns.intersection(batch.schema.names)
                     for fields in batch.to_pylist():
                         for name in images_in_batch:
-                            make_ref = partial(ParquetImage, part.path, row, name)
-                            fields[name] = _convert_image_cell(make_ref, fields[name], not options.image_bytes)
+                            image = ParquetImage(part.path, row, name)
+                            fields[name] = _convert_image_cell(image, fields[name], not options.image_bytes)
                         row += 1
                         yield part.path, row, fields
         except (pa.ArrowException, OSError, MemoryError) as error:
@@ -91,8 +91,24 @@ class HubDataset(SourceFormat):
         import datasets
 
         hub_name, _, config = part.path.partition(":")
-        loaded = datasets.load_dataset(hub_name, config or None, streaming=True)
-        yield from _read_dataset(loaded, part.path, False, options)
+        splits = datasets.load_dataset(hub_name, config or None, streaming=True)
+        selected = [split for split in options.splits or () if split != "none"]
+        if missing := [split for split in selected if split not in splits]:
+            raise DataFormatError(
+                f"{part.path} has no split {', '.join(missing)}; its splits: {', '.join(map(str, splits))}"
+            )
+        for split in selected or splits:
+            dataset, file = splits[split], f"hf:{part.path}/{split}"
+            names = dataset.column_names or list(next(iter(dataset), {}))  # streamed data sets may not list them
+            columns = list(dict.fromkeys(options.choose(file, names).values()))
+            dataset = dataset.select_columns(columns)
+            for column, feature in (dataset.features or {}).items():
+                if isinstance(feature, datasets.Image):  # dicts with the keys "bytes" and "path"
+                    dataset = dataset.cast_column(column, datasets.Image(decode=False))
+            for row, fields in enumerate(dataset):
+                if options.splits is not None:
+                    fields["split"] = split
+                yield file, row + 1, fields
 
     def compute_version(self, path: str) -> str:
         """Return the commit of a data set, or "offline" if the Hub cannot be reached."""
@@ -105,43 +121,6 @@ class HubDataset(SourceFormat):
             return str(HfApi().dataset_info(repository).sha)
         except Exception:  # reading the data set reports the error, unless it is in the local cache
             return "offline"
-
-
-class SavedDataset(SourceFormat):
-    """Folder written by `save_to_disk` of Hugging Face's datasets. It supports random access."""
-
-    name = "saved"
-    is_table = True
-
-    def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
-        import datasets
-
-        yield from _read_dataset(datasets.load_from_disk(part.path), part.path, True, options)
-
-
-def _read_dataset(loaded: Any, name: str, saved: bool, options: ReadOptions) -> Iterator[RawRow]:
-    import datasets
-
-    has_splits = isinstance(loaded, dict)
-    parts = dict(loaded) if has_splits else {str(loaded.split) if loaded.split else None: loaded}
-    selected = [split for split in options.splits or () if has_splits and split != "none"]
-    if missing := [split for split in selected if split not in parts]:
-        raise DataFormatError(f"{name} has no split {', '.join(missing)}; its splits: {', '.join(map(str, parts))}")
-    for split, part in parts.items():
-        if selected and split not in selected:
-            continue
-        file = os.path.join(name, split or "") if saved else f"hf:{name}/{split}"
-        names = part.column_names or list(next(iter(part), {}))  # streamed data sets may not list their columns
-        columns = list(dict.fromkeys(options.choose(file, names).values()))
-        image_columns = [c for c in columns if part.features and isinstance(part.features.get(c), datasets.Image)]
-        for row, fields in enumerate(disable_image_decoding(part.select_columns(columns))):
-            if saved:
-                for column in image_columns:
-                    make_ref = partial(DatasetImage, name, split if has_splits else None, row, column)
-                    fields[column] = _convert_image_cell(make_ref, fields[column])
-            if options.splits is not None and split is not None:
-                fields["split"] = split
-            yield file, row + 1, fields
 
 
 def _list_leaves(schema: pa.Schema, names: Sequence[str], images: Set[str], image_bytes: bool) -> list[str]:
@@ -161,16 +140,12 @@ def _is_image_type(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _convert_image_cell(make_ref: Callable[[str], ImageRef], value: Any, bytes_skipped: bool = False) -> Any:
-    """Convert a cell's value to None, the path of an image file, or a `LoadedImage` that refers to the cell.
-
-    `make_ref` creates a reference to the cell from the hash of its bytes.
-    """
+def _convert_image_cell(image: ParquetImage, value: Any, bytes_skipped: bool) -> Any:
+    """Convert a cell's value to None, the path of an image file, or a `LoadedImage`. `image` refers to the cell."""
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if value is None:
         return None
-    if data is None and not bytes_skipped:
-        return name  # the struct has no bytes, so its path refers to an image file
-    if data is None:
-        return LoadedImage(make_ref(""), None, name)
-    return LoadedImage(make_ref(compute_content_digest(data)), data, name)
+    if data is not None:
+        return LoadedImage(replace(image, digest=compute_content_digest(data)), data, name)
+    # A struct without bytes has the path of an image file.
+    return LoadedImage(image, None, name) if bytes_skipped else name
