@@ -260,9 +260,8 @@ def test_reading_parquet_cells_in_any_order_takes_little_memory(
 def test_paths_in_table_cells_are_not_opened_later(tmp_path: Path) -> None:
     """The cells of an indexed table are overwritten with the path of a private file."""
     (tmp_path / "secret.png").write_bytes(png_bytes())
-    cells = pa.array(
-        [{"bytes": png_bytes(), "path": None}] * 2, pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    )
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = pa.array([{"bytes": png_bytes(), "path": None}] * 2, kind)
     pq.write_table(pa.table({"image": cells}), tmp_path / "x.parquet")
     image, _ = scan_source(Source(str(tmp_path / "x.parquet")), SkipLog())
     assert image.ref.read() == png_bytes()
