@@ -5,7 +5,7 @@ All numbers are computed from the columns of record batches, so that memory does
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,50 +21,41 @@ KINDS_WITH_NAME = pa.array([number for number, kind in enumerate(IMAGE_KINDS) if
 _SUFFIX = r"\.(?P<suffix>[A-Za-z0-9]{1,5})$"
 
 
-class Histogram:
+class Histogram(Counter[int]):
     """Number of occurrences of each integer, for exact percentiles of data that does not fit in memory."""
-
-    def __init__(self, counts: Mapping[int, int] | None = None) -> None:
-        self._counts: Counter[int] = Counter(counts)
 
     def add(self, values: pa.Array | pa.ChunkedArray) -> None:
         """Count integers. Nulls are ignored."""
-        distinct = pc.value_counts(values.drop_null())
-        numbers, counts = distinct.field("values").to_pylist(), distinct.field("counts").to_pylist()
-        self._counts.update(dict(zip(numbers, counts, strict=True)))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Histogram) and self._counts == other._counts
+        self.update(count_values(values.drop_null()))
 
     @property
     def count(self) -> int:
-        return self._counts.total()
+        return self.total()
 
     @property
     def maximum(self) -> int:
-        return max(self._counts)
+        return max(self)
 
     @property
     def mean(self) -> float:
-        return sum(value * count for value, count in self._counts.items()) / self.count
+        return sum(value * count for value, count in self.items()) / self.count
 
     def percentile(self, percent: float) -> int:
         """Return the smallest value such that at least `percent` of the values are less than or equal to it."""
-        values = sorted(self._counts)
-        cumulative = np.cumsum([self._counts[value] for value in values])
-        position = np.searchsorted(cumulative, self.count * percent / 100)
+        values = sorted(self)
+        position = np.searchsorted(np.cumsum([self[value] for value in values]), self.count * percent / 100)
         return values[min(int(position), len(values) - 1)]
 
     def count_below(self, limit: int) -> int:
-        return sum(count for value, count in self._counts.items() if value < limit)
+        return sum(count for value, count in self.items() if value < limit)
 
     def cumulate(self, max_points: int = 200) -> tuple[list[int], list[float]]:
         """Return the distinct values in increasing order, and the percentage of values up to and including each.
 
         If there are more than `max_points` distinct values, only as many, evenly spaced by percentage, are returned.
         """
-        values = sorted(self._counts)
-        shares = 100 * np.cumsum([self._counts[value] for value in values]) / self.count
+        values = sorted(self)
+        shares = 100 * np.cumsum([self[value] for value in values]) / self.count
         positions = range(len(values))
         if len(values) > max_points:
             spaced = np.searchsorted(shares, np.linspace(0, 100, max_points)).clip(max=len(values) - 1)
