@@ -62,27 +62,18 @@ class IndexReport:
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """Options of `build_index`.
+    """Options of `build_index`."""
 
-    Args:
-        batch_size: Number of images per forward pass and per commit.
-        workers: Number of image decoding processes. For the default, see `iter_image_batches`.
-        prune: If True, remove deleted images from the index even if a source is missing or empty, or many of its images
-            no longer exist. If False, these cases raise an error.
-        allow_outside: If True, also index images outside their source's folder (see `scan_source`).
-        dim: Number of dimensions to which embeddings are truncated. Default: that of the index, or of the model.
-        relevance: If True, calibrate the relevance of hits (see `search.relevance`). If False, remove the calibration.
-        recognize: Function that recognises the text in an image (see `search.ocr`), or None.
-    """
-
-    columns: dict[str, str] = field(default_factory=dict)
-    batch_size: int = 64
-    workers: int | None = None
+    columns: dict[str, str] = field(default_factory=dict)  # name of the source column for each llm2clip field
+    batch_size: int = 64  # number of images per forward pass and per commit
+    workers: int | None = None  # number of image decoding processes; for the default, see `iter_image_batches`
+    # If True, remove deleted images from the index even if a source is missing or empty, or many of its images no
+    # longer exist. If False, these cases raise an error.
     prune: bool = False
-    allow_outside: bool = False
-    dim: int | None = None
-    relevance: bool = True
-    recognize: RecognizeText | None = None
+    allow_outside: bool = False  # also index images outside their source's folder (see `scan_source`)
+    dim: int | None = None  # number of dimensions of the embeddings; default: that of the index, or of the model
+    relevance: bool = True  # calibrate the relevance of hits (see `search.relevance`), or remove the calibration
+    recognize: RecognizeText | None = None  # function that recognises the text in an image (see `search.ocr`)
 
 
 def build_index(

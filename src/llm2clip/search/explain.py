@@ -1,11 +1,8 @@
 """Explanations of hits: how much each word of a query changes the score, and where an image matches the query.
 
-Words are separated by whitespace, and punctuation at their ends is not part of them. In scripts without spaces between
-words, each Chinese character, each run of hiragana or katakana, and each run of Thai, Lao, Burmese or Khmer letters
-counts as a word.
-
-Heat maps show the cosine similarity between the query and each cell of an image: a patch of a vision transformer, or a
-position in the last feature map of a convolutional network.
+In scripts without spaces between words, each Chinese character, each run of hiragana or katakana, and each run of Thai,
+Lao, Burmese or Khmer letters counts as a word. The cells of a heat map are patches of a vision transformer, or
+positions in the last feature map of a convolutional network.
 """
 
 import dataclasses
@@ -35,16 +32,18 @@ UNSPACED_WORDS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class QueryWord:
+    """A word of a query, and its effect: the score with the full query minus the score without the word."""
+
     text: str
-    text_index: int
-    start: int
-    end: int
+    text_index: int  # index of the text that contains the word
+    start: int  # position of the word's first character in the text, in Unicode code points
+    end: int  # position after the word's last character
     effect: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Score of an image, and the words of the query with their effects on the score."""
+    """Cosine similarity of an image to a query, and the first MAX_WORDS words of the query's texts."""
 
     score: float
     words: list[QueryWord]

@@ -97,20 +97,13 @@ class SearchPage:
 
 @dataclass(frozen=True)
 class Resources:
-    """What searches may use. The server sets these limits.
+    """What searches may use. The server sets these limits."""
 
-    Attributes:
-        load: Function that decodes an image of a query, or the contents of an image file, to a uint8 tensor of shape
-            (3, H, W).
-        decoding, scanning: Reusable context managers that are held while an image is decoded and while the index is
-            scanned, to limit how many threads do so at the same time.
-        max_file_bytes: Maximum size of a hit's image file, in bytes. Default: the limit of `read_image_file`.
-    """
-
-    load: Callable[[Any], Tensor] = load_image
+    load: Callable[[Any], Tensor] = load_image  # decodes an image to a uint8 tensor of shape (3, H, W)
+    # Held while an image is decoded and while the index is scanned, to limit how many threads do so at the same time.
     decoding: AbstractContextManager[Any] = field(default_factory=nullcontext)
     scanning: AbstractContextManager[Any] = field(default_factory=nullcontext)
-    max_file_bytes: int | None = None
+    max_file_bytes: int | None = None  # of a hit's image file; default: the limit of `read_image_file`
 
 
 class Index:

@@ -1,21 +1,15 @@
 """What a server computes for its requests: models whose calls are batched, worker threads, limits and metrics.
 
 Each request runs in a worker thread, which calls the same functions as a Python program does (`search.index`). The
-models of the threads pass their inputs to a `Batcher`, so a single forward pass encodes the texts of many requests:
-
-    event loop -> worker threads (twice as many as a batch has items) -> Batcher -> model thread
-                                                                      -> decoding of images (DECODERS at a time)
-                                                                      -> scan of the index (SCANS at a time)
+models of the threads pass their inputs to a `Batcher`, so a single forward pass encodes the texts of many requests.
 
 Full queues: at most `Limits.max_queue` searches, and as many embedding requests, wait for or occupy a worker thread,
-and at most as many texts, and as many images, wait for the model. Otherwise, `QueueFull` is raised, which the server
-converts to status 429.
+and at most as many texts, and as many images, wait for the model. Otherwise, `QueueFull` is raised (status 429).
 
-Timeouts: `RequestMiddleware` cancels a request after `Limits.timeout` and responds with status 504. A request that has
-not started never starts. Otherwise, its thread continues until it next waits for the model, a decoder, the index or a
-database connection: every wait ends at the deadline of the request (`types.Deadline`), and texts that are still queued
-are removed. Only a forward pass, a scan or the decoding of an image that has already started runs to its end, of which
-there are at most a few.
+Timeouts: `RequestMiddleware` cancels a request after `Limits.timeout` (status 504). A request that has not started
+never starts. Otherwise, every wait of its thread for the model, a decoder, the index or a database connection ends at
+the deadline (`types.Deadline`). Only a forward pass, a scan or the decoding of an image that has started runs to its
+end, of which there are at most a few.
 """
 
 import asyncio
@@ -57,30 +51,18 @@ class QueueFull(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Resource limits for requests to a server. Limits per client are the task of a proxy (see deploy/).
+    """Resource limits for requests to a server. Limits per client are the task of a proxy (see deploy/)."""
 
-    Args:
-        max_body_bytes: Maximum request body size in bytes. Larger requests are rejected with status 413.
-        max_bytes_in_flight: Maximum total size of all request and response bodies in memory, in bytes. Requests of at
-            most 64 KB are always accepted. Larger requests that exceed the budget are rejected with status 429.
-        max_pixels: Maximum number of pixels per image. Larger images are rejected with status 413.
-        max_queue: Maximum number of requests, of texts, of images and of heat maps in progress. Further requests are
-            rejected with status 429.
-        timeout: Maximum duration of a request in seconds. Slower requests fail with status 504.
-        batch_size: Maximum number of texts or images per forward pass.
-        max_connections: Maximum number of connections. Beyond this limit, the server aborts the oldest idle connection.
-        idle_timeout: Maximum time in seconds to wait for a client to send request headers or to read more of a
-            response. After this time, the connection is aborted.
-    """
-
-    max_body_bytes: int = 32 << 20
+    max_body_bytes: int = 32 << 20  # of a request; larger requests are rejected with status 413
+    # Total size of all request and response bodies in memory. Requests of more than 64 KB that exceed it are rejected
+    # with status 429.
     max_bytes_in_flight: int = 512 << 20
-    max_pixels: int = 50_000_000
-    max_queue: int = 512
-    timeout: float = 30.0
-    batch_size: int = 32
-    max_connections: int = 512
-    idle_timeout: float = 10.0
+    max_pixels: int = 50_000_000  # per image; larger images are rejected with status 413
+    max_queue: int = 512  # of requests, texts, images and heat maps in progress; others are rejected with status 429
+    timeout: float = 30.0  # of a request, in seconds; slower requests fail with status 504
+    batch_size: int = 32  # number of texts or images per forward pass
+    max_connections: int = 512  # beyond this number, the server aborts the oldest idle connection
+    idle_timeout: float = 10.0  # seconds to wait for request headers, or for a client to read more of a response
 
 
 class WorkerPool:

@@ -42,53 +42,30 @@ def escape_pattern(text: str) -> str:
 
 @dataclass(frozen=True)
 class Condition:
-    """A condition of a `Filter`.
+    """A condition of a `Filter`."""
 
-    Attributes:
-        name: Name in `Filter`, in the HTTP API and on the command line.
-        kind: Type of the value. Times are Unix timestamps, and dates on the command line and on the search page.
-        label: Description in front of the value on the search page.
-        description: Continuation of "Only images" in the HTTP API and in `--help`.
-        sql: SQL condition. `:NAME` is the value. Empty if each backend has its own.
-        max_length: Maximum length of a text, in characters.
-        placeholder: Example or unit, shown in the empty input on the search page.
-        to_parameter: Function that converts the value to the parameter of the SQL condition.
-    """
-
-    name: str
-    kind: Literal["text", "number", "first time", "last time"]
-    label: str
-    description: str
-    sql: str = ""
-    max_length: int = MAX_FILTER_LENGTH
-    placeholder: str = ""
-    to_parameter: Callable[[Any], Any] = field(default=lambda value: value)
+    name: str  # in `Filter`, in the HTTP API and on the command line
+    kind: Literal["text", "number", "first time", "last time"]  # times are Unix timestamps
+    label: str  # in front of the value on the search page
+    description: str  # continuation of "Only images" in the HTTP API and in `--help`
+    sql: str = ""  # SQL condition, in which `:NAME` is the value; empty if each backend has its own
+    max_length: int = MAX_FILTER_LENGTH  # of a text, in characters
+    placeholder: str = ""  # example or unit, shown in the empty input on the search page
+    to_parameter: Callable[[Any], Any] = field(default=lambda value: value)  # converts the value for SQL
 
 
 @dataclass(frozen=True)
 class MetadataField:
-    """A metadata field. Its column has the same name. For texts, the column `folded_NAME` is normalised, for filters.
-
-    Attributes:
-        type: Type of the values: float, int or str.
-        is_nullable: True if the value can be None.
-        description: Description in the HTTP API.
-        display: Text for the details of an image. `{NAME}` is the value of a field. The text is omitted if one of the
-            values is None or empty.
-        link: URL of the text, or empty.
-        is_time: True for Unix timestamps, which are shown as local dates and times.
-        is_private: True if galleries omit the field by default.
-        conditions: Filters on the field.
-    """
+    """A metadata field and its column of the same name. For texts, `folded_NAME` is normalised, for filters."""
 
     name: str
-    type: type
-    is_nullable: bool
-    description: str
-    display: str = ""
-    link: str = ""
-    is_time: bool = False
-    is_private: bool = False
+    type: type  # of the values: float, int or str
+    is_nullable: bool  # True if the value can be None
+    description: str  # in the HTTP API
+    display: str = ""  # text for the details of an image; `{NAME}` is the value of a field, which must not be empty
+    link: str = ""  # URL of the text
+    is_time: bool = False  # True for Unix timestamps, which are shown as local dates and times
+    is_private: bool = False  # True if galleries omit the field by default
     conditions: tuple[Condition, ...] = ()
 
 

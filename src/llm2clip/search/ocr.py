@@ -1,7 +1,6 @@
-"""Recognition of the text in images (OCR), with the PP-OCR models in the package rapidocr.
+"""Recognition of the text in images (OCR), with the PP-OCR models and weights in the package rapidocr.
 
-The weights are files of the package, so nothing is downloaded. The cost of an image is limited: it is scaled down, and
-the number, the shape and the time of the text lines that are read are bounded.
+The cost of an image is limited: it is scaled down, and the number, shape and time of its text lines are bounded.
 """
 
 import time

@@ -1,22 +1,10 @@
 """PostgreSQL index backend, for an index that several machines search, or that is backed up with a database.
 
-Each index is a schema of its own, with these tables:
+Each index is a schema of its own. All filters are SQL conditions with parameters, so a search reads only matching rows.
+From `approximate_above` distinct images on, `finish` builds an HNSW graph in the database.
 
-    metadata           the index metadata and the format version
-    calibration        the calibration of the relevance, in at most one row
-    contents           hash, vector (halfvec of pgvector) and size of each distinct image
-    thumbnails         JPEG thumbnails
-    images             the files of each content, with their captions, capture times and words
-    recognized_texts   the text recognised in each content
-
-All filters are SQL conditions with parameters, so a search reads only matching rows. From `approximate_above` distinct
-images on, `finish` builds an HNSW graph in the database, and searches are approximate.
-
-Word search finds the same matches as with SQLite. The texts are split into words in Python, and the column `words` is
-written in the text form of a tsvector. PostgreSQL's text search configurations are not used, because their parser
+Word search finds the same matches as with SQLite: the texts are split into words in Python, because PostgreSQL's parser
 splits file names and numbers differently and keeps diacritics.
-
-Names of schemas are restricted to ASCII letters, digits and underscores. All other text is passed as a parameter.
 """
 
 from __future__ import annotations

@@ -1,26 +1,16 @@
 """Search queries and their embeddings, re-ranking of hits, and groups of similar hits.
 
-Queries consist of positive and negative texts, images and earlier hits.
-
 Re-ranking: a second, usually larger, dual encoder embeds the query and the original image files of the first hits, and
-sorts the hits by their cosine similarity. The embeddings are cached in memory by the hash of the file, so only the
-first search has to decode it.
+sorts the hits by their cosine similarity.
 
-Groups: bursts and edited copies of a photograph are shown as one hit. Two images are similar if one of these conditions
-holds:
+Groups: bursts and edited copies of a photograph are shown as one hit. Two images are similar if the cosine similarity
+of their embeddings is at least COPY_SIMILARITY, or if it is at least BURST_SIMILARITY and they were taken within
+BURST_SECONDS of each other. The mean embedding of the index, which its calibration contains, is subtracted first,
+because in some models all embeddings are similar. `benchmarks/similar.py` measures these thresholds.
 
-    edited copies   the cosine similarity of their embeddings is at least COPY_SIMILARITY
-    bursts          it is at least BURST_SIMILARITY, and they were taken within BURST_SECONDS of each other
-
-The mean embedding of the index, which its calibration contains, is subtracted first, because in some models all
-embeddings are similar. In an index without a calibration, the cosine similarity must therefore be higher. Only EXIF
-times count for bursts, because files that were copied together have nearly equal modification times.
-`benchmarks/similar.py` measures how many edited copies and how many different photographs each similarity includes.
-
-Pages: a page is a range of consecutive ungrouped hits, and only the hits of this range are grouped. A later page
-therefore starts where the last one ends (`next_offset`), and each hit is in exactly one group of one page. No page has
-to read the hits of earlier pages, so a hit may be similar to one on an earlier page. Searches read READ_FACTOR times
-as many hits as a page has. If many of them are similar to each other, the page has fewer hits than requested.
+A page is a range of consecutive ungrouped hits, and only the hits of this range are grouped. The next page starts where
+the last one ends (`next_offset`), so a hit may be similar to one on an earlier page. Searches read READ_FACTOR times as
+many hits as a page has. If many of them are similar to each other, the page has fewer hits than requested.
 """
 
 import dataclasses

@@ -1,21 +1,16 @@
 """Relevance of search results: the estimated probability that an image is an answer to the query.
 
 Cosine similarities do not tell whether an index contains an answer, because their level depends on the model, the query
-and the image. A hit's cosine similarity s is therefore compared with other similarities of its image:
+and the image. A hit's cosine similarity s is therefore compared with other similarities of its image. Its hubness is
+the largest similarity to a list of about 300 short texts (`background_queries.txt`):
 
     t = s - 0.25 * hubness
-
-    hubness   largest similarity between the image and a background query, because some images are similar to all texts
-
-The background queries are a fixed list of about 300 short texts (`background_queries.txt`).
-
-    x = (t - m) / d                     m, d: mean and standard deviation of t for queries without an answer
-    x = (t - m) / d + 8 * overlap       if the image has captions and the words of the query are known
+    x = (t - m) / d + 8 * overlap       m, d: mean and standard deviation of t for queries without an answer
     relevance = 1 / (1 + exp(-a * x - b))
 
-The overlap is the weighted fraction of the query's words that occur in the first five captions of the image. Words are
-truncated to five letters, so that `children` matches `child`. The weight of a word is its truncated length minus 2, at
-least 0. In scripts without spaces between words, each character is a word of weight 1.
+The overlap is the weighted fraction of the query's words, truncated to five letters, that occur in the first five
+captions of the image. The weight of a word is its truncated length minus 2, at least 0. In scripts without spaces
+between words, each character is a word of weight 1.
 
 `calibrate` measures m and d with searches in the entire index, so they grow with the number of images just as the
 largest similarity of a query does. There are separate values for text queries and image queries:
@@ -28,8 +23,7 @@ largest similarity of a query does. There are separate values for text queries a
               a and b: 1.2 and 1.1. Images as similar as an image's nearest neighbour usually is count as close.
 
 The value of a query is the largest t of its first 10 hits. A query has an answer if the relevance of at least one of
-these hits is at least 0.2. A calibration takes about 650 bytes per dimension of the embeddings (330 KB for 512
-dimensions), whatever the size of the index. Rating a hit with captions takes about 0.1 ms.
+these hits is at least 0.2.
 """
 
 from __future__ import annotations
@@ -103,26 +97,17 @@ class Scale:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Everything that is needed to compute the relevance of an index's hits.
+    """Everything that is needed to compute the relevance of an index's hits."""
 
-    Attributes:
-        sample_mean: Mean embedding of randomly chosen images, of shape (D,), float32.
-        background: Embeddings of the background queries, of shape (B, D), float32.
-        sample_ids: Hit ids of these images, to find out how much of the sample is still in the index.
-        captioned_count: Number of images with several captions among the first MAX_QUERIES of `sample_ids`.
-        texts, images: Scales for text queries and image queries.
-        captions: Scale for text queries and hits with captions.
-    """
-
-    sample_mean: np.ndarray
-    background: np.ndarray
-    sample_ids: list[str]
+    sample_mean: np.ndarray  # mean embedding of randomly chosen images, of shape (D,), float32
+    background: np.ndarray  # embeddings of the background queries, of shape (B, D), float32
+    sample_ids: list[str]  # hit ids of the images, to find out how many of them are still in the index
     image_count: int
-    captioned_count: int
-    fingerprint: str
-    texts: Scale
-    images: Scale
-    captions: Scale
+    captioned_count: int  # number of images with several captions among the first MAX_QUERIES of `sample_ids`
+    fingerprint: str  # of the model
+    texts: Scale  # for text queries
+    images: Scale  # for image queries
+    captions: Scale  # for text queries and hits with captions
 
     def rate(self, query: QueryVectors, vectors: np.ndarray, overlaps: np.ndarray | None = None) -> np.ndarray:
         """Return the relevance of hits with the given embeddings of shape (K, D), as a float array of shape (K,).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request
@@ -14,7 +15,6 @@ from starlette.exceptions import HTTPException
 
 from llm2clip.data.texts import is_valid_unicode, to_valid_unicode
 from llm2clip.models.prompts import PLACEHOLDER, QueryTemplates
-from llm2clip.search.explain import MAX_WORDS
 from llm2clip.search.images import InvalidImage, RequestImage, TooLarge
 from llm2clip.search.index import SearchOptions
 from llm2clip.search.inference import QueueFull
@@ -40,49 +40,38 @@ MAX_OFFSET = 10_000  # limited because skipped results must also be found and sc
 MAX_TEMPLATES, MAX_TEMPLATE_LENGTH = MAX_TEXTS // (2 * MAX_IMAGES) - 1, 200  # the length is in characters
 
 
-def _require_non_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("the text is empty")
-    return text
+def _require(is_valid: Callable[[str], bool], message: str) -> AfterValidator:
+    """Return a validator that raises ValueError with a message for invalid texts."""
+
+    def validate(text: str) -> str:
+        if not is_valid(text):
+            raise ValueError(message)
+        return text
+
+    return AfterValidator(validate)
 
 
-def _require_valid_unicode(text: str) -> str:
-    if not is_valid_unicode(text):
-        raise ValueError("the text is not valid Unicode: it contains an unpaired surrogate")
-    return text
-
-
-def _require_placeholder(text: str) -> str:
-    if text.count(PLACEHOLDER) != 1:
-        raise ValueError("a template must contain {} exactly once, as in 'a photo of a {}'")
-    return text
-
-
-def _require_data_uri(text: str) -> str:
-    if not text.startswith(DATA_URI_PREFIX):
-        raise ValueError(
-            f"an image must be a data URI of the form {DATA_URI_PREFIX}jpeg;base64,...; URLs are not downloaded"
-        )
-    return text
-
-
-def _require_text_or_data_uri(text: str) -> str:
+def _limit_text_length(text: str) -> str:
     if not text.startswith(DATA_URI_PREFIX) and len(text) > MAX_TEXT_LENGTH:
         raise ValueError(f"the text is too long: {len(text):,} characters; the limit is {MAX_TEXT_LENGTH:,}")
-    return _require_non_blank(_require_valid_unicode(text))
+    return text
 
 
-AnyText = Annotated[str, Field(max_length=MAX_TEXT_LENGTH), AfterValidator(_require_valid_unicode)]
-Text = Annotated[AnyText, AfterValidator(_require_non_blank)]
-Template = Annotated[
-    str,
-    Field(max_length=MAX_TEMPLATE_LENGTH),
-    AfterValidator(_require_valid_unicode),
-    AfterValidator(_require_placeholder),
-]
-DataUri = Annotated[str, AfterValidator(_require_data_uri), Field(json_schema_extra={"format": "data-uri"})]
-TextOrDataUri = Annotated[str, AfterValidator(_require_text_or_data_uri)]
-HitId = Annotated[str, Field(max_length=64), AfterValidator(_require_valid_unicode)]
+NON_BLANK = _require(lambda text: bool(text.strip()), "the text is empty")
+VALID_UNICODE = _require(is_valid_unicode, "the text is not valid Unicode: it contains an unpaired surrogate")
+ONE_PLACEHOLDER = _require(
+    lambda text: text.count(PLACEHOLDER) == 1, "a template must contain {} exactly once, as in 'a photo of a {}'"
+)
+IS_DATA_URI = _require(
+    lambda text: text.startswith(DATA_URI_PREFIX),
+    f"an image must be a data URI of the form {DATA_URI_PREFIX}jpeg;base64,...; URLs are not downloaded",
+)
+AnyText = Annotated[str, Field(max_length=MAX_TEXT_LENGTH), VALID_UNICODE]
+Text = Annotated[AnyText, NON_BLANK]
+Template = Annotated[str, Field(max_length=MAX_TEMPLATE_LENGTH), VALID_UNICODE, ONE_PLACEHOLDER]
+DataUri = Annotated[str, IS_DATA_URI, Field(json_schema_extra={"format": "data-uri"})]
+TextOrDataUri = Annotated[str, AfterValidator(_limit_text_length), VALID_UNICODE, NON_BLANK]
+HitId = Annotated[str, Field(max_length=64), VALID_UNICODE]
 Time = Annotated[float, Field(ge=-1e11, le=1e12, allow_inf_nan=False)]
 
 Item = TypeVar("Item")
@@ -306,23 +295,6 @@ class ExplainRequest(QueryRequest):
     """A query with at least one text, and the hit whose score is to be explained."""
 
     id: HitId = Field(description="id of a hit")
-
-
-class WordResponse(BaseModel):
-    """A word of the query's texts."""
-
-    text: str
-    text_index: int = Field(description="index of the text in `texts` that contains the word")
-    start: int = Field(description="position of the word's first character in the text, in Unicode code points")
-    end: int = Field(description="position after the word's last character")
-    effect: float = Field(description="score with the full query minus the score without this word")
-
-
-class ExplainResponse(BaseModel):
-    """Effects of the words of a query on the score of a hit."""
-
-    score: float = Field(description="cosine similarity to the full query")
-    words: list[WordResponse] = Field(description=f"the first {MAX_WORDS} words of the texts")
 
 
 class EmbedRequest(BaseModel):

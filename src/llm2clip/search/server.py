@@ -33,7 +33,7 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.llm2clip import check_dim, truncate_and_normalize
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search.backends import Backend
-from llm2clip.search.explain import locate_query
+from llm2clip.search.explain import Explanation, locate_query
 from llm2clip.search.images import RequestImage
 from llm2clip.search.inference import InferenceService, Limits
 from llm2clip.search.metadata import CONDITIONS, Condition
@@ -50,7 +50,6 @@ from llm2clip.search.schemas import (
     EmbedResponse,
     ExamplesResponse,
     ExplainRequest,
-    ExplainResponse,
     HealthResponse,
     HeatmapRequest,
     HeatmapResponse,
@@ -78,13 +77,12 @@ class Access:
     """Who may use a server.
 
     Attributes:
-        token: Token that every request must contain. Without the token, only `/health` is available, and returns only
-            the status. API clients send the header `Authorization: Bearer TOKEN`. In a browser, opening
-            `/?token=TOKEN` starts a 24-hour session. If None, no token is required.
-        hosts: Host names that are allowed in the Host header. If None, all host names are allowed. This check prevents
-            DNS rebinding attacks, in which a website makes its own host name resolve to this machine's address.
-        allowed_origins: Origins of other websites, such as `https://example.org`, whose pages may use the API. They
-            must send the token in the Authorization header.
+        token: Token that every request must contain, or None. Without the token, only `/health` is available, and
+            returns only the status. API clients send the header `Authorization: Bearer TOKEN`. In a browser, opening
+            `/?token=TOKEN` starts a 24-hour session.
+        hosts: Host names that are allowed in the Host header, or None for all. This prevents DNS rebinding attacks, in
+            which a website makes its own host name resolve to this machine's address.
+        allowed_origins: Origins of other websites, such as `https://example.org`, whose pages may use the API.
         log: Whether to write one JSON object per request to standard error.
     """
 
@@ -267,10 +265,9 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
         return await run_in_threadpool(examples.get, service.require_index().backend)
 
     @app.post("/explain", responses=API_ERRORS)
-    async def explain(request: ExplainRequest) -> ExplainResponse:
+    async def explain(request: ExplainRequest) -> Explanation:
         """Return how much the score of a hit changes if a word is removed from the query's texts."""
-        explanation = await service.searchers.run(service.require_index().explain, request.to_query(), request.id)
-        return ExplainResponse.model_validate(explanation, from_attributes=True)
+        return await service.searchers.run(service.require_index().explain, request.to_query(), request.id)
 
     @app.post("/heatmap", responses=API_ERRORS)
     async def heatmap(request: HeatmapRequest) -> HeatmapResponse:

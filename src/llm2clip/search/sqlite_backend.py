@@ -5,9 +5,7 @@
       graph.usearch      HNSW graph; built only for a million or more distinct images
       graph.json         the graph's quantization scale, checksum and id summary
 
-SQLite commits each batch atomically, lets other processes read during a write, and stores the database as a single file
-that is easy to copy. Readers keep the quantized vectors in memory, and load only new vectors after a write. Word search
-and caption filters use full-text tables (see `search.words`).
+Readers keep the quantized vectors in memory, and load only new vectors after a write.
 """
 
 import glob

@@ -1,9 +1,7 @@
-"""Nearest-neighbour search, using either a scan of all quantized vectors or an HNSW graph.
+"""Nearest-neighbour search with usearch: a scan of all vectors, quantized to int8, or an HNSW graph (arXiv 1603.09320).
 
-A scan compares the query with all vectors, quantized to int8, and re-scores the best candidates with the float16
-vectors. Scans are limited by memory bandwidth, and int8 vectors are half the size of float16 vectors (see
-benchmarks/search.py). Searching an HNSW graph (arXiv 1603.09320) visits only a few thousand vectors. Both methods use
-usearch.
+The best candidates are scored again with the float16 vectors. Scans are limited by memory bandwidth, and int8 vectors
+are half the size of float16 vectors (see benchmarks/search.py).
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
 """Word search over the texts of indexed images: queries, rank fusion, and SQLite's full-text tables (FTS5).
 
-With SQLite, the table `texts` has one row per image, with the same id as in `images`: its captions, the text recognised
-in the image, its file name, camera and date. Two full-text tables index this table: `words` finds whole words, ignoring
-case and diacritics, and `trigrams` finds substrings. They serve languages that separate words with spaces, and all
-others, such as Chinese and Japanese. `search.postgres_backend` searches the same texts in PostgreSQL.
-
-All texts are stored as returned by `normalize`. The original captions are in the table `images`, and the original
-recognised texts are in the table `recognized_texts`.
+With SQLite, the table `texts` has one row per image, with the same id as in `images`. Two full-text tables index it:
+`words` finds whole words, ignoring case and diacritics, and `trigrams` finds substrings, for languages such as Chinese
+that do not separate words with spaces. All texts are stored as returned by `normalize`.
 """
 
 from __future__ import annotations
