@@ -20,7 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
+from torch import Tensor
+
+from llm2clip.caption.answers import Answer, CaptionRequest
+from llm2clip.cli import build_parser
 
 FAULTS = ("500", "503", "429", "nonsense", "wrong json", "disconnect", "truncated", "large", "slow")
 LARGE_BYTES = 10_000_000
@@ -182,6 +187,48 @@ def make_photos(folder: Path, count: int, side: int = 24) -> Path:
         pixels = generator.integers(0, 255, (2, 3, 3), dtype=np.uint8).repeat(side // 2, 0).repeat(side // 3, 1)
         Image.fromarray(pixels).save(folder / f"{number:04}.png")
     return folder
+
+
+def run_command(*words: object) -> str:
+    """Run a command as `main` does, but without handling errors. Return the lines that it prints at the end."""
+    parser, run = build_parser()
+    settings = parser.instantiate(parser.parse_args(list(map(str, words))))
+    return "\n".join(run[settings.subcommand](settings[settings.subcommand]))
+
+
+def caption(server: CaptionServer, source: Path, out: Path, *flags: object) -> str:
+    """Caption images with a server. Return the lines that the command prints at the end."""
+    return run_command("caption", source, "--out", out, "--endpoint", server.url, "--model", "tiny", *flags)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_prompts(file: Path, **prompts: Any) -> Path:
+    file.write_text(yaml.safe_dump(prompts))
+    return file
+
+
+class FixedCaptioner:
+    """Captioner whose answers depend only on the image or, with texts per prompt, only on the prompt."""
+
+    name, batch_size, workers, worked_before = "tiny", 2, 1, False
+
+    def __init__(self, texts: dict[str, str] | None = None) -> None:
+        self.texts, self.num_answers = texts, 0
+
+    def prepare(self, image: Tensor) -> Tensor:
+        return image
+
+    def ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
+        self.num_answers += len(requests)
+        if self.texts is not None:
+            return [Answer(self.texts[request.prompt.name]) for request in requests]
+        return [Answer(f"A dog runs over meadow {int(request.image.sum())}.") for request in requests]
+
+    def stop(self) -> None:
+        pass
 
 
 def main() -> None:

@@ -1,7 +1,5 @@
-"""Tests of `llm2clip caption`: prompts, endpoint, resuming, local models, and the records that are written."""
+"""Tests of `llm2clip caption`: images that are read, records that are written, resuming, ranks, and `fit --caption`."""
 
-import asyncio
-import gzip
 import json
 import os
 import re
@@ -15,27 +13,33 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
-from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 import torch
-import yaml
 
-from caption_fixtures import FAULTS, CaptionServer, make_photos, run_server
+from caption_fixtures import (
+    FAULTS,
+    FixedCaptioner,
+    caption,
+    make_photos,
+    read_rows,
+    run_command,
+    run_server,
+    write_prompts,
+)
 from conftest import run_distributed
 from llava_fixtures import build_tiny_llava
 from llm2clip import pipeline
 from llm2clip.caption import captioners
 from llm2clip.caption import run as caption_run
-from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError, clean_answer
+from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError
 from llm2clip.caption.captioners import LocalCaptioner
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
-from llm2clip.caption.options import CaptionOptions, Prompt, load_prompts
-from llm2clip.cli import build_parser, main
+from llm2clip.caption.options import CaptionOptions, Prompt
+from llm2clip.cli import main
 from llm2clip.cli.checks import check_output_folder
 from llm2clip.data.image_refs import FileImage, ImageRef
 from llm2clip.data.images import load_image
@@ -58,27 +62,6 @@ def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     return make_photos(tmp_path / "photos", 6)
-
-
-def run_command(*words: object) -> str:
-    """Run a command as `main` does, but without handling errors. Return the lines that it prints at the end."""
-    parser, run = build_parser()
-    settings = parser.instantiate(parser.parse_args(list(map(str, words))))
-    return "\n".join(run[settings.subcommand](settings[settings.subcommand]))
-
-
-def caption(server: CaptionServer, source: Path, out: Path, *flags: object) -> str:
-    """Caption images with a server. Return the lines that the command prints at the end."""
-    return run_command("caption", source, "--out", out, "--endpoint", server.url, "--model", "tiny", *flags)
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def write_prompts(file: Path, **prompts: Any) -> Path:
-    file.write_text(yaml.safe_dump(prompts))
-    return file
 
 
 # ---- endpoint --------------------------------------------------------------------------------------------------------
@@ -210,37 +193,37 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path: Path, photos: Path) 
     assert [row["image"] for row in read_rows(tmp_path / "out_failures.jsonl")] == ["photos/bad.png"] * 3
 
 
-class FixedCaptioner:
-    """Captioner whose answers depend only on the image."""
-
-    name, batch_size, workers, worked_before = "tiny", 2, 1, False
-
-    def prepare(self, image: torch.Tensor) -> torch.Tensor:
-        return image
-
-    def ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
-        return [Answer(f"A dog runs over meadow {int(request.image.sum())}.") for request in requests]
-
-    def stop(self) -> None:
-        pass
-
-
-def test_each_rank_captions_its_share_and_reports_its_failures(tmp_path: Path, photos: Path) -> None:
-    for file in sorted(make_photos(photos, 10).iterdir())[6:]:  # rank 0 gets one of these corrupt images
+def test_each_rank_captions_its_share_and_a_stopped_rank_leaves_the_run_incomplete(tmp_path: Path) -> None:
+    shared, stopped = tmp_path / "shared", tmp_path / "stopped"
+    make_photos(stopped / "photos", 12)
+    for file in sorted(make_photos(shared / "photos", 10).iterdir())[6:]:  # rank 0 gets one of these corrupt images
         data = file.read_bytes()
-        (photos / f"bad{file.name}").write_bytes(data[:60] + bytes(20) + data[80:])
-    run_distributed(2, _caption_on_rank, photos, tmp_path / "out.jsonl")
-    assert len(read_rows(tmp_path / "out.jsonl")) == 10
-    failures = read_rows(tmp_path / "out_failures.jsonl")
+        file.with_name(f"bad{file.name}").write_bytes(data[:60] + bytes(20) + data[80:])
+    run_distributed(2, _caption_on_two_ranks, shared, stopped)
+    assert len(read_rows(shared / "out.jsonl")) == 10
+    failures = read_rows(shared / "out_failures.jsonl")
     assert [row["image"] for row in failures] == [f"photos/bad{number:04}.png" for number in range(6, 10)]
-    assert sorted(file.name for file in tmp_path.glob("opened*")) == ["opened0"]
-    num_requests = [int((tmp_path / f"requests{rank}").read_text()) for rank in range(2)]
+    assert sorted(file.name for file in shared.glob("opened*")) == ["opened0"]
+    num_requests = [int((shared / f"requests{rank}").read_text()) for rank in range(2)]
     assert sum(num_requests) == 10 and all(num_requests)
 
+    num_records = len(read_rows(stopped / "out.jsonl"))
+    message = (stopped / "error").read_text()
+    assert 0 < num_records < 12 and f"{12 - num_records} captions have not been requested" in message
+    assert "run the same command again" in message
+    assert not list(stopped.glob("opened*"))  # captions are compared when all of them have been requested
+    _caption_on_rank(stopped)  # a single process requests the missing captions of both ranks
+    assert len(read_rows(stopped / "out.jsonl")) == 12
 
-def _caption_on_rank(photos: Path, out: Path) -> None:
+
+def _caption_on_two_ranks(shared: Path, stopped: Path) -> None:
+    _caption_on_rank(shared)
+    _stop_second_rank(stopped)
+
+
+def _caption_on_rank(folder: Path) -> None:
     def open_encoder() -> Any:
-        out.with_name(f"opened{process_state().process_index}").touch()
+        (folder / f"opened{process_state().process_index}").touch()
         return SimpleNamespace(name="encoder")
 
     num_requests = 0
@@ -255,29 +238,18 @@ def _caption_on_rank(photos: Path, out: Path) -> None:
         patch.setattr(caption_run, "score_captions", lambda *_: None)
         patch.setattr(FixedCaptioner, "ask", count)
         prompts, settings = [Prompt("one", "short", "Describe it.")], CaptionOptions(max_skipped=0.5)
-        caption_run.caption_images([str(photos)], out, FixedCaptioner(), prompts, settings, open_encoder)
-    out.with_name(f"requests{process_state().process_index}").write_text(str(num_requests))
+        caption_run.caption_images(
+            [str(folder / "photos")], folder / "out.jsonl", FixedCaptioner(), prompts, settings, open_encoder
+        )
+    (folder / f"requests{process_state().process_index}").write_text(str(num_requests))
 
 
-def test_run_in_which_one_rank_was_stopped_is_not_complete(tmp_path: Path, photos: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    make_photos(photos, 12)
-    run_distributed(2, _stop_second_rank, photos, out)
-    num_records = len(read_rows(out))
-    message = (tmp_path / "error").read_text()
-    assert 0 < num_records < 12 and f"{12 - num_records} captions have not been requested" in message
-    assert "run the same command again" in message
-    assert not list(tmp_path.glob("opened*"))  # captions are compared when all of them have been requested
-    _caption_on_rank(photos, out)  # a single process requests the missing captions of both ranks
-    assert len(read_rows(out)) == 12
-
-
-def _stop_second_rank(photos: Path, out: Path) -> None:
+def _stop_second_rank(folder: Path) -> None:
     """Caption images on two ranks, of which only the second one receives a signal to stop."""
     if process_state().is_main_process:
         with pytest.raises(ValueError, match="another process was stopped") as error:
-            _caption_on_rank(photos, out)
-        (out.parent / "error").write_text(str(error.value))
+            _caption_on_rank(folder)
+        (folder / "error").write_text(str(error.value))
         ranks.wait_for_everyone()
         return
 
@@ -288,7 +260,7 @@ def _stop_second_rank(photos: Path, out: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(FixedCaptioner, "ask", stop)
-        _caption_on_rank(photos, out)
+        _caption_on_rank(folder)
 
 
 def test_failed_requests_of_too_many_images_end_the_run_with_an_error(
@@ -516,87 +488,6 @@ def test_refusals_and_rejected_images_are_listed_and_asked_again(tmp_path: Path,
     assert sum(len(row["long_captions"]) for row in read_rows(out)) == 6
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        (f"401:bad\x1b[31m key {KEY}", r"HTTP 401: bad\x1b[31m key [key]. Put the server's key"),
-        ("404:no model", "HTTP 404: no model. Check --model"),
-        ("redirect", "redirects to http://other.example/v1/chat/completions. Redirects are not followed"),
-    ],
-)
-def test_rejected_first_requests_stop_the_run(
-    tmp_path: Path, photos: Path, fault: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(captioners.KEY_VARIABLE, KEY)
-    with run_server(faults=[fault] * 99) as server, pytest.raises(captioners.EndpointError) as error:
-        caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "2")
-    assert message in str(error.value) and KEY not in str(error.value)
-    assert server.num_requests <= 2
-
-
-def test_rejected_image_does_not_stop_a_first_run(tmp_path: Path, photos: Path) -> None:
-    with run_server(faults=["400:too narrow"] * CAPTIONS_PER_IMAGE) as server:
-        caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "1", "--max_skipped", "1")
-    assert len(read_rows(tmp_path / "out_failures.jsonl")) == CAPTIONS_PER_IMAGE
-    assert server.num_requests == 6 * CAPTIONS_PER_IMAGE
-
-
-def test_run_stops_if_all_images_are_rejected(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captioners, "MAX_FAILURES_IN_A_ROW", 7)
-    with (
-        run_server(faults=["400:this model takes no images"] * 99) as server,
-        pytest.raises(captioners.EndpointError, match=r"the last 7 requests failed.*this model takes no images"),
-    ):
-        caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "1")
-    assert server.num_requests == 7
-
-
-def test_proxy_is_used_only_for_encrypted_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    def uses_proxy(url: str) -> bool:
-        client = captioners.EndpointCaptioner(url, "tiny")._client
-        return any(transport is not None for transport in client._mounts.values())
-
-    for scheme in ("http", "https"):
-        monkeypatch.setenv(f"{scheme}_proxy", "http://proxy.example:3128")
-    assert uses_proxy("https://server.example/v1")
-    assert not uses_proxy("http://server.example/v1") and not uses_proxy("https://localhost/v1")
-
-
-def test_key_is_sent_but_never_written(
-    tmp_path: Path, photos: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(captioners.KEY_VARIABLE, KEY)
-    with run_server(faults=["", *["403"] * 5], fault_rate=0.2) as server:  # these errors repeat the key
-        flags = ["--retries", "0", "--concurrency", "1", "--max_skipped", "1"]
-        caption(server, photos, tmp_path / "out.jsonl", *flags)
-    assert server.keys == {f"Bearer {KEY}"}
-    assert "[key]" in (tmp_path / "out_failures.jsonl").read_text()
-    assert KEY not in "".join(capfd.readouterr())
-    assert not any(KEY.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
-
-
-def test_run_stops_when_the_server_is_down(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captioners, "MAX_FAILURES_IN_A_ROW", 4)
-    with run_server() as server:
-        pass  # now, nothing listens on its port
-    with pytest.raises(captioners.EndpointError, match=r"the last 4 requests failed. the connection failed"):
-        caption(server, photos, tmp_path / "out.jsonl", "--retries", "1")
-
-
-@pytest.mark.parametrize("fault", ["slow headers", "slow body"])
-def test_timeout_limits_the_time_of_the_entire_response(tmp_path: Path, photos: Path, fault: str) -> None:
-    """The server sends a byte every 50 ms, so no single read takes long."""
-    out, flags = tmp_path / "out.jsonl", ["--concurrency", "1", "--timeout", "1"]
-    start = time.monotonic()
-    with run_server(faults=["", fault, "", fault]) as server:
-        caption(server, photos, out, *flags, "--retries", "0")
-        assert time.monotonic() - start < 10
-        failures = read_rows(tmp_path / "out_failures.jsonl")
-        assert [row["error"] for row in failures] == ["no response within 1 seconds"] * 2
-        caption(server, photos, out, *flags)
-    assert set(server.answered.values()) == {1} and len(server.answered) == 6 * CAPTIONS_PER_IMAGE
-
-
 def test_cost_limit_stops_the_run_until_it_is_raised(tmp_path: Path, photos: Path) -> None:
     out = tmp_path / "out.jsonl"
     flags = ["--concurrency", "1", "--price", "1000", "0"]  # an answer costs 1
@@ -609,75 +500,6 @@ def test_cost_limit_stops_the_run_until_it_is_raised(tmp_path: Path, photos: Pat
         server.usage = None
         with pytest.raises(ValueError, match="does not report the number of tokens"):
             caption(server, photos, out, *flags, "--max_cost", "40", "--language", "German")
-
-
-def test_schedule_limits_requests_per_minute_and_pauses() -> None:
-    schedule, stopped = captioners._Schedule(600), threading.Event()
-    start = time.monotonic()
-    for _ in range(3):
-        schedule.wait(stopped)
-    assert 0.19 < time.monotonic() - start < 2
-    schedule.wait(stopped)
-    waiting = threading.Thread(target=schedule.wait, args=(stopped,))
-    waiting.start()
-    schedule.pause(0.5)  # also for a request that already waits
-    start = time.monotonic()
-    waiting.join()
-    assert time.monotonic() - start > 0.4
-    schedule.pause(60)
-    stopped.set()
-    with pytest.raises(captioners.StoppedError):
-        schedule.wait(stopped)
-
-
-def test_retry_after_can_be_seconds_or_a_date() -> None:
-    def parse(value: str) -> float | None:
-        return captioners._parse_retry_after(httpx.Response(429, headers={"Retry-After": value}))
-
-    assert parse("2.5") == 2.5 and parse("99999") == captioners.MAX_RETRY_AFTER and parse("-1") is None
-    assert 20 < (parse(formatdate(time.time() + 30, usegmt=True)) or 0) <= 30
-    assert parse("soon") is None and parse("") is None
-
-
-def test_newer_name_of_max_tokens_is_used_if_the_server_needs_it(tmp_path: Path, photos: Path) -> None:
-    with run_server(delay=0.05) as server:
-        server.rejected_field = "max_tokens"
-        caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "8")
-    assert len(server.answered) == 6 * CAPTIONS_PER_IMAGE
-    assert all("max_completion_tokens" in body and "max_tokens" not in body for body in server.bodies)
-
-
-def test_refused_filtered_and_compressed_responses_are_not_captions() -> None:
-    def parse(message: dict[str, Any], reason: str = "stop") -> Answer:
-        choice = {"message": message, "finish_reason": reason}
-        return captioners._parse_response(json.dumps({"choices": [choice]}).encode())
-
-    assert parse({"content": "A dog runs."}).text == "A dog runs."
-    assert "refusal" in str(parse({"content": None, "refusal": "Our policy is violated."}).error)
-    assert "content filter" in str(parse({"content": "A man in a park is about to"}, "content_filter").error)
-    response = httpx.Response(200, headers={"Content-Encoding": "gzip"}, content=gzip.compress(b"x"))
-    with pytest.raises(captioners._RequestError, match="compressed"):
-        asyncio.run(captioners._read_limited(response))
-
-
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("localhost:8000", "must be of the form http://HOST"),
-        ("http://user:password@host/v1", "must not contain a user name"),
-        ("https://host/v1?key=1", "must not contain a user name, a password or a query"),
-    ],
-)
-def test_invalid_endpoints_are_rejected(url: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        captioners.EndpointCaptioner(url, "tiny")
-
-
-def test_unencrypted_connections_to_other_machines_are_reported() -> None:
-    assert len(captioners.EndpointCaptioner("http://127.0.0.1:1/v1", "tiny").describe()) == 1
-    assert len(captioners.EndpointCaptioner("https://example.org/v1", "tiny").describe()) == 1
-    first, second = captioners.EndpointCaptioner("http://example.org/v1", "tiny").describe()
-    assert first == "Images are sent to http://example.org (model tiny)." and "not encrypted" in second
 
 
 # ---- interruptions ---------------------------------------------------------------------------------------------------
@@ -767,90 +589,6 @@ def test_output_of_another_program_and_a_second_run_are_rejected(tmp_path: Path,
     assert server.num_requests == 6 * CAPTIONS_PER_IMAGE
 
 
-# ---- answers and prompts ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "caption"),
-    [
-        ('"A dog runs."\n', "A dog runs."),
-        ("<think>A dog? A cat?</think>\n\nA dog runs.", "A dog runs."),
-        ("A dog? A cat?</think>A dog runs.", "A dog runs."),
-        ("**Caption:** A *dog* runs.", "A *dog* runs."),
-        ("# Image\n\n- A dog runs.\n- It is `brown`.", "Image A dog runs. It is brown."),
-        ("A dog\x00 \x1b[31mruns\u202e.", "A dog [31mruns."),
-        ("Ein Hund sagt „Wau“ und rennt.", "Ein Hund sagt „Wau“ und rennt."),
-        ('"Stop" is on the "sign"', '"Stop" is on the "sign"'),
-        ("A man, sorry for the dog, cannot see.", "A man, sorry for the dog, cannot see."),
-    ],
-)
-def test_answers_are_cleaned(text: str, caption: str) -> None:
-    assert clean_answer(text, truncated=False) == Answer(caption)
-
-
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [
-        (" \n", "empty"),
-        ("...", "empty"),
-        ("I'm sorry, but I can't.", "refusal"),
-        ("As an AI language model, I see a dog.", "refusal"),
-        ("I cannot identify people.", "refusal"),
-        ("<think>A dog? " * 3, "reasoning"),
-        ("word " * 5000, "too long"),
-    ],
-)
-def test_refusals_and_useless_answers_become_errors(text: str, error: str) -> None:
-    answer = clean_answer(text, truncated=False, input_tokens=3)
-    assert answer.text is None and error in str(answer.error) and answer.input_tokens == 3
-
-
-@pytest.mark.parametrize("part", ["<think>", "</think>", "**a ", "`a `", "\n", " ", "- ", "a.", "#", '"', "sorry "])
-def test_cleaning_hostile_answers_takes_linear_time(part: str) -> None:
-    start = time.process_time()
-    clean_answer(part * (99_000 // len(part)), truncated=True)
-    assert time.process_time() - start < 1
-
-
-def test_truncated_answers_end_with_a_complete_sentence() -> None:
-    assert clean_answer("A dog runs. It is bro", truncated=True).text == "A dog runs."
-    assert clean_answer("A dog that is bro", truncated=True).text is None
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[1, 2]", "must map the names of prompts to their fields"),
-        ("a: [", "not a valid YAML file"),
-        ("A B: {kind: short, text: x}", "the name of a prompt must consist of a-z, 0-9 and _ .got 'A B'"),
-        ("a: text", "prompt a: must have fields of the form `name: value`"),
-        ("a: {kind: short}", "prompt a: the field text is missing"),
-        ("a: {kind: short, text: x}\na: {kind: dense, text: x}", "several prompts have the name a"),
-        ("a: {kind: short, text: x, tokens: 5}", "prompt a: unknown field 'tokens'; available fields: kind, text"),
-        ("a: {kind: long, text: x}", "prompt a: kind must be short or dense .got 'long'"),
-        ("a: {kind: short, text: 5}", "prompt a: text must be a text of 1 to 20,000 characters .got 5"),
-        ("a: {kind: short, text: x, samples: 0}", "prompt a: samples must be an integer from 1 to 100 .got 0"),
-        ("a: {kind: short, text: x, samples: true}", "prompt a: samples must be an integer from 1 to 100 .got True"),
-        ("a: {kind: short, text: x, temperature: hot}", "prompt a: temperature must be a number from 0 to 2"),
-        ("a: {kind: short, text: x, max_tokens: 1.5}", "prompt a: max_tokens must be an integer from 1 to 8192"),
-        ("a: {kind: short, text: 'Say {caption}'}", "prompt a: text must be an instruction with a line without"),
-    ],
-)
-def test_prompt_errors_name_file_prompt_and_field(tmp_path: Path, content: str, message: str) -> None:
-    file = tmp_path / "prompts.yaml"
-    file.write_text(content)
-    with pytest.raises(ValueError, match=message) as error:
-        load_prompts(file)
-    assert str(file) in str(error.value)
-
-
-def test_default_prompts_give_two_short_captions_and_a_dense_one() -> None:
-    prompts = load_prompts()
-    assert [(prompt.kind, prompt.samples) for prompt in prompts] == [("short", 1), ("short", 1), ("dense", 1)]
-    assert {prompt.key for prompt in prompts}.isdisjoint(prompt.key for prompt in load_prompts(language="German"))
-    assert {prompt.key for prompt in prompts}.isdisjoint(prompt.key for prompt in load_prompts(use_captions=True))
-
-
 # ---- local models and fit --------------------------------------------------------------------------------------------
 
 
@@ -867,20 +605,6 @@ def accept_all(monkeypatch: pytest.MonkeyPatch) -> None:
         return Answer(f"A dog next to {text.encode().hex()}.", None, *tokens)
 
     monkeypatch.setattr(captioners, "clean_answer", accept)
-
-
-@pytest.mark.usefixtures("accept_all")
-def test_local_captioner_answers_in_batches_as_alone(tiny_llava: Path) -> None:
-    captioner = LocalCaptioner(str(tiny_llava), 4, precision="fp32")
-    prompt = Prompt("a", "short", "Describe it.\nCaption: {caption}", temperature=0, max_tokens=6)
-    images = torch.randint(0, 255, (3, 3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    captions = ["a long caption with <image> in it", None, "short"]
-    requests = [
-        CaptionRequest(captioner.prepare(image), prompt, 0, text) for image, text in zip(images, captions, strict=True)
-    ]
-    alone = [captioner.ask([request])[0] for request in requests]
-    assert captioner.ask(requests) == alone
-    assert len({answer.text for answer in alone}) == 3 and all(answer.output_tokens <= 6 for answer in alone)
 
 
 @pytest.mark.usefixtures("accept_all")
@@ -907,17 +631,6 @@ def test_local_model_captions_images_and_resumes(
     with closing(CaptionDatabase(tmp_path / "out.jsonl.sqlite")) as database:
         query = "SELECT substr(prompt, 1, 3), count(DISTINCT hash) FROM answers WHERE text IS NOT NULL GROUP BY 1"
         assert dict(database.connection.execute(query)) == {"one": 6, "two": 6}
-
-
-def test_local_model_that_rejects_all_images_ends_the_run_with_an_error(
-    tmp_path: Path, photos: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def reject(*_: Any) -> None:
-        raise ValueError("too narrow")
-
-    monkeypatch.setattr(LocalCaptioner, "_generate", reject)
-    with pytest.raises(TooManySkipped, match=r"6 of 6 images .* the model's processor rejects the image: too narrow"):
-        run_command("caption", photos, "--model", tiny_llava, "--out", tmp_path / "out.jsonl")
 
 
 @pytest.fixture

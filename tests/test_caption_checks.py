@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 import captions as captions_benchmark
+from caption_fixtures import FixedCaptioner
 from format_fixtures import write_jsonl
 from llm2clip.caption import checks as checks_module
-from llm2clip.caption.answers import Answer, CaptionRequest
 from llm2clip.caption.checks import (
     BOILERPLATE,
     DUPLICATE,
@@ -416,25 +416,6 @@ def test_report_shows_at_most_a_few_hundred_images(tmp_path: Path, monkeypatch: 
 
 
 # ---- command ---------------------------------------------------------------------------------------------------------
-
-
-class FixedCaptioner:
-    """Captioner that returns a fixed text for each prompt."""
-
-    name, batch_size, workers, worked_before = MODEL, 4, 1, False
-
-    def __init__(self, texts: dict[str, str]) -> None:
-        self.texts, self.num_answers = texts, 0
-
-    def prepare(self, image: torch.Tensor) -> torch.Tensor:
-        return image
-
-    def ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
-        self.num_answers += len(requests)
-        return [Answer(self.texts[request.prompt.name]) for request in requests]
-
-    def stop(self) -> None:
-        pass
 
 
 def test_run_writes_only_accepted_captions_and_a_report(

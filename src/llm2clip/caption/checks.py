@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip.caption.database import AnswerKey, CaptionDatabase, ImageRow, StoredAnswer
+from llm2clip.caption.database import AnswerKey, CaptionDatabase, ImageRow
 from llm2clip.caption.options import Kind, Prompt
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import iter_image_batches
@@ -259,7 +259,6 @@ def check_captions(
     """Check the texts of a model's captions, and store the problem of each rejected caption in the database.
 
     Args:
-        model: Name of the captioner, as stored in the database.
         prompts: Prompts whose captions are checked. If two captions of an image are duplicates, the caption of the
             earlier prompt is kept.
         language: Expected language. Default: for each prompt, the language of most of its captions.
@@ -373,10 +372,7 @@ def score_captions(
     that match the caption better, between 0 and 1. Equal similarities count half. A random caption has a mean rank of
     0.5, with any encoder, so `max_rank` does not depend on the encoder, unlike a threshold of the score.
 
-    Args:
-        model: Name of the captioner, as stored in the database.
-        encoder: Dual encoder with which captions and images are compared.
-        max_rank: Captions with a greater rank are rejected.
+    Captions with a rank greater than `max_rank` are rejected.
     """
     result = ScoredCaptions()
     sample_hashes, sample = _encode_sample(database, encoder, result)
@@ -385,15 +381,22 @@ def score_captions(
     with ProgressBar(total=database.count_images(), desc="checking", unit="image") as bar:
         for rows in iter_chunks(database.iterate_distinct_images(), IMAGES_PER_BATCH):
             hashes, embeddings = _encode_images(database, rows, encoder, result)
-            answers = [_list_scorable(database, image_hash, model, keys) for image_hash in hashes]
-            num_answers = torch.tensor([len(group) for group in answers])
-            owners = torch.arange(len(hashes)).repeat_interleave(num_answers)
-            flat_answers = [answer for group in answers for answer in group]
-            if flat_answers:
-                texts = encoder.encode_texts([remove_opening(answer.text or "") for answer in flat_answers])
+            answers, owners = [], []
+            for owner, image_hash in enumerate(hashes):
+                for answer in database.list_answers(image_hash, model, keys):
+                    # Captions that only an earlier comparison has rejected are compared again.
+                    if answer.text is not None and answer.problem in (None, MISMATCH):
+                        answers.append(answer)
+                        owners.append(owner)
+            if answers:
+                texts = encoder.encode_texts([remove_opening(answer.text or "") for answer in answers])
                 is_own = torch.tensor([[hashes[owner] == other for other in sample_hashes] for owner in owners])
                 scores, ranks = rank_captions(texts, embeddings[owners], sample, is_own)
-                _store_scores(database, flat_answers, scores, ranks, max_rank=max_rank, result=result)
+                checks: list[tuple[AnswerKey, str | None, float, float]] = []
+                for answer, score, rank in zip(answers, scores.tolist(), ranks.tolist(), strict=True):
+                    checks.append((answer.key, MISMATCH if rank > max_rank else None, score, rank))
+                database.update_checks(checks)
+                result.num_captions += len(checks)
             bar.update(len(rows))
     return result
 
@@ -448,27 +451,3 @@ def _encode_images(
 def find_image_file(database: CaptionDatabase, row: ImageRow) -> FileImage:
     """Return the image file of a record. Relative paths are relative to the folder of the output."""
     return FileImage(str(Path(database.file).absolute().parent / row.record["image"]))
-
-
-def _list_scorable(
-    database: CaptionDatabase, image_hash: str, model: str, prompts: Sequence[str]
-) -> list[StoredAnswer]:
-    """Return an image's captions that have no problem, or that only an earlier comparison has rejected."""
-    answers = database.list_answers(image_hash, model, prompts)
-    return [answer for answer in answers if answer.text is not None and answer.problem in (None, MISMATCH)]
-
-
-def _store_scores(
-    database: CaptionDatabase,
-    answers: Sequence[StoredAnswer],
-    scores: Tensor,
-    ranks: Tensor,
-    *,
-    max_rank: float,
-    result: ScoredCaptions,
-) -> None:
-    checks: list[tuple[AnswerKey, str | None, float | None, float | None]] = []
-    for answer, score, rank in zip(answers, scores.tolist(), ranks.tolist(), strict=True):
-        checks.append((answer.key, MISMATCH if rank > max_rank else None, score, rank))
-    result.num_captions += len(checks)
-    database.update_checks(checks)

@@ -286,12 +286,8 @@ class CaptionDatabase:
         ((input_tokens, output_tokens),) = self.connection.execute(query, (model,))
         return int(input_tokens), int(output_tokens)
 
-    def update_checks(self, checks: Iterable[tuple[AnswerKey, str | None, float | None, float | None]]) -> None:
-        """Set the problem, score and rank of answers, in one transaction.
-
-        Args:
-            checks: Tuples of an answer's key, its problem, its score and its rank.
-        """
+    def update_checks(self, checks: Iterable[tuple[AnswerKey, str | None, float, float]]) -> None:
+        """Set the problem, score and rank of answers, which are tuples with an answer's key, in one transaction."""
         query = """UPDATE answers SET problem = ?, score = ?, rank = ?
           WHERE hash = ? AND prompt = ? AND sample = ? AND model = ?"""
         with self.transaction():

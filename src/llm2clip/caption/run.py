@@ -153,12 +153,12 @@ def caption_images(
             on the main process when all captions have been requested.
 
     Raises:
-        KeyboardInterrupt: The process received SIGINT or SIGTERM. All answers have been stored and written.
+        KeyboardInterrupt: The process received SIGINT or SIGTERM. As at all errors, answers have been stored.
         TooManySkipped: More than `options.max_skipped` of the images cannot be read, or have no caption because their
-            requests failed. All answers have been stored and, in the second case, written.
+            requests failed.
         ValueError: The server rejects all requests, the cost limit is reached, another rank was interrupted, or no
-            image has an accepted caption. All answers have been stored and written.
-        FolderInUseError: Another run is writing to the same file.
+            image has an accepted caption.
+        FolderInUseError: Another run is writing to the same folder.
     """
     output = CaptionOutput(out)
     output.check()
@@ -207,14 +207,14 @@ def _write_output(
         checks=check_captions(database, model, prompts, options.language),
         max_rank=options.check_max_rank,
         cost=options.compute_cost(*database.count_tokens(model)) if options.price else None,
-        seconds=run.meter.seconds,
+        seconds=run.seconds,
     )
     summary = _write_files(run, report, log)
     if open_encoder is None:
         return summary
     encoder = open_encoder()
     scores = score_captions(database, model, prompts, encoder, options.check_max_rank)
-    return _write_files(run, replace(report, scores=scores, encoder=encoder.name, seconds=run.meter.seconds), log)
+    return _write_files(run, replace(report, scores=scores, encoder=encoder.name, seconds=run.seconds), log)
 
 
 def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> CaptionSummary:
@@ -268,41 +268,6 @@ class _Item(NamedTuple):
     request: CaptionRequest
 
 
-class _Meter:
-    """Cost and speed of a run. The cost includes the stored answers of earlier runs."""
-
-    def __init__(self, options: CaptionOptions, captions_per_image: int, cost: float) -> None:
-        self._options, self._captions_per_image, self._cost = options, captions_per_image, cost
-        self._num_answers = 0
-        self._started_at = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Duration of this run."""
-        return time.monotonic() - self._started_at
-
-    def check_limit(self) -> None:
-        """Raise ValueError if the cost limit is reached. Must be called before a request."""
-        max_cost = self._options.max_cost
-        if max_cost is not None and self._cost >= max_cost:
-            raise ValueError(
-                f"the captions have cost {self._cost:.2f}, and --max_cost is {max_cost:g}. They are stored. To "
-                "continue, run the same command again with a higher limit"
-            )
-
-    def add(self, answers: Sequence[StoredAnswer]) -> None:
-        """Add the cost of answers. Raise ValueError if it is limited, but unknown."""
-        self._num_answers += len(answers)
-        for answer in answers:
-            self._cost += self._options.compute_cost(answer.input_tokens, answer.output_tokens)
-            if self._options.max_cost is not None and answer.error is None and not answer.output_tokens:
-                raise ValueError("the server does not report the number of tokens, so --max_cost cannot be used")
-
-    def format_speed(self) -> str:
-        speed = f"{60 * self._num_answers / self._captions_per_image / self.seconds:.1f} images/min"
-        return f"{speed}, cost {self._cost:.2f}" if self._options.price else speed
-
-
 class _CaptionRun:
     """Asks for the missing captions: the calling thread reads the images, and other threads call the captioner.
 
@@ -323,14 +288,20 @@ class _CaptionRun:
     ) -> None:
         self.output, self.captioner, self.prompts = output, captioner, prompts
         self.options, self.database = options, database
-        cost = options.compute_cost(*database.count_tokens(captioner.name))
         self._captions_per_image = sum(prompt.samples for prompt in prompts)
-        self.meter = _Meter(options, self._captions_per_image, cost)
+        self._cost = options.compute_cost(*database.count_tokens(captioner.name))  # includes earlier runs
+        self._num_answers = 0
+        self._started_at = time.monotonic()
         self.was_interrupted = False
         self._stopped = threading.Event()
         self._error: BaseException | None = None  # of a thread that calls the captioner
-        self._lock = threading.Lock()  # for the database, the progress bar and the meter
+        self._lock = threading.Lock()  # for the database, the progress bar and the cost
         self._batches: queue.Queue[list[_Item] | None] = queue.Queue(maxsize=max(2, captioner.workers))
+
+    @property
+    def seconds(self) -> float:
+        """Duration of this run."""
+        return time.monotonic() - self._started_at
 
     def ask_all(self) -> None:
         """Ask for all missing captions of this rank's images."""
@@ -412,7 +383,7 @@ class _CaptionRun:
         if not missing:
             return []
         with self._lock:
-            self.meter.check_limit()
+            self._check_cost()
         prepared, failure = None, None
         try:
             data = find_image_file(database, row).read()
@@ -435,13 +406,13 @@ class _CaptionRun:
         try:
             while batch := self._take():
                 with self._lock:
-                    self.meter.check_limit()
+                    self._check_cost()
                 answers = self.captioner.ask([item.request for item in batch])
                 rows = [self._make_answer(item, answer) for item, answer in zip(batch, answers, strict=True)]
                 with self._lock:
                     self.database.add_answers(rows)
-                    self.meter.add(rows)
-                    bar.set_postfix_str(self.meter.format_speed(), refresh=False)
+                    self._add_cost(rows)
+                    bar.set_postfix_str(self._format_speed(), refresh=False)
                     bar.total = max(bar.total or 0, bar.n + len(rows))  # an estimate for several ranks
                     bar.update(len(rows))
         except StoppedError:
@@ -455,6 +426,27 @@ class _CaptionRun:
             with suppress(queue.Empty):
                 return self._batches.get(timeout=POLL_INTERVAL)
         return None
+
+    def _check_cost(self) -> None:
+        """Raise ValueError if the cost limit is reached. Must be called before a request."""
+        max_cost = self.options.max_cost
+        if max_cost is not None and self._cost >= max_cost:
+            raise ValueError(
+                f"the captions have cost {self._cost:.2f}, and --max_cost is {max_cost:g}. They are stored. To "
+                "continue, run the same command again with a higher limit"
+            )
+
+    def _add_cost(self, answers: Sequence[StoredAnswer]) -> None:
+        """Add the cost of answers. Raise ValueError if it is limited, but unknown."""
+        self._num_answers += len(answers)
+        for answer in answers:
+            self._cost += self.options.compute_cost(answer.input_tokens, answer.output_tokens)
+            if self.options.max_cost is not None and answer.error is None and not answer.output_tokens:
+                raise ValueError("the server does not report the number of tokens, so --max_cost cannot be used")
+
+    def _format_speed(self) -> str:
+        speed = f"{60 * self._num_answers / self._captions_per_image / self.seconds:.1f} images/min"
+        return f"{speed}, cost {self._cost:.2f}" if self.options.price else speed
 
     def _make_answer(self, item: _Item, answer: Answer) -> StoredAnswer:
         prompt = item.request.prompt
