@@ -22,15 +22,15 @@ from transformers import (
 )
 
 from align_fixtures import ALIGN, killed_after, read_split
-from llm2clip.cli import main
+from conftest import load_benchmark
 from llm2clip.config import AlignConfig
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.models.clip_models import load_clip_text_encoder
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.runs.output_folder import read_metrics
-from llm2clip.train.clip_finetuning import TokenizedCaptions, build_finetuning_model, finetune_clip
 
+script = load_benchmark("finetune_clip")
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -82,14 +82,14 @@ def settings(clip: Path, **changes: Any) -> AlignConfig:
 
 def test_model_gives_the_embeddings_of_the_original_model(clip: Path) -> None:
     text_encoder = load_clip_text_encoder(str(clip), torch.device("cpu"))
-    captions = TokenizedCaptions(text_encoder)
+    captions = script.TokenizedCaptions(text_encoder)
     texts = ["a dog", "two red cats in the rain", "a dog"]
     rows = captions.find_rows(texts)
     assert rows.tolist() == [0, 1, 0]
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
 
     original: Any = AutoModel.from_pretrained(clip)
-    model = build_finetuning_model(text_encoder.model, settings(clip)).eval()
+    model = script.build_finetuning_model(text_encoder.model, settings(clip)).eval()
     with torch.no_grad():
         image, text, scale, bias = model(pixels=pixels, embeddings=torch.from_numpy(captions.take(rows)))
         expected_text = load_clip_text_encoder(str(clip), torch.device("cpu")).encode(texts)
@@ -105,7 +105,9 @@ def test_model_gives_the_embeddings_of_the_original_model(clip: Path) -> None:
 def test_both_towers_are_trained_and_the_result_is_an_ordinary_model(clip: Path, image_folder: Path) -> None:
     records = read_split(image_folder)
     out = clip.parent / "out"
-    folder = finetune_clip(RecordTable.from_records(records), settings(clip, epochs=3, tower_lr=1e-3), out, SkipLog())
+    folder = script.finetune_clip(
+        RecordTable.from_records(records), settings(clip, epochs=3, tower_lr=1e-3), out, SkipLog()
+    )
     losses = [line["loss"] for line in read_metrics(out / "metrics.jsonl")]
     assert losses[-1] < losses[0]
     before, after = AutoModel.from_pretrained(clip).state_dict(), AutoModel.from_pretrained(folder).state_dict()
@@ -117,25 +119,21 @@ def test_both_towers_are_trained_and_the_result_is_an_ordinary_model(clip: Path,
 
 def test_interrupted_run_resumes_with_the_same_result(clip: Path, image_folder: Path) -> None:
     records, config = read_split(image_folder), settings(clip, epochs=1, save_steps=1)
-    complete = finetune_clip(RecordTable.from_records(records), config, clip.parent / "complete", SkipLog())
+    complete = script.finetune_clip(RecordTable.from_records(records), config, clip.parent / "complete", SkipLog())
 
     interrupted = clip.parent / "interrupted"
     with killed_after(1):
-        finetune_clip(RecordTable.from_records(records), config, interrupted, SkipLog())
+        script.finetune_clip(RecordTable.from_records(records), config, interrupted, SkipLog())
     assert not (interrupted / "model").exists()
-    resumed = finetune_clip(RecordTable.from_records(records), config, interrupted, SkipLog())
+    resumed = script.finetune_clip(RecordTable.from_records(records), config, interrupted, SkipLog())
     expected, actual = AutoModel.from_pretrained(complete).state_dict(), AutoModel.from_pretrained(resumed).state_dict()
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
-def test_command_trains_the_baseline(clip: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_script_trains_the_baseline(clip: Path, image_folder: Path) -> None:
     out = clip.parent / "run"
-    command = ["align", f"{image_folder / 'captions.jsonl'}@train", "--out", str(out), "--align.tower", str(clip)]
-    command += ["--align.batch_size", "8", "--align.epochs", "1", "--align.workers", "0"]
-    assert main(command) == 1
-    assert "pass either --store STORE or --own_text_tower" in capsys.readouterr().err
-    assert main([*command, "--own_text_tower"]) == 0
-    assert f"llm2clip evaluate {out / 'model'} {command[1]} --baselines {clip}" in capsys.readouterr().out
+    command = [f"{image_folder / 'captions.jsonl'}@train", "--out", str(out), "--align.tower", str(clip)]
+    script.main([*command, "--align.batch_size", "8", "--align.epochs", "1", "--align.workers", "0"])
     assert json.loads((out / "model" / "config.json").read_text())["model_type"] == clip.name
 
 
@@ -149,5 +147,7 @@ def test_unsupported_tower_is_an_error(tmp_path: Path) -> None:
         )
     ).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="which is a 'altclip' model"):
-        finetune_clip(RecordTable.from_records([]), AlignConfig(tower=str(tmp_path)), tmp_path / "out", SkipLog())
+    with pytest.raises(ValueError, match="is a 'altclip' model, which is not supported"):
+        script.finetune_clip(
+            RecordTable.from_records([]), AlignConfig(tower=str(tmp_path)), tmp_path / "out", SkipLog()
+        )

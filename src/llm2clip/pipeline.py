@@ -72,7 +72,6 @@ from llm2clip.store.encode import embed_with_ray
 from llm2clip.store.layout import check_identity, make_caption_keys
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.train.align import align as train_align
-from llm2clip.train.clip_finetuning import finetune_clip
 from llm2clip.train.distill import (
     DistillTexts,
     Teacher,
@@ -344,13 +343,6 @@ def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Pat
         _save_model(model, model_dir, encoder)
     wait_for_everyone()
     return model_dir
-
-
-def finetune(run: Run) -> Path:
-    """Fine-tune both towers of the CLIP model `config.align.tower`, as a baseline for `align`. Return its folder."""
-    if not run.model_dir.exists():
-        finetune_clip(run.data.train, run.config.align, run.out, run.log)
-    return run.model_dir
 
 
 def evaluate(run: Run, store: EmbeddingStore) -> list[dict[str, Any]]:

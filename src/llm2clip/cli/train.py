@@ -116,11 +116,8 @@ def _add_align(commands: Commands) -> None:
         type=str,
         help=f"{DATA_HELP} In a source without splits, the images that `fit` would hold out are skipped.",
     )
-    parser.add_argument("--store", type=str, help="Store with the caption embeddings of DATA, written by `embed`.")
     parser.add_argument(
-        "--own_text_tower",
-        action="store_true",
-        help="Train a baseline instead of using --store: fine-tune both towers of the CLIP model in --align.tower.",
+        "--store", type=str, required=True, help="Store with the caption embeddings of DATA, written by `embed`."
     )
     parser.add_argument("--held_out", nargs="+", type=str, help="Sources to evaluate on during training.")
     parser.add_argument(
@@ -231,27 +228,19 @@ def _embed(args: Namespace) -> list[str]:
 
 def _align(args: Namespace) -> list[str]:
     check_output_folder(args.out, "align")
-    if bool(args.store) == args.own_text_tower:
-        raise ValueError("pass either --store STORE or --own_text_tower")
     check_sources(args.data, args.held_out)
-    check_stores(*([args.store] if args.store else []))
+    check_stores(args.store)
     args.encoder.path = resolve_encoder(args.encoder.path)
     check_pretrained(args.align.tower)
-    if args.own_text_tower and (args.held_out or args.features):
-        raise ValueError("--own_text_tower cannot be combined with --held_out or --features. Omit these options")
-    from llm2clip.pipeline import align, finetune, open_run
+    from llm2clip.pipeline import align, open_run
     from llm2clip.store.store import EmbeddingStore
 
     held_out = args.held_out or []
     config = dataclasses.replace(_make_config(args), evaluate=EvaluateConfig(data=held_out))
     with open_run("align", args.data, Path(args.out), config, held_out=held_out, store=args.store) as run:
-        if args.own_text_tower:
-            model = finetune(run)
-        else:
-            features = Path(args.features) if args.features else None
-            model = align(run, EmbeddingStore(args.store), args.encoder, features)
-    flags = ["--baselines", args.align.tower] if args.own_text_tower else []
-    return [f"Model: {model}", *_format_next_commands(model, args, *flags)]
+        features = Path(args.features) if args.features else None
+        model = align(run, EmbeddingStore(args.store), args.encoder, features)
+    return [f"Model: {model}", *_format_next_commands(model, args)]
 
 
 def _distill(args: Namespace) -> list[str]:

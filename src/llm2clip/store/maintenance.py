@@ -17,27 +17,8 @@ import pyarrow.parquet as pq
 
 from llm2clip.io_utils import atomic_path, atomic_write_jsonl
 from llm2clip.runs.output_folder import FormatVersionError, folder_lock
-from llm2clip.store.layout import (
-    KEY_BYTES,
-    Shard,
-    StoreError,
-    StoreSpec,
-    check_identity,
-    check_spec,
-    embeddings_path,
-    get_next_shard_number,
-    get_store_spec,
-    keys_path,
-    list_shard_numbers,
-    make_caption_keys,
-    read_keys,
-    read_manifest,
-    read_refused_captions,
-    read_shard_metadata,
-    read_shards,
-    remove_temp_files,
-    scales_path,
-)
+from llm2clip.store import layout
+from llm2clip.store.layout import Shard, StoreError, StoreSpec
 from llm2clip.store.store import EmbeddingStore, find_corrupt_shards
 from llm2clip.store.writer import StoreWriter, write_manifest
 
@@ -67,7 +48,7 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
     with folder_lock(folder):
         specs, unreadable = _read_specs(folder)
         try:
-            spec = get_store_spec(read_manifest(folder))
+            spec = layout.get_store_spec(layout.read_manifest(folder))
         except (StoreError, FormatVersionError) as error:
             if not specs and isinstance(error, FormatVersionError):
                 raise
@@ -78,9 +59,9 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
             spec = max(specs, key=specs.count)  # the spec of most shards
         for number in unreadable:
             deleted.append(_delete_keys(folder, number))
-        for number in find_corrupt_shards(folder, read_shards(folder), spec, progress):
+        for number in find_corrupt_shards(folder, layout.read_shards(folder), spec, progress):
             deleted.append(_delete_keys(folder, number))
-        deleted += remove_temp_files(folder) + _delete_incomplete_shards(folder)
+        deleted += layout.remove_temp_files(folder) + _delete_incomplete_shards(folder)
         for index in folder.glob("index-*.npy"):
             index.unlink()
         write_manifest(folder, *spec)
@@ -90,9 +71,9 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
 def _read_specs(folder: Path) -> tuple[list[StoreSpec], list[int]]:
     """Return the specs of all readable shards, and the numbers of the shards whose keys files are unreadable."""
     specs, unreadable = [], []
-    for number in list_shard_numbers(folder):
+    for number in layout.list_shard_numbers(folder):
         try:
-            specs.append(read_shard_metadata(folder, number)[2])
+            specs.append(layout.read_shard_metadata(folder, number)[2])
         except StoreError:
             unreadable.append(number)
     return specs, unreadable
@@ -100,14 +81,14 @@ def _read_specs(folder: Path) -> tuple[list[StoreSpec], list[int]]:
 
 def _delete_keys(folder: Path, number: int) -> str:
     """Delete a shard's keys file, which makes the shard incomplete; return the file's name."""
-    path = keys_path(folder, number)
+    path = layout.keys_path(folder, number)
     path.unlink()
     return path.name
 
 
 def _delete_incomplete_shards(folder: Path) -> list[str]:
     """Delete the files of shards that lack a keys or embeddings file; return the files' names."""
-    complete = set(list_shard_numbers(folder))
+    complete = set(layout.list_shard_numbers(folder))
     deleted = []
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(r"(?:embeddings|scales|keys)-(\d{5,})\.(?:npy|parquet)", path.name)
@@ -132,18 +113,18 @@ def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingSto
     out, folders = Path(out), [Path(source) for source in sources]
     identity, embed_dim, dtype = _check_sources(folders)
     with folder_lock(out):
-        remove_temp_files(out)
+        layout.remove_temp_files(out)
         writer = StoreWriter(out, identity, embed_dim, dtype)
-        existing = {_compute_shard_checksums(out, shard) for shard in read_shards(out)}
-        number = get_next_shard_number(out)
+        existing = {_compute_shard_checksums(out, shard) for shard in layout.read_shards(out)}
+        number = layout.get_next_shard_number(out)
         for folder in folders:
-            for shard in read_shards(folder):
+            for shard in layout.read_shards(folder):
                 content = _compute_shard_checksums(folder, shard)
                 if content not in existing:
                     _link_shard(folder, shard.number, out, number)
                     existing.add(content)
                     number += 1
-        refused = {row["caption"]: row for folder in (out, *folders) for row in read_refused_captions(folder)}
+        refused = {row["caption"]: row for folder in (out, *folders) for row in layout.read_refused_captions(folder)}
         if refused:
             atomic_write_jsonl(out / "refused-merged.jsonl", refused.values())
         writer.finish()
@@ -154,12 +135,12 @@ def _check_sources(folders: Sequence[Path]) -> StoreSpec:
     """Check that the stores can be merged, and return their common spec."""
     if not folders:
         raise StoreError("no stores to merge")
-    spec = get_store_spec(read_manifest(folders[0]))
+    spec = layout.get_store_spec(layout.read_manifest(folders[0]))
     for folder in folders[1:]:
-        check_spec(read_manifest(folder), spec, folder)
+        layout.check_spec(layout.read_manifest(folder), spec, folder)
     for folder in folders:
         # Check all shards in the folder, because the manifest may be incomplete after an interruption.
-        corrupt = find_corrupt_shards(folder, read_shards(folder), spec)
+        corrupt = find_corrupt_shards(folder, layout.read_shards(folder), spec)
         if corrupt:
             raise StoreError(f"{folder} has corrupt shards: {corrupt}. Run `llm2clip store repair {folder}`")
     return spec
@@ -167,12 +148,12 @@ def _check_sources(folders: Sequence[Path]) -> StoreSpec:
 
 def _compute_shard_checksums(folder: Path, shard: Shard) -> tuple[str, str]:
     """Return the checksums of a shard's embeddings and keys. Shards with the same checksums are duplicates."""
-    return shard.sha256, sha256(read_keys(folder, shard).tobytes()).hexdigest()
+    return shard.sha256, sha256(layout.read_keys(folder, shard).tobytes()).hexdigest()
 
 
 def _link_shard(source: Path, source_number: int, out: Path, number: int) -> None:
     """Link or copy a shard's files to another store. The keys file is written last: it marks the shard as complete."""
-    for file_path in (embeddings_path, scales_path, keys_path):
+    for file_path in (layout.embeddings_path, layout.scales_path, layout.keys_path):
         file = file_path(source, source_number)
         if not file.is_file():  # only int8 stores have scales files
             continue
@@ -198,12 +179,12 @@ def export_parquet(store: EmbeddingStore, file: str | Path) -> None:
     """
     store.verify()
     embedding_type = pa.list_(pa.float16(), store.embed_dim)
-    fields = [("key", pa.binary(KEY_BYTES)), ("tokens", pa.int32()), ("embedding", embedding_type)]
+    fields = [("key", pa.binary(layout.KEY_BYTES)), ("tokens", pa.int32()), ("embedding", embedding_type)]
     metadata = {"identity": json.dumps(store.manifest["identity"]), "embed_dim": str(store.embed_dim)}
     schema = pa.schema(fields, metadata=metadata)
     with atomic_path(file) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for shard in store.shards:
-            keys = pq.read_table(keys_path(store.folder, shard.number), page_checksum_verification=True)
+            keys = pq.read_table(layout.keys_path(store.folder, shard.number), page_checksum_verification=True)
             embeddings = store.take(np.arange(shard.start, shard.start + shard.rows)).astype(np.float16)
             column = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), store.embed_dim)
             table = pa.table([keys["key"], keys["tokens"], column], schema=schema)
@@ -231,7 +212,7 @@ def import_parquet(
         raise StoreError(f"{file} must have an embedding column and a key or caption column (got {sorted(columns)})")
     if b"identity" in metadata:
         file_identity = json.loads(metadata[b"identity"])
-        check_identity(file_identity, identity or file_identity, file)
+        layout.check_identity(file_identity, identity or file_identity, file)
         identity = file_identity
     elif identity is None:
         raise StoreError(f"{file} does not name the encoder of its embeddings. Specify the encoder with --encoder.path")
@@ -257,11 +238,11 @@ def _convert_batch(file: str | Path, batch: pa.RecordBatch) -> Rows:
         )
     if "key" in columns:
         values = b"".join(names.to_pylist())
-        if len(values) != KEY_BYTES * len(batch):
+        if len(values) != layout.KEY_BYTES * len(batch):
             raise StoreError(f"{file}: keys must be the first 16 bytes of the caption's SHA-256 hash")
-        keys = np.frombuffer(values, np.uint8).reshape(-1, KEY_BYTES)
+        keys = np.frombuffer(values, np.uint8).reshape(-1, layout.KEY_BYTES)
     else:
-        keys = make_caption_keys([caption.strip() for caption in names.to_pylist()])
+        keys = layout.make_caption_keys([caption.strip() for caption in names.to_pylist()])
     tokens = batch["tokens"].fill_null(0).to_pylist() if "tokens" in columns else [0] * len(batch)
     return keys, tokens, embedding.flatten().to_numpy(zero_copy_only=False).reshape(len(batch), -1)
 
@@ -269,13 +250,13 @@ def _convert_batch(file: str | Path, batch: pa.RecordBatch) -> Rows:
 def _fill_store(out: Path, identity: dict[str, Any], dtype: str, batches: Iterator[Rows]) -> EmbeddingStore:
     """Write each batch as a shard of the store at `out`. Skip batches with the same keys as an existing shard."""
     with folder_lock(out):
-        remove_temp_files(out)
+        layout.remove_temp_files(out)
         batch = next(batches, None)
         if batch is None:
             raise StoreError("there are no embeddings to import")
         writer = StoreWriter(out, identity, batch[2].shape[1], dtype)
-        number = get_next_shard_number(out)
-        existing = {sha256(read_keys(out, shard).tobytes()).digest() for shard in read_shards(out)}
+        number = layout.get_next_shard_number(out)
+        existing = {sha256(layout.read_keys(out, shard).tobytes()).digest() for shard in layout.read_shards(out)}
         for keys, tokens, embeddings in chain([batch], batches):
             if sha256(keys.tobytes()).digest() not in existing:
                 writer.write_keyed(number, keys, tokens, embeddings)

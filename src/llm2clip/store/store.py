@@ -29,29 +29,8 @@ from llm2clip.data.table import BATCH_ROWS, RecordTable
 from llm2clip.io_utils import atomic_dir
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once
-from llm2clip.store.layout import (
-    DTYPES,
-    LOOKUP_CHUNK_SIZE,
-    READ_ERRORS,
-    KeyIndex,
-    Shard,
-    StoreError,
-    StoreSpec,
-    build_corruption_error,
-    build_key_index,
-    compute_shard_checksum,
-    embeddings_path,
-    get_store_spec,
-    index_path,
-    iter_chunks,
-    make_caption_keys,
-    read_all_keys,
-    read_keys,
-    read_manifest,
-    read_refused_captions,
-    read_shard_metadata,
-    scales_path,
-)
+from llm2clip.store import layout
+from llm2clip.store.layout import KeyIndex, Shard, StoreError, StoreSpec
 
 MAX_OPEN_FILES = 256  # maximum number of open files per cache; the limit per process is usually about a thousand
 CACHED_CHUNK = 1 << 18  # bytes to read before they are sorted; fits in the CPU's cache, so memory is passed only once
@@ -74,28 +53,28 @@ class EmbeddingStore:
             StoreError: The folder does not contain a complete store, or a shard is missing or has the wrong size.
         """
         self.folder, self.read_ahead = Path(folder), read_ahead
-        self.manifest: dict[str, Any] = read_manifest(self.folder)
+        self.manifest: dict[str, Any] = layout.read_manifest(self.folder)
         self.embed_dim: int = self.manifest["embed_dim"]
         self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
         self._total_rows = sum(shard.rows for shard in self.shards)
         dtype = self.manifest["dtype"]
         if read_ahead is None:
-            size = self._total_rows * self.embed_dim * DTYPES[dtype].itemsize
+            size = self._total_rows * self.embed_dim * layout.DTYPES[dtype].itemsize
             read_ahead = size >= get_available_memory() / 2
         self._reader = _RowReader(self.folder, self.shards, self.embed_dim, dtype, read_ahead)
         self._index = self._open_index()
 
     def _open_index(self) -> KeyIndex:
         """Open the key index; build it if it is missing or corrupt."""
-        file = index_path(self.folder, self.shards)
+        file = layout.index_path(self.folder, self.shards)
         if file.is_file():
             try:
                 index = KeyIndex(file)
                 if len(index) == self._total_rows:
                     return index
-            except READ_ERRORS:
+            except layout.READ_ERRORS:
                 pass  # the index is corrupt; it is rebuilt below
-        build_key_index(file, read_all_keys(self.folder, self.shards))
+        layout.build_key_index(file, layout.read_all_keys(self.folder, self.shards))
         return KeyIndex(file)
 
     def __reduce__(self) -> tuple[type[EmbeddingStore], tuple[Path, bool | None]]:
@@ -106,12 +85,12 @@ class EmbeddingStore:
         return int(self.manifest["captions"])
 
     def __contains__(self, caption: str) -> bool:
-        return bool(self.find_keys(make_caption_keys([caption]))[0] >= 0)
+        return bool(self.find_keys(layout.make_caption_keys([caption]))[0] >= 0)
 
     def find_keys(self, keys: np.ndarray) -> np.ndarray:
         """Look up keys of shape (N, 16), uint8; return row numbers of shape (N,), int64, with -1 for missing keys."""
-        starts = range(0, len(keys), LOOKUP_CHUNK_SIZE)
-        parts = [self._index.find_keys(keys[start : start + LOOKUP_CHUNK_SIZE]) for start in starts]
+        starts = range(0, len(keys), layout.LOOKUP_CHUNK_SIZE)
+        parts = [self._index.find_keys(keys[start : start + layout.LOOKUP_CHUNK_SIZE]) for start in starts]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     def find_rows(self, captions: Iterable[str]) -> np.ndarray:
@@ -121,8 +100,8 @@ class EmbeddingStore:
             StoreError: A caption is not in the store. The message quotes the caption.
         """
         parts = [np.empty(0, np.int64)]
-        for chunk in iter_chunks(captions, LOOKUP_CHUNK_SIZE):
-            rows = self.find_keys(make_caption_keys(chunk))
+        for chunk in layout.iter_chunks(captions, layout.LOOKUP_CHUNK_SIZE):
+            rows = self.find_keys(layout.make_caption_keys(chunk))
             missing = rows < 0
             if missing.any():
                 caption = chunk[int(missing.argmax())]
@@ -150,14 +129,14 @@ class EmbeddingStore:
         Raises:
             StoreError: A shard or the index is corrupt. The message lists the corrupt shards or names the index file.
         """
-        corrupt = find_corrupt_shards(self.folder, self.shards, get_store_spec(self.manifest), progress)
+        corrupt = find_corrupt_shards(self.folder, self.shards, layout.get_store_spec(self.manifest), progress)
         if corrupt:
             numbers = ", ".join(f"{number:05d}" for number in corrupt)
             raise StoreError(
                 f"{self.folder} has corrupt shards: {numbers}. Run `llm2clip store repair {self.folder}` to delete them"
             )
-        if not self._index.is_index_of(read_all_keys(self.folder, self.shards)):
-            index = index_path(self.folder, self.shards)
+        if not self._index.is_index_of(layout.read_all_keys(self.folder, self.shards)):
+            index = layout.index_path(self.folder, self.shards)
             raise StoreError(f"{index} is corrupt. Run `llm2clip store repair {self.folder}` to rebuild the index")
 
 
@@ -166,13 +145,13 @@ def find_corrupt_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, 
 
     def is_intact(shard: Shard) -> bool:
         try:
-            metadata = read_shard_metadata(folder, shard.number)
+            metadata = layout.read_shard_metadata(folder, shard.number)
             return (
                 metadata == (shard.rows, shard.sha256, spec)
-                and compute_shard_checksum(folder, shard.number) == shard.sha256
-                and len(read_keys(folder, shard)) == shard.rows
+                and layout.compute_shard_checksum(folder, shard.number) == shard.sha256
+                and len(layout.read_keys(folder, shard)) == shard.rows
             )
-        except READ_ERRORS:
+        except layout.READ_ERRORS:
             return False
 
     options: dict[str, Any] = {"total": len(shards), "unit": "shard", "disable": not progress, "leave": False}
@@ -195,17 +174,19 @@ class _RowReader:
         Raises:
             StoreError: A file is missing, or its shape, dtype or size is wrong.
         """
-        stored_dtype = DTYPES[dtype]
+        stored_dtype = layout.DTYPES[dtype]
         self.read_ahead = read_ahead and hasattr(mmap, "MADV_WILLNEED")
 
         def open_embeddings(n: int) -> np.memmap[Any, Any]:
-            array = _open_array(embeddings_path(folder, shards[n].number), (shards[n].rows, embed_dim), stored_dtype)
+            array: Any = _open_array(
+                layout.embeddings_path(folder, shards[n].number), (shards[n].rows, embed_dim), stored_dtype
+            )
             if self.read_ahead and array.size:
                 array._mmap.madvise(mmap.MADV_RANDOM)
             return array
 
         def open_scales(n: int) -> np.memmap[Any, Any]:
-            return _open_array(scales_path(folder, shards[n].number), (shards[n].rows,), np.dtype(np.float32))
+            return _open_array(layout.scales_path(folder, shards[n].number), (shards[n].rows,), np.dtype(np.float32))
 
         self.embed_dim, self.dtype = embed_dim, stored_dtype
         # Row number of each shard's first row, then the total number of rows.
@@ -254,7 +235,7 @@ class _RowReader:
                 scales.append(self.open_scales(shard)[rows])
         return np.concatenate(scales) if self.open_scales is not None else None
 
-    def _request_pages(self, array: np.memmap[Any, Any], rows: np.ndarray) -> None:
+    def _request_pages(self, array: Any, rows: np.ndarray) -> None:
         """Make the operating system read the pages of these rows in the background."""
         row_bytes = self.embed_dim * self.dtype.itemsize
         starts = rows * row_bytes + array.offset % mmap.ALLOCATIONGRANULARITY
@@ -275,11 +256,11 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.
         size = path.stat().st_size
     except FileNotFoundError as error:
         raise StoreError(f"{path} is missing. Run `llm2clip store repair {path.parent}`") from error
-    except READ_ERRORS as error:
-        raise build_corruption_error(path, error) from error
+    except layout.READ_ERRORS as error:
+        raise layout.build_corruption_error(path, error) from error
     is_exact = array.shape == shape and array.dtype == dtype and array.flags.c_contiguous
     if not is_exact or array.offset + array.nbytes != size:
-        raise build_corruption_error(path, "its shape, dtype or size does not match the keys file")
+        raise layout.build_corruption_error(path, "its shape, dtype or size does not match the keys file")
     return array
 
 
@@ -287,7 +268,7 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.
 
 
 class CaptionSource(Protocol):
-    """Source of text inputs for training: an embedding store or, in `clip_finetuning`, tokenized captions."""
+    """Source of text inputs for training: a store or, in `benchmarks/finetune_clip.py`, tokenized captions."""
 
     manifest: dict[str, Any]
 
@@ -341,7 +322,7 @@ def find_caption_rows(
         CAPTION_ROWS_VERSION,
         identity,
         source.manifest["fingerprint"],
-        index_path(source.folder, source.shards).name,
+        layout.index_path(source.folder, source.shards).name,
     ]
     name = hashlib.sha256(repr([*version, *fields]).encode()).hexdigest()[:32]
     folder = table.folder / f"caption-rows-{name}"
@@ -406,11 +387,11 @@ def _make_caption_finder(source: CaptionSource) -> Callable[[pa.Array], np.ndarr
     """Return a function that finds the rows of captions, with -1 for captions that the tokenizer could not encode."""
     if not isinstance(source, EmbeddingStore):
         return lambda captions: source.find_rows(captions.to_pylist())
-    refused = {row["caption"] for row in read_refused_captions(source.folder)}
+    refused = {row["caption"] for row in layout.read_refused_captions(source.folder)}
 
     def find_rows(captions: pa.Array) -> np.ndarray:
         texts = captions.to_pylist()
-        rows = source.find_keys(make_caption_keys(texts))
+        rows = source.find_keys(layout.make_caption_keys(texts))
         missing = [texts[n] for n in np.flatnonzero(rows < 0).tolist()]
         source.find_rows(caption for caption in missing if caption not in refused)  # raises StoreError
         return rows
@@ -426,7 +407,7 @@ def _make_phrase_finder(store: EmbeddingStore) -> Callable[[pa.Array], np.ndarra
         encoded = phrases.dictionary_encode()
         names = encoded.dictionary.to_pylist()
         new = [name for name in names if name not in row_of_phrase]
-        row_of_phrase.update(zip(new, store.find_keys(make_caption_keys(new)).tolist(), strict=True))
+        row_of_phrase.update(zip(new, store.find_keys(layout.make_caption_keys(new)).tolist(), strict=True))
         rows = np.array([row_of_phrase[name] for name in names], np.int64)
         return rows[encoded.indices.to_numpy()]
 
@@ -451,7 +432,7 @@ def _concatenate(parts: Sequence[CaptionRows]) -> CaptionRows:
 
 def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> Sequence[Record]:
     """Remove captions that the tokenizer could not encode, and drop records that have no captions left."""
-    refused = {row["caption"] for row in read_refused_captions(store.folder)}
+    refused = {row["caption"] for row in layout.read_refused_captions(store.folder)}
     if not refused:
         return records
     remaining = []

@@ -29,31 +29,8 @@ from llm2clip.models.loading import fingerprint
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.output_folder import folder_lock
 from llm2clip.runs.ranks import process_state, wait_for_everyone
-from llm2clip.store.layout import (
-    DTYPES,
-    FORMAT_VERSION,
-    KEY_BYTES,
-    MANIFEST,
-    StoreError,
-    build_key_index,
-    check_spec,
-    compute_shard_checksum,
-    embeddings_path,
-    get_next_shard_number,
-    index_path,
-    iter_chunks,
-    keys_path,
-    list_shard_numbers,
-    make_caption_keys,
-    mask_repeated_keys,
-    read_all_keys,
-    read_manifest,
-    read_refused_captions,
-    read_shards,
-    remove_temp_files,
-    scales_path,
-    sort_keys,
-)
+from llm2clip.store import layout
+from llm2clip.store.layout import StoreError
 from llm2clip.store.store import EmbeddingStore
 
 CHUNK_SIZE = 1 << 14  # number of captions to hash at once
@@ -81,15 +58,17 @@ class StoreWriter:
             StoreError: An existing store has a different encoder, dimension or dtype. The message lists the
                 differences.
         """
-        if dtype not in DTYPES:
-            raise StoreError(f"the dtype of a store must be one of {', '.join(DTYPES)} (got {dtype!r})")
+        if dtype not in layout.DTYPES:
+            raise StoreError(f"the dtype of a store must be one of {', '.join(layout.DTYPES)} (got {dtype!r})")
         identity = json.loads(json.dumps(identity))  # converts tuples to lists, as in the stored identity
         self.folder, self.identity, self.embed_dim, self.dtype = Path(folder), identity, embed_dim, dtype
         self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / MANIFEST).is_file():
-            check_spec(read_manifest(self.folder), (identity, embed_dim, dtype), self.folder)
-        elif list_shard_numbers(self.folder):
-            raise StoreError(f"{self.folder} has shards but no {MANIFEST}. Run `llm2clip store repair {self.folder}`")
+        if (self.folder / layout.MANIFEST).is_file():
+            layout.check_spec(layout.read_manifest(self.folder), (identity, embed_dim, dtype), self.folder)
+        elif layout.list_shard_numbers(self.folder):
+            raise StoreError(
+                f"{self.folder} has shards but no {layout.MANIFEST}. Run `llm2clip store repair {self.folder}`"
+            )
         else:
             self.finish()
 
@@ -102,7 +81,7 @@ class StoreWriter:
         Raises:
             StoreError: See `write_keyed`.
         """
-        self.write_keyed(number, make_caption_keys(captions), token_counts, embeddings, captions)
+        self.write_keyed(number, layout.make_caption_keys(captions), token_counts, embeddings, captions)
 
     def write_keyed(
         self,
@@ -120,24 +99,24 @@ class StoreWriter:
         self._check_shapes(keys, token_counts, embeddings)
         self._check_values(keys, embeddings, captions)
         stored, scales = quantize_rows(embeddings, self.dtype)
-        with atomic_path(embeddings_path(self.folder, number)) as temporary:
+        with atomic_path(layout.embeddings_path(self.folder, number)) as temporary:
             np.save(temporary, stored, allow_pickle=False)
         if scales is not None:
-            with atomic_path(scales_path(self.folder, number)) as temporary:
+            with atomic_path(layout.scales_path(self.folder, number)) as temporary:
                 np.save(temporary, scales, allow_pickle=False)
         # The keys are written last, because they mark the shard as complete.
         buffer = pa.py_buffer(np.ascontiguousarray(keys).tobytes())
-        key_column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(keys), [None, buffer])
+        key_column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(layout.KEY_BYTES), len(keys), [None, buffer])
         table = pa.table({"key": key_column, "tokens": pa.array(token_counts, pa.int32())})
         metadata = {
-            "format_version": str(FORMAT_VERSION),
-            "sha256": compute_shard_checksum(self.folder, number),
+            "format_version": str(layout.FORMAT_VERSION),
+            "sha256": layout.compute_shard_checksum(self.folder, number),
             "rows": str(len(keys)),
             "embed_dim": str(self.embed_dim),
             "dtype": self.dtype,
             "identity": json.dumps(self.identity),
         }
-        with atomic_path(keys_path(self.folder, number)) as temporary:
+        with atomic_path(layout.keys_path(self.folder, number)) as temporary:
             pq.write_table(table.replace_schema_metadata(metadata), temporary, write_page_checksum=True)
 
     def finish(self) -> None:
@@ -146,7 +125,11 @@ class StoreWriter:
 
     def _check_shapes(self, keys: np.ndarray, token_counts: Sequence[int], embeddings: np.ndarray) -> None:
         count = len(embeddings)
-        if keys.shape != (count, KEY_BYTES) or embeddings.shape[1:] != (self.embed_dim,) or len(token_counts) != count:
+        if (
+            keys.shape != (count, layout.KEY_BYTES)
+            or embeddings.shape[1:] != (self.embed_dim,)
+            or len(token_counts) != count
+        ):
             raise StoreError(
                 f"{self.folder} requires {self.embed_dim}-dimensional embeddings, each with key and token count (got "
                 f"embeddings of shape {embeddings.shape}, keys of shape {keys.shape}, {len(token_counts)} token counts)"
@@ -171,11 +154,11 @@ def write_manifest(folder: Path, identity: dict[str, Any], embed_dim: int, dtype
     Raises:
         StoreError: A shard has a different identity, dimension or dtype.
     """
-    shards = read_shards(folder, (identity, embed_dim, dtype))
-    index = index_path(folder, shards)
-    distinct = build_key_index(index, read_all_keys(folder, shards))
+    shards = layout.read_shards(folder, (identity, embed_dim, dtype))
+    index = layout.index_path(folder, shards)
+    distinct = layout.build_key_index(index, layout.read_all_keys(folder, shards))
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": layout.FORMAT_VERSION,
         "fingerprint": fingerprint(identity),
         "identity": identity,
         "embed_dim": embed_dim,
@@ -183,7 +166,7 @@ def write_manifest(folder: Path, identity: dict[str, Any], embed_dim: int, dtype
         "captions": distinct,
         "shards": [asdict(shard) for shard in shards],
     }
-    atomic_write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+    atomic_write_text(folder / layout.MANIFEST, json.dumps(manifest, indent=1))
     for old_index in set(folder.glob("index-*.npy")) - {index}:
         old_index.unlink()
 
@@ -197,7 +180,7 @@ def quantize_rows(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.nd
         second value is None.
     """
     if dtype != "int8":
-        return np.ascontiguousarray(embeddings, DTYPES[dtype]), None
+        return np.ascontiguousarray(embeddings, layout.DTYPES[dtype]), None
     exact = np.asarray(embeddings, np.float32)
     scales = np.abs(exact).max(axis=1) / 127
     divisors = np.where(scales > 0, scales, 1)  # an all-zero row stays zero
@@ -285,17 +268,17 @@ def _prepare_incoming(
     folder = writer.folder
     shutil.rmtree(incoming, ignore_errors=True)
     incoming.mkdir(exist_ok=True)
-    remove_temp_files(folder)
+    layout.remove_temp_files(folder)
     writer.finish()
     store = None
-    if list_shard_numbers(folder):
+    if layout.list_shard_numbers(folder):
         store = EmbeddingStore(folder)
         store.verify(progress=True)
-    refused = {row["caption"] for row in read_refused_captions(folder)} if keys is None else set()
+    refused = {row["caption"] for row in layout.read_refused_captions(folder)} if keys is None else set()
     stream: Iterable[str] = check_texts(ProgressBar(captions, "read", unit="caption", leave=False, delay=1))
     if refused:
         stream = (caption for caption in stream if caption not in refused)
-    write_incoming_captions(stream, incoming, store, shard_size, get_next_shard_number(folder), keys)
+    write_incoming_captions(stream, incoming, store, shard_size, layout.get_next_shard_number(folder), keys)
 
 
 # ---- deduplication -------------------------------------------------------------------------------------------------
@@ -317,17 +300,17 @@ def write_incoming_captions(
     masks = [np.empty(0, np.bool_)]
     file = incoming / TEXTS_FILE
     with pq.ParquetWriter(file, pa.schema([("text", pa.string())]), compression="zstd") as writer:
-        for texts in iter_chunks(captions, CHUNK_SIZE):
+        for texts in layout.iter_chunks(captions, CHUNK_SIZE):
             writer.write_table(pa.table({"text": texts}))
-            start = len(key_bytes) // KEY_BYTES
-            chunk = make_caption_keys(texts) if keys is None else keys[start : start + len(texts)]
+            start = len(key_bytes) // layout.KEY_BYTES
+            chunk = layout.make_caption_keys(texts) if keys is None else keys[start : start + len(texts)]
             key_bytes += chunk.tobytes()
             masks.append(np.ones(len(texts), np.bool_) if store is None else store.find_keys(chunk) < 0)
     is_new = np.concatenate(masks)
-    for records in sort_keys(np.frombuffer(key_bytes, np.uint8).reshape(-1, KEY_BYTES)):
-        repeated = mask_repeated_keys(records)
+    for records in layout.sort_keys(np.frombuffer(key_bytes, np.uint8).reshape(-1, layout.KEY_BYTES)):
+        repeated = layout.mask_repeated_keys(records)
         is_new[records[2, repeated].astype(np.int64)] = False
-    for number, texts in enumerate(iter_chunks(_select_captions(file, is_new), shard_size), first_shard):
+    for number, texts in enumerate(layout.iter_chunks(_select_captions(file, is_new), shard_size), first_shard):
         pq.write_table(pa.table({"text": texts}), shard_path(incoming, number), compression="zstd")
     file.unlink()
 

@@ -39,8 +39,15 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import TokenizedTexts, batch_by_length, get_default_batch_tokens
 from llm2clip.runs.ranks import is_fsdp_enabled, print_once, process_state
 from llm2clip.store.encode import embed, store_text_embeddings
-from llm2clip.store.layout import MANIFEST, StoreError, check_identity, iter_chunks, make_caption_keys
-from llm2clip.store.store import LOOKUP_CHUNK_SIZE, EmbeddingStore
+from llm2clip.store.layout import (
+    LOOKUP_CHUNK_SIZE,
+    MANIFEST,
+    StoreError,
+    check_identity,
+    iter_chunks,
+    make_caption_keys,
+)
+from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.initial_model import repeat_phrases
 from llm2clip.train.loop import StepLoop, StepResult
 from llm2clip.train.optim import ADAM_BETAS

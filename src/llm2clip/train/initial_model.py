@@ -43,8 +43,8 @@ from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 from llm2clip.store.encode import store_text_embeddings
-from llm2clip.store.layout import iter_chunks, make_caption_keys, read_refused_captions
-from llm2clip.store.store import LOOKUP_CHUNK_SIZE, EmbeddingStore
+from llm2clip.store.layout import LOOKUP_CHUNK_SIZE, iter_chunks, make_caption_keys, read_refused_captions
+from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.losses import distillation_loss, get_loss
 from llm2clip.train.optim import ADAM_BETAS, MAX_GRAD_NORM, WEIGHT_DECAY, make_cosine_schedule
 

@@ -1,8 +1,11 @@
-"""Contrastive fine-tuning of a CLIP model, the "directly fine-tuned CLIP" baseline in the LLM2CLIP paper.
+"""Fine-tune both towers of a CLIP or SigLIP model, the "directly fine-tuned CLIP" baseline in the LLM2CLIP paper.
+
+    python benchmarks/finetune_clip.py DATA... --out RUN --align.tower openai/clip-vit-base-patch16
+        [--align.lr 1e-5] [--align.tower_lr 1e-5] [other settings of `align`]
 
 Both towers are trained with the training loop and settings of `align`, except that the model's own text tower replaces
 the adapter, and tokenized captions replace the embedding store. The result is an ordinary transformers model that
-`evaluate` accepts as a model or baseline.
+`evaluate` accepts as a model or baseline. Run the same command again to resume an interrupted run.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
-from llm2clip.config import AlignConfig
+from llm2clip.config import AlignConfig, FitConfig
 from llm2clip.data.image_facts import save_training_image_hashes
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
@@ -23,7 +27,8 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import fingerprint, hash_weights, hide_loading_bars, load_config
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.runs.ranks import process_state, wait_for_everyone
+from llm2clip.pipeline import open_run
+from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 from llm2clip.train.align import align
 from llm2clip.train.losses import get_loss
 
@@ -54,7 +59,7 @@ def finetune_clip(records: RecordTable, config: AlignConfig, out: Path, log: Ski
         model_type = text_encoder.model.config.model_type
         if model_type not in SUPPORTED_TYPES:
             raise ValueError(
-                f"--own_text_tower does not support {config.tower}, which is a {model_type!r} model. Supported types: "
+                f"--align.tower {config.tower} is a {model_type!r} model, which is not supported. Supported types: "
                 f"{', '.join(SUPPORTED_TYPES)}"
             )
         captions = TokenizedCaptions(text_encoder)
@@ -160,3 +165,18 @@ def _save_clip(model: LLM2CLIP, name: str, folder: Path) -> None:
         AutoImageProcessor.from_pretrained(name, trust_remote_code=False).save_pretrained(temporary)
         if model.training_images is not None:
             save_training_image_hashes(temporary, model.training_images)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("data", nargs="+", type=str, help="Images with captions, as for `align`.")
+    parser.add_argument("--out", type=str, required=True, help="Output folder; the result is OUT/model.")
+    parser.add_class_arguments(AlignConfig, "align")
+    args = parser.instantiate(parser.parse_args(arguments))
+    with open_run("align", args.data, Path(args.out), FitConfig(align=args.align)) as run:
+        model = finetune_clip(run.data.train, run.config.align, run.out, run.log)
+    print_once(f"Model: {model}")
+
+
+if __name__ == "__main__":
+    main()
