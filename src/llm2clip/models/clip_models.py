@@ -104,11 +104,7 @@ class ClipTextEncoder:
 
 
 def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
-    """Return True if `path` names an open_clip model or a transformers model with image and text towers.
-
-    Raises:
-        ValueError: the model comes with its own code, and `trust_remote_code` is False.
-    """
+    """Return True if `path` names an open_clip model or a transformers model with image and text towers."""
     from transformers import MODEL_MAPPING, PreTrainedConfig
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 

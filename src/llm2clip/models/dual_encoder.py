@@ -107,10 +107,7 @@ class DualEncoder:
         return fingerprint(self.identity() if self.part_fingerprints is None else {"parts": self.part_fingerprints})
 
     def truncate(self, dim: int) -> DualEncoder:
-        """Return the same model, with embeddings truncated to their first `dim` dimensions and normalised again.
-
-        Raise ValueError if `dim` is not between 1 and `embed_dim`.
-        """
+        """Return the same model, with embeddings truncated to their first `dim` dimensions and normalised again."""
         check_dim(dim, self.embed_dim, self.name)
         if dim == self.embed_dim:
             return self
@@ -173,10 +170,8 @@ def open_dual_encoder(
 def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str = "auto", stage: Stage = "evaluate") -> DualEncoder:
     """Switch an LLM2CLIP model to eval mode and wrap it. The caption encoder is loaded on first use.
 
-    Args:
-        precision: precision of the caption encoder, as in `CaptionEncoder.encode`, or `auto` for the precision of the
-            stage (see `models/precision.py`). On GPUs with bf16 support, the vision tower runs in bf16 unless the
-            precision is fp32.
+    `precision` is that of the caption encoder, as in `CaptionEncoder.encode`, or `auto` for the precision of the stage.
+    On GPUs with bf16 support, the vision tower runs in bf16 unless the precision is fp32.
     """
     model.eval()
     resolved = resolve_precision(stage, precision, model.device)

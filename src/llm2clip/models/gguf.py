@@ -20,6 +20,7 @@ _STRING, _ARRAY = 8, 9
 _VALUE_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
+@hide_loading_bars()
 def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     """Write a GGUF file's tokenizer and decoder, without the LM head, to an existing folder.
 
@@ -37,10 +38,9 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     try:
         # Hide the progress bars for conversion, loading and saving, which would print three unexplained lines.
         gguf_utils.tqdm = partial(tqdm, disable=True)
-        with hide_loading_bars():
-            model, report = AutoModel.from_pretrained(
-                source, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-            )
+        model, report = AutoModel.from_pretrained(
+            source, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     finally:
         gguf_utils.tqdm = tqdm
     missing = sorted(report["missing_keys"])
@@ -51,8 +51,7 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
         )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name, trust_remote_code=False)
     _clear_quantization_metadata(model)
-    with hide_loading_bars():
-        model.save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -54,6 +54,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         projection: linear layer from feature_dim to embed_dim, or the identity if `config.projection` is False.
         logit_scale: parameter of shape (1,), the logarithm of the factor applied to cosine similarities.
         logit_bias: parameter of shape (1,), the bias added to the logits, or None if the model has no logit bias.
+        text_folder: folder of the saved caption encoder, if the model was loaded from a folder with an encoder.
         training_images: sorted uint64 hashes of the training images (see `hash_images`), of shape (N,), or None if they
             are unknown. The hashes are saved with the model.
     """
@@ -81,7 +82,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         self.logit_bias = nn.Parameter(torch.tensor([-10.0])) if config.logit_bias else None
         # Keep the encoder in a list so that PyTorch does not register it as a submodule.
         self._encoder = [encoder] if encoder is not None else []
-        self._text_folder: Path | None = None
+        self.text_folder: Path | None = None
         self.training_images: np.ndarray | None = None
 
     def forward(
@@ -134,12 +135,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @property
     def has_encoder(self) -> bool:
-        return bool(self._encoder) or self._text_folder is not None
-
-    @property
-    def text_folder(self) -> Path | None:
-        """Folder of the saved caption encoder, if the model was loaded from a folder with an encoder."""
-        return self._text_folder
+        return bool(self._encoder) or self.text_folder is not None
 
     @property
     def encoder(self) -> CaptionEncoder:
@@ -171,13 +167,13 @@ class LLM2CLIP(DenseMethods, nn.Module):
         return trained_with if trained_with.startswith("bf16") else calibrate_precision(encoder, self.device)
 
     def _load_text_folder(self, device: torch.device | str) -> CaptionEncoder:
-        if self._text_folder is None:
+        if self.text_folder is None:
             raise ValueError(
                 "this model has no caption encoder: add the encoder it was trained with, using set_encoder(...) or "
                 "`llm2clip convert MODEL --text ENCODER --out MODEL`"
             )
-        encoder = CaptionEncoder.from_pretrained(self._text_folder, device=device)
-        self._check_dimension(encoder, str(self._text_folder))
+        encoder = CaptionEncoder.from_pretrained(self.text_folder, device=device)
+        self._check_dimension(encoder, str(self.text_folder))
         return encoder
 
     def set_encoder(self, encoder: CaptionEncoder) -> None:
@@ -293,7 +289,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         if encoder is None:
             # An encoder with bf16 weights cannot be saved, but it was loaded from a folder, which can be copied.
             is_complete = self._encoder and self._encoder[0].has_full_precision
-            encoder = self._encoder[0] if is_complete else self._text_folder
+            encoder = self._encoder[0] if is_complete else self.text_folder
         replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         with atomic_dir(folder) as temporary:
             self._write_config_and_weights(temporary)
@@ -349,7 +345,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
             model.load_state_dict(read_safetensors(folder / "model.safetensors"))
         except RuntimeError as error:
             raise ValueError(f"{folder}: config.json and model.safetensors do not match ({error})") from error
-        model._text_folder = folder / "text" if (folder / "text").is_dir() else None
+        model.text_folder = folder / "text" if (folder / "text").is_dir() else None
         model.training_images = load_training_image_hashes(folder)
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 

@@ -118,8 +118,7 @@ def _shorten_name(model: str) -> str:
 def load_config(source: str | Path, **kwargs: Any) -> Any:
     """Load a transformers model's config from a folder or the hub, and remove entries that name code to run.
 
-    `kwargs` are passed to `AutoConfig.from_pretrained`. Raise ValueError if the model type is unknown to transformers,
-    or the weights are quantised, and OSError if the model does not exist.
+    Raise ValueError if the model type is unknown to transformers, or the weights are quantised.
     """
     from transformers import AutoConfig
 
@@ -177,10 +176,7 @@ def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None
 
 
 def download_snapshot(hub_id: str, patterns: Sequence[str], **options: Any) -> Path:
-    """Download the matching files of a hub repository, and return their folder.
-
-    `options` are passed to `snapshot_download`. Raise FileNotFoundError if the repository is not available.
-    """
+    """Download the matching files of a hub repository, and return their folder. See also `snapshot_download`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError
 
@@ -232,8 +228,7 @@ def hide_loading_bars() -> Iterator[None]:
 def hide_load_report() -> Iterator[None]:
     """Hide transformers' report of missing and unexpected weights. Use this only where missing weights raise an error.
 
-    Unexpected weights are normal: for example, a CLIP checkpoint also contains the text model. Also works as a
-    decorator.
+    Unexpected weights are normal: for example, a CLIP checkpoint also contains the text model.
     """
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level

@@ -31,15 +31,10 @@ _OFFICIAL_NAMES = {"norm": "ln", "up": "fn.0", "down": "fn.3"}
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Architecture of the text adapter, as saved in the model config (see `Adapter`).
+    """Architecture of the text adapter, as saved in the model config (see `Adapter`)."""
 
-    Attributes:
-        depth: number of residual blocks. 0 stands for no adapter: caption embeddings are text embeddings.
-        expansion: hidden size of a residual block, as a multiple of its input size.
-    """
-
-    depth: int = 4  # as in the paper
-    expansion: int = 2
+    depth: int = 4  # number of residual blocks, as in the paper; 0: caption embeddings are text embeddings
+    expansion: int = 2  # hidden size of a residual block, as a multiple of its input size
     normalize_input: bool = True
 
     @classmethod

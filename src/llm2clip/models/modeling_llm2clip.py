@@ -170,10 +170,7 @@ class ResidualBlock(nn.Module):
 
 
 def pool_tokens(hidden: Tensor, mask: Tensor, pooling: str, prompt_tokens: int) -> Tensor:
-    """Pool hidden states (N, T, D) with an int64 mask (N, T) to shape (N, D). Padding may be on either side.
-
-    For `pooling` and `prompt_tokens`, see `LLM2CLIPExportConfig`.
-    """
+    """Pool hidden states (N, T, D) with an int64 mask (N, T) to shape (N, D). Padding may be on either side."""
     position = mask.cumsum(1)  # 1-based position of each token, not counting padding
     if pooling == "mean":
         selected = mask * (position > prompt_tokens)

@@ -86,8 +86,7 @@ def load_official_checkpoint(
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
-        ValueError: the checkpoint does not have an official layout; a tensor is missing, unexpected or of the wrong
-            shape; or the caption encoder does not match the adapter.
+        ValueError: the checkpoint does not have an official layout, or a tensor or the caption encoder does not match.
     """
     tensors, config, preprocess = read_checkpoint(source)
     checkpoint = Checkpoint.from_tensors(str(source), tensors, config, preprocess)
@@ -128,10 +127,7 @@ def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | 
 
 @torch.no_grad()
 def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's tensors into a model with the same architecture.
-
-    Raise ValueError if a tensor is missing, unexpected or of the wrong shape, or a buffer has unexpected values.
-    """
+    """Copy a checkpoint's tensors into a model with the same architecture. Raise ValueError for any mismatch."""
     layout = checkpoint.layout
     unused = dict(checkpoint.tensors)
     pairs: list[tuple[Tensor, Tensor]] = []  # (model parameter, checkpoint tensor)

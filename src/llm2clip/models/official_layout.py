@@ -158,20 +158,14 @@ def _download_checkpoint(name: str) -> Path:
 
 @dataclass(frozen=True)
 class Layout:
-    """Naming scheme of an official checkpoint.
-
-    Attributes:
-        required: name prefixes that identify the layout. Each prefix must match at least one tensor.
-        tower, projection, adapter: name prefixes of the tensors of these parts.
-        ignored: name pattern for tensors that do not affect the embeddings (the tensors of the original CLIP model's
-            text tower and of the LLM).
-    """
+    """Naming scheme of an official checkpoint, with the name prefixes of the tower, projection and adapter."""
 
     name: str
-    required: tuple[str, ...]
+    required: tuple[str, ...]  # name prefixes that identify the layout; each must match at least one tensor
     tower: str
     projection: str
     adapter: str = "text.text_adaptor."
+    # Tensors that do not affect the embeddings: those of the LLM and of the original CLIP model's text tower.
     ignored: re.Pattern[str] = re.compile(r"text\.text\.")
 
 
@@ -237,21 +231,14 @@ _DEFAULT_LOGIT_SCALE = 2.6592  # default of logit_scale_init_value in transforme
 
 @dataclass
 class Checkpoint:
-    """Official checkpoint: tensors with canonical names, and configuration.
-
-    Attributes:
-        online: True if the adapter was trained with the LLM in the training loop, False if it was trained on cached
-            embeddings.
-        config: contents of config.json, or {} if there is no such file.
-        preprocess: preprocessing from preprocessor_config.json, or None if there is no such file.
-    """
+    """Official checkpoint: tensors with canonical names, and configuration."""
 
     source: str
     layout: Layout
     tensors: dict[str, Tensor]
-    online: bool = False
-    config: dict[str, Any] = field(default_factory=dict)
-    preprocess: Preprocess | None = None
+    online: bool = False  # True if the adapter was trained with the LLM in the training loop, not on cached embeddings
+    config: dict[str, Any] = field(default_factory=dict)  # contents of config.json
+    preprocess: Preprocess | None = None  # from preprocessor_config.json
 
     @classmethod
     def from_tensors(
@@ -261,11 +248,7 @@ class Checkpoint:
         config: dict[str, Any] | None = None,
         preprocess: Preprocess | None = None,
     ) -> Checkpoint:
-        """Create a checkpoint from a state dict: replace aliases with canonical names and detect the layout.
-
-        Raises:
-            ValueError: the tensor names match no layout, or a tensor occurs twice with different values.
-        """
+        """Create a checkpoint from a state dict: replace aliases with canonical names and detect the layout."""
         if tensors and all(name.startswith("module.") for name in tensors):  # saved from DistributedDataParallel
             tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
         online = any(name.startswith(_ONLINE_ADAPTER) for name in tensors)

@@ -163,10 +163,7 @@ def _move_layer(layer: nn.Module, device: torch.device | str) -> None:
 
 
 def tf32_matmul() -> AbstractContextManager[None]:
-    """Use TF32 for float32 matmuls on NVIDIA GPUs inside the `with` block, which is several times faster.
-
-    Losses and similarities need full precision, because the differences between similarities are small.
-    """
+    """Use TF32 for float32 matmuls on NVIDIA GPUs inside the `with` block. Similarities need full precision."""
     return float32_matmul_precision("high") if torch.cuda.is_available() else nullcontext()
 
 

@@ -31,15 +31,10 @@ def check_templates(templates: Sequence[str], name: str = "templates") -> None:
 
 @dataclass(frozen=True)
 class QueryTemplates:
-    """Prompt templates for short queries. Longer queries are encoded unchanged.
+    """Prompt templates for short queries. Longer queries are encoded unchanged."""
 
-    Attributes:
-        templates: Prompt templates, such as "a photo of a {}".
-        max_words: A query is short if it has at most this many words (1 to `MAX_TEMPLATE_WORDS`).
-    """
-
-    templates: tuple[str, ...] = ()
-    max_words: int = MAX_TEMPLATE_WORDS
+    templates: tuple[str, ...] = ()  # such as "a photo of a {}"
+    max_words: int = MAX_TEMPLATE_WORDS  # maximum number of words of a short query
 
     def __post_init__(self) -> None:
         check_templates(self.templates)

@@ -113,10 +113,7 @@ def find_published_template(path: str | Path) -> str | None:
 
 
 def find_adapter(source: str | Path) -> Path | None:
-    """Return the local folder of a PEFT adapter, or None if `source` is not a PEFT adapter.
-
-    `source` is a folder, a hub id, or a hub id followed by a subfolder (OWNER/NAME/SUBFOLDER).
-    """
+    """Return the local folder of a PEFT adapter (folder, hub id or OWNER/NAME/SUBFOLDER), or None for other sources."""
     folder = Path(source)
     if not folder.is_dir():
         folder = _download_adapter(str(source)) or folder
@@ -128,13 +125,8 @@ def find_adapter(source: str | Path) -> Path | None:
 def load_adapter_encoder(sources: Sequence[str | Path], device: str | torch.device = "cpu") -> CaptionEncoder:
     """Load a caption encoder in float32 and merge a chain of LoRA adapters into its LLM.
 
-    Args:
-        sources: adapters (see `find_adapter`) in the order in which they were trained. The first item may also be the
-            base LLM. Otherwise, the base LLM is taken from the first adapter's adapter_config.json.
-
-    Raises:
-        FileNotFoundError: the base LLM does not exist.
-        ValueError: a source is not a LoRA adapter, does not match the LLM, or has unsupported settings.
+    The adapters (see `find_adapter`) must be in the order in which they were trained. The first source may also be the
+    base LLM. Otherwise, the base LLM is taken from the first adapter's adapter_config.json.
     """
     base, adapters = _resolve_adapter_chain(sources)
     try:

@@ -34,10 +34,7 @@ CHECKED_TEXTS = ("a", "Two dogs, running.", "一只猫", "1")  # the template mu
 
 
 def export_transformers(model: LLM2CLIP, folder: Path) -> None:
-    """Write a folder that transformers can load without this package, with `trust_remote_code=True`.
-
-    Raise ValueError if the format cannot represent the caption encoder.
-    """
+    """Write a folder that transformers can load without this package, with `trust_remote_code=True`."""
     exported = build_export_model(model)
     exported.config.architectures = [LLM2CLIPExport.__name__]
     module = Path(modeling_llm2clip.__file__).stem
@@ -58,10 +55,7 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
 
 
 def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
-    """Write a folder that both sentence-transformers and transformers can load, with `trust_remote_code=True`.
-
-    `SentenceTransformer.encode` accepts texts and PIL images. For errors, see `export_transformers`.
-    """
+    """Write a folder that both sentence-transformers and transformers can load, with `trust_remote_code=True`."""
     export_transformers(model, folder)
     modalities = {
         "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
@@ -82,8 +76,7 @@ def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
 def export_vision(model: LLM2CLIP, folder: Path) -> None:
     """Write the vision tower, without the projection, for models that need patch features, such as LLaVA.
 
-    `AutoModel.from_pretrained` can load the folder without remote code. Raise ValueError if transformers has no model
-    class for the tower.
+    `AutoModel.from_pretrained` can load the folder without remote code.
     """
     build_vision_model(model.tower).save_pretrained(folder)
     _write_json(folder / "preprocessor_config.json", model.tower.preprocess.to_dict())
@@ -91,10 +84,7 @@ def export_vision(model: LLM2CLIP, folder: Path) -> None:
 
 @torch.no_grad()
 def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
-    """Copy a model into a float32 transformers model on the CPU, in eval mode.
-
-    Raise ValueError if the format cannot represent the caption encoder.
-    """
+    """Copy a model into a float32 transformers model on the CPU, in eval mode."""
     check_pooling(model.encoder)
     encoder = CaptionEncoder(copy.deepcopy(model.encoder.st).cpu().float())
     llm = encoder.llm
@@ -217,10 +207,7 @@ def build_vision_model(tower: VisionTower) -> Any:
 
 
 def build_tokenizer(encoder: CaptionEncoder) -> Any:
-    """Return a copy of the encoder's tokenizer that also strips each text and adds the template's tokens around it.
-
-    Raise ValueError if the template affects how the text after it is tokenized.
-    """
+    """Return a copy of the encoder's tokenizer that also strips each text and adds the template's tokens around it."""
     from tokenizers import normalizers
 
     is_static = encoder.is_static

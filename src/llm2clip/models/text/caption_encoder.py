@@ -397,10 +397,7 @@ class CaptionEncoder(nn.Module):
 
 
 def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) -> CaptionEncoder:
-    """Load a caption encoder onto a device. Keep only the weights needed at the `evaluate` stage's precision.
-
-    `options` are passed to `CaptionEncoder.from_pretrained`.
-    """
+    """Load a caption encoder onto a device, with only the weights needed at the `evaluate` stage's precision."""
     encoder = CaptionEncoder.from_pretrained(path, device="cpu", **options)
     precision = resolve_precision("evaluate", "auto", device, lambda: calibrate_precision(encoder, device))
     encoder.move_for_encoding(device, precision)

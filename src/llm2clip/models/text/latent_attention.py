@@ -24,11 +24,7 @@ MLP_EXPANSION = 4
 
 
 class LatentAttentionPooling(Pooling):
-    """sentence-transformers module that applies latent attention and an MLP to each token, then mean-pools the results.
-
-    Attributes:
-        latents: trained vectors, of shape (num_latents, embedding_dimension).
-    """
+    """sentence-transformers module that applies latent attention and an MLP to each token before mean pooling."""
 
     config_keys = ["embedding_dimension", "include_prompt", "num_latents", "num_heads", "head_dim"]  # noqa: RUF012
 

@@ -88,10 +88,7 @@ def _load_transformer(path: str) -> Transformer:
 
 
 class _StrictTransformer(Transformer):
-    """Transformer module that raises ValueError if weights are missing from the checkpoint.
-
-    Without this check, transformers would only warn and initialise the missing weights randomly.
-    """
+    """Transformer module that raises ValueError for missing weights, which transformers would initialise randomly."""
 
     @hide_load_report()
     def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
@@ -199,11 +196,7 @@ def truncate_layers(llm: Any, count: int) -> None:
 
 
 def set_bidirectional(llm: Any, bidirectional: bool) -> None:
-    """Make a model's attention bidirectional (True) or causal (False).
-
-    transformers >= 5.2 reads `config.is_causal` in every forward pass, with any attention implementation, and saves it
-    with the model.
-    """
+    """Make a model's attention bidirectional or causal. transformers saves `config.is_causal` with the model."""
     if is_encoder_only(llm):
         if not bidirectional:
             raise ValueError(f"{type(llm).__name__} is a bidirectional encoder: it cannot be made causal")
@@ -236,10 +229,7 @@ class LoraSession:
         transformer.model.to(device)
 
     def finish(self) -> None:
-        """Merge LoRA into the original weights in place, on the CPU and in float32.
-
-        The CPU is used because the float32 weights may not fit in the device's memory.
-        """
+        """Merge LoRA into the original weights in place, in float32, which may only fit in the CPU's memory."""
         transformer = self.encoder.st[0]
         model = transformer.model
         model = self._restore_original_layers(model) if self.original_layers else model.to("cpu")
@@ -264,10 +254,7 @@ def check_qlora_available() -> None:
 
 
 def cast_frozen_linear_layers(llm: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the frozen linear layers to `dtype`.
-
-    Norms and token embeddings keep their dtype, because their rounding errors would affect all later layers.
-    """
+    """Cast the frozen linear layers, but not norms and embeddings, whose rounding errors affect all later layers."""
     for module in llm.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.to(dtype)

@@ -130,10 +130,9 @@ class DenseEncoder:
 def build_dense_encoder(
     tower: VisionTower, project: Callable[[Tensor], Tensor], precision: Precision = FP32
 ) -> DenseEncoder:
-    """Build a dense encoder that shares the weights of a vision tower in eval mode.
+    """Build a dense encoder that shares the weights of a vision tower in eval mode and its image projection.
 
-    `project` maps pooled features of shape (N, feature_dim) to the shared embedding space. Raise ValueError if the
-    tower's architecture has no grid of cells.
+    Raise ValueError if the tower's architecture has no grid of cells.
     """
     cell_size = _get_cell_size(tower)
     device = tower.mean.device

@@ -240,10 +240,7 @@ def _compute_transformers_depths(names: list[str]) -> dict[str, int]:
 
 
 def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
-    """Add LoRA (arXiv 2106.09685) to the linear layers and 1 x 1 convolutions in the tower's blocks.
-
-    All original weights are frozen. Raise ValueError if the tower has no layer that supports LoRA.
-    """
+    """Freeze the tower, and add LoRA (arXiv 2106.09685) to the linear layers and 1 x 1 convolutions in its blocks."""
     modules = list(tower.backbone.named_modules())
     # nn.MultiheadAttention uses the weights of its sublayers without calling them, so LoRA would have no effect.
     attention_prefixes = tuple(f"{name}." for name, m in modules if isinstance(m, nn.MultiheadAttention))
