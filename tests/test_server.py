@@ -27,7 +27,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from fastapi import Request, Response
-from httpx import Client
 from PIL import Image
 from pyarrow import parquet
 from starlette.testclient import TestClient
@@ -923,17 +922,12 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-SERVE = "import sys; from llm2clip.cli import main; sys.exit(main(sys.argv[1:]))"
-
-
 @contextmanager
-def serving_process(
-    script: str, *options: str | Path, token: str | None = None
-) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
+def serving_process(script: str, model: Path) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
     """Run `serve` in a process with a script around it, and yield the process, its address and its port."""
-    command = [sys.executable, "-c", script, "serve", *map(str, options), "--port", "0"]
-    command += ["--timeout", str(HANG_TIMEOUT), "--precision", "fp32", *(["--no_token"] if token is None else [])]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "LLM2CLIP_TOKEN": token or ""}
+    command = [sys.executable, "-c", script, "serve", "--model", str(model), "--port", "0", "--no_token"]
+    command += ["--timeout", str(HANG_TIMEOUT), "--precision", "fp32"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, env=env, text=True, **pipes) as server:
         try:
@@ -945,7 +939,7 @@ def serving_process(
 
 def test_serve_completes_requests_after_sigterm(model_folder: Path) -> None:
     """Starts a real server process, and stops it while it processes a request."""
-    with ThreadPoolExecutor(1) as clients, serving_process(SERVE_WITH_PAUSED_MODEL, "--model", model_folder) as process:
+    with ThreadPoolExecutor(1) as clients, serving_process(SERVE_WITH_PAUSED_MODEL, model_folder) as process:
         server, address, port = process
         response = clients.submit(post_json, f"{address}embed", {"input": ["a", "b"]})
         read_until(server, "Encoding\n")
@@ -960,20 +954,20 @@ def test_serve_completes_requests_after_sigterm(model_folder: Path) -> None:
 SERVE_WITH_ENDLESS_DECODING = """
 import sys, time
 from llm2clip.cli import main
-from llm2clip.search import images, server
+from llm2clip.search import inference, server
 
-def decode(data, max_pixels):
+def decode(image, max_pixels):
     print("Decoding", flush=True)
     time.sleep(1_000_000)
 
-images.RequestImage.load = decode
+inference.load_query_image = decode
 server.SHUTDOWN_TIMEOUT = 0.1
 sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_serve_stops_after_sigterm_although_a_decoder_never_returns(model_folder: Path) -> None:
-    with serving_process(SERVE_WITH_ENDLESS_DECODING, "--model", model_folder) as (server, _, port):
+    with serving_process(SERVE_WITH_ENDLESS_DECODING, model_folder) as (server, _, port):
         body = json.dumps({"input": data_uri(b"x")})
         with socket.create_connection(("127.0.0.1", port)) as client:
             head = "POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -984,19 +978,21 @@ def test_serve_stops_after_sigterm_although_a_decoder_never_returns(model_folder
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
-def test_processes_share_an_index_and_sessions(
-    kind: str, tmp_path: Path, image_folder: Path, model_folder: Path, dual_encoder: DualEncoder
+def test_servers_share_an_index_and_sessions(
+    kind: str, tmp_path: Path, image_folder: Path, dual_encoder: DualEncoder
 ) -> None:
-    """Two processes with the same token answer in turn, as behind a proxy, while a third one changes the index."""
+    """Two servers with the same token answer in turn, as behind a proxy, while another program changes the index."""
     index = create_backend(kind, tmp_path / "index")
     photos = tmp_path / "photos"
     photos.mkdir()
     shutil.copy(image_folder / "0.png", photos)
     index_sources([photos], dual_encoder, index)
-    options = ("--index", get_location(kind, tmp_path / "index"), "--model", model_folder)
+    limits, access = Limits(timeout=HANG_TIMEOUT), Access(token="secret")
     with ExitStack() as stack:
-        processes = [stack.enter_context(serving_process(SERVE, *options, token="secret")) for _ in range(2)]
-        clients = [stack.enter_context(Client(base_url=address)) for _, address, _ in processes]
+        clients = []
+        for _ in range(2):
+            app = create_app(dual_encoder, open_backend(get_location(kind, tmp_path / "index")), limits, access)
+            clients.append(stack.enter_context(TestClient(app, base_url=BASE_URL, follow_redirects=False)))
         assert clients[0].get("/?token=secret").status_code == 303
         clients[1].cookies = clients[0].cookies
 
