@@ -28,7 +28,6 @@ from llm2clip.evaluate.regions import (
 )
 from llm2clip.evaluate.segmentation import segment_images
 from llm2clip.io_utils import DataFormatError, MissingFileError
-from test_dual_encoder import clip as clip  # the fixture
 
 # ---- reader --------------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,6 @@ from llm2clip.models.vision.segmentation import (
     segment,
 )
 from llm2clip.reports import Examples
-from test_dual_encoder import clip as clip  # the fixture
 
 SIZE = (8, 6)  # width and height of the generated images
 
