@@ -3,12 +3,13 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.io import savemat
 from torch import Tensor
 
 from llm2clip.data.image_refs import FileImage
@@ -20,6 +21,7 @@ from llm2clip.models.vision.dense import DenseEncoder
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 CELL = 4
+LABEL_SIZE = (8, 6)  # width and height of the images of `Layout`
 
 
 def colour_model(image_size: int = 16) -> DualEncoder:
@@ -126,3 +128,30 @@ def make_segmentation(folder: Path) -> SegmentationData:
         refs.append(FileImage(str(file)))
         labels.append(values)
     return SegmentationData(refs, labels.__getitem__, [["red"], ["green", "nothing"], ["blue"]], ["a {}"])
+
+
+class Layout(NamedTuple):
+    """Files of a data set with one image, relative to the root folder. `split` is the file that lists the image."""
+
+    image: str
+    labels: str
+    split: str = ""
+
+    def save(self, root: Path, values: list[int]) -> None:
+        """Save an image and a label file of size `LABEL_SIZE`. The values are repeated, row by row."""
+        for name in self:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", LABEL_SIZE, (10, 20, 30)).save(root / self.image)
+        pixels = np.resize(np.array(values, np.uint16), LABEL_SIZE[::-1])
+        if self.labels.endswith(".mat"):
+            savemat(root / self.labels, {"LabelMap": pixels})
+        else:
+            image = Image.fromarray(pixels.astype(np.uint8))
+            if "SegmentationClass" in self.labels:  # as in VOC, colours for viewers
+                image.putpalette(list(range(256)) * 3)
+            image.save(root / self.labels)
+        if self.split:
+            (root / self.split).write_text(Path(self.image).stem + "\n")
+
+
+VOC = Layout("JPEGImages/2007_1.jpg", "SegmentationClass/2007_1.png", "ImageSets/Segmentation/val.txt")

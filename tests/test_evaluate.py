@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from conftest import run_distributed
-from dense_fixtures import COLOURS, make_coco
+from dense_fixtures import COLOURS, VOC, make_coco
 from format_fixtures import write_jsonl
 from llm2clip.cli import main
 from llm2clip.config import EvaluateOptions
@@ -28,7 +28,6 @@ from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.loading import get_display_names
 from test_benchmarks import write
 from test_dual_encoder import clip as clip  # the fixture
-from test_segmentation import VOC
 
 
 @pytest.fixture

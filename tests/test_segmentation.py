@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from scipy.io import savemat
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, jaccard_score
 from torch import Tensor
 
-from dense_fixtures import CELL, colour_embeddings, make_coco, make_segmentation
+from dense_fixtures import CELL, LABEL_SIZE, VOC, Layout, colour_embeddings, make_coco, make_segmentation
 from llm2clip.data.images import load_image
 from llm2clip.evaluate.benchmarks import BENCHMARKS, get_benchmarks
 from llm2clip.evaluate.benchmarks.base import SegmentationData
@@ -42,34 +41,6 @@ from llm2clip.models.vision.segmentation import (
 )
 from llm2clip.reports import Examples
 
-SIZE = (8, 6)  # width and height of the generated images
-
-
-class Layout(NamedTuple):
-    """Files of a data set with one image, relative to the root folder. `split` is the file that lists the image."""
-
-    image: str
-    labels: str
-    split: str = ""
-
-    def save(self, root: Path, values: list[int]) -> None:
-        """Save an image and a label file of size `SIZE`. The values are repeated, row by row."""
-        for name in self:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", SIZE, (10, 20, 30)).save(root / self.image)
-        pixels = np.resize(np.array(values, np.uint16), (SIZE[1], SIZE[0]))
-        if self.labels.endswith(".mat"):
-            savemat(root / self.labels, {"LabelMap": pixels})
-        else:
-            image = Image.fromarray(pixels.astype(np.uint8))
-            if "SegmentationClass" in self.labels:  # as in VOC, colours for viewers
-                image.putpalette(list(range(256)) * 3)
-            image.save(root / self.labels)
-        if self.split:
-            (root / self.split).write_text(Path(self.image).stem + "\n")
-
-
-VOC = Layout("JPEGImages/2007_1.jpg", "SegmentationClass/2007_1.png", "ImageSets/Segmentation/val.txt")
 CONTEXT = Layout("VOC2010/JPEGImages/a.jpg", "VOC2010/trainval/a.mat", "VOC2010/ImageSets/Main/val.txt")
 CONTEXT_PNG = Layout(
     "VOC2010/JPEGImages/a.jpg",
@@ -114,7 +85,7 @@ def test_labels_are_read_as_class_indices(
     data = BENCHMARKS[name].load(BENCHMARKS[name].find(tmp_path))
     labels = data.read_labels(0)
     assert [str(image) for image in data.images] == [str(root / layout.image)]
-    assert labels.shape == (SIZE[1], SIZE[0]) and labels.dtype == np.uint8
+    assert labels.shape == LABEL_SIZE[::-1] and labels.dtype == np.uint8
     assert labels[labels != 255].max() < len(data.names)
     assert labels.flatten()[: len(values)].tolist() == expected
     assert {label: data.get_class_name(label) for label in names} == names
@@ -180,7 +151,7 @@ def test_invalid_label_files_are_reported(tmp_path: Path) -> None:
     file = root / VOC.labels
     with pytest.raises(DataFormatError, match=r"2007_1.png contains the label 21, which does not exist"):
         benchmark.load(root).read_labels(0)
-    Image.new("RGB", SIZE).save(file)
+    Image.new("RGB", LABEL_SIZE).save(file)
     with pytest.raises(DataFormatError, match=r"2007_1.png: label files must have one 8-bit channel \(got mode RGB\)"):
         benchmark.load(root).read_labels(0)
     VOC.save(root, [1])

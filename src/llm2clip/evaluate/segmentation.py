@@ -114,7 +114,8 @@ def segment_images(
                     writer.write(method, index, maps[method])
             if index not in example_indices:
                 maps = {}
-            results[index] = counts, {name: _downsample(label_map) for name, label_map in maps.items()}
+            step = -(-max(labels.shape) // EXAMPLE_SIDE)
+            results[index] = counts, {name: label_map[::step, ::step].copy() for name, label_map in maps.items()}
     results = gather_results(results, failures, data.images, embeddings.log)
     return SegmentationResult(
         images=list(results),
@@ -230,11 +231,6 @@ def _segment_and_count(
         for n, values in enumerate((correct[predicted == correct], correct, predicted)):
             counts[n] += np.bincount(values, minlength=num_classes)
     return counts, prediction
-
-
-def _downsample(labels: np.ndarray) -> np.ndarray:
-    step = -(-max(labels.shape) // EXAMPLE_SIDE)
-    return labels[::step, ::step].copy()
 
 
 def _make_palette(num_classes: int) -> np.ndarray:

@@ -310,12 +310,6 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(_SEPARATE_POSSESSIVE.sub("", text.lower()))
 
 
-def split_clauses(text: str) -> list[list[str]]:
-    """Split a text at punctuation marks, and return the lower-case words of each part."""
-    clauses = [split_words(part) for part in _PUNCTUATION.split(text)]
-    return [clause for clause in clauses if clause]
-
-
 def extract_caption_phrases(captions: Iterable[str], num_words: int) -> set[str]:
     """Return the phrases of `num_words` words that occur in an image's captions, in lower case.
 
@@ -326,7 +320,7 @@ def extract_caption_phrases(captions: Iterable[str], num_words: int) -> set[str]
     return {
         " ".join(phrase)
         for caption in captions
-        for clause in split_clauses(caption)
+        for clause in map(split_words, _PUNCTUATION.split(caption))
         for phrase in zip(*(clause[offset:] for offset in range(num_words)), strict=False)
         if _is_content_word(phrase[0]) and _is_content_word(phrase[-1])
     }
@@ -358,10 +352,15 @@ def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[Benchma
                     curves[result.model] = scores.plain
                     if scores.with_templates is not None:
                         curves[f"{result.model}, with templates"] = scores.with_templates
+            points = {}
+            for name, lengths in curves.items():
+                points[name] = [(length.mean_ap, *length.mean_ap_interval) for length in lengths]
+            labels = [length.words for length in next(iter(curves.values()))]
+            svg = plots.plot_interval_curves(points, labels, "words in the query", "mAP, %")
             blocks += [
                 Heading(f"{benchmark.name}, {field}: retrieval quality by query length"),
                 build_overview_table(curves, accuracies),
-                _plot_query_lengths(curves),
+                Figure(svg, "mAP by query length in words, with 95% confidence intervals."),
                 Paragraph(REPORT_NOTE),
                 _build_metrics_table(curves),
             ]
@@ -405,15 +404,6 @@ def _format_mean_ap_difference(first: LengthScores, other: LengthScores) -> str 
     differences = first.scores - other.scores
     interval = compute_mean_intervals(differences, bounds=(-1.0, 1.0))[:, 0].tolist()
     return format_with_interval(100 * float(differences[:, 0].mean()), interval, "+.1f")
-
-
-def _plot_query_lengths(curves: Curves) -> Figure:
-    points = {}
-    for name, lengths in curves.items():
-        points[name] = [(length.mean_ap, *length.mean_ap_interval) for length in lengths]
-    labels = [length.words for length in next(iter(curves.values()))]
-    svg = plots.plot_interval_curves(points, labels, "words in the query", "mAP, %")
-    return Figure(svg, "mAP by query length in words, with 95% confidence intervals.")
 
 
 def _build_metrics_table(curves: Curves) -> Table:
