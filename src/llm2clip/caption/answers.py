@@ -73,7 +73,6 @@ class CaptionRequest:
 
     @property
     def text(self) -> str:
-        """The prompt's text for this image."""
         return self.prompt.fill(self.caption)
 
 
@@ -152,7 +151,6 @@ def clean_answer(text: str, truncated: bool, input_tokens: int = 0, output_token
 
 
 def _strip_markup(text: str) -> str:
-    """Return a text as one line without markdown, labels, invisible characters and surrounding quotes."""
     text = _MARKDOWN_LINE.sub("", text)
     text = " ".join(_INVISIBLE.sub("", _CONTROL.sub(" ", text)).split())
     text = _EMPHASIS.sub(r"\2", text)

@@ -105,7 +105,6 @@ class EndpointCaptioner:
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def describe(self) -> list[str]:
-        """Return lines that say where images are sent, and a warning if the connection is not encrypted."""
         lines = [f"Images are sent to {self.url.scheme}://{self.url.netloc.decode()} (model {self.name})."]
         if self.url.scheme == "http" and not self.is_loopback:
             lines.append(

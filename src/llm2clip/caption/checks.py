@@ -234,23 +234,15 @@ WHERE answers.hash = checks.hash AND answers.sample = checks.sample AND answers.
 
 @dataclass
 class TextChecks:
-    """Result of `check_captions`.
+    """Result of `check_captions`."""
 
-    Attributes:
-        num_captions: Number of captions that were checked.
-        num_shortened: Number of captions from which an opening was removed.
-        openings: First words that more than `MIN_OPENING_SHARE` of the captions share, and their numbers of captions.
-        lengths: Number of captions with each number of words, for each kind of prompt.
-        languages: Expected language code of each prompt's captions, by prompt name. None if it is unknown.
-        max_images: A caption of more images than this fits many images.
-    """
-
-    num_captions: int = 0
-    num_shortened: int = 0
+    num_captions: int = 0  # that were checked
+    num_shortened: int = 0  # number of captions from which an opening was removed
+    # First words that more than `MIN_OPENING_SHARE` of the captions share, and their numbers of captions.
     openings: list[tuple[str, int]] = field(default_factory=list)
-    lengths: dict[Kind, Counter[int]] = field(default_factory=dict)
-    languages: dict[str, str | None] = field(default_factory=dict)
-    max_images: int = 0
+    lengths: dict[Kind, Counter[int]] = field(default_factory=dict)  # captions with each number of words
+    languages: dict[str, str | None] = field(default_factory=dict)  # expected code per prompt name; None if unknown
+    max_images: int = 0  # a caption of more images than this fits many images
 
 
 def check_captions(
@@ -280,7 +272,6 @@ def check_captions(
 def _compare_captions(
     database: CaptionDatabase, prompts: Sequence[Prompt], language: str | None, checks: TextChecks
 ) -> None:
-    """Compare the rows of the temporary table, and set their problems."""
     db = database.connection
     for position, prompt in enumerate(prompts):
         code = find_language_code(language) if language else _find_main_language(database, position)
@@ -346,17 +337,11 @@ def _find_common_openings(database: CaptionDatabase, num_captions: int) -> list[
 
 @dataclass
 class ScoredCaptions:
-    """Result of `score_captions`.
+    """Result of `score_captions`."""
 
-    Attributes:
-        num_captions: Number of captions that were compared with their images.
-        sample_size: Number of images to which each caption was compared.
-        unreadable: Images that could not be decoded, and why. Their captions are not scored.
-    """
-
-    num_captions: int = 0
-    sample_size: int = 0
-    unreadable: dict[str, str] = field(default_factory=dict)
+    num_captions: int = 0  # that were compared with their images
+    sample_size: int = 0  # number of images to which each caption was compared
+    unreadable: dict[str, str] = field(default_factory=dict)  # images that could not be decoded, and why
 
 
 def score_captions(

@@ -77,32 +77,22 @@ class AnswerKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StoredAnswer:
-    """A row of the table `answers`. The order of the fields is the order of the columns.
-
-    Attributes:
-        text: The caption, or None if the request failed.
-        error: Why the last request failed, or None. An earlier caption is kept.
-        date: UTC date of the answer, such as 2026-11-29.
-        problem: Why quality control rejects the caption, or None.
-        score: Cosine similarity of the caption and its image in the model of `--check`.
-        rank: Fraction of other images that match the caption better in the model of `--check`, from 0 to 1.
-        text_hash: Hash of the prompt's text for this image, or None if the text is the same for all images.
-    """
+    """A row of the table `answers`. The order of the fields is the order of the columns."""
 
     hash: str
     prompt: str
     sample: int
     model: str
-    text: str | None
-    error: str | None
+    text: str | None  # the caption, or None if the request failed
+    error: str | None  # why the last request failed; an earlier caption is kept
     temperature: float
-    date: str
+    date: str  # UTC, such as 2026-11-29
     input_tokens: int = 0
     output_tokens: int = 0
-    problem: str | None = None
-    score: float | None = None
-    rank: float | None = None
-    text_hash: str | None = None
+    problem: str | None = None  # why quality control rejects the caption
+    score: float | None = None  # cosine similarity of the caption and its image in the model of `--check`
+    rank: float | None = None  # fraction of other images that match the caption better in this model
+    text_hash: str | None = None  # of the prompt's text for this image; None if it is the same for all images
 
     @property
     def key(self) -> AnswerKey:
@@ -111,22 +101,13 @@ class StoredAnswer:
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
-    """A row of the table `images`: a record of the sources.
+    """A row of the table `images`: a record of the sources."""
 
-    Attributes:
-        number: Position of the record in the sources, from 0.
-        key: Identifies the image reference in its source.
-        hash: SHA-256 of the image's bytes.
-        record: The record without generated captions, as written to the output. Its `image` is relative to the folder
-            of the output, or absolute.
-        version: Size and modification time of the image file, or None if the image is not a local file.
-    """
-
-    number: int
-    key: str
-    hash: str
-    record: dict[str, Any]
-    version: str | None = None
+    number: int  # position of the record in the sources, from 0
+    key: str  # identifies the image reference in its source
+    hash: str  # SHA-256 of the image's bytes
+    record: dict[str, Any]  # without generated captions; a relative `image` is relative to the output
+    version: str | None = None  # size and modification time of the image file; None if it is not a local file
 
 
 class CaptionDatabase:
@@ -191,12 +172,10 @@ class CaptionDatabase:
             self.connection.execute(_REMOVE_LISTED)
 
     def find_image(self, key: str) -> ImageRow | None:
-        """Return the image with this key, or None."""
         row = self.connection.execute("SELECT * FROM images WHERE key = ?", (key,)).fetchone()
         return None if row is None else _to_image_row(row)
 
     def read_image(self, number: int) -> ImageRow:
-        """Return the record with this number."""
         row = self.connection.execute("SELECT * FROM images WHERE number = ?", (number,)).fetchone()
         return _to_image_row(row)
 
@@ -206,7 +185,6 @@ class CaptionDatabase:
         return self.connection.execute(query, (image_hash,)).fetchone() is not None
 
     def count_images(self) -> int:
-        """Return the number of distinct images."""
         ((count,),) = self.connection.execute("SELECT count(DISTINCT hash) FROM images")
         return int(count)
 
@@ -281,7 +259,6 @@ class CaptionDatabase:
         return self.connection.execute(query.format(prompts=condition), (model, *samples, *parameters)).fetchall()
 
     def count_tokens(self, model: str) -> tuple[int, int]:
-        """Return the number of input and output tokens of all answers of a model."""
         query = "SELECT coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0) FROM answers WHERE model = ?"
         ((input_tokens, output_tokens),) = self.connection.execute(query, (model,))
         return int(input_tokens), int(output_tokens)
@@ -308,7 +285,6 @@ def _to_image_row(row: tuple[int, str, str, str, str | None]) -> ImageRow:
 
 
 def _merge_records(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Return the first record with the texts of both records."""
     texts = {
         name: list(dict.fromkeys([*first.get(name, []), *values]))
         for name, values in second.items()

@@ -176,7 +176,6 @@ def _hash_file(image: FileImage, earlier: ImageRow | None) -> tuple[str, str]:
 
 
 def _copy_image(data: bytes, output: CaptionOutput) -> tuple[str, str]:
-    """Copy an image to the images folder if it is not there yet. Return its path and hash."""
     image_hash = hashlib.sha256(data).hexdigest()
     image_format = (open_header(BytesIO(data)).format or "").lower()
     suffix = {"jpeg": "jpg", "mpo": "jpg", "heif": "heic"}.get(image_format, image_format)
@@ -195,7 +194,6 @@ def _is_caption_output(path: str) -> bool:
 
 
 def _is_copied_image(image: str) -> bool:
-    """Return True if an image was copied by a captioning run. Its name consists of its hash and a suffix."""
     folder, name = os.path.split(image)
     return _COPIED_IMAGE.fullmatch(name) is not None and _is_images_folder(folder)
 
@@ -291,30 +289,20 @@ def _open_jsonl(file: Path) -> Iterator[TextIO]:
 
 @dataclass(frozen=True)
 class CaptionReport:
-    """Results of a captioning run that are shown in its report.
+    """Results of a captioning run that are shown in its report."""
 
-    Args:
-        sources: Sources as given by the user.
-        model: Name of the captioner.
-        scores: Result of the comparison with the images, or None if the captions were not compared.
-        encoder: Name of the dual encoder with which the captions were compared.
-        cost: Cost of all answers, or None if no price is known.
-        seconds: Duration of this run.
-    """
-
-    sources: Sequence[str]
-    model: str
+    sources: Sequence[str]  # as given by the user
+    model: str  # name of the captioner
     prompts: Sequence[Prompt]
     checks: TextChecks
-    scores: ScoredCaptions | None = None
-    encoder: str | None = None
+    scores: ScoredCaptions | None = None  # None if the captions were not compared with their images
+    encoder: str | None = None  # name of the dual encoder with which the captions were compared
     max_rank: float | None = None
-    cost: float | None = None
-    seconds: float = 0.0
+    cost: float | None = None  # of all answers; None if no price is known
+    seconds: float = 0.0  # duration of this run
 
 
 def write_caption_report(file: Path, database: CaptionDatabase, report: CaptionReport) -> None:
-    """Write a report with images and captions as a self-contained HTML page."""
     blocks = build_blocks(database, report)
     cards = [_make_card(database, row, report) for row in find_worst_images(database, report)]
     if cards:
@@ -326,7 +314,6 @@ def write_caption_report(file: Path, database: CaptionDatabase, report: CaptionR
 
 
 def describe_captions(database: CaptionDatabase, report: CaptionReport) -> str:
-    """State in words how many captions were rejected and why, and how many requests failed."""
     num_captions = report.checks.num_captions
     problems = database.count_problems(report.model, report.prompts)
     num_failed = sum(count for _, count, _ in database.count_errors(report.model, report.prompts, MAX_ERRORS))
@@ -346,7 +333,6 @@ def describe_captions(database: CaptionDatabase, report: CaptionReport) -> str:
 
 
 def build_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block]:
-    """Return the tables of a report."""
     checks = report.checks
     blocks = [*_build_summary(database, report), *_build_problems(database, report)]
     rows = []
@@ -425,7 +411,6 @@ def find_worst_images(database: CaptionDatabase, report: CaptionReport) -> list[
 
 
 def _make_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) -> Example:
-    """Return an image's thumbnail and captions. If the image cannot be decoded, the card shows the error."""
     file = find_image_file(database, row)
     jpeg, error = None, ""
     try:
@@ -448,6 +433,5 @@ def _make_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) 
 
 
 def shorten_text(text: str) -> str:
-    """Truncate a text for a report."""
     is_long = len(text) > MAX_TEXT_CHARACTERS
     return to_valid_unicode(f"{text[:MAX_TEXT_CHARACTERS]} … ({len(text):,} characters)" if is_long else text)

@@ -73,7 +73,6 @@ class CaptionOptions:
             raise ValueError(f"--price must be two numbers of at least 0 (got {self.price[0]:g} {self.price[1]:g})")
 
     def compute_cost(self, input_tokens: int, output_tokens: int) -> float:
-        """Return the cost of tokens, or 0 if no price is known."""
         input_price, output_price = self.price or (0.0, 0.0)
         return (input_tokens * input_price + output_tokens * output_price) / 1e6
 

@@ -63,7 +63,6 @@ class CaptionSummary:
     skipped: str  # summary of the skip log
 
     def format_lines(self, output: CaptionOutput) -> list[str]:
-        """Return lines that summarise the result."""
         lines = [self.report, ""] if self.report else []
         lines += [
             f"Captions: {output.records} ({self.captions:,} captions of {self.records:,} records)",
@@ -300,11 +299,9 @@ class _CaptionRun:
 
     @property
     def seconds(self) -> float:
-        """Duration of this run."""
         return time.monotonic() - self._started_at
 
     def ask_all(self) -> None:
-        """Ask for all missing captions of this rank's images."""
         state, model = process_state(), self.captioner.name
         num_stored = self.database.count_answers(model, self.prompts, only_captions=True)
         num_missing = self.database.count_images() * self._captions_per_image - num_stored
@@ -336,7 +333,6 @@ class _CaptionRun:
         self.captioner.stop()
 
     def count_missing(self) -> int:
-        """Return the number of captions that no rank has requested."""
         num_answers = self.database.count_answers(self.captioner.name, self.prompts)
         return self.database.count_images() * self._captions_per_image - num_answers
 

@@ -26,7 +26,6 @@ CAPTIONS_FILE = "captions.jsonl"  # captions written by `fit --caption` in the r
 
 
 def add_commands(commands: Commands) -> None:
-    """Add this module's command."""
     parser = commands.add(
         "caption", _caption, "Caption images with a multimodal model. Run the command again to resume."
     )
@@ -80,7 +79,6 @@ def _load_inputs(options: CaptionOptions) -> tuple[Callable[..., list[str]], Any
 
 
 def add_fit_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of `fit` for captions by a model."""
     parser.add_argument(
         "--caption",
         type=str,

@@ -53,7 +53,6 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         return super().parse_args(args, *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print an error message and exit with status 2."""
         parser: Any = self
         words = list(self._words)
         while words and parser._subcommands_action is not None and words[0] in parser._subcommands_action.choices:
@@ -288,7 +287,6 @@ TYPE_DESCRIPTIONS: dict[type, str] = {
 
 
 def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> None:
-    """Add the arguments shared by all commands that read data sets."""
     parser.add_argument(
         "--columns",
         type=Columns,
@@ -343,5 +341,4 @@ def format_column_flags(columns: dict[str, str]) -> list[str]:
 
 
 def select_arguments(args: Namespace, *names: str) -> dict[str, Any]:
-    """Return the arguments with these names as a dict, for example to pass them as keyword arguments."""
     return {name: args[name] for name in names}

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Commands) -> None:
-    """Add this module's commands."""
     parser = commands.add(
         "convert",
         _convert,

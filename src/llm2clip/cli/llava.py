@@ -16,7 +16,6 @@ SECTIONS.add("llava")
 
 
 def add_commands(commands: Commands) -> None:
-    """Add this module's commands."""
     llava = commands.add_group("llava", "Build and train a multimodal LLM: LLaVA-1.5 with any vision tower.")
 
     parser = llava.add("build", _build, "Combine a vision tower and a causal LLM into an untrained multimodal model.")

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Commands) -> None:
-    """Add this module's commands."""
     parser = commands.add(
         "doctor", _run_doctor, "Check this machine and environment, and explain how to fix any problems."
     )
@@ -108,7 +107,6 @@ def make_machine(args: Namespace) -> Machine:
 
 
 def make_plan(args: Namespace) -> Plan:
-    """Plan a `fit` run from the arguments of the `plan` command."""
     from llm2clip.tools.plan import plan_fit
 
     config = FitConfig(**select_arguments(args, "encoder", "tune", "embed", "align"))

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Commands) -> None:
-    """Add this module's commands."""
     group = commands.add_group("store", "Check, repair, merge, export and import embedding stores.")
 
     parser = group.add("verify", _verify_store, "Read every shard and verify its checksum.")

@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Commands) -> None:
-    """Add this module's commands."""
     _add_fit(commands)
     _add_tune(commands)
     _add_embed(commands)
@@ -164,7 +163,6 @@ def _add_distill(commands: Commands) -> None:
 
 
 def add_stage_settings(parser: ArgumentParser) -> None:
-    """Add the settings of all training stages."""
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(TuneConfig, "tune")
     parser.add_class_arguments(EmbedConfig, "embed")

@@ -136,7 +136,6 @@ def sample_texts(table: RecordTable, field: str, count: int) -> Iterator[str]:
 
 
 def choose_evenly(length: int, count: int) -> np.ndarray:
-    """Return at most `count` evenly spaced indices of a sequence."""
     return np.linspace(0, length - 1, min(length, count)).astype(np.int64)
 
 
@@ -171,7 +170,6 @@ def describe_data(overview: DataOverview) -> str:
 
 
 def build_blocks(overview: DataOverview) -> list[Block]:
-    """Return the tables and plots of an overview."""
     return [
         *_build_summary(overview),
         *_build_captions(overview),
@@ -228,7 +226,6 @@ def _build_captions(overview: DataOverview) -> list[Block]:
 
 
 def _summarize(histogram: Histogram) -> list[str]:
-    """Return the median, the 95th percentile and the maximum as cells."""
     return [f"{value:,}" for value in (histogram.percentile(50), histogram.percentile(95), histogram.maximum)]
 
 
@@ -302,7 +299,6 @@ def _format_percent(count: int, total: int) -> str:
 
 
 def write_page(file: Path, overview: DataOverview, table: RecordTable) -> None:
-    """Write an overview with example images as a self-contained HTML page."""
     rows = np.flatnonzero(table.has_image)
     cards = [_make_card(table[int(row)]) for row in rows[choose_evenly(len(rows), NUM_EXAMPLES)]]
     blocks = build_blocks(overview)

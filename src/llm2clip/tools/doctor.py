@@ -40,7 +40,6 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """Severity: "bad", "note" or "ok"."""
         return "bad" if self.failed else "note" if self.fix else "ok"
 
 

@@ -88,7 +88,6 @@ class Plan:
 
     @cached_property
     def stage_hours(self) -> dict[str, float]:
-        """Duration of each stage, in hours."""
         tune, align, machine = self.config.tune, self.config.align, self.machine
         tune_texts = 2 * tune.steps * tune.batch_size * machine.count  # two texts per pair
         embed_flops = self.images * self.captions_per_image * self.text.forward
@@ -114,12 +113,10 @@ class Plan:
 
     @property
     def fits(self) -> dict[str, bool]:
-        """For each stage, True if it fits in the device's memory."""
         return {stage: fits_in_memory(parts, self.machine.device_spec.memory) for stage, parts in self.memory.items()}
 
     @property
     def store_bytes(self) -> float:
-        """Size of the embedding store in bytes."""
         dim = self.text.embed_dim
         bytes_per_caption = (2 * dim if self.config.embed.dtype == "float16" else dim + 4) + 16
         return self.images * self.captions_per_image * bytes_per_caption
@@ -213,7 +210,6 @@ def format_plan(plan: Plan, width: int = 110) -> str:
 
 
 def format_hours(hours: float) -> str:
-    """Format a duration in days, hours or minutes."""
     if hours >= 48:
         return f"{hours / 24:,.1f} days"
     return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"

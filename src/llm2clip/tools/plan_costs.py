@@ -114,7 +114,6 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
     two, three = (_measure_shortened_llm(config, tune, n, length, is_cpu) for n in (2, 3))
 
     def extrapolate(costs: Callable[[PassCosts], float]) -> float:
-        """Extrapolate the FLOPs per caption from two and three layers to all layers."""
         total = costs(two) + (len(layers) - 2) * (costs(three) - costs(two))
         return total * tokens / length
 
@@ -212,7 +211,6 @@ def measure_pass(
 
 
 def count_flops(run: Callable[[], Any]) -> float:
-    """Call `run` and return the FLOPs of its matmuls and convolutions."""
     with make_flop_counter() as counter:
         run()
     return float(counter.get_total_flops())
@@ -428,7 +426,6 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
 
 
 def build_llm(config: Any) -> Any:
-    """Build a language model on the meta device from its config, without the language modelling head."""
     from transformers import AutoModel
 
     with torch.device("meta"):

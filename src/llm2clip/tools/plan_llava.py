@@ -33,32 +33,19 @@ STAGES = ("pretrain", "instruct")
 
 @dataclass(frozen=True)
 class LlavaStage:
-    """Estimates for a training stage.
+    """Estimates for a training stage."""
 
-    Args:
-        name: `pretrain` or `instruct`.
-        config: Training settings, with the precision resolved for the device.
-        llm: Costs per conversation of the LLM's layers. The tokens include image tokens.
-        head: Number of weights in the language modelling head, even if they are tied to the input embeddings.
-        parameters: Number of parameters in each part of the model.
-        image_tokens: Number of tokens per image.
-        tower_flops: FLOPs per image of the vision tower's forward pass.
-        conversations: Number of conversations, each with a different image.
-        feature_bytes: Size of the cached patch features of all images.
-        cached: If True, patch features are cached, so training does not run the tower.
-    """
-
-    name: str
-    config: LlavaConfig
+    name: str  # pretrain or instruct
+    config: LlavaConfig  # with the precision resolved for the device
     machine: Machine
-    llm: TextCosts
-    head: int
-    parameters: dict[str, int]
-    image_tokens: int
-    tower_flops: float
-    conversations: int
-    feature_bytes: float
-    cached: bool
+    llm: TextCosts  # costs per conversation of the LLM's layers; the tokens include image tokens
+    head: int  # number of weights in the language modelling head, even if they are tied to the input embeddings
+    parameters: dict[str, int]  # number of parameters in each part of the model
+    image_tokens: int  # number of tokens per image
+    tower_flops: float  # FLOPs per image of the vision tower's forward pass
+    conversations: int  # number of conversations, each with a different image
+    feature_bytes: float  # size of the cached patch features of all images
+    cached: bool  # True if patch features are cached, so training does not run the tower
 
     @property
     def flops(self) -> float:
@@ -83,7 +70,6 @@ class LlavaStage:
 
     @property
     def hours(self) -> float:
-        """Wall-clock hours of the stage when all devices work in parallel."""
         epochs = self.config.pretrain_epochs if self.name == "pretrain" else self.config.epochs
         trained_on = self.conversations * epochs
         encoded_images = self.conversations if self.cached else trained_on

@@ -62,7 +62,6 @@ class Device:
         return setting.partition("+")[0]
 
     def get_peak_flops(self, setting: str) -> float:
-        """Return the peak FLOP/s for a precision setting."""
         return 1e12 * (self.full if self.resolve_precision(setting) == "fp32" else self.half)
 
 
@@ -119,7 +118,6 @@ class Machine:
 
     @property
     def num_shards(self) -> int:
-        """Number of devices across which each weight is sharded."""
         return self.count if self.use_fsdp else 1
 
     @property
@@ -250,7 +248,6 @@ def compute_peak_memory(parts: Parts) -> float:
 
 
 def fits_in_memory(parts: Parts, memory: float) -> bool:
-    """Return True if the peak memory fits on a device with `memory` GB."""
     return compute_peak_memory(parts) <= USABLE_FRACTION * memory * 1e9
 
 

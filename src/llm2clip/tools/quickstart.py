@@ -335,7 +335,6 @@ def _read_groups(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def _shortcode_to_name(shortcode: str) -> str:
-    """Convert a shortcode such as `:grinning_face:` to words."""
     return " ".join(shortcode.strip(":").replace("_", " ").split())
 
 
@@ -375,7 +374,6 @@ def _make_rows(emojis: Sequence[Emoji]) -> list[dict[str, Any]]:
 
 
 def _find_openmoji_id(char: str, svg_folder: Path) -> str | None:
-    """Return OpenMoji's id for an emoji, or None if it has no drawing."""
     for points in (char, char.replace(VARIATION_SELECTOR, "")):
         emoji_id = "-".join(f"{ord(point):04X}" for point in points)
         if (svg_folder / f"{emoji_id}.svg").is_file():
