@@ -37,6 +37,7 @@ from llm2clip.train.optim import select_trainable_weights
 class PassCosts:
     """FLOPs and bytes of a forward and backward pass, per item (for example, per image or caption)."""
 
+    trained: int  # number of parameters trained, in total and not per item
     forward: float
     backward: float
     saved: float  # bytes of activations saved by autograd
@@ -108,8 +109,6 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
     layers, parameters = get_layers(llm), count_parameters(llm)
     linear, largest_linear = _count_linear_weights(layers), max(_count_linear_weights(layer) for layer in layers)
     largest_matrix = max(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
-    trained = count_parameters(_prepare_llm(llm, tune), only_trained=True)
-
     length = max(1, round(tokens))
     two, three = (_measure_shortened_llm(config, tune, n, length, is_cpu) for n in (2, 3))
 
@@ -117,6 +116,7 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
         total = costs(two) + (len(layers) - 2) * (costs(three) - costs(two))
         return total * tokens / length
 
+    trained = two.trained + (len(layers) - 2) * (three.trained - two.trained)
     tune_forward = extrapolate(lambda costs: costs.forward)
     return TextCosts(
         tokens=tokens,
@@ -147,7 +147,7 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
     tower_parameters = count_parameters(tower)
     with torch.device("meta"):
         select_trainable_weights(model, config)  # freezes the tower, or adds LoRA layers, if configured
-    trained, layers = count_parameters(model, only_trained=True), tower.get_blocks()
+    layers = tower.get_blocks()
 
     def make_pixels(images: int) -> Tensor:
         return torch.zeros(images, 3, tower.preprocess.size, tower.preprocess.size, dtype=torch.uint8)
@@ -172,7 +172,7 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
         tower=tower_parameters,
         projection=count_parameters(model.projection),
         adapter=count_parameters(model.adapter),
-        trained=trained,
+        trained=image.trained,
         feature_dim=tower.feature_dim,
         embed_dim=model.config.embed_dim,
         captions=captions,
@@ -207,7 +207,14 @@ def measure_pass(
         saved_bytes[items] = saved.bytes
     backward = count_flops(output.sum().backward) if output.requires_grad else 0.0
     per_item = saved_bytes[2] - saved_bytes[1]
-    return PassCosts(forward, backward, per_item, sum(input_bytes), copies=saved_bytes[1] - per_item)
+    return PassCosts(
+        trained=count_parameters(model, only_trained=True),
+        forward=forward,
+        backward=backward,
+        saved=per_item,
+        layer_inputs=sum(input_bytes),
+        copies=saved_bytes[1] - per_item,
+    )
 
 
 def count_flops(run: Callable[[], Any]) -> float:
