@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from conftest import CAPTIONS, TUNE, Killed, TouchOnLoad, emulate_fsdp_launch, r
 from llm2clip.config import TuneConfig
 from llm2clip.data.pairs import Pair
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.runs.checkpoint import Checkpoints
 from llm2clip.runs.output_folder import read_metrics
 from llm2clip.train import tune as tune_module
 from llm2clip.train.optim import compute_cached_loss
@@ -353,23 +351,6 @@ def test_tune_does_not_resume_with_other_settings_or_data(llm: Path, tmp_path: P
     ):
         with pytest.raises(ValueError, match=rf"Cannot resume from .*{message}"):
             tune([data], open_encoder(llm), dataclasses.replace(TUNE, **change), tmp_path)
-
-
-def test_no_checkpoint_is_lost_if_the_clock_goes_back(
-    llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The Trainer can remove old checkpoints, and orders them by time in some versions."""
-    commit = Checkpoints.commit
-
-    def commit_at_an_earlier_time(self: Checkpoints, step: int) -> None:
-        commit(self, step)
-        os.utime(self.path(step), (1e9 - step, 1e9 - step))
-
-    monkeypatch.setattr(Checkpoints, "commit", commit_at_an_earlier_time)
-    tune([CAPTIONS], open_encoder(llm), TUNE, tmp_path)
-    checkpoints = sorted((tmp_path / "checkpoints").iterdir())
-    assert [checkpoint.name for checkpoint in checkpoints] == ["checkpoint-4", "checkpoint-6"]
-    assert all((checkpoint / "state-1.safetensors").is_file() for checkpoint in checkpoints)
 
 
 def test_pickles_in_a_checkpoint_are_not_executed(llm: Path, tmp_path: Path) -> None:

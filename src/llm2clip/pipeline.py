@@ -177,7 +177,6 @@ class Run:
         return pairs
 
     def _read_own_tuning_pairs(self) -> list[Sequence[TuningItem]]:
-        """Read the tuning data of the `tune` command."""
         config, columns = self.config.tune, self.config.columns
         if not (self.sources or config.data or config.text_pairs):
             raise ValueError("Nothing to tune on: pass caption sources, or text pairs with --tune.text_pairs")
@@ -453,7 +452,6 @@ def distill(options: DistillOptions, out: Path) -> Path:
 def _embed_distill_texts(
     data: DataSplits, options: DistillOptions, student: CaptionEncoder, teacher: Teacher, out: Path
 ) -> DistillTexts:
-    """Encode the training texts and the texts to evaluate on with the teacher. Return the training texts."""
     train = add_phrases(data.train)
     other_texts = Path(options.texts) if options.texts else None
     held_out_texts = [table.iterate_texts(CAPTION_FIELDS) for table in data.held_out.values()]

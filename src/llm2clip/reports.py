@@ -275,5 +275,4 @@ def _choose_cell_classes(text: str, statuses: Mapping[str, str]) -> str:
 
 
 def _is_number(text: str) -> bool:
-    """Return True if a cell contains only numbers and signs."""
     return re.fullmatch(r"[-+±–×x., \d%]+", text) is not None

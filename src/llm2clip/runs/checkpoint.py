@@ -406,7 +406,6 @@ def _iterate_state_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[s
 
 
 def _iterate_trained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and value of each trained parameter and of each buffer in the model's state dict."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name, parameter

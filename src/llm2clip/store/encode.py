@@ -321,7 +321,6 @@ def encode_image_batches(
 
 
 def _iter_shards(plan: WritePlan, description: str, unit: str) -> Iterator[tuple[int, list[str], ProgressBar]]:
-    """Yield (shard number, image indices or texts, progress bar) for each of this process's shards."""
     with plan.create_progress_bar(description, unit) as bar:
         for number in plan.list_local_shards():
             yield number, plan.read_captions(number), bar
@@ -417,7 +416,6 @@ def _run_workers(
     batch_tokens: int | None,
     precision: str,
 ) -> None:
-    """Encode and write all shards of the plan on the cluster."""
     import ray
     import ray.data
     from ray.exceptions import RayActorError

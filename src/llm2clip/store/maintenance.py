@@ -69,7 +69,6 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
 
 
 def _read_specs(folder: Path) -> tuple[list[StoreSpec], list[int]]:
-    """Return the specs of all readable shards, and the numbers of the shards whose keys files are unreadable."""
     specs, unreadable = [], []
     for number in layout.list_shard_numbers(folder):
         try:
@@ -87,7 +86,6 @@ def _delete_keys(folder: Path, number: int) -> str:
 
 
 def _delete_incomplete_shards(folder: Path) -> list[str]:
-    """Delete the files of shards that lack a keys or embeddings file; return the files' names."""
     complete = set(layout.list_shard_numbers(folder))
     deleted = []
     for path in sorted(folder.iterdir()):
@@ -132,7 +130,6 @@ def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingSto
 
 
 def _check_sources(folders: Sequence[Path]) -> StoreSpec:
-    """Check that the stores can be merged, and return their common spec."""
     if not folders:
         raise StoreError("no stores to merge")
     spec = layout.get_store_spec(layout.read_manifest(folders[0]))
@@ -220,7 +217,6 @@ def import_parquet(
 
 
 def _iter_parquet_rows(file: str | Path, source: pq.ParquetFile) -> Iterator[Rows]:
-    """Yield the rows of a Parquet file in batches of at most `PARQUET_BATCH_ROWS` rows."""
     try:
         for batch in source.iter_batches(PARQUET_BATCH_ROWS):
             yield _convert_batch(file, batch)

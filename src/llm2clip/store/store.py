@@ -65,7 +65,6 @@ class EmbeddingStore:
         self._index = self._open_index()
 
     def _open_index(self) -> KeyIndex:
-        """Open the key index; build it if it is missing or corrupt."""
         file = layout.index_path(self.folder, self.shards)
         if file.is_file():
             try:
@@ -178,11 +177,10 @@ class _RowReader:
         self.read_ahead = read_ahead and hasattr(mmap, "MADV_WILLNEED")
 
         def open_embeddings(n: int) -> np.memmap[Any, Any]:
-            array: Any = _open_array(
-                layout.embeddings_path(folder, shards[n].number), (shards[n].rows, embed_dim), stored_dtype
-            )
+            path = layout.embeddings_path(folder, shards[n].number)
+            array = _open_array(path, (shards[n].rows, embed_dim), stored_dtype)
             if self.read_ahead and array.size:
-                array._mmap.madvise(mmap.MADV_RANDOM)
+                array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
             return array
 
         def open_scales(n: int) -> np.memmap[Any, Any]:
@@ -236,7 +234,6 @@ class _RowReader:
         return np.concatenate(scales) if self.open_scales is not None else None
 
     def _request_pages(self, array: Any, rows: np.ndarray) -> None:
-        """Make the operating system read the pages of these rows in the background."""
         row_bytes = self.embed_dim * self.dtype.itemsize
         starts = rows * row_bytes + array.offset % mmap.ALLOCATIONGRANULARITY
         first_bytes = starts // mmap.PAGESIZE * mmap.PAGESIZE
@@ -358,7 +355,6 @@ def _look_up_fields(table: RecordTable, source: CaptionSource, fields: Sequence[
 
 
 def _split_table(table: RecordTable, field: str, source: CaptionSource) -> list[_LookUp]:
-    """Split a table into parts that are cheap to send to another process."""
     column = table.resolve_field(field)
     assert column is not None
     size = max(BATCH_ROWS, -(-len(table) // (TASKS_PER_CORE * count_cores())))
@@ -367,7 +363,6 @@ def _split_table(table: RecordTable, field: str, source: CaptionSource) -> list[
 
 
 def _look_up(task: _LookUp) -> CaptionRows:
-    """Find the texts of one field in the store, a batch at a time."""
     table, field, source = task
     if field == "phrases" and isinstance(source, EmbeddingStore):
         find_rows = _make_phrase_finder(source)

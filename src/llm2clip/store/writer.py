@@ -320,7 +320,6 @@ def shard_path(incoming: Path, shard: int) -> Path:
 
 
 def _select_captions(file: Path, mask: np.ndarray) -> Iterator[str]:
-    """Yield the captions in a Parquet file for which `mask` is True."""
     start = 0
     with pq.ParquetFile(file) as captions:
         for batch in captions.iter_batches(CHUNK_SIZE):

@@ -168,7 +168,6 @@ def _open_batches(
 
 
 def _pin_batches(data: AlignBatches, first_step: int, device: torch.device) -> Generator[Batch]:
-    """Yield the batches, in pinned memory if the device is a GPU."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # in this thread; otherwise, pinning would also use memory on the first GPU
     with closing(data.batches(first_step)) as batches:

@@ -507,7 +507,6 @@ def distill(
 def _iterate_batches(
     data: DistillTexts, loop: StepLoop, texts_per_step: int, steps_per_epoch: int
 ) -> Iterator[np.ndarray]:
-    """Yield the indices of this rank's texts for each remaining step."""
     rank, world_size = loop.accelerator.process_index, loop.accelerator.num_processes
     first_epoch, first_step = divmod(loop.checkpoints.step, steps_per_epoch)
     for epoch in count(first_epoch):

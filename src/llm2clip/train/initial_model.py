@@ -88,7 +88,6 @@ def load_pretrained_parts(config: AlignConfig) -> PretrainedParts:
 
 @torch.no_grad()
 def _check_tower(tower: VisionTower, config: AlignConfig) -> None:
-    """Raise ValueError if a tower does not support the image size."""
     if config.image_size is None:
         return
     try:
@@ -276,7 +275,6 @@ def find_training_texts(records: RecordTable, store: EmbeddingStore, clip_store:
 def _load_embeddings(
     texts: TrainingTexts, store: EmbeddingStore, clip_store: EmbeddingStore, device: torch.device, items: np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    """Return the LLM and CLIP embeddings of the texts with the given indices, in float32 on the device."""
     embeddings = torch.from_numpy(store.take(texts.rows[items])).to(device)
     return embeddings, torch.from_numpy(clip_store.take(texts.clip_rows[items])).to(device)
 

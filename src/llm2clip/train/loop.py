@@ -208,7 +208,6 @@ class StepLoop:
         vars(self.model).pop("_is_accelerate_prepared", None)  # so that later training uses autocast again
 
     def _update_weights(self, result: StepResult) -> tuple[Tensor, Tensor]:
-        """Run the optimizer step. Return the mean loss over all ranks and the gradient norm before clipping."""
         loss = self.accelerator.reduce(result.loss, "mean")
         grad_norm = full_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM))
         self.optimizer.step()
@@ -268,7 +267,6 @@ class StepReport:
         self._report(pending=0)
 
     def _report(self, pending: int) -> None:
-        """Report all steps except the last `pending` ones."""
         while len(self._pending) > pending:
             step, result, step_metrics, values = self._pending.pop(0)
             loss, grad_norm, *others = values.read()

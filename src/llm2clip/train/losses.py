@@ -100,7 +100,6 @@ def _apply_loss(
     image_of_text: Tensor | None,
     *layout: Any,
 ) -> Tensor:
-    """Call an autograd function with float32 tensors and with autocast disabled."""
     tensors = [torch.as_tensor(x, device=image.device, dtype=torch.float32).reshape(()) for x in scalars]
     if image_of_text is None:
         image_of_text = torch.arange(len(text), device=text.device)

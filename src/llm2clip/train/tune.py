@@ -168,7 +168,6 @@ def _train(
     precision: str,
     checkpoints: Checkpoints,
 ) -> None:
-    """Train the encoder on the pairs in the given order, resuming from the latest checkpoint if one exists."""
     pairs_per_step = len(pairs) // config.steps  # total over all ranks
     batch_size = pairs_per_step // process_state().num_processes
     set_mixed_precision(precision)
@@ -255,8 +254,6 @@ def _make_training_arguments(
 
 
 class _TuneTrainer(TrainingStateMixin, SentenceTransformerTrainer):
-    """Sentence-transformers trainer for batches from `PairCollator`."""
-
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], None]:
         """Pass a batch from `PairCollator` to the loss unchanged."""
         return [inputs], None
@@ -266,7 +263,6 @@ class _TuneTrainer(TrainingStateMixin, SentenceTransformerTrainer):
 
 
 def _make_sequential_sampler(dataset: Dataset, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
-    """Return a batch sampler that keeps the order of the rows."""
     return BatchSampler(SequentialSampler(dataset), batch_size=batch_size, drop_last=drop_last)
 
 
