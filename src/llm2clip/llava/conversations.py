@@ -382,10 +382,7 @@ def _make_placeholder(n: int) -> str:
 
 
 def _get_special_tokens(tokenizer: Any) -> list[str]:
-    """Return all special tokens except `<image>`, longest first.
-
-    `all_special_tokens` omits some added tokens that are marked as special, so `added_tokens_decoder` is also read.
-    """
+    """Return all special tokens except `<image>`, longest first. `all_special_tokens` omits some added tokens."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted({*tokenizer.all_special_tokens, *added} - {IMAGE_TOKEN}, key=len, reverse=True)
 

@@ -1,6 +1,7 @@
 """Readers for public benchmarks as distributed by their authors, with the protocol and source of each benchmark."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ import yaml
 
 from llm2clip.evaluate.benchmarks import classification, coco_instances, retrieval, segmentation
 from llm2clip.evaluate.benchmarks.base import Benchmark
+from llm2clip.evaluate.benchmarks.classification import FOLDER_PREFIX, make_folder_benchmark
+from llm2clip.evaluate.benchmarks.coco_instances import make_coco_file_benchmark, read_boxes, read_objects
+from llm2clip.evaluate.benchmarks.segmentation import SEGMENTATION_PREFIX, make_segmentation_benchmark
 from llm2clip.io_utils import MissingFileError
 from llm2clip.published_results import get_published_metrics, get_published_rows
 from llm2clip.reports import Table, render_markdown
 
 USER_BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Benchmark]] = {
-    classification.FOLDER_PREFIX: classification.make_folder_benchmark,
-    coco_instances.BOXES_PREFIX: coco_instances.make_boxes_benchmark,
-    segmentation.SEGMENTATION_PREFIX: segmentation.make_segmentation_benchmark,
-    coco_instances.DETECTION_PREFIX: coco_instances.make_detection_benchmark,
+    FOLDER_PREFIX: make_folder_benchmark,
+    "boxes:": partial(make_coco_file_benchmark, "boxes:", "regions", read_boxes),
+    SEGMENTATION_PREFIX: make_segmentation_benchmark,
+    "detection:": partial(make_coco_file_benchmark, "detection:", "detection", read_objects),
 }
 """Functions that create a benchmark from the user's data and prompt templates, keyed by name prefix."""
 

@@ -14,7 +14,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +35,6 @@ from llm2clip.evaluate.benchmarks.classification import get_imagenet_templates
 from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, install_command, read_json
 from llm2clip.runs.ranks import print_once
 
-BOXES_PREFIX = "boxes:"
-DETECTION_PREFIX = "detection:"
 MIN_SIDE = 1.0  # minimum width and height of a box in pixels, for region classification
 DESCRIPTIONS = {  # descriptions of benchmarks created from the user's own files
     "regions": "boxes with class names",
@@ -62,9 +59,13 @@ class Instances:
 
 
 def make_coco_file_benchmark(
-    prefix: str, name: str, kind: Literal["regions", "segmentation", "detection"], read: Callable[[Path], Any]
+    prefix: str,
+    kind: Literal["regions", "segmentation", "detection"],
+    read: Callable[[Path, Sequence[str]], Any],
+    name: str,
+    templates: Sequence[str] = (),
 ) -> Benchmark:
-    """Create a benchmark from the user's JSON file in COCO's format.
+    """Create a benchmark from the user's JSON file `name` in COCO's format. `read` takes the file and the templates.
 
     The images can be in the same folder as the file or in a subfolder such as `images`, as for COCO captions.
     """
@@ -74,7 +75,7 @@ def make_coco_file_benchmark(
         kind=kind,
         description=DESCRIPTIONS[kind],
         folders=(str(file.parent),),
-        read=lambda folder: read(find_first(folder, file.name)),
+        read=lambda folder: read(find_first(folder, file.name), templates),
         source="a JSON file in COCO's format, with the images in the same folder or in images/",
     )
 
@@ -236,12 +237,7 @@ def _decompress_run_lengths(data: bytes) -> list[int]:
     return runs
 
 
-def make_boxes_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
-    """Create a region classification benchmark from the JSON file `name`. See `make_coco_file_benchmark`."""
-    return make_coco_file_benchmark(BOXES_PREFIX, name, "regions", partial(_read_boxes, templates=templates))
-
-
-def _read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
+def read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
     """Read boxes from a JSON file in COCO's format. Images without boxes are omitted.
 
     Boxes are clipped to the image. Crowd boxes and boxes smaller than a pixel are excluded. By default, OpenAI's prompt
@@ -282,14 +278,10 @@ def load_ov_coco_classes() -> dict[str, list[str]]:
     return {group: content[group] for group in ("novel", "base")}
 
 
-def make_detection_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
-    """Create a detection benchmark from the JSON file `name`. See `make_coco_file_benchmark`."""
-
-    def read(file: Path) -> DetectionData:
-        instances = read_instances(file, needs_pycocotools=True)
-        return _select_objects(instances, list(instances.names), {}, templates, with_empty=True)
-
-    return make_coco_file_benchmark(DETECTION_PREFIX, name, "detection", read)
+def read_objects(file: Path, templates: Sequence[str] = ()) -> DetectionData:
+    """Read the objects of all categories, and all images, from a JSON file in COCO's format."""
+    instances = read_instances(file, needs_pycocotools=True)
+    return _select_objects(instances, list(instances.names), {}, templates, with_empty=True)
 
 
 def _select_objects(
@@ -347,7 +339,7 @@ def _read_ov_coco(folder: Path) -> DetectionData:
 
 
 READERS = {
-    "coco-boxes": lambda folder: _read_boxes(find_instances_file(folder)),
-    "lvis-boxes": lambda folder: _read_boxes(find_first(folder, "annotations/lvis_v1_val.json", "lvis_v1_val.json")),
+    "coco-boxes": lambda folder: read_boxes(find_instances_file(folder)),
+    "lvis-boxes": lambda folder: read_boxes(find_first(folder, "annotations/lvis_v1_val.json", "lvis_v1_val.json")),
     "ov-coco": _read_ov_coco,
 }

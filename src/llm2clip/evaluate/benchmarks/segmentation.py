@@ -69,7 +69,7 @@ def make_segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Ben
     first class is "background", the protocol for data sets with a background is used.
     """
     if name.endswith(".json"):
-        return make_coco_file_benchmark(SEGMENTATION_PREFIX, name, "segmentation", partial(_read_masks, templates))
+        return make_coco_file_benchmark(SEGMENTATION_PREFIX, "segmentation", _read_masks, name, templates)
     return Benchmark(
         name=SEGMENTATION_PREFIX + name,
         kind="segmentation",
@@ -80,7 +80,7 @@ def make_segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Ben
     )
 
 
-def _read_masks(templates: Sequence[str], file: Path) -> SegmentationData:
+def _read_masks(file: Path, templates: Sequence[str]) -> SegmentationData:
     instances = read_instances(file, with_masks=True)
     names = [[class_name] for class_name in instances.names.values()]
     return _build_from_instances(instances, names, templates or get_imagenet_templates())
