@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,16 @@ def make_images(seed: int = 0, count: int = COUNT) -> np.ndarray:
 IMAGES = make_images()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module", autouse=True)
+def few_queries() -> Iterator[None]:
+    """Calibrate with fewer queries than by default, which are searches in the entire index."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(relevance, "BACKGROUND_QUERIES", relevance.BACKGROUND_QUERIES[:60])
+        patch.setattr(relevance, "MAX_QUERIES", 60)
+        yield
+
+
+@pytest.fixture(scope="module")
 def model(dual_encoder: DualEncoder) -> DualEncoder:
     """A model whose text embeddings are random, except that texts such as `nr 7` have the embedding of image 7."""
 
@@ -89,6 +98,19 @@ def add_images(backend: Backend, vectors: np.ndarray, captions: Sequence[str] = 
         images.append((IndexedImage(path, FileImage(path), "/", "1", texts), digest))
     backend.add(contents, images)
     backend.finish()
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Backend:
+    """An index of IMAGES without captions, which tests do not change."""
+    backend = create_backend("sqlite", tmp_path_factory.mktemp("index"))
+    add_images(backend, IMAGES)
+    return backend
+
+
+@pytest.fixture(scope="module")
+def calibration(index: Backend, model: DualEncoder) -> Calibration:
+    return calibrate_or_fail(index, model)
 
 
 def make_query(vector: np.ndarray) -> QueryVectors:
@@ -168,9 +190,9 @@ def test_search_finds_nothing_close_only_if_the_answer_was_taken_out(
     assert search_relevant(backend, calibration, QueryVectors(ABSENT, None, ABSENT), 3, Filter()).nothing_close
 
 
-def test_captions_change_only_their_own_scale(model: DualEncoder, tmp_path: Path) -> None:
-    calibrations = []
-    for name, captions in (("none", ()), ("one", ("nr {}",)), ("two", ("nr {}", "another text"))):
+def test_captions_change_only_their_own_scale(model: DualEncoder, calibration: Calibration, tmp_path: Path) -> None:
+    calibrations = [calibration]
+    for name, captions in (("one", ("nr {}",)), ("two", ("nr {}", "another text"))):
         backend = create_backend("sqlite", tmp_path / name)
         add_images(backend, IMAGES, captions)
         calibrations.append(calibrate_or_fail(backend, model))
@@ -232,49 +254,40 @@ def test_captions_with_the_words_of_a_query_increase_the_relevance(model: DualEn
     assert without_words["/tenth/200.png"] == pytest.approx(without_words["/rest/201.png"])
 
 
-def test_filter_does_not_change_the_relevance_of_a_hit(model: DualEncoder, tmp_path: Path) -> None:
-    backend = create_backend("sqlite", tmp_path)
-    add_images(backend, IMAGES)
-    calibration = calibrate_or_fail(backend, model)
+def test_filter_does_not_change_the_relevance_of_a_hit(index: Backend, calibration: Calibration) -> None:
     query, tenth = make_query(IMAGES[5]), Filter(path="/tenth")
-    everything = search_relevant(backend, calibration, query, COUNT, Filter()).hits
+    everything = search_relevant(index, calibration, query, COUNT, Filter()).hits
     ratings = {hit.id: hit.relevance for hit in everything}
-    hits, nothing_close = search_relevant(backend, calibration, query, COUNT, tenth, show_weak=True)
+    hits, nothing_close = search_relevant(index, calibration, query, COUNT, tenth, show_weak=True)
     assert len(hits) == COUNT // 10 and len(everything) == COUNT
     assert [hit.relevance for hit in hits] == pytest.approx([ratings[hit.id] for hit in hits])
     assert nothing_close  # the answer, /rest/5.png, does not match the filter
-    assert not search_relevant(backend, calibration, query, 1, Filter(path="/rest")).nothing_close
+    assert not search_relevant(index, calibration, query, 1, Filter(path="/rest")).nothing_close
 
 
 def test_later_pages_get_the_same_answer_with_one_scan_of_the_vectors(
-    model: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    index: Backend, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = create_backend("sqlite", tmp_path)
-    add_images(backend, IMAGES)
-    calibration = calibrate_or_fail(backend, model)
     scan, depths = VectorIndex.search, []
 
-    def count_scans(index: VectorIndex, query: np.ndarray, count: int, allowed_ids: np.ndarray | None) -> Any:
+    def count_scans(vectors: VectorIndex, query: np.ndarray, count: int, allowed_ids: np.ndarray | None) -> Any:
         depths.append(count)
-        return scan(index, query, count, allowed_ids)
+        return scan(vectors, query, count, allowed_ids)
 
     monkeypatch.setattr(VectorIndex, "search", count_scans)
-    hits, nothing_close = search_relevant(backend, calibration, make_query(IMAGES[5]), 10, Filter(), offset=100)
+    hits, nothing_close = search_relevant(index, calibration, make_query(IMAGES[5]), 10, Filter(), offset=100)
     assert not nothing_close and len(hits) == 10
     assert depths == [110]
-    first = search_relevant(backend, calibration, make_query(IMAGES[5]), 110, Filter()).hits
+    first = search_relevant(index, calibration, make_query(IMAGES[5]), 110, Filter()).hits
     assert first[100:] == hits and depths == [110]
-    filtered = search_relevant(backend, calibration, make_query(IMAGES[5]), 10, Filter(path="/tenth"))
+    filtered = search_relevant(index, calibration, make_query(IMAGES[5]), 10, Filter(path="/tenth"))
     assert {hit.images[0].name.split("/")[1] for hit in filtered.hits} == {"tenth"}
-    assert search_relevant(backend, calibration, make_query(ABSENT), 10, Filter(), offset=100) == ([], True)
+    assert search_relevant(index, calibration, make_query(ABSENT), 10, Filter(), offset=100) == ([], True)
 
 
-def test_only_positive_parts_of_a_query_count(model: DualEncoder, tmp_path: Path) -> None:
-    backend = create_backend("sqlite", tmp_path)
-    add_images(backend, IMAGES)
-    calibration = calibrate_or_fail(backend, model)
+def test_only_positive_parts_of_a_query_count(index: Backend, calibration: Calibration) -> None:
     negative_only = QueryVectors(ABSENT, None, None)
-    hits, nothing_close = search_relevant(backend, calibration, negative_only, 3, Filter())
+    hits, nothing_close = search_relevant(index, calibration, negative_only, 3, Filter())
     assert len(hits) == 3 and not nothing_close and {hit.relevance for hit in hits} == {None}
 
     vectors = IMAGES[:4]
@@ -286,10 +299,7 @@ def test_only_positive_parts_of_a_query_count(model: DualEncoder, tmp_path: Path
     assert calibration.rate(with_negative, vectors) == pytest.approx(texts)
 
 
-def test_calibration_survives_serialization(model: DualEncoder, tmp_path: Path) -> None:
-    backend = create_backend("sqlite", tmp_path)
-    add_images(backend, IMAGES)
-    calibration = calibrate_or_fail(backend, model)
+def test_calibration_survives_serialization(index: Backend, calibration: Calibration) -> None:
     loaded = Calibration.from_bytes(calibration.to_bytes())
     query = make_query(IMAGES[5])
     assert loaded.rate(query, IMAGES) == pytest.approx(calibration.rate(query, IMAGES), abs=5e-3)
@@ -301,6 +311,7 @@ def test_calibration_survives_serialization(model: DualEncoder, tmp_path: Path) 
 def test_calibration_is_renewed_when_the_index_has_changed(
     kind: str, model: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(relevance, "MAX_QUERIES", 256)  # of the sample, in which captions are counted
     backend = create_backend(kind, tmp_path)
     add_images(backend, IMAGES)
     assert backend.load_calibration() is None
@@ -403,11 +414,15 @@ def test_unchanged_index_that_cannot_be_calibrated_is_not_calibrated_again(
 
 
 def test_unreadable_calibration_is_ignored_and_replaced(
-    model: DualEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: DualEncoder,
+    calibration: Calibration,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     backend = create_backend("sqlite", tmp_path)
     add_images(backend, IMAGES)
-    data = calibrate_or_fail(backend, model).to_bytes()
+    data = calibration.to_bytes()
     monkeypatch.setattr(relevance, "VERSION", relevance.VERSION + 1)
     for unreadable in (b"PK", b"text", data[: len(data) // 2], bytes(100) + data[100:], data):
         backend.save_calibration(unreadable)

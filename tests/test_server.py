@@ -37,9 +37,7 @@ from llm2clip.cli.serve import choose_token
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
-from llm2clip.search import inference
 from llm2clip.search.backends import open_backend
-from llm2clip.search.images import open_original
 from llm2clip.search.index import Index
 from llm2clip.search.inference import DECODERS, SCANS, Batcher, InferenceService, Limits, QueueFull
 from llm2clip.search.metadata import Filter
@@ -82,29 +80,7 @@ def data_uri(data: bytes) -> str:
 # ---- correct responses ----------------------------------------------------------------------------------------------
 
 
-def test_search_returns_the_hits_of_the_index(
-    client: TestClient, dual_encoder: DualEncoder, backend: SqliteBackend, image_folder: Path
-) -> None:
-    image = (image_folder / "9.png").read_bytes()
-    request = {
-        "texts": ["red"],
-        "images": [data_uri(image)],
-        "negative_texts": ["a dog"],
-        "top": 4,
-        "filter": {"min_side": 40},
-    }
-    response = client.post("/search", json=request)
-    assert response.status_code == 200
-    hits = response.json()["hits"]
-    expected = backend.search(
-        QueryEncoder(dual_encoder).embed(SearchQuery(["red"], [image], ["a dog"])).combined, 4, Filter(min_side=40)
-    )
-    assert [hit["id"] for hit in hits] == [hit.id for hit in expected]
-    assert hits[0]["images"][0]["captions"]
-
-    (similar,) = client.post("/search", json={"like": [expected[0].id], "top": 1}).json()["hits"]
-    assert similar["id"] == expected[0].id
-    assert similar["score"] == pytest.approx(1, abs=2e-3)
+def test_search_response_has_all_fields(client: TestClient) -> None:
     assert client.post("/search", json={"texts": ["x"], "filter": {"path": "/nowhere"}}).json() == {
         "hits": [],
         "nothing_close": False,
@@ -113,25 +89,10 @@ def test_search_returns_the_hits_of_the_index(
         "rerank_seconds": None,
         "rerank_missing": None,
     }
-
-
-def test_search_returns_pages_and_the_total(client: TestClient) -> None:
-    def search(**request: Any) -> dict[str, Any]:
-        response = client.post("/search", json=request)
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    everything = search(texts=["red"])
-    pages = [search(texts=["red"], top=20, offset=offset) for offset in (0, 20, 40)]
-    assert [hit for page in pages for hit in page["hits"]] == everything["hits"]
-    assert {page["total"] for page in pages} == {36} and len(everything["hits"]) == 36
-    assert search(texts=["red"], top=1, filter={"caption": "BLUE left half"})["total"] < 36
-
-    newest = search(filter={"path": "*.png"}, top=5)
-    times = [hit["images"][0]["taken"] for hit in newest["hits"]]
-    assert times == sorted(times, reverse=True) and newest["total"] == 36
-    assert [hit["score"] for hit in newest["hits"]] == [None] * 5
-    assert search(filter={"path": "*.png"}, top=5, offset=35)["hits"][1:] == []
+    (hit,) = client.post("/search", json={"texts": ["red"], "top": 1}).json()["hits"]
+    (similar,) = client.post("/search", json={"like": [hit["id"]], "top": 1}).json()["hits"]
+    assert similar["id"] == hit["id"] and similar["images"][0]["captions"]
+    assert similar["score"] == pytest.approx(1, abs=2e-3)
 
 
 def test_search_hides_weak_hits_unless_the_request_shows_them(
@@ -159,16 +120,6 @@ def test_search_hides_weak_hits_unless_the_request_shows_them(
         for request in ({"negative_texts": ["red"]}, {"filter": {"path": "*.png"}}):
             answer = search(**request)
             assert not answer["nothing_close"] and {hit["relevance"] for hit in answer["hits"]} == {None}
-
-
-def test_search_with_only_negatives_returns_the_least_similar_images(client: TestClient) -> None:
-    positive = client.post("/search", json={"texts": ["red"], "words": False}).json()["hits"]
-    for request in ({"negative_texts": ["red"]}, {"negative_like": [positive[0]["id"]]}):
-        hits = client.post("/search", json=request).json()["hits"]
-        assert hits[-1]["id"] == positive[0]["id"]
-    like, unlike = [positive[0]["id"]], [positive[-1]["id"]]
-    hits = client.post("/search", json={"like": like, "negative_like": unlike}).json()["hits"]
-    assert hits[0]["id"] == like[0] and hits[-1]["id"] == unlike[0]
 
 
 def test_unreadable_images_are_named_in_the_error(client: TestClient, image_folder: Path) -> None:
@@ -302,22 +253,6 @@ def test_images_in_tars_and_tables_are_served(dual_encoder: DualEncoder, tmp_pat
         with TestClient(app, base_url=BASE_URL) as client:
             response = client.get("/image/1")
             assert (response.status_code, response.content) == (200, data)
-
-
-def test_images_are_opened_in_a_few_threads(
-    dual_encoder: DualEncoder, backend: SqliteBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A cell of a table can take gigabytes to read, so only a few may be read at the same time."""
-    threads = []
-
-    def open_in_thread(*args: Any) -> Any:
-        threads.append(threading.current_thread().name)
-        return open_original(*args)
-
-    monkeypatch.setattr(inference, "open_original", open_in_thread)
-    with TestClient(create_patient_app(dual_encoder, backend, max_queue=1), base_url=BASE_URL) as client:
-        assert client.get("/image/1").status_code == 200
-    assert len(threads) == 1 and threads[0].startswith("files")
 
 
 def test_health_and_metrics_count_images_at_most_once_per_interval(
@@ -765,27 +700,6 @@ def test_searches_that_timed_out_do_not_pile_up(dual_encoder: DualEncoder, backe
         finally:
             resumed.set()
         wait_until(lambda: post(7).status_code == 200)
-
-
-def test_server_returns_429_when_too_many_searches_wait(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
-    resumed = threading.Event()
-
-    class PausedBackend(SqliteBackend):
-        def search(self, *args: Any) -> list[Any]:
-            assert resumed.wait(HANG_TIMEOUT)
-            return []
-
-    app = create_patient_app(dual_encoder, PausedBackend(backend.folder), max_queue=3)
-    searchers = app.state.service.searchers
-    with TestClient(app, base_url=BASE_URL) as client, ThreadPoolExecutor(3) as clients:
-        try:
-            accepted = [clients.submit(client.post, "/search", json={"texts": [f"{n}"]}) for n in range(3)]
-            wait_until(lambda: searchers.waiting == 3)
-            rejected = client.post("/search", json={"texts": ["x"]})
-            assert rejected.status_code == 429 and "3 searches are waiting" in rejected.json()["error"]["message"]
-        finally:
-            resumed.set()
-        assert [response.result().status_code for response in accepted] == [200] * 3
 
 
 class Panic(BaseException):

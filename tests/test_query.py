@@ -1,11 +1,13 @@
-"""Tests of re-ranking: the order of hits, pages, the cache, missing files, and the option --rerank."""
+"""Queries: their embeddings, and re-ranking: the order of hits, pages, the cache, missing files, and `--rerank`."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from starlette.testclient import TestClient
 from torch import Tensor
@@ -13,8 +15,9 @@ from torch import Tensor
 from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.search.inference import Limits
-from llm2clip.search.query import QueryEncoder, Reranker, SearchQuery
+from llm2clip.search.query import NEGATIVE_WEIGHT, QueryEncoder, Reranker, SearchQuery, combine_embeddings
 from llm2clip.search.server import create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import DeadlineExceeded, Hit, IndexedImage
@@ -102,21 +105,6 @@ def test_first_hits_are_sorted_by_the_similarity_of_the_rerank_model(
         unlike = search(client, negative_texts=["red"], group_similar=False, rerank=True)
         assert get_numbers(unlike)[:8] == sorted(get_numbers(unlike)[:8])
         assert search(client, filter={"min_side": 1}, rerank=True)["rerank_seconds"] is None
-
-
-def test_pages_of_reranked_hits_follow_each_other(
-    dual_encoder: DualEncoder, backend: SqliteBackend, rerank_model: DualEncoder
-) -> None:
-    with make_client(dual_encoder, backend, rerank_model) as client:
-        everything = search(client, **RED, rerank=True)["hits"]
-        hits: list[dict[str, Any]] = []
-        offset = 0
-        while offset is not None:
-            page = search(client, **RED, rerank=True, top=3, offset=offset)
-            hits += page["hits"]
-            assert (page["rerank_seconds"] is None) == (offset >= 8)
-            offset = page["next_offset"]
-        assert hits == everything
 
 
 def test_network_timeouts_are_missing_files_but_deadlines_are_errors(rerank_model: DualEncoder) -> None:
@@ -227,3 +215,48 @@ def test_commands_rerank_results(
     ):
         assert main(command) == 1
         assert message in capsys.readouterr().err
+
+
+# ---- embeddings of queries -------------------------------------------------------------------------------------------
+
+
+def test_embed_query_averages_positives_and_subtracts_negatives(dual_encoder: DualEncoder) -> None:
+    black = torch.zeros(3, 9, 9).byte()
+    red, dog = dual_encoder.encode_texts(["red", "dog"])
+    image = F.normalize(dual_encoder.encode_images([dual_encoder.transform(black)]), dim=1)[0]
+    assert combine_embeddings([red.numpy()]) == pytest.approx(red.numpy(), abs=1e-6)
+    text_and_image = QueryEncoder(dual_encoder).embed(SearchQuery(["red"], [black])).combined
+    assert text_and_image == pytest.approx(F.normalize(red + image, dim=0).numpy(), abs=1e-6)
+    with_negative = QueryEncoder(dual_encoder).embed(SearchQuery(["red"], negative_texts=["dog"])).combined
+    expected = F.normalize(red - NEGATIVE_WEIGHT * dog, dim=0).numpy()
+    assert with_negative == pytest.approx(expected, abs=1e-6)
+
+
+def test_embed_query_averages_short_texts_with_templates(dual_encoder: DualEncoder) -> None:
+    """Only texts of up to three words are averaged, and the text itself counts like a template."""
+    templates, long = QueryTemplates(("a photo of a {}", "{} on grey")), "a red one on grey"
+    prompts = dual_encoder.encode_texts(["red", "a photo of a red", "red on grey"]).double()
+    short = F.normalize(prompts.mean(0), dim=0)
+    query = QueryEncoder(dual_encoder).embed(SearchQuery(["red"], templates=templates)).combined
+    assert query == pytest.approx(short.numpy(), abs=1e-6)
+    assert query != pytest.approx(QueryEncoder(dual_encoder).embed(SearchQuery(["red"])).combined, abs=1e-3)
+    unchanged = QueryEncoder(dual_encoder).embed(SearchQuery([long], templates=templates)).combined
+    assert unchanged == pytest.approx(dual_encoder.encode_texts([long])[0].numpy(), abs=1e-6)
+    negative = (
+        QueryEncoder(dual_encoder).embed(SearchQuery([long], negative_texts=["red"], templates=templates)).combined
+    )
+    expected = F.normalize(dual_encoder.encode_texts([long])[0] - NEGATIVE_WEIGHT * short, dim=0)
+    assert negative == pytest.approx(expected.numpy(), abs=1e-6)
+    with_default = dataclasses.replace(dual_encoder, query_templates=templates)
+    assert QueryEncoder(with_default).embed(SearchQuery(["red"])).combined == pytest.approx(short.numpy(), abs=1e-6)
+    literal = QueryEncoder(with_default).embed(SearchQuery(["red"], templates=NO_TEMPLATES)).combined
+    assert literal == pytest.approx(dual_encoder.encode_texts(["red"])[0].numpy(), abs=1e-6)
+
+
+def test_embed_query_of_only_negatives_is_their_opposite(dual_encoder: DualEncoder) -> None:
+    dog = dual_encoder.encode_texts(["dog"])[0]
+    assert QueryEncoder(dual_encoder).embed(SearchQuery(negative_texts=["dog"])).combined == pytest.approx(
+        -dog.numpy(), abs=1e-6
+    )
+    with pytest.raises(ValueError, match="the query is empty"):
+        QueryEncoder(dual_encoder).embed(SearchQuery())
