@@ -127,14 +127,12 @@ def load_clip_text_encoder(
 ) -> ClipTextEncoder:
     """Load the text tower of a CLIP model, by default on a GPU if one is available.
 
-    Args:
-        path: for transformers, a folder or hub id. For open_clip, `open_clip:NAME/PRETRAINED`, `open_clip:FOLDER`
-            (folder saved by open_clip) or `open_clip:hf-hub:ID`.
+    `path` is a folder or hub id for transformers. For open_clip, it is `open_clip:NAME/PRETRAINED`, `open_clip:FOLDER`
+    (folder saved by open_clip) or `open_clip:hf-hub:ID`.
 
     Raises:
-        ValueError: the model's type is not supported, the model comes with its own code and `trust_remote_code` is
-            False, or `path` names an open_clip architecture without weights.
-        OSError: the model does not exist.
+        ValueError: the model's type is not supported, or the model comes with its own code and `trust_remote_code` is
+            False.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if path.startswith(OPEN_CLIP_PREFIX):
@@ -286,12 +284,7 @@ def _read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
 def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -> ClipTextEncoder:
     """Load the CLIP model whose embedding space is inherited.
 
-    Args:
-        tower: vision tower, as in `VisionTower.from_pretrained`.
-        inherit: CLIP model name, as in `load_clip_text_encoder`, or True for the tower's original CLIP model.
-
-    Raises:
-        ValueError: the tower's checkpoint contains no text tower.
+    `inherit` is the name of a CLIP model, as in `load_clip_text_encoder`, or True for the tower's original CLIP model.
     """
     if isinstance(inherit, str):
         return load_clip_text_encoder(inherit, device)

@@ -58,18 +58,16 @@ class DualEncoder:
     return unnormalised embeddings of shape (N, embed_dim) with any dtype and on any device.
 
     Attributes:
-        identity: function that returns a dict of everything, except the precision, that affects the embeddings.
+        identity: returns a dict of everything, except the precision, that affects the embeddings.
         transform: picklable function that preprocesses a uint8 image of shape (3, H, W) for the image encoder.
-        encode_images_raw: function that takes N outputs of `transform`.
-        encode_texts_raw: function that takes N texts and a bool (True to show a progress bar).
-        count_truncated: function that returns how many of N texts the text encoder truncates, or None if unknown.
+        encode_images_raw: takes N outputs of `transform`.
+        encode_texts_raw: takes N texts and a bool (True to show a progress bar).
+        count_truncated: returns how many of N texts the text encoder truncates, or None if unknown.
         dense: encoder for dense image features, or None if this type of model does not support them.
-        logit_scale: function that returns the learned factor by which cosine similarities are multiplied, or None for
-            models without a logit scale.
+        logit_scale: returns the learned factor by which cosine similarities are multiplied, or None if there is none.
         query_templates: prompt templates for short search queries. `encode_texts` does not use them.
-        part_identities: function that returns two dicts of everything that affects the image embeddings and the text
-            embeddings, or None if this type of model does not support it. Models with equal first dicts can search the
-            same index.
+        part_identities: returns two dicts of everything that affects the image embeddings and the text embeddings, or
+            None if unsupported. Models with equal first dicts can search the same index.
     """
 
     name: str

@@ -97,8 +97,8 @@ class LLM2CLIP(DenseMethods, nn.Module):
         Args:
             pixels: uint8 images of shape (N, 3, S, S).
             embeddings: unnormalised caption embeddings of shape (M, text_dim).
-            features: precomputed tower features of shape (N, feature_dim), used instead of `pixels`.
-            return_features: if True, also return the unnormalised tower features as a fifth item.
+            features: tower features of shape (N, feature_dim), used instead of `pixels`.
+            return_features: if True, also return the tower features as a fifth item.
 
         Returns:
             (image embeddings, text embeddings, logit scale, logit bias). The embeddings are L2-normalised and float32,
@@ -384,11 +384,10 @@ def check_dim(dim: int, embed_dim: int, name: str) -> None:
 def rotate_to_principal_components(model: LLM2CLIP, captions: Tensor) -> None:
     """Rotate a model's embedding space in place, so that its first dimensions are those in which captions differ most.
 
-    `align` calls this function, except for models with `--align.matryoshka_dims` (Matryoshka representation learning,
-    arXiv 2205.13147), without an adapter, or with `--align.inherit`. The rotation is applied to the last layers of both
-    towers, which are linear, so cosine similarities do not change. The rows of the rotation are the principal
-    components of the text embeddings without centring: the eigenvectors of their second-moment matrix, largest
-    eigenvalue first. `captions` are unnormalised embeddings from the encoder, float32 of shape (N, text_dim).
+    The rotation is applied to the last layers of both towers, which are linear, so cosine similarities do not change.
+    The rows of the rotation are the principal components of the text embeddings without centring: the eigenvectors of
+    their second-moment matrix, largest eigenvalue first. `captions` are unnormalised embeddings from the encoder,
+    float32 of shape (N, text_dim).
     """
     if not isinstance(model.projection, nn.Linear) or model.config.adapter.depth == 0:
         raise ValueError("the embedding space can be rotated only in a model with an image projection and an adapter")
@@ -405,9 +404,6 @@ def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
 
     The last layers of both towers are linear, so only their first `dim` rows are kept. A tower without a projection
     gets one that selects the first `dim` features. Without an adapter, the caption encoder is truncated.
-
-    Raises:
-        ValueError: `dim` is not between 1 and `embed_dim`, or the model has neither an adapter nor a caption encoder.
     """
     check_dim(dim, model.config.embed_dim, "the model")
     if dim == model.config.embed_dim:

@@ -275,9 +275,6 @@ def _build_remote_code_error(path: str) -> ValueError:
     )
 
 
-# ---- fingerprints ----------------------------------------------------------------------------------------------------
-
-
 def fingerprint(identity: dict[str, Any]) -> str:
     """Return a hash (32 hex digits) of an encoder's `identity()`. Equal hashes mean identical embeddings."""
     return hash_text(json.dumps(identity, sort_keys=True))
@@ -296,9 +293,6 @@ def hash_weights(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
-
-
-# ---- vision-language models ------------------------------------------------------------------------------------------
 
 
 @hide_loading_bars()

@@ -1,8 +1,7 @@
 """Official checkpoints (released by the LLM2CLIP authors): conversion to and from `LLM2CLIP` models.
 
-The architecture is inferred from config.json and the tensor shapes. Loading is strict: for each model parameter, the
-checkpoint must contain a tensor of the same shape. All other tensors in the checkpoint must either match a buffer that
-can be computed from the architecture, or have a name that the layout ignores.
+The architecture is inferred from config.json and the tensor shapes. Loading is strict: each tensor must match a model
+parameter or a buffer that can be computed from the architecture, or have a name that the layout ignores.
 """
 
 import json
@@ -83,10 +82,6 @@ def load_official_checkpoint(
         source: folder, hub id or weight file (see `read_checkpoint`).
         text: caption encoder that the adapter was trained with (see `attach_caption_encoder`). Default: no encoder.
         normalize_input: if True, the adapter L2-normalises its input. For the default, see `infer_config`.
-
-    Raises:
-        FileNotFoundError: the checkpoint does not exist.
-        ValueError: the checkpoint does not have an official layout, or a tensor or the caption encoder does not match.
     """
     tensors, config, preprocess = read_checkpoint(source)
     checkpoint = Checkpoint.from_tensors(str(source), tensors, config, preprocess)
@@ -101,12 +96,8 @@ def load_official_checkpoint(
 def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | Path = "") -> None:
     """Load a caption encoder and attach it to the model. LLMs released with LLM2CLIP get the template of their tuning.
 
-    Args:
-        path: folder or hub id of an encoder, or of a PEFT LoRA adapter, which is merged into its LLM.
-        checkpoint: name of the official checkpoint. The error message uses it to suggest the right encoder.
-
-    Raises:
-        ValueError: the encoder's embedding size differs from the adapter's input size.
+    `path` is the folder or hub id of an encoder, or of a PEFT LoRA adapter, which is merged into its LLM. If its
+    embedding size is wrong, the error message suggests the right encoder for the official checkpoint.
     """
     if find_adapter(path) is not None:
         encoder = load_adapter_encoder([path], model.device)
@@ -284,9 +275,7 @@ def save_official_checkpoint(model: LLM2CLIP, out: str | Path, layout_name: str)
     the authors' code expects, for models with a timm EVA-02 CLIP tower. It contains no preprocessing config, because
     the authors' code always resizes the shortest side to the tower's image size.
 
-    Raises:
-        ValueError: the layout cannot represent the model.
-        FileExistsError: `out` exists.
+    Raise ValueError if the layout cannot represent the model.
     """
     out = Path(out)
     layout = SAVED_LAYOUTS.get(layout_name)

@@ -46,13 +46,8 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any], Preprocess | None]:
     """Read the tensors of a checkpoint, the contents of config.json ({} if missing), and the preprocessing (or None).
 
-    Args:
-        source: folder, hub id or weight file. A folder or repository must contain model.safetensors or
-            pytorch_model.bin (either may be sharded), or a single .pt file. No configuration is read for a weight file.
-
-    Raises:
-        FileNotFoundError: the file, folder or repository does not exist.
-        ValueError: no unique weight file exists, or the file is corrupt or contains objects other than tensors.
+    `source` is a folder, hub id or weight file. A folder or repository must contain model.safetensors or
+    pytorch_model.bin (either may be sharded), or a single .pt file. No configuration is read for a weight file.
     """
     path = Path(source)
     if path.is_file():

@@ -109,9 +109,8 @@ def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = N
     """Find the fastest precision that is accurate enough on a device (default: the encoder's device).
 
     The encoder must have fp32 weights. The result is `bf16` if it is accurate enough, otherwise `bf16+N` with the
-    smallest sufficient N, or `fp32`. A precision is accurate enough if each calibration caption's embedding has a
-    cosine similarity of at least 0.999 to its fp32 embedding. If the encoder is on the CPU and the device is a GPU,
-    layers are moved to the GPU one at a time, because the fp32 weights may not fit in GPU memory.
+    smallest sufficient N, or `fp32`. Embeddings of the calibration captions must have a cosine similarity of at least
+    0.999 to the fp32 embeddings. If the encoder is on the CPU and the device is a GPU, layers are moved one at a time.
     """
     if device is not None and device.type != encoder.device.type:
         with offload_layers(encoder, device):

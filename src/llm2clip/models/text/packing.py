@@ -82,9 +82,8 @@ def batch_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[in
 def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision: str = "fp32") -> int:
     """Find the `batch_tokens` value with which an encoder processes the given captions fastest.
 
-    CPUs are fastest with batches that fit in their caches, whereas GPUs need large batches. Candidates are timed in
-    increasing order, until one is slower than the best one so far or does not fit in memory. With fewer than 4,096
-    captions, nothing is timed, and the encoder's default is returned.
+    Candidates are timed in increasing order, until one is slower than the best one so far or does not fit in memory.
+    With fewer than 4,096 captions, nothing is timed, and the encoder's default is returned.
     """
     if len(tokens.ids) < MIN_CAPTIONS_TO_TUNE:
         return encoder.default_batch_tokens
@@ -109,8 +108,8 @@ def measure_tokens_per_second(
 ) -> float:
     """Measure the encoding speed on up to four batches.
 
-    Batches are sorted by caption length. The timed batches are the one with the longest captions and those 1/6, 3/6 and
-    5/6 of the way through the list, because all have about the same number of tokens.
+    Batches are sorted by caption length and have about the same number of tokens. The timed batches are the one with
+    the longest captions and those 1/6, 3/6 and 5/6 of the way through the list.
     """
     all_rows = [rows for _, rows in tokens.batches(batch_tokens)]
     indices = sorted({0, *(len(all_rows) * n // 6 for n in (1, 3, 5))})

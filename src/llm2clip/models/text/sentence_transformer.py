@@ -162,9 +162,6 @@ def has_consistent_prompt_length(st: Any, prompt: str) -> bool:
     return bool(st[0]._get_prompt_length(prompt) == count_prompt_tokens(st.tokenizer, prompt))
 
 
-# ---- layers of the LLM ----------------------------------------------------------------------------------------------
-
-
 def is_encoder_only(llm: Any) -> bool:
     """Return True for BERT-like models, whose attention is bidirectional and cannot be made causal."""
     return not hasattr(llm, "layers") and hasattr(llm, "encoder")

@@ -79,13 +79,11 @@ class ResizeForWindows:
 
     The aspect ratio is kept. Interpolation is bilinear, with antialiasing.
 
-    Args:
-        window: Side length of the window in pixels, a multiple of `cell_size`.
-        scale: Ratio of the resized image's shorter side to the window. The ratio is reduced if the longer side would
-            exceed `MAX_SCALE` times the window.
+    `scale` is the ratio of the resized image's shorter side to the window. It is reduced if the longer side would
+    exceed `MAX_SCALE` times the window.
     """
 
-    window: int
+    window: int  # side length in pixels, a multiple of `cell_size`
     cell_size: int
     scale: float
 
@@ -254,14 +252,11 @@ class DenseMethods:
             images: one image or a list of N images, as for `encode_image`.
             variant: `plain` or, for vision transformers only, a variant that improves localisation: `maskclip`,
                 `sclip`, `clearclip` or `naclip` (see `models/vision/dense.py`).
-            image_size: length of the resized image's shorter side in pixels. Both sides are rounded to multiples of the
-                cell size. Default: the tower's training resolution.
+            image_size: length of the resized image's shorter side in pixels, rounded to a multiple of the cell size.
+                Default: the tower's training resolution.
 
         Returns:
             For each image, a CPU tensor of shape (h, w, embed_dim) with L2-normalised float32 embeddings.
-
-        Raises:
-            ValueError: the vision tower has no dense features, or does not support the variant or image size.
         """
         items = to_image_list(images)
         _, dense = self._prepare_dense()

@@ -132,8 +132,7 @@ class VisionTower(nn.Module):
         """Encode images of shape (N, 3, H, W), uint8 or float from 0 to 1, as unpooled features.
 
         For a vision transformer, the result has shape (N, L, C): all tokens, including class and register tokens. For a
-        convolutional network, it is the feature map in the timm model's layout (NCHW or NHWC). Position embeddings of
-        transformers models are interpolated.
+        convolutional network, it is the feature map in the timm model's layout (NCHW or NHWC).
         """
         if self.config["library"] == "timm":
             return cast(Tensor, cast(Any, self.backbone).forward_features(self._build_timm_input(pixels)))
