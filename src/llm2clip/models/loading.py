@@ -297,12 +297,10 @@ def hash_weights(module: nn.Module) -> str:
 
 @hide_loading_bars()
 def load_vision_language_model(name: str, device: torch.device, precision: Precision) -> tuple[Any, Any]:
-    """Load a vision-language model and its processor for inference. Code in its folder is never run.
-
-    LLaVA models with a tower from timm can be loaded only after a call to `llava.modeling_patches.register_classes`.
-    """
+    """Load a vision-language model and its processor for inference. Code in its folder is never run."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    # LLaVA models with a tower from timm need the classes of `llava.modeling_patches.register_classes`.
     model: Any = AutoModelForImageTextToText.from_pretrained(
         name, config=load_config(name), dtype=precision.dtype, trust_remote_code=False
     )

@@ -51,7 +51,6 @@ def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False, 
 
     Raises:
         ValueError: the format is unknown, or cannot represent the model.
-        FileExistsError: `out` exists.
     """
     if to not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)} (got {to!r})")

@@ -1,10 +1,9 @@
 """Batches of texts of similar length, and packed attention, which needs no padding.
 
-Packed attention concatenates all captions in a batch into a single row. Layers that process each token separately
-receive one long row of tokens. Attention is computed within each caption: consecutive captions of equal length share
-one attention call without a mask. In 16-bit precision on recent NVIDIA GPUs, a single call computes attention for all
-captions (`varlen_attention`). The attention function is registered with transformers as `packed`, so every model family
-can use it. For ordinary padded batches, `packed` returns the same result as `sdpa`.
+Packed attention concatenates all captions in a batch into a single row. Attention is computed within each caption:
+consecutive captions of equal length share one attention call without a mask. In 16-bit precision on recent NVIDIA GPUs,
+a single call computes attention for all captions (`varlen_attention`). The attention function is registered with
+transformers as `packed`, so every model family can use it. For padded batches, `packed` equals `sdpa`.
 
 Restarting `position_ids` at each caption would not be enough: with `sdpa` and bidirectional attention, tokens would
 still attend to other captions.

@@ -214,8 +214,7 @@ class LoraSession:
         """Add LoRA to a `CaptionEncoder`'s LLM in place, and move the LLM to the training device.
 
         If the LLM is on the CPU at first, its float32 weights need not fit in the device's memory. The frozen matrices
-        are stored in `dtype` or, if `quantize` is True, in 4 bits (QLoRA, requires bitsandbytes), with matmuls in
-        `dtype` and the original matrices on the CPU.
+        are stored in `dtype` or, with `quantize`, in 4 bits, with matmuls in `dtype` and the originals on the CPU.
         """
         self.encoder, self.config = encoder, config
         transformer = encoder.st[0]

@@ -68,7 +68,6 @@ class DenseEncoder:
         cell_size: side length of a cell in pixels: the patch size, or a convolutional network's total stride.
         image_size: the tower's training resolution, in pixels.
         variants: supported variants. Convolutional networks support only "plain".
-        interpolation: interpolation mode for `resize`.
         localization_variant: recommended variant for localisation: "naclip" for towers that pool a class token, because
             training never compared patches with texts, and "plain" for towers that pool cells.
         features: function that takes pixels of shape (N, 3, H, W) on `device` and a variant, and returns unnormalised
