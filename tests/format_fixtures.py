@@ -25,11 +25,15 @@ ROWS: list[dict[str, Any]] = [  # different numbers of captions on purpose
 ]
 
 
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
 def image_bytes(seed: int, kind: str = "JPEG") -> bytes:
     """Encode a small image whose width depends on the seed."""
-    data = io.BytesIO()
-    Image.linear_gradient("L").resize((24 + seed, 32)).convert("RGB").save(data, kind)
-    return data.getvalue()
+    return encode(Image.linear_gradient("L").resize((24 + seed, 32)).convert("RGB"), kind)
 
 
 def rows_with_image_bytes(folder: Path) -> list[dict[str, Any]]:

@@ -2,12 +2,11 @@
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from format_fixtures import image_bytes
+from format_fixtures import image_bytes, write_jsonl
 from llm2clip.cli import main
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
@@ -21,11 +20,6 @@ def run_data(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     """Run the command and return what it prints, with single spaces."""
     assert main(["data", *map(str, args)]) == 0
     return re.sub(r" +", " ", capsys.readouterr().out)
-
-
-def write_rows(file: Path, rows: Sequence[dict[str, object]]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def test_data_command_counts_images_captions_and_splits(
@@ -74,7 +68,7 @@ def test_data_page_shows_broken_images_and_escapes_all_texts(
         {"captions": ["no image"]},
     ]
     page = tmp_path / "data.html"
-    text = run_data(capsys, write_rows(tmp_path / "rows.jsonl", rows), "--report", page)
+    text = run_data(capsys, write_jsonl(tmp_path / "rows.jsonl", rows), "--report", page)
     assert text.startswith(
         "25.0% of the rows cannot be used, so `fit` would stop. Main reason: missing image (1 rows)."
     )
@@ -87,7 +81,9 @@ def test_data_page_shows_broken_images_and_escapes_all_texts(
 
 
 def test_data_command_describes_texts_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = write_rows(tmp_path / "texts.jsonl", [{"captions": [f"Zwei Hunde spielen im Garten {n}"]} for n in range(9)])
+    file = write_jsonl(
+        tmp_path / "texts.jsonl", [{"captions": [f"Zwei Hunde spielen im Garten {n}"]} for n in range(9)]
+    )
     text = run_data(capsys, file, "--report", tmp_path / "data.html")
     assert "No record has an image: only `tune` and `embed` can use these 9 captions.\n" in text
     assert "records without an image 9\n" in text and "Only `tune` and `embed` accept text-only data." in text
@@ -95,7 +91,7 @@ def test_data_command_describes_texts_without_images(tmp_path: Path, capsys: pyt
 
 
 def test_data_command_writes_only_html_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = write_rows(tmp_path / "texts.jsonl", [{"captions": ["a"]}])
+    file = write_jsonl(tmp_path / "texts.jsonl", [{"captions": ["a"]}])
     content = file.read_text()
     assert main(["data", str(file), "--report", str(file)]) == 1
     assert "--report must be an .html file" in capsys.readouterr().err and file.read_text() == content

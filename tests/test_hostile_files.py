@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageFile
 
 from conftest import load_benchmark
+from format_fixtures import encode, write_jsonl
 from llm2clip.cli.export import _check_no_home_paths
 from llm2clip.data import image_header, images, records, table_cells, texts
 from llm2clip.data.formats import text_files
@@ -40,19 +41,8 @@ hostile = load_benchmark("hostile_images")
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
 def png_bytes(width: int = 12, height: int = 10) -> bytes:
     return encode(Image.new("RGB", (width, height), (200, 10, 10)), "PNG")
-
-
-def write_jsonl(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 # ---- images: the work of decoding -----------------------------------------------------------------------------------
@@ -166,7 +156,7 @@ def test_file_size_is_limited_before_reading(tmp_path: Path) -> None:
     for image in (path, str(path), FileImage(str(path))):
         with pytest.raises(ImageError, match="file too large"):
             load_image(image)
-    file, log = write_jsonl(tmp_path / "x.jsonl", {"image": "sparse.png", "caption": "a"}), SkipLog(max_skipped=1.0)
+    file, log = write_jsonl(tmp_path / "x.jsonl", [{"image": "sparse.png", "caption": "a"}]), SkipLog(max_skipped=1.0)
     with pytest.raises(ValueError, match="no records"):
         list(open_records(file, log))
     assert log.skipped == {"unreadable image": 1}
@@ -419,7 +409,7 @@ def test_tar_headers_are_limited(kind: bytes, tmp_path: Path) -> None:
 def test_captions_of_a_row_are_limited(tmp_path: Path) -> None:
     rows = [{"caption": "a" * (1 << 20)}, {"caption": ["a" * (1 << 19), "b" * (1 << 19), "c"]}]
     log = SkipLog(max_skipped=1.0)
-    assert len(list(open_records(write_jsonl(tmp_path / "x.jsonl", *rows), log))) == 1
+    assert len(list(open_records(write_jsonl(tmp_path / "x.jsonl", rows), log))) == 1
     assert "1,048,577 characters" in log.examples[0]
 
 
@@ -460,7 +450,7 @@ def test_an_unexpected_exception_of_a_reader_is_a_bad_row(tmp_path: Path, monkey
         yield "x.jsonl", 1, {"caption": "a"}
         raise MemoryError("no memory")
 
-    file, log = write_jsonl(tmp_path / "x.jsonl", {"caption": "a"}), SkipLog(max_skipped=1.0)
+    file, log = write_jsonl(tmp_path / "x.jsonl", [{"caption": "a"}]), SkipLog(max_skipped=1.0)
     with monkeypatch.context() as patch:
         patch.setattr(text_files.JsonLines, "read", fail)
         assert [record.captions for record in open_records(file, log)] == [("a",)]
@@ -492,7 +482,7 @@ def test_index_skips_images_outside_the_source(folders: Path) -> None:
     (folders / "link.png").symlink_to(secret)
     (folders / "sub").symlink_to(secret.parent)
     names = ["a.png", str(secret), "../private/secret.png", "link.png", "sub/secret.png", "../set/a.png"]
-    file = write_jsonl(folders / "captions.jsonl", *({"image": name, "caption": "x"} for name in names))
+    file = write_jsonl(folders / "captions.jsonl", [{"image": name, "caption": "x"} for name in names])
     for source in (file, folders / "*.jsonl", folders):
         found, log = scan(source)
         assert {image.name for image in found} == {str(folders / "a.png")}

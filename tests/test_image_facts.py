@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from conftest import TouchOnLoad, load_benchmark
-from format_fixtures import image_bytes, write_tar
+from format_fixtures import encode, image_bytes, write_tar
 from llm2clip.data.image_facts import (
     TRAINING_IMAGES_FILE,
     ImageFacts,
@@ -30,12 +30,6 @@ from llm2clip.data.skip_log import UnusableRow
 
 fuzz = load_benchmark("fuzz")
 mutate_image: Callable[[bytes, random.Random], bytes] = fuzz.mutate_image
-
-
-def encode(image: Image.Image, kind: str, **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 NOISE = Image.effect_noise((50, 40), 80).convert("RGB")

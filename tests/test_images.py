@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
+from format_fixtures import encode
 from llm2clip.data import image_header, images, transforms
 from llm2clip.data.image_refs import FileImage, MemoryImage
 from llm2clip.data.images import ImageError, decode_image, decode_or_error, iter_image_batches, load_image
@@ -34,12 +35,6 @@ def photo(width: int = 120, height: int = 160) -> Image.Image:
     pixels = np.asarray(coarse).astype(int) + rng.integers(-6, 7, (height, width, 3))
     pixels[height // 3 : height // 2, width // 4 : width // 2] = (200, 30, 30)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def decode_with_pil(data: bytes) -> Tensor:
