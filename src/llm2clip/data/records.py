@@ -263,8 +263,10 @@ class RecordReader:
                 if isinstance(fields, BadRow):
                     num_rows *= fields.rows
                     raise UnusableRow(fields.reason, fields.value)
-                map_table, map_row = self.mapper.map_table, self.mapper.map_row
-                columns = map_table(file, list(fields)) if source_format.is_table else map_row(fields)
+                if source_format.is_table:
+                    columns = self.mapper.map_table(file, list(fields))
+                else:
+                    columns = self.mapper.map_row(fields)
                 values = {name: fields.get(column) for name, column in columns.items()}
                 if source_format.is_plain_text:
                     values = _clean_text_cells(values, self.log, file, number)

@@ -37,7 +37,8 @@ def is_valid_unicode(text: str) -> bool:
 
 def is_null(value: object) -> bool:
     """Return True for missing values: None, an empty string, an empty list, or NaN (as used by pandas)."""
-    if isinstance(value, str | list):
+    kind = type(value)
+    if kind is str or kind is list:
         return not value
     return value is None or (isinstance(value, float) and math.isnan(value))
 

@@ -358,9 +358,8 @@ def _parse_plain_block(header: bytes) -> tuple[int, bytes] | None:
     match = _PLAIN_HEADER.match(header, 100)
     if match is None or len(header) < tarfile.BLOCKSIZE:
         return None
-    # Adler-32 contains the sum of the bytes plus 1, modulo 65,521. The sums of these parts are smaller.
-    parts = (header[:148], header[156:345], header[345:])
-    checksum = sum((zlib.adler32(part) & 0xFFFF) - 1 for part in parts) + 8 * ord(" ")
+    # Adler-32 contains the sum of the bytes plus 1, modulo 65,521. The checksum counts its own bytes as spaces.
+    checksum = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * ord(" ")
     return (int(match[1], 8), match[3]) if int(match[2], 8) == checksum else None
 
 
