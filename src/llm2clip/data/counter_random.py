@@ -1,8 +1,6 @@
 """Random numbers that are a hash of the seed and of counters such as the epoch, the image and the draw.
 
-No generator has a state that must be advanced or saved, so a sample does not depend on the other samples of its batch,
-on the ranks or on the step at which a run was resumed. All functions compute the numbers of a batch with a few array
-operations.
+A sample does not depend on the other samples of its batch, on the ranks or on the step at which a run was resumed.
 
 The hash is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014,
 https://doi.org/10.1145/2714064.2660195): output n of a generator with state s is `mix(s + (n + 1) * golden_gamma)`.

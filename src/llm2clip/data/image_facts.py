@@ -1,12 +1,10 @@
 """Sizes and hashes of images, computed without decoding them, and images that are copies of each other.
 
-A hash covers an image's size and a short sample from the middle, so files are not read in full. To detect copies, only
-images with the same hash are read in full.
+A hash covers an image's size and a short sample from the middle. Only images with the same hash are read in full.
 
-The hashes of the training images, 8 bytes each, are stored in the model folder as `training_images.npy`. They allow
-`evaluate` to warn if a model is evaluated on its training images. The hashes do not depend on where an image is stored,
-so copies of a data set are recognised. Neither images nor paths can be recovered from the hashes, but anyone with a
-copy of an image can check whether the model was trained on it.
+The hashes of the training images are stored in the model folder, so that `evaluate` can warn if a model is evaluated on
+its training images. Neither images nor paths can be recovered from the hashes, but anyone with a copy of an image can
+check whether the model was trained on it.
 """
 
 from __future__ import annotations
@@ -51,34 +49,20 @@ MISSING_IMAGE, UNREADABLE_IMAGE, TOO_LARGE_IMAGE = "missing image", "unreadable 
 
 
 class ImageFacts(NamedTuple):
-    """What reading an image without decoding it shows.
+    """What reading an image without decoding it shows. Numbers are 0 if they are not known."""
 
-    Attributes:
-        width, height: Size in pixels, or 0 if it is not known.
-        hash: See `hash_images`; 0 if it is not known.
-        digest: SHA-256 of all bytes, only for images in object storage. To compare such images later, they would have
-            to be downloaded again.
-    """
-
-    width: int = 0
+    width: int = 0  # pixels
     height: int = 0
-    hash: int = 0
-    digest: bytes | None = None
+    hash: int = 0  # see `hash_images`
+    digest: bytes | None = None  # SHA-256 of images in object storage, which would have to be downloaded again
 
 
 def read_image_facts(
     image: LoadedImage, check_exists: bool = True, check_header: bool = True, compute_hash: bool = True
 ) -> ImageFacts:
-    """Check an image and return its size and hash.
+    """Check an image and return its size and hash. Raise `UnusableRow` if it cannot be used.
 
-    Args:
-        check_exists: Whether an image file must exist.
-        check_header: Whether the image must be readable, judging from its header, and not too large. If False, the size
-            in the result is 0.
-        compute_hash: Whether to compute the hash.
-
-    Raises:
-        UnusableRow: The image cannot be used.
+    If `check_header` is True, the image must be readable, judging from its header, and not too large.
     """
     samples = _read_samples(image) if check_header or compute_hash else None
     if samples is None and check_exists and type(image.ref) is FileImage and not file_exists(image.ref.path):
@@ -191,10 +175,8 @@ def save_training_image_hashes(folder: Path, training_images: np.ndarray) -> Non
 def load_training_image_hashes(model: str | Path) -> np.ndarray | None:
     """Load a model's sorted training image hashes as a memory-mapped uint64 array of shape (N,).
 
-    `model` is a model folder, or the Hub id of a downloaded model. Return None if the model has no hashes.
-
-    Raises:
-        ValueError: The hash file is corrupt.
+    `model` is a model folder, or the Hub id of a downloaded model. Return None if the model has no hashes. Raise
+    ValueError if they are corrupt.
     """
     from huggingface_hub import try_to_load_from_cache
 

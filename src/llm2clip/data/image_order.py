@@ -21,11 +21,7 @@ SHARD_KINDS = [IMAGE_KINDS.index(kind) for kind in (TarImage, ParquetImage)]
 
 
 class EpochOrders:
-    """Images of each epoch, in the order in which they are used.
-
-    Attributes:
-        image_order: "random" or "shards".
-    """
+    """Images of each epoch, in the order in which they are used."""
 
     def __init__(
         self,
@@ -39,7 +35,6 @@ class EpochOrders:
         Args:
             records: Records with an image.
             is_usable: Boolean mask of the records to use, of shape (N,).
-            image_order: Default: see `choose_image_order`.
             read_images: Whether the images will be read, so that remote shards are downloaded ahead.
         """
         self.image_order = image_order or choose_image_order(records)
@@ -96,12 +91,7 @@ def draw_random_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
 def draw_shard_order(shard_of_image: np.ndarray, seed: int, epoch: int, window: int = WINDOW) -> np.ndarray:
     """Return a permutation of all images in which the images of a window of shards are consecutive.
 
-    Args:
-        shard_of_image: Shard number of each image, of shape (N,), non-negative integers.
-        window: Number of shards whose images are shuffled together. The last window may have fewer shards.
-
-    Returns:
-        Image numbers of shape (N,), with the same dtype as those of `draw_random_order`.
+    `shard_of_image` and the result have shape (N,). The last window may have fewer shards.
     """
     rng = np.random.default_rng([seed, epoch])
     counts = np.bincount(shard_of_image)

@@ -50,19 +50,12 @@ MAX_VECTOR_DIM = 64  # maximum dimension of the vectors used to group similar ca
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A positive pair of texts.
+    """A positive pair of texts."""
 
-    Attributes:
-        anchor: Query text.
-        positive: Text with the same meaning as the anchor, or an answer to it.
-        negatives: Known hard negatives. May be empty.
-        instruction: Text prepended to the anchor and excluded from pooling.
-    """
-
-    anchor: str
-    positive: str
-    negatives: tuple[str, ...] = ()
-    instruction: str = ""
+    anchor: str  # query
+    positive: str  # text with the same meaning as the anchor, or an answer to it
+    negatives: tuple[str, ...] = ()  # known hard negatives
+    instruction: str = ""  # text prepended to the anchor and excluded from pooling
 
     @property
     def texts(self) -> tuple[str, ...]:

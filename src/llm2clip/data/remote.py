@@ -7,8 +7,7 @@ The first version of a file that a process sees is pinned: if the file is replac
 instead of mixing both versions.
 
 The environment variable LLM2CLIP_SHARD_CACHE_GB limits the size of the cache. The least recently used files are removed
-first. Several processes can use the cache at the same time. Files that are being read are never removed: readers hold a
-shared lock on them.
+first, except for files that are being read: readers hold a shared lock on them.
 """
 
 from __future__ import annotations
@@ -120,10 +119,7 @@ def _list_remote_folder(folder: str) -> list[str]:
 def walk_folder(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield the path, folder names and file names of a folder and its subfolders, as `os.walk` does.
 
-    The caller can remove folder names from the list, to skip these subfolders.
-
-    Raises:
-        OSError: A folder cannot be listed.
+    The caller can remove folder names from the list, to skip these subfolders. Raise OSError for unreadable folders.
     """
     if not is_remote(folder):
         yield from os.walk(folder, onerror=_raise)

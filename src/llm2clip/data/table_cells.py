@@ -138,12 +138,9 @@ def map_cached_batches(path: str) -> list[pa.RecordBatch]:
 
 
 def open_cell(cell: pa.Scalar, name: str) -> BinaryIO:
-    """Open the image in a table cell, which contains bytes or a struct with bytes.
+    """Open the image in a table cell, which contains bytes or a struct with bytes. Raise OSError if there are none.
 
     Paths in cells are not opened, because they could point to any file on this machine.
-
-    Raises:
-        OSError: The cell contains no bytes, or more than `MAX_CELL_BYTES`.
     """
     data = cell.get("bytes") if isinstance(cell, pa.StructScalar) else cell
     if data is None or not data.is_valid:

@@ -80,24 +80,15 @@ class TextStatistics:
 
 @dataclass
 class TableStatistics:
-    """Statistics of a record table.
-
-    Attributes:
-        num_images: Number of records with an image.
-        captions_per_image: Number of captions of each record with an image, all caption fields together.
-        splits: Number of (records, images) in each split.
-        kinds: Number of images of each kind (an index into `IMAGE_KINDS`).
-        suffixes: Number of image files and tar members per file name suffix, in lower case.
-        widths, heights, short_sides: Image sizes in pixels, from the headers, before rotation.
-    """
+    """Statistics of a record table. Image sizes are in pixels, from the headers, before rotation."""
 
     num_records: int = 0
-    num_images: int = 0
+    num_images: int = 0  # records with an image
     texts: dict[str, TextStatistics] = field(default_factory=lambda: {name: TextStatistics() for name in TEXT_FIELDS})
-    captions_per_image: Histogram = field(default_factory=Histogram)
-    splits: dict[str, tuple[int, int]] = field(default_factory=dict)
-    kinds: Counter[int] = field(default_factory=Counter)
-    suffixes: Counter[str] = field(default_factory=Counter)
+    captions_per_image: Histogram = field(default_factory=Histogram)  # all caption fields together
+    splits: dict[str, tuple[int, int]] = field(default_factory=dict)  # split -> number of records and images
+    kinds: Counter[int] = field(default_factory=Counter)  # index into `IMAGE_KINDS` -> number of images
+    suffixes: Counter[str] = field(default_factory=Counter)  # of image files and tar members, in lower case
     widths: Histogram = field(default_factory=Histogram)
     heights: Histogram = field(default_factory=Histogram)
     short_sides: Histogram = field(default_factory=Histogram)

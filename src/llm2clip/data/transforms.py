@@ -73,8 +73,7 @@ class Preprocess:
         """Create the settings from the output of `to_dict` or from a transformers image processor's config.
 
         Raises:
-            ValueError: The config is not for square images of a fixed size, or a value is missing or has the wrong
-                type.
+            ValueError: The config is malformed, or not for square images of a fixed size.
         """
         try:
             return cls._from_dict(config)

@@ -70,65 +70,39 @@ def choose_all_columns(file: str, names: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What to read from a file.
+    """What to read from a file."""
 
-    Attributes:
-        choose: Selects the columns to read from a table.
-        image_bytes: Whether to read images embedded in tables and tar files.
-        splits: Splits of a Hugging Face data set to read. If empty or None, all splits are read. Each row's `split`
-            field is set to the name of its split, unless `splits` is None, in which case rows keep their own values.
-        log: Skip log. It records notes about files, such as unusual encodings.
-    """
-
-    choose: ColumnChooser = choose_all_columns
-    image_bytes: bool = True
+    choose: ColumnChooser = choose_all_columns  # selects the columns to read from a table
+    image_bytes: bool = True  # whether to read images embedded in tables and tar files
+    # Splits of a Hugging Face data set to read (default: all). Unless `splits` is None, each row's `split` field is set to
+    # the name of its split.
     splits: Sequence[str] | None = ()
-    log: SkipLog | None = None
+    log: SkipLog | None = None  # records notes about files, such as unusual encodings
 
 
 @dataclass(frozen=True)
 class FilePart:
-    """Part of a source file, or a complete file or folder.
-
-    Attributes:
-        start: Start of the part: byte position of a row, or index of a row group in a Parquet file.
-        stop: End of the part, exclusive, in the same unit. None stands for the end of the file. The row at `stop`
-            belongs to the next part.
-        first_row: Row or line number of the part's first row in the file, starting at 1.
-    """
+    """Part of a source file, or a complete file or folder."""
 
     format: SourceFormat
     path: str
-    start: int = 0
-    stop: int | None = None
-    first_row: int = 1
+    start: int = 0  # byte position of a row, or index of a row group in a Parquet file
+    stop: int | None = None  # position of the next part's first row; None stands for the end of the file
+    first_row: int = 1  # row or line number of the part's first row in the file, starting at 1
 
 
 class SourceFormat(ABC):
-    """A format of data sources.
+    """A format of data sources."""
 
-    Attributes:
-        name: Unique name.
-        suffixes: Lower-case file name suffixes of this format.
-        text_share: Approximate share of a file that is text.
-        is_folder: True if a source is a folder whose files are listed and downloaded one by one.
-        is_shard: True if a folder of such files is a data set.
-        has_caption_columns: False if captions are stored in files next to the images instead of columns.
-        is_table: True if all rows of a file have the same columns.
-        is_plain_text: True if all cells are text, so that missing values are written as words, such as "nan", and each
-            caption has its own row.
-        has_lists_as_text: True if a text may contain a JSON or Python list of captions.
-    """
-
-    name: str
-    suffixes: tuple[str, ...] = ()
-    text_share = 1.0
-    is_folder = False
-    is_shard = False
-    has_caption_columns = True
-    is_table = False
-    is_plain_text = False
-    has_lists_as_text = False
+    name: str  # unique
+    suffixes: tuple[str, ...] = ()  # of file names, in lower case
+    text_share = 1.0  # approximate share of a file that is text
+    is_folder = False  # whether a source is a folder whose files are listed and downloaded one by one
+    is_shard = False  # whether a folder of such files is a data set
+    has_caption_columns = True  # otherwise, captions are stored in files next to the images
+    is_table = False  # whether all rows of a file have the same columns
+    is_plain_text = False  # whether each caption has its own row, and missing values are words such as "nan"
+    has_lists_as_text = False  # whether a text may contain a JSON or Python list of captions
 
     @abstractmethod
     def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
