@@ -4,12 +4,10 @@ A pair is either two captions of the same image or a general text pair, such as 
 its document, or two paraphrases. The captions of held-out images are not used.
 
 Text pairs have the same format as E5's training data (arXiv 2212.03533): `{"query": ..., "positive": ..., "negatives":
-[...], "instruction": ...}`. The fields `negatives` and `instruction` are optional, and other common column names are
-recognised. Text pairs can be in any table format that is supported for records. Sentence pairs with a label or a score
+[...], "instruction": ...}`. The fields `negatives` and `instruction` are optional. Sentence pairs with a label or a score
 are not supported, because the two sentences may contradict each other.
 
-For the same data and settings, the batches depend only on the seed. A resumed run therefore uses the same batches as an
-uninterrupted run, regardless of the number of processes.
+For the same data and settings, the batches depend only on the seed, regardless of the number of processes.
 """
 
 import re

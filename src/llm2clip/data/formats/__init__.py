@@ -74,8 +74,8 @@ class ReadOptions:
 
     choose: ColumnChooser = choose_all_columns  # selects the columns to read from a table
     image_bytes: bool = True  # whether to read images embedded in tables and tar files
-    # Splits of a Hugging Face data set to read (default: all). Unless `splits` is None, each row's `split` field is set to
-    # the name of its split.
+    # Splits of a Hugging Face data set to read (default: all). Unless `splits` is None, each row's `split` field is set
+    # to the name of its split.
     splits: Sequence[str] | None = ()
     log: SkipLog | None = None  # records notes about files, such as unusual encodings
 
