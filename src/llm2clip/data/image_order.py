@@ -1,7 +1,7 @@
 """Order in which training reads the images of an epoch. It depends only on the data, the seed and the epoch.
 
-In a shard order, shards (tar or Parquet files) are read in random order, a window of shards at a time, and the images of
-a window are shuffled. Remote shards are then downloaded only once per epoch.
+In a shard order, shards (tar or Parquet files) are read in random order, a window of shards at a time, and the images
+of a window are shuffled. Remote shards are then downloaded only once per epoch.
 """
 
 import os

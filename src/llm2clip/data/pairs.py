@@ -4,8 +4,8 @@ A pair is either two captions of the same image or a general text pair, such as 
 its document, or two paraphrases. The captions of held-out images are not used.
 
 Text pairs have the same format as E5's training data (arXiv 2212.03533): `{"query": ..., "positive": ..., "negatives":
-[...], "instruction": ...}`. The fields `negatives` and `instruction` are optional. Sentence pairs with a label or a score
-are not supported, because the two sentences may contradict each other.
+[...], "instruction": ...}`. The fields `negatives` and `instruction` are optional. Sentence pairs with a label or a
+score are not supported, because the two sentences may contradict each other.
 
 For the same data and settings, the batches depend only on the seed, regardless of the number of processes.
 """
