@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.io import savemat
 from torch import Tensor
 
 from llm2clip.data.image_refs import FileImage
@@ -142,14 +141,10 @@ class Layout(NamedTuple):
         for name in self:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", LABEL_SIZE, (10, 20, 30)).save(root / self.image)
-        pixels = np.resize(np.array(values, np.uint16), LABEL_SIZE[::-1])
-        if self.labels.endswith(".mat"):
-            savemat(root / self.labels, {"LabelMap": pixels})
-        else:
-            image = Image.fromarray(pixels.astype(np.uint8))
-            if "SegmentationClass" in self.labels:  # as in VOC, colours for viewers
-                image.putpalette(list(range(256)) * 3)
-            image.save(root / self.labels)
+        image = Image.fromarray(np.resize(np.array(values, np.uint8), LABEL_SIZE[::-1]))
+        if "SegmentationClass" in self.labels:  # as in VOC, colours for viewers
+            image.putpalette(list(range(256)) * 3)
+        image.save(root / self.labels)
         if self.split:
             (root / self.split).write_text(Path(self.image).stem + "\n")
 

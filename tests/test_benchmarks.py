@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -219,24 +217,18 @@ def test_xm3600_and_xtd10_read_each_language(tmp_path: Path) -> None:
 # ---- compositional --------------------------------------------------------------------------------------------------
 
 
-def test_winoground_reads_jsonl_and_parquet(tmp_path: Path) -> None:
+def test_winoground_reads_images_with_and_without_suffix(tmp_path: Path) -> None:
     row: dict[str, Any] = {"id": 7, "caption_0": "a man on a dog", "caption_1": "a dog on a man"}
-    for n in (0, 1):
+    for n, suffix in enumerate(("", ".png")):
         draw(tmp_path / f"winoground/images/ex_7_img_{n}.png")
-        row[f"image_{n}"] = f"ex_7_img_{n}"
+        row[f"image_{n}"] = f"ex_7_img_{n}{suffix}"
     write(tmp_path / "winoground/examples.jsonl", json.dumps(row))
     [example] = read("winoground", tmp_path)
-    assert example.captions == ("a man on a dog", "a dog on a man") and example.kind == "winoground"
-    pixels = [load_image(image) for image in example.images]
-    (tmp_path / "winoground/examples.jsonl").unlink()
-    data = {n: (tmp_path / f"winoground/images/ex_7_img_{n}.png").read_bytes() for n in (0, 1)}
-    cells = {f"image_{n}": [{"bytes": data[n], "path": "x.png"}] for n in (0, 1)}
-    texts = {key: [value] for key, value in row.items() if not key.startswith("image")}
-    (tmp_path / "winoground/data").mkdir()
-    pq.write_table(pa.table({**texts, **cells}), tmp_path / "winoground/data/test-00000-of-00001.parquet")
-    [again] = read("winoground", tmp_path)
-    assert again.captions == example.captions and again.id == "7"
-    assert all((a == load_image(b)).all() for a, b in zip(pixels, again.images, strict=True))
+    assert example.captions == ("a man on a dog", "a dog on a man") and (example.id, example.kind) == (
+        "7",
+        "winoground",
+    )
+    assert [Path(str(image)).name for image in example.images] == ["ex_7_img_0.png", "ex_7_img_1.png"]
 
 
 def test_sugarcrepe_reads_each_kind(tmp_path: Path) -> None:

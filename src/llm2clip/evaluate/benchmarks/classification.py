@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 
 from llm2clip.data.image_refs import FileImage, ImageRef, MemoryImage
@@ -228,27 +227,15 @@ CIFAR10_NAMES, CIFAR100_NAMES = "batches.meta.txt", "fine_label_names.txt"
 
 
 def _read_winoground(folder: Path) -> list[CompositionalExample]:
-    """Read 400 examples. Each has two images and two captions, which consist of the same words (arXiv 2204.03162).
-
-    The images are in a folder, or (on the Hugging Face Hub) in a Parquet table.
-    """
+    """Read 400 examples. Each has two images and two captions, which consist of the same words (arXiv 2204.03162)."""
+    file = find_first(folder, "examples.jsonl", "data/examples.jsonl")
+    image_dir = find_first(file.parent, "images")
     examples = []
-    try:
-        file = find_first(folder, "examples.jsonl", "data/examples.jsonl")
-        rows = [row for _, row in read_jsonl(file)]
-    except MissingFileError:
-        file = find_first(folder, "data/test-*.parquet", "test-*.parquet")
-        rows = pq.read_table(file, columns=["id", "image_0", "image_1", "caption_0", "caption_1"]).to_pylist()
-    for row in rows:
-        refs: list[ImageRef] = []
-        for key in ("image_0", "image_1"):
-            value = row[key]
-            if isinstance(value, dict):
-                refs.append(MemoryImage(value["bytes"], f"{file}, {row['id']}, {key}"))
-            else:
-                refs.append(resolve_image(file.parent / "images", value if Path(value).suffix else f"{value}.png"))
+    for _, row in read_jsonl(file):
+        names = [row["image_0"], row["image_1"]]
+        refs = tuple(resolve_image(image_dir, name if Path(name).suffix else f"{name}.png") for name in names)
         captions = (row["caption_0"], row["caption_1"])
-        examples.append(CompositionalExample(str(row["id"]), "winoground", tuple(refs), captions))
+        examples.append(CompositionalExample(str(row["id"]), "winoground", refs, captions))
     _check_image_files(examples, file)
     return examples
 

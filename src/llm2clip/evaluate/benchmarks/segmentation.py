@@ -46,13 +46,6 @@ _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28,
 # Pixel values (category ids minus one) that do not occur in COCO-Stuff's PNGs because COCO removed these object classes
 # (github.com/nightrome/cocostuff, labels.txt).
 _COCO_REMOVED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
-# Ids of the 59 classes among PASCAL-Context's 459 labels, sorted by class name (mmsegmentation,
-# tools/dataset_converters/pascal_context.py).
-_CONTEXT_IDS = (
-    *(2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113, 115, 144, 158, 159),
-    *(162, 187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349, 354, 355, 360, 366, 368),
-    *(397, 415, 416, 420, 424, 427, 440, 445, 454, 458),
-)
 
 
 def read_class_names(name: str) -> list[list[str]]:
@@ -129,23 +122,16 @@ def _make_label_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -
 
 
 def _read_label_file(file: Path, table: np.ndarray) -> np.ndarray:
-    """Read labels, uint8 of shape (H, W), from a single-channel PNG or from the array LabelMap in a MATLAB file."""
-    mode = ""
+    """Read labels, uint8 of shape (H, W), from a single-channel PNG."""
     try:
-        if file.suffix == ".mat":  # PASCAL-Context's own format
-            from scipy.io import loadmat
-
-            values = loadmat(file)["LabelMap"]
-        else:
-            with Image.open(file, formats=["PNG"]) as image:
-                mode, values = image.mode, np.asarray(image)
-    except Exception as error:  # Pillow and SciPy can raise almost any exception for a corrupt file
+        with Image.open(file, formats=["PNG"]) as image:
+            mode, values = image.mode, np.asarray(image)
+    except Exception as error:  # Pillow can raise almost any exception for a corrupt file
         raise DataFormatError(f"{file}: unreadable label file: {error!r}") from error
-    if mode not in ("L", "P", ""):
+    if mode not in ("L", "P"):
         raise DataFormatError(f"{file}: label files must have one 8-bit channel (got mode {mode})")
-    is_invalid = (values < 0) | (values >= len(table))
-    labels = table[np.where(is_invalid, 0, values)]
-    is_invalid |= labels == _INVALID
+    labels = table[values]
+    is_invalid = labels == _INVALID
     if is_invalid.any():
         value = values[is_invalid].flat[0]
         raise DataFormatError(f"{file} contains the label {value}, which does not exist in this data set")
@@ -207,23 +193,15 @@ def _read_voc(folder: Path, with_background: bool) -> SegmentationData:
 
 
 def _read_context(folder: Path, with_background: bool) -> SegmentationData:
-    """Read mmsegmentation's PNGs (SegmentationClassContext/). If there are none, read the original MATLAB files."""
     root = _find_devkit(folder, "VOC2010")
-    offset = 0 if with_background else 1
-    if (root / "SegmentationClassContext").is_dir():
-        split_file = find_first(root, "ImageSets/SegmentationContext/val.txt")
-        files = _list_files(root, split_file, "SegmentationClassContext/{}.png")
-        background = {0: 0} if with_background else {}
-        table = _make_label_table({value: value - offset for value in range(1, 60)} | background, ignored=[0])
-    else:
-        split_file = find_first(root, "ImageSets/Main/val.txt")
-        files = _list_files(root, split_file, "trainval/{}.mat")
-        table = np.full(460, 0 if with_background else IGNORED, np.int16)
-        table[list(_CONTEXT_IDS)] = np.arange(1, 60) - offset
+    split_file = find_first(root, "ImageSets/SegmentationContext/val.txt")
+    files = _list_files(root, split_file, "SegmentationClassContext/{}.png")
     names = read_class_names("context59")
-    if with_background:
-        return _build_from_files(*files, table, split_file, [["background"], *names], **_WITH_BACKGROUND)
-    return _build_from_files(*files, table, split_file, names)
+    if not with_background:
+        table = _make_label_table({value: value - 1 for value in range(1, 60)}, ignored=[0])
+        return _build_from_files(*files, table, split_file, names)
+    table = _make_label_table({value: value for value in range(60)})
+    return _build_from_files(*files, table, split_file, [["background"], *names], **_WITH_BACKGROUND)
 
 
 def _read_coco_object(folder: Path) -> SegmentationData:
