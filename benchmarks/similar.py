@@ -6,7 +6,7 @@ The first 200 images of the folder are embedded, together with edited copies of 
 JPEG with quality 40, cropped by 5%, and brightened by 20%. In place of the frames of a burst, two crops of each image
 are compared: without the left and upper tenth, and without the right and lower tenth. The tables show how many pairs of
 each kind have at least a given similarity, and how many of the pairs of different photographs do. In the first table,
-the mean embedding of the images is subtracted. `src/llm2clip/search/ranking.py` contains the thresholds of searches.
+the mean embedding of the images is subtracted. `src/llm2clip/search/query.py` contains the thresholds of searches.
 """
 
 import argparse

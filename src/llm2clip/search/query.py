@@ -39,37 +39,24 @@ NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results have little to do with the 
 
 
 class QueryVectors(NamedTuple):
-    """Embeddings of a query, all L2-normalised and of shape (D,), float32.
+    """Embeddings of a query, all L2-normalised and of shape (D,), float32."""
 
-    Attributes:
-        combined: The query vector, by which the images are ranked.
-        texts: Normalised mean of the positive texts, or None if the query has no positive texts.
-        images: Normalised mean of the positive images and earlier hits, or None if the query has neither.
-    """
-
-    combined: np.ndarray
-    texts: np.ndarray | None
-    images: np.ndarray | None
+    combined: np.ndarray  # the query vector, by which the images are ranked
+    texts: np.ndarray | None  # mean of the positive texts, or None
+    images: np.ndarray | None  # mean of the positive images and earlier hits, or None
 
 
 @dataclass(frozen=True)
 class SearchQuery:
-    """A search query. Results should resemble its positive parts, but not its negative parts.
-
-    Attributes:
-        texts, negative_texts: Texts of any length.
-        images, negative_images: Images: paths, encoded images as bytes, or tensors of shape (3, H, W), uint8.
-        like, negative_like: Ids of earlier hits.
-        templates: Prompt templates for short texts. The embeddings of the resulting prompts are averaged (see
-            `models.prompts.build_query_prompts`). Default: the model's own templates.
-    """
+    """A search query. Results should resemble its positive parts, but not its negative parts."""
 
     texts: Sequence[str] = ()
-    images: Sequence[Any] = ()
+    images: Sequence[Any] = ()  # paths, encoded images as bytes, or tensors of shape (3, H, W), uint8
     negative_texts: Sequence[str] = ()
     negative_images: Sequence[Any] = ()
-    like: Sequence[str] = ()
+    like: Sequence[str] = ()  # ids of earlier hits
     negative_like: Sequence[str] = ()
+    # Prompt templates for short texts, whose embeddings are averaged (see `build_query_prompts`). Default: the model's.
     templates: QueryTemplates | None = None
 
     def __bool__(self) -> bool:
@@ -349,13 +336,10 @@ def compare_hits(hits: Sequence[Hit], backend: Backend, mean: np.ndarray | None)
     matrix = np.stack([vectors.get(hit.id, centre) - centre for hit in hits])  # removed hits have zero vectors
     matrix /= np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-6)
     cosines = matrix @ matrix.T
-    times = np.array([find_capture_time(hit) for hit in hits], np.float64)  # None becomes NaN
+    times = np.full(len(hits), np.nan)
+    for position, hit in enumerate(hits):
+        times[position] = next((image.taken for image in hit.images if image.has_exif_time), np.nan)
     is_burst = np.abs(times[:, None] - times) <= BURST_SECONDS  # False for NaN
     if mean is None:
         return (cosines >= UNCENTRED_COPY_SIMILARITY) | ((cosines >= UNCENTRED_BURST_SIMILARITY) & is_burst)
     return (cosines >= COPY_SIMILARITY) | ((cosines >= BURST_SIMILARITY) & is_burst)
-
-
-def find_capture_time(hit: Hit) -> float | None:
-    """Return the EXIF time of a hit's first image that has one, as a Unix timestamp."""
-    return next((image.taken for image in hit.images if image.has_exif_time), None)

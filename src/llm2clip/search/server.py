@@ -74,22 +74,16 @@ API_ERRORS: dict[int | str, dict[str, Any]] = {code: ERROR_RESPONSES[code] for c
 
 @dataclass(frozen=True)
 class Access:
-    """Who may use a server.
+    """Who may use a server."""
 
-    Attributes:
-        token: Token that every request must contain, or None. Without the token, only `/health` is available, and
-            returns only the status. API clients send the header `Authorization: Bearer TOKEN`. In a browser, opening
-            `/?token=TOKEN` starts a 24-hour session.
-        hosts: Host names that are allowed in the Host header, or None for all. This prevents DNS rebinding attacks, in
-            which a website makes its own host name resolve to this machine's address.
-        allowed_origins: Origins of other websites, such as `https://example.org`, whose pages may use the API.
-        log: Whether to write one JSON object per request to standard error.
-    """
-
+    # Token that every request must contain. Without it, only `/health` is available, and returns only the status. API
+    # clients send the header `Authorization: Bearer TOKEN`. In a browser, `/?token=TOKEN` starts a 24-hour session.
     token: str | None = None
+    # Host names that are allowed in the Host header, or None for all. This prevents DNS rebinding attacks, in which a
+    # website makes its own host name resolve to this machine's address.
     hosts: Sequence[str] | None = LOOPBACK
-    allowed_origins: Sequence[str] = ()
-    log: bool = False
+    allowed_origins: Sequence[str] = ()  # other websites, such as `https://example.org`, whose pages may use the API
+    log: bool = False  # write one JSON object per request to standard error
 
 
 def create_app(

@@ -26,20 +26,12 @@ MAX_LOCATIONS = 100  # maximum per hit; web data sets contain some images hundre
 
 @dataclass(frozen=True, slots=True)
 class IndexedImage(ImageMetadata):
-    """An image at a specific location, with its metadata.
+    """An image at a specific location, with its metadata."""
 
-    Args:
-        name: Canonical path in the form `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`. Unique within an index.
-        ref: Reference to the image's bytes.
-        source: Image source in the format of `open_records`, with an absolute path.
-        file_version: Size and modification time of the file, used to detect changes.
-        captions: Captions of the image. Empty if the source has no captions.
-    """
-
-    name: str
+    name: str  # canonical path: `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`; unique within an index
     ref: ImageRef
-    source: str
-    file_version: str
+    source: str  # in the format of `open_records`, with an absolute path
+    file_version: str  # size and modification time of the file, used to detect changes
     captions: tuple[str, ...] = ()
 
     @property
@@ -77,17 +69,11 @@ class ImageState(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexedContent(ContentMetadata):
-    """Content of an image file, shared by all images with identical bytes, with its metadata.
+    """Content of an image file, shared by all images with identical bytes, with its metadata."""
 
-    Args:
-        hash: SHA-256 hash of the encoded image.
-        vector: L2-normalised embedding of shape (D,), float16.
-        thumbnail: JPEG thumbnail, at most 256 pixels per side.
-    """
-
-    hash: bytes
-    vector: np.ndarray
-    thumbnail: bytes
+    hash: bytes  # SHA-256 hash of the encoded image
+    vector: np.ndarray  # L2-normalised embedding of shape (D,), float16
+    thumbnail: bytes  # JPEG, at most 256 pixels per side
 
 
 @dataclass(frozen=True)
@@ -101,30 +87,18 @@ class SimilarHit:
 
 @dataclass(frozen=True)
 class Hit(ContentMetadata):
-    """A search result, with the metadata of its content.
+    """A search result, with the metadata of its content."""
 
-    Args:
-        id: Identifier of the image content. Unique within an index.
-        score: Cosine similarity to the query vector. None if the search had no query.
-        images: At most MAX_LOCATIONS images with this content. Images that match the filter's path and time conditions
-            come first.
-        image_count: Total number of images with this content.
-        matched: Fields that contain words of the query (`caption`, `text`, `name`, `camera`, `date`) if the image
-            contains all words of the query, otherwise empty.
-        text: Text recognised in the image. Empty if there is none.
-        relevance: Number from 0 to 1 that estimates whether the index has an answer to the query, judging from this
-            image (see `search.ranking`). None if unknown.
-        similar: Hits that were added to this hit because they are similar to it, best first.
-    """
-
-    id: str
-    score: float | None
-    images: tuple[IndexedImage, ...]
-    image_count: int
+    id: str  # identifier of the image content; unique within an index
+    score: float | None  # cosine similarity to the query vector, or None without a query
+    images: tuple[IndexedImage, ...]  # at most MAX_LOCATIONS; those that match the filter's conditions come first
+    image_count: int  # number of all images with this content
+    # Fields that contain words of the query (`caption`, `text`, `name`, `camera`, `date`) if the image contains all
+    # words of the query, otherwise empty.
     matched: tuple[str, ...] = ()
-    text: str = ""
-    relevance: float | None = None
-    similar: tuple[SimilarHit, ...] = ()
+    text: str = ""  # recognised in the image
+    relevance: float | None = None  # estimated probability of being an answer (see `search.relevance`), or None
+    similar: tuple[SimilarHit, ...] = ()  # hits that were added to this hit because they are similar to it, best first
 
     @property
     def details(self) -> list[Detail]:
