@@ -353,15 +353,12 @@ def test_captions_without_phrases_are_not_searched_again(
             assert "No short phrases are used" in capsys.readouterr().out
 
 
-def test_language_samples_are_evenly_spaced_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_language_samples_are_the_captions_of_evenly_spaced_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noun_phrases, "LANGUAGE_SAMPLES", 10)
-    captions = [tuple(f"{n} {k}" for k in range(n % 4)) for n in range(40)]
-    records = [Record(str(n), None, texts[:2], (), texts[2:]) for n, texts in enumerate(captions)]
-    all_texts = [text for texts in captions for text in texts]
-    for number in (0, 1, 2, 3, 7, 40):
-        texts = all_texts[: sum(map(len, captions[:number]))]
-        sample = noun_phrases._sample_captions(RecordTable.from_records(records[:number]))
-        assert sample == texts[:: len(texts) // 10 + 1]
+    records = [Record(str(n), None, (f"{n} a",), (), (f"{n} b",)) for n in range(40)]
+    for number in (0, 1, 9, 40):
+        expected = [text for record in records[: number : number // 10 + 1] for text in record.texts]
+        assert noun_phrases._sample_captions(RecordTable.from_records(records[:number])) == expected
 
 
 def test_split_tables_contain_only_the_files_of_their_records(tmp_path: Path) -> None:
