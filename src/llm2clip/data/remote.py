@@ -56,7 +56,6 @@ _versions: dict[str, str] = {}  # URL -> pinned version
 _failures: dict[str, tuple[float, RemoteError]] = {}  # URL -> time and error of the last failure
 _room: dict[tuple[str, str], float] = {}  # cache folder and limit -> bytes that may be added before it is listed again
 _pending: deque[str] = deque()  # URLs of files to download ahead
-_prefetch_threads: list[threading.Thread] = []
 
 
 class CacheFullError(FatalDataError):
@@ -463,22 +462,20 @@ def prefetch(paths: Sequence[str]) -> None:
     Return immediately. Local files and files in the cache are ignored, as are errors: opening the file raises them.
     Each call with remote files replaces the files of earlier calls whose download has not started.
     """
+    global _pending
     urls = [path for path in dict.fromkeys(paths) if is_remote(path)]
     if not urls:
         return
-    _pending.clear()
-    _pending.extend(urls)
-    _prefetch_threads[:] = [thread for thread in _prefetch_threads if thread.is_alive()]  # none in a forked process
-    for _ in range(min(PREFETCH_THREADS - len(_prefetch_threads), len(urls))):
-        thread = threading.Thread(target=_download_pending, daemon=True)
-        thread.start()
-        _prefetch_threads.append(thread)
+    _pending.clear()  # the threads of earlier calls end after their current file
+    _pending = deque(urls)
+    for _ in range(min(PREFETCH_THREADS, len(urls))):
+        threading.Thread(target=_download_pending, args=(_pending,), daemon=True).start()
 
 
-def _download_pending() -> None:
+def _download_pending(urls: deque[str]) -> None:
     while True:
         try:
-            url = _pending.popleft()
+            url = urls.popleft()
         except IndexError:
             return
         with suppress(Exception):  # opening the file raises the same error
