@@ -30,8 +30,6 @@ from llm2clip.tools.plan_costs import (
     build_llm,
     build_model,
     get_llm_config,
-    measure_image_costs,
-    measure_text_costs,
 )
 from llm2clip.tools.plan_memory import (
     USABLE_FRACTION,
@@ -44,6 +42,7 @@ from llm2clip.tools.plan_memory import (
 )
 from llm2clip.train.optim import compute_cached_loss, make_optimizer, select_trainable_weights
 from llm2clip.train.tune import PairLoss
+from test_plan import measure_image_costs, measure_text_costs
 
 LLAMA_8B = EncoderConfig("meta-llama/meta-llama-3-8b")
 ALIGN = AlignConfig(

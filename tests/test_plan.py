@@ -1,7 +1,7 @@
 """Plans: parameters and FLOPs against published numbers and formulas, activations against a real forward pass."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from llm2clip.tools.plan import Plan, format_plan, plan_fit
 from llm2clip.tools.plan_costs import (
     LLMS,
     TOWERS,
+    ImageCosts,
     SavedBytesCounter,
+    TextCosts,
     build_llm,
     build_tower,
     count_flops,
@@ -63,20 +65,27 @@ def measure_each_model_once() -> Iterator[None]:
         yield
 
 
-def cache_results(function: Callable[..., Any]) -> Callable[..., Any]:
-    results: dict[str, Any] = {}
-
-    def call(*args: Any) -> Any:
-        key = repr(args)
-        if key not in results:
-            results[key] = function(*args)
-        return results[key]
-
-    return call
+def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, is_cpu: bool = False) -> TextCosts:
+    """Measure each architecture once: several names in `LLMS` stand for the same one."""
+    architecture = LLMS.get(encoder.path.lower(), encoder.path)
+    lora = tune.lora_r, tune.lora_dropout
+    key = repr((architecture, encoder.layers, encoder.truncate_dim, lora, tune.precision, tokens, is_cpu))
+    if key not in _costs:
+        _costs[key] = model_costs.measure_text_costs(encoder, tune, tokens, is_cpu)
+    return _costs[key]
 
 
-measure_text_costs = cache_results(model_costs.measure_text_costs)
-measure_image_costs = cache_results(model_costs.measure_image_costs)
+def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCosts:
+    """Measure each model once: the costs of an image do not depend on batches and epochs."""
+    default = AlignConfig()
+    same = {name: getattr(default, name) for name in ("lr", "epochs", "batch_size", "micro_batch_size")}
+    key = repr((dataclasses.replace(config, **same), text_dim, captions))
+    if key not in _costs:
+        _costs[key] = model_costs.measure_image_costs(config, text_dim, captions)
+    return _costs[key]
+
+
+_costs: dict[str, Any] = {}
 
 
 def plan_small(config: FitConfig = SMALL, device: str = "h100", count: int = 1, **more: Any) -> Plan:

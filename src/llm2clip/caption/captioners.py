@@ -98,6 +98,7 @@ class EndpointCaptioner:
             timeout=httpx.Timeout(None, connect=min(CONNECT_TIMEOUT, timeout)),  # `_post` limits the total time
             limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
             headers=_build_headers(),
+            verify=httpx.create_ssl_context(),
             # A proxy could see unencrypted images, and it could not reach a server on this machine.
             trust_env=self.url.scheme == "https" and not self.is_loopback,
         )
