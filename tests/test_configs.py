@@ -46,8 +46,13 @@ MAX_FIT_SETTINGS = 60  # fixed, see CONTRIBUTING.md: a new setting must replace 
 
 
 @cache
+def get_parser() -> Any:
+    return build_parser()[0]
+
+
+@cache
 def parse_fit(*configs: str) -> FitConfig:
-    parser, _ = build_parser()
+    parser = get_parser()
     flags = [word for config in configs for word in ("--config", config)]
     args = parser.instantiate(parser.parse_args(["fit", "a.jsonl", "--out", "r", *flags])).fit
     return FitConfig(**{field.name: args[field.name] for field in dataclasses.fields(FitConfig)})
@@ -65,7 +70,7 @@ def test_fit_settings_are_frozen() -> None:
 
 def test_every_setting_is_documented_in_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        build_parser()[0].parse_args(["fit", "--help"])
+        get_parser().parse_args(["fit", "--help"])
     text = capsys.readouterr().out
     for section, stage in zip(("encoder", "tune", "embed", "align", "evaluate"), STAGES, strict=True):
         for field in dataclasses.fields(stage):
@@ -120,7 +125,7 @@ def test_every_numeric_setting_has_a_range(config: type) -> None:
 
 @pytest.mark.parametrize("name", FIT_CONFIGS)
 def test_builtin_config_parses_and_flags_override_it(name: str) -> None:
-    parser, _ = build_parser()
+    parser = get_parser()
     args = parser.parse_args(["fit", "a.jsonl", "--out", "r", "--config", name, "--align.epochs", "7"]).fit
     assert args.align.epochs == 7
     assert args.data == ["a.jsonl"]
@@ -202,7 +207,7 @@ def test_recipes_page_has_the_values_of_the_configs() -> None:
 
 
 def test_llava_config_equals_the_defaults_except_for_hardware_settings() -> None:
-    parser, _ = build_parser()
+    parser = get_parser()
     command = ["llava", "train", "b", "--out", "r"]
     config = parser.parse_args([*command, "--config", "llava-1.5-7b"]).llava.train.llava
     default = parser.parse_args(command).llava.train.llava
@@ -221,7 +226,7 @@ def test_command_without_arguments_prints_the_help(capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("columns", ["captions=text,image=file name", "{'captions': 'text', 'image': 'file name'}"])
 def test_columns_are_pairs_or_a_mapping(columns: str, tmp_path: Path) -> None:
-    parser, _ = build_parser()
+    parser = get_parser()
     config = tmp_path / "columns.yaml"
     config.write_text("columns: {captions: text, image: file name}\n")
     for option in (["--columns", columns], ["--config", str(config)]):
@@ -241,7 +246,7 @@ def test_hints_quote_paths_and_keep_the_column_mapping() -> None:
 
 @pytest.mark.parametrize("command", [["tune"], ["embed", "d"], ["align", "d", "--store", "s"], ["evaluate", "m"]])
 def test_one_config_file_serves_every_stage(command: list[str], tmp_path: Path) -> None:
-    parser, _ = build_parser()
+    parser = get_parser()
     save_or_check_config({"data": ["x.csv"], **dataclasses.asdict(FitConfig())}, tmp_path)
     out = [] if command[0] == "evaluate" else ["--out", "o"]
     texts = {**{name: read_builtin_configs()[name] for name in FIT_CONFIGS}}
@@ -256,7 +261,7 @@ def test_one_config_file_serves_every_stage(command: list[str], tmp_path: Path) 
 def test_config_file_with_unknown_settings_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(SystemExit):
-        build_parser()[0].parse_args(["tune", "--out", "o", "--config", str(tmp_path / "bad.yaml")])
+        get_parser().parse_args(["tune", "--out", "o", "--config", str(tmp_path / "bad.yaml")])
 
 
 def test_configs_command_lists_each_config_with_a_description(capsys: pytest.CaptureFixture[str]) -> None:

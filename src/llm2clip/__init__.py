@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from typing import TYPE_CHECKING, Any
@@ -26,22 +27,16 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys(
     os.environ["GOMP_SPINCOUNT"] = "0"
 
 
+_MODULES = {
+    "LLM2CLIP": "llm2clip.models.llm2clip",
+    "CaptionEncoder": "llm2clip.models.text.caption_encoder",
+    "Index": "llm2clip.search.index",
+    "open_dual_encoder": "llm2clip.models.dual_encoder",
+}
+
+
 def __getattr__(name: str) -> Any:
     """Import public names when they are first used, so that importing the package is fast."""
-    if name == "LLM2CLIP":
-        from llm2clip.models.llm2clip import LLM2CLIP
-
-        return LLM2CLIP
-    if name == "CaptionEncoder":
-        from llm2clip.models.text.caption_encoder import CaptionEncoder
-
-        return CaptionEncoder
-    if name == "Index":
-        from llm2clip.search.index import Index
-
-        return Index
-    if name == "open_dual_encoder":
-        from llm2clip.models.dual_encoder import open_dual_encoder
-
-        return open_dual_encoder
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -93,7 +93,7 @@ def index_path(folder: Path, shards: Sequence[Shard]) -> Path:
 
 
 def list_shard_numbers(folder: Path) -> list[int]:
-    """Return a sorted list of the numbers of all complete shards."""
+    """Return the sorted numbers of all complete shards."""
     numbers = []
     for path in folder.iterdir():
         match = re.fullmatch(r"keys-(\d{5,})\.parquet", path.name)
@@ -173,7 +173,6 @@ def compute_shard_checksum(folder: Path, number: int) -> str:
 
 
 def build_corruption_error(path: Path, reason: object) -> StoreError:
-    """Create the error to raise for a corrupt file in a store."""
     return StoreError(f"{path} is corrupt ({reason}). Run `llm2clip store repair {path.parent}`")
 
 
@@ -210,12 +209,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def get_store_spec(manifest: dict[str, Any]) -> StoreSpec:
-    """Extract the spec from a store's manifest. All shards in the store must have this spec."""
     return manifest["identity"], manifest["embed_dim"], manifest["dtype"]
 
 
 def check_spec(manifest: dict[str, Any], expected: StoreSpec, folder: Path) -> None:
-    """Raise StoreError if a store does not have the expected encoder, dimension and dtype."""
     identity, embed_dim, dtype = expected
     check_identity(manifest["identity"], identity, folder)
     for name, value in (("embed_dim", embed_dim), ("dtype", dtype)):

@@ -68,8 +68,7 @@ def align(
     """Train a model on the images and captions of `records`, resuming from the latest checkpoint if one exists.
 
     Args:
-        records: Training data. All captions must be in the store, except for captions that the tokenizer could not
-            encode. Phrases that are not in the store are not used.
+        records: Training data. Phrases that are not in the store are not used.
         model: Model with a pretrained tower and newly initialised heads. The model is modified in place.
         run_dir: Output folder for checkpoints/, metrics.jsonl, evaluations.jsonl and best/. No other process may write
             to this folder (see `run_lock`).
@@ -78,8 +77,8 @@ def align(
         features: Folder of the feature store of a frozen tower. Default: a folder in `run_dir`.
 
     Returns:
-        The trained model in eval mode. With FSDP, the returned model is an unsharded copy of `model`; otherwise, it is
-        `model` itself. `training_images` is set on the main process only.
+        The trained model in eval mode: `model` itself or, with FSDP, an unsharded copy. `training_images` is set on the
+        main process only.
 
     Raises:
         ValueError: There are too few images, settings contradict each other, or the existing checkpoints were saved

@@ -50,8 +50,7 @@ def info_nce(
     retrieve its image from all images. With one text per image, this is CLIP's loss.
 
     Args:
-        image: Image embeddings of shape (N, D), L2-normalised.
-        text: Text embeddings of shape (M, D), L2-normalised.
+        image, text: Embeddings of shapes (N, D) and (M, D), L2-normalised.
         logit_scale: Factor applied to the cosine similarities (1 / temperature).
         image_of_text: Index of each text's image, of shape (M,), int64, ascending. Every image must have at least one
             text. If None, text i belongs to image i.
@@ -80,9 +79,7 @@ def sigmoid_loss(
 ) -> Tensor:
     """Compute the pairwise sigmoid loss (SigLIP, arXiv 2303.15343), a binary classification of every image-text pair.
 
-    Args:
-        logit_bias: Bias added to the logits.
-        image, text, logit_scale, image_of_text, text_ids, other_texts, gather: See `info_nce`.
+    `logit_bias` is added to the logits. For the other arguments, see `info_nce`.
 
     Returns:
         The loss as a float32 scalar: the weighted sum over all pairs, divided by the number of images. A pair's weight
@@ -294,8 +291,7 @@ class _ImageTextLayout:
     """Positive image-text pairs on all ranks, with methods that compute logits in chunks of rows.
 
     Attributes:
-        image_gather: All-gather for tensors with one row per image.
-        text_gather: All-gather for tensors with one row per text.
+        image_gather, text_gather: All-gather for tensors with one row per image or text.
         image_of_text: For each text on this rank, the index of its image among this rank's images, int64.
         all_image_of_text: For each text on all ranks, the index of its image among the images of all ranks, int64.
         weights: Loss weights of the texts on all ranks, float32. A rank's loss is the weighted sum over its own texts.

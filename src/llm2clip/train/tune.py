@@ -214,7 +214,6 @@ def _train(
 
 
 def _restore_encoder(encoder: CaptionEncoder, lora: LoraSession | None) -> None:
-    """Turn the trained model back into an ordinary encoder: merge LoRA and disable gradient checkpointing."""
     if getattr(encoder.llm, "is_gradient_checkpointing", False):
         encoder.llm.gradient_checkpointing_disable()
         encoder.llm.disable_input_require_grads()
