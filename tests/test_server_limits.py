@@ -1,4 +1,4 @@
-"""Tests of the server's limits on memory and connections, with clients that behave badly on real sockets."""
+"""Limits of the server on memory and connections, with clients that behave badly on real sockets, and examples."""
 
 import asyncio
 import http.client
