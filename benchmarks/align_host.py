@@ -35,7 +35,7 @@ from llm2clip.data.table import RecordTable
 from llm2clip.data.transforms import Preprocess
 from llm2clip.prefetch import Prefetcher
 from llm2clip.runs.output_folder import MetricsLog
-from llm2clip.store.encode import get_image_name
+from llm2clip.store.layout import get_image_name
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter
 from llm2clip.train import sampling

@@ -43,7 +43,7 @@ from llm2clip.cli import main
 from llm2clip.cli.checks import check_output_folder
 from llm2clip.data.image_refs import FileImage, ImageRef
 from llm2clip.data.images import load_image
-from llm2clip.data.records import open_records
+from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import TooManySkipped
 from llm2clip.runs import ranks
 from llm2clip.runs.output_folder import FolderInUseError
@@ -136,7 +136,7 @@ def test_a_metadata_column_can_be_given_to_the_model_and_left_out_of_training(tm
     assert texts == {f"Describe this photo.\nIt was taken here: Harbour of Oslo {number}" for number in range(6)}
     assert all(row["captions"][0].startswith("Harbour") and len(row["short_captions"]) == 1 for row in read_rows(out))
     columns = {"captions": "short_captions", "short_captions": ""}
-    records = list(open_records({"path": out, "columns": columns}))
+    records = list(open_records(Source(str(out), columns=columns)))
     assert len(records) == 6 and all(len(record.texts) == len(record.captions) == 1 for record in records)
     assert all("Harbour" not in text for record in records for text in record.texts)
 

@@ -5,7 +5,9 @@ import io
 import json
 import math
 import multiprocessing
+import os
 import pickle
+import signal
 import struct
 import sys
 import zlib
@@ -13,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
+from conftest import HANG_TIMEOUT, run_in_process
 from format_fixtures import encode
 from llm2clip.data import image_header, images, transforms
 from llm2clip.data.image_refs import FileImage, MemoryImage
@@ -387,6 +391,28 @@ def test_closing_image_batches_early_stops_the_workers_cleanly(
         workers = multiprocessing.active_children()
     assert [worker.exitcode for worker in workers] == [0]
     assert capfd.readouterr().err == ""
+
+
+def test_workers_end_with_a_killed_main_process(tmp_path: Path) -> None:
+    """The parent process of a worker is the fork server, which survives."""
+    assert run_in_process(_start_workers_and_die, tmp_path / "workers.txt") == -signal.SIGKILL
+    for worker in map(int, (tmp_path / "workers.txt").read_text().split()):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(worker).wait(HANG_TIMEOUT)
+
+
+def _start_workers_and_die(path: Path) -> None:
+    images.MIN_IMAGES_FOR_WORKERS = 0
+    os.environ["SET_BY_A_TEST"] = "1"
+    refs = [MemoryImage(encode(photo(), "PNG"), str(n)) for n in range(8)]
+    batches = iter_image_batches(refs, _read_variable, batch_size=2, workers=2)
+    assert next(batches) == ([0, 1], [1, 1], {})
+    path.write_text(" ".join(str(worker.pid) for worker in multiprocessing.active_children()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _read_variable(image: Tensor) -> int:
+    return int(os.environ["SET_BY_A_TEST"])
 
 
 # ---- damaged and unusual files --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
@@ -426,6 +427,22 @@ def test_a_full_disk_stops_the_run(folder: Path, web_server: WebServer, monkeypa
     assert not is_cached(url)
 
 
+def test_a_full_disk_frees_the_cache(web_server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = [f"{web_server.url}/{n}.tar" for n in range(2)]
+    web_server.files |= {f"/{n}.tar": DATA for n in range(2)}
+    remote.get_local_path(urls[0])
+    fetch = storage.fetch_block
+
+    def fetch_if_space(*args: Any) -> None:
+        if is_cached(urls[0]):
+            raise OSError(28, "No space left on device")
+        fetch(*args)
+
+    monkeypatch.setattr(storage, "fetch_block", fetch_if_space)
+    assert Path(remote.get_local_path(urls[1])).read_bytes() == DATA
+    assert not is_cached(urls[0])
+
+
 def test_two_processes_download_a_file_once(web_server: WebServer) -> None:
     web_server.files["/x.tar"] = DATA * 100
     code = "import sys; from llm2clip.data.remote import open_file; print(len(open_file(sys.argv[1]).read()))"
@@ -445,6 +462,25 @@ def test_prefetch_downloads_in_the_background(web_server: WebServer) -> None:
         with remote.open_file(url) as file:
             assert file.read() == DATA
     assert web_server.count("GET") == num_requests
+
+
+def test_prefetch_has_few_threads_and_prefers_the_latest_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, proceed = [], threading.Event()
+
+    def download(url: str) -> None:
+        started.append(url)
+        proceed.wait()
+
+    monkeypatch.setattr(remote, "get_local_path", download)
+    before = threading.active_count()
+    for call in range(20):
+        remote.prefetch([f"http://host/{call}-{n}.tar" for n in range(3)])
+    assert threading.active_count() - before == remote.PREFETCH_THREADS
+    proceed.set()
+    while threading.active_count() > before:
+        time.sleep(0.001)
+    assert {"http://host/19-1.tar", "http://host/19-2.tar"} <= set(started)
+    assert len(started) <= remote.PREFETCH_THREADS + 3
 
 
 def test_damaged_files_are_downloaded_again(web_server: WebServer) -> None:

@@ -131,6 +131,14 @@ def test_index_on_a_read_only_disk(
     assert [file.name for file in (tmp_path / "index").iterdir() if file.name.startswith("index.sqlite")] == [
         "index.sqlite"  # SQLite has created no other files, which would fail on a read-only disk
     ]
+    (photos / "3.png").unlink()  # and another machine updates the index
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=0))
+        index_sources([photos], dual_encoder, SqliteBackend(tmp_path / "index", write=True))
+        gc.collect()
+        expected = search_names(SqliteBackend(tmp_path / "index"))
+        gc.collect()
+    assert search_names(reader) == expected
 
 
 def test_build_index_keeps_images_after_a_read_error(

@@ -26,8 +26,9 @@ _SENTENCE_END = re.compile(r".*[.!?。！？](?=\s|$|[\"”’])", re.DOTALL)
 # is not enough, because a caption can quote one from a sign.
 _REFUSAL_CHARACTERS = 300
 _APOLOGY = re.compile(
-    r"(?:(?:i am |i'm )?(?:sorry|afraid)|(?:my )?apologies|i apologi[sz]e|unfortunately|es tut mir leid|leider|"
-    r"(?:je suis )?désolée?|lo siento|很?抱歉|对不起)(?: for (?:the|any) \w+)?[\s,.!，]*(?:but |aber |mais |pero |我)?",
+    r"(?:(?:i am |i'm )?(?:really |very |so )?(?:sorry|afraid)|(?:my )?apologies|i apologi[sz]e|"
+    r"unfortunately|es tut mir leid|leider|(?:je suis )?désolée?|lo siento|很?抱歉|对不起)"
+    r"(?: for (?:the|any) \w+)?[\s,.!，]*(?:but |aber |mais |pero |我)?",
     re.IGNORECASE,
 )
 _PHOTO = r"(?:image|picture|photo)s?"
@@ -35,22 +36,25 @@ _REFUSALS = (
     r"$",
     r"i (?:can ?not|can't)[.!]*$",
     r"i(?: can ?not| can't| won't be able to| must decline to|(?: am|'m) (?:\w+ly )?(?:unable|not able) to) "
-    r"(?:describe|identify|assist|comply|process|help (?:you|with)|do that|"
+    r"(?:describe|identify|recogni[sz]e|assist|comply|process|help (?:you|with|identify)|do that|write captions?|"
     rf"(?:see|view|access|provide) (?:[\w']+ ){{0,3}}?(?:{_PHOTO}|captions?|descriptions?|details)\b)",
     rf"i (?:do not|don't) (?:have (?:access|the ability)|see (?:an?|any|the) {_PHOTO})\b",
     r"i(?: am|'m) (?:an ai\b|not comfortable (?:describing|identifying))",
     r"as an? (?:[\w-]+ ){0,3}?(?:[\w-]*ai|model|assistant)\b[^.]{0,30},? i\b",
-    rf"(?:it (?:seems|looks like|appears) )?(?:there is )?no {_PHOTO} (?:is |was |here )?"
-    r"(?:attached|provided|uploaded|to )",
-    r"(?:it (?:seems|looks like|appears) )?you (?:have not|haven't|did not|didn't) (?:upload|attach|provide)",
+    rf"(?:it (?:seems|looks like|appears) )?(?:that )?(?:there is )?no {_PHOTO} (?:(?:is |was |has been |here )?"
+    r"(?:attached|provided|uploaded)(?:[.,!]|$| (?:to|in|with|for) )|to )",
+    r"(?:it (?:seems|looks like|appears) )?(?:that )?you (?:have not|haven't|did not|didn't) "
+    r"(?:upload|attach|provide|include)",
     rf"(?:please|could you(?: please)?) (?:upload|provide|share|attach) (?:the|an?|your) {_PHOTO}\b",
     rf"the {_PHOTO} (?:could not|cannot) be (?:loaded|displayed|opened)",
     r"this (?:request|content) (?:violates|goes against)\b",
     r"(?:ich kann|kann ich)\b[^.]{0,60}?\b(?:nichts?|keine?)\b[^.]{0,40}?\b(?:sehen|beschreiben|erkennen|helfen)\b",
-    r"ich sehe kein (?:bild|foto)|es wurde kein (?:bild|foto)|bitte laden sie|als ki\b[^.]{0,20} kann ich",
+    r"ich sehe kein (?:bild|foto)|es wurde kein (?:bild|foto)|bitte laden sie|bitte lade das bild",
+    r"als ki\b[^.]{0,20} kann ich",
     r"je ne (?:peux|vois) pas\b[^.]{0,30}?\b(?:voir|décrire|identifier|aider|image|photo)\b|en tant que modèle\b",
-    r"no (?:puedo|veo)\b[^.]{0,20}?\b(?:ver|describir|identificar|ayudar\w*|imagen|foto)\b|como modelo de lenguaje\b",
-    r"我?(?:无法|不能)[^。]{0,20}?(?:查看|看到|描述|识别(?:图|这))|作为[^。]{0,12}(?:人工智能|语言模型)|请上传",
+    r"no (?:puedo|veo)\b[^.]{0,20}?\b(?:ver|describir|identificar|ayudar\w*|imagen|foto)\b",
+    r"no tengo acceso a la imagen\b|como modelo de lenguaje\b",
+    r"我?(?:无法|不能)[^。]{0,20}?(?:查看|看到|描述|识别(?:图|这)|提供(?:帮助|协助))|作为[^。]{0,12}(?:人工智能|语言模型)|请上传",
     r"申し訳[^。]{0,60}できません|画像[^。]{0,12}(?:できません|ていません)",
 )
 _REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)

@@ -336,14 +336,12 @@ def _resolve_real_path(folder: str) -> str:
 
 
 def get_file_version(path: str) -> tuple[tuple[int, int], ...]:
-    """Return the size and modification time (in ns) of a file, or of every file in a folder and its subfolders.
+    """Return the size and modification time (in ns) of a file.
 
     For a remote file, a hash of its version takes the place of the modification time.
     """
     if is_remote(path):
         version = get_remote_version(path)
         return ((parse_size(version), int(hashlib.sha256(version.encode()).hexdigest()[:15], 16)),)
-    files = [path]
-    if os.path.isdir(path):
-        files = sorted(os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names)
-    return tuple((status.st_size, status.st_mtime_ns) for status in map(os.stat, files))
+    status = os.stat(path)
+    return ((status.st_size, status.st_mtime_ns),)

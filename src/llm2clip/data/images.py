@@ -5,8 +5,10 @@ import multiprocessing
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from multiprocessing import AuthenticationError
 from pathlib import Path
@@ -321,8 +323,7 @@ def iter_image_batches(
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=pack_batch if workers else list,
-        worker_init_fn=skip_finalization,
-        multiprocessing_context=choose_start_method(workers),
+        **build_worker_options(workers),
         generator=torch.Generator(),  # leaves the global random state unchanged
     )
     next_prefetch = num_images = 0
@@ -348,26 +349,39 @@ class _DecodedImages(Dataset):
         return index, decode_or_error(self.refs[index], self.transform)
 
 
-def choose_start_method(workers: int) -> str | None:
-    """Return the start method of data loader workers, or None if there are none.
+def build_worker_options(workers: int) -> dict[str, Any]:
+    """Return arguments of `DataLoader`: how its worker processes are started and initialized.
 
     Forking a process that uses a GPU or threads is unsafe. With "forkserver", workers are forked from a process that
     only imports modules, so that the imports take place once instead of once per worker.
     """
-    if not workers or "forkserver" not in multiprocessing.get_all_start_methods():
-        return "spawn" if workers else None
-    multiprocessing.set_forkserver_preload(PRELOADED_MODULES)
-    return "forkserver"
+    if not workers:
+        return {}
+    start_method = "spawn"
+    if "forkserver" in multiprocessing.get_all_start_methods() and sys.platform != "darwin":  # forking is unsafe there
+        start_method = "forkserver"
+        multiprocessing.set_forkserver_preload(PRELOADED_MODULES)
+    initialize = partial(_initialize_worker, dict(os.environ))
+    return {"worker_init_fn": initialize, "multiprocessing_context": start_method}
 
 
-def skip_finalization(worker: int) -> None:
-    """Make a data loader worker exit without finalizing the interpreter. Used as a `worker_init_fn`.
+def _initialize_worker(environment: dict[str, str], worker: int) -> None:
+    """Make a data loader worker exit with its main process, and without finalizing the interpreter.
 
     If a loader is closed early, a worker thread may still be sending a batch. Finalization would stop this thread
     inside C++ code, which aborts the process ("terminate called without an active exception").
     """
+    os.environ.update(environment)  # the fork server has the environment of the first loader
     atexit.register(os._exit, 0)
     sys.excepthook = _report_exception
+    threading.Thread(target=_exit_with_main_process, daemon=True).start()
+
+
+def _exit_with_main_process() -> None:
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None
+    main_process.join()
+    os._exit(1)
 
 
 def _report_exception(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -56,6 +56,7 @@ _versions: dict[str, str] = {}  # URL -> pinned version
 _failures: dict[str, tuple[float, RemoteError]] = {}  # URL -> time and error of the last failure
 _room: dict[tuple[str, str], float] = {}  # cache folder and limit -> bytes that may be added before it is listed again
 _pending: deque[str] = deque()  # URLs of files to download ahead
+_free_threads = threading.Semaphore(PREFETCH_THREADS)
 
 
 class CacheFullError(FatalDataError):
@@ -362,21 +363,34 @@ def _download(url: str, version: str, path: Path) -> None:
             return
         _make_room(size, url)
         try:
-            with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-                _check_version(url, version)
-                while stream.tell() < size:
-                    storage.fetch_block(
-                        url, version, stream.tell(), min(size, stream.tell() + storage.BLOCK_BYTES), stream
-                    )
-                _check_version(url, version)
+            _write_file(url, version, path)
         except OSError as error:
-            cause = error.__cause__
-            if not isinstance(cause, OSError) or cause.errno not in storage.DISK_ERRORS:
+            if not _is_disk_full(error):
                 raise
-            raise CacheFullError(
-                f"{hide_url_secrets(url)}: {error}. Free some space, or move the cache to another disk with the "
-                "environment variable LLM2CLIP_CACHE"
-            ) from error
+            _remove_files(sorted(_list_files()), size)
+            _room.clear()
+            try:
+                _write_file(url, version, path)
+            except OSError as second_error:
+                if not _is_disk_full(second_error):
+                    raise
+                raise CacheFullError(
+                    f"{hide_url_secrets(url)}: {second_error}. Free some space, or move the cache to another disk with "
+                    "the environment variable LLM2CLIP_CACHE"
+                ) from second_error
+
+
+def _write_file(url: str, version: str, path: Path) -> None:
+    size = storage.parse_size(version)
+    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+        _check_version(url, version)
+        while stream.tell() < size:
+            storage.fetch_block(url, version, stream.tell(), min(size, stream.tell() + storage.BLOCK_BYTES), stream)
+        _check_version(url, version)
+
+
+def _is_disk_full(error: OSError) -> bool:
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in storage.DISK_ERRORS
 
 
 def _make_room(size: int, url: str) -> None:
@@ -394,7 +408,7 @@ def _make_room(size: int, url: str) -> None:
         if used + size > limit:
             used -= _remove_files(files, used + size - FILL_FRACTION * limit)
         _room[key] = min(limit - used, max(size, UNLISTED_FRACTION * limit))
-    _room[key] -= size
+    _room[key] = _room.get(key, 0.0) - size  # another thread may have cleared it
 
 
 def _get_size_limit(used: int) -> float:
@@ -466,17 +480,29 @@ def prefetch(paths: Sequence[str]) -> None:
     urls = [path for path in dict.fromkeys(paths) if is_remote(path)]
     if not urls:
         return
-    _pending.clear()  # the threads of earlier calls end after their current file
     _pending = deque(urls)
     for _ in range(min(PREFETCH_THREADS, len(urls))):
-        threading.Thread(target=_download_pending, args=(_pending,), daemon=True).start()
+        if _free_threads.acquire(blocking=False):
+            threading.Thread(target=_download_pending, daemon=True).start()
 
 
-def _download_pending(urls: deque[str]) -> None:
+def _download_pending() -> None:
     while True:
         try:
-            url = urls.popleft()
+            url = _pending.popleft()
         except IndexError:
+            _free_threads.release()
             return
         with suppress(Exception):  # opening the file raises the same error
             get_local_path(url)
+
+
+def _reset_threads() -> None:
+    """Forget the threads of the parent process after a fork."""
+    global _free_threads
+    _pending.clear()
+    _free_threads = threading.Semaphore(PREFETCH_THREADS)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_threads)

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2clip.data.remote import get_local_path
+from llm2clip.data.remote import open_file
 
 MAX_ROW_GROUP_BYTES = 2 << 30  # limit on the decoded bytes in a row group up to a cell
 MAX_BATCH_BYTES = 256 << 20  # approximate limit on the size of the rows decoded in one batch
@@ -56,7 +56,7 @@ def read_parquet_cell(path: str, version: object, row: int, column: str) -> pa.S
 @functools.lru_cache(maxsize=1024)
 def _read_row_group_layout(path: str, version: object) -> tuple[list[int], int]:
     """Return the index of each row group's first row, and the number of rows to decode at a time."""
-    with pq.ParquetFile(get_local_path(path)) as file:
+    with open_file(path) as source, pq.ParquetFile(source) as file:
         metadata = file.metadata
     starts = [0]
     for group in range(metadata.num_row_groups - 1):
@@ -75,7 +75,7 @@ def _decode_window(path: str, group: int, column: str, row: int, batch_size: int
     # fork can deadlock in data loader workers.
     batches: deque[pa.Array] = deque()
     start = num_bytes = num_decoded = 0
-    with pq.ParquetFile(get_local_path(path)) as file:
+    with open_file(path) as source, pq.ParquetFile(source) as file:
         for batch in file.iter_batches(batch_size, row_groups=[group], columns=[column], use_threads=False):
             index = batch.schema.get_field_index(column)  # the batch may have other columns, such as "image.x"
             if index < 0:

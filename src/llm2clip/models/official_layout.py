@@ -143,12 +143,12 @@ def _download_checkpoint(name: str) -> Path:
     check_model_source(name)
     try:
         weights = select_weights_file(list_repo_files(name), name)
+        patterns = [weights, CONFIG_FILE, PREPROCESSOR_FILE]
+        if weights.endswith(".index.json"):
+            patterns.append(weights.removesuffix(".index.json").replace(".", "-*."))  # model-*.safetensors
+        return download_snapshot(name, patterns)
     except (HFValidationError, HTTPError, OSError):
         return download_snapshot(name, ["*"], local_files_only=True)
-    patterns = [weights, CONFIG_FILE, PREPROCESSOR_FILE]
-    if weights.endswith(".index.json"):
-        patterns.append(weights.removesuffix(".index.json").replace(".", "-*."))  # model-*.safetensors
-    return download_snapshot(name, patterns)
 
 
 @dataclass(frozen=True)

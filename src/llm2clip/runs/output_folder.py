@@ -215,7 +215,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def list_checkpoints(folder: Path) -> list[Path]:
     """List all checkpoints in a folder, including incomplete ones, sorted by step."""
     paths = folder.glob(f"{CHECKPOINT_PREFIX}*")
-    return sorted((path for path in paths if re.fullmatch(r".*-\d+", path.name)), key=parse_step)
+    return sorted((path for path in paths if re.fullmatch(rf"{CHECKPOINT_PREFIX}\d+", path.name)), key=parse_step)
 
 
 def parse_step(checkpoint: Path) -> int:

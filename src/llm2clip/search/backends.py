@@ -255,7 +255,7 @@ class Backend(ABC):
         return list(dict.fromkeys(str(content_id) for (content_id,) in rows))[:count]
 
     def save_calibration(self, data: bytes) -> None:
-        """Store a serialized `search.ranking.Calibration`, or empty bytes if the index is to have none."""
+        """Store a serialized `search.relevance.Calibration`, or empty bytes if the index is to have none."""
         with self._write() as run:
             run("DELETE FROM calibration", {})
             run("INSERT INTO calibration VALUES (:data)", {"data": data})

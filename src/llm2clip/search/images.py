@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import hashlib
 import io
 import os
 from typing import BinaryIO, NamedTuple
@@ -11,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from llm2clip.data.image_header import ImageFormatError, is_heic, open_header
-from llm2clip.data.image_refs import FileImage, get_file_version, read_image_file
+from llm2clip.data.image_refs import FileImage, read_image_file
 from llm2clip.data.images import ImageError, load_image
 from llm2clip.search.backends import Backend
 from llm2clip.search.types import IndexedImage, NotFound
@@ -78,10 +77,8 @@ def format_file_version(stat: os.stat_result) -> str:
 
 
 def read_container_version(path: str) -> str:
-    """Return a string that changes when an image file, a tar file, a table or any file in a saved data set changes."""
-    if not os.path.isdir(path):
-        return format_file_version(os.stat(path))
-    return hashlib.sha256(repr(get_file_version(path)).encode()).hexdigest()[:32]
+    """Return a string that changes when an image file, a tar file or a table changes."""
+    return format_file_version(os.stat(path))
 
 
 # ---- images in requests

@@ -48,6 +48,7 @@ from llm2clip.search.metadata import (
 from llm2clip.search.postgres_database import Connection, PostgresDatabase, make_query, parse_url, to_psycopg
 from llm2clip.search.types import MAX_LOCATIONS, IndexedContent, IndexedImage
 from llm2clip.search.words import (
+    MATCHED_LOCATIONS,
     MAX_FUSED,
     MAX_MATCHED_FRACTION,
     MAX_MATCHES,
@@ -67,9 +68,6 @@ APPROXIMATE_ABOVE = 100_000
 MAX_INLINE_DIM = 3900  # larger vectors do not fit in a database page of 8 KB
 MAX_HNSW_DIM = 4000  # limit of pgvector
 HNSW_INDEX = "contents_hnsw"
-# Number of locations of a hit that are read to find the matching fields. The locations of an image usually have the
-# same captions.
-MATCHED_LOCATIONS = 5
 MAX_EXACT_MATCHES = 50_000  # if at most this many images match a filter, they are searched exactly
 EF_SEARCH, MAX_EF_SEARCH = 100, 1000  # candidates per HNSW search: the default, and pgvector's limit
 # Longer words are truncated, because PostgreSQL limits the words of a tsvector to 2,046 bytes. Words of a query are
@@ -372,7 +370,6 @@ class PostgresBackend(Backend):
         return np.array([content for (content,) in rows], np.int64)
 
     def _read_word_fields(self, run: Query, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
-        """Only MATCHED_LOCATIONS of the images with all words are read per content."""
         match, parameters = _make_match(query)
         rows = run(
             f"SELECT matching.* FROM unnest(:ids::bigint[]) AS page(id), LATERAL ({TEXT_ROWS} "

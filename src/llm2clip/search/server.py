@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -78,7 +78,7 @@ class Access:
 
     # Token that every request must contain. Without it, only `/health` is available, and returns only the status. API
     # clients send the header `Authorization: Bearer TOKEN`. In a browser, `/?token=TOKEN` starts a 24-hour session.
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     # Host names that are allowed in the Host header, or None for all. This prevents DNS rebinding attacks, in which a
     # website makes its own host name resolve to this machine's address.
     hosts: Sequence[str] | None = LOOPBACK

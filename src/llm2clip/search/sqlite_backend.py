@@ -123,7 +123,7 @@ class SqliteBackend(Backend):
         self._may_have_orphans = True  # an interrupted run may leave contents that belong to no image
         self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_cached`
         # Quantized vectors, and the id of the file from which they were read.
-        self._vectors: tuple[tuple[int, int], QuantizedVectors] | None = None
+        self._vectors: tuple[tuple[int, ...], QuantizedVectors] | None = None
         self._index_lock, self._vectors_lock = threading.Lock(), threading.Lock()
         if not write and (self._db.is_empty or not self.metadata()):
             raise FileNotFoundError(
@@ -399,7 +399,7 @@ class SqliteDatabase:
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
         with self._lock, self._convert_errors():
             new_id = self._read_file_id()
-            if new_id not in (self.file_id, self._rejected_id, (0, 0)):
+            if new_id not in (self.file_id, self._rejected_id, ()):
                 self._open_new_file(new_id)
             return self.connection.execute(sql, parameters).fetchall()
 
@@ -432,13 +432,12 @@ class SqliteDatabase:
 
     def _connect(self) -> sqlite3.Connection:
         options: dict[str, Any] = {"check_same_thread": False, "isolation_level": None, "timeout": 60}
-        is_read_only = os.statvfs(self.file.parent).f_flag & os.ST_RDONLY
-        if is_read_only and not Path(f"{self.file}-wal").exists():
+        if self._is_on_read_only_disk() and not Path(f"{self.file}-wal").exists():
             # Otherwise, SQLite creates files next to the database even when reading.
             return sqlite3.connect(f"{self.file.absolute().as_uri()}?immutable=1", uri=True, **options)
         return sqlite3.connect(self.file, **options)
 
-    def _open_new_file(self, new_id: tuple[int, int]) -> None:
+    def _open_new_file(self, new_id: tuple[int, ...]) -> None:
         """Read from the file that has replaced the index file since it was opened.
 
         Until the new file contains an index of the same model, continue with the old file, which remains readable even
@@ -458,12 +457,25 @@ class SqliteDatabase:
             self._rejected_id = new_id
             print_once(f"{self.file} was replaced with an index of a different model. To use it, restart this command")
 
-    def _read_file_id(self) -> tuple[int, int]:
-        """Return the numbers by which the file system identifies the database file, or (0, 0) if it was deleted."""
+    def _is_on_read_only_disk(self) -> bool:
+        if not hasattr(os, "statvfs"):  # Windows
+            return False
+        with suppress(OSError):
+            return bool(os.statvfs(self.file.parent).f_flag & os.ST_RDONLY)
+        return False
+
+    def _read_file_id(self) -> tuple[int, ...]:
+        """Return numbers that change if the database file is replaced, or an empty tuple if it was deleted.
+
+        If this machine cannot write to the disk, they also change if another machine writes to the file, because
+        immutable connections do not notice this.
+        """
         try:
             stat = self.file.stat()
         except FileNotFoundError:
-            return 0, 0
+            return ()
+        if self._is_on_read_only_disk():
+            return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
         return stat.st_dev, stat.st_ino
 
     @contextmanager
@@ -477,6 +489,8 @@ class SqliteDatabase:
             advice = ""
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT:
                 advice = f". The index is corrupt. {NEW_INDEX_ADVICE}"
+                if self._is_on_read_only_disk():
+                    advice = f". If another machine is writing to the index, try again. Otherwise{advice[1:]}"
             elif not os.access(self.file.parent, os.W_OK):
                 advice = ". Searching an index requires write permission to its folder, where SQLite creates files"
             raise (IndexUnavailableError if is_unavailable else OSError)(f"{self.file}: {error}{advice}") from error

@@ -48,6 +48,9 @@ MAX_QUERY_WORDS, MAX_QUERY_LENGTH = 32, 500
 # and only the embedding is used. The limit is the larger of MIN_COMMON and this fraction of the index, and at most
 # MAX_MATCHES, whose scores take 30 ms.
 MIN_COMMON, MAX_MATCHED_FRACTION, MAX_MATCHES = 100, 0.1, 20_000
+# Number of locations of a hit that are read to find the matching fields. The locations of an image usually have the
+# same captions.
+MATCHED_LOCATIONS = 5
 MAX_FUSED = 1000  # maximum number of word matches, and of most similar images, that change each other's rank
 RRF_K = 60  # constant of reciprocal rank fusion (Cormack et al., 2009)
 
@@ -165,8 +168,11 @@ def read_fields(db: sqlite3.Connection, query: WordQuery, ids: Sequence[int]) ->
     # With CROSS JOIN, SQLite looks up the given contents instead of reading all matches.
     tables = tables.replace(" JOIN ", " CROSS JOIN ")
     conditions.append("texts.content IN (SELECT value FROM json_each(:ids))")
-    columns = ", ".join(f"texts.{column}" for column in ("content", *FIELDS))
-    sql = f"SELECT {columns} FROM {tables} WHERE {' AND '.join(conditions)}"
+    columns = ", ".join(f"texts.{column} AS {column}" for column in ("content", *FIELDS))
+    sql = f"""SELECT content, {", ".join(FIELDS)} FROM (
+        SELECT {columns}, row_number() OVER (PARTITION BY texts.content ORDER BY texts.id) AS number
+        FROM {tables} WHERE {" AND ".join(conditions)}
+      ) WHERE number <= {MATCHED_LOCATIONS}"""
     rows = db.execute(sql, {**parameters, "ids": json.dumps(list(ids))})
     return [(content, dict(zip(FIELDS, values, strict=True))) for content, *values in rows]
 

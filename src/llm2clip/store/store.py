@@ -11,6 +11,7 @@ import hashlib
 import mmap
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -180,7 +181,8 @@ class _RowReader:
             path = layout.embeddings_path(folder, shards[n].number)
             array = _open_array(path, (shards[n].rows, embed_dim), stored_dtype)
             if self.read_ahead and array.size:
-                array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+                with suppress(OSError):
+                    array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
             return array
 
         def open_scales(n: int) -> np.memmap[Any, Any]:
@@ -238,8 +240,9 @@ class _RowReader:
         starts = rows * row_bytes + array.offset % mmap.ALLOCATIONGRANULARITY
         first_bytes = starts // mmap.PAGESIZE * mmap.PAGESIZE
         sizes = starts + row_bytes - first_bytes
-        for first_byte, size in zip(first_bytes.tolist(), sizes.tolist(), strict=True):
-            array._mmap.madvise(mmap.MADV_WILLNEED, first_byte, size)
+        with suppress(OSError):  # some file systems do not support it
+            for first_byte, size in zip(first_bytes.tolist(), sizes.tolist(), strict=True):
+                array._mmap.madvise(mmap.MADV_WILLNEED, first_byte, size)
 
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memmap[Any, Any]:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from llm2clip.config import AlignConfig
 from llm2clip.data.counter_random import hash_counters, shuffle_rows, to_unit_interval
 from llm2clip.data.image_order import EpochOrders, ImageOrder
-from llm2clip.data.images import choose_start_method, decode_or_error, skip_finalization
+from llm2clip.data.images import build_worker_options, decode_or_error
 from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.table import IMAGE_COLUMNS, ImageList, RecordTable
 from llm2clip.data.transforms import Preprocess, TrainTransform
@@ -162,9 +162,8 @@ class AlignBatches:
             batch_sampler=_BatchSampler(self, first_step),
             num_workers=workers,
             collate_fn=_collate,
-            worker_init_fn=skip_finalization,
             persistent_workers=False,
-            multiprocessing_context=choose_start_method(workers),
+            **build_worker_options(workers),
             generator=torch.Generator(),  # so that the loader does not use the global random state
         )
         for pixels, samples, failures in loader:

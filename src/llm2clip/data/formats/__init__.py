@@ -59,7 +59,7 @@ class BadRow:
 
 
 # File, row number and fields. The row number starts at 1; in a text file, it is the line number. The fields are a dict
-# {column name: raw value}, which `columns` interprets.
+# {column name: raw value}, which `records` interprets.
 RawRow = tuple[str, int, dict[str, Any] | BadRow]
 ColumnChooser = Callable[[str, Sequence[str]], dict[str, str]]  # (file, column names) -> {field: column}
 

@@ -97,7 +97,7 @@ class HubDataset(SourceFormat):
             raise DataFormatError(
                 f"{part.path} has no split {', '.join(missing)}; its splits: {', '.join(map(str, splits))}"
             )
-        for split in selected or splits:
+        for split in (name for name in splits if not selected or name in selected):
             dataset, file = splits[split], f"hf:{part.path}/{split}"
             names = dataset.column_names or list(next(iter(dataset), {}))  # streamed data sets may not list them
             columns = list(dict.fromkeys(options.choose(file, names).values()))

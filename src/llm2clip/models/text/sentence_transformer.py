@@ -24,7 +24,7 @@ from llm2clip.models.loading import (
 from llm2clip.models.text.latent_attention import MODULE_TYPE, LatentAttentionPooling
 
 ADAPTER_CONFIG = "adapter_config.json"  # file written by PEFT
-NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 as published (see convert/encoders.py)
+NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 as published (see published_encoders.py)
 CAPTION_PLACEHOLDER = "{caption}"
 
 

@@ -307,14 +307,13 @@ def _parse_name(name: str) -> tuple[str, str]:
             check_model_source(rest)
         return ("timm" if prefix == "timm" else "transformers"), rest
     folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{name} has no config.json: the folder was saved neither by timm nor by transformers")
-        config = read_json_object(folder / "config.json")
-    elif "/" not in name or name.startswith("timm/"):
-        return "timm", name
-    else:
-        config = read_json_object(download_snapshot(name, ["config.json"]) / "config.json")
+    if not folder.is_dir():
+        if "/" not in name or name.startswith("timm/"):
+            return "timm", name
+        folder = download_snapshot(name, ["config.json"])
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{name} has no config.json: it was saved neither by timm nor by transformers")
+    config = read_json_object(folder / "config.json")
     if config.get("model_type") == "llm2clip":
         raise ValueError(
             f"{name} is an llm2clip model, not a vision tower: use the tower it was trained from, or export its tower "
