@@ -20,15 +20,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 from PIL import Image
 from torch import Tensor
 
+from llm2clip.caption import captioners
 from llm2clip.caption.answers import Answer, CaptionRequest
 from llm2clip.cli import build_parser
 
 FAULTS = ("500", "503", "429", "nonsense", "wrong json", "disconnect", "truncated", "large", "slow")
 LARGE_BYTES = 10_000_000
+
+
+@pytest.fixture(scope="module")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from llava_fixtures import build_tiny_llava  # imports the LLaVA models of transformers
+
+    return build_tiny_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture
+def accept_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accept the meaningless answers of random models."""
+
+    def accept(text: str, truncated: bool, *tokens: int) -> Answer:
+        return Answer(f"A dog next to {text.encode().hex()}.", None, *tokens)
+
+    monkeypatch.setattr(captioners, "clean_answer", accept)
 
 
 class CaptionServer(ThreadingHTTPServer):

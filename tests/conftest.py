@@ -46,7 +46,7 @@ torch.set_num_threads(1)  # tiny models are slower with more threads
 images.PRELOADED_MODULES += ["llm2clip.pipeline", "llm2clip.evaluate.runner"]
 multiprocessing.set_forkserver_preload(images.PRELOADED_MODULES)
 
-pytest_plugins = ["align_fixtures", "page_fixtures"]
+pytest_plugins = ["align_fixtures", "caption_fixtures", "page_fixtures"]
 HANG_TIMEOUT = 300  # seconds; only a test that hangs waits for so long, so its result does not depend on speed
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3")
 COLOURS = {

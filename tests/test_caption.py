@@ -31,7 +31,6 @@ from caption_fixtures import (
     write_prompts,
 )
 from conftest import run_distributed
-from llava_fixtures import build_tiny_llava
 from llm2clip import pipeline
 from llm2clip.caption import captioners
 from llm2clip.caption import run as caption_run
@@ -590,21 +589,6 @@ def test_output_of_another_program_and_a_second_run_are_rejected(tmp_path: Path,
 
 
 # ---- local models and fit --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_llava(tmp_path_factory.mktemp("llava"))
-
-
-@pytest.fixture
-def accept_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accept the meaningless answers of random models."""
-
-    def accept(text: str, truncated: bool, *tokens: int) -> Answer:
-        return Answer(f"A dog next to {text.encode().hex()}.", None, *tokens)
-
-    monkeypatch.setattr(captioners, "clean_answer", accept)
 
 
 @pytest.mark.usefixtures("accept_all")

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import constants
 
 from caption_fixtures import caption, make_photos, read_rows, run_command, run_server
-from llava_fixtures import build_tiny_llava, load_model
+from llava_fixtures import load_model
 from llm2clip.caption import captioners
 from llm2clip.caption.answers import Answer, CaptionRequest, clean_answer, is_refusal
 from llm2clip.caption.captioners import LocalCaptioner
@@ -363,21 +363,6 @@ def test_unencrypted_connections_to_other_machines_are_reported() -> None:
 
 
 # ---- model in this process -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_llava(tmp_path_factory.mktemp("llava"))
-
-
-@pytest.fixture
-def accept_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accept the meaningless answers of random models."""
-
-    def accept(text: str, truncated: bool, *tokens: int) -> Answer:
-        return Answer(f"A dog next to {text.encode().hex()}.", None, *tokens)
-
-    monkeypatch.setattr(captioners, "clean_answer", accept)
 
 
 @pytest.mark.usefixtures("accept_all")

@@ -362,22 +362,20 @@ def _download(url: str, version: str, path: Path) -> None:
             file.close()
             return
         _make_room(size, url)
-        try:
-            _write_file(url, version, path)
-        except OSError as error:
-            if not _is_disk_full(error):
-                raise
-            _remove_files(sorted(_list_files()), size)
-            _room.clear()
+        for is_last_attempt in (False, True):
             try:
                 _write_file(url, version, path)
-            except OSError as second_error:
-                if not _is_disk_full(second_error):
+                return
+            except OSError as error:
+                if not _is_disk_full(error):
                     raise
-                raise CacheFullError(
-                    f"{hide_url_secrets(url)}: {second_error}. Free some space, or move the cache to another disk with "
-                    "the environment variable LLM2CLIP_CACHE"
-                ) from second_error
+                if is_last_attempt:
+                    raise CacheFullError(
+                        f"{hide_url_secrets(url)}: {error}. Free some space, or move the cache to another disk with "
+                        "the environment variable LLM2CLIP_CACHE"
+                    ) from error
+                _remove_files(sorted(_list_files()), size)
+                _room.clear()
 
 
 def _write_file(url: str, version: str, path: Path) -> None:
