@@ -102,7 +102,7 @@ def test_report_compares_the_mean_over_languages_with_the_published_xm3600_rows(
 def test_model_card_with_cra_explains_the_corrected_values(tmp_path: Path) -> None:
     metrics = {
         "CRA": 30.0, "CRA interval": (29.0, 31.0), "chance": 0.1, "images": 10, "excluded": 0, "truncated": 0,
-        "positive cosine": 0.5, "negative cosine": 0.1,
+        "positive cosine": 0.5, "negative cosine": 0.1, "first to second": recalls(30), "second to first": recalls(30),
     }  # fmt: skip
     report = render_markdown("Caption retrieval", build_caption_retrieval_blocks("mine", metrics))
     (tmp_path / "report.md").write_text(report)

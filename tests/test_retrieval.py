@@ -192,9 +192,7 @@ def test_worst_captions_are_of_different_images(ranks: RetrievalRanks) -> None:
 
 
 def test_analyze_errors_shows_top_images_and_the_correct_one(ranks: RetrievalRanks) -> None:
-    analysis = analyze_errors(ranks, num_queries=3, matrix_size=4)
-    rows = [0, 3, 7, 11]
-    assert torch.equal(analysis.similarity, ranks.texts[[5 * i for i in rows]] @ ranks.images[rows].T)
+    analysis = analyze_errors(ranks, num_queries=3)
     assert [example.title for example in analysis.examples] == [ranks.captions[t] for t in (0, 29, 59)]
     scores = ranks.images @ ranks.texts[29]
     best = scores.argsort(descending=True)[:5].tolist()
@@ -202,8 +200,6 @@ def test_analyze_errors_shows_top_images_and_the_correct_one(ranks: RetrievalRan
     assert [image.is_correct for image in images[:5]] == [i == 5 for i in best]
     assert sum(image.is_correct for image in images) == 1, "the caption's own image is among them, or appended"
     assert images[0].caption == f"1. cosine {float(scores.max()):.2f}" and all(image.jpeg for image in images)
-    expected_curve = [recall(ranks.text_ranks, (k,))[f"R@{k}"] for k in range(1, 51)]
-    assert analysis.curves["T2I"] == expected_curve and len(analysis.curves["I2T"]) == 50
     unit, lengths = measure_caption_lengths(ranks.captions)
     assert (analysis.length_unit, analysis.length_bins) == (unit, make_length_bins(lengths))
     assert analysis.recall_by_length == compute_recall_by_length(ranks, lengths, analysis.length_bins)

@@ -22,7 +22,6 @@ from llm2clip.evaluate.benchmarks.coco_instances import decode_mask
 from llm2clip.evaluate.benchmarks.segmentation import read_class_names
 from llm2clip.evaluate.metrics import draw_bootstrap_counts
 from llm2clip.evaluate.segmentation import (
-    LabelMapWriter,
     build_segmentation_blocks,
     compute_class_iou,
     compute_segmentation_metrics,
@@ -480,20 +479,6 @@ def test_masks_of_the_users_coco_file_are_read(tmp_path: Path) -> None:
     labels[4:20, 4:28], labels[20:44, 36:56] = 1, 3
     assert np.array_equal(data.read_labels(0), labels) and len(data.templates) == 80
     assert [data.get_class_name(label) for label in range(4)] == ["background", "red", "green", "blue"]
-
-
-def test_label_maps_are_written_as_png(tmp_path: Path) -> None:
-    data = make_segmentation(tmp_path)
-    result = segment_images(data, colour_embeddings(), ["plain", "sclip"], tmp_path / "out")
-    assert (tmp_path / "out/classes.txt").read_text() == "red\ngreen\nblue\n"
-    for method in ("plain", "sclip"):
-        for index in range(3):
-            with Image.open(tmp_path / f"out/{method}/{index}.png") as image:
-                assert np.array_equal(np.asarray(image), result.examples[index][method])
-                assert len({image.convert("RGB").getpixel((5, 5)), image.convert("RGB").getpixel((40, 40))}) == 2
-    duplicates = dataclasses.replace(data, images=[data.images[0]] * 3)
-    LabelMapWriter(tmp_path / "twice", duplicates).write("plain, learned scale", 2, np.zeros((4, 4), np.uint8))
-    assert (tmp_path / "twice/plain-learned-scale/2-0.png").is_file()
 
 
 @pytest.mark.data

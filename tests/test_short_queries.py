@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import average_precision_score, ndcg_score
+from sklearn.metrics import average_precision_score
 
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.evaluate.metrics import QUERY_TILE, compute_positive_ranks, draw_bootstrap_counts
+from llm2clip.evaluate.metrics import (
+    QUERY_TILE,
+    compute_average_precision,
+    compute_chance_average_precision,
+    compute_mean_interval,
+    compute_positive_ranks,
+    draw_bootstrap_counts,
+)
 from llm2clip.evaluate.retrieval import RetrievalRanks
 from llm2clip.evaluate.short_queries import (
     CANDIDATES,
@@ -21,9 +28,6 @@ from llm2clip.evaluate.short_queries import (
     build_overview_table,
     build_queries,
     choose_query_templates,
-    compute_chance_scores,
-    compute_mean_intervals,
-    compute_ranking_scores,
     extract_caption_phrases,
     score_short_queries,
     split_words,
@@ -123,10 +127,8 @@ def test_metrics_match_scikit_learn(tile_size: int) -> None:
         truth[indices] = 1
         order = (-exact[n]).argsort()
         assert ranks[n].tolist() == truth[order].nonzero()[0].tolist()
-        average_precision, r_precision, ndcg = compute_ranking_scores(ranks[n]).tolist()
-        assert average_precision == pytest.approx(average_precision_score(truth, exact[n]), abs=1e-12)
-        assert r_precision == pytest.approx(truth[order[: len(indices)]].mean(), abs=1e-12)
-        assert ndcg == pytest.approx(ndcg_score(truth[None], exact[n][None], k=10), abs=1e-12)
+        expected = average_precision_score(truth, exact[n])
+        assert compute_average_precision(ranks[n]) == pytest.approx(expected, abs=1e-12)
 
 
 def test_wrong_answers_rank_first_among_equal_scores() -> None:
@@ -146,24 +148,23 @@ def test_wrong_answers_rank_first_among_equal_scores() -> None:
 @pytest.mark.parametrize(("num_relevant", "num_images"), [(1, 1), (1, 5), (2, 6), (6, 6), (3, 12)])
 def test_chance_scores_are_the_mean_over_all_rankings(num_relevant: int, num_images: int) -> None:
     subsets = itertools.combinations(range(num_images), num_relevant)
-    scores = torch.stack([compute_ranking_scores(torch.tensor(subset)) for subset in subsets])
-    torch.testing.assert_close(compute_chance_scores(num_relevant, num_images), scores.mean(0))
+    scores = [compute_average_precision(torch.tensor(subset)) for subset in subsets]
+    assert compute_chance_average_precision(num_relevant, num_images) == pytest.approx(np.mean(scores))
 
 
-def test_mean_intervals_resample_queries() -> None:
-    scores = torch.rand(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    means = [np.average(scores.numpy(), axis=0, weights=counts.numpy()) for counts in draw_bootstrap_counts(50)]
-    expected = 100 * np.quantile(means, [0.025, 0.975], axis=0)
-    np.testing.assert_allclose(compute_mean_intervals(scores).numpy(), expected)
+def test_mean_interval_resamples_queries() -> None:
+    scores = torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    means = [np.average(scores.numpy(), weights=counts.numpy()) for counts in draw_bootstrap_counts(50)]
+    np.testing.assert_allclose(compute_mean_interval(scores), 100 * np.quantile(means, [0.025, 0.975]))
 
 
 def test_models_with_other_queries_have_no_difference() -> None:
     """Images that one model cannot decode, but another has precomputed embeddings for, change the queries."""
-    scores = torch.rand(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = torch.rand(3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     queries = [LabelledQuery(text, (0, 1)) for text in ("dog", "cat", "sofa")]
-    lengths = LengthScores("1", queries, scores, torch.zeros(3), 2.0)
-    other = LengthScores("1", [*queries[:2], LabelledQuery("sofa", (0, 2))], scores - 0.1, torch.zeros(3), 2.0)
-    fewer = LengthScores("1", queries[:2], scores[:2], torch.zeros(3), 2.0)
+    lengths = LengthScores("1", queries, scores, 0.0, 2.0)
+    other = LengthScores("1", [*queries[:2], LabelledQuery("sofa", (0, 2))], scores - 0.1, 0.0, 2.0)
+    fewer = LengthScores("1", queries[:2], scores[:2], 0.0, 2.0)
     same = dataclasses.replace(lengths, scores=scores - 0.1)
     table = build_overview_table({"a": [lengths], "b": [other], "c": [fewer], "d": [same]}, {})
     assert table.rows[-3:-1] == [["a minus b", None], ["a minus c", None]]
@@ -210,16 +211,15 @@ def test_score_short_queries_with_and_without_templates() -> None:
                 vector = F.normalize(embeddings.encode_texts(prompts).double().mean(0), dim=0)
                 truth = np.isin(np.arange(12), query.relevant)
                 expected = average_precision_score(truth, (ranks.images.double() @ vector).numpy())
-                assert float(scores[0]) == pytest.approx(expected)
+                assert float(scores) == pytest.approx(expected)
     one_word = result.plain[0]
     entry = one_word.to_dict()
     assert entry["queries"] == 7 and entry["words"] == "1"
-    assert entry["mAP"] == pytest.approx(100 * float(one_word.scores[:, 0].mean()))
-    assert entry["nDCG@10 chance"] == pytest.approx(
-        np.mean([100 * float(compute_chance_scores(len(query.relevant), 12)[2]) for query in queries["1"]])
-    )
-    low, high = entry["R-precision interval"]
-    assert low <= entry["R-precision"] <= high
+    assert entry["mAP"] == pytest.approx(100 * float(one_word.scores.mean()))
+    chances = [compute_chance_average_precision(len(query.relevant), 12) for query in queries["1"]]
+    assert entry["mAP chance"] == pytest.approx(100 * np.mean(chances))
+    low, high = entry["mAP interval"]
+    assert low <= entry["mAP"] <= high
     assert score_short_queries(embeddings, ranks).with_templates is None
 
 
@@ -258,7 +258,7 @@ def test_choose_query_templates_compares_the_candidates_on_the_images() -> None:
         result = score_short_queries(embeddings, ranks, QueryTemplates(candidate))
         assert result.with_templates is not None
         pairs = zip(result.plain[:3], result.with_templates[:3], strict=True)
-        gains = [after.scores[:, 0].mean() - before.scores[:, 0].mean() for before, after in pairs]
+        gains = [after.scores.mean() - before.scores.mean() for before, after in pairs]
         results[candidate] = float(sum(gains)), result.with_templates[:3]
     best = max(CANDIDATES, key=lambda candidate: results[candidate][0])
     assert choice.templates == QueryTemplates(best, 3) and results[best][0] > 0

@@ -315,8 +315,6 @@ class EvaluateOptions:
     """Output folder for report.html, results.json and the embeddings. Later runs reuse the embeddings."""
     dims: list[int] = field(default_factory=list)
     """Also evaluate embeddings truncated to these numbers of dimensions. Without --out, each size is encoded again."""
-    linear_probe: bool = False
-    """Classification: also fit a linear probe on the training images."""
     dense_variants: list[str] = field(default_factory=lambda: ["plain"])
     """Regions, segmentation and detection: methods for computing patch embeddings (`plain`, `maskclip`, `sclip`,
     `clearclip` or `naclip`)."""
@@ -331,16 +329,10 @@ class EvaluateOptions:
     (folder or hub id), or `ground-truth`."""
     crop_proposals: bool = False
     """Detection: also classify each box by encoding a crop of it, which takes one forward pass per box."""
-    save_predictions: bool = False
-    """Segmentation and detection: write label maps (PNG) and detections (COCO results format) to OUT/predictions."""
     trust_remote_code: bool = False
     """Run the Python code that is part of models such as Jina-CLIP. Use this only for models that you trust."""
     captions: list[str] = field(default_factory=list)
     """Sources for caption retrieval accuracy (CRA)."""
-    all_pairs: bool = False
-    """CRA: also use the all-pairs protocol, in which each caption retrieves any other caption of its image."""
-    mistakes: int | None = None
-    """CRA: number of mistakes to show, worst first. Default: 3."""
     columns: dict[str, str] = field(default_factory=dict)
     """Source column for each field, e.g. captions=text,image=file."""
     max_skipped: float = 0.05
@@ -348,12 +340,7 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "", "dims")
-        require_at_least(0, self, "", "mistakes")
         require_fraction(self, "", "max_skipped")
-        if not self.captions and (self.all_pairs or self.mistakes is not None):
-            raise ValueError("--mistakes and --all_pairs apply only to caption retrieval: add --captions DATA")
-        if self.save_predictions and self.out is None:
-            raise ValueError("--save_predictions requires an output folder: add --out FOLDER")
 
 
 @dataclass

@@ -237,17 +237,13 @@ def open_regular_file(path: str | os.PathLike[str]) -> io.BufferedReader:
 
 
 def find_first(folder: Path, *names: str) -> Path:
-    """Return the first file or folder in `names` that exists in `folder`. Names may be glob patterns.
+    """Return the first file or folder in `names` that exists in `folder`.
 
     Raises:
         MissingFileError: `folder` contains none of these files or folders.
     """
     for name in names:
-        if any(c in name for c in "*?["):
-            matches = sorted(folder.glob(name))
-            if matches:
-                return matches[0]
-        elif (folder / name).exists():
+        if (folder / name).exists():
             return folder / name
     raise MissingFileError(f"{folder} has no {' or '.join(names)}")
 

@@ -1,8 +1,7 @@
 """Caption retrieval accuracy (CRA) of a text encoder (arXiv 2411.04997, section 3.1).
 
-In the paper's protocol, the first caption of each image is used to retrieve the second one, and vice versa. In the "all
-pairs" protocol, each caption is a query for which all other captions are ranked, and any other caption of the same
-image is a correct answer. In both protocols, a tie between a correct and a wrong caption counts as an error.
+The first caption of each image is used to retrieve the second one, and vice versa. A tie between a correct and a wrong
+caption counts as an error.
 """
 
 import dataclasses
@@ -17,13 +16,7 @@ from torch import Tensor
 from llm2clip.config import EncoderConfig
 from llm2clip.data.texts import deduplicate_captions
 from llm2clip.evaluate.embeddings import PRECOMPUTED_SUFFIX
-from llm2clip.evaluate.metrics import (
-    bootstrap_intervals,
-    compute_chance_recall,
-    compute_positive_ranks,
-    recall,
-    two_way_ranks,
-)
+from llm2clip.evaluate.metrics import bootstrap_intervals, recall, two_way_ranks
 from llm2clip.models.clip_models import has_text_tower, load_clip_text_encoder
 from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -77,89 +70,57 @@ def caption_retrieval_accuracy(
     images: Sequence[Sequence[str]],
     encoder: TextEncoder,
     *,
-    all_pairs: bool = False,
     num_mistakes: int = 0,
     return_hits: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure how well a text encoder matches captions of the same image, in percent.
+    """Measure how well a text encoder matches the first two captions of each image, in percent.
 
     Args:
         images: List of captions for each image. Images with fewer than two distinct captions are excluded.
-        all_pairs: If True, also compute metrics for the "all pairs" protocol.
-        num_mistakes: Maximum number of mistakes to return (for the paper's protocol). The worst are returned first.
+        num_mistakes: Maximum number of mistakes to return, worst first. See `find_worst_mistakes`.
         return_hits: If True, also return the accuracy for each image.
 
     Returns:
-        A dict with the results of the paper's protocol. "CRA" is the top-1 accuracy, averaged over both directions.
-        "CRA interval" is its 95% bootstrap confidence interval over images, and "chance" is its chance level. "first to
-        second" and "second to first" are R@1/5/10 in each direction. "positive cosine" and "negative cosine" are the
-        mean cosine similarities between captions of the same image and between captions of different images. "images",
-        "excluded" and "truncated" are the numbers of evaluated images, excluded images and truncated captions.
-
-        With `all_pairs`, "all pairs" and "all pairs chance" are R@1/5/10 and its chance levels in the "all pairs"
-        protocol, and "captions" is the number of captions. With `return_hits`, "hits" is each image's accuracy (0, 0.5
-        or 1). If `num_mistakes` is greater than 0, "mistakes" is the result of `find_worst_mistakes`.
+        "CRA" is the top-1 accuracy, averaged over both directions. "CRA interval" is its 95% bootstrap confidence
+        interval over images, and "chance" is its chance level. "first to second" and "second to first" are R@1/5/10 in
+        each direction. "positive cosine" and "negative cosine" are the mean cosine similarities between captions of the
+        same image and between captions of different images. "images", "excluded" and "truncated" are the numbers of
+        evaluated images, excluded images and truncated captions. "hits", if requested, is each image's accuracy (0, 0.5
+        or 1).
 
     Raises:
         ValueError: If no image has two distinct captions.
     """
-    caption_lists = [captions for captions in map(deduplicate_captions, images) if len(captions) > 1]
-    if not caption_lists:
+    pairs = [captions[:2] for captions in map(deduplicate_captions, images) if len(captions) > 1]
+    if not pairs:
         raise ValueError("caption retrieval needs images with two distinct captions, but there are none")
-    used = caption_lists if all_pairs else [captions[:2] for captions in caption_lists]
-    texts = deduplicate_captions(caption for captions in used for caption in captions)
+    texts = deduplicate_captions(caption for captions in pairs for caption in captions)
     row_of_text = {text: row for row, text in enumerate(texts)}
     embeddings = F.normalize(encoder.encode(texts, progress=progress), dim=-1)
-    first = embeddings[[row_of_text[captions[0]] for captions in caption_lists]]
-    second = embeddings[[row_of_text[captions[1]] for captions in caption_lists]]
-    metrics, hits = _compute_paper_metrics(first, second)
-    metrics |= {"excluded": len(images) - len(caption_lists), "truncated": encoder.count_truncated(texts)}
-    metrics["chance"] = 100.0 / len(caption_lists)
-    if all_pairs:
-        rows = [row_of_text[caption] for captions in caption_lists for caption in captions]
-        metrics |= _compute_all_pairs_metrics(embeddings[rows], [len(captions) for captions in caption_lists])
-    if return_hits:
-        metrics["hits"] = hits.tolist()
-    if num_mistakes:
-        metrics["mistakes"] = find_worst_mistakes(first, second, caption_lists, num_mistakes)
-    return metrics
-
-
-def _compute_paper_metrics(first: Tensor, second: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """Return the metrics of the paper's protocol, and the accuracy of each image of shape (N,)."""
+    first, second = (embeddings[[row_of_text[captions[n]] for captions in pairs]] for n in (0, 1))
     first_ranks, second_ranks = two_way_ranks(first, second, range(len(first)))
     first_recall, second_recall = recall(first_ranks), recall(second_ranks)
     hits = ((first_ranks < 1).double() + (second_ranks < 1)) / 2
     low, high = (100 * bootstrap_intervals(hits[:, None], torch.ones(len(hits)))).flatten().tolist()
     positive_cosine, negative_cosine = compute_mean_cosines(first, second)
-    metrics = {
+    metrics: dict[str, Any] = {
         "CRA": (first_recall["R@1"] + second_recall["R@1"]) / 2,
         "CRA interval": (low, high),
+        "chance": 100.0 / len(pairs),
         "first to second": first_recall,
         "second to first": second_recall,
         "positive cosine": positive_cosine,
         "negative cosine": negative_cosine,
-        "images": len(first),
+        "images": len(pairs),
+        "excluded": len(images) - len(pairs),
+        "truncated": encoder.count_truncated(texts),
     }
-    return metrics, hits
-
-
-def _compute_all_pairs_metrics(embeddings: Tensor, captions_per_image: Sequence[int]) -> dict[str, Any]:
-    """Compute recall for the "all pairs" protocol. In `embeddings`, captions of the same image must be adjacent."""
-    positives: list[list[int]] = []
-    for count in captions_per_image:
-        start = len(positives)
-        group = range(start, start + count)
-        positives += [[other for other in group if other != caption] for caption in group]
-    total = len(positives)
-    ranks = compute_positive_ranks(embeddings, embeddings, positives, self_index=range(total))
-    best_ranks = torch.stack([query_ranks[0] for query_ranks in ranks])
-    return {
-        "captions": total,
-        "all pairs": recall(best_ranks),
-        "all pairs chance": compute_chance_recall([len(others) for others in positives], total - 1),
-    }
+    if return_hits:
+        metrics["hits"] = hits.tolist()
+    if num_mistakes:
+        metrics["mistakes"] = find_worst_mistakes(first, second, pairs, num_mistakes)
+    return metrics
 
 
 def compute_mean_cosines(first: Tensor, second: Tensor) -> tuple[float, float]:

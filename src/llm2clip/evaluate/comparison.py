@@ -1,11 +1,9 @@
 """Comparison of models with each other and with published results: tables, plots, and verdicts in words."""
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm2clip.evaluate import plots
 from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkResult
 from llm2clip.evaluate.benchmarks.coco_instances import DEGENERATE
 from llm2clip.evaluate.metrics import KS
@@ -14,7 +12,6 @@ from llm2clip.published_results import CRA, CRA_NOTE, get_published_metrics, get
 from llm2clip.reports import (
     Block,
     Details,
-    Figure,
     Heading,
     Paragraph,
     Table,
@@ -88,10 +85,8 @@ def build_caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[B
     rows.append([name, metrics["CRA"], format_interval(metrics["CRA interval"]), metrics["images"]])
     rows.append(["chance", metrics["chance"], None, metrics["images"]])
     direction_rows: list[list[Any]] = []
-    for protocol in ("first to second", "second to first", "all pairs"):
-        if protocol in metrics:
-            chance = metrics["all pairs chance"]["R@1"] if protocol == "all pairs" else metrics["chance"]
-            direction_rows.append([protocol, *(metrics[protocol][f"R@{k}"] for k in KS), chance])
+    for direction in ("first to second", "second to first"):
+        direction_rows.append([direction, *(metrics[direction][f"R@{k}"] for k in KS), metrics["chance"]])
     truncated = "unknown" if metrics["truncated"] is None else f"{metrics['truncated']:,}"
     blocks: list[Block] = [
         Heading("CRA: the first two captions of each image retrieve each other"),
@@ -152,32 +147,25 @@ def build_recall_table(
 
 
 def build_dimension_blocks(results: Sequence[BenchmarkResult]) -> list[Block]:
-    """Return a plot and a table of R@1 by number of dimensions, or [] without truncated embeddings."""
+    """Return a table of R@1 by number of dimensions, or [] without truncated embeddings."""
     recalls: dict[str, dict[int, list[float]]] = {}  # (I2T R@1, T2I R@1), keyed by model and number of dimensions
     for result in results:
         if "dimensions" in result.summary:
             row = result.summary["rows"][0]
             by_dim = recalls.setdefault(result.summary["full model"], {})
             by_dim[result.summary["dimensions"]] = [row[direction]["R@1"] for direction in DIRECTIONS]
-    all_dims = sorted({dim for by_dim in recalls.values() for dim in by_dim})
-    if not all_dims:
+    if not recalls:
         return []
-    curves, rows = {}, []
+    rows = []
     for model, by_dim in recalls.items():
         full = by_dim[max(by_dim)]
-        for n, direction in enumerate(DIRECTIONS):
-            curves[f"{model} {direction}"] = [by_dim[dim][n] if dim in by_dim else math.nan for dim in all_dims]
-        for dim in sorted(by_dim):
-            (i2t, t2i), (full_i2t, full_t2i) = by_dim[dim], full
-            fractions = [100 * i2t / full_i2t if full_i2t else None, 100 * t2i / full_t2i if full_t2i else None]
-            rows.append([model, dim, BYTES_PER_VALUE * dim, i2t, t2i, *fractions])
-    labels = [f"{dim}\n{BYTES_PER_VALUE * dim:,} B" for dim in all_dims]
-    positions = range(len(all_dims))
-    svg = plots.plot_curves(curves, positions, "dimensions and bytes per image", "R@1, %", tick_labels=labels)
+        for dim, values in sorted(by_dim.items()):
+            fractions = [100 * value / whole if whole else None for value, whole in zip(values, full, strict=True)]
+            rows.append([model, dim, BYTES_PER_VALUE * dim, *values, *fractions])
     header = ["model", "dimensions", "bytes per image", *(f"{direction} R@1" for direction in DIRECTIONS)]
     header += [f"{direction}, % of full size" for direction in DIRECTIONS]
-    caption = "R@1 with truncated embeddings. The sizes in bytes are those of float16 vectors, as in search indexes."
-    return [Heading("Truncated embeddings", 3), Table(header, rows), Figure(svg, caption)]
+    note = "The sizes in bytes are those of float16 vectors, as in search indexes."
+    return [Heading("Truncated embeddings", 3), Table(header, rows), Paragraph(note)]
 
 
 def build_mean_recall_table(

@@ -11,11 +11,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,7 +39,6 @@ from llm2clip.evaluate.regions import (
     get_model,
     select_variants,
 )
-from llm2clip.io_utils import atomic_write_text, sanitize_name
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
 from llm2clip.runs.ranks import process_state
 
@@ -98,10 +95,8 @@ class DetectionResults:
         return values | {"description": description}
 
 
-def evaluate_detection(
-    data: DetectionData, embeddings: EmbeddingSource, options: EvaluateOptions, predictions_dir: Path | None = None
-) -> BenchmarkResult:
-    """Detect objects with each method, compute the metrics, and write the detections to `predictions_dir` if given."""
+def evaluate_detection(data: DetectionData, embeddings: EmbeddingSource, options: EvaluateOptions) -> BenchmarkResult:
+    """Detect objects with each method and compute the metrics. See `detect_objects`."""
     if options.proposals is None:
         raise ValueError(
             "a detection benchmark needs boxes: pass --proposals FILE.json (COCO's results format), "
@@ -112,8 +107,6 @@ def evaluate_detection(
     usable = drop_images(data, results.failures)
     rows, bootstrap = [], {}
     for method, detections in results.by_method.items():
-        if predictions_dir is not None and process_state().is_main_process:
-            write_detections(predictions_dir, method, usable, detections)
         metrics, class_ap50 = compute_detection_metrics(usable, detections)
         values = {**metrics.values, "proposal recall": description["recall"]}
         bootstrap[method] = dataclasses.replace(metrics, values=values)
@@ -210,12 +203,6 @@ def classify_boxes(
     labels = positions % len(classes)
     remaining = batched_nms(boxes.double(), scores, labels, NMS_IOU)[:MAX_DETECTIONS]
     return Detections(boxes[remaining], scores[remaining], labels[remaining])
-
-
-def write_detections(folder: Path, method: str, data: DetectionData, detections: Mapping[ImageId, Detections]) -> None:
-    """Write a method's detections to METHOD.json in COCO's results format, which `COCO.loadRes` reads."""
-    rows = to_result_rows(data, detections)
-    atomic_write_text(folder / f"{sanitize_name(method)}.json", json.dumps(rows))
 
 
 def build_detection_blocks(

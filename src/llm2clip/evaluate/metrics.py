@@ -22,7 +22,6 @@ from llm2clip.cpu_tuning import onednn_matmul
 KS = (1, 5, 10)
 TILE = 512  # images per tile; with four times as many texts, a tile's float32 scores (4 MB) fit in the CPU cache
 QUERY_TILE = 32  # number of queries that `compute_positive_ranks` scores at a time
-NDCG_K = 10
 LEVEL = 0.95  # confidence level of all intervals
 
 
@@ -35,7 +34,6 @@ def compute_positive_ranks(
     items: Tensor,
     positives: Sequence[Sequence[int]],
     tile_size: int = 2 * TILE,
-    self_index: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Return the zero-based ranks of each query's positives in ascending order, int64 of shape (positives,).
 
@@ -46,7 +44,6 @@ def compute_positive_ranks(
         positives: Indices of each query's correct items. For example, if 3 images have 2, 1 and 2 captions, the
             positives for image-to-text retrieval are [[0, 1], [2], [3, 4]].
         tile_size: Number of items per matmul. Scores for `QUERY_TILE` queries and all items are kept in memory.
-        self_index: Index of one item per query that is excluded from its ranking: the query itself, if it is an item.
 
     Raises:
         ValueError: If a query has no positive, or an embedding contains NaN or infinity.
@@ -64,10 +61,7 @@ def compute_positive_ranks(
             tiles.append(tile_scores[:, : len(items) - offset])
         scores = torch.cat(tiles, 1)  # (QUERY_TILE, N)
         for query in range(start, min(start + QUERY_TILE, len(queries))):
-            query_scores = scores[query - start]
-            if self_index is not None:
-                query_scores[self_index[query]] = -torch.inf
-            ranks.append(_rank_positives(query_scores, torch.as_tensor(positives[query])))
+            ranks.append(_rank_positives(scores[query - start], torch.as_tensor(positives[query])))
     return ranks
 
 
@@ -276,55 +270,41 @@ def _bootstrap_by_image(
     return {f"R@{k}": (low[n], high[n]) for n, k in enumerate(ks)}
 
 
-# ---- ranking scores --------------------------------------------------------------------------------------------------
+# ---- average precision -----------------------------------------------------------------------------------------------
 
 
-def compute_ranking_scores(ranks: Tensor) -> Tensor:
-    """Return average precision, R-precision and nDCG@10 of a ranking, each between 0 and 1, float64 of shape (3,).
+def compute_average_precision(ranks: Tensor) -> float:
+    """Return the average precision of a ranking, between 0 and 1.
 
-    Let P be the number of relevant images, and r_n the rank (from 1) of the n-th relevant image. Average precision is
-    the mean of n / r_n. R-precision is the fraction of relevant images among the first P images. nDCG@10 is the sum of
-    1 / log2(r_n + 1) over the relevant images among the first ten, divided by the sum for a perfect ranking (Järvelin
-    and Kekäläinen, 2002, with binary relevance).
+    It is the mean of n / r_n, where r_n is the rank (from 1) of the n-th relevant image.
 
     Args:
         ranks: Zero-based ranks of all relevant images, in ascending order, int64 of shape (P,).
     """
-    num_relevant = len(ranks)
-    positions = torch.arange(1, num_relevant + 1, dtype=torch.float64)
-    average_precision = (positions / (ranks + 1)).mean()
-    r_precision = (ranks < num_relevant).double().mean()
-    discounts = _compute_discounts(NDCG_K)
-    ndcg = discounts[ranks[ranks < NDCG_K]].sum() / discounts[:num_relevant].sum()
-    return torch.stack([average_precision, r_precision, ndcg])
+    positions = torch.arange(1, len(ranks) + 1, dtype=torch.float64)
+    return float((positions / (ranks + 1)).mean())
 
 
-def compute_chance_scores(num_relevant: int, num_images: int) -> Tensor:
-    """Return the expected `compute_ranking_scores` of a random ranking, float64 of shape (3,).
+def compute_chance_average_precision(num_relevant: int, num_images: int) -> float:
+    """Return the expected average precision of a random ranking.
 
-    If P of N images are relevant, the image at rank r is relevant with probability P / N. If it is relevant, each of
-    the r - 1 images before it is relevant with probability (P - 1) / (N - 1), so the expected precision at this rank is
-    (1 + (r - 1) (P - 1) / (N - 1)) / r. The expected average precision is the mean of this value over all ranks.
+    If P of N images are relevant and the image at rank r is one of them, each of the r - 1 images before it is relevant
+    with probability (P - 1) / (N - 1), so the expected precision at this rank is (1 + (r - 1) (P - 1) / (N - 1)) / r.
+    The expected average precision is the mean of this value over all ranks.
     """
     positions = torch.arange(1, num_images + 1, dtype=torch.float64)
     precisions = (1 + (positions - 1) * (num_relevant - 1) / max(1, num_images - 1)) / positions
-    r_precision = torch.tensor(num_relevant / num_images, dtype=torch.float64)
-    discounts = _compute_discounts(NDCG_K)
-    ndcg = r_precision * discounts[:num_images].sum() / discounts[:num_relevant].sum()
-    return torch.stack([precisions.mean(), r_precision, ndcg])
+    return float(precisions.mean())
 
 
-def _compute_discounts(count: int) -> Tensor:
-    return 1 / torch.arange(2, count + 2, dtype=torch.float64).log2()
-
-
-def compute_mean_intervals(scores: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-    """Return 95% bootstrap confidence intervals for the mean scores, in percent, float64 of shape (2, 3).
+def compute_mean_interval(scores: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
+    """Return a 95% bootstrap confidence interval for the mean score, in percent. `scores` has shape (Q,).
 
     Queries are resampled, but images are not. For an interval of the difference between two models, pass the
-    differences between their scores of shape (Q, 3), and the smallest and largest possible difference as `bounds`.
+    differences between their scores, and the smallest and largest possible difference as `bounds`.
     """
-    return 100 * bootstrap_intervals(scores, torch.ones(len(scores)), bounds=bounds)
+    low, high = (100 * bootstrap_intervals(scores[:, None], torch.ones(len(scores)), bounds)).flatten().tolist()
+    return low, high
 
 
 # ---- bootstrap -------------------------------------------------------------------------------------------------------

@@ -4,8 +4,6 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 GREY = "#808994"
 COLOURS = ("#3b7dd8", "#d9822b", "#2f9e6e", "#b0569c", "#8a7a3c", "#5c6bc0", "#c0504d")
 
@@ -17,7 +15,6 @@ def plot_curves(
     ylabel: str,
     bands: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     tick_labels: Sequence[str] | None = None,
-    log_x: bool = False,
 ) -> str:
     """Plot curves with common x values, and return the SVG.
 
@@ -25,7 +22,6 @@ def plot_curves(
         curves: y values of each curve, keyed by curve name.
         bands: Shaded interval (low, high) at each x value, keyed by curve name.
         tick_labels: Label of the x axis tick at each x value. Default: numbers, at positions chosen by Matplotlib.
-        log_x: If True, the x axis is logarithmic, and "(logarithmic)" is appended to its label.
     """
     figure, axes = create_axes(6.6, 3.6)
     for n, (name, y) in enumerate(curves.items()):
@@ -34,12 +30,6 @@ def plot_curves(
         if bands and name in bands:
             low, high = zip(*bands[name], strict=True)
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    if log_x:
-        axes.set_xscale("log")
-        xlabel = f"{xlabel} (logarithmic)"
-        ticks = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= max(x)]
-        axes.set_xticks(ticks, [str(k) for k in ticks])
-        axes.set_xticks([], minor=True)
     if tick_labels is not None:
         axes.set_xticks(x, tick_labels, fontsize=8)
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -92,20 +82,6 @@ def plot_distributions(curves: Mapping[str, tuple[Sequence[int], Sequence[float]
     axes.set_ylim(0, 102)
     if len(curves) > 1:
         axes.legend(frameon=False, labelcolor=GREY, fontsize=8)
-    return to_svg(figure)
-
-
-def plot_matrix(scores: Tensor, xlabel: str, ylabel: str) -> str:
-    """Plot a matrix as a heat map and return the SVG. The colours are visible on both light and dark pages."""
-    figure, axes = create_axes(4.2, 3.8)
-    image = axes.imshow(scores.numpy(), cmap="viridis", interpolation="nearest")
-    axes.grid(False)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    colorbar = figure.colorbar(image, ax=axes, shrink=0.85)
-    colorbar.ax.tick_params(colors=GREY, labelsize=8)
-    colorbar.outline.set_edgecolor(GREY)
     return to_svg(figure)
 
 

@@ -30,7 +30,6 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.reports import Block, Example, Examples, Figure, Heading, Paragraph
 from llm2clip.store.store import EmbeddingStore
 
-MAX_K = 50  # maximum k in the recall curves
 THUMBNAIL_SIDE = 280  # maximum width and height of thumbnails, in pixels
 TOP_IMAGES = 5  # number of top-ranked images shown per query
 
@@ -184,38 +183,26 @@ def dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncod
 class ErrorAnalysis:
     """Analysis of a model's retrieval errors for one caption field."""
 
-    curves: dict[str, list[float]]
-    """R@1 to R@50 in percent, keyed by direction ("I2T" or "T2I")."""
     length_unit: str
     """Unit of caption lengths. See `measure_caption_lengths`."""
     length_bins: list[tuple[int, int]]
     """Minimum and maximum caption length of each bin."""
     recall_by_length: list[tuple[float, float, float]]
     """T2I R@1 of each bin, as (value, lower bound, upper bound) in percent."""
-    similarity: Tensor
-    """Cosine similarities between a few images (columns) and their first captions (rows)."""
     examples: list[Examples]
     """Images retrieved for captions sampled at regular intervals."""
     failures: list[Examples]
     """Images retrieved for the captions whose correct images have the worst ranks."""
 
 
-def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6, matrix_size: int = 20) -> ErrorAnalysis:
-    """Analyse errors, with up to `num_queries` examples and failures, and `matrix_size` images in the matrix."""
+def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6) -> ErrorAnalysis:
+    """Analyse errors, with up to `num_queries` examples and failures."""
     unit, lengths = measure_caption_lengths(ranks.captions)
     bins = make_length_bins(lengths)
-    num_images = len(ranks.records)
-    image_rows = torch.linspace(0, num_images - 1, min(matrix_size, num_images)).long()
-    first_captions = torch.tensor([int((ranks.image_of_text == i).nonzero()[0]) for i in image_rows])
-    curves = {}
-    for direction, direction_ranks in (("I2T", ranks.image_ranks), ("T2I", ranks.text_ranks)):
-        curves[direction] = list(recall(direction_ranks, range(1, MAX_K + 1)).values())
     return ErrorAnalysis(
-        curves=curves,
         length_unit=unit,
         length_bins=bins,
         recall_by_length=compute_recall_by_length(ranks, lengths, bins),
-        similarity=ranks.texts[first_captions] @ ranks.images[image_rows].T,
         examples=[_retrieve_images(ranks, text) for text in _sample_caption_indices(ranks, num_queries)],
         failures=[_retrieve_images(ranks, text) for text in find_worst_captions(ranks, num_queries)],
     )
@@ -316,21 +303,14 @@ def _retrieve_images(ranks: RetrievalRanks, text: int) -> Examples:
 
 
 def build_error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
-    """Return recall plots for all models, and the similarity matrix and examples for the first model."""
+    """Return a plot of recall by caption length for all models, and examples for the first model."""
     name, first = next(iter(analyses.items()))
-    curves = {}
-    for model, analysis in analyses.items():
-        for direction, curve in analysis.curves.items():
-            curves[f"{model} {direction}"] = curve
-    svg = plots.plot_curves(curves, range(1, MAX_K + 1), "k", "R@k, %", log_x=True)
-    blocks: list[Block] = [Figure(svg, "Recall at k (R@k) for increasing k.")]
+    blocks: list[Block] = []
     if len(first.length_bins) > 1:
         points = {model: analysis.recall_by_length for model, analysis in analyses.items()}
         labels = [f"{low}–{high}" if low < high else str(low) for low, high in first.length_bins]
         svg = plots.plot_interval_curves(points, labels, f"{first.length_unit} in the caption", "T2I R@1, %")
         blocks.append(Figure(svg, "Recall by caption length, with 95% confidence intervals."))
-    matrix = plots.plot_matrix(first.similarity, "images", "their first captions")
-    blocks.append(Figure(matrix, f"Cosine similarities computed by {name}. Matching pairs are on the diagonal."))
     if first.examples:
         text = f"Captions sampled at regular intervals, with the images retrieved by {name}. Correct images are marked."
         blocks += [Heading("Examples", 3), Paragraph(text), *first.examples]

@@ -20,7 +20,7 @@ from llm2clip.data.image_facts import count_training_images, load_training_image
 from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.benchmarks import get_benchmarks, has_user_data
-from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkResult, ClassificationData
+from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkResult
 from llm2clip.evaluate.caption_retrieval import TextEncoder, caption_retrieval_accuracy, open_text_encoder
 from llm2clip.evaluate.classification import evaluate_classification, evaluate_compositional
 from llm2clip.evaluate.comparison import (
@@ -50,6 +50,7 @@ class IncompleteEvaluationError(ValueError):
 
 
 USER_DATA = "data"  # benchmark name for the user's own images and captions
+NUM_MISTAKES = 3  # number of caption retrieval mistakes that the report shows
 EXAMPLE_QUERIES = 6  # maximum number of example queries, and of failed queries, that the report shows
 
 
@@ -177,8 +178,7 @@ class _Evaluation:
         metrics = caption_retrieval_accuracy(
             [record.captions for record in open_table(options.captions, options.columns, log, "unchecked")],
             encoder,
-            all_pairs=options.all_pairs,
-            num_mistakes=3 if options.mistakes is None else options.mistakes,
+            num_mistakes=NUM_MISTAKES,
         )
         self._save("caption retrieval", metrics)
         blocks = build_caption_retrieval_blocks(name, metrics)
@@ -277,11 +277,8 @@ class _Evaluation:
         """Evaluate one source of embeddings on one benchmark. Record an error in `failures` and return None."""
         benchmark = run.benchmark
         print_once(f"{name}: {benchmark.name}")
-        predictions_dir = None
-        if self.out is not None and self._options.save_predictions:
-            predictions_dir = self.out / "predictions" / sanitize_name(benchmark.name) / sanitize_name(name)
         try:
-            result = _run_benchmark(benchmark, run.folder, embeddings, self._options, predictions_dir)
+            result = _run_benchmark(benchmark, run.folder, embeddings, self._options)
         except (OSError, ValueError) as error:
             # Invalid data causes the same error on every rank. Other errors may occur only on this rank.
             if self._is_distributed and not isinstance(error, MissingFileError | ValueError):
@@ -337,11 +334,7 @@ class _Evaluation:
 
 
 def _run_benchmark(
-    benchmark: Benchmark,
-    folder: Path,
-    embeddings: EmbeddingSource,
-    options: EvaluateOptions,
-    predictions_dir: Path | None,
+    benchmark: Benchmark, folder: Path, embeddings: EmbeddingSource, options: EvaluateOptions
 ) -> BenchmarkResult:
     data, variants = benchmark.load(folder), options.dense_variants
     if benchmark.kind == "retrieval":
@@ -349,29 +342,15 @@ def _run_benchmark(
     elif benchmark.kind == "compositional":
         result = evaluate_compositional(data, embeddings)
     elif benchmark.kind == "classification":
-        train = _load_probe_data(benchmark, folder) if options.linear_probe else None
-        result = evaluate_classification(data, embeddings, train)
+        result = evaluate_classification(data, embeddings)
     elif benchmark.kind == "regions":
         result = evaluate_regions(data, embeddings, variants)
     elif benchmark.kind == "segmentation":
-        result = evaluate_segmentation(data, embeddings, variants, predictions_dir)
+        result = evaluate_segmentation(data, embeddings, variants)
     else:
-        result = evaluate_detection(data, embeddings, options, predictions_dir)
+        result = evaluate_detection(data, embeddings, options)
     result.summary = {"benchmark": benchmark.name, "kind": benchmark.kind, **result.summary}
     return result
-
-
-def _load_probe_data(benchmark: Benchmark, folder: Path) -> ClassificationData | None:
-    """Load the training images for a linear probe. If no probe can be trained, print the reason and return None."""
-    reason = "it needs training images from at least two classes"
-    try:
-        train: ClassificationData | None = benchmark.load(folder, train=True)
-        if train is not None and len(set(train.labels)) > 1:
-            return train
-    except MissingFileError as error:
-        reason = str(error)
-    print_once(f"{benchmark.name}: linear probe skipped: {reason}")
-    return None
 
 
 def _add_differences(first: BenchmarkResult, result: BenchmarkResult) -> None:

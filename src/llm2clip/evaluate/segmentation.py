@@ -8,12 +8,10 @@ intersections and unions are summed over all images before they are divided.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.colors import hsv_to_rgb, to_hex
-from PIL import Image
 from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
@@ -23,10 +21,8 @@ from llm2clip.evaluate.classification import count_texts, encode_classes
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.metrics import BootstrapMetrics
 from llm2clip.evaluate.regions import decode_batches, gather_results, get_logit_scales, get_model, select_variants
-from llm2clip.io_utils import atomic_path, atomic_write_text, sanitize_name
 from llm2clip.models.vision.segmentation import PixelScores, ResizeForWindows, encode_windows, segment
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
-from llm2clip.runs.ranks import process_state
 
 NUM_EXAMPLES = 4  # number of example images in the report
 EXAMPLE_SIDE = 480  # maximum height and width of label maps and images in the report, in pixels
@@ -52,10 +48,10 @@ class SegmentationResult:
 
 
 def evaluate_segmentation(
-    data: SegmentationData, embeddings: EmbeddingSource, variants: Sequence[str], predictions_dir: Path | None = None
+    data: SegmentationData, embeddings: EmbeddingSource, variants: Sequence[str]
 ) -> BenchmarkResult:
     """Segment all images with each method and compute the metrics. See `segment_images`."""
-    result = segment_images(data, embeddings, variants, predictions_dir)
+    result = segment_images(data, embeddings, variants)
     rows, bootstrap = [], {}
     class_names = [data.get_class_name(label) for label in range(len(data.names))]
     for method, counts in result.counts.items():
@@ -71,10 +67,8 @@ def evaluate_segmentation(
     return BenchmarkResult(summary, data.images, bootstrap=bootstrap, draw_examples=draw_examples)
 
 
-def segment_images(
-    data: SegmentationData, embeddings: EmbeddingSource, variants: Sequence[str], predictions_dir: Path | None = None
-) -> SegmentationResult:
-    """Segment all images with each variant. Each image is decoded once. See `LabelMapWriter` for `predictions_dir`.
+def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants: Sequence[str]) -> SegmentationResult:
+    """Segment all images with each variant. Each image is decoded once.
 
     In a distributed run, the images are split across the ranks, and every rank returns the complete result.
 
@@ -95,7 +89,6 @@ def segment_images(
     scale_of_method = {variant + suffix: scale for variant in variants for suffix, scale in scales.items()}
     results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # each image's counts and label maps
     failures: dict[int, str] = {}
-    writer = LabelMapWriter(predictions_dir, data) if predictions_dir is not None else None
     for resized in decode_batches(data.images, transform, "segmentation", failures):
         scores = {name: encode_windows(resized, dense, name, queries, transform) for name in variants}
         for index, (_, size) in resized.items():
@@ -109,9 +102,6 @@ def segment_images(
                 for suffix, scale in scales.items():
                     method, pixel_scores = variant + suffix, scores[variant][index]
                     counts[method], maps[method] = _segment_and_count(pixel_scores, labels, data, scale)
-            if writer is not None:
-                for method in scale_of_method:
-                    writer.write(method, index, maps[method])
             if index not in example_indices:
                 maps = {}
             step = -(-max(labels.shape) // EXAMPLE_SIDE)
@@ -133,30 +123,6 @@ def _read_labels(data: SegmentationData, index: int, size: tuple[int, int]) -> n
             f"{size[0]} pixels"
         )
     return labels
-
-
-class LabelMapWriter:
-    """Writer of predicted label maps: METHOD/NAME.png for each image, where NAME is the stem of the image's file name.
-
-    Pixel values are class indices, which classes.txt lists. The PNGs have a palette, so viewers show colours.
-    """
-
-    def __init__(self, folder: Path, data: SegmentationData) -> None:
-        self._folder = folder
-        stems = [Path(str(ref)).stem for ref in data.images]
-        is_unique = len(set(stems)) == len(stems)
-        self._names = stems if is_unique else [f"{index}-{stem}" for index, stem in enumerate(stems)]
-        self._palette = _make_palette(len(data.names)).flatten().tolist()
-        if process_state().is_main_process:
-            classes = [data.get_class_name(label) for label in range(len(data.names))]
-            atomic_write_text(folder / "classes.txt", "\n".join(classes) + "\n")
-
-    def write(self, method: str, index: int, labels: np.ndarray) -> None:
-        """Write the label map of the image at `index` in the data set, uint8 of shape (H, W)."""
-        image = Image.fromarray(labels)
-        image.putpalette(self._palette)
-        with atomic_path(self._folder / sanitize_name(method) / f"{self._names[index]}.png") as file:
-            image.save(file)
 
 
 def compute_segmentation_metrics(counts: np.ndarray, images: Sequence[int]) -> BootstrapMetrics:

@@ -24,24 +24,22 @@ import torch
 from torch import Tensor
 
 from llm2clip.data.noun_phrases import CONNECTIVES, DETERMINERS, FUNCTION_WORDS, NUMBERS, to_word_set
-from llm2clip.evaluate import plots
 from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkResult
 from llm2clip.evaluate.comparison import format_difference
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.metrics import (
-    compute_chance_scores,
-    compute_mean_intervals,
+    compute_average_precision,
+    compute_chance_average_precision,
+    compute_mean_interval,
     compute_positive_ranks,
-    compute_ranking_scores,
 )
 from llm2clip.evaluate.retrieval import RetrievalRanks, measure_caption_lengths
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates, average_prompts, build_query_prompts
-from llm2clip.reports import Block, Figure, Heading, Paragraph, Table, format_interval, format_with_interval
+from llm2clip.reports import Block, Heading, Paragraph, Table, format_with_interval
 
 PHRASE_LENGTHS = (1, 2, 3)  # numbers of words in a phrase
 CAPTION_LENGTHS = {"4–7": range(4, 8), "8+": range(8, 1 << 30)}  # numbers of words in a complete caption
 Item = TypeVar("Item", str, tuple[str, ...])
-METRICS = ("mAP", "R-precision", "nDCG@10")
 # Letters and digits, which may be joined by apostrophes or hyphens, as in "t-shirt" and "man's".
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 # Spaces before possessive endings in tokenized captions, as in "the dog 's mouth".
@@ -80,39 +78,30 @@ class LengthScores:
 
     words: str  # number of words in the queries, such as "2" or "4–7"
     queries: Sequence[LabelledQuery]
-    scores: Tensor  # AP, R-precision and nDCG@10 of each query, between 0 and 1, float64 of shape (Q, 3)
-    chance: Tensor  # expected scores of a random ranking, averaged over the queries, float64 of shape (3,)
+    scores: Tensor  # average precision of each query, between 0 and 1, float64 of shape (Q,)
+    chance: float  # expected average precision of a random ranking, averaged over the queries
     mean_relevant: float  # mean number of relevant images per query
 
     @property
     def mean_ap(self) -> float:
         """Mean average precision (mAP) in percent."""
-        return 100 * float(self.scores[:, 0].mean())
+        return 100 * float(self.scores.mean())
 
     @cached_property
-    def intervals(self) -> Tensor:
-        """Result of `compute_mean_intervals`. Bootstrapping takes longer than anything else in a report."""
-        return compute_mean_intervals(self.scores)
-
-    @property
     def mean_ap_interval(self) -> tuple[float, float]:
-        low, high = self.intervals[:, 0].tolist()
-        return low, high
+        """95% confidence interval. Bootstrapping takes longer than anything else in a report."""
+        return compute_mean_interval(self.scores)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return an entry for results.json, with metrics in percent and 95% confidence intervals."""
-        entry: dict[str, Any] = {
+        """Return an entry for results.json, with metrics in percent."""
+        return {
             "words": self.words,
             "queries": len(self.scores),
             "relevant images per query": self.mean_relevant,
+            "mAP": self.mean_ap,
+            "mAP interval": self.mean_ap_interval,
+            "mAP chance": 100 * self.chance,
         }
-        means = 100 * self.scores.mean(0)
-        low, high = self.intervals
-        for n, name in enumerate(METRICS):
-            entry[name] = float(means[n])
-            entry[f"{name} interval"] = (float(low[n]), float(high[n]))
-            entry[f"{name} chance"] = 100 * float(self.chance[n])
-        return entry
 
 
 @dataclass(frozen=True)
@@ -198,10 +187,10 @@ def _measure_gain(plain: Sequence[LengthScores], scores: Sequence[LengthScores])
     max_words, gain = 0, 0.0
     for words, before, after in zip(PHRASE_LENGTHS, plain, scores, strict=False):
         differences = after.scores - before.scores
-        lowest_gain = float(compute_mean_intervals(differences, bounds=(-1.0, 1.0))[0, 0])
+        lowest_gain, _ = compute_mean_interval(differences, bounds=(-1.0, 1.0))
         if before.words != str(words) or lowest_gain <= 0:
             break
-        max_words, gain = words, gain + float(differences[:, 0].mean())
+        max_words, gain = words, gain + float(differences.mean())
     return max_words, gain
 
 
@@ -231,15 +220,13 @@ def _score_queries(
 
 def _score_length(words: str, queries: Sequence[LabelledQuery], vectors: Tensor, images: Tensor) -> LengthScores:
     relevant = [query.relevant for query in queries]
-    scores = [compute_ranking_scores(query_ranks) for query_ranks in compute_positive_ranks(vectors, images, relevant)]
-    num_relevant = [len(indices) for indices in relevant]
-    chance_of = {r: compute_chance_scores(r, len(images)) for r in set(num_relevant)}
+    ranks = compute_positive_ranks(vectors, images, relevant)
     return LengthScores(
         words=words,
         queries=queries,
-        scores=torch.stack(scores),
-        chance=torch.stack([chance_of[r] for r in num_relevant]).mean(0),
-        mean_relevant=statistics.fmean(num_relevant),
+        scores=torch.tensor([compute_average_precision(query_ranks) for query_ranks in ranks], dtype=torch.float64),
+        chance=statistics.fmean(compute_chance_average_precision(len(indices), len(images)) for indices in relevant),
+        mean_relevant=statistics.fmean(map(len, relevant)),
     )
 
 
@@ -337,10 +324,8 @@ Curves = Mapping[str, Sequence[LengthScores]]
 
 
 def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
-    """Return one report section per caption field that has short-query results.
-
-    The first table in a section shows mAP by query length and top-1 accuracy on each of the classification benchmarks.
-    """
+    """Return one report section per caption field that has short-query results, with the accuracy on each of the
+    classification benchmarks."""
     accuracies = {b.name: _format_accuracy_cells(r) for b, r in results if b.kind == "classification"}
     blocks: list[Block] = []
     for benchmark, model_results in results:
@@ -352,17 +337,10 @@ def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[Benchma
                     curves[result.model] = scores.plain
                     if scores.with_templates is not None:
                         curves[f"{result.model}, with templates"] = scores.with_templates
-            points = {}
-            for name, lengths in curves.items():
-                points[name] = [(length.mean_ap, *length.mean_ap_interval) for length in lengths]
-            labels = [length.words for length in next(iter(curves.values()))]
-            svg = plots.plot_interval_curves(points, labels, "words in the query", "mAP, %")
             blocks += [
                 Heading(f"{benchmark.name}, {field}: retrieval quality by query length"),
                 build_overview_table(curves, accuracies),
-                Figure(svg, "mAP by query length in words, with 95% confidence intervals."),
                 Paragraph(REPORT_NOTE),
-                _build_metrics_table(curves),
             ]
     return blocks
 
@@ -376,7 +354,7 @@ def build_overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, s
     name, first = next(iter(curves.items()))
     header = ["model", *(f"{length.words} {'word' if length.words == '1' else 'words'}: mAP" for length in first)]
     header += [f"{benchmark}: top-1" for benchmark in accuracies]
-    rows: list[list[Any]] = [["chance", *(100 * float(s.chance[0]) for s in first), *([None] * len(accuracies))]]
+    rows: list[list[Any]] = [["chance", *(100 * s.chance for s in first), *([None] * len(accuracies))]]
     for model, lengths in curves.items():
         cells: list[str | None] = [format_with_interval(s.mean_ap, s.mean_ap_interval) for s in lengths]
         rows.append([model, *cells, *(values.get(model) for values in accuracies.values())])
@@ -402,18 +380,5 @@ def _format_mean_ap_difference(first: LengthScores, other: LengthScores) -> str 
     if first.queries != other.queries:
         return None
     differences = first.scores - other.scores
-    interval = compute_mean_intervals(differences, bounds=(-1.0, 1.0))[:, 0].tolist()
-    return format_with_interval(100 * float(differences[:, 0].mean()), interval, "+.1f")
-
-
-def _build_metrics_table(curves: Curves) -> Table:
-    rows: list[list[Any]] = []
-    for model, lengths in curves.items():
-        for length in lengths:
-            entry = length.to_dict()
-            cells = []
-            for name in METRICS:
-                cells += [entry[name], format_interval(entry[f"{name} interval"])]
-            rows.append([model, length.words, entry["queries"], entry["relevant images per query"], *cells])
-    columns = [column for name in METRICS for column in (f"{name}, %", "95% interval")]
-    return Table(["model", "words", "queries", "relevant images", *columns], rows)
+    interval = compute_mean_interval(differences, bounds=(-1.0, 1.0))
+    return format_with_interval(100 * float(differences.mean()), interval, "+.1f")

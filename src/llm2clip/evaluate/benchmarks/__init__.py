@@ -33,8 +33,8 @@ def _load_benchmarks() -> dict[str, Benchmark]:
         readers |= module.READERS
     benchmarks = {}
     for name, entry in entries.items():
-        folders, read_train = tuple(entry.pop("folders")), classification.TRAINING_READERS.get(name)
-        benchmarks[name] = Benchmark(name=name, folders=folders, read=readers[name], read_train=read_train, **entry)
+        folders = tuple(entry.pop("folders"))
+        benchmarks[name] = Benchmark(name=name, folders=folders, read=readers[name], **entry)
     return benchmarks
 
 

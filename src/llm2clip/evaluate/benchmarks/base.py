@@ -30,15 +30,12 @@ CaptionFields = Mapping[str, Sequence[Record]]
 
 @dataclass(frozen=True)
 class CompositionalExample:
-    """Images and captions that a model must match by cosine similarity. Accuracy is reported for each `kind`.
+    """An image with a correct caption and a wrong one. Accuracy is reported for each `kind`."""
 
-    Caption i is the correct caption of image i. Any further captions are wrong for every image.
-    """
-
-    id: str
     kind: str
-    images: tuple[ImageRef, ...]
-    captions: tuple[str, ...]
+    image: ImageRef
+    caption: str
+    wrong: str
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,6 @@ class Benchmark:
         folders: Possible names of the benchmark's folder inside the root folder, in order of preference.
         read: Function that reads the data from the benchmark's folder.
         source: Names of the required files and where to download them.
-        read_train: For classification benchmarks, a function that reads the training images for a linear probe.
     """
 
     name: str
@@ -126,15 +122,14 @@ class Benchmark:
     folders: tuple[str, ...]
     read: Callable[[Path], Any]
     source: str
-    read_train: Callable[[Path], ClassificationData] | None = None
 
     @property
     def size(self) -> tuple[int, str] | None:
-        """Size of the complete benchmark and its unit ("images", "pairs" or "boxes"), parsed from `description`.
+        """Size of the complete benchmark and its unit ("images" or "boxes"), parsed from `description`.
 
         None if the description does not state the size, as for the user's own data.
         """
-        match = re.search(r"([\d,]+) (?:test )?(images|pairs|boxes)", self.description)
+        match = re.search(r"([\d,]+) (?:test )?(images|boxes)", self.description)
         return (int(match[1].replace(",", "")), match[2]) if match else None
 
     def find(self, root: Path) -> Path:
@@ -144,18 +139,15 @@ class Benchmark:
                 return root / name
         raise MissingFileError(f"{root} has no folder {' or '.join(self.folders)}")
 
-    def load(self, folder: Path, train: bool = False) -> Any:
+    def load(self, folder: Path) -> Any:
         """Read the data. The return type depends on `kind`.
-
-        If `train` is True, read the training images for a linear probe instead, or return None if there are none.
 
         Raises:
             MissingFileError: If a file is missing.
             DataFormatError: If a file does not have the expected format.
         """
-        read = self.read_train if train else self.read
         try:
-            return read and read(folder)
+            return self.read(folder)
         except (KeyError, IndexError, TypeError, AttributeError) as error:  # a row has missing or invalid fields
             raise DataFormatError(f"{folder}: a row does not match the {self.name} format ({error!r})") from error
 
@@ -165,8 +157,8 @@ class BenchmarkResult:
     """Result of a model on a benchmark."""
 
     summary: dict[str, Any]
-    """Entry for results.json, with "benchmark" and "kind". Metrics are in percent, except "linear probe C". Retrieval
-    entries have "rows" (see `compute_field_metrics`). All other entries have the counts "images", "texts" and
+    """Entry for results.json, with "benchmark" and "kind". Metrics are in percent. Retrieval entries have
+    "rows" (see `compute_field_metrics`). All other entries have the counts "images", "texts" and
     "truncated" (texts that exceed the model's maximum length). Compositional and classification entries have "metrics",
     and "examples" (number of decodable examples) or "intervals" (95% confidence intervals). Region, segmentation and
     detection entries have "rows", one per method, with "method", "metrics", "intervals", per-class metrics ("class

@@ -1,5 +1,4 @@
-"""Zero-shot classification (ImageNet and its variants, ObjectNet, CIFAR, and any folder with one subfolder per class)
-and compositional benchmarks (Winoground and SugarCrepe).
+"""Zero-shot classification (ImageNet and its variants, CIFAR, and any folder of class folders), and SugarCrepe.
 
 As in CLIP (arXiv 2103.00020), each class name is inserted into all prompt templates, and the class embedding is the
 mean embedding of these prompts. For ImageNet, OpenAI's class names and 80 templates come from open_clip. The classes
@@ -8,7 +7,7 @@ are sorted by WordNet id, and the list of ids comes from timm.
 
 import importlib.util
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ import numpy as np
 from PIL import Image
 
 from llm2clip.data.image_refs import FileImage, ImageRef, MemoryImage
-from llm2clip.data.images import load_image
 from llm2clip.evaluate.benchmarks.base import (
     Benchmark,
     ClassificationData,
@@ -32,7 +30,6 @@ from llm2clip.io_utils import (
     find_first,
     install_command,
     read_json,
-    read_jsonl,
     read_lines,
 )
 
@@ -47,7 +44,7 @@ SUGARCREPE_KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace
 def make_folder_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
     """Create a zero-shot classification benchmark from the user's folder `name`. See `read_class_folders`.
 
-    The folder can also contain test/ or val/ (and optionally train/), each with one subfolder per class.
+    The folder can also contain test/ or val/, with one subfolder per class.
     """
 
     def read(folder: Path) -> ClassificationData:
@@ -62,7 +59,6 @@ def make_folder_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark
         folders=(str(Path(name).expanduser().absolute()),),
         read=read,
         source="one folder of images per class",
-        read_train=lambda folder: read_class_folders(folder, "train"),
     )
 
 
@@ -146,10 +142,7 @@ def _load_imagenet_classes() -> tuple[list[str], list[str]]:
 
 def _read_imagenet(folder: Path) -> ClassificationData:
     """Read `val/WNID/*.JPEG`. Only classes that have a folder are candidates (200 in ImageNet-A and ImageNet-R)."""
-    return _read_wordnet_folders(folder / "val" if (folder / "val").is_dir() else folder)
-
-
-def _read_wordnet_folders(root: Path) -> ClassificationData:
+    root = folder / "val" if (folder / "val").is_dir() else folder
     names = dict(zip(*_load_imagenet_classes(), strict=True))
     class_dirs = [root / wordnet_id for wordnet_id in names if (root / wordnet_id).is_dir()]
     if not class_dirs:
@@ -165,79 +158,27 @@ def _read_imagenet_v2(folder: Path) -> ClassificationData:
     return _read_images(class_dirs, names, get_imagenet_templates())
 
 
-def _read_objectnet(folder: Path) -> ClassificationData:
-    """Read the 113 classes that ObjectNet shares with ImageNet, with ObjectNet's class names.
-
-    As the authors' README requires, the red two-pixel border around each image is removed.
-    """
-    labels = read_json(find_first(folder, "mappings/folder_to_objectnet_label.json"))
-    shared_labels = read_json(find_first(folder, "mappings/objectnet_to_imagenet_1k.json"))
-    root = find_first(folder, "images")
-    class_dirs = sorted(path for path in root.iterdir() if path.is_dir() and labels.get(path.name) in shared_labels)
-    names = [labels[path.name].lower() for path in class_dirs]
-    data = _read_images(class_dirs, names, get_imagenet_templates())
-    return replace(data, images=[_BorderedImage(str(ref)) for ref in data.images])
-
-
-class _BorderedImage(FileImage):
-    """An image file with a two-pixel border, which is removed when the image is loaded."""
-
-    __slots__ = ()
-
-    @property
-    def key(self) -> str:
-        return f"{super().key} without its border"  # the embeddings differ from those of the original image
-
-    def _open(self) -> io.BytesIO:
-        inner = load_image(FileImage(self.path))[:, 2:-2, 2:-2]
-        return _encode_png(Image.fromarray(inner.permute(1, 2, 0).numpy()))
-
-
-def _encode_png(image: Image.Image) -> io.BytesIO:
-    stream = io.BytesIO()
-    image.save(stream, "PNG", compress_level=1)
-    stream.seek(0)
-    return stream
-
-
-def _read_cifar(folder: Path, files: Sequence[str], names_file: str, skipped_labels: int = 0) -> ClassificationData:
+def _read_cifar(folder: Path, file: str, names_file: str, skipped_labels: int = 0) -> ClassificationData:
     """Read CIFAR's binary format: the label (CIFAR-100: coarse and fine label), then all red, green and blue values."""
     row_size = skipped_labels + 1 + CIFAR_PIXELS
     names = [name.replace("_", " ") for name in read_lines(find_first(folder, names_file))]
+    data = np.fromfile(find_first(folder, file), np.uint8)
+    if len(data) % row_size:
+        raise DataFormatError(
+            f"{folder / file}: the file size, {len(data):,} bytes, is not a multiple of {row_size:,} (one image)"
+        )
     images: list[ImageRef] = []
     labels: list[int] = []
-    for file in files:
-        data = np.fromfile(find_first(folder, file), np.uint8)
-        if len(data) % row_size:
-            raise DataFormatError(
-                f"{folder / file}: the file size, {len(data):,} bytes, is not a multiple of {row_size:,} (one image)"
-            )
-        for n, row in enumerate(data.reshape(-1, row_size)):
-            label = int(row[skipped_labels])
-            if label >= len(names):
-                raise DataFormatError(f"{folder / file}: found label {label}, but there are only {len(names)} classes")
-            pixels = row[skipped_labels + 1 :].reshape(3, 32, 32).transpose(1, 2, 0)
-            png = _encode_png(Image.fromarray(np.ascontiguousarray(pixels)))
-            images.append(MemoryImage(png.getvalue(), f"{folder / file}, image {n}"))
-            labels.append(label)
+    for n, row in enumerate(data.reshape(-1, row_size)):
+        label = int(row[skipped_labels])
+        if label >= len(names):
+            raise DataFormatError(f"{folder / file}: found label {label}, but there are only {len(names)} classes")
+        pixels = row[skipped_labels + 1 :].reshape(3, 32, 32).transpose(1, 2, 0)
+        png = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(pixels)).save(png, "PNG", compress_level=1)
+        images.append(MemoryImage(png.getvalue(), f"{folder / file}, image {n}"))
+        labels.append(label)
     return ClassificationData(images, labels, names, TEMPLATES)
-
-
-CIFAR10_NAMES, CIFAR100_NAMES = "batches.meta.txt", "fine_label_names.txt"
-
-
-def _read_winoground(folder: Path) -> list[CompositionalExample]:
-    """Read 400 examples. Each has two images and two captions, which consist of the same words (arXiv 2204.03162)."""
-    file = find_first(folder, "examples.jsonl", "data/examples.jsonl")
-    image_dir = find_first(file.parent, "images")
-    examples = []
-    for _, row in read_jsonl(file):
-        names = [row["image_0"], row["image_1"]]
-        refs = tuple(resolve_image(image_dir, name if Path(name).suffix else f"{name}.png") for name in names)
-        captions = (row["caption_0"], row["caption_1"])
-        examples.append(CompositionalExample(str(row["id"]), "winoground", refs, captions))
-    _check_image_files(examples, file)
-    return examples
 
 
 def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
@@ -248,17 +189,12 @@ def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
         raise MissingFileError(f"no val2017 folder in {folder} or in a coco folder next to it")
     examples = []
     for kind in SUGARCREPE_KINDS:
-        file = find_first(data_dir, f"{kind}.json")
-        for key, row in read_json(file).items():
-            refs = (resolve_image(image_dir, row["filename"]),)
-            captions = (row["caption"].strip(), row["negative_caption"].strip())
-            examples.append(CompositionalExample(f"{kind} {key}", kind, refs, captions))
-    _check_image_files(examples, data_dir)
+        for row in read_json(find_first(data_dir, f"{kind}.json")).values():
+            image = resolve_image(image_dir, row["filename"])
+            captions = row["caption"].strip(), row["negative_caption"].strip()
+            examples.append(CompositionalExample(kind, image, *captions))
+    check_files([example.image for example in examples], data_dir)
     return examples
-
-
-def _check_image_files(examples: list[CompositionalExample], source: Path) -> None:
-    check_files([image for example in examples for image in example.images], source)
 
 
 READERS = {
@@ -267,15 +203,7 @@ READERS = {
     "imagenet-sketch": _read_imagenet,
     "imagenet-a": _read_imagenet,
     "imagenet-r": _read_imagenet,
-    "objectnet": _read_objectnet,
-    "cifar10": partial(_read_cifar, files=["test_batch.bin"], names_file=CIFAR10_NAMES),
-    "cifar100": partial(_read_cifar, files=["test.bin"], names_file=CIFAR100_NAMES, skipped_labels=1),
-    "winoground": _read_winoground,
+    "cifar10": partial(_read_cifar, file="test_batch.bin", names_file="batches.meta.txt"),
+    "cifar100": partial(_read_cifar, file="test.bin", names_file="fine_label_names.txt", skipped_labels=1),
     "sugarcrepe": _read_sugarcrepe,
 }
-TRAINING_READERS: dict[str, Callable[[Path], ClassificationData]] = {
-    "imagenet": lambda folder: _read_wordnet_folders(find_first(folder, "train")),
-    "cifar10": partial(_read_cifar, files=[f"data_batch_{n}.bin" for n in range(1, 6)], names_file=CIFAR10_NAMES),
-    "cifar100": partial(_read_cifar, files=["train.bin"], names_file=CIFAR100_NAMES, skipped_labels=1),
-}
-"""Readers of the training images for a linear probe."""

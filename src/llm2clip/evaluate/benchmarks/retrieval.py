@@ -1,5 +1,5 @@
 """Retrieval with English captions (Flickr30k, COCO, Flickr8k, ShareGPT4V-1k, Urban-1k and DOCCI) and with captions in
-other languages (Flickr30k-CN, COCO-CN, Flickr8k-CN, Crossmodal-3600 and XTD10).
+other languages (Flickr30k-CN, COCO-CN, Crossmodal-3600 and XTD10).
 
 For each language, all test images and captions form a single pool, which is ranked by cosine similarity, without
 prompts. In image-to-text retrieval (I2T), a query is correct if any of the image's captions is in the top k. VSE++
@@ -13,7 +13,6 @@ image, 25,000 in total.
 import base64
 import binascii
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,6 @@ from llm2clip.evaluate.benchmarks.base import (
 )
 from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, read_json, read_jsonl, read_lines
 
-IMAGE_FOLDERS = {
-    "flickr30k": ("flickr30k-images", "flickr30k_images", "images", "Images"),
-    "flickr8k": ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"),  # sic: the archive spells it "Flicker8k"
-}
 SHAREGPT4V_FILE = "share-captioner_coco_lcs_sam_1246k_1107.json"
 READ_SIZE = 1 << 25  # characters to read; ShareGPT4V's first 1,000 records have about 2 million characters
 XTD10_FILES = {
@@ -43,77 +38,26 @@ XTD10_FILES = {
 }
 
 
-def _read_karpathy_json(file: Path, image_dir: Path) -> CaptionFields:
+def _read_karpathy(folder: Path, name: str, image_dir: Path) -> CaptionFields:
     """Read the test split of Karpathy's `dataset_NAME.json`; see `llm2clip.data.formats.text_files`."""
+    file = find_first(folder, f"dataset_{name}.json", f"annotations/dataset_{name}.json")
     images = [KarpathyImage.parse(row) for row in read_json(file)["images"]]
     pairs = [(resolve_image(image_dir, image.name), image.captions) for image in images if image.split == "test"]
     return {"captions": make_captioned_records(pairs, file)}
 
 
-def _read_blip_json(file: Path, image_dir: Path) -> CaptionFields:
-    """Read BLIP's `NAME_test.json`, whose format is [{"image": "val2014/...jpg", "caption": [...]}]."""
-    pairs = []
-    for row in read_json(file):
-        captions = row["caption"]
-        pairs.append((resolve_image(image_dir, row["image"]), [captions] if isinstance(captions, str) else captions))
-    return {"captions": make_captioned_records(pairs, file)}
-
-
-def read_caption_lines(file: Path) -> dict[str, list[str]]:
-    """Read lines of the form "ID#KIND#N caption" or "ID#N<tab>caption". Return captions keyed by ID (without .jpg)."""
-    captions: dict[str, list[str]] = {}
-    for number, line in enumerate(read_lines(file), 1):
-        match = re.fullmatch(r"(.+?)(?:\.jpg)?#(?:\w+#)?\d+[\t ]+(.*)", line)
-        if match is None:
-            raise DataFormatError(f"{file}, line {number}: expected ID#N followed by a caption")
-        captions.setdefault(match[1], []).append(strip_tags(match[2]))
-    return captions
-
-
-def strip_tags(text: str) -> str:
-    """Remove part-of-speech tags ("word:n word:v") and join the words. Text without tags is returned unchanged."""
-    words = text.split()
-    if words and all(re.fullmatch(r".+:[a-z]+\d?", word) for word in words):
-        return "".join(word.rpartition(":")[0] for word in words)
-    return text
-
-
-def read_listed_images(names_file: Path, captions_file: Path, image_dirs: Sequence[Path]) -> list[Record]:
-    """Read the images listed in `names_file`, which are in any of `image_dirs`, and their captions."""
-    captions = read_caption_lines(captions_file)
-    pairs = []
-    for line in read_lines(names_file):
-        name = line.removesuffix(".jpg")
-        if name not in captions:
-            raise DataFormatError(f"{captions_file} has no captions for {name}, which is listed in {names_file}")
-        pairs.append((find_image_file(image_dirs, f"{name}.jpg"), captions[name]))
-    return make_captioned_records(pairs, captions_file)
+def _read_flickr30k(folder: Path) -> CaptionFields:
+    image_dir = find_first(folder, "flickr30k-images", "flickr30k_images", "images", "Images")
+    return _read_karpathy(folder, "flickr30k", image_dir)
 
 
 def _read_coco(folder: Path) -> CaptionFields:
-    image_dir = find_first(folder, "val2014", "images/val2014").parent
-    for name in ("dataset_coco.json", "annotations/dataset_coco.json"):
-        if (folder / name).exists():
-            return _read_karpathy_json(folder / name, image_dir)
-    file = find_first(folder, "coco_karpathy_test.json", "annotations/coco_karpathy_test.json")
-    return _read_blip_json(file, image_dir)
-
-
-def _read_flickr30k(folder: Path) -> CaptionFields:
-    file = folder / "dataset_flickr30k.json"
-    if file.exists():
-        return _read_karpathy_json(file, find_first(folder, *IMAGE_FOLDERS["flickr30k"]))
-    return _read_blip_json(find_first(folder, "flickr30k_test.json", "annotations/flickr30k_test.json"), folder)
+    return _read_karpathy(folder, "coco", find_first(folder, "val2014", "images/val2014").parent)
 
 
 def _read_flickr8k(folder: Path) -> CaptionFields:
-    image_dir = find_first(folder, *IMAGE_FOLDERS["flickr8k"])
-    file = folder / "dataset_flickr8k.json"
-    if file.exists():
-        return _read_karpathy_json(file, image_dir)
-    names = find_first(folder, "Flickr_8k.testImages.txt", "Flickr8k_text/Flickr_8k.testImages.txt")
-    captions = find_first(names.parent, "Flickr8k.token.txt")
-    return {"captions": read_listed_images(names, captions, [image_dir])}
+    image_dir = find_first(folder, "Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images")  # sic: "Flicker8k"
+    return _read_karpathy(folder, "flickr8k", image_dir)
 
 
 def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
@@ -204,52 +148,6 @@ def _read_base64_images(file: Path, ids: set[str]) -> dict[str, ImageRef]:
     return refs
 
 
-def _read_flickr30k_cn(folder: Path) -> CaptionFields:
-    """Read 1,000 images with 5,000 human-translated captions (arXiv 1708.04390)."""
-    if (folder / "test_texts.jsonl").exists():
-        return _read_chinese_clip(folder)
-    image_dir = _find_image_dir(folder, "flickr30k")
-    test_dir = find_first(folder, "flickr30kzhmbosontest")
-    captions = find_first(test_dir, "TextData/seg.flickr30kzhmbosontest.caption.txt", "TextData/*.caption.txt")
-    names = find_first(test_dir, "ImageSets/flickr30kzhmbosontest.txt", "ImageSets/*.txt")
-    return {"captions_zh": read_listed_images(names, captions, [image_dir])}
-
-
-def _read_coco_cn(folder: Path) -> CaptionFields:
-    """Read 1,000 images with 1,053 human-written captions (arXiv 1805.08661). The translated captions are not used."""
-    if (folder / "test_texts.jsonl").exists():
-        return _read_chinese_clip(folder)
-    names = find_first(folder, "coco-cn_test.txt")
-    captions = find_first(folder, "imageid.human-written-caption.txt")
-    roots = [folder / "images", *find_coco_roots(folder)]
-    candidates = [root / split for root in roots for split in ("val2014", "train2014")]
-    image_dirs = [candidate for candidate in candidates if candidate.is_dir()]
-    if not image_dirs:
-        raise MissingFileError(f"no val2014 or train2014 folder in {folder} or in a coco folder next to it")
-    return {"captions_zh": read_listed_images(names, captions, image_dirs)}
-
-
-def _read_flickr8k_cn(folder: Path) -> CaptionFields:
-    """Read two sets of test captions, human-written and human-translated (ICMR 2016, doi 10.1145/2911996.2912049)."""
-    image_dir = _find_image_dir(folder, "flickr8k")
-    data_dir = folder / "data" if (folder / "data").is_dir() else folder
-    names = find_first(data_dir, "flickr8ktest.txt")
-    files = {"captions_zh": "flickr8kzhc.caption.txt", "captions_zh_translated": "flickr8kzhmtest.captions.txt"}
-    fields = {}
-    for field, name in files.items():
-        if (data_dir / name).exists():
-            fields[field] = read_listed_images(names, data_dir / name, [image_dir])
-    if not fields:
-        raise MissingFileError(f"{data_dir} has no flickr8kzhc.caption.txt")
-    return fields
-
-
-def _find_image_dir(folder: Path, dataset: str) -> Path:
-    """Return the image folder, which is either in `folder` or in a folder named after `dataset` next to `folder`."""
-    names = IMAGE_FOLDERS[dataset]
-    return find_first(folder, *names, *(f"../{dataset}/{name}" for name in names))
-
-
 def _read_xm3600(folder: Path) -> CaptionFields:
     """Read 3,600 images with captions in 36 languages (arXiv 2205.12522). All captions are used."""
     file = find_first(folder, "captions.jsonl", "annotations/captions.jsonl")
@@ -295,9 +193,8 @@ READERS = {
     "sharegpt4v": _read_sharegpt4v,
     "urban1k": _read_urban1k,
     "docci": _read_docci,
-    "flickr30k-cn": _read_flickr30k_cn,
-    "coco-cn": _read_coco_cn,
-    "flickr8k-cn": _read_flickr8k_cn,
+    "flickr30k-cn": _read_chinese_clip,
+    "coco-cn": _read_chinese_clip,
     "xm3600": _read_xm3600,
     "xtd10": _read_xtd10,
 }
