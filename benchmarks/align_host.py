@@ -33,7 +33,7 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.records import Record
 from llm2clip.data.table import RecordTable
 from llm2clip.data.transforms import Preprocess
-from llm2clip.prefetch import Prefetcher
+from llm2clip.parallel import Prefetcher
 from llm2clip.runs.output_folder import MetricsLog
 from llm2clip.store.layout import get_image_name
 from llm2clip.store.store import EmbeddingStore

@@ -41,7 +41,6 @@ from llm2clip.data.pairs import ImageCaptions, Pair, TuningItem, read_text_pairs
 from llm2clip.data.records import Record, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
-from llm2clip.data.texts import deduplicate_captions
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.retrieval import dual_encoder_from_store, rank_caption_fields
@@ -321,7 +320,7 @@ class Experiments:
 
         def measure() -> dict[str, Any]:
             print_once(f"caption retrieval: {self.get_label(name)}")
-            texts = [text for captions in self.data.cra_captions for text in deduplicate_captions(captions)[:2]]
+            texts = [text for captions in self.data.cra_captions for text in list(dict.fromkeys(captions))[:2]]
             encoder = _StoreTextEncoder(self.embed_texts(name, texts))
             return caption_retrieval_accuracy(self.data.cra_captions, encoder, return_hits=True)
 
@@ -333,7 +332,7 @@ class Experiments:
         folder = self.out / "stores" / _make_file_name(name)
         if (folder / "manifest.json").exists():
             store = EmbeddingStore(folder)
-            if (store.find_keys(make_caption_keys(deduplicate_captions(texts))) >= 0).all():
+            if (store.find_keys(make_caption_keys(list(dict.fromkeys(texts)))) >= 0).all():
                 return store
         print_once(f"embed: {self.get_label(name)}")
         encoder = open_encoder(self._prepare_encoder(name), "cpu")

@@ -43,7 +43,7 @@ from llm2clip.evaluate.retrieval import dual_encoder_from_store, make_validator
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.prefetch import Prefetcher
+from llm2clip.parallel import Prefetcher
 from llm2clip.runs.output_folder import read_metrics
 from llm2clip.store.encode import embed
 from llm2clip.store.store import EmbeddingStore

@@ -21,7 +21,7 @@ from PIL import Image, ImageFile
 from conftest import load_benchmark
 from format_fixtures import encode, write_jsonl
 from llm2clip.cli.export import _check_no_home_paths
-from llm2clip.data import image_header, images, records, table_cells, texts
+from llm2clip.data import image_header, images, records, table_cells
 from llm2clip.data.formats import text_files
 from llm2clip.data.image_header import DecodingLimitError, check_decoding_work, open_header
 from llm2clip.data.image_refs import FileImage, ParquetImage
@@ -410,15 +410,15 @@ def test_captions_of_a_row_are_limited(tmp_path: Path) -> None:
     rows = [{"caption": "a" * (1 << 20)}, {"caption": ["a" * (1 << 19), "b" * (1 << 19), "c"]}]
     log = SkipLog(max_skipped=1.0)
     assert len(list(open_records(write_jsonl(tmp_path / "x.jsonl", rows), log))) == 1
-    assert "1,048,577 characters" in log.examples[0]
+    assert "over 1,048,576 characters" in log.examples[0]
 
 
 @pytest.mark.parametrize(
     "cell", ["[f'{1}{1}']", "['a', rf'{1}']", "[{1,{2}}]", "[{[]: 1}]", "['a', ...]", "[b'a']", "[-'a']", "['a'] * 9"]
 )
 def test_only_lists_of_strings_are_parsed_as_python(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts.ast, "literal_eval", lambda _: pytest.fail("the cell was parsed"))
-    assert texts.parse_captions(cell, True, SkipLog(), "x.csv", 1) == (cell,)
+    monkeypatch.setattr(records.ast, "literal_eval", lambda _: pytest.fail("the cell was parsed"))
+    assert records.parse_captions(cell, True, SkipLog(), "x.csv", 1) == (cell,)
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,7 @@ def test_only_lists_of_strings_are_parsed_as_python(cell: str, monkeypatch: pyte
     ],
 )
 def test_lists_in_cells_are_parsed(cell: str, captions: tuple[str, ...]) -> None:
-    assert texts.parse_captions(cell, True, SkipLog(), "x.csv", 1) == captions
+    assert records.parse_captions(cell, True, SkipLog(), "x.csv", 1) == captions
 
 
 def test_coco_ids_of_a_wrong_type_are_skipped(tmp_path: Path) -> None:

@@ -24,11 +24,11 @@ from llm2clip.config import AlignConfig
 from llm2clip.data import noun_phrases
 from llm2clip.data.build_table import open_table
 from llm2clip.data.noun_phrases import MIN_IMAGES, add_phrases, to_word_set
-from llm2clip.data.parallel import map_in_processes
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.parallel import map_in_processes
 from llm2clip.store.encode import embed
 from llm2clip.store.store import EmbeddingStore, find_caption_rows
 from llm2clip.train.sampling import AlignBatches

@@ -30,7 +30,6 @@ from llm2clip.data.pairs import (
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.data.table import Blocks, RecordTable
-from llm2clip.data.texts import deduplicate_captions, make_caption_key
 
 IMAGES = [  # 40 that give a pair and two that do not
     *(ImageCaptions(tuple(f"image {i} caption {j}" for j in range(2 + i % 4))) for i in range(40)),
@@ -452,16 +451,3 @@ def test_read_text_pairs_counts_all_rows_in_an_unclosed_quote(tmp_path: Path) ->
     log = SkipLog(max_skipped=1.0)
     assert list(read_text_pairs(str(tmp_path / "a.csv"), log)) == [Pair("q", "d")]
     assert log.skipped == {"malformed row": 3, "not UTF-8": 1} and log.rows_seen == 5
-
-
-# ---- texts -----------------------------------------------------------------------------------------------------------
-
-
-def test_caption_key_is_the_start_of_sha256() -> None:
-    assert make_caption_key("a") == make_caption_key("a") != make_caption_key("A")
-    # Stores on disk contain these keys.
-    assert make_caption_key("a").hex() == "ca978112ca1bbdcafac231b39a23dc4d"
-
-
-def test_unique_captions_keeps_the_first_of_each() -> None:
-    assert deduplicate_captions(["b", "a", "b"]) == ["b", "a"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import Killed
-from llm2clip.prefetch import Prefetcher, prefetch
+from llm2clip.parallel import Prefetcher, prefetch
 
 
 class Source:
@@ -63,7 +63,7 @@ def test_closing_early_stops_the_thread_and_closes_the_source() -> None:
 
 PREFETCH_UNTIL_EXIT = """
 import torch
-from llm2clip.prefetch import Prefetcher
+from llm2clip.parallel import Prefetcher
 
 def matmuls():
     x = torch.randn(800, 800)

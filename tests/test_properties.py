@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.texts import deduplicate_captions
 from llm2clip.evaluate.metrics import compute_chance_recall, compute_positive_ranks, two_way_ranks
 from llm2clip.store.layout import StoreError
 from llm2clip.store.maintenance import repair_store
@@ -106,7 +105,7 @@ def write_store(folder: Path, shards: Sequence[Sequence[str]], dtype: str = "flo
 )
 def test_store_matches_a_dictionary(shards: list[list[str]], data: st.DataObject, dtype: str, read_ahead: bool) -> None:
     """Captions repeat within and across shards; lookups repeat and are in any order."""
-    distinct = deduplicate_captions(caption for captions in shards for caption in captions)
+    distinct = list(dict.fromkeys(caption for captions in shards for caption in captions))
     queries = data.draw(st.lists(st.sampled_from(distinct), max_size=12))
     with TemporaryDirectory() as folder:
         write_store(Path(folder), shards, dtype)
@@ -127,7 +126,7 @@ def test_store_matches_a_dictionary(shards: list[list[str]], data: st.DataObject
 @given(st.lists(CAPTIONS, min_size=2, max_size=3), st.data())
 def test_damaged_byte_is_detected_and_repaired(shards: list[list[str]], data: st.DataObject) -> None:
     """Change one byte of one file: opening or verifying raises, and after a repair no embedding is wrong."""
-    captions = deduplicate_captions(caption for shard in shards for caption in shard)
+    captions = list(dict.fromkeys(caption for shard in shards for caption in shard))
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_store(folder, shards)

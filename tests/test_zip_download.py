@@ -14,7 +14,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from llm2clip.data.image_refs import FileImage, ImageRef, ParquetImage, TarImage
-from llm2clip.data.texts import to_valid_unicode
+from llm2clip.io_utils import to_valid_unicode
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import inference, middleware, zip_download
 from llm2clip.search.inference import QueueFull

@@ -1,7 +1,8 @@
-"""Atomic writes, message formatting, and JSON and text readers that report the file and line of an error."""
+"""Atomic writes, messages, checks of texts, and JSON and text readers that report the file and line of an error."""
 
 import errno
 import glob
+import hashlib
 import io
 import json
 import os
@@ -21,6 +22,10 @@ except ImportError:  # Windows
 
 MAX_JSON_BYTES = 2 << 30  # size limit for JSON files, which are read into memory completely
 MAX_LINE_CHARACTERS = 1 << 25
+# Letters of scripts that do not separate words with spaces: Thai, Lao, Burmese, Khmer, Chinese and Japanese.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 _URL_PASSWORD = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*://)[^\s/@'\"<>]*@")
 _URL_QUERY = re.compile(r"\b(https?://[^\s?'\"<>]+)\?(?:[^\s'\"<>]*[^\s'\"<>:,;.)\]])?", re.IGNORECASE)
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -211,6 +216,50 @@ def hide_url_secrets(text: str) -> str:
 def install_command(*extras: str) -> str:
     """Return the command that installs these extras, to be run in the source folder: there is no published package."""
     return f"pip install -e '.[{','.join(extras)}]'" if extras else "pip install -e ."
+
+
+# ---- texts ---------------------------------------------------------------------------------------------------------
+
+
+def is_valid_unicode(text: str) -> bool:
+    """Return True if a text can be encoded as UTF-8, that is, if it contains no lone surrogates."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def to_valid_unicode(name: str) -> str:
+    """Convert a file name to valid Unicode. Bytes that are not UTF-8 are replaced with escape sequences."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def check_texts(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts. Raise TypeError or ValueError for the first one that is not a string or not valid Unicode."""
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"text {index} must be a string (got {text!r}). Remove it, or replace it with a string")
+        if not is_valid_unicode(text):
+            raise ValueError(
+                f"text {index} is not valid Unicode: it contains a lone surrogate ({text[:200]!a}). Remove the "
+                "text, or decode it again with the right encoding"
+            )
+        yield text
+
+
+def check_not_empty(texts: Iterable[str]) -> None:
+    """Raise ValueError if a text is empty or only whitespace."""
+    for index, text in enumerate(texts):
+        if isinstance(text, str) and not text.strip():
+            raise ValueError(f"text {index} is empty. Describe what the image should show")
+
+
+def make_text_key(text: str) -> int:
+    """Hash a text to a signed 64-bit integer that is the same in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
 
 
 # ---- readers -------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from llm2clip.caption.database import AnswerKey, CaptionDatabase, ImageRow
 from llm2clip.caption.options import Kind, Prompt
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import iter_image_batches
-from llm2clip.data.texts import UNSPACED, make_text_key
+from llm2clip.io_utils import UNSPACED, make_text_key
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.progress import ProgressBar
 from llm2clip.store.layout import iter_chunks

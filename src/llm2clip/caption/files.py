@@ -46,8 +46,7 @@ from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, Record, RecordRea
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.storage import is_remote
 from llm2clip.data.table_statistics import Histogram
-from llm2clip.data.texts import to_valid_unicode
-from llm2clip.io_utils import atomic_path, explain_write_errors, hide_url_secrets
+from llm2clip.io_utils import atomic_path, explain_write_errors, hide_url_secrets, to_valid_unicode
 from llm2clip.progress import ProgressBar
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph, Table, write_report
 from llm2clip.runs.run_description import build_run_section, describe_run

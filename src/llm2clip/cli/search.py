@@ -319,7 +319,7 @@ def _check_query(args: Namespace) -> None:
     has_query = args.texts or args.images or args.negative or args.negative_images
     if not has_query and (args.heatmaps or all(value is None for value in filters)):
         raise ValueError("pass text or images to search for, or a filter such as --after 2024-05-31")
-    from llm2clip.data.texts import check_not_empty
+    from llm2clip.io_utils import check_not_empty
 
     check_not_empty(args.texts)
     check_not_empty(args.negative)

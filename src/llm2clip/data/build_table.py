@@ -40,7 +40,6 @@ from llm2clip.data.image_facts import (
     find_first_rows,
     mask_same_images,
 )
-from llm2clip.data.parallel import count_cores, map_in_processes
 from llm2clip.data.records import (
     CAPTION_FIELDS,
     NO_SPLIT,
@@ -55,8 +54,8 @@ from llm2clip.data.remote import get_file_size, pin_versions, prefetch
 from llm2clip.data.skip_log import EventLog, SkipLog
 from llm2clip.data.storage import is_remote
 from llm2clip.data.table import Blocks, RecordTable, decode_name, read_metadata, write_rows
-from llm2clip.data.texts import deduplicate_captions
 from llm2clip.io_utils import atomic_dir, atomic_path, get_cache_dir
+from llm2clip.parallel import count_cores, map_in_processes
 from llm2clip.progress import ProgressBar
 
 FORMAT_VERSION = 4  # increase it if the columns, their contents or the rules for merging change
@@ -317,7 +316,7 @@ def _build_merged_records(
 def _merge_records(first: Record, second: Record) -> Record:
     texts: dict[str, Any] = {}
     for name in TEXT_FIELDS:
-        texts[name] = tuple(deduplicate_captions([*getattr(first, name), *getattr(second, name)]))
+        texts[name] = tuple(dict.fromkeys([*getattr(first, name), *getattr(second, name)]))
     return dataclasses.replace(first, **texts)
 
 

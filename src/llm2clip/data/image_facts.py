@@ -105,6 +105,8 @@ def _read_samples(image: LoadedImage) -> _Samples | None:
             start, length = _locate_middle(size)
             file.seek(offset)
             first = file.read(min(size, max(START_BYTES, length)))
+            if size <= len(first):
+                return _Samples(size, first, first[start : start + length])
             file.seek(offset + start)
             middle = file.read(length)
     except FatalDataError:

@@ -7,6 +7,7 @@ from the columns of a record table. `IMAGE_KINDS` lists the kinds that a record 
 import functools
 import hashlib
 import io
+import math
 import os
 import re
 from abc import ABC, abstractmethod
@@ -20,7 +21,6 @@ from llm2clip.data.remote import FileSlice, get_remote_version, open_file
 from llm2clip.data.skip_log import UnusableRow
 from llm2clip.data.storage import get_parent, is_remote, join_path, parse_size
 from llm2clip.data.table_cells import map_cached_batches, open_cell, read_parquet_cell
-from llm2clip.data.texts import is_null
 from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets
 
 
@@ -297,6 +297,14 @@ def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
         portable = os.path.join(os.path.dirname(file), value.replace("\\", "/"))
         path = portable if os.path.exists(portable) else path
     return LoadedImage(FileImage(path), None, path)
+
+
+def is_null(value: object) -> bool:
+    """Return True for missing values: None, an empty string, an empty list, or NaN (as used by pandas)."""
+    kind = type(value)
+    if kind is str or kind is list:
+        return not value
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def read_image_file(stream: BinaryIO) -> bytes:

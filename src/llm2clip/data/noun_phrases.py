@@ -25,11 +25,11 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from llm2clip.data.parallel import map_in_processes
 from llm2clip.data.records import CAPTION_FIELDS
 from llm2clip.data.table import TEXTS, RecordTable
 from llm2clip.data.table_cells import map_batches
 from llm2clip.io_utils import atomic_path
+from llm2clip.parallel import map_in_processes
 from llm2clip.progress import ProgressBar
 
 T = TypeVar("T")

@@ -31,8 +31,7 @@ from llm2clip.data.image_facts import mask_same_images
 from llm2clip.data.records import CAPTION_FIELDS, EARLY_CHECK_ROWS, NO_SPLIT, Source, guess_columns, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable, decode_name
-from llm2clip.data.texts import deduplicate_captions, is_valid_unicode
-from llm2clip.io_utils import DataFormatError
+from llm2clip.io_utils import DataFormatError, is_valid_unicode
 from llm2clip.runs.ranks import print_once, process_state
 
 PAIR_COLUMN_NAMES = {  # pair field -> common column names, in order of preference
@@ -417,8 +416,8 @@ def _count_unrelated_groups(items: Sequence[TuningItem]) -> int:
 
 def _list_pair_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]]]:
     """For each kind of pair that the captions allow, return (candidates for one text, candidates for the other)."""
-    short = deduplicate_captions(captions.short)
-    long = [caption for caption in deduplicate_captions(captions.long) if caption not in short]
+    short = list(dict.fromkeys(captions.short))
+    long = [caption for caption in dict.fromkeys(captions.long) if caption not in short]
     kinds = []
     if len(short) > 1:
         kinds.append((short, short))

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
@@ -61,9 +62,11 @@ class ReplacedFileError(FatalDataError):
 
 def is_remote(path: str) -> bool:
     """Return True if a path is the URL of a remote file or folder. `hf:NAME`, a data set on the Hub, is not a path."""
-    return _REMOTE.match(str(path)) is not None
+    path = str(path)
+    return "://" in path and _REMOTE.match(path) is not None
 
 
+@lru_cache(maxsize=1024)
 def get_parent(path: str) -> str:
     """Return the folder of a local or remote file."""
     return os.path.dirname(strip_query(path) if is_remote(path) else path)

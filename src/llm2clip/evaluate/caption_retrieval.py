@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip.config import EncoderConfig
-from llm2clip.data.texts import deduplicate_captions
 from llm2clip.evaluate.embeddings import PRECOMPUTED_SUFFIX
 from llm2clip.evaluate.metrics import bootstrap_intervals, recall, two_way_ranks
 from llm2clip.models.clip_models import has_text_tower, load_clip_text_encoder
@@ -92,10 +91,10 @@ def caption_retrieval_accuracy(
     Raises:
         ValueError: If no image has two distinct captions.
     """
-    pairs = [captions[:2] for captions in map(deduplicate_captions, images) if len(captions) > 1]
+    pairs = [captions[:2] for captions in map(list, map(dict.fromkeys, images)) if len(captions) > 1]
     if not pairs:
         raise ValueError("caption retrieval needs images with two distinct captions, but there are none")
-    texts = deduplicate_captions(caption for captions in pairs for caption in captions)
+    texts = list(dict.fromkeys(caption for captions in pairs for caption in captions))
     row_of_text = {text: row for row, text in enumerate(texts)}
     embeddings = F.normalize(encoder.encode(texts, progress=progress), dim=-1)
     first, second = (embeddings[[row_of_text[captions[n]] for captions in pairs]] for n in (0, 1))

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.data.texts import deduplicate_captions
 from llm2clip.evaluate.benchmarks.base import BenchmarkResult, ClassificationData, CompositionalExample
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.metrics import BootstrapMetrics
@@ -88,7 +87,7 @@ def compute_class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 def evaluate_compositional(examples: Sequence[CompositionalExample], embeddings: EmbeddingSource) -> BenchmarkResult:
     """Evaluate a model on all examples whose images can be decoded. See `compute_compositional_accuracy`."""
     refs = list({example.image.key: example.image for example in examples}.values())
-    texts = deduplicate_captions(caption for example in examples for caption in (example.caption, example.wrong))
+    texts = list(dict.fromkeys(caption for example in examples for caption in (example.caption, example.wrong)))
     images, indices = embeddings.encode_images(refs)
     image_embeddings = {refs[i].key: image for i, image in zip(indices, images, strict=True)}
     text_embeddings = dict(zip(texts, embeddings.encode_texts(texts), strict=True))

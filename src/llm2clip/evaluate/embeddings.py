@@ -17,7 +17,6 @@ from torch import Tensor
 
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.texts import deduplicate_captions
 from llm2clip.evaluate.metrics import check_finite
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.llm2clip import check_dim, truncate_and_normalize
@@ -100,7 +99,7 @@ class ModelEmbeddings:
             embeddings = self.model.encode_texts(texts, self.progress)
         else:
             store = store_text_embeddings(
-                deduplicate_captions(texts),
+                list(dict.fromkeys(texts)),
                 self._full_model.encode_texts,
                 self._full_model.embed_dim,
                 self.identity,

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.image_facts import load_training_image_hashes, save_training_image_hashes
 from llm2clip.data.images import load_image, to_image_list
-from llm2clip.data.texts import check_not_empty
 from llm2clip.data.transforms import EvalTransform
-from llm2clip.io_utils import atomic_dir, describe_error, read_json_object
+from llm2clip.io_utils import atomic_dir, check_not_empty, describe_error, read_json_object
 from llm2clip.models.loading import fingerprint, read_safetensors
 from llm2clip.models.model_folder import FORMAT_VERSION, LLM2CLIPConfig, find_model_folder, is_model_folder
 from llm2clip.models.modeling_llm2clip import Adapter

@@ -20,7 +20,7 @@ from llm2clip.data.images import iter_image_batches, make_thumbnail
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.storage import is_remote
-from llm2clip.data.texts import to_valid_unicode
+from llm2clip.io_utils import to_valid_unicode
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.loading import fingerprint
 from llm2clip.progress import ProgressBar

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip.data.images import make_thumbnail, shrink_image
-from llm2clip.data.texts import UNSPACED
+from llm2clip.io_utils import UNSPACED
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import fill_templates
 from llm2clip.models.vision.dense import DenseEncoder

@@ -296,7 +296,7 @@ def read_exif(data: bytes, modified: float = 0.0) -> dict[str, Any]:
 
 
 def _read_camera(exif: Any) -> str:
-    from llm2clip.data.texts import to_valid_unicode
+    from llm2clip.io_utils import to_valid_unicode
 
     make, model = (str(exif.get(tag) or "").strip(" \0") for tag in (MAKE, MODEL))
     camera = model if model.casefold().startswith(make.casefold()) else f"{make} {model}"

@@ -22,7 +22,7 @@ from psycopg import sql
 from psycopg.errors import Diagnostic
 
 from llm2clip.data.image_refs import FileImage
-from llm2clip.data.texts import UNSPACED, to_valid_unicode
+from llm2clip.io_utils import UNSPACED, to_valid_unicode
 from llm2clip.runs.output_folder import check_format_version
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import (

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.data.images import ImageError, load_image
-from llm2clip.data.texts import check_not_empty
+from llm2clip.io_utils import check_not_empty
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates, average_prompts, build_query_prompts
 from llm2clip.search.backends import Backend

@@ -43,7 +43,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm2clip.data.texts import UNSPACED
+from llm2clip.io_utils import UNSPACED
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import Backend

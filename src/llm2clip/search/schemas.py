@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model,
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
-from llm2clip.data.texts import is_valid_unicode, to_valid_unicode
+from llm2clip.io_utils import is_valid_unicode, to_valid_unicode
 from llm2clip.models.prompts import PLACEHOLDER, QueryTemplates
 from llm2clip.search.images import InvalidImage, RequestImage, TooLarge
 from llm2clip.search.index import SearchOptions

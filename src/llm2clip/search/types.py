@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llm2clip.data.image_refs import FileImage, ImageRef, ParquetImage, TarImage
-from llm2clip.data.texts import to_valid_unicode
+from llm2clip.io_utils import to_valid_unicode
 from llm2clip.search.metadata import TIME_OFFSET, ContentMetadata, Detail, ImageMetadata, list_details
 
 # These keys are stored in every index, so they must not change when a class is renamed.

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.data.texts import UNSPACED, to_valid_unicode
+from llm2clip.io_utils import UNSPACED, to_valid_unicode
 from llm2clip.search.metadata import normalize, to_datetime
 from llm2clip.search.types import IndexedImage
 

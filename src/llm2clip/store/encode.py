@@ -30,7 +30,7 @@ from llm2clip.models.precision import Precision, calibrate_precision, resolve_pr
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import MIN_CAPTIONS_TO_TUNE, TokenizedTexts, tune_batch_tokens
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.prefetch import Prefetcher
+from llm2clip.parallel import Prefetcher
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import load_or_compute_json, process_state
 from llm2clip.store.layout import DTYPES, KEY_BYTES, MANIFEST, make_image_keys, read_manifest

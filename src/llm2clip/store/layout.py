@@ -36,8 +36,7 @@ import pyarrow.parquet as pq
 from llm2clip.data.image_refs import FileImage, ImageRef
 from llm2clip.data.remote import get_remote_version
 from llm2clip.data.storage import is_remote
-from llm2clip.data.texts import make_caption_key, to_valid_unicode
-from llm2clip.io_utils import atomic_path, read_jsonl
+from llm2clip.io_utils import atomic_path, read_jsonl, to_valid_unicode
 from llm2clip.models.loading import fingerprint
 from llm2clip.runs.output_folder import check_format_version
 
@@ -243,7 +242,8 @@ def make_caption_keys(captions: Sequence[str]) -> np.ndarray:
         StoreError: A caption contains a lone surrogate, which cannot be encoded in UTF-8.
     """
     try:
-        return np.frombuffer(b"".join(map(make_caption_key, captions)), np.uint8).reshape(-1, KEY_BYTES)
+        digests = (hashlib.sha256(caption.encode()).digest()[:KEY_BYTES] for caption in captions)
+        return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, KEY_BYTES)
     except UnicodeEncodeError as error:
         raise StoreError(f"caption {error.object[:120]!a} is not valid Unicode text: {error.reason}") from error
 

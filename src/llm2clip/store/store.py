@@ -24,10 +24,10 @@ import torch
 from filelock import FileLock
 
 from llm2clip.cpu_tuning import get_available_memory
-from llm2clip.data.parallel import count_cores, map_in_processes
 from llm2clip.data.records import TEXT_FIELDS, Record
 from llm2clip.data.table import BATCH_ROWS, RecordTable
 from llm2clip.io_utils import atomic_dir
+from llm2clip.parallel import count_cores, map_in_processes
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once
 from llm2clip.store import layout

@@ -23,8 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm2clip.data.texts import check_texts
-from llm2clip.io_utils import atomic_path, atomic_write_text
+from llm2clip.io_utils import atomic_path, atomic_write_text, check_texts
 from llm2clip.models.loading import fingerprint
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.output_folder import folder_lock

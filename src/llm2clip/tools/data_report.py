@@ -28,9 +28,8 @@ from llm2clip.data.table_statistics import (
     compute_statistics,
     count_languages,
 )
-from llm2clip.data.texts import to_valid_unicode
 from llm2clip.evaluate.plots import plot_distributions
-from llm2clip.io_utils import format_bytes
+from llm2clip.io_utils import format_bytes, to_valid_unicode
 from llm2clip.reports import (
     BAD,
     Block,

@@ -30,7 +30,7 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import fingerprint
 from llm2clip.models.precision import tf32_matmul
 from llm2clip.models.vision.vision_tower import VisionTower, merge_tower_lora
-from llm2clip.prefetch import prefetch
+from llm2clip.parallel import prefetch
 from llm2clip.runs.ranks import (
     copy_to_meta_device,
     gather_to_cpu,

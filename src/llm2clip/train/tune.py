@@ -32,8 +32,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from llm2clip.config import TuneConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.pairs import TuningItem, iter_pair_batches, resolve_pairs_per_step
-from llm2clip.data.texts import make_text_key
-from llm2clip.io_utils import atomic_dir
+from llm2clip.io_utils import atomic_dir, make_text_key
 from llm2clip.models.precision import Precision, resolve_precision
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import TokenizedTexts, copy_to_device, get_default_batch_tokens

@@ -35,6 +35,7 @@ from llm2clip.io_utils import DataFormatError, FatalDataError, describe_error, h
 from llm2clip.runs.output_folder import describe_output_folder
 
 UNREADABLE_FILE = "unreadable file"  # reason for skipping the rest of a file
+NOT_UTF8 = "not UTF-8"  # reason for skipping a row that cannot be decoded
 IMAGE_SUFFIXES = frozenset(
     {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "heic", "heif", "hif"}
 )

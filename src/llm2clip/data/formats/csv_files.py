@@ -25,8 +25,7 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.remote import open_file
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.storage import join_path
-from llm2clip.data.texts import is_valid_unicode
-from llm2clip.io_utils import DataFormatError
+from llm2clip.io_utils import DataFormatError, is_valid_unicode
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 MAX_CELL_CHARACTERS = 1 << 24  # the csv module's default of 131,072 characters is too low for long texts

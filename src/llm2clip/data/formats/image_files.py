@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 from llm2clip.data.formats import (
     IMAGE_SUFFIXES,
+    NOT_UTF8,
     UNSUPPORTED_SUFFIXES,
     BadRow,
     FilePart,
@@ -28,7 +29,6 @@ from llm2clip.data.image_refs import FileImage, LoadedImage, TarImage
 from llm2clip.data.remote import file_exists, get_remote_version, list_folder, look_up_versions, open_file, walk_folder
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.storage import is_remote
-from llm2clip.data.texts import NOT_UTF8
 
 MAX_CAPTION_BYTES = 1 << 20  # size limit for the caption file of a single image
 MAX_TAR_HEADER_BYTES = 1 << 16  # maximum size of a member's headers (its name, links and attributes)

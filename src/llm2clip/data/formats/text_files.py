@@ -29,13 +29,12 @@ from typing import Any, BinaryIO, TextIO, cast
 
 from charset_normalizer import from_bytes
 
-from llm2clip.data.formats import BadRow, FilePart, RawRow, ReadOptions, SourceFormat, make_parts
+from llm2clip.data.formats import NOT_UTF8, BadRow, FilePart, RawRow, ReadOptions, SourceFormat, make_parts
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.remote import FileSlice, file_exists, get_file_size, open_file
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.storage import get_file_name, get_parent, is_remote, join_path
-from llm2clip.data.texts import NOT_UTF8, is_valid_unicode, to_valid_unicode
-from llm2clip.io_utils import MAX_LINE_CHARACTERS, DataFormatError, check_json_size
+from llm2clip.io_utils import MAX_LINE_CHARACTERS, DataFormatError, check_json_size, is_valid_unicode, to_valid_unicode
 
 _BYTE_ORDER_MARKS = (  # UTF-32 marks come first, because one of them starts with a UTF-16 mark
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),

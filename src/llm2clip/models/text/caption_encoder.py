@@ -20,7 +20,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, StaticEm
 from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import flex_attention_is_correct, onednn_matmul
-from llm2clip.data.texts import check_texts
+from llm2clip.io_utils import check_texts
 from llm2clip.models.loading import hash_text, hash_weights, hide_loading_bars
 from llm2clip.models.precision import (
     FP32,

@@ -1,17 +1,43 @@
-"""Background preparation of the next items, such as training batches, while the caller uses the current one."""
+"""Work in background threads and in worker processes."""
 
 from __future__ import annotations
 
 import atexit
-from collections.abc import Generator, Iterator
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
 from queue import SimpleQueue
 from threading import Semaphore, Thread
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-import torch
+from joblib import Parallel, delayed
 
+if TYPE_CHECKING:
+    import torch  # worker processes that read data do not need it
+
+S = TypeVar("S")
 T = TypeVar("T")
 PREFETCH_DEPTH = 2  # default number of items to prepare in advance
+
+
+def count_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_in_processes(function: Callable[[S], T], items: Sequence[S], workers: int | None = None) -> Iterator[T]:
+    """Apply a function to each item, and yield the results in the order of the items.
+
+    Workers are separate processes that do not import the main script. The default number of workers is one per core. If
+    there is one worker or one item, the work is done in this process.
+    """
+    workers = min(workers or count_cores(), len(items))
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    # Without max_nbytes=None, large arrays would be written to temporary files. Idle workers exit after 10 seconds.
+    options = {"max_nbytes": None, "pre_dispatch": 2 * workers, "backend": "loky", "idle_worker_timeout": 10}
+    run = Parallel(n_jobs=workers, return_as="generator", **options)
+    yield from run(delayed(function)(item) for item in items)
 
 
 def prefetch(items: Generator[T], device: torch.device) -> Generator[T] | Prefetcher[T]:
