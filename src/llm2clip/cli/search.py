@@ -379,7 +379,7 @@ def resolve_path_filter(path: str | None) -> str | None:
 
     Relative paths that do not exist are returned unchanged, because they match in every folder.
     """
-    from llm2clip.data.texts import to_valid_unicode
+    from llm2clip.io_utils import to_valid_unicode
 
     if path is None:
         return None
