@@ -50,7 +50,7 @@ def test_published_rows_have_the_values_of_the_project_page() -> None:
     assert get_published_rows("xtd10") == {} == get_published_rows("data")
     assert get_published_metrics("ade20k") == {"2026: EVA02": {"mIoU": 11.5}, "2026: EVA02 + LLM2CLIP": {"mIoU": 15.8}}
     assert get_published_metrics("cityscapes")["2026: EVA02 + LLM2CLIP"] == {"mIoU": 20.1}
-    assert get_published_metrics("context59") == {}
+    assert get_published_metrics("coco-object") == {}
 
 
 def test_published_tables_are_complete() -> None:

@@ -39,11 +39,6 @@ from llm2clip.models.vision.segmentation import (
 )
 from llm2clip.reports import Examples
 
-CONTEXT = Layout(
-    "VOC2010/JPEGImages/a.jpg",
-    "VOC2010/SegmentationClassContext/a.png",
-    "VOC2010/ImageSets/SegmentationContext/val.txt",
-)
 STUFF = Layout("coco/val2017/1.jpg", "coco/stuffthingmaps/val2017/1.png")
 ADE20K = Layout(
     "ADEChallengeData2016/images/validation/ADE_val_1.jpg", "ADEChallengeData2016/annotations/validation/ADE_val_1.png"
@@ -61,8 +56,6 @@ CITYSCAPES = Layout(
     [
         ("voc20", VOC, [0, 1, 20, 255], [255, 0, 19, 255], {0: "aeroplane"}),
         ("voc21", VOC, [0, 1, 20, 255], [0, 1, 20, 255], {0: "background", 1: "aeroplane"}),
-        ("context59", CONTEXT, [0, 1, 59, 37], [255, 0, 58, 36], {0: "aeroplane", 36: "person", 58: "wood"}),
-        ("context60", CONTEXT, [0, 1, 59, 37], [0, 1, 59, 37], {0: "background", 37: "person"}),
         # Values of COCO-Stuff are category ids minus one.
         ("coco-stuff", STUFF, [0, 9, 12, 89, 91, 181, 255], [0, 9, 11, 79, 80, 170, 255],
          {0: "person", 9: "trafficlight", 11: "stopsign", 79: "toothbrush", 80: "banner", 170: "wood"}),
@@ -130,7 +123,7 @@ def test_coco_object_labels_are_drawn_from_polygons_and_run_lengths(tmp_path: Pa
 
 
 def test_every_class_name_file_has_a_source_and_all_classes() -> None:
-    sizes = {"voc20": 20, "background": 1, "context59": 59, "coco_object": 80}
+    sizes = {"voc20": 20, "background": 1, "coco_object": 80}
     sizes |= {"coco_stuff": 171, "ade20k": 150, "cityscapes": 19}
     for name, size in sizes.items():
         names = read_class_names(name)

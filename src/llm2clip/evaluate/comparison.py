@@ -117,11 +117,8 @@ def build_recall_table(
     """Return a recall table with rows for the published results, the chance level and the evaluated models.
 
     The last rows contain the differences between the first model and each baseline, with paired confidence intervals,
-    and between the first model and each published model in `REFERENCE_MODELS`.
-
-    Args:
-        results: Metrics, keyed by model name. See `compute_field_metrics` and `compute_retrieval_difference`.
-        published: Published recall, keyed by model name. See `get_published_rows`.
+    and between the first model and each published model in `REFERENCE_MODELS`. Both arguments are keyed by model name.
+    See `compute_field_metrics`, `compute_retrieval_difference` and `get_published_rows`.
     """
     header = ["model"]
     for direction in DIRECTIONS:
@@ -314,7 +311,6 @@ def describe_retrieval(model: str, row: Mapping[str, Any], captions: str = "capt
 
 
 def _describe_difference(baseline: str, difference: float, interval: Sequence[float] | None, metric: str) -> str:
-    """State in words whether a model is better than a baseline by `difference` percentage points."""
     if interval is None:
         return f"It differs from {baseline} by {difference:+.1f} points of {metric}."
     low, high = interval

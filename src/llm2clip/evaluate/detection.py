@@ -80,7 +80,6 @@ class DetectionResults:
     failures: dict[int, str]  # error for each unusable image, keyed by the image's index
 
     def describe_proposals(self, source: str) -> dict[str, Any]:
-        """Return a dict with the proposals' source, number, recall in percent, and description for the report."""
         recall = 100.0 * self.num_covered / max(1, self.num_objects)
         description = (
             f"Proposals from {source}: {self.num_boxes:,} boxes, covering {recall:.1f}% of the objects at an IoU of "
@@ -126,13 +125,10 @@ def evaluate_detection(data: DetectionData, embeddings: EmbeddingSource, options
 def detect_objects(
     data: DetectionData, embeddings: EmbeddingSource, proposals: str, variants: Sequence[str], with_crops: bool = False
 ) -> DetectionResults:
-    """Classify the proposals in all images with each method. Each image is decoded once.
+    """Classify the proposals (see `open_proposals`) in all images with each method. Each image is decoded once.
 
-    In a distributed run, the images are split across the ranks, and every rank returns all detections.
-
-    Args:
-        proposals: Source of the boxes. See `open_proposals`.
-        with_crops: If True, also use the method "crop", which encodes each box as a separate image. See `regions.py`.
+    In a distributed run, the images are split across the ranks, and every rank returns all detections. With
+    `with_crops`, the method "crop" also encodes each box as a separate image (see `regions.py`).
 
     Raises:
         ValueError: If the embeddings are precomputed, or the model supports none of the variants.
@@ -208,7 +204,6 @@ def classify_boxes(
 def build_detection_blocks(
     data: DetectionData, method: str, detections: Mapping[ImageId, Detections], count: int = 6
 ) -> list[Block]:
-    """Return a report section with a few images, sampled at regular intervals, and their highest-scoring detections."""
     images = []
     for n in torch.linspace(0, len(data.images) - 1, min(count, len(data.images))).long().tolist():
         detected = detections.get(data.image_ids[n])
@@ -286,7 +281,6 @@ def compute_detection_metrics(
 
 
 def to_result_rows(data: DetectionData, detections: Mapping[ImageId, Detections]) -> list[dict[str, Any]]:
-    """Convert detections to COCO's results format."""
     rows = []
     for image_id, detected in detections.items():
         boxes = box_convert(detected.boxes.double(), "xyxy", "xywh").tolist()

@@ -35,12 +35,9 @@ PRECOMPUTED_ARRAYS = ("images", "image_names", "texts", "captions")
 def open_embedding_source(
     model: str, log: SkipLog, cache_dir: Path | None, trust_remote_code: bool = False
 ) -> EmbeddingSource:
-    """Load a model or a file of precomputed embeddings.
+    """Load a model as accepted by `open_dual_encoder`, or an .npz file of precomputed embeddings.
 
-    Args:
-        model: Model as accepted by `open_dual_encoder`, or an .npz file.
-        log: Log of images that cannot be decoded.
-        cache_dir: Folder in which the model's embeddings are cached. If None, embeddings are not cached.
+    If `cache_dir` is not None, the model's embeddings are cached there.
 
     Raises:
         ValueError: If the model is not an image-text model, or the .npz file is invalid.
@@ -115,7 +112,6 @@ class ModelEmbeddings:
         return full if dim == self._full_model.embed_dim else truncate_and_normalize(full, dim)
 
     def count_truncated(self, texts: Sequence[str]) -> int | None:
-        """Return the number of texts truncated to the model's maximum length, or None if unknown."""
         return self.model.count_truncated(texts)
 
     def truncate(self, dim: int) -> ModelEmbeddings:
@@ -141,11 +137,7 @@ class PrecomputedEmbeddings:
     """
 
     def __init__(self, file: Path, log: SkipLog) -> None:
-        """
-        Raises:
-            ValueError: If an array is missing or has the wrong shape, an embedding contains NaN or infinity, an image
-                name is repeated, or a caption has two different embeddings.
-        """
+        """Raise ValueError if the file is invalid."""
         self.file, self.log = file, log
         self.query_templates = NO_TEMPLATES
         try:

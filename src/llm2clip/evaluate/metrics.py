@@ -378,11 +378,8 @@ class BootstrapMetrics:
     def from_function(
         cls, images: Sequence[int | str], names: Sequence[str], metrics: Callable[[np.ndarray], Sequence[float]]
     ) -> BootstrapMetrics:
-        """Compute metrics on all images and on each resample.
-
-        `metrics` takes weights of shape (images,) and returns all metrics in the order of `names`. It must count image
-        i `weights[i]` times.
-        """
+        """Compute metrics, in the order of `names`. `metrics` takes weights of shape (images,), and must count image i
+        `weights[i]` times."""
         samples = np.array([metrics(weights.numpy()) for weights in draw_bootstrap_counts(len(images))], np.float64)
         values = [float(value) for value in metrics(np.ones(len(images)))]
         return cls(tuple(images), dict(zip(names, values, strict=True)), dict(zip(names, samples.T, strict=True)))
@@ -392,7 +389,6 @@ class BootstrapMetrics:
         return {name: self._interval(samples, (0.0, 100.0)) for name, samples in self.resamples.items()}
 
     def to_row(self, method: str) -> dict[str, Any]:
-        """Return a row of results.json with the metrics of one method."""
         return {"method": method, "metrics": dict(self.values), "intervals": self.intervals}
 
     def subtract(self, baseline: BootstrapMetrics) -> dict[str, Any]:

@@ -47,11 +47,9 @@ class ProposalSource:
 
 
 def open_proposals(name: str, data: DetectionData, device: torch.device) -> ProposalSource:
-    """Open a source of box proposals. Class labels predicted by detectors are ignored.
+    """Open a source of box proposals: "ground-truth", a JSON file in COCO's results format, or a detector.
 
-    Args:
-        name: "ground-truth", the path of a JSON file in COCO's results format, or the folder or hub id of a
-            transformers object detection model.
+    A detector is the folder or hub id of a transformers object detection model, whose class labels are ignored.
 
     Raises:
         MissingFileError: If the JSON file does not exist.

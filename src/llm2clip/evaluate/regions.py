@@ -51,7 +51,6 @@ T = TypeVar("T")
 
 
 def get_model(embeddings: EmbeddingSource) -> DualEncoder:
-    """Return the model behind an embedding source, or raise ValueError if the embeddings were precomputed."""
     if not isinstance(embeddings, ModelEmbeddings):
         raise ValueError("regions and pixels must be encoded with a model, so precomputed embeddings cannot be used")
     return embeddings.model
@@ -89,10 +88,8 @@ def decode_batches(
 ) -> Iterator[dict[int, T]]:
     """Decode and transform this rank's share of the images. Yield batches, keyed by the image's index in `refs`.
 
-    Args:
-        transform: Picklable function that is applied to each image, a uint8 tensor of shape (3, H, W).
-        description: Label of the progress bar.
-        failures: Errors of undecodable images, keyed by the image's index in `refs`. Updated in place.
+    `transform` must be picklable and takes a uint8 tensor of shape (3, H, W). Errors are added to `failures`, keyed in
+    the same way.
     """
     state = process_state()
     indices = range(state.process_index, len(refs), state.num_processes)
@@ -133,9 +130,7 @@ def gather_results(
 ) -> dict[int, T]:
     """Return the results of all ranks, sorted by image index, and log the unusable images.
 
-    Args:
-        results: This rank's results (any picklable objects), keyed by the image's index in `refs`.
-        failures: This rank's errors, keyed by the image's index. Updated in place with the errors of all ranks.
+    `results` (picklable objects) and `failures` are this rank's, keyed by the image's index in `refs`.
 
     Raises:
         TooManySkipped: If too many images are unusable.

@@ -51,7 +51,6 @@ class RetrievalRanks:
 
 
 def evaluate_retrieval(fields: CaptionFields, embeddings: EmbeddingSource) -> BenchmarkResult:
-    """Rank the captions and images of a benchmark in both directions, and compute the metrics."""
     ranks = rank_caption_fields(embeddings, fields)
     images = [record.image for records in fields.values() for record in records if record.image is not None]
     return BenchmarkResult({"rows": compute_field_metrics(embeddings, ranks)}, images, ranks)

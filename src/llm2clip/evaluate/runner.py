@@ -66,15 +66,12 @@ def evaluate_models(
     In a distributed run, each rank encodes some of the images and texts, and then computes all metrics. The main
     process prints and writes the results.
 
-    results.json contains "caption retrieval" (the result of `caption_retrieval_accuracy`), "results" and "run" (the
-    result of `describe_run`, with the settings). "results" is a list of `BenchmarkResult.summary` dicts with the
-    additional key "model" and, if the training images are known, "images trained on": the number of benchmark images on
-    which the model was trained.
-
-    A baseline's classification result, and each row of its other results, also contains "difference": the first
-    model's metrics minus the baseline's (see `compute_retrieval_difference` and `BootstrapMetrics.subtract`). With
-    `options.short_queries`, each row of a retrieval result also contains "short queries" and, if there are templates,
-    "short queries with templates" (both lists of `LengthScores.to_dict` dicts) and "query templates".
+    results.json contains "caption retrieval" (the result of `caption_retrieval_accuracy`), "results" (a list of
+    `BenchmarkResult.summary` dicts) and "run" (the result of `describe_run`, with the settings). Each entry of
+    "results" also has "model" and, if the training images are known, "images trained on": the number of benchmark
+    images on which the model was trained. For baselines, the entry or each of its rows has "difference": the first
+    model's metrics minus the baseline's. With `options.short_queries`, each row of a retrieval result has "short
+    queries" and, if there are templates, "short queries with templates" and "query templates".
 
     Args:
         models: Model to evaluate, followed by the baselines (see `open_embedding_source`).
@@ -146,7 +143,7 @@ class _Evaluation:
         self._is_distributed = process_state().num_processes > 1
 
     def write(self, title: str, run: dict[str, Any], settings: dict[str, Any]) -> Path:
-        """Write results.json, report.md and report.html, and return the path of the page."""
+        """Write all files, and return the path of the page."""
         assert self.out is not None
         plain_settings = to_plain_types(settings)
         self._save("run", run | {"settings": plain_settings})
@@ -173,7 +170,6 @@ class _Evaluation:
         print_once(render_markdown(title, tables, verdict))
 
     def measure_caption_retrieval(self, name: str, encoder: TextEncoder, log: SkipLog) -> None:
-        """Measure the caption retrieval accuracy of an encoder, and add it to the report."""
         options = self._options
         metrics = caption_retrieval_accuracy(
             [record.captions for record in open_table(options.captions, options.columns, log, "unchecked")],
@@ -185,11 +181,7 @@ class _Evaluation:
         self._add_section("Caption retrieval", describe_caption_retrieval(name, metrics), blocks)
 
     def run_benchmarks(self, models: Sequence[str], benchmarks: Sequence[Benchmark], log: SkipLog) -> None:
-        """Evaluate all models on all benchmarks, and add the results to the report.
-
-        Args:
-            log: Skip log for the user's data.
-        """
+        """Evaluate all models on all benchmarks, and add the results to the report. `log` is for the user's data."""
         missing = []
         for benchmark in benchmarks:
             try:
@@ -215,7 +207,6 @@ class _Evaluation:
         self._add_section("Results", describe_results(first.benchmark.name, first.results), blocks)
 
     def _collect_messages(self, missing: list[str]) -> None:
-        """Collect descriptions of skipped rows and proposals, and warnings. `missing` are the missing benchmarks."""
         for run in self._runs:
             if run.log.skipped or run.benchmark.name == USER_DATA:  # the user's data always gets a line
                 self.skipped.append(f"{run.benchmark.name}: {run.log.summary()}.")
@@ -236,10 +227,8 @@ class _Evaluation:
     def _evaluate_model(self, model: str, name: str, is_baseline: bool) -> Iterator[BenchmarkResult]:
         """Evaluate a model on all benchmarks, and yield each result as soon as it is available.
 
-        With `EvaluateOptions.dims`, truncated embeddings are evaluated like further baselines.
-
-        Args:
-            is_baseline: If True, skip the model if it cannot be loaded, and show no example images for it.
+        With `EvaluateOptions.dims`, truncated embeddings are evaluated like further baselines. A baseline that cannot
+        be loaded is skipped.
         """
         try:
             cache_dir = self.out / "vectors" if self.out else None
@@ -295,7 +284,6 @@ class _Evaluation:
         return result
 
     def _add_short_queries(self, result: BenchmarkResult, embeddings: EmbeddingSource) -> None:
-        """Add the short-query metrics of each caption field to `result`. Record errors in `failures`."""
         templates = embeddings.query_templates
         if self._options.templates is not None:
             templates = QueryTemplates(tuple(self._options.templates))
@@ -329,7 +317,6 @@ class _Evaluation:
         result.ranks = {key: replace(ranks, images=empty, texts=empty) for key, ranks in result.ranks.items()}
 
     def _get_summaries(self) -> list[dict[str, Any]]:
-        """Return the entries for "results" in results.json."""
         return [{"model": result.model, **result.summary} for run in self._runs for result in run.results]
 
 
@@ -354,7 +341,6 @@ def _run_benchmark(
 
 
 def _add_differences(first: BenchmarkResult, result: BenchmarkResult) -> None:
-    """Add the metric differences between the first model and a baseline to the baseline's summary or to its rows."""
     if "" in first.bootstrap:
         result.summary["difference"] = first.bootstrap[""].subtract(result.bootstrap[""])
     for row in result.summary.get("rows", ()):
@@ -423,7 +409,6 @@ def _describe_failure(name: str, benchmark: Benchmark, error: Exception) -> str:
 
 
 def _make_skip_log(options: EvaluateOptions, name: str) -> SkipLog:
-    """Create a skip log. If `options.out` is set, the main process writes it to `options.out/skipped/NAME.jsonl`."""
     file = None
     if options.out is not None and process_state().is_main_process:
         file = Path(options.out) / "skipped" / f"{sanitize_name(name)}.jsonl"

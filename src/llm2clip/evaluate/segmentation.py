@@ -152,7 +152,6 @@ def compute_class_iou(counts: np.ndarray) -> list[float | None]:
 
 
 def build_segmentation_blocks(data: SegmentationData, result: SegmentationResult) -> list[Block]:
-    """Return a report section with a few images, their labels and predictions, and a legend."""
     colours = _make_palette(len(data.names))
     hidden = {IGNORED, 0} if data.has_background else {IGNORED}
     text = "Images sampled at regular intervals. Background and unlabelled pixels are not coloured."

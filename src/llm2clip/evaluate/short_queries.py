@@ -348,8 +348,7 @@ def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[Benchma
 def build_overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | None]]) -> Table:
     """Return a table of mAP by query length, and of the `accuracies`, keyed by benchmark name and then by row label.
 
-    The last rows show the difference between the first model and each other model, with 95% confidence intervals from
-    paired bootstrap resamples.
+    The last rows show the difference between the first model and each other model, with paired 95% intervals.
     """
     name, first = next(iter(curves.items()))
     header = ["model", *(f"{length.words} {'word' if length.words == '1' else 'words'}: mAP" for length in first)]

@@ -50,9 +50,8 @@ SPEED_QUERIES, MIN_SPEED_SECONDS = 64, 3.0
 def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str) -> None:
     """Write report.md and report.html to a run directory, and print a summary of the metrics.
 
-    Args:
-        trained: Result of `evaluate_caption_fields` after the `align` stage.
-        data: One-line description of the training and held-out data.
+    `trained` is the result of `evaluate_caption_fields` after the `align` stage, and `data` a one-line description of
+    the training and held-out data.
     """
     tune_dir, evaluations = run_dir / "tune", run_dir / "evaluate"
     cra_files = [file for file in (tune_dir / "cra_raw.json", tune_dir / "cra_tuned.json") if file.exists()]
@@ -212,10 +211,8 @@ def write_distill_report(
 ) -> None:
     """Compare the model in `folder/model` with its teacher. Write report.json, report.md and report.html to `folder`.
 
-    Args:
-        encode_teacher_texts: Function that takes N texts and returns the teacher's L2-normalised embeddings (N, D).
-        held_out: Records on which to evaluate, keyed by caption field. May be empty.
-        seconds: Duration of the run so far.
+    `encode_teacher_texts` takes N texts and returns the teacher's L2-normalised embeddings (N, D). `held_out` is keyed
+    by caption field, and may be empty. `seconds` is the duration of the run so far.
     """
     student = LLM2CLIP.from_pretrained(folder / "model", teacher.device)
     result: dict[str, Any] = {"fields": [], "short queries": []}
@@ -262,9 +259,7 @@ def describe_distillation(result: Mapping[str, Any]) -> str:
 def compare_text_embeddings(name: str, ranks: RetrievalRanks, texts: Tensor) -> dict[str, Any]:
     """Compare a student's embeddings of `ranks.captions` with the teacher's, on the same image embeddings.
 
-    Args:
-        ranks: Retrieval ranks of the teacher.
-        texts: The student's embeddings, L2-normalised, of shape (T, D).
+    `ranks` are the teacher's. `texts` are the student's L2-normalised embeddings of shape (T, D).
 
     Returns:
         "captions", "images" and "texts" (name of the field and counts); "teacher" and "student" (see

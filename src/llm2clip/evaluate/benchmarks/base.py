@@ -107,12 +107,10 @@ class Benchmark:
     """A benchmark, read from the files that its authors distribute.
 
     Args:
-        name: Name of the benchmark on the command line.
         kind: Kind of benchmark, which determines the metrics and the return type of `read`: `CaptionFields` for
             "retrieval", a list of `CompositionalExample` for "compositional", and otherwise the class of that name.
         description: One-line description that states the size and the split.
         folders: Possible names of the benchmark's folder inside the root folder, in order of preference.
-        read: Function that reads the data from the benchmark's folder.
         source: Names of the required files and where to download them.
     """
 
@@ -140,12 +138,7 @@ class Benchmark:
         raise MissingFileError(f"{root} has no folder {' or '.join(self.folders)}")
 
     def load(self, folder: Path) -> Any:
-        """Read the data. The return type depends on `kind`.
-
-        Raises:
-            MissingFileError: If a file is missing.
-            DataFormatError: If a file does not have the expected format.
-        """
+        """Read the data, or raise MissingFileError or DataFormatError. The return type depends on `kind`."""
         try:
             return self.read(folder)
         except (KeyError, IndexError, TypeError, AttributeError) as error:  # a row has missing or invalid fields

@@ -65,10 +65,7 @@ def make_coco_file_benchmark(
     name: str,
     templates: Sequence[str] = (),
 ) -> Benchmark:
-    """Create a benchmark from the user's JSON file `name` in COCO's format. `read` takes the file and the templates.
-
-    The images can be in the same folder as the file or in a subfolder such as `images`, as for COCO captions.
-    """
+    """Create a benchmark from the user's JSON file `name` in COCO's format. `read` takes the file and the templates."""
     file = Path(name).expanduser().absolute()
     return Benchmark(
         name=prefix + name,
@@ -134,12 +131,10 @@ def _parse_category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -
 
 
 def find_instances_file(folder: Path) -> Path:
-    """Return the path of instances_val2017.json, or raise MissingFileError."""
     return find_first(folder, "annotations/instances_val2017.json", "instances_val2017.json")
 
 
 def make_image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[ImageRef]:
-    """Return references to the images listed in a JSON file, or raise MissingFileError if image files are missing."""
     names = []
     for image in images:
         # LVIS specifies only a URL, such as http://images.cocodataset.org/val2017/000000397133.jpg.
@@ -291,16 +286,10 @@ def _select_objects(
     templates: Sequence[str] = (),
     with_empty: bool = False,
 ) -> DetectionData:
-    """Return the objects of the given categories, and the images that contain them.
+    """Return the objects of the given categories, and the images that contain them (with `with_empty`, all images).
 
-    Boxes are clipped to the image, like the predicted boxes. Objects whose clipped boxes are empty are excluded.
-
-    Args:
-        groups: Groups of class names for which metrics are reported.
-        with_empty: If True, also return images without objects of these categories.
-
-    Raises:
-        DataFormatError: If there are no objects other than crowds.
+    Boxes are clipped to the image, like the predicted boxes. Objects whose clipped boxes are empty are excluded. Raise
+    DataFormatError if there are no objects other than crowds.
     """
     used_categories = set(category_ids)
     annotations = []

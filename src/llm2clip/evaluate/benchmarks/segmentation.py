@@ -110,10 +110,7 @@ def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationDat
 
 
 def _make_label_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -> np.ndarray:
-    """Return a table that maps pixel values to class indices, int16 of shape (256,).
-
-    The values in `ignored`, and 255, are mapped to `IGNORED`. Other values than those in `classes` are invalid.
-    """
+    """Return a table that maps pixel values to class indices, `IGNORED` or `_INVALID`, int16 of shape (256,)."""
     table = np.full(256, _INVALID, np.int16)
     table[[*ignored, 255]] = IGNORED
     for value, label in classes.items():
@@ -147,10 +144,7 @@ def _build_from_files(
     templates: Sequence[str] = (),
     **protocol: Any,
 ) -> SegmentationData:
-    """Return a data set with one label file per image. See `_make_label_table`.
-
-    Error messages name `source`. `protocol` contains other fields of `SegmentationData`.
-    """
+    """Return a data set with one label file per image. `protocol` contains other fields of `SegmentationData`."""
     if not images:
         raise MissingFileError(f"{source} contains no images")
     refs: list[ImageRef] = [*images]
@@ -163,45 +157,23 @@ def _build_from_files(
     return SegmentationData(refs, read_labels, names, templates or get_imagenet_templates(), **protocol)
 
 
-def _find_devkit(folder: Path, year: str) -> Path:
-    """Return the folder of the VOC release `year` ("VOC2012" or "VOC2010"), which can be `folder` itself."""
-    for root in (folder / "VOCdevkit" / year, folder / year, folder):
-        if (root / "JPEGImages").is_dir():
-            return root
-    raise MissingFileError(f"{folder} contains neither {year}/JPEGImages nor JPEGImages")
-
-
-def _list_files(root: Path, split_file: Path, label_files: str) -> tuple[list[FileImage], list[Path]]:
-    """Return the images in a split and their label files. `label_files` is a path with {} for the name of an image."""
+def _read_voc(folder: Path, with_background: bool) -> SegmentationData:
+    roots = (folder / "VOCdevkit" / "VOC2012", folder / "VOC2012", folder)
+    root = next((root for root in roots if (root / "JPEGImages").is_dir()), None)
+    if root is None:
+        raise MissingFileError(f"{folder} contains neither VOC2012/JPEGImages nor JPEGImages")
+    split_file = find_first(root, "ImageSets/Segmentation/val.txt")
     ids = read_lines(split_file)
     images = [resolve_image(root / "JPEGImages", f"{name}.jpg") for name in ids]
-    return images, [root / label_files.format(name) for name in ids]
-
-
-def _read_voc(folder: Path, with_background: bool) -> SegmentationData:
-    root = _find_devkit(folder, "VOC2012")
-    split_file = find_first(root, "ImageSets/Segmentation/val.txt")
-    files = _list_files(root, split_file, "SegmentationClass/{}.png")
+    label_files = [root / f"SegmentationClass/{name}.png" for name in ids]
     names = read_class_names("voc20")
     if not with_background:
         table = _make_label_table({value: value - 1 for value in range(1, 21)}, ignored=[0])
-        return _build_from_files(*files, table, split_file, names)
+        return _build_from_files(images, label_files, table, split_file, names)
     table = _make_label_table({value: value for value in range(21)})
     names = [*read_class_names("background"), *names]
     protocol = {**_WITH_BACKGROUND, "logit_scale": 65, "min_area": 0.1}
-    return _build_from_files(*files, table, split_file, names, **protocol)
-
-
-def _read_context(folder: Path, with_background: bool) -> SegmentationData:
-    root = _find_devkit(folder, "VOC2010")
-    split_file = find_first(root, "ImageSets/SegmentationContext/val.txt")
-    files = _list_files(root, split_file, "SegmentationClassContext/{}.png")
-    names = read_class_names("context59")
-    if not with_background:
-        table = _make_label_table({value: value - 1 for value in range(1, 60)}, ignored=[0])
-        return _build_from_files(*files, table, split_file, names)
-    table = _make_label_table({value: value for value in range(60)})
-    return _build_from_files(*files, table, split_file, [["background"], *names], **_WITH_BACKGROUND)
+    return _build_from_files(images, label_files, table, split_file, names, **protocol)
 
 
 def _read_coco_object(folder: Path) -> SegmentationData:
@@ -285,8 +257,6 @@ def _read_cityscapes(folder: Path) -> SegmentationData:
 READERS = {
     "voc20": partial(_read_voc, with_background=False),
     "voc21": partial(_read_voc, with_background=True),
-    "context59": partial(_read_context, with_background=False),
-    "context60": partial(_read_context, with_background=True),
     "coco-object": _read_coco_object,
     "coco-stuff": _read_coco_stuff,
     "ade20k": _read_ade20k,
