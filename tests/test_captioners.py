@@ -5,25 +5,28 @@ import gzip
 import json
 import re
 import shutil
-import threading
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
 
-from caption_fixtures import caption, make_photos, read_rows, run_command, run_server
+from caption_fixtures import caption, make_photos, read_rows, run_command, run_server, write_prompts
 from llava_fixtures import load_model
 from llm2clip.caption import captioners
 from llm2clip.caption.answers import Answer, CaptionRequest, clean_answer, is_refusal
 from llm2clip.caption.captioners import LocalCaptioner
+from llm2clip.caption.database import CaptionDatabase
 from llm2clip.caption.options import Prompt, load_prompts
-from llm2clip.cli import main
 from llm2clip.data.skip_log import TooManySkipped
+from llm2clip.data.storage import parse_retry_after
 from llm2clip.models.loading import name_vision_language_model
 
 KEY = "sk-very-secret"
@@ -113,7 +116,6 @@ def photos(tmp_path: Path) -> Path:
         ("A B: {kind: short, text: x}", "the name of a prompt must consist of a-z, 0-9 and _ .got 'A B'"),
         ("a: text", "prompt a: must have fields of the form `name: value`"),
         ("a: {kind: short}", "prompt a: the field text is missing"),
-        ("a: {kind: short, text: x}\na: {kind: dense, text: x}", "several prompts have the name a"),
         ("a: {kind: short, text: x, tokens: 5}", "prompt a: unknown field 'tokens'; available fields: kind, text"),
         ("a: {kind: long, text: x}", "prompt a: kind must be short or dense .got 'long'"),
         ("a: {kind: short, text: 5}", "prompt a: text must be a text of 1 to 20,000 characters .got 5"),
@@ -293,32 +295,20 @@ def test_timeout_limits_the_time_of_the_entire_response(tmp_path: Path, photos: 
     assert set(server.answered.values()) == {1} and len(server.answered) == 6 * CAPTIONS_PER_IMAGE
 
 
-def test_schedule_limits_requests_per_minute_and_pauses() -> None:
-    schedule, stopped = captioners._Schedule(600), threading.Event()
+def test_retry_after_delays_the_next_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = make_photos(tmp_path / "photos", 1)
     start = time.monotonic()
-    for _ in range(3):
-        schedule.wait(stopped)
-    assert 0.19 < time.monotonic() - start < 2
-    schedule.wait(stopped)
-    waiting = threading.Thread(target=schedule.wait, args=(stopped,))
-    waiting.start()
-    schedule.pause(0.5)  # also for a request that already waits
-    start = time.monotonic()
-    waiting.join()
-    assert time.monotonic() - start > 0.4
-    schedule.pause(60)
-    stopped.set()
-    with pytest.raises(captioners.StoppedError):
-        schedule.wait(stopped)
+    with run_server(faults=["429:0.7"]) as server:
+        caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "1")
+    assert time.monotonic() - start > 0.7 and len(server.answered) == CAPTIONS_PER_IMAGE
 
 
-def test_retry_after_can_be_seconds_or_a_date() -> None:
-    def parse(value: str) -> float | None:
-        return captioners._parse_retry_after(httpx.Response(429, headers={"Retry-After": value}))
-
-    assert parse("2.5") == 2.5 and parse("99999") == captioners.MAX_RETRY_AFTER and parse("-1") is None
-    assert 20 < (parse(formatdate(time.time() + 30, usegmt=True)) or 0) <= 30
-    assert parse("soon") is None and parse("") is None
+@pytest.mark.parametrize(
+    ("value", "lowest", "highest"), [("2.5", 2.5, 2.5), ("-1", -1, -1), ("soon", 0, 0), ("", 0, 0), (None, 20, 30)]
+)
+def test_retry_after_can_be_seconds_or_a_date(value: str | None, lowest: float, highest: float) -> None:
+    date = formatdate(time.time() + 30, usegmt=True)
+    assert lowest <= parse_retry_after(date if value is None else value) <= highest
 
 
 def test_newer_name_of_max_tokens_is_used_if_the_server_needs_it(tmp_path: Path, photos: Path) -> None:
@@ -363,6 +353,32 @@ def test_unencrypted_connections_to_other_machines_are_reported() -> None:
 
 
 # ---- model in this process -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("accept_all")
+def test_local_model_captions_images_and_resumes(
+    tmp_path: Path, photos: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_prompts(
+        tmp_path / "prompts.yaml",
+        one={"kind": "short", "text": "Describe.", "samples": 2, "max_tokens": 5, "temperature": 1.0},
+        two={"kind": "dense", "text": "Describe all.", "max_tokens": 9},
+    )
+    batches = []
+    ask = LocalCaptioner.ask
+
+    def record(self: LocalCaptioner, requests: list[CaptionRequest]) -> list[Answer]:
+        batches.append([request.prompt.name for request in requests])
+        return ask(self, requests)
+
+    monkeypatch.setattr(LocalCaptioner, "ask", record)
+    words = ["caption", photos, "--model", tiny_llava, "--prompts", file, "--batch_size", 4]
+    for _ in range(2):
+        run_command(*words, "--out", tmp_path / "out.jsonl")
+    assert sorted(map(tuple, batches)) == [("one",) * 4] * 3 + [("two",) * 2, ("two",) * 4]
+    with closing(CaptionDatabase(tmp_path / "out.jsonl.sqlite")) as database:
+        query = "SELECT substr(prompt, 1, 3), count(DISTINCT hash) FROM answers WHERE text IS NOT NULL GROUP BY 1"
+        assert dict(database.connection.execute(query)) == {"one": 6, "two": 6}
 
 
 @pytest.mark.usefixtures("accept_all")
@@ -431,19 +447,24 @@ def test_names_of_local_models_depend_on_their_files_and_not_on_their_location(
     assert name_vision_language_model(str(copy)) not in (name, retrained)
 
 
-def test_out_of_memory_error_names_the_settings_that_need_less(
-    tmp_path: Path,
-    photos: Path,
-    tiny_llava: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_batches_are_halved_until_they_fit_in_the_memory(
+    tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def generate(*_: Any) -> list[Answer]:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    """If a single image does not fit, the error names the settings that need less memory."""
+    photos, largest, sizes = make_photos(tmp_path / "photos", 6), 2, []
+
+    def generate(self: LocalCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
+        sizes.append(len(requests))
+        if len(requests) > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return [Answer(f"A dog runs over {int(np.asarray(request.image).sum())}.") for request in requests]
 
     monkeypatch.setattr(LocalCaptioner, "_generate", generate)
-    words = ["caption", photos, "--model", tiny_llava, "--out", tmp_path / "out.jsonl", "--batch_size", 4]
-    assert main(list(map(str, words))) == 1
-    message = capsys.readouterr().err
-    assert "4 images at a time do not fit in the memory of the" in message and "Traceback" not in message
-    assert "a lower --batch_size, or with a lower --image_size" in message
+    prompts = write_prompts(tmp_path / "prompts.yaml", one={"kind": "short", "text": "Describe it."})
+    words = ["caption", photos, "--model", tiny_llava, "--prompts", prompts, "--batch_size", 5]
+    run_command(*words, "--out", tmp_path / "out.jsonl")
+    assert sizes == [5, 2, 3, 1, 2, 1]
+    assert len({row["captions"][0] for row in read_rows(tmp_path / "out.jsonl")}) == 6
+    largest = 0
+    with pytest.raises(ValueError, match=r"not even a single image fits .* lower --image_size or a smaller model"):
+        run_command(*words, "--out", tmp_path / "other.jsonl")

@@ -62,18 +62,10 @@ _REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class CaptionRequest:
-    """A request for a caption.
-
-    Attributes:
-        image: The image in the form that `Captioner.prepare` returns.
-        sample: Number of the sample, from 0.
-        caption: Caption of the image in the source, or None.
-    """
-
-    image: Any
+    image: Any  # in the form that `Captioner.prepare` returns
     prompt: Prompt
-    sample: int = 0
-    caption: str | None = None
+    sample: int = 0  # number of the sample, from 0
+    caption: str | None = None  # of the image in the source
 
     @property
     def text(self) -> str:
@@ -91,19 +83,12 @@ class Answer:
 
 
 class Captioner(Protocol):
-    """A model that writes captions.
+    """A model that writes captions."""
 
-    Attributes:
-        name: Name of the model, which is recorded with each caption.
-        batch_size: Number of requests with the same prompt per call.
-        workers: Number of threads that call `ask` at the same time.
-        worked_before: True if an earlier run has stored captions by this model. An image that the model rejects then
-            does not stop the run.
-    """
-
-    name: str
-    batch_size: int
-    workers: int
+    name: str  # recorded with each caption
+    batch_size: int  # number of requests with the same prompt per call
+    workers: int  # number of threads that call `ask` at the same time
+    # True if an earlier run has stored captions by this model. A rejected image then does not stop the run.
     worked_before: bool
 
     def prepare(self, image: Tensor) -> Any:

@@ -6,7 +6,6 @@ import ipaddress
 import json
 import os
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,13 +44,11 @@ class EndpointError(ValueError):
 class _RequestError(Exception):
     """A request failed. `retry` is True if another attempt could succeed."""
 
-    def __init__(
-        self, message: str, status: int | None = None, retry: bool = True, retry_after: float | None = None
-    ) -> None:
+    def __init__(self, message: str, status: int | None = None, retry: bool = True, retry_after: float = 0.0) -> None:
         super().__init__(message)
         self.status = status  # HTTP status, or None if there was no valid response
         self.retry = retry
-        self.retry_after = retry_after  # delay in seconds that the server asks for, or None
+        self.retry_after = retry_after  # minimum delay in seconds that the server asks for
 
 
 class EndpointCaptioner:
@@ -63,7 +60,6 @@ class EndpointCaptioner:
     Args:
         endpoint: Base URL such as http://localhost:8000/v1. Requests are sent to URL/chat/completions.
         concurrency: Number of requests at the same time.
-        max_requests_per_minute: Limit on the number of requests per minute, including retries.
         retries: Number of further attempts after a failed request.
         timeout: Maximum time for a response, in seconds.
 
@@ -74,13 +70,7 @@ class EndpointCaptioner:
     batch_size = 1
 
     def __init__(
-        self,
-        endpoint: str,
-        model: str,
-        concurrency: int = 8,
-        max_requests_per_minute: float | None = None,
-        retries: int = 6,
-        timeout: float = 300.0,
+        self, endpoint: str, model: str, concurrency: int = 8, retries: int = 6, timeout: float = 300.0
     ) -> None:
         self.name, self.workers = model, concurrency
         self.url = _parse_endpoint(endpoint)
@@ -88,7 +78,6 @@ class EndpointCaptioner:
         self.is_loopback = _is_loopback(self.url.host)
         self.worked_before = False
         self._stopped = threading.Event()
-        self._schedule = _Schedule(max_requests_per_minute)
         self._lock = threading.Lock()
         self._failures_in_a_row = 0
         self._has_succeeded = False
@@ -127,8 +116,7 @@ class EndpointCaptioner:
 
     def _ask_with_retries(self, request: CaptionRequest) -> Answer:
         attempt = 0
-        while True:
-            self._schedule.wait(self._stopped)
+        while not self._stopped.is_set():
             max_tokens_field = self._max_tokens_field
             try:
                 answer = self._send(request, max_tokens_field)
@@ -138,12 +126,13 @@ class EndpointCaptioner:
                     continue
                 if not error.retry or attempt == self.retries:
                     return self._fail(error)
-                self._wait_before_retry(attempt, error)
+                self._stopped.wait(max(compute_backoff(attempt, FIRST_DELAY, MAX_DELAY), error.retry_after))
                 attempt += 1
-                continue
-            with self._lock:
-                self._failures_in_a_row, self._has_succeeded = 0, True
-            return answer
+            else:
+                with self._lock:
+                    self._failures_in_a_row, self._has_succeeded = 0, True
+                return answer
+        raise StoppedError
 
     def _fail(self, error: _RequestError) -> Answer:
         """Return a failed request's answer. Raise EndpointError if the requests of all images fail."""
@@ -161,14 +150,6 @@ class EndpointCaptioner:
             if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
                 raise EndpointError(f"{self.url}: the last {self._failures_in_a_row} requests failed. {error}")
         return Answer(None, str(error))
-
-    def _wait_before_retry(self, attempt: int, error: _RequestError) -> None:
-        delay = compute_backoff(attempt, FIRST_DELAY, MAX_DELAY)
-        if error.retry_after is not None:
-            delay = max(delay, error.retry_after)
-            self._schedule.pause(error.retry_after)  # for all requests
-        if self._stopped.wait(delay):
-            raise StoppedError
 
     def _send(self, request: CaptionRequest, max_tokens_field: str) -> Answer:
         # The image comes first, so that servers can reuse it for the next prompt.
@@ -190,8 +171,9 @@ class EndpointCaptioner:
             raise _RequestError(f"the connection failed: {_shorten(str(error)) or type(error).__name__}") from error
         status = response.status_code
         if status != 200:
-            message = _describe_status(response, data)
-            raise _RequestError(message, status, is_temporary_status(status), _parse_retry_after(response))
+            seconds = parse_retry_after(response.headers.get("retry-after", ""))
+            retry_after = min(MAX_RETRY_AFTER, seconds) if seconds > 0 else 0.0
+            raise _RequestError(_describe_status(response, data), status, is_temporary_status(status), retry_after)
         return _parse_response(data)
 
     async def _post(self, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
@@ -203,30 +185,6 @@ class EndpointCaptioner:
         """
         async with asyncio.timeout(self.timeout), self._client.stream("POST", self.url, json=body) as response:
             return response, await _read_limited(response)
-
-
-class _Schedule:
-    """Start times of requests: at most N per minute, and none during a pause that the server has asked for."""
-
-    def __init__(self, max_per_minute: float | None) -> None:
-        self._interval = 60 / max_per_minute if max_per_minute else 0.0
-        self._lock = threading.Lock()
-        self._next = 0.0
-
-    def wait(self, stopped: threading.Event) -> None:
-        """Wait until the next request may start. Raise StoppedError if the run is stopped."""
-        while True:
-            with self._lock:
-                delay = self._next - time.monotonic()
-                if delay <= 0:
-                    self._next = time.monotonic() + self._interval
-                    return
-            if stopped.wait(delay):
-                raise StoppedError
-
-    def pause(self, seconds: float) -> None:
-        with self._lock:
-            self._next = max(self._next, time.monotonic() + seconds)
 
 
 def _parse_endpoint(endpoint: str) -> httpx.URL:
@@ -324,12 +282,6 @@ def _shorten(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE_CHARACTERS else f"{text[:MAX_MESSAGE_CHARACTERS]}..."
 
 
-def _parse_retry_after(response: httpx.Response) -> float | None:
-    """Return the delay in seconds in a Retry-After header, at most MAX_RETRY_AFTER, or None if there is none."""
-    seconds = parse_retry_after(response.headers.get("retry-after", ""))
-    return min(MAX_RETRY_AFTER, seconds) if seconds > 0 else None
-
-
 def _advise(status: int) -> str:
     if status in (401, 403):
         return f". Put the server's key in the environment variable {KEY_VARIABLE}"
@@ -346,7 +298,7 @@ class LocalCaptioner:
 
     Args:
         model: Model folder or hub id.
-        batch_size: Number of images per batch.
+        batch_size: Number of images per batch. It is reduced if a batch does not fit in the device's memory.
         precision: fp32, bf16 or auto. auto means bf16 if the hardware supports it, and fp32 otherwise.
 
     Raises:
@@ -374,7 +326,6 @@ class LocalCaptioner:
         torch.seed()  # PyTorch's default seed would give all processes, and each retry of a request, the same answers
 
     def prepare(self, image: Tensor) -> Image.Image:
-        """Return a uint8 image of shape (3, H, W) as a Pillow image."""
         pil_image: Image.Image = to_pil_image(image)
         return pil_image
 
@@ -382,28 +333,30 @@ class LocalCaptioner:
         """Return an answer for each request. All requests must have the same prompt.
 
         Raises:
-            ValueError: The batch does not fit in the device's memory.
+            ValueError: An image does not fit in the device's memory.
         """
         try:
-            try:
-                return self._generate(requests)
-            except ValueError:  # a processor rejects some images, for example because they are too narrow
-                return [self._ask_alone(request) for request in requests]
+            return self._generate(requests)
+        except ValueError as error:  # a processor rejects some images, for example because they are too narrow
+            if len(requests) == 1:
+                return [Answer(None, f"the model's processor rejects the image: {error}")]
+            sizes = [1] * len(requests)
         except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"{len(requests)} images at a time do not fit in the memory of the {self.device.type} device. Run "
-                "`llm2clip caption` with a lower --batch_size, or with a lower --image_size. All earlier captions are "
-                "stored"
-            ) from error
+            if len(requests) == 1:
+                raise ValueError(
+                    f"not even a single image fits in the memory of the {self.device.type} device. Run "
+                    "`llm2clip caption` with a lower --image_size or a smaller model. All earlier captions are stored"
+                ) from error
+            self.batch_size = len(requests) // 2
+            sizes = [self.batch_size, len(requests) - self.batch_size]
+        answers: list[Answer] = []  # after the `except` blocks, which keep the memory of the failed batch
+        for size in sizes:
+            start = len(answers)
+            answers += self.ask(requests[start : start + size])
+        return answers
 
     def stop(self) -> None:
         """Do nothing, because `ask` never waits."""
-
-    def _ask_alone(self, request: CaptionRequest) -> Answer:
-        try:
-            return self._generate([request])[0]
-        except ValueError as error:
-            return Answer(None, f"the model's processor rejects the image: {error}")
 
     @torch.inference_mode()
     @onednn_matmul()

@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip.caption.database import AnswerKey, CaptionDatabase, ImageRow
+from llm2clip.caption.database import CaptionDatabase, ImageRow
 from llm2clip.caption.options import Kind, Prompt
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import iter_image_batches
@@ -31,7 +31,7 @@ BOILERPLATE = "boilerplate opening"
 TOO_SHORT, TOO_LONG = "too short", "too long"
 REPETITION = "repetition"
 WRONG_LANGUAGE = "wrong language"
-DUPLICATE, NEAR_DUPLICATE = "duplicate for the same image", "near duplicate for the same image"
+DUPLICATE = "duplicate for the same image"
 MANY_IMAGES = "fits many images"
 MISMATCH = "does not match the image"
 
@@ -46,7 +46,6 @@ MIN_LANGUAGE_PROBABILITY = 0.8
 LANGUAGE_CHARACTERS = 200  # the language of a longer text is identified from its first characters
 # If 1 in 1,000 images has the same caption, a batch of 1,000 images contains about one false negative.
 MAX_SHARED_FRACTION, MIN_SHARED_IMAGES = 0.001, 5
-OPENING_WORDS, MIN_OPENING_SHARE, MIN_OPENING_CAPTIONS, MAX_OPENINGS = 4, 0.05, 5, 20
 ROWS_PER_BATCH = 1000
 SAMPLE_SIZE = 1000  # number of images to which each caption is compared
 IMAGES_PER_BATCH = 64
@@ -202,22 +201,20 @@ def find_language_code(language: str) -> str | None:
 
 # ---- checks of all texts ---------------------------------------------------------------------------------------------
 
-# position: index of the prompt; text_key, words_key: hashes of the text without its opening and of its normalised words
+# position: index of the prompt; words_key: hash of the words of the text without its opening
 _TEMPORARY_TABLE = """
 CREATE TEMP TABLE checks(
-  hash TEXT, position INTEGER, sample INTEGER, text_key INTEGER, words_key INTEGER, opening TEXT, language TEXT,
-  problem TEXT, PRIMARY KEY(hash, position, sample)
+  hash TEXT, position INTEGER, sample INTEGER, words_key INTEGER, language TEXT, problem TEXT,
+  PRIMARY KEY(hash, position, sample)
 ) WITHOUT ROWID
 """
 _MARK_LANGUAGE = "UPDATE temp.checks SET problem = ? WHERE position = ? AND problem IS NULL AND language <> ?"
 _MARK_DUPLICATES = """
-UPDATE temp.checks SET problem = duplicates.problem FROM (
-  SELECT hash, position, sample, CASE
-    WHEN row_number() OVER (PARTITION BY hash, text_key ORDER BY position, sample) > 1 THEN ?
-    WHEN row_number() OVER (PARTITION BY hash, words_key ORDER BY position, sample) > 1 THEN ?
-  END AS problem FROM temp.checks WHERE problem IS NULL
-) AS duplicates WHERE duplicates.problem IS NOT NULL AND checks.hash = duplicates.hash
-  AND checks.position = duplicates.position AND checks.sample = duplicates.sample
+UPDATE temp.checks SET problem = ? FROM (
+  SELECT hash, position, sample, row_number() OVER (PARTITION BY hash, words_key ORDER BY position, sample) AS number
+  FROM temp.checks WHERE problem IS NULL
+) AS numbered WHERE number > 1 AND checks.hash = numbered.hash
+  AND checks.position = numbered.position AND checks.sample = numbered.sample
 """
 _MARK_SHARED = """
 UPDATE temp.checks SET problem = ? WHERE problem IS NULL AND words_key IN (
@@ -236,13 +233,9 @@ WHERE answers.hash = checks.hash AND answers.sample = checks.sample AND answers.
 class TextChecks:
     """Result of `check_captions`."""
 
+    max_images: int  # a caption of more images than this fits many images
     num_captions: int = 0  # that were checked
     num_shortened: int = 0  # number of captions from which an opening was removed
-    # First words that more than `MIN_OPENING_SHARE` of the captions share, and their numbers of captions.
-    openings: list[tuple[str, int]] = field(default_factory=list)
-    lengths: dict[Kind, Counter[int]] = field(default_factory=dict)  # captions with each number of words
-    languages: dict[str, str | None] = field(default_factory=dict)  # expected code per prompt name; None if unknown
-    max_images: int = 0  # a caption of more images than this fits many images
 
 
 def check_captions(
@@ -261,26 +254,16 @@ def check_captions(
         for position, prompt in enumerate(prompts):
             for batch in _iterate_captions(database, model, prompt):
                 rows = [_check_answer(answer, position, prompt, checks) for answer in batch]
-                database.connection.executemany("INSERT INTO temp.checks VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
-        _compare_captions(database, prompts, language, checks)
+                database.connection.executemany("INSERT INTO temp.checks VALUES (?, ?, ?, ?, ?, ?)", rows)
+            code = find_language_code(language) if language else _find_main_language(database, position)
+            if code is not None:
+                database.connection.execute(_MARK_LANGUAGE, (WRONG_LANGUAGE, position, code))
+        database.connection.execute(_MARK_DUPLICATES, (DUPLICATE,))
+        database.connection.execute(_MARK_SHARED, (MANY_IMAGES, checks.max_images))
         for position, prompt in enumerate(prompts):
             database.connection.execute(_STORE_PROBLEMS, (model, prompt.key, position, MISMATCH))
         database.connection.execute("DROP TABLE temp.checks")
     return checks
-
-
-def _compare_captions(
-    database: CaptionDatabase, prompts: Sequence[Prompt], language: str | None, checks: TextChecks
-) -> None:
-    db = database.connection
-    for position, prompt in enumerate(prompts):
-        code = find_language_code(language) if language else _find_main_language(database, position)
-        checks.languages[prompt.name] = code
-        if code is not None:
-            db.execute(_MARK_LANGUAGE, (WRONG_LANGUAGE, position, code))
-    db.execute(_MARK_DUPLICATES, (DUPLICATE, NEAR_DUPLICATE))
-    db.execute(_MARK_SHARED, (MANY_IMAGES, checks.max_images))
-    checks.openings = _find_common_openings(database, checks.num_captions)
 
 
 def _iterate_captions(database: CaptionDatabase, model: str, prompt: Prompt) -> Iterator[list[tuple[str, int, str]]]:
@@ -301,19 +284,16 @@ def _iterate_captions(database: CaptionDatabase, model: str, prompt: Prompt) -> 
 
 def _check_answer(
     answer: tuple[str, int, str], position: int, prompt: Prompt, checks: TextChecks
-) -> tuple[str, int, int, int, int, str, str | None, str | None]:
+) -> tuple[str, int, int, int, str | None, str | None]:
     """Check a text, count it in `checks`, and return the row of the temporary table."""
     image_hash, sample, text = answer
     shortened = remove_opening(text)
-    words = split_words(shortened)
     problem = find_problem(shortened, prompt.kind)
     checks.num_captions += 1
     checks.num_shortened += shortened != text
-    checks.lengths.setdefault(prompt.kind, Counter())[len(words)] += 1
-    opening = " ".join(split_words(text.lower())[:OPENING_WORDS])
     language = None if problem else identify_language(shortened)
-    text_key, words_key = make_text_key(shortened), make_text_key(normalize_words(words))
-    return image_hash, position, sample, text_key, words_key, opening, language, problem
+    words_key = make_text_key(normalize_words(split_words(shortened)))
+    return image_hash, position, sample, words_key, language, problem
 
 
 def _find_main_language(database: CaptionDatabase, position: int) -> str | None:
@@ -324,14 +304,6 @@ def _find_main_language(database: CaptionDatabase, position: int) -> str | None:
     return code if 2 * count > counts.total() else None
 
 
-def _find_common_openings(database: CaptionDatabase, num_captions: int) -> list[tuple[str, int]]:
-    min_count = max(MIN_OPENING_CAPTIONS, int(MIN_OPENING_SHARE * num_captions) + 1)
-    query = """SELECT opening, count(*) AS number FROM temp.checks WHERE opening LIKE ? GROUP BY opening
-      HAVING number >= ? ORDER BY number DESC, opening LIMIT ?"""
-    complete = "% " * (OPENING_WORDS - 1) + "%"  # without shorter texts
-    return list(database.connection.execute(query, (complete, min_count, MAX_OPENINGS)))
-
-
 # ---- comparison with the images --------------------------------------------------------------------------------------
 
 
@@ -339,9 +311,10 @@ def _find_common_openings(database: CaptionDatabase, num_captions: int) -> list[
 class ScoredCaptions:
     """Result of `score_captions`."""
 
-    num_captions: int = 0  # that were compared with their images
+    encoder: str  # name of the dual encoder
+    max_rank: float
     sample_size: int = 0  # number of images to which each caption was compared
-    unreadable: dict[str, str] = field(default_factory=dict)  # images that could not be decoded, and why
+    num_captions: int = 0  # that were compared with their images
 
 
 def score_captions(
@@ -359,13 +332,12 @@ def score_captions(
 
     Captions with a rank greater than `max_rank` are rejected.
     """
-    result = ScoredCaptions()
-    sample_hashes, sample = _encode_sample(database, encoder, result)
-    result.sample_size = len(sample_hashes)
+    sample_hashes, sample = _encode_sample(database, encoder)
+    result = ScoredCaptions(encoder.name, max_rank, sample_size=len(sample_hashes))
     keys = [prompt.key for prompt in prompts]
     with ProgressBar(total=database.count_images(), desc="checking", unit="image") as bar:
-        for rows in iter_chunks(database.iterate_distinct_images(), IMAGES_PER_BATCH):
-            hashes, embeddings = _encode_images(database, rows, encoder, result)
+        for rows in iter_chunks(database.iterate_images(distinct=True), IMAGES_PER_BATCH):
+            hashes, embeddings = _encode_images(database, rows, encoder)
             answers, owners = [], []
             for owner, image_hash in enumerate(hashes):
                 for answer in database.list_answers(image_hash, model, keys):
@@ -377,11 +349,12 @@ def score_captions(
                 texts = encoder.encode_texts([remove_opening(answer.text or "") for answer in answers])
                 is_own = torch.tensor([[hashes[owner] == other for other in sample_hashes] for owner in owners])
                 scores, ranks = rank_captions(texts, embeddings[owners], sample, is_own)
-                checks: list[tuple[AnswerKey, str | None, float, float]] = []
+                scored = []
                 for answer, score, rank in zip(answers, scores.tolist(), ranks.tolist(), strict=True):
-                    checks.append((answer.key, MISMATCH if rank > max_rank else None, score, rank))
-                database.update_checks(checks)
-                result.num_captions += len(checks)
+                    problem = MISMATCH if rank > max_rank else None
+                    scored.append(replace(answer, problem=problem, score=score, rank=rank))
+                database.update_checks(scored)
+                result.num_captions += len(scored)
             bar.update(len(rows))
     return result
 
@@ -407,29 +380,27 @@ def rank_captions(texts: Tensor, images: Tensor, sample: Tensor, is_own: Tensor)
     return scores, num_better / num_others.clamp(min=1)
 
 
-def _encode_sample(database: CaptionDatabase, encoder: DualEncoder, result: ScoredCaptions) -> tuple[list[str], Tensor]:
+def _encode_sample(database: CaptionDatabase, encoder: DualEncoder) -> tuple[list[str], Tensor]:
     """Return the hashes and embeddings of a random sample of the images.
 
     The sample consists of the smallest hashes, so it hardly changes when images are added.
     """
     query = "SELECT min(number) FROM images GROUP BY hash ORDER BY hash LIMIT ?"
     numbers = [number for (number,) in database.connection.execute(query, (SAMPLE_SIZE + 1,))]
-    rows = [database.read_image(number) for number in numbers]
-    return _encode_images(database, rows, encoder, result)
+    return _encode_images(database, [database.read_image(number) for number in numbers], encoder)
 
 
 def _encode_images(
-    database: CaptionDatabase, rows: Sequence[ImageRow], encoder: DualEncoder, result: ScoredCaptions
+    database: CaptionDatabase, rows: Sequence[ImageRow], encoder: DualEncoder
 ) -> tuple[list[str], Tensor]:
+    """Return the hashes and embeddings of the images that can be read."""
     refs = [find_image_file(database, row) for row in rows]
     hashes: list[str] = []
     embeddings = [torch.empty(0, encoder.embed_dim)]
-    for indices, images, failures in iter_image_batches(refs, encoder.transform, IMAGES_PER_BATCH):
+    for indices, images, _ in iter_image_batches(refs, encoder.transform, IMAGES_PER_BATCH):
         hashes += [rows[index].hash for index in indices]
         if images:
             embeddings.append(encoder.encode_images(images))
-        for index, error in failures.items():
-            result.unreadable[str(refs[index])] = error
     return hashes, torch.cat(embeddings)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from llm2clip.caption.options import Prompt
 
@@ -29,14 +29,6 @@ CREATE TABLE answers(
   problem TEXT, score REAL, rank REAL, text_hash TEXT,
   PRIMARY KEY(hash, prompt, sample, model)
 ) WITHOUT ROWID;
-"""
-# The image files in a folder are listed even if a caption file in the folder, which can have splits, names them.
-_REMOVE_LISTED = """
-DELETE FROM images WHERE json_extract(record, '$.split') IS NULL AND json_extract(record, '$.captions') IS NULL
-  AND EXISTS (
-    SELECT 1 FROM images AS other
-    WHERE other.hash = images.hash AND json_extract(other.record, '$.split') IS NOT NULL
-      AND json_extract(other.record, '$.image') = json_extract(images.record, '$.image'))
 """
 # A failed request does not replace a caption, but its error is stored, so it is listed and retried.
 _KEEP_CAPTION = ", ".join(
@@ -66,23 +58,14 @@ SELECT count(*) FILTER (WHERE num_captions = 0), count(*) FILTER (WHERE num_capt
 """
 
 
-class AnswerKey(NamedTuple):
-    """Primary key of an answer: image hash, `Prompt.key`, sample number (from 0) and the model's name."""
-
-    hash: str
-    prompt: str
-    sample: int
-    model: str
-
-
 @dataclass(frozen=True, slots=True)
 class StoredAnswer:
-    """A row of the table `answers`. The order of the fields is the order of the columns."""
+    """A row of the table `answers`. The order of the fields is the order of the columns. The first four are the key."""
 
-    hash: str
-    prompt: str
-    sample: int
-    model: str
+    hash: str  # of the image
+    prompt: str  # `Prompt.key`
+    sample: int  # from 0
+    model: str  # name of the model
     text: str | None  # the caption, or None if the request failed
     error: str | None  # why the last request failed; an earlier caption is kept
     temperature: float
@@ -93,10 +76,6 @@ class StoredAnswer:
     score: float | None = None  # cosine similarity of the caption and its image in the model of `--check`
     rank: float | None = None  # fraction of other images that match the caption better in this model
     text_hash: str | None = None  # of the prompt's text for this image; None if it is the same for all images
-
-    @property
-    def key(self) -> AnswerKey:
-        return AnswerKey(self.hash, self.prompt, self.sample, self.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +91,6 @@ class ImageRow:
 
 class CaptionDatabase:
     """SQLite database beside the output. Each thread must open its own instance or hold a lock.
-
-    Args:
-        file: Database file. It is created if it does not exist.
 
     Raises:
         ValueError: The file has an unknown format.
@@ -169,7 +145,6 @@ class CaptionDatabase:
                 else:
                     values = (row.number, row.key, row.hash, json.dumps(row.record), row.version)
                     self.connection.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?)", values)
-            self.connection.execute(_REMOVE_LISTED)
 
     def find_image(self, key: str) -> ImageRow | None:
         row = self.connection.execute("SELECT * FROM images WHERE key = ?", (key,)).fetchone()
@@ -188,17 +163,15 @@ class CaptionDatabase:
         ((count,),) = self.connection.execute("SELECT count(DISTINCT hash) FROM images")
         return int(count)
 
-    def iterate_images(self) -> Iterator[ImageRow]:
-        """Yield all records in the order of the sources. The database may be changed meanwhile."""
-        return self._iterate_images("true")
+    def iterate_images(self, distinct: bool = False) -> Iterator[ImageRow]:
+        """Yield all records in the order of the sources. The database may be changed meanwhile.
 
-    def iterate_distinct_images(self) -> Iterator[ImageRow]:
-        """Yield the first record of each image. The database may be changed meanwhile."""
-        return self._iterate_images("number = (SELECT min(number) FROM images AS same WHERE same.hash = images.hash)")
-
-    def _iterate_images(self, condition: str) -> Iterator[ImageRow]:
+        `distinct` yields only the first record of each image.
+        """
+        is_first = "number = (SELECT min(number) FROM images AS same WHERE same.hash = images.hash)"
+        condition = f"number > ? AND {is_first}" if distinct else "number > ?"
+        query = f"SELECT * FROM images WHERE {condition} ORDER BY number LIMIT 1000"
         last = -1
-        query = f"SELECT * FROM images WHERE number > ? AND {condition} ORDER BY number LIMIT 1000"
         while rows := self.connection.execute(query, (last,)).fetchall():
             yield from map(_to_image_row, rows)
             last = rows[-1][0]
@@ -214,11 +187,7 @@ class CaptionDatabase:
             self.connection.executemany(_ADD_ANSWER, map(astuple, answers))
 
     def list_answers(self, image_hash: str, model: str, prompts: Sequence[str]) -> list[StoredAnswer]:
-        """Return the answers of a model for an image, including failed ones, in the order of the prompts.
-
-        Args:
-            prompts: Keys of the prompts.
-        """
+        """Return the answers of a model for an image, including failed ones, in the order of the prompts' keys."""
         query = "SELECT * FROM answers WHERE hash = ? AND prompt = ? AND model = ? ORDER BY sample"
         answers = []
         for prompt in prompts:
@@ -237,11 +206,7 @@ class CaptionDatabase:
         return Counter(dict(self._select(query, model, prompts)))
 
     def count_errors(self, model: str, prompts: Sequence[Prompt], limit: int) -> list[tuple[str, int, str]]:
-        """Return the most common reasons of failed requests, their numbers of requests, and an example of each.
-
-        Args:
-            limit: Maximum number of reasons.
-        """
+        """Return the most common reasons of failed requests, their numbers of requests, and an example of each."""
         return self._select(_COUNT_ERRORS, model, prompts, limit)
 
     def count_images_without_caption(self, model: str, prompts: Sequence[Prompt]) -> tuple[int, int]:
@@ -259,16 +224,18 @@ class CaptionDatabase:
         return self.connection.execute(query.format(prompts=condition), (model, *samples, *parameters)).fetchall()
 
     def count_tokens(self, model: str) -> tuple[int, int]:
+        """Return the numbers of input and output tokens of all answers of a model."""
         query = "SELECT coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0) FROM answers WHERE model = ?"
-        ((input_tokens, output_tokens),) = self.connection.execute(query, (model,))
-        return int(input_tokens), int(output_tokens)
+        return self.connection.execute(query, (model,)).fetchone()
 
-    def update_checks(self, checks: Iterable[tuple[AnswerKey, str | None, float, float]]) -> None:
-        """Set the problem, score and rank of answers, which are tuples with an answer's key, in one transaction."""
+    def update_checks(self, answers: Iterable[StoredAnswer]) -> None:
+        """Store the problem, score and rank of answers in one transaction."""
         query = """UPDATE answers SET problem = ?, score = ?, rank = ?
           WHERE hash = ? AND prompt = ? AND sample = ? AND model = ?"""
         with self.transaction():
-            self.connection.executemany(query, ((problem, score, rank, *key) for key, problem, score, rank in checks))
+            for answer in answers:
+                key = answer.hash, answer.prompt, answer.sample, answer.model
+                self.connection.execute(query, (answer.problem, answer.score, answer.rank, *key))
 
     @contextmanager
     def _convert_errors(self) -> Iterator[None]:
@@ -285,9 +252,9 @@ def _to_image_row(row: tuple[int, str, str, str, str | None]) -> ImageRow:
 
 
 def _merge_records(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    texts = {
-        name: list(dict.fromkeys([*first.get(name, []), *values]))
-        for name, values in second.items()
-        if isinstance(values, list)
-    }
-    return first | texts
+    """Merge the captions of two records of an image. Other fields are those of the first record that has them."""
+    merged = second | first
+    for name, values in second.items():
+        if isinstance(values, list):
+            merged[name] = list(dict.fromkeys([*first.get(name, []), *values]))
+    return merged

@@ -19,22 +19,12 @@ import re
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TextIO
 
-from llm2clip.caption.checks import (
-    DUPLICATE,
-    MIN_OPENING_SHARE,
-    MISMATCH,
-    NEAR_DUPLICATE,
-    ScoredCaptions,
-    TextChecks,
-    find_image_file,
-    remove_opening,
-)
+from llm2clip.caption.checks import DUPLICATE, MISMATCH, ScoredCaptions, TextChecks, find_image_file, remove_opening
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.options import Prompt
 from llm2clip.data.formats import find_files
@@ -45,7 +35,6 @@ from llm2clip.data.images import ImageError, load_image, make_thumbnail
 from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, Record, RecordReader, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.storage import is_remote
-from llm2clip.data.table_statistics import Histogram
 from llm2clip.io_utils import atomic_path, explain_write_errors, hide_url_secrets, to_valid_unicode
 from llm2clip.progress import ProgressBar
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph, Table, write_report
@@ -57,13 +46,13 @@ MAX_ERRORS = 20  # reasons of failed requests in the report
 MAX_SOURCE_CAPTIONS = 10  # per image in the report
 MAX_TEXT_CHARACTERS = 2000  # longer texts are truncated in the report
 THUMBNAIL_SIDE = 320  # in pixels
-_COPIED_IMAGE = re.compile(r"[0-9a-f]{64}\.\w+")
+_COPIED_IMAGE = re.compile(r".*_images/[0-9a-f]{64}\.\w+")
 # Images with failed or rejected captions come first, then those with the highest rank. Duplicates do not count.
 _WORST_IMAGES = """
 SELECT (SELECT min(number) FROM images WHERE images.hash = answers.hash) AS first_number FROM answers
 WHERE model = ? AND prompt IN ({prompts}) AND first_number IS NOT NULL
 GROUP BY hash
-ORDER BY sum(error IS NOT NULL OR coalesce(problem, ?) NOT IN (?, ?)) DESC, max(rank) DESC, first_number LIMIT ?
+ORDER BY sum(error IS NOT NULL OR coalesce(problem, ?) != ?) DESC, max(rank) DESC, first_number LIMIT ?
 """
 
 
@@ -109,7 +98,7 @@ def list_images(
     with ProgressBar(desc="read", unit="image") as bar:
         for source in sources:
             for record, image in _open_images(source, columns, output, log):
-                key = _make_key(record, image)
+                key = image.key.encode(errors="backslashreplace").decode()  # file names can contain invalid bytes
                 try:
                     if isinstance(image, FileImage) and not is_remote(image.path):
                         path = os.path.abspath(image.path)
@@ -130,7 +119,8 @@ def _open_images(
 ) -> Iterator[tuple[Record, ImageRef]]:
     """Yield the records of a source that have an image, and the image. The output of captioning runs is omitted."""
     parsed = Source.parse(source)
-    parsed = Source(parsed.path, parsed.splits, columns or parsed.columns)
+    if columns:
+        parsed = replace(parsed, columns=columns)
     source_path = os.path.realpath(os.path.expanduser(parsed.path))
     # The output of another run is read if the user has named the file.
     omits_output = not os.path.isfile(source_path) or source_path == os.path.realpath(output.records)
@@ -143,16 +133,10 @@ def _open_images(
     for number, record in enumerate(RecordReader(parsed, log, "header", require_captions=False).read(files)):
         if record.image is None:
             log.skip(parsed.path, number, "no image", record.id)
-        elif omits_output and _is_copied_image(str(record.image)):
+        elif omits_output and _COPIED_IMAGE.fullmatch(str(record.image)):
             log.add_note(WRITTEN_BY_CAPTION, os.path.dirname(str(record.image)))
         else:
             yield record, record.image
-
-
-def _make_key(record: Record, image: ImageRef) -> str:
-    """Return a string that identifies an image and its split. Invalid bytes in file names are escaped."""
-    key = image.key if record.split is None else f"{image.key}@{record.split}"
-    return key.encode(errors="backslashreplace").decode()
 
 
 def _make_record(record: Record, path: str) -> dict[str, Any]:
@@ -190,17 +174,6 @@ def _copy_image(data: bytes, output: CaptionOutput) -> tuple[str, str]:
 
 def _is_caption_output(path: str) -> bool:
     return path.endswith(".jsonl") and not is_remote(path) and os.path.exists(f"{path}.sqlite")
-
-
-def _is_copied_image(image: str) -> bool:
-    folder, name = os.path.split(image)
-    return _COPIED_IMAGE.fullmatch(name) is not None and _is_images_folder(folder)
-
-
-@cache
-def _is_images_folder(folder: str) -> bool:
-    """Return True if a captioning run copies images to a folder. It can also contain other images."""
-    return folder.endswith("_images") and _is_caption_output(f"{folder.removesuffix('_images')}.jsonl")
 
 
 # ---- records and failures --------------------------------------------------------------------------------------------
@@ -256,7 +229,7 @@ def write_failures(database: CaptionDatabase, file: Path, model: str, prompts: S
     """Write the requests without a caption and their reasons. Return their number. Without failures, write no file."""
     num_failures = 0
     with _open_jsonl(file) as stream:
-        for row in database.iterate_distinct_images():
+        for row in database.iterate_images(distinct=True):
             for answer in _list_answers(database, row, model, prompts):
                 if answer.error is not None:
                     failure = {"image": row.record["image"], "id": row.record["id"], "prompt": answer.prompt}
@@ -295,9 +268,6 @@ class CaptionReport:
     prompts: Sequence[Prompt]
     checks: TextChecks
     scores: ScoredCaptions | None = None  # None if the captions were not compared with their images
-    encoder: str | None = None  # name of the dual encoder with which the captions were compared
-    max_rank: float | None = None
-    cost: float | None = None  # of all answers; None if no price is known
     seconds: float = 0.0  # duration of this run
 
 
@@ -332,79 +302,53 @@ def describe_captions(database: CaptionDatabase, report: CaptionReport) -> str:
 
 
 def build_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block]:
-    checks = report.checks
-    blocks = [*_build_summary(database, report), *_build_problems(database, report)]
+    problems = database.count_problems(report.model, report.prompts)
+    input_tokens, output_tokens = database.count_tokens(report.model)
+    numbers = {
+        "images": database.count_images(),
+        "captions": report.checks.num_captions,
+        "rejected captions": problems.total(),
+        "captions whose opening was removed": report.checks.num_shortened,
+        "input tokens": input_tokens,
+        "output tokens": output_tokens,
+    }
+    blocks: list[Block] = [
+        Table(["content", "number"], [(name, f"{number:,}") for name, number in numbers.items()]),
+        Paragraph(f"Model: {report.model}"),
+    ]
     rows = []
-    for kind, counts in checks.lengths.items():
-        histogram = Histogram(counts)
-        lengths = [f"{histogram.percentile(percent):,}" for percent in (0, 5, 50, 95, 100)]
-        rows.append([f"{kind} captions", f"{histogram.count:,}", *lengths])
-    if rows:
-        header = ["words", "captions", "shortest", "5%", "median", "95%", "longest"]
-        blocks += [Heading("Lengths"), Table(header, rows)]
-    rows = []
-    for opening, count in checks.openings:
-        rows.append([opening, f"{count:,}", f"{100 * count / checks.num_captions:.1f}%"])
-    if rows:
-        text = f"First words that more than {MIN_OPENING_SHARE:.0%} of the captions share. They are not rejected."
-        blocks += [Heading("Common openings"), Paragraph(text), Table(["opening", "captions", "share"], rows)]
+    for problem, count in problems.most_common():
+        rows.append((problem, f"{count:,}", f"{100 * count / max(1, report.checks.num_captions):.1f}%"))
+    blocks += [
+        Heading("Rejected captions"),
+        Table(["problem", "captions", "share"], rows) if rows else Paragraph("No caption is rejected."),
+        Paragraph(_describe_comparison(report.scores, problems[MISMATCH])),
+        Paragraph(f"A caption fits many images if more than {report.checks.max_images:,} images have it."),
+    ]
     rows = []
     for reason, count, example in database.count_errors(report.model, report.prompts, MAX_ERRORS):
-        rows.append([shorten_text(reason), f"{count:,}", shorten_text(example.removeprefix(reason).removeprefix(": "))])
+        rows.append((shorten_text(reason), f"{count:,}", shorten_text(example.removeprefix(reason).removeprefix(": "))))
     if rows:
         blocks += [Heading("Failed requests"), Table(["reason", "requests", "example"], rows)]
     return blocks
 
 
-def _build_summary(database: CaptionDatabase, report: CaptionReport) -> list[Block]:
-    num_rejected = database.count_problems(report.model, report.prompts).total()
-    input_tokens, output_tokens = database.count_tokens(report.model)
-    numbers = {
-        "images": database.count_images(),
-        "captions": report.checks.num_captions,
-        "rejected captions": num_rejected,
-        "captions whose opening was removed": report.checks.num_shortened,
-        "input tokens": input_tokens,
-        "output tokens": output_tokens,
-    }
-    rows = [(name, f"{number:,}") for name, number in numbers.items()]
-    if report.cost is not None:
-        rows.append(("cost", f"{report.cost:.2f}"))
-    return [Table(["content", "number"], rows), Paragraph(f"Model: {report.model}")]
-
-
-def _build_problems(database: CaptionDatabase, report: CaptionReport) -> list[Block]:
-    checks, scores = report.checks, report.scores
-    problems = database.count_problems(report.model, report.prompts)
-    paragraphs = []
+def _describe_comparison(scores: ScoredCaptions | None, num_mismatches: int) -> str:
     if scores is not None:
-        paragraphs.append(
-            f"{scores.num_captions:,} captions were compared with {scores.sample_size:,} images by {report.encoder}. "
-            f"A caption is rejected if more than {report.max_rank:.0%} of these images match it better than its own."
+        return (
+            f"{scores.num_captions:,} captions were compared with {scores.sample_size:,} images by {scores.encoder}. "
+            f"A caption is rejected if more than {scores.max_rank:.0%} of these images match it better than its own."
         )
-        if scores.unreadable:
-            name, error = next(iter(scores.unreadable.items()))
-            paragraphs.append(f"{len(scores.unreadable):,} images could not be read, for example {name}: {error}")
-    elif problems[MISMATCH]:
-        paragraphs.append("This run did not compare the captions with their images. Earlier rejections remain valid.")
-    else:
-        paragraphs.append("The captions were not compared with their images. To compare them, use --check MODEL.")
-    unknown = [name for name, code in checks.languages.items() if code is None]
-    if unknown:
-        paragraphs.append(f"The language of these prompts' captions was not checked: {', '.join(unknown)}.")
-    paragraphs.append(f"A caption fits many images if more than {checks.max_images:,} images have it.")
-    rows = []
-    for problem, count in problems.most_common():
-        rows.append((problem, f"{count:,}", f"{100 * count / max(1, checks.num_captions):.1f}%"))
-    table = Table(["problem", "captions", "share"], rows) if rows else Paragraph("No caption is rejected.")
-    return [Heading("Rejected captions"), table, *map(Paragraph, paragraphs)]
+    if num_mismatches:
+        return "This run did not compare the captions with their images. Earlier rejections remain valid."
+    return "The captions were not compared with their images. To compare them, use --check MODEL."
 
 
 def find_worst_images(database: CaptionDatabase, report: CaptionReport) -> list[ImageRow]:
     """Return at most `MAX_IMAGES` images: those with the most failed or rejected captions, then by highest rank."""
     keys = [prompt.key for prompt in report.prompts]
     query = _WORST_IMAGES.format(prompts=", ".join("?" * len(keys)))
-    parameters = (report.model, *keys, DUPLICATE, DUPLICATE, NEAR_DUPLICATE, MAX_IMAGES)
+    parameters = (report.model, *keys, DUPLICATE, DUPLICATE, MAX_IMAGES)
     numbers = [number for (number,) in database.connection.execute(query, parameters)]
     return [database.read_image(number) for number in numbers]
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,7 +10,6 @@ import yaml
 
 from llm2clip.config import require_at_least, require_fraction, require_positive
 
-BATCH_SIZE = 32  # number of images; smaller batches are slower on CPUs
 Kind = Literal["short", "dense"]
 DEFAULT_FILE = Path(__file__).with_name("prompts.yaml")
 CAPTION_FIELD = "{caption}"  # stands for the caption of the image in the source
@@ -37,21 +35,14 @@ class CaptionOptions:
     """Give the first caption of each image in the source to the model, in prompts that contain {caption}."""
     image_size: int = 768
     """Shrink images to at most this size, in pixels per side."""
-    batch_size: int = BATCH_SIZE
-    """Number of images per batch. Not used with --endpoint."""
+    batch_size: int = 32
+    """Number of images per batch, without --endpoint. It is halved if a batch does not fit in the memory."""
     concurrency: int = 8
     """Number of requests to the server at the same time."""
-    max_requests_per_minute: float | None = None
-    """Limit on requests to the server, including retries. Default: no limit."""
     retries: int = 6
     """Number of further attempts after a failed request."""
     timeout: float = 300.0
     """Maximum time for an answer of the server, in seconds."""
-    price: tuple[float, float] | None = None
-    """Price of a million input tokens and of a million output tokens, to show the cost."""
-    max_cost: float | None = None
-    """Stop when the stored answers of this model have cost this much in total. Requires --price. Requests that have
-    already been sent can exceed it."""
     check: str | None = None
     """Dual encoder that compares each caption with its image: an llm2clip model, or any other model that `evaluate`
     accepts. Default: only the texts are checked."""
@@ -65,16 +56,8 @@ class CaptionOptions:
     def __post_init__(self) -> None:
         require_at_least(1, self, "", "image_size", "batch_size", "concurrency")
         require_at_least(0, self, "", "retries")
-        require_positive(self, "", "max_requests_per_minute", "timeout", "max_cost")
+        require_positive(self, "", "timeout")
         require_fraction(self, "", "check_max_rank", "max_skipped")
-        if self.max_cost is not None and self.price is None:
-            raise ValueError("--max_cost requires --price INPUT OUTPUT")
-        if self.price is not None and min(self.price) < 0:
-            raise ValueError(f"--price must be two numbers of at least 0 (got {self.price[0]:g} {self.price[1]:g})")
-
-    def compute_cost(self, input_tokens: int, output_tokens: int) -> float:
-        input_price, output_price = self.price or (0.0, 0.0)
-        return (input_tokens * input_price + output_tokens * output_price) / 1e6
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
@@ -82,25 +65,14 @@ class CaptionOptions:
 
 @dataclass(frozen=True)
 class Prompt:
-    """An instruction to write a caption.
-
-    Attributes:
-        kind: "short" for a sentence, "dense" for a detailed description.
-        text: Instruction, with the language of the answer.
-        samples: Number of answers per image.
-        temperature: Sampling temperature. 0 means greedy decoding.
-        max_tokens: Maximum number of tokens of an answer.
-
-    Raises:
-        ValueError: A value is not valid.
-    """
+    """An instruction to write a caption. Raise ValueError if a value is not valid."""
 
     name: str
-    kind: Kind
-    text: str
-    samples: int = 1
-    temperature: float = 0.7
-    max_tokens: int = 100
+    kind: Kind  # "short" for a sentence, "dense" for a detailed description
+    text: str  # instruction, with the language of the answer
+    samples: int = 1  # number of answers per image
+    temperature: float = 0.7  # 0 means greedy decoding
+    max_tokens: int = 100  # per answer
 
     def __post_init__(self) -> None:
         self._require("kind", self.kind in get_args(Kind), " or ".join(get_args(Kind)))
@@ -148,15 +120,11 @@ def load_prompts(
     """
     path = DEFAULT_FILE if file is None else Path(file).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
-        content, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not a valid YAML file ({error})") from error
-    if not isinstance(content, dict) or not content or not isinstance(root, yaml.MappingNode):
+    if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} must map the names of prompts to their fields, as in {DEFAULT_FILE}")
-    counts = Counter(key.value for key, _ in root.value)  # safe_load keeps only the last prompt with a name
-    if repeated := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"{path}: several prompts have the name {repeated[0]}. Give each prompt a different name")
     prompts = []
     for name, values in content.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):

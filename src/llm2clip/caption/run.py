@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -52,86 +52,32 @@ POLL_INTERVAL = 0.1  # seconds between checks of the stop signal
 OpenEncoder = Callable[[], DualEncoder]
 
 
-@dataclass(frozen=True)
-class CaptionSummary:
-    """Result of a captioning run: numbers of records written, of captions and of failed requests, and the report."""
-
-    records: int
-    captions: int
-    failures: int
-    report: str  # tables of the report as text, and a warning if too many images have only rejected captions
-    skipped: str  # summary of the skip log
-
-    def format_lines(self, output: CaptionOutput) -> list[str]:
-        lines = [self.report, ""] if self.report else []
-        lines += [
-            f"Captions: {output.records} ({self.captions:,} captions of {self.records:,} records)",
-            f"Report: {output.report}",
-            self.skipped,
-        ]
-        if self.failures:
-            lines.append(
-                f"Failed requests: {self.failures:,}, listed in {output.failures}. To ask again, run the same command "
-                "again"
-            )
-        return lines
-
-
-def load_inputs(options: CaptionOptions) -> tuple[list[Prompt], OpenEncoder | None]:
-    """Load the prompts, and check the dual encoder of `--check`, which is needed only after captioning.
-
-    Returns:
-        The prompts and, with `--check`, a function that opens the dual encoder.
-    """
-    prompts = load_prompts(options.prompts, options.language, options.use_captions)
-    if options.check is None:
-        return prompts, None
-    open_encoder = partial(open_dual_encoder, options.check, process_state().device)
-    if process_state().is_main_process:
-        open_encoder()
-        free_memory()
-    return prompts, open_encoder
-
-
-def run_captioning(
-    sources: Sequence[str],
-    out: Path,
-    model: str,
-    options: CaptionOptions,
-    inputs: tuple[Sequence[Prompt], OpenEncoder | None],
-) -> list[str]:
+def run_captioning(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> list[str]:
     """Open the captioner and write captions for all images; see `caption_images`. Return lines to print.
 
     Args:
         model: Name of the model on the server or, without `options.endpoint`, a model folder or hub id.
-        inputs: Result of `load_inputs`.
     """
-    output = CaptionOutput(out)
-    output.check()
+    CaptionOutput(out).check()
+    prompts = load_prompts(options.prompts, options.language, options.use_captions)
+    open_encoder = None
+    if options.check is not None:
+        open_encoder = partial(open_dual_encoder, options.check, process_state().device)
+        if process_state().is_main_process:  # it is needed only after captioning, but must be valid
+            open_encoder()
+            free_memory()
     if options.endpoint is None:
         captioner: Captioner = LocalCaptioner(model, options.batch_size)
     else:
-        captioner = _open_endpoint(options.endpoint, model, options)
-    prompts, open_encoder = inputs
-    return caption_images(sources, out, captioner, prompts, options, open_encoder).format_lines(output)
-
-
-def _open_endpoint(endpoint: str, model: str, options: CaptionOptions) -> EndpointCaptioner:
-    if process_state().num_processes > 1:
-        raise ValueError(
-            "--endpoint requires a single process, because --max_cost and --max_requests_per_minute hold per process. "
-            "Run the command without torchrun. --concurrency sets the number of requests at the same time"
-        )
-    captioner = EndpointCaptioner(
-        endpoint,
-        model,
-        concurrency=options.concurrency,
-        max_requests_per_minute=options.max_requests_per_minute,
-        retries=options.retries,
-        timeout=options.timeout,
-    )
-    print_once(*captioner.describe())
-    return captioner
+        if process_state().num_processes > 1:
+            raise ValueError(
+                "--endpoint requires a single process. Run the command without torchrun. --concurrency sets the number "
+                "of requests at the same time"
+            )
+        endpoint = EndpointCaptioner(options.endpoint, model, options.concurrency, options.retries, options.timeout)
+        print_once(*endpoint.describe())
+        captioner = endpoint
+    return caption_images(sources, out, captioner, prompts, options, open_encoder)
 
 
 def caption_images(
@@ -141,8 +87,8 @@ def caption_images(
     prompts: Sequence[Prompt],
     options: CaptionOptions,
     open_encoder: OpenEncoder | None = None,
-) -> CaptionSummary:
-    """Write captions for all images in the sources to a JSONL file. Must be called by all ranks.
+) -> list[str]:
+    """Write captions for all images in the sources to a JSONL file. Return lines to print. Must be called by all ranks.
 
     Captions that the database already contains are not requested again, so an interrupted run can be resumed, and
     images can be added.
@@ -155,8 +101,7 @@ def caption_images(
         KeyboardInterrupt: The process received SIGINT or SIGTERM. As at all errors, answers have been stored.
         TooManySkipped: More than `options.max_skipped` of the images cannot be read, or have no caption because their
             requests failed.
-        ValueError: The server rejects all requests, the cost limit is reached, another rank was interrupted, or no
-            image has an accepted caption.
+        ValueError: The server rejects all requests, another rank was interrupted, or no image has an accepted caption.
         FolderInUseError: Another run is writing to the same folder.
     """
     output = CaptionOutput(out)
@@ -173,7 +118,7 @@ def caption_images(
         wait_for_everyone()
         with closing(CaptionDatabase(output.database)) as database:
             run = _CaptionRun(output, captioner, prompts, options, database)
-            summary = CaptionSummary(0, 0, 0, "", log.summary())
+            lines: list[str] = []
             try:
                 with _stop_on_signals(run):
                     run.ask_all()
@@ -182,54 +127,55 @@ def caption_images(
                     wait_for_everyone()
                 if is_main and not isinstance(sys.exception(), KeyboardInterrupt):  # not at the second Ctrl+C
                     was_completed = sys.exception() is None and not run.was_interrupted and not run.count_missing()
-                    summary = _write_output(run, sources, log, open_encoder if was_completed else None)
+                    lines = _write_output(run, sources, log, open_encoder if was_completed else None)
             if is_main and not run.was_interrupted:
                 _check_result(run)
             wait_for_everyone()
             if run.was_interrupted:
                 raise KeyboardInterrupt
-    return summary
+    return lines
 
 
 def _write_output(
     run: _CaptionRun, sources: Sequence[str], log: SkipLog, open_encoder: OpenEncoder | None
-) -> CaptionSummary:
+) -> list[str]:
     """Check all captions, then write the records, the failed requests and the report.
 
     They are written before the comparison with the images, which can fail, and again after it.
     """
-    database, model, prompts, options = run.database, run.captioner.name, run.prompts, run.options
-    report = CaptionReport(
-        sources=sources,
-        model=model,
-        prompts=prompts,
-        checks=check_captions(database, model, prompts, options.language),
-        max_rank=options.check_max_rank,
-        cost=options.compute_cost(*database.count_tokens(model)) if options.price else None,
-        seconds=run.seconds,
-    )
-    summary = _write_files(run, report, log)
-    if open_encoder is None:
-        return summary
-    encoder = open_encoder()
-    scores = score_captions(database, model, prompts, encoder, options.check_max_rank)
-    return _write_files(run, replace(report, scores=scores, encoder=encoder.name, seconds=run.seconds), log)
+    database, model, prompts = run.database, run.captioner.name, run.prompts
+    checks = check_captions(database, model, prompts, run.options.language)
+    report = CaptionReport(sources, model, prompts, checks, seconds=run.seconds)
+    lines = _write_files(run, report, log)
+    if open_encoder is not None:
+        scores = score_captions(database, model, prompts, open_encoder(), run.options.check_max_rank)
+        lines = _write_files(run, replace(report, scores=scores, seconds=run.seconds), log)
+    return lines
 
 
-def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> CaptionSummary:
+def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> list[str]:
     database, output, model, prompts = run.database, run.output, report.model, report.prompts
     num_records, num_captions = write_records(database, output.records, model, prompts)
     num_failures = write_failures(database, output.failures, model, prompts)
     write_caption_report(output.report, database, report)
-    text = render_text(build_blocks(database, report), describe_captions(database, report))
+    lines = [render_text(build_blocks(database, report), describe_captions(database, report)), ""]
     num_images = database.count_images()
     _, num_rejected = database.count_images_without_caption(model, prompts)
     if num_rejected > run.options.max_skipped * num_images:
-        text += (
-            f"\n\nWarning: {num_rejected:,} of {num_images:,} images have no caption, because quality control has "
-            "rejected all of their captions"
+        lines.append(
+            f"Warning: {num_rejected:,} of {num_images:,} images have no caption, because quality control has "
+            "rejected all of their captions\n"
         )
-    return CaptionSummary(num_records, num_captions, num_failures, text, log.summary())
+    lines += [
+        f"Captions: {output.records} ({num_captions:,} captions of {num_records:,} records)",
+        f"Report: {output.report}",
+        log.summary(),
+    ]
+    if num_failures:
+        lines.append(
+            f"Failed requests: {num_failures:,}, listed in {output.failures}. To ask again, run the same command again"
+        )
+    return lines
 
 
 def _check_result(run: _CaptionRun) -> None:
@@ -288,13 +234,11 @@ class _CaptionRun:
         self.output, self.captioner, self.prompts = output, captioner, prompts
         self.options, self.database = options, database
         self._captions_per_image = sum(prompt.samples for prompt in prompts)
-        self._cost = options.compute_cost(*database.count_tokens(captioner.name))  # includes earlier runs
-        self._num_answers = 0
         self._started_at = time.monotonic()
         self.was_interrupted = False
         self._stopped = threading.Event()
         self._error: BaseException | None = None  # of a thread that calls the captioner
-        self._lock = threading.Lock()  # for the database, the progress bar and the cost
+        self._lock = threading.Lock()  # for the database and the progress bar
         self._batches: queue.Queue[list[_Item] | None] = queue.Queue(maxsize=max(2, captioner.workers))
 
     @property
@@ -348,13 +292,13 @@ class _CaptionRun:
         state = process_state()
         batches: dict[str, list[_Item]] = defaultdict(list)
         with closing(CaptionDatabase(self.output.database)) as database:  # not used by other threads
-            for row in database.iterate_distinct_images():
+            for row in database.iterate_images(distinct=True):
                 if int(row.hash[:8], 16) % state.num_processes != state.process_index:
                     continue
                 for item in self._make_requests(row, database):
                     batch = batches[item.request.prompt.key]
                     batch.append(item)
-                    if len(batch) == self.captioner.batch_size:
+                    if len(batch) >= self.captioner.batch_size:
                         self._put(batches.pop(item.request.prompt.key))
         for remaining in (*batches.values(), *[None] * self.captioner.workers):
             self._put(remaining)
@@ -378,8 +322,6 @@ class _CaptionRun:
                     missing.append((prompt, sample))
         if not missing:
             return []
-        with self._lock:
-            self._check_cost()
         prepared, failure = None, None
         try:
             data = find_image_file(database, row).read()
@@ -401,14 +343,10 @@ class _CaptionRun:
         """Ask for the captions in the queue and store the answers. An error stops the run."""
         try:
             while batch := self._take():
-                with self._lock:
-                    self._check_cost()
                 answers = self.captioner.ask([item.request for item in batch])
                 rows = [self._make_answer(item, answer) for item, answer in zip(batch, answers, strict=True)]
                 with self._lock:
                     self.database.add_answers(rows)
-                    self._add_cost(rows)
-                    bar.set_postfix_str(self._format_speed(), refresh=False)
                     bar.total = max(bar.total or 0, bar.n + len(rows))  # an estimate for several ranks
                     bar.update(len(rows))
         except StoppedError:
@@ -422,27 +360,6 @@ class _CaptionRun:
             with suppress(queue.Empty):
                 return self._batches.get(timeout=POLL_INTERVAL)
         return None
-
-    def _check_cost(self) -> None:
-        """Raise ValueError if the cost limit is reached. Must be called before a request."""
-        max_cost = self.options.max_cost
-        if max_cost is not None and self._cost >= max_cost:
-            raise ValueError(
-                f"the captions have cost {self._cost:.2f}, and --max_cost is {max_cost:g}. They are stored. To "
-                "continue, run the same command again with a higher limit"
-            )
-
-    def _add_cost(self, answers: Sequence[StoredAnswer]) -> None:
-        """Add the cost of answers. Raise ValueError if it is limited, but unknown."""
-        self._num_answers += len(answers)
-        for answer in answers:
-            self._cost += self.options.compute_cost(answer.input_tokens, answer.output_tokens)
-            if self.options.max_cost is not None and answer.error is None and not answer.output_tokens:
-                raise ValueError("the server does not report the number of tokens, so --max_cost cannot be used")
-
-    def _format_speed(self) -> str:
-        speed = f"{60 * self._num_answers / self._captions_per_image / self.seconds:.1f} images/min"
-        return f"{speed}, cost {self._cost:.2f}" if self.options.price else speed
 
     def _make_answer(self, item: _Item, answer: Answer) -> StoredAnswer:
         prompt = item.request.prompt

@@ -1,22 +1,20 @@
-"""Command that writes captions for images with a multimodal model: `llm2clip caption`."""
+"""Captions by a multimodal model: `llm2clip caption` and `fit --caption`."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import Namespace
 
-from llm2clip.caption.options import BATCH_SIZE, CaptionOptions
+from llm2clip.caption.options import CaptionOptions
 from llm2clip.cli.checks import check_sources, resolve_model
 from llm2clip.cli.commands import (
     ArgumentParser,
     Commands,
     add_flags,
     add_reading_arguments,
-    format_column_flags,
     format_command,
     select_arguments,
 )
@@ -38,41 +36,28 @@ def add_commands(commands: Commands) -> None:
         help="Name of the model on the server in --endpoint. Without --endpoint: folder or hub id of an "
         "image-text-to-text model of transformers, which runs in this process.",
     )
-    add_flags(parser, CaptionOptions, skip={"price", "columns", "max_skipped"})
-    parser.add_argument(
-        "--price",
-        nargs=2,
-        type=float,
-        metavar=("INPUT", "OUTPUT"),
-        help="Price of a million input tokens and of a million output tokens, to show the cost.",
-    )
+    add_flags(parser, CaptionOptions, skip={"columns", "max_skipped"})
     add_reading_arguments(parser)
 
 
 def _caption(args: Namespace) -> list[str]:
     check_sources(args.data)
-    names = [field.name for field in dataclasses.fields(CaptionOptions)]
-    options = CaptionOptions(**select_arguments(args, *names))
+    options = CaptionOptions(**select_arguments(args, *(field.name for field in dataclasses.fields(CaptionOptions))))
     if options.check is not None:
         options.check = resolve_model(options.check)
     model = resolve_model(args.model) if options.endpoint is None else args.model
-    run_captioning, inputs = _load_inputs(options)
     out = Path(args.out).expanduser()
-    return [
-        *run_captioning(args.data, out, model, options, inputs),
-        f"Next: {format_command('fit', out, '--out', 'RUN')}",
-    ]
+    return [*_run(args.data, out, model, options), f"Next: {format_command('fit', out, '--out', 'RUN')}"]
 
 
-def _load_inputs(options: CaptionOptions) -> tuple[Callable[..., list[str]], Any]:
-    """Return `run_captioning`, and the prompts and the dual encoder of the options."""
+def _run(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> list[str]:
     if options.endpoint is None:
         from llm2clip.llava.modeling_patches import register_classes
 
         register_classes()
-    from llm2clip.caption.run import load_inputs, run_captioning
+    from llm2clip.caption.run import run_captioning
 
-    return run_captioning, load_inputs(options)
+    return run_captioning(sources, out, model, options)
 
 
 # ---- fit -------------------------------------------------------------------------------------------------------------
@@ -86,24 +71,24 @@ def add_fit_arguments(parser: ArgumentParser) -> None:
         "server, with the defaults of `llm2clip caption`. The captions are written to OUT/captions.jsonl.",
     )
     parser.add_argument("--caption_model", type=str, help="Name of the model on the server in --caption.")
-    parser.add_argument("--caption_prompts", type=str, help="YAML file with prompts for --caption.")
-    parser.add_argument("--caption_language", type=str, help='Language of the new captions, such as "German".')
-    parser.add_argument(
-        "--caption_check", type=str, help="Dual encoder that compares the new captions with the images."
-    )
 
 
 def prepare_captions(args: Namespace) -> Callable[[], None] | None:
-    """Check the arguments, prompts and dual encoder of `fit` for captions, and make the captions its data.
+    """Check the arguments of `fit` for captions, and make the captions its data.
 
     After a stage has written outputs, the captions are not changed any more, because a resumed run needs the same data.
 
     Returns:
         A function that writes the captions, or None if there is nothing to write.
     """
-    _check_fit_arguments(args)
+    is_server = (args.caption or "").startswith(("http://", "https://"))
+    if args.caption_model and not is_server:
+        raise ValueError(f"--caption_model requires the URL of a server in --caption (got {args.caption})")
     if not args.caption:
         return None
+    if is_server and not args.caption_model:
+        raise ValueError(f"--caption {args.caption} is a server. Pass the name of its model with --caption_model")
+    _check_evaluate_fields(args)
     sources, columns = args.data, args.columns
     out = Path(args.out).expanduser() / CAPTIONS_FILE
     args.data, args.columns = [_select_splits(out, sources)], {}
@@ -111,47 +96,22 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
         if not out.exists():
             raise ValueError(f"{args.out} contains a run without --caption. Use another --out, or omit --caption")
         return None
-    model = args.caption_model if _is_url(args.caption) else resolve_model(args.caption)
+    model = args.caption_model if is_server else resolve_model(args.caption)
     options = CaptionOptions(
-        endpoint=args.caption if _is_url(args.caption) else None,
-        prompts=args.caption_prompts,
-        language=args.caption_language,
-        check=args.caption_check and resolve_model(args.caption_check),
-        columns=columns,
-        max_skipped=args.max_skipped,
+        endpoint=args.caption if is_server else None, columns=columns, max_skipped=args.max_skipped
     )
 
-    run_captioning, inputs = _load_inputs(options)
-
     def write_captions() -> None:
-        import torch
-
         from llm2clip.cpu_tuning import free_memory
         from llm2clip.runs.ranks import print_once
 
-        try:
-            print_once(*run_captioning(sources, out, model, options, inputs))
-        except ValueError as error:
-            if not isinstance(error.__cause__, torch.OutOfMemoryError):
-                raise
-            flags = [*format_column_flags(columns), "--out", out, "--model", model, *_format_caption_flags(args)]
-            command = format_command("caption", *sources, *flags, "--batch_size", BATCH_SIZE // 4)
-            raise ValueError(f"{error}. Run `{command}`, and then the same `fit` command again") from error
+        print_once(*_run(sources, out, model, options))
         free_memory()
 
     return write_captions
 
 
-def _check_fit_arguments(args: Namespace) -> None:
-    if not args.caption:
-        for name in ("caption_model", "caption_prompts", "caption_language", "caption_check"):
-            if args[name]:
-                raise ValueError(f"--{name} requires --caption MODEL")
-        return
-    if _is_url(args.caption) and not args.caption_model:
-        raise ValueError(f"--caption {args.caption} is a server. Pass the name of its model with --caption_model")
-    if args.caption_model and not _is_url(args.caption):
-        raise ValueError(f"--caption_model requires the URL of a server in --caption (got {args.caption})")
+def _check_evaluate_fields(args: Namespace) -> None:
     from llm2clip.data.records import CAPTION_FIELDS
 
     lost_fields = set(args.evaluate.fields) - set(CAPTION_FIELDS)
@@ -160,14 +120,6 @@ def _check_fit_arguments(args: Namespace) -> None:
             f"--evaluate.fields: with --caption, the data has only the columns {', '.join(CAPTION_FIELDS)} (got "
             f"{', '.join(sorted(lost_fields))}). Pass the captions to evaluate on with --evaluate.data"
         )
-
-
-def _format_caption_flags(args: Namespace) -> list[str]:
-    flags = ["--max_skipped", str(args.max_skipped)]
-    for name in ("prompts", "language", "check"):
-        if value := args[f"caption_{name}"]:
-            flags += [f"--{name}", value]
-    return flags
 
 
 def _select_splits(captions: Path, sources: Sequence[str]) -> str:
@@ -188,7 +140,3 @@ def _select_splits(captions: Path, sources: Sequence[str]) -> str:
             f"{', '.join(map(str, parsed))}). PATH@none selects the images without a split"
         )
     return f"{captions}@{'+'.join(splits)}"
-
-
-def _is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
