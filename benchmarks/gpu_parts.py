@@ -38,7 +38,7 @@ from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import get_default_batch_tokens
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.search.vector_index import CHUNK, QuantizedVectors, VectorIndex
+from llm2clip.search.sqlite_backend import CHUNK, MIN_CANDIDATES, QuantizedVectors
 from llm2clip.tools.plan import plan_fit
 from llm2clip.tools.plan_costs import LLMS, count_flops
 from llm2clip.tools.plan_memory import DEVICES, Machine
@@ -460,10 +460,13 @@ def measure_search(settings: PartSettings) -> Iterator[dict[str, Any]]:
     ids = np.arange(count)
     chunks_of_index = [(ids[start : start + CHUNK], vectors[start : start + CHUNK]) for start in range(0, count, CHUNK)]
     quantized = QuantizedVectors(127 / float(np.abs(vectors).max())).with_added(chunks_of_index)
-    index = VectorIndex(lambda: quantized, lambda rows: vectors[rows])
 
     def search_index() -> np.ndarray:
-        return np.stack([index.search(query, K)[0] for query in queries])
+        results = []
+        for query in queries:
+            candidates = quantized.find_nearest(query, MIN_CANDIDATES)
+            results.append(candidates[np.argsort(-(vectors[candidates].astype(np.float32) @ query))[:K]])
+        return np.stack(results)
 
     yield search_row("llm2clip's index on the CPU: int8 scan, float16 scores", search_index, 1, queries_count, expected)
 

@@ -90,12 +90,14 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     url = args.url or start_server()
     for name, location in (("SQLite", str(folder)), ("PostgreSQL", url)):
-        backend = open_backend(location, write=True, approximate_above=NEVER)
+        backend = open_backend(location, write=True)
+        backend.approximate_above = NEVER  # only PostgreSQL has a graph
         print(f"\n{name}: {fill(backend, images)}", flush=True)
         print(f"{name}: {format_size(backend, folder, args.count)}\n", flush=True)
         print("| search | median, ms | p95, ms | CPU, ms | recall@10 |\n|---|---|---|---|---|")
         measure_searches(f"{name}, exact", backend)
-    backend = open_backend(url, write=True, approximate_above=0)
+    backend = open_backend(url, write=True)
+    backend.approximate_above = 0
     (wall, cpu), _ = time_call(backend.finish)
     print(f"\nPostgreSQL: HNSW graph built in {wall:,.0f} s ({cpu:,.0f} s of CPU time)")
     print(f"PostgreSQL: {format_size(backend, folder, args.count)}\n", flush=True)

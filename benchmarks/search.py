@@ -1,13 +1,12 @@
 """Measure the search latency and recall@10 of the local index, faiss-cpu and LanceDB on the same clustered vectors.
 
     pip install faiss-cpu lancedb
-    python benchmarks/search.py [--count 1000000] [--dim 1024] [--queries 100] [--graph] [--lance] [--out FOLDER]
+    python benchmarks/search.py [--count 1000000] [--dim 1024] [--queries 100] [--lance] [--out FOLDER]
     python benchmarks/search.py --captions [--count 1000000]
 
 Each query is a random vector near an indexed vector. For llm2clip, the measured time is that of the complete
-`SqliteBackend.search` call, from the query vector to the file names. `--graph` also builds and searches the HNSW graphs
-of the local index and faiss, which takes tens of minutes for a million vectors on two cores. `--lance` also searches
-with LanceDB, without an index. Recall is measured against faiss's float32 flat index.
+`SqliteBackend.search` call, from the query vector to the file names. `--lance` also searches with LanceDB, without an
+index. Recall is measured against faiss's float32 flat index.
 
 `--captions` measures caption filters instead: how long it takes to find all images whose caption contains a given text,
 in an index with one caption of 9 to 15 words per image. The baseline is the filter of version 0.1, an SQL function that
@@ -44,7 +43,6 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1_000_000, help="number of vectors to index")
     parser.add_argument("--dim", type=int, default=1024, help="vector dimension")
     parser.add_argument("--queries", type=int, default=100, help="number of queries per method")
-    parser.add_argument("--graph", action="store_true", help="also build and search HNSW graphs")
     parser.add_argument("--lance", action="store_true", help="also search with LanceDB")
     parser.add_argument(
         "--out", type=Path, help="folder for the index, so that it can be reused; default: a temporary folder"
@@ -58,7 +56,7 @@ def main() -> None:
     import faiss
 
     flat = faiss.IndexFlatIP(args.dim)
-    backend = SqliteBackend(folder / "index", write=True, approximate_above=1 << 60)
+    backend = SqliteBackend(folder / "index", write=True)
     seconds = fill(backend, flat, args.count, args.dim)
     print(f"{args.count:,} vectors of dimension {args.dim}, indexed in {seconds:.0f} s")
     queries = make_queries(flat, args.queries, args.count)
@@ -80,17 +78,6 @@ def main() -> None:
     if args.lance:
         search = lance_search(folder / "lance", args.count, args.dim)
         measure("LanceDB, float16, no index", search, queries[:LANCE_QUERIES], exact[:LANCE_QUERIES])
-    if args.graph:
-        start = time.perf_counter()
-        backend.approximate_above = 0
-        backend.finish()
-        seconds = time.perf_counter() - start
-        measure(f"llm2clip, HNSW graph (built in {seconds:.0f} s)", search_backend, queries, exact)
-        start = time.perf_counter()
-        graph = build_faiss_graph(args.count, args.dim)
-        seconds = time.perf_counter() - start
-        name = f"faiss HNSW16, int8, efSearch 64 (built in {seconds:.0f} s)"
-        measure(name, faiss_search(graph), queries, exact)
 
 
 def measure_captions(folder: Path, count: int) -> None:
@@ -207,19 +194,6 @@ def measure(name: str, search: Search, queries: np.ndarray, exact: np.ndarray | 
 
 def faiss_search(index: Any) -> Search:
     return lambda query: index.search(query[None], K)[1][0]
-
-
-def build_faiss_graph(count: int, dim: int) -> Any:
-    import faiss
-
-    graph = faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_8bit, 16, faiss.METRIC_INNER_PRODUCT)
-    chunks = vector_chunks(count, dim)
-    training_chunks = [chunk for _, chunk in zip(range(2), chunks, strict=False)]
-    graph.train(np.concatenate(training_chunks))
-    for vectors in vector_chunks(count, dim):
-        graph.add(vectors)
-    graph.hnsw.efSearch = 64
-    return graph
 
 
 def lance_search(folder: Path, count: int, dim: int) -> Search:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from datetime import date as date_type
 from datetime import datetime
 from datetime import time as time_type
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
@@ -23,15 +27,19 @@ from llm2clip.cli.commands import (
     format_command,
     select_arguments,
 )
-from llm2clip.search.metadata import CONDITIONS, Filter
+from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Filter, to_json
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from llm2clip.data.skip_log import SkipLog
-    from llm2clip.models.prompts import QueryTemplates
     from llm2clip.search.build import IndexReport
+    from llm2clip.search.explain import Explanation
     from llm2clip.search.index import Index, SearchPage
     from llm2clip.search.query import SearchQuery
+    from llm2clip.search.types import Hit
 
+CAPTION_LENGTH = 160  # maximum length of a displayed caption, in characters
 NOTHING_CLOSE = "Nothing close: no image is close to the query. To see the closest images anyway, add --show_weak."
 NO_RESULTS = "No results: the index is empty, or no image matches the filters."
 
@@ -84,24 +92,12 @@ def _add_index_arguments(sub: ArgumentParser) -> None:
         action="store_true",
         help="Also index images outside the source's folder if caption files or symbolic links refer to them.",
     )
-    sub.add_argument(
-        "--no_relevance",
-        action="store_true",
-        help="Do not calibrate relevance, and remove an existing calibration. Every search then returns results, even "
-        "if nothing in the index is close to the query.",
-    )
     add_reading_arguments(sub, max_skipped=1.0)
     sub.add_argument("--batch_size", type=PositiveInt, default=64, help="Number of images per forward pass.")
     sub.add_argument(
         "--workers",
         type=NonNegativeInt,
         help="Number of image decoding processes. Default: half the number of CPU cores.",
-    )
-    sub.add_argument(
-        "--approximate_above",
-        type=NonNegativeInt,
-        help="Use approximate search (an HNSW graph) if the index has at least this many distinct images. Default: "
-        "1,000,000 for a folder, 100,000 for PostgreSQL.",
     )
 
 
@@ -112,7 +108,14 @@ def _add_query_arguments(sub: ArgumentParser) -> None:
     sub.add_argument(
         "--negative_images", nargs="+", type=str, default=[], help="Images that the results should not resemble."
     )
-    add_templates_argument(sub)
+    sub.add_argument(
+        "--templates",
+        nargs="*",
+        type=str,
+        help="Prompt templates for texts of up to three words, such as 'a photo of a {}'. The embeddings of the text "
+        "and the filled-in templates are averaged. Default: the templates saved with the model. --templates without a "
+        "value disables templates.",
+    )
     sub.add_argument("--top", type=PositiveInt, default=10, help="Maximum number of results.")
     sub.add_argument("--show_weak", action="store_true", help="Also show results if nothing is close to the query.")
     sub.add_argument(
@@ -146,20 +149,6 @@ def _add_output_arguments(sub: ArgumentParser) -> None:
         help="Also print how much each word of the texts changes the similarity of the first result.",
     )
     sub.add_argument("--paths", action="store_true", help="Print only the paths, one per line.")
-    sub.add_argument("--sheet", type=str, help="Write an HTML page with the results to this folder.")
-    sub.add_argument("--open", action="store_true", help="Open an HTML page with the results in a browser.")
-    sub.add_argument("--heatmaps", action="store_true", help="On the HTML page, show where images match the query.")
-
-
-def add_templates_argument(parser: ArgumentParser, note: str = "") -> None:
-    parser.add_argument(
-        "--templates",
-        nargs="*",
-        type=str,
-        help="Prompt templates for texts of up to three words, such as 'a photo of a {}'. The embeddings of the text "
-        f"and the filled-in templates are averaged.{note} Default: the templates saved with the model. --templates "
-        "without a value disables templates.",
-    )
 
 
 def _index(args: Namespace) -> list[str]:
@@ -181,7 +170,7 @@ def _index(args: Namespace) -> list[str]:
     model = open_dual_encoder(args.model)  # loaded first, so that --out stays unchanged if loading fails
     if args.dim is not None:
         check_dim(args.dim, model.embed_dim, model.name)
-    backend = open_backend(args.out, write=True, approximate_above=args.approximate_above)
+    backend = open_backend(args.out, write=True)
     skipped_file = None if "://" in args.out else Path(args.out) / "skipped.jsonl"
     if skipped_file is not None and not skipped_file.exists():
         skipped_file.touch(mode=0o600)  # file names may be private
@@ -189,8 +178,7 @@ def _index(args: Namespace) -> list[str]:
     def update_index() -> tuple[IndexReport, SkipLog]:
         log = SkipLog(skipped_file, args.max_skipped)
         values = select_arguments(args, "columns", "batch_size", "workers", "prune", "allow_outside", "dim")
-        options = IndexOptions(**values, relevance=not args.no_relevance, recognize=recognize)
-        return build_index(args.data, model, backend, log, options), log
+        return build_index(args.data, model, backend, log, IndexOptions(**values, recognize=recognize)), log
 
     report, log = update_index()
     if args.watch is not None:
@@ -231,21 +219,17 @@ def _search(args: Namespace) -> list[str]:
     for name in ("model", "rerank"):
         if args[name] is not None:
             args[name] = resolve_model(args[name])
-    from llm2clip.search.explain import require_dense_encoder
+    from llm2clip.models.prompts import QueryTemplates, check_templates
     from llm2clip.search.index import Index, SearchOptions
     from llm2clip.search.query import SearchQuery
-    from llm2clip.search.relevance import warn_if_not_calibrated
 
-    templates = make_query_templates(args.templates)
+    check_templates(args.templates or [], "--templates")
+    templates = None if args.templates is None else QueryTemplates(tuple(args.templates))
     query = SearchQuery(args.texts, args.images, args.negative, args.negative_images, templates=templates)
     options = SearchOptions(not args.no_words, not args.no_group, args.show_weak, args.rerank is not None)
     with redirect_stdout(sys.stderr):  # keeps everything but the results out of the --json and --paths output
         index = Index.open(args["index"], args.model, args.rerank)
-        if args.heatmaps:
-            require_dense_encoder(index.encoder.model)
         page = index.search(query, args.top, filter=image_filter, options=options)
-        if query and index.calibration is None:
-            warn_if_not_calibrated(index.backend)
         if page.rerank_missing:
             print(
                 f"Results that could not be re-ranked, because their files were changed or removed since indexing, "
@@ -260,64 +244,34 @@ def _print_page(args: Namespace, index: Index, query: SearchQuery, page: SearchP
     """Print the hits in the requested format. Return the lines to print at the end."""
     from rich.console import Console
 
-    from llm2clip.search.render import hit_to_json, print_explanation, print_hits
-
     if args.json:
         return [hit_to_json(rank, hit) for rank, hit in enumerate(page.hits, 1)]
     if args.paths:
         return [hit.images[0].name for hit in page.hits]
     if not page.hits:
         return [NOTHING_CLOSE if page.nothing_close else NO_RESULTS]
-    if args.open or args.sheet is not None:
-        return _write_sheet(args, index, page)
-    print_hits(page.hits, index.backend, Console())
+    print_hits(page.hits, Console())
     if args.explain:
         print_explanation(index.explain(query, page.hits[0].id), Console())
     return ["None of these images is close to the query."] if page.nothing_close else []
 
 
-def _write_sheet(args: Namespace, index: Index, page: SearchPage) -> list[str]:
-    """Write the hits to an HTML page, and open it with --open."""
-    from llm2clip.search.render import open_in_browser, write_contact_sheet
-
-    heatmaps = index.draw_heatmaps(page) if args.heatmaps else {}
-    title = " + ".join([*args.texts, *args.images])
-    title += "".join(f" without {part}" for part in (*args.negative, *args.negative_images))
-    title = title.strip() or "newest images"
-    folder = Path(args.sheet) if args.sheet else None
-    file = write_contact_sheet(title, page.hits, index.backend, folder, heatmaps, rerank_model=args.rerank)
-    if args.open:
-        open_in_browser(file)
-    lines = [f"Results: {file}"]
-    if args.heatmaps and len(heatmaps) < len(page.hits):
-        missing = [hit.images[0].name for hit in page.hits if hit.id not in heatmaps]
-        lines.append(
-            f"No heat map for {len(missing)} of {len(page.hits)} images. Their files were changed or removed since "
-            f"indexing, or cannot be decoded: {', '.join(missing[:3])}"
-        )
-    return lines
-
-
 def _check_output(args: Namespace) -> None:
     """Raise ValueError if the output options contradict each other or the query."""
-    to_page = args.open or args.sheet is not None
-    if args.heatmaps and not to_page:
-        raise ValueError("--heatmaps requires an HTML page: add --open or --sheet FOLDER")
-    if args.json + args.paths + to_page > 1:
-        raise ValueError("--json, --paths and the HTML page (--sheet, --open) cannot be combined")
+    if args.json and args.paths:
+        raise ValueError("--json and --paths cannot be combined")
     if args.explain and not args.texts:
         raise ValueError("--explain requires a text, because it rates the words of the texts")
-    if args.explain and (args.json or args.paths or to_page):
-        raise ValueError("--explain prints a table: remove --json, --paths, --sheet and --open")
+    if args.explain and (args.json or args.paths):
+        raise ValueError("--explain prints a table: remove --json and --paths")
     if args.rerank is not None and not (args.texts or args.images or args.negative or args.negative_images):
         raise ValueError("--rerank requires a text or an image to search for")
 
 
 def _check_query(args: Namespace) -> None:
     """Raise an error if there is neither a query nor a filter, if a text is empty, or if an image file is missing."""
-    filters = [args[name] for name in CONDITIONS]
     has_query = args.texts or args.images or args.negative or args.negative_images
-    if not has_query and (args.heatmaps or all(value is None for value in filters)):
+    if not has_query and all(args[name] is None for name in CONDITIONS):
         raise ValueError("pass text or images to search for, or a filter such as --after 2024-05-31")
     from llm2clip.io_utils import check_not_empty
 
@@ -339,14 +293,6 @@ def _make_filter(args: Namespace) -> Filter:
     if after is not None and before is not None and after > before:
         raise ValueError(f"--after {args.after} is later than --before {args.before}, so no image can match")
     return Filter(**values)
-
-
-def make_query_templates(templates: list[str] | None) -> QueryTemplates | None:
-    """Return the templates specified by --templates, or None to use the templates saved with the model."""
-    from llm2clip.models.prompts import QueryTemplates, check_templates
-
-    check_templates(templates or [], "--templates")
-    return None if templates is None else QueryTemplates(tuple(templates))
 
 
 def parse_time(text: str | None, option: str, end_of_day: bool = False) -> float | None:
@@ -385,3 +331,75 @@ def resolve_path_filter(path: str | None) -> str | None:
         return None
     path = os.path.expanduser(path)
     return to_valid_unicode(os.path.realpath(path) if os.path.isabs(path) or os.path.exists(path) else path)
+
+
+# ---- output
+
+
+def print_hits(hits: Sequence[Hit], console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    table.add_column("", justify="right")
+    table.add_column("date" if hits[0].score is None else "cosine", justify="right")
+    table.add_column("file", overflow="fold")
+    for rank, hit in enumerate(hits, 1):
+        first = hit.images[0]
+        lines = []
+        if hit.image_count > 1:
+            lines.append(f"and {hit.image_count - 1:,} duplicates")
+        if first.captions:
+            lines.append(_shorten(first.captions[0]))
+        if hit.text:
+            lines.append(f"text: {_shorten(hit.text)}")
+        if hit.similar:
+            lines.append(f"+{len(hit.similar)} similar")
+        if hit.matched:
+            lines.append(f"matched: {', '.join(hit.matched)}")
+        description = Text(_replace_unprintable_characters(first.name))
+        description.append("".join(f"\n{line}" for line in lines), style="dim")
+        score = f"{datetime.fromtimestamp(first.taken):%Y-%m-%d}" if hit.score is None else f"{hit.score:.3f}"
+        table.add_row(str(rank), score, description)
+    console.print(table)
+
+
+def print_explanation(explanation: Explanation, console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Effect of each word on the first result's cosine similarity", title_justify="left")
+    table.add_column("word", overflow="fold")
+    table.add_column("effect", justify="right")
+    for word in explanation.words:
+        table.add_row(Text(_replace_unprintable_characters(word.text)), f"{word.effect:+.3f}")
+    console.print(table)
+
+
+def hit_to_json(rank: int, hit: Hit) -> str:
+    """Return a search result as a JSON object on a single line. Times are local and in ISO 8601 format."""
+    first, *duplicates = hit.images
+    values = {
+        "rank": rank,
+        "score": None if hit.score is None else round(float(hit.score), 4),
+        "relevance": None if hit.relevance is None else round(hit.relevance, 4),
+        "path": first.name,
+        "duplicates": [image.name for image in duplicates],
+        "similar": [other.name for other in hit.similar],
+        "captions": list(first.captions),
+        "text": hit.text,
+        "matched": list(hit.matched),
+        **to_json(first, IMAGE_FIELDS),
+        **to_json(hit, CONTENT_FIELDS),
+    }
+    text = json.dumps(values, ensure_ascii=False)
+    return re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)  # escape terminal control characters
+
+
+def _replace_unprintable_characters(text: str) -> str:
+    """Replace unprintable characters with spaces, because terminals would interpret control characters."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _shorten(text: str) -> str:
+    return shorten(_replace_unprintable_characters(text), CAPTION_LENGTH, placeholder=" …")

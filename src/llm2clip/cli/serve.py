@@ -12,7 +12,6 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from llm2clip.cli.checks import check_index, check_port, resolve_model
 from llm2clip.cli.commands import ArgumentParser, Commands, Port
-from llm2clip.cli.search import add_templates_argument, make_query_templates
 from llm2clip.io_utils import install_command
 
 
@@ -45,14 +44,6 @@ def add_commands(commands: Commands) -> None:
         action="store_true",
         help="Trust the client address in the headers set by a reverse proxy on this machine.",
     )
-    sub.add_argument(
-        "--allowed_origins",
-        nargs="+",
-        type=str,
-        default=[],
-        help="Other websites whose pages may use the API, such as https://example.org.",
-    )
-    sub.add_argument("--access_log", action="store_true", help="Write one JSON object per request to standard error.")
     _add_model_arguments(sub)
 
 
@@ -62,7 +53,6 @@ def _add_model_arguments(sub: ArgumentParser) -> None:
         type=str,
         help="Model with which requests can sort their first 50 results again: any model that `evaluate` accepts.",
     )
-    add_templates_argument(sub, " Requests can override the templates.")
     sub.add_argument(
         "--batch_size", type=PositiveInt, default=32, help="Maximum number of texts or images per forward pass."
     )
@@ -102,19 +92,14 @@ def _serve(args: Namespace) -> list[str]:
 
     try:
         from llm2clip.search.inference import Limits
-        from llm2clip.search.relevance import warn_if_not_calibrated
-        from llm2clip.search.server import LOOPBACK, Access, check_origins, create_app, serve
+        from llm2clip.search.server import LOOPBACK, Access, create_app, serve
     except ModuleNotFoundError as error:
         raise ImportError(f"`serve` requires additional packages ({error}). Run {install_command('search')}") from error
-    templates = make_query_templates(args.templates)
-    check_origins(args.allowed_origins)
     backend = open_backend(args["index"]) if args["index"] else None
     model_name = args.model or (backend.metadata()["model"] if backend else None)
     if model_name is None:
         raise ValueError("pass an index with --index or a model with --model")
     token = choose_token(args.token, args.no_token, args.host)
-    if backend is not None:
-        warn_if_not_calibrated(backend)
     model_thread = ThreadPoolExecutor(1, "model")
     model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision, stage="serve").result()
     rerank_model = None
@@ -126,9 +111,8 @@ def _serve(args: Namespace) -> list[str]:
         model,
         backend,
         limits=Limits(max_queue=args.max_queue, timeout=args.timeout, batch_size=args.batch_size),
-        access=Access(token, LOOPBACK if args.host in LOOPBACK else None, args.allowed_origins, args.access_log),
+        access=Access(token, LOOPBACK if args.host in LOOPBACK else None),
         model_thread=model_thread,
-        templates=templates,
         rerank_model=rerank_model,
     )
     host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6

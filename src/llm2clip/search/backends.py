@@ -112,8 +112,7 @@ class Backend(ABC):
     def remove(self, names: Sequence[str]) -> None:
         """Remove images by name, then remove all contents that no longer belong to any image."""
 
-    @abstractmethod
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027  (optional)
         """Complete an indexing run. Call this after all images have been added and removed."""
 
     def contents_without_text(self, sources: Sequence[str]) -> list[tuple[bytes, IndexedImage]]:
@@ -255,7 +254,7 @@ class Backend(ABC):
         return list(dict.fromkeys(str(content_id) for (content_id,) in rows))[:count]
 
     def save_calibration(self, data: bytes) -> None:
-        """Store a serialized `search.relevance.Calibration`, or empty bytes if the index is to have none."""
+        """Store a serialized `search.relevance.Calibration`, or empty bytes if the index cannot be calibrated."""
         with self._write() as run:
             run("DELETE FROM calibration", {})
             run("INSERT INTO calibration VALUES (:data)", {"data": data})
@@ -386,13 +385,11 @@ def format_missing_index_message(folder: str | Path) -> str:
     return f"{folder} is not an index. Create an index with: llm2clip index PHOTOS --model MODEL --out {out}"
 
 
-def open_backend(location: str, write: bool = False, approximate_above: int | None = None) -> Backend:
+def open_backend(location: str, write: bool = False) -> Backend:
     """Open the index in a local folder or at a URL of the form URL_FORM.
 
     Args:
         write: If True, create the index if it does not exist.
-        approximate_above: Minimum number of distinct images for approximate search. Default: 1,000,000 for a folder,
-            100,000 for PostgreSQL.
 
     Raises:
         FileNotFoundError: `write` is False, and there is no index at the location.
@@ -403,7 +400,7 @@ def open_backend(location: str, write: bool = False, approximate_above: int | No
     name = get_backend_name(location)
     try:
         module = importlib.import_module(f"llm2clip.search.{name}_backend")
-        backend: Backend = module.open_index(location, write, approximate_above)
+        backend: Backend = module.open_index(location, write)
         return backend
     except ModuleNotFoundError as error:
         command = install_command("search" if name == "sqlite" else name)

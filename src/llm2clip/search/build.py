@@ -29,7 +29,7 @@ from llm2clip.search.backends import Backend
 from llm2clip.search.images import format_file_version, read_container_version
 from llm2clip.search.metadata import read_exif
 from llm2clip.search.ocr import RecognizeText, recognize_texts
-from llm2clip.search.relevance import remove_calibration, update_calibration
+from llm2clip.search.relevance import update_calibration
 from llm2clip.search.types import REF_TYPES, ImageState, IndexedContent, IndexedImage
 
 THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
@@ -72,7 +72,6 @@ class IndexOptions:
     prune: bool = False
     allow_outside: bool = False  # also index images outside their source's folder (see `scan_source`)
     dim: int | None = None  # number of dimensions of the embeddings; default: that of the index, or of the model
-    relevance: bool = True  # calibrate the relevance of hits (see `search.relevance`), or remove the calibration
     recognize: RecognizeText | None = None  # function that recognises the text in an image (see `search.ocr`)
 
 
@@ -130,10 +129,7 @@ def build_index(
         )
         if options.recognize is not None:
             report.read = recognize_texts(names, backend, options.recognize, log, options.workers)
-        if options.relevance:
-            update_calibration(backend, model, changed=bool(report))
-        else:
-            remove_calibration(backend)
+        update_calibration(backend, model, changed=bool(report))
     return report
 
 

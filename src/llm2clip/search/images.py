@@ -96,9 +96,9 @@ class InvalidImage(ValueError):
 
 
 class RequestImage(NamedTuple):
-    """An image in a request: its file contents or data URI, and its field and index, such as "images.0"."""
+    """An image in a request: its data URI, and its field and index, such as "images.0"."""
 
-    data: bytes | str
+    data_uri: str
     param: str
 
 
@@ -112,8 +112,7 @@ def load_query_image(image: RequestImage | bytes, max_pixels: int) -> Tensor:
     if not isinstance(image, RequestImage):
         return load_request_image(image, max_pixels)
     try:
-        data = decode_data_uri(image.data) if isinstance(image.data, str) else image.data
-        return load_request_image(data, max_pixels)
+        return load_request_image(decode_data_uri(image.data_uri), max_pixels)
     except (ImageError, TooLarge) as error:
         raise InvalidImage(error, image.param) from error
 

@@ -15,19 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.data.images import ImageError, load_image
+from llm2clip.data.images import load_image
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search.backends import Backend, open_backend
 from llm2clip.search.build import truncate_to_index
-from llm2clip.search.explain import (
-    Explanation,
-    compute_heatmap,
-    draw_heatmap,
-    explain_hit,
-    locate_query,
-    require_dense_encoder,
-)
+from llm2clip.search.explain import Explanation, compute_heatmap, explain_hit, require_dense_encoder
 from llm2clip.search.images import read_original
 from llm2clip.search.metadata import Filter
 from llm2clip.search.query import (
@@ -295,38 +288,17 @@ class Index:
         vector, *hits = self._read_vectors([hit_id, *query.like, *query.negative_like])
         return explain_hit(self.encoder, query, vector, hits)
 
-    def compute_heatmap(
-        self, query: str | SearchQuery, hit_id: str, variant: str | None = None, image_size: int | None = None
-    ) -> np.ndarray:
+    def compute_heatmap(self, query: str | SearchQuery, hit_id: str) -> np.ndarray:
         """Return the cosine similarity between a query and each cell of a hit's image, of shape (h, w), float32.
 
-        For `variant` and `image_size`, see `explain.locate_query`.
-
         Raises:
-            ValueError: The model cannot embed image regions, or does not support the variant or the size.
+            ValueError: The model cannot embed image regions.
             NotFound: The index does not contain the hit, or its file has been changed or removed.
         """
-        vector = self.embed(query).combined
-        return locate_query(self.encoder, vector, lambda: self._load_original(hit_id), variant, image_size)
-
-    def draw_heatmaps(self, page: SearchPage) -> dict[str, bytes]:
-        """Return a JPEG heat map of each hit of a page, keyed by hit id.
-
-        The parts of an image that are least similar to the query are dark. Hits are skipped if their image files cannot
-        be decoded, or have been changed or removed since they were indexed.
-        """
-        if page.query is None:
-            raise ValueError("heat maps require a query")
-        dense = require_dense_encoder(self.encoder.model)
-        heatmaps = {}
-        for hit in page.hits:
-            try:
-                image = self._load_original(hit.id)
-            except (ImageError, NotFound, OSError):
-                continue
-            pixels = dense.resize(image, dense.localization_size)
-            heatmaps[hit.id] = draw_heatmap(image, compute_heatmap(dense, pixels, page.query.combined))
-        return heatmaps
+        vector, dense = self.embed(query).combined, require_dense_encoder(self.encoder.model)
+        with self.resources.decoding:
+            pixels = dense.resize(self.resources.load(self._read_original(hit_id)), dense.localization_size)
+        return compute_heatmap(dense, pixels, vector)
 
     def embed(self, query: str | SearchQuery) -> QueryVectors:
         """Return the embeddings of a query. See `search` for the exceptions."""
@@ -359,9 +331,6 @@ class Index:
 
     def _read_original(self, hit_id: str) -> bytes:
         return read_original(self.backend, hit_id, self.resources.max_file_bytes)
-
-    def _load_original(self, hit_id: str) -> Tensor:
-        return self.resources.load(self._read_original(hit_id))
 
 
 def _to_query(query: str | SearchQuery | None) -> SearchQuery:

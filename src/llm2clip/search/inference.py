@@ -30,7 +30,6 @@ from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.search.backends import Backend
 from llm2clip.search.images import load_query_image, open_original
 from llm2clip.search.index import Index, Resources
@@ -243,7 +242,6 @@ class InferenceService:
         backend: Backend | None,
         limits: Limits,
         model_thread: ThreadPoolExecutor | None = None,
-        templates: QueryTemplates = NO_TEMPLATES,
         rerank_model: DualEncoder | None = None,
     ) -> None:
         """
@@ -251,7 +249,6 @@ class InferenceService:
             model_thread: Single-threaded executor that loaded the models and will run them. On a CPU, each thread that
                 runs PyTorch operations has its own OpenMP thread pool. With more OpenMP threads than cores, the threads
                 do not busy-wait between operations, which halves the model's speed.
-            templates: Prompt templates for requests without templates.
             rerank_model: Re-ranking model. If None, requests for re-ranking are rejected.
 
         Raises:
@@ -278,12 +275,12 @@ class InferenceService:
             max_file_bytes=limits.max_body_bytes,
         )
         model = self._batch_calls(model)
-        self.encoder = QueryEncoder(model, resources.load, resources.decoding, templates)
+        self.encoder = QueryEncoder(model, resources.load, resources.decoding)
         if rerank_model is not None:
             rerank_model = self._batch_calls(rerank_model, "rerank_")
         self.index: Index | None = None
         if backend is not None:
-            self.index = Index(backend, model, rerank_model, templates, resources=resources)
+            self.index = Index(backend, model, rerank_model, resources=resources)
             self.index.encoder  # noqa: B018  (checks that the model fits the index)
 
     def _batch_calls(self, model: DualEncoder, prefix: str = "") -> DualEncoder:

@@ -5,14 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import json
 import re
 import secrets
-import sys
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from fastapi import HTTPException, Request
@@ -97,16 +93,8 @@ class Authenticator:
 class RequestMiddleware:
     """ASGI middleware that checks every HTTP request and records metrics."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        service: InferenceService,
-        auth: Authenticator | None,
-        allowed_origins: Collection[str] = (),
-        access_log: bool = False,
-    ) -> None:
+    def __init__(self, app: ASGIApp, service: InferenceService, auth: Authenticator | None) -> None:
         self.app, self.service, self.auth = app, service, auth
-        self.allowed_origins, self.access_log = frozenset(allowed_origins), access_log
         self.budget = ByteBudget(service.limits.max_bytes_in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,10 +118,7 @@ class RequestMiddleware:
             route = getattr(scope.get("route"), "path", "other")
             method = scope["method"] if scope["method"] in COUNTED_METHODS else "other"
             self.service.request_count.labels(method, route, sender.status).inc()
-            seconds = time.perf_counter() - start
-            self.service.request_duration.labels(route).observe(seconds)
-            if self.access_log:
-                _log_request(scope, route, sender.status, seconds)
+            self.service.request_duration.labels(route).observe(time.perf_counter() - start)
 
     def _check_request(self, request: Request) -> Response | None:
         """Return an error response if a request must be rejected before its body is read."""
@@ -151,8 +136,7 @@ class RequestMiddleware:
             return make_error_response(401, message, {"WWW-Authenticate": "Bearer"})
         # "same-site" includes other ports of the same host, which are different servers.
         is_other_site = request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
-        is_allowed = request.headers.get("origin") in self.allowed_origins
-        if is_other_site and not is_allowed and request.scope["path"] != "/":
+        if is_other_site and request.scope["path"] != "/":
             return make_error_response(403, "cross-site requests are not allowed")
         if length.isdigit() and int(length) > max_bytes:
             return make_error_response(
@@ -182,20 +166,6 @@ class RequestMiddleware:
         finally:
             sender.timer = None
         return None
-
-
-def _log_request(scope: Scope, route: str, status: int, seconds: float) -> None:
-    """Write a request to standard error. Its path, query string and body may be private and are not written."""
-    client = scope.get("client")
-    event = {
-        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "client": client[0] if client else None,
-        "method": scope["method"][:16],
-        "route": route,
-        "status": status,
-        "ms": round(1000 * seconds, 1),
-    }
-    print(json.dumps(event), file=sys.stderr, flush=True)
 
 
 class _BodyReader:

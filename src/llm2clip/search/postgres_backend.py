@@ -1,7 +1,7 @@
 """PostgreSQL index backend, for an index that several machines search, or that is backed up with a database.
 
 Each index is a schema of its own. All filters are SQL conditions with parameters, so a search reads only matching rows.
-From `approximate_above` distinct images on, `finish` builds an HNSW graph in the database.
+From APPROXIMATE_ABOVE distinct images on, `finish` builds an HNSW graph in the database.
 
 Word search finds the same matches as with SQLite: the texts are split into words in Python, because PostgreSQL's parser
 splits file names and numbers differently and keeps diacritics.
@@ -63,8 +63,7 @@ from llm2clip.search.words import (
     split_words,
 )
 
-# Lower than with SQLite, whose exact search is several times as fast (benchmarks/postgres.py).
-APPROXIMATE_ABOVE = 100_000
+APPROXIMATE_ABOVE = 100_000  # SQLite's exact search is several times as fast (benchmarks/postgres.py)
 MAX_INLINE_DIM = 3900  # larger vectors do not fit in a database page of 8 KB
 MAX_HNSW_DIM = 4000  # limit of pgvector
 HNSW_INDEX = "contents_hnsw"
@@ -132,9 +131,9 @@ STORABLE_CHARACTERS = {0: 0x10F7FF, **{code: code + 0x102000 for code in range(0
 ORIGINAL_CHARACTERS = {stored: original for original, stored in STORABLE_CHARACTERS.items()}
 
 
-def open_index(location: str, write: bool, approximate_above: int | None) -> PostgresBackend:
+def open_index(location: str, write: bool) -> PostgresBackend:
     """Open the index at `postgresql://USER@HOST/DATABASE?schema=NAME`. See `open_backend`."""
-    backend = PostgresBackend(location, APPROXIMATE_ABOVE if approximate_above is None else approximate_above)
+    backend = PostgresBackend(location)
     if not write and not backend.metadata():
         raise FileNotFoundError(
             f"{hide_password(location)} has no llm2clip index in the schema {backend.schema!r}. Create an index with "
@@ -148,7 +147,7 @@ class PostgresBackend(Backend):
 
     IN_IDS = "IN (SELECT value::bigint FROM json_array_elements_text(:ids::json))"
 
-    def __init__(self, url: str, approximate_above: int = APPROXIMATE_ABOVE) -> None:
+    def __init__(self, url: str) -> None:
         """Open the index at a connection URL of libpq with the additional parameter `schema`. See `open_backend`.
 
         The password can also come from PGPASSWORD, a password file or a service file.
@@ -158,7 +157,7 @@ class PostgresBackend(Backend):
             IndexUnavailableError: The server does not respond or rejects the connection.
         """
         conninfo, self.schema = parse_url(url)
-        self.location, self.approximate_above = hide_password(url), approximate_above
+        self.location, self.approximate_above = hide_password(url), APPROXIMATE_ABOVE
         self._db = PostgresDatabase(conninfo, self.schema, self.location)
         self._has_changes = False
         self._may_have_orphans = True  # an interrupted run may leave contents that belong to no image

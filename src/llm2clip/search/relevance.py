@@ -54,7 +54,6 @@ from llm2clip.search.types import Hit
 BACKGROUND_QUERIES = Path(__file__).with_name("background_queries.txt").read_text(encoding="utf-8").splitlines()
 SCALES = ("texts", "images", "captions")
 VERSION = 3  # version of the calibration format; data of other versions is ignored and replaced by `llm2clip index`
-UNAVAILABLE = b"unavailable "  # stored with the model's fingerprint if the index cannot be calibrated
 SAMPLE_SIZE = 2048  # number of images from which the mean embedding is estimated
 HUBNESS_WEIGHT = 0.25
 OVERLAP_WEIGHT = 8.0
@@ -70,10 +69,6 @@ MIN_QUERIES = 30  # minimum number of queries from which a distribution is estim
 MAX_QUERIES = 256  # number of captions, and of images, that are used as queries
 NEIGHBOURS = 32  # number of hits to search for if a query's own image and its near duplicates are excluded
 NEAR_DUPLICATE = 0.9  # minimum cosine similarity of near duplicates, after subtracting the mean embedding
-NOT_CALIBRATED = (
-    "This index has no calibration, so searches do not report when nothing is close to the query. To add it, run the "
-    "`llm2clip index` command of this index again."
-)
 MAX_CHANGED_FRACTION = 0.1  # a calibration is renewed if more of the index has changed
 
 
@@ -245,34 +240,16 @@ def update_calibration(backend: Backend, model: DualEncoder, changed: bool = Tru
     calibration = load_calibration(backend, model)
     if calibration is not None and (not changed or not _is_outdated(calibration, backend)):
         return
-    unavailable = UNAVAILABLE + model.fingerprint.encode()
-    if not changed and backend.load_calibration() == unavailable:
-        return
+    if not changed and backend.load_calibration() == b"":
+        return  # the index cannot be calibrated
     calibration = calibrate(backend, model)
-    backend.save_calibration(unavailable if calibration is None else calibration.to_bytes())
-
-
-def remove_calibration(backend: Backend) -> None:
-    if backend.load_calibration() != b"":
-        backend.save_calibration(b"")
+    backend.save_calibration(b"" if calibration is None else calibration.to_bytes())
 
 
 def load_calibration(backend: Backend, model: DualEncoder) -> Calibration | None:
     """Return the calibration of an index, or None if there is none for this model that can be read."""
-    data = backend.load_calibration()
-    calibration = Calibration.from_bytes(data) if data and not data.startswith(UNAVAILABLE) else None
-    if calibration is None or calibration.fingerprint != model.fingerprint:
-        return None
-    return calibration
-
-
-def warn_if_not_calibrated(backend: Backend) -> None:
-    """Print how to calibrate an index that was never calibrated, or whose calibration cannot be read."""
-    data = backend.load_calibration()
-    if data == b"" or (data is not None and data.startswith(UNAVAILABLE)):
-        return
-    if data is None or Calibration.from_bytes(data) is None:
-        print_once(NOT_CALIBRATED)
+    calibration = Calibration.from_bytes(backend.load_calibration() or b"")
+    return calibration if calibration is not None and calibration.fingerprint == model.fingerprint else None
 
 
 def _is_outdated(calibration: Calibration, backend: Backend) -> bool:

@@ -14,7 +14,6 @@ from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
 from llm2clip.io_utils import is_valid_unicode, to_valid_unicode
-from llm2clip.models.prompts import PLACEHOLDER, QueryTemplates
 from llm2clip.search.images import InvalidImage, RequestImage, TooLarge
 from llm2clip.search.index import SearchOptions
 from llm2clip.search.inference import QueueFull
@@ -37,7 +36,7 @@ MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, image
 MAX_OFFSET = 10_000  # limited because skipped results must also be found and scored
 # A query has at most MAX_IMAGES texts and MAX_IMAGES negative texts. Short texts are encoded once without a template
 # and once per template. With at most MAX_TEMPLATES templates, a request never encodes more than MAX_TEXTS texts.
-MAX_TEMPLATES, MAX_TEMPLATE_LENGTH = MAX_TEXTS // (2 * MAX_IMAGES) - 1, 200  # the length is in characters
+MAX_TEMPLATES = MAX_TEXTS // (2 * MAX_IMAGES) - 1
 
 
 def _require(is_valid: Callable[[str], bool], message: str) -> AfterValidator:
@@ -59,16 +58,12 @@ def _limit_text_length(text: str) -> str:
 
 NON_BLANK = _require(lambda text: bool(text.strip()), "the text is empty")
 VALID_UNICODE = _require(is_valid_unicode, "the text is not valid Unicode: it contains an unpaired surrogate")
-ONE_PLACEHOLDER = _require(
-    lambda text: text.count(PLACEHOLDER) == 1, "a template must contain {} exactly once, as in 'a photo of a {}'"
-)
 IS_DATA_URI = _require(
     lambda text: text.startswith(DATA_URI_PREFIX),
     f"an image must be a data URI of the form {DATA_URI_PREFIX}jpeg;base64,...; URLs are not downloaded",
 )
 AnyText = Annotated[str, Field(max_length=MAX_TEXT_LENGTH), VALID_UNICODE]
 Text = Annotated[AnyText, NON_BLANK]
-Template = Annotated[str, Field(max_length=MAX_TEMPLATE_LENGTH), VALID_UNICODE, ONE_PLACEHOLDER]
 DataUri = Annotated[str, IS_DATA_URI, Field(json_schema_extra={"format": "data-uri"})]
 TextOrDataUri = Annotated[str, AfterValidator(_limit_text_length), VALID_UNICODE, NON_BLANK]
 HitId = Annotated[str, Field(max_length=64), VALID_UNICODE]
@@ -137,20 +132,11 @@ class QueryRequest(_StrictModel):
         [], description="images that results should not resemble, as data URIs"
     )
     negative_like: QueryItems[HitId] = Field([], description="ids of earlier hits that results should not resemble")
-    templates: Items[Template] | None = Field(
-        default=None,
-        max_length=MAX_TEMPLATES,
-        description="prompt templates, such as 'a photo of a {}'. For texts of up to three words, the embeddings of "
-        "the text and the filled-in templates are averaged. Default: the server's templates. An empty list disables "
-        "templates",
-    )
 
     def to_query(self) -> SearchQuery:
         values: dict[str, Any] = {name: getattr(self, name) for name in QueryRequest.model_fields}
         for name in ("images", "negative_images"):
             values[name] = [RequestImage(uri, f"{name}.{index}") for index, uri in enumerate(values[name])]
-        if self.templates is not None:
-            values["templates"] = QueryTemplates(tuple(self.templates))
         return SearchQuery(**values)
 
 
@@ -261,26 +247,9 @@ class ExamplesResponse(BaseModel):
 
 
 class HeatmapRequest(QueryRequest):
-    """A non-empty query, and the image in which to locate it: either a hit's image or an image in the request."""
+    """A non-empty query, and the hit in whose image to locate it."""
 
-    id: HitId | None = Field(default=None, description="id of a hit")
-    image: DataUri | None = Field(default=None, description="image as a data URI, used instead of a hit's image")
-    variant: Literal["plain", "maskclip", "sclip", "clearclip", "naclip"] | None = Field(
-        default=None, description="variant of the dense features; default: the best variant for the model"
-    )
-    image_size: int | None = Field(
-        default=None,
-        ge=1,
-        le=4096,
-        description="length to which the shorter side is resized, in pixels; default: 1.5 times the model's training "
-        "resolution",
-    )
-
-    @model_validator(mode="after")
-    def _require_one_image(self) -> HeatmapRequest:
-        if (self.id is None) == (self.image is None):
-            raise PydanticCustomError("one_image", "a heat map requires either a hit id or an image")
-        return self
+    id: HitId = Field(description="id of a hit")
 
 
 class HeatmapResponse(BaseModel):

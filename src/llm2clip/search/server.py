@@ -6,11 +6,10 @@ import html
 import io
 import os
 import random
-import re
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,20 +19,18 @@ from typing import Annotated, Any, BinaryIO
 import numpy as np
 import torch
 import uvicorn
-from fastapi import FastAPI, Query, Request, UploadFile
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import Receive, Scope, Send
 
 from llm2clip import __version__
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.llm2clip import check_dim, truncate_and_normalize
-from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search.backends import Backend
-from llm2clip.search.explain import Explanation, locate_query
+from llm2clip.search.explain import Explanation
 from llm2clip.search.images import RequestImage
 from llm2clip.search.inference import InferenceService, Limits
 from llm2clip.search.metadata import CONDITIONS, Condition
@@ -82,8 +79,6 @@ class Access:
     # Host names that are allowed in the Host header, or None for all. This prevents DNS rebinding attacks, in which a
     # website makes its own host name resolve to this machine's address.
     hosts: Sequence[str] | None = LOOPBACK
-    allowed_origins: Sequence[str] = ()  # other websites, such as `https://example.org`, whose pages may use the API
-    log: bool = False  # write one JSON object per request to standard error
 
 
 def create_app(
@@ -92,7 +87,6 @@ def create_app(
     limits: Limits | None = None,
     access: Access | None = None,
     model_thread: ThreadPoolExecutor | None = None,
-    templates: QueryTemplates | None = None,
     rerank_model: DualEncoder | None = None,
 ) -> FastAPI:
     """Create the web application.
@@ -103,21 +97,18 @@ def create_app(
         limits: Resource limits for requests. Default: `Limits()`.
         access: Who may use the server. Default: everybody on this machine.
         model_thread: Single-threaded executor in which the models were loaded. See `InferenceService`.
-        templates: Prompt templates for short search texts. The embeddings of the text and the filled-in templates are
-            averaged. Requests can override the templates. Default: the templates saved with the model.
         rerank_model: Re-ranking model, with which requests can sort the first hits again. See `search.query`.
 
     Raises:
-        ValueError: The index was built with a different model, the token is not printable ASCII without spaces, there
-            are too many templates, or an origin is invalid.
+        ValueError: The index was built with a different model, the token is not printable ASCII without spaces, or the
+            model has too many prompt templates.
     """
     access = access or Access()
     auth = Authenticator(access.token) if access.token is not None else None
-    templates = model.query_templates if templates is None else templates
-    if len(templates.templates) > MAX_TEMPLATES:
-        raise ValueError(f"too many templates: {len(templates.templates)}; the limit is {MAX_TEMPLATES}")
-    check_origins(access.allowed_origins)
-    service = InferenceService(model, backend, limits or Limits(), model_thread, templates, rerank_model)
+    count = len(model.query_templates.templates)
+    if count > MAX_TEMPLATES:
+        raise ValueError(f"the model has too many prompt templates: {count}; the limit is {MAX_TEMPLATES}")
+    service = InferenceService(model, backend, limits or Limits(), model_thread, rerank_model)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -140,33 +131,10 @@ def create_app(
     _add_image_routes(app, service)
     _add_page_routes(app, auth, rerank_model)
     add_error_handlers(app)
-    _add_middleware(app, service, auth, access)
-    return app
-
-
-def _add_middleware(app: FastAPI, service: InferenceService, auth: Authenticator | None, access: Access) -> None:
-    origins = list(access.allowed_origins)
-    app.add_middleware(RequestMiddleware, service=service, auth=auth, allowed_origins=origins, access_log=access.log)
-    if origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-            max_age=600,  # seconds for which browsers may cache the answer
-        )
+    app.add_middleware(RequestMiddleware, service=service, auth=auth)
     if access.hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(access.hosts))
-
-
-def check_origins(origins: Iterable[str]) -> None:
-    """Raise ValueError if an origin is not of the form SCHEME://HOST[:PORT]."""
-    for origin in origins:
-        if not re.fullmatch(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(:[0-9]{1,5})?", origin):
-            raise ValueError(
-                f"{origin!r} is not an origin: it must be lower-case and consist of scheme, host and optional port, "
-                "such as https://example.org or http://localhost:3000, without a path or a slash at the end"
-            )
+    return app
 
 
 def serve(
@@ -265,38 +233,13 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
 
     @app.post("/heatmap", responses=API_ERRORS)
     async def heatmap(request: HeatmapRequest) -> HeatmapResponse:
-        """Return a heat map that locates the given texts, images and earlier hits in an image."""
-        return HeatmapResponse(rows=(await service.searchers.run(compute_heatmap, request)).tolist())
-
-    def compute_heatmap(request: HeatmapRequest) -> np.ndarray:
-        query, variant, image_size = request.to_query(), request.variant, request.image_size
-        if request.id is not None:
-            return service.require_index().compute_heatmap(query, request.id, variant, image_size)
-        if query.like or query.negative_like:
-            service.require_index()
-        encoder = service.encoder if service.index is None else service.index.encoder
-        vector = encoder.embed(query) if service.index is None else service.index.embed(query)
-        image = RequestImage(request.image or "", "image")
-        return locate_query(encoder, vector.combined, lambda: encoder.load(image), variant, image_size)
+        """Return a heat map that locates the given texts, images and earlier hits in the image of a hit."""
+        heatmap = await service.searchers.run(service.require_index().compute_heatmap, request.to_query(), request.id)
+        return HeatmapResponse(rows=heatmap.tolist())
 
 
 def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
     encoder = service.encoder
-
-    def make_response(vectors: np.ndarray, encoding: str = "float") -> EmbedResponse:
-        items = []
-        for index, vector in enumerate(vectors):
-            embedding: list[float] | str = vector.tolist()
-            if encoding == "base64":
-                embedding = base64.b64encode(vector.astype("<f4").tobytes()).decode()
-            items.append(EmbeddingItem(index=index, embedding=embedding))
-        usage = {"prompt_tokens": 0, "total_tokens": 0}
-        return EmbedResponse(data=items, model=Path(encoder.model.name).name, usage=usage)
-
-    def embed_images(images: list[RequestImage]) -> np.ndarray:
-        if len(images) > MAX_IMAGES:
-            raise ValueError(f"too many images in one request: {len(images)}; the limit is {MAX_IMAGES}")
-        return encoder.embed_images(images)
 
     @app.post("/v1/embeddings", responses=API_ERRORS, include_in_schema=False)
     @app.post("/embed", responses=API_ERRORS)
@@ -318,18 +261,21 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
                 images[index] = RequestImage(item, f"input.{index}")
             else:
                 texts[index] = item
+        if len(images) > MAX_IMAGES:
+            raise ValueError(f"too many images in one request: {len(images)}; the limit is {MAX_IMAGES}")
         vectors = np.empty((len(request.inputs), encoder.model.embed_dim), np.float32)
-        vectors[list(images)] = embed_images(list(images.values()))
+        vectors[list(images)] = encoder.embed_images(list(images.values()))
         vectors[list(texts)] = encoder.embed_texts(list(texts.values()))
         if request.dimensions is not None:
             vectors = truncate_and_normalize(torch.from_numpy(vectors), request.dimensions).numpy()
-        return make_response(vectors, request.encoding_format)
-
-    @app.post("/embed/upload", responses=API_ERRORS)
-    async def upload(files: list[UploadFile]) -> EmbedResponse:
-        """Return the embeddings of uploaded images."""
-        images = [RequestImage(await file.read(), f"files.{index}") for index, file in enumerate(files)]
-        return make_response(await service.embedders.run(embed_images, images))
+        items = []
+        for index, vector in enumerate(vectors):
+            embedding: list[float] | str = vector.tolist()
+            if request.encoding_format == "base64":
+                embedding = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+            items.append(EmbeddingItem(index=index, embedding=embedding))
+        usage = {"prompt_tokens": 0, "total_tokens": 0}
+        return EmbedResponse(data=items, model=Path(encoder.model.name).name, usage=usage)
 
 
 def _add_image_routes(app: FastAPI, service: InferenceService) -> None:

@@ -1,17 +1,15 @@
 """Index backend that stores images, vectors and thumbnails in an SQLite file, and searches the vectors in memory.
 
-    INDEX/
-      index.sqlite       metadata, images, image contents and the calibration of relevance
-      graph.usearch      HNSW graph; built only for a million or more distinct images
-      graph.json         the graph's quantization scale, checksum and id summary
-
+Each search scans all vectors, quantized to int8, and scores the best candidates again with the float16 vectors. Scans
+are limited by memory bandwidth, and int8 vectors are half the size of float16 vectors (see benchmarks/search.py).
 Readers keep the quantized vectors in memory, and load only new vectors after a write.
 """
+
+from __future__ import annotations
 
 import glob
 import json
 import os
-import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from usearch.index import MetricKind
+from usearch.index import search as exact_search
 
 from llm2clip.runs.output_folder import check_format_version, folder_lock
-from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import (
     CONTENT_COLUMNS,
     FORMAT_VERSION,
@@ -37,16 +36,6 @@ from llm2clip.search.backends import (
 )
 from llm2clip.search.metadata import CONTENT_FIELDS, IMAGE_FIELDS, Filter, define_columns, read_columns
 from llm2clip.search.types import MAX_LOCATIONS, IndexedContent, IndexedImage, IndexUnavailableError
-from llm2clip.search.vector_index import (
-    CHUNK,
-    GRAPH_FILE,
-    GRAPH_STATE_FILE,
-    GraphState,
-    QuantizedVectors,
-    VectorIndex,
-    open_graph,
-    update_graph,
-)
 from llm2clip.search.words import (
     WORDS_SCHEMA,
     WordQuery,
@@ -59,7 +48,10 @@ from llm2clip.search.words import (
     sort_distinct,
 )
 
-APPROXIMATE_ABOVE = 1_000_000
+# Minimum number of candidates to re-score. With 128, a scan of a million vectors found the exact top 10.
+MIN_CANDIDATES = 128
+EXACT_BELOW = 2048  # for at most this many ids, scoring all float16 vectors is faster than scanning int8 codes first
+CHUNK = 65_536
 COLUMN_TYPES = {float: "REAL", int: "INTEGER", str: "TEXT"}
 # The column "location" is the reference to an image's bytes, and "max_abs" is the largest absolute value in a vector.
 # The ids of contents are never reused, so contents with the same id are equal.
@@ -98,9 +90,12 @@ INSIDE_PATH = """(images.name GLOB :glob OR images.name GLOB :glob || '/*'
 MATCH_DTYPE = np.dtype([("content", np.int64), ("taken", np.float64)])
 
 
-def open_index(location: str, write: bool, approximate_above: int | None) -> Backend:
+Block = tuple[np.ndarray, np.ndarray]  # sorted int64 ids of shape (N,), and int8 codes of shape (N, D)
+
+
+def open_index(location: str, write: bool) -> Backend:
     """Open the index in a local folder. See `open_backend`."""
-    return SqliteBackend(Path(location), write, APPROXIMATE_ABOVE if approximate_above is None else approximate_above)
+    return SqliteBackend(Path(location), write)
 
 
 class SqliteBackend(Backend):
@@ -108,23 +103,21 @@ class SqliteBackend(Backend):
 
     IN_IDS = "IN (SELECT value FROM json_each(:ids))"
 
-    def __init__(self, folder: Path, write: bool = False, approximate_above: int = APPROXIMATE_ABOVE) -> None:
+    def __init__(self, folder: Path, write: bool = False) -> None:
         """Open the index in a folder. See `open_backend`. Only the current user can read a new index.
 
         Raises:
             FileNotFoundError: `write` is False, and there is no complete index in the folder.
             FormatVersionError: The index has a different format version.
         """
-        self.folder, self.approximate_above = folder, approximate_above
         if not write and not (folder / INDEX_FILE).exists():
             raise FileNotFoundError(format_missing_index_message(folder))
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # thumbnails and captions may be private
-        self._db = SqliteDatabase(folder, write)
+        self.folder, self._db = folder, SqliteDatabase(folder, write)
         self._may_have_orphans = True  # an interrupted run may leave contents that belong to no image
         self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_cached`
-        # Quantized vectors, and the id of the file from which they were read.
-        self._vectors: tuple[tuple[int, ...], QuantizedVectors] | None = None
-        self._index_lock, self._vectors_lock = threading.Lock(), threading.Lock()
+        self._vectors: tuple[tuple[Any, ...], QuantizedVectors] | None = None  # and the state of the database
+        self._vectors_lock = threading.Lock()
         if not write and (self._db.is_empty or not self.metadata()):
             raise FileNotFoundError(
                 f"{folder} is an incomplete index without images. To complete it, run `llm2clip index` again"
@@ -177,15 +170,6 @@ class SqliteBackend(Backend):
                 if row is not None:
                     set_recognized_text(connection, row[0], text)
 
-    def finish(self) -> None:
-        ids = _read_int_column(self._db.query("SELECT id FROM contents ORDER BY id"))
-        if len(ids) >= self.approximate_above:
-            with self._db.snapshot() as db:
-                max_abs = _read_max_abs(db)
-            update_graph(self.folder, ids, self._fetch_array, int(self.metadata()["embed_dim"]), max_abs)
-            for name in (GRAPH_FILE, GRAPH_STATE_FILE):
-                shutil.copymode(self._db.file, self.folder / name)
-
     # ---- statements
 
     def _read(self, function: Callable[[Query], Result]) -> Result:
@@ -224,13 +208,27 @@ class SqliteBackend(Backend):
     ) -> tuple[np.ndarray, np.ndarray]:
         # The last ranking is cached, because the relevance of a further page depends on the first hits of the query.
         key = self._db.read_state(), vector.tobytes(), image_filter  # read first: the index may be newer, but not older
-        index = self._get_current_vector_index()
         cached = self._cache.get("nearest")
         if cached is None or cached[0][0] != key or cached[0][1] < depth:
             allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
-            cached = self._cache["nearest"] = (key, depth), index.search(vector, depth, allowed_ids)
+            cached = self._cache["nearest"] = (key, depth), self._rank(vector, depth, allowed_ids)
         ids, cosines = cached[1]
         return ids[:depth], cosines[:depth]
+
+    def _rank(self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the int64 ids and float32 cosine similarities of the nearest vectors, best first, then by id.
+
+        Args:
+            query: L2-normalised query vector of shape (D,), float32.
+            allowed_ids: Sorted ids of the vectors to search. Default: all vectors.
+        """
+        if allowed_ids is not None and len(allowed_ids) <= EXACT_BELOW:
+            ids = allowed_ids
+        else:
+            ids = self._get_vectors().find_nearest(query, max(4 * count, MIN_CANDIDATES), allowed_ids)
+        scores = self._fetch_array(ids).astype(np.float32) @ query
+        order = np.lexsort((ids, -scores))[:count]
+        return ids[order], scores[order]
 
     def _find_word_matches(self, run: Query, query: WordQuery, image_filter: Filter) -> np.ndarray:
         def find() -> np.ndarray:
@@ -287,44 +285,23 @@ class SqliteBackend(Backend):
 
     # ---- vectors
 
-    def _get_current_vector_index(self) -> VectorIndex:
-        with self._index_lock:  # among concurrent searches, one opens the graph while the others wait
-            graph_time = 0
-            with suppress(FileNotFoundError):
-                graph_time = (self.folder / GRAPH_STATE_FILE).stat().st_mtime_ns
-
-            def create_index() -> VectorIndex:
-                graph = self._get_current_graph(graph_time) if graph_time else None
-                return VectorIndex(self._load_current_vectors, self._fetch_array, graph)
-
-            index: VectorIndex = self._get_cached("index", (self._db.read_state(), graph_time), create_index)
-            return index
-
-    def _get_current_graph(self, graph_time: int) -> Any:
-        """Return the graph, or None if it is corrupt or its ids differ from those in the database."""
-        opened: tuple[Any, GraphState] | None = self._get_cached("graph", graph_time, lambda: open_graph(self.folder))
-        if opened is None:
-            return None
-        graph, state = opened
-        (ids,) = self._db.query("SELECT count(*), max(id), sum(id) FROM contents")
-        return graph if ids == (state.count, state.last, state.sum) else None
-
-    def _load_current_vectors(self) -> QuantizedVectors:
+    def _get_vectors(self) -> QuantizedVectors:
         """Return all quantized vectors. Read only those added since the last call, unless they need a new scale."""
-        # Use a separate connection, because reading all vectors takes seconds and would block other threads.
-        with self._vectors_lock, self._db.snapshot() as db:
-            file_id, vectors = self._db.file_id, QuantizedVectors(127 / _read_max_abs(db))
-            if self._vectors is not None:
-                last_file_id, last_vectors = self._vectors
-                if last_file_id == file_id and last_vectors.scale <= vectors.scale:
-                    vectors = last_vectors
-                else:
-                    self._vectors = None  # free the old vectors first, in case both do not fit in memory
-            vectors = vectors.with_added(_read_vector_chunks(db, vectors.last_id))
-            ((count,),) = db.execute("SELECT count(*) FROM contents")
-            if count < len(vectors):
-                vectors = vectors.with_only(np.sort(_read_int_column(db.execute("SELECT id FROM contents"))))
-            self._vectors = file_id, vectors
+        with self._vectors_lock:  # among concurrent searches, one reads the vectors while the others wait
+            state = self._db.read_state()
+            if self._vectors is not None and self._vectors[0] == state:
+                return self._vectors[1]
+            with self._db.snapshot() as db:
+                vectors = QuantizedVectors(127 / _read_max_abs(db))
+                last, self._vectors = self._vectors, None
+                if last is not None and last[0][-1] == state[-1] and last[1].scale <= vectors.scale:  # the same file
+                    vectors = last[1]
+                del last  # frees vectors that cannot be used, in case both do not fit in memory
+                vectors = vectors.with_added(_read_vector_chunks(db, vectors.last_id))
+                ((count,),) = db.execute("SELECT count(*) FROM contents")
+                if count < len(vectors):
+                    vectors = vectors.with_only(np.sort(_read_int_column(db.execute("SELECT id FROM contents"))))
+            self._vectors = state, vectors
             return vectors
 
     def _decode_vector(self, vector: bytes) -> np.ndarray:
@@ -369,6 +346,72 @@ def _read_int_column(cursor: Iterable[tuple[Any, ...]]) -> np.ndarray:
     return np.array([value for (value,) in cursor], dtype=np.int64)
 
 
+# ---- quantized vectors
+
+
+class QuantizedVectors:
+    """Vectors quantized to int8 by rounding scale * x and clipping to ±127.
+
+    All vectors share one scale, so their dot products with a query are comparable. Vectors are stored in blocks, sorted
+    by id, so an update copies only a few blocks instead of all vectors.
+    """
+
+    def __init__(self, scale: float, blocks: Sequence[Block] = ()) -> None:
+        self.scale, self.blocks = scale, tuple(blocks)
+
+    @property
+    def last_id(self) -> int:
+        return int(self.blocks[-1][0][-1]) if self.blocks else 0
+
+    def __len__(self) -> int:
+        return sum(len(ids) for ids, _ in self.blocks)
+
+    def with_added(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> QuantizedVectors:
+        """Return a new object with chunks of additional int64 ids and float16 vectors. Both objects share most blocks.
+
+        The ids must be larger than all previous ids.
+        """
+        blocks = list(self.blocks)
+        for ids, vectors in chunks:
+            codes = quantize(vectors, self.scale)
+            if blocks and len(blocks[-1][0]) + len(ids) <= CHUNK:
+                last_ids, last_codes = blocks.pop()
+                ids, codes = np.concatenate([last_ids, ids]), np.concatenate([last_codes, codes])
+            blocks.append((ids, codes))
+        return QuantizedVectors(self.scale, blocks)
+
+    def with_only(self, ids: np.ndarray) -> QuantizedVectors:
+        """Return a new object without the vectors whose ids are not in the sorted array `ids`."""
+        blocks = [_select(block, ids) for block in self.blocks]
+        return QuantizedVectors(self.scale, [block for block in blocks if len(block[0])])
+
+    def find_nearest(self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None = None) -> np.ndarray:
+        """Return the ids of the vectors with the largest dot products with a quantized query, largest first."""
+        # The query may use a different scale, because constant factors do not change the ranking.
+        query_code = np.rint(query * (127 / max(float(np.abs(query).max()), 1e-6))).astype(np.int8)
+        best_ids, best_distances = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+        for block in self.blocks:
+            ids, codes = block if allowed_ids is None else _select(block, allowed_ids)
+            if len(ids):
+                matches = exact_search(codes, query_code, min(count, len(ids)), MetricKind.IP, exact=True)
+                best_ids.append(ids[matches.keys.astype(np.int64)])
+                best_distances.append(matches.distances)
+        order = np.argsort(np.concatenate(best_distances), kind="stable")[:count]
+        return np.concatenate(best_ids)[order]
+
+
+def _select(block: Block, allowed_ids: np.ndarray) -> Block:
+    """Return the vectors of a block whose ids are in a sorted array: the block itself if it contains no others."""
+    ids, codes = block
+    first, end = np.searchsorted(allowed_ids, (ids[0], ids[-1] + 1))
+    allowed = np.isin(ids, allowed_ids[first:end], assume_unique=True)
+    return block if allowed.all() else (ids[allowed], codes[allowed])
+
+
+def quantize(vectors: np.ndarray, scale: float) -> np.ndarray:
+    return np.clip(np.rint(vectors.astype(np.float32) * scale), -127, 127).astype(np.int8)
+
+
 # ---- database
 
 
@@ -382,7 +425,7 @@ class SqliteDatabase:
             self.file.touch(mode=0o600)  # SQLite's temporary files inherit these permissions
         self._lock = threading.RLock()
         with self._convert_errors():
-            self.file_id = self._rejected_id = self._read_file_id()
+            self.file_id = self._read_file_id()
             self.connection = self._connect()
             version = int(self.connection.execute("PRAGMA user_version").fetchone()[0])
             self.is_empty = version == 0 and not write
@@ -398,9 +441,9 @@ class SqliteDatabase:
 
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
         with self._lock, self._convert_errors():
-            new_id = self._read_file_id()
-            if new_id not in (self.file_id, self._rejected_id, ()):
-                self._open_new_file(new_id)
+            file_id = self._read_file_id()
+            if file_id not in (self.file_id, ()):
+                self._open_replaced_file(file_id)
             return self.connection.execute(sql, parameters).fetchall()
 
     @contextmanager
@@ -412,14 +455,7 @@ class SqliteDatabase:
 
     @contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
-        """Open a separate connection to read a database snapshot without blocking other threads.
-
-        If the file has been replaced or deleted, only the existing connection can read it, so other threads wait.
-        """
-        if self._read_file_id() != self.file_id:
-            with self._lock, self._convert_errors():
-                yield self.connection
-            return
+        """Open a separate connection to read a database snapshot without blocking other threads."""
         with self._convert_errors(), closing(self._connect()) as db:
             db.execute("BEGIN")
             yield db
@@ -431,31 +467,24 @@ class SqliteDatabase:
             return version, self.connection.total_changes, self.file_id
 
     def _connect(self) -> sqlite3.Connection:
-        options: dict[str, Any] = {"check_same_thread": False, "isolation_level": None, "timeout": 60}
+        mode = "mode=rw"
         if self._is_on_read_only_disk() and not Path(f"{self.file}-wal").exists():
-            # Otherwise, SQLite creates files next to the database even when reading.
-            return sqlite3.connect(f"{self.file.absolute().as_uri()}?immutable=1", uri=True, **options)
-        return sqlite3.connect(self.file, **options)
+            mode = "immutable=1"  # otherwise, SQLite creates files next to the database even when reading
+        uri = f"{self.file.absolute().as_uri()}?{mode}"
+        return sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, timeout=60)
 
-    def _open_new_file(self, new_id: tuple[int, ...]) -> None:
-        """Read from the file that has replaced the index file since it was opened.
-
-        Until the new file contains an index of the same model, continue with the old file, which remains readable even
-        after it has been deleted.
-        """
-        identity = """SELECT key, value FROM metadata
-          WHERE key IN ('fingerprint', 'image_fingerprint', 'embed_dim') ORDER BY key"""
-        with closing(self._connect()) as connection:
-            try:
-                new_model = connection.execute(identity).fetchall()
-            except sqlite3.Error:
-                return  # the tables have not been created yet
-        if new_model == self.connection.execute(identity).fetchall():
-            old, self.connection, self.file_id = self.connection, self._connect(), new_id
-            old.close()
-        elif new_model:
-            self._rejected_id = new_id
-            print_once(f"{self.file} was replaced with an index of a different model. To use it, restart this command")
+    def _open_replaced_file(self, file_id: tuple[int, ...]) -> None:
+        """Read from the file that has replaced the index file since it was opened. Raise if its model differs."""
+        keys = "'fingerprint', 'image_fingerprint', 'embed_dim'"
+        identity = f"SELECT key, value FROM metadata WHERE key IN ({keys}) ORDER BY key"
+        connection = self._connect()
+        if connection.execute(identity).fetchall() != self.connection.execute(identity).fetchall():
+            connection.close()
+            raise IndexUnavailableError(
+                f"{self.file} was replaced with an index of a different model. To use it, restart this command"
+            )
+        self.connection.close()
+        self.connection, self.file_id = connection, file_id
 
     def _is_on_read_only_disk(self) -> bool:
         if not hasattr(os, "statvfs"):  # Windows
