@@ -26,6 +26,7 @@ with random embeddings.
 """
 
 import argparse
+import base64
 import http.client
 import json
 import os
@@ -177,7 +178,7 @@ class Client(threading.Thread):
             "filter": self.search_folder,
             "indexed": self.search_indexed,
             "embed": self.embed,
-            "upload": self.upload,
+            "upload": self.embed_image,
         }
 
     def run(self) -> None:
@@ -262,11 +263,10 @@ class Client(threading.Thread):
         response = self.post(kind, "/embed", json.dumps({"input": self.collection.sample_texts[number]}).encode())
         return response and check_embedding(response, self.collection.sample_vectors[number])
 
-    def upload(self, kind: str) -> str | None:
+    def embed_image(self, kind: str) -> str | None:
         number = random.randrange(SAMPLES)
-        head = '--boundary\r\nContent-Disposition: form-data; name="files"; filename="x.png"\r\n\r\n'
-        body = head.encode() + self.collection.images[number] + b"\r\n--boundary--\r\n"
-        response = self.post(kind, "/embed/upload", body, "multipart/form-data; boundary=boundary")
+        uri = "data:image/png;base64," + base64.b64encode(self.collection.images[number]).decode()
+        response = self.post(kind, "/embed", json.dumps({"input": uri}).encode())
         return response and check_embedding(response, self.collection.image_vectors[number])
 
 

@@ -23,7 +23,6 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
-from llm2clip.models.prompts import QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.dense import DenseEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
@@ -131,14 +130,12 @@ def search_names(backend: Backend, image_filter: Filter | None = None, count: in
     return {Path(image.name).name for hit in hits for image in hit.images}
 
 
-def create_patient_app(
-    model: DualEncoder, backend: Backend | None = None, templates: QueryTemplates | None = None, **limits: Any
-) -> Any:
+def create_patient_app(model: DualEncoder, backend: Backend | None = None, **limits: Any) -> Any:
     """Create the web application with a request timeout that no test reaches, however slow the machine is."""
     from llm2clip.search.inference import Limits
     from llm2clip.search.server import create_app
 
-    return create_app(model, backend, Limits(**{"timeout": HANG_TIMEOUT, **limits}), templates=templates)
+    return create_app(model, backend, Limits(**{"timeout": HANG_TIMEOUT, **limits}))
 
 
 @contextmanager

@@ -34,7 +34,6 @@ OPERATIONS = (
     "POST /search",
     "POST /heatmap",
     "POST /embed",
-    "POST /embed/upload",
     "GET /thumbnail/{hit_id}",
     "GET /image/{hit_id}",
     "GET /zip",

@@ -75,4 +75,4 @@ def test_service_and_container_start_the_server_with_valid_options() -> None:
     (arguments,) = re.findall(r"^CMD (\[.+\])$", containerfile, re.MULTILINE)
     parser, _ = build_parser()
     for argv in (command.split(), json.loads(arguments)):
-        assert parser.parse_args(argv).serve.access_log
+        assert parser.parse_args(argv).serve.index

@@ -200,11 +200,17 @@ def test_postgres_finds_names_that_are_longer_than_an_index_entry(tmp_path: Path
     assert search_names(backend, Filter(path=name, caption=name[-400:])) == {name.removeprefix("/p/")}
 
 
+def open_writer(url: str, approximate_above: int) -> Backend:
+    backend: Any = open_backend(url, write=True)
+    backend.approximate_above = approximate_above
+    return backend
+
+
 def test_postgres_approximate_search_returns_all_images_that_match_a_filter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = make_postgres_url(tmp_path)
-    backend = open_backend(url, write=True, approximate_above=2000)
+    backend = open_writer(url, 2000)
     backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": DIM})
     add_images(backend, range(1999))
     backend.finish()
@@ -224,7 +230,7 @@ def test_postgres_approximate_search_returns_all_images_that_match_a_filter(
         rare = backend.search(QUERY, 10, Filter(path="/rare"))
         assert {hit.images[0].name for hit in rare} == {"/rare/a.png", "/rare/b"}
     assert len(backend.search(QUERY, 200, Filter(), offset=2300)) == 200
-    backend = open_backend(url, write=True, approximate_above=5000)
+    backend = open_writer(url, 5000)
     backend.finish()
     assert "hnsw" not in str(backend._query(explain, {}))
 
@@ -232,7 +238,7 @@ def test_postgres_approximate_search_returns_all_images_that_match_a_filter(
 def test_postgres_searches_exactly_if_few_images_match_the_filter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = open_backend(make_postgres_url(tmp_path), write=True, approximate_above=2000)
+    backend = open_writer(make_postgres_url(tmp_path), 2000)
     backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": DIM})
     add_images(backend, range(2500))
     backend.finish()
@@ -258,7 +264,7 @@ def test_postgres_reports_a_graph_that_does_not_fit_into_memory(
 ) -> None:
     for memory, is_slow in (("64MB", False), ("1MB", True)):
         url = f"{make_postgres_url(tmp_path / memory)}&options=-c%20maintenance_work_mem%3D{memory}"
-        backend = open_backend(url, write=True, approximate_above=0)
+        backend = open_writer(url, 0)
         backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": 2000})
         vectors = np.random.default_rng(0).standard_normal((300, 2000))
         contents = [make_content(number, vector) for number, vector in enumerate(vectors)]
@@ -330,7 +336,7 @@ def test_postgres_word_search_accepts_very_long_texts(tmp_path: Path) -> None:
 
 
 def test_postgres_word_search_uses_its_indexes(tmp_path: Path) -> None:
-    backend: Any = open_backend(make_postgres_url(tmp_path), write=True, approximate_above=0)
+    backend: Any = open_writer(make_postgres_url(tmp_path), 0)
     backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": DIM})
     contents = [make_content(number) for number in range(3000)]
     images = []

@@ -70,6 +70,7 @@ def test_nginx_passes_on_requests_and_limits_clients(server: str, tmp_path: Path
         ("/etc/ssl/search.example.org.pem", str(certificate)),
         ("/etc/ssl/search.example.org.key", str(key)),
         ("127.0.0.1:7860", server),
+        ("/var/log/nginx/llm2clip.log", f"{tmp_path}/requests.log"),
         ("rate=50r/s", "rate=1r/m"),  # so that a slow machine reaches the limit too
         ("burst=300", "burst=20"),
     ):

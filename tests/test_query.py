@@ -200,12 +200,6 @@ def test_commands_rerank_results(
     assert list_numbers("--rerank", str(tmp_path)) == [*sorted(plain[:8], reverse=True), *plain[8:]] != plain
     best = max(plain[:8])
     assert list_numbers("--rerank", str(tmp_path), "--top", "1") == [best]
-    sheet = tmp_path / "sheet"
-    flags = ["--no_words", "--no_group", "--sheet", str(sheet), "--rerank", str(tmp_path)]
-    assert main(["search", folder, "red", *flags]) == 0
-    text = (sheet / "results.html").read_text()
-    assert f"re-ranked with {tmp_path} (" in text and "most similar first" not in text
-    capsys.readouterr()
     shutil.move(photos / f"{best}.png", tmp_path / "moved.png")
     assert main(["search", folder, "red", "--no_words", "--no_group", "--rerank", str(tmp_path)]) == 0
     assert "could not be re-ranked" in capsys.readouterr().err

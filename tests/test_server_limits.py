@@ -107,7 +107,7 @@ def test_unknown_fields_create_a_single_error() -> None:
 @pytest.mark.parametrize("item", [[], {}, None, 1, "", "\ud800"])
 def test_lists_with_many_invalid_items_create_few_errors(item: Any) -> None:
     """Validation runs in the event loop, where it delays all other requests."""
-    for model, field in ((EmbedRequest, "input"), (SearchRequest, "texts"), (SearchRequest, "templates")):
+    for model, field in ((EmbedRequest, "input"), (SearchRequest, "texts")):
         with pytest.raises(ValidationError) as error:
             model.model_validate({"texts": ["a"], field: [item] * 1000})
         assert error.value.error_count() <= 2
@@ -131,8 +131,6 @@ def test_json_with_too_many_values_is_rejected_before_it_is_parsed(
             message = loads(response.content)["error"]["message"] if response.status_code == 413 else response.text
             assert "too many values" in message or len(body) == MAX_JSON_VALUES, message
         assert all(size <= MAX_JSON_VALUES + 1 for size in parsed)
-        files = [("files", ("a.png", b"," * (MAX_JSON_VALUES + 1)))]
-        assert client.post("/embed/upload", files=files).status_code == 422  # not JSON
 
 
 def test_byte_budget_limits_the_total() -> None:

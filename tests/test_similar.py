@@ -271,6 +271,3 @@ def test_search_prints_the_number_of_similar_images(
     assert len(search("--paths").splitlines()) == 5 and len(search("--paths", "--no_group").splitlines()) == 9
     results = [json.loads(line) for line in search("--json").splitlines()]
     assert sorted(len(result["similar"]) for result in results) == [0, 0, 0, 2, 2]
-    search("--sheet", str(tmp_path / "sheet"))
-    # The label of an image is also its alternative text.
-    assert (tmp_path / "sheet/results.html").read_text().count("(+2 similar)") == 4

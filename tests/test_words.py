@@ -23,7 +23,7 @@ from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search import ocr, vector_index, words
+from llm2clip.search import ocr, sqlite_backend, words
 from llm2clip.search.backends import Backend
 from llm2clip.search.metadata import Filter, normalize
 from llm2clip.search.sqlite_backend import SqliteBackend
@@ -513,8 +513,8 @@ def test_real_models_read_text_of_all_orientations_and_scripts() -> None:
 
 def test_readers_see_all_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that loads only new vectors returns the same results as a reader that loads all vectors."""
-    monkeypatch.setattr(vector_index, "EXACT_BELOW", 0)
-    monkeypatch.setattr(vector_index, "CHUNK", 8)
+    monkeypatch.setattr(sqlite_backend, "EXACT_BELOW", 0)
+    monkeypatch.setattr(sqlite_backend, "CHUNK", 8)
     writer = create_index(tmp_path, 30)
     reader, rng = SqliteBackend(tmp_path), np.random.default_rng(0)
     for step in range(60):
@@ -540,13 +540,13 @@ def test_readers_read_only_what_a_commit_changed(tmp_path: Path, monkeypatch: py
     writer = create_index(tmp_path, 50)
     reader = SqliteBackend(tmp_path)
     vectors_read: list[int] = []
-    quantize = vector_index.quantize
+    quantize = sqlite_backend.quantize
 
     def counting_quantize(vectors: np.ndarray, scale: float) -> np.ndarray:
         vectors_read.append(len(vectors))
         return quantize(vectors, scale)
 
-    monkeypatch.setattr(vector_index, "quantize", counting_quantize)
+    monkeypatch.setattr(sqlite_backend, "quantize", counting_quantize)
 
     def count_reads() -> tuple[int, int]:
         """Return the numbers of hits, and of vectors that were read."""
