@@ -1,4 +1,4 @@
-"""Tests of LLaVA training: trained weights, cached features, resuming, several processes, command and plan."""
+"""Tests of LLaVA training: trained weights, cached features, resuming, several processes and the command."""
 
 import json
 from dataclasses import replace
@@ -18,9 +18,8 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.llava import LlavaConfig
 from llm2clip.llava import train as train_module
 from llm2clip.llava.build import build_llava
-from llm2clip.llava.conversations import Conversation, tokenize_and_label
+from llm2clip.llava.conversations import Conversation
 from llm2clip.llava.train import train_llava
-from test_export import hf_tower
 
 SMALL = LlavaConfig(
     pretrain_epochs=1, pretrain_batch_size=4, epochs=1, batch_size=4, micro_batch_size=2, lr=1e-2, pretrain_lr=1e-2,
@@ -221,56 +220,3 @@ def test_train_command_reads_records_and_llava_json(
     assert "different settings" in capsys.readouterr().err
     assert main(["llava", "train", str(built), "--out", str(tmp_path / "none")]) == 1
     assert "no conversations" in capsys.readouterr().err
-
-
-def test_plan_matches_the_counted_flops_and_parameters(tmp_path: Path) -> None:
-    from llm2clip.tools.plan_costs import count_flops
-    from llm2clip.tools.plan_llava import plan_llava
-    from llm2clip.tools.plan_memory import Machine
-
-    llm = make_llm(tmp_path / "llm", layers=4)
-    tower = hf_tower(tmp_path, "clip_vision_model")
-    model, processor = load_model(build_llava(tower, str(llm), tmp_path / "built"))
-    model.set_attn_implementation("eager")  # its matmuls are counted
-    conversation = Conversation("", None, (("Q?", "An"),))
-    ids = torch.tensor([tokenize_and_label(conversation, processor.tokenizer, 0).ids])
-    text_tokens = ids.shape[1]
-    stages = plan_llava(
-        LlavaConfig(precision="fp32"),
-        Machine("h100"),
-        llm=str(llm),
-        vision=str(tmp_path / "clip_vision_model"),
-        image_size=None,
-        conversations={"pretrain": 1000, "instruct": 1000},
-        text_tokens={"pretrain": text_tokens, "instruct": text_tokens},
-    )
-    assert stages["instruct"].image_tokens == model.config.image_seq_length == 16
-    assert stages["instruct"].parameters == {
-        "vision tower": count_parameters(model.model.vision_tower),
-        "projector": count_parameters(model.model.multi_modal_projector),
-        "language model": count_parameters(model.model.language_model),
-    }
-    for stage in ("pretrain", "instruct"):
-        model.requires_grad_(stage == "instruct")
-        image_and_text = torch.cat([ids.new_zeros(1, 16), ids], 1)
-        embeddings = model.get_input_embeddings()(image_and_text).detach().requires_grad_()
-
-        def step(embeddings: torch.Tensor = embeddings) -> None:
-            # Image tokens have no logits.
-            model(inputs_embeds=embeddings, labels=ids, logits_to_keep=text_tokens).loss.backward()
-
-        assert stages[stage].flops == pytest.approx(count_flops(step), rel=0.15), stage
-
-
-def count_parameters(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def test_plan_command_fits_llava_7b_with_fsdp_only(capsys: pytest.CaptureFixture[str]) -> None:
-    machine = ["llava", "plan", "--device", "a100-80", "--count", "8"]
-    assert main(machine) == 0
-    assert "does not fit in 80 GB: try --use_fsdp" in capsys.readouterr().out
-    assert main([*machine, "--use_fsdp", "--config", "llava-1.5-7b"]) == 0
-    output = capsys.readouterr().out
-    assert "576 tokens per image" in output
-    assert output.count("(fits)") == 2

@@ -11,13 +11,11 @@ from torch import nn
 from transformers import LlamaConfig
 
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
-from llm2clip.llava import LlavaConfig
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.tools import plan as planner
 from llm2clip.tools import plan_costs as model_costs
-from llm2clip.tools import plan_llava as llava_planner
 from llm2clip.tools.plan import Plan, format_plan, plan_fit
 from llm2clip.tools.plan_costs import (
     LLMS,
@@ -31,7 +29,6 @@ from llm2clip.tools.plan_costs import (
     count_parameters,
     get_llm_config,
 )
-from llm2clip.tools.plan_llava import LlavaStage, plan_llava
 from llm2clip.tools.plan_memory import (
     DEVICES,
     Machine,
@@ -61,7 +58,6 @@ def measure_each_model_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(planner, "measure_text_costs", measure_text_costs)
         monkeypatch.setattr(planner, "measure_image_costs", measure_image_costs)
-        monkeypatch.setattr(llava_planner, "measure_text_costs", measure_text_costs)
         yield
 
 
@@ -344,31 +340,3 @@ def test_format_plan_shows_tables_and_advice() -> None:
     assert "OUT OF MEMORY in align. To reduce it: a lower --align.micro_batch_size" in page
     untuned = plan_small(dataclasses.replace(SMALL, tune=TuneConfig(steps=0)))
     assert "tune" not in untuned.memory and format_plan(untuned)
-
-
-# ---- LLaVA ----------------------------------------------------------------------------------------------------------
-
-
-def plan_small_llava(config: LlavaConfig, conversations: int, llm: str = "smollm2-135m") -> dict[str, LlavaStage]:
-    return plan_llava(
-        config,
-        GPU,
-        llm=llm,
-        vision="openai/clip-vit-base-patch32",
-        image_size=None,
-        conversations={"pretrain": conversations, "instruct": conversations},
-        text_tokens={"pretrain": 300, "instruct": 300},
-    )
-
-
-@pytest.mark.parametrize(
-    ("llm", "parameters"), [("smollm2-135m", 134_515_008), ("lmsys/vicuna-7b-v1.5", 6_738_415_616)]
-)
-def test_llava_plan_counts_a_tied_head_once(llm: str, parameters: int) -> None:
-    assert plan_small_llava(LlavaConfig(), 1000, llm)["pretrain"].parameters["language model"] == parameters
-
-
-def test_llava_plan_caches_features_of_both_stages_or_none() -> None:
-    for gigabytes, is_cached in ((20, False), (31, True)):  # each stage needs 15 GB
-        for stage in plan_small_llava(LlavaConfig(cache_gb=gigabytes), 200_000).values():
-            assert ("tower" in stage.memory) != is_cached

@@ -36,7 +36,7 @@ Using a model:
   llm2clip export MODEL --to FORMAT --out FOLDER    transformers, sentence-transformers, ONNX, gallery
   llm2clip convert CHECKPOINT --out MODEL           import a published LLM2CLIP checkpoint
   llm2clip push MODEL REPO              upload a model to the hub
-  llm2clip llava build | train | plan               use the vision tower in a multimodal LLM
+  llm2clip llava build | train                      use the vision tower in a multimodal LLM
 
 Run `llm2clip COMMAND --help` for the options of a command.
 

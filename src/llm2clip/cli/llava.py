@@ -1,4 +1,4 @@
-"""Commands for multimodal LLMs: `llm2clip llava build | train | plan`."""
+"""Commands for multimodal LLMs: `llm2clip llava build | train`."""
 
 import json
 import shlex
@@ -8,8 +8,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
 from llm2clip.cli.checks import check_output_folder, check_pretrained, check_sources
-from llm2clip.cli.commands import SECTIONS, ArgumentParser, Commands, add_reading_arguments, format_command
-from llm2clip.cli.setup import add_machine_arguments, make_machine
+from llm2clip.cli.commands import SECTIONS, Commands, add_reading_arguments, format_command
 from llm2clip.llava import LlavaConfig
 
 SECTIONS.add("llava")
@@ -19,7 +18,16 @@ def add_commands(commands: Commands) -> None:
     llava = commands.add_group("llava", "Build and train a multimodal LLM: LLaVA-1.5 with any vision tower.")
 
     parser = llava.add("build", _build, "Combine a vision tower and a causal LLM into an untrained multimodal model.")
-    _add_model_arguments(parser, required=True)
+    parser.add_argument(
+        "--vision",
+        type=str,
+        required=True,
+        help="LLM2CLIP model folder, or any vision tower that --align.tower accepts.",
+    )
+    parser.add_argument("--llm", type=str, required=True, help="Folder or hub id of a causal LLM, or smollm2-135m.")
+    parser.add_argument(
+        "--image_size", type=PositiveInt, help="Image size in pixels. Default: the tower's training resolution."
+    )
     parser.add_argument("--out", type=str, required=True, help="Model folder to create.")
     parser.add_argument(
         "--pad",
@@ -55,46 +63,6 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--out", type=str, required=True, help="Run directory; the result is OUT/model.")
     add_reading_arguments(parser)
     parser.add_class_arguments(LlavaConfig, "llava")
-
-    parser = llava.add("plan", _plan, "Estimate training memory and hours, without training anything.")
-    _add_model_arguments(parser, required=False)
-    parser.add_argument("--pretrain", type=int, default=558_128, help="Number of conversations in the first stage.")
-    parser.add_argument("--instruct", type=int, default=665_298, help="Number of conversations in the second stage.")
-    parser.add_argument(
-        "--pretrain_tokens",
-        type=float,
-        default=60,
-        help="Average number of text tokens per conversation in the first stage.",
-    )
-    parser.add_argument(
-        "--instruct_tokens",
-        type=float,
-        default=300,
-        help="Average number of text tokens per conversation in the second stage.",
-    )
-    add_machine_arguments(parser)
-    parser.add_class_arguments(LlavaConfig, "llava")
-
-
-def _add_model_arguments(parser: ArgumentParser, required: bool) -> None:
-    """Add the model arguments for `build` and `plan`. If not `required`, they default to the LLaVA-1.5 models."""
-    parser.add_argument(
-        "--vision",
-        type=str,
-        required=required,
-        default=None if required else "openai/clip-vit-large-patch14-336",
-        help="LLM2CLIP model folder, or any vision tower that --align.tower accepts.",
-    )
-    parser.add_argument(
-        "--llm",
-        type=str,
-        required=required,
-        default=None if required else "lmsys/vicuna-7b-v1.5",
-        help="Folder or hub id of a causal LLM, or smollm2-135m.",
-    )
-    parser.add_argument(
-        "--image_size", type=PositiveInt, help="Image size in pixels. Default: the tower's training resolution."
-    )
 
 
 def _build(args: Namespace) -> list[str]:
@@ -146,18 +114,3 @@ def _train(args: Namespace) -> list[str]:
         f"Next: {shlex.join(evaluate)}",
         f'Use: pipeline("image-text-to-text", model="{folder}")',
     ]
-
-
-def _plan(args: Namespace) -> list[str]:
-    from llm2clip.tools.plan_llava import format_llava_plan, plan_llava
-
-    stages = plan_llava(
-        args.llava,
-        make_machine(args),
-        llm=args.llm,
-        vision=args.vision,
-        image_size=args.image_size,
-        conversations={"pretrain": args.pretrain, "instruct": args.instruct},
-        text_tokens={"pretrain": args.pretrain_tokens, "instruct": args.instruct_tokens},
-    )
-    return format_llava_plan(stages)

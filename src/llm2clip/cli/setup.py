@@ -11,7 +11,6 @@ from jsonargparse import Namespace
 from llm2clip.cli.checks import check_output_folder, check_sources
 from llm2clip.cli.commands import (
     DATA_HELP,
-    ArgumentParser,
     Commands,
     add_reading_arguments,
     read_builtin_configs,
@@ -52,7 +51,10 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--images", type=int, required=True, help="Number of training images.")
     parser.add_argument("--captions_per_image", type=float, default=2.0, help="Average number of captions per image.")
     parser.add_argument("--tokens_per_caption", type=float, default=84.0, help="Average caption length in tokens.")
-    add_machine_arguments(parser)
+    parser.add_class_arguments(Machine, skip={"use_fsdp"})
+    parser.add_argument(
+        "--use_fsdp", action="store_true", help="Shard the weights with FSDP, as in `accelerate launch --use_fsdp`."
+    )
     add_stage_settings(parser)
 
 
@@ -95,22 +97,12 @@ def _list_configs(args: Namespace) -> list[str]:
     return [f"{name:<{width}}  {text.splitlines()[0].removeprefix('#').strip()}" for name, text in configs.items()]
 
 
-def add_machine_arguments(parser: ArgumentParser) -> None:
-    parser.add_class_arguments(Machine, skip={"use_fsdp"})
-    parser.add_argument(
-        "--use_fsdp", action="store_true", help="Shard the weights with FSDP, as in `accelerate launch --use_fsdp`."
-    )
-
-
-def make_machine(args: Namespace) -> Machine:
-    return Machine(**select_arguments(args, *(field.name for field in dataclasses.fields(Machine))))
-
-
 def make_plan(args: Namespace) -> Plan:
     from llm2clip.tools.plan import plan_fit
 
     config = FitConfig(**select_arguments(args, "encoder", "tune", "embed", "align"))
-    return plan_fit(config, make_machine(args), args.images, args.captions_per_image, args.tokens_per_caption)
+    machine = Machine(**select_arguments(args, *(field.name for field in dataclasses.fields(Machine))))
+    return plan_fit(config, machine, args.images, args.captions_per_image, args.tokens_per_caption)
 
 
 def _plan(args: Namespace) -> list[str]:

@@ -88,7 +88,6 @@ class ImageCosts:
     backward: float  # FLOPs of the backward pass in a training step
     saved: float  # bytes saved by autograd
     saved_per_layer: float  # bytes saved by autograd in each tower layer; 0 if the tower is frozen
-    layer_inputs: float  # bytes of the inputs to all tower layers; 0 if the tower is frozen
     copies: float  # bytes of half-precision weight copies saved by autograd
 
     @property
@@ -181,7 +180,6 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
         backward=image.backward + captions * text.backward,
         saved=image.saved + captions * text.saved,
         saved_per_layer=image.saved / max(1, len(layers)) if config.tower_lr else 0.0,
-        layer_inputs=image.layer_inputs,
         copies=image.copies + text.copies,
     )
 
@@ -345,8 +343,6 @@ def _make_config(*values: str | int, **extra: int) -> dict[str, Any]:
 
 _LLAMA_8B = _make_config("llama", 4096, 32, 32, 8, 14336, 128256)
 _LLAMA_1B = _make_config("llama", 2048, 16, 32, 8, 8192, 128256, head_dim=64, tie_word_embeddings=True)
-_VICUNA_7B = _make_config("llama", 4096, 32, 32, 32, 11008, 32000)
-_VICUNA_13B = _make_config("llama", 5120, 40, 40, 40, 13824, 32000)
 _MISTRAL_7B = _make_config("mistral", 4096, 32, 32, 8, 14336, 32000)
 _NEMO = _make_config("mistral", 5120, 40, 32, 8, 14336, 131072, head_dim=128)
 _QWEN = _make_config("qwen2", 896, 24, 14, 2, 4864, 151936, tie_word_embeddings=True)
@@ -366,8 +362,6 @@ LLMS = {
     "encoders/llm2vec-llama-3-8b": _LLAMA_8B,  # folder created by `convert`; see the built-in configs
     "encoders/nv-embed-v2": _MISTRAL_7B,
     "baai/bge-en-icl": {**_MISTRAL_7B, "vocab_size": 32003},
-    "lmsys/vicuna-7b-v1.5": _VICUNA_7B,
-    "lmsys/vicuna-13b-v1.5": _VICUNA_13B,
     "mistralai/mistral-nemo-base-2407": _NEMO,
     "mistralai/mistral-nemo-instruct-2407": _NEMO,
     "qwen/qwen2.5-0.5b": _QWEN,

@@ -90,8 +90,7 @@ class Machine:
     count: int = 1
     """Number of devices. One process runs on each device."""
     mfu: float | None = None
-    """Model FLOPs utilisation, as a fraction of peak throughput. Default: 0.25 for align; 0.4 for tune, embed and
-    llava."""
+    """Model FLOPs utilisation, as a fraction of peak throughput. Default: 0.25 for align, and 0.4 for tune and embed."""
     tflops: float | None = None
     """Peak throughput per device at the configured precision, in 10^12 FLOP/s. Default: from the data sheet."""
     memory: float | None = None
