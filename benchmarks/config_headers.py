@@ -10,8 +10,10 @@ import dataclasses
 import re
 import shlex
 import textwrap
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -37,7 +39,7 @@ def update_header(name: str, text: str, count: int = 0) -> str:
 
     Only the first `count` estimates are updated, or all of them if `count` is 0.
     """
-    parser, _ = build_parser()
+    parser = _build_parser()
     stages = yaml.safe_load(text).keys()
 
     def replace_estimate(match: re.Match[str]) -> str:
@@ -56,6 +58,11 @@ def update_header(name: str, text: str, count: int = 0) -> str:
         return textwrap.fill(line, 120, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False) + "\n"
 
     return ESTIMATE.sub(replace_estimate, text, count=count)
+
+
+@cache
+def _build_parser() -> Any:
+    return build_parser()[0]
 
 
 def describe_stage(plan: Plan, stage: str) -> str:

@@ -214,8 +214,7 @@ def assert_llm_is_in_bf16(calls: list[set[str]]) -> None:
         [],
         ["--tune.lora_r=0", "--tune.precision=fp16", "--tune.grad_cache=true", "--tune.gradient_checkpointing=true",
          "--tune.batch_tokens=64", "--embed.dtype=int8", "--embed.precision=bf16+1", "--align.loss=sigmoid",
-         "--align.precision=fp32", "--align.micro_batch_size=2", "--align.lora_r=4", "--align.load_best_at_end=true",
-         "--align.eval_steps=1"],
+         "--align.precision=fp32", "--align.micro_batch_size=2", "--align.lora_r=4", "--align.eval_steps=1"],
     ],
     ids=["defaults", "other settings"],
 )  # fmt: skip

@@ -1,7 +1,6 @@
 """Checkpoints: complete or ignored, exact training state without pickle, and the metrics log of a resumed run."""
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,7 @@ from llm2clip.runs.output_folder import FormatVersionError, MetricsLog, latest_c
 
 def make_checkpoints(folder: Path, complete: tuple[int, ...], incomplete: tuple[int, ...] = ()) -> None:
     """Save checkpoints that contain a file of their step."""
-    checkpoints = Checkpoints(folder, batch_size=6)
+    checkpoints = Checkpoints(folder)
     checkpoints.check_signature({"steps": 20, "images per step": 6})
     for step in (*complete, *incomplete):
         (folder / f"checkpoint-{step}").mkdir(parents=True)
@@ -59,11 +58,10 @@ def test_resumed_run_keeps_its_items_per_step(
 ) -> None:
     make_checkpoints(tmp_path, complete=(5,))
     set_ranks(monkeypatch, ranks)
-    assert Checkpoints(tmp_path, batch_size=6).get_saved_items_per_step("images per step") == 6
+    assert Checkpoints(tmp_path).get_saved_items_per_step("images per step") == 6
     line = f"Number of processes: {ranks} (was 1). Resuming from step 5 with 6 images per step, as before"
     assert (line in capsys.readouterr().out) == (ranks > 1)
-    assert Checkpoints(tmp_path, batch_size=3).get_saved_items_per_step("images per step") is None
-    assert Checkpoints(tmp_path / "new run", batch_size=6).get_saved_items_per_step("images per step") is None
+    assert Checkpoints(tmp_path / "new run").get_saved_items_per_step("images per step") is None
 
 
 def test_items_per_step_must_be_divisible_by_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +69,7 @@ def test_items_per_step_must_be_divisible_by_the_ranks(tmp_path: Path, monkeypat
     set_ranks(monkeypatch, 4)
     message = r"checkpoint-5 with 4 processes: .* 6 images per step, .* not divisible by 4\. Use .* 6: 1, 2, 3, 6$"
     with pytest.raises(ValueError, match=message):
-        Checkpoints(tmp_path, batch_size=6).get_saved_items_per_step("images per step")
+        Checkpoints(tmp_path).get_saved_items_per_step("images per step")
 
 
 def set_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
@@ -89,25 +87,6 @@ def test_checkpoints_of_another_format_version_are_rejected(marker: dict[str, in
         FormatVersionError, match=r"checkpoint-5 has .*format version.*, but.* version 1\. Delete .* to start"
     ):
         Checkpoints(tmp_path)
-
-
-def test_commit_flushes_all_files_before_it_writes_the_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.path(5).mkdir()
-    paths = [checkpoints.path(5) / "weights", checkpoints.path(5) / "state.json", checkpoints.path(5), tmp_path]
-    for path in paths[:2]:
-        path.write_text("x")
-    flushed_after_marker: dict[int, bool] = {}
-    fsync = os.fsync
-
-    def recorded_fsync(descriptor: int) -> None:
-        flushed_after_marker.setdefault(os.fstat(descriptor).st_ino, (checkpoints.path(5) / "complete").exists())
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", recorded_fsync)
-    checkpoints.commit(5)
-    assert [flushed_after_marker[path.stat().st_ino] for path in paths] == [False] * 4
-    assert len(flushed_after_marker) == 5, "the marker must be flushed, too"
 
 
 def test_commit_does_not_mark_a_missing_checkpoint(tmp_path: Path) -> None:
@@ -138,12 +117,9 @@ def test_checkpoints_resume_before_a_damaged_one(
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest == tmp_path / "checkpoint-5" and checkpoints.step == 5
     assert (tmp_path / "checkpoint-10.damaged").is_dir() and not (tmp_path / "checkpoint-10").exists()
-    output = capsys.readouterr().out
-    assert f"checkpoint-10 is damaged ({damage})" in output and "Resuming from" in output
+    assert f"checkpoint-10 is damaged ({damage})" in capsys.readouterr().out
     damage_checkpoint(5)
-    with pytest.raises(ValueError, match=r"All checkpoints in .* are damaged \(checkpoint-5: "):
-        Checkpoints(tmp_path)
-    assert (tmp_path / "checkpoint-5").is_dir()
+    assert Checkpoints(tmp_path).step == 0 and (tmp_path / "checkpoint-5.damaged").is_dir()
 
 
 def test_metrics_log_drops_repeated_steps_and_damaged_lines(tmp_path: Path) -> None:

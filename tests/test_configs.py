@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from functools import cache
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ ENCODERS = ["bge-en-icl", "llm2vec-llama-3-8b", "nv-embed-v2"]  # not tuned
 TOWERS = [name for name in FIT_CONFIGS if name.startswith("tower-")]
 RECIPES = Path(__file__).parents[1] / "docs/recipes.md"
 STAGES = (EncoderConfig, TuneConfig, EmbedConfig, AlignConfig, EvaluateConfig)
-MAX_FIT_SETTINGS = 60  # fixed, see CONTRIBUTING.md: a new setting must replace an existing one
+MAX_FIT_SETTINGS = 59  # fixed, see CONTRIBUTING.md: a new setting must replace an existing one
 
 
 @cache
@@ -95,9 +94,10 @@ def test_help_imports_nothing_heavy() -> None:
         (TuneConfig, {"qlora": True, "lora_r": 0}, r"--tune.qlora requires LoRA"),
         (AlignConfig, {"lora_r": 4, "tower_lr": 0}, r"--align.lora_r requires a trainable tower"),
         (AlignConfig, {"distill_weight": 1, "tower_lr": 0}, r"requires a trainable tower: set --align.tower_lr"),
-        (AlignConfig, {"load_best_at_end": True, "eval_steps": 0}, r"requires evaluations"),
         (EmbedConfig, {"precision": "fp8"}, r"--embed.precision must be auto, fp32"),
         (AlignConfig, {"lr": float("nan")}, r"--align.lr must be at least 0 \(got nan\)"),
+        (AlignConfig, {"logit_scale": 0.5}, r"--align.logit_scale must be between 1 and 100"),
+        (AlignConfig, {"logit_scale": 101}, r"--align.logit_scale must be between 1 and 100"),
         (AlignConfig, {"layer_decay": 1.1}, r"--align.layer_decay must be between 0 and 1"),
         (EncoderConfig, {"pooling": "median"}, r"--encoder.pooling must be one of mean, .*'median'"),
         (EncoderConfig, {"template": "hello"}, r"--encoder.template must contain \{caption\} exactly once"),
@@ -145,12 +145,13 @@ def test_builtin_config_states_the_estimates_of_plan(name: str, monkeypatch: pyt
 
 
 def test_llm_and_tower_configs_combine() -> None:
+    """Configs of LLMs and of towers have different sections, so neither overrides the settings of the other."""
+    configs = read_builtin_configs()
     assert len(TOWERS) == 6
-    for llm, tower in zip(LLMS + ENCODERS, cycle(TOWERS), strict=False):
-        combined, llm_only, tower_only = parse_fit(llm, tower), parse_fit(llm), parse_fit(tower)
-        assert (combined.encoder, combined.tune) == (llm_only.encoder, llm_only.tune)
-        assert combined.align == tower_only.align
-        assert combined.encoder != tower_only.encoder and combined.align != llm_only.align
+    assert all(yaml.safe_load(configs[name]).keys() <= {"encoder", "tune", "embed"} for name in LLMS + ENCODERS)
+    assert all(yaml.safe_load(configs[name]).keys() == {"align"} for name in TOWERS)
+    combined, llm_only, tower_only = parse_fit(LLMS[0], TOWERS[0]), parse_fit(LLMS[0]), parse_fit(TOWERS[0])
+    assert (combined.encoder, combined.tune, combined.align) == (llm_only.encoder, llm_only.tune, tower_only.align)
 
 
 def test_tower_configs_have_the_settings_of_the_paper() -> None:
@@ -284,18 +285,6 @@ def test_align_settings_may_change_until_align_has_outputs(tmp_path: Path) -> No
     (tmp_path / "align/checkpoints").mkdir(parents=True)
     with pytest.raises(ConfigChangedError, match=r"align\.batch_size: 64 saved, 32 now"):
         save_or_check_config({"tune": {"lr": 1}, "align": {"batch_size": 32}}, tmp_path)
-
-
-def test_number_of_processes_may_change_if_the_pairs_per_step_stay_the_same(tmp_path: Path) -> None:
-    save_or_check_config({"tune": {"batch_size": 64, "steps": 9}}, tmp_path, processes=8)
-    (tmp_path / "tune").mkdir()
-    save_or_check_config({"tune": {"batch_size": 64, "steps": 9}}, tmp_path, processes=2)  # `tune` itself rejects this
-    save_or_check_config({"tune": {"batch_size": 128, "steps": 9}}, tmp_path, processes=4)
-    save_or_check_config({"tune": {"batch_size": 256, "steps": 9}}, tmp_path, processes=2)
-    with pytest.raises(ConfigChangedError, match=r"\(tune\.batch_size: 256 saved, 128 now\)"):
-        save_or_check_config({"tune": {"batch_size": 128, "steps": 9}}, tmp_path, processes=2)
-    with pytest.raises(ConfigChangedError, match=r"\(tune\.steps: 9 saved, 8 now\)"):
-        save_or_check_config({"tune": {"batch_size": 128, "steps": 8}}, tmp_path, processes=4)
 
 
 def test_run_directory_without_outputs_accepts_a_new_config(tmp_path: Path) -> None:

@@ -79,7 +79,6 @@ LIBGOMP = Path(torch.__file__).parent / "lib/libgomp.so.1"  # the OpenMP library
     ("variables", "spin_count"),
     [
         ({}, "0"),
-        ({"GOMP_SPINCOUNT": "1234"}, "1234"),
         ({"OMP_WAIT_POLICY": "active"}, "30000000000"),
         ({"KMP_BLOCKTIME": "1"}, "300000"),  # for another OpenMP library, so libgomp keeps its default
     ],

@@ -1,4 +1,4 @@
-"""Plans: parameters and FLOPs against published numbers and formulas, activations against a real forward pass."""
+"""Plans: parameters and FLOPs against published numbers and formulas. For memory, see also test_memory.py."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -11,9 +11,6 @@ from torch import nn
 from transformers import LlamaConfig
 
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
-from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
-from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.tools import plan as planner
 from llm2clip.tools import plan_costs as model_costs
 from llm2clip.tools.plan import Plan, format_plan, plan_fit
@@ -21,7 +18,6 @@ from llm2clip.tools.plan_costs import (
     LLMS,
     TOWERS,
     ImageCosts,
-    SavedBytesCounter,
     TextCosts,
     build_llm,
     build_tower,
@@ -213,24 +209,6 @@ def test_unknown_model_error_lists_the_known_ones() -> None:
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_saved_bytes_match_a_real_forward_pass(precision: str) -> None:
-    config = AlignConfig(tower="test_vit", embed_dim=32, precision=precision)  # type: ignore[arg-type]
-    tower = VisionTower.from_pretrained("test_vit", pretrained=False)
-    model = LLM2CLIP(LLM2CLIPConfig(tower.config, 48, 32, adapter=AdapterConfig(depth=1)), tower).train()
-    sizes = []
-    for images in (1, 2):
-        saved = SavedBytesCounter(model)
-        size = tower.preprocess.size
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), saved.hooks:
-            output = model(torch.zeros(images, 3, size, size, dtype=torch.uint8), torch.ones(images, 48))
-        sizes.append(saved.bytes)
-        del output
-    costs = measure_image_costs(config, 48, 1)
-    assert costs.saved == pytest.approx(sizes[1] - sizes[0], rel=0.01)
-    assert costs.copies == pytest.approx(2 * sizes[0] - sizes[1], rel=0.01, abs=64)
-
-
 def test_sharding_divides_weights_and_optimizer_state() -> None:
     config = dataclasses.replace(SMALL.align, precision="fp32")
     text, image = measure_text_costs(EncoderConfig(), BF16, 30), measure_image_costs(config, 576, 1)
@@ -270,11 +248,6 @@ def test_hours_are_flops_over_throughput() -> None:
         plan, config=dataclasses.replace(config, embed=dataclasses.replace(config.embed, dtype="int8"))
     )
     assert int8.store_bytes == 20_000 * (576 + 4 + 16)
-    # The LLM in every step, relative to the store.
-    step, caption = plan.step_flops["total"], plan.text.forward
-    assert plan.online_cost_ratios[0] == pytest.approx((step + caption) / step)
-    single_epoch = change_align(captions_per_image=0, epochs=1.0)  # both encode two captions of each image once
-    assert plan_small(single_epoch).online_cost_ratios[1] == pytest.approx(1)
 
 
 def test_repeated_forward_passes_of_align_are_counted() -> None:
@@ -299,7 +272,6 @@ def test_self_distillation_runs_the_pretrained_tower() -> None:
 def test_few_images_reduce_the_batch_size() -> None:
     plan = plan_fit(change_align(batch_size=64), Machine("h100", 8), 100, 2, 30)
     assert plan.config.align.batch_size == 12
-    assert plan.memory["align"]["captions"] == 4 * 576 * 12
 
 
 def test_peak_flops_depend_on_precision() -> None:
@@ -311,17 +283,14 @@ def test_peak_flops_depend_on_precision() -> None:
         t4.get_peak_flops("bf16")
 
 
-def test_machine_options_override_the_device_table() -> None:
+def test_machine_options_override_the_device_table_and_have_ranges() -> None:
     assert Machine("H100", memory=40).device_spec.memory == 40
     assert Machine("cpu", tflops=1.5, memory=24).device_spec.get_peak_flops("fp32") == 1.5e12
     with pytest.raises(ValueError, match=r"--device must be one of h100, .*--tflops"):
         Machine("cpu", memory=24)
-
-
-@pytest.mark.parametrize(("name", "value"), [("mfu", 0), ("mfu", 2), ("tflops", 0), ("count", -1)])
-def test_machine_rejects_values_out_of_range(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"--{name} must be"):
-        Machine("l4", **{name: value})
+    for name, value in (("mfu", 0), ("mfu", 2), ("tflops", 0), ("count", -1)):
+        with pytest.raises(ValueError, match=f"--{name} must be"):
+            Machine("l4", **{name: value})
 
 
 def test_plan_rejects_too_few_images() -> None:
@@ -333,7 +302,7 @@ def test_plan_rejects_too_few_images() -> None:
 
 def test_format_plan_shows_tables_and_advice() -> None:
     page = format_plan(plan_small())
-    for part in ("134,515,008", "GFLOP", "peak", "Embedding store", "Without the store", "(MFU)", "not measured"):
+    for part in ("134,515,008", "GFLOP", "peak", "Embedding store", "(MFU)", "not measured"):
         assert part in page
     assert "OUT OF MEMORY" not in page
     page = format_plan(plan_fit(change_align(batch_size=16384), Machine("l4"), 100_000, 2, 30))

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from starlette.testclient import TestClient
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import open_embedding_source
-from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder, wrap_llm2clip
+from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.export.transformers import build_export_model, build_tokenizer
 from llm2clip.models.llm2clip import LLM2CLIP, rotate_to_principal_components, truncate_model
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
@@ -139,16 +138,6 @@ def test_matryoshka_dims_are_saved_and_checked(tmp_path: Path) -> None:
     for dims in ([16], [0], [4, 99]):
         with pytest.raises(ValueError, match="matryoshka_dims must be at least 1 and less than 16"):
             LLM2CLIP(dataclasses.replace(model.config, matryoshka_dims=dims), model.tower)
-
-
-def test_text_vectors_without_an_adapter_equal_the_encoders_to_the_bit(tmp_path: Path) -> None:
-    model = make_model(tmp_path, embed_dim=32, adapter=AdapterConfig(depth=0))
-    expected = F.normalize(model.encoder.encode(TEXTS), dim=-1)
-    assert torch.equal(model.encode_text(TEXTS), expected)
-    loaded = LLM2CLIP.from_pretrained(model.save_pretrained(tmp_path / "saved"), "cpu")
-    assert torch.equal(loaded.encode_text(TEXTS), expected)
-    served = wrap_llm2clip(loaded, "model").encode_texts(TEXTS)
-    torch.testing.assert_close(served, expected, atol=1e-6, rtol=0)
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------

@@ -234,15 +234,11 @@ def test_qlora_quantizes_the_frozen_matrices_during_training_only(
     assert torch.equal(encoder.encode(["a dog"]), open_encoder(encoder_dir).encode(["a dog"]))
 
 
-def test_full_tuning_leaves_the_token_embeddings(llm: Path, tmp_path: Path) -> None:
-    tune([CAPTIONS], open_encoder(llm), dataclasses.replace(TUNE, lora_r=0, steps=3), tmp_path)
+def test_full_tuning_leaves_the_token_embeddings_and_the_truncation(llm: Path, tmp_path: Path) -> None:
+    encoder = CaptionEncoder.from_pretrained(llm, truncate_dim=12, device="cpu")
+    tune([CAPTIONS], encoder, dataclasses.replace(TUNE, lora_r=0, steps=3), tmp_path)
     before, after = open_encoder(llm).llm.state_dict(), open_encoder(tmp_path / "encoder").llm.state_dict()
     assert {name for name in before if torch.equal(before[name], after[name])} == {"embed_tokens.weight"}
-
-
-def test_tune_does_not_train_the_truncation_of_the_embedding(llm: Path, tmp_path: Path) -> None:
-    encoder = CaptionEncoder.from_pretrained(llm, truncate_dim=12, device="cpu")
-    tune([CAPTIONS], encoder, dataclasses.replace(TUNE, lora_r=0), tmp_path)
     assert torch.equal(encoder.st[2].linear.weight, torch.eye(12, 32))
 
 
@@ -260,7 +256,7 @@ def test_tune_on_text_pairs_saves_an_encoder_that_does_not_pool_instructions(llm
     assert torch.allclose(embedding, model.encode("a dog", prompt="find:\n", convert_to_tensor=True), atol=1e-5)
 
 
-def test_cached_passes_run_in_the_precision_of_training(
+def test_cached_passes_run_in_the_precision_of_training_also_in_a_second_training(
     llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second pass runs inside the backward pass, where autocast is no longer active by itself."""
@@ -273,28 +269,12 @@ def test_cached_passes_run_in_the_precision_of_training(
         return out
 
     monkeypatch.setattr(torch.nn.Linear, "forward", recorded_forward)
+    encoder = open_encoder(llm)
     config = dataclasses.replace(TUNE, lora_r=0, steps=1, precision="bf16", grad_cache=True, batch_tokens=64)
-    tune([CAPTIONS], open_encoder(llm), config, tmp_path)
-    assert outputs == {(False, torch.bfloat16), (True, torch.bfloat16)}
-
-
-def test_a_second_training_of_an_encoder_also_uses_autocast(
-    llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dtypes = []
-    forward = PairLoss.forward
-
-    def recorded_forward(self: PairLoss, *args: Any) -> torch.Tensor:
-        layer = self._encoder[0].llm.layers[0].mlp.up_proj
-        with layer.register_forward_hook(lambda _, __, out: dtypes.append(out.dtype)):
-            return forward(self, *args)
-
-    monkeypatch.setattr(PairLoss, "forward", recorded_forward)
-    encoder, config = open_encoder(llm), dataclasses.replace(TUNE, lora_r=0, steps=1, precision="bf16")
     for name in ("first", "second"):
         tune([CAPTIONS], encoder, config, tmp_path / name)
-        assert dtypes and set(dtypes) == {torch.bfloat16}
-        dtypes.clear()
+        assert outputs == {(False, torch.bfloat16), (True, torch.bfloat16)}
+        outputs.clear()
 
 
 def test_tune_stops_at_a_loss_that_is_not_finite(llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,29 +378,22 @@ def _tune_on_rank(llm: str, folder: str, config: TuneConfig) -> None:
 def test_tune_resumes_on_another_number_of_ranks(
     llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Killed on two ranks after the checkpoint of step 2, and resumed by one process.
-
-    The batch size is either unchanged, or twice as large, so that its product with the number of ranks is unchanged.
-    """
+    """Killed on two ranks after the checkpoint of step 2, and resumed by one process with the same settings."""
     whole = dataclasses.replace(SMALL_PASSES, steps=4)
     half = dataclasses.replace(whole, batch_size=whole.batch_size // 2)
-    run_distributed(2, _tune_until_killed, str(llm), str(tmp_path / "half"), whole)
-    shutil.copytree(tmp_path / "half", tmp_path / "whole")
-    losses_before = [line["loss"] for line in read_metrics(tmp_path / "half/metrics.jsonl")]
+    run_distributed(2, _tune_until_killed, str(llm), str(tmp_path / "run"), whole)
+    losses_before = [line["loss"] for line in read_metrics(tmp_path / "run/metrics.jsonl")]
     uninterrupted = tune([CAPTIONS], open_encoder(llm), whole, tmp_path / "uninterrupted")
     cached_steps: list[int] = []
     monkeypatch.setattr(
-        tune_module,
-        "compute_cached_loss",
-        lambda *args: cached_steps.append(1) or compute_cached_loss(*args),
+        tune_module, "compute_cached_loss", lambda *args: cached_steps.append(1) or compute_cached_loss(*args)
     )
-    for name, config in (("half", half), ("whole", whole)):
-        resumed = tune([CAPTIONS], open_encoder(llm), config, tmp_path / name)
-        line = "Number of processes: 1 (was 2). Resuming from step 2 with 6 pairs per step, as before (6 per process)"
-        assert (line in capsys.readouterr().out) == (name == "half")
-        assert len(cached_steps) == 2, "the memory must not grow with an unchanged batch size"
-        assert_same_run(resumed, uninterrupted)
-        assert [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")][:2] == losses_before[:2]
+    resumed = tune([CAPTIONS], open_encoder(llm), half, tmp_path / "run")
+    line = "Number of processes: 1 (was 2). Resuming from step 2 with 6 pairs per step, as before (6 per process)"
+    assert line in capsys.readouterr().out
+    assert len(cached_steps) == 2, "the memory must not grow with an unchanged batch size"
+    assert_same_run(resumed, uninterrupted)
+    assert [line["loss"] for line in read_metrics(tmp_path / "run/metrics.jsonl")][:2] == losses_before[:2]
 
 
 def _tune_until_killed(llm: str, folder: str, config: TuneConfig) -> None:

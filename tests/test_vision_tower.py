@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 from llm2clip.data.transforms import Preprocess
 from llm2clip.models.vision.vision_tower import VisionTower, add_tower_lora, merge_tower_lora
-from llm2clip.train.optim import has_identical_blocks
+from llm2clip.train.optim import MIN_COMPILED_STEPS, should_compile
 
 TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64}
 TIMM: dict[str, dict[str, Any]] = {
@@ -104,7 +104,7 @@ def test_blocks_of_transformers_compile_once_without_graph_breaks(
 ) -> None:
     torch._dynamo.reset()
     tower = VisionTower.from_pretrained(saved[family][0])
-    assert has_identical_blocks(tower) and len(tower.get_blocks()) > 1
+    assert should_compile(tower, torch.device("cuda"), MIN_COMPILED_STEPS) and len(tower.get_blocks()) > 1
     x = pixels(tower.preprocess.size)
     expected = tower(x)
     counter = CompileCounter()

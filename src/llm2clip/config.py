@@ -214,9 +214,6 @@ class AlignConfig:
     """Number of worker processes that decode images. The default depends on the number of CPU cores and devices."""
     eval_steps: int | None = None
     """Number of steps between evaluations on the held-out images. Default: once per epoch. 0 disables evaluation."""
-    load_best_at_end: bool = False
-    """Save the weights with the highest mean of I2T and T2I R@1 on the held-out images, instead of the final weights.
-    Selecting on these images makes the metrics reported on them slightly too high."""
     report_to: list[str] = field(default_factory=list)
     """Experiment trackers that receive the metrics: tensorboard, wandb or trackio. Metrics are always written to
     metrics.jsonl as well."""
@@ -247,8 +244,6 @@ class AlignConfig:
             raise ValueError("--align.lora_r requires a trainable tower: set --align.tower_lr greater than 0")
         if self.distill_weight and self.tower_lr == 0:
             raise ValueError("--align.distill_weight requires a trainable tower: set --align.tower_lr greater than 0")
-        if self.load_best_at_end and self.eval_steps == 0:
-            raise ValueError("--align.load_best_at_end requires evaluations: remove --align.eval_steps 0")
 
     @property
     def samples_phrases(self) -> bool:

@@ -133,13 +133,11 @@ def _remove_abandoned_files(folder: Path, prefix: str, suffix: str) -> None:
 
 
 def atomic_write_text(file: str | Path, text: str) -> None:
-    """Write a text file atomically (see `atomic_path`)."""
     with atomic_path(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def atomic_write_jsonl(file: str | Path, rows: Iterable[Any]) -> None:
-    """Write rows to a JSONL file atomically (see `atomic_path`)."""
     atomic_write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -176,7 +174,6 @@ def restore_mode(file: Path, mode: int) -> None:
 
 
 def fsync_file(file: Path) -> None:
-    """Flush the contents of a file to disk."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
 
@@ -266,7 +263,6 @@ def make_text_key(text: str) -> int:
 
 
 def format_bytes(size: float) -> str:
-    """Format a size in bytes with a decimal unit, for example as "1.5 MB"."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if size >= factor:
             return f"{size / factor:,.1f} {unit}"
@@ -313,7 +309,6 @@ def read_json(file: Path, object_hook: Callable[[dict[str, Any]], Any] | None = 
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """Read a JSON file. Raise DataFormatError if the file is not valid JSON or does not contain an object."""
     value = read_json(file)
     if not isinstance(value, dict):
         raise DataFormatError(f"{file} must contain a JSON object (got {type(value).__name__})")
@@ -333,11 +328,7 @@ def check_json_size(file: str | Path, stream: BinaryIO) -> None:
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) for each non-empty line of a JSONL file. Line numbers start at 1.
-
-    Raises:
-        DataFormatError: A line is not a JSON object.
-    """
+    """Yield (line number, object) for each non-empty line of a JSONL file, or raise DataFormatError."""
     for number, line in _read_numbered_lines(file):
         try:
             row = json.loads(line)

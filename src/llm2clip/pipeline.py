@@ -11,7 +11,7 @@ in a run directory with this layout; the commands `tune`, `embed` and `align` ea
       skipped_tune.jsonl     the same for the sources in `tune.data` and `tune.text_pairs`
       tune/                  encoder/ (the tuned caption encoder), metrics.jsonl, cra_*.json, checkpoints/
       store/                 embeddings of all captions
-      align/                 metrics.jsonl, evaluations.jsonl, checkpoints/, best/, features-*/ (if the tower is frozen)
+      align/                 metrics.jsonl, evaluations.jsonl, checkpoints/, features-*/ (if the tower is frozen)
       evaluate/              untrained.json and trained.json: retrieval metrics before and after `align`;
                              query_templates.json: templates for short queries, with retrieval metrics;
                              examples.json: held-out captions with the images that they retrieve
@@ -104,10 +104,9 @@ class Run:
     def __init__(self, command: Command, sources: Sequence[str], out: Path, config: FitConfig) -> None:
         """
         Args:
-            command: "fit", or the command that runs a single stage.
+            command: "fit", or the command that runs a single stage, which ignores the other stages' settings.
             sources: Data sources, each in the form PATH or PATH@split+split (see `llm2clip.data.records.Source`).
             out: Run directory. With the command "embed", the store.
-            config: Settings. A single stage ignores those of the other stages.
         """
         self.command, self.sources, self.out, self.config = command, list(sources), out, config
         self.model_dir = out / "model"
@@ -285,9 +284,9 @@ def embed(
     """Encode all captions into an embedding store. Captions that are already in the store are skipped.
 
     Args:
-        phrases: If True, also encode short phrases from the captions. `fit` does so only if `align` uses them.
+        phrases: Also encode short phrases from the captions. `fit` does so only if `align` uses them.
         engine: "local" uses the ranks started by the launcher. "ray" uses a Ray cluster.
-        ray_workers: Number of Ray workers. 0 means one worker per GPU or, if there are no GPUs, one per two CPU cores.
+        ray_workers: Default (0): one per GPU or, if there are no GPUs, one per two CPU cores.
     """
     texts, out = run.iterate_texts(phrases), run.stage_folder("store")
     options = dataclasses.asdict(run.config.embed)
@@ -308,11 +307,9 @@ def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Pat
     `config.evaluate.data` lists held-out sources.
 
     Args:
-        store: Cached caption embeddings of the training data. It may lack captions that the tokenizer could not encode,
-            and phrases, which are then not used.
+        store: Cached caption embeddings of the training data. Captions and phrases that it lacks are not used.
         encoder: Caption encoder that created the store. It is saved with the model.
-        features: Folder of the feature store, which caches the frozen tower's features and can be shared between runs.
-            Default: a folder in the run directory.
+        features: Folder of the frozen tower's cached features, which runs can share. Default: in the run directory.
     """
     model_dir, out, config = run.model_dir, run.stage_folder("align"), run.config.align
     if model_dir.exists():
@@ -347,12 +344,8 @@ def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Pat
 def evaluate(run: Run, store: EmbeddingStore) -> list[dict[str, Any]]:
     """Evaluate the trained model's image-text retrieval on held-out images, with text embeddings from the store.
 
-    If the model has a caption encoder, also choose prompt templates for short queries (see `choose_query_templates`).
-    The templates are saved in the model's config and, together with their results, in `query_templates.json`.
-
-    Returns:
-        One row of metrics per caption column (see `evaluate_caption_fields`). They are also saved in `trained.json`,
-        and example searches in `examples.json`.
+    If the model has a caption encoder, also choose prompt templates for short queries (see `choose_query_templates`),
+    and save them in the model's config. Return one row of metrics per caption column (see `evaluate_caption_fields`).
     """
     out = run.stage_folder("evaluate")
     held_out = _drop_unencodable_captions(run.data.held_out, store)
@@ -377,26 +370,17 @@ def evaluate(run: Run, store: EmbeddingStore) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class DistillOptions:
-    """Options of `distill`.
+    """Options of `distill`. The training records' captions and phrases are the texts to learn from."""
 
-    Attributes:
-        model: Folder or hub id of the teacher, an llm2clip model with a caption encoder.
-        data: Data sources. The training records' captions and phrases are the texts to learn from; images are needed
-            only for the held-out records, on which both models are evaluated.
-        student: See `open_student`.
-        texts: File with additional texts to learn from, one per line.
-        store: Store of the teacher's caption embeddings. Texts that are not in it are encoded into `out/store`.
-    """
-
-    model: str
-    data: Sequence[str]
-    student: str
+    model: str  # folder or hub id of the teacher, an llm2clip model with a caption encoder
+    data: Sequence[str]  # data sources; images are needed only for the held-out records
+    student: str  # see `open_student`
     distill: DistillConfig
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     columns: dict[str, str] = field(default_factory=dict)
     max_skipped: float = 0.05
-    texts: str | None = None
-    store: str | None = None
+    texts: str | None = None  # file with additional texts to learn from, one per line
+    store: str | None = None  # the teacher's caption embeddings; other texts are encoded into `out/store`
 
 
 def distill(options: DistillOptions, out: Path) -> Path:
@@ -464,29 +448,20 @@ def _embed_distill_texts(
 
 
 def open_encoder(config: EncoderConfig, device: str | None = None) -> CaptionEncoder:
-    """Load a caption encoder. Default device: that of this rank."""
     return CaptionEncoder.from_pretrained(**dataclasses.asdict(config), device=device)
 
 
 def save_settings(settings: dict[str, Any], run_dir: Path) -> None:
-    """On the main process, save or check the settings of a run (see `save_or_check_config`)."""
-    state = process_state()
-    if state.is_main_process:
-        save_or_check_config(settings, run_dir, state.num_processes)
+    if process_state().is_main_process:
+        save_or_check_config(settings, run_dir)
 
 
 def _open_skip_log(file: Path | None, max_skipped: float) -> SkipLog:
-    """Return a skip log. Only the main process writes it to `file`."""
     return SkipLog(file if process_state().is_main_process else None, max_skipped)
 
 
 def check_encoder(config: EncoderConfig) -> None:
-    """Check that a caption encoder exists, without loading its weights.
-
-    Raises:
-        OSError: The encoder does not exist, or cannot be downloaded.
-        ValueError: The folder does not contain a model.
-    """
+    """Raise OSError or ValueError if a caption encoder does not exist, without loading its weights."""
     path = resolve_pretrained(config.path)
     if path.endswith(".gguf"):
         resolve_gguf(path)
@@ -516,7 +491,6 @@ def _drop_unencodable_captions(held_out: HeldOut, store: EmbeddingStore) -> Held
 def _measure_cra(
     captions: Sequence[Sequence[str]], encoder: EncoderConfig, loaded: CaptionEncoder | None = None
 ) -> dict[str, Any]:
-    """Measure caption retrieval accuracy with `loaded` or, if it is None, with a temporarily loaded encoder."""
     model = loaded or load_for_evaluation(device=process_state().device, **dataclasses.asdict(encoder))
     metrics = caption_retrieval_accuracy(captions, model)
     del model
@@ -525,7 +499,6 @@ def _measure_cra(
 
 
 def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks], log: SkipLog) -> dict[str, Any]:
-    """Choose templates for short queries, and print the choice. Return a `ShortQueryResult` as a dict."""
     embeddings = ModelEmbeddings(wrap_llm2clip(model, "llm2clip"), log)
     try:
         choice = choose_query_templates(embeddings, next(iter(ranked.values())))
@@ -554,10 +527,7 @@ def rotate_embedding_space(model: LLM2CLIP, train: RecordTable, store: Embedding
 
 
 def _save_model(model: LLM2CLIP, folder: Path, encoder: EncoderConfig) -> None:
-    """Save a model with its caption encoder.
-
-    If the encoder is a local folder and `encoder` does not override its saved settings, the folder is copied.
-    """
+    # A local folder is copied if `encoder` does not override its saved settings.
     if encoder == EncoderConfig(path=encoder.path) and (Path(encoder.path) / "modules.json").is_file():
         model.save_pretrained(folder, encoder=encoder.path)
     else:

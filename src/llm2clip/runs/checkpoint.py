@@ -54,37 +54,22 @@ class Checkpoints:
     Attributes:
         latest: Checkpoint to resume from, or None if training starts from scratch.
         step: Step of the checkpoint to resume from, or 0 if training starts from scratch.
-        batch_size: Number of items per step and rank, from the run's config. Saved in checkpoints.
     """
 
-    def __init__(self, folder: Path, batch_size: int | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         """Find the checkpoint to resume from and remove incomplete checkpoints.
 
         If a complete checkpoint has been damaged, for example by a power failure, it is renamed to
-        checkpoint-N.damaged, and training resumes from the previous checkpoint.
-
-        Args:
-            batch_size: Number of items per step and rank, or None if the run's config has no such setting.
+        checkpoint-N.damaged, and training resumes from the previous checkpoint or, if there is none, starts over.
 
         Raises:
-            ValueError: The latest checkpoint has a different format version or is not visible on this rank, or all
-                checkpoints are damaged.
+            ValueError: The latest checkpoint has a different format version or is not visible on this rank.
         """
-        self.folder, self.batch_size = folder, batch_size
+        self.folder = folder
         state = process_state()
-        latest, error = None, ""
-        if state.is_main_process:
-            for path in list_checkpoints(folder):
-                if not (path / COMPLETE_MARKER).exists():
-                    shutil.rmtree(path)
-            try:
-                latest = _rename_damaged_checkpoints(folder)
-            except ValueError as damage:
-                error = str(damage)
+        latest = _find_undamaged_checkpoint(folder) if state.is_main_process else None
         if state.num_processes > 1:
-            latest, error = broadcast_object_list([latest, error])
-        if error:
-            raise ValueError(error)
+            [latest] = broadcast_object_list([latest])
         self._marker: dict[str, Any] = {}
         self._signature: dict[str, Any] = {}
         if latest is not None:
@@ -99,18 +84,13 @@ class Checkpoints:
     def get_saved_items_per_step(self, name: str) -> int | None:
         """Return the resumed run's items per step over all ranks. Print a message if the number of ranks has changed.
 
-        Args:
-            name: Key of this number in the signature, such as "images per step".
-
-        Returns:
-            The saved number, or None if there is no checkpoint or the batch size per rank has changed. If None,
-            the caller must use the batch size times the number of ranks.
+        Return None if there is no checkpoint. `name` is the key of this number in the signature.
 
         Raises:
             ValueError: The number of items per step is not divisible by the number of ranks.
         """
         ranks = process_state().num_processes
-        if self.latest is None or self._marker["batch_size"] != self.batch_size:
+        if self.latest is None:
             return None
         total, saved_ranks = int(self._marker["signature"][name]), self._marker["ranks"]
         if total % ranks:
@@ -131,14 +111,10 @@ class Checkpoints:
         return None if self.latest is None else self._marker["signature"].get(name)
 
     def check_signature(self, signature: Mapping[str, Any]) -> None:
-        """Check that a run's signature matches the latest checkpoint, and save it in all later checkpoints.
+        """Raise ValueError if the latest checkpoint has another signature. Save the signature in all later checkpoints.
 
-        Args:
-            signature: Properties that must not change when the run is resumed, such as the learning rate and a hash of
-                the data. The values must be JSON-serialisable.
-
-        Raises:
-            ValueError: The latest checkpoint has a different signature. The message lists the differences.
+        The signature consists of properties that must not change when the run is resumed, such as the learning rate and
+        a hash of the data. The values must be JSON-serialisable.
         """
         self._signature = dict(signature)
         if self.latest is None:
@@ -163,10 +139,7 @@ class Checkpoints:
         state = process_state()
         wait_for_everyone()
         if state.is_main_process:
-            _mark_complete(
-                self.path(step),
-                {"signature": self._signature, "batch_size": self.batch_size, "ranks": state.num_processes},
-            )
+            _mark_complete(self.path(step), {"signature": self._signature, "ranks": state.num_processes})
             for path in list_checkpoints(self.folder)[:-MAX_CHECKPOINTS]:
                 shutil.rmtree(path)
 
@@ -184,8 +157,8 @@ class TrainingLog(TrainerCallback):
         Args:
             metrics: JSONL file to which the main process writes metrics.
             description: Label of the progress bar.
-            advice: Advice to append to the error message if the loss or gradient norm is not finite.
-            log_summary: If True, also write the Trainer's final summary (run time, mean loss).
+            advice: Appended to the error message if the loss or gradient norm is not finite.
+            log_summary: Also write the Trainer's final summary (run time, mean loss).
         """
         self.checkpoints, self.description = checkpoints, description
         self.advice, self.log_summary = advice, log_summary
@@ -251,29 +224,21 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
     )
 
 
-def _rename_damaged_checkpoints(folder: Path) -> Path | None:
-    """Return the latest undamaged checkpoint, or None if there are no checkpoints. Rename all later checkpoints.
-
-    If all checkpoints are damaged, raise ValueError without renaming any.
-    """
-    damages: dict[Path, str] = {}
+def _find_undamaged_checkpoint(folder: Path) -> Path | None:
+    """Return the latest undamaged checkpoint. Remove incomplete checkpoints, and rename later ones that are damaged."""
     for checkpoint in reversed(list_checkpoints(folder)):
+        if not (checkpoint / COMPLETE_MARKER).exists():
+            shutil.rmtree(checkpoint)
+            continue
         damage = _describe_damage(checkpoint)
         if not damage:
-            for damaged, reason in damages.items():
-                new_path = damaged.with_name(f"{damaged.name}.damaged")
-                shutil.rmtree(new_path, ignore_errors=True)
-                damaged.rename(new_path)
-                print_once(f"{damaged} is damaged ({reason}) and has been renamed to {new_path.name}")
-            if damages:
-                print_once(f"Resuming from {checkpoint} instead")
             return checkpoint
-        damages[checkpoint] = damage
-    if damages:
-        details = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in damages.items())
-        raise ValueError(
-            f"All checkpoints in {folder} are damaged ({details}). Restore them from a backup, or delete {folder} to "
-            "start this stage over"
+        new_path = checkpoint.with_name(f"{checkpoint.name}.damaged")
+        shutil.rmtree(new_path, ignore_errors=True)
+        checkpoint.rename(new_path)
+        print_once(
+            f"{checkpoint} is damaged ({damage}) and has been renamed to {new_path.name}. Training resumes from the "
+            "previous checkpoint, or starts over if there is none"
         )
     return None
 
@@ -299,10 +264,7 @@ def _describe_damage(checkpoint: Path) -> str:
 def save_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any = None) -> None:
     """Save the state of a training run in a checkpoint folder. Must be called by all ranks.
 
-    Args:
-        model: Model without its DDP wrapper. Frozen parameters are not saved.
-        schedule: Learning rate schedule. Its `state_dict()` must be JSON-serialisable.
-        scaler: Gradient scaler, or None if the run has none.
+    `model` must not have a DDP wrapper. Frozen parameters are not saved.
     """
     is_main = process_state().is_main_process
     part: dict[str, Tensor] = {}

@@ -38,11 +38,9 @@ class FormatVersionError(ValueError):
 
 
 def check_format_version(path: str | Path, version: object, supported: int, advice: str) -> None:
-    """Raise FormatVersionError if a file or folder does not have the format version that this llm2clip reads.
+    """Raise FormatVersionError if `version`, which a file or folder states, is not the supported version.
 
-    Args:
-        version: Format version in the file, or None if the file does not contain one.
-        advice: Advice on how to recreate the file, for the error message.
+    `advice` says how to recreate the file, for the error message.
     """
     if version != supported:
         actual = "no format version" if version is None else f"format version {version}"
@@ -70,10 +68,7 @@ class FolderInUseError(ValueError):
 def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
     """Hold a lock on a folder. The operating system releases it when the process ends, even if the process is killed.
 
-    Do nothing on file systems that do not support locks.
-
-    Args:
-        folder: Folder to lock. It is created if needed.
+    The folder is created if needed. Do nothing on file systems that do not support locks.
 
     Raises:
         FolderInUseError: Another run holds the lock.
@@ -109,9 +104,6 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
 # ---- config of a run -------------------------------------------------------------------------------------------------
 
-# Written as the first line if the config contains `tune` settings, because `tune.batch_size` is per process.
-PROCESSES_LINE = "# Number of processes in the tune stage: {}\n"
-
 # `align` settings may be changed until the run directory contains one of these files or folders.
 ALIGN_OUTPUTS = ("align/checkpoints", "checkpoints", "model")
 # Patterns of the names of files and folders in a run directory that do not count as outputs.
@@ -122,16 +114,11 @@ class ConfigChangedError(ValueError):
     """The run directory was created with a different config."""
 
 
-def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int | None = None) -> None:
+def save_or_check_config(config: dict[str, Any], run_dir: Path) -> None:
     """Save the config of a run in its run directory. If the run is resumed, check the config first.
 
     If the run directory already contains outputs, the config must match the saved one, except that `align` settings may
-    be changed until the `align` stage has written outputs. A run may be resumed with a different number of processes,
-    either with the same settings or with `tune.batch_size` adjusted to keep the number of pairs per step.
-
-    Args:
-        config: Settings, keyed by name. Dataclasses are converted to dicts.
-        processes: Number of processes in the run, also saved in the file. None if unknown.
+    be changed until the `align` stage has written outputs. Dataclasses in `config` are converted to dicts.
 
     Raises:
         ConfigChangedError: The saved config is different. The message lists the differences.
@@ -139,13 +126,8 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
     file = run_dir / CONFIG_FILE
     new = to_plain_types(config)
     if has_outputs(run_dir):
-        text = file.read_text(encoding="utf-8")
-        saved = yaml.safe_load(text)
+        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
         changes = [change for change in _find_differences(saved, new) if change[0].split(".")[-1] not in RESUME_SAFE]
-        if _compute_pairs_per_step(saved, _parse_process_count(text)) == _compute_pairs_per_step(new, processes):
-            changes = [change for change in changes if change[0] != "tune.batch_size"]
-        else:
-            processes = _parse_process_count(text)  # a resumed `tune` stage keeps its number of pairs per step
         if not any((run_dir / output).exists() for output in ALIGN_OUTPUTS):
             changes = [change for change in changes if not change[0].startswith("align.")]
         if changes:
@@ -154,20 +136,7 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path, processes: int |
                 f"{file} has different settings ({details}). Use the saved settings, choose a different --out, or "
                 f"delete {run_dir} to start over"
             )
-    first_line = PROCESSES_LINE.format(processes) if processes is not None and "tune" in new else ""
-    atomic_write_text(file, first_line + yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
-
-
-def _parse_process_count(text: str) -> int | None:
-    """Return the number of processes recorded in a config file's text, or None if it is not recorded."""
-    line = re.match(PROCESSES_LINE.format(r"(\d+)"), text)
-    return int(line[1]) if line else None
-
-
-def _compute_pairs_per_step(config: dict[str, Any], processes: int | None) -> int | None:
-    """Return the `tune` stage's total batch size over all processes, or None if it is unknown."""
-    batch_size = config.get("tune", {}).get("batch_size")
-    return None if batch_size is None or processes is None else batch_size * processes
+    atomic_write_text(file, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
 
 
 def has_outputs(run_dir: Path) -> bool:

@@ -96,21 +96,11 @@ class RaggedGather:
     """All-gather for tensors whose number of rows may differ between ranks.
 
     Each rank pads its tensor to the largest number of rows on any rank, and the padding is removed after the gather. In
-    a single process, tensors are returned unchanged.
-
-    Attributes:
-        single_process: True if tensors are not gathered because this process already has all rows.
-        local_size: Number of rows on this rank.
-        max_size: Largest number of rows on any rank.
-        total_size: Total number of rows on all ranks.
-        offset: Index of this rank's first row among all rows.
+    a single process, tensors are returned unchanged. `offset` is the index of this rank's first row among all rows.
     """
 
     def __init__(self, local_size: int, device: torch.device, gather: bool = True) -> None:
-        """Exchange row counts between ranks. Must be called by all ranks.
-
-        If `gather` is False, other ranks are ignored, as in a single process.
-        """
+        """Exchange row counts between ranks, unless `gather` is False. Must be called by all ranks."""
         self.single_process = not (gather and is_distributed())
         self.local_size = self.max_size = self.total_size = local_size
         self.offset = 0
@@ -123,7 +113,6 @@ class RaggedGather:
 
     @property
     def local_slice(self) -> slice:
-        """Slice of this rank's rows in a gathered tensor."""
         return slice(self.offset, self.offset + self.local_size)
 
     def gather(self, x: Tensor, gradients: bool = False) -> Tensor:
@@ -184,10 +173,7 @@ def is_fsdp_enabled() -> bool:
 
 
 def set_fsdp_wrap_policy(layers: Sequence[nn.Module]) -> None:
-    """If FSDP is enabled, make Accelerate shard a model layer by layer.
-
-    Args:
-        layers: Transformer layers of the model. If empty, the model is sharded as a single unit.
+    """If FSDP is enabled, make Accelerate shard these transformer layers or, if there are none, the complete model.
 
     Raises:
         ValueError: The launcher selected FSDP version 1.
@@ -234,10 +220,9 @@ def copy_to_meta_device(model: nn.Module) -> nn.Module:
 
 
 def gather_to_cpu(empty_model: nn.Module, sharded_model: nn.Module) -> nn.Module:
-    """Gather the weights of a sharded model on the CPU, into an empty copy of it. Must be called by all ranks.
+    """Gather the weights of a sharded model on the CPU. Must be called by all ranks.
 
-    Args:
-        empty_model: Copy of the model made with `copy_to_meta_device` before the model was sharded.
+    `empty_model` must be made with `copy_to_meta_device` before the model is sharded. It receives the weights.
     """
     state = {name: full_tensor(tensor).cpu() for name, tensor in sharded_model.state_dict().items()}
     empty_model.load_state_dict(state, assign=True)
@@ -251,10 +236,7 @@ def full_tensor(weight: Tensor) -> Tensor:
 
 
 def distribute_like(weight: Tensor, value: Tensor) -> Tensor:
-    """Move an unsharded value to a parameter's device and shard it like the parameter. Must be called by all ranks.
-
-    The value must be the same on all ranks.
-    """
+    """Move an unsharded value, the same on all ranks, to a parameter's device, and shard it like the parameter."""
     from torch.distributed.tensor import DTensor, distribute_tensor  # importing it takes half a second
 
     value = value.to(weight.device)

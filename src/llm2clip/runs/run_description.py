@@ -53,13 +53,7 @@ def describe_run(seconds: float) -> dict[str, Any]:
 def build_run_section(
     run: Mapping[str, Any], note: str = "", settings: str = "", code: str | None = None
 ) -> list[Block]:
-    """Return the last section of a report, which says how the report was made.
-
-    Args:
-        run: Result of `describe_run`.
-        settings: Settings as text, shown collapsed.
-        code: Text to show instead of the command, such as the sources.
-    """
+    """Return the last section of a report: how it was made. `code`, such as the sources, replaces the command."""
     date = datetime.fromisoformat(run["date"])
     text = f"llm2clip {run['version']}, {date.day} {date:%B %Y, %H:%M} UTC, {format_duration(run['seconds'])} on "
     text = f"{text}{run['machine']}. {note}".rstrip()
@@ -92,7 +86,6 @@ class StageClock:
         self._stage, self._start = title.split()[1].rstrip(":"), time.time()
 
     def stop(self) -> None:
-        """Stop the current stage, if there is one."""
         if self._stage and process_state().is_main_process:
             durations = json.loads(self._file.read_text()) if self._file.exists() else {}
             durations[self._stage] = durations.get(self._stage, 0.0) + time.time() - self._start

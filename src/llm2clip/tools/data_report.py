@@ -78,7 +78,6 @@ class DataOverview:
 def inspect_data(
     sources: Sequence[str], columns: dict[str, str], max_skipped: float = 1.0
 ) -> tuple[DataOverview, RecordTable]:
-    """Build or open the record table of a data set; see `open_table`. Return an overview of it, and the table."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         log = SkipLog(Path(folder) / "skipped.jsonl", max_skipped)
@@ -111,7 +110,6 @@ def inspect_data(
 
 
 def read_first_skipped_rows(file: Path) -> list[SkippedRow]:
-    """Return the first `EXAMPLES_PER_REASON` rows of each reason from the file of a `SkipLog`."""
     rows: dict[str, list[SkippedRow]] = {}
     with file.open(encoding="utf-8") as stream:
         for line in stream:

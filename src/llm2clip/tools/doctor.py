@@ -31,8 +31,6 @@ MIN_SHARED_MEMORY_MB = 64  # enough shared memory for one batch of decoded image
 
 @dataclass(frozen=True)
 class Check:
-    """Result of a check."""
-
     name: str  # what was checked, such as "memory"
     result: str  # what was measured
     fix: str = ""  # how to fix the problem; empty if there is no problem
@@ -44,10 +42,7 @@ class Check:
 
 
 def run_doctor(run_dir: Path, offline: bool = False) -> list[str]:
-    """Run all checks, and return them as a table followed by a summary line.
-
-    Args:
-        offline: Skip the check that connects to the model hub.
+    """Return the results of all checks as a table, followed by a summary line. If `offline`, skip the model hub.
 
     Raises:
         OSError: A check failed. The message contains the table.
@@ -124,11 +119,6 @@ def check_compute() -> Iterator[Check]:
             "install the torch build that matches your driver: pytorch.org/get-started",
             failed=True,
         )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = torch.get_num_threads()
-    if device.type == "cpu" and threads not in (cores, cores // 2):
-        fix = f"OMP_NUM_THREADS={cores} is usually fastest"
-        yield Check("threads", f"{threads} threads on {cores} cores", fix)
     yield check_gradient(device)
 
 
@@ -162,12 +152,11 @@ def check_gradient(device: torch.device) -> Check:
 
 
 def check_memory() -> Iterator[Check]:
-    import psutil
+    from llm2clip.cpu_tuning import get_available_memory
 
-    memory = psutil.virtual_memory()
-    free = memory.available / 1e9
+    free = get_available_memory() / 1e9
     fix = "reduce --align.batch_size and --tune.batch_size" if free < MIN_MEMORY_GB else ""
-    yield Check("memory", f"{free:.1f} of {memory.total / 1e9:.1f} GB free", fix)
+    yield Check("memory", f"{free:.1f} GB free", fix)
 
     shared = Path("/dev/shm")
     if shared.is_dir():

@@ -7,22 +7,19 @@ small batches and slow image decoding lower the actual utilisation.
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from llm2clip.config import FitConfig
 from llm2clip.cpu_tuning import get_available_memory
 from llm2clip.data.records import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import format_bytes
+from llm2clip.reports import Paragraph, Table, render_text
 from llm2clip.runs.output_folder import MAX_CHECKPOINTS
 from llm2clip.runs.ranks import is_fsdp_enabled, process_state
 from llm2clip.tools.plan_costs import ImageCosts, TextCosts, measure_image_costs, measure_text_costs
@@ -54,11 +51,8 @@ SAMPLED_RECORDS = 1000  # number of records used to estimate caption counts and 
 class Plan:
     """Resource estimates for a `fit` run.
 
-    Attributes:
-        config: Run settings. Precisions are resolved for the device, and the `align` batch size is reduced if there are
-            too few images.
-        machine, images, captions_per_image, tokens_per_caption: See `plan_fit`.
-        text, image: Costs of the caption encoder and of the model trained by `align`.
+    In `config`, precisions are resolved for the device, and the `align` batch size is reduced if there are too few
+    images. `text` and `image` are the costs of the caption encoder and of the model that `align` trains.
     """
 
     config: FitConfig
@@ -123,7 +117,6 @@ class Plan:
 
     @property
     def feature_bytes(self) -> float:
-        """Size of the cached tower features in bytes; 0 if features are not cached."""
         return self.images * (2 * self.image.feature_dim + 16) if self.config.align.tower_lr == 0 else 0.0
 
     @property
@@ -133,17 +126,6 @@ class Plan:
         if align.tower_lr == 0:
             return 0.0
         return self.images * align.epochs / (self.stage_hours["align"] * 3600 * self.machine.count)
-
-    @property
-    def online_cost_ratios(self) -> tuple[float, float]:
-        """Costs of running the LLM in every `align` step, relative to using an embedding store.
-
-        The first ratio compares FLOPs per step, and the second compares the total time of `embed` and `align`.
-        """
-        text_flops, step_flops = self.image.captions * self.text.forward, self.step_flops["total"]
-        all_flops = self.images * self.config.align.epochs * text_flops
-        hours = self.stage_hours["align"] + self.machine.estimate_hours(all_flops, self.config.embed.precision, "embed")
-        return (step_flops + text_flops) / step_flops, hours / (self.stage_hours["embed"] + self.stage_hours["align"])
 
 
 def plan_fit(
@@ -155,9 +137,8 @@ def plan_fit(
 ) -> Plan:
     """Estimate the parameters, FLOPs, memory and hours of a `fit` run.
 
-    Args:
-        captions_per_image: Mean number of captions per image. All captions are assumed to be distinct.
-        tokens_per_caption: Mean number of tokens per caption, including the template.
+    The numbers of captions per image, assumed to be distinct, and of tokens per caption, including the template, are
+    means.
 
     Raises:
         ValueError: A model is unknown, a number is not positive, or there are too few images for one step.
@@ -166,7 +147,14 @@ def plan_fit(
     for name, value in data.items():
         if value <= 0:
             raise ValueError(f"--{name} must be greater than 0 (got {value})")
-    config = _resolve_settings(config, machine, images)
+    stages: dict[str, Any] = {}
+    for stage in ("tune", "embed", "align"):
+        settings = getattr(config, stage)
+        precision = machine.device_spec.resolve_precision(settings.precision, cast(Any, stage))
+        stages[stage] = dataclasses.replace(settings, precision=precision)
+    batch_size = resolve_images_per_step(images, config.align, machine.count) // machine.count
+    stages["align"] = dataclasses.replace(stages["align"], batch_size=batch_size)
+    config = dataclasses.replace(config, **stages)
     max_length = config.encoder.max_length or 512
     text = measure_text_costs(config.encoder, config.tune, min(tokens_per_caption, max_length), machine.is_cpu)
     captions = min(config.align.captions_per_image or captions_per_image, captions_per_image)
@@ -181,32 +169,24 @@ def plan_fit(
     )
 
 
-def _resolve_settings(config: FitConfig, machine: Machine, images: int) -> FitConfig:
-    """Resolve the precisions for the device, and reduce the `align` batch size if there are too few images."""
-    stages: dict[str, Any] = {}
-    for stage in ("tune", "embed", "align"):
-        settings = getattr(config, stage)
-        precision = machine.device_spec.resolve_precision(settings.precision, cast(Any, stage))
-        stages[stage] = dataclasses.replace(settings, precision=precision)
-    batch_size = resolve_images_per_step(images, config.align, machine.count) // machine.count
-    stages["align"] = dataclasses.replace(stages["align"], batch_size=batch_size)
-    return dataclasses.replace(config, **stages)
-
-
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 
-def format_plan(plan: Plan, width: int = 110) -> str:
-    """Format a plan as text with at most `width` characters per line."""
-    page = StringIO()
-    console = Console(file=page, width=width, highlight=False)
-    tables = (_make_parameter_table(plan), _make_flops_table(plan), _make_memory_table(plan), _make_time_table(plan))
-    for table in tables:
-        console.print(table)
-        console.print()
-    for line in _list_remarks(plan):
-        console.print(line, markup=False)
-    return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+def format_plan(plan: Plan) -> str:
+    limit = f"{plan.machine.device_spec.memory:g} GB of each {plan.machine.device_spec.name}"
+    problems = [f"OUT OF MEMORY in {stage}. {MEMORY_ADVICE[stage]}" for stage, fits in plan.fits.items() if not fits]
+    verdict = " ".join(problems) or f"Every stage fits in the {limit}."
+    tables = [_make_parameter_table(plan), _make_flops_table(plan), _make_memory_table(plan), _make_time_table(plan)]
+    lines = [f"Embedding store ({plan.config.embed.dtype}): {format_bytes(plan.store_bytes)} on disk."]
+    if plan.feature_bytes:
+        lines.append(f"Cached tower features (float16): {format_bytes(plan.feature_bytes)} on disk.")
+    mfu = ", ".join(f"{stage} {plan.machine.get_mfu(stage):.0%}" for stage in plan.stage_hours)
+    lines.append(
+        f"Estimated, not measured. Assumptions: {mfu} of peak throughput (MFU), "
+        f"{1 - USABLE_FRACTION:.0%} of memory lost to fragmentation, no duplicate captions, and image decoding that is "
+        "never the bottleneck."
+    )
+    return render_text([*tables, Paragraph("\n".join(lines))], verdict)
 
 
 def format_hours(hours: float) -> str:
@@ -215,26 +195,17 @@ def format_hours(hours: float) -> str:
     return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
 
 
-def _make_table(columns: Iterable[str], rows: Iterable[Iterable[str]], right_align: bool = True) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for n, name in enumerate(columns):
-        table.add_column(name, justify="right" if n and right_align else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def _make_parameter_table(plan: Plan) -> Table:
     text, image = plan.text, plan.image
     tuned = text.trained if plan.config.tune.steps else 0
     rows = [
         (f"caption encoder {plan.config.encoder.path}", f"{text.parameters:,}", f"{tuned:,}"),
-        (f"vision tower {plan.config.align.tower}", f"{image.tower:,}", ""),
-        ("projection", f"{image.projection:,}", ""),
-        ("adapter", f"{image.adapter:,}", ""),
+        (f"vision tower {plan.config.align.tower}", f"{image.tower:,}", None),
+        ("projection", f"{image.projection:,}", None),
+        ("adapter", f"{image.adapter:,}", None),
         ("tower, projection and adapter", f"{image.parameters:,}", f"{image.trained:,}"),
     ]
-    return _make_table(("Parameters", "all", "trained"), rows)
+    return Table(("Parameters", "all", "trained"), rows)
 
 
 def _make_flops_table(plan: Plan) -> Table:
@@ -252,22 +223,19 @@ def _make_flops_table(plan: Plan) -> Table:
         counts["  repeated forward (micro_batch_size)"] = flops["repeated"]
     counts["  loss"] = flops["loss"]
     rows = [(name, f"{count / 1e9:,.0f}" if count >= 1e11 else f"{count / 1e9:,.2f}") for name, count in counts.items()]
-    return _make_table(("GFLOPs (10^9 FLOPs; a multiply-add counts as 2)", ""), rows)
+    return Table(("GFLOPs (10^9 FLOPs; a multiply-add counts as 2)", "number"), rows)
 
 
 def _make_memory_table(plan: Plan) -> Table:
-    stages, device = list(plan.memory), plan.machine.device_spec
     parts = dict.fromkeys(part for memory in plan.memory.values() for part in memory)  # unique names, in original order
     ordered = sorted(parts, key=("libraries", "loading").__contains__)  # libraries and loading come last
-    rows = []
+    rows: list[list[str | None]] = []
     for part in ordered:
         name = "loading (before training)" if part == "loading" else part
-        sizes = [plan.memory[stage].get(part) for stage in stages]
-        rows.append([name, *("" if size is None else f"{size / 1e9:.1f}" for size in sizes)])
+        sizes = [memory.get(part) for memory in plan.memory.values()]
+        rows.append([name, *(None if size is None else f"{size / 1e9:.1f}" for size in sizes)])
     rows.append(["peak", *(f"{compute_peak_memory(memory) / 1e9:.1f}" for memory in plan.memory.values())])
-    rows.append(["fits", *("yes" if stage_fits else "NO" for stage_fits in plan.fits.values())])
-    title = f"Memory per device, GB (10^9 bytes; {device.name} has {device.memory:g} GB)"
-    return _make_table((title, *stages), rows)
+    return Table(("Memory per device, GB (10^9 bytes)", *plan.memory), rows)
 
 
 def _make_time_table(plan: Plan) -> Table:
@@ -281,29 +249,7 @@ def _make_time_table(plan: Plan) -> Table:
         "align": align,
     }
     rows = [(stage, format_hours(plan.stage_hours[stage]), details[stage]) for stage in plan.memory]
-    return _make_table((f"Time on {count} x {plan.machine.device_spec.name}", "", ""), rows, right_align=False)
-
-
-def _list_remarks(plan: Plan) -> list[str]:
-    lines = [f"Embedding store ({plan.config.embed.dtype}): {format_bytes(plan.store_bytes)} on disk."]
-    if plan.feature_bytes:
-        lines.append(f"Cached tower features (float16): {format_bytes(plan.feature_bytes)} on disk.")
-    (step, hours), weights = plan.online_cost_ratios, 2.0 * plan.text.parameters  # bytes in half precision
-    lines.append(
-        f"Without the store, running the LLM in every `align` step would take {step:.2f} times the FLOPs per step, "
-        f"{hours:.2f} times the total time of `embed` and `align`, and {format_bytes(weights)} more memory per device "
-        "for the weights."
-    )
-    for stage, stage_fits in plan.fits.items():
-        if not stage_fits:
-            lines.append(f"OUT OF MEMORY in {stage}. {MEMORY_ADVICE[stage]}")
-    mfu = ", ".join(f"{stage} {plan.machine.get_mfu(stage):.0%}" for stage in plan.stage_hours)
-    lines.append(
-        f"Estimated, not measured. Assumptions: {mfu} of peak throughput (MFU), "
-        f"{1 - USABLE_FRACTION:.0%} of memory lost to fragmentation, no duplicate captions, and image decoding that is "
-        "never the bottleneck."
-    )
-    return lines
+    return Table((f"Time on {count} x {plan.machine.device_spec.name}", "duration", "work"), rows)
 
 
 # ---- checks before a run -------------------------------------------------------------------------------------------
@@ -330,19 +276,16 @@ def check_resources(config: FitConfig, run_dir: Path, records: RecordTable | Non
         tokens_per_caption = max(1.0, sum(map(len, texts)) / len(texts) / CHARACTERS_PER_TOKEN)
     try:
         plan = plan_fit(config, _detect_machine(), images, captions_per_image, tokens_per_caption)
-        warnings = [] if records is None else _list_memory_warnings(plan)
+        fits = plan.fits
     except (ValueError, RuntimeError) as error:  # fake tensors may not support all of the model's operations
         return [f"Could not check memory and disk space: {error}"]
     _check_disk_space(plan, run_dir)
-    return warnings
-
-
-def _list_memory_warnings(plan: Plan) -> list[str]:
     warnings = []
-    for stage in (stage for stage, stage_fits in plan.fits.items() if not stage_fits):
-        needed, free = compute_peak_memory(plan.memory[stage]) / 1e9, plan.machine.device_spec.memory
-        warnings.append(f"Warning: {stage} needs about {needed:.1f} GB of memory, but only {free:.1f} GB is free.")
-        warnings.append(f"  {MEMORY_ADVICE[stage]}")
+    for stage in fits if records is not None else ():
+        if not fits[stage]:
+            needed, free = compute_peak_memory(plan.memory[stage]) / 1e9, plan.machine.device_spec.memory
+            warnings.append(f"Warning: {stage} needs about {needed:.1f} GB of memory, but only {free:.1f} GB is free.")
+            warnings.append(f"  {MEMORY_ADVICE[stage]}")
     return warnings
 
 

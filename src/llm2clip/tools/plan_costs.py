@@ -54,7 +54,6 @@ class TextCosts:
     parameters: int  # number of parameters, excluding the language modelling head
     linear: int  # total number of weights in linear layers
     largest_linear: int  # largest number of linear weights in a single transformer layer
-    largest_matrix: int  # number of weights in the largest linear layer
     layers: int  # number of transformer layers
     trained: int  # number of parameters trained in the `tune` stage
     forward: float  # FLOPs per caption of a forward pass without LoRA
@@ -96,18 +95,15 @@ class ImageCosts:
 
 
 def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, is_cpu: bool = False) -> TextCosts:
-    """Measure the costs of a caption encoder.
+    """Measure the costs of a caption encoder for captions with this number of tokens, including the template.
 
-    Args:
-        tune: Settings of the `tune` stage; `tune.precision` must be fp32, bf16 or fp16.
-        tokens: Number of tokens per caption, including the template.
-        is_cpu: If True, measure decoders with the packed CPU attention, which is not fused.
+    `tune.precision` must be fp32, bf16 or fp16. If `is_cpu` is True, decoders are measured with the packed CPU
+    attention, which is not fused.
     """
     config = get_llm_config(encoder)
     llm = build_llm(config)
     layers, parameters = get_layers(llm), count_parameters(llm)
     linear, largest_linear = _count_linear_weights(layers), max(_count_linear_weights(layer) for layer in layers)
-    largest_matrix = max(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
     length = max(1, round(tokens))
     two, three = (_measure_shortened_llm(config, tune, n, length, is_cpu) for n in (2, 3))
 
@@ -123,7 +119,6 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
         parameters=parameters,
         linear=linear,
         largest_linear=largest_linear,
-        largest_matrix=largest_matrix,
         layers=len(layers),
         trained=trained,
         forward=tune_forward - (2 * trained * tokens if tune.lora_r else 0),
@@ -136,11 +131,7 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
 
 
 def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCosts:
-    """Measure the FLOPs and memory of the `align` model per image, for a number of captions per image in each step.
-
-    Raises:
-        ValueError: Settings contradict each other, or the tower is unknown.
-    """
+    """Measure the FLOPs and memory of the `align` model per image, for a number of captions per image in each step."""
     model = build_model(config, text_dim)
     tower = model.tower
     tower_parameters = count_parameters(tower)
@@ -189,17 +180,16 @@ def measure_pass(
 ) -> PassCosts:
     """Measure the costs per item of a forward and backward pass. Must be called within a `FakeTensorMode`.
 
-    Args:
-        layers: Layers whose inputs are measured.
-        run: Function that runs the model on the given number of items and returns the output.
-        precision: fp32, bf16 or fp16.
+    `run` runs the model on a number of items. The inputs of `layers` are measured. The precision must be fp32, bf16 or
+    fp16.
     """
     saved_bytes = {}
     for items in (2, 1):  # the difference excludes bytes that do not depend on the number of items
         saved = SavedBytesCounter(model)
         # fp16 has the same size as bf16, so autocast to bf16 covers both.
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
-        with autocast, saved.hooks, _record_input_bytes(layers) as input_bytes, make_flop_counter() as counter:
+        counter = FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS)
+        with autocast, saved.hooks, _record_input_bytes(layers) as input_bytes, counter:
             output = run(items)  # the output keeps the saved tensors alive
         forward = float(counter.get_total_flops())
         saved_bytes[items] = saved.bytes
@@ -216,14 +206,9 @@ def measure_pass(
 
 
 def count_flops(run: Callable[[], Any]) -> float:
-    with make_flop_counter() as counter:
+    with FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS) as counter:
         run()
     return float(counter.get_total_flops())
-
-
-def make_flop_counter() -> FlopCounterMode:
-    """Return PyTorch's FLOP counter, with formulas for operations that it omits or counts incorrectly."""
-    return FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS)
 
 
 def count_parameters(module: nn.Module, only_trained: bool = False) -> int:
@@ -272,7 +257,14 @@ def _measure_shortened_llm(config: Any, tune: TuneConfig, num_layers: int, token
     is_packed = is_cpu and can_pack(llm)
     if is_packed:
         llm.set_attn_implementation(PACKED)
-    net = _prepare_llm(llm, tune)
+    llm.get_input_embeddings().requires_grad_(False)
+    net: Any = llm
+    if tune.lora_r:
+        lora = LoraConfig(r=tune.lora_r, lora_dropout=tune.lora_dropout, target_modules="all-linear")
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated transformers API
+            net = get_peft_model(llm, lora)
+        cast_frozen_linear_layers(net, Precision(tune.precision).dtype)
 
     def encode(captions: int) -> Tensor:
         if is_packed:
@@ -285,18 +277,6 @@ def _measure_shortened_llm(config: Any, tune: TuneConfig, num_layers: int, token
     with FakeTensorMode(allow_non_fake_inputs=True):
         net.to_empty(device="cpu")
         return measure_pass(net, get_layers(llm), encode, tune.precision)
-
-
-def _prepare_llm(llm: Any, tune: TuneConfig) -> Any:
-    llm.get_input_embeddings().requires_grad_(False)
-    if not tune.lora_r:
-        return llm
-    lora = LoraConfig(r=tune.lora_r, lora_dropout=tune.lora_dropout, target_modules="all-linear")
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated transformers API
-        net = get_peft_model(llm, lora)
-    cast_frozen_linear_layers(net, Precision(tune.precision).dtype)
-    return net
 
 
 def _count_linear_weights(module: nn.Module) -> int:
@@ -321,6 +301,7 @@ def _count_convolution_backward_flops(grad: Any, _input: Any, weight: Any, _bias
     return int(2 * math.prod(grad) * math.prod(weight[1:]) * (bool(output_mask[0]) + bool(output_mask[1])))
 
 
+# Formulas for operations that PyTorch's FLOP counter omits or counts incorrectly.
 _FLOP_FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_attention_backward_flops,
@@ -408,10 +389,8 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
         config = AutoConfig.for_model(**LLMS[path.lower()])
     else:
         try:
-            if folder.suffix == ".gguf":
-                config = load_config(folder.parent, gguf_file=folder.name)
-            else:
-                config = load_config(folder)
+            is_gguf = folder.suffix == ".gguf"
+            config = load_config(folder.parent, gguf_file=folder.name) if is_gguf else load_config(folder)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--encoder.path {path} is neither a folder with a config.json nor one of {', '.join(LLMS)}, and "

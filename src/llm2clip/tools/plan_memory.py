@@ -1,8 +1,6 @@
 """Accelerators from data sheets, the utilisation assumed for each stage, and the memory that each component needs.
 
-The sizes of weights and activations are measured (see `plan_costs.py`) and summed here. Running a complete step on fake
-tensors would not be enough: the report lists each component, and fake tensors on one device do not
-account for sharded weights, communication buffers or 4-bit weights.
+The sizes of weights and activations are measured (see `plan_costs.py`) and summed here.
 
 A trained fp32 weight takes 4 bytes, its gradient 4 bytes, and AdamW's two moments 8 bytes. With several processes,
 DistributedDataParallel keeps a second copy of the gradients in its communication buckets. The backward pass frees
@@ -90,7 +88,7 @@ class Machine:
     count: int = 1
     """Number of devices. One process runs on each device."""
     mfu: float | None = None
-    """Model FLOPs utilisation, as a fraction of peak throughput. Default: 0.25 for align, and 0.4 for tune and embed."""
+    """Model FLOPs utilisation, as a fraction of peak throughput. Default: 0.25 for align, 0.4 for tune and embed."""
     tflops: float | None = None
     """Peak throughput per device at the configured precision, in 10^12 FLOP/s. Default: from the data sheet."""
     memory: float | None = None
@@ -160,8 +158,6 @@ def estimate_tune_memory(text: "TextCosts", config: TuneConfig, machine: Machine
         linear_bytes = NF4_BYTES if config.qlora else value_bytes
         parts["LLM"] = (linear_bytes * text.linear + 4 * (text.parameters - text.linear)) / num_shards
         parts["LoRA"] = 4 * text.trained / num_shards
-        if config.qlora:
-            parts["dequantised matrix"] = value_bytes * text.largest_matrix
     else:
         parts["LLM"] = 4 * text.parameters / num_shards
         if value_bytes == 2:
@@ -209,7 +205,6 @@ def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignC
     chunk = min(LOGITS_PER_CHUNK["cpu" if machine.is_cpu else "cuda"], config.batch_size * texts)
     dims = image.embed_dim + sum(config.matryoshka_dims)
     parts["loss"] = 12 * dims * (images + texts) + 4 * chunk * get_loss(config.loss).chunk_tensors
-    parts["captions"] = 4 * text.embed_dim * micro_batch * image.captions
     if config.distill_weight:
         # For both towers: distances from this rank's features to the features of all images, with intermediate results
         # and gradients.

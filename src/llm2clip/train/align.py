@@ -3,9 +3,6 @@
 Each step minimises a contrastive loss between a batch of images and one or more captions per image. The LLM is not
 loaded: its caption embeddings are read from the embedding store. If the tower is frozen (`tower_lr` is 0), its image
 features are computed once, cached in a second store and read from there during training.
-
-With self-distillation (`distill_weight`), an additional loss keeps the tower's features close to those of the
-pretrained tower (see `distillation_loss`).
 """
 
 import copy
@@ -70,7 +67,7 @@ def align(
     Args:
         records: Training data. Phrases that are not in the store are not used.
         model: Model with a pretrained tower and newly initialised heads. The model is modified in place.
-        run_dir: Output folder for checkpoints/, metrics.jsonl, evaluations.jsonl and best/. No other process may write
+        run_dir: Output folder for checkpoints/, metrics.jsonl and evaluations.jsonl. No other process may write
             to this folder (see `run_lock`).
         log: Log of images that cannot be decoded.
         validate: Function that evaluates the model on held-out images. If None, the model is not evaluated.
@@ -83,11 +80,8 @@ def align(
     Raises:
         ValueError: There are too few images, settings contradict each other, or the existing checkpoints were saved
             with different settings or data.
-        TooManySkipped: Too many images cannot be decoded.
         FloatingPointError: The loss or a gradient is not finite.
     """
-    if config.load_best_at_end and validate is None:
-        raise ValueError("--align.load_best_at_end requires held-out images to evaluate on: set --held_out")
     pretrained_tower = copy.deepcopy(model.tower).requires_grad_(False).eval() if config.distill_weight else None
     process_state()  # the devices must be known before the seed is set
     set_seed(config.seed)
@@ -111,8 +105,6 @@ def align(
     restore_blocks(model.tower)
     if unsharded is not None:
         model = gather_to_cpu(unsharded, model).to(loop.device)  # type: ignore[assignment]
-    if config.load_best_at_end:
-        loop.best.restore(model)
     merge_tower_lora(model.tower)
     if loop.accelerator.is_main_process:
         model.training_images = records.hash_images()
@@ -182,22 +174,14 @@ def _compute_gradients(loop: StepLoop, pretrained_tower: VisionTower | None, ste
     batch = batch.to(loop.device)
     pretrained_features = None
     if pretrained_tower is not None:
-        pretrained_features = _compute_tower_features(batch.images, pretrained_tower, config, loop.accelerator)
+        with torch.no_grad(), loop.accelerator.autocast(), tf32_matmul():
+            parts = batch.images.split(config.micro_batch_size or config.batch_size)
+            pretrained_features = torch.cat([pretrained_tower(part).float() for part in parts])  # (N, feature_dim)
     loss, logit_scale = _compute_loss(loop.net, batch, pretrained_features, config, loop.accelerator)
     with tf32_matmul():
         loop.accelerator.backward(loss)
     metrics = {"logit_scale": logit_scale}
     return StepResult(loss.detach(), len(batch.images), metrics, batch.image_names, batch.failures)
-
-
-@torch.no_grad()
-def _compute_tower_features(
-    pixels: Tensor, tower: VisionTower, config: AlignConfig, accelerator: Accelerator
-) -> Tensor:
-    """Return a tower's features, float32 of shape (N, feature_dim), from pixels of shape (N, 3, S, S)."""
-    with accelerator.autocast(), tf32_matmul():
-        parts = pixels.split(config.micro_batch_size or config.batch_size)
-        return torch.cat([tower(part).float() for part in parts])
 
 
 def _compute_loss(

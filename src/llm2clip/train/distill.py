@@ -73,11 +73,7 @@ class Teacher:
     """
 
     def __init__(self, model: LLM2CLIP, folder: Path, store: str | None = None) -> None:
-        """Find the stores of a model's caption embeddings.
-
-        Args:
-            folder: Model folder.
-            store: Folder of the store. Default: in the run directory of `fit`, the store next to the model.
+        """Open the store in the folder `store`. By default, open the store next to the model, as in a `fit` run.
 
         Raises:
             ValueError: The model has no caption encoder.
@@ -305,18 +301,16 @@ class DistillTexts:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Number of tokens of each text, int64 of shape (N,)."""
         return np.diff(self.offsets)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def get_ids(self, items: np.ndarray) -> list[list[int]]:
-        """Return the token ids of the texts with these indices."""
         return [self.tokens[self.offsets[n] : self.offsets[n + 1]].tolist() for n in items.tolist()]
 
     def get_targets(self, items: np.ndarray) -> Tensor:
-        """Return the teacher's embeddings of the texts with these indices, float32 of shape (len(items), D)."""
+        """Return the teacher's embeddings of the texts with these indices, float32 of shape (N, D)."""
         return torch.from_numpy(self.targets.take(self.rows[items]))
 
 
@@ -330,14 +324,12 @@ def prepare_texts(
 ) -> DistillTexts:
     """Embed the records' captions and phrases with the teacher, and tokenize them. Must be called by all ranks.
 
-    Texts that one of the tokenizers cannot encode are skipped. The tokens are written to a temporary file, which takes
-    4 bytes per token and rank. Memory: about 25 bytes per distinct text, up to 60 bytes at the peak, plus one chunk of
-    texts (about 100 MB).
+    Texts that one of the tokenizers cannot encode are skipped. `folder` receives the teacher's text embeddings in the
+    shared space (the store `targets`) and a temporary file of the tokens, 4 bytes per token and rank. Memory: about 25
+    bytes per distinct text, up to 60 bytes at the peak, plus one chunk of texts (about 100 MB).
 
     Args:
         other_texts: File with additional texts, one per line. They count as captions.
-        folder: Folder for the store `targets` of the teacher's text embeddings in the shared space, and for the
-            temporary file.
         max_skipped: Maximum fraction of the texts that the student's tokenizer cannot encode.
 
     Raises:
@@ -427,7 +419,7 @@ class _TokenWriter:
 
 
 def _find_ignored_ids(student: CaptionEncoder) -> set[int]:
-    """Return the ids of the student's special tokens, including the unknown token. They carry no meaning."""
+    """Return the ids of the student's special tokens, including the unknown token."""
     if not student.is_static:
         return set(student.tokenizer.all_special_ids)
     unknown = getattr(student.tokenizer.model, "unk_token", None)
@@ -464,11 +456,9 @@ def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def distill(
     student: CaptionEncoder, teacher: Teacher, data: DistillTexts, config: DistillConfig, run_dir: Path
 ) -> CaptionEncoder:
-    """Train a student from `open_student` on the texts, resuming from the latest checkpoint if one exists.
+    """Train a student in place on the texts, resuming from the latest checkpoint if one exists.
 
-    Args:
-        student: Student, modified in place. Token embeddings are trained only if the student is static.
-        run_dir: Output folder for checkpoints/ and metrics.jsonl. No other process may write to this folder.
+    Token embeddings are trained only if the student is static. `run_dir` receives checkpoints/ and metrics.jsonl.
 
     Raises:
         ValueError: Settings contradict each other, or the checkpoints were saved with different settings or data.

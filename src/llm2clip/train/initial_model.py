@@ -1,12 +1,9 @@
 """Initial model for the `align` stage: a pretrained vision tower with new heads or with a CLIP model's heads.
 
-By default, the projection and the adapter are randomly initialised. Contrastive training against a randomly initialised
-adapter degrades the features of a pretrained tower. With representation inheritance (`config.inherit`), the first stage
-of ProCLIP (arXiv 2510.18795), the projection is therefore taken from the tower's CLIP model, and the adapter first
-learns from text alone to map the LLM embedding of a text to the embedding of the same text in this CLIP model.
-
-The texts for inheritance are the captions and phrases of the training data, with or without an image. Phrases such as
-"red hat" are repeated, so that the adapter learns short texts as well. Both kinds of embeddings are read from stores.
+By default, the projection and the adapter are randomly initialised. With representation inheritance
+(`config.inherit`), the first stage of ProCLIP (arXiv 2510.18795), the projection is taken from the tower's CLIP model,
+and the adapter first learns from text alone to map the LLM embedding of a text to this CLIP model's embedding of it.
+The texts are the captions and phrases of the training data, with or without an image.
 """
 
 import hashlib
@@ -75,7 +72,6 @@ def load_pretrained_parts(config: AlignConfig) -> PretrainedParts:
     Raises:
         OSError: A model does not exist, or cannot be downloaded.
         ValueError: A model does not support the settings.
-        ImportError: A required package is not installed.
     """
     torch.manual_seed(config.seed)
     tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
@@ -110,9 +106,9 @@ def create_initial_model(
     With `config.inherit`, the heads come from a CLIP model instead (see `inherit_text_space`).
 
     Args:
-        train: Training records whose texts the adapter is trained on. Used only with `config.inherit`.
+        train: Training records whose texts the adapter is trained on with `config.inherit`.
         out: Folder for the adapter's weights and the cached CLIP text embeddings. Required with `config.inherit`.
-        parts: Pretrained parts, which become part of the model. Default: loaded with `load_pretrained_parts`.
+        parts: Pretrained parts, which become part of the model. Default: see `load_pretrained_parts`.
     """
     parts = parts or load_pretrained_parts(config)
     device = process_state().device
@@ -210,8 +206,6 @@ def inherit_text_space(
 
 @dataclass(frozen=True)
 class TextChunk:
-    """Some of the training texts: captions or phrases, possibly with duplicates."""
-
     texts: list[str]
     keys: np.ndarray  # keys of the texts in embedding stores, of shape (N, 16), uint8
     rows: np.ndarray  # row numbers of the LLM embeddings, of shape (N,), int64

@@ -7,8 +7,6 @@ held-out images, checkpoints, experiment trackers, and exact resumption.
 
 import json
 import math
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +17,12 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from llm2clip.config import RESUME_SAFE, AlignConfig, DistillConfig
 from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.io_utils import atomic_path, atomic_write_text, fsync_folder
 from llm2clip.models.precision import resolve_precision
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.checkpoint import (
@@ -49,6 +46,10 @@ from llm2clip.train.optim import MAX_GRAD_NORM, make_cosine_schedule
 # In fp16, the gradient scaler skips every step with non-finite gradients and then halves its scale factor. After this
 # many consecutive skipped steps, the scale factor cannot be the cause, so training stops with an error.
 MAX_SKIPPED_STEPS = 20
+
+
+Validator = Callable[[Any], dict[str, float]]
+"""Function that evaluates a model on held-out images and returns its metrics. The model must be in eval mode."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,7 @@ class StepLoop:
     Attributes:
         precision: Training precision: fp32, bf16 or fp16.
         checkpoints: Checkpoints in `run_dir/checkpoints`.
-        items_per_step: Items per step over all ranks of the run to resume. None for a new run, or if the batch size has
-            changed.
+        items_per_step: Items per step over all ranks of the run to resume. None for a new run.
         net: The model with its distributed wrapper, after `start`.
     """
 
@@ -94,9 +94,6 @@ class StepLoop:
         Args:
             items: What the training data consists of, such as "images". Part of the names of metrics.
             report_to: Names of experiment trackers.
-
-        Raises:
-            ValueError: The device does not support the precision, or the checkpoints cannot be used.
         """
         state = process_state()  # must precede Accelerator(), which would set up the ranks differently
         self.stage, self.items, self.config, self.run_dir = stage, items, config, run_dir
@@ -112,24 +109,18 @@ class StepLoop:
             raise ValueError(f"--{stage}.precision fp16 requires a GPU: use bf16 or fp32 on {self.device}")
         enable_fp32_gradient_reduction(self.accelerator)
         keep_freed_memory(self.device)
-        self.checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
+        self.checkpoints = Checkpoints(run_dir / "checkpoints")
         self.items_per_step = self.checkpoints.get_saved_items_per_step(f"{items} per step")
 
     def check_signature(self, steps: int, items_per_step: int, data: Mapping[str, Any]) -> None:
-        """Check that the properties of a resumed run have not changed.
+        """Raise ValueError if a resumed run has a different number of steps, other settings or other data.
 
-        Args:
-            steps: Number of steps of the complete run.
-            data: Hashes and other properties of the data and the models that affect the result.
-
-        Raises:
-            ValueError: The latest checkpoint was saved with other settings or data.
+        `data` contains hashes and other properties of the data and the models that affect the result.
         """
         self.steps = steps
         settings = {**vars(self.config), "precision": self.precision}
-        not_compared = (*RESUME_SAFE, "batch_size")  # `items_per_step` replaces the batch size
         signature = {"steps": steps, f"{self.items} per step": items_per_step, **data}
-        signature |= {f"--{self.stage}.{name}": v for name, v in settings.items() if name not in not_compared}
+        signature |= {f"--{self.stage}.{name}": v for name, v in settings.items() if name not in RESUME_SAFE}
         self.checkpoints.check_signature(signature)
 
     def start(
@@ -137,7 +128,7 @@ class StepLoop:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         lr: float,
-        validate: "Validator | None" = None,
+        validate: Validator | None = None,
         eval_steps: int = 0,
     ) -> None:
         """Prepare the model and the optimizer, and load the latest checkpoint, if there is one.
@@ -148,9 +139,18 @@ class StepLoop:
         """
         self.model, self.lr, self.eval_steps = model, lr, eval_steps
         is_main, resume_step = self.accelerator.is_main_process, self.checkpoints.step
-        self.best = BestCheckpoint(self.run_dir, resume_step, validate if eval_steps else None, self.accelerator)
-        self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", resume_step) if is_main else None
-        _start_trackers(self.accelerator, self._trackers, self.config, resume_step)
+        self.validate = validate if eval_steps else None
+        self.metrics = self.evaluations = None
+        if is_main:
+            self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", resume_step)
+            if self.validate is not None:
+                self.evaluations = MetricsLog(self.run_dir / "evaluations.jsonl", resume_step)
+        if self._trackers:
+            if "tensorboard" in self._trackers and resume_step:
+                self._trackers["tensorboard"]["purge_step"] = resume_step + 1  # later steps will be repeated
+            plain = int, float, str, bool
+            settings = {k: v if isinstance(v, plain) else str(v) for k, v in vars(self.config).items()}
+            self.accelerator.init_trackers("llm2clip", settings, self._trackers)
         self._lr_factor = make_cosine_schedule(self.steps, self.config.warmup_ratio)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         self.net, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -170,12 +170,11 @@ class StepLoop:
             batches: This rank's batch for each remaining step.
             compute_gradients: Function of the step number, which starts at 1, and the batch. It runs the forward and
                 backward pass.
-            log: Log of items that cannot be decoded.
+            log: Log of items that cannot be decoded. Raises TooManySkipped if there are too many.
             after_step: Function to call after each optimizer step.
 
         Raises:
             FloatingPointError: The loss or a gradient is not finite.
-            TooManySkipped: Too many items cannot be decoded.
         """
         is_hidden, start = self.metrics is None, self.checkpoints.step
         with ProgressBar(total=self.steps, initial=start, desc=self.stage, unit="step", disable=is_hidden) as progress:
@@ -218,18 +217,32 @@ class StepLoop:
     def _evaluate_and_save(self, step: int, report: "StepReport") -> bool:
         """Evaluate the model and save a checkpoint if they are due. Return True if either was done."""
         is_last = step == self.steps
-        evaluates = self.best.validate is not None and (step % self.eval_steps == 0 or is_last)
+        evaluates = self.validate is not None and (step % self.eval_steps == 0 or is_last)
         saves = step % self.config.save_steps == 0 or is_last
         if evaluates or saves:
             report.flush()  # raises an error if a loss or gradient was not finite
         if evaluates:
-            self.accelerator.log(self.best.evaluate(self.model, step), step)
-            self.model.train()
+            self._evaluate(step)
         if saves:
             folder = self.checkpoints.path(step)
             save_training_state(folder, self.model, self.optimizer, self.schedule, self.accelerator.scaler)
             self.checkpoints.commit(step)
         return evaluates or saves
+
+    def _evaluate(self, step: int) -> None:
+        """Evaluate the model on the main process or, if the model is sharded, on all ranks. Log the metrics."""
+        assert self.validate is not None
+        if self.accelerator.is_main_process or is_fsdp_enabled():
+            self.model.eval()
+            metrics = self.validate(self.model)
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # FSDP keeps gathered weights in memory until the next backward pass
+            self.accelerator.log(metrics, step)
+            if self.evaluations is not None:
+                self.evaluations.write(step, **metrics)
+        self.model.train()
+        wait_for_everyone()
 
 
 class StepReport:
@@ -248,12 +261,7 @@ class StepReport:
     def add(
         self, step: int, result: StepResult, loss: Tensor, grad_norm: Tensor, step_metrics: dict[str, float]
     ) -> None:
-        """Report a step that has just run. Must be called by all ranks.
-
-        Raises:
-            FloatingPointError: The loss or the gradient of this step or the previous step is not finite.
-            TooManySkipped: Too many items cannot be decoded.
-        """
+        """Report a step that has just run. Must be called by all ranks. Can raise the same errors as `StepLoop.run`."""
         accelerator = self.loop.accelerator
         values = [loss, grad_norm, *result.metrics.values()]
         if accelerator.num_processes > 1:
@@ -335,76 +343,6 @@ class DeviceValues:
         return values
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------
-
-WEIGHTS, METRICS = "model.safetensors", "metrics.json"
-
-Validator = Callable[[Any], dict[str, float]]
-"""Function that evaluates a model on held-out images and returns its metrics. The model must be in eval mode. The
-metrics must include `score`; a higher score is better."""
-
-
-class BestCheckpoint:
-    """Evaluates the model during training, and saves the weights with the best score to `run_dir/best`."""
-
-    def __init__(self, run_dir: Path, resume_step: int, validate: Validator | None, accelerator: Accelerator) -> None:
-        """Delete evaluations of steps after `resume_step`, because these steps will be repeated."""
-        self.folder, self.validate, self.accelerator = run_dir / "best", validate, accelerator
-        self.log: MetricsLog | None = None
-        self.best_score = float("-inf")
-        if accelerator.is_main_process:
-            if self._read_saved_step() > resume_step:
-                shutil.rmtree(self.folder, ignore_errors=True)
-            if validate is not None:
-                self.log = MetricsLog(run_dir / "evaluations.jsonl", resume_step)
-                if self._read_saved_step() >= 0:
-                    self.best_score = json.loads((self.folder / METRICS).read_text())["score"]
-        wait_for_everyone()
-
-    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Evaluate the model, and save its weights if its score is the best so far. Must be called by all ranks.
-
-        If the model is sharded, all ranks evaluate it; otherwise, only the main process does. Evaluation leaves the
-        model in eval mode.
-
-        Returns:
-            The metrics, or an empty dict on ranks that did not evaluate the model.
-        """
-        if self.validate is None:
-            return {}
-        metrics: dict[str, float] = {}
-        if self.accelerator.is_main_process or is_fsdp_enabled():  # a sharded model must run on all ranks
-            model.eval()
-            metrics = self.validate(model)
-        is_best = self.log is not None and metrics["score"] > self.best_score
-        if is_best or is_fsdp_enabled():
-            state = {name: full_tensor(t).detach().cpu().contiguous() for name, t in model.state_dict().items()}
-        if is_best:
-            self.best_score = metrics["score"]
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / METRICS).unlink(missing_ok=True)  # marks the weights as incomplete until they are saved
-            fsync_folder(self.folder)
-            with atomic_path(self.folder / WEIGHTS) as file:
-                save_file(state, file, {"step": str(step)})
-            atomic_write_text(self.folder / METRICS, json.dumps({"step": step, **metrics}, indent=1))
-        if self.log is not None:
-            self.log.write(step, **metrics)
-        wait_for_everyone()
-        return metrics
-
-    def restore(self, model: nn.Module) -> None:
-        model.load_state_dict(load_file(self.folder / WEIGHTS))
-
-    def _read_saved_step(self) -> int:
-        """Return the step of the saved weights, -1 if there are none, or sys.maxsize if they are incomplete."""
-        if not self.folder.exists():
-            return -1
-        try:
-            return int(json.loads((self.folder / METRICS).read_text())["step"])
-        except (OSError, ValueError, KeyError):
-            return sys.maxsize
-
-
 # ---- trackers --------------------------------------------------------------------------------------------------------
 
 
@@ -427,12 +365,3 @@ def make_tracker_options(names: Sequence[str], run_dir: Path) -> dict[str, Any]:
         if find_spec(name) is None:
             raise ModuleNotFoundError(f"--align.report_to {name} requires the package {name}: pip install {name}")
     return {name: options[name] for name in names}
-
-
-def _start_trackers(accelerator: Accelerator, options: dict[str, Any], config: Any, resume_step: int) -> None:
-    if not options:
-        return
-    if "tensorboard" in options and resume_step:
-        options["tensorboard"]["purge_step"] = resume_step + 1  # all steps from this one onwards will be repeated
-    settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(config).items()}
-    accelerator.init_trackers("llm2clip", settings, options)

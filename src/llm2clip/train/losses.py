@@ -123,7 +123,6 @@ class Loss:
     chunk_tensors: int
 
     def __call__(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *layout: Tensor | None) -> Tensor:
-        """Return the loss. `layout` contains the remaining arguments of `function`."""
         scalars = (scale, bias) if self.needs_bias else (scale,)
         return self.function(image, text, *scalars, *layout)
 
@@ -158,7 +157,6 @@ LOSSES = {
 
 
 def get_loss(name: str) -> Loss:
-    """Return the loss that `--align.loss` selects. Raise ValueError if there is no loss with this name."""
     if name not in LOSSES:
         raise ValueError(f"--align.loss must be one of {', '.join(LOSSES)} (got {name})")
     return LOSSES[name]
@@ -339,7 +337,7 @@ class _ImageTextLayout:
         return image[repeated], by_id[sorted_position]
 
     def iterate_row_chunks(self, num_rows: int, num_columns: int) -> Iterator[slice]:
-        """Yield slices that cover all rows. Each slice has at most LOGITS_PER_CHUNK logits, but at least one row."""
+        """Yield slices of rows with at most LOGITS_PER_CHUNK logits each, but at least one row."""
         chunk = LOGITS_PER_CHUNK.get(self.image_of_text.device.type, LOGITS_PER_CHUNK["cuda"])
         size = max(1, chunk // max(1, num_columns))
         for start in range(0, num_rows, size):
@@ -399,8 +397,7 @@ class _ImageTextLayout:
         return logits
 
     def compute_positive_cosines(self, image: Tensor, text: Tensor) -> Tensor:
-        """Return the cosine similarity of each of this rank's texts to its image, of shape (texts of this rank,)."""
-        return (image[self.image_of_text] * text).sum(1)
+        return (image[self.image_of_text] * text).sum(1)  # (texts of this rank,)
 
 
 def _add_positive_grads(
@@ -412,10 +409,7 @@ def _add_positive_grads(
     layout: _ImageTextLayout,
     rows: slice,
 ) -> None:
-    """Add the gradients of the positive pairs in place, for a slice of images.
-
-    The derivative of the loss with respect to the logit of a positive pair is -coef.
-    """
+    """Add the gradients of a slice of images' positive pairs in place. -coef is the derivative of their logits."""
     texts = layout.get_text_slice(rows)
     image_of_text, coef = layout.image_of_text[texts], coef[texts, None]
     grad_image.index_add_(0, image_of_text, text[texts] * coef, alpha=-1)

@@ -27,9 +27,7 @@ _EMBEDDING = re.compile(r"^tower\..*(pos_embed|position_embedding|cls_token|clas
 
 
 def select_trainable_weights(model: LLM2CLIP, config: AlignConfig) -> None:
-    """Set `requires_grad` for the tower's parameters. If `lora_r` is greater than 0, also add LoRA layers to the tower.
-
-    Parameters outside the tower (projection, adapter and logit scale) are always trained.
+    """Freeze or unfreeze the tower, or add LoRA layers to it. All parameters outside the tower are always trained.
 
     Raises:
         ValueError: The tower has no layers to which LoRA can be applied.
@@ -211,13 +209,8 @@ def should_compile(tower: VisionTower, device: torch.device, steps: int) -> bool
     if device.type != "cuda" or steps < MIN_COMPILED_STEPS or torch._dynamo.config.disable:
         return False
     is_trained = any(parameter.requires_grad for parameter in tower.parameters())
-    return is_trained and has_identical_blocks(tower)
-
-
-def has_identical_blocks(tower: VisionTower) -> bool:
-    """Return True if all blocks of the tower have the same class and the same parameter shapes."""
     kinds = {(type(block), tuple(tuple(p.shape) for p in block.parameters())) for block in tower.get_blocks()}
-    return len(kinds) == 1
+    return is_trained and len(kinds) == 1
 
 
 def compile_blocks(tower: VisionTower) -> None:
@@ -236,7 +229,6 @@ def compile_blocks(tower: VisionTower) -> None:
 
 
 def restore_blocks(tower: VisionTower) -> None:
-    """Undo `compile_blocks`."""
     for block in tower.get_blocks():
         block.__dict__.pop("forward", None)
 

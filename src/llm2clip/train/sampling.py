@@ -10,12 +10,12 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.config import AlignConfig
 from llm2clip.data.counter_random import hash_counters, shuffle_rows, to_unit_interval
@@ -100,11 +100,10 @@ class AlignBatches:
         Args:
             records: Training data. Records without an image or without captions are ignored.
             ranks: This rank and the number of ranks.
-            features: Store of a frozen tower's image features. If it is given, batches contain these features instead
-                of pixels, and images without features are ignored.
-            images_per_step: Total number of images per step, across all ranks. Must be divisible by the number of
-                ranks. Default: see `resolve_images_per_step`.
-            image_order: Order of the images. Default: see `choose_image_order`.
+            features: Store of a frozen tower's image features, which batches then contain instead of pixels. Images
+                without features are ignored.
+            images_per_step: Total over all ranks. Default: see `resolve_images_per_step`.
+            image_order: Default: see `choose_image_order`.
 
         Raises:
             ValueError: There are too few images, or the caption mix is invalid.
@@ -159,7 +158,7 @@ class AlignBatches:
         workers = resolve_decoding_workers(self.config)
         loader = DataLoader(
             self.images,
-            batch_sampler=_BatchSampler(self, first_step),
+            batch_sampler=cast(Any, self.samples(first_step)),
             num_workers=workers,
             collate_fn=_collate,
             persistent_workers=False,
@@ -173,7 +172,6 @@ class AlignBatches:
             yield self._make_batch(pixels, samples, failures)
 
     def samples(self, first_step: int) -> Iterator[list[Sample]]:
-        """Yield this rank's samples for each step, starting at `first_step`."""
         for step in range(first_step, len(self)):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             start = step_in_epoch * self.images_per_step
@@ -239,10 +237,7 @@ class _ImageNames(Sequence[str]):
 
 
 def resolve_images_per_step(num_images: int, config: AlignConfig, world_size: int) -> int:
-    """Check the caption mix and the number of images, and return the number of images per step across all ranks.
-
-    Each step uses `config.batch_size` images per rank. If there are fewer images, each step uses all of them, rounded
-    down to a multiple of the number of ranks.
+    """Return the number of images per step over all ranks: `batch_size` per rank or, if there are fewer images, all.
 
     Raises:
         ValueError: There are too few images, or the caption mix is invalid.
@@ -268,17 +263,6 @@ def resolve_decoding_workers(config: AlignConfig) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, min(16, cores // (2 * local_ranks)))
-
-
-class _BatchSampler(Sampler[list[Sample]]):
-    def __init__(self, data: AlignBatches, first_step: int) -> None:
-        self.data, self.first_step = data, first_step
-
-    def __iter__(self) -> Iterator[list[Sample]]:
-        return self.data.samples(self.first_step)
-
-    def __len__(self) -> int:
-        return len(self.data) - self.first_step
 
 
 class _ImageDataset(Dataset):

@@ -64,16 +64,13 @@ PAIR_SCHEMA = pa.schema(
 
 
 def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, run_dir: Path) -> Path:
-    """Tune a caption encoder and save it to `run_dir/encoder`, resuming from the latest checkpoint if one exists.
+    """Tune a caption encoder in place, resuming from the latest checkpoint if one exists. Return `run_dir/encoder`.
 
     Args:
         sources: For each source, a list of image captions or text pairs.
-        encoder: Caption encoder to tune, modified in place. If `steps` is 0, it is saved without tuning.
-        run_dir: Output folder for checkpoints/, metrics.jsonl and, after training, encoder/. No other process may write
-            to this folder (see `run_lock`).
-
-    Returns:
-        The folder of the tuned encoder, in sentence-transformers format.
+        encoder: Caption encoder. If `steps` is 0, it is saved without tuning.
+        run_dir: Output folder for checkpoints/, metrics.jsonl and, after training, encoder/ in sentence-transformers
+            format. No other process may write to this folder (see `run_lock`).
 
     Raises:
         ValueError: A source has too few items, settings contradict each other, or the existing checkpoints were saved
@@ -82,7 +79,7 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
     """
     encoder_dir = run_dir / "encoder"
     if not encoder_dir.exists():
-        checkpoints = Checkpoints(run_dir / "checkpoints", config.batch_size)
+        checkpoints = Checkpoints(run_dir / "checkpoints")
         if config.qlora:
             check_qlora_available()
             if is_fsdp_enabled():
@@ -91,7 +88,12 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
             pairs = _sample_pairs(sources, encoder, config, checkpoints.get_saved_items_per_step("pairs per step"))
             precision, lora = _select_trainable_weights(encoder, config)
             _train(pairs, encoder, config, run_dir, precision, checkpoints)
-            _restore_encoder(encoder, lora)
+            if config.gradient_checkpointing:
+                encoder.llm.gradient_checkpointing_disable()
+                encoder.llm.disable_input_require_grads()
+            if lora is not None:
+                lora.finish()
+            encoder.eval()
         if process_state().is_main_process:
             with atomic_dir(encoder_dir) as folder:
                 encoder.save_pretrained(folder)
@@ -102,10 +104,7 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
 def _sample_pairs(
     sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, pairs_per_step: int | None
 ) -> pa.Table:
-    """Return the text pairs for all steps. The pairs are identical on all ranks.
-
-    `pairs_per_step` is the number of pairs per step of the run to resume, or None for a new run.
-    """
+    """Return the text pairs for all steps, identical on all ranks. `pairs_per_step` is None for a new run."""
     if pairs_per_step is None:
         world_size = process_state().num_processes
         pairs_per_step = resolve_pairs_per_step(sources, config.batch_size, world_size)
@@ -178,6 +177,7 @@ def _train(
     signature = {
         "steps": config.steps,
         "pairs per step": pairs_per_step,
+        "--tune.batch_size": config.batch_size,
         "precision": precision,
         "texts": hash_texts(texts),
     }
@@ -210,15 +210,6 @@ def _train(
     else:
         trainer.accelerator.unwrap_model(encoder.st, keep_fp32_wrapper=False)  # removes the autocast wrapper
         vars(encoder.st).pop("_is_accelerate_prepared", None)  # so that later training uses autocast again
-
-
-def _restore_encoder(encoder: CaptionEncoder, lora: LoraSession | None) -> None:
-    if getattr(encoder.llm, "is_gradient_checkpointing", False):
-        encoder.llm.gradient_checkpointing_disable()
-        encoder.llm.disable_input_require_grads()
-    if lora is not None:
-        lora.finish()
-    encoder.eval()
 
 
 def _make_training_arguments(
@@ -328,10 +319,9 @@ def pair_loss(
 
 @dataclass
 class PairCollator(SentenceTransformerDataCollator):
-    """Data collator that tokenizes a batch of pairs without padding.
+    """Tokenizes a batch of pairs without padding: the anchors, then the positives, then the hard negatives.
 
-    The output contains the anchors, then the positives, then the hard negatives. `preprocess_fn` must be the encoder's
-    `tokenize` method.
+    `preprocess_fn` must be the encoder's `tokenize` method.
     """
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
