@@ -339,6 +339,8 @@ def test_pickles_in_a_checkpoint_are_not_executed(llm: Path, tmp_path: Path) -> 
     tune([CAPTIONS], open_encoder(llm), config, tmp_path / "run").rename(tmp_path / "removed")
     shutil.rmtree(tmp_path / "run/checkpoints/checkpoint-4")
     checkpoint = tmp_path / "run/checkpoints/checkpoint-2"
+    marker = json.loads((checkpoint / "complete").read_text())
+    (checkpoint / "complete").write_text(json.dumps({**marker, "files": {}}))  # no file counts as damaged
     for name in ("optimizer.pt", "scheduler.pt", "pytorch_model.bin", "training_args.bin"):
         torch.save(TouchOnLoad(tmp_path / "executed"), checkpoint / name)
     for name in ("state-1.safetensors", "state.json", "trainer_state.json", "scaler.pt", "rng_state.pth"):

@@ -61,7 +61,6 @@ class TextCosts:
     tune_backward: float  # FLOPs per caption of the backward pass in a `tune` step
     saved_per_token: float  # bytes that autograd keeps for the backward pass, per token and transformer layer
     input_per_token: float  # bytes of a transformer layer's input, per token
-    saved_outside: float  # bytes that autograd keeps outside the transformer layers, per token
 
     def count_tune_flops(self, config: TuneConfig) -> float:
         """Return the FLOPs per caption of a `tune` step, including repeated forward passes."""
@@ -126,7 +125,6 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
         tune_backward=extrapolate(lambda costs: costs.backward),
         saved_per_token=(three.saved - two.saved) / length,
         input_per_token=(three.layer_inputs - two.layer_inputs) / length,
-        saved_outside=max(0.0, 3 * two.saved - 2 * three.saved) / length,
     )
 
 

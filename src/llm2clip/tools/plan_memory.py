@@ -221,7 +221,7 @@ def count_saved_bytes(text: "TextCosts", gradient_checkpointing: bool) -> float:
     saved = text.layers * text.saved_per_token
     if gradient_checkpointing:
         saved = text.layers * text.input_per_token + text.saved_per_token
-    return saved + text.saved_per_token + text.saved_outside
+    return saved + text.saved_per_token
 
 
 def estimate_optimizer_memory(trained: float, machine: Machine) -> Parts:
