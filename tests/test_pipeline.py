@@ -27,6 +27,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.tools import plan as planner
+from test_plan import measure_image_costs, measure_text_costs
 
 
 def fit_command(image_folder: Path, llm: Path, tower: Path, out: Path) -> list[str]:
@@ -169,24 +170,22 @@ def test_fit_checks_disk_space_and_memory_before_training(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(planner, "get_available_memory", lambda: 10**8)
-    monkeypatch.setattr(planner.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**5))
-    assert main(fit_command(image_folder, llm, tower, tmp_path / "run")) == 1
-    assert re.search(r"needs about 0\.\d GB of disk space .* 0\.0 GB is free", capsys.readouterr().err)
-    assert not (tmp_path / "run/tune").exists()
-
-    with pytest.raises(OSError, match="GB of disk space"):  # before the captions of `fit --caption` are written
-        planner.check_resources(
-            FitConfig(encoder=EncoderConfig(str(llm)), align=AlignConfig(tower=str(tower))), tmp_path, None
-        )
+    for name, function in (("measure_text_costs", measure_text_costs), ("measure_image_costs", measure_image_costs)):
+        monkeypatch.setattr(planner, name, function)  # these functions measure each model only once
+    align = AlignConfig(tower=str(tower), image_size=64, embed_dim=16, tower_lr=3e-3)
+    config = FitConfig(encoder=EncoderConfig(str(llm)), align=align)
+    with monkeypatch.context() as patch:
+        patch.setattr(planner.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**5))
+        assert main(fit_command(image_folder, llm, tower, tmp_path / "run")) == 1
+        assert re.search(r"needs about 0\.\d GB of disk space .* 0\.0 GB is free", capsys.readouterr().err)
+        assert not (tmp_path / "run/tune").exists()
+        with pytest.raises(OSError, match="GB of disk space"):  # before the captions of `fit --caption` are written
+            planner.check_resources(config, tmp_path, None)
     records = RecordTable.from_records(open_records(image_folder / "captions.jsonl"))
-    config = FitConfig(encoder=EncoderConfig(str(llm)), align=AlignConfig(tower=str(tower), image_size=64))
-    monkeypatch.undo()
+    assert planner.check_resources(config, tmp_path, records) == []
     monkeypatch.setattr(planner, "get_available_memory", lambda: 10**8)
     warnings = planner.check_resources(config, tmp_path, records)
     assert warnings[0].startswith("Warning: tune needs about") and "0.1 GB is free" in warnings[0]
-    monkeypatch.undo()
-    assert planner.check_resources(config, tmp_path, records) == []
 
 
 def test_fit_on_two_ranks_makes_one_run(image_folder: Path, llm: Path, tower: Path, tmp_path: Path) -> None:
