@@ -319,48 +319,6 @@ def test_output_of_other_captioning_runs_is_not_read_unless_it_is_named(tmp_path
     assert all(len(row["captions"]) == len(row["short_captions"]) == 2 for row in read_rows(tmp_path / "c.jsonl"))
 
 
-def test_changed_caption_in_the_source_is_given_to_the_model_again(tmp_path: Path, photos: Path) -> None:
-    source, out = tmp_path / "source.jsonl", tmp_path / "out.jsonl"
-    file = write_prompts(
-        tmp_path / "prompts.yaml",
-        one={"kind": "short", "text": 'Describe it.\nIts caption is "{caption}".'},
-        two={"kind": "short", "text": "What is it?"},
-    )
-    flags = ["--use_captions", "--prompts", file]
-
-    def write_captions(*captions: str) -> None:
-        rows = [{"image": f"photos/000{n}.png", "captions": [text]} for n, text in enumerate(captions)]
-        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    with run_server() as server:
-        for captions, num_requests in ((["cat", "dog"], 4), (["cat", "dog"], 4), (["cat", "puppy"], 5)):
-            write_captions(*captions)
-            caption(server, source, out, *flags)
-            assert server.num_requests == num_requests
-    assert '"puppy"' in server.bodies[-1]["messages"][0]["content"][1]["text"]
-    assert [len(row["short_captions"]) for row in read_rows(out)] == [2, 2]
-
-
-def test_failed_request_does_not_replace_a_caption(tmp_path: Path, photos: Path) -> None:
-    source, out = tmp_path / "source.jsonl", tmp_path / "out.jsonl"
-    text = 'Describe it.\nIts caption is "{caption}".'
-    file = write_prompts(tmp_path / "prompts.yaml", one={"kind": "short", "text": text, "temperature": 0.5})
-    flags = ["--use_captions", "--prompts", file]
-    source.write_text(json.dumps({"image": "photos/0000.png", "captions": ["cat"]}))
-    with run_server() as server:
-        caption(server, source, out, *flags)
-        (first,) = read_rows(out)
-        source.write_text(json.dumps({"image": "photos/0000.png", "captions": ["puppy"]}))
-        server.answers = {"puppy": "I'm sorry, but I can't help with that."}
-        lines = caption(server, source, out, *flags)
-        assert read_rows(out) == [first | {"captions": ["puppy"]}]
-        assert [row["error"][:7] for row in read_rows(tmp_path / "out_failures.jsonl")] == ["refusal"]
-        assert "Failed requests: 1" in lines and re.search(r"input tokens +2,000", lines)  # also those of the refusal
-        server.answers = {"puppy": "A puppy runs over a meadow."}
-        assert "Failed requests" not in caption(server, source, out, *flags)
-    assert server.num_requests == 3 and read_rows(out)[0]["short_captions"] == ["A puppy runs over a meadow."]
-
-
 def test_photos_in_the_folder_of_copied_images_are_captioned(tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "out_images", 6)
     with run_server() as server:
@@ -420,7 +378,7 @@ def test_unchanged_files_are_not_read_again(tmp_path: Path, photos: Path, monkey
 def test_database_of_another_format_is_rejected(tmp_path: Path) -> None:
     with closing(CaptionDatabase(tmp_path / "out.jsonl.sqlite")) as database:
         database.connection.execute("PRAGMA user_version = 2")
-    with pytest.raises(ValueError, match=r"has format 2, not 3\. Use another --out, or delete this file"):
+    with pytest.raises(ValueError, match=r"has format 2, not 4\. Use another --out, or delete this file"):
         CaptionDatabase(tmp_path / "out.jsonl.sqlite")
 
 
@@ -458,7 +416,8 @@ def test_refusals_and_rejected_images_are_listed_and_asked_again(tmp_path: Path,
         caption(server, photos, out, *flags)
         assert server.num_requests == 6 * CAPTIONS_PER_IMAGE + 7
         assert len(read_rows(tmp_path / "out_failures.jsonl")) == 1
-        caption(server, photos, out, *flags)
+        lines = caption(server, photos, out, *flags)
+    assert re.search(r"input tokens +24,000", lines)  # also those of the refusals
     assert not (tmp_path / "out_failures.jsonl").exists()
     assert sum(len(row["long_captions"]) for row in read_rows(out)) == 6
 

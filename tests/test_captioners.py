@@ -325,7 +325,7 @@ def test_refused_filtered_and_compressed_responses_are_not_captions() -> None:
         return captioners._parse_response(json.dumps({"choices": [choice]}).encode())
 
     assert parse({"content": "A dog runs."}).text == "A dog runs."
-    assert "refusal" in str(parse({"content": None, "refusal": "Our policy is violated."}).error)
+    assert "empty answer" in str(parse({"content": None, "refusal": "Our policy is violated."}).error)
     assert "content filter" in str(parse({"content": "A man in a park is about to"}, "content_filter").error)
     response = httpx.Response(200, headers={"Content-Encoding": "gzip"}, content=gzip.compress(b"x"))
     with pytest.raises(captioners._RequestError, match="compressed"):

@@ -237,11 +237,7 @@ def _parse_response(data: bytes) -> Answer:
     try:
         response = json.loads(data)
         choice = response["choices"][0]
-        message = choice["message"]
-        content = message.get("content")
-        if isinstance(content, list):  # parts of a message
-            content = "".join(part.get("text") or "" for part in content)
-        text, refusal = content or "", message.get("refusal") or ""
+        text = choice["message"].get("content") or ""
         if not isinstance(text, str):
             raise TypeError(f"the content is of type {type(text).__name__}")
         usage = response.get("usage") or {}
@@ -249,8 +245,6 @@ def _parse_response(data: bytes) -> Answer:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         excerpt = _shorten(data.decode(errors="replace"))
         raise _RequestError(f"the response is not a chat completion ({type(error).__name__}): {excerpt}") from error
-    if refusal and not text:
-        return Answer(None, f"refusal: {_shorten(str(refusal))}", *tokens)
     if choice.get("finish_reason") == "content_filter":
         return Answer(None, "the server's content filter stopped the answer", *tokens)
     return clean_answer(text, choice.get("finish_reason") == "length", *tokens)

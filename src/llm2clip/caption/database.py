@@ -16,7 +16,7 @@ from typing import Any
 from llm2clip.caption.options import Prompt
 
 BUSY_TIMEOUT = 60  # seconds to wait for another rank's transaction
-FORMAT = 3
+FORMAT = 4
 SCHEMA = """
 CREATE TABLE images(
   number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, hash TEXT NOT NULL, record TEXT NOT NULL, version TEXT
@@ -26,21 +26,16 @@ CREATE TABLE answers(
   hash TEXT NOT NULL, prompt TEXT NOT NULL, sample INTEGER NOT NULL, model TEXT NOT NULL,
   text TEXT, error TEXT, temperature REAL NOT NULL, date TEXT NOT NULL,
   input_tokens INTEGER NOT NULL DEFAULT 0, output_tokens INTEGER NOT NULL DEFAULT 0,
-  problem TEXT, score REAL, rank REAL, text_hash TEXT,
+  problem TEXT, score REAL, rank REAL,
   PRIMARY KEY(hash, prompt, sample, model)
 ) WITHOUT ROWID;
 """
-# A failed request does not replace a caption, but its error is stored, so it is listed and retried.
-_KEEP_CAPTION = ", ".join(
-    f"{name} = iif(excluded.text IS NULL AND text IS NOT NULL, {name}, excluded.{name})"
-    for name in ("text", "temperature", "date", "problem", "score", "rank", "text_hash")
-)
 # The tokens of earlier attempts are added, because they have been paid for.
 _ADD_ANSWER = f"""
-INSERT INTO answers VALUES ({", ".join("?" * 14)})
-ON CONFLICT DO UPDATE SET error = excluded.error, input_tokens = input_tokens + excluded.input_tokens,
-  output_tokens = output_tokens + excluded.output_tokens,
-  {_KEEP_CAPTION}
+INSERT INTO answers VALUES ({", ".join("?" * 13)})
+ON CONFLICT DO UPDATE SET text = excluded.text, error = excluded.error, temperature = excluded.temperature,
+  date = excluded.date, input_tokens = input_tokens + excluded.input_tokens,
+  output_tokens = output_tokens + excluded.output_tokens
 """
 # Answers of a model to the prompts, for the current images.
 _CURRENT_ANSWERS = """
@@ -67,7 +62,7 @@ class StoredAnswer:
     sample: int  # from 0
     model: str  # name of the model
     text: str | None  # the caption, or None if the request failed
-    error: str | None  # why the last request failed; an earlier caption is kept
+    error: str | None  # why the last request failed, or None
     temperature: float
     date: str  # UTC, such as 2026-11-29
     input_tokens: int = 0
@@ -75,7 +70,6 @@ class StoredAnswer:
     problem: str | None = None  # why quality control rejects the caption
     score: float | None = None  # cosine similarity of the caption and its image in the model of `--check`
     rank: float | None = None  # fraction of other images that match the caption better in this model
-    text_hash: str | None = None  # of the prompt's text for this image; None if it is the same for all images
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +173,7 @@ class CaptionDatabase:
     # ---- answers
 
     def add_answers(self, answers: Sequence[StoredAnswer]) -> None:
-        """Store answers in one transaction. An answer replaces the one with the same key.
-
-        If the new answer is a failed request and the old one is a caption, only the error is stored.
-        """
+        """Store answers in one transaction. An answer replaces a failed request with the same key."""
         with self.transaction():
             self.connection.executemany(_ADD_ANSWER, map(astuple, answers))
 

@@ -36,7 +36,7 @@ from llm2clip.caption.files import (
     write_failures,
     write_records,
 )
-from llm2clip.caption.options import CAPTION_FIELD, CaptionOptions, Prompt, load_prompts
+from llm2clip.caption.options import CaptionOptions, Prompt, load_prompts
 from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.image_facts import UNREADABLE_IMAGE
 from llm2clip.data.images import ImageError, load_image, shrink_image
@@ -250,7 +250,7 @@ class _CaptionRun:
         num_stored = self.database.count_answers(model, self.prompts, only_captions=True)
         num_missing = self.database.count_images() * self._captions_per_image - num_stored
         self.captioner.worked_before = num_stored > 0
-        if not num_missing and not self.options.use_captions:  # otherwise, a caption in the source may have changed
+        if not num_missing:
             return
         total = num_stored + math.ceil(num_missing / state.num_processes)
         is_main = state.is_main_process
@@ -314,12 +314,10 @@ class _CaptionRun:
         captions = row.record.get("captions") if self.options.use_captions else None
         caption = captions[0] if captions else None
         answers = database.list_answers(row.hash, self.captioner.name, [prompt.key for prompt in self.prompts])
-        stored = {(answer.prompt, answer.sample): answer.text_hash for answer in answers if answer.error is None}
+        stored = {(answer.prompt, answer.sample) for answer in answers if answer.error is None}
         missing = []
         for prompt in self.prompts:
-            for sample in range(prompt.samples):
-                if stored.get((prompt.key, sample), "missing") != _hash_text(prompt, caption):
-                    missing.append((prompt, sample))
+            missing += [(prompt, sample) for sample in range(prompt.samples) if (prompt.key, sample) not in stored]
         if not missing:
             return []
         prepared, failure = None, None
@@ -374,15 +372,7 @@ class _CaptionRun:
             date=datetime.now(UTC).date().isoformat(),
             input_tokens=answer.input_tokens,
             output_tokens=answer.output_tokens,
-            text_hash=_hash_text(prompt, item.request.caption),
         )
-
-
-def _hash_text(prompt: Prompt, caption: str | None) -> str | None:
-    """Return a hash of a prompt with an image's caption, or None if the prompt does not contain {caption}."""
-    if CAPTION_FIELD not in prompt.text:
-        return None
-    return hashlib.sha256(prompt.fill(caption).encode()).hexdigest()[:16]
 
 
 @contextmanager
