@@ -358,7 +358,7 @@ def test_gradient_caching_copies_a_batch_once(align_step: CountSteps) -> None:
 
 
 def test_tune_step_does_not_synchronise_more_for_larger_batches(tune_step: CountSteps) -> None:
-    assert_no_more_syncs(tune_step(batch_size=10), tune_step(batch_size=4))
+    assert_no_more_syncs(tune_step(batch_size=8), tune_step(batch_size=4))
 
 
 @pytest.mark.parametrize(("min_steps", "compiles"), [(3, True), (4, False)])
@@ -379,9 +379,9 @@ def test_pair_loss_does_not_synchronise(tune_step: CountSteps) -> None:
 
 
 def test_tune_step_has_no_full_length_gradient_per_caption_length(tune_step: CountSteps) -> None:
-    equal_lengths = [ImageCaptions((f"dog {i:03d}", f"cat {i:03d}"), ()) for i in range(24)]
-    many_lengths = [ImageCaptions((f"{'a' * i} dog", f"{'b' * i} cat"), ()) for i in range(1, 25)]
-    equal, many = tune_step(equal_lengths, batch_size=8), tune_step(many_lengths, batch_size=8)
+    equal_lengths = [ImageCaptions((f"dog {i:03d}", f"cat {i:03d}"), ()) for i in range(12)]
+    many_lengths = [ImageCaptions((f"{'a' * i} dog", f"{'b' * i} cat"), ()) for i in range(1, 13)]
+    equal, many = tune_step(equal_lengths, batch_size=4), tune_step(many_lengths, batch_size=4)
     assert many.kernels["aten.slice_backward"] <= equal.kernels["aten.slice_backward"]
 
 

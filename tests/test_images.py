@@ -11,6 +11,7 @@ import signal
 import struct
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -403,16 +404,14 @@ def test_workers_end_with_a_killed_main_process(tmp_path: Path) -> None:
 
 def _start_workers_and_die(path: Path) -> None:
     images.MIN_IMAGES_FOR_WORKERS = 0
+    del images.PRELOADED_MODULES[1:]  # the workers need no more
     os.environ["SET_BY_A_TEST"] = "1"
     refs = [MemoryImage(encode(photo(), "PNG"), str(n)) for n in range(8)]
-    batches = iter_image_batches(refs, _read_variable, batch_size=2, workers=2)
-    assert next(batches) == ([0, 1], [1, 1], {})
+    read_variable = partial(os.getenvb, b"SET_BY_A_TEST")  # the workers would import this module for a function of it
+    batches = iter_image_batches(refs, read_variable, batch_size=2, workers=2)
+    assert next(batches) == ([0, 1], [b"1", b"1"], {})
     path.write_text(" ".join(str(worker.pid) for worker in multiprocessing.active_children()))
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _read_variable(image: Tensor) -> int:
-    return int(os.environ["SET_BY_A_TEST"])
 
 
 # ---- damaged and unusual files --------------------------------------------------------------------------------------

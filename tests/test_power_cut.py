@@ -226,10 +226,18 @@ def digest(stage: str, out: Path) -> str:
 
 
 if __name__ == "__main__":
-    import torch
+    # ruff: noqa: F401
+    import gc
 
+    import torch
+    import transformers.models.llama.modeling_llama
+    from PIL import Image
+
+    import llm2clip.data.formats.csv_files
+    import llm2clip.data.formats.image_files
+    import llm2clip.data.formats.tables
     import llm2clip.evaluate.retrieval
-    import llm2clip.search.build  # noqa: F401
+    import llm2clip.search.build
     from llm2clip import pipeline
     from llm2clip.cli import main
 
@@ -237,5 +245,7 @@ if __name__ == "__main__":
     pipeline.embed_locally = functools.partial(pipeline.embed_locally, shard_size=40)  # several shards
     plan = json.loads(sys.argv[1])
     Path(sys.argv[2]).mkdir()
+    Image.init()
+    gc.freeze()  # otherwise garbage collection takes most of the time of the runs
     drivers = [Driver(arguments, plan["shim"], Path(sys.argv[2])) for arguments in plan["commands"]]
     print(json.dumps({driver.command[0]: driver.test(plan["points"]) for driver in drivers}))

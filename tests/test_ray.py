@@ -99,8 +99,8 @@ def test_a_worker_that_always_dies_is_not_restarted_without_limit(
 CONNECT = """
 import os, sys
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64)
-import ray
-ray.init(sys.argv[1])
+from ray._raylet import GcsClient
+GcsClient(sys.argv[1])  # every driver connects to this server first
 print("connected")
 """
 
