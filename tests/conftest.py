@@ -28,7 +28,7 @@ from PIL import Image
 from format_fixtures import ROWS, image_bytes
 from llm2clip.cli import main
 from llm2clip.config import TuneConfig
-from llm2clip.data import build_table, images
+from llm2clip.data import build_table
 from llm2clip.data.pairs import ImageCaptions
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.pretrained import AssetUnavailableError
@@ -43,8 +43,9 @@ _CAPABILITIES = {**getattr(torch.cpu, "get_capabilities", dict)(), "amx_bf16": F
 torch.cpu.get_capabilities = lambda: _CAPABILITIES  # auto is fp32 on every machine
 torch.set_num_threads(1)  # tiny models are slower with more threads
 # Tests fork their processes from a server that has imported these modules, which takes several seconds.
-images.PRELOADED_MODULES += ["llm2clip.pipeline", "llm2clip.evaluate.runner"]
-multiprocessing.set_forkserver_preload(images.PRELOADED_MODULES)
+_set_preload = multiprocessing.set_forkserver_preload
+_set_preload(["llm2clip.train.sampling", "llm2clip.pipeline", "llm2clip.evaluate.runner"])
+multiprocessing.set_forkserver_preload = lambda modules: None  # type: ignore[assignment]  # data loaders use this server
 
 pytest_plugins = ["align_fixtures", "caption_fixtures", "page_fixtures"]
 HANG_TIMEOUT = 300  # seconds; only a test that hangs waits for so long, so its result does not depend on speed
@@ -357,7 +358,7 @@ def _run_command(arguments: list[str], output: str) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    del images.PRELOADED_MODULES[1:]  # the workers of this process need no more
+    _set_preload(["llm2clip.train.sampling"])  # the workers of this process need no more
     code = main(arguments)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -381,7 +382,7 @@ def run_with_few_open_files(function: Callable[..., None], *args: Any) -> None:
 
 def _limit_open_files(function: Callable[..., None], args: tuple[Any, ...]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
-    del images.PRELOADED_MODULES[1:]  # the workers of this process need no more
+    _set_preload(["llm2clip.train.sampling"])  # the workers of this process need no more
     function(*args)
 
 

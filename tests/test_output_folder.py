@@ -83,7 +83,6 @@ def test_output_folder_must_not_contain_data(name: str, tmp_path: Path) -> None:
         ("align DATA --store S --out OUT", "fit", "not a run directory of `llm2clip align`"),
         ("evaluate M DATA --out OUT", "model", "not an output folder of `llm2clip evaluate`"),
         ("store merge S --out OUT", "index", "not an embedding store"),
-        ("store import --parquet P --out OUT", "index", "not an embedding store"),
         ("llava train M --out OUT", "align", "not a run directory of `llm2clip llava train`"),
         ("quickstart --out OUT", "align", "not a run directory of `llm2clip fit`"),
     ],

@@ -38,7 +38,7 @@ from llm2clip.store.layout import (
     read_shards,
     sort_keys,
 )
-from llm2clip.store.maintenance import export_parquet, import_parquet, merge_stores, repair_store
+from llm2clip.store.maintenance import merge_stores, repair_store
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.store.writer import StoreWriter, shard_path, write_incoming_captions
 
@@ -480,51 +480,6 @@ def test_merge_rejects_different_and_damaged_stores(tmp_path: Path) -> None:
         merge_stores(tmp_path / "merged", [ours])
 
 
-# ---- Parquet -------------------------------------------------------------------------------------------------------
-
-
-def test_parquet_round_trip_and_damage(encoder: CaptionEncoder, tmp_path: Path) -> None:
-    store = embed(CAPTIONS, encoder, tmp_path / "store", shard_size=16)
-    export_parquet(store, tmp_path / "all.parquet")
-    imported = import_parquet(tmp_path / "all.parquet", tmp_path / "imported")
-    assert imported.manifest["identity"] == store.manifest["identity"]
-    assert np.array_equal(imported.take(imported.find_rows(CAPTIONS)), store.take(store.find_rows(CAPTIONS)))
-    again = import_parquet(tmp_path / "all.parquet", tmp_path / "imported")
-    assert len(again.shards) == len(imported.shards), "importing again adds nothing"
-    with pytest.raises(StoreError, match="different encoder"):
-        import_parquet(tmp_path / "all.parquet", tmp_path / "other", IDENTITY)
-
-    file = tmp_path / "store/embeddings-00000.npy"
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
-    with pytest.raises(StoreError, match="corrupt"):
-        export_parquet(store, tmp_path / "damaged.parquet")
-    assert not (tmp_path / "damaged.parquet").exists()
-
-
-def test_import_parquet_reads_captions_without_metadata(tmp_path: Path) -> None:
-    file = tmp_path / "captions.parquet"
-    pq.write_table(pa.table({"caption": [" a", "b "], "embedding": [[1.0, 2.0], [3.0, 4.0]]}), file)
-    with pytest.raises(StoreError, match="does not name the encoder"):
-        import_parquet(file, tmp_path / "unnamed")
-    store = import_parquet(file, tmp_path / "store", IDENTITY)
-    assert store.take(store.find_rows(["b"])).tolist() == [[3, 4]], "captions are stripped, as in records"
-
-
-def test_import_parquet_rejects_incomplete_rows(tmp_path: Path) -> None:
-    file = tmp_path / "bad.parquet"
-    ragged, null = [[1.0, 2.0, 3.0], [4.0]], pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))
-    for embedding in (ragged, null):
-        pq.write_table(pa.table({"caption": ["a", "b"], "embedding": embedding}), file)
-        with pytest.raises(StoreError, match="a row without an embedding"):
-            import_parquet(file, tmp_path / "store", IDENTITY)
-    pq.write_table(pa.table({"key": [b"short"], "embedding": [[1.0]]}), file)
-    with pytest.raises(StoreError, match="keys must be the first 16 bytes"):
-        import_parquet(file, tmp_path / "store", IDENTITY)
-    pq.write_table(pa.table({"caption": ["a", "b"]}), file)
-    with pytest.raises(StoreError, match="must have an embedding column and a key or caption column"):
-        import_parquet(file, tmp_path / "store")
-
-
 # ---- readers -----------------------------------------------------------------------------------------------------
 
 
@@ -650,7 +605,7 @@ class RowDataset(torch.utils.data.Dataset[np.ndarray]):
 # ---- command -------------------------------------------------------------------------------------------------------
 
 
-def test_store_command(encoder: CaptionEncoder, llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_store_command(encoder: CaptionEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     embed(CAPTIONS[:30], encoder, tmp_path / "a", shard_size=16, precision="fp32")
     embed(CAPTIONS[20:], encoder, tmp_path / "b", shard_size=16, precision="fp32")
 
@@ -661,16 +616,6 @@ def test_store_command(encoder: CaptionEncoder, llm: Path, tmp_path: Path, capsy
 
     assert "30 captions in 2 shards" in run("verify", tmp_path / "a")
     assert "50 captions" in run("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c")
-    run("export", tmp_path / "c", "--parquet", tmp_path / "c.parquet")
-    assert "50 captions" in run("import", "--parquet", tmp_path / "c.parquet", "--out", tmp_path / "d")
-    table = pq.read_table(tmp_path / "c.parquet").replace_schema_metadata()
-    pq.write_table(table, tmp_path / "unnamed.parquet")
-    assert "Specify the encoder with --encoder.path" in run(
-        "import", "--parquet", tmp_path / "unnamed.parquet", "--out", tmp_path / "e"
-    )
-    named = run("import", "--parquet", tmp_path / "unnamed.parquet", "--out", tmp_path / "e", "--encoder.path", llm)
-    assert "50 captions" in named
-    assert EmbeddingStore(tmp_path / "e").manifest["identity"] == EmbeddingStore(tmp_path / "c").manifest["identity"]
     flip(tmp_path / "c/embeddings-00001.npy", -1)
     assert "corrupt shards: 00001" in run("verify", tmp_path / "c")
     assert "embeddings-00001.npy" in run("repair", tmp_path / "c")

@@ -24,7 +24,7 @@ Training on your own images and captions:
   llm2clip fit DATA --out RUN           all stages: tune, embed, align, evaluate
   llm2clip tune | embed | align         one stage at a time
   llm2clip distill MODEL DATA --student NAME --out STUDENT    replace the LLM with a small text encoder
-  llm2clip store                        check, repair, merge, export and import embedding stores
+  llm2clip store                        check, repair and merge embedding stores
   llm2clip configs                      list the built-in configs
 
 Using a model:

@@ -1,15 +1,11 @@
 """Building record tables, and dividing their records into training and held-out records.
 
-Sources are read in parts, a part being a file or a range of a large file. The rows of each part are saved in an Arrow
-file whose name is a hash of everything that affects them. A table lists its parts, the rows that it uses, and the rows
-that result from merging several rows with the same image:
+Sources are read in parts, a part being a file or a range of a large file. The name of a part is a hash of everything
+that affects its rows, so reading continues after an interruption, and only files that have changed are read again:
 
     FOLDER/
       parts/HASH.arrow         rows of one part, and what was skipped
       tables/HASH/             rows.npy, merged.arrow, sources.npy, copies.npy; files derived from the table
-
-So reading continues after an interruption, and if a source file changes, only this file is read again. None of this
-depends on the number of processes.
 """
 
 import dataclasses
@@ -18,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,24 +80,19 @@ def open_table(
     folder: Path | None = None,
     workers: int | None = None,
 ) -> RecordTable:
-    """Read all records from several sources, and merge records with the same image.
+    """Read all records from several sources into a table with one record per image, in order of first appearance.
 
-    Sources that were read before are not read again, unless their files have changed. Of the image files that a caption
-    file lists, only those that could not be used are checked again.
+    Of the image files that an unchanged caption file lists, only those that could not be used are checked again.
 
     Rows with the same image are merged into one record with all their distinct captions, even if the sources differ.
-    The merged record keeps the id, split and source of the first row. Image files with the same bytes are treated as
-    the same image. Rows without an image are merged if they have the same id, source path and split. Merging takes
-    about 60 bytes of memory per row.
+    The record keeps the id, split and source of the first row. Image files with the same bytes are the same image. Rows
+    without an image are merged if they have the same id, source path and split. Merging takes about 60 bytes per row.
 
     Args:
         columns: Column mapping that extends or overrides each source's own mapping.
-        image_check: How to check images; see `open_records`. If "ignore", the bytes of image files are not compared.
+        image_check: See `open_records`. If "ignore", the bytes of image files are not compared.
         folder: Folder for the table. Default: a folder in the user's cache.
         workers: Number of processes. Default: one per core, or this process for small sources.
-
-    Returns:
-        A table with one record per image, in order of first appearance. See `load_source_indices`.
 
     Raises:
         NoImagesError: Images are checked, but no record has an image.
@@ -166,7 +157,7 @@ def _list_parts(sources: Sequence[Source], log: SkipLog, image_check: ImageCheck
 
 
 def _must_read_again(part: FilePart, summary: ReadSummary) -> bool:
-    """Return True if reading a part again can give other rows, although its file has not changed."""
+    """Return True if a part may have other rows, although its file has not changed."""
     skipped = [event for event in summary.events if event[0] == "skip"]  # "skip", file, row, reason, value, rows
     # Another run tries again to download a file, but all processes of a run must use the same rows.
     if is_remote(part.path) and summary.read_at < START_TIME and any(e[3] == UNREADABLE_FILE for e in skipped):
@@ -338,18 +329,14 @@ def _hash_json(value: Any) -> str:
 class DataSplits:
     """Training records and held-out records.
 
-    Attributes:
-        held_out: Maps each caption field to the held-out records that have an image. The `captions` of these records
-            are the captions in that field. The fields are `captions`, `short_captions` and `long_captions`, if present
-            in the data, and the columns listed in `EvaluateConfig.fields`.
-        summary: One-line description of the training and held-out records.
-        rule: Explanation of how the held-out images were chosen and how to use all images instead.
+    `held_out` maps each caption field, and each column in `EvaluateConfig.fields`, to the held-out records with an
+    image. The `captions` of these records are the captions in that field.
     """
 
     train: RecordTable
     held_out: dict[str, RecordTable]
     summary: str
-    rule: str
+    rule: str  # how the held-out images were chosen, and how to use all images instead
 
 
 def read_splits(
@@ -364,17 +351,14 @@ def read_splits(
     """Read sources and divide their records into training and held-out records. Each image has one record.
 
     If splits are selected for a source (`PATH@train+none`), all records in these splits are used for training.
-    Otherwise, only records with a training split or no split are used. The held-out records are determined by the first
-    of these rules that applies:
+    Otherwise, only records with a training split or no split are used. The first rule that applies determines the
+    held-out records:
 
     1. If `config.data` lists sources, their records are held out, and their images are removed from the training data.
-    2. If a source has a split named val, validation, valid, dev or test, that split is held out. If there are several
-       such splits, the one that comes first in this list is held out.
+    2. If a source has a split named val, validation, valid, dev or test, the first of them that exists is held out.
     3. Otherwise, a tenth of the training images (at most 1,000) is held out, chosen by a hash of each record. Sources
-       with selected splits contribute held-out images only if all sources have selected splits.
-
-    If `keep_selected_splits` is True and all sources have selected splits, no images are held out instead of applying
-    rule 3. For the other arguments, see `open_table`.
+       with selected splits contribute held-out images only if all sources have selected splits; with
+       `keep_selected_splits`, no images are held out then.
     """
     records = open_table(sources, columns, log, image_check, folder)
     parsed = [Source.parse(source) for source in sources]
@@ -383,7 +367,8 @@ def read_splits(
     split_names, split_of_record = _read_split_names(records)
     in_training_split = _mask_splits(split_names, split_of_record, TRAIN_SPLITS)
     is_training = has_selection | in_training_split
-    held_out_split = _find_held_out_split(split_names[n] for n in np.unique(split_of_record[~is_training]))
+    other_splits = {split_names[n].lower() for n in np.unique(split_of_record[~is_training])}
+    held_out_split = next((name for name in HELD_OUT_SPLITS if name in other_splits), None)
     is_held_out = np.zeros(len(records), bool)
     notes: list[str] = []
     if config.data:
@@ -415,11 +400,6 @@ def read_splits(
     )
 
 
-def _find_held_out_split(splits: Iterable[str]) -> str | None:
-    names = {name.lower() for name in splits}
-    return next((name for name in HELD_OUT_SPLITS if name in names), None)
-
-
 def _describe_unused(split_names: Sequence[str], splits: np.ndarray) -> list[str]:
     if not len(splits):
         return []
@@ -428,10 +408,6 @@ def _describe_unused(split_names: Sequence[str], splits: np.ndarray) -> list[str
 
 
 def _describe_rule(num_held_out: int, held_out_split: str | None, num_images: dict[str, int]) -> str:
-    """Explain which images in the sources are held out, and how to use all images instead.
-
-    `held_out_split` is None if the images were drawn from the training images. `num_images` counts the images by split.
-    """
     reason = f"the {held_out_split} split"
     if held_out_split is None:
         reason = f"one in {HELD_OUT_DIVISOR}, at most {MAX_HELD_OUT:,}, because no split is named {HELD_OUT_SPLITS[0]}"

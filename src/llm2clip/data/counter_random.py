@@ -3,8 +3,7 @@
 A sample does not depend on the other samples of its batch, on the ranks or on the step at which a run was resumed.
 
 The hash is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014,
-https://doi.org/10.1145/2714064.2660195): output n of a generator with state s is `mix(s + (n + 1) * golden_gamma)`.
-`hash_counters(seed, epoch, image, draw)` splits one generator for each counter: it seeds the next generator with output
+https://doi.org/10.1145/2714064.2660195): `hash_counters(seed, epoch, image)` seeds the next generator with output
 `epoch` of the first one, and so on.
 """
 

@@ -1,10 +1,8 @@
 """Sizes and hashes of images, computed without decoding them, and images that are copies of each other.
 
 A hash covers an image's size and a short sample from the middle. Only images with the same hash are read in full.
-
 The hashes of the training images are stored in the model folder, so that `evaluate` can warn if a model is evaluated on
-its training images. Neither images nor paths can be recovered from the hashes, but anyone with a copy of an image can
-check whether the model was trained on it.
+its training images. Anyone with a copy of an image can check whether the model was trained on it.
 """
 
 from __future__ import annotations
@@ -152,8 +150,7 @@ def hash_contents(images: Sequence[ImageRef | None]) -> list[bytes]:
 def hash_images(images: Iterable[ImageRef | None]) -> np.ndarray:
     """Return the sorted hashes of all distinct images as a uint64 array of shape (N,). Missing images are omitted.
 
-    To avoid reading whole files, image files and tar members are hashed by their size and middle 1,024 bytes only.
-    Images in tables are already identified by a hash of all their bytes.
+    Image files and tar members are hashed by their size and middle 1,024 bytes, images in tables by all their bytes.
     """
     refs = list({image.key: image for image in images if image is not None}.values())
     with ThreadPool(NUM_THREADS) as pool:
@@ -170,15 +167,13 @@ def count_training_images(training_images: np.ndarray, images: Iterable[ImageRef
 
 
 def save_training_image_hashes(folder: Path, training_images: np.ndarray) -> None:
-    """Save the hashes from `hash_images` in a model folder."""
     np.save(folder / TRAINING_IMAGES_FILE, training_images, allow_pickle=False)
 
 
 def load_training_image_hashes(model: str | Path) -> np.ndarray | None:
-    """Load a model's sorted training image hashes as a memory-mapped uint64 array of shape (N,).
+    """Load the sorted image hashes of a model folder, or of a downloaded model's Hub id, as uint64 of shape (N,).
 
-    `model` is a model folder, or the Hub id of a downloaded model. Return None if the model has no hashes. Raise
-    ValueError if they are corrupt.
+    Return None if the model has no hashes. Raise ValueError if they are corrupt.
     """
     from huggingface_hub import try_to_load_from_cache
 

@@ -1,10 +1,7 @@
 """Image header parsing, supported formats, and limits on image size and decoding work.
 
-Limiting the number of pixels does not limit the decoding time: a small file can make a decoder process the same pixels
-or bytes thousands of times. `open_header` and `check_decoding_work` reject such files. `benchmarks/hostile_images.py`
-measures the slowest files that pass these checks.
-
-`parse_image_size` gives the size of ordinary JPEG files in a tenth of the time that `open_header` takes.
+A small file can make a decoder process the same pixels or bytes thousands of times. `open_header` and
+`check_decoding_work` reject such files; `benchmarks/hostile_images.py` measures the slowest ones that they accept.
 """
 
 import io
@@ -84,10 +81,9 @@ def list_formats() -> list[str]:
 
 
 def parse_image_size(data: bytes, file_size: int) -> tuple[int, int] | None:
-    """Return the width and height of a JPEG that starts with `data`, or None if it must be opened with Pillow.
+    """Return the width and height of a JPEG that starts with `data`, in a tenth of the time that `open_header` takes.
 
-    The headers of most JPEG files are parsed. The result is None for all images that `open_header` rejects, and for all
-    images in other formats. `START_BYTES` of data are enough for most images.
+    Return None if the file must be opened with Pillow, in particular if it is one that `open_header` rejects.
     """
     if file_size > MAX_FILE_BYTES or not data.startswith(b"\xff\xd8\xff"):
         return None
@@ -140,10 +136,9 @@ def _is_simple_segment(marker: int, start: bytes, length: int) -> bool:
 
 
 def open_header(stream: BinaryIO) -> Image.Image:
-    """Open an image in a supported format without decoding its pixels.
+    """Open an image without decoding its pixels. The caller must check that it has at most `MAX_PIXELS` pixels.
 
-    Malicious files can make Pillow raise almost any type of exception. The caller must check that the image has at most
-    `MAX_PIXELS` pixels.
+    Malicious files can make Pillow raise almost any type of exception.
 
     Raises:
         ImageFormatError: The file is not an image in a supported format.
@@ -206,12 +201,9 @@ def is_heic(start: bytes) -> bool:
 
 
 def check_decoding_work(data: bytes, header: Image.Image) -> None:
-    """Check that decoding an image processes its pixels and bytes only a limited number of times.
+    """Raise `DecodingLimitError` if decoding could process the pixels or bytes of an image too often.
 
     `header` is the image in `data`, opened with `open_header`.
-
-    Raises:
-        DecodingLimitError: Decoding would take too much work, or the image uses a rare feature that could cause this.
     """
     width, height = header.size
     if header.format in ("JPEG", "MPO"):
@@ -281,10 +273,7 @@ def _check_jpeg(data: bytes, num_pixels: int) -> None:
 
 
 def _iter_jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (marker, offset of the first byte after the marker) for each marker in a JPEG.
-
-    Markers inside segments, such as those of EXIF thumbnails, are skipped.
-    """
+    """Yield (marker, offset of the first byte after the marker) for each marker outside the segments of a JPEG."""
     position = 0
     while (match := _MARKER.search(data, position)) is not None:
         marker, position = match[0][1], match.end()

@@ -30,11 +30,9 @@ class EpochOrders:
         image_order: ImageOrder | None = None,
         read_images: bool = True,
     ) -> None:
-        """
-        Args:
-            records: Records with an image.
-            is_usable: Boolean mask of the records to use, of shape (N,).
-            read_images: Whether the images will be read, so that remote shards are downloaded ahead.
+        """`is_usable` is a mask of the records to use, of shape (N,). All records must have an image.
+
+        If `read_images` is True, remote shards are downloaded ahead.
         """
         self.image_order = image_order or choose_image_order(records)
         self.seed, self.num_images = seed, int(is_usable.sum())
@@ -78,10 +76,7 @@ class EpochOrders:
 
 
 def draw_random_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a permutation of all images, of shape (num_images,).
-
-    The dtype is int32, or int64 if there are 2^31 or more images. Drawing the order takes no other memory.
-    """
+    """Return a permutation of all images, of shape (num_images,), int32 if possible. This takes no other memory."""
     order = np.arange(num_images, dtype=_choose_dtype(num_images))
     np.random.default_rng([seed, epoch]).shuffle(order)
     return order
@@ -147,11 +142,9 @@ def _list_paths(records: RecordTable) -> list[str]:
 
 
 def choose_image_order(records: RecordTable) -> ImageOrder:
-    """Choose an order by where the images are.
+    """Return "shards" if all images are in more than `WINDOW` tar or Parquet files, one of which is remote.
 
-    The order is "shards" if all images are in tar or Parquet files, of which there are more than `WINDOW`, and if one
-    of these files is remote. Otherwise, the order is "random". The environment variable LLM2CLIP_IMAGE_ORDER overrides
-    the choice, for example for local files on a hard disk or a network file system.
+    The environment variable LLM2CLIP_IMAGE_ORDER overrides the choice, for example for local files on a hard disk.
     """
     forced = os.environ.get("LLM2CLIP_IMAGE_ORDER")
     if forced:

@@ -1,7 +1,6 @@
 """Image references, which specify where the encoded bytes of an image are stored.
 
-A kind of reference is one subclass of `ImageRef`, which reads the bytes, names the image, and converts itself to and
-from the columns of a record table. `IMAGE_KINDS` lists the kinds that a record table may contain.
+A kind of reference is one subclass of `ImageRef`. `IMAGE_KINDS` lists the kinds that a record table may contain.
 """
 
 import functools
@@ -36,10 +35,7 @@ class ImageColumns(NamedTuple):
 
 
 class ImageRef(ABC):
-    """Reference to an image's encoded bytes. References are small, picklable and valid in any process.
-
-    `str()` returns a name for use in messages.
-    """
+    """Reference to an image's encoded bytes, valid in any process. `str()` returns a name for use in messages."""
 
     __slots__ = ()
     kind_name: ClassVar[str] = "memory"  # where such images are stored, for reports
@@ -175,8 +171,10 @@ class TarImage(ImageRef):
 
 
 class _TableCell(ImageRef):
-    """A table cell that contains an image. A hash of the bytes identifies the image, because a table with one row per
-    caption contains each image several times. `digest` is empty if the bytes have not been read."""
+    """A table cell that contains an image, identified by a hash of its bytes, because other cells may contain it, too.
+
+    `digest` is empty if the bytes have not been read.
+    """
 
     __slots__ = ()
     digest: str
@@ -192,10 +190,7 @@ class _TableCell(ImageRef):
 
 @dataclass(frozen=True, slots=True)
 class ParquetImage(_TableCell):
-    """A cell in a Parquet file. It contains either bytes or a struct with bytes and a path.
-
-    Reading in file order is fast. In random order, most reads must first decode a row group; see `read_parquet_cell`.
-    """
+    """A cell in a Parquet file, with bytes or a struct with bytes and a path. Reading in random order is slow."""
 
     kind_name: ClassVar[str] = "Parquet files"
     path: str
@@ -308,10 +303,7 @@ def is_null(value: object) -> bool:
 
 
 def read_image_file(stream: BinaryIO) -> bytes:
-    """Return the contents of an open image file. Raise OSError if it is larger than `MAX_FILE_BYTES`.
-
-    A sparse file can claim to be terabytes in size.
-    """
+    """Return the contents of an open image file. Raise OSError if it is larger than `MAX_FILE_BYTES`."""
     size = stream.seek(0, os.SEEK_END)
     if size > MAX_FILE_BYTES:
         raise OSError(f"file too large: {size:,} bytes; the limit is {MAX_FILE_BYTES:,} bytes")
@@ -320,7 +312,6 @@ def read_image_file(stream: BinaryIO) -> bytes:
 
 
 def compute_content_digest(data: bytes) -> str:
-    """Return the hexadecimal SHA-256 hash of an image's bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -344,10 +335,7 @@ def _resolve_real_path(folder: str) -> str:
 
 
 def get_file_version(path: str) -> tuple[tuple[int, int], ...]:
-    """Return the size and modification time (in ns) of a file.
-
-    For a remote file, a hash of its version takes the place of the modification time.
-    """
+    """Return the size and modification time (in ns) of a file. For a remote file, the time is a hash of its version."""
     if is_remote(path):
         version = get_remote_version(path)
         return ((parse_size(version), int(hashlib.sha256(version.encode()).hexdigest()[:15], 16)),)

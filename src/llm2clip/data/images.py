@@ -17,8 +17,6 @@ from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import torch
-import torchvision
-from packaging.version import Version
 from PIL import Image, ImageFile
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -37,16 +35,13 @@ from llm2clip.data.image_refs import FileImage, ImageRef
 from llm2clip.data.remote import prefetch
 from llm2clip.data.storage import join_path
 from llm2clip.io_utils import FatalDataError, describe_error
+from llm2clip.parallel import count_cores
 
 T = TypeVar("T")
 MIN_IMAGES_FOR_WORKERS = 2048  # decoding fewer images takes less time than starting the workers
 PREFETCH_IMAGES = 4096  # remote files are downloaded ahead each time that this many images have been decoded
-# Modules that the first worker imports for all workers.
-PRELOADED_MODULES = ["llm2clip.train.sampling"]
 _ORIENTATION = 0x0112  # EXIF tag of the image orientation
-# Formats to decode with torchvision. PNG is excluded for torchvision 0.29 and later, whose PNG decoder segfaults on
-# corrupt pixel data.
-_FAST_FORMATS = ("JPEG", "MPO", "WEBP", *(("PNG",) if Version(torchvision.__version__) < Version("0.29") else ()))
+_FAST_FORMATS = ("JPEG", "MPO", "WEBP")  # decoded with torchvision, whose PNG decoder segfaults on corrupt pixel data
 
 
 class ImageError(ValueError):
@@ -66,13 +61,11 @@ ImageLike = str | Path | bytes | Image.Image | Tensor | np.ndarray | Readable
 def load_image(image: ImageLike) -> Tensor:
     """Load an image as a uint8 RGB tensor of shape (3, H, W), with its EXIF orientation applied.
 
-    Args:
-        image: A path, encoded bytes, an open file, an `ImageRef`, a PIL image, a uint8 NumPy array of shape (H, W, 3)
-            or (H, W), or a tensor of shape (3, H, W). The tensor must be either uint8 or float with values from 0 to 1.
+    Arrays must be uint8, of shape (H, W, 3) or (H, W). Tensors must have shape (3, H, W), and be uint8 or float with
+    values from 0 to 1.
 
     Raises:
-        ImageError: The image cannot be read, or its type is not supported. If the image is in a file, the message
-            contains the file name.
+        ImageError: The image cannot be read, or its type is not supported.
     """
     if isinstance(image, Tensor):
         return _convert_tensor(image)
@@ -103,13 +96,11 @@ def decode_image(data: bytes) -> Tensor:
     """Decode an image to a uint8 RGB tensor of shape (3, H, W).
 
     The EXIF orientation is applied, transparent pixels are blended with white, and only the first frame of an animation
-    is used. JPEG and WebP images are decoded with torchvision, which is twice as fast as Pillow. PNG images are also
-    decoded with torchvision if its version is below 0.29. Pillow decodes all other formats and reads all headers.
-    Colour profiles are ignored, as they were when the vision towers were pretrained.
+    is used. JPEG and WebP images are decoded with torchvision, which is twice as fast as Pillow. Colour profiles are
+    ignored, as they were when the vision towers were pretrained.
 
     Raises:
-        ImageError: The format is not supported, the image is corrupt or has more than `MAX_PIXELS` pixels, or decoding
-            would take too much work (see `check_decoding_work`).
+        ImageError: The image is not supported, corrupt or too large, or decoding would take too much work.
     """
     with _convert_decoder_errors():
         header = open_header(BytesIO(data))
@@ -122,6 +113,7 @@ def decode_image(data: bytes) -> Tensor:
 @contextmanager
 def _convert_decoder_errors() -> Iterator[None]:
     """Convert decoder exceptions to `ImageError`. Corrupt files can make decoders raise any type of exception."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # other packages set it, and missing pixels would then become grey
     try:
         yield
     except ImageError:
@@ -204,34 +196,22 @@ def _check_size(image: Image.Image) -> None:
 
 def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
     """Decode an image with torchvision. Return None if Pillow must decode it or report an error instead."""
-    if header.format == "PNG" and "PNG" not in _FAST_FORMATS and ImageFile.LOAD_TRUNCATED_IMAGES:
-        open_header(BytesIO(data)).verify()  # raises an error for missing pixels, which would otherwise become grey
     if header.format not in _FAST_FORMATS or "transparency" in header.info:
         return None
     has_alpha = header.mode in ("RGBA", "LA")
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     mode = ImageReadMode.RGB_ALPHA if has_alpha else ImageReadMode.RGB
     try:
-        # torchvision applies the EXIF orientation to JPEG and PNG images but not to WebP images.
+        # torchvision applies the EXIF orientation to JPEG images but not to WebP images.
         pixels = torchvision_decode_image(encoded, mode, apply_exif_orientation=True)
-    except RuntimeError as error:
-        if ImageFile.LOAD_TRUNCATED_IMAGES and header.format != "WEBP":
-            # Pillow is configured to fill missing pixels with grey, so it would not report the error.
-            raise ImageError(f"unreadable image: {str(error).rpartition(', ')[2]}") from error
+    except RuntimeError:
         return None
-    if pixels.dtype == torch.uint16:  # 16-bit PNG
-        pixels = _to_8_bits(pixels)
     if header.format == "WEBP":
         pixels = _apply_orientation(pixels, _read_orientation(header))
     return _blend_with_white(pixels) if has_alpha else pixels
 
 
 def _decode_with_pillow(image: Image.Image) -> Tensor:
-    """Convert a Pillow image of any mode to a uint8 RGB tensor of shape (3, H, W).
-
-    Raises:
-        ImageError: The image is too large, or its pixels are floats.
-    """
     _check_size(image)
     image.load()
     _check_size(image)  # the size in a HEIC header can differ from the size of the decoded image
@@ -305,25 +285,21 @@ def iter_image_batches(
 ) -> Generator[tuple[list[int], list[Any], dict[int, str]]]:
     """Yield decoded and transformed images in order, `batch_size` at a time.
 
-    Args:
-        transform: Function applied to each decoded image, a uint8 tensor of shape (3, H, W).
-        batch_size: Number of images per batch, including images that cannot be decoded.
-        workers: Number of worker processes, which are used only for 2,048 or more images. Default: half the CPU cores,
-            but at most 8.
+    Worker processes are used for 2,048 or more images. Their default number is half the CPU cores, but at most 8.
 
     Yields:
         For each batch, the indices of the decoded images, the transformed images, and a dict {index: error message} for
         the images that could not be decoded.
     """
     if workers is None:
-        workers = min(8, len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else 1)
+        workers = min(8, count_cores() // 2)
     workers = workers if len(refs) >= MIN_IMAGES_FOR_WORKERS else 0
     loader = DataLoader(
         _DecodedImages(refs, transform),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=pack_batch if workers else list,
-        **build_worker_options(workers),
+        **build_worker_options(workers, __name__),
         generator=torch.Generator(),  # leaves the global random state unchanged
     )
     next_prefetch = num_images = 0
@@ -349,18 +325,18 @@ class _DecodedImages(Dataset):
         return index, decode_or_error(self.refs[index], self.transform)
 
 
-def build_worker_options(workers: int) -> dict[str, Any]:
+def build_worker_options(workers: int, *modules: str) -> dict[str, Any]:
     """Return arguments of `DataLoader`: how its worker processes are started and initialized.
 
     Forking a process that uses a GPU or threads is unsafe. With "forkserver", workers are forked from a process that
-    only imports modules, so that the imports take place once instead of once per worker.
+    only imports `modules`, once for all workers.
     """
     if not workers:
         return {}
     start_method = "spawn"
     if "forkserver" in multiprocessing.get_all_start_methods() and sys.platform != "darwin":  # forking is unsafe there
         start_method = "forkserver"
-        multiprocessing.set_forkserver_preload(PRELOADED_MODULES)
+        multiprocessing.set_forkserver_preload(list(modules))
     initialize = partial(_initialize_worker, dict(os.environ))
     return {"worker_init_fn": initialize, "multiprocessing_context": start_method}
 
@@ -393,8 +369,7 @@ def _report_exception(kind: type[BaseException], error: BaseException, traceback
 def pack_batch(items: list[Any]) -> Tensor:
     """Pickle a batch to a uint8 tensor, so that sending it from a worker process uses only one file descriptor.
 
-    A data loader sends each tensor as a shared memory file, which the main process keeps open. Batches of 512 images
-    sent as separate tensors would therefore exceed the usual limit of 1,024 open files.
+    Sending 512 images as separate tensors would exceed the usual limit of 1,024 open files.
     """
     stream = BytesIO()
     _TensorPickler(stream, pickle.HIGHEST_PROTOCOL).dump(items)

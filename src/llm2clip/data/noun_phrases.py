@@ -4,12 +4,8 @@ The rules below are for English. For other languages, or to use the output of a 
 Noun phrase libraries (spaCy, NLTK) are not used, because their models are not available from PyPI.
 
 The words between two function words or punctuation marks form a run, as in RAKE (Rose et al. 2010, "Automatic keyword
-extraction from individual documents"). A run may contain a verb ("a brown dog runs"), so nouns are identified from the
-captions themselves: a noun is a word that often stands alone between an article and a function word ("a dog in", "the
-hat").
-
-Several processes read all captions three times: they count the lone nouns, count the phrases, and select the frequent
-phrases. The phrases are saved with the table.
+extraction from individual documents"). Nouns are words that often stand alone between an article and a function word
+("a dog in"). All captions are read three times: to count the lone nouns, to count the phrases, and to select phrases.
 """
 
 import hashlib
@@ -42,7 +38,6 @@ RULES_VERSION = 1  # increase it if the rules extract other phrases from the sam
 
 
 def to_word_set(text: str) -> frozenset[str]:
-    """Return the set of whitespace-separated words in a text."""
     return frozenset(text.split())
 
 
@@ -84,11 +79,7 @@ _TOKEN = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]|\d+")
 
 
 def is_english(captions: Sequence[str]) -> bool:
-    """Return True if at least a third of the captions contain a common English function word.
-
-    The phrase rules are for English: in other languages, most of what they find is not a phrase. Captions with fewer
-    than four words are ignored.
-    """
+    """Return True if a third of the captions with at least four words contain a common English function word."""
     sample = [caption.lower().split() for caption in captions]
     sentences = [words for words in sample if len(words) >= 4]
     return sum(not ENGLISH_WORDS.isdisjoint(words) for words in sentences) * 3 >= len(sentences) > 0
@@ -154,13 +145,10 @@ def find_phrases(caption: str, nouns: Collection[str]) -> Iterator[str]:
 
 
 def add_phrases(records: RecordTable) -> RecordTable:
-    """Return the records with phrases extracted from their captions. Print a message if there are none.
+    """Return the records with phrases extracted from their captions, saved in the table's folder.
 
     The records are returned unchanged if any record already has phrases from a data column, or if the captions are not
-    in English. The phrases are saved in the table's folder, and mapped into memory when they are needed again.
-
-    Time: about 60 microseconds of CPU per image with two captions. Memory: about 200 bytes per distinct phrase while
-    phrases are counted, and 4 bytes per record.
+    in English. Time: about 60 microseconds of CPU per image. Memory: 200 bytes per distinct phrase, 4 per record.
     """
     from llm2clip.runs.ranks import print_once  # imports PyTorch, which worker processes do not need
 
@@ -250,7 +238,6 @@ def _sample_captions(records: RecordTable) -> list[str]:
 
 
 def _count_nouns_of_part(records: RecordTable) -> Counter[str]:
-    """Count the images in which each lone noun occurs."""
     counts = Counter[str]()
     for captions in _iterate_captions(records):
         counts.update({noun for caption in captions for noun in find_lone_nouns(caption)})
@@ -258,7 +245,6 @@ def _count_nouns_of_part(records: RecordTable) -> Counter[str]:
 
 
 def _count_phrases_of_part(records: RecordTable, nouns_file: Path) -> Counter[str]:
-    """Count the images in which each phrase occurs."""
     nouns = _load_frequent(nouns_file)
     counts = Counter[str]()
     for captions in _iterate_captions(records):
@@ -279,7 +265,6 @@ def _find_phrases_of_part(records: RecordTable, nouns_file: Path, frequent_file:
 
 
 def _iterate_captions(records: RecordTable) -> Iterator[list[str]]:
-    """Yield the captions of each image."""
     for batch in records.iterate_batches(CAPTION_FIELDS):
         for fields in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             yield [caption for captions in fields for caption in captions]

@@ -1,12 +1,7 @@
 """Positive text pairs for `tune`: reading the sources and drawing batches.
 
-A pair is either two captions of the same image or a general text pair, such as a question and its answer, a title and
-its document, or two paraphrases. The captions of held-out images are not used.
-
-Text pairs have the same format as E5's training data (arXiv 2212.03533): `{"query": ..., "positive": ..., "negatives":
-[...], "instruction": ...}`. The fields `negatives` and `instruction` are optional. Sentence pairs with a label or a
-score are not supported, because the two sentences may contradict each other.
-
+A pair is either two captions of the same image or a general text pair in the format of E5's training data (arXiv
+2212.03533): `{"query": ..., "positive": ..., "negatives": [...], "instruction": ...}`, the last two being optional.
 For the same data and settings, the batches depend only on the seed, regardless of the number of processes.
 """
 
@@ -123,18 +118,15 @@ def read_tuning_sources(
     """Read the training data for `tune`; return the items of each caption source, then those of each text-pair source.
 
     All caption sources except `train` are merged into one source. If no splits are selected for a source, only its
-    records with a training split or no split are used.
+    records with a training split or no split are used. Held-out images are recognised by their files and, in
+    `config.data`, also by the comparable part of their ids; see `to_comparable_id`.
 
     Args:
         train: Training records that have already been read. If not empty, they form the first caption source.
         held_out: Tables of records whose images must not be used for tuning.
-        config: Tuning settings. `data` lists caption sources, and `text_pairs` lists text-pair sources. Images in the
-            `exclude` sources are never used for tuning.
-        columns: Column mapping that extends or overrides each source's own mapping.
+        columns, folder: See `open_table`.
         training_sources: Caption sources from which `held_out` may have been drawn. They are read before the sources in
-            `config.data`. In all sources, held-out images are recognised by their files. In `config.data`, they are
-            also recognised by the comparable part of their ids; see `to_comparable_id`.
-        folder: Folder for the record tables; see `open_table`.
+            `config.data`.
 
     Raises:
         ValueError: A source has too few pairs, or there are neither text pairs nor images with two captions.
@@ -210,9 +202,8 @@ def _mask_ids(records: RecordTable, comparable_ids: Collection[str]) -> np.ndarr
 def to_comparable_id(record_id: str) -> str:
     """Return the part of an image's id that is the same in all data sets that contain the image.
 
-    For a purely numeric id, return the number without leading zeros, because COCO's file names have leading zeros
-    (000000000139) but COCO's ids do not (139). For any other id, return the number at its start if that number has at
-    least five digits. Otherwise, return the entire id.
+    It is a number without leading zeros (COCO's file names have them, COCO's ids do not), or the number with five or
+    more digits at the start of the id, or else the entire id.
     """
     if record_id.isdecimal():
         return record_id.lstrip("0") or "0"
@@ -222,8 +213,6 @@ def to_comparable_id(record_id: str) -> str:
 
 def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
     """Yield the pairs in a source (`PATH` or `PATH@split`) in order. If a row has several positives, use the first.
-
-    Rows with a missing text or two identical texts are skipped and recorded in `log`.
 
     Raises:
         ValueError: The source has no query column, no positive column, or no pairs.
@@ -290,7 +279,6 @@ def _to_pair(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Pair:
 
 
 def _get_first_text(value: Any) -> str:
-    """Return the first text in a cell, or an empty string if the cell contains no text."""
     return next(iter(_list_texts(value)), "")
 
 
@@ -306,13 +294,11 @@ def _list_texts(value: Any) -> list[str]:
 def iter_pair_batches(
     sources: Sequence[Sequence[TuningItem]], batch_size: int, steps: int, seed: int, hard_negative_group_size: int = 1
 ) -> Iterator[list[Pair]]:
-    """Yield `steps` batches of `batch_size` pairs.
+    """Yield `steps` batches of `batch_size` pairs. Images without two different captions are ignored.
 
-    Each batch comes from a single source, so negatives are similar in kind to positives. A source is chosen with a
-    probability proportional to its number of items. No image or text occurs twice in a batch, so another caption of the
-    anchor's image is never used as a negative. If one of an item's texts is already in the current batch, the item is
-    deferred to the next batch. Items that are still deferred when a new pass starts are not used in that pass. Each
-    pass over a source draws a new order and new pairs. Images without two different captions are ignored.
+    Each batch comes from a single source, chosen with a probability proportional to its number of items. No image or
+    text occurs twice in a batch, so another caption of the anchor's image is never used as a negative: an item that
+    conflicts is deferred to the next batch. Each pass over a source draws a new order and new pairs.
 
     `hard_negative_group_size` is the number of items per group of similar captions; see `draw_grouped_permutation`.
 
@@ -332,14 +318,13 @@ def iter_pair_batches(
 
 
 def resolve_pairs_per_step(sources: Sequence[Sequence[TuningItem]], batch_size: int, world_size: int) -> int:
-    """Return the total number of pairs per step across all ranks. Check that all sources have enough items.
+    """Return the total number of pairs per step across all ranks: `batch_size` per rank.
 
-    A full step has `batch_size` pairs per rank. If no source has enough items for a full step, a step has as many
-    pairs as can always be drawn from the smallest source, rounded down to a multiple of the number of ranks.
+    If no source has enough items for this, a step has as many pairs as can always be drawn from the smallest source,
+    rounded down to a multiple of the number of ranks.
 
     Raises:
-        ValueError: Only some of the sources have enough items for a full step, or a source is too small for 2 pairs per
-            step or for 1 pair per rank.
+        ValueError: Only some of the sources have enough items, or a source is too small for any step.
     """
     pairs_per_step = batch_size * world_size
     usable = [select_pairable_items(items, 1) for items in sources]
@@ -377,15 +362,13 @@ def select_pairable_items(items: Sequence[TuningItem], batch_size: int) -> Seque
 
 
 def can_pair(captions: ImageCaptions) -> bool:
-    """Return True if an image has two different captions."""
     return len(set(captions.texts)) > 1
 
 
 def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
     """Draw two different captions of an image.
 
-    The kind of pair is drawn first: two short captions, a short and a long caption, or two long captions. All kinds
-    that the image's captions allow are equally likely.
+    The kind of pair is drawn first: short and short, short and long, or long and long, each equally likely.
     """
     kinds = _list_pair_kinds(captions)
     chosen = 0
@@ -485,17 +468,14 @@ def _read_items(items: Sequence[TuningItem], order: np.ndarray) -> Iterator[tupl
 # ---- hard negatives --------------------------------------------------------------------------------------------------
 
 # In a random batch, nearly all negatives are about a different subject, so they soon become too easy. Each pass over
-# the data therefore divides the items into small groups with similar captions. It uses a random projection tree, which
-# splits the items recursively along random hyperplanes. A batch of a few groups then contrasts dogs with dogs and
-# street scenes with street scenes. Similarity is computed from the words (TF-IDF) rather than by the model being
-# trained, so it takes only seconds, and a resumed run forms the same groups.
+# the data therefore divides the items into small groups with similar captions, with a random projection tree.
+# Similarity is computed from the words (TF-IDF), so it takes only seconds, and a resumed run forms the same groups.
 
 
 def compute_caption_vectors(captions: Iterable[Sequence[str]]) -> np.ndarray:
     """Compute an L2-normalised vector from each item's captions. Return an (N, D) float32 array with D at most 64.
 
-    The method is latent semantic analysis: TF-IDF followed by truncated SVD. An item's captions, which can be in any
-    language, are concatenated into one document. Memory: about 3 KB per item.
+    The method is latent semantic analysis: TF-IDF followed by truncated SVD. Memory: about 3 KB per item.
     """
     documents = (" ".join(texts) for texts in captions)
     tfidf = TfidfVectorizer(analyzer=_split_words, sublinear_tf=True).fit_transform(documents)
@@ -511,8 +491,7 @@ def compute_caption_vectors(captions: Iterable[Sequence[str]]) -> np.ndarray:
 def draw_grouped_permutation(vectors: np.ndarray, group_size: int, rng: np.random.Generator) -> np.ndarray:
     """Return a random permutation of N items, as int64 indices. Groups of `group_size` similar items stay together.
 
-    `vectors` are from `compute_caption_vectors`, of shape (N, D). If N is not a multiple of `group_size`, one group is
-    smaller. Each call forms new groups.
+    `vectors` are from `compute_caption_vectors`, of shape (N, D). Each call forms new groups.
     """
     if group_size <= 1:
         return rng.permutation(len(vectors))

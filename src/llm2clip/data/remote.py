@@ -1,13 +1,10 @@
 """Files in object storage and on web servers: `s3://`, `gs://`, `hf://`, `https://` and `http://`.
 
-Files are downloaded as a whole into a local cache. Requests are repeated after temporary errors (see `storage`).
-Messages never contain credentials.
+Files are downloaded as a whole into a local cache, from which the least recently used files are removed, except for
+files that are being read: readers hold a shared lock on them. Messages never contain credentials.
 
 The first version of a file that a process sees is pinned: if the file is replaced later, reading it raises an error
 instead of mixing both versions.
-
-The environment variable LLM2CLIP_SHARD_CACHE_GB limits the size of the cache. The least recently used files are removed
-first, except for files that are being read: readers hold a shared lock on them.
 """
 
 from __future__ import annotations
@@ -67,9 +64,9 @@ class CacheFullError(FatalDataError):
 
 
 def find_remote_files(pattern: str) -> list[str]:
-    """Resolve a URL, which may contain glob characters and {000..010} ranges, to the URLs of existing files.
+    """Resolve a URL, which may contain glob characters and {000..010} ranges, to URLs. Pin the versions of all files.
 
-    Folders are returned with a final slash. The versions of all files are looked up and pinned.
+    Folders are returned with a final slash.
 
     Raises:
         MissingRemoteFileError: No file matches the pattern.
@@ -155,11 +152,9 @@ def _raise(error: OSError) -> None:
 
 
 def _exists(url: str) -> bool:
-    """Return True if a file exists. A name without listing permission, which is the usual case, counts as missing."""
-    try:
+    with suppress(RemoteError):  # a name without listing permission, which is the usual case, counts as missing
         return get_remote_version(url) != ""
-    except RemoteError:
-        return False
+    return False
 
 
 def _glob(pattern: str) -> list[str]:
@@ -233,9 +228,7 @@ def _check_version(url: str, version: str) -> None:
 
 
 def open_file(path: str) -> io.BufferedReader:
-    """Open a local or remote file for reading in binary mode. A remote file is first downloaded into the cache.
-
-    While the file is open, it is not removed from the cache.
+    """Open a file in binary mode. A remote file is first downloaded into the cache, and stays there while open.
 
     Raises:
         OSError: The file does not exist or cannot be read.
@@ -253,10 +246,7 @@ def open_file(path: str) -> io.BufferedReader:
 
 
 def get_local_path(path: str) -> str:
-    """Return the path of a local file with the contents of a file. A remote file is first downloaded into the cache.
-
-    Open the path at once: later, the file may have been removed from the cache. See `open_file`.
-    """
+    """Return the path of a file, or of its copy in the cache. A remote file is downloaded, and may be removed later."""
     if not is_remote(path):
         return path
     with open_file(path) as file:
@@ -317,7 +307,6 @@ def _remember_failure(url: str, function: Callable[[], T]) -> T:
 
 
 def get_cache_folder() -> Path:
-    """Return the folder in which remote files are cached."""
     return get_cache_dir() / "shards"
 
 
@@ -348,11 +337,7 @@ def _open_cached(path: Path, size: int) -> io.BufferedReader | None:
 
 
 def _download(url: str, version: str, path: Path) -> None:
-    """Download a file into the cache, unless another process has just done so.
-
-    Raises:
-        CacheFullError: The file is larger than the size limit, or the disk is full.
-    """
+    """Download a file into the cache, unless another process has just done so."""
     size = storage.parse_size(version)
     path.parent.mkdir(parents=True, exist_ok=True)
     locks = get_cache_folder() / "locks"
@@ -410,11 +395,7 @@ def _make_room(size: int, url: str) -> None:
 
 
 def _get_size_limit(used: int) -> float:
-    """Return the cache's size limit in bytes. Default: half of the disk space for the cache, but at most 200 GB.
-
-    Raises:
-        ValueError: The environment variable is not a positive number.
-    """
+    """Return the cache's size limit in bytes. Default: half of the disk space for the cache, but at most 200 GB."""
     text = os.environ.get(SIZE_VARIABLE)
     if not text:
         return min(MAX_DEFAULT_BYTES, (shutil.disk_usage(get_cache_folder()).free + used) / 2)
@@ -469,9 +450,8 @@ def _lock(file: BinaryIO, exclusive: bool) -> bool:
 
 
 def prefetch(paths: Sequence[str]) -> None:
-    """Download remote files into the cache in background threads, several at a time, in this order.
+    """Download remote files into the cache in background threads, several at a time. Ignore errors and local files.
 
-    Return immediately. Local files and files in the cache are ignored, as are errors: opening the file raises them.
     Each call with remote files replaces the files of earlier calls whose download has not started.
     """
     global _pending

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.io_utils import hide_url_secrets
+from llm2clip.io_utils import hide_url_secrets, to_valid_unicode
 
 MAX_NOTES = 5  # maximum number of notes in the summary
 MAX_VALUE_CHARACTERS = 200  # longer values are cut off
@@ -39,15 +39,10 @@ class TooManySkipped(ValueError):
 
 
 class SkipLog:
-    """Log that counts skipped rows and lists them in a JSON Lines file. Only one process may write to a file.
+    """Log that counts skipped rows and lists them in a JSON Lines file, which is overwritten, by a single process.
 
-    Args:
-        path: File in which to list skipped rows. An existing file is overwritten. If None, rows are only counted.
-        max_skipped: Maximum fraction of rows that may be skipped.
-
-    Attributes:
-        skipped: Number of skipped rows per reason.
-        dropped: Number of rows per reason from which a value, such as an empty caption, was dropped.
+    `skipped` counts the skipped rows per reason, and `dropped` the rows from which a value was dropped. At most the
+    fraction `max_skipped` of the rows may be skipped.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, max_skipped: float = 0.05) -> None:
@@ -89,10 +84,7 @@ class SkipLog:
         self._num_rows += max(0, count - self.rows_seen)
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
-        """Record that `rows` consecutive rows, starting at `row`, were skipped.
-
-        If a row was already skipped for the same reason in an earlier pass or stage, it is not recorded again.
-        """
+        """Record that `rows` consecutive rows, starting at `row`, were skipped, once per row and reason."""
         file = hide_url_secrets(file)
         if not self._record_once(file, row, reason):
             return
@@ -114,9 +106,7 @@ class SkipLog:
 
     def add_note(self, text: str, file: str) -> None:
         """Add a note about a file, such as an unusual encoding, to the summary. Repeated notes are ignored."""
-        # The summary is printed, so it must be valid Unicode.
-        name = hide_url_secrets(file).encode("utf-8", "backslashreplace").decode()
-        self.notes.setdefault(text, {})[name] = None
+        self.notes.setdefault(text, {})[to_valid_unicode(hide_url_secrets(file))] = None
 
     def replay(self, events: Iterable[Sequence[Any]]) -> None:
         """Record what an `EventLog` has recorded, in the same order."""
@@ -176,10 +166,7 @@ class SkipLog:
 
 
 class EventLog(SkipLog):
-    """Skip log that only collects what it should record, for `SkipLog.replay` in another process.
-
-    `events` lists the name and the arguments of each call. It can be converted to JSON.
-    """
+    """Skip log that collects the name and the arguments of each call, for `SkipLog.replay` in another process."""
 
     def __init__(self) -> None:
         super().__init__(max_skipped=1.0)

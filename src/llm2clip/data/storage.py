@@ -1,8 +1,6 @@
 """URLs of remote files, and requests to object storage and web servers with retries after temporary errors.
 
-Requests are sent through fsspec. Credentials come from the environment that each storage's own tools use, such as
-AWS_PROFILE or ~/.netrc. Each storage library raises its own exceptions. They are distinguished by the HTTP status in
-the chain of causes, or otherwise by their type.
+Requests are sent through fsspec, with the credentials of each storage's own tools, such as AWS_PROFILE or ~/.netrc.
 """
 
 import asyncio
@@ -68,12 +66,10 @@ def is_remote(path: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def get_parent(path: str) -> str:
-    """Return the folder of a local or remote file."""
     return os.path.dirname(strip_query(path) if is_remote(path) else path)
 
 
 def get_file_name(path: str) -> str:
-    """Return the file name of a local or remote file."""
     return os.path.basename(strip_query(path) if is_remote(path) else path)
 
 
@@ -159,11 +155,7 @@ def build_replaced_error(url: str, version: str, current: str) -> ReplacedFileEr
 
 
 def fetch_block(url: str, version: str, start: int, end: int, file: BinaryIO) -> None:
-    """Write the bytes from `start` to `end` to the end of `file`. Write the whole file if the server has no ranges.
-
-    Raises:
-        RemoteError: The bytes cannot be read after several attempts.
-    """
+    """Write the bytes from `start` to `end` to the end of `file`. Write the whole file if the server has no ranges."""
     from fsspec.asyn import sync
 
     filesystem = get_filesystem(get_scheme(url))
@@ -289,9 +281,6 @@ async def _check_redirect(session: Any, context: Any, redirect: Any) -> None:
 
 def call_with_retries(function: Callable[[], T], url: str, max_attempts: int | None = None) -> T:
     """Return the result of a function that sends requests. Call it again after temporary errors.
-
-    Temporary errors are connection errors, timeouts, truncated responses and the HTTP statuses 408, 425, 429 and 5xx.
-    The delay between attempts doubles each time.
 
     Raises:
         MissingRemoteFileError: The file does not exist.

@@ -1,8 +1,7 @@
 """Record tables: columnar, memory-mapped lists of records.
 
-A table consists of Arrow record batches and of the numbers of the selected rows. Batches are mapped from files that
-`write_rows` has written (see `build_table.py`), so all processes of a machine share their pages, and a process needs 4
-bytes of its own per record. `Record` is the view of a single row.
+A table consists of Arrow record batches and of the numbers of the selected rows. Batches are mapped from files, so all
+processes of a machine share their pages, and a process needs 4 bytes of its own per record.
 """
 
 from __future__ import annotations
@@ -303,10 +302,8 @@ def _list_hashed_parts(array: pa.Array) -> Iterator[Any]:
 class Blocks:
     """Record batches with consecutive row numbers.
 
-    Attributes:
-        containers: Paths of the files and folders that contain the images of each batch.
-        paths: Arrow file of each batch, and the index of the batch in this file. Empty for batches in memory.
-        starts: Number of the first row of each batch, followed by the total number of rows.
+    `containers` are the paths of the files and folders that contain the images of each batch. `paths` are the Arrow
+    file of each batch and the index of the batch in this file, and are empty for batches in memory.
     """
 
     def __init__(
@@ -517,7 +514,7 @@ def write_rows(file: Path, rows: Iterable[tuple[Record, str, ImageFacts]], metad
 
 
 def hash_merge_key(record: Record, source: str) -> tuple[int, int]:
-    """Return a 128-bit hash of what identifies a record: its image or, without an image, its source, split and id.
+    """Return a 128-bit hash of a record's image or, without an image, of its source, split and id.
 
     Return (0, 0) if nothing identifies the record. Such records are never merged.
     """

@@ -65,12 +65,7 @@ def _read_row_group_layout(path: str, version: object) -> tuple[list[int], int]:
 
 
 def _decode_window(path: str, group: int, column: str, row: int, batch_size: int) -> _Window:
-    """Decode a row group up to the given row, plus as many of the following rows as fit in `MAX_WINDOW_BYTES`.
-
-    Raises:
-        FileNotFoundError: The row group does not contain this row.
-        OSError: The cells up to this row take more than `MAX_ROW_GROUP_BYTES`.
-    """
+    """Decode a row group up to the given row, plus as many of the following rows as fit in `MAX_WINDOW_BYTES`."""
     # The file is reopened each time and read without threads, because file handles and thread pools that survive a
     # fork can deadlock in data loader workers.
     batches: deque[pa.Array] = deque()
@@ -98,11 +93,7 @@ def _decode_window(path: str, group: int, column: str, row: int, batch_size: int
 
 
 def choose_parquet_batch_size(metadata: pq.FileMetaData) -> int:
-    """Return the number of rows (at most 64) to read at a time from a Parquet file.
-
-    All rows in a row group can share one large value, so each value can be as large as the entire row group. Even then,
-    a batch takes at most `MAX_BATCH_BYTES`, unless it is a single row.
-    """
+    """Return the number of rows (at most 64) to read at a time, even if each value is as large as its row group."""
     return max(1, min(64, MAX_BATCH_BYTES // max([1, *_list_row_group_bytes(metadata)])))
 
 

@@ -1,7 +1,4 @@
-"""Statistics of a record table: caption lengths, image sizes, splits and languages.
-
-All numbers are computed from the columns of record batches, so that memory does not depend on the number of rows.
-"""
+"""Statistics of a record table, computed in batches: caption lengths, image sizes, splits and languages."""
 
 import functools
 from collections import Counter
@@ -153,10 +150,9 @@ def count_values(values: pa.Array) -> Counter:
 
 
 def count_languages(texts: Iterable[str]) -> Counter[str]:
-    """Identify the language of each text and return the number of texts per language code, such as "en".
+    """Return the number of texts per language code, such as "en", or "zxx" for texts that are not in a language.
 
     Language identification of a short text is a guess: on English captions of about ten words, one in 250 is wrong.
-    Texts that are not in a language, such as numbers, have the code "zxx".
     """
     from py3langid import classify
 

@@ -1,7 +1,6 @@
 """Image preprocessing for vision towers: settings, evaluation transform and training transform.
 
-The transforms take and return uint8 RGB images. The vision tower normalises the pixels on its device, so data loader
-workers transfer only a quarter of the bytes that float32 pixels would need.
+The transforms take and return uint8 RGB images. The vision tower normalises the pixels on its device.
 """
 
 from __future__ import annotations
@@ -70,11 +69,7 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Preprocess:
-        """Create the settings from the output of `to_dict` or from a transformers image processor's config.
-
-        Raises:
-            ValueError: The config is malformed, or not for square images of a fixed size.
-        """
+        """Create the settings from the output of `to_dict` or from a transformers image processor's config."""
         try:
             return cls._from_dict(config)
         except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
@@ -137,8 +132,7 @@ class TrainTransform:
     The crop covers a random fraction of the image area, at least `MIN_CROP_SCALE`, and has an aspect ratio between 3/4
     and 4/3. Images are not flipped, because captions mention left and right.
 
-    All random numbers come from the `generator` argument. If it is seeded with (seed, epoch, index), a sample's crop
-    does not depend on which worker process loads the sample.
+    All random numbers come from the `generator` argument.
     """
 
     preprocess: Preprocess

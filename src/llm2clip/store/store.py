@@ -225,14 +225,16 @@ class _RowReader:
         cuts = np.searchsorted(sorted_rows, self.bounds)
         parts = [(shard, start, stop) for shard, (start, stop) in enumerate(pairwise(cuts)) if start < stop]
         scales = []
-        for shard, start, stop in parts if self.read_ahead else ():
-            self._request_pages(self.open_embeddings(shard), sorted_rows[start:stop] - self.bounds[shard])
-        for shard, start, stop in parts:
-            rows = sorted_rows[start:stop] - self.bounds[shard]
-            # All rows are in range, so nothing is clipped. With mode="raise", NumPy would buffer the output.
-            np.take(self.open_embeddings(shard), rows, axis=0, out=out[start:stop], mode="clip")
-            if self.open_scales is not None:
-                scales.append(self.open_scales(shard)[rows])
+        for first in range(0, len(parts), MAX_OPEN_FILES):  # as many files as stay open
+            group = parts[first : first + MAX_OPEN_FILES]
+            for shard, start, stop in group if self.read_ahead else ():
+                self._request_pages(self.open_embeddings(shard), sorted_rows[start:stop] - self.bounds[shard])
+            for shard, start, stop in group:
+                rows = sorted_rows[start:stop] - self.bounds[shard]
+                # All rows are in range, so nothing is clipped. With mode="raise", NumPy would buffer the output.
+                np.take(self.open_embeddings(shard), rows, axis=0, out=out[start:stop], mode="clip")
+                if self.open_scales is not None:
+                    scales.append(self.open_scales(shard)[rows])
         return np.concatenate(scales) if self.open_scales is not None else None
 
     def _request_pages(self, array: Any, rows: np.ndarray) -> None:

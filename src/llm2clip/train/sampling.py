@@ -162,7 +162,7 @@ class AlignBatches:
             num_workers=workers,
             collate_fn=_collate,
             persistent_workers=False,
-            **build_worker_options(workers),
+            **build_worker_options(workers, __name__),
             generator=torch.Generator(),  # so that the loader does not use the global random state
         )
         for pixels, samples, failures in loader:

@@ -1,7 +1,6 @@
 """Source formats: their interface, and the files that a path stands for.
 
-A format is one subclass of `SourceFormat`. To add a format, write a subclass in this package, and add it to
-`load_formats`. The parts of a file depend only on the file, so the rows do not depend on the number of processes.
+To add a format, write a subclass of `SourceFormat` in this package, and add it to `load_formats`.
 """
 
 from __future__ import annotations
@@ -113,10 +112,6 @@ class SourceFormat(ABC):
         """Divide a large file into parts of about `target_bytes`. May raise any type of exception."""
         return [FilePart(self, path)]
 
-    def download(self, path: str) -> None:
-        """Download the remote files that `read` needs."""
-        get_local_path(path)
-
     def compute_version(self, path: str) -> str:
         """Return a string that changes if a file, or a file in a folder, changes."""
         if is_remote(path):
@@ -141,30 +136,24 @@ def make_parts(file_format: SourceFormat, path: str, starts: Iterator[tuple[int,
 
 
 def split_file(file: FilePart, target_bytes: int) -> list[FilePart]:
-    """Divide a large file into parts of about `target_bytes`.
-
-    A file that cannot be read is a single part, so that `read_rows` reports the error.
-    """
-    with suppress(Exception):  # corrupt Parquet metadata can make pyarrow raise any type of exception
+    """Divide a large file into parts of about `target_bytes`, which depend only on the file."""
+    with suppress(Exception):  # for example, corrupt Parquet metadata; `read_rows` reports the error
         if get_file_size(file.path) > target_bytes:
             return file.format.split(file.path, target_bytes)
     return [file]
 
 
 def read_rows(part: FilePart, options: ReadOptions = ReadOptions()) -> Iterator[RawRow]:
-    """Yield the raw rows in a part of a file. Together, the parts of a file have the rows of the complete file.
-
-    A corrupt file can make a library raise any type of exception. In this case, the last row is a `BadRow`, so a single
-    corrupt file does not stop a run.
+    """Yield the raw rows in a part of a file. If a library fails because the file is corrupt, end with a `BadRow`.
 
     Raises:
         DataFormatError: No part of the file can be read. The message contains the reason.
         OSError: The file does not exist, or the disk cannot be read.
     """
     number = part.first_row - 1
-    if is_remote(part.path):
+    if is_remote(part.path) and not part.format.is_folder:
         try:
-            part.format.download(part.path)
+            get_local_path(part.path)
         except RemoteError as error:
             yield part.path, part.first_row, BadRow(UNREADABLE_FILE, str(error))
             return
@@ -183,10 +172,7 @@ def read_rows(part: FilePart, options: ReadOptions = ReadOptions()) -> Iterator[
 
 @cache
 def load_formats() -> Mapping[str, SourceFormat]:
-    """Return all formats by name. The first format whose suffix matches is used.
-
-    A folder without caption files is read in the first shard format of which it contains files.
-    """
+    """Return all formats by name, in order of preference."""
     # These modules import this module.
     from llm2clip.data.formats.csv_files import CaptionsTxt, DelimitedText
     from llm2clip.data.formats.image_files import ImageFolder, TarFile
@@ -208,7 +194,6 @@ def load_formats() -> Mapping[str, SourceFormat]:
 
 
 def describe_formats() -> str:
-    """Describe what a source can be, for error messages."""
     suffixes = ", ".join(suffix for source_format in load_formats().values() for suffix in source_format.suffixes)
     return (
         f"files ending in {suffixes} (.txt: lines of 'name.jpg,caption' or 'name.jpg#0<TAB>caption'; tar files "
@@ -220,15 +205,11 @@ def describe_formats() -> str:
 
 
 def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -> list[FilePart]:
-    """Resolve a path to a list of files and folders with their formats, in the order in which they are read.
+    """Resolve the path of a `Source` to files and folders with their formats, in the order in which they are read.
 
-    An existing path is never treated as a pattern, even if it contains glob or brace characters.
-
-    Args:
-        path: File, folder, glob or brace pattern, which can be a URL, or `hf:NAME` for a Hugging Face data set.
-        all_files: If True, use all caption files, images, tar files and Parquet files in a folder and its subfolders.
-            If False, use only the first of these kinds that the folder contains.
-        log: Skip log. It records folders that are not read, because they were written by llm2clip.
+    An existing path is never treated as a pattern, even if it contains glob or brace characters. If `all_files` is
+    True, all caption files, images, tar files and Parquet files in a folder and its subfolders are used, instead of
+    only the first of these kinds. `log` records folders that are not read, because they were written by llm2clip.
 
     Raises:
         FileNotFoundError: No file matches the path. The message suggests similar names.
@@ -273,13 +254,10 @@ def find_format(path: str) -> FilePart:
 
 
 def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None) -> Iterator[str]:
-    """Yield the paths of all files with the given suffixes in a folder and its subfolders, sorted within each folder.
+    """Yield the paths of all files with these suffixes in a folder and its subfolders, sorted within each folder.
 
-    Hidden files and folders are skipped, as are llm2clip run directories and stores in subfolders. `log` records them.
-    The suffixes are in lower case, without the dot.
-
-    Raises:
-        OSError: A folder cannot be listed. If the folder were skipped, its files would look deleted.
+    Hidden files and folders are skipped, as are llm2clip run directories and stores in subfolders, recorded in `log`.
+    Raise OSError if a folder cannot be listed: if it were skipped, its files would look deleted.
     """
     for parent, folders, names in walk_folder(folder):
         kind = describe_output_folder(names) if parent != folder else None

@@ -34,10 +34,9 @@ SAMPLE_ROWS = 50
 
 
 class DelimitedText(SourceFormat):
-    """CSV or TSV file with a header line.
+    """CSV or TSV file with a header line. The values of columns that share a name are combined into a list.
 
-    The values of columns that share a name are combined into a list. A row with more or fewer fields than the header
-    becomes a `BadRow`. The delimiter is the one that the suffix suggests, unless another one fits better.
+    The delimiter is the one that the suffix suggests, unless another one fits better.
     """
 
     is_table = is_plain_text = has_lists_as_text = True
@@ -105,10 +104,7 @@ class CaptionsTxt(SourceFormat):
 
 
 def _find_row_starts(path: str, delimiter: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yield the byte positions and line numbers of rows that are at least `target_bytes` apart, starting with (0, 1).
-
-    Nothing else is yielded if the file is not UTF-8, or after a malformed row.
-    """
+    """Yield the byte positions and line numbers of rows at least `target_bytes` apart, up to a malformed row."""
     yield 0, 1
     detected, header_line = _read_delimiter(path, delimiter)
     with open_text(path) as text:
@@ -186,9 +182,8 @@ def _read_delimiter(path: str, default: str, log: SkipLog | None = None) -> tupl
 def _detect_delimiter(sample: str, default: str) -> tuple[str, int]:
     """Return a CSV file's delimiter and the line number of its header.
 
-    The delimiter must occur in the header, outside quotes. If there are several candidates, choose the one for which
-    the most rows have as many fields as the header, or `default` if there is a tie. A first line such as `sep=;`, which
-    is an Excel convention, sets the delimiter.
+    The delimiter is the one for which the most rows have as many fields as the header, or `default` if there is a tie.
+    A first line such as `sep=;`, which is an Excel convention, sets the delimiter.
     """
     specified = re.match(r'"?sep=([^\r\n"])"?\r?\n', sample)
     if specified is not None:

@@ -50,16 +50,12 @@ class ImageFolder(SourceFormat):
     """Folder of images with captions in files next to them. File name suffixes are case-insensitive.
 
     An image in an unsupported format becomes a `BadRow`, unless there is a supported image with the same name, such as
-    a JPEG file next to a camera's raw file. The skip log records UTF-16 text files, and the likely encodings of the
-    first text file that is neither UTF-8 nor UTF-16.
+    a JPEG file next to a camera's raw file.
     """
 
     name = "images"
     is_folder = True
     has_caption_columns = False
-
-    def download(self, path: str) -> None:
-        """Do nothing. Each file is downloaded when it is opened."""
 
     def compute_version(self, path: str) -> str:
         if not is_remote(path):
@@ -134,9 +130,8 @@ def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
 class TarFile(SourceFormat):
     """Uncompressed webdataset tar file. A sample consists of adjacent members with the same name up to the first dot.
 
-    The file is scanned once. Images are referenced by offset, and with `ReadOptions.image_bytes`, the references
-    include the bytes of images of at most `MAX_LOADED_BYTES`. If the file is truncated, its complete samples are
-    yielded, followed by one `BadRow`. Member names are used only as keys, and nothing is extracted to disk.
+    If the file is truncated, its complete samples are yielded, followed by one `BadRow`. Member names are used only as
+    keys, and nothing is extracted to disk.
     """
 
     name = "tar"
@@ -250,10 +245,7 @@ class _Sample:
 
 
 class _BoundedFile(io.BufferedReader):
-    """Tar file reader that limits how many bytes `tarfile` can read for a member's headers.
-
-    Without this limit, a header in a sparse file could claim to be terabytes in size.
-    """
+    """Tar file reader that limits the size of a member's headers, which can claim to be terabytes in a sparse file."""
 
     bytes_left = MAX_TAR_HEADER_BYTES
 
@@ -286,8 +278,7 @@ class _Window:
 def _read_members(tar: tarfile.TarFile, file: _BoundedFile, window: _Window) -> Iterator[_Member | str]:
     """Yield the regular files in a tar file. If it is corrupt, the last item is a string that describes the problem.
 
-    On its own, `tarfile` would stop at the corrupt position without raising an error. Plain headers are not parsed by
-    `tarfile`, which takes 20 times as long.
+    Plain headers are not parsed by `tarfile`, which takes 20 times as long and ignores corrupt positions.
     """
     size, end = os.fstat(file.fileno()).st_size, 0
     while True:
@@ -331,8 +322,7 @@ def _read_members(tar: tarfile.TarFile, file: _BoundedFile, window: _Window) -> 
 def _parse_plain_headers(window: _Window, position: int) -> _Member | None:
     """Parse the headers of a regular file. Return None for all other headers, which `tarfile` must parse.
 
-    A PAX header before the file's header may contain its time stamps and nothing else, as in files written by
-    webdataset.
+    A PAX header with only time stamps may come first, as in files written by webdataset.
     """
     header = window.read(position, tarfile.BLOCKSIZE)
     fields = _parse_plain_block(header)

@@ -10,18 +10,14 @@ import pyarrow.parquet as pq
 
 from llm2clip.data.formats import UNREADABLE_FILE, BadRow, FilePart, RawRow, ReadOptions, SourceFormat
 from llm2clip.data.image_refs import LoadedImage, ParquetImage, compute_content_digest
-from llm2clip.data.remote import get_local_path
+from llm2clip.data.remote import open_file
 from llm2clip.data.storage import is_remote
 from llm2clip.data.table_cells import check_row_group_sizes, choose_parquet_batch_size
 from llm2clip.io_utils import DataFormatError, describe_error
 
 
 class Parquet(SourceFormat):
-    """Parquet file. Embedded images are returned as references to their cells.
-
-    If `ReadOptions.image_bytes` is False, image columns that contain bytes are not read. From image columns that
-    contain structs with bytes and a path, only the path is read.
-    """
+    """Parquet file. Embedded images are returned as references to their cells."""
 
     name = "parquet"
     suffixes = (".parquet",)
@@ -30,7 +26,8 @@ class Parquet(SourceFormat):
     def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
         row = total = part.first_row - 1
         try:
-            with pq.ParquetFile(get_local_path(part.path), memory_map=True) as file:
+            # The open file cannot be removed from the cache of remote files.
+            with open_file(part.path) as source, pq.ParquetFile(source.name, memory_map=True) as file:
                 total = file.metadata.num_rows
                 row_groups = None
                 if part.stop is not None:

@@ -1,8 +1,7 @@
 """Reading text files, and the formats JSON Lines and JSON, including the JSON of COCO, Flickr30k and Flickr8k.
 
-Text files are read in UTF-8 or UTF-16. For other encodings, a message explains how to convert the file to UTF-8. Files
-are never decoded with a guessed encoding: for example, any French text in cp1252 can also be decoded as cp1250, but
-some letters are then wrong.
+Text files are read in UTF-8 or UTF-16. They are never decoded with a guessed encoding, because some letters may then be
+wrong: a message explains how to convert the file to UTF-8.
 
 - COCO's `captions_train2017.json`: {"images": [{"id", "file_name", "coco_url"}], "annotations": [{"image_id",
   "caption"}]} (cocodataset.org, "Data format")
@@ -66,13 +65,10 @@ UNUSED_KEYS = ("tokens", "sentids", "segmentation", "flickr_url", "license", "da
 def open_text(
     path: str, log: SkipLog | None = None, newline: str | None = None, start: int = 0, stop: int | None = None
 ) -> TextIO:
-    """Open a UTF-8 or UTF-16 text file, which may be gzipped (.gz). Byte order marks are removed.
+    """Open a UTF-8 or UTF-16 text file, which may be gzipped (.gz). To read lines, use `BoundedLines`.
 
-    Undecodable bytes become lone surrogates, so that a reader can skip a row instead of the entire file; see
-    `find_undecodable`. To read lines, use `BoundedLines`.
-
-    UTF-16 files are recorded in `log`. `newline` is the newline mode, as in the built-in function `open`. `start` and
-    `stop` are the bytes of a UTF-8 file between which the text is read.
+    Undecodable bytes become lone surrogates; see `find_undecodable`. UTF-16 files are recorded in `log`. `newline` is
+    as in the built-in function `open`. `start` and `stop` are positions in a UTF-8 file, in bytes.
     """
     stream = _open_binary(path, start, stop)
     try:
@@ -93,9 +89,9 @@ class LineTooLong(ValueError):
 
 
 class BoundedLines:
-    """Iterator over the lines of a text file, with a limit on the length of each row. A row may span several lines.
+    """Iterator over the lines of a text file. Raises `LineTooLong` after a row that is too long, and can be continued.
 
-    If a row is too long, `LineTooLong` is raised. Iteration can then continue with the next line.
+    A row may span several lines.
     """
 
     def __init__(self, file: TextIO, path: str) -> None:
@@ -129,10 +125,7 @@ class BoundedLines:
 def read_lines(
     path: str, log: SkipLog | None = None, newline: str | None = None, start: int = 0, stop: int | None = None
 ) -> Iterator[str | BadRow]:
-    """Yield the lines of a text file. A line that is too long or cannot be decoded becomes a `BadRow`.
-
-    The arguments are the same as for `open_text`.
-    """
+    """Yield the lines of a text file; see `open_text`. A line that is too long or undecodable becomes a `BadRow`."""
     with open_text(path, log, newline, start, stop) as file:
         lines = BoundedLines(file, path)
         while True:
@@ -150,8 +143,7 @@ def read_lines(
 def detect_encoding(start: bytes) -> str:
     """Detect a file's encoding from its first four bytes. Return "utf-8-sig", or the name of a UTF-16 or UTF-32 codec.
 
-    A file without a byte order mark is treated as UTF-16 if alternate bytes are 0. This rule is reliable, because
-    caption files start with two ASCII characters, and UTF-8 text does not contain zero bytes.
+    A file without a byte order mark is UTF-16 if alternate bytes are 0, because caption files start with ASCII.
     """
     for mark, encoding in _BYTE_ORDER_MARKS:
         if start.startswith(mark):
@@ -192,8 +184,6 @@ def describe_encoding(path: str) -> str:
             readings.setdefault(line.decode(encoding).strip()[:60], encoding)
     listed = " or ".join(f"{encoding} ({text!r})" for text, encoding in islice(readings.items(), MAX_LISTED_ENCODINGS))
     description = f"not UTF-8, {f'probably {listed}' if listed else 'in an unknown encoding'}"
-    if path.lower().endswith(".gz"):
-        return f"{description}. Convert the file to UTF-8"
     stem, suffix = os.path.splitext(path)
     command = f"iconv -f ENCODING -t UTF-8 {shlex.quote(path)} > {shlex.quote(f'{stem}-utf8{suffix}')}"
     return f"{description}. Convert the file from the encoding that shows this text correctly: `{command}`"
@@ -305,9 +295,9 @@ def _require_object(value: Any) -> dict[str, Any] | BadRow:
 
 
 def _find_line_starts(path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yield the byte positions and numbers of the first lines that start at or after each multiple of `target_bytes`.
+    """Yield the byte positions and numbers of the first lines at or after each multiple of `target_bytes`.
 
-    Nothing more is yielded after a line that is too long. Such lines occur in sparse files.
+    Nothing more is yielded after a line that is too long, as in sparse files.
     """
     start, number = 0, 1
     yield start, number
@@ -420,11 +410,7 @@ def _read_id(fields: Mapping[str, Any], key: str) -> str | int | float | None:
 
 
 def guess_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return likely names of a COCO split's image folder, such as train2017.
-
-    The names are derived from the JSON file name (`captions_train2017.json`) and from `coco_url`
-    (http://images.cocodataset.org/train2017/000000391895.jpg).
-    """
+    """Return likely names of a COCO split's image folder, such as train2017, from the file name and `coco_url`."""
     match = re.fullmatch(r"[a-z_]+_([a-z]+\d*)", os.path.splitext(os.path.basename(path))[0])
     names = [match[1]] if match else []
     url = images[0].get("coco_url") if images else None
