@@ -349,7 +349,9 @@ def _look_up_fields(table: RecordTable, source: CaptionSource, fields: Sequence[
         num_texts = int(table.count_texts(field).sum(dtype=np.int64))
         if num_texts:
             in_processes = field != "phrases" and num_texts >= MIN_PARALLEL_CAPTIONS and table.folder is not None
-            tasks = _split_table(table, field, source) if in_processes else [(table, field, source)]
+            size = max(BATCH_ROWS, -(-len(table) // (TASKS_PER_CORE * count_cores())))
+            tables = table.split(size) if in_processes else [table]
+            tasks: list[_LookUp] = [(part, field, source) for part in tables]
             captions[field] = _concatenate(list(map_in_processes(_look_up, tasks)))
     if "phrases" in captions and not len(captions["phrases"].rows) and isinstance(source, EmbeddingStore):
         print_once(
@@ -357,14 +359,6 @@ def _look_up_fields(table: RecordTable, source: CaptionSource, fields: Sequence[
             "with --phrases true"
         )
     return captions
-
-
-def _split_table(table: RecordTable, field: str, source: CaptionSource) -> list[_LookUp]:
-    column = table.resolve_field(field)
-    assert column is not None
-    size = max(BATCH_ROWS, -(-len(table) // (TASKS_PER_CORE * count_cores())))
-    parts = [table.blocks.select_files(table.rows[start : start + size]) for start in range(0, len(table), size)]
-    return [(RecordTable(*part), column, source) for part in parts]
 
 
 def _look_up(task: _LookUp) -> CaptionRows:
