@@ -33,7 +33,7 @@ FAULTS = ("500", "503", "429", "nonsense", "wrong json", "disconnect", "truncate
 LARGE_BYTES = 10_000_000
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from llava_fixtures import build_tiny_llava  # imports the LLaVA models of transformers
 

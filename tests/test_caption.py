@@ -57,6 +57,13 @@ def photos(tmp_path: Path) -> Path:
     return make_photos(tmp_path / "photos", 6)
 
 
+def caption_photos(photos: Path, open_encoder: Any = None, max_skipped: float = 0.05) -> list[str]:
+    """Write short captions to out.jsonl next to a folder of photos."""
+    prompts, options = [Prompt("one", "short", "Describe it.")], CaptionOptions(max_skipped=max_skipped)
+    out = photos.with_name("out.jsonl")
+    return caption_run.caption_images([str(photos)], out, FixedCaptioner(), prompts, options, open_encoder)
+
+
 # ---- endpoint --------------------------------------------------------------------------------------------------------
 
 
@@ -212,10 +219,7 @@ def _caption_on_rank(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(caption_run, "score_captions", lambda *_: None)
         patch.setattr(FixedCaptioner, "ask", count)
-        prompts, settings = [Prompt("one", "short", "Describe it.")], CaptionOptions(max_skipped=0.5)
-        caption_run.caption_images(
-            [str(folder / "photos")], folder / "out.jsonl", FixedCaptioner(), prompts, settings, open_encoder
-        )
+        caption_photos(folder / "photos", open_encoder=open_encoder, max_skipped=0.5)
     (folder / f"requests{process_state().process_index}").write_text(str(num_requests))
 
 
@@ -275,10 +279,7 @@ def test_images_with_only_rejected_captions_are_reported(tmp_path: Path, photos:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FixedCaptioner, "ask", ask)
         for max_skipped in (0.3, 0.35):
-            prompts, settings = [Prompt("one", "short", "Describe it.")], CaptionOptions(max_skipped=max_skipped)
-            lines = caption_run.caption_images(
-                [str(photos)], tmp_path / "out.jsonl", FixedCaptioner(), prompts, settings
-            )
+            lines = caption_photos(photos, max_skipped=max_skipped)
             assert (warning in "\n".join(lines)) == (max_skipped < 2 / 6)
             assert len(read_rows(tmp_path / "out.jsonl")) == 4
 
@@ -346,10 +347,7 @@ def test_captions_are_written_before_the_model_of_check_is_opened(tmp_path: Path
         raise MemoryError("out of memory")
 
     with pytest.raises(MemoryError):
-        prompts = [Prompt("one", "short", "Describe it.")]
-        caption_run.caption_images(
-            [str(photos)], out, FixedCaptioner(), prompts, CaptionOptions(), open_encoder=open_encoder
-        )
+        caption_photos(photos, open_encoder=open_encoder)
     assert len(read_rows(out)) == 6
     assert (tmp_path / "out_report.html").exists()
 
@@ -469,9 +467,8 @@ def test_second_interrupt_while_an_image_is_read_does_not_wait_for_requests(
     monkeypatch.setattr(FixedCaptioner, "ask", ask)
     monkeypatch.setattr(FixedCaptioner, "prepare", prepare)
     start = time.monotonic()
-    prompts = [Prompt("one", "short", "Describe it.")]
     with pytest.raises(KeyboardInterrupt):
-        caption_run.caption_images([str(photos)], tmp_path / "out.jsonl", FixedCaptioner(), prompts, CaptionOptions())
+        caption_photos(photos)
     assert time.monotonic() - start < 10
     finish.set()
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -168,8 +168,6 @@ def test_answers_are_cleaned(text: str, caption: str) -> None:
         (" \n", "empty"),
         ("...", "empty"),
         ("I'm sorry, but I can't.", "refusal"),
-        ("As an AI language model, I see a dog.", "refusal"),
-        ("I cannot identify people.", "refusal"),
         ("<think>A dog? " * 3, "reasoning"),
         ("word " * 5000, "too long"),
     ],
@@ -179,10 +177,17 @@ def test_refusals_and_useless_answers_become_errors(text: str, error: str) -> No
     assert answer.text is None and error in str(answer.error) and answer.input_tokens == 3
 
 
-@pytest.mark.parametrize("part", ["<think>", "</think>", "**a ", "`a `", "\n", " ", "- ", "a.", "#", '"', "sorry "])
+@pytest.mark.parametrize(
+    "part",
+    [
+        *("<think>", "</think>", "**a ", "`a `", "\n", " ", "- ", "a.", "#", '"', "sorry ", "i can't "),
+        *("i can't see the ", "there is no ", "ich kann ", "je ne peux pas ", "我无法", "画像"),
+    ],
+)
 def test_cleaning_hostile_answers_takes_linear_time(part: str) -> None:
     start = time.process_time()
     clean_answer(part * (99_000 // len(part)), truncated=True)
+    is_refusal(part * (99_000 // len(part)) + "x")
     assert time.process_time() - start < 1
 
 
@@ -200,15 +205,6 @@ def test_refusals_are_recognised(text: str) -> None:
 @pytest.mark.parametrize("text", CAPTIONS)
 def test_captions_that_begin_like_refusals_are_accepted(text: str) -> None:
     assert clean_answer(text, truncated=False).text == text
-
-
-@pytest.mark.parametrize(
-    "part", ["sorry ", "i can't ", "i can't see the ", "there is no ", "ich kann ", "je ne peux pas ", "我无法", "画像"]
-)
-def test_hostile_texts_take_linear_time(part: str) -> None:
-    start = time.process_time()
-    assert not is_refusal(part * 20_000 + "x")
-    assert time.process_time() - start < 0.5
 
 
 # ---- endpoint --------------------------------------------------------------------------------------------------------
@@ -232,21 +228,25 @@ def test_rejected_first_requests_stop_the_run(
     assert server.num_requests <= 2
 
 
-def test_rejected_image_does_not_stop_a_first_run(tmp_path: Path, photos: Path) -> None:
-    with run_server(faults=["400:too narrow"] * CAPTIONS_PER_IMAGE) as server:
-        caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "1", "--max_skipped", "1")
-    assert len(read_rows(tmp_path / "out_failures.jsonl")) == CAPTIONS_PER_IMAGE
-    assert server.num_requests == 6 * CAPTIONS_PER_IMAGE
-
-
-def test_run_stops_if_all_images_are_rejected(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("fault", "num_faults", "message"),
+    [
+        ("400:too narrow", 3, None),  # a single image that the server rejects
+        ("400:this model takes no images", 99, r"the last 7 requests failed.*this model takes no images"),
+        ("disconnect", 99, r"the last 7 requests failed. the connection failed"),
+    ],
+)
+def test_run_stops_if_all_requests_fail(
+    tmp_path: Path, photos: Path, fault: str, num_faults: int, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(captioners, "MAX_FAILURES_IN_A_ROW", 7)
-    with (
-        run_server(faults=["400:this model takes no images"] * 99) as server,
-        pytest.raises(captioners.EndpointError, match=r"the last 7 requests failed.*this model takes no images"),
-    ):
-        caption(server, photos, tmp_path / "out.jsonl", "--concurrency", "1")
-    assert server.num_requests == 7
+    flags = ["--concurrency", "1", "--max_skipped", "1", "--retries", "0"]
+    expected_error = nullcontext() if message is None else pytest.raises(captioners.EndpointError, match=message)
+    with run_server(faults=[fault] * num_faults) as server, expected_error:
+        caption(server, photos, tmp_path / "out.jsonl", *flags)
+    if message is None:
+        assert len(read_rows(tmp_path / "out_failures.jsonl")) == CAPTIONS_PER_IMAGE
+    assert server.num_requests == (6 * CAPTIONS_PER_IMAGE if message is None else 7)
 
 
 def test_proxy_is_used_only_for_encrypted_connections(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,14 +271,6 @@ def test_key_is_sent_but_never_written(
     assert "[key]" in (tmp_path / "out_failures.jsonl").read_text()
     assert KEY not in "".join(capfd.readouterr())
     assert not any(KEY.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
-
-
-def test_run_stops_when_the_server_is_down(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captioners, "MAX_FAILURES_IN_A_ROW", 4)
-    with run_server() as server:
-        pass  # now, nothing listens on its port
-    with pytest.raises(captioners.EndpointError, match=r"the last 4 requests failed. the connection failed"):
-        caption(server, photos, tmp_path / "out.jsonl", "--retries", "1")
 
 
 @pytest.mark.parametrize("fault", ["slow headers", "slow body"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava_fixtures import build_tiny_llava, load_model, load_tokenizer, make_conversations
+from llava_fixtures import load_model, load_tokenizer, make_conversations
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
@@ -113,9 +113,11 @@ LLAVA_ROWS = [
 ]
 
 
-def test_read_llava_skips_and_logs_invalid_rows(image_folder: Path, tmp_path: Path) -> None:
-    file = tmp_path / "mix.json"
-    file.write_text(json.dumps(LLAVA_ROWS))
+@pytest.mark.parametrize("name", ["mix.json", "mix.jsonl"])
+def test_read_llava_skips_and_logs_invalid_rows(name: str, image_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / name
+    lines = "".join(f"{json.dumps(row)}\n" for row in LLAVA_ROWS)
+    file.write_text(lines if name.endswith("l") else json.dumps(LLAVA_ROWS))
     conversations = read_llava(file, image_folder, SkipLog(tmp_path / "skipped.jsonl", 1.0))
     assert [conversation.id for conversation in conversations] == ["a", "b"]
     assert conversations[0].turns == (("What?", "Red."), ("Sure?", "Yes."))
@@ -126,13 +128,6 @@ def test_read_llava_skips_and_logs_invalid_rows(image_folder: Path, tmp_path: Pa
     assert [(entry["row"], entry["reason"]) for entry in skipped] == expected
     with pytest.raises(TooManySkipped):
         read_llava(file, image_folder, SkipLog())
-
-
-def test_read_llava_reads_jsonl(image_folder: Path, tmp_path: Path) -> None:
-    file = tmp_path / "mix.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in LLAVA_ROWS[:2]) + "{broken\n")
-    conversations = read_llava(file, image_folder, SkipLog(None, 1.0))
-    assert [conversation.id for conversation in conversations] == ["a", "b"]
 
 
 def test_read_conversations_merges_rows_of_the_same_image(image_folder: Path, tmp_path: Path) -> None:
@@ -211,19 +206,14 @@ def test_object_conversations_ask_about_present_and_absent_objects(tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_llava(tmp_path_factory.mktemp("llava"))
-
-
-@pytest.fixture(scope="module")
 def conversations(image_folder: Path) -> list[Conversation]:
     return make_conversations(image_folder)
 
 
 def test_llava_collator_padding_does_not_change_the_logits_and_loss(
-    built: Path, conversations: list[Conversation]
+    tiny_llava: Path, conversations: list[Conversation]
 ) -> None:
-    model, processor = load_model(built)
+    model, processor = load_model(tiny_llava)
     dataset = ConversationDataset(conversations, processor, num_image_tokens=4, max_length=512)
     collate = LlavaCollator(processor.tokenizer, num_image_tokens=4, empty_image=torch.zeros(3, 64, 64))
 
@@ -260,9 +250,9 @@ def test_llava_collator_padding_does_not_change_the_logits_and_loss(
 
 
 def test_conversation_dataset_lengths_correlate_with_token_counts(
-    built: Path, conversations: list[Conversation]
+    tiny_llava: Path, conversations: list[Conversation]
 ) -> None:
-    dataset = ConversationDataset(conversations, load_model(built)[1], num_image_tokens=4, max_length=512)
+    dataset = ConversationDataset(conversations, load_model(tiny_llava)[1], num_image_tokens=4, max_length=512)
     token_counts = [len(dataset[n]["ids"]) for n in range(len(dataset))]
     assert np.corrcoef(token_counts, dataset.estimate_lengths())[0, 1] > 0.9
 

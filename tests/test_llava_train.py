@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import Killed, emulate_fsdp_launch, make_llm, run_distributed
-from llava_fixtures import build_tiny_llava, load_model, load_weights, make_conversations, make_vision_tower
+from llava_fixtures import load_model, load_weights, make_conversations, make_vision_tower
 from llm2clip.cli import main
 from llm2clip.data.image_facts import load_training_image_hashes
 from llm2clip.data.image_refs import FileImage
@@ -26,11 +26,6 @@ SMALL = LlavaConfig(
     save_steps=2, precision="fp32",
 )  # fmt: skip
 LORA = replace(SMALL, lora_r=4, lora_alpha=8)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_llava(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +45,9 @@ def train(
 
 
 @pytest.fixture(scope="module")
-def small_run(built: Path, conversations: list[Conversation], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_run(tiny_llava: Path, conversations: list[Conversation], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directory of both stages with the settings `SMALL` and cached features."""
-    return train(built, conversations, conversations, SMALL, tmp_path_factory.mktemp("small") / "run").parent
+    return train(tiny_llava, conversations, conversations, SMALL, tmp_path_factory.mktemp("small") / "run").parent
 
 
 def changed_names(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
@@ -60,32 +55,32 @@ def changed_names(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor
 
 
 def test_each_stage_changes_only_its_own_weights(
-    built: Path,
+    tiny_llava: Path,
     small_run: Path,
     conversations: list[Conversation],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    initial, both = load_weights(built), load_weights(small_run / "model")
+    initial, both = load_weights(tiny_llava), load_weights(small_run / "model")
     pretrained = initial | load_file(small_run / "pretrain/learned.safetensors")
     assert changed_names(initial, pretrained) == {name for name in initial if "multi_modal_projector" in name}
     assert changed_names(pretrained, both) == {name for name in initial if "vision_tower" not in name}
     metrics = [json.loads(line) for line in (small_run / "instruct/metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["train_loss"] > 0
 
-    lora = load_weights(train(built, [], conversations, LORA, tmp_path / "lora"))
+    lora = load_weights(train(tiny_llava, [], conversations, LORA, tmp_path / "lora"))
     assert "train_runtime" not in "".join(capsys.readouterr())  # the Trainer's dicts are not printed
     linear = {name for name in initial if "language_model" in name and "_proj" in name}
     assert changed_names(initial, lora) == linear | {name for name in initial if "projector" in name}
 
 
 def test_cached_features_give_the_same_result_as_pixels(
-    built: Path, small_run: Path, conversations: list[Conversation], tmp_path: Path
+    tiny_llava: Path, small_run: Path, conversations: list[Conversation], tmp_path: Path
 ) -> None:
     cached = load_weights(small_run / "model")
     assert (small_run / "features/manifest.json").is_file()
     uncached_config = replace(SMALL, cache_gb=0)
-    uncached = load_weights(train(built, conversations, conversations, uncached_config, tmp_path / "uncached"))
+    uncached = load_weights(train(tiny_llava, conversations, conversations, uncached_config, tmp_path / "uncached"))
     assert not (tmp_path / "uncached/features").exists()
     for name, tensor in cached.items():
         torch.testing.assert_close(tensor, uncached[name], atol=2e-3, rtol=0, msg=name)
@@ -93,14 +88,14 @@ def test_cached_features_give_the_same_result_as_pixels(
 
 @pytest.mark.parametrize("case", ["CLIP", "convolutional with LoRA"])
 def test_train_llava_resumes_exactly(
-    case: str, built: Path, conversations: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, tiny_llava: Path, conversations: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if case == "CLIP":  # transformers saves its weights under other names than those of the parameters
         llm = make_llm(tmp_path / "llm", layers=2)
-        built = build_llava(make_vision_tower("clip_vision_model", tmp_path), str(llm), tmp_path / "built")
+        tiny_llava = build_llava(make_vision_tower("clip_vision_model", tmp_path), str(llm), tmp_path / "built")
     config = replace(SMALL if case == "CLIP" else LORA, epochs=2)
     conversations = [*conversations[:11], conversations[-1]]  # three steps in the first stage and in each epoch
-    uninterrupted = load_weights(train(built, conversations, conversations, config, tmp_path / "uninterrupted"))
+    uninterrupted = load_weights(train(tiny_llava, conversations, conversations, config, tmp_path / "uninterrupted"))
     steps = 0
     training_step = train_module._LlavaTrainer.training_step
 
@@ -115,43 +110,43 @@ def test_train_llava_resumes_exactly(
     out = tmp_path / "interrupted"
     for _ in range(3):
         with pytest.raises(Killed):
-            train(built, conversations, conversations, config, out)
+            train(tiny_llava, conversations, conversations, config, out)
     (out / "instruct/checkpoint-99").mkdir(parents=True)  # an incomplete checkpoint
-    resumed = load_weights(train(built, conversations, conversations, config, out))
+    resumed = load_weights(train(tiny_llava, conversations, conversations, config, out))
     for name, tensor in uninterrupted.items():
         assert torch.equal(tensor, resumed[name]), name
 
 
 def test_train_llava_raises_for_non_finite_values(
-    built: Path, conversations: list[Conversation], tmp_path: Path
+    tiny_llava: Path, conversations: list[Conversation], tmp_path: Path
 ) -> None:
     diverging = replace(SMALL, lr=1e30, pretrain_lr=1e30)
     with pytest.raises(FloatingPointError):
-        train(built, conversations, conversations, diverging, tmp_path / "run")
+        train(tiny_llava, conversations, conversations, diverging, tmp_path / "run")
     assert not (tmp_path / "run/model").exists()
 
 
 def test_train_llava_rejects_settings_that_leave_nothing_to_train_on(
-    built: Path, conversations: list[Conversation], tmp_path: Path
+    tiny_llava: Path, conversations: list[Conversation], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="max_length must be at least"):
-        train(built, conversations, [], replace(SMALL, max_length=40), tmp_path / "short")
+        train(tiny_llava, conversations, [], replace(SMALL, max_length=40), tmp_path / "short")
     with pytest.raises(ValueError, match="no conversations"):
-        train(built, conversations[-1:], [], SMALL, tmp_path / "text_only")
+        train(tiny_llava, conversations[-1:], [], SMALL, tmp_path / "text_only")
 
 
 def test_train_llava_replaces_conversations_whose_image_cannot_be_decoded(
-    built: Path, conversations: list[Conversation], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_llava: Path, conversations: list[Conversation], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    not_an_image = FileImage(str(built / "config.json"))
+    not_an_image = FileImage(str(tiny_llava / "config.json"))
     mixed = [Conversation("bad", not_an_image, (("What?", "Red."),)), *conversations[:7]]
     uncached = replace(SMALL, cache_gb=0)
-    assert train(built, mixed, [], uncached, tmp_path / "uncached").is_dir()
+    assert train(tiny_llava, mixed, [], uncached, tmp_path / "uncached").is_dir()
     assert "cannot be decoded" in caplog.text
     with pytest.raises(ValueError, match="no other usable conversation was found"):
-        train(built, mixed[:1], [], uncached, tmp_path / "all_bad")
+        train(tiny_llava, mixed[:1], [], uncached, tmp_path / "all_bad")
     log = SkipLog(tmp_path / "skipped.jsonl", 0.5)
-    assert train(built, mixed, [], SMALL, tmp_path / "cached", log).is_dir()
+    assert train(tiny_llava, mixed, [], SMALL, tmp_path / "cached", log).is_dir()
     assert log.skipped.total() == 1
 
 
@@ -185,12 +180,12 @@ def _train_with_ddp_and_fsdp(source: str, conversations: list[Conversation], out
     train(source, conversations, conversations, SMALL, Path(out) / "fsdp2")
 
 
-def test_two_processes_match_one(built: Path, conversations: list[Conversation], tmp_path: Path) -> None:
+def test_two_processes_match_one(tiny_llava: Path, conversations: list[Conversation], tmp_path: Path) -> None:
     """Includes batches without an image on one of the ranks. Under FSDP2, the run is also interrupted and resumed."""
     text_only = [Conversation(f"t{n}", None, (("Hello?" * n, "Hi."),)) for n in range(1, 9)]
     mixed = [*conversations[:12], *text_only]
-    run_distributed(2, _train_with_ddp_and_fsdp, str(built), mixed, str(tmp_path))
-    expected = load_weights(train(built, mixed, mixed, SMALL, tmp_path / "one"))
+    run_distributed(2, _train_with_ddp_and_fsdp, str(tiny_llava), mixed, str(tmp_path))
+    expected = load_weights(train(tiny_llava, mixed, mixed, SMALL, tmp_path / "one"))
     for kind in ("ddp", "fsdp2"):
         for name, tensor in load_weights(tmp_path / kind / "model").items():
             torch.testing.assert_close(tensor, expected[name], atol=2e-4, rtol=0, msg=f"{kind}: {name} differs")
@@ -200,13 +195,13 @@ def test_two_processes_match_one(built: Path, conversations: list[Conversation],
 
 
 def test_train_command_reads_records_and_llava_json(
-    built: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_llava: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     messages = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It is red."}]
     rows = [{"id": n, "image": f"{n}.png", "conversations": messages} for n in range(8)]
     file = tmp_path / "mix.json"
     file.write_text(json.dumps(rows))
-    command = ["llava", "train", str(built), "--out", str(tmp_path / "run"), "--images", str(image_folder)]
+    command = ["llava", "train", str(tiny_llava), "--out", str(tmp_path / "run"), "--images", str(image_folder)]
     command += ["--pretrain", f"{image_folder}/captions.jsonl@train", "--instruct", str(file)]
     command += ["--llava.micro_batch_size", "4", "--llava.pretrain_batch_size", "16", "--llava.batch_size", "4"]
     assert main(command) == 0
@@ -218,5 +213,5 @@ def test_train_command_reads_records_and_llava_json(
     assert main(command) == 0, "repeating the command must find the result"
     assert main([*command, "--llava.lr", "1"]) == 1
     assert "different settings" in capsys.readouterr().err
-    assert main(["llava", "train", str(built), "--out", str(tmp_path / "none")]) == 1
+    assert main(["llava", "train", str(tiny_llava), "--out", str(tmp_path / "none")]) == 1
     assert "no conversations" in capsys.readouterr().err
