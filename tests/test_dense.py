@@ -71,13 +71,40 @@ BUILDERS: dict[str, Callable[[], VisionTower]] = {
 
 # ---- naive formulas -------------------------------------------------------------------------------------------------
 
-# Names of each family's first norm, attention and layer scale. Other families have the names of "vit".
+# Each family's attention, and the prefixes of its norms and layer scales. Other families have the names of "vit".
 PARTS = {
-    **dict.fromkeys(("clip", "siglip"), ("layer_norm1", "self_attn", "")),
-    **dict.fromkeys(("dinov2", "dinov3"), ("norm1", "attention", "layer_scale1")),
-    **dict.fromkeys(("eva02", "eva_giant"), ("norm1", "attn", "gamma_1")),
-    "vit": ("norm1", "attn", "ls1"),
+    **dict.fromkeys(("clip", "siglip"), ("self_attn", "layer_norm", "")),
+    **dict.fromkeys(("dinov2", "dinov3"), ("attention", "norm", "layer_scale")),
+    **dict.fromkeys(("eva02", "eva_giant"), ("attn", "norm", "gamma_")),
+    "vit": ("attn", "norm", "ls"),
 }
+
+
+def project(attention: Any, x: Tensor) -> list[Tensor]:
+    """Return the queries, keys and values of all heads, each of shape (N, heads, L, head_dim)."""
+    if getattr(attention, "qkv", None) is None:
+        parts = [getattr(attention, f"{name}_proj")(x) for name in "qkv"]
+    else:
+        bias = attention.qkv.bias
+        if bias is None:
+            bias = torch.cat([attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias])
+        parts = list((x @ attention.qkv.weight.T + bias).chunk(3, -1))
+    heads = getattr(attention, "num_heads", None) or attention.num_attention_heads
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    return [q, k, v]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs_are_adjacent: bool) -> Tensor:
+    """Rotary position embedding of the patches (RoFormer, arXiv 2104.09864). Prefix tokens have no position."""
+    prefix, patches = x.tensor_split([x.shape[-2] - cos.shape[-2]], -2)
+    if pairs_are_adjacent:
+        turned = torch.stack([-patches[..., 1::2], patches[..., ::2]], -1).flatten(-2)
+    else:
+        first, second = patches.chunk(2, -1)
+        turned = torch.cat([-second, first], -1)
+    return torch.cat([prefix, patches * cos + turned * sin], -2)
 
 
 def naive_softmax(scores: Tensor) -> Tensor:
@@ -109,29 +136,36 @@ def naive_attention(variant: str, q: Tensor, k: Tensor, v: Tensor, grid: tuple[i
 def naive_features(
     family: str, tower: VisionTower, variant: str, images: Tensor, grid: tuple[int, int], patch: pytest.MonkeyPatch
 ) -> Tensor:
-    """Run the tower, but compute the attention of its last block for each head alone, from the library's q, k and v."""
+    """Run the tower with the formulas above in place of its last block, for each head alone."""
     block: Any = tower.get_blocks()[-1]
-    norm, attention, scale = (getattr(block, name, None) for name in PARTS.get(family, PARTS["vit"]))
-    forward = block.forward
+    attention_name, norm_prefix, scale_prefix = PARTS.get(family, PARTS["vit"])
+    attention = getattr(block, attention_name)
+    output = next(getattr(attention, name) for name in ("proj", "out_proj", "o_proj") if hasattr(attention, name))
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-        per_head = zip(*(x.flatten(0, 1) for x in (q, k, v)), strict=True)
-        heads = [naive_attention(variant, *qkv, grid) for qkv in per_head]
-        return torch.stack(heads).view_as(v)
+    def scale(n: int, x: Tensor) -> Tensor:
+        factor = getattr(block, f"{scale_prefix}{n}", None)
+        if factor is None:
+            return x
+        return factor(x) if isinstance(factor, nn.Module) else factor * x
 
-    def run_block(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with patch.context() as inner:
-            inner.setattr(F, "scaled_dot_product_attention", attend)
-            if variant not in ("clearclip", "naclip"):
-                return forward(x, *args, **kwargs)
-            output = attention(norm(x), *args, **kwargs)
-        output = output[0] if isinstance(output, tuple) else output
-        if scale is None:
-            return output
-        return scale(output) if isinstance(scale, nn.Module) else scale * output
+    def run_block(x: Tensor, *_: Any, rope: Any = None, position_embeddings: Any = None, **__: Any) -> Tensor:
+        q, k, v = project(attention, getattr(block, f"{norm_prefix}1")(x))
+        if rope is not None:  # timm's EVA
+            sin, cos = rope.chunk(2, -1)
+            q, k = (rotate(y, cos, sin, pairs_are_adjacent=True) for y in (q, k))
+        if position_embeddings is not None:  # DINOv3
+            q, k = (rotate(y, *position_embeddings, pairs_are_adjacent=False) for y in (q, k))
+        per_head = zip(*(y.flatten(0, 1) for y in (q, k, v)), strict=True)
+        heads = torch.stack([naive_attention(variant, *qkv, grid) for qkv in per_head]).view_as(v)
+        y = heads.transpose(1, 2).flatten(2)
+        y = scale(1, output(attention.norm(y) if hasattr(attention, "norm") else y))
+        if variant in ("clearclip", "naclip"):
+            return y
+        x = x + y
+        return x + scale(2, block.mlp(getattr(block, f"{norm_prefix}2")(x)))
 
-    with patch.context() as outer:
-        outer.setattr(block, "forward", run_block)
+    with patch.context() as inner:
+        inner.setattr(block, "forward", run_block)
         return build_dense_encoder(tower, nn.Identity()).features(images, "plain")
 
 
