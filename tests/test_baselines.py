@@ -202,20 +202,27 @@ EVA02 = {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "tim
 OPEN_CLIP_VIT = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1}
 
 
-@pytest.mark.parametrize("vision", [EVA02 | {"timm_model_pretrained": False}, OPEN_CLIP_VIT], ids=["eva02", "vit"])
-@torch.no_grad()
-def test_open_clip_baseline_matches_open_clip(vision: dict[str, Any], tmp_path: Path, image_files: list[Path]) -> None:
+def save_open_clip(folder: Path, model_config: dict[str, Any]) -> Any:
+    """Save a random open_clip model with the given towers, and return it."""
     open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
     from safetensors.torch import save_file
 
     text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-    towers = {"embed_dim": 192, "vision_cfg": vision, "text_cfg": text, "custom_text": vision is not OPEN_CLIP_VIT}
     preprocess = {"mean": CLIP_STATS["image_mean"], "std": CLIP_STATS["image_std"], "interpolation": "bicubic"}
-    config = {"model_cfg": towers, "preprocess_cfg": preprocess}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    config = {"model_cfg": model_config | {"text_cfg": text}, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    reference = open_clip.create_model(f"local-dir:{tmp_path}", load_weights=False).eval()
-    save_file(reference.state_dict(), tmp_path / "open_clip_model.safetensors")
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).eval()
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return model
+
+
+@pytest.mark.parametrize("vision", [EVA02 | {"timm_model_pretrained": False}, OPEN_CLIP_VIT], ids=["eva02", "vit"])
+@torch.no_grad()
+def test_open_clip_baseline_matches_open_clip(vision: dict[str, Any], tmp_path: Path, image_files: list[Path]) -> None:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
+    towers = {"embed_dim": 192, "vision_cfg": vision, "custom_text": vision is not OPEN_CLIP_VIT}
+    reference = save_open_clip(tmp_path, towers)
     model = open_dual_encoder(f"open_clip:{tmp_path}", "cpu")
     images, texts = embed(model, image_files)
     transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")[2]

@@ -1,7 +1,6 @@
 """Tests of dense features: each variant against its formula in float64, each head alone, and every kind of model."""
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.vision.dense import DENSE_VARIANTS, build_dense_encoder, feature_map
 from llm2clip.models.vision.vision_tower import VisionTower
-from test_baselines import CLIP_STATS, make_model
+from test_baselines import CLIP_STATS, make_model, save_open_clip
 from test_regions import naive_roi_align
 from test_segmentation import reference_window_scores
 from test_vision_tower import SMALL, TINY, normalized, pixels
@@ -471,21 +470,13 @@ def test_dense_features_of_transformers_models(kind: str, tmp_path: Path) -> Non
 
 @torch.no_grad()
 def test_dense_features_of_open_clip_models_with_a_timm_trunk(tmp_path: Path) -> None:
-    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
-    from safetensors.torch import save_file
-
     vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "linear", "image_size": 224}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-    model_config = {"embed_dim": 24, "vision_cfg": vision | {"timm_model_pretrained": False}, "text_cfg": text}
-    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.6, 0.7], "interpolation": "bicubic"}
-    config = {"model_cfg": model_config | {"custom_text": True}, "preprocess_cfg": preprocess}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    reference = open_clip.create_model(f"local-dir:{tmp_path}", load_weights=False).eval()
-    save_file(reference.state_dict(), tmp_path / "open_clip_model.safetensors")
+    towers = {"embed_dim": 24, "vision_cfg": vision | {"timm_model_pretrained": False}, "custom_text": True}
+    reference = save_open_clip(tmp_path, towers)
     dense = open_dual_encoder(f"open_clip:{tmp_path}", "cpu").dense
     assert dense is not None and dense.image_size == 224 and dense.variants == DENSE_VARIANTS
     embeddings = dense.encode(pixels(224, 1))
-    tokens = reference.visual.trunk.forward_features(normalized(pixels(224, 1), PREPROCESS))[:, 1:]
+    preprocess = Preprocess(224, "squash", 1.0, "bicubic", *STATS["clip"])
+    tokens = reference.visual.trunk.forward_features(normalized(pixels(224, 1), preprocess))[:, 1:]
     expected = F.normalize(reference.visual.head(tokens), dim=-1)
     torch.testing.assert_close(embeddings.flatten(1, 2), expected, atol=1e-5, rtol=0)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,8 +157,8 @@ def test_evaluate_compares_baselines_in_a_report(
 def test_precomputed_embeddings_reject_invalid_files(tmp_path: Path) -> None:
     file = tmp_path / "other.npz"
 
-    def save(names: list[str], texts: np.ndarray) -> PrecomputedEmbeddings:
-        np.savez(file, images=np.eye(len(names), 3), image_names=names, texts=texts, captions=["x"])
+    def save(names: list[str], texts: np.ndarray, captions: Sequence[str] = ("x",)) -> PrecomputedEmbeddings:
+        np.savez(file, images=np.eye(len(names), 3), image_names=names, texts=texts, captions=captions)
         return PrecomputedEmbeddings(file, SkipLog())
 
     embeddings = save(["cat/1.jpg", "wow!.jpg"], np.ones((1, 3)))
@@ -167,22 +168,21 @@ def test_precomputed_embeddings_reject_invalid_files(tmp_path: Path) -> None:
         embeddings.encode_images([FileImage("/train/cat/1.jpg"), FileImage("/test/cat/1.jpg")])
     with pytest.raises(ValueError, match="no embedding for 1 of 1 texts"):
         embeddings.encode_texts(["y"])
-    assert embeddings.encode_texts(["x"]).shape == (1, 3)
-    np.savez(file, images=np.eye(1, 3), image_names=["1.jpg"], texts=np.ones((2, 3)), captions=[" x ", "x"])
-    assert PrecomputedEmbeddings(file, SkipLog()).encode_texts(["x"]).shape == (1, 3), "stripped, as records are"
-    np.savez(file, images=np.eye(1, 3), image_names=["1.jpg"], texts=np.eye(2, 3), captions=[" x ", "x"])
-    with pytest.raises(ValueError, match="'x' has two different embeddings"):
-        PrecomputedEmbeddings(file, SkipLog())
+    assert save(["1.jpg"], np.ones((2, 3)), [" x ", "x"]).encode_texts(["x"]).shape == (1, 3), (
+        "stripped, as records are"
+    )
+    for names, texts, captions, message in (
+        (["1.jpg"], np.eye(2, 3), [" x ", "x"], "'x' has two different embeddings"),
+        (["1.jpg", "1.jpg"], np.ones((1, 3)), ["x"], "image_names are duplicates"),
+        (["1.jpg"], np.full((1, 3), np.nan), ["x"], "NaN or infinity"),
+        (["1.jpg"], np.ones((1, 2)), ["x"], "images have 3 dimensions, but texts have 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save(names, texts, captions)
     np.save(tmp_path / "matrix.npy", np.eye(3))
     (tmp_path / "matrix.npy").rename(tmp_path / "matrix.npz")
     with pytest.raises(ValueError, match=r"matrix\.npz"):
         PrecomputedEmbeddings(tmp_path / "matrix.npz", SkipLog())
-    with pytest.raises(ValueError, match="image_names are duplicates"):
-        save(["1.jpg", "1.jpg"], np.ones((1, 3)))
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        save(["1.jpg"], np.full((1, 3), np.nan))
-    with pytest.raises(ValueError, match="images have 3 dimensions, but texts have 2"):
-        save(["1.jpg"], np.ones((1, 2)))
 
 
 def test_evaluate_continues_after_a_failure(
@@ -279,25 +279,30 @@ def test_evaluate_on_a_folder_of_classes(clip: Path, image_folder: Path, tmp_pat
     assert result["images"] == 12 and result["metrics"]["chance"] == 50
 
 
-def test_evaluate_dense_benchmarks_in_a_report_and_on_two_ranks(clip: Path, root: Path, tmp_path: Path) -> None:
+def test_evaluate_dense_benchmarks_in_a_report_and_on_two_ranks(
+    clip: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The ranks share images and texts, and get the results of one process. One of COCO's images cannot be decoded."""
     file = make_coco(root / "coco")
     (root / "coco/val2017/1.png").write_bytes(b"no image")
     VOC.save(root / "voc2012", [0, 1, 20, 255])
-    kinds = ("boxes", "segmentation", "detection")
+    monkeypatch.setattr("llm2clip.evaluate.benchmarks.segmentation.get_imagenet_templates", lambda: ["a {}"])
+    benchmarks = ["flickr30k", "sugarcrepe", *(f"{kind}:{file}" for kind in ("boxes", "segmentation", "detection"))]
     out = tmp_path / "out"
     options = EvaluateOptions(
-        benchmarks=["flickr30k", "sugarcrepe", "voc20", *(f"{kind}:{file}" for kind in kinds)], root=str(root),
-        out=str(out), templates=["a {}"], proposals="ground-truth", crop_proposals=True, max_skipped=0.5,
-        dense_variants=["plain", "naclip"],
+        benchmarks=[*benchmarks, "voc20"], root=str(root), out=str(out), templates=["a {}"], proposals="ground-truth",
+        crop_proposals=True, max_skipped=0.5, dense_variants=["plain", "naclip"],
     )  # fmt: skip
     evaluate_models([str(clip), str(clip)], [], options)
     results = read_results(out)
-    run_distributed(2, evaluate_models, [str(clip), str(clip)], [], replace(options, out=str(tmp_path / "two")))
-    assert results == read_results(tmp_path / "two")
+    on_two_ranks = replace(options, benchmarks=benchmarks, out=str(tmp_path / "two"))
+    run_distributed(2, evaluate_models, [str(clip)], [], on_two_ranks)
+    expected = [result | {"model": clip.name} for result in results[::2] if result["benchmark"] != "voc20"]
+    assert read_results(tmp_path / "two") == expected
 
-    by_kind = {result["kind"]: result for result in results[::2]}
-    regions, segmentation, voc = by_kind["regions"], by_kind["segmentation"], results[4]
+    by_kind = {result["kind"]: result for result in results[::2] if result["benchmark"] != "voc20"}
+    regions, segmentation = by_kind["regions"], by_kind["segmentation"]
+    [voc] = [result for result in results[::2] if result["benchmark"] == "voc20"]
     methods = ["plain", "plain, learned scale", "naclip", "naclip, learned scale"]
     assert [row["method"] for row in regions["rows"]] == ["crop", "plain", "naclip"]
     assert (regions["images"], regions["regions"], regions["texts"]) == (2, 3, 3)
@@ -306,7 +311,7 @@ def test_evaluate_dense_benchmarks_in_a_report_and_on_two_ranks(clip: Path, root
     assert [row["logit scale"] for row in segmentation["rows"]] == pytest.approx([50, 14.3] * 2, abs=0.05)
     assert set(segmentation["rows"][0]["metrics"]) == {"mIoU", "pixel accuracy", "mean class accuracy"}
     assert set(segmentation["rows"][0]["IoU"]) == {"background", *COLOURS}
-    assert (voc["benchmark"], voc["images"], voc["texts"]) == ("voc20", 1, 80 * 30)
+    assert (voc["benchmark"], voc["images"], voc["texts"]) == ("voc20", 1, 30)
     for result in results[1::2]:
         for row in result.get("rows", ()):
             assert set(row["difference"].get("metrics", {"": 0}).values()) == {0}, "the baseline is the same model"

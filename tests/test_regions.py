@@ -16,7 +16,7 @@ from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.evaluate.benchmarks import BENCHMARKS, get_benchmarks
 from llm2clip.evaluate.benchmarks.base import RegionData
 from llm2clip.evaluate.embeddings import PrecomputedEmbeddings
-from llm2clip.evaluate.metrics import draw_bootstrap_counts
+from llm2clip.evaluate.metrics import BootstrapMetrics, draw_bootstrap_counts
 from llm2clip.evaluate.regions import (
     RegionPredictions,
     classify_regions,
@@ -320,29 +320,21 @@ def test_region_metrics_and_intervals_match_naive_computation() -> None:
 
 def test_differences_have_paired_intervals() -> None:
     """Recompute both models' metrics on the same resamples of the images, and take the quantiles of the differences."""
-    data, first = random_predictions()
     rng = np.random.default_rng(5)
-    correct = np.concatenate([data.labels[n] for n in range(12) if n not in (3, 7)])
-    predicted = np.where(rng.random(len(correct)) < 0.3, correct, first.predicted)
-    rank = np.where(predicted == correct, 0, first.rank)
-    second = dataclasses.replace(first, rank=rank, predicted=predicted)
-    difference = compute_region_metrics(data, first).subtract(compute_region_metrics(data, second))
-    used = [n for n in range(12) if n not in (3, 7)]
+    first, second = rng.random(10), rng.random(10)
 
-    def naive_accuracy(predictions: RegionPredictions, images: list[int]) -> float:
-        return 100 * float(np.mean(np.concatenate([predictions.rank[predictions.image == i] == 0 for i in images])))
+    def measure(values: np.ndarray) -> BootstrapMetrics:
+        return BootstrapMetrics.from_function(
+            range(10), ["mean"], lambda weights: [100 * np.average(values, weights=weights)]
+        )
 
-    samples = []
-    for weights in draw_bootstrap_counts(len(used)):
-        images = [i for i, weight in zip(used, weights.tolist(), strict=True) for _ in range(int(weight))]
-        samples.append(naive_accuracy(first, images) - naive_accuracy(second, images))
-    expected = naive_accuracy(first, used) - naive_accuracy(second, used)
-    assert difference["metrics"]["top-1"] == pytest.approx(expected) and expected != 0
-    assert difference["intervals"]["top-1"] == pytest.approx(tuple(np.quantile(samples, [0.025, 0.975])))
-    keep = second.image != 0
-    fewer = RegionPredictions(**{name: values[keep] for name, values in vars(second).items()})
-    difference = compute_region_metrics(data, first).subtract(compute_region_metrics(data, fewer))
-    assert difference["intervals"] == {} and "top-1" in difference["metrics"], "the models saw different images"
+    models = measure(first), measure(second)
+    difference = models[0].subtract(models[1])
+    samples = [100 * np.average(first - second, weights=weights.numpy()) for weights in draw_bootstrap_counts(10)]
+    assert difference["metrics"]["mean"] == pytest.approx(100 * (first - second).mean())
+    assert difference["intervals"]["mean"] == pytest.approx(tuple(np.quantile(samples, [0.025, 0.975])))
+    other = dataclasses.replace(models[1], images=tuple(range(1, 11)))
+    assert models[0].subtract(other) == {"metrics": difference["metrics"], "intervals": {}}, "other images"
 
 
 @pytest.mark.data

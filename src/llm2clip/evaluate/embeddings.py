@@ -182,7 +182,7 @@ class PrecomputedEmbeddings:
         return self._images[torch.tensor(rows)], list(range(len(refs)))
 
     def _find_image(self, ref: ImageRef) -> int | None:
-        """Return an image's row in `_images`, or None. Images in tar files are named FILE.tar!MEMBER or MEMBER."""
+        """Images in tar files are named FILE.tar!MEMBER or MEMBER."""
         for path in (PurePosixPath(str(ref)), PurePosixPath(str(ref).replace("!", "/"))):
             for start in range(len(path.parts)):
                 name = PurePosixPath(*path.parts[start:]).as_posix()

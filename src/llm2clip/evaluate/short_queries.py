@@ -200,7 +200,6 @@ def _score_queries(
     queries: Mapping[str, Sequence[LabelledQuery]],
     candidates: Sequence[QueryTemplates],
 ) -> list[list[LengthScores]]:
-    """Return the metrics for each candidate and query length. Each distinct prompt is encoded only once."""
     texts = [query.text for length_queries in queries.values() for query in length_queries]
     prompts = list(
         dict.fromkeys(prompt for templates in candidates for prompt in build_query_prompts(texts, templates)[0])
