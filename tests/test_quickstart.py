@@ -133,10 +133,8 @@ def test_search_results_page_shows_the_nearest_images_of_each_query(tmp_path: Pa
         assert reds == pytest.approx([200, 160, 120, 80, 40], abs=3)
 
 
-def test_last_lines_are_quoted_for_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.executable", "/opt/my env/bin/python")
-    monkeypatch.setattr("shutil.which", lambda name: None)
+def test_last_lines_are_quoted_for_the_shell() -> None:
     commands = [shlex.split(line, comments=True) for line in _format_last_lines(Path("my 'own' run"))[-3:]]
-    assert all(command[0].startswith("..") and "my env" in command[0] for command in commands)
-    assert commands[0][1] == "-c" and repr(str(Path("my 'own' run/model"))) in ast.unparse(ast.parse(commands[0][2]))
-    assert [command[1] for command in commands[1:]] == ["fit", "fit"]
+    assert commands[0][:2] == ["python", "-c"]
+    assert repr(str(Path("my 'own' run/model"))) in ast.unparse(ast.parse(commands[0][2]))
+    assert [command[:2] for command in commands[1:]] == [["llm2clip", "fit"]] * 2

@@ -12,11 +12,8 @@ included. Related emoji, such as "man surfing", "woman surfing" and "person surf
 import hashlib
 import io
 import json
-import os
 import re
 import shlex
-import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -181,8 +178,6 @@ def _write_search_results(model: LLM2CLIP, data: Path, page: Path) -> None:
 
 
 def _format_last_lines(out: Path) -> list[str]:
-    # If the environment is not activated, `llm2clip` and `python` are not on the PATH.
-    folder = Path() if shutil.which("llm2clip") else Path(os.path.relpath(Path(sys.executable).parent))
     model = out / "model"
     quoted_model = json.dumps(str(model), ensure_ascii=False)
     code = (
@@ -196,10 +191,9 @@ def _format_last_lines(out: Path) -> list[str]:
         f"Search: {out / PAGE} (search results of the model)",
         "",
         "Next:",
-        f"  {shlex.join([str(folder / 'python'), '-c', code])}",
-        f"  {shlex.join([str(folder / 'llm2clip'), 'fit', 'YOUR_CAPTIONS.jsonl', '--out', 'runs/mine'])}   "
-        "# train on your own images",
-        f"  {shlex.join([str(folder / 'llm2clip'), 'fit', '--help'])}   # list all settings",
+        f"  {shlex.join(['python', '-c', code])}",
+        "  llm2clip fit YOUR_CAPTIONS.jsonl --out runs/mine   # train on your own images",
+        "  llm2clip fit --help   # list all settings",
     ]
 
 
