@@ -564,21 +564,6 @@ def test_sqlite_backend_ranks_as_an_exact_float64_search(tmp_path: Path) -> None
     assert len(ids) == len(scores) == 0
 
 
-def test_sqlite_backend_keeps_vectors_when_nothing_changed(
-    photos: Path, dual_encoder: DualEncoder, tmp_path: Path
-) -> None:
-    """Otherwise each update of `index --watch` would make a server load all vectors again."""
-    writer, reader = (SqliteBackend(tmp_path / "index", write=True) for _ in range(2))
-    index_sources([photos / "sub"], dual_encoder, writer)
-    assert search_names(reader) == {"5.png", "copy.png"}
-    index_sources([photos], dual_encoder, writer)
-    assert len(search_names(reader)) == 7
-    index_sources([photos], dual_encoder, SqliteBackend(tmp_path / "index", write=True))  # looks for orphans once
-    vectors = reader._get_vectors()
-    index_sources([photos], dual_encoder, writer)
-    assert reader._get_vectors() is vectors
-
-
 # ---- backends --------------------------------------------------------------------------------------------------------
 
 

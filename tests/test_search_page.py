@@ -97,7 +97,6 @@ def test_text_search_detail_view_and_more_like_this(page: Any) -> None:
     wait_until(page, "document.querySelectorAll('.chip').length === 0")
 
 
-@on_both_devices
 def test_heat_map_is_drawn_over_the_image(page: Any, address: str) -> None:
     search_for(page, "a red one")
     names = page.locator("#grid .name").all_text_contents()
@@ -350,7 +349,6 @@ def test_weak_hits_are_shown_on_request(
         page.close()
 
 
-@on_both_devices
 def test_similar_images_are_one_result_that_links_to_them(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The session's model considers all images similar if the threshold is low."""
     monkeypatch.setattr("llm2clip.search.query.UNCENTRED_COPY_SIMILARITY", -1.0)
@@ -373,7 +371,6 @@ def test_similar_images_are_one_result_that_links_to_them(page: Any, monkeypatch
     assert not page.locator("#similar-title").is_visible() and not page.locator("#similar").is_visible()
 
 
-@on_both_devices
 def test_words_of_the_query_are_shaded_by_their_effect(page: Any) -> None:
     search_for(page, "a 🚀 red, one").first.locator("button").click()
     with page.expect_response("**/explain") as response:
@@ -516,7 +513,6 @@ def test_marked_images_are_searched_for_and_stay_in_the_address(page: Any) -> No
     assert len(get_selected(page)) == 16
 
 
-@on_both_devices
 def test_selected_images_are_exported_and_downloaded(page: Any, image_folder: Path, tmp_path: Path) -> None:
     search_for(page, "seven")
     names = page.locator("#grid .name").all_text_contents()[:2]
@@ -551,7 +547,6 @@ def test_exported_cells_are_never_formulas(page: Any) -> None:
 # ---- first screen ---------------------------------------------------------------------------------------------------
 
 
-@on_both_devices
 def test_first_screen_links_to_example_queries_and_the_newest_images(page: Any) -> None:
     page.locator("#queries a").first.wait_for()
     assert page.locator("#queries a").count() == 6 and page.locator("#newest a").count() == 12
@@ -618,7 +613,6 @@ def read_redness(page: Any, image_folder: Path) -> list[float]:
     return values
 
 
-@on_both_devices
 def test_results_are_reranked_on_request(page: Any, image_folder: Path) -> None:
     search_for(page, "seven")
     redness = read_redness(page, image_folder)

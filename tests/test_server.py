@@ -334,15 +334,12 @@ def test_unusual_queries_are_answered(client: TestClient, query: dict[str, Any],
     assert bool(response.json()["hits"]) == has_hits
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_server_returns_503_while_a_table_of_the_index_cannot_be_read(
-    kind: str, tmp_path: Path, image_folder: Path, dual_encoder: DualEncoder
+    tmp_path: Path, image_folder: Path, dual_encoder: DualEncoder
 ) -> None:
-    index = create_backend(kind, tmp_path / "index")
-    index_sources([image_folder], dual_encoder, index)
-    database: Any = index._db  # type: ignore[attr-defined]
-    begin_write = database.transaction if kind == "sqlite" else database.write
-    backend = open_backend(get_location(kind, tmp_path / "index"))
+    """For PostgreSQL, see test_postgres_backend.py."""
+    begin_write = make_index(tmp_path / "index", image_folder, dual_encoder)._db.transaction
+    backend = SqliteBackend(tmp_path / "index")
     request = {"texts": ["red"], "show_weak": True}
     with TestClient(create_patient_app(dual_encoder, backend), base_url=BASE_URL) as client:
         expected = client.post("/search", json=request).json()

@@ -1,7 +1,7 @@
 """Export of an index as a static web page that searches in the browser, without a server.
 
     GALLERY/
-      index.html, gallery.js, page.css     page
+      index.html, gallery.js, ...          page
       gallery.json                         settings of the text encoder, and the name, caption and details of each image
       vectors.bin                          image vectors: N float32 scales, then int8 values of shape (N, D)
       thumbnails/0.jpg, ...                thumbnails, newest image first
@@ -39,7 +39,7 @@ from llm2clip.search.metadata import Filter, list_details
 from llm2clip.search.types import Hit
 
 PAGE_FOLDER = Path(__file__).parent / "gallery_page"
-STYLE_SHEET = Path(__file__).parent / "static/page.css"
+STATIC_FOLDER = Path(__file__).parent / "static"
 MIT_LICENSE = Path(__file__).with_name("mit_license.txt")
 MAX_MB = 1000  # default size limit; several free hosts have this limit
 # Larger text encoders, such as most LLMs, take too long to download and too much memory in a browser.
@@ -61,7 +61,7 @@ def export_gallery(
         with_private: whether to include private metadata, such as GPS positions.
 
     Returns:
-        Messages for the user: the accuracy of the text encoder with 8-bit weights, and the size of each part.
+        Messages for the user: the accuracy of the text encoder with 8-bit weights, and the size of the gallery.
 
     Raises:
         ValueError: the index was built with a different model or contains no images, the text encoder is too large for
@@ -81,7 +81,7 @@ def export_gallery(
     model = truncate_model(model, int(metadata["embed_dim"]))
     libraries = [resolve_npm_package(package) for package in (ONNXRUNTIME_WEB, TOKENIZERS)]
     with atomic_dir(out) as folder:
-        for file in (*PAGE_FOLDER.iterdir(), STYLE_SHEET):
+        for file in (*PAGE_FOLDER.iterdir(), STATIC_FOLDER / "common.js", STATIC_FOLDER / "page.css"):
             shutil.copyfile(file, folder / file.name)
         (folder / "lib").mkdir()
         for library in libraries:
@@ -93,7 +93,7 @@ def export_gallery(
         settings = {**_build_text_settings(model), "images": images, "count": len(images)}
         settings["dim"] = model.config.embed_dim
         (folder / "gallery.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
-        messages.append(_format_sizes(folder, len(images)))
+        messages.append(_format_size(folder, len(images)))
     return messages
 
 
@@ -229,14 +229,6 @@ def _format_licenses() -> str:
     return "\n".join([*sections, copyright_notice, MIT_LICENSE.read_text(encoding="utf-8")])
 
 
-def _format_sizes(folder: Path, count: int) -> str:
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    sizes = dict.fromkeys(("thumbnails", "vectors", "text encoder", "libraries", "page"), 0)
-    for file in files:
-        part = {"thumbnails": "thumbnails", "lib": "libraries"}.get(file.parent.name)
-        if part is None:
-            is_text = file.name == "text.onnx" or file.name.startswith("tokenizer")
-            part = "text encoder" if is_text else "vectors" if file.name == "vectors.bin" else "page"
-        sizes[part] += file.stat().st_size
-    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
-    return f"{count:,} images, {format_bytes(sum(sizes.values()))}: {parts}"
+def _format_size(folder: Path, count: int) -> str:
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return f"{count:,} images, {format_bytes(size)}"

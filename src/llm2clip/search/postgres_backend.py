@@ -19,12 +19,10 @@ from typing import Any
 import numpy as np
 from pgvector import HalfVector
 from psycopg import sql
-from psycopg.errors import Diagnostic
 
 from llm2clip.data.image_refs import FileImage
 from llm2clip.io_utils import UNSPACED, to_valid_unicode
 from llm2clip.runs.output_folder import check_format_version
-from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import (
     CONTENT_COLUMNS,
     FORMAT_VERSION,
@@ -249,23 +247,14 @@ class PostgresBackend(Backend):
         dim = int(self.metadata()["embed_dim"])
         with self._db.write() as connection:
             if contents >= self.approximate_above and dim <= MAX_HNSW_DIM:
-                connection.add_notice_handler(self._report_slow_graph)
                 connection.execute(
                     f"CREATE INDEX IF NOT EXISTS {HNSW_INDEX} ON contents USING hnsw (vector halfvec_ip_ops)"
                 )
-                connection.remove_notice_handler(self._report_slow_graph)
             else:
                 connection.execute(f"DROP INDEX IF EXISTS {HNSW_INDEX}")
         if self._has_changes:
             self._db.vacuum("contents", "images", "thumbnails")
             self._has_changes = False
-
-    def _report_slow_graph(self, notice: Diagnostic) -> None:
-        if "maintenance_work_mem" in (notice.message_primary or ""):
-            print_once(
-                f"{self.location}: the HNSW graph does not fit into the server's maintenance_work_mem, so building it "
-                "takes much longer. To allow more memory, add &options=-c%20maintenance_work_mem%3D2GB to the URL"
-            )
 
     # ---- statements
 

@@ -59,7 +59,7 @@ from llm2clip.search.types import NotFound, UnsupportedQuery
 from llm2clip.search.zip_download import MAX_ZIP_IMAGES, parse_ids, read_chunks, stream_zip
 
 STATIC_FOLDER = Path(__file__).parent / "static"
-STATIC_FILES = ("page.css", "page.js", "selection.js", "start.js")
+STATIC_FILES = ("common.js", "page.css", "page.js", "selection.js", "start.js")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 SHUTDOWN_TIMEOUT = 5  # in seconds; leaves time to cancel requests, because `docker stop` kills the process after 10 s
 SAMPLE_SIZE = 64  # number of images whose captions are read for examples; equal indexes give equal samples

@@ -1,9 +1,8 @@
-// Image search that runs entirely in the browser. It loads only files from its own folder.
+// Image search that runs entirely in the browser. It loads only files from its own folder. common.js defines $ and others.
 
 import * as ort from "./lib/onnxruntime-web.js";
 import { Tokenizer } from "./lib/tokenizers.js";
 
-const $ = (id) => document.getElementById(id);
 const PAGE = 60; // number of images to show at a time
 let settings; // contents of gallery.json
 let vectors; // image vectors: {values: Int8Array of N * dim, scales: Float32Array of N}
@@ -150,11 +149,6 @@ async function search(addToHistory = true) {
   }
 }
 
-function showStatus(text, isError = false) {
-  $("status").textContent = text;
-  $("status").classList.toggle("error", isError);
-}
-
 // ---- URL ------------------------------------------------------------------------------------------------------------
 
 function updateUrl() {
@@ -215,24 +209,14 @@ function makeGridItem(hit, position) {
   return item;
 }
 
-function makeDetail([text, url]) {
-  if (!url) return text;
-  const link = document.createElement("a");
-  link.href = url;
-  link.target = "_blank";
-  link.rel = "noopener noreferrer";
-  link.textContent = text;
-  return link;
-}
-
 function showDetail(position) {
   if (position < 0 || position >= shownCount) return;
   openHit = position;
   const hit = hits[position], [fileName, caption, details] = settings.images[hit.index];
   $("large").src = getThumbnail(hit.index);
   $("large").alt = caption || fileName;
-  const facts = [...(hit.score === null ? [] : [hit.score.toFixed(3)]), ...details.map(makeDetail)];
-  $("facts").replaceChildren(...facts.flatMap((fact, index) => (index ? [" · ", fact] : [fact])));
+  const facts = [...(hit.score === null ? [] : [hit.score.toFixed(3)]), ...details.map(([text, url]) => makeDetail({ text, url }))];
+  showFacts(facts);
   $("name").textContent = fileName;
   $("caption").textContent = caption;
   $("back").disabled = position === 0;
@@ -263,11 +247,6 @@ function showChip() {
 }
 
 // ---- keyboard -------------------------------------------------------------------------------------------------------
-
-function resizeText() {
-  $("text").style.height = "auto";
-  $("text").style.height = `${$("text").scrollHeight}px`;
-}
 
 function focusHit(position) {
   const buttons = $("grid").querySelectorAll("button");

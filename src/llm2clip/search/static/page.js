@@ -1,8 +1,8 @@
 "use strict";
 // Search page that shows query results in a grid. It sends requests only to its own server, to the paths /search,
-// /heatmap, /explain, /thumbnail and /image. selection.js selects results, and start.js fills the first screen.
+// /heatmap, /explain, /thumbnail and /image. common.js is shared with galleries, selection.js selects results,
+// and start.js fills the first screen.
 
-const $ = (id) => document.getElementById(id);
 const MAX_SIDE = 1024; // in pixels; larger images are scaled down before upload
 const MAX_IMAGES = 16; // maximum number of images per request; the server has the same limit
 const MAX_UPLOAD = 20 << 20; // in bytes; limit for files that the browser cannot decode, which are sent unchanged
@@ -190,11 +190,6 @@ function describeOrder(shown) {
   return hits.some((hit) => hit.matched.length) ? "best match first" : "most similar first";
 }
 
-function showStatus(text, isError = false) {
-  $("status").textContent = text;
-  $("status").classList.toggle("error", isError);
-}
-
 // ---- URL ------------------------------------------------------------------------------------------------------------
 
 function updateUrl() {
@@ -358,7 +353,7 @@ function showDetail(index) {
   if (hit.relevance !== null) score.push(`relevance ${Math.round(100 * hit.relevance)}%`);
   const matched = hit.matched.length ? [describeMatch(hit)] : [];
   const facts = [...score, ...hit.details.map(makeDetail), ...matched];
-  $("facts").replaceChildren(...facts.flatMap((fact, index) => (index ? [" · ", fact] : [fact])));
+  showFacts(facts);
   $("text-in-image").textContent = hit.text && `Text in the image: ${hit.text}`;
   $("text-in-image").hidden = !hit.text;
   $("original").href = $("download").href = `/image/${hit.id}`;
@@ -377,16 +372,6 @@ function showDetail(index) {
   $("why").disabled = !searchedRequest.texts.length;
   showOpenSelection();
   if (!$("detail").open) $("detail").showModal();
-}
-
-function makeDetail({ text, url }) {
-  if (!url) return text;
-  const link = document.createElement("a");
-  link.href = url;
-  link.target = "_blank";
-  link.rel = "noopener noreferrer";
-  link.textContent = text;
-  return link;
 }
 
 function makeSimilarLink({ id, name, file_name: fileName }) {
@@ -672,11 +657,6 @@ function showChips() {
 }
 
 // ---- keyboard and mouse ---------------------------------------------------------------------------------------------
-
-function resizeText() {
-  $("text").style.height = "auto";
-  $("text").style.height = `${$("text").scrollHeight}px`;
-}
 
 function submitQuery() {
   showProblem("");
