@@ -37,7 +37,6 @@ OPERATIONS = (
     "GET /thumbnail/{hit_id}",
     "GET /image/{hit_id}",
     "GET /zip",
-    "GET /examples",
     "POST /explain",
 )
 

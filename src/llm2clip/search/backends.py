@@ -36,7 +36,6 @@ URL_FORM = "postgresql://USER@HOST/DATABASE?schema=NAME"
 INDEX_FILE = "index.sqlite"  # main file of an index folder
 FORMAT_VERSION = 2  # version of the index format
 NEW_INDEX_ADVICE = "Build a new index in another folder with `llm2clip index`"
-FILES_PER_NEWEST = 10  # number of files that `newest_ids` reads per image, because some may have the same content
 IMAGE_COLUMNS = ("name", "location", "source", "file_version", "captions", *list_columns(IMAGE_FIELDS))
 CONTENT_COLUMNS = tuple(list_columns(CONTENT_FIELDS))
 
@@ -246,12 +245,6 @@ class Backend(ABC):
         """Return the hit ids of at most `count` distinct images, chosen at random. Equal indexes give equal samples."""
         statement = "SELECT id FROM contents ORDER BY hash LIMIT :count"  # hashes are random
         return [str(content_id) for (content_id,) in self._query(statement, {"count": count})]
-
-    def newest_ids(self, count: int) -> list[str]:
-        """Return the hit ids of at most `count` distinct images with the latest capture times, newest first."""
-        statement = "SELECT content FROM images ORDER BY taken DESC LIMIT :count"
-        rows = self._query(statement, {"count": count * FILES_PER_NEWEST})
-        return list(dict.fromkeys(str(content_id) for (content_id,) in rows))[:count]
 
     def save_calibration(self, data: bytes) -> None:
         """Store a serialized `search.relevance.Calibration`, or empty bytes if the index cannot be calibrated."""

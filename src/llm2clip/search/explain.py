@@ -67,8 +67,9 @@ def explain_hit(
         raise UnsupportedQuery(
             "an explanation requires a query with at least one text, because it rates the words of the texts"
         )
-    templates = encoder.templates if query.templates is None else query.templates
-    prompts, counts = query.build_prompts(encoder.templates)
+    default_templates = encoder.model.query_templates
+    templates = default_templates if query.templates is None else query.templates
+    prompts, counts = query.build_prompts(default_templates)
     words = find_words(query.texts)
     shortened_counts = []  # number of prompts for the text without each word, or 0 if no words remain
     for word in words:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from llm2clip.data.image_header import ImageFormatError, is_heic, open_header
-from llm2clip.data.image_refs import FileImage, read_image_file
+from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import ImageError, load_image
 from llm2clip.search.backends import Backend
 from llm2clip.search.types import IndexedImage, NotFound
@@ -44,22 +44,6 @@ def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
         f"the index contains no image with id {hit_id}, or the image file has been changed or removed since it was "
         "indexed"
     )
-
-
-def read_original(backend: Backend, hit_id: str, max_bytes: int | None = None) -> bytes:
-    """Return the contents of a hit's image file, as in `open_original`.
-
-    Raises:
-        TooLarge: The file has more than `max_bytes` bytes. Default: the limit of `read_image_file`.
-    """
-    stream, _ = open_original(backend, hit_id)
-    with stream:
-        if max_bytes is None:
-            return read_image_file(stream)
-        data = stream.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise TooLarge(f"the image file is too large; the limit is {max_bytes:,} bytes")
-    return data
 
 
 def _open_unchanged_image(image: IndexedImage) -> BinaryIO:

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm2clip.data.image_header import MAX_FILE_BYTES
 from llm2clip.data.images import load_image
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search.backends import Backend, open_backend
 from llm2clip.search.build import truncate_to_index
 from llm2clip.search.explain import Explanation, compute_heatmap, explain_hit, require_dense_encoder
-from llm2clip.search.images import read_original
+from llm2clip.search.images import TooLarge, open_original
 from llm2clip.search.metadata import Filter
 from llm2clip.search.query import (
     READ_FACTOR,
@@ -96,7 +96,7 @@ class Resources:
     # Held while an image is decoded and while the index is scanned, to limit how many threads do so at the same time.
     decoding: AbstractContextManager[Any] = field(default_factory=nullcontext)
     scanning: AbstractContextManager[Any] = field(default_factory=nullcontext)
-    max_file_bytes: int | None = None  # of a hit's image file; default: the limit of `read_image_file`
+    max_file_bytes: int = MAX_FILE_BYTES  # of a hit's image file
 
 
 class Index:
@@ -119,13 +119,12 @@ class Index:
         backend: Backend,
         model: str | DualEncoder | None = None,
         rerank_model: str | DualEncoder | None = None,
-        templates: QueryTemplates | None = None,
         load: Callable[[str], DualEncoder] = open_dual_encoder,
         resources: Resources | None = None,
     ) -> None:
-        """Create an index from a backend. See `open` for the models and templates. `load` loads a model by name."""
+        """Create an index from a backend. See `open` for the models. `load` loads a model by name."""
         self.backend, self.resources = backend, resources or Resources()
-        self._model, self._rerank_model, self._templates, self._load = model, rerank_model, templates, load
+        self._model, self._rerank_model, self._load = model, rerank_model, load
         self._count_slot, self._calibration_slot = Slots(1), Slots(1)
         self._counts, self._counts_time = (0, 0), -math.inf
         self._calibration: Calibration | None = None
@@ -139,7 +138,6 @@ class Index:
         rerank_model: str | DualEncoder | None = None,
         device: torch.device | str | None = None,
         precision: str = "auto",
-        templates: QueryTemplates | None = None,
     ) -> Index:
         """Open an index. Models are loaded when they are first needed.
 
@@ -150,8 +148,6 @@ class Index:
             rerank_model: Model for `SearchOptions.rerank`.
             device: Device of the models. Default: a GPU if available.
             precision: Precision of the text encoders, as in `open_dual_encoder`.
-            templates: Prompt templates for short texts in queries without templates of their own. Default: those of the
-                model.
 
         Raises:
             FileNotFoundError: There is no index at the location.
@@ -159,7 +155,7 @@ class Index:
             ValueError: The URL is invalid.
         """
         load = partial(open_dual_encoder, device=device, precision=precision)
-        return cls(open_backend(str(location)), model, rerank_model, templates, load)
+        return cls(open_backend(str(location)), model, rerank_model, load)
 
     @cached_property
     def encoder(self) -> QueryEncoder:
@@ -174,7 +170,7 @@ class Index:
         if isinstance(model, str):
             model = self._load(model)
         model = truncate_to_index(metadata, model)
-        return QueryEncoder(model, self.resources.load, self.resources.decoding, self._templates)
+        return QueryEncoder(model, self.resources.load, self.resources.decoding)
 
     @property
     def can_rerank(self) -> bool:
@@ -330,7 +326,13 @@ class Index:
         return [vectors[hit_id] for hit_id in hit_ids]
 
     def _read_original(self, hit_id: str) -> bytes:
-        return read_original(self.backend, hit_id, self.resources.max_file_bytes)
+        stream, _ = open_original(self.backend, hit_id)
+        limit = self.resources.max_file_bytes
+        with stream:
+            data = stream.read(limit + 1)
+        if len(data) > limit:
+            raise TooLarge(f"the image file is too large; the limit is {limit:,} bytes")
+        return data
 
 
 def _to_query(query: str | SearchQuery | None) -> SearchQuery:

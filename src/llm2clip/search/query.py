@@ -129,17 +129,10 @@ class QueryEncoder:
         model: DualEncoder,
         load: Callable[[Any], Tensor] = load_image,
         decoding: AbstractContextManager[Any] | None = None,
-        templates: QueryTemplates | None = None,
     ) -> None:
-        """
-        Args:
-        load: Function that decodes an image of a query to a uint8 tensor of shape (3, H, W).
-        decoding: Reusable context manager that is held while an image is decoded.
-        templates: Prompt templates for queries without templates of their own. Default: those of the model.
-        """
+        """`load` decodes an image of a query to a uint8 tensor of shape (3, H, W), and `decoding` is held meanwhile."""
         self.model, self.load = model, load
         self.decoding = nullcontext() if decoding is None else decoding
-        self.templates = model.query_templates if templates is None else templates
 
     def prepare(self, image: Any) -> Any:
         """Decode and preprocess an image for `DualEncoder.encode_images`. Raise ImageError if it cannot be decoded."""
@@ -166,7 +159,7 @@ class QueryEncoder:
             ValueError: The query has no parts, a text is empty, or the model returned NaN or infinity.
             ImageError: An image cannot be decoded.
         """
-        prompts, counts = query.build_prompts(self.templates)
+        prompts, counts = query.build_prompts(self.model.query_templates)
         prompt_vectors = self.embed_texts(prompts)
         images = self.embed_images([*query.images, *query.negative_images])
         return query.combine(average_embeddings(prompt_vectors, counts), list(images), hits)

@@ -230,22 +230,6 @@ class SearchResponse(BaseModel):
     )
 
 
-class NewImage(BaseModel):
-    """One of the newest images."""
-
-    id: str
-    file_name: str
-
-
-class ExamplesResponse(BaseModel):
-    """Suggestions for a first search."""
-
-    queries: list[str] = Field(
-        description="short captions from a sample of the images; empty if the sample has no captions"
-    )
-    newest: list[NewImage] = Field(description="the newest images in the index, newest first")
-
-
 class HeatmapRequest(QueryRequest):
     """A non-empty query, and the hit in whose image to locate it."""
 

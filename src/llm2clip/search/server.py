@@ -5,10 +5,7 @@ import hashlib
 import html
 import io
 import os
-import random
 import socket
-import threading
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -45,12 +42,10 @@ from llm2clip.search.schemas import (
     EmbeddingItem,
     EmbedRequest,
     EmbedResponse,
-    ExamplesResponse,
     ExplainRequest,
     HealthResponse,
     HeatmapRequest,
     HeatmapResponse,
-    NewImage,
     SearchRequest,
     SearchResponse,
     add_error_handlers,
@@ -62,10 +57,6 @@ STATIC_FOLDER = Path(__file__).parent / "static"
 STATIC_FILES = ("common.js", "page.css", "page.js", "selection.js", "start.js")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 SHUTDOWN_TIMEOUT = 5  # in seconds; leaves time to cancel requests, because `docker stop` kills the process after 10 s
-SAMPLE_SIZE = 64  # number of images whose captions are read for examples; equal indexes give equal samples
-MAX_QUERIES, MAX_NEWEST = 6, 12  # numbers of example queries and newest images
-MIN_LENGTH, MAX_LENGTH = 4, 200  # of an example query, in characters
-MAX_AGE = 600.0  # maximum age of cached examples, in seconds
 API_ERRORS: dict[int | str, dict[str, Any]] = {code: ERROR_RESPONSES[code] for code in (400, 404, 422, 429, 503, 504)}
 
 
@@ -218,13 +209,6 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
         if response.next_offset is not None and response.next_offset > MAX_OFFSET:
             response.next_offset = None
         return response.model_dump_json().encode()
-
-    examples = ExampleCache()
-
-    @app.get("/examples", responses=API_ERRORS)
-    async def get_examples() -> ExamplesResponse:
-        """Return example queries, which are captions of some images, and the newest images."""
-        return await run_in_threadpool(examples.get, service.require_index().backend)
 
     @app.post("/explain", responses=API_ERRORS)
     async def explain(request: ExplainRequest) -> Explanation:
@@ -390,40 +374,3 @@ def _shorten_model_name(name: str) -> str:
         return name
     path = Path(name).absolute()
     return (path.parent.name if path.name == "model" else path.name) or name  # `fit` saves the model in RUN/model
-
-
-# ---- examples
-
-
-class ExampleCache:
-    """Cached example queries and newest images of one index, for the first screen of the search page. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._examples = ExamplesResponse(queries=[], newest=[])
-        self._time = -float("inf")
-        self._lock = threading.Lock()
-
-    def get(self, backend: Backend) -> ExamplesResponse:
-        """Return the examples of an index, which may be up to MAX_AGE seconds old."""
-        with self._lock:
-            if time.monotonic() - self._time <= MAX_AGE:
-                return self._examples
-            self._time = time.monotonic()  # other threads return the old examples, even if reading the index fails
-        newest = []
-        for hit_id in backend.newest_ids(MAX_NEWEST):
-            newest += [NewImage(id=hit_id, file_name=image.file_name) for image in backend.images(hit_id)[:1]]
-        self._examples = ExamplesResponse(queries=choose_queries(backend), newest=newest)
-        return self._examples
-
-
-def choose_queries(backend: Backend) -> list[str]:
-    """Return up to MAX_QUERIES captions from a sample of the images, chosen from the shorter half of these captions."""
-    captions: dict[str, None] = {}
-    for hit_id in backend.sample_ids(SAMPLE_SIZE):
-        for image in backend.images(hit_id)[:1]:
-            for caption in image.captions[:1]:
-                text = " ".join(caption.split())
-                if MIN_LENGTH <= len(text) <= MAX_LENGTH:
-                    captions[text] = None
-    shortest = sorted(captions, key=len)[: max(MAX_QUERIES, len(captions) // 2)]
-    return random.sample(shortest, min(MAX_QUERIES, len(shortest)))

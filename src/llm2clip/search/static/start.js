@@ -2,6 +2,9 @@
 // First screen: example queries, the newest images and saved searches. All of them are links to searches.
 
 const SAVED_SEARCHES = "llm2clip-saved-searches"; // key in the browser's local storage
+const MAX_CAPTIONS = 64; // number of images whose captions can be example queries
+const MAX_QUERIES = 6;
+const MAX_NEWEST = 12;
 let hasExamples = false; // true once the examples have been requested
 
 function showStart() {
@@ -13,15 +16,24 @@ function showStart() {
 async function showExamples() {
   hasExamples = true;
   try {
-    const examples = await requestJson("/examples");
-    $("queries").replaceChildren(...examples.queries.map((text) => makeListItem(makeExampleLink({ q: text }, text))));
-    $("newest").replaceChildren(...examples.newest.map((image) => makeListItem(makeImageLink(image))));
-    $("try").hidden = !examples.queries.length;
-    $("recent").hidden = !examples.newest.length;
+    // All images match this filter. Without a query, the newest images come first.
+    const { hits: newest } = await postJson("/search", { filter: { min_side: 1 }, top: MAX_CAPTIONS });
+    const queries = chooseQueries(newest.flatMap((hit) => hit.images[0].captions.slice(0, 1)));
+    $("queries").replaceChildren(...queries.map((text) => makeListItem(makeExampleLink({ q: text }, text))));
+    $("newest").replaceChildren(...newest.slice(0, MAX_NEWEST).map((hit) => makeListItem(makeImageLink(hit))));
+    $("try").hidden = !queries.length;
+    $("recent").hidden = !newest.length;
   } catch (error) {
     hasExamples = false;
     if (!$("start").hidden) showStatus(error.message, true);
   }
+}
+
+function chooseQueries(captions) {
+  // The shortest captions are the best examples.
+  const texts = [...new Set(captions.map((caption) => caption.trim().replace(/\s+/g, " ")))];
+  const usable = texts.filter((text) => text.length >= 4 && text.length <= 200);
+  return usable.sort((a, b) => a.length - b.length).slice(0, MAX_QUERIES);
 }
 
 function makeListItem(...children) {
@@ -45,7 +57,7 @@ function makeExampleLink(parameters, text) {
   return link;
 }
 
-function makeImageLink({ id, file_name: fileName }) {
+function makeImageLink({ id, images: [{ file_name: fileName }] }) {
   const link = makeExampleLink({ like: id }, ""), image = document.createElement("img");
   image.src = `/thumbnail/${id}`;
   image.alt = `Images like ${fileName}`;
