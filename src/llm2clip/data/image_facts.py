@@ -139,10 +139,7 @@ def _read_size_with_pillow(image: LoadedImage) -> tuple[int, int]:
 
 
 def hash_contents(images: Sequence[ImageRef | None]) -> list[bytes]:
-    """Return the SHA-256 of all bytes of each image file or tar member, and b"" for images that cannot be read.
-
-    The result is also b"" for empty images and for images in tables, whose keys are already hashes of their bytes.
-    """
+    """Return the SHA-256 of each image file or tar member, or b"" for empty, unreadable and other images."""
     with ThreadPool(NUM_THREADS) as pool:
         return pool.map(_hash_content, images, ITEMS_PER_TASK)
 

@@ -344,8 +344,7 @@ def build_worker_options(workers: int, *modules: str) -> dict[str, Any]:
 def _initialize_worker(environment: dict[str, str], worker: int) -> None:
     """Make a data loader worker exit with its main process, and without finalizing the interpreter.
 
-    If a loader is closed early, a worker thread may still be sending a batch. Finalization would stop this thread
-    inside C++ code, which aborts the process ("terminate called without an active exception").
+    Finalization would stop a thread that is still sending a batch inside C++ code, which aborts the process.
     """
     os.environ.update(environment)  # the fork server has the environment of the first loader
     atexit.register(os._exit, 0)

@@ -178,10 +178,7 @@ def _has_phrases(records: RecordTable) -> bool:
 
 
 def _hash_view(records: RecordTable) -> str:
-    """Return a hash of what determines the phrases of a table in a folder: the rows, the caption column and the rules.
-
-    The contents of the rows do not need to be hashed, because the name of the folder identifies them.
-    """
+    """Return a hash of what determines the phrases of a table in its folder: rows, caption column and rules."""
     digest = hashlib.sha256(f"{RULES_VERSION} {records.resolve_field('captions')} {records.rows.dtype}".encode())
     digest.update(np.ascontiguousarray(records.rows).data)
     return digest.hexdigest()[:32]

@@ -473,9 +473,7 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
     If `parse_lists` is True, strings that look like JSON or Python lists are parsed. Empty captions are dropped and
     recorded in `log` with the cell's location.
 
-    Raises:
-        UnusableRow: The value is neither a string nor a list of strings, a caption is not valid Unicode, or the total
-            length of the captions exceeds `MAX_CAPTION_CHARACTERS`.
+    Raise UnusableRow if a caption is not valid text, or if the captions exceed `MAX_CAPTION_CHARACTERS` in total.
     """
     if isinstance(value, str):
         value = _parse_list(value) if parse_lists else [value]

@@ -66,11 +66,7 @@ class CacheFullError(FatalDataError):
 def find_remote_files(pattern: str) -> list[str]:
     """Resolve a URL, which may contain glob characters and {000..010} ranges, to URLs. Pin the versions of all files.
 
-    Folders are returned with a final slash.
-
-    Raises:
-        MissingRemoteFileError: No file matches the pattern.
-        ValueError: The URL contains a user name or password.
+    Folders are returned with a final slash. Raise MissingRemoteFileError if no file matches.
     """
     name = hide_url_secrets(pattern)
     if "@" in storage.split_url(pattern)[1] and not pattern.startswith("hf"):
@@ -190,14 +186,7 @@ def _pin_file_or_mark_folder(url: str) -> str:
 
 
 def get_remote_version(url: str) -> str:
-    """Return the pinned version of a remote file. Look it up and pin it on first use.
-
-    A version contains the size and the etag or, if there is none, the modification time.
-
-    Raises:
-        MissingRemoteFileError: The file does not exist.
-        RemoteError: The server cannot be reached, or does not state the size of the file.
-    """
+    """Return the pinned version of a remote file, looked up on first use: its size and etag or time."""
     version = _versions.get(url)
     if version is None:
         info = storage.read_info(url)
@@ -230,10 +219,7 @@ def _check_version(url: str, version: str) -> None:
 def open_file(path: str) -> io.BufferedReader:
     """Open a file in binary mode. A remote file is first downloaded into the cache, and stays there while open.
 
-    Raises:
-        OSError: The file does not exist or cannot be read.
-        CacheFullError: The file does not fit in the cache.
-        ReplacedFileError: The remote file was replaced during the run.
+    Raise OSError, or a `FatalDataError` if a remote file was replaced or does not fit in the cache.
     """
     if not is_remote(path):
         return open_regular_file(path)
@@ -287,10 +273,7 @@ def _get_version(url: str) -> str:
 
 
 def _remember_failure(url: str, function: Callable[[], T]) -> T:
-    """Call a function that reads a file. If this failed recently, raise the same error again without a request.
-
-    Otherwise, each image of a tar file that cannot be downloaded would wait for all attempts.
-    """
+    """Call a function that reads a file. If this failed recently, raise the same error again without a request."""
     failed_at, failure = _failures.get(url, (0.0, None))
     if failure is not None and time.monotonic() - failed_at < FAILURE_SECONDS:
         raise failure

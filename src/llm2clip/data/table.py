@@ -57,9 +57,8 @@ BATCH_ROWS = 1 << 16  # rows per batch when a table is read in batches
 class RecordTable(Sequence[Record]):
     """Sequence of records in memory-mapped batches. Selecting records copies no columns.
 
-    Attributes:
-        rows: Row number of each record in `blocks`, of shape (N,), int32 or int64.
-        folder: Folder for files that are derived from the table, or None for a table in memory.
+    `rows` are the records' row numbers in `blocks`, of shape (N,). Files that are derived from the table are saved in
+    `folder`, which is None for a table in memory.
     """
 
     def __init__(
@@ -112,10 +111,7 @@ class RecordTable(Sequence[Record]):
         return RecordTable(self.blocks, self.rows[positions], self.folder, self._caption_field, phrases)
 
     def split(self, size: int) -> list[RecordTable]:
-        """Split the table into tables of at most `size` consecutive records, for example one per worker process.
-
-        A process that receives such a table maps only the files that contain its records.
-        """
+        """Split the table into tables of `size` records. Processes that receive them map only the files they need."""
         tables = []
         for start in range(0, len(self), size):
             table = self.select(np.arange(start, min(start + size, len(self))))

@@ -1,7 +1,7 @@
 """Reading single images in the cells of Parquet and Arrow files.
 
-The sizes of what is decoded are limited, because a file of a few hundred bytes can expand to many gigabytes. A
-`version` changes if the file changes (see `image_refs.get_file_version`), so that cached cells are never stale.
+The sizes of what is decoded are limited, because a file of a few hundred bytes can expand to many gigabytes. The
+`version` of a file is part of the key of cached cells (see `image_refs.get_file_version`).
 """
 
 import functools

@@ -30,8 +30,8 @@ class Preprocess:
         resize: "shortest" resizes the shorter side and keeps the aspect ratio; "squash" resizes to a square.
         crop_pct: Side length of the centre crop, divided by the (shorter) side length of the resized image.
         mean, std: Normalisation of each channel, for pixel values in [0, 1].
-        crop_rounding: Rounding of the crop's top left corner if an odd number of rows or columns is removed:
-            "half_even" as in torchvision (timm, open_clip and the LLM2CLIP authors' code), "down" as in transformers.
+        crop_rounding: Rounding of the crop's top left corner: "half_even" as in torchvision (timm, open_clip and the
+            LLM2CLIP authors' code), "down" as in transformers.
     """
 
     size: int

@@ -1,7 +1,4 @@
-"""Images with captions in files next to them, in a folder or in webdataset tar files.
-
-The captions of `x.jpg` are in `x.json` or in `x.txt`. In a folder, each line of a text file is a caption.
-"""
+"""Images with captions in `x.json` or `x.txt` next to `x.jpg`, in a folder or in webdataset tar files."""
 
 from __future__ import annotations
 
