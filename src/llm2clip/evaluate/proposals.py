@@ -40,10 +40,8 @@ class Proposals:
 class ProposalSource:
     """Source of box proposals."""
 
-    find: Callable[[ImageId, Tensor], Proposals]
-    """Function that takes an image id and a uint8 image of shape (3, H, W)."""
-    note: str = ""
-    """Warning about unused boxes and images without boxes, or an empty string."""
+    find: Callable[[ImageId, Tensor], Proposals]  # takes an image id and a uint8 image of shape (3, H, W)
+    note: str = ""  # warning about unused boxes and images without boxes
 
 
 def open_proposals(name: str, data: DetectionData, device: torch.device) -> ProposalSource:

@@ -182,16 +182,11 @@ def dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncod
 class ErrorAnalysis:
     """Analysis of a model's retrieval errors for one caption field."""
 
-    length_unit: str
-    """Unit of caption lengths. See `measure_caption_lengths`."""
-    length_bins: list[tuple[int, int]]
-    """Minimum and maximum caption length of each bin."""
-    recall_by_length: list[tuple[float, float, float]]
-    """T2I R@1 of each bin, as (value, lower bound, upper bound) in percent."""
-    examples: list[Examples]
-    """Images retrieved for captions sampled at regular intervals."""
-    failures: list[Examples]
-    """Images retrieved for the captions whose correct images have the worst ranks."""
+    length_unit: str  # unit of caption lengths; see `measure_caption_lengths`
+    length_bins: list[tuple[int, int]]  # minimum and maximum caption length of each bin
+    recall_by_length: list[tuple[float, float, float]]  # see `compute_recall_by_length`
+    examples: list[Examples]  # images retrieved for captions sampled at regular intervals
+    failures: list[Examples]  # images retrieved for the captions whose correct images have the worst ranks
 
 
 def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6) -> ErrorAnalysis:

@@ -37,14 +37,12 @@ class SegmentationResult:
     omitted if it does not affect the result. See `get_logit_scales`.
     """
 
-    images: list[int]
-    """Indices of the evaluated images."""
-    counts: dict[str, np.ndarray]
-    """Pixel counts of each method, int64 of shape (images, 3, classes). See `_segment_and_count`."""
+    images: list[int]  # indices of the evaluated images
+    counts: dict[str, np.ndarray]  # of each method, int64 of shape (images, 3, classes); see `_segment_and_count`
     logit_scales: dict[str, float]
     examples: dict[int, dict[str, np.ndarray]]
-    """Downsampled predictions for a few images as uint8 arrays of shape (h, w), keyed by image index and then by
-    method. The key "labels" stands for the true labels."""
+    """Downsampled predictions for a few images, uint8 of shape (h, w), keyed by image index and then by method. The key
+    "labels" stands for the true labels."""
 
 
 def evaluate_segmentation(

@@ -69,11 +69,9 @@ class SegmentationData:
     images: Sequence[ImageRef]
     read_labels: Callable[[int], np.ndarray]
     """Function that takes an image index and returns each pixel's class index or `IGNORED`, uint8 of shape (H, W)."""
-    names: Sequence[Sequence[str]]
-    """Names of each class. A pixel's score for a class is the maximum over the class's names."""
+    names: Sequence[Sequence[str]]  # of each class; a pixel's score for a class is the maximum over its names
     templates: Sequence[str]
-    has_background: bool = False
-    """True if class 0 is the background. Its names are those of things that do not belong to any other class."""
+    has_background: bool = False  # True if class 0 is the background, named after things of no other class
     scale: float = 1.5  # ratio of the resized image's shorter side to the side of the sliding window
     logit_scale: float = 40.0  # factor by which cosine similarities are multiplied before the softmax
     min_probability: float = 0.0

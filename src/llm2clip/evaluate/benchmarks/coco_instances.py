@@ -50,12 +50,9 @@ class Instances:
 
     file: Path
     images: dict[ImageId, dict[str, Any]]
-    sizes: dict[ImageId, tuple[int, int]]
-    """Width and height of each image in pixels, keyed by image id."""
-    annotations: list[dict[str, Any]]
-    """Object entries. Every "image_id" is a key of `images`, and every "category_id" is a key of `names`."""
-    names: dict[Any, str]
-    """Category names with underscores replaced by spaces, keyed by category id and sorted by id."""
+    sizes: dict[ImageId, tuple[int, int]]  # width and height of each image in pixels
+    annotations: list[dict[str, Any]]  # objects; their "image_id" and "category_id" are keys of `images` and `names`
+    names: dict[Any, str]  # keyed by category id and sorted by id; underscores are replaced by spaces
 
 
 def make_coco_file_benchmark(
