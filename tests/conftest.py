@@ -1,6 +1,11 @@
 """Shared fixtures: tiny random models and generated data, so that the test suite runs offline."""
 
+# ruff: noqa: E402
+
+import gc
 import os
+
+gc.disable()  # until the modules are imported, which takes a fifth less time without collections
 
 # huggingface_hub and tokenizers read these when they are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,14 +14,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import faulthandler
 import importlib.util
 import json
+import logging
 import multiprocessing
+import multiprocessing.forkserver
 import random
 import resource
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from multiprocessing import resource_tracker, util
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +51,6 @@ with suppress(ImportError):
 _CAPABILITIES = {**getattr(torch.cpu, "get_capabilities", dict)(), "amx_bf16": False, "avx512_bf16": False}
 torch.cpu.get_capabilities = lambda: _CAPABILITIES  # auto is fp32 on every machine
 torch.set_num_threads(1)  # tiny models are slower with more threads
-# Tests fork their processes from a server that has imported these modules, which takes several seconds.
-_set_preload = multiprocessing.set_forkserver_preload
-_set_preload(["llm2clip.train.sampling", "llm2clip.pipeline", "llm2clip.evaluate.runner"])
-multiprocessing.set_forkserver_preload = lambda modules: None  # type: ignore[assignment]  # data loaders use this server
 
 pytest_plugins = ["align_fixtures", "caption_fixtures", "page_fixtures"]
 HANG_TIMEOUT = 300  # seconds; only a test that hangs waits for so long, so its result does not depend on speed
@@ -252,6 +257,50 @@ def real_data() -> Path:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Let no garbage collection visit what has been imported, and start the server that forks processes for tests."""
+    gc.enable()
+    gc.freeze()
+    if session.items:
+        capture = session.config.pluginmanager.getplugin("capturemanager")
+        capture.resume_global_capture()  # of the output of processes
+        start_fork_server()
+        capture.suspend_global_capture()
+
+
+def start_fork_server() -> None:
+    """Fork the fork server of `multiprocessing` from this process, which has imported the modules of all tests.
+
+    Otherwise the server would be a new interpreter, which would import them again, for several seconds.
+    """
+    if sys.platform != "linux":  # forking is unsafe there
+        return
+    spawn = util.spawnv_passfds
+
+    def fork(path: bytes, args: list[str], fds_to_pass: list[int]) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            util.spawnv_passfds = spawn
+            multiprocessing.forkserver._forkserver._lock = threading.Lock()  # the other is locked
+            logging.getLogger().handlers.clear()
+            sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
+            faulthandler.enable()
+            for descriptor in map(int, os.listdir("/proc/self/fd")):
+                if descriptor > 2 and descriptor not in fds_to_pass:
+                    os.dup2(2, descriptor)  # not closed: loggers may still write to the files of pytest
+            exec(args[-1])
+        finally:
+            os._exit(0)
+
+    resource_tracker.ensure_running()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(util, "spawnv_passfds", fork)
+        multiprocessing.forkserver.ensure_running()
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Seed the random number generators for the fixtures, so that no result depends on the tests that ran before."""
     seed_everything()
@@ -325,6 +374,7 @@ def _rank(
     )
     # Otherwise every process would do all the work, and the test would not test anything.
     assert process_state().num_processes == count
+    start_fork_server()  # for the workers of this process
     torch.set_num_threads(1)
     function(*args)
     shut_down_process_group()
@@ -332,10 +382,16 @@ def _rank(
     os._exit(0)  # threads of gloo may still hold tensors, which can crash the process while Python shuts down
 
 
-def run_in_process(function: Callable[..., None], *args: Any) -> int | None:
-    """Run `function(*args)` in a new process, and return its exit code."""
+def start_process(function: Callable[..., object], *args: Any) -> multiprocessing.process.BaseProcess:
+    """Run `function(*args)` in a new process."""
     process = multiprocessing.get_context("forkserver").Process(target=function, args=args)
     process.start()
+    return process
+
+
+def run_in_process(function: Callable[..., object], *args: Any) -> int | None:
+    """Run `function(*args)` in a new process, and return its exit code."""
+    process = start_process(function, *args)
     process.join(HANG_TIMEOUT)
     if process.is_alive():
         process.kill()
@@ -343,22 +399,27 @@ def run_in_process(function: Callable[..., None], *args: Any) -> int | None:
     return process.exitcode
 
 
-def start_command(arguments: list[str], output: Path) -> multiprocessing.process.BaseProcess:
-    """Start an llm2clip command in a new process, which leads a process group of its own. Its output goes to a file."""
-    process = multiprocessing.get_context("forkserver").Process(target=_run_command, args=(arguments, str(output)))
-    process.start()
-    return process
+def start_command(
+    arguments: list[str], output: Path, prepare: Callable[[], object] | None = None
+) -> multiprocessing.process.BaseProcess:
+    """Start an llm2clip command in a new process, which leads a process group of its own. Its output goes to a file.
+
+    The process first calls `prepare`.
+    """
+    return start_process(_run_command, arguments, output, prepare)
 
 
-def _run_command(arguments: list[str], output: str) -> None:
+def _run_command(arguments: list[str], output: Path, prepare: Callable[[], object] | None) -> None:
     os.setsid()
     # The signal is ignored in a process that inherits this from the shell, for example if tests run in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    start_fork_server()  # for the workers of this process
     torch.set_num_threads(1)
-    _set_preload(["llm2clip.train.sampling"])  # the workers of this process need no more
+    if prepare is not None:
+        prepare()
     code = main(arguments)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -382,7 +443,7 @@ def run_with_few_open_files(function: Callable[..., None], *args: Any) -> None:
 
 def _limit_open_files(function: Callable[..., None], args: tuple[Any, ...]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
-    _set_preload(["llm2clip.train.sampling"])  # the workers of this process need no more
+    start_fork_server()  # for the workers of this process
     function(*args)
 
 

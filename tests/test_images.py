@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
-from conftest import HANG_TIMEOUT, run_in_process
+from conftest import HANG_TIMEOUT, run_in_process, start_fork_server
 from format_fixtures import encode
 from llm2clip.data import image_header, images, transforms
 from llm2clip.data.image_refs import FileImage, MemoryImage
@@ -401,7 +401,7 @@ def test_workers_end_with_a_killed_main_process(tmp_path: Path) -> None:
 
 def _start_workers_and_die(path: Path) -> None:
     images.MIN_IMAGES_FOR_WORKERS = 0
-    del images.PRELOADED_MODULES[1:]  # the workers need no more
+    start_fork_server()
     os.environ["SET_BY_A_TEST"] = "1"
     refs = [MemoryImage(encode(photo(), "PNG"), str(n)) for n in range(8)]
     read_variable = partial(os.getenvb, b"SET_BY_A_TEST")  # the workers would import this module for a function of it

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from conftest import start_process
 from llm2clip.data.image_refs import FileImage, ImageRef, TarImage
 from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError
 from llm2clip.search.backends import Backend, hide_password, open_backend
@@ -426,36 +424,30 @@ def test_index_run_resumes_after_the_server_was_killed(
     assert (backend.count(), report.embedded) == ((7, 6), 6 - committed)
 
 
-KILLED_WRITER = """
-import signal, sys
-import numpy as np
-from llm2clip.data.image_refs import FileImage
-from llm2clip.search.backends import open_backend
-from llm2clip.search.types import IndexedContent, IndexedImage
-
-backend = open_backend(sys.argv[1], write=True)
-with backend.lock():
-    for name in ("a", "b", "c"):
-        content = IndexedContent(name.encode(), np.ones(8, np.float16), b"", width=1, height=1)
-        backend.add([content], [(IndexedImage(f"/p/{name}.png", FileImage(name), "s", "1"), content.hash)])
-    with backend._db.write() as connection:
-        connection.execute("DELETE FROM images")
-        print("deleted", flush=True)
-        signal.pause()
-"""
+def _delete_until_killed(url: str, marker: Path) -> None:
+    backend = open_backend(url, write=True)
+    with backend.lock():
+        for number in range(3):
+            add_images(backend, [number])
+        with backend._db.write() as connection:  # type: ignore[attr-defined]
+            connection.execute("DELETE FROM images")
+            marker.touch()
+            signal.pause()
 
 
 def test_killed_writer_loses_nothing_that_was_committed(server: PostgresServer, tmp_path: Path) -> None:
     create_index(tmp_path)
     url = make_postgres_url(tmp_path / "postgres")
-    command = [sys.executable, "-c", KILLED_WRITER, url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"deleted\n"
-        backend = open_backend(url, write=True)
-        with pytest.raises(FolderInUseError, match="another run is writing to"), backend.lock():
-            pass
-        assert len(search_names(backend)) == 3  # readers do not wait for the writer
-        process.send_signal(signal.SIGKILL)
+    marker = tmp_path / "deleted"
+    process = start_process(_delete_until_killed, url, marker)
+    wait_until(lambda: marker.exists() or not process.is_alive())
+    backend = open_backend(url, write=True)
+    with pytest.raises(FolderInUseError, match="another run is writing to"), backend.lock():
+        pass
+    assert len(search_names(backend)) == 3  # readers do not wait for the writer
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert backend.count() == (3, 3)
     wait_for_lock(backend)
     add_images(backend, [3])

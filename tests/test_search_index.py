@@ -5,15 +5,15 @@ import gc
 import io
 import json
 import os
-import pickle
 import re
 import shutil
+import signal
 import sqlite3
 import stat
-import subprocess
 import sys
 import tarfile
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,12 +25,14 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import run_in_process
 from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage, ImageRef, ParquetImage, TarImage
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError
+from llm2clip.search import sqlite_backend
 from llm2clip.search.backends import open_backend
 from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryEncoder, SearchQuery
@@ -103,12 +105,12 @@ def test_open_index_switches_to_a_new_index_at_the_same_path(
 
     new = SqliteBackend(tmp_path / "new", write=True)
     index_sources([image_folder], dual_encoder, new)
-    expected, count = search_names(new), new.count()
+    expected, counts = search_names(new), new.count()
     index.rename(tmp_path / "old")
     assert search_names(reader) == old  # the path does not exist for a moment
     (tmp_path / "new").rename(index)
     assert search_names(reader) == expected != old
-    assert reader.count() == count
+    assert reader.count() == counts
 
     other = SqliteBackend(tmp_path / "other", write=True)
     index_sources([photos], dual_encoder, other)
@@ -211,38 +213,6 @@ def test_build_index_requires_prune_to_remove_many_images(
     assert index_sources([photos], dual_encoder, backend).removed == 1  # few images may be removed without --prune
 
 
-ADD_AND_KILL = """
-import os, pickle, signal, sys
-from pathlib import Path
-from llm2clip.search import sqlite_backend
-from llm2clip.search.sqlite_backend import SqliteBackend
-
-out = Path(sys.argv[1])
-metadata, batches = pickle.loads((out / "batches").read_bytes())
-
-def kill_at_call(number, name, owner):
-    function, calls = getattr(owner, name), []
-    def call(*args):
-        calls.append(1)
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args)
-    setattr(owner, name, call)
-
-for number, name, owner in ((4, "read_columns", sqlite_backend), (1, "finish", SqliteBackend)):
-    if child := os.fork():
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    else:
-        kill_at_call(number, name, owner)
-        backend = SqliteBackend(out / name, write=True)
-        backend.initialize(metadata)
-        for batch in batches:
-            backend.add(*batch)
-        backend.finish()
-        sys.exit(1)  # not reached
-"""
-
-
 def test_build_index_resumes_after_kill_at_any_moment(photos: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:
     """SIGKILL in a transaction, and after all images have been added."""
     batches = []
@@ -254,16 +224,35 @@ def test_build_index_resumes_after_kill_at_any_moment(photos: Path, dual_encoder
 
     complete = RecordingBackend(tmp_path / "complete", write=True)
     index_sources([photos], dual_encoder, complete, batch_size=2)
-    (tmp_path / "batches").write_bytes(pickle.dumps((complete.metadata(), batches)))
-    command = [sys.executable, "-c", ADD_AND_KILL, str(tmp_path)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for moment, committed in (("read_columns", 2), ("finish", 6)):
+    metadata = complete.metadata()
+    for moment, call, committed in (("read_columns", 4, 2), ("finish", 1, 6)):
+        exit_code = run_in_process(_add_until_killed, tmp_path / moment, metadata, batches, moment, call)
+        assert exit_code == -signal.SIGKILL
         backend = SqliteBackend(tmp_path / moment, write=True)
         assert backend._db.query("PRAGMA integrity_check") == [("ok",)]
         assert backend.count()[1] == committed
         index_sources([photos], dual_encoder, backend, batch_size=2)
         assert backend.count() == (7, 6)
         assert len(search_names(backend)) == 7
+
+
+def _add_until_killed(folder: Path, metadata: dict[str, Any], batches: list[Any], moment: str, call: int) -> None:
+    """Add images to an index, and kill this process at a call of a function."""
+    owners = {"read_columns": sqlite_backend, "finish": SqliteBackend}
+    function = getattr(owners[moment], moment)
+    calls = count(1)
+
+    def kill(*args: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+
+    setattr(owners[moment], moment, kill)
+    backend = SqliteBackend(folder, write=True)
+    backend.initialize(metadata)
+    for batch in batches:
+        backend.add(*batch)
+    backend.finish()
 
 
 # ---- sources --------------------------------------------------------------------------------------------------------

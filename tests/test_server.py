@@ -4,14 +4,13 @@ import base64
 import dataclasses
 import io
 import json
+import multiprocessing.process
 import os
 import re
 import shutil
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -32,12 +31,14 @@ from PIL import Image
 from pyarrow import parquet
 from starlette.testclient import TestClient
 
-from conftest import HANG_TIMEOUT
+from conftest import HANG_TIMEOUT, start_command
 from llm2clip.cli import main
 from llm2clip.cli.serve import choose_token
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
+from llm2clip.search import inference
+from llm2clip.search import server as server_module
 from llm2clip.search.backends import open_backend
 from llm2clip.search.index import Index
 from llm2clip.search.inference import DECODERS, SCANS, Batcher, InferenceService, Limits, QueueFull
@@ -776,38 +777,31 @@ def test_serve_completes_requests_after_sigterm(dual_encoder: DualEncoder) -> No
             server.should_exit = True
 
 
-SERVE_WITH_ENDLESS_DECODING = """
-import sys, time
-from llm2clip.cli import main
-from llm2clip.search import inference, server
+def test_serve_stops_after_sigterm_although_a_decoder_never_returns(model_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    command = ["serve", "--model", str(model_folder), "--port", "0", "--no_token", "--timeout", str(HANG_TIMEOUT)]
+    process = start_command([*command, "--precision", "fp32"], output, prepare=_decode_endlessly)
+    try:
+        port = int(read_until(process, output, r"Serving at http://127.0.0.1:(\d+)/")[1])
+        body = json.dumps({"input": data_uri(b"x")})
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            head = "POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            read_until(process, output, "Decoding\n")
+            process.terminate()
+            process.join(HANG_TIMEOUT)
+            assert process.exitcode in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
 
-def decode(image, max_pixels):
-    print("Decoding", flush=True)
-    time.sleep(1_000_000)
 
-inference.load_query_image = decode
-server.SHUTDOWN_TIMEOUT = 0.1
-sys.exit(main(sys.argv[1:]))
-"""
+def _decode_endlessly() -> None:
+    def decode(image: Any, max_pixels: int) -> None:
+        print("Decoding", flush=True)
+        time.sleep(1_000_000)
 
-
-def test_serve_stops_after_sigterm_although_a_decoder_never_returns(model_folder: Path) -> None:
-    command = [sys.executable, "-c", SERVE_WITH_ENDLESS_DECODING, "serve", "--model", str(model_folder), "--port", "0"]
-    command += ["--no_token", "--timeout", str(HANG_TIMEOUT), "--precision", "fp32"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, env=env, text=True, **pipes) as server:
-        try:
-            port = int(read_until(server, r"Serving at http://127.0.0.1:(\d+)/.*\n")[1])
-            body = json.dumps({"input": data_uri(b"x")})
-            with socket.create_connection(("127.0.0.1", port)) as client:
-                head = "POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-                read_until(server, "Decoding\n")
-                server.send_signal(signal.SIGTERM)
-                assert server.wait(HANG_TIMEOUT) in (0, -signal.SIGTERM)
-        finally:
-            server.kill()
+    inference.load_query_image = decode  # type: ignore[assignment]
+    server_module.SHUTDOWN_TIMEOUT = 0.1  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
@@ -898,16 +892,17 @@ def test_serve_rejects_a_port_in_use_before_it_loads_the_model(
     assert f"cannot listen on port {port} of 127.0.0.1: " in output.err and "--port" in output.err
 
 
-def read_until(process: subprocess.Popen[str], pattern: str) -> re.Match[str]:
-    """Read lines of a process's output until one of them matches a pattern, and return the match."""
-    assert process.stdout is not None
-    output = ""
-    for line in process.stdout:
-        output += line
-        match = re.fullmatch(pattern, line)
-        if match:
-            return match
-    raise AssertionError(f"the process stopped before it printed {pattern!r}; it printed:\n{output}")
+def read_until(process: multiprocessing.process.BaseProcess, output: Path, pattern: str) -> re.Match[str]:
+    """Wait until the output of a process matches a pattern, and return the match."""
+    matches: list[re.Match[str]] = []
+
+    def find() -> bool:
+        matches.extend(re.finditer(pattern, output.read_text() if output.exists() else ""))
+        return bool(matches) or not process.is_alive()
+
+    wait_until(find)
+    assert matches, f"the process stopped before it printed {pattern!r}; it printed:\n{output.read_text()}"
+    return matches[0]
 
 
 def post_json(url: str, body: Any) -> Any:
