@@ -19,11 +19,7 @@ ENCODERS = ("smollm2-135m", "all-minilm-l6-v2", "gemma3-270m")  # caption encode
 
 
 def check_sources(*groups: Iterable[str] | None) -> None:
-    """Raise FileNotFoundError if a path does not exist or a pattern matches no file.
-
-    Args:
-        groups: Lists of sources of the form PATH or PATH@split+split.
-    """
+    """Raise FileNotFoundError if the path of a source does not exist or its pattern matches no file."""
     from llm2clip.data.formats import find_files
     from llm2clip.data.records import Source
 
@@ -66,20 +62,12 @@ def check_port(host: str, port: int) -> None:
 
 
 def resolve_model(name: str) -> str:
-    """Return the model folder of a run directory, or the name of an image-text model unchanged.
-
-    Raises:
-        FileNotFoundError: The name is neither an existing path nor a valid model name.
-    """
+    """Return the model folder of a run directory, or an existing path or valid model name unchanged."""
     return _resolve_name(name, "config.json", ("model",), ())
 
 
 def resolve_encoder(path: str) -> str:
-    """Return the tuned encoder of a run directory, or the path or name of a caption encoder unchanged.
-
-    Raises:
-        FileNotFoundError: The path does not exist and is not a valid encoder name.
-    """
+    """Return the tuned encoder of a run directory, or an existing path or valid encoder name unchanged."""
     return _resolve_name(path, "modules.json", ("encoder", "tune/encoder"), ENCODERS)
 
 
@@ -91,7 +79,11 @@ def check_pretrained(*names: str) -> None:
 
 
 def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], known: tuple[str, ...]) -> str:
-    """Return `name` or, if it is a folder without `config_file`, the first of `subfolders` that contains this file."""
+    """Return `name` or, if it is a folder without `config_file`, the first of `subfolders` that contains this file.
+
+    Raises:
+        FileNotFoundError: The name is neither an existing path nor a valid name.
+    """
     path = Path(name).expanduser()
     if path.is_dir() and not (path / config_file).exists():
         for subfolder in subfolders:

@@ -149,11 +149,7 @@ class Commands:
 
 
 class ConfigFileAction(ActionConfigFile):
-    """Action for `--config FILE_OR_NAME`.
-
-    A command ignores `fit` settings that do not apply to it, so the same config works for all stages. Unknown settings
-    raise an error.
-    """
+    """Action for `--config FILE_OR_NAME`. A command ignores settings of other stages, so one config works for all."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         known = {action.dest for action in parser._actions}
@@ -186,22 +182,17 @@ def _read_config(file_or_name: str) -> dict[str, Any]:
         )
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else builtin[file_or_name])
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ValueError(f"{line}not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {error}") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{line}not valid YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(settings, dict | None):
         raise ValueError(f"must contain settings of the form `name: value` (got {settings!r})")
     return settings or {}
 
 
 def _select_relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Return the config file settings that apply to a command, dropping all other `fit` settings.
-
-    `known` contains the names of the command's settings. Raise ValueError for a setting that neither the command nor
-    `fit` has.
-    """
+    """Return the settings in a config file that are in `known`. Raise ValueError if `fit` does not have one either."""
     relevant: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in SECTIONS:
@@ -259,11 +250,7 @@ class Columns:
 
 
 def parse_columns(value: str | dict[str, str]) -> dict[str, str]:
-    """Parse `field=column,field=column`. Dicts are returned unchanged.
-
-    Raises:
-        ValueError: The text does not have this form.
-    """
+    """Parse `field=column,field=column`, or raise ValueError. Dicts are returned unchanged."""
     if isinstance(value, dict):
         return value
     pairs = [part.partition("=") for part in value.split(",")]
@@ -304,12 +291,8 @@ def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> 
 def add_flags(parser: ArgumentParser, options: type, skip: Collection[str] = ()) -> None:
     """Add a flag for each field of a dataclass, using the field's docstring as the help text.
 
-    Booleans become switches without a value. Lists take one or more values, separated by spaces. Optional lists may
-    also be empty.
-
-    Args:
-        options: Dataclass that defines the flags. Its booleans must default to False.
-        skip: Names of fields for which no flag is added.
+    Booleans, which must default to False, become switches without a value. Lists take one or more values, separated by
+    spaces. Optional lists may also be empty.
     """
     help_texts = {param.arg_name: param.description or "" for param in parse_from_object(options).params}
     types = get_type_hints(options)
@@ -336,7 +319,6 @@ def format_command(*words: object) -> str:
 
 
 def format_column_flags(columns: dict[str, str]) -> list[str]:
-    """Return the command-line flags for a column mapping, or an empty list if the mapping is empty."""
     return ["--columns", ",".join(f"{field}={column}" for field, column in columns.items())] if columns else []
 
 

@@ -124,7 +124,7 @@ def _convert(args: Namespace) -> list[str]:
 
 
 def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncoder]) -> list[str]:
-    """Load a caption encoder with `load`, and save it in llm2clip's format. Error messages name its `kind`."""
+    """Load a caption encoder of a kind, and save it in llm2clip's format."""
     from llm2clip.io_utils import atomic_dir
 
     if args.to is not None or args.text is not None:
@@ -190,12 +190,10 @@ def _export(args: Namespace) -> list[str]:
 def _export_gallery(args: Namespace) -> list[str]:
     if args["index"] is None:
         raise ValueError("--to gallery requires --index INDEX, the index to search")
-    if args.int8:
-        raise ValueError("--int8 can only be used with --to onnx: a gallery always has 8-bit weights")
-    if args.dim is not None:
+    if args.int8 or args.dim is not None:
         raise ValueError(
-            "--dim cannot be used with --to gallery, because a gallery has the vectors of its index: build an index "
-            "with `llm2clip index --dim`"
+            "--int8 and --dim cannot be used with --to gallery: a gallery always has 8-bit weights, and the vectors of "
+            "its index. To truncate them, build an index with `llm2clip index --dim`"
         )
     check_index(args["index"])
     from llm2clip.search.gallery import MAX_MB, export_gallery

@@ -269,12 +269,7 @@ def _make_config(args: Namespace) -> FitConfig:
 def _format_next_commands(
     model: Path, args: Namespace, *flags: str, index_data: Sequence[str] | None = None
 ) -> list[str]:
-    """Format the next commands to run for a trained model.
-
-    Args:
-        flags: Extra arguments for `evaluate`.
-        index_data: Sources for `index` with their column flags. Default: those of the command.
-    """
+    """Format the next commands for a trained model. `flags` are extra arguments for `evaluate`."""
     index_data = index_data or _format_index_data(args)
     index_flags = ["--model", model, "--out", model.parent / "index"]
     return [
