@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map
 
 from pretended_gpu.counts import count_copy, count_kernels, count_sync
 
@@ -131,7 +131,14 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         with CreationMode():
             return func.decompose(*args, **kwargs)
     name = str(func).rpartition(".")[0] or str(func)
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+    tensors: list[torch.Tensor] = []
+
+    def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+        tensors.append(tensor)
+        return tensor.values if isinstance(tensor, GpuTensor) else tensor
+
+    cpu_args = _map_tensors(to_cpu, args)
+    cpu_kwargs = {key: _map_tensors(to_cpu, value) for key, value in kwargs.items()}
     on_gpu = any(isinstance(x, GpuTensor) for x in tensors)
     if on_gpu:
         _check_devices(func, name, tensors)
@@ -147,7 +154,6 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
     # Run on the CPU. The result is on the requested device, or on that of the arguments.
     result_on_gpu = on_gpu if kwargs.get("device") is None else _is_gpu(kwargs["device"])
-    cpu_args, cpu_kwargs = tree_map(lambda x: x.values if isinstance(x, GpuTensor) else x, (args, kwargs))
     if _is_gpu(kwargs.get("device")):
         cpu_kwargs["device"] = CPU
     if "pin_memory" in cpu_kwargs:
@@ -157,10 +163,19 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return result
     if result_on_gpu:
         count_kernels(func, name, tensors)
-        result = tree_map(lambda x: GpuTensor(x) if isinstance(x, torch.Tensor) else x, result)
+        result = _map_tensors(GpuTensor, result)
     if result_on_gpu or func._schema.is_mutable:
         return return_and_correct_aliasing(func, args, kwargs, result)
     return result
+
+
+def _map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Apply a function to all tensors in lists and tuples. PyTorch's functions for nested values are slower."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if type(value) in (list, tuple):
+        return type(value)([_map_tensors(function, item) for item in value])
+    return value
 
 
 def _check_devices(func: Any, name: str, tensors: list[torch.Tensor]) -> None:
