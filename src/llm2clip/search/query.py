@@ -18,7 +18,7 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -196,17 +196,19 @@ class Reranker:
         self._lock = threading.Lock()
 
     def sort(self, query: SearchQuery, hits: Sequence[Hit]) -> Reranking:
-        """Sort the first RERANKED hits by their similarity to a query.
+        """Sort the first RERANKED hits by their similarity to a query. Hits that cannot be embedded follow.
 
         Raises:
             NotFound: The query contains a hit whose image file cannot be decoded.
         """
         start = time.perf_counter()
         query_vector = self._embed_query(query)
-        vectors = self._embed_files([hit.id for hit in hits[:RERANKED]])
+        first = hits[:RERANKED]
+        vectors = self._embed_files([hit.id for hit in first])
         scores = {hit_id: float(query_vector @ vector) for hit_id, vector in vectors.items()}
-        ranking, missing = sort_hits(hits, scores)
-        return Reranking(ranking, missing, time.perf_counter() - start)
+        rated = sorted((hit for hit in first if hit.id in scores), key=lambda hit: -scores[hit.id])
+        missing = [hit for hit in first if hit.id not in scores]
+        return Reranking([*rated, *missing, *hits[RERANKED:]], len(missing), time.perf_counter() - start)
 
     def _embed_query(self, query: SearchQuery) -> np.ndarray:
         like = [*query.like, *query.negative_like]
@@ -261,17 +263,6 @@ class Reranker:
             self._cache[key] = vector
             if len(self._cache) > MAX_CACHED:
                 self._cache.popitem(last=False)
-
-
-def sort_hits(hits: Sequence[Hit], scores: Mapping[str, float]) -> tuple[list[Hit], int]:
-    """Sort the first RERANKED hits by score, highest first. Hits without a score follow, and then the other hits.
-
-    Return the hits, and the number of the first RERANKED hits that have no score.
-    """
-    first = hits[:RERANKED]
-    rated = sorted((hit for hit in first if hit.id in scores), key=lambda hit: -scores[hit.id])
-    missing = [hit for hit in first if hit.id not in scores]
-    return [*rated, *missing, *hits[RERANKED:]], len(missing)
 
 
 # ---- similar hits
