@@ -118,7 +118,6 @@ ERRORS = {
         "no embedding for the caption 'never embedded'", "Run `llm2clip embed`",
     ),
     "damaged store": ("store verify {tmp}/damagedstore", "corrupt", "store repair"),
-    "store export without a file": ("store export {store}", "required arguments are missing: --parquet"),
     # evaluation
     "unknown benchmark": ("evaluate {model} --benchmarks flickr31k", "flickr31k", "choose from flickr30k"),
     "benchmark not downloaded": ("evaluate {model} --benchmarks docci --root {tmp}", "docci", "Required files"),
