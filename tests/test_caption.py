@@ -1,5 +1,6 @@
 """Tests of `llm2clip caption`: images that are read, records that are written, resuming, ranks, and `fit --caption`."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -451,7 +452,7 @@ def test_interrupted_run_stores_answers_and_resumes(
 def test_second_interrupt_while_an_image_is_read_does_not_wait_for_requests(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started, finish = threading.Event(), threading.Event()
+    started, finish, numbers = threading.Event(), threading.Event(), itertools.count()
 
     def ask(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
         started.set()
@@ -459,9 +460,10 @@ def test_second_interrupt_while_an_image_is_read_does_not_wait_for_requests(
         raise StoppedError
 
     def prepare(self: FixedCaptioner, image: torch.Tensor) -> torch.Tensor:
-        if started.wait(0.2):  # the first images fill the first batch
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+        if next(numbers) == FixedCaptioner.batch_size:  # the earlier images fill the first batch
+            assert started.wait(20)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return image
 
     monkeypatch.setattr(FixedCaptioner, "ask", ask)
