@@ -271,6 +271,10 @@ def test_configs_command_lists_each_config_with_a_description(capsys: pytest.Cap
     assert len(lines) == len(read_builtin_configs())
     assert any(line.startswith("llama-3.2-1b ") and "Llama-3.2-1B" in line for line in lines)
     assert all(line.endswith(".") for line in lines)  # the description is a complete sentence
+    assert main(["configs", "cpu"]) == 0
+    assert capsys.readouterr().out == read_builtin_configs()["cpu"]
+    assert main(["configs", "cpuu"]) == 1
+    assert "no built-in config 'cpuu' (did you mean cpu?)" in capsys.readouterr().err
 
 
 # ---- the config saved in a run directory ---------------------------------------------------------------------------

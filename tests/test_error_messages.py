@@ -61,7 +61,7 @@ ERRORS = {
         "search {tmp}/noindex dog --min_side -5", "--min_side must be an integer of at least 1 (got -5)",
     ),
     "port out of range": (
-        "serve --index {tmp} --port 99999", "--port must be an integer between 0 and 65535 (got 99999)",
+        "serve {tmp} --port 99999", "--port must be an integer between 0 and 65535 (got 99999)",
     ),
     "columns without a name": (
         "embed {data} --out {tmp}/s --columns text", "--columns must be of the form field=column",
@@ -130,7 +130,7 @@ ERRORS = {
         "evaluate {model} {data} --short_queries --templates photo", "--templates: template 0 ('photo') has no {}",
     ),
     # search
-    "serve without index and model": ("serve", "--index", "--model"),
+    "serve without index and model": ("serve", "pass an index", "--model"),
     # exports, plans, llava
     "export to an existing folder": ("export {model} --to vision --out {tmp}", "exists", "another"),
     "unknown export format": ("export {model} --to tflite --out {tmp}/x", "tflite", "onnx"),

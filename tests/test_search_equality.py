@@ -31,7 +31,7 @@ from search_fixtures import add_red_detector, make_colour_model, make_index, rej
 # Each query: its fields as in `SearchQuery`, the other fields of a request, and the flags of the command.
 QUERIES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "text": ({"texts": ["the middle is red"]}, {}, []),
-    "several texts": ({"texts": ["red", "a dog"]}, {"words": False}, ["--no_words"]),
+    "several texts": ({"texts": ["red", "a dog"]}, {"words": False}, ["--text", "a dog", "--no_words"]),
     "image": ({"images": ["9.png"]}, {}, ["--images", "9.png"]),
     "negative parts": (
         {"texts": ["red"], "negative_texts": ["a dog"], "negative_images": ["3.png"]},
@@ -93,6 +93,7 @@ def encode_images(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
 def test_python_command_and_server_return_the_same_hits(
     name: str,
     index: Index,
+    backend: SqliteBackend,
     client: TestClient,
     model: DualEncoder,
     rerank_model: DualEncoder,
@@ -120,7 +121,8 @@ def test_python_command_and_server_return_the_same_hits(
     monkeypatch.setattr("llm2clip.cli.search.resolve_model", lambda name: name)
     models = {"colours": rerank_model}
     monkeypatch.setattr("llm2clip.search.index.open_dual_encoder", lambda name, **_: models.get(name, model))
-    assert main(["search", str(index.backend.folder), *fields.get("texts", []), *flags, "--top", "5", "--json"]) == 0  # type: ignore[attr-defined]
+    words = fields["texts"][0].split() if fields.get("texts") else []  # unquoted: all words form one text
+    assert main(["search", str(backend.folder), *words, *flags, "--top", "5", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     printed = [(line["path"], line["score"], line["relevance"]) for line in lines]
     rounded = [(score and round(score, 4), relevance and round(relevance, 4)) for _, score, relevance in expected]
@@ -242,7 +244,10 @@ def test_index_and_search_print_their_results(
     assert "date" in output and "cosine" not in output and "5.png" in output.replace("\n", "")
 
     assert main(["search", index, "x", "--after", "2100-01-01"]) == 0
-    assert capsys.readouterr().out.endswith("No results: the index is empty, or no image matches the filters.\n")
+    assert capsys.readouterr().out.endswith("No results: no image matches --after 2100-01-01.\n")
+    filters = ["--path", "*.png", "--after", "2100-01-01", "--camera", "Canon"]
+    assert main(["search", index, "x", *filters]) == 0
+    assert capsys.readouterr().out.endswith("no image matches --after 2100-01-01 and --camera Canon.\n")
 
 
 def test_index_and_search_explain_mistakes(

@@ -268,7 +268,7 @@ def test_server_without_an_index_only_embeds(dual_encoder: DualEncoder) -> None:
         assert client.post("/embed", json={"input": "a"}).status_code == 200
         response = client.post("/search", json={"texts": ["a"]})
         assert response.status_code == 404
-        assert "--index" in response.json()["error"]["message"]
+        assert "serve INDEX" in response.json()["error"]["message"]
 
 
 # ---- invalid and hostile requests -----------------------------------------------------------------------------------

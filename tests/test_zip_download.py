@@ -202,7 +202,7 @@ def test_zip_requires_the_token_and_an_index(dual_encoder: DualEncoder, index: S
         assert client.get("/zip?ids=1", headers={"authorization": "Bearer secret"}).status_code == 200
     with TestClient(create_patient_app(dual_encoder), base_url=BASE_URL) as client:
         response = client.get("/zip?ids=1")
-        assert response.status_code == 404 and "--index" in response.json()["error"]["message"]
+        assert response.status_code == 404 and "serve INDEX" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

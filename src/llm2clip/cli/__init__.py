@@ -25,14 +25,14 @@ Training on your own images and captions:
   llm2clip tune | embed | align         one stage at a time
   llm2clip distill MODEL DATA --student NAME --out STUDENT    replace the LLM with a small text encoder
   llm2clip store                        check, repair and merge embedding stores
-  llm2clip configs                      list the built-in configs
+  llm2clip configs [NAME]               list the built-in configs, or print one
 
 Using a model:
   llm2clip evaluate MODEL DATA          measure retrieval on your data or on public benchmarks
   llm2clip benchmarks                   list the public benchmarks that `evaluate` supports
   llm2clip index PHOTOS --model MODEL --out INDEX    make images searchable
   llm2clip search INDEX "a full sentence"    search by text or image
-  llm2clip serve --index INDEX          search page and API over HTTP
+  llm2clip serve INDEX                  search page and API over HTTP
   llm2clip export MODEL --to FORMAT --out FOLDER    transformers, sentence-transformers, ONNX, gallery
   llm2clip convert CHECKPOINT --out MODEL           import a published LLM2CLIP checkpoint
   llm2clip push MODEL REPO              upload a model to the hub

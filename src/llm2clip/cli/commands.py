@@ -231,7 +231,7 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     def _format_action_invocation(self, action: Action) -> str:
         text = super()._format_action_invocation(action)
         text = re.sub(r", --[\w.]+\+( \[.*\])?$", "", text)  # remove the append form, such as `--tune.data+`
-        return text.replace(",null}", "}").replace("[=flags]", "")
+        return text.replace(",null}", "}").replace(" \b[=flags]", "")
 
     def _get_help_string(self, action: Action) -> str:
         text = action.help or ""

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 CAPTION_LENGTH = 160  # maximum length of a displayed caption, in characters
 NOTHING_CLOSE = "Nothing close: no image is close to the query. To see the closest images anyway, add --show_weak."
-NO_RESULTS = "No results: the index is empty, or no image matches the filters."
 
 
 def add_commands(commands: Commands) -> None:
@@ -102,7 +101,10 @@ def _add_index_arguments(sub: ArgumentParser) -> None:
 
 
 def _add_query_arguments(sub: ArgumentParser) -> None:
-    sub.add_argument("texts", nargs="*", type=str, default=[], help="What the images should show.")
+    sub.add_argument(
+        "words", nargs="*", type=str, default=[], help="What the images should show. All words form one text."
+    )
+    sub.add_argument("--text", action="append", type=str, default=[], help="Another text. May be repeated.")
     sub.add_argument("--images", nargs="+", type=str, default=[], help="Images that the results should resemble.")
     sub.add_argument("--negative", nargs="+", type=str, default=[], help="What the images should not show.")
     sub.add_argument(
@@ -207,12 +209,13 @@ def _index(args: Namespace) -> list[str]:
         listed = f", listed in {skipped_file}" if skipped_file else ""
         lines.append(f"Images whose text could not be recognised: {unread:,}{listed}")
     lines.append(f"Next: {format_command('search', location, 'a description of an image')}")
-    lines.append(f"      {format_command('serve', '--index', location)}")
+    lines.append(f"      {format_command('serve', location)}")
     return lines
 
 
 def _search(args: Namespace) -> list[str]:
     check_index(args["index"])
+    args.texts = [*([" ".join(args.words)] if args.words else []), *args.text]
     _check_query(args)
     _check_output(args)
     image_filter = _make_filter(args)
@@ -237,6 +240,8 @@ def _search(args: Namespace) -> list[str]:
             )
         if page.nothing_close and (args.json or args.paths):
             print(NOTHING_CLOSE)
+    if not page.hits and not page.nothing_close and not (args.json or args.paths):
+        return [_explain_no_results(args, index, image_filter)]
     return _print_page(args, index, query, page)
 
 
@@ -249,11 +254,22 @@ def _print_page(args: Namespace, index: Index, query: SearchQuery, page: SearchP
     if args.paths:
         return [hit.images[0].name for hit in page.hits]
     if not page.hits:
-        return [NOTHING_CLOSE if page.nothing_close else NO_RESULTS]
+        return [NOTHING_CLOSE]
     print_hits(page.hits, Console())
     if args.explain:
         print_explanation(index.explain(query, page.hits[0].id), Console())
     return ["None of these images is close to the query."] if page.nothing_close else []
+
+
+def _explain_no_results(args: Namespace, index: Index, image_filter: Filter) -> str:
+    if not index.backend.count()[0]:
+        return "No results: the index is empty."
+    unmatched = []  # filters that no image matches, even without the other filters
+    for name, value in image_filter.values.items():
+        if not index.backend.count_matches(Filter(**{name: value})):
+            unmatched.append(name)
+    flags = [f"--{name} {args[name]}" for name in unmatched or image_filter.values]
+    return f"No results: no image matches {' and '.join(flags)}."
 
 
 def _check_output(args: Namespace) -> None:

@@ -18,11 +18,11 @@ from llm2clip.io_utils import install_command
 def add_commands(commands: Commands) -> None:
     """Add this module's command."""
     sub = commands.add("serve", _serve, "Serve a search API, an embeddings API and a search page over HTTP.")
-    sub.add_argument("--index", type=str, help="Index folder or URL. Default: serve embeddings only.")
+    sub.add_argument("index", nargs="?", type=str, help="Index folder or URL. Default: serve embeddings only.")
     sub.add_argument(
         "--model",
         type=str,
-        help="Model that built the index. Needed only if the model folder was moved. Required without --index.",
+        help="Model that built the index. Needed only if the model folder was moved. Required without an index.",
     )
     sub.add_argument(
         "--host", type=str, default="127.0.0.1", help="Address to listen on. 0.0.0.0 means all network interfaces."
@@ -81,7 +81,7 @@ def _serve(args: Namespace) -> list[str]:
     check_port(args.host, args.port)
     check_index(args["index"])
     if args.rerank is not None and not args["index"]:
-        raise ValueError("--rerank requires an index: add --index INDEX")
+        raise ValueError("--rerank requires an index: llm2clip serve INDEX --rerank MODEL")
     if args.model is not None:
         args.model = resolve_model(args.model)
     if args.rerank is not None:
@@ -98,7 +98,7 @@ def _serve(args: Namespace) -> list[str]:
     backend = open_backend(args["index"]) if args["index"] else None
     model_name = args.model or (backend.metadata()["model"] if backend else None)
     if model_name is None:
-        raise ValueError("pass an index with --index or a model with --model")
+        raise ValueError("pass an index, or a model with --model")
     token = choose_token(args.token, args.no_token, args.host)
     model_thread = ThreadPoolExecutor(1, "model")
     model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision, stage="serve").result()

@@ -15,6 +15,7 @@ from llm2clip.cli.commands import (
     add_reading_arguments,
     read_builtin_configs,
     select_arguments,
+    suggest_names,
 )
 from llm2clip.cli.train import add_stage_settings
 from llm2clip.config import FitConfig
@@ -41,7 +42,8 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--report", type=str, help="HTML page to write, with plots and example images.")
     add_reading_arguments(parser, max_skipped=1.0)
 
-    commands.add("configs", _list_configs, "List the built-in configs for --config.")
+    parser = commands.add("configs", _list_configs, "List the built-in configs for --config, or print one.")
+    parser.add_argument("name", nargs="?", type=str, help="Config to print. Default: list all configs.")
 
     parser = commands.add(
         "plan",
@@ -92,6 +94,11 @@ def _describe_data(args: Namespace) -> list[str]:
 
 def _list_configs(args: Namespace) -> list[str]:
     configs = read_builtin_configs()
+    if args.name is not None:
+        if args.name not in configs:
+            similar = suggest_names(args.name, configs)
+            raise ValueError(f"no built-in config {args.name!r}{similar}. To list all configs, run `llm2clip configs`")
+        return configs[args.name].splitlines()
     width = max(map(len, configs))
     # The first line of each config is a comment that describes it.
     return [f"{name:<{width}}  {text.splitlines()[0].removeprefix('#').strip()}" for name, text in configs.items()]

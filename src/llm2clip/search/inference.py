@@ -364,7 +364,7 @@ class InferenceService:
 
     def require_index(self) -> Index:
         if self.index is None:
-            raise NotFound("this server has no index. To search, start it with: llm2clip serve --index INDEX")
+            raise NotFound("this server has no index. To search, start it with: llm2clip serve INDEX")
         return self.index
 
     def count_images(self) -> int:
