@@ -207,7 +207,10 @@ def describe_captions(files: dict[str, Path], checker: Path) -> str:
 
 
 def compare_with_images(pairs: Sequence[tuple[Record, str]], model: ModelEmbeddings) -> tuple[float, float]:
-    """Return the mean rank (see `llm2clip caption`) and the mean CLIPScore, 2.5 max(cosine similarity, 0)."""
+    """Return the mean rank (see `llm2clip caption`) and the mean CLIPScore, 2.5 max(cosine similarity, 0).
+
+    Unlike in the published CLIPScore, the captions have no prefix ("A photo depicts").
+    """
     images, indices = model.encode_images([record.image for record, _ in pairs if record.image is not None])
     texts = model.encode_texts([pairs[index][1] for index in indices])
     scores, ranks = rank_captions(texts, images, images, torch.eye(len(images), dtype=torch.bool))

@@ -31,6 +31,7 @@ from caption_fixtures import (
 )
 from conftest import run_distributed
 from llm2clip.caption import captioners
+from llm2clip.caption import files as caption_files
 from llm2clip.caption import run as caption_run
 from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
@@ -156,6 +157,17 @@ def test_tar_members_are_copied_and_duplicates_are_asked_once(tmp_path: Path, ph
     for row in rows:
         assert row["image"] == f"out_images/{row['caption_source']['image_hash']}.png"
         assert (tmp_path / row["image"]).is_file()
+
+
+def test_copies_of_images_never_follow_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caption_files.secrets, "token_hex", lambda size: "0" * 2 * size)
+    data = (make_photos(tmp_path / "photos", 1) / "0000.png").read_bytes()
+    output, target = caption_files.CaptionOutput(tmp_path / "out.jsonl"), tmp_path / "target"
+    output.images.mkdir()
+    (output.images / f".{'0' * 16}.part").symlink_to(target)  # its real name cannot be guessed
+    with pytest.raises(FileExistsError):
+        caption_files._copy_image(data, output)
+    assert not target.exists()
 
 
 def test_unreadable_images_are_skipped_and_listed(tmp_path: Path, photos: Path) -> None:

@@ -265,10 +265,12 @@ def test_key_is_sent_but_never_written(
 ) -> None:
     monkeypatch.setenv(captioners.KEY_VARIABLE, KEY)
     with run_server(faults=["", *["403"] * 5], fault_rate=0.2) as server:  # these errors repeat the key
+        server.answers["paragraph"] = f"A dog with the key {KEY} runs over a meadow. It wears a red collar."
         flags = ["--retries", "0", "--concurrency", "1", "--max_skipped", "1"]
         caption(server, photos, tmp_path / "out.jsonl", *flags)
     assert server.keys == {f"Bearer {KEY}"}
     assert "[key]" in (tmp_path / "out_failures.jsonl").read_text()
+    assert "with the key [key] runs" in (tmp_path / "out.jsonl").read_text()
     assert KEY not in "".join(capfd.readouterr())
     assert not any(KEY.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
@@ -311,12 +313,14 @@ def test_newer_name_of_max_tokens_is_used_if_the_server_needs_it(tmp_path: Path,
     assert all("max_completion_tokens" in body and "max_tokens" not in body for body in server.bodies)
 
 
-def test_refused_filtered_and_compressed_responses_are_not_captions() -> None:
+def test_refused_filtered_and_compressed_responses_are_not_captions(monkeypatch: pytest.MonkeyPatch) -> None:
     def parse(message: dict[str, Any], reason: str = "stop") -> Answer:
         choice = {"message": message, "finish_reason": reason}
         return captioners._parse_response(json.dumps({"choices": [choice]}).encode())
 
     assert parse({"content": "A dog runs."}).text == "A dog runs."
+    monkeypatch.setenv(captioners.KEY_VARIABLE, KEY)
+    assert KEY[:5] not in str(parse({"content": "Sorry. " + "x" * 187 + KEY}).error)  # truncated within the key
     assert "empty answer" in str(parse({"content": None, "refusal": "Our policy is violated."}).error)
     assert "content filter" in str(parse({"content": "A man in a park is about to"}, "content_filter").error)
     response = httpx.Response(200, headers={"Content-Encoding": "gzip"}, content=gzip.compress(b"x"))

@@ -318,10 +318,13 @@ def make_index_without_images(folder: Path, model: Any) -> Path:
 # ---- JavaScript libraries -------------------------------------------------------------------------------------------
 
 
-def test_npm_package_with_another_hash_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npm_packages_and_cached_files_with_another_hash_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import tarfile
 
-    package = NpmPackage("@a/b", "1.0.0", "0" * 86 + "==", "MIT", "https://example.org", 0.1, {"index.js": "b.js"})
+    files, hashes = {"index.js": "b.js"}, {"b.js": hashlib.sha256(b"code").hexdigest()}
+    package = NpmPackage("@a/b", "1.0.0", "0" * 86 + "==", "MIT", "https://example.org", 0.1, files, hashes)
     monkeypatch.setattr(pretrained, "get_cache_dir", lambda: tmp_path / "cache")
     source = tmp_path / "index.js"
     source.write_text("code")
@@ -337,7 +340,12 @@ def test_npm_package_with_another_hash_is_rejected(tmp_path: Path, monkeypatch: 
         resolve_npm_package(package)
     assert list((tmp_path / "cache/npm").iterdir()) == []
     monkeypatch.setattr(pretrained, "_check_hash", lambda *arguments: None)
-    assert (resolve_npm_package(package) / "b.js").read_text() == "code"
+    for _ in range(2):  # downloaded, then from the cache
+        file = resolve_npm_package(package) / "b.js"
+        assert file.read_text() == "code"
+    file.write_text("changed")
+    with pytest.raises(AssetError, match=r"b.js is missing or differs from .*delete .*a-b-1.0.0"):
+        resolve_npm_package(package)
 
 
 def test_npm_problems_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Atomic writes, and readers whose errors name the file and line."""
 
+import errno
 import json
 import os
 import resource
@@ -8,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 from subprocess import PIPE
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +28,8 @@ from llm2clip.io_utils import (
     read_jsonl,
     read_lines,
 )
-from llm2clip.runs.checkpoint import Checkpoints, save_training_state
+from llm2clip.runs.checkpoint import Checkpoints, TrainingStateMixin, save_training_state
+from llm2clip.runs.output_folder import MetricsLog
 
 
 def test_read_jsonl_splits_at_newlines_only(tmp_path: Path) -> None:
@@ -125,6 +129,23 @@ def test_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
         os.umask(old)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 5 and {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
+
+
+def test_full_disk_during_training_is_an_error_with_the_path(tmp_path: Path) -> None:
+    class FailingTrainer:
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Trainer(TrainingStateMixin, FailingTrainer):
+        args, state = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=3)
+
+    with pytest.raises(OSError, match=r"cannot write .*/checkpoint-3: No space left on device \(free space: "):
+        Trainer()._save_checkpoint(None, None)
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.path.unlink()
+    log.path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"cannot write .*/metrics.jsonl: No space left on device \(free space: "):
+        log.write(1, loss=0.5)
 
 
 @pytest.mark.parametrize("writer", ["file", "folder", "checkpoint"])

@@ -177,15 +177,15 @@ def test_fit_checks_disk_space_and_memory_before_training(
     with monkeypatch.context() as patch:
         patch.setattr(planner.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**5))
         assert main(fit_command(image_folder, llm, tower, tmp_path / "run")) == 1
-        assert re.search(r"needs about 0\.\d GB of disk space .* 0\.0 GB is free", capsys.readouterr().err)
+        assert re.search(r"needs about [\d.]+ MB of disk space .* 100\.0 kB is free", capsys.readouterr().err)
         assert not (tmp_path / "run/tune").exists()
-        with pytest.raises(OSError, match="GB of disk space"):  # before the captions of `fit --caption` are written
+        with pytest.raises(OSError, match="MB of disk space"):  # before the captions of `fit --caption` are written
             planner.check_resources(config, tmp_path, None)
     records = RecordTable.from_records(open_records(image_folder / "captions.jsonl"))
     assert planner.check_resources(config, tmp_path, records) == []
     monkeypatch.setattr(planner, "get_available_memory", lambda: 10**8)
     warnings = planner.check_resources(config, tmp_path, records)
-    assert warnings[0].startswith("Warning: tune needs about") and "0.1 GB is free" in warnings[0]
+    assert warnings[0].startswith("Warning: tune needs about") and "100.0 MB is free" in warnings[0]
 
 
 def test_fit_on_two_ranks_makes_one_run(image_folder: Path, llm: Path, tower: Path, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ HOSTILE_TEXTS = (
     "\\' OR true --",
     "50%_off\\",
     "NUL \0 and a lone surrogate \ud800",
+    "the characters that stand for them: \U0010f7fe\0\U0010f7fe\U0010f7ff\U0010f801\U0010ffff",
 )
 
 
@@ -568,8 +569,11 @@ def test_hide_password_keeps_the_rest_of_a_location() -> None:
         ("postgresql://h/db?user=u&password=secret&schema=s", "postgresql://h/db?user=u&password=***&schema=s"),
         ("postgresql://u:se/cr@et@h/db", "postgresql://u@h/db"),
         ("postgresql://u@h/db", "postgresql://u@h/db"),
+        ("postgresql://u:PW@SECRET@h/x", "postgresql://u@h/x"),
+        ("postgresql://u@h/x?passwd=secret&schema=s", "postgresql://u@h/x?passwd=***&schema=s"),
+        ("postgresql://h/x?options=-c%20x%3Dsecret&pass%77ord=secret", "postgresql://h/x?options=***&pass%77ord=***"),
         ("a+http://u:secret@h/photos", "a+http://u@h/photos"),
-        ("/folder:a@b", "/folder:a@b"),
+        ("/folder:a@b?c=d", "/folder:a@b?c=d"),
     ):
         assert hide_password(location) == hidden
 

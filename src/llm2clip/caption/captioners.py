@@ -247,7 +247,8 @@ def _parse_response(data: bytes) -> Answer:
         raise _RequestError(f"the response is not a chat completion ({type(error).__name__}): {excerpt}") from error
     if choice.get("finish_reason") == "content_filter":
         return Answer(None, "the server's content filter stopped the answer", *tokens)
-    return clean_answer(text, choice.get("finish_reason") == "length", *tokens)
+    # The key is replaced first, because `clean_answer` quotes truncated texts in its errors.
+    return clean_answer(_hide_key(text), choice.get("finish_reason") == "length", *tokens)
 
 
 def _to_count(value: Any) -> int:
@@ -270,10 +271,13 @@ def _describe_status(response: httpx.Response, data: bytes) -> str:
 
 def _shorten(text: str) -> str:
     """Remove control characters and the key from a server's message, and truncate it."""
-    if key := _get_key():
-        text = text.replace(key, "[key]")
-    text = escape_control_characters(" ".join(text.split())).encode(errors="replace").decode()
+    text = escape_control_characters(" ".join(_hide_key(text).split())).encode(errors="replace").decode()
     return text if len(text) <= MAX_MESSAGE_CHARACTERS else f"{text[:MAX_MESSAGE_CHARACTERS]}..."
+
+
+def _hide_key(text: str) -> str:
+    key = _get_key()
+    return text.replace(key, "[key]") if key else text
 
 
 def _advise(status: int) -> str:

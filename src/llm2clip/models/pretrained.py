@@ -79,6 +79,7 @@ class NpmPackage:
     homepage: str
     size_mb: float
     files: dict[str, str]  # path in the package -> name in the cache and in exported pages
+    sha256: dict[str, str]  # name in the cache -> hash of the file
 
 
 def resolve_pretrained(name_or_path: str, *, hub: bool = False, offline: bool = False) -> str:
@@ -127,9 +128,13 @@ def resolve_gguf(gguf: str | Path) -> Path:
 
 
 def resolve_npm_package(package: NpmPackage) -> Path:
-    """Return the folder with a package's files, like `resolve_pretrained`."""
+    """Return the folder with a package's files, like `resolve_pretrained`.
+
+    Because exported pages publish these files, AssetError is also raised if a file was changed in the cache.
+    """
     target = get_cache_dir() / "npm" / f"{package.name.removeprefix('@').replace('/', '-')}-{package.version}"
     if target.is_dir():
+        _check_npm_files(package, target)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
@@ -266,6 +271,16 @@ def _extract_npm_package(package: NpmPackage, archive: Path, folder: Path) -> No
                 raise AssetError(f"{package.name} {package.version}: {path} is not a file")
             with stream, (folder / name).open("wb") as out:
                 shutil.copyfileobj(stream, out, 1 << 20)
+
+
+def _check_npm_files(package: NpmPackage, folder: Path) -> None:
+    for name, expected in package.sha256.items():
+        file = folder / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+            raise AssetError(
+                f"{file} is missing or differs from the file in {package.name} {package.version}, so it is not used. "
+                f"To download the package again, delete {folder}"
+            )
 
 
 def extract_members(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixes: tuple[str, ...] = ()) -> None:
@@ -433,6 +448,10 @@ ONNXRUNTIME_WEB = NpmPackage(
         "dist/ort.wasm.bundle.min.mjs": "onnxruntime-web.js",
         "dist/ort-wasm-simd-threaded.wasm": "onnxruntime-web.wasm",
     },
+    {
+        "onnxruntime-web.js": "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
+        "onnxruntime-web.wasm": "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
+    },
 )
 TOKENIZERS = NpmPackage(
     "@huggingface/tokenizers",
@@ -442,4 +461,8 @@ TOKENIZERS = NpmPackage(
     "https://github.com/huggingface/tokenizers.js",
     0.1,
     {"dist/tokenizers.min.mjs": "tokenizers.js", "LICENSE": "tokenizers-LICENSE.txt"},
+    {
+        "tokenizers.js": "258e46332101335ce8d95aed7745b19ac3b46d37f3e159a89cf894c2ea9b1d3a",
+        "tokenizers-LICENSE.txt": "c71d239df91726fc519c6eb72d318ec65820627232b2f796219e87dcf35d0ab4",
+    },
 )

@@ -344,6 +344,11 @@ class TrainingStateMixin:
     model: Any
     optimizer: Any
     lr_scheduler: Any
+    state: Any
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with explain_write_errors(Path(self.args.output_dir) / f"{CHECKPOINT_PREFIX}{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Do nothing. `_save_optimizer_and_scheduler` also saves the weights."""

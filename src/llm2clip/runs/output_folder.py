@@ -18,7 +18,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from llm2clip.config import RESUME_SAFE
-from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text
+from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, explain_write_errors
 
 CONFIG_FILE = "config.yaml"  # all settings of a run
 CHECKPOINT_PREFIX = "checkpoint-"  # same prefix as in transformers' Trainer
@@ -201,7 +201,7 @@ class MetricsLog:
         atomic_write_jsonl(path, lines)
 
     def write(self, step: int, **values: Any) -> None:
-        with self.path.open("a") as file:
+        with explain_write_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 

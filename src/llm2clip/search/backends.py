@@ -33,6 +33,8 @@ from llm2clip.search.words import MAX_FUSED, WordQuery, find_matched_fields, fus
 # extra with this name installs its packages. Locations without a scheme are folders.
 BACKENDS = {"postgresql": "postgres", "postgres": "postgres"}
 URL_FORM = "postgresql://USER@HOST/DATABASE?schema=NAME"
+# Parameters of index URLs that messages contain. Others can contain secrets, such as `password` or `options`.
+PUBLIC_PARAMETERS = ("schema", "user", "host", "hostaddr", "port", "dbname", "service", "sslmode", "connect_timeout")
 INDEX_FILE = "index.sqlite"  # main file of an index folder
 FORMAT_VERSION = 2  # version of the index format
 NEW_INDEX_ADVICE = "Build a new index in another folder with `llm2clip index`"
@@ -413,9 +415,11 @@ def get_backend_name(location: str) -> str:
 
 
 def hide_password(location: str) -> str:
-    """Return the location of an index without the password that a URL can contain, for messages."""
+    """Return the location of an index without the secrets that a URL can contain, for messages."""
+    if "://" not in location:
+        return location
     location = re.sub(r"^([\w+]+://[^/?#:@]*):.*@", r"\1@", location)  # a password may contain @
-    return re.sub(r"([?&](?:ssl)?password=)[^&#]*", r"\1***", location)
+    return re.sub(rf"([?&](?!(?:{'|'.join(PUBLIC_PARAMETERS)})=)[^=&#]*=)[^&#]*", r"\1***", location)
 
 
 def parse_content_id(hit_id: str) -> int:

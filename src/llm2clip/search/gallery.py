@@ -79,14 +79,14 @@ def export_gallery(
     parameters = check_text_encoder_size(model, model_name)
     check_gallery_size(index, backend, parameters, max_mb)
     model = truncate_model(model, int(metadata["embed_dim"]))
-    libraries = [resolve_npm_package(package) for package in (ONNXRUNTIME_WEB, TOKENIZERS)]
+    libraries = [(package, resolve_npm_package(package)) for package in (ONNXRUNTIME_WEB, TOKENIZERS)]
     with atomic_dir(out) as folder:
         for file in (*PAGE_FOLDER.iterdir(), STATIC_FOLDER / "common.js", STATIC_FOLDER / "page.css"):
             shutil.copyfile(file, folder / file.name)
         (folder / "lib").mkdir()
-        for library in libraries:
-            for file in library.iterdir():
-                shutil.copyfile(file, folder / "lib" / file.name)
+        for package, library in libraries:
+            for name in package.files.values():
+                shutil.copyfile(library / name, folder / "lib" / name)
         (folder / "LICENSES.txt").write_text(_format_licenses(), encoding="utf-8")
         messages = [export_quantized_text(model, folder)]
         images = _write_images(backend, folder, with_private)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -123,10 +124,15 @@ SELECT images.id, images.content, coalesce(recognized_texts.text, '') AS text, d
 FROM images LEFT JOIN recognized_texts ON recognized_texts.content = images.content
 """
 INSIDE_PATH = "(name LIKE :path OR name LIKE :path || '/%' OR container LIKE :path)"
-# PostgreSQL cannot store NUL characters and lone surrogates. They are stored as private-use characters of plane 16,
-# which do not occur in practice.
-STORABLE_CHARACTERS = {0: 0x10F7FF, **{code: code + 0x102000 for code in range(0xD800, 0xE000)}}
-ORIGINAL_CHARACTERS = {stored: original for original, stored in STORABLE_CHARACTERS.items()}
+# PostgreSQL cannot store NUL characters and lone surrogates. They are stored as the last private-use characters of
+# plane 16. If a text contains these characters itself, they are stored after the escape character U+10F7FE.
+STORABLE_CHARACTERS: dict[int, str] = {
+    **{code: f"\U0010f7fe{chr(code)}" for code in range(0x10F7FE, 0x110000)},
+    0: "\U0010f7ff",
+    **{code: chr(code + 0x102000) for code in range(0xD800, 0xE000)},
+}
+ORIGINAL_CHARACTERS = {stored: chr(original) for original, stored in STORABLE_CHARACTERS.items()}
+STORED_CHARACTER = re.compile("\U0010f7fe?[\U0010f7fe-\U0010ffff]")
 
 
 def open_index(location: str, write: bool) -> PostgresBackend:
@@ -397,7 +403,7 @@ class PostgresBackend(Backend):
         return text.translate(STORABLE_CHARACTERS)
 
     def _decode(self, text: str) -> str:
-        return text if text.isascii() else text.translate(ORIGINAL_CHARACTERS)
+        return STORED_CHARACTER.sub(lambda match: ORIGINAL_CHARACTERS.get(match[0], match[0]), text)
 
     def _hash_name(self, name: str) -> bytes:
         return hashlib.sha256(self._encode(name).encode()).digest()

@@ -283,8 +283,9 @@ def check_resources(config: FitConfig, run_dir: Path, records: RecordTable | Non
     warnings = []
     for stage in fits if records is not None else ():
         if not fits[stage]:
-            needed, free = compute_peak_memory(plan.memory[stage]) / 1e9, plan.machine.device_spec.memory
-            warnings.append(f"Warning: {stage} needs about {needed:.1f} GB of memory, but only {free:.1f} GB is free.")
+            needed = format_bytes(compute_peak_memory(plan.memory[stage]))
+            free = format_bytes(plan.machine.device_spec.memory * 1e9)
+            warnings.append(f"Warning: {stage} needs about {needed} of memory, but only {free} is free.")
             warnings.append(f"  {MEMORY_ADVICE[stage]}")
     return warnings
 
@@ -310,12 +311,12 @@ def _check_disk_space(plan: Plan, run_dir: Path) -> None:
         "image features": plan.feature_bytes,
     }
     existing = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
-    needed = (sum(sizes.values()) - existing) / 1e9
+    needed = sum(sizes.values()) - existing
     folder = next(parent for parent in (run_dir, *run_dir.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(folder).free / 1e9
+    free = shutil.disk_usage(folder).free
     if needed > free:
-        parts = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in sizes.items())
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
         raise OSError(
-            f"the run needs about {needed:.1f} GB of disk space ({parts}), but only {free:.1f} GB is free at "
-            f"{folder}: free up space, or choose another folder with --out"
+            f"the run needs about {format_bytes(needed)} of disk space ({parts}), but only {format_bytes(free)} is "
+            f"free at {folder}: free up space, or choose another folder with --out"
         )
