@@ -3,11 +3,13 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from llm2clip.cli.checks import ENCODERS, check_pretrained, check_sources, resolve_encoder, resolve_model
+from llm2clip.io_utils import EXTRAS
 from llm2clip.models.pretrained import ASSETS
 
 WRONG_PATHS = (
@@ -20,17 +22,50 @@ WRONG_PATHS = (
     (["evaluate", "runs/a/model", "photos"], "runs/a/model is neither a folder nor a hub id"),
     (["evaluate", "photos", "photos", "--baselines", "nope.npz"], "nope.npz: no such file"),
 )
+# Command, module that is missing, and extra that contains the module.
+MISSING_PACKAGES = (
+    (["search", "photos", "x"], "usearch", "search"),
+    (["search", "postgresql://u@127.0.0.1/x", "x"], "psycopg", "postgres"),
+    (["serve", "--index", "photos", "--port", "0"], "uvicorn", "search"),
+    (["index", "photos", "--model", "photos", "--out", "x", "--ocr"], "rapidocr", "ocr"),
+    (["export", "photos", "--to", "onnx", "--out", "x"], "onnxscript", "onnx"),
+    (["export", "photos", "--to", "gallery", "--index", "photos", "--out", "x"], "onnxscript", "onnx"),
+    (["evaluate", "open_clip:ViT-B-32/openai", "photos"], "open_clip", "open-clip"),
+    (["fit", "photos", "--out", "x", "--tune.qlora", "true"], "bitsandbytes", "qlora"),
+    (["embed", "photos", "--out", "x", "--engine", "ray"], "ray", "ray"),
+    (["quickstart", "--out", "x"], "emoji", "quickstart"),
+)
 
 
-def test_wrong_paths_are_reported_without_importing_torch(tmp_path: Path) -> None:
+def test_wrong_paths_and_missing_packages_are_reported_without_importing_torch(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/index.sqlite").touch()
-    commands = [command for command, _ in WRONG_PATHS]
-    code = f"import sys; from llm2clip.cli import main; print([main(c) for c in {commands!r}], 'torch' in sys.modules)"
+    commands = [(command, []) for command, _ in WRONG_PATHS]
+    commands += [(command, [module]) for command, module, _ in MISSING_PACKAGES]
+    code = f"""if True:
+        import sys
+        from llm2clip.cli import main
+        for command, missing in {commands!r}:
+            sys.modules.update(dict.fromkeys(missing))
+            assert main(command) == 1
+            for name in missing:
+                del sys.modules[name]
+        print("torch" in sys.modules)"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert run.stdout == f"{[1] * len(commands)} False\n"
-    for _, message in WRONG_PATHS:
-        assert re.search(message, run.stderr)
+    assert run.stdout == "False\n"
+    errors = [line for line in run.stderr.splitlines() if line.startswith("llm2clip ")]
+    for error, (_, message) in zip(errors, WRONG_PATHS, strict=False):
+        assert re.search(message, error)
+    for error, (_, module, extra) in zip(errors[len(WRONG_PATHS) :], MISSING_PACKAGES, strict=True):
+        assert re.search(rf"requires additional packages \({module}\)\. Run pip install -e '\.\[{extra}\]'", error)
+
+
+def test_extras_match_pyproject() -> None:
+    pyproject = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    for extra, modules in EXTRAS.items():
+        packages = [re.split(r"[<>=\[]", entry)[0] for entry in pyproject["project"]["optional-dependencies"][extra]]
+        names = {"open-clip-torch": "open_clip"}
+        assert {names.get(package, package.replace("-", "_")) for package in packages} == set(modules)
 
 
 def test_run_directories_stand_for_the_model_and_the_encoder_in_them(

@@ -12,6 +12,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +23,16 @@ except ImportError:  # Windows
 
 MAX_JSON_BYTES = 2 << 30  # size limit for JSON files, which are read into memory completely
 MAX_LINE_CHARACTERS = 1 << 25
+EXTRAS = {  # extra in pyproject.toml -> modules of its packages
+    "ocr": ("onnxruntime", "rapidocr"),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "open-clip": ("open_clip",),
+    "postgres": ("pgvector", "psycopg"),
+    "qlora": ("bitsandbytes",),
+    "quickstart": ("emoji", "resvg_py"),
+    "ray": ("ray",),
+    "search": ("fastapi", "h11", "prometheus_client", "pydantic", "starlette", "usearch", "uvicorn"),
+}
 # Letters of scripts that do not separate words with spaces: Thai, Lao, Burmese, Khmer, Chinese and Japanese.
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -213,6 +224,15 @@ def hide_url_secrets(text: str) -> str:
 def install_command(*extras: str) -> str:
     """Return the command that installs these extras, to be run in the source folder: there is no published package."""
     return f"pip install -e '.[{','.join(extras)}]'" if extras else "pip install -e ."
+
+
+def check_extra(extra: str, feature: str) -> None:
+    """Raise ModuleNotFoundError if a package of an extra, a key of `EXTRAS`, is missing. Nothing is imported."""
+    missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"{feature} requires additional packages ({', '.join(missing)}). Run {install_command(extra)}"
+        )
 
 
 # ---- texts ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from llm2clip.io_utils import check_extra
 from llm2clip.models.loading import is_hub_id
 from llm2clip.runs.output_folder import CONFIG_FILE
 
@@ -30,11 +31,16 @@ def check_sources(*groups: Iterable[str] | None) -> None:
 
 
 def check_index(location: str | None) -> None:
-    """Raise FileNotFoundError if a local folder contains no index. URLs are not checked."""
-    from llm2clip.search.backends import INDEX_FILE, format_missing_index_message
+    """Raise FileNotFoundError if a local folder contains no index, or ImportError if a package to read it is missing.
+
+    The server of an index in PostgreSQL is not contacted.
+    """
+    from llm2clip.search.backends import INDEX_FILE, check_backend_packages, format_missing_index_message
 
     if location is not None and "://" not in location and not (Path(location) / INDEX_FILE).is_file():
         raise FileNotFoundError(format_missing_index_message(location))
+    if location is not None:
+        check_backend_packages(location)
 
 
 def check_stores(*folders: str) -> None:
@@ -83,6 +89,7 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
 
     Raises:
         FileNotFoundError: The name is neither an existing path nor a valid name.
+        ImportError: The model requires open_clip, which is not installed.
     """
     path = Path(name).expanduser()
     if path.is_dir() and not (path / config_file).exists():
@@ -91,6 +98,8 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
                 if os.environ.get("RANK", "0") == "0":
                     print(f"{name}: using {path / subfolder}", file=sys.stderr)
                 return str(path / subfolder)
+    if name.startswith("open_clip:"):
+        check_extra("open-clip", name)
     if name in known or name.startswith(PREFIXES) or path.exists():
         return name
     from llm2clip.data.formats import suggest_paths

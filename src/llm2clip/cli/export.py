@@ -12,6 +12,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from llm2clip.cli.checks import check_index, check_output_folder, check_stores, resolve_model
 from llm2clip.cli.commands import Commands, format_command
+from llm2clip.io_utils import check_extra
 from llm2clip.models.export import FORMATS, export_model
 
 if TYPE_CHECKING:
@@ -175,6 +176,8 @@ def _format_closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[st
 
 def _export(args: Namespace) -> list[str]:
     args.model = resolve_model(args.model)
+    if args.to in ("onnx", "gallery"):
+        check_extra("onnx", f"--to {args.to}")
     if args.to == "gallery":
         return _export_gallery(args)
     for name in ("index", "max_mb", "gps"):

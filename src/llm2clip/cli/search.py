@@ -154,10 +154,14 @@ def _add_output_arguments(sub: ArgumentParser) -> None:
 
 
 def _index(args: Namespace) -> list[str]:
-    from llm2clip.search.backends import get_backend_name, hide_password, open_backend
+    from llm2clip.io_utils import check_extra
+    from llm2clip.search.backends import check_backend_packages, get_backend_name, hide_password, open_backend
 
     if get_backend_name(args.out) == "sqlite":
         check_output_folder(args.out, "index")
+    check_backend_packages(args.out)
+    if args.ocr:
+        check_extra("ocr", "--ocr")
     if not args.prune:
         check_sources(args.data)
     args.model = resolve_model(args.model)

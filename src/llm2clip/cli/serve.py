@@ -12,7 +12,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from llm2clip.cli.checks import check_index, check_port, resolve_model
 from llm2clip.cli.commands import ArgumentParser, Commands, Port
-from llm2clip.io_utils import install_command
+from llm2clip.io_utils import check_extra
 
 
 def add_commands(commands: Commands) -> None:
@@ -86,15 +86,13 @@ def _serve(args: Namespace) -> list[str]:
         args.model = resolve_model(args.model)
     if args.rerank is not None:
         args.rerank = resolve_model(args.rerank)
+    check_extra("search", "`serve`")
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.backends import open_backend
+    from llm2clip.search.inference import Limits
+    from llm2clip.search.server import LOOPBACK, Access, create_app, serve
 
-    try:
-        from llm2clip.search.inference import Limits
-        from llm2clip.search.server import LOOPBACK, Access, create_app, serve
-    except ModuleNotFoundError as error:
-        raise ImportError(f"`serve` requires additional packages ({error}). Run {install_command('search')}") from error
     backend = open_backend(args["index"]) if args["index"] else None
     model_name = args.model or (backend.metadata()["model"] if backend else None)
     if model_name is None:

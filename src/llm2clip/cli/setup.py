@@ -19,6 +19,7 @@ from llm2clip.cli.commands import (
 )
 from llm2clip.cli.train import add_stage_settings
 from llm2clip.config import FitConfig
+from llm2clip.io_utils import check_extra
 from llm2clip.tools.plan_memory import Machine
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def _run_doctor(args: Namespace) -> list[str]:
 def _run_quickstart(args: Namespace) -> list[str]:
     if not (Path(args.out) / "data").is_dir():  # --out contains no earlier quickstart run
         check_output_folder(args.out, "fit")
+        check_extra("quickstart", "`quickstart`")
     from llm2clip.tools.quickstart import quickstart
 
     return quickstart(Path(args.out), offline=args.offline, hub=args.hub)

@@ -39,6 +39,7 @@ from llm2clip.config import (
     FitConfig,
     TuneConfig,
 )
+from llm2clip.io_utils import check_extra
 
 if TYPE_CHECKING:
     from llm2clip.data.table import RecordTable
@@ -171,6 +172,8 @@ def add_stage_settings(parser: ArgumentParser) -> None:
 
 def _fit(args: Namespace) -> list[str]:
     check_output_folder(args.out, "fit")
+    if args.tune.qlora:
+        check_extra("qlora", "--tune.qlora")
     check_sources(args.data, args.tune.data, args.tune.text_pairs, args.tune.exclude, args.evaluate.data)
     args.encoder.path = resolve_encoder(args.encoder.path)
     check_pretrained(args.align.tower)
@@ -200,6 +203,8 @@ def _check_resources(run: Run, records: RecordTable | None) -> list[str]:
 
 def _tune(args: Namespace) -> list[str]:
     check_output_folder(args.out, "tune")
+    if args.tune.qlora:
+        check_extra("qlora", "--tune.qlora")
     check_sources(args.data, args.tune.data, args.tune.text_pairs, args.tune.exclude)
     args.encoder.path = resolve_encoder(args.encoder.path)
     from llm2clip.pipeline import open_run, tune
@@ -213,6 +218,8 @@ def _tune(args: Namespace) -> list[str]:
 
 def _embed(args: Namespace) -> list[str]:
     check_output_folder(args.out, "store")
+    if args.engine == "ray":
+        check_extra("ray", "--engine ray")
     check_sources(args.data)
     args.encoder.path = resolve_encoder(args.encoder.path)
     from llm2clip.pipeline import embed, open_run

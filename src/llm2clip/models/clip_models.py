@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import onednn_matmul
-from llm2clip.io_utils import install_command
+from llm2clip.io_utils import check_extra
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import check_model_source, find_file, hide_loading_bars, load_config, requires_remote_code
 from llm2clip.models.model_folder import LLM2CLIPConfig
@@ -201,10 +201,8 @@ def get_pooled_output(features: Any) -> Tensor:
 
 
 def _load_open_clip(name: str, device: torch.device) -> ClipTextEncoder:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ImportError(f"{OPEN_CLIP_PREFIX}{name} requires open_clip: {install_command('open-clip')}") from error
+    check_extra("open-clip", f"{OPEN_CLIP_PREFIX}{name}")
+    import open_clip
 
     if Path(name).is_dir():
         architecture, pretrained = f"local-dir:{name}", ""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from llm2clip.io_utils import install_command
+from llm2clip.io_utils import check_extra
 from llm2clip.search.metadata import (
     CONDITIONS,
     CONTENT_CONDITIONS,
@@ -392,14 +392,16 @@ def open_backend(location: str, write: bool = False) -> Backend:
         ValueError: The URL is invalid, or a password or data would be sent unencrypted.
         IndexUnavailableError: The server does not respond.
     """
+    check_backend_packages(location)
+    module = importlib.import_module(f"llm2clip.search.{get_backend_name(location)}_backend")
+    backend: Backend = module.open_index(location, write)
+    return backend
+
+
+def check_backend_packages(location: str) -> None:
+    """Raise ImportError if a package that reads the index is not installed, or ValueError if the URL is invalid."""
     name = get_backend_name(location)
-    try:
-        module = importlib.import_module(f"llm2clip.search.{name}_backend")
-        backend: Backend = module.open_index(location, write)
-        return backend
-    except ModuleNotFoundError as error:
-        command = install_command("search" if name == "sqlite" else name)
-        raise ImportError(f"{hide_password(location)}: a package is missing; run `{command}` ({error})") from error
+    check_extra("search" if name == "sqlite" else name, f"the index {hide_password(location)}")
 
 
 def get_backend_name(location: str) -> str:

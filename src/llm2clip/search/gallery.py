@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from llm2clip.io_utils import atomic_dir, format_bytes
+from llm2clip.io_utils import atomic_dir, check_extra, format_bytes
 from llm2clip.models.dual_encoder import wrap_llm2clip
-from llm2clip.models.export.onnx import check_onnx_packages, count_final_tokens, export_quantized_text
+from llm2clip.models.export.onnx import count_final_tokens, export_quantized_text
 from llm2clip.models.export.transformers import CHECKED_TEXTS, SAMPLE_TEXTS, build_tokenizer
 from llm2clip.models.llm2clip import LLM2CLIP, truncate_model
 from llm2clip.models.pretrained import ONNXRUNTIME_WEB, TOKENIZERS, resolve_npm_package
@@ -71,7 +71,7 @@ def export_gallery(
     """
     if Path(out).exists():
         raise FileExistsError(f"{out} exists: choose another folder")
-    check_onnx_packages()
+    check_extra("onnx", "exporting to ONNX")
     backend = open_backend(index)
     model = LLM2CLIP.from_pretrained(model_name, device="cpu")
     metadata = backend.metadata()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm2clip.data.images import iter_image_batches, shrink_image
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.io_utils import describe_error, install_command
+from llm2clip.io_utils import check_extra, describe_error, install_command
 from llm2clip.progress import ProgressBar
 from llm2clip.search.backends import Backend
 
@@ -35,12 +35,10 @@ def open_recognizer() -> RecognizeText:
     Raises:
         ImportError: The package rapidocr or onnxruntime is not installed, or rapidocr does not contain the weights.
     """
-    try:
-        import onnxruntime  # noqa: F401
-        from rapidocr import RapidOCR
-        from rapidocr.utils.process_img import get_rotate_crop_image
-    except ModuleNotFoundError as error:
-        raise ImportError(f"--ocr requires additional packages ({error}). Run {install_command('ocr')}") from error
+    check_extra("ocr", "--ocr")
+    from rapidocr import RapidOCR
+    from rapidocr.utils.process_img import get_rotate_crop_image
+
     params: dict[str, Any] = {
         "Global.log_level": "critical",  # rapidocr warns about each image without text
         "Global.use_preprocess_img": False,  # would enlarge narrow images

@@ -24,7 +24,7 @@ from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import iter_image_batches
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import EvalTransform
-from llm2clip.io_utils import atomic_write_jsonl, install_command, read_jsonl
+from llm2clip.io_utils import atomic_write_jsonl, check_extra, read_jsonl
 from llm2clip.models.loading import hash_weights
 from llm2clip.models.precision import Precision, calibrate_precision, resolve_precision
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -362,11 +362,10 @@ def embed_with_ray(
         ChildProcessError: A worker died more than `MAX_RETRIES` times.
         StoreError: The store was created with a different encoder, or another run is writing to the store.
     """
-    try:
-        import ray
-        import ray.data
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"--engine ray requires Ray. Run {install_command('ray')}") from error
+    check_extra("ray", "--engine ray")
+    import ray
+    import ray.data
+
     if process_state().num_processes > 1:
         raise ValueError("--engine ray starts its own workers. Run the command without torchrun")
     encoder = open_encoder(device="cpu")  # keep this machine's GPU free for a worker

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm2clip.io_utils import install_command
+from llm2clip.io_utils import check_extra
 from llm2clip.models.export.transformers import (
     MIN_COSINE,
     SAMPLE_TEXTS,
@@ -130,21 +130,13 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     Return messages with each graph's size and cosine similarity to PyTorch's embeddings. Raise ValueError if the
     minimum similarity of a graph with float32 weights is below 0.9999.
     """
-    check_onnx_packages()
+    check_extra("onnx", "exporting to ONNX")
     messages = [*_export_graph(_build_vision_graph(model), folder, int8), *export_text(model, folder, int8)]
     (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
     tokenizer = build_tokenizer(model.encoder)
     usage = USAGE.format(pad_id=tokenizer.pad_token_id, max_length=tokenizer.model_max_length)
     (folder / "USE.md").write_text(usage)
     return messages
-
-
-def check_onnx_packages() -> None:
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"exporting to ONNX requires `{install_command('onnx')}` ({error})") from error
 
 
 @torch.no_grad()

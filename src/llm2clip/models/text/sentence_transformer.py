@@ -1,6 +1,5 @@
 """Loading of text encoders as SentenceTransformers, changes to their templates and layers, and LoRA training."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 from torch import nn
 
-from llm2clip.io_utils import install_command, read_json
+from llm2clip.io_utils import read_json
 from llm2clip.models.loading import (
     WITHOUT_HUB_CODE,
     check_model_source,
@@ -242,11 +241,6 @@ class LoraSession:
         model = get_peft_model(llm, self.config)
         set_peft_model_state_dict(model, lora_weights)
         return model
-
-
-def check_qlora_available() -> None:
-    if find_spec("bitsandbytes") is None:
-        raise ModuleNotFoundError(f"--tune.qlora requires the bitsandbytes package: {install_command('qlora')}")
 
 
 def cast_frozen_linear_layers(llm: nn.Module, dtype: torch.dtype) -> None:
