@@ -185,7 +185,8 @@ def test_packed_and_padded_embeddings_are_equal(llm: Path, pooling: str, templat
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"layers": 2}, {"template": "<|user|>say: {caption}<|end|>"}, {"pooling": "lasttoken"}]
+    "options",
+    [{}, {"layers": 2}, {"layers": 99}, {"template": "<|user|>say: {caption}<|end|>"}, {"pooling": "lasttoken"}],
 )
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_saved_folder_gives_equal_embeddings_in_sentence_transformers(

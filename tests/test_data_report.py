@@ -90,6 +90,16 @@ def test_data_command_describes_texts_without_images(tmp_path: Path, capsys: pyt
     assert "de 100.0%\n" in text and "shorter side" not in text
 
 
+def test_data_command_describes_images_without_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(image_bytes(number, "JPEG"))
+    (tmp_path / "broken.jpg").write_bytes(b"x")
+    text = run_data(capsys, tmp_path, "--report", tmp_path / "data.html")
+    assert text.startswith("None of the 3 images has a caption, which training needs.\n")
+    assert "rows skipped 1\n" in text and "unreadable image 1\n" in text and "Captions" not in text
+    assert f"Next: llm2clip caption {tmp_path} --model MODEL --out captions.jsonl" in text
+
+
 def test_data_command_writes_only_html_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_jsonl(tmp_path / "texts.jsonl", [{"captions": ["a"]}])
     content = file.read_text()

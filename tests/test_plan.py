@@ -1,6 +1,7 @@
 """Plans: parameters and FLOPs against published numbers and formulas. For memory, see also test_memory.py."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
+from llm2clip.cli import main
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
 from llm2clip.tools import plan as planner
 from llm2clip.tools import plan_costs as model_costs
@@ -287,16 +289,31 @@ def test_machine_options_override_the_device_table_and_have_ranges() -> None:
     assert Machine("H100", memory=40).device_spec.memory == 40
     assert Machine("cpu", tflops=1.5, memory=24).device_spec.get_peak_flops("fp32") == 1.5e12
     with pytest.raises(ValueError, match=r"--device must be one of h100, .*--tflops"):
-        Machine("cpu", memory=24)
+        Machine("gtx1080", memory=24)
+    cpu = Machine("cpu").device_spec  # measured
+    assert 1e-4 < cpu.full < 1e3 and 0.01 < cpu.memory < 1e5
     for name, value in (("mfu", 0), ("mfu", 2), ("tflops", 0), ("count", -1)):
         with pytest.raises(ValueError, match=f"--{name} must be"):
             Machine("l4", **{name: value})
 
 
+def test_plan_counts_the_captions_in_the_data(image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--config", "cpu", "--device", "cpu", "--max_skipped", "1"]
+    assert main(["plan", str(image_folder), *flags]) == 0
+    rows = [json.loads(line) for line in (image_folder / "captions.jsonl").read_text().splitlines()]
+    training = [row for row in rows if row["split"] != "val"]
+    texts = [text for row in training for text in row["captions"] + row.get("long_captions", [])]
+    output = capsys.readouterr().out
+    assert f"4 epochs of {len(training)} images" in output and f" {len(texts)} captions" in output
+    assert f"caption of {round(sum(map(len, texts)) / len(texts) / 4, 1):g} tokens" in output
+    assert main(["plan", *flags]) == 1
+    assert "pass DATA with captions, or the number of training images with --images" in capsys.readouterr().err
+
+
 def test_plan_rejects_too_few_images() -> None:
     with pytest.raises(ValueError, match="--images must be greater than 0"):
         plan_fit(SMALL, GPU, 0, 2, 30)
-    with pytest.raises(ValueError, match="cannot train on 1 images"):
+    with pytest.raises(ValueError, match="the data has 1"):
         plan_fit(SMALL, GPU, 1, 2, 30)
 
 

@@ -38,7 +38,7 @@ class EncoderConfig:
     bidirectional: bool | None = None
     """Use bidirectional instead of causal attention. Default: as saved with the encoder, or true for a plain LLM."""
     layers: int | None = None
-    """Keep only the first N transformer layers. Default: all layers."""
+    """Keep only the first N transformer layers. Encoders with fewer layers keep all of them. Default: all layers."""
     template: str | None = None
     """Template wrapped around each caption, e.g. "<s>{caption}</s>". At most one special token may follow {caption}.
     Default: no template."""

@@ -38,7 +38,7 @@ from llm2clip.config import AlignConfig, DistillConfig, EncoderConfig, EvaluateC
 from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.build_table import DataSplits, open_table, read_splits
 from llm2clip.data.noun_phrases import add_phrases
-from llm2clip.data.pairs import TuningItem, read_tuning_sources
+from llm2clip.data.pairs import CaptionItems, TuningItem, check_pairable, read_tuning_sources
 from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, Record, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
@@ -144,6 +144,9 @@ class Run:
         if latest_checkpoint(self.stage_folder("align") / "checkpoints") is None:
             num_images = int(data.train.has_image.sum())
             resolve_images_per_step(num_images, config.align, process_state().num_processes)
+        tune = config.tune
+        if is_fit and tune.steps and not (tune.data or tune.text_pairs or (self.out / "tune/encoder").exists()):
+            check_pairable(CaptionItems(data.train))  # otherwise, the error would occur after the LLM has been loaded
         return data
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
@@ -13,12 +13,14 @@ from llm2clip.cli.commands import (
     DATA_HELP,
     Commands,
     add_reading_arguments,
+    format_column_flags,
+    format_command,
     read_builtin_configs,
     select_arguments,
     suggest_names,
 )
 from llm2clip.cli.train import add_stage_settings
-from llm2clip.config import FitConfig
+from llm2clip.config import EvaluateConfig, FitConfig
 from llm2clip.io_utils import check_extra
 from llm2clip.tools.plan_memory import Machine
 
@@ -51,9 +53,21 @@ def add_commands(commands: Commands) -> None:
         _plan,
         "Estimate the parameters, FLOPs, memory and hours of `fit`, without downloading anything.",
     )
-    parser.add_argument("--images", type=int, required=True, help="Number of training images.")
-    parser.add_argument("--captions_per_image", type=float, default=2.0, help="Average number of captions per image.")
-    parser.add_argument("--tokens_per_caption", type=float, default=84.0, help="Average caption length in tokens.")
+    parser.add_argument(
+        "data", nargs="*", type=str, default=[], help=f"{DATA_HELP} Images and captions are counted in the data."
+    )
+    parser.add_argument("--images", type=int, help="Number of training images. Required without DATA.")
+    parser.add_argument(
+        "--captions_per_image",
+        type=float,
+        help="Average number of captions per image. Default: counted in DATA, or 2 without DATA.",
+    )
+    parser.add_argument(
+        "--tokens_per_caption",
+        type=float,
+        help="Average caption length in tokens. Default: estimated from DATA, or 84 without DATA.",
+    )
+    add_reading_arguments(parser)
     parser.add_class_arguments(Machine, skip={"use_fsdp"})
     parser.add_argument(
         "--use_fsdp", action="store_true", help="Shard the weights with FSDP, as in `accelerate launch --use_fsdp`."
@@ -91,6 +105,10 @@ def _describe_data(args: Namespace) -> list[str]:
         lines.append(f"Report: {page}")
     else:
         lines.append("To see plots and example images, add --report data.html")
+    if overview.statistics.num_images and not overview.num_captions:
+        command = ["caption", *args.data, *format_column_flags(args.columns), "--model", "MODEL"]
+        lines.append(f"Next: {format_command(*command, '--out', 'captions.jsonl')}")
+        lines.append("      To search the images, no captions are needed: llm2clip index")
     return lines
 
 
@@ -107,11 +125,22 @@ def _list_configs(args: Namespace) -> list[str]:
 
 
 def make_plan(args: Namespace) -> Plan:
-    from llm2clip.tools.plan import plan_fit
+    from llm2clip.tools.plan import measure_captions, plan_fit
 
+    check_sources(args.data)
+    data: dict[str, Any] = {"images": None, "captions_per_image": 2.0, "tokens_per_caption": 84.0}
+    if args.data:
+        from llm2clip.data.build_table import read_splits
+        from llm2clip.data.skip_log import SkipLog
+
+        log = SkipLog(max_skipped=args.max_skipped)
+        data |= measure_captions(read_splits(args.data, EvaluateConfig(), args.columns, log).train)
+    data |= {name: args[name] for name in data if args[name] is not None}
+    if data["images"] is None:
+        raise ValueError("pass DATA with captions, or the number of training images with --images")
     config = FitConfig(**select_arguments(args, "encoder", "tune", "embed", "align"))
     machine = Machine(**select_arguments(args, *(field.name for field in dataclasses.fields(Machine))))
-    return plan_fit(config, machine, args.images, args.captions_per_image, args.tokens_per_caption)
+    return plan_fit(config, machine, **data)
 
 
 def _plan(args: Namespace) -> list[str]:

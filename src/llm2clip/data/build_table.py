@@ -79,6 +79,7 @@ def open_table(
     image_check: ImageCheck = "header",
     folder: Path | None = None,
     workers: int | None = None,
+    require_captions: bool = True,
 ) -> RecordTable:
     """Read all records from several sources into a table with one record per image, in order of first appearance.
 
@@ -93,6 +94,7 @@ def open_table(
         image_check: See `open_records`. If "ignore", the bytes of image files are not compared.
         folder: Folder for the table. Default: a folder in the user's cache.
         workers: Number of processes. Default: one per core, or this process for small sources.
+        require_captions: See `open_records`.
 
     Raises:
         NoImagesError: Images are checked, but no record has an image.
@@ -107,7 +109,7 @@ def open_table(
         parsed.append(dataclasses.replace(source, columns={**source.columns, **columns}))
     with FileLock(folder / "lock"):
         _delete_unused(folder)
-        tasks = _list_parts(parsed, log, image_check, folder)
+        tasks = _list_parts(parsed, log, image_check, require_captions, folder)
         _read_parts(parsed, tasks, log, image_check, workers)
         table_folder = _merge_parts(parsed, tasks, image_check, folder)
     return _open_merged(tasks, table_folder, parsed, log, image_check)
@@ -130,12 +132,15 @@ class _PartTask:
     source: Source
     part: FilePart
     image_check: ImageCheck
+    require_captions: bool
     file: Path
     version: str | None = None  # pinned version of a remote file
     summary: ReadSummary | None = None
 
 
-def _list_parts(sources: Sequence[Source], log: SkipLog, image_check: ImageCheck, folder: Path) -> list[_PartTask]:
+def _list_parts(
+    sources: Sequence[Source], log: SkipLog, image_check: ImageCheck, require_captions: bool, folder: Path
+) -> list[_PartTask]:
     """List the parts of all sources in order. The name of a part's file is a hash of all that affects its rows."""
     tasks = []
     for index, source in enumerate(sources):
@@ -144,7 +149,7 @@ def _list_parts(sources: Sequence[Source], log: SkipLog, image_check: ImageCheck
             version = source_format.compute_version(path)
             absolute_path = path if is_remote(path) else os.path.abspath(path)
             settings = [FORMAT_VERSION, source_format.name, path, absolute_path, version, source.path]
-            settings += [source.splits, sorted(source.columns.items()), image_check]
+            settings += [source.splits, sorted(source.columns.items()), image_check, require_captions]
             pinned = version if is_remote(path) and not source_format.is_folder else None
             for part in split_file(source_file, PART_BYTES):
                 file = folder / "parts" / f"{_hash_json([*settings, part.start, part.stop])}.arrow"
@@ -152,7 +157,7 @@ def _list_parts(sources: Sequence[Source], log: SkipLog, image_check: ImageCheck
                 if summary is not None and _must_read_again(part, summary):
                     file.unlink()
                     summary = None
-                tasks.append(_PartTask(index, source, part, image_check, file, pinned, summary))
+                tasks.append(_PartTask(index, source, part, image_check, require_captions, file, pinned, summary))
     return tasks
 
 
@@ -186,8 +191,9 @@ def _read_parts(
     num_rows = 0
     with ProgressBar(total=len(tasks), desc="reading data", unit="part", disable=hide) as bar:
         for index, source in enumerate(sources):
-            reader = RecordReader(source, log, image_check, require_captions=True)
-            for task in [task for task in tasks if task.source_index == index]:
+            parts = [task for task in tasks if task.source_index == index]
+            reader = RecordReader(source, log, image_check, all(task.require_captions for task in parts))
+            for task in parts:
                 prefetch(files[len(files) - len(missing) :][:PREFETCH_FILES])
                 if missing.pop(task.file, None) is not None and (error := next(new_parts)) is not None:
                     raise error
@@ -217,7 +223,7 @@ def _write_part(task: _PartTask) -> Exception | None:
     if task.version is not None:
         pin_versions({task.part.path: task.version})
     log = EventLog()
-    reader = RecordReader(task.source, log, task.image_check, require_captions=True)
+    reader = RecordReader(task.source, log, task.image_check, task.require_captions)
     rows = ((record, task.source.path, facts) for record, facts in reader.read_part(task.part, hash_images=True))
     try:
         with atomic_path(task.file) as file:

@@ -144,11 +144,8 @@ def read_tuning_sources(
     num_removed = num_read - sum(len(items) for items in captions)
     if config.exclude and not num_removed:
         print_once("--tune.exclude has no effect: the tuning data contains none of the excluded images")
-    if config.steps and not config.text_pairs and not any(items.pairable for items in captions):
-        raise ValueError(
-            "no image has two different captions, which tuning needs as positive pairs. Use --tune.steps 0 to leave "
-            "the LLM unchanged, or --tune.data to tune on a data set with several captions per image"
-        )
+    if config.steps and not config.text_pairs:
+        check_pairable(chain.from_iterable(captions))
     pairs = [list(read_text_pairs(path, log)) for path in config.text_pairs]
     if config.steps:
         resolve_pairs_per_step([*captions, *pairs], config.batch_size, process_state().num_processes)
@@ -157,6 +154,15 @@ def read_tuning_sources(
     removed = f"; {num_removed:,} images excluded" if num_removed else ""
     print_once(f"tuning on {' + '.join(counts)}{removed}")
     return [*captions, *pairs]
+
+
+def check_pairable(captions: Iterable[ImageCaptions]) -> None:
+    """Raise ValueError if no image has two different captions."""
+    if not any(map(can_pair, captions)):
+        raise ValueError(
+            "no image has two different captions, which tuning needs as positive pairs. Use --tune.steps 0 to leave "
+            "the LLM unchanged, or --tune.data to tune on a data set with several captions per image"
+        )
 
 
 def _mask_usable(

@@ -364,6 +364,10 @@ def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) 
     return chosen
 
 
+class NoCaptionsError(DataFormatError):
+    """A source contains images without captions, although captions are required."""
+
+
 class ColumnMapper:
     """Mapper from record fields to a source's columns. The user's `mapping` overrides automatic detection."""
 
@@ -412,10 +416,15 @@ class ColumnMapper:
                 hint = f" (did you mean {similar[0]}?)" if similar else ""
                 raise DataFormatError(f"{where}: no column {column!r} for {name}{hint}; {self._describe_columns()}")
         if self.require_captions and not self.has_captions:
-            raise DataFormatError(f"{where}: {self.describe_missing('captions')}")
+            error = NoCaptionsError if self._has_only_images else DataFormatError
+            raise error(f"{where}: {self.describe_missing('captions')}")
+
+    @property
+    def _has_only_images(self) -> bool:
+        return all(_normalize_name(column) in COLUMN_NAMES["image"] for column in self.columns)
 
     def describe_missing(self, field: str) -> str:
-        if field == "captions" and all(_normalize_name(column) in COLUMN_NAMES["image"] for column in self.columns):
+        if field == "captions" and self._has_only_images:
             return (
                 "the images have no captions. To let a multimodal model write captions, run `llm2clip caption` first, "
                 "or add --caption MODEL to `llm2clip fit`"

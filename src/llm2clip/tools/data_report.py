@@ -18,7 +18,7 @@ from llm2clip.data.build_table import NoImagesError, open_table, read_splits
 from llm2clip.data.image_refs import IMAGE_KINDS
 from llm2clip.data.images import ImageError, load_image, make_thumbnail
 from llm2clip.data.noun_phrases import add_phrases
-from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, Record
+from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, NoCaptionsError, Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.data.table_statistics import (
@@ -74,13 +74,18 @@ class DataOverview:
     table_bytes: int  # size of the record table on disk
     seconds: float  # time that it took to build or open the table
 
+    @property
+    def num_captions(self) -> int:
+        return sum(self.statistics.texts[name].words.count for name in CAPTION_FIELDS)
+
 
 def inspect_data(
     sources: Sequence[str], columns: dict[str, str], max_skipped: float = 1.0
 ) -> tuple[DataOverview, RecordTable]:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        log = SkipLog(Path(folder) / "skipped.jsonl", max_skipped)
+        skipped_file = Path(folder) / "skipped.jsonl"
+        log = SkipLog(skipped_file, max_skipped)
         try:
             table = open_table(sources, columns, log)
             splits = read_splits(sources, EvaluateConfig(), columns, SkipLog(max_skipped=max_skipped))
@@ -91,9 +96,16 @@ def inspect_data(
             table = open_table(sources, columns, log, image_check="unchecked")
             training = ["No record has an image. Only `tune` and `embed` accept text-only data"]
             num_training = num_held_out = 0
+        except NoCaptionsError:
+            skipped_file = Path(folder) / "skipped_images.jsonl"
+            log = SkipLog(skipped_file, max_skipped)
+            table = open_table(sources, columns, log, require_captions=False)
+            training = ["`fit` needs captions"]
+            num_training = num_held_out = 0
         seconds = time.monotonic() - start
-        skipped = read_first_skipped_rows(Path(folder) / "skipped.jsonl")
-    table = add_phrases(table)
+        skipped = read_first_skipped_rows(skipped_file)
+    if any(table.count_texts(name).any() for name in CAPTION_FIELDS):
+        table = add_phrases(table)
     overview = DataOverview(
         sources=list(sources),
         statistics=compute_statistics(table.iterate_batches(STATISTICS_COLUMNS), table.has_image),
@@ -142,13 +154,13 @@ def choose_evenly(length: int, count: int) -> np.ndarray:
 def describe_data(overview: DataOverview) -> str:
     """State in words what matters most for training on the data: the worst problem, or that the data are ready."""
     statistics, log = overview.statistics, overview.log
-    captions = sum(statistics.texts[name].words.count for name in CAPTION_FIELDS)
+    captions = overview.num_captions
     size = f"{statistics.num_images:,} images with {captions:,} captions"
     skipped = log.skipped.total()
     if not statistics.num_images:
         return f"No record has an image: only `tune` and `embed` can use these {captions:,} captions."
     if not captions:
-        return f"None of the {statistics.num_images:,} images has a caption. `llm2clip caption` can write captions."
+        return f"None of the {statistics.num_images:,} images has a caption, which training needs."
     if skipped > FIT_MAX_SKIPPED * log.rows_seen:
         [(reason, count)] = log.skipped.most_common(1)
         share = 100 * skipped / log.rows_seen
@@ -201,6 +213,8 @@ def _build_summary(overview: DataOverview) -> list[Block]:
 
 def _build_captions(overview: DataOverview) -> list[Block]:
     texts = {name: texts for name, texts in overview.statistics.texts.items() if texts.num_records}
+    if not texts:
+        return []
     rows: list[list[str]] = []
     for name, statistics in texts.items():
         label, counts = FIELD_LABELS[name], [f"{statistics.num_records:,}", f"{statistics.words.count:,}"]

@@ -210,8 +210,8 @@ def _make_parameter_table(plan: Plan) -> Table:
 
 def _make_flops_table(plan: Plan) -> Table:
     flops, align = plan.step_flops, plan.config.align
-    caption = f"caption of {plan.tokens_per_caption:g} tokens"
-    captions = "its caption" if plan.image.captions == 1 else f"its {plan.image.captions:g} captions"
+    caption = f"caption of {round(plan.tokens_per_caption, 1):g} tokens"
+    captions = "its caption" if plan.image.captions == 1 else f"its {round(plan.image.captions, 1):g} captions"
     source = ", from cached features" if align.tower_lr == 0 else ""
     counts = {f"{caption}, forward": plan.text.forward}
     if "tune" in plan.memory:
@@ -266,16 +266,13 @@ def check_resources(config: FitConfig, run_dir: Path, records: RecordTable | Non
     """
     if records is None:
         images = config.align.batch_size * process_state().num_processes  # a single step
-        captions_per_image = tokens_per_caption = 1.0
+        data = {"images": images, "captions_per_image": 1.0, "tokens_per_caption": 1.0}
     else:
-        images = int(records.has_image.sum())
-        texts = list(records[:SAMPLED_RECORDS].iterate_texts(CAPTION_FIELDS))
-        if not images or not texts:
+        data = measure_captions(records)
+        if not data:
             return []
-        captions_per_image = len(texts) / min(len(records), SAMPLED_RECORDS)
-        tokens_per_caption = max(1.0, sum(map(len, texts)) / len(texts) / CHARACTERS_PER_TOKEN)
     try:
-        plan = plan_fit(config, _detect_machine(), images, captions_per_image, tokens_per_caption)
+        plan = plan_fit(config, _detect_machine(), **data)
         fits = plan.fits
     except (ValueError, RuntimeError) as error:  # fake tensors may not support all of the model's operations
         return [f"Could not check memory and disk space: {error}"]
@@ -288,6 +285,19 @@ def check_resources(config: FitConfig, run_dir: Path, records: RecordTable | Non
             warnings.append(f"Warning: {stage} needs about {needed} of memory, but only {free} is free.")
             warnings.append(f"  {MEMORY_ADVICE[stage]}")
     return warnings
+
+
+def measure_captions(records: RecordTable) -> dict[str, Any]:
+    """Return the arguments of `plan_fit` that describe the data, or an empty dict without images or captions."""
+    images = int(records.has_image.sum())
+    texts = list(records[:SAMPLED_RECORDS].iterate_texts(CAPTION_FIELDS))
+    if not images or not texts:
+        return {}
+    return {
+        "images": images,
+        "captions_per_image": len(texts) / min(len(records), SAMPLED_RECORDS),
+        "tokens_per_caption": max(1.0, sum(map(len, texts)) / len(texts) / CHARACTERS_PER_TOKEN),
+    }
 
 
 def _detect_machine() -> Machine:

@@ -12,7 +12,9 @@ the fp32 weights plus the memory-mapped 16-bit files that they are converted fro
 """
 
 import dataclasses
+import time
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from llm2clip.config import AlignConfig, Stage, TuneConfig
@@ -78,13 +80,29 @@ _DEVICES = (
 DEVICES = {device.name: device for device in _DEVICES}
 
 
+@cache
+def _measure_cpu() -> tuple[float, float]:
+    """Return this machine's throughput for fp32 matmuls in 10^12 FLOP/s, and its free memory in GB."""
+    import torch
+
+    from llm2clip.cpu_tuning import get_available_memory
+
+    matrix = torch.ones(1024, 1024)
+    durations = []
+    for _ in range(5):
+        start = time.perf_counter()
+        matrix @ matrix
+        durations.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(durations) / 1e12, round(get_available_memory() / 1e9, 1)
+
+
 @dataclass
 class Machine:
     """Number and type of devices in a plan."""
 
     device: str
-    """h100, h200, a100-80, a100-40, l40s, rtx4090, l4 or t4. Any other name, including cpu (this machine's CPU), also
-    requires --tflops and --memory."""
+    """h100, h200, a100-80, a100-40, l40s, rtx4090, l4, t4 or cpu (this machine's CPU, whose throughput and free memory
+    are measured). Any other name also requires --tflops and --memory."""
     count: int = 1
     """Number of devices. One process runs on each device."""
     mfu: float | None = None
@@ -103,9 +121,10 @@ class Machine:
                 raise ValueError(f"--{name} must be greater than 0 (got {value})")
         if self.mfu is not None and self.mfu > 1:
             raise ValueError(f"--mfu must be at most 1 (got {self.mfu})")
-        if self.device.lower() not in DEVICES and (self.tflops is None or self.memory is None):
+        is_unknown = self.device.lower() not in DEVICES and not self.is_cpu
+        if is_unknown and (self.tflops is None or self.memory is None):
             raise ValueError(
-                f"--device must be one of {', '.join(DEVICES)} (got {self.device}); for any other device, set both "
+                f"--device must be one of {', '.join(DEVICES)} or cpu (got {self.device}); for any other device, set "
                 "--tflops (10^12 FLOP/s) and --memory (GB)"
             )
 
@@ -126,7 +145,8 @@ class Machine:
 
             from llm2clip.models.precision import has_bf16_hardware
 
-            device = dataclasses.replace(device, bf16=has_bf16_hardware(torch.device("cpu")))
+            tflops, memory = _measure_cpu() if None in (self.tflops, self.memory) else (0.0, 0.0)
+            device = Device("cpu", tflops, tflops, memory, bf16=has_bf16_hardware(torch.device("cpu")))
         if self.tflops is not None:
             device = dataclasses.replace(device, half=self.tflops, full=self.tflops)
         return device if self.memory is None else dataclasses.replace(device, memory=self.memory)

@@ -248,10 +248,13 @@ def resolve_images_per_step(num_images: int, config: AlignConfig, world_size: in
             f"Valid kinds: {', '.join(TEXT_FIELDS)}"
         )
     images_per_step = min(config.batch_size, num_images // world_size) * world_size
+    if config.batch_size * world_size < 2:
+        raise ValueError("--align.batch_size must be at least 2, because a step compares different images (got 1)")
     if images_per_step < 2:
+        processes = "" if world_size == 1 else f" with {world_size} processes"
         raise ValueError(
-            f"cannot train on {num_images:,} images with --align.batch_size {config.batch_size} and {world_size} "
-            "process(es): a step needs at least 2 images that are not held out, and at least 1 per process"
+            f"too few images to train on: a step{processes} needs at least {max(2, world_size)} images that are not "
+            f"held out, but the data has {num_images:,}. Add images"
         )
     return images_per_step
 

@@ -182,9 +182,12 @@ def set_layers(llm: Any, layers: nn.ModuleList) -> None:
 
 
 def truncate_layers(llm: Any, count: int) -> None:
+    """Keep only the first `count` transformer layers. A model with fewer layers is left unchanged."""
     layers = get_layers(llm)
-    if not 1 <= count <= len(layers):
-        raise ValueError(f"layers must be between 1 and {len(layers)}, the depth of this model (got {count})")
+    if count < 1:
+        raise ValueError(f"layers must be at least 1 (got {count})")
+    if count >= len(layers):  # for example, a config for a larger model
+        return
     set_layers(llm, layers[:count])
     llm.config.num_hidden_layers = count
     if getattr(llm.config, "layer_types", None):
