@@ -25,7 +25,7 @@ class WebServer:
     """Web server on the loopback interface, whose files are a dict {path: bytes}.
 
     Attributes:
-        faults: Faults of the next GET requests: "reset", "truncate", "slow", or a status such as "503".
+        faults: Faults of the next GET requests: "reset", "truncate", "slow", "other range", or a status such as "503".
         broken: Paths for which all GET requests fail with the status 503.
         headers: Additional headers of responses with an error status or a redirect.
         requests: (method, path, range, authorization) of each request so far.
@@ -93,7 +93,8 @@ def _create_handler(server: WebServer) -> type[BaseHTTPRequestHandler]:
                 start, end = int(match[1]), min(len(data), int(match[2]) + 1)
             self.send_response(206 if match else 200)
             if match:
-                self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
+                shift = 8 if fault == "other range" else 0
+                self.send_header("Content-Range", f"bytes {start + shift}-{end - 1 + shift}/{len(data)}")
             self.send_header("Content-Length", str(end - start))
             self.send_header("ETag", f'"{hashlib.md5(data).hexdigest()}"')
             self.end_headers()

@@ -50,6 +50,19 @@ def test_readers_name_the_invalid_line(tmp_path: Path, line: str, message: str) 
         read_json(file)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_read_lines_detects_the_encoding(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.txt").write_bytes("a dog\n\n犬\n".encode(encoding))
+    assert read_lines(tmp_path / "a.txt") == ["a dog", "犬"]
+
+
+def test_read_lines_rejects_binary_files(tmp_path: Path) -> None:
+    for data, message in ((b"a dog\nb\0", "line 2: not a text"), ("犬".encode("utf-16")[:-1], "not UTF-16 ")):
+        (tmp_path / "a.txt").write_bytes(data)
+        with pytest.raises(DataFormatError, match=rf"a\.txt.*{message}"):
+            read_lines(tmp_path / "a.txt")
+
+
 def test_readers_reject_files_that_are_not_utf8(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(b"\xff\xfe\xff")

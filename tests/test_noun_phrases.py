@@ -282,6 +282,9 @@ def test_phrases_are_saved_with_the_table(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(noun_phrases, "_extract_phrases", forbid_extraction)
         assert list_phrases(add_phrases(read_table(source, tmp_path))) == phrases
+    (file,) = read_table(source, tmp_path).folder.glob("phrases-*.arrow")  # type: ignore[union-attr]
+    file.write_bytes(file.read_bytes().replace(b"dog", b"cat"))
+    assert list_phrases(add_phrases(read_table(source, tmp_path))) == phrases
 
 
 def test_saved_phrases_belong_to_the_selected_rows_and_the_rules(

@@ -216,12 +216,15 @@ def test_repaired_images_are_used_at_the_next_start(tmp_path: Path) -> None:
 def test_broken_links_in_a_folder_are_missing_images(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").write_bytes(image_bytes(0))
-    (tmp_path / "photos/b.jpg").symlink_to("nothing.jpg")
-    for name in "ab":
+    for name, target in {"b.jpg": "nothing.jpg", "c.jpg": "c.jpg", "no image": "nothing", "folder": "folder"}.items():
+        (tmp_path / "photos" / name).symlink_to(target)
+    for name in "abc":
         (tmp_path / f"photos/{name}.txt").write_text(name)
-    log = SkipLog(max_skipped=1.0)
-    table = open_table([str(tmp_path / "photos")], {}, log, folder=tmp_path / "tables")
-    assert list(table.iterate_texts(["captions"])) == ["a"] and log.skipped == {"missing image": 1}
+    logs = [SkipLog(max_skipped=1.0) for _ in range(2)]
+    table = open_table([str(tmp_path / "photos")], {}, logs[0], folder=tmp_path / "tables")  # `fit` and `data`
+    assert list(table.iterate_texts(["captions"])) == ["a"]
+    assert len(list(open_records(tmp_path / "photos", logs[1], require_captions=False))) == 1  # `index` and `caption`
+    assert all(log.skipped == {"missing image": 2} for log in logs)
 
 
 def test_settings_that_affect_reading_have_their_own_table(tmp_path: Path) -> None:
@@ -277,11 +280,51 @@ def test_unused_tables_are_deleted(tmp_path: Path) -> None:
     open_table([sources[0]], {}, SkipLog(), "unchecked", folder)
     old = time.time() - (build_table.UNUSED_DAYS + 1) * 86_400
     stale = [*(folder / "parts").iterdir(), *(folder / "tables").iterdir()]
+    (tmp_path / "mine").mkdir()
+    for name, target in {
+        "parts/broken": "nothing",
+        "tables/broken": "nothing",
+        "tables/link": tmp_path / "mine",
+    }.items():
+        (folder / name).symlink_to(target)
+        stale.append(folder / name)
     for path in stale:
-        os.utime(path, (old, old))
+        os.utime(path, (old, old), follow_symlinks=False)
     open_table([sources[1]], {}, SkipLog(), "unchecked", folder)
-    assert not any(path.exists() for path in stale)
+    assert not any(os.path.lexists(path) for path in stale) and (tmp_path / "mine").exists()
     assert len(list((folder / "parts").iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["*/*.arrow", "*/*/merged.arrow", "*/*/rows.npy", "*/*/sources.npy", "*/*/copies.npy"])
+def test_damaged_files_of_a_table_are_built_again(tmp_path: Path, name: str) -> None:
+    for n in "ab":
+        (tmp_path / f"{n}.jpg").write_bytes(image_bytes(0))
+    source = str(write_jsonl(tmp_path / "x.jsonl", [{"image": f"{n}.jpg", "caption": n} for n in "ab"]))
+    folder = tmp_path / "tables"
+    rows = list_rows(open_table([source], {}, SkipLog(), folder=folder))
+    (file,) = folder.glob(name)
+    data = file.read_bytes()
+    changed = bytearray(data)
+    changed[len(data) // 2] ^= 1
+    for damaged in (bytes(changed), data[:-100], b"", data + b"more"):
+        file.write_bytes(damaged)
+        log = SkipLog()
+        assert list_rows(open_table([source], {}, log, folder=folder)) == rows
+        assert f"{file if file.parent.name == 'parts' else file.parent}: damaged, and therefore" in log.summary()
+        (file,) = folder.glob(name)  # the table's name depends on when its parts were read
+        assert "damaged" not in str([open_table([source], {}, log := SkipLog(), folder=folder), log.summary()])
+
+
+def test_truncated_parts_of_a_large_table_are_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checksums of parts beyond a limit are not compared, but the parts must be Arrow files."""
+    monkeypatch.setattr(build_table, "MAX_VERIFIED_BYTES", 0)
+    source = str(write_jsonl(tmp_path / "x.jsonl", [{"caption": "x"}]))
+    for _ in range(2):
+        log = SkipLog()
+        assert len(open_table([source], {}, log, "unchecked", tmp_path / "tables")) == 1
+        (part,) = (tmp_path / "tables/parts").iterdir()
+        part.write_bytes(part.read_bytes()[:-9])
+    assert f"{part}: damaged" in log.summary()
 
 
 def test_killed_build_continues_with_the_complete_parts(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Atomic writes, messages, checks of texts, and JSON and text readers that report the file and line of an error."""
 
+import codecs
 import errno
 import glob
 import hashlib
@@ -10,6 +11,7 @@ import re
 import secrets
 import shutil
 import stat
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -33,6 +35,12 @@ EXTRAS = {  # extra in pyproject.toml -> modules of its packages
     "ray": ("ray",),
     "search": ("fastapi", "h11", "prometheus_client", "pydantic", "starlette", "usearch", "uvicorn"),
 }
+CHECKSUM_BYTES = 4
+_CRC32_RESIDUE = 0x2144DF1C  # CRC-32 of any data followed by its own CRC-32
+_BYTE_ORDER_MARKS = (  # UTF-32 marks come first, because one of them starts with a UTF-16 mark
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
 # Letters of scripts that do not separate words with spaces: Thai, Lao, Burmese, Khmer, Chinese and Japanese.
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -100,11 +108,12 @@ def _replace_on_success(target: Path, prefix: str, suffix: str, create: Callable
             temporary.replace(target)
         fsync_folder(target.parent)
     finally:
-        _remove(temporary)
+        remove_path(temporary)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
+def remove_path(path: Path) -> None:
+    """Remove a file, a folder or a symbolic link, if it exists. The target of a link is not removed."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -138,7 +147,7 @@ def _remove_abandoned_files(folder: Path, prefix: str, suffix: str) -> None:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(path)
+                remove_path(path)
             finally:
                 os.close(descriptor)
 
@@ -199,11 +208,36 @@ def fsync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def append_checksum(file: Path) -> None:
+    """Append 4 bytes to a complete file, with which `has_valid_checksum` detects damage. `np.load` ignores them."""
+    checksum = _compute_crc32(file)
+    with file.open("ab") as stream:
+        stream.write(checksum.to_bytes(CHECKSUM_BYTES, "little"))
+
+
+def has_valid_checksum(file: Path) -> bool:
+    """Return True if a file is unchanged since `append_checksum`. Reads several GB per second. Raise OSError."""
+    return _compute_crc32(file) == _CRC32_RESIDUE
+
+
+def _compute_crc32(file: Path) -> int:
+    checksum = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
 def get_cache_dir() -> Path:
-    """Return the user's cache folder: $LLM2CLIP_CACHE, $XDG_CACHE_HOME/llm2clip or ~/.cache/llm2clip."""
-    if folder := os.environ.get("LLM2CLIP_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llm2clip"
+    """Return the user's cache folder: $LLM2CLIP_CACHE, $XDG_CACHE_HOME/llm2clip or ~/.cache/llm2clip.
+
+    If the folder does not exist, create it so that only the user can read it.
+    """
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "llm2clip")
+    folder = Path(os.environ.get("LLM2CLIP_CACHE") or default).expanduser()
+    with suppress(OSError):  # writing to the folder raises the same error
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
 
 
 def escape_control_characters(text: str) -> str:
@@ -365,12 +399,12 @@ def sanitize_name(name: str) -> str:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Return the non-empty lines of a UTF-8 text file. Raise DataFormatError if the file is not valid UTF-8."""
+    """Return the non-empty lines of a text file; see `iterate_lines`."""
     return list(iterate_lines(file))
 
 
 def iterate_lines(file: Path) -> Iterator[str]:
-    """Yield the non-empty lines of a UTF-8 text file. Raise DataFormatError if the file is not valid UTF-8."""
+    """Yield the non-empty lines of a UTF-8 or UTF-16 text file. Raise DataFormatError if it cannot be decoded."""
     return (line for _, line in _read_numbered_lines(file))
 
 
@@ -379,14 +413,36 @@ def _read_numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
 
     Lines are split only at newlines. `str.splitlines` would also split at U+2028 and U+0085, which occur in captions.
     """
-    with io.TextIOWrapper(open_regular_file(file), "utf-8-sig") as stream:
+    with open_regular_file(file) as binary_stream:
+        encoding = detect_encoding(binary_stream.read(4))
+        binary_stream.seek(0)
+        stream = io.TextIOWrapper(binary_stream, encoding)
         try:
             number = 0
             while line := stream.readline(MAX_LINE_CHARACTERS + 1):
                 number += 1
                 if len(line) > MAX_LINE_CHARACTERS:
                     raise DataFormatError(f"{file}, line {number}: more than {MAX_LINE_CHARACTERS:,} characters")
+                if "\0" in line:
+                    raise DataFormatError(f"{file}, line {number}: not a text (it contains null characters)")
                 if line.strip():
                     yield number, line.rstrip("\n")
-        except UnicodeDecodeError as error:
-            raise DataFormatError(f"{file}: not UTF-8 ({error})") from error
+        except UnicodeError as error:
+            name = encoding.removesuffix("-sig").upper()
+            raise DataFormatError(f"{file}: not {name} ({error}). Convert the file to UTF-8") from error
+
+
+def detect_encoding(start: bytes) -> str:
+    """Detect a file's encoding from its first four bytes. Return "utf-8-sig", or the name of a UTF-16 or UTF-32 codec.
+
+    A file without a byte order mark is UTF-16 if alternate bytes are 0, because caption files start with ASCII.
+    """
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if start.startswith(mark):
+            return encoding
+    zeros = [byte == 0 for byte in start]
+    if zeros == [False, True, False, True]:
+        return "utf-16-le"
+    if zeros == [True, False, True, False]:
+        return "utf-16-be"
+    return "utf-8-sig"

@@ -28,6 +28,7 @@ from jsonargparse.typing import (
 )
 
 from llm2clip.config import FitConfig
+from llm2clip.io_utils import hide_url_secrets
 
 DATA_HELP = "Image-caption sources: PATH, or PATH@split+split to use only some splits."
 
@@ -314,8 +315,8 @@ def add_flags(parser: ArgumentParser, options: type, skip: Collection[str] = ())
 
 
 def format_command(*words: object) -> str:
-    """Return a shell-quoted `llm2clip` command, used in hints about what to run next."""
-    return shlex.join(["llm2clip", *map(str, words)])
+    """Return a shell-quoted `llm2clip` command, used in hints about what to run next. URLs lose their secrets."""
+    return shlex.join(["llm2clip", *(hide_url_secrets(str(word)) for word in words)])
 
 
 def format_column_flags(columns: dict[str, str]) -> list[str]:

@@ -150,7 +150,7 @@ def _add_distill(commands: Commands) -> None:
         "built-in model), layers:N (the first N layers of the teacher), static (an embedding per token of the "
         "teacher's tokenizer) or static:NAME (of another model's tokenizer).",
     )
-    parser.add_argument("--texts", type=str, help="File with additional texts to learn from, one per line.")
+    parser.add_argument("--texts", type=str, help="UTF-8 or UTF-16 file with additional texts, one per line.")
     parser.add_argument(
         "--store",
         type=str,

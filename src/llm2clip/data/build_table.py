@@ -1,7 +1,8 @@
 """Building record tables, and dividing their records into training and held-out records.
 
 Sources are read in parts, a part being a file or a range of a large file. The name of a part is a hash of everything
-that affects its rows, so reading continues after an interruption, and only files that have changed are read again:
+that affects its rows, so reading continues after an interruption, and only files that have changed are read again.
+All files end with a checksum, and damaged files are built again:
 
     FOLDER/
       parts/HASH.arrow         rows of one part, and what was skipped
@@ -12,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -50,18 +50,28 @@ from llm2clip.data.remote import get_file_size, pin_versions, prefetch
 from llm2clip.data.skip_log import EventLog, SkipLog
 from llm2clip.data.storage import is_remote
 from llm2clip.data.table import Blocks, RecordTable, decode_name, read_metadata, write_rows
-from llm2clip.io_utils import atomic_dir, atomic_path, get_cache_dir
+from llm2clip.io_utils import (
+    append_checksum,
+    atomic_dir,
+    atomic_path,
+    get_cache_dir,
+    has_valid_checksum,
+    remove_path,
+)
 from llm2clip.parallel import count_cores, map_in_processes
 from llm2clip.progress import ProgressBar
 
-FORMAT_VERSION = 4  # increase it if the columns, their contents or the rules for merging change
+FORMAT_VERSION = 5  # increase it if the files, their contents or the rules for merging change
 PART_BYTES = 16 << 20  # approximate size of a part of a large file
 MIN_PARALLEL_BYTES = 8 << 20  # smaller sources are read in this process, because starting processes takes a second
 START_TIME = time.time_ns()  # approximate start of this process
 PREFETCH_FILES = 8  # number of remote files to download ahead
+MAX_VERIFIED_BYTES = 1 << 30  # the checksums of parts beyond this total size are not compared, to save time
 UNUSED_DAYS = 30  # parts and tables that have not been opened for this long are deleted
 
 
+ARRAY_FILES = ("rows.npy", "sources.npy", "copies.npy")
+DAMAGED_FILE = "damaged, and therefore built again"
 TRAIN_SPLITS = (NO_SPLIT, "train", "training", "restval")
 HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first of these splits that exists is held out
 HELD_OUT_DIVISOR = 10  # one in this many images is held out if the data has no held-out split
@@ -101,7 +111,8 @@ def open_table(
         ValueError: See `open_records`.
     """
     folder = folder or get_cache_dir() / "records"
-    (folder / "parts").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # the URLs of remote images can contain signatures
+    (folder / "parts").mkdir(exist_ok=True)
     (folder / "tables").mkdir(exist_ok=True)
     parsed = []
     for name in sources:
@@ -111,7 +122,7 @@ def open_table(
         _delete_unused(folder)
         tasks = _list_parts(parsed, log, image_check, require_captions, folder)
         _read_parts(parsed, tasks, log, image_check, workers)
-        table_folder = _merge_parts(parsed, tasks, image_check, folder)
+        table_folder = _merge_parts(parsed, tasks, log, image_check, folder)
     return _open_merged(tasks, table_folder, parsed, log, image_check)
 
 
@@ -143,6 +154,7 @@ def _list_parts(
 ) -> list[_PartTask]:
     """List the parts of all sources in order. The name of a part's file is a hash of all that affects its rows."""
     tasks = []
+    num_bytes = 0
     for index, source in enumerate(sources):
         for source_file in find_files(source.path, log=log):
             path, source_format = source_file.path, source_file.format
@@ -153,12 +165,25 @@ def _list_parts(
             pinned = version if is_remote(path) and not source_format.is_folder else None
             for part in split_file(source_file, PART_BYTES):
                 file = folder / "parts" / f"{_hash_json([*settings, part.start, part.stop])}.arrow"
-                summary = ReadSummary(**read_metadata(str(file), "summary")) if file.exists() else None
-                if summary is not None and _must_read_again(part, summary):
-                    file.unlink()
+                summary = None
+                if file.exists():
+                    num_bytes += file.stat().st_size
+                    summary = _read_summary(file, verify=num_bytes <= MAX_VERIFIED_BYTES)
+                    if summary is None:
+                        log.add_note(DAMAGED_FILE, str(file))
+                if summary is None or _must_read_again(part, summary):
+                    remove_path(file)
                     summary = None
                 tasks.append(_PartTask(index, source, part, image_check, require_captions, file, pinned, summary))
     return tasks
+
+
+def _read_summary(file: Path, verify: bool) -> ReadSummary | None:
+    """Return the summary of a part, or None if the part is damaged. If `verify`, compare its checksum."""
+    with suppress(OSError, ValueError, LookupError, TypeError, pa.ArrowException):
+        if not verify or has_valid_checksum(file):
+            return ReadSummary(**read_metadata(str(file), "summary"))
+    return None
 
 
 def _must_read_again(part: FilePart, summary: ReadSummary) -> bool:
@@ -236,15 +261,20 @@ def _write_part(task: _PartTask) -> Exception | None:
 # ---- merging ---------------------------------------------------------------------------------------------------------
 
 
-def _merge_parts(sources: Sequence[Source], tasks: Sequence[_PartTask], image_check: ImageCheck, folder: Path) -> Path:
+def _merge_parts(
+    sources: Sequence[Source], tasks: Sequence[_PartTask], log: SkipLog, image_check: ImageCheck, folder: Path
+) -> Path:
     """Merge rows with the same image, unless this table already exists. Return the table's folder."""
     summaries = [task.summary for task in tasks if task.summary is not None]
     # A part that was read again may have other rows.
     names = [(task.source_index, task.file.name, part.read_at) for task, part in zip(tasks, summaries, strict=True)]
     table_folder = folder / "tables" / _hash_json([FORMAT_VERSION, names, [source.path for source in sources]])
     if table_folder.exists():
-        os.utime(table_folder)
-        return table_folder
+        if _is_intact(table_folder):
+            os.utime(table_folder)
+            return table_folder
+        log.add_note(DAMAGED_FILE, str(table_folder))
+    remove_path(table_folder)
     blocks = Blocks.open([str(task.file) for task in tasks])
     table = RecordTable(blocks, np.arange(blocks.num_rows))
     num_rows = [summary.num_records for summary in summaries]
@@ -266,12 +296,22 @@ def _merge_parts(sources: Sequence[Source], tasks: Sequence[_PartTask], image_ch
         np.save(temporary / "rows.npy", rows.astype(small))
         np.save(temporary / "sources.npy", source_of_row[kept])
         np.save(temporary / "copies.npy", table.select(copies).numbers("key_high"))
+        for name in ARRAY_FILES:
+            append_checksum(temporary / name)
         if len(origins):
             paths = [sources[index].path for index in source_of_row[origins].tolist()]
             write_rows(
                 temporary / "merged.arrow", _build_merged_records(table, members, final[members], paths), lambda: None
             )
     return table_folder
+
+
+def _is_intact(table_folder: Path) -> bool:
+    merged = table_folder / "merged.arrow"
+    files = [table_folder / name for name in ARRAY_FILES]
+    if merged.exists() and merged.stat().st_size <= MAX_VERIFIED_BYTES:
+        files.append(merged)
+    return all(file.is_file() and has_valid_checksum(file) for file in files)
 
 
 def _open_merged(
@@ -320,8 +360,8 @@ def _merge_records(first: Record, second: Record) -> Record:
 def _delete_unused(folder: Path) -> None:
     oldest = time.time() - UNUSED_DAYS * 86_400
     for path in [*(folder / "parts").iterdir(), *(folder / "tables").iterdir()]:
-        if path.stat().st_mtime < oldest:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.lstat().st_mtime < oldest:
+            remove_path(path)
 
 
 def _hash_json(value: Any) -> str:

@@ -24,7 +24,7 @@ from filelock import FileLock
 from llm2clip.data.records import CAPTION_FIELDS
 from llm2clip.data.table import TEXTS, RecordTable
 from llm2clip.data.table_cells import map_batches
-from llm2clip.io_utils import atomic_path
+from llm2clip.io_utils import append_checksum, atomic_path, has_valid_checksum
 from llm2clip.parallel import map_in_processes
 from llm2clip.progress import ProgressBar
 
@@ -159,7 +159,7 @@ def add_phrases(records: RecordTable) -> RecordTable:
     else:
         file = records.folder / f"phrases-{_hash_view(records)}.arrow"
         with FileLock(records.folder / "phrases.lock"):
-            if not file.exists():
+            if not file.exists() or not has_valid_checksum(file):
                 if _has_phrases(records):
                     return records
                 _write_phrases(file, _extract_phrases(records))
@@ -185,11 +185,12 @@ def _hash_view(records: RecordTable) -> str:
 
 
 def _write_phrases(file: Path, phrases: Iterator[pa.ListArray]) -> None:
-    with atomic_path(file) as temporary, pa.OSFile(str(temporary), "wb") as stream:
-        schema = pa.schema([("phrases", TEXTS)])
-        with pa.ipc.new_file(stream, schema) as writer:
+    schema = pa.schema([("phrases", TEXTS)])
+    with atomic_path(file) as temporary:
+        with pa.OSFile(str(temporary), "wb") as stream, pa.ipc.new_file(stream, schema) as writer:
             for lists in phrases:
                 writer.write_batch(pa.RecordBatch.from_arrays([lists], schema=schema))
+        append_checksum(temporary)
 
 
 def _extract_phrases(records: RecordTable) -> Iterator[pa.ListArray]:

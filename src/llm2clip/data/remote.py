@@ -43,11 +43,16 @@ T = TypeVar("T")
 
 PREFETCH_THREADS = 4
 FAILURE_SECONDS = 600  # a file that failed after all attempts is not requested again for this long
+MAX_FOLDERS = 30_000  # limits on the subfolders of a remote folder
+MAX_FOLDER_DEPTH = 16
 SIZE_VARIABLE = "LLM2CLIP_SHARD_CACHE_GB"
 MAX_DEFAULT_BYTES = 200 * 10**9
 FILL_FRACTION = 0.95  # if the cache is full, files are removed until this fraction of the limit is in use
 UNLISTED_FRACTION = 0.02  # each process may add this fraction of the limit before it lists the files in the cache again
 TOUCH_SECONDS = 60  # a file's time of last use is updated at most this often
+# Modification time of complete files in the cache, in seconds. A file with another time was changed after its download.
+# The access time is the time of last use.
+DOWNLOADED_TIME = 1_000_000_000
 
 _versions: dict[str, str] = {}  # URL -> pinned version
 _failures: dict[str, tuple[float, RemoteError]] = {}  # URL -> time and error of the last failure
@@ -112,16 +117,26 @@ def _list_remote_folder(folder: str) -> list[str]:
 def walk_folder(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield the path, folder names and file names of a folder and its subfolders, as `os.walk` does.
 
-    The caller can remove folder names from the list, to skip these subfolders. Raise OSError for unreadable folders.
+    The caller can remove folder names from the list, to skip these subfolders. Raise OSError for unreadable folders,
+    and for remote folders with too many subfolders: on a web server, a folder can contain itself.
     """
     if not is_remote(folder):
         yield from os.walk(folder, onerror=_raise)
         return
-    names = _list_remote_folder(folder)
-    folders = [name.rstrip("/") for name in names if name.endswith("/")]
-    yield folder.rstrip("/"), folders, [name for name in names if not name.endswith("/")]
-    for name in folders:
-        yield from walk_folder(f"{folder.rstrip('/')}/{name}")
+    pending = [(folder.rstrip("/"), 0)]
+    num_folders = 0
+    while pending:
+        path, depth = pending.pop()
+        num_folders += 1
+        if depth > MAX_FOLDER_DEPTH or num_folders > MAX_FOLDERS:
+            raise RemoteError(
+                f"{hide_url_secrets(path)}: more than {MAX_FOLDERS:,} folders, or {MAX_FOLDER_DEPTH} folders inside "
+                "each other. Pass a folder with fewer subfolders"
+            )
+        names = _list_remote_folder(path)
+        folders = [name.rstrip("/") for name in names if name.endswith("/")]
+        yield path, folders, [name for name in names if not name.endswith("/")]
+        pending += [(f"{path}/{name}", depth + 1) for name in reversed(folders)]
 
 
 def file_exists(path: str) -> bool:
@@ -302,20 +317,20 @@ def get_cached_path(url: str, version: str) -> Path:
 
 
 def _open_cached(path: Path, size: int) -> io.BufferedReader | None:
-    """Open a cached file, which is not removed while open. Return None if it is missing or has a different size."""
+    """Open a cached file, which is not removed while open. Return None if it is missing or has been changed."""
     try:
         file = open(path, "rb")  # noqa: SIM115 - the caller closes it
     except FileNotFoundError:
         return None
     _lock(file, exclusive=False)
     status = os.fstat(file.fileno())
-    if status.st_size != size:  # damaged, for example by a power failure
+    if status.st_size != size or status.st_mtime != DOWNLOADED_TIME:
         file.close()
         path.unlink(missing_ok=True)
         return None
-    if time.time() - status.st_mtime > TOUCH_SECONDS:
+    if time.time() - status.st_atime > TOUCH_SECONDS:
         with suppress(OSError):
-            os.utime(path)
+            os.utime(path, (time.time(), DOWNLOADED_TIME))
     return file
 
 
@@ -348,11 +363,13 @@ def _download(url: str, version: str, path: Path) -> None:
 
 def _write_file(url: str, version: str, path: Path) -> None:
     size = storage.parse_size(version)
-    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-        _check_version(url, version)
-        while stream.tell() < size:
-            storage.fetch_block(url, version, stream.tell(), min(size, stream.tell() + storage.BLOCK_BYTES), stream)
-        _check_version(url, version)
+    with atomic_path(path) as temporary:
+        with open(temporary, "wb") as stream:
+            _check_version(url, version)
+            while stream.tell() < size:
+                storage.fetch_block(url, version, stream.tell(), min(size, stream.tell() + storage.BLOCK_BYTES), stream)
+            _check_version(url, version)
+        os.utime(temporary, (time.time(), DOWNLOADED_TIME))
 
 
 def _is_disk_full(error: OSError) -> bool:
@@ -400,7 +417,7 @@ def _list_files() -> Iterator[tuple[float, int, str]]:
             path = os.path.join(parent, name)
             with suppress(OSError):  # removed by another process
                 status = os.stat(path)
-                yield status.st_mtime, status.st_size, path
+                yield status.st_atime, status.st_size, path
 
 
 def _remove_files(files: Iterable[tuple[float, int, str]], num_bytes: float) -> int:

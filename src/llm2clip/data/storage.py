@@ -25,6 +25,7 @@ T = TypeVar("T")
 BLOCK_BYTES = 32 << 20  # bytes per request of a download; after an error, only this block is requested again
 BLOCK_TIMEOUT = 300.0  # seconds per block
 READ_TIMEOUT = 60.0  # seconds without any data
+MAX_LISTING_BYTES = 16 << 20  # size limit for a web server's list of the files in a folder
 CONNECT_TIMEOUT = 20.0  # seconds
 LOOKUP_ATTEMPTS = 4  # fewer than for downloads, so that a mistyped host is reported within seconds
 LOOKUP_THREADS = 16
@@ -183,6 +184,9 @@ async def _stream_response(filesystem: Any, url: str, version: str, start: int, 
     async with session.get(filesystem.encode_url(url), headers=headers) as response:
         response.raise_for_status()
         expected = end - start
+        stated = response.headers.get("Content-Range", "").partition("/")[0]
+        if response.status == 206 and stated != f"bytes {start}-{end - 1}":
+            raise ConnectionError(f"the response contains {stated or 'no range'} instead of bytes {start}-{end - 1}")
         if response.status != 206:  # the server has no ranges
             start, expected = 0, parse_size(version)
             file.seek(0)
@@ -259,11 +263,21 @@ def _open_s3() -> Any:
 
 
 async def _open_session(loop: asyncio.AbstractEventLoop, **options: Any) -> Any:
-    from aiohttp import ClientSession, TraceConfig
+    from aiohttp import ClientResponse, ClientSession, TraceConfig
+
+    class Response(ClientResponse):
+        async def text(self, encoding: str | None = None, errors: str = "replace") -> str:
+            """Return the list of a folder's files, which is the only text that fsspec requests."""
+            data = bytearray()
+            async for block in self.content.iter_any():
+                data += block
+                if len(data) > MAX_LISTING_BYTES:
+                    raise ValueError(f"the list of the files in this folder exceeds {MAX_LISTING_BYTES:,} bytes")
+            return data.decode(encoding or self.charset or "utf-8", errors)
 
     trace = TraceConfig()
     trace.on_request_redirect.append(_check_redirect)
-    return ClientSession(trace_configs=[trace], **options)
+    return ClientSession(trace_configs=[trace], response_class=Response, **options)
 
 
 async def _check_redirect(session: Any, context: Any, redirect: Any) -> None:

@@ -23,7 +23,8 @@ from llm2clip.data.image_facts import ImageFacts, hash_images
 from llm2clip.data.image_refs import IMAGE_KINDS, ImageColumns, ImageRef, MemoryImage, StoredImage
 from llm2clip.data.records import TEXT_FIELDS, Record
 from llm2clip.data.remote import get_pinned_versions, pin_versions
-from llm2clip.data.table_cells import MAX_BATCH_BYTES, map_batches
+from llm2clip.data.table_cells import MAX_BATCH_BYTES, map_arrow_file, map_batches
+from llm2clip.io_utils import append_checksum
 
 TEXTS = pa.list_(pa.string())
 # Names that come from file names may not be valid Unicode, so they are stored as bytes; see `encode_name`.
@@ -408,7 +409,7 @@ class Blocks:
 
 def read_metadata(file: str, name: str) -> Any:
     """Return the "summary" or the "containers" of a file written by `write_rows`."""
-    reader = pa.ipc.open_file(pa.memory_map(file))
+    reader = map_arrow_file(file)
     _, metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
     return json.loads(metadata[name])
 
@@ -491,7 +492,7 @@ class RowBuilder:
 
 
 def write_rows(file: Path, rows: Iterable[tuple[Record, str, ImageFacts]], metadata: Callable[[], Any]) -> None:
-    """Write rows, given as the arguments of `RowBuilder.add`, to an Arrow file that can be mapped into memory.
+    """Write rows, given as the arguments of `RowBuilder.add`, to an Arrow file for `map_batches`.
 
     `metadata` is called at the end. Its value is saved with the rows; see `read_metadata`.
     """
@@ -507,6 +508,7 @@ def write_rows(file: Path, rows: Iterable[tuple[Record, str, ImageFacts]], metad
         encoded = {name: json.dumps(value) for name, value in values.items()}
         # An Arrow file starts with its schema, so what is known only at the end belongs to an empty last batch.
         writer.write_batch(builder.take_batch(), custom_metadata=encoded)
+    append_checksum(file)
 
 
 def hash_merge_key(record: Record, source: str) -> tuple[int, int]:

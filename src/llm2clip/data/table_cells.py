@@ -6,6 +6,7 @@ The sizes of what is decoded are limited, because a file of a few hundred bytes 
 
 import functools
 import io
+import os
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm2clip.data.remote import open_file
+from llm2clip.io_utils import CHECKSUM_BYTES
 
 MAX_ROW_GROUP_BYTES = 2 << 30  # limit on the decoded bytes in a row group up to a cell
 MAX_BATCH_BYTES = 256 << 20  # approximate limit on the size of the rows decoded in one batch
@@ -117,9 +119,13 @@ def _build_row_group_error(group: int) -> OSError:
     )
 
 
+def map_arrow_file(path: str) -> pa.RecordBatchFileReader:
+    """Map an Arrow file that ends with a checksum; see `append_checksum`."""
+    return pa.ipc.open_file(pa.memory_map(path), footer_offset=os.path.getsize(path) - CHECKSUM_BYTES)
+
+
 def map_batches(path: str) -> list[pa.RecordBatch]:
-    """Map an Arrow file into memory."""
-    reader = pa.ipc.open_file(pa.memory_map(path))
+    reader = map_arrow_file(path)
     return [reader.get_batch(n) for n in range(reader.num_record_batches)]
 
 

@@ -18,7 +18,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from llm2clip.config import RESUME_SAFE
-from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, explain_write_errors
+from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, explain_write_errors, hide_url_secrets
 
 CONFIG_FILE = "config.yaml"  # all settings of a run
 CHECKPOINT_PREFIX = "checkpoint-"  # same prefix as in transformers' Trainer
@@ -148,7 +148,10 @@ def has_outputs(run_dir: Path) -> bool:
 
 
 def to_plain_types(value: Any) -> Any:
-    """Convert dataclasses, tuples, paths and the command line's restricted number types to plain types for YAML."""
+    """Convert dataclasses, tuples, paths and the command line's restricted number types to plain types for YAML.
+
+    Secrets are removed from URLs, because they would be saved with the settings.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return to_plain_types(dataclasses.asdict(value))
     if isinstance(value, dict):
@@ -158,7 +161,7 @@ def to_plain_types(value: Any) -> Any:
     for number_type in (bool, int, float):
         if isinstance(value, number_type):
             return number_type(value)
-    return str(value) if isinstance(value, Path) else value
+    return hide_url_secrets(str(value)) if isinstance(value, str | Path) else value
 
 
 def _find_differences(saved: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llm2clip.io_utils import atomic_write_text
+from llm2clip.io_utils import atomic_write_text, hide_url_secrets
 from llm2clip.reports import Block, Code, Details, Heading, Paragraph
 from llm2clip.runs.ranks import print_once, process_state
 
@@ -42,7 +42,7 @@ def describe_run(seconds: float) -> dict[str, Any]:
     state = process_state()
     processes = f"{state.num_processes} processes, each on " if state.num_processes > 1 else ""
     return {
-        "command": shlex.join(["llm2clip", *sys.argv[1:]]),
+        "command": shlex.join(["llm2clip", *map(hide_url_secrets, sys.argv[1:])]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": metadata.version("llm2clip"),
         "machine": processes + describe_device(state.device),

@@ -29,7 +29,7 @@ from llm2clip.data.table_statistics import (
     count_languages,
 )
 from llm2clip.evaluate.plots import plot_distributions
-from llm2clip.io_utils import format_bytes, to_valid_unicode
+from llm2clip.io_utils import format_bytes, hide_url_secrets, to_valid_unicode
 from llm2clip.reports import (
     BAD,
     Block,
@@ -316,7 +316,7 @@ def write_page(file: Path, overview: DataOverview, table: RecordTable) -> None:
     if cards:
         text = f"{len(cards)} evenly spaced images, each with all its texts."
         blocks += [Heading("Examples"), Paragraph(text), Examples(cards, as_cards=True)]
-    sources = "\n".join(to_valid_unicode(source) for source in overview.sources)
+    sources = "\n".join(to_valid_unicode(hide_url_secrets(source)) for source in overview.sources)
     blocks += build_run_section(describe_run(overview.seconds), code=sources)
     write_report(file, "Data set overview", describe_data(overview), blocks, with_markdown=False)
 

@@ -122,7 +122,7 @@ class SourceFormat(ABC):
         digest = hashlib.sha256()
         for file in files:
             digest.update(os.fsencode(file))
-            with suppress(FileNotFoundError):  # for example, a symbolic link whose target is missing
+            with suppress(OSError):  # for example, a symbolic link whose target is missing, or that points to itself
                 status = os.stat(file)
                 digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         return digest.hexdigest()

@@ -33,12 +33,15 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.data.remote import FileSlice, file_exists, get_file_size, open_file
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.storage import get_file_name, get_parent, is_remote, join_path
-from llm2clip.io_utils import MAX_LINE_CHARACTERS, DataFormatError, check_json_size, is_valid_unicode, to_valid_unicode
+from llm2clip.io_utils import (
+    MAX_LINE_CHARACTERS,
+    DataFormatError,
+    check_json_size,
+    detect_encoding,
+    is_valid_unicode,
+    to_valid_unicode,
+)
 
-_BYTE_ORDER_MARKS = (  # UTF-32 marks come first, because one of them starts with a UTF-16 mark
-    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)  # fmt: skip
 # Common encodings of caption files. The Windows encodings cover the corresponding ISO 8859 encodings.
 _LIKELY_ENCODINGS = (
     "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r", "shift_jis", "euc_jp", "gb18030",
@@ -138,22 +141,6 @@ def read_lines(
                 yield BadRow("malformed row", str(error))
                 continue
             yield find_undecodable(line, path, log) or line
-
-
-def detect_encoding(start: bytes) -> str:
-    """Detect a file's encoding from its first four bytes. Return "utf-8-sig", or the name of a UTF-16 or UTF-32 codec.
-
-    A file without a byte order mark is UTF-16 if alternate bytes are 0, because caption files start with ASCII.
-    """
-    for mark, encoding in _BYTE_ORDER_MARKS:
-        if start.startswith(mark):
-            return encoding
-    zeros = [byte == 0 for byte in start]
-    if zeros == [False, True, False, True]:
-        return "utf-16-le"
-    if zeros == [True, False, True, False]:
-        return "utf-16-be"
-    return "utf-8-sig"
 
 
 def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow | None:
