@@ -8,6 +8,7 @@ import shutil
 import struct
 import tarfile
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.io_utils import DataFormatError, atomic_dir, atomic_path
 from llm2clip.models.gguf import check_gguf_header
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.vision.vision_tower import build_backbone
+from llm2clip.models.vision.vision_tower import VisionTower, build_backbone
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.build import scan_source
 from llm2clip.search.images import load_request_image
@@ -346,6 +347,47 @@ def test_quantized_encoders_are_rejected(llm: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(ValueError, match=r"weights are quantised .* Use the model's original weights"):
+        CaptionEncoder.from_pretrained(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_attention_heads", 0), ("hidden_size", "64"), ("model_type", ["x"])])
+def test_malformed_model_configs_are_errors_with_the_folder(name: str, value: Any, llm: Path, tmp_path: Path) -> None:
+    shutil.copytree(llm, tmp_path / "llm")
+    (tmp_path / "tower").mkdir()
+    tower_config = {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
+    llm_config = json.loads((llm / "config.json").read_text())
+    loaders: dict[str, tuple[Any, dict[str, Any]]] = {
+        "tower": (VisionTower.from_pretrained, tower_config),
+        "llm": (CaptionEncoder.from_pretrained, llm_config),
+    }
+    for folder, (load, config) in loaders.items():
+        (tmp_path / folder / "config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(ValueError, match=rf"(?s){folder} cannot be loaded \(.*Check its config.json"):
+            load(tmp_path / folder)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "content", "depth", "is_accepted"),
+    [
+        ({"String": " "}, "\u2581", 50, True),
+        ({"Regex": r"\s+"}, " ", 9, True),
+        ({"String": "a"}, "a" * 100, 2, False),
+        ({"Regex": "x*"}, "a", 10, False),
+    ],
+)
+def test_tokenizers_that_make_texts_too_long_are_rejected(
+    pattern: dict[str, str], content: str, depth: int, is_accepted: bool, llm: Path, tmp_path: Path
+) -> None:
+    """The tokenizers library would abort the process."""
+    shutil.copytree(llm, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer.json"
+    replace = {"type": "Replace", "pattern": pattern, "content": content}
+    nested = {
+        "type": "Sequence",
+        "normalizers": [{"type": "NFC"}, {"type": "Sequence", "normalizers": [replace] * depth}],
+    }
+    file.write_text(json.dumps({**json.loads(file.read_text()), "normalizer": nested}))
+    with nullcontext() if is_accepted else pytest.raises(ValueError, match="normalizer can make texts too long"):
         CaptionEncoder.from_pretrained(tmp_path, device="cpu")
 
 

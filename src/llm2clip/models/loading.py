@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm2clip.io_utils import read_json
+from llm2clip.io_utils import describe_error, read_json, read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from llm2clip.models.precision import Precision
 
 HUB_TIMEOUT = 5  # timeout of a request to the hub, in seconds
+MAX_TEXT_GROWTH = 1000  # by a tokenizer's normaliser
 _HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
 _FILE_SUFFIXES = (
     *(".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf", ".onnx", ".npz", ".npy", ".pkl"),
@@ -202,6 +204,46 @@ def read_safetensors(path: Path) -> dict[str, Any]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is corrupt or incomplete ({error})") from error
+
+
+@contextmanager
+def explain_load_errors(source: str | Path) -> Iterator[None]:
+    """Convert the exceptions that libraries raise for malformed model files to a ValueError that names the model."""
+    import torch
+
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{source} cannot be loaded ({describe_error(error)}). Check its config.json, or download the model again"
+        ) from error
+
+
+def check_tokenizer(source: str | Path, subfolder: str = "") -> None:
+    """Raise ValueError if the tokenizer's normaliser can lengthen a text by more than a factor of MAX_TEXT_GROWTH.
+
+    The tokenizers library aborts the process if such a text does not fit in memory.
+    """
+    file = find_file(source, "tokenizer.json", subfolder)
+    growth = 1 if file is None else _compute_text_growth(read_json_object(file).get("normalizer"))
+    if growth > MAX_TEXT_GROWTH:
+        raise ValueError(
+            f"{file}: the normalizer can make texts too long, by a factor of {growth:,}. Use another model"
+        )
+
+
+def _compute_text_growth(normalizer: Any) -> int:
+    """Return an upper bound of the factor by which the replacements of a normaliser lengthen a text."""
+    if not isinstance(normalizer, dict):
+        return 1
+    if normalizer.get("type") == "Sequence":
+        return math.prod(_compute_text_growth(step) for step in normalizer["normalizers"])
+    if normalizer.get("type") != "Replace":
+        return 1
+    can_match_nothing = not normalizer["pattern"].get("String")  # an empty text, or any regular expression
+    return max(1, len(normalizer["content"]) + can_match_nothing)
 
 
 @contextmanager

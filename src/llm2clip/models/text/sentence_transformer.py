@@ -16,6 +16,8 @@ from llm2clip.models.loading import (
     WITHOUT_HUB_CODE,
     check_model_source,
     check_not_quantized,
+    check_tokenizer,
+    explain_load_errors,
     hide_load_report,
     hide_loading_bars,
     read_config,
@@ -32,12 +34,17 @@ def load_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     """Load a model from a folder or hub id as a float32 SentenceTransformer, by default on a GPU if one is available.
 
     A sentence-transformers model is loaded as saved. A plain transformers model gets bidirectional attention and a
-    pooling layer with the mode `pooling`. Raise ValueError if weights are missing or the model must be converted first.
+    pooling layer with the mode `pooling`. Raise ValueError if files are malformed, weights are missing or the model
+    must be converted first.
     """
+    check_model_source(path)
+    with explain_load_errors(path):
+        return _load_sentence_transformer(path, pooling, None if device is None else str(device))
+
+
+def _load_sentence_transformer(path: str, pooling: str, device_name: str | None) -> SentenceTransformer:
     from transformers.utils import cached_file
 
-    device_name = str(device) if device is not None else None
-    check_model_source(path)
     if (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "modules.json").is_file():
         raise ValueError(
             f"{path} contains only a PEFT adapter. Merge the adapter into its LLM and use the result: llm2clip convert "
@@ -51,6 +58,7 @@ def load_sentence_transformer(path: str, pooling: str, device: str | torch.devic
     if modules_file is not None:
         for module in read_json(Path(modules_file)):
             check_not_quantized(read_config(path, module["path"]), path)
+            check_tokenizer(path, module["path"])
         # The class of llm2clip's own module is passed directly, so no remote code is needed.
         return SentenceTransformer._load_with_module_classes(
             path,
@@ -60,6 +68,7 @@ def load_sentence_transformer(path: str, pooling: str, device: str | torch.devic
             model_kwargs={"dtype": torch.float32, **WITHOUT_HUB_CODE},
         )
 
+    check_tokenizer(path)
     transformer = _load_transformer(path)
     pooling_module = Pooling(transformer.get_embedding_dimension(), pooling)
     st = SentenceTransformer(modules=[transformer, pooling_module], device=device_name)

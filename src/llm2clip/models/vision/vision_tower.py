@@ -33,6 +33,7 @@ from llm2clip.models.loading import (
     build_config,
     check_model_source,
     download_snapshot,
+    explain_load_errors,
     hide_load_report,
     hide_loading_bars,
     load_config,
@@ -113,8 +114,9 @@ class VisionTower(nn.Module):
         """
         library, source = _parse_name(resolve_pretrained(str(name)))
         load = _load_timm if library == "timm" else _load_transformers
-        backbone, config = load(source, image_size, pretrained)
-        return cls(backbone, config).eval()
+        with explain_load_errors(name):
+            backbone, config = load(source, image_size, pretrained)
+            return cls(backbone, config).eval()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
