@@ -249,6 +249,17 @@ def test_run_stops_if_all_requests_fail(
     assert server.num_requests == (6 * CAPTIONS_PER_IMAGE if message is None else 7)
 
 
+def test_run_stops_soon_if_no_server_responds(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captioners, "MAX_CONNECT_SECONDS", 0.1)
+    monkeypatch.setattr(captioners, "FIRST_DELAY", 0.06)
+    with run_server() as server:
+        pass  # nothing listens on its port any more
+    start = time.monotonic()
+    with pytest.raises(captioners.EndpointError, match=r"no server responds. Start it, or check the URL"):
+        caption(server, photos, tmp_path / "out.jsonl")
+    assert time.monotonic() - start < 5
+
+
 def test_proxy_is_used_only_for_encrypted_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     def uses_proxy(url: str) -> bool:
         client = captioners.EndpointCaptioner(url, "tiny")._client

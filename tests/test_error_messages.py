@@ -130,7 +130,11 @@ ERRORS = {
     ),
     # search
     "serve without index and model": ("serve", "pass an index", "--model"),
+    "captions over their source": (
+        "caption {tmp}/one.jsonl --out {tmp}/one.jsonl --model {model}", "--out {tmp}/one.jsonl is also the source",
+    ),
     # exports, plans, llava
+    "push to an incomplete name": ("push {model} me", "must be of the form USER/NAME (got me)"),
     "export to an existing folder": ("export {model} --to vision --out {tmp}", "exists", "another"),
     "unknown export format": ("export {model} --to tflite --out {tmp}/x", "tflite", "onnx"),
     "unknown device": ("plan --images 10 --device gtx1080", "gtx1080", "h100", "--tflops"),

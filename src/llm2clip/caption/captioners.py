@@ -6,6 +6,7 @@ import ipaddress
 import json
 import os
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ MAX_MESSAGE_CHARACTERS = 300  # of a server's error message
 MAX_FAILURES_IN_A_ROW = 20  # after as many failed requests without a success, the server is assumed to be down
 MAX_RETRY_AFTER = 300.0  # seconds
 FIRST_DELAY, MAX_DELAY = 1.0, 60.0  # seconds before the second attempt and before later ones
+MAX_CONNECT_SECONDS = 3.0  # time for connecting to a server that has not responded yet
 SETTINGS_STATUSES = frozenset({401, 402, 403, 404})  # the key, credit, URL or name of the model is wrong
 JPEG_QUALITY = 90
 NEW_MAX_TOKENS_FIELD = "max_completion_tokens"  # newer name of the field max_tokens, which some servers require
@@ -43,6 +45,8 @@ class EndpointError(ValueError):
 
 class _RequestError(Exception):
     """A request failed. `retry` is True if another attempt could succeed."""
+
+    was_connected = True
 
     def __init__(self, message: str, status: int | None = None, retry: bool = True, retry_after: float = 0.0) -> None:
         super().__init__(message)
@@ -80,7 +84,7 @@ class EndpointCaptioner:
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._failures_in_a_row = 0
-        self._has_succeeded = False
+        self._has_succeeded = self._was_connected = False
         self._max_tokens_field = "max_tokens"
         self._client = httpx.AsyncClient(
             follow_redirects=False,
@@ -115,7 +119,7 @@ class EndpointCaptioner:
         return [self._ask_with_retries(request) for request in requests]
 
     def _ask_with_retries(self, request: CaptionRequest) -> Answer:
-        attempt = 0
+        attempt, started_at = 0, time.monotonic()
         while not self._stopped.is_set():
             max_tokens_field = self._max_tokens_field
             try:
@@ -124,6 +128,11 @@ class EndpointCaptioner:
                 if error.status == 400 and max_tokens_field == "max_tokens" and NEW_MAX_TOKENS_FIELD in str(error):
                     self._max_tokens_field = NEW_MAX_TOKENS_FIELD  # for all further requests
                     continue
+                self._was_connected |= error.was_connected
+                if not self._was_connected and time.monotonic() - started_at > MAX_CONNECT_SECONDS:
+                    raise EndpointError(
+                        f"{self.url}: no server responds. Start it, or check the URL ({error})"
+                    ) from None
                 if not error.retry or attempt == self.retries:
                     return self._fail(error)
                 self._stopped.wait(max(compute_backoff(attempt, FIRST_DELAY, MAX_DELAY), error.retry_after))
@@ -131,6 +140,7 @@ class EndpointCaptioner:
             else:
                 with self._lock:
                     self._failures_in_a_row, self._has_succeeded = 0, True
+                    self._was_connected = True
                 return answer
         raise StoppedError
 
@@ -165,6 +175,10 @@ class EndpointCaptioner:
         }
         try:
             response, data = asyncio.run_coroutine_threadsafe(self._post(body), self._loop).result()
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            problem = _RequestError(f"the connection failed: {_shorten(str(error)) or 'timeout'}")
+            problem.was_connected = False
+            raise problem from error
         except (TimeoutError, httpx.TimeoutException) as error:
             raise _RequestError(f"no response within {self.timeout:g} seconds") from error
         except (httpx.HTTPError, httpx.StreamError) as error:

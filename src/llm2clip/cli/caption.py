@@ -47,6 +47,10 @@ def _caption(args: Namespace) -> list[str]:
         options.check = resolve_model(options.check)
     model = resolve_model(args.model) if options.endpoint is None else args.model
     out = Path(args.out).expanduser()
+    if str(out) in args.data:
+        raise ValueError(
+            f"--out {args.out} is also the source. Pass the images, or choose another file for the captions"
+        )
     return [*_run(args.data, out, model, options), f"Next: {format_command('fit', out, '--out', 'RUN')}"]
 
 

@@ -14,6 +14,7 @@ from llm2clip.cli.checks import check_index, check_output_folder, check_stores, 
 from llm2clip.cli.commands import Commands, format_command
 from llm2clip.io_utils import check_extra
 from llm2clip.models.export import FORMATS, export_model
+from llm2clip.models.loading import is_hub_id
 
 if TYPE_CHECKING:
     from llm2clip.models.llm2clip import LLM2CLIP
@@ -212,6 +213,8 @@ def _export_gallery(args: Namespace) -> list[str]:
 
 def _push(args: Namespace) -> list[str]:
     args.model = resolve_model(args.model)
+    if not is_hub_id(args.repo_id):
+        raise ValueError(f"the name on the hub must be of the form USER/NAME (got {args.repo_id})")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
@@ -270,8 +273,10 @@ def _repair_store(args: Namespace) -> list[str]:
 
     deleted = repair_store(args.folder, progress=True)
     count = len(EmbeddingStore(args.folder))
+    if not deleted:
+        return [f"Nothing to repair: the store is intact and has {count:,} captions"]
     return [
-        f"Deleted: {', '.join(deleted) or 'nothing'}",
+        f"Deleted: {', '.join(deleted)}",
         f"The store has {count:,} captions; run `llm2clip embed` to re-encode the deleted ones",
     ]
 
