@@ -1,6 +1,7 @@
 """Tests of the relevance of search results: formulas, calibration, and searches for what an index does not contain."""
 
 import dataclasses
+import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search import relevance
+from llm2clip.search import relevance, sqlite_backend
 from llm2clip.search.backends import Backend
 from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryVectors
@@ -33,7 +34,7 @@ from llm2clip.search.relevance import (
     update_calibration,
 )
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import Hit, IndexedContent, IndexedImage
+from llm2clip.search.types import IndexedContent, IndexedImage
 from search_fixtures import BACKENDS, create_backend, index_sources
 
 DIM = 16
@@ -219,13 +220,16 @@ def test_compute_overlap_weighs_words_by_length() -> None:
     assert compute_overlap(split_stems(["雪地里的狗"]), ["一只狗在雪地上"]) == pytest.approx(3 / 5)
     assert compute_overlap(split_stems(["हिन्दी किताब"]), ["एक हिन्दी किताब"]) == 1
     assert compute_overlap(split_stems(["café"]), ["a Cafe\u0301"]) == 1
+    for word, other in (("バス", "パス"), ("バス", "ハス"), ("ぶた", "ふた")):  # bus, pass, lotus; pig, lid
+        assert compute_overlap(split_stems([word]), [unicodedata.normalize("NFD", word)]) == 1
+        assert compute_overlap(split_stems([word]), [other]) == pytest.approx(1 / 2)
     assert np.isnan(compute_overlap(stems, [])) and np.isnan(compute_overlap(split_stems(["24"]), ["24"]))
 
 
 def test_get_captions_returns_few_different_captions() -> None:
     texts = ["a dog", "x" * 10_000, *(f"caption {number}" for number in range(500))]
-    images = [IndexedImage(text, FileImage(text), "", "", ("a dog", text), taken=1.0) for text in texts]
-    captions = get_captions(Hit("1", 0.5, tuple(images), len(images), width=10, height=10))
+    images = [IndexedImage(f"{n:03}", FileImage(""), "", "", ("a dog", text)) for n, text in enumerate(texts)]
+    captions = get_captions(images[::-1])
     assert captions == ["a dog", "x" * 500, "caption 0", "caption 1", "caption 2"]
 
 
@@ -259,6 +263,29 @@ def test_filter_does_not_change_the_relevance_of_a_hit(index: Backend, calibrati
     assert [hit.relevance for hit in hits] == pytest.approx([ratings[hit.id] for hit in hits])
     assert nothing_close  # the answer, /rest/5.png, does not match the filter
     assert not search_relevant(index, calibration, query, 1, Filter(path="/rest")).nothing_close
+
+
+@pytest.mark.parametrize("max_locations", [100, 2])
+def test_filter_does_not_change_the_captions_that_are_rated(
+    calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_locations: int
+) -> None:
+    monkeypatch.setattr(sqlite_backend, "MAX_LOCATIONS", max_locations)
+    backend = create_backend("sqlite", tmp_path)
+    add_images(backend, IMAGES[:1])
+    copies = []
+    for path, captions in (
+        ("/a", ("xray", "yacht", "zebra")),
+        ("/b", ("violin", "whale", "unicorn")),
+        ("/trip", ("a lighthouse",)),
+    ):
+        copies.append((IndexedImage(path, FileImage(path), "/", "1", captions), (0).to_bytes(32)))
+    backend.add([], copies)
+    for words in (["lighthouse"], ["yacht violin unicorn"]):
+        ratings = []
+        for image_filter in (Filter(), Filter(path="/trip"), Filter(path="/b")):
+            [hit] = search_relevant(backend, calibration, make_query(IMAGES[0]), 5, image_filter, words=words).hits
+            ratings.append(hit.relevance)
+        assert ratings == [ratings[0]] * 3
 
 
 def test_later_pages_get_the_same_answer_with_one_scan_of_the_vectors(

@@ -3,7 +3,8 @@
     GALLERY/
       index.html, gallery.js, ...          page
       gallery.json                         settings of the text encoder, and the name, caption and details of each image
-      vectors.bin                          image vectors: N float32 scales, then int8 values of shape (N, D)
+      vectors.bin                          image vectors (see `quantize_vectors`): mean (D float32 values), N float32
+                                           scales, then int8 values of shape (N, D)
       thumbnails/0.jpg, ...                thumbnails, newest image first
       text.onnx                            text encoder with 8-bit weights (see `models/export/onnx.py`)
       tokenizer.json, ...                  tokenizer
@@ -136,9 +137,10 @@ def check_gallery_size(index: str, backend: Backend, text_parameters: int, max_m
         raise ValueError(f"{hide_password(index)} contains no images. Add images with `llm2clip index`")
     hits = backend.search(None, SAMPLED_THUMBNAILS, Filter())
     thumbnail_bytes = np.mean([len(backend.thumbnail(hit.id) or b"") for hit in hits])
+    dim = int(backend.metadata()["embed_dim"])
     parts = {
         "thumbnails": count * float(thumbnail_bytes),
-        "vectors": count * (int(backend.metadata()["embed_dim"]) + 4),
+        "vectors": 4 * dim + count * (dim + 4),
         "text encoder": text_parameters,
         "libraries": 14_400_000,
     }
@@ -174,8 +176,9 @@ def _write_images(backend: Backend, folder: Path, with_private: bool) -> list[li
             images.append([image.file_name, caption, details])
             vectors.append(vector.astype(np.float16))
             bar.update(1)
-    values, scales = quantize_vectors(np.stack(vectors).astype(np.float32))
-    (folder / "vectors.bin").write_bytes(scales.astype("<f4").tobytes() + values.tobytes())
+    mean, scales, values = quantize_vectors(np.stack(vectors).astype(np.float32))
+    content = mean.astype("<f4").tobytes() + scales.astype("<f4").tobytes() + values.tobytes()
+    (folder / "vectors.bin").write_bytes(content)
     return images
 
 
@@ -186,12 +189,35 @@ def iterate_hits(backend: Backend) -> Iterator[Hit]:
         offset += HITS_PER_READ
 
 
-def quantize_vectors(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Round L2-normalised float32 vectors of shape (N, D) to int8 values times float32 scales of shape (N,)."""
-    largest = np.maximum(np.abs(vectors).max(1, keepdims=True), 1e-12)
-    values = np.round(vectors * (127 / largest)).astype(np.int8)
+def quantize_vectors(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rotate L2-normalised vectors and round their differences from the mean to int8.
+
+    Aligned models rotate embeddings to principal components, so a few dimensions are much larger than the others, which
+    would be rounded coarsely. The discrete Hartley transform, an orthogonal matrix that the page can compute, spreads
+    all dimensions evenly.
+
+    Args:
+        vectors: Vectors of shape (N, D), float32.
+
+    Returns:
+        The mean of the rotated vectors, of shape (D,), float32; scales of shape (N,), float32; and values of shape
+        (N, D), int8. The rotated vectors are approximately mean + scale * value.
+    """
+    rotated = vectors @ make_hartley_matrix(vectors.shape[1])
+    mean = rotated.mean(axis=0)
+    rotated -= mean
+    largest = np.maximum(np.abs(rotated).max(axis=1, keepdims=True), 1e-12)
+    values = np.round(rotated * (127 / largest)).astype(np.int8)
     norms = np.linalg.norm(values.astype(np.float32), axis=1)
-    return values, (1 / np.maximum(norms, 1)).astype(np.float32)
+    scales = np.linalg.norm(rotated, axis=1) / np.maximum(norms, 1)
+    return mean, scales, values
+
+
+def make_hartley_matrix(dim: int) -> np.ndarray:
+    """Return the matrix of the discrete Hartley transform, of shape (D, D), float32. It is symmetric and orthogonal."""
+    positions = np.arange(dim)
+    angles = 2 * np.pi / dim * (np.outer(positions, positions) % dim)
+    return ((np.cos(angles) + np.sin(angles)) / np.sqrt(dim)).astype(np.float32)
 
 
 def _build_text_settings(model: LLM2CLIP) -> dict[str, Any]:

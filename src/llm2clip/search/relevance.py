@@ -10,7 +10,7 @@ the largest similarity to a list of about 300 short texts (`background_queries.t
 
 The overlap is the weighted fraction of the query's words, truncated to five letters, that occur in the first five
 captions of the image. The weight of a word is its truncated length minus 2, at least 0. In scripts without spaces
-between words, each character is a word of weight 1.
+between words, each character is a word of weight 1. A filter does not change the relevance of a hit.
 
 `calibrate` measures m and d with searches in the entire index, so they grow with the number of images just as the
 largest similarity of a query does. There are separate values for text queries and image queries:
@@ -49,7 +49,7 @@ from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import Backend
 from llm2clip.search.metadata import Filter, normalize
 from llm2clip.search.query import QueryVectors, SearchQuery, average_embeddings, combine_embeddings
-from llm2clip.search.types import Hit
+from llm2clip.search.types import Hit, IndexedImage
 
 BACKGROUND_QUERIES = Path(__file__).with_name("background_queries.txt").read_text(encoding="utf-8").splitlines()
 SCALES = ("texts", "images", "captions")
@@ -59,6 +59,7 @@ HUBNESS_WEIGHT = 0.25
 OVERLAP_WEIGHT = 8.0
 MAX_CAPTIONS, MAX_CAPTION_LENGTH = 5, 500  # per hit, to compare with the query
 STEM_LENGTH = 5  # number of letters to which words are truncated, so that most inflected forms match
+VOICING_MARKS = "\u3099\u309a"
 CLOSEST = 10  # number of hits that decide whether a query has an answer
 MIN_RELEVANCE = 0.2  # low, because an answer that is hidden costs more than images that are shown in vain
 TEXT_SLOPE, TEXT_INTERCEPT = 1.2, -0.6
@@ -165,9 +166,14 @@ def compute_evidence(query: np.ndarray, vectors: np.ndarray, background: np.ndar
 def split_stems(texts: Sequence[str]) -> set[str]:
     """Return the words of texts, truncated to STEM_LENGTH letters without diacritics, and unspaced characters."""
     decomposed = unicodedata.normalize("NFD", normalize("\n".join(texts)))
-    letters = "".join(character for character in decomposed if not unicodedata.category(character).startswith("M"))
+    letters = "".join(character for character in decomposed if not _is_diacritic(character))
     spaced = UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFC", letters))
     return {word[:STEM_LENGTH] for word in re.findall(r"[^\W_]+", spaced)}
+
+
+def _is_diacritic(character: str) -> bool:
+    # Without voicing marks, different Japanese words would be equal, such as those for bus and pass.
+    return unicodedata.category(character).startswith("M") and character not in VOICING_MARKS
 
 
 def compute_overlap(stems: set[str], captions: Sequence[str]) -> float:
@@ -328,13 +334,18 @@ def _find_neighbours(
     is_other = np.ones(len(stacked), bool)
     if image is not None:
         is_other = ~find_near_duplicates(stacked, image, reference.sample_mean)
-    captions = [get_captions(hit) for hit in hits if hit.id in vectors]
+    captions = [get_captions(hit.images) for hit in hits if hit.id in vectors]
     return Neighbours(captions, compute_evidence(query, stacked, reference.background), is_other)
 
 
-def get_captions(hit: Hit) -> list[str]:
-    """Return the first distinct captions of a hit, truncated. Images from a hundred websites would be slow to rate."""
-    captions = dict.fromkeys(caption for image in hit.images for caption in image.captions)
+def get_captions(images: Sequence[IndexedImage]) -> list[str]:
+    """Return the first distinct captions of an image at several locations, truncated.
+
+    The locations are sorted by name, because a filter changes their order in a hit. An image from a hundred websites
+    would be slow to rate, so only MAX_CAPTIONS captions are returned.
+    """
+    ordered = sorted(images, key=lambda image: image.name)
+    captions = dict.fromkeys(caption for image in ordered for caption in image.captions)
     return [caption[:MAX_CAPTION_LENGTH] for caption in islice(captions, MAX_CAPTIONS)]
 
 
@@ -434,8 +445,12 @@ def rate_hits(
     vectors = backend.vectors([hit.id for hit in hits])
     if not vectors:
         return list(hits)
-    stems = split_stems(words)
-    overlaps = np.array([compute_overlap(stems, get_captions(hit)) for hit in hits if hit.id in vectors])
-    relevances = calibration.rate(query, np.stack(list(vectors.values())), overlaps)
+    stems, overlaps = split_stems(words), []
+    for hit in hits:
+        if hit.id in vectors:
+            # If a hit has too many locations to return all, a filter also changes which of them are returned.
+            images = hit.images if len(hit.images) == hit.image_count else backend.images(hit.id)
+            overlaps.append(compute_overlap(stems, get_captions(images)))
+    relevances = calibration.rate(query, np.stack(list(vectors.values())), np.array(overlaps))
     ratings = dict(zip(vectors, relevances.tolist(), strict=True))
     return [dataclasses.replace(hit, relevance=ratings.get(hit.id)) for hit in hits]

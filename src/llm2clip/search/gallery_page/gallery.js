@@ -5,7 +5,7 @@ import { Tokenizer } from "./lib/tokenizers.js";
 
 const PAGE = 60; // number of images to show at a time
 let settings; // contents of gallery.json
-let vectors; // image vectors: {values: Int8Array of N * dim, scales: Float32Array of N}
+let vectors; // rotated image vectors mean + scale * value: {mean: Float32Array, scales: Float32Array, values: Int8Array}
 let encoder = null; // promise of {tokenizer, session}; created when the page loads
 let running = Promise.resolve(); // the session runs one batch at a time
 let likeIndex = null; // image of the query "more like this"
@@ -34,8 +34,13 @@ async function loadImages() {
   const [json, binary] = await Promise.all([load("gallery.json"), load("vectors.bin")]);
   settings = await json.json();
   const buffer = await binary.arrayBuffer(), { count, dim } = settings;
-  if (buffer.byteLength !== count * (4 + dim)) throw new Error("vectors.bin is incomplete. Upload the folder again.");
-  vectors = { scales: new Float32Array(buffer, 0, count), values: new Int8Array(buffer, 4 * count) };
+  const scalesStart = 4 * dim, valuesStart = scalesStart + 4 * count;
+  if (buffer.byteLength !== valuesStart + count * dim) throw new Error("vectors.bin is incomplete. Upload the folder again.");
+  vectors = {
+    mean: new Float32Array(buffer, 0, dim),
+    scales: new Float32Array(buffer, scalesStart, count),
+    values: new Int8Array(buffer, valuesStart),
+  };
 }
 
 async function loadEncoder() {
@@ -98,20 +103,31 @@ async function embedQuery(text) {
   return normalize(embeddings[0].map((_, d) => embeddings.reduce((sum, embedding) => sum + embedding[d], 0)));
 }
 
-function getImageVector(index) {
-  const { dim } = settings, row = vectors.values.subarray(index * dim, (index + 1) * dim);
-  return normalize(Float32Array.from(row));
+function rotate(vector) {
+  // Discrete Hartley transform, as in `make_hartley_matrix` in llm2clip. Image vectors are stored rotated.
+  const dim = vector.length, table = new Float64Array(dim);
+  for (let n = 0; n < dim; n++) {
+    const angle = 2 * Math.PI * n / dim;
+    table[n] = (Math.cos(angle) + Math.sin(angle)) / Math.sqrt(dim);
+  }
+  return vector.map((_, k) => vector.reduce((sum, value, n) => sum + value * table[(n * k) % dim], 0));
+}
+
+function getRotatedImageVector(index) {
+  const { dim } = settings, { mean, scales, values } = vectors;
+  return normalize(mean.map((value, d) => value + values[index * dim + d] * scales[index]));
 }
 
 // ---- search ---------------------------------------------------------------------------------------------------------
 
 function rankImages(query) {
-  const { count, dim } = settings, { values, scales } = vectors;
-  const scores = new Float32Array(count);
+  // `query` is rotated.
+  const { count, dim } = settings, { mean, scales, values } = vectors;
+  const scores = new Float32Array(count), meanScore = query.reduce((sum, value, d) => sum + value * mean[d], 0);
   for (let i = 0; i < count; i++) {
     let sum = 0;
     for (let d = 0, position = i * dim; d < dim; d++, position++) sum += query[d] * values[position];
-    scores[i] = sum * scales[i];
+    scores[i] = meanScore + sum * scales[i];
   }
   const order = Array.from(scores.keys()).sort((a, b) => scores[b] - scores[a]);
   return order.map((index) => ({ index, score: scores[index] }));
@@ -131,11 +147,11 @@ async function search(addToHistory = true) {
   document.body.classList.add("searching");
   try {
     let query;
-    if (likeIndex !== null) query = getImageVector(likeIndex);
+    if (likeIndex !== null) query = getRotatedImageVector(likeIndex);
     else {
       showStatus("Loading the text encoder…"); // replaced at once if it is loaded
       await encoder;
-      query = await embedQuery(text);
+      query = rotate(await embedQuery(text));
     }
     if (searchNumber !== lastSearch) return; // a newer search has started
     const start = performance.now();
@@ -304,7 +320,7 @@ try {
   encoder.catch(() => {}); // a search shows the error
   addListeners();
   restoreQuery();
-  window.gallery = { embedQuery }; // for scripts and tests
+  window.gallery = { embedQuery, rotate, rankImages }; // for scripts and tests
 } catch (error) {
   showStatus(error.message, true);
 }
