@@ -309,9 +309,22 @@ class Backend(ABC):
             conditions.parameters |= parameters
         return conditions
 
-    @abstractmethod
     def _find_newest(self, run: Query, image_filter: Filter, count: int, offset: int) -> list[int]:
         """Return a page of content ids, sorted by the latest time of the matching images."""
+        if image_filter:
+            return self._find_newest_matches(run, image_filter, count, offset)
+        # The database reads only this many images, with the index `images_taken`. Some of them may be duplicates.
+        limit = 2 * (offset + count)
+        while True:
+            rows = run("SELECT content FROM images ORDER BY taken DESC, content LIMIT :limit", {"limit": limit})
+            ids = list(dict.fromkeys(content for (content,) in rows))
+            if len(ids) >= offset + count or len(rows) < limit:
+                return ids[offset : offset + count]
+            limit *= 4
+
+    @abstractmethod
+    def _find_newest_matches(self, run: Query, image_filter: Filter, count: int, offset: int) -> list[int]:
+        """Return a page of content ids as `_find_newest` does, for a filter that is not empty."""
 
     @abstractmethod
     def _find_nearest(

@@ -296,12 +296,12 @@ class PostgresBackend(Backend):
             where.append(f"EXISTS (SELECT FROM images WHERE {matching})")
         return " AND ".join(where) or "true", conditions.parameters
 
-    def _find_newest(self, run: Query, image_filter: Filter, count: int, offset: int) -> list[int]:
+    def _find_newest_matches(self, run: Query, image_filter: Filter, count: int, offset: int) -> list[int]:
         conditions = self._make_conditions(image_filter)
         where = [*_list_image_conditions(conditions), *conditions.contents]
         statement = (
             "SELECT contents.id FROM contents JOIN images ON content = contents.id"
-            f" WHERE {' AND '.join(where) or 'true'} GROUP BY contents.id"
+            f" WHERE {' AND '.join(where)} GROUP BY contents.id"
             " ORDER BY max(taken) DESC, contents.id LIMIT :count OFFSET :offset"
         )
         rows = run(statement, {**conditions.parameters, "count": count, "offset": offset})
