@@ -570,7 +570,7 @@ def test_newest_images_are_found_without_reading_all_images(kind: str, tmp_path:
             read.append(len(rows))
             return rows
 
-        return backend._find_newest(count_rows, Filter(), 3, 1)
+        return backend._find_newest_unfiltered(count_rows, 3, 1)
 
     expected = [hit.id for hit in backend.search(None, 3, Filter(before=1e9), 1)]
     assert [hit.id for hit in backend.search(None, 3, Filter(), 1)] == expected

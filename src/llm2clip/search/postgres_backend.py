@@ -296,7 +296,7 @@ class PostgresBackend(Backend):
             where.append(f"EXISTS (SELECT FROM images WHERE {matching})")
         return " AND ".join(where) or "true", conditions.parameters
 
-    def _find_newest_matches(self, run: Query, image_filter: Filter, count: int, offset: int) -> list[int]:
+    def _find_newest(self, run: Query, image_filter: Filter, count: int, offset: int) -> list[int]:
         conditions = self._make_conditions(image_filter)
         where = [*_list_image_conditions(conditions), *conditions.contents]
         statement = (

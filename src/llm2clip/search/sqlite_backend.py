@@ -198,7 +198,7 @@ class SqliteBackend(Backend):
     def count_matches(self, image_filter: Filter) -> int:
         return len(self._get_matching_ids(image_filter)) if image_filter else self.count()[1]
 
-    def _find_newest_matches(self, run: Query, image_filter: Filter, count: int, offset: int) -> list[int]:
+    def _find_newest(self, run: Query, image_filter: Filter, count: int, offset: int) -> list[int]:
         ids = self._get_matching_ids(image_filter, newest_first=True)
         page: list[int] = ids[offset : offset + count].tolist()
         return page
@@ -296,13 +296,12 @@ class SqliteBackend(Backend):
                 return self._vectors[1]
             with self._db.snapshot() as db:
                 vectors = QuantizedVectors(127 / _read_max_abs(db))
-                if self._vectors is not None:
-                    (*_, last_file), last = self._vectors
-                    if last_file == state[-1] and last.scale <= vectors.scale:
-                        vectors = last
-                    else:  # free vectors that cannot be used, in case both do not fit in memory
-                        self._vectors = None
-                    del last
+                (*_, last_file), last = self._vectors or ((None,), vectors)
+                if last_file == state[-1] and last.scale <= vectors.scale:
+                    vectors = last
+                else:  # free vectors that cannot be used, in case both do not fit in memory
+                    self._vectors = None
+                del last
                 vectors = vectors.with_added(_read_vector_chunks(db, vectors.last_id))
                 ((count,),) = db.execute("SELECT count(*) FROM contents")
                 if count < len(vectors):
