@@ -274,7 +274,8 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     if session.items:
         capture = session.config.pluginmanager.getplugin("capturemanager")
         for stream in (sys.__stdout__, sys.__stderr__):
-            stream.flush()  # otherwise the server's processes would write the buffered text again
+            if stream is not None:
+                stream.flush()  # otherwise the server's processes would write the buffered text again
         if capture is not None:
             capture.resume_global_capture()  # of the output of processes
         start_fork_server()
