@@ -128,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "nonsense":
             self._send(200, b"<html>\x1b[31mwelcome</html>")
         elif fault == "wrong json":
-            self._send(200, json.dumps({"choices": [{"message": {"content": 5}}]}).encode())
+            self._send(200, json.dumps({"choices": []}).encode())
         elif fault == "disconnect":
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)

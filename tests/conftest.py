@@ -7,6 +7,8 @@ import os
 
 gc.disable()  # until the modules are imported, which takes a fifth less time without collections
 
+# In a forked process, `torch.cuda.is_available()` fails if its parent process has initialised CUDA to answer it.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 # huggingface_hub and tokenizers read these when they are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +25,7 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from multiprocessing import resource_tracker, util
@@ -51,6 +54,7 @@ with suppress(ImportError):
 _CAPABILITIES = {**getattr(torch.cpu, "get_capabilities", dict)(), "amx_bf16": False, "avx512_bf16": False}
 torch.cpu.get_capabilities = lambda: _CAPABILITIES  # auto is fp32 on every machine
 torch.set_num_threads(1)  # tiny models are slower with more threads
+gc.enable()  # benchmarks and spawned processes import this module too
 
 pytest_plugins = ["align_fixtures", "caption_fixtures", "page_fixtures"]
 HANG_TIMEOUT = 300  # seconds; only a test that hangs waits for so long, so its result does not depend on speed
@@ -257,15 +261,26 @@ def real_data() -> Path:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_collection() -> None:
+    """Collect no garbage until the test modules are imported."""
+    gc.disable()
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Let no garbage collection visit what has been imported, and start the server that forks processes for tests."""
     gc.enable()
     gc.freeze()
     if session.items:
         capture = session.config.pluginmanager.getplugin("capturemanager")
-        capture.resume_global_capture()  # of the output of processes
+        for stream in (sys.__stdout__, sys.__stderr__):
+            if stream is not None:
+                stream.flush()  # otherwise the server's processes would write the buffered text again
+        if capture is not None:
+            capture.resume_global_capture()  # of the output of processes
         start_fork_server()
-        capture.suspend_global_capture()
+        if capture is not None:
+            capture.suspend_global_capture()
 
 
 def start_fork_server() -> None:
@@ -281,6 +296,7 @@ def start_fork_server() -> None:
         pid = os.fork()
         if pid:
             return pid
+        exit_code = 1
         try:
             util.spawnv_passfds = spawn
             multiprocessing.forkserver._forkserver._lock = threading.Lock()  # the other is locked
@@ -291,9 +307,15 @@ def start_fork_server() -> None:
                 if descriptor > 2 and descriptor not in fds_to_pass:
                     with suppress(OSError):  # above a limit that a test has set
                         os.dup2(2, descriptor)  # not closed: loggers may still write to the files of pytest
+            seed_everything()
             exec(args[-1])
+        except SystemExit:  # the server ends because no process uses it any longer
+            exit_code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
-            os._exit(0)
+            sys.stderr.flush()
+            os._exit(exit_code)
 
     resource_tracker.ensure_running()
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -373,9 +395,9 @@ def _rank(
         TORCHELASTIC_RESTART_COUNT="0",
         ACCELERATE_USE_CPU="true",
     )
+    start_fork_server()  # for the workers of this process, before Gloo starts threads
     # Otherwise every process would do all the work, and the test would not test anything.
     assert process_state().num_processes == count
-    start_fork_server()  # for the workers of this process
     torch.set_num_threads(1)
     function(*args)
     shut_down_process_group()
@@ -398,6 +420,12 @@ def run_in_process(function: Callable[..., object], *args: Any) -> int | None:
         process.kill()
         pytest.fail("the process hangs")
     return process.exitcode
+
+
+def redirect_errors(file: Path) -> None:
+    """Write what this process and processes forked from it write to stderr to a file."""
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    start_fork_server()
 
 
 def start_command(

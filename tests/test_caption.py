@@ -1,5 +1,6 @@
 """Tests of `llm2clip caption`: images that are read, records that are written, resuming, ranks, and `fit --caption`."""
 
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -338,6 +339,15 @@ def test_photos_in_the_folder_of_copied_images_are_captioned(tmp_path: Path) -> 
     with run_server() as server:
         caption(server, photos, tmp_path / "out.jsonl")
     assert [row["image"] for row in read_rows(tmp_path / "out.jsonl")] == [f"out_images/000{n}.png" for n in range(6)]
+
+
+def test_photos_named_by_their_hashes_are_captioned(tmp_path: Path) -> None:
+    photos, out = make_photos(tmp_path / "train_images", 2), tmp_path / "captions.jsonl"
+    for file in photos.glob("*.png"):
+        file.rename(file.with_stem(hashlib.sha256(file.read_bytes()).hexdigest()))
+    with run_server() as server:
+        lines = caption(server, photos, out)
+    assert len(read_rows(out)) == 2 and "has written it" not in lines
 
 
 def test_each_record_without_an_image_counts_as_skipped(tmp_path: Path, photos: Path) -> None:

@@ -317,6 +317,9 @@ def test_unreadable_images_are_not_scored(tmp_path: Path, image_folder: Path, du
     database = make_database(tmp_path / "c.sqlite", [[text] for text in make_sentences(3)])
     result = score_captions(database, MODEL, [SHORT], dual_encoder, max_rank=0.5)
     assert result.num_captions == 2
+    report = replace(make_report(database, [SHORT]), scores=result)
+    text = " ".join(format_report(database, report).split())
+    assert "1 images could not be decoded, so their captions were not compared" in text
     scores = [database.list_answers(make_hash(n), MODEL, [SHORT.key])[0].score for n in range(3)]
     assert [score is None for score in scores] == [False, True, False]
 

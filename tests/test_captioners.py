@@ -113,6 +113,7 @@ def photos(tmp_path: Path) -> Path:
     [
         ("[1, 2]", "must map the names of prompts to their fields"),
         ("a: [", "not a valid YAML file"),
+        ("a: {kind: short, text: x}\na: {kind: dense, text: x}", "several prompts have the name a"),
         ("A B: {kind: short, text: x}", "the name of a prompt must consist of a-z, 0-9 and _ .got 'A B'"),
         ("a: text", "prompt a: must have fields of the form `name: value`"),
         ("a: {kind: short}", "prompt a: the field text is missing"),
@@ -332,11 +333,22 @@ def test_refused_filtered_and_compressed_responses_are_not_captions(monkeypatch:
     assert parse({"content": "A dog runs."}).text == "A dog runs."
     monkeypatch.setenv(captioners.KEY_VARIABLE, KEY)
     assert KEY[:5] not in str(parse({"content": "Sorry. " + "x" * 187 + KEY}).error)  # truncated within the key
+    parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "A dog "}, {"text": "runs."}]
+    assert parse({"content": parts}).text == "A dog runs."
     assert "empty answer" in str(parse({"content": None, "refusal": "Our policy is violated."}).error)
     assert "content filter" in str(parse({"content": "A man in a park is about to"}, "content_filter").error)
     response = httpx.Response(200, headers={"Content-Encoding": "gzip"}, content=gzip.compress(b"x"))
     with pytest.raises(captioners._RequestError, match="compressed"):
         asyncio.run(captioners._read_limited(response))
+
+
+@pytest.mark.parametrize("content", [5, {"text": "A dog runs."}, ["A dog runs."], [{"text": 5}]])
+def test_answers_with_unsupported_content_are_not_requested_again(tmp_path: Path, content: Any) -> None:
+    with run_server() as server:
+        server.answers["one sentence"] = content
+        caption(server, make_photos(tmp_path / "photos", 1), tmp_path / "out.jsonl")
+    assert set(server.answered.values()) == {1} and server.num_requests == CAPTIONS_PER_IMAGE
+    assert "the content of the answer is not text" in (tmp_path / "out_failures.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

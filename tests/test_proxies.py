@@ -71,6 +71,7 @@ def test_nginx_passes_on_requests_and_limits_clients(server: str, tmp_path: Path
         ("/etc/ssl/search.example.org.key", str(key)),
         ("127.0.0.1:7860", server),
         ("/var/log/nginx/llm2clip.log", f"{tmp_path}/requests.log"),
+        ("/var/log/nginx/llm2clip-error.log", f"{tmp_path}/site-error.log"),
         ("rate=50r/s", "rate=1r/m"),  # so that a slow machine reaches the limit too
         ("burst=300", "burst=20"),
     ):
@@ -91,7 +92,9 @@ def test_nginx_passes_on_requests_and_limits_clients(server: str, tmp_path: Path
     ):
         check_requests(client)
         assert "Secure" in client.get("/?token=secret").headers["set-cookie"]  # the server knows the client's scheme
-        assert 429 in {client.get("/health").status_code for _ in range(30)}
+        assert 429 in {client.get("/health?token=secret").status_code for _ in range(30)}
+    logs = [file.read_text() for file in tmp_path.glob("*.log")]
+    assert any("/health" in log for log in logs) and not any("secret" in log for log in logs)
 
 
 def test_nginx_counts_downloads_apart_from_other_connections() -> None:

@@ -5,8 +5,9 @@ import base64
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,12 +17,15 @@ from torch import Tensor
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import decode_image
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.tools import quickstart
 from llm2clip.tools.quickstart import (
     LANGUAGES,
     QUERIES,
+    Emoji,
     _add_article_if_countable,
     _format_last_lines,
     _make_keyword_caption,
+    _make_rows,
     _write_search_results,
     prepare_emoji_records,
 )
@@ -83,6 +87,13 @@ def test_prepare_emoji_records_deduplicates_and_splits_by_family(
     captions = [text for row in rows for text in row["captions"]]
     assert len(captions) == len(set(captions))
     assert "CC BY-SA 4.0" in (folder / "README.md").read_text()
+
+    def make_rows_while_another_process_finishes(emojis: list[Emoji]) -> list[dict[str, Any]]:
+        shutil.copytree(folder, tmp_path / "shared")
+        return _make_rows(emojis)
+
+    monkeypatch.setattr(quickstart, "_make_rows", make_rows_while_another_process_finishes)
+    assert prepare_emoji_records(tmp_path / "shared", size=48, offline=True) == tmp_path / "shared"
 
 
 @pytest.mark.parametrize(

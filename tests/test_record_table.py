@@ -103,6 +103,13 @@ def test_phrases_follow_their_records() -> None:
     assert table.count_texts("phrases").tolist() == [3, 5]
 
 
+def test_split_tables_are_pickled_without_phrases() -> None:
+    phrases = pa.chunked_array([pa.array([["phrase" * 10_000]] * 6, pa.list_(pa.string()))])
+    parts = RecordTable.from_records(RECORDS[:6]).with_phrases(phrases).split(4)
+    assert [len(part) for part in parts] == [4, 2]
+    assert all(len(pickle.dumps(part)) < 10_000 for part in parts)
+
+
 def test_identity_depends_on_the_values_only(tmp_path: Path) -> None:
     source = write_shards(tmp_path)
     table = open_table([source], {}, SkipLog(), folder=tmp_path / "tables")

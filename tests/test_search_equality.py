@@ -157,7 +157,7 @@ def test_pages_of_an_index_follow_each_other(index: Index, monkeypatch: pytest.M
 
 def test_index_explains_mistakes(index: Index, backend: SqliteBackend, dual_encoder: DualEncoder) -> None:
     with pytest.raises(ValueError, match="the query is empty"):
-        index.search()
+        index.embed(SearchQuery())
     with pytest.raises(NotFound, match="no image with id 999"):
         index.search(SearchQuery(like=["999"]))
     with pytest.raises(UnsupportedQuery, match="at least one text"):

@@ -96,18 +96,23 @@ def test_build_index_rejects_another_model(
 
 
 def test_open_index_switches_to_a_new_index_at_the_same_path(
-    photos: Path, image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
+    photos: Path, image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = tmp_path / "index"
     index_sources([photos], dual_encoder, SqliteBackend(index, write=True))
     reader = SqliteBackend(index)
     old = search_names(reader)
+    vectors = reader._get_vectors()
 
     new = SqliteBackend(tmp_path / "new", write=True)
     index_sources([image_folder], dual_encoder, new)
     expected, counts = search_names(new), new.count()
-    index.rename(tmp_path / "old")
-    assert search_names(reader) == old  # the path does not exist for a moment
+    index.rename(tmp_path / "old")  # the path does not exist for a moment
+    assert search_names(reader) == search_names(reader, Filter(path=str(photos))) == old
+    assert reader.search(QUERY, 3, Filter(), words=["1.png"])[0].matched == ("name",)
+    assert reader._get_vectors() is vectors
+    reader._vectors = None
+    assert len(reader._get_vectors()) == len(vectors)
     (tmp_path / "new").rename(index)
     assert search_names(reader) == expected != old
     assert reader.count() == counts
@@ -117,8 +122,64 @@ def test_open_index_switches_to_a_new_index_at_the_same_path(
     other.initialize({**other.metadata(), "fingerprint": "0"})
     index.rename(tmp_path / "old2")
     (tmp_path / "other").rename(index)
-    with pytest.raises(IndexUnavailableError, match="replaced with an index of a different model"):
-        search_names(reader)
+    connections: list[sqlite3.Connection] = []
+    connect = reader._db._connect
+    monkeypatch.setattr(reader._db, "_connect", lambda: connections.append(connect()) or connections[-1])
+    for image_filter in (Filter(), Filter(min_side=1)):
+        with pytest.raises(IndexUnavailableError, match="replaced with an index of a different model"):
+            search_names(reader, image_filter)
+    for connection in connections:
+        with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+            connection.execute("SELECT 1")
+
+
+def test_open_index_is_used_until_the_index_that_replaces_it_has_a_model(
+    photos: Path, image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
+) -> None:
+    index = tmp_path / "index"
+    index_sources([photos], dual_encoder, SqliteBackend(index, write=True))
+    gc.collect()  # closes the writer
+    reader = SqliteBackend(index)
+    old = search_names(reader)
+
+    def check_old_index() -> None:
+        reader._cache.clear()
+        assert search_names(reader) == search_names(reader, Filter(path=str(photos))) == old
+
+    shutil.rmtree(index)
+    check_old_index()
+    index.mkdir()
+    (index / "index.sqlite").touch()
+    check_old_index()
+    new = SqliteBackend(index, write=True)
+    check_old_index()
+    index_sources([image_folder], dual_encoder, new)
+    assert search_names(reader) == search_names(new) != old
+
+
+def test_vectors_stay_in_memory_if_new_ones_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = SqliteBackend(tmp_path, write=True)
+    backend.initialize({"model": "m", "embed_dim": 4})
+    read, starts = sqlite_backend._read_vector_chunks, []
+
+    def add(number: int) -> None:
+        content = IndexedContent(b"%d" % number, np.full(4, 0.5, np.float16), b"")
+        backend.add([content], [(IndexedImage(f"{number}", FileImage("/a"), "s", "1"), content.hash)])
+
+    def failing_read(db: sqlite3.Connection, last_id: int) -> Any:
+        starts.append(last_id)
+        if len(starts) == 1:
+            raise sqlite3.OperationalError("disk I/O error")
+        return read(db, last_id)
+
+    add(1)
+    backend._get_vectors()
+    monkeypatch.setattr(sqlite_backend, "_read_vector_chunks", failing_read)
+    add(2)
+    with pytest.raises(IndexUnavailableError, match="disk I/O error"):
+        backend._get_vectors()
+    assert len(backend._get_vectors()) == 2
+    assert starts == [1, 1]  # only the second vector is read
 
 
 def test_index_on_a_read_only_disk(
@@ -482,6 +543,8 @@ def test_search_pages_follow_each_other(
     assert newest(Filter(before=420)) == expected
     assert newest(Filter(before=420), 2, 1) == expected[1:3]
     assert newest(folder, 2, 5) == ["0.png"] and newest(folder, 2, 6) == []
+    assert newest(Filter()) == newest(folder)
+    assert [name for offset in range(7) for name in newest(Filter(), 1, offset)] == newest(folder)
     for image_filter in (Filter(), Filter(path=str(root), before=500)):
         ids = [hit.id for hit in backend.search(QUERY, 9, image_filter)]
         pages = [backend.search(QUERY, 2, image_filter, offset) for offset in range(0, 8, 2)]
@@ -489,6 +552,47 @@ def test_search_pages_follow_each_other(
     # One duplicate is in the folder, and the other one is older.
     assert search_names(backend, Filter(path=str(root / "old"), before=420)) == set()
     assert backend.count_matches(Filter(path=str(root / "old"), before=420)) == 0
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_newest_images_are_found_without_reading_all_images(kind: str, tmp_path: Path) -> None:
+    backend = create_backend(kind, tmp_path / "index")
+    backend.initialize({"model": "m", "embed_dim": 4})
+    contents = [IndexedContent(b"%d" % n, np.full(4, 0.5, np.float16), b"") for n in range(100)]
+    times = [(n, n) for n in range(100)] + [(7, 200 + copy) for copy in range(9)]  # the newest image has copies
+    images = [IndexedImage(f"{n} {time}", FileImage("/a"), "s", "1", taken=float(time)) for n, time in times]
+    backend.add(contents, [(image, contents[n].hash) for image, (n, _) in zip(images, times, strict=True)])
+    read: list[int] = []
+
+    def find(run: Any) -> list[int]:
+        def count_rows(statement: str, parameters: Any) -> Any:
+            rows = run(statement, parameters)
+            read.append(len(rows))
+            return rows
+
+        return backend._find_newest_unfiltered(count_rows, 3, 1)
+
+    expected = [hit.id for hit in backend.search(None, 3, Filter(before=1e9), 1)]
+    assert [hit.id for hit in backend.search(None, 3, Filter(), 1)] == expected
+    assert [str(content_id) for content_id in backend._read(find)] == expected
+    assert read == [8, 32]
+    if kind == "sqlite":
+        plan = backend._query("EXPLAIN QUERY PLAN SELECT content FROM images ORDER BY taken DESC, content LIMIT 8", {})
+        assert "USING INDEX images_taken" in str(plan)
+
+
+def test_a_filter_is_evaluated_once_for_all_pages(
+    photos: Path, dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = SqliteBackend(tmp_path / "index", write=True)
+    index_sources([photos], dual_encoder, backend)
+    find, calls = backend._find_matching_ids, []
+    monkeypatch.setattr(backend, "_find_matching_ids", lambda *args: calls.append(args) or find(*args))
+    for offset in range(3):
+        assert len(backend.search(None, 1, Filter(min_side=1), offset)) == 1
+        assert backend.count_matches(Filter(min_side=1)) == 6
+        assert len(backend.search(QUERY, 1, Filter(min_side=1), offset)) == 1
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("kind", BACKENDS)

@@ -251,14 +251,17 @@ def _parse_response(data: bytes) -> Answer:
     try:
         response = json.loads(data)
         choice = response["choices"][0]
-        text = choice["message"].get("content") or ""
-        if not isinstance(text, str):
-            raise TypeError(f"the content is of type {type(text).__name__}")
+        content = choice["message"].get("content") or ""
         usage = response.get("usage") or {}
         tokens = [_to_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         excerpt = _shorten(data.decode(errors="replace"))
         raise _RequestError(f"the response is not a chat completion ({type(error).__name__}): {excerpt}") from error
+    try:
+        text = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+    except (TypeError, AttributeError) as error:  # another attempt would be paid too, and have the same result
+        excerpt = _shorten(data.decode(errors="replace"))
+        raise _RequestError(f"the content of the answer is not text: {excerpt}", retry=False) from error
     if choice.get("finish_reason") == "content_filter":
         return Answer(None, "the server's content filter stopped the answer", *tokens)
     # The key is replaced first, because `clean_answer` quotes truncated texts in its errors.

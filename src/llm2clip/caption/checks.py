@@ -315,6 +315,7 @@ class ScoredCaptions:
     max_rank: float
     sample_size: int = 0  # number of images to which each caption was compared
     num_captions: int = 0  # that were compared with their images
+    num_unreadable: int = 0  # images that could not be decoded
 
 
 def score_captions(
@@ -338,6 +339,7 @@ def score_captions(
     with ProgressBar(total=database.count_images(), desc="checking", unit="image") as bar:
         for rows in iter_chunks(database.iterate_images(distinct=True), IMAGES_PER_BATCH):
             hashes, embeddings = _encode_images(database, rows, encoder)
+            result.num_unreadable += len(rows) - len(hashes)
             answers, owners = [], []
             for owner, image_hash in enumerate(hashes):
                 for answer in database.list_answers(image_hash, model, keys):

@@ -46,7 +46,7 @@ MAX_ERRORS = 20  # reasons of failed requests in the report
 MAX_SOURCE_CAPTIONS = 10  # per image in the report
 MAX_TEXT_CHARACTERS = 2000  # longer texts are truncated in the report
 THUMBNAIL_SIDE = 320  # in pixels
-_COPIED_IMAGE = re.compile(r".*_images/[0-9a-f]{64}\.\w+")
+_COPIED_IMAGE = re.compile(r"(.*)_images/[0-9a-f]{64}\.\w+", re.DOTALL)
 # Images with failed or rejected captions come first, then those with the highest rank. Duplicates do not count.
 _WORST_IMAGES = """
 SELECT (SELECT min(number) FROM images WHERE images.hash = answers.hash) AS first_number FROM answers
@@ -133,7 +133,7 @@ def _open_images(
     for number, record in enumerate(RecordReader(parsed, log, "header", require_captions=False).read(files)):
         if record.image is None:
             log.skip(parsed.path, number, "no image", record.id)
-        elif omits_output and _COPIED_IMAGE.fullmatch(str(record.image)):
+        elif omits_output and _is_copied_image(str(record.image)):
             log.add_note(WRITTEN_BY_CAPTION, os.path.dirname(str(record.image)))
         else:
             yield record, record.image
@@ -174,6 +174,11 @@ def _copy_image(data: bytes, output: CaptionOutput) -> tuple[str, str]:
 
 def _is_caption_output(path: str) -> bool:
     return path.endswith(".jsonl") and not is_remote(path) and os.path.exists(f"{path}.sqlite")
+
+
+def _is_copied_image(path: str) -> bool:
+    match = _COPIED_IMAGE.fullmatch(path)
+    return match is not None and _is_caption_output(f"{match[1]}.jsonl")
 
 
 # ---- records and failures --------------------------------------------------------------------------------------------
@@ -335,10 +340,13 @@ def build_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block
 
 def _describe_comparison(scores: ScoredCaptions | None, num_mismatches: int) -> str:
     if scores is not None:
-        return (
+        text = (
             f"{scores.num_captions:,} captions were compared with {scores.sample_size:,} images by {scores.encoder}. "
             f"A caption is rejected if more than {scores.max_rank:.0%} of these images match it better than its own."
         )
+        if scores.num_unreadable:
+            text += f" {scores.num_unreadable:,} images could not be decoded, so their captions were not compared."
+        return text
     if num_mismatches:
         return "This run did not compare the captions with their images. Earlier rejections remain valid."
     return "The captions were not compared with their images. To compare them, use --check MODEL."

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -120,11 +121,15 @@ def load_prompts(
     """
     path = DEFAULT_FILE if file is None else Path(file).expanduser()
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not a valid YAML file ({error})") from error
-    if not isinstance(content, dict) or not content:
+    if not isinstance(content, dict) or not content or not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path} must map the names of prompts to their fields, as in {DEFAULT_FILE}")
+    counts = Counter(key.value for key, _ in root.value)  # safe_load keeps only the last prompt with a name
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"{path}: several prompts have the name {repeated[0]}. Give each prompt a different name")
     prompts = []
     for name, values in content.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):

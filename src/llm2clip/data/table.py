@@ -112,12 +112,14 @@ class RecordTable(Sequence[Record]):
         return RecordTable(self.blocks, self.rows[positions], self.folder, self._caption_field, phrases)
 
     def split(self, size: int) -> list[RecordTable]:
-        """Split the table into tables of `size` records. Processes that receive them map only the files they need."""
+        """Split the table into tables of `size` records. Processes that receive them map only the files they need.
+
+        The tables do not have the phrases from `with_phrases`, because every process would receive all of them.
+        """
         tables = []
         for start in range(0, len(self), size):
-            table = self.select(np.arange(start, min(start + size, len(self))))
-            table.blocks, table.rows = self.blocks.select_files(table.rows)
-            tables.append(table)
+            blocks, rows = self.blocks.select_files(self.rows[start : start + size])
+            tables.append(RecordTable(blocks, rows, self.folder, self._caption_field))
         return tables
 
     def use_as_captions(self, field: str) -> RecordTable:

@@ -60,16 +60,19 @@ class Checkpoints:
         """Find the checkpoint to resume from and remove incomplete checkpoints.
 
         If a complete checkpoint has been damaged, for example by a power failure, it is renamed to
-        checkpoint-N.damaged, and training resumes from the previous checkpoint or, if there is none, starts over.
+        checkpoint-N.damaged, and training resumes from the previous checkpoint.
 
         Raises:
-            ValueError: The latest checkpoint has a different format version or is not visible on this rank.
+            ValueError: The latest checkpoint has a different format version or is not visible on this rank, or all
+                checkpoints are damaged.
         """
         self.folder = folder
         state = process_state()
-        latest = _find_undamaged_checkpoint(folder) if state.is_main_process else None
+        latest, error = _find_undamaged_checkpoint(folder) if state.is_main_process else (None, "")
         if state.num_processes > 1:
-            [latest] = broadcast_object_list([latest])
+            latest, error = broadcast_object_list([latest, error])
+        if error:
+            raise ValueError(error)
         self._marker: dict[str, Any] = {}
         self._signature: dict[str, Any] = {}
         if latest is not None:
@@ -224,23 +227,36 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
     )
 
 
-def _find_undamaged_checkpoint(folder: Path) -> Path | None:
-    """Return the latest undamaged checkpoint. Remove incomplete checkpoints, and rename later ones that are damaged."""
+def _find_undamaged_checkpoint(folder: Path) -> tuple[Path | None, str]:
+    """Return the latest undamaged checkpoint, and an error message if all checkpoints are damaged.
+
+    Remove incomplete checkpoints. Rename damaged checkpoints that are later than the returned one.
+    """
+    damages: dict[Path, str] = {}
+    latest = None
     for checkpoint in reversed(list_checkpoints(folder)):
         if not (checkpoint / COMPLETE_MARKER).exists():
             shutil.rmtree(checkpoint)
-            continue
-        damage = _describe_damage(checkpoint)
-        if not damage:
-            return checkpoint
+        elif latest is None:
+            if damage := _describe_damage(checkpoint):
+                damages[checkpoint] = damage
+            else:
+                latest = checkpoint
+    if damages and latest is None:
+        details = "; ".join(f"{checkpoint.name}: {damage}" for checkpoint, damage in damages.items())
+        return None, (
+            f"All checkpoints in {folder} are damaged ({details}). Restore them from a backup, or delete {folder} to "
+            "start this stage over"
+        )
+    for checkpoint, damage in damages.items():
         new_path = checkpoint.with_name(f"{checkpoint.name}.damaged")
         shutil.rmtree(new_path, ignore_errors=True)
         checkpoint.rename(new_path)
         print_once(
-            f"{checkpoint} is damaged ({damage}) and has been renamed to {new_path.name}. Training resumes from the "
-            "previous checkpoint, or starts over if there is none"
+            f"{checkpoint} is damaged ({damage}) and has been renamed to {new_path.name}. Resuming from {latest} "
+            "instead"
         )
-    return None
+    return latest, ""
 
 
 def _describe_damage(checkpoint: Path) -> str:

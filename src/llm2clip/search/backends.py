@@ -179,8 +179,10 @@ class Backend(ABC):
         def read(run: Query) -> list[Hit]:
             matches = self._find_word_matches(run, query, image_filter) if query else np.empty(0, np.int64)
             scores: dict[int, float] = {}
-            if vector is None:
+            if vector is None and image_filter:
                 ids = self._find_newest(run, image_filter, count, offset)
+            elif vector is None:
+                ids = self._find_newest_unfiltered(run, count, offset)
             else:
                 depth = max(offset + count, MAX_FUSED) if len(matches) else offset + count
                 nearest, cosines = self._find_nearest(run, vector.astype(np.float32), depth, image_filter)
@@ -314,6 +316,16 @@ class Backend(ABC):
     @abstractmethod
     def _find_newest(self, run: Query, image_filter: Filter, count: int, offset: int) -> list[int]:
         """Return a page of content ids, sorted by the latest time of the matching images."""
+
+    def _find_newest_unfiltered(self, run: Query, count: int, offset: int) -> list[int]:
+        # The database reads only this many images, with the index `images_taken`. Some of them may be duplicates.
+        limit = 2 * (offset + count)
+        while True:
+            rows = run("SELECT content FROM images ORDER BY taken DESC, content LIMIT :limit", {"limit": limit})
+            ids = list(dict.fromkeys(content for (content,) in rows))
+            if len(ids) >= offset + count or len(rows) < limit:
+                return ids[offset : offset + count]
+            limit *= 4
 
     @abstractmethod
     def _find_nearest(

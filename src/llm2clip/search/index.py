@@ -197,15 +197,14 @@ class Index:
 
         Args:
             query: A text, or a query with texts, images and earlier hits. Default: return the newest images that match
-                the filter.
+                the filter, or the newest images of the index without a filter.
             top: Maximum number of hits, not counting similar ones.
             offset: Number of hits to skip: `next_offset` of the previous page.
             filter: Conditions that every hit must meet.
             options: Default: `SearchOptions()`.
 
         Raises:
-            ValueError: There is neither a query nor a filter, a text is empty, the model does not fit the index, or
-                the model returned NaN or infinity.
+            ValueError: A text is empty, the model does not fit the index, or the model returned NaN or infinity.
             UnsupportedQuery: `options.rerank` is set, but the index was opened without a re-ranking model.
             ImageError: An image of the query cannot be decoded.
             NotFound: The index does not contain an earlier hit that is part of the query.
@@ -213,8 +212,6 @@ class Index:
         """
         query = _to_query(query)
         image_filter, options = filter or Filter(), options or SearchOptions()
-        if not query and not image_filter:
-            raise ValueError("the query is empty: provide at least one text, image, hit id or filter")
         if options.rerank and not self.can_rerank:
             raise UnsupportedQuery("re-ranking requires a re-ranking model: open the index with a rerank_model")
         vectors = self.embed(query) if query else None

@@ -307,7 +307,7 @@ class PostgresBackend(Backend):
         where = [*_list_image_conditions(conditions), *conditions.contents]
         statement = (
             "SELECT contents.id FROM contents JOIN images ON content = contents.id"
-            f" WHERE {' AND '.join(where) or 'true'} GROUP BY contents.id"
+            f" WHERE {' AND '.join(where)} GROUP BY contents.id"
             " ORDER BY max(taken) DESC, contents.id LIMIT :count OFFSET :offset"
         )
         rows = run(statement, {**conditions.parameters, "count": count, "offset": offset})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -141,7 +142,7 @@ class QueryRequest(_StrictModel):
 
 
 class SearchRequest(QueryRequest):
-    """A query, a filter, or both. Without a query, images that match the filter are sorted newest first."""
+    """A query and a filter, both optional. Without a query, images that match the filter are sorted newest first."""
 
     top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits, not counting similar ones")
     offset: int = Field(
@@ -316,6 +317,7 @@ STATUS_CODES: dict[type[Exception], int] = {
     ValueError: 422,
 }
 MAX_MESSAGE_LENGTH = 1000  # in characters; validation messages may quote parts of the request
+LOG_SECONDS = 60  # an equal message about the index is logged at most once in this time
 RETRY_SOON = {"Retry-After": "1"}  # asks the client to wait for one second
 
 
@@ -359,13 +361,17 @@ def add_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(exception, _handle_error)
 
 
-async def _handle_error(_: Request, error: Exception) -> Response:
+async def _handle_error(request: Request, error: Exception) -> Response:
     if isinstance(error, InvalidImage):
         return make_error_response(error.code, str(error), param=error.param)
     code = next(code for exception, code in STATUS_CODES.items() if isinstance(error, exception))
     message = str(error)
     if isinstance(error, IndexUnavailableError):
-        logger.warning("%s", error)  # clients do not receive the message, because it contains addresses
+        # Clients do not receive the message, because it contains addresses. A page causes many equal messages.
+        warning = message, time.monotonic() // LOG_SECONDS
+        if getattr(request.app.state, "last_warning", None) != warning:
+            logger.warning("%s", error)
+            request.app.state.last_warning = warning
         message = "the index is temporarily unavailable; try again later"
     return make_error_response(code, message, RETRY_SOON if code in (429, 503) else None)
 

@@ -98,7 +98,10 @@ def create_app(
     auth = Authenticator(access.token) if access.token is not None else None
     count = len(model.query_templates.templates)
     if count > MAX_TEMPLATES:
-        raise ValueError(f"the model has too many prompt templates: {count}; the limit is {MAX_TEMPLATES}")
+        raise ValueError(
+            f"the model has too many prompt templates: {count}; the limit is {MAX_TEMPLATES}. Remove templates from "
+            f"`query_templates` in {Path(model.name) / 'config.json'}"
+        )
     service = InferenceService(model, backend, limits or Limits(), model_thread, rerank_model)
 
     @asynccontextmanager
@@ -195,7 +198,7 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
         """Return the images in the index that are most similar to the given texts, images and earlier hits.
 
         Images whose texts contain all words of the query are ranked higher, unless `words` is false.
-        If there is a filter but no query, return the images that match the filter, newest first.
+        Without a query, return the images that match the filter, newest first.
         """
         if request.rerank and not service.require_index().can_rerank:
             raise UnsupportedQuery("this server has no re-ranking model. Start it with: llm2clip serve --rerank MODEL")
@@ -351,7 +354,8 @@ def _add_page_routes(app: FastAPI, auth: Authenticator | None, rerank_model: Dua
     async def serve_static_file(name: str) -> Response:
         if name not in STATIC_FILES:
             raise NotFound(f"no such file: {name}")
-        return FileResponse(STATIC_FOLDER / name)
+        # After an update, a browser must not combine cached scripts with new ones.
+        return FileResponse(STATIC_FOLDER / name, headers={"Cache-Control": "no-cache"})
 
 
 def _make_filter_input(condition: Condition) -> str:

@@ -265,8 +265,11 @@ class SqliteBackend(Backend):
 
     def _get_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
         """Return the ids from `_find_matching_ids`, cached for further result pages."""
-        key = self._db.read_state(), image_filter, newest_first
-        ids: np.ndarray = self._get_cached("ids", key, lambda: self._find_matching_ids(image_filter, newest_first))
+        key = self._db.read_state(), image_filter
+        slot = "newest ids" if newest_first else "ids"
+        ids: np.ndarray = self._get_cached(slot, key, lambda: self._find_matching_ids(image_filter, newest_first))
+        if newest_first:
+            self._get_cached("ids", key, lambda: np.sort(ids))  # for `count_matches`
         return ids
 
     def _find_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
@@ -278,7 +281,7 @@ class SqliteBackend(Backend):
         with self._db.snapshot() as db:
             sql = (
                 "SELECT images.content, images.taken FROM images JOIN contents ON contents.id = images.content "
-                f"WHERE {' AND '.join(where) or 'true'}"
+                f"WHERE {' AND '.join(where)}"
             )
             rows = np.fromiter(db.execute(sql, conditions.parameters), MATCH_DTYPE)
         return sort_distinct(rows["content"], -rows["taken"]) if newest_first else np.unique(rows["content"])
@@ -293,10 +296,12 @@ class SqliteBackend(Backend):
                 return self._vectors[1]
             with self._db.snapshot() as db:
                 vectors = QuantizedVectors(127 / _read_max_abs(db))
-                last, self._vectors = self._vectors, None
-                if last is not None and last[0][-1] == state[-1] and last[1].scale <= vectors.scale:  # the same file
-                    vectors = last[1]
-                del last  # frees vectors that cannot be used, in case both do not fit in memory
+                (*_, last_file), last = self._vectors or ((None,), vectors)
+                if last_file == state[-1] and last.scale <= vectors.scale:
+                    vectors = last
+                else:  # free vectors that cannot be used, in case both do not fit in memory
+                    self._vectors = None
+                del last
                 vectors = vectors.with_added(_read_vector_chunks(db, vectors.last_id))
                 ((count,),) = db.execute("SELECT count(*) FROM contents")
                 if count < len(vectors):
@@ -441,9 +446,7 @@ class SqliteDatabase:
 
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
         with self._lock, self._convert_errors():
-            file_id = self._read_file_id()
-            if file_id not in (self.file_id, ()):
-                self._open_replaced_file(file_id)
+            self._follow_path()
             return self.connection.execute(sql, parameters).fetchall()
 
     @contextmanager
@@ -455,10 +458,18 @@ class SqliteDatabase:
 
     @contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
-        """Open a separate connection to read a database snapshot without blocking other threads."""
-        with self._convert_errors(), closing(self._connect()) as db:
-            db.execute("BEGIN")
-            yield db
+        """Open a separate connection to read a database snapshot without blocking other threads.
+
+        If the open file is no longer at its path, no other connection can read it, so other threads are blocked.
+        """
+        with self._convert_errors():
+            with self._lock:
+                if not self._follow_path():
+                    yield self.connection
+                    return
+            with closing(self._connect()) as db:
+                db.execute("BEGIN")
+                yield db
 
     def read_state(self) -> tuple[Any, ...]:
         """Return a value that changes with every write to the database."""
@@ -473,18 +484,31 @@ class SqliteDatabase:
         uri = f"{self.file.absolute().as_uri()}?{mode}"
         return sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, timeout=60)
 
-    def _open_replaced_file(self, file_id: tuple[int, ...]) -> None:
-        """Read from the file that has replaced the index file since it was opened. Raise if its model differs."""
+    def _follow_path(self) -> bool:
+        """If the index file was replaced since it was opened, open the new file. Raise if its model differs.
+
+        Return False if there is no file at the path, or if `llm2clip index` has just created the file and not yet
+        stored the model: the old file is then still read.
+        """
+        file_id = self._read_file_id()
+        if file_id in (self.file_id, ()):
+            return bool(file_id)
         keys = "'fingerprint', 'image_fingerprint', 'embed_dim'"
         identity = f"SELECT key, value FROM metadata WHERE key IN ({keys}) ORDER BY key"
         connection = self._connect()
-        if connection.execute(identity).fetchall() != self.connection.execute(identity).fetchall():
+        try:
+            has_table = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'metadata'").fetchall()
+            model = connection.execute(identity).fetchall() if has_table else []
+            if not model:
+                return False
+            if model != self.connection.execute(identity).fetchall():
+                raise IndexUnavailableError(
+                    f"{self.file} was replaced with an index of a different model. To use it, restart this command"
+                )
+            connection, self.connection, self.file_id = self.connection, connection, file_id
+            return True
+        finally:
             connection.close()
-            raise IndexUnavailableError(
-                f"{self.file} was replaced with an index of a different model. To use it, restart this command"
-            )
-        self.connection.close()
-        self.connection, self.file_id = connection, file_id
 
     def _is_on_read_only_disk(self) -> bool:
         if not hasattr(os, "statvfs"):  # Windows

@@ -239,14 +239,19 @@ def prepare_emoji_records(folder: str | Path | None = None, *, size: int = 160, 
     keywords = Path(resolve_pretrained("emoji-keywords", offline=offline))
     groups = Path(resolve_pretrained("emoji-subgroups", offline=offline))
     candidates = _read_emoji(openmoji / "svg", _read_keywords(keywords), _read_groups(groups))
-    with atomic_dir(folder) as temporary:
-        (temporary / "images").mkdir()
-        rows = _make_rows(list(_draw_images(candidates, temporary / "images", size)))
-        atomic_write_jsonl(temporary / "captions.jsonl", rows)
-        splits = Counter(row["split"] for row in rows)
-        readme = README.format(size=size, train=splits["train"], val=splits["val"])
-        (temporary / "README.md").write_text(readme, encoding="utf-8")
-        (temporary / "LICENSE").write_bytes((openmoji / "LICENSE").read_bytes())
+    try:
+        with atomic_dir(folder) as temporary:
+            (temporary / "images").mkdir()
+            rows = _make_rows(list(_draw_images(candidates, temporary / "images", size)))
+            atomic_write_jsonl(temporary / "captions.jsonl", rows)
+            splits = Counter(row["split"] for row in rows)
+            readme = README.format(size=size, train=splits["train"], val=splits["val"])
+            (temporary / "README.md").write_text(readme, encoding="utf-8")
+            (temporary / "LICENSE").write_bytes((openmoji / "LICENSE").read_bytes())
+    except OSError:
+        # The error is harmless if another process has created the folder in the meantime.
+        if not (folder / "captions.jsonl").is_file():
+            raise
     return folder
 
 

@@ -171,6 +171,8 @@ def describe_encoding(path: str) -> str:
             readings.setdefault(line.decode(encoding).strip()[:60], encoding)
     listed = " or ".join(f"{encoding} ({text!r})" for text, encoding in islice(readings.items(), MAX_LISTED_ENCODINGS))
     description = f"not UTF-8, {f'probably {listed}' if listed else 'in an unknown encoding'}"
+    if path.lower().endswith(".gz"):  # iconv would convert the compressed bytes
+        return f"{description}. Convert the file to UTF-8"
     stem, suffix = os.path.splitext(path)
     command = f"iconv -f ENCODING -t UTF-8 {shlex.quote(path)} > {shlex.quote(f'{stem}-utf8{suffix}')}"
     return f"{description}. Convert the file from the encoding that shows this text correctly: `{command}`"

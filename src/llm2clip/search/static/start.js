@@ -16,8 +16,7 @@ function showStart() {
 async function showExamples() {
   hasExamples = true;
   try {
-    // All images match this filter. Without a query, the newest images come first.
-    const { hits: newest } = await postJson("/search", { filter: { min_side: 1 }, top: MAX_CAPTIONS });
+    const { hits: newest } = await postJson("/search", { top: MAX_CAPTIONS }); // without a query, the newest images come first
     const queries = chooseQueries(newest.flatMap((hit) => hit.images[0].captions.slice(0, 1)));
     $("queries").replaceChildren(...queries.map((text) => makeListItem(makeExampleLink({ q: text }, text))));
     $("newest").replaceChildren(...newest.slice(0, MAX_NEWEST).map((hit) => makeListItem(makeImageLink(hit))));
