@@ -20,13 +20,16 @@ WRONG_PATHS = (
     (["store", "verify", "store"], "llm2clip store verify: store is not a store: no such folder"),
     (["fit", "photos", "--out", "x", "--encoder.path", "TT"], "TT is neither a folder nor a hub id"),
     (["evaluate", "runs/a/model", "photos"], "runs/a/model is neither a folder nor a hub id"),
+    (["evaluate", "photos", "photos", "--benchmarks", "cocoo"], "unknown benchmark 'cocoo'"),
+    (["llava", "train", "./nope", "--pretrain", "photos", "--out", "x"], "./nope is neither a folder nor a hub id"),
+    (["search", "--server", "http://127.0.0.1:9", "x"], "cannot reach the server http://127.0.0.1:9"),
     (["evaluate", "photos", "photos", "--baselines", "nope.npz"], "nope.npz: no such file"),
 )
 # Command, module that is missing, and extra that contains the module.
 MISSING_PACKAGES = (
     (["search", "photos", "x"], "usearch", "search"),
     (["search", "postgresql://u@127.0.0.1/x", "x"], "psycopg", "postgres"),
-    (["serve", "--index", "photos", "--port", "0"], "uvicorn", "search"),
+    (["serve", "photos", "--port", "0"], "uvicorn", "search"),
     (["index", "photos", "--model", "photos", "--out", "x", "--ocr"], "rapidocr", "ocr"),
     (["export", "photos", "--to", "onnx", "--out", "x"], "onnxscript", "onnx"),
     (["export", "photos", "--to", "gallery", "--index", "photos", "--out", "x"], "onnxscript", "onnx"),

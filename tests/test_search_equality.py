@@ -4,15 +4,19 @@ import base64
 import functools
 import json
 import os
+import re
 import shutil
+import threading
 from collections.abc import Iterator
 from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from conftest import HANG_TIMEOUT
 from llm2clip import Index
 from llm2clip.cli import main
 from llm2clip.cli.search import NOTHING_CLOSE, parse_time, resolve_path_filter
@@ -20,13 +24,14 @@ from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.model_folder import save_query_templates
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search.index import SearchOptions
+from llm2clip.search.inference import Limits
 from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.relevance import update_calibration
-from llm2clip.search.server import create_app
+from llm2clip.search.server import Access, create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import NotFound, UnsupportedQuery
-from search_fixtures import add_red_detector, make_colour_model, make_index, reject_all_texts
+from search_fixtures import add_red_detector, make_colour_model, make_index, reject_all_texts, running_server
 
 # Each query: its fields as in `SearchQuery`, the other fields of a request, and the flags of the command.
 QUERIES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
@@ -79,6 +84,14 @@ def client(backend: SqliteBackend, model: DualEncoder, rerank_model: DualEncoder
         yield client
 
 
+@pytest.fixture(scope="module")
+def address(backend: SqliteBackend, model: DualEncoder) -> Iterator[str]:
+    """Return the address of a running server, with its token, as `serve` prints it."""
+    app = create_app(model, SqliteBackend(backend.folder), Limits(timeout=HANG_TIMEOUT), Access(token="secret"))
+    with running_server(app) as address:
+        yield f"{address}?token=secret"
+
+
 def encode_images(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Replace file names of images with data URIs."""
     values = dict(fields)
@@ -95,6 +108,7 @@ def test_python_command_and_server_return_the_same_hits(
     index: Index,
     backend: SqliteBackend,
     client: TestClient,
+    address: str,
     model: DualEncoder,
     rerank_model: DualEncoder,
     image_folder: Path,
@@ -127,6 +141,69 @@ def test_python_command_and_server_return_the_same_hits(
     printed = [(line["path"], line["score"], line["relevance"]) for line in lines]
     rounded = [(score and round(score, 4), relevance and round(relevance, 4)) for _, score, relevance in expected]
     assert printed == [(hit.images[0].name, *values) for hit, values in zip(page.hits, rounded, strict=True)]
+    if "--rerank" not in flags:
+        assert main(["search", "--server", address, *words, *flags, "--top", "5", "--json"]) == 0
+        assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
+
+
+@pytest.mark.parametrize("flags", [["--explain"], ["--paths"], ["--camera", "no such camera"]])
+def test_search_prints_the_same_for_a_server_as_for_an_index(
+    flags: list[str],
+    backend: SqliteBackend,
+    address: str,
+    model: DualEncoder,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llm2clip.search.index.open_dual_encoder", lambda name, **_: model)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # unencrypted requests must not use a proxy
+    outputs = []
+    for arguments in ([str(backend.folder)], ["--server", address]):
+        assert main(["search", *arguments, "a", "red", "dog", *flags]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0].split("no image")[0] == outputs[1].split("the index is empty, or no image")[0]
+
+
+def test_search_explains_problems_with_a_server(
+    address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            authorizations.append(self.headers["Authorization"])
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(307 if "moved" in self.path else 200)
+            self.send_header("Location", f"{plain}/target?token=t")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = address.partition("?")[0]
+    authorizations: list[str] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as other:
+        plain = f"http://127.0.0.1:{other.server_port}"
+        threading.Thread(target=other.serve_forever).start()
+        for url, flags, message in (
+            (server, [], "the token is missing or wrong"),
+            (server, ["--token", "wrong"], "the token is missing or wrong"),
+            (f"{server}?token=se%0Acret", [], "characters that are not allowed in a token"),
+            (address, ["--top", "1000"], "less than or equal to 200"),
+            (f"{server}none", ["--token", "secret"], "Not Found"),
+            (f"{plain}/moved", ["--token", "secret"], f"redirects to {plain}/target. Pass the final address"),
+            (plain, [], "is not the address of a server started with `llm2clip serve`"),
+            ("http://127.0.0.1:9", [], "cannot reach the server http://127.0.0.1:9 .*Connection refused.*serve INDEX"),
+            (server.replace("http", "https"), [], "cannot reach the server https"),
+            ("file:///etc/passwd?token=x", [], r"must be of the form http://HOST:PORT or https://HOST"),
+            (address, ["--model", "x"], "--model cannot be used with --server"),
+        ):
+            assert main(["search", "--server", url, "red", *flags]) == 1
+            error = capsys.readouterr().err
+            assert re.search(message, error) and "secret" not in error and "\n" not in error.strip()
+        other.shutdown()
+    assert authorizations == ["Bearer secret", None], "the redirect must not be followed"
+    assert main(["search"]) == 1
+    assert "pass an index, or the address of a running server with --server" in capsys.readouterr().err
 
 
 def test_python_and_server_return_the_same_explanations_and_heatmaps(index: Index, client: TestClient) -> None:

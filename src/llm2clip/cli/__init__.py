@@ -31,7 +31,7 @@ Using a model:
   llm2clip evaluate MODEL DATA          measure retrieval on your data or on public benchmarks
   llm2clip benchmarks                   list the public benchmarks that `evaluate` supports
   llm2clip index PHOTOS --model MODEL --out INDEX    make images searchable
-  llm2clip search INDEX "a full sentence"    search by text or image
+  llm2clip search INDEX "a full sentence"    search by text or image; with --server URL, ask a running `serve`
   llm2clip serve INDEX                  search page and API over HTTP
   llm2clip export MODEL --to FORMAT --out FOLDER    transformers, sentence-transformers, ONNX, gallery
   llm2clip convert CHECKPOINT --out MODEL           import a published LLM2CLIP checkpoint
@@ -84,10 +84,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         silence_libraries()
         last_lines = run[command](settings[command])
-        from llm2clip.runs.ranks import print_once, shut_down_process_group
-
-        print_once(*last_lines)
-        shut_down_process_group()
+        _print_last_lines(last_lines)
     except KeyboardInterrupt:
         print("\nInterrupted. Run the same command again to resume.", file=sys.stderr)
         return 130
@@ -111,6 +108,18 @@ def main(args: list[str] | None = None) -> int:
             error.add_note(f"If a collective operation raised this error: {PEER_FAILED}")
         raise
     return 0
+
+
+def _print_last_lines(lines: list[str]) -> None:
+    if "torch" in sys.modules:
+        from llm2clip.runs.ranks import print_once, shut_down_process_group
+
+        print_once(*lines)
+        shut_down_process_group()
+    elif lines:  # a command without PyTorch has one process; importing PyTorch to print would take seconds
+        from llm2clip.io_utils import escape_control_characters
+
+        print(escape_control_characters("\n".join(lines)), flush=True)
 
 
 def _was_raised_by(packages: set[str], error: BaseException) -> bool:

@@ -56,6 +56,10 @@ def _evaluate(args: Namespace) -> list[str]:
     check_sources(args.data, args.captions)
     models = [resolve_model(name) for name in [args.model, *(args.baselines or [])] if name]
     args.encoder.path = resolve_encoder(args.encoder.path)
+    if args.benchmarks:
+        from llm2clip.evaluate.benchmarks import get_benchmarks
+
+        get_benchmarks(args.benchmarks, args.templates or ())  # raises an error for an unknown name
     from llm2clip.evaluate.runner import evaluate_models
 
     options = EvaluateOptions(**select_arguments(args, *(field.name for field in fields(EvaluateOptions))))

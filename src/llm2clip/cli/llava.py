@@ -84,6 +84,7 @@ def _build(args: Namespace) -> list[str]:
 def _train(args: Namespace) -> list[str]:
     check_output_folder(args.out, "llava")
     check_sources(args.pretrain, args.instruct)
+    check_pretrained(args.model)
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.llava.conversations import (
         make_captioning_conversations,

@@ -14,7 +14,7 @@ from datetime import datetime
 from datetime import time as time_type
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
@@ -32,11 +32,11 @@ from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, F
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llm2clip.cli.server_index import ServerIndex
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.search.build import IndexReport
     from llm2clip.search.explain import Explanation
     from llm2clip.search.index import Index, SearchPage
-    from llm2clip.search.query import SearchQuery
     from llm2clip.search.types import Hit
 
 CAPTION_LENGTH = 160  # maximum length of a displayed caption, in characters
@@ -49,13 +49,25 @@ def add_commands(commands: Commands) -> None:
     sub = commands.add(
         "search", _search, "Search an index by text (in any language that the model supports) and by image."
     )
-    sub.add_argument("index", type=str, help="Index folder or URL.")
+    sub.add_argument("index", nargs="?", type=str, help="Index folder or URL. Omit it with --server.")
     _add_query_arguments(sub)
     for name, condition in CONDITIONS.items():
         example = ", given as a date or time such as 2024-05-31" if condition.kind.endswith("time") else ""
         value_type = PositiveInt if condition.kind == "number" else str
         sub.add_argument(f"--{name}", type=value_type, help=f"Only images {condition.description}{example}.")
     sub.add_argument("--model", type=str, help="Model that built the index. Needed only if the model folder was moved.")
+    sub.add_argument(
+        "--server",
+        type=str,
+        help="Address of a running `llm2clip serve`, which answers instead of a local index. Takes less than a second, "
+        "because no model is loaded.",
+    )
+    sub.add_argument(
+        "--token",
+        type=str,
+        help="Token of the server. Default: the token in the address, or else $LLM2CLIP_TOKEN. Other users of this "
+        "machine can see command-line arguments, but not environment variables.",
+    )
     _add_output_arguments(sub)
 
 
@@ -218,11 +230,18 @@ def _index(args: Namespace) -> list[str]:
 
 
 def _search(args: Namespace) -> list[str]:
-    check_index(args["index"])
+    if args["index"] is None and args.server is None:
+        raise ValueError("pass an index, or the address of a running server with --server")
+    if args.server is None:
+        check_index(args["index"])
+    elif args["index"] is not None:
+        args.words.insert(0, args["index"])  # with --server, all positional words form the text
     args.texts = [*([" ".join(args.words)] if args.words else []), *args.text]
     _check_query(args)
     _check_output(args)
     image_filter = _make_filter(args)
+    if args.server is not None:
+        return _search_server(args, image_filter)
     for name in ("model", "rerank"):
         if args[name] is not None:
             args[name] = resolve_model(args[name])
@@ -242,17 +261,43 @@ def _search(args: Namespace) -> list[str]:
                 f"Results that could not be re-ranked, because their files were changed or removed since indexing, "
                 f"or cannot be decoded: {page.rerank_missing:,}"
             )
-        if page.nothing_close and (args.json or args.paths):
-            print(NOTHING_CLOSE)
     if not page.hits and not page.nothing_close and not (args.json or args.paths):
         return [_explain_no_results(args, index, image_filter)]
     return _print_page(args, index, query, page)
 
 
-def _print_page(args: Namespace, index: Index, query: SearchQuery, page: SearchPage) -> list[str]:
+def _search_server(args: Namespace, image_filter: Filter) -> list[str]:
+    from llm2clip.cli.server_index import ServerIndex, encode_images
+
+    for name in ("model", "rerank", "templates"):
+        if args[name] is not None:
+            raise ValueError(f"--{name} cannot be used with --server, which has its own models and templates")
+    index = ServerIndex(args.server, args.token)
+    query = {
+        "texts": args.texts,
+        "images": encode_images(args.images),
+        "negative_texts": args.negative,
+        "negative_images": encode_images(args.negative_images),
+    }
+    page = index.search(
+        query,
+        top=args.top,
+        filter=dict(image_filter.values),
+        words=not args.no_words,
+        group_similar=not args.no_group,
+        show_weak=args.show_weak,
+    )
+    if not page.hits and not page.nothing_close and not (args.json or args.paths):
+        return ["No results: the index is empty, or no image matches the filters."]
+    return _print_page(args, index, query, page)
+
+
+def _print_page(args: Namespace, index: Index | ServerIndex, query: Any, page: SearchPage) -> list[str]:
     """Print the hits in the requested format. Return the lines to print at the end."""
     from rich.console import Console
 
+    if page.nothing_close and (args.json or args.paths):
+        print(NOTHING_CLOSE, file=sys.stderr)
     if args.json:
         return [hit_to_json(rank, hit) for rank, hit in enumerate(page.hits, 1)]
     if args.paths:

@@ -33,7 +33,6 @@ from llm2clip.evaluate.benchmarks.base import (
 )
 from llm2clip.evaluate.benchmarks.classification import get_imagenet_templates
 from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, install_command, read_json
-from llm2clip.runs.ranks import print_once
 
 MIN_SIDE = 1.0  # minimum width and height of a box in pixels, for region classification
 DESCRIPTIONS = {  # descriptions of benchmarks created from the user's own files
@@ -120,6 +119,8 @@ def _parse_category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -
         names[category["id"]] = name
     for name, count in Counter(names.values()).items():
         if count > 1:
+            from llm2clip.runs.ranks import print_once  # imports PyTorch
+
             print_once(
                 f"{file}: {count} categories have the name {name!r}. The model cannot distinguish them, so only the "
                 "first one can be predicted"

@@ -1,0 +1,102 @@
+"""Client of a running `llm2clip serve`, for `llm2clip search --server`. It loads no model, so it starts at once."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Sequence
+from http.client import HTTPException
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import parse_qs, urlsplit
+from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
+
+from llm2clip.io_utils import hide_url_secrets
+
+TIMEOUT = 60  # in seconds
+MAX_RESPONSE_BYTES = 1 << 28
+NO_SERVER = "{} is not the address of a server started with `llm2clip serve`"
+
+
+class ServerIndex:
+    """The index of a running server. Hits and explanations have the attributes of those of `search.index.Index`."""
+
+    def __init__(self, address: str, token: str | None = None) -> None:
+        """Default of `token`: the one in the address, as `serve` prints it, or else $LLM2CLIP_TOKEN.
+
+        Raises:
+            ValueError: The address is invalid, or the token contains characters that are not allowed in a token.
+        """
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+            raise ValueError(
+                f"--server must be of the form http://HOST:PORT or https://HOST (got {hide_url_secrets(address)})"
+            )
+        self.address = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        self._token = token or parse_qs(parts.query).get("token", [""])[0] or os.environ.get("LLM2CLIP_TOKEN", "")
+        if not self._token.isascii() or not self._token.isprintable():
+            raise ValueError("the token contains characters that are not allowed in a token")
+        # A proxy could see the token of an unencrypted request. Redirects are not followed, because another server
+        # would receive the token.
+        proxies = [ProxyHandler({})] if parts.scheme == "http" else []
+        self._opener = build_opener(_RejectRedirects, *proxies)
+
+    def search(self, query: dict[str, Any], **options: Any) -> Any:
+        """Return a page of hits. The fields of the query and the options are those of `search.schemas.SearchRequest`.
+
+        Raises:
+            OSError: The server cannot be reached, rejects the token or the request, or is not an llm2clip server.
+        """
+        page = self._post("search", {**query, **options})
+        if not hasattr(page, "hits"):
+            raise OSError(NO_SERVER.format(self.address))
+        return page
+
+    def explain(self, query: dict[str, Any], hit_id: str) -> Any:
+        return self._post("explain", {**query, "id": hit_id})
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        request = Request(f"{self.address}/{path}", json.dumps(body).encode(), headers)
+        try:
+            with self._opener.open(request, timeout=TIMEOUT) as response:
+                data = response.read(MAX_RESPONSE_BYTES)
+            return json.loads(data, object_hook=lambda values: SimpleNamespace(**values))
+        except HTTPError as error:
+            raise OSError(f"{self.address}: {_explain_status(error)}") from error
+        except (OSError, HTTPException) as error:
+            raise OSError(
+                f"cannot reach the server {self.address} ({getattr(error, 'reason', None) or error}). Check the "
+                "address, or start the server with `llm2clip serve INDEX`"
+            ) from error
+        except ValueError as error:
+            raise OSError(NO_SERVER.format(self.address)) from error
+
+
+class _RejectRedirects(HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _explain_status(error: HTTPError) -> str:
+    if error.code == 401:
+        return (
+            "the token is missing or wrong. Set the environment variable LLM2CLIP_TOKEN, or pass the address that "
+            "`llm2clip serve` printed, which contains the token"
+        )
+    if 300 <= error.code < 400:
+        return f"redirects to {hide_url_secrets(error.headers.get('Location', ''))}. Pass the final address"
+    try:
+        return str(json.loads(error.read(MAX_RESPONSE_BYTES))["error"]["message"])
+    except (OSError, HTTPException, ValueError, LookupError, TypeError):
+        return f"the server answered with status {error.code}; check the address"
+
+
+def encode_images(paths: Sequence[str]) -> list[str]:
+    """Return image files as data URIs. The server detects the format."""
+    return [f"data:image/jpeg;base64,{base64.b64encode(Path(path).read_bytes()).decode()}" for path in paths]
