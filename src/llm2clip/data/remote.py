@@ -370,6 +370,11 @@ def _write_file(url: str, version: str, path: Path) -> None:
                 storage.fetch_block(url, version, stream.tell(), min(size, stream.tell() + storage.BLOCK_BYTES), stream)
             _check_version(url, version)
         os.utime(temporary, (time.time(), DOWNLOADED_TIME))
+        if temporary.stat().st_mtime != DOWNLOADED_TIME:  # otherwise, the file would be downloaded again and again
+            raise FatalDataError(
+                f"{path.parent}: this disk does not save modification times. Move the cache to another disk with the "
+                "environment variable LLM2CLIP_CACHE"
+            )
 
 
 def _is_disk_full(error: OSError) -> bool:
