@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor
 
 from llm2clip.cli import main
 from llm2clip.data.images import load_image
+from llm2clip.models import loading
 from llm2clip.models.clip_models import has_text_tower, load_clip_text_encoder
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 
@@ -108,6 +110,39 @@ def make_model(folder: Path, kind: str) -> None:
     model.save_pretrained(folder)
     tokenizers[kind]().save_pretrained(folder)
     processors.get(kind, lambda: tf.CLIPImageProcessor(**crop))().save_pretrained(folder)
+
+
+def test_index_without_a_model_uses_the_pinned_default(
+    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model(tmp_path / "snapshot", "clip")
+    downloads = []
+
+    def download(name: str, allow_patterns: list[str], revision: str) -> str:
+        assert set(allow_patterns) >= {"config.json", "preprocessor_config.json", "vocab.json", "pytorch_model.bin"}
+        downloads.append((name, revision))
+        return str(tmp_path / "snapshot")
+
+    problem = "the hub cannot be reached"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(loading, "find_hub_problem", lambda: problem)
+    index = str(tmp_path / "index")
+    command = ["index", str(image_folder), "--out", index, "--workers", "0"]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "without --model, `index` needs openai/clip-vit-base-patch32, but the hub cannot be reached. Pass" in error
+    assert "llm2clip quickstart" in error and not (tmp_path / "index").exists()
+
+    problem = ""
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    assert "openai/clip-vit-base-patch32 (English; MIT licence" in output and "605 MB" in output
+    assert main(["search", index, "a", "dog", "--show_weak", "--paths"]) == 0
+    assert main(["index", str(image_folder), "--out", index]) == 0  # the model of the existing index
+    output = capsys.readouterr().out
+    assert "Images: 0 added" in output and "licence" not in output
+    assert downloads == [(loading.DEFAULT_MODEL, loading.DEFAULT_REVISION)] * 3
 
 
 # Maximum number of tokens, and whether the model reads padding up to that number.

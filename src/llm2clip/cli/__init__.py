@@ -30,7 +30,7 @@ Training on your own images and captions:
 Using a model:
   llm2clip evaluate MODEL DATA          measure retrieval on your data or on public benchmarks
   llm2clip benchmarks                   list the public benchmarks that `evaluate` supports
-  llm2clip index PHOTOS --model MODEL --out INDEX    make images searchable
+  llm2clip index PHOTOS --out INDEX     make images searchable, with your own model (--model) or a small CLIP
   llm2clip search INDEX "a full sentence"    search by text or image; with --server URL, ask a running `serve`
   llm2clip serve INDEX                  search page and API over HTTP
   llm2clip export MODEL --to FORMAT --out FOLDER    transformers, sentence-transformers, ONNX, gallery

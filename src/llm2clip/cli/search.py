@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from datetime import date as date_type
 from datetime import datetime
 from datetime import time as time_type
@@ -27,6 +27,7 @@ from llm2clip.cli.commands import (
     format_command,
     select_arguments,
 )
+from llm2clip.models.loading import DEFAULT_MODEL
 from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Filter, to_json
 
 if TYPE_CHECKING:
@@ -74,7 +75,10 @@ def add_commands(commands: Commands) -> None:
 def _add_index_arguments(sub: ArgumentParser) -> None:
     sub.add_argument("data", nargs="+", type=str, help="Image sources, with or without captions.")
     sub.add_argument(
-        "--model", type=str, required=True, help="Model folder, or any other model that `evaluate` accepts."
+        "--model",
+        type=str,
+        help="Model folder, or any other model that `evaluate` accepts. Default: the model of the existing index or, "
+        f"for a new index, {DEFAULT_MODEL} from the hub.",
     )
     sub.add_argument(
         "--out", type=str, required=True, help="Index folder or postgresql://USER@HOST/DATABASE?schema=NAME."
@@ -176,7 +180,7 @@ def _index(args: Namespace) -> list[str]:
         check_extra("ocr", "--ocr")
     if not args.prune:
         check_sources(args.data)
-    args.model = resolve_model(args.model)
+    args.model = _choose_model(args.out) if args.model is None else resolve_model(args.model)
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.models.llm2clip import check_dim
@@ -227,6 +231,28 @@ def _index(args: Namespace) -> list[str]:
     lines.append(f"Next: {format_command('search', location, 'a description of an image')}")
     lines.append(f"      {format_command('serve', location)}")
     return lines
+
+
+def _choose_model(location: str) -> str:
+    """Return the model of an existing index or, for a new index, the default model. Raise OSError without a hub."""
+    from llm2clip.models.loading import check_model_source, find_hub_problem
+    from llm2clip.search.backends import INDEX_FILE, open_backend
+
+    if "://" in location or (Path(location) / INDEX_FILE).is_file():
+        with suppress(FileNotFoundError):  # an index without images
+            return str(open_backend(location).metadata()["model"])
+    try:
+        check_model_source(DEFAULT_MODEL)
+    except FileNotFoundError as error:
+        raise OSError(
+            f"without --model, `index` needs {DEFAULT_MODEL}, but {find_hub_problem()}. Pass a model folder with "
+            "--model. `llm2clip quickstart` and `llm2clip fit` can train one without the hub"
+        ) from error
+    print(
+        f"Model: {DEFAULT_MODEL} (English; MIT licence; the first use downloads 605 MB). To use another model, such as "
+        "RUN/model of your own `fit` run, pass --model."
+    )
+    return DEFAULT_MODEL
 
 
 def _search(args: Namespace) -> list[str]:

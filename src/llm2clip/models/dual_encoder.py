@@ -34,8 +34,12 @@ from llm2clip.models.clip_models import (
 )
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE, check_dim
 from llm2clip.models.loading import (
+    DEFAULT_FILES,
+    DEFAULT_MODEL,
+    DEFAULT_REVISION,
     WITHOUT_HUB_CODE,
     check_model_source,
+    download_snapshot,
     explain_remote_code_error,
     fingerprint,
     hash_weights,
@@ -157,12 +161,15 @@ def open_dual_encoder(
         return _load_sentence_transformer(name, device, trust_remote_code)
     if name.startswith(OPEN_CLIP_PREFIX):
         return _load_open_clip(name, device)
-    if is_model_folder(name) or not has_text_tower(name, trust_remote_code):
+    source = name
+    if name == DEFAULT_MODEL and not Path(name).exists():
+        source = str(download_snapshot(name, DEFAULT_FILES, revision=DEFAULT_REVISION))
+    if is_model_folder(source) or not has_text_tower(source, trust_remote_code):
         model = LLM2CLIP.from_pretrained(name, device)
         if model.has_encoder and stage == "serve":
             precision = model.load_encoder(precision, stage)
         return wrap_llm2clip(model, name, precision, stage)
-    return _load_transformers(name, device, trust_remote_code)
+    return _load_transformers(name, source, device, trust_remote_code)
 
 
 def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str = "auto", stage: Stage = "evaluate") -> DualEncoder:
@@ -225,16 +232,16 @@ def _try_build_dense_encoder(
 
 
 @hide_loading_bars()
-def _load_transformers(name: str, device: torch.device, trust_remote_code: bool) -> DualEncoder:
+def _load_transformers(name: str, source: str, device: torch.device, trust_remote_code: bool) -> DualEncoder:
     from transformers import AutoImageProcessor
 
-    text_encoder = load_clip_text_encoder(name, device, trust_remote_code)
+    text_encoder = load_clip_text_encoder(source, device, trust_remote_code)
     model = text_encoder.model
     if hasattr(model, "encode_text") and hasattr(model, "encode_image"):  # Jina-CLIP's own code preprocesses the images
         return _wrap_text_encoder(
             name, text_encoder, to_pil_image, lambda images: torch.as_tensor(model.encode_image(images))
         )
-    processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+    processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
 
     def encode_images(images: list[dict[str, Tensor]]) -> Tensor:
         batch = {key: torch.stack([image[key] for image in images]).to(device) for key in images[0]}

@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 
     from llm2clip.models.precision import Precision
 
+# Default model of `llm2clip index` (MIT licence), its revision, and the files that transformers needs.
+DEFAULT_MODEL = "openai/clip-vit-base-patch32"
+DEFAULT_REVISION = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"
+DEFAULT_FILES = (
+    *("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
+    *("merges.txt", "special_tokens_map.json", "pytorch_model.bin"),
+)
 HUB_TIMEOUT = 5  # timeout of a request to the hub, in seconds
 MAX_TEXT_GROWTH = 1000  # by a tokenizer's normaliser
 _HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
