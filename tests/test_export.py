@@ -27,7 +27,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.sentence_transformer import truncate_layers
 from llm2clip.models.vision.vision_tower import VisionTower
 
-TEXTS = ["a dog", "Two children in the snow, and an old man who watches them.", "一只猫", " a dog \n", "x" * 600]
+TEXTS = ["a dog", "Two children in the snow, and an old man.", "一只猫", " a dog \n", " a <|user|> dog ", "x" * 600]
 
 
 def make_model(folder: Path, tower: VisionTower, family: str = "llama", **options: Any) -> LLM2CLIP:

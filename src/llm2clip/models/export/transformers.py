@@ -216,6 +216,7 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
     # Strip leading and trailing whitespace, as `CaptionEncoder.tokenize` does.
     steps = [normalizers.Strip()] + ([] if backend.normalizer is None else [backend.normalizer])
     backend.normalizer = normalizers.Sequence(steps)
+    _normalize_texts_as_a_whole(backend)
     if not is_static:
         tokenizer.model_max_length = encoder.st.max_seq_length or 512
     if encoder.prefix:
@@ -227,6 +228,21 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
                     "the template with a special token or a line break"
                 )
     return tokenizer
+
+
+def _normalize_texts_as_a_whole(backend: Any) -> None:
+    """Find added tokens after normalisation, so that only the spaces at both ends of a text are stripped.
+
+    By default, the parts of a text between added tokens are normalised, and thus stripped, separately. This remains so
+    for added tokens that the normaliser would change, such as line breaks.
+    """
+    from tokenizers import AddedToken
+
+    for token in backend.get_added_tokens_decoder().values():
+        if backend.normalizer.normalize_str(token.content) == token.content:
+            flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "special")}
+            add = backend.add_special_tokens if token.special else backend.add_tokens
+            add([AddedToken(token.content, normalized=True, **flags)])
 
 
 def _build_static_tokenizer(static: StaticEmbedding) -> Any:
