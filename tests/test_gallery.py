@@ -252,6 +252,26 @@ def test_gallery_contains_everything_and_no_paths(gallery_folder: Path, image_fo
             assert str(image_folder) not in file.read_text() and str(Path.home()) not in file.read_text()
 
 
+def test_gallery_is_updated_in_place(
+    gallery_folder: Path, student_folder: Path, index_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update replaces the gallery's files, also after an interrupted update, and leaves other files unchanged."""
+    settings = (gallery_folder / "gallery.json").read_text()
+    assert json.loads(settings)["title"] == "out"
+    others = [gallery_folder / ".git/config", gallery_folder / "thumbnails/my.jpg"]
+    stale = [gallery_folder / "thumbnails/36.jpg", gallery_folder / ".new/gallery.json"]
+    for file in (*others, *stale):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    (gallery_folder / "gallery.json").write_text("{}")
+    monkeypatch.setattr(gallery, "export_quantized_text", lambda model, folder: "text encoder")
+    export_gallery(str(student_folder), str(index_folder), gallery_folder)
+    assert (gallery_folder / "gallery.json").read_text() == settings
+    assert all(file.exists() for file in others) and not any(file.exists() for file in stale)
+    assert not (gallery_folder / ".new").exists() and (gallery_folder / "text.onnx").exists()
+    others[1].unlink()
+
+
 def test_wide_ranges_match_python() -> None:
     ranges = gallery._find_wide_ranges()
     for text in ("一只猫", "カメラ犬", "café", "🙂🙂", "a dog", "한국어 개"):
@@ -306,7 +326,7 @@ def test_gallery_rejects_bad_input(
     assert not [path for path in tmp_path.iterdir() if "out" in path.name], "nothing is left behind"
     out.mkdir()
     (out / "file").touch()
-    assert "exists: choose another folder" in run(*good)
+    assert "does not contain a gallery: choose another folder" in run(*good)
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
@@ -317,14 +337,16 @@ def test_gallery_images_come_from_every_backend(kind: str, tmp_path: Path, monke
     vectors = np.eye(8, dtype=np.float16)
     for number, vector in enumerate(vectors):
         digest = hashlib.sha256(bytes([number])).digest()
-        path = str(tmp_path / f"{number}.jpg")
+        path = f"https://host/{number}.jpg" if number else str(tmp_path / "0.jpg")
         image = IndexedImage(path, FileImage(path), str(tmp_path), "1", (f"caption {number}",), taken=1.0)
         backend.add([IndexedContent(digest, vector, bytes([number]), width=10, height=20)], [(image, digest)])
     backend.finish()
     (tmp_path / "out").mkdir()
     images = gallery._write_images(backend, tmp_path / "out", with_private=False)
     assert sorted(image[:2] for image in images) == [[f"{number}.jpg", f"caption {number}"] for number in range(8)]
-    assert all(image[2][0] == ["10 × 20", ""] for image in images)
+    for name, _, details in images:
+        original = [] if name == "0.jpg" else [["original", f"https://host/{name}"]]
+        assert details[0] == ["10 × 20", ""] and details[2:] == original
     decoded = read_vectors(tmp_path / "out/vectors.bin", 8, 8)
     for position, (name, *_) in enumerate(images):
         assert (tmp_path / f"out/thumbnails/{position}.jpg").read_bytes() == bytes([int(name[0])])
@@ -462,6 +484,8 @@ def test_text_search_ranks_like_python(page: Any, student_folder: Path, index_fo
 
     assert page.locator("#grid li").count() == 36 and "newest first" in page.locator("#status").inner_text()
     names = search_for(page, "the blue half")
+    assert page.title() == page.locator("h1").inner_text() == "out"
+    assert "Perhaps none of them is close to the query." in page.locator("#status").inner_text()
     model = LLM2CLIP.from_pretrained(student_folder, "cpu")
     query = model.encode_query("the blue half")[0].numpy()
     hits = open_backend(str(index_folder)).search(query, 36, Filter())

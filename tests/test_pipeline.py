@@ -126,6 +126,8 @@ def test_fit_report_describes_the_run_and_shows_searches(run: Path) -> None:
     assert "<title>Training of run</title>" in page and "<details><summary>Settings</summary>" in page
     durations = json.loads((run / "durations.json").read_text())
     assert list(durations) == ["tune", "embed", "align", "evaluate"]
+    assert "<td>tuned</td>" in page and "wrong: " not in page
+    assert f"llm2clip index PHOTOS --model {run}/model --out {run}/index" in report
     for text in (f"llm2clip {metadata.version('llm2clip')}, ", " UTC, ", "Stages: tune ", "95% interval"):
         assert text in page and text in report
     [row] = [row for row in json.loads((run / "evaluate/trained.json").read_text()) if row["captions"] == "captions"]
@@ -134,7 +136,7 @@ def test_fit_report_describes_the_run_and_shows_searches(run: Path) -> None:
     examples = json.loads((run / "evaluate/examples.json").read_text())
     assert len(examples) == 5 and all(len(example["images"]) in (5, 6) for example in examples)
     assert page.count("data:image/jpeg") == sum(len(example["images"]) for example in examples)
-    assert all(sum(image["is_correct"] for image in example["images"]) == 1 for example in examples)
+    assert all(sum(image["is_correct"] is True for image in example["images"]) == 1 for example in examples)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,9 @@ def test_fit_run_again_trains_nothing_and_prints_a_summary(
     assert (name, after) == ("captions: T2I R@1 (6 images)", f"{trained['T2I']['R@1']:.1f}")
     data = image_folder / "captions.jsonl"
     assert f"Next: llm2clip evaluate {run / 'model'} {data}\n" in output
-    assert f"      llm2clip index {data} --model {run / 'model'} --out {run / 'index'}\n" in output
+    index = run / "index"
+    assert f"      llm2clip index {data} --model {run / 'model'} --out {index}\n" in output
+    assert f"      llm2clip search {index} 'a description of an image'\n      llm2clip serve {index}\n" in output
     assert f"Report: {run / 'report.html'}" in output and "How to use the model" not in output
 
 

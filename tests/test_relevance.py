@@ -399,11 +399,14 @@ def test_samples_contain_only_images_that_are_in_the_index(removed: int, tmp_pat
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 @pytest.mark.parametrize("kind", BACKENDS)
-def test_small_indexes_have_no_relevance(kind: str, count: int, model: DualEncoder, tmp_path: Path) -> None:
+def test_small_indexes_have_no_relevance(
+    kind: str, count: int, model: DualEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     backend = create_backend(kind, tmp_path)
     add_images(backend, IMAGES[:count])
     update_calibration(backend, model)
     assert backend.load_calibration() == b"" and load_calibration(backend, model) is None
+    assert "Relevance is not calibrated, because the index has fewer than 50 images" in capsys.readouterr().out
     hits, nothing_close = search_relevant(backend, None, make_query(ABSENT), 10, Filter())
     assert len(hits) == count and not nothing_close
     assert all(hit.relevance is None for hit in hits)

@@ -4,10 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from llm2clip.evaluate.benchmarks.base import BenchmarkResult
-from llm2clip.evaluate.comparison import describe_caption_retrieval, describe_results, describe_share
+from llm2clip.evaluate.comparison import (
+    build_recall_table,
+    describe_caption_retrieval,
+    describe_results,
+    describe_share,
+    get_recalls,
+)
+from llm2clip.evaluate.metrics import retrieval_metrics
 from llm2clip.evaluate.plots import plot_curves, plot_distributions, plot_intervals
 from llm2clip.evaluate.training_report import describe_distillation
 from llm2clip.reports import (
@@ -73,6 +81,8 @@ def test_html_report_is_accessible() -> None:
     assert page.index("<h1>") < page.index('<p class="verdict">good</p>') < page.index("<table>")
     for label in ("Table 1: Evaluation", "Table 2: Retrieval"):
         assert f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">' in page
+    wide = render_html("T", [Table(["a", "b", 'c"', "d", "e"], [[1, 2, 3, 4, 5]])])
+    assert '<table class="wide">' in wide and 'data-name="c&#34;">3</td>' in wide, "phones show a list for each row"
     assert page.count('<th scope="col">') == 2 and '<svg role="img" aria-label="a plot">' in page
 
 
@@ -93,9 +103,14 @@ def test_markdown_omits_sections_that_consist_of_plots_and_images() -> None:
 
 
 def test_texts_of_cards_cannot_reorder_each_other() -> None:
-    card = Example(None, title="\u202ea.jpg", details=["\u202e1", "2"], texts={"captions": ["\u202ex"]})
+    card = Example(None, title="\u202ea.jpg", details=["\u202e1", "2"], texts={"rejected: \u202e": ["\u202ex"]})
     page = render_html("T", [Examples([card], as_cards=True)])
-    for element in ("<bdi>\u202ea.jpg</bdi>", "<bdi>\u202e1</bdi>, <bdi>2</bdi>", '<li dir="auto">\u202ex</li>'):
+    for element in (
+        "<bdi>\u202ea.jpg</bdi>",
+        "<bdi>\u202e1</bdi>, <bdi>2</bdi>",
+        '<li dir="auto">\u202ex</li>',
+        '<h4 class="bad">',
+    ):
         assert element in page
 
 
@@ -121,7 +136,7 @@ def test_share_in_words_never_claims_more_than_the_percentage(percent: float, te
 
 
 def make_retrieval_result(model: str, recall: float, images: int = 1000, **row: Any) -> BenchmarkResult:
-    row |= {"images": images, "T2I": {"R@10": recall}, "T2I chance": {"R@10": 1.0}}
+    row |= {"images": images, "T2I": {"R@10": recall}, "T2I chance": {"R@10": 1.0}, "T2I interval": {"R@10": (50, 71)}}
     return BenchmarkResult({"rows": [row]}, ranks={"captions": None}, model=model)  # type: ignore[dict-item]
 
 
@@ -151,12 +166,25 @@ def test_retrieval_verdict_names_the_share_and_the_best_baseline(others: list[Be
 
 def test_verdict_says_that_too_few_images_were_evaluated() -> None:
     assert "Only 1 image evaluated: too few" in describe_results("data", [make_retrieval_result("M", 100.0, images=1)])
+    rough = describe_results("data", [make_retrieval_result("M", 62.0, images=30)])
+    assert "of 30 for 6 of 10" in rough and rough.endswith("this is a rough estimate (95% interval 50 to 71%).")
     assert "Only 3 images with two captions" in describe_caption_retrieval("E", {"images": 3, "CRA": 100.0})
     metrics = {"images": 5000, "CRA": 27.3}
     assert (
         describe_caption_retrieval("E", metrics)
         == "For 3 of 10 of 5,000 images, E finds the second caption from the first."
     )
+
+
+def test_recall_that_a_random_order_reaches_is_not_shown() -> None:
+    """With one image, every recall is 100.0, also that of a random order."""
+    ranks = torch.zeros(1, dtype=torch.int64)
+    row = {"truncated": 0, "texts": 1, **retrieval_metrics(ranks, ranks, ranks)}
+    chance, model = build_recall_table({"M": row}, {}).rows
+    assert set(chance[1:]) == {None} and set(model[1:]) == {None, "1", "none"}
+    ranks = torch.zeros(6, dtype=torch.int64)
+    row = retrieval_metrics(ranks, ranks, torch.arange(6))
+    assert get_recalls(row, "T2I") == [100.0, 100.0, None] and get_recalls(row, "T2I", " chance")[2] is None
 
 
 @pytest.mark.parametrize(
@@ -181,3 +209,5 @@ def test_distillation_verdict_states_quality_and_speed() -> None:
         describe_distillation(result) == f"The student keeps 98% of the teacher's T2I R@1 (19.6 of 20.0). It {speed}."
     )
     assert describe_distillation({**result, "fields": []}).startswith(f"The student {speed}. No images were held out")
+    few = describe_distillation({**result, "fields": [{**field, "images": 4}]})
+    assert "98%" not in few and few.endswith("with fewer than 50 held-out images (4), its recall says little.")

@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 from conftest import HANG_TIMEOUT
 from llm2clip import Index
 from llm2clip.cli import main
-from llm2clip.cli.search import NOTHING_CLOSE, parse_time, resolve_path_filter
+from llm2clip.cli.search import NOT_CALIBRATED, NOTHING_CLOSE, parse_time, resolve_path_filter
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.model_folder import save_query_templates
 from llm2clip.models.prompts import QueryTemplates
@@ -305,7 +305,8 @@ def test_index_and_search_print_their_results(
     assert main(["search", index, "red", "--json", "--show_weak"]) == 0
     assert all(json.loads(line)["relevance"] < 0.01 for line in capsys.readouterr().out.splitlines())
     SqliteBackend(Path(index), write=True).save_calibration(b"")
-    assert "cosine" in search()
+    output = search()
+    assert "cosine" in output and output.endswith(NOT_CALIBRATED + "\n")
     saved = (model_folder / "config.json").read_text()
     try:
         save_query_templates(model_folder, query.templates)  # the model's identity stays the same

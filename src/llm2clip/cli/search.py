@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 CAPTION_LENGTH = 160  # maximum length of a displayed caption, in characters
 NOTHING_CLOSE = "Nothing close: no image is close to the query. To see the closest images anyway, add --show_weak."
+NOT_CALIBRATED = "Relevance is not calibrated for this index: perhaps none of these images is close to the query."
 
 
 def add_commands(commands: Commands) -> None:
@@ -333,7 +334,10 @@ def _print_page(args: Namespace, index: Index | ServerIndex, query: Any, page: S
     print_hits(page.hits, Console())
     if args.explain:
         print_explanation(index.explain(query, page.hits[0].id), Console())
-    return ["None of these images is close to the query."] if page.nothing_close else []
+    if page.nothing_close:
+        return ["None of these images is close to the query."]
+    has_query = bool(query.texts or query.images)
+    return [NOT_CALIBRATED] if has_query and page.hits[0].relevance is None else []
 
 
 def _explain_no_results(args: Namespace, index: Index, image_filter: Filter) -> str:

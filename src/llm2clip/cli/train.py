@@ -278,10 +278,12 @@ def _format_next_commands(
 ) -> list[str]:
     """Format the next commands for a trained model. `flags` are extra arguments for `evaluate`."""
     index_data = index_data or _format_index_data(args)
-    index_flags = ["--model", model, "--out", model.parent / "index"]
+    index = model.parent / "index"
     return [
         f"Next: {format_command('evaluate', model, *args.data, *format_column_flags(args.columns), *flags)}",
-        f"      {format_command('index', *index_data, *index_flags)}",
+        f"      {format_command('index', *index_data, '--model', model, '--out', index)}",
+        f"      {format_command('search', index, 'a description of an image')}",
+        f"      {format_command('serve', index)}",
     ]
 
 

@@ -27,6 +27,7 @@ CLASS_METRICS = ("class top-1", "IoU", "class AP50")  # per-class metrics in the
 MEAN_BENCHMARKS = ("xm3600",)  # benchmarks for which only the mean over all languages was published
 BYTES_PER_VALUE = 2  # search indexes store vectors in float16
 MIN_IMAGES = 50  # with fewer images, recall says little about other images
+MIN_ROUGH_IMAGES = 20  # with fewer images, even a random order has a high recall, so it is not stated in words
 K = 10  # verdicts describe retrieval by R@K
 
 
@@ -124,16 +125,16 @@ def build_recall_table(
     for direction in DIRECTIONS:
         header += [f"{direction} R@1", "95% interval", "R@5", "R@10", f"{direction} median rank"]
     first_model, first_row = next(iter(results.items()))
+    recalls = {model: _get_both_recalls(row) for model, row in results.items()}
     rows = [_make_recall_row(f"paper {model}", recalls) for model, recalls in published.items()]
     rows.append(_make_recall_row("chance", _get_both_recalls(first_row, " chance")))
     highlight = frozenset(range(len(rows), len(rows) + len(results)))
     for model, row in results.items():
-        intervals = [format_interval(row[f"{direction} interval"]["R@1"]) for direction in DIRECTIONS]
+        intervals = [_format_recall_interval(row, direction) for direction in DIRECTIONS]
         median_ranks = [f"{row[direction]['median rank']:g}" for direction in DIRECTIONS]
         truncated = _format_truncated(row["truncated"], row["texts"])
-        rows.append(_make_recall_row(model, _get_both_recalls(row), intervals, median_ranks, truncated))
+        rows.append(_make_recall_row(model, recalls[model], intervals, median_ranks, truncated))
     paired = {f"{first_model} minus {model}": row.get("difference") for model, row in results.items()}
-    recalls = {model: _get_both_recalls(row) for model, row in results.items()}
     for name, values in _subtract_recalls(recalls, published).items():
         difference = paired.get(name)
         limits: list[str | None] = [None, None]
@@ -171,7 +172,9 @@ def build_mean_recall_table(
     """Return a table of recall averaged over caption fields, without chance levels."""
     means = {}
     for result in results:
-        recalls = [_get_both_recalls(row) for row in result.summary["rows"]]  # (fields, 6)
+        recalls = [  # (fields, 6)
+            [row[direction][f"R@{k}"] for direction in DIRECTIONS for k in KS] for row in result.summary["rows"]
+        ]
         means[result.model] = [statistics.fmean(values) for values in zip(*recalls, strict=True)]
     rows: list[list[Any]] = [[f"paper {model}", *recalls] for model, recalls in published.items()]
     highlight = frozenset(range(len(rows), len(rows) + len(results)))
@@ -259,7 +262,7 @@ def _make_recall_row(
 
 
 def _subtract_recalls(
-    recalls: Mapping[str, Sequence[float]], published: Mapping[str, tuple[float | None, ...]]
+    recalls: Mapping[str, Sequence[float | None]], published: Mapping[str, tuple[float | None, ...]]
 ) -> dict[str, list[str | None]]:
     """Subtract the recall of each other model, including `REFERENCE_MODELS`, from the recall of the first model."""
     (first_model, first_recalls), *other_models = recalls.items()
@@ -268,13 +271,30 @@ def _subtract_recalls(
     differences: dict[str, list[str | None]] = {}
     for model, other_recalls in others.items():
         pairs = zip(first_recalls, other_recalls, strict=True)
-        differences[f"{first_model} minus {model}"] = [None if b is None else f"{a - b:+.1f}" for a, b in pairs]
+        differences[f"{first_model} minus {model}"] = [
+            None if a is None or b is None else f"{a - b:+.1f}" for a, b in pairs
+        ]
     return differences
 
 
-def _get_both_recalls(row: dict[str, Any], suffix: str = "") -> list[float]:
-    """Return R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I."""
-    return [row[direction + suffix][f"R@{k}"] for direction in DIRECTIONS for k in KS]
+def _get_both_recalls(row: dict[str, Any], suffix: str = "") -> list[float | None]:
+    """Return R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I. See `get_recalls`."""
+    return [recall for direction in DIRECTIONS for recall in get_recalls(row, direction, suffix)]
+
+
+def _format_recall_interval(row: Mapping[str, Any], direction: str) -> str | None:
+    first, *_ = get_recalls(row, direction)
+    return None if first is None else format_interval(row[f"{direction} interval"]["R@1"])
+
+
+def get_recalls(row: Mapping[str, Any], direction: str, suffix: str = "") -> list[float | None]:
+    """Return R@1, R@5 and R@10, or None if there are so few items that a random order reaches 100.0 too.
+
+    `row` is a row of `compute_field_metrics`. The suffix " chance" selects the chance levels.
+    """
+    chances = row[f"{direction} chance"]
+    is_trivial = [chances[f"R@{k}"] >= 99.95 for k in KS]  # rounded to 100.0 in tables
+    return [None if trivial else row[direction + suffix][f"R@{k}"] for k, trivial in zip(KS, is_trivial, strict=True)]
 
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------
@@ -291,22 +311,27 @@ def describe_share(percent: float) -> str:
     return f"{min(percent, 99):.0f} of 100"
 
 
-def _count_images(count: int) -> str:
+def count_images(count: int) -> str:
     return "1 image" if count == 1 else f"{count:,} images"
 
 
 def describe_retrieval(model: str, row: Mapping[str, Any], captions: str = "captions") -> str:
     """State in words for how many captions a model finds the image. `row` is a row of `compute_field_metrics`."""
-    images = row["images"]
-    if images < MIN_IMAGES:
+    images, note = row["images"], ""
+    if images < MIN_ROUGH_IMAGES:
         return (
-            f"Only {_count_images(images)} evaluated: too few to judge the model. "
+            f"Only {count_images(images)} evaluated: too few to judge the model. "
             f"Use at least {MIN_IMAGES} images that it was not trained on."
+        )
+    if images < MIN_IMAGES:
+        low, high = row["T2I interval"][f"R@{K}"]
+        note = (
+            f" With fewer than {MIN_IMAGES} images, this is a rough estimate (95% interval {low:.0f} to {high:.0f}%)."
         )
     share, chance = describe_share(row["T2I"][f"R@{K}"]), describe_share(row["T2I chance"][f"R@{K}"])
     return (
         f"{model} finds the right image among the first {K} of {images:,} for {share} {captions} "
-        f"(a random order: {chance})."
+        f"(a random order: {chance}).{note}"
     )
 
 
@@ -329,7 +354,7 @@ def _describe_difference(baseline: str, difference: float, interval: Sequence[fl
 
 def describe_caption_retrieval(encoder: str, metrics: Mapping[str, Any]) -> str:
     """State the caption retrieval accuracy in words. `metrics` is a result of `caption_retrieval_accuracy`."""
-    images = _count_images(metrics["images"])
+    images = count_images(metrics["images"])
     if metrics["images"] < MIN_IMAGES:
         return f"Only {images} with two captions: too few to judge the encoder. Use at least {MIN_IMAGES}."
     return f"For {describe_share(metrics['CRA'])} of {images}, {encoder} finds the second caption from the first."

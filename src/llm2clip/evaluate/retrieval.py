@@ -292,7 +292,9 @@ def _retrieve_images(ranks: RetrievalRanks, text: int) -> Examples:
         ref = ranks.records[image].image
         assert ref is not None  # records without an image are not ranked
         caption = f"{position}. cosine {float(scores[image]):.2f}"
-        images.append(Example(load_thumbnail(ref, THUMBNAIL_SIDE), caption, is_correct=image == correct_image))
+        # Other images are not marked as wrong, because the caption may describe them too.
+        is_correct = True if image == correct_image else None
+        images.append(Example(load_thumbnail(ref, THUMBNAIL_SIDE), caption, is_correct))
     return Examples(images, ranks.captions[text])
 
 
@@ -306,7 +308,7 @@ def build_error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[B
         svg = plots.plot_interval_curves(points, labels, f"{first.length_unit} in the caption", "T2I R@1, %")
         blocks.append(Figure(svg, "Recall by caption length, with 95% confidence intervals."))
     if first.examples:
-        text = f"Captions sampled at regular intervals, with the images retrieved by {name}. Correct images are marked."
+        text = f"Captions sampled at regular intervals, with the images retrieved by {name}. The right image is marked."
         blocks += [Heading("Examples", 3), Paragraph(text), *first.examples]
     if first.failures:
         text = "Captions whose correct images rank lowest."

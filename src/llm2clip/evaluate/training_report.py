@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,15 @@ from torch import Tensor
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate import plots
-from llm2clip.evaluate.comparison import K, describe_retrieval, describe_share
+from llm2clip.evaluate.comparison import (
+    MIN_IMAGES,
+    K,
+    count_images,
+    describe_caption_retrieval,
+    describe_retrieval,
+    describe_share,
+    get_recalls,
+)
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.metrics import KS, retrieval_metrics, two_way_ranks
 from llm2clip.evaluate.retrieval import RetrievalRanks, rank_caption_fields, read_example_searches
@@ -56,6 +65,9 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
     tune_dir, evaluations = run_dir / "tune", run_dir / "evaluate"
     cra_files = [file for file in (tune_dir / "cra_raw.json", tune_dir / "cra_tuned.json") if file.exists()]
     cra = [read_json(file) for file in cra_files] if len(cra_files) == 2 else []  # before and after `tune`
+    losses = {stage: read_metrics(run_dir / stage / "metrics.jsonl") for stage in ("tune", "align")}
+    if not losses["tune"]:
+        cra = cra[:1]  # tuning was turned off
     untrained = read_json(evaluations / "untrained.json")
     templates_file = evaluations / "query_templates.json"
     short_queries = read_json(templates_file) if templates_file.exists() else {}
@@ -65,71 +77,93 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
         blocks += _build_short_query_section(short_queries)
     blocks += [
         Heading("Example searches"),
-        Paragraph("Held-out captions and the images that the model retrieves for them. Correct images are marked."),
+        Paragraph(
+            "Held-out captions and the images that the model retrieves for them. The image of the caption is marked; "
+            "other images may fit the caption too."
+        ),
         *read_example_searches(read_json(evaluations / "examples.json")),
         Heading("Caption encoder"),
         Paragraph("Caption retrieval accuracy: how often a held-out image's first two captions retrieve each other."),
-        build_caption_retrieval_table(*cra)
-        if cra
-        else Paragraph("Not measured: too few held-out images have two captions."),
+        *_build_caption_retrieval_section(cra),
         Heading("Training"),
     ]
-    for stage in ("tune", "align"):
-        if rows := read_metrics(run_dir / stage / "metrics.jsonl"):
+    for stage, rows in losses.items():
+        if rows:
             blocks.append(plot_loss(stage, rows))
     stages = ", ".join(f"{stage} {format_duration(seconds)}" for stage, seconds in durations.items())
     settings = (run_dir / CONFIG_FILE).read_text(encoding="utf-8")
     blocks += [
-        Heading("How to use the model"),
-        Code(_format_usage(run_dir / "model"), "python"),
+        *_build_usage_section(run_dir),
         *build_run_section(describe_run(sum(durations.values())), f"Stages: {stages}. {data}", settings),
     ]
     verdict = describe_retrieval("The model", trained[0], "held-out captions")
     if verdict.startswith("The model"):
         verdict += f" Before training, it did so for {describe_share(untrained[0]['T2I'][f'R@{K}'])}."
+    if trained[0]["images"] < MIN_IMAGES:
+        verdict += " To evaluate on other images, list their sources in `--evaluate.data`."
     page = run_dir / "report.html"
     write_report(page, f"Training of {run_dir.resolve().name}", verdict, blocks)
     summary = build_summary_table(cra, untrained, trained)
     print_once(render_markdown("Results", [summary], verdict), f"Report: {page}")
 
 
-def _format_usage(model_dir: Path) -> str:
-    return (
+def _build_usage_section(run_dir: Path) -> list[Block]:
+    model, index = shlex.quote(str(run_dir / "model")), shlex.quote(str(run_dir / "index"))
+    commands = (
+        f"llm2clip index PHOTOS --model {model} --out {index}\n"
+        f"llm2clip search {index} 'a description of an image'\n"
+        f"llm2clip serve {index}"
+    )
+    code = (
         "from llm2clip import LLM2CLIP\n\n"
-        f'model = LLM2CLIP.from_pretrained("{model_dir}")\n'
+        f'model = LLM2CLIP.from_pretrained("{run_dir / "model"}")\n'
         'images = model.encode_image(["photo.jpg"])\n'
         'texts = model.encode_text(["a full sentence about the photo"])\n'
         "model.similarity(texts, images)"
     )
+    return [
+        Heading("How to use the model"),
+        Paragraph("To search a folder of images from the command line or on a web page:"),
+        Code(commands, "bash"),
+        Paragraph("In Python:"),
+        Code(code, "python"),
+    ]
 
 
 def build_summary_table(
     cra: Sequence[dict[str, Any]], untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]
 ) -> Table:
-    """Return a table with the main metrics of a `fit` run. `cra` is empty if CRA was not measured."""
+    """Return a table with the main metrics of a `fit` run. `cra` has the CRA before and after `tune`, if both exist."""
     rows: list[list[Any]] = []
-    if cra:
-        rows.append([f"CRA ({cra[0]['images']:,} images)", cra[0]["chance"], cra[0]["CRA"], cra[1]["CRA"]])
+    if len(cra) == 2:
+        rows.append([f"CRA ({count_images(cra[0]['images'])})", cra[0]["chance"], cra[0]["CRA"], cra[1]["CRA"]])
     for before, after in zip(untrained, trained, strict=True):
         for direction in ("I2T", "T2I"):
-            name = f"{after['captions']}: {direction} R@1 ({after['images']:,} images)"
-            chance = after[f"{direction} chance"]["R@1"]
-            rows.append([name, chance, before[direction]["R@1"], after[direction]["R@1"]])
+            name = f"{after['captions']}: {direction} R@1 ({count_images(after['images'])})"
+            chance, *_ = get_recalls(after, direction, " chance")
+            rows.append([name, chance, *(get_recalls(row, direction)[0] for row in (before, after))])
     return Table(["held-out images, %", "chance", "before training", "after training"], rows)
 
 
-def build_caption_retrieval_table(raw: dict[str, Any], tuned: dict[str, Any]) -> Table:
-    rows: list[list[Any]] = [["chance", raw["chance"], None]]
-    for name, metrics in (("raw", raw), ("tuned", tuned)):
+def _build_caption_retrieval_section(cra: Sequence[dict[str, Any]]) -> list[Block]:
+    """Return a report section on the caption encoder. `cra` has one or two results, or none if CRA was not measured."""
+    if not cra:
+        return [Paragraph("Not measured: too few held-out images have two captions.")]
+    rows: list[list[Any]] = [["chance", cra[0]["chance"], None]]
+    for name, metrics in zip(("raw", "tuned"), cra, strict=False):
         rows.append([name, metrics["CRA"], format_interval(metrics["CRA interval"])])
-    header = [f"caption encoder ({raw['images']:,} images)", "CRA top-1, %", "95% interval"]
-    return Table(header, rows, frozenset([2]))
+    header = [f"caption encoder ({cra[0]['images']:,} images)", "CRA top-1, %", "95% interval"]
+    tuning = "" if len(cra) == 2 else " The encoder was not tuned."
+    return [
+        Paragraph(describe_caption_retrieval("the encoder", cra[-1]) + tuning),
+        Table(header, rows, frozenset([2] if len(cra) == 2 else [])),
+    ]
 
 
 def _build_retrieval_section(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> list[Block]:
     rows: list[list[Any]] = []
     for before, after in zip(untrained, trained, strict=True):
-        name = f"{after['captions']} ({after['images']:,} images, {after['texts']:,} texts)"
+        name = f"{after['captions']} ({count_images(after['images'])}, {after['texts']:,} texts)"
         rows.append([name, "chance", *_format_recall_cells(after, " chance")])
         rows.append(["", "untrained", *_format_recall_cells(before)])
         rows.append(["", "trained", *_format_recall_cells(after)])
@@ -140,18 +174,20 @@ def _build_retrieval_section(untrained: Sequence[dict[str, Any]], trained: Seque
         Paragraph(
             "Recall on held-out images, in percent. I2T: an image retrieves one of its captions; T2I: a caption "
             "retrieves its image. A tie with a wrong answer counts as a miss. Confidence intervals are 95% bootstrap "
-            "intervals over images."
+            "intervals over images. A dash means that there are so few images that a random order reaches 100%. "
+            "`evaluate` encodes the captions again, on a CPU in fp32, whereas these results use the embeddings in the "
+            "store. They can therefore differ by a few captions."
         ),
         Table(header, rows, highlight=frozenset(range(2, len(rows), 3))),
     ]
 
 
 def _format_recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
-    """Return the recall cells of a table row. The suffix " chance" selects the chance levels."""
+    """Return the recall cells of a table row. The suffix " chance" selects the chance levels. See `get_recalls`."""
     cells: list[Any] = []
     for direction in ("I2T", "T2I"):
-        first, *others = (row[direction + suffix][f"R@{k}"] for k in KS)
-        interval = None if suffix else format_interval(row[f"{direction} interval"]["R@1"])
+        first, *others = get_recalls(row, direction, suffix)
+        interval = None if suffix or first is None else format_interval(row[f"{direction} interval"]["R@1"])
         cells += [first, interval, *others]
     return cells
 
@@ -237,7 +273,8 @@ def write_distill_report(
     tables, verdict = _build_comparison(result), describe_distillation(result)
     page = folder / "report.html"
     run_section = build_run_section(describe_run(seconds))
-    write_report(page, f"Distillation of {folder.resolve().name}", verdict, [*tables, *run_section])
+    blocks = [*tables, *_build_usage_section(folder), *run_section]
+    write_report(page, f"Distillation of {folder.resolve().name}", verdict, blocks)
     print_once(render_markdown("Teacher and student", tables, verdict), f"Report: {page}")
 
 
@@ -249,6 +286,9 @@ def describe_distillation(result: Mapping[str, Any]) -> str:
     if not result["fields"]:
         return f"The student {speed_text}. No images were held out, so its retrieval was not compared."
     entry = result["fields"][0]
+    if entry["images"] < MIN_IMAGES:
+        few = f"with fewer than {MIN_IMAGES} held-out images ({entry['images']:,}), its recall says little"
+        return f"The student {speed_text}. It cannot be judged whether it finds the right images: {few}."
     teacher, student = (entry[side]["T2I"]["R@1"] for side in ("teacher", "student"))
     quality = f"reaches {student:.1f}% T2I R@1 on {entry['images']:,} held-out images, and the teacher {teacher:.1f}%"
     if teacher:
@@ -342,15 +382,21 @@ def _build_comparison(result: Mapping[str, Any]) -> list[Block]:
         ["memory of the weights in fp32", *(format_bytes(side["bytes of weights"]) for side in sides)],
         ["size on disk", *(format_bytes(side["bytes on disk"]) for side in sides)],
     ]
-    encoders: list[Block] = [Heading("Text encoders"), Table(["text encoder", "teacher", "student"], rows)]
+    text = "Queries are encoded one at a time in fp32. Teacher and student have the same image encoder."
+    encoders: list[Block] = [
+        Heading("Text encoders"),
+        Paragraph(text),
+        Table(["text encoder", "teacher", "student"], rows),
+    ]
     if not result["fields"]:
         return encoders
     recalls: list[list[Any]] = []
     for entry in result["fields"]:
-        for direction, k in itertools.product(("T2I", "I2T"), KS):
-            chance = entry["student"][f"{direction} chance"][f"R@{k}"]
-            values = [entry[side][direction][f"R@{k}"] for side in ("teacher", "student")]
-            recalls.append([f"{entry['captions']}: {direction} R@{k}", chance, *values])
+        for direction in ("T2I", "I2T"):
+            chances = get_recalls(entry["student"], direction, " chance")
+            values = [get_recalls(entry[side], direction) for side in ("teacher", "student")]
+            for k, *cells in zip(KS, chances, *values, strict=True):
+                recalls.append([f"{entry['captions']}: {direction} R@{k}", *cells])
     for entry in result["short queries"]:
         recalls.append([f"{entry['words']}-word queries: mAP", None, entry["teacher mAP"], entry["student mAP"]])
     agreement = [

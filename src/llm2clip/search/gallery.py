@@ -11,7 +11,8 @@
       lib/                                 onnxruntime-web and @huggingface/tokenizers
       LICENSES.txt                         licences of the files in lib/
 
-The page loads only files from its folder. Full-size images and their paths are not part of the gallery.
+The page loads only files from its folder. Full-size images and their local paths are not part of the gallery. Images
+that were indexed from a web address have a link to it.
 """
 
 import json
@@ -48,12 +49,16 @@ MAX_TEXT_PARAMETERS = 125_000_000
 HITS_PER_READ = 1000
 SAMPLED_THUMBNAILS = 200  # number of thumbnails from which the size of all thumbnails is estimated
 MAX_CAPTION_CHARACTERS = 300
+NEW_FILES = ".new"  # folder in an existing gallery for the files that will replace it
 
 
 def export_gallery(
     model_name: str, index: str, out: str | Path, max_mb: float = MAX_MB, with_private: bool = False
 ) -> list[str]:
-    """Write a static web page that searches an index in the browser, atomically.
+    """Write a static web page that searches an index in the browser.
+
+    A new gallery is written atomically. In the folder of an existing gallery, its files are replaced at the end, and
+    other files, such as those of Git, are left unchanged. The title of the page is the name of the folder.
 
     Args:
         model_name: llm2clip model that built the index, with a small text encoder.
@@ -67,11 +72,12 @@ def export_gallery(
     Raises:
         ValueError: the index was built with a different model or contains no images, the text encoder is too large for
             a browser or cannot be exported, or the gallery would be larger than `max_mb`.
-        FileExistsError: `out` exists.
+        FileExistsError: `out` exists and does not contain a gallery.
         AssetError: the JavaScript libraries cannot be downloaded.
     """
-    if Path(out).exists():
-        raise FileExistsError(f"{out} exists: choose another folder")
+    is_update = (Path(out) / "gallery.json").is_file()
+    if Path(out).exists() and not is_update:
+        raise FileExistsError(f"{out} exists and does not contain a gallery: choose another folder")
     check_extra("onnx", "exporting to ONNX")
     backend = open_backend(index)
     model = LLM2CLIP.from_pretrained(model_name, device="cpu")
@@ -81,7 +87,10 @@ def export_gallery(
     check_gallery_size(index, backend, parameters, max_mb)
     model = truncate_model(model, int(metadata["embed_dim"]))
     libraries = [(package, resolve_npm_package(package)) for package in (ONNXRUNTIME_WEB, TOKENIZERS)]
-    with atomic_dir(out) as folder:
+    target = Path(out) / NEW_FILES if is_update else Path(out)
+    if is_update:
+        shutil.rmtree(target, ignore_errors=True)  # of an interrupted update
+    with atomic_dir(target) as folder:
         for file in (*PAGE_FOLDER.iterdir(), STATIC_FOLDER / "common.js", STATIC_FOLDER / "page.css"):
             shutil.copyfile(file, folder / file.name)
         (folder / "lib").mkdir()
@@ -92,10 +101,25 @@ def export_gallery(
         messages = [export_quantized_text(model, folder)]
         images = _write_images(backend, folder, with_private)
         settings = {**_build_text_settings(model), "images": images, "count": len(images)}
-        settings["dim"] = model.config.embed_dim
+        settings |= {"dim": model.config.embed_dim, "title": Path(out).resolve().name}
         (folder / "gallery.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
         messages.append(_format_size(folder, len(images)))
+    if is_update:
+        _replace_files(target, Path(out))
     return messages
+
+
+def _replace_files(new: Path, gallery: Path) -> None:
+    """Move the files of a new gallery into the folder of an existing one, and remove its other thumbnails."""
+    for file in [path for path in new.rglob("*") if path.is_file()]:
+        target = gallery / file.relative_to(new)
+        target.parent.mkdir(exist_ok=True)
+        file.replace(target)
+    count = len(json.loads((gallery / "gallery.json").read_text(encoding="utf-8"))["images"])
+    for thumbnail in (gallery / "thumbnails").glob("*.jpg"):
+        if thumbnail.stem.isdigit() and int(thumbnail.stem) >= count:
+            thumbnail.unlink()
+    shutil.rmtree(new)
 
 
 # ---- checks
@@ -173,6 +197,9 @@ def _write_images(backend: Backend, folder: Path, with_private: bool) -> list[li
             image = hit.images[0]
             caption = image.captions[0][:MAX_CAPTION_CHARACTERS] if image.captions else ""
             details = [[item.text, item.url] for item in list_details(hit, image, with_private)]
+            path = getattr(image.ref, "path", "")
+            if path.startswith(("http://", "https://")) and path == image.name:  # a URL without a password or token
+                details.append(["original", path])
             images.append([image.file_name, caption, details])
             vectors.append(vector.astype(np.float16))
             bar.update(1)

@@ -276,6 +276,10 @@ def calibrate(backend: Backend, model: DualEncoder) -> Calibration | None:
     """Calibrate an index, as described in the module's docstring. Return None if its images are too few or alike."""
     _, image_count = backend.count()
     if image_count < MIN_IMAGES:
+        print_once(
+            f"Relevance is not calibrated, because the index has fewer than {MIN_IMAGES} images: searches show the "
+            "closest images, even if none of them is close to the query."
+        )
         return None
     vectors = backend.vectors(backend.sample_ids(SAMPLE_SIZE))
     sample_mean, ids = np.stack(list(vectors.values())).mean(axis=0), list(vectors)

@@ -33,6 +33,7 @@ async function load(name) {
 async function loadImages() {
   const [json, binary] = await Promise.all([load("gallery.json"), load("vectors.bin")]);
   settings = await json.json();
+  document.title = $("title").textContent = settings.title;
   const buffer = await binary.arrayBuffer(), { count, dim } = settings;
   const scalesStart = 4 * dim, valuesStart = scalesStart + 4 * count;
   if (buffer.byteLength !== valuesStart + count * dim) throw new Error("vectors.bin is incomplete. Upload the folder again.");
@@ -156,7 +157,8 @@ async function search(addToHistory = true) {
     if (searchNumber !== lastSearch) return; // a newer search has started
     const start = performance.now();
     showHits(rankImages(query));
-    showStatus(`${settings.count.toLocaleString("en")} images, most similar first`);
+    // A gallery has no calibration of relevance.
+    showStatus(`${settings.count.toLocaleString("en")} images, most similar first. Perhaps none of them is close to the query.`);
     document.body.dataset.rankingTime = performance.now() - start;
   } catch (error) {
     if (searchNumber === lastSearch) showStatus(error.message, true);
@@ -217,6 +219,7 @@ function makeGridItem(hit, position) {
   name.textContent = fileName;
   score.className = "score";
   score.textContent = hit.score === null ? "" : hit.score.toFixed(3);
+  score.title = hit.score === null ? "" : "Similarity to the query, at most 1";
   line.append(name, score);
   button.append(image, line);
   button.type = "button";
@@ -231,7 +234,7 @@ function showDetail(position) {
   const hit = hits[position], [fileName, caption, details] = settings.images[hit.index];
   $("large").src = getThumbnail(hit.index);
   $("large").alt = caption || fileName;
-  const facts = [...(hit.score === null ? [] : [hit.score.toFixed(3)]), ...details.map(([text, url]) => makeDetail({ text, url }))];
+  const facts = [...(hit.score === null ? [] : [`similarity ${hit.score.toFixed(3)}`]), ...details.map(([text, url]) => makeDetail({ text, url }))];
   showFacts(facts);
   $("name").textContent = fileName;
   $("caption").textContent = caption;

@@ -177,7 +177,9 @@ function showCount(start, { nothing_close: nothingClose, rerank_seconds: rerankS
   const count = shown < total ? `${shown.toLocaleString("en")} of ${total.toLocaleString("en")}` : shown;
   const images = nothingClose ? "images, none of them close to the query" : "images";
   const notReranked = missing ? `. ${missing} could not be re-ranked, because their files cannot be read` : "";
-  const summary = `${count} ${images}, ${describeOrder(shown)} (${time})${notReranked}`;
+  const isUnrated = hasPositivePart(searchedRequest) && hits.length && hits[0].relevance === null;
+  const unrated = isUnrated ? ". Relevance is not calibrated for this index: perhaps none of them is close to the query" : "";
+  const summary = `${count} ${images}, ${describeOrder(shown)} (${time})${notReranked}${unrated}`;
   showStatus(hits.length ? summary : "No results. Try different filters.");
   $("show-more").hidden = nextOffset === null;
   $("save").hidden = !location.hash || searchedRequest.images.length > 0;
@@ -298,6 +300,7 @@ function makeTile(hit, index) {
   name.textContent = first.file_name;
   score.className = "score";
   score.textContent = formatScoreOrDate(hit);
+  score.title = hit.score === null ? "" : "Similarity to the query, at most 1";
   line.append(name, score);
   button.append(image, line);
   const notes = describeSimilar(hit);
@@ -349,8 +352,8 @@ function showDetail(index) {
   $("large").src = `/image/${hit.id}`;
   $("large").onerror = () => { $("large").onerror = null; $("large").src = `/thumbnail/${hit.id}`; };
   $("large").alt = first.captions[0] || first.name;
-  const score = hit.score === null ? [] : [hit.score.toFixed(3)];
-  if (hit.relevance !== null) score.push(`relevance ${Math.round(100 * hit.relevance)}%`);
+  const score = hit.score === null ? [] : [`similarity ${hit.score.toFixed(3)}`];
+  if (hit.relevance !== null) score.push(`${Math.round(100 * hit.relevance)}% likely to match`);
   const matched = hit.matched.length ? [describeMatch(hit)] : [];
   const facts = [...score, ...hit.details.map(makeDetail), ...matched];
   showFacts(facts);
