@@ -336,7 +336,7 @@ def _print_page(args: Namespace, index: Index | ServerIndex, query: Any, page: S
         print_explanation(index.explain(query, page.hits[0].id), Console())
     if page.nothing_close:
         return ["None of these images is close to the query."]
-    has_query = bool(query.texts or query.images)
+    has_query = bool(args.texts or args.images)
     return [NOT_CALIBRATED] if has_query and page.hits[0].relevance is None else []
 
 
