@@ -657,6 +657,25 @@ def test_sqlite_backend_ranks_as_an_exact_float64_search(tmp_path: Path) -> None
     assert len(ids) == len(scores) == 0
 
 
+@pytest.mark.parametrize("noise", [0.03, 0.0])
+def test_sqlite_pages_of_near_equal_vectors_are_complete(tmp_path: Path, noise: float) -> None:
+    """Frames of a scene whose differences are mostly smaller than the steps of int8 values, or equal frames."""
+    rng = np.random.default_rng(0)
+    vectors = np.array([1.0, *rng.normal(size=63) / 20]) + noise * rng.normal(size=(3000, 64)) / 8
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    backend = SqliteBackend(tmp_path, write=True)
+    backend.initialize({"model": "m", "embed_dim": 64})
+    backend.add([IndexedContent(b"%d" % n, vector, b"") for n, vector in enumerate(vectors)], [])
+    query = rng.normal(size=64)
+    query /= np.linalg.norm(query)
+    pages = []
+    for offset in range(0, 240, 20):
+        pages.extend(backend._rank(query.astype(np.float32), offset + 20, None)[0][offset:].tolist())
+    assert len(set(pages)) == 240
+    best = np.argsort(-(vectors.astype(np.float64) @ query))[:150] + 1
+    assert noise == 0 or set(best) <= set(pages)
+
+
 # ---- backends --------------------------------------------------------------------------------------------------------
 
 

@@ -50,6 +50,8 @@ from llm2clip.search.words import (
 
 # Minimum number of candidates to re-score. With 128, a scan of a million vectors found the exact top 10.
 MIN_CANDIDATES = 128
+CANDIDATES_PER_HIT = 4
+MIN_SCANNED = 1024  # minimum number of candidates that a scan returns; those that are not needed are not re-scored
 EXACT_BELOW = 2048  # for at most this many ids, scoring all float16 vectors is faster than scanning int8 codes first
 CHUNK = 65_536
 COLUMN_TYPES = {float: "REAL", int: "INTEGER", str: "TEXT"}
@@ -218,17 +220,29 @@ class SqliteBackend(Backend):
     def _rank(self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Return the int64 ids and float32 cosine similarities of the nearest vectors, best first, then by id.
 
+        Candidates are re-scored in stages, and each stage appends hits to those of the previous stage. The first hits
+        therefore do not depend on `count`, so the pages of a query neither repeat nor skip images.
+
         Args:
             query: L2-normalised query vector of shape (D,), float32.
             allowed_ids: Sorted ids of the vectors to search. Default: all vectors.
         """
         if allowed_ids is not None and len(allowed_ids) <= EXACT_BELOW:
-            ids = allowed_ids
-        else:
-            ids = self._get_vectors().find_nearest(query, max(4 * count, MIN_CANDIDATES), allowed_ids)
-        scores = self._fetch_array(ids).astype(np.float32) @ query
-        order = np.lexsort((ids, -scores))[:count]
-        return ids[order], scores[order]
+            scores = self._fetch_array(allowed_ids).astype(np.float32) @ query
+            ranking = np.lexsort((allowed_ids, -scores))[:count]
+            return allowed_ids[ranking], scores[ranking]
+        stages = [MIN_CANDIDATES]
+        while stages[-1] < CANDIDATES_PER_HIT * count:
+            stages.append(2 * stages[-1])
+        # If several candidates have equal codes, the number of candidates decides which of them a scan returns.
+        ids = self._get_vectors().find_nearest(query, max(stages[-1], MIN_SCANNED), allowed_ids)
+        scores, ranking = np.empty(0, np.float32), np.empty(0, np.int64)
+        for size in stages:
+            vectors = self._fetch_array(ids[len(scores) : size]).astype(np.float32)
+            scores = np.concatenate([scores, vectors @ query])
+            order = np.lexsort((ids[:size], -scores))
+            ranking = np.concatenate([ranking, order[~np.isin(order, ranking)]])[: size // CANDIDATES_PER_HIT]
+        return ids[ranking[:count]], scores[ranking[:count]]
 
     def _find_word_matches(self, run: Query, query: WordQuery, image_filter: Filter) -> np.ndarray:
         def find() -> np.ndarray:
@@ -401,8 +415,8 @@ class QuantizedVectors:
                 matches = exact_search(codes, query_code, min(count, len(ids)), MetricKind.IP, exact=True)
                 best_ids.append(ids[matches.keys.astype(np.int64)])
                 best_distances.append(matches.distances)
-        order = np.argsort(np.concatenate(best_distances), kind="stable")[:count]
-        return np.concatenate(best_ids)[order]
+        ids = np.concatenate(best_ids)
+        return ids[np.lexsort((ids, np.concatenate(best_distances)))[:count]]
 
 
 def _select(block: Block, allowed_ids: np.ndarray) -> Block:
