@@ -56,13 +56,12 @@ def _evaluate(args: Namespace) -> list[str]:
     check_sources(args.data, args.captions)
     models = [resolve_model(name) for name in [args.model, *(args.baselines or [])] if name]
     args.encoder.path = resolve_encoder(args.encoder.path)
-    if args.benchmarks:
-        from llm2clip.evaluate.benchmarks import get_benchmarks
+    options = EvaluateOptions(**select_arguments(args, *(field.name for field in fields(EvaluateOptions))))
+    from llm2clip.evaluate.arguments import check_arguments
 
-        get_benchmarks(args.benchmarks, args.templates or ())  # raises an error for an unknown name
+    check_arguments(models, args.data or [], options)
     from llm2clip.evaluate.runner import evaluate_models
 
-    options = EvaluateOptions(**select_arguments(args, *(field.name for field in fields(EvaluateOptions))))
     lines = evaluate_models(models, args.data or [], options, encoder=args.encoder, config=args.evaluate)
     if models and (args.data or args.benchmarks) and not models[0].endswith(".npz"):
         data = [*list_local_sources(args.data or []), *format_column_flags(args.columns)]

@@ -273,10 +273,11 @@ def _search(args: Namespace) -> list[str]:
         if args[name] is not None:
             args[name] = resolve_model(args[name])
     from llm2clip.models.prompts import QueryTemplates, check_templates
+
+    check_templates(args.templates or [], "--templates")
     from llm2clip.search.index import Index, SearchOptions
     from llm2clip.search.query import SearchQuery
 
-    check_templates(args.templates or [], "--templates")
     templates = None if args.templates is None else QueryTemplates(tuple(args.templates))
     query = SearchQuery(args.texts, args.images, args.negative, args.negative_images, templates=templates)
     options = SearchOptions(not args.no_words, not args.no_group, args.show_weak, args.rerank is not None)

@@ -19,7 +19,8 @@ from llm2clip.data.build_table import open_table, read_splits
 from llm2clip.data.image_facts import count_training_images, load_training_image_hashes
 from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.evaluate.benchmarks import get_benchmarks, has_user_data
+from llm2clip.evaluate.arguments import check_arguments
+from llm2clip.evaluate.benchmarks import get_benchmarks
 from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkResult
 from llm2clip.evaluate.caption_retrieval import TextEncoder, caption_retrieval_accuracy, open_text_encoder
 from llm2clip.evaluate.classification import evaluate_classification, evaluate_compositional
@@ -37,7 +38,7 @@ from llm2clip.evaluate.segmentation import evaluate_segmentation
 from llm2clip.evaluate.short_queries import build_short_query_blocks, score_short_queries
 from llm2clip.io_utils import MissingFileError, atomic_write_text, sanitize_name
 from llm2clip.models.loading import get_display_names
-from llm2clip.models.prompts import QueryTemplates, check_templates
+from llm2clip.models.prompts import QueryTemplates
 from llm2clip.models.vision.dense import DENSE_VARIANTS
 from llm2clip.reports import BAD, Block, Paragraph, render_markdown, write_report
 from llm2clip.runs.output_folder import to_plain_types
@@ -89,7 +90,8 @@ def evaluate_models(
     """
     start = time.time()
     encoder, config = encoder or EncoderConfig(), config or EvaluateConfig()
-    _check_arguments(models, data, options)
+    check_arguments(models, data, options)
+    _check_ranks_and_variants(options)
     log = _make_skip_log(options, "records")
     title_name = get_display_names(models or [encoder.path])[0]
     evaluation = _Evaluation(options)
@@ -351,29 +353,13 @@ def _add_differences(first: BenchmarkResult, result: BenchmarkResult) -> None:
             row["difference"] = first.bootstrap[method].subtract(result.bootstrap[method])
 
 
-def _check_arguments(models: Sequence[str], data: Sequence[str], options: EvaluateOptions) -> None:
-    """Raise ValueError if there is nothing to evaluate, or an option is invalid or has no effect."""
-    has_images = bool(data or options.benchmarks)
-    if has_images and not models:
-        raise ValueError("no model given: put the model first, before the data or --benchmarks")
-    if not (options.captions or has_images):
-        raise ValueError(
-            "nothing to evaluate: pass a model and either data or --benchmarks; for caption retrieval, pass --captions"
-        )
+def _check_ranks_and_variants(options: EvaluateOptions) -> None:
+    """Raise ValueError if a distributed evaluation has no output folder, or a dense variant is unknown."""
     if process_state().num_processes > 1 and options.out is None:
         raise ValueError("a distributed evaluation needs --out: the ranks exchange embeddings through this folder")
     for variant in options.dense_variants:
         if variant not in DENSE_VARIANTS:
             raise ValueError(f"unknown dense variant {variant!r}; choose from {', '.join(DENSE_VARIANTS)}")
-    if options.short_queries and not has_images:
-        raise ValueError("--short_queries needs images with captions: pass data or --benchmarks")
-    has_class_names = any(map(has_user_data, options.benchmarks))
-    if options.templates is not None and not options.short_queries and not has_class_names:
-        raise ValueError(
-            "--templates applies only to short queries and to your own images with class names: add --short_queries, "
-            "or pass a benchmark such as boxes:FILE.json"
-        )
-    check_templates(options.templates or (), "--templates")
 
 
 def _read_user_benchmark(

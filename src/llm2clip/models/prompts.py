@@ -9,11 +9,10 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PLACEHOLDER = "{}"
 # Queries with more words or characters are never inserted into templates.
@@ -68,6 +67,9 @@ def average_prompts(prompts: Tensor, counts: Sequence[int]) -> Tensor:
     The prompt embeddings, of shape (P, D), are L2-normalised before averaging, and their mean is L2-normalised again.
     The prompts of each text are adjacent, and `counts` contains their numbers.
     """
+    import torch  # here, so that templates can be checked before the heavy imports
+    import torch.nn.functional as F
+
     normalized = F.normalize(prompts.float(), dim=-1)
     text_of_prompt = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
     sums = normalized.new_zeros(len(counts), prompts.shape[1])

@@ -1,0 +1,28 @@
+"""Checks of the arguments of an evaluation. They avoid heavy imports, so mistakes are reported at once."""
+
+from collections.abc import Sequence
+
+from llm2clip.config import EvaluateOptions
+from llm2clip.evaluate.benchmarks import get_benchmarks, has_user_data
+from llm2clip.models.prompts import check_templates
+
+
+def check_arguments(models: Sequence[str], data: Sequence[str], options: EvaluateOptions) -> None:
+    """Raise ValueError if there is nothing to evaluate, a benchmark is unknown, or an option has no effect."""
+    has_images = bool(data or options.benchmarks)
+    if has_images and not models:
+        raise ValueError("no model given: put the model first, before the data or --benchmarks")
+    if not (options.captions or has_images):
+        raise ValueError(
+            "nothing to evaluate: pass a model and either data or --benchmarks; for caption retrieval, pass --captions"
+        )
+    if options.short_queries and not has_images:
+        raise ValueError("--short_queries needs images with captions: pass data or --benchmarks")
+    has_class_names = any(map(has_user_data, options.benchmarks))
+    if options.templates is not None and not options.short_queries and not has_class_names:
+        raise ValueError(
+            "--templates applies only to short queries and to your own images with class names: add --short_queries, "
+            "or pass a benchmark such as boxes:FILE.json"
+        )
+    check_templates(options.templates or (), "--templates")
+    get_benchmarks(options.benchmarks, options.templates or ())
