@@ -33,6 +33,13 @@ from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import NotFound, UnsupportedQuery
 from search_fixtures import add_red_detector, make_colour_model, make_index, reject_all_texts, running_server
 
+INVALID_ADDRESSES = (
+    "file:///etc/passwd?token=x",
+    "localhost:7860",
+    "http://[::1",
+    "http://a:99999",
+    "http://u:secret@a",
+)
 # Each query: its fields as in `SearchQuery`, the other fields of a request, and the flags of the command.
 QUERIES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "text": ({"texts": ["the middle is red"]}, {}, []),
@@ -194,7 +201,7 @@ def test_search_explains_problems_with_a_server(
             (plain, [], "is not the address of a server started with `llm2clip serve`"),
             ("http://127.0.0.1:9", [], "cannot reach the server http://127.0.0.1:9 .*Connection refused.*serve INDEX"),
             (server.replace("http", "https"), [], "cannot reach the server https"),
-            ("file:///etc/passwd?token=x", [], r"must be of the form http://HOST:PORT or https://HOST"),
+            *((url, [], "must be of the form http://HOST:PORT or https://HOST") for url in INVALID_ADDRESSES),
             (address, ["--model", "x"], "--model cannot be used with --server"),
         ):
             assert main(["search", "--server", url, "red", *flags]) == 1

@@ -30,11 +30,15 @@ class ServerIndex:
         Raises:
             ValueError: The address is invalid, or the token contains characters that are not allowed in a token.
         """
-        parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
-            raise ValueError(
-                f"--server must be of the form http://HOST:PORT or https://HOST (got {hide_url_secrets(address)})"
-            )
+        form = f"--server must be of the form http://HOST:PORT or https://HOST (got {hide_url_secrets(address)})"
+        try:
+            parts = urlsplit(address)
+            is_valid = parts.scheme in ("http", "https") and parts.hostname and parts.username is None
+            is_valid = is_valid and parts.port != 0  # reading the port raises an error if it is invalid
+        except ValueError as error:
+            raise ValueError(form) from error
+        if not is_valid:
+            raise ValueError(form)
         self.address = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self._token = token or parse_qs(parts.query).get("token", [""])[0] or os.environ.get("LLM2CLIP_TOKEN", "")
         if not self._token.isascii() or not self._token.isprintable():
