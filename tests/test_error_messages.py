@@ -96,6 +96,7 @@ ERRORS = {
         "no image has two different captions", "--tune.steps 0",
     ),
     # models
+    "config as model": ("index {folder} --model tower-openai-b16 --out {tmp}/i", "tower-openai-b16 is a config, not"),
     "missing model": ("evaluate {tmp}/nomodel {data}", "nomodel", "neither a folder nor"),
     "missing tower": (
         ALIGN.replace("{tower}", "./towr") + " --align.batch_size 4", "./towr", "neither a folder nor",
@@ -141,6 +142,9 @@ ERRORS = {
     "MFU above 1": ("plan --images 10 --device h100 --mfu 40", "--mfu", "at most 1"),
     "llava without conversations": ("llava train {llm} --out {tmp}/run", "no conversations"),
     # folders
+    "folder that cannot be created": (
+        "fit {data} --out /proc/x/run", "--out /proc/x/run: no folder can be created in /proc",
+    ),
     "changed setting in a run directory": (
         FIT + " --align.seed 7", "different settings", "align.seed", "--out",
     ),

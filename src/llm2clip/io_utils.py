@@ -316,6 +316,11 @@ def make_text_key(text: str) -> int:
 # ---- readers -------------------------------------------------------------------------------------------------------
 
 
+def format_count(count: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 image" or "1,000 images"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def format_bytes(size: float) -> str:
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if size >= factor:

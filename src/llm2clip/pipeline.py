@@ -442,7 +442,9 @@ def _embed_distill_texts(
     train = add_phrases(data.train)
     other_texts = Path(options.texts) if options.texts else None
     held_out_texts = [table.iterate_texts(CAPTION_FIELDS) for table in data.held_out.values()]
-    token_texts = filter(None, list_token_texts(student))
+    token_texts = list(filter(None, list_token_texts(student)))
+    if token_texts:
+        print_once(f"The teacher encodes the captions and the student's vocabulary of {len(token_texts):,} tokens")
     teacher.embed(chain(*iterate_texts(train, other_texts), token_texts, *held_out_texts), out / "store")
     return prepare_texts(train, other_texts, student, teacher, out, options.max_skipped)
 

@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -102,8 +103,13 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
         check_extra("open-clip", name)
     if name in known or name.startswith(PREFIXES) or path.exists():
         return name
+    from llm2clip.cli.commands import read_builtin_configs
     from llm2clip.data.formats import suggest_paths
 
+    if name in read_builtin_configs():
+        raise FileNotFoundError(
+            f"{name} is a config, not a model. To train a model with it, run `llm2clip fit DATA --config {name}`"
+        )
     if name.endswith((".npz", ".gguf")):
         raise FileNotFoundError(f"{name}: no such file; {suggest_paths(name)}")
     if not is_hub_id(name):
@@ -154,12 +160,17 @@ def check_output_folder(path: str | Path, kind: str) -> None:
 
     Raises:
         ValueError: The folder is of a different kind, or is of unknown kind and contains data files.
-        NotADirectoryError: The path is a file.
+        OSError: The path is a file, or the folder cannot be created.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         if folder.exists():
             raise NotADirectoryError(f"--out {path} is a file. Pass a new or empty folder")
+        parent = next(parent for parent in folder.absolute().parents if parent.exists())
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".llm2clip-", dir=parent))
+        except OSError as error:
+            raise OSError(f"--out {path}: no folder can be created in {parent} ({error.strerror})") from error
         return
     actual = detect_folder_kind(folder)
     if actual not in (None, kind):

@@ -12,7 +12,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from llm2clip.cli.checks import check_index, check_output_folder, check_stores, resolve_model
 from llm2clip.cli.commands import Commands, format_command
-from llm2clip.io_utils import check_extra
+from llm2clip.io_utils import check_extra, format_count
 from llm2clip.models.export import FORMATS, export_model
 from llm2clip.models.loading import is_hub_id
 
@@ -263,7 +263,8 @@ def _verify_store(args: Namespace) -> list[str]:
 
     store = EmbeddingStore(args.folder)
     store.verify(progress=True)
-    return [f"{args.folder}: {len(store):,} captions in {len(store.shards)} shards, all checksums match"]
+    shards = format_count(len(store.shards), "shard")
+    return [f"{args.folder}: {format_count(len(store), 'caption')} in {shards}, all checksums match"]
 
 
 def _repair_store(args: Namespace) -> list[str]:
@@ -274,7 +275,7 @@ def _repair_store(args: Namespace) -> list[str]:
     deleted = repair_store(args.folder, progress=True)
     count = len(EmbeddingStore(args.folder))
     if not deleted:
-        return [f"Nothing to repair: the store is intact and has {count:,} captions"]
+        return [f"Nothing to repair: the store is intact and has {format_count(count, 'caption')}"]
     return [
         f"Deleted: {', '.join(deleted)}",
         f"The store has {count:,} captions; run `llm2clip embed` to re-encode the deleted ones",

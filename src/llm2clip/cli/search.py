@@ -27,6 +27,7 @@ from llm2clip.cli.commands import (
     format_command,
     select_arguments,
 )
+from llm2clip.io_utils import format_count
 from llm2clip.models.loading import DEFAULT_MODEL
 from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Filter, to_json
 
@@ -220,7 +221,7 @@ def _index(args: Namespace) -> list[str]:
 
     images, contents = backend.count()
     location = hide_password(args.out)
-    lines = [f"Index: {location} ({images:,} images, {contents:,} distinct)"]
+    lines = [f"Index: {location} ({format_count(images, 'image')}, {contents:,} distinct)"]
     for names in backend.duplicates(limit=3):
         lines.append("Duplicates: " + ", ".join(names[:4]))
     if log.skipped and skipped_file:

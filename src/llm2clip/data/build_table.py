@@ -54,6 +54,7 @@ from llm2clip.io_utils import (
     append_checksum,
     atomic_dir,
     atomic_path,
+    format_count,
     get_cache_dir,
     has_valid_checksum,
     remove_path,
@@ -441,7 +442,9 @@ def read_splits(
     return DataSplits(
         train=train,
         held_out=_group_by_caption_field(held_out, held_out_sources, config.fields, columns, folder),
-        summary=", ".join([f"{train.has_image.sum():,} training images", f"{len(held_out):,} held out", *notes]),
+        summary=", ".join(
+            [format_count(int(train.has_image.sum()), "training image"), f"{len(held_out):,} held out", *notes]
+        ),
         rule=_describe_rule(len(held_out), held_out_split, dict(zip(split_names, num_images, strict=True))),
     )
 

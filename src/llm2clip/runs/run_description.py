@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llm2clip.io_utils import atomic_write_text, hide_url_secrets
+from llm2clip.io_utils import atomic_write_text, format_count, hide_url_secrets
 from llm2clip.reports import Block, Code, Details, Heading, Paragraph
 from llm2clip.runs.ranks import print_once, process_state
 
@@ -34,7 +34,8 @@ def describe_device(device: torch.device) -> str:
     if cpu_info.is_file():
         name = re.search(r"^model name\s*:\s*(.+)$", cpu_info.read_text(errors="replace"), re.MULTILINE)
     processor = name[1] if name else platform.processor() or "CPU"
-    return f"{processor}, {torch.get_num_threads()} threads on {os.cpu_count()} logical cores"
+    threads, cores = format_count(torch.get_num_threads(), "thread"), format_count(os.cpu_count() or 1, "logical core")
+    return f"{processor}, {threads} on {cores}"
 
 
 def describe_run(seconds: float) -> dict[str, Any]:

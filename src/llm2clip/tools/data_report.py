@@ -29,7 +29,7 @@ from llm2clip.data.table_statistics import (
     count_languages,
 )
 from llm2clip.evaluate.plots import plot_distributions
-from llm2clip.io_utils import format_bytes, hide_url_secrets, to_valid_unicode
+from llm2clip.io_utils import format_bytes, format_count, hide_url_secrets, to_valid_unicode
 from llm2clip.reports import (
     BAD,
     Block,
@@ -155,7 +155,7 @@ def describe_data(overview: DataOverview) -> str:
     """State in words what matters most for training on the data: the worst problem, or that the data are ready."""
     statistics, log = overview.statistics, overview.log
     captions = overview.num_captions
-    size = f"{statistics.num_images:,} images with {captions:,} captions"
+    size = f"{format_count(statistics.num_images, 'image')} with {format_count(captions, 'caption')}"
     skipped = log.skipped.total()
     if not statistics.num_images:
         return f"No record has an image: only `tune` and `embed` can use these {captions:,} captions."
@@ -164,7 +164,8 @@ def describe_data(overview: DataOverview) -> str:
     if skipped > FIT_MAX_SKIPPED * log.rows_seen:
         [(reason, count)] = log.skipped.most_common(1)
         share = 100 * skipped / log.rows_seen
-        return f"{share:.1f}% of the rows cannot be used, so `fit` would stop. Main reason: {reason} ({count:,} rows)."
+        rows = format_count(count, "row")
+        return f"{share:.1f}% of the rows cannot be used, so `fit` would stop. Main reason: {reason} ({rows})."
     if not overview.num_training:
         return f"{size}, but all of them would be held out: no image is left for training."
     if statistics.captions_per_image.count and statistics.captions_per_image.maximum < 2:
