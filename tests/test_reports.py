@@ -17,7 +17,7 @@ from llm2clip.evaluate.comparison import (
 )
 from llm2clip.evaluate.metrics import retrieval_metrics
 from llm2clip.evaluate.plots import plot_curves, plot_distributions, plot_intervals
-from llm2clip.evaluate.training_report import describe_distillation
+from llm2clip.evaluate.training_report import _build_caption_retrieval_section, describe_distillation
 from llm2clip.reports import (
     Code,
     Details,
@@ -199,6 +199,16 @@ def test_recall_that_a_random_order_reaches_is_not_shown() -> None:
 )
 def test_verdict_of_other_benchmarks_names_the_main_metric(summary: dict[str, Any], verdict: str) -> None:
     assert describe_results("b", [BenchmarkResult(summary, model="M")]) == verdict
+
+
+def test_fit_report_of_an_untuned_encoder_has_no_row_for_the_tuned_one() -> None:
+    raw = {"images": 100, "chance": 1.0, "CRA": 42.0, "CRA interval": (32.0, 52.0)}
+    text, table = _build_caption_retrieval_section([raw])
+    assert text == Paragraph(
+        "For 4 of 10 of 100 images, the encoder finds the second caption from the first. The encoder was not tuned."
+    )
+    assert table == Table(table.header, [["chance", 1.0, None], ["raw", 42.0, "32.0 to 52.0"]])  # type: ignore[union-attr]
+    assert _build_caption_retrieval_section([raw, raw])[1].highlight == {2}  # type: ignore[union-attr]
 
 
 def test_distillation_verdict_states_quality_and_speed() -> None:
