@@ -160,7 +160,7 @@ def test_search_prints_the_effect_of_each_word(
     assert main(["search", index, "a red dog", "--explain", "--top", "2"]) == 0
     output = capsys.readouterr().out
     assert "effect" in output
-    table = output[output.index("effect") :]
+    table = output[output.index("effect") :].partition("└")[0]
     assert all(word in table for word in ("a", "red", "dog")) and table.count(".") == 3
     for arguments, message in (
         (["--images", str(backend.folder / "index.sqlite"), "--explain"], "--explain requires a text"),

@@ -362,6 +362,7 @@ def test_search_reports_fields_and_text_on_the_command_line_and_over_http(
     index = SqliteBackend(tmp_path / "index", write=True)
     index_sources([photos], dual_encoder, index, recognize=lambda image: "Bäckerei\x1b[31m")
     command = ["search", str(tmp_path / "index"), "ärmel", "--model", str(model_folder)]
+    capsys.readouterr()
     assert main([*command, "--json"]) == 0
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [result["matched"] for result in results if result["matched"]] == [["caption"]]
