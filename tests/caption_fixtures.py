@@ -31,6 +31,7 @@ from llm2clip.cli import build_parser
 
 FAULTS = ("500", "503", "429", "nonsense", "wrong json", "disconnect", "truncated", "large", "slow")
 LARGE_BYTES = 10_000_000
+USAGE = {"prompt_tokens": 1000, "completion_tokens": 20}
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +76,6 @@ class CaptionServer(ThreadingHTTPServer):
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.num_requests = self.num_parallel = self.max_parallel = 0
-        self.usage: dict[str, int] | None = {"prompt_tokens": 1000, "completion_tokens": 20}
         self.lock = threading.Lock()
         self.random = random.Random(0)
 
@@ -163,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.answered[key] += 1
             if len(self.server.bodies) < 100:
                 self.server.bodies.append(body)
-        self._send(200, json.dumps({"choices": [choice], "usage": self.server.usage}).encode())
+        self._send(200, json.dumps({"choices": [choice], "usage": USAGE}).encode())
 
     def _send_slowly(self, part: str) -> None:
         """Send a byte of the headers or of the body every 50 ms until the client disconnects, for at most 20 s."""

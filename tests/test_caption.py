@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -30,7 +29,7 @@ from caption_fixtures import (
     run_server,
     write_prompts,
 )
-from conftest import run_distributed
+from conftest import run_distributed, start_process
 from llm2clip.caption import captioners
 from llm2clip.caption import files as caption_files
 from llm2clip.caption import run as caption_run
@@ -472,7 +471,7 @@ def test_interrupted_run_stores_answers_and_resumes(
 
 
 def test_second_interrupt_while_an_image_is_read_does_not_wait_for_requests(
-    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    photos: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     # Programs that a shell has started in the background ignore this signal.
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -504,8 +503,7 @@ def test_killed_run_repeats_only_requests_in_flight(tmp_path: Path, photos: Path
     out = tmp_path / "out.jsonl"
     with run_server(delay=0.1) as server:
         words = ["caption", photos, "--out", out, "--endpoint", server.url, "--model", "tiny", "--concurrency", "2"]
-        process = multiprocessing.get_context("forkserver").Process(target=run_command, args=words)
-        process.start()
+        process = start_process(run_command, *words)
         while server.answered.total() < 6 and process.is_alive():
             time.sleep(0.01)
         process.kill()

@@ -103,7 +103,7 @@ def test_fit_selects_the_same_splits_with_and_without_captions(
     table = tmp_path / "photos.jsonl"
     splits: list[dict[str, str]] = [{"split": "train"}, {"split": "val"}, {}]
     for number in range(15):
-        row = {"image": f"photos/{number:04}.png", "captions": ["a photo", "a picture"], **splits[number % 3]}
+        row = {"image": f"photos/{number:04}.png", "captions": ["a photo", "an image"], **splits[number % 3]}
         with table.open("a") as stream:
             stream.write(f"{json.dumps(row)}\n")
     words = ["fit", *(f"{table}{selection}" for selection in selections.split(" "))]

@@ -301,7 +301,7 @@ def test_timeout_limits_the_time_of_the_entire_response(tmp_path: Path, photos: 
     assert set(server.answered.values()) == {1} and len(server.answered) == 6 * CAPTIONS_PER_IMAGE
 
 
-def test_retry_after_delays_the_next_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_after_delays_the_next_attempt(tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "photos", 1)
     start = time.monotonic()
     with run_server(faults=["429:0.7"]) as server:

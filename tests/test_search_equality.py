@@ -171,9 +171,7 @@ def test_search_prints_the_same_for_a_server_as_for_an_index(
     assert outputs[0].split("no image")[0] == outputs[1].split("the index is empty, or no image")[0]
 
 
-def test_search_explains_problems_with_a_server(
-    address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_search_explains_problems_with_a_server(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             authorizations.append(self.headers["Authorization"])

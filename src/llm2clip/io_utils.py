@@ -235,8 +235,9 @@ def get_cache_dir() -> Path:
     """
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "llm2clip")
     folder = Path(os.environ.get("LLM2CLIP_CACHE") or default).expanduser()
-    with suppress(OSError):  # writing to the folder raises the same error
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not folder.is_dir():  # this function is called for each remote image
+        with suppress(OSError):  # writing to the folder raises the same error
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
 

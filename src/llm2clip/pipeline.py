@@ -144,8 +144,8 @@ class Run:
         if latest_checkpoint(self.stage_folder("align") / "checkpoints") is None:
             num_images = int(data.train.has_image.sum())
             resolve_images_per_step(num_images, config.align, process_state().num_processes)
-        tune = config.tune
-        if is_fit and tune.steps and not (tune.data or tune.text_pairs or (self.out / "tune/encoder").exists()):
+        tune, is_tuned = config.tune, (self.stage_folder("tune") / "encoder").exists()
+        if is_fit and tune.steps and not (tune.data or tune.text_pairs or is_tuned):
             check_pairable(CaptionItems(data.train))  # otherwise, the error would occur after the LLM has been loaded
         return data
 

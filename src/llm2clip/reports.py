@@ -74,7 +74,6 @@ class Example:
     jpeg: bytes | None  # None if the image cannot be decoded
     caption: str = ""  # below the image
     is_correct: bool | None = None  # True if the image is a correct result for a query, None if unknown
-    url: str | None = None  # link target of the image
     title: str = ""  # above the image, such as its file name
     details: Sequence[str] = ()  # short texts below the title, such as the size of the image
     texts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # keyed by a label such as "captions"

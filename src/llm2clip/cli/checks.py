@@ -106,13 +106,13 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
     from llm2clip.cli.commands import read_builtin_configs
     from llm2clip.data.formats import suggest_paths
 
-    if name in read_builtin_configs():
-        raise FileNotFoundError(
-            f"{name} is a config, not a model. To train a model with it, run `llm2clip fit DATA --config {name}`"
-        )
     if name.endswith((".npz", ".gguf")):
         raise FileNotFoundError(f"{name}: no such file; {suggest_paths(name)}")
     if not is_hub_id(name):
+        if name in read_builtin_configs():
+            raise FileNotFoundError(
+                f"{name} is a config, not a model. To train a model with it, run `llm2clip fit DATA --config {name}`"
+            )
         names = f", nor one of {', '.join(known)}" if known else ""
         raise FileNotFoundError(f"{name} is neither a folder nor a hub id (OWNER/NAME){names}; {suggest_paths(name)}")
     return name

@@ -19,7 +19,6 @@ from llm2clip.models.loading import is_hub_id
 if TYPE_CHECKING:
     from llm2clip.models.llm2clip import LLM2CLIP
     from llm2clip.models.text.caption_encoder import CaptionEncoder
-    from llm2clip.store.store import EmbeddingStore
 
 
 def add_commands(commands: Commands) -> None:
@@ -287,8 +286,5 @@ def _merge_stores(args: Namespace) -> list[str]:
     check_stores(*args.folders)
     from llm2clip.store.maintenance import merge_stores
 
-    return _format_summary(args.out, merge_stores(args.out, args.folders))
-
-
-def _format_summary(out: str, store: EmbeddingStore) -> list[str]:
-    return [f"{out}: {len(store):,} captions"]
+    store = merge_stores(args.out, args.folders)
+    return [f"{args.out}: {len(store):,} captions"]

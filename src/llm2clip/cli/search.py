@@ -290,9 +290,7 @@ def _search(args: Namespace) -> list[str]:
                 f"Results that could not be re-ranked, because their files were changed or removed since indexing, "
                 f"or cannot be decoded: {page.rerank_missing:,}"
             )
-    if not page.hits and not page.nothing_close and not (args.json or args.paths):
-        return [_explain_no_results(args, index, image_filter)]
-    return _print_page(args, index, query, page)
+    return _print_page(args, index, query, page, image_filter)
 
 
 def _search_server(args: Namespace, image_filter: Filter) -> list[str]:
@@ -316,12 +314,12 @@ def _search_server(args: Namespace, image_filter: Filter) -> list[str]:
         group_similar=not args.no_group,
         show_weak=args.show_weak,
     )
-    if not page.hits and not page.nothing_close and not (args.json or args.paths):
-        return ["No results: the index is empty, or no image matches the filters."]
-    return _print_page(args, index, query, page)
+    return _print_page(args, index, query, page, image_filter)
 
 
-def _print_page(args: Namespace, index: Index | ServerIndex, query: Any, page: SearchPage) -> list[str]:
+def _print_page(
+    args: Namespace, index: Index | ServerIndex, query: Any, page: SearchPage, image_filter: Filter
+) -> list[str]:
     """Print the hits in the requested format. Return the lines to print at the end."""
     from rich.console import Console
 
@@ -332,7 +330,7 @@ def _print_page(args: Namespace, index: Index | ServerIndex, query: Any, page: S
     if args.paths:
         return [hit.images[0].name for hit in page.hits]
     if not page.hits:
-        return [NOTHING_CLOSE]
+        return [NOTHING_CLOSE if page.nothing_close else _explain_no_results(args, index, image_filter)]
     print_hits(page.hits, Console())
     if args.explain:
         print_explanation(index.explain(query, page.hits[0].id), Console())
@@ -342,7 +340,11 @@ def _print_page(args: Namespace, index: Index | ServerIndex, query: Any, page: S
     return [NOT_CALIBRATED] if has_query and page.hits[0].relevance is None else []
 
 
-def _explain_no_results(args: Namespace, index: Index, image_filter: Filter) -> str:
+def _explain_no_results(args: Namespace, index: Index | ServerIndex, image_filter: Filter) -> str:
+    from llm2clip.cli.server_index import ServerIndex
+
+    if isinstance(index, ServerIndex):
+        return "No results: the index is empty, or no image matches the filters."
     if not index.backend.count()[0]:
         return "No results: the index is empty."
     unmatched = []  # filters that no image matches, even without the other filters

@@ -122,7 +122,7 @@ def open_table(
     with FileLock(folder / "lock"):
         _delete_unused(folder)
         tasks = _list_parts(parsed, log, image_check, require_captions, folder)
-        _read_parts(parsed, tasks, log, image_check, workers)
+        _read_parts(parsed, tasks, log, image_check, require_captions, workers)
         table_folder = _merge_parts(parsed, tasks, log, image_check, folder)
     return _open_merged(tasks, table_folder, parsed, log, image_check)
 
@@ -204,7 +204,12 @@ def _must_read_again(part: FilePart, summary: ReadSummary) -> bool:
 
 
 def _read_parts(
-    sources: Sequence[Source], tasks: Sequence[_PartTask], log: SkipLog, image_check: ImageCheck, workers: int | None
+    sources: Sequence[Source],
+    tasks: Sequence[_PartTask],
+    log: SkipLog,
+    image_check: ImageCheck,
+    require_captions: bool,
+    workers: int | None,
 ) -> None:
     """Read the parts that have not been read before, and check each source when all of its parts are complete."""
     missing = {task.file: task for task in tasks if task.summary is None}
@@ -217,9 +222,8 @@ def _read_parts(
     num_rows = 0
     with ProgressBar(total=len(tasks), desc="reading data", unit="part", disable=hide) as bar:
         for index, source in enumerate(sources):
-            parts = [task for task in tasks if task.source_index == index]
-            reader = RecordReader(source, log, image_check, all(task.require_captions for task in parts))
-            for task in parts:
+            reader = RecordReader(source, log, image_check, require_captions)
+            for task in [task for task in tasks if task.source_index == index]:
                 prefetch(files[len(files) - len(missing) :][:PREFETCH_FILES])
                 if missing.pop(task.file, None) is not None and (error := next(new_parts)) is not None:
                     raise error

@@ -8,6 +8,7 @@ from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkResult
 from llm2clip.evaluate.benchmarks.coco_instances import DEGENERATE
 from llm2clip.evaluate.metrics import KS
 from llm2clip.evaluate.retrieval import build_error_analysis_blocks
+from llm2clip.io_utils import format_count
 from llm2clip.published_results import CRA, CRA_NOTE, get_published_metrics, get_published_notes, get_published_rows
 from llm2clip.reports import (
     Block,
@@ -311,16 +312,12 @@ def describe_share(percent: float) -> str:
     return f"{min(percent, 99):.0f} of 100"
 
 
-def count_images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count:,} images"
-
-
 def describe_retrieval(model: str, row: Mapping[str, Any], captions: str = "captions") -> str:
     """State in words for how many captions a model finds the image. `row` is a row of `compute_field_metrics`."""
     images, note = row["images"], ""
     if images < MIN_ROUGH_IMAGES:
         return (
-            f"Only {count_images(images)} evaluated: too few to judge the model. "
+            f"Only {format_count(images, 'image')} evaluated: too few to judge the model. "
             f"Use at least {MIN_IMAGES} images that it was not trained on."
         )
     if images < MIN_IMAGES:
@@ -354,7 +351,7 @@ def _describe_difference(baseline: str, difference: float, interval: Sequence[fl
 
 def describe_caption_retrieval(encoder: str, metrics: Mapping[str, Any]) -> str:
     """State the caption retrieval accuracy in words. `metrics` is a result of `caption_retrieval_accuracy`."""
-    images = count_images(metrics["images"])
+    images = format_count(metrics["images"], "image")
     if metrics["images"] < MIN_IMAGES:
         return f"Only {images} with two captions: too few to judge the encoder. Use at least {MIN_IMAGES}."
     return f"For {describe_share(metrics['CRA'])} of {images}, {encoder} finds the second caption from the first."

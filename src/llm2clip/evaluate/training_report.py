@@ -19,7 +19,6 @@ from llm2clip.evaluate import plots
 from llm2clip.evaluate.comparison import (
     MIN_IMAGES,
     K,
-    count_images,
     describe_caption_retrieval,
     describe_retrieval,
     describe_share,
@@ -29,7 +28,7 @@ from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.metrics import KS, retrieval_metrics, two_way_ranks
 from llm2clip.evaluate.retrieval import RetrievalRanks, rank_caption_fields, read_example_searches
 from llm2clip.evaluate.short_queries import score_short_queries
-from llm2clip.io_utils import atomic_write_text, format_bytes, read_json
+from llm2clip.io_utils import atomic_write_text, format_bytes, format_count, read_json
 from llm2clip.models.dual_encoder import wrap_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.reports import (
@@ -136,10 +135,11 @@ def build_summary_table(
     """Return a table with the main metrics of a `fit` run. `cra` has the CRA before and after `tune`, if both exist."""
     rows: list[list[Any]] = []
     if len(cra) == 2:
-        rows.append([f"CRA ({count_images(cra[0]['images'])})", cra[0]["chance"], cra[0]["CRA"], cra[1]["CRA"]])
+        name = f"CRA ({format_count(cra[0]['images'], 'image')})"
+        rows.append([name, cra[0]["chance"], cra[0]["CRA"], cra[1]["CRA"]])
     for before, after in zip(untrained, trained, strict=True):
         for direction in ("I2T", "T2I"):
-            name = f"{after['captions']}: {direction} R@1 ({count_images(after['images'])})"
+            name = f"{after['captions']}: {direction} R@1 ({format_count(after['images'], 'image')})"
             chance, *_ = get_recalls(after, direction, " chance")
             rows.append([name, chance, *(get_recalls(row, direction)[0] for row in (before, after))])
     return Table(["held-out images, %", "chance", "before training", "after training"], rows)
@@ -163,7 +163,7 @@ def _build_caption_retrieval_section(cra: Sequence[dict[str, Any]]) -> list[Bloc
 def _build_retrieval_section(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> list[Block]:
     rows: list[list[Any]] = []
     for before, after in zip(untrained, trained, strict=True):
-        name = f"{after['captions']} ({count_images(after['images'])}, {after['texts']:,} texts)"
+        name = f"{after['captions']} ({format_count(after['images'], 'image')}, {after['texts']:,} texts)"
         rows.append([name, "chance", *_format_recall_cells(after, " chance")])
         rows.append(["", "untrained", *_format_recall_cells(before)])
         rows.append(["", "trained", *_format_recall_cells(after)])

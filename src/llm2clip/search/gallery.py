@@ -105,17 +105,16 @@ def export_gallery(
         (folder / "gallery.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
         messages.append(_format_size(folder, len(images)))
     if is_update:
-        _replace_files(target, Path(out))
+        _replace_files(target, Path(out), len(images))
     return messages
 
 
-def _replace_files(new: Path, gallery: Path) -> None:
-    """Move the files of a new gallery into the folder of an existing one, and remove its other thumbnails."""
+def _replace_files(new: Path, gallery: Path, count: int) -> None:
+    """Move the files of a new gallery into the folder of an existing one, and remove its thumbnails from `count` on."""
     for file in [path for path in new.rglob("*") if path.is_file()]:
         target = gallery / file.relative_to(new)
         target.parent.mkdir(exist_ok=True)
         file.replace(target)
-    count = len(json.loads((gallery / "gallery.json").read_text(encoding="utf-8"))["images"])
     for thumbnail in (gallery / "thumbnails").glob("*.jpg"):
         if thumbnail.stem.isdigit() and int(thumbnail.stem) >= count:
             thumbnail.unlink()

@@ -76,7 +76,6 @@ class SearchPage:
         rerank_seconds: Duration of re-ranking in seconds, or None without re-ranking.
         rerank_missing: Number of hits that could not be re-ranked, because their image files cannot be decoded, or have
             been changed or removed. They follow the re-ranked hits. None without re-ranking.
-        query: Embeddings of the query, or None if there is no query.
     """
 
     hits: list[Hit]
@@ -85,7 +84,6 @@ class SearchPage:
     next_offset: int | None
     rerank_seconds: float | None = None
     rerank_missing: int | None = None
-    query: QueryVectors | None = None
 
 
 @dataclass(frozen=True)
@@ -234,7 +232,6 @@ class Index:
             next_offset=end if page.hits and end < total else None,
             rerank_seconds=None if reranking is None else reranking.seconds,
             rerank_missing=None if reranking is None else reranking.missing,
-            query=vectors,
         )
 
     def _rank(

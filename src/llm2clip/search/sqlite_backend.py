@@ -309,13 +309,11 @@ class SqliteBackend(Backend):
             if self._vectors is not None and self._vectors[0] == state:
                 return self._vectors[1]
             with self._db.snapshot() as db:
-                vectors = QuantizedVectors(127 / _read_max_abs(db))
-                (*_, last_file), last = self._vectors or ((None,), vectors)
-                if last_file == state[-1] and last.scale <= vectors.scale:
-                    vectors = last
+                vectors, last = QuantizedVectors(127 / _read_max_abs(db)), self._vectors
+                if last is not None and last[0][-1] == state[-1] and last[1].scale <= vectors.scale:
+                    vectors = last[1]
                 else:  # free vectors that cannot be used, in case both do not fit in memory
-                    self._vectors = None
-                del last
+                    last = self._vectors = None
                 vectors = vectors.with_added(_read_vector_chunks(db, vectors.last_id))
                 ((count,),) = db.execute("SELECT count(*) FROM contents")
                 if count < len(vectors):

@@ -273,17 +273,16 @@ def check_resources(config: FitConfig, run_dir: Path, records: RecordTable | Non
             return []
     try:
         plan = plan_fit(config, _detect_machine(), **data)
-        fits = plan.fits
+        fits = {} if records is None else plan.fits
     except (ValueError, RuntimeError) as error:  # fake tensors may not support all of the model's operations
         return [f"Could not check memory and disk space: {error}"]
     _check_disk_space(plan, run_dir)
     warnings = []
-    for stage in fits if records is not None else ():
-        if not fits[stage]:
-            needed = format_bytes(compute_peak_memory(plan.memory[stage]))
-            free = format_bytes(plan.machine.device_spec.memory * 1e9)
-            warnings.append(f"Warning: {stage} needs about {needed} of memory, but only {free} is free.")
-            warnings.append(f"  {MEMORY_ADVICE[stage]}")
+    for stage in [stage for stage, is_enough in fits.items() if not is_enough]:
+        needed = format_bytes(compute_peak_memory(plan.memory[stage]))
+        free = format_bytes(plan.machine.device_spec.memory * 1e9)
+        warnings.append(f"Warning: {stage} needs about {needed} of memory, but only {free} is free.")
+        warnings.append(f"  {MEMORY_ADVICE[stage]}")
     return warnings
 
 

@@ -17,7 +17,6 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from llm2clip.data.records import open_records
 from llm2clip.io_utils import (
     atomic_dir,
     atomic_write_jsonl,
+    check_extra,
     get_cache_dir,
-    install_command,
     read_json,
     read_jsonl,
 )
@@ -232,9 +231,7 @@ def prepare_emoji_records(folder: str | Path | None = None, *, size: int = 160, 
     folder = Path(folder) if folder is not None else get_cache_dir() / f"openmoji-records-{size}"
     if (folder / "captions.jsonl").is_file():
         return folder
-    if not (find_spec("emoji") and find_spec("resvg_py")):
-        command = install_command("quickstart")
-        raise ModuleNotFoundError(f"the emoji data set needs additional packages: run {command}")
+    check_extra("quickstart", "the emoji data set")
     openmoji = Path(resolve_pretrained("openmoji", offline=offline))
     keywords = Path(resolve_pretrained("emoji-keywords", offline=offline))
     groups = Path(resolve_pretrained("emoji-subgroups", offline=offline))

@@ -24,6 +24,7 @@ from llm2clip.data.images import build_worker_options, decode_or_error
 from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.table import IMAGE_COLUMNS, ImageList, RecordTable
 from llm2clip.data.transforms import Preprocess, TrainTransform
+from llm2clip.parallel import count_cores
 from llm2clip.store.encode import make_image_keys
 from llm2clip.store.store import CaptionRows, CaptionSource, EmbeddingStore, find_caption_rows
 
@@ -263,9 +264,8 @@ def resolve_decoding_workers(config: AlignConfig) -> int:
     """Return the number of image decoding processes for this rank. Default: one per two CPU cores, at most 16."""
     if config.workers is not None:
         return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(16, cores // (2 * local_ranks)))
+    return max(1, min(16, count_cores() // (2 * local_ranks)))
 
 
 class _ImageDataset(Dataset):

@@ -73,11 +73,8 @@ function isReranked(request) {
   return request.rerank && hasQuery(request);
 }
 
-function postJson(path, body) {
-  return requestJson(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
-}
-
-async function requestJson(path, options) {
+async function postJson(path, body) {
+  const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
   let response;
   try {
     response = await fetch(path, options);
