@@ -247,8 +247,8 @@ def fit(run: Run) -> Path:
 def tune(run: Run) -> Path:
     """Tune the caption encoder on text pairs. Return the folder of the tuned caption encoder.
 
-    In a `fit` run, caption retrieval accuracy on the held-out images is measured before and after tuning if at least
-    two images have two or more distinct captions each, except with QLoRA.
+    In a `fit` run, caption retrieval accuracy on the held-out images is measured before and after tuning (if any) if at
+    least two images have two or more distinct captions each, except with QLoRA.
 
     Raises:
         ValueError: There are no captions or text pairs to tune on.
@@ -271,7 +271,7 @@ def tune(run: Run) -> Path:
         train_encoder(pairs, raw or open_encoder(encoder, "cpu"), config, out)
         del raw
         free_memory()  # the LLM is no longer needed
-    if measure:
+    if measure and config.steps > 0:
         load_or_compute_json(out / "cra_tuned.json", lambda: _measure_cra(captions, EncoderConfig(str(encoder_dir))))
     return encoder_dir
 

@@ -148,8 +148,7 @@ def make_validator(
 ) -> Callable[[LLM2CLIP], dict[str, float]]:
     """Create a function that evaluates a model during training, with the stored embeddings of all captions.
 
-    The validator returns R@1 for each caption field in both directions, and "score", the mean of I2T and T2I R@1 for
-    the first field. It raises ValueError if no image has a caption.
+    The validator returns R@1 for each caption field in both directions. It raises ValueError if no image has a caption.
     """
 
     def validate(model: LLM2CLIP) -> dict[str, float]:
@@ -158,8 +157,7 @@ def make_validator(
         for name, ranks in rank_caption_fields(embeddings, fields).items():
             metrics[f"{name} I2T R@1"] = recall(ranks.image_ranks, (1,))["R@1"]
             metrics[f"{name} T2I R@1"] = recall(ranks.text_ranks, (1,))["R@1"]
-        i2t, t2i, *_ = metrics.values()
-        return {"score": (i2t + t2i) / 2, **metrics}
+        return metrics
 
     return validate
 

@@ -62,11 +62,9 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
     the training and held-out data.
     """
     tune_dir, evaluations = run_dir / "tune", run_dir / "evaluate"
-    cra_files = [file for file in (tune_dir / "cra_raw.json", tune_dir / "cra_tuned.json") if file.exists()]
-    cra = [read_json(file) for file in cra_files] if len(cra_files) == 2 else []  # before and after `tune`
+    cra_files = [tune_dir / "cra_raw.json", tune_dir / "cra_tuned.json"]  # the second is missing without tuning
+    cra = [read_json(file) for file in cra_files if file.exists()]
     losses = {stage: read_metrics(run_dir / stage / "metrics.jsonl") for stage in ("tune", "align")}
-    if not losses["tune"]:
-        cra = cra[:1]  # tuning was turned off
     untrained = read_json(evaluations / "untrained.json")
     templates_file = evaluations / "query_templates.json"
     short_queries = read_json(templates_file) if templates_file.exists() else {}
