@@ -8,7 +8,7 @@ import hashlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,29 +60,6 @@ def add_red_detector(model: DualEncoder, text: str) -> DualEncoder:
 
     dense = DenseEncoder(8, 40, ("plain",), torch.device("cpu"), "bilinear", "plain", features)
     return dataclasses.replace(model, dense=dense)
-
-
-def make_colour_model(model: DualEncoder, name: str, batch_sizes: list[int]) -> DualEncoder:
-    """Return a model whose image embedding is the mean colour and whose text embedding is red, for re-ranking.
-
-    The sizes of the batches of images are appended to `batch_sizes`.
-    """
-
-    def encode_images(images: list[Tensor]) -> Tensor:
-        batch_sizes.append(len(images))
-        return torch.stack(images)
-
-    def encode_texts(texts: Sequence[str], show_progress: bool) -> Tensor:
-        return torch.eye(3)[[0] * len(texts)]
-
-    return dataclasses.replace(
-        model,
-        name=name,
-        embed_dim=3,
-        transform=lambda image: image.float().mean(dim=(1, 2)),
-        encode_images_raw=encode_images,
-        encode_texts_raw=encode_texts,
-    )
 
 
 def make_index(folder: Path, images: Path, model: DualEncoder) -> SqliteBackend:

@@ -31,7 +31,7 @@ from llm2clip.search.relevance import update_calibration
 from llm2clip.search.server import Access, create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import NotFound, UnsupportedQuery
-from search_fixtures import add_red_detector, make_colour_model, make_index, reject_all_texts, running_server
+from search_fixtures import add_red_detector, make_index, reject_all_texts, running_server
 
 INVALID_ADDRESSES = (
     "file:///etc/passwd?token=x",
@@ -54,18 +54,12 @@ QUERIES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "filter": ({"texts": ["red"]}, {"filter": {"caption": "left half"}}, ["--caption", "left half"]),
     "no query": ({}, {"filter": {"path": "*.png"}}, ["--path", "*.png"]),
     "weak hits": ({"texts": ["x"]}, {"show_weak": True, "group_similar": False}, ["--show_weak", "--no_group"]),
-    "re-ranking": ({"texts": ["red"]}, {"rerank": True}, ["--rerank", "colours"]),
 }
 
 
 @pytest.fixture(scope="module")
 def model(dual_encoder: DualEncoder) -> DualEncoder:
     return add_red_detector(dual_encoder, "red")
-
-
-@pytest.fixture(scope="module")
-def rerank_model(dual_encoder: DualEncoder) -> DualEncoder:
-    return make_colour_model(dual_encoder, "colours", [])
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +74,13 @@ def backend(
 
 
 @pytest.fixture(scope="module")
-def index(backend: SqliteBackend, model: DualEncoder, rerank_model: DualEncoder) -> Index:
-    return Index.open(backend.folder, model, rerank_model)
+def index(backend: SqliteBackend, model: DualEncoder) -> Index:
+    return Index.open(backend.folder, model)
 
 
 @pytest.fixture(scope="module")
-def client(backend: SqliteBackend, model: DualEncoder, rerank_model: DualEncoder) -> Iterator[TestClient]:
-    app = create_app(model, SqliteBackend(backend.folder), rerank_model=rerank_model)
+def client(backend: SqliteBackend, model: DualEncoder) -> Iterator[TestClient]:
+    app = create_app(model, SqliteBackend(backend.folder))
     with TestClient(app, base_url="http://localhost") as client:
         yield client
 
@@ -117,7 +111,6 @@ def test_python_command_and_server_return_the_same_hits(
     client: TestClient,
     address: str,
     model: DualEncoder,
-    rerank_model: DualEncoder,
     image_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -135,22 +128,19 @@ def test_python_command_and_server_return_the_same_hits(
     assert response.status_code == 200, response.text
     result = response.json()
     assert [(hit["id"], hit["score"], hit["relevance"]) for hit in result["hits"]] == expected
-    for key in ("nothing_close", "total", "next_offset", "rerank_missing"):
+    for key in ("nothing_close", "total", "next_offset"):
         assert result[key] == getattr(page, key)
 
     monkeypatch.chdir(image_folder)
-    monkeypatch.setattr("llm2clip.cli.search.resolve_model", lambda name: name)
-    models = {"colours": rerank_model}
-    monkeypatch.setattr("llm2clip.search.index.open_dual_encoder", lambda name, **_: models.get(name, model))
+    monkeypatch.setattr("llm2clip.search.index.open_dual_encoder", lambda name, **_: model)
     words = fields["texts"][0].split() if fields.get("texts") else []  # unquoted: all words form one text
     assert main(["search", str(backend.folder), *words, *flags, "--top", "5", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     printed = [(line["path"], line["score"], line["relevance"]) for line in lines]
     rounded = [(score and round(score, 4), relevance and round(relevance, 4)) for _, score, relevance in expected]
     assert printed == [(hit.images[0].name, *values) for hit, values in zip(page.hits, rounded, strict=True)]
-    if "--rerank" not in flags:
-        assert main(["search", "--server", address, *words, *flags, "--top", "5", "--json"]) == 0
-        assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
+    assert main(["search", "--server", address, *words, *flags, "--top", "5", "--json"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
 
 
 @pytest.mark.parametrize("flags", [["--explain"], ["--paths"], ["--camera", "no such camera"]])
@@ -224,9 +214,8 @@ def test_python_and_server_return_the_same_explanations_and_heatmaps(index: Inde
     assert client.post("/heatmap", json={**query, "id": first.id}).json()["rows"] == heatmap.tolist()
 
 
-def test_pages_of_an_index_follow_each_other(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2clip.search.query.IMAGES_PER_BATCH", 5)
-    for options in (SearchOptions(), SearchOptions(group_similar=False), SearchOptions(rerank=True)):
+def test_pages_of_an_index_follow_each_other(index: Index) -> None:
+    for options in (SearchOptions(), SearchOptions(group_similar=False)):
         names: list[str] = []
         offset: int | None = 0
         while offset is not None:
@@ -237,16 +226,13 @@ def test_pages_of_an_index_follow_each_other(index: Index, monkeypatch: pytest.M
         assert len(names) == len(set(names)) == page.total == 36
 
 
-def test_index_explains_mistakes(index: Index, backend: SqliteBackend, dual_encoder: DualEncoder) -> None:
+def test_index_explains_mistakes(index: Index, backend: SqliteBackend) -> None:
     with pytest.raises(ValueError, match="the query is empty"):
         index.embed(SearchQuery())
     with pytest.raises(NotFound, match="no image with id 999"):
         index.search(SearchQuery(like=["999"]))
     with pytest.raises(UnsupportedQuery, match="at least one text"):
         index.explain(SearchQuery(like=["1"]), "1")
-    without_rerank_model = Index.open(backend.folder, dual_encoder)
-    with pytest.raises(UnsupportedQuery, match="re-ranking model"):
-        without_rerank_model.search("red", options=SearchOptions(rerank=True))
     with pytest.raises(FileNotFoundError, match="is not an index"):
         Index.open(backend.folder / "none")
 

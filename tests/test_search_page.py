@@ -1,26 +1,21 @@
 """Tests of the search page in a real browser: the system's Chromium, driven by Playwright."""
 
 import csv
-import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.inference import Limits
-from llm2clip.search.query import RERANKED
 from llm2clip.search.server import Access, create_app
 from page_fixtures import on_both_devices, wait_until
 from search_fixtures import (
     HANG_TIMEOUT,
     add_red_detector,
     create_patient_app,
-    make_colour_model,
     make_index,
     reject_all_texts,
     running_server,
@@ -32,8 +27,7 @@ def address(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dual_e
     """Address of a running server with an index."""
     index = make_index(tmp_path_factory.mktemp("index"), image_folder, dual_encoder)
     model = add_red_detector(dual_encoder, "a red one")
-    rerank_model = make_colour_model(dual_encoder, "owner/colours", [])
-    app = create_app(model, index, Limits(timeout=HANG_TIMEOUT), rerank_model=rerank_model)
+    app = create_app(model, index, Limits(timeout=HANG_TIMEOUT))
     with pytest.MonkeyPatch.context() as patch, running_server(app) as address:
         patch.setattr(
             "llm2clip.search.query.UNCENTRED_COPY_SIMILARITY", 1.1
@@ -602,52 +596,6 @@ def test_search_with_added_images_cannot_be_saved(page: Any, image_folder: Path)
     assert not page.locator("#save").is_visible()
 
 
-# ---- re-ranking -----------------------------------------------------------------------------------------------------
-
-
-def read_redness(page: Any, image_folder: Path) -> list[float]:
-    """Return the similarity of each result's mean colour to red, in the order of the results."""
-    values = []
-    for name in page.locator("#grid .name").all_text_contents():
-        colour = np.array(Image.open(image_folder / name)).mean(axis=(0, 1))
-        values.append(colour[0] / np.linalg.norm(colour))
-    return values
-
-
-def test_results_are_reranked_on_request(page: Any, image_folder: Path) -> None:
-    search_for(page, "seven")
-    redness = read_redness(page, image_folder)
-    assert redness != sorted(redness, reverse=True)
-    assert "re-ranked" not in page.locator("#status").inner_text()
-    switch = page.get_by_role("checkbox", name=f"Re-rank the first {RERANKED} with owner/colours")
-    switch.focus()
-    page.keyboard.press("Space")
-    wait_until(page, "document.getElementById('status').textContent.includes('re-ranked')")
-    status = page.locator("#status").inner_text()
-    assert re.search(r"re-ranked with owner/colours \([0-9.]+ s, of which re-ranking [0-9.]+ s\)", status)
-    redness = read_redness(page, image_folder)
-    assert redness == sorted(redness, reverse=True)
-    assert page.url.endswith("#q=seven&rerank=on")
-    page.reload()
-    wait_until(page, "document.getElementById('status').textContent.includes('re-ranked')")
-    assert switch.is_checked() and read_redness(page, image_folder) == redness
-    page.go_back()
-    wait_until(page, "document.getElementById('status').textContent.includes('most similar first')")
-    assert not switch.is_checked() and read_redness(page, image_folder) != redness
-
-
-@pytest.mark.parametrize("page", ["wide"], indirect=True)
-def test_results_that_cannot_be_reranked_are_counted(page: Any) -> None:
-    def remove(route: Any) -> None:
-        answer = route.fetch().json()
-        route.fulfill(json={**answer, "rerank_missing": 3})
-
-    page.route("**/search", remove)
-    page.locator("#rerank").check()
-    search_for(page, "seven")
-    assert "3 could not be re-ranked" in page.locator("#status").inner_text()
-
-
 # ---- accessibility and touch ----------------------------------------------------------------------------------------
 
 
@@ -774,5 +722,4 @@ def test_page_without_a_token_asks_for_it(browser: Any, dual_encoder: DualEncode
         page.keyboard.press("Enter")
         wait_until(page, "document.getElementById('text')?.value === 'red'")
         assert page.url == f"{address}#q=red"
-        assert not page.locator("#rerank").is_visible()  # this server has no re-ranking model
         page.close()

@@ -88,8 +88,6 @@ def test_search_response_has_all_fields(client: TestClient) -> None:
         "nothing_close": False,
         "total": 0,
         "next_offset": None,
-        "rerank_seconds": None,
-        "rerank_missing": None,
     }
     (hit,) = client.post("/search", json={"texts": ["red"], "top": 1}).json()["hits"]
     newest, filtered = (client.post("/search", json=body).json() for body in ({}, {"filter": {"min_side": 1}}))

@@ -149,11 +149,6 @@ def _add_query_arguments(sub: ArgumentParser) -> None:
         action="store_true",
         help="Show bursts and edited copies of an image as separate results. By default, each is one result.",
     )
-    sub.add_argument(
-        "--rerank",
-        type=str,
-        help="Model that sorts the first 50 results again, using the image files: any model that `evaluate` accepts.",
-    )
 
 
 def _add_output_arguments(sub: ArgumentParser) -> None:
@@ -270,9 +265,8 @@ def _search(args: Namespace) -> list[str]:
     image_filter = _make_filter(args)
     if args.server is not None:
         return _search_server(args, image_filter)
-    for name in ("model", "rerank"):
-        if args[name] is not None:
-            args[name] = resolve_model(args[name])
+    if args.model is not None:
+        args.model = resolve_model(args.model)
     from llm2clip.models.prompts import QueryTemplates, check_templates
 
     check_templates(args.templates or [], "--templates")
@@ -281,24 +275,19 @@ def _search(args: Namespace) -> list[str]:
 
     templates = None if args.templates is None else QueryTemplates(tuple(args.templates))
     query = SearchQuery(args.texts, args.images, args.negative, args.negative_images, templates=templates)
-    options = SearchOptions(not args.no_words, not args.no_group, args.show_weak, args.rerank is not None)
+    options = SearchOptions(not args.no_words, not args.no_group, args.show_weak)
     with redirect_stdout(sys.stderr):  # keeps everything but the results out of the --json and --paths output
-        index = Index.open(args["index"], args.model, args.rerank)
+        index = Index.open(args["index"], args.model)
         page = index.search(query, args.top, filter=image_filter, options=options)
-        if page.rerank_missing:
-            print(
-                f"Results that could not be re-ranked, because their files were changed or removed since indexing, "
-                f"or cannot be decoded: {page.rerank_missing:,}"
-            )
     return _print_page(args, index, query, page, image_filter)
 
 
 def _search_server(args: Namespace, image_filter: Filter) -> list[str]:
     from llm2clip.cli.server_index import ServerIndex, encode_images
 
-    for name in ("model", "rerank", "templates"):
+    for name in ("model", "templates"):
         if args[name] is not None:
-            raise ValueError(f"--{name} cannot be used with --server, which has its own models and templates")
+            raise ValueError(f"--{name} cannot be used with --server, which has its own model and templates")
     index = ServerIndex(args.server, args.token)
     query = {
         "texts": args.texts,
@@ -363,8 +352,6 @@ def _check_output(args: Namespace) -> None:
         raise ValueError("--explain requires a text, because it rates the words of the texts")
     if args.explain and (args.json or args.paths):
         raise ValueError("--explain prints a table: remove --json and --paths")
-    if args.rerank is not None and not (args.texts or args.images or args.negative or args.negative_images):
-        raise ValueError("--rerank requires a text or an image to search for")
 
 
 def _check_query(args: Namespace) -> None:

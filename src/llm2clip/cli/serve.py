@@ -49,11 +49,6 @@ def add_commands(commands: Commands) -> None:
 
 def _add_model_arguments(sub: ArgumentParser) -> None:
     sub.add_argument(
-        "--rerank",
-        type=str,
-        help="Model with which requests can sort their first 50 results again: any model that `evaluate` accepts.",
-    )
-    sub.add_argument(
         "--batch_size", type=PositiveInt, default=32, help="Maximum number of texts or images per forward pass."
     )
     sub.add_argument(
@@ -80,12 +75,8 @@ def _add_model_arguments(sub: ArgumentParser) -> None:
 def _serve(args: Namespace) -> list[str]:
     check_port(args.host, args.port)
     check_index(args["index"])
-    if args.rerank is not None and not args["index"]:
-        raise ValueError("--rerank requires an index: llm2clip serve INDEX --rerank MODEL")
     if args.model is not None:
         args.model = resolve_model(args.model)
-    if args.rerank is not None:
-        args.rerank = resolve_model(args.rerank)
     check_extra("search", "`serve`")
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.runs.ranks import print_once
@@ -100,18 +91,12 @@ def _serve(args: Namespace) -> list[str]:
     token = choose_token(args.token, args.no_token, args.host)
     model_thread = ThreadPoolExecutor(1, "model")
     model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision, stage="serve").result()
-    rerank_model = None
-    if args.rerank is not None:
-        rerank_model = model_thread.submit(
-            open_dual_encoder, args.rerank, precision=args.precision, stage="serve"
-        ).result()
     app = create_app(
         model,
         backend,
         limits=Limits(max_queue=args.max_queue, timeout=args.timeout, batch_size=args.batch_size),
         access=Access(token, LOOPBACK if args.host in LOOPBACK else None),
         model_thread=model_thread,
-        rerank_model=rerank_model,
     )
     host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6
 

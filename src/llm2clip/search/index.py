@@ -23,19 +23,9 @@ from llm2clip.search.build import truncate_to_index
 from llm2clip.search.explain import Explanation, compute_heatmap, explain_hit, require_dense_encoder
 from llm2clip.search.images import TooLarge, open_original
 from llm2clip.search.metadata import Filter
-from llm2clip.search.query import (
-    READ_FACTOR,
-    RERANKED,
-    HitPage,
-    QueryEncoder,
-    QueryVectors,
-    Reranker,
-    Reranking,
-    SearchQuery,
-    group_similar_hits,
-)
+from llm2clip.search.query import READ_FACTOR, HitPage, QueryEncoder, QueryVectors, SearchQuery, group_similar_hits
 from llm2clip.search.relevance import Calibration, load_calibration, search_relevant
-from llm2clip.search.types import Hit, NotFound, Slots, UnsupportedQuery
+from llm2clip.search.types import Hit, NotFound, Slots
 
 CALIBRATION_SECONDS = 60.0  # maximum age of the cached calibration of relevance, in seconds
 COUNT_SECONDS = 1.0  # maximum age of the cached image count, in seconds
@@ -51,14 +41,11 @@ class SearchOptions:
         group_similar: Return bursts and edited copies of an image as one hit, whose `similar` lists the others. Ignored
             without a query.
         show_weak: Return hits even if nothing in the index is close to the query.
-        rerank: Sort the first `RERANKED` (50) hits again with the re-ranking model, which uses the original image
-            files. Ignored without a query and for later pages.
     """
 
     words: bool = True
     group_similar: bool = True
     show_weak: bool = False
-    rerank: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,17 +60,12 @@ class SearchPage:
         total: Number of distinct images in the index that match the filter.
         next_offset: `offset` of the next page, or None if there are no further hits. Offsets count hits before similar
             ones are grouped, so a page can end before or after `offset` + `top`.
-        rerank_seconds: Duration of re-ranking in seconds, or None without re-ranking.
-        rerank_missing: Number of hits that could not be re-ranked, because their image files cannot be decoded, or have
-            been changed or removed. They follow the re-ranked hits. None without re-ranking.
     """
 
     hits: list[Hit]
     nothing_close: bool
     total: int
     next_offset: int | None
-    rerank_seconds: float | None = None
-    rerank_missing: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,13 +98,12 @@ class Index:
         self,
         backend: Backend,
         model: str | DualEncoder | None = None,
-        rerank_model: str | DualEncoder | None = None,
         load: Callable[[str], DualEncoder] = open_dual_encoder,
         resources: Resources | None = None,
     ) -> None:
-        """Create an index from a backend. See `open` for the models. `load` loads a model by name."""
+        """Create an index from a backend. See `open` for the model. `load` loads a model by name."""
         self.backend, self.resources = backend, resources or Resources()
-        self._model, self._rerank_model, self._load = model, rerank_model, load
+        self._model, self._load = model, load
         self._count_slot, self._calibration_slot = Slots(1), Slots(1)
         self._counts, self._counts_time = (0, 0), -math.inf
         self._calibration: Calibration | None = None
@@ -133,19 +114,17 @@ class Index:
         cls,
         location: str | Path,
         model: str | DualEncoder | None = None,
-        rerank_model: str | DualEncoder | None = None,
         device: torch.device | str | None = None,
         precision: str = "auto",
     ) -> Index:
-        """Open an index. Models are loaded when they are first needed.
+        """Open an index. The model is loaded when it is first needed.
 
         Args:
             location: Index folder or postgresql:// URL.
             model: Model that built the index: a name as in `open_dual_encoder`, or a loaded model. Default: the name
                 stored in the index.
-            rerank_model: Model for `SearchOptions.rerank`.
-            device: Device of the models. Default: a GPU if available.
-            precision: Precision of the text encoders, as in `open_dual_encoder`.
+            device: Device of the model. Default: a GPU if available.
+            precision: Precision of the text encoder, as in `open_dual_encoder`.
 
         Raises:
             FileNotFoundError: There is no index at the location.
@@ -153,7 +132,7 @@ class Index:
             ValueError: The URL is invalid.
         """
         load = partial(open_dual_encoder, device=device, precision=precision)
-        return cls(open_backend(str(location)), model, rerank_model, load)
+        return cls(open_backend(str(location)), model, load)
 
     @cached_property
     def encoder(self) -> QueryEncoder:
@@ -169,19 +148,6 @@ class Index:
             model = self._load(model)
         model = truncate_to_index(metadata, model)
         return QueryEncoder(model, self.resources.load, self.resources.decoding)
-
-    @property
-    def can_rerank(self) -> bool:
-        return self._rerank_model is not None
-
-    @cached_property
-    def _reranker(self) -> Reranker:
-        model = self._rerank_model
-        assert model is not None
-        if isinstance(model, str):
-            model = self._load(model)
-        encoder = QueryEncoder(model, self.resources.load, self.resources.decoding)
-        return Reranker(encoder, self._read_original)
 
     def search(
         self,
@@ -203,69 +169,40 @@ class Index:
 
         Raises:
             ValueError: A text is empty, the model does not fit the index, or the model returned NaN or infinity.
-            UnsupportedQuery: `options.rerank` is set, but the index was opened without a re-ranking model.
             ImageError: An image of the query cannot be decoded.
             NotFound: The index does not contain an earlier hit that is part of the query.
             IndexUnavailableError: The index cannot be read at the moment.
         """
         query = _to_query(query)
         image_filter, options = filter or Filter(), options or SearchOptions()
-        if options.rerank and not self.can_rerank:
-            raise UnsupportedQuery("re-ranking requires a re-ranking model: open the index with a rerank_model")
         vectors = self.embed(query) if query else None
+        calibration = self.calibration if query else None
         groups = options.group_similar and bool(query)
-        hits, nothing_close, reranking = self._rank(query, vectors, top, offset, image_filter, options)
-        page = HitPage(hits, len(hits))
-        calibration = self.calibration if query else None
-        with self.resources.scanning:
-            if groups:
-                mean = None if calibration is None else calibration.sample_mean
-                page = group_similar_hits(hits, self.backend, top, mean)
-            total = self.backend.count_matches(image_filter) if image_filter else self.count()[1]
-        # A backend skips images that another process has just removed, so a complete page may have fewer hits.
-        read = top * (READ_FACTOR if groups else 1)
-        end = offset + (read if page.size == len(hits) else page.size)
-        return SearchPage(
-            hits=page.hits,
-            nothing_close=nothing_close,
-            total=total,
-            next_offset=end if page.hits and end < total else None,
-            rerank_seconds=None if reranking is None else reranking.seconds,
-            rerank_missing=None if reranking is None else reranking.missing,
-        )
-
-    def _rank(
-        self,
-        query: SearchQuery,
-        vectors: QueryVectors | None,
-        top: int,
-        offset: int,
-        image_filter: Filter,
-        options: SearchOptions,
-    ) -> tuple[list[Hit], bool, Reranking | None]:
-        """Return the hits of a page before similar ones are grouped, and whether nothing is close."""
-        reranks = options.rerank and bool(query) and offset < RERANKED
-        # All pages with re-ranked hits are parts of one ranking, so these pages read it from the start.
-        start = 0 if reranks else offset
-        skipped = offset - start
-        count = top * (READ_FACTOR if options.group_similar and query else 1)
-        calibration = self.calibration if query else None
+        count = top * (READ_FACTOR if groups else 1)
         with self.resources.scanning:
             hits, nothing_close = search_relevant(
                 self.backend,
                 calibration,
                 vectors,
-                count=max(RERANKED, skipped + count) if reranks else count,
+                count=count,
                 image_filter=image_filter,
-                offset=start,
+                offset=offset,
                 words=query.texts if options.words and not query.has_negative_parts else (),
                 show_weak=options.show_weak,
             )
-        reranking = None
-        if reranks:
-            reranking = self._reranker.sort(query, hits) if hits else Reranking(hits, 0, 0.0)
-            hits = reranking.hits
-        return hits[skipped : skipped + count], nothing_close, reranking
+            page = HitPage(hits, len(hits))
+            if groups:
+                mean = None if calibration is None else calibration.sample_mean
+                page = group_similar_hits(hits, self.backend, top, mean)
+            total = self.backend.count_matches(image_filter) if image_filter else self.count()[1]
+        # A backend skips images that another process has just removed, so a complete page may have fewer hits.
+        end = offset + (count if page.size == len(hits) else page.size)
+        return SearchPage(
+            hits=page.hits,
+            nothing_close=nothing_close,
+            total=total,
+            next_offset=end if page.hits and end < total else None,
+        )
 
     def explain(self, query: str | SearchQuery, hit_id: str) -> Explanation:
         """Return how much the score of a hit changes if a word is removed from the query's texts.

@@ -1,7 +1,7 @@
-"""What a server computes for its requests: models whose calls are batched, worker threads, limits and metrics.
+"""What a server computes for its requests: a model whose calls are batched, worker threads, limits and metrics.
 
 Each request runs in a worker thread, which calls the same functions as a Python program does (`search.index`). The
-models of the threads pass their inputs to a `Batcher`, so a single forward pass encodes the texts of many requests.
+model passes its inputs to a `Batcher`, so a single forward pass encodes the texts of many requests.
 
 Full queues: at most `Limits.max_queue` searches, and as many embedding requests, wait for or occupy a worker thread,
 and at most as many texts, and as many images, wait for the model. Otherwise, `QueueFull` is raised (status 429).
@@ -242,14 +242,12 @@ class InferenceService:
         backend: Backend | None,
         limits: Limits,
         model_thread: ThreadPoolExecutor | None = None,
-        rerank_model: DualEncoder | None = None,
     ) -> None:
         """
         Args:
-            model_thread: Single-threaded executor that loaded the models and will run them. On a CPU, each thread that
+            model_thread: Single-threaded executor that loaded the model and will run it. On a CPU, each thread that
                 runs PyTorch operations has its own OpenMP thread pool. With more OpenMP threads than cores, the threads
                 do not busy-wait between operations, which halves the model's speed.
-            rerank_model: Re-ranking model. If None, requests for re-ranking are rejected.
 
         Raises:
             ValueError: The index was built with a different model.
@@ -276,15 +274,13 @@ class InferenceService:
         )
         model = self._batch_calls(model)
         self.encoder = QueryEncoder(model, resources.load, resources.decoding)
-        if rerank_model is not None:
-            rerank_model = self._batch_calls(rerank_model, "rerank_")
         self.index: Index | None = None
         if backend is not None:
-            self.index = Index(backend, model, rerank_model, resources=resources)
+            self.index = Index(backend, model, resources=resources)
             self.index.encoder  # noqa: B018  (checks that the model fits the index)
 
-    def _batch_calls(self, model: DualEncoder, prefix: str = "") -> DualEncoder:
-        """Return a model whose calls are batched and run by the model thread. The prefix is for the metrics' labels."""
+    def _batch_calls(self, model: DualEncoder) -> DualEncoder:
+        """Return a model whose calls are batched and run by the model thread."""
 
         @torch.inference_mode()
         def encode_texts(texts: list[str]) -> list[Tensor]:
@@ -295,10 +291,10 @@ class InferenceService:
         def encode_images(images: list[Any]) -> list[Tensor]:
             return list(model.encode_images_raw(images).float().cpu())
 
-        text_batcher = self._add_batcher(f"{prefix}text", encode_texts)
-        image_batcher = self._add_batcher(f"{prefix}image", encode_images)
+        text_batcher = self._add_batcher("text", encode_texts)
+        image_batcher = self._add_batcher("image", encode_images)
         dense = model.dense
-        if dense is not None and not prefix:
+        if dense is not None:
             features = torch.inference_mode()(onednn_matmul()(dense.features))
             # Images are not batched, because their sizes differ.
             dense_batcher = self._add_batcher("heatmap", lambda items: [features(*item) for item in items])

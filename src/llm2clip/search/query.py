@@ -1,7 +1,4 @@
-"""Search queries and their embeddings, re-ranking of hits, and groups of similar hits.
-
-Re-ranking: a second, usually larger, dual encoder embeds the query and the original image files of the first hits, and
-sorts the hits by their cosine similarity.
+"""Search queries and their embeddings, and groups of similar hits.
 
 Groups: bursts and edited copies of a photograph are shown as one hit. Two images are similar if the cosine similarity
 of their embeddings is at least COPY_SIMILARITY, or if it is at least BURST_SIMILARITY and they were taken within
@@ -14,10 +11,6 @@ many hits as a page has. If many of them are similar to each other, the page has
 """
 
 import dataclasses
-import hashlib
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,13 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.data.images import ImageError, load_image
+from llm2clip.data.images import load_image
 from llm2clip.io_utils import check_not_empty
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates, average_prompts, build_query_prompts
 from llm2clip.search.backends import Backend
-from llm2clip.search.images import TooLarge
-from llm2clip.search.types import DeadlineExceeded, Hit, IndexUnavailableError, NotFound, SimilarHit
+from llm2clip.search.types import Hit, SimilarHit
 
 NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results have little to do with the positive parts of the query
 
@@ -134,16 +126,14 @@ class QueryEncoder:
         self.model, self.load = model, load
         self.decoding = nullcontext() if decoding is None else decoding
 
-    def prepare(self, image: Any) -> Any:
-        """Decode and preprocess an image for `DualEncoder.encode_images`. Raise ImageError if it cannot be decoded."""
-        with self.decoding:
-            return self.model.transform(self.load(image))
-
     def embed_images(self, images: Sequence[Any]) -> np.ndarray:
         """Return L2-normalised image embeddings of shape (N, D), float32. Raise ImageError for corrupt images."""
         if not images:
             return np.empty((0, self.model.embed_dim), np.float32)
-        prepared = [self.prepare(image) for image in images]
+        prepared = []
+        for image in images:
+            with self.decoding:
+                prepared.append(self.model.transform(self.load(image)))
         return _check_finite(self.model.encode_images(prepared).numpy(), "an image")
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
@@ -169,100 +159,6 @@ def _check_finite(vectors: np.ndarray, kind: str) -> np.ndarray:
     if not np.isfinite(vectors).all():
         raise ValueError(f"the model returned NaN or infinity for {kind}")
     return vectors
-
-
-# ---- re-ranking
-
-RERANKED = 50  # number of hits that are sorted again
-IMAGES_PER_BATCH = 8  # limits the memory for decoded images
-MAX_CACHED = 4096  # maximum number of cached embeddings; those of 1,024 dimensions take 16 MB
-
-
-class Reranking(NamedTuple):
-    """Hits after re-ranking, the number of hits that could not be rated, and the duration in seconds."""
-
-    hits: list[Hit]
-    missing: int
-    seconds: float
-
-
-class Reranker:
-    """A re-ranking model and its cached image embeddings. Thread-safe if the model is."""
-
-    def __init__(self, encoder: QueryEncoder, read: Callable[[str], bytes]) -> None:
-        """`read` takes a hit id and returns the contents of the image file."""
-        self.encoder, self._read = encoder, read
-        self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()  # the last item is the most recently used one
-        self._lock = threading.Lock()
-
-    def sort(self, query: SearchQuery, hits: Sequence[Hit]) -> Reranking:
-        """Sort the first RERANKED hits by their similarity to a query. Hits that cannot be embedded follow.
-
-        Raises:
-            NotFound: The query contains a hit whose image file cannot be decoded.
-        """
-        start = time.perf_counter()
-        query_vector = self._embed_query(query)
-        first = hits[:RERANKED]
-        vectors = self._embed_files([hit.id for hit in first])
-        scores = {hit_id: float(query_vector @ vector) for hit_id, vector in vectors.items()}
-        rated = sorted((hit for hit in first if hit.id in scores), key=lambda hit: -scores[hit.id])
-        missing = [hit for hit in first if hit.id not in scores]
-        return Reranking([*rated, *missing, *hits[RERANKED:]], len(missing), time.perf_counter() - start)
-
-    def _embed_query(self, query: SearchQuery) -> np.ndarray:
-        like = [*query.like, *query.negative_like]
-        vectors = self._embed_files(like)
-        for hit_id in like:
-            if hit_id not in vectors:
-                raise NotFound(
-                    f"re-ranking needs the image file of hit {hit_id}, which is part of the query, but the file cannot "
-                    "be decoded, or has been changed or removed since it was indexed"
-                )
-        return self.encoder.embed(query, [vectors[hit_id] for hit_id in like]).combined
-
-    def _embed_files(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return the embeddings of the image files of hits, without those that cannot be decoded or embedded."""
-        vectors: dict[str, np.ndarray] = {}
-        for start in range(0, len(hit_ids), IMAGES_PER_BATCH):
-            images: dict[str, tuple[bytes, Any]] = {}  # hash of the file, and input of the model
-            for hit_id in hit_ids[start : start + IMAGES_PER_BATCH]:
-                try:
-                    key, vector, pixels = self._prepare(hit_id)
-                except (DeadlineExceeded, IndexUnavailableError):
-                    raise
-                except (ImageError, NotFound, TooLarge, OSError):
-                    continue
-                if vector is None:
-                    images[hit_id] = key, pixels
-                else:
-                    vectors[hit_id] = vector
-            if not images:
-                continue
-            embeddings = self.encoder.model.encode_images([pixels for _, pixels in images.values()]).numpy()
-            for (hit_id, (key, _)), vector in zip(images.items(), embeddings, strict=True):
-                if np.isfinite(vector).all():
-                    self._add(key, vector)
-                    vectors[hit_id] = vector
-        return vectors
-
-    def _prepare(self, hit_id: str) -> tuple[bytes, np.ndarray | None, Any]:
-        """Return the hash of a hit's image file, and either its cached embedding or the input of the model."""
-        with self.encoder.decoding:
-            data = self._read(hit_id)
-            key = hashlib.sha256(data).digest()
-            with self._lock:
-                vector = self._cache.get(key)
-                if vector is not None:
-                    self._cache.move_to_end(key)
-                    return key, vector, None
-            return key, None, self.encoder.model.transform(self.encoder.load(data))
-
-    def _add(self, key: bytes, vector: np.ndarray) -> None:
-        with self._lock:
-            self._cache[key] = vector
-            if len(self._cache) > MAX_CACHED:
-                self._cache.popitem(last=False)
 
 
 # ---- similar hits

@@ -19,7 +19,7 @@ from llm2clip.search.images import InvalidImage, RequestImage, TooLarge
 from llm2clip.search.index import SearchOptions
 from llm2clip.search.inference import QueueFull
 from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Condition, Detail, Filter, MetadataField
-from llm2clip.search.query import RERANKED, SearchQuery
+from llm2clip.search.query import SearchQuery
 from llm2clip.search.types import (
     MAX_LOCATIONS,
     DeadlineExceeded,
@@ -163,14 +163,9 @@ class SearchRequest(QueryRequest):
         description="return bursts and edited copies of an image as one hit, whose `similar` lists the others; ignored "
         "without a query",
     )
-    rerank: bool = Field(
-        default=False,
-        description=f"sort the first {RERANKED} hits again with the server's re-ranking model, which uses the original "
-        "image files; ignored without a query and for later pages",
-    )
 
     def to_options(self) -> SearchOptions:
-        return SearchOptions(self.words, self.group_similar, self.show_weak, self.rerank)
+        return SearchOptions(self.words, self.group_similar, self.show_weak)
 
 
 def _make_metadata_model(name: str, metadata_fields: tuple[MetadataField, ...]) -> type[BaseModel]:
@@ -222,12 +217,6 @@ class SearchResponse(BaseModel):
     next_offset: int | None = Field(
         description="`offset` of the next page; null if there are no further hits, or their offset would be too large. "
         "`offset` counts hits before similar ones are grouped, so a page can end before or after `offset` + `top`"
-    )
-    rerank_seconds: float | None = Field(description="duration of re-ranking in seconds; null without re-ranking")
-    rerank_missing: int | None = Field(
-        description="number of hits that could not be re-ranked, because their image files cannot be decoded, "
-        "exceed the server's size limits, or have been changed or removed; they follow the re-ranked hits; null "
-        "without re-ranking"
     )
 
 

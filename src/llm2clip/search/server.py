@@ -32,7 +32,6 @@ from llm2clip.search.images import RequestImage
 from llm2clip.search.inference import InferenceService, Limits
 from llm2clip.search.metadata import CONDITIONS, Condition
 from llm2clip.search.middleware import Authenticator, RequestMiddleware, make_connection_class
-from llm2clip.search.query import RERANKED
 from llm2clip.search.schemas import (
     DATA_URI_PREFIX,
     ERROR_RESPONSES,
@@ -50,7 +49,7 @@ from llm2clip.search.schemas import (
     SearchResponse,
     add_error_handlers,
 )
-from llm2clip.search.types import NotFound, UnsupportedQuery
+from llm2clip.search.types import NotFound
 from llm2clip.search.zip_download import MAX_ZIP_IMAGES, parse_ids, read_chunks, stream_zip
 
 STATIC_FOLDER = Path(__file__).parent / "static"
@@ -78,7 +77,6 @@ def create_app(
     limits: Limits | None = None,
     access: Access | None = None,
     model_thread: ThreadPoolExecutor | None = None,
-    rerank_model: DualEncoder | None = None,
 ) -> FastAPI:
     """Create the web application.
 
@@ -87,8 +85,7 @@ def create_app(
         backend: Index to search. If None, the server only computes embeddings.
         limits: Resource limits for requests. Default: `Limits()`.
         access: Who may use the server. Default: everybody on this machine.
-        model_thread: Single-threaded executor in which the models were loaded. See `InferenceService`.
-        rerank_model: Re-ranking model, with which requests can sort the first hits again. See `search.query`.
+        model_thread: Single-threaded executor in which the model was loaded. See `InferenceService`.
 
     Raises:
         ValueError: The index was built with a different model, the token is not printable ASCII without spaces, or the
@@ -102,7 +99,7 @@ def create_app(
             f"the model has too many prompt templates: {count}; the limit is {MAX_TEMPLATES}. Remove templates from "
             f"`query_templates` in {Path(model.name) / 'config.json'}"
         )
-    service = InferenceService(model, backend, limits or Limits(), model_thread, rerank_model)
+    service = InferenceService(model, backend, limits or Limits(), model_thread)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -123,7 +120,7 @@ def create_app(
     _add_search_routes(app, service)
     _add_embedding_routes(app, service)
     _add_image_routes(app, service)
-    _add_page_routes(app, auth, rerank_model)
+    _add_page_routes(app, auth)
     add_error_handlers(app)
     app.add_middleware(RequestMiddleware, service=service, auth=auth)
     if access.hosts is not None:
@@ -200,8 +197,6 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
         Images whose texts contain all words of the query are ranked higher, unless `words` is false.
         Without a query, return the images that match the filter, newest first.
         """
-        if request.rerank and not service.require_index().can_rerank:
-            raise UnsupportedQuery("this server has no re-ranking model. Start it with: llm2clip serve --rerank MODEL")
         return Response(await service.searchers.run(search_index, request), media_type="application/json")
 
     def search_index(request: SearchRequest) -> bytes:
@@ -333,13 +328,9 @@ async def _prepend(first: bytes, chunks: AsyncGenerator[bytes, None]) -> AsyncGe
         yield chunk
 
 
-def _add_page_routes(app: FastAPI, auth: Authenticator | None, rerank_model: DualEncoder | None) -> None:
+def _add_page_routes(app: FastAPI, auth: Authenticator | None) -> None:
     page = (STATIC_FOLDER / "index.html").read_text(encoding="utf-8")
     page = page.replace("<!-- filters -->", "\n      ".join(map(_make_filter_input, CONDITIONS.values())))
-    if rerank_model is not None:
-        name = html.escape(_shorten_model_name(rerank_model.name))
-        attributes = f'data-rerank-model="{name}" data-rerank-count="{RERANKED}"'
-        page = page.replace('data-rerank-model=""', attributes)
 
     @app.get("/", include_in_schema=False)
     async def serve_page(request: Request) -> Response:
@@ -370,11 +361,3 @@ def _make_filter_input(condition: Condition) -> str:
         attributes["placeholder"] = condition.placeholder
     listed = " ".join(f'{name}="{html.escape(value)}"' for name, value in attributes.items())
     return f"<label>{html.escape(condition.label.capitalize())} <input {listed}></label>"
-
-
-def _shorten_model_name(name: str) -> str:
-    """Return a model's name without the path of its folder, which may be private."""
-    if not os.path.exists(name):
-        return name
-    path = Path(name).absolute()
-    return (path.parent.name if path.name == "model" else path.name) or name  # `fit` saves the model in RUN/model

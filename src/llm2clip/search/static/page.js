@@ -15,7 +15,6 @@ const filterIds = Object.fromEntries(filterInputs.map((input) => [input.id, inpu
 const FIELDS = { q: "text", without: "negative", ...filterIds, words: "words", group: "group" }; // URL parameter -> id of the input element
 const FILTER_LABELS = { negative: "without", ...Object.fromEntries(filterInputs.map((input) => [input.id, input.dataset.label])),
   words: "words:", group: "group similar images:" };
-const { rerankModel, rerankCount } = document.body.dataset; // name of the re-ranking model, or an empty string; number of results
 const DARKEST = 0.8; // opacity of the heat map over the least similar cell
 let hits = [];
 let tiles = []; // elements of the hits
@@ -33,7 +32,7 @@ let lastRequest = 0; // number of the latest search; results of earlier searches
 const getValue = (id) => $(id).value.trim();
 
 function readRequest() {
-  const request = {
+  return {
     texts: getValue("text") ? [getValue("text")] : [],
     images: query.images.map((image) => image.uri),
     like: [...query.like],
@@ -43,7 +42,6 @@ function readRequest() {
     group_similar: !getValue("group"),
     filter: Object.fromEntries(filterInputs.map((input) => [input.id, readFilter(input)])),
   };
-  return { ...request, rerank: $("rerank").checked };
 }
 
 function readFilter(input) {
@@ -67,10 +65,6 @@ function hasPositivePart(request) {
 
 function hasQuery(request) {
   return hasPositivePart(request) || request.negative_texts.length > 0 || request.negative_like.length > 0;
-}
-
-function isReranked(request) {
-  return request.rerank && hasQuery(request);
 }
 
 async function postJson(path, body) {
@@ -103,7 +97,7 @@ function search(addToHistory = true) {
 async function runSearch(request) {
   const start = performance.now(), requestNumber = ++lastRequest;
   document.body.classList.add("searching");
-  showStatus(isReranked(request) ? "Searching and re-ranking…" : "Searching…");
+  showStatus("Searching…");
   try {
     const answer = await postJson("/search", request);
     if (requestNumber !== lastRequest) return; // a newer search has started
@@ -160,7 +154,7 @@ function watchEnd() {
   endObserver.observe($("show-more"));
 }
 
-function showCount(start, { nothing_close: nothingClose, rerank_seconds: rerankSeconds, rerank_missing: missing }) {
+function showCount(start, { nothing_close: nothingClose }) {
   const isHidden = nothingClose && !hits.length;
   $("show-weak").hidden = !isHidden;
   if (isHidden) {
@@ -168,23 +162,20 @@ function showCount(start, { nothing_close: nothingClose, rerank_seconds: rerankS
     $("show-more").hidden = true;
     return;
   }
-  let time = `${((performance.now() - start) / 1000).toFixed(2)} s`;
-  if (rerankSeconds !== null) time += `, of which re-ranking ${rerankSeconds.toFixed(2)} s`;
+  const time = `${((performance.now() - start) / 1000).toFixed(2)} s`;
   const shown = hits.reduce((sum, hit) => sum + 1 + hit.similar.length, 0);
   const count = shown < total ? `${shown.toLocaleString("en")} of ${total.toLocaleString("en")}` : shown;
   const images = nothingClose ? "images, none of them close to the query" : "images";
-  const notReranked = missing ? `. ${missing} could not be re-ranked, because their files cannot be read` : "";
   const isUnrated = hasPositivePart(searchedRequest) && hits.length && hits[0].relevance === null;
   const unrated = isUnrated ? ". Relevance is not calibrated for this index: perhaps none of them is close to the query" : "";
-  const summary = `${count} ${images}, ${describeOrder(shown)} (${time})${notReranked}${unrated}`;
+  const summary = `${count} ${images}, ${describeOrder()} (${time})${unrated}`;
   showStatus(hits.length ? summary : "No results. Try different filters.");
   $("show-more").hidden = nextOffset === null;
   $("save").hidden = !location.hash || searchedRequest.images.length > 0;
 }
 
-function describeOrder(shown) {
+function describeOrder() {
   if (!hasQuery(searchedRequest)) return "newest first";
-  if (isReranked(searchedRequest)) return `${shown > rerankCount ? `the first ${rerankCount} ` : ""}re-ranked with ${rerankModel}`;
   if (!hasPositivePart(searchedRequest)) return "least similar to the excluded content first";
   return hits.some((hit) => hit.matched.length) ? "best match first" : "most similar first";
 }
@@ -194,7 +185,6 @@ function describeOrder(shown) {
 function updateUrl() {
   const parameters = new URLSearchParams();
   for (const [name, id] of Object.entries(FIELDS)) if (getValue(id)) parameters.set(name, getValue(id));
-  if ($("rerank").checked) parameters.set("rerank", "on");
   if (query.like.length) parameters.set("like", query.like.join(","));
   if (query.negativeLike.length) parameters.set("unlike", query.negativeLike.join(","));
   const hash = String(parameters) && `#${parameters}`;
@@ -204,7 +194,6 @@ function updateUrl() {
 function restoreQuery() {
   const parameters = new URLSearchParams(location.hash.slice(1));
   for (const [name, id] of Object.entries(FIELDS)) $(id).value = parameters.get(name) || "";
-  $("rerank").checked = rerankModel !== "" && parameters.get("rerank") === "on";
   const ids = (name) => (parameters.get(name) || "").split(",").filter(Boolean).slice(0, MAX_IMAGES);
   Object.assign(query, { images: [], like: ids("like"), negativeLike: ids("unlike") });
   showProblem("");
@@ -666,9 +655,6 @@ function submitQuery() {
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); submitQuery(); });
 $("filters").addEventListener("change", showChips);
-$("rerank-option").hidden = !rerankModel;
-$("rerank-label").textContent = `Re-rank the first ${rerankCount} with ${rerankModel}`;
-$("rerank").addEventListener("change", () => search());
 $("show-more").addEventListener("click", () => showMore(true));
 $("show-weak").addEventListener("click", () => runSearch({ ...searchedRequest, show_weak: true }));
 $("text").addEventListener("input", resizeText);

@@ -18,7 +18,7 @@ async function showExamples() {
   try {
     const { hits: newest } = await postJson("/search", { top: MAX_CAPTIONS }); // without a query, the newest images come first
     const queries = chooseQueries(newest.flatMap((hit) => hit.images[0].captions.slice(0, 1)));
-    $("queries").replaceChildren(...queries.map((text) => makeListItem(makeExampleLink({ q: text }, text))));
+    $("queries").replaceChildren(...queries.map((text) => makeListItem(makeSearchLink({ q: text }, text))));
     $("newest").replaceChildren(...newest.slice(0, MAX_NEWEST).map((hit) => makeListItem(makeImageLink(hit))));
     $("try").hidden = !queries.length;
     $("recent").hidden = !newest.length;
@@ -48,16 +48,8 @@ function makeSearchLink(parameters, text) {
   return link;
 }
 
-function makeExampleLink(parameters, text) {
-  const link = makeSearchLink(parameters, text);
-  link.addEventListener("click", () => { // keep the state of the re-ranking switch
-    link.href = `#${new URLSearchParams($("rerank").checked ? { ...parameters, rerank: "on" } : parameters)}`;
-  });
-  return link;
-}
-
 function makeImageLink({ id, images: [{ file_name: fileName }] }) {
-  const link = makeExampleLink({ like: id }, ""), image = document.createElement("img");
+  const link = makeSearchLink({ like: id }, ""), image = document.createElement("img");
   image.src = `/thumbnail/${id}`;
   image.alt = `Images like ${fileName}`;
   link.append(image);
