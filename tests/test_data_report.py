@@ -46,6 +46,7 @@ def test_data_command_counts_images_captions_and_splits(
         "png 36",
         "No rows are skipped.",
         f"Report: {page}",
+        f"Next: llm2clip fit {image_folder} --out RUN",
     ):
         assert f"{line}\n" in text, line
     html = page.read_text()
@@ -91,11 +92,15 @@ def test_data_command_describes_texts_without_images(tmp_path: Path, capsys: pyt
 def test_data_command_describes_images_without_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(image_bytes(number, "JPEG"))
-    (tmp_path / "broken.jpg").write_bytes(b"x")
-    text = run_data(capsys, tmp_path, "--report", tmp_path / "data.html")
+    for name in ("broken.jpg", "a.mp4", "b.MP4", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    text = run_data(capsys, tmp_path, "--report", tmp_path / "new/data.html")
     assert text.startswith("None of the 3 images has a caption, which training needs.\n")
     assert "rows skipped 1\n" in text and "unreadable image 1\n" in text and "Captions" not in text
     assert f"Next: llm2clip caption {tmp_path} --model MODEL --out captions.jsonl" in text
+    assert f"Next: llm2clip index {tmp_path} --out INDEX" in text
+    assert ".mp4 2\n" in text and ".txt 1\n" in text and ".jpg 4" not in text
+    assert f"llm2clip index {tmp_path} --out INDEX" in (tmp_path / "new/data.html").read_text()
 
 
 def test_data_command_writes_only_html_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from llm2clip.evaluate.comparison import (
     get_recalls,
 )
 from llm2clip.evaluate.metrics import retrieval_metrics
-from llm2clip.evaluate.plots import plot_curves, plot_distributions, plot_intervals
+from llm2clip.evaluate.plots import plot_curves, plot_histograms, plot_intervals
 from llm2clip.evaluate.training_report import _build_caption_retrieval_section, describe_distillation
 from llm2clip.reports import (
     Code,
@@ -69,7 +69,7 @@ def test_plots_show_dollar_signs_as_text() -> None:
     for svg in (
         plot_curves({label: [1.0, 2.0]}, [1, 2], label, label, tick_labels=[label, "b"]),
         plot_intervals({label: (1.0, 0.0, 2.0)}, label),
-        plot_distributions({label: ([1, 20, 400], [2.0, 60.0, 100.0]), "b": ([3], [100.0])}, label, label),
+        plot_histograms({label: {1: 2, 20: 58, 400: 40}, "b": {3: 1}}, label, label),
     ):
         assert svg.count(label) >= 2
 

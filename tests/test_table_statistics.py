@@ -96,11 +96,6 @@ def test_histogram_percentiles_match_numpy() -> None:
         assert histogram.percentile(percent) == np.percentile(values, percent, method="inverted_cdf")
     assert histogram.maximum == values.max() and histogram.mean == pytest.approx(values.mean())
     assert histogram.count == len(values) and histogram.count_below(50) == (values < 50).sum()
-    for max_points in (50, 10_000):
-        points = list(zip(*histogram.cumulate(max_points), strict=True))
-        assert len(points) <= max_points + 2 and points[-1] == (values.max(), 100)
-        assert all(share == pytest.approx(100 * (values <= value).mean()) for value, share in points)
-    assert len(points) == len(set(values.tolist()))
 
 
 def test_words_are_counted_like_split() -> None:

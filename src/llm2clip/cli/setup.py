@@ -99,17 +99,20 @@ def _describe_data(args: Namespace) -> list[str]:
     from llm2clip.tools.data_report import build_blocks, describe_data, inspect_data, write_page
 
     overview, table = inspect_data(args.data, args.columns, args.max_skipped)
+    data = [*args.data, *format_column_flags(args.columns)]
+    commands = [format_command("fit", *data, "--out", "RUN")] if overview.num_training else []
+    if overview.statistics.num_images and not overview.num_captions:
+        commands = [
+            format_command("caption", *data, "--model", "MODEL", "--out", "captions.jsonl"),
+            f"{format_command('index', *data, '--out', 'INDEX')}   # searching needs no captions",
+        ]
     lines = [render_text(build_blocks(overview), describe_data(overview))]
     if page is not None:
-        write_page(page, overview, table)
+        write_page(page, overview, table, "\n".join(commands))
         lines.append(f"Report: {page}")
     else:
         lines.append("To see plots and example images, add --report data.html")
-    if overview.statistics.num_images and not overview.num_captions:
-        command = ["caption", *args.data, *format_column_flags(args.columns), "--model", "MODEL"]
-        lines.append(f"Next: {format_command(*command, '--out', 'captions.jsonl')}")
-        lines.append("      To search the images, no captions are needed: llm2clip index")
-    return lines
+    return [*lines, *(f"Next: {command}" for command in commands)]
 
 
 def _list_configs(args: Namespace) -> list[str]:

@@ -46,19 +46,6 @@ class Histogram(Counter[int]):
     def count_below(self, limit: int) -> int:
         return sum(count for value, count in self.items() if value < limit)
 
-    def cumulate(self, max_points: int = 200) -> tuple[list[int], list[float]]:
-        """Return the distinct values in increasing order, and the percentage of values up to and including each.
-
-        If there are more than `max_points` distinct values, only as many, evenly spaced by percentage, are returned.
-        """
-        values = sorted(self)
-        shares = 100 * np.cumsum([self[value] for value in values]) / self.count
-        positions = range(len(values))
-        if len(values) > max_points:
-            spaced = np.searchsorted(shares, np.linspace(0, 100, max_points)).clip(max=len(values) - 1)
-            positions = np.unique([0, *spaced, len(values) - 1]).tolist()
-        return [values[n] for n in positions], [float(shares[n]) for n in positions]
-
 
 @dataclass
 class TextStatistics:

@@ -4,6 +4,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 GREY = "#808994"
 COLOURS = ("#3b7dd8", "#d9822b", "#2f9e6e", "#b0569c", "#8a7a3c", "#5c6bc0", "#c0504d")
 
@@ -61,26 +63,25 @@ def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: 
     return to_svg(figure)
 
 
-def plot_distributions(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], xlabel: str, ylabel: str) -> str:
-    """Plot cumulative distributions of positive integers on a logarithmic axis, and return the SVG.
+def plot_histograms(histograms: Mapping[str, Mapping[int, int]], xlabel: str, ylabel: str) -> str:
+    """Plot histograms on a logarithmic axis, and return the SVG.
 
-    `curves` contains increasing values and the percentage of values up to each of them, keyed by curve name.
+    `histograms` has the number of occurrences of each positive integer, keyed by curve name.
     """
+    from matplotlib.ticker import LogLocator
+
     figure, axes = create_axes(4.8, 2.9)
-    for n, (name, (x, y)) in enumerate(curves.items()):
-        axes.step([x[0], *x], [0, *y], where="post", color=COLOURS[n % len(COLOURS)], linewidth=1.8, label=name)
-    low = 0.9 * min(x[0] for x, _ in curves.values())
-    high = 1.1 * max(x[-1] for x, _ in curves.values())
+    low, high = min(map(min, histograms.values())), max(map(max, histograms.values()))
+    bins = np.unique(np.geomspace(low, max(high + 1, 2 * low), 31).round())  # each contains an integer
+    for n, (name, counts) in enumerate(histograms.items()):
+        weights, colour = list(counts.values()), COLOURS[n % len(COLOURS)]
+        axes.hist(list(counts), bins, weights=weights, histtype="step", color=colour, linewidth=1.8, label=name)
     axes.set_xscale("log")
-    axes.set_xlim(low, high)
-    powers = [10**power for power in range(10)]
-    ticks = powers if high > 1000 * low else [digit * power for power in powers for digit in (1, 2, 5)]
-    visible = [tick for tick in ticks if low <= tick <= high]
-    axes.set_xticks(visible, [f"{tick:,}" for tick in visible])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xticks([], minor=True)
     axes.set(xlabel=f"{xlabel} (logarithmic)", ylabel=ylabel)
-    axes.set_ylim(0, 102)
-    if len(curves) > 1:
+    if len(histograms) > 1:
         axes.legend(frameon=False, labelcolor=GREY, fontsize=8)
     return to_svg(figure)
 

@@ -15,10 +15,11 @@ import numpy as np
 from llm2clip.caption.files import shorten_text
 from llm2clip.config import EvaluateConfig
 from llm2clip.data.build_table import NoImagesError, open_table, read_splits
+from llm2clip.data.formats import IMAGE_SUFFIXES
 from llm2clip.data.image_refs import IMAGE_KINDS
 from llm2clip.data.images import ImageError, load_image, make_thumbnail
 from llm2clip.data.noun_phrases import add_phrases
-from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, NoCaptionsError, Record
+from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, NoCaptionsError, Record, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.data.table_statistics import (
@@ -28,11 +29,12 @@ from llm2clip.data.table_statistics import (
     compute_statistics,
     count_languages,
 )
-from llm2clip.evaluate.plots import plot_distributions
+from llm2clip.evaluate.plots import plot_histograms
 from llm2clip.io_utils import format_bytes, format_count, hide_url_secrets, to_valid_unicode
 from llm2clip.reports import (
     BAD,
     Block,
+    Code,
     Example,
     Examples,
     Figure,
@@ -71,6 +73,7 @@ class DataOverview:
     num_held_out: int
     log: SkipLog
     skipped: list[SkippedRow]  # the first skipped rows of each reason
+    other_files: Counter[str]  # number of files per suffix in folders, except images
     table_bytes: int  # size of the record table on disk
     seconds: float  # time that it took to build or open the table
 
@@ -115,10 +118,20 @@ def inspect_data(
         num_held_out=num_held_out,
         log=log,
         skipped=skipped,
+        other_files=count_other_files(sources),
         table_bytes=sum(os.path.getsize(file) for file in {file for file, _ in table.blocks.paths}),
         seconds=seconds,
     )
     return overview, table
+
+
+def count_other_files(sources: Sequence[str]) -> Counter[str]:
+    """Return the number of files per suffix, such as ".mp4", in the sources that are local folders, except images."""
+    suffixes: Counter[str] = Counter()
+    for source in sources:
+        for _, _, names in os.walk(os.path.expanduser(Source.parse(source).path)):
+            suffixes.update(os.path.splitext(name)[1].lower() or "none" for name in names)
+    return Counter({suffix: n for suffix, n in suffixes.items() if suffix.lstrip(".") not in IMAGE_SUFFIXES})
 
 
 def read_first_skipped_rows(file: Path) -> list[SkippedRow]:
@@ -184,6 +197,7 @@ def build_blocks(overview: DataOverview) -> list[Block]:
         *_build_summary(overview),
         *_build_captions(overview),
         *_build_images(overview.statistics),
+        *_build_other_files(overview.other_files),
         *_build_skipped(overview),
     ]
 
@@ -233,7 +247,7 @@ def _build_captions(overview: DataOverview) -> list[Block]:
             text += f" {num_single:,} images have a single caption. `tune` uses only images with at least two."
         blocks.append(Paragraph(text))
     words = {FIELD_LABELS[name]: statistics.words for name, statistics in texts.items()}
-    blocks.append(_plot(words, "words", "texts with at most this length, %"))
+    blocks.append(Figure(plot_histograms(words, "words", "texts"), "Lengths of the texts."))
     return blocks + _build_languages(overview.languages)
 
 
@@ -270,7 +284,10 @@ def _build_images(statistics: TableStatistics) -> list[Block]:
         blocks += [
             Table(["pixels", "smallest", "5%", "median", "95%", "largest"], rows),
             Paragraph(f"{num_small:,} images ({share}) have a shorter side of less than {SMALL_SIDE} pixels."),
-            _plot({"images": statistics.short_sides}, "shorter side, pixels", "images up to this size, %"),
+            Figure(
+                plot_histograms({"images": statistics.short_sides}, "shorter side, pixels", "images"),
+                "Sizes of the images.",
+            ),
         ]
     kinds = [(IMAGE_KINDS[kind].kind_name, f"{count:,}") for kind, count in statistics.kinds.most_common()]
     blocks.append(Table(["stored in", "images"], kinds))
@@ -278,6 +295,14 @@ def _build_images(statistics: TableStatistics) -> list[Block]:
         suffixes = statistics.suffixes.most_common(MAX_LISTED)
         blocks.append(Table(["file name suffix", "images"], [(name or "none", f"{n:,}") for name, n in suffixes]))
     return blocks
+
+
+def _build_other_files(suffixes: Counter[str]) -> list[Block]:
+    if not suffixes:
+        return []
+    rows = [(suffix, f"{count:,}") for suffix, count in suffixes.most_common(MAX_LISTED)]
+    text = "Only captions and tables are read from other files. Videos are not supported."
+    return [Heading("Other files"), Paragraph(text), Table(["suffix", "files"], rows)]
 
 
 def _build_skipped(overview: DataOverview) -> list[Block]:
@@ -298,11 +323,6 @@ def _build_skipped(overview: DataOverview) -> list[Block]:
     return [Heading("Skipped rows"), *(blocks or [Paragraph("No rows are skipped.")])]
 
 
-def _plot(histograms: dict[str, Histogram], xlabel: str, ylabel: str) -> Figure:
-    curves = {name: histogram.cumulate() for name, histogram in histograms.items()}
-    return Figure(plot_distributions(curves, xlabel, ylabel), f"Cumulative distribution: {xlabel}")
-
-
 def _format_percent(count: int, total: int) -> str:
     return f"{100 * count / total:.1f}%"
 
@@ -310,7 +330,7 @@ def _format_percent(count: int, total: int) -> str:
 # ---- page ------------------------------------------------------------------------------------------------------------
 
 
-def write_page(file: Path, overview: DataOverview, table: RecordTable) -> None:
+def write_page(file: Path, overview: DataOverview, table: RecordTable, next_commands: str) -> None:
     rows = np.flatnonzero(table.has_image)
     cards = [_make_card(table[int(row)]) for row in rows[choose_evenly(len(rows), NUM_EXAMPLES)]]
     blocks = build_blocks(overview)
@@ -318,6 +338,8 @@ def write_page(file: Path, overview: DataOverview, table: RecordTable) -> None:
         text = f"{len(cards)} evenly spaced images, each with all its texts."
         blocks += [Heading("Examples"), Paragraph(text), Examples(cards, as_cards=True)]
     sources = "\n".join(to_valid_unicode(hide_url_secrets(source)) for source in overview.sources)
+    if next_commands:
+        blocks += [Heading("Next"), Code(next_commands, "bash")]
     blocks += build_run_section(describe_run(overview.seconds), code=sources)
     write_report(file, "Data set overview", describe_data(overview), blocks, with_markdown=False)
 
