@@ -96,7 +96,8 @@ def write_random_store(folder: Path, rows: int, width: int) -> None:
     for number, start in enumerate(range(0, rows, SHARD_SIZE)):
         count = min(SHARD_SIZE, rows - start)
         keys = rng.integers(0, 256, (count, 16), dtype=np.uint8)
-        writer.write_keyed(number, keys, [1] * count, rng.normal(size=(count, width)).astype(np.float16))
+        embeddings = rng.normal(size=(count, width)).astype(np.float16)
+        writer.write(number, [], [1] * count, embeddings, keys)
     writer.finish()
 
 

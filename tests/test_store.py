@@ -305,13 +305,13 @@ def test_writer_rejects_invalid_embeddings(tmp_path: Path) -> None:
         writer = StoreWriter(tmp_path / dtype, IDENTITY, 2, dtype)
         for value in (np.nan, np.inf, *([70000.0] if dtype == "float16" else [])):
             with pytest.raises(StoreError, match=f"embedding of key 0{{32}} contains non-finite values in {dtype}"):
-                writer.write_keyed(0, keys, [1], np.array([[1, value]]))
+                writer.write(0, [], [1], np.array([[1, value]]), keys)
             with pytest.raises(StoreError, match=f"embedding of 'second' contains non-finite values in {dtype}"):
                 writer.write(0, ["first", "second"], [1, 1], np.array([[1, 2], [1, value]]))
     writer = StoreWriter(tmp_path, IDENTITY, 2)
-    for args in ((keys, [1], np.ones((1, 3))), (keys, [1, 2], np.ones((1, 2))), (keys[:, :8], [1], np.ones((1, 2)))):
+    for args in (([1], np.ones((1, 3)), keys), ([1, 2], np.ones((1, 2)), keys), ([1], np.ones((1, 2)), keys[:, :8])):
         with pytest.raises(StoreError, match="requires 2-dimensional embeddings"):
-            writer.write_keyed(0, *args)
+            writer.write(0, [], *args)
     with pytest.raises(StoreError, match="is not valid Unicode text"):
         writer.write(0, ["\ud800"], [1], np.ones((1, 2)))
     assert read_shards(tmp_path) == []

@@ -264,7 +264,7 @@ def store_image_features(
             features, decoded = encode_image_batches(shard_refs, encoder, log, bar, batch_size, workers)
             if decoded:
                 names = [str(shard_refs[i]) for i in decoded]
-                plan.writer.write_keyed(number, keys[shard_rows[decoded]], [0] * len(names), features.numpy(), names)
+                plan.writer.write(number, names, [0] * len(names), features.numpy(), keys[shard_rows[decoded]])
     store = EmbeddingStore(folder)
     # All processes check the limit at the end: if one process raised an error earlier, the others would wait forever.
     # This process's failures are already in the log, with reasons. Add the images that failed in other processes.

@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ import pyarrow.parquet as pq
 from llm2clip.data.image_refs import FileImage, ImageRef
 from llm2clip.data.remote import get_remote_version
 from llm2clip.data.storage import is_remote
-from llm2clip.io_utils import atomic_path, read_jsonl, to_valid_unicode
+from llm2clip.io_utils import atomic_path, read_jsonl, remove_path, to_valid_unicode
 from llm2clip.models.loading import fingerprint
 from llm2clip.runs.output_folder import check_format_version
 
@@ -386,13 +385,9 @@ def _allocate_on_disk(file: Path) -> None:
 
 def remove_temp_files(folder: Path) -> list[str]:
     """Delete temporary files left behind by killed processes; return the files' names."""
-    leftovers = [path for pattern in (".*.part", ".*.part.*") for path in folder.glob(pattern)]
-    leftovers = sorted(set(leftovers))
+    leftovers = sorted({*folder.glob(".*.part"), *folder.glob(".*.part.*")})
     for path in leftovers:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove_path(path)
     return [path.name for path in leftovers]
 
 

@@ -71,30 +71,24 @@ class StoreWriter:
         else:
             self.finish()
 
-    def write(self, number: int, captions: Sequence[str], token_counts: Sequence[int], embeddings: np.ndarray) -> None:
+    def write(
+        self,
+        number: int,
+        captions: Sequence[str],
+        token_counts: Sequence[int],
+        embeddings: np.ndarray,
+        keys: np.ndarray | None = None,
+    ) -> None:
         """Write a new shard of N captions atomically. No shard with this number may exist yet.
 
         `embeddings` has shape (N, embed_dim) and a floating-point dtype. The N token counts are stored for resource
-        estimates and for plots by caption length.
-
-        Raises:
-            StoreError: See `write_keyed`.
-        """
-        self.write_keyed(number, layout.make_caption_keys(captions), token_counts, embeddings, captions)
-
-    def write_keyed(
-        self,
-        number: int,
-        keys: np.ndarray,
-        token_counts: Sequence[int],
-        embeddings: np.ndarray,
-        captions: Sequence[str] | None = None,
-    ) -> None:
-        """Write a shard whose captions have the given keys of shape (N, 16), uint8. Error messages quote `captions`.
+        estimates and for plots by caption length. With `keys`, of shape (N, 16), uint8, `captions` are used only in
+        error messages.
 
         Raises:
             StoreError: A value is not finite in the store's dtype, or a shape does not match the store.
         """
+        keys = layout.make_caption_keys(captions) if keys is None else keys
         self._check_shapes(keys, token_counts, embeddings)
         self._check_values(keys, embeddings, captions)
         stored, scales = quantize_rows(embeddings, self.dtype)
@@ -134,7 +128,7 @@ class StoreWriter:
                 f"embeddings of shape {embeddings.shape}, keys of shape {keys.shape}, {len(token_counts)} token counts)"
             )
 
-    def _check_values(self, keys: np.ndarray, embeddings: np.ndarray, captions: Sequence[str] | None) -> None:
+    def _check_values(self, keys: np.ndarray, embeddings: np.ndarray, captions: Sequence[str]) -> None:
         invalid = ~np.isfinite(embeddings).all(axis=1)
         if self.dtype == "float16":
             with np.errstate(over="ignore"):
