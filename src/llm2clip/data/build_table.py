@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +41,19 @@ from llm2clip.data.image_facts import (
 from llm2clip.data.records import (
     CAPTION_FIELDS,
     NO_SPLIT,
-    TEXT_FIELDS,
     ImageCheck,
     ReadSummary,
     Record,
     RecordReader,
     Source,
+    merge_records,
 )
 from llm2clip.data.remote import get_file_size, pin_versions, prefetch
 from llm2clip.data.skip_log import EventLog, SkipLog
 from llm2clip.data.storage import is_remote
 from llm2clip.data.table import Blocks, RecordTable, decode_name, read_metadata, write_rows
 from llm2clip.io_utils import (
+    MAX_VERIFIED_BYTES,
     append_checksum,
     atomic_dir,
     atomic_path,
@@ -67,7 +70,6 @@ PART_BYTES = 16 << 20  # approximate size of a part of a large file
 MIN_PARALLEL_BYTES = 8 << 20  # smaller sources are read in this process, because starting processes takes a second
 START_TIME = time.time_ns()  # approximate start of this process
 PREFETCH_FILES = 8  # number of remote files to download ahead
-MAX_VERIFIED_BYTES = 1 << 30  # the checksums of parts beyond this total size are not compared, to save time
 UNUSED_DAYS = 30  # parts and tables that have not been opened for this long are deleted
 
 
@@ -122,9 +124,16 @@ def open_table(
     with FileLock(folder / "lock"):
         _delete_unused(folder)
         tasks = _list_parts(parsed, log, image_check, require_captions, folder)
-        _read_parts(parsed, tasks, log, image_check, require_captions, workers)
-        table_folder = _merge_parts(parsed, tasks, log, image_check, folder)
-    return _open_merged(tasks, table_folder, parsed, log, image_check)
+        _read_parts(tasks, log, workers)
+        table_folder = _merge_parts(tasks, log, image_check, folder)
+    table = _open_merged(tasks, table_folder, log)
+    if image_check in ("header", "exists") and len(table) and not table.has_image.any():
+        message = (
+            f"{', '.join(map(str, parsed))}: none of the {len(table):,} records has an image. Only `tune` and `embed` "
+            "accept text-only data"
+        )
+        raise NoImagesError("\n".join([message, *log.list_notes()]))
+    return table
 
 
 def load_source_indices(table: RecordTable) -> np.ndarray:
@@ -148,6 +157,9 @@ class _PartTask:
     file: Path
     version: str | None = None  # pinned version of a remote file
     summary: ReadSummary | None = None
+
+    def open_reader(self, log: SkipLog) -> RecordReader:
+        return RecordReader(self.source, log, self.image_check, self.require_captions)
 
 
 def _list_parts(
@@ -203,14 +215,7 @@ def _must_read_again(part: FilePart, summary: ReadSummary) -> bool:
     return False
 
 
-def _read_parts(
-    sources: Sequence[Source],
-    tasks: Sequence[_PartTask],
-    log: SkipLog,
-    image_check: ImageCheck,
-    require_captions: bool,
-    workers: int | None,
-) -> None:
+def _read_parts(tasks: Sequence[_PartTask], log: SkipLog, workers: int | None) -> None:
     """Read the parts that have not been read before, and check each source when all of its parts are complete."""
     missing = {task.file: task for task in tasks if task.summary is None}
     work = _estimate_work([task.part for task in missing.values()])
@@ -221,9 +226,10 @@ def _read_parts(
     hide = work < MIN_PARALLEL_BYTES or not missing
     num_rows = 0
     with ProgressBar(total=len(tasks), desc="reading data", unit="part", disable=hide) as bar:
-        for index, source in enumerate(sources):
-            reader = RecordReader(source, log, image_check, require_captions)
-            for task in [task for task in tasks if task.source_index == index]:
+        for _, parts in groupby(tasks, key=attrgetter("source_index")):
+            source_tasks = list(parts)
+            reader = source_tasks[0].open_reader(log)
+            for task in source_tasks:
                 prefetch(files[len(files) - len(missing) :][:PREFETCH_FILES])
                 if missing.pop(task.file, None) is not None and (error := next(new_parts)) is not None:
                     raise error
@@ -253,7 +259,7 @@ def _write_part(task: _PartTask) -> Exception | None:
     if task.version is not None:
         pin_versions({task.part.path: task.version})
     log = EventLog()
-    reader = RecordReader(task.source, log, task.image_check, task.require_captions)
+    reader = task.open_reader(log)
     rows = ((record, task.source.path, facts) for record, facts in reader.read_part(task.part, hash_images=True))
     try:
         with atomic_path(task.file) as file:
@@ -266,14 +272,13 @@ def _write_part(task: _PartTask) -> Exception | None:
 # ---- merging ---------------------------------------------------------------------------------------------------------
 
 
-def _merge_parts(
-    sources: Sequence[Source], tasks: Sequence[_PartTask], log: SkipLog, image_check: ImageCheck, folder: Path
-) -> Path:
+def _merge_parts(tasks: Sequence[_PartTask], log: SkipLog, image_check: ImageCheck, folder: Path) -> Path:
     """Merge rows with the same image, unless this table already exists. Return the table's folder."""
     summaries = [task.summary for task in tasks if task.summary is not None]
+    source_paths = {task.source_index: task.source.path for task in tasks}
     # A part that was read again may have other rows.
     names = [(task.source_index, task.file.name, part.read_at) for task, part in zip(tasks, summaries, strict=True)]
-    table_folder = folder / "tables" / _hash_json([FORMAT_VERSION, names, [source.path for source in sources]])
+    table_folder = folder / "tables" / _hash_json([FORMAT_VERSION, names, list(source_paths.values())])
     if table_folder.exists():
         if _is_intact(table_folder):
             os.utime(table_folder)
@@ -304,62 +309,34 @@ def _merge_parts(
         for name in ARRAY_FILES:
             append_checksum(temporary / name)
         if len(origins):
-            paths = [sources[index].path for index in source_of_row[origins].tolist()]
-            write_rows(
-                temporary / "merged.arrow", _build_merged_records(table, members, final[members], paths), lambda: None
-            )
+            paths = [source_paths[index] for index in source_of_row[origins].tolist()]
+            merged = _build_merged_records(table, members, final[members], paths)
+            write_rows(temporary / "merged.arrow", merged, lambda: None)
     return table_folder
 
 
 def _is_intact(table_folder: Path) -> bool:
-    merged = table_folder / "merged.arrow"
-    files = [table_folder / name for name in ARRAY_FILES]
-    if merged.exists() and merged.stat().st_size <= MAX_VERIFIED_BYTES:
-        files.append(merged)
+    files = [*(table_folder / name for name in ARRAY_FILES), *table_folder.glob("merged.arrow")]
     return all(file.is_file() and has_valid_checksum(file) for file in files)
 
 
-def _open_merged(
-    tasks: Sequence[_PartTask], folder: Path, sources: Sequence[Source], log: SkipLog, image_check: ImageCheck
-) -> RecordTable:
-    files = [str(task.file) for task in tasks]
-    if (folder / "merged.arrow").exists():
-        files.append(str(folder / "merged.arrow"))
-    table = RecordTable(Blocks.open(files), np.load(folder / "rows.npy", mmap_mode="r"), folder)
+def _open_merged(tasks: Sequence[_PartTask], folder: Path, log: SkipLog) -> RecordTable:
     log.count_copies(np.load(folder / "copies.npy"))
-    if image_check in ("header", "exists") and len(table) and not table.has_image.any():
-        names = ", ".join(str(source) for source in sources)
-        message = (
-            f"{names}: none of the {len(table):,} records has an image. Only `tune` and `embed` accept text-only data"
-        )
-        raise NoImagesError("\n".join([message, *log.list_notes()]))
-    return table
+    files = [*(task.file for task in tasks), *folder.glob("merged.arrow")]
+    return RecordTable(Blocks.open(list(map(str, files))), np.load(folder / "rows.npy", mmap_mode="r"), folder)
 
 
 def _build_merged_records(
     table: RecordTable, members: np.ndarray, groups: np.ndarray, source_paths: Sequence[str]
 ) -> Iterator[tuple[Record, str, ImageFacts]]:
     """Yield one record per group of rows. `members` are row numbers, sorted by their `groups`."""
-    starts = np.flatnonzero(np.concatenate([[True], groups[1:] != groups[:-1]]))
-    selected = table.select(members)
+    starts = np.flatnonzero(np.diff(groups, prepend=-1))
     first_members = table.select(members[starts])
     facts = [first_members.column(name).to_pylist() for name in ("width", "height", "image_hash", "digest")]
-    is_start = np.zeros(len(members) + 1, bool)
-    is_start[starts] = is_start[-1] = True
-    merged: Record | None = None
-    group = -1
-    for position, record in enumerate(selected):
-        merged = record if is_start[position] or merged is None else _merge_records(merged, record)
-        group += int(is_start[position])
-        if is_start[position + 1]:
-            yield merged, source_paths[group], ImageFacts(*(values[group] for values in facts))
-
-
-def _merge_records(first: Record, second: Record) -> Record:
-    texts: dict[str, Any] = {}
-    for name in TEXT_FIELDS:
-        texts[name] = tuple(dict.fromkeys([*getattr(first, name), *getattr(second, name)]))
-    return dataclasses.replace(first, **texts)
+    records_by_group = groupby(zip(groups.tolist(), table.select(members), strict=True), key=itemgetter(0))
+    for source_path, *values, (_, rows) in zip(source_paths, *facts, records_by_group, strict=True):
+        merged = merge_records([record for _, record in rows], distinct=True)
+        yield merged, source_path, ImageFacts(*values)
 
 
 def _delete_unused(folder: Path) -> None:

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Literal, get_args
 
 from llm2clip.data.formats import NOT_UTF8, BadRow, FilePart, RawRow, ReadOptions, SourceFormat, find_files, read_rows
@@ -335,11 +336,17 @@ def _merge_caption_rows(rows: Iterable[_ParsedRow]) -> Iterator[_ParsedRow]:
             key = (False, record.id, record.split)
         groups.setdefault(key, []).append(row)
     for group in groups.values():
-        texts: dict[str, Any] = {}
-        for name in TEXT_FIELDS:
-            texts[name] = tuple(text for row in group for text in getattr(row.record, name))
-        record = replace(group[0].record, **texts)
+        record = merge_records([row.record for row in group])
         yield replace(group[0], record=record, num_rows=sum(row.num_rows for row in group))
+
+
+def merge_records(records: Sequence[Record], distinct: bool = False) -> Record:
+    """Return the first record with the texts of all records. If `distinct`, each text occurs once per field."""
+    texts: dict[str, Any] = {}
+    for name in TEXT_FIELDS:
+        merged = chain.from_iterable(getattr(record, name) for record in records)
+        texts[name] = tuple(dict.fromkeys(merged) if distinct else merged)
+    return replace(records[0], **texts)
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------------
