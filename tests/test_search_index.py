@@ -36,7 +36,7 @@ from llm2clip.search import sqlite_backend
 from llm2clip.search.backends import open_backend
 from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryEncoder, SearchQuery
-from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.sqlite_backend import QuantizedVectors, SqliteBackend
 from llm2clip.search.types import IndexedContent, IndexedImage, IndexUnavailableError, ref_from_json, ref_to_json
 from search_fixtures import BACKENDS, create_backend, index_sources, search_names
 
@@ -674,6 +674,17 @@ def test_sqlite_pages_of_near_equal_vectors_are_complete(tmp_path: Path, noise: 
     assert len(set(pages)) == 240
     best = np.argsort(-(vectors.astype(np.float64) @ query))[:150] + 1
     assert noise == 0 or set(best) <= set(pages)
+
+
+@pytest.mark.parametrize("kind", [MemoryError, SystemError])
+def test_ctrl_c_during_a_search_is_a_keyboard_interrupt(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_as_usearch(*_: object, **__: object) -> None:
+        raise kind from KeyboardInterrupt()
+
+    monkeypatch.setattr(sqlite_backend, "exact_search", fail_as_usearch)
+    vectors = QuantizedVectors(127).with_added([(np.arange(1, 3), QUERY[None].repeat(2, 0))])
+    with pytest.raises(KeyboardInterrupt):
+        vectors.find_nearest(QUERY, 1)
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------

@@ -410,7 +410,12 @@ class QuantizedVectors:
         for block in self.blocks:
             ids, codes = block if allowed_ids is None else _select(block, allowed_ids)
             if len(ids):
-                matches = exact_search(codes, query_code, min(count, len(ids)), MetricKind.IP, exact=True)
+                try:
+                    matches = exact_search(codes, query_code, min(count, len(ids)), MetricKind.IP, exact=True)
+                except (MemoryError, SystemError) as error:
+                    if isinstance(error.__cause__, KeyboardInterrupt):  # usearch raises these errors for Ctrl+C
+                        raise KeyboardInterrupt from None
+                    raise
                 best_ids.append(ids[matches.keys.astype(np.int64)])
                 best_distances.append(matches.distances)
         ids = np.concatenate(best_ids)
