@@ -92,7 +92,7 @@ def test_a_worker_that_always_dies_is_not_restarted_without_limit(
     monkeypatch.setattr(encode, "ShardWorker", DyingWorker)
     plan: Any = SimpleNamespace(shards=[0])
     with pytest.raises(ChildProcessError, match=r"A Ray worker died 2 times(.|\n)*Run the same command again"):
-        encode._run_workers(plan, None, workers=1, batch_tokens=None, precision="fp32")
+        encode._run_workers(plan, None, workers=1, precision="fp32")
     assert len(list(tmp_path.iterdir())) == 2
 
 

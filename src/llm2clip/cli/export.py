@@ -261,7 +261,7 @@ def _verify_store(args: Namespace) -> list[str]:
     from llm2clip.store.store import EmbeddingStore
 
     store = EmbeddingStore(args.folder)
-    store.verify(progress=True)
+    store.verify()
     shards = format_count(len(store.shards), "shard")
     return [f"{args.folder}: {format_count(len(store), 'caption')} in {shards}, all checksums match"]
 
@@ -271,7 +271,7 @@ def _repair_store(args: Namespace) -> list[str]:
     from llm2clip.store.maintenance import repair_store
     from llm2clip.store.store import EmbeddingStore
 
-    deleted = repair_store(args.folder, progress=True)
+    deleted = repair_store(args.folder)
     count = len(EmbeddingStore(args.folder))
     if not deleted:
         return [f"Nothing to repair: the store is intact and has {format_count(count, 'caption')}"]

@@ -48,7 +48,6 @@ def embed(
     folder: str | Path,
     *,
     shard_size: int = SHARD_SIZE,
-    batch_tokens: int | None = None,
     precision: str = "auto",
     dtype: str = "float16",
     device: torch.device | None = None,
@@ -62,8 +61,6 @@ def embed(
         captions: Captions, possibly with duplicates. Only the main process iterates over them, and only once.
         encoder: Caption encoder with fp32 weights.
         shard_size: Number of captions per shard. Within each shard, captions of similar length are batched together.
-        batch_tokens: Maximum number of tokens per batch; see `CaptionEncoder.encode`. If None, the fastest value is
-            determined by measurement. For fewer than 4096 captions, the encoder's default is used instead.
         precision: Precision of the encoder; see `CaptionEncoder.encode`. For "auto", see `resolve_store_precision`.
         dtype: Storage dtype: float16, float32 or int8 (with one scale factor per row).
         device: Device on which to encode. If there are captions to encode, the encoder is moved to this device and
@@ -81,9 +78,9 @@ def embed(
     with open_for_writing(captions, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size) as plan:
         if device is not None and plan.shards:
             encoder.move_for_encoding(device, precision)
-        if batch_tokens is None and plan.shards:
+        if plan.shards:
             batch_tokens = load_or_tune_batch_tokens(encoder, plan.read_captions(plan.shards[0]), precision, folder)
-        _encode_local_shards(plan, encoder, batch_tokens, precision)
+            _encode_local_shards(plan, encoder, batch_tokens, precision)
     return EmbeddingStore(folder)
 
 
@@ -122,7 +119,7 @@ def load_or_tune_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], 
     return int(load_or_compute_json(folder / f"batch_tokens-{encoder.device.type}.json", measure))
 
 
-def _encode_local_shards(plan: WritePlan, encoder: CaptionEncoder, batch_tokens: int | None, precision: str) -> None:
+def _encode_local_shards(plan: WritePlan, encoder: CaptionEncoder, batch_tokens: int, precision: str) -> None:
     """Encode this process's shards. Meanwhile, threads write the previous shard and tokenize the next one."""
     tokenized_shards = ((n, tokenize_shard(plan.read_captions(n), encoder)) for n in plan.list_local_shards())
     with (
@@ -336,7 +333,6 @@ def embed_with_ray(
     *,
     workers: int = 0,
     shard_size: int = SHARD_SIZE,
-    batch_tokens: int | None = None,
     precision: str = "auto",
     dtype: str = "float16",
 ) -> EmbeddingStore:
@@ -350,7 +346,7 @@ def embed_with_ray(
     and accepts only connections with a random token, which this process passes to its workers.
 
     Args:
-        captions, shard_size, batch_tokens, precision, dtype: See `embed`.
+        captions, shard_size, precision, dtype: See `embed`.
         open_encoder: Function that takes the keyword argument `device` and loads the encoder on this device. It is
             called with device="cpu", once in the driver to compute the encoder's identity and once in each worker.
         folder: Store folder, on a file system shared by all machines.
@@ -382,7 +378,7 @@ def embed_with_ray(
             captions, Path(folder).resolve(), identity, embed_dim, dtype=dtype, shard_size=shard_size
         ) as plan:
             if plan.shards:
-                _run_workers(plan, open_encoder, workers, batch_tokens, precision)
+                _run_workers(plan, open_encoder, workers, precision)
     finally:
         if start_ray:
             ray.shutdown()
@@ -408,13 +404,7 @@ def _start_ray() -> None:
     ray.init("local", include_dashboard=False, log_to_driver=False)
 
 
-def _run_workers(
-    plan: WritePlan,
-    open_encoder: Callable[..., CaptionEncoder],
-    workers: int,
-    batch_tokens: int | None,
-    precision: str,
-) -> None:
+def _run_workers(plan: WritePlan, open_encoder: Callable[..., CaptionEncoder], workers: int, precision: str) -> None:
     import ray
     import ray.data
     from ray.exceptions import RayActorError
@@ -425,7 +415,7 @@ def _run_workers(
     rows = [{"shard": shard} for shard in plan.shards]
     encoded = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         ShardWorker,
-        fn_constructor_args=(open_encoder, plan, batch_tokens, precision),
+        fn_constructor_args=(open_encoder, plan, precision),
         batch_size=1,
         concurrency=min(workers or default_workers, len(rows)),
         num_gpus=1 if gpus else 0,
@@ -445,11 +435,9 @@ def _run_workers(
 class ShardWorker:
     """Callable that encodes and writes shards. Ray creates one instance per worker."""
 
-    def __init__(
-        self, open_encoder: Callable[..., CaptionEncoder], plan: WritePlan, batch_tokens: int | None, precision: str
-    ) -> None:
-        self.encoder, self.plan = open_encoder(device="cpu"), plan
-        self.batch_tokens, self.precision = batch_tokens, precision
+    def __init__(self, open_encoder: Callable[..., CaptionEncoder], plan: WritePlan, precision: str) -> None:
+        self.encoder, self.plan, self.precision = open_encoder(device="cpu"), plan, precision
+        self.batch_tokens: int | None = None
         self.encoder.move_for_encoding(process_state().device, precision)
         keep_freed_memory(self.encoder.device)
 

@@ -17,7 +17,7 @@ from llm2clip.store.writer import StoreWriter, write_manifest
 # ---- repair --------------------------------------------------------------------------------------------------------
 
 
-def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
+def repair_store(folder: str | Path) -> list[str]:
     """Delete corrupt shards and incomplete files; rewrite the manifest and the index from the intact shards.
 
     To encode the captions of deleted shards again, run `llm2clip embed`.
@@ -46,7 +46,7 @@ def repair_store(folder: str | Path, progress: bool = False) -> list[str]:
             spec = max(specs, key=specs.count)  # the spec of most shards
         for number in unreadable:
             deleted.append(_delete_keys(folder, number))
-        for number in find_corrupt_shards(folder, layout.read_shards(folder), spec, progress):
+        for number in find_corrupt_shards(folder, layout.read_shards(folder), spec):
             deleted.append(_delete_keys(folder, number))
         deleted += layout.remove_temp_files(folder) + _delete_incomplete_shards(folder)
         for index in folder.glob("index-*.npy"):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -123,13 +123,13 @@ class EmbeddingStore:
         """
         return self._reader.take(np.asarray(rows, dtype=np.int64), out)
 
-    def verify(self, progress: bool = False) -> None:
+    def verify(self) -> None:
         """Verify the checksum of every shard, and check the index.
 
         Raises:
             StoreError: A shard or the index is corrupt. The message lists the corrupt shards or names the index file.
         """
-        corrupt = find_corrupt_shards(self.folder, self.shards, layout.get_store_spec(self.manifest), progress)
+        corrupt = find_corrupt_shards(self.folder, self.shards, layout.get_store_spec(self.manifest))
         if corrupt:
             numbers = ", ".join(f"{number:05d}" for number in corrupt)
             raise StoreError(
@@ -140,7 +140,7 @@ class EmbeddingStore:
             raise StoreError(f"{index} is corrupt. Run `llm2clip store repair {self.folder}` to rebuild the index")
 
 
-def find_corrupt_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, progress: bool = False) -> list[int]:
+def find_corrupt_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec) -> list[int]:
     """List the numbers of the shards that are missing or have the wrong checksum or spec."""
 
     def is_intact(shard: Shard) -> bool:
@@ -154,9 +154,9 @@ def find_corrupt_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec, 
         except layout.READ_ERRORS:
             return False
 
-    options: dict[str, Any] = {"total": len(shards), "unit": "shard", "disable": not progress, "leave": False}
     with ThreadPoolExecutor(4) as pool:
-        results = ProgressBar(pool.map(is_intact, shards), "verify", delay=1, **options)
+        intact_shards = pool.map(is_intact, shards)
+        results = ProgressBar(intact_shards, "verify", total=len(shards), unit="shard", leave=False, delay=1)
         return [shard.number for shard, intact in zip(shards, results, strict=True) if not intact]
 
 
@@ -300,9 +300,6 @@ class CaptionRows:
         return self.rows[self.starts[record] : self.starts[record + 1]]
 
 
-_LookUp = tuple[RecordTable, str, CaptionSource]  # table, field and source of the texts that one process looks up
-
-
 def find_caption_rows(
     table: RecordTable, source: CaptionSource, fields: Sequence[str], identity: str
 ) -> dict[str, CaptionRows]:
@@ -351,8 +348,8 @@ def _look_up_fields(table: RecordTable, source: CaptionSource, fields: Sequence[
             in_processes = field != "phrases" and num_texts >= MIN_PARALLEL_CAPTIONS and table.folder is not None
             size = max(BATCH_ROWS, -(-len(table) // (TASKS_PER_CORE * count_cores())))
             tables = table.split(size) if in_processes else [table]
-            tasks: list[_LookUp] = [(part, field, source) for part in tables]
-            captions[field] = _concatenate(list(map_in_processes(_look_up, tasks)))
+            parts = map_in_processes(partial(_look_up, field=field, source=source), tables)
+            captions[field] = _concatenate(list(parts))
     if "phrases" in captions and not len(captions["phrases"].rows) and isinstance(source, EmbeddingStore):
         print_once(
             f"No short phrases are used: {source.folder} has no phrase embeddings. To add them, run `llm2clip embed` "
@@ -361,8 +358,7 @@ def _look_up_fields(table: RecordTable, source: CaptionSource, fields: Sequence[
     return captions
 
 
-def _look_up(task: _LookUp) -> CaptionRows:
-    table, field, source = task
+def _look_up(table: RecordTable, field: str, source: CaptionSource) -> CaptionRows:
     if field == "phrases" and isinstance(source, EmbeddingStore):
         find_rows = _make_phrase_finder(source)
     else:

@@ -266,7 +266,7 @@ def _prepare_incoming(
     store = None
     if layout.list_shard_numbers(folder):
         store = EmbeddingStore(folder)
-        store.verify(progress=True)
+        store.verify()
     refused = {row["caption"] for row in layout.read_refused_captions(folder)} if keys is None else set()
     stream: Iterable[str] = check_texts(ProgressBar(captions, "read", unit="caption", leave=False, delay=1))
     if refused:
