@@ -257,7 +257,7 @@ def test_index_and_search_print_their_results(
     assert "Images: 7 added" in output
     assert "(7 images, 6 distinct)" in output
     assert "Duplicates: " in output and "copy.png" in output
-    assert "Unreadable images: 2, listed in" in output
+    assert "Skipped images: 2, listed in" in output
     assert "Next: llm2clip search" in output
 
     words = ["a red one", "--images", str(photos / "1.png"), "--negative", "a dog", "--top", "3"]

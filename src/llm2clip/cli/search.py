@@ -220,7 +220,7 @@ def _index(args: Namespace) -> list[str]:
     for names in backend.duplicates(limit=3):
         lines.append("Duplicates: " + ", ".join(names[:4]))
     if log.skipped and skipped_file:
-        lines.append(f"Unreadable images: {log.skipped.total():,}, listed in {skipped_file}")
+        lines.append(f"Skipped images: {log.skipped.total():,}, listed in {skipped_file}")
     unread = log.dropped["text not recognised"]
     if unread:
         listed = f", listed in {skipped_file}" if skipped_file else ""

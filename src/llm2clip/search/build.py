@@ -353,7 +353,8 @@ def scan_source(
             raise ValueError(f"{source}: the images are not in local files. Save the data set as Parquet files first.")
         path = record.image.container_path or ""
         if not allow_outside and not _is_in_folder(path, folder):
-            log.skip(record.image.canonical_path, 0, "outside the source's folder", os.path.realpath(path))
+            reason = "outside the source's folder, see --allow_outside"
+            log.skip(record.image.canonical_path, 0, reason, os.path.realpath(path))
             continue
         try:
             stat = os.stat(path)
