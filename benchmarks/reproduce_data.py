@@ -321,7 +321,7 @@ class Experiments:
         def measure() -> dict[str, Any]:
             print_once(f"caption retrieval: {self.get_label(name)}")
             texts = [text for captions in self.data.cra_captions for text in list(dict.fromkeys(captions))[:2]]
-            encoder = _StoreTextEncoder(self.embed_texts(name, texts))
+            encoder = StoreTextEncoder(self.embed_texts(name, texts))
             return caption_retrieval_accuracy(self.data.cra_captions, encoder, return_hits=True)
 
         metrics: dict[str, Any] = load_or_compute_json(self.out / "cra" / f"{_make_file_name(name)}.json", measure)
@@ -435,7 +435,7 @@ class Experiments:
         return EncoderConfig(path=str(folder / "encoder"))
 
 
-class _StoreTextEncoder:
+class StoreTextEncoder:
     """Text encoder that reads embeddings from a store instead of computing them."""
 
     def __init__(self, store: EmbeddingStore) -> None:
