@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import make_llm
+from llm2clip import cli
 from llm2clip.cli import main
 from search_fixtures import make_model
 
@@ -228,3 +229,14 @@ def test_error_names_the_problem_and_the_fix(
         assert part in output, f"{part!r} is not in: {output[-1500:]}"
     assert "1/4 tune" not in output  # no stage has started
     assert "traceback" not in output.lower() and not re.search(r"\b(KeyError|TypeError|AttributeError)\b", output)
+
+
+def test_ctrl_c_while_the_parser_is_built_is_not_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "build_parser", interrupt)
+    assert main(["doctor"]) == 130
+    assert "Interrupted" in capsys.readouterr().err

@@ -71,6 +71,14 @@ def silence_libraries() -> None:
 
 def main(args: list[str] | None = None) -> int:
     """Run a command and return its exit status. Errors that users can fix are printed without a traceback."""
+    try:
+        return _run_command(args)
+    except KeyboardInterrupt:  # also while the parser is built, soon after the command is entered
+        print("\nInterrupted. Run the same command again to resume.", file=sys.stderr)
+        return 130
+
+
+def _run_command(args: list[str] | None) -> int:
     parser, run = build_parser()
     if not (sys.argv[1:] if args is None else args):
         parser.print_help()
@@ -85,9 +93,6 @@ def main(args: list[str] | None = None) -> int:
         silence_libraries()
         last_lines = run[command](settings[command])
         _print_last_lines(last_lines)
-    except KeyboardInterrupt:
-        print("\nInterrupted. Run the same command again to resume.", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the program reading the output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
