@@ -169,32 +169,22 @@ def _escape_tags(text: str) -> str:
 
 
 def _omit_visual_sections(blocks: Sequence[Block]) -> list[Block]:
-    """Remove sections that contain visual blocks but neither tables nor code."""
-    remaining: list[Block] = []
-    position = 0
-    while position < len(blocks):
-        section = _find_section(blocks, position)
-        is_visual = any(isinstance(block, _ONLY_HTML) for block in section)
-        if is_visual and not any(isinstance(block, Table | Code) for block in section):
-            position += len(section)
-        else:
-            remaining.append(blocks[position])
-            position += 1
-    return remaining
-
-
-def _find_section(blocks: Sequence[Block], start: int) -> Sequence[Block]:
-    """Return the section whose heading is at index `start`, or an empty list if there is no heading at this index.
+    """Remove sections that contain visual blocks but neither tables nor code, and then headings without content.
 
     A section ends before the next heading of the same or a higher level.
     """
-    heading = blocks[start]
-    if not isinstance(heading, Heading):
-        return []
-    for end, block in enumerate(blocks[start + 1 :], start + 1):
-        if isinstance(block, Heading) and block.level <= heading.level:
-            return blocks[start:end]
-    return blocks[start:]
+    remaining = list(blocks)
+    for start, heading in reversed(list(enumerate(blocks))):
+        if not isinstance(heading, Heading):
+            continue
+        end = start + 1
+        while end < len(remaining) and getattr(remaining[end], "level", heading.level + 1) > heading.level:
+            end += 1
+        section = remaining[start:end]
+        is_visual = len(section) == 1 or any(isinstance(block, _ONLY_HTML) for block in section)
+        if is_visual and not any(isinstance(block, Table | Code) for block in section):
+            del remaining[start:end]
+    return remaining
 
 
 def _format_table(table: Table) -> str:
