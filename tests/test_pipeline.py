@@ -123,7 +123,7 @@ def test_fit_rotates_the_embedding_space_to_principal_components(run: Path) -> N
 
 def test_fit_report_describes_the_run_and_shows_searches(run: Path) -> None:
     page, report = (run / "report.html").read_text(), (run / "report.md").read_text()
-    assert "<title>Training of run</title>" in page and "<details><summary>Settings</summary>" in page
+    assert "<title>Training results: run</title>" in page and "<details><summary>Settings</summary>" in page
     durations = json.loads((run / "durations.json").read_text())
     assert list(durations) == ["tune", "embed", "align", "evaluate"]
     assert "<td>tuned</td>" in page and "wrong: " not in page

@@ -99,7 +99,7 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
     if trained[0]["images"] < MIN_IMAGES:
         verdict += " To evaluate on other images, list their sources in `--evaluate.data`."
     page = run_dir / "report.html"
-    write_report(page, f"Training of {run_dir.resolve().name}", verdict, blocks)
+    write_report(page, f"Training results: {run_dir.resolve().name}", verdict, blocks)
     summary = build_summary_table(cra, untrained, trained)
     print_once(render_markdown("Results", [summary], verdict), f"Report: {page}")
 
@@ -272,7 +272,7 @@ def write_distill_report(
     page = folder / "report.html"
     run_section = build_run_section(describe_run(seconds))
     blocks = [*tables, *_build_usage_section(folder), *run_section]
-    write_report(page, f"Distillation of {folder.resolve().name}", verdict, blocks)
+    write_report(page, f"Distillation results: {folder.resolve().name}", verdict, blocks)
     print_once(render_markdown("Teacher and student", tables, verdict), f"Report: {page}")
 
 
