@@ -7,7 +7,7 @@ caption counts as an error.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,24 +16,15 @@ from torch import Tensor
 from llm2clip.config import EncoderConfig
 from llm2clip.evaluate.embeddings import PRECOMPUTED_SUFFIX
 from llm2clip.evaluate.metrics import compute_mean_interval, recall, two_way_ranks
-from llm2clip.models.clip_models import has_text_tower, load_clip_text_encoder
+from llm2clip.models.clip_models import ClipTextEncoder, has_text_tower, load_clip_text_encoder
 from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import is_model_folder
 from llm2clip.models.pretrained import resolve_pretrained
-from llm2clip.models.text.caption_encoder import load_for_evaluation
+from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
 from llm2clip.runs.ranks import process_state
 
-
-class TextEncoder(Protocol):
-    """Interface for text encoders. `encode` returns float32 embeddings of shape (N, D) on the CPU.
-
-    `count_truncated` returns the number of texts truncated to the maximum length, or None if unknown.
-    """
-
-    def encode(self, captions: Sequence[str], *, progress: bool = ...) -> Tensor: ...
-
-    def count_truncated(self, captions: Sequence[str]) -> int | None: ...
+TextEncoder = CaptionEncoder | ClipTextEncoder
 
 
 def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_code: bool) -> TextEncoder:

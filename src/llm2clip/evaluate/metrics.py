@@ -82,7 +82,6 @@ def two_way_ranks(
     texts: Tensor,
     image_of_text: Sequence[int] | Tensor,
     tile_size: int = TILE,
-    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the zero-based ranks of each image's best caption (I,) and of each caption's image (T,), int64 on the CPU.
 
@@ -90,7 +89,6 @@ def two_way_ranks(
         images, texts: L2-normalised embeddings of shape (I, D) and (T, D), float32 or float16. Scores are float32.
         image_of_text: Image index of each text. Every image must have at least one text.
         tile_size: Number of images per tile. Must be a multiple of 16, or identical vectors may get different scores.
-        device: Device for the matmuls. Default: the device of `images`.
 
     Raises:
         ValueError: If an image has no text, or an embedding contains NaN or infinity.
@@ -102,7 +100,7 @@ def two_way_ranks(
             f"each of the {len(images)} images must have a text, and each text must belong to one of these images"
         )
     check_finite(images, texts)
-    tiles = _ScoreTiles(images, texts, owner, tile_size, torch.device(device or images.device))
+    tiles = _ScoreTiles(images, texts, owner, tile_size)
     best_image, best_text = _compute_best_match_scores(tiles)
 
     # Counts of wrong answers are stored as float32, which is exact up to 2**24.
@@ -127,14 +125,14 @@ class _ScoreTiles:
     Because texts are sorted by image, only a few tiles contain positives. The last tiles are zero-padded.
     """
 
-    def __init__(self, images: Tensor, texts: Tensor, owner: Tensor, tile_size: int, device: torch.device) -> None:
-        self._images, self._texts, self._device = images, texts, device
+    def __init__(self, images: Tensor, texts: Tensor, owner: Tensor, tile_size: int) -> None:
+        self._images, self._texts, self._device = images, texts, images.device
         self.num_images = len(images)
         self.height, self.width = tile_size, 4 * tile_size
         self.num_rows = -(-len(images) // self.height)
         self.num_columns = -(-len(texts) // self.width)
         self.order = owner.argsort(stable=True)
-        self.owner = owner[self.order].to(device)
+        self.owner = owner[self.order].to(images.device)
 
     def image_range(self, i: int) -> slice:
         return slice(i * self.height, (i + 1) * self.height)
