@@ -10,8 +10,7 @@ costs of an LLM are extrapolated from versions with two and three layers.
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -41,7 +40,6 @@ class PassCosts:
     forward: float
     backward: float
     saved: float  # bytes of activations saved by autograd
-    layer_inputs: float  # bytes of the inputs to all layers
     copies: float  # bytes of half-precision weight copies saved by autograd, in total and not per item
 
 
@@ -60,7 +58,7 @@ class TextCosts:
     tune_forward: float  # FLOPs per caption of the forward pass in a `tune` step
     tune_backward: float  # FLOPs per caption of the backward pass in a `tune` step
     saved_per_token: float  # bytes that autograd keeps for the backward pass, per token and transformer layer
-    input_per_token: float  # bytes of a transformer layer's input, per token
+    hidden_size: int  # dimension of the hidden states, which are float32 at each precision
 
     def count_tune_flops(self, config: TuneConfig) -> float:
         """Return the FLOPs per caption of a `tune` step, including repeated forward passes."""
@@ -71,22 +69,20 @@ class TextCosts:
 
 
 @dataclass(frozen=True)
-class ImageCosts:
-    """Costs of running and training the `align` stage's model. Each item is an image with its captions."""
+class ImageCosts(PassCosts):
+    """Costs of running and training the `align` stage's model. Each item is an image with its captions.
+
+    `forward` excludes a frozen tower.
+    """
 
     tower: int  # number of parameters in the tower
     projection: int  # number of parameters in the projection
     adapter: int  # number of parameters in the adapter
-    trained: int  # number of parameters trained in the `align` stage
     feature_dim: int  # dimension of the tower's image features
     embed_dim: int  # dimension of the shared embedding space
     captions: float  # number of captions that each step uses per image
     tower_forward: float  # FLOPs of the tower's forward pass
-    forward: float  # FLOPs of the forward pass in a training step, excluding a frozen tower
-    backward: float  # FLOPs of the backward pass in a training step
-    saved: float  # bytes saved by autograd
     saved_per_layer: float  # bytes saved by autograd in each tower layer; 0 if the tower is frozen
-    copies: float  # bytes of half-precision weight copies saved by autograd
 
     @property
     def parameters(self) -> int:
@@ -124,7 +120,7 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
         tune_forward=tune_forward,
         tune_backward=extrapolate(lambda costs: costs.backward),
         saved_per_token=(three.saved - two.saved) / length,
-        input_per_token=(three.layer_inputs - two.layer_inputs) / length,
+        hidden_size=config.hidden_size,
     )
 
 
@@ -135,7 +131,6 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
     tower_parameters = count_parameters(tower)
     with torch.device("meta"):
         select_trainable_weights(model, config)  # freezes the tower, or adds LoRA layers, if configured
-    layers = tower.get_blocks()
 
     def make_pixels(images: int) -> Tensor:
         return torch.zeros(images, 3, tower.preprocess.size, tower.preprocess.size, dtype=torch.uint8)
@@ -152,8 +147,8 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        image = measure_pass(model, layers, embed_images, config.precision)
-        text = measure_pass(model, [], embed_texts, config.precision)
+        image = measure_pass(model, embed_images, config.precision)
+        text = measure_pass(model, embed_texts, config.precision)
         tower.requires_grad_(False)  # with `no_grad`, torch's FLOP counter fails for attention pooling
         tower_forward = count_flops(lambda: tower(make_pixels(1)))
     return ImageCosts(
@@ -168,29 +163,35 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
         forward=image.forward + captions * text.forward,
         backward=image.backward + captions * text.backward,
         saved=image.saved + captions * text.saved,
-        saved_per_layer=image.saved / max(1, len(layers)) if config.tower_lr else 0.0,
+        saved_per_layer=image.saved / max(1, len(tower.get_blocks())) if config.tower_lr else 0.0,
         copies=image.copies + text.copies,
     )
 
 
-def measure_pass(
-    model: nn.Module, layers: Iterable[nn.Module], run: Callable[[int], Tensor], precision: str
-) -> PassCosts:
+def measure_pass(model: nn.Module, run: Callable[[int], Tensor], precision: str) -> PassCosts:
     """Measure the costs per item of a forward and backward pass. Must be called within a `FakeTensorMode`.
 
-    `run` runs the model on a number of items. The inputs of `layers` are measured. The precision must be fp32, bf16 or
-    fp16.
+    `run` runs the model on a number of items. The precision must be fp32, bf16 or fp16.
     """
+    weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     saved_bytes = {}
     for items in (2, 1):  # the difference excludes bytes that do not depend on the number of items
-        saved = SavedBytesCounter(model)
+        sizes: dict[int, int] = {}  # each storage counts once
+
+        def record(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                sizes[storage._cdata] = storage.nbytes()
+            return tensor
+
         # fp16 has the same size as bf16, so autocast to bf16 covers both.
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
+        hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
         counter = FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS)
-        with autocast, saved.hooks, _record_input_bytes(layers) as input_bytes, counter:
+        with autocast, hooks, counter:
             output = run(items)  # the output keeps the saved tensors alive
         forward = float(counter.get_total_flops())
-        saved_bytes[items] = saved.bytes
+        saved_bytes[items] = sum(sizes.values())
     backward = count_flops(output.sum().backward) if output.requires_grad else 0.0
     per_item = saved_bytes[2] - saved_bytes[1]
     return PassCosts(
@@ -198,7 +199,6 @@ def measure_pass(
         forward=forward,
         backward=backward,
         saved=per_item,
-        layer_inputs=sum(input_bytes),
         copies=saved_bytes[1] - per_item,
     )
 
@@ -211,39 +211,6 @@ def count_flops(run: Callable[[], Any]) -> float:
 
 def count_parameters(module: nn.Module, only_trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not only_trained)
-
-
-class SavedBytesCounter:
-    """Counts the bytes that autograd saves while `hooks` is active. Each storage counts once; weights do not count."""
-
-    def __init__(self, model: nn.Module) -> None:
-        weights = (*model.parameters(), *model.buffers())
-        self._excluded = {tensor.untyped_storage()._cdata for tensor in weights}
-        self._sizes: dict[int, int] = {}
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._record, lambda tensor: tensor)
-
-    @property
-    def bytes(self) -> int:
-        return sum(self._sizes.values())
-
-    def _record(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._excluded:
-            self._sizes[storage._cdata] = storage.nbytes()
-        return tensor
-
-
-@contextmanager
-def _record_input_bytes(layers: Iterable[nn.Module]) -> Iterator[list[int]]:
-    sizes: list[int] = []
-
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sizes.append(next(value.nbytes for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
-        yield sizes
 
 
 def _measure_shortened_llm(config: Any, tune: TuneConfig, num_layers: int, tokens: int, is_cpu: bool) -> PassCosts:
@@ -274,7 +241,7 @@ def _measure_shortened_llm(config: Any, tune: TuneConfig, num_layers: int, token
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         net.to_empty(device="cpu")
-        return measure_pass(net, get_layers(llm), encode, tune.precision)
+        return measure_pass(net, encode, tune.precision)
 
 
 def _count_linear_weights(module: nn.Module) -> int:
@@ -329,14 +296,11 @@ _SMOLLM2 = _make_config("llama", 576, 30, 9, 3, 1536, 49152, tie_word_embeddings
 _GEMMA3 = _make_config("gemma3_text", 640, 18, 4, 1, 2048, 262144, head_dim=256)
 _MINILM = _make_config("bert", 384, 6, 12, 12, 1536, 30522)
 
-# Configs of language models, keyed by lower-case hub id or by llm2clip's short model name.
+# Configs of language models, keyed by llm2clip's short model name or by lower-case hub id without "-instruct".
 LLMS = {
     "meta-llama/meta-llama-3-8b": _LLAMA_8B,
-    "meta-llama/meta-llama-3-8b-instruct": _LLAMA_8B,
     "meta-llama/llama-3.1-8b": _LLAMA_8B,
-    "meta-llama/llama-3.1-8b-instruct": _LLAMA_8B,
     "meta-llama/llama-3.2-1b": _LLAMA_1B,
-    "meta-llama/llama-3.2-1b-instruct": _LLAMA_1B,
     "deepseek-ai/deepseek-r1-distill-llama-8b": _LLAMA_8B,
     "encoders/llm2vec-llama-3-8b": _LLAMA_8B,  # folder created by `convert`; see the built-in configs
     "encoders/nv-embed-v2": _MISTRAL_7B,
@@ -344,10 +308,9 @@ LLMS = {
     "mistralai/mistral-nemo-base-2407": _NEMO,
     "mistralai/mistral-nemo-instruct-2407": _NEMO,
     "qwen/qwen2.5-0.5b": _QWEN,
-    "qwen/qwen2.5-0.5b-instruct": _QWEN,
     "qwen/qwen3-embedding-8b": _make_config("qwen3", 4096, 36, 32, 8, 12288, 151665, head_dim=128),
     "smollm2-135m": _SMOLLM2,
-    "huggingfacetb/smollm2-135m-instruct": _SMOLLM2,
+    "huggingfacetb/smollm2-135m": _SMOLLM2,
     "gemma3-270m": _GEMMA3,
     "google/gemma-3-270m": _GEMMA3,
     "all-minilm-l6-v2": _MINILM,
@@ -380,11 +343,12 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
     """
     from transformers import AutoConfig
 
-    path = encoder.path
+    path, name = encoder.path, encoder.path.lower()
+    known = LLMS.get(name) or LLMS.get(name.removesuffix("-instruct"))
     # llm2clip models store the LLM in a subfolder.
     folder = Path(path) / "text" if (Path(path) / "text/config.json").is_file() else Path(path)
-    if not folder.exists() and path.lower() in LLMS:
-        config = AutoConfig.for_model(**LLMS[path.lower()])
+    if known is not None and not folder.exists():
+        config = AutoConfig.for_model(**known)
     else:
         try:
             is_gguf = folder.suffix == ".gguf"

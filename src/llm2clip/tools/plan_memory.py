@@ -240,7 +240,7 @@ def count_saved_bytes(text: "TextCosts", gradient_checkpointing: bool) -> float:
     """
     saved = text.layers * text.saved_per_token
     if gradient_checkpointing:
-        saved = text.layers * text.input_per_token + text.saved_per_token
+        saved = text.layers * 4 * text.hidden_size + text.saved_per_token
     return saved + text.saved_per_token
 
 
