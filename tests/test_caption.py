@@ -487,6 +487,8 @@ def test_second_interrupt_while_an_image_is_read_does_not_wait_for_requests(
         if next(numbers) == FixedCaptioner.batch_size:  # the earlier images fill the first batch
             assert started.wait(20)
             signal.raise_signal(signal.SIGINT)
+            while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # the run handles the first signal
+                time.sleep(0.01)
             signal.raise_signal(signal.SIGINT)
         return image
 

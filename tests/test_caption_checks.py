@@ -80,7 +80,7 @@ def make_hash(number: int) -> str:
 
 
 def list_problems(database: CaptionDatabase, number: int, prompts: Sequence[Prompt] = (SHORT, SECOND)) -> list[object]:
-    answers = database.list_answers(make_hash(number), MODEL, [prompt.key for prompt in prompts])
+    answers = database.list_answers(make_hash(number), MODEL, prompts)
     return [answer.problem for answer in answers]
 
 
@@ -194,7 +194,7 @@ def test_duplicates_of_an_image_are_rejected_except_for_the_first(tmp_path: Path
     assert problems == [[None, DUPLICATE]] * 3 + [[None, None]] * 2
     assert database.count_problems(MODEL, [SHORT, SECOND, DENSE]) == {DUPLICATE: 3}
     assert checks.num_captions == 10 and checks.num_shortened == 1
-    text = database.list_answers(make_hash(2), MODEL, [SHORT.key])[0].text
+    text = database.list_answers(make_hash(2), MODEL, [SHORT])[0].text
     assert text == "The image shows a cat on a sofa"  # the original stays in the database
 
 
@@ -271,7 +271,7 @@ def test_score_and_rank_match_a_naive_computation(
     num_rejected = 0
     for n in range(18):
         others = [other for other in sample if other != n]
-        for answer in database.list_answers(make_hash(n), MODEL, [SHORT.key, SECOND.key]):
+        for answer in database.list_answers(make_hash(n), MODEL, [SHORT, SECOND]):
             text = dual_encoder.encode_texts([answer.text or ""])[0].double().numpy()
             score = text @ image_embeddings[n]
             rank = np.mean([text @ image_embeddings[other] > score for other in others])
@@ -319,8 +319,8 @@ def test_unreadable_images_are_not_scored(tmp_path: Path, image_folder: Path, du
     assert result.num_captions == 2
     report = replace(make_report(database, [SHORT]), scores=result)
     text = " ".join(format_report(database, report).split())
-    assert "1 images could not be decoded, so their captions were not compared" in text
-    scores = [database.list_answers(make_hash(n), MODEL, [SHORT.key])[0].score for n in range(3)]
+    assert "1 image could not be decoded, so the captions were not compared" in text
+    scores = [database.list_answers(make_hash(n), MODEL, [SHORT])[0].score for n in range(3)]
     assert [score is None for score in scores] == [False, True, False]
 
 
@@ -359,7 +359,7 @@ def test_report_shows_the_worst_images_first(tmp_path: Path) -> None:
     database = make_database(tmp_path / "c.sqlite", captions)
     report = make_report(database)
     for n, rank in ((2, 0.5), (5, 0.2), (0, 0.1)):
-        (answer, _) = database.list_answers(make_hash(n), MODEL, [SHORT.key, SECOND.key])
+        (answer, _) = database.list_answers(make_hash(n), MODEL, [SHORT, SECOND])
         database.update_checks([replace(answer, score=0.3, rank=rank)])
     assert [row.number for row in find_worst_images(database, report)] == [1, 3, 2, 5, 0, 4]
 

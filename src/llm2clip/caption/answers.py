@@ -1,11 +1,8 @@
 """Requests to a captioner and its answers, which are cleaned because a model's output is untrusted text."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from llm2clip.caption.options import Prompt
 
@@ -62,7 +59,7 @@ _REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class CaptionRequest:
-    image: Any  # in the form that `Captioner.prepare` returns
+    image: Any  # in the form that the captioner's `prepare` returns
     prompt: Prompt
     sample: int = 0  # number of the sample, from 0
     caption: str | None = None  # of the image in the source
@@ -80,30 +77,6 @@ class Answer:
     error: str | None = None
     input_tokens: int = 0
     output_tokens: int = 0
-
-
-class Captioner(Protocol):
-    """A model that writes captions."""
-
-    name: str  # recorded with each caption
-    batch_size: int  # number of requests with the same prompt per call
-    workers: int  # number of threads that call `ask` at the same time
-    # True if an earlier run has stored captions by this model. A rejected image then does not stop the run.
-    worked_before: bool
-
-    def prepare(self, image: Tensor) -> Any:
-        """Convert a uint8 image of shape (3, H, W) to the form that requests contain."""
-
-    def ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
-        """Return an answer for each request.
-
-        Raises:
-            StoppedError: The captioner was stopped before there was an answer. The next run sends the requests.
-            ValueError: No request can succeed, for example because the key is wrong.
-        """
-
-    def stop(self) -> None:
-        """Make `ask` raise StoppedError instead of waiting before another attempt."""
 
 
 class StoppedError(Exception):

@@ -67,6 +67,13 @@ class EndpointCaptioner:
         retries: Number of further attempts after a failed request.
         timeout: Maximum time for a response, in seconds.
 
+    Attributes:
+        name: Name of the model, recorded with each caption.
+        batch_size: Number of requests with the same prompt per call of `ask`.
+        workers: Number of threads that call `ask` at the same time.
+        worked_before: True if an earlier run has stored captions by this model. A rejected image then does not stop the
+            run.
+
     Raises:
         ValueError: The URL is not valid, or the key contains characters that are not allowed in a header.
     """
@@ -113,9 +120,16 @@ class EndpointCaptioner:
         return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
 
     def stop(self) -> None:
+        """Make `ask` raise StoppedError instead of waiting before another attempt."""
         self._stopped.set()
 
     def ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
+        """Return an answer for each request.
+
+        Raises:
+            StoppedError: The captioner was stopped before there was an answer. The next run sends the requests.
+            EndpointError: No request can succeed, for example because the key is wrong.
+        """
         return [self._ask_with_retries(request) for request in requests]
 
     def _ask_with_retries(self, request: CaptionRequest) -> Answer:
@@ -309,7 +323,7 @@ def _advise(status: int) -> str:
 
 
 class LocalCaptioner:
-    """Captioner that runs a vision-language model on this process's device.
+    """Captioner that runs a vision-language model on this process's device. Attributes: see `EndpointCaptioner`.
 
     Args:
         model: Model folder or hub id.
@@ -415,3 +429,6 @@ class LocalCaptioner:
         length = next((n for n, token in enumerate(new_tokens) if token in end_tokens), len(new_tokens))
         text = self.tokenizer.decode(new_tokens[:length], skip_special_tokens=True)
         return clean_answer(text, length == len(new_tokens), num_input_tokens, length)
+
+
+Captioner = EndpointCaptioner | LocalCaptioner

@@ -335,14 +335,13 @@ def score_captions(
     """
     sample_hashes, sample = _encode_sample(database, encoder)
     result = ScoredCaptions(encoder.name, max_rank, sample_size=len(sample_hashes))
-    keys = [prompt.key for prompt in prompts]
     with ProgressBar(total=database.count_images(), desc="checking", unit="image") as bar:
         for rows in iter_chunks(database.iterate_images(distinct=True), IMAGES_PER_BATCH):
             hashes, embeddings = _encode_images(database, rows, encoder)
             result.num_unreadable += len(rows) - len(hashes)
             answers, owners = [], []
             for owner, image_hash in enumerate(hashes):
-                for answer in database.list_answers(image_hash, model, keys):
+                for answer in database.list_answers(image_hash, model, prompts):
                     # Captions that only an earlier comparison has rejected are compared again.
                     if answer.text is not None and answer.problem in (None, MISMATCH):
                         answers.append(answer)

@@ -177,12 +177,16 @@ class CaptionDatabase:
         with self.transaction():
             self.connection.executemany(_ADD_ANSWER, map(astuple, answers))
 
-    def list_answers(self, image_hash: str, model: str, prompts: Sequence[str]) -> list[StoredAnswer]:
-        """Return the answers of a model for an image, including failed ones, in the order of the prompts' keys."""
-        query = "SELECT * FROM answers WHERE hash = ? AND prompt = ? AND model = ? ORDER BY sample"
+    def list_answers(self, image_hash: str, model: str, prompts: Sequence[Prompt]) -> list[StoredAnswer]:
+        """Return a model's answers for an image, including failed ones, in the order of the prompts.
+
+        Samples that the prompts no longer ask for are omitted.
+        """
+        query = "SELECT * FROM answers WHERE hash = ? AND prompt = ? AND model = ? AND sample < ? ORDER BY sample"
         answers = []
         for prompt in prompts:
-            answers += [StoredAnswer(*row) for row in self.connection.execute(query, (image_hash, prompt, model))]
+            rows = self.connection.execute(query, (image_hash, prompt.key, model, prompt.samples))
+            answers += [StoredAnswer(*row) for row in rows]
         return answers
 
     def count_answers(self, model: str, prompts: Sequence[Prompt], only_captions: bool = False) -> int:

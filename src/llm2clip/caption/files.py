@@ -17,7 +17,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -35,7 +35,7 @@ from llm2clip.data.images import ImageError, load_image, make_thumbnail
 from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, Record, RecordReader, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.storage import is_remote
-from llm2clip.io_utils import atomic_path, explain_write_errors, hide_url_secrets, to_valid_unicode
+from llm2clip.io_utils import atomic_path, explain_write_errors, format_count, hide_url_secrets, to_valid_unicode
 from llm2clip.progress import ProgressBar
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph, Table, write_report
 from llm2clip.runs.run_description import build_run_section, describe_run
@@ -193,7 +193,7 @@ def write_records(database: CaptionDatabase, file: Path, model: str, prompts: Se
     num_records = num_captions = 0
     with _open_jsonl(file) as stream:
         for row in database.iterate_images():
-            answers = _list_answers(database, row, model, prompts)
+            answers = database.list_answers(row.hash, model, prompts)
             accepted = [answer for answer in answers if answer.text is not None and answer.problem is None]
             record = _add_captions(row, accepted, prompts, database.has_source_captions(row.hash))
             if any(record.get(name) for name in CAPTION_FIELDS):
@@ -235,7 +235,7 @@ def write_failures(database: CaptionDatabase, file: Path, model: str, prompts: S
     num_failures = 0
     with _open_jsonl(file) as stream:
         for row in database.iterate_images(distinct=True):
-            for answer in _list_answers(database, row, model, prompts):
+            for answer in database.list_answers(row.hash, model, prompts):
                 if answer.error is not None:
                     failure = {"image": row.record["image"], "id": row.record["id"], "prompt": answer.prompt}
                     failure |= {"sample": answer.sample, "error": answer.error, "date": answer.date}
@@ -244,15 +244,6 @@ def write_failures(database: CaptionDatabase, file: Path, model: str, prompts: S
     if not num_failures:
         file.unlink()
     return num_failures
-
-
-def _list_answers(
-    database: CaptionDatabase, row: ImageRow, model: str, prompts: Sequence[Prompt]
-) -> list[StoredAnswer]:
-    """Return the answers for an image, without samples that the prompts no longer ask for."""
-    samples = {prompt.key: prompt.samples for prompt in prompts}
-    answers = database.list_answers(row.hash, model, list(samples))
-    return [answer for answer in answers if answer.sample < samples[answer.prompt]]
 
 
 @contextmanager
@@ -280,7 +271,9 @@ def write_caption_report(file: Path, database: CaptionDatabase, report: CaptionR
     blocks = build_blocks(database, report)
     cards = [_make_card(database, row, report) for row in find_worst_images(database, report)]
     if cards:
-        text = f"{len(cards):,} images: those with failed or rejected captions first, then by highest rank."
+        text = (
+            f"{format_count(len(cards), 'image')}: those with failed or rejected captions first, then by highest rank."
+        )
         blocks += [Heading("Images"), Paragraph(text), Examples(cards, as_cards=True)]
     sources = "\n".join(to_valid_unicode(hide_url_secrets(source)) for source in report.sources)
     blocks += build_run_section(describe_run(report.seconds), code=sources)
@@ -341,11 +334,13 @@ def build_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block
 def _describe_comparison(scores: ScoredCaptions | None, num_mismatches: int) -> str:
     if scores is not None:
         text = (
-            f"{scores.num_captions:,} captions were compared with {scores.sample_size:,} images by {scores.encoder}. "
+            f"Captions compared with {format_count(scores.sample_size, 'image')} by {scores.encoder}: "
+            f"{scores.num_captions:,}. "
             f"A caption is rejected if more than {scores.max_rank:.0%} of these images match it better than its own."
         )
         if scores.num_unreadable:
-            text += f" {scores.num_unreadable:,} images could not be decoded, so their captions were not compared."
+            unreadable = format_count(scores.num_unreadable, "image")
+            text += f" {unreadable} could not be decoded, so the captions were not compared."
         return text
     if num_mismatches:
         return "This run did not compare the captions with their images. Earlier rejections remain valid."
@@ -362,14 +357,8 @@ def find_worst_images(database: CaptionDatabase, report: CaptionReport) -> list[
 
 
 def _make_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) -> Example:
-    file = find_image_file(database, row)
-    jpeg, error = None, ""
-    try:
-        jpeg = make_thumbnail(load_image(file), THUMBNAIL_SIDE)
-    except (ImageError, OSError) as problem:
-        error = to_valid_unicode(str(problem))
     texts: dict[str, list[str]] = {}
-    for answer in database.list_answers(row.hash, report.model, [prompt.key for prompt in report.prompts]):
+    for answer in database.list_answers(row.hash, report.model, report.prompts):
         label, text = "failed requests", shorten_text(answer.error or "")
         if answer.text is not None:
             label = "captions" if answer.problem is None else f"rejected: {answer.problem}"
@@ -379,8 +368,20 @@ def _make_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) 
         texts.setdefault(label, []).append(text)
     if captions := row.record.get("captions"):
         texts["captions in the source"] = [shorten_text(caption) for caption in captions[:MAX_SOURCE_CAPTIONS]]
-    name = Path(to_valid_unicode(file.path)).name
-    return Example(jpeg, title=name, details=[to_valid_unicode(row.record["image"])], texts=texts, error=error)
+    return make_card(find_image_file(database, row), [row.record["image"]], texts)
+
+
+def make_card(image: ImageRef, details: Sequence[str], texts: Mapping[str, Sequence[str]]) -> Example:
+    """Return a card with an image's thumbnail, name and size, or with the error if the image cannot be decoded."""
+    jpeg, size, error = None, [], ""
+    try:
+        pixels = load_image(image)
+        jpeg = make_thumbnail(pixels, THUMBNAIL_SIDE)
+        size = [f"{pixels.shape[2]:,} × {pixels.shape[1]:,} pixels"]
+    except (ImageError, OSError) as problem:
+        error = to_valid_unicode(str(problem))
+    title = to_valid_unicode(Path(str(image)).name)
+    return Example(jpeg, title=title, details=[*size, *map(to_valid_unicode, details)], texts=texts, error=error)
 
 
 def shorten_text(text: str) -> str:

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-import queue
 import signal
 import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm2clip.caption.answers import Answer, Captioner, CaptionRequest, StoppedError
-from llm2clip.caption.captioners import EndpointCaptioner, LocalCaptioner
+from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError
+from llm2clip.caption.captioners import Captioner, EndpointCaptioner, LocalCaptioner
 from llm2clip.caption.checks import check_captions, find_image_file, score_captions
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.files import (
@@ -42,6 +41,7 @@ from llm2clip.data.image_facts import UNREADABLE_IMAGE
 from llm2clip.data.images import ImageError, load_image, shrink_image
 from llm2clip.data.skip_log import MAX_VALUE_CHARACTERS, SkipLog, TooManySkipped
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
+from llm2clip.parallel import Prefetcher
 from llm2clip.progress import ProgressBar
 from llm2clip.reports import render_text
 from llm2clip.runs.output_folder import folder_lock
@@ -214,7 +214,7 @@ class _Item(NamedTuple):
 
 
 class _CaptionRun:
-    """Asks for the missing captions: the calling thread reads the images, and other threads call the captioner.
+    """Asks for the missing captions: one thread reads the images, and other threads call the captioner.
 
     An answer is stored by the thread that received it, before this thread asks for the next one. If the process is
     killed, at most one answer per thread is lost.
@@ -239,7 +239,7 @@ class _CaptionRun:
         self._stopped = threading.Event()
         self._error: BaseException | None = None  # of a thread that calls the captioner
         self._lock = threading.Lock()  # for the database and the progress bar
-        self._batches: queue.Queue[list[_Item] | None] = queue.Queue(maxsize=max(2, captioner.workers))
+        self._batches_lock = threading.Lock()
 
     @property
     def seconds(self) -> float:
@@ -254,20 +254,17 @@ class _CaptionRun:
             return
         total = num_stored + math.ceil(num_missing / state.num_processes)
         is_main = state.is_main_process
-        with ProgressBar(total=total, initial=num_stored, desc="caption", unit="caption", disable=not is_main) as bar:
+        with (
+            ProgressBar(total=total, initial=num_stored, desc="caption", unit="caption", disable=not is_main) as bar,
+            closing(Prefetcher(self._read_batches(), depth=max(2, self.captioner.workers))) as batches,
+        ):
             threads = []
             for _ in range(self.captioner.workers):  # daemon threads do not delay the exit at a second Ctrl+C
-                threads.append(threading.Thread(target=self._ask, args=(bar,), daemon=True))
+                threads.append(threading.Thread(target=self._ask, args=(batches, bar), daemon=True))
                 threads[-1].start()
-            try:
-                self._read_images()
-            except StoppedError:
-                pass
-            except Exception:  # not KeyboardInterrupt: the second Ctrl+C does not wait for requests in flight
-                self.stop()
-                self._join(threads)
-                raise
-            self._join(threads)
+            for thread in threads:
+                while thread.is_alive():  # signals are handled between two calls of join
+                    thread.join(POLL_INTERVAL)
         if self._error is not None:
             raise self._error
 
@@ -280,40 +277,28 @@ class _CaptionRun:
         num_answers = self.database.count_answers(self.captioner.name, self.prompts)
         return self.database.count_images() * self._captions_per_image - num_answers
 
-    # ---- calling thread
-
-    def _join(self, threads: Sequence[threading.Thread]) -> None:
-        for thread in threads:
-            while thread.is_alive():  # signals are handled between two calls of join
-                thread.join(POLL_INTERVAL)
-
-    def _read_images(self) -> None:
-        """Put batches of requests with the same prompt into the queue, then None for each thread."""
+    def _read_batches(self) -> Generator[list[_Item]]:
+        """Yield batches of requests with the same prompt until the run is stopped."""
         state = process_state()
         batches: dict[str, list[_Item]] = defaultdict(list)
         with closing(CaptionDatabase(self.output.database)) as database:  # not used by other threads
             for row in database.iterate_images(distinct=True):
+                if self._stopped.is_set():
+                    return
                 if int(row.hash[:8], 16) % state.num_processes != state.process_index:
                     continue
                 for item in self._make_requests(row, database):
                     batch = batches[item.request.prompt.key]
                     batch.append(item)
                     if len(batch) >= self.captioner.batch_size:
-                        self._put(batches.pop(item.request.prompt.key))
-        for remaining in (*batches.values(), *[None] * self.captioner.workers):
-            self._put(remaining)
-
-    def _put(self, batch: list[_Item] | None) -> None:
-        while not self._stopped.is_set():
-            with suppress(queue.Full):
-                return self._batches.put(batch, timeout=POLL_INTERVAL)
-        raise StoppedError
+                        yield batches.pop(item.request.prompt.key)
+        yield from batches.values()
 
     def _make_requests(self, row: ImageRow, database: CaptionDatabase) -> list[_Item]:
         """Return the missing requests of an image, or none if it cannot be read."""
         captions = row.record.get("captions") if self.options.use_captions else None
         caption = captions[0] if captions else None
-        answers = database.list_answers(row.hash, self.captioner.name, [prompt.key for prompt in self.prompts])
+        answers = database.list_answers(row.hash, self.captioner.name, self.prompts)
         stored = {(answer.prompt, answer.sample) for answer in answers if answer.error is None}
         missing = []
         for prompt in self.prompts:
@@ -335,12 +320,10 @@ class _CaptionRun:
             self.database.add_answers([self._make_answer(item, failure) for item in items])
         return []
 
-    # ---- threads that call the captioner
-
-    def _ask(self, bar: ProgressBar) -> None:
-        """Ask for the captions in the queue and store the answers. An error stops the run."""
+    def _ask(self, batches: Iterator[list[_Item]], bar: ProgressBar) -> None:
+        """Ask for the captions and store the answers. All threads share `batches`. An error stops the run."""
         try:
-            while batch := self._take():
+            while batch := self._take(batches):
                 answers = self.captioner.ask([item.request for item in batch])
                 rows = [self._make_answer(item, answer) for item, answer in zip(batch, answers, strict=True)]
                 with self._lock:
@@ -353,11 +336,10 @@ class _CaptionRun:
             self._error = self._error or error
             self.stop()
 
-    def _take(self) -> list[_Item] | None:
-        while not self._stopped.is_set():
-            with suppress(queue.Empty):
-                return self._batches.get(timeout=POLL_INTERVAL)
-        return None
+    def _take(self, batches: Iterator[list[_Item]]) -> list[_Item] | None:
+        with self._batches_lock:
+            batch = next(batches, None)
+        return None if self._stopped.is_set() else batch
 
     def _make_answer(self, item: _Item, answer: Answer) -> StoredAnswer:
         prompt = item.request.prompt

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llm2clip.caption.files import shorten_text
+from llm2clip.caption.files import make_card, shorten_text
 from llm2clip.config import EvaluateConfig
 from llm2clip.data.build_table import NoImagesError, open_table, read_splits
 from llm2clip.data.formats import IMAGE_SUFFIXES
 from llm2clip.data.image_refs import IMAGE_KINDS
-from llm2clip.data.images import ImageError, load_image, make_thumbnail
 from llm2clip.data.noun_phrases import add_phrases
 from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, NoCaptionsError, Record, Source
 from llm2clip.data.skip_log import SkipLog
@@ -51,7 +50,6 @@ MAX_LANGUAGE_SAMPLE = 10_000  # texts of each kind whose language is identified
 MIN_LANGUAGE_SHARE = 0.01  # rarer languages are counted as "other", because most of them are errors
 MAX_LISTED = 20  # splits and file name suffixes listed
 MAX_TEXTS = 50  # texts of each kind shown below an image
-THUMBNAIL_SIDE = 320  # in pixels
 MIN_HELD_OUT = 50  # with fewer held-out images, recall says little about other images
 SMALL_SIDE = 224  # in pixels; input resolution of most vision towers
 FIT_MAX_SKIPPED = 0.05  # default of `fit --max_skipped`
@@ -345,18 +343,8 @@ def write_page(file: Path, overview: DataOverview, table: RecordTable, next_comm
 
 
 def _make_card(record: Record) -> Example:
-    """Return a record's thumbnail and texts. If its image cannot be decoded, the card shows the error."""
     assert record.image is not None
-    jpeg, error, details = None, "", []
-    try:
-        image = load_image(record.image)
-        jpeg = make_thumbnail(image, THUMBNAIL_SIDE)
-        details = [f"{image.shape[2]:,} × {image.shape[1]:,} pixels"]
-    except (ImageError, OSError) as problem:
-        error = to_valid_unicode(str(problem))
-    name = Path(str(record.image)).name
-    if record.id != Path(name).stem:
-        details.append(f"id {record.id}")
+    details = [f"id {record.id}"] if record.id != Path(str(record.image)).stem else []
     if record.split:
         details.append(record.split)
     texts = {}
@@ -365,5 +353,4 @@ def _make_card(record: Record) -> Example:
             shown = [shorten_text(text) for text in values[:MAX_TEXTS]]
             more = [f"… and {len(values) - MAX_TEXTS:,} more"] if len(values) > MAX_TEXTS else []
             texts[FIELD_LABELS[field]] = [*shown, *more]
-    details = [to_valid_unicode(detail) for detail in details]
-    return Example(jpeg, title=to_valid_unicode(name), details=details, texts=texts, error=error)
+    return make_card(record.image, details, texts)
