@@ -46,20 +46,6 @@ def _read_karpathy(folder: Path, name: str, image_dir: Path) -> CaptionFields:
     return {"captions": make_captioned_records(pairs, file)}
 
 
-def _read_flickr30k(folder: Path) -> CaptionFields:
-    image_dir = find_first(folder, "flickr30k-images", "flickr30k_images", "images", "Images")
-    return _read_karpathy(folder, "flickr30k", image_dir)
-
-
-def _read_coco(folder: Path) -> CaptionFields:
-    return _read_karpathy(folder, "coco", find_first(folder, "val2014", "images/val2014").parent)
-
-
-def _read_flickr8k(folder: Path) -> CaptionFields:
-    image_dir = find_first(folder, "Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images")  # sic: "Flicker8k"
-    return _read_karpathy(folder, "flickr8k", image_dir)
-
-
 def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
     """Read the first `count` objects in a JSON list without reading the rest of the file, which may be gigabytes."""
     with file.open(encoding="utf-8") as stream:
@@ -187,9 +173,15 @@ def _read_parallel_captions(file: Path, refs: Sequence[ImageRef]) -> list[Record
 
 
 READERS = {
-    "flickr30k": _read_flickr30k,
-    "coco": _read_coco,
-    "flickr8k": _read_flickr8k,
+    "flickr30k": lambda folder: _read_karpathy(
+        folder, "flickr30k", find_first(folder, "flickr30k-images", "flickr30k_images", "images", "Images")
+    ),
+    "coco": lambda folder: _read_karpathy(folder, "coco", find_first(folder, "val2014", "images/val2014").parent),
+    "flickr8k": lambda folder: _read_karpathy(
+        folder,
+        "flickr8k",
+        find_first(folder, "Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"),  # sic
+    ),
     "sharegpt4v": _read_sharegpt4v,
     "urban1k": _read_urban1k,
     "docci": _read_docci,
