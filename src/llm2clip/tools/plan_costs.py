@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -277,62 +278,9 @@ _FLOP_FORMULAS = {
 # ---- models without weights ------------------------------------------------------------------------------------------
 
 
-_CONFIG_NAMES = (
-    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "intermediate_size", "vocab_size",
-)  # fmt: skip
-
-
-def _make_config(*values: str | int, **extra: int) -> dict[str, Any]:
-    return dict(zip(_CONFIG_NAMES, values, strict=True)) | extra
-
-
-_LLAMA_8B = _make_config("llama", 4096, 32, 32, 8, 14336, 128256)
-_LLAMA_1B = _make_config("llama", 2048, 16, 32, 8, 8192, 128256, head_dim=64, tie_word_embeddings=True)
-_MISTRAL_7B = _make_config("mistral", 4096, 32, 32, 8, 14336, 32000)
-_NEMO = _make_config("mistral", 5120, 40, 32, 8, 14336, 131072, head_dim=128)
-_QWEN = _make_config("qwen2", 896, 24, 14, 2, 4864, 151936, tie_word_embeddings=True)
-_SMOLLM2 = _make_config("llama", 576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True)
-_GEMMA3 = _make_config("gemma3_text", 640, 18, 4, 1, 2048, 262144, head_dim=256)
-_MINILM = _make_config("bert", 384, 6, 12, 12, 1536, 30522)
-
-# Configs of language models, keyed by llm2clip's short model name or by lower-case hub id without "-instruct".
-LLMS = {
-    "meta-llama/meta-llama-3-8b": _LLAMA_8B,
-    "meta-llama/llama-3.1-8b": _LLAMA_8B,
-    "meta-llama/llama-3.2-1b": _LLAMA_1B,
-    "deepseek-ai/deepseek-r1-distill-llama-8b": _LLAMA_8B,
-    "encoders/llm2vec-llama-3-8b": _LLAMA_8B,  # folder created by `convert`; see the built-in configs
-    "encoders/nv-embed-v2": _MISTRAL_7B,
-    "baai/bge-en-icl": {**_MISTRAL_7B, "vocab_size": 32003},
-    "mistralai/mistral-nemo-base-2407": _NEMO,
-    "mistralai/mistral-nemo-instruct-2407": _NEMO,
-    "qwen/qwen2.5-0.5b": _QWEN,
-    "qwen/qwen3-embedding-8b": _make_config("qwen3", 4096, 36, 32, 8, 12288, 151665, head_dim=128),
-    "smollm2-135m": _SMOLLM2,
-    "huggingfacetb/smollm2-135m": _SMOLLM2,
-    "gemma3-270m": _GEMMA3,
-    "google/gemma-3-270m": _GEMMA3,
-    "all-minilm-l6-v2": _MINILM,
-    "sentence-transformers/all-minilm-l6-v2": _MINILM,
-}
-
-# (timm model, image size) of vision towers, keyed by lower-case hub id or by llm2clip's short model name.
-TOWERS: dict[str, tuple[str, int]] = {
-    "openai/clip-vit-base-patch32": ("vit_base_patch32_clip_quickgelu_224", 224),
-    "openai/clip-vit-base-patch16": ("vit_base_patch16_clip_quickgelu_224", 224),
-    "openai/clip-vit-large-patch14": ("vit_large_patch14_clip_quickgelu_224", 224),
-    "openai/clip-vit-large-patch14-336": ("vit_large_patch14_clip_quickgelu_336", 336),
-    "google/siglip2-base-patch16-224": ("vit_base_patch16_siglip_224", 224),
-    "google/siglip2-so400m-patch14-224": ("vit_so400m_patch14_siglip_224", 224),
-    "google/siglip2-so400m-patch14-384": ("vit_so400m_patch14_siglip_378", 378),
-    "google/siglip2-so400m-patch16-256": ("vit_so400m_patch16_siglip_256", 256),
-    "google/siglip2-so400m-patch16-384": ("vit_so400m_patch16_siglip_384", 384),
-    "facebook/dinov2-base": ("vit_base_patch14_dinov2", 224),
-    "facebook/dinov2-large": ("vit_large_patch14_dinov2", 224),
-    "efficientnet-lite0": ("tf_efficientnet_lite0", 224),
-    "efficientnet-lite2": ("tf_efficientnet_lite2", 260),
-}
+_MODELS = yaml.safe_load(Path(__file__).with_name("plan_models.yaml").read_text(encoding="utf-8"))
+LLMS: dict[str, dict[str, Any]] = _MODELS["llms"]
+TOWERS: dict[str, tuple[str, int]] = _MODELS["towers"]
 
 
 def get_llm_config(encoder: EncoderConfig) -> Any:
