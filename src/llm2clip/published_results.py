@@ -26,13 +26,12 @@ class PublishedTable:
         return self.rows[row][self.columns.index(column)]
 
 
-def _load_tables() -> dict[str, PublishedTable]:
-    content = yaml.safe_load((files("llm2clip") / "published_results.yaml").read_text(encoding="utf-8"))
+def _build_tables() -> dict[str, PublishedTable]:
     tables = {}
-    for name, table in content["tables"].items():
+    for name, table in _CONTENT["tables"].items():
         rows = {row: tuple(map(_parse_cell, cells)) for row, cells in table["rows"].items()}
         fields = {**table, "rows": rows, "columns": tuple(table["columns"])}
-        tables[name] = PublishedTable(source=content["sources"][table["year"]], **fields)
+        tables[name] = PublishedTable(source=_CONTENT["sources"][table["year"]], **fields)
     return tables
 
 
@@ -42,31 +41,13 @@ def _parse_cell(value: Any) -> Cell:
     return tuple(value) if isinstance(value, list) else (value,)
 
 
-TABLES = _load_tables()
+_CONTENT = yaml.safe_load((files("llm2clip") / "published_results.yaml").read_text(encoding="utf-8"))
+PUBLISHED_NAMES: dict[str, str] = _CONTENT["retrieval columns"]
+VISION_TRANSFER_METRICS: dict[str, tuple[str, list[str]]] = _CONTENT["vision transfer columns"]
+RETRIEVAL_TABLES = ("eva02_text_towers", "clip_text_encoders", "chinese_retrieval", "multilingual_retrieval")
+TABLES = _build_tables()
 CRA = {model: cell[0] for model, (cell,) in TABLES["cra"].rows.items() if cell}
 CRA_NOTE = TABLES["cra"].note
-
-# Benchmark names in llm2clip -> column names in the retrieval tables.
-PUBLISHED_NAMES = {
-    "flickr30k": "Flickr30k",
-    "coco": "COCO",
-    "sharegpt4v": "ShareGPT4V",
-    "urban1k": "Urban-1k",
-    "docci": "DOCCI",
-    "flickr30k-cn": "Flickr30k-CN",
-    "coco-cn": "COCO-CN",
-    "xm3600": "XM3600",
-}
-RETRIEVAL_TABLES = ("eva02_text_towers", "clip_text_encoders", "chinese_retrieval", "multilingual_retrieval")
-# Benchmark names -> column in the table "vision_transfer", and the metrics in this column.
-VISION_TRANSFER_METRICS = {
-    "voc20": ("VOC", ("mIoU",)),
-    "voc21": ("VOC", ("mIoU",)),
-    "coco-stuff": ("COCO-Stuff", ("mIoU",)),
-    "ade20k": ("ADE20K", ("mIoU",)),
-    "cityscapes": ("Cityscapes", ("mIoU",)),
-    "ov-coco": ("OV-COCO", ("AP50 novel", "AP50 base", "AP50 all")),
-}
 
 
 def get_published_metrics(benchmark: str) -> dict[str, dict[str, float]]:
