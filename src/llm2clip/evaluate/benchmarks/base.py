@@ -184,12 +184,6 @@ def resolve_image(folder: Path, name: str) -> FileImage:
     return FileImage(str(folder / name))
 
 
-def find_image_file(folders: Sequence[Path], name: str) -> FileImage:
-    """Return the image in the first folder that contains it, or else a missing file in the first folder."""
-    candidates = [resolve_image(folder, name) for folder in folders]
-    return next((ref for ref in candidates if Path(ref.path).is_file()), candidates[0])
-
-
 def find_coco_roots(folder: Path) -> list[Path]:
     """Return the folders that can contain COCO's images: a benchmark's own folder and any coco folders next to it."""
     return [folder, *(path for name in COCO_FOLDERS if (path := folder.parent / name).is_dir())]

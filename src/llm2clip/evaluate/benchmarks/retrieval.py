@@ -23,7 +23,6 @@ from llm2clip.data.records import Record
 from llm2clip.evaluate.benchmarks.base import (
     CaptionFields,
     find_coco_roots,
-    find_image_file,
     make_captioned_records,
     resolve_image,
 )
@@ -153,7 +152,8 @@ def _read_xtd10(folder: Path) -> CaptionFields:
     refs = []
     for name in names:
         split = "train2014" if "train2014" in name else "val2014"
-        refs.append(find_image_file(find_coco_roots(folder), f"{split}/{name}"))
+        root = next((root for root in find_coco_roots(folder) if (root / split / name).is_file()), folder)
+        refs.append(resolve_image(root, f"{split}/{name}"))
     fields: dict[str, list[Record]] = {}
     for name, language in XTD10_FILES.items():
         file = next((path for path in (folder / name, folder / Path(name).name) if path.exists()), None)
