@@ -22,7 +22,7 @@ from llm2clip.models.official_checkpoint import (
     load_official_checkpoint,
     save_official_checkpoint,
 )
-from llm2clip.models.official_layout import LAYOUTS, Checkpoint, get_official_name
+from llm2clip.models.official_layout import HF, Checkpoint, get_official_name
 from llm2clip.models.published_encoders import TEMPLATE_TOKENS, find_published_template, suggest_encoders
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
@@ -168,7 +168,7 @@ def test_infer_config_matches_published_hf_parameter_counts(tower: dict[str, int
     shapes = official_shapes("hf", 4096, 1280, **tower, size=size)
     assert sum(math.prod(shape) for shape in shapes.values()) == count
     with torch.device("meta"):
-        checkpoint = Checkpoint.from_tensors("memory", {name: torch.empty(shape) for name, shape in shapes.items()})
+        checkpoint = Checkpoint.from_tensors("memory", {name: torch.empty(shape) for name, shape in shapes.items()}, {})
         config = infer_config(checkpoint)
         model = LLM2CLIP(config, VisionTower.from_config(config.tower))
         copy_tensors(model, checkpoint)
@@ -195,7 +195,7 @@ def test_infer_config_eva_towers_match_open_clip(tower: dict[str, int], size: in
 
     shapes = official_shapes("eva", 4096, 1280, **tower, size=size)
     with torch.device("meta"):
-        checkpoint = Checkpoint.from_tensors("memory", {name: torch.empty(shape) for name, shape in shapes.items()})
+        checkpoint = Checkpoint.from_tensors("memory", {name: torch.empty(shape) for name, shape in shapes.items()}, {})
         config = infer_config(checkpoint)
         model = LLM2CLIP(config, VisionTower.from_config(config.tower))
         trunk = open_clip.create_model(reference, load_weights=False, device="meta").visual.trunk
@@ -361,7 +361,7 @@ def test_load_official_reads_hf_weight_files(kind: str, tmp_path: Path) -> None:
         save_file(tensors | more | {"text_model.final_layer_norm.weight": torch.ones(2)}, weights)
     model = load_official_checkpoint(source)
     for name, tensor in model.state_dict().items():
-        official = tensors[get_official_name(name, LAYOUTS["hf"], AdapterConfig(depth=4))]
+        official = tensors[get_official_name(name, HF, AdapterConfig(depth=4))]
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor.reshape(-1), official.float().reshape(-1))
 

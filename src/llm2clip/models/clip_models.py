@@ -34,8 +34,6 @@ OPEN_CLIP_PREFIX = "open_clip:"
 
 @dataclass(frozen=True)
 class _TextPreprocessing:
-    """Text preprocessing that a model type requires."""
-
     context_length: int | None = None  # maximum text length in tokens; if None, the number of position embeddings
     fully_padded: bool = False  # training texts were padded to the context length, and no attention mask was used
     lower_case: bool = False
@@ -146,8 +144,16 @@ def _load_transformers(path: str, device: torch.device, remote_code: bool) -> Cl
     """Load a model with transformers' classes or, if `remote_code` is True, with the model's own code."""
     from transformers import AutoModel, AutoTokenizer
 
-    config = None if remote_code else load_config(path)
-    preprocessing = _TextPreprocessing() if config is None else _get_text_preprocessing(path, config.model_type)
+    config, preprocessing = None, _TextPreprocessing()
+    if not remote_code:
+        config = load_config(path)
+        if config.model_type not in _TEXT_PREPROCESSING:
+            raise ValueError(
+                f"{path} is a {config.model_type!r} model, which is not supported: its prompt, context length and "
+                f"padding are unknown to llm2clip. Supported types: {', '.join(_TEXT_PREPROCESSING)}. To compare with "
+                "any other model, save its embeddings in an .npz file"
+            )
+        preprocessing = _TEXT_PREPROCESSING[config.model_type]
     model: Any = AutoModel.from_pretrained(path, config=config, trust_remote_code=remote_code, dtype=torch.float32)
     model = model.to(device).eval()
     if remote_code and hasattr(model, "encode_text"):  # as in Jina-CLIP, which tokenizes and truncates the texts
@@ -182,16 +188,6 @@ def _load_transformers(path: str, device: torch.device, remote_code: bool) -> Cl
         tokenize=tokenize,
         forward=lambda **batch: get_pooled_output(model.get_text_features(**batch)),
         count_tokens=lambda text: len(tokenizer(text, verbose=False)["input_ids"]),
-    )
-
-
-def _get_text_preprocessing(path: str, model_type: str) -> _TextPreprocessing:
-    if model_type in _TEXT_PREPROCESSING:
-        return _TEXT_PREPROCESSING[model_type]
-    raise ValueError(
-        f"{path} is a {model_type!r} model, which is not supported: its prompt, context length and padding are unknown "
-        f"to llm2clip. Supported types: {', '.join(_TEXT_PREPROCESSING)}. To compare with any other model, save its "
-        "embeddings in an .npz file"
     )
 
 

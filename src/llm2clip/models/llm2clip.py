@@ -38,9 +38,6 @@ MAX_LOGIT_SCALE = 100.0  # maximum of exp(logit_scale) during training
 # Initial standard deviation of the weights of a projection with bias, as in the LLM2CLIP authors' code
 # (eva_vit_model.py: 0.02 times an init_scale of 0.001). The bias starts at zero.
 SMALL_PROJECTION_STD = 2e-5
-# Name prefixes of timm towers for which a new projection gets a bias. In the authors' code, projections for EVA towers
-# have a bias, projections for OpenAI CLIP towers do not, and other towers have no trained projection.
-_TOWERS_WITH_PROJECTION_BIAS = ("eva",)
 
 
 class LLM2CLIP(DenseMethods, nn.Module):
@@ -359,9 +356,9 @@ def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
 
 
 def needs_projection_bias(tower: dict[str, Any]) -> bool:
-    """Return True if a new image projection for this vision tower config should have a bias and near-zero weights."""
+    """Return True if a new projection gets a bias and near-zero weights: only for EVA, as in the authors' code."""
     architecture = tower["architecture"]  # a dict for transformers towers
-    return isinstance(architecture, str) and architecture.startswith(_TOWERS_WITH_PROJECTION_BIAS)
+    return isinstance(architecture, str) and architecture.startswith("eva")
 
 
 # ---- truncated embeddings -------------------------------------------------------------------------------------------

@@ -59,14 +59,6 @@ class AdapterConfig:
             return f"{block[1]}.{_OFFICIAL_NAMES[layer]}.{kind}"
         return f"{self.depth + ('norm', 'out').index(layer)}.{kind}"
 
-    def find_official_problem(self) -> str | None:
-        """Return why official checkpoints cannot contain this adapter, or None if they can."""
-        if self.depth == 0:
-            return "there is no adapter"
-        if not self.normalize_input:
-            return "the adapter does not normalise its input, but the official adapter does"
-        return None
-
 
 @dataclass
 class LLM2CLIPConfig:

@@ -83,8 +83,7 @@ def load_official_checkpoint(
         text: caption encoder that the adapter was trained with (see `attach_caption_encoder`). Default: no encoder.
         normalize_input: if True, the adapter L2-normalises its input. For the default, see `infer_config`.
     """
-    tensors, config, preprocess = read_checkpoint(source)
-    checkpoint = Checkpoint.from_tensors(str(source), tensors, config, preprocess)
+    checkpoint = Checkpoint.from_tensors(str(source), *read_checkpoint(source))
     model_config = infer_config(checkpoint, normalize_input)
     model = LLM2CLIP(model_config, VisionTower.from_config(model_config.tower)).eval()
     copy_tensors(model, checkpoint)
@@ -294,51 +293,46 @@ def save_official_checkpoint(model: LLM2CLIP, out: str | Path, layout_name: str)
         with atomic_path(out) as file:
             torch.save(tensors, file)
         return out
+    architecture = model.tower.config["architecture"]
+    vision_config = {"model_type": "clip_vision_model"} | {key: architecture[key] for key in CLIP_FIELDS}
+    config = {"model_type": "clip", "projection_dim": model.config.embed_dim, "vision_config": vision_config}
     with atomic_dir(out) as folder:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(_build_clip_config(model), indent=1))
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
         (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
     return out
 
 
 def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
     config, tower = model.config, model.tower.config
+    architecture = tower["architecture"]
+    is_timm = tower["library"] == "timm"
+    tower_name = f"timm:{architecture}" if is_timm else architecture["model_type"]
     problems = []
     if layout is HF:
-        problems += _find_clip_tower_problems(model)
+        if tower_name != "clip_vision_model":
+            problems.append(f"the vision tower is {tower_name}, but must be a transformers CLIP tower")
+        elif architecture["image_size"] != model.tower.preprocess.size:
+            problems.append(
+                "the preprocessed images do not have the image size of the vision tower's position embeddings"
+            )
         if config.projection_bias:
             problems.append("the projection has a bias")
-    else:
-        is_eva_clip = re.match("timm:eva02_(base|large)_.*_clip_", _get_tower_name(model)) is not None
-        if not is_eva_clip or tower["args"].keys() - set(EVA_ARGS):
-            problems.append(
-                f"the vision tower is {_get_tower_name(model)}, but must be a timm EVA-02 CLIP tower with no custom "
-                "arguments other than sizes"
-            )
+    elif not re.match("timm:eva02_(base|large)_.*_clip_", tower_name) or tower["args"].keys() - set(EVA_ARGS):
+        problems.append(
+            f"the vision tower is {tower_name}, but must be a timm EVA-02 CLIP tower with no custom arguments other "
+            "than sizes"
+        )
     if not config.projection:
         problems.append("there is no image projection")
     if config.logit_bias:
         problems.append("the logits have a bias")
-    adapter_problem = config.adapter.find_official_problem()
-    if adapter_problem is not None:
-        problems.append(adapter_problem)
+    if config.adapter.depth == 0:
+        problems.append("there is no adapter")
+    elif not config.adapter.normalize_input:
+        problems.append("the adapter does not normalise its input, but the official adapter does")
     if problems:
         raise ValueError(f"the model cannot be saved in the {layout.name!r} layout: {'; '.join(problems)}")
-
-
-def _find_clip_tower_problems(model: LLM2CLIP) -> list[str]:
-    if _get_tower_name(model) != "clip_vision_model":
-        return [f"the vision tower is {_get_tower_name(model)}, but must be a transformers CLIP tower"]
-    if model.tower.config["architecture"]["image_size"] != model.tower.preprocess.size:
-        return ["the preprocessed images do not have the image size of the vision tower's position embeddings"]
-    return []
-
-
-def _get_tower_name(model: LLM2CLIP) -> str:
-    config: dict[str, Any] = model.tower.config
-    if config["library"] == "transformers":
-        return str(config["architecture"]["model_type"])
-    return f"timm:{config['architecture']}"
 
 
 def _build_official_tensors(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
@@ -352,9 +346,3 @@ def _build_official_tensors(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor
             tensors["visual.head.bias"] = torch.zeros(model.config.embed_dim)
         tensors |= {name: tensor.cpu().clone() for name, tensor in compute_buffers(model, layout).items()}
     return tensors
-
-
-def _build_clip_config(model: LLM2CLIP) -> dict[str, Any]:
-    architecture = model.tower.config["architecture"]
-    vision_config = {"model_type": "clip_vision_model"} | {key: architecture[key] for key in CLIP_FIELDS}
-    return {"model_type": "clip", "projection_dim": model.config.embed_dim, "vision_config": vision_config}

@@ -18,7 +18,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,7 @@ EVA = Layout(
     projection="visual.head.",
 )
 SIGLIP2 = Layout(name="siglip2", required=("visual.trunk.", "text.text_adaptor."), tower="visual.trunk.", projection="")
-LAYOUTS = {layout.name: layout for layout in (HF, OPENAI, EVA, SIGLIP2)}
+LAYOUTS = (HF, OPENAI, EVA, SIGLIP2)
 
 # Parts of tensor names in an EVA-02 block: timm's name -> name in the EVA-CLIP code.
 _TIMM_TO_EVA = {
@@ -231,17 +231,13 @@ class Checkpoint:
     source: str
     layout: Layout
     tensors: dict[str, Tensor]
-    online: bool = False  # True if the adapter was trained with the LLM in the training loop, not on cached embeddings
-    config: dict[str, Any] = field(default_factory=dict)  # contents of config.json
-    preprocess: Preprocess | None = None  # from preprocessor_config.json
+    online: bool  # True if the adapter was trained with the LLM in the training loop, not on cached embeddings
+    config: dict[str, Any]  # contents of config.json
+    preprocess: Preprocess | None  # from preprocessor_config.json
 
     @classmethod
     def from_tensors(
-        cls,
-        source: str,
-        tensors: Mapping[str, Any],
-        config: dict[str, Any] | None = None,
-        preprocess: Preprocess | None = None,
+        cls, source: str, tensors: Mapping[str, Any], config: dict[str, Any], preprocess: Preprocess | None = None
     ) -> Checkpoint:
         """Create a checkpoint from a state dict: replace aliases with canonical names and detect the layout."""
         if tensors and all(name.startswith("module.") for name in tensors):  # saved from DistributedDataParallel
@@ -252,17 +248,17 @@ class Checkpoint:
         if layout is OPENAI:
             renamed = _rename_openai_tensors(renamed)
         if layout is HF and "logit_scale" not in renamed:
-            renamed["logit_scale"] = _get_default_logit_scale(source, config or {})
-        return cls(source, layout, renamed, online, config or {}, preprocess)
+            renamed["logit_scale"] = _get_default_logit_scale(source, config)
+        return cls(source, layout, renamed, online, config, preprocess)
 
     def get_shape(self, name: str) -> tuple[int, ...]:
         if name not in self.tensors:
             raise ValueError(f"{self.source} has no tensor {name}, which the {self.layout.name!r} layout requires")
         return tuple(self.tensors[name].shape)
 
-    def count_blocks(self, prefix: str, suffix: str = ".") -> int:
-        """Count the distinct block numbers N in tensor names that start with `prefix` + N + `suffix`."""
-        pattern = re.compile(rf"{re.escape(prefix)}(\d+){re.escape(suffix)}")
+    def count_blocks(self, prefix: str) -> int:
+        """Count the distinct block numbers N in tensor names that start with `prefix` + N + "."."""
+        pattern = re.compile(rf"{re.escape(prefix)}(\d+)\.")
         matches = [pattern.match(name) for name in self.tensors]
         return len({match[1] for match in matches if match})
 
@@ -296,12 +292,10 @@ def compute_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
     return buffers
 
 
-def describe_tensors(tensors: Mapping[str, Any], limit: int = 8) -> str:
-    described = []
-    for name, value in sorted(tensors.items())[:limit]:
-        described.append(f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else name)
-    more = f" and {len(tensors) - limit} more" if len(tensors) > limit else ""
-    return ", ".join(described) + more
+def describe_tensors(tensors: Mapping[str, Tensor]) -> str:
+    described = [f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(tensors.items())]
+    more = f" and {len(described) - 8} more" if len(described) > 8 else ""
+    return ", ".join(described[:8]) + more
 
 
 def _rename_aliases(source: str, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -347,12 +341,10 @@ def _rename_openai_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _detect_layout(source: str, tensors: Mapping[str, Tensor]) -> Layout:
-    for layout in LAYOUTS.values():
+    for layout in LAYOUTS:
         if all(any(name.startswith(prefix) for name in tensors) for prefix in layout.required):
             return layout
-    expected = []
-    for layout in LAYOUTS.values():
-        expected.append(f"{layout.name!r}: {', '.join(f'{prefix}*' for prefix in layout.required)}")
+    expected = [f"{layout.name!r}: {'*, '.join(layout.required)}*" for layout in LAYOUTS]
     raise ValueError(
         f"{source} is not an LLM2CLIP checkpoint. The supported layouts require tensors with these names: "
         f"{'; '.join(expected)}. The adapter's tensors may also be named {_ONLINE_ADAPTER}*. "
