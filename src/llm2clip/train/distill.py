@@ -10,7 +10,7 @@ import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, compress, count
 from pathlib import Path
@@ -33,7 +33,7 @@ from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import iterate_lines
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import check_model_source, fingerprint, hash_weights
-from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
+from llm2clip.models.model_folder import AdapterConfig
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import TokenizedTexts, batch_by_length, get_default_batch_tokens
@@ -52,7 +52,6 @@ from llm2clip.train.initial_model import repeat_phrases
 from llm2clip.train.loop import StepLoop, StepResult
 from llm2clip.train.optim import ADAM_BETAS
 
-STATIC, LAYERS = "static", "layers"  # names of students: static, static:TOKENIZER, layers:N
 DEFAULT_LR, STATIC_LR = 5e-4, 1e-2
 STATIC_LAYER_LR = 0.1  # learning rate of a static student's linear layers, relative to that of its token embeddings
 SORTED_STEPS = 64  # texts are sorted by length within groups of this many steps
@@ -88,21 +87,18 @@ class Teacher:
         self.stores: list[EmbeddingStore] = []
         neighbour = folder.parent / "store"
         if store is not None:
-            self.stores.append(EmbeddingStore(store))
-            self._check_encoder(self.stores[0])
+            self._add_store(Path(store))
         elif (neighbour / MANIFEST).is_file():
             with suppress(StoreError):  # the store belongs to a different model
-                neighbour_store = EmbeddingStore(neighbour)
-                self._check_encoder(neighbour_store)
-                self.stores.append(neighbour_store)
+                self._add_store(neighbour)
 
-    def _check_encoder(self, store: EmbeddingStore) -> None:
-        """Raise StoreError if a store was made by a different encoder than the model's. The precision may differ."""
-        expected, stored = self.model.config.encoder, store.manifest["identity"]
-        if not expected:
-            expected = self.model.encoder.identity()
+    def _add_store(self, folder: Path) -> None:
+        """Add a store. Raise StoreError if it was made by a different encoder; its precision may differ."""
+        store = EmbeddingStore(folder)
+        expected, stored = self.model.config.encoder or self.model.encoder.identity(), store.manifest["identity"]
         names = [name for name in expected if name not in ("precision", "config")]
-        check_identity({n: stored.get(n) for n in names}, {n: expected[n] for n in names}, store.folder)
+        check_identity({n: stored.get(n) for n in names}, {n: expected[n] for n in names}, folder)
+        self.stores.append(store)
 
     def embed(self, texts: Iterable[str], folder: Path) -> None:
         """Encode all texts that are not in the stores into an additional store. Must be called by all ranks."""
@@ -168,14 +164,14 @@ def open_student(name: str, teacher_folder: Path, embed_dim: int, config: Distil
     """
     set_seed(config.seed)
     kind, _, argument = name.partition(":")
-    if kind == STATIC:
+    if kind == "static":
         if config.max_length is not None:
             raise ValueError("--distill.max_length does not apply to static students: remove this setting")
         return CaptionEncoder(
             _build_static_model(resolve_pretrained(argument) or str(teacher_folder / "text"), embed_dim)
         )
     layers = None
-    if kind == LAYERS:
+    if kind == "layers":
         if not argument.isdecimal():
             raise ValueError(f"--student layers:N requires a number of layers, such as layers:4 (got {name!r})")
         name, layers = str(teacher_folder), int(argument)
@@ -271,8 +267,9 @@ def fit_ridge_regression(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 def build_student_model(teacher: LLM2CLIP, student: CaptionEncoder) -> LLM2CLIP:
     """Return a model with the teacher's image encoder and the student as its text encoder, without an adapter."""
-    values = {**vars(teacher.config), "text_dim": teacher.config.embed_dim, "encoder": student.identity()}
-    model = LLM2CLIP(LLM2CLIPConfig(**{**values, "adapter": AdapterConfig(depth=0)}), teacher.tower, student)
+    config = replace(teacher.config, text_dim=teacher.config.embed_dim, adapter=AdapterConfig(depth=0))
+    config.encoder = student.identity()
+    model = LLM2CLIP(config, teacher.tower, student)
     model.projection, model.training_images = teacher.projection, teacher.training_images
     model.logit_scale, model.logit_bias = teacher.logit_scale, teacher.logit_bias
     return model.eval()

@@ -9,7 +9,7 @@ therefore sorted by length and encoded in several forward passes, each with a li
 can then keep the activations of only one pass in memory at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -51,7 +51,7 @@ from llm2clip.runs.ranks import (
     set_mixed_precision,
     wait_for_everyone,
 )
-from llm2clip.train.optim import compute_cached_loss
+from llm2clip.train.optim import ForwardPass, compute_cached_loss
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -366,15 +366,18 @@ class PairLoss(nn.Module):
     def forward(self, features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Return the loss of a batch. `features` must contain exactly one element, the batch."""
         batch, device = next(iter(features)), self._encoder[0].device
-        passes = list(self._iterate_passes(batch["tokens"], batch["prompt_lengths"]))
-        rows_in_order = [row for rows, _ in passes for row in rows]
+        tokens: list[list[int]] = batch["tokens"]
+        passes: list[ForwardPass] = []
+        rows_in_order: list[int] = []
+        for prompt_length, rows in TokenizedTexts(tokens, [], batch["prompt_lengths"]).batches(self.batch_tokens):
+            passes.append(partial(self._encode, [tokens[row] for row in rows], prompt_length))
+            rows_in_order += rows
         order = copy_to_device(torch.tensor(rows_in_order).argsort(), device)  # to restore the order of the batch
-        runs = [run for _, run in passes]
-        sharded, most_passes = isinstance(self.model, FSDPModule), len(passes)
+        sharded, most_passes, last_pass = isinstance(self.model, FSDPModule), len(passes), passes[-1]
         if sharded or self.grad_cache:
             most_passes = max_over_ranks(len(passes), device)
         if sharded:  # ranks with fewer passes rerun the last one, without output, so that all run the same number
-            runs += [lambda: passes[-1][1]()[:0]] * (most_passes - len(passes))
+            passes += [lambda: (last_pass()[0][:0],)] * (most_passes - len(passes))
 
         def loss_function(embeddings: Tensor) -> Tensor:
             return self._compute_loss(embeddings[order], batch["pairs"], batch["text_ids"].to(embeddings.device))
@@ -382,26 +385,13 @@ class PairLoss(nn.Module):
         # With a single pass, gradient caching would only repeat this pass. Caching changes the order of collective
         # operations, so all ranks must make the same choice.
         if self.grad_cache and most_passes > 1 and torch.is_grad_enabled():
-            cached_runs = [partial(_run_as_tuple, run) for run in runs]
-            return compute_cached_loss(cached_runs, loss_function, self.model, device)
-        return loss_function(torch.cat([run() for run in runs]))
+            return compute_cached_loss(passes, loss_function, self.model, device)
+        return loss_function(torch.cat([run()[0] for run in passes]))
 
-    def _iterate_passes(
-        self, tokens: list[list[int]], prompt_lengths: list[int]
-    ) -> Iterator[tuple[list[int], Callable[[], Tensor]]]:
-        """Yield the row indices of each forward pass over a batch, and a function that encodes these rows."""
-        for prompt_length, rows in TokenizedTexts(tokens, [], prompt_lengths).batches(self.batch_tokens):
-            yield rows, partial(self._encode, [tokens[row] for row in rows], prompt_length)
-
-    def _encode(self, tokens: list[list[int]], prompt_length: int) -> Tensor:
-        embeddings: Tensor = self.model(self._encoder[0].collate(tokens, prompt_length))["sentence_embedding"]
-        return embeddings.float()
+    def _encode(self, tokens: list[list[int]], prompt_length: int) -> tuple[Tensor]:
+        return (self.model(self._encoder[0].collate(tokens, prompt_length))["sentence_embedding"].float(),)
 
     def _compute_loss(self, embeddings: Tensor, pairs: int, text_ids: Tensor) -> Tensor:
         unit = F.normalize(embeddings, dim=-1)
         anchor, positive, negatives = unit[:pairs], unit[pairs : 2 * pairs], unit[2 * pairs :]
         return pair_loss(anchor, positive, self.scale, text_ids, negatives, self.symmetric)
-
-
-def _run_as_tuple(run: Callable[[], Tensor]) -> tuple[Tensor]:
-    return (run(),)
