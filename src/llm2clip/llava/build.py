@@ -102,7 +102,11 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
     modeling_patches.register_classes()
     vision = _convert_tower(tower)
     num_patches, num_registers = _count_image_tokens(vision, tower.preprocess.size)
-    _add_image_token(tokenizer, llm)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
+        llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     end_token = find_answer_end_token(tokenizer)
     model = _combine_parts(vision, llm, tokenizer, num_image_tokens=num_patches + num_registers, seed=seed)
     model.generation_config = _make_generation_config(llm, tokenizer, end_token)
@@ -179,14 +183,6 @@ def _resize_position_embeddings(vision: Any, size: int) -> None:
     embeddings.num_patches = num_patches
     embeddings.num_positions = len(new)
     embeddings.register_buffer("position_ids", torch.arange(len(new)).expand((1, -1)), persistent=False)
-
-
-def _add_image_token(tokenizer: Any, llm: Any) -> None:
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
-        llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
 
 
 def _combine_parts(vision: Any, llm: Any, tokenizer: Any, *, num_image_tokens: int, seed: int) -> Any:

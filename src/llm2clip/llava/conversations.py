@@ -213,8 +213,8 @@ def make_object_conversations(
         if record.image is not None and objects:
             objects_in_images.append((record, objects))
     all_objects = {name for _, objects in objects_in_images for name in objects}
-    questions = []  # (record, its questions and answers)
-    rng = random.Random(seed)
+    rng, order_rng = random.Random(seed), random.Random(seed)
+    conversations = []
     for record, present in objects_in_images:
         absent = sorted(all_objects - set(present))
         rng.shuffle(absent)
@@ -223,14 +223,10 @@ def make_object_conversations(
         for present_object, absent_object in zip(rng.sample(present, count), absent, strict=False):
             turns += [(_format_question(present_object), "Yes"), (_format_question(absent_object), "No")]
         if turns:
-            questions.append((record, turns))
-    rng = random.Random(seed)
-    conversations = []
-    for record, turns in questions:
-        rng.shuffle(turns)
-        first_question, first_answer = turns[0]
-        turns[0] = (first_question + SHORT_ANSWER, first_answer)
-        conversations.append(Conversation(record.id, record.image, tuple(turns)))
+            order_rng.shuffle(turns)
+            first_question, first_answer = turns[0]
+            turns[0] = (first_question + SHORT_ANSWER, first_answer)
+            conversations.append(Conversation(record.id, record.image, tuple(turns)))
     return conversations
 
 

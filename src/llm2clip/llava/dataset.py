@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2.functional import resize
 
-from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import decode_or_error
-from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import EvalTransform, Preprocess
 from llm2clip.llava.conversations import IGNORE_INDEX, IMAGE_TOKEN, Conversation, tokenize_and_label
 from llm2clip.models.loading import hash_weights
-from llm2clip.store.encode import store_image_features
 from llm2clip.store.layout import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 
@@ -119,13 +115,6 @@ class PatchFeatures:
     def encode_images(self, images: list[Any]) -> Tensor:
         """Encode preprocessed images as a float32 CPU tensor of shape (N, tokens * feature size)."""
         return self(torch.stack(images)).float().flatten(1).cpu()
-
-
-def cache_patch_features(
-    refs: Sequence[ImageRef], features: PatchFeatures, folder: Path, log: SkipLog, workers: int | None = None
-) -> EmbeddingStore:
-    """Add missing patch features to the float16 store in `folder` and return the store."""
-    return store_image_features(refs, features, features.identity(), folder, log, batch_size=32, workers=workers)
 
 
 class PrecomputedVision(nn.Module):

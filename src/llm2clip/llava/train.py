@@ -35,7 +35,6 @@ from llm2clip.llava.dataset import (
     LlavaCollator,
     PatchFeatures,
     PrecomputedVision,
-    cache_patch_features,
     get_patch_feature_size,
 )
 from llm2clip.llava.modeling_patches import register_classes
@@ -44,7 +43,7 @@ from llm2clip.models.precision import resolve_precision
 from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, TrainingStateMixin, hash_texts
 from llm2clip.runs.output_folder import folder_lock
 from llm2clip.runs.ranks import print_once, process_state, set_fsdp_wrap_policy, set_mixed_precision, wait_for_everyone
-from llm2clip.store.encode import make_image_keys
+from llm2clip.store.encode import make_image_keys, store_image_features
 from llm2clip.store.store import EmbeddingStore
 
 STAGES = ("pretrain", "instruct")
@@ -148,11 +147,9 @@ def _cache_features(
     features = PatchFeatures(model, processor)
     del model
     print_once(f"Caching the vision tower's features for {len(images):,} images: {gigabytes:.1f} GB in {folder}")
-    for _ in images:
-        log.count_rows(1)
-    store = cache_patch_features(list(images.values()), features, folder, log, workers=config.workers or None)
-    log.check()
-    return store
+    log.count_rows(len(images))
+    refs, workers = list(images.values()), config.workers or None
+    return store_image_features(refs, features, features.identity(), folder, log, batch_size=32, workers=workers)
 
 
 def _drop_unusable_conversations(conversations: Sequence[Conversation], store: EmbeddingStore) -> list[Conversation]:
