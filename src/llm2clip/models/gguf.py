@@ -50,7 +50,11 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
             "incomplete, or the installed gguf package is too old"
         )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name, trust_remote_code=False)
-    _clear_quantization_metadata(model)
+    # The model is dequantized, but `save_pretrained` fails if these attributes mark it as quantized.
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -103,11 +107,3 @@ class _GGUFReader:
                 self.skip(self.read_integer(8))
         else:
             raise ValueError(f"the GGUF metadata contains a value of unknown type {kind}")
-
-
-def _clear_quantization_metadata(model: Any) -> None:
-    """Remove attributes that mark a dequantized model as quantized and would make `save_pretrained` fail."""
-    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
-        if hasattr(owner, name):
-            delattr(owner, name)
-    model.is_quantized = False

@@ -96,10 +96,9 @@ class LLM2CLIPExport(PreTrainedModel):
         tower = self.config.tower
         if tower["library"] == "timm":
             feature = self.vision(pixel_values)
-        elif tower["interpolate_pos_encoding"]:
-            feature = self.vision(pixel_values=pixel_values, interpolate_pos_encoding=True).pooler_output
         else:
-            feature = self.vision(pixel_values=pixel_values).pooler_output
+            options = {"interpolate_pos_encoding": True} if tower["interpolate_pos_encoding"] else {}
+            feature = self.vision(pixel_values=pixel_values, **options).pooler_output
         return BaseModelOutputWithPooling(pooler_output=F.normalize(self.projection(feature).float(), dim=-1))
 
     def forward(

@@ -149,7 +149,10 @@ def _merge_adapter(encoder: CaptionEncoder, folder: Path) -> None:
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{folder} is a {config.peft_type} adapter; only LoRA adapters can be merged")
     config.task_type = None  # the task type for causal LMs requires an LM head, which this LLM does not have
-    weights = _remove_head_prefix(load_peft_weights(str(folder), device="cpu"))
+    weights = load_peft_weights(str(folder), device="cpu")
+    head_prefix = "base_model.model.model."  # of adapters that were trained on a model with an LM head
+    if all(name.startswith(head_prefix) for name in weights):
+        weights = {name.replace(head_prefix, "base_model.model.", 1): tensor for name, tensor in weights.items()}
     model = get_peft_model(encoder.llm, config)
     expected = get_peft_model_state_dict(model)
     # PEFT silently ignores tensors that do not match, which would leave the LLM unchanged.
@@ -199,14 +202,6 @@ def _read_llm2vec_settings(adapter: Path) -> dict[str, Any]:
     if not settings.get("skip_instruction", True):
         raise ValueError(f"{file}: skip_instruction is false, but instructions are always excluded from pooling")
     return {"pooling": "mean", "max_length": settings.get("max_length")}
-
-
-def _remove_head_prefix(weights: dict[str, Any]) -> dict[str, Any]:
-    """Remove the prefix `model.`, which adapters have that were trained on a model with an LM head."""
-    prefix = "base_model.model.model."
-    if not all(name.startswith(prefix) for name in weights):
-        return weights
-    return {name.replace(prefix, "base_model.model.", 1): tensor for name, tensor in weights.items()}
 
 
 def _download_adapter(source: str) -> Path | None:

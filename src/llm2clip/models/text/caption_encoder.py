@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import flex_attention_is_correct, onednn_matmul
 from llm2clip.io_utils import check_texts
-from llm2clip.models.loading import hash_text, hash_weights, hide_loading_bars
+from llm2clip.models.loading import check_model_source, explain_load_errors, hash_text, hash_weights, hide_loading_bars
 from llm2clip.models.precision import (
     FP32,
     Precision,
@@ -99,7 +99,10 @@ class CaptionEncoder(nn.Module):
             OSError: the model does not exist.
         """
         path = _resolve_path(path)
-        encoder = cls(load_sentence_transformer(path, options.get("pooling") or "mean", device))
+        check_model_source(path)
+        pooling = options.get("pooling") or "mean"
+        with explain_load_errors(path):
+            encoder = cls(load_sentence_transformer(path, pooling, None if device is None else str(device)))
         if encoder.is_static:
             invalid = [name for name, value in options.items() if value is not None and name != "truncate_dim"]
             if invalid:

@@ -14,10 +14,8 @@ from torch import nn
 from llm2clip.io_utils import read_json
 from llm2clip.models.loading import (
     WITHOUT_HUB_CODE,
-    check_model_source,
     check_not_quantized,
     check_tokenizer,
-    explain_load_errors,
     hide_load_report,
     hide_loading_bars,
     read_config,
@@ -30,19 +28,12 @@ CAPTION_PLACEHOLDER = "{caption}"
 
 
 @hide_loading_bars()
-def load_sentence_transformer(path: str, pooling: str, device: str | torch.device | None) -> SentenceTransformer:
+def load_sentence_transformer(path: str, pooling: str, device: str | None) -> SentenceTransformer:
     """Load a model from a folder or hub id as a float32 SentenceTransformer, by default on a GPU if one is available.
 
     A sentence-transformers model is loaded as saved. A plain transformers model gets bidirectional attention and a
-    pooling layer with the mode `pooling`. Raise ValueError if files are malformed, weights are missing or the model
-    must be converted first.
+    pooling layer with the mode `pooling`. Raise ValueError if weights are missing or the model must be converted first.
     """
-    check_model_source(path)
-    with explain_load_errors(path):
-        return _load_sentence_transformer(path, pooling, None if device is None else str(device))
-
-
-def _load_sentence_transformer(path: str, pooling: str, device_name: str | None) -> SentenceTransformer:
     from transformers.utils import cached_file
 
     if (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "modules.json").is_file():
@@ -63,7 +54,7 @@ def _load_sentence_transformer(path: str, pooling: str, device_name: str | None)
         return SentenceTransformer._load_with_module_classes(
             path,
             {MODULE_TYPE: LatentAttentionPooling},
-            device=device_name,
+            device=device,
             trust_remote_code=False,
             model_kwargs={"dtype": torch.float32, **WITHOUT_HUB_CODE},
         )
@@ -71,7 +62,7 @@ def _load_sentence_transformer(path: str, pooling: str, device_name: str | None)
     check_tokenizer(path)
     transformer = _load_transformer(path)
     pooling_module = Pooling(transformer.get_embedding_dimension(), pooling)
-    st = SentenceTransformer(modules=[transformer, pooling_module], device=device_name)
+    st = SentenceTransformer(modules=[transformer, pooling_module], device=device)
     st.max_seq_length = min(512, transformer.max_seq_length or 512)
     set_bidirectional(transformer.model, True)
     return st

@@ -114,16 +114,13 @@ class DenseEncoder:
         The aspect ratio is kept, except for rounding and a limit of 8:1. `image_size` is the length of the shorter side
         in pixels, rounded to a multiple of `cell_size`. Default: the tower's training resolution.
         """
-        rows, columns = self.compute_grid_shape(image.shape[-2], image.shape[-1], image_size)
-        size = [rows * self.cell_size, columns * self.cell_size]
-        return cast(Tensor, resize(image, size, InterpolationMode(self.interpolation), antialias=True))
-
-    def compute_grid_shape(self, height: int, width: int, image_size: int | None = None) -> tuple[int, int]:
-        """Return the numbers of cell rows and columns that `resize` produces for an image of the given size."""
-        shorter = max(1, round((image_size or self.image_size) / self.cell_size))
+        height, width = image.shape[-2:]
+        shorter = max(1, round((image_size or self.image_size) / self.cell_size))  # in cells
         ratio = min(max(height, width) / min(height, width), _MAX_ASPECT_RATIO)
         longer = round(ratio * shorter)
-        return (longer, shorter) if height > width else (shorter, longer)
+        cells = (longer, shorter) if height > width else (shorter, longer)
+        size = [count * self.cell_size for count in cells]
+        return cast(Tensor, resize(image, size, InterpolationMode(self.interpolation), antialias=True))
 
 
 def build_dense_encoder(

@@ -167,7 +167,8 @@ def encode_windows(
     for indices in indices_by_window.values():
         windows = [cut_windows(images[i][0], *axes[i]) for i in indices]
         batches = torch.cat(windows).split(WINDOWS_PER_BATCH)
-        scores = torch.cat([_score_cells(dense, batch, variant, queries) for batch in batches])  # (windows, h, w, K)
+        with onednn_matmul():
+            scores = torch.cat([dense.encode(batch, variant) @ queries.T for batch in batches])  # (windows, h, w, K)
         for i, part in zip(indices, scores.split([len(group) for group in windows]), strict=True):
             rows, columns = axes[i]
             height, width = images[i][1]
@@ -177,11 +178,6 @@ def encode_windows(
                 columns=columns.build_matrix(part.shape[2], width).to(part.device),
             )
     return results
-
-
-@onednn_matmul()
-def _score_cells(dense: DenseEncoder, windows: Tensor, variant: str, queries: Tensor) -> Tensor:
-    return dense.encode(windows, variant) @ queries.T
 
 
 def segment(

@@ -83,7 +83,10 @@ class VisionTower(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.config = config
-        self.feature_dim = _get_feature_dim(backbone, config)
+        if config["library"] == "transformers":
+            self.feature_dim = int(config["architecture"]["hidden_size"])
+        else:  # some convolutional networks have a hidden layer after pooling, which is not part of the classifier
+            self.feature_dim = int(getattr(backbone, "head_hidden_size", None) or cast(Any, backbone).num_features)
         self.preprocess = Preprocess.from_dict(config["preprocess"])
         self.freeze_norm = True
         self.register_buffer("mean", torch.empty(0), persistent=False)
@@ -218,22 +221,12 @@ class VisionTower(nn.Module):
         return _BLOCK.search(name) is not None
 
 
-def _get_feature_dim(backbone: Any, config: dict[str, Any]) -> int:
-    if config["library"] == "transformers":
-        return int(config["architecture"]["hidden_size"])
-    # Some convolutional networks have a hidden layer after pooling, which remains when the classifier is removed.
-    return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
-
-
 def _compute_transformers_depths(names: list[str]) -> dict[str, int]:
     """The embeddings and the norm after them have depth 0, L layers depths 1 to L, the other parameters depth L + 1."""
     layer_indices = {name: int(match[1]) for name in names if (match := re.search(r"\blayers?\.(\d+)\.", name))}
-    last_depth = 2 + max(layer_indices.values())
-    stem = re.compile(r"embeddings\.|pre_layrnorm\.")
-    depths = {}
-    for name in names:
-        depth = layer_indices[name] + 1 if name in layer_indices else last_depth
-        depths[name] = 0 if stem.match(name) else depth
+    depths = dict.fromkeys(names, 2 + max(layer_indices.values()))
+    depths |= {name: index + 1 for name, index in layer_indices.items()}
+    depths |= {name: 0 for name in names if name.startswith(("embeddings.", "pre_layrnorm."))}
     return depths
 
 
