@@ -41,7 +41,7 @@ def make_batches(
 def captions_by_image(batch: Batch) -> list[tuple[str, list[int]]]:
     """Return the images of a batch and the store rows of their captions."""
     rows = [batch.caption_rows[batch.image_of_caption == n].tolist() for n in range(len(batch.images))]
-    return list(zip(batch.image_names, rows, strict=True))
+    return list(zip(map(str, batch.image_refs), rows, strict=True))
 
 
 def test_batches_do_not_depend_on_workers_or_ranks(records: list[Record], store: EmbeddingStore) -> None:

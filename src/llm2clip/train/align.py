@@ -181,7 +181,7 @@ def _compute_gradients(loop: StepLoop, pretrained_tower: VisionTower | None, ste
     with tf32_matmul():
         loop.accelerator.backward(loss)
     metrics = {"logit_scale": logit_scale}
-    return StepResult(loss.detach(), len(batch.images), metrics, batch.image_names, batch.failures)
+    return StepResult(loss.detach(), len(batch.images), metrics, batch.image_refs, batch.failures)
 
 
 def _compute_loss(

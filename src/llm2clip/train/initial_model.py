@@ -8,9 +8,8 @@ The texts are the captions and phrases of the training data, with or without an 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,9 +193,7 @@ def inherit_text_space(
             "training": [EPOCHS, MIN_STEPS, BATCH_SIZE, LR, WARMUP_RATIO, MAX_REPEATS, seed, precision],
         }
         if _read_signature(file) != signature:
-            load = partial(_load_embeddings, training_texts, store, clip_store, model.device)
-            num_texts, num_captions = len(training_texts.rows), training_texts.num_captions
-            similarity = _train_adapter(model.adapter, load, num_texts, num_captions, seed, precision)
+            similarity = _train_adapter(model.adapter, training_texts, model.device, seed, precision)
             state = {name: tensor.cpu().contiguous() for name, tensor in model.adapter.state_dict().items()}
             with atomic_path(file) as temporary:
                 save_file(state, temporary, {"signature": json.dumps(signature), "similarity": f"{similarity:.4f}"})
@@ -216,10 +213,17 @@ class TextChunk:
 class TrainingTexts:
     """Distinct training texts: first the captions, then the phrases. A phrase that is also a caption is a caption."""
 
+    store: EmbeddingStore  # LLM embeddings
+    clip_store: EmbeddingStore
     rows: np.ndarray  # row numbers of the LLM embeddings, of shape (N,), int64
     clip_rows: np.ndarray  # row numbers of the CLIP embeddings, of shape (N,), int64
     num_captions: int
     text_hash: str
+
+    def load(self, items: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the LLM and CLIP embeddings of the texts with these indices."""
+        embeddings = torch.from_numpy(self.store.take(self.rows[items])).to(device)
+        return embeddings, torch.from_numpy(self.clip_store.take(self.clip_rows[items])).to(device)
 
 
 def iterate_training_texts(records: RecordTable, store: EmbeddingStore) -> Iterator[TextChunk]:
@@ -259,18 +263,13 @@ def find_training_texts(records: RecordTable, store: EmbeddingStore, clip_store:
     all_rows = np.concatenate(rows)
     first = np.sort(np.unique(all_rows, return_index=True)[1])  # first occurrence of each text
     return TrainingTexts(
+        store,
+        clip_store,
         rows=all_rows[first],
         clip_rows=np.concatenate(clip_rows)[first],
         num_captions=int(np.searchsorted(first, num_captions)),
         text_hash=f"{digest.hexdigest()} {num_captions}",
     )
-
-
-def _load_embeddings(
-    texts: TrainingTexts, store: EmbeddingStore, clip_store: EmbeddingStore, device: torch.device, items: np.ndarray
-) -> tuple[Tensor, Tensor]:
-    embeddings = torch.from_numpy(store.take(texts.rows[items])).to(device)
-    return embeddings, torch.from_numpy(clip_store.take(texts.clip_rows[items])).to(device)
 
 
 def _read_signature(file: Path) -> object:
@@ -280,24 +279,15 @@ def _read_signature(file: Path) -> object:
         return json.loads(weights.metadata()["signature"])
 
 
-def _train_adapter(
-    adapter: nn.Module,
-    load_embeddings: Callable[[np.ndarray], tuple[Tensor, Tensor]],
-    num_texts: int,
-    num_captions: int,
-    seed: int,
-    precision: str,
-) -> float:
+def _train_adapter(adapter: nn.Module, texts: TrainingTexts, device: torch.device, seed: int, precision: str) -> float:
     """Train the adapter. Print and return the mean cosine similarity of its outputs to CLIP's embeddings.
 
     The similarity is measured on held-out texts or, if there are fewer than 20 texts, on the training texts.
-    `load_embeddings` returns the LLM and CLIP embeddings of the texts with the given indices. The first `num_captions`
-    texts are captions, and all later texts are phrases.
     """
     rng = np.random.default_rng(seed)
-    order = rng.permutation(num_texts)
-    test_size = min(MAX_TEST_TEXTS, num_texts // 20)
-    test, train = order[:test_size], repeat_phrases(order[test_size:], num_captions)
+    order = rng.permutation(len(texts.rows))
+    test_size = min(MAX_TEST_TEXTS, len(order) // 20)
+    test, train = order[:test_size], repeat_phrases(order[test_size:], texts.num_captions)
     batch_size = min(BATCH_SIZE, len(train))
     steps_per_epoch = len(train) // batch_size
     steps = max(MIN_STEPS, EPOCHS * steps_per_epoch)
@@ -308,13 +298,13 @@ def _train_adapter(
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=ADAM_BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, make_cosine_schedule(steps, WARMUP_RATIO))
     # fp16 would need loss scaling. On GPUs without bf16, the adapter is small enough for fp32.
-    autocast = torch.autocast(matrices[0].device.type, torch.bfloat16, enabled=precision == "bf16")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     adapter.train()
     for step in ProgressBar(range(steps), desc="inherit", unit="step"):
         epoch_step = step % steps_per_epoch
         if epoch_step == 0:
             train = rng.permutation(train)
-        embeddings, teacher = load_embeddings(train[epoch_step * batch_size :][:batch_size])
+        embeddings, teacher = texts.load(train[epoch_step * batch_size :][:batch_size], device)
         with autocast:
             student = adapter(embeddings)
         distillation_loss(student, teacher, gather=False).backward()
@@ -324,10 +314,10 @@ def _train_adapter(
         schedule.step()
     adapter.eval()
     with torch.no_grad():
-        embeddings, teacher = load_embeddings(test if test_size else train)
+        embeddings, teacher = texts.load(test if test_size else train, device)
         similarity = F.cosine_similarity(adapter(embeddings), teacher).mean().item()
-    texts = "held-out" if test_size else "training"
-    print_once(f"inherit: cosine similarity {similarity:.3f} to the CLIP text embeddings of the {texts} texts")
+    split = "held-out" if test_size else "training"
+    print_once(f"inherit: cosine similarity {similarity:.3f} to the CLIP text embeddings of the {split} texts")
     return similarity
 
 

@@ -60,14 +60,14 @@ class StepResult:
         loss: Loss of this rank's items, a scalar without gradients.
         num_items: Number of this rank's items.
         metrics: Further scalars to log.
-        names: Names of this rank's items, for error messages.
+        refs: This rank's items, which are listed as strings in a file if the loss is not finite.
         failures: Error message for each of this rank's items that could not be decoded, keyed by name.
     """
 
     loss: Tensor
     num_items: int
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    names: Sequence[str] = ()
+    refs: Sequence[Any] = ()
     failures: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -314,9 +314,9 @@ class StepReport:
         stage, items = self.loop.stage, self.loop.items
         rates = [f"--{stage}.{setting}" for setting in vars(self.loop.config) if setting.endswith("lr")]
         advice = f"Lower {' or '.join(rates)}, or use --{stage}.precision fp32"
-        if result.names:
+        if result.refs:
             file = self.loop.run_dir / f"not-finite-{step}-{self.loop.accelerator.process_index}.json"
-            file.write_text(json.dumps({"step": step, items: list(result.names)}, indent=1))
+            file.write_text(json.dumps({"step": step, items: list(map(str, result.refs))}, indent=1))
             advice = f"The {items} of this step are listed in {file}. {advice}"
         raise_if_not_finite(name, value, step, self.loop.checkpoints, advice)
 

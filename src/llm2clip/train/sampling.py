@@ -55,8 +55,8 @@ class Batch:
     all_distinct: bool
     """True if all captions of the step are known to be distinct and no phrases are used. The loss then does not compare
     row numbers, which avoids a GPU synchronisation."""
-    image_names: Sequence[str]
-    """Name of each image, for log and error messages."""
+    image_refs: ImageList
+    """Reference to each image, whose name error messages contain. Names are read from the table only when needed."""
     failures: dict[str, str]
     """Error message for each image that could not be decoded, keyed by image name. These images are replaced with
     duplicates of other images in the batch."""
@@ -192,7 +192,7 @@ class AlignBatches:
             phrases=None if self.phrases is None else torch.from_numpy(_list_caption_rows(self.phrases, image_numbers)),
             first_caption=np.searchsorted(image_of_caption, np.arange(len(images) + 1)).tolist(),
             all_distinct=all_distinct and self.phrases is None,
-            image_names=_ImageNames(self.images.refs, image_numbers),
+            image_refs=ImageList(self.images.refs.blocks, self.images.refs.rows[image_numbers]),
             failures=failures,
         )
 
@@ -222,19 +222,6 @@ def _list_caption_rows(captions: CaptionRows, images: np.ndarray) -> np.ndarray:
     first_caption = np.cumsum(counts) - counts
     offset = np.arange(len(position)) - first_caption[position]
     return np.stack([position, captions.rows[starts[position] + offset]], axis=1).astype(np.int64)
-
-
-class _ImageNames(Sequence[str]):
-    """Names of a batch's images, which are read from the table only when they are needed."""
-
-    def __init__(self, refs: ImageList, images: np.ndarray) -> None:
-        self.refs, self.images = refs, images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: Any) -> Any:
-        return str(self.refs[int(self.images[index])])
 
 
 def resolve_images_per_step(num_images: int, config: AlignConfig, world_size: int) -> int:
