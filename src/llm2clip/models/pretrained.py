@@ -266,11 +266,7 @@ def _download_npm_package(package: NpmPackage, folder: Path, target: Path) -> Pa
 def _extract_npm_package(package: NpmPackage, archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as tar:
         for path, name in package.files.items():
-            stream = tar.extractfile(f"package/{path}")
-            if stream is None:
-                raise AssetError(f"{package.name} {package.version}: {path} is not a file")
-            with stream, (folder / name).open("wb") as out:
-                shutil.copyfileobj(stream, out, 1 << 20)
+            tar.extract(tar.getmember(f"package/{path}").replace(name=name), folder, filter="data")
 
 
 def _check_npm_files(package: NpmPackage, folder: Path) -> None:
