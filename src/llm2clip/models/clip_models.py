@@ -349,13 +349,14 @@ def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: 
 @torch.no_grad()
 def _check_image_embeddings(model: LLM2CLIP, clip: Any) -> None:
     """Raise ValueError if the models encode a random image differently. Skip the check if their image sizes differ."""
-    tower = model.tower
-    if _get_image_size(clip) != tower.preprocess.size:
-        return
+    tower, is_transformers = model.tower, hasattr(clip, "get_image_features")
     size = tower.preprocess.size
+    clip_size = getattr(clip.config.vision_config, "image_size", None) if is_transformers else clip.visual.image_size
+    if clip_size not in (size, (size, size)):
+        return
     pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(model.device)
     normalized = (pixels - tower.mean) / tower.std
-    if hasattr(clip, "get_image_features"):
+    if is_transformers:
         expected = get_pooled_output(clip.get_image_features(pixel_values=normalized))
     else:
         expected = clip.encode_image(normalized)
@@ -366,13 +367,6 @@ def _check_image_embeddings(model: LLM2CLIP, clip: Any) -> None:
             "--align.inherit: the vision tower is not the image tower of this CLIP model (cosine similarity between "
             f"their image embeddings: {similarity:.2f}). Specify the CLIP model that --align.tower comes from"
         )
-
-
-def _get_image_size(clip: Any) -> int | None:
-    if hasattr(clip, "get_image_features"):
-        return getattr(clip.config.vision_config, "image_size", None)
-    size = clip.visual.image_size
-    return int(size[0] if isinstance(size, tuple) else size)
 
 
 def find_hub_id_or_folder(tower: str) -> str:

@@ -113,7 +113,6 @@ def create_initial_model(
     device = process_state().device
     torch.manual_seed(config.seed)  # seeds all devices
     torch.set_rng_state(parts.random_state)
-    parts.tower.freeze_norm = True  # keep the pretrained batch-norm statistics
     model_config = make_model_config(config, parts.tower, store.embed_dim, store.manifest["identity"])
     if parts.clip is not None:
         assert out is not None

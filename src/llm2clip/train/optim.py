@@ -101,10 +101,9 @@ def _index_tower_layers(tower: VisionTower) -> dict[str, int]:
     rate, and the last block has `layer_decay` times this rate. timm puts the norm and the last block in one layer.
     """
     layers = tower.get_parameter_depths()
-    block_layers = [layer for name, layer in layers.items() if tower.is_in_block(name)]
-    if not block_layers or max(block_layers) == 0:  # the order of the layers is unknown
+    top_block = max((layer for name, layer in layers.items() if tower.is_in_block(name)), default=0)
+    if top_block == 0:  # the order of the layers is unknown
         return layers
-    top_block = max(block_layers)
     return {
         name: layer if tower.is_in_block(name) or layer < top_block else top_block + 1 for name, layer in layers.items()
     }

@@ -77,10 +77,8 @@ class WindowAxis:
 class ResizeForWindows:
     """Transform that resizes an image of shape (3, H, W), uint8, before it is split into windows.
 
-    The aspect ratio is kept. Interpolation is bilinear, with antialiasing.
-
-    `scale` is the ratio of the resized image's shorter side to the window. It is reduced if the longer side would
-    exceed `MAX_SCALE` times the window.
+    The aspect ratio is kept. `scale` is the ratio of the resized image's shorter side to the window. It is reduced if
+    the longer side would exceed `MAX_SCALE` times the window.
     """
 
     window: int  # side length in pixels, a multiple of `cell_size`
