@@ -39,7 +39,7 @@ from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.build_table import DataSplits, open_table, read_splits
 from llm2clip.data.noun_phrases import add_phrases
 from llm2clip.data.pairs import CaptionItems, TuningItem, check_pairable, read_tuning_sources
-from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, Record, Source
+from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
@@ -182,12 +182,10 @@ class Run:
         config, columns = self.config.tune, self.config.columns
         if not (self.sources or config.data or config.text_pairs):
             raise ValueError("Nothing to tune on: pass caption sources, or text pairs with --tune.text_pairs")
-        held_out: list[RecordTable] = []
-        if any(not Source.parse(source).splits for source in self.sources):
-            data = read_splits(self.sources, EvaluateConfig(), columns, self.log, "unchecked")
-            held_out = list(data.held_out.values())
-            if any(map(len, held_out)):
-                print_once(data.summary)
+        data = read_splits(self.sources, EvaluateConfig(), columns, self.log, "unchecked", keep_selected_splits=True)
+        held_out = list(data.held_out.values())
+        if any(map(len, held_out)):
+            print_once(data.summary)
         pairs = read_tuning_sources(None, held_out, config, columns, self.log, training_sources=self.sources)
         print_once(self.log.summary())
         return pairs

@@ -418,7 +418,6 @@ def read_splits(
     held_out_sources = [parsed[n] for n in np.unique(source_of_held_out[held_out.has_image])]
     held_out = held_out.select(held_out.has_image)
     train = records.select(is_training)
-    num_images = np.bincount(split_of_record[records.has_image], minlength=len(split_names)).tolist()
     pa.default_memory_pool().release_unused()  # otherwise, this process would keep the memory of the columns read above
     return DataSplits(
         train=train,
@@ -426,27 +425,31 @@ def read_splits(
         summary=", ".join(
             [format_count(int(train.has_image.sum()), "training image"), f"{len(held_out):,} held out", *notes]
         ),
-        rule=_describe_rule(len(held_out), held_out_split, dict(zip(split_names, num_images, strict=True))),
+        rule=_describe_rule(len(held_out), held_out_split, split_names, split_of_record[records.has_image]),
     )
 
 
 def _describe_unused(split_names: Sequence[str], splits: np.ndarray) -> list[str]:
     if not len(splits):
         return []
-    names = ", ".join(sorted(split_names[n] for n in np.unique(splits)))
-    return [f"{len(splits):,} records from other splits ({names}) not used"]
+    return [f"{len(splits):,} records from other splits ({', '.join(_list_names(split_names, splits))}) not used"]
 
 
-def _describe_rule(num_held_out: int, held_out_split: str | None, num_images: dict[str, int]) -> str:
+def _describe_rule(
+    num_held_out: int, held_out_split: str | None, split_names: Sequence[str], split_of_image: np.ndarray
+) -> str:
     reason = f"the {held_out_split} split"
     if held_out_split is None:
         reason = f"one in {HELD_OUT_DIVISOR}, at most {MAX_HELD_OUT:,}, because no split is named {HELD_OUT_SPLITS[0]}"
         reason += f" or {HELD_OUT_SPLITS[-1]}"
-    splits = "+".join(sorted(name for name, count in num_images.items() if count))
     return (
-        f"{num_held_out:,} held-out images out of {sum(num_images.values()):,} ({reason}). To use all images, list "
-        f"their splits: PATH@{splits}"
+        f"{num_held_out:,} held-out images out of {len(split_of_image):,} ({reason}). To use all images, list their "
+        f"splits: PATH@{'+'.join(_list_names(split_names, split_of_image))}"
     )
+
+
+def _list_names(split_names: Sequence[str], splits: np.ndarray) -> list[str]:
+    return sorted(split_names[n] for n in np.unique(splits))
 
 
 def mask_training_splits(records: RecordTable) -> np.ndarray:

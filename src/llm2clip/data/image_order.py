@@ -5,6 +5,7 @@ of a window are shuffled. Remote shards are then downloaded only once per epoch.
 """
 
 import os
+from itertools import chain
 from typing import Literal, cast
 
 import numpy as np
@@ -116,26 +117,23 @@ def list_upcoming_shards(
 
 def number_shards(records: RecordTable) -> tuple[np.ndarray, list[str]]:
     """Return the number of the shard that contains each record's image, of shape (N,), int32, and the shards' paths."""
-    blocks = records.blocks
-    number_of_path: dict[str, int] = {}
-    numbers = []  # number of each container of each batch, one batch after the other
-    first_container = [0]
-    for containers in blocks.containers:
-        numbers += [number_of_path.setdefault(path, len(number_of_path)) for path in containers]
-        first_container.append(len(numbers))
-    shard_of_container = np.array(numbers, np.int32)
+    blocks, paths = records.blocks, _list_paths(records)
+    number_of_path = {path: number for number, path in enumerate(paths)}
+    # Number of each container of each batch, one batch after the other.
+    shard_of_container = np.array([number_of_path[path] for path in chain(*blocks.containers)], np.int32)
+    first_container = np.cumsum([0, *map(len, blocks.containers)])
     parts = [np.empty(0, np.int32)]
     start = 0
     for batch in records.iterate_batches(["container"]):
         rows = records.rows[start : start + batch.num_rows]
         batch_of_row = np.searchsorted(blocks.starts, rows, side="right") - 1
-        parts.append(shard_of_container[np.array(first_container)[batch_of_row] + batch.column(0).to_numpy()])
+        parts.append(shard_of_container[first_container[batch_of_row] + batch.column(0).to_numpy()])
         start += batch.num_rows
-    return np.concatenate(parts), list(number_of_path)
+    return np.concatenate(parts), paths
 
 
 def _list_paths(records: RecordTable) -> list[str]:
-    return list(dict.fromkeys(path for containers in records.blocks.containers for path in containers))
+    return list(dict.fromkeys(chain(*records.blocks.containers)))
 
 
 # ---- choice of the order ---------------------------------------------------------------------------------------------

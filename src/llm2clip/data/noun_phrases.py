@@ -152,16 +152,14 @@ def add_phrases(records: RecordTable) -> RecordTable:
     """
     from llm2clip.runs.ranks import print_once  # imports PyTorch, which worker processes do not need
 
+    if records.count_texts("phrases").any():
+        return records
     if records.folder is None:
-        if _has_phrases(records):
-            return records
         phrases = list(_extract_phrases(records))
     else:
         file = records.folder / f"phrases-{_hash_view(records)}.arrow"
         with FileLock(records.folder / "phrases.lock"):
             if not file.exists() or not has_valid_checksum(file):
-                if _has_phrases(records):
-                    return records
                 _write_phrases(file, _extract_phrases(records))
         phrases = [batch.column(0) for batch in map_batches(str(file))]
     if not any(len(lists.values) for lists in phrases):
@@ -171,10 +169,6 @@ def add_phrases(records: RecordTable) -> RecordTable:
         )
         return records
     return records.with_phrases(pa.chunked_array(phrases, TEXTS))
-
-
-def _has_phrases(records: RecordTable) -> bool:
-    return any(len(batch.column(0).flatten()) for batch in records.iterate_batches(["phrases"]))
 
 
 def _hash_view(records: RecordTable) -> str:

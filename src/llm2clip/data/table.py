@@ -108,7 +108,7 @@ class RecordTable(Sequence[Record]):
         positions = np.flatnonzero(positions) if positions.dtype == bool else positions
         phrases = self._phrases
         if phrases is not None:
-            phrases = _Phrases(phrases.lists, positions if phrases.rows is None else phrases.rows[positions])
+            phrases = _Phrases(phrases.lists, phrases.rows[positions])
         return RecordTable(self.blocks, self.rows[positions], self.folder, self._caption_field, phrases)
 
     def split(self, size: int) -> list[RecordTable]:
@@ -129,7 +129,8 @@ class RecordTable(Sequence[Record]):
     def with_phrases(self, phrases: pa.ChunkedArray) -> RecordTable:
         """Return the records with other phrases: lists of strings, one per record."""
         assert len(phrases) == len(self)
-        return RecordTable(self.blocks, self.rows, self.folder, self._caption_field, _Phrases(phrases))
+        rows = np.arange(len(phrases), dtype=np.int32)
+        return RecordTable(self.blocks, self.rows, self.folder, self._caption_field, _Phrases(phrases, rows))
 
     def resolve_field(self, field: str) -> str | None:
         """Return the column with the texts of a field, or None if the records have no such texts."""
@@ -217,28 +218,24 @@ class RecordTable(Sequence[Record]):
         values = self._take(["id", "id_from_source", "split", *TEXT_FIELDS], start, stop).to_pydict()
         images = self.blocks.get_images(self.rows[start:stop])
         for name, from_source, split, *texts, image in zip(*values.values(), images, strict=True):
-            captions, short_captions, long_captions, phrases = map(tuple, texts)
             yield Record(
                 id=decode_name(name),
                 image=image,
-                captions=captions,
-                short_captions=short_captions,
-                long_captions=long_captions,
                 split=None if split is None else decode_name(split),
-                phrases=phrases,
                 id_from_source=from_source,
+                **dict(zip(TEXT_FIELDS, map(tuple, texts), strict=True)),
             )
 
 
 @dataclass(frozen=True)
 class _Phrases:
-    """Phrases that replace those of a table: lists of strings, and the index of each record's list (None: in order)."""
+    """Phrases that replace those of a table: lists of strings, and the index of each record's list."""
 
     lists: pa.ChunkedArray
-    rows: np.ndarray | None = None
+    rows: np.ndarray
 
     def take(self, start: int, stop: int) -> pa.Array:
-        rows = np.arange(start, stop) if self.rows is None else self.rows[start:stop]
+        rows = self.rows[start:stop]
         is_slice = len(rows) > 0 and are_adjacent(rows)
         lists = self.lists.slice(int(rows[0]), len(rows)) if is_slice else self.lists.take(pa.array(rows))
         return lists.chunk(0) if lists.num_chunks == 1 else lists.combine_chunks()
@@ -465,10 +462,7 @@ class RowBuilder:
                 encode_name(record.id),
                 record.id_from_source,
                 None if record.split is None else encode_name(record.split),
-                record.captions,
-                record.short_captions,
-                record.long_captions,
-                record.phrases,
+                *(getattr(record, field) for field in TEXT_FIELDS),
                 kind,
                 container,
                 encode_name(image.name),

@@ -123,8 +123,11 @@ class RaggedGather:
         if self.single_process or not self.max_size:
             return x
         padded = torch.cat([x, x.new_zeros(self.max_size - len(x), *x.shape[1:])])
-        gathered = _all_gather_with_grad(padded) if gradients else _all_gather(padded)
-        return gathered[self._valid_rows]
+        if gradients:
+            from torch.distributed.nn.functional import all_gather
+
+            return torch.cat(all_gather(padded))[self._valid_rows]
+        return _all_gather(padded)[self._valid_rows]
 
     def log_sum_exp(self, x: Tensor) -> Tensor:
         """Return log(sum over ranks of exp(x)), elementwise. Must be called by all ranks."""
@@ -142,13 +145,6 @@ def _all_gather(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
-
-
-def _all_gather_with_grad(x: Tensor) -> Tensor:
-    """Gather the rows of all ranks, with gradients. All ranks must have the same number of rows."""
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(x))
 
 
 def max_over_ranks(value: int, device: torch.device) -> int:
