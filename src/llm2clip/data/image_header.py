@@ -169,7 +169,6 @@ def open_header(stream: BinaryIO) -> Image.Image:
 
 
 def _reject_unsupported_formats(start: bytes) -> None:
-    """Raise `ImageFormatError` if a file is in a known but unsupported format."""
     for pattern, name in _UNSUPPORTED.items():
         if re.match(pattern, start, flags=re.DOTALL):
             raise ImageFormatError(f"{name} is not supported. Convert the image to JPEG")
@@ -179,7 +178,6 @@ def _reject_unsupported_formats(start: bytes) -> None:
 
 @cache
 def _register_heic() -> None:
-    """Add HEIC support to Pillow."""
     try:
         import pillow_heif
     except ImportError as error:

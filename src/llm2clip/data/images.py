@@ -377,8 +377,7 @@ def pack_batch(items: list[Any]) -> Tensor:
 
 def unpack_batch(batch: Tensor) -> list[Any]:
     """Restore the items packed by `pack_batch`."""
-    items: list[Any] = pickle.loads(batch.numpy().data)
-    return items
+    return cast(list[Any], pickle.loads(batch.numpy().data))
 
 
 class _TensorPickler(pickle.Pickler):

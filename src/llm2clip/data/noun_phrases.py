@@ -221,7 +221,6 @@ def _load_frequent(file: Path) -> frozenset[str]:
 
 
 def _sample_captions(records: RecordTable) -> list[str]:
-    """Return the captions of evenly spaced records."""
     positions = np.arange(0, len(records), len(records) // LANGUAGE_SAMPLES + 1)
     return list(records.select(positions).iterate_texts(CAPTION_FIELDS))
 

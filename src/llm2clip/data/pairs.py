@@ -157,7 +157,6 @@ def read_tuning_sources(
 
 
 def check_pairable(captions: Iterable[ImageCaptions]) -> None:
-    """Raise ValueError if no image has two different captions."""
     if not any(map(can_pair, captions)):
         raise ValueError(
             "no image has two different captions, which tuning needs as positive pairs. Use --tune.steps 0 to leave "

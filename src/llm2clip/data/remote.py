@@ -144,10 +144,8 @@ def file_exists(path: str) -> bool:
         return os.path.isfile(path)
     try:
         _get_version(path)
-    except MissingRemoteFileError:
-        return False
-    except RemoteError:  # for example, no permission: opening the file reports the reason
-        return True
+    except RemoteError as error:  # for example, no permission: opening the file reports the reason
+        return not isinstance(error, MissingRemoteFileError)
     return True
 
 
@@ -222,7 +220,6 @@ def pin_versions(versions: Mapping[str, str]) -> None:
 
 
 def _check_version(url: str, version: str) -> None:
-    """Raise `ReplacedFileError` if a file no longer has this version."""
     current = storage.format_version(storage.read_info(url, storage.MAX_ATTEMPTS), url)
     if current != version:
         raise storage.build_replaced_error(url, version, current)
@@ -382,7 +379,6 @@ def _is_disk_full(error: OSError) -> bool:
 
 
 def _make_room(size: int, url: str) -> None:
-    """Remove files until a new file fits within the size limit."""
     key = (str(get_cache_folder()), os.environ.get(SIZE_VARIABLE, ""))
     if size > _room.get(key, -1):
         files = sorted(_list_files())

@@ -143,8 +143,7 @@ class RecordTable(Sequence[Record]):
     def iterate_batches(self, columns: Sequence[str], size: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
         """Yield the columns of all records, in batches of at most `size` records."""
         for start in range(0, len(self), size):
-            stop = min(start + size, len(self))
-            yield self._take(columns, start, stop)
+            yield self._take(columns, start, min(start + size, len(self)))
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return the values of a column. Rows that are not adjacent are copied."""
@@ -163,8 +162,7 @@ class RecordTable(Sequence[Record]):
 
     def iterate_texts(self, fields: Sequence[str]) -> Iterator[str]:
         """Yield the texts of each record, in the order of the fields."""
-        for start in range(0, len(self), 4096):
-            batch = self._take(fields, start, min(start + 4096, len(self)))
+        for batch in self.iterate_batches(fields, 4096):
             columns = [column.to_pylist() for column in batch.columns]
             for texts_by_field in zip(*columns, strict=True):
                 for texts in texts_by_field:

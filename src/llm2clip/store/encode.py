@@ -5,7 +5,6 @@ interruption, only the remaining shards are encoded. With n processes, each proc
 is the same with any number of processes or Ray workers.
 """
 
-import gc
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
+from llm2clip.cpu_tuning import free_memory, keep_freed_memory, onednn_matmul
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import iter_image_batches
 from llm2clip.data.skip_log import SkipLog
@@ -201,7 +200,6 @@ class ImageEncoder(Protocol):
 
     def encode_images(self, images: list[Any]) -> Tensor:
         """Encode N outputs of `transform`. Return embeddings of shape (N, embed_dim) as a float32 CPU tensor."""
-        ...
 
 
 class TowerEncoder:
@@ -368,7 +366,7 @@ def embed_with_ray(
     precision = resolve_store_precision(precision, encoder, Path(folder), process_state().device)
     identity, embed_dim = encoder.identity(precision), encoder.embed_dim
     del encoder
-    gc.collect()  # the encoder contains reference cycles
+    free_memory()  # the encoder contains reference cycles
     torch.cuda.empty_cache()  # free the GPU memory that was used to select the precision
     start_ray = not ray.is_initialized()
     if start_ray:

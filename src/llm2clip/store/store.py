@@ -276,11 +276,9 @@ class CaptionSource(Protocol):
 
     def find_rows(self, captions: Iterable[str]) -> np.ndarray:
         """Return the row numbers of N captions, of shape (N,), int64."""
-        ...
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Return the text inputs of N rows, of shape (N, ...)."""
-        ...
 
 
 @dataclass(frozen=True)
