@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 S = TypeVar("S")
 T = TypeVar("T")
-PREFETCH_DEPTH = 2  # default number of items to prepare in advance
 
 
 def count_cores() -> int:
@@ -52,9 +51,10 @@ class Prefetcher(Iterator[T], Generic[T]):
     """Iterator that runs a generator in a background thread and preserves the order of its items.
 
     An exception in the generator is raised after all preceding items have been returned. `close` closes the generator.
+    `depth` is the number of items to prepare in advance.
     """
 
-    def __init__(self, items: Generator[T], depth: int = PREFETCH_DEPTH) -> None:
+    def __init__(self, items: Generator[T], depth: int = 2) -> None:
         self._items = items
         self._results: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
         self._free = Semaphore(depth)

@@ -149,11 +149,6 @@ class Run:
             check_pairable(CaptionItems(data.train))  # otherwise, the error would occur after the LLM has been loaded
         return data
 
-    @property
-    def held_out_captions(self) -> list[list[str]]:
-        """Captions of each held-out image. A single stage is not evaluated on caption retrieval."""
-        return self.data.held_out["captions"].column("captions").to_pylist() if self.command == "fit" else []
-
     def iterate_texts(self, phrases: bool) -> Iterator[str]:
         """Yield all texts to embed, which may contain duplicates. `phrases` applies only to the command `embed`."""
         if self.command == "fit":
@@ -210,8 +205,8 @@ def open_run(
     if command != "fit":
         settings = {name: settings[name] for name in STAGE_SETTINGS[command]}
     with run_lock(out):
-        if settings:
-            save_settings({"data": run.sources, **other_settings, **settings}, out)
+        if settings and process_state().is_main_process:
+            save_or_check_config({"data": run.sources, **other_settings, **settings}, out)
         run.log = _open_skip_log(out / "skipped.jsonl", config.max_skipped)
         yield run
 
@@ -257,7 +252,8 @@ def tune(run: Run) -> Path:
     wait_for_everyone()  # every rank must check whether the folder exists before any rank creates it
     is_skipped = is_done or (run.command == "fit" and config.steps == 0)
     pairs = [] if is_skipped else run.read_tuning_pairs()
-    captions = run.held_out_captions
+    # A single stage is not evaluated on caption retrieval.
+    captions = run.data.held_out["captions"].column("captions").to_pylist() if run.command == "fit" else []
     # QLoRA is for LLMs that do not fit on the device without quantisation, so the untuned LLM is not evaluated.
     measure = sum(len(set(each)) > 1 for each in captions) > 1 and not config.qlora
     # On a CPU, one encoder is evaluated and then tuned. A GPU evaluates in bf16, which requires a separate encoder.
@@ -409,9 +405,9 @@ def distill(options: DistillOptions, out: Path) -> Path:
         for _ in iterate_lines(Path(options.texts)):  # raises an error if the file cannot be read
             pass
     with run_lock(out):
-        settings = {item.name: getattr(options, item.name) for item in dataclasses.fields(options)}
-        del settings["max_skipped"]
-        save_settings(settings, out)
+        if process_state().is_main_process:
+            settings = vars(options).items()
+            save_or_check_config({name: value for name, value in settings if name != "max_skipped"}, out)
         log = _open_skip_log(out / "skipped.jsonl", options.max_skipped)
         if teacher is None:
             return model_dir
@@ -452,11 +448,6 @@ def _embed_distill_texts(
 
 def open_encoder(config: EncoderConfig, device: str | None = None) -> CaptionEncoder:
     return CaptionEncoder.from_pretrained(**dataclasses.asdict(config), device=device)
-
-
-def save_settings(settings: dict[str, Any], run_dir: Path) -> None:
-    if process_state().is_main_process:
-        save_or_check_config(settings, run_dir)
 
 
 def _open_skip_log(file: Path | None, max_skipped: float) -> SkipLog:

@@ -72,7 +72,11 @@ class ImageRef(ABC):
     def read(self) -> bytes:
         """Return all encoded bytes. Raise OSError if they cannot be read, or are more than `MAX_FILE_BYTES`."""
         with self._convert_reader_errors(), self._open() as stream:
-            return read_image_file(stream)
+            size = stream.seek(0, os.SEEK_END)
+            if size > MAX_FILE_BYTES:
+                raise OSError(f"file too large: {size:,} bytes; the limit is {MAX_FILE_BYTES:,} bytes")
+            stream.seek(0)
+            return stream.read()
 
     def to_columns(self) -> ImageColumns:
         """Convert the reference to the columns of a record table. By default, the bytes are stored in the table."""
@@ -300,15 +304,6 @@ def is_null(value: object) -> bool:
     if kind is str or kind is list:
         return not value
     return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def read_image_file(stream: BinaryIO) -> bytes:
-    """Return the contents of an open image file. Raise OSError if it is larger than `MAX_FILE_BYTES`."""
-    size = stream.seek(0, os.SEEK_END)
-    if size > MAX_FILE_BYTES:
-        raise OSError(f"file too large: {size:,} bytes; the limit is {MAX_FILE_BYTES:,} bytes")
-    stream.seek(0)
-    return stream.read()
 
 
 def compute_content_digest(data: bytes) -> str:

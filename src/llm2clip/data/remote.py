@@ -347,7 +347,7 @@ def _download(url: str, version: str, path: Path) -> None:
                 _write_file(url, version, path)
                 return
             except OSError as error:
-                if not _is_disk_full(error):
+                if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in storage.DISK_ERRORS):
                     raise
                 if is_last_attempt:
                     raise CacheFullError(
@@ -372,10 +372,6 @@ def _write_file(url: str, version: str, path: Path) -> None:
                 f"{path.parent}: this disk does not save modification times. Move the cache to another disk with the "
                 "environment variable LLM2CLIP_CACHE"
             )
-
-
-def _is_disk_full(error: OSError) -> bool:
-    return isinstance(error.__cause__, OSError) and error.__cause__.errno in storage.DISK_ERRORS
 
 
 def _make_room(size: int, url: str) -> None:
