@@ -534,7 +534,7 @@ def test_postgres_connections_to_other_machines_are_encrypted(tmp_path: Path, mo
     for local in ("127.0.0.1", "localhost", "[::1]", "", "%2Frun%2Fpostgresql", "localhost,127.0.0.1"):
         assert read_sslmode(f"postgresql://u:p@{local}/db") is None
         assert read_sslmode(f"postgresql://u:p@{local}/db?sslmode=disable") == "disable"
-    for remote in ("192.0.2.1", "192.0.2.1:5433", "localhost,192.0.2.1", "localhost@192.0.2.1"):
+    for remote in ("192.0.2.1", "192.0.2.1:5433", "localhost,192.0.2.1"):
         assert read_sslmode(f"postgresql://u@{remote}/db") == "require"
         assert read_sslmode(f"postgresql://u@{remote}/db?sslmode=verify-full") == "verify-full"
         for mode in ("disable", "allow"):
@@ -561,6 +561,10 @@ def test_postgres_rejects_invalid_urls() -> None:
             open_backend(f"postgresql://localhost/db?schema={schema}")
     with pytest.raises(ValueError, match=r"must have the form postgresql://USER@HOST/DATABASE\?schema=NAME"):
         open_backend("postgresql://localhost/db?collection=photos")
+    for address in ("u:PW@SECRET@h/x", "u:SECRET/PW@h/x", "u@localhost@192.0.2.1/x"):
+        with pytest.raises(ValueError, match="must be percent-encoded") as error:
+            open_backend(f"postgresql://{address}")
+        assert "SECRET" not in str(error.value)
 
 
 def test_hide_password_keeps_the_rest_of_a_location() -> None:

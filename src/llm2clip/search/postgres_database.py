@@ -24,6 +24,8 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 Result = TypeVar("Result")
 DEFAULT_SCHEMA = "llm2clip"
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+# With an unencoded @, libpq would take a part of the password for the host or database, and print it in its errors.
+ADDRESS = re.compile(r"\w+://([^/@]*@)?[^@]*")
 SCHEMA_NAME = re.compile(r"(?!pg_|public$)[A-Za-z_][A-Za-z0-9_]{0,62}")
 MIN_PGVECTOR = (0, 8)  # earlier versions cannot continue an HNSW search until enough rows match a filter
 MAX_CONNECTIONS = 8  # per process, for searches
@@ -60,6 +62,8 @@ def parse_url(url: str) -> tuple[str, str]:
         )
     parameters = urlencode([(key, value) for key, value in query if key != "schema"], quote_via=quote)
     try:
+        if ADDRESS.fullmatch(address) is None:
+            raise psycopg.ProgrammingError("the password contains @")
         options: dict[str, Any] = {**CONNECTION_DEFAULTS, **conninfo_to_dict(f"{address}?{parameters}")}
     except psycopg.ProgrammingError:
         raise ValueError(
