@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from llm2clip.cli.commands import (
     add_flags,
     add_reading_arguments,
     format_command,
-    select_arguments,
+    make_options,
 )
 from llm2clip.runs.output_folder import has_outputs
 
@@ -42,7 +41,7 @@ def add_commands(commands: Commands) -> None:
 
 def _caption(args: Namespace) -> list[str]:
     check_sources(args.data)
-    options = CaptionOptions(**select_arguments(args, *(field.name for field in dataclasses.fields(CaptionOptions))))
+    options = make_options(CaptionOptions, args)
     if options.check is not None:
         options.check = resolve_model(options.check)
     model = resolve_model(args.model) if options.endpoint is None else args.model

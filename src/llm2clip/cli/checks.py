@@ -128,10 +128,7 @@ def list_local_sources(sources: Sequence[str]) -> list[str]:
 # ---- output folders --------------------------------------------------------------------------------------------------
 
 KINDS = {
-    "fit": "a run directory of `llm2clip fit`",
-    "tune": "a run directory of `llm2clip tune`",
-    "align": "a run directory of `llm2clip align`",
-    "distill": "a run directory of `llm2clip distill`",
+    **{command: f"a run directory of `llm2clip {command}`" for command in ("fit", "tune", "align", "distill")},
     "llava": "a run directory of `llm2clip llava train`",
     "store": "an embedding store",
     "index": "an index",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
@@ -39,6 +39,7 @@ SECTIONS = {name for name, value in FIT_SETTINGS.items() if isinstance(value, di
 
 # Function that runs a command. It returns the lines to print at the end, such as the next command to run.
 CommandFunction = Callable[[Namespace], list[str]]
+Options = TypeVar("Options")  # a dataclass
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # use dataclass field docstrings as help texts
 
@@ -323,5 +324,7 @@ def format_column_flags(columns: dict[str, str]) -> list[str]:
     return ["--columns", ",".join(f"{field}={column}" for field, column in columns.items())] if columns else []
 
 
-def select_arguments(args: Namespace, *names: str) -> dict[str, Any]:
-    return {name: args[name] for name in names}
+def make_options(options: type[Options], args: Namespace) -> Options:
+    """Create a dataclass from the arguments with the names of its fields. Other fields keep their defaults."""
+    fields = dataclasses.fields(options)  # type: ignore[arg-type]
+    return options(**{field.name: args[field.name] for field in fields if field.name in args})

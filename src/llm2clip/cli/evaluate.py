@@ -1,6 +1,5 @@
 """Evaluation commands: `evaluate` and `benchmarks`."""
 
-from dataclasses import fields
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -13,7 +12,7 @@ from llm2clip.cli.commands import (
     add_reading_arguments,
     format_column_flags,
     format_command,
-    select_arguments,
+    make_options,
 )
 from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions
 
@@ -56,7 +55,7 @@ def _evaluate(args: Namespace) -> list[str]:
     check_sources(args.data, args.captions)
     models = [resolve_model(name) for name in [args.model, *(args.baselines or [])] if name]
     args.encoder.path = resolve_encoder(args.encoder.path)
-    options = EvaluateOptions(**select_arguments(args, *(field.name for field in fields(EvaluateOptions))))
+    options = make_options(EvaluateOptions, args)
     from llm2clip.evaluate.arguments import check_arguments
 
     check_arguments(models, args.data or [], options)

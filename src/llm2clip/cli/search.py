@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -9,7 +10,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
-from datetime import date as date_type
 from datetime import datetime
 from datetime import time as time_type
 from pathlib import Path
@@ -25,7 +25,7 @@ from llm2clip.cli.commands import (
     Commands,
     add_reading_arguments,
     format_command,
-    select_arguments,
+    make_options,
 )
 from llm2clip.io_utils import format_count
 from llm2clip.models.loading import DEFAULT_MODEL
@@ -196,8 +196,8 @@ def _index(args: Namespace) -> list[str]:
 
     def update_index() -> tuple[IndexReport, SkipLog]:
         log = SkipLog(skipped_file, args.max_skipped)
-        values = select_arguments(args, "columns", "batch_size", "workers", "prune", "allow_outside", "dim")
-        return build_index(args.data, model, backend, log, IndexOptions(**values, recognize=recognize)), log
+        options = dataclasses.replace(make_options(IndexOptions, args), recognize=recognize)
+        return build_index(args.data, model, backend, log, options), log
 
     report, log = update_index()
     if args.watch is not None:
@@ -394,16 +394,15 @@ def parse_time(text: str | None, option: str, end_of_day: bool = False) -> float
     if text is None:
         return None
     try:
-        date = date_type.fromisoformat(text)
-    except ValueError:
-        try:
-            return datetime.fromisoformat(text).timestamp()
-        except ValueError as error:
-            raise ValueError(
-                f"{option} must be a date or a date and time, such as 2024-05-31 or 2024-05-31T12:00 "
-                f"(got {text!r}: {error})"
-            ) from error
-    return datetime.combine(date, time_type.max if end_of_day else time_type.min).timestamp()
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{option} must be a date or a date and time, such as 2024-05-31 or 2024-05-31T12:00 "
+            f"(got {text!r}: {error})"
+        ) from error
+    if end_of_day and len(text) <= len("2024-05-31"):
+        moment = datetime.combine(moment, time_type.max)
+    return moment.timestamp()
 
 
 def resolve_path_filter(path: str | None) -> str | None:

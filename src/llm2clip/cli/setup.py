@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,8 @@ from llm2clip.cli.commands import (
     add_reading_arguments,
     format_column_flags,
     format_command,
+    make_options,
     read_builtin_configs,
-    select_arguments,
     suggest_names,
 )
 from llm2clip.cli.train import add_stage_settings
@@ -141,9 +140,7 @@ def make_plan(args: Namespace) -> Plan:
     data |= {name: args[name] for name in data if args[name] is not None}
     if data["images"] is None:
         raise ValueError("pass DATA with captions, or the number of training images with --images")
-    config = FitConfig(**select_arguments(args, "encoder", "tune", "embed", "align"))
-    machine = Machine(**select_arguments(args, *(field.name for field in dataclasses.fields(Machine))))
-    return plan_fit(config, machine, **data)
+    return plan_fit(make_options(FitConfig, args), make_options(Machine, args), **data)
 
 
 def _plan(args: Namespace) -> list[str]:

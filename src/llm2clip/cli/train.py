@@ -28,7 +28,7 @@ from llm2clip.cli.commands import (
     add_reading_arguments,
     format_column_flags,
     format_command,
-    select_arguments,
+    make_options,
 )
 from llm2clip.config import (
     AlignConfig,
@@ -182,7 +182,7 @@ def _fit(args: Namespace) -> list[str]:
     from llm2clip.pipeline import fit, open_run
     from llm2clip.runs.ranks import print_once
 
-    with open_run("fit", args.data, Path(args.out), _make_config(args)) as run:
+    with open_run("fit", args.data, Path(args.out), make_options(FitConfig, args)) as run:
         if write_captions is not None:
             _check_resources(run, None)
             write_captions()
@@ -209,7 +209,7 @@ def _tune(args: Namespace) -> list[str]:
     args.encoder.path = resolve_encoder(args.encoder.path)
     from llm2clip.pipeline import open_run, tune
 
-    with open_run("tune", args.data, Path(args.out), _make_config(args)) as run:
+    with open_run("tune", args.data, Path(args.out), make_options(FitConfig, args)) as run:
         encoder = tune(run)
     flags = [*format_column_flags(args.columns), "--encoder.path", encoder, "--out", "STORE"]
     hint = format_command("embed", *(args.data or ["DATA"]), *flags)
@@ -225,8 +225,8 @@ def _embed(args: Namespace) -> list[str]:
     from llm2clip.pipeline import embed, open_run
 
     out = Path(args.out)
-    with open_run("embed", args.data, out, _make_config(args)) as run:
-        store = embed(run, args.encoder, **select_arguments(args, "phrases", "engine", "ray_workers"))
+    with open_run("embed", args.data, out, make_options(FitConfig, args)) as run:
+        store = embed(run, args.encoder, phrases=args.phrases, engine=args.engine, ray_workers=args.ray_workers)
     flags = [*format_column_flags(args.columns), "--store", out, *_make_encoder_flags(args.encoder), "--out", "RUN"]
     return [f"Store: {out} ({len(store):,} captions)", f"Next: {format_command('align', *args.data, *flags)}"]
 
@@ -241,7 +241,7 @@ def _align(args: Namespace) -> list[str]:
     from llm2clip.store.store import EmbeddingStore
 
     held_out = args.held_out or []
-    config = dataclasses.replace(_make_config(args), evaluate=EvaluateConfig(data=held_out))
+    config = dataclasses.replace(make_options(FitConfig, args), evaluate=EvaluateConfig(data=held_out))
     with open_run("align", args.data, Path(args.out), config, held_out=held_out, store=args.store) as run:
         features = Path(args.features) if args.features else None
         model = align(run, EmbeddingStore(args.store), args.encoder, features)
@@ -262,15 +262,8 @@ def _distill(args: Namespace) -> list[str]:
         args.student = resolve_encoder(args.student)
     from llm2clip.pipeline import DistillOptions, distill
 
-    names = [field.name for field in dataclasses.fields(DistillOptions)]
-    model = distill(DistillOptions(**select_arguments(args, *names)), Path(args.out))
-    baseline = ["--baselines", args.model]
-    return [f"Model: {model}", *_format_next_commands(model, args, *baseline)]
-
-
-def _make_config(args: Namespace) -> FitConfig:
-    """Create a `FitConfig` from a command's arguments. Settings that the command lacks keep their defaults."""
-    return FitConfig(**{field.name: args[field.name] for field in dataclasses.fields(FitConfig) if field.name in args})
+    model = distill(make_options(DistillOptions, args), Path(args.out))
+    return [f"Model: {model}", *_format_next_commands(model, args, "--baselines", args.model)]
 
 
 def _format_next_commands(

@@ -26,7 +26,7 @@ from llm2clip.models.loading import fingerprint
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import Backend
-from llm2clip.search.images import format_file_version, read_container_version
+from llm2clip.search.images import format_file_version
 from llm2clip.search.metadata import read_exif
 from llm2clip.search.ocr import RecognizeText, recognize_texts
 from llm2clip.search.relevance import update_calibration
@@ -256,9 +256,13 @@ def _read_images(
     """Return pairs of image and hash for content that is already in the index, and all other images by hash."""
     readable: list[tuple[IndexedImage, bytes]] = []
     for image in ProgressBar(images, desc="read", unit="image"):
-        digest, described = read_digest_and_metadata(image, log)
-        if digest is not None:
-            readable.append((described, digest))
+        try:
+            data = image.ref.read()
+        except (OSError, ValueError, LookupError) as error:
+            log.skip(image.name, 0, "unreadable image", error)
+            continue
+        described = dataclasses.replace(image, **read_exif(data, modified=image.taken))
+        readable.append((described, hashlib.sha256(data).digest()))
     existing = backend.existing({digest for _, digest in readable})
     known: list[tuple[IndexedImage, bytes]] = []
     unknown: dict[bytes, list[IndexedImage]] = defaultdict(list)
@@ -358,10 +362,10 @@ def scan_source(
             continue
         try:
             stat = os.stat(path)
-            if path not in versions:
-                versions = {path: read_container_version(path)}  # all images of a table have the same version
         except FileNotFoundError:
             continue  # deleted during the scan
+        if path not in versions:
+            versions = {path: format_file_version(stat)}  # all images of a table have the same version
         yield IndexedImage(
             name=to_valid_unicode(record.image.canonical_path),
             ref=record.image,
@@ -390,13 +394,3 @@ def _is_in_folder(path: str, folder: str) -> bool:
     if os.path.islink(path):
         path = os.path.realpath(path)
     return path == folder or path.startswith(os.path.join(folder, ""))
-
-
-def read_digest_and_metadata(image: IndexedImage, log: SkipLog) -> tuple[bytes | None, IndexedImage]:
-    """Return the SHA-256 hash of an image's bytes (None if unreadable), and the image with the metadata in the file."""
-    try:
-        data = image.ref.read()
-    except (OSError, ValueError, LookupError) as error:
-        log.skip(image.name, 0, "unreadable image", error)
-        return None, image
-    return hashlib.sha256(data).digest(), dataclasses.replace(image, **read_exif(data, modified=image.taken))

@@ -103,7 +103,8 @@ def export_gallery(
         settings = {**_build_text_settings(model), "images": images, "count": len(images)}
         settings |= {"dim": model.config.embed_dim, "title": Path(out).resolve().name}
         (folder / "gallery.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
-        messages.append(_format_size(folder, len(images)))
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        messages.append(f"{len(images):,} images, {format_bytes(size)}")
     if is_update:
         _replace_files(target, Path(out), len(images))
     return messages
@@ -279,8 +280,3 @@ def _format_licenses() -> str:
         sections.append(f"{package.name} {package.version} ({package.license}): {package.homepage}\nFiles: {files}\n")
     copyright_notice = "onnxruntime-web: Copyright (c) Microsoft Corporation. MIT License\n"
     return "\n".join([*sections, copyright_notice, MIT_LICENSE.read_text(encoding="utf-8")])
-
-
-def _format_size(folder: Path, count: int) -> str:
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return f"{count:,} images, {format_bytes(size)}"

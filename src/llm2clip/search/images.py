@@ -48,7 +48,8 @@ def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
 
 def _open_unchanged_image(image: IndexedImage) -> BinaryIO:
     path = image.ref.container_path or ""
-    if read_container_version(path) != image.file_version:  # check before opening, because a named pipe would block
+    # The version is checked before the file is opened, because opening a named pipe would block.
+    if format_file_version(os.stat(path)) != image.file_version:
         raise FileNotFoundError(f"{path} has changed since it was indexed")
     stream = image.ref.open()
     if isinstance(image.ref, FileImage) and format_file_version(os.fstat(stream.fileno())) != image.file_version:
@@ -57,12 +58,8 @@ def _open_unchanged_image(image: IndexedImage) -> BinaryIO:
 
 
 def format_file_version(stat: os.stat_result) -> str:
-    return f"{stat.st_size} {stat.st_mtime_ns}"
-
-
-def read_container_version(path: str) -> str:
     """Return a string that changes when an image file, a tar file or a table changes."""
-    return format_file_version(os.stat(path))
+    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 # ---- images in requests

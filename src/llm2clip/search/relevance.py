@@ -166,14 +166,10 @@ def compute_evidence(query: np.ndarray, vectors: np.ndarray, background: np.ndar
 def split_stems(texts: Sequence[str]) -> set[str]:
     """Return the words of texts, truncated to STEM_LENGTH letters without diacritics, and unspaced characters."""
     decomposed = unicodedata.normalize("NFD", normalize("\n".join(texts)))
-    letters = "".join(character for character in decomposed if not _is_diacritic(character))
+    # Without voicing marks, different Japanese words would be equal, such as those for bus and pass.
+    letters = "".join(c for c in decomposed if c in VOICING_MARKS or unicodedata.category(c)[0] != "M")
     spaced = UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFC", letters))
     return {word[:STEM_LENGTH] for word in re.findall(r"[^\W_]+", spaced)}
-
-
-def _is_diacritic(character: str) -> bool:
-    # Without voicing marks, different Japanese words would be equal, such as those for bus and pass.
-    return unicodedata.category(character).startswith("M") and character not in VOICING_MARKS
 
 
 def compute_overlap(stems: set[str], captions: Sequence[str]) -> float:

@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 
 from llm2clip.io_utils import is_valid_unicode, to_valid_unicode
 from llm2clip.search.images import InvalidImage, RequestImage, TooLarge
-from llm2clip.search.index import SearchOptions
 from llm2clip.search.inference import QueueFull
 from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Condition, Detail, Filter, MetadataField
 from llm2clip.search.query import SearchQuery
@@ -164,9 +163,6 @@ class SearchRequest(QueryRequest):
         "without a query",
     )
 
-    def to_options(self) -> SearchOptions:
-        return SearchOptions(self.words, self.group_similar, self.show_weak)
-
 
 def _make_metadata_model(name: str, metadata_fields: tuple[MetadataField, ...]) -> type[BaseModel]:
     types = {}
@@ -220,8 +216,8 @@ class SearchResponse(BaseModel):
     )
 
 
-class HeatmapRequest(QueryRequest):
-    """A non-empty query, and the hit in whose image to locate it."""
+class HitRequest(QueryRequest):
+    """A non-empty query, and the hit whose image or score it explains."""
 
     id: HitId = Field(description="id of a hit")
 
@@ -232,12 +228,6 @@ class HeatmapResponse(BaseModel):
     rows: list[list[float]] = Field(
         description="cosine similarity between the query and each cell, row by row; the cells divide the image evenly"
     )
-
-
-class ExplainRequest(QueryRequest):
-    """A query with at least one text, and the hit whose score is to be explained."""
-
-    id: HitId = Field(description="id of a hit")
 
 
 class EmbedRequest(BaseModel):

@@ -29,6 +29,7 @@ from llm2clip.models.llm2clip import check_dim, truncate_and_normalize
 from llm2clip.search.backends import Backend
 from llm2clip.search.explain import Explanation
 from llm2clip.search.images import RequestImage
+from llm2clip.search.index import SearchOptions
 from llm2clip.search.inference import InferenceService, Limits
 from llm2clip.search.metadata import CONDITIONS, Condition
 from llm2clip.search.middleware import Authenticator, RequestMiddleware, make_connection_class
@@ -41,10 +42,9 @@ from llm2clip.search.schemas import (
     EmbeddingItem,
     EmbedRequest,
     EmbedResponse,
-    ExplainRequest,
     HealthResponse,
-    HeatmapRequest,
     HeatmapResponse,
+    HitRequest,
     SearchRequest,
     SearchResponse,
     add_error_handlers,
@@ -201,20 +201,21 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
 
     def search_index(request: SearchRequest) -> bytes:
         """Return a `SearchResponse` as JSON, serialized in the worker thread because it can be large."""
+        options = SearchOptions(request.words, request.group_similar, request.show_weak)
         index, query, image_filter = service.require_index(), request.to_query(), request.filter.to_filter()
-        page = index.search(query, request.top, request.offset, image_filter, request.to_options())
+        page = index.search(query, request.top, request.offset, image_filter, options)
         response = SearchResponse.model_validate(page, from_attributes=True)
         if response.next_offset is not None and response.next_offset > MAX_OFFSET:
             response.next_offset = None
         return response.model_dump_json().encode()
 
     @app.post("/explain", responses=API_ERRORS)
-    async def explain(request: ExplainRequest) -> Explanation:
+    async def explain(request: HitRequest) -> Explanation:
         """Return how much the score of a hit changes if a word is removed from the query's texts."""
         return await service.searchers.run(service.require_index().explain, request.to_query(), request.id)
 
     @app.post("/heatmap", responses=API_ERRORS)
-    async def heatmap(request: HeatmapRequest) -> HeatmapResponse:
+    async def heatmap(request: HitRequest) -> HeatmapResponse:
         """Return a heat map that locates the given texts, images and earlier hits in the image of a hit."""
         heatmap = await service.searchers.run(service.require_index().compute_heatmap, request.to_query(), request.id)
         return HeatmapResponse(rows=heatmap.tolist())

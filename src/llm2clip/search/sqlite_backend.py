@@ -202,8 +202,7 @@ class SqliteBackend(Backend):
 
     def _find_newest(self, run: Query, image_filter: Filter, count: int, offset: int) -> list[int]:
         ids = self._get_matching_ids(image_filter, newest_first=True)
-        page: list[int] = ids[offset : offset + count].tolist()
-        return page
+        return list(ids[offset : offset + count].tolist())
 
     def _find_nearest(
         self, run: Query, vector: np.ndarray, depth: int, image_filter: Filter
@@ -309,7 +308,8 @@ class SqliteBackend(Backend):
             if self._vectors is not None and self._vectors[0] == state:
                 return self._vectors[1]
             with self._db.snapshot() as db:
-                vectors, last = QuantizedVectors(127 / _read_max_abs(db)), self._vectors
+                ((max_abs,),) = db.execute("SELECT max(max_abs) FROM contents")
+                vectors, last = QuantizedVectors(127 / max(max_abs or 0, 1e-6)), self._vectors
                 if last is not None and last[0][-1] == state[-1] and last[1].scale <= vectors.scale:
                     vectors = last[1]
                 else:  # free vectors that cannot be used, in case both do not fit in memory
@@ -317,7 +317,8 @@ class SqliteBackend(Backend):
                 vectors = vectors.with_added(_read_vector_chunks(db, vectors.last_id))
                 ((count,),) = db.execute("SELECT count(*) FROM contents")
                 if count < len(vectors):
-                    vectors = vectors.with_only(np.sort(_read_int_column(db.execute("SELECT id FROM contents"))))
+                    remaining = db.execute("SELECT id FROM contents ORDER BY id")
+                    vectors = vectors.with_only(np.array([content_id for (content_id,) in remaining], np.int64))
             self._vectors = state, vectors
             return vectors
 
@@ -352,15 +353,6 @@ def _read_vector_chunks(db: sqlite3.Connection, last_id: int) -> Iterator[tuple[
         ids = np.array([content_id for content_id, _ in rows], dtype=np.int64)
         vectors = np.frombuffer(b"".join(vector for _, vector in rows), "<f2")
         yield ids, vectors.reshape(len(rows), -1)
-
-
-def _read_max_abs(db: sqlite3.Connection) -> float:
-    ((max_abs,),) = db.execute("SELECT max(max_abs) FROM contents")
-    return max(float(max_abs or 0), 1e-6)
-
-
-def _read_int_column(cursor: Iterable[tuple[Any, ...]]) -> np.ndarray:
-    return np.array([value for (value,) in cursor], dtype=np.int64)
 
 
 # ---- quantized vectors
