@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from llm2clip.cli.checks import ENCODERS, check_pretrained, check_sources, resolve_encoder, resolve_model
 from llm2clip.io_utils import EXTRAS
@@ -26,6 +27,11 @@ WRONG_PATHS = (
     (["llava", "train", "./nope", "--pretrain", "photos", "--out", "x"], "./nope is neither a folder nor a hub id"),
     (["search", "--server", "http://127.0.0.1:9", "x"], "cannot reach the server http://127.0.0.1:9"),
     (["evaluate", "photos", "photos", "--baselines", "nope.npz"], "nope.npz: no such file"),
+    (["index", "clip.mp4", "--out", "x"], "unknown format; videos are not supported"),
+    (["embed", "prices.csv", "--out", "x"], "no caption column; the file has the columns image, price"),
+    (["fit", "gone.csv", "--out", "x"], "missing image"),
+    (["data", "gone.csv", "--columns", "text=caption"], "unknown field 'text'; available fields: id, image"),
+    (["search", "photos", "x", "--model", "runs/nomodel"], "neither a folder nor a model in the hub's cache"),
 )
 # Command, module that is missing, and extra that contains the module.
 MISSING_PACKAGES = (
@@ -45,6 +51,11 @@ MISSING_PACKAGES = (
 def test_wrong_paths_and_missing_packages_are_reported_without_importing_torch(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/index.sqlite").touch()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos/a.png")
+    (tmp_path / "photos/a.txt").write_text("a black square")
+    (tmp_path / "clip.mp4").touch()
+    (tmp_path / "prices.csv").write_text("image,price\na.jpg,3\n")
+    (tmp_path / "gone.csv").write_text("image,caption\na.jpg,a dog\n")
     commands = [(command, []) for command, _ in WRONG_PATHS]
     commands += [(command, [module]) for command, module, _ in MISSING_PACKAGES]
     code = f"""if True:
@@ -87,7 +98,10 @@ def test_run_directories_stand_for_the_model_and_the_encoder_in_them(
     assert capsys.readouterr().err.count(": using ") == 3
 
 
-def test_names_of_models_are_accepted_and_missing_paths_are_not(tmp_path: Path) -> None:
+def test_names_of_models_are_accepted_and_missing_paths_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm2clip.models.loading.find_hub_problem", lambda: "")
     assert set(ENCODERS) <= ASSETS.keys()
     for name in ("openai/clip-vit-base-patch16", "open_clip:ViT-B-32/openai", "st:clip-ViT-B-32", str(tmp_path)):
         assert resolve_model(name) == name

@@ -8,7 +8,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from llm2clip.caption.options import CaptionOptions
-from llm2clip.cli.checks import check_sources, resolve_model
+from llm2clip.cli.checks import check_data, resolve_model
 from llm2clip.cli.commands import (
     ArgumentParser,
     Commands,
@@ -40,7 +40,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def _caption(args: Namespace) -> list[str]:
-    check_sources(args.data)
+    check_data(args, require_captions=False)
     options = make_options(CaptionOptions, args)
     if options.check is not None:
         options.check = resolve_model(options.check)

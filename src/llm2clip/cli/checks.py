@@ -1,5 +1,6 @@
 """Checks of paths, model names and output folders. They avoid heavy imports, so mistakes are reported at once."""
 
+import dataclasses
 import os
 import socket
 import sys
@@ -8,11 +9,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 
 from llm2clip.io_utils import check_extra
-from llm2clip.models.loading import is_hub_id
+from llm2clip.models.loading import check_model_source, is_hub_id
 from llm2clip.runs.output_folder import CONFIG_FILE
 
 # Prefixes of model names (see `models/dual_encoder.py` and `models/vision/vision_tower.py`).
@@ -29,6 +32,29 @@ def check_sources(*groups: Iterable[str] | None) -> None:
         path = Source.parse(source).path
         if not path.startswith("hf:") and not os.path.exists(os.path.expanduser(path)):
             find_files(path)  # expands patterns; raises an error if no file matches
+
+
+def check_data(
+    args: Namespace, *others: Iterable[str] | None, image_check: Any = "header", require_captions: bool = True
+) -> None:
+    """Check sources as `check_sources` does, and read the first rows of small local files in `args.data`.
+
+    Unknown formats, missing columns and unusable images are thereby reported before the slow imports.
+    """
+    from llm2clip.data.formats import find_files
+    from llm2clip.data.records import EARLY_CHECK_ROWS, RecordReader, Source
+    from llm2clip.data.skip_log import SkipLog
+
+    check_sources(args.data, *others)
+    log = SkipLog(max_skipped=max(args.max_skipped, 0.5))  # the command itself lists fewer in a file
+    for text in args.data:
+        source = dataclasses.replace(Source.parse(text), columns=args.columns)
+        path = os.path.expanduser(source.path)
+        files = find_files(path, all_files=not require_captions) if os.path.exists(path) else []
+        if files and sum(os.path.getsize(file.path) for file in files) < 1 << 22:
+            reader = RecordReader(source, log, image_check, require_captions)
+            for _ in islice(reader.read(files), EARLY_CHECK_ROWS):
+                pass
 
 
 def check_index(location: str | None) -> None:
@@ -115,6 +141,7 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
             )
         names = f", nor one of {', '.join(known)}" if known else ""
         raise FileNotFoundError(f"{name} is neither a folder nor a hub id (OWNER/NAME){names}; {suggest_paths(name)}")
+    check_model_source(name)
     return name
 
 

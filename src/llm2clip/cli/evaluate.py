@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from llm2clip.cli.checks import check_output_folder, check_sources, list_local_sources, resolve_encoder, resolve_model
+from llm2clip.cli.checks import check_data, check_output_folder, list_local_sources, resolve_encoder, resolve_model
 from llm2clip.cli.commands import (
     DATA_HELP,
     Commands,
@@ -52,7 +52,7 @@ def add_commands(commands: Commands) -> None:
 def _evaluate(args: Namespace) -> list[str]:
     if args.out is not None:
         check_output_folder(args.out, "evaluation")
-    check_sources(args.data, args.captions)
+    check_data(args, args.captions)
     models = [resolve_model(name) for name in [args.model, *(args.baselines or [])] if name]
     args.encoder.path = resolve_encoder(args.encoder.path)
     options = make_options(EvaluateOptions, args)

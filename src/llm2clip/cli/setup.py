@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from llm2clip.cli.checks import check_output_folder, check_sources
+from llm2clip.cli.checks import check_data, check_output_folder, check_sources
 from llm2clip.cli.commands import (
     DATA_HELP,
     Commands,
@@ -90,7 +90,7 @@ def _run_quickstart(args: Namespace) -> list[str]:
 
 
 def _describe_data(args: Namespace) -> list[str]:
-    check_sources(args.data)
+    check_data(args, require_captions=False)
     page = None if args.report is None else Path(args.report).expanduser()
     if page is not None and page.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--report must be an .html file (got {args.report})")

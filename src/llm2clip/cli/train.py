@@ -13,9 +13,9 @@ from jsonargparse.typing import NonNegativeInt
 
 from llm2clip.cli.caption import add_fit_arguments, prepare_captions
 from llm2clip.cli.checks import (
+    check_data,
     check_output_folder,
     check_pretrained,
-    check_sources,
     check_stores,
     list_local_sources,
     resolve_encoder,
@@ -174,7 +174,8 @@ def _fit(args: Namespace) -> list[str]:
     check_output_folder(args.out, "fit")
     if args.tune.qlora:
         check_extra("qlora", "--tune.qlora")
-    check_sources(args.data, args.tune.data, args.tune.text_pairs, args.tune.exclude, args.evaluate.data)
+    other_sources = (args.tune.data, args.tune.text_pairs, args.tune.exclude, args.evaluate.data)
+    check_data(args, *other_sources, require_captions=not args.caption)
     args.encoder.path = resolve_encoder(args.encoder.path)
     check_pretrained(args.align.tower)
     index_data = _format_index_data(args)  # all images, also those without an accepted caption
@@ -205,7 +206,7 @@ def _tune(args: Namespace) -> list[str]:
     check_output_folder(args.out, "tune")
     if args.tune.qlora:
         check_extra("qlora", "--tune.qlora")
-    check_sources(args.data, args.tune.data, args.tune.text_pairs, args.tune.exclude)
+    check_data(args, args.tune.data, args.tune.text_pairs, args.tune.exclude, image_check="ignore")
     args.encoder.path = resolve_encoder(args.encoder.path)
     from llm2clip.pipeline import open_run, tune
 
@@ -220,7 +221,7 @@ def _embed(args: Namespace) -> list[str]:
     check_output_folder(args.out, "store")
     if args.engine == "ray":
         check_extra("ray", "--engine ray")
-    check_sources(args.data)
+    check_data(args, image_check="ignore")
     args.encoder.path = resolve_encoder(args.encoder.path)
     from llm2clip.pipeline import embed, open_run
 
@@ -233,7 +234,7 @@ def _embed(args: Namespace) -> list[str]:
 
 def _align(args: Namespace) -> list[str]:
     check_output_folder(args.out, "align")
-    check_sources(args.data, args.held_out)
+    check_data(args, args.held_out)
     check_stores(args.store)
     args.encoder.path = resolve_encoder(args.encoder.path)
     check_pretrained(args.align.tower)
@@ -250,7 +251,7 @@ def _align(args: Namespace) -> list[str]:
 
 def _distill(args: Namespace) -> list[str]:
     check_output_folder(args.out, "distill")
-    check_sources(args.data, args.evaluate.data)
+    check_data(args, args.evaluate.data, image_check="ignore")
     check_stores(*([args.store] if args.store else []))
     if args.texts is not None and not Path(args.texts).is_file():
         raise FileNotFoundError(f"--texts {args.texts}: no such file")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from llm2clip.caption.files import make_card, shorten_text
 from llm2clip.config import EvaluateConfig
 from llm2clip.data.build_table import NoImagesError, open_table, read_splits
 from llm2clip.data.formats import IMAGE_SUFFIXES
@@ -343,6 +342,8 @@ def write_page(file: Path, overview: DataOverview, table: RecordTable, next_comm
 
 
 def _make_card(record: Record) -> Example:
+    from llm2clip.caption.files import make_card, shorten_text
+
     assert record.image is not None
     details = [f"id {record.id}"] if record.id != Path(str(record.image)).stem else []
     if record.split:

@@ -25,7 +25,7 @@ from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.table import IMAGE_COLUMNS, ImageList, RecordTable
 from llm2clip.data.transforms import Preprocess, TrainTransform
 from llm2clip.parallel import count_cores
-from llm2clip.store.encode import make_image_keys
+from llm2clip.store.layout import make_image_keys
 from llm2clip.store.store import CaptionRows, CaptionSource, EmbeddingStore, find_caption_rows
 
 HASH_DIGITS = 16

@@ -195,13 +195,7 @@ def load_formats() -> Mapping[str, SourceFormat]:
 
 def describe_formats() -> str:
     suffixes = ", ".join(suffix for source_format in load_formats().values() for suffix in source_format.suffixes)
-    return (
-        f"files ending in {suffixes} (.txt: lines of 'name.jpg,caption' or 'name.jpg#0<TAB>caption'; tar files "
-        "must be uncompressed); globs and {000..010} patterns that match such files; a folder that contains "
-        "captions.jsonl, metadata.csv, tar files, Parquet files, or images (each x.jpg with an x.txt or x.json next to "
-        "it); hf:NAME[:CONFIG] (a data set on the Hugging Face Hub). Files and "
-        "folders can also be in object storage or on a web server (s3://, gs://, hf://, https://)"
-    )
+    return f"files ending in {suffixes}, and folders with such files or with images (see docs/howto/data.md)"
 
 
 def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -> list[FilePart]:
