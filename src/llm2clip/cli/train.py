@@ -175,7 +175,7 @@ def _fit(args: Namespace) -> list[str]:
     if args.tune.qlora:
         check_extra("qlora", "--tune.qlora")
     other_sources = (args.tune.data, args.tune.text_pairs, args.tune.exclude, args.evaluate.data)
-    check_data(args, *other_sources, require_captions=not args.caption)
+    check_data(args, *other_sources, require_captions=not (args.caption or args.caption_model))
     args.encoder.path = resolve_encoder(args.encoder.path)
     check_pretrained(args.align.tower)
     index_data = _format_index_data(args)  # all images, also those without an accepted caption

@@ -190,6 +190,7 @@ class RecordReader:
         for file in files:
             for record, _ in self.read_part(file, hash_images=False):
                 yield record
+        self.mapper.require_captions = self.require_captions
         self.finish()
 
     def read_part(self, part: FilePart, hash_images: bool) -> Iterator[tuple[Record, ImageFacts]]:
