@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-from llm2clip.cli.checks import check_data, check_index, check_output_folder, resolve_model
+from llm2clip.cli.checks import check_data, check_index, check_output_folder, check_sources, resolve_model
 from llm2clip.cli.commands import (
     ArgumentParser,
     Commands,
@@ -176,6 +176,8 @@ def _index(args: Namespace) -> list[str]:
     if args.ocr:
         check_extra("ocr", "--ocr")
     if not args.prune:
+        check_sources(args.data)
+    if not (args.prune or os.path.exists(args.out)):  # an update may recommend --prune if images are missing
         check_data(args, require_captions=False)
     args.model = _choose_model(args.out) if args.model is None else resolve_model(args.model)
     from llm2clip.data.skip_log import SkipLog
