@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from llm2clip.models.dual_encoder import open_dual_encoder
-from llm2clip.search.build import truncate_to_index
 from llm2clip.search.metadata import Filter
-from llm2clip.search.query import QueryEncoder, SearchQuery
+from llm2clip.search.query import QueryEncoder, SearchQuery, truncate_to_index
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import IndexedContent, IndexedImage
 

@@ -28,7 +28,7 @@ from llm2clip.models.export import export_model
 from llm2clip.models.loading import fingerprint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import DistillOptions, distill
-from llm2clip.search.build import check_model, truncate_to_index
+from llm2clip.search.query import check_model, truncate_to_index
 from llm2clip.store import encode, writer
 from llm2clip.store.encode import embed
 from llm2clip.train import distill as distill_module

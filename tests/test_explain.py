@@ -155,7 +155,7 @@ def test_search_prints_the_effect_of_each_word(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("llm2clip.search.index.open_dual_encoder", lambda name, **_: dual_encoder)
+    monkeypatch.setattr("llm2clip.models.dual_encoder.open_dual_encoder", lambda name, **_: dual_encoder)
     index = str(backend.folder)
     assert main(["search", index, "a red dog", "--explain", "--top", "2"]) == 0
     output = capsys.readouterr().out

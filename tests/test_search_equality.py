@@ -132,7 +132,7 @@ def test_python_command_and_server_return_the_same_hits(
         assert result[key] == getattr(page, key)
 
     monkeypatch.chdir(image_folder)
-    monkeypatch.setattr("llm2clip.search.index.open_dual_encoder", lambda name, **_: model)
+    monkeypatch.setattr("llm2clip.models.dual_encoder.open_dual_encoder", lambda name, **_: model)
     words = fields["texts"][0].split() if fields.get("texts") else []  # unquoted: all words form one text
     assert main(["search", str(backend.folder), *words, *flags, "--top", "5", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -152,7 +152,7 @@ def test_search_prints_the_same_for_a_server_as_for_an_index(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("llm2clip.search.index.open_dual_encoder", lambda name, **_: model)
+    monkeypatch.setattr("llm2clip.models.dual_encoder.open_dual_encoder", lambda name, **_: model)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # unencrypted requests must not use a proxy
     outputs = []
     for arguments in ([str(backend.folder)], ["--server", address]):

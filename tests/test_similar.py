@@ -260,7 +260,7 @@ def test_search_prints_the_number_of_similar_images(
 ) -> None:
     index = str(tmp_path / "index")
     make_index(Path(index), photos, model)
-    monkeypatch.setattr("llm2clip.search.index.open_dual_encoder", lambda name, **_: model)
+    monkeypatch.setattr("llm2clip.models.dual_encoder.open_dual_encoder", lambda name, **_: model)
 
     def search(*flags: str) -> str:
         assert main(["search", index, "red", "--no_words", *flags]) == 0

@@ -23,9 +23,8 @@ from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search.backends import Backend
-from llm2clip.search.build import truncate_to_index
 from llm2clip.search.metadata import Filter
-from llm2clip.search.query import QueryEncoder, SearchQuery
+from llm2clip.search.query import QueryEncoder, SearchQuery, truncate_to_index
 from search_fixtures import BACKENDS, create_backend, create_patient_app, index_sources
 
 DIM = 6

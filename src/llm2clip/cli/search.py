@@ -27,7 +27,7 @@ from llm2clip.cli.commands import (
     format_command,
     make_options,
 )
-from llm2clip.io_utils import format_count
+from llm2clip.io_utils import escape_control_characters, format_count
 from llm2clip.models.loading import DEFAULT_MODEL
 from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Filter, to_json
 
@@ -270,6 +270,7 @@ def _search(args: Namespace) -> list[str]:
     if args.model is not None:
         args.model = resolve_model(args.model)
     from llm2clip.models.prompts import QueryTemplates, check_templates
+    from llm2clip.models.text_graph import can_save_text_graph, save_text_graph
 
     check_templates(args.templates or [], "--templates")
     from llm2clip.search.index import Index, SearchOptions
@@ -281,7 +282,16 @@ def _search(args: Namespace) -> list[str]:
     with redirect_stdout(sys.stderr):  # keeps everything but the results out of the --json and --paths output
         index = Index.open(args["index"], args.model)
         page = index.search(query, args.top, filter=image_filter, options=options)
-    return _print_page(args, index, query, page, image_filter)
+    lines = _print_page(args, index, query, page, image_filter)
+    name = index.model_name
+    if not args.texts or "torch" not in sys.modules or name is None or not can_save_text_graph(name):
+        return lines
+    if lines:  # the results come first, because the export takes up to a minute
+        print(escape_control_characters("\n".join(lines)), flush=True)
+    print("Exporting the text encoder, which makes later searches with this model faster...", file=sys.stderr)
+    with redirect_stdout(sys.stderr):
+        save_text_graph(name)
+    return []
 
 
 def _search_server(args: Namespace, image_filter: Filter) -> list[str]:

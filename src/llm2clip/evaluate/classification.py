@@ -32,7 +32,8 @@ def evaluate_classification(data: ClassificationData, embeddings: EmbeddingSourc
 def encode_classes(embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Return the mean prompt embedding of each class, float32 of shape (classes, D). See `average_prompts`."""
     prompts = fill_templates(names, templates)
-    return average_prompts(embeddings.encode_texts(prompts), [len(templates)] * len(names))
+    averages = average_prompts(embeddings.encode_texts(prompts).numpy(), [len(templates)] * len(names))
+    return torch.from_numpy(averages)
 
 
 def count_texts(

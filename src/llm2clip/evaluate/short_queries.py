@@ -211,7 +211,8 @@ def _score_queries(
         scores = []
         for words, length_queries in queries.items():
             length_prompts, counts = build_query_prompts([query.text for query in length_queries], templates)
-            vectors = average_prompts(prompt_vectors[[row_of_prompt[prompt] for prompt in length_prompts]], counts)
+            rows = [row_of_prompt[prompt] for prompt in length_prompts]
+            vectors = torch.from_numpy(average_prompts(prompt_vectors[rows].numpy(), counts))
             scores.append(_score_length(words, length_queries, vectors, images))
         results.append(scores)
     return results

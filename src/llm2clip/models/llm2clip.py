@@ -243,7 +243,8 @@ class LLM2CLIP(DenseMethods, nn.Module):
             template_list = [templates] if isinstance(templates, str) else templates
             check_templates(template_list)
             prompts = fill_templates(captions, template_list)
-            return average_prompts(self.encode_text(prompts, progress, precision), [len(template_list)] * len(captions))
+            embeddings = self.encode_text(prompts, progress, precision)
+            return torch.from_numpy(average_prompts(embeddings.numpy(), [len(template_list)] * len(captions)))
         return self.project_text_embeddings(self.encoder.encode(captions, progress=progress, precision=precision))
 
     def encode_query(
@@ -255,7 +256,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """
         texts = [queries] if isinstance(queries, str) else list(queries)
         prompts, counts = build_query_prompts(texts, self.config.query_templates)
-        return average_prompts(self.encode_text(prompts, progress, precision), counts)
+        return torch.from_numpy(average_prompts(self.encode_text(prompts, progress, precision).numpy(), counts))
 
     @torch.no_grad()
     def project_text_embeddings(self, embeddings: Tensor) -> Tensor:

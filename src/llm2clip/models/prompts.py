@@ -9,10 +9,9 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import numpy as np
 
 PLACEHOLDER = "{}"
 # Queries with more words or characters are never inserted into templates.
@@ -61,20 +60,21 @@ def fill_templates(texts: Sequence[str], templates: Sequence[str]) -> list[str]:
     return [template.replace(PLACEHOLDER, text) for text in texts for template in templates]
 
 
-def average_prompts(prompts: Tensor, counts: Sequence[int]) -> Tensor:
+def normalize(vectors: np.ndarray) -> np.ndarray:
+    """L2-normalise vectors of shape (..., D). Return float32. Zero vectors remain zero."""
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
+
+
+def average_prompts(prompts: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     """Return the mean prompt embedding of each of N texts (arXiv 2103.00020), float32 of shape (N, D).
 
     The prompt embeddings, of shape (P, D), are L2-normalised before averaging, and their mean is L2-normalised again.
     The prompts of each text are adjacent, and `counts` contains their numbers.
     """
-    import torch  # here, so that templates can be checked before the heavy imports
-    import torch.nn.functional as F
-
-    normalized = F.normalize(prompts.float(), dim=-1)
-    text_of_prompt = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
-    sums = normalized.new_zeros(len(counts), prompts.shape[1])
-    sums.index_add_(0, text_of_prompt.to(prompts.device), normalized)
-    return F.normalize(sums, dim=-1)
+    sums = np.zeros((len(counts), prompts.shape[1]), np.float32)
+    np.add.at(sums, np.repeat(np.arange(len(counts)), counts), normalize(prompts))
+    return normalize(sums)
 
 
 def is_short_text(text: str, max_words: int = MAX_TEMPLATE_WORDS) -> bool:

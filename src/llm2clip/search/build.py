@@ -22,13 +22,12 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.storage import is_remote
 from llm2clip.io_utils import to_valid_unicode
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.loading import fingerprint
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import Backend
 from llm2clip.search.images import format_file_version
 from llm2clip.search.metadata import read_exif
 from llm2clip.search.ocr import RecognizeText, recognize_texts
+from llm2clip.search.query import truncate_to_index
 from llm2clip.search.relevance import update_calibration
 from llm2clip.search.types import REF_TYPES, ImageState, IndexedContent, IndexedImage
 
@@ -179,38 +178,6 @@ def _describe_model(model: DualEncoder) -> dict[str, Any]:
     if parts is None:
         return {**metadata, "fingerprint": model.fingerprint}
     return {**metadata, "image_fingerprint": parts[0], "text_fingerprint": parts[1]}
-
-
-def truncate_to_index(metadata: Mapping[str, Any], model: DualEncoder) -> DualEncoder:
-    """Return the model, truncated to the dimensions of an index. Raise ValueError if it is a different model."""
-    if metadata["embed_dim"] < model.embed_dim:
-        model = model.truncate(metadata["embed_dim"])
-    check_model(metadata, model)
-    return model
-
-
-def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
-    """Raise ValueError if an index was built with a different model, whose embeddings are not comparable.
-
-    A model with the same image encoder and another text encoder, such as a student made by `llm2clip distill`, can use
-    the index. Indexes of models without separate encoders have a fingerprint of the entire model.
-    """
-    parts = model.part_fingerprints if "image_fingerprint" in metadata else None
-    if parts is not None:
-        is_valid = metadata["image_fingerprint"] == parts[0]
-        has_same_texts = metadata.get("text_fingerprint") == parts[1]
-    else:
-        is_valid = has_same_texts = metadata.get("fingerprint") == fingerprint(model.identity())
-    if not is_valid:
-        raise ValueError(
-            f"the index was built with a different model: {metadata['model']} (or an earlier version of it), "
-            f"not {model.name}. Pass the original model with --model, or build a new index in another folder."
-        )
-    if not has_same_texts:
-        print_once(
-            f"The index was built with {metadata['model']}. {model.name} has the same image encoder and its own text "
-            "encoder, so the index remains valid"
-        )
 
 
 def _parse_source(text: str, columns: dict[str, str]) -> Source:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from llm2clip.io_utils import UNSPACED
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.prompts import fill_templates
+from llm2clip.models.prompts import average_prompts, fill_templates
 from llm2clip.models.vision.dense import DenseEncoder
-from llm2clip.search.query import QueryEncoder, SearchQuery, average_embeddings
+from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.types import UnsupportedQuery
 
 MAX_WORDS = 40  # each word takes at least one text embedding
@@ -83,7 +83,7 @@ def explain_hit(
 
     images = list(encoder.embed_images([*query.images, *query.negative_images]))
     all_counts = [*counts, *(count for count in shortened_counts if count)]
-    embeddings = average_embeddings(encoder.embed_texts(prompts), all_counts)
+    embeddings = list(average_prompts(encoder.embed_texts(prompts), all_counts))
     texts, shortened_texts = embeddings[: len(counts)], iter(embeddings[len(counts) :])
     score = float(query.combine(texts, images, hits).combined @ vector)
     effects = []

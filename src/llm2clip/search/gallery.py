@@ -36,8 +36,8 @@ from llm2clip.models.prompts import MAX_TEMPLATE_CHARACTERS
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import Backend, hide_password, open_backend
-from llm2clip.search.build import truncate_to_index
 from llm2clip.search.metadata import Filter, list_details
+from llm2clip.search.query import truncate_to_index
 from llm2clip.search.types import Hit
 
 PAGE_FOLDER = Path(__file__).parent / "gallery_page"

@@ -7,25 +7,34 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from llm2clip.data.image_header import MAX_FILE_BYTES
-from llm2clip.data.images import load_image
-from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
+from llm2clip.models.text_graph import open_text_graph
 from llm2clip.search.backends import Backend, open_backend
-from llm2clip.search.build import truncate_to_index
-from llm2clip.search.explain import Explanation, compute_heatmap, explain_hit, require_dense_encoder
-from llm2clip.search.images import TooLarge, open_original
 from llm2clip.search.metadata import Filter
-from llm2clip.search.query import READ_FACTOR, HitPage, QueryEncoder, QueryVectors, SearchQuery, group_similar_hits
+from llm2clip.search.query import (
+    READ_FACTOR,
+    HitPage,
+    QueryEncoder,
+    QueryVectors,
+    SearchQuery,
+    group_similar_hits,
+    truncate_to_index,
+)
 from llm2clip.search.relevance import Calibration, load_calibration, search_relevant
 from llm2clip.search.types import Hit, NotFound, Slots
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from llm2clip.models.dual_encoder import DualEncoder
+    from llm2clip.search.explain import Explanation
 
 CALIBRATION_SECONDS = 60.0  # maximum age of the cached calibration of relevance, in seconds
 COUNT_SECONDS = 1.0  # maximum age of the cached image count, in seconds
@@ -72,7 +81,8 @@ class SearchPage:
 class Resources:
     """What searches may use. The server sets these limits."""
 
-    load: Callable[[Any], Tensor] = load_image  # decodes an image to a uint8 tensor of shape (3, H, W)
+    # Decodes an image to a uint8 tensor of shape (3, H, W). Default: `data.images.load_image`.
+    load: Callable[[Any], Tensor] | None = None
     # Held while an image is decoded and while the index is scanned, to limit how many threads do so at the same time.
     decoding: AbstractContextManager[Any] = field(default_factory=nullcontext)
     scanning: AbstractContextManager[Any] = field(default_factory=nullcontext)
@@ -98,12 +108,13 @@ class Index:
         self,
         backend: Backend,
         model: str | DualEncoder | None = None,
-        load: Callable[[str], DualEncoder] = open_dual_encoder,
+        device: torch.device | str | None = None,
+        precision: str = "auto",
         resources: Resources | None = None,
     ) -> None:
-        """Create an index from a backend. See `open` for the model. `load` loads a model by name."""
+        """Create an index from a backend. See `open` for the other arguments."""
         self.backend, self.resources = backend, resources or Resources()
-        self._model, self._load = model, load
+        self._model, self._device, self._precision = model, device, precision
         self._count_slot, self._calibration_slot = Slots(1), Slots(1)
         self._counts, self._counts_time = (0, 0), -math.inf
         self._calibration: Calibration | None = None
@@ -117,7 +128,7 @@ class Index:
         device: torch.device | str | None = None,
         precision: str = "auto",
     ) -> Index:
-        """Open an index. The model is loaded when it is first needed.
+        """Open an index. The model is loaded when it is first needed. Texts may not need it (see `models.text_graph`).
 
         Args:
             location: Index folder or postgresql:// URL.
@@ -131,8 +142,14 @@ class Index:
             ImportError: A required package is not installed (extra `search`, or `postgres` for PostgreSQL).
             ValueError: The URL is invalid.
         """
-        load = partial(open_dual_encoder, device=device, precision=precision)
-        return cls(open_backend(str(location)), model, load)
+        return cls(open_backend(str(location)), model, device, precision)
+
+    @property
+    def model_name(self) -> str | None:
+        """Name of the model, or None if the index was opened with a loaded model."""
+        if self._model is None:
+            return str(self.backend.metadata()["model"])
+        return self._model if isinstance(self._model, str) else None
 
     @cached_property
     def encoder(self) -> QueryEncoder:
@@ -142,12 +159,23 @@ class Index:
             ValueError: The index was built with a different model.
             OSError: The model does not exist.
         """
-        metadata = self.backend.metadata()
-        model = metadata["model"] if self._model is None else self._model
-        if isinstance(model, str):
-            model = self._load(model)
-        model = truncate_to_index(metadata, model)
+        from llm2clip.models.dual_encoder import open_dual_encoder
+
+        model, name = self._model, self.model_name
+        if name is not None:
+            model = open_dual_encoder(name, device=self._device, precision=self._precision)
+        model = truncate_to_index(self.backend.metadata(), cast("DualEncoder", model))
         return QueryEncoder(model, self.resources.load, self.resources.decoding)
+
+    @cached_property
+    def _text_encoder(self) -> QueryEncoder:
+        """Encoder of queries without images, which needs no PyTorch if there is a graph of the model's text encoder."""
+        metadata, name = self.backend.metadata(), self.model_name
+        if name is not None and self._device is None and self._precision == "auto" and "image_fingerprint" in metadata:
+            graph = open_text_graph(name)
+            if graph is not None:  # has all attributes of a model that texts need
+                return QueryEncoder(truncate_to_index(metadata, cast("DualEncoder", graph)))
+        return self.encoder
 
     def search(
         self,
@@ -211,6 +239,8 @@ class Index:
             UnsupportedQuery: The query has no texts.
             NotFound: The index does not contain the hit.
         """
+        from llm2clip.search.explain import explain_hit
+
         query = _to_query(query)
         vector, *hits = self._read_vectors([hit_id, *query.like, *query.negative_like])
         return explain_hit(self.encoder, query, vector, hits)
@@ -222,15 +252,18 @@ class Index:
             ValueError: The model cannot embed image regions.
             NotFound: The index does not contain the hit, or its file has been changed or removed.
         """
+        from llm2clip.search.explain import compute_heatmap, require_dense_encoder
+
         vector, dense = self.embed(query).combined, require_dense_encoder(self.encoder.model)
         with self.resources.decoding:
-            pixels = dense.resize(self.resources.load(self._read_original(hit_id)), dense.localization_size)
+            pixels = dense.resize(self.encoder.load(self._read_original(hit_id)), dense.localization_size)
         return compute_heatmap(dense, pixels, vector)
 
     def embed(self, query: str | SearchQuery) -> QueryVectors:
         """Return the embeddings of a query. See `search` for the exceptions."""
         query = _to_query(query)
-        return self.encoder.embed(query, self._read_vectors([*query.like, *query.negative_like]))
+        encoder = self.encoder if query.images or query.negative_images else self._text_encoder
+        return encoder.embed(query, self._read_vectors([*query.like, *query.negative_like]))
 
     def count(self) -> tuple[int, int]:
         """Return the numbers of images and of distinct images in the index, which may be up to a second old."""
@@ -242,7 +275,7 @@ class Index:
     @property
     def calibration(self) -> Calibration | None:
         """Calibration of relevance, which may be up to a minute old. None if the index has none for its model."""
-        encoder = self.encoder
+        encoder = self._text_encoder
         with self._calibration_slot:
             if time.monotonic() - self._calibration_time > CALIBRATION_SECONDS:
                 self._calibration = load_calibration(self.backend, encoder.model)
@@ -257,6 +290,8 @@ class Index:
         return [vectors[hit_id] for hit_id in hit_ids]
 
     def _read_original(self, hit_id: str) -> bytes:
+        from llm2clip.search.images import TooLarge, open_original
+
         stream, _ = open_original(self.backend, hit_id)
         limit = self.resources.max_file_bytes
         with stream:

@@ -1,4 +1,4 @@
-"""Search queries and their embeddings, and groups of similar hits.
+"""Search queries and their embeddings, the check of an index's model, and groups of similar hits.
 
 Groups: bursts and edited copies of a photograph are shown as one hit. Two images are similar if the cosine similarity
 of their embeddings is at least COPY_SIMILARITY, or if it is at least BURST_SIMILARITY and they were taken within
@@ -10,22 +10,26 @@ the last one ends (`next_offset`), so a hit may be similar to one on an earlier 
 many hits as a page has. If many of them are similar to each other, the page has fewer hits than requested.
 """
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from llm2clip.data.images import load_image
-from llm2clip.io_utils import check_not_empty
-from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.io_utils import check_not_empty, escape_control_characters
+from llm2clip.models.loading import fingerprint
 from llm2clip.models.prompts import QueryTemplates, average_prompts, build_query_prompts
 from llm2clip.search.backends import Backend
 from llm2clip.search.types import Hit, SimilarHit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llm2clip.models.dual_encoder import DualEncoder
 
 NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results have little to do with the positive parts of the query
 
@@ -84,11 +88,6 @@ class SearchQuery:
         )
 
 
-def average_embeddings(prompts: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
-    """Return the normalised mean embedding of each text's prompts, given the number of prompts per text."""
-    return list(average_prompts(torch.from_numpy(prompts), counts).numpy())
-
-
 def combine_embeddings(positive: Sequence[np.ndarray], negative: Sequence[np.ndarray] = ()) -> np.ndarray:
     """Combine positive and negative L2-normalised embeddings into an L2-normalised query vector of shape (D,), float32.
 
@@ -119,11 +118,11 @@ class QueryEncoder:
     def __init__(
         self,
         model: DualEncoder,
-        load: Callable[[Any], Tensor] = load_image,
+        load: Callable[[Any], Tensor] | None = None,
         decoding: AbstractContextManager[Any] | None = None,
     ) -> None:
         """`load` decodes an image of a query to a uint8 tensor of shape (3, H, W), and `decoding` is held meanwhile."""
-        self.model, self.load = model, load
+        self.model, self.load = model, load or _load_image
         self.decoding = nullcontext() if decoding is None else decoding
 
     def embed_images(self, images: Sequence[Any]) -> np.ndarray:
@@ -140,7 +139,7 @@ class QueryEncoder:
         """Return L2-normalised text embeddings of shape (N, D), float32. Prompt templates are not applied."""
         if not texts:
             return np.empty((0, self.model.embed_dim), np.float32)
-        return _check_finite(self.model.encode_texts(texts).numpy(), "a text")
+        return _check_finite(np.asarray(self.model.encode_texts(texts)), "a text")
 
     def embed(self, query: SearchQuery, hits: Sequence[np.ndarray] = ()) -> QueryVectors:
         """Embed a query. For `hits`, see `SearchQuery.combine`.
@@ -152,13 +151,55 @@ class QueryEncoder:
         prompts, counts = query.build_prompts(self.model.query_templates)
         prompt_vectors = self.embed_texts(prompts)
         images = self.embed_images([*query.images, *query.negative_images])
-        return query.combine(average_embeddings(prompt_vectors, counts), list(images), hits)
+        return query.combine(list(average_prompts(prompt_vectors, counts)), list(images), hits)
+
+
+def _load_image(image: Any) -> Tensor:
+    from llm2clip.data.images import load_image
+
+    return load_image(image)
 
 
 def _check_finite(vectors: np.ndarray, kind: str) -> np.ndarray:
     if not np.isfinite(vectors).all():
         raise ValueError(f"the model returned NaN or infinity for {kind}")
     return vectors
+
+
+# ---- models of an index
+
+
+def truncate_to_index(metadata: Mapping[str, Any], model: DualEncoder) -> DualEncoder:
+    """Return the model, truncated to the dimensions of an index. Raise ValueError if it is a different model."""
+    if metadata["embed_dim"] < model.embed_dim:
+        model = model.truncate(metadata["embed_dim"])
+    check_model(metadata, model)
+    return model
+
+
+def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
+    """Raise ValueError if an index was built with a different model, whose embeddings are not comparable.
+
+    A model with the same image encoder and another text encoder, such as a student made by `llm2clip distill`, can use
+    the index. Indexes of models without separate encoders have a fingerprint of the entire model.
+    """
+    parts = model.part_fingerprints if "image_fingerprint" in metadata else None
+    if parts is not None:
+        is_valid = metadata["image_fingerprint"] == parts[0]
+        has_same_texts = metadata.get("text_fingerprint") == parts[1]
+    else:
+        is_valid = has_same_texts = metadata.get("fingerprint") == fingerprint(model.identity())
+    if not is_valid:
+        raise ValueError(
+            f"the index was built with a different model: {metadata['model']} (or an earlier version of it), "
+            f"not {model.name}. Pass the original model with --model, or build a new index in another folder."
+        )
+    if not has_same_texts:
+        message = (
+            f"The index was built with {metadata['model']}. {model.name} has the same image encoder and its own text "
+            "encoder, so the index remains valid"
+        )
+        print(escape_control_characters(message), flush=True)
 
 
 # ---- similar hits

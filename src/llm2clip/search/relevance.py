@@ -39,17 +39,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from llm2clip.io_utils import UNSPACED
-from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.runs.ranks import print_once
+from llm2clip.models.prompts import average_prompts
 from llm2clip.search.backends import Backend
 from llm2clip.search.metadata import Filter, normalize
-from llm2clip.search.query import QueryVectors, SearchQuery, average_embeddings, combine_embeddings
+from llm2clip.search.query import QueryVectors, SearchQuery, combine_embeddings
 from llm2clip.search.types import Hit, IndexedImage
+
+if TYPE_CHECKING:
+    from llm2clip.models.dual_encoder import DualEncoder
 
 BACKGROUND_QUERIES = Path(__file__).with_name("background_queries.txt").read_text(encoding="utf-8").splitlines()
 SCALES = ("texts", "images", "captions")
@@ -270,6 +272,8 @@ def _count_captioned(backend: Backend, ids: Sequence[str]) -> int:
 
 def calibrate(backend: Backend, model: DualEncoder) -> Calibration | None:
     """Calibrate an index, as described in the module's docstring. Return None if its images are too few or alike."""
+    from llm2clip.runs.ranks import print_once
+
     _, image_count = backend.count()
     if image_count < MIN_IMAGES:
         print_once(
@@ -305,7 +309,7 @@ def calibrate(backend: Backend, model: DualEncoder) -> Calibration | None:
 def embed_texts(model: DualEncoder, texts: Sequence[str]) -> np.ndarray:
     """Embed texts as separate queries, with the model's prompt templates. Return a float32 array of shape (N, D)."""
     prompts, counts = SearchQuery(texts).build_prompts(model.query_templates)
-    means = average_embeddings(model.encode_texts(prompts).numpy(), counts)
+    means = average_prompts(model.encode_texts(prompts).numpy(), counts)
     return np.stack([combine_embeddings([mean]) for mean in means])
 
 
