@@ -36,7 +36,6 @@ OPERATIONS = (
     "POST /embed",
     "GET /thumbnail/{hit_id}",
     "GET /image/{hit_id}",
-    "GET /zip",
     "POST /explain",
 )
 

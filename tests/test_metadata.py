@@ -11,7 +11,8 @@ from PIL import Image
 from PIL.TiffImagePlugin import IFDRational
 
 import search_fixtures
-from llm2clip.data.image_refs import FileImage
+from llm2clip.data.image_refs import FileImage, ImageRef, ParquetImage, TarImage
+from llm2clip.io_utils import to_valid_unicode
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import gallery
 from llm2clip.search.backends import Backend
@@ -152,3 +153,20 @@ def test_index_contains_the_metadata_of_the_files(dual_encoder: DualEncoder, tmp
     index_sources([photos], dual_encoder, backend)
     [hit] = backend.search(None, 9, Filter(camera="canon eos"))
     assert [detail.text for detail in hit.details] == ["8 × 8", "2002-03-04 05:06", "Canon EOS", "48.858222, 2.2945"]
+
+
+@pytest.mark.parametrize(
+    ("ref", "expected"),
+    [
+        (FileImage("/photos/Hello!World.jpg"), "Hello!World.jpg"),
+        (TarImage("/photos/a.tar", 512, 9, "dir/b.png"), "b.png"),
+        (TarImage("/photos/a.tar", 512, 9, "b.png"), "b.png"),
+        (TarImage("/photos/a.tar", 512, 9, "dir/Hello!World.jpg"), "Hello!World.jpg"),
+        (ParquetImage("/photos/t.parquet", 7, "image"), "t.parquet[7].image"),
+        (FileImage("/photos/café\udcff.png"), "café\\udcff.png"),
+    ],
+)
+def test_file_names_do_not_contain_folders(ref: ImageRef, expected: str) -> None:
+    for suffix in ("", "@512") if isinstance(ref, TarImage) else ("",):
+        image = IndexedImage(to_valid_unicode(ref.canonical_path) + suffix, ref, "/photos", "1")
+        assert image.file_name == expected

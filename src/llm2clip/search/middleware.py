@@ -103,7 +103,6 @@ class RequestMiddleware:
             return
         start = time.perf_counter()
         allocation = ByteAllocation(self.budget)
-        scope.setdefault("state", {})["allocation"] = allocation
         request = Request(scope)
         body = _BodyReader(request, receive, allocation, self.service.limits)
         sender = _ResponseSender(scope, receive, send, allocation)
@@ -255,7 +254,7 @@ class _ResponseSender:
 
 @dataclass
 class ByteBudget:
-    """Limit on the total size of all request and response bodies, and of the files of downloads, in memory."""
+    """Limit on the total size of all request and response bodies in memory."""
 
     max_bytes: int
     total: int = 0
@@ -274,11 +273,10 @@ class ByteAllocation:
         if self._budget.total > self._budget.max_bytes and self.size > ALWAYS_ACCEPTED:
             raise QueueFull("the server is busy: too much data in concurrent requests; try again later")
 
-    def remove(self, size: int | None = None) -> None:
-        """Return bytes to the budget. Default: all of them."""
-        size = self.size if size is None else min(size, self.size)
-        self.size -= size
-        self._budget.total -= size
+    def remove(self) -> None:
+        """Return all bytes to the budget."""
+        self._budget.total -= self.size
+        self.size = 0
 
 
 class LimitedConnection(H11Protocol):

@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import uvicorn
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
@@ -32,7 +32,7 @@ from llm2clip.search.images import RequestImage
 from llm2clip.search.index import SearchOptions
 from llm2clip.search.inference import InferenceService, Limits
 from llm2clip.search.metadata import CONDITIONS, Condition
-from llm2clip.search.middleware import Authenticator, RequestMiddleware, make_connection_class
+from llm2clip.search.middleware import CHUNK_SIZE, Authenticator, RequestMiddleware, make_connection_class
 from llm2clip.search.schemas import (
     DATA_URI_PREFIX,
     ERROR_RESPONSES,
@@ -50,7 +50,6 @@ from llm2clip.search.schemas import (
     add_error_handlers,
 )
 from llm2clip.search.types import NotFound
-from llm2clip.search.zip_download import MAX_ZIP_IMAGES, parse_ids, read_chunks, stream_zip
 
 STATIC_FOLDER = Path(__file__).parent / "static"
 STATIC_FILES = ("common.js", "page.css", "page.js", "selection.js", "start.js")
@@ -288,45 +287,21 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
 
     async def read_and_close(stream: BinaryIO, size: int) -> AsyncGenerator[bytes, None]:
         with stream:
-            async for chunk in read_chunks(stream, size):
-                yield chunk
-
-    @app.get("/zip", response_class=Response, responses=API_ERRORS)
-    async def download_zip(
-        request: Request,
-        ids: Annotated[str, Query(description=f"ids of up to {MAX_ZIP_IMAGES} hits, separated by commas")],
-    ) -> Response:
-        """Return the original image files of hits in a zip archive without compression.
-
-        Files that have been changed or removed since they were indexed are listed in the archive instead.
-        """
-        service.require_index()
-        headers = {"Content-Disposition": 'attachment; filename="images.zip"', "Cache-Control": "no-store"}
-        archive = stream_zip(service, parse_ids(ids), request.state.allocation)
-        first = await anext(archive)  # if the server is busy, this raises an exception before the response starts
-        return FileStream(archive, "application/zip", headers, first)
+            stream.seek(0)
+            for start in range(0, size, CHUNK_SIZE):
+                yield await run_in_threadpool(stream.read, min(CHUNK_SIZE, size - start))
 
 
 class FileStream(StreamingResponse):
     """Response that closes its generator, and so the open files, as soon as the client disconnects."""
 
-    def __init__(
-        self, chunks: AsyncGenerator[bytes, None], media_type: str, headers: Mapping[str, str], first: bytes = b""
-    ) -> None:
-        """`first` has already been taken from `chunks`."""
-        super().__init__(_prepend(first, chunks), media_type=media_type, headers=headers)
+    def __init__(self, chunks: AsyncGenerator[bytes, None], media_type: str, headers: Mapping[str, str]) -> None:
+        super().__init__(chunks, media_type=media_type, headers=headers)
         self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._chunks):
             await super().__call__(scope, receive, send)
-
-
-async def _prepend(first: bytes, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    if first:
-        yield first
-    async for chunk in chunks:
-        yield chunk
 
 
 def _add_page_routes(app: FastAPI, auth: Authenticator | None) -> None:

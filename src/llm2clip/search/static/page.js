@@ -346,7 +346,7 @@ function showDetail(index) {
   $("text-in-image").textContent = hit.text && `Text in the image: ${hit.text}`;
   $("text-in-image").hidden = !hit.text;
   $("original").href = $("download").href = `/image/${hit.id}`;
-  $("download").download = /\]\.[^/]*$/.test(first.file_name) ? "" : first.file_name; // images in tables have no file name
+  $("download").download = getDownloadName(first);
   $("locations").replaceChildren(...hit.images.map(makeLocation));
   if (hit.image_count > hit.images.length) {
     const entry = document.createElement("li");
@@ -361,6 +361,10 @@ function showDetail(index) {
   $("why").disabled = !searchedRequest.texts.length;
   showOpenSelection();
   if (!$("detail").open) $("detail").showModal();
+}
+
+function getDownloadName({ file_name: name }) {
+  return /\]\.[^/]*$/.test(name) ? "" : name; // images in tables have no file name
 }
 
 function makeSimilarLink({ id, name, file_name: fileName }) {

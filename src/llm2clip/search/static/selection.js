@@ -1,7 +1,7 @@
 "use strict";
 // Selection of results with checkboxes, keys or a rubber band, and the bar with actions for the selected images.
 
-const MAX_ZIP_IMAGES = 200; // maximum number of images in a zip; the server has the same limit
+const MAX_DOWNLOADS = 10; // browsers drop more downloads that start at the same time
 const MIN_DRAG = 8; // in CSS pixels; shorter movements are clicks
 const SCROLL_MARGIN = 32; // in CSS pixels; closer to the edge of the window, dragging scrolls the page
 const selected = new Map(); // hit id -> hit, in the order of selection; kept when the user searches again
@@ -60,7 +60,7 @@ function showSelection() {
   $("selection").hidden = count === 0;
   document.body.classList.toggle("selecting", count > 0);
   $("selection-count").textContent = count === 1 ? "1 image selected" : `${count} images selected`;
-  const limits = { "selection-like": MAX_IMAGES, "selection-unlike": MAX_IMAGES, "selection-zip": MAX_ZIP_IMAGES };
+  const limits = { "selection-like": MAX_IMAGES, "selection-unlike": MAX_IMAGES, "selection-download": MAX_DOWNLOADS };
   for (const [id, limit] of Object.entries(limits)) {
     $(id).disabled = count > limit;
     $(id).title = count > limit ? `For at most ${limit} images` : "";
@@ -113,8 +113,8 @@ function downloadUrl(url, name) {
 $("selection-like").addEventListener("click", () => searchLikeSelection(searchMoreLike));
 $("selection-unlike").addEventListener("click", () => searchLikeSelection(searchLessLike));
 $("selection-export").addEventListener("click", exportList);
-$("selection-zip").addEventListener("click", () => {
-  downloadUrl(`/zip?${new URLSearchParams({ ids: [...selected.keys()].join(",") })}`, "images.zip");
+$("selection-download").addEventListener("click", () => {
+  for (const hit of selected.values()) downloadUrl(`/image/${hit.id}`, getDownloadName(hit.images[0]));
 });
 $("selection-clear").addEventListener("click", () => {
   clearSelection();
