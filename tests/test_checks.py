@@ -22,25 +22,38 @@ WRONG_PATHS = (
     (["store", "verify", "store"], "llm2clip store verify: store is not a store: no such folder"),
     (["fit", "photos", "--out", "x", "--encoder.path", "TT"], "TT is neither a folder nor a hub id"),
     (["evaluate", "runs/a/model", "photos"], "runs/a/model is neither a folder nor a hub id"),
-    (["evaluate", "photos", "photos", "--benchmarks", "cocoo"], "unknown benchmark 'cocoo'"),
-    (["evaluate", "photos"], "nothing to evaluate: pass a model and either data or --benchmarks"),
+    (["evaluate", "m", "photos", "--benchmarks", "cocoo"], "unknown benchmark 'cocoo'"),
+    (["evaluate", "m"], "nothing to evaluate: pass a model and either data or --benchmarks"),
     (["llava", "train", "./nope", "--pretrain", "photos", "--out", "x"], "./nope is neither a folder nor a hub id"),
     (["search", "--server", "http://127.0.0.1:9", "x"], "cannot reach the server http://127.0.0.1:9"),
-    (["evaluate", "photos", "photos", "--baselines", "nope.npz"], "nope.npz: no such file"),
+    (["evaluate", "m", "photos", "--baselines", "nope.npz"], "nope.npz: no such file"),
     (["index", "clip.mp4", "--out", "x"], "unknown format; videos are not supported"),
     (["embed", "prices.csv", "--out", "x"], "no caption column; the file has the columns image, price"),
     (["fit", "gone.csv", "--out", "x"], "missing image"),
     (["data", "gone.csv", "--columns", "text=caption"], "unknown field 'text'; available fields: id, image"),
     (["search", "photos", "x", "--model", "runs/nomodel"], "neither a folder nor a model in the hub's cache"),
+    (
+        ["search", "dog", "photos"],
+        "but photos is. Pass the index first: llm2clip search photos dog",
+    ),
+    (["search", "photos", "x", "--model", "photos"], "photos is an index, not a model"),
+    (["fit", "photos", "--out", "x", "--encoder.path", "photos"], "photos is an index, not a model"),
+    (["store", "repair", "photos"], "photos is not a store: it has no manifest.json"),
+    (
+        ["caption", "photos", "--out", "c.jsonl", "--endpoint", "http://127.0.0.1:9", "--model", "x"],
+        "no server responds at",
+    ),
+    (["caption", "photos", "--out", "/proc/c.jsonl", "--model", "m"], "--out /proc/c.jsonl: nothing can be created"),
+    (["data", "photos", "--report", "/proc/x.html"], "--report /proc/x.html: nothing can be created in /proc"),
 )
 # Command, module that is missing, and extra that contains the module.
 MISSING_PACKAGES = (
     (["search", "photos", "x"], "usearch", "search"),
     (["search", "postgresql://u@127.0.0.1/x", "x"], "psycopg", "postgres"),
     (["serve", "photos", "--port", "0"], "uvicorn", "search"),
-    (["index", "photos", "--model", "photos", "--out", "x", "--ocr"], "rapidocr", "ocr"),
-    (["export", "photos", "--to", "onnx", "--out", "x"], "onnxscript", "onnx"),
-    (["export", "photos", "--to", "gallery", "--index", "photos", "--out", "x"], "onnxscript", "onnx"),
+    (["index", "photos", "--model", "m", "--out", "x", "--ocr"], "rapidocr", "ocr"),
+    (["export", "m", "--to", "onnx", "--out", "x"], "onnxscript", "onnx"),
+    (["export", "m", "--to", "gallery", "--index", "photos", "--out", "x"], "onnxscript", "onnx"),
     (["evaluate", "open_clip:ViT-B-32/openai", "photos"], "open_clip", "open-clip"),
     (["fit", "photos", "--out", "x", "--tune.qlora", "true"], "bitsandbytes", "qlora"),
     (["embed", "photos", "--out", "x", "--engine", "ray"], "ray", "ray"),
@@ -51,6 +64,8 @@ MISSING_PACKAGES = (
 def test_wrong_paths_and_missing_packages_are_reported_without_importing_torch(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/index.sqlite").touch()
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/config.json").write_text("{}")
     Image.new("RGB", (8, 8)).save(tmp_path / "photos/a.png")
     (tmp_path / "photos/a.txt").write_text("a black square")
     (tmp_path / "clip.mp4").touch()
@@ -89,13 +104,13 @@ def test_run_directories_stand_for_the_model_and_the_encoder_in_them(
 ) -> None:
     (tmp_path / "run/model").mkdir(parents=True)
     (tmp_path / "run/model/config.json").write_text("{}")
-    for run, encoder in (("run", "tune/encoder"), ("tuned", "encoder")):
+    for run, encoder in (("run", "tune/encoder"), ("tuned", "encoder"), ("run/model", "text")):
         (tmp_path / run / encoder).mkdir(parents=True)
         (tmp_path / run / encoder / "modules.json").write_text("[]")
         assert resolve_encoder(str(tmp_path / run)) == str(tmp_path / run / encoder)
         assert resolve_encoder(str(tmp_path / run / encoder)) == str(tmp_path / run / encoder)
     assert resolve_model(str(tmp_path / "run")) == resolve_model(str(tmp_path / "run/model"))
-    assert capsys.readouterr().err.count(": using ") == 3
+    assert capsys.readouterr().err.count(": using ") == 4
 
 
 def test_names_of_models_are_accepted_and_missing_paths_are_not(

@@ -143,9 +143,12 @@ ERRORS = {
     "unknown device": ("plan --images 10 --device gtx1080", "gtx1080", "h100", "--tflops"),
     "MFU above 1": ("plan --images 10 --device h100 --mfu 40", "--mfu", "at most 1"),
     "llava without conversations": ("llava train {llm} --out {tmp}/run", "no conversations"),
+    "llava with other columns": (
+        "llava train {llm} --instruct {tmp}/none.csv --out {tmp}/r", "no caption column", "image and conversations: [",
+    ),
     # folders
     "folder that cannot be created": (
-        "fit {data} --out /proc/x/run", "--out /proc/x/run: no folder can be created in /proc",
+        "fit {data} --out /proc/x/run", "--out /proc/x/run: nothing can be created in /proc",
     ),
     "changed setting in a run directory": (
         FIT + " --align.seed 7", "different settings", "align.seed", "--out",

@@ -112,3 +112,7 @@ def test_second_run_changes_no_file(
         assert main(arguments) == 1
         assert {path: path.read_bytes() for path in out.iterdir()} == before
     assert "another run is writing to" in capsys.readouterr().err
+    (out / RUN_LOCK).unlink(missing_ok=True)
+    (out / RUN_LOCK).mkdir()
+    assert main(arguments) == 1
+    assert f"cannot lock {out / RUN_LOCK} (Is a directory)" in capsys.readouterr().err

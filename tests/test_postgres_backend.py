@@ -591,6 +591,7 @@ def test_commands_index_and_search_in_postgres_without_printing_the_password(
     assert main(["index", str(photos), "--model", str(model_folder), "--out", url, "--workers", "0"]) == 0
     output = capsys.readouterr()
     assert "7 images, 6 distinct" in output.out and "schema=index_" in output.out
+    assert f"Next: llm2clip search '{make_postgres_url(tmp_path)}' " in output.out
     assert main(["search", url, "--caption", "roter", "--paths"]) == 0
     found = capsys.readouterr()
     assert found.out.strip().endswith("0.png")

@@ -557,7 +557,7 @@ def test_an_image_with_several_spellings_of_its_path_is_in_one_split(
     monkeypatch.chdir(tmp_path)
     splits = splits_of("a.jsonl@train+val", held_out=("sub/b.jsonl@train",))
     assert [r.id for r in splits.train] == ["1"]
-    assert "1 held-out images removed from training" in splits.summary
+    assert "1 held-out image removed from training" in splits.summary
 
 
 def test_file_names_that_are_not_utf8_can_be_held_out(tmp_path: Path) -> None:

@@ -115,6 +115,8 @@ def caption_images(
                 closing(CaptionDatabase(output.database)) as earlier,  # sees the old images until the transaction ends
             ):
                 database.replace_images(list_images(sources, options.columns, output, log, earlier))
+                if not database.count_images():
+                    raise ValueError(f"there are no images to caption: {log.summary()}")
         wait_for_everyone()
         with closing(CaptionDatabase(output.database)) as database:
             run = _CaptionRun(output, captioner, prompts, options, database)

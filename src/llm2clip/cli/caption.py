@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from jsonargparse import Namespace
 
 from llm2clip.caption.options import CaptionOptions
-from llm2clip.cli.checks import check_data, resolve_model
+from llm2clip.cli.checks import check_can_create, check_data, resolve_model
 from llm2clip.cli.commands import (
     ArgumentParser,
     Commands,
@@ -50,7 +52,21 @@ def _caption(args: Namespace) -> list[str]:
         raise ValueError(
             f"--out {args.out} is also the source. Pass the images, or choose another file for the captions"
         )
+    check_can_create(args.out)
+    _check_server(options.endpoint, out)
     return [*_run(args.data, out, model, options), f"Next: {format_command('fit', out, '--out', 'RUN')}"]
+
+
+def _check_server(endpoint: str | None, out: Path) -> None:
+    """Raise OSError if there is no server at an http:// URL. A resumed run may not need a server."""
+    url = urlsplit(endpoint or "")
+    if url.scheme != "http" or out.with_name(f"{out.name}.sqlite").exists():
+        return
+    try:
+        socket.create_connection((url.hostname, url.port or 80), timeout=3).close()
+    except (OSError, ValueError) as error:  # ValueError: the port is not a number
+        host = url.netloc.rpartition("@")[2]
+        raise OSError(f"no server responds at {host}. Start it, or check the URL ({error})") from error
 
 
 def _run(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> list[str]:
@@ -103,6 +119,7 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
     options = CaptionOptions(
         endpoint=args.caption if is_server else None, columns=columns, max_skipped=args.max_skipped
     )
+    _check_server(options.endpoint, out)
 
     def write_captions() -> None:
         from llm2clip.cpu_tuning import free_memory

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 import socket
 import sys
 import tempfile
@@ -46,7 +47,7 @@ def check_data(
     from llm2clip.data.skip_log import SkipLog
 
     check_sources(args.data, *others)
-    log = SkipLog(max_skipped=max(args.max_skipped, 0.9))  # the command itself lists fewer in a file
+    log = SkipLog(max_skipped=max(args.max_skipped, 0.5))  # the command itself lists fewer in a file
     for text in args.data:
         source = dataclasses.replace(Source.parse(text), columns=args.columns)
         path = os.path.expanduser(source.path)
@@ -57,29 +58,31 @@ def check_data(
                 pass
 
 
-def check_index(location: str | None) -> None:
+def check_index(location: str | None, words: Sequence[str] = ()) -> None:
     """Raise FileNotFoundError if a local folder contains no index, or ImportError if a package to read it is missing.
 
-    The server of an index in PostgreSQL is not contacted.
+    The server of an index in PostgreSQL is not contacted. If one of the query's words is an index, the error says so.
     """
     from llm2clip.search.backends import INDEX_FILE, check_backend_packages, format_missing_index_message
 
     if location is not None and "://" not in location and not (Path(location) / INDEX_FILE).is_file():
+        for word in words:
+            if (Path(word) / INDEX_FILE).is_file():
+                command = shlex.join(["llm2clip", "search", word, location])
+                raise FileNotFoundError(f"{location} is not an index, but {word} is. Pass the index first: {command}")
         raise FileNotFoundError(format_missing_index_message(location))
     if location is not None:
         check_backend_packages(location)
 
 
 def check_stores(*folders: str) -> None:
-    """Raise FileNotFoundError if an embedding store's folder does not exist."""
+    """Raise FileNotFoundError if a folder does not exist or is not an embedding store."""
     for folder in folders:
-        if not os.path.isdir(folder):
+        if detect_folder_kind(folder) != "store":
             from llm2clip.data.formats import suggest_paths
 
-            raise FileNotFoundError(
-                f"{folder} is not a store: no such folder; {suggest_paths(folder)}. To create a store, run "
-                "`llm2clip embed`"
-            )
+            reason = "it has no manifest.json" if os.path.isdir(folder) else f"no such folder; {suggest_paths(folder)}"
+            raise FileNotFoundError(f"{folder} is not a store: {reason}. To create a store, run `llm2clip embed`")
 
 
 def check_port(host: str, port: int) -> None:
@@ -100,8 +103,8 @@ def resolve_model(name: str) -> str:
 
 
 def resolve_encoder(path: str) -> str:
-    """Return the tuned encoder of a run directory, or an existing path or valid encoder name unchanged."""
-    return _resolve_name(path, "modules.json", ("encoder", "tune/encoder"), ENCODERS)
+    """Return the encoder of a run directory or llm2clip model, or an existing path or valid encoder name unchanged."""
+    return _resolve_name(path, "modules.json", ("encoder", "tune/encoder", "text"), ENCODERS)
 
 
 def check_pretrained(*names: str) -> None:
@@ -116,6 +119,7 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
 
     Raises:
         FileNotFoundError: The name is neither an existing path nor a valid name.
+        ValueError: The folder is an index, a store, or a run directory without a file `config_file`.
         ImportError: The model requires open_clip, which is not installed.
     """
     path = Path(name).expanduser()
@@ -125,6 +129,9 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
                 if os.environ.get("RANK", "0") == "0":
                     print(f"{name}: using {path / subfolder}", file=sys.stderr)
                 return str(path / subfolder)
+        kind = detect_folder_kind(path)
+        if kind not in (None, "evaluation", "model"):
+            raise ValueError(f"{name} is {KINDS[kind]}, not a model. Pass a model folder, such as RUN/model")
     if name.startswith("open_clip:"):
         check_extra("open-clip", name)
     if name in known or name.startswith(PREFIXES) or path.exists():
@@ -190,11 +197,7 @@ def check_output_folder(path: str | Path, kind: str) -> None:
     if not folder.is_dir():
         if folder.exists():
             raise NotADirectoryError(f"--out {path} is a file. Pass a new or empty folder")
-        parent = next(parent for parent in folder.absolute().parents if parent.exists())
-        try:
-            os.rmdir(tempfile.mkdtemp(prefix=".llm2clip-", dir=parent))
-        except OSError as error:
-            raise OSError(f"--out {path}: no folder can be created in {parent} ({error.strerror})") from error
+        check_can_create(path)
         return
     actual = detect_folder_kind(folder)
     if actual not in (None, kind):
@@ -202,6 +205,15 @@ def check_output_folder(path: str | Path, kind: str) -> None:
     data_file = _find_data_file(folder) if actual is None else None
     if data_file is not None:
         raise ValueError(f"--out {path} already contains data, such as {data_file}. Pass a new or empty folder")
+
+
+def check_can_create(path: str | Path, option: str = "--out") -> None:
+    """Raise OSError if a file or folder, given by `option`, cannot be created in its nearest existing ancestor."""
+    parent = next(parent for parent in Path(path).expanduser().absolute().parents if parent.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".llm2clip-", dir=parent))
+    except OSError as error:
+        raise OSError(f"{option} {path}: nothing can be created in {parent} ({error.strerror})") from error
 
 
 def detect_folder_kind(folder: str | Path) -> str | None:

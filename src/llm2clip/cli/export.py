@@ -277,7 +277,7 @@ def _repair_store(args: Namespace) -> list[str]:
         return [f"Nothing to repair: the store is intact and has {format_count(count, 'caption')}"]
     return [
         f"Deleted: {', '.join(deleted)}",
-        f"The store has {count:,} captions; run `llm2clip embed` to re-encode the deleted ones",
+        f"The store has {format_count(count, 'caption')}; run `llm2clip embed` to re-encode the deleted ones",
     ]
 
 
@@ -287,4 +287,4 @@ def _merge_stores(args: Namespace) -> list[str]:
     from llm2clip.store.maintenance import merge_stores
 
     store = merge_stores(args.out, args.folders)
-    return [f"{args.out}: {len(store):,} captions"]
+    return [f"{args.out}: {format_count(len(store), 'caption')}"]

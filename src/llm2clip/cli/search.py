@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -20,13 +21,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm2clip.cli.checks import check_data, check_index, check_output_folder, check_sources, resolve_model
-from llm2clip.cli.commands import (
-    ArgumentParser,
-    Commands,
-    add_reading_arguments,
-    format_command,
-    make_options,
-)
+from llm2clip.cli.commands import ArgumentParser, Commands, add_reading_arguments, make_options
 from llm2clip.io_utils import escape_control_characters, format_count
 from llm2clip.models.loading import DEFAULT_MODEL
 from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Filter, to_json
@@ -36,6 +31,7 @@ if TYPE_CHECKING:
 
     from llm2clip.cli.server_index import ServerIndex
     from llm2clip.data.skip_log import SkipLog
+    from llm2clip.search.backends import Backend
     from llm2clip.search.build import IndexReport
     from llm2clip.search.explain import Explanation
     from llm2clip.search.index import Index, SearchPage
@@ -215,9 +211,12 @@ def _index(args: Namespace) -> list[str]:
         if report:
             print_once(f"{datetime.now():%H:%M:%S} {report}", log.summary())
     print_once(str(report), log.summary())
+    return _describe_index(hide_password(args.out), backend, log, skipped_file)
 
+
+def _describe_index(location: str, backend: Backend, log: SkipLog, skipped_file: Path | None) -> list[str]:
+    """Return lines to print about an updated index. `location` must not contain a password."""
     images, contents = backend.count()
-    location = hide_password(args.out)
     lines = [f"Index: {location} ({format_count(images, 'image')}, {contents:,} distinct)"]
     for names in backend.duplicates(limit=3):
         lines.append("Duplicates: " + ", ".join(names[:4]))
@@ -227,8 +226,8 @@ def _index(args: Namespace) -> list[str]:
     if unread:
         listed = f", listed in {skipped_file}" if skipped_file else ""
         lines.append(f"Images whose text could not be recognised: {unread:,}{listed}")
-    lines.append(f"Next: {format_command('search', location, 'a description of an image')}")
-    lines.append(f"      {format_command('serve', location)}")
+    lines.append(f"Next: {shlex.join(['llm2clip', 'search', location, 'a description of an image'])}")
+    lines.append(f"      {shlex.join(['llm2clip', 'serve', location])}")
     return lines
 
 
@@ -258,7 +257,7 @@ def _search(args: Namespace) -> list[str]:
     if args["index"] is None and args.server is None:
         raise ValueError("pass an index, or the address of a running server with --server")
     if args.server is None:
-        check_index(args["index"])
+        check_index(args["index"], args.words)
     elif args["index"] is not None:
         args.words.insert(0, args["index"])  # with --server, all positional words form the text
     args.texts = [*([" ".join(args.words)] if args.words else []), *args.text]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from llm2clip.cli.checks import check_data, check_output_folder, check_sources
+from llm2clip.cli.checks import check_can_create, check_data, check_output_folder, check_sources
 from llm2clip.cli.commands import (
     DATA_HELP,
     Commands,
@@ -94,13 +94,14 @@ def _describe_data(args: Namespace) -> list[str]:
     page = None if args.report is None else Path(args.report).expanduser()
     if page is not None and page.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--report must be an .html file (got {args.report})")
+    if page is not None:
+        check_can_create(page, "--report")
     from llm2clip.reports import render_text
     from llm2clip.tools.data_report import build_blocks, describe_data, inspect_data, write_page
 
     overview, table = inspect_data(args.data, args.columns, args.max_skipped)
     data = [*args.data, *format_column_flags(args.columns)]
-    options = [] if overview.has_pairs else ["--tune.steps", "0"]
-    commands = [format_command("fit", *data, "--out", "RUN", *options)] if overview.num_training else []
+    commands = [format_command("fit", *data, "--out", "RUN")] if overview.num_training else []
     if overview.statistics.num_images and not overview.num_captions:
         commands = [
             format_command("caption", *data, "--model", "MODEL", "--out", "captions.jsonl"),

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock
 
 from llm2clip.config import EvaluateConfig
 from llm2clip.data.formats import UNREADABLE_FILE, FilePart, find_files, split_file
@@ -53,6 +52,7 @@ from llm2clip.data.skip_log import EventLog, SkipLog
 from llm2clip.data.storage import is_remote
 from llm2clip.data.table import Blocks, RecordTable, decode_name, read_metadata, write_rows
 from llm2clip.io_utils import (
+    MAX_VERIFIED_BYTES,
     append_checksum,
     atomic_dir,
     atomic_path,
@@ -63,13 +63,13 @@ from llm2clip.io_utils import (
 )
 from llm2clip.parallel import count_cores, map_in_processes
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.output_folder import folder_lock
 
 FORMAT_VERSION = 5  # increase it if the files, their contents or the rules for merging change
 PART_BYTES = 16 << 20  # approximate size of a part of a large file
 MIN_PARALLEL_BYTES = 8 << 20  # smaller sources are read in this process, because starting processes takes a second
 START_TIME = time.time_ns()  # approximate start of this process
 PREFETCH_FILES = 8  # number of remote files to download ahead
-MAX_VERIFIED_BYTES = 1 << 30  # the checksums of parts beyond this total size are not compared, to save time
 UNUSED_DAYS = 30  # parts and tables that have not been opened for this long are deleted
 
 
@@ -121,7 +121,7 @@ def open_table(
     for name in sources:
         source = Source.parse(name)
         parsed.append(dataclasses.replace(source, columns={**source.columns, **columns}))
-    with FileLock(folder / "lock"):
+    with folder_lock(folder, "lock", timeout=-1):
         _delete_unused(folder)
         tasks = _list_parts(parsed, log, image_check, require_captions, folder)
         _read_parts(tasks, log, workers)
@@ -316,10 +316,7 @@ def _merge_parts(tasks: Sequence[_PartTask], log: SkipLog, image_check: ImageChe
 
 
 def _is_intact(table_folder: Path) -> bool:
-    files = [table_folder / name for name in ARRAY_FILES]
-    merged = table_folder / "merged.arrow"
-    if merged.exists() and merged.stat().st_size <= MAX_VERIFIED_BYTES:
-        files.append(merged)
+    files = [*(table_folder / name for name in ARRAY_FILES), *table_folder.glob("merged.arrow")]
     return all(file.is_file() and has_valid_checksum(file) for file in files)
 
 
@@ -409,7 +406,7 @@ def read_splits(
         is_leaked = is_training & mask_same_images(held_out, records)
         is_training &= ~is_leaked
         if is_leaked.any():
-            notes.append(f"{is_leaked.sum():,} held-out images removed from training")
+            notes.append(f"{format_count(int(is_leaked.sum()), 'held-out image')} removed from training")
     else:
         if held_out_split is not None:
             is_held_out = ~is_training & _mask_splits(split_names, split_of_record, (held_out_split,))
@@ -446,8 +443,8 @@ def _describe_rule(
         reason = f"one in {HELD_OUT_DIVISOR}, at most {MAX_HELD_OUT:,}, because no split is named {HELD_OUT_SPLITS[0]}"
         reason += f" or {HELD_OUT_SPLITS[-1]}"
     return (
-        f"{num_held_out:,} held-out images out of {len(split_of_image):,} ({reason}). To use all images, list their "
-        f"splits: PATH@{'+'.join(_list_names(split_names, split_of_image))}"
+        f"{format_count(num_held_out, 'held-out image')} out of {len(split_of_image):,} ({reason}). To use all images, "
+        f"list their splits: PATH@{'+'.join(_list_names(split_names, split_of_image))}"
     )
 
 

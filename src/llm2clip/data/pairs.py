@@ -26,7 +26,7 @@ from llm2clip.data.image_facts import mask_same_images
 from llm2clip.data.records import CAPTION_FIELDS, EARLY_CHECK_ROWS, NO_SPLIT, Source, guess_columns, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable, decode_name
-from llm2clip.io_utils import DataFormatError, is_valid_unicode
+from llm2clip.io_utils import DataFormatError, format_count, is_valid_unicode
 from llm2clip.runs.ranks import print_once, process_state
 
 PAIR_COLUMN_NAMES = {  # pair field -> common column names, in order of preference
@@ -149,9 +149,9 @@ def read_tuning_sources(
     pairs = [list(read_text_pairs(path, log)) for path in config.text_pairs]
     if config.steps:
         resolve_pairs_per_step([*captions, *pairs], config.batch_size, process_state().num_processes)
-    counts = [f"the captions of {len(items):,} images" for items in captions]
-    counts += [f"{len(items):,} text pairs" for items in pairs]
-    removed = f"; {num_removed:,} images excluded" if num_removed else ""
+    counts = [f"the captions of {format_count(len(items), 'image')}" for items in captions]
+    counts += [format_count(len(items), "text pair") for items in pairs]
+    removed = f"; {format_count(num_removed, 'image')} excluded" if num_removed else ""
     print_once(f"tuning on {' + '.join(counts)}{removed}")
     return [*captions, *pairs]
 

@@ -50,7 +50,8 @@ def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResu
         rows = {}
         for result in results:
             rows[result.model] = next(row for row in result.summary["rows"] if row["captions"] == field_name)
-        blocks.append(Heading(f"{field_name}: {first_row['images']:,} images, {first_row['texts']:,} texts", 3))
+        size = f"{format_count(first_row['images'], 'image')}, {format_count(first_row['texts'], 'text')}"
+        blocks.append(Heading(f"{field_name}: {size}", 3))
         blocks.append(build_recall_table(rows, published if n == 0 and not is_mean else {}))
         analyses = {r.model: r.error_analysis[field_name] for r in results if field_name in r.error_analysis}
         if analyses:
@@ -62,7 +63,7 @@ def _describe_benchmark(benchmark: Benchmark, summary: Mapping[str, Any]) -> str
     """Return the benchmark's description, or the size of the evaluated part if not all of it was evaluated."""
     if benchmark.size is None and "images" in summary:
         regions = f", {summary['regions']:,} boxes" if "regions" in summary else ""
-        return f"{benchmark.description}: {summary['images']:,} images{regions}"
+        return f"{benchmark.description}: {format_count(summary['images'], 'image')}{regions}"
     if benchmark.size is None:
         return benchmark.description
     total, unit = benchmark.size

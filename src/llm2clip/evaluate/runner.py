@@ -36,7 +36,7 @@ from llm2clip.evaluate.regions import evaluate_regions
 from llm2clip.evaluate.retrieval import analyze_errors, compute_retrieval_difference, evaluate_retrieval
 from llm2clip.evaluate.segmentation import evaluate_segmentation
 from llm2clip.evaluate.short_queries import build_short_query_blocks, score_short_queries
-from llm2clip.io_utils import MissingFileError, atomic_write_text, sanitize_name
+from llm2clip.io_utils import MissingFileError, atomic_write_text, format_count, sanitize_name
 from llm2clip.models.loading import get_display_names
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.models.vision.dense import DENSE_VARIANTS
@@ -377,7 +377,7 @@ def _read_user_benchmark(
             "splits, the images that `fit` would hold out are evaluated"
         )
     num_images = max(map(len, splits.held_out.values()))
-    description = splits.rule if without_splits and not config.data else f"{num_images:,} images"
+    description = splits.rule if without_splits and not config.data else format_count(num_images, "image")
     print_once(f"Evaluating {description}")
     return Benchmark(
         name=USER_DATA,

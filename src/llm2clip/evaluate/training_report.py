@@ -150,7 +150,7 @@ def _build_caption_retrieval_section(cra: Sequence[dict[str, Any]]) -> list[Bloc
     rows: list[list[Any]] = [["chance", cra[0]["chance"], None]]
     for name, metrics in zip(("raw", "tuned"), cra, strict=False):
         rows.append([name, metrics["CRA"], format_interval(metrics["CRA interval"])])
-    header = [f"caption encoder ({cra[0]['images']:,} images)", "CRA top-1, %", "95% interval"]
+    header = [f"caption encoder ({format_count(cra[0]['images'], 'image')})", "CRA top-1, %", "95% interval"]
     tuning = "" if len(cra) == 2 else " The encoder was not tuned."
     return [
         Paragraph(describe_caption_retrieval("the encoder", cra[-1]) + tuning),
@@ -161,7 +161,7 @@ def _build_caption_retrieval_section(cra: Sequence[dict[str, Any]]) -> list[Bloc
 def _build_retrieval_section(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> list[Block]:
     rows: list[list[Any]] = []
     for before, after in zip(untrained, trained, strict=True):
-        name = f"{after['captions']} ({format_count(after['images'], 'image')}, {after['texts']:,} texts)"
+        name = f"{after['captions']} ({format_count(after['images'], 'image')}, {format_count(after['texts'], 'text')})"
         rows.append([name, "chance", *_format_recall_cells(after, " chance")])
         rows.append(["", "untrained", *_format_recall_cells(before)])
         rows.append(["", "trained", *_format_recall_cells(after)])

@@ -23,6 +23,7 @@ from llm2clip.data.formats import BadRow, find_format, read_rows
 from llm2clip.data.image_refs import FileImage, ImageRef, is_safe_relative_path
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.io_utils import DataFormatError
 
 IMAGE_TOKEN = "<image>"
 IGNORE_INDEX = -100  # label of tokens outside answers, as in transformers and cross_entropy
@@ -111,7 +112,12 @@ def read_conversations(
             conversations += read_llava(source, images, log)
         else:
             # Merge rows with the same image, because an object is present if any of the rows mentions it.
-            conversations += from_records(open_table([source], columns or {}, log), seed)
+            try:
+                records = open_table([source], columns or {}, log)
+            except DataFormatError as error:
+                fields = 'image and conversations: [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]'
+                raise DataFormatError(f"{error}. A file in LLaVA's format needs the fields {fields}") from error
+            conversations += from_records(records, seed)
     return conversations
 
 

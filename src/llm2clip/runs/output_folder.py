@@ -65,15 +65,17 @@ class FolderInUseError(ValueError):
 
 
 @contextmanager
-def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
+def folder_lock(folder: Path, name: str = ".lock", timeout: float = 0) -> Iterator[None]:
     """Hold a lock on a folder. The operating system releases it when the process ends, even if the process is killed.
 
-    The folder is created if needed. Do nothing on file systems that do not support locks.
+    The folder is created if needed. Do nothing on file systems that do not support locks. Wait up to `timeout` seconds
+    for another run, or without a limit if `timeout` is negative.
 
     Raises:
         FolderInUseError: Another run holds the lock.
+        OSError: The lock file cannot be opened, for example because it is a folder or a symbolic link.
     """
-    lock = FileLock(folder / name, timeout=0)
+    lock = FileLock(folder / name, timeout=timeout)
     try:
         lock.acquire()
     except Timeout:
@@ -82,7 +84,8 @@ def folder_lock(folder: Path, name: str = ".lock") -> Iterator[None]:
         ) from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise
+            advice = "If it is not a regular file, delete it"
+            raise OSError(f"cannot lock {folder / name} ({error.strerror}). {advice}") from error
     try:
         yield
     finally:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from llm2clip.io_utils import atomic_dir, check_extra, format_bytes
+from llm2clip.io_utils import atomic_dir, check_extra, format_bytes, format_count
 from llm2clip.models.dual_encoder import wrap_llm2clip
 from llm2clip.models.export.onnx import count_final_tokens, export_quantized_text
 from llm2clip.models.export.transformers import CHECKED_TEXTS, SAMPLE_TEXTS, build_tokenizer
@@ -104,7 +104,7 @@ def export_gallery(
         settings |= {"dim": model.config.embed_dim, "title": Path(out).resolve().name}
         (folder / "gallery.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        messages.append(f"{len(images):,} images, {format_bytes(size)}")
+        messages.append(f"{format_count(len(images), 'image')}, {format_bytes(size)}")
     if is_update:
         _replace_files(target, Path(out), len(images))
     return messages

@@ -18,7 +18,7 @@ from llm2clip.config import FitConfig
 from llm2clip.cpu_tuning import get_available_memory
 from llm2clip.data.records import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
-from llm2clip.io_utils import format_bytes
+from llm2clip.io_utils import format_bytes, format_count
 from llm2clip.reports import Paragraph, Table, render_text
 from llm2clip.runs.output_folder import MAX_CHECKPOINTS
 from llm2clip.runs.ranks import is_fsdp_enabled, process_state
@@ -183,7 +183,8 @@ def format_plan(plan: Plan) -> str:
     mfu = ", ".join(f"{stage} {plan.machine.get_mfu(stage):.0%}" for stage in plan.stage_hours)
     lines.append(
         f"Estimated, not measured. Assumptions: {mfu} of peak throughput (MFU), "
-        f"{1 - USABLE_FRACTION:.0%} of memory lost to fragmentation, no duplicate captions, and image decoding that is "
+        f"{1 - USABLE_FRACTION:.0%} of memory lost to fragmentation, captions of {plan.tokens_per_caption:.0f} tokens "
+        "(pass DATA to estimate their length from your captions), no duplicate captions, and image decoding that is "
         "never the bottleneck."
     )
     return render_text([*tables, Paragraph("\n".join(lines))], verdict)
@@ -244,7 +245,7 @@ def _make_time_table(plan: Plan) -> Table:
     if plan.images_per_second:
         align += f"; {plan.images_per_second:,.0f} images/s to decode per device"
     details = {
-        "tune": f"{config.tune.steps:,} steps of {config.tune.batch_size * count:,} pairs",
+        "tune": f"{format_count(config.tune.steps, 'step')} of {config.tune.batch_size * count:,} pairs",
         "embed": f"{plan.images * plan.captions_per_image:,.0f} captions",
         "align": align,
     }

@@ -23,6 +23,7 @@ from llm2clip.config import AlignConfig
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
+from llm2clip.io_utils import format_count
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import fingerprint
 from llm2clip.models.precision import tf32_matmul
@@ -146,7 +147,8 @@ def _open_batches(
     if loop.items_per_step is None and data.images_per_step < config.batch_size * world_size:
         print_once(
             f"{data.image_count:,} images: using {data.images_per_step:,} images per step instead of "
-            f"{config.batch_size * world_size:,}, in {len(data):,} steps. To train longer, raise --align.epochs"
+            f"{config.batch_size * world_size:,}, in {format_count(len(data), 'step')}. To train longer, raise "
+            "--align.epochs"
         )
     properties = {
         "image order": data.orders.image_order,
