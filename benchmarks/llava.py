@@ -40,10 +40,11 @@ from llm2clip.llava.conversations import (
     make_instruction_conversations,
     make_object_conversations,
 )
-from llm2clip.llava.dataset import PatchFeatures, cache_patch_features
+from llm2clip.llava.dataset import PatchFeatures
 from llm2clip.llava.train import train_llava
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.vision.vision_tower import VisionTower
+from llm2clip.store.encode import store_image_features
 
 LLM = "smollm2-135m"
 TRAIN = ("flickr8k/captions.jsonl@train", "coco_img/captions.jsonl", "ade20k_ids/captions.jsonl")
@@ -211,8 +212,9 @@ def measure_speed(args: argparse.Namespace, tower: VisionTower, train_records: l
         if config.cache_gb:  # fill the cache before measuring, because all epochs and runs share it
             model = AutoModelForImageTextToText.from_pretrained(built)
             features = PatchFeatures(model, AutoProcessor.from_pretrained(built))
-            images = [conversation.image for conversation in conversations if conversation.image is not None]
-            cache_patch_features(images, features, run / "features", SkipLog())
+            images = {item.image.key: item.image for item in conversations if item.image is not None}
+            folder = run / "features"
+            store_image_features(list(images.values()), features, features.identity(), folder, SkipLog(), batch_size=32)
         start = time.perf_counter()
         train_llava(str(built), [], conversations, config=config, out=run, log=SkipLog())
         seconds = time.perf_counter() - start

@@ -97,7 +97,9 @@ class Ablations:
         cells = {"row": name, "encoder": row.encoder}
         for direction in ("I2T", "T2I"):
             cells[direction] = format_mean_std([metrics[f"captions {direction} R@1"] for metrics in evaluations])
-        cells["mean"] = format_mean_std([metrics["score"] for metrics in evaluations])
+        cells["mean"] = format_mean_std(
+            [(metrics["captions I2T R@1"] + metrics["captions T2I R@1"]) / 2 for metrics in evaluations]
+        )
         if dense:
             cells |= self._evaluate_ade20k(folder)
         return cells | {"command": f"`llm2clip {shlex.join(command)}`"}

@@ -170,6 +170,8 @@ def write_choice_tables(benchmark: Benchmark, names: Sequence[str]) -> None:
             scores = load_or_compute_json(folder / "scores.json", lambda name=name: compute_scores(benchmark, name))
             result = json.loads((folder / "frozen-0.json").read_text())
             points[name] = {**scores, "R@1": compute_recall([result], FLICKR)[0]}
+    if not points:
+        raise SystemExit("No text tower has results of the stage `frozen`, which `choice` compares with the scores.")
     labels = list(next(iter(points.values())))
     rows = [[name, *(f"{values[label]:.1f}" for label in labels)] for name, values in points.items()]
     write_table(benchmark.out / "choice.md", ["text tower", *labels], rows)

@@ -12,14 +12,12 @@ import argparse
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm2clip.cpu_tuning import keep_freed_memory
@@ -37,12 +35,9 @@ TEXTS_PER_BATCH = 32
 class FixedBatchLoss(PairLoss):
     """Loss that encodes a fixed number of texts per forward pass, in batch order, padded to the longest text."""
 
-    def _iterate_passes(
-        self, tokens: list[list[int]], prompt_lengths: list[int]
-    ) -> Iterator[tuple[list[int], Callable[[], Tensor]]]:
+    def _split_batch(self, tokens: list[list[int]], prompt_lengths: list[int]) -> Iterator[tuple[int, range]]:
         for start in range(0, len(tokens), TEXTS_PER_BATCH):
-            rows = list(range(start, min(start + TEXTS_PER_BATCH, len(tokens))))
-            yield rows, partial(self._encode, [tokens[row] for row in rows], 0)
+            yield 0, range(start, min(start + TEXTS_PER_BATCH, len(tokens)))
 
 
 @dataclass

@@ -87,7 +87,7 @@ def test_rows_are_looked_up_again_only_if_captions_or_store_change(
     table = read_table(tmp_path, ROWS)
     list_rows(table, store)
 
-    def fail(_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("looked up again")
 
     with monkeypatch.context() as patch:

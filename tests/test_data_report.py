@@ -92,14 +92,14 @@ def test_data_command_describes_texts_without_images(tmp_path: Path, capsys: pyt
 def test_data_command_describes_images_without_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(image_bytes(number, "JPEG"))
-    for name in ("broken.jpg", "a.mp4", "b.MP4", "notes.txt"):
+    for name in ("broken.jpg", "a.mp4", "b.MP4", "notes.pdf", "frame.1", "Dr. Smith", ".x.mp4", "a.\udcff\udcfe"):
         (tmp_path / name).write_bytes(b"x")
     text = run_data(capsys, tmp_path, "--report", tmp_path / "new/data.html")
     assert text.startswith("None of the 3 images has a caption, which training needs.\n")
     assert "rows skipped 1\n" in text and "unreadable image 1\n" in text and "Captions" not in text
     assert f"Next: llm2clip caption {tmp_path} --model MODEL --out captions.jsonl" in text
     assert f"Next: llm2clip index {tmp_path} --out INDEX" in text
-    assert ".mp4 2\n" in text and ".txt 1\n" in text and ".jpg 4" not in text
+    assert ".mp4 2\n" in text and ".pdf 1\n" in text and "smith" not in text and ".jpg 4" not in text
     assert f"llm2clip index {tmp_path} --out INDEX" in (tmp_path / "new/data.html").read_text()
 
 

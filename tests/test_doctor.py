@@ -1,7 +1,10 @@
 """Checks of the environment by `llm2clip doctor`."""
 
+from email.message import Message
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 import torch
@@ -66,3 +69,10 @@ def test_network_checks_suggest_mirrors_if_there_is_no_response(monkeypatch: pyt
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     (check,) = doctor.check_hub()
     assert check.verdict == "note" and "HF_ENDPOINT" in check.fix
+
+    def answer(*_: Any, **__: Any) -> Any:
+        raise HTTPError("http://127.0.0.1:9", 404, "Not Found", Message(), None)
+
+    monkeypatch.setattr(doctor, "urlopen", answer)
+    (check,) = doctor.check_hub()
+    assert check.verdict == "ok" and "is reachable (HTTP 404)" in check.result

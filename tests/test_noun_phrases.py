@@ -179,7 +179,7 @@ def test_phrases_are_sampled_and_are_no_negatives_of_images_that_have_them(
     batch = batch.to(torch.device("cpu"))
     rows_of = [set(store.find_rows(r.phrases)) for r in records]
     number = {str(record.image): n for n, record in enumerate(records)}
-    images = [number[name] for name in batch.image_names]
+    images = [number[name] for name in map(str, batch.image_refs)]
     expected = sorted((i, row) for i, image in enumerate(images) for row in rows_of[image])
     assert [tuple(pair) for pair in batch.phrases.tolist()] == expected
     captions = zip(batch.caption_rows.tolist(), batch.image_of_caption.tolist(), strict=True)

@@ -177,10 +177,14 @@ class Run:
         config, columns = self.config.tune, self.config.columns
         if not (self.sources or config.data or config.text_pairs):
             raise ValueError("Nothing to tune on: pass caption sources, or text pairs with --tune.text_pairs")
-        data = read_splits(self.sources, EvaluateConfig(), columns, self.log, "unchecked", keep_selected_splits=True)
-        held_out = list(data.held_out.values())
-        if any(map(len, held_out)):
-            print_once(data.summary)
+        held_out: list[RecordTable] = []
+        if self.sources:
+            data = read_splits(
+                self.sources, EvaluateConfig(), columns, self.log, "unchecked", keep_selected_splits=True
+            )
+            held_out = list(data.held_out.values())
+            if any(map(len, held_out)):
+                print_once(data.summary)
         pairs = read_tuning_sources(None, held_out, config, columns, self.log, training_sources=self.sources)
         print_once(self.log.summary())
         return pairs

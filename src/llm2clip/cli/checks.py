@@ -47,7 +47,7 @@ def check_data(
     from llm2clip.data.skip_log import SkipLog
 
     check_sources(args.data, *others)
-    log = SkipLog(max_skipped=max(args.max_skipped, 0.5))  # the command itself lists fewer in a file
+    log = SkipLog(max_skipped=max(args.max_skipped, 0.9))  # the command itself lists fewer in a file
     for text in args.data:
         source = dataclasses.replace(Source.parse(text), columns=args.columns)
         path = os.path.expanduser(source.path)

@@ -52,7 +52,6 @@ from llm2clip.data.skip_log import EventLog, SkipLog
 from llm2clip.data.storage import is_remote
 from llm2clip.data.table import Blocks, RecordTable, decode_name, read_metadata, write_rows
 from llm2clip.io_utils import (
-    MAX_VERIFIED_BYTES,
     append_checksum,
     atomic_dir,
     atomic_path,
@@ -70,6 +69,7 @@ PART_BYTES = 16 << 20  # approximate size of a part of a large file
 MIN_PARALLEL_BYTES = 8 << 20  # smaller sources are read in this process, because starting processes takes a second
 START_TIME = time.time_ns()  # approximate start of this process
 PREFETCH_FILES = 8  # number of remote files to download ahead
+MAX_VERIFIED_BYTES = 1 << 30  # the checksums of parts beyond this total size are not compared, to save time
 UNUSED_DAYS = 30  # parts and tables that have not been opened for this long are deleted
 
 
@@ -316,7 +316,10 @@ def _merge_parts(tasks: Sequence[_PartTask], log: SkipLog, image_check: ImageChe
 
 
 def _is_intact(table_folder: Path) -> bool:
-    files = [*(table_folder / name for name in ARRAY_FILES), *table_folder.glob("merged.arrow")]
+    files = [table_folder / name for name in ARRAY_FILES]
+    merged = table_folder / "merged.arrow"
+    if merged.exists() and merged.stat().st_size <= MAX_VERIFIED_BYTES:
+        files.append(merged)
     return all(file.is_file() and has_valid_checksum(file) for file in files)
 
 

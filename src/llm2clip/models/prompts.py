@@ -70,11 +70,10 @@ def average_prompts(prompts: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     """Return the mean prompt embedding of each of N texts (arXiv 2103.00020), float32 of shape (N, D).
 
     The prompt embeddings, of shape (P, D), are L2-normalised before averaging, and their mean is L2-normalised again.
-    The prompts of each text are adjacent, and `counts` contains their numbers.
+    The prompts of each text are adjacent, and `counts` contains their numbers, all at least 1.
     """
-    sums = np.zeros((len(counts), prompts.shape[1]), np.float32)
-    np.add.at(sums, np.repeat(np.arange(len(counts)), counts), normalize(prompts))
-    return normalize(sums)
+    starts = np.cumsum([0, *counts])[:-1]
+    return normalize(np.add.reduceat(normalize(prompts), starts, axis=0))
 
 
 def is_short_text(text: str, max_words: int = MAX_TEMPLATE_WORDS) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ import numpy as np
 
 from llm2clip.config import EvaluateConfig
 from llm2clip.data.build_table import NoImagesError, open_table, read_splits
-from llm2clip.data.formats import IMAGE_SUFFIXES
+from llm2clip.data.formats import IMAGE_SUFFIXES, load_formats
 from llm2clip.data.image_refs import IMAGE_KINDS
 from llm2clip.data.noun_phrases import add_phrases
 from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, NoCaptionsError, Record, Source
@@ -50,6 +51,7 @@ MIN_LANGUAGE_SHARE = 0.01  # rarer languages are counted as "other", because mos
 MAX_LISTED = 20  # splits and file name suffixes listed
 MAX_TEXTS = 50  # texts of each kind shown below an image
 MIN_HELD_OUT = 50  # with fewer held-out images, recall says little about other images
+OTHER_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,4}$")  # of listed files; longer suffixes are part of the name
 SMALL_SIDE = 224  # in pixels; input resolution of most vision towers
 FIT_MAX_SKIPPED = 0.05  # default of `fit --max_skipped`
 FIELD_LABELS = {name: name.replace("_", " ") for name in TEXT_FIELDS}
@@ -73,6 +75,12 @@ class DataOverview:
     other_files: Counter[str]  # number of files per suffix in folders, except images
     table_bytes: int  # size of the record table on disk
     seconds: float  # time that it took to build or open the table
+
+    @property
+    def has_pairs(self) -> bool:
+        """True if an image has at least two captions."""
+        counts = self.statistics.captions_per_image
+        return bool(counts.count) and counts.maximum > 1
 
     @property
     def num_captions(self) -> int:
@@ -123,12 +131,16 @@ def inspect_data(
 
 
 def count_other_files(sources: Sequence[str]) -> Counter[str]:
-    """Return the number of files per suffix, such as ".mp4", in the sources that are local folders, except images."""
+    """Return the number of files that no format reads in local folders, keyed by suffix, such as ".mp4"."""
+    formats = load_formats().values()
+    readable = {*(f".{suffix}" for suffix in IMAGE_SUFFIXES), *(suffix for each in formats for suffix in each.suffixes)}
     suffixes: Counter[str] = Counter()
     for source in sources:
-        for _, _, names in os.walk(os.path.expanduser(Source.parse(source).path)):
-            suffixes.update(os.path.splitext(name)[1].lower() or "none" for name in names)
-    return Counter({suffix: n for suffix, n in suffixes.items() if suffix.lstrip(".") not in IMAGE_SUFFIXES})
+        for _, folders, names in os.walk(os.path.expanduser(Source.parse(source).path)):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            matches = [OTHER_SUFFIX.search(name.lower()) for name in names if not name.startswith(".")]
+            suffixes.update(match[0] for match in matches if match is not None and match[0] not in readable)
+    return suffixes
 
 
 def read_first_skipped_rows(file: Path) -> list[SkippedRow]:
@@ -178,7 +190,7 @@ def describe_data(overview: DataOverview) -> str:
         return f"{share:.1f}% of the rows cannot be used, so `fit` would stop. Main reason: {reason} ({rows})."
     if not overview.num_training:
         return f"{size}, but all of them would be held out: no image is left for training."
-    if statistics.captions_per_image.count and statistics.captions_per_image.maximum < 2:
+    if not overview.has_pairs:
         return f"{size}. No image has two captions, which the first stage of `fit` needs: use `--tune.steps 0`."
     if overview.num_held_out < MIN_HELD_OUT:
         return f"{size}. Only {overview.num_held_out:,} would be held out: too few to judge a model."
@@ -298,7 +310,7 @@ def _build_other_files(suffixes: Counter[str]) -> list[Block]:
     if not suffixes:
         return []
     rows = [(suffix, f"{count:,}") for suffix, count in suffixes.most_common(MAX_LISTED)]
-    text = "Only captions and tables are read from other files. Videos are not supported."
+    text = "Files in formats that are not read. Videos are not supported."
     return [Heading("Other files"), Paragraph(text), Table(["suffix", "files"], rows)]
 
 
@@ -336,7 +348,7 @@ def write_page(file: Path, overview: DataOverview, table: RecordTable, next_comm
         blocks += [Heading("Examples"), Paragraph(text), Examples(cards, as_cards=True)]
     sources = "\n".join(to_valid_unicode(hide_url_secrets(source)) for source in overview.sources)
     if next_commands:
-        blocks += [Heading("Next"), Code(next_commands, "bash")]
+        blocks += [Heading("Next"), Code(to_valid_unicode(next_commands), "bash")]
     blocks += build_run_section(describe_run(overview.seconds), code=sources)
     write_report(file, "Data set overview", describe_data(overview), blocks, with_markdown=False)
 

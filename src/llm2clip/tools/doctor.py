@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from packaging.requirements import Requirement
@@ -203,5 +204,7 @@ def _check_server(name: str, url: str, fix: str) -> Check:
     try:
         with urlopen(Request(url, method="HEAD"), timeout=5) as response:
             return Check(name, f"{shown} is reachable (HTTP {response.status})")
+    except HTTPError as error:
+        return Check(name, f"{shown} is reachable (HTTP {error.code})")
     except Exception as error:  # http.client's errors are not OSErrors
         return Check(name, f"{shown} did not respond: {str(error).replace(url, shown)}", fix)

@@ -311,27 +311,30 @@ class _ImageTextLayout:
         self.weights = self.text_gather.gather(_compute_text_weights(image_of_text, num_images))
         self.num_images = num_images
 
-        # Other pairs that are not negatives: images with copies of their texts, and with the texts in `other_texts`.
-        # The two int64 vectors of image and text indices refer to the batch gathered from all ranks.
-        self.other_pairs: tuple[Tensor, Tensor] | None = None
+        # These tensors exist only if some texts are identical. `group` assigns the same number to identical texts,
+        # `by_group` lists the indices of all texts sorted by group, and `group_starts` contains the position in
+        # `by_group` at which each group starts.
+        self.group: Tensor | None = None
         if text_ids is not None:
+            unique_ids, group = self.text_gather.gather(text_ids).unique(return_inverse=True)
+            if len(unique_ids) < len(group):
+                self.group, self.by_group = group, group.argsort(stable=True)
+                self.group_starts = F.pad(torch.bincount(group).cumsum(0), (1, 0))
+
+        # Pairs of an image and a text that `other_texts` lists for it, as two int64 vectors of image and text indices.
+        # The indices are global: they refer to the batch gathered from all ranks.
+        self.other_pairs: tuple[Tensor, Tensor] | None = None
+        if other_texts is not None and text_ids is not None:
             self.other_pairs = self._find_other_pairs(text_ids, other_texts, gather)
 
-    def _find_other_pairs(
-        self, text_ids: Tensor, other_texts: Tensor | None, gather: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        all_ids = self.text_gather.gather(text_ids)
-        image, text_id = self.all_image_of_text, all_ids
-        if other_texts is not None:
-            other_gather = RaggedGather(len(other_texts), other_texts.device, gather)
-            others = other_gather.gather(other_texts + other_texts.new_tensor([self.image_gather.offset, 0]))
-            image, text_id = torch.cat([image, others[:, 0]]), torch.cat([text_id, others[:, 1]])
-        sorted_ids, by_id = all_ids.sort()
-        first = torch.searchsorted(sorted_ids, text_id)
-        pair, sorted_position = _concatenate_ranges(first, torch.searchsorted(sorted_ids, text_id, right=True) - first)
-        text = by_id[sorted_position]
-        is_other = text != pair  # pair n is that of text n or, if there are fewer texts, one of `other_texts`
-        return (image[pair[is_other]], text[is_other]) if is_other.any() else None
+    def _find_other_pairs(self, text_ids: Tensor, other_texts: Tensor, gather: bool) -> tuple[Tensor, Tensor]:
+        all_ids, by_id = self.text_gather.gather(text_ids).sort()
+        other_gather = RaggedGather(len(other_texts), other_texts.device, gather)
+        image, text_id = other_gather.gather(other_texts + other_texts.new_tensor([self.image_gather.offset, 0])).T
+        first = torch.searchsorted(all_ids, text_id.contiguous())
+        counts = torch.searchsorted(all_ids, text_id.contiguous(), right=True) - first
+        repeated, sorted_position = _concatenate_ranges(first, counts)
+        return image[repeated], by_id[sorted_position]
 
     def iterate_row_chunks(self, num_rows: int, num_columns: int) -> Iterator[slice]:
         """Yield slices of rows with at most LOGITS_PER_CHUNK logits each, but at least one row."""
@@ -356,12 +359,28 @@ class _ImageTextLayout:
         starts: list[int] = torch.searchsorted(self.image_of_text, images).tolist()
         return starts
 
+    def pair_identical_texts(self, texts: slice) -> tuple[Tensor, Tensor]:
+        """Pair each text in a slice of this rank's texts with all identical texts on all ranks, including itself.
+
+        Returns:
+            Two int64 vectors with one element per pair: the position of the text in the slice, and the index of the
+            identical text among the texts of all ranks.
+        """
+        offset = self.text_gather.offset
+        if self.group is None:
+            positions = torch.arange(texts.stop - texts.start, device=self.image_of_text.device)
+            return positions, positions + texts.start + offset
+        groups = self.group[texts.start + offset : texts.stop + offset]
+        starts = self.group_starts[groups]
+        positions, group_position = _concatenate_ranges(starts, self.group_starts[groups + 1] - starts)
+        return positions, self.by_group[group_position]
+
     def compute_image_logits(self, image: Tensor, all_text: Tensor, scale: Tensor, rows: slice) -> Tensor:
         """Return the logits between a slice of this rank's images and all texts, with -inf for positive pairs."""
         logits = (image[rows] * scale) @ all_text.T  # (rows, texts of all ranks)
         texts = self.get_text_slice(rows)
-        columns = torch.arange(texts.start, texts.stop, device=image.device) + self.text_gather.offset
-        logits[self.image_of_text[texts] - rows.start, columns] = -torch.inf
+        positions, equal = self.pair_identical_texts(texts)
+        logits[self.image_of_text[texts][positions] - rows.start, equal] = -torch.inf
         if self.other_pairs is not None:
             other_image, other_text = self.other_pairs
             _mask_logits(logits, other_image - self.image_gather.offset - rows.start, other_text)
@@ -370,8 +389,8 @@ class _ImageTextLayout:
     def compute_text_logits(self, text: Tensor, all_image: Tensor, scale: Tensor, rows: slice) -> Tensor:
         """Return the logits between a slice of this rank's texts and all images, with -inf for positive pairs."""
         logits = (text[rows] * scale) @ all_image.T  # (rows, images of all ranks)
-        positions = torch.arange(rows.stop - rows.start, device=text.device)
-        logits[positions, self.all_image_of_text[self.text_gather.local_slice][rows]] = -torch.inf
+        positions, equal = self.pair_identical_texts(rows)
+        logits[positions, self.all_image_of_text[equal]] = -torch.inf
         if self.other_pairs is not None:
             other_image, other_text = self.other_pairs
             _mask_logits(logits, other_text - self.text_gather.offset - rows.start, other_image)
