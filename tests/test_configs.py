@@ -81,7 +81,10 @@ def test_every_setting_is_documented_in_help(capsys: pytest.CaptureFixture[str])
 
 def test_help_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'transformers', 'numpy'}"
-    code = f"import sys, llm2clip.cli as c; c.build_parser(); print({heavy} & sys.modules.keys())"
+    code = f"import sys, llm2clip.cli as c; c.build_parser(); print({heavy} & sys.modules.keys());"
+    code += (
+        "import llm2clip.caption.run; assert 'transformers' not in sys.modules"  # with --endpoint, no model is loaded
+    )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "set()"
 

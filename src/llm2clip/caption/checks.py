@@ -5,6 +5,8 @@ memory does not depend on the number of captions. `score_captions` uses a dual e
 rejected in the column `problem`. Rejected captions are not written to the output.
 """
 
+from __future__ import annotations
+
 import re
 import unicodedata
 from collections import Counter
@@ -12,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,9 +24,11 @@ from llm2clip.caption.options import Kind, Prompt
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import iter_image_batches
 from llm2clip.io_utils import UNSPACED, make_text_key
-from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.progress import ProgressBar
 from llm2clip.store.layout import iter_chunks
+
+if TYPE_CHECKING:
+    from llm2clip.models.dual_encoder import DualEncoder
 
 # Values of the column `problem`.
 BOILERPLATE = "boilerplate opening"

@@ -19,7 +19,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError
 from llm2clip.caption.captioners import Captioner, EndpointCaptioner, LocalCaptioner
@@ -40,16 +40,18 @@ from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.image_facts import UNREADABLE_IMAGE
 from llm2clip.data.images import ImageError, load_image, shrink_image
 from llm2clip.data.skip_log import MAX_VALUE_CHARACTERS, SkipLog, TooManySkipped
-from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.parallel import Prefetcher
 from llm2clip.progress import ProgressBar
 from llm2clip.reports import render_text
 from llm2clip.runs.output_folder import folder_lock
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 
+if TYPE_CHECKING:
+    from llm2clip.models.dual_encoder import DualEncoder
+
 POLL_INTERVAL = 0.1  # seconds between checks of the stop signal
 
-OpenEncoder = Callable[[], DualEncoder]
+OpenEncoder = Callable[[], "DualEncoder"]
 
 
 def run_captioning(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> list[str]:
@@ -62,6 +64,8 @@ def run_captioning(sources: Sequence[str], out: Path, model: str, options: Capti
     prompts = load_prompts(options.prompts, options.language, options.use_captions)
     open_encoder = None
     if options.check is not None:
+        from llm2clip.models.dual_encoder import open_dual_encoder
+
         open_encoder = partial(open_dual_encoder, options.check, process_state().device)
         if process_state().is_main_process:  # it is needed only after captioning, but must be valid
             open_encoder()

@@ -22,7 +22,6 @@ from torch import nn
 
 from llm2clip.config import Stage
 from llm2clip.cpu_tuning import float32_matmul_precision
-from llm2clip.models.text.sentence_transformer import get_layers, set_layers
 
 if TYPE_CHECKING:
     from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -133,6 +132,23 @@ def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = N
         else:
             low = middle
     return f"bf16+{high}" if high < depth else "fp32"
+
+
+def get_layers(llm: Any) -> nn.ModuleList:
+    """Return the transformer layers of a model without a language-modelling head. Static embeddings have none."""
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding  # takes seconds to import
+
+    if isinstance(llm, StaticEmbedding):
+        return nn.ModuleList()
+    layers: nn.ModuleList = llm.layers if hasattr(llm, "layers") else llm.encoder.layer
+    return layers
+
+
+def set_layers(llm: Any, layers: nn.ModuleList) -> None:
+    if hasattr(llm, "layers"):
+        llm.layers = layers
+    else:
+        llm.encoder.layer = layers
 
 
 @contextmanager

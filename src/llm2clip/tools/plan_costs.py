@@ -25,9 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import load_config
-from llm2clip.models.precision import Precision
+from llm2clip.models.precision import Precision, get_layers
 from llm2clip.models.text.packing import GPU_BATCH_TOKENS, PACKED, can_pack, pack_captions
-from llm2clip.models.text.sentence_transformer import cast_frozen_linear_layers, get_layers
+from llm2clip.models.text.sentence_transformer import cast_frozen_linear_layers
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.train.initial_model import make_model_config
 from llm2clip.train.optim import select_trainable_weights

@@ -27,14 +27,7 @@ from PIL import Image
 from llm2clip.config import AlignConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
 from llm2clip.data.images import load_thumbnail
 from llm2clip.data.records import open_records
-from llm2clip.io_utils import (
-    atomic_dir,
-    atomic_write_jsonl,
-    check_extra,
-    get_cache_dir,
-    read_json,
-    read_jsonl,
-)
+from llm2clip.io_utils import atomic_dir, atomic_write_jsonl, check_extra, get_cache_dir, read_json, read_jsonl
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.pipeline import fit, open_run

@@ -33,10 +33,10 @@ from llm2clip.config import TuneConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.pairs import TuningItem, iter_pair_batches, resolve_pairs_per_step
 from llm2clip.io_utils import atomic_dir, check_extra, make_text_key
-from llm2clip.models.precision import Precision, resolve_precision
+from llm2clip.models.precision import Precision, get_layers, resolve_precision
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import TokenizedTexts, copy_to_device, get_default_batch_tokens
-from llm2clip.models.text.sentence_transformer import LoraSession, get_layers
+from llm2clip.models.text.sentence_transformer import LoraSession
 from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, TrainingStateMixin, hash_texts
 from llm2clip.runs.ranks import (
     RaggedGather,

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 
 from llm2clip.io_utils import read_json
@@ -20,6 +20,7 @@ from llm2clip.models.loading import (
     hide_loading_bars,
     read_config,
 )
+from llm2clip.models.precision import get_layers, set_layers
 from llm2clip.models.text.latent_attention import MODULE_TYPE, LatentAttentionPooling
 
 ADAPTER_CONFIG = "adapter_config.json"  # file written by PEFT
@@ -164,21 +165,6 @@ def has_consistent_prompt_length(st: Any, prompt: str) -> bool:
 def is_encoder_only(llm: Any) -> bool:
     """Return True for BERT-like models, whose attention is bidirectional and cannot be made causal."""
     return not hasattr(llm, "layers") and hasattr(llm, "encoder")
-
-
-def get_layers(llm: Any) -> nn.ModuleList:
-    """Return the transformer layers of a model without a language-modelling head. Static embeddings have none."""
-    if isinstance(llm, StaticEmbedding):
-        return nn.ModuleList()
-    layers: nn.ModuleList = llm.layers if hasattr(llm, "layers") else llm.encoder.layer
-    return layers
-
-
-def set_layers(llm: Any, layers: nn.ModuleList) -> None:
-    if hasattr(llm, "layers"):
-        llm.layers = layers
-    else:
-        llm.encoder.layer = layers
 
 
 def truncate_layers(llm: Any, count: int) -> None:
