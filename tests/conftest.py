@@ -55,7 +55,7 @@ with suppress(ImportError):
 _CAPABILITIES = {**getattr(torch.cpu, "get_capabilities", dict)(), "amx_bf16": False, "avx512_bf16": False}
 torch.cpu.get_capabilities = lambda: _CAPABILITIES  # auto is fp32 on every machine
 torch.set_num_threads(1)  # tiny models are slower with more threads
-text_graph.MAX_TEXT_BYTES = 0  # the command `search` would export the tiny models, which takes seconds
+text_graph.MAX_TEXT_BYTES = 0  # the command `index` would export the tiny models, which takes seconds
 gc.enable()  # benchmarks and spawned processes import this module too
 
 pytest_plugins = ["align_fixtures", "caption_fixtures", "page_fixtures"]

@@ -143,11 +143,13 @@ def test_evaluate_compares_baselines_in_a_report(
     errors = capsys.readouterr().err
     assert "no embedding for 1 of 8 images" in errors and "7.png" in errors
     np.savez(file, images=images.numpy())
-    assert main([*command, "--baselines", str(file), "no/such-model"]) == 1
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown/config.json").write_text('{"model_type": "unknown"}')
+    assert main([*command, "--baselines", str(file), str(tmp_path / "unknown")]) == 1
     errors = capsys.readouterr().err
     assert (
         "must contain the arrays images, image_names" in errors
-        and "Skipped no/such-model" in errors
+        and "Skipped unknown: " in errors
         and "Required files" not in errors
     )
     assert [result["model"] for result in read_results(out)] == [clip.name], "the first model has a result"

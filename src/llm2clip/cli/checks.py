@@ -52,7 +52,7 @@ def check_data(
         source = dataclasses.replace(Source.parse(text), columns=args.columns)
         path = os.path.expanduser(source.path)
         files = find_files(path, all_files=not require_captions) if os.path.exists(path) else []
-        if files and sum(os.path.getsize(file.path) for file in files) < 1 << 22:
+        if files and sum(os.path.getsize(file.path) for file in files if os.path.exists(file.path)) < 1 << 22:
             reader = RecordReader(source, log, image_check, require_captions)
             for _ in islice(reader.read(files), EARLY_CHECK_ROWS):
                 pass

@@ -22,7 +22,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm2clip.cli.checks import check_data, check_index, check_output_folder, check_sources, resolve_model
 from llm2clip.cli.commands import ArgumentParser, Commands, add_reading_arguments, make_options
-from llm2clip.io_utils import escape_control_characters, format_count
+from llm2clip.io_utils import format_count
 from llm2clip.models.loading import DEFAULT_MODEL
 from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Filter, to_json
 
@@ -179,6 +179,7 @@ def _index(args: Namespace) -> list[str]:
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.models.llm2clip import check_dim
+    from llm2clip.models.text_graph import save_text_graph
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.build import IndexOptions, build_index
     from llm2clip.search.ocr import open_recognizer
@@ -198,6 +199,7 @@ def _index(args: Namespace) -> list[str]:
         return build_index(args.data, model, backend, log, options), log
 
     report, log = update_index()
+    save_text_graph(args.model)
     if args.watch is not None:
         print_once(f"{datetime.now():%H:%M:%S} {report}", log.summary())
         print_once(f"Watching {', '.join(args.data)}; press Ctrl-C to stop.")
@@ -269,7 +271,6 @@ def _search(args: Namespace) -> list[str]:
     if args.model is not None:
         args.model = resolve_model(args.model)
     from llm2clip.models.prompts import QueryTemplates, check_templates
-    from llm2clip.models.text_graph import can_save_text_graph, save_text_graph
 
     check_templates(args.templates or [], "--templates")
     from llm2clip.search.index import Index, SearchOptions
@@ -281,16 +282,7 @@ def _search(args: Namespace) -> list[str]:
     with redirect_stdout(sys.stderr):  # keeps everything but the results out of the --json and --paths output
         index = Index.open(args["index"], args.model)
         page = index.search(query, args.top, filter=image_filter, options=options)
-    lines = _print_page(args, index, query, page, image_filter)
-    name = index.model_name
-    if not args.texts or "torch" not in sys.modules or name is None or not can_save_text_graph(name):
-        return lines
-    if lines:  # the results come first, because the export takes up to a minute
-        print(escape_control_characters("\n".join(lines)), flush=True)
-    print("Exporting the text encoder, which makes later searches with this model faster...", file=sys.stderr)
-    with redirect_stdout(sys.stderr):
-        save_text_graph(name)
-    return []
+    return _print_page(args, index, query, page, image_filter)
 
 
 def _search_server(args: Namespace, image_filter: Filter) -> list[str]:

@@ -5,18 +5,16 @@ graph instead of the model under these conditions:
 
 - The query has no images, and neither a device nor a precision was requested.
 - The model is a local llm2clip model whose text encoder has at most MAX_TEXT_BYTES and can be exported.
-- The graph is in the user's cache folder. After its first search with a model, `llm2clip search` saves the graph, if
-  the packages of the `onnx` extra are installed.
+- The graph is in the user's cache folder. `llm2clip index` saves it if the packages of the `onnx` extra are installed.
 
-A graph is stored with a hash of all files of the model that affect text embeddings or fingerprints, so it is not used
-once the model has changed. It is also stored with the identities of the model's parts, so an index accepts or rejects
-a graph exactly like the model. Embeddings differ from PyTorch's by at most MAX_DIFFERENCE.
+A graph is stored with the sizes and times of all files of the model that affect text embeddings or fingerprints, so it
+is not used once the model has changed. It is also stored with the identities of the model's parts, so an index accepts
+or rejects a graph exactly like the model. Embeddings differ by at most MAX_DIFFERENCE from PyTorch's in float32.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,12 +26,14 @@ from typing import Any
 
 import numpy as np
 
+from llm2clip import __version__
 from llm2clip.io_utils import EXTRAS, atomic_dir, check_texts, get_cache_dir, read_json_object, remove_path
 from llm2clip.models.loading import fingerprint, hash_text
 from llm2clip.models.prompts import QueryTemplates, normalize
 
 FORMAT_VERSION = 1  # of the graph's folder; graphs of other versions are replaced
 MAX_TEXT_BYTES = 300_000_000  # of the text encoder's weights; larger encoders take minutes to export
+TEXTS_PER_BATCH = 16  # all are padded to the longest, so large batches take gigabytes
 MAX_DIFFERENCE = 1e-4  # of an element of an embedding
 CHECKED_TEXTS = ("dog", " two words\n", "Two children in red jackets are playing in the snow.", "一只猫", "a b " * 600)
 
@@ -70,11 +70,13 @@ class TextGraph:
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Encode N texts. Return L2-normalised embeddings of shape (N, embed_dim), float32."""
-        encodings = self.tokenizer.encode_batch(list(check_texts(texts)))
-        ids = np.array([encoding.ids for encoding in encodings], np.int64)
-        mask = np.array([encoding.attention_mask for encoding in encodings], np.int64)
-        (embeddings,) = self.session.run(None, {"input_ids": ids, "attention_mask": mask})
-        return normalize(embeddings[:, : self.embed_dim])
+        texts, embeddings = list(check_texts(texts)), []
+        for start in range(0, len(texts), TEXTS_PER_BATCH):
+            encodings = self.tokenizer.encode_batch(texts[start : start + TEXTS_PER_BATCH])
+            ids = np.array([encoding.ids for encoding in encodings], np.int64)
+            mask = np.array([encoding.attention_mask for encoding in encodings], np.int64)
+            embeddings += self.session.run(None, {"input_ids": ids, "attention_mask": mask})
+        return normalize(np.concatenate(embeddings)[:, : self.embed_dim])
 
 
 def open_text_graph(name: str) -> TextGraph | None:
@@ -88,26 +90,43 @@ def open_text_graph(name: str) -> TextGraph | None:
         return None
 
 
-def can_save_text_graph(name: str) -> bool:
-    """Return True if `save_text_graph` should be called: there is no graph, and exporting it has not failed before."""
-    if not all(map(find_spec, EXTRAS["onnx"])):
-        return False
-    weights = [file.stat().st_size for file in Path(name, "text").rglob("*.safetensors")]
-    return 0 < sum(weights) <= MAX_TEXT_BYTES and _read_settings(name) is None
-
-
 def save_text_graph(name: str) -> None:
-    """Save the graph of a model's text encoder. If it cannot be exported, save the error, to export it only once."""
-    settings = {"version": FORMAT_VERSION, "files": _hash_files(name)}
-    remove_path(_get_folder(name))
-    with suppress(OSError), atomic_dir(_get_folder(name)) as folder:
-        try:
-            settings |= _export_graph(name, folder)
-        except OSError:
-            raise
-        except Exception as error:  # torch.onnx can raise any exception for a model that it does not support
-            settings["error"] = repr(error)
-        (folder / "graph.json").write_text(json.dumps(settings), encoding="utf-8")
+    """Save the graph of a model's text encoder, unless there is one or the encoder is not suitable.
+
+    If the encoder cannot be exported, its error is printed, and saved so that the export is not repeated.
+    """
+    weights = [file.stat().st_size for file in Path(name, "text").rglob("*.safetensors")]
+    if not 0 < sum(weights) <= MAX_TEXT_BYTES or not all(map(find_spec, EXTRAS["onnx"])):
+        return
+    settings = _read_settings(name)
+    if open_text_graph(name) is not None or (settings is not None and "error" in settings):
+        return
+    try:
+        folder = _get_folder(name)
+    except RuntimeError:  # the user has no home folder
+        return
+    print("Exporting the text encoder, which makes searches with this model faster...", flush=True)
+    try:
+        _remove_old_graphs(folder.parent)
+        remove_path(folder)
+        with atomic_dir(folder) as temporary:
+            settings = {**_describe_files(name), **_export_graph(name, temporary)}
+            (temporary / "graph.json").write_text(json.dumps(settings), encoding="utf-8")
+    except (OSError, MemoryError) as error:  # not caused by the model
+        print(f"The text encoder could not be exported: {error}")
+    except Exception as error:  # torch.onnx can raise any exception for a model that it does not support
+        print(f"The text encoder cannot be exported: {error}")
+        with suppress(OSError), atomic_dir(folder) as temporary:
+            settings = {**_describe_files(name), "error": repr(error)}
+            (temporary / "graph.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def _remove_old_graphs(folder: Path) -> None:
+    """Remove the graphs of models that no longer exist."""
+    for file in folder.glob("*/graph.json"):
+        with suppress(OSError, ValueError, KeyError):
+            if not Path(read_json_object(file)["model"]).exists():
+                remove_path(file.parent)
 
 
 def _get_folder(name: str) -> Path:
@@ -117,21 +136,23 @@ def _get_folder(name: str) -> Path:
 
 def _read_settings(name: str) -> dict[str, Any] | None:
     """Return the settings of a saved graph, or None if there are none for the model in its current state."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: the user has no home folder
         settings = read_json_object(_get_folder(name) / "graph.json")
-        if settings.get("version") == FORMAT_VERSION and settings.get("files") == _hash_files(name):
+        if settings.items() >= _describe_files(name).items():
             return settings
     return None
 
 
-def _hash_files(name: str) -> str:
-    files = [Path(name, "config.json"), Path(name, "model.safetensors")]
-    files += sorted(file for file in Path(name, "text").rglob("*") if file.is_file())
-    digests = {}
+def _describe_files(name: str) -> dict[str, Any]:
+    """Return what must be equal for a graph to be used: its format and the state of the model's files."""
+    root = Path(name).resolve()
+    files = [root / "config.json", root / "model.safetensors"]
+    files += sorted(file for file in (root / "text").rglob("*") if file.is_file())
+    states = []
     for file in files:
-        with file.open("rb") as stream:
-            digests[file.relative_to(name).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return fingerprint(digests)
+        status = file.stat()
+        states.append([str(file.relative_to(root)), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+    return {"version": [FORMAT_VERSION, __version__], "model": str(root), "files": states}
 
 
 def _load_graph(name: str, folder: Path, settings: dict[str, Any]) -> TextGraph:

@@ -122,13 +122,14 @@ def inspect_data(
 def count_other_files(sources: Sequence[str]) -> Counter[str]:
     """Return the number of files that no format reads in local folders, keyed by suffix, such as ".mp4"."""
     formats = load_formats().values()
-    readable = {*(f".{suffix}" for suffix in IMAGE_SUFFIXES), *(suffix for each in formats for suffix in each.suffixes)}
+    readable = (*(f".{suffix}" for suffix in IMAGE_SUFFIXES), *(suffix for each in formats for suffix in each.suffixes))
     suffixes: Counter[str] = Counter()
     for source in sources:
         for _, folders, names in os.walk(os.path.expanduser(Source.parse(source).path)):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            matches = [OTHER_SUFFIX.search(name.lower()) for name in names if not name.startswith(".")]
-            suffixes.update(match[0] for match in matches if match is not None and match[0] not in readable)
+            others = [name.lower() for name in names if not name.startswith(".")]
+            matches = [OTHER_SUFFIX.search(name) for name in others if not name.endswith(readable)]
+            suffixes.update(match[0] for match in matches if match is not None)
     return suffixes
 
 
