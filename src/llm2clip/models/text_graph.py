@@ -26,12 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip import __version__
 from llm2clip.io_utils import EXTRAS, atomic_dir, check_texts, get_cache_dir, read_json_object, remove_path
 from llm2clip.models.loading import fingerprint, hash_text
 from llm2clip.models.prompts import QueryTemplates, normalize
 
-FORMAT_VERSION = 1  # of the graph's folder; graphs of other versions are replaced
+FORMAT_VERSION = 1  # increase it if the graph's files, the export or the identities of parts change
 MAX_TEXT_BYTES = 300_000_000  # of the text encoder's weights; larger encoders take minutes to export
 TEXTS_PER_BATCH = 16  # all are padded to the longest, so large batches take gigabytes
 MAX_DIFFERENCE = 1e-4  # of an element of an embedding
@@ -152,7 +151,7 @@ def _describe_files(name: str) -> dict[str, Any]:
     for file in files:
         status = file.stat()
         states.append([str(file.relative_to(root)), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
-    return {"version": [FORMAT_VERSION, __version__], "model": str(root), "files": states}
+    return {"version": FORMAT_VERSION, "model": str(root), "files": states}
 
 
 def _load_graph(name: str, folder: Path, settings: dict[str, Any]) -> TextGraph:
