@@ -78,6 +78,11 @@ def test_missing_caption_is_an_error(tmp_path: Path) -> None:
     assert table.folder is not None and not list(table.folder.glob("caption-rows-*/*")), (
         "nothing is kept after an error"
     )
+    lock = table.folder / "caption-rows.lock"
+    lock.unlink(missing_ok=True)
+    lock.mkdir()
+    with pytest.raises(OSError, match="cannot lock"):
+        list_rows(table, store)
 
 
 def test_rows_are_looked_up_again_only_if_captions_or_store_change(

@@ -285,6 +285,11 @@ def test_phrases_are_saved_with_the_table(tmp_path: Path, monkeypatch: pytest.Mo
     (file,) = read_table(source, tmp_path).folder.glob("phrases-*.arrow")  # type: ignore[union-attr]
     file.write_bytes(file.read_bytes().replace(b"dog", b"cat"))
     assert list_phrases(add_phrases(read_table(source, tmp_path))) == phrases
+    lock = file.with_name("phrases.lock")
+    lock.unlink(missing_ok=True)
+    lock.mkdir()
+    with pytest.raises(OSError, match="cannot lock"):
+        add_phrases(read_table(source, tmp_path))
 
 
 def test_saved_phrases_belong_to_the_selected_rows_and_the_rules(

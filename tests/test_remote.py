@@ -501,6 +501,11 @@ def test_damaged_files_are_downloaded_again(web_server: WebServer, monkeypatch: 
     assert Path(remote.get_local_path(f"{web_server.url}/x.tar")).read_bytes() == DATA
     assert len(web_server.requests) == num_requests
     path.unlink()
+    os.mkfifo(path)  # reading it would never end
+    with pytest.raises(OSError, match="is not a regular file"):
+        remote.get_local_path(f"{web_server.url}/x.tar")
+    assert remote._remove_files(list(remote._list_files()), 1) == 0
+    path.unlink()
     monkeypatch.setattr(remote.os, "utime", lambda *_: None)
     with pytest.raises(FatalDataError, match="does not save modification times"):
         remote.get_local_path(f"{web_server.url}/x.tar")

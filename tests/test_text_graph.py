@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,6 +14,7 @@ from llm2clip.cli import main
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models import text_graph
 from llm2clip.models.dual_encoder import open_dual_encoder
+from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import save_query_templates
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.models.text_graph import open_text_graph, save_text_graph
@@ -67,7 +69,10 @@ def graph_of_model(model: Path, index: Path, image_folder: Path, tmp_path_factor
         abandoned = cache / "text_graphs/abandoned"
         abandoned.mkdir(parents=True)
         (abandoned / "graph.json").write_text('{"model": "/no/such/model"}')
+        load = Mock(wraps=LLM2CLIP.from_pretrained)
+        patch.setattr(LLM2CLIP, "from_pretrained", load)
         assert main(["index", str(image_folder), "--out", str(index), "--model", str(model)]) == 0
+        assert load.call_count == 1  # the export uses the same model
         (folder,) = cache.glob("text_graphs/*")
     return folder
 
@@ -131,7 +136,7 @@ def test_failed_export_is_not_repeated(
         raise errors.pop(0)
 
     def save() -> str:
-        save_text_graph(str(model))
+        save_text_graph(open_dual_encoder(str(model)))
         return capsys.readouterr().out
 
     monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path))

@@ -199,7 +199,7 @@ def _index(args: Namespace) -> list[str]:
         return build_index(args.data, model, backend, log, options), log
 
     report, log = update_index()
-    save_text_graph(args.model)
+    save_text_graph(model)
     if args.watch is not None:
         print_once(f"{datetime.now():%H:%M:%S} {report}", log.summary())
         print_once(f"Watching {', '.join(args.data)}; press Ctrl-C to stop.")

@@ -19,7 +19,6 @@ from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 
 from llm2clip.data.records import CAPTION_FIELDS
 from llm2clip.data.table import TEXTS, RecordTable
@@ -27,6 +26,7 @@ from llm2clip.data.table_cells import map_batches
 from llm2clip.io_utils import append_checksum, atomic_path, has_valid_checksum
 from llm2clip.parallel import map_in_processes
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.output_folder import folder_lock
 
 T = TypeVar("T")
 MIN_IMAGES = 3  # phrases and nouns in the captions of fewer images are discarded, because they are often wrong
@@ -158,7 +158,7 @@ def add_phrases(records: RecordTable) -> RecordTable:
         phrases = list(_extract_phrases(records))
     else:
         file = records.folder / f"phrases-{_hash_view(records)}.arrow"
-        with FileLock(records.folder / "phrases.lock"):
+        with folder_lock(records.folder, "phrases.lock", timeout=-1):
             if not file.exists() or not has_valid_checksum(file):
                 _write_phrases(file, _extract_phrases(records))
         phrases = [batch.column(0) for batch in map_batches(str(file))]

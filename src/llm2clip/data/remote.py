@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from braceexpand import braceexpand
-from filelock import FileLock
 
 from llm2clip.data import storage
 from llm2clip.data.storage import MissingRemoteFileError, RemoteError, is_remote
 from llm2clip.io_utils import FatalDataError, atomic_path, get_cache_dir, hide_url_secrets, open_regular_file
+from llm2clip.runs.output_folder import folder_lock
 
 try:
     import fcntl
@@ -316,7 +316,7 @@ def get_cached_path(url: str, version: str) -> Path:
 def _open_cached(path: Path, size: int) -> io.BufferedReader | None:
     """Open a cached file, which is not removed while open. Return None if it is missing or has been changed."""
     try:
-        file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+        file = open_regular_file(path)
     except FileNotFoundError:
         return None
     _lock(file, exclusive=False)
@@ -335,9 +335,7 @@ def _download(url: str, version: str, path: Path) -> None:
     """Download a file into the cache, unless another process has just done so."""
     size = storage.parse_size(version)
     path.parent.mkdir(parents=True, exist_ok=True)
-    locks = get_cache_folder() / "locks"
-    locks.mkdir(exist_ok=True)
-    with FileLock(locks / path.name[:2]):
+    with folder_lock(get_cache_folder() / "locks", path.name[:2], timeout=-1):
         if (file := _open_cached(path, size)) is not None:
             file.close()
             return
@@ -423,7 +421,7 @@ def _remove_files(files: Iterable[tuple[float, int, str]], num_bytes: float) -> 
     for _, size, path in files:
         if num_freed >= num_bytes:
             break
-        with suppress(OSError), open(path, "rb") as file:
+        with suppress(OSError), open_regular_file(path) as file:
             if _lock(file, exclusive=True):
                 os.unlink(path)
                 num_freed += size

@@ -72,6 +72,7 @@ class DualEncoder:
         query_templates: prompt templates for short search queries. `encode_texts` does not use them.
         part_identities: returns two dicts of everything that affects the image embeddings and the text embeddings, or
             None if unsupported. Models with equal first dicts can search the same index.
+        llm2clip: the llm2clip model without truncation, or None for models of other types.
     """
 
     name: str
@@ -86,6 +87,7 @@ class DualEncoder:
     logit_scale: Callable[[], float | None] = lambda: None
     query_templates: QueryTemplates = NO_TEMPLATES
     part_identities: Callable[[], tuple[dict[str, Any], dict[str, Any]] | None] = lambda: None
+    llm2clip: LLM2CLIP | None = None
 
     @torch.inference_mode()
     @onednn_matmul()
@@ -210,6 +212,7 @@ def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str = "auto", stage: St
         logit_scale=lambda: min(float(model.logit_scale.detach().exp()), MAX_LOGIT_SCALE),
         query_templates=model.config.query_templates,
         part_identities=lambda: _identify_parts(model),
+        llm2clip=model,
     )
 
 

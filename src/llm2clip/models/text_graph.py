@@ -22,13 +22,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llm2clip.io_utils import EXTRAS, atomic_dir, check_texts, get_cache_dir, read_json_object, remove_path
 from llm2clip.models.loading import fingerprint, hash_text
 from llm2clip.models.prompts import QueryTemplates, normalize
+
+if TYPE_CHECKING:
+    from llm2clip.models.dual_encoder import DualEncoder
 
 FORMAT_VERSION = 1  # increase it if the graph's files, the export or the identities of parts change
 MAX_TEXT_BYTES = 300_000_000  # of the text encoder's weights; larger encoders take minutes to export
@@ -81,24 +84,20 @@ class TextGraph:
 def open_text_graph(name: str) -> TextGraph | None:
     """Return the graph of a model's text encoder, or None if there is no graph for the model in its current state."""
     settings = _read_settings(name)
-    if settings is None or "error" in settings:
-        return None
-    try:
-        return _load_graph(name, _get_folder(name), settings)
-    except Exception:  # the exceptions of onnxruntime and tokenizers have no common base class
-        return None
+    return None if settings is None else _try_load_graph(name, settings)
 
 
-def save_text_graph(name: str) -> None:
+def save_text_graph(model: DualEncoder) -> None:
     """Save the graph of a model's text encoder, unless there is one or the encoder is not suitable.
 
     If the encoder cannot be exported, its error is printed, and saved so that the export is not repeated.
     """
+    name = model.name
     weights = [file.stat().st_size for file in Path(name, "text").rglob("*.safetensors")]
     if not 0 < sum(weights) <= MAX_TEXT_BYTES or not all(map(find_spec, EXTRAS["onnx"])):
         return
     settings = _read_settings(name)
-    if open_text_graph(name) is not None or (settings is not None and "error" in settings):
+    if settings is not None and ("error" in settings or _try_load_graph(name, settings) is not None):
         return
     try:
         folder = _get_folder(name)
@@ -109,7 +108,7 @@ def save_text_graph(name: str) -> None:
         _remove_old_graphs(folder.parent)
         remove_path(folder)
         with atomic_dir(folder) as temporary:
-            settings = {**_describe_files(name), **_export_graph(name, temporary)}
+            settings = {**_describe_files(name), **_export_graph(model, temporary)}
             (temporary / "graph.json").write_text(json.dumps(settings), encoding="utf-8")
     except (OSError, MemoryError) as error:  # not caused by the model
         print(f"The text encoder could not be exported: {error}")
@@ -154,6 +153,15 @@ def _describe_files(name: str) -> dict[str, Any]:
     return {"version": FORMAT_VERSION, "model": str(root), "files": states}
 
 
+def _try_load_graph(name: str, settings: dict[str, Any]) -> TextGraph | None:
+    if "error" in settings:
+        return None
+    try:
+        return _load_graph(name, _get_folder(name), settings)
+    except Exception:  # the exceptions of onnxruntime and tokenizers have no common base class
+        return None
+
+
 def _load_graph(name: str, folder: Path, settings: dict[str, Any]) -> TextGraph:
     import onnxruntime
     from tokenizers import Tokenizer
@@ -173,25 +181,26 @@ def _load_graph(name: str, folder: Path, settings: dict[str, Any]) -> TextGraph:
     )
 
 
-def _export_graph(name: str, folder: Path) -> dict[str, Any]:
+def _export_graph(model: DualEncoder, folder: Path) -> dict[str, Any]:
     """Write text.onnx and tokenizer.json, and return the graph's settings. Raise ValueError if embeddings differ."""
-    from llm2clip.models.dual_encoder import wrap_llm2clip
     from llm2clip.models.export.onnx import export_text
     from llm2clip.models.export.transformers import build_tokenizer
     from llm2clip.models.llm2clip import LLM2CLIP
 
-    model = LLM2CLIP.from_pretrained(name, device="cpu")
-    export_text(model, folder)
-    tokenizer = build_tokenizer(model.encoder)
+    source = model.llm2clip
+    if source is None or source.device.type != "cpu" or model.precision != "fp32":
+        source = LLM2CLIP.from_pretrained(model.name, device="cpu")
+    export_text(source, folder)
+    tokenizer = build_tokenizer(source.encoder)
     settings = {
-        "embed_dim": model.config.embed_dim,
-        "identities": wrap_llm2clip(model, name).part_identities(),
-        "query_templates": dataclasses.asdict(model.config.query_templates),
+        "embed_dim": model.embed_dim,
+        "identities": model.part_identities(),
+        "query_templates": dataclasses.asdict(model.query_templates),
         "pad_id": tokenizer.pad_token_id,
         "max_length": tokenizer.model_max_length,
     }
-    graph = _load_graph(name, folder, json.loads(json.dumps(settings)))
-    expected = model.encode_text(CHECKED_TEXTS).numpy()
+    graph = _load_graph(model.name, folder, json.loads(json.dumps(settings)))
+    expected = source.encode_text(CHECKED_TEXTS).numpy()
     difference = float(np.abs(graph.encode_texts(CHECKED_TEXTS) - expected).max())
     if not difference <= MAX_DIFFERENCE:  # this form also catches NaN
         raise ValueError(f"the graph's embeddings differ from PyTorch's by {difference:g}")

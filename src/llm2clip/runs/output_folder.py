@@ -84,7 +84,7 @@ def folder_lock(folder: Path, name: str = ".lock", timeout: float = 0) -> Iterat
         ) from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            advice = "If it is not a regular file, delete it"
+            advice = "Check the folder's permissions, and delete this file if it is not a regular file"
             raise OSError(f"cannot lock {folder / name} ({error.strerror}). {advice}") from error
     try:
         yield

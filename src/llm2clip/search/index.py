@@ -145,7 +145,7 @@ class Index:
         return cls(open_backend(str(location)), model, device, precision)
 
     @property
-    def model_name(self) -> str | None:
+    def _model_name(self) -> str | None:
         """Name of the model, or None if the index was opened with a loaded model."""
         if self._model is None:
             return str(self.backend.metadata()["model"])
@@ -161,7 +161,7 @@ class Index:
         """
         from llm2clip.models.dual_encoder import open_dual_encoder
 
-        model, name = self._model, self.model_name
+        model, name = self._model, self._model_name
         if name is not None:
             model = open_dual_encoder(name, device=self._device, precision=self._precision)
         model = truncate_to_index(self.backend.metadata(), cast("DualEncoder", model))
@@ -170,7 +170,7 @@ class Index:
     @cached_property
     def _text_encoder(self) -> QueryEncoder:
         """Encoder of queries without images, which needs no PyTorch if there is a graph of the model's text encoder."""
-        metadata, name = self.backend.metadata(), self.model_name
+        metadata, name = self.backend.metadata(), self._model_name
         if name is not None and self._device is None and self._precision == "auto" and "image_fingerprint" in metadata:
             graph = open_text_graph(name)
             if graph is not None:  # has all attributes of a model that texts need

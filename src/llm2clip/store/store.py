@@ -21,7 +21,6 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import torch
-from filelock import FileLock
 
 from llm2clip.cpu_tuning import get_available_memory
 from llm2clip.data.records import TEXT_FIELDS, Record
@@ -29,6 +28,7 @@ from llm2clip.data.table import BATCH_ROWS, RecordTable
 from llm2clip.io_utils import atomic_dir
 from llm2clip.parallel import count_cores, map_in_processes
 from llm2clip.progress import ProgressBar
+from llm2clip.runs.output_folder import folder_lock
 from llm2clip.runs.ranks import print_once
 from llm2clip.store import layout
 from llm2clip.store.layout import KeyIndex, Shard, StoreError, StoreSpec
@@ -323,7 +323,7 @@ def find_caption_rows(
     ]
     name = hashlib.sha256(repr([*version, *fields]).encode()).hexdigest()[:32]
     folder = table.folder / f"caption-rows-{name}"
-    with FileLock(table.folder / "caption-rows.lock"):  # the other processes of this machine wait for the files
+    with folder_lock(table.folder, "caption-rows.lock", timeout=-1):  # other processes wait for the files
         if not folder.exists():
             with atomic_dir(folder) as temporary:
                 for field, captions in _look_up_fields(table, source, fields).items():
