@@ -364,6 +364,7 @@ class DataSplits:
     image. The `captions` of these records are the captions in that field.
     """
 
+    records: RecordTable  # all records, also those of unused splits
     train: RecordTable
     held_out: dict[str, RecordTable]
     summary: str
@@ -423,6 +424,7 @@ def read_splits(
     train = records.select(is_training)
     pa.default_memory_pool().release_unused()  # otherwise, this process would keep the memory of the columns read above
     return DataSplits(
+        records=records,
         train=train,
         held_out=_group_by_caption_field(held_out, held_out_sources, config.fields, columns, folder),
         summary=", ".join(

@@ -83,22 +83,21 @@ def inspect_data(
     with tempfile.TemporaryDirectory() as folder:
         skipped_file = Path(folder) / "skipped.jsonl"
         log = SkipLog(skipped_file, max_skipped)
+        num_training = num_held_out = 0
         try:
-            table = open_table(sources, columns, log)
-            splits = read_splits(sources, EvaluateConfig(), columns, SkipLog(max_skipped=max_skipped))
+            splits = read_splits(sources, EvaluateConfig(), columns, log)
+            table = splits.records
             training = [splits.summary, splits.rule]
             num_training = len(splits.train)
             num_held_out = max(map(len, splits.held_out.values()), default=0)
         except NoImagesError:
             table = open_table(sources, columns, log, image_check="unchecked")
             training = ["No record has an image. Only `tune` and `embed` accept text-only data"]
-            num_training = num_held_out = 0
         except NoCaptionsError:
             skipped_file = Path(folder) / "skipped_images.jsonl"
             log = SkipLog(skipped_file, max_skipped)
             table = open_table(sources, columns, log, require_captions=False)
             training = ["`fit` needs captions"]
-            num_training = num_held_out = 0
         seconds = time.monotonic() - start
         skipped = read_first_skipped_rows(skipped_file)
     if any(table.count_texts(name).any() for name in CAPTION_FIELDS):
