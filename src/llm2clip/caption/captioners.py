@@ -18,7 +18,7 @@ from torchvision.io import encode_jpeg
 from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError, clean_answer
-from llm2clip.caption.options import Prompt
+from llm2clip.caption.options import Prompt, describe_missing_server
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.storage import compute_backoff, is_temporary_status, parse_retry_after
 from llm2clip.io_utils import escape_control_characters
@@ -144,9 +144,7 @@ class EndpointCaptioner:
                     continue
                 self._was_connected |= error.was_connected
                 if not self._was_connected and time.monotonic() - started_at > MAX_CONNECT_SECONDS:
-                    raise EndpointError(
-                        f"{self.url}: no server responds. Start it, or check the URL ({error})"
-                    ) from None
+                    raise EndpointError(describe_missing_server(self.url.netloc.decode(), error)) from None
                 if not error.retry or attempt == self.retries:
                     return self._fail(error)
                 self._stopped.wait(max(compute_backoff(attempt, FIRST_DELAY, MAX_DELAY), error.retry_after))

@@ -61,6 +61,10 @@ class CaptionOptions:
         require_fraction(self, "", "check_max_rank", "max_skipped")
 
 
+def describe_missing_server(address: str, error: Exception) -> str:
+    return f"no server responds at {address}. Start it, or check the URL ({error})"
+
+
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 

