@@ -179,7 +179,7 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path: Path, photos: Path) 
         with pytest.raises(TooManySkipped, match=r"1 of 8 rows skipped .unreadable image"):
             caption(server, photos, out, "--max_skipped", "0.1")
         assert server.num_requests == 0
-        with pytest.raises(TooManySkipped, match=r"1 of 7 images have no caption .* 3 requests: unreadable image: "):
+        with pytest.raises(TooManySkipped, match=r"no caption for 1 of 7 images .* 3 requests: unreadable image: "):
             caption(server, photos, out, "--max_skipped", "0.13")
         caption(server, photos, out, "--max_skipped", "0.15")
     assert server.num_requests == 6 * CAPTIONS_PER_IMAGE
@@ -204,7 +204,7 @@ def test_each_rank_captions_its_share_and_a_stopped_rank_leaves_the_run_incomple
 
     num_records = len(read_rows(stopped / "out.jsonl"))
     message = (stopped / "error").read_text()
-    assert 0 < num_records < 12 and f"{12 - num_records} captions have not been requested" in message
+    assert 0 < num_records < 12 and f"{12 - num_records} captions not requested" in message
     assert "run the same command again" in message
     assert not list(stopped.glob("opened*"))  # captions are compared when all of them have been requested
     _caption_on_rank(stopped)  # a single process requests the missing captions of both ranks
@@ -264,8 +264,8 @@ def test_failed_requests_of_too_many_images_end_the_run_with_an_error(
         words += ["--concurrency", 1, "--retries", 0]
         assert main(list(map(str, words))) == 1
         message = capsys.readouterr().err
-        assert "5 of 6 images have no caption because their requests failed, over the limit of 5.0%" in message
-        assert "The most common reason, for 16 requests: HTTP 500: no memory" in message
+        assert "no caption for 5 of 6 images because requests failed, over the limit of 5.0%" in message
+        assert "Most common reason, for 16 requests: HTTP 500: no memory" in message
         assert "run the same command again" in message
         assert len(read_rows(out)) == 1 and len(read_rows(tmp_path / "out_failures.jsonl")) == 17
         assert main(list(map(str, words))) == 0
@@ -276,7 +276,7 @@ def test_run_without_any_accepted_caption_ends_with_an_error(tmp_path: Path, pho
     out = tmp_path / "out.jsonl"
     with run_server() as server:
         server.answers = {"": "Dog."}  # too short
-        with pytest.raises(ValueError, match=r"none of the 6 images has a caption: .* captions of 6") as error:
+        with pytest.raises(ValueError, match=r"no image has a caption.* quality control: 6") as error:
             caption(server, photos, out, "--max_skipped", 1)
     assert str(tmp_path / "out_report.html") in str(error.value)
 
@@ -288,7 +288,7 @@ def test_images_with_only_rejected_captions_are_reported(tmp_path: Path, photos:
 
     images = [FileImage(str(file)) for file in sorted(photos.iterdir())]
     rejected = [int(load_image(image).sum()) for image in images[:2]]
-    warning = "Warning: 2 of 6 images have no caption, because quality control"
+    warning = "Warning: no caption for 2 of 6 images, because quality control"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FixedCaptioner, "ask", ask)
         for max_skipped in (0.3, 0.35):

@@ -339,7 +339,7 @@ def test_report_lists_problems_and_failures(tmp_path: Path) -> None:
     captions = [["A dog runs in the park", None], ["A cat", None], ["A red bus on a street", "Two old men talk"]]
     database = make_database(tmp_path / "c.sqlite", captions)
     text = " ".join(format_report(database, make_report(database)).split())
-    assert text.startswith("1 of 4 captions (25.0%) are rejected: too short. 2 requests failed. content number")
+    assert text.startswith("Rejected: 1 of 4 captions (25.0%): too short. 2 requests failed. content number")
     for part in (
         "images 3",
         "captions 4",
@@ -425,7 +425,7 @@ def test_run_writes_only_accepted_captions_and_a_report(
     lines = caption_images([str(photos)], out, captioner, prompts, CaptionOptions())  # does not compare them again
     num_best = sum(json.loads(line)["captions"] == ["A red shape on grey"] for line in out.read_text().splitlines())
     text = " ".join("\n".join(lines).split())
-    assert num_best < 4 and f"({num_best} captions of" in text
+    assert num_best < 4 and f"({num_best} caption of" in text
     assert f"rejected captions {8 - num_best}" in text and f"{MISMATCH} {4 - num_best} " in text
     assert "Earlier rejections remain valid" in text
 

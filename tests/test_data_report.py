@@ -42,7 +42,7 @@ def test_data_command_counts_images_captions_and_splits(
         f"captions (words) 36 {len(captions)} {words[len(captions) // 2]} {words[-1]} {words[-1]}",
         "Captions per image: mean 3.5, median 3, maximum 4.",
         "width 48 48 48 48 48",
-        "36 images (100.0%) have a shorter side of less than 224 pixels.",
+        "Images with a shorter side of less than 224 pixels: 36 (100.0%).",
         "png 36",
         "No rows are skipped.",
         f"Report: {page}",
@@ -84,7 +84,7 @@ def test_data_command_describes_texts_without_images(tmp_path: Path, capsys: pyt
         tmp_path / "texts.jsonl", [{"captions": [f"Zwei Hunde spielen im Garten {n}"]} for n in range(9)]
     )
     text = run_data(capsys, file, "--report", tmp_path / "data.html")
-    assert "No record has an image: only `tune` and `embed` can use these 9 captions.\n" in text
+    assert "No record has an image: only `tune` and `embed` can use the 9 captions.\n" in text
     assert "records without an image 9\n" in text and "Only `tune` and `embed` accept text-only data." in text
     assert "de 100.0%\n" in text and "shorter side" not in text
 
@@ -95,7 +95,7 @@ def test_data_command_describes_images_without_captions(tmp_path: Path, capsys: 
     for name in ("broken.jpg", "a.mp4", "b.MP4", "notes.pdf", "frame.1", "Dr. Smith", ".x.mp4", "a.\udcff\udcfe"):
         (tmp_path / name).write_bytes(b"x")
     text = run_data(capsys, tmp_path, "--report", tmp_path / "new/data.html")
-    assert text.startswith("None of the 3 images has a caption, which training needs.\n")
+    assert text.startswith("3 images without captions, which training needs.\n")
     assert "rows skipped 1\n" in text and "unreadable image 1\n" in text and "Captions" not in text
     assert f"Next: llm2clip caption {tmp_path} --model MODEL --out captions.jsonl" in text
     assert f"Next: llm2clip index {tmp_path} --out INDEX" in text

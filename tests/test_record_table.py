@@ -508,7 +508,7 @@ def test_read_splits_uses_the_split_names(tmp_path: Path) -> None:
     file = write_images_and_jsonl(tmp_path / "a.jsonl", *rows)
     splits = splits_of(file)
     assert ids(splits) == (["1", "2", "3"], ["4"])
-    assert "1 records from other splits (test) not used" in splits.summary
+    assert "1 record from other splits (test) not used" in splits.summary
     assert ids(splits_of(f"{file}@train+Val", held_out=(f"{file}@test",))) == (["1", "4"], ["5"])
 
 
@@ -516,7 +516,7 @@ def test_read_splits_holds_out_a_tenth_without_split_names(tmp_path: Path) -> No
     rows = [*(image_row(n) for n in range(40)), image_row(40, "extra")]
     file = write_images_and_jsonl(tmp_path / "a.jsonl", *rows)
     splits = splits_of(file)
-    assert "1 records from other splits (extra) not used" in splits.summary
+    assert "1 record from other splits (extra) not used" in splits.summary
     train, held_out = ids(splits)
     assert (len(train), len(held_out)) == (36, 4)
     assert not set(train) & set(held_out)

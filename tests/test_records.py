@@ -97,7 +97,7 @@ def test_open_records_selects_splits_and_lists_them_in_errors(folder: Path) -> N
     assert log.rows_seen == 1
     write_jsonl(folder / "y.jsonl", [{"text": "x", "split": "none"}, {"text": "y", "split": "a"}])
     assert [(r.captions, r.split) for r in open_records(f"{folder / 'y.jsonl'}@none")] == [(("x",), None)]
-    with pytest.raises(ValueError, match=r"@tarin: no records; its splits: train \(1 rows\), val \(1 rows\), none"):
+    with pytest.raises(ValueError, match=r"@tarin: no records; rows in its splits: train 1, val 1, none"):
         list(open_records(f"{path}@tarin"))
 
 

@@ -284,19 +284,19 @@ def describe_captions(database: CaptionDatabase, report: CaptionReport) -> str:
     num_captions = report.checks.num_captions
     problems = database.count_problems(report.model, report.prompts)
     num_failed = sum(count for _, count, _ in database.count_errors(report.model, report.prompts, MAX_ERRORS))
+    failures = f" {format_count(num_failed, 'request')} failed." if num_failed else ""
     if not num_captions:
-        return f"No image has a caption. {num_failed:,} requests failed." if num_failed else "No image has a caption."
-    verdict = f"None of the {num_captions:,} captions is rejected."
+        return f"No image has a caption.{failures}"
+    captions = format_count(num_captions, "caption")
+    verdict = f"Of {captions}, none is rejected."
     if problems:
         [(problem, count)] = problems.most_common(1)
         share = 100 * problems.total() / num_captions
-        verdict = f"{problems.total():,} of {num_captions:,} captions ({share:.1f}%) are rejected"
+        verdict = f"Rejected: {problems.total():,} of {captions} ({share:.1f}%)"
         verdict += f", most of them because: {problem} ({count:,})." if len(problems) > 1 else f": {problem}."
-    if num_failed:
-        verdict += f" {num_failed:,} requests failed."
-    elif report.scores is None:
+    if not num_failed and report.scores is None:
         verdict += " They were not compared with their images."
-    return verdict
+    return verdict + failures
 
 
 def build_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block]:

@@ -40,6 +40,7 @@ from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.image_facts import UNREADABLE_IMAGE
 from llm2clip.data.images import ImageError, load_image, shrink_image
 from llm2clip.data.skip_log import MAX_VALUE_CHARACTERS, SkipLog, TooManySkipped
+from llm2clip.io_utils import format_count
 from llm2clip.parallel import Prefetcher
 from llm2clip.progress import ProgressBar
 from llm2clip.reports import render_text
@@ -169,11 +170,12 @@ def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> list[
     _, num_rejected = database.count_images_without_caption(model, prompts)
     if num_rejected > run.options.max_skipped * num_images:
         lines.append(
-            f"Warning: {num_rejected:,} of {num_images:,} images have no caption, because quality control has "
-            "rejected all of their captions\n"
+            f"Warning: no caption for {num_rejected:,} of {format_count(num_images, 'image')}, because quality control "
+            "has rejected all captions\n"
         )
+    captions = format_count(num_captions, "caption")
     lines += [
-        f"Captions: {output.records} ({num_captions:,} captions of {num_records:,} records)",
+        f"Captions: {output.records} ({captions} of {format_count(num_records, 'record')})",
         f"Report: {output.report}",
         log.summary(),
     ]
@@ -188,7 +190,7 @@ def _check_result(run: _CaptionRun) -> None:
     """Raise an error if captions are missing, if too many requests failed, or if no image has a caption."""
     if num_missing := run.count_missing():  # each rank knows only whether it was interrupted itself
         raise ValueError(
-            f"{num_missing:,} captions have not been requested, because another process was stopped. The other "
+            f"{format_count(num_missing, 'caption')} not requested, because another process was stopped. The other "
             "captions are stored. To request the missing ones, run the same command again"
         )
     num_failed, num_rejected = run.database.count_images_without_caption(run.captioner.name, run.prompts)
@@ -196,16 +198,15 @@ def _check_result(run: _CaptionRun) -> None:
     if num_failed > run.options.max_skipped * num_images:
         _, num_requests, example = run.database.count_errors(run.captioner.name, run.prompts, limit=1)[0]
         raise TooManySkipped(
-            f"{num_failed:,} of {num_images:,} images have no caption because their requests failed, over the limit of "
-            f"{run.options.max_skipped:.1%}. The most common reason, for {num_requests:,} requests: "
+            f"no caption for {num_failed:,} of {format_count(num_images, 'image')} because requests failed, over the "
+            f"limit of {run.options.max_skipped:.1%}. Most common reason, for {format_count(num_requests, 'request')}: "
             f"{example[:MAX_VALUE_CHARACTERS]}\nAll failed requests are listed in {run.output.failures}. To ask again, "
             "run the same command again. To accept images without captions, raise the limit with --max_skipped"
         )
     if num_failed + num_rejected == num_images:
         raise ValueError(
-            f"none of the {num_images:,} images has a caption: quality control has rejected all captions of "
-            f"{num_rejected:,} images, and all requests for {num_failed:,} images have failed. The reasons are in "
-            f"{run.output.report}. Use another model or other prompts"
+            f"no image has a caption. Images whose captions were rejected by quality control: {num_rejected:,}. Images "
+            f"whose requests failed: {num_failed:,}. Reasons: {run.output.report}. Use another model or other prompts"
         )
 
 

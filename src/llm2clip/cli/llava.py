@@ -9,6 +9,7 @@ from jsonargparse.typing import PositiveInt
 
 from llm2clip.cli.checks import check_output_folder, check_pretrained, check_sources
 from llm2clip.cli.commands import SECTIONS, Commands, add_reading_arguments, format_command
+from llm2clip.io_utils import format_count
 from llm2clip.llava import LlavaConfig
 
 SECTIONS.add("llava")
@@ -104,10 +105,8 @@ def _train(args: Namespace) -> list[str]:
     reading = {"images": args.images, "columns": args.columns, "log": log, "seed": args.llava.seed}
     pretrain = read_conversations(args.pretrain, make_captioning_conversations, **reading)
     instruct = read_conversations(args.instruct, make_instruction_conversations, **reading)
-    print_once(
-        f"{len(pretrain):,} conversations for the projector, {len(instruct):,} for the projector and the LLM",
-        log.summary(),
-    )
+    count = format_count(len(pretrain), "conversation")
+    print_once(f"{count} for the projector, {len(instruct):,} for the projector and the LLM", log.summary())
     folder = train_llava(args.model, pretrain, instruct, config=args.llava, out=run, log=log)
     evaluate = ["lmms-eval", "--model", "llm2clip_llava", "--model_args", f"pretrained={folder}", "--tasks", "pope"]
     return [

@@ -436,7 +436,7 @@ def print_hits(hits: Sequence[Hit], console: Console) -> None:
         first = hit.images[0]
         lines = []
         if hit.image_count > 1:
-            lines.append(f"and {hit.image_count - 1:,} duplicates")
+            lines.append(f"and {format_count(hit.image_count - 1, 'duplicate')}")
         if first.captions:
             lines.append(_shorten(first.captions[0]))
         if hit.text:

@@ -39,7 +39,7 @@ from llm2clip.config import (
     FitConfig,
     TuneConfig,
 )
-from llm2clip.io_utils import check_extra
+from llm2clip.io_utils import check_extra, format_count
 
 if TYPE_CHECKING:
     from llm2clip.data.table import RecordTable
@@ -229,7 +229,8 @@ def _embed(args: Namespace) -> list[str]:
     with open_run("embed", args.data, out, make_options(FitConfig, args)) as run:
         store = embed(run, args.encoder, phrases=args.phrases, engine=args.engine, ray_workers=args.ray_workers)
     flags = [*format_column_flags(args.columns), "--store", out, *_make_encoder_flags(args.encoder), "--out", "RUN"]
-    return [f"Store: {out} ({len(store):,} captions)", f"Next: {format_command('align', *args.data, *flags)}"]
+    captions = format_count(len(store), "caption")
+    return [f"Store: {out} ({captions})", f"Next: {format_command('align', *args.data, *flags)}"]
 
 
 def _align(args: Namespace) -> list[str]:

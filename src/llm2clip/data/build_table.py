@@ -437,7 +437,8 @@ def read_splits(
 def _describe_unused(split_names: Sequence[str], splits: np.ndarray) -> list[str]:
     if not len(splits):
         return []
-    return [f"{len(splits):,} records from other splits ({', '.join(_list_names(split_names, splits))}) not used"]
+    names = ", ".join(_list_names(split_names, splits))
+    return [f"{format_count(len(splits), 'record')} from other splits ({names}) not used"]
 
 
 def _describe_rule(

@@ -238,8 +238,8 @@ class RecordReader:
                 self.log.add_note(self.mapper.describe_missing("image"), self.source.path)
         self.log.check()
         if not self.summary.num_records:
-            counts = [f"{name} ({count:,} rows)" for name, count in self.summary.split_counts.items()]
-            splits = f"; its splits: {', '.join(counts)}" if counts else ""
+            counts = [f"{name} {count:,}" for name, count in self.summary.split_counts.items()]
+            splits = f"; rows in its splits: {', '.join(counts)}" if counts else ""
             raise ValueError(f"{self.source}: no records{splits}; {self.log.summary()}")
 
     def _parse_rows(self, raw_rows: Iterable[RawRow], source_format: SourceFormat) -> Iterator[_ParsedRow]:

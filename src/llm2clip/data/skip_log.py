@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.io_utils import hide_url_secrets, to_valid_unicode
+from llm2clip.io_utils import format_count, hide_url_secrets, to_valid_unicode
 
 MAX_NOTES = 5  # maximum number of notes in the summary
 MAX_VALUE_CHARACTERS = 200  # longer values are cut off
@@ -152,7 +152,7 @@ class SkipLog:
         if self.dropped:
             numbers += f"; parts of rows dropped{_format_counts(self.dropped)}"
         if len(self._copies):
-            numbers += f"; {len(self._copies):,} duplicate images merged with the originals"
+            numbers += f"; {format_count(len(self._copies), 'duplicate image')} merged with the originals"
         return numbers
 
     def _write(self, file: str, row: int, reason: str, value: object) -> None:

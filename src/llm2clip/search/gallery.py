@@ -170,7 +170,7 @@ def check_gallery_size(index: str, backend: Backend, text_parameters: int, max_m
     }
     total = sum(parts.values())
     sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
-    summary = f"about {format_bytes(total)} for {count:,} images ({sizes})"
+    summary = f"about {format_bytes(total)} for {format_count(count, 'image')} ({sizes})"
     if total > max_mb * 1e6:
         raise ValueError(
             f"the gallery would be too large: {summary}; the limit is {format_bytes(max_mb * 1e6)}. Index fewer "

@@ -23,7 +23,7 @@ from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import iter_image_batches
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import EvalTransform
-from llm2clip.io_utils import atomic_write_jsonl, check_extra, read_jsonl
+from llm2clip.io_utils import atomic_write_jsonl, check_extra, format_count, read_jsonl
 from llm2clip.models.loading import hash_weights
 from llm2clip.models.precision import Precision, calibrate_precision, resolve_precision
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -175,7 +175,7 @@ def write_shard(
         if rows:
             file = writer.folder / f"{name}-{number:05d}.jsonl"
             _add_caption_rows(file, rows)
-            log(f"{len(rows)} captions {name}: see {file}")
+            log(f"{format_count(len(rows), 'caption')} {name}: see {file}")
     writer.write(number, shard.captions, [len(ids) for ids in shard.tokens.ids], embeddings)
 
 

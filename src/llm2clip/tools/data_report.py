@@ -169,9 +169,9 @@ def describe_data(overview: DataOverview) -> str:
     size = f"{format_count(statistics.num_images, 'image')} with {format_count(captions, 'caption')}"
     skipped = log.skipped.total()
     if not statistics.num_images:
-        return f"No record has an image: only `tune` and `embed` can use these {captions:,} captions."
+        return f"No record has an image: only `tune` and `embed` can use the {format_count(captions, 'caption')}."
     if not captions:
-        return f"None of the {statistics.num_images:,} images has a caption, which training needs."
+        return f"{format_count(statistics.num_images, 'image')} without captions, which training needs."
     if skipped > FIT_MAX_SKIPPED * log.rows_seen:
         [(reason, count)] = log.skipped.most_common(1)
         share = 100 * skipped / log.rows_seen
@@ -212,7 +212,7 @@ def _build_summary(overview: DataOverview) -> list[Block]:
     ]
     splits = list(statistics.splits.items())
     split_rows = [(name, f"{records:,}", f"{images:,}") for name, (records, images) in splits[:MAX_LISTED]]
-    more = [Paragraph(f"and {len(splits) - MAX_LISTED:,} more splits")] if len(splits) > MAX_LISTED else []
+    more = [Paragraph(f"and {len(splits) - MAX_LISTED:,} more")] if len(splits) > MAX_LISTED else []
     return [
         Table(["content", "number"], [(name, f"{number:,}") for name, number in rows]),
         Paragraph(f"Read in {format_duration(overview.seconds)}. Record table: {format_bytes(overview.table_bytes)}."),
@@ -242,7 +242,7 @@ def _build_captions(overview: DataOverview) -> list[Block]:
             f"maximum {counts_per_image.maximum:,}."
         )
         if num_single := counts_per_image.count_below(2):
-            text += f" {num_single:,} images have a single caption. `tune` uses only images with at least two."
+            text += f" Images with a single caption: {num_single:,}. `tune` uses only images with at least two."
         blocks.append(Paragraph(text))
     words = {FIELD_LABELS[name]: statistics.words for name, statistics in texts.items()}
     blocks.append(Figure(plot_histograms(words, "words", "texts"), "Lengths of the texts."))
@@ -266,7 +266,8 @@ def _build_languages(languages: dict[str, Counter[str]]) -> list[Block]:
     if any(others):
         shares = [_format_percent(n, counts.total()) for n, counts in zip(others, sampled.values(), strict=True)]
         rows.append(["other", *shares])
-    text = f"Languages of {total.total():,} evenly spaced captions, identified by py3langid. Short texts are guesses."
+    captions = format_count(total.total(), "evenly spaced caption")
+    text = f"Languages of {captions}, identified by py3langid. Short texts are guesses."
     return [Paragraph(text), Table(["language", *(FIELD_LABELS[name] for name in sampled)], rows)]
 
 
@@ -281,7 +282,7 @@ def _build_images(statistics: TableStatistics) -> list[Block]:
         share = _format_percent(num_small, statistics.short_sides.count)
         blocks += [
             Table(["pixels", "smallest", "5%", "median", "95%", "largest"], rows),
-            Paragraph(f"{num_small:,} images ({share}) have a shorter side of less than {SMALL_SIDE} pixels."),
+            Paragraph(f"Images with a shorter side of less than {SMALL_SIDE} pixels: {num_small:,} ({share})."),
             Figure(
                 plot_histograms({"images": statistics.short_sides}, "shorter side, pixels", "images"),
                 "Sizes of the images.",
@@ -333,7 +334,7 @@ def write_page(file: Path, overview: DataOverview, table: RecordTable, next_comm
     cards = [_make_card(table[int(row)]) for row in rows[choose_evenly(len(rows), NUM_EXAMPLES)]]
     blocks = build_blocks(overview)
     if cards:
-        text = f"{len(cards)} evenly spaced images, each with all its texts."
+        text = f"{format_count(len(cards), 'evenly spaced image')}, each with all its texts."
         blocks += [Heading("Examples"), Paragraph(text), Examples(cards, as_cards=True)]
     sources = "\n".join(to_valid_unicode(hide_url_secrets(source)) for source in overview.sources)
     if next_commands:

@@ -241,7 +241,8 @@ def _make_memory_table(plan: Plan) -> Table:
 
 def _make_time_table(plan: Plan) -> Table:
     config, count = plan.config, plan.machine.count
-    align = f"{config.align.epochs:g} epochs of {plan.images:,} images, {config.align.batch_size * count:,} per step"
+    epochs = f"{config.align.epochs:g} epoch{'' if config.align.epochs == 1 else 's'}"
+    align = f"{epochs} of {format_count(plan.images, 'image')}, {config.align.batch_size * count:,} per step"
     if plan.images_per_second:
         align += f"; {plan.images_per_second:,.0f} images/s to decode per device"
     details = {
