@@ -446,7 +446,7 @@ def test_folder_of_masks_is_read_with_its_class_names(tmp_path: Path) -> None:
 def test_invalid_folders_of_masks_are_reported(tmp_path: Path) -> None:
     make_mask_folder(tmp_path, classes="red\ngreen\n")
     [benchmark] = get_benchmarks([f"segmentation:{tmp_path}"], ["a {}"])
-    with pytest.raises(DataFormatError, match=r"2.png contains the label 2, which does not exist in this data set"):
+    with pytest.raises(DataFormatError, match=r"2.png contains the label 2, which does not exist in this dataset"):
         benchmark.load(tmp_path).read_labels(2)
     for classes in ("red\n, x\n", "red\n\nblue\n", "".join(f"c{n}\n" for n in range(256)), ""):
         (tmp_path / "classes.txt").write_text(classes)

@@ -51,7 +51,7 @@ _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class MissingFileError(FileNotFoundError):
-    """A file or folder of a data set is missing. The message contains its path."""
+    """A file or folder of a dataset is missing. The message contains its path."""
 
 
 class DataFormatError(ValueError):
@@ -244,7 +244,7 @@ def get_cache_dir() -> Path:
 def escape_control_characters(text: str) -> str:
     """Replace control characters other than newlines and tabs with escape sequences such as \\x1b, for printing.
 
-    File names and texts from data sets can contain sequences that a terminal interprets as commands.
+    File names and texts from datasets can contain sequences that a terminal interprets as commands.
     """
     return _CONTROL_CHARACTER.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 

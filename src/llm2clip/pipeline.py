@@ -220,7 +220,7 @@ def fit(run: Run) -> Path:
 
     Raises:
         TooManySkipped: The fraction of unusable rows exceeds `config.max_skipped`.
-        ValueError: The data set is too small for the settings, or contains no captions to train on.
+        ValueError: The dataset is too small for the settings, or contains no captions to train on.
     """
     data, clock = run.data, StageClock(run.out)
     clock.start("1/4 tune: contrastive training of the language model on captions")

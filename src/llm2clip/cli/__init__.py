@@ -15,7 +15,7 @@ DESCRIPTION = """Give a CLIP model a large language model's understanding of tex
 
 Getting started:
   llm2clip doctor                       check this machine and explain how to fix any problems
-  llm2clip quickstart                   train on a small, real data set
+  llm2clip quickstart                   train on a small, real dataset
 
 Training on your own images and captions:
   llm2clip data DATA                    show what is in your data

@@ -311,7 +311,7 @@ def compute_content_digest(data: bytes) -> str:
 
 
 def is_safe_relative_path(name: str) -> bool:
-    """Return True if a file name from a data set cannot refer to a file outside its folder, except through a link."""
+    """Return True if a file name from a dataset cannot refer to a file outside its folder, except through a link."""
     return not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
 
 

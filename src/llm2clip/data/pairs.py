@@ -160,7 +160,7 @@ def check_pairable(captions: Iterable[ImageCaptions]) -> None:
     if not any(map(can_pair, captions)):
         raise ValueError(
             "no image has two different captions, which tuning needs as positive pairs. Use --tune.steps 0 to leave "
-            "the LLM unchanged, or --tune.data to tune on a data set with several captions per image"
+            "the LLM unchanged, or --tune.data to tune on a dataset with several captions per image"
         )
 
 
@@ -205,7 +205,7 @@ def _mask_ids(records: RecordTable, comparable_ids: Collection[str]) -> np.ndarr
 
 
 def to_comparable_id(record_id: str) -> str:
-    """Return the part of an image's id that is the same in all data sets that contain the image.
+    """Return the part of an image's id that is the same in all datasets that contain the image.
 
     It is a number without leading zeros (COCO's file names have them, COCO's ids do not), or the number with five or
     more digits at the start of the id, or else the entire id.

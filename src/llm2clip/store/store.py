@@ -1,4 +1,4 @@
-"""Read access to an embedding store, which contains an embedding of every caption in a data set.
+"""Read access to an embedding store, which contains an embedding of every caption in a dataset.
 
 `EmbeddingStore.find_rows` looks up the row numbers of captions, `EmbeddingStore.take` reads the embeddings in these
 rows, and `find_caption_rows` looks up all captions of a record table. The module `layout` describes the files.

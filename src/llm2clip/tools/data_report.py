@@ -1,4 +1,4 @@
-"""Overview of a data set: what `llm2clip data` prints, and its HTML page with example images."""
+"""Overview of a dataset: what `llm2clip data` prints, and its HTML page with example images."""
 
 import json
 import os
@@ -51,7 +51,7 @@ SkippedRow = tuple[str, int, str, str]  # file, row, reason and value
 
 @dataclass
 class DataOverview:
-    """What a data set contains."""
+    """What a dataset contains."""
 
     sources: list[str]  # as given by the user
     statistics: TableStatistics
@@ -340,7 +340,7 @@ def write_page(file: Path, overview: DataOverview, table: RecordTable, next_comm
     if next_commands:
         blocks += [Heading("Next"), Code(to_valid_unicode(next_commands), "bash")]
     blocks += build_run_section(describe_run(overview.seconds), code=sources)
-    write_report(file, "Data set overview", describe_data(overview), blocks, with_markdown=False)
+    write_report(file, "Dataset overview", describe_data(overview), blocks, with_markdown=False)
 
 
 def _make_card(record: Record) -> Example:

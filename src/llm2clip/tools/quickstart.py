@@ -1,4 +1,4 @@
-"""The `quickstart` command, which trains an emoji search engine with an LLM text tower, and its data set.
+"""The `quickstart` command, which trains an emoji search engine with an LLM text tower, and its dataset.
 
 The command downloads small models and OpenMoji images, runs `fit`, and writes a page with the trained model's search
 results. With the first 12 layers of SmolLM2-135M and EfficientNet-Lite0, training takes minutes on two CPU cores.
@@ -118,7 +118,7 @@ def _make_config(llm: str, tower: str, emoji: Path) -> FitConfig:
 
 
 def _write_training_data(emoji: Path, file: Path) -> None:
-    """Copy the data set with absolute image paths, and with names in the query languages as training captions."""
+    """Copy the dataset with absolute image paths, and with names in the query languages as training captions."""
     rows = []
     for _, row in read_jsonl(emoji / "captions.jsonl"):
         row["image"] = str((emoji / row["image"]).absolute())
@@ -165,7 +165,7 @@ def _format_last_lines(out: Path) -> list[str]:
     ]
 
 
-# ---- data set ------------------------------------------------------------------------------------------------------
+# ---- dataset -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -192,15 +192,15 @@ class Emoji:
 
 
 def prepare_emoji_records(folder: str | Path | None = None, *, size: int = 160, offline: bool = False) -> Path:
-    """Return the data set folder, which contains `captions.jsonl` and `images/` of `size` by `size` pixels.
+    """Return the dataset folder, which contains `captions.jsonl` and `images/` of `size` by `size` pixels.
 
-    If the folder, by default one in the user's cache, does not exist, the data set is created first. This downloads 32
+    If the folder, by default one in the user's cache, does not exist, the dataset is created first. This downloads 32
     MB, unless `offline`, takes about 10 seconds on one core and uses 12 MB of disk space.
     """
     folder = Path(folder) if folder is not None else get_cache_dir() / f"openmoji-records-{size}"
     if (folder / "captions.jsonl").is_file():
         return folder
-    check_extra("quickstart", "the emoji data set")
+    check_extra("quickstart", "the emoji dataset")
     openmoji = Path(resolve_pretrained("openmoji", offline=offline))
     keywords = Path(resolve_pretrained("emoji-keywords", offline=offline))
     groups = Path(resolve_pretrained("emoji-subgroups", offline=offline))

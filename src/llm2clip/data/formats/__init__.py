@@ -74,7 +74,7 @@ class ReadOptions:
 
     choose: ColumnChooser = choose_all_columns  # selects the columns to read from a table
     image_bytes: bool = True  # whether to read images embedded in tables and tar files
-    # Splits of a Hugging Face data set to read (default: all). Unless `splits` is None, each row's `split` field is set
+    # Splits of a Hugging Face dataset to read (default: all). Unless `splits` is None, each row's `split` field is set
     # to the name of its split.
     splits: Sequence[str] | None = ()
     log: SkipLog | None = None  # records notes about files, such as unusual encodings
@@ -98,7 +98,7 @@ class SourceFormat(ABC):
     suffixes: tuple[str, ...] = ()  # of file names, in lower case
     text_share = 1.0  # approximate share of a file that is text
     is_folder = False  # whether a source is a folder whose files are listed and downloaded one by one
-    is_shard = False  # whether a folder of such files is a data set
+    is_shard = False  # whether a folder of such files is a dataset
     has_caption_columns = True  # otherwise, captions are stored in files next to the images
     is_table = False  # whether all rows of a file have the same columns
     is_plain_text = False  # whether each caption has its own row, and missing values are words such as "nan"

@@ -1,4 +1,4 @@
-"""Parquet files and data sets on the Hugging Face Hub. Only the columns selected by `ReadOptions.choose` are read."""
+"""Parquet files and datasets on the Hugging Face Hub. Only the columns selected by `ReadOptions.choose` are read."""
 
 import os
 from collections.abc import Iterator, Sequence, Set
@@ -76,7 +76,7 @@ class Parquet(SourceFormat):
 
 
 class HubDataset(SourceFormat):
-    """Data set on the Hugging Face Hub: its name, optionally followed by `:CONFIG`. No code from the Hub is run.
+    """Dataset on the Hugging Face Hub: its name, optionally followed by `:CONFIG`. No code from the Hub is run.
 
     It is streamed: only the selected splits are downloaded, and the images are kept in memory.
     """
@@ -96,7 +96,7 @@ class HubDataset(SourceFormat):
             )
         for split in (name for name in splits if not selected or name in selected):
             dataset, file = splits[split], f"hf:{part.path}/{split}"
-            names = dataset.column_names or list(next(iter(dataset), {}))  # streamed data sets may not list them
+            names = dataset.column_names or list(next(iter(dataset), {}))  # streamed datasets may not list them
             columns = list(dict.fromkeys(options.choose(file, names).values()))
             dataset = dataset.select_columns(columns)
             for column, feature in (dataset.features or {}).items():
@@ -108,7 +108,7 @@ class HubDataset(SourceFormat):
                 yield file, row + 1, fields
 
     def compute_version(self, path: str) -> str:
-        """Return the commit of a data set, or "offline" if the Hub cannot be reached."""
+        """Return the commit of a dataset, or "offline" if the Hub cannot be reached."""
         from huggingface_hub import HfApi
 
         repository = path.partition(":")[0]
@@ -116,7 +116,7 @@ class HubDataset(SourceFormat):
             return super().compute_version(repository)
         try:
             return str(HfApi().dataset_info(repository).sha)
-        except Exception:  # reading the data set reports the error, unless it is in the local cache
+        except Exception:  # reading the dataset reports the error, unless it is in the local cache
             return "offline"
 
 

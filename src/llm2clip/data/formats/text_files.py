@@ -314,7 +314,7 @@ class KarpathyImage:
     """An image with its captions from a file with Karpathy's splits."""
 
     id: str  # COCO image id, or the file name without its suffix
-    name: str  # path relative to the data set's image folder
+    name: str  # path relative to the dataset's image folder
     split: str  # train, restval, val or test
     captions: list[str]
 

@@ -1,8 +1,8 @@
-"""Zero-shot semantic segmentation with SCLIP's protocol, on SCLIP's data sets or on the user's images.
+"""Zero-shot semantic segmentation with SCLIP's protocol, on SCLIP's datasets or on the user's images.
 
 SCLIP (arXiv 2312.01597, github.com/wangf3014/SCLIP) resizes the shorter side of each image to 336 pixels (COCO-Stuff:
 448, Cityscapes: 560) and slides a window of 224 pixels over it. Here, the window has the vision tower's training
-resolution, and the image sizes are scaled accordingly. In data sets with a background class, a softmax over all names
+resolution, and the image sizes are scaled accordingly. In datasets with a background class, a softmax over all names
 yields probabilities, and pixels without a probable class are assigned to the background.
 """
 
@@ -37,7 +37,7 @@ from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, rea
 
 SEGMENTATION_PREFIX = "segmentation:"
 CLASSES_FILE = "classes.txt"
-BACKGROUND = "background"  # name of the first class in `CLASSES_FILE` if the data set has a background
+BACKGROUND = "background"  # name of the first class in `CLASSES_FILE` if the dataset has a background
 _WITH_BACKGROUND: dict[str, Any] = {"has_background": True, "logit_scale": 50, "min_probability": 0.1}
 _INVALID = -1  # label table entry for invalid pixel values
 # Ids of Cityscapes' 19 evaluated classes, in the order of their train ids (github.com/mcordts/cityscapesScripts,
@@ -59,7 +59,7 @@ def make_segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Ben
 
     A folder must contain images/, masks/ (one PNG per image, with the same name) and classes.txt. Line n of classes.txt
     lists the comma-separated names of the class with pixel value n - 1. Pixels with the value 255 are ignored. If the
-    first class is "background", the protocol for data sets with a background is used.
+    first class is "background", the protocol for datasets with a background is used.
     """
     if name.endswith(".json"):
         return make_coco_file_benchmark(SEGMENTATION_PREFIX, "segmentation", _read_masks, name, templates)
@@ -131,7 +131,7 @@ def _read_label_file(file: Path, table: np.ndarray) -> np.ndarray:
     is_invalid = labels == _INVALID
     if is_invalid.any():
         value = values[is_invalid].flat[0]
-        raise DataFormatError(f"{file} contains the label {value}, which does not exist in this data set")
+        raise DataFormatError(f"{file} contains the label {value}, which does not exist in this dataset")
     return labels.astype(np.uint8)
 
 
@@ -144,7 +144,7 @@ def _build_from_files(
     templates: Sequence[str] = (),
     **protocol: Any,
 ) -> SegmentationData:
-    """Return a data set with one label file per image. `protocol` contains other fields of `SegmentationData`."""
+    """Return a dataset with one label file per image. `protocol` contains other fields of `SegmentationData`."""
     if not images:
         raise MissingFileError(f"{source} contains no images")
     refs: list[ImageRef] = [*images]
@@ -185,7 +185,7 @@ def _read_coco_object(folder: Path) -> SegmentationData:
 
 
 def _build_from_instances(instances: Instances, names: list[list[str]], templates: Sequence[str]) -> SegmentationData:
-    """Return a data set whose labels come from the object masks. Pixels outside all masks are background.
+    """Return a dataset whose labels come from the object masks. Pixels outside all masks are background.
 
     Pixels that belong to several objects get the label of the smallest object. `names` are in order of category id.
     """
