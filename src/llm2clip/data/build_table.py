@@ -126,7 +126,10 @@ def open_table(
         tasks = _list_parts(parsed, log, image_check, require_captions, folder)
         _read_parts(tasks, log, workers)
         table_folder = _merge_parts(tasks, log, image_check, folder)
-    table = _open_merged(tasks, table_folder, log)
+    log.count_copies(np.load(table_folder / "copies.npy"))
+    files = [*(task.file for task in tasks), *table_folder.glob("merged.arrow")]
+    rows = np.load(table_folder / "rows.npy", mmap_mode="r")
+    table = RecordTable(Blocks.open(list(map(str, files))), rows, table_folder)
     if image_check in ("header", "exists") and len(table) and not table.has_image.any():
         message = (
             f"{', '.join(map(str, parsed))}: none of the {len(table):,} records has an image. Only `tune` and `embed` "
@@ -323,12 +326,6 @@ def _is_intact(table_folder: Path) -> bool:
     return all(file.is_file() and has_valid_checksum(file) for file in files)
 
 
-def _open_merged(tasks: Sequence[_PartTask], folder: Path, log: SkipLog) -> RecordTable:
-    log.count_copies(np.load(folder / "copies.npy"))
-    files = [*(task.file for task in tasks), *folder.glob("merged.arrow")]
-    return RecordTable(Blocks.open(list(map(str, files))), np.load(folder / "rows.npy", mmap_mode="r"), folder)
-
-
 def _build_merged_records(
     table: RecordTable, members: np.ndarray, groups: np.ndarray, source_paths: Sequence[str]
 ) -> Iterator[tuple[Record, str, ImageFacts]]:
@@ -397,9 +394,8 @@ def read_splits(
     source_of_record = load_source_indices(records)
     has_selection = np.array([bool(source.splits) for source in parsed], bool)[source_of_record]
     split_names, split_of_record = _read_split_names(records)
-    in_training_split = _mask_splits(split_names, split_of_record, TRAIN_SPLITS)
-    is_training = has_selection | in_training_split
-    other_splits = {split_names[n].lower() for n in np.unique(split_of_record[~is_training])}
+    is_selected = has_selection | _mask_splits(split_names, split_of_record, TRAIN_SPLITS)
+    other_splits = {split_names[n].lower() for n in np.unique(split_of_record[~is_selected])}
     held_out_split = next((name for name in HELD_OUT_SPLITS if name in other_splits), None)
     is_held_out = np.zeros(len(records), bool)
     notes: list[str] = []
@@ -407,18 +403,18 @@ def read_splits(
         parsed = [Source.parse(source) for source in config.data]
         held_out = open_table(config.data, columns, log, image_check, folder)
         source_of_held_out = load_source_indices(held_out)
-        is_leaked = is_training & mask_same_images(held_out, records)
-        is_training &= ~is_leaked
+        is_leaked = is_selected & mask_same_images(held_out, records)
+        is_training = is_selected & ~is_leaked
         if is_leaked.any():
             notes.append(f"{format_count(int(is_leaked.sum()), 'held-out image')} removed from training")
     else:
         if held_out_split is not None:
-            is_held_out = ~is_training & _mask_splits(split_names, split_of_record, (held_out_split,))
+            is_held_out = ~is_selected & _mask_splits(split_names, split_of_record, (held_out_split,))
         elif not (keep_selected_splits and all(source.splits for source in parsed)):
-            is_held_out = _draw_held_out(records, is_training, has_selection)
-            is_training &= ~is_held_out
+            is_held_out = _draw_held_out(records, is_selected, has_selection)
+        is_training = is_selected & ~is_held_out
         held_out, source_of_held_out = records.select(is_held_out), source_of_record[is_held_out]
-    notes += _describe_unused(split_names, split_of_record[~has_selection & ~in_training_split & ~is_held_out])
+    notes += _describe_unused(split_names, split_of_record[~is_selected & ~is_held_out])
     held_out_sources = [parsed[n] for n in np.unique(source_of_held_out[held_out.has_image])]
     held_out = held_out.select(held_out.has_image)
     train = records.select(is_training)

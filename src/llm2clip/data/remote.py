@@ -334,7 +334,6 @@ def _open_cached(path: Path, size: int) -> io.BufferedReader | None:
 def _download(url: str, version: str, path: Path) -> None:
     """Download a file into the cache, unless another process has just done so."""
     size = storage.parse_size(version)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(get_cache_folder() / "locks", path.name[:2], timeout=-1):
         if (file := _open_cached(path, size)) is not None:
             file.close()

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import iter_image_batches, load_image, make_thumbnail
@@ -108,7 +108,7 @@ def decode_images(
     An image whose (width, height) differs from `sizes` is recorded in `failures` and not returned, because its boxes
     would be wrong.
     """
-    for images in decode_batches(refs, _identity, description, failures):
+    for images in decode_batches(refs, nn.Identity(), description, failures):
         for index in list(images):
             width, height = sizes[index]
             actual_height, actual_width = images[index].shape[1:]
@@ -119,10 +119,6 @@ def decode_images(
                 )
                 del images[index]
         yield images
-
-
-def _identity(image: Tensor) -> Tensor:
-    return image
 
 
 def gather_results(

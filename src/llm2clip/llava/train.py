@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.image_facts import hash_images, load_training_image_hashes, save_training_image_hashes
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.io_utils import atomic_dir, atomic_path, format_count
+from llm2clip.io_utils import atomic_dir, atomic_path
 from llm2clip.llava import LlavaConfig
 from llm2clip.llava.conversations import Conversation
 from llm2clip.llava.dataset import (
@@ -146,8 +146,7 @@ def _cache_features(
     model.model.vision_tower.to(process_state().device)  # the LLM is not used, so it stays on the CPU
     features = PatchFeatures(model, processor)
     del model
-    count = format_count(len(images), "image")
-    print_once(f"Caching the vision tower's features for {count}: {gigabytes:.1f} GB in {folder}")
+    print_once(f"Caching the vision tower's features in {folder} (images: {len(images):,}, {gigabytes:.1f} GB)")
     log.count_rows(len(images))
     refs, workers = list(images.values()), config.workers or None
     return store_image_features(refs, features, features.identity(), folder, log, batch_size=32, workers=workers)

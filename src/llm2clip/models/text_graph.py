@@ -154,12 +154,10 @@ def _describe_files(name: str) -> dict[str, Any]:
 
 
 def _try_load_graph(name: str, settings: dict[str, Any]) -> TextGraph | None:
-    if "error" in settings:
-        return None
-    try:
-        return _load_graph(name, _get_folder(name), settings)
-    except Exception:  # the exceptions of onnxruntime and tokenizers have no common base class
-        return None
+    if "error" not in settings:
+        with suppress(Exception):  # the exceptions of onnxruntime and tokenizers have no common base class
+            return _load_graph(name, _get_folder(name), settings)
+    return None
 
 
 def _load_graph(name: str, folder: Path, settings: dict[str, Any]) -> TextGraph:

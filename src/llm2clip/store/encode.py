@@ -174,16 +174,12 @@ def write_shard(
     for name, rows in (("truncated", truncated), ("refused", refused)):
         if rows:
             file = writer.folder / f"{name}-{number:05d}.jsonl"
-            _add_caption_rows(file, rows)
+            # The file already exists if an earlier run was killed before it had written the shard.
+            old_rows = [row for _, row in read_jsonl(file)] if file.is_file() else []
+            by_caption = {row["caption"]: row for row in (*old_rows, *rows)}
+            atomic_write_jsonl(file, by_caption.values())
             log(f"{format_count(len(rows), 'caption')} {name}: see {file}")
     writer.write(number, shard.captions, [len(ids) for ids in shard.tokens.ids], embeddings)
-
-
-def _add_caption_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a JSON Lines file, which already exists if an earlier run was killed before writing the shard."""
-    old_rows = [row for _, row in read_jsonl(file)] if file.is_file() else []
-    by_caption = {row["caption"]: row for row in (*old_rows, *rows)}
-    atomic_write_jsonl(file, by_caption.values())
 
 
 # ---- images and other texts ------------------------------------------------------------------------------------------

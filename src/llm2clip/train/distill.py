@@ -30,7 +30,7 @@ from llm2clip.config import DistillConfig
 from llm2clip.cpu_tuning import free_memory, onednn_matmul
 from llm2clip.data.records import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
-from llm2clip.io_utils import format_count, iterate_lines
+from llm2clip.io_utils import iterate_lines
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import check_model_source, fingerprint, hash_weights
 from llm2clip.models.model_folder import AdapterConfig
@@ -402,8 +402,7 @@ class _TokenWriter:
                 "for the language of these texts"
             )
         if failed:
-            texts = format_count(failed, "text")
-            print_once(f"{texts} skipped, which the student's tokenizer cannot encode: {self._first_failed!r}")
+            print_once(f"Texts that the student's tokenizer cannot encode: {failed:,}, such as {self._first_failed!r}")
         self.file.flush()
         lengths = np.concatenate(self._lengths)
         return DistillTexts(
@@ -469,7 +468,7 @@ def distill(
     if texts_per_step is None:
         texts_per_step = min(config.batch_size, max(1, len(data) // world_size)) * world_size
     if texts_per_step > len(data):
-        raise ValueError(f"{format_count(len(data), 'text')} cannot be divided among {world_size} processes")
+        raise ValueError(f"there are fewer texts ({len(data)}) than processes ({world_size})")
     # Phrases are repeated, so an epoch may have more texts than there are distinct texts.
     steps_per_epoch = len(plan_epoch(data, texts_per_step, config.seed, 0))
     properties = {

@@ -369,7 +369,8 @@ class PairLoss(nn.Module):
         tokens: list[list[int]] = batch["tokens"]
         passes: list[ForwardPass] = []
         rows_in_order: list[int] = []
-        for prompt_length, rows in self._split_batch(tokens, batch["prompt_lengths"]):
+        tokenized = TokenizedTexts(tokens, [], batch["prompt_lengths"])
+        for prompt_length, rows in tokenized.batches(self.batch_tokens):
             passes.append(partial(self._encode, [tokens[row] for row in rows], prompt_length))
             rows_in_order += rows
         order = copy_to_device(torch.tensor(rows_in_order).argsort(), device)  # to restore the order of the batch
@@ -387,10 +388,6 @@ class PairLoss(nn.Module):
         if self.grad_cache and most_passes > 1 and torch.is_grad_enabled():
             return compute_cached_loss(passes, loss_function, self.model, device)
         return loss_function(torch.cat([run()[0] for run in passes]))
-
-    def _split_batch(self, tokens: list[list[int]], prompt_lengths: list[int]) -> Iterable[tuple[int, Sequence[int]]]:
-        """Return the prompt length and the row indices of each forward pass over a batch."""
-        return TokenizedTexts(tokens, [], prompt_lengths).batches(self.batch_tokens)
 
     def _encode(self, tokens: list[list[int]], prompt_length: int) -> tuple[Tensor]:
         return (self.model(self._encoder[0].collate(tokens, prompt_length))["sentence_embedding"].float(),)
