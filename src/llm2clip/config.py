@@ -7,12 +7,13 @@ the YAML config. This module imports only the standard library to keep `llm2clip
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 # Stages with a configurable precision.
 Stage = Literal["caption", "tune", "embed", "align", "distill", "llava", "evaluate", "serve"]
 POOLING_MODES = ("mean", "weightedmean", "lasttoken", "cls", "max")  # names used by sentence-transformers
+AUTO = "auto"  # value of `--encoder.path` with which `fit` chooses the encoder (see `evaluate/encoder_choice.py`)
 MIN_IMAGE_SIZE = 16  # in pixels; smallest patch size of common vision transformers
 
 # Settings that may change when a run is resumed, because they do not affect the result.
@@ -34,7 +35,8 @@ class EncoderConfig:
 
     path: str = "smollm2-135m"
     """Decoder LLM or sentence-transformers model: a local folder, a Hugging Face hub id, a .gguf file, or one of the
-    built-in models smollm2-135m, all-minilm-l6-v2 and gemma3-270m, which are downloaded."""
+    built-in models smollm2-135m, all-minilm-l6-v2 and gemma3-270m, which are downloaded. auto (only in `fit`, where it
+    is the default) chooses between small encoders that are not tuned, using a sample of the images and captions."""
     bidirectional: bool | None = None
     """Use bidirectional instead of causal attention. Default: as saved with the encoder, or true for a plain LLM."""
     layers: int | None = None
@@ -55,6 +57,9 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if not self.path.strip():
             raise ValueError("--encoder.path is empty: set it to a folder, a hub id or a model name")
+        others = [f"--encoder.{name}" for name, value in vars(self).items() if name != "path" and value is not None]
+        if self.path == AUTO and others:
+            raise ValueError(f"{', '.join(others)} cannot be combined with --encoder.path auto: set --encoder.path")
         require_at_least(1, self, "encoder", "layers", "max_length", "truncate_dim")
         if self.pooling is not None and self.pooling not in POOLING_MODES:
             raise ValueError(f"--encoder.pooling must be one of {', '.join(POOLING_MODES)} (got {self.pooling!r})")
@@ -346,7 +351,7 @@ class FitConfig:
     """Source column for each of the fields id, image, captions, short_captions, long_captions, phrases and split."""
     max_skipped: float = 0.05
     """Stop if more than this fraction of the rows cannot be used."""
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(AUTO))
     tune: TuneConfig = field(default_factory=TuneConfig)
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
@@ -354,6 +359,11 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         require_fraction(self, "", "max_skipped")
+        if self.encoder.path == AUTO and replace(self.tune, steps=0) != TuneConfig(steps=0):
+            raise ValueError(
+                "--encoder.path auto chooses between encoders that are not tuned, so --tune settings have no effect. "
+                "To tune an encoder, set --encoder.path, e.g. to smollm2-135m"
+            )
 
 
 def require_at_least(minimum: int, config: Any, section: str, *names: str) -> None:

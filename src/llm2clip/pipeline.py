@@ -9,6 +9,7 @@ in a run directory with this layout; the commands `tune`, `embed` and `align` ea
       data/                  record tables: captions, references to the images, phrases (see data/build_table.py)
       skipped.jsonl          rows and images that could not be used, with their file and row number
       skipped_tune.jsonl     the same for the sources in `tune.data` and `tune.text_pairs`
+      encoder_choice.json    score of each encoder that `--encoder.path auto` chooses between
       tune/                  encoder/ (the tuned caption encoder), metrics.jsonl, cra_*.json, checkpoints/
       store/                 embeddings of all captions
       align/                 metrics.jsonl, evaluations.jsonl, checkpoints/, features-*/ (if the tower is frozen)
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 from transformers.utils import cached_file
 
-from llm2clip.config import AlignConfig, DistillConfig, EncoderConfig, EvaluateConfig, FitConfig
+from llm2clip.config import AUTO, AlignConfig, DistillConfig, EncoderConfig, EvaluateConfig, FitConfig
 from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.build_table import DataSplits, open_table, read_splits
 from llm2clip.data.noun_phrases import add_phrases
@@ -44,6 +45,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
+from llm2clip.evaluate.encoder_choice import ENCODER_CHOICE_FILE, describe_choice, resolve_auto, score_candidates
 from llm2clip.evaluate.retrieval import (
     RetrievalRanks,
     collect_example_searches,
@@ -128,7 +130,8 @@ class Run:
             make_tracker_options(self.config.align.report_to, Path())
         if self.command == "fit":
             self.parts = load_pretrained_parts(self.config.align)
-        if self.command in ("fit", "tune") and not (self.stage_folder("tune") / "encoder").exists():
+        is_auto = self.config.encoder.path == AUTO
+        if self.command in ("fit", "tune") and not is_auto and not (self.stage_folder("tune") / "encoder").exists():
             check_encoder(self.config.encoder)
 
     @cached_property
@@ -223,7 +226,11 @@ def fit(run: Run) -> Path:
         ValueError: The dataset is too small for the settings, or contains no captions to train on.
     """
     data, clock = run.data, StageClock(run.out)
-    clock.start("1/4 tune: contrastive training of the language model on captions")
+    if run.config.encoder.path == AUTO:
+        clock.start("1/4 tune: choosing a caption encoder that needs no tuning")
+        choose_encoder(run)
+    else:
+        clock.start("1/4 tune: contrastive training of the language model on captions")
     encoder = EncoderConfig(path=str(tune(run)))
     clock.start("2/4 embed: encoding every caption into the store")
     store = embed(run, encoder)
@@ -233,12 +240,22 @@ def fit(run: Run) -> Path:
     trained = evaluate(run, store)
     clock.stop()
     if process_state().is_main_process:
-        write_fit_report(run.out, trained, f"{data.summary}. {run.log.summary()}.")
+        write_fit_report(run.out, trained, f"{data.summary}. {run.log.summary()}.", run.config.encoder)
         write_model_card(model_dir, run.out.resolve().name)
     return model_dir
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
+
+
+def choose_encoder(run: Run) -> None:
+    """Replace `--encoder.path auto` by the best of a few encoders (see `llm2clip.evaluate.encoder_choice`)."""
+    scores = load_or_compute_json(
+        run.out / ENCODER_CHOICE_FILE,
+        lambda: score_candidates(run.data.train, (run.parts or load_pretrained_parts(run.config.align)).tower),
+    )
+    run.config = resolve_auto(run.config, next(iter(scores)))
+    print_once(describe_choice(scores))
 
 
 def tune(run: Run) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
+from llm2clip.config import AUTO
 from llm2clip.io_utils import check_extra
 from llm2clip.models.loading import check_model_source, is_hub_id
 from llm2clip.runs.output_folder import CONFIG_FILE
@@ -104,6 +105,8 @@ def resolve_model(name: str) -> str:
 
 def resolve_encoder(path: str) -> str:
     """Return the encoder of a run directory or llm2clip model, or an existing path or valid encoder name unchanged."""
+    if path == AUTO:
+        raise ValueError(f"only `fit` supports --encoder.path auto: set it to a folder, a hub id or {ENCODERS[0]}")
     return _resolve_name(path, "modules.json", ("encoder", "tune/encoder", "text"), ENCODERS)
 
 

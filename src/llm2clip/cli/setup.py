@@ -101,8 +101,7 @@ def _describe_data(args: Namespace) -> list[str]:
 
     overview, table = inspect_data(args.data, args.columns, args.max_skipped)
     data = [*args.data, *format_column_flags(args.columns)]
-    options = [] if overview.has_pairs else ["--tune.steps", "0"]
-    commands = [format_command("fit", *data, "--out", "RUN", *options)] if overview.num_training else []
+    commands = [format_command("fit", *data, "--out", "RUN")] if overview.num_training else []
     if overview.statistics.num_images and not overview.num_captions:
         commands = [
             format_command("caption", *data, "--model", "MODEL", "--out", "captions.jsonl"),

@@ -31,6 +31,7 @@ from llm2clip.cli.commands import (
     make_options,
 )
 from llm2clip.config import (
+    AUTO,
     AlignConfig,
     DistillConfig,
     EmbedConfig,
@@ -165,6 +166,7 @@ def _add_distill(commands: Commands) -> None:
 
 def add_stage_settings(parser: ArgumentParser) -> None:
     parser.add_class_arguments(EncoderConfig, "encoder")
+    parser.set_defaults({"encoder.path": AUTO})
     parser.add_class_arguments(TuneConfig, "tune")
     parser.add_class_arguments(EmbedConfig, "embed")
     parser.add_class_arguments(AlignConfig, "align")
@@ -176,7 +178,8 @@ def _fit(args: Namespace) -> list[str]:
         check_extra("qlora", "--tune.qlora")
     other_sources = (args.tune.data, args.tune.text_pairs, args.tune.exclude, args.evaluate.data)
     check_data(args, *other_sources, require_captions=not (args.caption or args.caption_model))
-    args.encoder.path = resolve_encoder(args.encoder.path)
+    if args.encoder.path != AUTO:
+        args.encoder.path = resolve_encoder(args.encoder.path)
     check_pretrained(args.align.tower)
     index_data = _format_index_data(args)  # all images, also those without an accepted caption
     write_captions = prepare_captions(args)

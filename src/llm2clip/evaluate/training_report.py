@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm2clip.config import EncoderConfig
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate import plots
@@ -25,6 +26,7 @@ from llm2clip.evaluate.comparison import (
     get_recalls,
 )
 from llm2clip.evaluate.embeddings import ModelEmbeddings
+from llm2clip.evaluate.encoder_choice import ENCODER_CHOICE_FILE, describe_choice
 from llm2clip.evaluate.metrics import KS, retrieval_metrics, two_way_ranks
 from llm2clip.evaluate.retrieval import RetrievalRanks, rank_caption_fields, read_example_searches
 from llm2clip.evaluate.short_queries import score_short_queries
@@ -55,16 +57,18 @@ SPEED_QUERIES, MIN_SPEED_SECONDS = 64, 3.0
 # ---- fit -------------------------------------------------------------------------------------------------------------
 
 
-def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str) -> None:
+def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str, encoder: EncoderConfig) -> None:
     """Write report.md and report.html to a run directory, and print a summary of the metrics.
 
-    `trained` is the result of `evaluate_caption_fields` after the `align` stage, and `data` a one-line description of
-    the training and held-out data.
+    `trained` is the result of `evaluate_caption_fields` after the `align` stage, `data` a one-line description of the
+    training and held-out data, and `encoder` the caption encoder before `tune`.
     """
     tune_dir, evaluations = run_dir / "tune", run_dir / "evaluate"
     cra_files = [tune_dir / "cra_raw.json", tune_dir / "cra_tuned.json"]  # the second is missing without tuning
     cra = [read_json(file) for file in cra_files if file.exists()]
     losses = {stage: read_metrics(run_dir / stage / "metrics.jsonl") for stage in ("tune", "align")}
+    choice_file = run_dir / ENCODER_CHOICE_FILE
+    choice = read_json(choice_file) if choice_file.exists() else {}
     untrained = read_json(evaluations / "untrained.json")
     templates_file = evaluations / "query_templates.json"
     short_queries = read_json(templates_file) if templates_file.exists() else {}
@@ -81,7 +85,8 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
         *read_example_searches(read_json(evaluations / "examples.json")),
         Heading("Caption encoder"),
         Paragraph("Caption retrieval accuracy: how often a held-out image's first two captions retrieve each other."),
-        *_build_caption_retrieval_section(cra),
+        *_build_caption_retrieval_section(cra, describe_encoder(encoder)),
+        *([Paragraph(describe_choice(choice))] if choice else []),
         Heading("Training"),
     ]
     for stage, rows in losses.items():
@@ -98,6 +103,11 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
         verdict += f" Before training, it did so for {describe_share(untrained[0]['T2I'][f'R@{K}'])}."
     if trained[0]["images"] < MIN_IMAGES:
         verdict += " To evaluate on other images, list their sources in `--evaluate.data`."
+    if len(cra) == 2 and cra[1]["CRA"] <= cra[0]["CRA"]:
+        verdict += (
+            f" Tuning did not improve the caption encoder: its CRA was {cra[0]['CRA']:.1f} before and "
+            f"{cra[1]['CRA']:.1f} after tuning. Use `--tune.steps 0`, or lower `--tune.lr`."
+        )
     page = run_dir / "report.html"
     write_report(page, f"Training results: {run_dir.resolve().name}", verdict, blocks)
     summary = build_summary_table(cra, untrained, trained)
@@ -143,17 +153,21 @@ def build_summary_table(
     return Table(["held-out images, %", "chance", "before training", "after training"], rows)
 
 
-def _build_caption_retrieval_section(cra: Sequence[dict[str, Any]]) -> list[Block]:
+def describe_encoder(encoder: EncoderConfig) -> str:
+    name = Path(encoder.path).name if Path(encoder.path).exists() else encoder.path
+    return name if encoder.layers is None else f"{name}, first {encoder.layers} layers"
+
+
+def _build_caption_retrieval_section(cra: Sequence[dict[str, Any]], encoder: str) -> list[Block]:
     """Return a report section on the caption encoder. `cra` has one or two results, or none if CRA was not measured."""
     if not cra:
         return [Paragraph("Not measured: too few held-out images have two captions.")]
     rows: list[list[Any]] = [["chance", cra[0]["chance"], None]]
-    for name, metrics in zip(("raw", "tuned"), cra, strict=False):
+    for name, metrics in zip((f"{encoder}, untuned", "tuned"), cra, strict=False):
         rows.append([name, metrics["CRA"], format_interval(metrics["CRA interval"])])
     header = [f"caption encoder ({format_count(cra[0]['images'], 'image')})", "CRA top-1, %", "95% interval"]
-    tuning = "" if len(cra) == 2 else " The encoder was not tuned."
     return [
-        Paragraph(describe_caption_retrieval("the encoder", cra[-1]) + tuning),
+        Paragraph(describe_caption_retrieval("the encoder", cra[-1])),
         Table(header, rows, frozenset([2] if len(cra) == 2 else [])),
     ]
 

@@ -66,12 +66,6 @@ class DataOverview:
     seconds: float  # time that it took to build or open the table
 
     @property
-    def has_pairs(self) -> bool:
-        """True if an image has at least two captions."""
-        counts = self.statistics.captions_per_image
-        return bool(counts.count) and counts.maximum > 1
-
-    @property
     def num_captions(self) -> int:
         return sum(self.statistics.texts[name].words.count for name in CAPTION_FIELDS)
 
@@ -179,8 +173,6 @@ def describe_data(overview: DataOverview) -> str:
         return f"{share:.1f}% of the rows cannot be used, so `fit` would stop. Main reason: {reason} ({rows})."
     if not overview.num_training:
         return f"{size}, but all of them would be held out: no image is left for training."
-    if not overview.has_pairs:
-        return f"{size}. No image has two captions, which the first stage of `fit` needs: use `--tune.steps 0`."
     if overview.num_held_out < MIN_HELD_OUT:
         return f"{size}. Only {overview.num_held_out:,} would be held out: too few to judge a model."
     num_small = statistics.short_sides.count_below(SMALL_SIDE)

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 
 from llm2clip.config import FitConfig
+from llm2clip.evaluate.encoder_choice import resolve_auto
 from llm2clip.cpu_tuning import get_available_memory
 from llm2clip.data.records import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
@@ -140,6 +141,8 @@ def plan_fit(
     The numbers of captions per image, assumed to be distinct, and of tokens per caption, including the template, are
     means.
 
+    `--encoder.path auto` is replaced by the first candidate.
+
     Raises:
         ValueError: A model is unknown, a number is not positive, or there are too few images for one step.
     """
@@ -147,6 +150,7 @@ def plan_fit(
     for name, value in data.items():
         if value <= 0:
             raise ValueError(f"--{name} must be greater than 0 (got {value})")
+    config = resolve_auto(config)
     stages: dict[str, Any] = {}
     for stage in ("tune", "embed", "align"):
         settings = getattr(config, stage)
