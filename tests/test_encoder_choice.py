@@ -26,7 +26,6 @@ from llm2clip.models.vision.vision_tower import VisionTower
 from test_pipeline import fit_command
 
 
-
 def naive_mutual_knn(first: np.ndarray, second: np.ndarray, neighbours: int) -> float:
     shares = []
     for n in range(len(first)):

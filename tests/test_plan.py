@@ -36,7 +36,7 @@ from llm2clip.tools.plan_memory import (
 )
 
 PAPER_ALIGN = AlignConfig(adapter_depth=4, embed_dim=1280, captions_per_image=1, precision="bf16")
-SMALL = FitConfig(align=AlignConfig(tower="test_vit", captions_per_image=1))
+SMALL = FitConfig(encoder=EncoderConfig(), align=AlignConfig(tower="test_vit", captions_per_image=1))
 BF16 = TuneConfig(precision="bf16")
 GPU = Machine("h100")
 TINY = LlamaConfig(

@@ -15,10 +15,10 @@ from typing import Any, cast
 import torch
 
 from llm2clip.config import FitConfig
-from llm2clip.evaluate.encoder_choice import resolve_auto
 from llm2clip.cpu_tuning import get_available_memory
 from llm2clip.data.records import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
+from llm2clip.evaluate.encoder_choice import resolve_auto
 from llm2clip.io_utils import format_bytes, format_count
 from llm2clip.reports import Paragraph, Table, render_text
 from llm2clip.runs.output_folder import MAX_CHECKPOINTS
