@@ -79,8 +79,8 @@ def describe_choice(scores: Mapping[str, float]) -> str:
     (chosen, score), *others = scores.items()
     compared = f" ({', '.join(f'{name}: {other:.1%}' for name, other in others)})" if others else ""
     return (
-        f"Caption encoder: {chosen}, without tuning. Its captions have {score:.1%} of their nearest neighbours in common "
-        f"with the images{compared}."
+        f"Caption encoder: {chosen}, without tuning. Its captions have {score:.1%} of their nearest neighbours in "
+        f"common with the images{compared}."
     )
 
 
