@@ -95,7 +95,7 @@ def test_data_command_describes_images_without_captions(tmp_path: Path, capsys: 
     for name in ("broken.jpg", "a.mp4", "b.MP4", "notes.pdf", "frame.1", "Dr. Smith", ".x.mp4", "a.\udcff\udcfe"):
         (tmp_path / name).write_bytes(b"x")
     text = run_data(capsys, tmp_path, "--report", tmp_path / "new/data.html")
-    assert text.startswith("3 images without captions, which training needs.\n")
+    assert text.startswith("3 images, but no captions, which are needed for training.\n")
     assert "rows skipped 1\n" in text and "unreadable image 1\n" in text and "Captions" not in text
     assert f"Next: llm2clip caption {tmp_path} --model MODEL --out captions.jsonl" in text
     assert f"Next: llm2clip index {tmp_path} --out INDEX" in text

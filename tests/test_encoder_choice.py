@@ -1,7 +1,7 @@
 """Tests of `fit --encoder.path auto`: the score, the choice between candidates, and runs that use the choice."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.evaluate import encoder_choice
-from llm2clip.evaluate.encoder_choice import describe_choice, mutual_knn, resolve_auto, score_candidates
+from llm2clip.evaluate.encoder_choice import choose_candidate, describe_choice, mutual_knn, resolve_auto
 from llm2clip.models.pretrained import AssetUnavailableError
 from llm2clip.models.vision.vision_tower import VisionTower
 from test_pipeline import fit_command
@@ -44,22 +44,38 @@ def test_mutual_knn_matches_float64(items: int, neighbours: int) -> None:
     first = torch.randn(items, 8, generator=generator)
     second = torch.cat([first[:, :4] + torch.randn(items, 4, generator=generator), torch.ones(items, 2)], 1)
     expected = naive_mutual_knn(first.double().numpy(), second.double().numpy(), neighbours)
-    assert mutual_knn(first, second) == pytest.approx(expected, abs=1e-6)
+    assert mutual_knn(first, second, neighbours) == pytest.approx(expected, abs=1e-6)
     assert 0 < expected < 1
-
-
-def test_mutual_knn_of_equal_and_too_few_embeddings() -> None:
-    embeddings = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
-    assert mutual_knn(embeddings, 3 * embeddings) == pytest.approx(1)
-    assert mutual_knn(embeddings[:1], embeddings[:1]) == mutual_knn(embeddings[:0], embeddings[:0]) == 0
+    assert mutual_knn(first, 3 * first, neighbours) == pytest.approx(1)
 
 
 @pytest.fixture
-def candidates(monkeypatch: pytest.MonkeyPatch, llm: Path) -> dict[str, EncoderConfig]:
-    """Replace the candidates: the two tiny encoders differ in the number of layers."""
-    tiny = {"deep": EncoderConfig(str(llm)), "shallow": EncoderConfig(str(llm), layers=1)}
+def candidates(monkeypatch: pytest.MonkeyPatch, llm: Path) -> tuple[EncoderConfig, ...]:
+    """Replace the candidates by tiny encoders with all layers and with one layer."""
+    tiny = (EncoderConfig(str(llm)), EncoderConfig(str(llm), layers=1))
     monkeypatch.setattr(encoder_choice, "CANDIDATES", tiny)
+    monkeypatch.setattr(encoder_choice, "MIN_IMAGES", 5)
     return tiny
+
+
+@pytest.fixture
+def vision_tower(tower: Path) -> VisionTower:
+    return VisionTower.from_pretrained(str(tower), image_size=64)
+
+
+@pytest.fixture
+def train(image_folder: Path) -> RecordTable:
+    return read_splits([str(image_folder / "captions.jsonl")], EvaluateConfig(), {}, SkipLog()).train
+
+
+def make_command(image_folder: Path, llm: Path, tower: Path, out: Path, *flags: str) -> list[str]:
+    """Return a short `fit` command without settings of the encoder and of `tune`."""
+    command = fit_command(image_folder, llm, tower, out)
+    for setting in ("--encoder.path", "--tune.steps", "--tune.batch_size", "--tune.save_steps"):
+        position = command.index(setting)
+        del command[position : position + 2]
+    command[command.index("--align.epochs") + 1] = "1"
+    return [*command, *flags]
 
 
 def test_fit_uses_the_best_candidate_without_tuning(
@@ -67,94 +83,124 @@ def test_fit_uses_the_best_candidate_without_tuning(
     llm: Path,
     tower: Path,
     tmp_path: Path,
-    candidates: dict[str, EncoderConfig],
+    candidates: tuple[EncoderConfig, ...],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    scores = iter([0.25, 0.5])
+    scores = iter([0.25, 0.5, 0.75, 0.5])
     monkeypatch.setattr(encoder_choice, "mutual_knn", lambda *_: next(scores))
-    command = fit_command(image_folder, llm, tower, tmp_path / "run")
-    command = [word for word in command if "encoder.path" not in word and word != str(llm)]
-    for setting in ("--tune.steps", "--tune.batch_size", "--tune.save_steps"):
-        position = command.index(setting)
-        del command[position : position + 2]
-    command[command.index("--align.epochs") + 1] = "1"
+    out = tmp_path / "run"
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # interrupted after the choice
+        patch.setattr("llm2clip.pipeline.tune", interrupt)
+        main(make_command(image_folder, llm, tower, out, "--align.image_size", "48"))
+    assert json.loads((out / "encoder_choice.json").read_text())["encoder"]["layers"] == 1
+    command = make_command(image_folder, llm, tower, out)
+    capsys.readouterr()
     assert main(command) == 0
-    output = capsys.readouterr().out
+    choice = json.loads((out / "encoder_choice.json").read_text())
+    assert choice["encoder"] == asdict(candidates[0]), "the candidates are compared again with the new image size"
+    assert (choice["tower"], choice["image_size"], choice["images"]) == (str(tower), 64, 30)
     sentence = (
-        "Caption encoder: shallow, without tuning. Its captions have 50.0% of their nearest neighbours in common with "
-        "the images (deep: 25.0%)."
+        f"Caption encoder: {llm}, not tuned. 75.0% of each image's nearest neighbours are also nearest neighbours by "
+        f"caption ({llm}, 1 layer: 50.0%)."
     )
-    assert sentence in output
-    assert json.loads((tmp_path / "run/encoder_choice.json").read_text()) == {"shallow": 0.5, "deep": 0.25}
-    assert sentence in (tmp_path / "run/report.md").read_text().replace("\n", " ")
-    assert "first 1 layers, untuned" in (tmp_path / "run/report.md").read_text()
-    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["encoder"]["path"] == "auto"
-    assert not (tmp_path / "run/tune/checkpoints").exists()
-    model = LLM2CLIP.from_pretrained(tmp_path / "run/model")
+    assert sentence in capsys.readouterr().out
+    assert sentence in (out / "report.md").read_text().replace("\n", " ")
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    assert (settings["encoder"]["path"], settings["tune"]["steps"]) == ("auto", 0)
+    assert not (out / "tune/checkpoints").exists()
+    model = LLM2CLIP.from_pretrained(out / "model")
     model.load_encoder()
-    assert model.encoder.llm.config.num_hidden_layers == 1
-    (tmp_path / "run/report.md").unlink()
-    assert main(command) == 0, "the saved scores are used, so `mutual_knn` is not called again"
-    assert (tmp_path / "run/report.md").exists()
+    assert model.encoder.llm.config.num_hidden_layers > 1
+    (out / "report.md").unlink()
+    assert main([*command, "--tune.steps", "0"]) == 0, "the saved choice is used"
+    assert (out / "report.md").exists()
 
 
-def test_candidates_are_scored_with_the_captions_of_images_that_can_be_decoded(
-    image_folder: Path, tower: Path, candidates: dict[str, EncoderConfig], monkeypatch: pytest.MonkeyPatch
+def test_fit_needs_only_one_caption_per_image(
+    image_folder: Path, llm: Path, tower: Path, tmp_path: Path, candidates: tuple[EncoderConfig, ...]
 ) -> None:
-    splits = read_splits([str(image_folder / "captions.jsonl")], EvaluateConfig(), {}, SkipLog())
-    records = list(splits.train)
+    rows = [json.loads(line) for line in (image_folder / "captions.jsonl").read_text().splitlines()]
+    rows = [{"image": str(image_folder / row["image"]), "captions": row["captions"][:1]} for row in rows]
+    (tmp_path / "captions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    command = make_command(tmp_path, llm, tower, tmp_path / "run")
+    del command[command.index("--evaluate.fields") : command.index("--evaluate.fields") + 2]
+    assert main(command) == 0
+
+
+def test_only_images_with_captions_that_can_be_decoded_are_compared(
+    image_folder: Path,
+    train: RecordTable,
+    vision_tower: VisionTower,
+    candidates: tuple[EncoderConfig, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records = list(train)
     broken = replace(records[0], image=FileImage(str(image_folder / "missing.png")))
     without_captions = replace(records[1], captions=(), short_captions=(), long_captions=())
-    shapes: list[tuple[tuple[int, ...], ...]] = []
+    long_only = replace(records[2], captions=(), long_captions=("A long text.",))
+    shapes: list[list[int]] = []
 
     def record_shapes(*embeddings: Tensor) -> float:
-        shapes.append(tuple(each.shape for each in embeddings))
+        shapes.append([len(each) for each in embeddings])
         return 0.5
 
     monkeypatch.setattr(encoder_choice, "mutual_knn", record_shapes)
-    table = RecordTable.from_records([broken, without_captions, Record("x", None, ("a dog",)), *records[2:]])
-    vision_tower = VisionTower.from_pretrained(str(tower), image_size=64)
-    assert score_candidates(table, vision_tower) == {"deep": 0.5, "shallow": 0.5}
-    assert [[shape[0] for shape in pair] for pair in shapes] == [[len(records) - 2] * 2] * 2
+    table = [broken, without_captions, Record("x", None, ("a dog",)), long_only, *records[3:]]
+    choice = choose_candidate(RecordTable.from_records(table), vision_tower, candidates)
+    assert choice["encoder"] == asdict(candidates[0]), "the first candidate is chosen if the scores are equal"
+    assert shapes == [[len(records) - 2] * 2] * 2 and choice["images"] == len(records) - 2
+
+
+def test_too_few_images_are_not_compared(
+    train: RecordTable,
+    vision_tower: VisionTower,
+    candidates: tuple[EncoderConfig, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choice = choose_candidate(train[:4], vision_tower, candidates)
+    assert (choice["encoder"], choice["images"], choice["scores"]) == (asdict(candidates[0]), 4, {})
+    assert describe_choice(choice).endswith("not compared with others: only 4 images were encoded in a minute, not 5.")
+    assert choose_candidate(train[:0], vision_tower, candidates)["images"] == 0
+    monkeypatch.setattr(encoder_choice, "MAX_SECONDS", -1)  # as with a slow tower
+    assert choose_candidate(train, vision_tower, candidates)["images"] == 0
 
 
 def test_candidates_that_cannot_be_downloaded_are_skipped(
-    image_folder: Path,
-    tower: Path,
-    candidates: dict[str, EncoderConfig],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train = read_splits([str(image_folder / "captions.jsonl")], EvaluateConfig(), {}, SkipLog()).train
-    vision_tower = VisionTower.from_pretrained(str(tower), image_size=64)
-    load, missing = encoder_choice.load_for_evaluation, {None}
+    missing = {"all-minilm-l6-v2"}
 
-    def load_some(path: str, layers: int | None, **options: Any) -> object:
-        if layers in missing:
+    def resolve(name: str) -> str:
+        if name in missing:
             raise AssetUnavailableError("no network")
-        return load(path, layers=layers, **options)
+        return name
 
-    monkeypatch.setattr(encoder_choice, "load_for_evaluation", load_some)
-    assert list(score_candidates(train, vision_tower)) == ["shallow"]
-    assert "deep is not a candidate for the caption encoder: no network" in capsys.readouterr().out
-    missing.add(1)
+    monkeypatch.setattr(encoder_choice, "resolve_pretrained", resolve)
+    assert encoder_choice.find_candidates() == [EncoderConfig("smollm2-135m", layers=4)]
+    assert "all-minilm-l6-v2 is not a candidate for the caption encoder: no network" in capsys.readouterr().out
+    missing.add("smollm2-135m")
     with pytest.raises(AssetUnavailableError, match=r"set --encoder\.path to a local folder"):
-        score_candidates(train, vision_tower)
+        encoder_choice.find_candidates()
 
 
 def test_settings_that_auto_would_ignore_are_errors() -> None:
-    with pytest.raises(ValueError, match=r"--encoder\.layers cannot be combined with --encoder\.path auto"):
+    with pytest.raises(ValueError, match=r"--encoder\.layers requires --encoder\.path"):
         EncoderConfig("auto", layers=4)
-    with pytest.raises(ValueError, match=r"To tune an encoder, set --encoder\.path"):
-        FitConfig(tune=TuneConfig(steps=300, lr=1e-4))
-    config = resolve_auto(FitConfig())
-    assert (config.encoder.path, config.tune.steps) == ("all-minilm-l6-v2", 0)
-    assert resolve_auto(config) is config
+    for tune in (TuneConfig(steps=300), TuneConfig(lr=1e-4)):
+        with pytest.raises(ValueError, match=r"--tune settings require --encoder\.path"):
+            FitConfig(tune=tune)
+    assert FitConfig() == FitConfig(tune=TuneConfig(steps=0)) and FitConfig().tune.steps == 0
+    assert resolve_auto(FitConfig()).encoder == encoder_choice.CANDIDATES[-1]
+    named = FitConfig(encoder=EncoderConfig("x"))
+    assert resolve_auto(named) is named and named.tune.steps > 0
 
 
-def test_choice_without_alternative_is_described() -> None:
-    assert describe_choice({"x": 0.125}) == (
-        "Caption encoder: x, without tuning. Its captions have 12.5% of their nearest neighbours in common with the "
-        "images."
-    )
+def test_describe_choice_with_a_single_candidate() -> None:
+    choice = {"encoder": {"path": "x"}, "images": 1000, "scores": {"x": 0.125}}
+    sentence = "12.5% of each image's nearest neighbours are also nearest neighbours by caption."
+    assert describe_choice(choice) == f"Caption encoder: x, not tuned. {sentence}"

@@ -259,7 +259,7 @@ def test_rows_of_other_tuning_sources_are_counted_separately(
 ) -> None:
     data = tmp_path / "more.jsonl"
     data.write_text('{"captions": ["a", "b"]}\n{"captions": ["c", "d"]}\n{broken\n')
-    config = FitConfig(tune=TuneConfig(data=[str(data)]), max_skipped=0.5)
+    config = FitConfig(encoder=EncoderConfig(), tune=TuneConfig(data=[str(data)]), max_skipped=0.5)
     run = pipeline.Run("fit", [str(image_folder / "captions.jsonl")], tmp_path, config)
     assert len(run.read_tuning_pairs()[0]) == 2
     assert "tuning data: 1 of 3 rows skipped (malformed row: 1)" in capsys.readouterr().out

@@ -7,7 +7,7 @@ the YAML config. This module imports only the standard library to keep `llm2clip
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 # Stages with a configurable precision.
@@ -35,8 +35,8 @@ class EncoderConfig:
 
     path: str = "smollm2-135m"
     """Decoder LLM or sentence-transformers model: a local folder, a Hugging Face hub id, a .gguf file, or one of the
-    built-in models smollm2-135m, all-minilm-l6-v2 and gemma3-270m, which are downloaded. auto (only in `fit`, where it
-    is the default) chooses between small encoders that are not tuned, using a sample of the images and captions."""
+    built-in models smollm2-135m, all-minilm-l6-v2 and gemma3-270m, which are downloaded. With auto, its default, `fit`
+    compares small encoders on a sample of the images and captions, and uses the best one without tuning it."""
     bidirectional: bool | None = None
     """Use bidirectional instead of causal attention. Default: as saved with the encoder, or true for a plain LLM."""
     layers: int | None = None
@@ -59,7 +59,7 @@ class EncoderConfig:
             raise ValueError("--encoder.path is empty: set it to a folder, a hub id or a model name")
         others = [f"--encoder.{name}" for name, value in vars(self).items() if name != "path" and value is not None]
         if self.path == AUTO and others:
-            raise ValueError(f"{', '.join(others)} cannot be combined with --encoder.path auto: set --encoder.path")
+            raise ValueError(f"{', '.join(others)} requires --encoder.path, for example smollm2-135m")
         require_at_least(1, self, "encoder", "layers", "max_length", "truncate_dim")
         if self.pooling is not None and self.pooling not in POOLING_MODES:
             raise ValueError(f"--encoder.pooling must be one of {', '.join(POOLING_MODES)} (got {self.pooling!r})")
@@ -359,11 +359,13 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         require_fraction(self, "", "max_skipped")
-        if self.encoder.path == AUTO and replace(self.tune, steps=0) != TuneConfig(steps=0):
-            raise ValueError(
-                "--encoder.path auto chooses between encoders that are not tuned, so --tune settings have no effect. "
-                "To tune an encoder, set --encoder.path, e.g. to smollm2-135m"
-            )
+        if self.encoder.path == AUTO:
+            if self.tune not in (TuneConfig(), TuneConfig(steps=0)):
+                raise ValueError(
+                    "--tune settings require --encoder.path, for example smollm2-135m. By default, `fit` chooses an "
+                    "encoder that is not tuned"
+                )
+            self.tune = TuneConfig(steps=0)
 
 
 def require_at_least(minimum: int, config: Any, section: str, *names: str) -> None:

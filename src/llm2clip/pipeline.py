@@ -45,7 +45,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.encoder_choice import ENCODER_CHOICE_FILE, describe_choice, resolve_auto, score_candidates
+from llm2clip.evaluate.encoder_choice import choose_candidate, describe_choice, find_candidates, resolve_auto
 from llm2clip.evaluate.retrieval import (
     RetrievalRanks,
     collect_example_searches,
@@ -57,7 +57,7 @@ from llm2clip.evaluate.retrieval import (
 )
 from llm2clip.evaluate.short_queries import ShortQueryResult, choose_query_templates
 from llm2clip.evaluate.training_report import write_distill_report, write_fit_report
-from llm2clip.io_utils import iterate_lines
+from llm2clip.io_utils import iterate_lines, read_json
 from llm2clip.models.dual_encoder import wrap_llm2clip
 from llm2clip.models.export.model_card import write_model_card
 from llm2clip.models.llm2clip import LLM2CLIP, rotate_to_principal_components
@@ -66,7 +66,7 @@ from llm2clip.models.model_folder import find_model_folder, save_query_templates
 from llm2clip.models.pretrained import resolve_gguf, resolve_pretrained
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
-from llm2clip.runs.output_folder import latest_checkpoint, run_lock, save_or_check_config
+from llm2clip.runs.output_folder import ENCODER_CHOICE_FILE, latest_checkpoint, run_lock, save_or_check_config
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state, wait_for_everyone
 from llm2clip.runs.run_description import StageClock
 from llm2clip.store.encode import embed as embed_locally
@@ -130,8 +130,7 @@ class Run:
             make_tracker_options(self.config.align.report_to, Path())
         if self.command == "fit":
             self.parts = load_pretrained_parts(self.config.align)
-        is_auto = self.config.encoder.path == AUTO
-        if self.command in ("fit", "tune") and not is_auto and not (self.stage_folder("tune") / "encoder").exists():
+        if self.command in ("fit", "tune") and not (self.stage_folder("tune") / "encoder").exists():
             check_encoder(self.config.encoder)
 
     @cached_property
@@ -227,7 +226,7 @@ def fit(run: Run) -> Path:
     """
     data, clock = run.data, StageClock(run.out)
     if run.config.encoder.path == AUTO:
-        clock.start("1/4 tune: choosing a caption encoder that needs no tuning")
+        clock.start("1/4 tune: skipped; choosing a caption encoder")
         choose_encoder(run)
     else:
         clock.start("1/4 tune: contrastive training of the language model on captions")
@@ -250,12 +249,19 @@ def fit(run: Run) -> Path:
 
 def choose_encoder(run: Run) -> None:
     """Replace `--encoder.path auto` by the best of a few encoders (see `llm2clip.evaluate.encoder_choice`)."""
-    scores = load_or_compute_json(
-        run.out / ENCODER_CHOICE_FILE,
-        lambda: score_candidates(run.data.train, (run.parts or load_pretrained_parts(run.config.align)).tower),
-    )
-    run.config = resolve_auto(run.config, next(iter(scores)))
-    print_once(describe_choice(scores))
+    file, config = run.out / ENCODER_CHOICE_FILE, run.config.align
+    tower = {"tower": config.tower, "image_size": config.image_size}
+    is_used = (run.out / "tune/encoder").exists()
+    if process_state().is_main_process and file.exists() and not (is_used or read_json(file).items() >= tower.items()):
+        file.unlink()  # written by an interrupted run with another vision tower
+
+    def choose() -> dict[str, Any]:
+        parts = run.parts or load_pretrained_parts(config)
+        return {**tower, **choose_candidate(run.data.train, parts.tower, find_candidates())}
+
+    choice = load_or_compute_json(file, choose)
+    run.config = resolve_auto(run.config, EncoderConfig(**choice["encoder"]))
+    print_once(describe_choice(choice))
 
 
 def tune(run: Run) -> Path:
@@ -477,6 +483,9 @@ def _open_skip_log(file: Path | None, max_skipped: float) -> SkipLog:
 
 def check_encoder(config: EncoderConfig) -> None:
     """Raise OSError or ValueError if a caption encoder does not exist, without loading its weights."""
+    if config.path == AUTO:
+        find_candidates()
+        return
     path = resolve_pretrained(config.path)
     if path.endswith(".gguf"):
         resolve_gguf(path)

@@ -288,7 +288,7 @@ def describe_captions(database: CaptionDatabase, report: CaptionReport) -> str:
     if not num_captions:
         return f"No image has a caption.{failures}"
     captions = format_count(num_captions, "caption")
-    verdict = f"Of {captions}, none is rejected."
+    verdict = f"No problems were found in {captions}."
     if problems:
         [(problem, count)] = problems.most_common(1)
         share = 100 * problems.total() / num_captions

@@ -19,7 +19,7 @@ from llm2clip.cli.commands import (
     suggest_names,
 )
 from llm2clip.cli.train import add_stage_settings
-from llm2clip.config import EvaluateConfig, FitConfig
+from llm2clip.config import AUTO, EvaluateConfig, FitConfig
 from llm2clip.io_utils import check_extra
 from llm2clip.tools.plan_memory import Machine
 
@@ -148,4 +148,7 @@ def make_plan(args: Namespace) -> Plan:
 def _plan(args: Namespace) -> list[str]:
     from llm2clip.tools.plan import format_plan
 
-    return format_plan(make_plan(args)).splitlines()
+    lines = format_plan(make_plan(args)).splitlines()
+    if args.encoder.path == AUTO:
+        lines.append("`fit` chooses the caption encoder. These estimates are for the largest one that it considers.")
+    return lines

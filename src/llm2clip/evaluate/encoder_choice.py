@@ -2,12 +2,14 @@
 
 The pretrained vision tower encodes a sample of the training images, and each candidate encodes their captions. The
 score of a candidate is its mutual nearest-neighbour alignment with the tower (arXiv 2405.07987): images that are close
-to each other should have captions that are close to each other. The score predicts which encoder leads to better
-retrieval after `align` if the encoders are not tuned; see docs/results/quality.md.
+to each other should have captions that are close to each other. Among encoders that are not tuned, the score predicts
+which one leads to better retrieval after `align`; see docs/results/quality.md.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,99 +17,141 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip.config import AUTO, EncoderConfig, FitConfig
-from llm2clip.cpu_tuning import free_memory
+from llm2clip.cpu_tuning import free_memory, onednn_matmul
 from llm2clip.data.records import CAPTION_FIELDS, Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
+from llm2clip.io_utils import format_count
 from llm2clip.models.precision import FP32
-from llm2clip.models.pretrained import AssetUnavailableError
+from llm2clip.models.pretrained import AssetUnavailableError, resolve_pretrained
 from llm2clip.models.text.caption_encoder import load_for_evaluation
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once, process_state
 from llm2clip.store.encode import TowerEncoder, encode_image_batches
 
-# A sentence encoder trained on English text, and an LLM whose tokenizer covers all languages. Both are small.
-CANDIDATES = {
-    "all-minilm-l6-v2": EncoderConfig("all-minilm-l6-v2"),
-    "smollm2-135m, first 4 layers": EncoderConfig("smollm2-135m", layers=4),
-}
-ENCODER_CHOICE_FILE = "encoder_choice.json"  # result of `score_candidates`
-SAMPLE_SIZE = 1000  # maximum number of images
-MAX_CAPTIONS = 5  # maximum number of captions per image
+# An English sentence encoder, and an LLM whose tokenizer covers all languages. The last candidate is the largest.
+CANDIDATES = (EncoderConfig("all-minilm-l6-v2"), EncoderConfig("smollm2-135m", layers=4))
+MAX_IMAGES = 1000
+MIN_IMAGES = 100  # with fewer images, the first candidate is chosen
+MAX_SECONDS = 60  # for encoding the images
+BLOCK_SIZE = 50  # number of successive records in the sample, so that few remote shards are read
+MAX_CAPTIONS = 5  # per image
 NEIGHBOURS = 10
 
 
-def resolve_auto(config: FitConfig, candidate: str | None = None) -> FitConfig:
-    """Replace `--encoder.path auto` by a candidate, which is not tuned. Default: the first candidate."""
-    if config.encoder.path != AUTO:
-        return config
-    encoder = CANDIDATES[candidate or next(iter(CANDIDATES))]
-    return replace(config, encoder=encoder, tune=replace(config.tune, steps=0))
+def resolve_auto(config: FitConfig, encoder: EncoderConfig = CANDIDATES[-1]) -> FitConfig:
+    """Replace `--encoder.path auto` by an encoder. Default: the largest candidate."""
+    return replace(config, encoder=encoder) if config.encoder.path == AUTO else config
 
 
-def score_candidates(train: RecordTable, tower: VisionTower) -> dict[str, float]:
-    """Return the score of each candidate between 0 and 1, best first. Candidates that cannot be downloaded are skipped.
+def describe_encoder(encoder: EncoderConfig) -> str:
+    layers = "" if encoder.layers is None else f", {format_count(encoder.layers, 'layer')}"
+    return f"{encoder.path}{layers}"
 
-    `train` are the training records, of which a random sample is used. The tower is moved to this process's device.
+
+def find_candidates() -> list[EncoderConfig]:
+    """Download the candidates if necessary, and return those that are available.
 
     Raises:
         AssetUnavailableError: No candidate can be downloaded.
     """
-    device = process_state().device
+    candidates = []
+    for config in CANDIDATES:
+        try:
+            resolve_pretrained(config.path)
+            candidates.append(config)
+        except AssetUnavailableError as error:
+            print_once(f"{config.path} is not a candidate for the caption encoder: {error}")
+    if not candidates:
+        raise AssetUnavailableError("no caption encoder can be downloaded: set --encoder.path to a local folder")
+    return candidates
+
+
+def choose_candidate(train: RecordTable, tower: VisionTower, candidates: Sequence[EncoderConfig]) -> dict[str, Any]:
+    """Score all candidates on a random sample of the training records, and choose the best one.
+
+    Args:
+        tower: Vision tower on the CPU. It is moved to this process's device and back.
+
+    Returns:
+        "encoder" is the `EncoderConfig` of the chosen candidate as a dict, "images" the size of the sample, and
+        "scores" the score of each candidate between 0 and 1, best first, keyed by `describe_encoder`. There are no
+        scores if the sample is smaller than `MIN_IMAGES`.
+    """
+    records, images = _encode_images(_draw_sample(train), tower)
+    choice: dict[str, Any] = {"encoder": asdict(candidates[0]), "images": len(records), "scores": {}}
+    if len(records) < MIN_IMAGES:
+        return choice
+    scores = [mutual_knn(images, _encode_captions(records, candidate)) for candidate in candidates]
+    order = sorted(range(len(candidates)), key=lambda n: -scores[n])
+    choice["encoder"] = asdict(candidates[order[0]])
+    choice["scores"] = {describe_encoder(candidates[n]): scores[n] for n in order}
+    return choice
+
+
+def describe_choice(choice: Mapping[str, Any]) -> str:
+    """Describe the result of `choose_candidate`."""
+    chosen = f"Caption encoder: {describe_encoder(EncoderConfig(**choice['encoder']))}, not tuned."
+    if not choice["scores"]:
+        images = format_count(choice["images"], "image")
+        return f"{chosen} It was not compared with others: only {images} were encoded in a minute, not {MIN_IMAGES}."
+    (_, score), *others = choice["scores"].items()
+    compared = f" ({', '.join(f'{name}: {other:.1%}' for name, other in others)})" if others else ""
+    return f"{chosen} {score:.1%} of each image's nearest neighbours are also nearest neighbours by caption{compared}."
+
+
+def _draw_sample(train: RecordTable) -> list[Record]:
     num_captions = sum(train.count_texts(field) for field in CAPTION_FIELDS)
     usable = np.flatnonzero(train.has_image & (num_captions > 0))
-    records = list(train.select(np.sort(np.random.default_rng(0).permutation(usable)[:SAMPLE_SIZE])))
+    blocks = [usable[start : start + BLOCK_SIZE] for start in range(0, len(usable), BLOCK_SIZE)]
+    order = np.random.default_rng(0).permutation(len(blocks))
+    sample = [blocks[n] for n in order[: MAX_IMAGES // BLOCK_SIZE]]
+    return list(train.select(np.concatenate([usable[:0], *sample])))
+
+
+@onednn_matmul()
+def _encode_images(records: Sequence[Record], tower: VisionTower) -> tuple[list[Record], Tensor]:
+    """Return the records whose images can be decoded within `MAX_SECONDS`, and features of shape (records, D)."""
+    encoder, log = TowerEncoder(tower.to(process_state().device), FP32), SkipLog(max_skipped=1.0)
+    decoded: list[Record] = []
+    features = [torch.empty(0, tower.feature_dim)]
+    deadline = time.monotonic() + MAX_SECONDS
     with ProgressBar(total=len(records), desc="choosing the encoder", unit="image") as bar:
-        refs = [record.image for record in records if record.image is not None]
-        encoder = TowerEncoder(tower.to(device), FP32)
-        images, decoded = encode_image_batches(refs, encoder, SkipLog(max_skipped=1.0), bar)
-    records = [records[n] for n in decoded]
-    scores = {}
-    for name, config in CANDIDATES.items():
-        try:
-            scores[name] = mutual_knn(images, _encode_captions(records, config, device))
-        except AssetUnavailableError as error:
-            print_once(f"{name} is not a candidate for the caption encoder: {error}")
-    if not scores:
-        raise AssetUnavailableError("no caption encoder can be downloaded: set --encoder.path to a local folder")
-    return dict(sorted(scores.items(), key=lambda item: item[1], reverse=True))
+        for start in range(0, len(records), BLOCK_SIZE):
+            if time.monotonic() > deadline:
+                break
+            block = records[start : start + BLOCK_SIZE]
+            refs = [record.image for record in block if record.image is not None]
+            block_features, indices = encode_image_batches(refs, encoder, log, bar)
+            decoded += [block[n] for n in indices]
+            features.append(block_features)
+    tower.cpu()
+    free_memory()
+    return decoded, torch.cat(features)
 
 
-def describe_choice(scores: Mapping[str, float]) -> str:
-    """Describe the result of `score_candidates` in two sentences."""
-    (chosen, score), *others = scores.items()
-    compared = f" ({', '.join(f'{name}: {other:.1%}' for name, other in others)})" if others else ""
-    return (
-        f"Caption encoder: {chosen}, without tuning. Its captions have {score:.1%} of their nearest neighbours in "
-        f"common with the images{compared}."
-    )
-
-
-def _encode_captions(records: Sequence[Record], config: EncoderConfig, device: torch.device) -> Tensor:
+def _encode_captions(records: Sequence[Record], config: EncoderConfig) -> Tensor:
     """Return the mean caption embedding of each record, of shape (records, D)."""
     captions = [record.texts[:MAX_CAPTIONS] for record in records]
-    encoder = load_for_evaluation(device=device, **asdict(config))
-    embeddings = F.normalize(encoder.encode([text for texts in captions for text in texts]), dim=-1)
+    encoder = load_for_evaluation(device=process_state().device, **asdict(config))
+    texts = [text for texts in captions for text in texts]
+    embeddings = F.normalize(encoder.encode(texts, progress=True), dim=-1)
     del encoder
     free_memory()
-    means = [each.mean(0, keepdim=True) for each in embeddings.split(list(map(len, captions)))]
-    return torch.cat([embeddings[:0], *means])
+    return torch.stack([each.mean(0) for each in embeddings.split(list(map(len, captions)))])
 
 
-def mutual_knn(first: Tensor, second: Tensor) -> float:
+def mutual_knn(first: Tensor, second: Tensor, neighbours: int = NEIGHBOURS) -> float:
     """Return the mutual nearest-neighbour alignment of two sets of embeddings (arXiv 2405.07987).
 
     This is the fraction of an item's nearest neighbours by cosine similarity that are the same in both sets, averaged
     over the items.
 
     Args:
-        first, second: Embeddings of the same N items, of shape (N, D1) and (N, D2). With fewer than 100 items, a tenth
-            of them are neighbours.
+        first, second: Embeddings of the same N items, of shape (N, D1) and (N, D2).
+        neighbours: Number of nearest neighbours of each item, less than N.
     """
-    neighbours = max(1, min(NEIGHBOURS, len(first) // 10))
-    if len(first) <= neighbours:
-        return 0.0
     masks = []
     for embeddings in (first, second):
         unit = F.normalize(embeddings.float(), dim=-1)

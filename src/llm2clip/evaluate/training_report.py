@@ -26,7 +26,7 @@ from llm2clip.evaluate.comparison import (
     get_recalls,
 )
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.encoder_choice import ENCODER_CHOICE_FILE, describe_choice
+from llm2clip.evaluate.encoder_choice import describe_choice, describe_encoder
 from llm2clip.evaluate.metrics import KS, retrieval_metrics, two_way_ranks
 from llm2clip.evaluate.retrieval import RetrievalRanks, rank_caption_fields, read_example_searches
 from llm2clip.evaluate.short_queries import score_short_queries
@@ -45,7 +45,7 @@ from llm2clip.reports import (
     render_markdown,
     write_report,
 )
-from llm2clip.runs.output_folder import CONFIG_FILE, read_metrics
+from llm2clip.runs.output_folder import CONFIG_FILE, ENCODER_CHOICE_FILE, read_metrics
 from llm2clip.runs.ranks import print_once
 from llm2clip.runs.run_description import DURATIONS_FILE, build_run_section, describe_run, format_duration
 
@@ -103,7 +103,7 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
         verdict += f" Before training, it did so for {describe_share(untrained[0]['T2I'][f'R@{K}'])}."
     if trained[0]["images"] < MIN_IMAGES:
         verdict += " To evaluate on other images, list their sources in `--evaluate.data`."
-    if len(cra) == 2 and cra[1]["CRA"] <= cra[0]["CRA"]:
+    if len(cra) == 2 and cra[0]["images"] >= MIN_IMAGES and cra[1]["CRA"] <= cra[0]["CRA"]:
         verdict += (
             f" Tuning did not improve the caption encoder: its CRA was {cra[0]['CRA']:.1f} before and "
             f"{cra[1]['CRA']:.1f} after tuning. Use `--tune.steps 0`, or lower `--tune.lr`."
@@ -153,17 +153,12 @@ def build_summary_table(
     return Table(["held-out images, %", "chance", "before training", "after training"], rows)
 
 
-def describe_encoder(encoder: EncoderConfig) -> str:
-    name = Path(encoder.path).name if Path(encoder.path).exists() else encoder.path
-    return name if encoder.layers is None else f"{name}, first {encoder.layers} layers"
-
-
 def _build_caption_retrieval_section(cra: Sequence[dict[str, Any]], encoder: str) -> list[Block]:
     """Return a report section on the caption encoder. `cra` has one or two results, or none if CRA was not measured."""
     if not cra:
         return [Paragraph("Not measured: too few held-out images have two captions.")]
     rows: list[list[Any]] = [["chance", cra[0]["chance"], None]]
-    for name, metrics in zip((f"{encoder}, untuned", "tuned"), cra, strict=False):
+    for name, metrics in zip((encoder, "after tuning"), cra, strict=False):
         rows.append([name, metrics["CRA"], format_interval(metrics["CRA interval"])])
     header = [f"caption encoder ({format_count(cra[0]['images'], 'image')})", "CRA top-1, %", "95% interval"]
     return [

@@ -24,6 +24,7 @@ CONFIG_FILE = "config.yaml"  # all settings of a run
 CHECKPOINT_PREFIX = "checkpoint-"  # same prefix as in transformers' Trainer
 COMPLETE_MARKER = "complete"  # name of the file in a checkpoint that marks it as complete
 MAX_CHECKPOINTS = 2  # number of checkpoints to keep; older ones are removed
+ENCODER_CHOICE_FILE = "encoder_choice.json"  # written by `fit --encoder.path auto`
 RUN_LOCK = ".run.lock"  # held during all stages of a run; an embedding store also has its own lock
 
 # Kind of folder whose files look like data -> glob patterns. A folder of this kind contains matches for all patterns.
@@ -85,7 +86,8 @@ def folder_lock(folder: Path, name: str = ".lock", timeout: float = 0) -> Iterat
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             advice = "Check the folder's permissions, and delete this file if it is not a regular file"
-            raise OSError(f"cannot lock {folder / name} ({error.strerror}). {advice}") from error
+            message = f"cannot lock {folder / name} ({error.strerror}). {advice}"
+            raise OSError(error.errno, message) from error
     try:
         yield
     finally:

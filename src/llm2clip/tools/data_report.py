@@ -165,7 +165,7 @@ def describe_data(overview: DataOverview) -> str:
     if not statistics.num_images:
         return f"No record has an image: only `tune` and `embed` can use the {format_count(captions, 'caption')}."
     if not captions:
-        return f"{format_count(statistics.num_images, 'image')} without captions, which training needs."
+        return f"{format_count(statistics.num_images, 'image')}, but no captions, which are needed for training."
     if skipped > FIT_MAX_SKIPPED * log.rows_seen:
         [(reason, count)] = log.skipped.most_common(1)
         share = 100 * skipped / log.rows_seen

@@ -141,7 +141,7 @@ def plan_fit(
     The numbers of captions per image, assumed to be distinct, and of tokens per caption, including the template, are
     means.
 
-    `--encoder.path auto` is replaced by the first candidate.
+    For `--encoder.path auto`, the largest candidate is assumed.
 
     Raises:
         ValueError: A model is unknown, a number is not positive, or there are too few images for one step.

@@ -8,7 +8,7 @@ import yaml
 
 from llm2clip.io_utils import atomic_write_text, read_json
 from llm2clip.models.pretrained import ASSETS
-from llm2clip.runs.output_folder import CONFIG_FILE
+from llm2clip.runs.output_folder import CONFIG_FILE, ENCODER_CHOICE_FILE
 
 # Example code for the model card, keyed by `model_type` in config.json.
 USAGE = {
@@ -29,7 +29,7 @@ texts = model.get_text_features(**processor(text=["a long description ..."], pad
 ```""",
 }
 INTRODUCTION = (
-    "This LLM2CLIP model (arXiv 2411.04997) combines a vision tower and a large language model, which is the text "
+    "This LLM2CLIP model (arXiv 2411.04997) combines a vision tower and a pretrained language model, which is the text "
     "tower, in a shared embedding space. You can search images with words, sentences or paragraphs."
 )
 PROVENANCE = (
@@ -115,7 +115,10 @@ def _render_asset_section(run: Path) -> list[str]:
     if not config_file.is_file():
         return []
     config = yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}
-    names = [(config.get("encoder") or {}).get("path"), (config.get("align") or {}).get("tower")]
+    encoder, choice = config.get("encoder") or {}, run / ENCODER_CHOICE_FILE
+    if choice.is_file():
+        encoder = read_json(choice)["encoder"]
+    names = [encoder.get("path"), (config.get("align") or {}).get("tower")]
     lines = []
     for asset in (ASSETS[name] for name in names if name in ASSETS):
         original = f" of {asset.hub_id}" if asset.hub_id else ""
