@@ -126,7 +126,7 @@ def test_fit_report_describes_the_run_and_shows_searches(run: Path) -> None:
     assert "<title>Training results: run</title>" in page and "<details><summary>Settings</summary>" in page
     durations = json.loads((run / "durations.json").read_text())
     assert list(durations) == ["tune", "embed", "align", "evaluate"]
-    assert "<td>tuned</td>" in page and "wrong: " not in page
+    assert "<td>after tuning</td>" in page and "wrong: " not in page
     assert f"llm2clip index PHOTOS --model {run}/model --out {run}/index" in report
     for text in (f"llm2clip {metadata.version('llm2clip')}, ", " UTC, ", "Stages: tune ", "95% interval"):
         assert text in page and text in report
