@@ -6,10 +6,15 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
+from llm2clip.config import EvaluateConfig
+from llm2clip.data.build_table import read_splits
 from llm2clip.data.records import open_records
+from llm2clip.data.skip_log import SkipLog
+from llm2clip.evaluate import encoder_choice
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.text.caption_encoder import CaptionEncoder
+from llm2clip.models.vision.vision_tower import VisionTower
 
 CAPTIONS = ["A dog runs.", "Two children in red coats build a snowman in front of a house.", "一只狗在跑。"]
 
@@ -40,3 +45,17 @@ def test_caption_retrieval_accuracy_of_minilm_on_coco(real_data: Path) -> None:
     assert caption_retrieval_accuracy(captions, encoder, progress=False)["first to second"]["R@1"] == pytest.approx(
         43.9, abs=0.2
     )
+
+
+@pytest.mark.weights
+@pytest.mark.data
+@pytest.mark.parametrize(("column", "chosen"), [("captions", "all-minilm-l6-v2"), ("captions_zh", "smollm2-135m")])
+def test_auto_chooses_the_encoder_that_reads_the_language(
+    column: str, chosen: str, real_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder_choice, "MAX_IMAGES", 300)
+    source = [f"{real_data}/flickr8k/captions.jsonl"]
+    train = read_splits(source, EvaluateConfig(), {"captions": column}, SkipLog(), "unchecked").train
+    tower = VisionTower.from_pretrained("efficientnet-lite0", image_size=96)
+    choice = encoder_choice.choose_candidate(train, tower, encoder_choice.find_candidates())
+    assert choice["encoder"]["path"] == chosen
