@@ -17,7 +17,11 @@ from llm2clip.evaluate.comparison import (
 )
 from llm2clip.evaluate.metrics import retrieval_metrics
 from llm2clip.evaluate.plots import plot_curves, plot_histograms, plot_intervals
-from llm2clip.evaluate.training_report import _build_caption_retrieval_section, describe_distillation
+from llm2clip.evaluate.training_report import (
+    _build_caption_retrieval_section,
+    describe_distillation,
+    describe_useless_tuning,
+)
 from llm2clip.reports import (
     Code,
     Details,
@@ -203,12 +207,21 @@ def test_verdict_of_other_benchmarks_names_the_main_metric(summary: dict[str, An
 
 def test_fit_report_of_an_untuned_encoder_has_no_row_for_the_tuned_one() -> None:
     raw = {"images": 100, "chance": 1.0, "CRA": 42.0, "CRA interval": (32.0, 52.0)}
-    text, table = _build_caption_retrieval_section([raw])
-    assert text == Paragraph(
-        "For 4 of 10 of 100 images, the encoder finds the second caption from the first. The encoder was not tuned."
+    text, table = _build_caption_retrieval_section([raw], "minilm")
+    assert text == Paragraph("For 4 of 10 of 100 images, the encoder finds the second caption from the first.")
+    assert table == Table(table.header, [["chance", 1.0, None], ["minilm", 42.0, "32.0 to 52.0"]])  # type: ignore[union-attr]
+    assert _build_caption_retrieval_section([raw, raw], "minilm")[1].highlight == {2}  # type: ignore[union-attr]
+
+
+def test_fit_report_says_if_tuning_did_not_help() -> None:
+    raw, worse, better = ({"images": 50, "CRA": accuracy} for accuracy in (42.0, 41.0, 43.0))
+    assert describe_useless_tuning([raw, worse]) == (
+        " Tuning did not improve the caption encoder: its CRA was 42.0 before and 41.0 after tuning. Use "
+        "`--tune.steps 0`, or lower `--tune.lr`."
     )
-    assert table == Table(table.header, [["chance", 1.0, None], ["raw", 42.0, "32.0 to 52.0"]])  # type: ignore[union-attr]
-    assert _build_caption_retrieval_section([raw, raw])[1].highlight == {2}  # type: ignore[union-attr]
+    assert describe_useless_tuning([raw, raw])
+    assert describe_useless_tuning([raw, better]) == describe_useless_tuning([raw]) == describe_useless_tuning([]) == ""
+    assert describe_useless_tuning([{**raw, "images": 49}, worse]) == "", "too few images to say so"
 
 
 def test_distillation_verdict_states_quality_and_speed() -> None:

@@ -81,7 +81,7 @@ class TuneConfig:
     """Sources of images whose captions are excluded from tuning. The captions of the run's held-out images are always
     excluded."""
     steps: int = 150
-    """Number of optimizer steps. 0 disables tuning."""
+    """Number of optimizer steps. 0 disables tuning. With --encoder.path auto, `fit` never tunes."""
     batch_size: int = 128
     """Number of text pairs per step and device. All other texts in the batch, across all devices, are negatives. If
     there are too few items to fill a step, each step uses all of them."""

@@ -254,6 +254,7 @@ def choose_encoder(run: Run) -> None:
     is_used = (run.out / "tune/encoder").exists()
     if process_state().is_main_process and file.exists() and not (is_used or read_json(file).items() >= tower.items()):
         file.unlink()  # written by an interrupted run with another vision tower
+        (run.out / "tune/cra_raw.json").unlink(missing_ok=True)
 
     def choose() -> dict[str, Any]:
         parts = run.parts or load_pretrained_parts(config)

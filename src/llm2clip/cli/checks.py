@@ -106,7 +106,7 @@ def resolve_model(name: str) -> str:
 def resolve_encoder(path: str) -> str:
     """Return the encoder of a run directory or llm2clip model, or an existing path or valid encoder name unchanged."""
     if path == AUTO:
-        raise ValueError("--encoder.path auto is only for `fit`: use the path of an encoder, such as RUN/tune/encoder")
+        raise ValueError("only `fit` and `plan` support --encoder.path auto: use an encoder, such as RUN/tune/encoder")
     return _resolve_name(path, "modules.json", ("encoder", "tune/encoder", "text"), ENCODERS)
 
 

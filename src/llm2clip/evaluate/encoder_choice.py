@@ -92,13 +92,15 @@ def choose_candidate(train: RecordTable, tower: VisionTower, candidates: Sequenc
 
 def describe_choice(choice: Mapping[str, Any]) -> str:
     """Describe the result of `choose_candidate`."""
-    chosen = f"Caption encoder: {describe_encoder(EncoderConfig(**choice['encoder']))}, not tuned."
+    chosen = f"Caption encoder: {describe_encoder(EncoderConfig(**choice['encoder']))} (not tuned)."
     if not choice["scores"]:
-        images = format_count(choice["images"], "image")
-        return f"{chosen} It was not compared with others: only {images} were encoded in a minute, not {MIN_IMAGES}."
+        return (
+            f"{chosen} It was not compared with others, because this requires {MIN_IMAGES} images that can be encoded "
+            f"within a minute ({choice['images']:,} were encoded)."
+        )
     (_, score), *others = choice["scores"].items()
     compared = f" ({', '.join(f'{name}: {other:.1%}' for name, other in others)})" if others else ""
-    return f"{chosen} {score:.1%} of each image's nearest neighbours are also nearest neighbours by caption{compared}."
+    return f"{chosen} Agreement between nearest neighbours by image and by caption: {score:.1%}{compared}."
 
 
 def _draw_sample(train: RecordTable) -> list[Record]:

@@ -103,11 +103,7 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
         verdict += f" Before training, it did so for {describe_share(untrained[0]['T2I'][f'R@{K}'])}."
     if trained[0]["images"] < MIN_IMAGES:
         verdict += " To evaluate on other images, list their sources in `--evaluate.data`."
-    if len(cra) == 2 and cra[0]["images"] >= MIN_IMAGES and cra[1]["CRA"] <= cra[0]["CRA"]:
-        verdict += (
-            f" Tuning did not improve the caption encoder: its CRA was {cra[0]['CRA']:.1f} before and "
-            f"{cra[1]['CRA']:.1f} after tuning. Use `--tune.steps 0`, or lower `--tune.lr`."
-        )
+    verdict += describe_useless_tuning(cra)
     page = run_dir / "report.html"
     write_report(page, f"Training results: {run_dir.resolve().name}", verdict, blocks)
     summary = build_summary_table(cra, untrained, trained)
@@ -151,6 +147,17 @@ def build_summary_table(
             chance, *_ = get_recalls(after, direction, " chance")
             rows.append([name, chance, *(get_recalls(row, direction)[0] for row in (before, after))])
     return Table(["held-out images, %", "chance", "before training", "after training"], rows)
+
+
+def describe_useless_tuning(cra: Sequence[Mapping[str, Any]]) -> str:
+    """Return a sentence if the CRA after tuning is not higher than before, and otherwise an empty string."""
+    if len(cra) < 2 or cra[0]["images"] < MIN_IMAGES or cra[1]["CRA"] > cra[0]["CRA"]:
+        return ""
+    before, after = (metrics["CRA"] for metrics in cra)
+    return (
+        f" Tuning did not improve the caption encoder: its CRA was {before:.1f} before and {after:.1f} after tuning. "
+        "Use `--tune.steps 0`, or lower `--tune.lr`."
+    )
 
 
 def _build_caption_retrieval_section(cra: Sequence[dict[str, Any]], encoder: str) -> list[Block]:
