@@ -53,4 +53,4 @@ def page(request: pytest.FixtureRequest, browser: Any, address: str, ready: str)
 
 def wait_until(page: Any, expression: str) -> None:
     """Wait until a JavaScript expression is true. The page's security policy requires a function here."""
-    page.wait_for_function(f"() => {expression}")
+    page.wait_for_function(f"() => {expression}", polling=50)  # the default waits for frames, which popups may not draw
