@@ -246,9 +246,7 @@ def main() -> None:
     parser.add_argument("--captions", choices=["captions", "captions_zh", "captions_de"], default="captions")
     parser.add_argument("--encoder", nargs="+", default=[], metavar="NAME=FOLDER", help="other caption encoders")
     args = parser.parse_args()
-    for encoder in args.encoder:
-        name, folder = encoder.split("=", 1)
-        VARIANTS[name] = Variant(folder)
+    VARIANTS.update((name, Variant(folder)) for name, folder in (encoder.split("=", 1) for encoder in args.encoder))
     if unknown := set(args.only or []) - set(VARIANTS):
         parser.error(f"--only: unknown text towers {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
     run_stage(Benchmark(args.data.resolve(), args.out.resolve(), args.captions), args.stage, args.only)

@@ -34,6 +34,7 @@ from llm2clip.data.noun_phrases import add_phrases
 from llm2clip.data.pairs import read_tuning_sources
 from llm2clip.data.records import TEXT_FIELDS, Record
 from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.retrieval import RetrievalRanks, dual_encoder_from_store, rank_caption_fields
@@ -248,14 +249,22 @@ class Benchmark:
         return [record.captions for record in self.tests[FLICKR]]
 
     def _train(self, name: str, store: EmbeddingStore, config: AlignConfig) -> dict[str, Any]:
-        """Train a model and return its results on all tests. If the tower is trained, the model is saved, too."""
+        kind = "frozen" if config.tower_lr == 0 else "trained"
+        tests = [FLICKR] if VARIANTS[name].is_point else list(self.tests)
+        return self.train_and_test(
+            self.splits.train, store, config, self.out / name / f"align-{kind}-{config.seed}", tests
+        )
+
+    def train_and_test(
+        self, records: RecordTable, store: EmbeddingStore, config: AlignConfig, run_dir: Path, tests: Sequence[str]
+    ) -> dict[str, Any]:
+        """Train a model and return its results. If the tower is trained, the model is saved in `run_dir`, too."""
         is_frozen = config.tower_lr == 0
-        run_dir = self.out / name / f"align-{'frozen' if is_frozen else 'trained'}-{config.seed}"
         features = self.features.folder if is_frozen else None
         model = create_initial_model(config, store)
 
         def run() -> dict[str, Any]:
-            align(self.splits.train, store, model, config, run_dir, self.log, features=features)
+            align(records, store, model, config, run_dir, self.log, features=features)
             return {}
 
         result = run_timed(run, run_dir / "checkpoints")
@@ -266,7 +275,6 @@ class Benchmark:
         else:
             embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), self.log)
             model.save_pretrained(run_dir / "model")
-        tests = [FLICKR] if VARIANTS[name].is_point else list(self.tests)
         return {**result, **self._measure_tests(embeddings, store, tests)}
 
     def _measure_tests(self, embeddings: Any, store: EmbeddingStore, tests: Sequence[str]) -> dict[str, Any]:
