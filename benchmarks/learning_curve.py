@@ -15,7 +15,6 @@ uses 10); 0 trains without it.
 
 import argparse
 import json
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -41,7 +40,6 @@ from text_towers_data import FLICKR, FROZEN, TRAINED, VARIANTS, Benchmark, Varia
 SIZES = (250, 500, 1000, 2000, 4000, 6000)
 SEEDS = (0, 1, 2)
 TEMPERATURE = 0.05  # of STRUCTURE's similarities, as in the paper
-MIN_STEPS = 150  # of a frozen tower's heads, so that few images are seen often enough
 
 
 def structure_loss(original: Tensor, aligned: Tensor) -> Tensor:
@@ -97,11 +95,8 @@ def measure(
         images = images.select(images.count_texts("captions") > 0)
         images = images.select(np.random.default_rng(seed).permutation(len(images))[:size])
         config = replace(TRAINED if trained else FROZEN, seed=seed)
-        steps_per_epoch = size // min(size, config.batch_size)
-        if not trained:
-            config = replace(config, epochs=max(config.epochs, math.ceil(MIN_STEPS / steps_per_epoch)))
+        steps = int(config.epochs * (size // min(size, config.batch_size)))
         store = EmbeddingStore(benchmark.out / name / "store")
-        steps = int(config.epochs * steps_per_epoch)
         with structure_term(structure, steps) if structure else nullcontext():
             return {"steps": steps, **benchmark.train_and_test(images, store, config, run_dir, [FLICKR])}
 
