@@ -113,6 +113,7 @@ class Run:
         self.command, self.sources, self.out, self.config = command, list(sources), out, config
         self.model_dir = out / "model"
         self.parts: PretrainedParts | None = None
+        self.encoders: list[EncoderConfig] | None = None  # candidates of `choose_encoder`
         self.log = SkipLog()
 
     def stage_folder(self, stage: str) -> Path:
@@ -131,7 +132,10 @@ class Run:
         if self.command == "fit":
             self.parts = load_pretrained_parts(self.config.align)
         if self.command in ("fit", "tune") and not (self.stage_folder("tune") / "encoder").exists():
-            check_encoder(self.config.encoder)
+            if self.config.encoder.path == AUTO:
+                self.encoders = find_candidates()
+            else:
+                check_encoder(self.config.encoder)
 
     @cached_property
     def data(self) -> DataSplits:
@@ -258,7 +262,7 @@ def choose_encoder(run: Run) -> None:
 
     def choose() -> dict[str, Any]:
         parts = run.parts or load_pretrained_parts(config)
-        return {**tower, **choose_candidate(run.data.train, parts.tower, find_candidates())}
+        return {**tower, **choose_candidate(run.data.train, parts.tower, run.encoders or find_candidates())}
 
     choice = load_or_compute_json(file, choose)
     run.config = resolve_auto(run.config, EncoderConfig(**choice["encoder"]))
@@ -484,9 +488,6 @@ def _open_skip_log(file: Path | None, max_skipped: float) -> SkipLog:
 
 def check_encoder(config: EncoderConfig) -> None:
     """Raise OSError or ValueError if a caption encoder does not exist, without loading its weights."""
-    if config.path == AUTO:
-        find_candidates()
-        return
     path = resolve_pretrained(config.path)
     if path.endswith(".gguf"):
         resolve_gguf(path)

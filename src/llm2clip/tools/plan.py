@@ -18,7 +18,7 @@ from llm2clip.config import FitConfig
 from llm2clip.cpu_tuning import get_available_memory
 from llm2clip.data.records import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
-from llm2clip.evaluate.encoder_choice import resolve_auto
+from llm2clip.evaluate.encoder_choice import describe_encoder, resolve_auto
 from llm2clip.io_utils import format_bytes, format_count
 from llm2clip.reports import Paragraph, Table, render_text
 from llm2clip.runs.output_folder import MAX_CHECKPOINTS
@@ -204,7 +204,7 @@ def _make_parameter_table(plan: Plan) -> Table:
     text, image = plan.text, plan.image
     tuned = text.trained if plan.config.tune.steps else 0
     rows = [
-        (f"caption encoder {plan.config.encoder.path}", f"{text.parameters:,}", f"{tuned:,}"),
+        (f"caption encoder {describe_encoder(plan.config.encoder)}", f"{text.parameters:,}", f"{tuned:,}"),
         (f"vision tower {plan.config.align.tower}", f"{image.tower:,}", None),
         ("projection", f"{image.projection:,}", None),
         ("adapter", f"{image.adapter:,}", None),
