@@ -78,11 +78,11 @@ class Ablations:
 
     def __init__(self, data: Path, out: Path, steps: int) -> None:
         self.data, self.out, self.steps = data, out / f"{steps}-steps", steps
-        test_paragraphs = islice(self._split_paragraphs("test"), 1000)
+        test_paragraphs = islice(split_paragraphs(data, "test"), 1000)
         self.tests = {
             "COCO": f"{data / 'coco_text/captions.jsonl'}@karpathy_test",
             "paragraphs": str(write_rows_once(self.out / "halves.jsonl", test_paragraphs)),
-            "Chinese": str(write_rows_once(self.out / "chinese.jsonl", self._chinese_pairs())),
+            "Chinese": str(write_rows_once(self.out / "chinese.jsonl", pair_languages(data, "zh"))),
         }
 
     def measure_row(self, name: str) -> list[list[str]]:
@@ -118,7 +118,7 @@ class Ablations:
         if row.captions:
             sources.append(f"{self.data / 'flickr30k_text/captions.jsonl'}@train")
         if row.paragraphs:
-            sources.append(str(write_rows_once(self.out / "paragraphs.jsonl", self._split_paragraphs("val"))))
+            sources.append(str(write_rows_once(self.out / "paragraphs.jsonl", split_paragraphs(self.data, "val"))))
         if row.text_pairs:
             text_pairs.append(str(write_rows_once(self.out / "pairs.jsonl", general_text_pairs())))
         excluded = [f"{self.data / 'flickr8k/captions.jsonl'}@val", str(self.data / "flickr8k_text/captions.jsonl")]
@@ -128,24 +128,27 @@ class Ablations:
             command += ["--tune.text_pairs", json.dumps(text_pairs)]
         return command + row.settings
 
-    def _split_paragraphs(self, split: str) -> Iterator[dict[str, Any]]:
-        """Yield the two halves of each paragraph and, for tuning, also the first sentence and the full paragraph."""
-        for row in read_rows(self.data / "stanford_paragraphs_text/captions.jsonl"):
-            paragraph = row["long_captions"][0]
-            sentences = re.split(r"(?<=[.!?])\s+", paragraph.strip())
-            if len(sentences) < 2 or row["split"] != split:
-                continue
-            middle = len(sentences) // 2
-            first, last = " ".join(sentences[:middle]), " ".join(sentences[middle:])
-            captions: dict[str, Any] = {"captions": [first, last]}
-            if split != "test":
-                captions = {"captions": sentences[:1], "long_captions": [first, last, paragraph]}
-            yield {"id": row["id"], **captions}
 
-    def _chinese_pairs(self) -> Iterator[dict[str, Any]]:
-        for row in read_rows(self.data / "flickr8k_text/captions.jsonl"):
-            if row.get("captions_zh"):
-                yield {"id": row["id"], "captions": [row["captions_zh"][0], row["captions"][0]]}
+def split_paragraphs(data: Path, split: str) -> Iterator[dict[str, Any]]:
+    """Yield the two halves of each paragraph and, for tuning, also the first sentence and the full paragraph."""
+    for row in read_rows(data / "stanford_paragraphs_text/captions.jsonl"):
+        paragraph = row["long_captions"][0]
+        sentences = re.split(r"(?<=[.!?])\s+", paragraph.strip())
+        if len(sentences) < 2 or row["split"] != split:
+            continue
+        middle = len(sentences) // 2
+        first, last = " ".join(sentences[:middle]), " ".join(sentences[middle:])
+        captions: dict[str, Any] = {"captions": [first, last]}
+        if split != "test":
+            captions = {"captions": sentences[:1], "long_captions": [first, last, paragraph]}
+        yield {"id": row["id"], **captions}
+
+
+def pair_languages(data: Path, language: str) -> Iterator[dict[str, Any]]:
+    """Yield a caption in another language and an English caption of each image in Flickr8k's test split."""
+    for row in read_rows(data / "flickr8k_text/captions.jsonl"):
+        if row.get(f"captions_{language}"):
+            yield {"id": row["id"], "captions": [row[f"captions_{language}"][0], row["captions"][0]]}
 
 
 def general_text_pairs() -> Iterator[dict[str, Any]]:
