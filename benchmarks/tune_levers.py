@@ -40,6 +40,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import open_encoder
 from llm2clip.runs.ranks import load_or_compute_json
 from llm2clip.train import tune as tune_module
+from llm2clip.train.losses import info_nce
 from measurements import Timer
 from reproduce_claims import bootstrap_interval
 from shared import read_rows
@@ -75,6 +76,7 @@ LEVERS = {
     "groups of 64": Lever({"hard_negative_group_size": 64}),
     "random negatives": Lever({"hard_negative_group_size": 1}),
     "all captions": Lever(all_captions=True),
+    "one to all": Lever(loss={"one to all": 1.0}, all_captions=True),
     "mined negatives": Lever(is_mined=True),
     "hardness": Lever(loss={"hardness": 5.0}),
     "margin": Lever(loss={"margin": 0.1}),
@@ -114,6 +116,8 @@ class LeverLoss(tune_module.PairLoss):
 
     def _compute_loss(self, embeddings: Tensor, pairs: int, text_ids: Tensor) -> Tensor:
         unit, weights = F.normalize(embeddings, dim=-1), self.lever.loss
+        if "one to all" in weights:
+            return one_to_all_loss(unit, pairs, self.scale, text_ids)
         if self.lever.all_captions:
             return multi_positive_loss(unit, pairs, self.scale)
         if not weights:
@@ -158,6 +162,14 @@ def multi_positive_loss(unit: Tensor, images: int, scale: float) -> Tensor:
     negatives = logits.masked_fill(same, -torch.inf).logsumexp(1, keepdim=True)
     losses = F.softplus(negatives - logits)  # -log(exp(p) / (exp(p) + sum exp(n)))
     return losses[same & ~torch.eye(len(unit), dtype=torch.bool)].mean()
+
+
+def one_to_all_loss(unit: Tensor, images: int, scale: float, text_ids: Tensor) -> Tensor:
+    """InfoNCE between the first caption of each image and its other captions, as between an image and its captions."""
+    extra = (len(unit) - 2 * images) // images
+    first = torch.arange(images)
+    image_of_text, order = torch.cat([first, first.repeat_interleave(extra)]).sort(stable=True)
+    return info_nce(unit[:images], unit[images:][order], scale, image_of_text, text_ids[images:][order])
 
 
 class TextCollator(tune_module.PairCollator):
