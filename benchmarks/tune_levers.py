@@ -75,6 +75,7 @@ LEVERS = {
     "batch 512": Lever({"batch_size": 512, "grad_cache": True}),
     "groups of 64": Lever({"hard_negative_group_size": 64}),
     "random negatives": Lever({"hard_negative_group_size": 1}),
+    "all negatives": Lever(loss={"all negatives": 1.0}),
     "all captions": Lever(all_captions=True),
     "one to all": Lever(loss={"one to all": 1.0}, all_captions=True),
     "mined negatives": Lever(is_mined=True),
@@ -118,7 +119,7 @@ class LeverLoss(tune_module.PairLoss):
         unit, weights = F.normalize(embeddings, dim=-1), self.lever.loss
         if "one to all" in weights:
             return one_to_all_loss(unit, pairs, self.scale, text_ids)
-        if self.lever.all_captions:
+        if self.lever.all_captions or "all negatives" in weights:
             return multi_positive_loss(unit, pairs, self.scale)
         if not weights:
             return super()._compute_loss(embeddings, pairs, text_ids)

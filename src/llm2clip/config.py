@@ -85,9 +85,6 @@ class TuneConfig:
     batch_size: int = 128
     """Number of text pairs per step and device. All other texts in the batch, across all devices, are negatives. If
     there are too few items to fill a step, each step uses all of them."""
-    captions_per_image: int = 2
-    """Maximum number of captions per image and step. One of them must retrieve each of the others, and vice versa. With
-    5, a step takes about 2.5 times as long as with 2, and CRA improves a little more than with 2.5 times the steps."""
     hard_negative_group_size: int = 1
     """Number of images with similar captions that are grouped together in a batch as hard negatives. 32 works well for
     tens of thousands of images. With millions of images, the groups would contain near-duplicates, which would become
@@ -127,7 +124,6 @@ class TuneConfig:
     """Seed for pair sampling, LoRA initialisation and dropout."""
 
     def __post_init__(self) -> None:
-        require_at_least(2, self, "tune", "captions_per_image")
         require_at_least(1, self, "tune", "batch_size", "hard_negative_group_size", "batch_tokens", "save_steps")
         require_at_least(0, self, "tune", "steps", "lr", "lora_r", "seed")
         require_fraction(self, "tune", "warmup_ratio", "lora_dropout")

@@ -48,11 +48,10 @@ class Pair:
     positive: str  # text with the same meaning as the anchor, or an answer to it
     negatives: tuple[str, ...] = ()  # known hard negatives
     instruction: str = ""  # text prepended to the anchor and excluded from pooling
-    more_positives: tuple[str, ...] = ()  # other captions of the same image
 
     @property
     def texts(self) -> tuple[str, ...]:
-        return (self.anchor, self.positive, *self.more_positives)
+        return (self.anchor, self.positive)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,12 +297,7 @@ def _list_texts(value: Any) -> list[str]:
 
 
 def iter_pair_batches(
-    sources: Sequence[Sequence[TuningItem]],
-    batch_size: int,
-    steps: int,
-    seed: int,
-    hard_negative_group_size: int = 1,
-    captions_per_image: int = 2,
+    sources: Sequence[Sequence[TuningItem]], batch_size: int, steps: int, seed: int, hard_negative_group_size: int = 1
 ) -> Iterator[list[Pair]]:
     """Yield `steps` batches of `batch_size` pairs. Images without two different captions are ignored.
 
@@ -312,7 +306,6 @@ def iter_pair_batches(
     conflicts is deferred to the next batch. Each pass over a source draws a new order and new pairs.
 
     `hard_negative_group_size` is the number of items per group of similar captions; see `draw_grouped_permutation`.
-    `captions_per_image` is the maximum number of captions in a pair; see `draw_pair`.
 
     Raises:
         ValueError: A source has fewer usable items than a batch needs.
@@ -320,7 +313,7 @@ def iter_pair_batches(
     if any(not items for items in sources):
         raise ValueError("a source has no captions or pairs to tune on")
     batches = [
-        _draw_batches(items, batch_size, steps, seed + index, hard_negative_group_size, captions_per_image)
+        _draw_batches(items, batch_size, steps, seed + index, hard_negative_group_size)
         for index, items in enumerate(sources)
     ]
     num_items = np.array([float(len(items)) for items in sources])
@@ -377,20 +370,11 @@ def can_pair(captions: ImageCaptions) -> bool:
     return len(set(captions.texts)) > 1
 
 
-def draw_pair(captions: ImageCaptions, rng: np.random.Generator, captions_per_image: int = 2) -> Pair:
-    """Draw two different captions of an image, then others as `more_positives`, up to `captions_per_image` in total.
+def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
+    """Draw two different captions of an image.
 
     The kind of pair is drawn first: short and short, short and long, or long and long, each equally likely.
     """
-    pair = _draw_two(captions, rng)
-    if captions_per_image == 2:
-        return pair
-    others = [text for text in dict.fromkeys(captions.texts) if text not in pair.texts]
-    chosen = rng.permutation(len(others))[: captions_per_image - 2]
-    return replace(pair, more_positives=tuple(others[n] for n in chosen))
-
-
-def _draw_two(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
     kinds = _list_pair_kinds(captions)
     chosen = 0
     if len(kinds) > 1:
@@ -433,7 +417,7 @@ def _list_pair_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]
 
 
 def _draw_batches(
-    items: Sequence[TuningItem], batch_size: int, steps: int, seed: int, group_size: int, captions_per_image: int
+    items: Sequence[TuningItem], batch_size: int, steps: int, seed: int, group_size: int
 ) -> Iterator[list[Pair]]:
     usable = select_pairable_items(items, batch_size)
     rng = np.random.default_rng(seed)
@@ -458,8 +442,8 @@ def _draw_batches(
                 waiting, deferred = deferred, []
                 entry = waiting.pop()
             index, item = entry
-            pair = item if isinstance(item, Pair) else draw_pair(item, rng, captions_per_image)
-            if index in used_items or not used_texts.isdisjoint(pair.texts):
+            pair = item if isinstance(item, Pair) else draw_pair(item, rng)
+            if index in used_items or pair.anchor in used_texts or pair.positive in used_texts:
                 deferred.append(entry)
                 num_conflicts += 1
                 if num_conflicts > 10 * len(usable):

@@ -59,7 +59,6 @@ PAIR_SCHEMA = pa.schema(
         ("positive", pa.string()),
         ("negatives", pa.list_(pa.string())),
         ("instruction", pa.string()),
-        ("more_positives", pa.list_(pa.string())),
     ]
 )
 
@@ -113,11 +112,7 @@ def _sample_pairs(
             print_once(
                 f"Too little data for {config.batch_size * world_size:,} pairs per step: using {pairs_per_step:,}"
             )
-    options = {
-        "seed": config.seed,
-        "hard_negative_group_size": config.hard_negative_group_size,
-        "captions_per_image": config.captions_per_image,
-    }
+    options = {"seed": config.seed, "hard_negative_group_size": config.hard_negative_group_size}
     batches = iter_pair_batches(sources, pairs_per_step, config.steps, **options)
     pairs = pa.Table.from_batches(
         (pa.RecordBatch.from_pylist(list(map(asdict, batch)), PAIR_SCHEMA) for batch in batches), PAIR_SCHEMA
@@ -178,7 +173,7 @@ def _train(
     args = _make_training_arguments(config, run_dir, precision, batch_size)
     keep_freed_memory(args.device)
     rows = (row for batch in pairs.to_batches() for row in batch.to_pylist())
-    texts = (text for r in rows for text in (r["instruction"], r["anchor"], *list_positives(r), *r["negatives"]))
+    texts = (text for r in rows for text in (r["instruction"], r["anchor"], r["positive"], *r["negatives"]))
     signature = {
         "steps": config.steps,
         "pairs per step": pairs_per_step,
@@ -271,74 +266,55 @@ def pair_loss(
     negatives: Tensor | None = None,
     symmetric: bool = True,
     gather: bool = True,
-    pair_of_positive: Tensor | None = None,
 ) -> Tensor:
     """Compute InfoNCE over text pairs. Each anchor must retrieve its positive from all positives and hard negatives.
 
-    An anchor with several positives must retrieve each of them, and its other positives are not used as negatives.
-    Neither are candidates that are identical to the anchor or its positive. In a distributed run, the candidates of all
-    ranks are gathered with gradients. Averaged over ranks, as in DDP, the gradients equal those of a single process
-    with the complete batch.
+    Candidates that are identical to the anchor or its positive are not used as negatives. In a distributed run, the
+    candidates of all ranks are gathered with gradients. Averaged over ranks, as in DDP, the gradients equal those of a
+    single process with the complete batch.
 
     Args:
-        anchor: Embeddings of this rank's anchors, of shape (N, D), L2-normalised. N must be the same on all ranks.
-        positive: Embeddings of the anchors' positives, of shape (P, D), L2-normalised.
+        anchor, positive: Embeddings of this rank's pairs, of shape (N, D), L2-normalised. Row i of `anchor` and row i
+            of `positive` form a pair. N must be the same on all ranks.
         scale: Factor applied to the cosine similarities (1 / temperature).
-        text_ids: Text ids of the anchors, positives and negatives, in this order, of shape (N + P + M,), int64.
-            Identical texts must have the same id.
+        text_ids: Text ids of the anchors, positives and negatives, in this order, of shape (2 N + M,), int64. Identical
+            texts must have the same id.
         negatives: Embeddings of the hard negatives, of shape (M, D), L2-normalised. Each is a negative for all anchors.
-            M may differ between ranks, and so may P.
+            M may differ between ranks.
         symmetric: If True, each positive must also retrieve its anchor from all anchors.
         gather: If True, use the candidates of all ranks; all ranks must then call this function.
-        pair_of_positive: Index of each positive's anchor, of shape (P,), int64. Every anchor must have at least one
-            positive. If None, positive i belongs to anchor i.
 
     Returns:
-        The loss as a float32 scalar, averaged over the positives of each anchor, over this rank's anchors and, if
-        symmetric, over both directions.
+        The loss as a float32 scalar, averaged over this rank's pairs and, if symmetric, over both directions.
     """
-    n, device = len(anchor), anchor.device
+    n = len(anchor)
     if negatives is None:
         negatives = anchor[:0]
-    if pair_of_positive is None:
-        pair_of_positive = torch.arange(n, device=device)
     anchor, positive, negatives = anchor.float(), positive.float(), negatives.float()
-    anchor_ids, positive_ids, negative_ids = text_ids.split([n, len(positive), len(negatives)])
-    count = torch.zeros(n, device=device).index_add_(0, pair_of_positive, torch.ones(len(positive), device=device))
-    weight = 1 / (n * count[pair_of_positive])  # of each positive
+    anchor_ids, positive_ids, negative_ids = text_ids[:n], text_ids[n : 2 * n], text_ids[2 * n :]
 
     # Gather the texts of all ranks.
-    anchors = RaggedGather(n, device, gather)
-    positives = RaggedGather(len(positive), device, gather)
-    extra = RaggedGather(len(negatives), device, gather)
-    pair = pair_of_positive + anchors.offset  # index of each positive's anchor among the anchors of all ranks
-    all_anchors = anchors.gather(anchor, gradients=True)
-    all_anchor_ids = anchors.gather(anchor_ids)
-    candidates = torch.cat([positives.gather(positive, gradients=True), extra.gather(negatives, gradients=True)])
-    candidate_ids = torch.cat([positives.gather(positive_ids), extra.gather(negative_ids)])
-    pair_of_candidate = F.pad(positives.gather(pair), (0, extra.total_size), value=-1)
-    query, query_ids = anchor[pair_of_positive], anchor_ids[pair_of_positive]
+    pairs = RaggedGather(n, anchor.device, gather)
+    extra = RaggedGather(len(negatives), anchor.device, gather)
+    all_anchors, all_positives = pairs.gather(anchor, gradients=True), pairs.gather(positive, gradients=True)
+    all_negatives = extra.gather(negatives, gradients=True)
+    all_anchor_ids, all_positive_ids = pairs.gather(anchor_ids), pairs.gather(positive_ids)
+    candidate_ids = torch.cat([all_positive_ids, extra.gather(negative_ids)])
+    target = torch.arange(n, device=anchor.device) + pairs.offset  # index of each pair among the pairs of all ranks
 
-    def retrieval_loss(query: Tensor, items: Tensor, item_ids: Tensor, pair_of_item: Tensor, target: Tensor) -> Tensor:
-        """Return the cross-entropy loss of retrieving the target item of each of the P queries."""
-        excluded = (item_ids[None, :] == query_ids[:, None]) | (item_ids[None, :] == positive_ids[:, None])
-        excluded |= pair_of_item[None, :] == pair[:, None]
+    def retrieval_loss(query: Tensor, query_ids: Tensor, answer_ids: Tensor, items: Tensor, item_ids: Tensor) -> Tensor:
+        """Return the cross-entropy loss of retrieving each query's target item."""
+        excluded = (item_ids[None, :] == query_ids[:, None]) | (item_ids[None, :] == answer_ids[:, None])
         excluded = excluded.scatter(1, target[:, None], False)  # never exclude the target itself
-        logits = (scale * query @ items.T).masked_fill(excluded, -torch.inf)  # (queries, items)
-        return (weight * F.cross_entropy(logits, target, reduction="none")).sum()
+        logits = scale * query @ items.T  # (queries, items)
+        return F.cross_entropy(logits.masked_fill(excluded, -torch.inf), target)
 
-    with torch.autocast(device.type, enabled=False):
-        target = torch.arange(len(positive), device=device) + positives.offset
-        loss = retrieval_loss(query, candidates, candidate_ids, pair_of_candidate, target)
+    with torch.autocast(anchor.device.type, enabled=False):
+        candidates = torch.cat([all_positives, all_negatives])
+        loss = retrieval_loss(anchor, anchor_ids, positive_ids, candidates, candidate_ids)
         if symmetric:
-            pair_of_anchor = torch.arange(len(all_anchors), device=device)
-            loss = (loss + retrieval_loss(positive, all_anchors, all_anchor_ids, pair_of_anchor, pair)) / 2
+            loss = (loss + retrieval_loss(positive, positive_ids, anchor_ids, all_anchors, all_anchor_ids)) / 2
     return loss
-
-
-def list_positives(row: dict[str, Any]) -> list[str]:
-    """Return all positives of a pair."""
-    return [row["positive"], *row["more_positives"]]
 
 
 @dataclass
@@ -350,8 +326,7 @@ class PairCollator(SentenceTransformerDataCollator):
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         anchors = [row["anchor"] for row in rows]
-        positives = [list_positives(row) for row in rows]
-        others = [text for texts in positives for text in texts]
+        others = [row["positive"] for row in rows]
         others += [text for row in rows for text in row["negatives"]]
         instructions = [row["instruction"] for row in rows] + [""] * len(others)
         tokenized = self.preprocess_fn(anchors + others, instructions)
@@ -359,7 +334,6 @@ class PairCollator(SentenceTransformerDataCollator):
             "tokens": tokenized.ids,
             "prompt_lengths": tokenized.prompt_lengths,
             "text_ids": torch.tensor([make_text_key(text) for text in anchors + others]),
-            "pair_of_positive": torch.arange(len(rows)).repeat_interleave(torch.tensor(list(map(len, positives)))),
             "pairs": len(rows),
         }
 
@@ -407,12 +381,7 @@ class PairLoss(nn.Module):
             passes += [lambda: (last_pass()[0][:0],)] * (most_passes - len(passes))
 
         def loss_function(embeddings: Tensor) -> Tensor:
-            return self._compute_loss(
-                embeddings[order],
-                batch["pairs"],
-                batch["text_ids"].to(embeddings.device),
-                batch["pair_of_positive"].to(embeddings.device),
-            )
+            return self._compute_loss(embeddings[order], batch["pairs"], batch["text_ids"].to(embeddings.device))
 
         # With a single pass, gradient caching would only repeat this pass. Caching changes the order of collective
         # operations, so all ranks must make the same choice.
@@ -423,10 +392,7 @@ class PairLoss(nn.Module):
     def _encode(self, tokens: list[list[int]], prompt_length: int) -> tuple[Tensor]:
         return (self.model(self._encoder[0].collate(tokens, prompt_length))["sentence_embedding"].float(),)
 
-    def _compute_loss(self, embeddings: Tensor, pairs: int, text_ids: Tensor, pair_of_positive: Tensor) -> Tensor:
+    def _compute_loss(self, embeddings: Tensor, pairs: int, text_ids: Tensor) -> Tensor:
         unit = F.normalize(embeddings, dim=-1)
-        positives = len(pair_of_positive)
-        anchor, positive, negatives = unit.split([pairs, positives, len(unit) - pairs - positives])
-        return pair_loss(
-            anchor, positive, self.scale, text_ids, negatives, self.symmetric, pair_of_positive=pair_of_positive
-        )
+        anchor, positive, negatives = unit[:pairs], unit[pairs : 2 * pairs], unit[2 * pairs :]
+        return pair_loss(anchor, positive, self.scale, text_ids, negatives, self.symmetric)
