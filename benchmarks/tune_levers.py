@@ -63,7 +63,7 @@ class Lever:
     settings: dict[str, Any] = field(default_factory=dict)  # of `TuneConfig`
     loss: dict[str, float] = field(default_factory=dict)  # weights of the terms in `LeverLoss`
     all_captions: bool = False  # all five captions of an image are in the batch
-    is_mined: bool = False  # hard negatives are mined with the encoder that `base` has tuned
+    miner: str = ""  # encoder that mines hard negatives: a start, or "base" for the one that `base` has tuned
     is_averaged: bool = False  # the result is an exponential moving average of the weights
     halfway: bool = False  # no tuning: the weights are halfway between the start's and those that `base` has tuned
 
@@ -78,13 +78,15 @@ LEVERS = {
     "all negatives": Lever(loss={"all negatives": 1.0}),
     "all captions": Lever(all_captions=True),
     "one to all": Lever(loss={"one to all": 1.0}, all_captions=True),
-    "mined negatives": Lever(is_mined=True),
+    "mined negatives": Lever(miner="base"),
     "hardness": Lever(loss={"hardness": 5.0}),
     "margin": Lever(loss={"margin": 0.1}),
     "orthogonal": Lever(loss={"orthogonal": 1.0}),
     "average": Lever(is_averaged=True),
     "halfway": Lever(halfway=True),
     "distill": Lever(loss={"distill": 1.0}),
+    "combined": Lever(loss={"hardness": 5.0}, all_captions=True, miner="minilm"),
+    "captions and mined": Lever(all_captions=True, miner="minilm"),
 }
 
 
@@ -120,7 +122,7 @@ class LeverLoss(tune_module.PairLoss):
         if "one to all" in weights:
             return one_to_all_loss(unit, pairs, self.scale, text_ids)
         if self.lever.all_captions or "all negatives" in weights:
-            return multi_positive_loss(unit, pairs, self.scale)
+            return multi_positive_loss(unit, pairs, self.scale, weights.get("hardness", 0.0))
         if not weights:
             return super()._compute_loss(embeddings, pairs, text_ids)
         cosines = unit[:pairs] @ unit[pairs : 2 * pairs].T  # (pairs, pairs)
@@ -153,14 +155,15 @@ class LeverLoss(tune_module.PairLoss):
         return (losses[0] + losses[1]) / 2
 
 
-def multi_positive_loss(unit: Tensor, images: int, scale: float) -> Tensor:
+def multi_positive_loss(unit: Tensor, images: int, scale: float, hardness: float = 0.0) -> Tensor:
     """InfoNCE in which each caption must retrieve each other caption of its image from the captions of other images."""
     extra = (len(unit) - 2 * images) // images
     first = torch.arange(images)
     image_of_text = torch.cat([first, first, first.repeat_interleave(extra)])
     same = image_of_text[:, None] == image_of_text[None, :]
-    logits = scale * unit @ unit.T
-    negatives = logits.masked_fill(same, -torch.inf).logsumexp(1, keepdim=True)
+    cosines = unit @ unit.T
+    logits = scale * cosines
+    negatives = (logits + hardness * cosines.detach()).masked_fill(same, -torch.inf).logsumexp(1, keepdim=True)
     losses = F.softplus(negatives - logits)  # -log(exp(p) / (exp(p) + sum exp(n)))
     return losses[same & ~torch.eye(len(unit), dtype=torch.bool)].mean()
 
@@ -267,8 +270,9 @@ class Screen:
             )
             if lever.all_captions:
                 stack.enter_context(patch.object(pair_data, "draw_pair", draw_all))
-            if lever.is_mined:
-                stack.enter_context(patch.object(pair_data, "compute_caption_vectors", self._compute_vectors))
+            if lever.miner:
+                mine = partial(self._compute_vectors, lever.miner)
+                stack.enter_context(patch.object(pair_data, "compute_caption_vectors", mine))
             yield
 
     def _read_items(self, lever: Lever) -> list[Sequence[Any]]:
@@ -282,10 +286,11 @@ class Screen:
             return [[item for item in items if len(set(item.short)) == 5]]
         return [items]
 
-    def _compute_vectors(self, captions: Any) -> np.ndarray:
-        """Return the mean embedding of each image's first two captions, from the encoder that `base` has tuned."""
+    def _compute_vectors(self, miner: str, captions: Any) -> np.ndarray:
+        """Return the mean embedding of each image's first two captions."""
         captions = [texts[:2] for texts in captions]
-        encoder = open_encoder(EncoderConfig(str(self.out / "base/encoder")), "cpu")
+        config = EncoderConfig(str(self.out / "base/encoder")) if miner == "base" else STARTS[miner][0]
+        encoder = open_encoder(config, "cpu")
         embeddings = F.normalize(encoder.encode([t for texts in captions for t in texts], progress=True), dim=-1)
         means = torch.stack([each.mean(0) for each in embeddings.split([len(texts) for texts in captions])])
         return F.normalize(means - means.mean(0), dim=-1).numpy()
