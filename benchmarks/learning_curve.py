@@ -134,7 +134,8 @@ def write_results(out: Path, names: Sequence[str], sizes: Sequence[int]) -> None
                     else:
                         row.append("–")
                 rows.append(row)
-                curves.setdefault(name + suffix, []).append(bootstrap_interval(hits))
+                if "structure" not in suffix:  # these curves would overlap
+                    curves.setdefault(name + suffix, []).append(bootstrap_interval(hits))
     header = ["text tower", "images", "seeds", "mean R@1", f"difference from {names[0]}", "difference from plain"]
     write_table(out / "curve.md", header, rows)
     complete = {name: points for name, points in curves.items() if len(points) == len(sizes)}
