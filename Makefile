@@ -1,15 +1,21 @@
-# PYTHON creates the virtual environment in VENV.
+# PYTHON creates the virtual environments: VENV, and those with a suffix, such as VENV-tools.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+PIP_INSTALL := pip install --quiet --progress-bar off
 
-.PHONY: quickstart test check docs clean
+.PHONY: quickstart test test-lowest check check-workflows docs wheel test-wheel clean
 
 quickstart: $(VENV)/quickstart
 	$(BIN)/llm2clip quickstart --out runs/quickstart
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/$(PYTEST)
+
+# Run the tests with the minimum versions in pyproject.toml.
+test-lowest: $(VENV)-lowest/ready
+	$(VENV)-lowest/bin/$(PYTEST)
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -17,18 +23,55 @@ check: $(VENV)/ready
 	$(BIN)/mypy
 	@report=$$($(BIN)/lint-imports) || { echo "$$report"; exit 1; }
 
+# Check the workflows for vulnerabilities, the container file for errors, and YAML files against their schemas.
+check-workflows: $(VENV)-tools/ready
+	$(VENV)-tools/bin/zizmor --offline --quiet .github
+	$(VENV)-tools/bin/hadolint deploy/Containerfile
+	$(VENV)-tools/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)-tools/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(VENV)-tools/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(VENV)-tools/bin/check-jsonschema --builtin-schema vendor.github-issue-forms \
+	  $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(VENV)-tools/bin/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
+	$(VENV)-tools/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
 docs: $(VENV)/ready
 	$(BIN)/mkdocs build --quiet
 
+# Build the source distribution, and from it the wheel, in dist/.
+wheel: $(VENV)-tools/ready
+	rm -rf dist
+	$(VENV)-tools/bin/python -m build
+	$(VENV)-tools/bin/twine check --strict dist/*
+
+# Install the wheel from dist/ in an empty environment, and run it outside this folder.
+test-wheel:
+	rm -rf $(VENV)-wheel
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/$(PIP_INSTALL) dist/*.whl
+	cd / && $(abspath $(VENV)-wheel)/bin/llm2clip configs cpu > /dev/null
+	cd / && $(abspath $(VENV)-wheel)/bin/llm2clip doctor
+
 $(VENV)/quickstart: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --progress-bar off -e '.[quickstart]'
+	$(BIN)/$(PIP_INSTALL) -e '.[quickstart]'
 	touch $@
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --progress-bar off -e '.[dev]'
+	$(BIN)/$(PIP_INSTALL) -e '.[dev]'
+	touch $@
+
+$(VENV)-lowest/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/$(PIP_INSTALL) uv
+	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest --resolution lowest-direct -e '.[dev]'
+	touch $@
+
+$(VENV)-tools/ready: .github/requirements.txt
+	$(PYTHON) -m venv $(VENV)-tools
+	$(VENV)-tools/bin/$(PIP_INSTALL) -r $<
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-tools $(VENV)-wheel dist runs

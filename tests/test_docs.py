@@ -1,11 +1,13 @@
-"""Every command and link in the README and the documentation is valid."""
+"""Commands and links in the documentation, and commands in the deployment files and workflows, are valid."""
 
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from llm2clip.cli import build_parser
 
@@ -67,12 +69,31 @@ def test_files_in_contributing_exist() -> None:
     assert [n for n in names if not any((root / n).exists() for root in (ROOT, ROOT / "src/llm2clip"))] == []
 
 
-def test_service_and_container_start_the_server_with_valid_options() -> None:
-    """The commands in deploy/ are accepted by the command line."""
+def test_deployment_files_run_valid_commands() -> None:
+    """The command line accepts the commands of the systemd unit, the container image and the compose services."""
     service = (ROOT / "deploy/llm2clip@.service").read_text()
-    (command,) = re.findall(r"^ExecStart=\S+/llm2clip (.+)$", service.replace("%i", "7860"), re.MULTILINE)
+    (service_command,) = re.findall(r"^ExecStart=\S+/llm2clip (.+)$", service.replace("%i", "7860"), re.MULTILINE)
     containerfile = (ROOT / "deploy/Containerfile").read_text()
-    (arguments,) = re.findall(r"^CMD (\[.+\])$", containerfile, re.MULTILINE)
+    (container_command,) = re.findall(r"^CMD (\[.+\])$", containerfile, re.MULTILINE)
+    services = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())["services"]
     parser, _ = build_parser()
-    for argv in (command.split(), json.loads(arguments)):
+    for argv in (service_command.split(), json.loads(container_command), services["serve"]["command"]):
         assert parser.parse_args(argv).serve.index
+    assert parser.parse_args(services["index"]["command"]).index.out == services["serve"]["command"][1]
+
+
+def test_containers_install_extras_of_the_package() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installed = re.findall(r"^ARG EXTRAS=(.+)$", (ROOT / "deploy/Containerfile").read_text(), re.MULTILINE)
+    assert len(installed) == 2
+    for names in installed:
+        assert set(names.split(",")) <= extras.keys()
+
+
+def test_workflows_run_make_targets_and_all_checks_of_the_ci_script() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
+    workflow_targets = {step.removeprefix("make ") for step in steps if step.startswith("make ")}
+    script_targets = set(re.findall(r"^make (\S+)$", (ROOT / ".ci/run").read_text(), re.MULTILINE))
+    assert script_targets <= workflow_targets <= targets
