@@ -712,13 +712,13 @@ def test_ref_from_json_rejects_unknown_types() -> None:
         ref_from_json('["Popen", {}]')
 
 
-@pytest.mark.parametrize("version", [1, 99])
-def test_sqlite_backend_rejects_other_format_versions(version: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("version", "advice"), [(1, "Build a new index"), (99, "Update llm2clip")])
+def test_sqlite_backend_rejects_other_format_versions(version: int, advice: str, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "index.sqlite") as db:
         db.execute(f"PRAGMA user_version = {version}")
     db.close()
     for write in (False, True):
-        with pytest.raises(FormatVersionError, match=rf"format version {version}, but.* version 2.*`llm2clip index`"):
+        with pytest.raises(FormatVersionError, match=rf"format version {version}, but.* version 2\. {advice}"):
             SqliteBackend(tmp_path, write)
 
 
