@@ -157,6 +157,21 @@ def test_open_index_is_used_until_the_index_that_replaces_it_has_a_model(
     assert search_names(reader) == search_names(new) != old
 
 
+def test_index_that_was_replaced_with_a_newer_format_is_not_read(tmp_path: Path) -> None:
+    for name in ("index", "newer"):
+        SqliteBackend(tmp_path / name, write=True).initialize({"model": "m", "fingerprint": "f", "embed_dim": 4})
+    reader = SqliteBackend(tmp_path / "index")
+    gc.collect()  # closes the writers
+    with sqlite3.connect(tmp_path / "newer/index.sqlite") as db:
+        db.execute("ALTER TABLE contents RENAME TO renamed")
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    shutil.rmtree(tmp_path / "index")
+    (tmp_path / "newer").rename(tmp_path / "index")
+    with pytest.raises(IndexUnavailableError, match="replaced with an index of a different model or format"):
+        reader.count()
+
+
 def test_vectors_stay_in_memory_if_new_ones_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = SqliteBackend(tmp_path, write=True)
     backend.initialize({"model": "m", "embed_dim": 4})

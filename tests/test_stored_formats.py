@@ -171,9 +171,7 @@ def test_newer_format_is_rejected_and_left_unchanged(
     path = shutil.copytree(newest, tmp_path / "newer") / file
     set_version(path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    message = (
-        rf"/{file} has format version 99, but llm2clip {__version__} reads only format version \d\. Update llm2clip"
-    )
+    message = rf"/{file} has format version 99, but .* reads only format version \d\. Update llm2clip: pip install"
     with pytest.raises(FormatVersionError, match=message):
         open_file(path.parent)
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}

@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from llm2clip import __version__
 from llm2clip.config import RESUME_SAFE
 from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, explain_write_errors, hide_url_secrets
 
@@ -50,7 +49,7 @@ def check_format_version(path: str | Path, version: object, supported: int, advi
     if isinstance(version, int) and version > supported:
         advice = "Update llm2clip: pip install --upgrade llm2clip"
     raise FormatVersionError(
-        f"{path} has {actual}, but llm2clip {__version__} reads only format version {supported}. {advice}"
+        f"{path} has {actual}, but this version of llm2clip reads only format version {supported}. {advice}"
     )
 
 
