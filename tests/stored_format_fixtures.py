@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sqlite3
+import subprocess
 import sys
 import tempfile
 from contextlib import closing
@@ -30,7 +31,7 @@ from llm2clip.caption.options import CaptionOptions, Prompt
 from llm2clip.caption.run import caption_images
 from llm2clip.config import DistillConfig, FitConfig
 from llm2clip.data.images import load_image
-from llm2clip.models.dual_encoder import open_dual_encoder
+from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.export import export_model
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
@@ -38,11 +39,14 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.checkpoint import Checkpoints, save_training_state
 from llm2clip.runs.output_folder import save_or_check_config
+from llm2clip.search.backends import open_backend
 from llm2clip.store.encode import embed
 from llm2clip.train.distill import build_student_model, open_student
-from search_fixtures import make_index
+from postgres_fixtures import get_postgres_server
+from search_fixtures import index_sources, make_index
 
 FIXTURES = Path(__file__).parent / "fixtures"
+POSTGRES_SCHEMA = "stored_index"
 CAPTIONS = ["a dog", "two cats in the snow", "a red boat"]
 PROMPT = Prompt("one", "short", "Describe the image.")
 SIGNATURE = {"lr": 0.1}
@@ -115,6 +119,16 @@ def make_checkpoint(folder: Path) -> None:
     checkpoints.commit(2)
 
 
+def dump_postgres_index(file: Path, records: Path, model: DualEncoder) -> None:
+    """Build an index in PostgreSQL, and write the SQL statements that create it."""
+    server = get_postgres_server()
+    index_sources([records], model, open_backend(server.url(POSTGRES_SCHEMA), write=True))
+    command = [server._binaries / "pg_dump", "--inserts", "--no-owner", "--schema", POSTGRES_SCHEMA]
+    dump = subprocess.run([*command, server.url("").partition("?")[0]], check=True, capture_output=True, text=True)
+    lines = [line for line in dump.stdout.splitlines() if line and not line.startswith(("--", "\\"))]
+    file.write_text("\n".join([*lines, ""]))
+
+
 def shrink_database(file: Path) -> None:
     """Write an SQLite file with small pages and without a write-ahead log."""
     small = file.with_name("small")
@@ -145,7 +159,9 @@ def main() -> None:
         encoder = CaptionEncoder.from_pretrained(model_folder, device="cpu")
     model = open_dual_encoder(str(model_folder), "cpu")
     records = make_captions(photos)
-    make_index(out / "index", records, dataclasses.replace(model, name="model"))
+    model = dataclasses.replace(model, name="model")
+    make_index(out / "index", records, model)
+    dump_postgres_index(out / "index-postgres.sql", records, model)
     save_or_check_config({"data": ["photos/captions.jsonl"], **dataclasses.asdict(FitConfig())}, out / "run")
     make_checkpoint(out / "run/align/checkpoints")
     for form in ("sentence-transformers", "vision"):  # ONNX graphs would take 300 KB

@@ -31,14 +31,16 @@ from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.runs.checkpoint import Checkpoints, load_training_state
 from llm2clip.runs.output_folder import FormatVersionError
+from llm2clip.search.backends import open_backend
 from llm2clip.search.index import SearchOptions
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import check_identity
 from llm2clip.store.maintenance import repair_store
 from llm2clip.store.store import EmbeddingStore
-from search_fixtures import make_index
-from stored_format_fixtures import CAPTIONS, FIXTURES, PROMPT, SIGNATURE, make_layer, train_layer
+from postgres_fixtures import get_postgres_server
+from search_fixtures import BACKENDS, index_sources, make_postgres_url
+from stored_format_fixtures import CAPTIONS, FIXTURES, POSTGRES_SCHEMA, PROMPT, SIGNATURE, make_layer, train_layer
 
 CPU = torch.device("cpu")
 
@@ -80,9 +82,25 @@ def test_stored_captions_are_found_and_others_can_be_added(release: Path, dtype:
     assert len(store) == 4 and store.find_rows(CAPTIONS).tolist() == [0, 1, 2]
 
 
-def test_stored_index_is_searched_and_extended(release: Path, expected: dict[str, np.ndarray]) -> None:
+def restore_postgres_index(file: Path) -> str:
+    """Create the index that a file with SQL statements describes. Return its URL."""
+    import psycopg
+
+    url = make_postgres_url(file.parent)
+    schema = url.rpartition("=")[2]
+    with psycopg.connect(get_postgres_server().url("").partition("?")[0]) as connection:
+        for extension in ("vector", "pg_trgm"):
+            connection.execute(f"CREATE EXTENSION IF NOT EXISTS {extension}")
+        connection.execute(file.read_text().replace(POSTGRES_SCHEMA, schema))
+    return url
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_stored_index_is_searched_and_extended(release: Path, expected: dict[str, np.ndarray], kind: str) -> None:
     model = open_dual_encoder(str(release / "model"), CPU)
-    index = Index.open(release / "index", model)
+    is_folder = kind == "sqlite"
+    location = str(release / "index") if is_folder else restore_postgres_index(release / "index-postgres.sql")
+    index = Index.open(location, model)
     scores = expected["texts"][0] @ expected["images"].T
     order = np.argsort(-scores)
     hits = index.search(CAPTIONS[0], options=SearchOptions(group_similar=False)).hits
@@ -90,7 +108,8 @@ def test_stored_index_is_searched_and_extended(release: Path, expected: dict[str
     assert [hit.score for hit in hits] == pytest.approx(scores[order], abs=1e-3)
     rows = read_rows(release / "captions.jsonl")
     assert [list(hit.images[0].captions) for hit in hits] == [rows[n]["captions"] for n in order]
-    backend = make_index(release / "index", release / "photos", model)
+    backend = open_backend(location, write=True)
+    index_sources([release / "photos"], model, backend)
     assert backend.count() == (6, 3)
 
 
