@@ -85,9 +85,9 @@ def test_stored_captions_are_found_and_others_can_be_added(release: Path, dtype:
 
 def restore_postgres_index(file: Path) -> str:
     """Create the index that a file with SQL statements describes. Return its URL."""
+    url = make_postgres_url(file.parent)  # skips the test if there is no server
     import psycopg
 
-    url = make_postgres_url(file.parent)
     schema = url.rpartition("=")[2]
     with psycopg.connect(get_postgres_server().url("").partition("?")[0]) as connection:
         for extension in ("vector", "pg_trgm"):
@@ -102,9 +102,9 @@ def test_stored_index_is_searched_and_extended(release: Path, expected: dict[str
     is_folder = kind == "sqlite"
     location = str(release / "index") if is_folder else restore_postgres_index(release / "index-postgres.sql")
     index = Index.open(location, model)
-    scores = expected["texts"][0] @ expected["images"].T
+    scores = expected["texts"][1] @ expected["images"].T
     order = np.argsort(-scores)
-    hits = index.search(CAPTIONS[0], options=SearchOptions(group_similar=False)).hits
+    hits = index.search(CAPTIONS[1], options=SearchOptions(group_similar=False)).hits
     assert [hit.images[0].file_name for hit in hits] == [f"000{n}.png" for n in order]
     assert [hit.score for hit in hits] == pytest.approx(scores[order], abs=1e-3)
     rows = read_rows(release / "captions.jsonl")
