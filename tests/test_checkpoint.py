@@ -84,7 +84,7 @@ def test_checkpoints_of_another_format_version_are_rejected(marker: dict[str, in
     make_checkpoints(tmp_path, complete=(5,))
     (tmp_path / "checkpoint-5/complete").write_text(json.dumps(marker))
     with pytest.raises(
-        FormatVersionError, match=r"checkpoint-5 has .*format version.*, but.* version 1\. Delete .* to start"
+        FormatVersionError, match=r"checkpoint-5/complete has .*format version.*, but.* version 1\. (Delete|Update) "
     ):
         Checkpoints(tmp_path)
 

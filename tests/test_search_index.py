@@ -157,6 +157,21 @@ def test_open_index_is_used_until_the_index_that_replaces_it_has_a_model(
     assert search_names(reader) == search_names(new) != old
 
 
+def test_index_that_was_replaced_with_a_newer_format_is_not_read(tmp_path: Path) -> None:
+    for name in ("index", "newer"):
+        SqliteBackend(tmp_path / name, write=True).initialize({"model": "m", "fingerprint": "f", "embed_dim": 4})
+    reader = SqliteBackend(tmp_path / "index")
+    gc.collect()  # closes the writers
+    with sqlite3.connect(tmp_path / "newer/index.sqlite") as db:
+        db.execute("ALTER TABLE contents RENAME TO renamed")
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    shutil.rmtree(tmp_path / "index")
+    (tmp_path / "newer").rename(tmp_path / "index")
+    with pytest.raises(IndexUnavailableError, match="replaced with an index of a different model or format"):
+        reader.count()
+
+
 def test_vectors_stay_in_memory_if_new_ones_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = SqliteBackend(tmp_path, write=True)
     backend.initialize({"model": "m", "embed_dim": 4})
@@ -712,13 +727,13 @@ def test_ref_from_json_rejects_unknown_types() -> None:
         ref_from_json('["Popen", {}]')
 
 
-@pytest.mark.parametrize("version", [1, 99])
-def test_sqlite_backend_rejects_other_format_versions(version: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("version", "advice"), [(1, "Build a new index"), (99, "Update llm2clip")])
+def test_sqlite_backend_rejects_other_format_versions(version: int, advice: str, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "index.sqlite") as db:
         db.execute(f"PRAGMA user_version = {version}")
     db.close()
     for write in (False, True):
-        with pytest.raises(FormatVersionError, match=rf"format version {version}, but.* version 2.*`llm2clip index`"):
+        with pytest.raises(FormatVersionError, match=rf"format version {version}, but.* version 2\. {advice}"):
             SqliteBackend(tmp_path, write)
 
 

@@ -398,7 +398,7 @@ def test_store_rebuilds_a_missing_or_damaged_index(encoder: CaptionEncoder, tmp_
 def test_store_of_another_format_version_is_rejected_and_not_repaired(tmp_path: Path) -> None:
     write_store(tmp_path, ["a"])
     change(tmp_path / "manifest.json", '"format_version": 1', '"format_version": 2')
-    message = r"has format version 2, but.* version 1\. Delete it and create it again with `llm2clip embed`"
+    message = r"has format version 2, but.* version 1\. Update llm2clip: pip install"
     for open_store in (EmbeddingStore, lambda folder: StoreWriter(folder, IDENTITY, 2)):
         with pytest.raises(FormatVersionError, match=message):
             open_store(tmp_path)

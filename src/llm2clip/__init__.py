@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llm2clip.search.index import Index
 
 __all__ = ["LLM2CLIP", "CaptionEncoder", "Index", "open_dual_encoder"]
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # On some CPUs, bitsandbytes warns at import that an optional kernel for 4-bit inference is not installed. peft imports
 # bitsandbytes, so the log level is set here, before any import of peft.

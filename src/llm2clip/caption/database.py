@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.caption.options import Prompt
+from llm2clip.runs.output_folder import check_format_version
 
 BUSY_TIMEOUT = 60  # seconds to wait for another rank's transaction
-FORMAT = 4
+FORMAT_VERSION = 4
 SCHEMA = """
 CREATE TABLE images(
   number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, hash TEXT NOT NULL, record TEXT NOT NULL, version TEXT
@@ -87,7 +88,7 @@ class CaptionDatabase:
     """SQLite database beside the output. Each thread must open its own instance or hold a lock.
 
     Raises:
-        ValueError: The file has an unknown format.
+        FormatVersionError: The file has a different format version.
         OSError: The file cannot be opened or is not a database.
     """
 
@@ -98,14 +99,14 @@ class CaptionDatabase:
             self.connection = sqlite3.connect(
                 self.file, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
             )
+            ((version,),) = self.connection.execute("PRAGMA user_version")
+            if version:
+                check_format_version(self.file, version, FORMAT_VERSION, "Use another --out, or delete this file")
             self.connection.execute("PRAGMA journal_mode = WAL")
             self.connection.execute("PRAGMA synchronous = NORMAL")
-            ((version,),) = self.connection.execute("PRAGMA user_version")
             if version == 0:  # a new file
-                self.connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
-        if version not in (0, FORMAT):
-            self.close()
-            raise ValueError(f"{self.file} has format {version}, not {FORMAT}. Use another --out, or delete this file")
+                schema = f"{SCHEMA} PRAGMA user_version = {FORMAT_VERSION};"
+                self.connection.executescript(f"BEGIN IMMEDIATE; {schema} COMMIT;")
 
     def close(self) -> None:
         self.connection.close()

@@ -22,9 +22,15 @@ from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.image_facts import load_training_image_hashes, save_training_image_hashes
 from llm2clip.data.images import load_image, to_image_list
 from llm2clip.data.transforms import EvalTransform
-from llm2clip.io_utils import atomic_dir, check_not_empty, describe_error, read_json_object
+from llm2clip.io_utils import atomic_dir, check_not_empty, describe_error
 from llm2clip.models.loading import fingerprint, read_safetensors
-from llm2clip.models.model_folder import FORMAT_VERSION, LLM2CLIPConfig, find_model_folder, is_model_folder
+from llm2clip.models.model_folder import (
+    FORMAT_VERSION,
+    LLM2CLIPConfig,
+    find_model_folder,
+    is_model_folder,
+    read_model_config,
+)
 from llm2clip.models.modeling_llm2clip import Adapter
 from llm2clip.models.precision import Precision, Stage, calibrate_precision, resolve_precision
 from llm2clip.models.prompts import average_prompts, build_query_prompts, check_templates, fill_templates
@@ -32,7 +38,6 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.sentence_transformer import truncate_embeddings
 from llm2clip.models.vision.segmentation import DenseMethods
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.runs.output_folder import check_format_version
 
 MAX_LOGIT_SCALE = 100.0  # maximum of exp(logit_scale) during training
 # Initial standard deviation of the weights of a projection with bias, as in the LLM2CLIP authors' code
@@ -321,14 +326,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
             ValueError: the folder is corrupt, does not contain an llm2clip model, or has another format version.
         """
         folder = find_model_folder(path)
-        file = folder / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
-        values = read_json_object(file)
-        if values.get("model_type") != "llm2clip":
-            raise ValueError(f"{file}: model_type is {values.get('model_type')!r}, not 'llm2clip'")
-        advice = "Create the model again with `llm2clip align` or `llm2clip convert`"
-        check_format_version(file, values.get("format_version"), FORMAT_VERSION, advice)
+        file, values = folder / "config.json", read_model_config(folder)
         try:
             config = LLM2CLIPConfig.from_dict(values)
             model = cls(config, VisionTower.from_config(config.tower))

@@ -21,6 +21,7 @@ from llm2clip.data.image_facts import TRAINING_IMAGES_FILE
 from llm2clip.io_utils import atomic_write_text, read_json_object
 from llm2clip.models.loading import download_snapshot
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
+from llm2clip.runs.output_folder import check_format_version
 
 # Files to download from the hub: configs, weights, tokenizers and model cards, but no pickles or code.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", TRAINING_IMAGES_FILE)
@@ -110,6 +111,25 @@ def is_model_folder(path: str | Path) -> bool:
         return read_json_object(Path(path) / "config.json").get("model_type") == "llm2clip"
     except (OSError, ValueError):
         return False
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """Read the config.json of a model folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is corrupt or does not belong to an llm2clip model.
+        FormatVersionError: the model folder has a different format version.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+    values = read_json_object(file)
+    if values.get("model_type") != "llm2clip":
+        raise ValueError(f"{file}: model_type is {values.get('model_type')!r}, not 'llm2clip'")
+    advice = "Create the model again with `llm2clip align` or `llm2clip convert`"
+    check_format_version(file, values.get("format_version"), FORMAT_VERSION, advice)
+    return values
 
 
 def save_query_templates(folder: Path, templates: QueryTemplates) -> None:

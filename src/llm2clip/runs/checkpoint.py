@@ -80,7 +80,7 @@ class Checkpoints:
                 raise ValueError(f"{latest} is not visible on all ranks: put the run directory on a shared disk")
             self._marker = json.loads((latest / COMPLETE_MARKER).read_text())
             advice = f"Delete {folder} to start this stage over"
-            check_format_version(latest, self._marker.get("format_version"), FORMAT_VERSION, advice)
+            check_format_version(latest / COMPLETE_MARKER, self._marker.get("format_version"), FORMAT_VERSION, advice)
         self.latest: Path | None = latest
         self.step = 0 if latest is None else parse_step(latest)
 
@@ -265,6 +265,8 @@ def _describe_damage(checkpoint: Path) -> str:
         marker = json.loads((checkpoint / COMPLETE_MARKER).read_text())
     except ValueError:
         return f"{COMPLETE_MARKER} is not valid JSON"
+    if marker.get("format_version") != FORMAT_VERSION:
+        return ""  # unknown; `Checkpoints` raises FormatVersionError
     for name, size in marker.get("files", {}).items():
         path = checkpoint / name
         if not path.is_file():

@@ -39,15 +39,18 @@ class FormatVersionError(ValueError):
 
 
 def check_format_version(path: str | Path, version: object, supported: int, advice: str) -> None:
-    """Raise FormatVersionError if `version`, which a file or folder states, is not the supported version.
+    """Raise FormatVersionError if `version`, which a file states, is not the supported version.
 
-    `advice` says how to recreate the file, for the error message.
+    `advice` says how to replace a file of an older version, for the error message.
     """
-    if version != supported:
-        actual = "no format version" if version is None else f"format version {version}"
-        raise FormatVersionError(
-            f"{path} has {actual}, but this version of llm2clip reads only format version {supported}. {advice}"
-        )
+    if version == supported:
+        return
+    actual = "no format version" if version is None else f"format version {version}"
+    if isinstance(version, int) and version > supported:
+        advice = "Update llm2clip: pip install --upgrade llm2clip"
+    raise FormatVersionError(
+        f"{path} has {actual}, but this version of llm2clip reads only format version {supported}. {advice}"
+    )
 
 
 def describe_output_folder(names: Collection[str]) -> str | None:

@@ -494,7 +494,7 @@ class SqliteDatabase:
         return sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, timeout=60)
 
     def _follow_path(self) -> bool:
-        """If the index file was replaced since it was opened, open the new file. Raise if its model differs.
+        """If the index file was replaced since it was opened, open the new file. Raise if model or format differ.
 
         Return False if there is no file at the path, or if `llm2clip index` has just created the file and not yet
         stored the model: the old file is then still read.
@@ -503,7 +503,8 @@ class SqliteDatabase:
         if file_id in (self.file_id, ()):
             return bool(file_id)
         keys = "'fingerprint', 'image_fingerprint', 'embed_dim'"
-        identity = f"SELECT key, value FROM metadata WHERE key IN ({keys}) ORDER BY key"
+        columns = "key, value, user_version FROM metadata, pragma_user_version"
+        identity = f"SELECT {columns} WHERE key IN ({keys}) ORDER BY key"
         connection = self._connect()
         try:
             has_table = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'metadata'").fetchall()
@@ -512,7 +513,8 @@ class SqliteDatabase:
                 return False
             if model != self.connection.execute(identity).fetchall():
                 raise IndexUnavailableError(
-                    f"{self.file} was replaced with an index of a different model. To use it, restart this command"
+                    f"{self.file} was replaced with an index of a different model or format. To use it, restart this "
+                    "command"
                 )
             connection, self.connection, self.file_id = self.connection, connection, file_id
             return True

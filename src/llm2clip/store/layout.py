@@ -37,11 +37,12 @@ from llm2clip.data.remote import get_remote_version
 from llm2clip.data.storage import is_remote
 from llm2clip.io_utils import atomic_path, read_jsonl, remove_path, to_valid_unicode
 from llm2clip.models.loading import fingerprint
-from llm2clip.runs.output_folder import check_format_version
+from llm2clip.runs.output_folder import FormatVersionError, check_format_version
 
 T = TypeVar("T")
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float16", "int8", "float32")}
 FORMAT_VERSION = 1
+NEW_STORE_ADVICE = "Delete the store and create it again with `llm2clip embed`"
 MANIFEST = "manifest.json"
 KEY_BYTES = 16
 LOOKUP_CHUNK_SIZE = 1 << 18  # number of keys to compute or look up at once
@@ -106,14 +107,20 @@ def get_next_shard_number(folder: Path) -> int:
 
 
 def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]:
-    """Read a shard's row count, checksum and spec from the metadata of its keys file."""
+    """Read a shard's row count, checksum and spec from the metadata of its keys file.
+
+    Raises:
+        StoreError: The file is corrupt.
+        FormatVersionError: The shard has a different format version.
+    """
     path = keys_path(folder, number)
     try:
         metadata = pq.read_schema(path).metadata
-        if int(metadata[b"format_version"]) != FORMAT_VERSION:
-            raise ValueError(f"its format version is not {FORMAT_VERSION}")
+        check_format_version(path, int(metadata[b"format_version"]), FORMAT_VERSION, NEW_STORE_ADVICE)
         spec = json.loads(metadata[b"identity"]), int(metadata[b"embed_dim"]), metadata[b"dtype"].decode()
         return int(metadata[b"rows"]), metadata[b"sha256"].decode(), spec
+    except FormatVersionError:
+        raise
     except READ_ERRORS as error:
         raise build_corruption_error(path, error) from error
 
@@ -191,8 +198,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = dict(json.loads(file.read_text()))
     except READ_ERRORS as error:
         raise build_corruption_error(file, repr(error)) from error
-    advice = "Delete it and create it again with `llm2clip embed`"
-    check_format_version(folder, manifest.get("format_version"), FORMAT_VERSION, advice)
+    check_format_version(file, manifest.get("format_version"), FORMAT_VERSION, NEW_STORE_ADVICE)
     try:
         shards = [Shard(**shard) for shard in manifest["shards"]]
         starts = [0, *accumulate(shard.rows for shard in shards)]

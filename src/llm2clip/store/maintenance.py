@@ -27,7 +27,7 @@ def repair_store(folder: str | Path) -> list[str]:
 
     Raises:
         StoreError: The manifest and all shards are corrupt, so the encoder is unknown.
-        FormatVersionError: The manifest and all shards have a different format version.
+        FormatVersionError: A shard has a different format version, or the manifest of a store without shards has one.
         FolderInUseError: Another run is writing to the store.
     """
     folder = Path(folder)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from llm2clip.cpu_tuning import flex_attention_is_correct, onednn_matmul
 from llm2clip.io_utils import check_texts
 from llm2clip.models.loading import check_model_source, explain_load_errors, hash_text, hash_weights, hide_loading_bars
+from llm2clip.models.model_folder import read_model_config
 from llm2clip.models.precision import (
     FP32,
     Precision,
@@ -404,6 +405,7 @@ def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) 
 def _resolve_path(path: str | Path) -> str:
     path = resolve_pretrained(str(path))
     if (Path(path) / "text/modules.json").is_file():  # an llm2clip model folder
+        read_model_config(Path(path))  # checks the format version
         return str(Path(path) / "text")
     return str(resolve_gguf(path)) if path.endswith(".gguf") else path
 
