@@ -113,6 +113,15 @@ def test_fit_writes_the_documented_files(run: Path) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_runs_command_lists_a_run_with_its_final_metrics(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", str(run.parent)]) == 0
+    (_, row) = capsys.readouterr().out.splitlines()
+    steps = len((run / "align/metrics.jsonl").read_text().splitlines())
+    trained = json.loads((run / "evaluate/trained.json").read_text())[0]
+    assert f"{steps} of {steps}" in row and re.search(r"fit +finished +–", row)
+    assert f"R@1: I2T {trained['I2T']['R@1']:.1f}, T2I {trained['T2I']['R@1']:.1f}" in row
+
+
 def test_fit_rotates_the_embedding_space_to_principal_components(run: Path) -> None:
     """The rotation is computed from one caption per training image. Here, all captions of the store are used."""
     model, store = LLM2CLIP.from_pretrained(run / "model", "cpu"), EmbeddingStore(run / "store")

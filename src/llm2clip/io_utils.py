@@ -329,6 +329,15 @@ def format_bytes(size: float) -> str:
     return f"{size / 1e3:,.1f} kB"
 
 
+def format_duration(seconds: float) -> str:
+    """Format a duration in its two largest units, such as "45 s", "6 min 49 s" or "2 h 5 min"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
 def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 

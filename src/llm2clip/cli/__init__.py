@@ -26,6 +26,7 @@ Training on your own images and captions:
   llm2clip distill MODEL DATA --student NAME --out STUDENT    replace the LLM with a small text encoder
   llm2clip store                        check, repair and merge embedding stores
   llm2clip configs [NAME]               list the built-in configs, or print one
+  llm2clip runs [FOLDER]                list runs with their state, progress and result
 
 Using a model:
   llm2clip evaluate MODEL DATA          measure retrieval on your data or on public benchmarks

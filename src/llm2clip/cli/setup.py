@@ -1,4 +1,4 @@
-"""Commands for getting started: `doctor`, `quickstart`, `data`, `configs` and `plan`."""
+"""Commands for getting started and for an overview: `doctor`, `quickstart`, `data`, `configs`, `plan` and `runs`."""
 
 from __future__ import annotations
 
@@ -72,6 +72,9 @@ def add_commands(commands: Commands) -> None:
         "--use_fsdp", action="store_true", help="Shard the weights with FSDP, as in `accelerate launch --use_fsdp`."
     )
     add_stage_settings(parser)
+
+    parser = commands.add("runs", _list_runs, "List the runs in a folder with their state, progress and result.")
+    parser.add_argument("folder", nargs="?", type=str, default="runs", help="Folder to search, with its subfolders.")
 
 
 def _run_doctor(args: Namespace) -> list[str]:
@@ -152,3 +155,9 @@ def _plan(args: Namespace) -> list[str]:
     if args.encoder.path == AUTO:
         lines.append("`fit` chooses the caption encoder. These estimates are for the largest one that it considers.")
     return lines
+
+
+def _list_runs(args: Namespace) -> list[str]:
+    from llm2clip.tools.runs import list_runs
+
+    return list_runs(Path(args.folder).expanduser())

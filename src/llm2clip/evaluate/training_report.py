@@ -30,7 +30,7 @@ from llm2clip.evaluate.encoder_choice import describe_choice, describe_encoder
 from llm2clip.evaluate.metrics import KS, retrieval_metrics, two_way_ranks
 from llm2clip.evaluate.retrieval import RetrievalRanks, rank_caption_fields, read_example_searches
 from llm2clip.evaluate.short_queries import score_short_queries
-from llm2clip.io_utils import atomic_write_text, format_bytes, format_count, read_json
+from llm2clip.io_utils import atomic_write_text, format_bytes, format_count, format_duration, read_json
 from llm2clip.models.dual_encoder import wrap_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.reports import (
@@ -47,7 +47,7 @@ from llm2clip.reports import (
 )
 from llm2clip.runs.output_folder import CONFIG_FILE, ENCODER_CHOICE_FILE, read_metrics
 from llm2clip.runs.ranks import print_once
-from llm2clip.runs.run_description import DURATIONS_FILE, build_run_section, describe_run, format_duration
+from llm2clip.runs.run_description import DURATIONS_FILE, build_run_section, describe_run
 
 OVERLAP_K = 10
 TILE = 1024  # number of texts per matmul

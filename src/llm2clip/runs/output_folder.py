@@ -23,6 +23,7 @@ from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, explain_wri
 CONFIG_FILE = "config.yaml"  # all settings of a run
 CHECKPOINT_PREFIX = "checkpoint-"  # same prefix as in transformers' Trainer
 COMPLETE_MARKER = "complete"  # name of the file in a checkpoint that marks it as complete
+TAIL_BYTES = 1 << 14  # read from the end of a metrics file to find its last line
 MAX_CHECKPOINTS = 2  # number of checkpoints to keep; older ones are removed
 ENCODER_CHOICE_FILE = "encoder_choice.json"  # written by `fit --encoder.path auto`
 RUN_LOCK = ".run.lock"  # held during all stages of a run; an embedding store also has its own lock
@@ -216,14 +217,19 @@ class MetricsLog:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics file. Ignore damaged lines, which can result from a killed process or a power failure."""
+def read_metrics(path: Path, last_only: bool = False) -> list[dict[str, Any]]:
+    """Read all or the last line of a metrics file. Ignore damaged lines, as after a killed process or power failure."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES) if last_only else 0)
+        text = file.read().decode(errors="replace")
     lines = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in text.splitlines():
         try:
             values = json.loads(line)
         except json.JSONDecodeError:
             continue
         if isinstance(values, dict) and "step" in values:
             lines.append(values)
-    return lines
+    return lines[-1:] if last_only else lines

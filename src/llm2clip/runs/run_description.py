@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llm2clip.io_utils import atomic_write_text, format_count, hide_url_secrets
+from llm2clip.io_utils import atomic_write_text, format_count, format_duration, hide_url_secrets
 from llm2clip.reports import Block, Code, Details, Heading, Paragraph
 from llm2clip.runs.ranks import print_once, process_state
 
@@ -62,15 +62,6 @@ def build_run_section(
     if settings:
         blocks.append(Details("Settings", settings))
     return blocks
-
-
-def format_duration(seconds: float) -> str:
-    """Format a duration in its two largest units, such as "45 s", "6 min 49 s" or "2 h 5 min"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 class StageClock:

@@ -29,9 +29,9 @@ from llm2clip.data.table_statistics import (
     count_languages,
 )
 from llm2clip.evaluate.plots import plot_histograms
-from llm2clip.io_utils import format_bytes, format_count, hide_url_secrets, to_valid_unicode
+from llm2clip.io_utils import format_bytes, format_count, format_duration, hide_url_secrets, to_valid_unicode
 from llm2clip.reports import BAD, Block, Code, Example, Examples, Figure, Heading, Paragraph, Table, write_report
-from llm2clip.runs.run_description import build_run_section, describe_run, format_duration
+from llm2clip.runs.run_description import build_run_section, describe_run
 
 NUM_EXAMPLES = 24  # images shown on the page
 EXAMPLES_PER_REASON = 3  # skipped rows listed for each reason
