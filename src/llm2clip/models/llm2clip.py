@@ -311,19 +311,21 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> LLM2CLIP:
-        """Load a model from a folder or hub id, and switch it to eval mode. Code in the folder is never run.
+        """Load a model and switch it to eval mode. Code in the model folder is never run.
 
         Args:
+            path: folder, hub id or OWNER/NAME@REVISION. A revision is a branch, a tag or a full commit hash.
             device: device to load the model on. Default: a GPU if available.
 
         Raises:
-            FileNotFoundError: the model does not exist.
+            FileNotFoundError: the model does not exist or cannot be downloaded, or files are missing.
             ValueError: the folder is corrupt, does not contain an llm2clip model, or has another format version.
         """
         folder = find_model_folder(path)
         file = folder / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+        for required in (file, folder / "model.safetensors"):
+            if not required.is_file():
+                raise FileNotFoundError(f"{path} is not a complete model folder: it has no {required.name}")
         values = read_json_object(file)
         if values.get("model_type") != "llm2clip":
             raise ValueError(f"{file}: model_type is {values.get('model_type')!r}, not 'llm2clip'")
