@@ -144,15 +144,14 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
 
     if name.endswith((".npz", ".gguf")):
         raise FileNotFoundError(f"{name}: no such file; {suggest_paths(name)}")
-    hub_id, _ = split_revision(name)
-    if not is_hub_id(hub_id):
+    if not is_hub_id(split_revision(name)[0]):
         if name in read_builtin_configs():
             raise FileNotFoundError(
                 f"{name} is a config, not a model. To train a model with it, run `llm2clip fit DATA --config {name}`"
             )
         names = f", nor one of {', '.join(known)}" if known else ""
         raise FileNotFoundError(f"{name} is neither a folder nor a hub id (OWNER/NAME){names}; {suggest_paths(name)}")
-    check_model_source(hub_id)
+    check_model_source(split_revision(name)[0])
     return name
 
 

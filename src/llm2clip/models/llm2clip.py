@@ -323,9 +323,8 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """
         folder = find_model_folder(path)
         file = folder / "config.json"
-        for required in (file, folder / "model.safetensors"):
-            if not required.is_file():
-                raise FileNotFoundError(f"{path} is not a complete model folder: it has no {required.name}")
+        if not file.is_file():
+            raise FileNotFoundError(f"{path} is not a model folder: it has no config.json")
         values = read_json_object(file)
         if values.get("model_type") != "llm2clip":
             raise ValueError(f"{file}: model_type is {values.get('model_type')!r}, not 'llm2clip'")
@@ -342,6 +341,8 @@ class LLM2CLIP(DenseMethods, nn.Module):
             raise ValueError(f"{file} is not a valid model config ({describe_error(error)})") from error
         try:
             model.load_state_dict(read_safetensors(folder / "model.safetensors"))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path} is not a complete model folder: it has no model.safetensors") from error
         except RuntimeError as error:
             raise ValueError(f"{folder}: config.json and model.safetensors do not match ({error})") from error
         model.text_folder = folder / "text" if (folder / "text").is_dir() else None
