@@ -358,6 +358,38 @@ def test_invalid_templates_are_rejected(llm: Path, template: str) -> None:
         CaptionEncoder.from_pretrained(llm, template=template, device="cpu")
 
 
+def test_old_transformers_versions_cannot_load_a_bidirectional_encoder(
+    encoder: CaptionEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would ignore `is_causal` and return other embeddings. The version is checked before the weights are read."""
+    encoder.save_pretrained(tmp_path / "first")
+    CaptionEncoder.from_pretrained(tmp_path / "first", device="cpu").save_pretrained(tmp_path / "encoder")
+    (tmp_path / "encoder/model.safetensors").unlink()
+    monkeypatch.setattr("transformers.__version__", "5.1.0")
+    for load in (SentenceTransformer, CaptionEncoder.from_pretrained):
+        with pytest.raises(
+            ImportError, match=r"transformers>=5\.2, but transformers==5\.1\.0 is installed. Otherwise, "
+        ):
+            load(str(tmp_path / "encoder"), device="cpu")
+    monkeypatch.setattr("transformers.__version__", "5.2.0")
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        SentenceTransformer(str(tmp_path / "encoder"), device="cpu")
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_encoders_without_is_causal_have_no_requirements(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    if family == "bert":
+        config = AutoConfig.for_model("bert", hidden_size=24, intermediate_size=48, num_hidden_layers=1, vocab_size=300)
+        config.num_attention_heads = 2
+        AutoModel.from_config(config).save_pretrained(tmp_path / "bert")
+        save_tokenizer(tmp_path / "bert")
+    path = tmp_path / "bert" if family == "bert" else folders[family]
+    options = {} if family == "bert" else {"bidirectional": False}
+    CaptionEncoder.from_pretrained(path, device="cpu", **options).save_pretrained(tmp_path / "encoder")
+    config_file = tmp_path / "encoder/config_sentence_transformers.json"
+    assert "requirements" not in json.loads(config_file.read_text())
+
+
 def test_saved_template_can_be_removed(llm: Path, encoder: CaptionEncoder, tmp_path: Path) -> None:
     plain = encoder.encode(TEXTS)
     CaptionEncoder.from_pretrained(llm, template="say: {caption}", device="cpu").save_pretrained(tmp_path)

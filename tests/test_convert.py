@@ -415,7 +415,7 @@ def test_load_official_downloads_only_the_needed_files(tmp_path: Path, monkeypat
     repository = ["config.json", "modeling_clip.py", "model.safetensors", "pytorch_model.bin"]
     patterns: list[str] = []
 
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, allow_patterns: list[str], revision: None) -> str:
         patterns.extend(allow_patterns)
         return str(folder)
 

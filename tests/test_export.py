@@ -4,10 +4,10 @@ equal the original ones."""
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from sentence_transformers.base.modules import Dense
 
 from conftest import make_llm
 from llm2clip.cli import main
+from llm2clip.models import modeling_llm2clip
 from llm2clip.models.export import export_model
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -303,38 +304,11 @@ def test_model_card_includes_report_and_config_without_local_folders(tmp_path: P
     assert "#### Figures" in card and "\n# llm2clip fit" in card and "test_efficientnet (timm), 76 pixels" in card
 
 
-def test_push_command_uploads_the_folder_and_a_card(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    calls: list[tuple[str, dict[str, Any]]] = []
-
-    class Api:
-        def __getattr__(self, name: str) -> Any:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                calls.append((name, kwargs))
-                return {"repo_exists": exists, "repo_info": SimpleNamespace(private=False)}.get(
-                    name, "https://hub/me/x"
-                )
-
-            return call
-
-    exists = False
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("llm2clip.models.loading.find_hub_problem", lambda: "")
-    folder = make_model(tmp_path, timm_tower()).save_pretrained(tmp_path / "model")
-    assert main(["push", str(folder), "me/finder", "--private"]) == 0
-    assert "Pushed: https://hub/me/x" in capsys.readouterr().out
-    assert [name for name, _ in calls] == ["repo_exists", "create_repo", "upload_file", "upload_folder"]
-    assert b"me/finder" in calls[2][1]["path_or_fileobj"] and "README.md" in calls[3][1]["ignore_patterns"]
-    exists = True
-    calls.clear()
-    assert main(["push", str(folder), "me/finder", "--private"]) == 1  # --private does not make a repository private
-    assert "exists and is public" in capsys.readouterr().err
-    assert [name for name, _ in calls] == ["repo_exists", "repo_info"]
-    (tmp_path / "empty").mkdir()
-    assert main(["push", str(tmp_path / "empty"), "me/finder"]) == 1
-    assert "not a model folder" in capsys.readouterr().err
+def test_old_transformers_versions_cannot_load_exported_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would ignore `is_causal`. sentence-transformers also imports this code before it loads the weights."""
+    monkeypatch.setattr("transformers.utils.versions.importlib.metadata.version", lambda name: "5.1.0")
+    with pytest.raises(ImportError, match=r"transformers>=5\.2 is required .* found transformers==5\.1\.0"):
+        runpy.run_path(modeling_llm2clip.__file__)
 
 
 @pytest.mark.parametrize("kind", ["timm", "clip_vision_model"])

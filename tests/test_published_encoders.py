@@ -131,7 +131,7 @@ def test_find_adapter_downloads_a_subfolder_of_a_repository(
     repository, _, subfolder = LLAMA_3_1_8B.rpartition("/")
     adapter.rename(tmp_path / subfolder)
 
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, allow_patterns: list[str], revision: None) -> str:
         assert name == repository
         assert {f"{subfolder}/adapter_config.json", f"{subfolder}/adapter_model.safetensors"} <= set(allow_patterns)
         assert all(pattern.startswith(subfolder) and "*" not in pattern for pattern in allow_patterns)

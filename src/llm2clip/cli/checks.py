@@ -17,7 +17,7 @@ from jsonargparse import Namespace
 
 from llm2clip.config import AUTO
 from llm2clip.io_utils import check_extra
-from llm2clip.models.loading import check_model_source, is_hub_id
+from llm2clip.models.loading import check_model_source, is_hub_id, split_revision
 from llm2clip.runs.output_folder import CONFIG_FILE
 
 # Prefixes of model names (see `models/dual_encoder.py` and `models/vision/vision_tower.py`).
@@ -144,14 +144,14 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
 
     if name.endswith((".npz", ".gguf")):
         raise FileNotFoundError(f"{name}: no such file; {suggest_paths(name)}")
-    if not is_hub_id(name):
+    if not is_hub_id(split_revision(name)[0]):
         if name in read_builtin_configs():
             raise FileNotFoundError(
                 f"{name} is a config, not a model. To train a model with it, run `llm2clip fit DATA --config {name}`"
             )
         names = f", nor one of {', '.join(known)}" if known else ""
         raise FileNotFoundError(f"{name} is neither a folder nor a hub id (OWNER/NAME){names}; {suggest_paths(name)}")
-    check_model_source(name)
+    check_model_source(split_revision(name)[0])
     return name
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from json import JSONDecodeError
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
@@ -214,11 +215,13 @@ def _push(args: Namespace) -> list[str]:
     args.model = resolve_model(args.model)
     if not is_hub_id(args.repo_id):
         raise ValueError(f"the name on the hub must be of the form USER/NAME (got {args.repo_id})")
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import filter_repo_objects
 
     from llm2clip.models.export.model_card import render_model_card
-    from llm2clip.models.loading import find_hub_problem
+    from llm2clip.models.loading import describe_hub_error, find_hub_problem
+    from llm2clip.models.model_folder import TRAINING_IMAGES_FILE, is_model_folder
 
     folder = Path(args.model)
     if not any((folder / name).is_file() for name in ("config.json", "text.onnx")):
@@ -227,6 +230,9 @@ def _push(args: Namespace) -> list[str]:
     problem = find_hub_problem()
     if problem:
         raise OSError(f"cannot push to {args.repo_id}: {problem}")
+    files: dict[str, Any] = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    files["README.md"] = render_model_card(folder, args.repo_id, args.license).encode()
+    operations: list[Any] = [CommitOperationAdd(name, files[name]) for name in sorted(files) if name[0] != "."]
     api = HfApi()
     try:
         if args.private and api.repo_exists(args.repo_id) and not api.repo_info(args.repo_id).private:
@@ -234,12 +240,17 @@ def _push(args: Namespace) -> list[str]:
                 f"{args.repo_id} exists and is public: make it private on the hub first, or remove --private"
             )
         url = api.create_repo(args.repo_id, private=args.private, exist_ok=True)
-        card = render_model_card(folder, args.repo_id, args.license)
-        api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=args.repo_id)
-        api.upload_folder(folder_path=folder, repo_id=args.repo_id, ignore_patterns=["README.md", ".*"])
-    except HTTPError as error:
-        raise OSError(f"cannot push to {args.repo_id}: {error}") from error
-    return [f"Pushed: {url}"]
+        info = api.model_info(args.repo_id)
+        # Otherwise, `from_pretrained` would use files of an earlier version that the new version does not have.
+        names, optional = [file.rfilename for file in info.siblings or ()], ["text/*", TRAINING_IMAGES_FILE]
+        if is_model_folder(folder):
+            outdated = filter_repo_objects(names, allow_patterns=optional, ignore_patterns=list(files))
+            operations += [CommitOperationDelete(name) for name in outdated]
+        # With a parent, the commit fails if the repository has changed, so the files of two pushes are never mixed.
+        commit = api.create_commit(args.repo_id, operations, commit_message="Upload model", parent_commit=info.sha)
+    except (HTTPError, OSError, RuntimeError, JSONDecodeError) as error:  # JSONDecodeError: the hub sent an HTML page
+        raise OSError(f"cannot push to {args.repo_id}: {describe_hub_error(error)}") from error
+    return [f"Pushed: {url} (revision {commit.oid})"]
 
 
 def _check_no_home_paths(folder: Path) -> None:

@@ -4,6 +4,7 @@ Models are loaded by name, in one of these forms:
 
 MODEL                        folder or hub id of an llm2clip model
 NAME                         folder or hub id of a transformers model (CLIP, SigLIP, Chinese-CLIP, Jina-CLIP, ...)
+OWNER/NAME@REVISION          branch, tag or full commit hash of one of these hub ids
 open_clip:NAME/PRETRAINED    open_clip model
 st:NAME                      sentence-transformers model that encodes images and texts
 """
@@ -44,8 +45,9 @@ from llm2clip.models.loading import (
     fingerprint,
     hash_weights,
     hide_loading_bars,
+    split_revision,
 )
-from llm2clip.models.model_folder import is_model_folder
+from llm2clip.models.model_folder import find_model_folder, is_model_folder
 from llm2clip.models.precision import FP32, Precision, Stage, resolve_precision
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.models.vision.dense import DenseEncoder, build_dense_encoder
@@ -166,6 +168,8 @@ def open_dual_encoder(
     source = name
     if name == DEFAULT_MODEL and not Path(name).exists():
         source = str(download_snapshot(name, DEFAULT_FILES, revision=DEFAULT_REVISION))
+    elif split_revision(name)[1] is not None:  # transformers does not support OWNER/NAME@REVISION
+        source = str(find_model_folder(name))
     if is_model_folder(source) or not has_text_tower(source, trust_remote_code):
         model = LLM2CLIP.from_pretrained(name, device)
         if model.has_encoder and stage == "serve":

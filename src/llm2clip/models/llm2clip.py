@@ -316,17 +316,18 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> LLM2CLIP:
-        """Load a model from a folder or hub id, and switch it to eval mode. Code in the folder is never run.
+        """Load a model and switch it to eval mode. Code in the model folder is never run.
 
         Args:
+            path: folder, hub id or OWNER/NAME@REVISION. A revision is a branch, a tag or a full commit hash.
             device: device to load the model on. Default: a GPU if available.
 
         Raises:
-            FileNotFoundError: the model does not exist.
+            FileNotFoundError: the model does not exist or cannot be downloaded, or files are missing.
             ValueError: the folder is corrupt, does not contain an llm2clip model, or has another format version.
         """
         folder = find_model_folder(path)
-        file, values = folder / "config.json", read_model_config(folder)
+        file, values = folder / "config.json", read_model_config(folder, path)
         try:
             config = LLM2CLIPConfig.from_dict(values)
             model = cls(config, VisionTower.from_config(config.tower))
@@ -338,6 +339,8 @@ class LLM2CLIP(DenseMethods, nn.Module):
             raise ValueError(f"{file} is not a valid model config ({describe_error(error)})") from error
         try:
             model.load_state_dict(read_safetensors(folder / "model.safetensors"))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path} is not a complete model folder: it has no model.safetensors") from error
         except RuntimeError as error:
             raise ValueError(f"{folder}: config.json and model.safetensors do not match ({error})") from error
         model.text_folder = folder / "text" if (folder / "text").is_dir() else None

@@ -39,6 +39,12 @@ DEFAULT_FILES = (
 )
 HUB_TIMEOUT = 5  # timeout of a request to the hub, in seconds
 MAX_TEXT_GROWTH = 1000  # by a tokenizer's normaliser
+# HTTP status of the hub -> what it means for a model that is pushed or downloaded, and what to do.
+_HUB_STATUSES = {
+    **dict.fromkeys((401, 403, 404), "it does not exist, or you lack access: run `hf auth login` or set HF_TOKEN"),
+    412: "the repository was changed by another push: check its files, then push again to replace them",
+    429: "the hub received too many requests: try again in a few minutes",
+}
 _HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
 _FILE_SUFFIXES = (
     *(".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf", ".onnx", ".npz", ".npy", ".pkl"),
@@ -62,6 +68,12 @@ WITHOUT_HUB_CODE: dict[str, Any] = {
 def is_hub_id(name: str) -> bool:
     """Return True if a name has the form OWNER/NAME and does not end with the suffix of a weight or data file."""
     return _HUB_ID.fullmatch(name) is not None and not name.lower().endswith(_FILE_SUFFIXES)
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split OWNER/NAME@REVISION into hub id and revision. For other names, the revision is None."""
+    hub_id, _, revision = name.partition("@")
+    return (hub_id, revision) if revision and is_hub_id(hub_id) and not Path(name).exists() else (name, None)
 
 
 def check_model_source(source: str | Path) -> None:
@@ -185,15 +197,27 @@ def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None
 
 
 def download_snapshot(hub_id: str, patterns: Sequence[str], **options: Any) -> Path:
-    """Download the matching files of a hub repository, and return their folder. See also `snapshot_download`."""
+    """Download the matching files of OWNER/NAME[@REVISION], and return their folder. See also `snapshot_download`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError
 
-    check_model_source(hub_id)
+    name, revision = split_revision(hub_id)
+    check_model_source(name)
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(patterns), **options))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), **{"revision": revision, **options}))
     except (HFValidationError, HTTPError, OSError) as error:
-        raise FileNotFoundError(f"{hub_id} is not a file, a folder or a model on the hub ({error})") from error
+        raise FileNotFoundError(f"{hub_id} cannot be downloaded from the hub: {describe_hub_error(error)}") from error
+
+
+def describe_hub_error(error: BaseException) -> str:
+    """Return what an exception raised by huggingface_hub means for the user, or its cause, and what to do."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
+    meanings = [_HUB_STATUSES[status] for status in statuses if status in _HUB_STATUSES]
+    cause = describe_error(causes[-1]).partition("\n")[0].rstrip(".")
+    return meanings[0] if meanings else f"{cause}. Try again: files that were transferred completely are kept"
 
 
 def read_config(source: str | Path, subfolder: str = "") -> dict[str, Any]:

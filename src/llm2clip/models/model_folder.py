@@ -113,8 +113,8 @@ def is_model_folder(path: str | Path) -> bool:
         return False
 
 
-def read_model_config(folder: Path) -> dict[str, Any]:
-    """Read the config.json of a model folder.
+def read_model_config(folder: Path, source: str | Path) -> dict[str, Any]:
+    """Read the config.json of a model folder. `source` is the path or hub id of the model, for error messages.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -123,7 +123,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+        raise FileNotFoundError(f"{source} is not a model folder: it has no config.json")
     values = read_json_object(file)
     if values.get("model_type") != "llm2clip":
         raise ValueError(f"{file}: model_type is {values.get('model_type')!r}, not 'llm2clip'")

@@ -21,6 +21,9 @@ from torchvision.transforms.v2 import functional as tvF
 from transformers import AutoConfig, AutoModel, CLIPImageProcessor, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPOutput
+from transformers.utils.versions import require_version
+
+require_version("transformers>=5.2", "Earlier versions ignore `is_causal`, so the text embeddings would be wrong.")
 
 
 class LLM2CLIPExportConfig(PretrainedConfig):

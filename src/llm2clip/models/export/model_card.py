@@ -32,6 +32,11 @@ INTRODUCTION = (
     "This LLM2CLIP model (arXiv 2411.04997) combines a vision tower and a pretrained language model, which is the text "
     "tower, in a shared embedding space. You can search images with words, sentences or paragraphs."
 )
+# Introductions of models that are only a part of an LLM2CLIP model, keyed by `pipeline_tag`.
+INTRODUCTIONS = {
+    "image-feature-extraction": "Vision tower of an LLM2CLIP model (arXiv 2411.04997). It returns image features.",
+    "sentence-similarity": "Caption encoder for LLM2CLIP models (arXiv 2411.04997). It returns embeddings of texts.",
+}
 PROVENANCE = (
     "Third parties uploaded these packages. The checksums guarantee that all users get the same files, but not that "
     "the files are identical to the original publishers' files."
@@ -57,7 +62,9 @@ def render_model_card(folder: Path, name: str, license: str | None = None) -> st
     config: dict[str, Any] = read_json(config_file) if config_file.is_file() else {}
     model_type = config.get("model_type", "")
     embed_dim = config.get("embed_dim")
-    sections = [_render_front_matter(folder, model_type, license), f"# {name}", INTRODUCTION]
+    fields = _build_hub_fields(folder, model_type, license)
+    sections = [f"---\n{yaml.safe_dump(fields, sort_keys=False)}---", f"# {name}"]
+    sections.append(INTRODUCTIONS.get(fields["pipeline_tag"], INTRODUCTION))
     if config.get("tower"):
         sections.append(f"## Architecture\n\n{_render_architecture_table(config, embed_dim)}")
     if model_type in USAGE:
@@ -68,12 +75,14 @@ def render_model_card(folder: Path, name: str, license: str | None = None) -> st
     return "\n\n".join(sections) + "\n"
 
 
-def _render_front_matter(folder: Path, model_type: str, license: str | None) -> str:
+def _build_hub_fields(folder: Path, model_type: str, license: str | None) -> dict[str, Any]:
     task = "zero-shot-image-classification"
     if (folder / "text.onnx").is_file():
         library = "onnx"
     elif model_type == "llm2clip":
         library = "llm2clip"
+    elif (folder / "modules.json").is_file() and model_type not in USAGE:
+        library, task = "sentence-transformers", "sentence-similarity"
     else:
         library = "transformers"
         if model_type not in USAGE:  # an exported vision tower without a text tower
@@ -85,7 +94,7 @@ def _render_front_matter(folder: Path, model_type: str, license: str | None) -> 
     }
     if license:
         fields["license"] = license
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+    return fields
 
 
 def _render_architecture_table(config: dict[str, Any], embed_dim: int | None) -> str:

@@ -20,7 +20,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, StaticEm
 from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import flex_attention_is_correct, onednn_matmul
-from llm2clip.io_utils import check_texts
+from llm2clip.io_utils import atomic_write_text, check_texts, read_json
 from llm2clip.models.loading import check_model_source, explain_load_errors, hash_text, hash_weights, hide_loading_bars
 from llm2clip.models.model_folder import read_model_config
 from llm2clip.models.precision import (
@@ -43,6 +43,7 @@ from llm2clip.models.text.packing import (
     remove_prompts,
 )
 from llm2clip.models.text.sentence_transformer import (
+    REQUIREMENTS,
     count_prompt_tokens,
     has_consistent_prompt_length,
     is_encoder_only,
@@ -392,6 +393,9 @@ class CaptionEncoder(nn.Module):
         """Save the encoder in sentence-transformers' format, with safetensors weights. They must be in fp32."""
         self._check_weights("fp32")
         self.st.save_pretrained(str(folder), create_model_card=False)
+        if not self.is_static and not is_encoder_only(self.llm) and not getattr(self.llm.config, "is_causal", True):
+            file = Path(folder) / "config_sentence_transformers.json"  # sentence-transformers does not save this entry
+            atomic_write_text(file, json.dumps({**read_json(file), "requirements": REQUIREMENTS}, indent=2))
 
 
 def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) -> CaptionEncoder:
@@ -405,7 +409,7 @@ def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) 
 def _resolve_path(path: str | Path) -> str:
     path = resolve_pretrained(str(path))
     if (Path(path) / "text/modules.json").is_file():  # an llm2clip model folder
-        read_model_config(Path(path))  # checks the format version
+        read_model_config(Path(path), path)  # checks the format version
         return str(Path(path) / "text")
     return str(resolve_gguf(path)) if path.endswith(".gguf") else path
 

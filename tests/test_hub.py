@@ -1,0 +1,456 @@
+"""`llm2clip push` and `from_pretrained`, over HTTP with a hub (see fake_hub.py)."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard, close_session, constants, hf_api, hf_hub_download
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer
+
+from conftest import Killed
+from fake_hub import FakeHub, Fault
+from llm2clip.cli import main
+from llm2clip.models.dual_encoder import open_dual_encoder
+from llm2clip.models.export import export_model
+from llm2clip.models.export.model_card import render_model_card
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.loading import find_hub_problem
+from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
+from llm2clip.models.text.caption_encoder import CaptionEncoder
+
+REPO = "me/model"
+TEXTS = ["a dog", "Two children in the snow, and an old man."]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    """A hub, which huggingface_hub uses as user `me`, with an empty cache. Waiting takes no time."""
+    hub = FakeHub()
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    settings = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False}
+    paths = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_TOKEN_PATH": str(tmp_path / "token")}
+    for name, value in {**settings, **paths, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    find_hub_problem.cache_clear()
+    yield hub
+    close_session()
+    hub.close()
+    find_hub_problem.cache_clear()
+
+
+@pytest.fixture
+def model(model_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+@pytest.fixture
+def failing_push(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """A function that pushes, requires that this fails, and returns the error message."""
+
+    def push(*args: object) -> str:
+        capsys.readouterr()
+        assert main(["push", *map(str, args)]) == 1
+        return capsys.readouterr().err.partition("llm2clip push: ")[2]
+
+    return push
+
+
+def push(*args: object) -> None:
+    assert main(["push", *map(str, args)]) == 0
+
+
+def change_model(folder: Path) -> LLM2CLIP:
+    """Change the weights of a saved model and of its caption encoder."""
+    model = LLM2CLIP.from_pretrained(folder, "cpu")
+    with torch.no_grad():
+        model.projection.weight.mul_(-1)
+        model.encoder.llm.norm.weight.mul_(2)
+    model.save_pretrained(folder)
+    return model
+
+
+def make_static_student(model_folder: Path, folder: Path) -> None:
+    teacher = LLM2CLIP.from_pretrained(model_folder, "cpu")
+    tokenizer = Tokenizer.from_file(str(model_folder / "text/tokenizer.json"))
+    encoder = CaptionEncoder(SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=16)], device="cpu"))
+    config = LLM2CLIPConfig(teacher.config.tower, text_dim=16, embed_dim=16, adapter=AdapterConfig(depth=0))
+    LLM2CLIP(config, teacher.tower, encoder).save_pretrained(folder)
+
+
+# ---- push and pull ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("chunk_size", "verify"), [(None, False), (None, True), (10_000, True)])
+def test_pushed_model_can_be_loaded(hub: FakeHub, model: Path, chunk_size: int | None, verify: bool) -> None:
+    hub.chunk_size, hub.verify = chunk_size, verify
+    push(model, REPO, "--license", "mit")
+    repository = hub.repositories[REPO]
+    assert [title for title, _ in repository.commits.values()] == ["initial commit", "Upload model"]
+    pushed = repository.get_files()
+    for file in model.rglob("*"):
+        assert file.is_dir() or pushed[file.relative_to(model).as_posix()] == file.read_bytes()
+    loaded = LLM2CLIP.from_pretrained(REPO, "cpu")
+    assert torch.equal(loaded.encode_text(TEXTS), LLM2CLIP.from_pretrained(model, "cpu").encode_text(TEXTS))
+    assert hub.count("POST /verify") == 2 * verify and hub.count("PUT /storage/upload/.*/2$") == 2 * bool(chunk_size)
+    assert all(authorization == "" for _, path, authorization, _ in hub.requests if path.startswith("/storage"))
+    assert HfApi().whoami()["name"] == "me"
+
+
+def test_second_push_uploads_only_what_has_changed(hub: FakeHub, model: Path) -> None:
+    push(model, REPO)
+    hub.requests.clear()
+    push(model, REPO)
+    assert len(hub.repositories[REPO].commits) == 2 and hub.count("PUT") == 0
+    change_model(model)
+    push(model, REPO)
+    assert len(hub.repositories[REPO].commits) == 3 and hub.count("PUT") == 2
+
+
+def test_static_student_is_pushed_from_its_run_directory(hub: FakeHub, model_folder: Path, tmp_path: Path) -> None:
+    make_static_student(model_folder, tmp_path / "student/model")
+    push(tmp_path / "student", "me/student")
+    expected = LLM2CLIP.from_pretrained(tmp_path / "student/model", "cpu").encode_text(TEXTS)
+    assert torch.equal(LLM2CLIP.from_pretrained("me/student", "cpu").encode_text(TEXTS), expected)
+
+
+@pytest.mark.parametrize("to", ["transformers", "sentence-transformers", "vision"])
+def test_exported_models_can_be_loaded_from_the_hub(
+    to: str, hub: FakeHub, model_folder: Path, tmp_path: Path, modules_cache: None
+) -> None:
+    from transformers import AutoModel, AutoProcessor
+
+    model = LLM2CLIP.from_pretrained(model_folder, "cpu")
+    export_model(model, to, tmp_path / "out")
+    push(tmp_path / "out", "me/exported")
+    if to == "vision":
+        pixels = torch.rand(1, 3, 32, 32)
+        loaded = AutoModel.from_pretrained("me/exported")
+        expected = AutoModel.from_pretrained(tmp_path / "out")(pixels).last_hidden_state
+        assert torch.equal(loaded(pixels).last_hidden_state, expected)
+        return
+    expected = model.encode_text(TEXTS)
+    if to == "transformers":
+        loaded = AutoModel.from_pretrained("me/exported", trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained("me/exported", trust_remote_code=True)
+        embeddings = loaded.get_text_features(**processor(text=TEXTS, padding=True, return_tensors="pt")).pooler_output
+    else:
+        loaded = SentenceTransformer("me/exported", trust_remote_code=True, device="cpu")
+        embeddings = loaded.encode(TEXTS, convert_to_tensor=True)
+    assert torch.allclose(embeddings, expected, atol=1e-5)
+
+
+def test_onnx_files_and_caption_encoders_can_be_pushed(hub: FakeHub, model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx/text.onnx").write_bytes(b"graph")
+    push(tmp_path / "onnx", "me/onnx")
+    assert Path(hf_hub_download("me/onnx", "text.onnx")).read_bytes() == b"graph"
+    push(model_folder / "text", "me/encoder")
+    expected = CaptionEncoder.from_pretrained(model_folder / "text", device="cpu").encode(TEXTS)
+    assert torch.equal(CaptionEncoder.from_pretrained("me/encoder", device="cpu").encode(TEXTS), expected)
+
+
+def test_model_cards_are_valid(model_folder: Path, tmp_path: Path) -> None:
+    model = LLM2CLIP.from_pretrained(model_folder, "cpu")
+    folders = {"llm2clip": model_folder, "encoder": model_folder / "text", "onnx": tmp_path / "onnx"}
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx/text.onnx").touch()
+    for to in ("transformers", "sentence-transformers", "vision"):
+        folders[to] = tmp_path / to
+        export_model(model, to, folders[to])
+    task = "zero-shot-image-classification"
+    expected = {
+        "llm2clip": ("llm2clip", task),
+        "encoder": ("sentence-transformers", "sentence-similarity"),
+        "onnx": ("onnx", task),
+        "transformers": ("transformers", task),
+        "sentence-transformers": ("transformers", task),
+        "vision": ("transformers", "image-feature-extraction"),
+    }
+    for kind, folder in folders.items():
+        card: Any = ModelCard(render_model_card(folder, REPO, "apache-2.0"))
+        assert (card.data.library_name, card.data.pipeline_tag) == expected[kind]
+        assert card.data.license == "apache-2.0" and "llm2clip" in card.data.tags
+        assert ("combines a vision tower and" in card.text) == (kind not in ("encoder", "vision"))
+        assert ModelCard(f"---\n{card.data.to_yaml()}\n---\n").data.to_dict() == card.data.to_dict()
+
+
+# ---- revisions -------------------------------------------------------------------------------------------------------
+
+
+def test_pinned_revision_is_loaded(hub: FakeHub, model: Path) -> None:
+    push(model, REPO)
+    commit = hub.repositories[REPO].refs["main"]
+    HfApi().create_tag(REPO, tag="v1")
+    HfApi().create_branch(REPO, branch="old", revision="v1")
+    first = LLM2CLIP.from_pretrained(model, "cpu")
+    second = change_model(model)
+    push(model, REPO)
+    assert torch.equal(LLM2CLIP.from_pretrained(REPO, "cpu").encode_text(TEXTS), second.encode_text(TEXTS))
+    for revision in ("v1", "old", commit):
+        pinned = LLM2CLIP.from_pretrained(f"{REPO}@{revision}", "cpu")
+        assert torch.equal(pinned.encode_text(TEXTS), first.encode_text(TEXTS))
+        assert torch.equal(pinned.projection.weight, first.projection.weight)
+    dual_encoder = open_dual_encoder(f"{REPO}@v1", "cpu")
+    assert dual_encoder.name == f"{REPO}@v1"
+    assert torch.equal(
+        dual_encoder.encode_texts(TEXTS), open_dual_encoder(f"{REPO}@{commit}", "cpu").encode_texts(TEXTS)
+    )
+    with pytest.raises(FileNotFoundError, match=r"^me/model@v9 cannot be downloaded from the hub: it does not exist"):
+        LLM2CLIP.from_pretrained(f"{REPO}@v9", "cpu")
+
+
+def test_pinned_revision_is_loaded_from_the_cache_without_a_hub(hub: FakeHub, model: Path) -> None:
+    push(model, REPO)
+    commit = hub.repositories[REPO].refs["main"]
+    LLM2CLIP.from_pretrained(REPO, "cpu")
+    hub.faults = [Fault(r"", 503, 99)]
+    hub.requests.clear()
+    LLM2CLIP.from_pretrained(f"{REPO}@{commit}", "cpu")
+    LLM2CLIP.from_pretrained(REPO, "cpu")
+    with pytest.raises(FileNotFoundError, match=r"^me/model@v1 cannot be downloaded from the hub: .*503"):
+        LLM2CLIP.from_pretrained(f"{REPO}@v1", "cpu")
+
+
+def test_commands_accept_pinned_revisions(
+    hub: FakeHub, model: Path, tmp_path: Path, failing_push: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    push(model, REPO)
+    HfApi().create_tag(REPO, tag="v1")
+    assert main(["export", f"{REPO}@v1", "--to", "vision", "--out", str(tmp_path / "out")]) == 0
+    assert "must be of the form USER/NAME (got me/model@v1)" in failing_push(model, f"{REPO}@v1")
+    capsys.readouterr()
+    assert main(["export", f"{REPO}@v9", "--to", "vision", "--out", str(tmp_path / "other")]) == 1
+    assert "me/model@v9 cannot be downloaded" in capsys.readouterr().err
+
+
+# ---- access ----------------------------------------------------------------------------------------------------------
+
+
+def test_private_model_requires_a_token_with_access(
+    hub: FakeHub, model: Path, monkeypatch: pytest.MonkeyPatch, failing_push: Callable[..., str]
+) -> None:
+    push(model, REPO, "--private")
+    assert hub.repositories[REPO].private
+    for token in ("", "hf_other", "hf_expired"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(FileNotFoundError, match=r"^me/model cannot be .*, or you lack access: .* set HF_TOKEN$"):
+            LLM2CLIP.from_pretrained(REPO, "cpu")
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    LLM2CLIP.from_pretrained(REPO, "cpu")
+    hub.repositories[REPO].private = False
+    assert "exists and is public" in failing_push(model, REPO, "--private")
+
+
+@pytest.mark.parametrize("token", ["", "hf_expired", "hf_reader", "hf_other"])
+def test_push_without_write_access_is_an_error(
+    token: str, hub: FakeHub, model: Path, monkeypatch: pytest.MonkeyPatch, failing_push: Callable[..., str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    for repo_id in (REPO, "me/other") if token != "hf_other" else (REPO,):
+        message = failing_push(model, repo_id, "--private")
+        assert f"cannot push to {repo_id}: " in message and "set HF_TOKEN" in message
+    assert not hub.repositories and "Traceback" not in message
+
+
+def test_model_that_is_not_on_the_hub_is_an_error(hub: FakeHub) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^me/missing cannot be downloaded from the hub: it does not exist"):
+        LLM2CLIP.from_pretrained("me/missing", "cpu")
+
+
+# ---- interruptions ---------------------------------------------------------------------------------------------------
+
+
+def test_rate_limit_is_waited_for(hub: FakeHub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    headers = {"Retry-After": "7"}
+    hub.faults = [Fault("preupload", 429, headers=headers), Fault("PUT", 429, 2, headers)]
+    push(model, REPO)
+    assert waits.count(8.0) == 3
+    hub.faults = [Fault("GET /storage", 429, 2, headers)]
+    LLM2CLIP.from_pretrained(REPO, "cpu")
+    assert waits.count(8.0) == 5
+
+
+def test_exceeded_rate_limit_is_an_error(hub: FakeHub, model: Path, failing_push: Callable[..., str]) -> None:
+    hub.faults = [Fault("commit", 429, 99)]
+    assert "cannot push to me/model: the hub received too many requests: try again" in failing_push(model, REPO)
+    hub.faults = [Fault("GET /api/models", 429, 99)]
+    with pytest.raises(FileNotFoundError, match="too many requests: try again in a few minutes"):
+        LLM2CLIP.from_pretrained(REPO, "cpu")
+
+
+def test_interrupted_download_is_resumed(hub: FakeHub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    push(model, REPO)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    hub.faults = [Fault("GET /storage", "truncate", 3)]
+    loaded = LLM2CLIP.from_pretrained(REPO, "cpu")
+    assert torch.equal(loaded.encode_text(TEXTS), LLM2CLIP.from_pretrained(model, "cpu").encode_text(TEXTS))
+    assert any(byte_range.startswith("bytes=") for *_, byte_range in hub.requests)
+
+
+@pytest.mark.parametrize("action", ["truncate", "reset", 503])
+def test_failed_download_is_an_error_and_can_be_repeated(action: int | str, hub: FakeHub, model: Path) -> None:
+    push(model, REPO)
+    hub.faults = [Fault("GET /storage", action, 99)]
+    with pytest.raises(FileNotFoundError, match=r"^me/model cannot be downloaded from the hub: \w+Error: "):
+        LLM2CLIP.from_pretrained(REPO, "cpu")
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete"))
+    hub.faults = [Fault("", 503, 999)]
+    with pytest.raises(FileNotFoundError, match=r"^me/model cannot be downloaded"):  # not a model without weights
+        LLM2CLIP.from_pretrained(REPO, "cpu")
+    hub.faults.clear()
+    LLM2CLIP.from_pretrained(REPO, "cpu")
+
+
+STEPS = ("repos/create", "GET /api/models", "validate-yaml", "preupload", "lfs/objects", "PUT", "verify$", "commit")
+FAILURES = [(step, action) for step in STEPS for action in ("reset", 503)] + [("validate-yaml", "html")]
+
+
+@pytest.mark.parametrize(("step", "action"), FAILURES)
+def test_interrupted_push_changes_nothing_and_can_be_repeated(
+    step: str, action: int | str, hub: FakeHub, model: Path, failing_push: Callable[..., str]
+) -> None:
+    hub.verify = True
+    hub.faults = [Fault(step, action, 99)]
+    message = failing_push(model, REPO)
+    assert "cannot push to me/model: " in message and "Error: " in message and "<html>" not in message
+    assert "Try again" in message and len(message.splitlines()) == 1
+    repository = hub.repositories.get(REPO)
+    assert repository is None or list(repository.get_files()) == [".gitattributes"]
+    hub.faults.clear()
+    push(model, REPO)
+    assert len(hub.repositories[REPO].commits) == 2
+
+
+def test_uploaded_files_are_not_uploaded_again(hub: FakeHub, model: Path, failing_push: Callable[..., str]) -> None:
+    hub.faults = [Fault("commit", "reset", 99)]
+    failing_push(model, REPO)
+    assert hub.count("PUT") == 2
+    hub.faults.clear()
+    push(model, REPO)
+    assert hub.count("PUT") == 2
+
+
+def test_push_can_be_repeated_if_the_response_to_the_commit_is_lost(
+    hub: FakeHub, model: Path, failing_push: Callable[..., str]
+) -> None:
+    hub.faults = [Fault("commit", "lose")]
+    failing_push(model, REPO)
+    push(model, REPO)
+    assert len(hub.repositories[REPO].commits) == 2
+    LLM2CLIP.from_pretrained(REPO, "cpu")
+
+
+def test_killed_push_changes_nothing(hub: FakeHub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    push(model, REPO)
+    before = hub.repositories[REPO].get_files()
+    change_model(model)
+
+    def kill(*args: object, **kwargs: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("huggingface_hub.hf_api._send_commit", kill, raising=False)
+        patch.setattr("huggingface_hub._commit_api._send_commit", kill, raising=False)
+        main(["push", str(model), REPO])
+    assert hub.repositories[REPO].get_files() == before
+    push(model, REPO)
+
+
+def test_unreachable_hub_is_an_error(hub: FakeHub, model: Path, failing_push: Callable[..., str]) -> None:
+    hub.close()
+    assert "cannot push to me/model: the hub cannot be reached" in failing_push(model, REPO)
+
+
+# ---- several pushes and versions -------------------------------------------------------------------------------------
+
+
+def test_push_during_another_push_is_an_error(hub: FakeHub, model: Path, failing_push: Callable[..., str]) -> None:
+    push(model, REPO)
+    other = Path(shutil.copytree(model, model.with_name("other")))
+    change_model(other)
+    change_model(model)
+    change_model(model)
+    hub.faults = [Fault("POST .*/commit/", lambda: push(other, REPO))]
+    message = failing_push(model, REPO)
+    assert "cannot push to me/model: the repository was changed by another push: check its files" in message
+    files = hub.repositories[REPO].get_files()
+    assert files["model.safetensors"] == (other / "model.safetensors").read_bytes()
+    assert files["text/model.safetensors"] == (other / "text/model.safetensors").read_bytes()
+    push(model, REPO)
+    assert hub.repositories[REPO].get_files()["model.safetensors"] == (model / "model.safetensors").read_bytes()
+
+
+def test_two_first_pushes_at_once(hub: FakeHub, model: Path, failing_push: Callable[..., str]) -> None:
+    hub.faults = [Fault("POST /api/repos/create", lambda: push(model, REPO))]
+    push(model, REPO)
+    assert len(hub.repositories[REPO].commits) == 2
+
+
+def test_push_deletes_parts_that_the_new_version_does_not_have(hub: FakeHub, model: Path) -> None:
+    push(model, REPO)
+    repository = hub.repositories[REPO]
+    other_files = {"LICENSE": (b"MIT", False), "results.json": (b"{}", False)}
+    repository.commit("add files", {**repository.commits[repository.refs["main"]][1], **other_files})
+    shutil.rmtree(model / "text")
+    push(model, REPO)
+    names = set(repository.get_files())
+    assert {"LICENSE", "results.json", "README.md", ".gitattributes", "config.json", "model.safetensors"} <= names
+    assert not LLM2CLIP.from_pretrained(REPO, "cpu").has_encoder
+
+
+def test_hidden_files_are_not_pushed(hub: FakeHub, model: Path) -> None:
+    (model / ".cache").mkdir()
+    (model / ".cache/token").write_text("secret")
+    (model / ".env").write_text("secret")
+    push(model, REPO)
+    assert not any(name.startswith((".cache", ".env")) for name in hub.repositories[REPO].get_files())
+
+
+def test_folders_without_a_model_are_not_pushed(hub: FakeHub, tmp_path: Path, failing_push: Callable[..., str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "empty is not a model folder: it has no config.json" in failing_push(tmp_path / "empty", REPO)
+    assert not hub.repositories
+
+
+def test_invalid_license_is_an_error(hub: FakeHub, model: Path, failing_push: Callable[..., str]) -> None:
+    message = failing_push(model, REPO, "--license", "my-license")
+    assert message.startswith('Invalid metadata in README.md.\n- "license" must be one of [apache-2.0, ')
+    assert list(hub.repositories[REPO].get_files()) == [".gitattributes"]
+
+
+def test_model_of_a_newer_format_is_an_error(hub: FakeHub, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "format_version": 99}))
+    push(model, REPO)
+    with pytest.raises(ValueError, match=r"format version 99, but this version of llm2clip reads only"):
+        LLM2CLIP.from_pretrained(REPO, "cpu")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_incomplete_repository_is_an_error(missing: str, hub: FakeHub, model: Path) -> None:
+    push(model, REPO)
+    repository = hub.repositories[REPO]
+    files: Any = {
+        path: file for path, file in repository.commits[repository.refs["main"]][1].items() if path != missing
+    }
+    repository.commit("delete a file", files)
+    with pytest.raises(FileNotFoundError, match=rf"^me/model is not a .*model folder: it has no {missing}$"):
+        LLM2CLIP.from_pretrained(REPO, "cpu")
+
+
+def test_empty_repository_is_an_error(hub: FakeHub) -> None:
+    HfApi().create_repo(REPO)
+    with pytest.raises(FileNotFoundError, match=r"^me/model is not a model folder: it has no config.json$"):
+        LLM2CLIP.from_pretrained(REPO, "cpu")
