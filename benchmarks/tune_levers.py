@@ -201,7 +201,7 @@ class Screen:
         self.encoder, settings = STARTS[start]
         if (local := self.root / self.encoder.path).is_dir():
             self.encoder = EncoderConfig(str(local))
-        self.config = replace(BASE, steps=steps, save_steps=50, **settings)
+        self.config = replace(BASE, steps=steps, save_steps=20, **settings)
 
     def measure(self, name: str, is_final: bool) -> None:
         """Tune and test an encoder. "untuned" is the start."""
