@@ -1,4 +1,4 @@
-# PYTHON creates the virtual environments: VENV, and those with a suffix, such as VENV-tools.
+# PYTHON is the interpreter that creates the virtual environments VENV, VENV-tools and so on.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -49,8 +49,8 @@ test-wheel:
 	rm -rf $(VENV)-wheel
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/$(PIP_INSTALL) dist/*.whl
-	cd / && $(abspath $(VENV)-wheel)/bin/llm2clip configs cpu > /dev/null
-	cd / && $(abspath $(VENV)-wheel)/bin/llm2clip doctor
+	cd $$(mktemp -d) && $(abspath $(VENV)-wheel)/bin/llm2clip configs cpu > /dev/null
+	cd $$(mktemp -d) && $(abspath $(VENV)-wheel)/bin/llm2clip doctor
 
 $(VENV)/quickstart: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,7 +1,7 @@
 """Measure how retrieval improves with the number of training photographs, with and without STRUCTURE.
 
-    python benchmarks/learning_curve.py DATA --out runs/text_towers --names minilm [--encoder NAME=FOLDER]
-        [--sizes 250 500 1000 2000 4000 6000] [--structure 0 10] [--trained]
+    python benchmarks/learning_curve.py DATA --out runs/text_towers --names minilm
+        [--sizes 250 500 1000 2000 4000 6000] [--structure 0 10 | --trained]
 
 DATA and OUT are those of `text_towers.py`, which must have measured the text towers with the stage `frozen`. The heads
 of the frozen tower are trained on random subsets of the training images, with three seeds; a seed also chooses the
@@ -35,7 +35,7 @@ from llm2clip.store.store import EmbeddingStore
 from llm2clip.train import align as align_module
 from reproduce_claims import Interval, bootstrap_interval
 from text_towers import write_table
-from text_towers_data import FLICKR, FROZEN, TRAINED, VARIANTS, Benchmark, Variant
+from text_towers_data import FLICKR, FROZEN, TRAINED, Benchmark
 
 SIZES = (250, 500, 1000, 2000, 4000, 6000)
 SEEDS = (0, 1, 2)
@@ -155,15 +155,15 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--names", nargs="+", default=["minilm"], help="text towers; the first is the reference")
-    parser.add_argument("--encoder", nargs="+", default=[], metavar="NAME=FOLDER", help="as in text_towers.py")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--structure", type=float, nargs="+", default=[0.0], metavar="WEIGHT")
     parser.add_argument("--trained", action="store_true")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     args = parser.parse_args()
-    VARIANTS.update((name, Variant(folder)) for name, folder in (encoder.split("=", 1) for encoder in args.encoder))
+    if args.trained and any(args.structure):
+        parser.error("--structure is only for a frozen tower")
+    seeds = SEEDS[:1] if args.trained else SEEDS
     benchmark = Benchmark(args.data.resolve(), args.out.resolve())
-    for name, seed, size in product(args.names, args.seeds, args.sizes):
+    for name, seed, size in product(args.names, seeds, args.sizes):
         for structure in args.structure:
             measure(benchmark, name, size, seed, structure, args.trained)
         write_results(benchmark.out, args.names, args.sizes)

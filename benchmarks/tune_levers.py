@@ -6,8 +6,10 @@ Each lever changes one thing about the base recipe, which is that of the `cpu-ll
 captions of Flickr30k and COCO (training splits), without the images of Flickr8k's val and test splits. CRA is measured
 on the captions of Flickr8k val (1,000 images) and of COCO val2017 (4,407 images). With `--final`, it is also measured
 on COCO's 5,000 test images, on paragraphs, on ADE20K's descriptions and between languages (see `read_final_tests`). The
-table shows the difference from the base recipe with a paired 95% interval over images. Results are in
-OUT/START-STEPS/NAME.json. Finished levers are skipped, and interrupted ones are resumed from their last checkpoint.
+table shows the difference from the base recipe (in the final tests: from the untuned encoder) with a paired 95%
+interval over images. Results are in OUT/START-STEPS/NAME.json. Finished levers are skipped, and interrupted ones are
+resumed from their last checkpoint, except for `average`, which must be started again. The CPU time of a resumed lever
+is that of its last part.
 
 `distill` and the start `mpnet` require all-mpnet-base-v2 in OUT/all-mpnet-base-v2 (see text_towers.py).
 """
@@ -243,13 +245,13 @@ class Screen:
                 self._save_halfway(folder / "encoder")
             else:
                 encoder = open_encoder(self.encoder, "cpu")
-                with self._pulled(lever):
+                with self._patch_tune(lever):
                     config = replace(self.config, **lever.settings)
                     tune_module.tune(self._read_items(lever), encoder, config, folder)
         return {"seconds": timer.seconds, "CPU seconds": timer.cpu}
 
     @contextmanager
-    def _pulled(self, lever: Lever) -> Iterator[None]:
+    def _patch_tune(self, lever: Lever) -> Iterator[None]:
         """Change the `tune` stage."""
         teacher = None
         if "distill" in lever.loss:
@@ -324,7 +326,7 @@ def write_results(out: Path, suffix: str = "") -> None:
         rows.append([name, f"{json.loads(cost.read_text())['CPU seconds'] / 60:.1f}" if cost.exists() else "–"])
         for test_name, values in hits.items():
             rows[-1].append(f"{100 * np.mean(values):.1f}")
-            if name == reference:
+            if name == reference or reference not in results:
                 rows[-1].append("–")
                 continue
             difference = torch.tensor([values]) - torch.tensor([results[reference][test_name]])

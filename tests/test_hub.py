@@ -413,9 +413,21 @@ def test_push_deletes_parts_that_the_new_version_does_not_have(hub: FakeHub, mod
 def test_hidden_files_are_not_pushed(hub: FakeHub, model: Path) -> None:
     (model / ".cache").mkdir()
     (model / ".cache/token").write_text("secret")
-    (model / ".env").write_text("secret")
+    for folder in (model, model / "text"):
+        (folder / ".env").write_text("secret")
     push(model, REPO)
-    assert not any(name.startswith((".cache", ".env")) for name in hub.repositories[REPO].get_files())
+    assert not any(".cache" in name or ".env" in name for name in hub.repositories[REPO].get_files())
+
+
+@pytest.mark.parametrize("target", ["folder", "nothing", "file"])
+def test_symbolic_links_out_of_the_folder_are_not_pushed(
+    target: str, hub: FakeHub, model: Path, failing_push: Callable[..., str]
+) -> None:
+    (model.parent / "folder").mkdir()
+    (model.parent / "file").write_text("secret")
+    (model / "text/link").symlink_to(model.parent / target)
+    assert "link is a symbolic link to" in failing_push(model, REPO)
+    assert not hub.repositories
 
 
 def test_folders_without_a_model_are_not_pushed(hub: FakeHub, tmp_path: Path, failing_push: Callable[..., str]) -> None:

@@ -148,4 +148,5 @@ def test_breaking_changes_are_found(new: str, problems: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    test_public_names_and_arguments_still_exist()
     LIST.write_text("".join(f"{line}\n" for line in list_api()))

@@ -95,6 +95,8 @@ def test_runs_estimates_the_time_left_from_the_start_of_a_resumed_run(folder: Pa
     os.utime(run / "metrics.jsonl", (now, now))
     with folder_lock(run, RUN_LOCK):
         assert list_rows(folder)[0]["a"]["time left"] == "1 min 20 s"
+        os.utime(run / "metrics.jsonl", (now - 60, now - 60))  # not written since the run was resumed
+        assert list_rows(folder)[0]["a"]["time left"] is None
         add_training(run / "none", step=50)
         (run / "none/metrics.jsonl").replace(run / "metrics.jsonl")  # no step since the checkpoint
         assert list_rows(folder)[0]["a"]["time left"] is None

@@ -177,6 +177,7 @@ def set_parquet(file: Path) -> None:
         ("model/config.json", set_json, CaptionEncoder.from_pretrained),
         ("student/config.json", set_json, lambda folder: open_dual_encoder(str(folder))),
         ("store-int8/manifest.json", set_json, EmbeddingStore),
+        ("store-int8/manifest.json", set_json, repair_store),
         ("store-int8/keys-00001.parquet", set_parquet, repair_store),
         ("index/index.sqlite", set_sqlite, Index.open),
         ("index/index.sqlite", set_sqlite, lambda folder: SqliteBackend(folder, write=True)),

@@ -100,7 +100,8 @@ class CaptionDatabase:
                 self.file, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
             )
             ((version,),) = self.connection.execute("PRAGMA user_version")
-            if version:
+            if version not in (0, FORMAT_VERSION):
+                self.connection.close()
                 check_format_version(self.file, version, FORMAT_VERSION, "Use another --out, or delete this file")
             self.connection.execute("PRAGMA journal_mode = WAL")
             self.connection.execute("PRAGMA synchronous = NORMAL")

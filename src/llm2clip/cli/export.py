@@ -217,40 +217,58 @@ def _push(args: Namespace) -> list[str]:
         raise ValueError(f"the name on the hub must be of the form USER/NAME (got {args.repo_id})")
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HTTPError
-    from huggingface_hub.utils import filter_repo_objects
 
     from llm2clip.models.export.model_card import render_model_card
     from llm2clip.models.loading import describe_hub_error, find_hub_problem
     from llm2clip.models.model_folder import TRAINING_IMAGES_FILE, is_model_folder
 
     folder = Path(args.model)
-    if not any((folder / name).is_file() for name in ("config.json", "text.onnx")):
+    if not any((folder / name).is_file() for name in ("config.json", "modules.json", "text.onnx")):
         raise FileNotFoundError(f"{args.model} is not a model folder: it has no config.json")
     _check_no_home_paths(folder)
     problem = find_hub_problem()
     if problem:
         raise OSError(f"cannot push to {args.repo_id}: {problem}")
-    files: dict[str, Any] = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    files: dict[str, Any] = _list_files(folder)
     files["README.md"] = render_model_card(folder, args.repo_id, args.license).encode()
-    operations: list[Any] = [CommitOperationAdd(name, files[name]) for name in sorted(files) if name[0] != "."]
+    operations: list[Any] = [CommitOperationAdd(name, files[name]) for name in sorted(files)]
     api = HfApi()
     try:
-        if args.private and api.repo_exists(args.repo_id) and not api.repo_info(args.repo_id).private:
+        url = api.create_repo(args.repo_id, private=args.private, exist_ok=True)
+        info = api.model_info(args.repo_id)
+        if args.private and not info.private:
             raise ValueError(
                 f"{args.repo_id} exists and is public: make it private on the hub first, or remove --private"
             )
-        url = api.create_repo(args.repo_id, private=args.private, exist_ok=True)
-        info = api.model_info(args.repo_id)
-        # Otherwise, `from_pretrained` would use files of an earlier version that the new version does not have.
-        names, optional = [file.rfilename for file in info.siblings or ()], ["text/*", TRAINING_IMAGES_FILE]
         if is_model_folder(folder):
-            outdated = filter_repo_objects(names, allow_patterns=optional, ignore_patterns=list(files))
-            operations += [CommitOperationDelete(name) for name in outdated]
+            # `from_pretrained` would use these files of an earlier version if the new version does not have them.
+            for name in [file.rfilename for file in info.siblings or ()]:
+                if (name.startswith("text/") or name == TRAINING_IMAGES_FILE) and name not in files:
+                    operations.append(CommitOperationDelete(name))
         # With a parent, the commit fails if the repository has changed, so the files of two pushes are never mixed.
         commit = api.create_commit(args.repo_id, operations, commit_message="Upload model", parent_commit=info.sha)
     except (HTTPError, OSError, RuntimeError, JSONDecodeError) as error:  # JSONDecodeError: the hub sent an HTML page
         raise OSError(f"cannot push to {args.repo_id}: {describe_hub_error(error)}") from error
     return [f"Pushed: {url} (revision {commit.oid})"]
+
+
+def _list_files(folder: Path) -> dict[str, Path]:
+    """Return the files in a folder by their relative path, without hidden files and folders.
+
+    Raises:
+        ValueError: A symbolic link leads to a folder, to nothing, or to a file outside the folder and the hub's cache.
+    """
+    files = {}
+    for path in folder.rglob("*"):
+        name, target = path.relative_to(folder), path.resolve()
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        is_inside = target.is_relative_to(folder.resolve()) or target.parent.name == "blobs"
+        if path.is_symlink() and not (target.is_file() and is_inside):
+            raise ValueError(f"{path} is a symbolic link to {target}: replace the link with a copy")
+        if path.is_file():
+            files[name.as_posix()] = path
+    return files
 
 
 def _check_no_home_paths(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Commands for getting started and for an overview: `doctor`, `quickstart`, `data`, `configs`, `plan` and `runs`."""
+"""Commands for setup and inspection: `doctor`, `quickstart`, `data`, `configs`, `plan` and `runs`."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from llm2clip.io_utils import atomic_path, atomic_write_jsonl
-from llm2clip.runs.output_folder import FormatVersionError, folder_lock
+from llm2clip.runs.output_folder import folder_lock
 from llm2clip.store import layout
 from llm2clip.store.layout import Shard, StoreError, StoreSpec
 from llm2clip.store.store import EmbeddingStore, find_corrupt_shards
@@ -27,7 +27,7 @@ def repair_store(folder: str | Path) -> list[str]:
 
     Raises:
         StoreError: The manifest and all shards are corrupt, so the encoder is unknown.
-        FormatVersionError: A shard has a different format version, or the manifest of a store without shards has one.
+        FormatVersionError: The manifest or a shard has a different format version.
         FolderInUseError: Another run is writing to the store.
     """
     folder = Path(folder)
@@ -36,9 +36,7 @@ def repair_store(folder: str | Path) -> list[str]:
         specs, unreadable = _read_specs(folder)
         try:
             spec = layout.get_store_spec(layout.read_manifest(folder))
-        except (StoreError, FormatVersionError) as error:
-            if not specs and isinstance(error, FormatVersionError):
-                raise
+        except StoreError as error:
             if not specs:
                 raise StoreError(
                     f"{folder} has no intact manifest and no intact shard. Delete it and run `llm2clip embed`"

@@ -1,4 +1,4 @@
-"""The `runs` command. It only reads what runs write anyway, and takes no locks, because these would stop new runs."""
+"""The `runs` command. It reads files that runs write, and takes no locks, because a lock would block a new run."""
 
 import os
 import re
@@ -33,8 +33,8 @@ def list_runs(folder: Path) -> list[str]:
             if is_store or name in (output_folder.CONFIG_FILE, "index.sqlite") or name.endswith(".jsonl.sqlite"):
                 try:
                     rows.append(_describe_run(Path(parent, name)))
-                except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-                    skipped.append(f"Skipped {Path(parent, name)}, not a valid file of a run: {describe_error(error)}")
+                except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+                    skipped.append(f"Skipped {Path(parent, name)}: not a valid run file ({describe_error(error)})")
     rows.sort(key=lambda row: row["last change"])
     table = Table(COLUMNS, [[row.get(column) for column in COLUMNS] for row in rows])
     lines = [render_text([table], width=160) if rows else f"No runs in {folder}", *skipped]
@@ -86,7 +86,8 @@ def _read_training(file: Path) -> dict[str, Any]:
             steps = read_json(marker)["signature"]["steps"]
             row["step"] += f" of {steps:,}"  # metrics have no times, so those of the files are used
             seconds = log.stat().st_mtime - max(started, marker.stat().st_mtime)
-            row["time left"] = format_duration(seconds / done * (steps - step)) if done > 0 else None
+            if done > 0 and seconds > 0:  # a run that has just been resumed has not written its log yet
+                row["time left"] = format_duration(seconds / done * (steps - step))
     for line in output_folder.read_metrics(log.with_name("evaluations.jsonl"), last_only=True):
         recalls = [f"{value:.1f}" for name, value in line.items() if name.endswith(" R@1")]
         row["result"] = f"R@1: I2T {recalls[0]}, T2I {recalls[1]}"
