@@ -216,7 +216,7 @@ def test_runs_names_damaged_and_foreign_files_and_lists_the_others(
     assert "r/good" in output and " 7 " in output and "r/pipe" in output
     skipped = [line for line in output.splitlines() if line.startswith("Skipped ")]
     for name in (*files, "good/manifest.json", "wrong/config.yaml", "fifo/config.yaml"):
-        assert sum(f"r/{name}," in line for line in skipped) == 1, name
+        assert sum(f"r/{name}:" in line for line in skipped) == 1, name
     assert len(skipped) == len(files) + 3
 
 
