@@ -11,7 +11,7 @@ import pytest
 
 from llm2clip.cli import main
 from llm2clip.reports import Table
-from llm2clip.runs.output_folder import RUN_LOCK, MetricsLog, folder_lock, read_metrics, save_or_check_config
+from llm2clip.runs.output_folder import RUN_LOCK, MetricsLog, folder_lock, read_latest_metrics, save_or_check_config
 from llm2clip.tools import runs
 from test_output_folder import RUN_CONFIGS
 
@@ -86,6 +86,31 @@ def test_runs_shows_the_progress_of_a_running_stage(folder: Path) -> None:
 
 
 @needs_lock_list
+def test_runs_shows_the_progress_of_llava(folder: Path) -> None:
+    run = make_run(folder / "a", "llava", ("pretrain/metrics.jsonl",))
+    assert list_rows(folder)[0]["a"]["step"] is None
+    stage = run / "instruct"
+    add_training(stage, step=60)
+    marker = stage / "checkpoint-50/complete"
+    marker.parent.mkdir()
+    marker.write_text(json.dumps({"format_version": 1, "signature": {"batch_size": 8}}))
+    (marker.parent / "trainer_state.json").write_text('{"max_steps": 64}')
+    now = time.time()
+    os.utime(marker, (now, now))
+    os.utime(stage / "metrics.jsonl", (now + 30, now + 30))
+    with folder_lock(run, RUN_LOCK):
+        row = list_rows(folder)[0]["a"]
+    assert [row[name] for name in ("stage", "step", "loss", "time left")] == ["instruct", "60 of 64", "0.123", "12 s"]
+    assert time.mktime(time.strptime(row["last change"], "%Y-%m-%d %H:%M:%S")) == pytest.approx(now + 30, abs=2)
+    with (stage / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 64, "train_loss": 0.5}\n')  # the Trainer's summary
+    row = list_rows(folder)[0]["a"]
+    assert [row[name] for name in ("state", "step", "loss")] == ["interrupted", "64 of 64", "0.123"]
+    (stage / "metrics.jsonl").write_text('{"step": 4, "train_loss": 0.5}\n')
+    assert list_rows(folder)[0]["a"]["loss"] is None
+
+
+@needs_lock_list
 def test_runs_estimates_the_time_left_from_the_start_of_a_resumed_run(folder: Path) -> None:
     run = make_run(folder / "a", "align")
     add_training(run, step=60, checkpoint=50)
@@ -119,8 +144,13 @@ def test_runs_estimates_the_time_left_from_the_start_of_a_resumed_run(folder: Pa
         ("distill", ("metrics.jsonl",), "distill"),
         ("distill", ("metrics.jsonl", "model"), "evaluate"),
         ("distill", ("metrics.jsonl", "model", "report.html"), None),
-        ("llava", (), "llava"),
-        ("llava", ("model",), None),
+        ("fit", ("tune/encoder", "model", "report.html"), None),
+        ("llava", (), "pretrain"),
+        ("llava", ("pretrain/metrics.jsonl",), "pretrain"),
+        ("llava", ("pretrain/metrics.jsonl", "instruct/metrics.jsonl"), "instruct"),
+        ("llava", ("instruct/metrics.jsonl",), "instruct"),
+        ("llava", ("pretrain/metrics.jsonl", "instruct/metrics.jsonl", "model"), None),
+        ("llava", ("pretrain/metrics.jsonl", "model"), None),
     ],
 )
 def test_runs_finds_the_stage_of_a_run(command: str, outputs: tuple[str, ...], stage: str | None, folder: Path) -> None:
@@ -236,14 +266,15 @@ def test_runs_prints_names_that_are_not_unicode(folder: Path, capsys: pytest.Cap
     assert capsys.readouterr().out.count("\\udcff\\x1b[31m") == 2
 
 
-def test_read_metrics_reads_only_the_end_for_the_last_line(tmp_path: Path) -> None:
+def test_read_latest_metrics_reads_only_the_end_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in range(100_000)) + '{"step": ')
+    lines = [f'{{"step": {step}, "loss": 0.{step % 10}}}\n' for step in range(100_000)]
+    file.write_text("".join(lines) + '{"step": 100000, "train_loss": 0.5}\n{"step": ')
     tracemalloc.start()
-    lines = read_metrics(file, last_only=True)
+    metrics = read_latest_metrics(file)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert lines == [{"step": 99_999, "loss": 0.5}]
+    assert metrics == {"step": 100_000, "loss": 0.9, "train_loss": 0.5}
     assert peak < 1_000_000 < file.stat().st_size
     file.write_text("")
-    assert read_metrics(file, last_only=True) == read_metrics(tmp_path / "none", last_only=True) == []
+    assert read_latest_metrics(file) == read_latest_metrics(tmp_path / "none") == {}

@@ -18,7 +18,7 @@ from jsonargparse import Namespace
 from llm2clip.config import AUTO
 from llm2clip.io_utils import check_extra
 from llm2clip.models.loading import check_model_source, is_hub_id, split_revision
-from llm2clip.runs.output_folder import CONFIG_FILE
+from llm2clip.runs.output_folder import CONFIG_FILE, RUN_COMMANDS
 
 # Prefixes of model names (see `models/dual_encoder.py` and `models/vision/vision_tower.py`).
 PREFIXES = ("open_clip:", "timm:", "st:", "hf:")
@@ -179,8 +179,6 @@ _CONTENTS = {
     "evaluation": ("results.json", "vectors", "skipped"),
     "model": ("config.json", "open_clip_config.json", "text.onnx"),
 }
-# Sections of a run's config. The first of these that a config contains determines the kind of its run directory.
-_RUN_SECTIONS = ("llava", "distill", "embed", "align", "tune")
 _OWN_FILES = ("skipped.jsonl", "metrics.jsonl")  # files that llm2clip writes, which do not count as data
 _DATA_SUFFIXES = {
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"),
@@ -227,9 +225,9 @@ def detect_folder_kind(folder: str | Path) -> str | None:
             config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             config = None
-        for section in _RUN_SECTIONS:
+        for section, command in RUN_COMMANDS.items():
             if isinstance(config, dict) and section in config:
-                return "fit" if section == "embed" else section
+                return command
     for kind, names in _CONTENTS.items():
         if any(any(folder.glob(name)) for name in names):
             return kind

@@ -10,7 +10,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, explain_wri
 CONFIG_FILE = "config.yaml"  # all settings of a run
 CHECKPOINT_PREFIX = "checkpoint-"  # same prefix as in transformers' Trainer
 COMPLETE_MARKER = "complete"  # name of the file in a checkpoint that marks it as complete
-TAIL_BYTES = 1 << 14  # read from the end of a metrics file to find its last line
+TAIL_BYTES = 1 << 14  # read from the end of a metrics file to find the latest metrics
 MAX_CHECKPOINTS = 2  # number of checkpoints to keep; older ones are removed
 ENCODER_CHOICE_FILE = "encoder_choice.json"  # written by `fit --encoder.path auto`
 RUN_LOCK = ".run.lock"  # held during all stages of a run; an embedding store also has its own lock
@@ -113,6 +113,8 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
 # ---- config of a run -------------------------------------------------------------------------------------------------
 
+# Section of a run's config -> command. The first of these sections that a config contains determines the command.
+RUN_COMMANDS = {"llava": "llava", "distill": "distill", "embed": "fit", "align": "align", "tune": "tune"}
 # `align` settings may be changed until the run directory contains one of these files or folders.
 ALIGN_OUTPUTS = ("align/checkpoints", "checkpoints", "model")
 # Patterns of the names of files and folders in a run directory that do not count as outputs.
@@ -217,19 +219,22 @@ class MetricsLog:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
-def read_metrics(path: Path, last_only: bool = False) -> list[dict[str, Any]]:
-    """Read all or the last line of a metrics file. Ignore damaged lines, as after a killed process or power failure."""
+def read_metrics(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:
+    """Read the lines of a metrics file, or only those at its end. Ignore damaged lines, as after a killed process."""
     if not path.is_file():
         return []
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL_BYTES) if last_only else 0)
+        file.seek(0 if tail_bytes is None else max(0, path.stat().st_size - tail_bytes))
         text = file.read().decode(errors="replace")
     lines = []
     for line in text.splitlines():
-        try:
+        with suppress(json.JSONDecodeError):
             values = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(values, dict) and "step" in values:
-            lines.append(values)
-    return lines[-1:] if last_only else lines
+            if isinstance(values, dict) and "step" in values:
+                lines.append(values)
+    return lines
+
+
+def read_latest_metrics(path: Path) -> dict[str, Any]:
+    """Return the latest value of each metric, from the end of a metrics file. Return {} if the file has no metrics."""
+    return {name: value for line in read_metrics(path, TAIL_BYTES) for name, value in line.items()}
