@@ -874,6 +874,33 @@ def test_serve_chooses_a_token(
 
 
 @pytest.mark.parametrize(
+    ("options", "environment", "query"),
+    [
+        ([], None, r"\?token=[\w-]{32}"),
+        ([], "from-environment", ""),
+        (["--token", "a/b"], "from-environment", r"\?token=a%2Fb"),
+        (["--no_token"], "from-environment", ""),
+    ],
+)
+def test_serve_prints_the_token_unless_it_comes_from_the_environment(
+    options: list[str],
+    environment: str | None,
+    query: str,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("LLM2CLIP_TOKEN", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("LLM2CLIP_TOKEN", environment)
+    monkeypatch.setattr(server_module, "serve", lambda *_, on_start, behind_proxy: on_start(7860))
+    assert main(["serve", "--model", str(model_folder), "--port", "0", "--precision", "fp32", *options]) == 0
+    output = capsys.readouterr().out
+    assert re.search(rf"^Serving at http://127\.0\.0\.1:7860/{query}$", output, re.MULTILINE)
+    assert "from-environment" not in output
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--token", ""], "--token is empty"),

@@ -102,7 +102,8 @@ def _serve(args: Namespace) -> list[str]:
 
     def print_address(port: int) -> None:
         address = f"http://{host}:{port}/"
-        page = f"{address}?token={quote(token, safe='')}" if token else address
+        known = os.environ.get("LLM2CLIP_TOKEN")  # is not printed, because the output may be saved in logs
+        page = f"{address}?token={quote(token, safe='')}" if token and token != known else address
         print_once(f"Serving at {page}", f"API description: {address}openapi.json. Press Ctrl-C to stop.")
 
     serve(app, args.host, args.port, on_start=print_address, behind_proxy=args.behind_proxy)
