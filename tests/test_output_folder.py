@@ -17,7 +17,13 @@ from llm2clip.config import (
     TuneConfig,
 )
 from llm2clip.llava import LlavaConfig
-from llm2clip.runs.output_folder import RUN_LOCK, folder_lock, save_or_check_config
+from llm2clip.runs.output_folder import (
+    RUN_LOCK,
+    FormatVersionError,
+    check_format_version,
+    folder_lock,
+    save_or_check_config,
+)
 
 RUN_CONFIGS: dict[str, dict[str, Any]] = {
     "fit": {"data": ["d"], **dataclasses.asdict(FitConfig())},
@@ -116,3 +122,24 @@ def test_second_run_changes_no_file(
     (out / RUN_LOCK).mkdir()
     assert main(arguments) == 1
     assert f"cannot lock {out / RUN_LOCK} (Is a directory)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("version", "oldest", "message"),
+    [
+        (3, None, None),
+        (2, None, "f has format version 2, but .* reads only format version 3. Build it again"),
+        (1, 1, None),
+        (3, 1, None),
+        (4, 1, "f has format version 4, but .* reads format versions 1 to 3. Update llm2clip"),
+        (0, 1, "f has format version 0, but .* reads format versions 1 to 3. Build it again"),
+        (None, 1, "f has no format version, but .* reads format versions 1 to 3. Build it again"),
+        ("3", 1, "f has format version 3, but"),
+    ],
+)
+def test_format_version_must_be_supported(version: object, oldest: int | None, message: str | None) -> None:
+    if message is None:
+        check_format_version("f", version, 3, "Build it again", oldest)
+        return
+    with pytest.raises(FormatVersionError, match=message):
+        check_format_version("f", version, 3, "Build it again", oldest)
