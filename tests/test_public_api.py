@@ -1,9 +1,10 @@
-"""The names and arguments of the public API, which public_api.txt lists, are still there.
+"""The public API still has the names and arguments in public_api.txt, the options in public_cli.txt, and the fields of
+requests and responses in public_http.txt.
 
     PYTHONPATH=src:tests python tests/test_public_api.py
 
-adds new names and arguments to the list. Remove a line or an argument from the list only when its deprecation period
-has ended; see docs/reference/api.md.
+adds new names, arguments, options and fields to the lists. Remove a line or an argument from a list only when its
+deprecation period has ended; see docs/reference/api.md.
 """
 
 import dataclasses
@@ -15,13 +16,20 @@ from functools import cached_property
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, patch
 
 import pytest
+from fastapi.routing import APIRoute
 
 from llm2clip import CaptionEncoder
+from llm2clip.cli import build_parser
 from llm2clip.search.metadata import CONDITIONS
+from llm2clip.search.server import create_app
 
 LIST = Path(__file__).with_name("public_api.txt")
+CLI_LIST = Path(__file__).with_name("public_cli.txt")
+HTTP_LIST = Path(__file__).with_name("public_http.txt")
+UPDATE_ADVICE = f"run `python {Path(__file__).name}` to update the list"
 PAGE = Path(__file__).parent.parent / "docs/reference/api.md"
 # Functions with arguments of the form `**values` -> names of these arguments.
 KEYWORDS: dict[str, list[str]] = {
@@ -119,10 +127,8 @@ def test_public_names_are_documented() -> None:
         assert {value.__module__, f"{value.__module__}.{value.__name__}"} & documented, name
 
 
-def test_public_names_are_listed() -> None:
-    assert parse_lines(LIST.read_text().splitlines()).keys() == parse_lines(list_api()).keys(), (
-        f"run `python {Path(__file__).name}` to update {LIST.name}"
-    )
+def test_public_names_and_arguments_are_listed() -> None:
+    assert LIST.read_text().splitlines() == list(list_api()), UPDATE_ADVICE
 
 
 @pytest.mark.parametrize(
@@ -147,6 +153,84 @@ def test_breaking_changes_are_found(new: str, problems: list[str]) -> None:
     assert len(find_breaking_changes(None, api["new"])) == len(find_breaking_changes(api["new"], None)) == 1
 
 
+# ---- commands and HTTP ----------------------------------------------------------------------------------------------
+
+
+def list_commands(parser: Any, command: str = "llm2clip") -> Iterator[str]:
+    """Yield a line for each argument of each command, such as `llm2clip fit --out: required`."""
+    required_args = getattr(parser, "required_args", ())  # attribute of old versions of jsonargparse
+    for action in parser._actions:
+        if action is parser._subcommands_action:
+            for name, subparser in action.choices.items():
+                yield from list_commands(subparser, f"{command} {name}")
+            continue
+        is_required = action.required or action.dest in required_args
+        for name in action.option_strings or [action.dest.upper()]:
+            yield f"{command} {name}{': required' if is_required else ''}"
+
+
+def list_routes(openapi: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each route and for each field of its requests and responses."""
+    for path, operations in openapi["paths"].items():
+        for method, operation in operations.items():
+            route = f"{method.upper()} {path}"
+            yield route
+            for field in list_fields(operation.get("requestBody", {}), openapi):
+                yield f"{route} request {field}"
+            for field in list_fields(operation["responses"]["200"], openapi):
+                yield f"{route} response {field.removesuffix(': required')}"
+
+
+def list_fields(schema: Mapping[str, Any], openapi: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of the fields in a request, response or JSON schema, such as `hits.score` or `id: required`."""
+    schema = schema.get("content", {}).get("application/json", {}).get("schema", schema)
+    if "$ref" in schema:
+        schema = openapi["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    for name, value in schema.get("properties", {}).items():
+        yield f"{name}: required" if name in schema.get("required", ()) else name
+        yield from (f"{name}.{field}" for field in list_fields(value, openapi))
+    for part in [schema["items"]] if "items" in schema else schema.get("anyOf", ()):
+        yield from list_fields(part, openapi)
+
+
+def list_cli() -> list[str]:
+    return sorted(set(list_commands(build_parser()[0])))
+
+
+def list_http() -> list[str]:
+    with patch("llm2clip.search.server.InferenceService"):
+        app = create_app(MagicMock())
+    aliases = [f"POST {route.path}" for route in app.routes if isinstance(route, APIRoute) and "/v1/" in route.path]
+    return sorted({*list_routes(app.openapi()), *aliases})
+
+
+def find_removals(old: list[str], new: list[str]) -> list[str]:
+    """Return the missing lines, and the new required arguments and fields of the commands and routes in `old`."""
+    missing = [line for line in old if line not in new and line.removesuffix(": required") not in new]
+    known = {line.removesuffix(": required").rpartition(" ")[0] for line in old}
+    added = [line.removesuffix(": required") for line in new if line.endswith(": required") and line not in old]
+    return missing + [f"{line}: required" for line in added if line.rpartition(" ")[0] in known]
+
+
+@pytest.mark.parametrize(("file", "list_names"), [(CLI_LIST, list_cli), (HTTP_LIST, list_http)])
+def test_public_options_and_fields_are_listed_and_still_exist(file: Path, list_names: Callable[[], list[str]]) -> None:
+    old, new = file.read_text().splitlines(), list_names()
+    assert find_removals(old, new) == []
+    assert old == new, UPDATE_ADVICE
+
+
+def test_removed_options_and_fields_are_found() -> None:
+    old = ["a b --x", "a b --y: required", "POST /r request q", "POST /r response s"]
+    assert find_removals(old, [*old, "a b --z", "a c --z: required", "POST /r response t"]) == []
+    assert find_removals(old, ["a b --x: required", "a b --y", "a b --z: required"]) == [
+        "a b --x", "POST /r request q", "POST /r response s", "a b --x: required", "a b --z: required"
+    ]  # fmt: skip
+
+
 if __name__ == "__main__":
     test_public_names_and_arguments_still_exist()
     LIST.write_text("".join(f"{line}\n" for line in list_api()))
+    for file, names in ((CLI_LIST, list_cli()), (HTTP_LIST, list_http())):
+        removals = find_removals(file.read_text().splitlines() if file.exists() else [], names)
+        assert not removals, removals
+        file.write_text("".join(f"{name}\n" for name in names))
