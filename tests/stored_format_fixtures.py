@@ -2,8 +2,9 @@
 
     PYTHONPATH=src:tests python tests/stored_format_fixtures.py
 
-Run this once for each release that changes a format, and never change the files of an earlier release. With the same
-versions of the dependencies, the files are always the same. expected.json contains embeddings that the models compute.
+Run this once for each release that changes a format, and never change the files of an earlier release. If a format
+changes before the release is published, delete the folder and run this again. With the same versions of the
+dependencies, the files are always the same. expected.json contains embeddings that the models compute.
 """
 
 import dataclasses
@@ -98,6 +99,17 @@ def make_student(folder: Path, teacher_folder: Path) -> Path:
     return build_student_model(teacher, student).save_pretrained(folder)
 
 
+def make_exports(folder: Path, model_folder: Path) -> None:
+    for form in ("sentence-transformers", "vision"):  # ONNX graphs would take 300 KB
+        export_model(LLM2CLIP.from_pretrained(model_folder, "cpu"), form, folder / f"export-{form}")
+
+
+def make_stores(folder: Path, model_folder: Path) -> None:
+    for dtype in ("float16", "int8"):
+        encoder = CaptionEncoder.from_pretrained(model_folder, device="cpu")
+        embed(CAPTIONS, encoder, folder / f"store-{dtype}", dtype=dtype, shard_size=2, device=torch.device("cpu"))
+
+
 def make_captions(photos: Path) -> Path:
     """Run `caption` on a folder of photos. Return the file with the records, next to the folder."""
     records = photos.with_name("captions.jsonl")
@@ -146,17 +158,15 @@ def main() -> None:
     if target.exists():
         sys.exit(f"{target} exists. The files of a release must not be changed")
     work = Path(tempfile.gettempdir()) / "llm2clip-formats"  # an index contains the paths of its images
-    shutil.rmtree(work, ignore_errors=True)
+    if work.exists():
+        sys.exit(f"{work} exists. Delete it")
     out = work / "out"
     photos = make_photos(out / "photos", 3, side=12)
     for photo in photos.iterdir():
         os.utime(photo, (10**9, 10**9))
     model_folder = make_model(out / "model", work)
     make_student(out / "student", model_folder)
-    encoder = CaptionEncoder.from_pretrained(model_folder, device="cpu")
-    for dtype in ("float16", "int8"):
-        embed(CAPTIONS, encoder, out / f"store-{dtype}", dtype=dtype, shard_size=2, device=torch.device("cpu"))
-        encoder = CaptionEncoder.from_pretrained(model_folder, device="cpu")
+    make_stores(out, model_folder)
     model = open_dual_encoder(str(model_folder), "cpu")
     records = make_captions(photos)
     model = dataclasses.replace(model, name="model")
@@ -164,8 +174,7 @@ def main() -> None:
     dump_postgres_index(out / "index-postgres.sql", records, model)
     save_or_check_config({"data": ["photos/captions.jsonl"], **dataclasses.asdict(FitConfig())}, out / "run")
     make_checkpoint(out / "run/align/checkpoints")
-    for form in ("sentence-transformers", "vision"):  # ONNX graphs would take 300 KB
-        export_model(LLM2CLIP.from_pretrained(model_folder, "cpu"), form, out / f"export-{form}")
+    make_exports(out, model_folder)
     for database in list(out.rglob("*.sqlite")):
         shrink_database(database)
     for lock in list(out.rglob("*.lock")):

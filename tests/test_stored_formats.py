@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from caption_fixtures import FixedCaptioner, read_rows
-from llm2clip import CaptionEncoder, Index
+from llm2clip import CaptionEncoder, Index, __version__
 from llm2clip.caption.database import CaptionDatabase
 from llm2clip.caption.options import CaptionOptions
 from llm2clip.caption.run import caption_images
@@ -40,7 +40,20 @@ from llm2clip.store.maintenance import repair_store
 from llm2clip.store.store import EmbeddingStore
 from postgres_fixtures import get_postgres_server
 from search_fixtures import BACKENDS, index_sources, make_postgres_url
-from stored_format_fixtures import CAPTIONS, FIXTURES, POSTGRES_SCHEMA, PROMPT, SIGNATURE, make_layer, train_layer
+from stored_format_fixtures import (
+    CAPTIONS,
+    FIXTURES,
+    POSTGRES_SCHEMA,
+    PROMPT,
+    SIGNATURE,
+    make_checkpoint,
+    make_exports,
+    make_layer,
+    make_model,
+    make_stores,
+    make_student,
+    train_layer,
+)
 
 CPU = torch.device("cpu")
 RELEASES = sorted(FIXTURES.glob("formats-*"))
@@ -151,6 +164,53 @@ def test_stored_exports_return_the_same_embeddings(release: Path, expected: dict
     with torch.no_grad():
         features = vision(tower._normalize(pixels)).last_hidden_state
         assert torch.allclose(features, tower.forward_features(pixels), atol=1e-5)
+
+
+# Files whose keys only llm2clip chooses. Those of the other JSON files depend on the versions of the libraries.
+OWN_FILES = (
+    "model/config.json",
+    "student/config.json",
+    "store-*/*.json",
+    "run/align/checkpoints/*/complete",
+    "run/align/checkpoints/*/state.json",
+    "export-sentence-transformers/config.json",
+)
+
+
+def read_forms(folder: Path) -> dict[str, object]:
+    """Return the keys of llm2clip's JSON files and the text of each Python file, keyed by path."""
+    forms: dict[str, object] = {}
+    for file in [file for pattern in OWN_FILES for file in folder.glob(pattern)]:
+        values = json.loads(file.read_text())
+        if file.parent.name == "export-sentence-transformers":
+            del values["text"]  # transformers' config of the LLM
+        forms[file.relative_to(folder).as_posix()] = list_keys(values)
+    for file in folder.rglob("*.py"):
+        forms[file.relative_to(folder).as_posix()] = file.read_text()
+    for file in folder.rglob("config_sentence_transformers.json"):
+        forms[file.relative_to(folder).as_posix()] = json.loads(file.read_text()).get("requirements")
+    return forms
+
+
+def list_keys(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: list_keys(item) for key, item in value.items()}
+    return [list_keys(item) for item in value[:1]] if isinstance(value, list) else None
+
+
+@pytest.mark.skipif(
+    RELEASES[-1].name != f"formats-{__version__.rpartition('.')[0]}", reason="the formats belong to an earlier release"
+)
+def test_stored_files_have_the_form_that_this_version_writes(tmp_path: Path) -> None:
+    """Files that were stored before the last change of a format would not test what the release writes."""
+    model_folder = make_model(tmp_path / "out/model", tmp_path)
+    make_student(tmp_path / "out/student", model_folder)
+    make_exports(tmp_path / "out", model_folder)
+    make_stores(tmp_path / "out", model_folder)
+    make_checkpoint(tmp_path / "out/run/align/checkpoints")
+    forms = read_forms(tmp_path / "out")
+    assert len(forms) > len(OWN_FILES)
+    assert forms == read_forms(RELEASES[-1]), "delete the folder, and run stored_format_fixtures.py"
 
 
 # ---- newer formats ---------------------------------------------------------------------------------------------------
