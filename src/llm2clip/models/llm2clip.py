@@ -337,10 +337,13 @@ class LLM2CLIP(DenseMethods, nn.Module):
             raise
         except Exception as error:  # for a malformed config, timm and transformers can raise any exception
             raise ValueError(f"{file} is not a valid model config ({describe_error(error)})") from error
+        # Without one of these JSON files, sentence-transformers would load the caption encoder with other settings.
+        encoder_files = ("text/modules.json", "text/config_sentence_transformers.json", "text/*.safetensors")
+        for name in ("model.safetensors", *(encoder_files if (folder / "text").is_dir() else ())):
+            if not any(folder.glob(name)):
+                raise FileNotFoundError(f"{path} is not a complete model folder: it has no {name}")
         try:
             model.load_state_dict(read_safetensors(folder / "model.safetensors"))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{path} is not a complete model folder: it has no model.safetensors") from error
         except RuntimeError as error:
             raise ValueError(f"{folder}: config.json and model.safetensors do not match ({error})") from error
         model.text_folder = folder / "text" if (folder / "text").is_dir() else None
