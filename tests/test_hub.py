@@ -575,10 +575,10 @@ def test_model_of_a_newer_format_is_an_error(hub: FakeHub, model: Path) -> None:
         LLM2CLIP.from_pretrained(REPO, "cpu")
 
 
-ENCODER_FILES = ["text/modules.json", "text/config_sentence_transformers.json", "text/model.safetensors"]
+ENCODER_FILES = ["modules.json", "config_sentence_transformers.json", "tokenizer_config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", *ENCODER_FILES])
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", *(f"text/{name}" for name in ENCODER_FILES)])
 def test_incomplete_repository_is_an_error(missing: str, hub: FakeHub, model: Path) -> None:
     push(model, REPO)
     repository = hub.repositories[REPO]
