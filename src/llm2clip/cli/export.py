@@ -217,7 +217,6 @@ def _push(args: Namespace) -> list[str]:
         raise ValueError(f"the name on the hub must be of the form USER/NAME (got {args.repo_id})")
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HTTPError
-    from huggingface_hub.utils import filter_repo_objects
 
     from llm2clip.models.export.model_card import render_model_card
     from llm2clip.models.model_folder import TRAINING_IMAGES_FILE
@@ -241,9 +240,10 @@ def _push(args: Namespace) -> list[str]:
                 f"{args.repo_id} exists and is public: make it private on the hub first, or remove --private"
             )
         # Files of an earlier version, which would be loaded if the new version does not have them.
-        outdated = ("text/*", TRAINING_IMAGES_FILE, "modules.json", "*.safetensors*", "*.onnx*")
-        names = filter_repo_objects([file.rfilename for file in info.siblings or ()], allow_patterns=outdated)
-        operations += [CommitOperationDelete(name) for name in names if name not in files]
+        outdated = (TRAINING_IMAGES_FILE, "modules.json", ".safetensors", ".safetensors.index.json", ".onnx", ".onnx.data")
+        for name in [file.rfilename for file in info.siblings or ()]:
+            if (name.startswith("text/") or name.endswith(outdated)) and name not in files:
+                operations.append(CommitOperationDelete(name))
         # With a parent, the commit fails if the repository has changed, so the files of two pushes are never mixed.
         commit = api.create_commit(args.repo_id, operations, commit_message="Upload model", parent_commit=info.sha)
     except (HTTPError, OSError, RuntimeError, JSONDecodeError) as error:

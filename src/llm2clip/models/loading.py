@@ -122,11 +122,8 @@ def get_display_names(models: Sequence[str]) -> list[str]:
     names = [_shorten_name(model) for model in models]
     if len(set(names)) < len(names):
         names = list(models)
-    unique_names = []
-    for n, name in enumerate(names):
-        earlier = names[:n].count(name)
-        unique_names.append(f"{name} ({earlier + 1})" if earlier else name)
-    return unique_names
+    repetitions = [names[:n].count(name) for n, name in enumerate(names)]
+    return [f"{name} ({n + 1})" if n else name for name, n in zip(names, repetitions, strict=True)]
 
 
 def _shorten_name(model: str) -> str:
