@@ -240,7 +240,7 @@ def _push(args: Namespace) -> list[str]:
                 f"{args.repo_id} exists and is public: make it private on the hub first, or remove --private"
             )
         # Files of an earlier version, which would be loaded if the new version does not have them.
-        outdated = (TRAINING_IMAGES_FILE, "modules.json", ".safetensors", ".safetensors.index.json", ".onnx", ".onnx.data")
+        outdated = (TRAINING_IMAGES_FILE, "modules.json", ".safetensors", ".index.json", ".onnx", ".onnx.data")
         for name in [file.rfilename for file in info.siblings or ()]:
             if (name.startswith("text/") or name.endswith(outdated)) and name not in files:
                 operations.append(CommitOperationDelete(name))
