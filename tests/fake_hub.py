@@ -66,14 +66,15 @@ class Fault:
     """What happens to the next `count` requests that match `pattern`, which is searched in "METHOD PATH".
 
     `action` is an HTTP status, "reset" (close the connection without a response), "lose" (handle the request, then
-    close the connection without a response), "truncate" (close it after half of the content), "html" (a proxy's error
-    page with status 502), or a function that is called before the request is handled.
+    close the connection without a response), "truncate" (close it after half of the content), "html" (a login page with
+    status 200), or a function that is called before the request is handled. With a status, the hub sends `message`.
     """
 
     pattern: str
     action: int | str | Callable[[], object]
     count: int = 1
     headers: dict[str, str] = field(default_factory=dict)
+    message: str = ""
 
 
 class FakeHub:
@@ -165,9 +166,9 @@ class _Handler(BaseHTTPRequestHandler):
         if action == "reset":
             self.close()
         elif action == "html":
-            self.send(502, b"<html>Bad gateway</html>", {"Content-Type": "text/html"})
-        elif isinstance(action, int):
-            self.send_json({"error": f"status {action}"}, action, self.fault.headers if self.fault else {})
+            self.send(200, b"<html>Log in</html>", {"Content-Type": "text/html"})
+        elif self.fault is not None and isinstance(action, int):
+            self.send_json({"error": self.fault.message or f"status {action}"}, action, self.fault.headers)
         else:
             if callable(action):
                 action()
@@ -339,7 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
             oid, size = requested["oid"], requested["size"]
             entry: dict[str, Any] = {"oid": oid, "size": size}
             if not self.has_object(oid):
-                upload: dict[str, Any] = {"href": f"{self.hub.storage_url}/upload/{oid}"}
+                upload: dict[str, Any] = {"href": f"{self.hub.storage_url}/upload/{oid}?signature=secret"}
                 if self.hub.chunk_size is not None:
                     upload["href"] = f"{self.hub.storage_url}/complete/{oid}"
                     upload["header"] = {"chunk_size": str(self.hub.chunk_size)}
@@ -411,7 +412,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         sha256 = hashlib.sha256(content).hexdigest()
         headers |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(content))}
-        self.send(302, b"", {**headers, "Location": f"{self.hub.storage_url}/{sha256}"})
+        self.send(302, b"", {**headers, "Location": f"{self.hub.storage_url}/{sha256}?signature=secret"})
 
     def get_object(self, oid: str) -> None:
         content = self.hub.objects[oid]

@@ -368,7 +368,7 @@ def test_old_transformers_versions_cannot_load_a_bidirectional_encoder(
     monkeypatch.setattr("transformers.__version__", "5.1.0")
     for load in (SentenceTransformer, CaptionEncoder.from_pretrained):
         with pytest.raises(
-            ImportError, match=r"transformers>=5\.2, but transformers==5\.1\.0 is installed. Otherwise, "
+            ImportError, match=r"transformers>=5\.2, but transformers==5\.1\.0 is installed. Earlier versions "
         ):
             load(str(tmp_path / "encoder"), device="cpu")
     monkeypatch.setattr("transformers.__version__", "5.2.0")

@@ -46,7 +46,7 @@ def _caption(args: Namespace) -> list[str]:
     options = make_options(CaptionOptions, args)
     if options.check is not None:
         options.check = resolve_model(options.check)
-    model = resolve_model(args.model) if options.endpoint is None else args.model
+    model = resolve_model(args.model, allow_revision=False) if options.endpoint is None else args.model
     out = Path(args.out).expanduser()
     if str(out) in args.data:
         raise ValueError(
@@ -114,7 +114,7 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
         if not out.exists():
             raise ValueError(f"{args.out} contains a run without --caption. Use another --out, or omit --caption")
         return None
-    model = args.caption_model if is_server else resolve_model(args.caption)
+    model = args.caption_model if is_server else resolve_model(args.caption, allow_revision=False)
     options = CaptionOptions(
         endpoint=args.caption if is_server else None, columns=columns, max_skipped=args.max_skipped
     )

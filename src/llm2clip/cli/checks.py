@@ -98,9 +98,11 @@ def check_port(host: str, port: int) -> None:
         ) from error
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, allow_revision: bool = True) -> str:
     """Return the model folder of a run directory, or an existing path or valid model name unchanged."""
-    return _resolve_name(name, "config.json", ("model",), ())
+    hub_id, revision = split_revision(name) if allow_revision else (name, None)
+    folder = _resolve_name(hub_id, "config.json", ("model",), ())
+    return folder if revision is None else name
 
 
 def resolve_encoder(path: str) -> str:
@@ -122,7 +124,7 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
 
     Raises:
         FileNotFoundError: The name is neither an existing path nor a valid name.
-        ValueError: The folder is an index, a store, or a run directory without a file `config_file`.
+        ValueError: The folder is an index, a store or a run directory without `config_file`, or a revision is given.
         ImportError: The model requires open_clip, which is not installed.
     """
     path = Path(name).expanduser()
@@ -135,6 +137,8 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
         kind = detect_folder_kind(path)
         if kind not in (None, "evaluation", "model"):
             raise ValueError(f"{name} is {KINDS[kind]}, not a model. Pass a model folder, such as RUN/model")
+    if split_revision(name.removeprefix("hf:"))[1] is not None:
+        raise ValueError(f"{name}: this model cannot be loaded by revision. Download the revision, and pass its folder")
     if name.startswith("open_clip:"):
         check_extra("open-clip", name)
     if name in known or name.startswith(PREFIXES) or path.exists():
@@ -144,14 +148,14 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
 
     if name.endswith((".npz", ".gguf")):
         raise FileNotFoundError(f"{name}: no such file; {suggest_paths(name)}")
-    if not is_hub_id(split_revision(name)[0]):
+    if not is_hub_id(name):
         if name in read_builtin_configs():
             raise FileNotFoundError(
                 f"{name} is a config, not a model. To train a model with it, run `llm2clip fit DATA --config {name}`"
             )
         names = f", nor one of {', '.join(known)}" if known else ""
         raise FileNotFoundError(f"{name} is neither a folder nor a hub id (OWNER/NAME){names}; {suggest_paths(name)}")
-    check_model_source(split_revision(name)[0])
+    check_model_source(name)
     return name
 
 

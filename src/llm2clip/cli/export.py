@@ -15,7 +15,7 @@ from llm2clip.cli.checks import check_index, check_output_folder, check_stores, 
 from llm2clip.cli.commands import Commands, format_command
 from llm2clip.io_utils import check_extra, format_count
 from llm2clip.models.export import FORMATS, export_model
-from llm2clip.models.loading import is_hub_id
+from llm2clip.models.loading import describe_hub_error, find_hub_problem, is_hub_id
 
 if TYPE_CHECKING:
     from llm2clip.models.llm2clip import LLM2CLIP
@@ -219,8 +219,7 @@ def _push(args: Namespace) -> list[str]:
     from huggingface_hub.errors import HTTPError
 
     from llm2clip.models.export.model_card import render_model_card
-    from llm2clip.models.loading import describe_hub_error, find_hub_problem
-    from llm2clip.models.model_folder import TRAINING_IMAGES_FILE, is_model_folder
+    from llm2clip.models.model_folder import TRAINING_IMAGES_FILE
 
     folder = Path(args.model)
     if not any((folder / name).is_file() for name in ("config.json", "modules.json", "text.onnx")):
@@ -240,15 +239,16 @@ def _push(args: Namespace) -> list[str]:
             raise ValueError(
                 f"{args.repo_id} exists and is public: make it private on the hub first, or remove --private"
             )
-        if is_model_folder(folder):
-            # `from_pretrained` would use these files of an earlier version if the new version does not have them.
-            for name in [file.rfilename for file in info.siblings or ()]:
-                if (name.startswith("text/") or name == TRAINING_IMAGES_FILE) and name not in files:
-                    operations.append(CommitOperationDelete(name))
+        # Files of an earlier version, which would be loaded if the new version does not have them.
+        outdated = (TRAINING_IMAGES_FILE, "modules.json", ".safetensors", ".index.json", ".onnx", ".onnx.data")
+        for name in [file.rfilename for file in info.siblings or ()]:
+            if (name.startswith("text/") or name.endswith(outdated)) and name not in files:
+                operations.append(CommitOperationDelete(name))
         # With a parent, the commit fails if the repository has changed, so the files of two pushes are never mixed.
         commit = api.create_commit(args.repo_id, operations, commit_message="Upload model", parent_commit=info.sha)
-    except (HTTPError, OSError, RuntimeError, JSONDecodeError) as error:  # JSONDecodeError: the hub sent an HTML page
-        raise OSError(f"cannot push to {args.repo_id}: {describe_hub_error(error)}") from error
+    except (HTTPError, OSError, RuntimeError, JSONDecodeError) as error:
+        message = describe_hub_error(error, "you lack write access to this repository or account")
+        raise OSError(f"cannot push to {args.repo_id}: {message}") from error
     return [f"Pushed: {url} (revision {commit.oid})"]
 
 

@@ -337,10 +337,14 @@ class LLM2CLIP(DenseMethods, nn.Module):
             raise
         except Exception as error:  # for a malformed config, timm and transformers can raise any exception
             raise ValueError(f"{file} is not a valid model config ({describe_error(error)})") from error
+        # Without one of these JSON files, the caption encoder would be loaded with other settings.
+        tokenizer_file = "tokenizer_config.json" if (folder / "text/config.json").is_file() else "tokenizer.json"
+        encoder_files = ("modules.json", "config_sentence_transformers.json", tokenizer_file, "*.safetensors")
+        for name in ("model.safetensors", *(f"text/{name}" for name in encoder_files if (folder / "text").is_dir())):
+            if not any(folder.glob(name)):
+                raise FileNotFoundError(f"{path} is not a complete model folder: it has no {name}")
         try:
             model.load_state_dict(read_safetensors(folder / "model.safetensors"))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{path} is not a complete model folder: it has no model.safetensors") from error
         except RuntimeError as error:
             raise ValueError(f"{folder}: config.json and model.safetensors do not match ({error})") from error
         model.text_folder = folder / "text" if (folder / "text").is_dir() else None

@@ -11,6 +11,7 @@ the kernels of some quantisation methods. To ensure that only the user can choos
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -39,11 +40,15 @@ DEFAULT_FILES = (
 )
 HUB_TIMEOUT = 5  # timeout of a request to the hub, in seconds
 MAX_TEXT_GROWTH = 1000  # by a tokenizer's normaliser
-# HTTP status of the hub -> what it means for a model that is pushed or downloaded, and what to do.
-_HUB_STATUSES = {
-    **dict.fromkeys((401, 403, 404), "it does not exist, or you lack access: run `hf auth login` or set HF_TOKEN"),
+# HTTP status, error code of the hub, exception type or errno -> what went wrong, and what to do.
+_HUB_ERRORS: dict[Any, str] = {
+    **dict.fromkeys((401, 403, 404), "{access_problem}: run `hf auth login` or set HF_TOKEN"),
     412: "the repository was changed by another push: check its files, then push again to replace them",
     429: "the hub received too many requests: try again in a few minutes",
+    "GatedRepo": "the model is gated: accept its terms on the hub, then run `hf auth login` or set HF_TOKEN",
+    "RevisionNotFound": "the revision does not exist: pass a branch, a tag or a full commit hash",
+    json.JSONDecodeError: "the hub's response is not valid JSON (is there a proxy or login page?)",
+    errno.ENOSPC: "no space is left on the disk: free some, or set HF_HOME to a folder on another disk",
 }
 _HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
 _FILE_SUFFIXES = (
@@ -117,11 +122,8 @@ def get_display_names(models: Sequence[str]) -> list[str]:
     names = [_shorten_name(model) for model in models]
     if len(set(names)) < len(names):
         names = list(models)
-    unique_names = []
-    for n, name in enumerate(names):
-        earlier = names[:n].count(name)
-        unique_names.append(f"{name} ({earlier + 1})" if earlier else name)
-    return unique_names
+    repetitions = [names[:n].count(name) for n, name in enumerate(names)]
+    return [f"{name} ({n + 1})" if n else name for name, n in zip(names, repetitions, strict=True)]
 
 
 def _shorten_name(model: str) -> str:
@@ -199,25 +201,35 @@ def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None
 def download_snapshot(hub_id: str, patterns: Sequence[str], **options: Any) -> Path:
     """Download the matching files of OWNER/NAME[@REVISION], and return their folder. See also `snapshot_download`."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError
+    from huggingface_hub.errors import HTTPError
 
     name, revision = split_revision(hub_id)
     check_model_source(name)
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), **{"revision": revision, **options}))
-    except (HFValidationError, HTTPError, OSError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise FileNotFoundError(f"{hub_id} cannot be downloaded from the hub: {describe_hub_error(error)}") from error
 
 
-def describe_hub_error(error: BaseException) -> str:
-    """Return what an exception raised by huggingface_hub means for the user, or its cause, and what to do."""
+def describe_hub_error(error: BaseException, access_problem: str = "it does not exist, or you lack access") -> str:
+    """Return a message for an exception from huggingface_hub: what went wrong, and what to do."""
+    from huggingface_hub.errors import HTTPError
+
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
-    statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
-    meanings = [_HUB_STATUSES[status] for status in statuses if status in _HUB_STATUSES]
-    cause = describe_error(causes[-1]).partition("\n")[0].rstrip(".")
-    return meanings[0] if meanings else f"{cause}. Try again: files that were transferred completely are kept"
+    response: Any = next((r for cause in causes if (r := getattr(cause, "response", None)) is not None), None)
+    status, headers = getattr(response, "status_code", 0), getattr(response, "headers", {})
+    hub_message = next((m for cause in causes if (m := getattr(cause, "server_message", None))), "")
+    message = " ".join(hub_message.split())[:300] or describe_error(causes[-1]).partition("\n")[0].rstrip(".")
+    keys = (type(causes[-1]), getattr(causes[-1], "errno", None), headers.get("X-Error-Code"), status)
+    meaning = next((_HUB_ERRORS[key] for key in keys if key in _HUB_ERRORS), None)
+    if meaning and not (status == 403 and re.search("limit|quota", message)):
+        message = f"{meaning.format(access_problem=access_problem)} (details: {message})"
+    network_errors = (HTTPError, ConnectionError, TimeoutError, RuntimeError)  # RuntimeError: from hf_xet
+    if status >= 500 or (not status and any(isinstance(cause, network_errors) for cause in causes)):
+        message += ". Try again: files that were transferred completely are kept"
+    return re.sub(r"(https?://[^\s'\"?]*)\?[^\s'\"]*", r"\1", message)  # presigned URLs contain credentials
 
 
 def read_config(source: str | Path, subfolder: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@
     images = model.get_image_features(**processor(images=[image], return_tensors="pt"))
     scores = texts.pooler_output @ images.pooler_output.T
 
-Requires torch, torchvision, transformers >= 5.10 and, for timm vision towers, timm.
+Requires torch, torchvision, transformers >= 5.2 and, for timm vision towers, timm.
 
 `llm2clip export` copies this file into the exported folder, so it must not import llm2clip.
 """
@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPOutput
 from transformers.utils.versions import require_version
 
-require_version("transformers>=5.2", "Earlier versions ignore `is_causal`, so the text embeddings would be wrong.")
+require_version("transformers>=5.2", "Earlier versions ignore `is_causal` and return wrong embeddings.")
 
 
 class LLM2CLIPExportConfig(PretrainedConfig):

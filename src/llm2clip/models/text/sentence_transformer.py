@@ -27,7 +27,9 @@ ADAPTER_CONFIG = "adapter_config.json"  # file written by PEFT
 NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 as published (see published_encoders.py)
 CAPTION_PLACEHOLDER = "{caption}"
 # For encoders with `is_causal` false in their config. sentence-transformers checks this before it loads the weights.
-REQUIREMENTS = {"transformers": {"specifier": ">=5.2", "reason": "Otherwise, attention is causal: wrong embeddings."}}
+REQUIREMENTS = {
+    "transformers": {"specifier": ">=5.2", "reason": "Earlier versions ignore `is_causal` and return wrong embeddings."}
+}
 
 
 @hide_loading_bars()
