@@ -164,6 +164,8 @@ def list_commands(parser: Any, command: str = "llm2clip") -> Iterator[str]:
             for name, subparser in action.choices.items():
                 yield from list_commands(subparser, f"{command} {name}")
             continue
+        if action.dest == "print_shtab":  # exists only if a module has imported shtab
+            continue
         is_required = action.required or action.dest in required_args
         for name in action.option_strings or [action.dest.upper()]:
             yield f"{command} {name}{': required' if is_required else ''}"
