@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip.evaluate.plots import plot_interval_curves
+from llm2clip.reports import format_with_interval
 from llm2clip.runs.ranks import load_or_compute_json
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train import align as align_module
@@ -125,17 +126,19 @@ def write_results(out: Path, names: Sequence[str], sizes: Sequence[int]) -> None
                 hits = read_hits(out, name, size, suffix)
                 if hits is None:
                     continue
-                row = [name + suffix, f"{size:,}", str(len(hits)), format_interval(bootstrap_interval(hits))]
+                value, *limits = bootstrap_interval(hits)
+                row = [name + suffix, f"{size:,}", str(len(hits)), format_with_interval(value, limits)]
                 references = [read_hits(out, names[0], size, suffix), read_hits(out, name, size)]
                 for is_other, reference in zip((name != names[0], bool(suffix)), references, strict=True):
                     if is_other and reference is not None:
                         difference = hits[: len(reference)] - reference[: len(hits)]
-                        row.append(format_interval(bootstrap_interval(difference), "+"))
+                        change, *change_limits = bootstrap_interval(difference)
+                        row.append(format_with_interval(change, change_limits, "+.1f"))
                     else:
                         row.append("–")
                 rows.append(row)
                 if "structure" not in suffix:  # these curves would overlap
-                    curves.setdefault(name + suffix, []).append(bootstrap_interval(hits))
+                    curves.setdefault(name + suffix, []).append((value, limits[0], limits[1]))
     header = ["text tower", "images", "seeds", "mean R@1", f"difference from {names[0]}", "difference from plain"]
     write_table(out / "curve.md", header, rows)
     complete = {name: points for name, points in curves.items() if len(points) == len(sizes)}
@@ -143,11 +146,6 @@ def write_results(out: Path, names: Sequence[str], sizes: Sequence[int]) -> None
         labels = [f"{size:,}" for size in sizes]
         svg = plot_interval_curves(complete, labels, "training photographs", "mean R@1, % (1,000 photographs)")
         (out / "curve.svg").write_text(svg)
-
-
-def format_interval(interval: Interval, sign: str = "") -> str:
-    value, low, high = interval
-    return f"{value:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import open_encoder
+from llm2clip.reports import format_with_interval
 from llm2clip.runs.ranks import load_or_compute_json
 from llm2clip.train import tune as tune_module
 from llm2clip.train.losses import info_nce
@@ -330,8 +331,8 @@ def write_results(out: Path, suffix: str = "") -> None:
                 rows[-1].append("–")
                 continue
             difference = torch.tensor([values]) - torch.tensor([results[reference][test_name]])
-            value, low, high = bootstrap_interval(difference)
-            rows[-1].append(f"{value:+.1f} ({low:+.1f} to {high:+.1f})")
+            value, *limits = bootstrap_interval(difference)
+            rows[-1].append(format_with_interval(value, limits, "+.1f"))
     write_table(out / f"table{suffix}.md", header, rows)
 
 
