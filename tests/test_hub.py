@@ -519,20 +519,25 @@ def test_push_deletes_parts_that_the_new_version_does_not_have(hub: FakeHub, mod
     assert not LLM2CLIP.from_pretrained(REPO, "cpu").has_encoder
 
 
-def test_push_deletes_outdated_weights_of_every_form(hub: FakeHub, model: Path) -> None:
+def test_push_deletes_outdated_weights_but_no_other_form(hub: FakeHub, model: Path) -> None:
+    repository_files = {"text.onnx": (b"graph", False), "quantized/model.safetensors": (b"weights", False)}
     push(model / "text", REPO)
+    repository = hub.repositories[REPO]
+    repository.commit("add files", {**repository.commits[repository.refs["main"]][1], **repository_files})
     encoder = CaptionEncoder.from_pretrained(model / "text", device="cpu")
     encoder.llm.save_pretrained(model / "text", max_shard_size=10_000)
     (model / "text/model.safetensors").unlink(missing_ok=True)
     push(model / "text", REPO)
-    names = set(hub.repositories[REPO].get_files())
+    names = set(repository.get_files())
     assert "model.safetensors.index.json" in names and "model.safetensors" not in names
+    assert names >= set(repository_files)
+    push(model, REPO)
+    names = set(repository.get_files())
+    assert "model.safetensors" in names and not {"modules.json", "model.safetensors.index.json"} & names
     (model / "onnx").mkdir()
-    (model / "onnx/text.onnx").write_bytes(b"graph")
+    (model / "onnx/text.onnx").write_bytes(b"new graph")
     push(model / "onnx", REPO)
-    names = set(hub.repositories[REPO].get_files())
-    assert "text.onnx" in names and "modules.json" not in names
-    assert not any(".safetensors" in name for name in names)
+    assert set(repository.get_files()) == names
 
 
 def test_hidden_files_are_not_pushed(hub: FakeHub, model: Path) -> None:

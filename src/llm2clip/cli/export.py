@@ -239,11 +239,12 @@ def _push(args: Namespace) -> list[str]:
             raise ValueError(
                 f"{args.repo_id} exists and is public: make it private on the hub first, or remove --private"
             )
-        # Files of an earlier version, which would be loaded if the new version does not have them.
-        outdated = (TRAINING_IMAGES_FILE, "modules.json", ".safetensors", ".index.json", ".onnx", ".onnx.data")
-        for name in [file.rfilename for file in info.siblings or ()]:
-            if (name.startswith("text/") or name.endswith(outdated)) and name not in files:
-                operations.append(CommitOperationDelete(name))
+        if "config.json" in files:  # an earlier version's files that would be loaded with this one
+            outdated = (TRAINING_IMAGES_FILE, "modules.json", ".safetensors", ".safetensors.index.json")
+            for name in [file.rfilename for file in info.siblings or ()]:
+                is_outdated = name.startswith("text/") or ("/" not in name and name.endswith(outdated))
+                if is_outdated and name not in files:
+                    operations.append(CommitOperationDelete(name))
         # With a parent, the commit fails if the repository has changed, so the files of two pushes are never mixed.
         commit = api.create_commit(args.repo_id, operations, commit_message="Upload model", parent_commit=info.sha)
     except (HTTPError, OSError, RuntimeError, JSONDecodeError) as error:
