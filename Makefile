@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := pip install --quiet --progress-bar off
 
-.PHONY: quickstart test test-lowest check check-workflows docs wheel test-wheel clean
+.PHONY: quickstart test test-lowest check check-workflows audit licences docs wheel test-wheel clean
 
 quickstart: $(VENV)/quickstart
 	$(BIN)/llm2clip quickstart --out runs/quickstart
@@ -23,8 +23,10 @@ check: $(VENV)/ready
 	$(BIN)/mypy
 	@report=$$($(BIN)/lint-imports) || { echo "$$report"; exit 1; }
 
-# Check the workflows for vulnerabilities, the container file for errors, and YAML files against their schemas.
+# Check the workflows for vulnerabilities, the container file for errors, YAML files against their schemas, and that
+# uv.lock matches pyproject.toml.
 check-workflows: $(VENV)-tools/ready
+	$(VENV)-tools/bin/uv lock --check --offline --quiet
 	$(VENV)-tools/bin/zizmor --offline --quiet .github
 	$(VENV)-tools/bin/hadolint deploy/Containerfile
 	$(VENV)-tools/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
@@ -34,6 +36,15 @@ check-workflows: $(VENV)-tools/ready
 	  $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 	$(VENV)-tools/bin/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
 	$(VENV)-tools/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+# Look up known vulnerabilities of the packages in uv.lock.
+audit: $(VENV)-tools/ready
+	$(VENV)-tools/bin/uv export --quiet --frozen --all-extras --no-emit-project --output-file $(VENV)-tools/locked.txt
+	$(VENV)-tools/bin/pip-audit --disable-pip --progress-spinner off --requirement $(VENV)-tools/locked.txt
+
+# Print the sizes and licences of the installed packages, for docs/licences.md.
+licences: $(VENV)/ready $(VENV)-tools/ready
+	$(BIN)/python benchmarks/dependencies.py $(VENV)-tools/bin/pip-licenses
 
 docs: $(VENV)/ready
 	$(BIN)/mkdocs build --quiet
@@ -54,7 +65,7 @@ test-wheel:
 
 $(VENV)/quickstart: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/$(PIP_INSTALL) -e '.[quickstart]'
+	$(BIN)/$(PIP_INSTALL) -e '.[quickstart,reports]'
 	touch $@
 
 $(VENV)/ready: pyproject.toml

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from figures import plot_intervals
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate import plots
 from llm2clip.io_utils import read_json
@@ -174,9 +175,8 @@ def _plot_claim_intervals(claim: Claim) -> Figure:
     for comparison in claim.comparisons:
         intervals[comparison.low] = comparison.low_interval
         intervals[comparison.high] = comparison.high_interval
-    return Figure(
-        plots.plot_intervals(intervals, claim.comparisons[0].metric), "Each value is shown with its interval."
-    )
+    svg = plot_intervals(intervals, claim.comparisons[0].metric)
+    return Figure(svg, "Each value is shown with its interval.")
 
 
 def _make_comparison_table(claim: Claim) -> Table:

@@ -1,9 +1,11 @@
 """Checks of paths and model names before the heavy imports."""
 
+import ast
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from llm2clip.cli.checks import ENCODERS, check_pretrained, check_sources, resol
 from llm2clip.io_utils import EXTRAS
 from llm2clip.models.pretrained import ASSETS
 
+ROOT = Path(__file__).parent.parent
+PACKAGES = {"PIL": "pillow", "open_clip": "open-clip-torch", "sklearn": "scikit-learn", "yaml": "pyyaml"}  # of modules
 WRONG_PATHS = (
     (["search", "nowhere", "x"], "nowhere is not an index"),
     (["search", "photos", ""], "text 0 is empty"),
@@ -58,6 +62,8 @@ MISSING_PACKAGES = (
     (["fit", "photos", "--out", "x", "--tune.qlora", "true"], "bitsandbytes", "qlora"),
     (["embed", "photos", "--out", "x", "--engine", "ray"], "ray", "ray"),
     (["quickstart", "--out", "x"], "emoji", "quickstart"),
+    (["caption", "photos", "--out", "c.jsonl", "--model", "m"], "py3langid", "caption"),
+    (["fit", "photos", "--out", "x", "--caption", "m"], "httpx", "caption"),
 )
 
 
@@ -91,12 +97,76 @@ def test_wrong_paths_and_missing_packages_are_reported_without_importing_torch(t
         assert re.search(rf"requires additional packages \({module}\)\. Run pip install -e '\.\[{extra}\]'", error)
 
 
+# ---- dependencies ----------------------------------------------------------------------------------------------------
+
+
+def read_dependencies() -> tuple[set[str], dict[str, set[str]]]:
+    """Return the names of the core dependencies, and those of each extra."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = {"": project["dependencies"], **project["optional-dependencies"]}
+    names = {extra: {re.split(r"[<>=;\[]", line)[0].lower() for line in lines} for extra, lines in groups.items()}
+    return names.pop(""), names
+
+
+def to_module(package: str) -> str:
+    modules = {package: module for module, package in PACKAGES.items()}
+    return modules.get(package, package.replace("-", "_"))
+
+
+def find_imports() -> Iterator[tuple[str, str, bool]]:
+    """Yield the file and the top-level module of each import of another package in src.
+
+    The third value is True if the import runs when the file itself is imported.
+    """
+    package = ROOT / "src/llm2clip"
+    for file in sorted(package.rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module]
+            for module in {name.partition(".")[0] for name in names} - {"llm2clip"} - sys.stdlib_module_names:
+                yield file.relative_to(package).as_posix(), module, node in tree.body
+
+
+def test_imported_packages_are_dependencies() -> None:
+    core, extras = read_dependencies()
+    undeclared, need_extras = set(), set()
+    for file, module, is_immediate in find_imports():
+        package = PACKAGES.get(module, module.replace("_", "-"))
+        if package not in core.union(*extras.values()):
+            undeclared.add((file, module))
+        elif is_immediate and package not in core:
+            need_extras.add(file)
+    assert undeclared == {("llava/lmms.py", "lmms_eval")}  # lmms-eval itself imports this file
+    assert need_extras == {
+        "caption/captioners.py", "evaluate/mteb.py", "search/inference.py", "search/middleware.py",
+        "search/postgres_backend.py", "search/postgres_database.py", "search/schemas.py", "search/server.py",
+        "search/sqlite_backend.py",
+    }  # fmt: skip
+
+
+def test_help_of_all_commands_works_without_extras() -> None:
+    core, extras = read_dependencies()
+    modules = [to_module(package) for package in set().union(*extras.values()) - core - {"llm2clip"}]
+    code = f"""if True:
+        import contextlib, io, sys
+        sys.modules.update(dict.fromkeys({modules!r}))
+        from llm2clip.cli import build_parser
+        parser, commands = build_parser()
+        for command in commands:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+                parser.parse_args([*command.split(), "--help"])"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_extras_match_pyproject() -> None:
-    pyproject = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    core, extras = read_dependencies()
+    assert len(core) <= 25
     for extra, modules in EXTRAS.items():
-        packages = [re.split(r"[<>=\[]", entry)[0] for entry in pyproject["project"]["optional-dependencies"][extra]]
-        names = {"open-clip-torch": "open_clip"}
-        assert {names.get(package, package.replace("-", "_")) for package in packages} == set(modules)
+        assert set(map(to_module, extras[extra])) == set(modules)
+    (all_extras,) = re.findall(r'^  "llm2clip\[(.*)\]"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert all_extras.split(",") == sorted(extras.keys() - {"dev"})  # `dev` contains all other extras
 
 
 def test_run_directories_stand_for_the_model_and_the_encoder_in_them(

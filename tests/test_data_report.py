@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,17 @@ def test_data_command_counts_images_captions_and_splits(
     html = page.read_text()
     assert html.count("<article>") == html.count("data:image/jpeg;base64,") == 24 and html.count("<svg") == 2
     assert rows[0]["long_captions"][0] in html and rows[-1]["captions"][0] in html
+
+
+def test_data_command_without_the_reports_extra_names_it(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("matplotlib", "py3langid"):
+        monkeypatch.setitem(sys.modules, module, None)
+    text = run_data(capsys, image_folder, "--report", tmp_path / "data.html")
+    assert "Languages of" not in text
+    assert "To see the languages of the captions, run `pip install -e '.[reports]'`.\n" in text
+    assert "<svg" not in (tmp_path / "data.html").read_text()
 
 
 def test_data_page_shows_broken_images_and_escapes_all_texts(

@@ -1,5 +1,6 @@
 """Reports as HTML, Markdown and text, and their verdicts in words."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from figures import plot_intervals
 from llm2clip.evaluate.benchmarks.base import BenchmarkResult
 from llm2clip.evaluate.comparison import (
     build_recall_table,
@@ -16,7 +18,7 @@ from llm2clip.evaluate.comparison import (
     get_recalls,
 )
 from llm2clip.evaluate.metrics import retrieval_metrics
-from llm2clip.evaluate.plots import plot_curves, plot_histograms, plot_intervals
+from llm2clip.evaluate.plots import plot_curves, plot_histograms, plot_interval_curves
 from llm2clip.evaluate.training_report import (
     _build_caption_retrieval_section,
     describe_distillation,
@@ -76,6 +78,18 @@ def test_plots_show_dollar_signs_as_text() -> None:
         plot_histograms({label: {1: 2, 20: 58, 400: 40}, "b": {3: 1}}, label, label),
     ):
         assert svg.count(label) >= 2
+
+
+def test_reports_without_matplotlib_name_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    plots = [plot_curves({"a": [1.0, 2.0]}, [1, 2], "x", "y"), plot_histograms({"a": {1: 2}}, "x", "y")]
+    plots.append(plot_interval_curves({"a": [(1.0, 0.5, 1.5)]}, ["1"], "x", "y"))
+    write_report(tmp_path / "page.html", "T", "", [TABLE, *(Figure(plot, "a plot") for plot in plots)])
+    command = "pip install -e '.[reports]'"
+    assert (tmp_path / "page.html").read_text().count(f"<code>{command}</code>") == 3
+    assert capsys.readouterr().err == f"{tmp_path}/page.html has no plots. To add plots, run {command}\n"
 
 
 def test_html_report_is_accessible() -> None:

@@ -26,6 +26,8 @@ except ImportError:  # Windows
 MAX_JSON_BYTES = 2 << 30  # size limit for JSON files, which are read into memory completely
 MAX_LINE_CHARACTERS = 1 << 25
 EXTRAS = {  # extra in pyproject.toml -> modules of its packages
+    "caption": ("httpx", "py3langid"),
+    "dense": ("pycocotools",),
     "ocr": ("onnxruntime", "rapidocr"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "open-clip": ("open_clip",),
@@ -33,7 +35,7 @@ EXTRAS = {  # extra in pyproject.toml -> modules of its packages
     "qlora": ("bitsandbytes",),
     "quickstart": ("emoji", "resvg_py"),
     "ray": ("ray",),
-    "search": ("fastapi", "h11", "prometheus_client", "pydantic", "starlette", "usearch", "uvicorn"),
+    "search": ("fastapi", "h11", "prometheus_client", "pydantic", "pydantic_core", "starlette", "usearch", "uvicorn"),
 }
 CHECKSUM_BYTES = 4
 _CRC32_RESIDUE = 0x2144DF1C  # CRC-32 of any data followed by its own CRC-32
@@ -261,13 +263,11 @@ def install_command(*extras: str) -> str:
     return f"pip install -e '.[{','.join(extras)}]'" if extras else "pip install -e ."
 
 
-def check_extra(extra: str, feature: str) -> None:
-    """Raise ModuleNotFoundError if a package of an extra, a key of `EXTRAS`, is missing. Nothing is imported."""
+def check_extra(extra: str, feature: str, error: type[Exception] = ModuleNotFoundError) -> None:
+    """Raise an error if a package of an extra, a key of `EXTRAS`, is missing. Nothing is imported."""
     missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
     if missing:
-        raise ModuleNotFoundError(
-            f"{feature} requires additional packages ({', '.join(missing)}). Run {install_command(extra)}"
-        )
+        raise error(f"{feature} requires additional packages ({', '.join(missing)}). Run {install_command(extra)}")
 
 
 # ---- texts ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import sys
 import time
 from typing import Any
 
-from tqdm.auto import tqdm
+from huggingface_hub.utils import tqdm
 
 LOG_INTERVAL = 10.0  # seconds between lines in a log file
 

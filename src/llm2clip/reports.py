@@ -6,7 +6,9 @@ scripts and loads nothing from the network. All text is escaped.
 """
 
 import base64
+import html
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup, escape
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from llm2clip.io_utils import atomic_write_text, escape_control_characters
+from llm2clip.io_utils import atomic_write_text, escape_control_characters, install_command
 
 GOOD, BAD, UNSURE = "good", "bad", "unsure"  # status of a paragraph or table cell; determines its colour
 LONG_CELL = 30  # in characters; table cells with longer text may wrap
@@ -63,7 +64,7 @@ class Table:
 class Figure:
     """An SVG plot and its caption."""
 
-    svg: str
+    svg: str  # HTML paragraph instead if Matplotlib is not installed
     caption: str
 
 
@@ -110,6 +111,8 @@ def write_report(
         markdown = render_markdown(title, blocks, verdict, html_file.name)
         atomic_write_text(html_file.with_suffix(".md"), markdown)
     atomic_write_text(html_file, render_html(title, blocks, verdict))
+    if any(isinstance(block, Figure) and "<svg" not in block.svg for block in blocks):
+        print(f"{html_file} has no plots. To add plots, run {install_command('reports')}", file=sys.stderr)
 
 
 def render_markdown(title: str, blocks: Sequence[Block], verdict: str = "", html_name: str = "") -> str:
@@ -224,14 +227,14 @@ def _load_template() -> jinja2.Template:
     return environment.from_string(source)
 
 
-def _format_inline(text: str) -> Markup:
+def _format_inline(text: str) -> str:
     """Escape text for HTML, and convert backticks to <code> elements."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
-def _label_svg(figure: Figure) -> Markup:
+def _label_svg(figure: Figure) -> str:
     """Add a text alternative to a figure's SVG, because screen readers would otherwise read out each axis label."""
-    return Markup(figure.svg.replace("<svg", f'<svg role="img" aria-label="{escape(figure.caption)}"', 1))
+    return figure.svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(figure.caption)}"', 1)
 
 
 def format_cell(value: Any) -> str:

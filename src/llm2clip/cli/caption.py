@@ -19,6 +19,7 @@ from llm2clip.cli.commands import (
     format_command,
     make_options,
 )
+from llm2clip.io_utils import check_extra
 from llm2clip.runs.output_folder import has_outputs
 
 CAPTIONS_FILE = "captions.jsonl"  # captions written by `fit --caption` in the run directory
@@ -42,6 +43,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def _caption(args: Namespace) -> list[str]:
+    check_extra("caption", "`caption`")
     check_data(args, require_captions=False)
     options = make_options(CaptionOptions, args)
     if options.check is not None:
@@ -104,6 +106,7 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
         raise ValueError(f"--caption_model requires the URL of a server in --caption (got {args.caption})")
     if not args.caption:
         return None
+    check_extra("caption", "--caption")
     if is_server and not args.caption_model:
         raise ValueError(f"--caption {args.caption} is a server. Pass the name of its model with --caption_model")
     _check_evaluate_fields(args)

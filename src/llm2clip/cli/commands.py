@@ -16,7 +16,6 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 
 import jsonargparse
 import yaml
-from docstring_parser import parse_from_object
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace, set_parsing_settings
 from jsonargparse.typing import (
     ClosedUnitInterval,
@@ -296,7 +295,9 @@ def add_flags(parser: ArgumentParser, options: type, skip: Collection[str] = ())
     Booleans, which must default to False, become switches without a value. Lists take one or more values, separated by
     spaces. Optional lists may also be empty.
     """
-    help_texts = {param.arg_name: param.description or "" for param in parse_from_object(options).params}
+    described_parser = ArgumentParser(add_help=False)
+    described_parser.add_class_arguments(options)
+    help_texts = {action.dest: action.help or "" for action in described_parser._actions}
     types = get_type_hints(options)
     for field in dataclasses.fields(options):
         if field.name in skip:

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -393,13 +391,19 @@ def _count_unrelated_groups(items: Sequence[TuningItem]) -> int:
 
     Items in different groups share no text, so a batch with one pair per group can always be filled.
     """
-    texts: dict[str, int] = {}
-    edges = [
-        (n, len(items) + texts.setdefault(text, len(texts))) for n, item in enumerate(items) for text in item.texts
-    ]
-    num_nodes = len(items) + len(texts)
-    graph = coo_matrix((np.ones(len(edges)), np.array(edges).T), shape=(num_nodes, num_nodes))
-    return int(connected_components(graph, directed=False)[0])
+    parents = list(range(len(items)))  # union-find: following the parents leads to the root of the item's group
+
+    def find_root(n: int) -> int:
+        while parents[n] != n:
+            parents[n] = parents[parents[n]]  # shorten the path
+            n = parents[n]
+        return n
+
+    first_items: dict[str, int] = {}  # text -> first item that contains it
+    for n, item in enumerate(items):
+        for text in item.texts:
+            parents[find_root(n)] = find_root(first_items.setdefault(text, n))
+    return sum(n == parent for n, parent in enumerate(parents))
 
 
 def _list_pair_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]]]:

@@ -2,10 +2,15 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
+from llm2clip.io_utils import install_command
+
+INSTALL_COMMAND = install_command("reports")
+NO_PLOT = f"<p>Matplotlib is not installed. To add plots to reports, run <code>{INSTALL_COMMAND}</code></p>"
 GREY = "#808994"
 COLOURS = ("#3b7dd8", "#d9822b", "#2f9e6e", "#b0569c", "#8a7a3c", "#5c6bc0", "#c0504d")
 
@@ -18,13 +23,15 @@ def plot_curves(
     bands: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     tick_labels: Sequence[str] | None = None,
 ) -> str:
-    """Plot curves with common x values, and return the SVG.
+    """Plot curves with common x values, and return the SVG, or `NO_PLOT` if Matplotlib is not installed.
 
     Args:
         curves: y values of each curve, keyed by curve name.
         bands: Shaded interval (low, high) at each x value, keyed by curve name.
         tick_labels: Label of the x axis tick at each x value. Default: numbers, at positions chosen by Matplotlib.
     """
+    if find_spec("matplotlib") is None:
+        return NO_PLOT
     figure, axes = create_axes(6.6, 3.6)
     for n, (name, y) in enumerate(curves.items()):
         colour = COLOURS[n % len(COLOURS)]
@@ -51,23 +58,13 @@ def plot_interval_curves(
     return plot_curves(values, range(len(tick_labels)), xlabel, ylabel, bands=bands, tick_labels=tick_labels)
 
 
-def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: str) -> str:
-    """Plot each (value, low, high) with a horizontal error bar, keyed by label from top to bottom. Return the SVG."""
-    figure, axes = create_axes(7.5, 0.5 + 0.36 * len(intervals))
-    for n, (value, low, high) in enumerate(intervals.values()):
-        axes.plot([low, high], [-n, -n], color=COLOURS[0], linewidth=2.5, alpha=0.5, solid_capstyle="round")
-        axes.plot([value], [-n], "o", color=COLOURS[0], ms=6)
-    axes.set_yticks([-n for n in range(len(intervals))], list(intervals), fontsize=8)
-    axes.set_ylim(-len(intervals) + 0.4, 0.6)
-    axes.set(xlabel=xlabel)
-    return to_svg(figure)
-
-
 def plot_histograms(histograms: Mapping[str, Mapping[int, int]], xlabel: str, ylabel: str) -> str:
-    """Plot histograms on a logarithmic axis, and return the SVG.
+    """Plot histograms on a logarithmic axis, and return the SVG, or `NO_PLOT` if Matplotlib is not installed.
 
     `histograms` has the number of occurrences of each positive integer, keyed by curve name.
     """
+    if find_spec("matplotlib") is None:
+        return NO_PLOT
     from matplotlib.ticker import LogLocator
 
     figure, axes = create_axes(4.8, 2.9)

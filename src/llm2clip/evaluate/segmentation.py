@@ -5,13 +5,13 @@ follows SCLIP; see `models/vision/segmentation.py` and `SegmentationData`. The m
 intersections and unions are summed over all images before they are divided.
 """
 
+import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from matplotlib.colors import hsv_to_rgb, to_hex
 from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
@@ -162,7 +162,7 @@ def build_segmentation_blocks(data: SegmentationData, result: SegmentationResult
             shown |= set(np.unique(labels).tolist()) - hidden
             visible = np.where(np.isin(labels, list(hidden)), IGNORED, labels)
             images.append(Example(_overlay_labels(image, visible, colours), name))
-        legend = [(data.get_class_name(label), to_hex(colours[label] / 255)) for label in sorted(shown)]
+        legend = [(data.get_class_name(label), f"#{bytes(colours[label]).hex()}") for label in sorted(shown)]
         blocks.append(Examples(images, str(data.images[index]), legend=legend))
     return blocks
 
@@ -198,9 +198,8 @@ def _segment_and_count(
 
 def _make_palette(num_classes: int) -> np.ndarray:
     """Return a colour for each class, uint8 of shape (classes, 3). Golden-ratio steps keep the hues distinct."""
-    n = np.arange(num_classes)
-    hsv = np.stack([n * 0.618034 % 1, 1 - 0.25 * (n % 3), 1 - 0.2 * (n % 4)], 1)
-    return (255 * hsv_to_rgb(hsv)).astype(np.uint8)
+    hsv = [(n * 0.618034 % 1, 1 - 0.25 * (n % 3), 1 - 0.2 * (n % 4)) for n in range(num_classes)]
+    return (255 * np.array([colorsys.hsv_to_rgb(*colour) for colour in hsv])).astype(np.uint8)
 
 
 def _overlay_labels(image: Tensor, labels: np.ndarray, colours: np.ndarray) -> bytes:

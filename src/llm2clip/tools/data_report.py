@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from llm2clip.data.table_statistics import (
     compute_statistics,
     count_languages,
 )
-from llm2clip.evaluate.plots import plot_histograms
+from llm2clip.evaluate.plots import INSTALL_COMMAND, plot_histograms
 from llm2clip.io_utils import format_bytes, format_count, format_duration, hide_url_secrets, to_valid_unicode
 from llm2clip.reports import BAD, Block, Code, Example, Examples, Figure, Heading, Paragraph, Table, write_report
 from llm2clip.runs.run_description import build_run_section, describe_run
@@ -55,7 +56,7 @@ class DataOverview:
 
     sources: list[str]  # as given by the user
     statistics: TableStatistics
-    languages: dict[str, Counter[str]]  # numbers of sampled texts per language code, keyed by text field
+    languages: dict[str, Counter[str]]  # language codes of sampled texts, keyed by text field; empty without py3langid
     training: list[str]  # what `fit` would train on and hold out, as sentences
     num_training: int  # number of images that `fit` would train on
     num_held_out: int
@@ -96,10 +97,11 @@ def inspect_data(
         skipped = read_first_skipped_rows(skipped_file)
     if any(table.count_texts(name).any() for name in CAPTION_FIELDS):
         table = add_phrases(table)
+    language_fields = CAPTION_FIELDS if find_spec("py3langid") else ()
     overview = DataOverview(
         sources=list(sources),
         statistics=compute_statistics(table.iterate_batches(STATISTICS_COLUMNS), table.has_image),
-        languages={name: count_languages(sample_texts(table, name, MAX_LANGUAGE_SAMPLE)) for name in CAPTION_FIELDS},
+        languages={name: count_languages(sample_texts(table, name, MAX_LANGUAGE_SAMPLE)) for name in language_fields},
         training=training,
         num_training=num_training,
         num_held_out=num_held_out,
@@ -246,10 +248,10 @@ def _summarize(histogram: Histogram) -> list[str]:
 
 
 def _build_languages(languages: dict[str, Counter[str]]) -> list[Block]:
+    if not languages:
+        return [Paragraph(f"To see the languages of the captions, run `{INSTALL_COMMAND}`.")]
     sampled = {name: counts for name, counts in languages.items() if counts}
-    total: Counter[str] = Counter()
-    for counts in sampled.values():
-        total.update(counts)
+    total: Counter[str] = sum(sampled.values(), Counter())
     listed = [code for code, count in total.most_common() if count >= MIN_LANGUAGE_SHARE * total.total()]
     rows = []
     for code in listed:

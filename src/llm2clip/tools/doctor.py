@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,14 +19,14 @@ from typing import TYPE_CHECKING
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from packaging.requirements import Requirement
-
 from llm2clip.io_utils import hide_url_secrets, install_command
 
 if TYPE_CHECKING:
     import torch
 
 DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # extras that only developers need; `doctor` does not check them
+# Name, bounds and extra of a line such as "ray[data]<2.64,>=2.59; extra == 'ray'"
+REQUIREMENT = re.compile(r"([\w.-]+)(?:\[.*?\])?([^;]*)(?:;.*extra == ['\"]([\w-]+))?")
 MIN_DISK_GB = 5.0  # disk space that the weights, embedding store and checkpoints of a small `fit` run need
 MIN_MEMORY_GB = 4.0  # memory that a small `fit` run needs
 MIN_SHARED_MEMORY_MB = 64  # enough shared memory for one batch of decoded images per worker
@@ -65,36 +66,36 @@ def run_doctor(run_dir: Path, offline: bool = False) -> list[str]:
     return [*lines, "", "All checks passed."]
 
 
-def read_requirements() -> dict[str, list[Requirement]]:
-    """Return the package's requirements, keyed by extra. The key "" stands for the base install."""
-    by_extra: dict[str, list[Requirement]] = {}
+def read_requirements() -> dict[str, dict[str, str]]:
+    """Return the version bounds of the required packages, keyed by extra and name. "" stands for the base install."""
+    by_extra: dict[str, dict[str, str]] = {}
     for line in metadata.requires("llm2clip") or []:
-        requirement = Requirement(line)
-        extra = str(requirement.marker).rpartition("extra == ")[2].strip("\"'") if requirement.marker else ""
-        if requirement.name != "llm2clip":  # skip extras that merely combine other extras
-            by_extra.setdefault(extra, []).append(requirement)
+        name, bounds, extra = REQUIREMENT.findall(line)[0]
+        if name != "llm2clip":  # skip extras that merely combine other extras
+            by_extra.setdefault(extra, {})[name] = bounds
     return by_extra
 
 
-def find_version_problem(requirement: Requirement) -> str | None:
+def find_version_problem(name: str, bounds: str) -> str | None:
+    from accelerate.utils import compare_versions
+
     try:
-        version = metadata.version(requirement.name)
+        version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return f"{requirement.name} is not installed"
-    if not requirement.specifier.contains(version, prereleases=True):
-        return f"{requirement.name} {version} does not satisfy {requirement.specifier}"
-    return None
+        return f"{name} is not installed"
+    satisfied = all(compare_versions(name, *bound) for bound in re.findall(r"([<>=!]+)([\w.]+)", bounds))
+    return None if satisfied else f"{name} {version} does not satisfy {bounds}"
 
 
 def check_packages() -> Iterator[Check]:
     for extra, packages in sorted(read_requirements().items()):
         if extra in DEVELOPER_EXTRAS:
             continue
-        problems = [problem for package in packages if (problem := find_version_problem(package))]
+        problems = [problem for item in packages.items() if (problem := find_version_problem(*item))]
         command = install_command(extra) if extra else install_command()
         fix = f"{sys.executable} -m {command}" if problems else ""
         if extra:
-            yield Check(f"extra: {extra}", ", ".join(problems or [package.name for package in packages]), fix)
+            yield Check(f"extra: {extra}", ", ".join(problems or packages), fix)
             continue
         versions = f"llm2clip {metadata.version('llm2clip')}, Python {platform.python_version()}"
         if not problems:

@@ -5,7 +5,6 @@ mean embedding of these prompts. For ImageNet, OpenAI's class names and 80 templ
 are sorted by WordNet id, and the list of ids comes from timm.
 """
 
-import importlib.util
 import io
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,8 +26,8 @@ from llm2clip.evaluate.benchmarks.base import (
 from llm2clip.io_utils import (
     DataFormatError,
     MissingFileError,
+    check_extra,
     find_first,
-    install_command,
     read_json,
     read_lines,
 )
@@ -118,22 +117,15 @@ def _read_images(class_dirs: Sequence[Path], names: Sequence[str], templates: Se
 
 def get_imagenet_templates() -> list[str]:
     """Return OpenAI's 80 prompt templates for ImageNet, or raise MissingFileError if open_clip is not installed."""
-    _check_open_clip()
+    check_extra("open-clip", "ImageNet's class names and templates", MissingFileError)
     from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
     return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
 
 
-def _check_open_clip() -> None:
-    if importlib.util.find_spec("open_clip") is None:
-        raise MissingFileError(
-            f"ImageNet's class names and templates require open_clip: {install_command('open-clip')}"
-        )
-
-
 def _load_imagenet_classes() -> tuple[list[str], list[str]]:
     """Return ImageNet's sorted WordNet ids, and OpenAI's class names in the same order."""
-    _check_open_clip()
+    check_extra("open-clip", "ImageNet's class names", MissingFileError)
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
 

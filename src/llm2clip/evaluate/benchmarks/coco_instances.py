@@ -9,7 +9,6 @@ OV-COCO consists of COCO val2017 with 48 base classes and 17 novel classes. The 
 are removed, and images without any remaining object are excluded.
 """
 
-import importlib.util
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +31,7 @@ from llm2clip.evaluate.benchmarks.base import (
     resolve_image,
 )
 from llm2clip.evaluate.benchmarks.classification import get_imagenet_templates
-from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, install_command, read_json
+from llm2clip.io_utils import DataFormatError, MissingFileError, check_extra, find_first, read_json
 
 MIN_SIDE = 1.0  # minimum width and height of a box in pixels, for region classification
 DESCRIPTIONS = {  # descriptions of benchmarks created from the user's own files
@@ -83,11 +82,8 @@ def read_instances(file: Path, with_masks: bool = False, needs_pycocotools: bool
         MissingFileError: If pycocotools, which is needed for masks and average precision, is not installed.
         DataFormatError: If ids are not unique, a name or size is invalid, or an annotation refers to a missing entry.
     """
-    if (with_masks or needs_pycocotools) and importlib.util.find_spec("pycocotools") is None:
-        raise MissingFileError(
-            f"pycocotools is required to decode COCO's masks and compute the average precision: "
-            f"{install_command('dense')}"
-        )
+    if with_masks or needs_pycocotools:
+        check_extra("dense", f"{file}: reading masks and computing the average precision", MissingFileError)
     data = read_json(file, None if with_masks else drop_unused_keys)
     images: dict[ImageId, dict[str, Any]] = {}
     for image in data["images"]:
