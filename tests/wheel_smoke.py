@@ -122,7 +122,7 @@ def run(*command: str, status: int = 0) -> str:
 
 
 def check_commands(folder: Path) -> None:
-    """Train a tiny model, index the images, search them, and export a gallery."""
+    """Train a tiny model, index the images, search them, and export the model."""
     captions = make_images(folder)
     make_llm(folder / "llm")
     make_tower(folder / "tower")
@@ -138,7 +138,7 @@ def check_commands(folder: Path) -> None:
     run(*index)
     hits = run("search", "index", "a red square on gold paper", "--top", "3", "--show_weak")
     assert hits.count(".png") == 3 and "not calibrated" not in hits, hits
-    run("export", "run/model", "--to", "gallery", "--index", "index", "--out", "gallery")
+    run("export", "run/model", "--to", "transformers", "--out", "exported")
 
 
 if __name__ == "__main__":
