@@ -55,13 +55,12 @@ wheel: $(VENV)-tools/ready
 	$(VENV)-tools/bin/python -m build
 	$(VENV)-tools/bin/twine check --strict dist/*
 
-# Install the wheel from dist/ in an empty environment, and run it outside this folder.
+# Install the wheel from dist/ in an empty environment, and run its commands outside this folder.
 test-wheel:
 	rm -rf $(VENV)-wheel
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/$(PIP_INSTALL) dist/*.whl
-	cd $$(mktemp -d) && $(abspath $(VENV)-wheel)/bin/llm2clip configs cpu > /dev/null
-	cd $$(mktemp -d) && $(abspath $(VENV)-wheel)/bin/llm2clip doctor
+	$(VENV)-wheel/bin/python -I tests/wheel_smoke.py
 
 $(VENV)/quickstart: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -15,6 +15,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
@@ -99,8 +100,8 @@ def make_student(folder: Path, teacher_folder: Path) -> Path:
     return build_student_model(teacher, student).save_pretrained(folder)
 
 
-def make_exports(folder: Path, model_folder: Path) -> None:
-    for form in ("sentence-transformers", "vision"):  # ONNX graphs would take 300 KB
+def make_exports(folder: Path, model_folder: Path, forms: Sequence[str] = ("sentence-transformers", "vision")) -> None:
+    for form in forms:
         export_model(LLM2CLIP.from_pretrained(model_folder, "cpu"), form, folder / f"export-{form}")
 
 
@@ -175,6 +176,7 @@ def main() -> None:
     save_or_check_config({"data": ["photos/captions.jsonl"], **dataclasses.asdict(FitConfig())}, out / "run")
     make_checkpoint(out / "run/align/checkpoints")
     make_exports(out, model_folder)
+    make_exports(out, model_folder, ["onnx"])
     for database in list(out.rglob("*.sqlite")):
         shrink_database(database)
     for lock in list(out.rglob("*.lock")):

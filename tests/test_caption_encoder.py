@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, LlamaConfig, MistralConfig
 from transformers.utils.logging import is_progress_bar_enabled
 
 from conftest import FAMILIES, make_llm, save_tokenizer
-from llm2clip.models.loading import fingerprint
+from llm2clip.models.loading import describe_config, fingerprint
 from llm2clip.models.precision import CALIBRATION_CAPTIONS, calibrate_precision
 from llm2clip.models.text import packing
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -342,6 +342,32 @@ def test_fingerprint_depends_on_everything_that_changes_an_embedding(llm: Path, 
     with torch.no_grad():
         next(encoder.llm.parameters())[0, 0] += 1e-3
     assert fingerprint(encoder.identity()) != base
+
+
+class NewerLlamaConfig(LlamaConfig):
+    """Config of a transformers release that has added an entry with a default and one with a computed default."""
+
+    added_scale: float = 1.0
+    added_size: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.added_size = self.added_size or 2 * self.hidden_size
+
+
+def test_identity_does_not_depend_on_the_defaults_of_added_config_entries(encoder: CaptionEncoder) -> None:
+    identity, values = encoder.identity(), encoder.llm.config.to_dict()
+    encoder.llm.config = NewerLlamaConfig(**values)
+    assert encoder.identity() == identity
+    rope_parameters = {**values["rope_parameters"], "rope_theta": 500_000.0}
+    for change in ({"added_scale": 2.0}, {"added_size": 3}, {"head_dim": 4}, {"rope_parameters": rope_parameters}):
+        encoder.llm.config = NewerLlamaConfig(**{**values, **change})
+        changed = encoder.identity()
+        assert [name for name in identity if changed[name] != identity[name]] == ["config"], change
+
+
+def test_config_of_another_model_type_is_described_differently() -> None:
+    assert describe_config(LlamaConfig()) != describe_config(MistralConfig())
 
 
 def test_tokenize_reports_truncated_captions(llm: Path) -> None:

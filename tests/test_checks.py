@@ -94,7 +94,7 @@ def test_wrong_paths_and_missing_packages_are_reported_without_importing_torch(t
     for error, (_, message) in zip(errors, WRONG_PATHS, strict=False):
         assert re.search(message, error)
     for error, (_, module, extra) in zip(errors[len(WRONG_PATHS) :], MISSING_PACKAGES, strict=True):
-        assert re.search(rf"requires additional packages \({module}\)\. Run pip install -e '\.\[{extra}\]'", error)
+        assert re.search(rf"requires additional packages \({module}\)\. Run pip install 'llm2clip\[{extra}\]'", error)
 
 
 # ---- dependencies ----------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_data_command_without_the_reports_extra_names_it(
         monkeypatch.setitem(sys.modules, module, None)
     text = run_data(capsys, image_folder, "--report", tmp_path / "data.html")
     assert "Languages of" not in text
-    assert "To see the languages of the captions, run `pip install -e '.[reports]'`.\n" in text
+    assert "To see the languages of the captions, run `pip install 'llm2clip[reports]'`.\n" in text
     assert "<svg" not in (tmp_path / "data.html").read_text()
 
 

@@ -55,8 +55,8 @@ def test_doctor_fails_and_names_a_fix(
     (tmp_path / "file").touch()
     assert main(["doctor", "--offline", "--out", str(tmp_path / "file" / "runs")]) == 1
     error = capsys.readouterr().err
-    assert "does not satisfy <2" in error and "pip install -e . " in error.replace("\n", " ")
-    assert "no-such-package is not installed" in error and "pip install -e '.[search]'" in error
+    assert "does not satisfy <2" in error and "pip install llm2clip " in error.replace("\n", " ")
+    assert "no-such-package is not installed" in error and "pip install 'llm2clip[search]'" in error
     assert "another-missing-package" not in error  # extras for developers are not checked
     assert f"{tmp_path / 'file'} is not a writable folder" in error and "2 of" in error
 

@@ -484,5 +484,5 @@ def test_heic_has_the_limits_of_other_images(monkeypatch: pytest.MonkeyPatch) ->
 def test_heic_without_pillow_heif_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     image_header._register_heic.cache_clear()
-    with pytest.raises(ImageError, match=r"pip install -e '\.\[photos\]', or convert the image to JPEG"):
+    with pytest.raises(ImageError, match=r"pip install 'llm2clip\[photos\]', or convert the image to JPEG"):
         decode_image(b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(99))

@@ -601,7 +601,7 @@ def test_redirects_from_https_to_http_are_rejected(headers: dict[str, str], is_a
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "botocore.session", None)
-    with pytest.raises(ImportError, match=r"s3:// requires additional packages .*: pip install -e '\.\[remote\]'"):
+    with pytest.raises(ImportError, match=r"s3:// requires additional packages .*: pip install 'llm2clip\[remote\]'"):
         find_files("s3://bucket/x.tar")
 
 

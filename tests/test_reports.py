@@ -87,7 +87,7 @@ def test_reports_without_matplotlib_name_the_extra(
     plots = [plot_curves({"a": [1.0, 2.0]}, [1, 2], "x", "y"), plot_histograms({"a": {1: 2}}, "x", "y")]
     plots.append(plot_interval_curves({"a": [(1.0, 0.5, 1.5)]}, ["1"], "x", "y"))
     write_report(tmp_path / "page.html", "T", "", [TABLE, *(Figure(plot, "a plot") for plot in plots)])
-    command = "pip install -e '.[reports]'"
+    command = "pip install 'llm2clip[reports]'"
     assert (tmp_path / "page.html").read_text().count(f"<code>{command}</code>") == 3
     assert capsys.readouterr().err == f"{tmp_path}/page.html has no plots. To add plots, run {command}\n"
 

@@ -15,8 +15,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
 from transformers import AutoModel
 
 from caption_fixtures import FixedCaptioner, read_rows
@@ -26,7 +28,7 @@ from llm2clip.caption.options import CaptionOptions
 from llm2clip.caption.run import caption_images
 from llm2clip.cli import build_parser
 from llm2clip.data.images import load_image
-from llm2clip.data.transforms import EvalTransform
+from llm2clip.data.transforms import EvalTransform, Preprocess
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.runs.checkpoint import Checkpoints, load_training_state
@@ -160,10 +162,31 @@ def test_stored_exports_return_the_same_embeddings(release: Path, expected: dict
     assert exported.encode(CAPTIONS, normalize_embeddings=True) == pytest.approx(expected["texts"], abs=1e-4)
     tower = LLM2CLIP.from_pretrained(release / "model", CPU).tower
     pixels = torch.stack(load_photos(release, EvalTransform(tower.preprocess)))
+    clip = AutoModel.from_pretrained(release / "export-sentence-transformers", trust_remote_code=True)
+    with torch.no_grad():
+        embeddings = F.normalize(clip.get_image_features(tower._normalize(pixels)).pooler_output, dim=-1)
+    assert embeddings.numpy() == pytest.approx(expected["images"], abs=1e-4)
     vision = AutoModel.from_pretrained(release / "export-vision")
     with torch.no_grad():
         features = vision(tower._normalize(pixels)).last_hidden_state
         assert torch.allclose(features, tower.forward_features(pixels), atol=1e-5)
+
+
+def test_stored_onnx_graphs_return_the_same_embeddings(release: Path, expected: dict[str, np.ndarray]) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    folder = release / "export-onnx"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_padding(pad_id=0, pad_token="")
+    texts = tokenizer.encode_batch(CAPTIONS)
+    tokens = {"input_ids": [text.ids for text in texts], "attention_mask": [text.attention_mask for text in texts]}
+    preprocess = Preprocess.from_dict(json.loads((folder / "preprocessor_config.json").read_text()))
+    pixels = torch.stack(load_photos(release, EvalTransform(preprocess))).numpy()
+    for name, inputs, values in (
+        ("text", tokens, expected["texts"]),
+        ("vision", {"pixels": pixels}, expected["images"]),
+    ):
+        session = onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
+        assert session.run(["embeddings"], inputs)[0] == pytest.approx(values, abs=1e-4)
 
 
 # Files whose keys only llm2clip chooses. Those of the other JSON files depend on the versions of the libraries.

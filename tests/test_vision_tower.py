@@ -10,9 +10,12 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from transformers import CLIPVisionConfig
 
 from llm2clip.data.transforms import Preprocess
+from llm2clip.models.precision import FP32
 from llm2clip.models.vision.vision_tower import VisionTower, add_tower_lora, merge_tower_lora
+from llm2clip.store.encode import TowerEncoder
 from llm2clip.train.optim import MIN_COMPILED_STEPS, should_compile
 
 TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2, "img_size": 64}
@@ -313,6 +316,20 @@ def test_code_in_model_folder_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match=r"evil|trust_remote_code"):
         VisionTower.from_pretrained(tmp_path)
     assert not marker.exists()
+
+
+def test_identity_does_not_depend_on_the_defaults_of_added_config_entries(tmp_path: Path) -> None:
+    class NewerConfig(CLIPVisionConfig):
+        added_scale: float = 1.0
+
+    save_hf("clip_vision_model", tmp_path)
+    encoder = TowerEncoder(VisionTower.from_pretrained(tmp_path), FP32)
+    identity, values = encoder.identity(), encoder.tower.backbone.config.to_dict()
+    encoder.tower.backbone.config = NewerConfig(**values)
+    assert encoder.identity() == identity
+    for change in ({"added_scale": 2.0}, {"layer_norm_eps": 1e-3}):
+        encoder.tower.backbone.config = NewerConfig(**{**values, **change})
+        assert encoder.identity() != identity
 
 
 def test_missing_weights_are_an_error(tmp_path: Path) -> None:

@@ -259,8 +259,8 @@ def hide_url_secrets(text: str) -> str:
 
 
 def install_command(*extras: str) -> str:
-    """Return the command that installs these extras, to be run in the source folder: there is no published package."""
-    return f"pip install -e '.[{','.join(extras)}]'" if extras else "pip install -e ."
+    """Return the command that installs these extras in an environment that contains llm2clip, editable or not."""
+    return f"pip install 'llm2clip[{','.join(extras)}]'" if extras else "pip install llm2clip"
 
 
 def check_extra(extra: str, feature: str, error: type[Exception] = ModuleNotFoundError) -> None:

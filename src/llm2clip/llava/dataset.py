@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import resize
 from llm2clip.data.images import decode_or_error
 from llm2clip.data.transforms import EvalTransform, Preprocess
 from llm2clip.llava.conversations import IGNORE_INDEX, IMAGE_TOKEN, Conversation, tokenize_and_label
-from llm2clip.models.loading import hash_weights
+from llm2clip.models.loading import describe_config, hash_weights
 from llm2clip.store.layout import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 
@@ -104,7 +104,7 @@ class PatchFeatures:
     def identity(self) -> dict[str, Any]:
         """Return all settings that affect the features, and a hash of the weights, for the store's fingerprint."""
         return {
-            "tower": self.tower.config.to_dict(),
+            "tower": describe_config(self.tower.config),
             "weights": hash_weights(self.tower),
             "preprocess": {**self.transform.preprocess.to_dict(), "pad": self.transform.pad},
             "layer": self.config.vision_feature_layer,

@@ -182,7 +182,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         self._check_dimension(encoder, "the caption encoder")
         trained_with, identity = self.config.encoder, encoder.identity()
         # The precision is not compared, because users choose it for each call. The LLM config is not compared, because
-        # each transformers release adds entries to it.
+        # transformers releases can rename its entries.
         names = [name for name in identity if name in trained_with and name not in ("precision", "config")]
         differences = [name for name in names if trained_with[name] != identity[name]]
         if differences:

@@ -11,6 +11,7 @@ the kernels of some quantisation methods. To ensure that only the user can choos
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -54,6 +55,11 @@ _HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECAS
 _FILE_SUFFIXES = (
     *(".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf", ".onnx", ".npz", ".npy", ".pkl"),
     *(".json", ".jsonl", ".yaml", ".yml", ".txt", ".csv", ".zip", ".tar", ".gz"),
+)
+# transformers config entries that do not affect a model's output, and is_causal, which encoders' identities contain.
+ENTRIES_WITHOUT_EFFECT = (
+    *("_name_or_path", "transformers_version", "architectures", "id2label", "label2id"),
+    *("dtype", "torch_dtype", "use_cache", "is_causal"),
 )
 # `from_pretrained` arguments that override the values saved in a sentence-transformers folder. The arguments apply to
 # the configs of all model parts.
@@ -167,6 +173,21 @@ def check_not_quantized(config: dict[str, Any], source: str | Path) -> None:
                 f"{source}: the weights are quantised (quantization_config in config.json), which is not supported. "
                 "Use the model's original weights or a .gguf file"
             )
+
+
+def describe_config(config: Any) -> dict[str, Any]:
+    """Return the entries of a transformers config that differ from their defaults and can affect the model's output.
+
+    Each transformers release adds entries. Their defaults are omitted, so that identities remain the same. Entries
+    declared as None have a default that the class computes from other entries, such as `head_dim`.
+    """
+    computed = {field.name for field in dataclasses.fields(config) if field.default is None}
+    values = {name: value for name, value in config.to_dict().items() if name not in ENTRIES_WITHOUT_EFFECT}
+    defaults = type(config)().to_dict()
+    settings = {k: v for k, v in values.items() if k not in computed and v != defaults.get(k)}
+    defaults = type(config)(**settings).to_dict()
+    settings |= {k: v for k, v in values.items() if k in computed and v != defaults.get(k)}
+    return {"model_type": config.model_type, **settings}
 
 
 def _remove_code_entries(config: Any) -> Any:

@@ -24,7 +24,7 @@ from llm2clip.data.images import iter_image_batches
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.io_utils import atomic_write_jsonl, check_extra, format_count, read_jsonl
-from llm2clip.models.loading import hash_weights
+from llm2clip.models.loading import describe_config, hash_weights
 from llm2clip.models.precision import Precision, calibrate_precision, resolve_precision
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import MIN_CAPTIONS_TO_TUNE, TokenizedTexts, tune_batch_tokens
@@ -209,7 +209,10 @@ class TowerEncoder:
 
     def identity(self) -> dict[str, Any]:
         """Return everything that affects the features: architecture, preprocessing, weights and precision."""
-        return {"tower": self.tower.config, "weights": hash_weights(self.tower), "precision": self.precision}
+        config = self.tower.config
+        if config["library"] == "transformers":
+            config = {**config, "architecture": describe_config(self.tower.backbone.config)}
+        return {"tower": config, "weights": hash_weights(self.tower), "precision": self.precision}
 
     @torch.no_grad()
     def encode_images(self, images: list[Any]) -> Tensor:

@@ -199,6 +199,8 @@ def _export_graph(graph: _Graph, folder: Path, int8: bool) -> list[str]:
 
 def _write_graph(graph: _Graph, folder: Path) -> str:
     """Write a graph and compare its embeddings with PyTorch's. Return a message with the result."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
     file = folder / f"{graph.name}.onnx"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`isinstance\\(treespec", FutureWarning)
@@ -213,6 +215,7 @@ def _write_graph(graph: _Graph, folder: Path) -> str:
             verbose=False,
         )
     assert program is not None
+    ClearMetadataAndDocStringPass()(program.model)  # stack traces, which contain the paths of files on this machine
     program.save(str(file))
     single_input = {name: tensor[:1] for name, tensor in graph.inputs.items()}
     cosines = [_compute_cosines(file, graph.module, inputs).min() for inputs in (graph.inputs, single_input)]

@@ -21,7 +21,15 @@ from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import flex_attention_is_correct, onednn_matmul
 from llm2clip.io_utils import atomic_write_text, check_texts, read_json
-from llm2clip.models.loading import check_model_source, explain_load_errors, hash_text, hash_weights, hide_loading_bars
+from llm2clip.models.loading import (
+    check_model_source,
+    describe_config,
+    explain_load_errors,
+    fingerprint,
+    hash_text,
+    hash_weights,
+    hide_loading_bars,
+)
 from llm2clip.models.model_folder import read_model_config
 from llm2clip.models.precision import (
     FP32,
@@ -56,11 +64,6 @@ from llm2clip.models.text.sentence_transformer import (
 from llm2clip.progress import ProgressBar
 
 MAX_EMBEDDINGS_ON_DEVICE = 8192  # when this many embeddings have accumulated, they are copied to the CPU
-# LLM config entries that do not affect the LLM's output, and is_causal, which `identity` stores separately.
-_CONFIG_WITHOUT_EFFECT = (
-    *("_name_or_path", "transformers_version", "architectures"),
-    *("dtype", "torch_dtype", "use_cache", "is_causal"),
-)
 
 
 class CaptionEncoder(nn.Module):
@@ -382,7 +385,7 @@ class CaptionEncoder(nn.Module):
             **common,
             "bidirectional": not getattr(self.llm.config, "is_causal", not is_encoder_only(self.llm)),
             "layers": self.llm.config.num_hidden_layers,
-            "config": hash_text(_serialize_config(self.llm.config)),
+            "config": fingerprint(describe_config(self.llm.config)),
             "header": self.prefix,
             "pooling": self.st[1].get_config_dict(),
             "max_length": self.st.max_seq_length,
@@ -421,11 +424,6 @@ def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) 
         # A single copy, because each copy synchronises with the GPU.
         embeddings[rows] = torch.cat([batch for _, batch in on_device]).cpu()
         on_device.clear()
-
-
-def _serialize_config(config: Any) -> str:
-    values = json.loads(config.to_json_string(use_diff=False))
-    return json.dumps({k: v for k, v in values.items() if k not in _CONFIG_WITHOUT_EFFECT}, sort_keys=True)
 
 
 def _serialize_tokenizer(tokenizer: Any) -> str:

@@ -30,6 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from llm2clip.data.transforms import Preprocess
 from llm2clip.io_utils import read_json_object
 from llm2clip.models.loading import (
+    ENTRIES_WITHOUT_EFFECT,
     build_config,
     check_model_source,
     download_snapshot,
@@ -56,8 +57,6 @@ _DEFAULT_PREPROCESS = {
 }
 # Model types of dual encoders. Only their vision model is used.
 _DUAL_ENCODER_TYPES = ("clip", "metaclip_2", "siglip")
-# transformers config entries that do not describe the architecture.
-_TRANSIENT_ENTRIES = ("transformers_version", "_name_or_path", "dtype", "architectures", "id2label", "label2id")
 # Matches the names of repeated blocks. Alternatives, in order: timm's ViTs and EfficientNets; ConvNeXt and similar
 # models; ResNets; transformers' ViTs.
 _BLOCK = re.compile(r"(?:blocks\.(?:\d+\.)+|stages\.\d+\.blocks\.\d+\.|layer[1-4]\.\d+\.|layers?\.\d+\.)")
@@ -400,7 +399,7 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
     backbone = _build_transformers(config, source if pretrained else None)
     preprocess = _read_transformers_preprocess(source, config)
     preprocess = replace(preprocess, size=image_size or preprocess.size)
-    architecture = {key: value for key, value in config.to_dict().items() if key not in _TRANSIENT_ENTRIES}
+    architecture = {key: value for key, value in config.to_dict().items() if key not in ENTRIES_WITHOUT_EFFECT}
     return backbone, {"library": "transformers", "architecture": architecture, "preprocess": preprocess.to_dict()}
 
 
