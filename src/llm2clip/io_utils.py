@@ -29,7 +29,7 @@ EXTRAS = {  # extra in pyproject.toml -> modules of its packages
     "caption": ("httpx", "py3langid"),
     "dense": ("pycocotools",),
     "ocr": ("onnxruntime", "rapidocr"),
-    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript"),
     "open-clip": ("open_clip",),
     "postgres": ("pgvector", "psycopg"),
     "qlora": ("bitsandbytes",),
