@@ -107,7 +107,9 @@ def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingSto
                     _link_shard(folder, shard.number, out, number)
                     existing.add(content)
                     number += 1
-        refused = {row["caption"]: row for folder in (out, *folders) for row in layout.read_refused_captions(folder)}
+        refused = {}
+        for folder in (out, *folders):
+            refused |= layout.read_refused_captions(folder)
         if refused:
             atomic_write_jsonl(out / "refused-merged.jsonl", refused.values())
         writer.finish()

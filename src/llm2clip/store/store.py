@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import mmap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from llm2clip.cpu_tuning import get_available_memory
@@ -357,49 +356,27 @@ def _look_up_fields(table: RecordTable, source: CaptionSource, fields: Sequence[
 
 
 def _look_up(table: RecordTable, field: str, source: CaptionSource) -> CaptionRows:
-    if field == "phrases" and isinstance(source, EmbeddingStore):
-        find_rows = _make_phrase_finder(source)
-    else:
-        find_rows = _make_caption_finder(source)
     parts = []
     for batch in table.iterate_batches([field]):
         lists = batch.column(0)
-        rows = find_rows(lists.flatten())
+        texts = lists.flatten().dictionary_encode()  # many images have the same phrases
+        rows = _find_rows(texts.dictionary.to_pylist(), field, source)[texts.indices.to_numpy()]
         record_of_row = np.repeat(np.arange(len(lists)), np.diff(lists.offsets.to_numpy()))
         is_found = rows >= 0
         parts.append(_sort_rows(rows[is_found], record_of_row[is_found], len(lists)))
     return _concatenate(parts)
 
 
-def _make_caption_finder(source: CaptionSource) -> Callable[[pa.Array], np.ndarray]:
-    """Return a function that finds the rows of captions, with -1 for captions that the tokenizer could not encode."""
+def _find_rows(texts: list[str], field: str, source: CaptionSource) -> np.ndarray:
+    """Return the rows of texts, with -1 for captions that the tokenizer could not encode and for rare phrases."""
     if not isinstance(source, EmbeddingStore):
-        return lambda captions: source.find_rows(captions.to_pylist())
-    refused = {row["caption"] for row in layout.read_refused_captions(source.folder)}
-
-    def find_rows(captions: pa.Array) -> np.ndarray:
-        texts = captions.to_pylist()
-        rows = source.find_keys(layout.make_caption_keys(texts))
-        missing = [texts[n] for n in np.flatnonzero(rows < 0).tolist()]
+        return source.find_rows(texts)
+    rows = source.find_keys(layout.make_caption_keys(texts))
+    missing = [texts[n] for n in np.flatnonzero(rows < 0).tolist()]
+    if missing and field != "phrases":
+        refused = layout.read_refused_captions(source.folder)
         source.find_rows(caption for caption in missing if caption not in refused)  # raises StoreError
-        return rows
-
-    return find_rows
-
-
-def _make_phrase_finder(store: EmbeddingStore) -> Callable[[pa.Array], np.ndarray]:
-    """Return a function that finds the rows of phrases, with -1 for phrases that were too rare to be embedded."""
-    row_of_phrase: dict[str, int] = {}  # many images have the same phrases
-
-    def find_rows(phrases: pa.Array) -> np.ndarray:
-        encoded = phrases.dictionary_encode()
-        names = encoded.dictionary.to_pylist()
-        new = [name for name in names if name not in row_of_phrase]
-        row_of_phrase.update(zip(new, store.find_keys(layout.make_caption_keys(new)).tolist(), strict=True))
-        rows = np.array([row_of_phrase[name] for name in names], np.int64)
-        return rows[encoded.indices.to_numpy()]
-
-    return find_rows
+    return rows
 
 
 def _sort_rows(rows: np.ndarray, record_of_row: np.ndarray, num_records: int) -> CaptionRows:
@@ -420,7 +397,7 @@ def _concatenate(parts: Sequence[CaptionRows]) -> CaptionRows:
 
 def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> Sequence[Record]:
     """Remove captions that the tokenizer could not encode, and drop records that have no captions left."""
-    refused = {row["caption"] for row in layout.read_refused_captions(store.folder)}
+    refused = layout.read_refused_captions(store.folder)
     if not refused:
         return records
     remaining = []
