@@ -55,20 +55,18 @@ class ImageFacts(NamedTuple):
     digest: bytes | None = None  # SHA-256 of images in object storage, which would have to be downloaded again
 
 
-def read_image_facts(
-    image: LoadedImage, check_exists: bool = True, check_header: bool = True, compute_hash: bool = True
-) -> ImageFacts:
-    """Check an image and return its size and hash. Raise `UnusableRow` if it cannot be used.
+def read_image_facts(image: LoadedImage, check: bool, compute_hash: bool) -> ImageFacts:
+    """Return the size of an image if `check`, and its hash if `compute_hash`.
 
-    If `check_header` is True, the image must be readable, judging from its header, and not too large.
+    If `check`, raise `UnusableRow` unless the image is readable, judging from its header, and not too large.
     """
-    samples = _read_samples(image) if check_header or compute_hash else None
-    if samples is None and check_exists and type(image.ref) is FileImage and not file_exists(image.ref.path):
-        is_url = is_remote(image.ref.path)
-        raise UnusableRow(MISSING_IMAGE, str(image.ref) if is_url else os.path.abspath(image.ref.path))
+    samples = _read_samples(image) if check or compute_hash else None
     width = height = image_hash = 0
     digest = None
-    if check_header:
+    if check:
+        if samples is None and type(image.ref) is FileImage and not file_exists(image.ref.path):
+            is_url = is_remote(image.ref.path)
+            raise UnusableRow(MISSING_IMAGE, str(image.ref) if is_url else os.path.abspath(image.ref.path))
         size = parse_image_size(samples.start, samples.size) if samples is not None else None
         width, height = size or _read_size_with_pillow(image)
         if width * height > MAX_PIXELS:
