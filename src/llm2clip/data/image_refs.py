@@ -22,7 +22,6 @@ from llm2clip.data.storage import get_parent, is_remote, join_path, parse_size
 from llm2clip.data.table_cells import map_cached_batches, open_cell, read_parquet_cell
 from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets
 
-
 _resolve_real_path = functools.lru_cache(maxsize=4096)(os.path.realpath)
 
 
