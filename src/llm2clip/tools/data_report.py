@@ -98,7 +98,7 @@ def inspect_data(
         table = add_phrases(table)
     overview = DataOverview(
         sources=list(sources),
-        statistics=compute_statistics(table.iterate_batches(STATISTICS_COLUMNS), table.has_image),
+        statistics=compute_statistics(table.iterate_batches(STATISTICS_COLUMNS)),
         languages={name: count_languages(sample_texts(table, name, MAX_LANGUAGE_SAMPLE)) for name in CAPTION_FIELDS},
         training=training,
         num_training=num_training,
