@@ -40,9 +40,7 @@ class Histogram(Counter[int]):
 
     def percentile(self, percent: float) -> int:
         """Return the smallest value such that at least `percent` of the values are less than or equal to it."""
-        values = sorted(self)
-        position = np.searchsorted(np.cumsum([self[value] for value in values]), self.count * percent / 100)
-        return values[min(int(position), len(values) - 1)]
+        return int(np.percentile(list(self), percent, weights=list(self.values()), method="inverted_cdf"))
 
     def count_below(self, limit: int) -> int:
         return sum(count for value, count in self.items() if value < limit)

@@ -47,7 +47,10 @@ class EmbeddingStore:
         """Open the store at `folder`. Keys and embeddings stay on disk.
 
         Args:
-            read_ahead: See `_RowReader`. Default: True if the embeddings take at least half of the available memory.
+            read_ahead: Whether to ask the operating system to read the pages of all rows of a chunk at once, and no
+                others. If the store is larger than memory, this is several times as fast: by default, the operating
+                system also reads the pages around each row, waits for each row in turn, and evicts the other pages
+                before they are used. Default: True if the embeddings take at least half of the available memory.
 
         Raises:
             StoreError: The folder does not contain a complete store, or a shard is missing or has the wrong size.
@@ -56,12 +59,19 @@ class EmbeddingStore:
         self.manifest: dict[str, Any] = layout.read_manifest(self.folder)
         self.embed_dim: int = self.manifest["embed_dim"]
         self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
-        self._total_rows = sum(shard.rows for shard in self.shards)
-        dtype = self.manifest["dtype"]
+        self._bounds = np.cumsum([0, *(shard.rows for shard in self.shards)])  # first row of each shard, total
+        self._dtype = layout.DTYPES[self.manifest["dtype"]]
         if read_ahead is None:
-            size = self._total_rows * self.embed_dim * layout.DTYPES[dtype].itemsize
+            size = int(self._bounds[-1]) * self.embed_dim * self._dtype.itemsize
             read_ahead = size >= get_available_memory() / 2
-        self._reader = _RowReader(self.folder, self.shards, self.embed_dim, dtype, read_ahead)
+        self._reads_ahead = read_ahead and hasattr(mmap, "MADV_WILLNEED")
+        self._chunk_bytes = UNCACHED_CHUNK if self._reads_ahead else CACHED_CHUNK
+        for n in range(len(self.shards)):  # checks the files
+            self._map_embeddings(n)
+            if self._dtype == np.int8:
+                self._map_scales(n)
+        self._open_embeddings = lru_cache(MAX_OPEN_FILES)(self._map_embeddings)
+        self._open_scales = lru_cache(MAX_OPEN_FILES)(self._map_scales)
         self._index = self._open_index()
 
     def _open_index(self) -> KeyIndex:
@@ -69,7 +79,7 @@ class EmbeddingStore:
         if file.is_file():
             try:
                 index = KeyIndex(file)
-                if len(index) == self._total_rows:
+                if len(index) == self._bounds[-1]:
                     return index
             except layout.READ_ERRORS:
                 pass  # the index is corrupt; it is rebuilt below
@@ -120,7 +130,63 @@ class EmbeddingStore:
         Raises:
             IndexError: A row number is out of range.
         """
-        return self._reader.take(np.asarray(rows, dtype=np.int64), out)
+        rows = np.asarray(rows, dtype=np.int64)
+        total = int(self._bounds[-1])
+        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < total):
+            raise IndexError(f"row numbers must be between 0 and {total - 1}")
+        embeddings = np.empty((len(rows), self.embed_dim), np.float32) if out is None else out
+        order = np.argsort(rows, kind="stable")
+        chunk_size = max(1, self._chunk_bytes // (self.embed_dim * self._dtype.itemsize))
+        buffer = np.empty((min(chunk_size, len(rows)), self.embed_dim), self._dtype)
+        for start in range(0, len(rows), chunk_size):
+            positions = order[start : start + chunk_size]
+            stored = buffer[: len(positions)]
+            scales = self._read(rows[positions], stored)
+            values = stored
+            if embeddings.dtype != self._dtype:
+                values = torch.from_numpy(stored).float().numpy()  # PyTorch converts float16 faster than NumPy
+            if scales is not None:
+                values *= scales[:, None]
+            embeddings[positions] = values
+        return embeddings
+
+    def _map_embeddings(self, shard: int) -> np.memmap[Any, Any]:
+        path = layout.embeddings_path(self.folder, self.shards[shard].number)
+        array = _open_array(path, (self.shards[shard].rows, self.embed_dim), self._dtype)
+        if self._reads_ahead and array.size:
+            with suppress(OSError):
+                array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+        return array
+
+    def _map_scales(self, shard: int) -> np.memmap[Any, Any]:
+        path = layout.scales_path(self.folder, self.shards[shard].number)
+        return _open_array(path, (self.shards[shard].rows,), np.dtype(np.float32))
+
+    def _read(self, sorted_rows: np.ndarray, out: np.ndarray) -> np.ndarray | None:
+        """Fill `out` with the stored values of the rows. Return their scale factors, or None if there are none."""
+        cuts = np.searchsorted(sorted_rows, self._bounds)
+        parts = [(shard, start, stop) for shard, (start, stop) in enumerate(pairwise(cuts)) if start < stop]
+        scales = []
+        for first in range(0, len(parts), MAX_OPEN_FILES):  # as many files as stay open
+            group = parts[first : first + MAX_OPEN_FILES]
+            for shard, start, stop in group if self._reads_ahead else ():
+                self._request_pages(self._open_embeddings(shard), sorted_rows[start:stop] - self._bounds[shard])
+            for shard, start, stop in group:
+                rows = sorted_rows[start:stop] - self._bounds[shard]
+                # All rows are in range, so nothing is clipped. With mode="raise", NumPy would buffer the output.
+                np.take(self._open_embeddings(shard), rows, axis=0, out=out[start:stop], mode="clip")
+                if self._dtype == np.int8:
+                    scales.append(self._open_scales(shard)[rows])
+        return np.concatenate(scales) if scales else None
+
+    def _request_pages(self, array: Any, rows: np.ndarray) -> None:
+        row_bytes = self.embed_dim * self._dtype.itemsize
+        starts = rows * row_bytes + array.offset % mmap.ALLOCATIONGRANULARITY
+        first_bytes = starts // mmap.PAGESIZE * mmap.PAGESIZE
+        sizes = starts + row_bytes - first_bytes
+        with suppress(OSError):  # some file systems do not support it
+            for first_byte, size in zip(first_bytes.tolist(), sizes.tolist(), strict=True):
+                array._mmap.madvise(mmap.MADV_WILLNEED, first_byte, size)
 
     def verify(self) -> None:
         """Verify the checksum of every shard, and check the index.
@@ -157,93 +223,6 @@ def find_corrupt_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec) 
         intact_shards = pool.map(is_intact, shards)
         results = ProgressBar(intact_shards, "verify", total=len(shards), unit="shard", leave=False, delay=1)
         return [shard.number for shard, intact in zip(shards, results, strict=True) if not intact]
-
-
-class _RowReader:
-    """Reads embeddings by row number through memory maps, in on-disk order.
-
-    With `read_ahead`, the operating system is asked to read the pages of all rows of a chunk at once, and no others. If
-    the store is larger than memory, this is several times as fast: by default, the operating system also reads the
-    pages around each row, waits for each row in turn, and evicts the other pages before they are used.
-    """
-
-    def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str, read_ahead: bool) -> None:
-        """Check the files of all shards.
-
-        Raises:
-            StoreError: A file is missing, or its shape, dtype or size is wrong.
-        """
-        stored_dtype = layout.DTYPES[dtype]
-        self.read_ahead = read_ahead and hasattr(mmap, "MADV_WILLNEED")
-
-        def open_embeddings(n: int) -> np.memmap[Any, Any]:
-            path = layout.embeddings_path(folder, shards[n].number)
-            array = _open_array(path, (shards[n].rows, embed_dim), stored_dtype)
-            if self.read_ahead and array.size:
-                with suppress(OSError):
-                    array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
-            return array
-
-        def open_scales(n: int) -> np.memmap[Any, Any]:
-            return _open_array(layout.scales_path(folder, shards[n].number), (shards[n].rows,), np.dtype(np.float32))
-
-        self.embed_dim, self.dtype = embed_dim, stored_dtype
-        # Row number of each shard's first row, then the total number of rows.
-        self.bounds = np.cumsum([0, *(shard.rows for shard in shards)])
-        for n in range(len(shards)):
-            open_embeddings(n)  # checks the file
-            if dtype == "int8":
-                open_scales(n)
-        self.open_embeddings = lru_cache(MAX_OPEN_FILES)(open_embeddings)
-        self.open_scales = lru_cache(MAX_OPEN_FILES)(open_scales) if dtype == "int8" else None
-        self.chunk_bytes = UNCACHED_CHUNK if self.read_ahead else CACHED_CHUNK
-
-    def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Read the embeddings in N rows of the store; see `EmbeddingStore.take`. `rows` has shape (N,), int64."""
-        total = int(self.bounds[-1])
-        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < total):
-            raise IndexError(f"row numbers must be between 0 and {total - 1}")
-        embeddings = np.empty((len(rows), self.embed_dim), np.float32) if out is None else out
-        order = np.argsort(rows, kind="stable")
-        chunk_size = max(1, self.chunk_bytes // (self.embed_dim * self.dtype.itemsize))
-        buffer = np.empty((min(chunk_size, len(rows)), self.embed_dim), self.dtype)
-        for start in range(0, len(rows), chunk_size):
-            positions = order[start : start + chunk_size]
-            stored = buffer[: len(positions)]
-            scales = self._read(rows[positions], stored)
-            values = stored
-            if embeddings.dtype != self.dtype:
-                values = torch.from_numpy(stored).float().numpy()  # PyTorch converts float16 faster than NumPy
-            if scales is not None:
-                values *= scales[:, None]
-            embeddings[positions] = values
-        return embeddings
-
-    def _read(self, sorted_rows: np.ndarray, out: np.ndarray) -> np.ndarray | None:
-        """Fill `out` with the stored values of the rows. Return their scale factors, or None if there are none."""
-        cuts = np.searchsorted(sorted_rows, self.bounds)
-        parts = [(shard, start, stop) for shard, (start, stop) in enumerate(pairwise(cuts)) if start < stop]
-        scales = []
-        for first in range(0, len(parts), MAX_OPEN_FILES):  # as many files as stay open
-            group = parts[first : first + MAX_OPEN_FILES]
-            for shard, start, stop in group if self.read_ahead else ():
-                self._request_pages(self.open_embeddings(shard), sorted_rows[start:stop] - self.bounds[shard])
-            for shard, start, stop in group:
-                rows = sorted_rows[start:stop] - self.bounds[shard]
-                # All rows are in range, so nothing is clipped. With mode="raise", NumPy would buffer the output.
-                np.take(self.open_embeddings(shard), rows, axis=0, out=out[start:stop], mode="clip")
-                if self.open_scales is not None:
-                    scales.append(self.open_scales(shard)[rows])
-        return np.concatenate(scales) if self.open_scales is not None else None
-
-    def _request_pages(self, array: Any, rows: np.ndarray) -> None:
-        row_bytes = self.embed_dim * self.dtype.itemsize
-        starts = rows * row_bytes + array.offset % mmap.ALLOCATIONGRANULARITY
-        first_bytes = starts // mmap.PAGESIZE * mmap.PAGESIZE
-        sizes = starts + row_bytes - first_bytes
-        with suppress(OSError):  # some file systems do not support it
-            for first_byte, size in zip(first_bytes.tolist(), sizes.tolist(), strict=True):
-                array._mmap.madvise(mmap.MADV_WILLNEED, first_byte, size)
 
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
