@@ -9,7 +9,6 @@ All files end with a checksum, and damaged files are built again:
       tables/HASH/             rows.npy, merged.arrow, sources.npy, copies.npy; files derived from the table
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -116,10 +115,7 @@ def open_table(
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # the URLs of remote images can contain signatures
     (folder / "parts").mkdir(exist_ok=True)
     (folder / "tables").mkdir(exist_ok=True)
-    parsed = []
-    for name in sources:
-        source = Source.parse(name)
-        parsed.append(dataclasses.replace(source, columns={**source.columns, **columns}))
+    parsed = [Source.parse(source, columns) for source in sources]
     with folder_lock(folder, "lock", timeout=-1):
         _delete_unused(folder)
         tasks = _list_parts(parsed, log, image_check, require_captions, folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -176,9 +176,8 @@ def _mask_usable(
 def _read_comparable_ids(sources: Sequence[str], columns: dict[str, str], log: SkipLog) -> set[str]:
     ids: set[str] = set()
     for name in sources:
-        source = Source.parse(name)
-        source = replace(source, columns={**source.columns, **columns})
-        ids.update(to_comparable_id(record.id) for record in open_records(source, log, "ignore"))
+        records = open_records(Source.parse(name, columns), log, "ignore")
+        ids.update(to_comparable_id(record.id) for record in records)
     return ids
 
 

@@ -93,18 +93,19 @@ class Source:
                 raise ValueError(f"columns: unknown field {name!r}; available fields: {', '.join(COLUMN_NAMES)}")
 
     @classmethod
-    def parse(cls, value: str | os.PathLike[str] | Source) -> Source:
-        """Create a source from `path` or `path@split+split`.
+    def parse(cls, value: str | os.PathLike[str] | Source, columns: Mapping[str, str] | None = None) -> Source:
+        """Create a source from `path` or `path@split+split`. `columns` extends or overrides a source's own mapping.
 
         If the entire string is the path of an existing file or folder, it is never split at an @.
         """
+        columns = columns or {}
         if isinstance(value, Source):
-            return value
+            return replace(value, columns={**value.columns, **columns})
         text = os.fspath(value)
         selection = re.fullmatch(r"(.+)@([^@/\\]+)", text, flags=re.DOTALL)
         if selection is None or os.path.exists(os.path.expanduser(text)):
-            return cls(text)
-        return cls(selection[1], tuple(name for name in selection[2].split("+") if name))
+            return cls(text, columns=columns)
+        return cls(selection[1], tuple(name for name in selection[2].split("+") if name), columns)
 
     def __str__(self) -> str:
         path = hide_url_secrets(self.path)
@@ -243,7 +244,6 @@ class RecordReader:
             raise ValueError(f"{self.source}: no records{splits}; {self.log.summary()}")
 
     def _parse_rows(self, raw_rows: Iterable[RawRow], source_format: SourceFormat) -> Iterator[_ParsedRow]:
-        """Parse raw rows; yield the valid rows in the selected splits."""
         for file, number, fields in raw_rows:
             is_listed = source_format.is_folder and FileImage(file).key in self._listed_images
             num_rows = 0 if is_listed else 1  # 0 if the image's row in a caption file has already been counted
