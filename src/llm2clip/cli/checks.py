@@ -1,6 +1,5 @@
 """Checks of paths, model names and output folders. They avoid heavy imports, so mistakes are reported at once."""
 
-import dataclasses
 import os
 import shlex
 import socket
