@@ -326,7 +326,7 @@ def read_rows(*names: str) -> Callable[[bytes, Path, random.Random], list[str]]:
                 for _ in read_text_pairs(str(folder / name), log):
                     pass
             else:
-                check = rng.choice(("header", "unchecked", "ignore", "exists"))
+                check = rng.choice(("header", "unchecked", "ignore"))
                 for record in open_records(folder / name, log, check, require_captions=rng.random() < 0.8):
                     if record.image is not None and check == "header":
                         record.image.read()

@@ -88,23 +88,23 @@ def test_facts_of_files_and_tar_members_are_those_of_images_in_memory(num_bytes:
     refs = [FileImage(str(tmp_path / "x.jpg")), TarImage(str(tmp_path / "x.tar"), 6, num_bytes)]
     has_header = read_size_with_pillow(data) == (50, 40)
     for image in [LoadedImage(ref, loaded) for ref in refs for loaded in (None, data)]:
-        facts = read_image_facts(image, check_header=has_header)
+        facts = read_image_facts(image, check=has_header, compute_hash=True)
         assert facts == ImageFacts(*((50, 40) if has_header else (0, 0)), int(hash_images([image.ref])[0]))
 
 
 def test_facts_of_an_empty_file_have_no_hash(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").touch()
     image = LoadedImage(FileImage(str(tmp_path / "x.jpg")), None)
-    assert read_image_facts(image, check_header=False) == ImageFacts()
+    assert read_image_facts(image, check=False, compute_hash=True) == ImageFacts()
     with pytest.raises(UnusableRow):
-        read_image_facts(image)
+        read_image_facts(image, check=True, compute_hash=True)
 
 
 def test_facts_of_a_named_pipe_do_not_wait_for_data(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.jpg")
     image = LoadedImage(FileImage(str(tmp_path / "x.jpg")), None)
     with pytest.raises(UnusableRow, match="missing image"):
-        read_image_facts(image)
+        read_image_facts(image, check=True, compute_hash=True)
 
 
 # ---- training images -------------------------------------------------------------------------------------------------

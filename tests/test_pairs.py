@@ -203,10 +203,7 @@ def test_batches_of_a_table_equal_those_of_a_list(
 
 def test_caption_items_read_the_images_of_a_table() -> None:
     items = make_items(MIXED_IMAGES)
-    assert items == MIXED_IMAGES and list(items[3:50:4]) == MIXED_IMAGES[3:50:4]
-    assert [items[n] for n in range(-len(items), len(items))] == MIXED_IMAGES * 2
-    with pytest.raises(IndexError):
-        items[len(items)]
+    assert list(items) == MIXED_IMAGES
     assert list(items.pairable) == [image for image in MIXED_IMAGES if can_pair(image)]
     assert resolve_pairs_per_step([items], 128, 1) == resolve_pairs_per_step([MIXED_IMAGES], 128, 1)
     assert not make_items([]) and not make_items([]).pairable
@@ -312,7 +309,8 @@ def sources_of_fit(splits: DataSplits, config: TuneConfig) -> list:
     """Read the tuning sources as `fit` does, for a batch size of 1."""
     train = None if config.data or config.text_pairs else splits.train
     config = dataclasses.replace(config, batch_size=1)
-    return read_tuning_sources(train, all_held_out(splits), config, {}, SkipLog())
+    sources = read_tuning_sources(train, all_held_out(splits), config, {}, SkipLog())
+    return [list(items) for items in sources]
 
 
 def images_of_tune(sources: list[str], config: TuneConfig) -> list[set[str]]:

@@ -155,7 +155,7 @@ def test_embed_lists_captions_that_the_tokenizer_cannot_encode(picky_encoder: Ca
     two_lines = "bad\u2028one"  # str.splitlines splits here
     embed([two_lines], picky_encoder, tmp_path / "second")
     merged = merge_stores(tmp_path / "merged", [tmp_path, tmp_path / "second"])
-    assert {row["caption"] for row in read_refused_captions(merged.folder)} == {"bad", "", two_lines}
+    assert read_refused_captions(merged.folder).keys() == {"bad", "", two_lines}
 
 
 def test_embed_keeps_the_refused_list_of_a_shard_that_was_never_written(
@@ -168,7 +168,7 @@ def test_embed_keeps_the_refused_list_of_a_shard_that_was_never_written(
         patch.setattr("llm2clip.store.writer.StoreWriter.write", interrupt)
         embed(["bad 1", "a", "bad 2", "b"], picky_encoder, tmp_path, shard_size=2)
     embed(["bad 1", "a", "bad 2", "b"], picky_encoder, tmp_path, shard_size=2)
-    assert [row["caption"] for row in read_refused_captions(tmp_path)] == ["bad 1", "bad 2"]
+    assert list(read_refused_captions(tmp_path)) == ["bad 1", "bad 2"]
 
 
 def test_embed_auto_precision_follows_the_store(
@@ -519,7 +519,7 @@ def test_rows_read_in_chunks_into_an_array_are_exact(
         writer.write(number, texts, [1] * len(texts), embeddings[start : start + 7].astype(np.float32))
     writer.finish()
     store = EmbeddingStore(tmp_path, read_ahead)
-    monkeypatch.setattr(store._reader, "chunk_bytes", 3 * embeddings[0].nbytes)
+    monkeypatch.setattr(store, "_chunk_bytes", 3 * embeddings[0].nbytes)
     rows = np.random.default_rng(1).integers(0, 20, 50)
     out = np.full((50, 4), np.nan, np.float32)
     assert store.take(rows, out=out) is out
@@ -564,10 +564,10 @@ def test_store_requests_only_the_pages_of_the_rows_if_it_takes_half_of_the_memor
     for memory, read_ahead in ((144001, False), (144000, True)):
         monkeypatch.setattr("llm2clip.store.store.get_available_memory", lambda memory=memory: memory)
         store = EmbeddingStore(tmp_path)
-        assert store._reader.read_ahead == pickle.loads(pickle.dumps(store))._reader.read_ahead == read_ahead
+        assert store._reads_ahead == pickle.loads(pickle.dumps(store))._reads_ahead == read_ahead
     requests: list[tuple[int, ...]] = []
     array: Any = SimpleNamespace(offset=128, _mmap=SimpleNamespace(madvise=lambda *args: requests.append(args)))
-    store._reader._request_pages(array, np.array([0, 2, 4]))
+    store._request_pages(array, np.array([0, 2, 4]))
     starts = [128 + row * 12000 for row in (0, 2, 4)]
     first_bytes = [start // mmap.PAGESIZE * mmap.PAGESIZE for start in starts]
     assert requests == [

@@ -39,7 +39,7 @@ from llm2clip.config import AUTO, AlignConfig, DistillConfig, EncoderConfig, Eva
 from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.build_table import DataSplits, open_table, read_splits
 from llm2clip.data.noun_phrases import add_phrases
-from llm2clip.data.pairs import CaptionItems, TuningItem, check_pairable, read_tuning_sources
+from llm2clip.data.pairs import CaptionItems, TuningItems, check_pairable, read_tuning_sources
 from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
@@ -164,7 +164,7 @@ class Run:
         records = open_table(self.sources, self.config.columns, self.log, "ignore")
         return add_phrases(records).iterate_texts(TEXT_FIELDS) if phrases else records.iterate_texts(CAPTION_FIELDS)
 
-    def read_tuning_pairs(self) -> list[Sequence[TuningItem]]:
+    def read_tuning_pairs(self) -> list[TuningItems]:
         """Read the training data of `tune`: one list of image captions or text pairs per source."""
         if self.command != "fit":
             return self._read_own_tuning_pairs()
@@ -179,7 +179,7 @@ class Run:
             print_once(f"tuning data: {log.summary()}")
         return pairs
 
-    def _read_own_tuning_pairs(self) -> list[Sequence[TuningItem]]:
+    def _read_own_tuning_pairs(self) -> list[TuningItems]:
         config, columns = self.config.tune, self.config.columns
         if not (self.sources or config.data or config.text_pairs):
             raise ValueError("Nothing to tune on: pass caption sources, or text pairs with --tune.text_pairs")

@@ -63,6 +63,7 @@ class CaptionRequest:
     prompt: Prompt
     sample: int = 0  # number of the sample, from 0
     caption: str | None = None  # of the image in the source
+    image_hash: str = ""
 
     @property
     def text(self) -> str:

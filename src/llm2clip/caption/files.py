@@ -19,7 +19,7 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TextIO
@@ -118,9 +118,7 @@ def _open_images(
     source: str, columns: dict[str, str], output: CaptionOutput, log: SkipLog
 ) -> Iterator[tuple[Record, ImageRef]]:
     """Yield the records of a source that have an image, and the image. The output of captioning runs is omitted."""
-    parsed = Source.parse(source)
-    if columns:
-        parsed = replace(parsed, columns=columns)
+    parsed = Source.parse(source, columns)
     source_path = os.path.realpath(os.path.expanduser(parsed.path))
     # The output of another run is read if the user has named the file.
     omits_output = not os.path.isfile(source_path) or source_path == os.path.realpath(output.records)

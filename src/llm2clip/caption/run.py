@@ -19,7 +19,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError
 from llm2clip.caption.captioners import Captioner, EndpointCaptioner, LocalCaptioner
@@ -213,13 +213,6 @@ def _check_result(run: _CaptionRun) -> None:
 # ---- ask for captions ------------------------------------------------------------------------------------------------
 
 
-class _Item(NamedTuple):
-    """A request, and the hash of its image."""
-
-    hash: str
-    request: CaptionRequest
-
-
 class _CaptionRun:
     """Asks for the missing captions: one thread reads the images, and other threads call the captioner.
 
@@ -284,24 +277,24 @@ class _CaptionRun:
         num_answers = self.database.count_answers(self.captioner.name, self.prompts)
         return self.database.count_images() * self._captions_per_image - num_answers
 
-    def _read_batches(self) -> Generator[list[_Item]]:
+    def _read_batches(self) -> Generator[list[CaptionRequest]]:
         """Yield batches of requests with the same prompt until the run is stopped."""
         state = process_state()
-        batches: dict[str, list[_Item]] = defaultdict(list)
+        batches: dict[str, list[CaptionRequest]] = defaultdict(list)
         with closing(CaptionDatabase(self.output.database)) as database:  # not used by other threads
             for row in database.iterate_images(distinct=True):
                 if self._stopped.is_set():
                     return
                 if int(row.hash[:8], 16) % state.num_processes != state.process_index:
                     continue
-                for item in self._make_requests(row, database):
-                    batch = batches[item.request.prompt.key]
-                    batch.append(item)
+                for request in self._make_requests(row, database):
+                    batch = batches[request.prompt.key]
+                    batch.append(request)
                     if len(batch) >= self.captioner.batch_size:
-                        yield batches.pop(item.request.prompt.key)
+                        yield batches.pop(request.prompt.key)
         yield from batches.values()
 
-    def _make_requests(self, row: ImageRow, database: CaptionDatabase) -> list[_Item]:
+    def _make_requests(self, row: ImageRow, database: CaptionDatabase) -> list[CaptionRequest]:
         """Return the missing requests of an image, or none if it cannot be read."""
         captions = row.record.get("captions") if self.options.use_captions else None
         caption = captions[0] if captions else None
@@ -320,19 +313,19 @@ class _CaptionRun:
             prepared = self.captioner.prepare(shrink_image(load_image(data), self.options.image_size))
         except (ImageError, OSError) as error:
             failure = Answer(None, f"{UNREADABLE_IMAGE}: {error}")
-        items = [_Item(row.hash, CaptionRequest(prepared, prompt, sample, caption)) for prompt, sample in missing]
+        requests = [CaptionRequest(prepared, prompt, sample, caption, row.hash) for prompt, sample in missing]
         if failure is None:
-            return items
+            return requests
         with self._lock:
-            self.database.add_answers([self._make_answer(item, failure) for item in items])
+            self.database.add_answers([self._make_answer(request, failure) for request in requests])
         return []
 
-    def _ask(self, batches: Iterator[list[_Item]], bar: ProgressBar) -> None:
+    def _ask(self, batches: Iterator[list[CaptionRequest]], bar: ProgressBar) -> None:
         """Ask for the captions and store the answers. All threads share `batches`. An error stops the run."""
         try:
             while batch := self._take(batches):
-                answers = self.captioner.ask([item.request for item in batch])
-                rows = [self._make_answer(item, answer) for item, answer in zip(batch, answers, strict=True)]
+                answers = self.captioner.ask(batch)
+                rows = [self._make_answer(request, answer) for request, answer in zip(batch, answers, strict=True)]
                 with self._lock:
                     self.database.add_answers(rows)
                     bar.total = max(bar.total or 0, bar.n + len(rows))  # an estimate for several ranks
@@ -343,17 +336,17 @@ class _CaptionRun:
             self._error = self._error or error
             self.stop()
 
-    def _take(self, batches: Iterator[list[_Item]]) -> list[_Item] | None:
+    def _take(self, batches: Iterator[list[CaptionRequest]]) -> list[CaptionRequest] | None:
         with self._batches_lock:
             batch = next(batches, None)
         return None if self._stopped.is_set() else batch
 
-    def _make_answer(self, item: _Item, answer: Answer) -> StoredAnswer:
-        prompt = item.request.prompt
+    def _make_answer(self, request: CaptionRequest, answer: Answer) -> StoredAnswer:
+        prompt = request.prompt
         return StoredAnswer(
-            hash=item.hash,
+            hash=request.image_hash,
             prompt=prompt.key,
-            sample=item.request.sample,
+            sample=request.sample,
             model=self.captioner.name,
             text=answer.text,
             error=answer.error,

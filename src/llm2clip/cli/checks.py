@@ -1,6 +1,5 @@
 """Checks of paths, model names and output folders. They avoid heavy imports, so mistakes are reported at once."""
 
-import dataclasses
 import os
 import shlex
 import socket
@@ -50,7 +49,7 @@ def check_data(
     check_sources(args.data, *others)
     log = SkipLog(max_skipped=max(args.max_skipped, 0.9))  # the command itself lists fewer in a file
     for text in args.data:
-        source = dataclasses.replace(Source.parse(text), columns=args.columns)
+        source = Source.parse(text, args.columns)
         path = os.path.expanduser(source.path)
         files = find_files(path, all_files=not require_captions) if os.path.exists(path) else []
         if files and sum(os.path.getsize(file.path) for file in files if os.path.exists(file.path)) < 1 << 22:

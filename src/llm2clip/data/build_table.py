@@ -9,7 +9,6 @@ All files end with a checksum, and damaged files are built again:
       tables/HASH/             rows.npy, merged.arrow, sources.npy, copies.npy; files derived from the table
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -72,7 +71,6 @@ PREFETCH_FILES = 8  # number of remote files to download ahead
 MAX_VERIFIED_BYTES = 1 << 30  # the checksums of parts beyond this total size are not compared, to save time
 UNUSED_DAYS = 30  # parts and tables that have not been opened for this long are deleted
 
-
 ARRAY_FILES = ("rows.npy", "sources.npy", "copies.npy")
 DAMAGED_FILE = "damaged, and therefore built again"
 TRAIN_SPLITS = (NO_SPLIT, "train", "training", "restval")
@@ -117,10 +115,7 @@ def open_table(
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # the URLs of remote images can contain signatures
     (folder / "parts").mkdir(exist_ok=True)
     (folder / "tables").mkdir(exist_ok=True)
-    parsed = []
-    for name in sources:
-        source = Source.parse(name)
-        parsed.append(dataclasses.replace(source, columns={**source.columns, **columns}))
+    parsed = [Source.parse(source, columns) for source in sources]
     with folder_lock(folder, "lock", timeout=-1):
         _delete_unused(folder)
         tasks = _list_parts(parsed, log, image_check, require_captions, folder)
@@ -130,7 +125,7 @@ def open_table(
     files = [*(task.file for task in tasks), *table_folder.glob("merged.arrow")]
     rows = np.load(table_folder / "rows.npy", mmap_mode="r")
     table = RecordTable(Blocks.open(list(map(str, files))), rows, table_folder)
-    if image_check in ("header", "exists") and len(table) and not table.has_image.any():
+    if image_check == "header" and len(table) and not table.has_image.any():
         message = (
             f"{', '.join(map(str, parsed))}: none of the {len(table):,} records has an image. Only `tune` and `embed` "
             "accept text-only data"
@@ -414,7 +409,10 @@ def read_splits(
             is_held_out = _draw_held_out(records, is_selected, has_selection)
         is_training = is_selected & ~is_held_out
         held_out, source_of_held_out = records.select(is_held_out), source_of_record[is_held_out]
-    notes += _describe_unused(split_names, split_of_record[~is_selected & ~is_held_out])
+    unused = split_of_record[~is_selected & ~is_held_out]
+    if len(unused):
+        names = ", ".join(_list_names(split_names, unused))
+        notes.append(f"{format_count(len(unused), 'record')} from other splits ({names}) not used")
     held_out_sources = [parsed[n] for n in np.unique(source_of_held_out[held_out.has_image])]
     held_out = held_out.select(held_out.has_image)
     train = records.select(is_training)
@@ -428,13 +426,6 @@ def read_splits(
         ),
         rule=_describe_rule(len(held_out), held_out_split, split_names, split_of_record[records.has_image]),
     )
-
-
-def _describe_unused(split_names: Sequence[str], splits: np.ndarray) -> list[str]:
-    if not len(splits):
-        return []
-    names = ", ".join(_list_names(split_names, splits))
-    return [f"{format_count(len(splits), 'record')} from other splits ({names}) not used"]
 
 
 def _describe_rule(
@@ -502,6 +493,6 @@ def _group_by_caption_field(
     for name in extra_columns:
         only_this_column = {**columns, **dict.fromkeys(CAPTION_FIELDS, ""), "captions": name}
         quiet = SkipLog(max_skipped=1.0)  # some rows are expected to have no caption in this column
-        candidates = open_table(sources, only_this_column, quiet, "exists", folder)
+        candidates = open_table(sources, only_this_column, quiet, "unchecked", folder)
         fields[name] = candidates.select(mask_same_images(held_out, candidates))
     return fields

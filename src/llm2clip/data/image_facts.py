@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -55,20 +55,18 @@ class ImageFacts(NamedTuple):
     digest: bytes | None = None  # SHA-256 of images in object storage, which would have to be downloaded again
 
 
-def read_image_facts(
-    image: LoadedImage, check_exists: bool = True, check_header: bool = True, compute_hash: bool = True
-) -> ImageFacts:
-    """Check an image and return its size and hash. Raise `UnusableRow` if it cannot be used.
+def read_image_facts(image: LoadedImage, check: bool, compute_hash: bool) -> ImageFacts:
+    """Return the size of an image if `check`, and its hash if `compute_hash`.
 
-    If `check_header` is True, the image must be readable, judging from its header, and not too large.
+    If `check`, raise `UnusableRow` unless the image is readable, judging from its header, and not too large.
     """
-    samples = _read_samples(image) if check_header or compute_hash else None
-    if samples is None and check_exists and type(image.ref) is FileImage and not file_exists(image.ref.path):
-        is_url = is_remote(image.ref.path)
-        raise UnusableRow(MISSING_IMAGE, str(image.ref) if is_url else os.path.abspath(image.ref.path))
+    samples = _read_samples(image) if check or compute_hash else None
     width = height = image_hash = 0
     digest = None
-    if check_header:
+    if check:
+        if samples is None and type(image.ref) is FileImage and not file_exists(image.ref.path):
+            is_url = is_remote(image.ref.path)
+            raise UnusableRow(MISSING_IMAGE, str(image.ref) if is_url else os.path.abspath(image.ref.path))
         size = parse_image_size(samples.start, samples.size) if samples is not None else None
         width, height = size or _read_size_with_pillow(image)
         if width * height > MAX_PIXELS:
@@ -136,12 +134,6 @@ def _read_size_with_pillow(image: LoadedImage) -> tuple[int, int]:
 
 
 # ---- hashes ----------------------------------------------------------------------------------------------------------
-
-
-def hash_contents(images: Sequence[ImageRef | None]) -> list[bytes]:
-    """Return the SHA-256 of each image file or tar member, or b"" for empty, unreadable and other images."""
-    with ThreadPool(NUM_THREADS) as pool:
-        return pool.map(_hash_content, images, ITEMS_PER_TASK)
 
 
 def hash_images(images: Iterable[ImageRef | None]) -> np.ndarray:
@@ -267,9 +259,10 @@ def find_copies(table: RecordTable, first: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _hash_contents(table: RecordTable, positions: np.ndarray) -> np.ndarray:
-    """Return the first 128 bits of `hash_contents`, or 0, as a uint64 array of shape (2, N).
+    """Return the first 128 bits of the SHA-256 of each image's bytes, as a uint64 array of shape (2, N).
 
-    Only images whose bytes were not hashed when the table was built are read.
+    They are 0 for empty and unreadable images and for images in tables. Only images whose bytes were not hashed when
+    the table was built are read.
     """
     hashes = np.empty((2, len(positions)), np.uint64)
     for start in range(0, len(positions), BATCH_IMAGES):
@@ -277,8 +270,9 @@ def _hash_contents(table: RecordTable, positions: np.ndarray) -> np.ndarray:
         digests = records.column("digest").to_pylist()
         unknown = [n for n, digest in enumerate(digests) if digest is None]
         images = list(records.select(np.array(unknown, int)).get_images())
-        for n, digest in zip(unknown, hash_contents(images), strict=True):
-            digests[n] = digest
+        with ThreadPool(NUM_THREADS) as pool:
+            for n, digest in zip(unknown, pool.map(_hash_content, images, ITEMS_PER_TASK), strict=True):
+                digests[n] = digest
         data = b"".join(digest[:16].ljust(16, b"\0") for digest in digests)
         hashes[:, start : start + len(digests)] = np.frombuffer(data, ">u8").reshape(-1, 2).T
     return hashes

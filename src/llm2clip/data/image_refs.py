@@ -22,6 +22,8 @@ from llm2clip.data.storage import get_parent, is_remote, join_path, parse_size
 from llm2clip.data.table_cells import map_cached_batches, open_cell, read_parquet_cell
 from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets
 
+_resolve_real_path = functools.lru_cache(maxsize=4096)(os.path.realpath)
+
 
 class ImageColumns(NamedTuple):
     """Image reference, as stored in the columns of a record table."""
@@ -320,13 +322,7 @@ def resolve_folder(path: str) -> str:
     if is_remote(path):
         return path
     folder, name = os.path.split(path)
-    folder = _resolve_real_path(folder if os.path.isabs(folder) else os.path.abspath(folder))
-    return os.path.join(folder, name)
-
-
-@functools.lru_cache(maxsize=4096)
-def _resolve_real_path(folder: str) -> str:
-    return os.path.realpath(os.path.abspath(folder))
+    return os.path.join(_resolve_real_path(os.path.abspath(folder)), name)
 
 
 def get_file_version(path: str) -> tuple[tuple[int, int], ...]:

@@ -218,8 +218,8 @@ def _decode_with_pillow(image: Image.Image) -> Tensor:
     if image.mode == "F":
         raise ImageError("the pixels are floating-point values with an unknown range")
     if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255
-        grey = torch.from_numpy(np.asarray(image).astype(np.int64)).clamp(0, 65535)
-        pixels = _to_8_bits(grey).expand(3, -1, -1)
+        grey = torch.from_numpy(np.array(image, np.int32)).clamp_(0, 65535)
+        pixels = grey.add_(128).floor_divide_(257).to(torch.uint8).expand(3, -1, -1)
     elif image.has_transparency_data:
         pixels = _blend_with_white(torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1))
     else:
@@ -235,26 +235,14 @@ def _read_orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_8_bits(pixels: Tensor) -> Tensor:
-    """Scale pixel values from 0-65535 to 0-255 and round them. Return a uint8 tensor of the same shape."""
-    result = torch.empty(pixels.shape, dtype=torch.uint8)
-    for chunk, out in zip(_split_rows(pixels), _split_rows(result), strict=True):
-        out.copy_((chunk.to(torch.int32) + 128) // 257)
-    return result
-
-
 def _blend_with_white(pixels: Tensor) -> Tensor:
     """Blend a uint8 RGBA image of shape (4, H, W) with white. Return a uint8 RGB image of shape (3, H, W)."""
     result = torch.empty(3, *pixels.shape[1:], dtype=torch.uint8)
-    for chunk, out in zip(_split_rows(pixels), _split_rows(result), strict=True):
+    num_rows = max(1, (1 << 20) // max(1, pixels.shape[-1]))  # blocks of rows, to limit the memory for int32 copies
+    for chunk, out in zip(pixels.split(num_rows, dim=-2), result.split(num_rows, dim=-2), strict=True):
         colour, alpha = chunk[:3].to(torch.int32), chunk[3:].to(torch.int32)
         out.copy_((colour * alpha + 255 * (255 - alpha) + 127) // 255)
     return result
-
-
-def _split_rows(pixels: Tensor) -> Sequence[Tensor]:
-    """Split an image into blocks of rows with about a million pixels each, to limit the memory for int32 copies."""
-    return pixels.split(max(1, (1 << 20) // max(1, pixels.shape[-1])), dim=-2)
 
 
 def _apply_orientation(pixels: Tensor, orientation: int) -> Tensor:

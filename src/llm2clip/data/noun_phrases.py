@@ -202,8 +202,8 @@ def _extract_phrases(records: RecordTable) -> Iterator[pa.ListArray]:
 
         with tempfile.TemporaryDirectory() as folder:  # each process loads the words only once
             nouns, frequent = Path(folder) / "nouns.txt", Path(folder) / "phrases.txt"
-            _write_frequent(nouns, process(_count_nouns_of_part))
-            _write_frequent(frequent, process(partial(_count_phrases_of_part, nouns_file=nouns)))
+            _write_frequent(nouns, process(partial(_count_texts_of_part, nouns_file=None)))
+            _write_frequent(frequent, process(partial(_count_texts_of_part, nouns_file=nouns)))
             yield from process(partial(_find_phrases_of_part, nouns_file=nouns, frequent_file=frequent))
 
 
@@ -228,18 +228,12 @@ def _sample_captions(records: RecordTable) -> list[str]:
 # ---- functions of worker processes -----------------------------------------------------------------------------------
 
 
-def _count_nouns_of_part(records: RecordTable) -> Counter[str]:
+def _count_texts_of_part(records: RecordTable, nouns_file: Path | None) -> Counter[str]:
+    """Return the number of images of each phrase or, if the nouns are not known yet, of each lone noun."""
+    find = find_lone_nouns if nouns_file is None else partial(find_phrases, nouns=_load_frequent(nouns_file))
     counts = Counter[str]()
     for captions in _iterate_captions(records):
-        counts.update({noun for caption in captions for noun in find_lone_nouns(caption)})
-    return counts
-
-
-def _count_phrases_of_part(records: RecordTable, nouns_file: Path) -> Counter[str]:
-    nouns = _load_frequent(nouns_file)
-    counts = Counter[str]()
-    for captions in _iterate_captions(records):
-        counts.update({phrase for caption in captions for phrase in find_phrases(caption, nouns)})
+        counts.update({text for caption in captions for text in find(caption)})
     return counts
 
 

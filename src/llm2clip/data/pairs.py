@@ -5,9 +5,11 @@ A pair is either two captions of the same image or a general text pair in the fo
 For the same data and settings, the batches depend only on the seed, regardless of the number of processes.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -64,10 +66,7 @@ class ImageCaptions:
         return self.short + self.long
 
 
-TuningItem = ImageCaptions | Pair
-
-
-class CaptionItems(Sequence[ImageCaptions]):
+class CaptionItems:
     """Captions of the images in a record table. They are read from the table when they are used."""
 
     def __init__(self, records: RecordTable) -> None:
@@ -76,29 +75,21 @@ class CaptionItems(Sequence[ImageCaptions]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: Any) -> Any:
-        """Return the captions of one image or, for a slice, of several images."""
-        if isinstance(index, slice):
-            return CaptionItems(self.records[index])
-        position = range(len(self))[index]
-        return next(iter(CaptionItems(self.records.select(np.array([position])))))
-
     def __iter__(self) -> Iterator[ImageCaptions]:
         for batch in self.records.iterate_batches(CAPTION_FIELDS, ITEMS_PER_READ):
             columns = [column.to_pylist() for column in batch.columns]
             for captions, short, long in zip(*columns, strict=True):
                 yield ImageCaptions(short=(*captions, *short), long=tuple(long))
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
     @cached_property
-    def pairable(self) -> Sequence[ImageCaptions]:
+    def pairable(self) -> CaptionItems:
         """Images with two different captions."""
         is_pairable = np.fromiter(map(can_pair, self), bool, len(self))
         return CaptionItems(self.records.select(is_pairable))
+
+
+TuningItem = ImageCaptions | Pair
+TuningItems = CaptionItems | Sequence[TuningItem]
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
@@ -112,7 +103,7 @@ def read_tuning_sources(
     log: SkipLog,
     training_sources: Sequence[str] = (),
     folder: Path | None = None,
-) -> list[Sequence[TuningItem]]:
+) -> list[TuningItems]:
     """Read the training data for `tune`; return the items of each caption source, then those of each text-pair source.
 
     All caption sources except `train` are merged into one source. If no splits are selected for a source, only its
@@ -183,9 +174,8 @@ def _mask_usable(
 def _read_comparable_ids(sources: Sequence[str], columns: dict[str, str], log: SkipLog) -> set[str]:
     ids: set[str] = set()
     for name in sources:
-        source = Source.parse(name)
-        source = replace(source, columns={**source.columns, **columns})
-        ids.update(to_comparable_id(record.id) for record in open_records(source, log, "ignore"))
+        records = open_records(Source.parse(name, columns), log, "ignore")
+        ids.update(to_comparable_id(record.id) for record in records)
     return ids
 
 
@@ -295,7 +285,7 @@ def _list_texts(value: Any) -> list[str]:
 
 
 def iter_pair_batches(
-    sources: Sequence[Sequence[TuningItem]], batch_size: int, steps: int, seed: int, hard_negative_group_size: int = 1
+    sources: Sequence[TuningItems], batch_size: int, steps: int, seed: int, hard_negative_group_size: int = 1
 ) -> Iterator[list[Pair]]:
     """Yield `steps` batches of `batch_size` pairs. Images without two different captions are ignored.
 
@@ -320,7 +310,7 @@ def iter_pair_batches(
         yield next(batches[index])
 
 
-def resolve_pairs_per_step(sources: Sequence[Sequence[TuningItem]], batch_size: int, world_size: int) -> int:
+def resolve_pairs_per_step(sources: Sequence[TuningItems], batch_size: int, world_size: int) -> int:
     """Return the total number of pairs per step across all ranks: `batch_size` per rank.
 
     If no source has enough items for this, a step has as many pairs as can always be drawn from the smallest source,
@@ -344,19 +334,19 @@ def resolve_pairs_per_step(sources: Sequence[Sequence[TuningItem]], batch_size: 
     return pairs_per_step
 
 
-def select_pairable_items(items: Sequence[TuningItem], batch_size: int) -> Sequence[TuningItem]:
+def select_pairable_items(items: TuningItems, batch_size: int) -> TuningItems:
     """Return the items from which a pair can be formed: text pairs, and images with two different captions.
 
     Raises:
         ValueError: There are fewer than `batch_size` such items.
     """
-    usable: Sequence[TuningItem]
+    usable: TuningItems
     if isinstance(items, CaptionItems):
         usable = items.pairable
     else:
         usable = [item for item in items if isinstance(item, Pair) or can_pair(item)]
     if len(usable) < batch_size:
-        kind = "text pairs" if items and isinstance(items[0], Pair) else "images with two different captions"
+        kind = "text pairs" if any(isinstance(item, Pair) for item in items) else "images with two different captions"
         raise ValueError(
             f"a batch of {batch_size} pairs needs at least {batch_size} {kind}, but a source has only {len(usable)}. "
             "Lower --tune.batch_size, add data or remove this source"
@@ -386,7 +376,7 @@ def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
     return Pair(anchor, positive)
 
 
-def _count_unrelated_groups(items: Sequence[TuningItem]) -> int:
+def _count_unrelated_groups(items: TuningItems) -> int:
     """Count the groups of items that are connected by shared texts.
 
     Items in different groups share no text, so a batch with one pair per group can always be filled.
@@ -420,9 +410,7 @@ def _list_pair_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]
     return kinds
 
 
-def _draw_batches(
-    items: Sequence[TuningItem], batch_size: int, steps: int, seed: int, group_size: int
-) -> Iterator[list[Pair]]:
+def _draw_batches(items: TuningItems, batch_size: int, steps: int, seed: int, group_size: int) -> Iterator[list[Pair]]:
     usable = select_pairable_items(items, batch_size)
     rng = np.random.default_rng(seed)
     vectors = np.empty((len(usable), 0))
@@ -464,7 +452,7 @@ def _draw_batches(
         yield pairs
 
 
-def _read_items(items: Sequence[TuningItem], order: np.ndarray) -> Iterator[tuple[int, TuningItem]]:
+def _read_items(items: TuningItems, order: np.ndarray) -> Iterator[tuple[int, TuningItem]]:
     """Yield (index, item) for each index in `order`. Several items of a record table are read at once."""
     for start in range(0, len(order), ITEMS_PER_READ):
         indices = order[start : start + ITEMS_PER_READ]

@@ -47,7 +47,7 @@ _PYTHON_LIST = re.compile(
     r"""\s*\[(?:[\s,]|None|[uU]?(?:'[^'\\]*+(?:\\.[^'\\]*+)*+'|"[^"\\]*+(?:\\.[^"\\]*+)*+"))*+\]\s*""", re.DOTALL
 )
 
-ImageCheck = Literal["header", "exists", "unchecked", "ignore"]
+ImageCheck = Literal["header", "unchecked", "ignore"]
 NO_SPLIT = "none"  # split name that means "no split", both in split selections and in the data
 EARLY_CHECK_ROWS = 1000  # after this many rows, reading stops as soon as too many rows have been skipped
 
@@ -93,18 +93,19 @@ class Source:
                 raise ValueError(f"columns: unknown field {name!r}; available fields: {', '.join(COLUMN_NAMES)}")
 
     @classmethod
-    def parse(cls, value: str | os.PathLike[str] | Source) -> Source:
-        """Create a source from `path` or `path@split+split`.
+    def parse(cls, value: str | os.PathLike[str] | Source, columns: Mapping[str, str] | None = None) -> Source:
+        """Create a source from `path` or `path@split+split`. `columns` extends or overrides a source's own mapping.
 
         If the entire string is the path of an existing file or folder, it is never split at an @.
         """
+        columns = columns or {}
         if isinstance(value, Source):
-            return value
+            return replace(value, columns={**value.columns, **columns})
         text = os.fspath(value)
         selection = re.fullmatch(r"(.+)@([^@/\\]+)", text, flags=re.DOTALL)
         if selection is None or os.path.exists(os.path.expanduser(text)):
-            return cls(text)
-        return cls(selection[1], tuple(name for name in selection[2].split("+") if name))
+            return cls(text, columns=columns)
+        return cls(selection[1], tuple(name for name in selection[2].split("+") if name), columns)
 
     def __str__(self) -> str:
         path = hide_url_secrets(self.path)
@@ -125,8 +126,8 @@ def open_records(
     Args:
         log: Skip log. By default, no log file is written, and up to 5% of the rows may be skipped.
         image_check: "header" checks each image's format and size (about 0.1 ms), but not for truncated pixel data;
-            "exists" checks that the image file exists; "unchecked" skips no row because of its image; "ignore" also
-            reads no image bytes in tables, so duplicate images in a table are not detected.
+            "unchecked" skips no row because of its image; "ignore" also reads no image bytes in tables, so duplicate
+            images in a table are not detected.
         require_captions: If True, skip rows without captions. If False, keep such rows if they have an image, and
             search folders recursively for images, tar files and tables.
 
@@ -197,7 +198,7 @@ class RecordReader:
         """Yield the usable records in a file or part of a file, with what is known about their images."""
         self.mapper.require_captions = self.require_captions and part.format.has_caption_columns
         read_bytes = self.image_check != "ignore"
-        check_exists, check_header = self.image_check in ("header", "exists"), self.image_check == "header"
+        check_image = self.image_check == "header"
         splits = None if "split" in self.source.columns else self.source.splits
         raw_rows = read_rows(part, ReadOptions(self.mapper.map_table, read_bytes, splits, self.log))
         rows = self._parse_rows(raw_rows, part.format)
@@ -208,7 +209,7 @@ class RecordReader:
                     raise UnusableRow(reason, row.record.image or (row.record.id if row.record.id_from_source else ""))
                 facts = ImageFacts()
                 if row.image is not None:
-                    facts = read_image_facts(row.image, check_exists, check_header, hash_images and read_bytes)
+                    facts = read_image_facts(row.image, check_image, hash_images and read_bytes)
             except Exception as error:
                 self._skip(row.file, row.row, error, row.num_rows)
                 continue
@@ -234,7 +235,7 @@ class RecordReader:
         """Check the complete source. Raise an error if it has no records, or if too many rows were skipped."""
         if self.mapper.columns:
             self.mapper.check()
-            if self.image_check in ("header", "exists") and not self.mapper.has_images:
+            if self.image_check == "header" and not self.mapper.has_images:
                 self.log.add_note(self.mapper.describe_missing("image"), self.source.path)
         self.log.check()
         if not self.summary.num_records:
@@ -243,7 +244,6 @@ class RecordReader:
             raise ValueError(f"{self.source}: no records{splits}; {self.log.summary()}")
 
     def _parse_rows(self, raw_rows: Iterable[RawRow], source_format: SourceFormat) -> Iterator[_ParsedRow]:
-        """Parse raw rows; yield the valid rows in the selected splits."""
         for file, number, fields in raw_rows:
             is_listed = source_format.is_folder and FileImage(file).key in self._listed_images
             num_rows = 0 if is_listed else 1  # 0 if the image's row in a caption file has already been counted
@@ -277,7 +277,7 @@ class RecordReader:
         self, file: str, number: int, values: dict[str, Any], split: str, parse_lists: bool
     ) -> tuple[Record, LoadedImage | None]:
         record_id = _parse_name(values.get("id"), "id")
-        image = parse_image(values.get("image"), file, reject_urls=self.image_check in ("header", "exists"))
+        image = parse_image(values.get("image"), file, reject_urls=self.image_check == "header")
         texts = {"captions": parse_captions(values.get("captions"), parse_lists, self.log, file, number)}
         for name in ("short_captions", "long_captions", "phrases"):
             # In these fields, an empty string means "no captions" rather than an empty caption.

@@ -98,11 +98,6 @@ class RecordTable(Sequence[Record]):
         for start in range(0, len(self), 1024):
             yield from self._make_records(start, min(start + 1024, len(self)))
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
     def select(self, positions: np.ndarray) -> RecordTable:
         """Return a table with the records at these positions (integers), or where a boolean mask is True."""
         positions = np.flatnonzero(positions) if positions.dtype == bool else positions

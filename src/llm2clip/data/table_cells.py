@@ -129,9 +129,7 @@ def map_batches(path: str) -> list[pa.RecordBatch]:
     return [reader.get_batch(n) for n in range(reader.num_record_batches)]
 
 
-@functools.lru_cache(maxsize=1024)
-def map_cached_batches(path: str) -> list[pa.RecordBatch]:
-    return map_batches(path)
+map_cached_batches = functools.lru_cache(maxsize=1024)(map_batches)
 
 
 def open_cell(cell: pa.Scalar, name: str) -> BinaryIO:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from llm2clip.data.image_refs import IMAGE_KINDS
 from llm2clip.data.records import CAPTION_FIELDS, NO_SPLIT, TEXT_FIELDS
+from llm2clip.data.table import NO_IMAGE
 
 STATISTICS_COLUMNS = ("image_kind", "image_name", "width", "height", "split", *TEXT_FIELDS)
 LANGUAGE_CHARACTERS = 1000  # the language of a longer text is identified from its first characters
@@ -39,9 +40,7 @@ class Histogram(Counter[int]):
 
     def percentile(self, percent: float) -> int:
         """Return the smallest value such that at least `percent` of the values are less than or equal to it."""
-        values = sorted(self)
-        position = np.searchsorted(np.cumsum([self[value] for value in values]), self.count * percent / 100)
-        return values[min(int(position), len(values) - 1)]
+        return int(np.percentile(list(self), percent, weights=list(self.values()), method="inverted_cdf"))
 
     def count_below(self, limit: int) -> int:
         return sum(count for value, count in self.items() if value < limit)
@@ -77,7 +76,9 @@ class TableStatistics:
     heights: Histogram = field(default_factory=Histogram)
     short_sides: Histogram = field(default_factory=Histogram)
 
-    def add(self, batch: pa.RecordBatch, has_image: pa.Array) -> None:
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Add records with the columns `STATISTICS_COLUMNS`."""
+        has_image = pc.not_equal(batch["image_kind"], NO_IMAGE)
         self.num_records += len(batch)
         for name in TEXT_FIELDS:
             self.texts[name].add(batch[name])
@@ -106,16 +107,10 @@ class TableStatistics:
             self.splits[name] = records + count, images + num_images[value]
 
 
-def compute_statistics(batches: Iterable[pa.RecordBatch], has_image: np.ndarray) -> TableStatistics:
-    """Return the statistics of a table from record batches with the columns `STATISTICS_COLUMNS`.
-
-    `has_image` is a boolean mask of the records with an image, of shape (N,).
-    """
+def compute_statistics(batches: Iterable[pa.RecordBatch]) -> TableStatistics:
     statistics = TableStatistics()
-    start = 0
     for batch in batches:
-        statistics.add(batch, pa.array(has_image[start : start + len(batch)]))
-        start += len(batch)
+        statistics.add(batch)
     return statistics
 
 

@@ -71,31 +71,27 @@ class Preprocess:
     def from_dict(cls, config: dict[str, Any]) -> Preprocess:
         """Create the settings from the output of `to_dict` or from a transformers image processor's config."""
         try:
-            return cls._from_dict(config)
+            resize_config = config.get("size", config.get("crop_size"))
+            if isinstance(resize_config, int):  # in configs written before 2022, an int means the shorter side
+                resize_config = {"shortest_edge": resize_config}
+            resize: Literal["shortest", "squash"] = "shortest" if "shortest_edge" in (resize_config or {}) else "squash"
+            resize_size = _parse_square_side(resize_config)
+            size = _parse_square_side(config["crop_size"]) if config.get("do_center_crop") else resize_size
+            crop_pct = config.get("crop_pct")
+            # In some image processors of transformers, crop_pct has another meaning and is inconsistent with the sizes.
+            if not crop_pct or _compute_resize_size(size, crop_pct) != resize_size:
+                crop_pct = size / resize_size
+            return cls(
+                size=size,
+                resize=resize,
+                crop_pct=crop_pct,
+                interpolation=_parse_interpolation(int(config.get("resample", 3))),
+                mean=_parse_channels(config["image_mean"]),
+                std=_parse_channels(config["image_std"]),
+                crop_rounding=config.get("crop_rounding", "down"),  # transformers image processors round down
+            )
         except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"malformed preprocessing config ({describe_error(error)}): {config}") from error
-
-    @classmethod
-    def _from_dict(cls, config: dict[str, Any]) -> Preprocess:
-        resize_config = config.get("size", config.get("crop_size"))
-        if isinstance(resize_config, int):  # in configs written before 2022, an int means the shorter side
-            resize_config = {"shortest_edge": resize_config}
-        resize: Literal["shortest", "squash"] = "shortest" if "shortest_edge" in (resize_config or {}) else "squash"
-        resize_size = _parse_square_side(resize_config)
-        size = _parse_square_side(config["crop_size"]) if config.get("do_center_crop") else resize_size
-        crop_pct = config.get("crop_pct")
-        # In some transformers image processors, crop_pct has a different meaning and is inconsistent with the sizes.
-        if not crop_pct or _compute_resize_size(size, crop_pct) != resize_size:
-            crop_pct = size / resize_size
-        return cls(
-            size=size,
-            resize=resize,
-            crop_pct=crop_pct,
-            interpolation=_parse_interpolation(int(config.get("resample", 3))),
-            mean=_parse_channels(config["image_mean"]),
-            std=_parse_channels(config["image_std"]),
-            crop_rounding=config.get("crop_rounding", "down"),  # transformers image processors round down
-        )
 
 
 @dataclass(frozen=True)

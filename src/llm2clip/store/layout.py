@@ -51,6 +51,7 @@ NUM_KEY_PARTS = 16  # keys are sorted in this many parts, which limits the memor
 StoreSpec = tuple[dict[str, Any], int, str]
 # Exceptions that may be raised when reading a corrupt JSON, Parquet or .npy file.
 READ_ERRORS = (ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError, TokenError, pa.ArrowException)
+_stat_cached = lru_cache(maxsize=65536)(os.stat)  # of tar files and tables, which may contain many images
 
 
 class StoreError(ValueError):
@@ -274,12 +275,6 @@ def get_image_name(ref: ImageRef) -> str:
     return to_valid_unicode(name)
 
 
-@lru_cache(maxsize=65536)
-def _stat_cached(path: str) -> os.stat_result:
-    """Return the `stat` result of a tar file or table. The result is cached, because a file may contain many images."""
-    return os.stat(path)
-
-
 def iter_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Yield the items in lists of `size`. The last list may be shorter."""
     iterator = iter(items)
@@ -397,6 +392,7 @@ def remove_temp_files(folder: Path) -> list[str]:
     return [path.name for path in leftovers]
 
 
-def read_refused_captions(folder: Path) -> list[dict[str, Any]]:
-    """Read the captions that the tokenizer could not encode, as dicts with the keys "caption" and "why"."""
-    return [row for file in sorted(folder.glob("refused-*.jsonl")) for _, row in read_jsonl(file)]
+def read_refused_captions(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return each caption that the tokenizer could not encode, with its row: the keys "caption" and "why"."""
+    rows = (row for file in sorted(folder.glob("refused-*.jsonl")) for _, row in read_jsonl(file))
+    return {row["caption"]: row for row in rows}

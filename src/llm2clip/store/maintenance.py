@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from llm2clip.io_utils import atomic_path, atomic_write_jsonl
 from llm2clip.runs.output_folder import folder_lock
@@ -107,7 +108,9 @@ def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingSto
                     _link_shard(folder, shard.number, out, number)
                     existing.add(content)
                     number += 1
-        refused = {row["caption"]: row for folder in (out, *folders) for row in layout.read_refused_captions(folder)}
+        refused: dict[str, dict[str, Any]] = {}
+        for folder in (out, *folders):
+            refused |= layout.read_refused_captions(folder)
         if refused:
             atomic_write_jsonl(out / "refused-merged.jsonl", refused.values())
         writer.finish()

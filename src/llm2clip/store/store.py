@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import mmap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from llm2clip.cpu_tuning import get_available_memory
@@ -48,7 +47,10 @@ class EmbeddingStore:
         """Open the store at `folder`. Keys and embeddings stay on disk.
 
         Args:
-            read_ahead: See `_RowReader`. Default: True if the embeddings take at least half of the available memory.
+            read_ahead: Whether to ask the operating system to read the pages of all rows of a chunk at once, and no
+                others. If the store is larger than memory, this is several times as fast: by default, the operating
+                system also reads the pages around each row, waits for each row in turn, and evicts the other pages
+                before they are used. Default: True if the embeddings take at least half of the available memory.
 
         Raises:
             StoreError: The folder does not contain a complete store, or a shard is missing or has the wrong size.
@@ -57,12 +59,19 @@ class EmbeddingStore:
         self.manifest: dict[str, Any] = layout.read_manifest(self.folder)
         self.embed_dim: int = self.manifest["embed_dim"]
         self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
-        self._total_rows = sum(shard.rows for shard in self.shards)
-        dtype = self.manifest["dtype"]
+        self._bounds = np.cumsum([0, *(shard.rows for shard in self.shards)])  # first row of each shard, total
+        self._dtype = layout.DTYPES[self.manifest["dtype"]]
         if read_ahead is None:
-            size = self._total_rows * self.embed_dim * layout.DTYPES[dtype].itemsize
+            size = int(self._bounds[-1]) * self.embed_dim * self._dtype.itemsize
             read_ahead = size >= get_available_memory() / 2
-        self._reader = _RowReader(self.folder, self.shards, self.embed_dim, dtype, read_ahead)
+        self._reads_ahead = read_ahead and hasattr(mmap, "MADV_WILLNEED")
+        self._chunk_bytes = UNCACHED_CHUNK if self._reads_ahead else CACHED_CHUNK
+        for n in range(len(self.shards)):  # checks the files
+            self._map_embeddings(n)
+            if self._dtype == np.int8:
+                self._map_scales(n)
+        self._open_embeddings = lru_cache(MAX_OPEN_FILES)(self._map_embeddings)
+        self._open_scales = lru_cache(MAX_OPEN_FILES)(self._map_scales)
         self._index = self._open_index()
 
     def _open_index(self) -> KeyIndex:
@@ -70,7 +79,7 @@ class EmbeddingStore:
         if file.is_file():
             try:
                 index = KeyIndex(file)
-                if len(index) == self._total_rows:
+                if len(index) == self._bounds[-1]:
                     return index
             except layout.READ_ERRORS:
                 pass  # the index is corrupt; it is rebuilt below
@@ -121,7 +130,63 @@ class EmbeddingStore:
         Raises:
             IndexError: A row number is out of range.
         """
-        return self._reader.take(np.asarray(rows, dtype=np.int64), out)
+        rows = np.asarray(rows, dtype=np.int64)
+        total = int(self._bounds[-1])
+        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < total):
+            raise IndexError(f"row numbers must be between 0 and {total - 1}")
+        embeddings = np.empty((len(rows), self.embed_dim), np.float32) if out is None else out
+        order = np.argsort(rows, kind="stable")
+        chunk_size = max(1, self._chunk_bytes // (self.embed_dim * self._dtype.itemsize))
+        buffer = np.empty((min(chunk_size, len(rows)), self.embed_dim), self._dtype)
+        for start in range(0, len(rows), chunk_size):
+            positions = order[start : start + chunk_size]
+            stored = buffer[: len(positions)]
+            scales = self._read(rows[positions], stored)
+            values = stored
+            if embeddings.dtype != self._dtype:
+                values = torch.from_numpy(stored).float().numpy()  # PyTorch converts float16 faster than NumPy
+            if scales is not None:
+                values *= scales[:, None]
+            embeddings[positions] = values
+        return embeddings
+
+    def _map_embeddings(self, shard: int) -> np.memmap[Any, Any]:
+        path = layout.embeddings_path(self.folder, self.shards[shard].number)
+        array = _open_array(path, (self.shards[shard].rows, self.embed_dim), self._dtype)
+        if self._reads_ahead and array.size:
+            with suppress(OSError):
+                array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+        return array
+
+    def _map_scales(self, shard: int) -> np.memmap[Any, Any]:
+        path = layout.scales_path(self.folder, self.shards[shard].number)
+        return _open_array(path, (self.shards[shard].rows,), np.dtype(np.float32))
+
+    def _read(self, sorted_rows: np.ndarray, out: np.ndarray) -> np.ndarray | None:
+        """Fill `out` with the stored values of the rows. Return their scale factors, or None if there are none."""
+        cuts = np.searchsorted(sorted_rows, self._bounds)
+        parts = [(shard, start, stop) for shard, (start, stop) in enumerate(pairwise(cuts)) if start < stop]
+        scales = []
+        for first in range(0, len(parts), MAX_OPEN_FILES):  # as many files as stay open
+            group = parts[first : first + MAX_OPEN_FILES]
+            for shard, start, stop in group if self._reads_ahead else ():
+                self._request_pages(self._open_embeddings(shard), sorted_rows[start:stop] - self._bounds[shard])
+            for shard, start, stop in group:
+                rows = sorted_rows[start:stop] - self._bounds[shard]
+                # All rows are in range, so nothing is clipped. With mode="raise", NumPy would buffer the output.
+                np.take(self._open_embeddings(shard), rows, axis=0, out=out[start:stop], mode="clip")
+                if self._dtype == np.int8:
+                    scales.append(self._open_scales(shard)[rows])
+        return np.concatenate(scales) if scales else None
+
+    def _request_pages(self, array: Any, rows: np.ndarray) -> None:
+        row_bytes = self.embed_dim * self._dtype.itemsize
+        starts = rows * row_bytes + array.offset % mmap.ALLOCATIONGRANULARITY
+        first_bytes = starts // mmap.PAGESIZE * mmap.PAGESIZE
+        sizes = starts + row_bytes - first_bytes
+        with suppress(OSError):  # some file systems do not support it
+            for first_byte, size in zip(first_bytes.tolist(), sizes.tolist(), strict=True):
+                array._mmap.madvise(mmap.MADV_WILLNEED, first_byte, size)
 
     def verify(self) -> None:
         """Verify the checksum of every shard, and check the index.
@@ -158,93 +223,6 @@ def find_corrupt_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec) 
         intact_shards = pool.map(is_intact, shards)
         results = ProgressBar(intact_shards, "verify", total=len(shards), unit="shard", leave=False, delay=1)
         return [shard.number for shard, intact in zip(shards, results, strict=True) if not intact]
-
-
-class _RowReader:
-    """Reads embeddings by row number through memory maps, in on-disk order.
-
-    With `read_ahead`, the operating system is asked to read the pages of all rows of a chunk at once, and no others. If
-    the store is larger than memory, this is several times as fast: by default, the operating system also reads the
-    pages around each row, waits for each row in turn, and evicts the other pages before they are used.
-    """
-
-    def __init__(self, folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: str, read_ahead: bool) -> None:
-        """Check the files of all shards.
-
-        Raises:
-            StoreError: A file is missing, or its shape, dtype or size is wrong.
-        """
-        stored_dtype = layout.DTYPES[dtype]
-        self.read_ahead = read_ahead and hasattr(mmap, "MADV_WILLNEED")
-
-        def open_embeddings(n: int) -> np.memmap[Any, Any]:
-            path = layout.embeddings_path(folder, shards[n].number)
-            array = _open_array(path, (shards[n].rows, embed_dim), stored_dtype)
-            if self.read_ahead and array.size:
-                with suppress(OSError):
-                    array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
-            return array
-
-        def open_scales(n: int) -> np.memmap[Any, Any]:
-            return _open_array(layout.scales_path(folder, shards[n].number), (shards[n].rows,), np.dtype(np.float32))
-
-        self.embed_dim, self.dtype = embed_dim, stored_dtype
-        # Row number of each shard's first row, then the total number of rows.
-        self.bounds = np.cumsum([0, *(shard.rows for shard in shards)])
-        for n in range(len(shards)):
-            open_embeddings(n)  # checks the file
-            if dtype == "int8":
-                open_scales(n)
-        self.open_embeddings = lru_cache(MAX_OPEN_FILES)(open_embeddings)
-        self.open_scales = lru_cache(MAX_OPEN_FILES)(open_scales) if dtype == "int8" else None
-        self.chunk_bytes = UNCACHED_CHUNK if self.read_ahead else CACHED_CHUNK
-
-    def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Read the embeddings in N rows of the store; see `EmbeddingStore.take`. `rows` has shape (N,), int64."""
-        total = int(self.bounds[-1])
-        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < total):
-            raise IndexError(f"row numbers must be between 0 and {total - 1}")
-        embeddings = np.empty((len(rows), self.embed_dim), np.float32) if out is None else out
-        order = np.argsort(rows, kind="stable")
-        chunk_size = max(1, self.chunk_bytes // (self.embed_dim * self.dtype.itemsize))
-        buffer = np.empty((min(chunk_size, len(rows)), self.embed_dim), self.dtype)
-        for start in range(0, len(rows), chunk_size):
-            positions = order[start : start + chunk_size]
-            stored = buffer[: len(positions)]
-            scales = self._read(rows[positions], stored)
-            values = stored
-            if embeddings.dtype != self.dtype:
-                values = torch.from_numpy(stored).float().numpy()  # PyTorch converts float16 faster than NumPy
-            if scales is not None:
-                values *= scales[:, None]
-            embeddings[positions] = values
-        return embeddings
-
-    def _read(self, sorted_rows: np.ndarray, out: np.ndarray) -> np.ndarray | None:
-        """Fill `out` with the stored values of the rows. Return their scale factors, or None if there are none."""
-        cuts = np.searchsorted(sorted_rows, self.bounds)
-        parts = [(shard, start, stop) for shard, (start, stop) in enumerate(pairwise(cuts)) if start < stop]
-        scales = []
-        for first in range(0, len(parts), MAX_OPEN_FILES):  # as many files as stay open
-            group = parts[first : first + MAX_OPEN_FILES]
-            for shard, start, stop in group if self.read_ahead else ():
-                self._request_pages(self.open_embeddings(shard), sorted_rows[start:stop] - self.bounds[shard])
-            for shard, start, stop in group:
-                rows = sorted_rows[start:stop] - self.bounds[shard]
-                # All rows are in range, so nothing is clipped. With mode="raise", NumPy would buffer the output.
-                np.take(self.open_embeddings(shard), rows, axis=0, out=out[start:stop], mode="clip")
-                if self.open_scales is not None:
-                    scales.append(self.open_scales(shard)[rows])
-        return np.concatenate(scales) if self.open_scales is not None else None
-
-    def _request_pages(self, array: Any, rows: np.ndarray) -> None:
-        row_bytes = self.embed_dim * self.dtype.itemsize
-        starts = rows * row_bytes + array.offset % mmap.ALLOCATIONGRANULARITY
-        first_bytes = starts // mmap.PAGESIZE * mmap.PAGESIZE
-        sizes = starts + row_bytes - first_bytes
-        with suppress(OSError):  # some file systems do not support it
-            for first_byte, size in zip(first_bytes.tolist(), sizes.tolist(), strict=True):
-                array._mmap.madvise(mmap.MADV_WILLNEED, first_byte, size)
 
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
@@ -357,49 +335,27 @@ def _look_up_fields(table: RecordTable, source: CaptionSource, fields: Sequence[
 
 
 def _look_up(table: RecordTable, field: str, source: CaptionSource) -> CaptionRows:
-    if field == "phrases" and isinstance(source, EmbeddingStore):
-        find_rows = _make_phrase_finder(source)
-    else:
-        find_rows = _make_caption_finder(source)
     parts = []
     for batch in table.iterate_batches([field]):
         lists = batch.column(0)
-        rows = find_rows(lists.flatten())
+        texts = lists.flatten().dictionary_encode()  # many images have the same phrases
+        rows = _find_rows(texts.dictionary.to_pylist(), field, source)[texts.indices.to_numpy()]
         record_of_row = np.repeat(np.arange(len(lists)), np.diff(lists.offsets.to_numpy()))
         is_found = rows >= 0
         parts.append(_sort_rows(rows[is_found], record_of_row[is_found], len(lists)))
     return _concatenate(parts)
 
 
-def _make_caption_finder(source: CaptionSource) -> Callable[[pa.Array], np.ndarray]:
-    """Return a function that finds the rows of captions, with -1 for captions that the tokenizer could not encode."""
+def _find_rows(texts: list[str], field: str, source: CaptionSource) -> np.ndarray:
+    """Return the rows of texts, with -1 for captions that the tokenizer could not encode and for rare phrases."""
     if not isinstance(source, EmbeddingStore):
-        return lambda captions: source.find_rows(captions.to_pylist())
-    refused = {row["caption"] for row in layout.read_refused_captions(source.folder)}
-
-    def find_rows(captions: pa.Array) -> np.ndarray:
-        texts = captions.to_pylist()
-        rows = source.find_keys(layout.make_caption_keys(texts))
-        missing = [texts[n] for n in np.flatnonzero(rows < 0).tolist()]
+        return source.find_rows(texts)
+    rows = source.find_keys(layout.make_caption_keys(texts))
+    missing = [texts[n] for n in np.flatnonzero(rows < 0).tolist()]
+    if missing and field != "phrases":
+        refused = layout.read_refused_captions(source.folder)
         source.find_rows(caption for caption in missing if caption not in refused)  # raises StoreError
-        return rows
-
-    return find_rows
-
-
-def _make_phrase_finder(store: EmbeddingStore) -> Callable[[pa.Array], np.ndarray]:
-    """Return a function that finds the rows of phrases, with -1 for phrases that were too rare to be embedded."""
-    row_of_phrase: dict[str, int] = {}  # many images have the same phrases
-
-    def find_rows(phrases: pa.Array) -> np.ndarray:
-        encoded = phrases.dictionary_encode()
-        names = encoded.dictionary.to_pylist()
-        new = [name for name in names if name not in row_of_phrase]
-        row_of_phrase.update(zip(new, store.find_keys(layout.make_caption_keys(new)).tolist(), strict=True))
-        rows = np.array([row_of_phrase[name] for name in names], np.int64)
-        return rows[encoded.indices.to_numpy()]
-
-    return find_rows
+    return rows
 
 
 def _sort_rows(rows: np.ndarray, record_of_row: np.ndarray, num_records: int) -> CaptionRows:
@@ -420,7 +376,7 @@ def _concatenate(parts: Sequence[CaptionRows]) -> CaptionRows:
 
 def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> Sequence[Record]:
     """Remove captions that the tokenizer could not encode, and drop records that have no captions left."""
-    refused = {row["caption"] for row in layout.read_refused_captions(store.folder)}
+    refused = layout.read_refused_captions(store.folder)
     if not refused:
         return records
     remaining = []

@@ -267,9 +267,9 @@ def _prepare_incoming(
     if layout.list_shard_numbers(folder):
         store = EmbeddingStore(folder)
         store.verify()
-    refused = {row["caption"] for row in layout.read_refused_captions(folder)} if keys is None else set()
     stream: Iterable[str] = check_texts(ProgressBar(captions, "read", unit="caption", leave=False, delay=1))
-    if refused:
+    if keys is None:
+        refused = layout.read_refused_captions(folder)
         stream = (caption for caption in stream if caption not in refused)
     write_incoming_captions(stream, incoming, store, shard_size, layout.get_next_shard_number(folder), keys)
 

@@ -100,7 +100,7 @@ def inspect_data(
     language_fields = CAPTION_FIELDS if find_spec("py3langid") else ()
     overview = DataOverview(
         sources=list(sources),
-        statistics=compute_statistics(table.iterate_batches(STATISTICS_COLUMNS), table.has_image),
+        statistics=compute_statistics(table.iterate_batches(STATISTICS_COLUMNS)),
         languages={name: count_languages(sample_texts(table, name, MAX_LANGUAGE_SAMPLE)) for name in language_fields},
         training=training,
         num_training=num_training,

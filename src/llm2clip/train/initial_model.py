@@ -236,7 +236,7 @@ def iterate_training_texts(records: RecordTable, store: EmbeddingStore) -> Itera
     caption_fields: tuple[str, ...] = ("captions", "short_captions")
     if not any(records.count_texts(field).any() for field in caption_fields):
         caption_fields = ("long_captions",)
-    refused = {row["caption"] for row in read_refused_captions(store.folder)}
+    refused = read_refused_captions(store.folder)
     for fields in (caption_fields, ("phrases",)):
         for texts in iter_chunks(records.iterate_texts(fields), LOOKUP_CHUNK_SIZE):
             keys = make_caption_keys(texts)

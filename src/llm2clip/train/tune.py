@@ -31,7 +31,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from llm2clip.config import TuneConfig
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
-from llm2clip.data.pairs import TuningItem, iter_pair_batches, resolve_pairs_per_step
+from llm2clip.data.pairs import TuningItems, iter_pair_batches, resolve_pairs_per_step
 from llm2clip.io_utils import atomic_dir, check_extra, make_text_key
 from llm2clip.models.precision import Precision, get_layers, resolve_precision
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -63,7 +63,7 @@ PAIR_SCHEMA = pa.schema(
 )
 
 
-def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, run_dir: Path) -> Path:
+def tune(sources: Sequence[TuningItems], encoder: CaptionEncoder, config: TuneConfig, run_dir: Path) -> Path:
     """Tune a caption encoder in place, resuming from the latest checkpoint if one exists. Return `run_dir/encoder`.
 
     Args:
@@ -102,7 +102,7 @@ def tune(sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, confi
 
 
 def _sample_pairs(
-    sources: Sequence[Sequence[TuningItem]], encoder: CaptionEncoder, config: TuneConfig, pairs_per_step: int | None
+    sources: Sequence[TuningItems], encoder: CaptionEncoder, config: TuneConfig, pairs_per_step: int | None
 ) -> pa.Table:
     """Return the text pairs for all steps, identical on all ranks. `pairs_per_step` is None for a new run."""
     if pairs_per_step is None:

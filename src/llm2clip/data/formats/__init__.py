@@ -108,9 +108,12 @@ class SourceFormat(ABC):
     def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
         """Yield the rows in a part. If the entire file cannot be read, raise `DataFormatError`. See `read_rows`."""
 
-    def split(self, path: str, target_bytes: int) -> list[FilePart]:
-        """Divide a large file into parts of about `target_bytes`. May raise any type of exception."""
-        return [FilePart(self, path)]
+    def find_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
+        """Yield the position and number of the first row of each part of about `target_bytes`; see `FilePart`.
+
+        May raise any type of exception.
+        """
+        yield 0, 1
 
     def compute_version(self, path: str) -> str:
         """Return a string that changes if a file, or a file in a folder, changes."""
@@ -128,18 +131,13 @@ class SourceFormat(ABC):
         return digest.hexdigest()
 
 
-def make_parts(file_format: SourceFormat, path: str, starts: Iterator[tuple[int, int]]) -> list[FilePart]:
-    """Return the parts of a file that begin at these positions and row numbers."""
-    positions, rows = zip(*starts, strict=True)
-    stops = [*positions[1:], None]
-    return [FilePart(file_format, path, *bounds) for bounds in zip(positions, stops, rows, strict=True)]
-
-
 def split_file(file: FilePart, target_bytes: int) -> list[FilePart]:
     """Divide a large file into parts of about `target_bytes`, which depend only on the file."""
     with suppress(Exception):  # for example, corrupt Parquet metadata; `read_rows` reports the error
         if get_file_size(file.path) > target_bytes:
-            return file.format.split(file.path, target_bytes)
+            positions, rows = zip(*file.format.find_starts(file.path, target_bytes), strict=True)
+            stops = [*positions[1:], None]
+            return [FilePart(file.format, file.path, *bounds) for bounds in zip(positions, stops, rows, strict=True)]
     return [file]
 
 

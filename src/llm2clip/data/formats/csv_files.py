@@ -11,7 +11,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any
 
-from llm2clip.data.formats import BadRow, FilePart, RawRow, ReadOptions, SourceFormat, make_parts
+from llm2clip.data.formats import BadRow, FilePart, RawRow, ReadOptions, SourceFormat
 from llm2clip.data.formats.text_files import (
     BoundedLines,
     LineTooLong,
@@ -67,10 +67,33 @@ class DelimitedText(SourceFormat):
                 rows = _parse_csv(lines, delimiter)
                 yield from _read_csv_rows(lines, rows, path, delimiter, header, part.first_row, log)
 
-    def split(self, path: str, target_bytes: int) -> list[FilePart]:
-        if path.lower().endswith(".gz"):
-            return [FilePart(self, path)]
-        return make_parts(self, path, _find_row_starts(path, self.delimiter, target_bytes))
+    def find_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
+        """Yield the byte positions and line numbers of rows at least `target_bytes` apart, up to a malformed row."""
+        yield 0, 1
+        detected, header_line = _read_delimiter(path, self.delimiter)
+        with open_text(path) as text:
+            if text.encoding != "utf-8-sig" or not detected.isascii():
+                return
+        # All characters with a meaning in CSV files are ASCII, so rows have the same bounds in Latin-1.
+        with io.TextIOWrapper(open_file(path), "latin-1", newline="") as file:
+            last = position = end = sum(len(file.readline()) for _ in range(header_line - 1))
+            lines = BoundedLines(file, path)
+
+            def count_characters() -> Iterator[str]:
+                nonlocal position
+                for line in lines:
+                    position += len(line)
+                    yield line
+
+            rows = _parse_csv(count_characters(), detected)
+            number = header_line
+            with suppress(csv.Error, LineTooLong):
+                for _ in rows:
+                    if end - last >= target_bytes:
+                        last = end
+                        yield end, number
+                    end, number = position, rows.line_num + header_line
+                    lines.start_row()
 
 
 class CaptionsTxt(SourceFormat):
@@ -101,35 +124,6 @@ class CaptionsTxt(SourceFormat):
             if image_folder is None:
                 image_folder = find_image_folder(path, [name])
             yield path, number, {"image": FileImage(join_path(image_folder, name)), "caption": caption}
-
-
-def _find_row_starts(path: str, delimiter: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yield the byte positions and line numbers of rows at least `target_bytes` apart, up to a malformed row."""
-    yield 0, 1
-    detected, header_line = _read_delimiter(path, delimiter)
-    with open_text(path) as text:
-        if text.encoding != "utf-8-sig" or not detected.isascii():
-            return
-    # All characters with a meaning in CSV files are ASCII, so rows have the same bounds in Latin-1.
-    with io.TextIOWrapper(open_file(path), "latin-1", newline="") as file:
-        last = position = end = sum(len(file.readline()) for _ in range(header_line - 1))
-        lines = BoundedLines(file, path)
-
-        def count_characters() -> Iterator[str]:
-            nonlocal position
-            for line in lines:
-                position += len(line)
-                yield line
-
-        rows = _parse_csv(count_characters(), detected)
-        number = header_line
-        with suppress(csv.Error, LineTooLong):
-            for _ in rows:
-                if end - last >= target_bytes:
-                    last = end
-                    yield end, number
-                end, number = position, rows.line_num + header_line
-                lines.start_row()
 
 
 def _parse_csv(lines: Iterable[str], delimiter: str) -> Any:

@@ -30,8 +30,8 @@ class Parquet(SourceFormat):
             with open_file(part.path) as source, pq.ParquetFile(source.name, memory_map=True) as file:
                 total = file.metadata.num_rows
                 row_groups = None
-                if part.stop is not None:
-                    row_groups = range(part.start, part.stop)
+                if part.start or part.stop is not None:
+                    row_groups = range(part.start, file.metadata.num_row_groups if part.stop is None else part.stop)
                     total = row + sum(file.metadata.row_group(group).num_rows for group in row_groups)
                 schema = file.schema_arrow
                 selected = list(dict.fromkeys(options.choose(part.path, schema.names).values()))
@@ -56,23 +56,22 @@ class Parquet(SourceFormat):
         except (pa.ArrowException, OSError, MemoryError) as error:
             yield part.path, row + 1, BadRow(UNREADABLE_FILE, describe_error(error), max(1, total - row))
 
-    def split(self, path: str, target_bytes: int) -> list[FilePart]:
-        """Divide a file into ranges of row groups with at least `target_bytes` of uncompressed data each."""
+    def find_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
+        """Yield the starts of ranges of row groups with at least `target_bytes` of uncompressed data each."""
+        yield 0, 1
         if is_remote(path):  # downloaded when it is read, ahead of time and by several processes
-            return [FilePart(self, path)]
+            return
         metadata = pq.read_metadata(path)
-        parts = []
-        start, num_bytes, first_row, row = 0, 0, 1, 1
+        num_bytes, row = 0, 1
         for index in range(metadata.num_row_groups):
             group = metadata.row_group(index)
             if group.num_rows < 0 or group.total_byte_size < 0:
-                return [FilePart(self, path)]
+                raise DataFormatError(f"{path}: row group {index} has a negative size")
+            if num_bytes >= target_bytes:
+                yield index, row
+                num_bytes = 0
             row += group.num_rows
             num_bytes += group.total_byte_size
-            if num_bytes >= target_bytes or index == metadata.num_row_groups - 1:
-                parts.append(FilePart(self, path, start, index + 1, first_row))
-                start, num_bytes, first_row = index + 1, 0, row
-        return parts or [FilePart(self, path)]
 
 
 class HubDataset(SourceFormat):

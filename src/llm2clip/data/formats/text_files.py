@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, TextIO, cast
 
 from charset_normalizer import from_bytes
 
-from llm2clip.data.formats import NOT_UTF8, BadRow, FilePart, RawRow, ReadOptions, SourceFormat, make_parts
+from llm2clip.data.formats import NOT_UTF8, BadRow, FilePart, RawRow, ReadOptions, SourceFormat
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.remote import FileSlice, file_exists, get_file_size, open_file
 from llm2clip.data.skip_log import SkipLog
@@ -233,10 +233,32 @@ class JsonLines(SourceFormat):
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             yield part.path, number + 1, BadRow("truncated file", str(error))
 
-    def split(self, path: str, target_bytes: int) -> list[FilePart]:
+    def find_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
+        """Yield the byte positions and numbers of the first lines at or after each multiple of `target_bytes`.
+
+        Nothing more is yielded after a line that is too long, as in sparse files.
+        """
+        start, number = 0, 1
+        yield start, number
         if path.lower().endswith(".gz"):
-            return [FilePart(self, path)]
-        return make_parts(self, path, _find_line_starts(path, target_bytes))
+            return
+        with open_file(path) as file:
+            if detect_encoding(file.read(4)) != "utf-8-sig":
+                return
+            size = file.seek(0, os.SEEK_END)
+            for target in range(target_bytes, size, target_bytes):
+                if target <= start:
+                    continue
+                file.seek(target - 1)
+                rest_of_line = file.readline(MAX_LINE_CHARACTERS)
+                stop = target - 1 + len(rest_of_line)
+                if not rest_of_line.endswith(b"\n") or stop == size:
+                    return
+                file.seek(start)
+                while start < stop and (chunk := file.read(min(CHUNK_BYTES, stop - start))):
+                    number += chunk.count(b"\n")
+                    start += len(chunk)
+                yield start, number
 
 
 class JsonFile(SourceFormat):
@@ -281,32 +303,6 @@ def _require_object(value: Any) -> dict[str, Any] | BadRow:
     if isinstance(value, dict | BadRow):
         return value
     return BadRow("malformed row", f"not a JSON object: {value!r}")
-
-
-def _find_line_starts(path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yield the byte positions and numbers of the first lines at or after each multiple of `target_bytes`.
-
-    Nothing more is yielded after a line that is too long, as in sparse files.
-    """
-    start, number = 0, 1
-    yield start, number
-    with open_file(path) as file:
-        if detect_encoding(file.read(4)) != "utf-8-sig":
-            return
-        size = file.seek(0, os.SEEK_END)
-        for target in range(target_bytes, size, target_bytes):
-            if target <= start:
-                continue
-            file.seek(target - 1)
-            rest_of_line = file.readline(MAX_LINE_CHARACTERS)
-            stop = target - 1 + len(rest_of_line)
-            if not rest_of_line.endswith(b"\n") or stop == size:
-                return
-            file.seek(start)
-            while start < stop and (chunk := file.read(min(CHUNK_BYTES, stop - start))):
-                number += chunk.count(b"\n")
-                start += len(chunk)
-            yield start, number
 
 
 @dataclass(frozen=True)
