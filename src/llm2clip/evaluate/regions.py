@@ -281,18 +281,15 @@ def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[T
         boxes: Boxes in each image as (left, top, right, bottom) in pixels, float32 of shape (R, 4).
         method: "crop" or a dense feature variant.
     """
-    if method == CROP:
-        crops = torch.cat([torch.empty(0, model.embed_dim), *_encode_crops(model, images, boxes)])
-        return list(crops.split([len(image_boxes) for image_boxes in boxes]))
-    assert model.dense is not None
-    return encode_dense_boxes(model.dense, images, boxes, method, model.embed_dim)
-
-
-def _encode_crops(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[Tensor]) -> Iterator[Tensor]:
+    if method != CROP:
+        assert model.dense is not None
+        return encode_dense_boxes(model.dense, images, boxes, method, model.embed_dim)
     pairs = zip(images, boxes, strict=True)
     crops = (crop_region(image, box) for image, image_boxes in pairs for box in image_boxes.tolist())
+    embeddings = [torch.empty(0, model.embed_dim)]
     while batch := [model.transform(crop) for crop in islice(crops, BATCH_SIZE)]:
-        yield model.encode_images(batch)
+        embeddings.append(model.encode_images(batch))
+    return list(torch.cat(embeddings).split([len(image_boxes) for image_boxes in boxes]))
 
 
 def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:

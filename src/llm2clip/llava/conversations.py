@@ -48,29 +48,8 @@ OBJECTS_FILE = Path(__file__).with_name("objects.txt")
 UNCOUNTABLE = ("snow",)
 OBJECTS_PER_IMAGE = 3  # maximum number of present objects per image, and of absent objects (k in POPE)
 
-_FLATTEN_CONTENT = """{%- set flat = namespace(messages=[]) -%}
-{%- for message in messages -%}
-  {%- set content = namespace(text='') -%}
-  {%- if message['content'] is string -%}
-    {%- set content.text = message['content'] -%}
-  {%- else -%}
-    {%- for part in message['content'] -%}
-      {%- if part['type'] == 'image' -%}{%- set content.text = content.text + '<image>\n' -%}
-      {%- elif part['type'] == 'text' -%}{%- set content.text = content.text + part['text'] -%}{%- endif -%}
-    {%- endfor -%}
-  {%- endif -%}
-  {%- set flat.messages = flat.messages + [{'role': message['role'], 'content': content.text}] -%}
-{%- endfor -%}
-{%- set messages = flat.messages -%}
-"""
-_VICUNA_TEMPLATE = """{{- 'A chat between a curious user and an artificial intelligence assistant. ' -}}
-{{- "The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
-{%- for message in messages -%}
-  {%- if message['role'] == 'user' -%}{{- 'USER: ' + message['content'] + ' ' -}}
-  {%- elif message['role'] == 'assistant' -%}{{- 'ASSISTANT: ' + message['content'] + eos_token -}}{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-"""
+_FLATTEN_CONTENT = Path(__file__).with_name("flatten_content.jinja").read_text(encoding="utf-8")
+_VICUNA_TEMPLATE = Path(__file__).with_name("vicuna.jinja").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)

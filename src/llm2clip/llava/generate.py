@@ -95,8 +95,7 @@ class AnswerGenerator:
             prompts, add_special_tokens=not has_bos, padding=True, padding_side="left", return_tensors="pt"
         )
         inputs = {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
-        return inputs | self._prepare_pixels(questions)
-
-    def _prepare_pixels(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         pixels = [self.transform(load_image(question.image)) for question in questions if question.image is not None]
-        return {"pixel_values": torch.stack(pixels).to(self.device, self.model.dtype)} if pixels else {}
+        if pixels:
+            inputs["pixel_values"] = torch.stack(pixels).to(self.device, self.model.dtype)
+        return inputs
