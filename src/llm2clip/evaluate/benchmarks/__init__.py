@@ -16,13 +16,13 @@ from llm2clip.io_utils import MissingFileError, find_first
 from llm2clip.published_results import get_published_metrics, get_published_rows
 from llm2clip.reports import Table, render_markdown
 
-USER_BENCHMARKS: dict[str, tuple[Any, str]] = {
-    "folder:": ("classification", "one folder of images per class"),
-    "boxes:": ("regions", "boxes with class names"),
-    "segmentation:": ("segmentation", "images with masks"),
-    "detection:": ("detection", "objects with boxes"),
+USER_BENCHMARKS: dict[str, tuple[Any, str, Callable[[Path, Sequence[str]], Any]]] = {
+    "folder:": ("classification", "one folder of images per class", read_class_folders),
+    "boxes:": ("regions", "boxes with class names", read_boxes),
+    "segmentation:": ("segmentation", "images with masks", read_coco_masks),
+    "detection:": ("detection", "objects with boxes", read_objects),
 }
-"""Kind and description of benchmarks from the user's data, keyed by name prefix."""
+"""Kind, description and reader of benchmarks from the user's data, keyed by name prefix. See `_make_user_benchmark`."""
 COCO_SOURCE = "a JSON file in COCO's format, with the images in the same folder or in images/"
 
 
@@ -66,15 +66,12 @@ def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[
 def _make_user_benchmark(name: str, templates: Sequence[str]) -> Benchmark:
     prefix = next(prefix for prefix in USER_BENCHMARKS if name.startswith(prefix))
     path = Path(name.removeprefix(prefix)).expanduser().absolute()
+    kind, description, read = USER_BENCHMARKS[prefix]
     folder, source = path.parent, COCO_SOURCE
-    read: Callable[[Path, Sequence[str]], Any]
     if prefix == "folder:":
-        folder, read, source = path, read_class_folders, "one folder of images per class"
+        folder, source = path, "one folder of images per class"
     elif prefix == "segmentation:" and not name.endswith(".json"):
         folder, read, source = path, read_mask_folder, "a folder with images/, masks/ (PNGs) and classes.txt"
-    else:
-        read = {"boxes:": read_boxes, "segmentation:": read_coco_masks, "detection:": read_objects}[prefix]
-    kind, description = USER_BENCHMARKS[prefix]
     return Benchmark(
         name=name,
         kind=kind,
