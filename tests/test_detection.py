@@ -216,16 +216,16 @@ def test_proposals_are_read_from_files_and_annotations(tmp_path: Path) -> None:
         {"image_id": "10", "bbox": [0, 0, 5, 6], "score": 0.75},
         {"image_id": 10.0, "bbox": [2, 2, 2, 2], "score": 0.5},
     ]
-    source = open_proposals(write_proposals(tmp_path, rows), DATA, CPU)
-    proposals = source.find(10, IMAGE)
+    find, note = open_proposals(write_proposals(tmp_path, rows), DATA, CPU)
+    proposals = find(10, IMAGE)
     assert proposals.boxes.tolist() == [[1, 2, 4, 6], [0, 0, 5, 6], [2, 2, 4, 4]]
     assert proposals.scores.tolist() == [0.25, 0.75, 0.5]
-    assert len(source.find(11, IMAGE).boxes) == 0
-    assert "1 of 4 boxes belong to images that are not in the benchmark" in source.note
-    assert "1 of 2 images have no boxes" in source.note
-    ground_truth = open_proposals("ground-truth", DATA, CPU)
-    assert ground_truth.find(10, IMAGE).boxes.tolist() == [[1, 2, 4, 6]], "crowds are omitted"
-    assert ground_truth.find(11, IMAGE).scores.tolist() == [1]
+    assert len(find(11, IMAGE).boxes) == 0
+    assert "1 of 4 boxes belong to images that are not in the benchmark" in note
+    assert "1 of 2 images have no boxes" in note
+    ground_truth, _ = open_proposals("ground-truth", DATA, CPU)
+    assert ground_truth(10, IMAGE).boxes.tolist() == [[1, 2, 4, 6]], "crowds are omitted"
+    assert ground_truth(11, IMAGE).scores.tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,8 @@ def test_transformers_detector_returns_its_boxes(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     YolosImageProcessor(size={"height": 32, "width": 48}, do_pad=False).save_pretrained(tmp_path)
     image = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
-    found = open_proposals(str(tmp_path), DATA, CPU).find(10, image)
+    detect, _ = open_proposals(str(tmp_path), DATA, CPU)
+    found = detect(10, image)
     pixels = YolosImageProcessor.from_pretrained(tmp_path)(images=image, return_tensors="pt")
     outputs = model(**pixels)
     centre_x, centre_y, width, height = (outputs.pred_boxes[0] * torch.tensor([80, 60, 80, 60])).unbind(-1)

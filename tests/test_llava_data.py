@@ -48,12 +48,12 @@ DIALOG = Conversation("", FileImage("x"), ((f"{IMAGE_TOKEN}\nWhat?", "A dog."), 
 
 
 def test_tokenize_and_label_labels_only_answers(tokenizer: Any) -> None:
-    labeled = tokenize_and_label(DIALOG, tokenizer, num_image_tokens=2)
+    ids, labels = tokenize_and_label(DIALOG, tokenizer, num_image_tokens=2)
     text = "<|user|><image><image>\nWhat?<|end|><|user|>A dog.<|end|><|user|>Sure?<|end|><|user|>Yes.<|end|>"
-    assert tokenizer.decode(labeled.ids) == text
-    answers = [label for label in labeled.labels if label != IGNORE_INDEX]
+    assert tokenizer.decode(ids) == text
+    answers = [label for label in labels if label != IGNORE_INDEX]
     assert tokenizer.decode(answers) == "A dog.<|end|>Yes.<|end|>"
-    assert all(label in (token, IGNORE_INDEX) for token, label in zip(labeled.ids, labeled.labels, strict=True))
+    assert all(label in (token, IGNORE_INDEX) for token, label in zip(ids, labels, strict=True))
 
 
 def test_tokenize_and_label_does_not_depend_on_trimmed_offsets(tokenizer: Any) -> None:
@@ -69,7 +69,7 @@ def test_tokenize_and_label_does_not_depend_on_trimmed_offsets(tokenizer: Any) -
 def test_get_chat_template_falls_back_to_vicuna(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     tokenizer.chat_template = get_chat_template(tokenizer)
-    text = tokenizer.decode(tokenize_and_label(DIALOG, tokenizer, 1).ids)
+    text = tokenizer.decode(tokenize_and_label(DIALOG, tokenizer, 1)[0])
     system = (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions. "

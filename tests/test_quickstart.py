@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,17 +17,16 @@ from torch import Tensor
 
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import decode_image
+from llm2clip.io_utils import atomic_write_jsonl, read_jsonl
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.tools import quickstart
 from llm2clip.tools.quickstart import (
+    EMOJI_FILE,
     LANGUAGES,
     QUERIES,
-    Emoji,
-    _add_article_if_countable,
     _format_last_lines,
-    _make_keyword_caption,
-    _make_rows,
     _write_search_results,
+    make_emoji_rows,
     prepare_emoji_records,
 )
 
@@ -41,76 +41,57 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 SQUARE = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72"><rect width="40" height="40" fill="{}"/></svg>'
 
 
-def test_prepare_emoji_records_deduplicates_and_splits_by_family(
+def test_prepare_emoji_records_draws_images_and_adds_names_in_other_languages(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("emoji")
     pytest.importorskip("resvg_py")
-    colours = {
-        "1F600": "gold", "1F43B": "brown", "1F43B-200D-2744-FE0F": "silver",  # face, bear, polar bear
-        "1F3C4": "blue", "1F3C4-200D-2640-FE0F": "navy", "1F3C4-200D-2642-FE0F": "blue",  # two are drawn identically
-        "1F3C4-1F3FB": "red", "1F1EF-1F1F5": "green",  # skin tone, flag
-    }  # fmt: skip
-    svg, keywords, groups = (cache / name for name in ("openmoji", "emoji-keywords", "emoji-subgroups"))
-    (svg / "svg").mkdir(parents=True)
-    (svg / "LICENSE").write_text("CC BY-SA 4.0")
+    colours = {"1F600": "gold", "1F43B": "brown"}  # face, bear
+    svg = cache / "openmoji" / "svg"
+    svg.mkdir(parents=True)
+    (svg.parent / "LICENSE").write_text("CC BY-SA 4.0")
     for id_, colour in colours.items():
-        (svg / "svg" / f"{id_}.svg").write_text(SQUARE.format(colour))
-    keywords.mkdir()
-    lines = (
-        "😀 grinning face <small>(face, grin, grinning face)</small>\n🏄 person surfing <small>(surf, wave)</small>\n"
-    )
-    (keywords / "all.csv").write_text(lines, encoding="utf-8")
-    groups.mkdir()
-    bear = {"character": "🐻", "category_slug": "animals-and-nature", "subcategory_slug": "animal-mammal"}
-    (groups / "emojis.json").write_text(json.dumps([bear]))
+        (svg / f"{id_}.svg").write_text(SQUARE.format(colour))
+    table = [row for _, row in read_jsonl(EMOJI_FILE) if row["id"] in colours]
+    atomic_write_jsonl(tmp_path / "emoji.jsonl", table)
+    monkeypatch.setattr(quickstart, "EMOJI_FILE", tmp_path / "emoji.jsonl")
 
     folder = prepare_emoji_records(tmp_path / "records", size=48, offline=True)
-    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
-    by_id = {row["id"]: row for row in rows}
-    assert set(by_id) == {"1F600", "1F43B", "1F43B-200D-2744-FE0F", "1F3C4", "1F3C4-200D-2640-FE0F"}
-    assert len(list((folder / "images").iterdir())) == len(rows)
-    for row in rows:
+    by_id = {row["id"]: row for _, row in read_jsonl(folder / "captions.jsonl")}
+    assert by_id.keys() == colours.keys()
+    for row in by_id.values():
         with Image.open(folder / row["image"]) as image:
             assert (image.size, image.mode) == ((48, 48), "RGB")
             assert image.getpixel((47, 47)) == (255, 255, 255)
-        assert len({text.lower() for text in row["captions"]}) == len(row["captions"]) >= 2
-        assert row["split"] in {"train", "val"}
         for language in LANGUAGES:
             (name,) = row[f"captions_{language}"]
             assert name == name.strip(": _")
-    assert by_id["1F600"]["captions"] == ["grinning face", "grinning", "an emoji of grin"]
     assert by_id["1F43B"]["captions_zh"] == ["熊"]
-    assert "It is a mammal" in by_id["1F43B"]["long_captions"][0]
-    assert by_id["1F3C4-200D-2640-FE0F"]["captions"][-1] == "an emoji of surf, wave and woman"
-    assert by_id["1F3C4"]["split"] == by_id["1F3C4-200D-2640-FE0F"]["split"]  # the same family
-    captions = [text for row in rows for text in row["captions"]]
-    assert len(captions) == len(set(captions))
     assert "CC BY-SA 4.0" in (folder / "README.md").read_text()
 
-    def make_rows_while_another_process_finishes(emojis: list[Emoji]) -> list[dict[str, Any]]:
+    def make_rows_while_another_process_finishes() -> list[dict[str, Any]]:
         shutil.copytree(folder, tmp_path / "shared")
-        return _make_rows(emojis)
+        return make_emoji_rows()
 
-    monkeypatch.setattr(quickstart, "_make_rows", make_rows_while_another_process_finishes)
+    monkeypatch.setattr(quickstart, "make_emoji_rows", make_rows_while_another_process_finishes)
     assert prepare_emoji_records(tmp_path / "shared", size=48, offline=True) == tmp_path / "shared"
 
 
-@pytest.mark.parametrize(
-    ("name", "keywords", "subgroup", "from_keywords", "of_drawing"),
-    [
-        ("grapes", ["fruit", "grape", "grapes"], "food-fruit", None, "grapes"),
-        ("unicorn", ["face", "unicorn"], "animal-mammal", "an emoji of a mammal: face", "a unicorn"),
-        ("owl", ["bird", "wise"], "animal-bird", "an emoji of a bird: wise", "an owl"),
-        ("foggy", ["fog", "foggy"], "sky-and-weather", "an emoji of fog", "foggy"),
-        ("man", ["adult", "man"], "person", None, "a man"),
-    ],
-)
-def test_captions_are_built_from_name_keywords_and_subgroup(
-    name: str, keywords: list[str], subgroup: str, from_keywords: str | None, of_drawing: str
-) -> None:
-    assert _make_keyword_caption(name, keywords, subgroup) == from_keywords
-    assert _add_article_if_countable(name, subgroup) == of_drawing
+def test_table_of_emoji_has_distinct_captions_and_splits_by_family() -> None:
+    pytest.importorskip("emoji")
+    rows = {row["id"]: row for row in make_emoji_rows()}
+    assert len(rows) == 1625
+    names = Counter(row["captions"][0].lower() for row in rows.values())
+    captions = Counter(text.lower() for row in rows.values() for text in row["captions"])
+    assert all(count == 1 or text in names for text, count in captions.items())
+    for row in rows.values():
+        assert len({text.lower() for text in row["captions"]}) == len(row["captions"]) >= 2
+        assert len(row["long_captions"]) == 1 and row["split"] in {"train", "val"}
+    assert rows["1F600"]["captions"] == ["grinning face", "grinning", "an emoji of a smiling face: grin"]
+    assert "It is a mammal" in rows["1F43B"]["long_captions"][0]
+    suffixes = ("", "-200D-2640-FE0F", "-200D-2642-FE0F")  # person, woman and man, two of which are drawn identically
+    surfers = [rows[f"1F3C4{suffix}"] for suffix in suffixes if f"1F3C4{suffix}" in rows]
+    assert len(surfers) >= 2 and len({row["split"] for row in surfers}) == 1
 
 
 def test_search_results_page_shows_the_nearest_images_of_each_query(tmp_path: Path) -> None:

@@ -59,16 +59,33 @@ def classification_accuracy(
     for start in range(0, len(images), chunk_size):
         scores = images[start : start + chunk_size].float() @ classes.T  # (images, classes)
         rank_chunks.append(compute_class_ranks(scores, targets[start : start + chunk_size]))
-    ranks = torch.cat(rank_chunks)
-    top1, top5 = (ranks < 1).double().numpy(), (ranks < 5).double().numpy()
+    return bootstrap_accuracy(torch.cat(rank_chunks).numpy(), targets.numpy(), indices, np.arange(len(images)))
 
-    def metrics(weights: np.ndarray) -> list[float]:
-        counts = np.bincount(targets, weights)
-        class_accuracy = np.bincount(targets, weights * top1)[counts > 0] / counts[counts > 0]
-        total = weights.sum()
-        return [100 * float(value) for value in (weights @ top1 / total, weights @ top5 / total, class_accuracy.mean())]
 
-    return BootstrapMetrics.from_function(indices, ("top-1", "top-5", "mean per class"), metrics)
+def bootstrap_accuracy(
+    ranks: np.ndarray,
+    labels: np.ndarray,
+    images: Sequence[int],
+    image_of_item: np.ndarray,
+    subsets: Mapping[str, np.ndarray] | None = None,
+) -> BootstrapMetrics:
+    """Return accuracies of N items in percent, bootstrapped over images because items of one image are correlated.
+
+    The metrics are "top-1", "top-5", the top-1 accuracy of each subset (a boolean mask), and "mean per class" (top-1
+    accuracy averaged over the classes that have items). `image_of_item` has each item's position in `images`.
+    """
+    top1, top5 = (ranks < 1).astype(np.float64), (ranks < 5).astype(np.float64)
+    subsets = subsets or {}
+
+    def metrics(image_weights: np.ndarray) -> list[float]:
+        weights = image_weights[image_of_item]  # of the items
+        values = [weights @ top1 / weights.sum(), weights @ top5 / weights.sum()]
+        with np.errstate(invalid="ignore"):  # a resample may lack items of a subset or class (0 / 0)
+            values += [(weights * mask) @ top1 / (weights @ mask) for mask in subsets.values()]
+            class_accuracy = np.bincount(labels, weights * top1) / np.bincount(labels, weights)
+        return [100.0 * float(value) for value in (*values, np.nanmean(class_accuracy))]
+
+    return BootstrapMetrics.from_function(images, ("top-1", "top-5", *subsets, "mean per class"), metrics)
 
 
 def compute_class_ranks(scores: Tensor, labels: Tensor) -> Tensor:

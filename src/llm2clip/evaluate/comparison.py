@@ -132,7 +132,10 @@ def build_recall_table(
     rows.append(_make_recall_row("chance", _get_both_recalls(first_row, " chance")))
     highlight = frozenset(range(len(rows), len(rows) + len(results)))
     for model, row in results.items():
-        intervals = [_format_recall_interval(row, direction) for direction in DIRECTIONS]
+        intervals = []
+        for direction in DIRECTIONS:
+            is_trivial = get_recalls(row, direction)[0] is None
+            intervals.append(None if is_trivial else format_interval(row[f"{direction} interval"]["R@1"]))
         median_ranks = [f"{row[direction]['median rank']:g}" for direction in DIRECTIONS]
         truncated = _format_truncated(row["truncated"], row["texts"])
         rows.append(_make_recall_row(model, recalls[model], intervals, median_ranks, truncated))
@@ -143,6 +146,8 @@ def build_recall_table(
         if difference:
             limits = [format_interval(difference[f"{direction} interval"]["R@1"], "+.1f") for direction in DIRECTIONS]
         rows.append(_make_recall_row(name, values, limits))
+    if all(row["truncated"] is None for row in results.values()):
+        return Table(header, [row[:-1] for row in rows], highlight)
     return Table([*header, "truncated"], rows, highlight)
 
 
@@ -282,11 +287,6 @@ def _subtract_recalls(
 def _get_both_recalls(row: dict[str, Any], suffix: str = "") -> list[float | None]:
     """Return R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I. See `get_recalls`."""
     return [recall for direction in DIRECTIONS for recall in get_recalls(row, direction, suffix)]
-
-
-def _format_recall_interval(row: Mapping[str, Any], direction: str) -> str | None:
-    first, *_ = get_recalls(row, direction)
-    return None if first is None else format_interval(row[f"{direction} interval"]["R@1"])
 
 
 def get_recalls(row: Mapping[str, Any], direction: str, suffix: str = "") -> list[float | None]:

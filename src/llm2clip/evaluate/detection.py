@@ -76,7 +76,7 @@ class DetectionResults:
     num_boxes: int  # number of proposals
     num_covered: int  # number of objects covered by a proposal
     num_objects: int  # number of objects except crowds
-    note: str  # see `ProposalSource.note`
+    note: str  # see `open_proposals`
     failures: dict[int, str]  # error for each unusable image, keyed by the image's index
 
     def describe_proposals(self, source: str) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def detect_objects(
     """
     model = get_model(embeddings)
     methods = select_variants(model, variants, required=not with_crops) + ([CROP] if with_crops else [])
-    source = open_proposals(proposals, data, process_state().device)
+    find_proposals, note = open_proposals(proposals, data, process_state().device)
     classes = encode_classes(embeddings, data.names, data.templates)
     objects = get_object_boxes(data)
     scales = get_logit_scales(model, LOGIT_SCALE)
@@ -147,7 +147,7 @@ def detect_objects(
         boxes: dict[int, Proposals] = {}
         detections: dict[int, dict[str, Detections]] = {index: {} for index in images}
         for index, image in images.items():
-            boxes[index] = source.find(data.image_ids[index], image).select_top(*image.shape[1:])
+            boxes[index] = find_proposals(data.image_ids[index], image).select_top(*image.shape[1:])
         for method in methods:
             corners = [image_boxes.boxes for image_boxes in boxes.values()]
             box_embeddings = encode_boxes(model, list(images.values()), corners, method)
@@ -165,7 +165,7 @@ def detect_objects(
     for index, (image_detections, _) in results.items():
         for method, detected in image_detections.items():
             by_method[method][data.image_ids[index]] = detected
-    return DetectionResults(by_method, scale_of_method, num_boxes, num_covered, num_objects, source.note, failures)
+    return DetectionResults(by_method, scale_of_method, num_boxes, num_covered, num_objects, note, failures)
 
 
 def drop_images(data: DetectionData, excluded: Collection[int]) -> DetectionData:
@@ -258,7 +258,7 @@ def compute_detection_metrics(
     recall_values = evaluator.params.recThrs
     resampled = []
     for weights in draw_bootstrap_counts(len(data.image_ids), resamples):
-        resampled.append([100 * _compute_weighted_ap(match, weights.numpy(), recall_values) for match in matches])
+        resampled.append([100 * _compute_weighted_ap(*match, weights.numpy(), recall_values) for match in matches])
     resampled_ap50 = np.array(resampled)  # (resamples, classes)
 
     ap50: dict[str, float] = {}
@@ -290,31 +290,22 @@ def to_result_rows(data: DetectionData, detections: Mapping[ImageId, Detections]
     return rows
 
 
-@dataclass
-class _ClassMatches:
-    """Detections of one class in all images, sorted by descending score and matched at an IoU threshold of 0.5.
-
-    Crowds, and detections that match a crowd, are excluded.
-    """
-
-    image: np.ndarray  # image index of each detection, of shape (N,)
-    is_correct: np.ndarray  # True for detections that match an object, bool of shape (N,)
-    objects: np.ndarray  # number of objects in each image, of shape (images,)
-
-
-def _compute_weighted_ap(matches: _ClassMatches, weights: np.ndarray, recall_values: np.ndarray) -> float:
+def _compute_weighted_ap(
+    image: np.ndarray, is_correct: np.ndarray, objects: np.ndarray, weights: np.ndarray, recall_values: np.ndarray
+) -> float:
     """Return the interpolated average precision of one class, counting image i `weights[i]` times.
 
     COCOeval would return this value for a dataset in which the images are repeated, unless scores are equal. The
-    precision is averaged over `recall_values`. The result is NaN if there are no objects.
+    precision is averaged over `recall_values`. The result is NaN if there are no objects. For the first three
+    arguments, see `_extract_class_matches`.
     """
-    num_objects = float(weights @ matches.objects)
+    num_objects = float(weights @ objects)
     if num_objects == 0:
         return float("nan")
-    if len(matches.image) == 0:
+    if len(image) == 0:
         return 0.0
-    weight = weights[matches.image]
-    true_positives = np.cumsum(weight * matches.is_correct)
+    weight = weights[image]
+    true_positives = np.cumsum(weight * is_correct)
     num_detections = np.cumsum(weight)
     precision = true_positives / np.maximum(num_detections, 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]  # maximum precision at this or any higher recall
@@ -362,7 +353,12 @@ def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]
     return evaluator
 
 
-def _extract_class_matches(evaluator: Any, k: int) -> _ClassMatches:
+def _extract_class_matches(evaluator: Any, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the detections of class k at an IoU threshold of 0.5, without crowds and detections that match a crowd.
+
+    The first two arrays have the image index of each detection, by descending score, and True if the detection matches
+    an object. The third one has the number of objects in each image.
+    """
     num_images = len(evaluator.params.imgIds)
     scores, images, is_correct = [np.zeros(0)], [np.zeros(0, int)], [np.zeros(0, bool)]
     objects = np.zeros(num_images)
@@ -375,4 +371,4 @@ def _extract_class_matches(evaluator: Any, k: int) -> _ClassMatches:
         images.append(np.full(int(counted.sum()), i))
         objects[i] = np.count_nonzero(np.asarray(result["gtIgnore"]) == 0)
     order = np.argsort(-np.concatenate(scores), kind="mergesort")  # stable, like COCOeval's sort
-    return _ClassMatches(np.concatenate(images)[order], np.concatenate(is_correct)[order], objects)
+    return np.concatenate(images)[order], np.concatenate(is_correct)[order], objects

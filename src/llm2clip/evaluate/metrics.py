@@ -100,79 +100,42 @@ def two_way_ranks(
             f"each of the {len(images)} images must have a text, and each text must belong to one of these images"
         )
     check_finite(images, texts)
-    tiles = _ScoreTiles(images, texts, owner, tile_size)
-    best_image, best_text = _compute_best_match_scores(tiles)
+    order = owner.argsort(stable=True)
+    owner = owner[order].to(images.device)
+    best_image, best_text = (torch.full((len(x),), -torch.inf, device=images.device) for x in (images, texts))
+    for rows, columns, scores, (row, column) in _iterate_tiles(images, texts, order, owner, tile_size, with_all=False):
+        best_text[columns][column] = scores[row, column]
+        best_image[rows].scatter_reduce_(0, row, scores[row, column], "amax")
 
-    # Counts of wrong answers are stored as float32, which is exact up to 2**24.
+    # The same matmuls as above score the wrong answers, so ties are exact. Counts are float32, exact up to 2**24.
     image_counts, text_counts = torch.zeros_like(best_image), torch.zeros_like(best_text)
-    for j in range(tiles.num_columns):
-        text_tile, text_range = tiles.get_texts(j), tiles.text_range(j)
-        for i in range(tiles.num_rows):
-            scores, image_range = tiles.get_images(i) @ text_tile.T, tiles.image_range(i)
-            scores[tiles.find_positives(i, j)] = -torch.inf
-            scores[len(images) - image_range.start :] = -torch.inf  # ignore the padding
-            scores[:, len(texts) - text_range.start :] = -torch.inf
-            image_counts[image_range] += _is_at_least(scores, best_image[image_range, None]).sum(1)
-            text_counts[text_range] += _is_at_least(scores, best_text[text_range]).sum(0)
-    image_ranks = image_counts[: len(images)].long().cpu()
-    text_ranks = text_counts[: len(texts)].long().cpu()
-    return image_ranks, torch.empty_like(text_ranks).index_copy_(0, tiles.order, text_ranks)
+    for rows, columns, scores, positives in _iterate_tiles(images, texts, order, owner, tile_size):
+        scores[positives] = -torch.inf
+        image_counts[rows] += _is_at_least(scores, best_image[rows, None]).sum(1)
+        text_counts[columns] += _is_at_least(scores, best_text[columns]).sum(0)
+    text_ranks = text_counts.long().cpu()
+    return image_counts.long().cpu(), torch.empty_like(text_ranks).index_copy_(0, order, text_ranks)
 
 
-class _ScoreTiles:
-    """Image-text score matrix, divided into tiles of `tile_size` images and 4 * `tile_size` texts.
+def _iterate_tiles(
+    images: Tensor, texts: Tensor, order: Tensor, owner: Tensor, tile_size: int, with_all: bool = True
+) -> Iterator[tuple[slice, slice, Tensor, tuple[Tensor, Tensor]]]:
+    """Yield the tiles of the score matrix: image range, text range, scores, and the indices of the positives in them.
 
-    Because texts are sorted by image, only a few tiles contain positives. The last tiles are zero-padded.
+    A tile has `tile_size` images and 4 * `tile_size` texts. `order` sorts the texts by image, and `owner` is the image
+    of each sorted text, so only a few tiles contain positives. If `with_all` is False, only those are computed.
     """
-
-    def __init__(self, images: Tensor, texts: Tensor, owner: Tensor, tile_size: int) -> None:
-        self._images, self._texts, self._device = images, texts, images.device
-        self.num_images = len(images)
-        self.height, self.width = tile_size, 4 * tile_size
-        self.num_rows = -(-len(images) // self.height)
-        self.num_columns = -(-len(texts) // self.width)
-        self.order = owner.argsort(stable=True)
-        self.owner = owner[self.order].to(images.device)
-
-    def image_range(self, i: int) -> slice:
-        return slice(i * self.height, (i + 1) * self.height)
-
-    def text_range(self, j: int) -> slice:
-        return slice(j * self.width, (j + 1) * self.width)
-
-    def get_images(self, i: int) -> Tensor:
-        return _pad_tile(self._images[self.image_range(i)].to(self._device, torch.float32), self.height)
-
-    def get_texts(self, j: int) -> Tensor:
-        texts = self._texts[self.order[self.text_range(j)]]
-        return _pad_tile(texts.to(self._device, torch.float32), self.width)
-
-    def find_positives(self, i: int, j: int) -> tuple[Tensor, Tensor]:
-        """Return the row and column indices of the positives within tile (i, j)."""
-        rows = self.owner[self.text_range(j)] - i * self.height
-        columns = ((rows >= 0) & (rows < self.height)).nonzero()[:, 0]
-        return rows[columns], columns
-
-
-def _compute_best_match_scores(tiles: _ScoreTiles) -> tuple[Tensor, Tensor]:
-    """Return the scores of each image's best caption and of each caption's image.
-
-    Negatives are later scored by the same matmuls, so ties are exact. Padding in the last tiles gets infinite scores,
-    which no negative can reach.
-    """
-    device = tiles.owner.device
-    best_image = torch.full((tiles.num_rows * tiles.height,), torch.inf, device=device)
-    best_text = torch.full((tiles.num_columns * tiles.width,), torch.inf, device=device)
-    best_image[: tiles.num_images] = -torch.inf
-    for j in range(tiles.num_columns):
-        text_tile = tiles.get_texts(j)
-        owners = tiles.owner[tiles.text_range(j)]
-        for i in range(int(owners[0]) // tiles.height, int(owners[-1]) // tiles.height + 1):
-            rows, columns = tiles.find_positives(i, j)
-            scores = (tiles.get_images(i) @ text_tile.T)[rows, columns]
-            best_text[columns + j * tiles.width] = scores
-            best_image.scatter_reduce_(0, rows + i * tiles.height, scores, "amax")
-    return best_image, best_text
+    for start in range(0, len(texts), 4 * tile_size):
+        columns = slice(start, min(start + 4 * tile_size, len(texts)))
+        text_tile = _pad_tile(texts[order[columns]].to(images.device, torch.float32), 4 * tile_size)
+        owners = owner[columns]
+        first, last = (0, len(images) - 1) if with_all else (int(owners[0]), int(owners[-1]))
+        for top in range(first // tile_size * tile_size, last + 1, tile_size):
+            rows = slice(top, min(top + tile_size, len(images)))
+            scores = _pad_tile(images[rows].float(), tile_size) @ text_tile.T
+            column = ((owners >= rows.start) & (owners < rows.stop)).nonzero()[:, 0]
+            positives = owners[column] - top, column
+            yield rows, columns, scores[: rows.stop - top, : len(owners)], positives
 
 
 def _pad_tile(vectors: Tensor, size: int) -> Tensor:

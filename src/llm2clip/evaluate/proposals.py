@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,18 +36,15 @@ class Proposals:
         return Proposals(boxes[order], self.scores[order])
 
 
-@dataclass
-class ProposalSource:
-    """Source of box proposals."""
-
-    find: Callable[[ImageId, Tensor], Proposals]  # takes an image id and a uint8 image of shape (3, H, W)
-    note: str = ""  # warning about unused boxes and images without boxes
+FindProposals = Callable[[ImageId, Tensor], Proposals]
+"""Function that takes an image id and a uint8 image of shape (3, H, W)."""
 
 
-def open_proposals(name: str, data: DetectionData, device: torch.device) -> ProposalSource:
+def open_proposals(name: str, data: DetectionData, device: torch.device) -> tuple[FindProposals, str]:
     """Open a source of box proposals: "ground-truth", a JSON file in COCO's results format, or a detector.
 
-    A detector is the folder or hub id of a transformers object detection model, whose class labels are ignored.
+    A detector is the folder or hub id of a transformers object detection model, whose class labels are ignored. The
+    returned string is a warning about unused boxes and images without boxes, or "".
 
     Raises:
         MissingFileError: If the JSON file does not exist.
@@ -56,11 +53,14 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> Prop
     """
     if name == GROUND_TRUTH:
         boxes_of_image = get_object_boxes(data)
-        return _make_lookup({key: Proposals(boxes, torch.ones(len(boxes))) for key, boxes in boxes_of_image.items()})
-    if name.endswith(".json"):
-        return _read_proposals(Path(name), data)
-    detect = _load_detector(name, device)
-    return ProposalSource(lambda image_id, image: detect(image))
+        proposals, note = {key: Proposals(boxes, torch.ones(len(boxes))) for key, boxes in boxes_of_image.items()}, ""
+    elif name.endswith(".json"):
+        proposals, note = _read_proposals(Path(name), data)
+    else:
+        detect = _load_detector(name, device)
+        return lambda image_id, image: detect(image), ""
+    nothing = Proposals(torch.zeros(0, 4), torch.zeros(0))
+    return lambda image_id, image: proposals.get(image_id, nothing), note
 
 
 def get_object_boxes(data: DetectionData) -> dict[ImageId, Tensor]:
@@ -72,12 +72,7 @@ def get_object_boxes(data: DetectionData) -> dict[ImageId, Tensor]:
     return {key: box_convert(torch.tensor(rows, dtype=torch.float32), "xywh", "xyxy") for key, rows in boxes.items()}
 
 
-def _make_lookup(proposals: Mapping[ImageId, Proposals], note: str = "") -> ProposalSource:
-    nothing = Proposals(torch.zeros(0, 4), torch.zeros(0))
-    return ProposalSource(lambda image_id, image: proposals.get(image_id, nothing), note)
-
-
-def _read_proposals(file: Path, data: DetectionData) -> ProposalSource:
+def _read_proposals(file: Path, data: DetectionData) -> tuple[dict[ImageId, Proposals], str]:
     """Read a JSON file in COCO's results format: a list of {"image_id", "bbox": [x, y, w, h], "score"}."""
     if not file.is_file():
         raise MissingFileError(f"{file}: no such file; --proposals expects a JSON file in COCO's results format")
@@ -107,7 +102,7 @@ def _read_proposals(file: Path, data: DetectionData) -> ProposalSource:
         boxes_and_scores = torch.tensor(image_rows)  # (N, 5)
         boxes = box_convert(boxes_and_scores[:, :4], "xywh", "xyxy")
         proposals[image_id] = Proposals(boxes, boxes_and_scores[:, 4])
-    return _make_lookup(proposals, f"{file}: {'; '.join(notes)}" if notes else "")
+    return proposals, f"{file}: {'; '.join(notes)}" if notes else ""
 
 
 def _parse_row(file: Path, number: int, row: Any) -> tuple[str, list[float]]:

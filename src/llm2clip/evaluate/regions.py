@@ -28,7 +28,7 @@ from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import iter_image_batches, load_image, make_thumbnail
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.benchmarks.base import BenchmarkResult, RegionData
-from llm2clip.evaluate.classification import compute_class_ranks, count_texts, encode_classes
+from llm2clip.evaluate.classification import bootstrap_accuracy, compute_class_ranks, count_texts, encode_classes
 from llm2clip.evaluate.embeddings import BATCH_SIZE, EmbeddingSource, ModelEmbeddings
 from llm2clip.evaluate.metrics import BootstrapMetrics
 from llm2clip.models.dual_encoder import DualEncoder
@@ -228,29 +228,12 @@ def _predict_classes(regions: Tensor, indices: Sequence[int], data: RegionData, 
 
 
 def compute_region_metrics(data: RegionData, predictions: RegionPredictions) -> BootstrapMetrics:
-    """Return accuracies in percent, bootstrapped over images because regions of the same image are correlated.
-
-    The metrics are "top-1", "top-5", "mean per class" (top-1 accuracy averaged over the classes that have regions), and
-    "small", "medium" and "large" (top-1 accuracy for each COCO size class that has regions).
-    """
+    """Return the result of `bootstrap_accuracy`, with a subset for each COCO size class that has regions."""
     indices, image = np.unique(predictions.image, return_inverse=True)
     labels, areas = (np.concatenate([values[i] for i in indices]) for values in (data.labels, data.areas))
-    hits = (predictions.rank < 1).astype(np.float64)
-    everything = np.ones(len(hits), bool)
-    selections = {"top-1": (hits, everything), "top-5": ((predictions.rank < 5).astype(np.float64), everything)}
-    for name, (low, high) in SIZE_LIMITS.items():
-        in_size_class = (areas >= low) & (areas < high)
-        if in_size_class.any():
-            selections[name] = (hits, in_size_class)
-
-    def metrics(image_weights: np.ndarray) -> list[float]:
-        weights = image_weights[image]  # of the regions
-        with np.errstate(invalid="ignore"):  # a resample may lack regions of a size or class (0 / 0)
-            values = [(weights * mask) @ correct / (weights @ mask) for correct, mask in selections.values()]
-            class_accuracy = np.bincount(labels, weights * hits) / np.bincount(labels, weights)
-        return [100.0 * float(value) for value in (*values, np.nanmean(class_accuracy))]
-
-    return BootstrapMetrics.from_function(indices.tolist(), [*selections, "mean per class"], metrics)
+    sizes = {name: (areas >= low) & (areas < high) for name, (low, high) in SIZE_LIMITS.items()}
+    sizes = {name: in_size_class for name, in_size_class in sizes.items() if in_size_class.any()}
+    return bootstrap_accuracy(predictions.rank, labels, indices.tolist(), image, sizes)
 
 
 def compute_class_accuracy(data: RegionData, predictions: RegionPredictions) -> list[float | None]:
@@ -298,18 +281,15 @@ def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[T
         boxes: Boxes in each image as (left, top, right, bottom) in pixels, float32 of shape (R, 4).
         method: "crop" or a dense feature variant.
     """
-    if method == CROP:
-        crops = torch.cat([torch.empty(0, model.embed_dim), *_encode_crops(model, images, boxes)])
-        return list(crops.split([len(image_boxes) for image_boxes in boxes]))
-    assert model.dense is not None
-    return encode_dense_boxes(model.dense, images, boxes, method, model.embed_dim)
-
-
-def _encode_crops(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[Tensor]) -> Iterator[Tensor]:
+    if method != CROP:
+        assert model.dense is not None
+        return encode_dense_boxes(model.dense, images, boxes, method, model.embed_dim)
     pairs = zip(images, boxes, strict=True)
     crops = (crop_region(image, box) for image, image_boxes in pairs for box in image_boxes.tolist())
+    embeddings = [torch.empty(0, model.embed_dim)]
     while batch := [model.transform(crop) for crop in islice(crops, BATCH_SIZE)]:
-        yield model.encode_images(batch)
+        embeddings.append(model.encode_images(batch))
+    return list(torch.cat(embeddings).split([len(image_boxes) for image_boxes in boxes]))
 
 
 def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:

@@ -213,21 +213,21 @@ def _score_queries(
             length_prompts, counts = build_query_prompts([query.text for query in length_queries], templates)
             rows = [row_of_prompt[prompt] for prompt in length_prompts]
             vectors = torch.from_numpy(average_prompts(prompt_vectors[rows].numpy(), counts))
-            scores.append(_score_length(words, length_queries, vectors, images))
+            relevant = [query.relevant for query in length_queries]
+            ranks = compute_positive_ranks(vectors, images, relevant)
+            precisions = [compute_average_precision(query_ranks) for query_ranks in ranks]
+            chances = [compute_chance_average_precision(len(indices), len(images)) for indices in relevant]
+            scores.append(
+                LengthScores(
+                    words=words,
+                    queries=length_queries,
+                    scores=torch.tensor(precisions, dtype=torch.float64),
+                    chance=statistics.fmean(chances),
+                    mean_relevant=statistics.fmean(map(len, relevant)),
+                )
+            )
         results.append(scores)
     return results
-
-
-def _score_length(words: str, queries: Sequence[LabelledQuery], vectors: Tensor, images: Tensor) -> LengthScores:
-    relevant = [query.relevant for query in queries]
-    ranks = compute_positive_ranks(vectors, images, relevant)
-    return LengthScores(
-        words=words,
-        queries=queries,
-        scores=torch.tensor([compute_average_precision(query_ranks) for query_ranks in ranks], dtype=torch.float64),
-        chance=statistics.fmean(compute_chance_average_precision(len(indices), len(images)) for indices in relevant),
-        mean_relevant=statistics.fmean(map(len, relevant)),
-    )
 
 
 # ---- queries ---------------------------------------------------------------------------------------------------------

@@ -48,29 +48,8 @@ OBJECTS_FILE = Path(__file__).with_name("objects.txt")
 UNCOUNTABLE = ("snow",)
 OBJECTS_PER_IMAGE = 3  # maximum number of present objects per image, and of absent objects (k in POPE)
 
-_FLATTEN_CONTENT = """{%- set flat = namespace(messages=[]) -%}
-{%- for message in messages -%}
-  {%- set content = namespace(text='') -%}
-  {%- if message['content'] is string -%}
-    {%- set content.text = message['content'] -%}
-  {%- else -%}
-    {%- for part in message['content'] -%}
-      {%- if part['type'] == 'image' -%}{%- set content.text = content.text + '<image>\n' -%}
-      {%- elif part['type'] == 'text' -%}{%- set content.text = content.text + part['text'] -%}{%- endif -%}
-    {%- endfor -%}
-  {%- endif -%}
-  {%- set flat.messages = flat.messages + [{'role': message['role'], 'content': content.text}] -%}
-{%- endfor -%}
-{%- set messages = flat.messages -%}
-"""
-_VICUNA_TEMPLATE = """{{- 'A chat between a curious user and an artificial intelligence assistant. ' -}}
-{{- "The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
-{%- for message in messages -%}
-  {%- if message['role'] == 'user' -%}{{- 'USER: ' + message['content'] + ' ' -}}
-  {%- elif message['role'] == 'assistant' -%}{{- 'ASSISTANT: ' + message['content'] + eos_token -}}{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-"""
+_FLATTEN_CONTENT = Path(__file__).with_name("flatten_content.jinja").read_text(encoding="utf-8")
+_VICUNA_TEMPLATE = Path(__file__).with_name("vicuna.jinja").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +59,6 @@ class Conversation:
     id: str
     image: ImageRef | None
     turns: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LabeledTokens:
-    """A conversation's token ids, and one label per token: the token id within answers, IGNORE_INDEX elsewhere."""
-
-    ids: list[int]
-    labels: list[int]
 
 
 def read_conversations(
@@ -305,7 +276,7 @@ def find_answer_end_token(tokenizer: Any) -> int:
         ValueError: the sample's labels do not decode to its answers, or `tokenize_and_label` rejects the template.
     """
     conversation = Conversation("", None, (("A question?", "An answer."), ("Another?", "Yes.")))
-    labels = [label for label in tokenize_and_label(conversation, tokenizer, 0).labels if label != IGNORE_INDEX]
+    labels = [label for label in tokenize_and_label(conversation, tokenizer, 0)[1] if label != IGNORE_INDEX]
     decoded = tokenizer.decode(labels, skip_special_tokens=True)
     if re.sub(r"\s", "", decoded) != "Ananswer.Yes.":
         raise ValueError(f"the LLM's chat template changes 'An answer.' and 'Yes.' to {decoded!r}. Use another LLM")
@@ -338,14 +309,16 @@ def clean_text(text: str) -> str:
     return text.strip()
 
 
-def tokenize_and_label(conversation: Conversation, tokenizer: Any, num_image_tokens: int) -> LabeledTokens:
+def tokenize_and_label(
+    conversation: Conversation, tokenizer: Any, num_image_tokens: int
+) -> tuple[list[int], list[int]]:
     """Tokenize a conversation and label its answers, including the special token that ends each answer.
 
     The chat template is first rendered with numbered placeholders in place of the answers. This locates the exact span
-    of each answer with any template.
+    of each answer with any template. Each image takes up `num_image_tokens` tokens.
 
-    Args:
-        num_image_tokens: number of tokens per image.
+    Returns:
+        The token ids, and one label per token: the token id within answers, IGNORE_INDEX elsewhere.
 
     Raises:
         ValueError: the template drops an answer or has no special token after an answer.
@@ -358,7 +331,9 @@ def tokenize_and_label(conversation: Conversation, tokenizer: Any, num_image_tok
     rendered = tokenizer.apply_chat_template(
         messages, chat_template=get_chat_template(tokenizer), tokenize=False, add_generation_prompt=False
     )
-    special_tokens = _get_special_tokens(tokenizer)
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    # Some added tokens are missing in `all_special_tokens`.
+    special_tokens = sorted({*tokenizer.all_special_tokens, *added} - {IMAGE_TOKEN}, key=len, reverse=True)
     text = ""
     spans = []  # (start, end) of each answer in the text, including the token that ends the answer
     for n, answer in enumerate(answers):
@@ -383,14 +358,9 @@ def _make_placeholder(n: int) -> str:
     return f"{PLACEHOLDER_MARKS[0]}{n}{PLACEHOLDER_MARKS[1]}"
 
 
-def _get_special_tokens(tokenizer: Any) -> list[str]:
-    """Return all special tokens except `<image>`, longest first. `all_special_tokens` omits some added tokens."""
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted({*tokenizer.all_special_tokens, *added} - {IMAGE_TOKEN}, key=len, reverse=True)
-
-
-def _label_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any, num_image_tokens: int) -> LabeledTokens:
-    """Tokenize a text, expand each `<image>` to `num_image_tokens` tokens, and label the tokens within `spans`."""
+def _label_spans(
+    text: str, spans: list[tuple[int, int]], tokenizer: Any, num_image_tokens: int
+) -> tuple[list[int], list[int]]:
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     encoded = tokenizer(text, add_special_tokens=not has_bos, return_offsets_mapping=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -405,4 +375,4 @@ def _label_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any, num_im
         in_answer = any(span_start < end <= span_end for span_start, span_end in spans)
         ids.append(token)
         labels.append(token if in_answer else IGNORE_INDEX)
-    return LabeledTokens(ids, labels)
+    return ids, labels

@@ -198,10 +198,10 @@ class ConversationDataset(Dataset):
     def _load_item(self, index: int) -> dict[str, Any] | str:
         conversation = self.conversations[index]
         try:
-            labeled = tokenize_and_label(conversation, self.tokenizer, self.num_image_tokens)
+            ids, labels = tokenize_and_label(conversation, self.tokenizer, self.num_image_tokens)
         except (TypeError, ValueError) as error:
             return f"conversation {conversation.id} cannot be tokenized ({error})"
-        item: dict[str, Any] = {"ids": labeled.ids[: self.max_length], "labels": labeled.labels[: self.max_length]}
+        item: dict[str, Any] = {"ids": ids[: self.max_length], "labels": labels[: self.max_length]}
         if all(label == IGNORE_INDEX for label in item["labels"]):
             return f"conversation {conversation.id} has no answer within {self.max_length} tokens"
         if conversation.image is None:

@@ -94,7 +94,9 @@ def train_llava(
         for stage in STAGES:
             usable = conversations[stage]
             if store is not None:
-                usable = _drop_unusable_conversations(usable, store)
+                images = [conversation.image for conversation in usable if conversation.image is not None]
+                in_store = iter(store.find_keys(make_image_keys(images)) >= 0)
+                usable = [conversation for conversation in usable if conversation.image is None or next(in_store)]
             if conversations[stage] and not usable:
                 raise ValueError(f"none of the images of the {stage} conversations can be decoded")
             if usable and not (out / stage / TRAINED_WEIGHTS).is_file():
@@ -152,12 +154,6 @@ def _cache_features(
     return store_image_features(refs, features, features.identity(), folder, log, batch_size=32, workers=workers)
 
 
-def _drop_unusable_conversations(conversations: Sequence[Conversation], store: EmbeddingStore) -> list[Conversation]:
-    images = [conversation.image for conversation in conversations if conversation.image is not None]
-    in_store = iter(store.find_keys(make_image_keys(images)) >= 0)
-    return [conversation for conversation in conversations if conversation.image is None or next(in_store)]
-
-
 def _train_stage(
     stage: str,
     source: str,
@@ -196,9 +192,6 @@ def _train_stage(
         {"batch_size": batch_size, "conversations": hash_texts(texts), "processes": state.num_processes}
     )
     dataset = ConversationDataset(conversations, processor, num_image_tokens, max_length=config.max_length, store=store)
-    sampler = (
-        LengthGroupedSampler(dataset.estimate_lengths(), batch_size, config.seed) if config.group_by_length else None
-    )
     lr_setting = "--llava.pretrain_lr" if stage == "pretrain" else "--llava.lr"
     training_log = TrainingLog(folder / "metrics.jsonl", checkpoints, stage, f"Lower {lr_setting}", log_summary=True)
     trainer = _LlavaTrainer(
@@ -206,9 +199,10 @@ def _train_stage(
         args=_make_training_arguments(stage, config, folder, batch_size, precision),
         train_dataset=dataset,
         data_collator=LlavaCollator(processor.tokenizer, num_image_tokens, empty_image),
-        sampler=sampler,
-        features=features,
     )
+    trainer.features = features
+    if config.group_by_length:
+        trainer.sampler = LengthGroupedSampler(dataset.estimate_lengths(), batch_size, config.seed)
     training_log.add_to(trainer)
     # On CPUs, attention from plain matmuls is faster, as in `tune`.
     with sdpa_kernel(SDPBackend.MATH) if state.device.type == "cpu" else nullcontext():
@@ -217,7 +211,6 @@ def _train_stage(
 
 
 def _save_trained_weights(trainer: Trainer, model: nn.Module, folder: Path) -> None:
-    """Save the weights that a stage has trained. Raise FloatingPointError if they are not finite."""
     full_state = trainer.accelerator.get_state_dict(trainer.model)  # FSDP gathers weights from all ranks
     if process_state().is_main_process:
         names = sorted(name for name, weight in model.named_parameters() if weight.requires_grad)
@@ -269,18 +262,10 @@ def _make_training_arguments(
 
 
 class _LlavaTrainer(TrainingStateMixin, Trainer):
-    """Trainer that groups batches by length and runs the vision tower outside the model.
+    """Trainer that groups batches by length and runs the vision tower outside the model."""
 
-    If `sampler` is None, the Trainer's default sampler is used. If `features` is None, batches must already contain
-    patch features.
-    """
-
-    def __init__(
-        self, *, sampler: LengthGroupedSampler | None, features: PatchFeatures | None, **arguments: Any
-    ) -> None:
-        super().__init__(**arguments)
-        self.sampler = sampler
-        self.features = features
+    sampler: LengthGroupedSampler | None = None  # None stands for the Trainer's default sampler
+    features: PatchFeatures | None = None  # None if batches already contain patch features
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.sampler if self.sampler is not None else super()._get_train_sampler(train_dataset)

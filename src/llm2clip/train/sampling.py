@@ -345,17 +345,11 @@ class CaptionSampler:
         `used` is a boolean mask of the kinds that can be sampled for each image, of shape (kinds, N). `numbers` are
         random numbers in [0, 1) of shape (captions_per_image, N).
         """
-        kinds = np.empty(numbers.shape, np.int64)
-        codes = 2 ** np.arange(len(used)) @ used  # images with the same code have the same kinds of captions
-        for code in np.unique(codes):
-            same_kinds = np.flatnonzero(codes == code)
-            kinds_of_code = np.flatnonzero(used[:, same_kinds[0]])
-            weights = self.weights[kinds_of_code]
-            if not weights.any():
-                weights = np.ones(len(kinds_of_code))
-            cumulative = np.cumsum(weights / weights.sum())
-            cumulative /= cumulative[-1]
-            kinds[:, same_kinds] = kinds_of_code[cumulative.searchsorted(numbers[:, same_kinds], side="right")]
+        weights = np.where(used, self.weights[:, None], 0.0)
+        weights = np.where(weights.any(axis=0), weights, used)
+        cumulative = np.cumsum(weights / weights.sum(axis=0), axis=0)  # (kinds, N)
+        cumulative /= cumulative[-1]
+        kinds: np.ndarray = (cumulative[:, None] <= numbers).sum(axis=0)
         return kinds
 
 

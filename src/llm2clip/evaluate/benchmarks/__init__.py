@@ -1,7 +1,6 @@
 """Readers for public benchmarks as distributed by their authors, with the protocol and source of each benchmark."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,21 @@ import yaml
 
 from llm2clip.evaluate.benchmarks import classification, coco_instances, retrieval, segmentation
 from llm2clip.evaluate.benchmarks.base import Benchmark
-from llm2clip.evaluate.benchmarks.classification import FOLDER_PREFIX, make_folder_benchmark
-from llm2clip.evaluate.benchmarks.coco_instances import make_coco_file_benchmark, read_boxes, read_objects
-from llm2clip.evaluate.benchmarks.segmentation import SEGMENTATION_PREFIX, make_segmentation_benchmark
-from llm2clip.io_utils import MissingFileError
+from llm2clip.evaluate.benchmarks.classification import read_class_folders
+from llm2clip.evaluate.benchmarks.coco_instances import read_boxes, read_objects
+from llm2clip.evaluate.benchmarks.segmentation import read_coco_masks, read_mask_folder
+from llm2clip.io_utils import MissingFileError, find_first
 from llm2clip.published_results import get_published_metrics, get_published_rows
 from llm2clip.reports import Table, render_markdown
 
-USER_BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Benchmark]] = {
-    FOLDER_PREFIX: make_folder_benchmark,
-    "boxes:": partial(make_coco_file_benchmark, "boxes:", "regions", read_boxes),
-    SEGMENTATION_PREFIX: make_segmentation_benchmark,
-    "detection:": partial(make_coco_file_benchmark, "detection:", "detection", read_objects),
+USER_BENCHMARKS: dict[str, tuple[Any, str, Callable[[Path, Sequence[str]], Any]]] = {
+    "folder:": ("classification", "one folder of images per class", read_class_folders),
+    "boxes:": ("regions", "boxes with class names", read_boxes),
+    "segmentation:": ("segmentation", "images with masks", read_coco_masks),
+    "detection:": ("detection", "objects with boxes", read_objects),
 }
-"""Functions that create a benchmark from the user's data and prompt templates, keyed by name prefix."""
+"""Kind, description and reader of benchmarks from the user's data, keyed by name prefix. See `_make_user_benchmark`."""
+COCO_SOURCE = "a JSON file in COCO's format, with the images in the same folder or in images/"
 
 
 def _load_benchmarks() -> dict[str, Benchmark]:
@@ -55,13 +55,31 @@ def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[
     user_benchmarks = []
     for name in names:
         if has_user_data(name):
-            prefix = next(prefix for prefix in USER_BENCHMARKS if name.startswith(prefix))
-            user_benchmarks.append(USER_BENCHMARKS[prefix](name.removeprefix(prefix), templates))
+            user_benchmarks.append(_make_user_benchmark(name, templates))
         elif name not in BENCHMARKS and name != "all":
             choices = [*BENCHMARKS, "all", *(f"{prefix}PATH" for prefix in USER_BENCHMARKS)]
             raise ValueError(f"unknown benchmark {name!r}; choose from {', '.join(choices)}")
     public = [benchmark for benchmark in BENCHMARKS.values() if "all" in names or benchmark.name in names]
     return public + user_benchmarks
+
+
+def _make_user_benchmark(name: str, templates: Sequence[str]) -> Benchmark:
+    prefix = next(prefix for prefix in USER_BENCHMARKS if name.startswith(prefix))
+    path = Path(name.removeprefix(prefix)).expanduser().absolute()
+    kind, description, read = USER_BENCHMARKS[prefix]
+    folder, source = path.parent, COCO_SOURCE
+    if prefix == "folder:":
+        folder, source = path, "one folder of images per class"
+    elif prefix == "segmentation:" and not name.endswith(".json"):
+        folder, read, source = path, read_mask_folder, "a folder with images/, masks/ (PNGs) and classes.txt"
+    return Benchmark(
+        name=name,
+        kind=kind,
+        description=description,
+        folders=(str(folder),),
+        read=lambda folder: read(folder if folder == path else find_first(folder, path.name), templates),
+        source=source,
+    )
 
 
 def list_benchmarks(root: Path) -> list[str]:

@@ -7,7 +7,6 @@ are sorted by WordNet id, and the list of ids comes from timm.
 
 import io
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from PIL import Image
 
 from llm2clip.data.image_refs import FileImage, ImageRef, MemoryImage
 from llm2clip.evaluate.benchmarks.base import (
-    Benchmark,
     ClassificationData,
     CompositionalExample,
     check_files,
@@ -35,40 +33,18 @@ from llm2clip.io_utils import (
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a close-up photo of a {}.", "a photo of the {}.")
 NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "templates.txt"
-FOLDER_PREFIX = "folder:"
 CIFAR_PIXELS = 3 * 32 * 32
 SUGARCREPE_KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 
 
-def make_folder_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
-    """Create a zero-shot classification benchmark from the user's folder `name`. See `read_class_folders`.
-
-    The folder can also contain test/ or val/, with one subfolder per class.
-    """
-
-    def read(folder: Path) -> ClassificationData:
-        split = next((split for split in ("test", "val") if any(folder.glob(f"{split}/*/"))), "")
-        data = read_class_folders(folder, split)
-        return replace(data, templates=templates) if templates else data
-
-    return Benchmark(
-        name=FOLDER_PREFIX + name,
-        kind="classification",
-        description="one folder of images per class",
-        folders=(str(Path(name).expanduser().absolute()),),
-        read=read,
-        source="one folder of images per class",
-    )
-
-
-def read_class_folders(folder: Path, split: str = "") -> ClassificationData:
-    """Read images from one subfolder per class. The subfolders are in `folder`, or in `folder/split` if `split` is set.
+def read_class_folders(folder: Path, templates: Sequence[str] = ()) -> ClassificationData:
+    """Read images from one subfolder per class. The subfolders are in `folder`, or in its subfolder test/ or val/.
 
     Class names are read from `folder/classnames.txt`, whose lines have the form "FOLDER<tab>NAME". Without this file,
     the folder names are used, with underscores replaced by spaces. If `folder/templates.txt` exists, each of its lines
-    is a prompt template.
+    is a prompt template, unless `templates` are given.
     """
-    root = folder / split
+    root = folder / next((split for split in ("test", "val") if any(folder.glob(f"{split}/*/"))), "")
     class_dirs = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     class_dirs = [path for path in class_dirs if _list_image_files(path)]
     if not class_dirs:
@@ -76,15 +52,15 @@ def read_class_folders(folder: Path, split: str = "") -> ClassificationData:
     names = [path.name.replace("_", " ") for path in class_dirs]
     if (folder / NAMES_FILE).exists():
         names = _read_class_names(folder / NAMES_FILE, class_dirs)
-    templates: Sequence[str] = TEMPLATES
+    folder_templates: Sequence[str] = TEMPLATES
     if (folder / TEMPLATES_FILE).exists():
-        templates = read_lines(folder / TEMPLATES_FILE)
-        for template in templates:
+        folder_templates = read_lines(folder / TEMPLATES_FILE)
+        for template in folder_templates:
             if "{}" not in template:
                 raise DataFormatError(
                     f"{folder / TEMPLATES_FILE}: the template {template!r} has no {{}} for the class name"
                 )
-    return _read_images(class_dirs, names, templates)
+    return _read_images(class_dirs, names, templates or folder_templates)
 
 
 def _read_class_names(file: Path, class_dirs: Sequence[Path]) -> list[str]:

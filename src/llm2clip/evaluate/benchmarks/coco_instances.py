@@ -11,11 +11,11 @@ are removed, and images without any remaining object are excluded.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from llm2clip.data.formats.text_files import drop_unused_keys, find_image_folder
 from llm2clip.data.image_header import MAX_PIXELS
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.evaluate.benchmarks.base import (
-    Benchmark,
     DetectionData,
     ImageId,
     RegionData,
@@ -34,11 +33,6 @@ from llm2clip.evaluate.benchmarks.classification import get_imagenet_templates
 from llm2clip.io_utils import DataFormatError, MissingFileError, check_extra, find_first, read_json
 
 MIN_SIDE = 1.0  # minimum width and height of a box in pixels, for region classification
-DESCRIPTIONS = {  # descriptions of benchmarks created from the user's own files
-    "regions": "boxes with class names",
-    "segmentation": "images with masks",
-    "detection": "objects with boxes",
-}
 CROWD, DEGENERATE = "crowd", "smaller than a pixel"  # reasons for excluding a box
 
 
@@ -51,25 +45,6 @@ class Instances:
     sizes: dict[ImageId, tuple[int, int]]  # width and height of each image in pixels
     annotations: list[dict[str, Any]]  # objects; their "image_id" and "category_id" are keys of `images` and `names`
     names: dict[Any, str]  # keyed by category id and sorted by id; underscores are replaced by spaces
-
-
-def make_coco_file_benchmark(
-    prefix: str,
-    kind: Literal["regions", "segmentation", "detection"],
-    read: Callable[[Path, Sequence[str]], Any],
-    name: str,
-    templates: Sequence[str] = (),
-) -> Benchmark:
-    """Create a benchmark from the user's JSON file `name` in COCO's format. `read` takes the file and the templates."""
-    file = Path(name).expanduser().absolute()
-    return Benchmark(
-        name=prefix + name,
-        kind=kind,
-        description=DESCRIPTIONS[kind],
-        folders=(str(file.parent),),
-        read=lambda folder: read(find_first(folder, file.name), templates),
-        source="a JSON file in COCO's format, with the images in the same folder or in images/",
-    )
 
 
 def read_instances(file: Path, with_masks: bool = False, needs_pycocotools: bool = False) -> Instances:

@@ -18,7 +18,6 @@ from PIL import Image
 from llm2clip.data.image_refs import FileImage, ImageRef
 from llm2clip.evaluate.benchmarks.base import (
     IGNORED,
-    Benchmark,
     ImageId,
     SegmentationData,
     check_files,
@@ -29,13 +28,11 @@ from llm2clip.evaluate.benchmarks.coco_instances import (
     Instances,
     decode_mask,
     find_instances_file,
-    make_coco_file_benchmark,
     make_image_refs,
     read_instances,
 )
 from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, read_lines
 
-SEGMENTATION_PREFIX = "segmentation:"
 CLASSES_FILE = "classes.txt"
 BACKGROUND = "background"  # name of the first class in `CLASSES_FILE` if the dataset has a background
 _WITH_BACKGROUND: dict[str, Any] = {"has_background": True, "logit_scale": 50, "min_probability": 0.1}
@@ -54,32 +51,19 @@ def read_class_names(name: str) -> list[list[str]]:
     return [line.split(", ") for line in with_source if not line.startswith("#")]
 
 
-def make_segmentation_benchmark(name: str, templates: Sequence[str] = ()) -> Benchmark:
-    """Create a segmentation benchmark from a folder, or from a JSON file in COCO's format with a "segmentation".
-
-    A folder must contain images/, masks/ (one PNG per image, with the same name) and classes.txt. Line n of classes.txt
-    lists the comma-separated names of the class with pixel value n - 1. Pixels with the value 255 are ignored. If the
-    first class is "background", the protocol for datasets with a background is used.
-    """
-    if name.endswith(".json"):
-        return make_coco_file_benchmark(SEGMENTATION_PREFIX, "segmentation", _read_masks, name, templates)
-    return Benchmark(
-        name=SEGMENTATION_PREFIX + name,
-        kind="segmentation",
-        description="images with masks",
-        folders=(str(Path(name).expanduser().absolute()),),
-        read=partial(_read_mask_folder, templates=templates),
-        source="a folder with images/, masks/ (PNGs) and classes.txt",
-    )
-
-
-def _read_masks(file: Path, templates: Sequence[str]) -> SegmentationData:
+def read_coco_masks(file: Path, templates: Sequence[str]) -> SegmentationData:
+    """Read a JSON file in COCO's format whose annotations have a "segmentation"."""
     instances = read_instances(file, with_masks=True)
     names = [[class_name] for class_name in instances.names.values()]
     return _build_from_instances(instances, names, templates or get_imagenet_templates())
 
 
-def _read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData:
+def read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData:
+    """Read a folder with images/, masks/ (one PNG per image, with the same name) and classes.txt.
+
+    Line n of classes.txt lists the comma-separated names of the class with pixel value n - 1. Pixels with the value 255
+    are ignored. If the first class is "background", the protocol for datasets with a background is used.
+    """
     classes_file = find_first(folder, CLASSES_FILE)
     try:
         # Keep empty lines between classes: they are reported as errors below instead of shifting the class indices.
