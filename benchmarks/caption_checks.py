@@ -33,7 +33,7 @@ from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.models.dual_encoder import open_dual_encoder
-from shared import memory_mb, reset_peak_memory
+from measurements import memory_mb, reset_peak_memory
 
 MODEL = "synthetic"
 PROMPTS = tuple(Prompt(name, "short", f"Write the {name} caption.") for name in ("first", "second", "third", "fourth"))

@@ -23,7 +23,7 @@ from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.train.losses import info_nce
 from llm2clip.train.optim import compute_cached_loss
-from shared import memory_mb, reset_peak_memory
+from measurements import memory_mb, reset_peak_memory
 
 TEXT_DIM = 576
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.train.losses import info_nce, sigmoid_loss
-from shared import memory_mb, reset_peak_memory
+from measurements import memory_mb, reset_peak_memory
 
 SCALE, BIAS = 20.0, -10.0
 clip_loss, siglip_loss = ClipLoss(), SigLipLoss()

@@ -44,7 +44,8 @@ from llm2clip.search.relevance import embed_texts
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import IndexedContent, IndexedImage
 from llm2clip.search.words import split_words
-from shared import memory_mb, read_rows, reset_peak_memory
+from measurements import memory_mb, reset_peak_memory
+from shared import read_rows
 
 WORDS_FILE = Path(__file__).with_name("ocr_words.json")
 DRAWN = 140  # number of photographs with drawn words

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip.evaluate.metrics import KS, recall, two_way_ranks
-from shared import memory_mb, reset_peak_memory
+from measurements import memory_mb, reset_peak_memory
 
 
 def random_embeddings(num_images: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

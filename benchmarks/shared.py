@@ -1,4 +1,4 @@
-"""Helpers shared by several benchmarks: process memory, JSONL files, llm2clip commands and search servers."""
+"""Captions, JSONL files, llm2clip commands and search servers for benchmarks."""
 
 import json
 import os
@@ -14,23 +14,26 @@ from typing import Any
 from llm2clip.io_utils import atomic_write_jsonl
 
 
-def memory_mb(name: str) -> float:
-    """Return the memory of this process in MB: current memory for VmRSS, or peak memory for VmHWM."""
-    with open("/proc/self/status") as file:
-        return next(float(line.split()[1]) for line in file if line.startswith(name)) / 1e3
-
-
-def reset_peak_memory() -> float:
-    """Reset the recorded peak memory of this process, and return its current memory in MB."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    return memory_mb("VmRSS")
-
-
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSONL file."""
     with file.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
+
+
+def split_paragraphs(data: Path, split: str) -> Iterator[dict[str, Any]]:
+    """Yield the two halves of each paragraph of a split as captions."""
+    for row in read_rows(data / "stanford_paragraphs_text/captions.jsonl"):
+        sentences = re.split(r"(?<=[.!?])\s+", row["long_captions"][0].strip())
+        middle = len(sentences) // 2
+        if middle and row["split"] == split:
+            yield {"id": row["id"], "captions": [" ".join(sentences[:middle]), " ".join(sentences[middle:])]}
+
+
+def pair_languages(data: Path, language: str) -> Iterator[dict[str, Any]]:
+    """Yield a caption in another language and an English caption of each image in Flickr8k's test split."""
+    for row in read_rows(data / "flickr8k_text/captions.jsonl"):
+        if row.get(f"captions_{language}"):
+            yield {"id": row["id"], "captions": [row[f"captions_{language}"][0], row["captions"][0]]}
 
 
 def write_rows_once(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
