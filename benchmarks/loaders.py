@@ -91,7 +91,7 @@ def make_collator() -> Callable[[list[dict[str, Any]]], Any]:
 def make_decoder() -> Callable[[bytes], Any]:
     """Return a function that decodes and crops a JPEG file as `align` does."""
     preprocess = Preprocess(IMAGE_SIZE, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
-    transform, generator = TrainTransform(preprocess, 0.9), torch.Generator().manual_seed(0)
+    transform, generator = TrainTransform(preprocess), torch.Generator().manual_seed(0)
     return lambda data: transform(decode_image(data), generator)
 
 
