@@ -4,10 +4,11 @@ import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,15 @@ def run_llm2clip(command: Sequence[str], log: Path) -> None:
         process = subprocess.run([sys.executable, "-m", "llm2clip", *command], stdout=output, stderr=output)
     if process.returncode:
         raise SystemExit(f"command failed (see {log}): llm2clip {shlex.join(command)}")
+
+
+def make_flags(section: str, settings: Mapping[str, object]) -> list[str]:
+    """Return the command-line flags of settings of a section, such as `--align.epochs=1`."""
+    return [f"--{section}.{name}={value}" for name, value in settings.items()]
+
+
+def format_mean_std(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.1f} ± {statistics.pstdev(values):.1f}"
 
 
 def start_server(index: str, token: str, port: int = 0) -> tuple[subprocess.Popen[str], int]:

@@ -54,9 +54,9 @@ def test_reproduce_tests_claims_and_caches_results(
     config: ReproduceConfig, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    report = reproduce.test_claims(image_folder, out, config, [1, 3, 5, 6])
+    report = reproduce.test_claims(image_folder, out, config, [1, 3, 4, 5, 6])
     claims = {int(file.stem): json.loads(file.read_text()) for file in (out / "claims").iterdir()}
-    assert sorted(claims) == [1, 3, 5, 6]
+    assert sorted(claims) == [1, 3, 4, 5, 6]
     assert [row[0] for row in claims[1]["rows"]] == [
         "llm, first 2 layers, raw",
         "baseline",
