@@ -62,9 +62,12 @@ def format_mean_std(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.pstdev(values):.1f}"
 
 
-def start_server(index: str, token: str, port: int = 0) -> tuple[subprocess.Popen[str], int]:
+def start_server(
+    index: str | None, token: str, port: int = 0, flags: Sequence[str] = ("--precision", "fp32")
+) -> tuple[subprocess.Popen[str], int]:
     """Start `llm2clip serve` on a port (0 means any free port), and return its process and port."""
-    command = [sys.executable, "-m", "llm2clip", "serve", index, "--port", str(port), "--precision", "fp32"]
+    arguments = [*([index] if index else []), "--port", str(port), *flags]
+    command = [sys.executable, "-m", "llm2clip", "serve", *arguments]
     environment = {**os.environ, "LLM2CLIP_TOKEN": token}
     # The server's error messages are discarded, because a full pipe that is never read would block the server.
     server = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
