@@ -75,9 +75,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30, help="duration of each variant")
     args = parser.parse_args()
     model = open_dual_encoder(args.model)
-    print(
-        "| mode | requests/s | median latency, ms | p95 latency, ms | lowest cosine to the model |\n|---|---|---|---|---|"
-    )
+    print("| mode | requests/s | median, ms | p95, ms | lowest cosine to the model |\n|---|---|---|---|---|")
     for precision in ("auto", "fp32"):
         for name, batch_size in (("one at a time", "1"), ("batched", "32")):
             flags = ["--batch_size", batch_size, "--precision", precision]
