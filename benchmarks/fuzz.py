@@ -30,7 +30,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,6 @@ TIME_LIMIT = 10.0  # CPU seconds per input
 MAX_FAILURES = 20  # number of failures to print per reader
 # Exceptions that no reader raises on purpose. They are also searched for in messages about skipped rows.
 UNEXPECTED = re.compile(r"\b(?:Type|Key|Index|Attribute|Memory|Recursion|Overflow|Runtime|Unicode\w+)Error: .*")
-Mutate = Callable[[bytes, random.Random], bytes]
 NUMBERS = (0, 1, 2, 127, 128, 255, 4096, 65535, 1 << 31, (1 << 32) - 1)
 VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 1.5, 1e400, float("nan"), 10**400, "", " ", "\0", "\ud800", "x.png", "../x.png", "/dev/zero",
@@ -291,6 +290,7 @@ def tar_seeds() -> list[bytes]:
 # ---- readers -------------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class Reader:
     """A reader under test.
 
@@ -302,14 +302,10 @@ class Reader:
         documented: Exceptions that a reader may raise to reject an input.
     """
 
-    def __init__(
-        self,
-        seeds: Callable[[], list[bytes]],
-        mutate: Mutate,
-        read: Callable[[bytes, Path, random.Random], list[str]],
-        documented: tuple[type[Exception], ...],
-    ) -> None:
-        self.seeds, self.mutate, self.read, self.documented = seeds, mutate, read, documented
+    seeds: Callable[[], list[bytes]]
+    mutate: Callable[[bytes, random.Random], bytes]
+    read: Callable[[bytes, Path, random.Random], list[str]]
+    documented: tuple[type[Exception], ...]
 
 
 def read_image(data: bytes, folder: Path, rng: random.Random) -> list[str]:
