@@ -18,9 +18,9 @@ words that are recognised in a photograph before anything is drawn on it.
 import argparse
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the libraries that read it are loaded
 
@@ -30,9 +30,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from llm2clip.data.images import load_image
 from llm2clip.search.metadata import normalize
-from llm2clip.search.ocr import open_recognizer, prepare_image
+from llm2clip.search.ocr import RecognizeText, open_recognizer, prepare_image
 from llm2clip.search.words import split_words
-from measurements import Timer, memory_mb
+from measurements import memory_mb
 from shared import read_rows
 
 WORDS_FILE = Path(__file__).with_name("ocr_words.json")
@@ -45,42 +45,37 @@ FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSans
 CHINESE = ("出口", "酒店", "咖啡", "欢迎光临", "北京", "地铁站", "小心地滑", "停车场", "面包", "开放", "书店", "医院")
 
 
-class Counts(NamedTuple):
+class Counts:
     """Whether each word of the photographs was found, whether each recognised word is correct, and the CPU seconds."""
 
-    found: list[bool]
-    correct: list[bool]
-    seconds: list[float]
+    def __init__(self, recognize: RecognizeText) -> None:
+        self._recognize = recognize
+        self.found: list[bool] = []
+        self.correct: list[bool] = []
+        self.seconds: list[float] = []
+
+    def recognize(self, pixels: np.ndarray) -> str:
+        start = time.process_time()
+        text = self._recognize(pixels)
+        self.seconds.append(time.process_time() - start)
+        return text
+
+    def add(self, pixels: np.ndarray, words: Sequence[str], ignored: Sequence[str]) -> None:
+        """Compare the words of a photograph with the recognised text. Words in `ignored` are not counted as wrong."""
+        recognized = set(split_text(self.recognize(pixels)))
+        expected = [split_text(word)[0] for word in words]
+        self.found.extend(word in recognized for word in expected)
+        self.correct.extend(word in expected for word in recognized if word in expected or word not in ignored)
+
+    def add_chinese(self, pixels: np.ndarray, words: Sequence[str]) -> None:
+        """Find the words anywhere in the recognised text, as search does for Chinese."""
+        text = self.recognize(pixels)
+        self.found.extend(word in text for word in words)
 
     def print(self, label: str) -> None:
         precision = f"{np.mean(self.correct):.1%}" if self.correct else ""
-        cells = (label, len(self.found), f"{np.mean(self.found):.1%}", precision, f"{np.mean(self.seconds):.2f}")
-        print(f"| {' | '.join(map(str, cells))} |", flush=True)
-
-
-class Recognizer:
-    """Text recognition that counts its results."""
-
-    def __init__(self) -> None:
-        self.recognize = open_recognizer()
-
-    def count(self, counts: Counts, pixels: np.ndarray, words: Sequence[str], ignored: Sequence[str]) -> None:
-        """Compare the words of a photograph with the recognised text. Words in `ignored` are not counted as wrong."""
-        timer = Timer()
-        with timer:
-            recognized = set(split_text(self.recognize(pixels)))
-        expected = [split_text(word)[0] for word in words]
-        counts.found.extend(word in recognized for word in expected)
-        counts.correct.extend(word in expected for word in recognized if word in expected or word not in ignored)
-        counts.seconds.append(timer.seconds)
-
-    def count_chinese(self, counts: Counts, pixels: np.ndarray, words: Sequence[str]) -> None:
-        """Find the words anywhere in the recognised text, as search does for Chinese."""
-        timer = Timer()
-        with timer:
-            text = self.recognize(pixels)
-        counts.found.extend(word in text for word in words)
-        counts.seconds.append(timer.seconds)
+        cells = f"{len(self.found)} | {np.mean(self.found):.1%} | {precision} | {np.mean(self.seconds):.2f}"
+        print(f"| {label} | {cells} |", flush=True)
 
 
 def split_text(text: str) -> list[str]:
@@ -88,7 +83,7 @@ def split_text(text: str) -> list[str]:
     return split_words([normalize(text)])[0]
 
 
-def measure_drawn(data: Path, recognizer: Recognizer, chinese_font: Path) -> None:
+def measure_drawn(data: Path, recognize: RecognizeText, chinese_font: Path) -> None:
     rng = np.random.default_rng(0)
     annotated = json.loads(WORDS_FILE.read_text(encoding="utf-8"))
     files, vocabulary = [], set()
@@ -98,18 +93,18 @@ def measure_drawn(data: Path, recognizer: Recognizer, chinese_font: Path) -> Non
         files += [data / str(name) for name in rng.choice(names, DRAWN // 2, replace=False)]
         vocabulary |= {word for row in rows for word in row["captions"][0].split() if word.isalpha() and len(word) > 2}
     fonts = [str(Path(get_data_path()) / "fonts/ttf" / font) for font in FONTS]
-    english, chinese = Counts([], [], []), Counts([], [], [])
+    english, chinese = Counts(recognize), Counts(recognize)
     for number, file in enumerate(files):
         image = Image.open(file).convert("RGB")
         scale = SIDE / max(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
         if number % 4 == 3:
             words = draw_words(image, CHINESE, [str(chinese_font)], rng)
-            recognizer.count_chinese(chinese, np.asarray(image), words)
+            chinese.add_chinese(np.asarray(image), words)
         else:
-            own_words = split_text(recognizer.recognize(np.asarray(image)))
+            own_words = split_text(recognize(np.asarray(image)))
             words = draw_words(image, sorted(vocabulary), fonts, rng)
-            recognizer.count(english, np.asarray(image), words, own_words)
+            english.add(np.asarray(image), words, own_words)
     english.print("drawn, English words and numbers")
     chinese.print("drawn, Chinese")
 
@@ -142,12 +137,12 @@ def draw_words(
     return words
 
 
-def measure_natural(data: Path, recognizer: Recognizer) -> None:
-    counts = Counts([], [], [])
+def measure_natural(data: Path, recognize: RecognizeText) -> None:
+    counts = Counts(recognize)
     for name, labels in json.loads(WORDS_FILE.read_text(encoding="utf-8")).items():
         words = sorted(set(split_text(" ".join(labels["words"]))))
         unclear = split_text(" ".join(labels["unclear"]))
-        recognizer.count(counts, prepare_image(load_image(str(data / name))), words, unclear)
+        counts.add(prepare_image(load_image(str(data / name))), words, unclear)
     counts.print("natural, 224 pixels")
 
 
@@ -157,11 +152,11 @@ def main() -> None:
     parser.add_argument("--chinese_font", type=Path, required=True, help="font file")
     args = parser.parse_args()
     before = memory_mb("VmRSS")
-    recognizer = Recognizer()
+    recognize = open_recognizer()
     print(f"memory of the models: {memory_mb('VmRSS') - before:.0f} MB\n")
     print("| photographs | words | recall | precision | seconds per photograph |\n|---|---|---|---|---|")
-    measure_drawn(args.data, recognizer, args.chinese_font)
-    measure_natural(args.data, recognizer)
+    measure_drawn(args.data, recognize, args.chinese_font)
+    measure_natural(args.data, recognize)
 
 
 if __name__ == "__main__":

@@ -312,13 +312,9 @@ class Experiments:
     def measure_hits(self, name: str, test: str, direction: str) -> Tensor:
         """Return per-image hits of the models trained with a caption encoder, float64 of shape (seeds, images).
 
-        For I2T, an image's hit value is 1 if the top-ranked caption is correct, and 0 otherwise. For T2I, the hit value
-        is the number of the image's captions that rank it first, divided by the mean number of captions per image. The
-        mean hit value is R@1.
-
-        Args:
-            test: Key of `ClaimData.tests`.
-            direction: "I2T" or "T2I".
+        The hit value of an image is 1 if its top-ranked caption is correct (direction "I2T"), or the number of its
+        captions that rank it first, divided by the mean number of captions per image (direction "T2I"). The mean hit
+        value is R@1. `test` is a key of `ClaimData.tests`.
         """
         hits = []
         for seed in range(self.config.seeds):

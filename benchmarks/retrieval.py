@@ -1,15 +1,13 @@
 """Measure the time and memory of computing R@1/5/10 in both directions, compared with CLIP_benchmark.
 
     pip install --no-deps clip-benchmark
-    python benchmarks/retrieval.py [--large]
+    python benchmarks/retrieval.py
 
 Both libraries use the same random embeddings of 5,000 images and 25,000 captions. Each measurement runs in its own
 process, after a warm-up. The reported memory is the peak of the process, not including the embeddings. The functions of
-CLIP_benchmark are called as in its own `evaluate` function, with batches of 64. `--large` measures only llm2clip, on
-100,000 images and 500,000 captions in float16, which takes minutes.
+CLIP_benchmark are called as in its own `evaluate` function, with batches of 64.
 """
 
-import argparse
 import statistics
 import time
 
@@ -20,21 +18,20 @@ from torch import Tensor
 from llm2clip.evaluate.metrics import KS, recall, two_way_ranks
 from measurements import memory_mb, reset_peak_memory, run_in_new_process
 
-DIM, REPEATS = 512, 3
+IMAGES, DIM, REPEATS = 5000, 512, 3
 
 
-def random_embeddings(num_images: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def random_embeddings(num_images: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return image embeddings, embeddings of five captions per image, and the image index of each caption.
 
     The embeddings are drawn in chunks, because memory freed by large temporary tensors would distort the measurement.
     """
     torch.manual_seed(0)
-    images = torch.empty(num_images, dim, dtype=dtype)
-    texts = torch.empty(5 * num_images, dim, dtype=dtype)
+    images, texts = torch.empty(num_images, DIM), torch.empty(5 * num_images, DIM)
     for start in range(0, num_images, 1000):
-        chunk = F.normalize(torch.randn(min(1000, num_images - start), dim), dim=-1)
+        chunk = F.normalize(torch.randn(min(1000, num_images - start), DIM), dim=-1)
         images[start : start + 1000] = chunk
-        captions = chunk.repeat_interleave(5, 0) + 0.25 * torch.randn(5 * len(chunk), dim)
+        captions = chunk.repeat_interleave(5, 0) + 0.25 * torch.randn(5 * len(chunk), DIM)
         texts[5 * start : 5 * start + len(captions)] = F.normalize(captions, dim=-1)
     return images, texts, torch.arange(num_images).repeat_interleave(5)
 
@@ -58,26 +55,24 @@ def clip_benchmark_recalls(images: Tensor, texts: Tensor, owner: Tensor) -> list
     return recalls
 
 
-def measure(method: str, num_images: int) -> tuple[float, float, list[float]]:
+def measure(method: str) -> tuple[float, float, list[float]]:
     """Return a method's time in seconds, memory in MB and six recalls."""
-    compute = clip_benchmark_recalls if method == "CLIP_benchmark" else llm2clip_recalls
-    compute(*random_embeddings(64, DIM, torch.float32))  # warm-up
-    dtype = torch.float16 if num_images > 5000 else torch.float32
-    images, texts, owner = random_embeddings(num_images, DIM, dtype)
+    compute = METHODS[method]
+    compute(*random_embeddings(64))  # warm-up
+    images, texts, owner = random_embeddings(IMAGES)
     memory_before, start = reset_peak_memory(), time.perf_counter()
     recalls = compute(images, texts, owner)
     seconds = time.perf_counter() - start
     return seconds, memory_mb("VmHWM") - memory_before, recalls
 
 
+METHODS = {"CLIP_benchmark": clip_benchmark_recalls, "llm2clip": llm2clip_recalls}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--large", action="store_true")
-    args = parser.parse_args()
-    num_images, methods = (100_000, ("llm2clip",)) if args.large else (5000, ("CLIP_benchmark", "llm2clip"))
-    print("| method | seconds | additional memory, MB | I2T R@1/5/10, T2I R@1/5/10 |\n|---|---|---|---|")
-    for method in methods:
-        results = [run_in_new_process(measure, method, num_images) for _ in range(1 if args.large else REPEATS)]
+    print("| implementation | seconds | additional memory, MB | I2T R@1/5/10, T2I R@1/5/10 |\n|---|---|---|---|")
+    for method in METHODS:
+        results = [run_in_new_process(measure, method) for _ in range(REPEATS)]
         seconds = statistics.median(result[0] for result in results)
         memory = max(result[1] for result in results)
         recalls = " ".join(f"{value:.2f}" for value in results[0][2])
