@@ -161,7 +161,6 @@ def sample_captions(sources: Sequence[str], count: int) -> list[str]:
     records = (record for source in sources for record in open_records(source, image_check="ignore"))
     distinct = list(dict.fromkeys(text for record in records for text in record.texts))
     order = np.random.default_rng(0).permutation(len(distinct))[:count]
-    print(f"using {len(order)} of {len(distinct)} distinct captions")
     return [distinct[i] for i in order]
 
 

@@ -65,11 +65,7 @@ def finetune_clip(records: RecordTable, config: AlignConfig, out: Path, log: Ski
 
 
 class TokenizedCaptions:
-    """Tokenized captions with the embedding store interface that `align` expects.
-
-    Attributes:
-        manifest: Dict with one key, "fingerprint": a hash of the text tower's initial weights.
-    """
+    """Tokenized captions with the embedding store interface that `align` expects."""
 
     def __init__(self, text_encoder: ClipTextEncoder) -> None:
         self.manifest = {"fingerprint": fingerprint({"weights": hash_weights(text_encoder.model)})}

@@ -355,8 +355,7 @@ def read_config(data: bytes, folder: Path, rng: random.Random) -> list[str]:
     files = {b"weight_map": "model.safetensors.index.json", b"image_mean": "preprocessor_config.json"}
     name = next((name for key, name in files.items() if key in data), "config.json")
     (folder / name).write_bytes(data)
-    weights = folder / "model.safetensors"
-    hidden = folder / "hidden"
+    weights, hidden = folder / "model.safetensors", folder / "hidden"
     try:
         if name.endswith(".index.json"):
             weights.rename(hidden)

@@ -11,14 +11,14 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from llm2clip.data.images import load_image
 from llm2clip.evaluate.benchmarks import BENCHMARKS
+from llm2clip.evaluate.metrics import bootstrap_intervals
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.search.explain import compute_heatmap, require_dense_encoder
-
-RESAMPLES = 1000
 
 
 def main() -> None:
@@ -42,7 +42,9 @@ def main() -> None:
             inside = find_cells_in_boxes(boxes[labels == label], size, heatmap.shape)
             hits[-1].append(float(inside.flat[heatmap.argmax()]))
             chances.append(float(inside.mean()))
-    low, high = bootstrap([sum(image) for image in hits], [len(image) for image in hits])
+    sums = torch.tensor([sum(image) for image in hits], dtype=torch.float64)
+    counts = torch.tensor([len(image) for image in hits], dtype=torch.float64)
+    low, high = (100 * bootstrap_intervals(sums[:, None], counts)).flatten().tolist()
     rate = 100 * np.mean([hit for image in hits for hit in image])
     print("| queries | hits, % (95% interval) | chance, % |\n|---|---|---|")
     print(f"| {len(chances):,} | {rate:.1f} ({low:.1f} to {high:.1f}) | {100 * np.mean(chances):.1f} |")
@@ -63,14 +65,6 @@ def find_cells_in_boxes(boxes: np.ndarray, size: tuple[int, int], grid: tuple[in
     rows = (top <= y) & (y <= bottom)  # (B, h)
     inside: np.ndarray = (rows[:, :, None] & columns[:, None]).any(0)
     return inside
-
-
-def bootstrap(hits: list[float], counts: list[int]) -> tuple[float, float]:
-    """Return the 95% confidence interval of the hit rate in percent, from each image's hits and number of queries."""
-    samples = np.random.default_rng(0).integers(0, len(hits), (RESAMPLES, len(hits)))
-    rates = 100 * np.array(hits)[samples].sum(1) / np.array(counts)[samples].sum(1)
-    low, high = np.percentile(rates, [2.5, 97.5])
-    return float(low), float(high)
 
 
 if __name__ == "__main__":

@@ -92,12 +92,7 @@ def compare_towers(data: Path, out: Path, towers: dict[str, VisionTower]) -> Non
 
 
 def write_tasks(folder: Path, captioned: list[Record], asked_about: list[Record]) -> list[dict[str, Any]]:
-    """Write the images and questions of two tasks. Return task definitions, which are variants of lmms-eval's tasks.
-
-    Args:
-        captioned: images for which captions are generated.
-        asked_about: images about which yes-or-no questions are asked.
-    """
+    """Write the images of two tasks, and the questions about `asked_about`. Return variants of lmms-eval's tasks."""
     captions = []
     for n, record in enumerate(captioned):
         captions.append((record, {"img_id": n, "caption": list(record.captions)}))

@@ -10,7 +10,6 @@ Each client is a thread that sends a request, checks the response and sends the 
     filter     a text and a path. Each hit must be inside the path, and `total` must be the number of images there
     indexed    the path of an image that `llm2clip index` has added or removed. It must be the only hit, or no hit
     embed      a text. The response must be the embedding of the model
-    upload     an image. The response must be the embedding of the model
 
 Meanwhile, `llm2clip index` runs repeatedly and adds and removes images. A change is acknowledged when the command exits
 with status 0. In turn, the search server, the database and `llm2clip index` are killed with SIGKILL. The search server
@@ -26,7 +25,6 @@ with random embeddings.
 """
 
 import argparse
-import base64
 import http.client
 import json
 import os
@@ -45,7 +43,6 @@ import numpy as np
 from PIL import Image
 
 from llm2clip.data.image_refs import FileImage
-from llm2clip.data.images import load_image
 from llm2clip.io_utils import atomic_write_jsonl
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.search.backends import open_backend
@@ -60,7 +57,7 @@ from search_fixtures import make_model
 TOKEN = "benchmark"
 HEADERS = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
 CLIENTS, KNOWN, RANDOM, FOLDERS = 32, 200, 5000, 10
-SAMPLES = 64  # number of texts and of images for `embed` and `upload`
+SAMPLES = 64  # number of texts for `embed`
 ADDED, REMOVED = 24, 12  # number of images per run of `llm2clip index`
 MAX_SIMILARITY = 0.99  # cosine similarity of two known embeddings
 DATABASE_SECONDS = 5  # time for which the database is down
@@ -108,14 +105,11 @@ class Monitor:
 class Collection:
     """The images of the index, and what the server must return for them."""
 
-    def __init__(self, folder: Path, model: DualEncoder) -> None:
+    def __init__(self, model: DualEncoder) -> None:
         self.texts, vectors = choose_known_texts(model)
         self.known = [f"/known/{number % FOLDERS}/{number}.jpg" for number in range(KNOWN)]
         self.sample_texts = [" ".join(random.choices(WORDS, k=random.randint(5, 40))) for _ in range(SAMPLES)]
         self.sample_vectors = model.encode_texts(self.sample_texts).numpy()
-        self.images = [make_image(folder / f"sample{number}.png") for number in range(SAMPLES)]
-        pixels = [model.transform(load_image(image)) for image in self.images]
-        self.image_vectors = model.encode_images(pixels).numpy()
         self._vectors = np.concatenate([vectors, np.random.default_rng(0).standard_normal((RANDOM, model.embed_dim))])
 
     def add_to_index(self, location: str) -> None:
@@ -147,12 +141,11 @@ def choose_known_texts(model: DualEncoder) -> tuple[list[str], np.ndarray]:
     return [texts[number] for number in chosen], vectors[chosen]
 
 
-def make_image(file: Path) -> bytes:
-    """Write an image of random pixels in a random colour, and return the file's contents."""
+def make_image(file: Path) -> None:
+    """Write an image of random pixels in a random colour."""
     rng = np.random.default_rng()
     colour = rng.integers(0, 200, 3)
     Image.fromarray((colour + rng.integers(0, 55, (40, 48, 3))).astype(np.uint8)).save(file)
-    return file.read_bytes()
 
 
 # ---- clients --------------------------------------------------------------------------------------------------------
@@ -166,7 +159,7 @@ class Client(threading.Thread):
         self.port, self.collection, self.indexer, self.monitor = port, collection, indexer, monitor
         self.stop = threading.Event()
         self.kinds = [
-            self.search, self.search_words, self.search_folder, self.search_indexed, self.embed, self.embed_image
+            self.search, self.search_words, self.search_folder, self.search_indexed, self.embed
         ]  # fmt: skip
 
     def run(self) -> None:
@@ -253,12 +246,6 @@ class Client(threading.Thread):
         text = self.collection.sample_texts[number]
         response = self.post("text to embed", "/embed", {"input": text})
         return response and check_embedding(response, self.collection.sample_vectors[number])
-
-    def embed_image(self) -> str | None:
-        number = random.randrange(SAMPLES)
-        uri = "data:image/png;base64," + base64.b64encode(self.collection.images[number]).decode()
-        response = self.post("image to embed", "/embed", {"input": uri})
-        return response and check_embedding(response, self.collection.image_vectors[number])
 
 
 def check_embedding(response: Any, expected: np.ndarray) -> str | None:
@@ -384,7 +371,7 @@ def main() -> None:
         database = get_postgres_server() if args.backend == "postgres" else None
         location = str(folder / "index") if database is None else database.url("load")
         model_folder = make_model(folder)
-        collection = Collection(folder, open_dual_encoder(str(model_folder)))
+        collection = Collection(open_dual_encoder(str(model_folder)))
         monitor = Monitor()
         (folder / "photos").mkdir()
         indexer = Indexer(folder / "photos", model_folder, location, monitor)

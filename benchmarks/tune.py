@@ -4,7 +4,7 @@
 
 The texts of each step are encoded in three ways: in batches of 32, padded to the longest text; in length buckets,
 padded; and in length buckets, packed without padding. Padded batches run with plain attention and with PyTorch's fused
-attention. Packed batches use a separate attention function. Everything runs in fp32 and, if the device supports bf16
+attention. Packed batches use a separate attention function. Everything runs in fp32 and, if the CPU supports bf16
 matmuls in hardware, also in bf16.
 """
 
@@ -62,8 +62,6 @@ class Method:
             with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 loss = loss_function([batch])
             loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
         elapsed = time.perf_counter() - start
         encoder.zero_grad()
         self.loss = loss.item()
