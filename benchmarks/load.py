@@ -438,8 +438,7 @@ def check_index(location: str, collection: Collection, indexer: Indexer, monitor
 def print_results(monitor: Monitor, indexer: Indexer, seconds: float) -> None:
     print("| request | responses | per second | p50, ms | p95, ms | p99, ms | maximum, ms |")
     print("|---|---|---|---|---|---|---|")
-    all_latencies = [latency for latencies in monitor.latencies.values() for latency in latencies]
-    for kind, latencies in [*sorted(monitor.latencies.items()), ("all", all_latencies)]:
+    for kind, latencies in sorted(monitor.latencies.items()):
         rate = f"{len(latencies):,} | {len(latencies) / seconds:.1f}"
         percentiles = np.percentile(latencies, [50, 95, 99, 100])
         print(f"| {kind} | {rate} | {' | '.join(f'{1000 * latency:,.0f}' for latency in percentiles)} |")
