@@ -1,4 +1,4 @@
-"""Caption 1,000 images with a failing server, killing the command several times, and measure the throughput.
+"""Caption images with a failing server, killing the command several times.
 
     python benchmarks/caption_endpoint.py [--images 1000] [--kills 5]
 
@@ -6,8 +6,6 @@ The server runs in a process of its own. It fails for 30% of the requests: statu
 not chat completions, connections that are closed before or in the middle of an answer, answers of 10 MB, and slow
 answers. It counts its answers for each image and prompt. The command is killed with SIGKILL after equal parts of the
 work, and run again each time.
-
-The throughput is measured with a server that answers after 300 ms, with 1, 8 and 32 requests at the same time.
 """
 
 import argparse
@@ -30,7 +28,6 @@ from caption_fixtures import make_photos  # noqa: E402
 
 CAPTIONS_PER_IMAGE = 3  # of the default prompts
 CONCURRENCY = 8
-THROUGHPUT_IMAGES = {1: 20, 8: 100, 32: 300}  # number of requests at the same time -> number of images
 
 
 @contextmanager
@@ -51,9 +48,9 @@ def read_counts(url: str) -> dict[str, Any]:
     return counts
 
 
-def start_command(url: str, photos: Path, out: Path, concurrency: int) -> subprocess.Popen[bytes]:
+def start_command(url: str, photos: Path, out: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "llm2clip", "caption", str(photos), "--out", str(out), "--endpoint", url]
-    command += ["--model", "tiny", "--concurrency", str(concurrency)]
+    command += ["--model", "tiny", "--concurrency", str(CONCURRENCY)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -63,47 +60,26 @@ def measure_kills(folder: Path, num_images: int, num_kills: int) -> None:
     total = num_images * CAPTIONS_PER_IMAGE
     with start_server("--fault_rate", "0.3") as url:
         for kill in range(num_kills):
-            process = start_command(url, photos, out, CONCURRENCY)
+            process = start_command(url, photos, out)
             while len(read_counts(url)["answered"]) < total * (kill + 1) / (num_kills + 1):
                 if process.poll() is not None:
                     raise RuntimeError(f"the command ended with status {process.returncode}")
                 time.sleep(0.05)
             process.send_signal(signal.SIGKILL)
             process.wait()
-        start = time.perf_counter()
-        status = start_command(url, photos, out, CONCURRENCY).wait()
-        seconds = time.perf_counter() - start
-        num_repaired = 0
+        status = start_command(url, photos, out).wait()
+        # Requests that failed after all retries are sent again by another run.
         while status == 0 and (folder / "captions_failures.jsonl").exists():
-            num_repaired += len((folder / "captions_failures.jsonl").read_text().splitlines())
-            status = start_command(url, photos, out, CONCURRENCY).wait()
+            status = start_command(url, photos, out).wait()
         counts = read_counts(url)
     answered = counts["answered"]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     complete = sum(len(row["captions"]) == 2 and len(row["long_captions"]) == 1 for row in rows)
-    print(f"{num_images} images, {num_kills} kills, {CONCURRENCY} requests at the same time")
-    print(f"exit status of the last run: {status} ({seconds:.0f} s)")
-    print(f"records with all captions: {complete} of {num_images}")
-    print(f"requests: {counts['requests']}; answered: {sum(answered.values())} for {len(answered)} captions of {total}")
-    print(f"answered twice: {sum(answered.values()) - len(answered)} (at most {num_kills * CONCURRENCY})")
-    print(f"failed after all retries, and asked again by a further run: {num_repaired}")
-
-
-def measure_throughput(folder: Path) -> None:
-    """Print the captions per second with a server that answers after 300 ms."""
-    for concurrency, num_images in THROUGHPUT_IMAGES.items():
-        photos, total = make_photos(folder / f"photos{concurrency}", num_images), num_images * CAPTIONS_PER_IMAGE
-        with start_server("--fault_rate", "0", "--delay", "0.3") as url:
-            process = start_command(url, photos, folder / f"{concurrency}.jsonl", concurrency)
-            while not read_counts(url)["requests"]:
-                time.sleep(0.02)
-            start = time.perf_counter()
-            while len(read_counts(url)["answered"]) < total:
-                time.sleep(0.1)
-            rate = total / (time.perf_counter() - start)
-            process.wait()
-        limit = concurrency / 0.3
-        print(f"{concurrency} at the same time: {rate:.1f} captions per second ({rate / limit:.0%} of {limit:.1f})")
+    answers = sum(answered.values())
+    print("| records with all captions | requests | captions | answered twice | most that could be answered twice |")
+    print("|---|---|---|---|---|")
+    cells = f"{complete:,} of {num_images:,} | {counts['requests']:,} | {len(answered):,} of {total:,}"
+    print(f"| {cells} | {answers - len(answered)} | {num_kills * CONCURRENCY} |")
 
 
 def main() -> None:
@@ -113,8 +89,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["PYTHONPATH"] = str(TESTS.parent / "src")
     with tempfile.TemporaryDirectory() as folder:
-        measure_kills(Path(folder) / "kills", args.images, args.kills)
-        measure_throughput(Path(folder) / "throughput")
+        measure_kills(Path(folder), args.images, args.kills)
 
 
 if __name__ == "__main__":

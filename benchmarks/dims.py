@@ -22,7 +22,6 @@ mean and the standard deviation over the seeds. An interrupted benchmark can be 
 
 import argparse
 import json
-import statistics
 from collections import defaultdict
 from pathlib import Path
 
@@ -34,10 +33,10 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.io_utils import atomic_path
 from llm2clip.models.dual_encoder import open_dual_encoder
-from shared import run_llm2clip
+from shared import format_mean_std, run_llm2clip
 
 ENCODER = "all-minilm-l6-v2"
-DIMS = ("64", "128", "256")
+DIMS, SEEDS = ("64", "128", "256"), 3
 MODELS = {
     "default": [],
     "matryoshka": ["--align.matryoshka_dims", "[64, 128, 256]"],
@@ -52,13 +51,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     flickr, coco = (str(args.data / name / "captions.jsonl") for name in ("flickr8k", "coco_img"))
     out, log = args.out, args.out / "log.txt"
     store, features = str(out / "store"), str(out / "features")
     run_llm2clip(["embed", flickr, coco, "--encoder.path", ENCODER, "--out", store], log)
-    for seed in range(args.seeds):
+    for seed in range(SEEDS):
         folder = out / f"seed-{seed}"
         for name, flags in MODELS.items():
             if not (folder / name / "model").exists():
@@ -70,7 +68,7 @@ def main() -> None:
         first, *others = [str(folder / name / "model") for name in MODELS]
         command = ["evaluate", first, f"{flickr}@val", "--dims", *DIMS, "--out", str(folder / "evaluate")]
         run_llm2clip([*command, "--baselines", str(folder / "unrotated.npz"), *others], log)
-    table = make_table([out / f"seed-{seed}" / "evaluate/results.json" for seed in range(args.seeds)])
+    table = make_table([out / f"seed-{seed}" / "evaluate/results.json" for seed in range(SEEDS)])
     (out / "table.md").write_text(table)
     print(table)
 
@@ -111,7 +109,7 @@ def make_table(files: list[Path]) -> str:
         full_dim = max(other_dim for other, other_dim in scores if other == name)
         i2t, t2i = zip(*values, strict=True)
         fractions = [100 * part / full for (_, part), (_, full) in zip(values, scores[name, full_dim], strict=True)]
-        cells = [f"{statistics.mean(v):.1f} ± {statistics.pstdev(v):.1f}" for v in (i2t, t2i, fractions)]
+        cells = map(format_mean_std, (i2t, t2i, fractions))
         lines.append(f"| {name} | {dim} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -37,21 +37,14 @@ SUPPORTED_TYPES = ("clip", "metaclip_2", "siglip")
 
 
 def finetune_clip(records: RecordTable, config: AlignConfig, out: Path, log: SkipLog) -> Path:
-    """Fine-tune both towers of the CLIP model `config.tower`, resuming from the latest checkpoint if one exists.
+    """Fine-tune both towers of the CLIP model `config.tower`, or resume from the latest checkpoint.
 
     `lr` is the learning rate of the text tower, the projections and the logit scale; `tower_lr` is the learning rate of
     the vision tower. The adapter settings, `embed_dim` and `inherit` have no effect. The logit scale starts at the CLIP
     model's value.
 
-    Args:
-        out: Output folder for checkpoints, metrics and the model.
-
     Returns:
         The model folder, `out/model`, in transformers format.
-
-    Raises:
-        ValueError: The tower is not part of a supported CLIP model, there are too few images for one step, or the
-            existing checkpoints were saved with different settings or data.
     """
     model_dir = out / "model"
     if not model_dir.exists():
@@ -72,11 +65,7 @@ def finetune_clip(records: RecordTable, config: AlignConfig, out: Path, log: Ski
 
 
 class TokenizedCaptions:
-    """Tokenized captions with the embedding store interface that `align` expects.
-
-    Attributes:
-        manifest: Dict with one key, "fingerprint": a hash of the text tower's initial weights.
-    """
+    """Tokenized captions with the embedding store interface that `align` expects."""
 
     def __init__(self, text_encoder: ClipTextEncoder) -> None:
         self.manifest = {"fingerprint": fingerprint({"weights": hash_weights(text_encoder.model)})}

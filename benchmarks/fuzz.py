@@ -1,10 +1,11 @@
 """Fuzz test of the readers: mutated images, caption files, tables, tar files and model configs.
 
 A reader may accept an input, or reject it with an exception that it documents. Each reader runs in its own process with
-limits on memory and on CPU time per input. The script prints how many inputs were read and rejected, which exceptions
-were unexpected, the slowest input and the peak memory. `tests/test_formats.py` runs this test on a few inputs.
+limits on memory and on CPU time per input. The table shows how many inputs were read, were rejected, or failed with
+another exception, a crash or an exceeded limit. The failures are printed to stderr. `tests/test_formats.py` runs this
+test on a few inputs.
 
-    python benchmarks/fuzz.py [--reader NAME ...] [--count 100000] [--seconds 600] [--seed 0] [--save FOLDER]
+    python benchmarks/fuzz.py [--readers NAME ...] [--count 100000] [--seconds 600]
 """
 
 import argparse
@@ -18,6 +19,7 @@ import os
 import random
 import re
 import resource
+import signal
 import struct
 import sys
 import tarfile
@@ -28,8 +30,8 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
-from multiprocessing.sharedctypes import Synchronized
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +51,13 @@ from llm2clip.models.model_folder import LLM2CLIPConfig, is_model_folder
 from llm2clip.models.official_layout import read_checkpoint
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search.metadata import read_exif
+from measurements import memory_mb
 
 MEMORY_LIMIT = 2 << 30  # address space in bytes, in addition to the imported libraries
 TIME_LIMIT = 10.0  # CPU seconds per input
+MAX_FAILURES = 20  # number of failures to print per reader
 # Exceptions that no reader raises on purpose. They are also searched for in messages about skipped rows.
 UNEXPECTED = re.compile(r"\b(?:Type|Key|Index|Attribute|Memory|Recursion|Overflow|Runtime|Unicode\w+)Error: .*")
-Mutate = Callable[[bytes, random.Random], bytes]
 NUMBERS = (0, 1, 2, 127, 128, 255, 4096, 65535, 1 << 31, (1 << 32) - 1)
 VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 1.5, 1e400, float("nan"), 10**400, "", " ", "\0", "\ud800", "x.png", "../x.png", "/dev/zero",
@@ -287,6 +290,7 @@ def tar_seeds() -> list[bytes]:
 # ---- readers -------------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class Reader:
     """A reader under test.
 
@@ -298,14 +302,10 @@ class Reader:
         documented: Exceptions that a reader may raise to reject an input.
     """
 
-    def __init__(
-        self,
-        seeds: Callable[[], list[bytes]],
-        mutate: Mutate,
-        read: Callable[[bytes, Path, random.Random], list[str]],
-        documented: tuple[type[Exception], ...],
-    ) -> None:
-        self.seeds, self.mutate, self.read, self.documented = seeds, mutate, read, documented
+    seeds: Callable[[], list[bytes]]
+    mutate: Callable[[bytes, random.Random], bytes]
+    read: Callable[[bytes, Path, random.Random], list[str]]
+    documented: tuple[type[Exception], ...]
 
 
 def read_image(data: bytes, folder: Path, rng: random.Random) -> list[str]:
@@ -355,8 +355,7 @@ def read_config(data: bytes, folder: Path, rng: random.Random) -> list[str]:
     files = {b"weight_map": "model.safetensors.index.json", b"image_mean": "preprocessor_config.json"}
     name = next((name for key, name in files.items() if key in data), "config.json")
     (folder / name).write_bytes(data)
-    weights = folder / "model.safetensors"
-    hidden = folder / "hidden"
+    weights, hidden = folder / "model.safetensors", folder / "hidden"
     try:
         if name.endswith(".index.json"):
             weights.rename(hidden)
@@ -409,7 +408,7 @@ class Fuzzer:
         return self.reader.mutate(rng.choice(self.seeds), rng), rng
 
     def run(self, number: int) -> tuple[str, list[str]]:
-        """Read an input. Return "read", "rejected" or "escaped" (undocumented exception), and unexpected exceptions."""
+        """Read an input. Return "read", "rejected" or "failed" (undocumented exception), and unexpected exceptions."""
         data, rng = self.create_input(number)
         try:
             return "read", self.reader.read(data, self.folder, rng)
@@ -417,125 +416,75 @@ class Fuzzer:
             return "rejected", UNEXPECTED.findall(str(error))
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            return "escaped", [f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"]
+            return "failed", [f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"]
 
 
-def _read_inputs(name: str, seed: int, start: int, stop: int, number: Synchronized, results: Any) -> None:
-    """Read inputs `start` to `stop` - 1, put their results in a queue, and keep `number` at the current input."""
+def read_inputs(name: str, start: int, count: int, end: float, results: Connection) -> None:
+    """Read the inputs from `start` until `count` or the time `end`, and send their results through a connection."""
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # image libraries print warnings
-    shared_memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else None) as folder:
-        fuzzer = Fuzzer(name, seed, Path(folder))
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        fuzzer = Fuzzer(name, 0, Path(folder))
         for warm_up in range(20):
             fuzzer.run(-1 - warm_up)  # imports libraries before the limits are set
         limit = psutil.Process().memory_info().vms + MEMORY_LIMIT
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        before = _peak_memory()
-        for current in range(start, stop):
-            number.value = current
+        before = memory_mb("VmHWM")
+        for number in range(start, count):
+            if time.monotonic() > end:
+                break
+            signal.setitimer(signal.ITIMER_PROF, TIME_LIMIT)  # ends the process with SIGPROF
             begin = time.process_time()
-            outcome, errors = fuzzer.run(current)
-            results.put((current, outcome, errors, time.process_time() - begin, _peak_memory() - before))
-    results.put(None)
+            outcome, errors = fuzzer.run(number)
+            results.send((outcome, errors, time.process_time() - begin, memory_mb("VmHWM") - before))
 
 
-def _peak_memory() -> int:
-    """Return the peak memory of this process in MB (Linux)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-
-
-class Report:
-    """Results of one reader."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.outcomes: Counter[str] = Counter()
-        self.errors: Counter[str] = Counter()
-        self.failures: list[tuple[int, str]] = []  # (input number, description)
-        self.slowest, self.slowest_number, self.peak = 0.0, -1, 0
-
-    def add(self, number: int, outcome: str, errors: list[str], seconds: float, peak: int) -> None:
-        self.outcomes[outcome] += 1
-        self.errors.update(re.sub(r"0x\w+|\d+", "N", error)[:110] for error in errors)
-        if outcome not in ("read", "rejected"):
-            self.failures.append((number, f"{outcome}: {errors}"))
-        self.peak = max(self.peak, peak)
-        if seconds > self.slowest:
-            self.slowest, self.slowest_number = seconds, number
-
-    def print(self) -> None:
-        counts = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(self.outcomes.items()))
-        print(
-            f"{self.name}: {self.outcomes.total():,} inputs ({counts}); slowest {self.slowest:.2f} s (input "
-            f"{self.slowest_number}), memory +{self.peak:,} MB",
-            flush=True,
-        )
-        for error, count in self.errors.most_common(8):
-            print(f"    {count:,} x {error}")
-        for number, description in self.failures[:10]:
-            print(f"    input {number}: {description[:300]}")
-
-
-def fuzz(name: str, seed: int, count: int, seconds: float) -> Report:
-    """Read mutated inputs in a separate process, which is restarted after a crash or an input that takes too long."""
+def fuzz(name: str, count: int, seconds: float) -> None:
+    """Read mutated inputs in a separate process, which is restarted after a crash, and print a table row."""
+    outcomes: Counter[str] = Counter()
+    failures: list[str] = []
+    slowest = peak = 0.0
+    end = time.monotonic() + seconds
     context = multiprocessing.get_context("spawn")
-    report, start, end = Report(name), 0, time.monotonic() + seconds
-    while start < count and time.monotonic() < end:
-        number: Synchronized = context.Value("q", -1)  # current input, or -1 before the first input
-        results = context.SimpleQueue()
-        process = context.Process(target=_read_inputs, args=(name, seed, start, count, number, results), daemon=True)
+    exit_code, number = -1, 0
+    while exit_code != 0 and number < count:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=read_inputs, args=(name, number, count, end, sender))
         process.start()
-        start = _collect(report, psutil.Process(process.pid), number, results, end)
-        process.kill()
+        sender.close()
+        while True:
+            try:
+                outcome, errors, elapsed, memory = receiver.recv()
+            except EOFError:
+                break
+            outcomes[outcome] += 1
+            failures += [f"input {number}: {outcome}: {error}" for error in errors]
+            slowest, peak = max(slowest, elapsed), max(peak, memory)
+            number += 1
         process.join()
-    return report
-
-
-def _collect(report: Report, process: psutil.Process, number: Synchronized, results: Any, end: float) -> int:
-    """Add a process's results to a report until it ends or takes too long. Return the number of the next input."""
-    last_number, last_cpu = -1, 0.0
-    next_number = sys.maxsize
-    while time.monotonic() < end:
-        is_running = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-        while not results.empty():
-            result = results.get()
-            if result is None:
-                return sys.maxsize
-            report.add(*result)
-        current, next_number = number.value, number.value + 1
-        if not is_running:
-            if current < 0:
-                raise RuntimeError(f"the process for reader {report.name} could not be started")
-            report.add(current, "crashed", [], 0.0, 0)
-            return next_number
-        cpu = sum(process.cpu_times()[:2])
-        if current != last_number:
-            last_number, last_cpu = current, cpu
-        elif current >= 0 and cpu - last_cpu > TIME_LIMIT:
-            report.add(current, "over the time limit", [], cpu - last_cpu, 0)
-            return next_number
-        time.sleep(0.05)
-    return next_number
+        exit_code = process.exitcode or 0
+        if exit_code > 0:
+            raise SystemExit(f"the process for {name} stopped with exit status {exit_code}")
+        if exit_code < 0:
+            outcomes["failed"] += 1
+            failures.append(f"input {number}: {signal.Signals(-exit_code).name}")
+            number += 1
+    counts = [number, outcomes["read"], outcomes["rejected"], outcomes["failed"]]
+    cells = [name, *(f"{value:,}" for value in counts), f"{slowest:.2f} s", f"{peak:.0f} MB"]
+    print(f"| {' | '.join(cells)} |", flush=True)
+    for failure in failures[:MAX_FAILURES]:
+        print(failure[:300], file=sys.stderr)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--reader", nargs="+", choices=list(READERS), default=list(READERS))
-    parser.add_argument("--count", type=int, default=100_000, help="Number of inputs per reader.")
-    parser.add_argument("--seconds", type=float, default=600, help="Wall-clock time per reader.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", type=Path, help="Folder in which to save the inputs that failed.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readers", nargs="+", choices=list(READERS), default=list(READERS))
+    parser.add_argument("--count", type=int, default=100_000, help="number of inputs per reader")
+    parser.add_argument("--seconds", type=float, default=600, help="wall-clock time per reader")
     args = parser.parse_args()
-    for name in args.reader:
-        report = fuzz(name, args.seed, args.count, args.seconds)
-        report.print()
-        if args.save and report.failures:
-            args.save.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory() as folder:
-                fuzzer = Fuzzer(name, args.seed, Path(folder))
-                for number, _ in report.failures:
-                    (args.save / f"{name}-{number}").write_bytes(fuzzer.create_input(number)[0])
+    print("| reader | inputs | read | rejected | failed | slowest | memory |\n|---|---|---|---|---|---|---|")
+    for name in args.readers:
+        fuzz(name, args.count, args.seconds)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure whether the heat maps of `llm2clip search` point at objects: the pointing game (arXiv 1608.00507).
 
-    python benchmarks/heatmaps.py MODEL ROOT [--image_size 336] [--dense_variants plain naclip]
+    python benchmarks/heatmaps.py MODEL ROOT [--image_size 336]
 
 ROOT contains COCO in the subfolder coco/. For each image and each class in it, the query is "a photo of a CLASS.", and
 the heat map hits if its maximum is inside a box of the class. "Chance" is the fraction of heat map cells inside these
@@ -8,18 +8,17 @@ boxes. The 95% confidence intervals are computed by bootstrapping over images.
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from llm2clip.data.images import load_image
 from llm2clip.evaluate.benchmarks import BENCHMARKS
+from llm2clip.evaluate.metrics import bootstrap_intervals
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.search.explain import compute_heatmap, require_dense_encoder
-
-RESAMPLES = 1000
 
 
 def main() -> None:
@@ -27,30 +26,28 @@ def main() -> None:
     parser.add_argument("model", help="model, as in `llm2clip evaluate`")
     parser.add_argument("root", type=Path, help="folder with COCO in the subfolder coco/")
     parser.add_argument("--image_size", type=int, help="shorter side of the images in pixels; default: as in search")
-    parser.add_argument("--dense_variants", nargs="+", help="variants to compare; default: as in `llm2clip search`")
     args = parser.parse_args()
     model = open_dual_encoder(args.model)
     dense = require_dense_encoder(model)
     benchmark = BENCHMARKS["coco-boxes"]
     data = benchmark.load(benchmark.find(args.root))
     queries = model.encode_texts([f"a photo of a {name}." for name in data.names]).numpy()
-    print("| variant | queries | hits, % | chance, % |\n|" + " --- |" * 4)
-    for variant in args.dense_variants or [dense.localization_variant]:
-        encoder = replace(dense, localization_variant=variant)
-        hits: list[list[float]] = []  # for each image, 1 or 0 for each class in it
-        chances: list[float] = []
-        for ref, size, boxes, labels in zip(tqdm(data.images), data.sizes, data.boxes, data.labels, strict=True):
-            pixels = encoder.resize(load_image(ref), args.image_size or dense.localization_size)
-            hits.append([])
-            for label in np.unique(labels):
-                heatmap = compute_heatmap(encoder, pixels, queries[label])
-                inside = find_cells_in_boxes(boxes[labels == label], size, heatmap.shape)
-                hits[-1].append(float(inside.flat[heatmap.argmax()]))
-                chances.append(float(inside.mean()))
-        low, high = bootstrap([sum(image) for image in hits], [len(image) for image in hits])
-        rate = 100 * np.mean([hit for image in hits for hit in image])
-        row = [variant, f"{len(chances):,}", f"{rate:.1f} ({low:.1f} to {high:.1f})", f"{100 * np.mean(chances):.1f}"]
-        print(f"| {' | '.join(row)} |", flush=True)
+    hits: list[list[float]] = []  # for each image, 1 or 0 for each class in it
+    chances: list[float] = []
+    for ref, size, boxes, labels in zip(tqdm(data.images), data.sizes, data.boxes, data.labels, strict=True):
+        pixels = dense.resize(load_image(ref), args.image_size or dense.localization_size)
+        hits.append([])
+        for label in np.unique(labels):
+            heatmap = compute_heatmap(dense, pixels, queries[label])
+            inside = find_cells_in_boxes(boxes[labels == label], size, heatmap.shape)
+            hits[-1].append(float(inside.flat[heatmap.argmax()]))
+            chances.append(float(inside.mean()))
+    sums = torch.tensor([sum(image) for image in hits], dtype=torch.float64)
+    counts = torch.tensor([len(image) for image in hits], dtype=torch.float64)
+    low, high = (100 * bootstrap_intervals(sums[:, None], counts)).flatten().tolist()
+    rate = 100 * np.mean([hit for image in hits for hit in image])
+    print("| queries | hits, % (95% interval) | chance, % |\n|---|---|---|")
+    print(f"| {len(chances):,} | {rate:.1f} ({low:.1f} to {high:.1f}) | {100 * np.mean(chances):.1f} |")
 
 
 def find_cells_in_boxes(boxes: np.ndarray, size: tuple[int, int], grid: tuple[int, ...]) -> np.ndarray:
@@ -68,14 +65,6 @@ def find_cells_in_boxes(boxes: np.ndarray, size: tuple[int, int], grid: tuple[in
     rows = (top <= y) & (y <= bottom)  # (B, h)
     inside: np.ndarray = (rows[:, :, None] & columns[:, None]).any(0)
     return inside
-
-
-def bootstrap(hits: list[float], counts: list[int]) -> tuple[float, float]:
-    """Return the 95% confidence interval of the hit rate in percent, from each image's hits and number of queries."""
-    samples = np.random.default_rng(0).integers(0, len(hits), (RESAMPLES, len(hits)))
-    rates = 100 * np.array(hits)[samples].sum(1) / np.array(counts)[samples].sum(1)
-    low, high = np.percentile(rates, [2.5, 97.5])
-    return float(low), float(high)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Measure the speed of decoding and cropping training images, compared with Pillow and torchvision transforms.
 
-    python benchmarks/images.py FOLDER [--size 224] [--count 512] [--repeats 3]
+    python benchmarks/images.py FOLDER [--count 300]
 
-FOLDER contains image files. Both pipelines use one thread and the same crops. The script also prints the difference
-between the pixels of the two pipelines, scaled to [0, 1].
+FOLDER contains image files. Both methods use one thread and the same crops.
 """
 
 import argparse
@@ -18,63 +17,50 @@ from torchvision.transforms import functional
 
 from llm2clip.data.formats import IMAGE_SUFFIXES, list_files
 from llm2clip.data.images import load_image
-from llm2clip.data.transforms import Preprocess, TrainTransform
+from llm2clip.data.transforms import Preprocess, TrainTransform, _sample_crop_box
 
+SIZE, REPEATS = 224, 3
 MEAN = STD = (0.5, 0.5, 0.5)
-Crop = tuple[int, int, int, int]  # top, left, height, width
+TRANSFORM = TrainTransform(Preprocess(SIZE, "shortest", 1.0, "bicubic", MEAN, STD))
+
+
+def load_with_llm2clip(path: str, seed: int) -> torch.Tensor:
+    """Return a decoded and cropped image of shape (3, S, S), uint8."""
+    return TRANSFORM(load_image(path), torch.Generator().manual_seed(seed))
+
+
+def load_with_pillow(path: str, seed: int) -> torch.Tensor:
+    """Return a normalised image of shape (3, S, S), float32, prepared as in most training code."""
+    image = Image.open(path).convert("RGB")
+    crop = _sample_crop_box(image.height, image.width, torch.Generator().manual_seed(seed))
+    image = functional.resized_crop(image, *crop, [SIZE, SIZE], transforms.InterpolationMode.BICUBIC)
+    return functional.normalize(functional.to_tensor(image), MEAN, STD)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of image files")
-    parser.add_argument("--size", type=int, default=224, help="side length of the cropped images, in pixels")
-    parser.add_argument("--count", type=int, default=512, help="maximum number of images")
-    parser.add_argument("--repeats", type=int, default=3, help="number of timed repeats")
+    parser.add_argument("--count", type=int, default=300, help="maximum number of images")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    paths = [Path(path) for path in list_files(str(args.folder), IMAGE_SUFFIXES)][: args.count]
-    transform = TrainTransform(Preprocess(args.size, "shortest", 1.0, "bicubic", MEAN, STD))
-
-    def load(index: int) -> torch.Tensor:
-        """Return a decoded and cropped image of shape (3, S, S), uint8."""
-        return transform(load_image(paths[index]), torch.Generator().manual_seed(index))
-
-    crops = []
-    for index, path in enumerate(paths):
-        width, height = Image.open(path).size
-        crops.append(transform._sample_crop_box(height, width, torch.Generator().manual_seed(index)))
-
-    mean_difference = max_difference = 0.0
-    for index, path in enumerate(paths):
-        reference = load_with_pillow(path, crops[index], args.size) * 0.5 + 0.5  # undo MEAN and STD
-        difference = (load(index) / 255 - reference).abs()
-        mean_difference += difference.mean().item() / len(paths)
-        max_difference = max(max_difference, difference.max().item())
-
-    pillow_seconds, our_seconds = [], []
-    for _ in range(args.repeats):
-        start = time.perf_counter()
-        for index, path in enumerate(paths):
-            load_with_pillow(path, crops[index], args.size)
-        middle = time.perf_counter()
-        for index in range(len(paths)):
-            load(index)
-        pillow_seconds.append(middle - start)
-        our_seconds.append(time.perf_counter() - middle)
-
-    print(f"{len(paths)} images resized to {args.size} pixels, one thread, median of {args.repeats} repeats")
-    for name, seconds in (("Pillow, float32", pillow_seconds), ("llm2clip, uint8", our_seconds)):
-        rates = [len(paths) / s for s in seconds]
-        print(f"{name}: {statistics.median(rates):.0f} images/s ({min(rates):.0f} to {max(rates):.0f})")
-    speed_up = statistics.median(a / b for a, b in zip(pillow_seconds, our_seconds, strict=True))
-    print(f"speed-up: {speed_up:.2f}x; pixel difference: {mean_difference:.5f} (mean), {max_difference:.4f} (maximum)")
-
-
-def load_with_pillow(path: Path, crop: Crop, size: int) -> torch.Tensor:
-    """Return a normalised image of shape (3, S, S), float32, prepared as in most training code."""
-    image = Image.open(path).convert("RGB")
-    image = functional.resized_crop(image, *crop, [size, size], transforms.InterpolationMode.BICUBIC)
-    return functional.normalize(functional.to_tensor(image), MEAN, STD)
+    paths = [str(path) for path in list_files(str(args.folder), IMAGE_SUFFIXES)][: args.count]
+    differences = []
+    for seed, path in enumerate(paths):
+        reference = load_with_pillow(path, seed) * 0.5 + 0.5  # undo MEAN and STD
+        differences.append((load_with_llm2clip(path, seed) / 255 - reference).abs())
+    rates: dict[str, list[float]] = {"Pillow and torchvision": [], "llm2clip": []}
+    for _ in range(REPEATS):
+        for method, load in zip(rates, (load_with_pillow, load_with_llm2clip), strict=True):
+            start = time.perf_counter()
+            for seed, path in enumerate(paths):
+                load(path, seed)
+            rates[method].append(len(paths) / (time.perf_counter() - start))
+    cells = [f"{statistics.median(r):,.0f} ({min(r):,.0f} to {max(r):,.0f})" for r in rates.values()]
+    ratio = statistics.median(ours / pillow for pillow, ours in zip(*rates.values(), strict=True))
+    print(f"| images/s | {' | '.join(rates)} | ratio |\n|---|---|---|---|")
+    print(f"| {args.folder} | {' | '.join(cells)} | {ratio:.2f}x |\n")
+    mean, maximum = (torch.stack(differences).mean(), torch.stack(differences).max())
+    print(f"difference between the pixels, scaled to [0, 1]: {mean:.5f} (mean), {maximum:.4f} (maximum)")
 
 
 if __name__ == "__main__":

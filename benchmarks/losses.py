@@ -1,6 +1,6 @@
 """Measure the time and memory of the contrastive losses, forward and backward, compared with open_clip.
 
-    python benchmarks/losses.py [--sizes 4096 16384] [--dim 1024] [--repeats 3] [--device cpu]
+    python benchmarks/losses.py [--sizes 4096 16384] [--device cpu]
 
 Times are measured in one process, alternating between the losses. Peak memory is measured in a separate process for
 each loss, and does not include the inputs. On a GPU, it is the memory allocated by PyTorch. "Working" memory is peak
@@ -9,8 +9,6 @@ memory minus the gradients of the inputs (2 N D floats), which every loss must c
 
 import argparse
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -21,8 +19,9 @@ from torch import Tensor
 
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.train.losses import info_nce, sigmoid_loss
-from shared import memory_mb, reset_peak_memory
+from measurements import memory_mb, reset_peak_memory, run_in_new_process
 
+DIM, REPEATS = 1024, 3
 SCALE, BIAS = 20.0, -10.0
 clip_loss, siglip_loss = ClipLoss(), SigLipLoss()
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
@@ -39,11 +38,11 @@ BASELINES = {
 }
 
 
-def make_inputs(n: int, dim: int, device: str) -> list[Tensor]:
-    """Return image and text embeddings of shape (n, dim), the logit scale and bias. All of them require gradients."""
+def make_inputs(n: int, device: str) -> list[Tensor]:
+    """Return image and text embeddings of shape (N, D), the logit scale and bias. All of them require gradients."""
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(n, dim, generator=generator)
-    text = 0.3 * image + torch.randn(n, dim, generator=generator)
+    image = torch.randn(n, DIM, generator=generator)
+    text = 0.3 * image + torch.randn(n, DIM, generator=generator)
     inputs = [F.normalize(image, dim=-1), F.normalize(text, dim=-1), torch.tensor(SCALE), torch.tensor(BIAS)]
     return [x.to(device).requires_grad_() for x in inputs]
 
@@ -61,37 +60,32 @@ def time_pass(name: str, inputs: list[Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def measure_peak(name: str, n: int, dim: int, device: str) -> float:
+@onednn_matmul()
+def measure_peak(name: str, n: int, device: str) -> float:
     """Return the peak memory of one pass in MB, not including the inputs. Must be called in a new process."""
-    time_pass(name, make_inputs(64, dim, device))  # load the libraries before measuring
-    inputs = make_inputs(n, dim, device)
+    time_pass(name, make_inputs(64, device))  # load the libraries before measuring
+    inputs = make_inputs(n, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         time_pass(name, inputs)
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        return (torch.cuda.max_memory_allocated() - allocated) / 1e6
     before = reset_peak_memory()
     time_pass(name, inputs)
     return memory_mb("VmHWM") - before
 
 
-def peak_in_new_process(name: str, n: int, dim: int, device: str) -> float:
-    options = ["--peak", name, "--sizes", str(n), "--dim", str(dim), "--device", device]
-    process = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=True)
-    return float(process.stdout.split()[-1])
-
-
-def print_rows(n: int, dim: int, repeats: int, device: str) -> None:
+def print_rows(n: int, device: str) -> None:
     """Print the table rows for N images and N texts."""
-    inputs = make_inputs(n, dim, device)
+    inputs = make_inputs(n, device)
     seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
-    for repeat in range(repeats + 1):
+    for repeat in range(REPEATS + 1):
         for name in LOSSES:
             elapsed = time_pass(name, inputs)
             if repeat:  # the first repeat is a warm-up
                 seconds[name].append(elapsed)
-    peaks = {name: peak_in_new_process(name, n, dim, device) for name in LOSSES}
-    gradients = 2 * n * dim * 4 / 1e6
+    peaks = {name: run_in_new_process(measure_peak, name, n, device) for name in LOSSES}
+    gradients = 2 * n * DIM * 4 / 1e6
     for name, baseline in BASELINES.items():
         own = seconds[name]
         ratio = statistics.median(a / b for a, b in zip(own, seconds[baseline], strict=True))
@@ -111,19 +105,13 @@ def print_rows(n: int, dim: int, repeats: int, device: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", type=int, default=[4096, 16384])
-    parser.add_argument("--dim", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
     with onednn_matmul():
-        if args.peak:
-            print(measure_peak(args.peak, args.sizes[0], args.dim, args.device))
-            return
         print("| N | loss | seconds, median (range) | time ratio | peak MB | working MB | working memory ratio |")
         print("|---|---|---|---|---|---|---|")
         for n in args.sizes:
-            print_rows(n, args.dim, args.repeats, args.device)
+            print_rows(n, args.device)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compare the memory that `llm2clip plan` predicts for a CPU with the memory that `tune`, `embed` and `align` use.
 
-    python benchmarks/plan_memory.py --work /tmp/plan [--stages tune embed align] [--tiny]
+    python benchmarks/plan_memory.py --work /tmp/plan [--tiny]
 
 The models have the shapes of Llama-3.2-1B and ViT-L/14-336, random weights, and a tokenizer with one token per byte.
 All data are generated, so nothing is downloaded. Each stage runs in its own process, whose peak memory (RSS) is
@@ -14,7 +14,6 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import timm
@@ -26,6 +25,7 @@ from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
 from llm2clip.tools.plan import plan_fit
 from llm2clip.tools.plan_costs import LLMS
 from llm2clip.tools.plan_memory import Machine, compute_peak_memory
+from shared import make_flags
 
 IMAGES, CAPTIONS, TOKENS = 32, 2, 64  # number of images, captions per image, and tokens per caption
 TUNE = {"steps": 2, "batch_size": 28, "lora_r": 16}
@@ -35,7 +35,6 @@ ALIGN = {"batch_size": 4, "epochs": 0.375, "captions_per_image": 1, "adapter_dep
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for models, data and outputs")
-    parser.add_argument("--stages", nargs="+", choices=["tune", "embed", "align"], default=["tune", "embed", "align"])
     parser.add_argument("--tiny", action="store_true", help="use small models")
     args = parser.parse_args()
     shape = LLMS["meta-llama/llama-3.2-1b"]
@@ -48,32 +47,23 @@ def main() -> None:
         align=AlignConfig(tower=str(tower), workers=0, **ALIGN),  # type: ignore[arg-type]
     )
     plan = plan_fit(config, Machine("cpu", tflops=1, memory=64), IMAGES, CAPTIONS, TOKENS)
-    baseline = run(["-c", "import llm2clip.pipeline"])
-    print(f"A process that only imports llm2clip uses {baseline:.2f} GB.\n")
-    print(
-        "| stage | planned, GB | measured, GB | planned / measured | planned parts, GB |\n|" + " --- |" * 5, flush=True
-    )
+    print("| stage | planned, GB | measured, GB | planned / measured | breakdown of the plan, GB |")
+    print("|---|---|---|---|---|", flush=True)
     encoder = ["--encoder.path", str(llm)]
     commands = {
-        "tune": ["tune", f"{data}@train", *encoder, *options("tune", TUNE)],
+        "tune": ["tune", f"{data}@train", *encoder, *make_flags("tune", TUNE)],
         "embed": ["embed", str(data), *encoder],
-        "align": ["align", f"{data}@train", *encoder, "--store", str(args.work / "embed"), *options("align", ALIGN)],
+        "align": ["align", f"{data}@train", *encoder, "--store", str(args.work / "embed"), *make_flags("align", ALIGN)],
     }
     commands["align"] += ["--align.tower", str(tower), "--align.workers", "0"]
-    if "align" in args.stages and "embed" not in args.stages and not (args.work / "embed").exists():
-        args.stages.insert(0, "embed")
-    for stage in args.stages:
+    for stage, command in commands.items():
         out = args.work / stage
         shutil.rmtree(out, ignore_errors=True)
-        measured = run(["-m", "llm2clip", *commands[stage], "--out", str(out)])
+        measured = run(["-m", "llm2clip", *command, "--out", str(out)])
         parts = plan.memory[stage]
         planned = compute_peak_memory(parts) / 1e9
         description = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
         print(f"| {stage} | {planned:.2f} | {measured:.2f} | {planned / measured:.2f} | {description} |", flush=True)
-
-
-def options(stage: str, settings: dict[str, Any]) -> list[str]:
-    return [f"--{stage}.{name}={value}" for name, value in settings.items()]
 
 
 def run(arguments: list[str]) -> float:

@@ -15,12 +15,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle, pairwise
-from typing import Any, cast
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.images import load_image
@@ -32,9 +33,11 @@ from llm2clip.train.losses import info_nce
 from reproduce_data import (
     BASELINE,
     CAPTIONS_TEST,
+    FOREIGN_COLUMN,
     FOREIGN_TEST,
     LLM_CC,
     LLM_RAW,
+    LONG_CAPTION_TESTS,
     MULTILINGUAL_CC,
     MULTILINGUAL_RAW,
     MULTILINGUAL_TC,
@@ -50,7 +53,6 @@ WEAK_SUPPORT = "weak support"
 INCONCLUSIVE = "inconclusive"
 CONTRADICTED = "contradicted"
 PARTLY_HOLDS = "partly holds"
-NOT_TESTED = "not tested"
 
 # Variants of the training step, named after the source of the text embeddings.
 CACHED_TEACHER = "cached teacher"
@@ -98,24 +100,13 @@ class Comparison:
 
 @dataclass
 class Claim:
-    """Result of testing a claim.
-
-    Args:
-        number: Number of the claim, from 1 to 6. See `TITLES`.
-        header, rows: Header and rows of the results table.
-        comparisons: Comparisons that determine the verdict.
-        notes: Remarks on how to interpret the result.
-        points: Labels of the points on the plot's x axis. Empty if the claim has no curves.
-        curves: Values at each of the `points`, keyed by curve name.
-    """
+    """Result of testing a claim of `TITLES`: a table, and comparisons that determine the verdict."""
 
     number: int
     header: list[str] = field(default_factory=list)
     rows: list[list[Any]] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    points: list[str] = field(default_factory=list)
-    curves: dict[str, list[Interval]] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Claim:
@@ -129,14 +120,8 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """Verdict on the claim, or NOT_TESTED if there are no comparisons.
-
-        If the comparisons have different verdicts, the claim's verdict is PARTLY_HOLDS if any comparison holds;
-        otherwise CONTRADICTED if any comparison is contradicted; otherwise INCONCLUSIVE.
-        """
+        """Verdict on the claim: that of all comparisons or, if they differ, whether any holds or is contradicted."""
         verdicts = {comparison.verdict for comparison in self.comparisons}
-        if not verdicts:
-            return NOT_TESTED
         if len(verdicts) == 1:
             return verdicts.pop()
         if HOLDS in verdicts:
@@ -166,14 +151,7 @@ def measure_caption_retrieval(experiments: Experiments) -> Claim:
 def compare_text_towers(experiments: Experiments) -> Claim:
     """Test claim 2: measure image-text retrieval with each text tower."""
     claim = Claim(2)
-    order = [MULTILINGUAL_RAW, BASELINE, MULTILINGUAL_CC]  # sorted by expected recall, lowest first
-    if experiments.data.text_pairs:
-        order.insert(2, MULTILINGUAL_TC)
-    else:
-        claim.notes.append(
-            "There is no TC row because no general text pairs are available. To add it, install Debian's wordnet-base, "
-            "delete claims/2.json in the run directory and rerun the same command."
-        )
+    order = [MULTILINGUAL_RAW, BASELINE, MULTILINGUAL_TC, MULTILINGUAL_CC]  # sorted by expected recall, lowest first
     hits = _fill_retrieval_table(experiments, claim, [LLM_RAW, LLM_CC, *order], CAPTIONS_TEST)
     pairs = [*pairwise(order), (BASELINE, MULTILINGUAL_CC), (MULTILINGUAL_RAW, MULTILINGUAL_CC), (LLM_RAW, LLM_CC)]
     claim.comparisons = _compare_pairs(experiments, dict.fromkeys(pairs), MEAN_RECALL, hits)
@@ -187,22 +165,17 @@ def compare_text_towers(experiments: Experiments) -> Claim:
 
 
 def compare_long_captions(experiments: Experiments) -> Claim:
-    """Test claim 3: measure how much caption tuning improves retrieval for queries of increasing length."""
-    tests = list(experiments.data.long_caption_tests)
-    claim = Claim(3, points=tests)
-    claim.header = ["text tower, T2I R@1", *tests]
+    """Test claim 3: measure how much caption tuning improves retrieval with short and with long queries."""
+    claim = Claim(3, header=["text tower, T2I R@1", *LONG_CAPTION_TESTS])
     hits = {}
     for name in (BASELINE, LLM_CC, MULTILINGUAL_RAW, MULTILINGUAL_CC):
-        hits[name] = [experiments.measure_hits(name, test, "T2I") for test in tests]
-        label = experiments.get_label(name)
-        claim.rows.append([label, *map(_compute_mean_percent, hits[name])])
-        claim.curves[label] = [bootstrap_interval(test_hits) for test_hits in hits[name]]
+        hits[name] = [experiments.measure_hits(name, test, "T2I") for test in LONG_CAPTION_TESTS]
+        claim.rows.append([experiments.get_label(name), *map(_compute_mean_percent, hits[name])])
     for name, reference in ((LLM_CC, BASELINE), (MULTILINGUAL_CC, BASELINE), (MULTILINGUAL_CC, MULTILINGUAL_RAW)):
-        gains = [high - low for high, low in zip(hits[name], hits[reference], strict=True)]
+        short_gain, long_gain = (high - low for high, low in zip(hits[name], hits[reference], strict=True))
         label = f"gain of {experiments.get_label(name)} over {experiments.get_label(reference)}"
-        claim.rows.append([label, *map(_compute_mean_percent, gains)])
         first, last = f"{label}, first sentence", "the same gain, whole caption"
-        claim.comparisons.append(compare_hits(first, last, "T2I R@1", gains[0], gains[-1]))
+        claim.comparisons.append(compare_hits(first, last, "T2I R@1", short_gain, long_gain))
     num_images = hits[LLM_CC][0].shape[1]
     claim.notes.append(
         f"Measured on {num_images:,} images not used for training. Chance R@1 is {100 / num_images:.1f}%."
@@ -215,7 +188,7 @@ def compare_other_languages(experiments: Experiments) -> Claim:
     claim = Claim(4)
     hits = _fill_retrieval_table(experiments, claim, (BASELINE, LLM_CC, MULTILINGUAL_CC), FOREIGN_TEST)
     pairs = [(BASELINE, MULTILINGUAL_CC), (LLM_CC, MULTILINGUAL_CC)]
-    metric = f"{MEAN_RECALL}, {experiments.config.foreign_column}"
+    metric = f"{MEAN_RECALL}, {FOREIGN_COLUMN}"
     claim.comparisons = _compare_pairs(experiments, pairs, metric, hits)
     return claim
 
@@ -234,42 +207,22 @@ def compare_llm_sizes(experiments: Experiments) -> Claim:
 
 def measure_training_cost(experiments: Experiments) -> Claim:
     """Test claim 6: measure the duration of training steps for each source of text embeddings."""
-    claim = Claim(6)
-    claim.header = ["source of text embeddings", "seconds per step", "relative to CLIP", "trained parameters, M"]
-    times = measure_step_times(experiments, LLM_CC)
-    cached, clip = times.compute_median(CACHED_TEACHER), times.compute_median(CLIP_TEXT_TOWER)
-    for variant, parameters in times.parameters.items():
-        median = times.compute_median(variant)
-        claim.rows.append([variant, f"{median:.3f}", f"{median / clip:.2f}x", parameters])
-
+    claim = Claim(6, header=["source of text embeddings", "seconds per step", "trained parameters, M"])
+    seconds, parameters = measure_steps(experiments, LLM_CC)
+    for variant, times in seconds.items():
+        claim.rows.append([variant, f"{statistics.median(times):.3f}", parameters[variant]])
     limits = {
-        f"{CLIP_TEXT_TOWER}, plus 10%": [1.1 * seconds for seconds in times.seconds[CLIP_TEXT_TOWER]],
-        LLM_IN_LOOP: times.seconds[LLM_IN_LOOP],
+        f"{CLIP_TEXT_TOWER}, plus 10%": [1.1 * time for time in seconds[CLIP_TEXT_TOWER]],
+        LLM_IN_LOOP: seconds[LLM_IN_LOOP],
     }
-    for variant, seconds in limits.items():
-        differences = [high - low for low, high in zip(times.seconds[CACHED_TEACHER], seconds, strict=True)]
-        claim.comparisons.append(
-            Comparison(
-                low=CACHED_TEACHER,
-                high=variant,
-                metric="seconds",
-                low_interval=_compute_quartiles(times.seconds[CACHED_TEACHER]),
-                high_interval=_compute_quartiles(seconds),
-                difference=_compute_quartiles(differences),
-            )
-        )
+    cached = seconds[CACHED_TEACHER]
+    for variant, times in limits.items():
+        differences = [high - low for low, high in zip(cached, times, strict=True)]
+        intervals = map(_compute_quartiles, (cached, times, differences))
+        claim.comparisons.append(Comparison(CACHED_TEACHER, variant, "seconds", *intervals))
     claim.notes.append(
-        f"Medians over {experiments.config.cost_steps} steps with {times.batch_size} images and one caption per image. "
-        "Steps of the variants were interleaved. Intervals are interquartile ranges."
-    )
-    train = experiments.data.train_records
-    num_texts, num_steps = sum(len(record.texts) for record in train), len(train) / times.batch_size
-    caption_seconds = (times.compute_median(LLM_IN_LOOP) - cached) / times.batch_size
-    claim.notes.append(
-        f"Filling the store is a one-time cost of {caption_seconds * 1000:.0f} ms per caption: "
-        f"{num_texts * caption_seconds / 60:.0f} minutes for {num_texts:,} texts of this length. An epoch of "
-        f"{len(train):,} images takes {num_steps * cached / 60:.0f} minutes with the store, compared with "
-        f"{num_steps * clip / 60:.0f} minutes with CLIP's text tower."
+        f"Medians over {experiments.config.cost_steps} steps with {experiments.config.cost_images} images and one "
+        "caption per image. Steps of the variants were interleaved. Intervals are interquartile ranges."
     )
     return claim
 
@@ -374,86 +327,49 @@ def _resample_means(values: Tensor, seed: int) -> Tensor:
 # ---- duration of training steps --------------------------------------------------------------------------------------
 
 
-class ClipTextTower(nn.Module):
-    """Text tower with the architecture used in CLIP ViT-B/32 (arXiv 2103.00020): 12 layers, width 512, 77 tokens.
-
-    The weights are randomly initialised, because their values do not affect the step time.
-    """
-
-    def __init__(self, embed_dim: int) -> None:
-        super().__init__()
-        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-        self.model = CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=embed_dim))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return L2-normalised embeddings of shape (N, embed_dim), given token ids of shape (N, 77)."""
-        return F.normalize(self.model(input_ids=ids).text_embeds.float(), dim=-1)
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Training step times for each variant."""
-
-    seconds: dict[str, list[float]]  # duration of each step, keyed by variant
-    parameters: dict[str, float]  # number of trained parameters in millions, keyed by variant
-    batch_size: int  # number of images per step, each with one caption
-
-    def compute_median(self, variant: str) -> float:
-        return statistics.median(self.seconds[variant])
-
-
 @onednn_matmul()
-def measure_step_times(experiments: Experiments, name: str) -> StepTimes:
-    """Measure training step times for each variant, using the caption encoder called `name`.
+def measure_steps(experiments: Experiments, name: str) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Measure training steps with each source of text embeddings, using the caption encoder called `name`.
 
-    Steps of the variants are interleaved, so other processes on the machine slow down all variants equally.
+    Steps of the variants are interleaved, so other processes on the machine slow down all variants equally. CLIP's text
+    tower has the architecture of ViT-B/32 (arXiv 2103.00020), and random weights.
+
+    Returns:
+        The seconds of each step, and the number of trained parameters in millions, keyed by variant.
     """
     config, train = experiments.config, experiments.data.train_records
     records = [record for record in train if record.texts][: config.cost_images]
     texts = [record.texts[0] for record in records]
     store = experiments.embed_texts(name, [text for record in train for text in record.texts])
     encoder = experiments.load_encoder(name)
-    model = create_initial_model(experiments.make_align_config(0), store)
-    device = model.device
-    keep_freed_memory(device)
-    text_tower = ClipTextTower(config.embed_dim).to(device)
+    model = create_initial_model(experiments.make_align_config(0), store).train()
+    keep_freed_memory(model.device)
+    clip_text_tower = CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=config.embed_dim))
     transform = EvalTransform(model.tower.preprocess)
-    images = [load_image(record.image) for record in records if record.image is not None]
-    pixels = torch.stack([transform(image) for image in images]).to(device)
-    ids = torch.randint(1, CLIP_END_TOKEN - 1, (len(texts), CLIP_CONTEXT_LENGTH), device=device)
+    pixels = torch.stack([transform(load_image(record.image)) for record in records if record.image is not None])
+    ids = torch.randint(1, CLIP_END_TOKEN - 1, (len(texts), CLIP_CONTEXT_LENGTH))
     ids[:, -1] = CLIP_END_TOKEN
-
-    def adapt(embeddings: Tensor) -> Tensor:
-        """Map LLM embeddings of shape (N, D) to text embeddings of shape (N, embed_dim)."""
-        return cast(Tensor, model(embeddings=embeddings.to(device).float())[1])
-
     embed_texts: dict[str, Callable[[], Tensor]] = {
-        CACHED_TEACHER: lambda: adapt(torch.from_numpy(store.take(store.find_rows(texts)))),
-        CLIP_TEXT_TOWER: lambda: text_tower(ids),
+        CACHED_TEACHER: lambda: model(embeddings=torch.from_numpy(store.take(store.find_rows(texts))).float())[1],
+        CLIP_TEXT_TOWER: lambda: F.normalize(clip_text_tower(input_ids=ids).text_embeds, dim=-1),
         # Autograd does not support inference tensors, so copy the embeddings to a normal tensor.
-        LLM_IN_LOOP: lambda: adapt(encoder.encode(texts).clone()),
+        LLM_IN_LOOP: lambda: model(embeddings=encoder.encode(texts).clone())[1],
     }
-    model_parameters = list(model.parameters())
     vision_parameters = [*model.tower.parameters(), *model.projection.parameters(), model.logit_scale]
-    parameters: dict[str, list[nn.Parameter]] = {
-        CACHED_TEACHER: model_parameters,
-        CLIP_TEXT_TOWER: [*vision_parameters, *text_tower.parameters()],
-        LLM_IN_LOOP: model_parameters,
+    parameters = {
+        CACHED_TEACHER: list(model.parameters()),
+        CLIP_TEXT_TOWER: [*vision_parameters, *clip_text_tower.parameters()],
+        LLM_IN_LOOP: list(model.parameters()),
     }
     optimizers = {variant: torch.optim.AdamW(parameters[variant], lr=1e-6) for variant in embed_texts}
     seconds: dict[str, list[float]] = {variant: [] for variant in embed_texts}
-    model.train()
-    num_steps = len(embed_texts) * (config.cost_steps + 1)
-    for step, variant in zip(range(num_steps), cycle(embed_texts), strict=False):
-        start = time.perf_counter()
-        image, _, scale, _ = model(pixels)
-        info_nce(image, embed_texts[variant](), scale).backward()
-        optimizers[variant].step()
-        optimizers[variant].zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if step >= len(embed_texts):  # the first step of each variant is a warm-up
-            seconds[variant].append(time.perf_counter() - start)
-    counts = {variant: sum(p.numel() for p in parameters[variant]) / 1e6 for variant in embed_texts}
-    return StepTimes(seconds, counts, batch_size=len(texts))
+    for step in range(config.cost_steps + 1):
+        for variant, embed in embed_texts.items():
+            start = time.perf_counter()
+            image, _, scale, _ = model(pixels)
+            info_nce(image, embed(), scale).backward()
+            optimizers[variant].step()
+            optimizers[variant].zero_grad()
+            if step:  # the first step of each variant is a warm-up
+                seconds[variant].append(time.perf_counter() - start)
+    return seconds, {variant: sum(p.numel() for p in parameters[variant]) / 1e6 for variant in embed_texts}

@@ -18,7 +18,7 @@ import dataclasses
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip.config import (
-    MIN_IMAGE_SIZE,
-    AlignConfig,
-    EncoderConfig,
-    EvaluateConfig,
-    TuneConfig,
-    require_at_least,
-    require_positive,
-)
+from llm2clip.config import AlignConfig, EncoderConfig, EvaluateConfig, TuneConfig
 from llm2clip.data.build_table import open_table, read_splits
 from llm2clip.data.image_facts import mask_same_images
-from llm2clip.data.pairs import ImageCaptions, Pair, TuningItem, read_text_pairs, read_tuning_sources
-from llm2clip.data.records import Record, Source
+from llm2clip.data.pairs import ImageCaptions, Pair, TuningItem, read_tuning_sources
+from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
@@ -56,9 +48,10 @@ from llm2clip.train.align import align
 from llm2clip.train.initial_model import create_initial_model
 from llm2clip.train.tune import tune
 
-WORDNET = Path("/usr/share/wordnet")  # from Debian's wordnet-base package
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
-CAPTIONS_TEST, FOREIGN_TEST = "captions", "foreign"  # arguments of `ClaimData.get_test_records`
+CAPTIONS_TEST, FOREIGN_TEST = "captions", "foreign"
+LONG_CAPTION_TESTS = ("first sentence", "whole caption")
+FOREIGN_COLUMN = "captions_zh"  # captions in a language that is absent from the training captions
 # Names of the caption encoders. CC encoders are tuned on captions; TC encoders are tuned on general text pairs.
 BASELINE = "baseline"
 LLM_RAW, LLM_CC = "llm raw", "llm cc"
@@ -67,61 +60,43 @@ MULTILINGUAL_RAW, MULTILINGUAL_TC, MULTILINGUAL_CC = "multilingual raw", "multil
 
 @dataclass
 class ReproduceConfig:
-    """Settings for small-scale tests of the paper's claims. Paths of sources are relative to the data folder."""
+    """Settings for small-scale tests of the paper's claims. Paths of sources are relative to the data folder.
 
-    tune: list[str] = field(default_factory=lambda: ["flickr30k_text/captions.jsonl@train"])
-    """Caption sources for tuning the LLMs; images are not needed."""
-    exclude: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@val", "flickr8k_text/captions.jsonl"])
-    """Sources of images whose captions are excluded from tuning."""
-    text_pairs: list[str] = field(default_factory=list)
-    """Sources of general text pairs (called TC in the paper). By default, glosses from WordNet are used if the Debian
-    package wordnet-base is installed."""
-    cra: list[str] = field(default_factory=lambda: ["coco_text/captions.jsonl@karpathy_test"])
-    """Caption sources for measuring caption retrieval accuracy (CRA)."""
-    train: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@train+none", "coco_img/captions.jsonl"])
-    """Sources of captioned images for the `align` stage."""
-    test: list[str] = field(default_factory=lambda: ["flickr8k/captions.jsonl@val"])
-    """Sources of captioned images for evaluating retrieval."""
-    foreign_column: str = "captions_zh"
-    """Column of test captions in a language that is absent from the training captions."""
-    long_caption_sources: list[str] = field(default_factory=lambda: ["ade20k_ids/captions.jsonl"])
-    """Sources of images with one long caption each. Used only for evaluation."""
+    Args:
+        tune, exclude: Caption sources for tuning the LLMs, and sources of images whose captions are excluded.
+        cra: Caption sources for measuring caption retrieval accuracy (CRA).
+        train, test: Sources of captioned images for `align`, and for evaluating retrieval.
+        long_captions: Sources of images with one long caption each, for evaluation.
+        llm, layers, lr: LLM whose first layers are used, and the learning rate for tuning all its weights.
+        baseline_encoder: Text encoder that is not an LLM.
+        multilingual_llm, multilingual_lr: Larger, multilingual LLM, and the learning rate for tuning it with LoRA.
+        steps, batch_size: Number of tuning steps, and of text pairs per step.
+        epochs, seeds: Number of epochs for training the heads, and of models per encoder.
+        cost_images, cost_steps: Number of images per step, and of steps, when measuring the training cost.
+    """
+
+    tune: Sequence[str] = ("flickr30k_text/captions.jsonl@train",)
+    exclude: Sequence[str] = ("flickr8k/captions.jsonl@val", "flickr8k_text/captions.jsonl")
+    cra: Sequence[str] = ("coco_text/captions.jsonl@karpathy_test",)
+    train: Sequence[str] = ("flickr8k/captions.jsonl@train+none", "coco_img/captions.jsonl")
+    test: Sequence[str] = ("flickr8k/captions.jsonl@val",)
+    long_captions: Sequence[str] = ("ade20k_ids/captions.jsonl",)
+    wordnet: Path = Path("/usr/share/wordnet")  # from Debian's wordnet-base package
     llm: str = "smollm2-135m"
-    """Language model for testing the claims. Accepts the same values as --encoder.path."""
-    layers: int | None = 12
-    """Keep only the first N layers of the LLM. null keeps all layers."""
-    baseline_encoder: str = "all-minilm-l6-v2"
-    """Non-LLM text encoder used as a baseline."""
-    multilingual_llm: str = "gemma3-270m"
-    """Larger language model that understands the language of --foreign_column."""
-    tower: str = "efficientnet-lite0"
-    """Vision tower. Accepts the same values as --align.tower. The tower is frozen; only the heads are trained."""
-    image_size: int = 160
-    """Image size in pixels."""
-    embed_dim: int = 256
-    """Dimension of the shared embedding space."""
-    steps: int = 60
-    """Number of tuning steps for each LLM."""
-    batch_size: int = 128
-    """Number of text pairs per tuning step."""
+    layers: int = 12
     lr: float = 4e-4
-    """Learning rate for tuning all weights of the LLM."""
+    baseline_encoder: str = "all-minilm-l6-v2"
+    multilingual_llm: str = "gemma3-270m"
     multilingual_lr: float = 1e-3
-    """Learning rate for tuning the multilingual LLM with LoRA."""
+    tower: str = "efficientnet-lite0"
+    image_size: int = 160
+    embed_dim: int = 256
+    steps: int = 60
+    batch_size: int = 128
     epochs: float = 10
-    """Number of epochs for training the heads."""
     seeds: int = 3
-    """Number of `align` runs per encoder, each with a different seed."""
     cost_images: int = 64
-    """Number of images per step when measuring training cost."""
     cost_steps: int = 8
-    """Number of steps to time for each kind of training step."""
-
-    def __post_init__(self) -> None:
-        require_at_least(1, self, "", "layers", "embed_dim", "batch_size", "seeds", "cost_images", "cost_steps")
-        require_at_least(0, self, "", "steps", "lr", "multilingual_lr")
-        require_at_least(MIN_IMAGE_SIZE, self, "", "image_size")
-        require_positive(self, "", "epochs")
 
 
 class ClaimData:
@@ -138,9 +113,7 @@ class ClaimData:
 
         Images with at least four short captions and no long captions get two long captions from `join_halves`.
         """
-        long_sources = self.config.long_caption_sources
-        existing = [source for source in long_sources if (self.folder / Source.parse(source).path).exists()]
-        excluded = [*self.config.exclude, *self.config.test, *self.config.cra, *existing]
+        excluded = [*self.config.exclude, *self.config.test, *self.config.cra, *self.config.long_captions]
         config = TuneConfig(data=self._resolve_paths(self.config.tune), exclude=self._resolve_paths(excluded), steps=0)
         (items,) = read_tuning_sources(None, [], config, {}, self.log)
         images = [item for item in items if isinstance(item, ImageCaptions)]
@@ -148,11 +121,8 @@ class ClaimData:
 
     @cached_property
     def text_pairs(self) -> list[Pair]:
-        """General text pairs from the configured sources. Default: from WordNet, if it is installed."""
-        if self.config.text_pairs:
-            sources = self._resolve_paths(self.config.text_pairs)
-            return [pair for source in sources for pair in read_text_pairs(source, self.log)]
-        return list(read_wordnet(WORDNET)) if (WORDNET / f"data.{PARTS_OF_SPEECH[0]}").exists() else []
+        """General text pairs from WordNet."""
+        return list(read_wordnet(self.config.wordnet))
 
     @cached_property
     def cra_captions(self) -> list[tuple[str, ...]]:
@@ -166,7 +136,7 @@ class ClaimData:
         Every third image gets a long caption, made by joining its short captions, unless it already has one. Doing this
         for all images would double the embedding time.
         """
-        tested = [*self.config.test, *self.config.long_caption_sources]
+        tested = [*self.config.test, *self.config.long_captions]
         records = self._read_records(self.config.train)
         records = records.select(records.has_image)
         train = list(records.select(~mask_same_images(self._read_records(tested), records)))
@@ -178,57 +148,24 @@ class ClaimData:
         return train
 
     @cached_property
-    def caption_test_records(self) -> Sequence[Record]:
-        """Test images with their English captions."""
-        return self._read_held_out([])["captions"]
-
-    @cached_property
-    def foreign_test(self) -> Sequence[Record]:
-        """Test images with captions in another language."""
-        column = self.config.foreign_column
-        if not column:
-            raise ValueError("no column with captions in another language: set --foreign_column")
-        return self._read_held_out([column])[column]
-
-    @cached_property
-    def long_caption_tests(self) -> dict[str, list[Record]]:
-        """Retrieval tests with long captions, keyed by query length.
-
-        In the first test, each query is the first sentence of a caption. Each subsequent test adds one sentence to
-        each query, and the last test uses complete captions.
-        """
-        records = [record for record in self._read_records(self.config.long_caption_sources) if record.long_captions]
-        if not records:
-            raise ValueError("no images with long captions: set --long_caption_sources")
-        sentences = [split_sentences(record.long_captions[0]) for record in records]
-        fewest, most = min(map(len, sentences)), max(map(len, sentences))
-        tests = {}
-        for n in range(1, fewest + 1):
-            if n == most:  # all captions have n sentences, so this test would duplicate the last one
-                break
-            name = "1 sentence" if n == 1 else f"{n} sentences"
-            queries = [" ".join(parts[:n]) for parts in sentences]
-            tests[name] = [replace_captions(record, (query,)) for record, query in zip(records, queries, strict=True)]
-        tests["whole caption"] = [replace_captions(record, (record.long_captions[0],)) for record in records]
-        return tests
-
-    def get_test_records(self, name: str) -> Sequence[Record]:
-        """Return the records of a test: CAPTIONS_TEST, FOREIGN_TEST or a key of `long_caption_tests`."""
-        if name == CAPTIONS_TEST:
-            return self.caption_test_records
-        if name == FOREIGN_TEST:
-            return self.foreign_test
-        return self.long_caption_tests[name]
+    def tests(self) -> dict[str, Sequence[Record]]:
+        """Images of each test, with English, Chinese or long captions, or with the first sentences of long captions."""
+        fields = EvaluateConfig(data=self._resolve_paths(self.config.test), fields=[FOREIGN_COLUMN])
+        held_out = read_splits([], fields, {}, self.log).held_out
+        records = [record for record in self._read_records(self.config.long_captions) if record.long_captions]
+        captions = [record.long_captions[0] for record in records]
+        sentences = [split_sentences(caption)[0] for caption in captions]
+        long_tests = {
+            test: [replace_captions(record, (text,)) for record, text in zip(records, texts, strict=True)]
+            for test, texts in zip(LONG_CAPTION_TESTS, (sentences, captions), strict=True)
+        }
+        return {CAPTIONS_TEST: held_out["captions"], FOREIGN_TEST: held_out[FOREIGN_COLUMN], **long_tests}
 
     def _resolve_paths(self, sources: Sequence[str]) -> list[str]:
         return [str(self.folder / source) for source in sources]
 
     def _read_records(self, sources: Sequence[str], images: bool = True) -> RecordTable:
         return open_table(self._resolve_paths(sources), {}, self.log, "header" if images else "unchecked")
-
-    def _read_held_out(self, fields: list[str]) -> dict[str, RecordTable]:
-        config = EvaluateConfig(data=self._resolve_paths(self.config.test), fields=fields)
-        return read_splits([], config, {}, self.log).held_out
 
 
 def join_halves(captions: Sequence[str]) -> tuple[str, ...]:
@@ -375,13 +312,9 @@ class Experiments:
     def measure_hits(self, name: str, test: str, direction: str) -> Tensor:
         """Return per-image hits of the models trained with a caption encoder, float64 of shape (seeds, images).
 
-        For I2T, an image's hit value is 1 if the top-ranked caption is correct, and 0 otherwise. For T2I, the hit value
-        is the number of the image's captions that rank it first, divided by the mean number of captions per image. The
-        mean hit value is R@1.
-
-        Args:
-            test: Test name. See `ClaimData.get_test_records`.
-            direction: "I2T" or "T2I".
+        The hit value of an image is 1 if its top-ranked caption is correct (direction "I2T"), or the number of its
+        captions that rank it first, divided by the mean number of captions per image (direction "T2I"). The mean hit
+        value is R@1. `test` is a key of `ClaimData.tests`.
         """
         hits = []
         for seed in range(self.config.seeds):
@@ -400,11 +333,11 @@ class Experiments:
         """Return a model's retrieval ranks on a test, keyed by the names of `RetrievalRanks` fields."""
 
         def compute_ranks() -> dict[str, list[int]]:
-            records = self.data.get_test_records(test)  # fails before anything is trained if the data is missing
+            records = self.data.tests[test]  # fails before anything is trained if the data is missing
             model = self.train_model(name, seed)
-            # For a long-caption test, embed the texts of all long-caption tests in a single call.
-            tests = [test] if test in (CAPTIONS_TEST, FOREIGN_TEST) else list(self.data.long_caption_tests)
-            texts = [text for each in tests for record in self.data.get_test_records(each) for text in record.captions]
+            # Embed the texts of all long-caption tests in a single call.
+            tests = LONG_CAPTION_TESTS if test in LONG_CAPTION_TESTS else (test,)
+            texts = [text for each in tests for record in self.data.tests[each] for text in record.captions]
             store = self.embed_texts(name, texts)
             embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), self.data.log, self.out / "vectors")
             ranks = rank_caption_fields(embeddings, {test: drop_refused_captions(records, store)})[test]
@@ -426,10 +359,6 @@ class Experiments:
             items: Sequence[TuningItem] = self.data.tuning_captions
             if name == MULTILINGUAL_TC:
                 items = self.data.text_pairs
-                if not items:
-                    raise ValueError(
-                        "there are no general text pairs: install Debian's wordnet-base, or set --text_pairs"
-                    )
             tune([items], open_encoder(config, "cpu"), tuning, folder)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return EncoderConfig(path=str(folder / "encoder"))

@@ -1,6 +1,6 @@
 """Estimate the time of llm2clip's main steps on a GPU, from the operations that its code runs at full size (roofline).
 
-    python benchmarks/roofline.py [--gpu h100] [--only align encode tune]
+    python benchmarks/roofline.py
 
 These are estimates, not measurements. No GPU is used: the code runs on fake tensors, which have shapes but no values.
 The estimated time of an operation is the largest of
@@ -10,18 +10,14 @@ The estimated time of an operation is the largest of
 - LAUNCH, the minimum time of a kernel.
 
 The assumed rates are about 70% of the data sheet's rates for matmuls, about 85% for memory, and published results for
-flash attention. The estimates do not include data loading, communication between GPUs, and the contrastive loss. The
-column "host" is the time that the host needs to launch the kernels (HOST per kernel). If this time is longer than the
-GPU time, the GPU has to wait for the host.
+flash attention. The estimates do not include data loading, communication between GPUs, and the contrastive loss.
 
 The script requires g++ and a CPU build of PyTorch (see tests/pretended_gpu).
 """
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,41 +36,25 @@ from torch.utils.flop_counter import flop_registry
 
 from pretended_gpu.tensors import REPLACED
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """Rates that good kernels reach on a GPU, in FLOP/s unless noted otherwise."""
-
-    sheet: float  # bf16 rate in the data sheet
-    half: float  # matmuls in bf16 or fp16
-    full: float  # matmuls in fp32
-    attention_forward: float
-    attention_backward: float
-    memory: float  # memory bandwidth in bytes/s
-
-
-GPUS = {
-    "h100": Gpu(989e12, 680e12, 52e12, 380e12, 300e12, 2.85e12),
-    "a100": Gpu(312e12, 235e12, 17e12, 170e12, 130e12, 1.70e12),
-    "rtx4090": Gpu(165e12, 145e12, 62e12, 120e12, 100e12, 0.90e12),
-}
+# Rates that good kernels reach on an H100, in FLOP/s, and its memory bandwidth in bytes/s.
+SHEET_RATE = 989e12  # bf16 rate in the data sheet
+HALF_RATE, FULL_RATE = 680e12, 52e12  # matmuls in 16 bits and in fp32
+ATTENTION_RATE, ATTENTION_BACKWARD_RATE = 380e12, 300e12
+BANDWIDTH = 2.85e12
 # Operations of variable-length attention -> name, argument positions of queries and maximum length, and FLOP factor.
 VARLEN = {
     "torch_attn._varlen_attn": ("varlen_attention", 0, 5, 4),
     "torch_attn._varlen_attn_backward": ("varlen_attention_backward", 1, 8, 10),
 }
 LAUNCH = 4e-6  # seconds that the GPU needs for the smallest kernel
-HOST = 9e-6  # seconds that PyTorch needs on the host to launch an operation in eager mode
 
 
 class Roofline(TorchDispatchMode):
-    """Dispatch mode that records the estimated time of every operation on `gpu`."""
+    """Dispatch mode that records the estimated time of every operation."""
 
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.gpu = gpu
         self.seconds: Counter[str] = Counter()
-        self.kernels = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -100,18 +80,17 @@ class Roofline(TorchDispatchMode):
             size = 2 * sum(map(stored_bytes, outputs))
         else:
             size = sum(map(stored_bytes, inputs)) + sum(map(stored_bytes, outputs))
-        seconds = max(flops / self._rate(name, outputs), size / self.gpu.memory, launches * LAUNCH)
+        seconds = max(flops / get_rate(name, outputs), size / BANDWIDTH, launches * LAUNCH)
         kind = "attention" if "attention" in name else "matmul" if flops else f"memory: {name}"
         self.seconds[kind] += seconds
-        self.kernels += launches
 
-    def _rate(self, name: str, outputs: list[Tensor]) -> float:
-        is_half = any(x.dtype in (torch.bfloat16, torch.float16) for x in outputs)
-        if not is_half:
-            return self.gpu.full
-        if "attention" in name:
-            return self.gpu.attention_backward if "backward" in name else self.gpu.attention_forward
-        return self.gpu.half
+
+def get_rate(name: str, outputs: list[Tensor]) -> float:
+    if not any(x.dtype in (torch.bfloat16, torch.float16) for x in outputs):
+        return FULL_RATE
+    if "attention" in name:
+        return ATTENTION_BACKWARD_RATE if "backward" in name else ATTENTION_RATE
+    return HALF_RATE
 
 
 def stored_bytes(x: Tensor) -> int:
@@ -217,40 +196,23 @@ def llm_steps(fake_tensors: FakeTensorMode, train: bool) -> list[Step]:
     return steps
 
 
-STEPS: dict[str, Callable[[FakeTensorMode], list[Step]]] = {
-    "align": align_steps,
-    "encode": partial(llm_steps, train=False),
-    "tune": partial(llm_steps, train=True),
-}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", choices=list(GPUS), default="h100")
-    parser.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS))
-    args = parser.parse_args()
-    gpu = GPUS[args.gpu]
     F.scaled_dot_product_attention = flash_attention  # type: ignore[assignment]
     Tensor.pin_memory = lambda tensor: tensor  # type: ignore[assignment, method-assign]  # fake tensors are not pinned
     REPLACED.clear()  # operations on fake tensors only compute shapes
     _foreach_supported_types.append(FakeTensor)
-    print("| step | GPU, ms | host, ms | per second | MFU, % | largest shares of the GPU time |")
-    print("|" + " --- |" * 6)
-    for name in args.only:
+    print("| step | GPU time, ms | per second | MFU, % | largest shares of GPU time |\n|---|---|---|---|---|")
+    for make_steps in (align_steps, partial(llm_steps, train=False), partial(llm_steps, train=True)):
         fake_tensors = FakeTensorMode(allow_non_fake_inputs=True)
-        for label, run, flops, items, unit in STEPS[name](fake_tensors):
-            with fake_tensors, Roofline(gpu) as roofline:
+        for name, run, flops, items, unit in make_steps(fake_tensors):
+            with fake_tensors, Roofline() as roofline:
                 run()
-            print_row(label, roofline, flops, items, unit)
-
-
-def print_row(label: str, roofline: Roofline, flops: float, items: float, unit: str) -> None:
-    on_gpu, on_host = roofline.seconds.total(), roofline.kernels * HOST
-    seconds = max(on_gpu, on_host)
-    shares = [f"{kind} {time / on_gpu:.0%}" for kind, time in roofline.seconds.most_common(5)]
-    cells = [label, f"{1e3 * on_gpu:.1f}", f"{1e3 * on_host:.1f}", f"{items / seconds:,.0f} {unit}"]
-    cells += [f"{100 * flops / seconds / roofline.gpu.sheet:.0f}", ", ".join(shares)]
-    print(f"| {' | '.join(cells)} |", flush=True)
+            seconds = roofline.seconds.total()
+            shares = ", ".join(f"{kind} {time / seconds:.0%}" for kind, time in roofline.seconds.most_common(5))
+            mfu = 100 * flops / seconds / SHEET_RATE
+            print(
+                f"| {name} | {1e3 * seconds:.1f} | {items / seconds:,.0f} {unit} | {mfu:.0f} | {shares} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -1,36 +1,40 @@
-"""Helpers shared by several benchmarks: process memory, JSONL files, llm2clip commands and search servers."""
+"""Captions, JSONL files, llm2clip commands and search servers for benchmarks."""
 
 import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm2clip.io_utils import atomic_write_jsonl
 
 
-def memory_mb(name: str) -> float:
-    """Return the memory of this process in MB: current memory for VmRSS, or peak memory for VmHWM."""
-    with open("/proc/self/status") as file:
-        return next(float(line.split()[1]) for line in file if line.startswith(name)) / 1e3
-
-
-def reset_peak_memory() -> float:
-    """Reset the recorded peak memory of this process, and return its current memory in MB."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    return memory_mb("VmRSS")
-
-
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSONL file."""
     with file.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
+
+
+def split_paragraphs(data: Path, split: str) -> Iterator[dict[str, Any]]:
+    """Yield the two halves of each paragraph of a split as captions."""
+    for row in read_rows(data / "stanford_paragraphs_text/captions.jsonl"):
+        sentences = re.split(r"(?<=[.!?])\s+", row["long_captions"][0].strip())
+        middle = len(sentences) // 2
+        if middle and row["split"] == split:
+            yield {"id": row["id"], "captions": [" ".join(sentences[:middle]), " ".join(sentences[middle:])]}
+
+
+def pair_languages(data: Path, language: str) -> Iterator[dict[str, Any]]:
+    """Yield a caption in another language and an English caption of each image in Flickr8k's test split."""
+    for row in read_rows(data / "flickr8k_text/captions.jsonl"):
+        if row.get(f"captions_{language}"):
+            yield {"id": row["id"], "captions": [row[f"captions_{language}"][0], row["captions"][0]]}
 
 
 def write_rows_once(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
@@ -49,9 +53,21 @@ def run_llm2clip(command: Sequence[str], log: Path) -> None:
         raise SystemExit(f"command failed (see {log}): llm2clip {shlex.join(command)}")
 
 
-def start_server(index: str, token: str, port: int = 0) -> tuple[subprocess.Popen[str], int]:
+def make_flags(section: str, settings: Mapping[str, object]) -> list[str]:
+    """Return the command-line flags of settings of a section, such as `--align.epochs=1`."""
+    return [f"--{section}.{name}={value}" for name, value in settings.items()]
+
+
+def format_mean_std(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.1f} ± {statistics.pstdev(values):.1f}"
+
+
+def start_server(
+    index: str | None, token: str, port: int = 0, flags: Sequence[str] = ("--precision", "fp32")
+) -> tuple[subprocess.Popen[str], int]:
     """Start `llm2clip serve` on a port (0 means any free port), and return its process and port."""
-    command = [sys.executable, "-m", "llm2clip", "serve", index, "--port", str(port), "--precision", "fp32"]
+    arguments = [*([index] if index else []), "--port", str(port), *flags]
+    command = [sys.executable, "-m", "llm2clip", "serve", *arguments]
     environment = {**os.environ, "LLM2CLIP_TOKEN": token}
     # The server's error messages are discarded, because a full pipe that is never read would block the server.
     server = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

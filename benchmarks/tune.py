@@ -1,10 +1,10 @@
 """Measure the time of a `tune` step for several ways of batching the same texts with the same loss.
 
-    python benchmarks/tune.py CAPTIONS [--encoder smollm2-135m] [--layers 12] [--pairs 64] [--steps 3]
+    python benchmarks/tune.py CAPTIONS [--pairs 48]
 
 The texts of each step are encoded in three ways: in batches of 32, padded to the longest text; in length buckets,
 padded; and in length buckets, packed without padding. Padded batches run with plain attention and with PyTorch's fused
-attention. Packed batches use a separate attention function. Everything runs in fp32 and, if the device supports bf16
+attention. Packed batches use a separate attention function. Everything runs in fp32 and, if the CPU supports bf16
 matmuls in hardware, also in bf16.
 """
 
@@ -29,6 +29,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import PACKED, get_default_batch_tokens
 from llm2clip.train.tune import PairCollator, PairLoss
 
+ENCODER, LAYERS, STEPS = "smollm2-135m", 12, 3
 TEXTS_PER_BATCH = 32
 
 
@@ -61,8 +62,6 @@ class Method:
             with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 loss = loss_function([batch])
             loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
         elapsed = time.perf_counter() - start
         encoder.zero_grad()
         self.loss = loss.item()
@@ -88,13 +87,10 @@ def make_methods(device: torch.device) -> list[Method]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("captions", help="source with short and long captions")
-    parser.add_argument("--encoder", default="smollm2-135m")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=48)
     args = parser.parse_args()
 
-    encoder = CaptionEncoder.from_pretrained(resolve_pretrained(args.encoder), layers=args.layers)
+    encoder = CaptionEncoder.from_pretrained(resolve_pretrained(ENCODER), layers=LAYERS)
     encoder.llm.get_input_embeddings().requires_grad_(False)
     encoder.train()
     keep_freed_memory(encoder.device)
@@ -102,7 +98,7 @@ def main() -> None:
     collator = PairCollator(preprocess_fn=encoder.tokenize)
     batches = [
         collator([dataclasses.asdict(pair) for pair in pairs])
-        for pairs in iter_pair_batches([images], [], args.pairs, args.steps + 1, seed=0)
+        for pairs in iter_pair_batches([images], args.pairs, STEPS + 1, seed=0)
     ]
     lengths = [len(ids) for batch in batches for ids in batch["tokens"]]
     print(

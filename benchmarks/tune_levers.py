@@ -46,8 +46,7 @@ from llm2clip.train import tune as tune_module
 from llm2clip.train.losses import info_nce
 from measurements import Timer
 from reproduce_claims import bootstrap_interval
-from shared import read_rows
-from stage1 import pair_languages, split_paragraphs
+from shared import pair_languages, read_rows, split_paragraphs
 from text_towers import write_table
 
 BASE = TuneConfig(**yaml.safe_load(read_builtin_configs()["cpu-llm"])["tune"])

@@ -589,4 +589,4 @@ def test_mutated_inputs_are_read_or_rejected_with_a_documented_exception(name: s
 def test_fuzzer_reports_an_exception_that_is_not_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz.READERS["jsonl"], "read", lambda *_: {}["missing"])
     outcome, [error] = fuzz.Fuzzer("jsonl", 0, tmp_path).run(0)
-    assert outcome == "escaped" and error.startswith("KeyError: 'missing'")
+    assert outcome == "failed" and error.startswith("KeyError: 'missing'")

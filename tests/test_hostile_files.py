@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from conftest import load_benchmark
+import hostile_fixtures as hostile
 from format_fixtures import encode, write_jsonl
 from llm2clip.cli.export import _check_no_home_paths
 from llm2clip.data import image_header, images, records, table_cells
@@ -38,7 +38,6 @@ from llm2clip.search.build import scan_source
 from llm2clip.search.images import load_request_image
 from llm2clip.search.types import IndexedImage
 
-hostile = load_benchmark("hostile_images")
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
@@ -75,14 +74,14 @@ def test_decode_image_rejects_hostile_files_before_decoding(
     monkeypatch.setattr(images, "_decode_with_torchvision", lambda *_: pytest.fail("pixels were decoded"))
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("pixels were decoded"))
     with pytest.raises(ImageError, match=message):
-        decode_image(hostile.FILES[name]())
+        decode_image(hostile.REJECTED[name]())
 
 
 @pytest.mark.parametrize("name", ["png chunks after pixels", "png empty pixels"])
 def test_decode_image_limits_the_reads_of_pillow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "_FAST_FORMATS", ())
     with pytest.raises(ImageError, match="too many small parts"):
-        decode_image(hostile.FILES[name]())
+        decode_image(hostile.REJECTED[name]())
 
 
 def test_jpeg_scans_are_limited_by_their_number_and_by_pixels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,9 +65,9 @@ def get_available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 def onednn_matmul() -> Iterator[None]:
     """Compute float32 matmuls on the CPU with oneDNN instead of MKL if oneDNN is faster. Also works as a decorator.
 
-    On AMD CPUs, MKL does not use AVX-512. oneDNN does, and is more than twice as fast (`benchmarks/matmul.py`). PyTorch
-    uses oneDNN for float32 only if the matmul precision is "medium". This precision also allows rounding to bfloat16,
-    so `onednn_is_faster` checks that oneDNN does not round. On machines with a GPU, the precision is left unchanged,
+    On AMD CPUs, MKL does not use AVX-512. oneDNN does, and is more than twice as fast. PyTorch uses oneDNN for float32
+    only if the matmul precision is "medium". This precision also allows rounding to bfloat16, so `onednn_is_faster`
+    checks that oneDNN does not round. On machines with a GPU, the precision is left unchanged,
     because a change would also affect the GPU.
     """
     use_onednn = not torch.accelerator.is_available() and onednn_is_faster()

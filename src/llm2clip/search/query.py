@@ -3,7 +3,7 @@
 Groups: bursts and edited copies of a photograph are shown as one hit. Two images are similar if the cosine similarity
 of their embeddings is at least COPY_SIMILARITY, or if it is at least BURST_SIMILARITY and they were taken within
 BURST_SECONDS of each other. The mean embedding of the index, which its calibration contains, is subtracted first,
-because in some models all embeddings are similar. `benchmarks/similar.py` measures these thresholds.
+because in some models all embeddings are similar.
 
 A page is a range of consecutive ungrouped hits, and only the hits of this range are grouped. The next page starts where
 the last one ends (`next_offset`), so a hit may be similar to one on an earlier page. Searches read READ_FACTOR times as
