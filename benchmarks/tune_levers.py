@@ -54,7 +54,7 @@ STARTS = {  # encoder, and the settings that differ from the base recipe
     "smollm2-12": (EncoderConfig("smollm2-135m", layers=12), {}),
     "minilm": (EncoderConfig("all-minilm-l6-v2"), {"lr": 2e-4}),
     "mpnet": (EncoderConfig("all-mpnet-base-v2"), {"lr": 1e-4}),
-    "gemma3-18": (EncoderConfig("gemma3-270m"), {"lr": 1e-3, "lora_r": 16}),
+    "gemma3-12": (EncoderConfig("gemma3-270m", layers=12), {"lr": 2e-4}),
 }
 SCREEN_TESTS = ("Flickr8k val", "COCO val2017")
 EMA_DECAY = 0.95
