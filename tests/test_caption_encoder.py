@@ -345,17 +345,13 @@ def test_fingerprint_depends_on_everything_that_changes_an_embedding(llm: Path, 
 
 
 class NewerLlamaConfig(LlamaConfig):
-    """Config of a transformers release that has added an entry with a default and one with a computed default."""
+    """Config of a transformers release that has added two entries that are off by default."""
 
-    added_scale: float = 1.0
+    added_scale: float = 0.0
     added_size: int | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.added_size = self.added_size or 2 * self.hidden_size
 
-
-def test_identity_does_not_depend_on_the_defaults_of_added_config_entries(encoder: CaptionEncoder) -> None:
+def test_identity_depends_on_added_config_entries_only_if_they_are_set(encoder: CaptionEncoder) -> None:
     identity, values = encoder.identity(), encoder.llm.config.to_dict()
     encoder.llm.config = NewerLlamaConfig(**values)
     assert encoder.identity() == identity
@@ -364,6 +360,23 @@ def test_identity_does_not_depend_on_the_defaults_of_added_config_entries(encode
         encoder.llm.config = NewerLlamaConfig(**{**values, **change})
         changed = encoder.identity()
         assert [name for name in identity if changed[name] != identity[name]] == ["config"], change
+
+
+def test_identity_depends_on_the_defaults_of_the_config_class(encoder: CaptionEncoder) -> None:
+    """A transformers release may change a default that the encoder's config.json does not contain."""
+    identity, values = encoder.identity(), encoder.llm.config.to_diff_dict()
+
+    class ChangedLlamaConfig(LlamaConfig):
+        rms_norm_eps: float = 1e-3
+
+    values.pop("rms_norm_eps", None)
+    encoder.llm.config = ChangedLlamaConfig(**values)
+    assert encoder.identity()["config"] != identity["config"]
+
+
+def test_identity_of_a_config_that_is_valid_only_with_its_head_dim() -> None:
+    config = MistralConfig(hidden_size=36, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    assert describe_config(config)["head_dim"] == 8
 
 
 def test_config_of_another_model_type_is_described_differently() -> None:

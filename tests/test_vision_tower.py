@@ -318,9 +318,9 @@ def test_code_in_model_folder_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert not marker.exists()
 
 
-def test_identity_does_not_depend_on_the_defaults_of_added_config_entries(tmp_path: Path) -> None:
+def test_identity_depends_on_added_config_entries_only_if_they_are_set(tmp_path: Path) -> None:
     class NewerConfig(CLIPVisionConfig):
-        added_scale: float = 1.0
+        added_scale: float = 0.0
 
     save_hf("clip_vision_model", tmp_path)
     encoder = TowerEncoder(VisionTower.from_pretrained(tmp_path), FP32)

@@ -114,6 +114,7 @@ def run(*command: str, status: int = 0) -> str:
     program = Path(sys.executable).with_name("llm2clip")
     print("$ llm2clip", *command, flush=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "LLM2CLIP_CACHE": "cache"}
+    environment.pop("PYTHONPATH", None)  # it could lead to the clone
     result = subprocess.run(
         [program, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )

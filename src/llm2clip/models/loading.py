@@ -11,7 +11,6 @@ the kernels of some quantisation methods. To ensure that only the user can choos
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import hashlib
 import json
@@ -176,18 +175,11 @@ def check_not_quantized(config: dict[str, Any], source: str | Path) -> None:
 
 
 def describe_config(config: Any) -> dict[str, Any]:
-    """Return the entries of a transformers config that differ from their defaults and can affect the model's output.
+    """Return the entries of a transformers config that can affect the model's output.
 
-    Each transformers release adds entries. Their defaults are omitted, so that identities remain the same. Entries
-    declared as None have a default that the class computes from other entries, such as `head_dim`.
+    Entries that are None, False, 0 or empty are omitted, because new transformers releases add such entries.
     """
-    computed = {field.name for field in dataclasses.fields(config) if field.default is None}
-    values = {name: value for name, value in config.to_dict().items() if name not in ENTRIES_WITHOUT_EFFECT}
-    defaults = type(config)().to_dict()
-    settings = {k: v for k, v in values.items() if k not in computed and v != defaults.get(k)}
-    defaults = type(config)(**settings).to_dict()
-    settings |= {k: v for k, v in values.items() if k in computed and v != defaults.get(k)}
-    return {"model_type": config.model_type, **settings}
+    return {name: value for name, value in config.to_dict().items() if value and name not in ENTRIES_WITHOUT_EFFECT}
 
 
 def _remove_code_entries(config: Any) -> Any:
