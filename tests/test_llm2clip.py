@@ -114,6 +114,26 @@ def test_encode_text_is_encoder_then_adapter(model: LLM2CLIP) -> None:
     assert torch.allclose(model.encode_text(texts), expected, atol=1e-6)
 
 
+def test_encode_document_adds_the_embeddings_of_texts_and_images(model: LLM2CLIP, image_folder: Path) -> None:
+    files = [image_folder / "0.png", image_folder / "20.png"]
+    texts, images = model.encode_text(["a", "b"]), model.encode_image(files)
+    documents = [
+        "a",
+        files[0],
+        {"image": str(files[1])},
+        {"text": "b", "image": files[1]},
+        {"text": "b", "image": None},
+    ]
+    expected = torch.stack([texts[0], images[0], images[1], F.normalize(texts[1] + images[1], dim=0), texts[1]])
+    torch.testing.assert_close(model.encode_document(documents), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.encode_document("a"), texts[:1], atol=1e-5, rtol=0)
+    assert model.encode_document([]).shape == (0, 12)
+    with pytest.raises(ValueError, match=r"document 1 has neither a text nor an image \(its keys: \['caption'\]\)"):
+        model.encode_document(["a", {"caption": "a"}])
+    model._encoder.clear()  # images need no caption encoder
+    torch.testing.assert_close(model.encode_document(files), images, atol=1e-5, rtol=0)
+
+
 def test_saved_folder_has_no_pickle_and_reopens(model: LLM2CLIP, tmp_path: Path) -> None:
     folder = model.save_pretrained(tmp_path / "m")
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]

@@ -189,9 +189,11 @@ def list_fields(schema: Mapping[str, Any], openapi: Mapping[str, Any]) -> Iterat
     if "$ref" in schema:
         schema = openapi["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
     for name, value in schema.get("properties", {}).items():
-        yield f"{name}: required" if name in schema.get("required", ()) else name
-        yield from (f"{name}.{field}" for field in list_fields(value, openapi))
-    for part in [schema["items"]] if "items" in schema else schema.get("anyOf", ()):
+        is_required = name in schema.get("required", ())
+        yield f"{name}: required" if is_required else name
+        for field in list_fields(value, openapi):
+            yield f"{name}.{field if is_required else field.removesuffix(': required')}"
+    for part in [schema["items"]] if "items" in schema else schema.get("anyOf", schema.get("oneOf", ())):
         yield from list_fields(part, openapi)
 
 
@@ -202,8 +204,9 @@ def list_cli() -> list[str]:
 def list_http() -> list[str]:
     with patch("llm2clip.search.server.InferenceService"):
         app = create_app(MagicMock())
-    aliases = [f"POST {route.path}" for route in app.routes if isinstance(route, APIRoute) and "/v1/" in route.path]
-    return sorted({*list_routes(app.openapi()), *aliases})
+    routes = [route for route in app.routes if isinstance(route, APIRoute) and "/v1/" in route.path]
+    openai_routes = [f"{method} {route.path}" for route in routes for method in route.methods]
+    return sorted({*list_routes(app.openapi()), *openai_routes})
 
 
 def find_removals(old: list[str], new: list[str]) -> list[str]:

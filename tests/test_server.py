@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import io
 import json
-import multiprocessing.process
 import os
 import re
 import shutil
@@ -55,6 +54,7 @@ from search_fixtures import (
     get_location,
     index_sources,
     make_index,
+    read_until,
     reject_all_texts,
     wait_until,
 )
@@ -77,6 +77,14 @@ def client(dual_encoder: DualEncoder, backend: SqliteBackend) -> Iterator[TestCl
 
 def data_uri(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def image_part(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 # ---- correct responses ----------------------------------------------------------------------------------------------
@@ -307,7 +315,24 @@ def decompression_bomb(side: int) -> bytes:
         ("/search", {"texts": ["a"], "offset": 10**6}, 422, "less than or equal to 10000"),
         ("/embed", {"input": ["a"] * (MAX_TEXTS + 1)}, 422, "at most 256"),
         ("/embed", {"input": "a", "dimensions": 17}, 422, "cannot be truncated to 17"),
-        ("/embed", {"input": [data_uri(b"x")] * 17}, 422, "the limit is 16"),
+        ("/embed", {"input": [data_uri(b"x")] * 33}, 422, "too many images in one request: 33; the limit is 32"),
+        ("/embed", {"input": ["a"] * 10_000}, 422, "at most 256"),
+        ("/embed", {"input": "https://example.com/a.png", "modality": "image"}, 422, "URLs are not downloaded"),
+        ("/embed", {"model": "a"}, 422, "either input or messages"),
+        ("/embed", {"input": "a", "messages": [user("a")]}, 422, "either input or messages"),
+        ("/embed", {"messages": []}, 422, "body.messages: List should have at least 1 item"),
+        ("/embed", {"messages": [[]]}, 422, "body.messages.0: List should have at least 1 item"),
+        ("/embed", {"messages": [user("a"), user("b")]}, 422, "body.messages.0: List should have at most 1 item"),
+        ("/embed", {"messages": [[{"role": "user"}]]}, 422, "body.messages.0.0.content: Field required"),
+        ("/embed", {"messages": [[user([])]]}, 422, "content: List should have at least 1 item"),
+        ("/embed", {"messages": [[user(" ")]]}, 422, "content.0.text.text: Value error, the text is empty"),
+        ("/embed", {"messages": [{"role": "system", "content": "a"}]}, 422, "role: Input should be 'user'"),
+        ("/embed", {"messages": [[user([image_part("https://example.com/a.png")])]]}, 422, "URLs are not downloaded"),
+        ("/embed", {"messages": [[user([{"type": "audio_url"}])]]}, 422, "expected tags: 'text', 'image_url'"),
+        ("/embed", {"messages": [[user([image_part("data:image/png;base64,%%%")])]]}, 422, "invalid base64"),
+        ("/embed", {"messages": [[user("a")]] * 10_000}, 422, "at most 256"),
+        ("/embed", {"messages": [[user([image_part(data_uri(b"x"))])]] * 33}, 422, "the limit is 32"),
+        ("/embed", {"messages": [[user([{"type": "text", "text": "a"}] * 2)]] * 256}, 422, "512; the limit is 256"),
     ],
 )
 def test_invalid_requests_are_explained(
@@ -456,6 +481,26 @@ def test_token_is_required(dual_encoder: DualEncoder, backend: SqliteBackend) ->
         assert not_ascii.status_code == 401
         assert thumbnail(authorization="Bearer secret") == 200
         assert client.get("/health", headers={"authorization": "Bearer secret"}).json()["images"] == 36
+
+
+def test_model_name_is_public_only_if_its_path_is(dual_encoder: DualEncoder) -> None:
+    expected = {"id": "model", "object": "model", "created": 0, "owned_by": "llm2clip"}
+    for access, code in ((Access("secret"), 401), (Access("secret", public_paths=("/health", "/v1/models")), 200)):
+        app = create_app(dual_encoder, None, Limits(timeout=HANG_TIMEOUT), access=access)
+        with TestClient(app, base_url=BASE_URL) as client:
+            response = client.get("/v1/models")
+            assert response.status_code == code
+            assert code == 401 or response.json() == {"object": "list", "data": [expected]}
+            assert client.get("/v1/models", headers={"sec-fetch-site": "cross-site"}).status_code in (401, 403)
+            assert client.post("/v1/embeddings", json={"input": "a"}).status_code == 401
+            assert client.get("/v1/models/").status_code == client.get("/v1/models/x").status_code == 401
+            assert client.get("/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
+
+
+def test_images_in_messages_are_named_in_the_error(client: TestClient, image_folder: Path) -> None:
+    valid, broken = image_part(data_uri((image_folder / "9.png").read_bytes())), image_part(data_uri(b"GIF89a"))
+    response = client.post("/embed", json={"messages": [[user([valid])], [user([valid, broken])]]})
+    assert (response.status_code, response.json()["error"]["param"]) == (422, "messages.1.0.content.1")
 
 
 def test_traces_contain_routes_but_no_private_data(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
@@ -924,19 +969,6 @@ def test_serve_rejects_a_port_in_use_before_it_loads_the_model(
     output = capsys.readouterr()
     assert "Serving at" not in output.out
     assert f"cannot listen on port {port} of 127.0.0.1: " in output.err and "--port" in output.err
-
-
-def read_until(process: multiprocessing.process.BaseProcess, output: Path, pattern: str) -> re.Match[str]:
-    """Wait until the output of a process matches a pattern, and return the match."""
-    matches: list[re.Match[str]] = []
-
-    def find() -> bool:
-        matches.extend(re.finditer(pattern, output.read_text() if output.exists() else ""))
-        return bool(matches) or not process.is_alive()
-
-    wait_until(find)
-    assert matches, f"the process stopped before it printed {pattern!r}; it printed:\n{output.read_text()}"
-    return matches[0]
 
 
 def post_json(url: str, body: Any) -> Any:

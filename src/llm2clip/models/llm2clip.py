@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +263,17 @@ class LLM2CLIP(DenseMethods, nn.Module):
         prompts, counts = build_query_prompts(texts, self.config.query_templates)
         return torch.from_numpy(average_prompts(self.encode_text(prompts, progress, precision).numpy(), counts))
 
+    def encode_document(self, documents: Any, progress: bool = False, precision: str | None = None) -> Tensor:
+        """Encode N documents, which queries are compared with. Return embeddings like those of `encode_text`.
+
+        Args:
+            documents: one document or a list of N. A document is a text, any image that `encode_image` accepts except a
+                path as a string, or a dict with a "text", an "image" or both, whose embeddings are then added.
+        """
+        items = documents if isinstance(documents, list | tuple) else [documents]
+        encoders = {"image": self.encode_image, "text": lambda texts: self.encode_text(texts, progress, precision)}
+        return encode_documents(items, self.config.embed_dim, encoders)
+
     @torch.no_grad()
     def project_text_embeddings(self, embeddings: Tensor) -> Tensor:
         """Map caption embeddings (N, text_dim) to L2-normalised float32 embeddings (N, embed_dim) in a CPU tensor."""
@@ -350,6 +361,24 @@ class LLM2CLIP(DenseMethods, nn.Module):
         model.text_folder = folder / "text" if (folder / "text").is_dir() else None
         model.training_images = load_training_image_hashes(folder)
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def encode_documents(
+    documents: Sequence[Any], embed_dim: int, encoders: Mapping[str, Callable[[list[Any]], Tensor]]
+) -> Tensor:
+    """Return the embeddings of documents (see `LLM2CLIP.encode_document`), given encoders for "image" and "text"."""
+    parts = []
+    for row, document in enumerate(documents):
+        is_dict = isinstance(document, Mapping)
+        parts.append(document if is_dict else {"text" if isinstance(document, str) else "image": document})
+        if all(parts[-1].get(kind) is None for kind in encoders):
+            raise ValueError(f"document {row} has neither a text nor an image (its keys: {list(parts[-1])})")
+    embeddings = torch.zeros(len(parts), embed_dim)
+    for kind, encode in encoders.items():
+        rows = [row for row, part in enumerate(parts) if part.get(kind) is not None]
+        if rows:
+            embeddings[rows] += encode([parts[row][kind] for row in rows])
+    return F.normalize(embeddings, dim=-1)
 
 
 def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
