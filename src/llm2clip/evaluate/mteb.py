@@ -67,8 +67,7 @@ def get_model_meta(source: str, text: str | None = None) -> ModelMeta:
         update = {"loader": partial(load_model, text=text), "extra_requirements_groups": None, "output_dtypes": None}
         return MODEL_REGISTRY[source].model_copy(update=update)
     hub_id, revision = split_revision(source)
-    if revision is not None:
-        source = str(find_model_folder(source))
+    source = str(find_model_folder(source)) if revision else source
     parts = [part for part in hub_id.split("/") if part not in ("", ".", "..")]
     metadata: dict[str, Any] = {
         "loader": partial(load_model, source=source, text=text),
