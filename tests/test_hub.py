@@ -214,6 +214,36 @@ def test_model_cards_are_valid(model_folder: Path, tmp_path: Path) -> None:
 # ---- revisions -------------------------------------------------------------------------------------------------------
 
 
+def test_mteb_loads_pinned_revisions(hub: FakeHub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mteb.models import ModelMeta
+    from mteb.models.model_implementations import MODEL_REGISTRY
+
+    from llm2clip.evaluate.mteb import get_model_meta
+
+    push(model, REPO)
+    commit = hub.repositories[REPO].refs["main"]
+    first = LLM2CLIP.from_pretrained(model, "cpu").encode_text(TEXTS)
+    second = change_model(model).encode_text(TEXTS)
+    push(model, REPO)
+
+    def load(source: str) -> tuple[Any, torch.Tensor]:
+        meta = get_model_meta(source)
+        loaded: Any = meta.load_model(device="cpu")
+        return meta, torch.from_numpy(loaded.encode([{"text": TEXTS}]))
+
+    meta, embeddings = load(REPO)
+    torch.testing.assert_close(embeddings, second)
+    assert (meta.name, meta.embed_dim) == (REPO, 16)
+    meta, embeddings = load(f"{REPO}@{commit}")
+    torch.testing.assert_close(embeddings, first)
+    assert (meta.name, meta.revision) == (REPO, commit)
+    listed = ModelMeta.create_empty({"name": REPO, "revision": commit, "license": "mit"})
+    monkeypatch.setitem(MODEL_REGISTRY, REPO, listed)
+    meta, embeddings = load(REPO)
+    torch.testing.assert_close(embeddings, first)
+    assert (meta.name, meta.license) == (REPO, "mit")
+
+
 def test_pinned_revision_is_loaded(hub: FakeHub, model: Path) -> None:
     push(model, REPO)
     commit = hub.repositories[REPO].refs["main"]

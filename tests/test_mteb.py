@@ -3,18 +3,25 @@
 from pathlib import Path
 from typing import Any
 
-import mteb
 import pytest
 import torch
 from PIL import Image
 
-from llm2clip.evaluate.mteb import get_model_meta
 from llm2clip.models.official_checkpoint import load_official_checkpoint
 from official_reference import TEXTS, save_llm
 from test_published_checkpoints import write_checkpoint
 
 
+def get_model_meta(source: str, text: str | None = None) -> Any:
+    """Import mteb only when a test runs, because this takes seconds."""
+    from llm2clip.evaluate import mteb
+
+    return mteb.get_model_meta(source, text)
+
+
 def test_model_folder_passes_the_mock_run_of_mteb(model_folder: Path) -> None:
+    import mteb
+
     meta = get_model_meta(str(model_folder))
     assert meta.name == "/".join(model_folder.parts[-2:]) and meta.embed_dim == 16
     assert str(model_folder.parent) not in str(meta.to_dict())  # mteb saves the metadata with the results
@@ -40,6 +47,8 @@ def test_checkpoint_of_the_authors_is_loaded_with_its_caption_encoder(tmp_path: 
 
 
 def test_metadata_of_checkpoints_that_mteb_lists_are_kept() -> None:
+    import mteb
+
     name = "microsoft/LLM2CLIP-Openai-L-14-336"
     meta, original = get_model_meta(name), mteb.get_model_meta(name)
     assert meta.to_dict()["loader"] == "load_model" and meta.extra_requirements_groups is None
