@@ -90,10 +90,11 @@ class Attacker:
         await self.post("/search", KEY_BOMB_BODY)
 
     async def messages(self) -> None:
-        """Send invalid and large messages, and ask for the names of the models."""
+        """Send invalid and large messages, and ask for the names of the models with and without a token."""
         for body in MESSAGE_BODIES:
             await self.post("/v1/embeddings", body)
-        await self.send(f"GET /v1/models HTTP/1.1\r\n{HEAD}Connection: close\r\n\r\n")
+        for head in (HEAD, "Host: localhost\r\n"):
+            await self.send(f"GET /v1/models HTTP/1.1\r\n{head}Connection: close\r\n\r\n")
 
     async def caption_filter(self) -> None:
         """Search with the longest caption filter that the server accepts (slow to match), and with a longer one."""

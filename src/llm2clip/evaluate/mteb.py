@@ -9,8 +9,8 @@ For example, on MIEB-lite:
     mteb.evaluate(model, mteb.get_benchmark("MIEB(lite)"))
 """
 
-import hashlib
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader
 from llm2clip.data.images import load_image
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder, wrap_llm2clip
 from llm2clip.models.llm2clip import encode_documents
-from llm2clip.models.loading import fingerprint, read_config, split_revision
-from llm2clip.models.model_folder import LLM2CLIPConfig, find_model_folder, read_model_config
+from llm2clip.models.loading import name_with_hash, read_config, split_revision
+from llm2clip.models.model_folder import is_model_folder
 from llm2clip.models.official_checkpoint import attach_caption_encoder, load_official_checkpoint
+from llm2clip.models.official_layout import download_checkpoint
 from llm2clip.models.published_encoders import suggest_encoders
 
 
@@ -62,47 +63,52 @@ def get_model_meta(source: str, text: str | None = None) -> ModelMeta:
             lists have mteb's metadata, but are loaded without llm2vec and without code from the hub.
         text: caption encoder of the checkpoint. Default: the published encoder that the checkpoint was trained with.
     """
-    if source in MODEL_REGISTRY:
-        # The extra requirements and float16 are those of mteb's loader.
-        update = {"loader": partial(load_model, text=text), "extra_requirements_groups": None, "output_dtypes": None}
-        return MODEL_REGISTRY[source].model_copy(update=update)
-    hub_id, revision = split_revision(source)
-    source = str(find_model_folder(source)) if revision else source
-    parts = [part for part in hub_id.split("/") if part not in ("", ".", "..")]
-    metadata: dict[str, Any] = {
+    path, (name, revision) = Path(source), split_revision(source)
+    listed = None if path.exists() else MODEL_REGISTRY.get(name)
+    if listed and "llm2clip" not in name.lower():
+        raise ValueError(f"{name} is not an LLM2CLIP checkpoint: use mteb.get_model_meta({name!r})")
+    experiment = {"loader": "llm2clip"} if listed else {}  # mteb saves the results of each experiment separately
+    if text:
+        experiment["caption_encoder"] = name_with_hash(text) if Path(text).exists() else text
+    if path.exists():
+        name, revision = "/".join(path.resolve().parts[-2:]), name_with_hash(source).rpartition("-")[2]
+    elif listed and revision is None:
+        source, revision = "", listed.revision
+    else:
+        path = download_checkpoint(source)
+        source, revision = "", path.name  # the name of the folder is the commit
+    metadata = {
         "loader": partial(load_model, source=source, text=text),
-        "name": "/".join(["llm2clip", *parts][-2:]),
+        "name": name,
         "revision": revision,
+        "embed_dim": listed.embed_dim if listed else read_config(path).get("embed_dim"),
         "modalities": ["image", "text"],
         "similarity_fn_name": ScoringFunction.COSINE,
         "framework": ["PyTorch", "safetensors"],
+        "use_instructions": False,
+        "experiment_kwargs": experiment or None,
+        "extra_requirements_groups": None,  # unlike mteb's loader, which also returns float16
+        "output_dtypes": None,
     }
-    if read_config(source).get("model_type") == "llm2clip":
-        folder = find_model_folder(source)
-        config = LLM2CLIPConfig.from_dict(read_model_config(folder, source))
-        with (folder / "model.safetensors").open("rb") as stream:
-            weights = hashlib.file_digest(stream, "sha256").hexdigest()
-        metadata["embed_dim"] = config.embed_dim
-        metadata["revision"] = revision or fingerprint({"config": config.identity(), "weights": weights})[:12]
-    return ModelMeta.create_empty(overwrites=metadata)
+    return (listed or ModelMeta.create_empty()).model_copy(update=metadata)
 
 
 def load_model(
-    name: str, revision: str | None = None, source: str | None = None, text: str | None = None, device: Any = None
+    name: str, revision: str | None = None, source: str = "", text: str | None = None, device: Any = None, **_: Any
 ) -> MTEBModel:
     """Load a model for mteb (see `get_model_meta`), by default the hub id `name` and on a GPU if available."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = source or str(find_model_folder(f"{name}@{revision}"))
-    if read_config(folder).get("model_type") == "llm2clip":
-        return MTEBModel(open_dual_encoder(folder, device))
-    model = load_official_checkpoint(folder)
-    encoders = [text] if text else suggest_encoders(name, model.config.text_dim, model.config.tower)
+    source = source or f"{name}@{revision}"
+    if is_model_folder(source if Path(source).exists() else download_checkpoint(source)):
+        return MTEBModel(open_dual_encoder(source, device))
+    model = load_official_checkpoint(source)
+    encoders = [text] if text else suggest_encoders(source, model.config.text_dim, model.config.tower)
     if len(encoders) != 1:
         raise ValueError(
             f"the caption encoder of {name} is not known (candidates: {', '.join(encoders) or 'none'}). Pass the one "
             "that it was trained with: get_model_meta(CHECKPOINT, text=ENCODER)"
         )
-    attach_caption_encoder(model, encoders[0], name)
+    attach_caption_encoder(model, encoders[0], source)
     precision = model.to(device).load_encoder(stage="evaluate")
     model.encoder.move_for_encoding(device, precision)
     return MTEBModel(wrap_llm2clip(model, name, precision))

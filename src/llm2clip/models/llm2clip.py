@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -267,10 +267,11 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """Encode N documents, which queries are compared with. Return embeddings like those of `encode_text`.
 
         Args:
-            documents: one document or a list of N. A document is a text, any image that `encode_image` accepts except a
-                path as a string, or a dict with a "text", an "image" or both, whose embeddings are then added.
+            documents: one document or N: texts, images as for `encode_image` except paths as strings, or dicts with a
+                "text", an "image" or both, whose embeddings are then added. An empty "text" is treated as missing.
         """
-        items = documents if isinstance(documents, list | tuple) else [documents]
+        is_single = isinstance(documents, str | bytes | Mapping) or getattr(documents, "ndim", 1) in (2, 3)
+        items = list(documents) if isinstance(documents, Iterable) and not is_single else [documents]
         encoders = {"image": self.encode_image, "text": lambda texts: self.encode_text(texts, progress, precision)}
         return encode_documents(items, self.config.embed_dim, encoders)
 
@@ -368,11 +369,13 @@ def encode_documents(
 ) -> Tensor:
     """Return the embeddings of documents (see `LLM2CLIP.encode_document`), given encoders for "image" and "text"."""
     parts = []
-    for row, document in enumerate(documents):
-        is_dict = isinstance(document, Mapping)
-        parts.append(document if is_dict else {"text" if isinstance(document, str) else "image": document})
-        if all(parts[-1].get(kind) is None for kind in encoders):
-            raise ValueError(f"document {row} has neither a text nor an image (its keys: {list(parts[-1])})")
+    for row, item in enumerate(documents):
+        part = item if isinstance(item, Mapping) else {"text" if isinstance(item, str) else "image": item}
+        if isinstance(part.get("text"), str) and not part["text"].strip():
+            part = {**part, "text": None}
+        if all(part.get(kind) is None for kind in encoders):
+            raise ValueError(f"document {row} has neither an image nor a non-empty text (its keys: {list(part)})")
+        parts.append(part)
     embeddings = torch.zeros(len(parts), embed_dim)
     for kind, encode in encoders.items():
         rows = [row for row, part in enumerate(parts) if part.get(kind) is not None]

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, create_model, model_validator
+from pydantic.functional_validators import WrapValidator
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
@@ -63,6 +64,7 @@ IMAGE_FORM = f"an image must be a data URI of the form {DATA_URI_PREFIX}jpeg;bas
 IS_DATA_URI = _require(lambda text: text.startswith(DATA_URI_PREFIX), IMAGE_FORM)
 AnyText = Annotated[str, Field(max_length=MAX_TEXT_LENGTH), VALID_UNICODE]
 Text = Annotated[AnyText, NON_BLANK]
+parse_text = TypeAdapter(Text).validate_python
 DataUri = Annotated[str, IS_DATA_URI, Field(json_schema_extra={"format": "data-uri"})]
 TextOrDataUri = Annotated[str, AfterValidator(_limit_text_length), VALID_UNICODE, NON_BLANK]
 HitId = Annotated[str, Field(max_length=64), VALID_UNICODE]
@@ -250,26 +252,26 @@ class Message(BaseModel):
     content: Annotated[
         QueryItems[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
         Field(min_length=1),
-        BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value),
+        WrapValidator(lambda v, parse: [TextPart(type="text", text=parse_text(v))] if isinstance(v, str) else parse(v)),
     ]
 
 
-Conversations = Annotated[
-    Items[Annotated[list[Message], Field(min_length=1, max_length=1)]],
-    Field(min_length=1, max_length=MAX_TEXTS),
-    BeforeValidator(
-        lambda value: [value] if isinstance(value, list) and value and isinstance(value[0], dict) else value
-    ),
-]
+Conversation = Annotated[Items[Message], Field(min_length=1, max_length=1)]
+parse_conversation = TypeAdapter(Conversation).validate_python
+
+
+def _parse_messages(value: Any, parse: Callable[[Any], Any]) -> Any:
+    is_single = isinstance(value, list) and value and isinstance(value[0], dict)
+    return parse_conversation(value) if is_single else parse(value)  # not in a list, so that errors have valid paths
 
 
 class EmbedRequest(BaseModel):
     """A request in the format of OpenAI's embeddings API, with vLLM's field `messages` and Infinity's `modality`."""
 
     input: TextOrDataUri | Annotated[Items[TextOrDataUri], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
-    messages: Conversations | None = Field(
-        None, description="used instead of `input`: one conversation per embedding, each with a single message"
-    )
+    messages: (
+        Annotated[Items[Conversation], Field(min_length=1, max_length=MAX_TEXTS), WrapValidator(_parse_messages)] | None
+    ) = Field(None, description="used instead of `input`: one conversation per embedding, each with a single message")
     modality: Literal["text", "image"] | None = Field(
         None, description="modality of all of `input`; default: data URIs are images, everything else is text"
     )
@@ -288,16 +290,15 @@ class EmbedRequest(BaseModel):
         for number, item in enumerate([self.input] if isinstance(self.input, str) else self.input or []):
             is_image = item.startswith(DATA_URI_PREFIX)
             if self.modality is not None and is_image != (self.modality == "image"):
-                raise ValueError(f"input.{number} is not of the modality {self.modality!r}: {IMAGE_FORM}")
+                reason = "it is a data URI of an image" if is_image else IMAGE_FORM
+                raise ValueError(f"input.{number} is not of the modality {self.modality!r}: {reason}")
             inputs.append([RequestImage(item, f"input.{number}") if is_image else item])
-        for number, (message,) in enumerate(self.messages or []):
-            parts: list[str | RequestImage] = []
+        for number, conversation in enumerate(self.messages or []):
+            message, index = (conversation, "") if isinstance(conversation, Message) else (conversation[0], ".0")
+            inputs.append([])
             for position, part in enumerate(message.content):
-                if isinstance(part, TextPart):
-                    parts.append(part.text)
-                else:
-                    parts.append(RequestImage(part.image_url.url, f"messages.{number}.0.content.{position}"))
-            inputs.append(parts)
+                param = f"messages.{number}{index}.content.{position}"
+                inputs[-1].append(part.text if isinstance(part, TextPart) else RequestImage(part.image_url.url, param))
         return inputs
 
 
