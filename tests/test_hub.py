@@ -257,7 +257,7 @@ def test_mteb_loads_pinned_checkpoints(hub: FakeHub, model_folder: Path, tmp_pat
     HfApi().create_repo(MTEB_REPO)
     files = {"EVA.pt": ((tmp_path / "eva.pt").read_bytes(), False), "model.safetensors": (b"other", False)}
     commit = hub.repositories[MTEB_REPO].commit("add a checkpoint", files)
-    hub.repositories[MTEB_REPO].commit("delete the checkpoint", {"EVA.pt": (b"", False)})
+    hub.repositories[MTEB_REPO].commit("delete the weights", {"model.safetensors": (b"other", False)})
     meta = get_model_meta(f"{MTEB_REPO}@{commit}", text=str(save_llm(tmp_path / "llm")))
     loaded: Any = meta.load_model(device="cpu")
     embeddings = loaded.encode([{"image": [Image.new("RGB", (40, 30), "red")]}])
