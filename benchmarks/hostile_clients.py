@@ -89,6 +89,13 @@ class Attacker:
         """Send a request with 4.8 MB of unknown fields."""
         await self.post("/search", KEY_BOMB_BODY)
 
+    async def messages(self) -> None:
+        """Send invalid and large messages, and ask for the names of the models with and without a token."""
+        for body in MESSAGE_BODIES:
+            await self.post("/v1/embeddings", body)
+        for head in (HEAD, "Host: localhost\r\n"):
+            await self.send(f"GET /v1/models HTTP/1.1\r\n{head}Connection: close\r\n\r\n")
+
     async def caption_filter(self) -> None:
         """Search with the longest caption filter that the server accepts (slow to match), and with a longer one."""
         query = {"texts": ["a"], "top": 200, "filter": {"caption": "ß" * 500, "path": "/" + "x/" * 2000}}
@@ -119,6 +126,7 @@ class Attacker:
 ATTACKS: dict[str, int] = {
     "scan_bomb": 2,
     "key_bomb": 1,
+    "messages": 2,
     "caption_filter": 2,
     "oversized_body": 1,
     "unfinished_body": 2,
@@ -171,8 +179,31 @@ def data_uri(data: bytes) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
 
+def make_message_bodies() -> list[bytes]:
+    """Return requests in the form of vLLM: too many messages, no content, a URL, unknown fields, and large images."""
+
+    def make_body(count: int, content: object) -> bytes:
+        return json.dumps({"messages": [[{"role": "user", "content": content}]] * count}).encode()
+
+    stream = io.BytesIO()
+    Image.new("RGB", (7000, 7000)).save(stream, "PNG")
+    images = [stream.getvalue(), make_scan_bomb()]
+    parts = [{"type": "image_url", "image_url": {"url": data_uri(image)}} for image in images]
+    return [
+        make_body(10_000, "a"),
+        make_body(256, []),
+        make_body(1, [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest"}}]),
+        make_body(1, [{"type": "text", "text": "a", **{f"field{n}": n for n in range(90_000)}}]),
+        make_body(32, parts[:1]),
+        make_body(16, parts),
+        make_body(33, parts[:1]),
+        b'{"messages": ' + b"[" * 100_000,
+    ]
+
+
 # Created once, so that the hostile clients spend their time on sending.
 SCAN_BOMB_BODY = json.dumps({"input": data_uri(make_scan_bomb())}).encode()
+MESSAGE_BODIES = make_message_bodies()
 KEY_BOMB_BODY = b"{" + b",".join([b'"1f":0'] * 700_000) + b"}"
 LARGEST_BODY = b'{"input": "' + b"a" * ((32 << 20) - 1000)
 TOO_LARGE_BODY = (b"%x\r\n" % (1 << 20) + bytes(1 << 20) + b"\r\n") * 40  # chunked transfer encoding

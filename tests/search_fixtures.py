@@ -5,6 +5,8 @@ The pytest fixtures `model_folder` and `dual_encoder` in conftest.py are made wi
 
 import dataclasses
 import hashlib
+import multiprocessing.process
+import re
 import socket
 import threading
 import time
@@ -139,3 +141,16 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited for more than {HANG_TIMEOUT} seconds"
         time.sleep(0.005)
+
+
+def read_until(process: multiprocessing.process.BaseProcess, output: Path, pattern: str) -> re.Match[str]:
+    """Wait until the output of a process matches a pattern, and return the match."""
+    matches: list[re.Match[str]] = []
+
+    def find() -> bool:
+        matches.extend(re.finditer(pattern, output.read_text() if output.exists() else ""))
+        return bool(matches) or not process.is_alive()
+
+    wait_until(find)
+    assert matches, f"the process stopped before it printed {pattern!r}; it printed:\n{output.read_text()}"
+    return matches[0]

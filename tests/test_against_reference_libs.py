@@ -36,7 +36,7 @@ def test_mteb_evaluates_our_model(model_folder: Path, image_folder: Path) -> Non
     from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
     from mteb.abstasks.task_metadata import TaskMetadata
 
-    from llm2clip.evaluate.mteb import MTEBModel
+    from llm2clip.evaluate.mteb import get_model_meta
 
     items = captioned_images(image_folder)
     texts = [caption for _, captions in items for caption in captions]
@@ -64,8 +64,8 @@ def test_mteb_evaluates_our_model(model_folder: Path, image_folder: Path) -> Non
             }
             self.data_loaded = True
 
-    model = MTEBModel(str(model_folder), "cpu")
-    result = mteb.evaluate(model, LocalTask(), cache=None, show_progress_bar=False)  # type: ignore[arg-type]
+    model: Any = get_model_meta(str(model_folder)).load_model(device="cpu")
+    result = mteb.evaluate(model, LocalTask(), cache=None, show_progress_bar=False)
     scores = result.task_results[0].scores["test"][0]
     images = model.model.encode_images([model.model.transform(load_image(image)) for image, _ in items])
     ours = measure_retrieval(images, model.model.encode_texts(texts), IMAGE_OF_TEXT)

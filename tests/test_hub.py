@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, close_session, constants, hf_api, hf_hub_download
+from PIL import Image
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -29,9 +30,12 @@ from llm2clip.models.export.model_card import render_model_card
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import find_hub_problem
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
+from llm2clip.models.official_checkpoint import load_official_checkpoint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
+from official_reference import save_llm
+from test_published_checkpoints import write_checkpoint
 
-REPO = "me/model"
+REPO, MTEB_REPO = "me/model", "me/LLM2CLIP-model"
 TEXTS = ["a dog", "Two children in the snow, and an old man."]
 NOT_JSON = "the hub's response is not valid JSON (is there a proxy or login page?)"
 
@@ -212,6 +216,54 @@ def test_model_cards_are_valid(model_folder: Path, tmp_path: Path) -> None:
 
 
 # ---- revisions -------------------------------------------------------------------------------------------------------
+
+
+def test_mteb_loads_pinned_revisions(hub: FakeHub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mteb.models import ModelMeta
+    from mteb.models.model_implementations import MODEL_REGISTRY
+
+    from llm2clip.evaluate.mteb import get_model_meta
+
+    push(model, MTEB_REPO)
+    commit = hub.repositories[MTEB_REPO].refs["main"]
+    first = LLM2CLIP.from_pretrained(model, "cpu").encode_text(TEXTS)
+    second = change_model(model).encode_text(TEXTS)
+    push(model, MTEB_REPO)
+
+    def load(source: str) -> tuple[Any, torch.Tensor]:
+        meta = get_model_meta(source)
+        loaded: Any = meta.load_model(device="cpu")
+        return meta, torch.from_numpy(loaded.encode([{"text": TEXTS}]))
+
+    meta, embeddings = load(MTEB_REPO)
+    torch.testing.assert_close(embeddings, second)
+    assert (meta.name, meta.embed_dim) == (MTEB_REPO, 16)
+    meta, embeddings = load(f"{MTEB_REPO}@{commit}")
+    torch.testing.assert_close(embeddings, first)
+    assert (meta.name, meta.revision) == (MTEB_REPO, commit)
+    listed = ModelMeta.create_empty({"name": MTEB_REPO, "revision": commit, "license": "mit"})
+    monkeypatch.setitem(MODEL_REGISTRY, MTEB_REPO, listed)
+    meta, embeddings = load(MTEB_REPO)
+    torch.testing.assert_close(embeddings, first)
+    assert (meta.name, meta.license, meta.revision) == (MTEB_REPO, "mit", commit)
+    assert load(f"{MTEB_REPO}@main")[0].revision == hub.repositories[MTEB_REPO].refs["main"]
+
+
+def test_mteb_loads_pinned_checkpoints(hub: FakeHub, model_folder: Path, tmp_path: Path) -> None:
+    """Weights in a .pt file, beside others."""
+    from llm2clip.evaluate.mteb import get_model_meta
+
+    write_checkpoint("eva", tmp_path)
+    HfApi().create_repo(MTEB_REPO)
+    files = {"EVA.pt": ((tmp_path / "eva.pt").read_bytes(), False), "model.safetensors": (b"other", False)}
+    commit = hub.repositories[MTEB_REPO].commit("add a checkpoint", files)
+    hub.repositories[MTEB_REPO].commit("delete the weights", {"model.safetensors": (b"other", False)})
+    meta = get_model_meta(f"{MTEB_REPO}@{commit}", text=str(save_llm(tmp_path / "llm")))
+    loaded: Any = meta.load_model(device="cpu")
+    embeddings = loaded.encode([{"image": [Image.new("RGB", (40, 30), "red")]}])
+    expected = load_official_checkpoint(tmp_path / "eva.pt").encode_image(Image.new("RGB", (40, 30), "red"))
+    torch.testing.assert_close(torch.from_numpy(embeddings), expected)
+    assert (meta.name, meta.revision) == (MTEB_REPO, commit)
 
 
 def test_pinned_revision_is_loaded(hub: FakeHub, model: Path) -> None:

@@ -4,9 +4,11 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 
 from conftest import make_llm
 from llm2clip import LLM2CLIP
@@ -112,6 +114,41 @@ def test_encode_text_is_encoder_then_adapter(model: LLM2CLIP) -> None:
     with torch.no_grad():
         expected = F.normalize(model.adapter(model.encoder.encode(texts)), dim=-1)
     assert torch.allclose(model.encode_text(texts), expected, atol=1e-6)
+
+
+def test_encode_document_adds_the_embeddings_of_texts_and_images(model: LLM2CLIP, image_folder: Path) -> None:
+    files = [image_folder / "0.png", image_folder / "20.png"]
+    texts, images = model.encode_text(["a", "b"]), model.encode_image(files)
+    documents = [
+        "a",
+        files[0],
+        {"image": str(files[1])},
+        {"text": "b", "image": files[1]},
+        {"text": "b", "image": None},
+        {"text": " ", "image": files[0]},
+    ]
+    pair = F.normalize(texts[1] + images[1], dim=0)
+    expected = torch.stack([texts[0], images[0], images[1], pair, texts[1], images[0]])
+    torch.testing.assert_close(model.encode_document(documents), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.encode_document("a"), texts[:1], atol=1e-5, rtol=0)
+    assert model.encode_document([]).shape == (0, 12)
+    for document in ({"caption": "a"}, {"text": ""}, ""):
+        with pytest.raises(ValueError, match=r"document 2 has neither an image nor a non-empty text \(its keys: \['"):
+            model.encode_document(["a", files[0], document])
+    model._encoder.clear()  # images need no caption encoder
+    torch.testing.assert_close(model.encode_document(files), images, atol=1e-5, rtol=0)
+
+
+def test_encode_document_accepts_the_batches_of_encode_text_and_encode_image(model: LLM2CLIP) -> None:
+    texts = ["a", "b"]
+    column = Dataset.from_dict({"caption": texts})["caption"]
+    for batch in (column, np.array(texts), (text for text in texts)):
+        torch.testing.assert_close(model.encode_document(batch), model.encode_text(texts))
+    pixels = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
+    expected = model.encode_image(pixels)
+    for images in (pixels, pixels.permute(0, 2, 3, 1).numpy()):
+        torch.testing.assert_close(model.encode_document(images), expected)
+        torch.testing.assert_close(model.encode_document(images[0]), expected[:1])
 
 
 def test_saved_folder_has_no_pickle_and_reopens(model: LLM2CLIP, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def list_fields(schema: Mapping[str, Any], openapi: Mapping[str, Any]) -> Iterat
     for name, value in schema.get("properties", {}).items():
         yield f"{name}: required" if name in schema.get("required", ()) else name
         yield from (f"{name}.{field}" for field in list_fields(value, openapi))
-    for part in [schema["items"]] if "items" in schema else schema.get("anyOf", ()):
+    for part in [schema["items"]] if "items" in schema else schema.get("anyOf", schema.get("oneOf", ())):
         yield from list_fields(part, openapi)
 
 
@@ -202,16 +202,24 @@ def list_cli() -> list[str]:
 def list_http() -> list[str]:
     with patch("llm2clip.search.server.InferenceService"):
         app = create_app(MagicMock())
-    aliases = [f"POST {route.path}" for route in app.routes if isinstance(route, APIRoute) and "/v1/" in route.path]
-    return sorted({*list_routes(app.openapi()), *aliases})
+    routes = [route for route in app.routes if isinstance(route, APIRoute) and "/v1/" in route.path]
+    openai_routes = [f"{method} {route.path}" for route in routes for method in route.methods]
+    return sorted({*list_routes(app.openapi()), *openai_routes})
 
 
 def find_removals(old: list[str], new: list[str]) -> list[str]:
-    """Return the missing lines, and the new required arguments and fields of the commands and routes in `old`."""
+    """Return the missing lines, and the new required arguments and fields of commands, routes and fields in `old`."""
     missing = [line for line in old if line not in new and line.removesuffix(": required") not in new]
-    known = {line.removesuffix(": required").rpartition(" ")[0] for line in old}
+    known = {line.removesuffix(": required") for line in old}
+    known |= {line.rpartition(" ")[0] for line in known}
     added = [line.removesuffix(": required") for line in new if line.endswith(": required") and line not in old]
-    return missing + [f"{line}: required" for line in added if line.rpartition(" ")[0] in known]
+    return missing + [f"{line}: required" for line in added if get_parent(line) in known]
+
+
+def get_parent(line: str) -> str:
+    """Return the command or route of an argument or field, or the parent of a nested field."""
+    parent, _, name = line.rpartition(" ")
+    return line.rpartition(".")[0] if "." in name and " request " in line else parent
 
 
 @pytest.mark.parametrize(("file", "list_names"), [(CLI_LIST, list_cli), (HTTP_LIST, list_http)])
@@ -224,6 +232,9 @@ def test_public_options_and_fields_are_listed_and_still_exist(file: Path, list_n
 def test_removed_options_and_fields_are_found() -> None:
     old = ["a b --x", "a b --y: required", "POST /r request q", "POST /r response s"]
     assert find_removals(old, [*old, "a b --z", "a c --z: required", "POST /r response t"]) == []
+    assert find_removals(old, [*old, "POST /r request p", "POST /r request p.x: required"]) == []
+    assert find_removals(old, [*old, "POST /r request q.x: required"]) == ["POST /r request q.x: required"]
+    assert find_removals(old, [*old, "a b --x.z: required"]) == ["a b --x.z: required"]
     assert find_removals(old, ["a b --x: required", "a b --y", "a b --z: required"]) == [
         "a b --x", "POST /r request q", "POST /r response s", "a b --x: required", "a b --z: required"
     ]  # fmt: skip

@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import io
 import json
-import multiprocessing.process
 import os
 import re
 import shutil
@@ -55,6 +54,7 @@ from search_fixtures import (
     get_location,
     index_sources,
     make_index,
+    read_until,
     reject_all_texts,
     wait_until,
 )
@@ -77,6 +77,14 @@ def client(dual_encoder: DualEncoder, backend: SqliteBackend) -> Iterator[TestCl
 
 def data_uri(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def image_part(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 # ---- correct responses ----------------------------------------------------------------------------------------------
@@ -307,7 +315,26 @@ def decompression_bomb(side: int) -> bytes:
         ("/search", {"texts": ["a"], "offset": 10**6}, 422, "less than or equal to 10000"),
         ("/embed", {"input": ["a"] * (MAX_TEXTS + 1)}, 422, "at most 256"),
         ("/embed", {"input": "a", "dimensions": 17}, 422, "cannot be truncated to 17"),
-        ("/embed", {"input": [data_uri(b"x")] * 17}, 422, "the limit is 16"),
+        ("/embed", {"input": [data_uri(b"x")] * 33}, 422, "too many images in one request: 33; the limit is 32"),
+        ("/embed", {"input": ["a"] * 10_000}, 422, "at most 256"),
+        ("/embed", {"input": "https://example.com/a.png", "modality": "image"}, 422, "URLs are not downloaded"),
+        ("/embed", {"input": data_uri(b"x"), "modality": "text"}, 422, "'text': it is a data URI of an image"),
+        ("/embed", {"model": "a"}, 422, "either input or messages"),
+        ("/embed", {"input": "a", "messages": [user("a")]}, 422, "either input or messages"),
+        ("/embed", {"messages": []}, 422, "body.messages: List should have at least 1 item"),
+        ("/embed", {"messages": [[]]}, 422, "body.messages.0: List should have at least 1 item"),
+        ("/embed", {"messages": [user("a"), user("b")]}, 422, "body.messages: List should have at most 1 item"),
+        ("/embed", {"messages": [[{"role": "user"}]]}, 422, "body.messages.0.0.content: Field required"),
+        ("/embed", {"messages": [[user([])]]}, 422, "content: List should have at least 1 item"),
+        ("/embed", {"messages": [[user(" ")]]}, 422, "body.messages.0.0.content: Value error, the text is empty"),
+        ("/embed", {"messages": [user(" ")]}, 422, "body.messages.0.content: Value error, the text is empty"),
+        ("/embed", {"messages": [{"role": "system", "content": "a"}]}, 422, "body.messages.0.role: Input should be 'u"),
+        ("/embed", {"messages": [[user([image_part("https://example.com/a.png")])]]}, 422, "URLs are not downloaded"),
+        ("/embed", {"messages": [[user([{"type": "audio_url"}])]]}, 422, "expected tags: 'text', 'image_url'"),
+        ("/embed", {"messages": [[user([image_part("data:image/png;base64,%%%")])]]}, 422, "invalid base64"),
+        ("/embed", {"messages": [[user("a")]] * 10_000}, 422, "at most 256"),
+        ("/embed", {"messages": [[user([image_part(data_uri(b"x"))])]] * 33}, 422, "the limit is 32"),
+        ("/embed", {"messages": [[user([{"type": "text", "text": "a"}] * 2)]] * 256}, 422, "512; the limit is 256"),
     ],
 )
 def test_invalid_requests_are_explained(
@@ -456,6 +483,42 @@ def test_token_is_required(dual_encoder: DualEncoder, backend: SqliteBackend) ->
         assert not_ascii.status_code == 401
         assert thumbnail(authorization="Bearer secret") == 200
         assert client.get("/health", headers={"authorization": "Bearer secret"}).json()["images"] == 36
+
+
+def test_model_name_is_public_only_if_its_path_is(dual_encoder: DualEncoder) -> None:
+    expected = {"id": "model", "object": "model", "created": 0, "owned_by": "llm2clip"}
+    for access, code in ((Access("secret"), 401), (Access("secret", public_paths=("/health", "/v1/models")), 200)):
+        app = create_app(dual_encoder, None, Limits(timeout=HANG_TIMEOUT), access=access)
+        with TestClient(app, base_url=BASE_URL) as client:
+            response = client.get("/v1/models")
+            assert response.status_code == code
+            assert code == 401 or response.json() == {"object": "list", "data": [expected]}
+            assert client.get("/v1/models", headers={"sec-fetch-site": "cross-site"}).status_code in (401, 403)
+            assert client.post("/v1/embeddings", json={"input": "a"}).status_code == 401
+            assert client.get("/v1/models/").status_code == client.get("/v1/models/x").status_code == 401
+            assert client.get("/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
+
+
+def test_model_in_the_working_directory_has_the_name_of_the_directory(
+    dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    app = create_app(dataclasses.replace(dual_encoder, name="."), None, Limits(timeout=HANG_TIMEOUT))
+    with TestClient(app, base_url=BASE_URL) as client:
+        assert (
+            client.get("/v1/models").json()["data"][0]["id"] == client.get("/health").json()["model"] == tmp_path.name
+        )
+
+
+def test_images_in_messages_are_named_in_the_error(client: TestClient, image_folder: Path) -> None:
+    valid, broken = image_part(data_uri((image_folder / "9.png").read_bytes())), image_part(data_uri(b"GIF89a"))
+    message = user([valid, broken])
+    for messages, param in (
+        ([[user([valid])], [message]], "messages.1.0.content.1"),
+        ([message], "messages.0.content.1"),
+    ):
+        response = client.post("/embed", json={"messages": messages})
+        assert (response.status_code, response.json()["error"]["param"]) == (422, param)
 
 
 def test_traces_contain_routes_but_no_private_data(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
@@ -786,13 +849,17 @@ def test_serve_completes_requests_after_sigterm(dual_encoder: DualEncoder) -> No
 
 def test_serve_stops_after_sigterm_although_a_decoder_never_returns(model_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
-    command = ["serve", "--model", str(model_folder), "--port", "0", "--no_token", "--timeout", str(HANG_TIMEOUT)]
-    process = start_command([*command, "--precision", "fp32"], output, prepare=_decode_endlessly)
+    command = ["serve", "--model", str(model_folder), "--port", "0", "--token", "secret"]
+    options = ["--timeout", str(HANG_TIMEOUT), "--precision", "fp32"]
+    process = start_command([*command, *options], output, prepare=_decode_endlessly)
     try:
         port = int(read_until(process, output, r"Serving at http://127.0.0.1:(\d+)/")[1])
+        with pytest.raises(urllib.error.HTTPError, match="401"):  # without --list_models_without_token
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=HANG_TIMEOUT)
         body = json.dumps({"input": data_uri(b"x")})
         with socket.create_connection(("127.0.0.1", port)) as client:
-            head = "POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            head = "POST /embed HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer secret\r\n"
+            head += "Content-Type: application/json\r\n"
             client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
             read_until(process, output, "Decoding\n")
             process.terminate()
@@ -924,19 +991,6 @@ def test_serve_rejects_a_port_in_use_before_it_loads_the_model(
     output = capsys.readouterr()
     assert "Serving at" not in output.out
     assert f"cannot listen on port {port} of 127.0.0.1: " in output.err and "--port" in output.err
-
-
-def read_until(process: multiprocessing.process.BaseProcess, output: Path, pattern: str) -> re.Match[str]:
-    """Wait until the output of a process matches a pattern, and return the match."""
-    matches: list[re.Match[str]] = []
-
-    def find() -> bool:
-        matches.extend(re.finditer(pattern, output.read_text() if output.exists() else ""))
-        return bool(matches) or not process.is_alive()
-
-    wait_until(find)
-    assert matches, f"the process stopped before it printed {pattern!r}; it printed:\n{output.read_text()}"
-    return matches[0]
 
 
 def post_json(url: str, body: Any) -> Any:

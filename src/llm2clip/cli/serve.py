@@ -40,6 +40,12 @@ def add_commands(commands: Commands) -> None:
         help="Disable authentication. Only allowed if no other machine can connect (see --host).",
     )
     sub.add_argument(
+        "--list_models_without_token",
+        action="store_true",
+        help="Answer GET /v1/models without a token, for clients such as mteb that send none to this path. Anyone who "
+        "can connect can then read the model's name.",
+    )
+    sub.add_argument(
         "--behind_proxy",
         action="store_true",
         help="Trust the client address in the headers set by a reverse proxy on this machine.",
@@ -91,11 +97,12 @@ def _serve(args: Namespace) -> list[str]:
     token = choose_token(args.token, args.no_token, args.host)
     model_thread = ThreadPoolExecutor(1, "model")
     model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision, stage="serve").result()
+    public_paths = ("/health", "/v1/models") if args.list_models_without_token else ("/health",)
     app = create_app(
         model,
         backend,
         limits=Limits(max_queue=args.max_queue, timeout=args.timeout, batch_size=args.batch_size),
-        access=Access(token, LOOPBACK if args.host in LOOPBACK else None),
+        access=Access(token, LOOPBACK if args.host in LOOPBACK else None, public_paths),
         model_thread=model_thread,
     )
     host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6

@@ -1,58 +1,114 @@
-"""Adapter that lets mteb evaluate any model that `open_dual_encoder` can load.
+"""Metadata and loader with which mteb evaluates llm2clip models and the checkpoints of the LLM2CLIP authors.
+
+For example, on MIEB-lite:
 
     import mteb
-    from llm2clip.evaluate.mteb import MTEBModel
+    from llm2clip.evaluate.mteb import get_model_meta
 
-    mteb.evaluate(MTEBModel("runs/mine/model"), mteb.get_tasks(["Flickr30kT2IRetrieval"]))
-
-Embeddings are compared by cosine similarity, the default in mteb's base class.
+    model = get_model_meta("runs/mine/model").load_model()
+    mteb.evaluate(model, mteb.get_benchmark("MIEB(lite)"))
 """
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_implementations import MODEL_REGISTRY
 from mteb.models.model_meta import ScoringFunction
 from torch.utils.data import DataLoader
 
 from llm2clip.data.images import load_image
-from llm2clip.models.dual_encoder import open_dual_encoder
-from llm2clip.models.loading import fingerprint
+from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder, wrap_llm2clip
+from llm2clip.models.llm2clip import encode_documents
+from llm2clip.models.loading import name_with_hash, read_config, split_revision
+from llm2clip.models.model_folder import is_model_folder
+from llm2clip.models.official_checkpoint import attach_caption_encoder, load_official_checkpoint
+from llm2clip.models.official_layout import download_checkpoint
+from llm2clip.models.published_encoders import suggest_encoders
 
 
 class MTEBModel(AbsEncoder):
     """Encoder for texts, images and pairs. A pair's embedding is the normalised sum of its image and text vectors."""
 
-    def __init__(self, name: str, device: torch.device | str | None = None) -> None:
-        """See `open_dual_encoder`. Default device: a GPU if available."""
-        self.model = open_dual_encoder(name, device)
-        parts = [part for part in name.replace(":", "/").split("/") if part not in ("", ".", "..")]
-        metadata = {
-            "name": "/".join(["llm2clip", *parts][-2:]),
-            "revision": fingerprint(self.model.identity())[:12],
-            "modalities": ["image", "text"],
-            "similarity_fn_name": ScoringFunction.COSINE,
-            "embed_dim": self.model.embed_dim,
-        }
-        self.mteb_model_meta = ModelMeta.create_empty(overwrites=metadata)
+    def __init__(self, model: DualEncoder) -> None:
+        self.model = model
 
     def encode(self, inputs: DataLoader[Any], **_: Any) -> np.ndarray:
         """Return L2-normalised embeddings, float32 of shape (N, D). Prompts are not added to the texts.
 
         Each batch must have a "text" column, an "image" column with PIL images, or both.
         """
+        encoders = {"image": self._encode_images, "text": self.model.encode_texts}
         chunks = []
         for batch in inputs:
-            modalities = []
-            if batch.get("image"):
-                images = [self.model.transform(load_image(image)) for image in batch["image"]]
-                modalities.append(self.model.encode_images(images))
-            if batch.get("text"):
-                modalities.append(self.model.encode_texts(batch["text"]))
-            if not modalities:
-                raise ValueError(f"a batch must have a text or image column (got {', '.join(batch)})")
-            chunks.append(F.normalize(torch.stack(modalities).sum(0), dim=-1))
+            columns = [name for name in encoders if batch.get(name)]
+            count = len(next(iter(batch.values())))
+            rows = [{name: batch[name][row] for name in columns} for row in range(count)]
+            chunks.append(encode_documents(rows, self.model.embed_dim, encoders))
         return torch.cat(chunks).numpy()
+
+    def _encode_images(self, images: list[Any]) -> torch.Tensor:
+        return self.model.encode_images([self.model.transform(load_image(image)) for image in images])
+
+
+def get_model_meta(source: str, text: str | None = None) -> ModelMeta:
+    """Return the metadata of a model for mteb. Its method `load_model` loads the model.
+
+    Args:
+        source: folder or hub id of an llm2clip model or of a checkpoint of the LLM2CLIP authors. Checkpoints that mteb
+            lists have mteb's metadata, but are loaded without llm2vec and without code from the hub.
+        text: caption encoder of the checkpoint. Default: the published encoder that the checkpoint was trained with.
+    """
+    path, (name, revision) = Path(source), split_revision(source)
+    listed = None if path.exists() else MODEL_REGISTRY.get(name)
+    if listed and "llm2clip" not in name.lower():
+        raise ValueError(f"{name} is not an LLM2CLIP checkpoint: use mteb.get_model_meta({name!r})")
+    experiment = {"loader": "llm2clip"} if listed else {}  # mteb saves the results of each experiment separately
+    if text:
+        experiment["caption_encoder"] = name_with_hash(text) if Path(text).exists() else text
+    if path.exists():
+        name, revision = "/".join(path.resolve().parts[-2:]), name_with_hash(source).rpartition("-")[2]
+    elif listed and revision is None:
+        source, revision = "", listed.revision
+    else:
+        path = download_checkpoint(source)
+        source, revision = "", path.name  # the name of the folder is the commit
+    metadata = {
+        "loader": partial(load_model, source=source, text=text),
+        "name": name,
+        "revision": revision,
+        "embed_dim": listed.embed_dim if listed else read_config(path).get("embed_dim"),
+        "modalities": ["image", "text"],
+        "similarity_fn_name": ScoringFunction.COSINE,
+        "framework": ["PyTorch", "safetensors"],
+        "use_instructions": False,
+        "experiment_kwargs": experiment or None,
+        "extra_requirements_groups": None,  # unlike mteb's loader, which also returns float16
+        "output_dtypes": None,
+    }
+    return (listed or ModelMeta.create_empty()).model_copy(update=metadata)
+
+
+def load_model(
+    name: str, revision: str | None = None, source: str = "", text: str | None = None, device: Any = None, **_: Any
+) -> MTEBModel:
+    """Load a model for mteb (see `get_model_meta`), by default the hub id `name` and on a GPU if available."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    source = source or f"{name}@{revision}"
+    if is_model_folder(source if Path(source).exists() else download_checkpoint(source)):
+        return MTEBModel(open_dual_encoder(source, device))
+    model = load_official_checkpoint(source)
+    encoders = [text] if text else suggest_encoders(source, model.config.text_dim, model.config.tower)
+    if len(encoders) != 1:
+        raise ValueError(
+            f"the caption encoder of {name} is not known (candidates: {', '.join(encoders) or 'none'}). Pass the one "
+            "that it was trained with: get_model_meta(CHECKPOINT, text=ENCODER)"
+        )
+    attach_caption_encoder(model, encoders[0], source)
+    precision = model.to(device).load_encoder(stage="evaluate")
+    model.encoder.move_for_encoding(device, precision)
+    return MTEBModel(wrap_llm2clip(model, name, precision))

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +263,18 @@ class LLM2CLIP(DenseMethods, nn.Module):
         prompts, counts = build_query_prompts(texts, self.config.query_templates)
         return torch.from_numpy(average_prompts(self.encode_text(prompts, progress, precision).numpy(), counts))
 
+    def encode_document(self, documents: Any, progress: bool = False, precision: str | None = None) -> Tensor:
+        """Encode N documents, which queries are compared with. Return embeddings like those of `encode_text`.
+
+        Args:
+            documents: one document or N: texts, images as for `encode_image` except paths as strings, or dicts with a
+                "text", an "image" or both, whose embeddings are then added. An empty "text" is treated as missing.
+        """
+        is_single = isinstance(documents, str | bytes | Mapping) or getattr(documents, "ndim", 1) in (2, 3)
+        items = list(documents) if isinstance(documents, Iterable) and not is_single else [documents]
+        encoders = {"image": self.encode_image, "text": lambda texts: self.encode_text(texts, progress, precision)}
+        return encode_documents(items, self.config.embed_dim, encoders)
+
     @torch.no_grad()
     def project_text_embeddings(self, embeddings: Tensor) -> Tensor:
         """Map caption embeddings (N, text_dim) to L2-normalised float32 embeddings (N, embed_dim) in a CPU tensor."""
@@ -350,6 +362,26 @@ class LLM2CLIP(DenseMethods, nn.Module):
         model.text_folder = folder / "text" if (folder / "text").is_dir() else None
         model.training_images = load_training_image_hashes(folder)
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def encode_documents(
+    documents: Sequence[Any], embed_dim: int, encoders: Mapping[str, Callable[[list[Any]], Tensor]]
+) -> Tensor:
+    """Return the embeddings of documents (see `LLM2CLIP.encode_document`), given encoders for "image" and "text"."""
+    parts = []
+    for row, item in enumerate(documents):
+        part = item if isinstance(item, Mapping) else {"text" if isinstance(item, str) else "image": item}
+        if isinstance(part.get("text"), str) and not part["text"].strip():
+            part = {**part, "text": None}
+        if all(part.get(kind) is None for kind in encoders):
+            raise ValueError(f"document {row} has neither an image nor a non-empty text (its keys: {list(part)})")
+        parts.append(part)
+    embeddings = torch.zeros(len(parts), embed_dim)
+    for kind, encode in encoders.items():
+        rows = [row for row, part in enumerate(parts) if part.get(kind) is not None]
+        if rows:
+            embeddings[rows] += encode([parts[row][kind] for row in rows])
+    return F.normalize(embeddings, dim=-1)
 
 
 def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:

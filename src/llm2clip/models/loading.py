@@ -405,7 +405,7 @@ def load_vision_language_model(name: str, device: torch.device, precision: Preci
     return model.to(device).eval(), AutoProcessor.from_pretrained(name, trust_remote_code=False)
 
 
-def name_vision_language_model(source: str) -> str:
+def name_with_hash(source: str) -> str:
     """Return a model's name with a hash of its files, such as `llava-9f3a12cd` for the folder `llava` or `llava/model`.
 
     Hub models must have been downloaded. Copies of a folder with the same name have the same name. Reading the weights
@@ -413,11 +413,14 @@ def name_vision_language_model(source: str) -> str:
     """
     config_file = find_file(source, "config.json")
     folder = Path(source) if config_file is None else config_file.parent
-    weights = sorted(folder.glob("*model*.safetensors")) or sorted(folder.glob("*model*.bin"))
+    patterns = ("*model*.safetensors", "*model*.bin", "*.pt")
+    weights = next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), [])
+    # A folder with EVA weights also contains other weights. The source can also be a file.
+    weights += [*folder.glob("*EVA*.pt"), folder, folder / "1_Pooling/config.json"]
     settings = [folder / name for name in ("config.json", "generation_config.json", "chat_template.jinja")]
     hashes = []
     for file in [*settings, *weights]:
-        if file.exists():
+        if file.is_file():
             with file.open("rb") as stream:
                 hashes.append(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}")
     short_name = get_display_names([source])[0].rpartition("/")[2]

@@ -28,7 +28,7 @@ from torch import Tensor
 from llm2clip.data.transforms import Preprocess
 from llm2clip.io_utils import DataFormatError, describe_error, read_json_object
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.loading import check_model_source, download_snapshot, read_safetensors
+from llm2clip.models.loading import check_model_source, download_snapshot, read_safetensors, split_revision
 from llm2clip.models.model_folder import AdapterConfig
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any],
     path = Path(source)
     if path.is_file():
         return _load_weights(path), {}, None
-    folder = path if path.is_dir() else _download_checkpoint(str(source))
+    folder = path if path.is_dir() else download_checkpoint(str(source))
     weights = folder / select_weights_file([file.name for file in folder.iterdir()], str(source))
     tensors = _load_shards(weights) if weights.name.endswith(".index.json") else _load_weights(weights)
     preprocess = _read_optional_json(folder / PREPROCESSOR_FILE)
@@ -135,14 +135,15 @@ def _read_optional_json(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.is_file() else {}
 
 
-def _download_checkpoint(name: str) -> Path:
-    """Download the weights and configuration of a hub repository. If the download fails, use a cached copy."""
+def download_checkpoint(name: str) -> Path:
+    """Download the weights and configuration of OWNER/NAME[@REVISION]. If this fails, use a cached copy."""
     from huggingface_hub import list_repo_files
     from huggingface_hub.errors import HFValidationError, HTTPError
 
-    check_model_source(name)
+    hub_id, revision = split_revision(name)
+    check_model_source(hub_id)
     try:
-        weights = select_weights_file(list_repo_files(name), name)
+        weights = select_weights_file(list_repo_files(hub_id, revision=revision), name)
         patterns = [weights, CONFIG_FILE, PREPROCESSOR_FILE]
         if weights.endswith(".index.json"):
             patterns.append(weights.removesuffix(".index.json").replace(".", "-*."))  # model-*.safetensors

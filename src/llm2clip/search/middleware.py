@@ -8,6 +8,7 @@ import hmac
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,8 +94,10 @@ class Authenticator:
 class RequestMiddleware:
     """ASGI middleware that checks every HTTP request and records metrics."""
 
-    def __init__(self, app: ASGIApp, service: InferenceService, auth: Authenticator | None) -> None:
-        self.app, self.service, self.auth = app, service, auth
+    def __init__(
+        self, app: ASGIApp, service: InferenceService, auth: Authenticator | None, public_paths: Sequence[str]
+    ) -> None:
+        self.app, self.service, self.auth, self.public_paths = app, service, auth, public_paths
         self.budget = ByteBudget(service.limits.max_bytes_in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,7 +148,7 @@ class RequestMiddleware:
 
     def _is_authorized(self, request: Request) -> bool:
         path = request.scope["path"]  # not request.url, which depends on the Host header
-        if self.auth is None or path == "/health" or self.auth.is_authorized(request):
+        if self.auth is None or path in self.public_paths or self.auth.is_authorized(request):
             return True
         return path == "/" and self.auth.is_token(request.query_params.get("token", ""))
 

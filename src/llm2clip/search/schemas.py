@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, create_model, model_validator
+from pydantic.functional_validators import WrapValidator
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # in characters
 MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, images and results per request
+MAX_EMBEDDED_IMAGES = 32  # per embedding request; clients such as mteb send batches of 32
 MAX_OFFSET = 10_000  # limited because skipped results must also be found and scored
 # A query has at most MAX_IMAGES texts and MAX_IMAGES negative texts. Short texts are encoded once without a template
 # and once per template. With at most MAX_TEMPLATES templates, a request never encodes more than MAX_TEXTS texts.
@@ -58,12 +60,11 @@ def _limit_text_length(text: str) -> str:
 
 NON_BLANK = _require(lambda text: bool(text.strip()), "the text is empty")
 VALID_UNICODE = _require(is_valid_unicode, "the text is not valid Unicode: it contains an unpaired surrogate")
-IS_DATA_URI = _require(
-    lambda text: text.startswith(DATA_URI_PREFIX),
-    f"an image must be a data URI of the form {DATA_URI_PREFIX}jpeg;base64,...; URLs are not downloaded",
-)
+IMAGE_FORM = f"an image must be a data URI of the form {DATA_URI_PREFIX}jpeg;base64,...; URLs are not downloaded"
+IS_DATA_URI = _require(lambda text: text.startswith(DATA_URI_PREFIX), IMAGE_FORM)
 AnyText = Annotated[str, Field(max_length=MAX_TEXT_LENGTH), VALID_UNICODE]
 Text = Annotated[AnyText, NON_BLANK]
+parse_text = TypeAdapter(Text).validate_python
 DataUri = Annotated[str, IS_DATA_URI, Field(json_schema_extra={"format": "data-uri"})]
 TextOrDataUri = Annotated[str, AfterValidator(_limit_text_length), VALID_UNICODE, NON_BLANK]
 HitId = Annotated[str, Field(max_length=64), VALID_UNICODE]
@@ -230,10 +231,50 @@ class HeatmapResponse(BaseModel):
     )
 
 
-class EmbedRequest(BaseModel):
-    """A request in the format of OpenAI's embeddings API. Image data URIs are embedded as images."""
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: Text
 
-    input: TextOrDataUri | Annotated[Items[TextOrDataUri], Field(min_length=1, max_length=MAX_TEXTS)]
+
+class ImageUrl(BaseModel):
+    url: DataUri
+
+
+class ImagePart(BaseModel):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class Message(BaseModel):
+    """Texts and images that are embedded together: the embedding is the normalised sum of their embeddings."""
+
+    role: Literal["user"]
+    content: Annotated[
+        QueryItems[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
+        Field(min_length=1),
+        WrapValidator(lambda v, parse: [TextPart(type="text", text=parse_text(v))] if isinstance(v, str) else parse(v)),
+    ]
+
+
+Conversation = Annotated[Items[Message], Field(min_length=1, max_length=1)]
+parse_conversation = TypeAdapter(Conversation).validate_python
+
+
+def _parse_messages(value: Any, parse: Callable[[Any], Any]) -> Any:
+    is_single = isinstance(value, list) and value and isinstance(value[0], dict)
+    return parse_conversation(value) if is_single else parse(value)  # not in a list, so that errors have valid paths
+
+
+class EmbedRequest(BaseModel):
+    """A request in the format of OpenAI's embeddings API, with vLLM's field `messages` and Infinity's `modality`."""
+
+    input: TextOrDataUri | Annotated[Items[TextOrDataUri], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
+    messages: (
+        Annotated[Items[Conversation], Field(min_length=1, max_length=MAX_TEXTS), WrapValidator(_parse_messages)] | None
+    ) = Field(None, description="used instead of `input`: one conversation per embedding, each with a single message")
+    modality: Literal["text", "image"] | None = Field(
+        None, description="modality of all of `input`; default: data URIs are images, everything else is text"
+    )
     model: AnyText | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(
@@ -241,9 +282,24 @@ class EmbedRequest(BaseModel):
     )
     user: AnyText | None = None
 
-    @property
-    def inputs(self) -> list[str]:
-        return [self.input] if isinstance(self.input, str) else self.input
+    def to_inputs(self) -> list[list[str | RequestImage]]:
+        """Return the texts and images of each input. Raise ValueError if an input does not have the modality."""
+        if (self.input is None) == (self.messages is None):
+            raise ValueError("a request must have either input or messages")
+        inputs: list[list[str | RequestImage]] = []
+        for number, item in enumerate([self.input] if isinstance(self.input, str) else self.input or []):
+            is_image = item.startswith(DATA_URI_PREFIX)
+            if self.modality is not None and is_image != (self.modality == "image"):
+                reason = "it is a data URI of an image" if is_image else IMAGE_FORM
+                raise ValueError(f"input.{number} is not of the modality {self.modality!r}: {reason}")
+            inputs.append([RequestImage(item, f"input.{number}") if is_image else item])
+        for number, conversation in enumerate(self.messages or []):
+            message, index = (conversation, "") if isinstance(conversation, Message) else (conversation[0], ".0")
+            inputs.append([])
+            for position, part in enumerate(message.content):
+                param = f"messages.{number}{index}.content.{position}"
+                inputs[-1].append(part.text if isinstance(part, TextPart) else RequestImage(part.image_url.url, param))
+        return inputs
 
 
 class EmbeddingItem(BaseModel):

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,11 +35,11 @@ from llm2clip.search.inference import InferenceService, Limits
 from llm2clip.search.metadata import CONDITIONS, Condition
 from llm2clip.search.middleware import CHUNK_SIZE, Authenticator, RequestMiddleware, make_connection_class
 from llm2clip.search.schemas import (
-    DATA_URI_PREFIX,
     ERROR_RESPONSES,
-    MAX_IMAGES,
+    MAX_EMBEDDED_IMAGES,
     MAX_OFFSET,
     MAX_TEMPLATES,
+    MAX_TEXTS,
     EmbeddingItem,
     EmbedRequest,
     EmbedResponse,
@@ -62,12 +63,13 @@ API_ERRORS: dict[int | str, dict[str, Any]] = {code: ERROR_RESPONSES[code] for c
 class Access:
     """Who may use a server."""
 
-    # Token that every request must contain. Without it, only `/health` is available, and returns only the status. API
+    # Token that every request must contain, except for `public_paths`. `/health` then returns only the status. API
     # clients send the header `Authorization: Bearer TOKEN`. In a browser, `/?token=TOKEN` starts a 24-hour session.
     token: str | None = field(default=None, repr=False)
     # Host names that are allowed in the Host header, or None for all. This prevents DNS rebinding attacks, in which a
     # website makes its own host name resolve to this machine's address.
     hosts: Sequence[str] | None = LOOPBACK
+    public_paths: Sequence[str] = ("/health",)  # do not require the token
 
 
 def create_app(
@@ -121,7 +123,7 @@ def create_app(
     _add_image_routes(app, service)
     _add_page_routes(app, auth)
     add_error_handlers(app)
-    app.add_middleware(RequestMiddleware, service=service, auth=auth)
+    app.add_middleware(RequestMiddleware, service=service, auth=auth, public_paths=access.public_paths)
     if access.hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(access.hosts))
     return app
@@ -180,7 +182,7 @@ def _add_status_routes(app: FastAPI, service: InferenceService, auth: Authentica
             return HealthResponse()
         model = service.encoder.model
         images = await run_in_threadpool(service.count_images)
-        return HealthResponse(model=Path(model.name).name, dimensions=model.embed_dim, images=images)
+        return HealthResponse(model=Path(model.name).resolve().name, dimensions=model.embed_dim, images=images)
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
@@ -223,6 +225,12 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
 def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
     encoder = service.encoder
 
+    @app.get("/v1/models", include_in_schema=False)
+    async def list_models() -> dict[str, Any]:
+        """Return the name of the model in OpenAI's format. The other fields are constants that the format requires."""
+        model = {"id": Path(encoder.model.name).resolve().name, "object": "model", "created": 0, "owned_by": "llm2clip"}
+        return {"object": "list", "data": [model]}
+
     @app.post("/v1/embeddings", responses=API_ERRORS, include_in_schema=False)
     @app.post("/embed", responses=API_ERRORS)
     async def embed(request: EmbedRequest) -> EmbedResponse:
@@ -234,30 +242,28 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
         return await service.embedders.run(embed_inputs, request)
 
     def embed_inputs(request: EmbedRequest) -> EmbedResponse:
-        if request.dimensions is not None:
-            check_dim(request.dimensions, encoder.model.embed_dim, "the model")
-        images: dict[int, RequestImage] = {}
-        texts: dict[int, str] = {}
-        for index, item in enumerate(request.inputs):
-            if item.startswith(DATA_URI_PREFIX):
-                images[index] = RequestImage(item, f"input.{index}")
-            else:
-                texts[index] = item
-        if len(images) > MAX_IMAGES:
-            raise ValueError(f"too many images in one request: {len(images)}; the limit is {MAX_IMAGES}")
-        vectors = np.empty((len(request.inputs), encoder.model.embed_dim), np.float32)
+        dim = encoder.model.embed_dim if request.dimensions is None else request.dimensions
+        check_dim(dim, encoder.model.embed_dim, "the model")
+        inputs = request.to_inputs()
+        starts = np.cumsum([0, *(len(parts) for parts in inputs[:-1])])
+        parts = list(chain.from_iterable(inputs))
+        images = {position: part for position, part in enumerate(parts) if isinstance(part, RequestImage)}
+        texts = {position: part for position, part in enumerate(parts) if isinstance(part, str)}
+        for kind, count, limit in (("images", len(images), MAX_EMBEDDED_IMAGES), ("texts", len(texts), MAX_TEXTS)):
+            if count > limit:
+                raise ValueError(f"too many {kind} in one request: {count}; the limit is {limit}")
+        vectors = np.empty((len(parts), encoder.model.embed_dim), np.float32)
         vectors[list(images)] = encoder.embed_images(list(images.values()))
         vectors[list(texts)] = encoder.embed_texts(list(texts.values()))
-        if request.dimensions is not None:
-            vectors = truncate_and_normalize(torch.from_numpy(vectors), request.dimensions).numpy()
+        sums = torch.from_numpy(np.add.reduceat(vectors, starts))  # (inputs, embed_dim)
         items = []
-        for index, vector in enumerate(vectors):
+        for index, vector in enumerate(truncate_and_normalize(sums, dim).numpy()):
             embedding: list[float] | str = vector.tolist()
             if request.encoding_format == "base64":
                 embedding = base64.b64encode(vector.astype("<f4").tobytes()).decode()
             items.append(EmbeddingItem(index=index, embedding=embedding))
         usage = {"prompt_tokens": 0, "total_tokens": 0}
-        return EmbedResponse(data=items, model=Path(encoder.model.name).name, usage=usage)
+        return EmbedResponse(data=items, model=Path(encoder.model.name).resolve().name, usage=usage)
 
 
 def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
