@@ -26,6 +26,7 @@ except ImportError:  # Windows
 MAX_JSON_BYTES = 2 << 30  # size limit for JSON files, which are read into memory completely
 MAX_LINE_CHARACTERS = 1 << 25
 EXTRAS = {  # extra in pyproject.toml -> modules of its packages
+    "mcp": ("mcp",),
     "ocr": ("onnxruntime", "rapidocr"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "open-clip": ("open_clip",),

@@ -46,6 +46,16 @@ def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
     )
 
 
+def read_original(backend: Backend, hit_id: str, max_bytes: int) -> bytes:
+    """Read the image file of a hit, as in `open_original`. Raise TooLarge if it has more than `max_bytes` bytes."""
+    stream, _ = open_original(backend, hit_id)
+    with stream:
+        data = stream.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise TooLarge(f"the image file is too large; the limit is {max_bytes:,} bytes")
+    return data
+
+
 def _open_unchanged_image(image: IndexedImage) -> BinaryIO:
     path = image.ref.container_path or ""
     # The version is checked before the file is opened, because opening a named pipe would block.

@@ -344,15 +344,19 @@ async def _handle_error(request: Request, error: Exception) -> Response:
     if isinstance(error, InvalidImage):
         return make_error_response(error.code, str(error), param=error.param)
     code = next(code for exception, code in STATUS_CODES.items() if isinstance(error, exception))
-    message = str(error)
-    if isinstance(error, IndexUnavailableError):
-        # Clients do not receive the message, because it contains addresses. A page causes many equal messages.
-        warning = message, time.monotonic() // LOG_SECONDS
-        if getattr(request.app.state, "last_warning", None) != warning:
-            logger.warning("%s", error)
-            request.app.state.last_warning = warning
-        message = "the index is temporarily unavailable; try again later"
-    return make_error_response(code, message, RETRY_SOON if code in (429, 503) else None)
+    return make_error_response(code, describe_error(error, request.app), RETRY_SOON if code in (429, 503) else None)
+
+
+def describe_error(error: Exception, app: FastAPI) -> str:
+    """Return the message that clients receive about an exception in STATUS_CODES."""
+    if not isinstance(error, IndexUnavailableError):
+        return str(error)
+    # Clients do not receive the message, because it contains addresses. A page causes many equal messages.
+    warning = str(error), time.monotonic() // LOG_SECONDS
+    if getattr(app.state, "last_warning", None) != warning:
+        logger.warning("%s", error)
+        app.state.last_warning = warning
+    return "the index is temporarily unavailable; try again later"
 
 
 async def _handle_unexpected_error(_: Request, error: Exception) -> JSONResponse:
