@@ -85,13 +85,31 @@ def test_interrupted_export_leaves_no_file(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_export_fails_if_the_index_is_replaced(
+    photos: Path, dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_index(tmp_path / "index", photos, dual_encoder)
+    make_index(tmp_path / "new", photos, dual_encoder)
+    read: Callable[..., Any] = Backend.read_hits
+
+    def replace_and_read(backend: Backend, ids: list[str]) -> Any:
+        for file in (tmp_path / "new").glob("index.sqlite*"):
+            file.replace(tmp_path / "index" / file.name)
+        return read(backend, ids)
+
+    monkeypatch.setattr(Backend, "read_hits", replace_and_read)
+    with pytest.raises(OSError, match="was replaced during the export"):
+        module.export_vectors(str(tmp_path / "index"), tmp_path / "photos.parquet")
+    assert not (tmp_path / "photos.parquet").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--to", "vectors"], "--to vectors requires --index INDEX"),
         (["--to", "vectors", "--index", "missing"], "missing is not an index"),
-        (["MODEL", "--to", "vectors", "--index", "x"], "exports an index as it is: remove the argument model"),
-        (["--to", "vectors", "--index", "x", "--dim", "8"], "exports an index as it is: remove the argument dim"),
+        (["MODEL", "--to", "vectors", "--index", "x"], "MODEL cannot be used with --to vectors"),
+        (["--to", "vectors", "--index", "x", "--dim", "8"], "--dim cannot be used with --to vectors"),
         (["--to", "onnx"], "--to onnx requires a model: llm2clip export MODEL --to onnx --out FOLDER"),
     ],
 )

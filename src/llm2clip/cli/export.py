@@ -220,7 +220,7 @@ def _export_vectors(args: Namespace) -> list[str]:
         raise ValueError("--to vectors requires --index INDEX, the index to export")
     for name in ("model", "int8", "dim", "max_mb"):
         if args[name]:
-            raise ValueError(f"--to vectors exports an index as it is: remove the argument {name}")
+            raise ValueError(f"{'MODEL' if name == 'model' else '--' + name} cannot be used with --to vectors")
     check_index(args["index"])
     from llm2clip.search.export_vectors import export_vectors
 

@@ -9,7 +9,7 @@ from pyarrow import parquet
 
 from llm2clip.io_utils import atomic_path
 from llm2clip.progress import ProgressBar
-from llm2clip.search.backends import open_backend
+from llm2clip.search.backends import INDEX_FILE, open_backend
 from llm2clip.search.metadata import CONTENT_FIELDS, IMAGE_FIELDS, read_columns
 
 ROWS_PER_GROUP = 2000  # only one row group is in memory at a time
@@ -24,7 +24,8 @@ def export_vectors(index: str, out: str | Path, with_private: bool = False) -> i
     """
     if Path(out).exists():
         raise FileExistsError(f"{out} exists: choose another file")
-    backend = open_backend(index)
+    backend, file = open_backend(index), Path(index, INDEX_FILE)  # in PostgreSQL, there is no such file
+    inode = file.exists() and file.stat().st_ino
     metadata, texts = backend.metadata(), pa.list_(pa.string())
     columns: dict[str, Any] = {"id": pa.int64(), "vector": pa.list_(pa.float32(), int(metadata["embed_dim"]))}
     columns |= {"name": pa.string(), "names": texts, "captions": texts, "text": pa.string()}
@@ -44,4 +45,6 @@ def export_vectors(index: str, out: str | Path, with_private: bool = False) -> i
             writer.write_table(pa.Table.from_pylist(rows, schema))  # ignores the keys that are not columns
             bar.update(len(rows))
             count, last_id = count + len(rows), ids[-1]
+        if inode != (file.exists() and file.stat().st_ino):
+            raise OSError(f"{index} was replaced during the export. Run the command again")
     return count

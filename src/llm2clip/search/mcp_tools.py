@@ -1,95 +1,127 @@
 """Tools with which AI agents search a server's index, over the Model Context Protocol (MCP)."""
 
 import json
-from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import FastAPI
-from mcp.server.mcpserver import Image, MCPServer
-from mcp.server.mcpserver.exceptions import ToolError
-from mcp.types import ToolAnnotations
+from fastapi import FastAPI, Response
+from mcp.server.lowlevel import Server
+from mcp.server.mcpserver import Image
+from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
+from mcp.types import CallToolRequestParams, CallToolResult, ListToolsResult, TextContent, Tool, ToolAnnotations
 from pydantic import Field
 
 from llm2clip.data.images import ImageError, make_thumbnail
 from llm2clip.io_utils import format_count
+from llm2clip.search import schemas
 from llm2clip.search.images import TooLarge, read_original
 from llm2clip.search.index import Index
-from llm2clip.search.metadata import Filter
-from llm2clip.search.schemas import MAX_TOP, STATUS_CODES, AnyText, FilterRequest, SearchRequest, Text, describe_error
+from llm2clip.search.metadata import MAX_PATH_LENGTH, Filter
 from llm2clip.search.server import search_index
 from llm2clip.search.types import NotFound
 
 MAX_SIDE = 1024  # maximum width and height of the image that `show_photo` returns, in pixels
-ToolResult = list[str | Image]
-Query = Annotated[AnyText, Field(description="what the photos should show; empty for the newest photos")]
-Top = Annotated[int, Field(ge=1, le=MAX_TOP, description="maximum number of photos")]
-Photo = Annotated[Text, Field(description="id or name of a photo from search_photos, or a file name")]
+MAX_PHOTOS = 50  # maximum number of photos in a result, which the agent's context must hold
+Photo = Annotated[str, Field(max_length=MAX_PATH_LENGTH - 2), schemas.VALID_UNICODE, schemas.NON_BLANK]
+
+
+class SearchPhotos(schemas.StrictModel):
+    """Search a photo collection. Return the id, name, relevance (0 to 1) and thumbnail of each photo, best first.
+
+    If no photo is close to the text, say so instead of presenting unrelated photos.
+    """
+
+    text: schemas.AnyText = Field("", description="what the photos should show; empty for the newest photos")
+    top: int = Field(10, ge=1, le=MAX_PHOTOS, description="maximum number of photos, not counting similar ones")
+    offset: int = Field(0, ge=0, le=schemas.MAX_OFFSET, description="offset of the next photos, from the last result")
+    filters: schemas.FilterRequest | None = None
+
+    def run(self, index: Index) -> list[Any]:
+        texts, filters = [self.text] if self.text.strip() else [], self.filters or schemas.FilterRequest()
+        request = schemas.SearchRequest(texts=texts, top=self.top, offset=self.offset, filter=filters)
+        page = search_index(index, request)
+        summary = f"{format_count(len(page.hits), 'photo')} of {page.total:,}"
+        summary += " that match the filters." if filters.to_filter() else "."
+        if page.nothing_close:
+            summary = "Nothing is close: no photo shows what the text describes."
+            summary += " The following photos only match the filters." if page.hits else ""
+        elif texts and page.hits and page.hits[0].relevance is None:
+            summary += " Relevance is not calibrated for this index: perhaps none of them is close to the text."
+        if page.next_offset is not None:
+            summary += f" For more photos, use offset {page.next_offset}."
+        content: list[Any] = [TextContent(text=summary)]
+        for hit in page.hits:
+            values: dict[str, Any] = {"id": hit.id, "name": hit.images[0].name, "relevance": hit.relevance}
+            text = json.dumps(values | {"similar": [other.name for other in hit.similar]}, ensure_ascii=False)
+            if jpeg := index.backend.thumbnail(hit.id):  # None if the photo has just been removed
+                content += [TextContent(text=text), Image(data=jpeg, format="jpeg").to_image_content()]
+        return content
+
+
+class ShowPhoto(schemas.StrictModel):
+    """Show a photo at up to 1024 pixels, with its metadata, captions and recognised text.
+
+    If several photos have this file name, show the newest one. `others` lists the names of the others, at most 49.
+    """
+
+    photo: Photo = Field(description="id or name of a photo, or a file name")
+
+    def run(self, index: Index) -> list[Any]:
+        hits = index.backend.read_hits([self.photo])
+        pattern, ends = self.photo.replace("*", "?"), (f"/{self.photo}", f"!{self.photo}")  # ? also matches *
+        for path in (pattern, f"*!{pattern}"):  # the second pattern matches members of tar files
+            if not hits:
+                # The filter also matches similar names, and photos in a folder with this name.
+                hits = index.search(top=MAX_PHOTOS, filter=Filter(path=path)).hits
+                hits = [hit for hit in hits if any(f"/{image.name}".endswith(ends) for image in hit.images)]
+        if not hits:
+            raise NotFound(f"the index contains no photo with the id or name {self.photo}")
+        hit, image = hits[0], hits[0].images[0]
+        values: dict[str, Any] = {"id": hit.id, "name": image.name, "captions": image.captions, "text": hit.text}
+        values |= {"details": [item.text for item in hit.details], "others": [item.images[0].name for item in hits[1:]]}
+        content: list[Any] = [TextContent(text=json.dumps(values, ensure_ascii=False))]
+        try:
+            with index.resources.decoding:
+                data = read_original(index.backend, hit.id, index.resources.max_file_bytes)
+                jpeg: bytes | None = make_thumbnail(index.encoder.load(data), MAX_SIDE)
+        except (ImageError, NotFound, TooLarge) as error:
+            content.append(TextContent(text=f"This is the thumbnail, because the photo cannot be shown: {error}"))
+            jpeg = index.backend.thumbnail(hit.id)
+        if jpeg is None:
+            raise NotFound(f"the photo {self.photo} has just been removed from the index")
+        return [*content, Image(data=jpeg, format="jpeg").to_image_content()]
 
 
 def add_mcp_route(app: FastAPI) -> None:
     """Add the route /mcp with the tools `search_photos` and `show_photo` to an application from `create_app`.
 
-    There are no sessions and no streams, so the limits of the other routes also apply to /mcp.
+    There are no sessions and no streams, so the limits of the other routes also apply. Bodies have at most 4 MiB (SDK).
     """
-    server = MCPServer("llm2clip", version=app.version, subscriptions=False, log_level="WARNING")
-    tool = server.tool(annotations=ToolAnnotations(read_only_hint=True, open_world_hint=False))
+    models, service = {"search_photos": SearchPhotos, "show_photo": ShowPhoto}, app.state.service
 
-    async def run(function: Callable[..., ToolResult], *args: Any) -> ToolResult:
+    async def list_tools(*_: Any) -> ListToolsResult:
+        tools, hints = [], ToolAnnotations(read_only_hint=True, open_world_hint=False)
+        for name, model in models.items():
+            schema = model.model_json_schema()
+            tools.append(Tool(name=name, description=schema.pop("description"), input_schema=schema, annotations=hints))
+        return ListToolsResult(tools=tools)
+
+    async def call_tool(_: Any, call: CallToolRequestParams) -> CallToolResult:
         try:
-            return await app.state.service.searchers.run(function, app.state.service.require_index(), *args)
-        except tuple(STATUS_CODES) as error:
-            raise ToolError(describe_error(error, app)) from error
+            if call.name not in models:
+                raise NotFound(f"unknown tool {call.name[:50]!r}; the tools are {', '.join(models)}")
+            tool: Any = models[call.name].model_validate(call.arguments or {})
+            return CallToolResult(content=await service.searchers.run(tool.run, service.require_index()))
+        except Exception as error:  # the SDK would send its message to the client
+            return CallToolResult(content=[TextContent(text=schemas.make_client_message(error, app))], is_error=True)
 
-    @tool
-    async def search_photos(text: Query = "", top: Top = 10, filters: FilterRequest | None = None) -> ToolResult:
-        """Search a photo collection. Return the id, name, relevance (0 to 1) and thumbnail of each photo, best first.
+    server = Server("llm2clip", version=app.version, on_list_tools=list_tools, on_call_tool=call_tool)
+    manager = StreamableHTTPSessionManager(server, json_response=True, stateless=True)
 
-        If no photo is close to the text, say so instead of presenting unrelated photos.
-        """
-        request = {"texts": [text] if text.strip() else [], "top": top, "filter": filters or FilterRequest()}
-        return await run(_search_photos, SearchRequest.model_validate(request))
+    class McpResponse(Response):
+        __call__ = staticmethod(manager.handle_request)  # type: ignore[assignment]
 
-    @tool
-    async def show_photo(photo: Photo) -> ToolResult:
-        """Show a photo at up to 1024 pixels, with its metadata, captions and recognised text."""
-        return await run(_show_photo, photo)
+    @app.post("/mcp", include_in_schema=False)  # a GET request would open a stream
+    async def serve_mcp() -> Response:
+        return McpResponse()
 
-    # With this host, only `TrustedHostMiddleware` checks the Host header. A GET request would open a stream.
-    (route,) = server.streamable_http_app(json_response=True, stateless_http=True, host="0.0.0.0").routes
-    app.add_route("/mcp", route.endpoint, methods=["POST"], include_in_schema=False)  # type: ignore[attr-defined]
-    app.state.background = server.session_manager.run()
-
-
-def _search_photos(index: Index, request: SearchRequest) -> ToolResult:
-    page = search_index(index, request)
-    summary = f"{format_count(len(page.hits), 'photo')} of {page.total:,} that match the filters."
-    if page.nothing_close:
-        summary = "Nothing is close: no photo shows what the text describes."
-        summary += " The following photos only match the filters." if page.hits else ""
-    elif request.texts and page.hits and page.hits[0].relevance is None:
-        summary += " Relevance is not calibrated for this index: perhaps none of them is close to the text."
-    result: ToolResult = [summary]
-    for hit in page.hits:
-        values = {"id": hit.id, "name": hit.images[0].name, "relevance": hit.relevance}
-        jpeg = index.backend.thumbnail(hit.id) or b""
-        result += [json.dumps(values, ensure_ascii=False), Image(data=jpeg, format="jpeg")]
-    return result
-
-
-def _show_photo(index: Index, photo: str) -> ToolResult:
-    backend = index.backend
-    hits = backend.read_hits([photo]) or backend.search(None, 1, Filter(path=photo))
-    # The filter also matches the photos in a folder with this name.
-    if not hits or not (photo == hits[0].id or hits[0].images[0].name.endswith(photo)):
-        raise NotFound(f"the index contains no photo with the id or name {photo}")
-    hit, image = hits[0], hits[0].images[0]
-    values = {"id": hit.id, "name": image.name, "captions": image.captions, "text": hit.text}
-    result: ToolResult = [json.dumps(values | {"details": [item.text for item in hit.details]}, ensure_ascii=False)]
-    try:
-        with index.resources.decoding:
-            data = read_original(backend, hit.id, index.resources.max_file_bytes)
-            jpeg = make_thumbnail(index.encoder.load(data), MAX_SIDE)
-    except (ImageError, NotFound, TooLarge) as error:
-        result.append(f"This is the thumbnail, because the photo cannot be shown: {error}")
-        jpeg = backend.thumbnail(hit.id) or b""
-    return [*result, Image(data=jpeg, format="jpeg")]
+    app.state.background = manager.run()

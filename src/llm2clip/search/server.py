@@ -216,8 +216,7 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
 
 def search_index(index: Index, request: SearchRequest) -> SearchResponse:
     options = SearchOptions(request.words, request.group_similar, request.show_weak)
-    query, image_filter = request.to_query(), request.filter.to_filter()
-    page = index.search(query, request.top, request.offset, image_filter, options)
+    page = index.search(request.to_query(), request.top, request.offset, request.filter.to_filter(), options)
     response = SearchResponse.model_validate(page, from_attributes=True)
     if response.next_offset is not None and response.next_offset > MAX_OFFSET:
         response.next_offset = None
