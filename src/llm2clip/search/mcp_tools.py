@@ -37,8 +37,8 @@ class SearchPhotos(schemas.StrictModel):
 
     def run(self, index: Index) -> list[Any]:
         texts, filters = [self.text] if self.text.strip() else [], self.filters or schemas.FilterRequest()
-        request = schemas.SearchRequest(texts=texts, top=self.top, offset=self.offset, filter=filters)
-        page = search_index(index, request)
+        request = {"texts": texts, "top": self.top, "offset": self.offset, "filter": filters}
+        page = search_index(index, schemas.SearchRequest.model_validate(request))
         summary = f"{format_count(len(page.hits), 'photo')} of {page.total:,}"
         summary += " that match the filters." if filters.to_filter() else "."
         if page.nothing_close:
@@ -96,7 +96,7 @@ def add_mcp_route(app: FastAPI) -> None:
 
     There are no sessions and no streams, so the limits of the other routes also apply. Bodies have at most 4 MiB (SDK).
     """
-    models, service = {"search_photos": SearchPhotos, "show_photo": ShowPhoto}, app.state.service
+    models: dict[str, Any] = {"search_photos": SearchPhotos, "show_photo": ShowPhoto}
 
     async def list_tools(*_: Any) -> ListToolsResult:
         tools, hints = [], ToolAnnotations(read_only_hint=True, open_world_hint=False)
@@ -109,7 +109,7 @@ def add_mcp_route(app: FastAPI) -> None:
         try:
             if call.name not in models:
                 raise NotFound(f"unknown tool {call.name[:50]!r}; the tools are {', '.join(models)}")
-            tool: Any = models[call.name].model_validate(call.arguments or {})
+            service, tool = app.state.service, models[call.name].model_validate(call.arguments or {})
             return CallToolResult(content=await service.searchers.run(tool.run, service.require_index()))
         except Exception as error:  # the SDK would send its message to the client
             return CallToolResult(content=[TextContent(text=schemas.make_client_message(error, app))], is_error=True)
@@ -118,7 +118,7 @@ def add_mcp_route(app: FastAPI) -> None:
     manager = StreamableHTTPSessionManager(server, json_response=True, stateless=True)
 
     class McpResponse(Response):
-        __call__ = staticmethod(manager.handle_request)  # type: ignore[assignment]
+        __call__ = staticmethod(manager.handle_request)
 
     @app.post("/mcp", include_in_schema=False)  # a GET request would open a stream
     async def serve_mcp() -> Response:
