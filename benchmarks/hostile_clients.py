@@ -40,6 +40,7 @@ from PIL import Image
 from shared import start_server
 
 TOKEN = "benchmark"
+FLAGS = ("--precision", "fp32", "--mcp", "--list_models_without_token")
 PAUSE = 0.1  # seconds until an attack is repeated
 RATE = 5  # requests per second of the honest client
 BASELINE_SECONDS = 20
@@ -47,6 +48,7 @@ IMAGES, CAPTIONS = 20_000, 5
 WORDS = "a red dog and an old man play in the snow behind a small blue house near the street"
 HEAD = f"Host: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
 JSON = "Content-Type: application/json\r\n"
+MCP_HEADERS = f"{JSON}Accept: application/json, text/event-stream\r\n"
 HONEST_HEADERS = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
 
 
@@ -117,6 +119,17 @@ class Attacker:
         """Request the largest image, and do not read the response."""
         await self.send(f"GET /image/1 HTTP/1.1\r\n{HEAD}\r\n", read=False)
 
+    async def mcp_name(self) -> None:
+        """Show a photo whose name is the longest pattern that the server accepts."""
+        body = make_tool_call("show_photo", photo="?" * 4094)
+        await self.post("/mcp", body, MCP_HEADERS)
+
+    async def mcp_slow_reader(self) -> None:
+        """Request as many thumbnails as the tool `search_photos` returns, and do not read the response."""
+        body = make_tool_call("search_photos", top=50)
+        head = f"POST /mcp HTTP/1.1\r\n{HEAD}{MCP_HEADERS}Content-Length: {len(body)}\r\n\r\n"
+        await self.send(head, body, read=False)
+
     async def slow_headers(self) -> None:
         """Send incomplete request headers."""
         await self.send(f"GET /health HTTP/1.1\r\n{HEAD}")
@@ -131,6 +144,8 @@ ATTACKS: dict[str, int] = {
     "oversized_body": 1,
     "unfinished_body": 2,
     "slow_reader": 20,
+    "mcp_name": 2,
+    "mcp_slow_reader": 20,
     "slow_headers": 100,
 }
 
@@ -173,6 +188,12 @@ def make_scan_bomb(scans: int = 4000, side: int = 7000) -> bytes:
     first_scan = data.index(b"\xff\xda")
     second_scan = min(data.index(marker, first_scan + 2) for marker in (b"\xff\xc4", b"\xff\xda"))
     return data[:second_scan] + (table + header + coded) * scans + b"\xff\xd9"
+
+
+def make_tool_call(tool: str, **arguments: str | int) -> bytes:
+    """Return the body of an MCP request that calls a tool."""
+    params = {"name": tool, "arguments": arguments}
+    return json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}).encode()
 
 
 def data_uri(data: bytes) -> str:
@@ -307,7 +328,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(ATTACKS), default=list(ATTACKS), help="attacks to run")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        server, port = start_server(args.index or str(make_default_index(Path(folder))), TOKEN)
+        server, port = start_server(args.index or str(make_default_index(Path(folder))), TOKEN, flags=FLAGS)
         context = SpawnContext()
         attackers = [
             context.Process(target=run_attacker, args=(port, number, args.only), daemon=True)

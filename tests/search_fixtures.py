@@ -109,12 +109,12 @@ def search_names(backend: Backend, image_filter: Filter | None = None, count: in
     return {Path(image.name).name for hit in hits for image in hit.images}
 
 
-def create_patient_app(model: DualEncoder, backend: Backend | None = None, **limits: Any) -> Any:
+def create_patient_app(model: DualEncoder, backend: Backend | None = None, access: Any = None, **limits: Any) -> Any:
     """Create the web application with a request timeout that no test reaches, however slow the machine is."""
     from llm2clip.search.inference import Limits
     from llm2clip.search.server import create_app
 
-    return create_app(model, backend, Limits(**{"timeout": HANG_TIMEOUT, **limits}))
+    return create_app(model, backend, Limits(**{"timeout": HANG_TIMEOUT, **limits}), access)
 
 
 @contextmanager

@@ -298,8 +298,8 @@ def test_gallery_rejects_bad_input(
     good = export_arguments(student_folder, index_folder, out)
     assert "requires --index" in run("export", str(student_folder), "--to", "gallery", "--out", str(out))
     onnx = ["export", str(student_folder), "--to", "onnx", "--out", str(out)]
-    assert "--index can only be used with --to gallery" in run(*onnx, "--index", str(index_folder))
-    assert "--max_mb can only be used with --to gallery" in run(*onnx, "--max_mb", "5")
+    assert "--index cannot be used with --to onnx, which exports a model" in run(*onnx, "--index", str(index_folder))
+    assert "--max_mb cannot be used with --to onnx, which exports a model" in run(*onnx, "--max_mb", "5")
     assert "--dim cannot be used with --to gallery" in run(*good, "--dim", "8")
     assert not out.exists()
     assert "is not an index" in run(*export_arguments(student_folder, tmp_path / "missing", out))

@@ -28,6 +28,7 @@ MAX_LINE_CHARACTERS = 1 << 25
 EXTRAS = {  # extra in pyproject.toml -> modules of its packages
     "caption": ("httpx", "py3langid"),
     "dense": ("pycocotools",),
+    "mcp": ("mcp",),
     "ocr": ("onnxruntime", "rapidocr"),
     "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript"),
     "open-clip": ("open_clip",),

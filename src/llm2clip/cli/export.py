@@ -47,28 +47,28 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "export",
         _export,
-        "Export a model to transformers, sentence-transformers or ONNX, or an index to a static web page.",
+        "Export a model to transformers, sentence-transformers or ONNX, or an index to a static web page or Parquet.",
     )
-    parser.add_argument("model", type=str, help="Model folder or hub id.")
+    parser.add_argument("model", nargs="?", type=str, help="Model folder or hub id. Not used with --to vectors.")
     parser.add_argument(
         "--to",
-        choices=[*FORMATS, "gallery"],
+        choices=[*FORMATS, "gallery", "vectors"],
         required=True,
         help="Export format. vision exports only the vision tower. gallery exports a web page that searches --index in "
-        "the browser, without a server.",
+        "the browser, without a server. vectors exports the vectors and metadata of --index to a Parquet file.",
     )
-    parser.add_argument("--out", type=str, required=True, help="Folder to create.")
+    parser.add_argument("--out", type=str, required=True, help="Folder to create. With --to vectors, file to create.")
     parser.add_argument("--int8", action="store_true", help="With --to onnx: also write graphs with 8-bit weights.")
     parser.add_argument(
         "--dim", type=PositiveInt, help="Truncate embeddings to this number of dimensions. Default: all dimensions."
     )
-    parser.add_argument("--index", type=str, help="With --to gallery: index folder or URL.")
+    parser.add_argument("--index", type=str, help="With --to gallery or vectors: index folder or URL.")
     parser.add_argument(
         "--max_mb",
         type=PositiveFloat,
         help="With --to gallery: maximum size of the folder in MB. Default: 1000.",
     )
-    parser.add_argument("--gps", action="store_true", help="With --to gallery: show where the images were taken.")
+    parser.add_argument("--gps", action="store_true", help="With --to gallery or vectors: include GPS positions.")
 
     parser = commands.add("push", _push, "Upload a model folder or exported model to the hub, with a model card.")
     parser.add_argument("model", type=str, help="Folder to upload.")
@@ -176,6 +176,10 @@ def _format_closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[st
 
 
 def _export(args: Namespace) -> list[str]:
+    if args.to == "vectors":
+        return _export_vectors(args)
+    if args.model is None:
+        raise ValueError(f"--to {args.to} requires a model: llm2clip export MODEL --to {args.to} --out FOLDER")
     args.model = resolve_model(args.model)
     if args.to in ("onnx", "gallery"):
         check_extra("onnx", f"--to {args.to}")
@@ -183,7 +187,7 @@ def _export(args: Namespace) -> list[str]:
         return _export_gallery(args)
     for name in ("index", "max_mb", "gps"):
         if args[name]:
-            raise ValueError(f"--{name} can only be used with --to gallery")
+            raise ValueError(f"--{name} cannot be used with --to {args.to}, which exports a model")
     from llm2clip.models.llm2clip import LLM2CLIP
 
     model = LLM2CLIP.from_pretrained(args.model, device="cpu")
@@ -209,6 +213,19 @@ def _export_gallery(args: Namespace) -> list[str]:
         "Upload the folder to any static web host, or open it on this machine:",
         f"Next: python -m http.server --directory {shlex.quote(args.out)}      (then open http://localhost:8000)",
     ]
+
+
+def _export_vectors(args: Namespace) -> list[str]:
+    if args["index"] is None:
+        raise ValueError("--to vectors requires --index INDEX, the index to export")
+    for name in ("model", "int8", "dim", "max_mb"):
+        if args[name]:
+            raise ValueError(f"{'MODEL' if name == 'model' else '--' + name} cannot be used with --to vectors")
+    check_index(args["index"])
+    from llm2clip.search.export_vectors import export_vectors
+
+    count = export_vectors(args["index"], args.out, args.gps)
+    return [f"Exported: {args.out} ({format_count(count, 'image')})"]
 
 
 def _push(args: Namespace) -> list[str]:

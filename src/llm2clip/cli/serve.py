@@ -50,6 +50,7 @@ def add_commands(commands: Commands) -> None:
         action="store_true",
         help="Trust the client address in the headers set by a reverse proxy on this machine.",
     )
+    sub.add_argument("--mcp", action="store_true", help="Also serve tools for AI agents at /mcp, over MCP.")
     _add_model_arguments(sub)
 
 
@@ -84,6 +85,10 @@ def _serve(args: Namespace) -> list[str]:
     if args.model is not None:
         args.model = resolve_model(args.model)
     check_extra("search", "`serve`")
+    if args.mcp:
+        check_extra("mcp", "--mcp")
+        if args["index"] is None:
+            raise ValueError("--mcp requires an index: llm2clip serve INDEX --mcp")
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.backends import open_backend
@@ -105,13 +110,18 @@ def _serve(args: Namespace) -> list[str]:
         access=Access(token, LOOPBACK if args.host in LOOPBACK else None, public_paths),
         model_thread=model_thread,
     )
+    if args.mcp:
+        from llm2clip.search.mcp_tools import add_mcp_route
+
+        add_mcp_route(app)
     host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6
 
     def print_address(port: int) -> None:
         address = f"http://{host}:{port}/"
         known = os.environ.get("LLM2CLIP_TOKEN")  # is not printed, because the output may be saved in logs
         page = f"{address}?token={quote(token, safe='')}" if token and token != known else address
-        print_once(f"Serving at {page}", f"API description: {address}openapi.json. Press Ctrl-C to stop.")
+        mcp = f"MCP server: {address}mcp. " if args.mcp else ""
+        print_once(f"Serving at {page}", f"{mcp}API description: {address}openapi.json. Press Ctrl-C to stop.")
 
     serve(app, args.host, args.port, on_start=print_address, behind_proxy=args.behind_proxy)
     return ["Server stopped."]

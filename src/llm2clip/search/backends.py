@@ -250,6 +250,17 @@ class Backend(ABC):
         statement = "SELECT id FROM contents ORDER BY hash LIMIT :count"  # hashes are random
         return [str(content_id) for (content_id,) in self._query(statement, {"count": count})]
 
+    def read_hits(self, hit_ids: Sequence[str]) -> list[Hit]:
+        """Return hits without scores, in the given order. Unknown ids are skipped."""
+        ids = [parse_content_id(hit_id) for hit_id in hit_ids]
+        return self._read(lambda run: self._read_hits(run, ids, {}, {}, Filter()))
+
+    def list_ids(self, after: str, count: int) -> list[str]:
+        """Return at most `count` hit ids greater than `after`, in ascending order. Start with `after="0"`."""
+        statement = "SELECT id FROM contents WHERE id > :after ORDER BY id LIMIT :count"
+        rows = self._query(statement, {"after": int(after), "count": count})
+        return [str(content_id) for (content_id,) in rows]
+
     def save_calibration(self, data: bytes) -> None:
         """Store a serialized `search.relevance.Calibration`, or empty bytes if the index cannot be calibrated."""
         with self._write() as run:

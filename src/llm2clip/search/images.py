@@ -46,6 +46,16 @@ def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
     )
 
 
+def read_original(backend: Backend, hit_id: str, max_bytes: int) -> bytes:
+    """Read the image file of a hit, as in `open_original`. Raise TooLarge if it has more than `max_bytes` bytes."""
+    stream, _ = open_original(backend, hit_id)
+    with stream:
+        data = stream.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise TooLarge(f"the image file is too large; the limit is {max_bytes:,} bytes")
+    return data
+
+
 def _open_unchanged_image(image: IndexedImage) -> BinaryIO:
     path = image.ref.container_path or ""
     # The version is checked before the file is opened, because opening a named pipe would block.
@@ -84,14 +94,14 @@ class RequestImage(NamedTuple):
 
 
 def load_query_image(image: RequestImage | bytes, max_pixels: int) -> Tensor:
-    """Decode an image of a request, or the contents of an image file, to a uint8 tensor of shape (3, H, W).
+    """Decode an image of a request, or the contents of an indexed file, to a uint8 tensor of shape (3, H, W).
 
     Raises:
         InvalidImage: The image of a request cannot be decoded, or has more than `max_pixels` pixels.
         ImageError, TooLarge: The same, for the contents of a file.
     """
     if not isinstance(image, RequestImage):
-        return load_request_image(image, max_pixels)
+        return load_request_image(image, max_pixels, is_indexed=True)
     try:
         return load_request_image(decode_data_uri(image.data_uri), max_pixels)
     except (ImageError, TooLarge) as error:
@@ -108,14 +118,14 @@ def decode_data_uri(uri: str) -> bytes:
         raise ImageError(f"invalid base64 in a data URI: {error}") from error
 
 
-def load_request_image(data: bytes, max_pixels: int) -> Tensor:
-    """Decode an image file to a uint8 tensor of shape (3, H, W).
+def load_request_image(data: bytes, max_pixels: int, is_indexed: bool = False) -> Tensor:
+    """Decode an image file to a uint8 tensor of shape (3, H, W). Only indexed files can be HEIC or AVIF files.
 
     Raises:
         TooLarge: The image has more than `max_pixels` pixels. This is checked before any pixels are decoded.
         ImageError: The image cannot be decoded.
     """
-    if is_heic(data):
+    if is_heic(data) and not is_indexed:
         raise ImageError(FORMAT_NOT_ACCEPTED.format("HEIC"))
     try:
         with open_header(io.BytesIO(data)) as header:
@@ -127,7 +137,7 @@ def load_request_image(data: bytes, max_pixels: int) -> Tensor:
         raise ImageError(str(error)) from error
     except Exception as error:  # Pillow can raise almost any exception for corrupt headers
         raise ImageError("the image is corrupt") from error
-    if is_avif:
+    if is_avif and not is_indexed:
         raise ImageError(FORMAT_NOT_ACCEPTED.format("AVIF"))
     if width * height > max_pixels:
         raise TooLarge(f"the image has too many pixels: {width} x {height}; the limit is {max_pixels:,}")

@@ -253,10 +253,12 @@ class Index:
             NotFound: The index does not contain the hit, or its file has been changed or removed.
         """
         from llm2clip.search.explain import compute_heatmap, require_dense_encoder
+        from llm2clip.search.images import read_original
 
         vector, dense = self.embed(query).combined, require_dense_encoder(self.encoder.model)
         with self.resources.decoding:
-            pixels = dense.resize(self.encoder.load(self._read_original(hit_id)), dense.localization_size)
+            data = read_original(self.backend, hit_id, self.resources.max_file_bytes)
+            pixels = dense.resize(self.encoder.load(data), dense.localization_size)
         return compute_heatmap(dense, pixels, vector)
 
     def embed(self, query: str | SearchQuery) -> QueryVectors:
@@ -288,17 +290,6 @@ class Index:
             if hit_id not in vectors:
                 raise NotFound(f"the index contains no image with id {hit_id}")
         return [vectors[hit_id] for hit_id in hit_ids]
-
-    def _read_original(self, hit_id: str) -> bytes:
-        from llm2clip.search.images import TooLarge, open_original
-
-        stream, _ = open_original(self.backend, hit_id)
-        limit = self.resources.max_file_bytes
-        with stream:
-            data = stream.read(limit + 1)
-        if len(data) > limit:
-            raise TooLarge(f"the image file is too large; the limit is {limit:,} bytes")
-        return data
 
 
 def _to_query(query: str | SearchQuery | None) -> SearchQuery:

@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 from pydantic.functional_validators import WrapValidator
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
@@ -76,7 +85,7 @@ Items = Annotated[list[Item], Field(fail_fast=True)]
 QueryItems = Annotated[Items[Item], Field(max_length=MAX_IMAGES)]
 
 
-class _StrictModel(BaseModel):
+class StrictModel(BaseModel):
     """Pydantic base model that rejects unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
@@ -110,7 +119,7 @@ def _make_filter_field(condition: Condition) -> tuple[Any, Any]:
 
 FilterFields = create_model(
     "FilterFields",
-    __base__=_StrictModel,
+    __base__=StrictModel,
     **{name: _make_filter_field(condition) for name, condition in CONDITIONS.items()},  # type: ignore[call-overload]
 )
 
@@ -122,7 +131,7 @@ class FilterRequest(FilterFields):  # type: ignore[valid-type, misc]
         return Filter(**self.model_dump())
 
 
-class QueryRequest(_StrictModel):
+class QueryRequest(StrictModel):
     """A query: texts, images and earlier hits that results should resemble (positive) or not resemble (negative)."""
 
     texts: QueryItems[Text] = Field([], description="what results should show, described in any supported language")
@@ -350,6 +359,7 @@ STATUS_CODES: dict[type[Exception], int] = {
     IndexUnavailableError: 503,
     DeadlineExceeded: 504,
     ValueError: 422,
+    RequestValidationError: 422,
 }
 MAX_MESSAGE_LENGTH = 1000  # in characters; validation messages may quote parts of the request
 LOG_SECONDS = 60  # an equal message about the index is logged at most once in this time
@@ -391,7 +401,6 @@ def add_error_handlers(app: FastAPI) -> None:
     """Register handlers that convert all exceptions in an application to error responses."""
     app.add_exception_handler(Exception, _handle_unexpected_error)
     app.add_exception_handler(HTTPException, _handle_http_exception)
-    app.add_exception_handler(RequestValidationError, _handle_validation_error)
     for exception in STATUS_CODES:
         app.add_exception_handler(exception, _handle_error)
 
@@ -400,15 +409,29 @@ async def _handle_error(request: Request, error: Exception) -> Response:
     if isinstance(error, InvalidImage):
         return make_error_response(error.code, str(error), param=error.param)
     code = next(code for exception, code in STATUS_CODES.items() if isinstance(error, exception))
-    message = str(error)
-    if isinstance(error, IndexUnavailableError):
-        # Clients do not receive the message, because it contains addresses. A page causes many equal messages.
-        warning = message, time.monotonic() // LOG_SECONDS
-        if getattr(request.app.state, "last_warning", None) != warning:
-            logger.warning("%s", error)
-            request.app.state.last_warning = warning
-        message = "the index is temporarily unavailable; try again later"
-    return make_error_response(code, message, RETRY_SOON if code in (429, 503) else None)
+    headers = RETRY_SOON if code in (429, 503) else None
+    return make_error_response(code, make_client_message(error, request.app), headers)
+
+
+def make_client_message(error: Exception, app: FastAPI) -> str:
+    """Return the message that clients receive about an exception. Log exceptions that are not in STATUS_CODES."""
+    if isinstance(error, RequestValidationError | ValidationError):
+        problems = []
+        for problem in error.errors()[:3]:
+            field = ".".join(str(part) for part in problem["loc"])
+            problems.append(f"{field}: {problem['msg']}" if field else problem["msg"])
+        return to_valid_unicode("; ".join(problems))[:MAX_MESSAGE_LENGTH]
+    if not isinstance(error, tuple(STATUS_CODES)):
+        logger.error("internal error", exc_info=error)
+        return "internal error; see the server's log"
+    if not isinstance(error, IndexUnavailableError):
+        return str(error)
+    # Clients do not receive the message, because it contains addresses. A page causes many equal messages.
+    warning = str(error), time.monotonic() // LOG_SECONDS
+    if getattr(app.state, "last_warning", None) != warning:
+        logger.warning("%s", error)
+        app.state.last_warning = warning
+    return "the index is temporarily unavailable; try again later"
 
 
 async def _handle_unexpected_error(_: Request, error: Exception) -> JSONResponse:
@@ -418,12 +441,3 @@ async def _handle_unexpected_error(_: Request, error: Exception) -> JSONResponse
 async def _handle_http_exception(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return make_error_response(error.status_code, str(error.detail), dict(error.headers or {}))
-
-
-async def _handle_validation_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    problems = []
-    for problem in error.errors()[:3]:
-        field = ".".join(str(part) for part in problem["loc"])
-        problems.append(f"{field}: {problem['msg']}")
-    return make_error_response(422, to_valid_unicode("; ".join(problems))[:MAX_MESSAGE_LENGTH])

@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -30,7 +30,7 @@ from llm2clip.models.llm2clip import check_dim, truncate_and_normalize
 from llm2clip.search.backends import Backend
 from llm2clip.search.explain import Explanation
 from llm2clip.search.images import RequestImage
-from llm2clip.search.index import SearchOptions
+from llm2clip.search.index import Index, SearchOptions
 from llm2clip.search.inference import InferenceService, Limits
 from llm2clip.search.metadata import CONDITIONS, Condition
 from llm2clip.search.middleware import CHUNK_SIZE, Authenticator, RequestMiddleware, make_connection_class
@@ -103,8 +103,9 @@ def create_app(
     service = InferenceService(model, backend, limits or Limits(), model_thread)
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with app.state.background:
+            yield
         service.close()
 
     app = FastAPI(
@@ -117,6 +118,7 @@ def create_app(
         responses={code: ERROR_RESPONSES[code] for code in ((401, 413) if auth else (413,))},
     )
     app.state.service = service
+    app.state.background = nullcontext()  # context manager that is active while the application runs
     _add_status_routes(app, service, auth)
     _add_search_routes(app, service)
     _add_embedding_routes(app, service)
@@ -198,17 +200,9 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
         Images whose texts contain all words of the query are ranked higher, unless `words` is false.
         Without a query, return the images that match the filter, newest first.
         """
-        return Response(await service.searchers.run(search_index, request), media_type="application/json")
-
-    def search_index(request: SearchRequest) -> bytes:
-        """Return a `SearchResponse` as JSON, serialized in the worker thread because it can be large."""
-        options = SearchOptions(request.words, request.group_similar, request.show_weak)
-        index, query, image_filter = service.require_index(), request.to_query(), request.filter.to_filter()
-        page = index.search(query, request.top, request.offset, image_filter, options)
-        response = SearchResponse.model_validate(page, from_attributes=True)
-        if response.next_offset is not None and response.next_offset > MAX_OFFSET:
-            response.next_offset = None
-        return response.model_dump_json().encode()
+        # A response can be large, so it is also serialized in the worker thread.
+        body = await service.searchers.run(lambda: search_index(service.require_index(), request).model_dump_json())
+        return Response(body, media_type="application/json")
 
     @app.post("/explain", responses=API_ERRORS)
     async def explain(request: HitRequest) -> Explanation:
@@ -220,6 +214,15 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
         """Return a heat map that locates the given texts, images and earlier hits in the image of a hit."""
         heatmap = await service.searchers.run(service.require_index().compute_heatmap, request.to_query(), request.id)
         return HeatmapResponse(rows=heatmap.tolist())
+
+
+def search_index(index: Index, request: SearchRequest) -> SearchResponse:
+    options = SearchOptions(request.words, request.group_similar, request.show_weak)
+    page = index.search(request.to_query(), request.top, request.offset, request.filter.to_filter(), options)
+    response = SearchResponse.model_validate(page, from_attributes=True)
+    if response.next_offset is not None and response.next_offset > MAX_OFFSET:
+        response.next_offset = None
+    return response
 
 
 def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:

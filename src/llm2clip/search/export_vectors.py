@@ -1,0 +1,50 @@
+"""Export of an index to a Parquet file, to fill other vector databases."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from llm2clip.io_utils import atomic_path
+from llm2clip.progress import ProgressBar
+from llm2clip.search.backends import INDEX_FILE, open_backend
+from llm2clip.search.metadata import CONTENT_FIELDS, IMAGE_FIELDS, read_columns
+
+ROWS_PER_GROUP = 2000  # only one row group is in memory at a time
+TYPES = {float: pa.float64(), int: pa.int64(), str: pa.string()}
+
+
+def export_vectors(index: str, out: str | Path, with_private: bool = False) -> int:
+    """Write one row per distinct image to a new Parquet file. Return the number of rows.
+
+    Captions and metadata are those of the image's first location. `with_private` also exports its GPS position. The
+    metadata of the index, such as its model, is in the metadata of the schema. Raise FileExistsError if `out` exists.
+    """
+    if Path(out).exists():
+        raise FileExistsError(f"{out} exists: choose another file")
+    backend, file = open_backend(index), Path(index, INDEX_FILE)  # in PostgreSQL, there is no such file
+    inode = file.exists() and file.stat().st_ino
+    metadata, texts = backend.metadata(), pa.list_(pa.string())
+    columns: dict[str, Any] = {"id": pa.int64(), "vector": pa.list_(pa.float32(), int(metadata["embed_dim"]))}
+    columns |= {"name": pa.string(), "names": texts, "captions": texts, "text": pa.string()}
+    fields = [field for field in (*CONTENT_FIELDS, *IMAGE_FIELDS) if with_private or not field.is_private]
+    columns |= {field.name: TYPES[field.type] for field in fields}
+    schema = pa.schema(list(columns.items()), {"llm2clip": json.dumps(metadata)})
+    bar = ProgressBar(total=backend.count()[1], desc="export", unit="image")
+    count, last_id = 0, "0"
+    with bar, atomic_path(out) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+        while ids := backend.list_ids(last_id, ROWS_PER_GROUP):
+            rows, vectors = [], backend.vectors(ids)
+            for hit in backend.read_hits(ids):
+                image = hit.images[0]
+                row: dict[str, Any] = {"id": int(hit.id), "vector": vectors.get(hit.id), "text": hit.text}
+                row |= {"name": image.name, "names": [image.name for image in hit.images], "captions": image.captions}
+                rows.append(row | read_columns(hit, CONTENT_FIELDS) | read_columns(image, IMAGE_FIELDS))
+            writer.write_table(pa.Table.from_pylist(rows, schema))  # ignores the keys that are not columns
+            bar.update(len(rows))
+            count, last_id = count + len(rows), ids[-1]
+        if inode != (file.exists() and file.stat().st_ino):
+            raise OSError(f"{index} was replaced during the export. Run the command again")
+    return count
