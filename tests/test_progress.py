@@ -1,5 +1,6 @@
 """Progress bars in log files."""
 
+import importlib
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -36,3 +37,10 @@ def test_bar_in_a_log_file_reports_its_last_state_unless_it_is_disabled_or_trans
         bar.update(2)
     output = capfd.readouterr().err
     assert text in output and bool(output) == bool(text)
+
+
+def test_bars_do_not_depend_on_the_variable_that_hides_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_module = importlib.import_module("huggingface_hub.utils.tqdm")
+    monkeypatch.setattr(hub_module, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    with progress.ProgressBar(total=5) as bar:
+        assert not bar.disable

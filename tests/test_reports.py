@@ -89,6 +89,7 @@ def test_reports_without_matplotlib_name_the_extra(
     write_report(tmp_path / "page.html", "T", "", [TABLE, *(Figure(plot, "a plot") for plot in plots)])
     command = "pip install 'llm2clip[reports]'"
     assert (tmp_path / "page.html").read_text().count(f"<code>{command}</code>") == 3
+    assert "\n\nImages and details are in page.html.\n" in (tmp_path / "page.md").read_text()
     assert capsys.readouterr().err == f"{tmp_path}/page.html has no plots. To add plots, run {command}\n"
 
 

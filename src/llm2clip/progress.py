@@ -16,7 +16,7 @@ class ProgressBar(tqdm):
         self._writes_lines = not sys.stderr.isatty() and "ipykernel" not in sys.modules
         self._last_line_time = time.monotonic()
         self._last_line = ""
-        super().__init__(*args, **kwargs)
+        super(tqdm, self).__init__(*args, **kwargs)  # ignores HF_HUB_DISABLE_PROGRESS_BARS, which is for downloads
         if self._writes_lines and not self.disable and self.total is not None:
             self.bar_format = "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 

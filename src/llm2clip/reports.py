@@ -111,8 +111,12 @@ def write_report(
         markdown = render_markdown(title, blocks, verdict, html_file.name)
         atomic_write_text(html_file.with_suffix(".md"), markdown)
     atomic_write_text(html_file, render_html(title, blocks, verdict))
-    if any(isinstance(block, Figure) and "<svg" not in block.svg for block in blocks):
+    if _lacks_plots(blocks):
         print(f"{html_file} has no plots. To add plots, run {install_command('reports')}", file=sys.stderr)
+
+
+def _lacks_plots(blocks: Sequence[Block]) -> bool:
+    return any(isinstance(block, Figure) and "<svg" not in block.svg for block in blocks)
 
 
 def render_markdown(title: str, blocks: Sequence[Block], verdict: str = "", html_name: str = "") -> str:
@@ -125,7 +129,8 @@ def render_markdown(title: str, blocks: Sequence[Block], verdict: str = "", html
     if verdict:
         parts.append(f"**{_escape_tags(verdict)}**")
     if html_name and any(isinstance(block, _ONLY_HTML) for block in blocks):
-        parts.append(f"Plots and images are in {html_name}.")
+        contents = "Images and details" if _lacks_plots(blocks) else "Plots and images"
+        parts.append(f"{contents} are in {html_name}.")
     for block in _omit_visual_sections(blocks):
         if isinstance(block, Heading):
             parts.append(f"{'#' * block.level} {_escape_tags(block.text)}")

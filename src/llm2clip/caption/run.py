@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError
-from llm2clip.caption.captioners import Captioner, EndpointCaptioner, LocalCaptioner
 from llm2clip.caption.checks import check_captions, find_image_file, score_captions
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.files import (
@@ -40,7 +39,7 @@ from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.image_facts import UNREADABLE_IMAGE
 from llm2clip.data.images import ImageError, load_image, shrink_image
 from llm2clip.data.skip_log import MAX_VALUE_CHARACTERS, SkipLog, TooManySkipped
-from llm2clip.io_utils import format_count
+from llm2clip.io_utils import check_extra, format_count
 from llm2clip.parallel import Prefetcher
 from llm2clip.progress import ProgressBar
 from llm2clip.reports import render_text
@@ -48,6 +47,7 @@ from llm2clip.runs.output_folder import folder_lock
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 
 if TYPE_CHECKING:
+    from llm2clip.caption.captioners import Captioner
     from llm2clip.models.dual_encoder import DualEncoder
 
 POLL_INTERVAL = 0.1  # seconds between checks of the stop signal
@@ -61,6 +61,9 @@ def run_captioning(sources: Sequence[str], out: Path, model: str, options: Capti
     Args:
         model: Name of the model on the server or, without `options.endpoint`, a model folder or hub id.
     """
+    check_extra("caption", "captioning")  # py3langid is needed only after captioning
+    from llm2clip.caption.captioners import EndpointCaptioner, LocalCaptioner
+
     CaptionOutput(out).check()
     prompts = load_prompts(options.prompts, options.language, options.use_captions)
     open_encoder = None

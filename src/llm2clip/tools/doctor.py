@@ -83,7 +83,9 @@ def find_version_problem(name: str, bounds: str) -> str | None:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
         return f"{name} is not installed"
-    satisfied = all(compare_versions(name, *bound) for bound in re.findall(r"([<>=!]+)([\w.]+)", bounds))
+    operators_and_versions = re.findall(r"([<>=]+)([\w.]+)", bounds)
+    # PEP 440: <2 excludes the pre-releases of 2, of which 2.dev0 is the first
+    satisfied = all(compare_versions(name, op, f"{v}.dev0" if op == "<" else v) for op, v in operators_and_versions)
     return None if satisfied else f"{name} {version} does not satisfy {bounds}"
 
 

@@ -93,7 +93,7 @@ def _read_images(class_dirs: Sequence[Path], names: Sequence[str], templates: Se
 
 def get_imagenet_templates() -> list[str]:
     """Return OpenAI's 80 prompt templates for ImageNet, or raise MissingFileError if open_clip is not installed."""
-    check_extra("open-clip", "ImageNet's class names and templates", MissingFileError)
+    check_extra("open-clip", "reading ImageNet's class names and templates", MissingFileError)
     from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
     return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
@@ -101,7 +101,7 @@ def get_imagenet_templates() -> list[str]:
 
 def _load_imagenet_classes() -> tuple[list[str], list[str]]:
     """Return ImageNet's sorted WordNet ids, and OpenAI's class names in the same order."""
-    check_extra("open-clip", "ImageNet's class names", MissingFileError)
+    check_extra("open-clip", "reading ImageNet's class names", MissingFileError)
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
 
