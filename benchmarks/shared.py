@@ -49,9 +49,15 @@ def run_llm2clip(command: Sequence[str], log: Path) -> None:
         raise SystemExit(f"command failed (see {log}): llm2clip {shlex.join(command)}")
 
 
-def start_server(index: str, token: str, port: int = 0) -> tuple[subprocess.Popen[str], int]:
-    """Start `llm2clip serve` on a port (0 means any free port), and return its process and port."""
-    command = [sys.executable, "-m", "llm2clip", "serve", index, "--port", str(port), "--precision", "fp32"]
+def start_server(
+    index: str, token: str, port: int = 0, options: Sequence[str] = ()
+) -> tuple[subprocess.Popen[str], int]:
+    """Start `llm2clip serve` on a port (0 means any free port), and return its process and port.
+
+    `index` is an index, or the model if `options` contains `--immich`.
+    """
+    source = ["--model", index] if "--immich" in options else [index]
+    command = [sys.executable, "-m", "llm2clip", "serve", *source, "--port", str(port), "--precision", "fp32", *options]
     environment = {**os.environ, "LLM2CLIP_TOKEN": token}
     # The server's error messages are discarded, because a full pipe that is never read would block the server.
     server = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

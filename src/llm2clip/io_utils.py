@@ -33,8 +33,10 @@ EXTRAS = {  # extra in pyproject.toml -> modules of its packages
     "qlora": ("bitsandbytes",),
     "quickstart": ("emoji", "resvg_py"),
     "ray": ("ray",),
-    "search": ("fastapi", "h11", "prometheus_client", "pydantic", "starlette", "usearch", "uvicorn"),
-}
+    "search": (
+        "fastapi", "h11", "prometheus_client", "pydantic", "python_multipart", "starlette", "usearch", "uvicorn",
+    ),
+}  # fmt: skip
 CHECKSUM_BYTES = 4
 _CRC32_RESIDUE = 0x2144DF1C  # CRC-32 of any data followed by its own CRC-32
 _BYTE_ORDER_MARKS = (  # UTF-32 marks come first, because one of them starts with a UTF-16 mark

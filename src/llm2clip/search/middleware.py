@@ -137,6 +137,8 @@ class RequestMiddleware:
         is_other_site = request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
         if is_other_site and request.scope["path"] != "/":
             return make_error_response(403, "cross-site requests are not allowed")
+        if "urlencoded" in request.headers.get("content-type", "").lower():  # a body of `&` takes seconds to parse
+            return make_error_response(415, "URL-encoded bodies are not accepted; send multipart/form-data or JSON")
         if length.isdigit() and int(length) > max_bytes:
             return make_error_response(
                 413, f"the request body is too large: {int(length):,} bytes; the limit is {max_bytes:,}"
