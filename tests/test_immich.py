@@ -221,6 +221,7 @@ def make_clip(kind: str, name: str = MODEL_NAME) -> str:
         ({"entries": json.dumps({str(n): 0 for n in range(50_000)}), "text": "a"}, None, 422, "must contain `clip`"),
         ({"entries": "{}", "text": "a"}, None, 422, "must contain `clip`"),
         ({"entries": json.dumps(FACES), "text": "a"}, None, 422, "an image must be sent"),
+        ({"entries": json.dumps({**json.loads(make_clip("textual")), **OCR}), "text": "a"}, None, 422, "the only task"),
         ({"entries": make_clip("visual")}, b"GIF89a", 422, "not an image"),
         ({"entries": make_clip("visual")}, decompression_bomb(2000), 413, "too many pixels: 2000 x 2000"),
         ({"entries": json.dumps(FACES)}, decompression_bomb(2000), 413, "too many pixels: 2000 x 2000"),

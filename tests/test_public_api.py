@@ -15,14 +15,18 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from inspect import Parameter, Signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, patch
 
 import pytest
+from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from llm2clip import CaptionEncoder
 from llm2clip.cli import build_parser
+from llm2clip.search.immich import add_immich_routes
+from llm2clip.search.inference import Limits
 from llm2clip.search.metadata import CONDITIONS
 from llm2clip.search.server import create_app
 
@@ -185,7 +189,8 @@ def list_routes(openapi: Mapping[str, Any]) -> Iterator[str]:
 
 def list_fields(schema: Mapping[str, Any], openapi: Mapping[str, Any]) -> Iterator[str]:
     """Yield the names of the fields in a request, response or JSON schema, such as `hits.score` or `id: required`."""
-    schema = schema.get("content", {}).get("application/json", {}).get("schema", schema)
+    for content in schema.get("content", {}).values():
+        schema = content.get("schema", schema)
     if "$ref" in schema:
         schema = openapi["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
     for name, value in schema.get("properties", {}).items():
@@ -203,7 +208,11 @@ def list_http() -> list[str]:
     with patch("llm2clip.search.server.InferenceService"):
         app = create_app(MagicMock())
     aliases = [f"POST {route.path}" for route in app.routes if isinstance(route, APIRoute) and "/v1/" in route.path]
-    return sorted({*list_routes(app.openapi()), *aliases})
+    immich = FastAPI()
+    model = SimpleNamespace(embed_dim=512)
+    add_immich_routes(immich, SimpleNamespace(encoder=SimpleNamespace(model=model), limits=Limits()))  # type: ignore
+    immich_lines = [f"--immich {line}" for line in list_routes(immich.openapi())]
+    return sorted({*list_routes(app.openapi()), *aliases, *immich_lines})
 
 
 def find_removals(old: list[str], new: list[str]) -> list[str]:

@@ -22,7 +22,6 @@ from llm2clip.search.middleware import CHUNK_SIZE
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.schemas import Text
 
-PORT = 3003  # of Immich's machine-learning service
 # Names from `CLIP_MODEL_INFO` in Immich's server/src/constants.ts, and their numbers of dimensions in ascending order.
 # The default of Immich, ViT-B-32__openai, is accepted but not recommended: if a user sets another name, Immich deletes
 # the embeddings of the earlier model.
@@ -40,14 +39,10 @@ MAX_ANSWER_BYTES = 16 << 20  # of the real service; the embeddings of 1,000 face
 
 
 class ModelEntry(BaseModel):
-    """The model for one part of a task."""
-
     modelName: str = Field(max_length=200)
 
 
 class ClipEntry(BaseModel):
-    """The models for an image or a text."""
-
     visual: ModelEntry | None = None
     textual: ModelEntry | None = None
 
@@ -131,6 +126,8 @@ def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstrea
         if text is None and image is None:
             raise HTTPException(400, "either image or text must be provided")
         if entries.clip is not None:
+            if len(entries.model_fields_set) > 1:
+                raise ValueError("entries: `clip` must be the only task of a request, as it is in Immich's requests")
             return await service.embedders.run(_embed, service, entries.clip, text, image)
         if upstream is None:
             return await service.embedders.run(_find_nothing, service, entries, image)
