@@ -383,11 +383,11 @@ def test_serve_prints_the_steps_in_immich(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--immich", "--token", "a"], "--immich and --token cannot be used together"),
+        (["--immich", "--token", "a"], "--immich needs only a --model: Immich"),
         (["--immich_upstream", "http://ml:3003"], "--immich_upstream requires --immich"),
         (["--immich", "--immich_upstream", "ml:3003"], "--immich_upstream must be of the form http://HOST:PORT"),
         (["--immich", "--immich_upstream", "http://me:password@ml"], "--immich_upstream must be of the form"),
-        (["--immich", "INDEX"], "--immich serves no index"),
+        (["--immich", "INDEX"], "--immich needs only a --model: Immich"),
     ],
 )
 def test_serve_explains_wrong_immich_options(

@@ -124,7 +124,7 @@ def _serve(args: Namespace) -> list[str]:
     def print_address(port: int) -> None:
         address = f"http://{host}:{port}/"
         if args.immich:
-            print_once(*describe_setup(address, model.embed_dim, upstream))
+            print_once(describe_setup(address, model.embed_dim, upstream))
             return
         known = os.environ.get("LLM2CLIP_TOKEN")  # is not printed, because the output may be saved in logs
         page = f"{address}?token={quote(token, safe='')}" if token and token != known else address
@@ -137,10 +137,8 @@ def _serve(args: Namespace) -> list[str]:
 def _check_immich_options(args: Namespace) -> None:
     if args.immich_upstream is not None and not args.immich:
         raise ValueError("--immich_upstream requires --immich")
-    if args.immich and args["index"]:
-        raise ValueError("--immich serves no index, because Immich stores the embeddings. Pass only --model")
-    if args.immich and args.token is not None:
-        raise ValueError("--immich and --token cannot be used together, because Immich cannot send a token")
+    if args.immich and (args["index"] or args.token is not None):
+        raise ValueError("--immich needs only a --model: Immich stores the embeddings, and cannot send a token")
 
 
 def choose_token(token: str | None, no_token: bool, host: str) -> str | None:

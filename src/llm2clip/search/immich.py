@@ -1,12 +1,10 @@
 """Routes of Immich's machine-learning service, with which Immich searches photographs with a model of ours.
 
 Immich only accepts model names from its own list, which also sets the number of dimensions in its database. A model
-therefore borrows a name, and its embeddings are padded with zeros, which changes no cosine similarity. The service of
-Immich also detects faces and recognises text. These tasks are forwarded to a real one, or found to have no result.
+therefore borrows a name, and its embeddings are padded with zeros, which changes no cosine similarity.
 """
 
 import json
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import httpx
@@ -23,8 +21,7 @@ from llm2clip.search.query import SearchQuery
 from llm2clip.search.schemas import Text
 
 # Names from `CLIP_MODEL_INFO` in Immich's server/src/constants.ts, and their numbers of dimensions in ascending order.
-# The default of Immich, ViT-B-32__openai, is accepted but not recommended: if a user sets another name, Immich deletes
-# the embeddings of the earlier model.
+# Immich's default, ViT-B-32__openai, is not recommended: only if the name changes, Immich deletes earlier embeddings.
 BORROWED_NAMES = {
     "ViT-B-16__openai": 512,
     "ViT-B-32__openai": 512,
@@ -33,8 +30,6 @@ BORROWED_NAMES = {
     "nllb-clip-large-siglip__v1": 1152,
     "ViT-gopt-16-SigLIP2-256__webli": 1536,
 }
-NO_TEXT: dict[str, list[Any]] = {"text": [], "box": [], "boxScore": [], "textScore": []}
-VIA = "llm2clip"  # in the `Via` header of forwarded requests; detects a server that forwards to itself
 MAX_ANSWER_BYTES = 16 << 20  # of the real service; the embeddings of 1,000 faces take about 10 MB
 
 
@@ -61,7 +56,7 @@ class Upstream:
     """A real machine-learning service of Immich, which detects faces and recognises text."""
 
     def __init__(self, address: str) -> None:
-        """Raise ValueError if the address is invalid. Immich and this class ignore its path."""
+        """Raise ValueError if the address is invalid. Its path is ignored, as by Immich."""
         try:
             url = httpx.URL(address)
         except httpx.InvalidURL:
@@ -72,11 +67,8 @@ class Upstream:
         self._ssl_context = httpx.create_ssl_context()
 
     async def predict(self, form: dict[str, str], image: bytes | None) -> Response:
-        """Forward a request and return the answer. Raise HTTPException (status 502) if there is none.
-
-        The time is limited by the middleware. Redirects are not followed, and proxies are not used.
-        """
-        headers = {"Via": f"1.1 {VIA}", "Accept-Encoding": "identity"}
+        """Forward a request and return the answer, or raise HTTPException. The middleware limits the time."""
+        headers = {"Via": "1.1 llm2clip", "Accept-Encoding": "identity"}
         files = None if image is None else {"image": ("blob", image)}
         answer = bytearray()
         try:
@@ -97,11 +89,7 @@ class Upstream:
 
 
 def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstream | None = None) -> None:
-    """Add the routes to an application.
-
-    Raises:
-        ValueError: The model has more dimensions than Immich can store.
-    """
+    """Add the routes to an application. Raise ValueError if Immich cannot store as many dimensions as the model has."""
     choose_name(service.encoder.model.embed_dim)
     # Images stay in memory, where the middleware counts them, instead of being written to temporary files.
     MultiPartParser.spool_max_size = service.limits.max_body_bytes
@@ -112,7 +100,6 @@ def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstrea
 
     @app.get("/ping", response_class=PlainTextResponse)
     async def ping() -> str:
-        """Answer Immich's health check, which waits two seconds."""
         return "pong"
 
     @app.post("/predict")
@@ -131,7 +118,7 @@ def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstrea
             return await service.embedders.run(_embed, service, entries.clip, text, image)
         if upstream is None:
             return await service.embedders.run(_find_nothing, service, entries, image)
-        if VIA in request.headers.get("via", ""):
+        if "llm2clip" in request.headers.get("via", ""):
             raise HTTPException(502, "--immich_upstream is the address of this server; pass that of Immich's service")
         form = {"entries": entries.model_dump_json(by_alias=True, exclude_unset=True)}
         return await upstream.predict(form if text is None else {**form, "text": text}, image)
@@ -149,7 +136,6 @@ def _embed(service: InferenceService, clip: ClipEntry, text: str | None, image: 
     else:
         assert text is not None
         vector = service.encoder.embed(SearchQuery([text])).combined
-    # Immich stores the string as it is.
     return {"clip": json.dumps(np.pad(vector, (0, dim - len(vector))).tolist()), **answer}
 
 
@@ -159,7 +145,7 @@ def _find_nothing(service: InferenceService, entries: Entries, image: bytes | No
     if entries.faces is not None:
         answer["facial-recognition"] = []
     if entries.ocr is not None:
-        answer["ocr"] = NO_TEXT
+        answer["ocr"] = {"text": [], "box": [], "boxScore": [], "textScore": []}
     if not answer or image is None:
         raise ValueError("entries: must contain `clip`, or an image must be sent for `facial-recognition` or `ocr`")
     answer["imageWidth"], answer["imageHeight"] = read_request_size(image, service.limits.max_pixels)
@@ -171,9 +157,7 @@ def choose_name(embed_dim: int) -> str:
     for name, dim in BORROWED_NAMES.items():
         if dim >= embed_dim:
             return name
-    raise ValueError(
-        f"Immich stores at most {max(BORROWED_NAMES.values()):,} dimensions, but the model has {embed_dim:,}"
-    )
+    raise ValueError(f"Immich stores at most {dim:,} dimensions, but the model has {embed_dim:,}")
 
 
 def get_dim(name: str, embed_dim: int) -> int:
@@ -185,18 +169,15 @@ def get_dim(name: str, embed_dim: int) -> int:
     return dim
 
 
-def describe_setup(address: str, embed_dim: int, upstream: Upstream | None) -> Sequence[str]:
-    """Return the lines that `serve` prints."""
+def describe_setup(address: str, embed_dim: int, upstream: Upstream | None) -> str:
+    """Return the message that `serve` prints."""
     tasks = "not available: switch both off in Immich, or pass --immich_upstream"
     if upstream is not None:
         tasks = f"forwarded to {upstream.address}, with the images"
-    return (
-        f"Serving at {address} for Immich, without a token: everyone who can connect can use the model. Listen only on "
-        "a private network.",
-        "In Immich, open Administration > Settings > Machine Learning Settings:",
-        "1. URL: this address, as Immich's container reaches it. Remove all other URLs.",
-        f"2. Smart Search > CLIP model: {choose_name(embed_dim)} (only the name is used)",
-        "3. Save, then run Administration > Job Queues > Smart Search for all images.",
-        f"Facial recognition and OCR: {tasks}.",
-        "Press Ctrl-C to stop.",
-    )
+    return f"""Serving at {address} for Immich, without a token: everyone who can connect can use the model.
+Listen only on a private network. In Immich, open Administration > Settings > Machine Learning Settings:
+1. URL: this address, as Immich's container reaches it. Remove all other URLs.
+2. Smart Search > CLIP model: {choose_name(embed_dim)} (only the name is used)
+3. Save, then run Administration > Job Queues > Smart Search for all images.
+Facial recognition and OCR: {tasks}.
+Press Ctrl-C to stop."""
