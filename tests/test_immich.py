@@ -29,7 +29,7 @@ from llm2clip.search.inference import Limits
 from llm2clip.search.middleware import make_connection_class
 from llm2clip.search.schemas import MAX_TEXT_LENGTH
 from llm2clip.search.server import create_app
-from search_fixtures import running_server
+from search_fixtures import running_server, wait_until
 from test_server import decompression_bomb
 
 MODEL_NAME = "ViT-B-16__openai"
@@ -122,7 +122,8 @@ def immich_service(model: DualEncoder, upstream: str | None = None, **limits: An
     add_routes = partial(add_immich_routes, upstream=None if upstream is None else Upstream(upstream))
     limits = {"timeout": HANG_TIMEOUT, "max_body_bytes": 1 << 20, "max_pixels": 1_000_000, **limits}
     app = create_app(model, limits=Limits(**limits), add_routes=add_routes)
-    with running_server(app, http=make_connection_class(app.state.service.limits), ws="none") as url:
+    connection_class = make_connection_class(app.state.service.limits)
+    with running_server(app, http=connection_class, ws="none", timeout_graceful_shutdown=1) as url:
         yield ImmichServer([url])
 
 
@@ -218,15 +219,15 @@ def make_clip(kind: str, name: str = MODEL_NAME) -> str:
         ({"entries": "[" * 500_000, "text": "a"}, None, 422, "JSON"),
         ({"entries": "[]", "text": "a"}, None, 422, "entries"),
         ({"entries": '{"clip": {"textual": {}}}', "text": "a"}, None, 422, "modelName"),
-        ({"entries": json.dumps({str(n): 0 for n in range(50_000)}), "text": "a"}, None, 422, "must contain `clip`"),
-        ({"entries": "{}", "text": "a"}, None, 422, "must contain `clip`"),
-        ({"entries": json.dumps(FACES), "text": "a"}, None, 422, "an image must be sent"),
+        ({"entries": json.dumps({str(n): 0 for n in range(50_000)}), "text": "a"}, None, 501, "--immich_upstream"),
+        ({"entries": "{}", "text": "a"}, None, 501, "--immich_upstream"),
         ({"entries": json.dumps({**json.loads(make_clip("textual")), **OCR}), "text": "a"}, None, 422, "the only task"),
         ({"entries": make_clip("visual")}, b"GIF89a", 422, "not an image"),
         ({"entries": make_clip("visual")}, decompression_bomb(2000), 413, "too many pixels: 2000 x 2000"),
-        ({"entries": json.dumps(FACES)}, decompression_bomb(2000), 413, "too many pixels: 2000 x 2000"),
         ({"entries": make_clip("textual", "RN50__openai"), "text": "a"}, None, 422,
          "RN50__openai is not served here. In Immich, set the CLIP model to ViT-B-16__openai"),
+        ({"entries": make_clip("textual", "ViT-B-32__openai"), "text": "a"}, None, 422,  # Immich's default
+         "ViT-B-32__openai is not served here. In Immich, set the CLIP model to ViT-B-16__openai"),
     ],
 )  # fmt: skip
 def test_invalid_requests_are_explained(
@@ -255,12 +256,19 @@ def test_large_and_malformed_bodies_are_rejected(immich_server: ImmichServer, tm
         return httpx.post(target, content=body, headers={"content-type": content_type}).status_code
 
     part = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="entries"\r\n\r\n'.encode()
-    chunks = (bytes(1 << 16) for _ in range(32))  # without Content-Length
-    assert post(chunks) in (400, 413)  # type: ignore[arg-type]
+    image = part.replace(b"\r\n\r\n", b'; filename="blob"\r\n\r\n')
+    chunks = (image if n == 0 else bytes(1 << 16) for n in range(32))  # without Content-Length
+    assert post(chunks) == 413  # type: ignore[arg-type]
     assert post(part * 5000) == 400
     assert post(part.replace(b"\r\n\r\n", b"\r\n" + b"a: b\r\n" * 50_000)) == 400
-    assert post(b"{}", "application/json") == 422
-    assert post(b"&" * 1000, "application/x-www-form-urlencoded") == 415
+    assert post(part.replace(b"entries", b"e" * 5000)) == 400
+    for content_type in (
+        "application/json",
+        "application/x-www-form-urlencoded",
+        f"multipart/form-data; boundary={BOUNDARY}; charset=punycode",
+        f"multipart/form-data; CHARSET*0=puny; charset*1=code; boundary={BOUNDARY}",
+    ):
+        assert post(part, content_type) == 415
     immich_server.check()
     assert list(immich_server.healthy.values()) == [True]
 
@@ -268,12 +276,14 @@ def test_large_and_malformed_bodies_are_rejected(immich_server: ImmichServer, tm
 # ---- facial recognition and OCR -------------------------------------------------------------------------------------
 
 
-def test_without_upstream_an_image_shows_no_faces_and_no_text(immich_server: ImmichServer, photo: Path) -> None:
-    sizes = {"imageWidth": 48, "imageHeight": 40}
-    assert immich_server.predict(FACES, photo) == {"facial-recognition": [], **sizes}
-    no_text = {"text": [], "box": [], "boxScore": [], "textScore": []}
-    assert immich_server.predict(OCR, photo) == {"ocr": no_text, **sizes}
-    assert list(immich_server.healthy.values()) == [True]
+def test_without_upstream_faces_and_ocr_fail_and_searches_still_work(immich_server: ImmichServer, photo: Path) -> None:
+    for task in (FACES, OCR):
+        with pytest.raises(OSError, match="pass --immich_upstream, or switch facial recognition and OCR off"):
+            immich_server.predict(task, photo)
+        assert immich_server.statuses[-1] == 501
+        assert list(immich_server.healthy.values()) == [False]
+        immich_server.encode_text("a")
+        assert list(immich_server.healthy.values()) == [True]
 
 
 @contextmanager
@@ -282,8 +292,12 @@ def real_service(answer: Any) -> Iterator[tuple[str, list[Any]]]:
     app, received = FastAPI(), []
 
     @app.post("/predict")
-    def predict(entries: Annotated[str, Form()], image: Annotated[bytes, File()]) -> Any:
-        received.append((json.loads(entries), image))
+    def predict(
+        entries: Annotated[str, Form()],
+        image: Annotated[bytes | None, File()] = None,
+        text: Annotated[str | None, Form()] = None,
+    ) -> Any:
+        received.append((entries, image if text is None else text))
         return answer() if callable(answer) else answer
 
     with running_server(app) as url:
@@ -299,16 +313,19 @@ def test_upstream_receives_faces_and_ocr_and_nothing_else(dual_encoder: DualEnco
         immich_server.predict(new_task := {"pets": {"detection": {"modelName": "a"}}}, photo)
         immich_server.encode_image(photo)
         immich_server.encode_text("a")
-        assert received == [(task, photo.read_bytes()) for task in (FACES, OCR, new_task)]
+        immich_server.predict(new_task, "a text")
+        sent = [json.dumps(task, separators=(",", ":")) for task in (FACES, OCR, new_task)]
+        assert received == [*((entries, photo.read_bytes()) for entries in sent), (sent[-1], "a text")]
 
 
 def test_upstream_errors_are_reported_and_searches_still_work(
     dual_encoder: DualEncoder, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(immich, "MAX_ANSWER_BYTES", 1000)
-    answers = [PlainTextResponse("no", 500), PlainTextResponse("", 302, {"location": "http://a/"}), "x" * 1001]
+    codes = {code: PlainTextResponse("no", code, {"location": "http://a/"}) for code in (500, 422, 302)}
+    answers = [*codes.values(), "x" * 1001]
     with real_service(lambda: answers.pop(0)) as (url, _), immich_service(dual_encoder, url) as immich_server:
-        for message in ("returned status 500", "returned status 302", "is too large"):
+        for message in (*(f"returned status {code}" for code in codes), "is too large"):
             with pytest.raises(OSError, match=message):
                 immich_server.predict(FACES, photo)
     with immich_service(dual_encoder, url) as immich_server:  # the upstream is down
@@ -319,17 +336,50 @@ def test_upstream_errors_are_reported_and_searches_still_work(
         assert list(immich_server.healthy.values()) == [True]
 
 
-def test_waiting_for_upstream_ends_at_the_time_limit(dual_encoder: DualEncoder, photo: Path) -> None:
+@contextmanager
+def hanging_service() -> Iterator[tuple[str, list[Any]]]:
     stopped = threading.Event()
-    with real_service(lambda: stopped.wait(HANG_TIMEOUT)) as (url, _):
+    with real_service(lambda: stopped.wait(HANG_TIMEOUT)) as (url, received):
         try:
-            with immich_service(dual_encoder, url, timeout=0.2) as immich_server:
-                with pytest.raises(OSError, match=r"took longer than 0\.2 seconds"):
-                    immich_server.predict(FACES, photo)
-                immich_server.check()
-                assert list(immich_server.healthy.values()) == [True]
+            yield url, received
         finally:
             stopped.set()
+
+
+def test_waiting_for_upstream_ends_at_the_time_limit(dual_encoder: DualEncoder, photo: Path) -> None:
+    with (
+        hanging_service() as (url, _),
+        immich_service(dual_encoder, url, timeout=0.2) as immich_server,
+        pytest.raises(OSError, match=r"took longer than 0\.2 seconds"),
+    ):
+        immich_server.predict(FACES, photo)
+
+
+def test_hanging_upstream_blocks_neither_searches_nor_shutdown(
+    dual_encoder: DualEncoder, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(immich, "MAX_FORWARDED", 1)
+    errors = []
+
+    def predict(immich_server: ImmichServer) -> None:
+        try:
+            immich_server.predict(FACES, photo)
+        except (OSError, httpx.TransportError) as error:
+            errors.append(error)
+
+    with hanging_service() as (url, received):
+        with immich_service(dual_encoder, url, max_queue=2) as immich_server:
+            clients = [threading.Thread(target=predict, args=[ImmichServer(immich_server.urls)]) for _ in range(3)]
+            for client in clients:
+                client.start()
+            wait_until(lambda: bool(errors and received))
+            assert "2 forwarded requests are waiting" in str(errors)
+            immich_server.check()
+            immich_server.encode_text("a")
+            assert len(received) == 1
+        for client in clients:
+            client.join()
+        assert len(errors) == 3
 
 
 def test_server_that_is_its_own_upstream_says_so(dual_encoder: DualEncoder, photo: Path) -> None:
@@ -347,7 +397,7 @@ def test_server_that_is_its_own_upstream_says_so(dual_encoder: DualEncoder, phot
             files={"image": photo.read_bytes()},
             headers={"via": "1.1 llm2clip"},
         )
-        assert "is the address of this server" in response.text
+        assert "a server of llm2clip forwarded this request" in response.text
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -383,11 +433,11 @@ def test_serve_prints_the_steps_in_immich(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--immich", "--token", "a"], "--immich needs only a --model: Immich"),
+        (["--immich", "--token", "a"], "--token cannot be used with --immich"),
         (["--immich_upstream", "http://ml:3003"], "--immich_upstream requires --immich"),
         (["--immich", "--immich_upstream", "ml:3003"], "--immich_upstream must be of the form http://HOST:PORT"),
         (["--immich", "--immich_upstream", "http://me:password@ml"], "--immich_upstream must be of the form"),
-        (["--immich", "INDEX"], "--immich needs only a --model: Immich"),
+        (["--immich", "INDEX"], "--immich does not use an index"),
     ],
 )
 def test_serve_explains_wrong_immich_options(
@@ -396,3 +446,8 @@ def test_serve_explains_wrong_immich_options(
     assert main(["serve", "--model", str(model_folder), "--port", "0", *options]) == 1
     error = capsys.readouterr().err
     assert message in error and "password" not in error
+
+
+def test_immich_requires_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--immich"]) == 1
+    assert "--immich requires --model" in capsys.readouterr().err

@@ -15,18 +15,15 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from inspect import Parameter, Signature
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, patch
 
 import pytest
-from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from llm2clip import CaptionEncoder
 from llm2clip.cli import build_parser
 from llm2clip.search.immich import add_immich_routes
-from llm2clip.search.inference import Limits
 from llm2clip.search.metadata import CONDITIONS
 from llm2clip.search.server import create_app
 
@@ -205,12 +202,11 @@ def list_cli() -> list[str]:
 
 
 def list_http() -> list[str]:
-    with patch("llm2clip.search.server.InferenceService"):
+    with patch("llm2clip.search.server.InferenceService") as service:
+        service.return_value.encoder.model.embed_dim = 512
         app = create_app(MagicMock())
+        immich = create_app(MagicMock(), add_routes=add_immich_routes)
     aliases = [f"POST {route.path}" for route in app.routes if isinstance(route, APIRoute) and "/v1/" in route.path]
-    immich = FastAPI()
-    model = SimpleNamespace(embed_dim=512)
-    add_immich_routes(immich, SimpleNamespace(encoder=SimpleNamespace(model=model), limits=Limits()))  # type: ignore
     immich_lines = [f"--immich {line}" for line in list_routes(immich.openapi())]
     return sorted({*list_routes(app.openapi()), *aliases, *immich_lines})
 

@@ -57,7 +57,7 @@ def add_commands(commands: Commands) -> None:
         "--immich_upstream",
         type=str,
         help="Address of Immich's own machine-learning service, such as http://127.0.0.1:3004, which receives the "
-        "images for facial recognition and OCR. Default: report that no image shows faces or text.",
+        "images for facial recognition and OCR. Default: these requests fail, so switch both off in Immich.",
     )
     _add_model_arguments(sub)
 
@@ -137,8 +137,12 @@ def _serve(args: Namespace) -> list[str]:
 def _check_immich_options(args: Namespace) -> None:
     if args.immich_upstream is not None and not args.immich:
         raise ValueError("--immich_upstream requires --immich")
-    if args.immich and (args["index"] or args.token is not None):
-        raise ValueError("--immich needs only a --model: Immich stores the embeddings, and cannot send a token")
+    if args.immich and args["index"]:
+        raise ValueError("--immich does not use an index; pass only a model with --model")
+    if args.immich and args.model is None:
+        raise ValueError("--immich requires --model")
+    if args.immich and args.token is not None:
+        raise ValueError("--token cannot be used with --immich, because Immich cannot send a token")
 
 
 def choose_token(token: str | None, no_token: bool, host: str) -> str | None:

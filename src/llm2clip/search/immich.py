@@ -1,4 +1,4 @@
-"""Routes of Immich's machine-learning service, with which Immich searches photographs with a model of ours.
+"""Routes of Immich's machine-learning service, so that Immich can search with a model of llm2clip.
 
 Immich only accepts model names from its own list, which also sets the number of dimensions in its database. A model
 therefore borrows a name, and its embeddings are padded with zeros, which changes no cosine similarity.
@@ -15,22 +15,22 @@ from pydantic import BaseModel, ConfigDict, Field, Json
 from starlette.formparsers import MultiPartParser
 
 from llm2clip.search.images import read_request_size
-from llm2clip.search.inference import InferenceService
+from llm2clip.search.inference import InferenceService, QueueFull
 from llm2clip.search.middleware import CHUNK_SIZE
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.schemas import Text
 
 # Names from `CLIP_MODEL_INFO` in Immich's server/src/constants.ts, and their numbers of dimensions in ascending order.
-# Immich's default, ViT-B-32__openai, is not recommended: only if the name changes, Immich deletes earlier embeddings.
+# Immich's default, ViT-B-32__openai, is not listed: a user who sets only the URL would search OpenAI's embeddings.
 BORROWED_NAMES = {
     "ViT-B-16__openai": 512,
-    "ViT-B-32__openai": 512,
     "ViT-L-14__openai": 768,
     "ViT-H-14__laion2b-s32b-b79k": 1024,
     "nllb-clip-large-siglip__v1": 1152,
     "ViT-gopt-16-SigLIP2-256__webli": 1536,
 }
 MAX_ANSWER_BYTES = 16 << 20  # of the real service; the embeddings of 1,000 faces take about 10 MB
+MAX_FORWARDED = 8  # number of requests that the real service receives at the same time; others wait
 
 
 class ModelEntry(BaseModel):
@@ -43,13 +43,11 @@ class ClipEntry(BaseModel):
 
 
 class Entries(BaseModel):
-    """The tasks of a request. Immich sends one at a time. Unknown tasks are forwarded."""
+    """The tasks of a request. Immich sends one at a time. Tasks other than `clip` are forwarded unchanged."""
 
     model_config = ConfigDict(extra="allow")
 
     clip: ClipEntry | None = None
-    faces: Any = Field(None, alias="facial-recognition")
-    ocr: Any = None
 
 
 class Upstream:
@@ -64,18 +62,29 @@ class Upstream:
         if url.scheme not in ("http", "https") or not url.host or url.userinfo:
             raise ValueError("--immich_upstream must be of the form http://HOST:PORT or https://HOST")
         self.address = f"{url.scheme}://{url.netloc.decode()}"
-        self._ssl_context = httpx.create_ssl_context()
+        self._pending = 0  # number of requests that wait for an answer
+        self._client = httpx.AsyncClient(
+            headers={"Via": "1.1 llm2clip", "Accept-Encoding": "identity"},
+            timeout=None,
+            # A reused connection could be closed by the service just when the next request is sent.
+            limits=httpx.Limits(max_connections=MAX_FORWARDED, max_keepalive_connections=0),
+            trust_env=False,
+            verify=httpx.create_ssl_context(),
+        )
 
-    async def predict(self, form: dict[str, str], image: bytes | None) -> Response:
-        """Forward a request and return the answer, or raise HTTPException. The middleware limits the time."""
-        headers = {"Via": "1.1 llm2clip", "Accept-Encoding": "identity"}
-        files = None if image is None else {"image": ("blob", image)}
+    async def predict(self, entries: str, text: str | None, image: bytes | None, max_queue: int) -> Response:
+        """Forward a request and return the answer, or raise QueueFull or HTTPException. The middleware limits time."""
+        if self._pending >= max_queue:
+            raise QueueFull(f"the server is busy: {max_queue:,} forwarded requests are waiting; try again later")
+        files: dict[str, Any] = {"entries": (None, entries)}
+        if text is not None:
+            files["text"] = (None, text)
+        if image is not None:
+            files["image"] = ("blob", image)
+        self._pending += 1
         answer = bytearray()
         try:
-            async with (
-                httpx.AsyncClient(headers=headers, timeout=None, trust_env=False, verify=self._ssl_context) as client,
-                client.stream("POST", f"{self.address}/predict", data=form, files=files) as response,
-            ):
+            async with self._client.stream("POST", f"{self.address}/predict", files=files) as response:
                 if response.status_code != 200:
                     raise HTTPException(502, f"the service of --immich_upstream returned status {response.status_code}")
                 async for chunk in response.aiter_raw(CHUNK_SIZE):
@@ -85,6 +94,8 @@ class Upstream:
         except httpx.TransportError as error:
             reason = str(error) or type(error).__name__
             raise HTTPException(502, f"the service of --immich_upstream cannot be reached: {reason}") from error
+        finally:
+            self._pending -= 1
         return Response(bytes(answer), media_type="application/json")
 
 
@@ -105,23 +116,25 @@ def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstrea
     @app.post("/predict")
     async def predict(
         request: Request,
-        entries: Annotated[Json[Entries], Form()],
+        entries: Annotated[str, Form()],
+        tasks: Annotated[Json[Entries], Form(alias="entries")],
         text: Annotated[Text | None, Form()] = None,
         image: Annotated[bytes | None, File()] = None,
     ) -> Any:
         """Return the embedding of an image or a text, or the result of another task."""
         if text is None and image is None:
             raise HTTPException(400, "either image or text must be provided")
-        if entries.clip is not None:
-            if len(entries.model_fields_set) > 1:
+        if tasks.clip is not None:
+            if len(tasks.model_fields_set) > 1:
                 raise ValueError("entries: `clip` must be the only task of a request, as it is in Immich's requests")
-            return await service.embedders.run(_embed, service, entries.clip, text, image)
+            return await service.embedders.run(_embed, service, tasks.clip, text, image)
         if upstream is None:
-            return await service.embedders.run(_find_nothing, service, entries, image)
+            # Not an empty answer: Immich would delete the faces that it found earlier, and never ask again.
+            raise HTTPException(501, "pass --immich_upstream, or switch facial recognition and OCR off in Immich")
         if "llm2clip" in request.headers.get("via", ""):
-            raise HTTPException(502, "--immich_upstream is the address of this server; pass that of Immich's service")
-        form = {"entries": entries.model_dump_json(by_alias=True, exclude_unset=True)}
-        return await upstream.predict(form if text is None else {**form, "text": text}, image)
+            message = "a server of llm2clip forwarded this request; --immich_upstream must be Immich's own service"
+            raise HTTPException(502, message)
+        return await upstream.predict(entries, text, image, service.limits.max_queue)
 
 
 def _embed(service: InferenceService, clip: ClipEntry, text: str | None, image: bytes | None) -> dict[str, Any]:
@@ -137,19 +150,6 @@ def _embed(service: InferenceService, clip: ClipEntry, text: str | None, image: 
         assert text is not None
         vector = service.encoder.embed(SearchQuery([text])).combined
     return {"clip": json.dumps(np.pad(vector, (0, dim - len(vector))).tolist()), **answer}
-
-
-def _find_nothing(service: InferenceService, entries: Entries, image: bytes | None) -> dict[str, Any]:
-    """Return that an image shows no face and no text. After an error, Immich would avoid the server for a while."""
-    answer: dict[str, Any] = {}
-    if entries.faces is not None:
-        answer["facial-recognition"] = []
-    if entries.ocr is not None:
-        answer["ocr"] = {"text": [], "box": [], "boxScore": [], "textScore": []}
-    if not answer or image is None:
-        raise ValueError("entries: must contain `clip`, or an image must be sent for `facial-recognition` or `ocr`")
-    answer["imageWidth"], answer["imageHeight"] = read_request_size(image, service.limits.max_pixels)
-    return answer
 
 
 def choose_name(embed_dim: int) -> str:
@@ -176,7 +176,7 @@ def describe_setup(address: str, embed_dim: int, upstream: Upstream | None) -> s
         tasks = f"forwarded to {upstream.address}, with the images"
     return f"""Serving at {address} for Immich, without a token: everyone who can connect can use the model.
 Listen only on a private network. In Immich, open Administration > Settings > Machine Learning Settings:
-1. URL: this address, as Immich's container reaches it. Remove all other URLs.
+1. URL: this server's address for Immich's container, such as http://192.168.1.20:3003. Remove all other URLs.
 2. Smart Search > CLIP model: {choose_name(embed_dim)} (only the name is used)
 3. Save, then run Administration > Job Queues > Smart Search for all images.
 Facial recognition and OCR: {tasks}.
