@@ -16,6 +16,7 @@ One of the image files is 23 MB in size. An index passed with `--index` must con
     python benchmarks/hostile_clients.py --immich [--model MODEL]
 
 does the same for the routes of `llm2clip serve --immich`. The honest client then sends texts, images and health checks.
+The service of `--immich_upstream` never answers.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import io
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -34,7 +36,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,7 @@ JSON = "Content-Type: application/json\r\n"
 BOUNDARY = b"----formdata-undici-012345678901"
 MULTIPART = f"Content-Type: multipart/form-data; boundary={BOUNDARY.decode()}\r\n"
 VISUAL = {"clip": {"visual": {"modelName": "ViT-B-16__openai"}}}
+FACES = {"facial-recognition": {"detection": {"modelName": "buffalo_l"}, "recognition": {"modelName": "buffalo_l"}}}
 TEXTUAL = {"clip": {"textual": {"modelName": "ViT-B-16__openai", "options": {"language": "en"}}}}
 HONEST_HEADERS = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
 
@@ -132,6 +135,14 @@ class Attacker:
         await self.post("/predict", KEY_BOMB_FORM, MULTIPART)
         await self.post("/predict", PARTS_FORM, MULTIPART)
 
+    async def immich_charset(self) -> None:
+        """Send a text in an encoding that takes minutes to decode."""
+        await self.post("/predict", PUNYCODE_FORM, MULTIPART.strip() + "; charset=punycode\r\n")
+
+    async def immich_faces(self) -> None:
+        """Send an image for facial recognition, which the upstream never answers."""
+        await self.post("/predict", FACES_FORM, MULTIPART)
+
     async def immich_body(self) -> None:
         """Send the largest body, in which a parser finds many beginnings of the boundary, and a larger one."""
         await self.post("/predict", LARGEST_FORM, MULTIPART)
@@ -162,6 +173,8 @@ ATTACKS: dict[str, int] = {
 IMMICH_ATTACKS: dict[str, int] = {
     "immich_bomb": 2,
     "immich_entries": 1,
+    "immich_charset": 1,
+    "immich_faces": 4,
     "immich_body": 1,
     "immich_unfinished": 2,
     "immich_reader": 20,
@@ -229,6 +242,8 @@ SCAN_BOMB = make_scan_bomb()
 SCAN_BOMB_BODY = json.dumps({"input": data_uri(SCAN_BOMB)}).encode()
 SCAN_BOMB_FORM = make_form(VISUAL, SCAN_BOMB)
 KEY_BOMB_FORM = make_form({f"{n:x}": 0 for n in range(80_000)}, text="a")
+PUNYCODE_FORM = make_form(TEXTUAL, text="a" * 1_000_000)
+FACES_FORM = make_form(FACES, bytes(1 << 20))
 PARTS_FORM = make_form(VISUAL)[: -len(BOUNDARY) - 6] * 100_000
 LARGEST_FORM = make_form(VISUAL, (b"\r\n--" + BOUNDARY[:-1]) * ((31 << 20) // (len(BOUNDARY) + 3)))
 KEY_BOMB_BODY = b"{" + b",".join([b'"1f":0'] * 700_000) + b"}"
@@ -352,10 +367,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=sorted(ATTACKS | IMMICH_ATTACKS), help="attacks to run")
     args = parser.parse_args()
     attacks = args.only or list(IMMICH_ATTACKS if args.immich else ATTACKS)
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         if args.immich:
             model = args.model or str(make_default_model(Path(folder)))
-            server, port = start_server(model, TOKEN, options=["--immich"])
+            upstream = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            address = f"http://127.0.0.1:{upstream.getsockname()[1]}"
+            server, port = start_server(model, TOKEN, options=["--immich", "--immich_upstream", address])
         else:
             server, port = start_server(args.index or str(make_default_index(Path(folder))), TOKEN)
         context = SpawnContext()
