@@ -12,6 +12,11 @@ attacks continue.
 
 By default, the model is the tiny random model of the tests, and the index contains 20,000 images with 5 captions each.
 One of the image files is 23 MB in size. An index passed with `--index` must contain images with the ids 1 to 20.
+
+    python benchmarks/hostile_clients.py --immich [--model MODEL]
+
+does the same for the routes of `llm2clip serve --immich`. The honest client then sends texts, images and health checks.
+The service of `--immich_upstream` never answers.
 """
 
 import argparse
@@ -22,6 +27,7 @@ import io
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -30,9 +36,10 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -49,6 +56,11 @@ WORDS = "a red dog and an old man play in the snow behind a small blue house nea
 HEAD = f"Host: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
 JSON = "Content-Type: application/json\r\n"
 MCP_HEADERS = f"{JSON}Accept: application/json, text/event-stream\r\n"
+BOUNDARY = b"----formdata-undici-012345678901"
+MULTIPART = f"Content-Type: multipart/form-data; boundary={BOUNDARY.decode()}\r\n"
+VISUAL = {"clip": {"visual": {"modelName": "ViT-B-16__openai"}}}
+FACES = {"facial-recognition": {"detection": {"modelName": "buffalo_l"}, "recognition": {"modelName": "buffalo_l"}}}
+TEXTUAL = {"clip": {"textual": {"modelName": "ViT-B-16__openai", "options": {"language": "en"}}}}
 HONEST_HEADERS = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
 
 
@@ -134,6 +146,39 @@ class Attacker:
         """Send incomplete request headers."""
         await self.send(f"GET /health HTTP/1.1\r\n{HEAD}")
 
+    async def immich_bomb(self) -> None:
+        """Send the JPEG that takes more than 10 seconds to decode."""
+        await self.post("/predict", SCAN_BOMB_FORM, MULTIPART)
+
+    async def immich_entries(self) -> None:
+        """Send entries of 1 MB with unknown tasks, and a body with too many parts."""
+        await self.post("/predict", KEY_BOMB_FORM, MULTIPART)
+        await self.post("/predict", PARTS_FORM, MULTIPART)
+
+    async def immich_charset(self) -> None:
+        """Send a text in an encoding that takes minutes to decode."""
+        await self.post("/predict", PUNYCODE_FORM, MULTIPART.strip() + "; charset=punycode\r\n")
+
+    async def immich_faces(self) -> None:
+        """Send an image for facial recognition, which the upstream never answers."""
+        await self.post("/predict", FACES_FORM, MULTIPART)
+
+    async def immich_body(self) -> None:
+        """Send the largest body, in which a parser finds many beginnings of the boundary, and a larger one."""
+        await self.post("/predict", LARGEST_FORM, MULTIPART)
+        await self.post("/predict", b"&" * (32 << 20), "Content-Type: application/x-www-form-urlencoded\r\n")
+        head = f"POST /predict HTTP/1.1\r\n{HEAD}{MULTIPART}Transfer-Encoding: chunked\r\n\r\n"
+        await self.send(head, TOO_LARGE_BODY)
+
+    async def immich_unfinished(self) -> None:
+        """Send all bytes of a form except the last."""
+        head = f"POST /predict HTTP/1.1\r\n{HEAD}{MULTIPART}Content-Length: {len(LARGEST_FORM) + 1}\r\n\r\n"
+        await self.send(head, LARGEST_FORM)
+
+    async def immich_reader(self) -> None:
+        """Send 10,000 requests at once, and do not read the responses."""
+        await self.send(f"GET /ping HTTP/1.1\r\n{HEAD}\r\n" * 10_000, read=False)
+
 
 # Number of connections of each hostile client, by attack.
 ATTACKS: dict[str, int] = {
@@ -146,6 +191,16 @@ ATTACKS: dict[str, int] = {
     "slow_reader": 20,
     "mcp_name": 2,
     "mcp_slow_reader": 20,
+    "slow_headers": 100,
+}
+IMMICH_ATTACKS: dict[str, int] = {
+    "immich_bomb": 2,
+    "immich_entries": 1,
+    "immich_charset": 1,
+    "immich_faces": 4,
+    "immich_body": 1,
+    "immich_unfinished": 2,
+    "immich_reader": 20,
     "slow_headers": 100,
 }
 
@@ -161,7 +216,7 @@ def run_attacker(port: int, number: int, names: list[str]) -> None:
 
     async def run() -> None:
         attacker = Attacker(port, number)
-        loops = [repeat(getattr(attacker, name)) for name in names for _ in range(ATTACKS[name])]
+        loops = [repeat(getattr(attacker, name)) for name in names for _ in range((ATTACKS | IMMICH_ATTACKS)[name])]
         await asyncio.gather(*loops)
 
     os.nice(19)
@@ -222,9 +277,27 @@ def make_message_bodies() -> list[bytes]:
     ]
 
 
+def make_form(entries: Any, image: bytes | None = None, text: str | None = None) -> bytes:
+    """Return a request of Immich as multipart form data."""
+    parts = [b'"entries"\r\n\r\n' + json.dumps(entries).encode()]
+    if image is not None:
+        parts.append(b'"image"; filename="blob"\r\n\r\n' + image)
+    if text is not None:
+        parts.append(b'"text"\r\n\r\n' + text.encode())
+    body = b"".join(b"--%s\r\nContent-Disposition: form-data; name=%s\r\n" % (BOUNDARY, part) for part in parts)
+    return body + b"--%s--\r\n" % BOUNDARY
+
+
 # Created once, so that the hostile clients spend their time on sending.
-SCAN_BOMB_BODY = json.dumps({"input": data_uri(make_scan_bomb())}).encode()
+SCAN_BOMB = make_scan_bomb()
+SCAN_BOMB_BODY = json.dumps({"input": data_uri(SCAN_BOMB)}).encode()
 MESSAGE_BODIES = make_message_bodies()
+SCAN_BOMB_FORM = make_form(VISUAL, SCAN_BOMB)
+KEY_BOMB_FORM = make_form({f"{n:x}": 0 for n in range(80_000)}, text="a")
+PUNYCODE_FORM = make_form(TEXTUAL, text="a" * 1_000_000)
+FACES_FORM = make_form(FACES, bytes(1 << 20))
+PARTS_FORM = make_form(VISUAL)[: -len(BOUNDARY) - 6] * 100_000
+LARGEST_FORM = make_form(VISUAL, (b"\r\n--" + BOUNDARY[:-1]) * ((31 << 20) // (len(BOUNDARY) + 3)))
 KEY_BOMB_BODY = b"{" + b",".join([b'"1f":0'] * 700_000) + b"}"
 LARGEST_BODY = b'{"input": "' + b"a" * ((32 << 20) - 1000)
 TOO_LARGE_BODY = (b"%x\r\n" % (1 << 20) + bytes(1 << 20) + b"\r\n") * 40  # chunked transfer encoding
@@ -236,12 +309,21 @@ TOO_LARGE_BODY = (b"%x\r\n" % (1 << 20) + bytes(1 << 20) + b"\r\n") * 40  # chun
 class HonestClient:
     """A client that sends RATE requests per second, and records latencies in seconds and errors."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, immich: bool) -> None:
         self.port = port
+        self.headers = HONEST_HEADERS
         self.latencies: list[float] = []
         self.errors: Counter[str] = Counter()
         stream = io.BytesIO()
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (240, 320, 3), np.uint8)).save(stream, "JPEG")
+        if immich:
+            self.headers = dict([MULTIPART.strip().split(": ")])
+            self.requests: list[tuple[str, str, bytes | str | None]] = [
+                ("POST", "/predict", make_form(TEXTUAL, text="a red dog")),
+                ("POST", "/predict", make_form(VISUAL, stream.getvalue())),
+                ("GET", "/ping", None),
+            ]
+            return
         image = json.dumps({"input": data_uri(stream.getvalue())})
         search, filtered = {"texts": ["a red dog"]}, {"texts": ["a red dog"], "filter": {"caption": "dog"}}
         self.requests = [
@@ -260,10 +342,10 @@ class HonestClient:
                 time.sleep(max(0.0, due - time.perf_counter()))
                 pool.submit(self.request, due, *self.requests[n % len(self.requests)])
 
-    def request(self, due: float, method: str, path: str, body: str | None) -> None:
+    def request(self, due: float, method: str, path: str, body: bytes | str | None) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request(method, path, body, HONEST_HEADERS)
+            connection.request(method, path, body, self.headers)
             response = connection.getresponse()
             response.read()
             if response.status != 200:
@@ -285,15 +367,22 @@ class HonestClient:
 # ---- server ---------------------------------------------------------------------------------------------------------
 
 
+def make_default_model(folder: Path) -> Path:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from search_fixtures import make_model
+
+    return make_model(folder)
+
+
 def make_default_index(folder: Path) -> Path:
     """Create a tiny model and an index with random vectors, and return the index folder."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    model_folder = make_default_model(folder)
     from llm2clip.data.image_refs import FileImage
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.search.types import IndexedContent, IndexedImage
-    from search_fixtures import make_index, make_model
+    from search_fixtures import make_index
 
-    model = open_dual_encoder(str(make_model(folder)))
+    model = open_dual_encoder(str(model_folder))
     photos = folder / "photos"
     photos.mkdir()
     Image.new("RGB", (3200, 2400), "red").save(photos / "large.bmp")
@@ -325,17 +414,28 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="duration of the attacks")
     parser.add_argument("--index", help="index folder (default: a random index with a tiny model)")
     parser.add_argument("--hostile", type=int, default=8, help="number of hostile clients")
-    parser.add_argument("--only", nargs="+", choices=list(ATTACKS), default=list(ATTACKS), help="attacks to run")
+    parser.add_argument("--immich", action="store_true", help="attack `llm2clip serve --immich`")
+    parser.add_argument("--model", help="model folder for --immich (default: a tiny model)")
+    parser.add_argument("--only", nargs="+", choices=sorted(ATTACKS | IMMICH_ATTACKS), help="attacks to run")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        server, port = start_server(args.index or str(make_default_index(Path(folder))), TOKEN, flags=FLAGS)
+    attacks = args.only or list(IMMICH_ATTACKS if args.immich else ATTACKS)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        if args.immich:
+            model = args.model or str(make_default_model(Path(folder)))
+            upstream = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            address = f"http://127.0.0.1:{upstream.getsockname()[1]}"
+            flags = ("--model", model, "--precision", "fp32", "--immich", "--immich_upstream", address)
+            server, port = start_server(None, TOKEN, flags=flags)
+        else:
+            server, port = start_server(args.index or str(make_default_index(Path(folder))), TOKEN, flags=FLAGS)
         context = SpawnContext()
         attackers = [
-            context.Process(target=run_attacker, args=(port, number, args.only), daemon=True)
+            context.Process(target=run_attacker, args=(port, number, attacks), daemon=True)
             for number in range(args.hostile)
         ]
         try:
-            measure(server, port, attackers, 60 * args.minutes)
+            measure(server, attackers, 60 * args.minutes, lambda: HonestClient(port, args.immich))
         finally:
             server.kill()
             for attacker in attackers:
@@ -343,11 +443,16 @@ def main() -> None:
                     attacker.kill()
 
 
-def measure(server: subprocess.Popen[str], port: int, attackers: list[SpawnProcess], seconds: float) -> None:
+def measure(
+    server: subprocess.Popen[str],
+    attackers: list[SpawnProcess],
+    seconds: float,
+    create_client: Callable[[], HonestClient],
+) -> None:
     """Print latencies without and with the attacks, the server's peak memory, and how long it takes to stop."""
     print("| attacks | requests | median, ms | p95, ms | maximum, ms | errors |")
     print("|---|---|---|---|---|---|")
-    alone, attacked = HonestClient(port), HonestClient(port)
+    alone, attacked = create_client(), create_client()
     alone.run(BASELINE_SECONDS)
     print(f"| no | {alone.summary()} |", flush=True)
     memory_before = peak_memory_mb(server.pid)

@@ -23,6 +23,7 @@ from fastapi.routing import APIRoute
 
 from llm2clip import CaptionEncoder
 from llm2clip.cli import build_parser
+from llm2clip.search.immich import add_immich_routes
 from llm2clip.search.metadata import CONDITIONS
 from llm2clip.search.server import create_app
 
@@ -185,7 +186,8 @@ def list_routes(openapi: Mapping[str, Any]) -> Iterator[str]:
 
 def list_fields(schema: Mapping[str, Any], openapi: Mapping[str, Any]) -> Iterator[str]:
     """Yield the names of the fields in a request, response or JSON schema, such as `hits.score` or `id: required`."""
-    schema = schema.get("content", {}).get("application/json", {}).get("schema", schema)
+    for content in schema.get("content", {}).values():
+        schema = content.get("schema", schema)
     if "$ref" in schema:
         schema = openapi["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
     for name, value in schema.get("properties", {}).items():
@@ -200,11 +202,14 @@ def list_cli() -> list[str]:
 
 
 def list_http() -> list[str]:
-    with patch("llm2clip.search.server.InferenceService"):
+    with patch("llm2clip.search.server.InferenceService") as service:
+        service.return_value.encoder.model.embed_dim = 512
         app = create_app(MagicMock())
+        immich = create_app(MagicMock(), add_routes=add_immich_routes)
     routes = [route for route in app.routes if isinstance(route, APIRoute) and "/v1/" in route.path]
     openai_routes = [f"{method} {route.path}" for route in routes for method in route.methods]
-    return sorted({*list_routes(app.openapi()), *openai_routes})
+    immich_lines = [f"--immich {line}" for line in list_routes(immich.openapi())]
+    return sorted({*list_routes(app.openapi()), *openai_routes, *immich_lines})
 
 
 def find_removals(old: list[str], new: list[str]) -> list[str]:

@@ -36,7 +36,10 @@ EXTRAS = {  # extra in pyproject.toml -> modules of its packages
     "qlora": ("bitsandbytes",),
     "quickstart": ("emoji", "resvg_py"),
     "ray": ("ray",),
-    "search": ("fastapi", "h11", "prometheus_client", "pydantic", "pydantic_core", "starlette", "usearch", "uvicorn"),
+    "search": (
+        *("fastapi", "h11", "prometheus_client", "pydantic", "pydantic_core", "python_multipart"),
+        *("starlette", "usearch", "uvicorn"),
+    ),
 }
 CHECKSUM_BYTES = 4
 _CRC32_RESIDUE = 0x2144DF1C  # CRC-32 of any data followed by its own CRC-32

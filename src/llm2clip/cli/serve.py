@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from urllib.parse import quote
 
 from jsonargparse import Namespace
@@ -27,7 +28,9 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--host", type=str, default="127.0.0.1", help="Address to listen on. 0.0.0.0 means all network interfaces."
     )
-    sub.add_argument("--port", type=Port, default=7860, help="Port to listen on. 0 means any free port.")
+    sub.add_argument(
+        "--port", type=Port, help="Port to listen on. 0 means any free port. Default: 7860, or 3003 with --immich."
+    )
     sub.add_argument(
         "--token",
         type=str,
@@ -51,6 +54,18 @@ def add_commands(commands: Commands) -> None:
         help="Trust the client address in the headers set by a reverse proxy on this machine.",
     )
     sub.add_argument("--mcp", action="store_true", help="Also serve tools for AI agents at /mcp, over MCP.")
+    sub.add_argument(
+        "--immich",
+        action="store_true",
+        help="Serve the model to Immich, a photo library, in place of its machine-learning service: only image and "
+        "text embeddings, and without a token, because Immich cannot send one. Listen only on a private network.",
+    )
+    sub.add_argument(
+        "--immich_upstream",
+        type=str,
+        help="Address of Immich's own machine-learning service, such as http://127.0.0.1:3004, which receives the "
+        "images for facial recognition and OCR. Default: these requests fail, so switch both off in Immich.",
+    )
     _add_model_arguments(sub)
 
 
@@ -80,6 +95,9 @@ def _add_model_arguments(sub: ArgumentParser) -> None:
 
 
 def _serve(args: Namespace) -> list[str]:
+    if args.port is None:
+        args.port = 3003 if args.immich else 7860
+    _check_immich_options(args)
     check_port(args.host, args.port)
     check_index(args["index"])
     if args.model is not None:
@@ -92,6 +110,7 @@ def _serve(args: Namespace) -> list[str]:
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.backends import open_backend
+    from llm2clip.search.immich import Upstream, add_immich_routes, describe_setup
     from llm2clip.search.inference import Limits
     from llm2clip.search.server import LOOPBACK, Access, create_app, serve
 
@@ -99,7 +118,8 @@ def _serve(args: Namespace) -> list[str]:
     model_name = args.model or (backend.metadata()["model"] if backend else None)
     if model_name is None:
         raise ValueError("pass an index, or a model with --model")
-    token = choose_token(args.token, args.no_token, args.host)
+    token = None if args.immich else choose_token(args.token, args.no_token, args.host)
+    upstream = Upstream(args.immich_upstream) if args.immich_upstream is not None else None
     model_thread = ThreadPoolExecutor(1, "model")
     model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision, stage="serve").result()
     public_paths = ("/health", "/v1/models") if args.list_models_without_token else ("/health",)
@@ -109,6 +129,7 @@ def _serve(args: Namespace) -> list[str]:
         limits=Limits(max_queue=args.max_queue, timeout=args.timeout, batch_size=args.batch_size),
         access=Access(token, LOOPBACK if args.host in LOOPBACK else None, public_paths),
         model_thread=model_thread,
+        add_routes=partial(add_immich_routes, upstream=upstream) if args.immich else None,
     )
     if args.mcp:
         from llm2clip.search.mcp_tools import add_mcp_route
@@ -118,6 +139,9 @@ def _serve(args: Namespace) -> list[str]:
 
     def print_address(port: int) -> None:
         address = f"http://{host}:{port}/"
+        if args.immich:
+            print_once(describe_setup(address, model.embed_dim, upstream))
+            return
         known = os.environ.get("LLM2CLIP_TOKEN")  # is not printed, because the output may be saved in logs
         page = f"{address}?token={quote(token, safe='')}" if token and token != known else address
         mcp = f"MCP server: {address}mcp. " if args.mcp else ""
@@ -125,6 +149,17 @@ def _serve(args: Namespace) -> list[str]:
 
     serve(app, args.host, args.port, on_start=print_address, behind_proxy=args.behind_proxy)
     return ["Server stopped."]
+
+
+def _check_immich_options(args: Namespace) -> None:
+    if args.immich_upstream is not None and not args.immich:
+        raise ValueError("--immich_upstream requires --immich")
+    if args.immich and args["index"]:
+        raise ValueError("--immich does not use an index; pass only a model with --model")
+    if args.immich and args.model is None:
+        raise ValueError("--immich requires --model")
+    if args.immich and args.token is not None:
+        raise ValueError("--token cannot be used with --immich, because Immich cannot send a token")
 
 
 def choose_token(token: str | None, no_token: bool, host: str) -> str | None:

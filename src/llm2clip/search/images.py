@@ -119,10 +119,18 @@ def decode_data_uri(uri: str) -> bytes:
 
 
 def load_request_image(data: bytes, max_pixels: int, is_indexed: bool = False) -> Tensor:
-    """Decode an image file to a uint8 tensor of shape (3, H, W). Only indexed files can be HEIC or AVIF files.
+    """Decode an image file to a uint8 tensor of shape (3, H, W). Raises the errors of `read_image_size`."""
+    read_image_size(data, max_pixels, is_indexed)
+    return load_image(data)
+
+
+def read_image_size(data: bytes, max_pixels: int, is_indexed: bool = False) -> tuple[int, int]:
+    """Return the width and height of an image file, without decoding its pixels or applying its EXIF orientation.
+
+    Only indexed files can be HEIC or AVIF files.
 
     Raises:
-        TooLarge: The image has more than `max_pixels` pixels. This is checked before any pixels are decoded.
+        TooLarge: The image has more than `max_pixels` pixels.
         ImageError: The image cannot be decoded.
     """
     if is_heic(data) and not is_indexed:
@@ -141,4 +149,4 @@ def load_request_image(data: bytes, max_pixels: int, is_indexed: bool = False) -
         raise ImageError(FORMAT_NOT_ACCEPTED.format("AVIF"))
     if width * height > max_pixels:
         raise TooLarge(f"the image has too many pixels: {width} x {height}; the limit is {max_pixels:,}")
-    return load_image(data)
+    return width, height

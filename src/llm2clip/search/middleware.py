@@ -140,6 +140,11 @@ class RequestMiddleware:
         is_other_site = request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
         if is_other_site and request.scope["path"] != "/":
             return make_error_response(403, "cross-site requests are not allowed")
+        content_type = request.headers.get("content-type", "").lower()
+        is_form = content_type.startswith("multipart/form-data") and "charset" not in content_type
+        # URL-encoded forms, and charsets such as punycode, take seconds to parse.
+        if request.method == "POST" and request.scope["path"] == "/predict" and not is_form:
+            return make_error_response(415, "send multipart/form-data without a charset")
         if length.isdigit() and int(length) > max_bytes:
             return make_error_response(
                 413, f"the request body is too large: {int(length):,} bytes; the limit is {max_bytes:,}"

@@ -78,6 +78,7 @@ def create_app(
     limits: Limits | None = None,
     access: Access | None = None,
     model_thread: ThreadPoolExecutor | None = None,
+    add_routes: Callable[[FastAPI, InferenceService], None] | None = None,
 ) -> FastAPI:
     """Create the web application.
 
@@ -87,6 +88,7 @@ def create_app(
         limits: Resource limits for requests. Default: `Limits()`.
         access: Who may use the server. Default: everybody on this machine.
         model_thread: Single-threaded executor in which the model was loaded. See `InferenceService`.
+        add_routes: Adds the only routes of the application. Default: all routes of this module.
 
     Raises:
         ValueError: The index was built with a different model, the token is not printable ASCII without spaces, or the
@@ -115,15 +117,19 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # FastAPI's documentation pages load scripts from external sites
         redoc_url=None,
+        openapi_url="/openapi.json" if add_routes is None else None,
         responses={code: ERROR_RESPONSES[code] for code in ((401, 413) if auth else (413,))},
     )
     app.state.service = service
     app.state.background = nullcontext()  # context manager that is active while the application runs
-    _add_status_routes(app, service, auth)
-    _add_search_routes(app, service)
-    _add_embedding_routes(app, service)
-    _add_image_routes(app, service)
-    _add_page_routes(app, auth)
+    if add_routes is not None:
+        add_routes(app, service)
+    else:
+        _add_status_routes(app, service, auth)
+        _add_search_routes(app, service)
+        _add_embedding_routes(app, service)
+        _add_image_routes(app, service)
+        _add_page_routes(app, auth)
     add_error_handlers(app)
     app.add_middleware(RequestMiddleware, service=service, auth=auth, public_paths=access.public_paths)
     if access.hosts is not None:

@@ -1,0 +1,183 @@
+"""Routes of Immich's machine-learning service, so that Immich can search with a model of llm2clip.
+
+Immich only accepts model names from its own list, which also sets the number of dimensions in its database. A model
+therefore borrows a name, and its embeddings are padded with zeros, which changes no cosine similarity.
+"""
+
+import json
+from typing import Annotated, Any
+
+import httpx
+import numpy as np
+from fastapi import FastAPI, File, Form, HTTPException, Request
+from fastapi.responses import PlainTextResponse, Response
+from pydantic import BaseModel, ConfigDict, Field, Json
+from starlette.formparsers import MultiPartParser
+
+from llm2clip.search.images import read_image_size
+from llm2clip.search.inference import InferenceService, QueueFull
+from llm2clip.search.middleware import CHUNK_SIZE
+from llm2clip.search.query import SearchQuery
+from llm2clip.search.schemas import Text
+
+# Names from `CLIP_MODEL_INFO` in Immich's server/src/constants.ts, and their numbers of dimensions in ascending order.
+# Immich's default, ViT-B-32__openai, is not listed: a user who sets only the URL would search OpenAI's embeddings.
+BORROWED_NAMES = {
+    "ViT-B-16__openai": 512,
+    "ViT-L-14__openai": 768,
+    "ViT-H-14__laion2b-s32b-b79k": 1024,
+    "nllb-clip-large-siglip__v1": 1152,
+    "ViT-gopt-16-SigLIP2-256__webli": 1536,
+}
+MAX_ANSWER_BYTES = 16 << 20  # of the real service; the embeddings of 1,000 faces take about 10 MB
+MAX_FORWARDED = 8  # number of requests that the real service receives at the same time; others wait
+
+
+class ModelEntry(BaseModel):
+    modelName: str = Field(max_length=200)
+
+
+class ClipEntry(BaseModel):
+    visual: ModelEntry | None = None
+    textual: ModelEntry | None = None
+
+
+class Entries(BaseModel):
+    """The tasks of a request. Immich sends one at a time. Tasks other than `clip` are forwarded unchanged."""
+
+    model_config = ConfigDict(extra="allow")
+
+    clip: ClipEntry | None = None
+
+
+class Upstream:
+    """A real machine-learning service of Immich, which detects faces and recognises text."""
+
+    def __init__(self, address: str) -> None:
+        """Raise ValueError if the address is invalid. Its path is ignored, as by Immich."""
+        try:
+            url = httpx.URL(address)
+        except httpx.InvalidURL:
+            url = httpx.URL("")
+        if url.scheme not in ("http", "https") or not url.host or url.userinfo:
+            raise ValueError("--immich_upstream must be of the form http://HOST:PORT or https://HOST")
+        self.address = f"{url.scheme}://{url.netloc.decode()}"
+        self._pending = 0  # number of requests that wait for an answer
+        self._client = httpx.AsyncClient(
+            headers={"Via": "1.1 llm2clip", "Accept-Encoding": "identity"},
+            timeout=None,
+            # A reused connection could be closed by the service just when the next request is sent.
+            limits=httpx.Limits(max_connections=MAX_FORWARDED, max_keepalive_connections=0),
+            trust_env=False,
+            verify=httpx.create_ssl_context(),
+        )
+
+    async def predict(self, entries: str, text: str | None, image: bytes | None, max_queue: int) -> Response:
+        """Forward a request and return the answer, or raise QueueFull or HTTPException. The middleware limits time."""
+        if self._pending >= max_queue:
+            raise QueueFull(f"the server is busy: {max_queue:,} forwarded requests are waiting; try again later")
+        files: dict[str, Any] = {"entries": (None, entries)}
+        if text is not None:
+            files["text"] = (None, text)
+        if image is not None:
+            files["image"] = ("blob", image)
+        self._pending += 1
+        answer = bytearray()
+        try:
+            async with self._client.stream("POST", f"{self.address}/predict", files=files) as response:
+                if response.status_code != 200:
+                    raise HTTPException(502, f"the service of --immich_upstream returned status {response.status_code}")
+                async for chunk in response.aiter_raw(CHUNK_SIZE):
+                    answer += chunk
+                    if len(answer) > MAX_ANSWER_BYTES:
+                        raise HTTPException(502, "the answer of the service of --immich_upstream is too large")
+        except httpx.TransportError as error:
+            reason = str(error) or type(error).__name__
+            raise HTTPException(502, f"the service of --immich_upstream cannot be reached: {reason}") from error
+        finally:
+            self._pending -= 1
+        return Response(bytes(answer), media_type="application/json")
+
+
+def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstream | None = None) -> None:
+    """Add the routes to an application. Raise ValueError if Immich cannot store as many dimensions as the model has."""
+    choose_name(service.encoder.model.embed_dim)
+    # Images stay in memory, where the middleware counts them, instead of being written to temporary files.
+    MultiPartParser.spool_max_size = service.limits.max_body_bytes
+
+    @app.get("/")
+    async def root() -> dict[str, str]:
+        return {"message": "Immich ML"}
+
+    @app.get("/ping", response_class=PlainTextResponse)
+    async def ping() -> str:
+        return "pong"
+
+    @app.post("/predict")
+    async def predict(
+        request: Request,
+        entries: Annotated[str, Form()],
+        tasks: Annotated[Json[Entries], Form(alias="entries")],
+        text: Annotated[Text | None, Form()] = None,
+        image: Annotated[bytes | None, File()] = None,
+    ) -> Any:
+        """Return the embedding of an image or a text, or the result of another task."""
+        if text is None and image is None:
+            raise HTTPException(400, "either image or text must be provided")
+        if tasks.clip is not None:
+            if len(tasks.model_fields_set) > 1:
+                raise ValueError("entries: `clip` must be the only task of a request, as it is in Immich's requests")
+            return await service.embedders.run(_embed, service, tasks.clip, text, image)
+        if upstream is None:
+            # Not an empty answer: Immich would delete the faces that it found earlier, and never ask again.
+            raise HTTPException(501, "pass --immich_upstream, or switch facial recognition and OCR off in Immich")
+        if "llm2clip" in request.headers.get("via", ""):
+            message = "a server of llm2clip forwarded this request; --immich_upstream must be Immich's own service"
+            raise HTTPException(502, message)
+        return await upstream.predict(entries, text, image, service.limits.max_queue)
+
+
+def _embed(service: InferenceService, clip: ClipEntry, text: str | None, image: bytes | None) -> dict[str, Any]:
+    entry = clip.textual if image is None else clip.visual
+    if entry is None:
+        raise ValueError("entries: an image needs the type `visual`, and a text the type `textual`")
+    answer: dict[str, Any] = {}
+    dim = get_dim(entry.modelName, service.encoder.model.embed_dim)
+    if image is not None:
+        answer["imageWidth"], answer["imageHeight"] = read_image_size(image, service.limits.max_pixels)
+        vector = service.encoder.embed_images([image])[0]
+    else:
+        assert text is not None
+        vector = service.encoder.embed(SearchQuery([text])).combined
+    return {"clip": json.dumps(np.pad(vector, (0, dim - len(vector))).tolist()), **answer}
+
+
+def choose_name(embed_dim: int) -> str:
+    """Return the name to set in Immich. Raise ValueError if the model has too many dimensions."""
+    for name, dim in BORROWED_NAMES.items():
+        if dim >= embed_dim:
+            return name
+    raise ValueError(f"Immich stores at most {dim:,} dimensions, but the model has {embed_dim:,}")
+
+
+def get_dim(name: str, embed_dim: int) -> int:
+    """Return the dimensions that Immich expects for a name. Raise ValueError if a model cannot borrow the name."""
+    dim = BORROWED_NAMES.get(name, 0)
+    if dim < embed_dim:
+        reason = f"has {dim} dimensions, but this model has {embed_dim}" if dim else "is not served here"
+        raise ValueError(f"the model name {name} {reason}. In Immich, set the CLIP model to {choose_name(embed_dim)}")
+    return dim
+
+
+def describe_setup(address: str, embed_dim: int, upstream: Upstream | None) -> str:
+    """Return the message that `serve` prints."""
+    tasks = "not available: switch both off in Immich, or pass --immich_upstream"
+    if upstream is not None:
+        tasks = f"forwarded to {upstream.address}, with the images"
+    return f"""Serving at {address} for Immich, without a token: everyone who can connect can use the model.
+Listen only on a private network. In Immich, open Administration > Settings > Machine Learning Settings:
+1. URL: this server's address for Immich's container, such as http://192.168.1.20:3003. Remove all other URLs.
+2. Smart Search > CLIP model: {choose_name(embed_dim)} (only the name is used)
+3. Save, then run Administration > Job Queues > Smart Search for all images.
+Facial recognition and OCR: {tasks}.
+Press Ctrl-C to stop."""
