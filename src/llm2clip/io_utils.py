@@ -37,7 +37,7 @@ EXTRAS = {  # extra in pyproject.toml -> modules of its packages
     "quickstart": ("emoji", "resvg_py"),
     "ray": ("ray",),
     "search": (
-        *("fastapi", "h11", "prometheus_client", "pydantic", "pydantic_core", "python_multipart"),
+        *("fastapi", "h11", "httpx", "prometheus_client", "pydantic", "pydantic_core", "python_multipart"),
         *("starlette", "usearch", "uvicorn"),
     ),
 }
