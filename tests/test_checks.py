@@ -143,9 +143,9 @@ def test_imported_packages_are_dependencies() -> None:
     # lmms-eval and mteb themselves call the code in these files.
     assert undeclared == {("llava/lmms.py", "lmms_eval"), ("evaluate/mteb.py", "mteb")}
     assert need_extras == {
-        "caption/captioners.py", "search/immich.py", "search/inference.py", "search/mcp_tools.py", "search/middleware.py",
-        "search/postgres_backend.py", "search/postgres_database.py", "search/schemas.py", "search/server.py",
-        "search/sqlite_backend.py",
+        "caption/captioners.py", "search/immich.py", "search/inference.py", "search/mcp_tools.py",
+        "search/middleware.py", "search/postgres_backend.py", "search/postgres_database.py", "search/schemas.py",
+        "search/server.py", "search/sqlite_backend.py",
     }  # fmt: skip
 
 
