@@ -69,7 +69,7 @@ def test_tokenize_and_label_does_not_depend_on_trimmed_offsets(tokenizer: Any) -
 def test_get_chat_template_falls_back_to_vicuna(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     tokenizer.chat_template = get_chat_template(tokenizer)
-    text = tokenizer.decode(tokenize_and_label(DIALOG, tokenizer, 1)[0])
+    text = tokenizer.decode(tokenize_and_label(DIALOG, tokenizer, 1).ids)
     system = (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions. "

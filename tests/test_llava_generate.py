@@ -1,4 +1,4 @@
-"""Tests of answers of LLaVA models, alone and through the interface of lmms-eval."""
+"""Tests of answers and log-likelihoods of LLaVA models, alone and through the interface of lmms-eval."""
 
 import importlib
 import importlib.util
@@ -9,9 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
+from llm2clip.data.images import load_image
 from llm2clip.llava.build import build_llava
+from llm2clip.llava.conversations import IGNORE_INDEX, tokenize_and_label
 from llm2clip.llava.generate import AnswerGenerator, Question
 from test_export import hf_tower
 
@@ -54,6 +58,29 @@ def test_generate_does_not_depend_on_the_batch(num_beams: int, built: Path, imag
         assert answers[n] == expected, n
 
 
+def test_score_answer_matches_the_loss(built: Path, image_folder: Path) -> None:
+    generator = AnswerGenerator(str(built), "cpu", "fp32")
+    for question in (Question(load_pixels(image_folder, 1), "Is it?"), Question(None, "Q")):
+        inputs: dict[str, Any] = {}
+        if question.image is not None:
+            inputs["pixel_values"] = generator.transform(load_image(question.image))[None]
+        conversation = question.to_conversation("No, never")
+        labeled = tokenize_and_label(conversation, generator.tokenizer, generator.num_image_tokens)
+        labels = torch.tensor([labeled.labels])
+        with torch.no_grad():
+            loss = float(generator.model(input_ids=torch.tensor([labeled.ids]), labels=labels, **inputs).loss)
+        num_tokens = int((labels != IGNORE_INDEX).sum())
+        score = generator.score_answer(question, "No, never")
+        assert score[0] == pytest.approx(-num_tokens * loss, rel=1e-4)
+        assert score[1] is False
+
+    def predict_the_next_token(input_ids: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=F.one_hot(input_ids.roll(-1, 1), len(generator.tokenizer)).float())
+
+    generator.model = predict_the_next_token
+    assert generator.score_answer(Question(None, "Q"), "No, never")[1] is True
+
+
 # ---- lmms-eval ------------------------------------------------------------------------------------------------------
 
 
@@ -77,7 +104,7 @@ def lmms_module(monkeypatch: pytest.MonkeyPatch) -> Any:
     sys.modules.pop("llm2clip.llava.lmms")
 
 
-def test_lmms_model_answers_like_answer_generator(lmms_module: Any, built: Path, image_folder: Path) -> None:
+def test_lmms_model_answers_and_scores_like_answer_generator(lmms_module: Any, built: Path, image_folder: Path) -> None:
     model = lmms_module.LmmsModel(str(built), "cpu", 2, "fp32")
     assert lmms_module.MANIFEST.simple_class_path == f"{type(model).__module__}.{type(model).__qualname__}"
     model.task_dict = {"task": {"test": dict(enumerate(range(5)))}}
@@ -98,10 +125,12 @@ def test_lmms_model_answers_like_answer_generator(lmms_module: Any, built: Path,
     requests[0].args[1]["until"] = [end]
     assert model.generate_until(requests)[0] == expected[0].partition(end)[0].strip()
 
+    request = SimpleNamespace(args=(prompts[1], "Yes", load, 1, "task", "test"))
+    assert model.loglikelihood([request]) == [generator.score_answer(questions[1], "Yes")]
     for visuals, message in (
         (["video.mp4"], "videos are not supported"),
         (load(1) * 2, r"at most one image \(got 2\)"),
     ):
-        request = SimpleNamespace(args=("Q", {}, lambda doc, visuals=visuals: visuals, 1, "task", "test"))
+        request = SimpleNamespace(args=("Q", "Yes", lambda doc, visuals=visuals: visuals, 1, "task", "test"))
         with pytest.raises(ValueError, match=message):
-            model.generate_until([request])
+            model.loglikelihood([request])

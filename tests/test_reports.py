@@ -21,6 +21,7 @@ from llm2clip.evaluate.metrics import retrieval_metrics
 from llm2clip.evaluate.plots import plot_curves, plot_histograms, plot_interval_curves
 from llm2clip.evaluate.training_report import (
     _build_caption_retrieval_section,
+    _build_retrieval_section,
     describe_distillation,
     describe_useless_tuning,
 )
@@ -33,6 +34,7 @@ from llm2clip.reports import (
     Heading,
     Paragraph,
     Table,
+    format_cell,
     render_html,
     render_markdown,
     render_text,
@@ -218,6 +220,35 @@ def test_recall_that_a_random_order_reaches_is_not_shown() -> None:
 )
 def test_verdict_of_other_benchmarks_names_the_main_metric(summary: dict[str, Any], verdict: str) -> None:
     assert describe_results("b", [BenchmarkResult(summary, model="M")]) == verdict
+
+
+def test_recall_table_says_that_the_number_of_truncated_texts_is_unknown() -> None:
+    ranks = torch.zeros(20, dtype=torch.int64)
+    row = {"truncated": None, "texts": 20, **retrieval_metrics(ranks, ranks, torch.arange(20))}
+    table = build_recall_table({"M": row}, {})
+    assert table.header[-1] == "truncated" and [cells[-1] for cells in table.rows] == [None, "unknown"]
+
+
+def test_fit_report_compares_recall_of_each_caption_field_before_and_after_training() -> None:
+    misses, hits = torch.full((20,), 5), torch.zeros(20, dtype=torch.int64)
+    untrained, trained = [], []
+    for field in ("captions", "captions_zh"):
+        counts = {"captions": field, "images": 20, "texts": 20, "truncated": None}
+        untrained.append(counts | retrieval_metrics(misses, misses, torch.arange(20)))
+        trained.append(counts | retrieval_metrics(hits, hits, torch.arange(20)))
+    _, table = _build_retrieval_section(untrained, trained)
+    assert isinstance(table, Table) and table.highlight == {2, 5}
+    assert [row[:2] for row in table.rows] == [
+        ["captions (20 images, 20 texts)", "chance"],
+        ["", "untrained"],
+        ["", "trained"],
+        ["captions_zh (20 images, 20 texts)", "chance"],
+        ["", "untrained"],
+        ["", "trained"],
+    ]
+    recalls = ["5.0 – 25.0 50.0", "0.0 0.0 to 16.8 0.0 100.0", "100.0 83.2 to 100.0 100.0 100.0"]  # in each direction
+    for row, text in zip(table.rows, recalls * 2, strict=True):
+        assert " ".join(map(format_cell, row[2:])) == f"{text} {text}"
 
 
 def test_fit_report_of_an_untuned_encoder_has_no_row_for_the_tuned_one() -> None:

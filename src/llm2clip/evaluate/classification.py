@@ -59,20 +59,27 @@ def classification_accuracy(
     for start in range(0, len(images), chunk_size):
         scores = images[start : start + chunk_size].float() @ classes.T  # (images, classes)
         rank_chunks.append(compute_class_ranks(scores, targets[start : start + chunk_size]))
-    return bootstrap_accuracy(torch.cat(rank_chunks).numpy(), targets.numpy(), indices, np.arange(len(images)))
+    return bootstrap_accuracy(torch.cat(rank_chunks).numpy(), targets.numpy(), np.arange(len(images)), indices)
 
 
 def bootstrap_accuracy(
     ranks: np.ndarray,
     labels: np.ndarray,
-    images: Sequence[int],
     image_of_item: np.ndarray,
+    image_indices: Sequence[int],
     subsets: Mapping[str, np.ndarray] | None = None,
 ) -> BootstrapMetrics:
     """Return accuracies of N items in percent, bootstrapped over images because items of one image are correlated.
 
-    The metrics are "top-1", "top-5", the top-1 accuracy of each subset (a boolean mask), and "mean per class" (top-1
-    accuracy averaged over the classes that have items). `image_of_item` has each item's position in `images`.
+    The metrics are "top-1", "top-5", the top-1 accuracy of each subset, and "mean per class" (top-1 accuracy averaged
+    over the classes that have items).
+
+    Args:
+        ranks: Zero-based rank of each item's class, int64 of shape (N,).
+        labels: Class index of each item, int64 of shape (N,).
+        image_of_item: Position of each item's image in `image_indices`, int64 of shape (N,).
+        image_indices: Index of each image in the benchmark, which identifies the image when models are compared.
+        subsets: Mask of the items in each subset, bool of shape (N,), keyed by the subset's name.
     """
     top1, top5 = (ranks < 1).astype(np.float64), (ranks < 5).astype(np.float64)
     subsets = subsets or {}
@@ -85,7 +92,7 @@ def bootstrap_accuracy(
             class_accuracy = np.bincount(labels, weights * top1) / np.bincount(labels, weights)
         return [100.0 * float(value) for value in (*values, np.nanmean(class_accuracy))]
 
-    return BootstrapMetrics.from_function(images, ("top-1", "top-5", *subsets, "mean per class"), metrics)
+    return BootstrapMetrics.from_function(image_indices, ("top-1", "top-5", *subsets, "mean per class"), metrics)
 
 
 def compute_class_ranks(scores: Tensor, labels: Tensor) -> Tensor:

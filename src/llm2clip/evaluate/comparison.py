@@ -146,8 +146,6 @@ def build_recall_table(
         if difference:
             limits = [format_interval(difference[f"{direction} interval"]["R@1"], "+.1f") for direction in DIRECTIONS]
         rows.append(_make_recall_row(name, values, limits))
-    if all(row["truncated"] is None for row in results.values()):
-        return Table(header, [row[:-1] for row in rows], highlight)
     return Table([*header, "truncated"], rows, highlight)
 
 

@@ -258,7 +258,7 @@ def compute_detection_metrics(
     recall_values = evaluator.params.recThrs
     resampled = []
     for weights in draw_bootstrap_counts(len(data.image_ids), resamples):
-        resampled.append([100 * _compute_weighted_ap(*match, weights.numpy(), recall_values) for match in matches])
+        resampled.append([100 * _compute_weighted_ap(match, weights.numpy(), recall_values) for match in matches])
     resampled_ap50 = np.array(resampled)  # (resamples, classes)
 
     ap50: dict[str, float] = {}
@@ -290,22 +290,31 @@ def to_result_rows(data: DetectionData, detections: Mapping[ImageId, Detections]
     return rows
 
 
-def _compute_weighted_ap(
-    image: np.ndarray, is_correct: np.ndarray, objects: np.ndarray, weights: np.ndarray, recall_values: np.ndarray
-) -> float:
+@dataclass
+class _ClassMatches:
+    """Detections of one class in all images, sorted by descending score and matched at an IoU threshold of 0.5.
+
+    Crowds, and detections that match a crowd, are excluded.
+    """
+
+    image: np.ndarray  # image index of each detection, int64 of shape (N,)
+    is_correct: np.ndarray  # True for detections that match an object, bool of shape (N,)
+    objects: np.ndarray  # number of objects in each image, float64 of shape (images,)
+
+
+def _compute_weighted_ap(matches: _ClassMatches, weights: np.ndarray, recall_values: np.ndarray) -> float:
     """Return the interpolated average precision of one class, counting image i `weights[i]` times.
 
     COCOeval would return this value for a dataset in which the images are repeated, unless scores are equal. The
-    precision is averaged over `recall_values`. The result is NaN if there are no objects. For the first three
-    arguments, see `_extract_class_matches`.
+    precision is averaged over `recall_values`. The result is NaN if there are no objects.
     """
-    num_objects = float(weights @ objects)
+    num_objects = float(weights @ matches.objects)
     if num_objects == 0:
         return float("nan")
-    if len(image) == 0:
+    if len(matches.image) == 0:
         return 0.0
-    weight = weights[image]
-    true_positives = np.cumsum(weight * is_correct)
+    weight = weights[matches.image]
+    true_positives = np.cumsum(weight * matches.is_correct)
     num_detections = np.cumsum(weight)
     precision = true_positives / np.maximum(num_detections, 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]  # maximum precision at this or any higher recall
@@ -353,12 +362,7 @@ def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]
     return evaluator
 
 
-def _extract_class_matches(evaluator: Any, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the detections of class k at an IoU threshold of 0.5, without crowds and detections that match a crowd.
-
-    The first two arrays have the image index of each detection, by descending score, and True if the detection matches
-    an object. The third one has the number of objects in each image.
-    """
+def _extract_class_matches(evaluator: Any, k: int) -> _ClassMatches:
     num_images = len(evaluator.params.imgIds)
     scores, images, is_correct = [np.zeros(0)], [np.zeros(0, int)], [np.zeros(0, bool)]
     objects = np.zeros(num_images)
@@ -371,4 +375,4 @@ def _extract_class_matches(evaluator: Any, k: int) -> tuple[np.ndarray, np.ndarr
         images.append(np.full(int(counted.sum()), i))
         objects[i] = np.count_nonzero(np.asarray(result["gtIgnore"]) == 0)
     order = np.argsort(-np.concatenate(scores), kind="mergesort")  # stable, like COCOeval's sort
-    return np.concatenate(images)[order], np.concatenate(is_correct)[order], objects
+    return _ClassMatches(np.concatenate(images)[order], np.concatenate(is_correct)[order], objects)

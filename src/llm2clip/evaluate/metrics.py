@@ -103,16 +103,18 @@ def two_way_ranks(
     order = owner.argsort(stable=True)
     owner = owner[order].to(images.device)
     best_image, best_text = (torch.full((len(x),), -torch.inf, device=images.device) for x in (images, texts))
-    for rows, columns, scores, (row, column) in _iterate_tiles(images, texts, order, owner, tile_size, with_all=False):
-        best_text[columns][column] = scores[row, column]
-        best_image[rows].scatter_reduce_(0, row, scores[row, column], "amax")
+    tiles = _iterate_tiles(images, texts, order, owner, tile_size, with_all=False)
+    for image_range, text_range, scores, positives in tiles:
+        tile_images, tile_texts = positives  # indices within the tile
+        best_text[text_range.start + tile_texts] = scores[positives]
+        best_image[image_range].scatter_reduce_(0, tile_images, scores[positives], "amax")
 
     # The same matmuls as above score the wrong answers, so ties are exact. Counts are float32, exact up to 2**24.
     image_counts, text_counts = torch.zeros_like(best_image), torch.zeros_like(best_text)
-    for rows, columns, scores, positives in _iterate_tiles(images, texts, order, owner, tile_size):
+    for image_range, text_range, scores, positives in _iterate_tiles(images, texts, order, owner, tile_size):
         scores[positives] = -torch.inf
-        image_counts[rows] += _is_at_least(scores, best_image[rows, None]).sum(1)
-        text_counts[columns] += _is_at_least(scores, best_text[columns]).sum(0)
+        image_counts[image_range] += _is_at_least(scores, best_image[image_range, None]).sum(1)
+        text_counts[text_range] += _is_at_least(scores, best_text[text_range]).sum(0)
     text_ranks = text_counts.long().cpu()
     return image_counts.long().cpu(), torch.empty_like(text_ranks).index_copy_(0, order, text_ranks)
 
@@ -125,17 +127,17 @@ def _iterate_tiles(
     A tile has `tile_size` images and 4 * `tile_size` texts. `order` sorts the texts by image, and `owner` is the image
     of each sorted text, so only a few tiles contain positives. If `with_all` is False, only those are computed.
     """
-    for start in range(0, len(texts), 4 * tile_size):
-        columns = slice(start, min(start + 4 * tile_size, len(texts)))
-        text_tile = _pad_tile(texts[order[columns]].to(images.device, torch.float32), 4 * tile_size)
-        owners = owner[columns]
+    for text_start in range(0, len(texts), 4 * tile_size):
+        text_range = slice(text_start, min(text_start + 4 * tile_size, len(texts)))
+        text_tile = _pad_tile(texts[order[text_range]].to(images.device, torch.float32), 4 * tile_size)
+        owners = owner[text_range]
         first, last = (0, len(images) - 1) if with_all else (int(owners[0]), int(owners[-1]))
-        for top in range(first // tile_size * tile_size, last + 1, tile_size):
-            rows = slice(top, min(top + tile_size, len(images)))
-            scores = _pad_tile(images[rows].float(), tile_size) @ text_tile.T
-            column = ((owners >= rows.start) & (owners < rows.stop)).nonzero()[:, 0]
-            positives = owners[column] - top, column
-            yield rows, columns, scores[: rows.stop - top, : len(owners)], positives
+        for image_start in range(first // tile_size * tile_size, last + 1, tile_size):
+            image_range = slice(image_start, min(image_start + tile_size, len(images)))
+            scores = _pad_tile(images[image_range].float(), tile_size) @ text_tile.T
+            tile_texts = ((owners >= image_start) & (owners < image_range.stop)).nonzero()[:, 0]
+            positives = owners[tile_texts] - image_start, tile_texts
+            yield image_range, text_range, scores[: image_range.stop - image_start, : len(owners)], positives
 
 
 def _pad_tile(vectors: Tensor, size: int) -> Tensor:

@@ -36,15 +36,17 @@ class Proposals:
         return Proposals(boxes[order], self.scores[order])
 
 
-FindProposals = Callable[[ImageId, Tensor], Proposals]
-"""Function that takes an image id and a uint8 image of shape (3, H, W)."""
+ProposalFinder = Callable[[ImageId, Tensor], Proposals]
+"""Function that takes an image id and a uint8 image of shape (3, H, W), and returns the proposals for this image."""
 
 
-def open_proposals(name: str, data: DetectionData, device: torch.device) -> tuple[FindProposals, str]:
+def open_proposals(name: str, data: DetectionData, device: torch.device) -> tuple[ProposalFinder, str]:
     """Open a source of box proposals: "ground-truth", a JSON file in COCO's results format, or a detector.
 
-    A detector is the folder or hub id of a transformers object detection model, whose class labels are ignored. The
-    returned string is a warning about unused boxes and images without boxes, or "".
+    A detector is the folder or hub id of a transformers object detection model, whose class labels are ignored.
+
+    Returns:
+        The function that finds the proposals, and a warning about unused boxes and images without boxes, or "".
 
     Raises:
         MissingFileError: If the JSON file does not exist.
@@ -52,8 +54,8 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> tupl
         ValueError: If transformers cannot load the detector.
     """
     if name == GROUND_TRUTH:
-        boxes_of_image = get_object_boxes(data)
-        proposals, note = {key: Proposals(boxes, torch.ones(len(boxes))) for key, boxes in boxes_of_image.items()}, ""
+        note = ""
+        proposals = {key: Proposals(boxes, torch.ones(len(boxes))) for key, boxes in get_object_boxes(data).items()}
     elif name.endswith(".json"):
         proposals, note = _read_proposals(Path(name), data)
     else:

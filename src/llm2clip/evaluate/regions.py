@@ -233,7 +233,7 @@ def compute_region_metrics(data: RegionData, predictions: RegionPredictions) -> 
     labels, areas = (np.concatenate([values[i] for i in indices]) for values in (data.labels, data.areas))
     sizes = {name: (areas >= low) & (areas < high) for name, (low, high) in SIZE_LIMITS.items()}
     sizes = {name: in_size_class for name, in_size_class in sizes.items() if in_size_class.any()}
-    return bootstrap_accuracy(predictions.rank, labels, indices.tolist(), image, sizes)
+    return bootstrap_accuracy(predictions.rank, labels, image, indices.tolist(), sizes)
 
 
 def compute_class_accuracy(data: RegionData, predictions: RegionPredictions) -> list[float | None]:

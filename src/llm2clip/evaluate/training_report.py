@@ -20,7 +20,6 @@ from llm2clip.evaluate import plots
 from llm2clip.evaluate.comparison import (
     MIN_IMAGES,
     K,
-    build_recall_table,
     describe_caption_retrieval,
     describe_retrieval,
     describe_share,
@@ -176,20 +175,35 @@ def _build_caption_retrieval_section(cra: Sequence[dict[str, Any]], encoder: str
 
 
 def _build_retrieval_section(untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> list[Block]:
-    blocks: list[Block] = [
+    rows: list[list[Any]] = []
+    for before, after in zip(untrained, trained, strict=True):
+        name = f"{after['captions']} ({format_count(after['images'], 'image')}, {format_count(after['texts'], 'text')})"
+        rows.append([name, "chance", *_format_recall_cells(after, " chance")])
+        rows.append(["", "untrained", *_format_recall_cells(before)])
+        rows.append(["", "trained", *_format_recall_cells(after)])
+    header = ["captions", "model"]
+    for direction in ("I2T", "T2I"):
+        header += [f"{direction} R@1", "95% interval", *(f"{direction} R@{k}" for k in KS[1:])]
+    return [
         Paragraph(
             "Recall on held-out images, in percent. I2T: an image retrieves one of its captions; T2I: a caption "
             "retrieves its image. A tie with a wrong answer counts as a miss. Confidence intervals are 95% bootstrap "
-            "intervals over images. A dash means that there are so few images that a random order reaches 100%. "
-            "`evaluate` encodes the captions again, on a CPU in fp32, whereas these results use the embeddings in the "
-            "store. They can therefore differ by a few captions."
-        )
+            "intervals over images. A dash instead of a recall means that there are so few images that a random order "
+            "reaches 100%. `evaluate` encodes the captions again, on a CPU in fp32, whereas these results use the "
+            "embeddings in the store. They can therefore differ by a few captions."
+        ),
+        Table(header, rows, highlight=frozenset(range(2, len(rows), 3))),
     ]
-    for before, after in zip(untrained, trained, strict=True):
-        size = f"{format_count(after['images'], 'image')}, {format_count(after['texts'], 'text')}"
-        table = build_recall_table({"trained": after, "untrained": before}, {})
-        blocks += [Heading(f"{after['captions']}: {size}", 3), table]
-    return blocks
+
+
+def _format_recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
+    """Return the recall cells of a table row. The suffix " chance" selects the chance levels. See `get_recalls`."""
+    cells: list[Any] = []
+    for direction in ("I2T", "T2I"):
+        first, *others = get_recalls(row, direction, suffix)
+        interval = None if suffix or first is None else format_interval(row[f"{direction} interval"]["R@1"])
+        cells += [first, interval, *others]
+    return cells
 
 
 def _build_short_query_section(result: Mapping[str, Any]) -> list[Block]:

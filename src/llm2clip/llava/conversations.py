@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm2clip.data.build_table import open_table
 from llm2clip.data.formats import BadRow, find_format, read_rows
@@ -59,6 +59,13 @@ class Conversation:
     id: str
     image: ImageRef | None
     turns: tuple[tuple[str, str], ...]
+
+
+class LabeledTokens(NamedTuple):
+    """A conversation's token ids, and one label per token: the token id within answers, IGNORE_INDEX elsewhere."""
+
+    ids: list[int]
+    labels: list[int]
 
 
 def read_conversations(
@@ -276,7 +283,7 @@ def find_answer_end_token(tokenizer: Any) -> int:
         ValueError: the sample's labels do not decode to its answers, or `tokenize_and_label` rejects the template.
     """
     conversation = Conversation("", None, (("A question?", "An answer."), ("Another?", "Yes.")))
-    labels = [label for label in tokenize_and_label(conversation, tokenizer, 0)[1] if label != IGNORE_INDEX]
+    labels = [label for label in tokenize_and_label(conversation, tokenizer, 0).labels if label != IGNORE_INDEX]
     decoded = tokenizer.decode(labels, skip_special_tokens=True)
     if re.sub(r"\s", "", decoded) != "Ananswer.Yes.":
         raise ValueError(f"the LLM's chat template changes 'An answer.' and 'Yes.' to {decoded!r}. Use another LLM")
@@ -309,16 +316,11 @@ def clean_text(text: str) -> str:
     return text.strip()
 
 
-def tokenize_and_label(
-    conversation: Conversation, tokenizer: Any, num_image_tokens: int
-) -> tuple[list[int], list[int]]:
+def tokenize_and_label(conversation: Conversation, tokenizer: Any, num_image_tokens: int) -> LabeledTokens:
     """Tokenize a conversation and label its answers, including the special token that ends each answer.
 
     The chat template is first rendered with numbered placeholders in place of the answers. This locates the exact span
     of each answer with any template. Each image takes up `num_image_tokens` tokens.
-
-    Returns:
-        The token ids, and one label per token: the token id within answers, IGNORE_INDEX elsewhere.
 
     Raises:
         ValueError: the template drops an answer or has no special token after an answer.
@@ -358,9 +360,7 @@ def _make_placeholder(n: int) -> str:
     return f"{PLACEHOLDER_MARKS[0]}{n}{PLACEHOLDER_MARKS[1]}"
 
 
-def _label_spans(
-    text: str, spans: list[tuple[int, int]], tokenizer: Any, num_image_tokens: int
-) -> tuple[list[int], list[int]]:
+def _label_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any, num_image_tokens: int) -> LabeledTokens:
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     encoded = tokenizer(text, add_special_tokens=not has_bos, return_offsets_mapping=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -375,4 +375,4 @@ def _label_spans(
         in_answer = any(span_start < end <= span_end for span_start, span_end in spans)
         ids.append(token)
         labels.append(token if in_answer else IGNORE_INDEX)
-    return ids, labels
+    return LabeledTokens(ids, labels)

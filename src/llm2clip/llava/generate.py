@@ -1,4 +1,4 @@
-"""Batched answer generation for LLaVA models."""
+"""Batched answer generation and answer scoring for LLaVA models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.images import load_image
-from llm2clip.llava.conversations import IMAGE_TOKEN, Conversation, to_messages
+from llm2clip.llava.conversations import IGNORE_INDEX, IMAGE_TOKEN, Conversation, to_messages, tokenize_and_label
 from llm2clip.llava.dataset import LlavaTransform
 from llm2clip.llava.modeling_patches import register_classes
 from llm2clip.models.loading import load_vision_language_model
@@ -24,6 +25,10 @@ class Question:
 
     image: np.ndarray | None  # uint8 RGB of shape (H, W, 3)
     prompt: str  # text of the question, without an image token
+
+    def to_conversation(self, answer: str = "") -> Conversation:
+        image: Any = self.image  # only the presence of an image affects the tokens
+        return Conversation("", image, ((self.prompt, answer),))
 
 
 class AnswerGenerator:
@@ -82,12 +87,25 @@ class AnswerGenerator:
                     answers[n] = text.strip()
         return answers
 
+    def score_answer(self, question: Question, answer: str) -> tuple[float, bool]:
+        """Return an answer's log-likelihood, and True if greedy decoding would produce the answer.
+
+        The token that ends the answer is also scored.
+        """
+        labeled = tokenize_and_label(question.to_conversation(answer), self.tokenizer, self.num_image_tokens)
+        inputs = {"input_ids": torch.tensor([labeled.ids], device=self.device)} | self._prepare_pixels([question])
+        with torch.inference_mode(), onednn_matmul():
+            logits = self.model(**inputs).logits[0, :-1].float().cpu()  # (tokens - 1, vocabulary)
+        labels = torch.tensor(labeled.labels[1:])
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        is_greedy = (logits.argmax(-1) == labels)[labels != IGNORE_INDEX].all()
+        return -float(loss), bool(is_greedy)
+
     def _prepare_inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         """Return the model inputs for questions. Either all or none of the questions must have an image."""
         prompts = []
         for question in questions:
-            image: Any = question.image  # only the presence of an image affects the prompt
-            messages = to_messages(Conversation("", image, ((question.prompt, ""),)))[:1]
+            messages = to_messages(question.to_conversation())[:1]
             prompt = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             prompts.append(prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens))
         has_bos = self.tokenizer.bos_token is not None and prompts[0].startswith(self.tokenizer.bos_token)
@@ -95,7 +113,8 @@ class AnswerGenerator:
             prompts, add_special_tokens=not has_bos, padding=True, padding_side="left", return_tensors="pt"
         )
         inputs = {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        return inputs | self._prepare_pixels(questions)
+
+    def _prepare_pixels(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         pixels = [self.transform(load_image(question.image)) for question in questions if question.image is not None]
-        if pixels:
-            inputs["pixel_values"] = torch.stack(pixels).to(self.device, self.model.dtype)
-        return inputs
+        return {"pixel_values": torch.stack(pixels).to(self.device, self.model.dtype)} if pixels else {}

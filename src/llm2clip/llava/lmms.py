@@ -17,7 +17,7 @@ MANIFEST = ModelManifest("llm2clip_llava", simple_class_path="llm2clip.llava.lmm
 
 
 class LmmsModel(lmms):
-    """LLaVA model that generates answers for lmms-eval. Questions can have at most one image."""
+    """LLaVA model that generates and scores answers for lmms-eval. Questions can have at most one image."""
 
     def __init__(
         self, pretrained: str, device: str | None = None, batch_size: int | str = 16, precision: str = "auto", **_: Any
@@ -53,7 +53,15 @@ class LmmsModel(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("log-likelihoods are not supported: use tasks whose answers are generated")
+        """Return each answer's log-likelihood, and True if greedy decoding would produce the answer."""
+        results = []
+        for request in requests:
+            context, target, to_visual, doc_id, task, split = request.args
+            answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+            results.append(
+                self.generator.score_answer(self._convert_to_question(context, to_visual, doc_id, task, split), answer)
+            )
+        return results
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         raise NotImplementedError("multi-round requests are not supported")

