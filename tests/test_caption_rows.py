@@ -69,6 +69,34 @@ def test_rows_found_in_several_processes_are_the_same(tmp_path: Path, monkeypatc
     assert list_rows(read_table(tmp_path, ROWS), store) == EXPECTED
 
 
+def test_refused_captions_are_read_once_and_each_phrase_is_looked_up_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once per batch of records."""
+    store = write_store(tmp_path / "store", TEXTS)
+    table = read_table(tmp_path, ROWS)
+    monkeypatch.setattr(RecordTable.iterate_batches, "__defaults__", (1,))
+    reads: list[Path] = []
+    looked_up: list[int] = []
+    find_keys = store.find_keys
+
+    def read_refused_captions(folder: Path) -> dict[str, Any]:
+        reads.append(folder)
+        return {"refused": {}}
+
+    def count_keys(keys: np.ndarray) -> np.ndarray:
+        looked_up.append(len(keys))
+        return find_keys(keys)
+
+    monkeypatch.setattr(store_module.layout, "read_refused_captions", read_refused_captions)
+    monkeypatch.setattr(store, "find_keys", count_keys)
+    for field, num_keys in (("captions", 6), ("phrases", 3)):
+        reads.clear()
+        looked_up.clear()
+        store_module._look_up(table, field, store)
+        assert len(reads) == 1 and sum(looked_up) == num_keys, field
+
+
 def test_missing_caption_is_an_error(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", TEXTS[1:])
     table = read_table(tmp_path, ROWS)

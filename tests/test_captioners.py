@@ -410,9 +410,9 @@ def test_local_captioner_answers_in_batches_as_alone(tiny_llava: Path) -> None:
     prompt = Prompt("a", "short", "Describe it.\nCaption: {caption}", temperature=0, max_tokens=6)
     images = torch.randint(0, 255, (3, 3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     captions = ["a long caption with <image> in it", None, "short"]
-    requests = [
-        CaptionRequest(captioner.prepare(image), prompt, 0, text) for image, text in zip(images, captions, strict=True)
-    ]
+    requests = []
+    for image, text in zip(images, captions, strict=True):
+        requests.append(CaptionRequest(captioner.prepare(image), prompt, image_hash="", caption=text))
     alone = [captioner.ask([request])[0] for request in requests]
     assert captioner.ask(requests) == alone
     assert len({answer.text for answer in alone}) == 3 and all(answer.output_tokens <= 6 for answer in alone)
@@ -440,7 +440,7 @@ def test_sampled_answers_differ_between_processes_and_retries(
         torch.manual_seed(0)
         captioner = LocalCaptioner(str(tiny_llava), 4)
         image = captioner.prepare(torch.zeros(3, 40, 60, dtype=torch.uint8))
-        answers.append(captioner.ask([CaptionRequest(image, prompt)] * 4))
+        answers.append(captioner.ask([CaptionRequest(image, prompt, image_hash="")] * 4))
     assert answers[0] != answers[1]
 
 

@@ -1,6 +1,7 @@
 """Record tables: the view of the rows, building, opening again, merging rows with the same image, and splits."""
 
 import hashlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -580,6 +581,25 @@ def test_read_splits_reads_caption_columns_of_held_out_images(tmp_path: Path) ->
         "long_captions": [("two, at length",)],
         "captions_de": [("zwei",)],
     }
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"captions_de": ["kein Bild"]}, "none of the 1 records has an image"),
+        ({"image": "https://example.invalid/1.png", "captions_de": ["eine URL"]}, "no records; "),
+        ({"image": "missing.png", "captions_de": ["fehlt"]}, "no records; .*missing image"),
+    ],
+)
+def test_read_splits_rejects_a_caption_column_that_no_usable_image_has(
+    tmp_path: Path, row: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.create_connection", lambda *_, **__: pytest.fail("URLs must not be opened"))
+    file = write_images_and_jsonl(tmp_path / "a.jsonl", image_row(1, "train"), image_row(2, "val"))
+    with open(file, "a") as stream:
+        stream.write(json.dumps({**row, "split": "val"}) + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_splits([file], EvaluateConfig(fields=["captions_de"]), {}, SkipLog(max_skipped=1.0))
 
 
 def test_copies_of_held_out_images_are_not_used_for_training(tmp_path: Path) -> None:

@@ -61,9 +61,9 @@ _REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)
 class CaptionRequest:
     image: Any  # in the form that the captioner's `prepare` returns
     prompt: Prompt
+    image_hash: str  # SHA-256 of the image's bytes
     sample: int = 0  # number of the sample, from 0
     caption: str | None = None  # of the image in the source
-    image_hash: str = ""
 
     @property
     def text(self) -> str:

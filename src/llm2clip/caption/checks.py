@@ -22,10 +22,9 @@ from torch import Tensor
 from llm2clip.caption.database import CaptionDatabase, ImageRow
 from llm2clip.caption.options import Kind, Prompt
 from llm2clip.data.image_refs import FileImage
-from llm2clip.data.skip_log import SkipLog
+from llm2clip.data.images import iter_image_batches
 from llm2clip.io_utils import UNSPACED, make_text_key
 from llm2clip.progress import ProgressBar
-from llm2clip.store.encode import encode_image_batches
 from llm2clip.store.layout import iter_chunks
 
 if TYPE_CHECKING:
@@ -342,7 +341,7 @@ def score_captions(
     result = ScoredCaptions(encoder.name, max_rank, sample_size=len(sample_hashes))
     with ProgressBar(total=database.count_images(), desc="checking", unit="image") as bar:
         for rows in iter_chunks(database.iterate_images(distinct=True), IMAGES_PER_BATCH):
-            hashes, embeddings = _encode_images(database, rows, encoder, bar)
+            hashes, embeddings = _encode_images(database, rows, encoder)
             result.num_unreadable += len(rows) - len(hashes)
             answers, owners = [], []
             for owner, image_hash in enumerate(hashes):
@@ -361,6 +360,7 @@ def score_captions(
                     scored.append(replace(answer, problem=problem, score=score, rank=rank))
                 database.update_checks(scored)
                 result.num_captions += len(scored)
+            bar.update(len(rows))
     return result
 
 
@@ -392,18 +392,21 @@ def _encode_sample(database: CaptionDatabase, encoder: DualEncoder) -> tuple[lis
     """
     query = "SELECT min(number) FROM images GROUP BY hash ORDER BY hash LIMIT ?"
     numbers = [number for (number,) in database.connection.execute(query, (SAMPLE_SIZE + 1,))]
-    rows = [database.read_image(number) for number in numbers]
-    with ProgressBar(disable=True) as hidden:
-        return _encode_images(database, rows, encoder, hidden)
+    return _encode_images(database, [database.read_image(number) for number in numbers], encoder)
 
 
 def _encode_images(
-    database: CaptionDatabase, rows: Sequence[ImageRow], encoder: DualEncoder, bar: ProgressBar
+    database: CaptionDatabase, rows: Sequence[ImageRow], encoder: DualEncoder
 ) -> tuple[list[str], Tensor]:
     """Return the hashes and embeddings of the images that can be read."""
     refs = [find_image_file(database, row) for row in rows]
-    embeddings, indices = encode_image_batches(refs, encoder, SkipLog(max_skipped=1.0), bar, IMAGES_PER_BATCH)
-    return [rows[index].hash for index in indices], embeddings
+    hashes: list[str] = []
+    embeddings = [torch.empty(0, encoder.embed_dim)]
+    for indices, images, _ in iter_image_batches(refs, encoder.transform, IMAGES_PER_BATCH):
+        hashes += [rows[index].hash for index in indices]
+        if images:
+            embeddings.append(encoder.encode_images(images))
+    return hashes, torch.cat(embeddings)
 
 
 def find_image_file(database: CaptionDatabase, row: ImageRow) -> FileImage:

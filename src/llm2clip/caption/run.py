@@ -316,7 +316,7 @@ class _CaptionRun:
             prepared = self.captioner.prepare(shrink_image(load_image(data), self.options.image_size))
         except (ImageError, OSError) as error:
             failure = Answer(None, f"{UNREADABLE_IMAGE}: {error}")
-        requests = [CaptionRequest(prepared, prompt, sample, caption, row.hash) for prompt, sample in missing]
+        requests = [CaptionRequest(prepared, prompt, row.hash, sample, caption) for prompt, sample in missing]
         if failure is None:
             return requests
         with self._lock:

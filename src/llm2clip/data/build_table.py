@@ -493,6 +493,6 @@ def _group_by_caption_field(
     for name in extra_columns:
         only_this_column = {**columns, **dict.fromkeys(CAPTION_FIELDS, ""), "captions": name}
         quiet = SkipLog(max_skipped=1.0)  # some rows are expected to have no caption in this column
-        candidates = open_table(sources, only_this_column, quiet, "unchecked", folder)
+        candidates = open_table(sources, only_this_column, quiet, "header", folder)
         fields[name] = candidates.select(mask_same_images(held_out, candidates))
     return fields

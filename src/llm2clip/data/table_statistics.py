@@ -108,6 +108,7 @@ class TableStatistics:
 
 
 def compute_statistics(batches: Iterable[pa.RecordBatch]) -> TableStatistics:
+    """Return the statistics of a table from record batches with the columns `STATISTICS_COLUMNS`."""
     statistics = TableStatistics()
     for batch in batches:
         statistics.add(batch)

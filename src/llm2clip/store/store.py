@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from llm2clip.cpu_tuning import get_available_memory
@@ -64,14 +65,19 @@ class EmbeddingStore:
         if read_ahead is None:
             size = int(self._bounds[-1]) * self.embed_dim * self._dtype.itemsize
             read_ahead = size >= get_available_memory() / 2
-        self._reads_ahead = read_ahead and hasattr(mmap, "MADV_WILLNEED")
-        self._chunk_bytes = UNCACHED_CHUNK if self._reads_ahead else CACHED_CHUNK
+        self._uses_madvise = read_ahead and hasattr(mmap, "MADV_WILLNEED")
+        self._chunk_bytes = UNCACHED_CHUNK if self._uses_madvise else CACHED_CHUNK
+        # Cached methods would create a reference cycle, which would keep files open until the next garbage collection.
+        map_embeddings = partial(
+            _map_embeddings, self.folder, self.shards, self.embed_dim, self._dtype, self._uses_madvise
+        )
+        map_scales = partial(_map_scales, self.folder, self.shards)
         for n in range(len(self.shards)):  # checks the files
-            self._map_embeddings(n)
+            map_embeddings(n)
             if self._dtype == np.int8:
-                self._map_scales(n)
-        self._open_embeddings = lru_cache(MAX_OPEN_FILES)(self._map_embeddings)
-        self._open_scales = lru_cache(MAX_OPEN_FILES)(self._map_scales)
+                map_scales(n)
+        self._open_embeddings = lru_cache(MAX_OPEN_FILES)(map_embeddings)
+        self._open_scales = lru_cache(MAX_OPEN_FILES)(map_scales)
         self._index = self._open_index()
 
     def _open_index(self) -> KeyIndex:
@@ -150,18 +156,6 @@ class EmbeddingStore:
             embeddings[positions] = values
         return embeddings
 
-    def _map_embeddings(self, shard: int) -> np.memmap[Any, Any]:
-        path = layout.embeddings_path(self.folder, self.shards[shard].number)
-        array = _open_array(path, (self.shards[shard].rows, self.embed_dim), self._dtype)
-        if self._reads_ahead and array.size:
-            with suppress(OSError):
-                array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
-        return array
-
-    def _map_scales(self, shard: int) -> np.memmap[Any, Any]:
-        path = layout.scales_path(self.folder, self.shards[shard].number)
-        return _open_array(path, (self.shards[shard].rows,), np.dtype(np.float32))
-
     def _read(self, sorted_rows: np.ndarray, out: np.ndarray) -> np.ndarray | None:
         """Fill `out` with the stored values of the rows. Return their scale factors, or None if there are none."""
         cuts = np.searchsorted(sorted_rows, self._bounds)
@@ -169,7 +163,7 @@ class EmbeddingStore:
         scales = []
         for first in range(0, len(parts), MAX_OPEN_FILES):  # as many files as stay open
             group = parts[first : first + MAX_OPEN_FILES]
-            for shard, start, stop in group if self._reads_ahead else ():
+            for shard, start, stop in group if self._uses_madvise else ():
                 self._request_pages(self._open_embeddings(shard), sorted_rows[start:stop] - self._bounds[shard])
             for shard, start, stop in group:
                 rows = sorted_rows[start:stop] - self._bounds[shard]
@@ -223,6 +217,21 @@ def find_corrupt_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec) 
         intact_shards = pool.map(is_intact, shards)
         results = ProgressBar(intact_shards, "verify", total=len(shards), unit="shard", leave=False, delay=1)
         return [shard.number for shard, intact in zip(shards, results, strict=True) if not intact]
+
+
+def _map_embeddings(
+    folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: np.dtype[Any], uses_madvise: bool, shard: int
+) -> np.memmap[Any, Any]:
+    path = layout.embeddings_path(folder, shards[shard].number)
+    array = _open_array(path, (shards[shard].rows, embed_dim), dtype)
+    if uses_madvise and array.size:
+        with suppress(OSError):
+            array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+    return array
+
+
+def _map_scales(folder: Path, shards: Sequence[Shard], shard: int) -> np.memmap[Any, Any]:
+    return _open_array(layout.scales_path(folder, shards[shard].number), (shards[shard].rows,), np.dtype(np.float32))
 
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
@@ -335,26 +344,42 @@ def _look_up_fields(table: RecordTable, source: CaptionSource, fields: Sequence[
 
 
 def _look_up(table: RecordTable, field: str, source: CaptionSource) -> CaptionRows:
+    refused = layout.read_refused_captions(source.folder) if isinstance(source, EmbeddingStore) else {}
+    row_of_phrase: dict[str, int] = {}
     parts = []
     for batch in table.iterate_batches([field]):
         lists = batch.column(0)
-        texts = lists.flatten().dictionary_encode()  # many images have the same phrases
-        rows = _find_rows(texts.dictionary.to_pylist(), field, source)[texts.indices.to_numpy()]
+        texts = lists.flatten()
+        if not isinstance(source, EmbeddingStore):
+            rows = source.find_rows(texts.to_pylist())
+        elif field == "phrases":
+            rows = _look_up_phrases(texts, source, row_of_phrase)
+        else:
+            rows = _look_up_captions(texts.to_pylist(), source, refused)
         record_of_row = np.repeat(np.arange(len(lists)), np.diff(lists.offsets.to_numpy()))
         is_found = rows >= 0
         parts.append(_sort_rows(rows[is_found], record_of_row[is_found], len(lists)))
     return _concatenate(parts)
 
 
-def _find_rows(texts: list[str], field: str, source: CaptionSource) -> np.ndarray:
-    """Return the rows of texts, with -1 for captions that the tokenizer could not encode and for rare phrases."""
-    if not isinstance(source, EmbeddingStore):
-        return source.find_rows(texts)
-    rows = source.find_keys(layout.make_caption_keys(texts))
-    missing = [texts[n] for n in np.flatnonzero(rows < 0).tolist()]
-    if missing and field != "phrases":
-        refused = layout.read_refused_captions(source.folder)
-        source.find_rows(caption for caption in missing if caption not in refused)  # raises StoreError
+def _look_up_phrases(phrases: pa.Array, store: EmbeddingStore, row_of_phrase: dict[str, int]) -> np.ndarray:
+    """Return the rows of phrases, with -1 for phrases that were too rare to be embedded.
+
+    Many images have the same phrases. Each phrase is therefore looked up only once, and added to `row_of_phrase`.
+    """
+    encoded = phrases.dictionary_encode()
+    names = encoded.dictionary.to_pylist()
+    new = [name for name in names if name not in row_of_phrase]
+    row_of_phrase.update(zip(new, store.find_keys(layout.make_caption_keys(new)).tolist(), strict=True))
+    rows = np.array([row_of_phrase[name] for name in names], np.int64)
+    return rows[encoded.indices.to_numpy()]
+
+
+def _look_up_captions(captions: list[str], store: EmbeddingStore, refused: Container[str]) -> np.ndarray:
+    """Return the rows of captions, with -1 for the refused captions, which the tokenizer could not encode."""
+    rows = store.find_keys(layout.make_caption_keys(captions))
+    missing = [captions[n] for n in np.flatnonzero(rows < 0).tolist()]
+    store.find_rows(caption for caption in missing if caption not in refused)  # raises StoreError
     return rows
 
 
