@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import captions as captions_benchmark
 from caption_fixtures import FixedCaptioner
-from format_fixtures import write_jsonl
 from llm2clip.caption import checks as checks_module
 from llm2clip.caption.checks import (
     BOILERPLATE,
@@ -44,7 +40,6 @@ from llm2clip.caption.files import (
 from llm2clip.caption.options import CaptionOptions, Prompt
 from llm2clip.caption.run import caption_images
 from llm2clip.data.images import load_image
-from llm2clip.data.records import open_records
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.reports import render_text
 
@@ -428,40 +423,3 @@ def test_run_writes_only_accepted_captions_and_a_report(
     assert num_best < 4 and f"({num_best} caption of" in text
     assert f"rejected captions {8 - num_best}" in text and f"{MISMATCH} {4 - num_best} " in text
     assert "Earlier rejections remain valid" in text
-
-
-def test_benchmark_trains_on_synthetic_captions_only_if_their_share_is_100_percent(tmp_path: Path) -> None:
-    rows = []
-    for number in range(2):
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
-        rows.append({"image": f"{number}.png", "id": str(number), "captions": [f"human {number}"]})
-    rows[0] |= {"short_captions": ["synthetic"], "long_captions": ["long synthetic"]}
-    write_jsonl(tmp_path / "captions.jsonl", rows)
-    files = dict.fromkeys(("all", "one prompt", "checked"), tmp_path / "captions.jsonl")
-    models = captions_benchmark.make_training_sets(files, Namespace(out=tmp_path, shares=[25, 100]))
-    assert {name: mix for name, (_, mix) in models.items()} == {
-        "human": {"captions": 1},
-        "short-25": {"captions": 0.75, "short_captions": 0.25},
-        "short-100": {"captions": 1},
-        "dense-25": {"captions": 0.75, "long_captions": 0.25},
-        "dense-100": {"captions": 1},
-        "one prompt": {"captions": 1},
-        "checked": {"captions": 1},
-    }
-    for name, text in (("short-100", "synthetic"), ("dense-100", "long synthetic"), ("checked", "synthetic")):
-        records = list(open_records(f"{models[name][0]}@none"))
-        assert [(record.id, *record.captions) for record in records] == [("0", text)]
-
-
-def test_benchmark_table_has_means_over_seeds_and_intervals_of_the_first_seed(tmp_path: Path) -> None:
-    files = []
-    for seed in range(2):
-        row: dict[str, object] = {}
-        for way in ("I2T", "T2I"):
-            row |= {way: {"R@1": 10.0 + 2 * seed}, f"{way} interval": {"R@1": [8.0 + seed, 12.0]}}
-        row["short queries"] = [{"words": str(n), "mAP": 5.0 * n, "mAP interval": [4.0, 6.0]} for n in (1, 2, 3)]
-        files.append(tmp_path / f"{seed}.json")
-        files[-1].write_text(json.dumps({"results": [{"rows": [row]}]}))
-    table = captions_benchmark.make_table(files, ["human"])
-    assert "| human | 11.0 ± 1.0 (8.0 to 12.0) | 11.0 ± 1.0 (8.0 to 12.0) | 5.0 ± 0.0 (4.0 to 6.0) |" in table
-    assert "| captions | I2T R@1 | T2I R@1 | mAP, 1 word | mAP, 2 words | mAP, 3 words |" in table

@@ -420,14 +420,14 @@ def test_load_official_downloads_only_the_needed_files(tmp_path: Path, monkeypat
         return str(folder)
 
     monkeypatch.setattr("llm2clip.models.loading.find_hub_problem", lambda: "")
-    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: repository)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name, revision: repository)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     load_official_checkpoint("microsoft/LLM2CLIP-Openai-B-16")
     assert set(patterns) == {"config.json", "preprocessor_config.json", "model.safetensors"}
 
 
 def test_load_official_reports_missing_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(name: str) -> list[str]:
+    def offline(name: str, revision: str | None) -> list[str]:
         from huggingface_hub.errors import HTTPError  # not an OSError when the host cannot be reached
 
         raise HTTPError("no network")
