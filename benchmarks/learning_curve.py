@@ -145,7 +145,8 @@ def write_results(out: Path, names: Sequence[str], sizes: Sequence[int]) -> None
     if complete:
         labels = [f"{size:,}" for size in sizes]
         svg = plot_interval_curves(complete, labels, "training photographs", "mean R@1, % (1,000 photographs)")
-        (out / "curve.svg").write_text(svg)
+        if svg is not None:  # Matplotlib is installed
+            (out / "curve.svg").write_text(svg)
 
 
 def main() -> None:

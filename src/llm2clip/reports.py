@@ -64,7 +64,7 @@ class Table:
 class Figure:
     """An SVG plot and its caption."""
 
-    svg: str  # HTML paragraph instead if Matplotlib is not installed
+    svg: str | None  # None if Matplotlib is not installed
     caption: str
 
 
@@ -116,7 +116,7 @@ def write_report(
 
 
 def _lacks_plots(blocks: Sequence[Block]) -> bool:
-    return any(isinstance(block, Figure) and "<svg" not in block.svg for block in blocks)
+    return any(isinstance(block, Figure) and block.svg is None for block in blocks)
 
 
 def render_markdown(title: str, blocks: Sequence[Block], verdict: str = "", html_name: str = "") -> str:
@@ -239,6 +239,9 @@ def _format_inline(text: str) -> str:
 
 def _label_svg(figure: Figure) -> str:
     """Add a text alternative to a figure's SVG, because screen readers would otherwise read out each axis label."""
+    if figure.svg is None:
+        command = install_command("reports")
+        return f"<p>Matplotlib is not installed. To add plots to reports, run <code>{command}</code></p>"
     return figure.svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(figure.caption)}"', 1)
 
 

@@ -110,7 +110,6 @@ def _serve(args: Namespace) -> list[str]:
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.backends import open_backend
-    from llm2clip.search.immich import Upstream, add_immich_routes, describe_setup
     from llm2clip.search.inference import Limits
     from llm2clip.search.server import LOOPBACK, Access, create_app, serve
 
@@ -119,7 +118,12 @@ def _serve(args: Namespace) -> list[str]:
     if model_name is None:
         raise ValueError("pass an index, or a model with --model")
     token = None if args.immich else choose_token(args.token, args.no_token, args.host)
-    upstream = Upstream(args.immich_upstream) if args.immich_upstream is not None else None
+    add_routes = None
+    if args.immich:
+        from llm2clip.search.immich import Upstream, add_immich_routes, describe_setup
+
+        upstream = Upstream(args.immich_upstream) if args.immich_upstream is not None else None
+        add_routes = partial(add_immich_routes, upstream=upstream)
     model_thread = ThreadPoolExecutor(1, "model")
     model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision, stage="serve").result()
     public_paths = ("/health", "/v1/models") if args.list_models_without_token else ("/health",)
@@ -129,7 +133,7 @@ def _serve(args: Namespace) -> list[str]:
         limits=Limits(max_queue=args.max_queue, timeout=args.timeout, batch_size=args.batch_size),
         access=Access(token, LOOPBACK if args.host in LOOPBACK else None, public_paths),
         model_thread=model_thread,
-        add_routes=partial(add_immich_routes, upstream=upstream) if args.immich else None,
+        add_routes=add_routes,
     )
     if args.mcp:
         from llm2clip.search.mcp_tools import add_mcp_route

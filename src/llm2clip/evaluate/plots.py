@@ -7,10 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.io_utils import install_command
-
-INSTALL_COMMAND = install_command("reports")
-NO_PLOT = f"<p>Matplotlib is not installed. To add plots to reports, run <code>{INSTALL_COMMAND}</code></p>"
 GREY = "#808994"
 COLOURS = ("#3b7dd8", "#d9822b", "#2f9e6e", "#b0569c", "#8a7a3c", "#5c6bc0", "#c0504d")
 
@@ -22,8 +18,8 @@ def plot_curves(
     ylabel: str,
     bands: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     tick_labels: Sequence[str] | None = None,
-) -> str:
-    """Plot curves with common x values, and return the SVG, or `NO_PLOT` if Matplotlib is not installed.
+) -> str | None:
+    """Plot curves with common x values, and return the SVG, or None if Matplotlib is not installed.
 
     Args:
         curves: y values of each curve, keyed by curve name.
@@ -31,7 +27,7 @@ def plot_curves(
         tick_labels: Label of the x axis tick at each x value. Default: numbers, at positions chosen by Matplotlib.
     """
     if find_spec("matplotlib") is None:
-        return NO_PLOT
+        return None
     figure, axes = create_axes(6.6, 3.6)
     for n, (name, y) in enumerate(curves.items()):
         colour = COLOURS[n % len(COLOURS)]
@@ -49,8 +45,8 @@ def plot_curves(
 
 def plot_interval_curves(
     curves: Mapping[str, Sequence[tuple[float, float, float]]], tick_labels: Sequence[str], xlabel: str, ylabel: str
-) -> str:
-    """Plot curves with shaded intervals, and return the SVG. Each point (value, low, high) has one tick label."""
+) -> str | None:
+    """Plot curves with shaded intervals, as `plot_curves` does. Each point (value, low, high) has one tick label."""
     values, bands = {}, {}
     for name, points in curves.items():
         values[name] = [value for value, _, _ in points]
@@ -58,13 +54,13 @@ def plot_interval_curves(
     return plot_curves(values, range(len(tick_labels)), xlabel, ylabel, bands=bands, tick_labels=tick_labels)
 
 
-def plot_histograms(histograms: Mapping[str, Mapping[int, int]], xlabel: str, ylabel: str) -> str:
-    """Plot histograms on a logarithmic axis, and return the SVG, or `NO_PLOT` if Matplotlib is not installed.
+def plot_histograms(histograms: Mapping[str, Mapping[int, int]], xlabel: str, ylabel: str) -> str | None:
+    """Plot histograms on a logarithmic axis, and return the SVG, or None if Matplotlib is not installed.
 
     `histograms` has the number of occurrences of each positive integer, keyed by curve name.
     """
     if find_spec("matplotlib") is None:
-        return NO_PLOT
+        return None
     from matplotlib.ticker import LogLocator
 
     figure, axes = create_axes(4.8, 2.9)

@@ -47,7 +47,7 @@ from llm2clip.models.loading import (
     hide_loading_bars,
     split_revision,
 )
-from llm2clip.models.model_folder import MODEL_FILES, find_model_folder, is_model_folder
+from llm2clip.models.model_folder import find_model_folder, is_model_folder
 from llm2clip.models.precision import FP32, Precision, Stage, resolve_precision
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.models.vision.dense import DenseEncoder, build_dense_encoder
@@ -172,7 +172,7 @@ def open_dual_encoder(
         source = str(find_model_folder(name))
         if not is_model_folder(source):
             weights = () if any(Path(source).glob("*.safetensors")) else ("pytorch_model*.bin",)
-            download_snapshot(name, (*MODEL_FILES, "*.py", *weights))
+            download_snapshot(name, ("*.py", *weights))
     if is_model_folder(source) or not has_text_tower(source, trust_remote_code):
         model = LLM2CLIP.from_pretrained(source, device)
         if model.has_encoder and stage == "serve":

@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm2clip.io_utils import describe_error, read_json, read_json_object
+from llm2clip.io_utils import describe_error, hide_url_secrets, read_json, read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -242,7 +242,7 @@ def describe_hub_error(error: BaseException, access_problem: str = "it does not 
     network_errors = (HTTPError, ConnectionError, TimeoutError, RuntimeError)  # RuntimeError: from hf_xet
     if status >= 500 or (not status and any(isinstance(cause, network_errors) for cause in causes)):
         message += ". Try again: files that were transferred completely are kept"
-    return re.sub(r"(https?://[^\s'\"?]*)\?[^\s'\"]*", r"\1", message)  # presigned URLs contain credentials
+    return hide_url_secrets(message)  # presigned URLs contain credentials
 
 
 def read_config(source: str | Path, subfolder: str = "") -> dict[str, Any]:
@@ -416,7 +416,8 @@ def name_with_hash(source: str) -> str:
     patterns = ("*model*.safetensors", "*model*.bin", "*.pt")
     weights = next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), [])
     # A folder with EVA weights also contains other weights. The source can also be a file.
-    weights += [*folder.glob("*EVA*.pt"), folder, folder / "1_Pooling/config.json"]
+    weights += [file for file in sorted(folder.glob("*EVA*.pt")) if file not in weights]
+    weights += [folder, folder / "1_Pooling/config.json"]
     settings = [folder / name for name in ("config.json", "generation_config.json", "chat_template.jinja")]
     hashes = []
     for file in [*settings, *weights]:

@@ -181,13 +181,13 @@ def _describe_model(model: DualEncoder) -> dict[str, Any]:
 
 
 def _parse_source(text: str, columns: dict[str, str]) -> Source:
-    source = Source.parse(text)
+    source = Source.parse(text, columns)
     path = source.path
     if is_remote(path):
         raise ValueError(f"{source}: only local images can be indexed, because the server sends them. Copy them first")
     if not path.startswith("hf:"):
         path = os.path.realpath(os.path.expanduser(path))
-    return dataclasses.replace(source, path=path, columns={**source.columns, **columns})
+    return dataclasses.replace(source, path=path)
 
 
 def _is_unchanged_file(name: str, version: str, folders: Sequence[str]) -> bool:

@@ -10,7 +10,7 @@ from pyarrow import parquet
 from llm2clip.io_utils import atomic_path
 from llm2clip.progress import ProgressBar
 from llm2clip.search.backends import INDEX_FILE, open_backend
-from llm2clip.search.metadata import CONTENT_FIELDS, IMAGE_FIELDS, read_columns
+from llm2clip.search.metadata import CONTENT_FIELDS, IMAGE_FIELDS
 
 ROWS_PER_GROUP = 2000  # only one row group is in memory at a time
 TYPES = {float: pa.float64(), int: pa.int64(), str: pa.string()}
@@ -29,8 +29,10 @@ def export_vectors(index: str, out: str | Path, with_private: bool = False) -> i
     metadata, texts = backend.metadata(), pa.list_(pa.string())
     columns: dict[str, Any] = {"id": pa.int64(), "vector": pa.list_(pa.float32(), int(metadata["embed_dim"]))}
     columns |= {"name": pa.string(), "names": texts, "captions": texts, "text": pa.string()}
-    fields = [field for field in (*CONTENT_FIELDS, *IMAGE_FIELDS) if with_private or not field.is_private]
-    columns |= {field.name: TYPES[field.type] for field in fields}
+    content_fields, image_fields = (
+        [field for field in fields if with_private or not field.is_private] for fields in (CONTENT_FIELDS, IMAGE_FIELDS)
+    )
+    columns |= {field.name: TYPES[field.type] for field in (*content_fields, *image_fields)}
     schema = pa.schema(list(columns.items()), {"llm2clip": json.dumps(metadata)})
     bar = ProgressBar(total=backend.count()[1], desc="export", unit="image")
     count, last_id = 0, "0"
@@ -41,8 +43,10 @@ def export_vectors(index: str, out: str | Path, with_private: bool = False) -> i
                 image = hit.images[0]
                 row: dict[str, Any] = {"id": int(hit.id), "vector": vectors.get(hit.id), "text": hit.text}
                 row |= {"name": image.name, "names": [image.name for image in hit.images], "captions": image.captions}
-                rows.append(row | read_columns(hit, CONTENT_FIELDS) | read_columns(image, IMAGE_FIELDS))
-            writer.write_table(pa.Table.from_pylist(rows, schema))  # ignores the keys that are not columns
+                row |= {field.name: getattr(hit, field.name) for field in content_fields}
+                row |= {field.name: getattr(image, field.name) for field in image_fields}
+                rows.append(row)
+            writer.write_table(pa.Table.from_pylist(rows, schema))
             bar.update(len(rows))
             count, last_id = count + len(rows), ids[-1]
         if inode != (file.exists() and file.stat().st_ino):

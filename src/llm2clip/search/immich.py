@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, Json
 from starlette.formparsers import MultiPartParser
 
 from llm2clip.search.images import read_image_size
-from llm2clip.search.inference import InferenceService, QueueFull
+from llm2clip.search.inference import InferenceService, check_capacity
 from llm2clip.search.middleware import CHUNK_SIZE
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.schemas import Text
@@ -74,8 +74,7 @@ class Upstream:
 
     async def predict(self, entries: str, text: str | None, image: bytes | None, max_queue: int) -> Response:
         """Forward a request and return the answer, or raise QueueFull or HTTPException. The middleware limits time."""
-        if self._pending >= max_queue:
-            raise QueueFull(f"the server is busy: {max_queue:,} forwarded requests are waiting; try again later")
+        check_capacity(1, self._pending, max_queue, "forwarded requests")
         files: dict[str, Any] = {"entries": (None, entries)}
         if text is not None:
             files["text"] = (None, text)

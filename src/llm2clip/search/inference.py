@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 import torch
@@ -75,7 +76,7 @@ class WorkerPool:
 
     async def run(self, function: Callable[..., Result], *args: Any) -> Result:
         """Call a function in a thread, with the caller's context variables. Raise QueueFull if there are too many."""
-        _check_capacity(1, self.waiting, self._max_waiting, self._unit)
+        check_capacity(1, self.waiting, self._max_waiting, self._unit)
         future = self._pool.submit(copy_context().run, function, *args)
         self.waiting += 1
         try:
@@ -87,7 +88,7 @@ class WorkerPool:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _check_capacity(count: int, waiting: int, limit: int, unit: str) -> None:
+def check_capacity(count: int, waiting: int, limit: int, unit: str) -> None:
     """Raise ValueError if a request has more items than a queue can hold, or QueueFull if they do not fit now."""
     if count > limit:
         raise ValueError(f"too many {unit} in one request: {count:,}; the limit is {limit:,}")
@@ -151,7 +152,7 @@ class Batcher(Generic[Item, Result]):
         with self._changed:
             if self._is_closed:
                 raise QueueFull("the server is stopping; try again later")
-            _check_capacity(len(items), len(self), self._max_queue, "items")
+            check_capacity(len(items), len(self), self._max_queue, "items")
             self._queue.extend(entries)
             self._changed.notify()
             if entries and not self._is_scheduled:
@@ -253,6 +254,7 @@ class InferenceService:
             ValueError: The index was built with a different model.
         """
         self.limits = limits
+        self.model_name = Path(model.name).resolve().name
         # Use a single thread, because running two batches in parallel is slower than running them in sequence.
         self._model_thread = model_thread or ThreadPoolExecutor(1, "model")
         # The model thread must set its OpenMP thread count before the worker threads set theirs to one.

@@ -188,9 +188,8 @@ def _add_status_routes(app: FastAPI, service: InferenceService, auth: Authentica
         """
         if auth is not None and not auth.is_authorized(request):
             return HealthResponse()
-        model = service.encoder.model
         images = await run_in_threadpool(service.count_images)
-        return HealthResponse(model=Path(model.name).resolve().name, dimensions=model.embed_dim, images=images)
+        return HealthResponse(model=service.model_name, dimensions=service.encoder.model.embed_dim, images=images)
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
@@ -237,7 +236,7 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
     @app.get("/v1/models", include_in_schema=False)
     async def list_models() -> dict[str, Any]:
         """Return the name of the model in OpenAI's format. The other fields are constants that the format requires."""
-        model = {"id": Path(encoder.model.name).resolve().name, "object": "model", "created": 0, "owned_by": "llm2clip"}
+        model = {"id": service.model_name, "object": "model", "created": 0, "owned_by": "llm2clip"}
         return {"object": "list", "data": [model]}
 
     @app.post("/v1/embeddings", responses=API_ERRORS, include_in_schema=False)
@@ -272,7 +271,7 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
                 embedding = base64.b64encode(vector.astype("<f4").tobytes()).decode()
             items.append(EmbeddingItem(index=index, embedding=embedding))
         usage = {"prompt_tokens": 0, "total_tokens": 0}
-        return EmbedResponse(data=items, model=Path(encoder.model.name).resolve().name, usage=usage)
+        return EmbedResponse(data=items, model=service.model_name, usage=usage)
 
 
 def _add_image_routes(app: FastAPI, service: InferenceService) -> None:

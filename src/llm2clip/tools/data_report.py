@@ -29,8 +29,15 @@ from llm2clip.data.table_statistics import (
     compute_statistics,
     count_languages,
 )
-from llm2clip.evaluate.plots import INSTALL_COMMAND, plot_histograms
-from llm2clip.io_utils import format_bytes, format_count, format_duration, hide_url_secrets, to_valid_unicode
+from llm2clip.evaluate.plots import plot_histograms
+from llm2clip.io_utils import (
+    format_bytes,
+    format_count,
+    format_duration,
+    hide_url_secrets,
+    install_command,
+    to_valid_unicode,
+)
 from llm2clip.reports import BAD, Block, Code, Example, Examples, Figure, Heading, Paragraph, Table, write_report
 from llm2clip.runs.run_description import build_run_section, describe_run
 
@@ -249,7 +256,7 @@ def _summarize(histogram: Histogram) -> list[str]:
 
 def _build_languages(languages: dict[str, Counter[str]]) -> list[Block]:
     if not languages:
-        return [Paragraph(f"To see the languages of the captions, run `{INSTALL_COMMAND}`.")]
+        return [Paragraph(f"To see the languages of the captions, run `{install_command('reports')}`.")]
     sampled = {name: counts for name, counts in languages.items() if counts}
     total: Counter[str] = sum(sampled.values(), Counter())
     listed = [code for code, count in total.most_common() if count >= MIN_LANGUAGE_SHARE * total.total()]

@@ -30,7 +30,7 @@ FILE_READERS: UserReaders = {
     "segmentation:": ("segmentation", "images with masks", COCO_FILE, read_coco_masks),
     "detection:": ("detection", "objects with boxes", COCO_FILE, read_objects),
 }
-USER_PREFIXES = ("folder:", "boxes:", "segmentation:", "detection:")
+USER_PREFIXES = tuple(dict.fromkeys((*FOLDER_READERS, *FILE_READERS)))
 
 
 def _load_benchmarks() -> dict[str, Benchmark]:
