@@ -13,7 +13,6 @@ import os
 import shutil
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from measurements import Timer, list_processes, run_in_new_process
 from samples import make_samples
 
 IMAGE_SIZE = 224
+PREPROCESS = Preprocess(IMAGE_SIZE, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
 STEPS = {  # name -> (part, number of cores or 0 for all)
     "read the sources with one core": ("read", 1),
     "read the sources with two cores": ("read", 2),
@@ -60,10 +60,8 @@ def write_store(records: RecordTable, folder: Path) -> EmbeddingStore:
 
 def open_batches(records: RecordTable, store: EmbeddingStore, workers: int, batch_size: int) -> AlignBatches:
     """Open the training batches of `align` with two captions per image."""
-    preprocess = Preprocess(IMAGE_SIZE, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
-    model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=preprocess))  # what `AlignBatches` uses
     config = AlignConfig(batch_size=batch_size, workers=workers, captions_per_image=2, epochs=99)
-    return AlignBatches(records, store, model.tower.preprocess, config)
+    return AlignBatches(records, store, PREPROCESS, config)
 
 
 class PeakMemory(threading.Thread):

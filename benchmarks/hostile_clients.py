@@ -44,6 +44,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from measurements import memory_mb
 from shared import start_server
 
 TOKEN = "benchmark"
@@ -91,9 +92,21 @@ class Attacker:
         finally:
             writer.transport.abort()
 
-    async def post(self, path: str, body: bytes, headers: str = JSON) -> None:
-        length = f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        await self.send(f"POST {path} HTTP/1.1\r\n{HEAD}{headers}{length}", body)
+    async def post(
+        self, path: str, body: bytes, headers: str = JSON, framing: str | None = None, read: bool = True
+    ) -> None:
+        """Send a body. `framing` are the headers that state its length."""
+        if framing is None:
+            framing = f"Content-Length: {len(body)}\r\nConnection: close\r\n"
+        await self.send(f"POST {path} HTTP/1.1\r\n{HEAD}{headers}{framing}\r\n", body, read)
+
+    async def post_too_large(self, path: str, headers: str = JSON) -> None:
+        """Send a body that is larger than the limit, without a Content-Length header."""
+        await self.post(path, TOO_LARGE_BODY, headers, "Transfer-Encoding: chunked\r\n")
+
+    async def post_unfinished(self, path: str, body: bytes, headers: str = JSON) -> None:
+        """Send all bytes of a body except the last."""
+        await self.post(path, body, headers, f"Content-Length: {len(body) + 1}\r\n")
 
     async def scan_bomb(self) -> None:
         """Send a JPEG of 400 KB that takes more than 10 seconds to decode."""
@@ -119,13 +132,11 @@ class Attacker:
     async def oversized_body(self) -> None:
         """Send the largest body that the server accepts, and then a larger one without a Content-Length header."""
         await self.post("/embed", LARGEST_BODY)
-        head = f"POST /embed HTTP/1.1\r\n{HEAD}{JSON}Transfer-Encoding: chunked\r\n\r\n"
-        await self.send(head, TOO_LARGE_BODY)
+        await self.post_too_large("/embed")
 
     async def unfinished_body(self) -> None:
         """Send all bytes of a request body except the last."""
-        head = f"POST /embed HTTP/1.1\r\n{HEAD}{JSON}Content-Length: {len(LARGEST_BODY) + 1}\r\n\r\n"
-        await self.send(head, LARGEST_BODY)
+        await self.post_unfinished("/embed", LARGEST_BODY)
 
     async def slow_reader(self) -> None:
         """Request the largest image, and do not read the response."""
@@ -139,8 +150,7 @@ class Attacker:
     async def mcp_slow_reader(self) -> None:
         """Request as many thumbnails as the tool `search_photos` returns, and do not read the response."""
         body = make_tool_call("search_photos", top=50)
-        head = f"POST /mcp HTTP/1.1\r\n{HEAD}{MCP_HEADERS}Content-Length: {len(body)}\r\n\r\n"
-        await self.send(head, body, read=False)
+        await self.post("/mcp", body, MCP_HEADERS, f"Content-Length: {len(body)}\r\n", read=False)
 
     async def slow_headers(self) -> None:
         """Send incomplete request headers."""
@@ -167,13 +177,11 @@ class Attacker:
         """Send the largest body, in which a parser finds many beginnings of the boundary, and a larger one."""
         await self.post("/predict", LARGEST_FORM, MULTIPART)
         await self.post("/predict", b"&" * (32 << 20), "Content-Type: application/x-www-form-urlencoded\r\n")
-        head = f"POST /predict HTTP/1.1\r\n{HEAD}{MULTIPART}Transfer-Encoding: chunked\r\n\r\n"
-        await self.send(head, TOO_LARGE_BODY)
+        await self.post_too_large("/predict", MULTIPART)
 
     async def immich_unfinished(self) -> None:
         """Send all bytes of a form except the last."""
-        head = f"POST /predict HTTP/1.1\r\n{HEAD}{MULTIPART}Content-Length: {len(LARGEST_FORM) + 1}\r\n\r\n"
-        await self.send(head, LARGEST_FORM)
+        await self.post_unfinished("/predict", LARGEST_FORM, MULTIPART)
 
     async def immich_reader(self) -> None:
         """Send 10,000 requests at once, and do not read the responses."""
@@ -403,12 +411,6 @@ def make_default_index(folder: Path) -> Path:
     return folder / "index"
 
 
-def peak_memory_mb(pid: int) -> float:
-    """Return the peak memory (RSS) of a process in MB."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="duration of the attacks")
@@ -455,12 +457,12 @@ def measure(
     alone, attacked = create_client(), create_client()
     alone.run(BASELINE_SECONDS)
     print(f"| no | {alone.summary()} |", flush=True)
-    memory_before = peak_memory_mb(server.pid)
+    memory_before = memory_mb("VmHWM", server.pid)
     for attacker in attackers:
         attacker.start()
     attacked.run(seconds)
     print(f"| yes | {attacked.summary()} |\n")
-    print(f"peak memory of the server: {memory_before:.0f} MB before, {peak_memory_mb(server.pid):.0f} MB after")
+    print(f"peak memory of the server: {memory_before:.0f} MB before, {memory_mb('VmHWM', server.pid):.0f} MB after")
     start = time.perf_counter()
     server.send_signal(signal.SIGTERM)
     server.wait(600)

@@ -23,9 +23,9 @@ import wids
 from braceexpand import braceexpand
 from torch.utils.data import DataLoader, RandomSampler
 
-from data import IMAGE_SIZE, open_batches, read_records, write_store
+from data import IMAGE_SIZE, PREPROCESS, open_batches, read_records, write_store
 from llm2clip.data.images import decode_image
-from llm2clip.data.transforms import Preprocess, TrainTransform
+from llm2clip.data.transforms import TrainTransform
 from measurements import measure_cpu
 from samples import make_samples
 
@@ -90,8 +90,7 @@ def make_collator() -> Callable[[list[dict[str, Any]]], Any]:
 
 def make_decoder() -> Callable[[bytes], Any]:
     """Return a function that decodes and crops a JPEG file as `align` does."""
-    preprocess = Preprocess(IMAGE_SIZE, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
-    transform, generator = TrainTransform(preprocess), torch.Generator().manual_seed(0)
+    transform, generator = TrainTransform(PREPROCESS), torch.Generator().manual_seed(0)
     return lambda data: transform(decode_image(data), generator)
 
 

@@ -41,9 +41,9 @@ def list_processes(pid: int) -> list[int]:
     return [pid, *(descendant for child in children for descendant in list_processes(int(child)))]
 
 
-def memory_mb(name: str) -> float:
-    """Return the memory of this process in MB: current memory for VmRSS, or peak memory for VmHWM."""
-    with open("/proc/self/status") as file:
+def memory_mb(name: str, pid: int | str = "self") -> float:
+    """Return the memory of a process in MB: current memory for VmRSS, or peak memory for VmHWM."""
+    with open(f"/proc/{pid}/status") as file:
         return next(float(line.split()[1]) for line in file if line.startswith(name)) / 1e3
 
 

@@ -12,12 +12,14 @@ import argparse
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llm2clip.cpu_tuning import keep_freed_memory
@@ -26,19 +28,27 @@ from llm2clip.data.records import open_records
 from llm2clip.models.precision import has_bf16_hardware
 from llm2clip.models.pretrained import resolve_pretrained
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.packing import PACKED, get_default_batch_tokens
+from llm2clip.models.text.packing import PACKED, TokenizedTexts, get_default_batch_tokens
 from llm2clip.train.tune import PairCollator, PairLoss
 
 ENCODER, LAYERS, STEPS = "smollm2-135m", 12, 3
 TEXTS_PER_BATCH = 32
 
 
+class FixedBatches(TokenizedTexts):
+    """Batches of a fixed number of texts, in the given order."""
+
+    def batches(self, max_tokens: int) -> Iterator[tuple[int, list[int]]]:
+        for start in range(0, len(self.ids), TEXTS_PER_BATCH):
+            yield 0, list(range(start, min(start + TEXTS_PER_BATCH, len(self.ids))))
+
+
 class FixedBatchLoss(PairLoss):
     """Loss that encodes a fixed number of texts per forward pass, in batch order, padded to the longest text."""
 
-    def _split_batch(self, tokens: list[list[int]], prompt_lengths: list[int]) -> Iterator[tuple[int, range]]:
-        for start in range(0, len(tokens), TEXTS_PER_BATCH):
-            yield 0, range(start, min(start + TEXTS_PER_BATCH, len(tokens)))
+    def forward(self, features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+        with patch("llm2clip.train.tune.TokenizedTexts", FixedBatches):
+            return super().forward(features, labels)
 
 
 @dataclass

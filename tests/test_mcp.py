@@ -8,6 +8,7 @@ import logging
 import os
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 from llm2clip.cli import main
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.models.dual_encoder import DualEncoder
+from llm2clip.search.backends import Backend
 from llm2clip.search.index import Index
 from llm2clip.search.inference import Limits
 from llm2clip.search.metadata import Filter
@@ -79,11 +81,17 @@ def backend(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dual_e
     return make_index(tmp_path_factory.mktemp("index"), image_folder, dual_encoder)
 
 
-@pytest.fixture(scope="module")
-def address(dual_encoder: DualEncoder, backend: SqliteBackend) -> Iterator[str]:
-    app = create_patient_app(dual_encoder, backend, access=Access(TOKEN))
+@contextmanager
+def mcp_server(model: DualEncoder, backend: Backend) -> Iterator[str]:
+    app = create_patient_app(model, backend, access=Access(TOKEN))
     add_mcp_route(app)
     with running_server(app) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def address(dual_encoder: DualEncoder, backend: SqliteBackend) -> Iterator[str]:
+    with mcp_server(dual_encoder, backend) as address:
         yield address
 
 
@@ -141,9 +149,7 @@ def test_search_photos_says_when_nothing_is_close(
 ) -> None:
     index = make_index(tmp_path / "index", image_folder, dual_encoder)
     reject_all_texts(index, dual_encoder)
-    app = create_patient_app(dual_encoder, index, access=Access(TOKEN))
-    add_mcp_route(app)
-    with running_server(app) as address:
+    with mcp_server(dual_encoder, index) as address:
         (message,) = read_texts(call(address, "search_photos", text="unicorn"))
         assert message == "Nothing is close: no photo shows what the text describes."
         message, *hits = read_texts(call(address, "search_photos", text="unicorn", top=2, filters={"min_side": 1}))
@@ -181,10 +187,8 @@ def test_show_photo_finds_repeated_and_unusual_names(kind: str, dual_encoder: Du
     (photos / "member.png").unlink()
     backend = create_backend(kind, tmp_path / "index")
     index_sources([photos, tar], dual_encoder, backend)
-    app = create_patient_app(dual_encoder, backend, access=Access(TOKEN))
-    add_mcp_route(app)
     full_names = {name: str(photos / name) for name in names} | {"member.png": f"{tar}!member.png"}
-    with running_server(app) as address:
+    with mcp_server(dual_encoder, backend) as address:
         for photo, name, others in (
             ("x.png", "b/x.png", ["a/x.png"]),  # not x.png/y.png, which is newer
             ("a/x.png", "a/x.png", []),
@@ -212,9 +216,7 @@ def test_show_photo_shows_the_thumbnail_of_a_missing_file(dual_encoder: DualEnco
         Image.new("RGB", size).save(photos / name)
     index = make_index(tmp_path / "index", photos, dual_encoder)
     (photos / "b.png").unlink()
-    app = create_patient_app(dual_encoder, index, access=Access(TOKEN))
-    add_mcp_route(app)
-    with running_server(app) as address:
+    with mcp_server(dual_encoder, index) as address:
         (shown,) = read_images(call(address, "show_photo", photo="a.png"))
         assert Image.open(io.BytesIO(shown)).size == (1024, 512)
         result = call(address, "show_photo", photo="b.png")
