@@ -49,6 +49,15 @@ def wait_for_hits(page: Any, count: int = 36) -> Any:
     return page.locator("#grid .tile")
 
 
+def wait_for_opened_image(page: Any) -> None:
+    """Wait until a page that a link opened shows an image.
+
+    A wait that begins in the empty document before the image's may never end.
+    """
+    page.wait_for_url("**/image/**")
+    wait_until(page, "document.images[0]?.naturalWidth === 48")
+
+
 def search_for(page: Any, text: str, count: int = 36) -> Any:
     """Search for a text, wait for the results, and return them."""
     page.locator("#text").fill(text)
@@ -79,7 +88,7 @@ def test_text_search_detail_view_and_more_like_this(page: Any) -> None:
     page.locator("#like").click()
     wait_until(page, "document.querySelector('#grid .score').textContent === '1.000'")
     assert not page.locator("#detail").is_visible() and page.locator(".chip").count() == 1
-    assert page.locator("#grid .name").first.inner_text() == name.rsplit("/", 1)[-1]
+    assert page.locator("#grid .name").first.text_content() == name.rsplit("/", 1)[-1]
     page.go_back()
     wait_until(page, "document.getElementById('text').value.startsWith('a red one')")
     wait_for_hits(page)
@@ -168,7 +177,7 @@ def test_closing_the_detail_view_keeps_the_focus_in_the_search_box(page: Any) ->
 def test_chosen_and_dropped_images(page: Any, image_folder: Path) -> None:
     page.locator("#file").set_input_files(image_folder / "4.png")
     wait_until(page, "document.querySelector('#grid .score')?.textContent === '1.000'")
-    assert page.locator("#grid .name").first.inner_text() == "4.png"
+    assert page.locator("#grid .name").first.text_content() == "4.png"
     drop_file = """async (url) => {
         const blob = await (await fetch(url)).blob(), data = new DataTransfer();
         data.items.add(new File([blob], 'x.png', {type: 'image/png'}));
@@ -193,7 +202,7 @@ def test_empty_results_and_errors_are_shown(page: Any, image_folder: Path, tmp_p
     page.locator("#path").fill("")
     page.locator("#caption").fill("BLUE left half")
     page.locator("#text").press("Enter")
-    assert wait_for_hits(page, 1).locator(".name").inner_text() == "12.png"
+    assert wait_for_hits(page, 1).locator(".name").text_content() == "12.png"
     page.context.set_offline(True)
     page.locator("#text").press("Enter")
     wait_until(page, "document.getElementById('status').textContent.includes('is not responding')")
@@ -283,7 +292,8 @@ def test_results_load_when_the_page_is_scrolled_to_the_end(page: Any) -> None:
     assert scores == sorted(scores, reverse=True)
     page.set_viewport_size({"width": 380, "height": 700})
     page.locator("#grid button").nth(25).click()
-    assert page.locator("#locations span").first.inner_text().endswith(page.locator("#grid .name").nth(25).inner_text())
+    name = page.locator("#grid .name").nth(25).text_content()
+    assert page.locator("#locations span").first.inner_text().endswith(name)
 
 
 def test_thumbnails_load_when_they_come_near_the_window(page: Any) -> None:
@@ -347,13 +357,13 @@ def test_similar_images_are_one_result_that_links_to_them(page: Any, monkeypatch
     """The session's model considers all images similar if the threshold is low."""
     monkeypatch.setattr("llm2clip.search.query.UNCENTRED_COPY_SIMILARITY", -1.0)
     search_for(page, "seven", 1)
-    assert page.locator("#grid .note").inner_text() == "+35 similar"
+    assert page.locator("#grid .note").text_content() == "+35 similar"
     assert page.locator("#status").inner_text().startswith("36 images")
     page.locator("#grid button").click()
     assert page.locator("#similar a").count() == 35 and page.locator("#similar-title").inner_text() == "+35 similar"
     with page.expect_popup() as popup:
         page.locator("#similar a").first.click()
-    wait_until(popup.value, "document.images[0]?.naturalWidth === 48")
+    wait_for_opened_image(popup.value)
     popup.value.close()
     page.keyboard.press("Escape")
     page.locator("#more").click()
@@ -686,7 +696,7 @@ def test_detail_view_offers_the_original(page: Any, image_folder: Path) -> None:
     assert Path(download.value.path()).read_bytes() == path.read_bytes()
     with page.expect_popup() as popup:
         page.locator("#original").click()
-    wait_until(popup.value, "document.images[0]?.naturalWidth === 48")
+    wait_for_opened_image(popup.value)
     popup.value.close()
     page.locator("#close").focus()
     page.keyboard.press("Enter")
