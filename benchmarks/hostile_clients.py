@@ -47,6 +47,9 @@ from PIL import Image
 from measurements import memory_mb
 from shared import start_server
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from hostile_fixtures import refinement_scans
+
 TOKEN = "benchmark"
 FLAGS = ("--precision", "fp32", "--mcp", "--list_models_without_token")
 PAUSE = 0.1  # seconds until an attack is repeated
@@ -109,8 +112,9 @@ class Attacker:
         await self.post(path, body, headers, f"Content-Length: {len(body) + 1}\r\n")
 
     async def scan_bomb(self) -> None:
-        """Send a JPEG of 400 KB that takes more than 10 seconds to decode."""
-        await self.post("/embed", SCAN_BOMB_BODY)
+        """Send a JPEG with more scans than the server accepts, and one with the largest number that it accepts."""
+        for body in SCAN_BOMB_BODIES:
+            await self.post("/embed", body)
 
     async def key_bomb(self) -> None:
         """Send a request with 4.8 MB of unknown fields."""
@@ -157,8 +161,9 @@ class Attacker:
         await self.send(f"GET /health HTTP/1.1\r\n{HEAD}")
 
     async def immich_bomb(self) -> None:
-        """Send the JPEG that takes more than 10 seconds to decode."""
-        await self.post("/predict", SCAN_BOMB_FORM, MULTIPART)
+        """Send the two JPEGs of `scan_bomb`."""
+        for form in SCAN_BOMB_FORMS:
+            await self.post("/predict", form, MULTIPART)
 
     async def immich_entries(self) -> None:
         """Send entries of 1 MB with unknown tasks, and a body with too many parts."""
@@ -231,28 +236,6 @@ def run_attacker(port: int, number: int, names: list[str]) -> None:
     asyncio.run(run())
 
 
-def make_scan_bomb(scans: int = 4000, side: int = 7000) -> bytes:
-    """Return a progressive JPEG with many scans, all of which leave the image unchanged."""
-    stream = io.BytesIO()
-    Image.new("L", (side, side)).save(stream, "JPEG", progressive=True)
-    data = stream.getvalue()
-    # A scan of the coefficients 1 to 63 with a Huffman table in which each code is one bit long and means the end of a
-    # run of 2**14 blocks (symbol 0xE0, followed by 14 bits).
-    table = bytes([0xFF, 0xC4, 0, 20, 0x10, 1, *[0] * 15, 0xE0])
-    header = bytes([0xFF, 0xDA, 0, 8, 1, 1, 0x00, 1, 63, 0x00])
-    blocks = ((side + 7) // 8) ** 2
-    bits = ""
-    while blocks > 0:
-        run = min(blocks, (1 << 15) - 1)
-        bits += "0" + format(max(0, run - (1 << 14)), "014b")
-        blocks -= max(run, 1 << 14)
-    bits += "1" * (-len(bits) % 8)
-    coded = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\x00")
-    first_scan = data.index(b"\xff\xda")
-    second_scan = min(data.index(marker, first_scan + 2) for marker in (b"\xff\xc4", b"\xff\xda"))
-    return data[:second_scan] + (table + header + coded) * scans + b"\xff\xd9"
-
-
 def make_tool_call(tool: str, **arguments: str | int) -> bytes:
     """Return the body of an MCP request that calls a tool."""
     params = {"name": tool, "arguments": arguments}
@@ -271,7 +254,7 @@ def make_message_bodies() -> list[bytes]:
 
     stream = io.BytesIO()
     Image.new("RGB", (7000, 7000)).save(stream, "PNG")
-    images = [stream.getvalue(), make_scan_bomb()]
+    images = [stream.getvalue(), refinement_scans(4000, 7000)]
     parts = [{"type": "image_url", "image_url": {"url": data_uri(image)}} for image in images]
     return [
         make_body(10_000, "a"),
@@ -297,10 +280,10 @@ def make_form(entries: Any, image: bytes | None = None, text: str | None = None)
 
 
 # Created once, so that the hostile clients spend their time on sending.
-SCAN_BOMB = make_scan_bomb()
-SCAN_BOMB_BODY = json.dumps({"input": data_uri(SCAN_BOMB)}).encode()
+SCAN_BOMBS = [refinement_scans(scans, side=7000) for scans in (4000, 38)]  # the server accepts 40 scans at this size
+SCAN_BOMB_BODIES = [json.dumps({"input": data_uri(bomb)}).encode() for bomb in SCAN_BOMBS]
 MESSAGE_BODIES = make_message_bodies()
-SCAN_BOMB_FORM = make_form(VISUAL, SCAN_BOMB)
+SCAN_BOMB_FORMS = [make_form(VISUAL, bomb) for bomb in SCAN_BOMBS]
 KEY_BOMB_FORM = make_form({f"{n:x}": 0 for n in range(80_000)}, text="a")
 PUNYCODE_FORM = make_form(TEXTUAL, text="a" * 1_000_000)
 FACES_FORM = make_form(FACES, bytes(1 << 20))
@@ -376,7 +359,6 @@ class HonestClient:
 
 
 def make_default_model(folder: Path) -> Path:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from search_fixtures import make_model
 
     return make_model(folder)
