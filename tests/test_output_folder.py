@@ -125,21 +125,15 @@ def test_second_run_changes_no_file(
 
 
 @pytest.mark.parametrize(
-    ("version", "oldest", "message"),
+    ("version", "message"),
     [
-        (3, None, None),
-        (2, None, "f has format version 2, but .* reads only format version 3. Build it again"),
-        (1, 1, None),
-        (3, 1, None),
-        (4, 1, "f has format version 4, but .* reads format versions 1 to 3. Update llm2clip"),
-        (0, 1, "f has format version 0, but .* reads format versions 1 to 3. Build it again"),
-        (None, 1, "f has no format version, but .* reads format versions 1 to 3. Build it again"),
-        ("3", 1, "f has format version 3, but"),
+        (2, "f has format version 2, but .* reads only format version 3. Build it again"),
+        (4, "f has format version 4, but .* reads only format version 3. Update llm2clip"),
+        (None, "f has no format version, but .* reads only format version 3. Build it again"),
+        ("3", "f has format version 3, but"),
     ],
 )
-def test_format_version_must_be_supported(version: object, oldest: int | None, message: str | None) -> None:
-    if message is None:
-        check_format_version("f", version, 3, "Build it again", oldest)
-        return
+def test_format_version_must_be_supported(version: object, message: str) -> None:
+    check_format_version("f", 3, 3, "Build it again")
     with pytest.raises(FormatVersionError, match=message):
-        check_format_version("f", version, 3, "Build it again", oldest)
+        check_format_version("f", version, 3, "Build it again")

@@ -39,19 +39,19 @@ class FormatVersionError(ValueError):
     """A file was written by a version of llm2clip that uses a different file format."""
 
 
-def check_format_version(path: str | Path, version: Any, newest: int, advice: str, oldest: int | None = None) -> None:
-    """Raise FormatVersionError if `version`, which a file states, is not from `oldest` (default: `newest`) to `newest`.
+def check_format_version(path: str | Path, version: Any, supported: int, advice: str) -> None:
+    """Raise FormatVersionError if the format version that a file states is not `supported`.
 
     `advice` says how to replace a file of an older version, for the error message.
     """
-    oldest = newest if oldest is None else oldest
-    if isinstance(version, int) and oldest <= version <= newest:
+    if version == supported:
         return
     actual = "no format version" if version is None else f"format version {version}"
-    if isinstance(version, int) and version > newest:
+    if isinstance(version, int) and version > supported:
         advice = "Update llm2clip: pip install --upgrade llm2clip"
-    supported = f"only format version {newest}" if oldest == newest else f"format versions {oldest} to {newest}"
-    raise FormatVersionError(f"{path} has {actual}, but this version of llm2clip reads {supported}. {advice}")
+    raise FormatVersionError(
+        f"{path} has {actual}, but this version of llm2clip reads only format version {supported}. {advice}"
+    )
 
 
 def describe_output_folder(names: Collection[str]) -> str | None:
