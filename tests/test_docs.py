@@ -1,5 +1,6 @@
 """Commands and links in the documentation, and commands in the deployment files and workflows, are valid."""
 
+import ast
 import json
 import re
 import shlex
@@ -60,6 +61,23 @@ def test_documentation_links_exist(page: Path) -> None:
             headings = re.findall(r"^#+ (.*)", (page.parent / target).read_text(), flags=re.MULTILINE)
             anchors = {re.sub(r"[^\w\s-]", "", heading).lower().replace(" ", "-") for heading in headings}
             assert anchor in anchors, f"{target}#{anchor}"
+
+
+def test_quoted_messages_are_in_the_code() -> None:
+    """Each message in docs/howto/troubleshooting.md occurs in src, where `…` stands for the values that it contains."""
+    page = (ROOT / "docs/howto/troubleshooting.md").read_text()
+    messages = re.findall(r"^- `([^`]+)`:", page, re.MULTILINE)
+    assert len(messages) > 30
+    texts = []
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    code = "\n".join(texts)
+    assert [message for message in messages if message not in code] == []
 
 
 def test_files_in_contributing_exist() -> None:
