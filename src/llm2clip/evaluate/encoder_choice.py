@@ -1,9 +1,9 @@
 """Choice of a caption encoder before training (`fit --encoder.path auto`).
 
 The pretrained vision tower encodes a sample of the training images, and each candidate encodes their captions. The
-score of a candidate is its mutual nearest-neighbour alignment with the tower (arXiv 2405.07987): images that are close
-to each other should have captions that are close to each other. Among encoders that are not tuned, the score predicts
-which one leads to better retrieval after `align`; see docs/results/quality.md.
+score of a candidate is its mutual nearest-neighbour alignment with the tower (arXiv 2405.07987): similar images should
+have similar captions. For encoders that are not tuned, the score predicts which encoder leads to better retrieval after
+`align` (see docs/results/quality.md).
 """
 
 import time
@@ -30,18 +30,18 @@ from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once, process_state
 from llm2clip.store.encode import TowerEncoder, encode_image_batches
 
-# An English sentence encoder, and an LLM whose tokenizer covers all languages. The last candidate is the largest.
+# An English sentence encoder, and an LLM whose tokenizer covers all languages. The largest candidate must be last.
 CANDIDATES = (EncoderConfig("all-minilm-l6-v2"), EncoderConfig("smollm2-135m", layers=4))
 MAX_IMAGES = 1000
 MIN_IMAGES = 100  # with fewer images, the first candidate is chosen
-MAX_SECONDS = 60  # for encoding the images
-BLOCK_SIZE = 50  # number of successive records in the sample, so that few remote shards are read
+MAX_SECONDS = 60  # time limit for encoding the images
+BLOCK_SIZE = 50  # the sample consists of blocks of consecutive records, so that few remote shards are read
 MAX_CAPTIONS = 5  # per image
 NEIGHBOURS = 10
 
 
 def resolve_auto(config: FitConfig, encoder: EncoderConfig = CANDIDATES[-1]) -> FitConfig:
-    """Replace `--encoder.path auto` by an encoder. Default: the largest candidate."""
+    """Replace `--encoder.path auto` with an encoder, by default the largest candidate."""
     return replace(config, encoder=encoder) if config.encoder.path == AUTO else config
 
 
@@ -72,12 +72,12 @@ def choose_candidate(train: RecordTable, tower: VisionTower, candidates: Sequenc
     """Score all candidates on a random sample of the training records, and choose the best one.
 
     Args:
-        tower: Vision tower on the CPU. It is moved to this process's device and back.
+        tower: Vision tower on the CPU. It is temporarily moved to this process's device.
 
     Returns:
-        "encoder" is the `EncoderConfig` of the chosen candidate as a dict, "images" the size of the sample, and
-        "scores" the score of each candidate between 0 and 1, best first, keyed by `describe_encoder`. There are no
-        scores if the sample is smaller than `MIN_IMAGES`.
+        "encoder" is the `EncoderConfig` of the chosen candidate as a dict, "images" is the size of the sample, and
+        "scores" contains the score of each candidate between 0 and 1, best first, keyed by `describe_encoder`. "scores"
+        is empty if the sample is smaller than `MIN_IMAGES`.
     """
     records, images = _encode_images(_draw_sample(train), tower)
     choice: dict[str, Any] = {"encoder": asdict(candidates[0]), "images": len(records), "scores": {}}
