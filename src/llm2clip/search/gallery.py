@@ -62,18 +62,18 @@ def export_gallery(
 
     Args:
         model_name: llm2clip model that built the index, with a small text encoder.
-        index: index folder or URL, as in `open_backend`.
-        max_mb: maximum size of the gallery in MB.
-        with_private: also include private metadata, such as GPS positions.
+        index: Index folder or URL, as in `open_backend`.
+        max_mb: Maximum size of the gallery in MB.
+        with_private: Also include private metadata, such as GPS positions.
 
     Returns:
         Messages for the user about the accuracy of the 8-bit text encoder and the size of the gallery.
 
     Raises:
-        ValueError: the index was built with a different model or is empty, the text encoder is too large for a browser
+        ValueError: The index was built with a different model or is empty, the text encoder is too large for a browser
             or cannot be exported, or the gallery would be larger than `max_mb`.
         FileExistsError: `out` exists and does not contain a gallery.
-        AssetError: the JavaScript libraries cannot be downloaded.
+        AssetError: The JavaScript libraries cannot be downloaded.
     """
     is_update = (Path(out) / "gallery.json").is_file()
     if Path(out).exists() and not is_update:

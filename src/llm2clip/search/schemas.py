@@ -196,8 +196,8 @@ class HitResponse(_make_metadata_model("ContentFields", CONTENT_FIELDS)):  # typ
     id: str
     score: float | None = Field(description="cosine similarity to the query; null if there is no query")
     relevance: float | None = Field(
-        description="estimated probability that the image is an answer to the query, from 0 to 1; null if the query has "
-        "no positive parts, or if the index is not calibrated"
+        description="estimated probability that the image is an answer to the query, from 0 to 1; null if the query "
+        "has no positive parts, or if the index is not calibrated"
     )
     images: list[ImageLocation] = Field(description=f"the first {MAX_LOCATIONS} locations")
     image_count: int = Field(description="number of locations")
