@@ -31,7 +31,7 @@ def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_co
     """Load the text encoder of a model. If `model` is None, load the caption encoder that `encoder` describes.
 
     Raises:
-        ValueError: If the model has no separate text encoder, or settings of `encoder` do not apply to it.
+        ValueError: The model has no separate text encoder, or settings of `encoder` do not apply to it.
     """
     device = process_state().device
     if model is not None:
@@ -84,7 +84,7 @@ def caption_retrieval_accuracy(
             "hits": If requested, the accuracy of each image: 0, 0.5 or 1.
 
     Raises:
-        ValueError: If no image has two distinct captions.
+        ValueError: No image has two distinct captions.
     """
     pairs = [captions[:2] for captions in map(list, map(dict.fromkeys, images)) if len(captions) > 1]
     if not pairs:

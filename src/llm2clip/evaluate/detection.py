@@ -131,8 +131,8 @@ def detect_objects(
     `with_crops`, there is also the method "crop", which encodes each box as a separate image (see `regions.py`).
 
     Raises:
-        ValueError: If the embeddings are precomputed, or the model supports none of the variants.
-        TooManySkipped: If too many images are unusable.
+        ValueError: The embeddings are precomputed, or the model supports none of the variants.
+        TooManySkipped: Too many images are unusable.
     """
     model = get_model(embeddings)
     methods = select_variants(model, variants, required=not with_crops) + ([CROP] if with_crops else [])
@@ -248,7 +248,7 @@ def compute_detection_metrics(
         each class that has objects. Only "AP50 GROUP" metrics have bootstrap resamples.
 
     Raises:
-        ValueError: If there are no objects except crowds.
+        ValueError: There are no objects except crowds.
     """
     evaluator = _run_coco_eval(data, detections)
     precision = evaluator.eval["precision"][..., 0, 0]  # (thresholds, recalls, classes), -1 for classes without objects

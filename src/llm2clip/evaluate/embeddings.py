@@ -40,9 +40,9 @@ def open_embedding_source(
     The model's embeddings are cached in `cache_dir`, unless it is None.
 
     Raises:
-        ValueError: If the model is not an image-text model, or the .npz file is invalid.
-        OSError: If the model or .npz file does not exist.
-        ImportError: If a library that the model requires is not installed.
+        ValueError: The model is not an image-text model, or the .npz file is invalid.
+        OSError: The model or .npz file does not exist.
+        ImportError: A library that the model requires is not installed.
     """
     if model.endswith(PRECOMPUTED_SUFFIX):
         return PrecomputedEmbeddings(Path(model), log)
@@ -54,9 +54,9 @@ class ModelEmbeddings:
     """Embedding source that runs a model. The model's `query_templates` are not applied to texts."""
 
     def __init__(self, model: DualEncoder, log: SkipLog, cache_dir: Path | None = None, progress: bool = True) -> None:
-        """If `cache_dir` is not None, embeddings are cached there, in one subfolder per model."""
+        """Cache embeddings in a subfolder of `cache_dir`, unless it is None."""
         self.model, self.log, self.progress = model, log, progress
-        self._full_model = model  # the cache contains its embeddings, even if `model` is truncated
+        self._full_model = model  # never truncated, because the cache contains full embeddings
         self.query_templates = model.query_templates
         self.identity = model.identity() if cache_dir is not None else {}
         if model.precision != "fp32":
@@ -71,8 +71,8 @@ class ModelEmbeddings:
         """Return the embeddings of all decodable images, and their indices in `refs`.
 
         Raises:
-            TooManySkipped: If too many images cannot be decoded.
-            ValueError: If an embedding contains NaN or infinity.
+            TooManySkipped: Too many images cannot be decoded.
+            ValueError: An embedding contains NaN or infinity.
         """
         self.log.count_at_least(len(refs))  # benchmark readers do not count rows, so the images are counted here
         if self.folder is None:
@@ -118,7 +118,7 @@ class ModelEmbeddings:
         """Return a source of the same embeddings, truncated to `dim` dimensions and renormalised.
 
         Raises:
-            ValueError: If the embeddings have fewer than `dim` dimensions.
+            ValueError: The embeddings have fewer than `dim` dimensions.
         """
         truncated = copy.copy(self)
         truncated.model = self._full_model.truncate(dim)

@@ -62,7 +62,7 @@ def find_candidates() -> list[EncoderConfig]:
             resolve_pretrained(config.path)
             candidates.append(config)
         except AssetUnavailableError as error:
-            print_once(f"{config.path} is not a candidate for the caption encoder: {error}")
+            print_once(f"Skipped {config.path} as a candidate for the caption encoder: {error}")
     if not candidates:
         raise AssetUnavailableError("no caption encoder can be downloaded: set --encoder.path to a local folder")
     return candidates
@@ -95,8 +95,8 @@ def describe_choice(choice: Mapping[str, Any]) -> str:
     chosen = f"Caption encoder: {describe_encoder(EncoderConfig(**choice['encoder']))} (not tuned)."
     if not choice["scores"]:
         return (
-            f"{chosen} It was not compared with others, because this requires {MIN_IMAGES} images that can be encoded "
-            f"within a minute ({choice['images']:,} were encoded)."
+            f"{chosen} It was not compared with others: a comparison requires {MIN_IMAGES} images, but only "
+            f"{choice['images']:,} could be encoded within a minute."
         )
     (_, score), *others = choice["scores"].items()
     compared = f" ({', '.join(f'{name}: {other:.1%}' for name, other in others)})" if others else ""
@@ -114,7 +114,7 @@ def _draw_sample(train: RecordTable) -> list[Record]:
 
 @onednn_matmul()
 def _encode_images(records: Sequence[Record], tower: VisionTower) -> tuple[list[Record], Tensor]:
-    """Return the records whose images can be decoded within `MAX_SECONDS`, and features of shape (records, D)."""
+    """Return the records whose images were encoded within `MAX_SECONDS`, and their features of shape (records, D)."""
     encoder, log = TowerEncoder(tower.to(process_state().device), FP32), SkipLog(max_skipped=1.0)
     decoded: list[Record] = []
     features = [torch.empty(0, tower.feature_dim)]
@@ -147,12 +147,12 @@ def _encode_captions(records: Sequence[Record], config: EncoderConfig) -> Tensor
 def mutual_knn(first: Tensor, second: Tensor, neighbours: int = NEIGHBOURS) -> float:
     """Return the mutual nearest-neighbour alignment of two sets of embeddings (arXiv 2405.07987).
 
-    This is the fraction of an item's nearest neighbours by cosine similarity that are the same in both sets, averaged
-    over the items.
+    The alignment is the fraction of an item's nearest neighbours by cosine similarity that both sets have in common,
+    averaged over the items.
 
     Args:
         first, second: Embeddings of the same N items, of shape (N, D1) and (N, D2).
-        neighbours: Number of nearest neighbours of each item, less than N.
+        neighbours: Number of nearest neighbours per item. Must be less than N.
     """
     masks = []
     for embeddings in (first, second):

@@ -29,7 +29,7 @@ from llm2clip.evaluate.benchmarks.base import (
 from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, read_json, read_jsonl, read_lines
 
 SHAREGPT4V_FILE = "share-captioner_coco_lcs_sam_1246k_1107.json"
-READ_SIZE = 1 << 25  # characters to read; ShareGPT4V's first 1,000 records have about 2 million characters
+READ_SIZE = 1 << 25  # in characters; the first 1,000 records of ShareGPT4V have about 2 million characters
 XTD10_FILES = {
     **{f"XTD10/test_1kcaptions_{name}.txt": name for name in ("es", "it", "ko", "pl", "ru", "tr", "zh")},
     **{f"MIC/test_1kcaptions_{name}.txt": name for name in ("en", "de", "fr")},
@@ -46,7 +46,7 @@ def _read_karpathy(folder: Path, name: str, image_dir: Path) -> CaptionFields:
 
 
 def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
-    """Read the first `count` objects in a JSON list without reading the rest of the file, which may be gigabytes."""
+    """Read the first `count` objects in a JSON list without reading the rest of a file of possibly many gigabytes."""
     with file.open(encoding="utf-8") as stream:
         text = stream.read(READ_SIZE)
     decoder = json.JSONDecoder()
@@ -82,7 +82,7 @@ def _read_sharegpt4v(folder: Path) -> CaptionFields:
 
 
 def _read_urban1k(folder: Path) -> CaptionFields:
-    """Read `caption/N.txt` and `image/N.jpg`. As in Long-CLIP's script, only the first line of each file is used."""
+    """Read `caption/N.txt` and `image/N.jpg`. As in Long-CLIP, only the first line of each caption file is used."""
     caption_dir = find_first(folder, "caption")
     files = sorted(caption_dir.glob("*.txt"), key=lambda file: (len(file.stem), file.stem))
     if not files:
