@@ -45,13 +45,13 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--list_models_without_token",
         action="store_true",
-        help="Answer GET /v1/models without a token, for clients such as mteb that send none to this path. Anyone who "
-        "can connect can then read the model's name.",
+        help="Answer GET /v1/models without a token, for clients such as mteb that do not send a token to this path. "
+        "Anyone who can connect can then read the model name.",
     )
     sub.add_argument(
         "--behind_proxy",
         action="store_true",
-        help="Trust the client address in the headers set by a reverse proxy on this machine.",
+        help="Trust the client address in the headers of a reverse proxy on this machine.",
     )
     sub.add_argument("--mcp", action="store_true", help="Also serve tools for AI agents at /mcp, over MCP.")
     sub.add_argument(
@@ -77,8 +77,8 @@ def _add_model_arguments(sub: ArgumentParser) -> None:
         "--max_queue",
         type=PositiveInt,
         default=512,
-        help="Maximum number of searches, and of embedding requests, in progress. Further requests are rejected with "
-        "status 429.",
+        help="Maximum number of searches, and of embedding requests, in progress. Additional requests are rejected "
+        "with status 429.",
     )
     sub.add_argument(
         "--timeout",
@@ -146,7 +146,7 @@ def _serve(args: Namespace) -> list[str]:
         if args.immich:
             print_once(describe_setup(address, model.embed_dim, upstream))
             return
-        known = os.environ.get("LLM2CLIP_TOKEN")  # is not printed, because the output may be saved in logs
+        known = os.environ.get("LLM2CLIP_TOKEN")  # not printed, because the output may be saved in logs
         page = f"{address}?token={quote(token, safe='')}" if token and token != known else address
         mcp = f"MCP server: {address}mcp. " if args.mcp else ""
         print_once(f"Serving at {page}", f"{mcp}API description: {address}openapi.json. Press Ctrl-C to stop.")
