@@ -182,7 +182,7 @@ def test_candidates_that_cannot_be_downloaded_are_skipped(
 
     monkeypatch.setattr(encoder_choice, "resolve_pretrained", resolve)
     assert encoder_choice.find_candidates() == [EncoderConfig("smollm2-135m", layers=4)]
-    assert "all-minilm-l6-v2 is not a candidate for the caption encoder: no network" in capsys.readouterr().out
+    assert "Skipped all-minilm-l6-v2 as a candidate for the caption encoder: no network" in capsys.readouterr().out
     missing.add("smollm2-135m")
     with pytest.raises(AssetUnavailableError, match=r"set --encoder\.path to a local folder"):
         encoder_choice.find_candidates()
