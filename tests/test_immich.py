@@ -24,7 +24,7 @@ from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search import immich
 from llm2clip.search import server as server_module
-from llm2clip.search.immich import Upstream, add_immich_routes, choose_name
+from llm2clip.search.immich import Upstream, add_immich_routes, choose_borrowed_name
 from llm2clip.search.inference import Limits
 from llm2clip.search.middleware import make_connection_class
 from llm2clip.search.schemas import MAX_TEXT_LENGTH
@@ -190,7 +190,7 @@ def test_only_the_routes_of_immich_are_served(immich_server: ImmichServer) -> No
      (1024, "ViT-H-14__laion2b-s32b-b79k"), (1280, "ViT-gopt-16-SigLIP2-256__webli")],
 )  # fmt: skip
 def test_borrowed_name_has_enough_dimensions(embed_dim: int, name: str) -> None:
-    assert choose_name(embed_dim) == name
+    assert choose_borrowed_name(embed_dim) == name
 
 
 def test_models_with_too_many_dimensions_are_rejected(dual_encoder: DualEncoder) -> None:

@@ -146,7 +146,7 @@ class EndpointCaptioner:
                 if not self._was_connected and time.monotonic() - started_at > MAX_CONNECT_SECONDS:
                     raise EndpointError(describe_missing_server(self.url.netloc.decode(), error)) from None
                 if not error.retry or attempt == self.retries:
-                    return self._fail(error)
+                    return self._handle_failure(error)
                 self._stopped.wait(max(compute_backoff(attempt, FIRST_DELAY, MAX_DELAY), error.retry_after))
                 attempt += 1
             else:
@@ -156,7 +156,7 @@ class EndpointCaptioner:
                 return answer
         raise StoppedError
 
-    def _fail(self, error: _RequestError) -> Answer:
+    def _handle_failure(self, error: _RequestError) -> Answer:
         """Return the answer to a failed request. Raise EndpointError if the requests for all images fail."""
         status = error.status
         with self._lock:

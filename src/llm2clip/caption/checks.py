@@ -118,7 +118,7 @@ _ANY_OPENING = _compile((*_ENGLISH_OPENINGS, *_OTHER_OPENINGS))
 # ---- checks of one text ----------------------------------------------------------------------------------------------
 
 
-def remove_opening(text: str) -> str:
+def strip_boilerplate_opening(text: str) -> str:
     """Remove an English boilerplate opening: "The image shows a dog" becomes "A dog".
 
     The opening is kept if the rest would not be a caption, as in "The image shows how a dog jumps".
@@ -145,7 +145,7 @@ def normalize_words(words: Sequence[str]) -> str:
 
 
 def find_problem(text: str, kind: Kind) -> str | None:
-    """Return why a caption is rejected, or None. Apply `remove_opening` to the text first."""
+    """Return why a caption is rejected, or None. Apply `strip_boilerplate_opening` to the text first."""
     if _ANY_OPENING.match(text.replace("’", "'")):
         return BOILERPLATE
     words = split_words(text)
@@ -291,7 +291,7 @@ def _check_answer(
 ) -> tuple[str, int, int, int, str | None, str | None]:
     """Check a text and count it in `checks`. Return the row for the temporary table."""
     image_hash, sample, text = answer
-    shortened = remove_opening(text)
+    shortened = strip_boilerplate_opening(text)
     problem = find_problem(shortened, prompt.kind)
     checks.num_captions += 1
     checks.num_shortened += shortened != text
@@ -351,7 +351,7 @@ def score_captions(
                         answers.append(answer)
                         owners.append(owner)
             if answers:
-                texts = encoder.encode_texts([remove_opening(answer.text or "") for answer in answers])
+                texts = encoder.encode_texts([strip_boilerplate_opening(answer.text or "") for answer in answers])
                 is_own = torch.tensor([[hashes[owner] == other for other in sample_hashes] for owner in owners])
                 scores, ranks = rank_captions(texts, embeddings[owners], sample, is_own)
                 scored = []

@@ -24,7 +24,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, TextIO
 
-from llm2clip.caption.checks import DUPLICATE, MISMATCH, ScoredCaptions, TextChecks, find_image_file, remove_opening
+from llm2clip.caption.checks import (
+    DUPLICATE,
+    MISMATCH,
+    ScoredCaptions,
+    TextChecks,
+    find_image_file,
+    strip_boilerplate_opening,
+)
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.options import Prompt
 from llm2clip.data.formats import find_files
@@ -212,7 +219,7 @@ def _add_captions(
     kinds = {prompt.key: prompt.kind for prompt in prompts}
     for answer in answers:
         field = short_field if kinds[answer.prompt] == "short" else "long_captions"
-        record[field] = list(dict.fromkeys([*record.get(field, []), remove_opening(answer.text or "")]))
+        record[field] = list(dict.fromkeys([*record.get(field, []), strip_boilerplate_opening(answer.text or "")]))
     if answers:
         temperatures = {answer.prompt: answer.temperature for answer in answers}
         record["caption_source"] = {
@@ -355,16 +362,16 @@ def _make_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) 
         label, text = "failed requests", shorten_text(answer.error or "")
         if answer.text is not None:
             label = "captions" if answer.problem is None else f"rejected: {answer.problem}"
-            text = shorten_text(remove_opening(answer.text))
+            text = shorten_text(strip_boilerplate_opening(answer.text))
             if answer.rank is not None and answer.score is not None:
                 text = f"{text} (rank {answer.rank:.1%}, score {answer.score:.3f})"
         texts.setdefault(label, []).append(text)
     if captions := row.record.get("captions"):
         texts["captions in the source"] = [shorten_text(caption) for caption in captions[:MAX_SOURCE_CAPTIONS]]
-    return make_card(find_image_file(database, row), [row.record["image"]], texts)
+    return make_image_card(find_image_file(database, row), [row.record["image"]], texts)
 
 
-def make_card(image: ImageRef, details: Sequence[str], texts: Mapping[str, Sequence[str]]) -> Example:
+def make_image_card(image: ImageRef, details: Sequence[str], texts: Mapping[str, Sequence[str]]) -> Example:
     """Return a card with the thumbnail, name and size of an image, or with the error if it cannot be decoded."""
     jpeg, size, error = None, [], ""
     try:

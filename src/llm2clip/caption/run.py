@@ -265,7 +265,7 @@ class _CaptionRun:
         ):
             threads = []
             for _ in range(self.captioner.workers):  # daemon threads do not delay the exit after a second Ctrl+C
-                threads.append(threading.Thread(target=self._ask, args=(batches, bar), daemon=True))
+                threads.append(threading.Thread(target=self._request_captions, args=(batches, bar), daemon=True))
                 threads[-1].start()
             for thread in threads:
                 while thread.is_alive():  # Python handles signals only between calls to join
@@ -325,10 +325,10 @@ class _CaptionRun:
             self.database.add_answers([self._make_answer(request, failure) for request in requests])
         return []
 
-    def _ask(self, batches: Iterator[list[CaptionRequest]], bar: ProgressBar) -> None:
+    def _request_captions(self, batches: Iterator[list[CaptionRequest]], bar: ProgressBar) -> None:
         """Request captions and store the answers. All threads share `batches`. An error stops the run."""
         try:
-            while batch := self._take(batches):
+            while batch := self._take_batch(batches):
                 answers = self.captioner.ask(batch)
                 rows = [self._make_answer(request, answer) for request, answer in zip(batch, answers, strict=True)]
                 with self._lock:
@@ -341,7 +341,7 @@ class _CaptionRun:
             self._error = self._error or error
             self.stop()
 
-    def _take(self, batches: Iterator[list[CaptionRequest]]) -> list[CaptionRequest] | None:
+    def _take_batch(self, batches: Iterator[list[CaptionRequest]]) -> list[CaptionRequest] | None:
         with self._batches_lock:
             batch = next(batches, None)
         return None if self._stopped.is_set() else batch

@@ -56,7 +56,7 @@ def _caption(args: Namespace) -> list[str]:
         )
     check_can_create(args.out)
     _check_server(options.endpoint, out)
-    return [*_run(args.data, out, model, options), f"Next: {format_command('fit', out, '--out', 'RUN')}"]
+    return [*_run_captioning(args.data, out, model, options), f"Next: {format_command('fit', out, '--out', 'RUN')}"]
 
 
 def _check_server(endpoint: str | None, out: Path) -> None:
@@ -70,7 +70,7 @@ def _check_server(endpoint: str | None, out: Path) -> None:
         raise OSError(describe_missing_server(url.netloc.rpartition("@")[2], error)) from error
 
 
-def _run(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> list[str]:
+def _run_captioning(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> list[str]:
     if options.endpoint is None:
         from llm2clip.llava.modeling_patches import register_classes
 
@@ -127,7 +127,7 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
         from llm2clip.cpu_tuning import free_memory
         from llm2clip.runs.ranks import print_once
 
-        print_once(*_run(sources, out, model, options))
+        print_once(*_run_captioning(sources, out, model, options))
         free_memory()
 
     return write_captions

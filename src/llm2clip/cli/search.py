@@ -24,7 +24,7 @@ from llm2clip.cli.checks import check_data, check_index, check_output_folder, ch
 from llm2clip.cli.commands import ArgumentParser, Commands, add_reading_arguments, make_options
 from llm2clip.io_utils import format_count
 from llm2clip.models.loading import DEFAULT_MODEL
-from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Filter, to_json
+from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Filter, metadata_to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -477,8 +477,8 @@ def hit_to_json(rank: int, hit: Hit) -> str:
         "captions": list(first.captions),
         "text": hit.text,
         "matched": list(hit.matched),
-        **to_json(first, IMAGE_FIELDS),
-        **to_json(hit, CONTENT_FIELDS),
+        **metadata_to_json(first, IMAGE_FIELDS),
+        **metadata_to_json(hit, CONTENT_FIELDS),
     }
     text = json.dumps(values, ensure_ascii=False)
     return re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)  # escape terminal control characters

@@ -117,7 +117,7 @@ def _serve(args: Namespace) -> list[str]:
     model_name = args.model or (backend.metadata()["model"] if backend else None)
     if model_name is None:
         raise ValueError("pass an index, or a model with --model")
-    token = None if args.immich else choose_token(args.token, args.no_token, args.host)
+    token = None if args.immich else resolve_access_token(args.token, args.no_token, args.host)
     add_routes = None
     if args.immich:
         from llm2clip.search.immich import Upstream, add_immich_routes, describe_setup
@@ -166,7 +166,7 @@ def _check_immich_options(args: Namespace) -> None:
         raise ValueError("--token cannot be used with --immich, because Immich cannot send a token")
 
 
-def choose_token(token: str | None, no_token: bool, host: str) -> str | None:
+def resolve_access_token(token: str | None, no_token: bool, host: str) -> str | None:
     """Return the token that clients must send, or None if no token is required.
 
     Raises:

@@ -40,7 +40,7 @@ MAX_CAPTIONS = 5  # per image
 NEIGHBOURS = 10
 
 
-def resolve_auto(config: FitConfig, encoder: EncoderConfig = CANDIDATES[-1]) -> FitConfig:
+def resolve_auto_encoder(config: FitConfig, encoder: EncoderConfig = CANDIDATES[-1]) -> FitConfig:
     """Replace `--encoder.path auto` with an encoder, by default the largest candidate."""
     return replace(config, encoder=encoder) if config.encoder.path == AUTO else config
 
@@ -83,7 +83,7 @@ def choose_candidate(train: RecordTable, tower: VisionTower, candidates: Sequenc
     choice: dict[str, Any] = {"encoder": asdict(candidates[0]), "images": len(records), "scores": {}}
     if len(records) < MIN_IMAGES:
         return choice
-    scores = [mutual_knn(images, _encode_captions(records, candidate)) for candidate in candidates]
+    scores = [compute_mutual_knn_alignment(images, _encode_captions(records, candidate)) for candidate in candidates]
     order = sorted(range(len(candidates)), key=lambda n: -scores[n])
     choice["encoder"] = asdict(candidates[order[0]])
     choice["scores"] = {describe_encoder(candidates[n]): scores[n] for n in order}
@@ -144,7 +144,7 @@ def _encode_captions(records: Sequence[Record], config: EncoderConfig) -> Tensor
     return torch.stack([each.mean(0) for each in embeddings.split(list(map(len, captions)))])
 
 
-def mutual_knn(first: Tensor, second: Tensor, neighbours: int = NEIGHBOURS) -> float:
+def compute_mutual_knn_alignment(first: Tensor, second: Tensor, neighbours: int = NEIGHBOURS) -> float:
     """Return the mutual nearest-neighbour alignment of two sets of embeddings (arXiv 2405.07987).
 
     The alignment is the fraction of an item's nearest neighbours by cosine similarity that both sets have in common,

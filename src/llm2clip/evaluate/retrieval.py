@@ -51,17 +51,17 @@ class RetrievalRanks:
 
 
 def evaluate_retrieval(fields: CaptionFields, embeddings: EmbeddingSource) -> BenchmarkResult:
-    ranks = rank_caption_fields(embeddings, fields)
+    ranks = compute_field_ranks(embeddings, fields)
     images = [record.image for records in fields.values() for record in records if record.image is not None]
     return BenchmarkResult({"rows": compute_field_metrics(embeddings, ranks)}, images, ranks)
 
 
 def evaluate_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> list[dict[str, Any]]:
-    """Rank all caption fields and compute their metrics. See `rank_caption_fields` and `compute_field_metrics`."""
-    return compute_field_metrics(embeddings, rank_caption_fields(embeddings, fields))
+    """Rank all caption fields and compute their metrics. See `compute_field_ranks` and `compute_field_metrics`."""
+    return compute_field_metrics(embeddings, compute_field_ranks(embeddings, fields))
 
 
-def rank_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> dict[str, RetrievalRanks]:
+def compute_field_ranks(embeddings: EmbeddingSource, fields: CaptionFields) -> dict[str, RetrievalRanks]:
     """Compute retrieval ranks for each non-empty caption field. Each image is encoded only once.
 
     Images that cannot be decoded are excluded and recorded in `embeddings.log`.
@@ -152,9 +152,9 @@ def make_validator(
     """
 
     def validate(model: LLM2CLIP) -> dict[str, float]:
-        embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), log, progress=False)
+        embeddings = ModelEmbeddings(build_dual_encoder_from_store(model, store), log, progress=False)
         metrics = {}
-        for name, ranks in rank_caption_fields(embeddings, fields).items():
+        for name, ranks in compute_field_ranks(embeddings, fields).items():
             metrics[f"{name} I2T R@1"] = recall(ranks.image_ranks, (1,))["R@1"]
             metrics[f"{name} T2I R@1"] = recall(ranks.text_ranks, (1,))["R@1"]
         return metrics
@@ -162,7 +162,7 @@ def make_validator(
     return validate
 
 
-def dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncoder:
+def build_dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncoder:
     """Return a dual encoder that reads text embeddings from a store instead of running the caption encoder."""
 
     def read_texts(texts: Sequence[str], progress: bool) -> Tensor:

@@ -28,7 +28,7 @@ from llm2clip.evaluate.comparison import (
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.encoder_choice import describe_choice, describe_encoder
 from llm2clip.evaluate.metrics import KS, retrieval_metrics, two_way_ranks
-from llm2clip.evaluate.retrieval import RetrievalRanks, rank_caption_fields, read_example_searches
+from llm2clip.evaluate.retrieval import RetrievalRanks, compute_field_ranks, read_example_searches
 from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.io_utils import atomic_write_text, format_bytes, format_count, format_duration, read_json
 from llm2clip.models.dual_encoder import wrap_llm2clip
@@ -105,7 +105,7 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
         verdict += f" Before training, it did so for {describe_share(untrained[0]['T2I'][f'R@{K}'])}."
     if trained[0]["images"] < MIN_IMAGES:
         verdict += " To evaluate on other images, list their sources in `--evaluate.data`."
-    verdict += describe_useless_tuning(cra)
+    verdict += describe_failed_tuning(cra)
     page = run_dir / "report.html"
     write_report(page, f"Training results: {run_dir.resolve().name}", verdict, blocks)
     summary = build_summary_table(cra, untrained, trained)
@@ -151,7 +151,7 @@ def build_summary_table(
     return Table(["held-out images, %", "chance", "before training", "after training"], rows)
 
 
-def describe_useless_tuning(cra: Sequence[Mapping[str, Any]]) -> str:
+def describe_failed_tuning(cra: Sequence[Mapping[str, Any]]) -> str:
     """Return a warning if tuning did not increase the CRA, otherwise an empty string."""
     if len(cra) < 2 or cra[0]["images"] < MIN_IMAGES or cra[1]["CRA"] > cra[0]["CRA"]:
         return ""
@@ -278,7 +278,7 @@ def write_distill_report(
         )
         teacher_source = ModelEmbeddings(teacher_model, log)
         student_source = ModelEmbeddings(wrap_llm2clip(student, str(folder / "model"), "fp32"), log)
-        ranked = rank_caption_fields(teacher_source, held_out)
+        ranked = compute_field_ranks(teacher_source, held_out)
         for name, ranks in ranked.items():
             result["fields"].append(compare_text_embeddings(name, ranks, student_source.encode_texts(ranks.captions)))
         first = next(iter(ranked.values()))

@@ -22,7 +22,7 @@ from torch import nn
 
 from llm2clip.io_utils import atomic_dir
 from llm2clip.llava import modeling_patches
-from llm2clip.llava.conversations import IMAGE_TOKEN, find_answer_end_token, get_chat_template
+from llm2clip.llava.conversations import IMAGE_TOKEN, find_end_of_turn_token, get_chat_template
 from llm2clip.models.export.transformers import build_vision_model
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import load_config
@@ -107,7 +107,7 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    end_token = find_answer_end_token(tokenizer)
+    end_token = find_end_of_turn_token(tokenizer)
     model = _combine_parts(vision, llm, tokenizer, num_image_tokens=num_patches + num_registers, seed=seed)
     model.generation_config = _make_generation_config(llm, tokenizer, end_token)
     processor = _build_processor(tower, model, tokenizer, num_patches, num_registers, pad)

@@ -277,7 +277,7 @@ def get_chat_template(tokenizer: Any) -> str:
     return _FLATTEN_CONTENT + (template or _VICUNA_TEMPLATE)
 
 
-def find_answer_end_token(tokenizer: Any) -> int:
+def find_end_of_turn_token(tokenizer: Any) -> int:
     """Check the chat template on a sample conversation. Return the id of the end-of-turn token.
 
     Raises:

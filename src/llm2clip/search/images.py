@@ -22,7 +22,7 @@ class TooLarge(ValueError):
     """Raised when an image file is too large or has too many pixels."""
 
 
-def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
+def open_original_image(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
     """Open the image file of a hit. Return a stream and the media type.
 
     If the hit has several files, open the first one that has not changed since indexing.
@@ -46,9 +46,9 @@ def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
     )
 
 
-def read_original(backend: Backend, hit_id: str, max_bytes: int) -> bytes:
-    """Read the image file that `open_original` opens. Raise TooLarge if it has more than `max_bytes` bytes."""
-    stream, _ = open_original(backend, hit_id)
+def read_original_image(backend: Backend, hit_id: str, max_bytes: int) -> bytes:
+    """Read the image file that `open_original_image` opens. Raise TooLarge if it has more than `max_bytes` bytes."""
+    stream, _ = open_original_image(backend, hit_id)
     with stream:
         data = stream.read(max_bytes + 1)
     if len(data) > max_bytes:

@@ -106,7 +106,7 @@ class Upstream:
 
 def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstream | None = None) -> None:
     """Add the routes to an application. Raise ValueError if the model has more dimensions than Immich can store."""
-    choose_name(service.encoder.model.embed_dim)
+    choose_borrowed_name(service.encoder.model.embed_dim)
     # Images are kept in memory, where the middleware limits their size, instead of being written to temporary files.
     MultiPartParser.spool_max_size = service.limits.max_body_bytes
 
@@ -157,7 +157,7 @@ def _embed(service: InferenceService, clip: ClipEntry, text: str | None, image: 
     return {"clip": json.dumps(np.pad(vector, (0, dim - len(vector))).tolist()), **answer}
 
 
-def choose_name(embed_dim: int) -> str:
+def choose_borrowed_name(embed_dim: int) -> str:
     """Return the model name to set in Immich. Raise ValueError if the model has too many dimensions."""
     for name, dim in BORROWED_NAMES.items():
         if dim >= embed_dim:
@@ -170,7 +170,9 @@ def get_dim(name: str, embed_dim: int) -> int:
     dim = BORROWED_NAMES.get(name, 0)
     if dim < embed_dim:
         reason = f"has {dim} dimensions, but this model has {embed_dim}" if dim else "is not served here"
-        raise ValueError(f"the model name {name} {reason}. In Immich, set the CLIP model to {choose_name(embed_dim)}")
+        raise ValueError(
+            f"the model name {name} {reason}. In Immich, set the CLIP model to {choose_borrowed_name(embed_dim)}"
+        )
     return dim
 
 
@@ -182,7 +184,7 @@ def describe_setup(address: str, embed_dim: int, upstream: Upstream | None) -> s
     return f"""Serving at {address} for Immich, without a token: everyone who can connect can use the model.
 Listen only on a private network. In Immich, open Administration > Settings > Machine Learning Settings:
 1. URL: this server's address for Immich's container, such as http://192.168.1.20:3003. Remove all other URLs.
-2. Smart Search > CLIP model: {choose_name(embed_dim)} (only the name is used)
+2. Smart Search > CLIP model: {choose_borrowed_name(embed_dim)} (only the name is used)
 3. Save, then run Administration > Job Queues > Smart Search for all images.
 Facial recognition and OCR: {tasks}.
 Press Ctrl-C to stop."""

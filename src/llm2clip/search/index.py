@@ -253,11 +253,11 @@ class Index:
             NotFound: The index does not contain the hit, or the image file has been changed or removed.
         """
         from llm2clip.search.explain import compute_heatmap, require_dense_encoder
-        from llm2clip.search.images import read_original
+        from llm2clip.search.images import read_original_image
 
         vector, dense = self.embed(query).combined, require_dense_encoder(self.encoder.model)
         with self.resources.decoding:
-            data = read_original(self.backend, hit_id, self.resources.max_file_bytes)
+            data = read_original_image(self.backend, hit_id, self.resources.max_file_bytes)
             pixels = dense.resize(self.encoder.load(data), dense.localization_size)
         return compute_heatmap(dense, pixels, vector)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.backends import Backend
-from llm2clip.search.images import load_query_image, open_original
+from llm2clip.search.images import load_query_image, open_original_image
 from llm2clip.search.index import Index, Resources
 from llm2clip.search.query import QueryEncoder
 from llm2clip.search.types import IndexUnavailableError, NotFound, Slots, current_deadline
@@ -342,12 +342,12 @@ class InferenceService:
         index_images = Gauge("llm2clip_index_images", "Number of images in the index.", registry=registry)
         index_images.set_function(self._count_images_for_metrics)
 
-    async def open_original(self, hit_id: str) -> tuple[BinaryIO, str]:
+    async def open_original_image(self, hit_id: str) -> tuple[BinaryIO, str]:
         backend = self.require_index().backend
 
         def open_file() -> tuple[BinaryIO, str]:
             with self._decoding:
-                return open_original(backend, hit_id)
+                return open_original_image(backend, hit_id)
 
         return await self._file_readers.run(open_file)
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from llm2clip.data.images import ImageError, make_thumbnail
 from llm2clip.io_utils import format_count
 from llm2clip.search import schemas
-from llm2clip.search.images import TooLarge, read_original
+from llm2clip.search.images import TooLarge, read_original_image
 from llm2clip.search.index import Index
 from llm2clip.search.metadata import MAX_PATH_LENGTH, Filter
 from llm2clip.search.server import search_index
@@ -81,7 +81,7 @@ class ShowPhoto(schemas.StrictModel):
         content: list[Any] = [TextContent(text=json.dumps(values, ensure_ascii=False))]
         try:
             with index.resources.decoding:
-                data = read_original(index.backend, hit.id, index.resources.max_file_bytes)
+                data = read_original_image(index.backend, hit.id, index.resources.max_file_bytes)
                 jpeg: bytes | None = make_thumbnail(index.encoder.load(data), MAX_SIDE)
         except (ImageError, NotFound, TooLarge) as error:
             content.append(TextContent(text=f"This is the thumbnail, because the photo cannot be shown: {error}"))

@@ -69,7 +69,7 @@ class MetadataField:
     conditions: tuple[Condition, ...] = ()
 
 
-def declare(default: Any, **values: Any) -> Any:
+def declare_field(default: Any, **values: Any) -> Any:
     """Return a dataclass field with the given default value and the attributes of a `MetadataField`."""
     return field(default=default, metadata=values)
 
@@ -78,7 +78,7 @@ def declare(default: Any, **values: Any) -> Any:
 class ImageMetadata:
     """Metadata of an image at a specific location. Texts must be valid Unicode."""
 
-    taken: float = declare(
+    taken: float = declare_field(
         0.0,
         description="capture time, or file modification time if the capture time is unknown, as a Unix timestamp",
         display="{taken}",
@@ -88,7 +88,7 @@ class ImageMetadata:
             Condition("before", "last time", "taken before", "taken at or before this time", "taken <= :before"),
         ),
     )
-    camera: str = declare(
+    camera: str = declare_field(
         "",
         description="make and model of the camera; empty if unknown",
         display="{camera}",
@@ -103,21 +103,23 @@ class ImageMetadata:
             ),
         ),
     )
-    latitude: float | None = declare(
+    latitude: float | None = declare_field(
         None,
         description="GPS latitude in degrees; null if unknown",
         display="{latitude}, {longitude}",
         link="https://www.openstreetmap.org/?mlat={latitude}&mlon={longitude}#map=15/{latitude}/{longitude}",
         is_private=True,
     )
-    longitude: float | None = declare(None, description="GPS longitude in degrees; null if unknown", is_private=True)
+    longitude: float | None = declare_field(
+        None, description="GPS longitude in degrees; null if unknown", is_private=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContentMetadata:
     """Metadata that all images with identical bytes share."""
 
-    width: int = declare(
+    width: int = declare_field(
         0,
         description="width in pixels, after EXIF rotation",
         display="{width} × {height}",
@@ -132,7 +134,7 @@ class ContentMetadata:
             ),
         ),
     )
-    height: int = declare(0, description="height in pixels, after EXIF rotation")
+    height: int = declare_field(0, description="height in pixels, after EXIF rotation")
 
 
 def list_fields(metadata: type[ImageMetadata] | type[ContentMetadata]) -> tuple[MetadataField, ...]:
@@ -181,7 +183,7 @@ class Detail:
 
 def list_details(content: ContentMetadata, image: ImageMetadata, with_private: bool = True) -> list[Detail]:
     """Return the metadata lines of an image content and one of its images."""
-    values = to_json(content, CONTENT_FIELDS) | to_json(image, IMAGE_FIELDS)
+    values = metadata_to_json(content, CONTENT_FIELDS) | metadata_to_json(image, IMAGE_FIELDS)
     details = []
     for item in (*CONTENT_FIELDS, *IMAGE_FIELDS):
         if item.is_time and values[item.name] is not None:
@@ -193,7 +195,9 @@ def list_details(content: ContentMetadata, image: ImageMetadata, with_private: b
     return details
 
 
-def to_json(values: ImageMetadata | ContentMetadata, metadata_fields: tuple[MetadataField, ...]) -> dict[str, Any]:
+def metadata_to_json(
+    values: ImageMetadata | ContentMetadata, metadata_fields: tuple[MetadataField, ...]
+) -> dict[str, Any]:
     """Return the values of metadata fields. Times are local times in ISO 8601 format, or None if out of range."""
     converted = {item.name: getattr(values, item.name) for item in metadata_fields}
     for item in metadata_fields:

@@ -44,7 +44,7 @@ from llm2clip.search.metadata import (
     make_contains_pattern,
     read_columns,
 )
-from llm2clip.search.postgres_database import Connection, PostgresDatabase, make_query, parse_url, to_psycopg
+from llm2clip.search.postgres_database import Connection, PostgresDatabase, convert_parameters, make_query, parse_url
 from llm2clip.search.types import MAX_LOCATIONS, IndexedContent, IndexedImage
 from llm2clip.search.words import (
     MATCHED_LOCATIONS,
@@ -203,9 +203,9 @@ class PostgresBackend(Backend):
         self._has_changes = self._may_have_orphans = True
         with self._db.write() as connection, connection.cursor() as cursor:
             if content_rows:
-                cursor.executemany(to_psycopg(INSERT_CONTENT), content_rows)
+                cursor.executemany(convert_parameters(INSERT_CONTENT), content_rows)
             if images:
-                cursor.executemany(to_psycopg(INSERT_IMAGE), self._make_rows(connection, images))
+                cursor.executemany(convert_parameters(INSERT_IMAGE), self._make_rows(connection, images))
 
     def _make_rows(self, connection: Connection, images: Sequence[tuple[IndexedImage, bytes]]) -> list[dict[str, Any]]:
         texts: dict[bytes, str] = dict(
@@ -240,12 +240,12 @@ class PostgresBackend(Backend):
         self._has_changes = True
         text_rows = [{"text": self._encode(to_valid_unicode(text)), "hash": digest} for digest, text in texts.items()]
         with self._db.write() as connection, connection.cursor() as cursor:
-            cursor.executemany(to_psycopg(INSERT_TEXT), text_rows)
+            cursor.executemany(convert_parameters(INSERT_TEXT), text_rows)
             statement = f"{TEXT_ROWS} WHERE images.content IN (SELECT id FROM contents WHERE hash = ANY(:hashes))"
             rows = make_query(connection)(statement, {"hashes": list(texts)})
             columns = _make_word_columns([self._fields_from_row(row) for row in rows])
             parameters = [{**values, "id": row[0]} for values, row in zip(columns, rows, strict=True)]
-            cursor.executemany(to_psycopg(UPDATE_WORDS), parameters)
+            cursor.executemany(convert_parameters(UPDATE_WORDS), parameters)
 
     def finish(self) -> None:
         """Build the HNSW graph, which PostgreSQL keeps up to date, and update the query planner's statistics."""

@@ -289,13 +289,13 @@ def make_query(connection: Connection) -> Query:
     """Return a function that runs statements with parameters of the form `:NAME`."""
 
     def run(statement: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        cursor = connection.execute(to_psycopg(statement), parameters)
+        cursor = connection.execute(convert_parameters(statement), parameters)
         return [] if cursor.description is None else cursor.fetchall()
 
     return run
 
 
-def to_psycopg(statement: str) -> str:
+def convert_parameters(statement: str) -> str:
     """Convert parameters of the form `:NAME` to the form `%(NAME)s`."""
     return re.sub(r"(?<!:):([a-z]\w*)", r"%(\1)s", statement.replace("%", "%%"))
 

@@ -294,8 +294,8 @@ def calibrate(backend: Backend, model: DualEncoder) -> Calibration | None:
     for hit_id in query_ids:
         neighbours = _find_neighbours(backend, vectors[hit_id], reference, vectors[hit_id])
         if neighbours.is_other.any():
-            image_values.append(max_of_closest(neighbours.values[neighbours.is_other]))
-    texts = _make_scale([max_of_closest(item.values) for item in background], TEXT_SLOPE, TEXT_INTERCEPT)
+            image_values.append(max_over_top_hits(neighbours.values[neighbours.is_other]))
+    texts = _make_scale([max_over_top_hits(item.values) for item in background], TEXT_SLOPE, TEXT_INTERCEPT)
     images = _make_scale(image_values, IMAGE_SLOPE, IMAGE_INTERCEPT)
     if texts is None or images is None:
         print_once("Relevance is not available: too many images of this index are similar.")
@@ -353,7 +353,7 @@ def get_captions(images: Sequence[IndexedImage]) -> list[str]:
     return [caption[:MAX_CAPTION_LENGTH] for caption in islice(captions, MAX_CAPTIONS)]
 
 
-def max_of_closest(values: np.ndarray) -> float:
+def max_over_top_hits(values: np.ndarray) -> float:
     """Return the value of a query: the maximum over its top hits."""
     return float(values[:CLOSEST].max())
 
@@ -378,13 +378,13 @@ def _fit_to_captions(
     embeddings = dict(zip(queries, embed_texts(model, list(queries.values())), strict=True))
     positive, negative = [], []
     for query, neighbours in zip(BACKGROUND_QUERIES, background, strict=True):
-        negative.append(max_of_closest(_standardize(scale, query, neighbours)))
+        negative.append(max_over_top_hits(_standardize(scale, query, neighbours)))
     for hit_id, image in images.items():
         neighbours = _find_neighbours(backend, embeddings[hit_id], reference, image)
         values = _standardize(scale, queries[hit_id], neighbours)
         if neighbours.is_other.any():
-            positive.append(max_of_closest(values))
-            negative.append(max_of_closest(values[neighbours.is_other]))
+            positive.append(max_over_top_hits(values))
+            negative.append(max_over_top_hits(values[neighbours.is_other]))
     if len(positive) < MIN_QUERIES:
         return scale
     slope, intercept = fit_logistic(np.array(positive), np.array(negative))

@@ -291,7 +291,7 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
     @app.get("/image/{hit_id}", response_class=Response, responses=API_ERRORS)
     async def image(hit_id: str) -> Response:
         """Return a hit's original image file."""
-        stream, media_type = await service.open_original(hit_id)
+        stream, media_type = await service.open_original_image(hit_id)
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}
         if isinstance(stream, io.BytesIO):  # the image is stored in a table cell
             return Response(stream.getvalue(), media_type=media_type, headers=headers)

@@ -458,7 +458,7 @@ class SqliteDatabase:
 
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
         with self._lock, self._convert_errors():
-            self._follow_path()
+            self._reopen_if_replaced()
             return self.connection.execute(sql, parameters).fetchall()
 
     @contextmanager
@@ -476,7 +476,7 @@ class SqliteDatabase:
         """
         with self._convert_errors():
             with self._lock:
-                if not self._follow_path():
+                if not self._reopen_if_replaced():
                     yield self.connection
                     return
             with closing(self._connect()) as db:
@@ -496,7 +496,7 @@ class SqliteDatabase:
         uri = f"{self.file.absolute().as_uri()}?{mode}"
         return sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, timeout=60)
 
-    def _follow_path(self) -> bool:
+    def _reopen_if_replaced(self) -> bool:
         """If the index file has been replaced since it was opened, open the new file.
 
         Return False if there is no file at the path, or if `llm2clip index` has just created the file and has not

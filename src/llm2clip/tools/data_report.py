@@ -154,11 +154,11 @@ def sample_texts(table: RecordTable, field: str, count: int) -> Iterator[str]:
     if not len(rows):
         return
     num_rows = max(1, min(len(rows), len(rows) * count // int(num_texts.sum())))
-    spaced = rows[choose_evenly(len(rows), num_rows)]
+    spaced = rows[get_evenly_spaced_indices(len(rows), num_rows)]
     yield from islice(table.select(spaced).iterate_texts([field]), count)
 
 
-def choose_evenly(length: int, count: int) -> np.ndarray:
+def get_evenly_spaced_indices(length: int, count: int) -> np.ndarray:
     return np.linspace(0, length - 1, min(length, count)).astype(np.int64)
 
 
@@ -332,7 +332,7 @@ def _format_percent(count: int, total: int) -> str:
 
 def write_page(file: Path, overview: DataOverview, table: RecordTable, next_commands: str) -> None:
     rows = np.flatnonzero(table.has_image)
-    cards = [_make_card(table[int(row)]) for row in rows[choose_evenly(len(rows), NUM_EXAMPLES)]]
+    cards = [_make_card(table[int(row)]) for row in rows[get_evenly_spaced_indices(len(rows), NUM_EXAMPLES)]]
     blocks = build_blocks(overview)
     if cards:
         text = f"{format_count(len(cards), 'evenly spaced image')}, each with all its texts."
@@ -345,7 +345,7 @@ def write_page(file: Path, overview: DataOverview, table: RecordTable, next_comm
 
 
 def _make_card(record: Record) -> Example:
-    from llm2clip.caption.files import make_card, shorten_text
+    from llm2clip.caption.files import make_image_card, shorten_text
 
     assert record.image is not None
     details = [f"id {record.id}"] if record.id != Path(str(record.image)).stem else []
@@ -357,4 +357,4 @@ def _make_card(record: Record) -> Example:
             shown = [shorten_text(text) for text in values[:MAX_TEXTS]]
             more = [f"… and {len(values) - MAX_TEXTS:,} more"] if len(values) > MAX_TEXTS else []
             texts[FIELD_LABELS[field]] = [*shown, *more]
-    return make_card(record.image, details, texts)
+    return make_image_card(record.image, details, texts)

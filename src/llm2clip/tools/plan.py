@@ -18,7 +18,7 @@ from llm2clip.config import FitConfig
 from llm2clip.cpu_tuning import get_available_memory
 from llm2clip.data.records import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
-from llm2clip.evaluate.encoder_choice import describe_encoder, resolve_auto
+from llm2clip.evaluate.encoder_choice import describe_encoder, resolve_auto_encoder
 from llm2clip.io_utils import format_bytes, format_count
 from llm2clip.reports import Paragraph, Table, render_text
 from llm2clip.runs.output_folder import MAX_CHECKPOINTS
@@ -151,7 +151,7 @@ def plan_fit(
     for name, value in data.items():
         if value <= 0:
             raise ValueError(f"--{name} must be greater than 0 (got {value})")
-    config = resolve_auto(config)
+    config = resolve_auto_encoder(config)
     stages: dict[str, Any] = {}
     for stage in ("tune", "embed", "align"):
         settings = getattr(config, stage)

@@ -45,7 +45,7 @@ def _read_karpathy(folder: Path, name: str, image_dir: Path) -> CaptionFields:
     return {"captions": make_captioned_records(pairs, file)}
 
 
-def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
+def read_first_json_objects(file: Path, count: int) -> list[dict[str, Any]]:
     """Read the first `count` objects in a JSON list without reading the rest of a file of possibly many gigabytes."""
     with file.open(encoding="utf-8") as stream:
         text = stream.read(READ_SIZE)
@@ -75,7 +75,7 @@ def _read_sharegpt4v(folder: Path) -> CaptionFields:
     file = find_first(folder, SHAREGPT4V_FILE)
     image_dir = folder if (folder / "sam").exists() else find_first(folder, "images", "data")
     pairs = []
-    for row in read_first_objects(file, 1000):
+    for row in read_first_json_objects(file, 1000):
         caption = row["conversations"][1]["value"].replace("\n", " ")
         pairs.append((resolve_image(image_dir, row["image"]), [caption]))
     return {"captions": make_captioned_records(pairs, file)}
