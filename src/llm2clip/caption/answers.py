@@ -124,7 +124,6 @@ def _strip_markup(text: str) -> str:
 
 
 def is_refusal(text: str) -> bool:
-    """Return True if a text begins with a refusal to write a caption."""
     beginning = " ".join(text[:_REFUSAL_CHARACTERS].replace("’", "'").split())
     apology = _APOLOGY.match(beginning)
     return _REFUSAL.match(beginning, apology.end() if apology else 0) is not None

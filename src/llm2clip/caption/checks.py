@@ -289,7 +289,7 @@ def _iterate_captions(database: CaptionDatabase, model: str, prompt: Prompt) -> 
 def _check_answer(
     answer: tuple[str, int, str], position: int, prompt: Prompt, checks: TextChecks
 ) -> tuple[str, int, int, int, str | None, str | None]:
-    """Check a text and count it in `checks`. Return the row for the temporary table."""
+    """Return the row for the temporary table, and count the text in `checks`."""
     image_hash, sample, text = answer
     shortened = strip_boilerplate_opening(text)
     problem = find_problem(shortened, prompt.kind)
@@ -398,7 +398,6 @@ def _encode_sample(database: CaptionDatabase, encoder: DualEncoder) -> tuple[lis
 def _encode_images(
     database: CaptionDatabase, rows: Sequence[ImageRow], encoder: DualEncoder
 ) -> tuple[list[str], Tensor]:
-    """Return the hashes and embeddings of all images that can be decoded."""
     refs = [find_image_file(database, row) for row in rows]
     hashes: list[str] = []
     embeddings = [torch.empty(0, encoder.embed_dim)]

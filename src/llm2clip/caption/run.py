@@ -192,7 +192,6 @@ def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> list[
 
 
 def _check_result(run: _CaptionRun) -> None:
-    """Raise an error if captions are missing, if too many requests failed, or if no image has a caption."""
     if num_missing := run.count_missing():  # a rank does not know whether other ranks were interrupted
         raise ValueError(
             f"{format_count(num_missing, 'caption')} not requested, because another process was stopped. All other "

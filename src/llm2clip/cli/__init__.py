@@ -64,7 +64,6 @@ def build_parser() -> tuple[ArgumentParser, dict[str, CommandFunction]]:
 
 
 def silence_libraries() -> None:
-    """Hide library messages that do not help llm2clip users."""
     # "The following layers were not sharded" is about tensor parallelism, which llm2clip does not use.
     logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|torch\.|accelerate\.")

@@ -127,7 +127,6 @@ class Commands:
         self.run = dict[str, CommandFunction]()
 
     def add(self, name: str, run: CommandFunction, description: str) -> ArgumentParser:
-        """Add a command and return its parser."""
         parser = ArgumentParser(description=description)
         parser.add_argument(
             "--config",

@@ -18,7 +18,6 @@ from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions
 
 
 def add_commands(commands: Commands) -> None:
-    """Add this module's commands."""
     parser = commands.add(
         "evaluate",
         _evaluate,

@@ -126,7 +126,6 @@ def _convert(args: Namespace) -> list[str]:
 
 
 def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncoder]) -> list[str]:
-    """Load a caption encoder with `load`, and save it in llm2clip's format. `kind` is part of error messages."""
     from llm2clip.io_utils import atomic_dir
 
     if args.to is not None or args.text is not None:

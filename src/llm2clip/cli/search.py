@@ -43,7 +43,6 @@ NOT_CALIBRATED = "Relevance is not calibrated for this index: perhaps none of th
 
 
 def add_commands(commands: Commands) -> None:
-    """Add this module's commands."""
     _add_index_arguments(commands.add("index", _index, "Build or update an image index for `search` and `serve`."))
     sub = commands.add(
         "search", _search, "Search an index by text (in any language that the model supports) and by image."
@@ -312,7 +311,6 @@ def _search_server(args: Namespace, image_filter: Filter) -> list[str]:
 def _print_page(
     args: Namespace, index: Index | ServerIndex, query: Any, page: SearchPage, image_filter: Filter
 ) -> list[str]:
-    """Print hits in the requested format. Return the lines to print at the end."""
     from rich.console import Console
 
     if page.nothing_close and (args.json or args.paths):
@@ -348,7 +346,6 @@ def _explain_no_results(args: Namespace, index: Index | ServerIndex, image_filte
 
 
 def _check_output(args: Namespace) -> None:
-    """Raise ValueError if the output options contradict each other or the query."""
     if args.json and args.paths:
         raise ValueError("--json and --paths cannot be combined")
     if args.explain and not args.texts:
@@ -358,7 +355,6 @@ def _check_output(args: Namespace) -> None:
 
 
 def _check_query(args: Namespace) -> None:
-    """Raise an error if there is neither a query nor a filter, if a text is empty, or if an image file is missing."""
     has_query = args.texts or args.images or args.negative or args.negative_images
     if not has_query and all(args[name] is None for name in CONDITIONS):
         raise ValueError("pass text or images to search for, or a filter such as --after 2024-05-31")
@@ -372,7 +368,7 @@ def _check_query(args: Namespace) -> None:
 
 
 def _make_filter(args: Namespace) -> Filter:
-    """Create a filter from the arguments. Raise ValueError if a time is invalid or --after is later than --before."""
+    """Raise ValueError if a time is invalid, or if --after is later than --before."""
     values = {name: args[name] for name in CONDITIONS}
     for name, condition in CONDITIONS.items():
         if condition.kind.endswith("time"):

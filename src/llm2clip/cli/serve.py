@@ -17,7 +17,6 @@ from llm2clip.io_utils import check_extra
 
 
 def add_commands(commands: Commands) -> None:
-    """Add this module's command."""
     sub = commands.add("serve", _serve, "Serve a search API, an embeddings API and a search page over HTTP.")
     sub.add_argument("index", nargs="?", type=str, help="Index folder or URL. Default: serve embeddings only.")
     sub.add_argument(

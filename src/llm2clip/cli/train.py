@@ -274,7 +274,7 @@ def _distill(args: Namespace) -> list[str]:
 def _format_next_commands(
     model: Path, args: Namespace, *flags: str, index_data: Sequence[str] | None = None
 ) -> list[str]:
-    """Format the next commands for a trained model. `flags` are extra arguments for `evaluate`."""
+    """Return hints about the next commands. `flags` are additional arguments of `evaluate`."""
     index_data = index_data or _format_index_data(args)
     index = model.parent / "index"
     return [

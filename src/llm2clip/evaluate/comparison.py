@@ -231,7 +231,6 @@ def _format_metric_cell(metrics: Mapping[str, float], intervals: Mapping[str, An
 
 
 def format_difference(difference: Mapping[str, Any], name: str) -> str | None:
-    """Format a metric from `BootstrapMetrics.subtract`, e.g. "+1.2 (-0.3 to +2.5)"."""
     metrics, intervals = difference["metrics"], difference["intervals"]
     if name in intervals:
         return format_with_interval(metrics[name], intervals[name], "+.1f")

@@ -95,7 +95,6 @@ class DetectionResults:
 
 
 def evaluate_detection(data: DetectionData, embeddings: EmbeddingSource, options: EvaluateOptions) -> BenchmarkResult:
-    """Detect objects with each method and compute metrics. See `detect_objects`."""
     if options.proposals is None:
         raise ValueError(
             "a detection benchmark needs boxes: pass --proposals FILE.json (COCO's results format), "

@@ -91,7 +91,6 @@ def choose_candidate(train: RecordTable, tower: VisionTower, candidates: Sequenc
 
 
 def describe_choice(choice: Mapping[str, Any]) -> str:
-    """Describe the result of `choose_candidate`."""
     chosen = f"Caption encoder: {describe_encoder(EncoderConfig(**choice['encoder']))} (not tuned)."
     if not choice["scores"]:
         return (

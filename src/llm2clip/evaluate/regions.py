@@ -172,7 +172,6 @@ class RegionPredictions:
 
 
 def evaluate_regions(data: RegionData, embeddings: EmbeddingSource, variants: Sequence[str]) -> BenchmarkResult:
-    """Classify all regions with each method and compute metrics. See `classify_regions`."""
     predictions = classify_regions(data, embeddings, variants)
     rows, bootstrap = [], {}
     for method, method_predictions in predictions.items():

@@ -57,7 +57,6 @@ def evaluate_retrieval(fields: CaptionFields, embeddings: EmbeddingSource) -> Be
 
 
 def evaluate_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> list[dict[str, Any]]:
-    """Rank all caption fields and compute their metrics. See `compute_field_ranks` and `compute_field_metrics`."""
     return compute_field_metrics(embeddings, compute_field_ranks(embeddings, fields))
 
 

@@ -163,14 +163,12 @@ class _Evaluation:
         return page
 
     def _save(self, key: str, values: Any) -> None:
-        """Set an entry of results.json and write the file."""
         self._results[key] = values
         if self.out is not None and process_state().is_main_process:
             text = json.dumps(self._results, indent=1, ensure_ascii=False)
             atomic_write_text(self.out / "results.json", text)
 
     def _add_section(self, title: str, verdict: str, blocks: Sequence[Block]) -> None:
-        """Add blocks to the report and print their tables."""
         self._verdict = verdict
         self._blocks += blocks
         tables = [block for block in blocks if not isinstance(block, Paragraph)] if title == "Results" else blocks

@@ -48,7 +48,6 @@ class SegmentationResult:
 def evaluate_segmentation(
     data: SegmentationData, embeddings: EmbeddingSource, variants: Sequence[str]
 ) -> BenchmarkResult:
-    """Segment all images with each method and compute metrics. See `segment_images`."""
     result = segment_images(data, embeddings, variants)
     rows, bootstrap = [], {}
     class_names = [data.get_class_name(label) for label in range(len(data.names))]

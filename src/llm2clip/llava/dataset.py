@@ -60,7 +60,6 @@ class LlavaTransform:
 
 
 def get_patch_feature_size(config: Any) -> int:
-    """Return the patch feature dimension of a LLaVA model."""
     layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
     size: int = config.vision_config.hidden_size * layers
     return size

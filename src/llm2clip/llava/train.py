@@ -122,7 +122,6 @@ def _save_model(
 
 
 def load_llava(source: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Load a LLaVA model from a folder or the hub."""
     config = load_config(source)
     return AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=False)
 

@@ -61,8 +61,6 @@ class IndexReport:
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """Options of `build_index`."""
-
     columns: dict[str, str] = field(default_factory=dict)  # source column of each llm2clip field
     batch_size: int = 64  # number of images per forward pass and per commit
     workers: int | None = None  # number of image decoding processes; for the default, see `iter_image_batches`

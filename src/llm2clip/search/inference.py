@@ -203,7 +203,6 @@ class Batcher(Generic[Item, Result]):
         return [entry for entry in entries if entry.result.set_running_or_notify_cancel()]
 
     def _process(self, entries: Sequence[_Pending[Item, Result]]) -> None:
-        """Process a batch and set the result or exception of each item."""
         try:
             results = self._work([entry.item for entry in entries])
             if len(results) != len(entries):

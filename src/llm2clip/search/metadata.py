@@ -42,8 +42,6 @@ def escape_pattern(text: str) -> str:
 
 @dataclass(frozen=True)
 class Condition:
-    """A condition of a `Filter`."""
-
     name: str  # in `Filter`, in the HTTP API and on the command line
     kind: Literal["text", "number", "first time", "last time"]  # times are Unix timestamps
     label: str  # in front of the value on the search page
@@ -182,7 +180,6 @@ class Detail:
 
 
 def list_details(content: ContentMetadata, image: ImageMetadata, with_private: bool = True) -> list[Detail]:
-    """Return the metadata lines of an image content and one of its images."""
     values = metadata_to_json(content, CONTENT_FIELDS) | metadata_to_json(image, IMAGE_FIELDS)
     details = []
     for item in (*CONTENT_FIELDS, *IMAGE_FIELDS):

@@ -331,7 +331,6 @@ class LimitedConnection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _update_timer(self) -> None:
-        """Run the timer while the server waits for the client."""
         if not (self._is_idle() or self.flow.write_paused):
             self._stop_timer()
         elif self._timer is None:

@@ -51,8 +51,6 @@ MAX_TEMPLATES = MAX_TEXTS // (2 * MAX_IMAGES) - 1
 
 
 def _require(is_valid: Callable[[str], bool], message: str) -> AfterValidator:
-    """Return a validator that raises ValueError with `message` for invalid texts."""
-
     def validate(text: str) -> str:
         if not is_valid(text):
             raise ValueError(message)

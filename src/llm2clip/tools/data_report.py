@@ -59,8 +59,6 @@ SkippedRow = tuple[str, int, str, str]  # file, row, reason and value
 
 @dataclass
 class DataOverview:
-    """What a dataset contains."""
-
     sources: list[str]  # as specified by the user
     statistics: TableStatistics
     languages: dict[str, Counter[str]]  # language codes of sampled texts, keyed by text field; empty without py3langid
