@@ -60,7 +60,7 @@ def _caption(args: Namespace) -> list[str]:
 
 
 def _check_server(endpoint: str | None, out: Path) -> None:
-    """Raise OSError if there is no server at an http:// URL, unless a resumed run may not need it."""
+    """Raise OSError if there is no server at an http:// URL. A resumed run is not checked: it may not need one."""
     url = urlsplit(endpoint or "")
     if url.scheme != "http" or out.with_name(f"{out.name}.sqlite").exists():
         return

@@ -139,7 +139,7 @@ def detect_objects(
     classes = encode_classes(embeddings, data.names, data.templates)
     objects = get_object_boxes(data)
     scales = get_logit_scales(model, LOGIT_SCALE)
-    # For each image: the detections of each method, and the number of boxes, covered objects and objects.
+    # For each image: the detections of each method, and the number of boxes, of covered objects and of all objects.
     results: dict[int, tuple[dict[str, Detections], tuple[int, int, int]]] = {}
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "detection", failures):

@@ -88,7 +88,7 @@ class Backend(ABC):
         """Store the metadata and prepare the backend for adding images."""
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
-        """Return the state of each image from the given sources or inside their paths, keyed by image name."""
+        """Return the states of all images from the given sources or inside their paths, keyed by image name."""
         states = {}
         for source in sources:
             condition, parameters = self._make_source_condition(source)
@@ -451,5 +451,5 @@ def hide_password(location: str) -> str:
 
 
 def parse_content_id(hit_id: str) -> int:
-    """Convert a hit id to an integer content id. Return -1, which is never a content id, if it is invalid."""
+    """Convert a hit id to an integer content id. If it is invalid, return -1, which is never a content id."""
     return int(hit_id) if hit_id.isascii() and hit_id.isdigit() and len(hit_id) < 19 else -1

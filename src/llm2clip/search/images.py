@@ -87,7 +87,7 @@ class InvalidImage(ValueError):
 
 
 class RequestImage(NamedTuple):
-    """An image in a request: data URI, and field and index, such as "images.0"."""
+    """Data URI of an image in a request, and its field and index, such as "images.0"."""
 
     data_uri: str
     param: str

@@ -203,8 +203,8 @@ def _decompress_run_lengths(data: bytes) -> list[int]:
 def read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
     """Read boxes from a JSON file in COCO's format. Images without boxes are omitted.
 
-    Boxes are clipped to the image. Crowd boxes and boxes smaller than a pixel are excluded. Default templates: OpenAI's
-    prompt templates for ImageNet.
+    Boxes are clipped to the image. Crowd boxes and boxes smaller than a pixel are excluded. The default templates are
+    OpenAI's prompt templates for ImageNet.
     """
     instances = read_instances(file)
     label_of_category = {category_id: label for label, category_id in enumerate(instances.names)}

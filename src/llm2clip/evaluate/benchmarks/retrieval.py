@@ -46,7 +46,7 @@ def _read_karpathy(folder: Path, name: str, image_dir: Path) -> CaptionFields:
 
 
 def read_first_json_objects(file: Path, count: int) -> list[dict[str, Any]]:
-    """Read the first `count` objects in a JSON list without reading the rest of a file of possibly many gigabytes."""
+    """Read the first `count` objects of a JSON list, but not the rest of the file, which may be many gigabytes."""
     with file.open(encoding="utf-8") as stream:
         text = stream.read(READ_SIZE)
     decoder = json.JSONDecoder()
