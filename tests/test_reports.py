@@ -275,7 +275,7 @@ def test_distillation_verdict_states_quality_and_speed() -> None:
     result = {"fields": [field], "teacher": {"queries per second": 10.0}, "student": {"queries per second": 123.0}}
     speed = "encodes 12 times as many queries per second on one CPU core"
     assert (
-        describe_distillation(result) == f"The student keeps 98% of the teacher's T2I R@1 (19.6 of 20.0). It {speed}."
+        describe_distillation(result) == f"The student retains 98% of the teacher's T2I R@1 (19.6 of 20.0). It {speed}."
     )
     assert describe_distillation({**result, "fields": []}).startswith(f"The student {speed}. No images were held out")
     few = describe_distillation({**result, "fields": [{**field, "images": 4}]})
