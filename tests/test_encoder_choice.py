@@ -169,9 +169,8 @@ def test_too_few_images_are_not_compared(
 ) -> None:
     choice = choose_candidate(train[:4], vision_tower, candidates)
     assert (choice["encoder"], choice["images"], choice["scores"]) == (asdict(candidates[0]), 4, {})
-    assert "not compared with others" in describe_choice(choice) and "only 4 could be encoded" in describe_choice(
-        choice
-    )
+    description = describe_choice(choice)
+    assert "not compared with others" in description and "only 4 could be encoded" in description
     assert choose_candidate(train[:0], vision_tower, candidates)["images"] == 0
     monkeypatch.setattr(encoder_choice, "MAX_SECONDS", -1)  # as with a slow tower
     assert choose_candidate(train, vision_tower, candidates)["images"] == 0
