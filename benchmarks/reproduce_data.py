@@ -35,7 +35,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.retrieval import dual_encoder_from_store, rank_caption_fields
+from llm2clip.evaluate.retrieval import build_dual_encoder_from_store, compute_field_ranks
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import get_display_names
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -339,8 +339,10 @@ class Experiments:
             tests = LONG_CAPTION_TESTS if test in LONG_CAPTION_TESTS else (test,)
             texts = [text for each in tests for record in self.data.tests[each] for text in record.captions]
             store = self.embed_texts(name, texts)
-            embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), self.data.log, self.out / "vectors")
-            ranks = rank_caption_fields(embeddings, {test: drop_refused_captions(records, store)})[test]
+            embeddings = ModelEmbeddings(
+                build_dual_encoder_from_store(model, store), self.data.log, self.out / "vectors"
+            )
+            ranks = compute_field_ranks(embeddings, {test: drop_refused_captions(records, store)})[test]
             names = ("image_ranks", "text_ranks", "image_of_text")
             return {name: getattr(ranks, name).tolist() for name in names}
 

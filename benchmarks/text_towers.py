@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from llm2clip.evaluate.encoder_choice import mutual_knn
+from llm2clip.evaluate.encoder_choice import compute_mutual_knn_alignment
 from llm2clip.evaluate.metrics import two_way_ranks
 from llm2clip.reports import format_with_interval
 from llm2clip.runs.ranks import load_or_compute_json
@@ -75,7 +75,7 @@ def compute_scores(benchmark: Benchmark, name: str) -> dict[str, float]:
     pairs = torch.stack([each[:2] for each in captions[:SAMPLE]])  # (images, 2, D)
     return {
         "CRA": mean_recall(pairs[:, 0], pairs[:, 1]),
-        "mutual kNN": 100 * mutual_knn(images[:SAMPLE], means[:SAMPLE]),
+        "mutual kNN": 100 * compute_mutual_knn_alignment(images[:SAMPLE], means[:SAMPLE]),
         "linear map": score_linear_map(images, means),
     }
 

@@ -37,7 +37,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.retrieval import RetrievalRanks, dual_encoder_from_store, rank_caption_fields
+from llm2clip.evaluate.retrieval import RetrievalRanks, build_dual_encoder_from_store, compute_field_ranks
 from llm2clip.evaluate.short_queries import CANDIDATES, build_queries, score_short_queries
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import FP32
@@ -273,7 +273,7 @@ class Benchmark:
             embeddings = FrozenEmbeddings(model, self.features, store)
             shutil.rmtree(run_dir)
         else:
-            embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), self.log)
+            embeddings = ModelEmbeddings(build_dual_encoder_from_store(model, store), self.log)
             model.save_pretrained(run_dir / "model")
         return {**result, **self._measure_tests(embeddings, store, tests)}
 
@@ -283,7 +283,7 @@ class Benchmark:
         precisions: dict[str, list[float]] = {}
         for test in tests:
             records = drop_refused_captions(self.tests[test], store)
-            ranks = rank_caption_fields(embeddings, {test: records})[test]
+            ranks = compute_field_ranks(embeddings, {test: records})[test]
             hits[test] = compute_hits(ranks)
             if test != FLICKR:
                 continue
@@ -303,7 +303,7 @@ class FrozenEmbeddings:
 
     def __init__(self, model: LLM2CLIP, features: EmbeddingStore, captions: EmbeddingStore) -> None:
         self.model, self.features = model.eval(), features
-        self.encode_texts = dual_encoder_from_store(model, captions).encode_texts
+        self.encode_texts = build_dual_encoder_from_store(model, captions).encode_texts
 
     @torch.inference_mode()
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:

@@ -44,7 +44,7 @@ from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.data.table import RecordTable
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.retrieval import dual_encoder_from_store, make_validator
+from llm2clip.evaluate.retrieval import build_dual_encoder_from_store, make_validator
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
@@ -93,7 +93,9 @@ def mean_similarity(records: list[Record], store: EmbeddingStore) -> Any:
 
     def validate(model: LLM2CLIP) -> dict[str, float]:
         assert not model.training
-        embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), SkipLog(max_skipped=1.0), progress=False)
+        embeddings = ModelEmbeddings(
+            build_dual_encoder_from_store(model, store), SkipLog(max_skipped=1.0), progress=False
+        )
         images, indices = embeddings.encode_images([r.image for r in records if r.image is not None])
         texts = embeddings.encode_texts([records[i].captions[0] for i in indices])
         return {"score": float((images * texts).sum(-1).mean())}

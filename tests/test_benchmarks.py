@@ -15,7 +15,7 @@ from llm2clip.data.records import Record
 from llm2clip.evaluate.benchmarks import BENCHMARKS
 from llm2clip.evaluate.benchmarks.base import ClassificationData, CompositionalExample
 from llm2clip.evaluate.benchmarks.classification import read_class_folders
-from llm2clip.evaluate.benchmarks.retrieval import read_first_objects
+from llm2clip.evaluate.benchmarks.retrieval import read_first_json_objects
 from llm2clip.io_utils import DataFormatError, MissingFileError
 
 
@@ -104,9 +104,9 @@ def test_read_first_objects_ignores_the_rest_of_the_file(tmp_path: Path) -> None
     """A truncated end of the file does not matter if it is not reached."""
     rows = [{"n": n, "text": "x" * 5000} for n in range(400)]
     write(tmp_path / "big.json", json.dumps(rows)[:-100_000])
-    assert [row["n"] for row in read_first_objects(tmp_path / "big.json", 300)] == list(range(300))
+    assert [row["n"] for row in read_first_json_objects(tmp_path / "big.json", 300)] == list(range(300))
     with pytest.raises(DataFormatError, match="object 381 is truncated"):
-        read_first_objects(tmp_path / "big.json", 400)
+        read_first_json_objects(tmp_path / "big.json", 400)
 
 
 @pytest.mark.parametrize("alphabet", [base64.b64encode, base64.urlsafe_b64encode])

@@ -26,8 +26,8 @@ from llm2clip.caption.checks import (
     find_language_code,
     find_problem,
     rank_captions,
-    remove_opening,
     score_captions,
+    strip_boilerplate_opening,
 )
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.files import (
@@ -107,7 +107,7 @@ def make_sentences(count: int) -> list[str]:
     ],
 )
 def test_english_openings_are_removed(text: str, expected: str) -> None:
-    assert remove_opening(text) == expected
+    assert strip_boilerplate_opening(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from llm2clip.cli import main
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
-from llm2clip.tools.data_report import choose_evenly, read_first_skipped_rows, sample_texts
+from llm2clip.tools.data_report import get_evenly_spaced_indices, read_first_skipped_rows, sample_texts
 
 SCRIPT = "<script>alert(1)</script>"
 
@@ -140,7 +140,7 @@ def test_texts_are_sampled_evenly() -> None:
     assert gaps <= {20, 22}
     assert len(list(sample_texts(table, "short_captions", 5000))) == 1000
     assert list(sample_texts(table, "long_captions", 10)) == []
-    assert choose_evenly(3, 24).tolist() == [0, 1, 2] and choose_evenly(0, 24).tolist() == []
+    assert get_evenly_spaced_indices(3, 24).tolist() == [0, 1, 2] and get_evenly_spaced_indices(0, 24).tolist() == []
 
 
 @pytest.mark.data

@@ -20,7 +20,12 @@ from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.evaluate import encoder_choice
-from llm2clip.evaluate.encoder_choice import choose_candidate, describe_choice, mutual_knn, resolve_auto
+from llm2clip.evaluate.encoder_choice import (
+    choose_candidate,
+    compute_mutual_knn_alignment,
+    describe_choice,
+    resolve_auto_encoder,
+)
 from llm2clip.models.pretrained import AssetUnavailableError
 from llm2clip.models.vision.vision_tower import VisionTower
 from test_pipeline import fit_command
@@ -44,9 +49,9 @@ def test_mutual_knn_matches_float64(items: int, neighbours: int) -> None:
     first = torch.randn(items, 8, generator=generator)
     second = torch.cat([first[:, :4] + torch.randn(items, 4, generator=generator), torch.ones(items, 2)], 1)
     expected = naive_mutual_knn(first.double().numpy(), second.double().numpy(), neighbours)
-    assert mutual_knn(first, second, neighbours) == pytest.approx(expected, abs=1e-6)
+    assert compute_mutual_knn_alignment(first, second, neighbours) == pytest.approx(expected, abs=1e-6)
     assert 0 < expected < 1
-    assert mutual_knn(first, 3 * first, neighbours) == pytest.approx(1)
+    assert compute_mutual_knn_alignment(first, 3 * first, neighbours) == pytest.approx(1)
 
 
 @pytest.fixture
@@ -88,7 +93,7 @@ def test_fit_uses_the_best_candidate_without_tuning(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     scores = iter([0.25, 0.5, 0.75, 0.5])
-    monkeypatch.setattr(encoder_choice, "mutual_knn", lambda *_: next(scores))
+    monkeypatch.setattr(encoder_choice, "compute_mutual_knn_alignment", lambda *_: next(scores))
     out = tmp_path / "run"
 
     def interrupt(*_: Any, **__: Any) -> None:
@@ -149,7 +154,7 @@ def test_only_images_with_captions_that_can_be_decoded_are_compared(
         shapes.append([len(each) for each in embeddings])
         return 0.5
 
-    monkeypatch.setattr(encoder_choice, "mutual_knn", record_shapes)
+    monkeypatch.setattr(encoder_choice, "compute_mutual_knn_alignment", record_shapes)
     table = [broken, without_captions, Record("x", None, ("a dog",)), long_only, *records[3:]]
     choice = choose_candidate(RecordTable.from_records(table), vision_tower, candidates)
     assert choice["encoder"] == asdict(candidates[0]), "the first candidate is chosen if the scores are equal"
@@ -164,7 +169,8 @@ def test_too_few_images_are_not_compared(
 ) -> None:
     choice = choose_candidate(train[:4], vision_tower, candidates)
     assert (choice["encoder"], choice["images"], choice["scores"]) == (asdict(candidates[0]), 4, {})
-    assert "not compared with others" in describe_choice(choice) and "(4 were encoded)" in describe_choice(choice)
+    description = describe_choice(choice)
+    assert "not compared with others" in description and "only 4 could be encoded" in description
     assert choose_candidate(train[:0], vision_tower, candidates)["images"] == 0
     monkeypatch.setattr(encoder_choice, "MAX_SECONDS", -1)  # as with a slow tower
     assert choose_candidate(train, vision_tower, candidates)["images"] == 0
@@ -182,7 +188,7 @@ def test_candidates_that_cannot_be_downloaded_are_skipped(
 
     monkeypatch.setattr(encoder_choice, "resolve_pretrained", resolve)
     assert encoder_choice.find_candidates() == [EncoderConfig("smollm2-135m", layers=4)]
-    assert "all-minilm-l6-v2 is not a candidate for the caption encoder: no network" in capsys.readouterr().out
+    assert "Skipped all-minilm-l6-v2 as a candidate for the caption encoder: no network" in capsys.readouterr().out
     missing.add("smollm2-135m")
     with pytest.raises(AssetUnavailableError, match=r"set --encoder\.path to a local folder"):
         encoder_choice.find_candidates()
@@ -195,9 +201,9 @@ def test_settings_that_auto_would_ignore_are_errors() -> None:
         with pytest.raises(ValueError, match=r"--tune settings require --encoder\.path"):
             FitConfig(tune=tune)
     assert FitConfig() == FitConfig(tune=TuneConfig(steps=0)) and FitConfig().tune.steps == 0
-    assert resolve_auto(FitConfig()).encoder == encoder_choice.CANDIDATES[-1]
+    assert resolve_auto_encoder(FitConfig()).encoder == encoder_choice.CANDIDATES[-1]
     named = FitConfig(encoder=EncoderConfig("x"))
-    assert resolve_auto(named) is named and named.tune.steps > 0
+    assert resolve_auto_encoder(named) is named and named.tune.steps > 0
 
 
 def test_describe_choice_with_a_single_candidate() -> None:

@@ -125,8 +125,8 @@ def test_server_explains_a_hit(client: TestClient, dual_encoder: DualEncoder, ba
 @pytest.mark.parametrize(
     ("request_fields", "code", "message"),
     [
-        ({"id": "1"}, 400, "requires a query with at least one text"),
-        ({"id": "1", "like": ["2"]}, 400, "requires a query with at least one text"),
+        ({"id": "1"}, 400, "the query must contain at least one text"),
+        ({"id": "1", "like": ["2"]}, 400, "the query must contain at least one text"),
         ({"id": "999", "texts": ["a"]}, 404, "the index contains no image with id 999"),
         ({"texts": ["a"]}, 422, "id"),
         ({"id": "1", "texts": ["a"], "top": 3}, 422, "unknown field 'top'"),
@@ -163,7 +163,7 @@ def test_search_prints_the_effect_of_each_word(
     table = output[output.index("effect") :].partition("└")[0]
     assert all(word in table for word in ("a", "red", "dog")) and table.count(".") == 3
     for arguments, message in (
-        (["--images", str(backend.folder / "index.sqlite"), "--explain"], "--explain requires a text"),
+        (["--images", str(backend.folder / "index.sqlite"), "--explain"], "--explain rates the words of the query"),
         (["red", "--explain", "--json"], "remove --json"),
     ):
         assert main(["search", index, *arguments]) == 1

@@ -24,7 +24,7 @@ from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search import immich
 from llm2clip.search import server as server_module
-from llm2clip.search.immich import Upstream, add_immich_routes, choose_name
+from llm2clip.search.immich import Upstream, add_immich_routes, choose_borrowed_name
 from llm2clip.search.inference import Limits
 from llm2clip.search.middleware import make_connection_class
 from llm2clip.search.schemas import MAX_TEXT_LENGTH
@@ -190,7 +190,7 @@ def test_only_the_routes_of_immich_are_served(immich_server: ImmichServer) -> No
      (1024, "ViT-H-14__laion2b-s32b-b79k"), (1280, "ViT-gopt-16-SigLIP2-256__webli")],
 )  # fmt: skip
 def test_borrowed_name_has_enough_dimensions(embed_dim: int, name: str) -> None:
-    assert choose_name(embed_dim) == name
+    assert choose_borrowed_name(embed_dim) == name
 
 
 def test_models_with_too_many_dimensions_are_rejected(dual_encoder: DualEncoder) -> None:
@@ -212,8 +212,8 @@ def make_clip(kind: str, name: str = MODEL_NAME) -> str:
         ({"entries": make_clip("textual"), "text": ""}, None, 400, "either image or text"),
         ({"entries": make_clip("textual"), "text": " \n"}, None, 422, "the text is empty"),
         ({"entries": make_clip("textual"), "text": "a" * (MAX_TEXT_LENGTH + 1)}, None, 422, "at most 20000"),
-        ({"entries": make_clip("textual")}, b"x", 422, "an image needs the type `visual`"),
-        ({"entries": make_clip("visual"), "text": "a"}, None, 422, "a text the type `textual`"),
+        ({"entries": make_clip("textual")}, b"x", 422, "the type must be `visual` for an image"),
+        ({"entries": make_clip("visual"), "text": "a"}, None, 422, "and `textual` for a text"),
         ({"text": "a"}, None, 422, "entries: Field required"),
         ({"entries": "{", "text": "a"}, None, 422, "JSON"),
         ({"entries": "[" * 500_000, "text": "a"}, None, 422, "JSON"),
@@ -278,7 +278,7 @@ def test_large_and_malformed_bodies_are_rejected(immich_server: ImmichServer, tm
 
 def test_without_upstream_faces_and_ocr_fail_and_searches_still_work(immich_server: ImmichServer, photo: Path) -> None:
     for task in (FACES, OCR):
-        with pytest.raises(OSError, match="pass --immich_upstream, or switch facial recognition and OCR off"):
+        with pytest.raises(OSError, match="pass --immich_upstream, or turn off facial recognition and OCR"):
             immich_server.predict(task, photo)
         assert immich_server.statuses[-1] == 501
         assert list(immich_server.healthy.values()) == [False]
@@ -397,7 +397,7 @@ def test_server_that_is_its_own_upstream_says_so(dual_encoder: DualEncoder, phot
             files={"image": photo.read_bytes()},
             headers={"via": "1.1 llm2clip"},
         )
-        assert "a server of llm2clip forwarded this request" in response.text
+        assert "an llm2clip server forwarded this request" in response.text
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_train_llava_replaces_conversations_whose_image_cannot_be_decoded(
     uncached = replace(SMALL, cache_gb=0)
     assert train(tiny_llava, mixed, [], uncached, tmp_path / "uncached").is_dir()
     assert "cannot be decoded" in caplog.text
-    with pytest.raises(ValueError, match="no other usable conversation was found"):
+    with pytest.raises(ValueError, match="the following conversations are also unusable"):
         train(tiny_llava, mixed[:1], [], uncached, tmp_path / "all_bad")
     log = SkipLog(tmp_path / "skipped.jsonl", 0.5)
     assert train(tiny_llava, mixed, [], SMALL, tmp_path / "cached", log).is_dir()

@@ -139,7 +139,7 @@ def test_photos_without_thumbnails_are_skipped(
     monkeypatch.setattr(backend, "thumbnail", lambda hit_id: None)  # as if another process had removed the photos
     result = call(address, "search_photos", top=3)
     assert len(read_texts(result)) == 1 and read_images(result) == []
-    monkeypatch.setattr("llm2clip.search.mcp_tools.read_original", lambda *_: b"not an image")
+    monkeypatch.setattr("llm2clip.search.mcp_tools.read_original_image", lambda *_: b"not an image")
     result = call(address, "show_photo", photo="7.png")
     assert result.is_error and "7.png has just been removed" in result.content[0].text
 

@@ -246,12 +246,12 @@ def test_unsupported_variants_and_sources_are_reported(tmp_path: Path, capsys: p
     assert "the dense variants naclip are skipped: the model supports only plain, sclip" in capsys.readouterr().out
     segmentation = make_segmentation(tmp_path)
     assert list(segment_images(segmentation, embeddings, ["naclip", "plain"]).counts) == ["plain"]
-    with pytest.raises(ValueError, match="naclip cannot be used: the model supports only plain, sclip"):
+    with pytest.raises(ValueError, match="naclip are not supported: the model supports only plain, sclip"):
         segment_images(segmentation, embeddings, ["naclip"])
     embeddings.model.dense = None
     assert list(classify_regions(data, embeddings, ["plain"])) == ["crop"], "crops need no dense features"
     assert "plain are skipped: the model has no dense features" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="plain cannot be used: the model has no dense features"):
+    with pytest.raises(ValueError, match="plain are not supported: the model has no dense features"):
         segment_images(segmentation, embeddings, ["plain"])
     file = tmp_path / "x.npz"
     np.savez(file, images=np.eye(1, 3), image_names=["1.jpg"], texts=np.eye(1, 3), captions=["x"])

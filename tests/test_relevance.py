@@ -418,7 +418,7 @@ def test_index_of_equal_embeddings_has_no_relevance(
     backend = create_backend("sqlite", tmp_path)
     add_images(backend, np.repeat(IMAGES[:1], 60, axis=0))
     assert calibrate(backend, model) is None
-    assert "Relevance is not available: too many images of this index are alike." in capsys.readouterr().out
+    assert "Relevance is not available: too many images of this index are similar." in capsys.readouterr().out
 
 
 def test_unchanged_index_that_cannot_be_calibrated_is_not_calibrated_again(

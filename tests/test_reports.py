@@ -23,7 +23,7 @@ from llm2clip.evaluate.training_report import (
     _build_caption_retrieval_section,
     _build_retrieval_section,
     describe_distillation,
-    describe_useless_tuning,
+    describe_failed_tuning,
 )
 from llm2clip.reports import (
     Code,
@@ -261,13 +261,13 @@ def test_fit_report_of_an_untuned_encoder_has_no_row_for_the_tuned_one() -> None
 
 def test_fit_report_says_if_tuning_did_not_help() -> None:
     raw, worse, better = ({"images": 50, "CRA": accuracy} for accuracy in (42.0, 41.0, 43.0))
-    assert describe_useless_tuning([raw, worse]) == (
+    assert describe_failed_tuning([raw, worse]) == (
         " Tuning did not improve the caption encoder: its CRA was 42.0 before and 41.0 after tuning. Use "
         "`--tune.steps 0`, or lower `--tune.lr`."
     )
-    assert describe_useless_tuning([raw, raw])
-    assert describe_useless_tuning([raw, better]) == describe_useless_tuning([raw]) == describe_useless_tuning([]) == ""
-    assert describe_useless_tuning([{**raw, "images": 49}, worse]) == "", "too few images to say so"
+    assert describe_failed_tuning([raw, raw])
+    assert describe_failed_tuning([raw, better]) == describe_failed_tuning([raw]) == describe_failed_tuning([]) == ""
+    assert describe_failed_tuning([{**raw, "images": 49}, worse]) == "", "too few images to say so"
 
 
 def test_distillation_verdict_states_quality_and_speed() -> None:
@@ -275,7 +275,7 @@ def test_distillation_verdict_states_quality_and_speed() -> None:
     result = {"fields": [field], "teacher": {"queries per second": 10.0}, "student": {"queries per second": 123.0}}
     speed = "encodes 12 times as many queries per second on one CPU core"
     assert (
-        describe_distillation(result) == f"The student keeps 98% of the teacher's T2I R@1 (19.6 of 20.0). It {speed}."
+        describe_distillation(result) == f"The student retains 98% of the teacher's T2I R@1 (19.6 of 20.0). It {speed}."
     )
     assert describe_distillation({**result, "fields": []}).startswith(f"The student {speed}. No images were held out")
     few = describe_distillation({**result, "fields": [{**field, "images": 4}]})

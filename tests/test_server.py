@@ -32,7 +32,7 @@ from starlette.testclient import TestClient
 
 from conftest import HANG_TIMEOUT, start_command
 from llm2clip.cli import main
-from llm2clip.cli.serve import choose_token
+from llm2clip.cli.serve import resolve_access_token
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import QueryTemplates
@@ -936,7 +936,7 @@ def test_serve_chooses_a_token(
     monkeypatch.delenv("LLM2CLIP_TOKEN", raising=False)
     if environment is not None:
         monkeypatch.setenv("LLM2CLIP_TOKEN", environment)
-    chosen = choose_token(token, no_token, host)
+    chosen = resolve_access_token(token, no_token, host)
     assert chosen is None if expected is None else re.fullmatch(expected, chosen or "")
 
 

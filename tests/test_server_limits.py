@@ -175,7 +175,9 @@ def test_image_is_read_only_as_fast_as_the_client_reads_it(
     size = 64 << 20  # much more than the buffers of two sockets
     streams = [CountingStream(size), CountingStream(size)]
     opened = iter(streams)
-    monkeypatch.setattr("llm2clip.search.inference.open_original", lambda backend, hit_id: (next(opened), "image/bmp"))
+    monkeypatch.setattr(
+        "llm2clip.search.inference.open_original_image", lambda backend, hit_id: (next(opened), "image/bmp")
+    )
     monkeypatch.setattr("llm2clip.search.inference.InferenceService.require_index", lambda self: Mock())
     request = b"GET /image/1 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     with limited_server(dual_encoder) as address, connect(address, request) as reader:

@@ -45,15 +45,15 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.encoder_choice import choose_candidate, describe_choice, find_candidates, resolve_auto
+from llm2clip.evaluate.encoder_choice import choose_candidate, describe_choice, find_candidates, resolve_auto_encoder
 from llm2clip.evaluate.retrieval import (
     RetrievalRanks,
+    build_dual_encoder_from_store,
     collect_example_searches,
     compute_field_metrics,
-    dual_encoder_from_store,
+    compute_field_ranks,
     evaluate_caption_fields,
     make_validator,
-    rank_caption_fields,
 )
 from llm2clip.evaluate.short_queries import ShortQueryResult, choose_query_templates
 from llm2clip.evaluate.training_report import write_distill_report, write_fit_report
@@ -265,7 +265,7 @@ def choose_encoder(run: Run) -> None:
         return {**tower, **choose_candidate(run.data.train, parts.tower, run.encoders or find_candidates())}
 
     choice = load_or_compute_json(file, choose)
-    run.config = resolve_auto(run.config, EncoderConfig(**choice["encoder"]))
+    run.config = resolve_auto_encoder(run.config, EncoderConfig(**choice["encoder"]))
     print_once(describe_choice(choice))
 
 
@@ -359,7 +359,7 @@ def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Pat
                 (evaluations / name).unlink(missing_ok=True)
             if not (out / "checkpoints").exists():
                 (evaluations / "untrained.json").unlink(missing_ok=True)  # from a run with other `align` settings
-        untrained = ModelEmbeddings(dual_encoder_from_store(model, store), run.log)
+        untrained = ModelEmbeddings(build_dual_encoder_from_store(model, store), run.log)
         load_or_compute_json(evaluations / "untrained.json", lambda: evaluate_caption_fields(untrained, held_out))
         validate = make_validator(held_out, run.log, store)
     model = train_align(train, store, model, config, out, run.log, validate, features)
@@ -379,8 +379,8 @@ def evaluate(run: Run, store: EmbeddingStore) -> list[dict[str, Any]]:
     out = run.stage_folder("evaluate")
     held_out = _drop_unencodable_captions(run.data.held_out, store)
     model = LLM2CLIP.from_pretrained(run.model_dir)
-    embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), run.log)
-    ranked = cache(lambda: rank_caption_fields(embeddings, held_out))
+    embeddings = ModelEmbeddings(build_dual_encoder_from_store(model, store), run.log)
+    ranked = cache(lambda: compute_field_ranks(embeddings, held_out))
     rows: list[dict[str, Any]] = load_or_compute_json(
         out / "trained.json", lambda: compute_field_metrics(embeddings, ranked())
     )

@@ -1,1 +1,1 @@
-"""Captions for images, written by a multimodal model: `llm2clip caption`."""
+"""Image captioning with a multimodal model: `llm2clip caption`."""

@@ -1,4 +1,4 @@
-"""Requests to a captioner and its answers, which are cleaned because a model's output is untrusted text."""
+"""Requests to a captioner, and its answers, which are cleaned because model output is untrusted text."""
 
 import re
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from llm2clip.caption.options import Prompt
 
 MAX_CHARACTERS = 10_000  # longer answers are rejected
-# All expressions take linear time, because answers can be hostile.
+# All regular expressions run in linear time, because answers can be malicious.
 _REASONING_START = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
 _REASONING_END = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -19,8 +19,8 @@ _EMPHASIS = re.compile(r"(\*\*|__|`)(?=\S)(.{1,200}?)(?<=\S)\1")
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "「": "」"}
 _SENTENCE_END = re.compile(r".*[.!?。！？](?=\s|$|[\"”’])", re.DOTALL)
 
-# An answer is a refusal if it begins with one of these texts, after an optional apology. An apology before other words
-# is not enough, because a caption can quote one from a sign.
+# An answer is a refusal if it begins with one of these texts after an optional apology. An apology alone is not enough,
+# because a caption can quote one from a sign.
 _REFUSAL_CHARACTERS = 300
 _APOLOGY = re.compile(
     r"(?:(?:i am |i'm )?(?:really |very |so )?(?:sorry|afraid)|(?:my )?apologies|i apologi[sz]e|"
@@ -61,9 +61,9 @@ _REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)
 class CaptionRequest:
     image: Any  # in the form that the captioner's `prepare` returns
     prompt: Prompt
-    image_hash: str  # SHA-256 of the image's bytes
-    sample: int = 0  # number of the sample, from 0
-    caption: str | None = None  # of the image in the source
+    image_hash: str  # SHA-256 of the image file
+    sample: int = 0  # zero-based sample number
+    caption: str | None = None  # caption of the image in the source
 
     @property
     def text(self) -> str:
@@ -72,7 +72,7 @@ class CaptionRequest:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The answer to a request: either a text, or the error because of which there is none."""
+    """The answer to a request: either a text, or the error that occurred."""
 
     text: str | None
     error: str | None = None
@@ -81,21 +81,21 @@ class Answer:
 
 
 class StoppedError(Exception):
-    """The captioner was stopped before there was an answer."""
+    """Raised when the captioner is stopped before an answer is received."""
 
 
 def clean_answer(text: str, truncated: bool, input_tokens: int = 0, output_tokens: int = 0) -> Answer:
-    """Convert a model's output to a caption, or to an error if it is a refusal, empty or too long.
+    """Convert the output of a model to a caption, or to an error if it is a refusal, empty or too long.
 
     Reasoning, control characters, invisible characters, markdown and surrounding quotes are removed.
 
     Args:
-        truncated: The output ended at the maximum number of tokens. Its last, incomplete sentence is removed.
+        truncated: True if the output reached the maximum number of tokens. Its last, incomplete sentence is removed.
     """
     tokens = input_tokens, output_tokens
     if len(text) > 10 * MAX_CHARACTERS:
         return Answer(None, f"too long: {len(text):,} characters", *tokens)
-    text = _REASONING_END.split(text)[-1]  # chat templates can contain the start of the reasoning
+    text = _REASONING_END.split(text)[-1]  # the start of the reasoning may be part of the chat template
     if _REASONING_START.search(text):
         return Answer(None, "the reasoning did not end within max_tokens of the prompt", *tokens)
     text = _strip_markup(text)
@@ -124,7 +124,6 @@ def _strip_markup(text: str) -> str:
 
 
 def is_refusal(text: str) -> bool:
-    """Return True if a text begins with a refusal to write a caption."""
     beginning = " ".join(text[:_REFUSAL_CHARACTERS].replace("’", "'").split())
     apology = _APOLOGY.match(beginning)
     return _REFUSAL.match(beginning, apology.end() if apology else 0) is not None

@@ -1,4 +1,4 @@
-"""Captioners: a server with OpenAI's chat API, such as vLLM, llama.cpp or Ollama, or a model in this process."""
+"""Captioners: a server with OpenAI's chat API (vLLM, llama.cpp, Ollama), or a model that runs in this process."""
 
 import asyncio
 import base64
@@ -30,21 +30,21 @@ KEY_VARIABLE = "LLM2CLIP_API_KEY"
 CONNECT_TIMEOUT = 10.0  # seconds
 MAX_RESPONSE_BYTES = 1_000_000
 MAX_MESSAGE_CHARACTERS = 300  # of a server's error message
-MAX_FAILURES_IN_A_ROW = 20  # after as many failed requests without a success, the server is assumed to be down
+MAX_FAILURES_IN_A_ROW = 20  # after this number of consecutive failures, the server is assumed to be down
 MAX_RETRY_AFTER = 300.0  # seconds
-FIRST_DELAY, MAX_DELAY = 1.0, 60.0  # seconds before the second attempt and before later ones
-MAX_CONNECT_SECONDS = 3.0  # time for connecting to a server that has not responded yet
-SETTINGS_STATUSES = frozenset({401, 402, 403, 404})  # the key, credit, URL or name of the model is wrong
+FIRST_DELAY, MAX_DELAY = 1.0, 60.0  # seconds before the second attempt, and maximum before later attempts
+MAX_CONNECT_SECONDS = 3.0  # for retrying to connect to a server that has not responded yet
+SETTINGS_STATUSES = frozenset({401, 402, 403, 404})  # wrong key, credit, URL or model name
 JPEG_QUALITY = 90
-NEW_MAX_TOKENS_FIELD = "max_completion_tokens"  # newer name of the field max_tokens, which some servers require
+NEW_MAX_TOKENS_FIELD = "max_completion_tokens"  # new name of the field max_tokens, which some servers require
 
 
 class EndpointError(ValueError):
-    """No request to the server can succeed, for example because the key is wrong."""
+    """Raised if no request to the server can succeed, for example because the key is wrong."""
 
 
 class _RequestError(Exception):
-    """A request failed. `retry` is True if another attempt could succeed."""
+    """Raised when a request fails. `retry` is True if another attempt could succeed."""
 
     was_connected = True
 
@@ -52,7 +52,7 @@ class _RequestError(Exception):
         super().__init__(message)
         self.status = status  # HTTP status, or None if there was no valid response
         self.retry = retry
-        self.retry_after = retry_after  # minimum delay in seconds that the server asks for
+        self.retry_after = retry_after  # minimum delay that the server requests, in seconds
 
 
 class EndpointCaptioner:
@@ -63,19 +63,19 @@ class EndpointCaptioner:
 
     Args:
         endpoint: Base URL such as http://localhost:8000/v1. Requests are sent to URL/chat/completions.
-        concurrency: Number of requests at the same time.
-        retries: Number of further attempts after a failed request.
-        timeout: Maximum time for a response, in seconds.
+        concurrency: Number of concurrent requests.
+        retries: Number of additional attempts after a failed request.
+        timeout: Maximum response time in seconds.
 
     Attributes:
-        name: Name of the model, recorded with each caption.
-        batch_size: Number of requests with the same prompt per call of `ask`.
-        workers: Number of threads that call `ask` at the same time.
-        worked_before: True if an earlier run has stored captions by this model. A rejected image then does not stop the
-            run.
+        name: Name of the model, which is stored with each caption.
+        batch_size: Number of requests with the same prompt per call to `ask`.
+        workers: Number of threads that call `ask` concurrently.
+        worked_before: True if an earlier run has stored captions from this model. In this case, rejected images do not
+            stop the run.
 
     Raises:
-        ValueError: The URL is not valid, or the key contains characters that are not allowed in a header.
+        ValueError: The URL is invalid, or the key contains characters that are not allowed in a header.
     """
 
     batch_size = 1
@@ -115,7 +115,7 @@ class EndpointCaptioner:
         return lines
 
     def prepare(self, image: Tensor) -> str:
-        """Return a uint8 image of shape (3, H, W) as a JPEG in a data URI."""
+        """Encode a uint8 image of shape (3, H, W) as a JPEG data URI."""
         data = encode_jpeg(image.contiguous(), quality=JPEG_QUALITY).numpy().tobytes()
         return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
 
@@ -127,7 +127,7 @@ class EndpointCaptioner:
         """Return an answer for each request.
 
         Raises:
-            StoppedError: The captioner was stopped before there was an answer. The next run sends the requests.
+            StoppedError: The captioner was stopped before an answer was received. The next run repeats the requests.
             EndpointError: No request can succeed, for example because the key is wrong.
         """
         return [self._ask_with_retries(request) for request in requests]
@@ -146,7 +146,7 @@ class EndpointCaptioner:
                 if not self._was_connected and time.monotonic() - started_at > MAX_CONNECT_SECONDS:
                     raise EndpointError(describe_missing_server(self.url.netloc.decode(), error)) from None
                 if not error.retry or attempt == self.retries:
-                    return self._fail(error)
+                    return self._handle_failure(error)
                 self._stopped.wait(max(compute_backoff(attempt, FIRST_DELAY, MAX_DELAY), error.retry_after))
                 attempt += 1
             else:
@@ -156,8 +156,8 @@ class EndpointCaptioner:
                 return answer
         raise StoppedError
 
-    def _fail(self, error: _RequestError) -> Answer:
-        """Return a failed request's answer. Raise EndpointError if the requests of all images fail."""
+    def _handle_failure(self, error: _RequestError) -> Answer:
+        """Return the answer to a failed request. Raise EndpointError if the requests for all images fail."""
         status = error.status
         with self._lock:
             if status is None or error.retry:  # the server does not work
@@ -166,7 +166,7 @@ class EndpointCaptioner:
                 if not self._has_succeeded:
                     raise EndpointError(f"{self.url}: {error}{_advise(status)}")
                 counts = True
-            else:  # the image is rejected. But if all images are, the model may not take images at all
+            else:  # the image is rejected; if all images are rejected, the model may not accept images at all
                 counts = not (self._has_succeeded or self.worked_before)
             self._failures_in_a_row += counts
             if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
@@ -174,7 +174,7 @@ class EndpointCaptioner:
         return Answer(None, str(error))
 
     def _send(self, request: CaptionRequest, max_tokens_field: str) -> Answer:
-        # The image comes first, so that servers can reuse it for the next prompt.
+        # The image comes first, so that servers can reuse its prefix cache for the next prompt.
         content = [
             {"type": "image_url", "image_url": {"url": request.image}},
             {"type": "text", "text": request.text},
@@ -203,10 +203,10 @@ class EndpointCaptioner:
         return _parse_response(data)
 
     async def _post(self, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
-        """Return the response and its content. The timeouts of httpx limit only the time of each read.
+        """Return the response and its content. Limit the total time, because httpx only limits the time per read.
 
         Raises:
-            TimeoutError: The response is not complete after `timeout` seconds.
+            TimeoutError: The response is incomplete after `timeout` seconds.
             _RequestError: The response is compressed or too large.
         """
         async with asyncio.timeout(self.timeout), self._client.stream("POST", self.url, json=body) as response:
@@ -220,8 +220,8 @@ def _parse_endpoint(endpoint: str) -> httpx.URL:
         raise ValueError(f"--endpoint is not a valid URL ({error})") from error
     if url.userinfo or url.query or url.fragment:  # the URL is printed, so it must not contain a key
         raise ValueError(
-            f"--endpoint must not contain a user name, a password or a query. Put the key in the environment variable "
-            f"{KEY_VARIABLE}"
+            f"--endpoint must not contain a user name, a password or a query string. Put the key in the environment "
+            f"variable {KEY_VARIABLE}"
         )
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(f"--endpoint must be of the form http://HOST:PORT/v1 or https://HOST/v1 (got {endpoint})")
@@ -271,11 +271,11 @@ def _parse_response(data: bytes) -> Answer:
         raise _RequestError(f"the response is not a chat completion ({type(error).__name__}): {excerpt}") from error
     try:
         text = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
-    except (TypeError, AttributeError) as error:  # another attempt would be paid too, and have the same result
+    except (TypeError, AttributeError) as error:  # another attempt would also cost money and have the same result
         excerpt = _shorten(data.decode(errors="replace"))
         raise _RequestError(f"the content of the answer is not text: {excerpt}", retry=False) from error
     if choice.get("finish_reason") == "content_filter":
-        return Answer(None, "the server's content filter stopped the answer", *tokens)
+        return Answer(None, "the server's content filter blocked the answer", *tokens)
     # The key is replaced first, because `clean_answer` quotes truncated texts in its errors.
     return clean_answer(_hide_key(text), choice.get("finish_reason") == "length", *tokens)
 
@@ -313,7 +313,7 @@ def _advise(status: int) -> str:
     if status in (401, 403):
         return f". Put the server's key in the environment variable {KEY_VARIABLE}"
     if status == 404:
-        return ". Check --model, and that --endpoint ends with /v1 if the server needs it"
+        return ". Check --model and --endpoint, which must end with /v1 for most servers"
     return ". If you trust this address, pass it as --endpoint" if status < 400 else ""
 
 
@@ -321,12 +321,12 @@ def _advise(status: int) -> str:
 
 
 class LocalCaptioner:
-    """Captioner that runs a vision-language model on this process's device. Attributes: see `EndpointCaptioner`.
+    """Captioner that runs a vision-language model in this process. For the attributes, see `EndpointCaptioner`.
 
     Args:
         model: Model folder or hub id.
-        batch_size: Number of images per batch. It is reduced if a batch does not fit in the device's memory.
-        precision: fp32, bf16 or auto. auto means bf16 if the hardware supports it, and fp32 otherwise.
+        batch_size: Number of images per batch. It is reduced if a batch does not fit in device memory.
+        precision: "fp32", "bf16", or "auto" for bf16 if the hardware supports it.
 
     Raises:
         ValueError: The model is not supported, for example because it has no chat template.
@@ -348,9 +348,9 @@ class LocalCaptioner:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if not (self.processor.chat_template or self.tokenizer.chat_template):
-            raise ValueError(f"{model} has no chat template, so it cannot be asked for captions. Use a chat model")
+            raise ValueError(f"{model} has no chat template, so it cannot write captions. Use a chat model")
         keep_freed_memory(self.device)
-        torch.seed()  # PyTorch's default seed would give all processes, and each retry of a request, the same answers
+        torch.seed()  # with PyTorch's default seed, all ranks, and all retries of a request, would get equal answers
 
     def prepare(self, image: Tensor) -> Image.Image:
         pil_image: Image.Image = to_pil_image(image)
@@ -360,7 +360,7 @@ class LocalCaptioner:
         """Return an answer for each request. All requests must have the same prompt.
 
         Raises:
-            ValueError: An image does not fit in the device's memory.
+            ValueError: A single image does not fit in device memory.
         """
         try:
             return self._generate(requests)
@@ -376,14 +376,14 @@ class LocalCaptioner:
                 ) from error
             self.batch_size = len(requests) // 2
             sizes = [self.batch_size, len(requests) - self.batch_size]
-        answers: list[Answer] = []  # after the `except` blocks, which keep the memory of the failed batch
+        answers: list[Answer] = []  # retry outside the `except` blocks, which keep the memory of the failed batch
         for size in sizes:
             start = len(answers)
             answers += self.ask(requests[start : start + size])
         return answers
 
     def stop(self) -> None:
-        """Do nothing, because `ask` never waits."""
+        """Do nothing: `ask` never waits."""
 
     @torch.inference_mode()
     @onednn_matmul()
@@ -405,7 +405,7 @@ class LocalCaptioner:
 
     def _to_messages(self, request: CaptionRequest) -> list[dict[str, Any]]:
         text = request.text
-        for token in filter(None, self.tokenizer.all_special_tokens):  # such as the placeholder of an image
+        for token in filter(None, self.tokenizer.all_special_tokens):  # such as image placeholders
             text = text.replace(token, " ")
         return [
             {"role": "user", "content": [{"type": "image", "image": request.image}, {"type": "text", "text": text}]}

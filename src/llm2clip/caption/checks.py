@@ -1,8 +1,8 @@
-"""Quality control of generated captions: checks of the texts, and a comparison of each caption with its image.
+"""Quality control of generated captions: text checks, and a comparison of each caption with its image.
 
-`check_captions` needs no model. It reads the captions in batches and compares them in a temporary table on disk, so
-memory does not depend on the number of captions. `score_captions` uses a dual encoder. Both store why a caption is
-rejected in the column `problem`. Rejected captions are not written to the output.
+`check_captions` needs no model. It compares captions in a temporary table on disk, so its memory use does not depend on
+the number of captions. `score_captions` uses a dual encoder. Both functions store the reason why a caption is rejected
+in the column `problem`. Rejected captions are not written to the output.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ DUPLICATE = "duplicate for the same image"
 MANY_IMAGES = "fits many images"
 MISMATCH = "does not match the image"
 
-MIN_WORDS, MIN_CHARACTERS = 3, 4  # characters: in scripts without spaces
+MIN_WORDS, MIN_CHARACTERS = 3, 4  # MIN_CHARACTERS applies to scripts without spaces
 MAX_WORDS: dict[Kind, int] = {"short": 50, "dense": 400}
 CHARACTERS_PER_WORD = 2  # in scripts without spaces
 MIN_REPETITIONS = 4
-MAX_LOOP_WORDS = 4  # in longer loops, a phrase of `PHRASE_WORDS` is repeated
+MAX_LOOP_WORDS = 4  # longer loops are detected by repeated phrases of `PHRASE_WORDS` words
 PHRASE_WORDS = 5
 LONG_TEXT_WORDS, MIN_DISTINCT_RATIO = 30, 0.35
 MIN_LANGUAGE_PROBABILITY = 0.8
-LANGUAGE_CHARACTERS = 200  # the language of a longer text is identified from its first characters
-# If 1 in 1,000 images has the same caption, a batch of 1,000 images contains about one false negative.
+LANGUAGE_CHARACTERS = 200  # number of leading characters from which the language is identified
+# If 1 in 1,000 images has the same caption, each of them has about one false negative in a batch of 1,000 images.
 MAX_SHARED_FRACTION, MIN_SHARED_IMAGES = 0.001, 5
 ROWS_PER_BATCH = 1000
-SAMPLE_SIZE = 1000  # number of images to which each caption is compared
+SAMPLE_SIZE = 1000  # number of images with which each caption is compared
 IMAGES_PER_BATCH = 64
 TIE = 1e-6  # smaller differences between cosine similarities count as ties
 
-# Language names and their codes in py3langid.
+# py3langid's code of each language.
 LANGUAGES = {
     "arabic": "ar", "chinese": "zh", "czech": "cs", "danish": "da", "dutch": "nl", "english": "en", "finnish": "fi",
     "french": "fr", "german": "de", "greek": "el", "hebrew": "he", "hindi": "hi", "hungarian": "hu", "italian": "it",
@@ -89,7 +89,7 @@ _ENGLISH_OPENINGS = (
 _AFTER_OPENING = (
     r"(?: of\b)?(?: what (?:appears|seems|looks) (?:to be|like)\b)?(?: that\b)?(?: there (?:is|are)\b)?[\s,]*"
 )
-# After an opening, these words do not begin a caption: "The image shows how a dog jumps".
+# Words that cannot begin the caption that remains after an opening, as in "The image shows how a dog jumps".
 _INCOMPLETE = re.compile(r"(?:how|what|where|when|why|whether|of|and|or)\b|$", re.IGNORECASE)
 _CHINESE_IMAGE = "(?:图片|圖片|照片|图像|圖像|相片|画面|畫面|图|圖)"
 _OTHER_OPENINGS = (
@@ -118,10 +118,10 @@ _ANY_OPENING = _compile((*_ENGLISH_OPENINGS, *_OTHER_OPENINGS))
 # ---- checks of one text ----------------------------------------------------------------------------------------------
 
 
-def remove_opening(text: str) -> str:
+def strip_boilerplate_opening(text: str) -> str:
     """Remove an English boilerplate opening: "The image shows a dog" becomes "A dog".
 
-    An opening is not removed if the rest would not be a caption, as in "The image shows how a dog jumps".
+    The opening is kept if the rest would not be a caption, as in "The image shows how a dog jumps".
     """
     for _ in range(3):  # "Sure! Here is a caption: The image shows a photo of a dog"
         opening = _ENGLISH_OPENING.match(text.replace("’", "'"))
@@ -135,17 +135,17 @@ def remove_opening(text: str) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    """Return the words in a text. In scripts without spaces, each character counts as a word."""
+    """Split a text into words. In scripts without spaces, each character is a word."""
     return _WORD.findall(text)
 
 
 def normalize_words(words: Sequence[str]) -> str:
-    """Return a key that is the same for texts that differ only in case, punctuation and compatibility characters."""
+    """Return a key that ignores case, punctuation and Unicode compatibility variants."""
     return unicodedata.normalize("NFKC", " ".join(words)).casefold()
 
 
 def find_problem(text: str, kind: Kind) -> str | None:
-    """Return why a caption is rejected, or None. Its opening must have been removed if possible."""
+    """Return why a caption is rejected, or None. Apply `strip_boilerplate_opening` to the text first."""
     if _ANY_OPENING.match(text.replace("’", "'")):
         return BOILERPLATE
     words = split_words(text)
@@ -165,7 +165,7 @@ def _check_length(text: str, words: Sequence[str], kind: Kind) -> str | None:
 
 
 def _is_repetitive(words: Sequence[str]) -> bool:
-    """Return True for loops such as "a dog and a dog and a dog and a dog", and for long texts of few distinct words."""
+    """Return True for loops such as "a dog and a dog and a dog and a dog", or long texts with few distinct words."""
     for length in range(1, MAX_LOOP_WORDS + 1):
         num_equal = 0  # number of consecutive words that are equal to the word `length` positions before
         for word, earlier in zip(words[length:], words, strict=False):
@@ -180,9 +180,9 @@ def _is_repetitive(words: Sequence[str]) -> bool:
 
 
 def identify_language(text: str) -> str | None:
-    """Return the code of a text's language, such as "en", or None if the text is too short to be sure.
+    """Return the language code of a text, such as "en", or None if the text is too short to be sure.
 
-    Of 13,468 English captions of Flickr8k and COCO, none is taken for another language; of 6,548 German ones, one is.
+    Errors: 0 of 13,468 English captions from Flickr8k and COCO, and 1 of 6,548 German captions.
     """
     language, probability = _load_identifier().classify(text[:LANGUAGE_CHARACTERS])
     return str(language) if probability >= MIN_LANGUAGE_PROBABILITY else None
@@ -196,7 +196,7 @@ def _load_identifier() -> Any:
 
 
 def find_language_code(language: str) -> str | None:
-    """Return the code of a language given by its English name or code, or None if it is unknown."""
+    """Return the code of a language from its English name or code, or None if it is unknown."""
     name = language.strip().lower()
     if name in LANGUAGES.values():
         return name
@@ -205,7 +205,7 @@ def find_language_code(language: str) -> str | None:
 
 # ---- checks of all texts ---------------------------------------------------------------------------------------------
 
-# position: index of the prompt; words_key: hash of the words of the text without its opening
+# `position` is the index of the prompt, and `words_key` is a hash of the text without its opening.
 _TEMPORARY_TABLE = """
 CREATE TEMP TABLE checks(
   hash TEXT, position INTEGER, sample INTEGER, words_key INTEGER, language TEXT, problem TEXT,
@@ -237,20 +237,20 @@ WHERE answers.hash = checks.hash AND answers.sample = checks.sample AND answers.
 class TextChecks:
     """Result of `check_captions`."""
 
-    max_images: int  # a caption of more images than this fits many images
-    num_captions: int = 0  # that were checked
+    max_images: int  # captions that more images share are rejected
+    num_captions: int = 0  # number of checked captions
     num_shortened: int = 0  # number of captions from which an opening was removed
 
 
 def check_captions(
     database: CaptionDatabase, model: str, prompts: Sequence[Prompt], language: str | None = None
 ) -> TextChecks:
-    """Check the texts of a model's captions, and store the problem of each rejected caption in the database.
+    """Check the texts of a model's captions. Store the problem of each rejected caption in the database.
 
     Args:
-        prompts: Prompts whose captions are checked. If two captions of an image are duplicates, the caption of the
-            earlier prompt is kept.
-        language: Expected language. Default: for each prompt, the language of most of its captions.
+        prompts: Prompts whose captions are checked. Of duplicate captions of an image, the caption from the earliest
+            prompt is kept.
+        language: Expected language. Default: the language of most captions of each prompt.
     """
     checks = TextChecks(max_images=max(MIN_SHARED_IMAGES, int(MAX_SHARED_FRACTION * database.count_images())))
     with database.transaction():
@@ -271,7 +271,7 @@ def check_captions(
 
 
 def _iterate_captions(database: CaptionDatabase, model: str, prompt: Prompt) -> Iterator[list[tuple[str, int, str]]]:
-    """Yield batches of a prompt's captions of the current images: hash, sample number and text."""
+    """Yield batches of (image hash, sample number, text) for a prompt's captions of the current images."""
     query = """SELECT hash, sample, text FROM answers
       WHERE (hash, sample) > (?, ?) AND model = ? AND prompt = ? AND sample < ? AND text IS NOT NULL
         AND EXISTS (SELECT 1 FROM images WHERE images.hash = answers.hash)
@@ -289,9 +289,9 @@ def _iterate_captions(database: CaptionDatabase, model: str, prompt: Prompt) -> 
 def _check_answer(
     answer: tuple[str, int, str], position: int, prompt: Prompt, checks: TextChecks
 ) -> tuple[str, int, int, int, str | None, str | None]:
-    """Check a text, count it in `checks`, and return the row of the temporary table."""
+    """Return the row for the temporary table, and count the text in `checks`."""
     image_hash, sample, text = answer
-    shortened = remove_opening(text)
+    shortened = strip_boilerplate_opening(text)
     problem = find_problem(shortened, prompt.kind)
     checks.num_captions += 1
     checks.num_shortened += shortened != text
@@ -301,7 +301,7 @@ def _check_answer(
 
 
 def _find_main_language(database: CaptionDatabase, position: int) -> str | None:
-    """Return the language of more than half of the captions whose language is known, or None."""
+    """Return the language of more than half of the captions with a known language, or None."""
     query = "SELECT language, count(*) FROM temp.checks WHERE position = ? AND language IS NOT NULL GROUP BY language"
     counts = Counter(dict(database.connection.execute(query, (position,))))
     code, count = counts.most_common(1)[0] if counts else (None, 0)
@@ -317,9 +317,9 @@ class ScoredCaptions:
 
     encoder: str  # name of the dual encoder
     max_rank: float
-    sample_size: int = 0  # number of images to which each caption was compared
-    num_captions: int = 0  # that were compared with their images
-    num_unreadable: int = 0  # images that could not be decoded
+    sample_size: int = 0  # number of images with which each caption was compared
+    num_captions: int = 0  # number of captions that were compared
+    num_unreadable: int = 0  # number of images that could not be decoded
 
 
 def score_captions(
@@ -329,13 +329,13 @@ def score_captions(
     encoder: DualEncoder,
     max_rank: float,
 ) -> ScoredCaptions:
-    """Compare the captions without other problems with their images, and reject those that fit other images better.
+    """Compare captions without other problems with their images, and reject captions that match other images better.
 
-    The score of a caption is the cosine similarity with its image. The rank is the fraction of a sample of other images
-    that match the caption better, between 0 and 1. Equal similarities count half. A random caption has a mean rank of
-    0.5, with any encoder, so `max_rank` does not depend on the encoder, unlike a threshold of the score.
+    The score of a caption is its cosine similarity to its image. The rank is the fraction of a sample of other images
+    that match the caption better, from 0 to 1. Ties count half. Captions with a rank above `max_rank` are rejected.
 
-    Captions with a rank greater than `max_rank` are rejected.
+    With any encoder, the mean rank of random captions is 0.5. Unlike a score threshold, `max_rank` therefore does not
+    depend on the encoder.
     """
     sample_hashes, sample = _encode_sample(database, encoder)
     result = ScoredCaptions(encoder.name, max_rank, sample_size=len(sample_hashes))
@@ -346,12 +346,12 @@ def score_captions(
             answers, owners = [], []
             for owner, image_hash in enumerate(hashes):
                 for answer in database.list_answers(image_hash, model, prompts):
-                    # Captions that only an earlier comparison has rejected are compared again.
+                    # Captions that were rejected only by an earlier comparison are compared again.
                     if answer.text is not None and answer.problem in (None, MISMATCH):
                         answers.append(answer)
                         owners.append(owner)
             if answers:
-                texts = encoder.encode_texts([remove_opening(answer.text or "") for answer in answers])
+                texts = encoder.encode_texts([strip_boilerplate_opening(answer.text or "") for answer in answers])
                 is_own = torch.tensor([[hashes[owner] == other for other in sample_hashes] for owner in owners])
                 scores, ranks = rank_captions(texts, embeddings[owners], sample, is_own)
                 scored = []
@@ -371,11 +371,11 @@ def rank_captions(texts: Tensor, images: Tensor, sample: Tensor, is_own: Tensor)
         texts: Embeddings of N captions, of shape (N, D).
         images: Embedding of each caption's image, of shape (N, D).
         sample: Embeddings of S images, of shape (S, D).
-        is_own: True where an image of the sample is the caption's own image, of shape (N, S). It is not counted.
+        is_own: Boolean mask of each caption's own image in the sample, of shape (N, S). Own images are not counted.
 
     Returns:
-        The cosine similarities, and the fractions of other images that match better, both of shape (N,). The rank is
-        0 if there are no other images.
+        Scores (cosine similarities) and ranks (fractions of other images that match better), both of shape (N,). Ranks
+        are 0 without other images.
     """
     scores = (texts * images).sum(1)
     differences = texts @ sample.T - scores[:, None]  # (N, S)
@@ -388,7 +388,7 @@ def rank_captions(texts: Tensor, images: Tensor, sample: Tensor, is_own: Tensor)
 def _encode_sample(database: CaptionDatabase, encoder: DualEncoder) -> tuple[list[str], Tensor]:
     """Return the hashes and embeddings of a random sample of the images.
 
-    The sample consists of the smallest hashes, so it hardly changes when images are added.
+    The sample consists of the images with the smallest hashes, so it hardly changes when images are added.
     """
     query = "SELECT min(number) FROM images GROUP BY hash ORDER BY hash LIMIT ?"
     numbers = [number for (number,) in database.connection.execute(query, (SAMPLE_SIZE + 1,))]
@@ -398,7 +398,6 @@ def _encode_sample(database: CaptionDatabase, encoder: DualEncoder) -> tuple[lis
 def _encode_images(
     database: CaptionDatabase, rows: Sequence[ImageRow], encoder: DualEncoder
 ) -> tuple[list[str], Tensor]:
-    """Return the hashes and embeddings of the images that can be read."""
     refs = [find_image_file(database, row) for row in rows]
     hashes: list[str] = []
     embeddings = [torch.empty(0, encoder.embed_dim)]
@@ -410,5 +409,5 @@ def _encode_images(
 
 
 def find_image_file(database: CaptionDatabase, row: ImageRow) -> FileImage:
-    """Return the image file of a record. Relative paths are relative to the folder of the output."""
+    """Return the image file of a record, whose path may be relative to the output folder."""
     return FileImage(str(Path(database.file).absolute().parent / row.record["image"]))

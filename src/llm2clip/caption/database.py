@@ -1,7 +1,7 @@
-"""Database of a captioning run: the images of the sources and the model's answers, in one SQLite file.
+"""SQLite database of a captioning run, with the images of the sources and the answers of the model.
 
-The database makes runs resumable: an answer is committed as soon as it arrives, and a stored answer is never requested
-again. Images are identified by the SHA-256 hash of their bytes, so moved and duplicate images are not requested again.
+The database makes runs resumable: each answer is committed when it arrives, and stored answers are not requested again.
+Images are identified by the SHA-256 hash of their bytes, so moved and duplicate images are not requested again either.
 """
 
 import json
@@ -31,14 +31,14 @@ CREATE TABLE answers(
   PRIMARY KEY(hash, prompt, sample, model)
 ) WITHOUT ROWID;
 """
-# The tokens of earlier attempts are added, because they have been paid for.
+# Tokens of earlier attempts are included, because they have been paid for.
 _ADD_ANSWER = f"""
 INSERT INTO answers VALUES ({", ".join("?" * 13)})
 ON CONFLICT DO UPDATE SET text = excluded.text, error = excluded.error, temperature = excluded.temperature,
   date = excluded.date, input_tokens = input_tokens + excluded.input_tokens,
   output_tokens = output_tokens + excluded.output_tokens
 """
-# Answers of a model to the prompts, for the current images.
+# Answers of a model to given prompts for the current images.
 _CURRENT_ANSWERS = """
 FROM answers WHERE model = ? AND ({prompts}) AND EXISTS (SELECT 1 FROM images WHERE images.hash = answers.hash)
 """
@@ -56,36 +56,36 @@ SELECT count(*) FILTER (WHERE num_captions = 0), count(*) FILTER (WHERE num_capt
 
 @dataclass(frozen=True, slots=True)
 class StoredAnswer:
-    """A row of the table `answers`. The order of the fields is the order of the columns. The first four are the key."""
+    """A row of the table `answers`, with fields in the order of the columns. The first four fields are the key."""
 
     hash: str  # of the image
     prompt: str  # `Prompt.key`
     sample: int  # from 0
     model: str  # name of the model
-    text: str | None  # the caption, or None if the request failed
-    error: str | None  # why the last request failed, or None
+    text: str | None  # caption, or None if the request failed
+    error: str | None  # reason why the last request failed, or None
     temperature: float
     date: str  # UTC, such as 2026-11-29
     input_tokens: int = 0
     output_tokens: int = 0
-    problem: str | None = None  # why quality control rejects the caption
-    score: float | None = None  # cosine similarity of the caption and its image in the model of `--check`
-    rank: float | None = None  # fraction of other images that match the caption better in this model
+    problem: str | None = None  # reason why quality control rejects the caption
+    score: float | None = None  # cosine similarity between the caption and its image (see `score_captions`)
+    rank: float | None = None  # fraction of other images that match the caption better
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
-    """A row of the table `images`: a record of the sources."""
+    """A row of the table `images`: a source record with an image."""
 
-    number: int  # position of the record in the sources, from 0
-    key: str  # identifies the image reference in its source
+    number: int  # zero-based position of the record in the sources
+    key: str  # identifier of the image reference in its source
     hash: str  # SHA-256 of the image's bytes
-    record: dict[str, Any]  # without generated captions; a relative `image` is relative to the output
-    version: str | None = None  # size and modification time of the image file; None if it is not a local file
+    record: dict[str, Any]  # without generated captions; `image` may be relative to the output folder
+    version: str | None = None  # size and modification time of the image file, or None if it is not a local file
 
 
 class CaptionDatabase:
-    """SQLite database beside the output. Each thread must open its own instance or hold a lock.
+    """SQLite database next to the output file. Each thread must open its own instance or hold a lock.
 
     Raises:
         FormatVersionError: The file has a different format version.
@@ -114,7 +114,7 @@ class CaptionDatabase:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commit all changes in the `with` block together, or none of them if it raises an exception."""
+        """Commit all changes in the `with` block at its end. Roll them back if it raises an exception."""
         with self._convert_errors():
             self.connection.execute("BEGIN IMMEDIATE")
             try:
@@ -129,7 +129,7 @@ class CaptionDatabase:
     def replace_images(self, rows: Iterable[ImageRow]) -> None:
         """Replace all rows of the table `images` in one transaction.
 
-        The captions of records with the same key are merged into the first of these records.
+        Records with the same key are merged into the first of them.
         """
         with self.transaction():
             self.connection.execute("DELETE FROM images")
@@ -151,7 +151,7 @@ class CaptionDatabase:
         return _to_image_row(row)
 
     def has_source_captions(self, image_hash: str) -> bool:
-        """Return True if any record with this image has captions in the sources."""
+        """Return True if any source record with this image has captions."""
         query = "SELECT 1 FROM images WHERE hash = ? AND json_extract(record, '$.captions[0]') IS NOT NULL LIMIT 1"
         return self.connection.execute(query, (image_hash,)).fetchone() is not None
 
@@ -160,9 +160,9 @@ class CaptionDatabase:
         return int(count)
 
     def iterate_images(self, distinct: bool = False) -> Iterator[ImageRow]:
-        """Yield all records in the order of the sources. The database may be changed meanwhile.
+        """Yield all records in source order. The database may change during the iteration.
 
-        `distinct` yields only the first record of each image.
+        With `distinct`, yield only the first record of each image.
         """
         is_first = "number = (SELECT min(number) FROM images AS same WHERE same.hash = images.hash)"
         condition = f"number > ? AND {is_first}" if distinct else "number > ?"
@@ -180,9 +180,9 @@ class CaptionDatabase:
             self.connection.executemany(_ADD_ANSWER, map(astuple, answers))
 
     def list_answers(self, image_hash: str, model: str, prompts: Sequence[Prompt]) -> list[StoredAnswer]:
-        """Return a model's answers for an image, including failed ones, in the order of the prompts.
+        """Return a model's answers for an image, including failed requests, in the order of the prompts.
 
-        Samples that the prompts no longer ask for are omitted.
+        Samples beyond the number that a prompt requests are omitted.
         """
         query = "SELECT * FROM answers WHERE hash = ? AND prompt = ? AND model = ? AND sample < ? ORDER BY sample"
         answers = []
@@ -198,30 +198,31 @@ class CaptionDatabase:
         return int(count)
 
     def count_problems(self, model: str, prompts: Sequence[Prompt]) -> Counter[str]:
-        """Return how many captions of the current images quality control has rejected for each problem."""
+        """Return the number of rejected captions of the current images for each problem."""
         query = f"SELECT problem, count(*) {_CURRENT_ANSWERS} AND problem IS NOT NULL GROUP BY problem"
         return Counter(dict(self._select(query, model, prompts)))
 
     def count_errors(self, model: str, prompts: Sequence[Prompt], limit: int) -> list[tuple[str, int, str]]:
-        """Return the most common reasons of failed requests, their numbers of requests, and an example of each."""
+        """Return the most common reasons for failed requests, with their number of requests and an example error."""
         return self._select(_COUNT_ERRORS, model, prompts, limit)
 
     def count_images_without_caption(self, model: str, prompts: Sequence[Prompt]) -> tuple[int, int]:
-        """Return how many current images have no caption because all requests failed, and how many only rejected ones.
+        """Count the current images without an accepted caption. All images must have been requested.
 
-        Each image must have been requested.
+        Returns:
+            The number of images for which all requests failed, and the number of images with only rejected captions.
         """
         ((num_failed, num_rejected),) = self._select(_COUNT_WITHOUT_CAPTION, model, prompts)
         return int(num_failed), int(num_rejected)
 
     def _select(self, query: str, model: str, prompts: Sequence[Prompt], *parameters: object) -> list[Any]:
-        """Return the rows of a query that contains `_CURRENT_ANSWERS`."""
+        """Run a query that contains `_CURRENT_ANSWERS`."""
         condition = " OR ".join(["prompt = ? AND sample < ?"] * len(prompts))
         samples = [value for prompt in prompts for value in (prompt.key, prompt.samples)]
         return self.connection.execute(query.format(prompts=condition), (model, *samples, *parameters)).fetchall()
 
     def count_tokens(self, model: str) -> tuple[int, int]:
-        """Return the numbers of input and output tokens of all answers of a model."""
+        """Return the total number of input and output tokens of a model's answers."""
         query = "SELECT coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0) FROM answers WHERE model = ?"
         return self.connection.execute(query, (model,)).fetchone()
 
@@ -249,7 +250,7 @@ def _to_image_row(row: tuple[int, str, str, str, str | None]) -> ImageRow:
 
 
 def _merge_records(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Merge the captions of two records of an image. Other fields are those of the first record that has them."""
+    """Merge two records of an image, including their captions. For other fields, the first record takes precedence."""
     merged = second | first
     for name, values in second.items():
         if isinstance(values, list):

@@ -1,15 +1,15 @@
-"""Files of a captioning run: the images listed in its sources, and the records, failures and report that it writes.
+"""Files of a captioning run: images in the sources, and the records, failures and report that the run writes.
 
-A run for OUT = captions.jsonl writes these files next to each other:
+With --out captions.jsonl, a run writes the following files:
 
-    captions.jsonl             records with the captions
-    captions.jsonl.sqlite      all answers; see `database.py`. It makes the run resumable
-    captions_failures.jsonl    requests without a caption, with their reason. They are retried by the next run
-    captions_report.html       what quality control has found, with images and captions, worst first
-    captions_skipped.jsonl     images that could not be read when they were listed
-    captions_images/           copies of the images that are not files: members of tars, cells of tables, URLs
+    captions.jsonl             records with captions
+    captions.jsonl.sqlite      all answers, which make the run resumable (see `database.py`)
+    captions_failures.jsonl    failed requests and their reasons; the next run retries them
+    captions_report.html       results of quality control, with images and captions, worst first
+    captions_skipped.jsonl     unreadable images
+    captions_images/           copies of images that are not local files: members of tars, cells of tables, URLs
 
-The output of captioning runs is not read as a source.
+Runs ignore these files in folders that they read as sources.
 """
 
 import hashlib
@@ -24,7 +24,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, TextIO
 
-from llm2clip.caption.checks import DUPLICATE, MISMATCH, ScoredCaptions, TextChecks, find_image_file, remove_opening
+from llm2clip.caption.checks import (
+    DUPLICATE,
+    MISMATCH,
+    ScoredCaptions,
+    TextChecks,
+    find_image_file,
+    strip_boilerplate_opening,
+)
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.options import Prompt
 from llm2clip.data.formats import find_files
@@ -41,13 +48,14 @@ from llm2clip.reports import Block, Example, Examples, Heading, Paragraph, Table
 from llm2clip.runs.run_description import build_run_section, describe_run
 
 WRITTEN_BY_CAPTION = "not read, because `llm2clip caption` has written it"
-MAX_IMAGES = 200  # images in the report
-MAX_ERRORS = 20  # reasons of failed requests in the report
+MAX_IMAGES = 200  # in the report
+MAX_ERRORS = 20  # reasons for failed requests in the report
 MAX_SOURCE_CAPTIONS = 10  # per image in the report
 MAX_TEXT_CHARACTERS = 2000  # longer texts are truncated in the report
 THUMBNAIL_SIDE = 320  # in pixels
 _COPIED_IMAGE = re.compile(r"(.*)_images/[0-9a-f]{64}\.\w+", re.DOTALL)
-# Images with failed or rejected captions come first, then those with the highest rank. Duplicates do not count.
+# Images with the most failed or rejected captions come first, then images with the highest rank. Duplicate captions do
+# not count.
 _WORST_IMAGES = """
 SELECT (SELECT min(number) FROM images WHERE images.hash = answers.hash) AS first_number FROM answers
 WHERE model = ? AND prompt IN ({prompts}) AND first_number IS NOT NULL
@@ -57,7 +65,7 @@ ORDER BY sum(error IS NOT NULL OR coalesce(problem, ?) != ?) DESC, max(rank) DES
 
 
 class CaptionOutput:
-    """Paths of a captioning run's files. They are derived from the path of the output, which must end with .jsonl."""
+    """Paths of the files of a captioning run, derived from the output path, which must end with .jsonl."""
 
     def __init__(self, records: Path) -> None:
         self.records = records
@@ -68,7 +76,7 @@ class CaptionOutput:
         self.images = records.with_name(f"{records.stem}_images")
 
     def check(self) -> None:
-        """Raise ValueError if the path is not valid, or if the file was not written by a captioning run."""
+        """Raise ValueError if the path is invalid, or if a file exists that was not written by a captioning run."""
         if self.records.suffix.lower() != ".jsonl":
             raise ValueError(f"--out must be a .jsonl file (got {self.records})")
         if self.records.exists() and not self.database.exists():
@@ -91,8 +99,8 @@ def list_images(
     """Yield a row for each record with an image. Copy images that are not local files to the images folder.
 
     Args:
-        columns: Mapping from fields to columns of the sources; see `Source`.
-        earlier: Database with the images of the last run. Unchanged files are not read again.
+        columns: Mapping from fields to source columns; see `Source`.
+        earlier: Database with the images of the previous run. Unchanged files are not read again.
     """
     number = 0
     with ProgressBar(desc="read", unit="image") as bar:
@@ -117,10 +125,10 @@ def list_images(
 def _open_images(
     source: str, columns: dict[str, str], output: CaptionOutput, log: SkipLog
 ) -> Iterator[tuple[Record, ImageRef]]:
-    """Yield the records of a source that have an image, and the image. The output of captioning runs is omitted."""
+    """Yield pairs of record and image. Omit records without an image and the output of captioning runs."""
     parsed = Source.parse(source, columns)
     source_path = os.path.realpath(os.path.expanduser(parsed.path))
-    # The output of another run is read if the user has named the file.
+    # The output of another run is read only if the user names the file.
     omits_output = not os.path.isfile(source_path) or source_path == os.path.realpath(output.records)
     files = []
     for file in find_files(parsed.path, all_files=True, log=log):
@@ -148,7 +156,7 @@ def _make_record(record: Record, path: str) -> dict[str, Any]:
 
 
 def _hash_file(image: FileImage, earlier: ImageRow | None) -> tuple[str, str]:
-    """Return the hash and the version of an image file. It is read only if it has changed since the last run."""
+    """Return the hash and version of an image file, which is read only if it has changed since the previous run."""
     ((size, modified),) = get_file_version(image.path)
     version = f"{size} {modified}"
     if earlier is not None and earlier.version == version:
@@ -163,7 +171,7 @@ def _copy_image(data: bytes, output: CaptionOutput) -> tuple[str, str]:
     path = output.images.absolute() / f"{image_hash}.{suffix}"
     if not path.exists() or path.stat().st_size != len(data):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # others cannot create a link with this name
+        temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # random, so other users cannot plant a link
         with explain_write_errors(path), temporary.open("xb") as stream:
             stream.write(data)
         temporary.replace(path)
@@ -183,11 +191,7 @@ def _is_copied_image(path: str) -> bool:
 
 
 def write_records(database: CaptionDatabase, file: Path, model: str, prompts: Sequence[Prompt]) -> tuple[int, int]:
-    """Write the records with their captions. Captions that quality control rejects are omitted.
-
-    Returns:
-        The number of records and the number of generated captions.
-    """
+    """Write the records with their accepted captions. Return the number of records and of generated captions."""
     num_records = num_captions = 0
     with _open_jsonl(file) as stream:
         for row in database.iterate_images():
@@ -204,10 +208,10 @@ def write_records(database: CaptionDatabase, file: Path, model: str, prompts: Se
 def _add_captions(
     row: ImageRow, answers: Sequence[StoredAnswer], prompts: Sequence[Prompt], has_source_captions: bool
 ) -> dict[str, Any]:
-    """Return an image's record with generated captions and their origin.
+    """Return the record of an image with generated captions and their origin.
 
-    Short captions are added to `captions`, or to `short_captions` if the image has captions in the sources, in this
-    record or another one. Dense captions are added to `long_captions`.
+    Short captions are added to `captions`, or to `short_captions` if any source record with this image has captions.
+    Dense captions are added to `long_captions`.
     """
     record = dict(row.record)
     short_field = "short_captions" if has_source_captions else "captions"
@@ -215,7 +219,7 @@ def _add_captions(
     kinds = {prompt.key: prompt.kind for prompt in prompts}
     for answer in answers:
         field = short_field if kinds[answer.prompt] == "short" else "long_captions"
-        record[field] = list(dict.fromkeys([*record.get(field, []), remove_opening(answer.text or "")]))
+        record[field] = list(dict.fromkeys([*record.get(field, []), strip_boilerplate_opening(answer.text or "")]))
     if answers:
         temperatures = {answer.prompt: answer.temperature for answer in answers}
         record["caption_source"] = {
@@ -229,7 +233,7 @@ def _add_captions(
 
 
 def write_failures(database: CaptionDatabase, file: Path, model: str, prompts: Sequence[Prompt]) -> int:
-    """Write the requests without a caption and their reasons. Return their number. Without failures, write no file."""
+    """Write all failed requests and their reasons to a file, unless there are none. Return the number of requests."""
     num_failures = 0
     with _open_jsonl(file) as stream:
         for row in database.iterate_images(distinct=True):
@@ -255,23 +259,21 @@ def _open_jsonl(file: Path) -> Iterator[TextIO]:
 
 @dataclass(frozen=True)
 class CaptionReport:
-    """Results of a captioning run that are shown in its report."""
+    """Results of a captioning run for its report."""
 
-    sources: Sequence[str]  # as given by the user
+    sources: Sequence[str]  # as specified by the user
     model: str  # name of the captioner
     prompts: Sequence[Prompt]
     checks: TextChecks
     scores: ScoredCaptions | None = None  # None if the captions were not compared with their images
-    seconds: float = 0.0  # duration of this run
+    seconds: float = 0.0  # duration of the run
 
 
 def write_caption_report(file: Path, database: CaptionDatabase, report: CaptionReport) -> None:
     blocks = build_blocks(database, report)
     cards = [_make_card(database, row, report) for row in find_worst_images(database, report)]
     if cards:
-        text = (
-            f"{format_count(len(cards), 'image')}: those with failed or rejected captions first, then by highest rank."
-        )
+        text = f"{format_count(len(cards), 'image')}: failed or rejected captions first, then by highest rank."
         blocks += [Heading("Images"), Paragraph(text), Examples(cards, as_cards=True)]
     sources = "\n".join(to_valid_unicode(hide_url_secrets(source)) for source in report.sources)
     blocks += build_run_section(describe_run(report.seconds), code=sources)
@@ -319,7 +321,7 @@ def build_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block
         Heading("Rejected captions"),
         Table(["problem", "captions", "share"], rows) if rows else Paragraph("No caption is rejected."),
         Paragraph(_describe_comparison(report.scores, problems[MISMATCH])),
-        Paragraph(f"A caption fits many images if more than {report.checks.max_images:,} images have it."),
+        Paragraph(f"A caption fits many images if more than {report.checks.max_images:,} images share it."),
     ]
     rows = []
     for reason, count, example in database.count_errors(report.model, report.prompts, MAX_ERRORS):
@@ -334,7 +336,7 @@ def _describe_comparison(scores: ScoredCaptions | None, num_mismatches: int) -> 
         text = (
             f"Captions compared with {format_count(scores.sample_size, 'image')} by {scores.encoder}: "
             f"{scores.num_captions:,}. "
-            f"A caption is rejected if more than {scores.max_rank:.0%} of these images match it better than its own."
+            f"A caption is rejected if more than {scores.max_rank:.0%} of these images match it better than its image."
         )
         if scores.num_unreadable:
             unreadable = format_count(scores.num_unreadable, "image")
@@ -346,7 +348,7 @@ def _describe_comparison(scores: ScoredCaptions | None, num_mismatches: int) -> 
 
 
 def find_worst_images(database: CaptionDatabase, report: CaptionReport) -> list[ImageRow]:
-    """Return at most `MAX_IMAGES` images: those with the most failed or rejected captions, then by highest rank."""
+    """Return at most `MAX_IMAGES` images, most failed or rejected captions first, then by highest rank."""
     keys = [prompt.key for prompt in report.prompts]
     query = _WORST_IMAGES.format(prompts=", ".join("?" * len(keys)))
     parameters = (report.model, *keys, DUPLICATE, DUPLICATE, MAX_IMAGES)
@@ -360,17 +362,17 @@ def _make_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) 
         label, text = "failed requests", shorten_text(answer.error or "")
         if answer.text is not None:
             label = "captions" if answer.problem is None else f"rejected: {answer.problem}"
-            text = shorten_text(remove_opening(answer.text))
+            text = shorten_text(strip_boilerplate_opening(answer.text))
             if answer.rank is not None and answer.score is not None:
                 text = f"{text} (rank {answer.rank:.1%}, score {answer.score:.3f})"
         texts.setdefault(label, []).append(text)
     if captions := row.record.get("captions"):
         texts["captions in the source"] = [shorten_text(caption) for caption in captions[:MAX_SOURCE_CAPTIONS]]
-    return make_card(find_image_file(database, row), [row.record["image"]], texts)
+    return make_image_card(find_image_file(database, row), [row.record["image"]], texts)
 
 
-def make_card(image: ImageRef, details: Sequence[str], texts: Mapping[str, Sequence[str]]) -> Example:
-    """Return a card with an image's thumbnail, name and size, or with the error if the image cannot be decoded."""
+def make_image_card(image: ImageRef, details: Sequence[str], texts: Mapping[str, Sequence[str]]) -> Example:
+    """Return a card with the thumbnail, name and size of an image, or with the error if it cannot be decoded."""
     jpeg, size, error = None, [], ""
     try:
         pixels = load_image(image)

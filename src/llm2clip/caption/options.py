@@ -13,7 +13,7 @@ from llm2clip.config import require_at_least, require_fraction, require_positive
 
 Kind = Literal["short", "dense"]
 DEFAULT_FILE = Path(__file__).with_name("prompts.yaml")
-CAPTION_FIELD = "{caption}"  # stands for the caption of the image in the source
+CAPTION_FIELD = "{caption}"  # placeholder for the source caption of the image
 MAX_TEXT_CHARACTERS = 20_000
 MAX_SAMPLES = 100
 MAX_TOKENS = 8192
@@ -22,37 +22,37 @@ _NAME = re.compile(r"[a-z0-9_]+")
 
 @dataclass
 class CaptionOptions:
-    """Options of the `caption` command. Each field is a command-line option; its docstring is the help text."""
+    """Options of the command `caption`. The docstrings are the help texts of the command-line options."""
 
     endpoint: str | None = None
-    """URL of a server with OpenAI's chat API, such as http://localhost:8000/v1. The images are sent to it. Its key is
-    read from the environment variable LLM2CLIP_API_KEY."""
+    """URL of a server with OpenAI's chat API, such as http://localhost:8000/v1, to which the images are sent. The API
+    key is read from the environment variable LLM2CLIP_API_KEY."""
     prompts: str | None = None
-    """YAML file with prompts. Default: two short captions and a dense one per image."""
+    """YAML file with prompts. Default: two short captions and one dense caption per image."""
     language: str | None = None
-    """Language of the captions, such as "German". Captions in other languages are rejected. Default: the model decides,
-    and the language of most captions is expected."""
+    """Language of the captions, such as "German". Captions in other languages are rejected. Default: the language that
+    the model uses for most captions."""
     use_captions: bool = False
-    """Give the first caption of each image in the source to the model, in prompts that contain {caption}."""
+    """Give the model the first source caption of each image, in prompts that contain {caption}."""
     image_size: int = 768
     """Shrink images to at most this size, in pixels per side."""
     batch_size: int = 32
-    """Number of images per batch, without --endpoint. It is halved if a batch does not fit in the memory."""
+    """Number of images per batch, without --endpoint. Halved if a batch does not fit in device memory."""
     concurrency: int = 8
-    """Number of requests to the server at the same time."""
+    """Number of concurrent requests to the server."""
     retries: int = 6
-    """Number of further attempts after a failed request."""
+    """Number of additional attempts after a failed request."""
     timeout: float = 300.0
-    """Maximum time for an answer of the server, in seconds."""
+    """Maximum response time of the server, in seconds."""
     check: str | None = None
     """Dual encoder that compares each caption with its image: an llm2clip model, or any other model that `evaluate`
     accepts. Default: only the texts are checked."""
     check_max_rank: float = 0.25
-    """Reject captions that more than this fraction of other images match better than their own image."""
+    """Reject a caption if more than this fraction of other images match it better than its own image."""
     columns: dict[str, str] = field(default_factory=dict)
     """Source column for each field, e.g. captions=text,image=file."""
     max_skipped: float = 0.05
-    """Stop if more than this fraction of the images is unreadable, or has no caption because its requests failed."""
+    """Stop if more than this fraction of the images is unreadable, or has no caption because requests failed."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "", "image_size", "batch_size", "concurrency")
@@ -70,11 +70,11 @@ def describe_missing_server(address: str, error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """An instruction to write a caption. Raise ValueError if a value is not valid."""
+    """An instruction to write a caption. Raise ValueError if a value is invalid."""
 
     name: str
     kind: Kind  # "short" for a sentence, "dense" for a detailed description
-    text: str  # instruction, with the language of the answer
+    text: str  # instruction, including the language of the answer
     samples: int = 1  # number of answers per image
     temperature: float = 0.7  # 0 means greedy decoding
     max_tokens: int = 100  # per answer
@@ -96,11 +96,11 @@ class Prompt:
 
     @property
     def key(self) -> str:
-        """Name with a hash of the text. With a changed text, the captions are requested again."""
+        """Prompt name plus a hash of its text, so that changing the text requests the captions again."""
         return f"{self.name}-{hashlib.sha256(self.text.encode()).hexdigest()[:8]}"
 
     def fill(self, caption: str | None) -> str:
-        """Return the instruction for an image. Lines with {caption} are omitted if the image has no caption."""
+        """Return the instruction for an image. Without a caption, lines with {caption} are omitted."""
         if CAPTION_FIELD not in self.text:
             return self.text
         if caption is None:
@@ -115,12 +115,12 @@ def load_prompts(
     """Load the prompts in a YAML file.
 
     Args:
-        file: YAML file that maps each prompt's name to its fields. Default: the built-in prompts.
-        language: Language of the answers, such as "German". Default: the model decides, usually English.
-        use_captions: Keep the lines with {caption}. Otherwise, they are removed.
+        file: YAML file that maps prompt names to fields. Default: the built-in prompts.
+        language: Language of the answers, such as "German". Default: the model chooses, usually English.
+        use_captions: Keep lines with {caption}. Otherwise, remove them.
 
     Raises:
-        ValueError: The file is not valid. The message names the file, the prompt and the field.
+        ValueError: The file is invalid. The message names the file, the prompt and the field.
         OSError: The file cannot be read.
     """
     path = DEFAULT_FILE if file is None else Path(file).expanduser()

@@ -1,7 +1,7 @@
-"""Captioning runs: read the images of the sources, ask a model for captions, and write records with these captions.
+"""Captioning runs, which request captions for all images of the sources and write records with these captions.
 
-The first pass over the sources lists and hashes the images, and the second one asks for the missing captions. Then all
-captions are checked, and those with a problem are not written.
+The first pass over the sources lists and hashes the images, and the second pass requests the missing captions. Then all
+captions are checked, and the accepted captions are written.
 """
 
 from __future__ import annotations
@@ -56,10 +56,12 @@ OpenEncoder = Callable[[], "DualEncoder"]
 
 
 def run_captioning(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> list[str]:
-    """Open the captioner and write captions for all images; see `caption_images`. Return lines to print.
+    """Write captions for all images in the sources to the JSONL file `out`. Return lines to print.
 
     Args:
-        model: Name of the model on the server or, without `options.endpoint`, a model folder or hub id.
+        model: Name of the model on the server, or a model folder or hub id if `options.endpoint` is not set.
+
+    For the exceptions, see `caption_images`.
     """
     check_extra("caption", "captioning")  # py3langid is needed only after captioning
     from llm2clip.caption.captioners import EndpointCaptioner, LocalCaptioner
@@ -71,7 +73,7 @@ def run_captioning(sources: Sequence[str], out: Path, model: str, options: Capti
         from llm2clip.models.dual_encoder import open_dual_encoder
 
         open_encoder = partial(open_dual_encoder, options.check, process_state().device)
-        if process_state().is_main_process:  # it is needed only after captioning, but must be valid
+        if process_state().is_main_process:  # the encoder is needed only after captioning, but must be valid
             open_encoder()
             free_memory()
     if options.endpoint is None:
@@ -79,8 +81,8 @@ def run_captioning(sources: Sequence[str], out: Path, model: str, options: Capti
     else:
         if process_state().num_processes > 1:
             raise ValueError(
-                "--endpoint requires a single process. Run the command without torchrun. --concurrency sets the number "
-                "of requests at the same time"
+                "--endpoint requires a single process. Run the command without torchrun, and set the number of "
+                "concurrent requests with --concurrency"
             )
         endpoint = EndpointCaptioner(options.endpoint, model, options.concurrency, options.retries, options.timeout)
         print_once(*endpoint.describe())
@@ -98,16 +100,16 @@ def caption_images(
 ) -> list[str]:
     """Write captions for all images in the sources to a JSONL file. Return lines to print. Must be called by all ranks.
 
-    Captions that the database already contains are not requested again, so an interrupted run can be resumed, and
-    images can be added.
+    Captions that are already in the database are not requested again, so an interrupted run can be resumed, and images
+    can be added.
 
     Args:
-        open_encoder: Function that opens the dual encoder that compares the captions with their images. It is called
-            on the main process when all captions have been requested.
+        open_encoder: Function that opens the dual encoder for comparing captions with their images. The main process
+            calls it after all captions have been requested.
 
     Raises:
-        KeyboardInterrupt: The process received SIGINT or SIGTERM. As at all errors, answers have been stored.
-        TooManySkipped: More than `options.max_skipped` of the images cannot be read, or have no caption because their
+        KeyboardInterrupt: The process received SIGINT or SIGTERM. As after any error, all answers have been stored.
+        TooManySkipped: More than `options.max_skipped` of the images are unreadable, or have no caption because
             requests failed.
         ValueError: The server rejects all requests, another rank was interrupted, or no image has an accepted caption.
         FolderInUseError: Another run is writing to the same folder.
@@ -120,7 +122,7 @@ def caption_images(
         if is_main:
             with (
                 closing(CaptionDatabase(output.database)) as database,
-                closing(CaptionDatabase(output.database)) as earlier,  # sees the old images until the transaction ends
+                closing(CaptionDatabase(output.database)) as earlier,  # reads the old images until the transaction ends
             ):
                 database.replace_images(list_images(sources, options.columns, output, log, earlier))
                 if not database.count_images():
@@ -133,9 +135,9 @@ def caption_images(
                 with _stop_on_signals(run):
                     run.ask_all()
             finally:
-                if sys.exception() is None:  # otherwise, torchrun stops the other processes
+                if sys.exception() is None:  # after an exception, torchrun stops the other ranks
                     wait_for_everyone()
-                if is_main and not isinstance(sys.exception(), KeyboardInterrupt):  # not at the second Ctrl+C
+                if is_main and not isinstance(sys.exception(), KeyboardInterrupt):  # not after a second Ctrl+C
                     was_completed = sys.exception() is None and not run.was_interrupted and not run.count_missing()
                     lines = _write_output(run, sources, log, open_encoder if was_completed else None)
             if is_main and not run.was_interrupted:
@@ -149,9 +151,9 @@ def caption_images(
 def _write_output(
     run: _CaptionRun, sources: Sequence[str], log: SkipLog, open_encoder: OpenEncoder | None
 ) -> list[str]:
-    """Check all captions, then write the records, the failed requests and the report.
+    """Check all captions and write the output files.
 
-    They are written before the comparison with the images, which can fail, and again after it.
+    The files are written before the comparison with the images, which can fail, and again after it.
     """
     database, model, prompts = run.database, run.captioner.name, run.prompts
     checks = check_captions(database, model, prompts, run.options.language)
@@ -184,17 +186,16 @@ def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> list[
     ]
     if num_failures:
         lines.append(
-            f"Failed requests: {num_failures:,}, listed in {output.failures}. To ask again, run the same command again"
+            f"Failed requests: {num_failures:,}, listed in {output.failures}. To retry them, run the same command again"
         )
     return lines
 
 
 def _check_result(run: _CaptionRun) -> None:
-    """Raise an error if captions are missing, if too many requests failed, or if no image has a caption."""
-    if num_missing := run.count_missing():  # each rank knows only whether it was interrupted itself
+    if num_missing := run.count_missing():  # a rank does not know whether other ranks were interrupted
         raise ValueError(
-            f"{format_count(num_missing, 'caption')} not requested, because another process was stopped. The other "
-            "captions are stored. To request the missing ones, run the same command again"
+            f"{format_count(num_missing, 'caption')} not requested, because another process was stopped. All other "
+            "captions are stored. To request the missing captions, run the same command again"
         )
     num_failed, num_rejected = run.database.count_images_without_caption(run.captioner.name, run.prompts)
     num_images = run.database.count_images()
@@ -203,8 +204,8 @@ def _check_result(run: _CaptionRun) -> None:
         raise TooManySkipped(
             f"no caption for {num_failed:,} of {format_count(num_images, 'image')} because requests failed, over the "
             f"limit of {run.options.max_skipped:.1%}. Most common reason, for {format_count(num_requests, 'request')}: "
-            f"{example[:MAX_VALUE_CHARACTERS]}\nAll failed requests are listed in {run.output.failures}. To ask again, "
-            "run the same command again. To accept images without captions, raise the limit with --max_skipped"
+            f"{example[:MAX_VALUE_CHARACTERS]}\nAll failed requests are listed in {run.output.failures}. To retry "
+            "them, run the same command again. To accept images without captions, raise the limit with --max_skipped"
         )
     if num_failed + num_rejected == num_images:
         raise ValueError(
@@ -217,10 +218,10 @@ def _check_result(run: _CaptionRun) -> None:
 
 
 class _CaptionRun:
-    """Asks for the missing captions: one thread reads the images, and other threads call the captioner.
+    """Requests the missing captions. One thread reads the images, and other threads call the captioner.
 
-    An answer is stored by the thread that received it, before this thread asks for the next one. If the process is
-    killed, at most one answer per thread is lost.
+    Each thread stores its answers before it sends the next requests, so if the process is killed, at most one call per
+    thread is lost.
 
     Attributes:
         was_interrupted: True if the process received a signal to stop.
@@ -240,7 +241,7 @@ class _CaptionRun:
         self._started_at = time.monotonic()
         self.was_interrupted = False
         self._stopped = threading.Event()
-        self._error: BaseException | None = None  # of a thread that calls the captioner
+        self._error: BaseException | None = None  # error in a thread that calls the captioner
         self._lock = threading.Lock()  # for the database and the progress bar
         self._batches_lock = threading.Lock()
 
@@ -262,17 +263,17 @@ class _CaptionRun:
             closing(Prefetcher(self._read_batches(), depth=max(2, self.captioner.workers))) as batches,
         ):
             threads = []
-            for _ in range(self.captioner.workers):  # daemon threads do not delay the exit at a second Ctrl+C
-                threads.append(threading.Thread(target=self._ask, args=(batches, bar), daemon=True))
+            for _ in range(self.captioner.workers):  # daemon threads do not delay the exit after a second Ctrl+C
+                threads.append(threading.Thread(target=self._request_captions, args=(batches, bar), daemon=True))
                 threads[-1].start()
             for thread in threads:
-                while thread.is_alive():  # signals are handled between two calls of join
+                while thread.is_alive():  # Python handles signals only between calls to join
                     thread.join(POLL_INTERVAL)
         if self._error is not None:
             raise self._error
 
     def stop(self) -> None:
-        """Stop asking. Answers to requests that have been sent are still stored."""
+        """Stop sending requests. Answers to requests that have already been sent are still stored."""
         self._stopped.set()
         self.captioner.stop()
 
@@ -298,7 +299,7 @@ class _CaptionRun:
         yield from batches.values()
 
     def _make_requests(self, row: ImageRow, database: CaptionDatabase) -> list[CaptionRequest]:
-        """Return the missing requests of an image, or none if it cannot be read."""
+        """Return the requests for the missing captions of an image, or [] if it cannot be read."""
         captions = row.record.get("captions") if self.options.use_captions else None
         caption = captions[0] if captions else None
         answers = database.list_answers(row.hash, self.captioner.name, self.prompts)
@@ -323,10 +324,10 @@ class _CaptionRun:
             self.database.add_answers([self._make_answer(request, failure) for request in requests])
         return []
 
-    def _ask(self, batches: Iterator[list[CaptionRequest]], bar: ProgressBar) -> None:
-        """Ask for the captions and store the answers. All threads share `batches`. An error stops the run."""
+    def _request_captions(self, batches: Iterator[list[CaptionRequest]], bar: ProgressBar) -> None:
+        """Request captions and store the answers. All threads share `batches`. An error stops the run."""
         try:
-            while batch := self._take(batches):
+            while batch := self._take_batch(batches):
                 answers = self.captioner.ask(batch)
                 rows = [self._make_answer(request, answer) for request, answer in zip(batch, answers, strict=True)]
                 with self._lock:
@@ -339,7 +340,7 @@ class _CaptionRun:
             self._error = self._error or error
             self.stop()
 
-    def _take(self, batches: Iterator[list[CaptionRequest]]) -> list[CaptionRequest] | None:
+    def _take_batch(self, batches: Iterator[list[CaptionRequest]]) -> list[CaptionRequest] | None:
         with self._batches_lock:
             batch = next(batches, None)
         return None if self._stopped.is_set() else batch
@@ -362,7 +363,7 @@ class _CaptionRun:
 
 @contextmanager
 def _stop_on_signals(run: _CaptionRun) -> Iterator[None]:
-    """Stop the run at the first SIGINT or SIGTERM. A second signal has its usual effect."""
+    """Stop the run at the first SIGINT or SIGTERM. A second signal has its default effect."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield
         return

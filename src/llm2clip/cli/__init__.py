@@ -1,4 +1,4 @@
-"""The `llm2clip` command. Heavy imports are deferred until a command runs, which keeps `--help` instant."""
+"""The command `llm2clip`. Heavy imports are deferred until a command runs, so that `--help` is instant."""
 
 import logging
 import os
@@ -41,21 +41,21 @@ Using a model:
 
 Run `llm2clip COMMAND --help` for the options of a command.
 
-DATA is a .jsonl, .csv, .tsv or .parquet file, a folder of images with captions next to them, webdataset tars, a URL
-(s3://, gs://, hf://, https://) of these, or hf:NAME. DATA@train+none selects the splits `train` and `none`. Every
+DATA is a .jsonl, .csv, .tsv or .parquet file, a folder of images with captions next to them, webdataset tars, a URL of
+one of these (s3://, gs://, hf://, https://), or hf:NAME. DATA@train+none selects the splits `train` and `none`. Every
 command accepts --config FILE_OR_NAME and dotted overrides such as --align.epochs 20. To resume an interrupted command,
 run it again."""
 
 
 @cache  # building the parser takes 0.3 s
 def build_parser() -> tuple[ArgumentParser, dict[str, CommandFunction]]:
-    """Return the argument parser, and a dict that maps each command's name to the function that runs it."""
+    """Return the argument parser, and the functions that run the commands, keyed by command name."""
     parser = ArgumentParser(
         prog="llm2clip",
         version=__version__,
         description=DESCRIPTION,
         formatter_class=HelpFormatter,
-        allow_abbrev=False,  # prevents argparse from accepting a misspelt setting as an abbreviation
+        allow_abbrev=False,  # so argparse does not accept a misspelt setting as an abbreviation
     )
     commands = Commands(parser, is_listed=False)  # the description lists them
     for module in (setup, caption, train, evaluate, search, serve, export, llava):
@@ -64,8 +64,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, CommandFunction]]:
 
 
 def silence_libraries() -> None:
-    """Hide library messages that do not help llm2clip users."""
-    # "The following layers were not sharded" concerns tensor parallelism, which llm2clip does not use.
+    # "The following layers were not sharded" is about tensor parallelism, which llm2clip does not use.
     logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|torch\.|accelerate\.")
 
@@ -74,7 +73,7 @@ def main(args: list[str] | None = None) -> int:
     """Run a command and return its exit status. Errors that users can fix are printed without a traceback."""
     try:
         return _run_command(args)
-    except KeyboardInterrupt:  # also while the parser is built, soon after the command is entered
+    except KeyboardInterrupt:  # may also occur while the parser is built
         print("\nInterrupted. Run the same command again to resume.", file=sys.stderr)
         return 130
 
@@ -122,7 +121,7 @@ def _print_last_lines(lines: list[str]) -> None:
 
         print_once(*lines)
         shut_down_process_group()
-    elif lines:  # a command without PyTorch has one process; importing PyTorch to print would take seconds
+    elif lines:  # without PyTorch, there is a single process, and importing PyTorch to print would take seconds
         from llm2clip.io_utils import escape_control_characters
 
         print(escape_control_characters("\n".join(lines)), flush=True)

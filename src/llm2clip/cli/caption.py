@@ -1,4 +1,4 @@
-"""Captions by a multimodal model: `llm2clip caption` and `fit --caption`."""
+"""Captioning with a multimodal model: `llm2clip caption` and `fit --caption`."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def _caption(args: Namespace) -> list[str]:
         )
     check_can_create(args.out)
     _check_server(options.endpoint, out)
-    return [*_run(args.data, out, model, options), f"Next: {format_command('fit', out, '--out', 'RUN')}"]
+    return [*_run_captioning(args.data, out, model, options), f"Next: {format_command('fit', out, '--out', 'RUN')}"]
 
 
 def _check_server(endpoint: str | None, out: Path) -> None:
-    """Raise OSError if there is no server at an http:// URL. A resumed run may not need a server."""
+    """Raise OSError if there is no server at an http:// URL. A resumed run is not checked: it may not need one."""
     url = urlsplit(endpoint or "")
     if url.scheme != "http" or out.with_name(f"{out.name}.sqlite").exists():
         return
@@ -70,7 +70,7 @@ def _check_server(endpoint: str | None, out: Path) -> None:
         raise OSError(describe_missing_server(url.netloc.rpartition("@")[2], error)) from error
 
 
-def _run(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> list[str]:
+def _run_captioning(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> list[str]:
     if options.endpoint is None:
         from llm2clip.llava.modeling_patches import register_classes
 
@@ -94,12 +94,12 @@ def add_fit_arguments(parser: ArgumentParser) -> None:
 
 
 def prepare_captions(args: Namespace) -> Callable[[], None] | None:
-    """Check the arguments of `fit` for captions, and make the captions its data.
+    """Check the caption arguments of `fit`, and use the captions as its data.
 
-    After a stage has written outputs, the captions are not changed any more, because a resumed run needs the same data.
+    Once a stage has written outputs, the captions no longer change, because a resumed run requires the same data.
 
     Returns:
-        A function that writes the captions, or None if there is nothing to write.
+        A function that writes the captions, or None if there are no captions to write.
     """
     is_server = (args.caption or "").startswith(("http://", "https://"))
     if args.caption_model and not is_server:
@@ -127,7 +127,7 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
         from llm2clip.cpu_tuning import free_memory
         from llm2clip.runs.ranks import print_once
 
-        print_once(*_run(sources, out, model, options))
+        print_once(*_run_captioning(sources, out, model, options))
         free_memory()
 
     return write_captions
@@ -140,15 +140,15 @@ def _check_evaluate_fields(args: Namespace) -> None:
     if lost_fields and not args.evaluate.data:
         raise ValueError(
             f"--evaluate.fields: with --caption, the data has only the columns {', '.join(CAPTION_FIELDS)} (got "
-            f"{', '.join(sorted(lost_fields))}). Pass the captions to evaluate on with --evaluate.data"
+            f"{', '.join(sorted(lost_fields))}). Pass the captions for evaluation with --evaluate.data"
         )
 
 
 def _select_splits(captions: Path, sources: Sequence[str]) -> str:
-    """Return the captions of the sources as a source with the same records in the selected splits.
+    """Return the caption file as a source, with the same splits selected as in `sources`.
 
     Raises:
-        ValueError: Splits are selected in only some of the sources. The captions do not contain each record's source.
+        ValueError: Splits are selected in only some of the sources, which the caption file does not distinguish.
     """
     from llm2clip.data.records import Source
 

@@ -1,4 +1,4 @@
-"""Checks of paths, model names and output folders. They avoid heavy imports, so mistakes are reported at once."""
+"""Checks of paths, model names and output folders, without heavy imports, so that mistakes are reported immediately."""
 
 import os
 import shlex
@@ -25,7 +25,7 @@ ENCODERS = ("smollm2-135m", "all-minilm-l6-v2", "gemma3-270m")  # caption encode
 
 
 def check_sources(*groups: Iterable[str] | None) -> None:
-    """Raise FileNotFoundError if the path of a source does not exist or its pattern matches no file."""
+    """Raise FileNotFoundError if a source does not exist, or if its pattern matches no file."""
     from llm2clip.data.formats import find_files
     from llm2clip.data.records import Source
 
@@ -38,9 +38,9 @@ def check_sources(*groups: Iterable[str] | None) -> None:
 def check_data(
     args: Namespace, *others: Iterable[str] | None, image_check: Any = "header", require_captions: bool = True
 ) -> None:
-    """Check sources as `check_sources` does, and read the first rows of small local files in `args.data`.
+    """Check sources with `check_sources`, and read the first rows of small local files in `args.data`.
 
-    Unknown formats, missing columns and unusable images are thereby reported before the slow imports.
+    This reports unknown formats, missing columns and unusable images before the slow imports.
     """
     from llm2clip.data.formats import find_files
     from llm2clip.data.records import EARLY_CHECK_ROWS, RecordReader, Source
@@ -59,9 +59,9 @@ def check_data(
 
 
 def check_index(location: str | None, words: Sequence[str] = ()) -> None:
-    """Raise FileNotFoundError if a local folder contains no index, or ImportError if a package to read it is missing.
+    """Raise FileNotFoundError if a local folder is not an index, or ImportError if a package to read it is missing.
 
-    The server of an index in PostgreSQL is not contacted. If one of the query's words is an index, the error says so.
+    A PostgreSQL server is not contacted. `words` are the words of the query, one of which may be the index.
     """
     from llm2clip.search.backends import INDEX_FILE, check_backend_packages, format_missing_index_message
 
@@ -86,7 +86,7 @@ def check_stores(*folders: str) -> None:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise OSError if a server cannot listen on a port, for example because another program is using it."""
+    """Raise OSError if a server cannot listen on a port, for example because it is in use."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port), family=family).close()
@@ -107,19 +107,19 @@ def resolve_model(name: str, allow_revision: bool = True) -> str:
 def resolve_encoder(path: str) -> str:
     """Return the encoder of a run directory or llm2clip model, or an existing path or valid encoder name unchanged."""
     if path == AUTO:
-        raise ValueError("only `fit` and `plan` support --encoder.path auto: use an encoder, such as RUN/tune/encoder")
+        raise ValueError("only `fit` and `plan` support --encoder.path auto. Pass an encoder, such as RUN/tune/encoder")
     return _resolve_name(path, "modules.json", ("encoder", "tune/encoder", "text"), ENCODERS)
 
 
 def check_pretrained(*names: str) -> None:
-    """Raise FileNotFoundError if a vision tower or LLM name looks like a path that does not exist."""
+    """Raise FileNotFoundError if the name of a vision tower or LLM looks like a path that does not exist."""
     for name in names:
         if "/" in name or "\\" in name:  # names without slashes refer to timm models and built-in models
             _resolve_name(name, "config.json", (), ())
 
 
 def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], known: tuple[str, ...]) -> str:
-    """Return `name` or, if it is a folder without `config_file`, the first of `subfolders` that contains this file.
+    """Return `name` or, if it is a folder without `config_file`, the first of `subfolders` that contains the file.
 
     Raises:
         FileNotFoundError: The name is neither an existing path nor a valid name.
@@ -159,7 +159,7 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
 
 
 def list_local_sources(sources: Sequence[str]) -> list[str]:
-    """Return the sources that `index` can read, or a placeholder if there are none, for a command to run next."""
+    """Return the sources that `index` can read, or a placeholder, for the hint about the next command."""
     from llm2clip.data.storage import is_remote
 
     return [source for source in sources if not is_remote(source)] or ["PHOTOS"]
@@ -175,14 +175,14 @@ KINDS = {
     "evaluation": "an output folder of `llm2clip evaluate`",
     "model": "a model folder",
 }
-# Kind -> glob patterns. A folder of this kind contains a match for at least one pattern.
+# Glob patterns for each kind of folder, which contains a match for at least one pattern.
 _CONTENTS = {
     "index": ("index.sqlite",),
     "store": ("manifest.json", "keys-*.parquet"),
     "evaluation": ("results.json", "vectors", "skipped"),
     "model": ("config.json", "open_clip_config.json", "text.onnx"),
 }
-_OWN_FILES = ("skipped.jsonl", "metrics.jsonl")  # files that llm2clip writes, which do not count as data
+_OWN_FILES = ("skipped.jsonl", "metrics.jsonl")  # written by llm2clip, so they do not count as data
 _DATA_SUFFIXES = {
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"),
     *(".tar", ".parquet", ".arrow", ".csv", ".tsv", ".jsonl"),
@@ -191,10 +191,10 @@ _MAX_ENTRIES = 1000  # maximum number of files and folders to check per folder
 
 
 def check_output_folder(path: str | Path, kind: str) -> None:
-    """Check that a command may write a folder of a kind, a key of `KINDS`, to `--out`. It need not exist.
+    """Check that a command may write a folder of the given kind (a key of `KINDS`) to `--out`, which need not exist.
 
     Raises:
-        ValueError: The folder is of a different kind, or is of unknown kind and contains data files.
+        ValueError: The folder is of a different kind, or of unknown kind and contains data files.
         OSError: The path is a file, or the folder cannot be created.
     """
     folder = Path(path).expanduser()
@@ -212,7 +212,7 @@ def check_output_folder(path: str | Path, kind: str) -> None:
 
 
 def check_can_create(path: str | Path, option: str = "--out") -> None:
-    """Raise OSError if a file or folder, given by `option`, cannot be created in its nearest existing ancestor."""
+    """Raise OSError if the file or folder in `option` cannot be created in its nearest existing ancestor."""
     parent = next(parent for parent in Path(path).expanduser().absolute().parents if parent.exists())
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".llm2clip-", dir=parent))
@@ -221,7 +221,7 @@ def check_can_create(path: str | Path, option: str = "--out") -> None:
 
 
 def detect_folder_kind(folder: str | Path) -> str | None:
-    """Return the kind of an output folder (a key of `KINDS`), or None if it is unknown."""
+    """Return the kind of a folder (a key of `KINDS`), or None if it is unknown."""
     folder = Path(folder)
     if (folder / CONFIG_FILE).is_file():
         try:
@@ -238,7 +238,7 @@ def detect_folder_kind(folder: str | Path) -> str | None:
 
 
 def _find_data_file(folder: Path) -> Path | None:
-    """Return the relative path of a data file in `folder` or a direct subfolder, or None if there are no data files."""
+    """Return the relative path of a data file in a folder or its direct subfolders, or None if there is none."""
     entries = list(islice(folder.iterdir(), _MAX_ENTRIES))
     for entry in list(entries):
         with suppress(OSError):  # not a folder, or not readable

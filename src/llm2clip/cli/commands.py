@@ -33,7 +33,7 @@ DATA_HELP = "Image-caption sources: PATH, or PATH@split+split to use only some s
 
 # Default values of all config settings, grouped by section.
 FIT_SETTINGS: dict[str, Any] = dataclasses.asdict(FitConfig())
-# Names of config file sections. Modules add the sections that only their own commands use.
+# Names of config file sections. Modules add sections that only their own commands use.
 SECTIONS = {name for name, value in FIT_SETTINGS.items() if isinstance(value, dict) and value}
 
 # Function that runs a command. It returns the lines to print at the end, such as the next command to run.
@@ -44,7 +44,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)  # use dataclass
 
 
 class ArgumentParser(jsonargparse.ArgumentParser):
-    """Parser whose error messages name the option or setting, its valid values, and similar names."""
+    """Argument parser whose error messages name the option, its valid values, and similar names."""
 
     _words: Sequence[str] = ()  # command-line arguments; empty in subcommand parsers
     config_file: str | None = None  # config file currently being read
@@ -70,7 +70,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
 
 
 def _explain_error(message: str, parser: Any) -> str:
-    """Rewrite a jsonargparse error message without Python type names, or return it as is if its format is unknown."""
+    """Rewrite a jsonargparse error message without Python type names. Return it unchanged if its format is unknown."""
     actions = {action.dest: action for action in parser._actions}
     flags = {dest: action.option_strings[0] for dest, action in actions.items() if action.option_strings}
     required, unknown = "the following arguments are required: ", "unrecognized arguments: "
@@ -90,7 +90,7 @@ def _explain_error(message: str, parser: Any) -> str:
 
 
 def suggest_names(name: str, known: Iterable[str]) -> str:
-    """Return " (did you mean X?)" with the most similar known names, or "" if no name is similar."""
+    """Return " (did you mean X?)" with the most similar known names, or "" if there are none."""
     names = {other.lstrip("-"): other for other in known}  # dashes would inflate the similarity
     name = name.lstrip("-")
     last_parts = {other: other.rpartition(".")[2] for other in names}  # `--lr` may mean `--align.lr` or `--tune.lr`
@@ -119,7 +119,7 @@ def _describe_type(typehint: Any) -> str:
 
 
 class Commands:
-    """A parser's subcommands and the functions that run them."""
+    """Subcommands of a parser and the functions that run them."""
 
     def __init__(self, parser: ArgumentParser, is_listed: bool = True) -> None:
         shown: dict[str, Any] = {"title": "commands"} if is_listed else {"title": SUPPRESS, "help": SUPPRESS}
@@ -127,7 +127,6 @@ class Commands:
         self.run = dict[str, CommandFunction]()
 
     def add(self, name: str, run: CommandFunction, description: str) -> ArgumentParser:
-        """Add a command and return its parser."""
         parser = ArgumentParser(description=description)
         parser.add_argument(
             "--config",
@@ -141,7 +140,7 @@ class Commands:
         return parser
 
     def add_group(self, name: str, description: str) -> Commands:
-        """Add a command group and return its `Commands` object, to which subcommands can be added."""
+        """Add a command group. Return a `Commands` object to which its subcommands can be added."""
         parser = ArgumentParser(description=description)
         self._subparsers.add_subcommand(name, parser, help=description)
         group = Commands(parser)
@@ -150,7 +149,7 @@ class Commands:
 
 
 class ConfigFileAction(ActionConfigFile):
-    """Action for `--config FILE_OR_NAME`. A command ignores settings of other stages, so one config works for all."""
+    """Action for `--config FILE_OR_NAME`. Settings of other stages are ignored, so a config works for all commands."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         known = {action.dest for action in parser._actions}
@@ -193,7 +192,7 @@ def _read_config(file_or_name: str) -> dict[str, Any]:
 
 
 def _select_relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Return the settings in a config file that are in `known`. Raise ValueError if `fit` does not have one either."""
+    """Return the settings in a config file that are in `known`. Raise ValueError for settings unknown even to `fit`."""
     relevant: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in SECTIONS:
@@ -218,10 +217,10 @@ def _check_setting_name(name: str, known: set[str]) -> None:
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Help formatter that prints a short usage line, then each argument's description and default, but no types."""
+    """Help formatter that prints a short usage line, and the description and default of each argument without types."""
 
     def add_usage(self, usage: Any, actions: Iterable[Action], *args: Any, **kwargs: Any) -> None:
-        """Add a usage line that shows only the command's own arguments, without the stage settings."""
+        """Add a usage line with the command's own arguments, without stage settings."""
         shown = [action for action in actions if "." not in action.dest and action.dest not in SECTIONS]
         super().add_usage(usage, shown, *args, **kwargs)
 
@@ -285,14 +284,14 @@ def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> 
         "--max_skipped",
         type=ClosedUnitInterval,
         default=max_skipped,
-        help="Stop if more than this fraction of the rows is unusable.",
+        help="Stop if more than this fraction of the rows cannot be used.",
     )
 
 
 def add_flags(parser: ArgumentParser, options: type, skip: Collection[str] = ()) -> None:
-    """Add a flag for each field of a dataclass, using the field's docstring as the help text.
+    """Add a flag for each field of a dataclass, with the docstring of the field as the help text.
 
-    Booleans, which must default to False, become switches without a value. Lists take one or more values, separated by
+    Booleans must default to False and become switches without a value. Lists take one or more values, separated by
     spaces. Optional lists may also be empty.
     """
     described_parser = ArgumentParser(add_help=False)
@@ -317,7 +316,7 @@ def add_flags(parser: ArgumentParser, options: type, skip: Collection[str] = ())
 
 
 def format_command(*words: object) -> str:
-    """Return a shell-quoted `llm2clip` command, used in hints about what to run next. URLs lose their secrets."""
+    """Return a shell-quoted `llm2clip` command, without the secrets in URLs, for hints about what to run next."""
     return shlex.join(["llm2clip", *(hide_url_secrets(str(word)) for word in words)])
 
 
@@ -326,6 +325,6 @@ def format_column_flags(columns: dict[str, str]) -> list[str]:
 
 
 def make_options(options: type[Options], args: Namespace) -> Options:
-    """Create a dataclass from the arguments with the names of its fields. Other fields keep their defaults."""
+    """Create a dataclass from arguments with the same names as its fields. Other fields keep their defaults."""
     fields = dataclasses.fields(options)  # type: ignore[arg-type]
     return options(**{field.name: args[field.name] for field in fields if field.name in args})

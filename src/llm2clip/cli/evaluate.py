@@ -18,12 +18,11 @@ from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions
 
 
 def add_commands(commands: Commands) -> None:
-    """Add this module's commands."""
     parser = commands.add(
         "evaluate",
         _evaluate,
-        "Evaluate any model on your data or public benchmarks, or measure any text encoder's caption retrieval "
-        "accuracy (CRA).",
+        "Evaluate a model on your data or public benchmarks, or measure the caption retrieval accuracy (CRA) of a text "
+        "encoder.",
     )
     parser.add_argument(
         "model",
@@ -39,7 +38,7 @@ def add_commands(commands: Commands) -> None:
         default=[],
         help=f"{DATA_HELP} For a source without splits, the images that `fit` would hold out are used.",
     )
-    parser.add_argument("--baselines", nargs="+", type=str, help="Other models to include in the same tables.")
+    parser.add_argument("--baselines", nargs="+", type=str, help="Other models with which the model is compared.")
     add_flags(parser, EvaluateOptions, skip={"columns", "max_skipped"})
     add_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")

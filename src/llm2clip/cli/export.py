@@ -38,7 +38,7 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument("--out", type=str, required=True, help="Output model folder. With --to, output checkpoint.")
     parser.add_argument(
-        "--text", type=str, help="Caption encoder (or its LoRA adapter) that the checkpoint was trained with."
+        "--text", type=str, help="Caption encoder (or its LoRA adapter) with which the checkpoint was trained."
     )
     parser.add_argument(
         "--to", choices=["hf", "eva"], help="Convert a model folder to an official checkpoint in this layout."
@@ -55,7 +55,7 @@ def add_commands(commands: Commands) -> None:
         choices=[*FORMATS, "gallery", "vectors"],
         required=True,
         help="Export format. vision exports only the vision tower. gallery exports a web page that searches --index in "
-        "the browser, without a server. vectors exports the vectors and metadata of --index to a Parquet file.",
+        "the browser, without a server. vectors exports vectors and metadata from --index to a Parquet file.",
     )
     parser.add_argument("--out", type=str, required=True, help="Folder to create. With --to vectors, file to create.")
     parser.add_argument("--int8", action="store_true", help="With --to onnx: also write graphs with 8-bit weights.")
@@ -126,7 +126,6 @@ def _convert(args: Namespace) -> list[str]:
 
 
 def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncoder]) -> list[str]:
-    """Load a caption encoder of a kind, and save it in llm2clip's format."""
     from llm2clip.io_utils import atomic_dir
 
     if args.to is not None or args.text is not None:
@@ -169,8 +168,8 @@ def _format_closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[st
     encoder = " or ".join(suggested) or f"an encoder whose embeddings have {text_dim} dimensions"
     return [
         f"Model: {folder}",
-        "The model accepts images and cached caption embeddings. To encode text, add the caption encoder that the "
-        "adapter was trained with:",
+        "The model accepts images and cached caption embeddings. To encode text, add the caption encoder with which "
+        "the adapter was trained:",
         f"Next: {format_command('convert', folder, '--out', folder, '--text', 'ENCODER')}      ({encoder})",
     ]
 
@@ -256,13 +255,13 @@ def _push(args: Namespace) -> list[str]:
             raise ValueError(
                 f"{args.repo_id} exists and is public: make it private on the hub first, or remove --private"
             )
-        if "config.json" in files:  # an earlier version's files that would be loaded with this one
+        if "config.json" in files:  # delete files of an earlier version that would be loaded together with new files
             outdated = (TRAINING_IMAGES_FILE, "modules.json", ".safetensors", ".safetensors.index.json")
             for name in [file.rfilename for file in info.siblings or ()]:
                 is_outdated = name.startswith("text/") or ("/" not in name and name.endswith(outdated))
                 if is_outdated and name not in files:
                     operations.append(CommitOperationDelete(name))
-        # With a parent, the commit fails if the repository has changed, so the files of two pushes are never mixed.
+        # With parent_commit, the commit fails if the repository has changed, so concurrent pushes are never mixed.
         commit = api.create_commit(args.repo_id, operations, commit_message="Upload model", parent_commit=info.sha)
     except (HTTPError, OSError, RuntimeError, JSONDecodeError) as error:
         message = describe_hub_error(error, "you lack write access to this repository or account")
@@ -271,10 +270,10 @@ def _push(args: Namespace) -> list[str]:
 
 
 def _list_files(folder: Path) -> dict[str, Path]:
-    """Return the files in a folder by their relative path, without hidden files and folders.
+    """Return the files in a folder, keyed by relative path, without hidden files and folders.
 
     Raises:
-        ValueError: A symbolic link leads to a folder, to nothing, or to a file outside the folder and the hub's cache.
+        ValueError: A symbolic link is broken, or points to a folder or to a file outside the folder and the hub cache.
     """
     files = {}
     for path in folder.rglob("*"):
@@ -290,7 +289,7 @@ def _list_files(folder: Path) -> dict[str, Path]:
 
 
 def _check_no_home_paths(folder: Path) -> None:
-    """Raise ValueError if a config contains a path in the home folder, which would reveal the user's name."""
+    """Raise ValueError if a config contains a path in the home folder, which would reveal the user name."""
     for file in sorted(folder.rglob("*.json")):
         is_config = file.stat().st_size < 1 << 20  # larger files are tokenizer vocabularies
         if is_config and f"{Path.home()}/" in file.read_text(encoding="utf-8", errors="replace"):
@@ -324,7 +323,7 @@ def _repair_store(args: Namespace) -> list[str]:
         return [f"Nothing to repair: the store is intact and has {format_count(count, 'caption')}"]
     return [
         f"Deleted: {', '.join(deleted)}",
-        f"The store has {format_count(count, 'caption')}; run `llm2clip embed` to re-encode the deleted ones",
+        f"The store has {format_count(count, 'caption')}; run `llm2clip embed` to re-encode the deleted captions",
     ]
 
 

@@ -34,7 +34,7 @@ def add_commands(commands: Commands) -> None:
         "--pad",
         type=bool,
         default=True,
-        help="Pad images to squares, as LLaVA-1.5 does. If false, use the vision tower's own preprocessing, usually a "
+        help="Pad images to squares, as LLaVA-1.5 does. If false, use the preprocessing of the vision tower, usually a "
         "center crop.",
     )
 

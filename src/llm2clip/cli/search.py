@@ -1,4 +1,4 @@
-"""Image search commands `index` and `search`."""
+"""Image search commands: `index` and `search`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llm2clip.cli.checks import check_data, check_index, check_output_folder, ch
 from llm2clip.cli.commands import ArgumentParser, Commands, add_reading_arguments, make_options
 from llm2clip.io_utils import format_count
 from llm2clip.models.loading import DEFAULT_MODEL
-from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Filter, to_json
+from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Filter, metadata_to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +43,6 @@ NOT_CALIBRATED = "Relevance is not calibrated for this index: perhaps none of th
 
 
 def add_commands(commands: Commands) -> None:
-    """Add this module's commands."""
     _add_index_arguments(commands.add("index", _index, "Build or update an image index for `search` and `serve`."))
     sub = commands.add(
         "search", _search, "Search an index by text (in any language that the model supports) and by image."
@@ -58,13 +57,13 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--server",
         type=str,
-        help="Address of a running `llm2clip serve`, which answers instead of a local index. Takes less than a second, "
+        help="Address of a running `llm2clip serve` to search instead of a local index. Takes less than a second, "
         "because no model is loaded.",
     )
     sub.add_argument(
         "--token",
         type=str,
-        help="Token of the server. Default: the token in the address, or else $LLM2CLIP_TOKEN. Other users of this "
+        help="Token of the server. Default: the token in the address, otherwise $LLM2CLIP_TOKEN. Other users of this "
         "machine can see command-line arguments, but not environment variables.",
     )
     _add_output_arguments(sub)
@@ -90,8 +89,8 @@ def _add_index_arguments(sub: ArgumentParser) -> None:
     sub.add_argument(
         "--ocr",
         action="store_true",
-        help="Also recognise the text in the images, for word search. Requires the `ocr` extra. Takes about a second "
-        "per image and CPU core.",
+        help="Also recognise text in the images, for word search. Requires the extra `ocr`. Takes about a second per "
+        "image on a CPU core.",
     )
     sub.add_argument("--watch", type=PositiveFloat, help="Keep running and update the index every N seconds.")
     sub.add_argument(
@@ -152,12 +151,12 @@ def _add_output_arguments(sub: ArgumentParser) -> None:
         "--json",
         action="store_true",
         help="Print each result as a JSON object: rank, score, relevance, path, duplicates, similar, captions, text, "
-        "matched and the image's metadata.",
+        "matched, and metadata of the image.",
     )
     sub.add_argument(
         "--explain",
         action="store_true",
-        help="Also print how much each word of the texts changes the similarity of the first result.",
+        help="Also print the effect of each word of the texts on the similarity of the first result.",
     )
     sub.add_argument("--paths", action="store_true", help="Print only the paths, one per line.")
 
@@ -173,7 +172,7 @@ def _index(args: Namespace) -> list[str]:
         check_extra("ocr", "--ocr")
     if not args.prune:
         check_sources(args.data)
-    if not (args.prune or os.path.exists(args.out)):  # an update may recommend --prune if images are missing
+    if not (args.prune or os.path.exists(args.out)):  # if images are missing, an update may suggest --prune instead
         check_data(args, require_captions=False)
     args.model = _choose_model(args.out) if args.model is None else resolve_model(args.model)
     from llm2clip.data.skip_log import SkipLog
@@ -185,7 +184,7 @@ def _index(args: Namespace) -> list[str]:
     from llm2clip.search.ocr import open_recognizer
 
     recognize = open_recognizer() if args.ocr else None
-    model = open_dual_encoder(args.model)  # loaded first, so that --out stays unchanged if loading fails
+    model = open_dual_encoder(args.model)  # loaded first, so that --out does not change if loading fails
     if args.dim is not None:
         check_dim(args.dim, model.embed_dim, model.name)
     backend = open_backend(args.out, write=True)
@@ -217,7 +216,7 @@ def _index(args: Namespace) -> list[str]:
 
 
 def _describe_index(location: str, backend: Backend, log: SkipLog, skipped_file: Path | None) -> list[str]:
-    """Return lines to print about an updated index. `location` must not contain a password."""
+    """Return the lines to print about an updated index. `location` must not contain a password."""
     images, contents = backend.count()
     lines = [f"Index: {location} ({format_count(images, 'image')}, {contents:,} distinct)"]
     for names in backend.duplicates(limit=3):
@@ -234,7 +233,7 @@ def _describe_index(location: str, backend: Backend, log: SkipLog, skipped_file:
 
 
 def _choose_model(location: str) -> str:
-    """Return the model of an existing index or, for a new index, the default model. Raise OSError without a hub."""
+    """Return the model of an existing index, or the default model. Raise OSError if the hub cannot be reached."""
     from llm2clip.models.loading import check_model_source, find_hub_problem
     from llm2clip.search.backends import INDEX_FILE, open_backend
 
@@ -279,7 +278,7 @@ def _search(args: Namespace) -> list[str]:
     templates = None if args.templates is None else QueryTemplates(tuple(args.templates))
     query = SearchQuery(args.texts, args.images, args.negative, args.negative_images, templates=templates)
     options = SearchOptions(not args.no_words, not args.no_group, args.show_weak)
-    with redirect_stdout(sys.stderr):  # keeps everything but the results out of the --json and --paths output
+    with redirect_stdout(sys.stderr):  # so the output of --json and --paths contains only the results
         index = Index.open(args["index"], args.model)
         page = index.search(query, args.top, filter=image_filter, options=options)
     return _print_page(args, index, query, page, image_filter)
@@ -312,7 +311,6 @@ def _search_server(args: Namespace, image_filter: Filter) -> list[str]:
 def _print_page(
     args: Namespace, index: Index | ServerIndex, query: Any, page: SearchPage, image_filter: Filter
 ) -> list[str]:
-    """Print the hits in the requested format. Return the lines to print at the end."""
     from rich.console import Console
 
     if page.nothing_close and (args.json or args.paths):
@@ -348,17 +346,15 @@ def _explain_no_results(args: Namespace, index: Index | ServerIndex, image_filte
 
 
 def _check_output(args: Namespace) -> None:
-    """Raise ValueError if the output options contradict each other or the query."""
     if args.json and args.paths:
         raise ValueError("--json and --paths cannot be combined")
     if args.explain and not args.texts:
-        raise ValueError("--explain requires a text, because it rates the words of the texts")
+        raise ValueError("--explain rates the words of the query, so it requires a text")
     if args.explain and (args.json or args.paths):
         raise ValueError("--explain prints a table: remove --json and --paths")
 
 
 def _check_query(args: Namespace) -> None:
-    """Raise an error if there is neither a query nor a filter, if a text is empty, or if an image file is missing."""
     has_query = args.texts or args.images or args.negative or args.negative_images
     if not has_query and all(args[name] is None for name in CONDITIONS):
         raise ValueError("pass text or images to search for, or a filter such as --after 2024-05-31")
@@ -372,7 +368,7 @@ def _check_query(args: Namespace) -> None:
 
 
 def _make_filter(args: Namespace) -> Filter:
-    """Create a filter from the arguments. Raise ValueError if a time is invalid or --after is later than --before."""
+    """Raise ValueError if a time is invalid, or if --after is later than --before."""
     values = {name: args[name] for name in CONDITIONS}
     for name, condition in CONDITIONS.items():
         if condition.kind.endswith("time"):
@@ -389,7 +385,7 @@ def parse_time(text: str | None, option: str, end_of_day: bool = False) -> float
 
     Args:
         option: Name of the option, for the error message.
-        end_of_day: If True, a date without a time means the end of that day. If False, it means the start.
+        end_of_day: If True, a date without a time means the end of the day instead of its start.
 
     Raises:
         ValueError: The text is not a valid date or time.
@@ -409,9 +405,9 @@ def parse_time(text: str | None, option: str, end_of_day: bool = False) -> float
 
 
 def resolve_path_filter(path: str | None) -> str | None:
-    """Convert a path filter to the form stored in search indexes: absolute, with symbolic links resolved.
+    """Convert a path filter to the form of paths in an index: absolute, with symbolic links resolved.
 
-    Relative paths that do not exist are returned unchanged, because they match in every folder.
+    A relative path that does not exist is returned unchanged, because it matches in every folder.
     """
     from llm2clip.io_utils import to_valid_unicode
 
@@ -465,7 +461,7 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
 
 
 def hit_to_json(rank: int, hit: Hit) -> str:
-    """Return a search result as a JSON object on a single line. Times are local and in ISO 8601 format."""
+    """Return a search result as a single line of JSON. Times are local times in ISO 8601 format."""
     first, *duplicates = hit.images
     values = {
         "rank": rank,
@@ -477,8 +473,8 @@ def hit_to_json(rank: int, hit: Hit) -> str:
         "captions": list(first.captions),
         "text": hit.text,
         "matched": list(hit.matched),
-        **to_json(first, IMAGE_FIELDS),
-        **to_json(hit, CONTENT_FIELDS),
+        **metadata_to_json(first, IMAGE_FIELDS),
+        **metadata_to_json(hit, CONTENT_FIELDS),
     }
     text = json.dumps(values, ensure_ascii=False)
     return re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)  # escape terminal control characters

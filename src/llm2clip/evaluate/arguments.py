@@ -1,4 +1,4 @@
-"""Checks of the arguments of an evaluation. They avoid heavy imports, so mistakes are reported at once."""
+"""Argument checks of an evaluation, without heavy imports, so that mistakes are reported immediately."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,6 @@
 """Caption retrieval accuracy (CRA) of a text encoder (arXiv 2411.04997, section 3.1).
 
-The first caption of each image is used to retrieve the second one, and vice versa. A tie between a correct and a wrong
+The first caption of each image retrieves the second caption, and vice versa. A tie between a correct and a wrong
 caption counts as an error.
 """
 
@@ -31,7 +31,7 @@ def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_co
     """Load the text encoder of a model. If `model` is None, load the caption encoder that `encoder` describes.
 
     Raises:
-        ValueError: If the model has no separate text encoder, or settings of `encoder` do not apply to it.
+        ValueError: The model has no separate text encoder, or settings of `encoder` do not apply to it.
     """
     device = process_state().device
     if model is not None:
@@ -67,20 +67,24 @@ def caption_retrieval_accuracy(
     """Measure how well a text encoder matches the first two captions of each image, in percent.
 
     Args:
-        images: List of captions for each image. Images with fewer than two distinct captions are excluded.
+        images: Captions of each image. Images with fewer than two distinct captions are excluded.
         num_mistakes: Maximum number of mistakes to return, worst first. See `find_worst_mistakes`.
-        return_hits: If True, also return the accuracy for each image.
+        return_hits: Also return the accuracy for each image.
 
     Returns:
-        "CRA" is the top-1 accuracy, averaged over both directions. "CRA interval" is its 95% bootstrap confidence
-        interval over images, and "chance" is its chance level. "first to second" and "second to first" are R@1/5/10 in
-        each direction. "positive cosine" and "negative cosine" are the mean cosine similarities between captions of the
-        same image and between captions of different images. "images", "excluded" and "truncated" are the numbers of
-        evaluated images, excluded images and truncated captions. "hits", if requested, is each image's accuracy (0, 0.5
-        or 1).
+        A dict with the following keys:
+            "CRA": Top-1 accuracy, averaged over both directions.
+            "CRA interval": 95% bootstrap confidence interval of the CRA over images.
+            "chance": Chance level of the CRA.
+            "first to second", "second to first": R@1, R@5 and R@10 in each direction.
+            "positive cosine", "negative cosine": Mean cosine similarity between captions of the same image, and between
+                captions of different images.
+            "images", "excluded": Number of evaluated images, and of excluded images.
+            "truncated": Number of truncated captions.
+            "hits": If requested, the accuracy of each image: 0, 0.5 or 1.
 
     Raises:
-        ValueError: If no image has two distinct captions.
+        ValueError: No image has two distinct captions.
     """
     pairs = [captions[:2] for captions in map(list, map(dict.fromkeys, images)) if len(captions) > 1]
     if not pairs:

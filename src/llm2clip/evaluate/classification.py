@@ -30,7 +30,7 @@ def evaluate_classification(data: ClassificationData, embeddings: EmbeddingSourc
 
 
 def encode_classes(embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Return the mean prompt embedding of each class, float32 of shape (classes, D). See `average_prompts`."""
+    """Return the mean prompt embedding of each class, of shape (classes, D), float32. See `average_prompts`."""
     prompts = fill_templates(names, templates)
     averages = average_prompts(embeddings.encode_texts(prompts).numpy(), [len(templates)] * len(names))
     return torch.from_numpy(averages)
@@ -51,7 +51,7 @@ def classification_accuracy(
 
     Args:
         images, classes: L2-normalised embeddings of shape (N, D) and (classes, D).
-        indices: Index of each image in the benchmark, which identifies the image when models are compared.
+        indices: Index of each image in the benchmark, by which images are matched when models are compared.
         chunk_size: Number of images per matmul.
     """
     targets = torch.tensor(labels)
@@ -69,7 +69,7 @@ def bootstrap_accuracy(
     image_indices: Sequence[int],
     subsets: Mapping[str, np.ndarray] | None = None,
 ) -> BootstrapMetrics:
-    """Return accuracies of N items in percent, bootstrapped over images because items of one image are correlated.
+    """Return accuracies in percent, bootstrapped over images because items in the same image are correlated.
 
     The metrics are "top-1", "top-5", the top-1 accuracy of each subset, and "mean per class" (top-1 accuracy averaged
     over the classes that have items).
@@ -78,14 +78,14 @@ def bootstrap_accuracy(
         ranks: Zero-based rank of each item's class, int64 of shape (N,).
         labels: Class index of each item, int64 of shape (N,).
         image_of_item: Position of each item's image in `image_indices`, int64 of shape (N,).
-        image_indices: Index of each image in the benchmark, which identifies the image when models are compared.
-        subsets: Mask of the items in each subset, bool of shape (N,), keyed by the subset's name.
+        image_indices: Index of each image in the benchmark, by which images are matched when models are compared.
+        subsets: Mask of the items in each subset, bool of shape (N,), keyed by subset name.
     """
     top1, top5 = (ranks < 1).astype(np.float64), (ranks < 5).astype(np.float64)
     subsets = subsets or {}
 
     def metrics(image_weights: np.ndarray) -> list[float]:
-        weights = image_weights[image_of_item]  # of the items
+        weights = image_weights[image_of_item]  # weight of each item
         values = [weights @ top1 / weights.sum(), weights @ top5 / weights.sum()]
         with np.errstate(invalid="ignore"):  # a resample may lack items of a subset or class (0 / 0)
             values += [(weights * mask) @ top1 / (weights @ mask) for mask in subsets.values()]
@@ -96,10 +96,10 @@ def bootstrap_accuracy(
 
 
 def compute_class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the zero-based rank of the correct class of each item, int64 of shape (N,).
+    """Return the zero-based rank of each item's correct class, int64 of shape (N,). `scores` has shape (N, classes).
 
-    If several classes have the same score, the one with the lowest index is ranked first, as in argmax. Such ties occur
-    because some ImageNet classes share a name. `scores` has shape (N, classes).
+    Classes with equal scores are ranked by index, as in argmax. Such ties occur because some ImageNet classes have the
+    same name.
     """
     correct_score = scores.gather(1, labels[:, None])
     is_earlier_class = torch.arange(scores.shape[1]) < labels[:, None]
@@ -127,9 +127,10 @@ def compute_compositional_accuracy(
     image_embeddings: Mapping[str, Tensor],
     text_embeddings: Mapping[str, Tensor],
 ) -> dict[str, float]:
-    """Return the accuracy for each kind of example, and "mean", the average over the kinds, in percent.
+    """Return the accuracy for each kind of example and "mean", the average over the kinds, in percent. Chance is 50%.
 
-    The embeddings are L2-normalised, of shape (D,), and keyed by `ImageRef.key` and caption. The chance level is 50.
+    Embeddings are L2-normalised, of shape (D,). Image embeddings are keyed by `ImageRef.key`, text embeddings by
+    caption.
     """
     hits: dict[str, list[bool]] = {}
     for example in examples:

@@ -1,4 +1,4 @@
-"""Comparison of models with each other and with published results: tables, plots, and verdicts in words."""
+"""Report sections that compare models with each other and with published results."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -22,18 +22,18 @@ from llm2clip.reports import (
 )
 
 DIRECTIONS = ("I2T", "T2I")
-# Names of published LLM2CLIP models to compare with the first evaluated model. See `get_published_rows`.
+# Published LLM2CLIP models with which the first evaluated model is compared. See `get_published_rows`.
 REFERENCE_MODELS = ("2024: Llama3-8B-CC", "2024: EVA02 + LLM2CLIP", "2026: Llama-3.1-8B-CC", "2026: SigLIP2 + LLM2CLIP")
 CLASS_METRICS = ("class top-1", "IoU", "class AP50")  # per-class metrics in the rows of `BenchmarkResult.summary`
-MEAN_BENCHMARKS = ("xm3600",)  # benchmarks for which only the mean over all languages was published
+MEAN_BENCHMARKS = ("xm3600",)  # only the mean over all languages was published for these benchmarks
 BYTES_PER_VALUE = 2  # search indexes store vectors in float16
-MIN_IMAGES = 50  # with fewer images, recall says little about other images
-MIN_ROUGH_IMAGES = 20  # with fewer images, even a random order has a high recall, so it is not stated in words
-K = 10  # verdicts describe retrieval by R@K
+MIN_IMAGES = 50  # with fewer images, the recall is only a rough estimate
+MIN_ROUGH_IMAGES = 20  # with fewer images, even a random order has a high recall, so there is no verdict
+K = 10  # verdicts are about R@K
 
 
 def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResult]) -> list[Block]:
-    """Return the report section for a benchmark. Models appear in the order of `results`."""
+    """Return the report section for a benchmark, with models in the order of `results`."""
     blocks: list[Block] = [Heading(f"{benchmark.name}: {_describe_benchmark(benchmark, results[0].summary)}")]
     notes = [Paragraph(note) for note in get_published_notes(benchmark.name)]
     if benchmark.kind != "retrieval":
@@ -60,7 +60,7 @@ def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResu
 
 
 def _describe_benchmark(benchmark: Benchmark, summary: Mapping[str, Any]) -> str:
-    """Return the benchmark's description, or the size of the evaluated part if not all of it was evaluated."""
+    """Return the benchmark's description, or the size of the evaluated part if it is not the complete benchmark."""
     if benchmark.size is None and "images" in summary:
         regions = f", {summary['regions']:,} boxes" if "regions" in summary else ""
         return f"{benchmark.description}: {format_count(summary['images'], 'image')}{regions}"
@@ -83,7 +83,10 @@ def _describe_benchmark(benchmark: Benchmark, summary: Mapping[str, Any]) -> str
 
 
 def build_caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
-    """Return the report section on the result of `caption_retrieval_accuracy`, with the paper's CRA (5,000 images)."""
+    """Return the report section on caption retrieval, which also shows the CRA in the paper (5,000 images).
+
+    `metrics` is a result of `caption_retrieval_accuracy`.
+    """
     rows: list[list[Any]] = [[f"paper: {model}, COCO", cra, None, 5000] for model, cra in CRA.items()]
     rows.append([name, metrics["CRA"], format_interval(metrics["CRA interval"]), metrics["images"]])
     rows.append(["chance", metrics["chance"], None, metrics["images"]])
@@ -119,9 +122,13 @@ def build_recall_table(
 ) -> Table:
     """Return a recall table with rows for the published results, the chance level and the evaluated models.
 
-    The last rows contain the differences between the first model and each baseline, with paired confidence intervals,
-    and between the first model and each published model in `REFERENCE_MODELS`. Both arguments are keyed by model name.
-    See `compute_field_metrics`, `compute_retrieval_difference` and `get_published_rows`.
+    The last rows are the differences between the first model and each baseline, with paired confidence intervals, and
+    between the first model and each published model in `REFERENCE_MODELS`.
+
+    Args:
+        results: Rows of `compute_field_metrics`, keyed by model name. Baselines also have "difference" (see
+            `compute_retrieval_difference`).
+        published: Result of `get_published_rows`, keyed by model name.
     """
     header = ["model"]
     for direction in DIRECTIONS:
@@ -150,8 +157,8 @@ def build_recall_table(
 
 
 def build_dimension_blocks(results: Sequence[BenchmarkResult]) -> list[Block]:
-    """Return a table of R@1 by number of dimensions, or [] without truncated embeddings."""
-    recalls: dict[str, dict[int, list[float]]] = {}  # (I2T R@1, T2I R@1), keyed by model and number of dimensions
+    """Return a table of R@1 by embedding dimension, or [] without truncated embeddings."""
+    recalls: dict[str, dict[int, list[float]]] = {}  # (I2T R@1, T2I R@1), keyed by model and dimension
     for result in results:
         if "dimensions" in result.summary:
             row = result.summary["rows"][0]
@@ -167,7 +174,7 @@ def build_dimension_blocks(results: Sequence[BenchmarkResult]) -> list[Block]:
             rows.append([model, dim, BYTES_PER_VALUE * dim, *values, *fractions])
     header = ["model", "dimensions", "bytes per image", *(f"{direction} R@1" for direction in DIRECTIONS)]
     header += [f"{direction}, % of full size" for direction in DIRECTIONS]
-    note = "The sizes in bytes are those of float16 vectors, as in search indexes."
+    note = "Sizes are for float16 vectors, as in search indexes."
     return [Heading("Truncated embeddings", 3), Table(header, rows), Paragraph(note)]
 
 
@@ -191,7 +198,7 @@ def build_mean_recall_table(
 def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[str, Mapping[str, float]]) -> Table:
     """Return a metrics table for a benchmark of any kind except "retrieval".
 
-    The rows show the published results, the chance level (unless it is a metric), each model and method, and the
+    It has rows for the published results, the chance level (unless it is a metric), each model and method, and the
     differences between the first model and each baseline. The method and logit scale columns are omitted if unused.
     """
     metric_rows = [(result, row) for result in results for row in result.summary.get("rows", [result.summary])]
@@ -224,7 +231,6 @@ def _format_metric_cell(metrics: Mapping[str, float], intervals: Mapping[str, An
 
 
 def format_difference(difference: Mapping[str, Any], name: str) -> str | None:
-    """Format one metric from the result of `BootstrapMetrics.subtract`, e.g. "+1.2 (-0.3 to +2.5)"."""
     metrics, intervals = difference["metrics"], difference["intervals"]
     if name in intervals:
         return format_with_interval(metrics[name], intervals[name], "+.1f")
@@ -232,7 +238,7 @@ def format_difference(difference: Mapping[str, Any], name: str) -> str | None:
 
 
 def build_class_details(results: Sequence[BenchmarkResult]) -> list[Block]:
-    """Return a collapsed section with the per-class metrics of each model and method, or [] if there are none."""
+    """Return a collapsed section with the per-class metrics of each model and method, or [] without such metrics."""
     columns = [(result.model, row) for result in results for row in result.summary.get("rows", ())]
     metric = next((name for name in CLASS_METRICS if columns and name in columns[0][1]), None)
     if metric is None:
@@ -269,7 +275,7 @@ def _make_recall_row(
 def _subtract_recalls(
     recalls: Mapping[str, Sequence[float | None]], published: Mapping[str, tuple[float | None, ...]]
 ) -> dict[str, list[str | None]]:
-    """Subtract the recall of each other model, including `REFERENCE_MODELS`, from the recall of the first model."""
+    """Subtract the recalls of each other model, including `REFERENCE_MODELS`, from the recalls of the first model."""
     (first_model, first_recalls), *other_models = recalls.items()
     others: dict[str, Sequence[float | None]] = dict(other_models)
     others |= {f"paper {model}": published[model] for model in REFERENCE_MODELS if model in published}
@@ -288,7 +294,7 @@ def _get_both_recalls(row: dict[str, Any], suffix: str = "") -> list[float | Non
 
 
 def get_recalls(row: Mapping[str, Any], direction: str, suffix: str = "") -> list[float | None]:
-    """Return R@1, R@5 and R@10, or None if there are so few items that a random order reaches 100.0 too.
+    """Return R@1, R@5 and R@10. A value is None if there are so few items that a random order also reaches 100.0.
 
     `row` is a row of `compute_field_metrics`. The suffix " chance" selects the chance levels.
     """
@@ -312,12 +318,12 @@ def describe_share(percent: float) -> str:
 
 
 def describe_retrieval(model: str, row: Mapping[str, Any], captions: str = "captions") -> str:
-    """State in words for how many captions a model finds the image. `row` is a row of `compute_field_metrics`."""
+    """Describe the T2I recall of a model in words. `row` is a row of `compute_field_metrics`."""
     images, note = row["images"], ""
     if images < MIN_ROUGH_IMAGES:
         return (
             f"Only {format_count(images, 'image')} evaluated: too few to judge the model. "
-            f"Use at least {MIN_IMAGES} images that it was not trained on."
+            f"Use at least {MIN_IMAGES} images on which it was not trained."
         )
     if images < MIN_IMAGES:
         low, high = row["T2I interval"][f"R@{K}"]
@@ -349,7 +355,7 @@ def _describe_difference(baseline: str, difference: float, interval: Sequence[fl
 
 
 def describe_caption_retrieval(encoder: str, metrics: Mapping[str, Any]) -> str:
-    """State the caption retrieval accuracy in words. `metrics` is a result of `caption_retrieval_accuracy`."""
+    """Describe the caption retrieval accuracy in words. `metrics` is a result of `caption_retrieval_accuracy`."""
     images = format_count(metrics["images"], "image")
     if metrics["images"] < MIN_IMAGES:
         return f"Only {images} with two captions: too few to judge the encoder. Use at least {MIN_IMAGES}."
@@ -357,9 +363,9 @@ def describe_caption_retrieval(encoder: str, metrics: Mapping[str, Any]) -> str:
 
 
 def describe_results(benchmark: str, results: Sequence[BenchmarkResult]) -> str:
-    """State the first model's main result on a benchmark in words, and compare it with the best baseline.
+    """Describe the first model's main result on a benchmark in words, and compare it with the best baseline.
 
-    Truncated embeddings of the first model are not baselines.
+    Truncated embeddings of the first model do not count as baselines.
     """
     first = results[0]
     if first.ranks:

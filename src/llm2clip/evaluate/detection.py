@@ -1,7 +1,7 @@
 """Open-vocabulary detection: classify class-agnostic boxes with an image-text model and compute average precision.
 
-The model embeds each box, and the cosine similarities to the class embeddings determine the class probabilities. As in
-RegionCLIP (arXiv 2112.09106), a box's score for a class is the geometric mean of the box's objectness and the class
+The model embeds each box, and cosine similarities to the class embeddings determine the class probabilities. As in
+RegionCLIP (arXiv 2112.09106), the score of a box for a class is the geometric mean of the objectness and the class
 probability, and non-maximum suppression is applied per class. Average precision (AP) is computed with pycocotools and
 averaged over groups of classes.
 """
@@ -47,12 +47,12 @@ if TYPE_CHECKING:
 
 LOGIT_SCALE = 100.0  # as in CLIP; equivalent to RegionCLIP's temperature of 0.01
 NMS_IOU = 0.5  # IoU threshold for non-maximum suppression, as in RegionCLIP
-MAX_CANDIDATES = 1000  # maximum number of box-class pairs per image before non-maximum suppression
+MAX_CANDIDATES = 1000  # box-class pairs per image before non-maximum suppression
 RECALL_IOU = 0.5  # an object is covered if its IoU with a proposal is at least this value
-EXAMPLE_SIDE = 480  # length of the longer side of example images, in pixels
+EXAMPLE_SIDE = 480  # longer side of example images, in pixels
 EXAMPLE_BOXES = 8  # maximum number of boxes drawn on an example image
-MAX_DETECTIONS = 100  # maximum number of detections per image, as in COCO's AP
-AP50_INDEX = 0  # index of 0.5 in COCO's IoU thresholds 0.5, 0.55, ..., 0.95
+MAX_DETECTIONS = 100  # per image, as in COCO's AP
+AP50_INDEX = 0  # position of 0.5 in COCO's IoU thresholds 0.5, 0.55, ..., 0.95
 
 
 @dataclass
@@ -68,16 +68,16 @@ class Detections:
 class DetectionResults:
     """A model's detections in all images, keyed by method.
 
-    Each method uses either the protocol's logit scale or the model's learned scale. See `get_logit_scales`.
+    A method is a dense variant or "crop", with the protocol's or the model's logit scale (see `get_logit_scales`).
     """
 
     by_method: dict[str, dict[ImageId, Detections]]
     logit_scales: dict[str, float]
     num_boxes: int  # number of proposals
-    num_covered: int  # number of objects covered by a proposal
+    num_covered: int  # number of objects that a proposal covers (see RECALL_IOU)
     num_objects: int  # number of objects except crowds
     note: str  # see `open_proposals`
-    failures: dict[int, str]  # error for each unusable image, keyed by the image's index
+    failures: dict[int, str]  # error of each unusable image, keyed by image index
 
     def describe_proposals(self, source: str) -> dict[str, Any]:
         recall = 100.0 * self.num_covered / max(1, self.num_objects)
@@ -95,7 +95,6 @@ class DetectionResults:
 
 
 def evaluate_detection(data: DetectionData, embeddings: EmbeddingSource, options: EvaluateOptions) -> BenchmarkResult:
-    """Detect objects with each method and compute the metrics. See `detect_objects`."""
     if options.proposals is None:
         raise ValueError(
             "a detection benchmark needs boxes: pass --proposals FILE.json (COCO's results format), "
@@ -125,14 +124,14 @@ def evaluate_detection(data: DetectionData, embeddings: EmbeddingSource, options
 def detect_objects(
     data: DetectionData, embeddings: EmbeddingSource, proposals: str, variants: Sequence[str], with_crops: bool = False
 ) -> DetectionResults:
-    """Classify the proposals (see `open_proposals`) in all images with each method. Each image is decoded once.
+    """Classify the proposals (see `open_proposals`) in all images with each method.
 
     In a distributed run, the images are split across the ranks, and every rank returns all detections. With
-    `with_crops`, the method "crop" also encodes each box as a separate image (see `regions.py`).
+    `with_crops`, there is also the method "crop", which encodes each box as a separate image (see `regions.py`).
 
     Raises:
-        ValueError: If the embeddings are precomputed, or the model supports none of the variants.
-        TooManySkipped: If too many images are unusable.
+        ValueError: The embeddings are precomputed, or the model supports none of the variants.
+        TooManySkipped: Too many images are unusable.
     """
     model = get_model(embeddings)
     methods = select_variants(model, variants, required=not with_crops) + ([CROP] if with_crops else [])
@@ -140,7 +139,7 @@ def detect_objects(
     classes = encode_classes(embeddings, data.names, data.templates)
     objects = get_object_boxes(data)
     scales = get_logit_scales(model, LOGIT_SCALE)
-    # For each image: the detections of each method, and the numbers of boxes, covered objects and all objects.
+    # For each image: the detections of each method, and the number of boxes, of covered objects and of all objects.
     results: dict[int, tuple[dict[str, Detections], tuple[int, int, int]]] = {}
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "detection", failures):
@@ -169,7 +168,7 @@ def detect_objects(
 
 
 def drop_images(data: DetectionData, excluded: Collection[int]) -> DetectionData:
-    """Return a copy of the data without the images at the given indices and without their annotations."""
+    """Return a copy of the data without the images at the given indices and their annotations."""
     indices = [index for index in range(len(data.images)) if index not in excluded]
     image_ids = [data.image_ids[index] for index in indices]
     remaining = set(image_ids)
@@ -188,7 +187,7 @@ def classify_boxes(
     """Classify the boxes of one image and return up to `MAX_DETECTIONS` detections.
 
     score(box, class) = sqrt(objectness * p) in float64, where p is the softmax over classes of logit_scale * cosine.
-    Detections with equal scores are sorted by box index and then by class index. The embeddings are L2-normalised.
+    Detections with equal scores are sorted by box index, then by class index. The embeddings must be L2-normalised.
     """
     # float32 would round many probabilities to 1, and the order of equal scores would be arbitrary.
     probabilities = (logit_scale * box_embeddings.double() @ classes.double().T).softmax(1)  # (boxes, classes)
@@ -212,8 +211,8 @@ def build_detection_blocks(
     if not images:
         return []
     text = (
-        f"The {EXAMPLE_BOXES} highest-scoring detections per image for the method {method}. If detections overlap, "
-        "only the one with the highest score is shown."
+        f"The {EXAMPLE_BOXES} highest-scoring detections per image for the method {method}. Of overlapping "
+        "detections, only the highest-scoring one is shown."
     )
     examples = Examples(images, "Example images, evenly spaced through the dataset:")
     return [Heading("Detections", 3), Paragraph(text), examples]
@@ -239,16 +238,16 @@ def compute_detection_metrics(
     """Return the average precision of each class group and each class, in percent.
 
     COCOeval from pycocotools matches detections to objects and computes the precision at 101 recall values. AP50 uses
-    an IoU threshold of 0.5, and AP is the mean over the thresholds 0.5, 0.55, ..., 0.95. A group's value is the mean
-    over its classes, excluding classes without objects. Bootstrapping over images reuses COCOeval's matches and
-    recomputes only the precision for each resample. Images without an entry in `detections` have no detections.
+    an IoU threshold of 0.5, and AP is the mean over the thresholds 0.5, 0.55, ..., 0.95. The value of a group is the
+    mean over its classes that have objects. The bootstrap over images reuses COCOeval's matches and recomputes only the
+    precision. Images without an entry in `detections` have no detections.
 
     Returns:
         Metrics "AP50 GROUP" and "AP GROUP" for each group in `data.groups` and for the group "all", and the AP50 of
         each class that has objects. Only "AP50 GROUP" metrics have bootstrap resamples.
 
     Raises:
-        ValueError: If there are no objects except crowds.
+        ValueError: There are no objects except crowds.
     """
     evaluator = _run_coco_eval(data, detections)
     precision = evaluator.eval["precision"][..., 0, 0]  # (thresholds, recalls, classes), -1 for classes without objects
@@ -298,15 +297,15 @@ class _ClassMatches:
     """
 
     image: np.ndarray  # image index of each detection, int64 of shape (N,)
-    is_correct: np.ndarray  # True for detections that match an object, bool of shape (N,)
+    is_correct: np.ndarray  # mask of detections that match an object, bool of shape (N,)
     objects: np.ndarray  # number of objects in each image, float64 of shape (images,)
 
 
 def _compute_weighted_ap(matches: _ClassMatches, weights: np.ndarray, recall_values: np.ndarray) -> float:
-    """Return the interpolated average precision of one class, counting image i `weights[i]` times.
+    """Return the interpolated average precision of a class, counting image i `weights[i]` times.
 
-    COCOeval would return this value for a dataset in which the images are repeated, unless scores are equal. The
-    precision is averaged over `recall_values`. The result is NaN if there are no objects.
+    Except for ties, COCOeval returns the same value for a dataset in which the images are repeated. The precision is
+    averaged over `recall_values`. The result is NaN without objects.
     """
     num_objects = float(weights @ matches.objects)
     if num_objects == 0:
@@ -326,8 +325,8 @@ def _compute_weighted_ap(matches: _ClassMatches, weights: np.ndarray, recall_val
 def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]) -> Any:
     """Run COCOeval on boxes of all sizes.
 
-    Category ids are replaced by class indices plus 1, and image ids by integers with the same sort order. The order
-    matters because COCOeval sorts detections with equal scores by image id.
+    Category ids are replaced by class indices plus 1, and image ids by integers in the same order, because COCOeval
+    sorts detections with equal scores by image id.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval

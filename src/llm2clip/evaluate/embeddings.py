@@ -1,6 +1,6 @@
-"""Sources of embeddings for evaluation: a model (optionally with a cache on disk), or precomputed embeddings.
+"""Embedding sources for evaluation: a model, optionally with a cache on disk, or precomputed embeddings.
 
-Embeddings are float32 of shape (N, D), L2-normalised, on the CPU.
+Embeddings are L2-normalised CPU tensors of shape (N, D), float32.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ PRECOMPUTED_ARRAYS = ("images", "image_names", "texts", "captions")
 def open_embedding_source(
     model: str, log: SkipLog, cache_dir: Path | None, trust_remote_code: bool = False
 ) -> EmbeddingSource:
-    """Load a model as accepted by `open_dual_encoder`, or an .npz file of precomputed embeddings.
+    """Open a model (see `open_dual_encoder`), or an .npz file of precomputed embeddings.
 
-    If `cache_dir` is not None, the model's embeddings are cached there.
+    The model's embeddings are cached in `cache_dir`, unless it is None.
 
     Raises:
-        ValueError: If the model is not an image-text model, or the .npz file is invalid.
-        OSError: If the model or .npz file does not exist.
-        ImportError: If a library that the model needs is not installed.
+        ValueError: The model is not an image-text model, or the .npz file is invalid.
+        OSError: The model or .npz file does not exist.
+        ImportError: A library that the model requires is not installed.
     """
     if model.endswith(PRECOMPUTED_SUFFIX):
         return PrecomputedEmbeddings(Path(model), log)
@@ -54,9 +54,9 @@ class ModelEmbeddings:
     """Embedding source that runs a model. The model's `query_templates` are not applied to texts."""
 
     def __init__(self, model: DualEncoder, log: SkipLog, cache_dir: Path | None = None, progress: bool = True) -> None:
-        """If `cache_dir` is not None, embeddings are cached there, in one subfolder per model."""
+        """Cache embeddings in a subfolder of `cache_dir`, unless it is None."""
         self.model, self.log, self.progress = model, log, progress
-        self._full_model = model  # the cache contains its embeddings, even if `model` is truncated
+        self._full_model = model  # never truncated, because the cache contains full embeddings
         self.query_templates = model.query_templates
         self.identity = model.identity() if cache_dir is not None else {}
         if model.precision != "fp32":
@@ -68,13 +68,13 @@ class ModelEmbeddings:
         return self.model.embed_dim
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        """Return the embeddings of all decodable images, and the images' indices in `refs`.
+        """Return the embeddings of all decodable images, and their indices in `refs`.
 
         Raises:
-            TooManySkipped: If too many images cannot be decoded.
-            ValueError: If an embedding contains NaN or infinity.
+            TooManySkipped: Too many images cannot be decoded.
+            ValueError: An embedding contains NaN or infinity.
         """
-        self.log.count_at_least(len(refs))  # benchmark readers do not count their rows
+        self.log.count_at_least(len(refs))  # benchmark readers do not count rows, so the images are counted here
         if self.folder is None:
             with ProgressBar(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
                 embeddings, indices = encode_image_batches(refs, self.model, self.log, bar, BATCH_SIZE)
@@ -91,7 +91,7 @@ class ModelEmbeddings:
         return embeddings, indices
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return the embedding of each text, or raise ValueError if an embedding contains NaN or infinity."""
+        """Return the embeddings of the texts. Raise ValueError if an embedding contains NaN or infinity."""
         if self.folder is None:
             embeddings = self.model.encode_texts(texts, self.progress)
         else:
@@ -115,10 +115,10 @@ class ModelEmbeddings:
         return self.model.count_truncated(texts)
 
     def truncate(self, dim: int) -> ModelEmbeddings:
-        """Return a source of the same embeddings, truncated to their first `dim` dimensions and normalised again.
+        """Return a source of the same embeddings, truncated to `dim` dimensions and renormalised.
 
         Raises:
-            ValueError: If the embeddings have fewer than `dim` dimensions.
+            ValueError: The embeddings have fewer than `dim` dimensions.
         """
         truncated = copy.copy(self)
         truncated.model = self._full_model.truncate(dim)
@@ -132,8 +132,8 @@ class PrecomputedEmbeddings:
     captions=strings), with arrays of shape (N, D), (N,), (M, D) and (M,).
 
     Images are looked up by full path. If a path is not in `image_names`, leading folders are removed one at a time,
-    down to the bare file name. The methods are those of `ModelEmbeddings`. `encode_images` and `encode_texts` raise
-    ValueError if the file lacks an image or text, or has only one entry for two images.
+    down to the bare file name. For the methods, see `ModelEmbeddings`. In addition, `encode_images` and `encode_texts`
+    raise ValueError if the file lacks an image or text, or if two images match the same entry.
     """
 
     def __init__(self, file: Path, log: SkipLog) -> None:
@@ -177,12 +177,12 @@ class PrecomputedEmbeddings:
             other = image_of_row.setdefault(row, ref)
             if other.key != ref.key:
                 raise ValueError(
-                    f"{self.file} has only one embedding for {other} and {ref}: use longer paths in image_names"
+                    f"{self.file}: {other} and {ref} match the same entry of image_names: use longer paths there"
                 )
         return self._images[torch.tensor(rows)], list(range(len(refs)))
 
     def _find_image(self, ref: ImageRef) -> int | None:
-        """Images in tar files are named FILE.tar!MEMBER or MEMBER."""
+        """Return the row of an image. Images in tar files may be named FILE.tar!MEMBER or MEMBER."""
         for path in (PurePosixPath(str(ref)), PurePosixPath(str(ref).replace("!", "/"))):
             for start in range(len(path.parts)):
                 name = PurePosixPath(*path.parts[start:]).as_posix()

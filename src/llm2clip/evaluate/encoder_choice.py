@@ -1,9 +1,9 @@
 """Choice of a caption encoder before training (`fit --encoder.path auto`).
 
 The pretrained vision tower encodes a sample of the training images, and each candidate encodes their captions. The
-score of a candidate is its mutual nearest-neighbour alignment with the tower (arXiv 2405.07987): images that are close
-to each other should have captions that are close to each other. Among encoders that are not tuned, the score predicts
-which one leads to better retrieval after `align`; see docs/results/quality.md.
+score of a candidate is its mutual nearest-neighbour alignment with the tower (arXiv 2405.07987): similar images should
+have similar captions. For encoders that are not tuned, the score predicts which encoder leads to better retrieval after
+`align` (see docs/results/quality.md).
 """
 
 import time
@@ -30,18 +30,18 @@ from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once, process_state
 from llm2clip.store.encode import TowerEncoder, encode_image_batches
 
-# An English sentence encoder, and an LLM whose tokenizer covers all languages. The last candidate is the largest.
+# An English sentence encoder, and an LLM whose tokenizer covers all languages. The largest candidate must be last.
 CANDIDATES = (EncoderConfig("all-minilm-l6-v2"), EncoderConfig("smollm2-135m", layers=4))
 MAX_IMAGES = 1000
 MIN_IMAGES = 100  # with fewer images, the first candidate is chosen
-MAX_SECONDS = 60  # for encoding the images
-BLOCK_SIZE = 50  # number of successive records in the sample, so that few remote shards are read
+MAX_SECONDS = 60  # time limit for encoding the images
+BLOCK_SIZE = 50  # the sample consists of blocks of consecutive records, so that few remote shards are read
 MAX_CAPTIONS = 5  # per image
 NEIGHBOURS = 10
 
 
-def resolve_auto(config: FitConfig, encoder: EncoderConfig = CANDIDATES[-1]) -> FitConfig:
-    """Replace `--encoder.path auto` by an encoder. Default: the largest candidate."""
+def resolve_auto_encoder(config: FitConfig, encoder: EncoderConfig = CANDIDATES[-1]) -> FitConfig:
+    """Replace `--encoder.path auto` with an encoder, by default the largest candidate."""
     return replace(config, encoder=encoder) if config.encoder.path == AUTO else config
 
 
@@ -62,7 +62,7 @@ def find_candidates() -> list[EncoderConfig]:
             resolve_pretrained(config.path)
             candidates.append(config)
         except AssetUnavailableError as error:
-            print_once(f"{config.path} is not a candidate for the caption encoder: {error}")
+            print_once(f"Skipped {config.path} as a candidate for the caption encoder: {error}")
     if not candidates:
         raise AssetUnavailableError("no caption encoder can be downloaded: set --encoder.path to a local folder")
     return candidates
@@ -72,18 +72,18 @@ def choose_candidate(train: RecordTable, tower: VisionTower, candidates: Sequenc
     """Score all candidates on a random sample of the training records, and choose the best one.
 
     Args:
-        tower: Vision tower on the CPU. It is moved to this process's device and back.
+        tower: Vision tower on the CPU. It is temporarily moved to this process's device.
 
     Returns:
-        "encoder" is the `EncoderConfig` of the chosen candidate as a dict, "images" the size of the sample, and
-        "scores" the score of each candidate between 0 and 1, best first, keyed by `describe_encoder`. There are no
-        scores if the sample is smaller than `MIN_IMAGES`.
+        "encoder" is the `EncoderConfig` of the chosen candidate as a dict, "images" is the size of the sample, and
+        "scores" contains the score of each candidate between 0 and 1, best first, keyed by `describe_encoder`. "scores"
+        is empty if the sample is smaller than `MIN_IMAGES`.
     """
     records, images = _encode_images(_draw_sample(train), tower)
     choice: dict[str, Any] = {"encoder": asdict(candidates[0]), "images": len(records), "scores": {}}
     if len(records) < MIN_IMAGES:
         return choice
-    scores = [mutual_knn(images, _encode_captions(records, candidate)) for candidate in candidates]
+    scores = [compute_mutual_knn_alignment(images, _encode_captions(records, candidate)) for candidate in candidates]
     order = sorted(range(len(candidates)), key=lambda n: -scores[n])
     choice["encoder"] = asdict(candidates[order[0]])
     choice["scores"] = {describe_encoder(candidates[n]): scores[n] for n in order}
@@ -91,12 +91,11 @@ def choose_candidate(train: RecordTable, tower: VisionTower, candidates: Sequenc
 
 
 def describe_choice(choice: Mapping[str, Any]) -> str:
-    """Describe the result of `choose_candidate`."""
     chosen = f"Caption encoder: {describe_encoder(EncoderConfig(**choice['encoder']))} (not tuned)."
     if not choice["scores"]:
         return (
-            f"{chosen} It was not compared with others, because this requires {MIN_IMAGES} images that can be encoded "
-            f"within a minute ({choice['images']:,} were encoded)."
+            f"{chosen} It was not compared with others: a comparison requires {MIN_IMAGES} images, but only "
+            f"{choice['images']:,} could be encoded within a minute."
         )
     (_, score), *others = choice["scores"].items()
     compared = f" ({', '.join(f'{name}: {other:.1%}' for name, other in others)})" if others else ""
@@ -114,7 +113,7 @@ def _draw_sample(train: RecordTable) -> list[Record]:
 
 @onednn_matmul()
 def _encode_images(records: Sequence[Record], tower: VisionTower) -> tuple[list[Record], Tensor]:
-    """Return the records whose images can be decoded within `MAX_SECONDS`, and features of shape (records, D)."""
+    """Return the records whose images were encoded within `MAX_SECONDS`, and their features of shape (records, D)."""
     encoder, log = TowerEncoder(tower.to(process_state().device), FP32), SkipLog(max_skipped=1.0)
     decoded: list[Record] = []
     features = [torch.empty(0, tower.feature_dim)]
@@ -144,15 +143,15 @@ def _encode_captions(records: Sequence[Record], config: EncoderConfig) -> Tensor
     return torch.stack([each.mean(0) for each in embeddings.split(list(map(len, captions)))])
 
 
-def mutual_knn(first: Tensor, second: Tensor, neighbours: int = NEIGHBOURS) -> float:
+def compute_mutual_knn_alignment(first: Tensor, second: Tensor, neighbours: int = NEIGHBOURS) -> float:
     """Return the mutual nearest-neighbour alignment of two sets of embeddings (arXiv 2405.07987).
 
-    This is the fraction of an item's nearest neighbours by cosine similarity that are the same in both sets, averaged
-    over the items.
+    The alignment is the fraction of an item's nearest neighbours by cosine similarity that both sets have in common,
+    averaged over the items.
 
     Args:
         first, second: Embeddings of the same N items, of shape (N, D1) and (N, D2).
-        neighbours: Number of nearest neighbours of each item, less than N.
+        neighbours: Number of nearest neighbours per item. Must be less than N.
     """
     masks = []
     for embeddings in (first, second):

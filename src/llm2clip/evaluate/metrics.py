@@ -1,8 +1,8 @@
-"""Retrieval ranks, the metrics computed from them, and bootstrap confidence intervals.
+"""Retrieval ranks and metrics, and bootstrap confidence intervals.
 
 The score matrix is computed in tiles and never stored in full. Scores are not sorted: a rank is the number of wrong
-answers that score at least as high as the best correct answer. Ties count against the model, so a model that assigns
-the same score to every pair gets the worst possible ranks.
+answers that score at least as high as the best correct answer. Ties therefore count against the model: if all scores
+are equal, all ranks are the worst possible ranks.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 from llm2clip.cpu_tuning import onednn_matmul
 
 KS = (1, 5, 10)
-TILE = 512  # images per tile; with four times as many texts, a tile's float32 scores (4 MB) fit in the CPU cache
+TILE = 512  # images per tile; with four times as many texts, the float32 scores of a tile (4 MB) fit in the CPU cache
 QUERY_TILE = 32  # number of queries that `compute_positive_ranks` scores at a time
-LEVEL = 0.95  # confidence level of all intervals
+LEVEL = 0.95  # confidence level of intervals
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def compute_positive_ranks(
     positives: Sequence[Sequence[int]],
     tile_size: int = 2 * TILE,
 ) -> list[Tensor]:
-    """Return the zero-based ranks of each query's positives in ascending order, int64 of shape (positives,).
+    """Return one tensor per query with the zero-based ranks of its positives, ascending, int64 of shape (positives,).
 
     An item can be a positive for several queries.
 
@@ -43,10 +43,10 @@ def compute_positive_ranks(
         queries, items: L2-normalised embeddings of shape (Q, D) and (N, D).
         positives: Indices of each query's correct items. For example, if 3 images have 2, 1 and 2 captions, the
             positives for image-to-text retrieval are [[0, 1], [2], [3, 4]].
-        tile_size: Number of items per matmul. Scores for `QUERY_TILE` queries and all items are kept in memory.
+        tile_size: Number of items per matmul. The scores of `QUERY_TILE` queries and all items must fit in memory.
 
     Raises:
-        ValueError: If a query has no positive, or an embedding contains NaN or infinity.
+        ValueError: A query has no positive, or an embedding contains NaN or infinity.
     """
     for n, indices in enumerate(positives):
         if len(indices) == 0:
@@ -68,7 +68,7 @@ def compute_positive_ranks(
 def _rank_positives(scores: Tensor, positives: Tensor) -> Tensor:
     positive_scores = scores[positives].sort().values  # ascending
     negative_scores = scores.index_fill(0, positives, -torch.inf)
-    # For each negative, count the positives that it beats: those whose score is not higher.
+    # For each negative, count the positives that it beats, i.e. whose score is not higher.
     num_beaten = torch.bucketize(negative_scores, positive_scores, right=True)
     negatives_by_beaten = torch.bincount(num_beaten, minlength=len(positives) + 1)
     # Counting from 0, positive n (of P, best first) is beaten by the negatives that beat at least P - n positives.
@@ -83,15 +83,15 @@ def two_way_ranks(
     image_of_text: Sequence[int] | Tensor,
     tile_size: int = TILE,
 ) -> tuple[Tensor, Tensor]:
-    """Return the zero-based ranks of each image's best caption (I,) and of each caption's image (T,), int64 on the CPU.
+    """Return the zero-based rank of each image's best caption (I,) and of each caption's image (T,), int64 on the CPU.
 
     Args:
-        images, texts: L2-normalised embeddings of shape (I, D) and (T, D), float32 or float16. Scores are float32.
+        images, texts: L2-normalised embeddings of shape (I, D) and (T, D), float32 or float16. Scores are in float32.
         image_of_text: Image index of each text. Every image must have at least one text.
         tile_size: Number of images per tile. Must be a multiple of 16, or identical vectors may get different scores.
 
     Raises:
-        ValueError: If an image has no text, or an embedding contains NaN or infinity.
+        ValueError: An image has no text, or an embedding contains NaN or infinity.
     """
     owner = torch.as_tensor(image_of_text)
     counts = torch.bincount(owner, minlength=len(images))
@@ -109,7 +109,7 @@ def two_way_ranks(
         best_text[text_range.start + tile_texts] = scores[positives]
         best_image[image_range].scatter_reduce_(0, tile_images, scores[positives], "amax")
 
-    # The same matmuls as above score the wrong answers, so ties are exact. Counts are float32, exact up to 2**24.
+    # Wrong answers are scored with the same matmuls as above, so ties are exact. Counts are float32, exact up to 2**24.
     image_counts, text_counts = torch.zeros_like(best_image), torch.zeros_like(best_text)
     for image_range, text_range, scores, positives in _iterate_tiles(images, texts, order, owner, tile_size):
         scores[positives] = -torch.inf
@@ -122,10 +122,11 @@ def two_way_ranks(
 def _iterate_tiles(
     images: Tensor, texts: Tensor, order: Tensor, owner: Tensor, tile_size: int, with_all: bool = True
 ) -> Iterator[tuple[slice, slice, Tensor, tuple[Tensor, Tensor]]]:
-    """Yield the tiles of the score matrix: image range, text range, scores, and the indices of the positives in them.
+    """Yield the tiles of the score matrix: image range, text range, scores, and indices of the positives in the tile.
 
     A tile has `tile_size` images and 4 * `tile_size` texts. `order` sorts the texts by image, and `owner` is the image
-    of each sorted text, so only a few tiles contain positives. If `with_all` is False, only those are computed.
+    of each sorted text, so only a few tiles contain positives. If `with_all` is False, only tiles with positives are
+    computed.
     """
     for text_start in range(0, len(texts), 4 * tile_size):
         text_range = slice(text_start, min(text_start + 4 * tile_size, len(texts)))
@@ -141,19 +142,19 @@ def _iterate_tiles(
 
 
 def _pad_tile(vectors: Tensor, size: int) -> Tensor:
-    """Append zero vectors. Matmuls of the same shape round identically, so equal vectors get equal scores."""
+    """Append zero vectors, because only matmuls of the same shape give equal vectors exactly equal scores."""
     return vectors if len(vectors) == size else F.pad(vectors, (0, 0, 0, size - len(vectors)))
 
 
 def _is_at_least(scores: Tensor, threshold: Tensor) -> Tensor:
-    """Return floats (1.0 if score >= threshold, else 0.0), because summing floats is ten times as fast as booleans."""
+    """Return `scores >= threshold` as floats, because summing floats is ten times as fast as summing booleans."""
     return torch.ge(scores, threshold, out=torch.empty_like(scores))
 
 
 def check_finite(*embeddings: Tensor) -> None:
     """Raise ValueError if an embedding contains NaN or infinity.
 
-    Without this check, a model that outputs NaN would get perfect ranks, because comparisons with NaN are always false.
+    Comparisons with NaN are always false, so without this check, a model that returns NaN would get perfect ranks.
     """
     for vectors in embeddings:
         if not all(torch.isfinite(part).all() for part in vectors.split(8192)):
@@ -166,7 +167,7 @@ def check_finite(*embeddings: Tensor) -> None:
 def retrieval_metrics(
     image_ranks: Tensor, text_ranks: Tensor, image_of_text: Sequence[int] | Tensor
 ) -> dict[str, dict[str, Any]]:
-    """Return recall in both directions, with chance levels and 95% confidence intervals. See `two_way_ranks`.
+    """Return the recall in both directions, with chance levels and 95% intervals, from the ranks of `two_way_ranks`.
 
     Returns:
         {"I2T": {"R@1": ..., "median rank": ...}, "T2I": ..., "I2T chance": {"R@1": ...}, "T2I chance": ...,
@@ -184,7 +185,7 @@ def retrieval_metrics(
 
 
 def recall(ranks: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
-    """Return R@k, the percentage of queries with a positive among the top k items."""
+    """Return R@k: the percentage of queries with a positive among the top k items."""
     return {f"R@{k}": 100.0 * float((ranks < k).double().mean()) for k in ks}
 
 
@@ -209,7 +210,7 @@ def compute_chance_recall(positives: Sequence[int], num_items: int, ks: Sequence
 def compute_recall_intervals(ranks: Tensor, groups: Tensor, ks: Sequence[int] = KS) -> dict[str, tuple[float, float]]:
     """Return 95% bootstrap confidence intervals for R@k, in percent.
 
-    Images are resampled, each with all its queries, because captions of the same image are correlated. `groups` holds
+    Images are resampled together with all their queries, because captions of the same image are correlated. `groups` is
     the image index of each query.
     """
     return _bootstrap_by_image([(ranks < k).double() for k in ks], groups, ks, (0.0, 1.0))
@@ -239,7 +240,7 @@ def _bootstrap_by_image(
 def compute_average_precision(ranks: Tensor) -> float:
     """Return the average precision of a ranking, between 0 and 1.
 
-    It is the mean of n / r_n, where r_n is the rank (from 1) of the n-th relevant image.
+    The average precision is the mean of n / r_n, where r_n is the rank (from 1) of the n-th relevant image.
 
     Args:
         ranks: Zero-based ranks of all relevant images, in ascending order, int64 of shape (P,).
@@ -263,8 +264,8 @@ def compute_chance_average_precision(num_relevant: int, num_images: int) -> floa
 def compute_mean_interval(scores: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
     """Return a 95% bootstrap confidence interval for the mean score, in percent. `scores` has shape (Q,).
 
-    Queries are resampled, but images are not. For an interval of the difference between two models, pass the
-    differences between their scores, and the smallest and largest possible difference as `bounds`.
+    Queries are resampled, but images are not. For the difference between two models, pass the differences between their
+    scores, and the smallest and largest possible difference as `bounds`.
     """
     low, high = (100 * bootstrap_intervals(scores[:, None], torch.ones(len(scores)), bounds)).flatten().tolist()
     return low, high
@@ -281,13 +282,13 @@ def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float
     Args:
         sums: Sum of each quantity within each group, of shape (groups, K).
         counts: Number of elements in each group, of shape (groups,). Empty groups are ignored.
-        bounds: Smallest and largest possible values of an element.
+        bounds: Smallest and largest possible value of an element.
 
     Returns:
-        Lower and upper ends of the intervals, float64 of shape (2, K).
+        Lower and upper bounds of the intervals, float64 of shape (2, K).
     """
     # One matmul per resample, weighted by how often each group was drawn. scipy.stats.bootstrap copies the resampled
-    # rows, which is 1.5 to 5 times slower, and keeps all resamples in memory.
+    # rows, which is 1.5 to 5 times as slow, and keeps all resamples in memory.
     sums, counts = sums.double()[counts > 0], counts.double()[counts > 0]
     means = [weights @ sums / (weights @ counts) for weights in draw_bootstrap_counts(len(sums))]
     return compute_percentile_interval(torch.stack(means), len(sums), bounds)
@@ -296,7 +297,7 @@ def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float
 def draw_bootstrap_counts(num_groups: int, num_resamples: int = 1000) -> Iterator[Tensor]:
     """For each resample, yield the number of times each group is drawn, float64 of shape (num_groups,).
 
-    The draws depend only on the number of groups, so models evaluated on the same data have paired resamples.
+    The draws depend only on the arguments, so the resamples of models evaluated on the same data are paired.
     """
     generator = torch.Generator().manual_seed(0)
     for _ in range(num_resamples):
@@ -307,15 +308,14 @@ def draw_bootstrap_counts(num_groups: int, num_resamples: int = 1000) -> Iterato
 def compute_percentile_interval(means: Tensor, num_groups: int, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """Compute central 95% confidence intervals from resampled means, using Efron's percentile method.
 
-    If all groups have the same mean, such as 0% or 100%, all resampled means are equal, and the percentile interval is
-    a single point. A wider interval is returned instead: it ranges from the mean that would result if a fraction p of
-    the groups were at the lower bound to the mean that would result if they were at the upper bound. The fraction p is
-    the Clopper-Pearson upper bound for 0 deviating groups out of n, 1 - 0.025 ** (1 / n).
+    If all groups have the same mean, such as 0% or 100%, the percentile interval is a single point. A wider interval is
+    returned instead: its ends are the means that would result if a fraction p of the groups were at the lower or at the
+    upper bound. p = 1 - 0.025 ** (1 / n) is the Clopper-Pearson upper bound for 0 deviating groups out of n.
 
     Args:
         means: Means of the resamples, of shape (resamples, ...). The result has shape (2, ...).
         num_groups: Number of resampled groups (n).
-        bounds: Smallest and largest possible values of an element.
+        bounds: Smallest and largest possible value of an element.
     """
     quantiles = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=means.dtype)
     interval = means.quantile(quantiles, 0)
@@ -334,15 +334,15 @@ class BootstrapMetrics:
     """Index or id of each evaluated image."""
     values: Mapping[str, float]
     resamples: Mapping[str, np.ndarray]
-    """Each metric's value on every resample, float64 of shape (resamples,). Undefined values are NaN. Metrics without
+    """Values of each metric on the resamples, float64 of shape (resamples,). Undefined values are NaN. Metrics without
     an entry have no confidence interval."""
 
     @classmethod
     def from_function(
         cls, images: Sequence[int | str], names: Sequence[str], metrics: Callable[[np.ndarray], Sequence[float]]
     ) -> BootstrapMetrics:
-        """Compute metrics, in the order of `names`. `metrics` takes weights of shape (images,), and must count image i
-        `weights[i]` times."""
+        """Compute metrics, in the order of `names`. `metrics` takes image weights of shape (images,), and must count
+        image i `weights[i]` times."""
         samples = np.array([metrics(weights.numpy()) for weights in draw_bootstrap_counts(len(images))], np.float64)
         values = [float(value) for value in metrics(np.ones(len(images)))]
         return cls(tuple(images), dict(zip(names, values, strict=True)), dict(zip(names, samples.T, strict=True)))

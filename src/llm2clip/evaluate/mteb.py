@@ -1,4 +1,4 @@
-"""Metadata and loader with which mteb evaluates llm2clip models and the checkpoints of the LLM2CLIP authors.
+"""Adapter to evaluate llm2clip models and the checkpoints of the LLM2CLIP authors with mteb.
 
 For example, on MIEB-lite:
 
@@ -32,7 +32,7 @@ from llm2clip.models.published_encoders import suggest_encoders
 
 
 class MTEBModel(AbsEncoder):
-    """Encoder for texts, images and pairs. A pair's embedding is the normalised sum of its image and text vectors."""
+    """Encoder of texts, images and pairs. The embedding of a pair is the normalised sum of its two embeddings."""
 
     def __init__(self, model: DualEncoder) -> None:
         self.model = model
@@ -56,18 +56,18 @@ class MTEBModel(AbsEncoder):
 
 
 def get_model_meta(source: str, text: str | None = None) -> ModelMeta:
-    """Return the metadata of a model for mteb. Its method `load_model` loads the model.
+    """Return mteb's metadata of a model. Its method `load_model` loads the model.
 
     Args:
-        source: folder or hub id of an llm2clip model or of a checkpoint of the LLM2CLIP authors. Checkpoints that mteb
-            lists have mteb's metadata, but are loaded without llm2vec and without code from the hub.
-        text: caption encoder of the checkpoint. Default: the published encoder that the checkpoint was trained with.
+        source: Folder or hub id of an llm2clip model or of a checkpoint of the LLM2CLIP authors. If mteb lists the
+            checkpoint, mteb's metadata is used, but the checkpoint is loaded without llm2vec and code from the hub.
+        text: Caption encoder of the checkpoint. Default: the published encoder with which it was trained.
     """
     path, (name, revision) = Path(source), split_revision(source)
     listed = None if path.exists() else MODEL_REGISTRY.get(name)
     if listed and "llm2clip" not in name.lower():
         raise ValueError(f"{name} is not an LLM2CLIP checkpoint: use mteb.get_model_meta({name!r})")
-    experiment = {"loader": "llm2clip"} if listed else {}  # mteb saves the results of each experiment separately
+    experiment = {"loader": "llm2clip"} if listed else {}  # so mteb does not mix the results of the two loaders
     if text:
         experiment["caption_encoder"] = name_with_hash(text) if Path(text).exists() else text
     if path.exists():
@@ -76,7 +76,7 @@ def get_model_meta(source: str, text: str | None = None) -> ModelMeta:
         source, revision = "", listed.revision
     else:
         path = download_checkpoint(source)
-        source, revision = "", path.name  # the name of the folder is the commit
+        source, revision = "", path.name  # the folder name is the commit
     metadata = {
         "loader": partial(load_model, source=source, text=text),
         "name": name,
@@ -87,7 +87,7 @@ def get_model_meta(source: str, text: str | None = None) -> ModelMeta:
         "framework": ["PyTorch", "safetensors"],
         "use_instructions": False,
         "experiment_kwargs": experiment or None,
-        "extra_requirements_groups": None,  # unlike mteb's loader, which also returns float16
+        "extra_requirements_groups": None,  # mteb's loader requires extras and returns float16
         "output_dtypes": None,
     }
     return (listed or ModelMeta.create_empty()).model_copy(update=metadata)
@@ -96,7 +96,7 @@ def get_model_meta(source: str, text: str | None = None) -> ModelMeta:
 def load_model(
     name: str, revision: str | None = None, source: str = "", text: str | None = None, device: Any = None, **_: Any
 ) -> MTEBModel:
-    """Load a model for mteb (see `get_model_meta`), by default the hub id `name` and on a GPU if available."""
+    """Load a model for mteb (see `get_model_meta`). Default: the hub id `name`, on a GPU if available."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = source or f"{name}@{revision}"
     if is_model_folder(source if Path(source).exists() else download_checkpoint(source)):
@@ -105,8 +105,8 @@ def load_model(
     encoders = [text] if text else suggest_encoders(source, model.config.text_dim, model.config.tower)
     if len(encoders) != 1:
         raise ValueError(
-            f"the caption encoder of {name} is not known (candidates: {', '.join(encoders) or 'none'}). Pass the one "
-            "that it was trained with: get_model_meta(CHECKPOINT, text=ENCODER)"
+            f"the caption encoder of {name} is not known (candidates: {', '.join(encoders) or 'none'}). Pass the "
+            "encoder with which it was trained: get_model_meta(CHECKPOINT, text=ENCODER)"
         )
     attach_caption_encoder(model, encoders[0], source)
     precision = model.to(device).load_encoder(stage="evaluate")

@@ -1,4 +1,4 @@
-"""SVG plots for reports. Their transparent background and grey text suit both light and dark pages."""
+"""SVG plots for reports, with a transparent background and grey text for both light and dark pages."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,10 @@ def plot_curves(
     bands: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     tick_labels: Sequence[str] | None = None,
 ) -> str | None:
-    """Plot curves with common x values, and return the SVG, or None if Matplotlib is not installed.
+    """Plot curves that share x values as an SVG. Return None if Matplotlib is not installed.
 
     Args:
-        curves: y values of each curve, keyed by curve name.
+        curves: Values of each curve on the y axis, keyed by curve name.
         bands: Shaded interval (low, high) at each x value, keyed by curve name.
         tick_labels: Label of the x axis tick at each x value. Default: numbers, at positions chosen by Matplotlib.
     """
@@ -46,7 +46,7 @@ def plot_curves(
 def plot_interval_curves(
     curves: Mapping[str, Sequence[tuple[float, float, float]]], tick_labels: Sequence[str], xlabel: str, ylabel: str
 ) -> str | None:
-    """Plot curves with shaded intervals, as `plot_curves` does. Each point (value, low, high) has one tick label."""
+    """Plot curves with shaded intervals, as in `plot_curves`. A curve consists of points (value, low, high)."""
     values, bands = {}, {}
     for name, points in curves.items():
         values[name] = [value for value, _, _ in points]
@@ -55,9 +55,9 @@ def plot_interval_curves(
 
 
 def plot_histograms(histograms: Mapping[str, Mapping[int, int]], xlabel: str, ylabel: str) -> str | None:
-    """Plot histograms on a logarithmic axis, and return the SVG, or None if Matplotlib is not installed.
+    """Plot histograms on a logarithmic axis as an SVG. Return None if Matplotlib is not installed.
 
-    `histograms` has the number of occurrences of each positive integer, keyed by curve name.
+    `histograms` contains the number of occurrences of each positive integer, keyed by curve name.
     """
     if find_spec("matplotlib") is None:
         return None

@@ -17,7 +17,7 @@ from llm2clip.models.loading import load_config
 
 GROUND_TRUTH = "ground-truth"
 MAX_COORDINATE = 1 << 24  # limit for pixel coordinates; float32 represents integers exactly up to this value
-MAX_PROPOSALS = 300  # maximum number of proposals per image; the highest-scoring ones are used
+MAX_PROPOSALS = 300  # highest-scoring proposals used per image
 
 
 @dataclass
@@ -46,12 +46,13 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> tupl
     A detector is the folder or hub id of a transformers object detection model, whose class labels are ignored.
 
     Returns:
-        The function that finds the proposals, and a warning about unused boxes and images without boxes, or "".
+        A function that finds the proposals of an image, and a warning about unused boxes and images without boxes, if
+        any.
 
     Raises:
-        MissingFileError: If the JSON file does not exist.
-        DataFormatError: If a row of the JSON file is invalid.
-        ValueError: If transformers cannot load the detector.
+        MissingFileError: The JSON file does not exist.
+        DataFormatError: A row of the JSON file is invalid.
+        ValueError: transformers cannot load the detector.
     """
     if name == GROUND_TRUTH:
         note = ""
@@ -143,7 +144,7 @@ def _load_detector(name: str, device: torch.device) -> Callable[[Tensor], Propos
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--proposals {name}: not a transformers object detection model ({error}). Pass ground-truth, a JSON file "
-            "in COCO's results format, or a folder or hub id of an object detection model"
+            "in COCO's results format, or the folder or hub id of an object detection model"
         ) from error
 
     @torch.inference_mode()

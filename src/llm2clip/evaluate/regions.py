@@ -1,13 +1,15 @@
 """Zero-shot classification of image regions, and helpers for all benchmarks that use dense features.
 
-- "crop": the region is cropped and encoded like any other image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged
-    by a factor of 1.5 around its centre, clipped to the image, and padded with black to a square. Because of the
-    padding, preprocessing does not crop the longer side, but a `crop_pct` below 1 still cuts off the edges.
-- Each dense variant: the entire image is encoded. As in CLIPSelf, the patch embeddings within the box are averaged
-    using RoIAlign (arXiv 1703.06870) with an adaptive sampling ratio, and the mean is L2-normalised.
+Methods:
 
-The predicted class is the one whose embedding has the highest cosine similarity to the region embedding. By default,
-class embeddings are averaged over OpenAI's prompt templates for ImageNet.
+- "crop": the region is cropped and encoded as an image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged by a
+    factor of 1.5 around its centre, clipped to the image, and padded with black to a square. Preprocessing therefore
+    does not crop the longer side, but a `crop_pct` below 1 still cuts off the edges.
+- Dense variants: the entire image is encoded. As in CLIPSelf, the patch embeddings within the box are averaged with
+    RoIAlign (arXiv 1703.06870) at an adaptive sampling ratio, and the mean is L2-normalised.
+
+The predicted class has the highest cosine similarity to the region embedding. By default, class embeddings are averaged
+over OpenAI's prompt templates for ImageNet.
 """
 
 from __future__ import annotations
@@ -40,10 +42,10 @@ from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 CROP = "crop"
 CROP_SCALE = 1.5  # factor by which a box is enlarged before it is cropped
 SIZE_LIMITS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
-"""Lower (inclusive) and upper (exclusive) limit of the object's area in square pixels for each COCO size class."""
-THUMBNAIL_SIDE = 280  # maximum width and height of thumbnails, in pixels
+"""Lower (inclusive) and upper (exclusive) limit of the object area in square pixels, for each COCO size class."""
+THUMBNAIL_SIDE = 280  # maximum thumbnail width and height, in pixels
 IMAGES_PER_BATCH = 8  # number of decoded images in memory at a time
-LEARNED_SCALE = ", learned scale"  # suffix of a method's name if the method uses the model's learned logit scale
+LEARNED_SCALE = ", learned scale"  # name suffix of methods that use the model's learned logit scale
 T = TypeVar("T")
 
 
@@ -52,32 +54,32 @@ T = TypeVar("T")
 
 def get_model(embeddings: EmbeddingSource) -> DualEncoder:
     if not isinstance(embeddings, ModelEmbeddings):
-        raise ValueError("regions and pixels must be encoded with a model, so precomputed embeddings cannot be used")
+        raise ValueError("regions and pixels must be encoded by a model, so precomputed embeddings cannot be used")
     return embeddings.model
 
 
 def select_variants(model: DualEncoder, variants: Sequence[str], required: bool) -> list[str]:
-    """Return the requested dense feature variants that the model supports, and print the other requested variants.
+    """Return the requested dense feature variants that the model supports, and print which variants are skipped.
 
     Raises:
-        ValueError: If `required` is True and the model supports none of the variants.
+        ValueError: `required` is True and the model supports none of the variants.
     """
     available = model.dense.variants if model.dense is not None else ()
     supported = [variant for variant in variants if variant in available]
     skipped = ", ".join(variant for variant in variants if variant not in available)
     reason = f"the model supports only {', '.join(available)}" if available else "the model has no dense features"
     if required and not supported:
-        raise ValueError(f"{model.name}: the dense variants {skipped} cannot be used: {reason}")
+        raise ValueError(f"{model.name}: the dense variants {skipped} are not supported: {reason}")
     if skipped:
         print_once(f"{model.name}: the dense variants {skipped} are skipped: {reason}")
     return supported
 
 
 def get_logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, float]:
-    """Return the logit scales to evaluate: the protocol's scale and, if there is one, the model's learned scale.
+    """Return the logit scales to evaluate: the protocol's scale and the model's learned scale, if it has one.
 
-    Published protocols use CLIP's scales, which may not suit models that learned a different scale. The scales are
-    keyed by method name suffix: "" for the protocol's scale, `LEARNED_SCALE` for the learned scale.
+    Published protocols use CLIP's scale, which may not suit models that learned a different scale. The keys are
+    suffixes of method names: "" for the protocol's scale, and `LEARNED_SCALE` for the learned scale.
     """
     learned = model.logit_scale()
     return {"": protocol_scale} if learned is None else {"": protocol_scale, LEARNED_SCALE: learned}
@@ -86,10 +88,10 @@ def get_logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, flo
 def decode_batches(
     refs: Sequence[ImageRef], transform: Callable[[Tensor], T], description: str, failures: dict[int, str]
 ) -> Iterator[dict[int, T]]:
-    """Decode and transform this rank's share of the images. Yield batches, keyed by the image's index in `refs`.
+    """Decode and transform this rank's share of the images. Yield batches, keyed by image index in `refs`.
 
-    `transform` must be picklable and takes a uint8 tensor of shape (3, H, W). Errors are added to `failures`, keyed in
-    the same way.
+    `transform` takes a uint8 tensor of shape (3, H, W), and must be picklable. Errors are added to `failures`, also
+    keyed by image index.
     """
     state = process_state()
     indices = range(state.process_index, len(refs), state.num_processes)
@@ -105,8 +107,8 @@ def decode_images(
 ) -> Iterator[dict[int, Tensor]]:
     """Decode this rank's images in batches, as uint8 tensors of shape (3, H, W). See `decode_batches`.
 
-    An image whose (width, height) differs from `sizes` is recorded in `failures` and not returned, because its boxes
-    would be wrong.
+    If the (width, height) of an image differs from `sizes`, the image is recorded in `failures` and not returned,
+    because its boxes would be wrong.
     """
     for images in decode_batches(refs, nn.Identity(), description, failures):
         for index in list(images):
@@ -126,14 +128,14 @@ def gather_results(
 ) -> dict[int, T]:
     """Return the results of all ranks, sorted by image index, and log the unusable images.
 
-    `results` (picklable objects) and `failures` are this rank's, keyed by the image's index in `refs`.
+    `results` (picklable objects) and `failures` are the results of this rank, keyed by image index in `refs`.
 
     Raises:
-        TooManySkipped: If too many images are unusable.
-        ValueError: If there are no images, or no image is usable.
+        TooManySkipped: Too many images are unusable.
+        ValueError: There are no images, or no image is usable.
     """
     if process_state().num_processes > 1:
-        # Some ranks may finish much later than others, and the collective operation would time out before they do.
+        # Some ranks may finish so much later than others that the collective operation would time out.
         wait_for_everyone()
         for rank_results, rank_failures in gather_object([(results, failures)]):
             results |= rank_results
@@ -170,7 +172,6 @@ class RegionPredictions:
 
 
 def evaluate_regions(data: RegionData, embeddings: EmbeddingSource, variants: Sequence[str]) -> BenchmarkResult:
-    """Classify all regions with each method and compute the metrics. See `classify_regions`."""
     predictions = classify_regions(data, embeddings, variants)
     rows, bootstrap = [], {}
     for method, method_predictions in predictions.items():
@@ -193,15 +194,15 @@ def evaluate_regions(data: RegionData, embeddings: EmbeddingSource, variants: Se
 def classify_regions(
     data: RegionData, embeddings: EmbeddingSource, variants: Sequence[str]
 ) -> dict[str, RegionPredictions]:
-    """Classify all regions with "crop" and each dense variant, and return the predictions keyed by method.
+    """Classify all regions with "crop" and each dense variant. Return the predictions, keyed by method.
 
-    Each image is decoded once. Unusable images are recorded in `embeddings.log`. Variants not supported by the model
-    are skipped. In a distributed run, the images are split across the ranks, and every rank returns all predictions.
+    Unusable images are recorded in `embeddings.log`. Variants that the model does not support are skipped. In a
+    distributed run, the images are split across the ranks, and every rank returns all predictions.
     """
     model = get_model(embeddings)
     methods = [CROP, *select_variants(model, variants, required=False)]
     classes = encode_classes(embeddings, data.names, data.templates)
-    batches: dict[int, dict[str, RegionPredictions]] = {}  # each batch's predictions, keyed by its lowest image index
+    batches: dict[int, dict[str, RegionPredictions]] = {}  # predictions per batch, keyed by its lowest image index
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "regions", failures):
         boxes = [torch.from_numpy(data.boxes[index]) for index in images]
@@ -247,7 +248,7 @@ def compute_class_accuracy(data: RegionData, predictions: RegionPredictions) -> 
 def build_wrong_region_blocks(
     data: RegionData, method: str, predictions: RegionPredictions, count: int = 12
 ) -> list[Block]:
-    """Return a report section on the errors with the largest margins. It shows each image and class at most once."""
+    """Return a report section on the errors with the largest margins, with each image and class at most once."""
     order = np.argsort(-predictions.margin, kind="stable")
     images: list[Example] = []
     shown_images, shown_classes = set(), set()
@@ -274,7 +275,7 @@ def build_wrong_region_blocks(
 
 
 def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[Tensor], method: str) -> list[Tensor]:
-    """Return one float32 CPU tensor of shape (R, D) per image: the L2-normalised embeddings of its R boxes.
+    """Return the L2-normalised embeddings of R boxes as one CPU tensor of shape (R, D), float32, per image.
 
     Args:
         images: Images, uint8 of shape (3, H, W).
@@ -293,7 +294,7 @@ def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[T
 
 
 def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:
-    """Crop a box (left, top, right, bottom) in pixels from a uint8 image (3, H, W), and return a square (3, S, S).
+    """Crop a box (left, top, right, bottom) in pixels from a uint8 image (3, H, W). Return a square (3, S, S).
 
     The box is enlarged by `CROP_SCALE` around its centre, clipped to the image, and padded with black along its shorter
     dimension, equally on both sides.

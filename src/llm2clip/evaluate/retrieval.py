@@ -1,4 +1,4 @@
-"""Retrieval evaluation on captioned images, and the analysis of retrieval errors.
+"""Retrieval evaluation on captioned images, and analysis of retrieval errors.
 
 Each caption field (captions, captions_zh, ...) is evaluated separately.
 """
@@ -30,13 +30,13 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.reports import Block, Example, Examples, Figure, Heading, Paragraph
 from llm2clip.store.store import EmbeddingStore
 
-THUMBNAIL_SIDE = 280  # maximum width and height of thumbnails, in pixels
+THUMBNAIL_SIDE = 280  # maximum thumbnail width and height, in pixels
 TOP_IMAGES = 5  # number of top-ranked images shown per query
 
 
 @dataclass(frozen=True)
 class RetrievalRanks:
-    """Retrieval ranks for one caption field in both directions, with the ranked records and embeddings."""
+    """Retrieval ranks of a caption field in both directions, with the ranked records and their embeddings."""
 
     records: list[Record]  # records that have a caption and a decodable image
     images: Tensor  # embeddings of shape (I, D)
@@ -51,23 +51,22 @@ class RetrievalRanks:
 
 
 def evaluate_retrieval(fields: CaptionFields, embeddings: EmbeddingSource) -> BenchmarkResult:
-    ranks = rank_caption_fields(embeddings, fields)
+    ranks = compute_field_ranks(embeddings, fields)
     images = [record.image for records in fields.values() for record in records if record.image is not None]
     return BenchmarkResult({"rows": compute_field_metrics(embeddings, ranks)}, images, ranks)
 
 
 def evaluate_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> list[dict[str, Any]]:
-    """Rank each caption field and return its metrics. See `rank_caption_fields` and `compute_field_metrics`."""
-    return compute_field_metrics(embeddings, rank_caption_fields(embeddings, fields))
+    return compute_field_metrics(embeddings, compute_field_ranks(embeddings, fields))
 
 
-def rank_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> dict[str, RetrievalRanks]:
-    """Compute retrieval ranks for each non-empty caption field. Images in several fields are encoded only once.
+def compute_field_ranks(embeddings: EmbeddingSource, fields: CaptionFields) -> dict[str, RetrievalRanks]:
+    """Compute retrieval ranks for each non-empty caption field. Each image is encoded only once.
 
     Images that cannot be decoded are excluded and recorded in `embeddings.log`.
 
     Raises:
-        ValueError: If no image has a caption.
+        ValueError: No image has a caption.
     """
     unique_refs = {r.image.key: r.image for records in fields.values() for r in records if r.image is not None}
     refs = list(unique_refs.values())
@@ -93,11 +92,11 @@ def rank_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) -> d
 
 
 def compute_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, RetrievalRanks]) -> list[dict[str, Any]]:
-    """Compute retrieval metrics for each caption field from its retrieval ranks.
+    """Compute retrieval metrics for each caption field from its ranks.
 
     Returns:
-        One row per caption field, with "captions" (name of the field), the counts "images", "texts" and "truncated"
-        (texts that exceed the model's maximum length), and the result of `retrieval_metrics`.
+        One row per caption field: "captions" (field name), the counts "images", "texts" and "truncated" (texts that
+        exceed the model's maximum length), and the result of `retrieval_metrics`.
     """
     rows = []
     for name, ranks in ranked.items():
@@ -117,7 +116,7 @@ def compute_retrieval_difference(first: RetrievalRanks, other: RetrievalRanks) -
 
     Returns:
         {"I2T": {"R@1": ..., ...}, "I2T interval": {"R@1": (low, high), ...}, "T2I": ..., "T2I interval": ...}, in
-        percentage points. None if the models were not evaluated on the same images and captions.
+        percentage points, or None if the models were not evaluated on the same images and captions.
     """
     if [(r.image, r.captions) for r in first.records] != [(r.image, r.captions) for r in other.records]:
         return None
@@ -131,9 +130,9 @@ def compute_retrieval_difference(first: RetrievalRanks, other: RetrievalRanks) -
 
 
 def measure_caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
-    """Return the length unit and the length of each caption.
+    """Return the unit of length and the length of each caption.
 
-    Lengths are in words, or in characters if most captions have no spaces, as in Chinese or Japanese.
+    The unit is words, or characters if most captions have no spaces, as in Chinese or Japanese.
     """
     words = [len(caption.split()) for caption in captions]
     characters = [len(caption) for caption in captions]
@@ -146,15 +145,15 @@ def measure_caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
 def make_validator(
     fields: CaptionFields, log: SkipLog, store: EmbeddingStore
 ) -> Callable[[LLM2CLIP], dict[str, float]]:
-    """Create a function that evaluates a model during training, with the stored embeddings of all captions.
+    """Create a function that evaluates a model during training with the stored caption embeddings.
 
-    The validator returns R@1 for each caption field in both directions. It raises ValueError if no image has a caption.
+    The function returns R@1 for each caption field in both directions. It raises ValueError if no image has a caption.
     """
 
     def validate(model: LLM2CLIP) -> dict[str, float]:
-        embeddings = ModelEmbeddings(dual_encoder_from_store(model, store), log, progress=False)
+        embeddings = ModelEmbeddings(build_dual_encoder_from_store(model, store), log, progress=False)
         metrics = {}
-        for name, ranks in rank_caption_fields(embeddings, fields).items():
+        for name, ranks in compute_field_ranks(embeddings, fields).items():
             metrics[f"{name} I2T R@1"] = recall(ranks.image_ranks, (1,))["R@1"]
             metrics[f"{name} T2I R@1"] = recall(ranks.text_ranks, (1,))["R@1"]
         return metrics
@@ -162,7 +161,7 @@ def make_validator(
     return validate
 
 
-def dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncoder:
+def build_dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncoder:
     """Return a dual encoder that reads text embeddings from a store instead of running the caption encoder."""
 
     def read_texts(texts: Sequence[str], progress: bool) -> Tensor:
@@ -178,17 +177,17 @@ def dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncod
 
 @dataclass
 class ErrorAnalysis:
-    """Analysis of a model's retrieval errors for one caption field."""
+    """Analysis of a model's retrieval errors for a caption field."""
 
     length_unit: str  # unit of caption lengths; see `measure_caption_lengths`
     length_bins: list[tuple[int, int]]  # minimum and maximum caption length of each bin
     recall_by_length: list[tuple[float, float, float]]  # see `compute_recall_by_length`
-    examples: list[Examples]  # images retrieved for captions sampled at regular intervals
+    examples: list[Examples]  # images retrieved for evenly spaced captions
     failures: list[Examples]  # images retrieved for the captions whose correct images have the worst ranks
 
 
 def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6) -> ErrorAnalysis:
-    """Analyse errors, with up to `num_queries` examples and failures."""
+    """Analyse errors. Include up to `num_queries` examples and as many failures."""
     unit, lengths = measure_caption_lengths(ranks.captions)
     bins = make_length_bins(lengths)
     return ErrorAnalysis(
@@ -201,7 +200,7 @@ def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6) -> ErrorAnalysis
 
 
 def collect_example_searches(ranks: RetrievalRanks, count: int = 5) -> list[dict[str, Any]]:
-    """Return JSON-compatible dicts of sample captions and the retrieved images. See `read_example_searches`."""
+    """Retrieve images for `count` captions. Return JSON-compatible dicts for `read_example_searches`."""
     searches = []
     for text in _sample_caption_indices(ranks, count):
         search = _retrieve_images(ranks, text)
@@ -232,7 +231,7 @@ def _sample_caption_indices(ranks: RetrievalRanks, count: int) -> list[int]:
 
 
 def make_length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 20) -> list[tuple[int, int]]:
-    """Divide caption lengths into bins with similar numbers of captions. Return each bin as (minimum, maximum).
+    """Divide caption lengths into bins with similar numbers of captions. A bin is a pair (minimum, maximum).
 
     Each bin contains at least `min_captions` captions, unless there are fewer captions in total.
     """
@@ -278,7 +277,7 @@ def find_worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
 
 
 def _retrieve_images(ranks: RetrievalRanks, text: int) -> Examples:
-    """Return the `TOP_IMAGES` top-ranked images for a caption, then the correct image if it is not one of them."""
+    """Return the `TOP_IMAGES` top-ranked images for a caption, and the correct image if it is not among them."""
     correct_image, correct_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
     scores = ranks.images @ ranks.texts[text]
     top_images = scores.topk(min(TOP_IMAGES, len(scores))).indices.tolist()
@@ -290,7 +289,7 @@ def _retrieve_images(ranks: RetrievalRanks, text: int) -> Examples:
         ref = ranks.records[image].image
         assert ref is not None  # records without an image are not ranked
         caption = f"{position}. cosine {float(scores[image]):.2f}"
-        # Other images are not marked as wrong, because the caption may describe them too.
+        # Other images are not marked as wrong, because the caption may also describe them.
         is_correct = True if image == correct_image else None
         images.append(Example(load_thumbnail(ref, THUMBNAIL_SIDE), caption, is_correct))
     return Examples(images, ranks.captions[text])

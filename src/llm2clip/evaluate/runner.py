@@ -1,4 +1,4 @@
-"""Evaluation of one or more models on the user's data and on public benchmarks, with a report of the results."""
+"""Evaluation of models on the user's data and on public benchmarks, and the report of the results."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ from llm2clip.runs.run_description import build_run_section, describe_run
 
 
 class IncompleteEvaluationError(ValueError):
-    """Some of the requested evaluations failed. Raised only after all other results have been written."""
+    """Raised if some of the requested evaluations failed, after all other results have been written."""
 
 
 USER_DATA = "data"  # benchmark name for the user's own images and captions
-NUM_MISTAKES = 3  # number of caption retrieval mistakes that the report shows
-EXAMPLE_QUERIES = 6  # maximum number of example queries, and of failed queries, that the report shows
+NUM_MISTAKES = 3  # number of caption retrieval mistakes in the report
+EXAMPLE_QUERIES = 6  # maximum number of example queries, and of failed queries, in the report
 
 
 def evaluate_models(
@@ -69,24 +69,28 @@ def evaluate_models(
 
     results.json contains "caption retrieval" (the result of `caption_retrieval_accuracy`), "results" (a list of
     `BenchmarkResult.summary` dicts) and "run" (the result of `describe_run`, with the settings). Each entry of
-    "results" also has "model" and, if the training images are known, "images trained on": the number of benchmark
-    images on which the model was trained. For baselines, the entry or each of its rows has "difference": the first
-    model's metrics minus the baseline's. With `options.short_queries`, each row of a retrieval result has "short
-    queries" and, if there are templates, "short queries with templates" and "query templates".
+    "results" also has the following keys:
+
+    - "model": Name of the model.
+    - "images trained on": Number of benchmark images on which the model was trained, if it is known.
+    - "difference": For baselines, the first model's metrics minus the baseline's metrics. Retrieval results have this
+        key in each row.
+    - "short queries", "short queries with templates", "query templates": In each row of a retrieval result, with
+        `options.short_queries` (the last two only if there are templates).
 
     Args:
         models: Model to evaluate, followed by the baselines (see `open_embedding_source`).
-        data: Sources of images and captions. If no splits are specified, the images that `fit` would hold out are
+        data: Sources of images and captions. If they specify no splits, the images that `fit` would hold out are
             evaluated.
         encoder: Caption encoder whose caption retrieval accuracy is measured if `models` is empty.
         config: Evaluation settings, such as additional caption fields to evaluate.
 
     Returns:
-        Lines to print at the end: a summary of the skipped rows, warnings, and the path of the report.
+        Lines to print at the end: summaries of skipped rows, warnings, and the path of the report.
 
     Raises:
-        ValueError: If there is nothing to evaluate, a benchmark does not exist, or every evaluation failed.
-        IncompleteEvaluationError: If some evaluations failed. The other results have been written.
+        ValueError: There is nothing to evaluate, a benchmark does not exist, or every evaluation failed.
+        IncompleteEvaluationError: Some evaluations failed. The other results have been written.
     """
     start = time.time()
     encoder, config = encoder or EncoderConfig(), config or EvaluateConfig()
@@ -117,7 +121,7 @@ def evaluate_models(
 
 @dataclass
 class _BenchmarkRun:
-    """An available benchmark with its folder, its skip log and the models' results."""
+    """An available benchmark, its folder, its skip log and the results of all models."""
 
     benchmark: Benchmark
     folder: Path
@@ -128,7 +132,8 @@ class _BenchmarkRun:
 class _Evaluation:
     """Results and report of an evaluation. Without an output folder, nothing is written, cached or analysed.
 
-    If the evaluation of a model on a benchmark fails, the error is recorded in `failures`, and the others still run.
+    If the evaluation of a model on a benchmark fails, the error is recorded in `failures`, and other evaluations
+    continue.
     """
 
     def __init__(self, options: EvaluateOptions) -> None:
@@ -140,12 +145,12 @@ class _Evaluation:
         self._options = options
         self._runs: list[_BenchmarkRun] = []
         self._results: dict[str, Any] = {}  # contents of results.json
-        self._verdict = ""  # of the last section, which becomes the verdict of the report
+        self._verdict = ""  # verdict of the last section, which is also the verdict of the report
         self._blocks: list[Block] = []
         self._is_distributed = process_state().num_processes > 1
 
     def write(self, title: str, run: dict[str, Any], settings: dict[str, Any]) -> Path:
-        """Write all files, and return the path of the page."""
+        """Write all files. Return the path of report.html."""
         assert self.out is not None
         plain_settings = to_plain_types(settings)
         self._save("run", run | {"settings": plain_settings})
@@ -158,14 +163,12 @@ class _Evaluation:
         return page
 
     def _save(self, key: str, values: Any) -> None:
-        """Set an entry of results.json, and write the file."""
         self._results[key] = values
         if self.out is not None and process_state().is_main_process:
             text = json.dumps(self._results, indent=1, ensure_ascii=False)
             atomic_write_text(self.out / "results.json", text)
 
     def _add_section(self, title: str, verdict: str, blocks: Sequence[Block]) -> None:
-        """Add blocks to the report, and print their tables."""
         self._verdict = verdict
         self._blocks += blocks
         tables = [block for block in blocks if not isinstance(block, Paragraph)] if title == "Results" else blocks
@@ -183,7 +186,7 @@ class _Evaluation:
         self._add_section("Caption retrieval", describe_caption_retrieval(name, metrics), blocks)
 
     def run_benchmarks(self, models: Sequence[str], benchmarks: Sequence[Benchmark], log: SkipLog) -> None:
-        """Evaluate all models on all benchmarks, and add the results to the report. `log` is for the user's data."""
+        """Evaluate all models on all benchmarks and add the results to the report. `log` is for the user's data."""
         missing = []
         for benchmark in benchmarks:
             try:
@@ -196,7 +199,7 @@ class _Evaluation:
             self._runs.append(_BenchmarkRun(benchmark, folder, benchmark_log))
         for n, name in enumerate(get_display_names(models) if self._runs else []):
             for _ in self._evaluate_model(models[n], name, is_baseline=n > 0):
-                self._save("results", self._get_summaries())  # so that no results are lost if a later benchmark fails
+                self._save("results", self._get_summaries())  # so no results are lost if a later benchmark fails
         with_results = [run for run in self._runs if run.results]
         if not with_results:
             raise ValueError("\n".join(["nothing could be evaluated:", *missing, *self.failures]))
@@ -215,7 +218,7 @@ class _Evaluation:
             if run.results and "proposals" in run.results[0].summary:
                 description = run.results[0].summary["proposals"]["description"]
                 self.proposals.append(f"{run.benchmark.name}: {description}")
-        if "all" in self._options.benchmarks:  # with "all", missing benchmarks do not count as failures
+        if "all" in self._options.benchmarks:  # missing benchmarks then do not count as failures
             self.skipped += missing
         else:
             self.failures = missing + self.failures
@@ -227,16 +230,16 @@ class _Evaluation:
                 )
 
     def _evaluate_model(self, model: str, name: str, is_baseline: bool) -> Iterator[BenchmarkResult]:
-        """Evaluate a model on all benchmarks, and yield each result as soon as it is available.
+        """Evaluate a model on all benchmarks. Yield each result as soon as it is available.
 
-        With `EvaluateOptions.dims`, truncated embeddings are evaluated like further baselines. A baseline that cannot
-        be loaded is skipped.
+        With `EvaluateOptions.dims`, truncated embeddings are evaluated like additional baselines. A baseline that
+        cannot be loaded is skipped.
         """
         try:
             cache_dir = self.out / "vectors" if self.out else None
             embeddings = open_embedding_source(model, self._runs[0].log, cache_dir, self._options.trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
-            if not is_baseline or self._is_distributed:  # if only this rank skipped the model, the others would wait
+            if not is_baseline or self._is_distributed:  # if only this rank skipped a model, other ranks would wait
                 raise
             self.failures.append(f"Skipped {name}: {error}")
             return
@@ -265,7 +268,7 @@ class _Evaluation:
     def _evaluate_source(
         self, run: _BenchmarkRun, embeddings: EmbeddingSource, name: str, training_images: np.ndarray | None
     ) -> BenchmarkResult | None:
-        """Evaluate one source of embeddings on one benchmark. Record an error in `failures` and return None."""
+        """Evaluate an embedding source on a benchmark. After an error, record it in `failures` and return None."""
         benchmark = run.benchmark
         print_once(f"{name}: {benchmark.name}")
         try:
@@ -306,10 +309,10 @@ class _Evaluation:
                 row["query templates"] = dataclasses.asdict(templates)
 
     def _analyze_result(self, result: BenchmarkResult, is_baseline: bool) -> None:
-        """Analyse errors and draw examples for the report. Then free the memory of images and embeddings."""
+        """Analyse errors and draw examples for the report, then free the images and embeddings."""
         if self.out is not None and process_state().is_main_process:
             for n, (caption_field, ranks) in enumerate(result.ranks.items()):
-                # With examples for all 36 languages of Crossmodal-3600, the report would contain 2,000 images.
+                # With examples in all 36 languages of Crossmodal-3600, the report would contain 2,000 images.
                 with_examples = not is_baseline and n == 0
                 result.error_analysis[caption_field] = analyze_errors(ranks, EXAMPLE_QUERIES if with_examples else 0)
             if result.draw_examples is not None and not is_baseline:
@@ -383,7 +386,7 @@ def _read_user_benchmark(
         name=USER_DATA,
         kind="retrieval",
         description=description.partition(" (")[0],
-        folders=(str(Path.cwd()),),  # unused, but the folder must exist
+        folders=(str(Path.cwd()),),  # unused, but a folder must exist
         read=lambda _: splits.held_out,
         source="images with captions",
     )

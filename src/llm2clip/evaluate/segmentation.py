@@ -1,8 +1,8 @@
 """Zero-shot semantic segmentation with dense features, and its metrics.
 
 Each patch embedding is compared with the embeddings of all class names, and the scores are upsampled. The protocol
-follows SCLIP; see `models/vision/segmentation.py` and `SegmentationData`. The metrics follow mmsegmentation:
-intersections and unions are summed over all images before they are divided.
+follows SCLIP (see `models/vision/segmentation.py` and `SegmentationData`). The metrics follow mmsegmentation, which
+sums intersections and unions over all images before it divides them.
 """
 
 import colorsys
@@ -33,22 +33,21 @@ OVERLAY_OPACITY = 0.6  # opacity of the class colours drawn over example images
 class SegmentationResult:
     """Result of a segmentation benchmark.
 
-    Each method is a variant with either the protocol's logit scale or the model's learned scale. The learned scale is
-    omitted if it does not affect the result. See `get_logit_scales`.
+    A method is a variant with the protocol's logit scale or the model's learned scale (see `get_logit_scales`). The
+    learned scale is omitted if it does not affect the result.
     """
 
     images: list[int]  # indices of the evaluated images
-    counts: dict[str, np.ndarray]  # of each method, int64 of shape (images, 3, classes); see `_segment_and_count`
+    counts: dict[str, np.ndarray]  # per method, int64 of shape (images, 3, classes); see `_segment_and_count`
     logit_scales: dict[str, float]
     examples: dict[int, dict[str, np.ndarray]]
     """Downsampled predictions for a few images, uint8 of shape (h, w), keyed by image index and then by method. The key
-    "labels" stands for the true labels."""
+    "labels" contains the true labels."""
 
 
 def evaluate_segmentation(
     data: SegmentationData, embeddings: EmbeddingSource, variants: Sequence[str]
 ) -> BenchmarkResult:
-    """Segment all images with each method and compute the metrics. See `segment_images`."""
     result = segment_images(data, embeddings, variants)
     rows, bootstrap = [], {}
     class_names = [data.get_class_name(label) for label in range(len(data.names))]
@@ -66,13 +65,13 @@ def evaluate_segmentation(
 
 
 def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants: Sequence[str]) -> SegmentationResult:
-    """Segment all images with each variant. Each image is decoded once.
+    """Segment all images with each variant.
 
     In a distributed run, the images are split across the ranks, and every rank returns the complete result.
 
     Raises:
-        ValueError: If the embeddings are precomputed, or the model supports none of the variants.
-        TooManySkipped: If too many images are unusable.
+        ValueError: The embeddings are precomputed, or the model supports none of the variants.
+        TooManySkipped: Too many images are unusable.
     """
     model = get_model(embeddings)
     variants = select_variants(model, variants, required=True)
@@ -82,10 +81,10 @@ def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants
     queries = encode_classes(embeddings, names, data.templates).to(dense.device)
     transform = ResizeForWindows.for_encoder(dense, data.scale)
     example_indices = set(np.linspace(0, len(data.images) - 1, NUM_EXAMPLES).astype(int).tolist())
-    # Without a minimum probability, the scale does not change which class is the most probable.
+    # Without a minimum probability, the scale does not change which class is most probable.
     scales = get_logit_scales(model, data.logit_scale) if data.min_probability > 0 else {"": data.logit_scale}
     scale_of_method = {variant + suffix: scale for variant in variants for suffix, scale in scales.items()}
-    results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # each image's counts and label maps
+    results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # counts and label maps per image
     failures: dict[int, str] = {}
     for resized in decode_batches(data.images, transform, "segmentation", failures):
         scores = {name: encode_windows(resized, dense, name, queries, transform) for name in variants}
@@ -152,7 +151,7 @@ def compute_class_iou(counts: np.ndarray) -> list[float | None]:
 def build_segmentation_blocks(data: SegmentationData, result: SegmentationResult) -> list[Block]:
     colours = _make_palette(len(data.names))
     hidden = {IGNORED, 0} if data.has_background else {IGNORED}
-    text = "Images sampled at regular intervals. Background and unlabelled pixels are not coloured."
+    text = "Evenly spaced images. Background and unlabelled pixels are not coloured."
     blocks: list[Block] = [Heading("Examples", 3), Paragraph(text)]
     for index, maps in result.examples.items():
         image = load_image(data.images[index])
@@ -173,8 +172,8 @@ def _segment_and_count(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Segment an image. Return pixel counts, int64 of shape (3, classes), and predictions, uint8 of shape (H, W).
 
-    For each class, `counts[0]` is the number of pixels both labelled and predicted as the class, `counts[1]` the number
-    labelled as the class, and `counts[2]` the number predicted as the class. Ignored pixels are not counted.
+    The rows of the counts are, for each class, the number of pixels both labelled and predicted as the class, the
+    number labelled as the class, and the number predicted as the class. Ignored pixels are not counted.
     """
     num_classes = len(data.names)
     prediction = np.empty(labels.shape, np.uint8)
@@ -203,7 +202,7 @@ def _make_palette(num_classes: int) -> np.ndarray:
 
 
 def _overlay_labels(image: Tensor, labels: np.ndarray, colours: np.ndarray) -> bytes:
-    """Return a JPEG of an image, overlaid with the colours of a downsampled label map except at `IGNORED` pixels."""
+    """Return a JPEG of an image overlaid with the colours of a downsampled label map, except at `IGNORED` pixels."""
     rows, columns = (torch.arange(n) * size // n for n, size in zip(labels.shape, image.shape[1:], strict=True))
     pixels = image[:, rows][:, :, columns].permute(1, 2, 0).numpy()  # (h, w, 3)
     table = np.zeros((IGNORED + 1, 3), np.uint8)

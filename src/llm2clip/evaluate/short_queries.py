@@ -1,11 +1,11 @@
 """Text-to-image retrieval by query length, and the choice of prompt templates for short search queries.
 
-Queries are built from the captions of the evaluated images. For words and phrases of up to three words, an image is
-relevant if one of its captions mentions the query. Longer queries are complete captions, and the images with this
-caption are relevant. Metrics are computed from exact ranks, and ties count against the model (see `metrics`).
+Queries are built from the captions of the evaluated images. For queries of up to three words, an image is relevant if
+one of its captions mentions the query. Longer queries are complete captions, and all images with the same caption are
+relevant. Metrics are computed from exact ranks, and ties count against the model (see `metrics`).
 
-An image may show what a query names even if none of its captions mentions it. Such images count as wrong answers, so
-the metrics usually underestimate the models. Use the metrics to compare models on the same images.
+An image may show what a query names even if no caption mentions it. Such images count as wrong answers, so the metrics
+usually underestimate models. Use the metrics only to compare models on the same images.
 
 Templates such as "a photo of {}" help models trained on complete captions. Models that were trained on short phrases,
 or that use CLIP's embedding space, may not need templates. `fit` therefore compares `CANDIDATES` on held-out images.
@@ -37,16 +37,16 @@ from llm2clip.evaluate.retrieval import RetrievalRanks, measure_caption_lengths
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates, average_prompts, build_query_prompts
 from llm2clip.reports import Block, Heading, Paragraph, Table, format_with_interval
 
-PHRASE_LENGTHS = (1, 2, 3)  # numbers of words in a phrase
-CAPTION_LENGTHS = {"4–7": range(4, 8), "8+": range(8, 1 << 30)}  # numbers of words in a complete caption
+PHRASE_LENGTHS = (1, 2, 3)  # in words
+CAPTION_LENGTHS = {"4–7": range(4, 8), "8+": range(8, 1 << 30)}  # in words
 Item = TypeVar("Item", str, tuple[str, ...])
-# Letters and digits, which may be joined by apostrophes or hyphens, as in "t-shirt" and "man's".
+# Letters and digits, optionally joined by apostrophes or hyphens, as in "t-shirt" and "man's".
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 # Spaces before possessive endings in tokenized captions, as in "the dog 's mouth".
 _SEPARATE_POSSESSIVE = re.compile(r"\s+(?=['’]s\b)")
 _PUNCTUATION = re.compile(r"[^\w\s'’-]+")
-# English words that do not name anything visible. Stop word lists for document retrieval, such as scikit-learn's, also
-# contain "two", "three", "fire" and "empty", which are useful in image queries.
+# English words that do not name anything visible. Stop word lists for document retrieval, such as scikit-learn's, are
+# not used, because they also contain "two", "three", "fire" and "empty", which are useful in image queries.
 _OTHER_STOP_WORDS = """
 having doing get gets getting appears seems isn't aren't
 hers herself himself itself mine myself ours theirs themselves yours whose someone something he's she's there's
@@ -56,7 +56,7 @@ although nor though whether almost still well
 STOP_WORDS = (DETERMINERS | CONNECTIVES | FUNCTION_WORDS | to_word_set(_OTHER_STOP_WORDS)) - NUMBERS - {"back"}
 # Candidates for `choose_query_templates`: a single template, and an ensemble of four templates.
 CANDIDATES = (("a photo of {}",), ("a photo of {}", "a photo of a {}.", "a picture of {}", "there is {}"))
-MAX_CANDIDATE_QUERIES = 300  # maximum number of queries of each length for comparing the candidates
+MAX_CANDIDATE_QUERIES = 300  # maximum number of queries per length when candidates are compared
 REPORT_NOTE = (
     "One- to three-word queries are words and phrases from the captions. Every image with a caption that mentions the "
     "query is a correct answer. Other images are wrong answers, even if they show what the query names. Longer queries "
@@ -66,7 +66,7 @@ REPORT_NOTE = (
 
 @dataclass(frozen=True)
 class LabelledQuery:
-    """Text query and the indices of its relevant images."""
+    """A text query and the indices of its relevant images."""
 
     text: str
     relevant: tuple[int, ...]
@@ -89,7 +89,7 @@ class LengthScores:
 
     @cached_property
     def mean_ap_interval(self) -> tuple[float, float]:
-        """95% confidence interval. Bootstrapping takes longer than anything else in a report."""
+        """95% confidence interval of the mAP, cached because the bootstrap is the slowest part of a report."""
         return compute_mean_interval(self.scores)
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class ShortQueryResult:
     with_templates: list[LengthScores] | None = None
 
     def describe_choice(self) -> str:
-        """Describe in one line which templates were chosen and how much they increase mAP."""
+        """Describe in one line which templates were chosen and how much they increase the mAP."""
         if self.with_templates is None:
             return "Short queries are encoded without templates: no templates improve results on the held-out images"
         gains = []
@@ -141,11 +141,11 @@ def score_short_queries(
 ) -> ShortQueryResult:
     """Compute retrieval metrics for each query length.
 
-    If there are templates, short queries are also evaluated with templates: the embeddings of the query and of the
-    filled templates are averaged (see `build_query_prompts`).
+    If there are templates, short queries are also evaluated with templates: the embeddings of the query and of all
+    prompts are averaged (see `build_query_prompts`).
 
     Raises:
-        ValueError: If the source has no embedding for a query, or no queries can be built from the captions.
+        ValueError: The source has no embedding for a query, or no queries can be built from the captions.
     """
     queries = build_queries([record.captions for record in ranks.records])
     if not queries:
@@ -158,14 +158,14 @@ def score_short_queries(
 
 
 def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -> ShortQueryResult:
-    """Choose prompt templates, and the maximum length (in words) of queries to which they are applied.
+    """Choose prompt templates, and the maximum number of words of queries to which they are applied.
 
-    A candidate helps at a query length if the 95% bootstrap interval of its mAP gain is above 0. A candidate's maximum
-    length is the largest n for which it helps at all lengths from 1 to n. The candidate with the largest total gain up
-    to its maximum length is chosen. If no candidate helps with single words, no templates are chosen.
+    A candidate helps at a query length if the 95% bootstrap interval of its mAP gain is above 0. The maximum length of
+    a candidate is the largest n for which it helps at all lengths from 1 to n. The candidate with the largest total
+    gain up to its maximum length is chosen. If no candidate helps single-word queries, no templates are chosen.
 
     Raises:
-        ValueError: If no short queries can be built from the captions (see `build_queries`).
+        ValueError: No short queries can be built from the captions (see `build_queries`).
     """
     all_queries = build_queries([record.captions for record in ranks.records], MAX_CANDIDATE_QUERIES)
     queries = {words: all_queries[words] for words in map(str, PHRASE_LENGTHS) if words in all_queries}
@@ -178,12 +178,12 @@ def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -
         max_words, gain = _measure_gain(plain, scores)
         if gain > best_gain:
             best, best_gain = QueryTemplates(candidate.templates, max_words), gain
-            best_scores = scores[:max_words] + plain[max_words:]  # longer queries are not inserted into templates
+            best_scores = scores[:max_words] + plain[max_words:]  # longer queries do not use templates
     return ShortQueryResult(best, plain, best_scores)
 
 
 def _measure_gain(plain: Sequence[LengthScores], scores: Sequence[LengthScores]) -> tuple[int, float]:
-    """Return the maximum query length at which templates help, and the total mAP gain up to it, or (0, 0)."""
+    """Return the maximum query length at which templates help and the total mAP gain up to this length, or (0, 0)."""
     max_words, gain = 0, 0.0
     for words, before, after in zip(PHRASE_LENGTHS, plain, scores, strict=False):
         differences = after.scores - before.scores
@@ -246,8 +246,8 @@ def build_queries(
     captions of at least `min_images` images, but at most a fraction `max_share` of all images. Matching ignores case
     but does not use stemming: "dog" does not match "dogs".
 
-    Longer queries are complete captions, either of four to seven words or of eight or more words. If several images
-    share a caption, ignoring case and punctuation, all of them are relevant.
+    Longer queries are complete captions of four to seven words, or of eight or more words. If several images share a
+    caption, ignoring case and punctuation, all of these images are relevant.
 
     Args:
         max_queries: Maximum number of queries per length. If there are more, a random sample is used.
@@ -256,7 +256,7 @@ def build_queries(
         Queries keyed by their number of words: "1", "2", "3", "4–7" and "8+". Lengths without queries are omitted.
 
     Raises:
-        ValueError: If the captions are in a language without spaces between words.
+        ValueError: The captions are in a language without spaces between words.
     """
     if measure_caption_lengths([text for texts in captions for text in texts])[0] != "words":
         raise ValueError("the captions have no spaces between words, so they cannot be split into phrases")
@@ -265,7 +265,7 @@ def build_queries(
         counts = Counter(phrase for texts in captions for phrase in extract_caption_phrases(texts, num_words))
         max_images = max_share * len(captions)
         frequent = {phrase for phrase, count in counts.items() if min_images <= count <= max_images}
-        del counts  # free memory: most phrases are rare
+        del counts  # frees much memory, because most phrases are rare
         selected = _sample(frequent, max_queries, seed)
         images = defaultdict(list)
         for image, texts in enumerate(captions):
@@ -287,22 +287,22 @@ def build_queries(
 
 
 def _sample(items: Iterable[Item], count: int, seed: int) -> list[Item]:
-    """Return a sorted random sample of up to `count` items, independent of their order."""
+    """Return a sorted random sample of up to `count` items, which does not depend on their order."""
     ordered = sorted(items)
     return ordered if len(ordered) <= count else sorted(random.Random(seed).sample(ordered, count))
 
 
 def split_words(text: str) -> list[str]:
-    """Return the words of a text in lower case, without punctuation."""
+    """Split a text into lower-case words without punctuation."""
     return _WORD.findall(_SEPARATE_POSSESSIVE.sub("", text.lower()))
 
 
 def extract_caption_phrases(captions: Iterable[str], num_words: int) -> set[str]:
     """Return the phrases of `num_words` words that occur in an image's captions, in lower case.
 
-    A phrase is a sequence of adjacent words without punctuation in between. Its first and last words must have at least
-    two characters and at least one letter, and must not be in `STOP_WORDS`. The words in between are unrestricted, as
-    in "man in red".
+    A phrase is a sequence of words without punctuation in between. Its first and last word must have at least two
+    characters and at least one letter, and must not be in `STOP_WORDS`. The words in between can be any words, as in
+    "man in red".
     """
     return {
         " ".join(phrase)
@@ -320,11 +320,11 @@ def _is_content_word(word: str) -> bool:
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 Curves = Mapping[str, Sequence[LengthScores]]
-"""Results for each query length, keyed by model name. The key ends in ", with templates" if templates are used."""
+"""Results for each query length, keyed by model name, with the suffix ", with templates" if templates are used."""
 
 
 def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
-    """Return one report section per caption field that has short-query results, with the accuracy on each of the
+    """Return a report section for each caption field with short-query results, which also shows the accuracies on
     classification benchmarks."""
     accuracies = {b.name: _format_accuracy_cells(r) for b, r in results if b.kind == "classification"}
     blocks: list[Block] = []
@@ -346,9 +346,9 @@ def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[Benchma
 
 
 def build_overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | None]]) -> Table:
-    """Return a table of mAP by query length, and of the `accuracies`, keyed by benchmark name and then by row label.
+    """Return a table of mAP by query length and of `accuracies`, keyed by benchmark name and then by row label.
 
-    The last rows show the difference between the first model and each other model, with paired 95% intervals.
+    The last rows are the differences between the first model and each other model, with paired 95% intervals.
     """
     name, first = next(iter(curves.items()))
     header = ["model", *(f"{length.words} {'word' if length.words == '1' else 'words'}: mAP" for length in first)]

@@ -1,4 +1,4 @@
-"""Reports of training runs: `fit` (metrics before and after each stage) and `distill` (student and teacher)."""
+"""Reports on `fit` runs (metrics before and after each stage) and `distill` runs (student and teacher)."""
 
 import dataclasses
 import itertools
@@ -28,7 +28,7 @@ from llm2clip.evaluate.comparison import (
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.encoder_choice import describe_choice, describe_encoder
 from llm2clip.evaluate.metrics import KS, retrieval_metrics, two_way_ranks
-from llm2clip.evaluate.retrieval import RetrievalRanks, rank_caption_fields, read_example_searches
+from llm2clip.evaluate.retrieval import RetrievalRanks, compute_field_ranks, read_example_searches
 from llm2clip.evaluate.short_queries import score_short_queries
 from llm2clip.io_utils import atomic_write_text, format_bytes, format_count, format_duration, read_json
 from llm2clip.models.dual_encoder import wrap_llm2clip
@@ -60,11 +60,13 @@ SPEED_QUERIES, MIN_SPEED_SECONDS = 64, 3.0
 def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str, encoder: EncoderConfig) -> None:
     """Write report.md and report.html to a run directory, and print a summary of the metrics.
 
-    `trained` is the result of `evaluate_caption_fields` after the `align` stage, `data` a one-line description of the
-    training and held-out data, and `encoder` the caption encoder before `tune`.
+    Args:
+        trained: Result of `evaluate_caption_fields` after the `align` stage.
+        data: One-line description of the training and held-out data.
+        encoder: Caption encoder before `tune`.
     """
     tune_dir, evaluations = run_dir / "tune", run_dir / "evaluate"
-    cra_files = [tune_dir / "cra_raw.json", tune_dir / "cra_tuned.json"]  # the second is missing without tuning
+    cra_files = [tune_dir / "cra_raw.json", tune_dir / "cra_tuned.json"]  # without tuning, only the first file exists
     cra = [read_json(file) for file in cra_files if file.exists()]
     losses = {stage: read_metrics(run_dir / stage / "metrics.jsonl") for stage in ("tune", "align")}
     choice_file = run_dir / ENCODER_CHOICE_FILE
@@ -80,7 +82,7 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
         Heading("Example searches"),
         Paragraph(
             "Held-out captions and the images that the model retrieves for them. The image of the caption is marked; "
-            "other images may fit the caption too."
+            "other images may also match the caption."
         ),
         *read_example_searches(read_json(evaluations / "examples.json")),
         Heading("Caption encoder"),
@@ -103,7 +105,7 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
         verdict += f" Before training, it did so for {describe_share(untrained[0]['T2I'][f'R@{K}'])}."
     if trained[0]["images"] < MIN_IMAGES:
         verdict += " To evaluate on other images, list their sources in `--evaluate.data`."
-    verdict += describe_useless_tuning(cra)
+    verdict += describe_failed_tuning(cra)
     page = run_dir / "report.html"
     write_report(page, f"Training results: {run_dir.resolve().name}", verdict, blocks)
     summary = build_summary_table(cra, untrained, trained)
@@ -136,7 +138,7 @@ def _build_usage_section(run_dir: Path) -> list[Block]:
 def build_summary_table(
     cra: Sequence[dict[str, Any]], untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]
 ) -> Table:
-    """Return a table with the main metrics of a `fit` run. `cra` has the CRA before and after `tune`, if both exist."""
+    """Return a table of the main metrics of a `fit` run. `cra` has the results before and, if it ran, after `tune`."""
     rows: list[list[Any]] = []
     if len(cra) == 2:
         name = f"CRA ({format_count(cra[0]['images'], 'image')})"
@@ -149,8 +151,8 @@ def build_summary_table(
     return Table(["held-out images, %", "chance", "before training", "after training"], rows)
 
 
-def describe_useless_tuning(cra: Sequence[Mapping[str, Any]]) -> str:
-    """Return a sentence if the CRA after tuning is not higher than before, and otherwise an empty string."""
+def describe_failed_tuning(cra: Sequence[Mapping[str, Any]]) -> str:
+    """Return a warning if tuning did not increase the CRA, otherwise an empty string."""
     if len(cra) < 2 or cra[0]["images"] < MIN_IMAGES or cra[1]["CRA"] > cra[0]["CRA"]:
         return ""
     before, after = (metrics["CRA"] for metrics in cra)
@@ -161,7 +163,7 @@ def describe_useless_tuning(cra: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _build_caption_retrieval_section(cra: Sequence[dict[str, Any]], encoder: str) -> list[Block]:
-    """Return a report section on the caption encoder. `cra` has one or two results, or none if CRA was not measured."""
+    """Return a report section on the caption encoder. `cra` is empty if caption retrieval was not evaluated."""
     if not cra:
         return [Paragraph("Not measured: too few held-out images have two captions.")]
     rows: list[list[Any]] = [["chance", cra[0]["chance"], None]]
@@ -189,15 +191,15 @@ def _build_retrieval_section(untrained: Sequence[dict[str, Any]], trained: Seque
             "Recall on held-out images, in percent. I2T: an image retrieves one of its captions; T2I: a caption "
             "retrieves its image. A tie with a wrong answer counts as a miss. Confidence intervals are 95% bootstrap "
             "intervals over images. A dash instead of a recall means that there are so few images that a random order "
-            "reaches 100%. `evaluate` encodes the captions again, on a CPU in fp32, whereas these results use the "
-            "embeddings in the store. They can therefore differ by a few captions."
+            "reaches 100%. These results use the embeddings in the store, whereas `evaluate` encodes the captions "
+            "again, on a CPU in fp32. The results can therefore differ by a few captions."
         ),
         Table(header, rows, highlight=frozenset(range(2, len(rows), 3))),
     ]
 
 
 def _format_recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
-    """Return the recall cells of a table row. The suffix " chance" selects the chance levels. See `get_recalls`."""
+    """Format the recalls from `get_recalls` as table cells. The suffix " chance" selects the chance levels."""
     cells: list[Any] = []
     for direction in ("I2T", "T2I"):
         first, *others = get_recalls(row, direction, suffix)
@@ -230,12 +232,12 @@ def _build_short_query_section(result: Mapping[str, Any]) -> list[Block]:
             "too high."
         )
     else:
-        text += "No templates improve the results of these queries, so searches use none."
+        text += "No templates improve the results of these queries, so searches do not use templates."
     return [Heading("Short queries"), Paragraph(text), Table(header, rows, frozenset([len(rows) - 1]))]
 
 
 def plot_loss(stage: str, rows: Sequence[dict[str, Any]]) -> Figure:
-    """Plot a stage's loss at each step, and the moving average of the loss over about 5% of the steps."""
+    """Plot the loss of a stage at each step, and its moving average over about 5% of the steps."""
     losses = [row["loss"] for row in rows]
     window = max(1, len(losses) // 20) + 1
     averages = []
@@ -261,8 +263,10 @@ def write_distill_report(
 ) -> None:
     """Compare the model in `folder/model` with its teacher. Write report.json, report.md and report.html to `folder`.
 
-    `encode_teacher_texts` takes N texts and returns the teacher's L2-normalised embeddings (N, D). `held_out` is keyed
-    by caption field, and may be empty. `seconds` is the duration of the run so far.
+    Args:
+        encode_teacher_texts: Function that takes N texts and returns the teacher's L2-normalised embeddings (N, D).
+        held_out: Held-out records, keyed by caption field. May be empty.
+        seconds: Duration of the run so far.
     """
     student = LLM2CLIP.from_pretrained(folder / "model", teacher.device)
     result: dict[str, Any] = {"fields": [], "short queries": []}
@@ -274,7 +278,7 @@ def write_distill_report(
         )
         teacher_source = ModelEmbeddings(teacher_model, log)
         student_source = ModelEmbeddings(wrap_llm2clip(student, str(folder / "model"), "fp32"), log)
-        ranked = rank_caption_fields(teacher_source, held_out)
+        ranked = compute_field_ranks(teacher_source, held_out)
         for name, ranks in ranked.items():
             result["fields"].append(compare_text_embeddings(name, ranks, student_source.encode_texts(ranks.captions)))
         first = next(iter(ranked.values()))
@@ -293,32 +297,37 @@ def write_distill_report(
 
 
 def describe_distillation(result: Mapping[str, Any]) -> str:
-    """State in words how much of the teacher's recall the student keeps, and how much faster the student is."""
+    """Describe in words how much of the teacher's recall the student retains, and how much faster it is."""
     speedup = result["student"]["queries per second"] / result["teacher"]["queries per second"]
     speed = f"{speedup:.0f} times" if speedup >= 10 else f"{speedup:.1f} times"
     speed_text = f"encodes {speed} as many queries per second on one CPU core"
     if not result["fields"]:
-        return f"The student {speed_text}. No images were held out, so its retrieval was not compared."
+        return f"The student {speed_text}. No images were held out, so its retrieval was not evaluated."
     entry = result["fields"][0]
     if entry["images"] < MIN_IMAGES:
         few = f"with fewer than {MIN_IMAGES} held-out images ({entry['images']:,}), its recall says little"
-        return f"The student {speed_text}. It cannot be judged whether it finds the right images: {few}."
+        return f"The student {speed_text}. Whether it finds the right images cannot be judged: {few}."
     teacher, student = (entry[side]["T2I"]["R@1"] for side in ("teacher", "student"))
     quality = f"reaches {student:.1f}% T2I R@1 on {entry['images']:,} held-out images, and the teacher {teacher:.1f}%"
     if teacher:
-        quality = f"keeps {100 * student / teacher:.0f}% of the teacher's T2I R@1 ({student:.1f} of {teacher:.1f})"
+        quality = f"retains {100 * student / teacher:.0f}% of the teacher's T2I R@1 ({student:.1f} of {teacher:.1f})"
     return f"The student {quality}. It {speed_text}."
 
 
 def compare_text_embeddings(name: str, ranks: RetrievalRanks, texts: Tensor) -> dict[str, Any]:
-    """Compare a student's embeddings of `ranks.captions` with the teacher's, on the same image embeddings.
+    """Compare a student's caption embeddings with the teacher's, using the same image embeddings.
 
-    `ranks` are the teacher's. `texts` are the student's L2-normalised embeddings of shape (T, D).
+    Args:
+        name: Caption field.
+        ranks: Teacher's retrieval ranks.
+        texts: Student's L2-normalised embeddings of `ranks.captions`, of shape (T, D).
 
     Returns:
-        "captions", "images" and "texts" (name of the field and counts); "teacher" and "student" (see
-        `retrieval_metrics`); "cosine" (mean similarity of the student's embeddings to the teacher's); and "overlap@10",
-        the mean percentage of the teacher's ten best images of a text that are among the student's.
+        A dict with the following keys:
+            "captions", "images", "texts": Name of the caption field, and the number of images and texts.
+            "teacher", "student": Results of `retrieval_metrics`.
+            "cosine": Mean cosine similarity between the student's and the teacher's embeddings.
+            "overlap@10": Mean percentage of the teacher's top 10 images for a text that are in the student's top 10.
     """
     image_ranks, text_ranks = two_way_ranks(ranks.images, texts, ranks.image_of_text)
     k = min(OVERLAP_K, len(ranks.images))
@@ -341,7 +350,7 @@ def compare_text_embeddings(name: str, ranks: RetrievalRanks, texts: Tensor) -> 
 def _compare_short_queries(
     teacher: ModelEmbeddings, student: ModelEmbeddings, ranks: RetrievalRanks
 ) -> list[dict[str, Any]]:
-    """Return both models' mAP for each query length, with the model's templates. Without queries, return []."""
+    """Return both models' mAP for each query length, with their own templates. Return [] without queries."""
     scores = []
     for source in (teacher, student):
         try:
@@ -358,10 +367,10 @@ def _compare_short_queries(
 
 
 def measure_text_encoder(folder: Path, queries: Sequence[str]) -> dict[str, Any]:
-    """Measure the text side of a model: queries per second on one CPU core, parameters, and bytes of memory and disk.
+    """Measure a model's text encoder: queries per second on one CPU core, parameters, and bytes of memory and disk.
 
-    Queries are encoded one at a time in fp32, for at least three seconds. The memory is that of the weights in fp32.
-    Activations and libraries need additional memory.
+    Queries are encoded one at a time in fp32, for at least three seconds. The memory is the size of the fp32 weights,
+    without activations and libraries.
     """
     model = LLM2CLIP.from_pretrained(folder, "cpu")
     threads = torch.get_num_threads()
@@ -424,8 +433,8 @@ def _build_comparison(result: Mapping[str, Any]) -> list[Block]:
         *encoders,
         Heading("Agreement"),
         Paragraph(
-            "Mean cosine similarity of the student's text embeddings to the teacher's, and percentage of the "
-            f"teacher's {OVERLAP_K} best images that are among the student's."
+            "Mean cosine similarity between the student's and the teacher's text embeddings, and percentage of the "
+            f"teacher's top {OVERLAP_K} images that are also in the student's top {OVERLAP_K}."
         ),
         Table(["captions", "texts", "cosine", f"overlap@{OVERLAP_K}"], agreement),
     ]

@@ -1,4 +1,4 @@
-"""Build, train, run and evaluate LLaVA-1.5 models (arXiv 2310.03744) with any vision tower and causal LLM."""
+"""LLaVA-1.5 models (arXiv 2310.03744) with any vision tower and causal LLM: building, training and evaluation."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ from llm2clip.config import require_at_least, require_fraction
 
 @dataclass
 class LlavaConfig:
-    """Settings for training a multimodal LLM in two stages: first the projector alone, then the projector and the LLM.
+    """Settings of the two training stages: first the projector alone, then the projector and the LLM.
 
     The defaults follow LLaVA-1.5 (arXiv 2310.03744).
     """
@@ -18,36 +18,36 @@ class LlavaConfig:
     pretrain_lr: float = 1e-3
     """Peak learning rate of the projector in the first stage."""
     pretrain_batch_size: int = 256
-    """Conversations per optimizer step in the first stage, summed over all devices."""
+    """Number of conversations per optimizer step in the first stage, over all devices."""
     epochs: float = 1
     """Number of epochs of the second stage, which trains on the instruction data."""
     lr: float = 2e-5
-    """Peak learning rate of the LLM and the projector in the second stage. 2e-4 is common with LoRA."""
+    """Peak learning rate of the LLM and the projector in the second stage. With LoRA, 2e-4 is common."""
     batch_size: int = 128
-    """Conversations per optimizer step in the second stage, summed over all devices."""
+    """Number of conversations per optimizer step in the second stage, over all devices."""
     micro_batch_size: int = 16
-    """Maximum conversations per forward pass on each device. Gradients are accumulated to reach the batch size."""
+    """Maximum number of conversations per forward pass on each device. Gradient accumulation gives the batch size."""
     lora_r: int = 0
-    """LoRA rank for the LLM. LoRA weights are merged after training. 0 disables LoRA and trains all weights."""
+    """LoRA rank for the LLM. LoRA weights are merged after training. 0 means full fine-tuning."""
     lora_alpha: int = 256
-    """LoRA alpha. The output of the LoRA layers is scaled by alpha divided by the rank."""
+    """LoRA alpha. The outputs of LoRA layers are scaled by alpha divided by the rank."""
     max_length: int = 2048
     """Maximum conversation length in tokens, including image tokens. Longer conversations are truncated."""
     group_by_length: bool = True
     """Batch conversations of similar length to reduce padding."""
     cache_gb: float = 20.0
-    """Maximum cache size in GB for the frozen tower's patch features. If they do not fit, they are recomputed in every
-    step. 0 disables caching."""
+    """Maximum size in GB of the cache for the frozen tower's patch features. If the features do not fit, they are
+    recomputed in every step. 0 disables caching."""
     warmup_ratio: float = 0.03
-    """Fraction of steps spent on linear warm-up. The learning rate then decays to zero on a cosine schedule."""
+    """Fraction of steps for linear warm-up, after which the learning rate decays to zero on a cosine schedule."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Training precision. auto means bf16 if the hardware supports it, and fp32 otherwise."""
+    """Training precision: fp32, bf16, or auto for bf16 if the hardware supports it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     workers: int = 0
-    """Number of worker processes that decode images."""
+    """Number of image decoding processes."""
     save_steps: int = 200
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     seed: int = 0
     """Seed for the data order, generated questions and LoRA initialisation."""
 

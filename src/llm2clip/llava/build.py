@@ -1,4 +1,4 @@
-"""Build untrained LLaVA models from a vision tower, a randomly initialised projector and a causal LLM.
+"""Construction of untrained LLaVA models from a vision tower, a randomly initialised projector and a causal LLM.
 
 As in LLaVA-1.5 (arXiv 2310.03744), patch features come from the tower's second-to-last layer. A two-layer projector
 maps them to embeddings that replace the `<image>` tokens in the LLM's input. The model class depends on the tower:
@@ -9,8 +9,8 @@ maps them to embeddings that replace the `<image>` tokens in the LLM's input. Th
 - Vision transformers from timm: `PatchLlava`, because transformers' LLaVA classes do not support them. Without
   llm2clip, loading such a model requires `trust_remote_code=True`.
 
-`AutoModelForImageTextToText.from_pretrained` and `pipeline("image-text-to-text")` can load all of these models, even if
-llm2clip is not installed.
+`AutoModelForImageTextToText.from_pretrained` and `pipeline("image-text-to-text")` can load all of these models, even
+without llm2clip.
 """
 
 import math
@@ -22,7 +22,7 @@ from torch import nn
 
 from llm2clip.io_utils import atomic_dir
 from llm2clip.llava import modeling_patches
-from llm2clip.llava.conversations import IMAGE_TOKEN, find_answer_end_token, get_chat_template
+from llm2clip.llava.conversations import IMAGE_TOKEN, find_end_of_turn_token, get_chat_template
 from llm2clip.models.export.transformers import build_vision_model
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import load_config
@@ -35,7 +35,7 @@ def load_tower(name: str, image_size: int | None = None) -> VisionTower:
     """Load the vision tower of an LLM2CLIP model folder, or a pretrained tower (see `VisionTower.from_pretrained`).
 
     Raises:
-        ValueError: `image_size` (in pixels) differs from the LLM2CLIP model's training resolution.
+        ValueError: `image_size` (in pixels) differs from the training resolution of the LLM2CLIP model.
     """
     if not is_model_folder(name):
         return VisionTower.from_pretrained(name, image_size=image_size)
@@ -49,17 +49,17 @@ def load_tower(name: str, image_size: int | None = None) -> VisionTower:
 def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pad: bool = True) -> Path:
     """Build an untrained LLaVA model, save it and return its folder. Only the projector is randomly initialised.
 
-    The tower is converted to the LLM's dtype. The model is first saved to a temporary folder and reloaded to check that
-    its logits for a sample text match the LLM's logits. The folder is then renamed to `out`.
+    The tower is converted to the dtype of the LLM. The model is saved to a temporary folder and reloaded to check that
+    its logits for a sample text match the LLM's logits. Then the folder is renamed to `out`.
 
     Args:
-        llm: folder, hub id or short name of a causal LLM with a tokenizer. The LLM keeps its dtype.
-        seed: random seed for initialising the projector.
-        pad: if True, pad images to squares, as LLaVA-1.5 does. If False, use the tower's own preprocessing, which may
-            include a center crop.
+        llm: Folder, hub id or short name of a causal LLM with a tokenizer. The LLM keeps its dtype.
+        seed: Random seed for initialising the projector.
+        pad: Pad images to squares, as LLaVA-1.5 does. If False, use the tower's own preprocessing, which may include a
+            center crop.
 
     Raises:
-        ValueError: the LLM has no language modelling head, or transformers' LLaVA classes do not support the tower or
+        ValueError: The LLM has no language modelling head, or transformers' LLaVA classes do not support the tower or
             the head.
         FileExistsError: `out` already exists.
     """
@@ -84,7 +84,7 @@ def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pa
 
 
 def load_causal_llm(name: str) -> Any:
-    """Load a causal LLM in the checkpoint's dtype, or raise ValueError if weights, such as the head's, are missing."""
+    """Load a causal LLM in the checkpoint's dtype. Raise ValueError if weights, such as the head, are missing."""
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -107,7 +107,7 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    end_token = find_answer_end_token(tokenizer)
+    end_token = find_end_of_turn_token(tokenizer)
     model = _combine_parts(vision, llm, tokenizer, num_image_tokens=num_patches + num_registers, seed=seed)
     model.generation_config = _make_generation_config(llm, tokenizer, end_token)
     processor = _build_processor(tower, model, tokenizer, num_patches, num_registers, pad)
@@ -115,10 +115,10 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
 
 
 def _convert_tower(tower: VisionTower) -> Any:
-    """Copy a tower to a transformers model on the CPU, with float32 weights and in eval mode.
+    """Copy a tower to a transformers model on the CPU, in float32 and eval mode.
 
-    A timm vision transformer becomes a `PatchTower`. Position embeddings are interpolated to the tower's input size,
-    because transformers' LLaVA classes do not interpolate them.
+    A timm vision transformer becomes a `PatchTower`. Position embeddings are interpolated to the tower's input size
+    here, because transformers' LLaVA classes do not interpolate them.
     """
     backbone: Any = tower.backbone
     if tower.config["library"] == "timm" and hasattr(getattr(backbone, "patch_embed", None), "num_patches"):
@@ -219,7 +219,7 @@ def _combine_parts(vision: Any, llm: Any, tokenizer: Any, *, num_image_tokens: i
 
 
 def _make_generation_config(llm: Any, tokenizer: Any, end_token: int) -> Any:
-    """Return the LLM's generation config, with the chat template's answer end token added to the EOS tokens."""
+    """Return the LLM's generation config, with the chat template's end-of-turn token added to the EOS tokens."""
     from transformers import GenerationConfig
 
     config = GenerationConfig.from_model_config(llm.config)
@@ -260,7 +260,7 @@ def _build_processor(
 
 
 def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_logits: torch.Tensor) -> None:
-    """Reload a saved model, compare its logits for a text with the LLM's logits, and run the model on an image."""
+    """Reload a saved model, compare its logits for a text with the LLM's logits, and run it on an image."""
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -273,7 +273,7 @@ def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_
         has_shape = logits.shape == expected_logits.shape
         if not has_shape or (logits - expected_logits).norm() > tolerance * expected_logits.norm():
             raise ValueError(
-                f"{llm} cannot be used, because its logits change within a LLaVA model: transformers' LLaVA classes do "
+                f"{llm} is not supported, because its logits differ in a LLaVA model: transformers' LLaVA classes do "
                 "not support output biases or scaled logits. Use another LLM"
             )
         inputs = processor(images=Image.new("RGB", (64, 48)), text=IMAGE_TOKEN, return_tensors="pt")

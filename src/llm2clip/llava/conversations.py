@@ -1,12 +1,11 @@
 """Training conversations: readers for LLaVA's format and for captioned images, and the chat template.
 
-Captioned images are turned into captioning conversations, and into yes-or-no questions about objects. The questions
-follow POPE (arXiv 2305.10355) with random sampling. Here, an object counts as present if any of the image's captions
-mentions it, and as absent otherwise. Captions mention most salient objects but not everything in the image, so the
-answer "No" is sometimes wrong.
+Captioned images are converted to captioning conversations and to yes-or-no questions about objects. The questions
+follow POPE (arXiv 2305.10355) with random sampling. An object counts as present if any caption of the image mentions
+it, and as absent otherwise. Captions do not mention everything in an image, so the answer "No" is sometimes wrong.
 
-If the LLM has no chat template, Vicuna's template is used, as in LLaVA-1.5. In transformers' message format, a
-message's content can be a list of text and image parts. A Jinja prefix converts such lists to text with `<image>`
+If the LLM has no chat template, Vicuna's template is used, as in LLaVA-1.5. In transformers' message format, the
+content of a message can be a list of text and image parts. A Jinja prefix converts such lists to text with `<image>`
 tokens.
 """
 
@@ -28,7 +27,7 @@ from llm2clip.io_utils import DataFormatError
 IMAGE_TOKEN = "<image>"
 IGNORE_INDEX = -100  # label of tokens outside answers, as in transformers and cross_entropy
 PLACEHOLDER_MARKS = ("\ue000", "\ue001")  # delimiters of answer placeholders; see `tokenize_and_label`
-# These prompts are part of the training data: changing them changes the results.
+# The prompts are part of the training data, so changing them changes the results.
 SHORT_CAPTION_PROMPTS = (
     "Describe the picture in one sentence.",
     "What does the picture show, in one sentence?",
@@ -41,7 +40,7 @@ LONG_CAPTION_PROMPTS = (
     "Give a long description of this picture.",
     "Write a paragraph about what the picture shows.",
 )
-# Appended to the first question of a conversation with short answers, as in LLaVA-1.5 and benchmarks.
+# Appended to the first question of conversations with short answers, as in LLaVA-1.5 and in benchmarks.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 
 OBJECTS_FILE = Path(__file__).with_name("objects.txt")
@@ -62,7 +61,7 @@ class Conversation:
 
 
 class LabeledTokens(NamedTuple):
-    """A conversation's token ids, and one label per token: the token id within answers, IGNORE_INDEX elsewhere."""
+    """Token ids of a conversation, and labels: the token ids within answers, and IGNORE_INDEX elsewhere."""
 
     ids: list[int]
     labels: list[int]
@@ -80,16 +79,17 @@ def read_conversations(
     """Read conversations from files in LLaVA's format and from captioned images.
 
     Args:
-        from_records: `make_captioning_conversations` or `make_instruction_conversations`, for captioned images.
-        images: image folder for files in LLaVA's format. See `read_llava`.
-        columns: mapping from record fields to column names, for captioned images.
+        from_records: Function that converts captioned images: `make_captioning_conversations` or
+            `make_instruction_conversations`.
+        images: Image folder for files in LLaVA's format. See `read_llava`.
+        columns: Mapping from record fields to column names, for captioned images.
     """
     conversations: list[Conversation] = []
     for source in sources:
         if is_llava_file(source):
             conversations += read_llava(source, images, log)
         else:
-            # Merge rows with the same image, because an object is present if any of the rows mentions it.
+            # Merge rows with the same image, because an object is present if any row mentions it.
             try:
                 records = open_table([source], columns or {}, log)
             except DataFormatError as error:
@@ -111,13 +111,13 @@ def is_llava_file(name: str) -> bool:
 def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> list[Conversation]:
     """Read a file in LLaVA's format, such as blip_laion_cc_sbu_558k.json or llava_v1_5_mix665k.json.
 
-    Each row is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}, where
-    `image` is optional, and relative to the folder `images` (default: the folder that contains the file). Invalid rows
-    and rows whose image file is missing are skipped and logged.
+    Each row is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}. `image`
+    is optional. It is a path relative to the folder `images`, by default the folder of the file. Invalid rows and rows
+    whose image file is missing are skipped and logged.
 
     Raises:
-        ValueError: a .json file does not contain a list.
-        TooManySkipped: too many rows were skipped.
+        ValueError: A .json file does not contain a list.
+        TooManySkipped: Too many rows were skipped.
     """
     file = Path(file)
     root = Path(images) if images is not None else file.parent
@@ -140,7 +140,7 @@ def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> lis
 def _parse_conversation(row: dict[str, Any], root: Path, number: str) -> Conversation:
     messages = row["conversations"]
     if messages and messages[0]["from"] != "human":
-        messages = messages[1:]  # as in LLaVA's code, drop the first message if it is not from the user
+        messages = messages[1:]  # as in LLaVA's code, drop a first message that is not from the user
     speakers = [message["from"] for message in messages]
     if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
         raise ValueError("messages must alternate between 'human' and 'gpt', starting with 'human'")
@@ -163,7 +163,7 @@ def _parse_conversation(row: dict[str, Any], root: Path, number: str) -> Convers
 
 
 def make_captioning_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
-    """Make one conversation per caption: a random captioning prompt, and the caption as the answer."""
+    """Make one conversation per caption, with a random captioning prompt and the caption as the answer."""
     rng = random.Random(seed)
     conversations = []
     for record in records:
@@ -179,7 +179,7 @@ def make_captioning_conversations(records: Iterable[Record], seed: int = 0) -> l
 
 
 def make_instruction_conversations(records: Sequence[Record], seed: int = 0) -> list[Conversation]:
-    """Make captioning conversations, and one conversation per image with yes-or-no questions about objects."""
+    """Make captioning conversations and a conversation per image with yes-or-no questions about objects."""
     return make_captioning_conversations(records, seed) + make_object_conversations(records, seed)
 
 
@@ -188,7 +188,7 @@ def make_object_conversations(
 ) -> list[Conversation]:
     """Make one conversation per image with yes-or-no questions about objects. Half of the answers are "Yes".
 
-    Records that have no image or whose captions mention no objects are ignored.
+    Records without an image, and records whose captions mention no objects, are ignored.
     """
     names = read_objects(objects_file)
     objects_in_images = []  # (record, its objects) for each image whose captions mention objects
@@ -224,10 +224,11 @@ def find_mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[s
 def read_objects(file: Path) -> dict[str, str]:
     """Read a list of objects and synonyms. Return a dict that maps each singular or plural name to its object.
 
-    Each line is `object` or `object: synonym, synonym`. Text after # is a comment. Plurals follow from spelling rules.
+    Each line is `object` or `object: synonym, synonym`. Text after # is a comment. Plurals are formed by spelling
+    rules.
 
     Raises:
-        ValueError: two objects share a name.
+        ValueError: Two objects share a name.
     """
     names: dict[str, str] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -269,18 +270,18 @@ def _format_question(name: str) -> str:
 
 
 def get_chat_template(tokenizer: Any) -> str:
-    """Return the Jinja prefix followed by the LLM's chat template, or by Vicuna's template if the LLM has none."""
+    """Return the Jinja prefix followed by the LLM's chat template, or by Vicuna's template as a fallback."""
     template = tokenizer.chat_template
     if template is not None and template.startswith(_FLATTEN_CONTENT):
         return str(template)
     return _FLATTEN_CONTENT + (template or _VICUNA_TEMPLATE)
 
 
-def find_answer_end_token(tokenizer: Any) -> int:
-    """Check the chat template on a sample conversation, and return the id of the token that ends an answer.
+def find_end_of_turn_token(tokenizer: Any) -> int:
+    """Check the chat template on a sample conversation. Return the id of the end-of-turn token.
 
     Raises:
-        ValueError: the sample's labels do not decode to its answers, or `tokenize_and_label` rejects the template.
+        ValueError: The sample's labels do not decode to its answers, or `tokenize_and_label` rejects the template.
     """
     conversation = Conversation("", None, (("A question?", "An answer."), ("Another?", "Yes.")))
     labels = [label for label in tokenize_and_label(conversation, tokenizer, 0).labels if label != IGNORE_INDEX]
@@ -306,7 +307,7 @@ def clean_text(text: str) -> str:
     """Strip whitespace and remove `<image>` tokens. The chat template inserts its own `<image>` tokens.
 
     Raises:
-        ValueError: the text is not valid Unicode or contains a character from PLACEHOLDER_MARKS.
+        ValueError: The text is not valid Unicode or contains a character from PLACEHOLDER_MARKS.
     """
     text.encode()  # raises UnicodeEncodeError for lone surrogates (such as half an emoji), which no tokenizer accepts
     if any(mark in text for mark in PLACEHOLDER_MARKS):
@@ -317,13 +318,13 @@ def clean_text(text: str) -> str:
 
 
 def tokenize_and_label(conversation: Conversation, tokenizer: Any, num_image_tokens: int) -> LabeledTokens:
-    """Tokenize a conversation and label its answers, including the special token that ends each answer.
+    """Tokenize a conversation and label its answers, including their end-of-turn tokens.
 
-    The chat template is first rendered with numbered placeholders in place of the answers. This locates the exact span
-    of each answer with any template. Each image takes up `num_image_tokens` tokens.
+    To find the exact span of each answer with any chat template, the template is first rendered with numbered
+    placeholders instead of the answers. Each image takes up `num_image_tokens` tokens.
 
     Raises:
-        ValueError: the template drops an answer or has no special token after an answer.
+        ValueError: The template drops an answer or has no special token after an answer.
     """
     messages = to_messages(conversation)
     answers = []
@@ -334,10 +335,10 @@ def tokenize_and_label(conversation: Conversation, tokenizer: Any, num_image_tok
         messages, chat_template=get_chat_template(tokenizer), tokenize=False, add_generation_prompt=False
     )
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    # Some added tokens are missing in `all_special_tokens`.
+    # `all_special_tokens` lacks some added tokens.
     special_tokens = sorted({*tokenizer.all_special_tokens, *added} - {IMAGE_TOKEN}, key=len, reverse=True)
     text = ""
-    spans = []  # (start, end) of each answer in the text, including the token that ends the answer
+    spans = []  # (start, end) of each answer in the text, including its end-of-turn token
     for n, answer in enumerate(answers):
         before, placeholder, rendered = rendered.partition(_make_placeholder(n))
         if not placeholder:
@@ -371,7 +372,8 @@ def _label_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any, num_im
             ids += [token] * num_image_tokens
             labels += [IGNORE_INDEX] * num_image_tokens
             continue
-        # Check only the token's end, because some tokenizers merge the space before an answer into its first token.
+        # Only the end of the token counts, because some tokenizers merge the space before an answer into its first
+        # token.
         in_answer = any(span_start < end <= span_end for span_start, span_end in spans)
         ids.append(token)
         labels.append(token if in_answer else IGNORE_INDEX)

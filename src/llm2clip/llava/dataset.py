@@ -1,7 +1,7 @@
 """Training data of LLaVA models: patch features of the frozen vision tower, dataset, collator and sampler.
 
-During training, `PrecomputedVision` replaces the vision tower and returns patch features that were either read from a
-store or computed just before the forward pass.
+During training, `PrecomputedVision` replaces the vision tower. It returns patch features that were read from a store or
+computed just before the forward pass.
 """
 
 import logging
@@ -27,14 +27,14 @@ from llm2clip.store.store import EmbeddingStore
 
 log = logging.getLogger(__name__)
 
-MAX_SCALE = 8  # maximum length of an image's longer side before padding, as a multiple of the input size
+MAX_SCALE = 8  # maximum longer side of an image before padding, as a multiple of the input size
 MEGABATCH = 50  # number of batches per length-sorted group, as in LLaVA's sampler
 MIN_TEXT_TOKENS = 64  # max_length must leave at least this many tokens for text
-MAX_REPLACEMENTS = 1000  # maximum number of consecutive conversations to try
+MAX_REPLACEMENTS = 1000  # maximum number of consecutive conversations to try if some are unusable
 
 
 class LlavaTransform:
-    """Preprocessing of decoded images that matches a LLaVA model's image processor."""
+    """Image preprocessing that matches the image processor of a LLaVA model."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor.image_processor
@@ -60,7 +60,6 @@ class LlavaTransform:
 
 
 def get_patch_feature_size(config: Any) -> int:
-    """Return the patch feature dimension for a LLaVA model's config."""
     layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
     size: int = config.vision_config.hidden_size * layers
     return size
@@ -73,7 +72,7 @@ class PatchFeatures:
     """
 
     def __init__(self, model: Any, processor: Any, bf16: bool = False) -> None:
-        """If `bf16` is True, run the tower under bfloat16 autocast. The tower stays on its current device."""
+        """With `bf16`, run the tower under bfloat16 autocast. The tower stays on its current device."""
         self.tower = model.model.vision_tower.eval()
         self.config = model.config
         self.transform = LlavaTransform(processor)
@@ -102,7 +101,7 @@ class PatchFeatures:
             return torch.cat(selected, -1)
 
     def identity(self) -> dict[str, Any]:
-        """Return all settings that affect the features, and a hash of the weights, for the store's fingerprint."""
+        """Return the settings and the weight hash that determine the features, for the store's fingerprint."""
         return {
             "tower": describe_config(self.tower.config),
             "weights": hash_weights(self.tower),
@@ -120,8 +119,8 @@ class PatchFeatures:
 class PrecomputedVision(nn.Module):
     """Replacement for the vision tower that returns precomputed patch features in the format that the model expects.
 
-    The model inputs must select the last layer and all tokens, as in `LlavaCollator`. If `feature_maps` is True, the
-    features are channels-first, as FastVLM expects.
+    The model inputs must select the last layer and all tokens, as in `LlavaCollator`. With `feature_maps`, the features
+    are channels-first, as FastVLM expects.
     """
 
     def __init__(self, feature_maps: bool) -> None:
@@ -137,7 +136,7 @@ class PrecomputedVision(nn.Module):
 
 
 class ConversationDataset(Dataset):
-    """Dataset of tokenized, labelled conversations, with images as either pixels or cached patch features."""
+    """Dataset of tokenized and labelled conversations, with images as pixels or cached patch features."""
 
     def __init__(
         self,
@@ -149,9 +148,9 @@ class ConversationDataset(Dataset):
     ) -> None:
         """
         Args:
-            num_image_tokens: number of `<image>` tokens per image.
-            max_length: maximum number of tokens. Longer conversations are truncated.
-            store: cached patch features of all images. If None, images are decoded instead.
+            num_image_tokens: Number of `<image>` tokens per image.
+            max_length: Maximum number of tokens. Longer conversations are truncated.
+            store: Cached patch features of all images. Default: decode the images.
         """
         minimum = num_image_tokens + MIN_TEXT_TOKENS
         if max_length < minimum:
@@ -165,7 +164,7 @@ class ConversationDataset(Dataset):
         self.num_image_tokens = num_image_tokens
         self.max_length = max_length
         self.store = store
-        self.store_rows: dict[int, int] = {}  # conversation index -> row of the conversation's image in the store
+        self.store_rows: dict[int, int] = {}  # conversation index -> row of its image in the store
         if store is not None:
             images = {n: each.image for n, each in enumerate(self.conversations) if each.image is not None}
             self.store_rows = dict(zip(images, store.find_keys(make_image_keys(images.values())).tolist(), strict=True))
@@ -174,7 +173,7 @@ class ConversationDataset(Dataset):
         return len(self.conversations)
 
     def estimate_lengths(self) -> list[int]:
-        """Estimate each conversation's length in tokens from its character count, because tokenizing is slow."""
+        """Estimate the length of each conversation in tokens from its characters, because tokenizing is slow."""
         lengths = []
         for conversation in self.conversations:
             characters = sum(len(question) + len(answer) for question, answer in conversation.turns)
@@ -186,14 +185,14 @@ class ConversationDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return a dict with `ids`, `labels` and, if there is an image, its pixels or patch features as `vision`.
 
-        If a conversation cannot be used, log a warning and return the next usable conversation instead.
+        If the conversation is unusable, log a warning and return the next usable conversation.
         """
         for offset in range(min(MAX_REPLACEMENTS, len(self))):
             item = self._load_item(index=(index + offset) % len(self))
             if isinstance(item, dict):
                 return item
             log.warning("%s; using the next conversation instead", item)
-        raise ValueError(f"{item}, and no other usable conversation was found")
+        raise ValueError(f"{item}, and the following conversations are also unusable")
 
     def _load_item(self, index: int) -> dict[str, Any] | str:
         conversation = self.conversations[index]
@@ -216,10 +215,10 @@ class ConversationDataset(Dataset):
 
 
 class LlavaCollator:
-    """Collator that right-pads conversations to the longest one in the batch."""
+    """Collator that right-pads conversations to the length of the longest conversation in the batch."""
 
     def __init__(self, tokenizer: Any, num_image_tokens: int, empty_image: Tensor) -> None:
-        """`empty_image` contains the pixels or patch features of a blank image for batches without images."""
+        """`empty_image` is the pixels or patch features of a blank image, for batches without images."""
         self.pad_id: int = tokenizer.pad_token_id
         self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.num_image_tokens = num_image_tokens
@@ -229,13 +228,13 @@ class LlavaCollator:
         """Return the model inputs for a batch.
 
         For B conversations padded to T tokens, input_ids and attention_mask are int64 tensors of shape (B, T).
-        pixel_values contains the pixels or patch features of all images. labels has shape (B, K), where K =
+        pixel_values contains the pixels or patch features of all images. labels has shape (B, K), where K is
         logits_to_keep. The loss ignores the system prompt and the image, so logits are computed only for the last K
-        positions, starting at the token before the batch's earliest answer.
+        positions, starting at the token before the earliest answer in the batch.
 
         If no conversation has an image, a blank image is appended to the first conversation, where causal attention
-        hides it from the text. The projector then receives gradients in every batch on every rank, as DDP and FSDP
-        require.
+        hides it from the text. This ensures that the projector receives gradients in every batch on every rank, as DDP
+        and FSDP require.
         """
         rows = [torch.tensor(item["ids"]) for item in items]
         row_labels = [torch.tensor(item["labels"]) for item in items]
@@ -260,7 +259,7 @@ class LlavaCollator:
 
 
 class LengthGroupedSampler(Sampler):
-    """Sampler that puts conversations of similar length into the same batch.
+    """Sampler that batches conversations of similar length.
 
     Indices are shuffled and divided into groups of about 50 batches. Each group is sorted by length and split into
     batches, which are then shuffled. The order depends only on the seed and the epoch, so it is the same on all ranks
@@ -291,4 +290,4 @@ class LengthGroupedSampler(Sampler):
             batches += list(longest_first.reshape(-1, self.batch_size))
         for n in rng.permutation(len(batches)):
             yield from map(int, batches[n])
-        yield from map(int, remainder)  # the last, incomplete batch
+        yield from map(int, remainder)  # last, incomplete batch

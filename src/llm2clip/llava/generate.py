@@ -39,12 +39,12 @@ class AnswerGenerator:
     ) -> None:
         """
         Args:
-            name: model folder or hub id.
-            precision: fp32, bf16 or auto. auto means bf16 if the hardware supports it, and fp32 otherwise.
-            batch_size: number of questions per forward pass.
+            name: Model folder or hub id.
+            precision: "fp32", "bf16", or "auto" for bf16 if the hardware supports it.
+            batch_size: Number of questions per forward pass.
 
         Raises:
-            ValueError: the number of tokens per image is not fixed.
+            ValueError: The number of tokens per image is not fixed.
         """
         register_classes()
         self.batch_size = batch_size
@@ -63,7 +63,7 @@ class AnswerGenerator:
         keep_freed_memory(self.device)
 
     def generate(self, questions: Sequence[Question], max_new_tokens: int, num_beams: int = 1) -> list[str]:
-        """Return one answer of up to `max_new_tokens` tokens per question. One beam means greedy decoding."""
+        """Return an answer of up to `max_new_tokens` tokens for each question. One beam means greedy decoding."""
         answers = [""] * len(questions)
         image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         # Batches of similar length need little padding. Questions with and without images go into separate batches.
@@ -88,10 +88,7 @@ class AnswerGenerator:
         return answers
 
     def score_answer(self, question: Question, answer: str) -> tuple[float, bool]:
-        """Return an answer's log-likelihood, and True if greedy decoding would produce the answer.
-
-        The token that ends the answer is also scored.
-        """
+        """Return the log-likelihood of an answer and its end-of-turn token, and True if greedy decoding produces it."""
         labeled = tokenize_and_label(question.to_conversation(answer), self.tokenizer, self.num_image_tokens)
         inputs = {"input_ids": torch.tensor([labeled.ids], device=self.device)} | self._prepare_pixels([question])
         with torch.inference_mode(), onednn_matmul():
@@ -102,7 +99,7 @@ class AnswerGenerator:
         return -float(loss), bool(is_greedy)
 
     def _prepare_inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
-        """Return the model inputs for questions. Either all or none of the questions must have an image."""
+        """Return the model inputs for a batch of questions. Either all or none of them must have an image."""
         prompts = []
         for question in questions:
             messages = to_messages(question.to_conversation())[:1]

@@ -1,4 +1,4 @@
-"""LLaVA model class for lmms-eval. If both packages are installed, lmms-eval finds it through an entry point.
+"""LLaVA model class for lmms-eval, which finds the class through an entry point:
 
 lmms-eval --model llm2clip_llava --model_args pretrained=RUN/model --tasks pope,gqa --batch_size 16
 """
@@ -12,7 +12,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from llm2clip.llava.generate import AnswerGenerator, Question
 from llm2clip.runs.ranks import process_state
 
-CHUNK_SIZE = 256  # maximum number of requests whose images are in memory at once
+CHUNK_SIZE = 256  # maximum number of requests with images in memory
 MANIFEST = ModelManifest("llm2clip_llava", simple_class_path="llm2clip.llava.lmms.LmmsModel")
 
 
@@ -30,9 +30,9 @@ class LmmsModel(lmms):
         self._world_size = process_state().num_processes
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Return one answer per request, truncated before the first occurrence of any of the request's `until` strings.
+        """Return an answer for each request, truncated before the first occurrence of one of its `until` strings.
 
-        Only the task's `max_new_tokens` and `num_beams` settings are used. Answers are never sampled.
+        Of the task's generation settings, only `max_new_tokens` and `num_beams` are used. Answers are never sampled.
         """
         answers = [""] * len(requests)
         requests_by_settings: dict[tuple[int, int], list[int]] = {}
@@ -53,7 +53,7 @@ class LmmsModel(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Return each answer's log-likelihood, and True if greedy decoding would produce the answer."""
+        """Return the log-likelihood of each answer, and True if greedy decoding produces it."""
         results = []
         for request in requests:
             context, target, to_visual, doc_id, task, split = request.args

@@ -1,9 +1,8 @@
 """Self-contained transformers modeling code for LLaVA with a vision transformer from timm.
 
-This code is needed because transformers' wrapper for timm models returns feature maps of shape (N, channels, rows,
-columns), but its LLaVA class expects patch features of shape (N, patches, width). `PatchLlava.save_pretrained` copies
-this file into the model folder. To load the model without llm2clip, use
-`AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)`.
+transformers' wrapper for timm models returns feature maps of shape (N, channels, rows, columns), but its LLaVA class
+expects patch features of shape (N, patches, width). `PatchLlava.save_pretrained` copies this file to the model folder.
+To load the model without llm2clip, use `AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)`.
 """
 
 from typing import Any
@@ -22,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 
 class PatchTowerConfig(PretrainedConfig):
-    """`PatchTower` config: the timm model's name and arguments, and the patch feature dimension."""
+    """Config of a `PatchTower`: name and arguments of the timm model, and the patch feature dimension."""
 
     model_type = "llm2clip_patches"
     architecture: str = ""
@@ -44,7 +43,7 @@ class PatchTower(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: Any) -> None:
-        """Do nothing, because timm has already initialised the weights."""
+        """Do nothing: timm has already initialised the weights."""
 
     def forward(self, pixel_values: Any, **_: Any) -> Any:
         """Return the output of each block, before the final norm, with shape (N, patches, width).
@@ -58,7 +57,7 @@ class PatchTower(PreTrainedModel):
 
 
 class PatchLlavaConfig(LlavaConfig):
-    """LLaVA config with a model type for `PatchLlava`."""
+    """Config of a `PatchLlava`, which has its own model type."""
 
     model_type = "llm2clip_llava"
 
@@ -70,7 +69,7 @@ class PatchLlava(LlavaForConditionalGeneration):
 
 
 def register_classes() -> None:
-    """Let transformers' auto classes load and save models with a `PatchTower`. Can be called repeatedly."""
+    """Register the classes with transformers' auto classes. May be called repeatedly."""
     AutoConfig.register(PatchTowerConfig.model_type, PatchTowerConfig, exist_ok=True)
     AutoModel.register(PatchTowerConfig, PatchTower, exist_ok=True)
     AutoConfig.register(PatchLlavaConfig.model_type, PatchLlavaConfig, exist_ok=True)

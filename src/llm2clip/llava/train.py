@@ -1,12 +1,12 @@
 """LLaVA-1.5's two-stage training (arXiv 2310.03744): first the projector alone, then the projector and the LLM.
 
-The vision tower is frozen. Both stages use transformers' Trainer, so DDP and FSDP2 work with `torchrun` and `accelerate
-launch` as usual. The second stage starts from the first stage's weights.
+The vision tower is frozen. Both stages use transformers' Trainer, so `torchrun` and `accelerate launch` with DDP and
+FSDP2 work as usual. The second stage starts from the weights of the first stage.
 
-    RUN/features/     the vision tower's cached patch features, if they are small enough
+    RUN/features/     cached patch features of the vision tower, if they are small enough
     RUN/pretrain/     first stage: checkpoints, metrics.jsonl, and the trained weights in learned.safetensors
     RUN/instruct/     second stage: same files as in RUN/pretrain/
-    RUN/model/        trained model, to be loaded with AutoModelForImageTextToText.from_pretrained
+    RUN/model/        trained model for AutoModelForImageTextToText.from_pretrained
 """
 
 import json
@@ -47,7 +47,7 @@ from llm2clip.store.encode import make_image_keys, store_image_features
 from llm2clip.store.store import EmbeddingStore
 
 STAGES = ("pretrain", "instruct")
-TRAINED_WEIGHTS = "learned.safetensors"  # file with the trained weights in each stage's folder
+TRAINED_WEIGHTS = "learned.safetensors"  # in the folder of each stage
 
 
 def train_llava(
@@ -61,17 +61,17 @@ def train_llava(
     """Run both stages, save the trained model to `out/model` and return this folder. Interrupted runs are resumed.
 
     Args:
-        source: folder or hub id of a LLaVA model, such as a folder written by `build_llava`.
-        pretrain: conversations for training the projector. May be empty. Conversations without an image are ignored.
-        instruct: conversations for training the projector and the LLM. May be empty.
-        log: records images that cannot be decoded while features are cached. Without caching, undecodable images only
-            cause warnings.
+        source: Folder or hub id of a LLaVA model, such as a folder written by `build_llava`.
+        pretrain: Conversations for training the projector. May be empty. Conversations without an image are ignored.
+        instruct: Conversations for training the projector and the LLM. May be empty.
+        log: Skip log for images that cannot be decoded while features are cached. Without caching, they only cause
+            warnings.
 
     Raises:
-        ValueError: there are no conversations, the number of epochs is 0, a setting is invalid, or the data, batch size
+        ValueError: There are no conversations, the number of epochs is 0, a setting is invalid, or the data, batch size
             or number of processes has changed since the last checkpoint.
-        FolderInUseError: another process is using the run directory.
-        FloatingPointError: the loss, gradient norm or weights are not finite.
+        FolderInUseError: Another process is using the run directory.
+        FloatingPointError: The loss, gradient norm or weights are not finite.
     """
     with_image = [conversation for conversation in pretrain if conversation.image is not None]
     conversations = {
@@ -112,7 +112,7 @@ def train_llava(
 def _save_model(
     source: str, conversations: Sequence[Conversation], processor: Any, config: LlavaConfig, out: Path
 ) -> None:
-    """Save the model with the hashes of all images that it, or its vision tower, was trained on."""
+    """Save the model, and the hashes of all images on which it or its vision tower was trained."""
     hashes = hash_images(conversation.image for conversation in conversations)
     earlier = load_training_image_hashes(source)
     with atomic_dir(out / "model") as folder:
@@ -122,7 +122,6 @@ def _save_model(
 
 
 def load_llava(source: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Load a LLaVA model from a folder or the hub."""
     config = load_config(source)
     return AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=False)
 
@@ -135,7 +134,7 @@ def _cache_features(
     folder: Path,
     log: SkipLog,
 ) -> EmbeddingStore | None:
-    """Cache the patch features of all images and return the store, or None if it would exceed `config.cache_gb`."""
+    """Cache the patch features of all images. Return the store, or None if it would exceed `config.cache_gb`."""
     images = {conversation.image.key: conversation.image for conversation in conversations if conversation.image}
     if not images or not config.cache_gb:
         return None
@@ -206,7 +205,7 @@ def _train_stage(
         features=features,
     )
     training_log.add_to(trainer)
-    # On CPUs, attention from plain matmuls is faster, as in `tune`.
+    # On CPUs, unfused attention is faster, as in `tune`.
     with sdpa_kernel(SDPBackend.MATH) if state.device.type == "cpu" else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
     _save_trained_weights(trainer, model, folder)
@@ -259,7 +258,7 @@ def _make_training_arguments(
         accelerator_config={"use_configured_state": True},  # the process group already exists
         seed=config.seed,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # prevents one process from using all GPUs through DataParallel
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise, a single process would use all GPUs with DataParallel
     return arguments
 
 
@@ -270,7 +269,7 @@ class _LlavaTrainer(TrainingStateMixin, Trainer):
         self, *, sampler: LengthGroupedSampler | None, features: PatchFeatures | None, **arguments: Any
     ) -> None:
         super().__init__(**arguments)
-        self.sampler = sampler  # None stands for the Trainer's default sampler
+        self.sampler = sampler  # None means the Trainer's default sampler
         self.features = features  # None if batches already contain patch features
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -286,7 +285,7 @@ class _LlavaTrainer(TrainingStateMixin, Trainer):
 def _set_trainable_parts(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:
     """Freeze all parameters that a stage does not train. With LoRA, wrap the model in a PEFT model.
 
-    The `pretrain` stage trains the projector. The `instruct` stage also trains the LLM (all weights or LoRA adapters),
+    The stage `pretrain` trains the projector. The stage `instruct` also trains the LLM (all weights or LoRA adapters),
     starting from the weights in `out/pretrain` if they exist. The projector and LoRA weights are converted to float32.
     The model is modified in place and returned.
     """
@@ -305,7 +304,7 @@ def _set_trainable_parts(model: Any, stage: str, config: LlavaConfig, out: Path)
 
 
 def _add_lora(model: Any, config: LlavaConfig) -> Any:
-    """Add float32 LoRA adapters to all linear layers of the LLM. The projector is fully trained."""
+    """Add float32 LoRA adapters to all linear layers of the LLM. The projector gets no adapters."""
     from peft import LoraConfig, get_peft_model
 
     lora_config = LoraConfig(
@@ -324,7 +323,7 @@ def _add_lora(model: Any, config: LlavaConfig) -> Any:
 
 
 def _load_trained_model(source: str, config: LlavaConfig, out: Path) -> Any:
-    """Load the complete model in float32 with the weights of the last trained stage. LoRA weights are merged."""
+    """Load the model in float32 with the weights of the last trained stage. LoRA weights are merged."""
     model = load_llava(source)
     trained_stages = [stage for stage in STAGES if (out / stage / TRAINED_WEIGHTS).is_file()]
     if not trained_stages:

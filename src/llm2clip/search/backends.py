@@ -1,4 +1,4 @@
-"""Base class of index backends, and a function that opens an index.
+"""Interface of index backends, and functions that open an index.
 
 An index is stored in a local folder (SQLite) or in a schema of a PostgreSQL database.
 """
@@ -29,26 +29,26 @@ from llm2clip.search.metadata import (
 from llm2clip.search.types import Hit, ImageState, IndexedContent, IndexedImage, ref_from_json, ref_to_json
 from llm2clip.search.words import MAX_FUSED, WordQuery, find_matched_fields, fuse_rankings
 
-# Backend of each URL scheme, and the form of the URLs. The module `search.NAME_backend` defines `open_index`, and the
-# extra with this name installs its packages. Locations without a scheme are folders.
+# Name of the backend for each URL scheme. The module `search.NAME_backend` defines `open_index`, and the extra NAME
+# installs its packages. A location without a scheme is a folder.
 BACKENDS = {"postgresql": "postgres", "postgres": "postgres"}
 URL_FORM = "postgresql://USER@HOST/DATABASE?schema=NAME"
-# Parameters of index URLs that messages contain. Others can contain secrets, such as `password` or `options`.
+# URL parameters that may appear in messages. Others, such as `password` or `options`, can contain secrets.
 PUBLIC_PARAMETERS = ("schema", "user", "host", "hostaddr", "port", "dbname", "service", "sslmode", "connect_timeout")
-INDEX_FILE = "index.sqlite"  # main file of an index folder
+INDEX_FILE = "index.sqlite"  # in an index folder
 FORMAT_VERSION = 2  # version of the index format
 NEW_INDEX_ADVICE = "Build a new index in another folder with `llm2clip index`"
 IMAGE_COLUMNS = ("name", "location", "source", "file_version", "captions", *list_columns(IMAGE_FIELDS))
 CONTENT_COLUMNS = tuple(list_columns(CONTENT_FIELDS))
 
 Result = TypeVar("Result")
-# Runs an SQL statement, whose parameters have the form `:NAME`, and returns all rows.
+# Function that runs an SQL statement with parameters of the form `:NAME` and returns all rows.
 Query = Callable[[str, Mapping[str, Any]], list[tuple[Any, ...]]]
 
 
 @dataclass
 class SqlConditions:
-    """SQL conditions of a filter on rows of `images`, on the captions of such a row, and on rows of `contents`."""
+    """SQL conditions of a filter, separated by the table to which they apply."""
 
     images: list[str] = field(default_factory=list)
     captions: str | None = None
@@ -57,22 +57,22 @@ class SqlConditions:
 
 
 class Backend(ABC):
-    """Base class of indexes, which store images and search them by embedding.
+    """Base class of index backends, which store images and search them by embedding.
 
-    The tables `contents`, `thumbnails`, `images`, `metadata`, `calibration` and `recognized_texts` are the same in all
-    backends. Statements that all databases understand are in this class. Methods raise IndexUnavailableError if the
+    All backends have the tables `contents`, `thumbnails`, `images`, `metadata`, `calibration` and `recognized_texts`.
+    This class contains the SQL statements that work in all databases. Methods raise IndexUnavailableError if the
     database cannot be read.
     """
 
-    # Condition for rows whose value is in the JSON list :ids. It is one parameter, so that databases compile and cache
-    # one statement for any number of ids.
+    # SQL condition for values in the JSON list :ids. The list is a single parameter, so the database can reuse a
+    # compiled statement for any number of ids.
     IN_IDS: str
 
     # ---- building
 
     @abstractmethod
     def lock(self) -> AbstractContextManager[None]:
-        """Prevent other runs from writing to the index. Raise FolderInUseError if another run holds the lock."""
+        """Lock the index for writing. Raise FolderInUseError if another process holds the lock."""
 
     @abstractmethod
     def metadata(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Backend(ABC):
         """Store the metadata and prepare the backend for adding images."""
 
     def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
-        """Return the states of the images from the given sources or inside their paths, keyed by image name."""
+        """Return the states of all images from the given sources or inside their paths, keyed by image name."""
         states = {}
         for source in sources:
             condition, parameters = self._make_source_condition(source)
@@ -100,13 +100,13 @@ class Backend(ABC):
 
     @abstractmethod
     def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
-        """Return the subset of the given content hashes that are already in the index."""
+        """Return the given content hashes that are already in the index."""
 
     @abstractmethod
     def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        """Add contents, and pairs of image and content hash, in one transaction.
+        """Add contents and images in one transaction. Images are given as pairs of image and content hash.
 
-        An image replaces any existing image of the same name.
+        An image replaces an existing image with the same name.
         """
 
     @abstractmethod
@@ -117,7 +117,10 @@ class Backend(ABC):
         """Complete an indexing run. Call this after all images have been added and removed."""
 
     def contents_without_text(self, sources: Sequence[str]) -> list[tuple[bytes, IndexedImage]]:
-        """Return content hash and image of the contents in which no text has been recognised yet, as in `indexed`."""
+        """Return the content hash and image of each content without a text recognition result.
+
+        `sources` selects images as in `indexed`.
+        """
         missing: dict[bytes, IndexedImage] = {}
         for source in sources:
             condition, parameters = self._make_source_condition(source)
@@ -164,15 +167,15 @@ class Backend(ABC):
     ) -> list[Hit]:
         """Return the images that match a filter, most similar to the query vector first.
 
-        Images whose texts contain all words of the query are ranked higher (see `search.words`), so the scores of the
-        hits, which are cosine similarities, are then not sorted. Without a query vector, return the newest images
-        first. If several files of an image match the filter, the latest of their capture times is used. Equal times are
-        ordered by id.
+        Images whose texts contain all words of the query are ranked higher (see `search.words`). Scores are cosine
+        similarities, so with word matches they are not in descending order. Without a query vector, return the newest
+        images first, by the latest capture time among the files of an image that match the filter. Ties are ordered by
+        id.
 
         Args:
             vector: L2-normalised query vector of shape (D,), float32, or None.
             offset: Number of hits to skip.
-            words: Texts of the query, for word search. Used only with a query vector.
+            words: Query texts for word search. Ignored without a query vector.
         """
         query = WordQuery() if vector is None else WordQuery.parse(words)
 
@@ -240,18 +243,18 @@ class Backend(ABC):
         return self.vectors([hit_id]).get(hit_id)
 
     def vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return the embeddings of hits in the given order, of shape (D,), float32. Unknown ids are skipped."""
+        """Return the embeddings of hits, each of shape (D,), float32, in the order of `hit_ids`. Skip unknown ids."""
         ids = [parse_content_id(hit_id) for hit_id in hit_ids]
         vectors = self._read(lambda run: self._fetch_vectors(run, ids))
         return {hit_id: vectors[i] for hit_id, i in zip(hit_ids, ids, strict=True) if i in vectors}
 
     def sample_ids(self, count: int) -> list[str]:
-        """Return the hit ids of at most `count` distinct images, chosen at random. Equal indexes give equal samples."""
+        """Return the hit ids of at most `count` random distinct images. The choice depends only on their contents."""
         statement = "SELECT id FROM contents ORDER BY hash LIMIT :count"  # hashes are random
         return [str(content_id) for (content_id,) in self._query(statement, {"count": count})]
 
     def read_hits(self, hit_ids: Sequence[str]) -> list[Hit]:
-        """Return hits without scores, in the given order. Unknown ids are skipped."""
+        """Return hits without scores, in the order of `hit_ids`. Skip unknown ids."""
         ids = [parse_content_id(hit_id) for hit_id in hit_ids]
         return self._read(lambda run: self._read_hits(run, ids, {}, {}, Filter()))
 
@@ -268,7 +271,7 @@ class Backend(ABC):
             run("INSERT INTO calibration VALUES (:data)", {"data": data})
 
     def load_calibration(self) -> bytes | None:
-        """Return the data from `save_calibration`, or None if it has never been called."""
+        """Return the data stored by `save_calibration`, or None if there is none."""
         rows = self._query("SELECT data FROM calibration", {})
         return bytes(rows[0][0]) if rows else None
 
@@ -278,35 +281,35 @@ class Backend(ABC):
         return bytes(rows[0][0]) if rows else None
 
     def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
-        """Return at most MAX_LOCATIONS images with a hit's content, or an empty tuple if the id is unknown."""
+        """Return at most MAX_LOCATIONS images that have a hit's content, or an empty tuple if the id is unknown."""
         content_id = parse_content_id(hit_id)
         images = self._read(lambda run: self._read_images(run, [content_id], SqlConditions()))
         return images.get(content_id, ())
 
-    # ---- statements of each database
+    # ---- database-specific statements
 
     @abstractmethod
     def _read(self, function: Callable[[Query], Result]) -> Result:
-        """Call a function with a function that runs statements that only read."""
+        """Call `function` with a `Query` that runs read-only statements, and return the result."""
 
     @abstractmethod
     def _write(self) -> AbstractContextManager[Query]:
-        """Return the context manager of a transaction, which is rolled back if an exception is raised."""
+        """Open a transaction, which is rolled back if the `with` block raises an exception."""
 
     def _query(self, statement: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         return self._read(lambda run: run(statement, parameters))
 
     @abstractmethod
     def _make_source_condition(self, source: str) -> tuple[str, dict[str, Any]]:
-        """Return the condition for images from a source or inside its path, and its parameters."""
+        """Return an SQL condition for images from a source or inside its path, and the parameters."""
 
     @abstractmethod
     def _make_path_condition(self, path: str) -> tuple[str, dict[str, Any]]:
-        """Return the condition of a path filter, and its parameters."""
+        """Return the SQL condition of a path filter, and its parameters."""
 
     @abstractmethod
     def _make_caption_condition(self, caption: str) -> tuple[str, dict[str, Any]]:
-        """Return the condition of a caption filter, and its parameters."""
+        """Return the SQL condition of a caption filter, and its parameters."""
 
     def _make_conditions(self, image_filter: Filter) -> SqlConditions:
         conditions = SqlConditions()
@@ -326,10 +329,10 @@ class Backend(ABC):
 
     @abstractmethod
     def _find_newest(self, run: Query, image_filter: Filter, count: int, offset: int) -> list[int]:
-        """Return a page of content ids, sorted by the latest time of the matching images."""
+        """Return a page of content ids, sorted by the latest capture time of the matching images, newest first."""
 
     def _find_newest_unfiltered(self, run: Query, count: int, offset: int) -> list[int]:
-        # The database reads only this many images, with the index `images_taken`. Some of them may be duplicates.
+        # With the database index `images_taken`, only this many rows are read. Some of them may be duplicates.
         limit = 2 * (offset + count)
         while True:
             rows = run("SELECT content FROM images ORDER BY taken DESC, content LIMIT :limit", {"limit": limit})
@@ -342,39 +345,39 @@ class Backend(ABC):
     def _find_nearest(
         self, run: Query, vector: np.ndarray, depth: int, image_filter: Filter
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the int64 ids of the `depth` contents most similar to a vector, and their cosine similarities."""
+        """Return the ids (int64) and cosine similarities of the `depth` contents that are most similar to a vector."""
 
     @abstractmethod
     def _find_word_matches(self, run: Query, query: WordQuery, image_filter: Filter) -> np.ndarray:
-        """Return the ids of at most MAX_FUSED contents with all words, best first. None if too many images match."""
+        """Return the ids of at most MAX_FUSED contents with all words, best first, or none if too many images match."""
 
     @abstractmethod
     def _read_word_fields(self, run: Query, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
-        """Return the ids of the given contents and the fields of their images that contain all words of a query."""
+        """Return pairs of content id and text fields, for the images of the given contents that contain all words."""
 
     @abstractmethod
     def _read_images(
         self, run: Query, ids: Sequence[int], conditions: SqlConditions
     ) -> dict[int, tuple[IndexedImage, ...]]:
-        """Return at most MAX_LOCATIONS images per content, sorted by name, those that match the conditions first.
+        """Return at most MAX_LOCATIONS images per content: matching images first, then by name.
 
-        If there are more images, return those indexed first, so that the database can stop reading early.
+        If there are more images, the ones that were indexed first are returned, so the database can stop reading early.
         """
 
     def _fetch_vectors(self, run: Query, ids: Sequence[int]) -> dict[int, np.ndarray]:
-        """Return the float32 vectors with the given content ids. Unknown ids are skipped."""
+        """Return the float32 vectors of the given contents, keyed by id. Skip unknown ids."""
         statement = f"SELECT id, vector FROM contents WHERE id {self.IN_IDS}"
         rows = run(statement, {"ids": json.dumps(list(ids))}) if len(ids) else []
         return {content_id: self._decode_vector(vector) for content_id, vector in rows}
 
     @abstractmethod
     def _decode_vector(self, vector: Any) -> np.ndarray:
-        """Return a value of the column `vector` as a float32 array of shape (D,)."""
+        """Convert a value of the column `vector` to a float32 array of shape (D,)."""
 
     # ---- rows
 
     def _encode(self, text: str) -> str:
-        """Convert a text to a form that the database can store."""
+        """Replace characters that the database cannot store."""
         return text
 
     def _decode(self, text: str) -> str:
@@ -412,7 +415,7 @@ def open_backend(location: str, write: bool = False) -> Backend:
     Raises:
         FileNotFoundError: `write` is False, and there is no index at the location.
         ImportError: A required package is not installed.
-        ValueError: The URL is invalid, or a password or data would be sent unencrypted.
+        ValueError: The URL is invalid, or the connection would not be encrypted.
         IndexUnavailableError: The server does not respond.
     """
     check_backend_packages(location)
@@ -422,7 +425,7 @@ def open_backend(location: str, write: bool = False) -> Backend:
 
 
 def check_backend_packages(location: str) -> None:
-    """Raise ImportError if a package that reads the index is not installed, or ValueError if the URL is invalid."""
+    """Raise ImportError if a package that the backend requires is missing, or ValueError if the URL is invalid."""
     name = get_backend_name(location)
     check_extra("search" if name == "sqlite" else name, f"the index {hide_password(location)}")
 
@@ -440,7 +443,7 @@ def get_backend_name(location: str) -> str:
 
 
 def hide_password(location: str) -> str:
-    """Return the location of an index without the secrets that a URL can contain, for messages."""
+    """Remove passwords and other secrets from an index URL, so that it can be part of a message."""
     if "://" not in location:
         return location
     location = re.sub(r"^([\w+]+://[^/?#:@]*):.*@", r"\1@", location)  # a password may contain @
@@ -448,5 +451,5 @@ def hide_password(location: str) -> str:
 
 
 def parse_content_id(hit_id: str) -> int:
-    """Convert a hit id to an integer content id. For invalid ids, return -1, which is never a content id."""
+    """Convert a hit id to an integer content id. If it is invalid, return -1, which is never a content id."""
     return int(hit_id) if hit_id.isascii() and hit_id.isdigit() and len(hit_id) < 19 else -1

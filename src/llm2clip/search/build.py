@@ -1,6 +1,6 @@
 """Index builder: scans sources, embeds new and changed images, and removes deleted ones.
 
-Each batch is committed separately, so an interrupted run can resume where it left off.
+Each batch is committed separately, so an interrupted run can be resumed.
 """
 
 import dataclasses
@@ -32,15 +32,15 @@ from llm2clip.search.relevance import update_calibration
 from llm2clip.search.types import REF_TYPES, ImageState, IndexedContent, IndexedImage
 
 THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
-# If a source has lost more images than both of these limits, the user must confirm with `prune`, because a disk may be
-# unmounted.
+# If the number of deleted images of a source exceeds both limits, the user must confirm with `prune`, because a disk
+# may be unmounted.
 MAX_DELETED, MAX_DELETED_FRACTION = 10, 0.2
-CHUNK = 8192  # number of images to read and hash before embedding the new ones
+CHUNK = 8192  # number of images that are read and hashed before the new ones are embedded
 
 
 @dataclass
 class IndexReport:
-    """Numbers of images added, changed, removed, embedded, and read for text (None without `--ocr`)."""
+    """Image counts of an indexing run. `read` is the number of images read for text, or None without `--ocr`."""
 
     added: int = 0
     changed: int = 0
@@ -61,16 +61,14 @@ class IndexReport:
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """Options of `build_index`."""
-
-    columns: dict[str, str] = field(default_factory=dict)  # name of the source column for each llm2clip field
+    columns: dict[str, str] = field(default_factory=dict)  # source column of each llm2clip field
     batch_size: int = 64  # number of images per forward pass and per commit
     workers: int | None = None  # number of image decoding processes; for the default, see `iter_image_batches`
-    # If True, remove deleted images from the index even if a source is missing or empty, or many of its images no
-    # longer exist. If False, these cases raise an error.
+    # Remove deleted images from the index even if a source is missing or empty, or many of its images no longer exist.
+    # By default, these cases raise an error.
     prune: bool = False
     allow_outside: bool = False  # also index images outside their source's folder (see `scan_source`)
-    dim: int | None = None  # number of dimensions of the embeddings; default: that of the index, or of the model
+    dim: int | None = None  # embedding dimension; default: that of the existing index, or of the model
     recognize: RecognizeText | None = None  # function that recognises the text in an image (see `search.ocr`)
 
 
@@ -81,7 +79,7 @@ def build_index(
     log: SkipLog,
     options: IndexOptions = IndexOptions(),
 ) -> IndexReport:
-    """Synchronise an index with the current images of the given sources. Keep images from other sources in the index.
+    """Synchronise an index with the current images of the given sources. Images from other sources are kept.
 
     Args:
         sources: Image sources in the format of `open_records`. Captions are optional. Folders are read recursively.
@@ -89,8 +87,8 @@ def build_index(
 
     Raises:
         FolderInUseError: Another run is writing to the index.
-        ValueError: The index was built with a different model or number of dimensions, or many of a source's images no
-            longer exist. In the last case, new images have been added, but none have been removed.
+        ValueError: The index was built with a different model or embedding dimension, or many images of a source no
+            longer exist. In the latter case, new images have been added, but none have been removed.
         OSError: A source does not exist, or a folder cannot be listed.
         TooManySkipped: Too many images cannot be read.
     """
@@ -106,7 +104,7 @@ def build_index(
             if indexed.get(image.name) != ImageState(image.file_version, image.captions):
                 to_add.append(image)
         added, embedded = _add_images(to_add, model, backend, log, options)
-        log.check()  # before any image is removed, raise an error if too many images were skipped
+        log.check()  # raise an error before any image is removed if too many images were skipped
 
         folders = [f"{source.path.rstrip('/')}/" for source in parsed if os.path.isdir(source.path)]
         deleted = []
@@ -135,7 +133,7 @@ def build_index(
 def _scan_indexed_sources(
     sources: Sequence[Source], indexed: Mapping[str, Mapping[str, ImageState]], log: SkipLog, options: IndexOptions
 ) -> dict[str, IndexedImage]:
-    """Return the images of all sources. If a source with indexed images is missing, recommend --prune."""
+    """Scan all sources. If a source with indexed images is missing, the error message suggests --prune."""
     try:
         return scan_sources(sources, log, options.prune, options.allow_outside)
     except FileNotFoundError as error:
@@ -147,7 +145,7 @@ def _scan_indexed_sources(
 
 
 def _prepare_backend(backend: Backend, model: DualEncoder, dim: int | None) -> DualEncoder:
-    """Initialise a new index, or check an existing one. Return the model, truncated to the index's dimensions."""
+    """Initialise a new index, or check an existing one. Return the model, truncated to the dimension of the index."""
     metadata = backend.metadata()
     if metadata:
         if dim not in (None, metadata["embed_dim"]):
@@ -191,7 +189,7 @@ def _parse_source(text: str, columns: dict[str, str]) -> Source:
 
 
 def _is_unchanged_file(name: str, version: str, folders: Sequence[str]) -> bool:
-    """Return True for an unchanged file in one of the folders. If the scan missed it, there was a read error."""
+    """Return True for an unchanged file in one of the folders, which a scan misses only after a read error."""
     try:
         stat = os.stat(name)
     except (OSError, ValueError):
@@ -220,7 +218,7 @@ def _add_images(
 def _read_images(
     images: Sequence[IndexedImage], backend: Backend, log: SkipLog
 ) -> tuple[list[tuple[IndexedImage, bytes]], dict[bytes, list[IndexedImage]]]:
-    """Return pairs of image and hash for content that is already in the index, and all other images by hash."""
+    """Hash the images. Return (image, hash) pairs of contents already in the index, and all other images by hash."""
     readable: list[tuple[IndexedImage, bytes]] = []
     for image in ProgressBar(images, desc="read", unit="image"):
         try:
@@ -244,7 +242,7 @@ def _read_images(
 def _embed_images(
     images_by_hash: Mapping[bytes, list[IndexedImage]], model: DualEncoder, log: SkipLog, options: IndexOptions
 ) -> Iterator[list[IndexedContent]]:
-    """Decode and embed one image per content hash, and yield the image contents in batches."""
+    """Decode and embed one image per content hash. Yield the contents in batches."""
     hashes = list(images_by_hash)
     refs = [images_by_hash[digest][0].ref for digest in hashes]
     with ProgressBar(total=len(refs), desc="embed", unit="image", disable=not refs) as bar:
@@ -278,7 +276,7 @@ def _prepare_image(transform: Callable[[Tensor], Any], image: Tensor) -> tuple[A
 def scan_sources(
     sources: Sequence[Source], log: SkipLog, prune: bool = False, allow_outside: bool = False
 ) -> dict[str, IndexedImage]:
-    """Return the images of all sources, keyed by name. Rows with the same image are merged, with all captions."""
+    """Return the images of all sources, keyed by name. The captions of rows with the same image are merged."""
     images: dict[str, IndexedImage] = {}
     for source in sources:
         for image in scan_source(source, log, prune, allow_outside):
@@ -297,11 +295,11 @@ def scan_sources(
 def scan_source(
     source: Source, log: SkipLog, prune: bool = False, allow_outside: bool = False
 ) -> Iterator[IndexedImage]:
-    """Yield the images of a source with an absolute path, without decoding them.
+    """Yield the images of a source, which has an absolute path, without decoding them.
 
-    By default, images outside the source's folder are skipped. All users of a server can see the images in its index,
-    so a caption file or symbolic link in an untrusted source could otherwise expose private images. With `prune`, a
-    missing source is treated as empty.
+    By default, images outside the source's folder are skipped. Otherwise, a caption file or symbolic link in an
+    untrusted source could expose private images to all users of a server. With `prune`, a missing source is treated as
+    empty.
 
     Raises:
         FileNotFoundError: `prune` is False, and the source does not exist or has no images.
@@ -332,7 +330,7 @@ def scan_source(
         except FileNotFoundError:
             continue  # deleted during the scan
         if path not in versions:
-            versions = {path: format_file_version(stat)}  # all images of a table have the same version
+            versions = {path: format_file_version(stat)}  # all images of a table share a version
         yield IndexedImage(
             name=to_valid_unicode(record.image.canonical_path),
             ref=record.image,
@@ -344,9 +342,9 @@ def scan_source(
 
 
 def _find_source_folder(source: str) -> str:
-    """Return the folder that must contain the images: the last folder in the path of the source.
+    """Return the folder that must contain the images of a source: the source itself, or the folder of its file.
 
-    For files in a folder `annotations`, such as COCO's caption files, it is the parent of `annotations`.
+    For a file in a folder called `annotations`, such as COCO's caption files, return the parent of `annotations`.
     """
     folder = os.path.abspath(source)
     while not os.path.isdir(folder):

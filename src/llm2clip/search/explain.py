@@ -1,8 +1,8 @@
-"""Explanations of hits: how much each word of a query changes the score, and where an image matches the query.
+"""Explanations of hits: the effect of each word on the score, and heat maps of where an image matches the query.
 
-In scripts without spaces between words, each Chinese character, each run of hiragana or katakana, and each run of Thai,
-Lao, Burmese or Khmer letters counts as a word. The cells of a heat map are patches of a vision transformer, or
-positions in the last feature map of a convolutional network.
+In scripts without spaces, a word is a Chinese character, a run of hiragana or katakana, or a run of Thai, Lao, Burmese
+or Khmer letters. The cells of a heat map are the patches of a vision transformer, or the positions in the last feature
+map of a convolutional network.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ UNSPACED_WORDS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class QueryWord:
-    """A word of a query, and its effect: the score with the full query minus the score without the word."""
+    """A word of a query. Its effect is the score of the full query minus the score without the word."""
 
     text: str
     text_index: int  # index of the text that contains the word
@@ -41,7 +41,7 @@ class QueryWord:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Cosine similarity of an image to a query, and the first MAX_WORDS words of the query's texts."""
+    """Cosine similarity between an image and a query, and the first MAX_WORDS words of the query."""
 
     score: float
     words: list[QueryWord]
@@ -52,12 +52,12 @@ def explain_hit(
 ) -> Explanation:
     """Return the score of an image, and the effect of each of the first MAX_WORDS words of a query.
 
-    Prompt templates are used for a text without a word only if they are used for the complete text. Otherwise, the
-    templates would change the score more than the word.
+    A text without one of its words uses prompt templates only if the complete text does. Otherwise, the templates would
+    change the score more than the removed word.
 
     Args:
         vector: L2-normalised embedding of the image, of shape (D,).
-        hits: Embeddings of the query's earlier hits, as in `SearchQuery.combine`.
+        hits: Embeddings of the earlier hits in the query, as in `SearchQuery.combine`.
 
     Raises:
         UnsupportedQuery: The query has no texts.
@@ -65,13 +65,13 @@ def explain_hit(
     """
     if not query.texts:
         raise UnsupportedQuery(
-            "an explanation requires a query with at least one text, because it rates the words of the texts"
+            "an explanation rates the words of a query's texts, so the query must contain at least one text"
         )
     default_templates = encoder.model.query_templates
     templates = default_templates if query.templates is None else query.templates
     prompts, counts = query.build_prompts(default_templates)
     words = find_words(query.texts)
-    shortened_counts = []  # number of prompts for the text without each word, or 0 if no words remain
+    shortened_counts = []  # for each word: number of prompts for the text without it, or 0 if no words remain
     for word in words:
         text = remove_word(query.texts[word.text_index], word)
         shortened_prompts = []
@@ -94,7 +94,7 @@ def explain_hit(
         else:
             query_texts = [text for index, text in enumerate(query.texts) if index != word.text_index]
             remaining, others = dataclasses.replace(query, texts=query_texts), [*before, *after]
-        # Nothing remains of a query that consists of one word. Its score is then 0.
+        # If a query consists of a single word, nothing remains without it, and the score is 0.
         without = float(remaining.combine(others, images, hits).combined @ vector) if remaining else 0.0
         effects.append(dataclasses.replace(word, effect=score - without))
     return Explanation(score, effects)
@@ -130,7 +130,7 @@ def _is_punctuation(character: str) -> bool:
 
 
 def remove_word(text: str, word: QueryWord) -> str:
-    """Return a text without a word, and without one of the spaces around it."""
+    """Remove a word and one adjacent space from a text."""
     before, after = text[: word.start], text[word.end :]
     if not before or before[-1].isspace():
         after = after.lstrip()
@@ -148,7 +148,7 @@ def require_dense_encoder(model: DualEncoder) -> DenseEncoder:
 
 
 def compute_heatmap(dense: DenseEncoder, pixels: Tensor, query: np.ndarray) -> np.ndarray:
-    """Return the cosine similarity between a query and each image cell, as a float32 array of shape (h, w).
+    """Return the cosine similarity between a query and each cell of an image, as a float32 array of shape (h, w).
 
     Args:
         pixels: Image of shape (3, H, W), uint8, resized by `dense.resize`, usually to `dense.localization_size`.

@@ -1,4 +1,4 @@
-"""Export of an index to a Parquet file, to fill other vector databases."""
+"""Export of an index to a Parquet file, from which other vector databases can be filled."""
 
 import json
 from pathlib import Path
@@ -19,12 +19,12 @@ TYPES = {float: pa.float64(), int: pa.int64(), str: pa.string()}
 def export_vectors(index: str, out: str | Path, with_private: bool = False) -> int:
     """Write one row per distinct image to a new Parquet file. Return the number of rows.
 
-    Captions and metadata are those of the image's first location. `with_private` also exports its GPS position. The
-    metadata of the index, such as its model, is in the metadata of the schema. Raise FileExistsError if `out` exists.
+    Captions and metadata come from the first location of each image. `with_private` also exports GPS positions. The
+    metadata of the index, such as its model, is stored in the Parquet schema. Raise FileExistsError if `out` exists.
     """
     if Path(out).exists():
         raise FileExistsError(f"{out} exists: choose another file")
-    backend, file = open_backend(index), Path(index, INDEX_FILE)  # in PostgreSQL, there is no such file
+    backend, file = open_backend(index), Path(index, INDEX_FILE)  # an index in PostgreSQL does not have this file
     inode = file.exists() and file.stat().st_ino
     metadata, texts = backend.metadata(), pa.list_(pa.string())
     columns: dict[str, Any] = {"id": pa.int64(), "vector": pa.list_(pa.float32(), int(metadata["embed_dim"]))}

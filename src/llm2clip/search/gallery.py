@@ -2,7 +2,7 @@
 
     GALLERY/
       index.html, gallery.js, ...          page
-      gallery.json                         settings of the text encoder, and the name, caption and details of each image
+      gallery.json                         text encoder settings; name, caption and details of each image
       vectors.bin                          image vectors (see `quantize_vectors`): mean (D float32 values), N float32
                                            scales, then int8 values of shape (N, D)
       thumbnails/0.jpg, ...                thumbnails, newest image first
@@ -11,8 +11,8 @@
       lib/                                 onnxruntime-web and @huggingface/tokenizers
       LICENSES.txt                         licences of the files in lib/
 
-The page loads only files from its folder. Full-size images and their local paths are not part of the gallery. Images
-that were indexed from a web address have a link to it.
+The page loads only files from its own folder. The gallery contains neither full-size images nor their local paths.
+Images that were indexed from a URL link to it.
 """
 
 import json
@@ -43,13 +43,13 @@ from llm2clip.search.types import Hit
 PAGE_FOLDER = Path(__file__).parent / "gallery_page"
 STATIC_FOLDER = Path(__file__).parent / "static"
 MIT_LICENSE = Path(__file__).with_name("mit_license.txt")
-MAX_MB = 1000  # default size limit; several free hosts have this limit
+MAX_MB = 1000  # default size limit, which is also the limit of several free web hosts
 # Larger text encoders, such as most LLMs, take too long to download and too much memory in a browser.
 MAX_TEXT_PARAMETERS = 125_000_000
 HITS_PER_READ = 1000
-SAMPLED_THUMBNAILS = 200  # number of thumbnails from which the size of all thumbnails is estimated
+SAMPLED_THUMBNAILS = 200  # sample size for estimating the total size of the thumbnails
 MAX_CAPTION_CHARACTERS = 300
-NEW_FILES = ".new"  # folder in an existing gallery for the files that will replace it
+NEW_FILES = ".new"  # folder in an existing gallery for the files that will replace its current ones
 
 
 def export_gallery(
@@ -57,23 +57,23 @@ def export_gallery(
 ) -> list[str]:
     """Write a static web page that searches an index in the browser.
 
-    A new gallery is written atomically. In the folder of an existing gallery, its files are replaced at the end, and
-    other files, such as those of Git, are left unchanged. The title of the page is the name of the folder.
+    A new gallery is written atomically. If `out` contains a gallery, its files are replaced once all new files have
+    been written. Other files, such as those of Git, are kept. The title of the page is the name of the folder.
 
     Args:
         model_name: llm2clip model that built the index, with a small text encoder.
-        index: index folder or URL, as in `open_backend`.
-        max_mb: maximum size of the gallery in MB.
-        with_private: whether to include private metadata, such as GPS positions.
+        index: Index folder or URL, as in `open_backend`.
+        max_mb: Maximum size of the gallery in MB.
+        with_private: Also include private metadata, such as GPS positions.
 
     Returns:
-        Messages for the user: the accuracy of the text encoder with 8-bit weights, and the size of the gallery.
+        Messages for the user about the accuracy of the 8-bit text encoder and the size of the gallery.
 
     Raises:
-        ValueError: the index was built with a different model or contains no images, the text encoder is too large for
-            a browser or cannot be exported, or the gallery would be larger than `max_mb`.
+        ValueError: The index was built with a different model or is empty, the text encoder is too large for a browser
+            or cannot be exported, or the gallery would be larger than `max_mb`.
         FileExistsError: `out` exists and does not contain a gallery.
-        AssetError: the JavaScript libraries cannot be downloaded.
+        AssetError: The JavaScript libraries cannot be downloaded.
     """
     is_update = (Path(out) / "gallery.json").is_file()
     if Path(out).exists() and not is_update:
@@ -89,7 +89,7 @@ def export_gallery(
     libraries = [(package, resolve_npm_package(package)) for package in (ONNXRUNTIME_WEB, TOKENIZERS)]
     target = Path(out) / NEW_FILES if is_update else Path(out)
     if is_update:
-        shutil.rmtree(target, ignore_errors=True)  # of an interrupted update
+        shutil.rmtree(target, ignore_errors=True)  # left behind by an interrupted update
     with atomic_dir(target) as folder:
         for file in (*PAGE_FOLDER.iterdir(), STATIC_FOLDER / "common.js", STATIC_FOLDER / "page.css"):
             shutil.copyfile(file, folder / file.name)
@@ -111,7 +111,7 @@ def export_gallery(
 
 
 def _replace_files(new: Path, gallery: Path, count: int) -> None:
-    """Move the files of a new gallery into the folder of an existing one, and remove its thumbnails from `count` on."""
+    """Move new files into the folder of an existing gallery, and remove old thumbnails numbered `count` or higher."""
     for file in [path for path in new.rglob("*") if path.is_file()]:
         target = gallery / file.relative_to(new)
         target.parent.mkdir(exist_ok=True)
@@ -132,7 +132,7 @@ def check_text_encoder_size(model: LLM2CLIP, name: str) -> int:
             f"{name} has no caption encoder, so it cannot encode queries. Add one: llm2clip convert {name} --text "
             "ENCODER --out MODEL"
         )
-    # Saved encoders are counted without being loaded, which could take minutes.
+    # The parameters of a saved encoder are counted without loading it, which could take minutes.
     folder = model.text_folder
     if folder is not None:
         count = sum(_count_saved_values(file) for file in folder.rglob("*.safetensors"))
@@ -141,21 +141,21 @@ def check_text_encoder_size(model: LLM2CLIP, name: str) -> int:
     count += sum(parameter.numel() for parameter in model.adapter.parameters())
     if count > MAX_TEXT_PARAMETERS:
         raise ValueError(
-            f"the text encoder of {name} is too large for a browser: {count / 1e6:,.0f} million parameters, at most "
-            f"{MAX_TEXT_PARAMETERS / 1e6:,.0f} million are possible. Train a small text encoder for this model and use "
-            f"the result: llm2clip distill {name} DATA --student all-minilm-l6-v2 --out MODEL2"
+            f"the text encoder of {name} is too large for a browser: {count / 1e6:,.0f} million parameters, but the "
+            f"limit is {MAX_TEXT_PARAMETERS / 1e6:,.0f} million. Train a small text encoder for this model and use the "
+            f"resulting model: llm2clip distill {name} DATA --student all-minilm-l6-v2 --out MODEL2"
         )
     return count
 
 
 def _count_saved_values(file: Path) -> int:
-    """Return the number of values in a safetensors file, reading only its header."""
+    """Count the values in a safetensors file. Only its header is read."""
     with safe_open(file, framework="numpy") as tensors:
         return sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118
 
 
 def check_gallery_size(index: str, backend: Backend, text_parameters: int, max_mb: float) -> None:
-    """Print the estimated size of a gallery by part. Raise ValueError if there are no images or it is too large."""
+    """Print the estimated size of a gallery and its parts. Raise ValueError if it is empty or too large."""
     _, count = backend.count()
     if not count:
         raise ValueError(f"{hide_password(index)} contains no images. Add images with `llm2clip index`")
@@ -219,15 +219,15 @@ def iterate_hits(backend: Backend) -> Iterator[Hit]:
 def quantize_vectors(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rotate L2-normalised vectors and round their differences from the mean to int8.
 
-    Aligned models rotate embeddings to principal components, so a few dimensions are much larger than the others, which
-    would be rounded coarsely. The discrete Hartley transform, an orthogonal matrix that the page can compute, spreads
-    all dimensions evenly.
+    The embeddings of aligned models are rotated to principal components. A few dimensions are much larger than the
+    others, which would be rounded coarsely. The discrete Hartley transform, an orthogonal matrix that the page can
+    compute, spreads the values evenly over all dimensions.
 
     Args:
         vectors: Vectors of shape (N, D), float32.
 
     Returns:
-        The mean of the rotated vectors, of shape (D,), float32; scales of shape (N,), float32; and values of shape
+        The mean of the rotated vectors of shape (D,), float32; scales of shape (N,), float32; and values of shape
         (N, D), int8. The rotated vectors are approximately mean + scale * value.
     """
     rotated = vectors @ make_hartley_matrix(vectors.shape[1])
@@ -241,14 +241,14 @@ def quantize_vectors(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def make_hartley_matrix(dim: int) -> np.ndarray:
-    """Return the matrix of the discrete Hartley transform, of shape (D, D), float32. It is symmetric and orthogonal."""
+    """Return the discrete Hartley transform as a symmetric orthogonal matrix of shape (D, D), float32."""
     positions = np.arange(dim)
     angles = 2 * np.pi / dim * (np.outer(positions, positions) % dim)
     return ((np.cos(angles) + np.sin(angles)) / np.sqrt(dim)).astype(np.float32)
 
 
 def _build_text_settings(model: LLM2CLIP) -> dict[str, Any]:
-    """Return what the page needs to encode a query exactly as Python does."""
+    """Return the settings that the page needs to encode queries exactly as Python does."""
     tokenizer = build_tokenizer(model.encoder)
     checked_texts = (*SAMPLE_TEXTS, *CHECKED_TEXTS)
     return {
@@ -264,7 +264,7 @@ def _build_text_settings(model: LLM2CLIP) -> dict[str, Any]:
 
 
 def _find_wide_ranges() -> list[tuple[int, int]]:
-    """Return the ranges of characters that are wide in East Asian text, which browsers do not know."""
+    """Return the ranges of wide East Asian characters, for which browsers have no function."""
     wide = [code for code in range(0x110000) if unicodedata.east_asian_width(chr(code)) == "W"]
     ranges = []
     for _, group in groupby(enumerate(wide), key=lambda pair: pair[1] - pair[0]):

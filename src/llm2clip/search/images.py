@@ -1,4 +1,4 @@
-"""Image files of hits, which are read only if they have not changed since indexing, and images in requests."""
+"""Image files of hits, which are served only if unchanged since indexing, and images in requests."""
 
 import base64
 import binascii
@@ -22,13 +22,13 @@ class TooLarge(ValueError):
     """Raised when an image file is too large or has too many pixels."""
 
 
-def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
-    """Open the image file of a hit. Return the stream and the media type.
+def open_original_image(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
+    """Open the image file of a hit. Return a stream and the media type.
 
-    If the hit has several files, use the first one that has not changed since indexing.
+    If the hit has several files, open the first one that has not changed since indexing.
 
     Raises:
-        NotFound: The id is unknown, or all of the hit's files have been changed or removed.
+        NotFound: The id is unknown, or all files of the hit have been changed or removed.
     """
     for image in backend.images(hit_id):
         try:
@@ -46,9 +46,9 @@ def open_original(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
     )
 
 
-def read_original(backend: Backend, hit_id: str, max_bytes: int) -> bytes:
-    """Read the image file of a hit, as in `open_original`. Raise TooLarge if it has more than `max_bytes` bytes."""
-    stream, _ = open_original(backend, hit_id)
+def read_original_image(backend: Backend, hit_id: str, max_bytes: int) -> bytes:
+    """Read the image file that `open_original_image` opens. Raise TooLarge if it has more than `max_bytes` bytes."""
+    stream, _ = open_original_image(backend, hit_id)
     with stream:
         data = stream.read(max_bytes + 1)
     if len(data) > max_bytes:
@@ -68,7 +68,7 @@ def _open_unchanged_image(image: IndexedImage) -> BinaryIO:
 
 
 def format_file_version(stat: os.stat_result) -> str:
-    """Return a string that changes when an image file, a tar file or a table changes."""
+    """Return a version string that changes when the file changes."""
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
@@ -79,7 +79,7 @@ FORMAT_NOT_ACCEPTED = "{} images are not accepted in requests. Convert the image
 
 
 class InvalidImage(ValueError):
-    """Raised when an image in a request cannot be decoded. `param` is its field and index, such as "images.0"."""
+    """Raised when an image in a request cannot be decoded. `param` is the field and index, such as "images.0"."""
 
     def __init__(self, cause: Exception, param: str) -> None:
         super().__init__(str(cause))
@@ -87,18 +87,19 @@ class InvalidImage(ValueError):
 
 
 class RequestImage(NamedTuple):
-    """An image in a request: its data URI, and its field and index, such as "images.0"."""
+    """Data URI of an image in a request, and its field and index, such as "images.0"."""
 
     data_uri: str
     param: str
 
 
 def load_query_image(image: RequestImage | bytes, max_pixels: int) -> Tensor:
-    """Decode an image of a request, or the contents of an indexed file, to a uint8 tensor of shape (3, H, W).
+    """Decode an image from a request, or the contents of an indexed file, to a uint8 tensor of shape (3, H, W).
 
     Raises:
-        InvalidImage: The image of a request cannot be decoded, or has more than `max_pixels` pixels.
-        ImageError, TooLarge: The same, for the contents of a file.
+        InvalidImage: The image from a request cannot be decoded, or has more than `max_pixels` pixels.
+        ImageError: The indexed file cannot be decoded.
+        TooLarge: The image in the indexed file has more than `max_pixels` pixels.
     """
     if not isinstance(image, RequestImage):
         return load_request_image(image, max_pixels, is_indexed=True)
@@ -119,15 +120,15 @@ def decode_data_uri(uri: str) -> bytes:
 
 
 def load_request_image(data: bytes, max_pixels: int, is_indexed: bool = False) -> Tensor:
-    """Decode an image file to a uint8 tensor of shape (3, H, W). Raises the errors of `read_image_size`."""
+    """Decode an image file to a uint8 tensor of shape (3, H, W). For the errors, see `read_image_size`."""
     read_image_size(data, max_pixels, is_indexed)
     return load_image(data)
 
 
 def read_image_size(data: bytes, max_pixels: int, is_indexed: bool = False) -> tuple[int, int]:
-    """Return the width and height of an image file, without decoding its pixels or applying its EXIF orientation.
+    """Return the width and height of an image file, without decoding the pixels or applying the EXIF orientation.
 
-    Only indexed files can be HEIC or AVIF files.
+    HEIC and AVIF files are only accepted if they are indexed.
 
     Raises:
         TooLarge: The image has more than `max_pixels` pixels.

@@ -1,7 +1,8 @@
-"""Routes of Immich's machine-learning service, so that Immich can search with a model of llm2clip.
+"""Routes of Immich's machine-learning service, so that Immich can search with an llm2clip model.
 
-Immich only accepts model names from its own list, which also sets the number of dimensions in its database. A model
-therefore borrows a name, and its embeddings are padded with zeros, which changes no cosine similarity.
+Immich only accepts model names from its own list, which also determines the vector dimension in its database. A model
+therefore borrows one of these names, and its embeddings are padded with zeros, which does not change cosine
+similarities.
 """
 
 import json
@@ -20,8 +21,8 @@ from llm2clip.search.middleware import CHUNK_SIZE
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.schemas import Text
 
-# Names from `CLIP_MODEL_INFO` in Immich's server/src/constants.ts, and their numbers of dimensions in ascending order.
-# Immich's default, ViT-B-32__openai, is not listed: a user who sets only the URL would search OpenAI's embeddings.
+# Names from `CLIP_MODEL_INFO` in Immich's server/src/constants.ts with their dimensions, in ascending order. Immich's
+# default, ViT-B-32__openai, is not listed: after setting only the URL, the stored embeddings would be OpenAI's.
 BORROWED_NAMES = {
     "ViT-B-16__openai": 512,
     "ViT-L-14__openai": 768,
@@ -29,8 +30,8 @@ BORROWED_NAMES = {
     "nllb-clip-large-siglip__v1": 1152,
     "ViT-gopt-16-SigLIP2-256__webli": 1536,
 }
-MAX_ANSWER_BYTES = 16 << 20  # of the real service; the embeddings of 1,000 faces take about 10 MB
-MAX_FORWARDED = 8  # number of requests that the real service receives at the same time; others wait
+MAX_ANSWER_BYTES = 16 << 20  # per upstream response; the embeddings of 1,000 faces take about 10 MB
+MAX_FORWARDED = 8  # maximum number of concurrent upstream requests; others wait
 
 
 class ModelEntry(BaseModel):
@@ -43,7 +44,7 @@ class ClipEntry(BaseModel):
 
 
 class Entries(BaseModel):
-    """The tasks of a request. Immich sends one at a time. Tasks other than `clip` are forwarded unchanged."""
+    """Tasks of a request. Immich sends one task per request. Tasks other than `clip` are forwarded unchanged."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -51,10 +52,10 @@ class Entries(BaseModel):
 
 
 class Upstream:
-    """A real machine-learning service of Immich, which detects faces and recognises text."""
+    """Immich's own machine-learning service, which detects faces and recognises text."""
 
     def __init__(self, address: str) -> None:
-        """Raise ValueError if the address is invalid. Its path is ignored, as by Immich."""
+        """Raise ValueError if the address is invalid. Like Immich, ignore its path."""
         try:
             url = httpx.URL(address)
         except httpx.InvalidURL:
@@ -62,18 +63,23 @@ class Upstream:
         if url.scheme not in ("http", "https") or not url.host or url.userinfo:
             raise ValueError("--immich_upstream must be of the form http://HOST:PORT or https://HOST")
         self.address = f"{url.scheme}://{url.netloc.decode()}"
-        self._pending = 0  # number of requests that wait for an answer
+        self._pending = 0  # number of requests that wait for a response
         self._client = httpx.AsyncClient(
             headers={"Via": "1.1 llm2clip", "Accept-Encoding": "identity"},
             timeout=None,
-            # A reused connection could be closed by the service just when the next request is sent.
+            # No keep-alive: the service could close a reused connection just when the next request is sent.
             limits=httpx.Limits(max_connections=MAX_FORWARDED, max_keepalive_connections=0),
             trust_env=False,
             verify=httpx.create_ssl_context(),
         )
 
     async def predict(self, entries: str, text: str | None, image: bytes | None, max_queue: int) -> Response:
-        """Forward a request and return the answer, or raise QueueFull or HTTPException. The middleware limits time."""
+        """Forward a request and return the response. The middleware limits the time.
+
+        Raises:
+            QueueFull: `max_queue` requests are waiting.
+            HTTPException: The service cannot be reached, or its response is too large or an error.
+        """
         check_capacity(1, self._pending, max_queue, "forwarded requests")
         files: dict[str, Any] = {"entries": (None, entries)}
         if text is not None:
@@ -89,7 +95,7 @@ class Upstream:
                 async for chunk in response.aiter_raw(CHUNK_SIZE):
                     answer += chunk
                     if len(answer) > MAX_ANSWER_BYTES:
-                        raise HTTPException(502, "the answer of the service of --immich_upstream is too large")
+                        raise HTTPException(502, "the response of the service of --immich_upstream is too large")
         except httpx.TransportError as error:
             reason = str(error) or type(error).__name__
             raise HTTPException(502, f"the service of --immich_upstream cannot be reached: {reason}") from error
@@ -99,9 +105,9 @@ class Upstream:
 
 
 def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstream | None = None) -> None:
-    """Add the routes to an application. Raise ValueError if Immich cannot store as many dimensions as the model has."""
-    choose_name(service.encoder.model.embed_dim)
-    # Images stay in memory, where the middleware counts them, instead of being written to temporary files.
+    """Add the routes to an application. Raise ValueError if the model has more dimensions than Immich can store."""
+    choose_borrowed_name(service.encoder.model.embed_dim)
+    # Images are kept in memory, where the middleware limits their size, instead of being written to temporary files.
     MultiPartParser.spool_max_size = service.limits.max_body_bytes
 
     @app.get("/")
@@ -128,10 +134,10 @@ def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstrea
                 raise ValueError("entries: `clip` must be the only task of a request, as it is in Immich's requests")
             return await service.embedders.run(_embed, service, tasks.clip, text, image)
         if upstream is None:
-            # Not an empty answer: Immich would delete the faces that it found earlier, and never ask again.
-            raise HTTPException(501, "pass --immich_upstream, or switch facial recognition and OCR off in Immich")
+            # After an empty response, Immich would delete the faces that it found earlier, and never try again.
+            raise HTTPException(501, "pass --immich_upstream, or turn off facial recognition and OCR in Immich")
         if "llm2clip" in request.headers.get("via", ""):
-            message = "a server of llm2clip forwarded this request; --immich_upstream must be Immich's own service"
+            message = "an llm2clip server forwarded this request; --immich_upstream must be Immich's own service"
             raise HTTPException(502, message)
         return await upstream.predict(entries, text, image, service.limits.max_queue)
 
@@ -139,7 +145,7 @@ def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstrea
 def _embed(service: InferenceService, clip: ClipEntry, text: str | None, image: bytes | None) -> dict[str, Any]:
     entry = clip.textual if image is None else clip.visual
     if entry is None:
-        raise ValueError("entries: an image needs the type `visual`, and a text the type `textual`")
+        raise ValueError("entries: the type must be `visual` for an image and `textual` for a text")
     answer: dict[str, Any] = {}
     dim = get_dim(entry.modelName, service.encoder.model.embed_dim)
     if image is not None:
@@ -151,8 +157,8 @@ def _embed(service: InferenceService, clip: ClipEntry, text: str | None, image: 
     return {"clip": json.dumps(np.pad(vector, (0, dim - len(vector))).tolist()), **answer}
 
 
-def choose_name(embed_dim: int) -> str:
-    """Return the name to set in Immich. Raise ValueError if the model has too many dimensions."""
+def choose_borrowed_name(embed_dim: int) -> str:
+    """Return the model name to set in Immich. Raise ValueError if the model has too many dimensions."""
     for name, dim in BORROWED_NAMES.items():
         if dim >= embed_dim:
             return name
@@ -160,23 +166,25 @@ def choose_name(embed_dim: int) -> str:
 
 
 def get_dim(name: str, embed_dim: int) -> int:
-    """Return the dimensions that Immich expects for a name. Raise ValueError if a model cannot borrow the name."""
+    """Return the dimension that Immich expects for a model name. Raise ValueError if a model cannot borrow the name."""
     dim = BORROWED_NAMES.get(name, 0)
     if dim < embed_dim:
         reason = f"has {dim} dimensions, but this model has {embed_dim}" if dim else "is not served here"
-        raise ValueError(f"the model name {name} {reason}. In Immich, set the CLIP model to {choose_name(embed_dim)}")
+        raise ValueError(
+            f"the model name {name} {reason}. In Immich, set the CLIP model to {choose_borrowed_name(embed_dim)}"
+        )
     return dim
 
 
 def describe_setup(address: str, embed_dim: int, upstream: Upstream | None) -> str:
     """Return the message that `serve` prints."""
-    tasks = "not available: switch both off in Immich, or pass --immich_upstream"
+    tasks = "not available: turn both off in Immich, or pass --immich_upstream"
     if upstream is not None:
         tasks = f"forwarded to {upstream.address}, with the images"
     return f"""Serving at {address} for Immich, without a token: everyone who can connect can use the model.
 Listen only on a private network. In Immich, open Administration > Settings > Machine Learning Settings:
 1. URL: this server's address for Immich's container, such as http://192.168.1.20:3003. Remove all other URLs.
-2. Smart Search > CLIP model: {choose_name(embed_dim)} (only the name is used)
+2. Smart Search > CLIP model: {choose_borrowed_name(embed_dim)} (only the name is used)
 3. Save, then run Administration > Job Queues > Smart Search for all images.
 Facial recognition and OCR: {tasks}.
 Press Ctrl-C to stop."""

@@ -1,4 +1,4 @@
-"""Python interface to an image index. The command `search`, the server and the benchmarks use it too."""
+"""Python interface to an image index, which the command `search`, the server and the benchmarks also use."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ if TYPE_CHECKING:
     from llm2clip.models.dual_encoder import DualEncoder
     from llm2clip.search.explain import Explanation
 
-CALIBRATION_SECONDS = 60.0  # maximum age of the cached calibration of relevance, in seconds
+CALIBRATION_SECONDS = 60.0  # maximum age of the cached relevance calibration, in seconds
 COUNT_SECONDS = 1.0  # maximum age of the cached image count, in seconds
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How an index searches.
+    """Options of a search.
 
     Attributes:
-        words: Rank images higher if their captions, recognised text, file name, camera and date contain all words of
-            the query's texts. Ignored if the query has negative parts.
-        group_similar: Return bursts and edited copies of an image as one hit, whose `similar` lists the others. Ignored
-            without a query.
+        words: Rank an image higher if its captions, recognised text, file name, camera and date together contain all
+            words of the query. Ignored if the query has negative parts.
+        group_similar: Return bursts and edited copies of an image as one hit, which lists the others in `similar`.
+            Ignored without a query.
         show_weak: Return hits even if nothing in the index is close to the query.
     """
 
@@ -62,13 +62,13 @@ class SearchPage:
     """A page of search results.
 
     Attributes:
-        hits: Hits, best first, or newest first if there is no query. The names of a hit's files are in `hit.images`,
-            its cosine similarity is `hit.score`, and its estimated probability of being an answer `hit.relevance`.
-        nothing_close: True if no image that matches the filter is close to the query. The page then has no hits, unless
-            `SearchOptions.show_weak` is set or there is a filter.
+        hits: Hits, best first, or newest first without a query. `hit.images` has the names of the hit's files,
+            `hit.score` is its cosine similarity, and `hit.relevance` its estimated probability of being an answer.
+        nothing_close: True if no image that matches the filter is close to the query. In this case, the page has no
+            hits, unless `SearchOptions.show_weak` is set or there is a filter.
         total: Number of distinct images in the index that match the filter.
-        next_offset: `offset` of the next page, or None if there are no further hits. Offsets count hits before similar
-            ones are grouped, so a page can end before or after `offset` + `top`.
+        next_offset: `offset` of the next page, or None if there are no further hits. Offsets count ungrouped hits, so a
+            page can end before or after `offset` + `top`.
     """
 
     hits: list[Hit]
@@ -79,18 +79,18 @@ class SearchPage:
 
 @dataclass(frozen=True)
 class Resources:
-    """What searches may use. The server sets these limits."""
+    """Resource limits of searches, which the server sets."""
 
-    # Decodes an image to a uint8 tensor of shape (3, H, W). Default: `data.images.load_image`.
+    # Function that decodes an image to a uint8 tensor of shape (3, H, W). Default: `data.images.load_image`.
     load: Callable[[Any], Tensor] | None = None
-    # Held while an image is decoded and while the index is scanned, to limit how many threads do so at the same time.
+    # Held while an image is decoded and while the index is scanned, to limit the number of concurrent threads.
     decoding: AbstractContextManager[Any] = field(default_factory=nullcontext)
     scanning: AbstractContextManager[Any] = field(default_factory=nullcontext)
-    max_file_bytes: int = MAX_FILE_BYTES  # of a hit's image file
+    max_file_bytes: int = MAX_FILE_BYTES  # maximum size of the image file of a hit
 
 
 class Index:
-    """An index of images, with the model that embeds its queries. Thread-safe if the model is.
+    """An image index and the model that embeds its queries. Thread-safe if the model is.
 
         index = Index.open("runs/mine/index")
         page = index.search("two children in the snow", top=10)
@@ -128,7 +128,7 @@ class Index:
         device: torch.device | str | None = None,
         precision: str = "auto",
     ) -> Index:
-        """Open an index. The model is loaded when it is first needed. Texts may not need it (see `models.text_graph`).
+        """Open an index. The model is loaded when it is first needed, which text queries may not (`models.text_graph`).
 
         Args:
             location: Index folder or postgresql:// URL.
@@ -153,7 +153,7 @@ class Index:
 
     @cached_property
     def encoder(self) -> QueryEncoder:
-        """Encoder of queries, truncated to the number of dimensions of the index.
+        """Query encoder, truncated to the dimension of the index.
 
         Raises:
             ValueError: The index was built with a different model.
@@ -169,11 +169,11 @@ class Index:
 
     @cached_property
     def _text_encoder(self) -> QueryEncoder:
-        """Encoder of queries without images, which needs no PyTorch if there is a graph of the model's text encoder."""
+        """Encoder of queries without images. Does not need PyTorch if a graph of the model's text encoder exists."""
         metadata, name = self.backend.metadata(), self._model_name
         if name is not None and self._device is None and self._precision == "auto" and "image_fingerprint" in metadata:
             graph = open_text_graph(name)
-            if graph is not None:  # has all attributes of a model that texts need
+            if graph is not None:  # the graph has all attributes of a model that text queries use
                 return QueryEncoder(truncate_to_index(metadata, cast("DualEncoder", graph)))
         return self.encoder
 
@@ -190,7 +190,7 @@ class Index:
         Args:
             query: A text, or a query with texts, images and earlier hits. Default: return the newest images that match
                 the filter, or the newest images of the index without a filter.
-            top: Maximum number of hits, not counting similar ones.
+            top: Maximum number of hits, not counting similar images.
             offset: Number of hits to skip: `next_offset` of the previous page.
             filter: Conditions that every hit must meet.
             options: Default: `SearchOptions()`.
@@ -198,7 +198,7 @@ class Index:
         Raises:
             ValueError: A text is empty, the model does not fit the index, or the model returned NaN or infinity.
             ImageError: An image of the query cannot be decoded.
-            NotFound: The index does not contain an earlier hit that is part of the query.
+            NotFound: The index does not contain one of the earlier hits in the query.
             IndexUnavailableError: The index cannot be read at the moment.
         """
         query = _to_query(query)
@@ -223,7 +223,7 @@ class Index:
                 mean = None if calibration is None else calibration.sample_mean
                 page = group_similar_hits(hits, self.backend, top, mean)
             total = self.backend.count_matches(image_filter) if image_filter else self.count()[1]
-        # A backend skips images that another process has just removed, so a complete page may have fewer hits.
+        # The backend skips images that another process has just removed, so even a page before the last may be shorter.
         end = offset + (count if page.size == len(hits) else page.size)
         return SearchPage(
             hits=page.hits,
@@ -233,7 +233,7 @@ class Index:
         )
 
     def explain(self, query: str | SearchQuery, hit_id: str) -> Explanation:
-        """Return how much the score of a hit changes if a word is removed from the query's texts.
+        """Return the effect of each word of the query's texts on the score of a hit.
 
         Raises:
             UnsupportedQuery: The query has no texts.
@@ -250,14 +250,14 @@ class Index:
 
         Raises:
             ValueError: The model cannot embed image regions.
-            NotFound: The index does not contain the hit, or its file has been changed or removed.
+            NotFound: The index does not contain the hit, or the image file has been changed or removed.
         """
         from llm2clip.search.explain import compute_heatmap, require_dense_encoder
-        from llm2clip.search.images import read_original
+        from llm2clip.search.images import read_original_image
 
         vector, dense = self.embed(query).combined, require_dense_encoder(self.encoder.model)
         with self.resources.decoding:
-            data = read_original(self.backend, hit_id, self.resources.max_file_bytes)
+            data = read_original_image(self.backend, hit_id, self.resources.max_file_bytes)
             pixels = dense.resize(self.encoder.load(data), dense.localization_size)
         return compute_heatmap(dense, pixels, vector)
 
@@ -268,7 +268,7 @@ class Index:
         return encoder.embed(query, self._read_vectors([*query.like, *query.negative_like]))
 
     def count(self) -> tuple[int, int]:
-        """Return the numbers of images and of distinct images in the index, which may be up to a second old."""
+        """Return the number of images and the number of distinct images. The numbers may be up to a second old."""
         with self._count_slot:
             if time.monotonic() - self._counts_time > COUNT_SECONDS:
                 self._counts, self._counts_time = self.backend.count(), time.monotonic()
@@ -276,7 +276,7 @@ class Index:
 
     @property
     def calibration(self) -> Calibration | None:
-        """Calibration of relevance, which may be up to a minute old. None if the index has none for its model."""
+        """Relevance calibration, which may be up to a minute old. None if the index is not calibrated for its model."""
         encoder = self._text_encoder
         with self._calibration_slot:
             if time.monotonic() - self._calibration_time > CALIBRATION_SECONDS:

@@ -1,15 +1,14 @@
-"""Server-side inference: a model that batches the calls of all requests, worker threads, limits and metrics.
+"""Server-side inference: worker threads, batches that combine the model inputs of many requests, limits and metrics.
 
-Each request runs in a worker thread, which calls the same functions as a Python program does (`search.index`). The
-model passes its inputs to a `Batcher`, so a single forward pass encodes the texts of many requests.
+Each request runs in a worker thread, which calls the Python interface (`search.index`). The model passes its inputs to
+a `Batcher`, so a single forward pass encodes the texts of many requests.
 
-Full queues: at most `Limits.max_queue` searches, and as many embedding requests, wait for or occupy a worker thread,
-and at most as many texts, and as many images, wait for the model. Otherwise, `QueueFull` is raised (status 429).
+Full queues: each queue holds at most `Limits.max_queue` items. There are queues of searches, embedding requests, texts
+and images. If a queue is full, `QueueFull` is raised (status 429).
 
-Timeouts: `RequestMiddleware` cancels a request after `Limits.timeout` (status 504). A request that has not started
-never starts. Otherwise, every wait of its thread for the model, a decoder, the index or a database connection ends at
-the deadline (`types.Deadline`). Only a forward pass, a scan or the decoding of an image that has started runs to its
-end, of which there are at most a few.
+Timeouts: `RequestMiddleware` cancels a request after `Limits.timeout` (status 504). A request that is still queued then
+never starts. In a running request, all waits for the model, a decoder, the index or a database connection end at the
+deadline (`types.Deadline`). Only a forward pass, a scan or the decoding of an image continues after the deadline.
 """
 
 import asyncio
@@ -32,15 +31,15 @@ from torch import Tensor
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.backends import Backend
-from llm2clip.search.images import load_query_image, open_original
+from llm2clip.search.images import load_query_image, open_original_image
 from llm2clip.search.index import Index, Resources
 from llm2clip.search.query import QueryEncoder
 from llm2clip.search.types import IndexUnavailableError, NotFound, Slots, current_deadline
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-DECODERS = 2  # number of threads that read or decode an image at the same time
-SCANS = 2  # number of searches that scan the index at the same time; more would only compete for memory bandwidth
+DECODERS = 2  # number of threads that can read or decode an image at the same time
+SCANS = 2  # number of concurrent scans of the index; more would only compete for memory bandwidth
 WORKERS_PER_BATCH_ITEM = 2  # while a batch is encoded, the next one is collected
 MAX_WAIT = 0.03  # maximum time to wait for more items before processing a batch, in seconds
 
@@ -53,20 +52,20 @@ class QueueFull(Exception):
 class Limits:
     """Resource limits for requests to a server. Limits per client are the task of a proxy (see deploy/)."""
 
-    max_body_bytes: int = 32 << 20  # of a request; larger requests are rejected with status 413
+    max_body_bytes: int = 32 << 20  # per request; larger requests are rejected with status 413
     # Total size of all request and response bodies in memory. Requests of more than 64 KB that exceed it are rejected
     # with status 429.
     max_bytes_in_flight: int = 512 << 20
     max_pixels: int = 50_000_000  # per image; larger images are rejected with status 413
-    max_queue: int = 512  # of requests, texts, images and heat maps in progress; others are rejected with status 429
-    timeout: float = 30.0  # of a request, in seconds; slower requests fail with status 504
+    max_queue: int = 512  # requests, texts, images and heat maps in progress; others are rejected with status 429
+    timeout: float = 30.0  # seconds per request; slower requests fail with status 504
     batch_size: int = 32  # number of texts or images per forward pass
     max_connections: int = 512  # beyond this number, the server aborts the oldest idle connection
     idle_timeout: float = 10.0  # seconds to wait for request headers, or for a client to read more of a response
 
 
 class WorkerPool:
-    """Threads that run functions for the event loop."""
+    """Thread pool that runs functions for the event loop."""
 
     def __init__(self, threads: int, unit: str, max_waiting: int) -> None:
         self.waiting = 0  # number of waiting and running jobs whose callers have not been cancelled
@@ -75,7 +74,7 @@ class WorkerPool:
         self._pool = ThreadPoolExecutor(threads, unit, initializer=partial(torch.set_num_threads, 1))
 
     async def run(self, function: Callable[..., Result], *args: Any) -> Result:
-        """Call a function in a thread, with the caller's context variables. Raise QueueFull if there are too many."""
+        """Call a function in a worker thread with the caller's context variables. Raise QueueFull if too many wait."""
         check_capacity(1, self.waiting, self._max_waiting, self._unit)
         future = self._pool.submit(copy_context().run, function, *args)
         self.waiting += 1
@@ -89,7 +88,7 @@ class WorkerPool:
 
 
 def check_capacity(count: int, waiting: int, limit: int, unit: str) -> None:
-    """Raise ValueError if a request has more items than a queue can hold, or QueueFull if they do not fit now."""
+    """Raise ValueError if a queue can never hold `count` items, or QueueFull if it has no space for them now."""
     if count > limit:
         raise ValueError(f"too many {unit} in one request: {count:,}; the limit is {limit:,}")
     if waiting + count > limit:
@@ -107,10 +106,10 @@ class _Pending(NamedTuple, Generic[Item, Result]):
 class Batcher(Generic[Item, Result]):
     """Combines items from several threads into batches and processes each batch with a single call to `work`.
 
-    While a batch is being processed, new items are collected for the next batch. If the next batch would be smaller
-    than the previous one, the batcher waits for up to a tenth of the previous batch's duration, which gives callers
-    time to submit their next items. Without this wait, the first new item would form a batch of its own and delay the
-    others. With a single client that submits one item at a time, the batcher never waits.
+    While a batch is being processed, items for the next batch are collected. If the next batch would be smaller than
+    the previous one, the batcher waits for up to a tenth of the previous batch's duration, so that callers can submit
+    their next items. Without this wait, the first new item would form its own batch and delay the others. With a single
+    client that submits one item at a time, the batcher never waits.
 
     If `work` raises any exception for a batch, it is called again for each item, so that only invalid items fail.
     """
@@ -123,7 +122,7 @@ class Batcher(Generic[Item, Result]):
         max_queue: int = 256,
         on_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
-        """Create a batcher. If calls of `work` must not overlap, use a single-threaded executor.
+        """Create a batcher. If calls to `work` must not overlap, use a single-threaded executor.
 
         Batchers that share an executor take turns. `on_batch` receives the size of each batch.
         """
@@ -144,7 +143,7 @@ class Batcher(Generic[Item, Result]):
         Raises:
             ValueError: There are more than `max_queue` items.
             QueueFull: The queue does not have enough space for the items, or is closed.
-            DeadlineExceeded: The request's deadline passed first. Items that are still waiting are removed.
+            DeadlineExceeded: The request's deadline passed first. Its waiting items are removed.
             CancelledError: The queue was closed while the items were waiting.
             Exception: Any exception that `work` raises for one of the items.
         """
@@ -168,7 +167,7 @@ class Batcher(Generic[Item, Result]):
             self._discard(entries)
 
     def _discard(self, entries: Sequence[_Pending[Item, Result]]) -> None:
-        """Cancel entries without a result: the caller has timed out, or one of its other items has failed."""
+        """Cancel entries without a result, after a timeout of the caller or a failure of another of its items."""
         cancelled = [entry.result.cancel() for entry in entries]
         if not any(cancelled):
             return
@@ -196,7 +195,7 @@ class Batcher(Generic[Item, Result]):
                     self._schedule()  # after the other batchers of the executor
 
     def _take_batch(self) -> list[_Pending[Item, Result]]:
-        """Wait for more items if the last batch had more, and return the next batch without cancelled items."""
+        """Wait for more items if the last batch was larger. Return the next batch without cancelled items."""
         with self._changed:
             self._changed.wait_for(lambda: len(self) >= self._last_size, min(MAX_WAIT, self._last_seconds / 10))
             count = min(len(self), self._max_batch_size)
@@ -204,7 +203,6 @@ class Batcher(Generic[Item, Result]):
         return [entry for entry in entries if entry.result.set_running_or_notify_cancel()]
 
     def _process(self, entries: Sequence[_Pending[Item, Result]]) -> None:
-        """Process a batch, and set the results or exceptions of its items."""
         try:
             results = self._work([entry.item for entry in entries])
             if len(results) != len(entries):
@@ -222,7 +220,7 @@ class Batcher(Generic[Item, Result]):
             entry.result.set_result(result)
 
     def close(self) -> None:
-        """Cancel all waiting items, so that their callers stop waiting, and reject new ones."""
+        """Reject new items, and cancel all waiting items, so that their callers stop waiting."""
         with self._changed:
             self._is_closed = True
             for entry in self._queue:
@@ -235,7 +233,7 @@ class Batcher(Generic[Item, Result]):
 
 
 class InferenceService:
-    """A server's model, index (None if the server only computes embeddings), worker threads and metrics."""
+    """Model, index, worker threads and metrics of a server. `index` is None if the server only computes embeddings."""
 
     def __init__(
         self,
@@ -247,23 +245,23 @@ class InferenceService:
         """
         Args:
             model_thread: Single-threaded executor that loaded the model and will run it. On a CPU, each thread that
-                runs PyTorch operations has its own OpenMP thread pool. With more OpenMP threads than cores, the threads
-                do not busy-wait between operations, which halves the model's speed.
+                runs PyTorch operations has its own OpenMP thread pool. With more OpenMP threads than cores, the model
+                runs at half the speed, because the threads do not busy-wait between operations.
 
         Raises:
             ValueError: The index was built with a different model.
         """
         self.limits = limits
         self.model_name = Path(model.name).resolve().name
-        # Use a single thread, because running two batches in parallel is slower than running them in sequence.
+        # Two batches in parallel would be slower than two batches in sequence.
         self._model_thread = model_thread or ThreadPoolExecutor(1, "model")
         # The model thread must set its OpenMP thread count before the worker threads set theirs to one.
         self._model_thread.submit(torch.get_num_threads).result()
-        # Embedding requests do not wait for searches, which may take seconds in a large index.
+        # Embedding requests have their own threads, because searches can take seconds in a large index.
         threads = WORKERS_PER_BATCH_ITEM * limits.batch_size
         self.searchers = WorkerPool(threads, "searches", limits.max_queue)
         self.embedders = WorkerPool(threads, "requests", limits.max_queue)
-        # Files are opened in threads of their own, because reading a table cell requires decoding the table.
+        # Files are opened in separate threads, because reading a table cell requires decoding the table.
         self._file_readers = WorkerPool(DECODERS, "files", limits.max_queue)
         self._create_metrics()
         self._batchers: list[Batcher[Any, Any]] = []
@@ -305,7 +303,7 @@ class InferenceService:
             )
 
         def submit(batcher: Batcher[Any, Tensor], items: Sequence[Any]) -> Tensor:
-            """Encode items in several steps if they are many, which leaves space in the queue for other requests."""
+            """Encode a large number of items in several steps, which leaves space in the queue for other requests."""
             step = min(self.limits.batch_size, self.limits.max_queue)
             vectors: list[Tensor] = []
             for start in range(0, len(items), step):
@@ -343,17 +341,17 @@ class InferenceService:
         index_images = Gauge("llm2clip_index_images", "Number of images in the index.", registry=registry)
         index_images.set_function(self._count_images_for_metrics)
 
-    async def open_original(self, hit_id: str) -> tuple[BinaryIO, str]:
+    async def open_original_image(self, hit_id: str) -> tuple[BinaryIO, str]:
         backend = self.require_index().backend
 
         def open_file() -> tuple[BinaryIO, str]:
             with self._decoding:
-                return open_original(backend, hit_id)
+                return open_original_image(backend, hit_id)
 
         return await self._file_readers.run(open_file)
 
     def close(self) -> None:
-        """Cancel all queued work and stop all idle threads. Busy threads stop after their current work."""
+        """Cancel queued work and stop all idle threads. Busy threads finish their current work first."""
         for batcher in self._batchers:
             batcher.close()
         self._model_thread.shutdown(wait=False, cancel_futures=True)
@@ -366,7 +364,7 @@ class InferenceService:
         return self.index
 
     def count_images(self) -> int:
-        """Return the number of images in the index, which may be up to a second old. 0 without an index."""
+        """Return the number of images in the index, or 0 without an index. The number may be up to a second old."""
         return 0 if self.index is None else self.index.count()[0]
 
     def _count_images_for_metrics(self) -> float:

@@ -1,4 +1,4 @@
-"""Tools with which AI agents search a server's index, over the Model Context Protocol (MCP)."""
+"""Model Context Protocol (MCP) tools with which AI agents search the index of a server."""
 
 import json
 from typing import Annotated, Any
@@ -13,14 +13,14 @@ from pydantic import Field
 from llm2clip.data.images import ImageError, make_thumbnail
 from llm2clip.io_utils import format_count
 from llm2clip.search import schemas
-from llm2clip.search.images import TooLarge, read_original
+from llm2clip.search.images import TooLarge, read_original_image
 from llm2clip.search.index import Index
 from llm2clip.search.metadata import MAX_PATH_LENGTH, Filter
 from llm2clip.search.server import search_index
 from llm2clip.search.types import NotFound
 
-MAX_SIDE = 1024  # maximum width and height of the image that `show_photo` returns, in pixels
-MAX_PHOTOS = 50  # maximum number of photos in a result, which the agent's context must hold
+MAX_SIDE = 1024  # longer side of the image that `show_photo` returns, at most, in pixels
+MAX_PHOTOS = 50  # per result, because results take up space in the agent's context
 Photo = Annotated[str, Field(max_length=MAX_PATH_LENGTH - 2), schemas.VALID_UNICODE, schemas.NON_BLANK]
 
 
@@ -45,7 +45,7 @@ class SearchPhotos(schemas.StrictModel):
             summary = "Nothing is close: no photo shows what the text describes."
             summary += " The following photos only match the filters." if page.hits else ""
         elif texts and page.hits and page.hits[0].relevance is None:
-            summary += " Relevance is not calibrated for this index: perhaps none of them is close to the text."
+            summary += " Relevance is not calibrated for this index, so perhaps no photo is close to the text."
         if page.next_offset is not None:
             summary += f" For more photos, use offset {page.next_offset}."
         content: list[Any] = [TextContent(text=summary)]
@@ -70,7 +70,7 @@ class ShowPhoto(schemas.StrictModel):
         pattern, ends = self.photo.replace("*", "?"), (f"/{self.photo}", f"!{self.photo}")  # ? also matches *
         for path in (pattern, f"*!{pattern}"):  # the second pattern matches members of tar files
             if not hits:
-                # The filter also matches similar names, and photos in a folder with this name.
+                # The filter also matches similar names, and photos in a folder with that name.
                 hits = index.search(top=MAX_PHOTOS, filter=Filter(path=path)).hits
                 hits = [hit for hit in hits if any(f"/{image.name}".endswith(ends) for image in hit.images)]
         if not hits:
@@ -81,7 +81,7 @@ class ShowPhoto(schemas.StrictModel):
         content: list[Any] = [TextContent(text=json.dumps(values, ensure_ascii=False))]
         try:
             with index.resources.decoding:
-                data = read_original(index.backend, hit.id, index.resources.max_file_bytes)
+                data = read_original_image(index.backend, hit.id, index.resources.max_file_bytes)
                 jpeg: bytes | None = make_thumbnail(index.encoder.load(data), MAX_SIDE)
         except (ImageError, NotFound, TooLarge) as error:
             content.append(TextContent(text=f"This is the thumbnail, because the photo cannot be shown: {error}"))
@@ -94,7 +94,7 @@ class ShowPhoto(schemas.StrictModel):
 def add_mcp_route(app: FastAPI) -> None:
     """Add the route /mcp with the tools `search_photos` and `show_photo` to an application from `create_app`.
 
-    There are no sessions and no streams, so the limits of the other routes also apply. Bodies have at most 4 MiB (SDK).
+    There are no sessions or streams, so the limits of the other routes also apply. The SDK limits bodies to 4 MiB.
     """
     models: dict[str, Any] = {"search_photos": SearchPhotos, "show_photo": ShowPhoto}
 

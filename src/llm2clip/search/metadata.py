@@ -1,8 +1,8 @@
 """Metadata of indexed images, and filters. Each field is declared once, in `ImageMetadata` or `ContentMetadata`.
 
-The columns of both index backends, the HTTP API, the options and the JSON output of `llm2clip search`, the details and
-filters of the search page, its CSV list and galleries are derived from the declarations. To add a field, declare it
-here, read it in `read_exif`, and increase `backends.FORMAT_VERSION`.
+The database columns, the HTTP API, the options and JSON output of `llm2clip search`, the search page, its CSV list and
+galleries are derived from these declarations. To add a field, declare it here, read it in `read_exif`, and increase
+`backends.FORMAT_VERSION`.
 """
 
 import io
@@ -15,8 +15,8 @@ from datetime import datetime
 from types import NoneType
 from typing import Any, Literal, get_args
 
-# FTS5's trigram tokenizer stops at NUL, and SQLite cannot store lone surrogates. They are replaced with symbols, such
-# as U+2400 (␀) for NUL, which separate words as the original characters do.
+# FTS5's trigram tokenizer stops at NUL, and SQLite cannot store lone surrogates. These characters are replaced with
+# symbols, such as U+2400 (␀) for NUL, which also separate words.
 REPLACEMENTS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"}
 REPLACEMENTS |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
 MAX_FILTER_LENGTH = 500  # of a caption or camera filter, in characters
@@ -24,12 +24,12 @@ MAX_PATH_LENGTH = 4096  # in characters
 
 
 def normalize(text: str) -> str:
-    """Return a text in the form in which it is stored and searched: casefolded, composed (NFC), without controls."""
+    """Normalise a text for word search and filters: case folding, NFC, and no control characters."""
     return unicodedata.normalize("NFC", text.casefold()).translate(REPLACEMENTS)
 
 
 def make_contains_pattern(text: str) -> str:
-    r"""Return the pattern of `LIKE ... ESCAPE '\'` for normalised texts that contain a text."""
+    r"""Return a pattern for `LIKE ... ESCAPE '\'` that matches normalised texts containing `text`."""
     return f"%{escape_pattern(normalize(text))}%"
 
 
@@ -42,13 +42,11 @@ def escape_pattern(text: str) -> str:
 
 @dataclass(frozen=True)
 class Condition:
-    """A condition of a `Filter`."""
-
     name: str  # in `Filter`, in the HTTP API and on the command line
     kind: Literal["text", "number", "first time", "last time"]  # times are Unix timestamps
     label: str  # in front of the value on the search page
-    description: str  # continuation of "Only images" in the HTTP API and in `--help`
-    sql: str = ""  # SQL condition, in which `:NAME` is the value; empty if each backend has its own
+    description: str  # in the HTTP API and in `--help`, where it continues "Only images"
+    sql: str = ""  # SQL condition with the value as `:NAME`; empty if each backend has its own condition
     max_length: int = MAX_FILTER_LENGTH  # of a text, in characters
     placeholder: str = ""  # example or unit, shown in the empty input on the search page
     to_parameter: Callable[[Any], Any] = field(default=lambda value: value)  # converts the value for SQL
@@ -56,21 +54,21 @@ class Condition:
 
 @dataclass(frozen=True)
 class MetadataField:
-    """A metadata field and its column of the same name. For texts, `folded_NAME` is normalised, for filters."""
+    """A metadata field and its database column NAME. For text filters, `folded_NAME` stores the normalised text."""
 
     name: str
     type: type  # of the values: float, int or str
     is_nullable: bool  # True if the value can be None
     description: str  # in the HTTP API
-    display: str = ""  # text for the details of an image; `{NAME}` is the value of a field, which must not be empty
-    link: str = ""  # URL of the text
+    display: str = ""  # template for the details of an image; omitted if the value of a field `{NAME}` is empty
+    link: str = ""  # URL to which the text links
     is_time: bool = False  # True for Unix timestamps, which are shown as local dates and times
     is_private: bool = False  # True if galleries omit the field by default
     conditions: tuple[Condition, ...] = ()
 
 
-def declare(default: Any, **values: Any) -> Any:
-    """Return a dataclass field with the given default and attributes of its `MetadataField`."""
+def declare_field(default: Any, **values: Any) -> Any:
+    """Return a dataclass field with the given default value and the attributes of a `MetadataField`."""
     return field(default=default, metadata=values)
 
 
@@ -78,7 +76,7 @@ def declare(default: Any, **values: Any) -> Any:
 class ImageMetadata:
     """Metadata of an image at a specific location. Texts must be valid Unicode."""
 
-    taken: float = declare(
+    taken: float = declare_field(
         0.0,
         description="capture time, or file modification time if the capture time is unknown, as a Unix timestamp",
         display="{taken}",
@@ -88,7 +86,7 @@ class ImageMetadata:
             Condition("before", "last time", "taken before", "taken at or before this time", "taken <= :before"),
         ),
     )
-    camera: str = declare(
+    camera: str = declare_field(
         "",
         description="make and model of the camera; empty if unknown",
         display="{camera}",
@@ -103,21 +101,23 @@ class ImageMetadata:
             ),
         ),
     )
-    latitude: float | None = declare(
+    latitude: float | None = declare_field(
         None,
         description="GPS latitude in degrees; null if unknown",
         display="{latitude}, {longitude}",
         link="https://www.openstreetmap.org/?mlat={latitude}&mlon={longitude}#map=15/{latitude}/{longitude}",
         is_private=True,
     )
-    longitude: float | None = declare(None, description="GPS longitude in degrees; null if unknown", is_private=True)
+    longitude: float | None = declare_field(
+        None, description="GPS longitude in degrees; null if unknown", is_private=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContentMetadata:
-    """Metadata of an image content, which all images with identical bytes share."""
+    """Metadata that all images with identical bytes share."""
 
-    width: int = declare(
+    width: int = declare_field(
         0,
         description="width in pixels, after EXIF rotation",
         display="{width} × {height}",
@@ -132,7 +132,7 @@ class ContentMetadata:
             ),
         ),
     )
-    height: int = declare(0, description="height in pixels, after EXIF rotation")
+    height: int = declare_field(0, description="height in pixels, after EXIF rotation")
 
 
 def list_fields(metadata: type[ImageMetadata] | type[ContentMetadata]) -> tuple[MetadataField, ...]:
@@ -173,15 +173,14 @@ def read_columns(values: ImageMetadata | ContentMetadata, metadata_fields: tuple
 
 @dataclass(frozen=True)
 class Detail:
-    """A line about an image for the user, with the URL to which it is linked, or an empty string."""
+    """A line of metadata that is shown to the user. `link` is the URL to which it links, or an empty string."""
 
     text: str
     url: str
 
 
 def list_details(content: ContentMetadata, image: ImageMetadata, with_private: bool = True) -> list[Detail]:
-    """Return the lines about an image content and one of its images."""
-    values = to_json(content, CONTENT_FIELDS) | to_json(image, IMAGE_FIELDS)
+    values = metadata_to_json(content, CONTENT_FIELDS) | metadata_to_json(image, IMAGE_FIELDS)
     details = []
     for item in (*CONTENT_FIELDS, *IMAGE_FIELDS):
         if item.is_time and values[item.name] is not None:
@@ -193,8 +192,10 @@ def list_details(content: ContentMetadata, image: ImageMetadata, with_private: b
     return details
 
 
-def to_json(values: ImageMetadata | ContentMetadata, metadata_fields: tuple[MetadataField, ...]) -> dict[str, Any]:
-    """Return the values of metadata fields. Times are local and in ISO 8601 format, or None if out of range."""
+def metadata_to_json(
+    values: ImageMetadata | ContentMetadata, metadata_fields: tuple[MetadataField, ...]
+) -> dict[str, Any]:
+    """Return the values of metadata fields. Times are local times in ISO 8601 format, or None if out of range."""
     converted = {item.name: getattr(values, item.name) for item in metadata_fields}
     for item in metadata_fields:
         if item.is_time:
@@ -204,7 +205,7 @@ def to_json(values: ImageMetadata | ContentMetadata, metadata_fields: tuple[Meta
 
 
 def to_datetime(timestamp: float) -> datetime | None:
-    """Return a local time, or None if it is out of range: files can have any modification time."""
+    """Return a local time, or None if it is out of range, because files can have any modification time."""
     try:
         return datetime.fromtimestamp(timestamp)
     except (OverflowError, OSError, ValueError):
@@ -235,7 +236,7 @@ class Filter:
     An image content meets the conditions if one of its images meets all of them.
 
     Attributes:
-        values: Value of each condition, keyed by the names in CONDITIONS. Conditions whose value is None are omitted.
+        values: Values of the conditions, keyed by the names in CONDITIONS. Values of None are omitted.
 
     Raises:
         TypeError: A name is not in CONDITIONS.
@@ -267,9 +268,10 @@ TIME_OFFSET = 1e-6  # added to EXIF times that are equal to the file's modificat
 
 
 def read_exif(data: bytes, modified: float = 0.0) -> dict[str, Any]:
-    """Return the fields of `ImageMetadata` that an encoded image contains.
+    """Read the fields of `ImageMetadata` from the EXIF data of an encoded image.
 
-    EXIF dates have no time zone, so the local time zone is assumed. Without a date, `taken` is the modification time.
+    EXIF dates have no time zone, so they are interpreted as local times. Without a date, `taken` is `modified`, the
+    modification time of the file.
     """
     from llm2clip.data.image_header import open_header  # imported here, because the commands import this module
 

@@ -1,4 +1,4 @@
-"""Connection and request handling: authentication, size limits, timeouts, security headers and metrics."""
+"""HTTP middleware and connection handling: authentication, size limits, timeouts, security headers and metrics."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from llm2clip.search.types import NO_DEADLINE, Deadline, current_deadline
 SESSION_SECONDS = 24 * 3600
 # Requests with other methods are counted as "other", because clients can send arbitrary method names.
 COUNTED_METHODS = ("GET", "POST", "HEAD", "OPTIONS")
-# A parsed JSON value can use 100 times as much memory as its text. Legitimate large requests have a few long strings.
+# A parsed JSON value can use 100 times as much memory as its text. Legitimate large requests consist of long strings.
 MAX_JSON_VALUES = 200_000
-CHUNK_SIZE = 64 << 10  # in bytes
+CHUNK_SIZE = 64 << 10  # of response bodies, in bytes
 ALWAYS_ACCEPTED = 64 << 10  # in bytes; requests up to this size are accepted even if the budget is exhausted
-# Page for browsers without a token. Its CSS is inline, because all other files require the token.
+# Page for browsers that have not sent the token. Its CSS is inline, because all other files require the token.
 TOKEN_PAGE = Path(__file__).parent / "static" / "token.html"
 TOKEN_PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'self'; "
@@ -46,9 +46,9 @@ SECURITY_HEADERS = {
 class Authenticator:
     """Checks that requests contain a token, or the cookie of a session that was started with the token.
 
-    Sessions are not stored: the cookie contains the session's end time, signed with a key that is derived from the
-    token, so all processes with the same token accept the same sessions. The cookie does not contain the token:
-    browsers send cookies to all ports of a host, so other servers on the same machine can read them.
+    Sessions are not stored on the server. The cookie contains the end time of the session, signed with a key that is
+    derived from the token, so all processes with the same token accept the same sessions. The cookie does not contain
+    the token, because browsers send cookies to all ports of a host, where other servers can read them.
     """
 
     def __init__(self, token: str) -> None:
@@ -59,9 +59,9 @@ class Authenticator:
                 "To disable authentication, pass token=None (on the command line: --no_token)."
             )
         self._token = token
-        # scrypt is slow, so that a token cannot be guessed from a cookie.
+        # scrypt is slow, which makes it hard to guess the token from a cookie.
         self._key = hashlib.scrypt(token.encode(), salt=b"llm2clip session", n=2**14, r=8, p=1)
-        # Servers with different tokens on the same host have different cookies.
+        # Servers with different tokens on the same host must use different cookies.
         self._cookie_name = f"llm2clip_session_{self._sign('name')[:8]}"
 
     def is_authorized(self, request: Request) -> bool:
@@ -127,7 +127,7 @@ class RequestMiddleware:
         max_bytes = self.service.limits.max_body_bytes
         length = request.headers.get("content-length", "")
         if length and "transfer-encoding" in request.headers:
-            # If a proxy used one header and this server used the other, they would disagree on where the request ends.
+            # If a proxy used one header and this server the other, they would disagree on where the request ends.
             message = "the request contains both Transfer-Encoding and Content-Length"
             return make_error_response(400, message, {"Connection": "close"})
         if not self._is_authorized(request):
@@ -178,7 +178,7 @@ class RequestMiddleware:
 class _BodyReader:
     """Wrapper around `receive` that enforces size limits even if Content-Length is missing or wrong.
 
-    It raises HTTPException, because FastAPI replaces all other exceptions that are raised while reading a body.
+    It raises HTTPException, because FastAPI replaces any other exception that occurs while a body is read.
     """
 
     def __init__(self, request: Request, receive: Receive, allocation: ByteAllocation, limits: Limits) -> None:
@@ -208,7 +208,7 @@ class _BodyReader:
 class _ResponseSender:
     """Wrapper around `send` that adds missing security headers and records the response status.
 
-    Large bodies are sent in small chunks, so the server buffers only a few chunks for slow clients.
+    Large bodies are sent in small chunks, so that only a few chunks are buffered for a slow client.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, allocation: ByteAllocation) -> None:
@@ -216,8 +216,8 @@ class _ResponseSender:
         self._start: Message | None = None  # start message, sent only after the body size has been checked
         self._is_rejected = False
         self.status, self.started = 500, False
-        # The time limit ends once the response has started, because the sending time depends on the client.
-        # `LimitedConnection` aborts the connection if the client does not read the response.
+        # The time limit ends when the response starts, because the sending time depends on the client. If the client
+        # does not read the response, `LimitedConnection` aborts the connection.
         self.timer: asyncio.Timeout | None = None
 
     async def __call__(self, message: Message) -> None:
@@ -231,7 +231,7 @@ class _ResponseSender:
         if len(body) > CHUNK_SIZE:
             try:
                 self._allocation.add(len(body))
-            except QueueFull as error:  # send an error response instead of the application's response
+            except QueueFull as error:  # replace the application's response with an error response
                 await make_error_response(429, str(error), RETRY_SOON)(self._scope, self._receive, self)
                 self._is_rejected = True
                 return
@@ -269,7 +269,7 @@ class ByteBudget:
 
 
 class ByteAllocation:
-    """A request's share of a byte budget."""
+    """Share of a byte budget that a request uses."""
 
     def __init__(self, budget: ByteBudget) -> None:
         self._budget, self.size = budget, 0
@@ -290,9 +290,9 @@ class ByteAllocation:
 class LimitedConnection(H11Protocol):
     """A uvicorn connection that is aborted if the client is idle for too long or if there are too many connections.
 
-    A timer runs while the server waits for complete request headers or for the client to read a response.
-    `RequestMiddleware` limits the wait for request bodies. Connections are aborted rather than closed, because a
-    transport closes only after the client has read all buffered data.
+    A timer runs while the server waits for complete request headers or for the client to read a response. Waits for
+    request bodies are limited by `RequestMiddleware`. Connections are aborted instead of closed, because a transport
+    closes only after the client has read all buffered data.
     """
 
     limits: Limits
@@ -331,7 +331,6 @@ class LimitedConnection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _update_timer(self) -> None:
-        """Start the timer when the server begins to wait for the client, and stop it when the wait ends."""
         if not (self._is_idle() or self.flow.write_paused):
             self._stop_timer()
         elif self._timer is None:
@@ -343,7 +342,7 @@ class LimitedConnection(H11Protocol):
             self._timer = None
 
     def _abort_one_connection(self) -> None:
-        """Abort the oldest idle connection, which may be the new one, or the oldest one if none is idle."""
+        """Abort the oldest idle connection, which may be the new one. If none is idle, abort the oldest connection."""
         oldest = next(iter(self.opened))
         connection = next((connection for connection in self.opened if connection._is_idle()), oldest)
         connection._unregister()  # connection_lost is called later, possibly after another connection is made

@@ -1,6 +1,7 @@
-"""Recognition of the text in images (OCR), with the PP-OCR models and weights in the package rapidocr.
+"""Text recognition in images (OCR) with the PP-OCR models and weights of the package rapidocr.
 
-The cost of an image is limited: it is scaled down, and the number, shape and time of its text lines are bounded.
+The time per image is limited: large images are scaled down, and the number and the aspect ratio of text lines are
+limited.
 """
 
 import time
@@ -18,10 +19,10 @@ from llm2clip.io_utils import check_extra, describe_error, install_command
 from llm2clip.progress import ProgressBar
 from llm2clip.search.backends import Backend
 
-MAX_SIDE = 960  # length to which the longer side of larger images is scaled, in pixels
-MAX_LINES = 100  # maximum number of lines of text per image
-MAX_ASPECT = 60  # longer lines are not read; the reader's time is proportional to a line's width divided by its height
-MAX_SECONDS = 30.0  # per image; checked before each line. Lines after this time are not read
+MAX_SIDE = 960  # longer side to which larger images are scaled down, in pixels
+MAX_LINES = 100  # maximum number of text lines per image
+MAX_ASPECT = 60  # width / height, to which the reading time is proportional; longer lines are not read
+MAX_SECONDS = 30.0  # per image; lines after this time are not read
 MAX_TEXT_LENGTH = 10_000  # in characters, per image
 MIN_CONFIDENCE = 0.5  # of a line, from 0 to 1
 BATCH_SIZE = 16  # number of images per commit
@@ -69,7 +70,7 @@ def open_recognizer() -> RecognizeText:
 
 
 def _find_weights() -> dict[str, str]:
-    """Return the paths of rapidocr's weight files. Without explicit paths, rapidocr would download missing files."""
+    """Return the paths of rapidocr's weight files, because without explicit paths it would download missing files."""
     spec = find_spec("rapidocr")
     assert spec is not None and spec.origin is not None
     folder, weights = Path(spec.origin).parent / "models", {}
@@ -89,9 +90,9 @@ def prepare_image(image: Tensor) -> np.ndarray:
 def recognize_texts(
     sources: Sequence[str], backend: Backend, recognize: RecognizeText, log: SkipLog, workers: int | None = None
 ) -> int:
-    """Recognise the texts of the contents of the given sources that have none yet. Return the number of stored texts.
+    """Recognise the text in all new image contents of the given sources. Return the number of texts that were stored.
 
-    Images whose text cannot be recognised stay in the index. They are listed in the log, and the next call tries again.
+    Images for which recognition fails stay in the index and are listed in the log. The next call tries them again.
     """
     contents = backend.contents_without_text(sources)
     stored = 0
@@ -108,7 +109,7 @@ def recognize_texts(
 def _iter_texts(
     refs: Sequence[Any], recognize: RecognizeText, workers: int | None
 ) -> Iterator[tuple[dict[int, str], dict[int, str], int]]:
-    """Yield batches of texts and of error messages, both keyed by image index, and the number of images per batch."""
+    """Yield per batch: texts and error messages, both keyed by image index, and the number of images."""
     for indices, images, errors in iter_image_batches(refs, prepare_image, BATCH_SIZE, workers):
         texts: dict[int, str] = {}
         for index, image in zip(indices, images, strict=True):

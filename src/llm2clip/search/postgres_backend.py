@@ -1,10 +1,10 @@
-"""PostgreSQL index backend, for an index that several machines search, or that is backed up with a database.
+"""PostgreSQL index backend, for indexes that several machines search or that are backed up with a database.
 
-Each index is a schema of its own. All filters are SQL conditions with parameters, so a search reads only matching rows.
-From APPROXIMATE_ABOVE distinct images on, `finish` builds an HNSW graph in the database.
+Each index has its own schema. All filters are SQL conditions, so a search reads only matching rows. With more than
+APPROXIMATE_ABOVE distinct images, `finish` builds an HNSW graph in the database.
 
-Word search finds the same matches as with SQLite: the texts are split into words in Python, because PostgreSQL's parser
-splits file names and numbers differently and keeps diacritics.
+Word search finds the same matches as the SQLite backend. Texts are split into words in Python, because PostgreSQL's
+parser splits file names and numbers differently and does not remove diacritics.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from llm2clip.search.metadata import (
     make_contains_pattern,
     read_columns,
 )
-from llm2clip.search.postgres_database import Connection, PostgresDatabase, make_query, parse_url, to_psycopg
+from llm2clip.search.postgres_database import Connection, PostgresDatabase, convert_parameters, make_query, parse_url
 from llm2clip.search.types import MAX_LOCATIONS, IndexedContent, IndexedImage
 from llm2clip.search.words import (
     MATCHED_LOCATIONS,
@@ -63,22 +63,22 @@ from llm2clip.search.words import (
 )
 
 APPROXIMATE_ABOVE = 100_000  # SQLite's exact search is several times as fast (benchmarks/postgres.py)
-MAX_INLINE_DIM = 3900  # larger vectors do not fit in a database page of 8 KB
+MAX_INLINE_DIM = 3900  # larger vectors do not fit in an 8 KB database page
 MAX_HNSW_DIM = 4000  # limit of pgvector
 HNSW_INDEX = "contents_hnsw"
-MAX_EXACT_MATCHES = 50_000  # if at most this many images match a filter, they are searched exactly
+MAX_EXACT_MATCHES = 50_000  # up to this number of images that match a filter, they are searched exactly
 EF_SEARCH, MAX_EF_SEARCH = 100, 1000  # candidates per HNSW search: the default, and pgvector's limit
-# Longer words are truncated, because PostgreSQL limits the words of a tsvector to 2,046 bytes. Words of a query are
-# shorter, so they never match a truncated word.
+# Longer words are truncated, because PostgreSQL limits words in a tsvector to 2,046 bytes. Query words are shorter, so
+# they never match a truncated word.
 MAX_WORD_LENGTH = MAX_QUERY_LENGTH + 1
-# The words of longer texts are ignored, because PostgreSQL limits a tsvector to a megabyte, including the positions.
+# Words beyond this size in bytes are ignored, because PostgreSQL limits a tsvector to 1 MB, including the positions.
 MAX_WORDS_SIZE, POSITION_SIZE = 1_000_000, 8
 COLUMN_TYPES = {float: "double precision", int: "integer", str: 'text COLLATE "C"'}
 
-# "key" is the SHA-256 hash of the name, because PostgreSQL limits the length of indexed text to about 2,700 bytes.
-# "container" is the tar file or table that contains the image. The columns for word search contain normalised texts:
-# the date, all captions (also for filters), the texts with scripts without spaces, and all words with their positions.
-# These columns are NULL if there is nothing to store.
+# `key` is the SHA-256 hash of the name, because PostgreSQL limits indexed texts to about 2,700 bytes. `container` is
+# the tar file or table that contains the image. The columns `date`, `folded_captions`, `unspaced_texts` (texts in
+# scripts without spaces) and `words` (with positions) contain normalised texts for word search and caption filters.
+# Nullable columns are NULL if there is nothing to store.
 TABLES = f"""
 CREATE TABLE metadata (key text PRIMARY KEY, value text NOT NULL);
 CREATE TABLE calibration (data bytea NOT NULL);
@@ -124,8 +124,8 @@ SELECT images.id, images.content, coalesce(recognized_texts.text, '') AS text, d
 FROM images LEFT JOIN recognized_texts ON recognized_texts.content = images.content
 """
 INSIDE_PATH = "(name LIKE :path OR name LIKE :path || '/%' OR container LIKE :path)"
-# PostgreSQL cannot store NUL characters and lone surrogates. They are stored as the last private-use characters of
-# plane 16. If a text contains these characters itself, they are stored after the escape character U+10F7FE.
+# PostgreSQL cannot store NUL characters and lone surrogates, so they are mapped to the last private-use characters of
+# plane 16. If a text already contains these private-use characters, they are escaped with U+10F7FE.
 STORABLE_CHARACTERS: dict[int, str] = {
     **{code: f"\U0010f7fe{chr(code)}" for code in range(0x10F7FE, 0x110000)},
     0: "\U0010f7ff",
@@ -152,9 +152,9 @@ class PostgresBackend(Backend):
     IN_IDS = "IN (SELECT value::bigint FROM json_array_elements_text(:ids::json))"
 
     def __init__(self, url: str) -> None:
-        """Open the index at a connection URL of libpq with the additional parameter `schema`. See `open_backend`.
+        """Open the index at a libpq connection URL with the additional parameter `schema`. See `open_backend`.
 
-        The password can also come from PGPASSWORD, a password file or a service file.
+        The password can also be set in PGPASSWORD, a password file or a service file.
 
         Raises:
             ValueError: The URL is invalid, or the connection to another machine would not be encrypted.
@@ -164,7 +164,7 @@ class PostgresBackend(Backend):
         self.location, self.approximate_above = hide_password(url), APPROXIMATE_ABOVE
         self._db = PostgresDatabase(conninfo, self.schema, self.location)
         self._has_changes = False
-        self._may_have_orphans = True  # an interrupted run may leave contents that belong to no image
+        self._may_have_orphans = True  # an interrupted run may have left contents that belong to no image
 
     # ---- building
 
@@ -203,9 +203,9 @@ class PostgresBackend(Backend):
         self._has_changes = self._may_have_orphans = True
         with self._db.write() as connection, connection.cursor() as cursor:
             if content_rows:
-                cursor.executemany(to_psycopg(INSERT_CONTENT), content_rows)
+                cursor.executemany(convert_parameters(INSERT_CONTENT), content_rows)
             if images:
-                cursor.executemany(to_psycopg(INSERT_IMAGE), self._make_rows(connection, images))
+                cursor.executemany(convert_parameters(INSERT_IMAGE), self._make_rows(connection, images))
 
     def _make_rows(self, connection: Connection, images: Sequence[tuple[IndexedImage, bytes]]) -> list[dict[str, Any]]:
         texts: dict[bytes, str] = dict(
@@ -240,15 +240,15 @@ class PostgresBackend(Backend):
         self._has_changes = True
         text_rows = [{"text": self._encode(to_valid_unicode(text)), "hash": digest} for digest, text in texts.items()]
         with self._db.write() as connection, connection.cursor() as cursor:
-            cursor.executemany(to_psycopg(INSERT_TEXT), text_rows)
+            cursor.executemany(convert_parameters(INSERT_TEXT), text_rows)
             statement = f"{TEXT_ROWS} WHERE images.content IN (SELECT id FROM contents WHERE hash = ANY(:hashes))"
             rows = make_query(connection)(statement, {"hashes": list(texts)})
             columns = _make_word_columns([self._fields_from_row(row) for row in rows])
             parameters = [{**values, "id": row[0]} for values, row in zip(columns, rows, strict=True)]
-            cursor.executemany(to_psycopg(UPDATE_WORDS), parameters)
+            cursor.executemany(convert_parameters(UPDATE_WORDS), parameters)
 
     def finish(self) -> None:
-        """Build the HNSW graph, which PostgreSQL then keeps up to date, and update the query planner's statistics."""
+        """Build the HNSW graph, which PostgreSQL keeps up to date, and update the query planner's statistics."""
         _, contents = self.count()
         dim = int(self.metadata()["embed_dim"])
         with self._db.write() as connection:
@@ -293,7 +293,7 @@ class PostgresBackend(Backend):
         return int(count)
 
     def _make_content_condition(self, image_filter: Filter) -> tuple[str, dict[str, Any]]:
-        """Return the condition for contents with at least one image that matches a filter, and its parameters."""
+        """Return an SQL condition for contents with at least one image that matches a filter, and its parameters."""
         conditions = self._make_conditions(image_filter)
         where = list(conditions.contents)
         image_conditions = _list_image_conditions(conditions)
@@ -336,19 +336,19 @@ class PostgresBackend(Backend):
                 {"ef": str(ef_search)},
             )
             rows = select("vector <#> :query", "vector <#> :query")
-        if len(rows) < depth:  # also if pgvector stops after a number of candidates, of which few match the filter
+        if len(rows) < depth:  # for example, if pgvector stops after many candidates of which few match the filter
             rows = select("(vector <#> :query) + 0", "distance, id")  # the addition excludes the HNSW graph
         ids, distances = np.array(rows, np.float64).reshape(-1, 2).T
         return ids.astype(np.int64), -distances
 
     def _find_word_matches(self, run: Query, query: WordQuery, image_filter: Filter) -> np.ndarray:
-        """Matches are ranked by `ts_rank` with a penalty for long texts, because PostgreSQL does not compute BM25."""
+        """Rank matches by `ts_rank` with a penalty for long texts, because PostgreSQL does not compute BM25."""
         condition, parameters = self._make_content_condition(image_filter)
         match, match_parameters = _make_match(query)
         parameters = {**parameters, **match_parameters, "limit": MIN_COMMON, "fused": MAX_FUSED}
         exceeds = f"SELECT 1 FROM images WHERE {match} OFFSET :limit LIMIT 1"
         if run(exceeds, parameters):
-            # In larger indexes, the limit is the same, so not all images are counted.
+            # The limit is constant in larger indexes, so not all images are counted.
             counted = {"counted": math.ceil(MAX_MATCHES / MAX_MATCHED_FRACTION)}
             ((total,),) = run("SELECT count(*) FROM (SELECT FROM images LIMIT :counted) AS counted", counted)
             parameters["limit"] = compute_match_limit(total)
@@ -370,7 +370,7 @@ class PostgresBackend(Backend):
             f"WHERE images.content = page.id AND {match} ORDER BY images.id LIMIT :locations) AS matching",
             {**parameters, "ids": list(ids), "locations": MATCHED_LOCATIONS},
         )
-        # The stored dates are those of the time zone of the machine that added the images.
+        # Use the stored dates, which are in the time zone of the machine that added the images.
         return [(row[1], {**self._fields_from_row(row), "date": row[3]}) for row in rows]
 
     def _read_images(
@@ -425,7 +425,7 @@ def _exists(run: Query, name: str) -> bool:
 def _create_tables(connection: Connection, dim: int) -> None:
     connection.execute(TABLES % dim)
     if dim <= MAX_INLINE_DIM:
-        # By default, vectors of more than about 1,000 dimensions are stored in a separate table, which is slow to scan.
+        # By default, vectors with more than about 1,000 dimensions are stored in a separate table that is slow to scan.
         connection.execute("ALTER TABLE contents ALTER COLUMN vector SET STORAGE PLAIN")
     schema = connection.execute(
         "SELECT nspname FROM pg_extension JOIN pg_namespace ON pg_namespace.oid = extnamespace "
@@ -444,7 +444,7 @@ def _list_image_conditions(conditions: SqlConditions) -> list[str]:
 
 
 def _has_many_matches(run: Query, condition: str, parameters: Mapping[str, Any]) -> bool:
-    """Return True if so many images match a condition that a graph search finds enough of them."""
+    """Return True if enough images match a condition for an HNSW search."""
     if condition == "true":
         return True
     matches = f"SELECT FROM contents WHERE {condition} LIMIT :limit"
@@ -466,9 +466,9 @@ def _make_word_columns(images: Sequence[Mapping[str, str]]) -> list[dict[str, st
 
 
 def _format_tsvector(fields: Iterable[Sequence[str]]) -> str:
-    """Return the words of several fields, which consist of letters and digits, in the text form of a tsvector.
+    """Format the words of several fields as a tsvector. Words must consist of letters and digits.
 
-    Positions of different fields do not follow each other, so phrases do not match across two fields.
+    There is a gap between the positions of two fields, so a phrase cannot match across fields.
     """
     positions: dict[str, list[str]] = {}
     position = size = 0
@@ -484,7 +484,7 @@ def _format_tsvector(fields: Iterable[Sequence[str]]) -> str:
 
 
 def _make_match(query: WordQuery) -> tuple[str, dict[str, str]]:
-    """Return the SQL condition for rows of `images` with all words of a query, and its parameters."""
+    """Return an SQL condition for rows of `images` that contain all words of a query, and its parameters."""
     conditions, parameters = [], {}
     if query.words:
         phrases = [" <-> ".join(f"'{word}'" for word in words) for words in split_words(query.words) if words]

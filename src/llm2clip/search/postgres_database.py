@@ -24,12 +24,12 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 Result = TypeVar("Result")
 DEFAULT_SCHEMA = "llm2clip"
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
-# With an unencoded @, libpq would take a part of the password for the host or database, and print it in its errors.
+# If a password contained an unencoded @, libpq would take part of it for the host and include it in error messages.
 ADDRESS = re.compile(r"\w+://([^/@]*@)?[^@]*")
 SCHEMA_NAME = re.compile(r"(?!pg_|public$)[A-Za-z_][A-Za-z0-9_]{0,62}")
 MIN_PGVECTOR = (0, 8)  # earlier versions cannot continue an HNSW search until enough rows match a filter
 MAX_CONNECTIONS = 8  # per process, for searches
-# Detect within a minute that the server's machine or the network is down. Parameters in the URL take precedence.
+# Detect within a minute that the server or the network is down. Parameters in the URL take precedence.
 CONNECTION_DEFAULTS = {
     "connect_timeout": "10",
     "keepalives_idle": "30",
@@ -39,17 +39,17 @@ CONNECTION_DEFAULTS = {
     "application_name": "llm2clip",
 }
 LOST_CONNECTION = (errors.AdminShutdown, errors.CrashShutdown, errors.CannotConnectNow)
-# The index is being replaced, the server has not enough memory or disk space, or its files are corrupt.
+# Raised if the index is being replaced, the server runs out of memory or disk space, or its files are corrupt.
 UNREADABLE = (errors.UndefinedTable, errors.InsufficientPrivilege, psycopg.OperationalError, psycopg.InternalError)
 
 
 def parse_url(url: str) -> tuple[str, str]:
-    """Split an index URL into a connection string of libpq and the schema name.
+    """Split an index URL into a libpq connection string and the schema name.
 
     Connections to other machines must be encrypted, because they transmit captions, thumbnails and passwords.
 
     Raises:
-        ValueError: The URL is invalid, or it disables encryption for another machine.
+        ValueError: The URL is invalid, or it disables encryption for a connection to another machine.
     """
     address, _, query_string = url.partition("?")
     query = parse_qsl(query_string, keep_blank_values=True)
@@ -77,7 +77,7 @@ def parse_url(url: str) -> tuple[str, str]:
         if settings.get("sslmode") in ("disable", "allow"):
             raise ValueError(
                 f"{location}: sslmode={settings['sslmode']} would send passwords, captions and thumbnails over the "
-                f"network unencrypted. Use sslmode=require, or forward a local port (ssh -L 5432:localhost:5432 "
+                f"network unencrypted. Use sslmode=require, or an SSH tunnel (ssh -L 5432:localhost:5432 "
                 f"{hosts[0]})"
             )
         if settings.get("sslmode") == "prefer":  # libpq's default, which falls back to an unencrypted connection
@@ -86,7 +86,7 @@ def parse_url(url: str) -> tuple[str, str]:
 
 
 def _resolve_options(conninfo: str) -> dict[str, str]:
-    """Return all connection options, also those from the environment and service files. Sends nothing."""
+    """Return all connection options, including options from the environment and service files. Do not connect."""
     connection = pq.PGconn.connect_start(conninfo.encode())
     options = {option.keyword.decode(): option.val.decode() for option in connection.info if option.val is not None}
     connection.finish()
@@ -96,12 +96,12 @@ def _resolve_options(conninfo: str) -> dict[str, str]:
 class PostgresDatabase:
     """Connections to the schema of an index. Thread-safe.
 
-    Searches share up to MAX_CONNECTIONS read-only connections. All writes use one other connection, which also holds
-    the lock, so nothing is written after the lock is lost.
+    Searches share up to MAX_CONNECTIONS read-only connections. All writes use a separate connection that also holds the
+    lock, so nothing can be written after the lock is lost.
     """
 
     def __init__(self, conninfo: str, schema: str, location: str) -> None:
-        """`location` is the URL without a password, for error messages."""
+        """`location` is the URL without the password, for error messages."""
         self.conninfo, self.schema, self.location = conninfo, schema, location
         self._idle: queue.LifoQueue[Connection] = queue.LifoQueue()
         self._slots = Slots(MAX_CONNECTIONS)
@@ -111,7 +111,7 @@ class PostgresDatabase:
     # ---- reading
 
     def read(self, function: Callable[[Connection], Result]) -> Result:
-        """Call a function with a connection in a read-only transaction, which sees a single state of the database.
+        """Call a function with a connection in a read-only transaction, which reads a snapshot of the database.
 
         If the connection is lost, for example because the server was restarted, call the function again.
         """
@@ -119,7 +119,7 @@ class PostgresDatabase:
             try:
                 return self._read_once(function)
             except _ConnectionLost:
-                self._close_idle_connections()  # they were probably lost too
+                self._close_idle_connections()  # probably lost too
             try:
                 return self._read_once(function)
             except _ConnectionLost as error:
@@ -200,13 +200,13 @@ class PostgresDatabase:
                     "after the last complete batch"
                 )
             self._writer = self._connect(create_extensions=True)
-            self._writer.prepare_threshold = 5  # planning each INSERT takes a quarter of the time to add an image
-            self._close_idle_connections()  # they may have been opened before the extensions were created
+            self._writer.prepare_threshold = 5  # planning an INSERT takes a quarter of the time to add an image
+            self._close_idle_connections()  # may have been opened before the extensions were created
         return self._writer
 
     @contextmanager
     def _convert_errors(self) -> Iterator[None]:
-        """Convert PostgreSQL errors of the writer to OSErrors that name the index."""
+        """Convert PostgreSQL errors of the writing connection to OSErrors that name the index."""
         try:
             yield
         except psycopg.Error as error:
@@ -221,7 +221,7 @@ class PostgresDatabase:
         """Open a connection and set it up. With `create_extensions`, create missing extensions first."""
         connection = None
         try:
-            # Without prepared statements, each plan takes the parameters, such as path patterns, into account.
+            # Without prepared statements, each plan takes parameters such as path patterns into account.
             connection = psycopg.connect(self.conninfo, autocommit=True, prepare_threshold=None)
             if create_extensions:
                 self._create_extensions(connection)
@@ -255,7 +255,7 @@ class PostgresDatabase:
                     "on the server, then run `ALTER EXTENSION vector UPDATE` in the database"
                 )
         search_path = sql.SQL(", ").join(map(sql.Identifier, schemas)).as_string(connection)
-        # JIT compilation takes longer than it saves in queries of less than a second.
+        # For queries of less than a second, JIT compilation takes longer than it saves.
         connection.execute(
             "SELECT set_config('search_path', %s, false), set_config('jit', 'off', false)", (search_path,)
         )
@@ -269,7 +269,7 @@ class PostgresDatabase:
         ).fetchall()
         names = {name for (name,) in rows}
         if "vector" not in names:
-            raise OSError(f"{self.location}: the server has no pgvector. Install pgvector 0.8 or later on the server")
+            raise OSError(f"{self.location}: pgvector is not installed on the server. Install pgvector 0.8 or later")
         try:
             connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
         except errors.InsufficientPrivilege as error:
@@ -289,19 +289,19 @@ def make_query(connection: Connection) -> Query:
     """Return a function that runs statements with parameters of the form `:NAME`."""
 
     def run(statement: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        cursor = connection.execute(to_psycopg(statement), parameters)
+        cursor = connection.execute(convert_parameters(statement), parameters)
         return [] if cursor.description is None else cursor.fetchall()
 
     return run
 
 
-def to_psycopg(statement: str) -> str:
+def convert_parameters(statement: str) -> str:
     """Convert parameters of the form `:NAME` to the form `%(NAME)s`."""
     return re.sub(r"(?<!:):([a-z]\w*)", r"%(\1)s", statement.replace("%", "%%"))
 
 
 class _ConnectionLost(Exception):
-    """A connection was lost while it was in use."""
+    """Raised when a connection is lost while it is in use."""
 
 
 def _is_lost(connection: Connection, error: psycopg.Error) -> bool:

@@ -1,13 +1,13 @@
-"""Search queries and their embeddings, the check of an index's model, and groups of similar hits.
+"""Search queries and their embeddings, the model check of an index, and groups of similar hits.
 
 Groups: bursts and edited copies of a photograph are shown as one hit. Two images are similar if the cosine similarity
 of their embeddings is at least COPY_SIMILARITY, or if it is at least BURST_SIMILARITY and they were taken within
-BURST_SECONDS of each other. The mean embedding of the index, which its calibration contains, is subtracted first,
+BURST_SECONDS of each other. The mean embedding of the index, which is part of its calibration, is subtracted first,
 because in some models all embeddings are similar.
 
-A page is a range of consecutive ungrouped hits, and only the hits of this range are grouped. The next page starts where
-the last one ends (`next_offset`), so a hit may be similar to one on an earlier page. Searches read READ_FACTOR times as
-many hits as a page has. If many of them are similar to each other, the page has fewer hits than requested.
+A page is a range of consecutive ungrouped hits, and only hits within this range are grouped. The next page starts where
+the last page ends (`next_offset`), so a hit may be similar to a hit on an earlier page. A search reads READ_FACTOR
+times as many hits as requested. If many of them are similar to each other, the page has fewer hits than requested.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from llm2clip.models.dual_encoder import DualEncoder
 
-NEGATIVE_WEIGHT = 0.5  # with a weight of 1, results have little to do with the positive parts of the query
+NEGATIVE_WEIGHT = 0.5  # with 1, results would have little to do with the positive parts of the query
 
 
 class QueryVectors(NamedTuple):
@@ -44,7 +44,7 @@ class QueryVectors(NamedTuple):
 
 @dataclass(frozen=True)
 class SearchQuery:
-    """A search query. Results should resemble its positive parts, but not its negative parts."""
+    """A search query. Results should resemble its positive parts and not its negative parts."""
 
     texts: Sequence[str] = ()
     images: Sequence[Any] = ()  # paths, encoded images as bytes, or tensors of shape (3, H, W), uint8
@@ -52,7 +52,7 @@ class SearchQuery:
     negative_images: Sequence[Any] = ()
     like: Sequence[str] = ()  # ids of earlier hits
     negative_like: Sequence[str] = ()
-    # Prompt templates for short texts, whose embeddings are averaged (see `build_query_prompts`). Default: the model's.
+    # Prompt templates for short texts. Their embeddings are averaged (see `build_query_prompts`). Default: the model's.
     templates: QueryTemplates | None = None
 
     def __bool__(self) -> bool:
@@ -63,7 +63,7 @@ class SearchQuery:
         return bool(self.negative_texts or self.negative_images or self.negative_like)
 
     def build_prompts(self, default_templates: QueryTemplates) -> tuple[list[str], list[int]]:
-        """Return the prompts of all texts, then of all negative texts, and the number of prompts per text."""
+        """Return the prompts of all texts followed by all negative texts, and the number of prompts per text."""
         texts = [*self.texts, *self.negative_texts]
         check_not_empty(texts)
         return build_query_prompts(texts, default_templates if self.templates is None else self.templates)
@@ -121,7 +121,7 @@ class QueryEncoder:
         load: Callable[[Any], Tensor] | None = None,
         decoding: AbstractContextManager[Any] | None = None,
     ) -> None:
-        """`load` decodes an image of a query to a uint8 tensor of shape (3, H, W), and `decoding` is held meanwhile."""
+        """`load` decodes a query image to a uint8 tensor of shape (3, H, W) while the context `decoding` is active."""
         self.model, self.load = model, load or _load_image
         self.decoding = nullcontext() if decoding is None else decoding
 
@@ -170,7 +170,7 @@ def _check_finite(vectors: np.ndarray, kind: str) -> np.ndarray:
 
 
 def truncate_to_index(metadata: Mapping[str, Any], model: DualEncoder) -> DualEncoder:
-    """Return the model, truncated to the dimensions of an index. Raise ValueError if it is a different model."""
+    """Truncate a model to the dimension of an index. Raise ValueError if the index has a different model."""
     if metadata["embed_dim"] < model.embed_dim:
         model = model.truncate(metadata["embed_dim"])
     check_model(metadata, model)
@@ -180,8 +180,8 @@ def truncate_to_index(metadata: Mapping[str, Any], model: DualEncoder) -> DualEn
 def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
     """Raise ValueError if an index was built with a different model, whose embeddings are not comparable.
 
-    A model with the same image encoder and another text encoder, such as a student made by `llm2clip distill`, can use
-    the index. Indexes of models without separate encoders have a fingerprint of the entire model.
+    A model with the same image encoder but another text encoder, such as a student trained by `llm2clip distill`, can
+    use the index. If the encoders of a model are not separate, its indexes have a fingerprint of the entire model.
     """
     parts = model.part_fingerprints if "image_fingerprint" in metadata else None
     if parts is not None:
@@ -208,23 +208,23 @@ COPY_SIMILARITY, BURST_SIMILARITY = 0.85, 0.7
 UNCENTRED_COPY_SIMILARITY, UNCENTRED_BURST_SIMILARITY = 0.95, 0.85  # without a calibration
 BURST_SECONDS = 10.0  # EXIF times are in whole seconds
 READ_FACTOR = 2
-MAX_COMPARED = 2000  # later hits of a page are not grouped, because memory grows with the square of this number
+MAX_COMPARED = 2000  # later hits of a page are not grouped, because memory use grows quadratically
 
 
 class HitPage(NamedTuple):
-    """Hits of a page, and the number of ungrouped hits that they represent."""
+    """Grouped hits of a page, and the number of ungrouped hits that they represent."""
 
     hits: list[Hit]
     size: int
 
 
 def group_similar_hits(hits: Sequence[Hit], backend: Backend, count: int, mean: np.ndarray | None = None) -> HitPage:
-    """Add each hit to the `similar` hits of the first better hit to which it is similar.
+    """Group each hit with the best-ranked hit to which it is similar.
 
-    Grouped hits are not compared with later hits, so all hits of a group are similar to its first hit.
+    Hits in a group are not compared with later hits, so all hits of a group are similar to its first hit.
 
     Args:
-        count: Maximum number of groups. The page ends before the first hit that would need another group.
+        count: Maximum number of groups. The page ends before the first hit that would start another group.
         mean: Mean embedding of the index, of shape (D,), or None if it is unknown.
     """
     is_similar = compare_hits(hits[:MAX_COMPARED], backend, mean)
@@ -249,7 +249,7 @@ def group_similar_hits(hits: Sequence[Hit], backend: Backend, count: int, mean: 
 
 
 def compare_hits(hits: Sequence[Hit], backend: Backend, mean: np.ndarray | None) -> np.ndarray:
-    """Return a boolean array of shape (N, N) that is True for pairs of similar hits. Removed hits have none."""
+    """Return a boolean mask of similar pairs of hits, of shape (N, N). Removed hits are similar to no hit."""
     vectors = backend.vectors([hit.id for hit in hits])
     if not vectors:
         return np.zeros((len(hits), len(hits)), bool)

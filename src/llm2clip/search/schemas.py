@@ -1,4 +1,4 @@
-"""Pydantic models for HTTP API requests and responses, and error responses in the JSON format of OpenAI's API."""
+"""Pydantic models of HTTP API requests and responses, and error responses in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -43,16 +43,14 @@ logger = logging.getLogger(__name__)
 DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # in characters
 MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, images and results per request
-MAX_EMBEDDED_IMAGES = 32  # per embedding request; clients such as mteb send batches of 32
-MAX_OFFSET = 10_000  # limited because skipped results must also be found and scored
+MAX_EMBEDDED_IMAGES = 32  # per embedding request; clients such as mteb send batches of 32 images
+MAX_OFFSET = 10_000  # limited, because skipped results must also be found and scored
 # A query has at most MAX_IMAGES texts and MAX_IMAGES negative texts. Short texts are encoded once without a template
-# and once per template. With at most MAX_TEMPLATES templates, a request never encodes more than MAX_TEXTS texts.
+# and once with each template. With at most MAX_TEMPLATES templates, a request encodes at most MAX_TEXTS texts.
 MAX_TEMPLATES = MAX_TEXTS // (2 * MAX_IMAGES) - 1
 
 
 def _require(is_valid: Callable[[str], bool], message: str) -> AfterValidator:
-    """Return a validator that raises ValueError with a message for invalid texts."""
-
     def validate(text: str) -> str:
         if not is_valid(text):
             raise ValueError(message)
@@ -80,7 +78,7 @@ HitId = Annotated[str, Field(max_length=64), VALID_UNICODE]
 Time = Annotated[float, Field(ge=-1e11, le=1e12, allow_inf_nan=False)]
 
 Item = TypeVar("Item")
-# Without fail_fast, pydantic would create an error object for every invalid item, however many there are.
+# Without fail_fast, pydantic would create an error object for every invalid item of a long list.
 Items = Annotated[list[Item], Field(fail_fast=True)]
 QueryItems = Annotated[Items[Item], Field(max_length=MAX_IMAGES)]
 
@@ -93,7 +91,7 @@ class StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _reject_unknown_fields(cls, data: Any) -> Any:
-        """Raise an error for the first unknown field, because pydantic would create an error object for each one."""
+        """Reject the first unknown field. Pydantic itself would create an error object for every unknown field."""
         if isinstance(data, dict):
             for name in data:
                 if name not in cls.model_fields:
@@ -153,24 +151,24 @@ class QueryRequest(StrictModel):
 class SearchRequest(QueryRequest):
     """A query and a filter, both optional. Without a query, images that match the filter are sorted newest first."""
 
-    top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits, not counting similar ones")
+    top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits, not counting similar images")
     offset: int = Field(
         default=0,
         ge=0,
         le=MAX_OFFSET,
-        description="number of hits to skip, counting similar ones: `next_offset` of the previous page",
+        description="number of hits to skip, counting similar images: `next_offset` of the previous page",
     )
     show_weak: bool = Field(default=False, description="also return hits if nothing in the index is close to the query")
     filter: FilterRequest = FilterRequest()  # pydantic copies defaults
     words: bool = Field(
         default=True,
-        description="rank images higher if their captions, recognised text, file name, camera and date contain all "
-        "words of `texts`",
+        description="rank an image higher if its captions, recognised text, file name, camera and date together "
+        "contain all words of `texts`",
     )
     group_similar: bool = Field(
         default=True,
-        description="return bursts and edited copies of an image as one hit, whose `similar` lists the others; ignored "
-        "without a query",
+        description="return bursts and edited copies of an image as one hit, which lists the others in `similar`; "
+        "ignored without a query",
     )
 
 
@@ -196,8 +194,8 @@ class HitResponse(_make_metadata_model("ContentFields", CONTENT_FIELDS)):  # typ
     id: str
     score: float | None = Field(description="cosine similarity to the query; null if there is no query")
     relevance: float | None = Field(
-        description="estimated probability that the image is an answer to the query, between 0 and 1; null if there is "
-        "no query for which it can be estimated, or the index is not calibrated"
+        description="estimated probability that the image is an answer to the query, from 0 to 1; null if the query "
+        "has no positive parts, or if the index is not calibrated"
     )
     images: list[ImageLocation] = Field(description=f"the first {MAX_LOCATIONS} locations")
     image_count: int = Field(description="number of locations")
@@ -222,12 +220,12 @@ class SearchResponse(BaseModel):
     total: int = Field(description="number of distinct images in the index that match the filter")
     next_offset: int | None = Field(
         description="`offset` of the next page; null if there are no further hits, or their offset would be too large. "
-        "`offset` counts hits before similar ones are grouped, so a page can end before or after `offset` + `top`"
+        "Offsets count ungrouped hits, so a page can end before or after `offset` + `top`"
     )
 
 
 class HitRequest(QueryRequest):
-    """A non-empty query, and the hit whose image or score it explains."""
+    """A non-empty query, and a hit whose score or image is to be explained."""
 
     id: HitId = Field(description="id of a hit")
 
@@ -271,7 +269,7 @@ parse_conversation = TypeAdapter(Conversation).validate_python
 
 def _parse_messages(value: Any, parse: Callable[[Any], Any]) -> Any:
     is_single = isinstance(value, list) and value and isinstance(value[0], dict)
-    return parse_conversation(value) if is_single else parse(value)  # not in a list, so that errors have valid paths
+    return parse_conversation(value) if is_single else parse(value)  # not wrapped in a list, so error paths are right
 
 
 class EmbedRequest(BaseModel):
@@ -287,14 +285,14 @@ class EmbedRequest(BaseModel):
     model: AnyText | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(
-        default=None, description="number of leading dimensions to return, normalised again; default: all"
+        default=None, description="number of leading dimensions to return, renormalised; default: all dimensions"
     )
     user: AnyText | None = None
 
     def to_inputs(self) -> list[list[str | RequestImage]]:
-        """Return the texts and images of each input. Raise ValueError if an input does not have the modality."""
+        """Return the texts and images of each input. Raise ValueError if an input is not of the given modality."""
         if (self.input is None) == (self.messages is None):
-            raise ValueError("a request must have either input or messages")
+            raise ValueError("a request must contain either input or messages")
         inputs: list[list[str | RequestImage]] = []
         for number, item in enumerate([self.input] if isinstance(self.input, str) else self.input or []):
             is_image = item.startswith(DATA_URI_PREFIX)
@@ -362,7 +360,7 @@ STATUS_CODES: dict[type[Exception], int] = {
     RequestValidationError: 422,
 }
 MAX_MESSAGE_LENGTH = 1000  # in characters; validation messages may quote parts of the request
-LOG_SECONDS = 60  # an equal message about the index is logged at most once in this time
+LOG_SECONDS = 60  # a repeated message about the index is logged at most once in this time
 RETRY_SOON = {"Retry-After": "1"}  # asks the client to wait for one second
 
 
@@ -426,7 +424,7 @@ def make_client_message(error: Exception, app: FastAPI) -> str:
         return "internal error; see the server's log"
     if not isinstance(error, IndexUnavailableError):
         return str(error)
-    # Clients do not receive the message, because it contains addresses. A page causes many equal messages.
+    # Clients do not receive the message, because it contains addresses. A search page causes many equal messages.
     warning = str(error), time.monotonic() // LOG_SECONDS
     if getattr(app.state, "last_warning", None) != warning:
         logger.warning("%s", error)

@@ -63,13 +63,14 @@ API_ERRORS: dict[int | str, dict[str, Any]] = {code: ERROR_RESPONSES[code] for c
 class Access:
     """Who may use a server."""
 
-    # Token that every request must contain, except for `public_paths`. `/health` then returns only the status. API
-    # clients send the header `Authorization: Bearer TOKEN`. In a browser, `/?token=TOKEN` starts a 24-hour session.
+    # Token that every request must contain, except for `public_paths`. API clients send it in the header
+    # `Authorization: Bearer TOKEN`. In a browser, `/?token=TOKEN` starts a 24-hour session. Without the token,
+    # `/health` returns only the status.
     token: str | None = field(default=None, repr=False)
     # Host names that are allowed in the Host header, or None for all. This prevents DNS rebinding attacks, in which a
     # website makes its own host name resolve to this machine's address.
     hosts: Sequence[str] | None = LOOPBACK
-    public_paths: Sequence[str] = ("/health",)  # do not require the token
+    public_paths: Sequence[str] = ("/health",)  # paths that do not require the token
 
 
 def create_app(
@@ -86,9 +87,9 @@ def create_app(
         model: Model that encodes texts and images. If there is an index, it must have been built with this model.
         backend: Index to search. If None, the server only computes embeddings.
         limits: Resource limits for requests. Default: `Limits()`.
-        access: Who may use the server. Default: everybody on this machine.
+        access: Who may use the server. Default: everyone on this machine.
         model_thread: Single-threaded executor in which the model was loaded. See `InferenceService`.
-        add_routes: Adds the only routes of the application. Default: all routes of this module.
+        add_routes: Function that adds routes, instead of the routes of this module.
 
     Raises:
         ValueError: The index was built with a different model, the token is not printable ASCII without spaces, or the
@@ -115,7 +116,7 @@ def create_app(
         version=__version__,
         description="Search images with full sentences, and embed texts and images.",
         lifespan=lifespan,
-        docs_url=None,  # FastAPI's documentation pages load scripts from external sites
+        docs_url=None,  # FastAPI's documentation pages would load scripts from external sites
         redoc_url=None,
         openapi_url="/openapi.json" if add_routes is None else None,
         responses={code: ERROR_RESPONSES[code] for code in ((401, 413) if auth else (413,))},
@@ -146,7 +147,7 @@ def serve(
 ) -> None:
     """Serve an application until the process receives SIGINT or SIGTERM. Wait up to 5 seconds for requests in progress.
 
-    `on_start` receives the port once the server accepts connections. Port 0 means any free port.
+    `on_start` is called with the port once the server accepts connections. Port 0 selects any free port.
     """
 
     class Server(uvicorn.Server):
@@ -184,7 +185,7 @@ def _add_status_routes(app: FastAPI, service: InferenceService, auth: Authentica
     async def health(request: Request) -> HealthResponse:
         """Return the server status. Authorized requests also receive the model name, dimension and image count.
 
-        For authorized requests, the status is 503 while the index is unavailable.
+        While the index is unavailable, authorized requests receive status 503.
         """
         if auth is not None and not auth.is_authorized(request):
             return HealthResponse()
@@ -211,7 +212,7 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
 
     @app.post("/explain", responses=API_ERRORS)
     async def explain(request: HitRequest) -> Explanation:
-        """Return how much the score of a hit changes if a word is removed from the query's texts."""
+        """Return the effect of each word of the query's texts on the score of a hit."""
         return await service.searchers.run(service.require_index().explain, request.to_query(), request.id)
 
     @app.post("/heatmap", responses=API_ERRORS)
@@ -235,7 +236,7 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
 
     @app.get("/v1/models", include_in_schema=False)
     async def list_models() -> dict[str, Any]:
-        """Return the name of the model in OpenAI's format. The other fields are constants that the format requires."""
+        """Return the model name in OpenAI's format. The other fields are constants that the format requires."""
         model = {"id": service.model_name, "object": "model", "created": 0, "owned_by": "llm2clip"}
         return {"object": "list", "data": [model]}
 
@@ -244,8 +245,7 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
     async def embed(request: EmbedRequest) -> EmbedResponse:
         """Return the embeddings of texts and images in OpenAI's format. Images must be data URIs.
 
-        The paths /embed and /v1/embeddings are equivalent. With `dimensions`, embeddings are truncated to this number
-        of dimensions and normalised again.
+        The paths /embed and /v1/embeddings are equivalent. `dimensions` truncates and renormalises the embeddings.
         """
         return await service.embedders.run(embed_inputs, request)
 
@@ -281,7 +281,7 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
         jpeg = await run_in_threadpool(service.require_index().backend.thumbnail, hit_id)
         if jpeg is None:
             raise NotFound(f"the index contains no image with id {hit_id}")
-        # The ETag is a hash of the thumbnail, because the same id may refer to a different image in another index.
+        # The ETag is a hash of the thumbnail, because an id may refer to different images in two indexes.
         tag = f'"{hashlib.sha256(jpeg).hexdigest()[:32]}"'
         headers = {"Cache-Control": "private, no-cache", "ETag": tag}
         if request.headers.get("if-none-match") == tag:
@@ -291,7 +291,7 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
     @app.get("/image/{hit_id}", response_class=Response, responses=API_ERRORS)
     async def image(hit_id: str) -> Response:
         """Return a hit's original image file."""
-        stream, media_type = await service.open_original(hit_id)
+        stream, media_type = await service.open_original_image(hit_id)
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}
         if isinstance(stream, io.BytesIO):  # the image is stored in a table cell
             return Response(stream.getvalue(), media_type=media_type, headers=headers)
@@ -307,7 +307,7 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
 
 
 class FileStream(StreamingResponse):
-    """Response that closes its generator, and so the open files, as soon as the client disconnects."""
+    """Response that closes its generator, and with it the open file, as soon as the client disconnects."""
 
     def __init__(self, chunks: AsyncGenerator[bytes, None], media_type: str, headers: Mapping[str, str]) -> None:
         super().__init__(chunks, media_type=media_type, headers=headers)
@@ -335,7 +335,7 @@ def _add_page_routes(app: FastAPI, auth: Authenticator | None) -> None:
     async def serve_static_file(name: str) -> Response:
         if name not in STATIC_FILES:
             raise NotFound(f"no such file: {name}")
-        # After an update, a browser must not combine cached scripts with new ones.
+        # After an update, a browser must not combine cached scripts with new scripts.
         return FileResponse(STATIC_FOLDER / name, headers={"Cache-Control": "no-cache"})
 
 

@@ -1,8 +1,8 @@
-"""Index backend that stores images, vectors and thumbnails in an SQLite file, and searches the vectors in memory.
+"""SQLite index backend, which searches the vectors in memory.
 
-Each search scans all vectors, quantized to int8, and scores the best candidates again with the float16 vectors. Scans
-are limited by memory bandwidth, and int8 vectors are half the size of float16 vectors (see benchmarks/search.py).
-Readers keep the quantized vectors in memory, and load only new vectors after a write.
+Each search scans all vectors, quantized to int8, and re-scores the best candidates with the float16 vectors. Memory
+bandwidth limits the speed of scans, and int8 vectors are half the size of float16 vectors (see benchmarks/search.py).
+Readers keep the quantized vectors in memory and load only new vectors after a write.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ from llm2clip.search.words import (
     sort_distinct,
 )
 
-# Minimum number of candidates to re-score. With 128, a scan of a million vectors found the exact top 10.
+# Minimum number of candidates to re-score. With 128 candidates of a million vectors, the top 10 were exact.
 MIN_CANDIDATES = 128
 CANDIDATES_PER_HIT = 4
-MIN_SCANNED = 1024  # minimum number of candidates that a scan returns; those that are not needed are not re-scored
-EXACT_BELOW = 2048  # for at most this many ids, scoring all float16 vectors is faster than scanning int8 codes first
+MIN_SCANNED = 1024  # minimum number of candidates that a scan returns, whether or not they are re-scored
+EXACT_BELOW = 2048  # up to this number of ids, scoring all float16 vectors is faster than scanning int8 codes first
 CHUNK = 65_536
 COLUMN_TYPES = {float: "REAL", int: "INTEGER", str: "TEXT"}
-# The column "location" is the reference to an image's bytes, and "max_abs" is the largest absolute value in a vector.
-# The ids of contents are never reused, so contents with the same id are equal.
+# `location` is a serialised `ImageRef`, and `max_abs` is the largest absolute value in a vector. Content ids are never
+# reused, so an id always refers to the same content.
 SCHEMA = f"""
 CREATE TABLE metadata (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE calibration (data BLOB NOT NULL);
@@ -83,8 +83,8 @@ INSERT_IMAGE = f"""
 INSERT OR REPLACE INTO images (content, {", ".join(IMAGE_COLUMNS)})
 VALUES ((SELECT id FROM contents WHERE hash = :hash), {", ".join(f":{name}" for name in IMAGE_COLUMNS)})
 """
-# SQL condition for images inside a path. An image's name must match the pattern :glob, or the pattern followed by "/"
-# (folder), "!" (tar) or "[" (table). File and folder names may also contain "!" and "[", so in these two cases, the
+# SQL condition for images inside a path. The name of an image must match the pattern :glob, or the pattern followed by
+# "/" (folder), "!" (tar) or "[" (table). File names may also contain "!" and "[", so after these two characters, the
 # image must also be stored in a tar or table whose file name matches the last part of the path (:basename).
 INSIDE_PATH = """(images.name GLOB :glob OR images.name GLOB :glob || '/*'
   OR (images.name GLOB :glob || '[![]*' AND location NOT LIKE '["FileImage"%'
@@ -101,12 +101,12 @@ def open_index(location: str, write: bool) -> Backend:
 
 
 class SqliteBackend(Backend):
-    """Index backend in a local folder, for any number of readers while one process writes to it. Thread-safe."""
+    """Index backend in a local folder, for one writing process and any number of readers. Thread-safe."""
 
     IN_IDS = "IN (SELECT value FROM json_each(:ids))"
 
     def __init__(self, folder: Path, write: bool = False) -> None:
-        """Open the index in a folder. See `open_backend`. Only the current user can read a new index.
+        """Open the index in a folder. See `open_backend`. Only the current user can read an index that is created.
 
         Raises:
             FileNotFoundError: `write` is False, and there is no complete index in the folder.
@@ -116,9 +116,9 @@ class SqliteBackend(Backend):
             raise FileNotFoundError(format_missing_index_message(folder))
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # thumbnails and captions may be private
         self.folder, self._db = folder, SqliteDatabase(folder, write)
-        self._may_have_orphans = True  # an interrupted run may leave contents that belong to no image
+        self._may_have_orphans = True  # an interrupted run may have left contents that belong to no image
         self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_cached`
-        self._vectors: tuple[tuple[Any, ...], QuantizedVectors] | None = None  # and the state of the database
+        self._vectors: tuple[tuple[Any, ...], QuantizedVectors] | None = None  # database state and its vectors
         self._vectors_lock = threading.Lock()
         if not write and (self._db.is_empty or not self.metadata()):
             raise FileNotFoundError(
@@ -187,7 +187,7 @@ class SqliteBackend(Backend):
         return f"(source = :source OR {INSIDE_PATH})", parameters
 
     def _make_path_condition(self, path: str) -> tuple[str, dict[str, Any]]:
-        # Brackets are common in file names, so they are matched literally. The root folder's pattern is empty.
+        # Brackets are common in file names, so they are matched literally. The pattern of the root folder is empty.
         pattern = path.rstrip("/").replace("[", "[[]")
         is_absolute = path.startswith("/") or not pattern
         return INSIDE_PATH, _make_path_parameters(pattern if is_absolute else f"*/{pattern}")
@@ -207,8 +207,8 @@ class SqliteBackend(Backend):
     def _find_nearest(
         self, run: Query, vector: np.ndarray, depth: int, image_filter: Filter
     ) -> tuple[np.ndarray, np.ndarray]:
-        # The last ranking is cached, because the relevance of a further page depends on the first hits of the query.
-        key = self._db.read_state(), vector.tobytes(), image_filter  # read first: the index may be newer, but not older
+        # The last ranking is cached, because the relevance of the next page also depends on the top hits.
+        key = self._db.read_state(), vector.tobytes(), image_filter  # read first, so it is never newer than the ranking
         cached = self._cache.get("nearest")
         if cached is None or cached[0][0] != key or cached[0][1] < depth:
             allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
@@ -217,9 +217,9 @@ class SqliteBackend(Backend):
         return ids[:depth], cosines[:depth]
 
     def _rank(self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the int64 ids and float32 cosine similarities of the nearest vectors, best first, then by id.
+        """Return the ids (int64) and cosine similarities (float32) of the nearest vectors, best first, then by id.
 
-        Candidates are re-scored in stages, and each stage appends hits to those of the previous stage. The first hits
+        Candidates are re-scored in stages, and each stage appends hits to the hits of the previous stage. The top hits
         therefore do not depend on `count`, so the pages of a query neither repeat nor skip images.
 
         Args:
@@ -233,7 +233,7 @@ class SqliteBackend(Backend):
         stages = [MIN_CANDIDATES]
         while stages[-1] < CANDIDATES_PER_HIT * count:
             stages.append(2 * stages[-1])
-        # If several candidates have equal codes, the number of candidates decides which of them a scan returns.
+        # If several candidates have equal codes, the number of candidates determines which of them a scan returns.
         ids = self._get_vectors().find_nearest(query, max(stages[-1], MIN_SCANNED), allowed_ids)
         scores, ranking = np.empty(0, np.float32), np.empty(0, np.int64)
         for size in stages:
@@ -277,7 +277,7 @@ class SqliteBackend(Backend):
         return images
 
     def _get_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
-        """Return the ids from `_find_matching_ids`, cached for further result pages."""
+        """Return the ids from `_find_matching_ids`, cached for further pages."""
         key = self._db.read_state(), image_filter
         slot = "newest ids" if newest_first else "ids"
         ids: np.ndarray = self._get_cached(slot, key, lambda: self._find_matching_ids(image_filter, newest_first))
@@ -286,7 +286,7 @@ class SqliteBackend(Backend):
         return ids
 
     def _find_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
-        """Return the int64 ids of all contents with a matching image, in ascending order or newest image first."""
+        """Return the ids (int64) of all contents with a matching image, in ascending order or newest image first."""
         conditions = self._make_conditions(image_filter)
         where = [*conditions.images, *conditions.contents]
         if conditions.captions is not None:
@@ -302,8 +302,8 @@ class SqliteBackend(Backend):
     # ---- vectors
 
     def _get_vectors(self) -> QuantizedVectors:
-        """Return all quantized vectors. Read only those added since the last call, unless they need a new scale."""
-        with self._vectors_lock:  # among concurrent searches, one reads the vectors while the others wait
+        """Return all quantized vectors. Read only vectors added since the last call, unless the scale must change."""
+        with self._vectors_lock:  # one of several concurrent searches reads the vectors, and the others wait
             state = self._db.read_state()
             if self._vectors is not None and self._vectors[0] == state:
                 return self._vectors[1]
@@ -312,7 +312,7 @@ class SqliteBackend(Backend):
                 vectors, last = QuantizedVectors(127 / max(max_abs or 0, 1e-6)), self._vectors
                 if last is not None and last[0][-1] == state[-1] and last[1].scale <= vectors.scale:
                     vectors = last[1]
-                else:  # free vectors that cannot be used, in case both do not fit in memory
+                else:  # free the old vectors first, because old and new vectors together may not fit in memory
                     last = self._vectors = None
                 vectors = vectors.with_added(_read_vector_chunks(db, vectors.last_id))
                 ((count,),) = db.execute("SELECT count(*) FROM contents")
@@ -326,7 +326,7 @@ class SqliteBackend(Backend):
         return np.frombuffer(vector, "<f2").astype(np.float32)
 
     def _fetch_array(self, ids: np.ndarray) -> np.ndarray:
-        """Return the vectors with the given ids, as a float16 array of shape (N, D). Removed ids have zero vectors."""
+        """Return the vectors with the given ids, of shape (N, D), float16. Removed ids have zero vectors."""
         statement = f"SELECT id, vector FROM contents WHERE id {self.IN_IDS}"
         vectors: dict[int, bytes] = dict(self._db.query(statement, {"ids": json.dumps(ids.tolist())}))
         dim = int(self.metadata()["embed_dim"])
@@ -347,7 +347,7 @@ def _make_path_parameters(pattern: str) -> dict[str, str]:
 
 
 def _read_vector_chunks(db: sqlite3.Connection, last_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the vectors after `last_id` in chunks of int64 ids of shape (N,) and float16 vectors of shape (N, D)."""
+    """Yield chunks of the vectors after `last_id`: ids of shape (N,), int64, and vectors of shape (N, D), float16."""
     cursor = db.execute("SELECT id, vector FROM contents WHERE id > ? ORDER BY id", (last_id,))
     while rows := cursor.fetchmany(CHUNK):
         ids = np.array([content_id for content_id, _ in rows], dtype=np.int64)
@@ -361,8 +361,8 @@ def _read_vector_chunks(db: sqlite3.Connection, last_id: int) -> Iterator[tuple[
 class QuantizedVectors:
     """Vectors quantized to int8 by rounding scale * x and clipping to ±127.
 
-    All vectors share one scale, so their dot products with a query are comparable. Vectors are stored in blocks, sorted
-    by id, so an update copies only a few blocks instead of all vectors.
+    All vectors share a scale, so their dot products with a query are comparable. They are stored in blocks, sorted by
+    id, so that an update copies only a few blocks instead of all vectors.
     """
 
     def __init__(self, scale: float, blocks: Sequence[Block] = ()) -> None:
@@ -376,9 +376,9 @@ class QuantizedVectors:
         return sum(len(ids) for ids, _ in self.blocks)
 
     def with_added(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> QuantizedVectors:
-        """Return a new object with chunks of additional int64 ids and float16 vectors. Both objects share most blocks.
+        """Return a copy with additional vectors, as chunks of int64 ids and float16 vectors. Most blocks are shared.
 
-        The ids must be larger than all previous ids.
+        The new ids must be larger than all previous ids.
         """
         blocks = list(self.blocks)
         for ids, vectors in chunks:
@@ -390,12 +390,12 @@ class QuantizedVectors:
         return QuantizedVectors(self.scale, blocks)
 
     def with_only(self, ids: np.ndarray) -> QuantizedVectors:
-        """Return a new object without the vectors whose ids are not in the sorted array `ids`."""
+        """Return a copy that contains only the vectors whose ids are in the sorted array `ids`."""
         blocks = [_select(block, ids) for block in self.blocks]
         return QuantizedVectors(self.scale, [block for block in blocks if len(block[0])])
 
     def find_nearest(self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None = None) -> np.ndarray:
-        """Return the ids of the vectors with the largest dot products with a quantized query, largest first."""
+        """Return the ids of the vectors with the largest dot products with the quantized query, largest first."""
         # The query may use a different scale, because constant factors do not change the ranking.
         query_code = np.rint(query * (127 / max(float(np.abs(query).max()), 1e-6))).astype(np.int8)
         best_ids, best_distances = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
@@ -415,7 +415,7 @@ class QuantizedVectors:
 
 
 def _select(block: Block, allowed_ids: np.ndarray) -> Block:
-    """Return the vectors of a block whose ids are in a sorted array: the block itself if it contains no others."""
+    """Return the vectors of a block whose ids are in a sorted array. If all are, return the block itself."""
     ids, codes = block
     first, end = np.searchsorted(allowed_ids, (ids[0], ids[-1] + 1))
     allowed = np.isin(ids, allowed_ids[first:end], assume_unique=True)
@@ -430,10 +430,13 @@ def quantize(vectors: np.ndarray, scale: float) -> np.ndarray:
 
 
 class SqliteDatabase:
-    """Connection to an index database. `is_empty` if it was empty when it was opened for reading. Thread-safe."""
+    """Connection to an index database. Thread-safe.
+
+    `is_empty` is True if the database was empty when it was opened for reading.
+    """
 
     def __init__(self, folder: Path, write: bool) -> None:
-        """Open the database in an existing folder. With `write`, create the database if it does not exist."""
+        """Open the database in an existing folder. With `write`, create it if it does not exist."""
         self.file = folder / INDEX_FILE
         if not self.file.exists():
             self.file.touch(mode=0o600)  # SQLite's temporary files inherit these permissions
@@ -446,7 +449,7 @@ class SqliteDatabase:
             if version:
                 check_format_version(self.file, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
             if write:
-                # Affects only new databases. A page should hold several vectors, each of which takes about 2 KB.
+                # Affects only new databases. A page should hold several vectors of about 2 KB each.
                 self.connection.execute("PRAGMA page_size = 16384")
                 self.connection.execute("PRAGMA journal_mode = WAL")
                 self.connection.execute("PRAGMA foreign_keys = ON")
@@ -455,7 +458,7 @@ class SqliteDatabase:
 
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
         with self._lock, self._convert_errors():
-            self._follow_path()
+            self._reopen_if_replaced()
             return self.connection.execute(sql, parameters).fetchall()
 
     @contextmanager
@@ -467,13 +470,13 @@ class SqliteDatabase:
 
     @contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
-        """Open a separate connection to read a database snapshot without blocking other threads.
+        """Open a separate connection that reads a snapshot of the database without blocking other threads.
 
-        If the open file is no longer at its path, no other connection can read it, so other threads are blocked.
+        If the open file is no longer at its path, the main connection is used, which blocks other threads.
         """
         with self._convert_errors():
             with self._lock:
-                if not self._follow_path():
+                if not self._reopen_if_replaced():
                     yield self.connection
                     return
             with closing(self._connect()) as db:
@@ -493,11 +496,12 @@ class SqliteDatabase:
         uri = f"{self.file.absolute().as_uri()}?{mode}"
         return sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, timeout=60)
 
-    def _follow_path(self) -> bool:
-        """If the index file was replaced since it was opened, open the new file. Raise if model or format differ.
+    def _reopen_if_replaced(self) -> bool:
+        """If the index file has been replaced since it was opened, open the new file.
 
-        Return False if there is no file at the path, or if `llm2clip index` has just created the file and not yet
-        stored the model: the old file is then still read.
+        Return False if there is no file at the path, or if `llm2clip index` has just created the file and has not
+        stored the model yet. In these cases, keep reading the old file. Raise IndexUnavailableError if the model or
+        format of the new index differs.
         """
         file_id = self._read_file_id()
         if file_id in (self.file_id, ()):
@@ -529,10 +533,10 @@ class SqliteDatabase:
         return False
 
     def _read_file_id(self) -> tuple[int, ...]:
-        """Return numbers that change if the database file is replaced, or an empty tuple if it was deleted.
+        """Return an identifier of the database file that changes if the file is replaced, or () if it was deleted.
 
-        If this machine cannot write to the disk, they also change if another machine writes to the file, because
-        immutable connections do not notice this.
+        If this machine cannot write to the disk, the identifier also changes when another machine writes to the file,
+        because immutable connections do not notice changes.
         """
         try:
             stat = self.file.stat()
@@ -544,11 +548,11 @@ class SqliteDatabase:
 
     @contextmanager
     def _convert_errors(self) -> Iterator[None]:
-        """Convert SQLite errors, such as a full disk or a locked database, to errors that name the file."""
+        """Convert SQLite errors, such as a full disk or a locked database, to OSErrors that name the file."""
         try:
             yield
         except sqlite3.Error as error:
-            # A table is missing or locked, or the disk is full; or the file is corrupt or not a database.
+            # OperationalError: a table is missing or locked, or the disk is full. DatabaseError: the file is corrupt.
             is_unavailable = isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
             advice = ""
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT:

@@ -1,4 +1,4 @@
-"""Images, contents and hits of an index, errors that searches raise, and deadlines of requests."""
+"""Data types of an index (images, contents, hits), exceptions of searches, and request deadlines."""
 
 import json
 import math
@@ -21,7 +21,7 @@ REF_TYPES: dict[str, type[ImageRef]] = {
     "TarImage": TarImage,
     "ParquetImage": ParquetImage,
 }
-MAX_LOCATIONS = 100  # maximum per hit; web datasets contain some images hundreds of thousands of times
+MAX_LOCATIONS = 100  # per hit; web datasets contain some images hundreds of thousands of times
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,12 @@ class IndexedImage(ImageMetadata):
     name: str  # canonical path: `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`; unique within an index
     ref: ImageRef
     source: str  # in the format of `open_records`, with an absolute path
-    file_version: str  # size and modification time of the file, used to detect changes
+    file_version: str  # size and modification time of the file, to detect changes
     captions: tuple[str, ...] = ()
 
     @property
     def container(self) -> str:
-        """Path of the image file, or of the tar file or table that contains the image."""
+        """Path of the image file, or of the tar file or table that contains it."""
         if isinstance(self.ref, FileImage):
             return self.name
         name = self.name
@@ -47,7 +47,7 @@ class IndexedImage(ImageMetadata):
 
     @property
     def file_name(self) -> str:
-        """File name without folders, which may be private. For an image in a table, the form is `TABLE[ROW].COLUMN`."""
+        """File name without the folders, which may be private. An image in a table has the form `TABLE[ROW].COLUMN`."""
         name = self.name
         if isinstance(self.ref, TarImage):
             name = name[len(self.container) + len("!") :].removesuffix(f"@{self.ref.offset}")
@@ -55,13 +55,13 @@ class IndexedImage(ImageMetadata):
 
     @property
     def has_exif_time(self) -> bool:
-        """True if `taken` is an EXIF time. False if it is, or could be, the modification time of a file or dataset."""
+        """True if `taken` is an EXIF time, False if it is or could be the modification time of a file or dataset."""
         _, _, nanoseconds = self.file_version.partition(" ")
         return nanoseconds.isdigit() and abs(self.taken - int(nanoseconds) / 1e9) > TIME_OFFSET / 2
 
 
 class ImageState(NamedTuple):
-    """State of an image, used to detect changes since indexing."""
+    """State of an indexed image, from which changes are detected."""
 
     file_version: str
     captions: tuple[str, ...]
@@ -69,7 +69,7 @@ class ImageState(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexedContent(ContentMetadata):
-    """Content of an image file, shared by all images with identical bytes, with its metadata."""
+    """Content of an image file, shared by all images with identical bytes, and its metadata."""
 
     hash: bytes  # SHA-256 hash of the encoded image
     vector: np.ndarray  # L2-normalised embedding of shape (D,), float16
@@ -78,7 +78,7 @@ class IndexedContent(ContentMetadata):
 
 @dataclass(frozen=True)
 class SimilarHit:
-    """A hit that was added to a similar hit with a better rank. Names are those of its first image."""
+    """A hit that was grouped with a similar hit of a better rank. The names are those of its first image."""
 
     id: str
     name: str
@@ -87,22 +87,22 @@ class SimilarHit:
 
 @dataclass(frozen=True)
 class Hit(ContentMetadata):
-    """A search result, with the metadata of its content."""
+    """A search result and the metadata of its content."""
 
     id: str  # identifier of the image content; unique within an index
     score: float | None  # cosine similarity to the query vector, or None without a query
-    images: tuple[IndexedImage, ...]  # at most MAX_LOCATIONS; those that match the filter's conditions come first
-    image_count: int  # number of all images with this content
-    # Fields that contain words of the query (`caption`, `text`, `name`, `camera`, `date`) if the image contains all
-    # words of the query, otherwise empty.
+    images: tuple[IndexedImage, ...]  # at most MAX_LOCATIONS, images that match the filter first
+    image_count: int  # total number of images with this content
+    # Fields that contain words of the query (`caption`, `text`, `name`, `camera`, `date`). Empty unless the image
+    # contains all words of the query.
     matched: tuple[str, ...] = ()
     text: str = ""  # recognised in the image
     relevance: float | None = None  # estimated probability of being an answer (see `search.relevance`), or None
-    similar: tuple[SimilarHit, ...] = ()  # hits that were added to this hit because they are similar to it, best first
+    similar: tuple[SimilarHit, ...] = ()  # hits that were grouped with this hit, best first
 
     @property
     def details(self) -> list[Detail]:
-        """Lines about the image and its first location, for the user."""
+        """Metadata lines about the image and its first location, for the user."""
         return list_details(self, self.images[0])
 
 
@@ -125,22 +125,22 @@ class NotFound(LookupError):
 
 
 class UnsupportedQuery(ValueError):
-    """Raised when a query is valid, but asks for something that is not available for it."""
+    """Raised when the requested operation is not available for a valid query."""
 
 
 class IndexUnavailableError(OSError):
-    """An index cannot be read, for example because its server is down. Trying again later may help."""
+    """Raised when an index cannot be read, for example because its server is down. A later attempt may succeed."""
 
 
 # ---- deadlines
 
 
 class DeadlineExceeded(TimeoutError):
-    """Raised when a request to the server has taken longer than the time limit."""
+    """Raised when a request exceeds the server's time limit."""
 
 
 class Deadline(NamedTuple):
-    """End of a request, as `time.monotonic`, and the time limit of requests in seconds."""
+    """Deadline of a request, on the clock of `time.monotonic`, and the time limit in seconds."""
 
     end: float = math.inf
     limit: float = math.inf
@@ -158,7 +158,7 @@ current_deadline: ContextVar[Deadline] = ContextVar("current_deadline", default=
 
 
 class Slots:
-    """Context manager that a limited number of threads can hold. Waiting for it ends at the request's deadline."""
+    """Semaphore as a context manager. Entering it raises DeadlineExceeded after the request's deadline."""
 
     def __init__(self, count: int) -> None:
         self._semaphore = threading.BoundedSemaphore(count)

@@ -1,8 +1,8 @@
 """Word search over the texts of indexed images: queries, rank fusion, and SQLite's full-text tables (FTS5).
 
-With SQLite, the table `texts` has one row per image, with the same id as in `images`. Two full-text tables index it:
-`words` finds whole words, ignoring case and diacritics, and `trigrams` finds substrings, for languages such as Chinese
-that do not separate words with spaces. All texts are stored as returned by `normalize`.
+In SQLite, the table `texts` has one row per image, with the same id as in `images`. Two full-text tables index `texts`:
+`words` finds words, ignoring case and diacritics. `trigrams` finds substrings, for languages such as Chinese that do
+not separate words with spaces. All texts are stored as returned by `normalize`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llm2clip.io_utils import UNSPACED, to_valid_unicode
 from llm2clip.search.metadata import normalize, to_datetime
 from llm2clip.search.types import IndexedImage
 
-# The fields of an image's texts, which are the columns of `words`, and their names in search results.
+# Text fields of an image, which are the columns of `words`, and their names in search results.
 FIELDS = {"captions": "caption", "text": "text", "name": "name", "camera": "camera", "date": "date"}
 SUBSTRING_COLUMNS = ("captions", "text", "name")  # columns of `trigrams`
 FULL_TEXT_TABLES = {"words": tuple(FIELDS), "trigrams": SUBSTRING_COLUMNS}
@@ -39,24 +39,23 @@ CREATE VIRTUAL TABLE words USING fts5(
 CREATE VIRTUAL TABLE trigrams USING fts5(
   captions, text, name, content='texts', content_rowid='id', tokenize='trigram case_sensitive 1');
 """
-SEPARATOR = "\x1f"  # precedes each caption in `texts`; never occurs in normalised texts
+SEPARATOR = "\x1f"  # precedes each caption in `texts`; does not occur in normalised texts
 TRIGRAM_LENGTH = 3  # `trigrams` cannot find shorter texts
 UNSPACED_PARTS = re.compile(rf"(?:[^\W_]|{UNSPACED.pattern})+")  # \w excludes vowel signs and tone marks
-# A query with more or longer words is a description, and is searched only by its embedding.
+# Larger queries are descriptions, for which only the embedding is used.
 MAX_QUERY_WORDS, MAX_QUERY_LENGTH = 32, 500
-# If more images contain all words of a query, the words say little about each image, such as the file name prefix IMG,
-# and only the embedding is used. The limit is the larger of MIN_COMMON and this fraction of the index, and at most
-# MAX_MATCHES, whose scores take 30 ms.
+# If too many images contain all words of a query, such as the file name prefix IMG, the words say little about each
+# image, and only the embedding is used. The maximum is MAX_MATCHED_FRACTION of the index, but at least MIN_COMMON and
+# at most MAX_MATCHES, for which scoring takes 30 ms.
 MIN_COMMON, MAX_MATCHED_FRACTION, MAX_MATCHES = 100, 0.1, 20_000
-# Number of locations of a hit that are read to find the matching fields. The locations of an image usually have the
-# same captions.
+# Number of locations per hit in which matching fields are looked up, because locations usually have the same captions.
 MATCHED_LOCATIONS = 5
-MAX_FUSED = 1000  # maximum number of word matches, and of most similar images, that change each other's rank
+MAX_FUSED = 1000  # number of top word matches, and of most similar images, that are merged by rank fusion
 RRF_K = 60  # constant of reciprocal rank fusion (Cormack et al., 2009)
 
 
 def make_fields(image: IndexedImage, text: str = "") -> dict[str, str]:
-    """Return the texts of an image in normalised form, keyed by FIELDS. `text` was recognised in the image."""
+    """Return the normalised texts of an image, keyed by FIELDS. `text` is the text recognised in the image."""
     taken = to_datetime(image.taken)
     folder = image.source
     while folder not in ("", "/") and not image.name.startswith(os.path.join(folder, "")):
@@ -71,7 +70,7 @@ def make_fields(image: IndexedImage, text: str = "") -> dict[str, str]:
 
 
 def split_words(texts: Iterable[str]) -> list[list[str]]:
-    """Split normalised texts into words without diacritics, with the tokenizer of the full-text table `words`."""
+    """Split normalised texts into words without diacritics, exactly as the full-text table `words` does."""
     words: list[list[str]] = []
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
         db.execute(f"CREATE VIRTUAL TABLE texts USING fts5(text, content='', tokenize='{TOKENIZER}')")
@@ -120,12 +119,12 @@ class WordQuery:
 
 
 def quote(text: str) -> str:
-    """Return a full-text query that matches a text literally, because FTS5 queries have operators such as NEAR."""
+    """Quote a text, so that FTS5 does not interpret words such as NEAR as operators."""
     return '"' + text.replace('"', '""') + '"'
 
 
 def make_caption_condition(caption: str) -> tuple[str, dict[str, str]]:
-    """Return an SQL condition for `images` with a caption that contains a text, ignoring case, and its parameter."""
+    """Return an SQL condition for `images` whose captions contain a text, ignoring case, and its parameter."""
     text = normalize(caption)
     if not text:
         return "images.id IN (SELECT id FROM texts WHERE captions != :caption)", {"caption": ""}
@@ -136,13 +135,13 @@ def make_caption_condition(caption: str) -> tuple[str, dict[str, str]]:
 
 
 def find_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.ndarray | None) -> np.ndarray:
-    """Return the ids of at most MAX_FUSED contents with all words, best BM25 score first. None if too many match."""
+    """Return the ids of at most MAX_FUSED contents with all words, best BM25 score first, or none if too many match."""
     tables, conditions, parameters = _make_match(query)
     ranks = [f"{table}.rank" for table in FULL_TEXT_TABLES if table in tables]
     source = f"FROM {tables} WHERE {' AND '.join(conditions)}"
     ((total,),) = db.execute("SELECT count(*) FROM texts")
     limit = compute_match_limit(total)
-    if ranks:  # matches are counted first, because computing their BM25 scores takes 20 times as long
+    if ranks:  # count the matches first, because computing their BM25 scores takes 20 times as long
         ((matched,),) = db.execute(f"SELECT count(*) FROM (SELECT 1 {source} LIMIT {limit + 1})", parameters)
         if matched > limit:
             return np.empty(0, np.int64)
@@ -156,14 +155,14 @@ def find_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.ndarr
 
 
 def sort_distinct(ids: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Sort ids by their lowest key, then by id. Ids that occur several times are returned once."""
+    """Sort distinct ids by their lowest key, then by id."""
     ids = ids[np.lexsort((ids, keys))]
     _, first = np.unique(ids, return_index=True)
     return ids[np.sort(first)]
 
 
 def read_fields(db: sqlite3.Connection, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
-    """Return the fields of the images that contain all words of a query, for the given contents, and content ids."""
+    """Return pairs of content id and text fields, for the images of the given contents that contain all words."""
     tables, conditions, parameters = _make_match(query)
     # With CROSS JOIN, SQLite looks up the given contents instead of reading all matches.
     tables = tables.replace(" JOIN ", " CROSS JOIN ")
@@ -180,7 +179,7 @@ def read_fields(db: sqlite3.Connection, query: WordQuery, ids: Sequence[int]) ->
 def find_matched_fields(
     query: WordQuery, images: Sequence[tuple[int, Mapping[str, str]]]
 ) -> dict[int, tuple[str, ...]]:
-    """Return the names of the fields that contain words of the query, keyed by content id."""
+    """Return the names of the fields that contain words of a query, keyed by content id."""
     phrases = [f" {' '.join(words)} " for words in split_words(query.words) if words]
     matched: dict[int, set[str]] = {}
     for (content, fields), field_words in zip(images, split_fields([fields for _, fields in images]), strict=True):
@@ -223,8 +222,8 @@ def compute_match_limit(total: int) -> int:
 def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Merge two rankings by reciprocal rank fusion: the score of an id is the sum of 1 / (60 + rank) over the rankings.
 
-    Only the MAX_FUSED best ids of each ranking are fused. The other ids of the first ranking follow in their order, so
-    a longer first ranking does not change the order of the ids that come first.
+    Only the top MAX_FUSED ids of each ranking are fused. The remaining ids of the first ranking follow in their
+    original order, so a longer first ranking does not change the order of the top ids.
     """
     scores: dict[int, float] = {}
     for ranking in (first, second):
@@ -239,7 +238,7 @@ def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def add_texts(connection: sqlite3.Connection, images: Iterable[IndexedImage]) -> None:
-    """Add the rows of images that have just been added."""
+    """Add rows for images that have just been added to `images`."""
     ((last,),) = connection.execute("SELECT coalesce(max(id), 0) FROM texts")
     for image in images:
         connection.execute(
@@ -256,7 +255,7 @@ def add_texts(connection: sqlite3.Connection, images: Iterable[IndexedImage]) ->
 
 
 def remove_texts(connection: sqlite3.Connection, names: Iterable[str]) -> None:
-    """Remove the rows of images that are about to be removed or replaced."""
+    """Remove the rows of images that are about to be removed from `images` or replaced."""
     _remove_from_full_text(connection, "SELECT id FROM images WHERE name = ?", [(name,) for name in names])
     connection.execute("DELETE FROM texts WHERE id IN removed_texts")
 
@@ -269,7 +268,7 @@ def set_recognized_text(connection: sqlite3.Connection, content: int, text: str)
 
 
 def _add_to_full_text(connection: sqlite3.Connection, condition: str) -> None:
-    # One statement per table, because FTS5 would write to the disk after each trigger call.
+    # One statement per table: with triggers, FTS5 would write to the disk after each row.
     for table, columns in FULL_TEXT_TABLES.items():
         listed = ", ".join(columns)
         rows = f"SELECT id, {listed} FROM texts WHERE {condition}"
@@ -277,7 +276,7 @@ def _add_to_full_text(connection: sqlite3.Connection, condition: str) -> None:
 
 
 def _remove_from_full_text(connection: sqlite3.Connection, statement: str, parameters: Sequence[tuple[Any]]) -> None:
-    """Store the ids from a statement in `removed_texts`, and remove these rows from the full-text tables."""
+    """Store the ids that `statement` selects in `removed_texts`, and remove their rows from the full-text tables."""
     connection.execute("CREATE TEMP TABLE IF NOT EXISTS removed_texts (id INTEGER PRIMARY KEY)")
     connection.execute("DELETE FROM removed_texts")
     connection.executemany(f"INSERT INTO removed_texts {statement}", parameters)

@@ -1,4 +1,4 @@
-"""Overview of a dataset: what `llm2clip data` prints, and its HTML page with example images."""
+"""Overview of a dataset, which `llm2clip data` prints, and an HTML page with example images."""
 
 import json
 import os
@@ -41,15 +41,15 @@ from llm2clip.io_utils import (
 from llm2clip.reports import BAD, Block, Code, Example, Examples, Figure, Heading, Paragraph, Table, write_report
 from llm2clip.runs.run_description import build_run_section, describe_run
 
-NUM_EXAMPLES = 24  # images shown on the page
-EXAMPLES_PER_REASON = 3  # skipped rows listed for each reason
-MAX_LANGUAGE_SAMPLE = 10_000  # texts of each kind whose language is identified
+NUM_EXAMPLES = 24  # images on the page
+EXAMPLES_PER_REASON = 3  # listed skipped rows per reason
+MAX_LANGUAGE_SAMPLE = 10_000  # texts per field whose language is identified
 MIN_LANGUAGE_SHARE = 0.01  # rarer languages are counted as "other", because most of them are errors
-MAX_LISTED = 20  # splits and file name suffixes listed
-MAX_TEXTS = 50  # texts of each kind shown below an image
-MIN_HELD_OUT = 50  # with fewer held-out images, recall says little about other images
-OTHER_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,4}$")  # of listed files; longer suffixes are part of the name
-SMALL_SIDE = 224  # in pixels; input resolution of most vision towers
+MAX_LISTED = 20  # listed splits, and file name suffixes
+MAX_TEXTS = 50  # texts per field below an image
+MIN_HELD_OUT = 50  # with fewer held-out images, the recall is only a rough estimate
+OTHER_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,4}$")  # longer suffixes are part of the file name
+SMALL_SIDE = 224  # input resolution of most vision towers, in pixels
 FIT_MAX_SKIPPED = 0.05  # default of `fit --max_skipped`
 FIELD_LABELS = {name: name.replace("_", " ") for name in TEXT_FIELDS}
 
@@ -59,19 +59,17 @@ SkippedRow = tuple[str, int, str, str]  # file, row, reason and value
 
 @dataclass
 class DataOverview:
-    """What a dataset contains."""
-
-    sources: list[str]  # as given by the user
+    sources: list[str]  # as specified by the user
     statistics: TableStatistics
     languages: dict[str, Counter[str]]  # language codes of sampled texts, keyed by text field; empty without py3langid
-    training: list[str]  # what `fit` would train on and hold out, as sentences
+    training: list[str]  # sentences about the images that `fit` would train on and hold out
     num_training: int  # number of images that `fit` would train on
     num_held_out: int
     log: SkipLog
-    skipped: list[SkippedRow]  # the first skipped rows of each reason
+    skipped: list[SkippedRow]  # first skipped rows for each reason
     other_files: Counter[str]  # number of files per suffix in folders, except images
     table_bytes: int  # size of the record table on disk
-    seconds: float  # time that it took to build or open the table
+    seconds: float  # time to build or open the table
 
     @property
     def num_captions(self) -> int:
@@ -122,7 +120,7 @@ def inspect_data(
 
 
 def count_other_files(sources: Sequence[str]) -> Counter[str]:
-    """Return the number of files that no format reads in local folders, keyed by suffix, such as ".mp4"."""
+    """Return the number of files in unsupported formats in local folders, keyed by suffix such as ".mp4"."""
     formats = load_formats().values()
     readable = (*(f".{suffix}" for suffix in IMAGE_SUFFIXES), *(suffix for each in formats for suffix in each.suffixes))
     suffixes: Counter[str] = Counter()
@@ -154,11 +152,11 @@ def sample_texts(table: RecordTable, field: str, count: int) -> Iterator[str]:
     if not len(rows):
         return
     num_rows = max(1, min(len(rows), len(rows) * count // int(num_texts.sum())))
-    spaced = rows[choose_evenly(len(rows), num_rows)]
+    spaced = rows[get_evenly_spaced_indices(len(rows), num_rows)]
     yield from islice(table.select(spaced).iterate_texts([field]), count)
 
 
-def choose_evenly(length: int, count: int) -> np.ndarray:
+def get_evenly_spaced_indices(length: int, count: int) -> np.ndarray:
     return np.linspace(0, length - 1, min(length, count)).astype(np.int64)
 
 
@@ -166,7 +164,7 @@ def choose_evenly(length: int, count: int) -> np.ndarray:
 
 
 def describe_data(overview: DataOverview) -> str:
-    """State in words what matters most for training on the data: the worst problem, or that the data are ready."""
+    """Describe the worst problem of the data in words, or state that they can be used for training."""
     statistics, log = overview.statistics, overview.log
     captions = overview.num_captions
     size = f"{format_count(statistics.num_images, 'image')} with {format_count(captions, 'caption')}"
@@ -243,7 +241,7 @@ def _build_captions(overview: DataOverview) -> list[Block]:
             f"maximum {counts_per_image.maximum:,}."
         )
         if num_single := counts_per_image.count_below(2):
-            text += f" Images with a single caption: {num_single:,}. `tune` uses only images with at least two."
+            text += f" Images with a single caption: {num_single:,}. `tune` requires at least two captions per image."
         blocks.append(Paragraph(text))
     words = {FIELD_LABELS[name]: statistics.words for name, statistics in texts.items()}
     blocks.append(Figure(plot_histograms(words, "words", "texts"), "Lengths of the texts."))
@@ -268,7 +266,7 @@ def _build_languages(languages: dict[str, Counter[str]]) -> list[Block]:
         shares = [_format_percent(n, counts.total()) for n, counts in zip(others, sampled.values(), strict=True)]
         rows.append(["other", *shares])
     captions = format_count(total.total(), "evenly spaced caption")
-    text = f"Languages of {captions}, identified by py3langid. Short texts are guesses."
+    text = f"Languages of {captions}, identified by py3langid. Results for short texts are unreliable."
     return [Paragraph(text), Table(["language", *(FIELD_LABELS[name] for name in sampled)], rows)]
 
 
@@ -316,7 +314,7 @@ def _build_skipped(overview: DataOverview) -> list[Block]:
         blocks.append(Table(["reason", "skipped rows"], [(r, f"{n:,}") for r, n in log.skipped.most_common()]))
     if log.dropped:
         rows = [(reason, f"{count:,}") for reason, count in log.dropped.most_common()]
-        blocks.append(Table(["parts of rows that are not used", "rows"], rows))
+        blocks.append(Table(["unused parts of rows", "rows"], rows))
     if overview.skipped:
         header = ["file", "row", "reason", "value"]
         blocks.append(Table(header, overview.skipped))
@@ -332,7 +330,7 @@ def _format_percent(count: int, total: int) -> str:
 
 def write_page(file: Path, overview: DataOverview, table: RecordTable, next_commands: str) -> None:
     rows = np.flatnonzero(table.has_image)
-    cards = [_make_card(table[int(row)]) for row in rows[choose_evenly(len(rows), NUM_EXAMPLES)]]
+    cards = [_make_card(table[int(row)]) for row in rows[get_evenly_spaced_indices(len(rows), NUM_EXAMPLES)]]
     blocks = build_blocks(overview)
     if cards:
         text = f"{format_count(len(cards), 'evenly spaced image')}, each with all its texts."
@@ -345,7 +343,7 @@ def write_page(file: Path, overview: DataOverview, table: RecordTable, next_comm
 
 
 def _make_card(record: Record) -> Example:
-    from llm2clip.caption.files import make_card, shorten_text
+    from llm2clip.caption.files import make_image_card, shorten_text
 
     assert record.image is not None
     details = [f"id {record.id}"] if record.id != Path(str(record.image)).stem else []
@@ -357,4 +355,4 @@ def _make_card(record: Record) -> Example:
             shown = [shorten_text(text) for text in values[:MAX_TEXTS]]
             more = [f"… and {len(values) - MAX_TEXTS:,} more"] if len(values) > MAX_TEXTS else []
             texts[FIELD_LABELS[field]] = [*shown, *more]
-    return make_card(record.image, details, texts)
+    return make_image_card(record.image, details, texts)

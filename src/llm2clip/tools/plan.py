@@ -18,7 +18,7 @@ from llm2clip.config import FitConfig
 from llm2clip.cpu_tuning import get_available_memory
 from llm2clip.data.records import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
-from llm2clip.evaluate.encoder_choice import describe_encoder, resolve_auto
+from llm2clip.evaluate.encoder_choice import describe_encoder, resolve_auto_encoder
 from llm2clip.io_utils import format_bytes, format_count
 from llm2clip.reports import Paragraph, Table, render_text
 from llm2clip.runs.output_folder import MAX_CHECKPOINTS
@@ -37,7 +37,7 @@ from llm2clip.tools.plan_memory import (
 from llm2clip.train.losses import get_loss
 from llm2clip.train.sampling import resolve_images_per_step
 
-CHARACTERS_PER_TOKEN = 4  # approximate value for English text
+CHARACTERS_PER_TOKEN = 4  # approximation for English text
 # Settings that reduce the memory of each stage.
 MEMORY_ADVICE = {
     "tune": "To reduce it: --tune.gradient_checkpointing true, --tune.grad_cache true, a lower --tune.batch_tokens, "
@@ -45,15 +45,15 @@ MEMORY_ADVICE = {
     "embed": "To reduce it: use a smaller model or fewer layers (--encoder.layers).",
     "align": "To reduce it: a lower --align.micro_batch_size, --align.lora_r 16, or --use_fsdp with several devices.",
 }
-SAMPLED_RECORDS = 1000  # number of records used to estimate caption counts and lengths
+SAMPLED_RECORDS = 1000  # number of records for estimating caption counts and lengths
 
 
 @dataclass(frozen=True)
 class Plan:
     """Resource estimates for a `fit` run.
 
-    In `config`, precisions are resolved for the device, and the `align` batch size is reduced if there are too few
-    images. `text` and `image` are the costs of the caption encoder and of the model that `align` trains.
+    In `config`, precisions are resolved for the device, and the batch size of `align` is reduced if there are too few
+    images. `text` are the costs of the caption encoder, and `image` the costs of the model that `align` trains.
     """
 
     config: FitConfig
@@ -69,7 +69,7 @@ class Plan:
         """FLOPs per image in an `align` step.
 
         The keys are "once" (forward and backward passes), "repeated" (additional forward passes), "loss" and "total".
-        With self-distillation, "once" includes the pretrained tower's forward pass.
+        With self-distillation, "once" includes the forward pass of the pretrained tower.
         """
         align, image, count = self.config.align, self.image, self.machine.count
         uses_grad_cache = (align.micro_batch_size or align.batch_size) < align.batch_size
@@ -122,7 +122,7 @@ class Plan:
 
     @property
     def images_per_second(self) -> float:
-        """Number of images that each device must decode per second in `align`; 0 if the tower is frozen."""
+        """Number of images that must be decoded per second and device in `align`. 0 if the tower is frozen."""
         align = self.config.align
         if align.tower_lr == 0:
             return 0.0
@@ -138,10 +138,11 @@ def plan_fit(
 ) -> Plan:
     """Estimate the parameters, FLOPs, memory and hours of a `fit` run.
 
-    The numbers of captions per image, assumed to be distinct, and of tokens per caption, including the template, are
-    means.
-
     For `--encoder.path auto`, the largest candidate is assumed.
+
+    Args:
+        captions_per_image: Mean number of captions per image, which are assumed to be distinct.
+        tokens_per_caption: Mean number of tokens per caption, including the template.
 
     Raises:
         ValueError: A model is unknown, a number is not positive, or there are too few images for one step.
@@ -150,7 +151,7 @@ def plan_fit(
     for name, value in data.items():
         if value <= 0:
             raise ValueError(f"--{name} must be greater than 0 (got {value})")
-    config = resolve_auto(config)
+    config = resolve_auto_encoder(config)
     stages: dict[str, Any] = {}
     for stage in ("tune", "embed", "align"):
         settings = getattr(config, stage)
@@ -262,10 +263,11 @@ def _make_time_table(plan: Plan) -> Table:
 
 
 def check_resources(config: FitConfig, run_dir: Path, records: RecordTable | None) -> list[str]:
-    """Check before a run starts that there is enough free disk space. Return warnings about a lack of memory.
+    """Check before a run that there is enough free disk space. Return warnings if there is not enough memory.
 
     Args:
-        records: Training records. None if they do not exist yet: then only the disk space for the models is checked.
+        records: Training records, or None if they do not exist yet. Without records, only the disk space for the models
+            is checked.
 
     Raises:
         OSError: There is not enough free disk space.
@@ -293,7 +295,7 @@ def check_resources(config: FitConfig, run_dir: Path, records: RecordTable | Non
 
 
 def measure_captions(records: RecordTable) -> dict[str, Any]:
-    """Return the arguments of `plan_fit` that describe the data, or an empty dict without images or captions."""
+    """Return the arguments of `plan_fit` that describe the data, or {} if there are no images or captions."""
     images = int(records.has_image.sum())
     texts = list(records[:SAMPLED_RECORDS].iterate_texts(CAPTION_FIELDS))
     if not images or not texts:
@@ -315,9 +317,9 @@ def _detect_machine() -> Machine:
 
 
 def _check_disk_space(plan: Plan, run_dir: Path) -> None:
-    """Raise OSError if the files that a run has not yet written do not fit on the disk."""
+    """Raise OSError if there is not enough disk space for the files that the run has not written yet."""
     trained = plan.image.trained + (plan.text.trained if plan.config.tune.steps else 0)
-    # Checkpoints contain each trained weight and AdamW's two moments. The encoder is saved in both tune/ and model/.
+    # Checkpoints contain trained weights and AdamW's two moments. The encoder is saved in both tune/ and model/.
     sizes = {
         "caption encoder": 2 * 4 * plan.text.parameters,
         "model": 4 * plan.image.parameters,

@@ -1,11 +1,11 @@
 """Parameter counts, FLOPs and activation memory, measured by running the models on fake tensors.
 
 Fake tensors have shapes but no values, so models of any size run without weights, memory or a GPU. The fake device is a
-CPU, but the counts also apply to GPUs: CPU attention kernels save as little for the backward pass as GPU kernels,
-and CPU autocast lowers the precision in the same way.
+CPU, but the results also apply to GPUs: CPU attention kernels save as little for the backward pass as GPU kernels, and
+CPU autocast lowers the precision in the same way.
 
-A multiply-add counts as 2 FLOPs. As usual, only matmuls and convolutions are counted. LLM layers are identical, so the
-costs of an LLM are extrapolated from versions with two and three layers.
+A multiply-add counts as 2 FLOPs. Only matmuls and convolutions are counted. All layers of an LLM are identical, so its
+costs are extrapolated from versions with two and three layers.
 """
 
 import math
@@ -37,11 +37,11 @@ from llm2clip.train.optim import select_trainable_weights
 class PassCosts:
     """FLOPs and bytes of a forward and backward pass, per item (for example, per image or caption)."""
 
-    trained: int  # number of parameters trained, in total and not per item
+    trained: int  # total number of trained parameters
     forward: float
     backward: float
     saved: float  # bytes of activations saved by autograd
-    copies: float  # bytes of half-precision weight copies saved by autograd, in total and not per item
+    copies: float  # total bytes of half-precision weight copies saved by autograd
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class TextCosts:
     tokens: float  # number of tokens per caption, including the template
     embed_dim: int  # dimension of the stored embeddings
     parameters: int  # number of parameters, excluding the language modelling head
-    linear: int  # total number of weights in linear layers
-    largest_linear: int  # largest number of linear weights in a single transformer layer
+    linear: int  # number of weights in linear layers
+    largest_linear: int  # number of linear weights in the largest transformer layer
     layers: int  # number of transformer layers
     trained: int  # number of parameters trained in the `tune` stage
     forward: float  # FLOPs per caption of a forward pass without LoRA
     tune_forward: float  # FLOPs per caption of the forward pass in a `tune` step
     tune_backward: float  # FLOPs per caption of the backward pass in a `tune` step
-    saved_per_token: float  # bytes that autograd keeps for the backward pass, per token and transformer layer
+    saved_per_token: float  # bytes saved by autograd per token and transformer layer
     hidden_size: int  # dimension of the hidden states, which are float32 at each precision
 
     def count_tune_flops(self, config: TuneConfig) -> float:
@@ -71,7 +71,7 @@ class TextCosts:
 
 @dataclass(frozen=True)
 class ImageCosts(PassCosts):
-    """Costs of running and training the `align` stage's model. Each item is an image with its captions.
+    """Costs of running and training the model of the `align` stage. An item is an image with its captions.
 
     `forward` excludes a frozen tower.
     """
@@ -81,7 +81,7 @@ class ImageCosts(PassCosts):
     adapter: int  # number of parameters in the adapter
     feature_dim: int  # dimension of the tower's image features
     embed_dim: int  # dimension of the shared embedding space
-    captions: float  # number of captions that each step uses per image
+    captions: float  # number of captions per image in each step
     tower_forward: float  # FLOPs of the tower's forward pass
     saved_per_layer: float  # bytes saved by autograd in each tower layer; 0 if the tower is frozen
 
@@ -91,10 +91,10 @@ class ImageCosts(PassCosts):
 
 
 def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, is_cpu: bool = False) -> TextCosts:
-    """Measure the costs of a caption encoder for captions with this number of tokens, including the template.
+    """Measure the costs of a caption encoder for captions of `tokens` tokens, including the template.
 
-    `tune.precision` must be fp32, bf16 or fp16. If `is_cpu` is True, decoders are measured with the packed CPU
-    attention, which is not fused.
+    `tune.precision` must be fp32, bf16 or fp16. If `is_cpu` is True, decoders use the packed CPU attention, which is
+    not fused.
     """
     config = get_llm_config(encoder)
     llm = build_llm(config)
@@ -126,7 +126,7 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
 
 
 def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCosts:
-    """Measure the FLOPs and memory of the `align` model per image, for a number of captions per image in each step."""
+    """Measure the FLOPs and memory per image of the `align` model. `captions` is the number of captions per image."""
     model = build_model(config, text_dim)
     tower = model.tower
     tower_parameters = count_parameters(tower)
@@ -190,7 +190,7 @@ def measure_pass(model: nn.Module, run: Callable[[int], Tensor], precision: str)
         hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
         counter = FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS)
         with autocast, hooks, counter:
-            output = run(items)  # the output keeps the saved tensors alive
+            output = run(items)  # keeps the saved tensors alive
         forward = float(counter.get_total_flops())
         saved_bytes[items] = sum(sizes.values())
     backward = count_flops(output.sum().backward) if output.requires_grad else 0.0
@@ -259,7 +259,7 @@ def _count_attention_backward_flops(_grad: Any, query: Any, key: Any, value: Any
 
 
 def _count_convolution_backward_flops(grad: Any, _input: Any, weight: Any, _bias: Any, *settings: Any, **_: Any) -> int:
-    """Return the forward FLOPs times the number of requested gradients (of the input, of the weight, or of both).
+    """Return the forward FLOPs times the number of requested gradients (of the input, the weight, or both).
 
     PyTorch's own formula ignores groups, so it greatly overestimates the FLOPs of EfficientNet.
     """
@@ -284,7 +284,7 @@ TOWERS: dict[str, tuple[str, int]] = _MODELS["towers"]
 
 
 def get_llm_config(encoder: EncoderConfig) -> Any:
-    """Return the Hugging Face config of an encoder's language model, limited to the first `encoder.layers` layers.
+    """Return the transformers config of an encoder's language model, limited to the first `encoder.layers` layers.
 
     Raises:
         ValueError: The model is neither in `LLMS` nor a folder, and it cannot be loaded from the hub.

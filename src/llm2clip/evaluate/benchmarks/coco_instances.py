@@ -51,11 +51,11 @@ def read_instances(file: Path, with_masks: bool = False, needs_pycocotools: bool
     """Read a JSON file in COCO's format. Print a warning if several categories have the same name.
 
     Args:
-        with_masks: If True, keep each object's "segmentation". Polygons take up a lot of memory.
+        with_masks: Keep the "segmentation" of each object. Polygons take up much memory.
 
     Raises:
-        MissingFileError: If pycocotools, which is needed for masks and average precision, is not installed.
-        DataFormatError: If ids are not unique, a name or size is invalid, or an annotation refers to a missing entry.
+        MissingFileError: pycocotools, which is required for masks and average precision, is not installed.
+        DataFormatError: Ids are not unique, a name or size is invalid, or an annotation refers to a missing entry.
     """
     if with_masks or needs_pycocotools:
         check_extra("dense", f"{file}: reading masks and computing the average precision", MissingFileError)
@@ -148,8 +148,8 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     """Decode polygons or COCO's run-length encoding (RLE) into a mask, bool of shape (height, width).
 
     pycocotools does not validate its input: polygons far outside the image use unlimited memory, and masks with missing
-    run lengths contain uninitialised memory. Therefore, polygons are checked before pycocotools decodes them, and RLE
-    is decoded without pycocotools. Invalid masks raise ValueError.
+    run lengths contain uninitialised memory. Polygons are therefore checked before pycocotools decodes them, and RLE is
+    decoded without pycocotools. Invalid masks raise ValueError.
     """
     if isinstance(segmentation, list):
         from pycocotools import mask
@@ -175,10 +175,9 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
 def _decompress_run_lengths(data: bytes) -> list[int]:
     """Decode COCO's compressed run lengths (`rleFrString` in pycocotools' maskApi.c).
 
-    Each number is split into groups of five bits, lowest group first. A sixth bit is set in each group that is followed
-    by another group of the same number. Each group is stored as the character whose code is 48 plus the group's value.
-    The fifth bit of a number's last group is the sign. From the fourth number on, each number is the difference from
-    the run length two positions earlier.
+    Each number is split into groups of five bits, lowest group first. A sixth bit is set if another group of the number
+    follows. A group is stored as the character with the code 48 plus its value. The fifth bit of the last group is the
+    sign. From the fourth number on, each number is the difference from the run length two positions earlier.
     """
     runs: list[int] = []
     value, shift = 0, 0
@@ -204,8 +203,8 @@ def _decompress_run_lengths(data: bytes) -> list[int]:
 def read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
     """Read boxes from a JSON file in COCO's format. Images without boxes are omitted.
 
-    Boxes are clipped to the image. Crowd boxes and boxes smaller than a pixel are excluded. By default, OpenAI's prompt
-    templates for ImageNet are used.
+    Boxes are clipped to the image. Crowd boxes and boxes smaller than a pixel are excluded. The default templates are
+    OpenAI's prompt templates for ImageNet.
     """
     instances = read_instances(file)
     label_of_category = {category_id: label for label, category_id in enumerate(instances.names)}
@@ -243,7 +242,7 @@ def load_ov_coco_classes() -> dict[str, list[str]]:
 
 
 def read_objects(file: Path, templates: Sequence[str] = ()) -> DetectionData:
-    """Read the objects of all categories, and all images, from a JSON file in COCO's format."""
+    """Read all images and the objects of all categories from a JSON file in COCO's format."""
     instances = read_instances(file, needs_pycocotools=True)
     return _select_objects(instances, list(instances.names), {}, templates, with_empty=True)
 
@@ -255,9 +254,9 @@ def _select_objects(
     templates: Sequence[str] = (),
     with_empty: bool = False,
 ) -> DetectionData:
-    """Return the objects of the given categories, and the images that contain them (with `with_empty`, all images).
+    """Return the objects of the given categories and the images that contain them, or all images with `with_empty`.
 
-    Boxes are clipped to the image, like the predicted boxes. Objects whose clipped boxes are empty are excluded. Raise
+    Boxes are clipped to the image, like predicted boxes. Objects whose clipped boxes are empty are excluded. Raise
     DataFormatError if there are no objects other than crowds.
     """
     used_categories = set(category_ids)

@@ -29,7 +29,7 @@ from llm2clip.evaluate.benchmarks.base import (
 from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, read_json, read_jsonl, read_lines
 
 SHAREGPT4V_FILE = "share-captioner_coco_lcs_sam_1246k_1107.json"
-READ_SIZE = 1 << 25  # characters to read; ShareGPT4V's first 1,000 records have about 2 million characters
+READ_SIZE = 1 << 25  # in characters; the first 1,000 records of ShareGPT4V have about 2 million characters
 XTD10_FILES = {
     **{f"XTD10/test_1kcaptions_{name}.txt": name for name in ("es", "it", "ko", "pl", "ru", "tr", "zh")},
     **{f"MIC/test_1kcaptions_{name}.txt": name for name in ("en", "de", "fr")},
@@ -45,8 +45,8 @@ def _read_karpathy(folder: Path, name: str, image_dir: Path) -> CaptionFields:
     return {"captions": make_captioned_records(pairs, file)}
 
 
-def read_first_objects(file: Path, count: int) -> list[dict[str, Any]]:
-    """Read the first `count` objects in a JSON list without reading the rest of the file, which may be gigabytes."""
+def read_first_json_objects(file: Path, count: int) -> list[dict[str, Any]]:
+    """Read the first `count` objects of a JSON list, but not the rest of the file, which may be many gigabytes."""
     with file.open(encoding="utf-8") as stream:
         text = stream.read(READ_SIZE)
     decoder = json.JSONDecoder()
@@ -75,14 +75,14 @@ def _read_sharegpt4v(folder: Path) -> CaptionFields:
     file = find_first(folder, SHAREGPT4V_FILE)
     image_dir = folder if (folder / "sam").exists() else find_first(folder, "images", "data")
     pairs = []
-    for row in read_first_objects(file, 1000):
+    for row in read_first_json_objects(file, 1000):
         caption = row["conversations"][1]["value"].replace("\n", " ")
         pairs.append((resolve_image(image_dir, row["image"]), [caption]))
     return {"captions": make_captioned_records(pairs, file)}
 
 
 def _read_urban1k(folder: Path) -> CaptionFields:
-    """Read `caption/N.txt` and `image/N.jpg`. As in Long-CLIP's script, only the first line of each file is used."""
+    """Read `caption/N.txt` and `image/N.jpg`. As in Long-CLIP, only the first line of each caption file is used."""
     caption_dir = find_first(folder, "caption")
     files = sorted(caption_dir.glob("*.txt"), key=lambda file: (len(file.stem), file.stem))
     if not files:

@@ -46,13 +46,13 @@ _COCO_REMOVED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
 
 
 def read_class_names(name: str) -> list[list[str]]:
-    """Return the names of each class from a file in `class_names/`. The first line of the file states its source."""
+    """Read the names of each class from a file in `class_names/`, whose first line states the source."""
     with_source = read_lines(Path(str(files("llm2clip.evaluate.benchmarks") / "class_names" / f"{name}.txt")))
     return [line.split(", ") for line in with_source if not line.startswith("#")]
 
 
 def read_coco_masks(file: Path, templates: Sequence[str]) -> SegmentationData:
-    """Read a JSON file in COCO's format whose annotations have a "segmentation"."""
+    """Read a JSON file in COCO's format with segmentation masks."""
     instances = read_instances(file, with_masks=True)
     names = [[class_name] for class_name in instances.names.values()]
     return _build_from_instances(instances, names, templates or get_imagenet_templates())
@@ -61,12 +61,12 @@ def read_coco_masks(file: Path, templates: Sequence[str]) -> SegmentationData:
 def read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData:
     """Read a folder with images/, masks/ (one PNG per image, with the same name) and classes.txt.
 
-    Line n of classes.txt lists the comma-separated names of the class with pixel value n - 1. Pixels with the value 255
-    are ignored. If the first class is "background", the protocol for datasets with a background is used.
+    Line n of classes.txt lists the comma-separated names of the class with pixel value n - 1. Pixels with value 255 are
+    ignored. If the first class is "background", the protocol for datasets with a background is used.
     """
     classes_file = find_first(folder, CLASSES_FILE)
     try:
-        # Keep empty lines between classes: they are reported as errors below instead of shifting the class indices.
+        # Keep empty lines between classes, which would shift the class indices and are reported as errors below.
         lines = classes_file.read_text(encoding="utf-8").rstrip().split("\n")
     except UnicodeDecodeError as error:
         raise DataFormatError(f"{classes_file}: not UTF-8 text ({error})") from error
@@ -171,7 +171,7 @@ def _read_coco_object(folder: Path) -> SegmentationData:
 def _build_from_instances(instances: Instances, names: list[list[str]], templates: Sequence[str]) -> SegmentationData:
     """Return a dataset whose labels come from the object masks. Pixels outside all masks are background.
 
-    Pixels that belong to several objects get the label of the smallest object. `names` are in order of category id.
+    Pixels that belong to several objects get the label of the smallest object. `names` are sorted by category id.
     """
     file = instances.file
     if len(names) >= IGNORED:
