@@ -28,5 +28,5 @@ def test_http_fields_are_added_to_the_page_only() -> None:
     assert page.startswith(PAGE)
     for model in (SearchRequest, HitResponse, EmbedRequest):
         assert [name for name in model.model_fields if f"\n| `{name}` |" not in page] == []
-    assert "| `top` | `50` | maximum number of hits, not counting similar ones (at most 200) |" in page
+    assert "| `top` | `50` | maximum number of hits, not counting similar images (at most 200) |" in page
     assert add_fields("text", page=SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))) == "text"
