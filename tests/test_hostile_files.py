@@ -24,7 +24,7 @@ from format_fixtures import encode, write_jsonl
 from llm2clip.cli.export import _check_no_home_paths
 from llm2clip.data import image_header, images, records, table_cells
 from llm2clip.data.formats import text_files
-from llm2clip.data.image_header import DecodingLimitError, check_decoding_work, open_header
+from llm2clip.data.image_header import DecodingLimitError, check_decoding_cost, open_header
 from llm2clip.data.image_refs import FileImage, ParquetImage
 from llm2clip.data.images import ImageError, decode_image, load_image
 from llm2clip.data.records import Source, open_records
@@ -87,7 +87,7 @@ def test_decode_image_limits_the_reads_of_pillow(name: str, monkeypatch: pytest.
 def test_jpeg_scans_are_limited_by_their_number_and_by_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     def check(num_scans: int, side: int = 64) -> None:
         data = hostile.refinement_scans(num_scans, side)
-        check_decoding_work(data, open_header(io.BytesIO(data)))
+        check_decoding_cost(data, open_header(io.BytesIO(data)))
         assert decode_image(data).shape == (3, side, side)
 
     check(98)  # and two first scans

@@ -318,7 +318,7 @@ def test_damaged_files_of_a_table_are_built_again(tmp_path: Path, name: str) -> 
         file.write_bytes(damaged)
         log = SkipLog()
         assert list_rows(open_table([source], {}, log, folder=folder)) == rows
-        assert f"{file if file.parent.name == 'parts' else file.parent}: damaged, and therefore" in log.summary()
+        assert f"{file if file.parent.name == 'parts' else file.parent}: corrupt, and therefore" in log.summary()
         (file,) = folder.glob(name)  # the table's name depends on when its parts were read
         assert "damaged" not in str([open_table([source], {}, log := SkipLog(), folder=folder), log.summary()])
 
