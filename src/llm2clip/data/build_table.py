@@ -241,7 +241,7 @@ def _read_parts(tasks: Sequence[_PartTask], log: SkipLog, workers: int | None) -
 
 
 def _estimate_work(parts: Sequence[FilePart]) -> float:
-    """Estimate the number of bytes to read: the text in local files, and remote files in full. Each file counts once."""
+    """Estimate the bytes to read: the text in local files, and all of each remote file. Each file counts once."""
     formats = {part.path: part.format for part in parts}
     work = 0.0
     for path, source_format in formats.items():

@@ -202,7 +202,7 @@ def _pin_file_or_mark_folder(url: str) -> str:
 
 
 def get_remote_version(url: str) -> str:
-    """Return the pinned version of a remote file: its size and its etag or modification time. Look it up on first use."""
+    """Return the pinned version of a remote file, looked up on first use: its size and its etag or time."""
     version = _versions.get(url)
     if version is None:
         info = storage.read_info(url)

@@ -516,7 +516,7 @@ def hash_merge_key(record: Record, source: str) -> tuple[int, int]:
 
 
 def hash_draw(record: Record) -> int:
-    """Return the hash by which held-out images are chosen: the first 64 bits of the SHA-256 of the id and the captions."""
+    """Return the hash that decides if an image is held out: 64 bits of the SHA-256 of the id and the captions."""
     # The captions are included because several records may have the same id.
     text = "\0".join([record.id, *record.texts])
     return int.from_bytes(hashlib.sha256(encode_name(text)).digest()[:8], "big")

@@ -68,7 +68,7 @@ class DelimitedText(SourceFormat):
                 yield from _read_csv_rows(lines, rows, path, delimiter, header, part.first_row, log)
 
     def find_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield the byte offsets and line numbers of rows at least `target_bytes` apart, up to the first malformed row."""
+        """Yield the byte offsets and line numbers of rows at least `target_bytes` apart, up to a malformed row."""
         yield 0, 1
         detected, header_line = _read_delimiter(path, self.delimiter)
         with open_text(path) as text:
