@@ -380,8 +380,8 @@ class PairLoss(nn.Module):
         def loss_function(embeddings: Tensor) -> Tensor:
             return self._compute_loss(embeddings[order], batch["pairs"], batch["text_ids"].to(embeddings.device))
 
-        # With a single pass, gradient caching would only repeat it. Caching changes the order of collective operations, so
-        # all ranks must make the same choice.
+        # With a single pass, gradient caching would only repeat it. Caching changes the order of collective operations,
+        # so all ranks must make the same choice.
         if self.grad_cache and most_passes > 1 and torch.is_grad_enabled():
             return compute_cached_loss(passes, loss_function, self.model, device)
         return loss_function(torch.cat([run()[0] for run in passes]))
