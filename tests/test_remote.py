@@ -77,7 +77,7 @@ def clean_remote_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     for name in ("_versions", "_failures"):
         monkeypatch.setattr(remote, name, {})
     monkeypatch.setattr(storage, "_filesystems", {})
-    monkeypatch.setattr(remote, "_room", {})
+    monkeypatch.setattr(remote, "_unlisted_allowances", {})
     monkeypatch.setattr(remote, "TOUCH_SECONDS", -1)
     monkeypatch.setattr(storage, "FIRST_DELAY", 0.01)
 

@@ -65,8 +65,7 @@ class DataFormatError(ValueError):
 
 
 class FatalDataError(ValueError):
-    """Raised for errors that concern more than one row, such as a full disk. It stops a run instead of skipping rows.
-    """
+    """Raised for errors that concern more than one row, such as a full disk, and therefore stop a run."""
 
 
 # ---- atomic writes -------------------------------------------------------------------------------------------------

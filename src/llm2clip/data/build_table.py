@@ -72,7 +72,7 @@ MAX_VERIFIED_BYTES = 1 << 30  # total size of the parts whose checksums are veri
 UNUSED_DAYS = 30  # parts and tables that have not been opened for this long are deleted
 
 ARRAY_FILES = ("rows.npy", "sources.npy", "copies.npy")
-DAMAGED_FILE = "corrupt, and therefore rebuilt"
+CORRUPT_FILE = "corrupt, and therefore rebuilt"
 TRAIN_SPLITS = (NO_SPLIT, "train", "training", "restval")
 HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first existing split is held out
 HELD_OUT_DIVISOR = 10  # one in this many images is held out if the data has no held-out split
@@ -120,7 +120,7 @@ def open_table(
         _delete_unused(folder)
         tasks = _list_parts(parsed, log, image_check, require_captions, folder)
         _read_parts(tasks, log, workers)
-        table_folder = _merge_parts(tasks, log, image_check, folder)
+        table_folder = _build_merged_table(tasks, log, image_check, folder)
     log.count_copies(np.load(table_folder / "copies.npy"))
     files = [*(task.file for task in tasks), *table_folder.glob("merged.arrow")]
     rows = np.load(table_folder / "rows.npy", mmap_mode="r")
@@ -181,7 +181,7 @@ def _list_parts(
                     num_bytes += file.stat().st_size
                     summary = _read_summary(file, verify=num_bytes <= MAX_VERIFIED_BYTES)
                     if summary is None:
-                        log.add_note(DAMAGED_FILE, str(file))
+                        log.add_note(CORRUPT_FILE, str(file))
                 if summary is None or _must_read_again(part, summary):
                     remove_path(file)
                     summary = None
@@ -216,7 +216,7 @@ def _must_read_again(part: FilePart, summary: ReadSummary) -> bool:
 def _read_parts(tasks: Sequence[_PartTask], log: SkipLog, workers: int | None) -> None:
     """Read the parts that have not been read before. Check each source as soon as all of its parts are complete."""
     missing = {task.file: task for task in tasks if task.summary is None}
-    work = _estimate_work([task.part for task in missing.values()])
+    work = _estimate_read_bytes([task.part for task in missing.values()])
     if workers is None:
         workers = count_cores() if work >= MIN_PARALLEL_BYTES else 1
     new_parts = iter(map_in_processes(_write_part, list(missing.values()), workers))
@@ -240,7 +240,7 @@ def _read_parts(tasks: Sequence[_PartTask], log: SkipLog, workers: int | None) -
             reader.finish()
 
 
-def _estimate_work(parts: Sequence[FilePart]) -> float:
+def _estimate_read_bytes(parts: Sequence[FilePart]) -> float:
     """Estimate the bytes to read: the text in local files, and all of each remote file. Each file counts once."""
     formats = {part.path: part.format for part in parts}
     work = 0.0
@@ -270,7 +270,7 @@ def _write_part(task: _PartTask) -> Exception | None:
 # ---- merging ---------------------------------------------------------------------------------------------------------
 
 
-def _merge_parts(tasks: Sequence[_PartTask], log: SkipLog, image_check: ImageCheck, folder: Path) -> Path:
+def _build_merged_table(tasks: Sequence[_PartTask], log: SkipLog, image_check: ImageCheck, folder: Path) -> Path:
     """Merge rows with the same image. If the merged table already exists, reuse it. Return the table's folder."""
     summaries = [task.summary for task in tasks if task.summary is not None]
     source_paths = {task.source_index: task.source.path for task in tasks}
@@ -281,7 +281,7 @@ def _merge_parts(tasks: Sequence[_PartTask], log: SkipLog, image_check: ImageChe
         if _is_intact(table_folder):
             os.utime(table_folder)
             return table_folder
-        log.add_note(DAMAGED_FILE, str(table_folder))
+        log.add_note(CORRUPT_FILE, str(table_folder))
     remove_path(table_folder)
     blocks = Blocks.open([str(task.file) for task in tasks])
     table = RecordTable(blocks, np.arange(blocks.num_rows))

@@ -51,7 +51,7 @@ class ImageFacts(NamedTuple):
 
     width: int = 0  # pixels
     height: int = 0
-    hash: int = 0  # see `hash_images`
+    hash: int = 0  # see `get_distinct_image_hashes`
     digest: bytes | None = None  # SHA-256 of an image in object storage; avoids a second download
 
 
@@ -137,7 +137,7 @@ def _read_size_with_pillow(image: LoadedImage) -> tuple[int, int]:
 # ---- hashes ----------------------------------------------------------------------------------------------------------
 
 
-def hash_images(images: Iterable[ImageRef | None]) -> np.ndarray:
+def get_distinct_image_hashes(images: Iterable[ImageRef | None]) -> np.ndarray:
     """Return the sorted hashes of all distinct images as a uint64 array of shape (N,). Missing images are omitted.
 
     Image files and tar members are hashed by their size and their middle 1,024 bytes, images in tables by all their
@@ -151,7 +151,7 @@ def hash_images(images: Iterable[ImageRef | None]) -> np.ndarray:
 
 def count_training_images(training_images: np.ndarray, images: Iterable[ImageRef | None]) -> int:
     """Count the distinct images whose hashes are in the sorted array `training_images`."""
-    hashes = hash_images(images)
+    hashes = get_distinct_image_hashes(images)
     positions = np.searchsorted(training_images, hashes)
     is_inside = positions < len(training_images)
     return int((training_images[positions[is_inside]] == hashes[is_inside]).sum())
@@ -224,8 +224,8 @@ def mask_same_images(records: RecordTable, candidates: RecordTable) -> np.ndarra
     shared = np.intersect1d(known_hashes, candidate_hashes)
     shared = shared[shared > 0]
     positions = np.flatnonzero(np.isin(candidate_hashes, shared))
-    known = _hash_contents(records, np.flatnonzero(np.isin(known_hashes, shared)))
-    first = find_first_rows(*np.concatenate([known, _hash_contents(candidates, positions)], axis=1))
+    known = _hash_table_images(records, np.flatnonzero(np.isin(known_hashes, shared)))
+    first = find_first_rows(*np.concatenate([known, _hash_table_images(candidates, positions)], axis=1))
     num_known = known.shape[1]
     is_same[positions[first[num_known:] < num_known]] = True
     return is_same
@@ -255,12 +255,12 @@ def find_copies(table: RecordTable, first: np.ndarray) -> tuple[np.ndarray, np.n
     hashes[first != np.arange(len(first))] = 0
     values, counts = np.unique(hashes[hashes > 0], return_counts=True)
     rows = np.flatnonzero(np.isin(hashes, values[counts > 1]))
-    originals = rows[find_first_rows(*_hash_contents(table, rows))]
+    originals = rows[find_first_rows(*_hash_table_images(table, rows))]
     is_copy = originals != rows
     return rows[is_copy], originals[is_copy]
 
 
-def _hash_contents(table: RecordTable, positions: np.ndarray) -> np.ndarray:
+def _hash_table_images(table: RecordTable, positions: np.ndarray) -> np.ndarray:
     """Return the first 128 bits of the SHA-256 of each image's bytes, as a uint64 array of shape (2, N).
 
     Empty images, unreadable images and images in tables have hash 0. An image is read only if its bytes were not hashed

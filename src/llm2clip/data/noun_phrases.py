@@ -158,7 +158,7 @@ def add_phrases(records: RecordTable) -> RecordTable:
     if records.folder is None:
         phrases = list(_extract_phrases(records))
     else:
-        file = records.folder / f"phrases-{_hash_view(records)}.arrow"
+        file = records.folder / f"phrases-{_hash_phrase_inputs(records)}.arrow"
         with folder_lock(records.folder, "phrases.lock", timeout=-1):
             if not file.exists() or not has_valid_checksum(file):
                 _write_phrases(file, _extract_phrases(records))
@@ -172,7 +172,7 @@ def add_phrases(records: RecordTable) -> RecordTable:
     return records.with_phrases(pa.chunked_array(phrases, TEXTS))
 
 
-def _hash_view(records: RecordTable) -> str:
+def _hash_phrase_inputs(records: RecordTable) -> str:
     """Return a hash of everything that determines a table's phrases: rows, caption column and rules."""
     digest = hashlib.sha256(f"{RULES_VERSION} {records.resolve_field('captions')} {records.rows.dtype}".encode())
     digest.update(np.ascontiguousarray(records.rows).data)
@@ -203,12 +203,12 @@ def _extract_phrases(records: RecordTable) -> Iterator[pa.ListArray]:
 
         with tempfile.TemporaryDirectory() as folder:
             nouns, frequent = Path(folder) / "nouns.txt", Path(folder) / "phrases.txt"
-            _write_frequent(nouns, process(partial(_count_texts_of_part, nouns_file=None)))
-            _write_frequent(frequent, process(partial(_count_texts_of_part, nouns_file=nouns)))
+            _save_frequent_texts(nouns, process(partial(_count_texts_of_part, nouns_file=None)))
+            _save_frequent_texts(frequent, process(partial(_count_texts_of_part, nouns_file=nouns)))
             yield from process(partial(_find_phrases_of_part, nouns_file=nouns, frequent_file=frequent))
 
 
-def _write_frequent(file: Path, counters: Iterator[Counter[str]]) -> None:
+def _save_frequent_texts(file: Path, counters: Iterator[Counter[str]]) -> None:
     """Sum the counts of all parts, and save the words or phrases that occur in at least `MIN_IMAGES` images."""
     total = Counter[str]()
     for counter in counters:
@@ -217,7 +217,7 @@ def _write_frequent(file: Path, counters: Iterator[Counter[str]]) -> None:
 
 
 @lru_cache(maxsize=2)
-def _load_frequent(file: Path) -> frozenset[str]:
+def _load_frequent_texts(file: Path) -> frozenset[str]:
     return frozenset(file.read_text(encoding="utf-8").split("\n"))
 
 
@@ -231,7 +231,7 @@ def _sample_captions(records: RecordTable) -> list[str]:
 
 def _count_texts_of_part(records: RecordTable, nouns_file: Path | None) -> Counter[str]:
     """Count the images of each phrase or, if `nouns_file` is None, of each lone noun."""
-    find = find_lone_nouns if nouns_file is None else partial(find_phrases, nouns=_load_frequent(nouns_file))
+    find = find_lone_nouns if nouns_file is None else partial(find_phrases, nouns=_load_frequent_texts(nouns_file))
     counts = Counter[str]()
     for captions in _iterate_captions(records):
         counts.update({text for caption in captions for text in find(caption)})
@@ -240,7 +240,7 @@ def _count_texts_of_part(records: RecordTable, nouns_file: Path | None) -> Count
 
 def _find_phrases_of_part(records: RecordTable, nouns_file: Path, frequent_file: Path) -> pa.ListArray:
     """Return the frequent phrases of each image, in order of first appearance."""
-    nouns, frequent = _load_frequent(nouns_file), _load_frequent(frequent_file)
+    nouns, frequent = _load_frequent_texts(nouns_file), _load_frequent_texts(frequent_file)
     texts: list[str] = []
     offsets = [0]
     for captions in _iterate_captions(records):

@@ -230,7 +230,7 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
             if not columns_known:  # the first row lacks the columns, so the file does not contain pairs
                 raise
             columns = {}  # this JSON object lacks the required keys
-        pair = _to_pair(fields, columns)
+        pair = _parse_pair(fields, columns)
         if pair.anchor == pair.positive or not pair.anchor or not pair.positive:
             log.skip(row_file, number, "missing or identical texts", f"{pair.anchor[:80]!r}, {pair.positive[:80]!r}")
             if log.rows_seen >= EARLY_CHECK_ROWS:
@@ -257,7 +257,7 @@ def _choose_columns(file: str, columns: Sequence[str]) -> dict[str, str]:
     return chosen
 
 
-def _to_pair(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Pair:
+def _parse_pair(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Pair:
     query = _get_first_text(fields.get(columns.get("query", "")))
     positive = _get_first_text(fields.get(columns.get("positive", "")))
     negatives = _list_texts(fields.get(columns.get("negatives", "")))

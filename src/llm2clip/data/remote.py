@@ -56,7 +56,9 @@ DOWNLOADED_TIME = 1_000_000_000
 
 _versions: dict[str, str] = {}  # URL -> pinned version
 _failures: dict[str, tuple[float, RemoteError]] = {}  # URL -> time and error of the last failure
-_room: dict[tuple[str, str], float] = {}  # (cache folder, size limit) -> bytes to add before the next listing
+_unlisted_allowances: dict[
+    tuple[str, str], float
+] = {}  # (cache folder, size limit) -> bytes to add before the next listing
 _pending: deque[str] = deque()  # URLs of files to download ahead
 _free_threads = threading.Semaphore(PREFETCH_THREADS)
 
@@ -124,7 +126,7 @@ def walk_folder(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
             contain itself.
     """
     if not is_remote(folder):
-        yield from os.walk(folder, onerror=_raise)
+        yield from os.walk(folder, onerror=_raise_error)
         return
     pending = [(folder.rstrip("/"), 0)]
     num_folders = 0
@@ -159,7 +161,7 @@ def get_file_size(path: str) -> int:
     return storage.parse_size(_get_version(path))
 
 
-def _raise(error: OSError) -> None:
+def _raise_error(error: OSError) -> None:
     raise error
 
 
@@ -341,7 +343,7 @@ def _download(url: str, version: str, path: Path) -> None:
         if (file := _open_cached(path, size)) is not None:
             file.close()
             return
-        _make_room(size, url)
+        _free_cache_space(size, url)
         for is_last_attempt in (False, True):
             try:
                 _write_file(url, version, path)
@@ -355,7 +357,7 @@ def _download(url: str, version: str, path: Path) -> None:
                         "the environment variable LLM2CLIP_CACHE"
                     ) from error
                 _remove_files(sorted(_list_files()), size)
-                _room.clear()
+                _unlisted_allowances.clear()
 
 
 def _write_file(url: str, version: str, path: Path) -> None:
@@ -374,9 +376,9 @@ def _write_file(url: str, version: str, path: Path) -> None:
             )
 
 
-def _make_room(size: int, url: str) -> None:
+def _free_cache_space(size: int, url: str) -> None:
     key = (str(get_cache_folder()), os.environ.get(SIZE_VARIABLE, ""))
-    if size > _room.get(key, -1):
+    if size > _unlisted_allowances.get(key, -1):
         files = sorted(_list_files())
         used = sum(file_size for _, file_size, _ in files)
         limit = _get_size_limit(used)
@@ -387,8 +389,8 @@ def _make_room(size: int, url: str) -> None:
             )
         if used + size > limit:
             used -= _remove_files(files, used + size - FILL_FRACTION * limit)
-        _room[key] = min(limit - used, max(size, UNLISTED_FRACTION * limit))
-    _room[key] = _room.get(key, 0.0) - size  # another thread may have removed the entry
+        _unlisted_allowances[key] = min(limit - used, max(size, UNLISTED_FRACTION * limit))
+    _unlisted_allowances[key] = _unlisted_allowances.get(key, 0.0) - size  # another thread may have removed the entry
 
 
 def _get_size_limit(used: int) -> float:

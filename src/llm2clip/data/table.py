@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llm2clip.data.image_facts import ImageFacts, hash_images
+from llm2clip.data.image_facts import ImageFacts, get_distinct_image_hashes
 from llm2clip.data.image_refs import IMAGE_KINDS, ImageColumns, ImageRef, MemoryImage, StoredImage
 from llm2clip.data.records import TEXT_FIELDS, Record
 from llm2clip.data.remote import get_pinned_versions, pin_versions
@@ -43,7 +43,7 @@ SCHEMA = pa.schema(
         ("image_data", pa.binary()),  # bytes of an image that cannot be read again
         ("width", pa.int32()),  # pixels; 0 if the header was not checked
         ("height", pa.int32()),
-        ("image_hash", pa.uint64()),  # see `image_facts.hash_images`; 0 if the image was not read
+        ("image_hash", pa.uint64()),  # see `image_facts.get_distinct_image_hashes`; 0 if the image was not read
         ("key_high", pa.uint64()),  # rows with equal keys are merged, except for key 0
         ("key_low", pa.uint64()),
         ("draw_hash", pa.uint64()),  # images with the lowest hashes are held out
@@ -171,11 +171,11 @@ class RecordTable(Sequence[Record]):
     def get_images(self) -> ImageList:
         return ImageList(self.blocks, self.rows)
 
-    def hash_images(self) -> np.ndarray:
-        """Return the sorted hashes of all distinct images, of shape (N,), uint64. See `image_facts.hash_images`."""
+    def get_distinct_image_hashes(self) -> np.ndarray:
+        """Return the sorted hashes of all distinct images, of shape (N,), uint64. See `image_facts`."""
         hashes = self.numbers("image_hash")
         unknown = self.select(self.has_image & (hashes == 0))
-        return np.union1d(hashes[hashes > 0], hash_images(unknown.get_images()))
+        return np.union1d(hashes[hashes > 0], get_distinct_image_hashes(unknown.get_images()))
 
     def compute_identity(self, *columns: str) -> str:
         """Return a hash of some columns of all records. For image columns, the hash includes the paths of the files."""
@@ -468,7 +468,7 @@ class RowBuilder:
                 facts.hash,
                 key_high,
                 key_low,
-                hash_draw(record),
+                compute_held_out_hash(record),
             )
         )
 
@@ -515,7 +515,7 @@ def hash_merge_key(record: Record, source: str) -> tuple[int, int]:
     return high, low
 
 
-def hash_draw(record: Record) -> int:
+def compute_held_out_hash(record: Record) -> int:
     """Return the hash that decides if an image is held out: 64 bits of the SHA-256 of the id and the captions."""
     # The captions are included because several records may have the same id.
     text = "\0".join([record.id, *record.texts])

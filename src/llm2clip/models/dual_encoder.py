@@ -249,7 +249,7 @@ def _load_transformers(name: str, source: str, device: torch.device, trust_remot
     text_encoder = load_clip_text_encoder(source, device, trust_remote_code)
     model = text_encoder.model
     if hasattr(model, "encode_text") and hasattr(model, "encode_image"):  # Jina-CLIP's own code preprocesses the images
-        return _wrap_text_encoder(
+        return _build_clip_dual_encoder(
             name, text_encoder, to_pil_image, lambda images: torch.as_tensor(model.encode_image(images))
         )
     processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -258,7 +258,7 @@ def _load_transformers(name: str, source: str, device: torch.device, trust_remot
         batch = {key: torch.stack([image[key] for image in images]).to(device) for key in images[0]}
         return get_pooled_output(model.get_image_features(**batch))
 
-    return _wrap_text_encoder(
+    return _build_clip_dual_encoder(
         name,
         text_encoder,
         transform=partial(_apply_processor, processor),
@@ -294,7 +294,7 @@ def _load_open_clip(name: str, device: torch.device) -> DualEncoder:
 
     model = text_encoder.model
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(model)), is_train=False)
-    return _wrap_text_encoder(
+    return _build_clip_dual_encoder(
         name,
         text_encoder,
         transform=Compose([to_pil_image, transform]),
@@ -321,7 +321,7 @@ def _build_open_clip_dense_encoder(visual: Any, cfg: dict[str, Any], device: tor
     return _try_build_dense_encoder(tower, visual.head)
 
 
-def _wrap_text_encoder(
+def _build_clip_dual_encoder(
     name: str,
     text_encoder: ClipTextEncoder,
     transform: Callable[[Tensor], Any],

@@ -56,7 +56,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         logit_scale: Parameter of shape (1,), the logarithm of the factor applied to cosine similarities.
         logit_bias: Parameter of shape (1,), the bias added to the logits, or None if the model has no logit bias.
         text_folder: Folder of the saved caption encoder, if the model was loaded from a folder with an encoder.
-        training_images: Sorted uint64 hashes of the training images (see `hash_images`), of shape (N,), or None if
+        training_images: Sorted uint64 hashes of the training images, of shape (N,), or None if
             unknown. They are saved with the model.
     """
 

@@ -405,7 +405,7 @@ def load_vision_language_model(name: str, device: torch.device, precision: Preci
     return model.to(device).eval(), AutoProcessor.from_pretrained(name, trust_remote_code=False)
 
 
-def name_with_hash(source: str) -> str:
+def get_name_with_hash(source: str) -> str:
     """Return a model's name with a hash of its files, such as `llava-9f3a12cd` for the folder `llava` or `llava/model`.
 
     Hub models must already be in the hub's cache. Copies of a folder under the same name have the same result. Reading

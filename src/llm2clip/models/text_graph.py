@@ -100,7 +100,7 @@ def save_text_graph(model: DualEncoder) -> None:
     if settings is not None and ("error" in settings or _try_load_graph(name, settings) is not None):
         return
     try:
-        folder = _get_folder(name)
+        folder = _get_graph_folder(name)
     except RuntimeError:  # no home folder
         return
     print("Exporting the text encoder, which makes searches with this model faster...", flush=True)
@@ -127,7 +127,7 @@ def _remove_old_graphs(folder: Path) -> None:
                 remove_path(file.parent)
 
 
-def _get_folder(name: str) -> Path:
+def _get_graph_folder(name: str) -> Path:
     source = Path(name).resolve()
     return get_cache_dir() / "text_graphs" / f"{source.name}-{hash_text(str(source))[:12]}"
 
@@ -135,7 +135,7 @@ def _get_folder(name: str) -> Path:
 def _read_settings(name: str) -> dict[str, Any] | None:
     """Return the settings of a saved graph, or None if no graph matches the current model files."""
     with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: no home folder
-        settings = read_json_object(_get_folder(name) / "graph.json")
+        settings = read_json_object(_get_graph_folder(name) / "graph.json")
         if settings.items() >= _describe_files(name).items():
             return settings
     return None
@@ -156,7 +156,7 @@ def _describe_files(name: str) -> dict[str, Any]:
 def _try_load_graph(name: str, settings: dict[str, Any]) -> TextGraph | None:
     if "error" not in settings:
         with suppress(Exception):  # onnxruntime and tokenizers have no common exception class
-            return _load_graph(name, _get_folder(name), settings)
+            return _load_graph(name, _get_graph_folder(name), settings)
     return None
 
 

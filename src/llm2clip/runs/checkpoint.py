@@ -68,7 +68,7 @@ class Checkpoints:
         """
         self.folder = folder
         state = process_state()
-        latest, error = _find_undamaged_checkpoint(folder) if state.is_main_process else (None, "")
+        latest, error = _find_intact_checkpoint(folder) if state.is_main_process else (None, "")
         if state.num_processes > 1:
             latest, error = broadcast_object_list([latest, error])
         if error:
@@ -227,7 +227,7 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
     )
 
 
-def _find_undamaged_checkpoint(folder: Path) -> tuple[Path | None, str]:
+def _find_intact_checkpoint(folder: Path) -> tuple[Path | None, str]:
     """Return the latest intact checkpoint, and an error message if all checkpoints are corrupt.
 
     Remove incomplete checkpoints. Rename corrupt checkpoints that are later than the returned one.
@@ -238,7 +238,7 @@ def _find_undamaged_checkpoint(folder: Path) -> tuple[Path | None, str]:
         if not (checkpoint / COMPLETE_MARKER).exists():
             shutil.rmtree(checkpoint)
         elif latest is None:
-            if damage := _describe_damage(checkpoint):
+            if damage := _describe_corruption(checkpoint):
                 damages[checkpoint] = damage
             else:
                 latest = checkpoint
@@ -259,7 +259,7 @@ def _find_undamaged_checkpoint(folder: Path) -> tuple[Path | None, str]:
     return latest, ""
 
 
-def _describe_damage(checkpoint: Path) -> str:
+def _describe_corruption(checkpoint: Path) -> str:
     """Describe the first corrupt file of a complete checkpoint. Return "" if all files are intact."""
     try:
         marker = json.loads((checkpoint / COMPLETE_MARKER).read_text())

@@ -108,7 +108,7 @@ def align(
         model = gather_to_cpu(unsharded, model).to(loop.device)  # type: ignore[assignment]
     merge_tower_lora(model.tower)
     if loop.accelerator.is_main_process:
-        model.training_images = records.hash_images()
+        model.training_images = records.get_distinct_image_hashes()
     return model.requires_grad_(True).eval()
 
 

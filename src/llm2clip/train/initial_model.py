@@ -76,13 +76,13 @@ def load_pretrained_parts(config: AlignConfig) -> PretrainedParts:
     tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
     clip = load_inherited_clip(config.tower, config.inherit, torch.device("cpu")) if config.inherit else None
     random_state = torch.get_rng_state()
-    _check_tower(tower, config)
+    _check_tower_supports_config(tower, config)
     logits = read_pretrained_logits(config.tower) if config.logit_scale == "inherit" else None
     return PretrainedParts(tower, clip, logits, random_state)
 
 
 @torch.no_grad()
-def _check_tower(tower: VisionTower, config: AlignConfig) -> None:
+def _check_tower_supports_config(tower: VisionTower, config: AlignConfig) -> None:
     if config.image_size is None:
         return
     try:

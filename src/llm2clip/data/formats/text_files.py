@@ -203,13 +203,13 @@ def _sample_undecodable_lines(path: str) -> tuple[bytes, bytes]:
     return sample[: 2 * MAX_SAMPLE_BYTES], first
 
 
-def _escape_undecodable(error: UnicodeError) -> tuple[str, int]:
+def _escape_undecodable_bytes(error: UnicodeError) -> tuple[str, int]:
     """Replace undecodable bytes with lone surrogates. Unlike Python's surrogateescape, this supports UTF-16."""
     assert isinstance(error, UnicodeDecodeError)
     return "\udc80" * (error.end - error.start), error.end
 
 
-codecs.register_error("escape_undecodable", _escape_undecodable)
+codecs.register_error("escape_undecodable", _escape_undecodable_bytes)
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------

@@ -391,7 +391,7 @@ def encode_boxes(
     return results
 
 
-def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
+def pool_features_by_mask(features: Tensor, masks: Tensor) -> Tensor:
     """Average an image's cell embeddings for each mask, weighted by the mask's area in each cell.
 
     `features` are float32 of shape (h, w, D), and `masks` are boolean of shape (N, H, W), at any resolution. Cell (i,

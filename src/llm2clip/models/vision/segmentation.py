@@ -28,7 +28,7 @@ from llm2clip.models.vision.dense import (
     check_boxes,
     check_masks,
     encode_boxes,
-    pool_masks,
+    pool_features_by_mask,
 )
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class ResizeForWindows:
         return resized, (height, width)
 
 
-def cut_windows(image: Tensor, rows: WindowAxis, columns: WindowAxis) -> Tensor:
+def extract_windows(image: Tensor, rows: WindowAxis, columns: WindowAxis) -> Tensor:
     """Return all windows of a resized image in row-major order, as a uint8 tensor of shape (windows, 3, H, W)."""
     windows = []
     for top in rows.starts:
@@ -164,7 +164,7 @@ def encode_windows(
         indices_by_window.setdefault((rows.window, columns.window), []).append(index)
     results = {}
     for indices in indices_by_window.values():
-        windows = [cut_windows(images[i][0], *axes[i]) for i in indices]
+        windows = [extract_windows(images[i][0], *axes[i]) for i in indices]
         batches = torch.cat(windows).split(WINDOWS_PER_BATCH)
         with onednn_matmul():
             scores = torch.cat([dense.encode(batch, variant) @ queries.T for batch in batches])  # (windows, h, w, K)
@@ -294,7 +294,7 @@ class DenseMethods:
         if boxes is None:
             checked = check_masks(masks, height, width)
             resized = dense.resize(pixels, image_size or dense.localization_size)
-            return pool_masks(dense.encode(resized[None], variant)[0], checked).cpu()
+            return pool_features_by_mask(dense.encode(resized[None], variant)[0], checked).cpu()
         checked = check_boxes(boxes, height, width)
         return encode_boxes(dense, [pixels], [checked], variant, model.config.embed_dim, image_size)[0]
 
