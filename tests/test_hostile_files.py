@@ -53,11 +53,11 @@ def png_bytes(width: int = 12, height: int = 10) -> bytes:
     [
         ("jpeg refinement scans", "must have at most 20 scans"),
         ("jpeg arithmetic", "arithmetic coding"),
-        ("png chunks", "too many small parts"),
-        ("png profiles", "too many small parts"),
+        ("png chunks", "too many small chunks"),
+        ("png profiles", "too many small chunks"),
         ("png profiles after pixels", "colour profiles"),
-        ("gif comments", "too many small parts"),
-        ("gif long comment", "too many small parts"),
+        ("gif comments", "too many small chunks"),
+        ("gif long comment", "too many small chunks"),
         ("bmp runs", "run-length encoded"),
         ("bmp jumps", "run-length encoded"),
         ("ppm comments", "plain-text"),
@@ -80,7 +80,7 @@ def test_decode_image_rejects_hostile_files_before_decoding(
 @pytest.mark.parametrize("name", ["png chunks after pixels", "png empty pixels"])
 def test_decode_image_limits_the_reads_of_pillow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "_FAST_FORMATS", ())
-    with pytest.raises(ImageError, match="too many small parts"):
+    with pytest.raises(ImageError, match="too many small chunks"):
         decode_image(hostile.REJECTED[name]())
 
 
@@ -389,7 +389,7 @@ def test_tokenizers_that_make_texts_too_long_are_rejected(
         "normalizers": [{"type": "NFC"}, {"type": "Sequence", "normalizers": [replace] * depth}],
     }
     file.write_text(json.dumps({**json.loads(file.read_text()), "normalizer": nested}))
-    with nullcontext() if is_accepted else pytest.raises(ValueError, match="normalizer can make texts too long"):
+    with nullcontext() if is_accepted else pytest.raises(ValueError, match="normalizer can lengthen texts"):
         CaptionEncoder.from_pretrained(tmp_path, device="cpu")
 
 

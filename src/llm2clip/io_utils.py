@@ -440,7 +440,7 @@ def _read_numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
                 if len(line) > MAX_LINE_CHARACTERS:
                     raise DataFormatError(f"{file}, line {number}: more than {MAX_LINE_CHARACTERS:,} characters")
                 if "\0" in line:
-                    raise DataFormatError(f"{file}, line {number}: not a text (it contains null characters)")
+                    raise DataFormatError(f"{file}, line {number}: not text (it contains null characters)")
                 if line.strip():
                     yield number, line.rstrip("\n")
         except UnicodeError as error:

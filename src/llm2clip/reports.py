@@ -86,9 +86,9 @@ class Examples:
     """Images shown side by side."""
 
     images: Sequence[Example]
-    title: str = ""  # above the images, such as the query that retrieved them
+    title: str = ""  # title above the images, such as the query that retrieved them
     as_cards: bool = False  # True: wide cards with space for texts; False: thumbnails
-    legend: Sequence[tuple[str, str]] = ()  # names and CSS colours (such as "#ff0000") of what the images show
+    legend: Sequence[tuple[str, str]] = ()  # (name, CSS colour) of each legend entry, such as ("cat", "#ff0000")
 
 
 @dataclass(frozen=True)

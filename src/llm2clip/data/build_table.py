@@ -1,4 +1,4 @@
-"""Reading sources into record tables, and dividing the records into training and held-out records.
+"""Construction of record tables from data sources, and the split into training and held-out records.
 
 Sources are read in parts. A part is a file or a range of a large file, and its name is a hash of everything that
 affects its rows. After an interruption, reading continues with the missing parts, and only changed files are read

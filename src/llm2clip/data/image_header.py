@@ -245,7 +245,7 @@ class _BoundedReader:
         self._reads_left -= 1
         self._bytes_left -= len(data)
         if self._reads_left < 0 or self._bytes_left < 0:
-            raise DecodingLimitError("the file has too many small parts, or refers to the same bytes too often")
+            raise DecodingLimitError("the file has too many small chunks, or refers to the same bytes too often")
         return data
 
     def __getattr__(self, name: str) -> Any:

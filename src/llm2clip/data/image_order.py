@@ -31,8 +31,7 @@ class EpochOrders:
         image_order: ImageOrder | None = None,
         read_images: bool = True,
     ) -> None:
-        """Create the orders.
-
+        """
         Args:
             is_usable: Boolean mask of the records to use, of shape (N,). All records must have an image.
             read_images: Download remote shards ahead.

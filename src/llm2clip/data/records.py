@@ -83,7 +83,7 @@ class Source:
             columns of unmapped fields are detected by their common names.
     """
 
-    path: str  # file, folder, glob or brace pattern, any of them local or a URL; `hf:NAME` is a Hugging Face dataset
+    path: str  # local path or URL of a file or folder, glob or brace pattern, or `hf:NAME` (Hugging Face dataset)
     splits: tuple[str, ...] = ()  # "none" selects records without a split; empty selects all records
     columns: Mapping[str, str] = field(default_factory=dict)
 
@@ -384,7 +384,7 @@ class ColumnMapper:
         self._cache: dict[tuple[str, ...], dict[str, str]] = {}
 
     def map_table(self, file: str, columns: Sequence[str]) -> dict[str, str]:
-        """Return a dict {field: column} for a table with these columns. Raise the errors of `check`."""
+        """Return a dict {field: column} for a table with these columns. For the errors raised, see `check`."""
         key = tuple(columns)
         if key not in self._cache:
             self.columns |= dict.fromkeys(columns)

@@ -39,10 +39,11 @@ class TooManySkipped(ValueError):
 
 
 class SkipLog:
-    """Counter of skipped rows that also lists them in a JSON Lines file. The file is overwritten, by a single process.
+    """Counter of skipped rows, which are also listed in a JSON Lines file.
 
-    `skipped` counts the skipped rows by reason, and `dropped` the rows from which a value was dropped. `max_skipped` is
-    the maximum fraction of rows that may be skipped.
+    An existing file is overwritten, and only one process may write to it. `skipped` counts the skipped rows by reason,
+    and `dropped` the rows from which a value was dropped. `max_skipped` is the maximum fraction of rows that may be
+    skipped.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, max_skipped: float = 0.05) -> None:
@@ -133,7 +134,7 @@ class SkipLog:
         )
 
     def list_notes(self) -> list[str]:
-        """Return the first notes. Each note names one of its files and counts the others."""
+        """Return the first notes. Each note names one of the files that it applies to and counts the other files."""
         notes = []
         for text, files in islice(self.notes.items(), MAX_NOTES):
             others = f" and {len(files) - 1:,} more" if len(files) > 1 else ""

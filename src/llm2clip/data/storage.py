@@ -41,7 +41,7 @@ PERMANENT_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "InvalidURL
 _REMOTE = re.compile(r"(s3|gs|hf|https?)://")
 _random = random.Random()  # separate, so that retries do not change the state of the global generator
 
-_filesystems: dict[tuple[int, str], Any] = {}  # (process id, scheme) -> file system; forked processes need their own
+_filesystems: dict[tuple[int, str], Any] = {}  # (process id, scheme) -> file system, not shared after a fork
 
 
 class RemoteError(OSError):

@@ -264,7 +264,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         return torch.from_numpy(average_prompts(self.encode_text(prompts, progress, precision).numpy(), counts))
 
     def encode_document(self, documents: Any, progress: bool = False, precision: str | None = None) -> Tensor:
-        """Encode N documents to search. Return embeddings like those of `encode_text`.
+        """Encode N documents that queries are compared with. Return embeddings like those of `encode_text`.
 
         Args:
             documents: One document or a list of N documents. A document is a text, an image as for `encode_image`

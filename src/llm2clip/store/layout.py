@@ -137,7 +137,7 @@ def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
         rows, sha256, shard_spec = read_shard_metadata(folder, number)
         if spec is not None and shard_spec != spec:
             raise StoreError(
-                f"{keys_path(folder, number)} has a different encoder, dimension or dtype from the rest of this store. "
+                f"{keys_path(folder, number)} differs from the other shards in encoder, dimension or dtype. "
                 f"Run `llm2clip store repair {folder}` to delete this shard"
             )
         shards.append(Shard(number, start, rows, sha256))
@@ -235,7 +235,9 @@ def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path 
         return
     names = sorted(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
     differences = "; ".join(f"{name}: {stored.get(name)!r}, expected {expected.get(name)!r}" for name in names)
-    raise StoreError(f"{path} was made by a different encoder ({differences}). Use that encoder or a different folder")
+    raise StoreError(
+        f"{path} was created with a different encoder ({differences}). Use the same encoder or another folder"
+    )
 
 
 # ---- keys ----------------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ class Teacher:
             free_memory()
 
     def open_store(self, folder: Path) -> None:
-        """Open a store that `embed` has written. It does not exist if all texts were in the other stores."""
+        """Open the store that `embed` wrote. There is none if all texts were already in other stores."""
         if (folder / MANIFEST).is_file():
             self.stores.append(EmbeddingStore(folder))
 

@@ -419,7 +419,7 @@ def _add_positive_grads(
 def _scale_grads(
     grad_image: Tensor, grad_text: Tensor, image: Tensor, scale: Tensor, grad_output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale the gradients of the embeddings in place. Return both, and the gradient of the logit scale."""
+    """Scale the gradients of the embeddings in place. Return the gradients of the embeddings and the logit scale."""
     grad_scale = torch.linalg.vecdot(image, grad_image).sum() * grad_output  # logits = scale * cosines
     factor = scale * grad_output
     return grad_image.mul_(factor), grad_text.mul_(factor), grad_scale

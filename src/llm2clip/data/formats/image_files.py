@@ -345,7 +345,7 @@ def _parse_plain_block(header: bytes) -> tuple[int, bytes] | None:
     match = _PLAIN_HEADER.match(header, 100)
     if match is None or len(header) < tarfile.BLOCKSIZE:
         return None
-    # Adler-32 contains 1 plus the sum of the bytes, modulo 65,521. The checksum field counts as spaces.
+    # Adler-32 contains 1 plus the sum of the bytes, modulo 65,521. The checksum field itself counts as spaces.
     checksum = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * ord(" ")
     return (int(match[1], 8), match[3]) if int(match[2], 8) == checksum else None
 

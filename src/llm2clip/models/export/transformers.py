@@ -176,7 +176,7 @@ def check_text_embeddings(embeddings: Tensor, model: LLM2CLIP) -> None:
     cosine = float((embeddings * model.encode_text(SAMPLE_TEXTS)).sum(1).min())
     if not cosine >= MIN_COSINE:  # `not >=` also catches NaN
         raise ValueError(
-            f"the exported model's text embeddings would differ from the original ones (cosine similarity "
+            f"the exported model's text embeddings would differ from the original model's (cosine similarity "
             f"{cosine:.4f}): the caption encoder has a module that the format does not support"
         )
 

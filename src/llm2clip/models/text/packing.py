@@ -87,7 +87,7 @@ def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision
     if len(tokens.ids) < MIN_CAPTIONS_TO_TUNE:
         return encoder.default_batch_tokens
     candidates = CPU_CANDIDATES if encoder.device.type == "cpu" else GPU_CANDIDATES
-    # If even the smallest candidate does not fit in memory, half of it is returned.
+    # If even the smallest candidate does not fit in memory, half its size is returned.
     best, best_speed = candidates[0] // 2, 0.0
     for candidate in candidates:
         try:
