@@ -454,7 +454,7 @@ def test_captions_of_a_row_are_limited(tmp_path: Path) -> None:
     rows = [{"caption": "a" * (1 << 20)}, {"caption": ["a" * (1 << 19), "b" * (1 << 19), "c"]}]
     log = SkipLog(max_skipped=1.0)
     assert len(list(open_records(write_jsonl(tmp_path / "x.jsonl", rows), log))) == 1
-    assert "over 1,048,576 characters" in log.examples[0]
+    assert "more than 1,048,576 characters" in log.examples[0]
 
 
 @pytest.mark.parametrize(

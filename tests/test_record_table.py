@@ -336,7 +336,7 @@ def test_truncated_parts_of_a_large_table_are_built_again(tmp_path: Path, monkey
         assert len(open_table([source], {}, log, "unchecked", tmp_path / "tables")) == 1
         (part,) = (tmp_path / "tables/parts").iterdir()
         part.write_bytes(part.read_bytes()[:-9])
-    assert f"{part}: damaged" in log.summary()
+    assert f"{part}: corrupt" in log.summary()
 
 
 def test_killed_build_continues_with_the_complete_parts(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def _parse_square_side(size: Any) -> int:
 
 def _parse_interpolation(resample: int) -> Literal["bilinear", "bicubic"]:
     if resample not in (2, 3):
-        raise ValueError(f"the image processor's resample must be 2 (bilinear) or 3 (bicubic), got {resample}")
+        raise ValueError(f"the image processor's resample must be 2 (bilinear) or 3 (bicubic) (got {resample})")
     return "bilinear" if resample == 2 else "bicubic"
 
 
