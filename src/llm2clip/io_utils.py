@@ -144,7 +144,6 @@ def _hold_lock(path: Path) -> Iterator[None]:
 
 
 def _remove_abandoned_files(folder: Path, prefix: str, suffix: str) -> None:
-    """Remove temporary files and folders with this prefix and suffix that are not locked by a running process."""
     if fcntl is None:
         return
     for name in glob.glob(f"{glob.escape(prefix)}{'[0-9a-f]' * 16}{glob.escape(suffix)}", root_dir=folder):

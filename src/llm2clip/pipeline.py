@@ -502,7 +502,6 @@ def check_encoder(config: EncoderConfig) -> None:
 
 
 def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
-    """On the main process, check that a store is intact and was created with the given encoder."""
     if process_state().is_main_process:
         store.verify()
         identity = store.manifest["identity"]

@@ -324,7 +324,6 @@ def _is_intact(table_folder: Path) -> bool:
 def _build_merged_records(
     table: RecordTable, members: np.ndarray, groups: np.ndarray, source_paths: Sequence[str]
 ) -> Iterator[tuple[Record, str, ImageFacts]]:
-    """Yield one merged record per group of rows. `members` are row numbers, ordered by group."""
     starts = np.flatnonzero(np.diff(groups, prepend=-1))
     first_members = table.select(members[starts])
     facts = [first_members.column(name).to_pylist() for name in ("width", "height", "image_hash", "digest")]

@@ -114,13 +114,11 @@ def _read_samples(image: LoadedImage) -> _Samples | None:
 
 
 def _locate_middle(size: int) -> tuple[int, int]:
-    """Return the offset and length of the middle part of an image, which is hashed."""
     length = min(SAMPLE_BYTES, size)
     return (size - length) // 2, length
 
 
 def _read_size_with_pillow(image: LoadedImage) -> tuple[int, int]:
-    """Return the width and height of an image. Raise `UnusableRow` if Pillow cannot open it."""
     try:
         with io.BytesIO(image.data) if image.data is not None else image.ref.open() as stream:
             return open_header(stream).size

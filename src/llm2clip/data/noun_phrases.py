@@ -209,7 +209,6 @@ def _extract_phrases(records: RecordTable) -> Iterator[pa.ListArray]:
 
 
 def _save_frequent_texts(file: Path, counters: Iterator[Counter[str]]) -> None:
-    """Sum the counts of all parts, and save the words or phrases that occur in at least `MIN_IMAGES` images."""
     total = Counter[str]()
     for counter in counters:
         total.update(counter)
@@ -239,7 +238,6 @@ def _count_texts_of_part(records: RecordTable, nouns_file: Path | None) -> Count
 
 
 def _find_phrases_of_part(records: RecordTable, nouns_file: Path, frequent_file: Path) -> pa.ListArray:
-    """Return the frequent phrases of each image, in order of first appearance."""
     nouns, frequent = _load_frequent_texts(nouns_file), _load_frequent_texts(frequent_file)
     texts: list[str] = []
     offsets = [0]

@@ -537,7 +537,6 @@ def _parse_list(text: str) -> list[Any]:
 
 
 def _parse_name(value: Any, field: str) -> str | None:
-    """Return an id or split name, or None if it is missing. Raise `UnusableRow` for other types."""
     if type(value) is str:
         return value.strip() or None
     if is_null(value):

@@ -103,7 +103,6 @@ def list_folder(folder: str) -> list[str]:
 
 
 def _list_remote_folder(folder: str) -> list[str]:
-    """Return the sorted names of the files and folders in a remote folder. Folder names end with a slash."""
     folder = folder.rstrip("/") + "/"
     scheme = storage.get_scheme(folder)
     filesystem = storage.get_filesystem(scheme)
@@ -475,7 +474,6 @@ def _download_pending() -> None:
 
 
 def _reset_threads() -> None:
-    """After a fork, forget the parent process's threads."""
     global _free_threads
     _pending.clear()
     _free_threads = threading.Semaphore(PREFETCH_THREADS)

@@ -385,7 +385,6 @@ def _get_status(error: BaseException) -> int | None:
 
 
 def _list_causes(error: BaseException) -> list[BaseException]:
-    """Return an exception followed by its causes, at most 10 in total."""
     causes = [error]
     while len(causes) < 10 and (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)

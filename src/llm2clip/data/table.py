@@ -383,7 +383,6 @@ class Blocks:
         ]
 
     def _make_image(self, batch: int, row: int, cells: tuple[Any, ...]) -> ImageRef | None:
-        """Create the image reference of a row from its values of `IMAGE_COLUMNS`."""
         kind, container, name, offset, size, digest = cells
         if kind == NO_IMAGE:
             return None

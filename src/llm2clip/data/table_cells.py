@@ -107,7 +107,6 @@ def check_row_group_sizes(metadata: pq.FileMetaData) -> None:
 
 
 def _list_row_group_bytes(metadata: pq.FileMetaData) -> list[int]:
-    """Return the uncompressed size of each row group according to the file's metadata."""
     # Column sizes are not used, because `RowGroupMetaData.column` crashes the process if the metadata is corrupt.
     return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
 

@@ -141,7 +141,6 @@ def load_clip_text_encoder(
 
 @hide_loading_bars()
 def _load_transformers(path: str, device: torch.device, remote_code: bool) -> ClipTextEncoder:
-    """Load a model with transformers' classes or, if `remote_code`, with the model's own code."""
     from transformers import AutoModel, AutoTokenizer
 
     config, preprocessing = None, _TextPreprocessing()

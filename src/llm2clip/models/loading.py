@@ -289,7 +289,6 @@ def check_tokenizer(source: str | Path, subfolder: str = "") -> None:
 
 
 def _compute_text_growth(normalizer: Any) -> int:
-    """Return an upper bound of the factor by which a normaliser's replacements lengthen a text."""
     if not isinstance(normalizer, dict):
         return 1
     if normalizer.get("type") == "Sequence":

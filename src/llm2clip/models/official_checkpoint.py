@@ -215,7 +215,6 @@ def _infer_clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _infer_timm_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
-    """Return the config of an EVA or SigLIP 2 tower: a known timm model, or an architecture with custom sizes."""
     is_eva, prefix = checkpoint.layout is EVA, checkpoint.layout.tower
     width, _, patch_size, _ = checkpoint.get_shape(f"{prefix}patch_embed.proj.weight")
     if not is_eva and width != embed_dim:

@@ -120,7 +120,6 @@ def save_text_graph(model: DualEncoder) -> None:
 
 
 def _remove_old_graphs(folder: Path) -> None:
-    """Remove the graphs of models that no longer exist."""
     for file in folder.glob("*/graph.json"):
         with suppress(OSError, ValueError, KeyError):
             if not Path(read_json_object(file)["model"]).exists():

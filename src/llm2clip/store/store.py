@@ -384,7 +384,6 @@ def _look_up_captions(captions: list[str], store: EmbeddingStore, refused: Conta
 
 
 def _sort_rows(rows: np.ndarray, record_of_row: np.ndarray, num_records: int) -> CaptionRows:
-    """Sort each record's row numbers and remove duplicates."""
     # Combine record and row into a single integer, because NumPy sorts integers faster than pairs.
     base = int(rows.max(initial=0)) + 1
     pairs = np.unique(record_of_row * base + rows)

@@ -518,7 +518,6 @@ def _compute_gradients(
 
 
 def _select_parameters(student: CaptionEncoder, config: DistillConfig) -> list[dict[str, Any]]:
-    """Freeze unused weights and an LLM's token embeddings. Group the trainable weights by learning rate."""
     lr = config.lr or (STATIC_LR if student.is_static else DEFAULT_LR)
     student.st.requires_grad_(True)
     if student.is_static:

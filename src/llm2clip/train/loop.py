@@ -230,7 +230,6 @@ class StepLoop:
         return evaluates or saves
 
     def _evaluate(self, step: int) -> None:
-        """Evaluate the model on the main process or, if the model is sharded, on all ranks. Log the metrics."""
         assert self.validate is not None
         if self.accelerator.is_main_process or is_fsdp_enabled():
             self.model.eval()

@@ -139,7 +139,6 @@ def _render_asset_section(run: Path) -> list[str]:
 
 
 def _render_training_sections(run: Path) -> list[str]:
-    """Render the report and the config of a run directory as sections. Missing files are omitted."""
     sections = []
     report, config = run / "report.md", run / CONFIG_FILE
     if report.is_file():

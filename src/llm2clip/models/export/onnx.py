@@ -310,7 +310,6 @@ def _find_input_axes(tensor: Any, users: list[Any]) -> tuple[int, ...] | None:
 
 
 def _build_restoring_nodes(values: str, scales: str, output: str) -> list[Any]:
-    """Return the nodes that compute output = float32(values) * scales."""
     from onnx import TensorProto, helper
 
     return [

@@ -405,7 +405,6 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
 
 @hide_load_report()
 def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
-    """Build the vision model of a transformers config, with weights from `source`, or random weights if it is None."""
     from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
 
     # Given a folder with a complete CLIP model, AutoModel would build both towers.
