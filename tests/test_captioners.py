@@ -27,7 +27,7 @@ from llm2clip.caption.database import CaptionDatabase
 from llm2clip.caption.options import Prompt, load_prompts
 from llm2clip.data.skip_log import TooManySkipped
 from llm2clip.data.storage import parse_retry_after
-from llm2clip.models.loading import name_with_hash
+from llm2clip.models.loading import get_name_with_hash
 
 KEY = "sk-very-secret"
 CAPTIONS_PER_IMAGE = 3
@@ -458,7 +458,7 @@ def test_names_of_local_models_depend_on_their_files_and_not_on_their_location(
     shutil.copytree(tiny_llava, repository / "snapshots/1")
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text("1")
-    assert name_with_hash("org/built") == name
+    assert get_name_with_hash("org/built") == name
 
     model, _ = load_model(copy)
     with torch.no_grad():
@@ -467,7 +467,7 @@ def test_names_of_local_models_depend_on_their_files_and_not_on_their_location(
     retrained = LocalCaptioner(str(copy), 4).name
     assert retrained != name
     (copy / "chat_template.jinja").write_text((copy / "chat_template.jinja").read_text() + "Answer:")
-    assert name_with_hash(str(copy)) not in (name, retrained)
+    assert get_name_with_hash(str(copy)) not in (name, retrained)
 
 
 def test_batches_are_halved_until_they_fit_in_the_memory(

@@ -117,10 +117,10 @@ def test_checkpoints_resume_before_a_damaged_one(
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest == tmp_path / "checkpoint-5" and checkpoints.step == 5
     assert (tmp_path / "checkpoint-10.damaged").is_dir() and not (tmp_path / "checkpoint-10").exists()
-    assert f"checkpoint-10 is damaged ({damage})" in capsys.readouterr().out
+    assert f"checkpoint-10 is corrupt ({damage})" in capsys.readouterr().out
     damage_checkpoint(5)
     for _ in range(2):  # nothing is renamed, so the damage may be temporary
-        with pytest.raises(ValueError, match=r"All checkpoints in .* are damaged \(checkpoint-5: .* delete .* start"):
+        with pytest.raises(ValueError, match=r"All checkpoints in .* are corrupt \(checkpoint-5: .* delete .* start"):
             Checkpoints(tmp_path)
     assert (tmp_path / "checkpoint-5").is_dir()
 

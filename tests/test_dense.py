@@ -339,8 +339,8 @@ def test_encode_regions_averages_the_cells_of_boxes_and_masks(family: str) -> No
 @pytest.mark.parametrize(
     ("regions", "message"),
     [
-        ({}, "needs either boxes or masks"),
-        ({"boxes": [[0, 0, 9, 9]], "masks": torch.ones(1, 64, 64, dtype=torch.bool)}, "needs either boxes or masks"),
+        ({}, "requires either boxes or masks"),
+        ({"boxes": [[0, 0, 9, 9]], "masks": torch.ones(1, 64, 64, dtype=torch.bool)}, "requires either boxes or masks"),
         ({"boxes": [0, 0, 9, 9]}, r"boxes must have shape \(N, 4\), with columns x0, y0, x1 and y1 \(got \(4,\)\)"),
         ({"boxes": [[0, 0, 9, 9], [1, 2, float("nan"), 9]]}, r"box 1, \(1.0, 2.0, nan, 9.0\), contains NaN"),
         ({"boxes": [[5, 5, 5, 9]]}, r"box 0, \(5.0, 5.0, 5.0, 9.0\), is empty"),

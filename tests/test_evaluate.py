@@ -18,7 +18,7 @@ from dense_fixtures import COLOURS, VOC, make_coco
 from format_fixtures import write_jsonl
 from llm2clip.cli import main
 from llm2clip.config import EvaluateOptions
-from llm2clip.data.image_facts import hash_images, save_training_image_hashes
+from llm2clip.data.image_facts import get_distinct_image_hashes, save_training_image_hashes
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
@@ -351,7 +351,7 @@ def test_evaluate_states_what_it_evaluates_and_warns_about_training_images(
         row.pop("split")
     data = write_jsonl(tmp_path / "unsplit.jsonl", rows)
     model, out = shutil.copytree(clip, tmp_path / "mine"), tmp_path / "out"
-    save_training_image_hashes(model, hash_images(FileImage(row["image"]) for row in rows[:30]))
+    save_training_image_hashes(model, get_distinct_image_hashes(FileImage(row["image"]) for row in rows[:30]))
     assert main(["evaluate", str(model), f"{data}@none", "--baselines", str(clip), "--out", str(out)]) == 0
     warning = "Warning: mine was trained on 30 of the images in data"
     output = capsys.readouterr().out

@@ -24,7 +24,7 @@ from format_fixtures import encode, write_jsonl
 from llm2clip.cli.export import _check_no_home_paths
 from llm2clip.data import image_header, images, records, table_cells
 from llm2clip.data.formats import text_files
-from llm2clip.data.image_header import DecodingLimitError, check_decoding_work, open_header
+from llm2clip.data.image_header import DecodingLimitError, check_decoding_cost, open_header
 from llm2clip.data.image_refs import FileImage, ParquetImage
 from llm2clip.data.images import ImageError, decode_image, load_image
 from llm2clip.data.records import Source, open_records
@@ -53,11 +53,11 @@ def png_bytes(width: int = 12, height: int = 10) -> bytes:
     [
         ("jpeg refinement scans", "must have at most 20 scans"),
         ("jpeg arithmetic", "arithmetic coding"),
-        ("png chunks", "too many small parts"),
-        ("png profiles", "too many small parts"),
+        ("png chunks", "too many small chunks"),
+        ("png profiles", "too many small chunks"),
         ("png profiles after pixels", "colour profiles"),
-        ("gif comments", "too many small parts"),
-        ("gif long comment", "too many small parts"),
+        ("gif comments", "too many small chunks"),
+        ("gif long comment", "too many small chunks"),
         ("bmp runs", "run-length encoded"),
         ("bmp jumps", "run-length encoded"),
         ("ppm comments", "plain-text"),
@@ -80,14 +80,14 @@ def test_decode_image_rejects_hostile_files_before_decoding(
 @pytest.mark.parametrize("name", ["png chunks after pixels", "png empty pixels"])
 def test_decode_image_limits_the_reads_of_pillow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "_FAST_FORMATS", ())
-    with pytest.raises(ImageError, match="too many small parts"):
+    with pytest.raises(ImageError, match="too many small chunks"):
         decode_image(hostile.REJECTED[name]())
 
 
 def test_jpeg_scans_are_limited_by_their_number_and_by_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     def check(num_scans: int, side: int = 64) -> None:
         data = hostile.refinement_scans(num_scans, side)
-        check_decoding_work(data, open_header(io.BytesIO(data)))
+        check_decoding_cost(data, open_header(io.BytesIO(data)))
         assert decode_image(data).shape == (3, side, side)
 
     check(98)  # and two first scans
@@ -389,7 +389,7 @@ def test_tokenizers_that_make_texts_too_long_are_rejected(
         "normalizers": [{"type": "NFC"}, {"type": "Sequence", "normalizers": [replace] * depth}],
     }
     file.write_text(json.dumps({**json.loads(file.read_text()), "normalizer": nested}))
-    with nullcontext() if is_accepted else pytest.raises(ValueError, match="normalizer can make texts too long"):
+    with nullcontext() if is_accepted else pytest.raises(ValueError, match="normalizer can lengthen texts"):
         CaptionEncoder.from_pretrained(tmp_path, device="cpu")
 
 
@@ -454,7 +454,7 @@ def test_captions_of_a_row_are_limited(tmp_path: Path) -> None:
     rows = [{"caption": "a" * (1 << 20)}, {"caption": ["a" * (1 << 19), "b" * (1 << 19), "c"]}]
     log = SkipLog(max_skipped=1.0)
     assert len(list(open_records(write_jsonl(tmp_path / "x.jsonl", rows), log))) == 1
-    assert "over 1,048,576 characters" in log.examples[0]
+    assert "more than 1,048,576 characters" in log.examples[0]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Sizes and hashes from parts of images. References: `open_header` and `hash_images`, also for corrupt images."""
+"""Sizes and hashes from parts of images, compared with `open_header` and full hashes, also for corrupt images."""
 
 import io
 import os
@@ -18,7 +18,7 @@ from llm2clip.data.image_facts import (
     TRAINING_IMAGES_FILE,
     ImageFacts,
     count_training_images,
-    hash_images,
+    get_distinct_image_hashes,
     load_training_image_hashes,
     read_image_facts,
     save_training_image_hashes,
@@ -89,7 +89,9 @@ def test_facts_of_files_and_tar_members_are_those_of_images_in_memory(num_bytes:
     has_header = read_size_with_pillow(data) == (50, 40)
     for image in [LoadedImage(ref, loaded) for ref in refs for loaded in (None, data)]:
         facts = read_image_facts(image, check=has_header, compute_hash=True)
-        assert facts == ImageFacts(*((50, 40) if has_header else (0, 0)), int(hash_images([image.ref])[0]))
+        assert facts == ImageFacts(
+            *((50, 40) if has_header else (0, 0)), int(get_distinct_image_hashes([image.ref])[0])
+        )
 
 
 def test_facts_of_an_empty_file_have_no_hash(tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_facts_of_a_named_pipe_do_not_wait_for_data(tmp_path: Path) -> None:
 
 def test_training_images_are_recognised_in_other_folders_and_in_tar_files(image_folder: Path, tmp_path: Path) -> None:
     refs = [record.image for record in open_records(image_folder / "captions.jsonl")]
-    hashes = hash_images([*refs[:20], refs[3], None, FileImage(str(tmp_path / "missing.png"))])
+    hashes = get_distinct_image_hashes([*refs[:20], refs[3], None, FileImage(str(tmp_path / "missing.png"))])
     assert len(hashes) == 20 and hashes.dtype == np.uint64 and count_training_images(hashes, refs) == 20
     copies = [FileImage(shutil.copy(str(ref), tmp_path / f"copy-{n}.png")) for n, ref in enumerate(refs)]
     assert count_training_images(hashes, copies) == 20
@@ -121,8 +123,8 @@ def test_training_images_are_recognised_in_other_folders_and_in_tar_files(image_
     tar = write_tar(tmp_path / "0.tar", members.items())
     assert count_training_images(hashes, [record.image for record in open_records(tar)]) == 20
     cells = [MemoryImage(image_bytes(seed)) for seed in range(4)]
-    assert count_training_images(hash_images(cells[:3]), cells) == 3
-    assert count_training_images(hash_images([]), refs) == 0
+    assert count_training_images(get_distinct_image_hashes(cells[:3]), cells) == 3
+    assert count_training_images(get_distinct_image_hashes([]), refs) == 0
 
 
 def test_training_images_are_saved_without_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def test_read_lines_detects_the_encoding(tmp_path: Path, encoding: str) -> None:
 
 
 def test_read_lines_rejects_binary_files(tmp_path: Path) -> None:
-    for data, message in ((b"a dog\nb\0", "line 2: not a text"), ("犬".encode("utf-16")[:-1], "not UTF-16 ")):
+    for data, message in ((b"a dog\nb\0", "line 2: not text"), ("犬".encode("utf-16")[:-1], "not UTF-16 ")):
         (tmp_path / "a.txt").write_bytes(data)
         with pytest.raises(DataFormatError, match=rf"a\.txt.*{message}"):
             read_lines(tmp_path / "a.txt")

@@ -131,7 +131,7 @@ CASES |= {
     "COCO's bounding boxes": Case(
         {"instances.json": json.dumps(COCO | {"annotations": [{"image_id": 9, "bbox": [0, 0, 1, 1]}]})},
         None,
-        ("its annotations have no captions. Use COCO's captions_*.json",),
+        ("the annotations have no captions. Use COCO's captions_*.json",),
     ),
     "another JSON object": Case({"x.json": '{"data": []}'}, None, ("must contain a list of objects", "keys data")),
 }

@@ -21,7 +21,7 @@ from llm2clip.config import EvaluateConfig
 from llm2clip.data import build_table, image_facts
 from llm2clip.data.build_table import DataSplits, load_source_indices, open_table, read_splits
 from llm2clip.data.formats import find_format, split_file
-from llm2clip.data.image_facts import hash_images, mask_same_images
+from llm2clip.data.image_facts import get_distinct_image_hashes, mask_same_images
 from llm2clip.data.image_refs import FileImage, MemoryImage, ParquetImage, TarImage
 from llm2clip.data.records import CAPTION_FIELDS, EARLY_CHECK_ROWS, ImageCheck, Record, Source, open_records
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
@@ -151,8 +151,12 @@ def test_table_equals_the_records_of_its_sources(tmp_path: Path) -> None:
     assert list(table) == expected
     assert load_source_indices(table).tolist() == [0] * 20 + [1] + [2] * 3
     assert [image.read() for image in table.get_images()] == [record.image.read() for record in expected]
-    assert np.array_equal(table.hash_images(), hash_images(record.image for record in expected))
-    assert np.array_equal(RecordTable.from_records(expected).hash_images(), table.hash_images())
+    assert np.array_equal(
+        table.get_distinct_image_hashes(), get_distinct_image_hashes(record.image for record in expected)
+    )
+    assert np.array_equal(
+        RecordTable.from_records(expected).get_distinct_image_hashes(), table.get_distinct_image_hashes()
+    )
     assert (table.numbers("width") > 0).all() and (table.numbers("height") > 0).all()
 
 
@@ -181,7 +185,7 @@ def test_work_of_a_source_counts_each_file_once(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(bytes(10240))
     parts = [part for name in ("x.parquet", "x.tar") for part in split_file(find_format(str(tmp_path / name)), 1)]
     assert len(parts) == 21
-    assert build_table._estimate_work(parts) == (tmp_path / "x.parquet").stat().st_size + 10240 / 8
+    assert build_table._estimate_read_bytes(parts) == (tmp_path / "x.parquet").stat().st_size + 10240 / 8
 
 
 def test_opening_again_reads_no_source_and_repeats_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,9 +322,9 @@ def test_damaged_files_of_a_table_are_built_again(tmp_path: Path, name: str) -> 
         file.write_bytes(damaged)
         log = SkipLog()
         assert list_rows(open_table([source], {}, log, folder=folder)) == rows
-        assert f"{file if file.parent.name == 'parts' else file.parent}: damaged, and therefore" in log.summary()
+        assert f"{file if file.parent.name == 'parts' else file.parent}: corrupt, and therefore" in log.summary()
         (file,) = folder.glob(name)  # the table's name depends on when its parts were read
-        assert "damaged" not in str([open_table([source], {}, log := SkipLog(), folder=folder), log.summary()])
+        assert "corrupt" not in str([open_table([source], {}, log := SkipLog(), folder=folder), log.summary()])
 
 
 def test_truncated_parts_of_a_large_table_are_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +336,7 @@ def test_truncated_parts_of_a_large_table_are_built_again(tmp_path: Path, monkey
         assert len(open_table([source], {}, log, "unchecked", tmp_path / "tables")) == 1
         (part,) = (tmp_path / "tables/parts").iterdir()
         part.write_bytes(part.read_bytes()[:-9])
-    assert f"{part}: damaged" in log.summary()
+    assert f"{part}: corrupt" in log.summary()
 
 
 def test_killed_build_continues_with_the_complete_parts(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def clean_remote_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     for name in ("_versions", "_failures"):
         monkeypatch.setattr(remote, name, {})
     monkeypatch.setattr(storage, "_filesystems", {})
-    monkeypatch.setattr(remote, "_room", {})
+    monkeypatch.setattr(remote, "_unlisted_allowances", {})
     monkeypatch.setattr(remote, "TOUCH_SECONDS", -1)
     monkeypatch.setattr(storage, "FIRST_DELAY", 0.01)
 
@@ -507,7 +507,7 @@ def test_damaged_files_are_downloaded_again(web_server: WebServer, monkeypatch: 
     assert remote._remove_files(list(remote._list_files()), 1) == 0
     path.unlink()
     monkeypatch.setattr(remote.os, "utime", lambda *_: None)
-    with pytest.raises(FatalDataError, match="does not save modification times"):
+    with pytest.raises(FatalDataError, match="does not store modification times"):
         remote.get_local_path(f"{web_server.url}/x.tar")
 
 
@@ -515,7 +515,7 @@ def test_listings_of_web_servers_are_limited(web_server: WebServer, monkeypatch:
     web_server.files |= {f"/d/{number}.jpg": b"" for number in range(9)}
     assert len(remote.list_folder(f"{web_server.url}/d/")) == 9
     monkeypatch.setattr(storage, "MAX_LISTING_BYTES", 100)
-    with pytest.raises(RemoteError, match=r"/d/: ValueError: the list of the files in this folder exceeds 100 bytes"):
+    with pytest.raises(RemoteError, match=r"/d/: ValueError: the listing of this folder exceeds 100 bytes"):
         remote.list_folder(f"{web_server.url}/d/")
     monkeypatch.setattr(remote, "_list_remote_folder", lambda _: ["a.jpg", "d/"])  # the folder contains itself
     with pytest.raises(RemoteError, match=r"/d/d/d: more than 30,000 folders, or 16 folders inside each other"):
@@ -542,7 +542,7 @@ def test_messages_contain_no_credentials(web_server: WebServer, tmp_path: Path) 
         assert "SECRET" not in str(remote_error.value)
         assert remote_error.value.__cause__ is None and remote_error.value.__suppress_context__
     assert "SECRET" not in str(FileImage(url)) + str(TarImage(url, 0, 1)) + str(ParquetImage(url, 0, "image"))
-    with pytest.raises(ValueError, match=r"^https://host/x\.tar: remove the user name"):
+    with pytest.raises(ValueError, match=r"^https://host/x\.tar: a URL must not contain a user name"):
         find_files("https://user:SECRET@host/x.tar")
     text = "cannot read https://u:p@h.org/a.tar?x=1&y=2: HTTP status 403, s3://b/a?.tar"
     assert hide_url_secrets(text) == "cannot read https://h.org/a.tar: HTTP status 403, s3://b/a?.tar"

@@ -34,7 +34,7 @@ from llm2clip.models.vision.segmentation import (
     ResizeForWindows,
     WindowAxis,
     arrange_windows,
-    cut_windows,
+    extract_windows,
     segment,
 )
 from llm2clip.reports import Examples
@@ -236,7 +236,7 @@ def test_pixel_scores_match_the_procedure_of_sclip(size: tuple[int, int], monkey
     resized, original = transform(image)
     rows, columns = transform.place_windows(*size)
     assert original == size and resized.shape == (3, rows.length, columns.length)
-    windows = cut_windows(resized, rows, columns)
+    windows = extract_windows(resized, rows, columns)
     cells = torch.randn(len(windows), 3, windows.shape[2] // 4, windows.shape[3] // 4, generator=generator)
     grid = arrange_windows(cells.permute(0, 2, 3, 1), rows, columns)
     scores = PixelScores(

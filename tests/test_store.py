@@ -321,7 +321,7 @@ def test_writer_rejects_a_shard_of_another_encoder(tmp_path: Path) -> None:
     write_store(tmp_path / "theirs", ["theirs"], first=6, layers=9)
     for path in (tmp_path / "theirs").glob("*-00006.*"):
         (tmp_path / "ours" / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(StoreError, match="has a different encoder, dimension or dtype from the rest of this store"):
+    with pytest.raises(StoreError, match="differs from the other shards in encoder, dimension or dtype"):
         StoreWriter(tmp_path / "ours", IDENTITY, 2).finish()
     assert "keys-00006.parquet" in repair_store(tmp_path / "ours")
     assert "ours" in EmbeddingStore(tmp_path / "ours") and "theirs" not in EmbeddingStore(tmp_path / "ours")

@@ -109,7 +109,7 @@ def test_search_with_a_graph_needs_no_pytorch(
 def test_graph_is_not_used_after_the_model_has_changed(model: Path, tmp_path: Path, graph_of_model: Path) -> None:
     changed = tmp_path / "model"
     shutil.copytree(model, changed)
-    graph = text_graph._get_folder(str(changed))
+    graph = text_graph._get_graph_folder(str(changed))
     settings = json.loads((graph_of_model / "graph.json").read_text())
 
     def save() -> None:

@@ -20,9 +20,9 @@ __version__ = "0.3.0"
 # bitsandbytes, so the log level is set here, before any import of peft.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# By default, OpenMP threads busy-wait for each other for a few milliseconds. On a machine that runs other programs too,
-# this makes training many times slower (`benchmarks/busy_machine.py`). PyTorch's OpenMP library reads this variable
-# when torch is imported. If torch has already been imported, the variable only affects child processes.
+# By default, OpenMP threads busy-wait for each other for a few milliseconds. On a machine with other running programs,
+# this makes training many times slower (`benchmarks/busy_machine.py`). PyTorch's OpenMP library reads the variable when
+# torch is imported. If torch has already been imported, the variable affects only child processes.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "0"
 
@@ -36,7 +36,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names when they are first used, so that importing the package is fast."""
+    """Import public names on first use, so that importing the package is fast."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)

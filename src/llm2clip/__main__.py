@@ -1,4 +1,4 @@
-"""Entry point for `python -m llm2clip`, e.g. with a launcher: `torchrun --nproc_per_node 2 -m llm2clip embed ...`."""
+"""Entry point for `python -m llm2clip`, as in `torchrun --nproc_per_node 2 -m llm2clip embed ...`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Settings for every stage, one dataclass per stage. Each field is documented below its definition.
+"""Settings for all stages, one dataclass per stage. Each field is documented below its definition.
 
 A YAML config uses the same names, e.g. `align: {epochs: 4}`. Command-line options, e.g. `--align.epochs 4`, override
 the YAML config. This module imports only the standard library to keep `llm2clip --help` fast.
@@ -13,7 +13,7 @@ from typing import Any, Literal
 # Stages with a configurable precision.
 Stage = Literal["caption", "tune", "embed", "align", "distill", "llava", "evaluate", "serve"]
 POOLING_MODES = ("mean", "weightedmean", "lasttoken", "cls", "max")  # names used by sentence-transformers
-AUTO = "auto"  # value of `--encoder.path` with which `fit` chooses the encoder (see `evaluate/encoder_choice.py`)
+AUTO = "auto"  # value of `--encoder.path` for which `fit` chooses the encoder (see `evaluate/encoder_choice.py`)
 MIN_IMAGE_SIZE = 16  # in pixels; smallest patch size of common vision transformers
 
 # Settings that may change when a run is resumed, because they do not affect the result.
@@ -35,15 +35,16 @@ class EncoderConfig:
 
     path: str = "smollm2-135m"
     """Decoder LLM or sentence-transformers model: a local folder, a Hugging Face hub id, a .gguf file, or one of the
-    built-in models smollm2-135m, all-minilm-l6-v2 and gemma3-270m, which are downloaded. With auto, its default, `fit`
-    compares small encoders on a sample of the images and captions, and uses the best one without tuning it."""
+    built-in models smollm2-135m, all-minilm-l6-v2 and gemma3-270m, which are downloaded. With auto, the
+    default of `fit`, small encoders are compared on a sample of the images and captions, and the best encoder is used
+    without tuning."""
     bidirectional: bool | None = None
     """Use bidirectional instead of causal attention. Default: as saved with the encoder, or true for a plain LLM."""
     layers: int | None = None
     """Keep only the first N transformer layers. Encoders with fewer layers keep all of them. Default: all layers."""
     template: str | None = None
-    """Template wrapped around each caption, e.g. "<s>{caption}</s>". At most one special token may follow {caption}.
-    Default: no template."""
+    """Template that is wrapped around each caption, e.g. "<s>{caption}</s>". At most one special token may follow
+    {caption}. Default: no template."""
     pooling: str | None = None
     """Token pooling: mean, weightedmean, lasttoken, cls or max. Default: as saved with the encoder, or mean for a plain
     LLM."""
@@ -51,7 +52,7 @@ class EncoderConfig:
     """Maximum caption length in tokens. Longer captions are truncated. Default: as saved with the encoder, or 512 for a
     plain LLM."""
     truncate_dim: int | None = None
-    """Keep only the first N dimensions of each embedding. Intended for encoders trained for truncation (Matryoshka).
+    """Keep only the first N dimensions of each embedding. Intended for encoders trained with Matryoshka dimensions.
     Default: all dimensions."""
 
     def __post_init__(self) -> None:
@@ -75,7 +76,7 @@ class TuneConfig:
     """Caption sources; images are not needed. PATH alone selects rows in the training split and rows without a split.
     PATH@split+split selects rows in the named splits. Default: the captions in the training data."""
     text_pairs: list[str] = field(default_factory=list)
-    """Sources of general text pairs. Each row must have a query and a positive, and may have negatives and an
+    """Sources of general text pairs. Each row must have a query and a positive text, and may have negatives and an
     instruction. If --tune.text_pairs is set but --tune.data is not, the captions in the training data are not used."""
     exclude: list[str] = field(default_factory=list)
     """Sources of images whose captions are excluded from tuning. The captions of the run's held-out images are always
@@ -86,13 +87,13 @@ class TuneConfig:
     """Number of text pairs per step and device. All other texts in the batch, across all devices, are negatives. If
     there are too few items to fill a step, each step uses all of them."""
     hard_negative_group_size: int = 1
-    """Number of images with similar captions that are grouped together in a batch as hard negatives. 32 works well for
-    tens of thousands of images. With millions of images, the groups would contain near-duplicates, which would become
-    negatives of each other. With 1, images are sampled at random."""
+    """Number of images with similar captions that form a group of hard negatives in a batch. 32 works well for tens of
+    thousands of images. With millions of images, a group would contain near-duplicates that are used as negatives of
+    each other. With 1, images are sampled at random."""
     lr: float = 1e-3
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear"] = "cosine"
-    """How the learning rate decays to zero after warm-up. The paper uses linear decay."""
+    """Learning rate schedule after warm-up: linear (as in the paper) or cosine decay to zero."""
     warmup_ratio: float = 0.1
     """Fraction of steps used for linear warm-up."""
     temperature: float = 0.05
@@ -109,10 +110,11 @@ class TuneConfig:
     Requires bitsandbytes. After training, LoRA is merged into the original, unquantised weights. With QLoRA, `fit` does
     not measure caption retrieval accuracy."""
     grad_cache: bool = False
-    """Use gradient caching, which keeps memory use independent of the batch size. Training takes about a third longer.
-    Batches that fit in a single forward pass (see --tune.batch_tokens) are not affected."""
+    """Use gradient caching, which makes memory use independent of the batch size. Training takes about a third longer.
+    Batches that fit in a single forward pass (see --tune.batch_tokens) are unaffected."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory. Useful for long captions and large LLMs."""
+    """Use gradient checkpointing, which saves memory by recomputing activations in the backward pass. Useful for long
+    captions and large LLMs."""
     batch_tokens: int | None = None
     """Maximum number of tokens per forward pass, including padding. The default depends on the device."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -138,8 +140,8 @@ class EmbedConfig:
 
     precision: str = "auto"
     """Encoding precision: fp32, bf16, bf16+N (bf16 with the first N layers in fp32) or auto. On devices with bf16
-    hardware support, auto selects the fastest precision that is accurate enough: embeddings of sixteen test captions
-    must have a cosine similarity of at least 0.999 to their fp32 embeddings. On other devices, auto selects fp32."""
+    hardware support, auto selects the fastest precision in which the embeddings of sixteen test captions have a cosine
+    similarity of at least 0.999 to their fp32 embeddings. On other devices, auto selects fp32."""
     dtype: Literal["float16", "int8"] = "float16"
     """Data type of the stored embeddings. int8 uses one scale factor per embedding and halves the size of the store."""
 
@@ -163,7 +165,7 @@ class AlignConfig:
     instead."""
     adapter_depth: int = 1
     """Number of residual blocks in the adapter. The paper uses 4. 0 removes the adapter: images are embedded in the
-    caption encoder's own space, so that an index of its text embeddings also finds images."""
+    caption encoder's own space, so that an index of text embeddings can also contain images."""
     normalize_input: bool = True
     """L2-normalise the cached embeddings before the adapter, as the paper does."""
     loss: str = "infonce"
@@ -206,8 +208,8 @@ class AlignConfig:
     """Layer-wise learning rate decay: the tower's learning rate is multiplied by this factor once for each layer below
     the top layer. The paper uses 0.85."""
     distill_weight: float = 0.0
-    """Weight of the self-distillation loss, which keeps the features of the vision tower close to those of the
-    pretrained tower, as in ProCLIP. 0 disables self-distillation."""
+    """Weight of the self-distillation loss, which keeps the vision tower's features close to the pretrained tower's
+    features, as in ProCLIP. 0 disables self-distillation."""
     lora_r: int = 0
     """LoRA rank for the tower's linear layers. LoRA alpha is twice the rank. LoRA is merged into the tower after
     training. 0 disables LoRA and trains all tower weights."""
@@ -263,11 +265,11 @@ class AlignConfig:
 
 @dataclass
 class DistillConfig:
-    """Settings for teaching a small text encoder to produce a model's text embeddings (`distill`)."""
+    """Settings for training a small text encoder to reproduce a model's text embeddings (`distill`)."""
 
     epochs: float = 2
-    """Number of epochs. Fractions are allowed. Phrases are repeated up to 16 times per epoch, until they make up about
-    half of the texts."""
+    """Number of epochs. Fractions are allowed. In each epoch, phrases are repeated (at most 16 times) until they make
+    up about half of the texts."""
     batch_size: int = 128
     """Number of texts per step and device."""
     lr: float | None = None
@@ -282,7 +284,7 @@ class DistillConfig:
     save_steps: int = 100
     """Number of steps between checkpoints."""
     seed: int = 0
-    """Seed for the order of the texts and for new weights."""
+    """Seed for the order of the texts and for weight initialisation."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "distill", "batch_size", "max_length", "save_steps")
@@ -298,7 +300,7 @@ class EvaluateConfig:
     data: list[str] = field(default_factory=list)
     """Sources to evaluate on. Default: the held-out part of the training data."""
     fields: list[str] = field(default_factory=list)
-    """Additional caption columns to evaluate separately, e.g. captions_zh. The captions column is always evaluated."""
+    """Additional caption columns to evaluate separately, e.g. captions_zh. The main captions are always evaluated."""
 
 
 @dataclass
@@ -319,7 +321,7 @@ class EvaluateOptions:
     """Regions, segmentation and detection: methods for computing patch embeddings (`plain`, `maskclip`, `sclip`,
     `clearclip` or `naclip`)."""
     short_queries: bool = False
-    """Captioned images: also report retrieval metrics by query length, from single words to full captions."""
+    """Captioned images: also report retrieval metrics by query length, from one word to full captions."""
     templates: list[str] | None = None
     """Prompt templates, such as 'a photo of a {}'. With --short_queries, they are applied to queries of up to three
     words (default: the templates saved with the model). They are also applied to the class names of your own images,
@@ -371,7 +373,7 @@ class FitConfig:
 def require_at_least(minimum: int, config: Any, section: str, *names: str) -> None:
     """Raise ValueError if any of the named settings is NaN, infinite or less than the minimum.
 
-    `None` is accepted. For a list or a dict, each value is checked.
+    `None` is accepted. In a list or dict, each value is checked.
     """
     _require(lambda value: value >= minimum, f"at least {minimum}", config, section, names)
 

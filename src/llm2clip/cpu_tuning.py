@@ -1,4 +1,4 @@
-"""Memory and CPU settings of PyTorch and malloc that speed up training and encoding without changing the results."""
+"""Memory and CPU settings of malloc and PyTorch that speed up training and encoding without changing results."""
 
 import ctypes
 import gc
@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import torch
 
-# Upper bound on the relative error of a float32 matmul that sums a few hundred terms. bfloat16 matmuls have a thousand
-# times this error.
+# Upper bound on the relative error of a float32 matmul over a few hundred terms. The error of a bfloat16 matmul is a
+# thousand times larger.
 FLOAT32_TOLERANCE = 1e-6
 # mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -25,7 +25,7 @@ def keep_freed_memory(device: torch.device) -> None:
 
     Activations are large allocations. By default, glibc maps and unmaps each of them, and the kernel zeroes the pages
     every time. With this setting, training EfficientNet-Lite0 on two cores is up to twice as fast
-    (`benchmarks/malloc.py`). Does nothing unless the device is the CPU and the C library is glibc.
+    (`benchmarks/malloc.py`). The setting takes effect only on the CPU and with glibc.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
@@ -38,8 +38,8 @@ def keep_freed_memory(device: torch.device) -> None:
 def free_memory() -> None:
     """Delete objects in reference cycles, and return freed memory to the operating system.
 
-    After `keep_freed_memory`, malloc keeps the memory freed by the optimizer and the activations. Loading the
-    next large model would need additional memory if none of the freed blocks were large enough for its weights.
+    After `keep_freed_memory`, malloc keeps the memory of the freed activations and optimizer states in blocks. If no
+    block were large enough for the weights of the next model, loading it would take additional memory.
     """
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
@@ -67,8 +67,8 @@ def onednn_matmul() -> Iterator[None]:
 
     On AMD CPUs, MKL does not use AVX-512. oneDNN does, and is more than twice as fast. PyTorch uses oneDNN for float32
     only if the matmul precision is "medium". This precision also allows rounding to bfloat16, so `onednn_is_faster`
-    checks that oneDNN does not round. On machines with a GPU, the precision is left unchanged,
-    because a change would also affect the GPU.
+    verifies that oneDNN does not round. On machines with a GPU, the precision is unchanged, because a change would also
+    affect the GPU.
     """
     use_onednn = not torch.accelerator.is_available() and onednn_is_faster()
     with float32_matmul_precision("medium") if use_onednn else nullcontext():

@@ -1,4 +1,4 @@
-"""Atomic writes, messages, checks of texts, and JSON and text readers that report the file and line of an error."""
+"""Atomic writes, checksums, messages, text validation, and readers that report the file and line of an error."""
 
 import codecs
 import errno
@@ -23,7 +23,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-MAX_JSON_BYTES = 2 << 30  # size limit for JSON files, which are read into memory completely
+MAX_JSON_BYTES = 2 << 30  # size limit for JSON files, which are read into memory at once
 MAX_LINE_CHARACTERS = 1 << 25
 EXTRAS = {  # extra in pyproject.toml -> modules of its packages
     "caption": ("httpx", "py3langid"),
@@ -57,15 +57,15 @@ _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class MissingFileError(FileNotFoundError):
-    """A file or folder of a dataset is missing. The message contains its path."""
+    """Raised when a file or folder of a dataset is missing. The message contains its path."""
 
 
 class DataFormatError(ValueError):
-    """A file has an invalid format. The message contains the file name and the position of the error."""
+    """Raised when a file has an invalid format. The message contains the file name and the position of the error."""
 
 
 class FatalDataError(ValueError):
-    """An error that concerns more than one row, such as a full disk. It stops a run instead of skipping a row."""
+    """Raised for errors that concern more than one row, such as a full disk, and therefore stop a run."""
 
 
 # ---- atomic writes -------------------------------------------------------------------------------------------------
@@ -76,11 +76,11 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
     """Yield the path of an empty temporary file next to `file`. On success, flush it and rename it to `file`.
 
     Readers see either the old file or the complete new file. The temporary file is removed if the `with` block raises
-    an exception. Temporary files left behind by killed processes are also removed. The parent folder is created if it
-    does not exist.
+    an exception. Temporary files left behind by killed processes are also removed. The parent folder is created if
+    needed.
     """
     file = Path(file)
-    # Keep the file's suffix at the end, because functions such as np.save append it if it is missing.
+    # The name ends with the file's suffix, because functions such as np.save append a missing suffix.
     affixes = f".{file.stem}.", f".part{file.suffix}"
     with _replace_on_success(file, *affixes, create=lambda path: path.touch(exist_ok=False)) as temporary:
         yield temporary
@@ -88,7 +88,7 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder next to `folder`, which must not exist. See `atomic_path`."""
+    """Yield an empty temporary folder next to `folder`, which must not exist yet. See `atomic_path`."""
     folder = Path(folder)
     with _replace_on_success(folder, f".{folder.name}.", ".part", create=Path.mkdir) as temporary:
         yield temporary
@@ -98,7 +98,7 @@ def atomic_dir(folder: str | Path) -> Iterator[Path]:
 def _replace_on_success(target: Path, prefix: str, suffix: str, create: Callable[[Path], None]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned_files(target.parent, prefix, suffix)
-    # The name is random, so that other users with write access to the folder cannot create a link with this name.
+    # The name is random, so that other users with write access to the folder cannot create a link at this path.
     temporary = target.with_name(f"{prefix}{secrets.token_hex(8)}{suffix}")
     create(temporary)
     mode = temporary.stat().st_mode
@@ -118,7 +118,7 @@ def _replace_on_success(target: Path, prefix: str, suffix: str, create: Callable
 
 
 def remove_path(path: Path) -> None:
-    """Remove a file, a folder or a symbolic link, if it exists. The target of a link is not removed."""
+    """Remove a file, folder or symbolic link if it exists. The target of a link is not removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -129,7 +129,7 @@ def remove_path(path: Path) -> None:
 def _hold_lock(path: Path) -> Iterator[None]:
     """Hold a lock on a temporary file or folder. The operating system releases it when the process ends.
 
-    Does nothing if the operating system or the file system does not support such locks.
+    Without support for locks by the operating system and the file system, do nothing.
     """
     if fcntl is None:
         yield
@@ -144,7 +144,6 @@ def _hold_lock(path: Path) -> Iterator[None]:
 
 
 def _remove_abandoned_files(folder: Path, prefix: str, suffix: str) -> None:
-    """Remove temporary files and folders with this prefix and suffix that are not locked by a running process."""
     if fcntl is None:
         return
     for name in glob.glob(f"{glob.escape(prefix)}{'[0-9a-f]' * 16}{glob.escape(suffix)}", root_dir=folder):
@@ -192,7 +191,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 def restore_mode(file: Path, mode: int) -> None:
     """Set a file's read and write permissions to those in `mode`, the mode of another file or folder.
 
-    This is needed because safetensors writes files that only the current user can read.
+    safetensors writes files that only the current user can read.
     """
     if os.name == "posix":
         with suppress(OSError):  # some file systems do not support permissions
@@ -215,14 +214,14 @@ def fsync_folder(folder: Path) -> None:
 
 
 def append_checksum(file: Path) -> None:
-    """Append 4 bytes to a complete file, with which `has_valid_checksum` detects damage. `np.load` ignores them."""
+    """Append a 4-byte checksum to a complete file, for `has_valid_checksum`. `np.load` ignores the checksum."""
     checksum = _compute_crc32(file)
     with file.open("ab") as stream:
         stream.write(checksum.to_bytes(CHECKSUM_BYTES, "little"))
 
 
 def has_valid_checksum(file: Path) -> bool:
-    """Return True if a file is unchanged since `append_checksum`. Reads several GB per second. Raise OSError."""
+    """Return True if a file has not changed since `append_checksum`. Speed: several GB per second."""
     return _compute_crc32(file) == _CRC32_RESIDUE
 
 
@@ -237,12 +236,12 @@ def _compute_crc32(file: Path) -> int:
 def get_cache_dir() -> Path:
     """Return the user's cache folder: $LLM2CLIP_CACHE, $XDG_CACHE_HOME/llm2clip or ~/.cache/llm2clip.
 
-    If the folder does not exist, create it so that only the user can read it.
+    If the folder does not exist, it is created with access only for the user.
     """
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "llm2clip")
     folder = Path(os.environ.get("LLM2CLIP_CACHE") or default).expanduser()
     if not folder.is_dir():  # this function is called for each remote image
-        with suppress(OSError):  # writing to the folder raises the same error
+        with suppress(OSError):  # raised again when a file is written
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
@@ -256,19 +255,19 @@ def escape_control_characters(text: str) -> str:
 
 
 def hide_url_secrets(text: str) -> str:
-    """Remove user names, passwords and query strings from all URLs in a message. They can contain credentials."""
+    """Remove user names, passwords and query strings, which can contain credentials, from all URLs in a message."""
     if "://" not in text:
         return text
     return _URL_QUERY.sub(r"\1", _URL_PASSWORD.sub(r"\1", text))
 
 
 def install_command(*extras: str) -> str:
-    """Return the command that installs these extras in an environment that contains llm2clip, editable or not."""
+    """Return the command that adds these extras to an environment with llm2clip."""
     return f"pip install 'llm2clip[{','.join(extras)}]'" if extras else "pip install llm2clip"
 
 
 def check_extra(extra: str, feature: str, error: type[Exception] = ModuleNotFoundError) -> None:
-    """Raise an error if a package of an extra, a key of `EXTRAS`, is missing. Nothing is imported."""
+    """Raise an error if a package of an extra (a key of `EXTRAS`) is missing. Nothing is imported."""
     missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
     if missing:
         raise error(f"{feature} requires additional packages ({', '.join(missing)}). Run {install_command(extra)}")
@@ -294,7 +293,7 @@ def to_valid_unicode(name: str) -> str:
 
 
 def check_texts(texts: Iterable[str]) -> Iterator[str]:
-    """Yield the texts. Raise TypeError or ValueError for the first one that is not a string or not valid Unicode."""
+    """Yield the texts. Raise TypeError or ValueError for the first text that is not a string or not valid Unicode."""
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"text {index} must be a string (got {text!r}). Remove it, or replace it with a string")
@@ -314,7 +313,7 @@ def check_not_empty(texts: Iterable[str]) -> None:
 
 
 def make_text_key(text: str) -> int:
-    """Hash a text to a signed 64-bit integer that is the same in every process."""
+    """Hash a text to a signed 64-bit integer that is the same in all processes."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
 
 
@@ -347,7 +346,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def open_regular_file(path: str | os.PathLike[str]) -> io.BufferedReader:
-    """Open a regular file in binary mode, or raise OSError. Reading from a named pipe or device may never end."""
+    """Open a regular file in binary mode. Raise OSError for named pipes and devices, which may never end."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # `open` raises an error for folders
         raise OSError(f"{os.fspath(path)} is not a regular file")
@@ -389,10 +388,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def check_json_size(file: str | Path, stream: BinaryIO) -> None:
-    """Raise DataFormatError if an open JSON file is too large to read into memory (see `MAX_JSON_BYTES`).
-
-    A sparse file can claim to be terabytes in size.
-    """
+    """Raise DataFormatError if an open JSON file exceeds `MAX_JSON_BYTES`. A sparse file can claim terabytes."""
     size = os.fstat(stream.fileno()).st_size
     if size > MAX_JSON_BYTES:
         raise DataFormatError(
@@ -401,7 +397,7 @@ def check_json_size(file: str | Path, stream: BinaryIO) -> None:
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) for each non-empty line of a JSONL file, or raise DataFormatError."""
+    """Yield (line number, object) for each non-empty line of a JSON Lines file. Raise DataFormatError if invalid."""
     for number, line in _read_numbered_lines(file):
         try:
             row = json.loads(line)
@@ -413,7 +409,7 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def sanitize_name(name: str) -> str:
-    """Return a name with dashes in place of characters that may be invalid in file names."""
+    """Replace characters that may be invalid in file names with dashes."""
     return re.sub(r"[^\w.-]+|^\.+", "-", name)
 
 
@@ -423,7 +419,7 @@ def read_lines(file: Path) -> list[str]:
 
 
 def iterate_lines(file: Path) -> Iterator[str]:
-    """Yield the non-empty lines of a UTF-8 or UTF-16 text file. Raise DataFormatError if it cannot be decoded."""
+    """Yield the non-empty lines of a UTF-8 or UTF-16 text file. Raise DataFormatError if the file cannot be decoded."""
     return (line for _, line in _read_numbered_lines(file))
 
 
@@ -443,7 +439,7 @@ def _read_numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
                 if len(line) > MAX_LINE_CHARACTERS:
                     raise DataFormatError(f"{file}, line {number}: more than {MAX_LINE_CHARACTERS:,} characters")
                 if "\0" in line:
-                    raise DataFormatError(f"{file}, line {number}: not a text (it contains null characters)")
+                    raise DataFormatError(f"{file}, line {number}: not text (it contains null characters)")
                 if line.strip():
                     yield number, line.rstrip("\n")
         except UnicodeError as error:
@@ -454,7 +450,7 @@ def _read_numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
 def detect_encoding(start: bytes) -> str:
     """Detect a file's encoding from its first four bytes. Return "utf-8-sig", or the name of a UTF-16 or UTF-32 codec.
 
-    A file without a byte order mark is UTF-16 if alternate bytes are 0, because caption files start with ASCII.
+    Without a byte order mark, a file is UTF-16 if every other byte is 0, because caption files start with ASCII.
     """
     for mark, encoding in _BYTE_ORDER_MARKS:
         if start.startswith(mark):

@@ -1,4 +1,4 @@
-"""Work in background threads and in worker processes."""
+"""Helpers for background threads and worker processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from joblib import Parallel, delayed
 
 if TYPE_CHECKING:
-    import torch  # worker processes that read data do not need it
+    import torch  # not needed in worker processes that read data
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -24,10 +24,10 @@ def count_cores() -> int:
 
 
 def map_in_processes(function: Callable[[S], T], items: Sequence[S], workers: int | None = None) -> Iterator[T]:
-    """Apply a function to each item, and yield the results in the order of the items.
+    """Apply a function to each item in worker processes. Yield the results in the order of the items.
 
-    Workers are separate processes that do not import the main script. The default number of workers is one per core. If
-    there is one worker or one item, the work is done in this process.
+    The workers do not import the main script. Their default number is one per core. For a single worker or item, the
+    function is called in this process.
     """
     workers = min(workers or count_cores(), len(items))
     if workers <= 1:
@@ -42,7 +42,7 @@ def map_in_processes(function: Callable[[S], T], items: Sequence[S], workers: in
 def prefetch(items: Generator[T], device: torch.device) -> Generator[T] | Prefetcher[T]:
     """Return an iterator that prepares items in a background thread. The caller must close it.
 
-    On the CPU, return `items` unchanged, because a background thread would compete with training for the cores.
+    On the CPU, `items` is returned unchanged, because a background thread would compete with training for the cores.
     """
     return items if device.type == "cpu" else Prefetcher(items)
 
@@ -62,8 +62,8 @@ class Prefetcher(Iterator[T], Generic[T]):
         self._error: BaseException | None = None
         self._thread = Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
-        # If the interpreter exits while the thread is running C++ code, the process is aborted ("terminate called
-        # without an active exception"). Stop the thread at exit if `close` was not called or was interrupted.
+        # If the interpreter exits while the thread runs C++ code, the process aborts ("terminate called without an
+        # active exception"). Therefore, stop the thread at exit, in case `close` was not called or was interrupted.
         atexit.register(self.close)
 
     def __next__(self) -> T:
@@ -75,7 +75,7 @@ class Prefetcher(Iterator[T], Generic[T]):
         return item  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Wait until the thread has prepared its current item. Then stop it and close the generator."""
+        """Wait until the thread has prepared its current item, stop it, and close the generator."""
         self._closed = True
         self._free.release()
         self._thread.join()

@@ -7,9 +7,9 @@ in a run directory with this layout; the commands `tune`, `embed` and `align` ea
     RUN/
       config.yaml            all settings; a resumed run must not change settings that affect the result
       data/                  record tables: captions, references to the images, phrases (see data/build_table.py)
-      skipped.jsonl          rows and images that could not be used, with their file and row number
+      skipped.jsonl          skipped rows and images, with their file and row number
       skipped_tune.jsonl     the same for the sources in `tune.data` and `tune.text_pairs`
-      encoder_choice.json    score of each encoder that `--encoder.path auto` chooses between
+      encoder_choice.json    scores of the encoders compared by `--encoder.path auto`
       tune/                  encoder/ (the tuned caption encoder), metrics.jsonl, cra_*.json, checkpoints/
       store/                 embeddings of all captions
       align/                 metrics.jsonl, evaluations.jsonl, checkpoints/, features-*/ (if the tower is frozen)
@@ -92,8 +92,8 @@ from llm2clip.train.tune import tune as train_encoder
 
 # The folder of a caption encoder or LLM contains at least one of these files.
 ENCODER_FILES = ("config.json", "modules.json", "adapter_config.json", "text/modules.json")
-ROTATION_CAPTIONS = 4096  # number of captions from which the rotation of the embedding space is computed
-# Settings of the commands that run one stage. `fit` has all settings.
+ROTATION_CAPTIONS = 4096  # number of captions used to compute the rotation of the embedding space
+# Settings used by each command that runs a single stage. `fit` uses all settings.
 STAGE_SETTINGS = {"tune": ("columns", "encoder", "tune"), "embed": (), "align": ("columns", "encoder", "align")}
 
 HeldOut = Mapping[str, Sequence[Record]]  # held-out records, keyed by caption column
@@ -101,14 +101,14 @@ Command = Literal["fit", "tune", "embed", "align"]
 
 
 class Run:
-    """A run directory that this process has locked. Its data is read when it is first needed."""
+    """Run directory that this process has locked. Its data is read on first use."""
 
     def __init__(self, command: Command, sources: Sequence[str], out: Path, config: FitConfig) -> None:
         """
         Args:
-            command: "fit", or the command that runs a single stage, which ignores the other stages' settings.
+            command: "fit", or a command that runs a single stage and ignores the other stages' settings.
             sources: Data sources, each in the form PATH or PATH@split+split (see `llm2clip.data.records.Source`).
-            out: Run directory. With the command "embed", the store.
+            out: Run directory or, for the command "embed", the store.
         """
         self.command, self.sources, self.out, self.config = command, list(sources), out, config
         self.model_dir = out / "model"
@@ -120,7 +120,7 @@ class Run:
         return self.out / stage if self.command == "fit" else self.out
 
     def check_models(self) -> None:
-        """Check that the models, the loss and the trackers of the settings exist. Nothing is written.
+        """Check that the models, the loss and the trackers named in the settings exist. Nothing is written.
 
         The pretrained parts for `align` are loaded, so that errors occur before `tune`.
         """
@@ -152,11 +152,11 @@ class Run:
             resolve_images_per_step(num_images, config.align, process_state().num_processes)
         tune, is_tuned = config.tune, (self.stage_folder("tune") / "encoder").exists()
         if is_fit and tune.steps and not (tune.data or tune.text_pairs or is_tuned):
-            check_pairable(CaptionItems(data.train))  # otherwise, the error would occur after the LLM has been loaded
+            check_pairable(CaptionItems(data.train))  # check before the LLM is loaded
         return data
 
     def iterate_texts(self, phrases: bool) -> Iterator[str]:
-        """Yield all texts to embed, which may contain duplicates. `phrases` applies only to the command `embed`."""
+        """Yield all texts to embed, possibly with duplicates. `phrases` applies only to the command `embed`."""
         if self.command == "fit":
             fields = TEXT_FIELDS if self.config.align.uses_phrases else CAPTION_FIELDS
             held_out = (table.iterate_texts(CAPTION_FIELDS) for table in self.data.held_out.values())
@@ -170,7 +170,7 @@ class Run:
             return self._read_own_tuning_pairs()
         config, data = self.config.tune, self.data
         own_captions = None if config.data or config.text_pairs else data.train
-        # Skipped rows of other sources go into a separate log, because the run's log covers only its image data.
+        # Skipped rows of other sources are logged separately, because the run's log covers only its image data.
         has_other_sources = bool(config.data or config.text_pairs or config.exclude)
         log = _open_skip_log(self.out / "skipped_tune.jsonl" if has_other_sources else None, self.config.max_skipped)
         held_out, folder = list(data.held_out.values()), self.out / "data"
@@ -202,7 +202,7 @@ def open_run(
 ) -> Iterator[Run]:
     """Open a run directory, which is created if needed and locked until the end of the `with` block.
 
-    If the directory contains an interrupted run, that run is resumed. The settings are saved in the directory.
+    If the directory contains an interrupted run, the run is resumed. The settings are saved in the directory.
 
     Raises:
         ConfigChangedError: The run directory was created with different settings.
@@ -225,7 +225,7 @@ def fit(run: Run) -> Path:
     """Run all stages on captioned images, and write a report. Return the model folder.
 
     Raises:
-        TooManySkipped: The fraction of unusable rows exceeds `config.max_skipped`.
+        TooManySkipped: The fraction of skipped rows exceeds `config.max_skipped`.
         ValueError: The dataset is too small for the settings, or contains no captions to train on.
     """
     data, clock = run.data, StageClock(run.out)
@@ -252,7 +252,7 @@ def fit(run: Run) -> Path:
 
 
 def choose_encoder(run: Run) -> None:
-    """Replace `--encoder.path auto` by the best of a few encoders (see `llm2clip.evaluate.encoder_choice`)."""
+    """Replace `--encoder.path auto` with the best of a few encoders (see `llm2clip.evaluate.encoder_choice`)."""
     file, config = run.out / ENCODER_CHOICE_FILE, run.config.align
     tower = {"tower": config.tower, "image_size": config.image_size}
     is_used = (run.out / "tune/encoder").exists()
@@ -272,8 +272,8 @@ def choose_encoder(run: Run) -> None:
 def tune(run: Run) -> Path:
     """Tune the caption encoder on text pairs. Return the folder of the tuned caption encoder.
 
-    In a `fit` run, caption retrieval accuracy on the held-out images is measured before and after tuning (if any) if at
-    least two images have two or more distinct captions each, except with QLoRA.
+    In a `fit` run, caption retrieval accuracy on the held-out images is measured before and after tuning. This requires
+    at least two images with two or more distinct captions, and is skipped with QLoRA.
 
     Raises:
         ValueError: There are no captions or text pairs to tune on.
@@ -284,7 +284,7 @@ def tune(run: Run) -> Path:
     wait_for_everyone()  # every rank must check whether the folder exists before any rank creates it
     is_skipped = is_done or (run.command == "fit" and config.steps == 0)
     pairs = [] if is_skipped else run.read_tuning_pairs()
-    # A single stage is not evaluated on caption retrieval.
+    # Caption retrieval is evaluated only by `fit`.
     captions = run.data.held_out["captions"].column("captions").to_pylist() if run.command == "fit" else []
     # QLoRA is for LLMs that do not fit on the device without quantisation, so the untuned LLM is not evaluated.
     measure = sum(len(set(each)) > 1 for each in captions) > 1 and not config.qlora
@@ -314,8 +314,8 @@ def embed(
 
     Args:
         phrases: Also encode short phrases from the captions. `fit` does so only if `align` uses them.
-        engine: "local" uses the ranks started by the launcher. "ray" uses a Ray cluster.
-        ray_workers: Default (0): one per GPU or, if there are no GPUs, one per two CPU cores.
+        engine: "local" uses the ranks started by the launcher, "ray" a Ray cluster.
+        ray_workers: Number of Ray workers. Default (0): one per GPU or, without GPUs, one per two CPU cores.
     """
     texts, out = run.iterate_texts(phrases), run.stage_folder("store")
     options = dataclasses.asdict(run.config.embed)
@@ -336,7 +336,7 @@ def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Pat
     `config.evaluate.data` lists held-out sources.
 
     Args:
-        store: Cached caption embeddings of the training data. Captions and phrases that it lacks are not used.
+        store: Cached caption embeddings of the training data. Captions and phrases that are missing are not used.
         encoder: Caption encoder that created the store. It is saved with the model.
         features: Folder of the frozen tower's cached features, which runs can share. Default: in the run directory.
     """
@@ -399,7 +399,7 @@ def evaluate(run: Run, store: EmbeddingStore) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class DistillOptions:
-    """Options of `distill`. The training records' captions and phrases are the texts to learn from."""
+    """Options of `distill`. The student learns from the captions and phrases of the training records."""
 
     model: str  # folder or hub id of the teacher, an llm2clip model with a caption encoder
     data: Sequence[str]  # data sources; images are needed only for the held-out records
@@ -409,18 +409,18 @@ class DistillOptions:
     columns: dict[str, str] = field(default_factory=dict)
     max_skipped: float = 0.05
     texts: str | None = None  # file with additional texts to learn from, one per line
-    store: str | None = None  # the teacher's caption embeddings; other texts are encoded into `out/store`
+    store: str | None = None  # store of the teacher's caption embeddings; other texts are encoded into `out/store`
 
 
 def distill(options: DistillOptions, out: Path) -> Path:
-    """Teach a small text encoder to produce a model's text embeddings, and compare it with the model.
+    """Train a small text encoder to reproduce a model's text embeddings, and compare it with the model.
 
     The result is `out/model`, which contains the teacher's image encoder and the student. The comparison is
     `out/report.html`.
 
     Raises:
         ValueError: The teacher has no caption encoder, or the student's tokenizer cannot encode the texts.
-        StoreError: The store was made by a different encoder.
+        StoreError: The store was created with a different encoder.
         ConfigChangedError: The run directory was created with different settings.
     """
     start = time.monotonic()
@@ -434,7 +434,7 @@ def distill(options: DistillOptions, out: Path) -> Path:
         if not is_trained:
             student = open_student(options.student, folder, teacher.model.config.embed_dim, options.distill)
     if options.texts is not None:
-        for _ in iterate_lines(Path(options.texts)):  # raises an error if the file cannot be read
+        for _ in iterate_lines(Path(options.texts)):  # raises an error if the file is unreadable
             pass
     with run_lock(out):
         if process_state().is_main_process:
@@ -487,7 +487,7 @@ def _open_skip_log(file: Path | None, max_skipped: float) -> SkipLog:
 
 
 def check_encoder(config: EncoderConfig) -> None:
-    """Raise OSError or ValueError if a caption encoder does not exist, without loading its weights."""
+    """Check that a caption encoder exists, without loading its weights. Raise OSError or ValueError if it does not."""
     path = resolve_pretrained(config.path)
     if path.endswith(".gguf"):
         resolve_gguf(path)
@@ -502,7 +502,6 @@ def check_encoder(config: EncoderConfig) -> None:
 
 
 def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
-    """On the main process, check that a store is intact and was created with the given encoder."""
     if process_state().is_main_process:
         store.verify()
         identity = store.manifest["identity"]
@@ -529,17 +528,17 @@ def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks
     try:
         choice = choose_query_templates(embeddings, next(iter(ranked.values())))
     except ValueError as error:
-        print_once(f"Short queries are encoded without templates: {error}")
+        print_once(f"Short queries are encoded without prompt templates: {error}")
         return ShortQueryResult(NO_TEMPLATES, []).to_dict()
     print_once(choice.describe_choice())
     return choice.to_dict()
 
 
 def rotate_embedding_space(model: LLM2CLIP, train: RecordTable, store: EmbeddingStore, config: AlignConfig) -> None:
-    """Rotate a model's embedding space to its principal components, so that the embeddings can be truncated.
+    """Rotate a model's embedding space to its principal components, so that embeddings can be truncated.
 
-    Spaces that `align` has not created, and those that it has trained for truncation, are left unchanged. The principal
-    components are those of one caption each of randomly chosen training records.
+    Embedding spaces that `align` has not created or that it has trained for truncation are unchanged. The principal
+    components are computed from one caption each of randomly chosen training records.
     """
     is_trained_space = model.config.projection and model.config.adapter.depth > 0 and not config.inherit
     if not is_trained_space or config.matryoshka_dims:
@@ -547,7 +546,7 @@ def rotate_embedding_space(model: LLM2CLIP, train: RecordTable, store: Embedding
     numbers = np.random.default_rng(0).permutation(len(train))[:ROTATION_CAPTIONS]
     texts = [record.texts[0] for record in (train[int(number)] for number in np.sort(numbers)) if record.texts]
     rows = store.find_keys(make_caption_keys(texts))
-    captions = torch.from_numpy(store.take(rows[rows >= 0]))  # the tokenizer could not encode captions without a row
+    captions = torch.from_numpy(store.take(rows[rows >= 0]))  # captions that the tokenizer could not encode have no row
     if len(captions):
         rotate_to_principal_components(model, captions)
 

@@ -10,18 +10,18 @@ LOG_INTERVAL = 10.0  # seconds between lines in a log file
 
 
 class ProgressBar(tqdm):
-    """tqdm progress bar for terminals and log files. In log files, it writes a new line every few seconds."""
+    """tqdm progress bar that writes a new line every few seconds if the output is a log file."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._writes_lines = not sys.stderr.isatty() and "ipykernel" not in sys.modules
         self._last_line_time = time.monotonic()
         self._last_line = ""
-        super(tqdm, self).__init__(*args, **kwargs)  # ignores HF_HUB_DISABLE_PROGRESS_BARS, which is for downloads
+        super(tqdm, self).__init__(*args, **kwargs)  # bypasses HF_HUB_DISABLE_PROGRESS_BARS, which is for downloads
         if self._writes_lines and not self.disable and self.total is not None:
             self.bar_format = "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
     def display(self, msg: str | None = None, pos: int | None = None, **kwargs: Any) -> Any:
-        """Redraw the bar in place. In a log file, write a new line once `LOG_INTERVAL` seconds have passed."""
+        """Redraw the bar in place. In a log file, write a new line if `LOG_INTERVAL` seconds have passed."""
         if not self._writes_lines:
             return super().display(msg, pos, **kwargs)
         is_complete = self.total is not None and self.n >= self.total

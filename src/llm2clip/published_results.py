@@ -12,14 +12,14 @@ Cell = tuple[float, ...] | None
 
 @dataclass(frozen=True)
 class PublishedTable:
-    """A table of published results."""
+    """Table of published results."""
 
     title: str
     year: int  # of the project page version that contains the table
     source: str  # project page version, with commit and date
     columns: tuple[str, ...]
     rows: dict[str, tuple[Cell, ...]]  # one cell per column, keyed by row name
-    heading: str = ""  # in the documentation; empty if the documentation does not contain the table
+    heading: str = ""  # heading in the documentation, or empty if the documentation does not contain the table
     note: str = ""
 
     def get_cell(self, row: str, column: str) -> Cell:
@@ -63,11 +63,11 @@ def get_published_metrics(benchmark: str) -> dict[str, dict[str, float]]:
 
 
 def get_published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
-    """Return the authors' results on a retrieval benchmark. For xm3600, they are means over all languages.
+    """Return the authors' results on a retrieval benchmark. For xm3600, the results are means over all languages.
 
     Returns:
-        Six values per model: R@1, R@5 and R@10 for I2T, then the same for T2I. R@5 and R@10 are None if only R@1 was
-        published. Keys have the form "YEAR: MODEL", such as "2026: Llama-3-8B-CC". The dict may be empty.
+        Six values per model: R@1, R@5 and R@10 for I2T, then for T2I. R@5 and R@10 are None if only R@1 was published.
+            Keys have the form "YEAR: MODEL", such as "2026: Llama-3-8B-CC". The dict may be empty.
     """
     rows: dict[str, tuple[float | None, ...]] = {}
     for table in _find_tables(benchmark):
@@ -81,7 +81,7 @@ def get_published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
 
 
 def get_published_notes(benchmark: str) -> list[str]:
-    """Return one line of text per published table that covers a benchmark: its year, title, source and note."""
+    """Return one line per published table that covers a benchmark: its year, title, source and note."""
     tables = _find_tables(benchmark)
     if benchmark in VISION_TRANSFER_METRICS:
         tables = [TABLES["vision_transfer"]]

@@ -1,6 +1,6 @@
-"""Reports made of blocks, rendered as a page of HTML, as Markdown and as text for a terminal.
+"""Reports made of blocks, rendered as an HTML page, as Markdown and as text for a terminal.
 
-Every report starts with a verdict, one or two sentences that state the main result in words. The page uses the template
+Every report starts with a verdict: one or two sentences that state the main result. The page uses the template
 `templates/report.html.jinja`, which has one macro per kind of block, and inlines `templates/report.css`. It contains no
 scripts and loads nothing from the network. All text is escaped.
 """
@@ -25,7 +25,7 @@ from rich.text import Text
 from llm2clip.io_utils import atomic_write_text, escape_control_characters, install_command
 
 GOOD, BAD, UNSURE = "good", "bad", "unsure"  # status of a paragraph or table cell; determines its colour
-LONG_CELL = 30  # in characters; table cells with longer text may wrap
+LONG_CELL = 30  # in characters; longer table cells may wrap
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A paragraph of text, in which backticks mark code. `status` is GOOD, BAD, UNSURE or empty."""
+    """Paragraph of text, in which backticks mark code. `status` is GOOD, BAD, UNSURE or empty."""
 
     text: str
     status: str = ""
@@ -44,7 +44,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Code:
-    """A code block. `language` selects the syntax highlighting in Markdown, and may be empty."""
+    """Code block. `language`, which may be empty, selects the syntax highlighting in Markdown."""
 
     text: str
     language: str = ""
@@ -52,9 +52,9 @@ class Code:
 
 @dataclass(frozen=True)
 class Table:
-    """A table. `format_cell` formats its values."""
+    """Table whose values are formatted by `format_cell`."""
 
-    header: Sequence[str]  # column names; must not be empty, because screen readers read them aloud
+    header: Sequence[str]  # column names, not empty, because screen readers read them aloud
     rows: Sequence[Sequence[Any]]
     highlight: frozenset[int] = frozenset()  # indices of the rows to highlight
     statuses: Mapping[str, str] = field(default_factory=dict)  # keyed by the cell's text, e.g. {"holds": GOOD}
@@ -62,7 +62,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """An SVG plot and its caption."""
+    """SVG plot with a caption."""
 
     svg: str | None  # None if Matplotlib is not installed
     caption: str
@@ -70,30 +70,30 @@ class Figure:
 
 @dataclass(frozen=True)
 class Example:
-    """An image with texts."""
+    """Image with texts."""
 
     jpeg: bytes | None  # None if the image cannot be decoded
     caption: str = ""  # below the image
     is_correct: bool | None = None  # True if the image is a correct result for a query, None if unknown
     title: str = ""  # above the image, such as its file name
     details: Sequence[str] = ()  # short texts below the title, such as the size of the image
-    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # keyed by a label such as "captions"
-    error: str = "image not available"  # in place of an image that cannot be decoded
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # label, such as "captions" -> texts
+    error: str = "image not available"  # shown in place of an image that cannot be decoded
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Images shown next to each other."""
+    """Images shown side by side."""
 
     images: Sequence[Example]
-    title: str = ""  # above the images, such as the query that retrieved them
-    as_cards: bool = False  # True to show wide cards, which have room for texts; False to show thumbnails
-    legend: Sequence[tuple[str, str]] = ()  # names and CSS colours (such as "#ff0000") of what the images show
+    title: str = ""  # title above the images, such as the query that retrieved them
+    as_cards: bool = False  # True: wide cards with space for texts; False: thumbnails
+    legend: Sequence[tuple[str, str]] = ()  # (name, CSS colour) of each legend entry, such as ("cat", "#ff0000")
 
 
 @dataclass(frozen=True)
 class Details:
-    """Collapsed text, such as a run's settings. Clicking on the summary expands it."""
+    """Collapsed text, such as a run's settings. Clicking the summary expands it."""
 
     summary: str
     text: str
@@ -106,7 +106,7 @@ _ONLY_HTML = Figure | Examples | Details
 def write_report(
     html_file: Path, title: str, verdict: str, blocks: Sequence[Block], with_markdown: bool = True
 ) -> None:
-    """Write a report as HTML and, next to it, as Markdown. `verdict` states the main result in one or two sentences."""
+    """Write a report as HTML and, in the same folder, as Markdown. `verdict` is the main result in 1-2 sentences."""
     if with_markdown:
         markdown = render_markdown(title, blocks, verdict, html_file.name)
         atomic_write_text(html_file.with_suffix(".md"), markdown)
@@ -122,8 +122,8 @@ def _lacks_plots(blocks: Sequence[Block]) -> bool:
 def render_markdown(title: str, blocks: Sequence[Block], verdict: str = "", html_name: str = "") -> str:
     """Render a report as Markdown, without figures, images and collapsed text.
 
-    Sections that contain such blocks but neither tables nor code are omitted. If blocks were omitted and `html_name` is
-    not empty, a paragraph refers to this HTML file.
+    Sections with visual blocks but no tables or code are omitted. If blocks were omitted and `html_name` is not empty,
+    a paragraph refers to this HTML file.
     """
     parts = [f"# {_escape_tags(title)}"]
     if verdict:
@@ -172,7 +172,7 @@ def _make_terminal_table(table: Table) -> RichTable:
 
 
 def _escape_tags(text: str) -> str:
-    """Escape HTML tags outside code in backticks, because Markdown would interpret them."""
+    """Escape HTML tags outside of code in backticks, because Markdown would interpret them."""
     return re.sub(r"(`[^`]+`)|<(?=[a-z/!?])", lambda match: match[1] or "&lt;", text, flags=re.IGNORECASE)
 
 
@@ -238,7 +238,7 @@ def _format_inline(text: str) -> str:
 
 
 def _label_svg(figure: Figure) -> str:
-    """Add a text alternative to a figure's SVG, because screen readers would otherwise read out each axis label."""
+    """Add a text alternative to a figure's SVG. Otherwise, screen readers would read out each axis label."""
     if figure.svg is None:
         command = install_command("reports")
         return f"<p>Matplotlib is not installed. To add plots to reports, run <code>{command}</code></p>"
@@ -253,13 +253,13 @@ def format_cell(value: Any) -> str:
 
 
 def format_interval(interval: Sequence[float], number_format: str = ".1f") -> str:
-    """Format an interval, for example as "43.1 to 47.0"."""
+    """Format an interval, such as "43.1 to 47.0"."""
     low, high = (format(limit, number_format) for limit in interval)
     return f"{low} to {high}"
 
 
 def format_with_interval(value: float, interval: Sequence[float], number_format: str = ".1f") -> str:
-    """Format a value and its interval, for example as "45.2 (43.1 to 47.0)"."""
+    """Format a value and its interval, such as "45.2 (43.1 to 47.0)"."""
     return f"{format(value, number_format)} ({format_interval(interval, number_format)})"
 
 

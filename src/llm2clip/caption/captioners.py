@@ -22,7 +22,7 @@ from llm2clip.caption.options import Prompt, describe_missing_server
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
 from llm2clip.data.storage import compute_backoff, is_temporary_status, parse_retry_after
 from llm2clip.io_utils import escape_control_characters
-from llm2clip.models.loading import load_vision_language_model, name_with_hash
+from llm2clip.models.loading import get_name_with_hash, load_vision_language_model
 from llm2clip.models.precision import resolve_precision
 from llm2clip.runs.ranks import process_state
 
@@ -342,7 +342,7 @@ class LocalCaptioner:
         self.model, self.processor = load_vision_language_model(
             model, self.device, resolve_precision("caption", precision, self.device)
         )
-        self.name = name_with_hash(model)
+        self.name = get_name_with_hash(model)
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:

@@ -1,12 +1,12 @@
-"""Building record tables, and dividing their records into training and held-out records.
+"""Construction of record tables from data sources, and the split into training and held-out records.
 
-Sources are read in parts, a part being a file or a range of a large file. The name of a part is a hash of everything
-that affects its rows, so reading continues after an interruption, and only files that have changed are read again.
-All files end with a checksum, and damaged files are built again:
+Sources are read in parts. A part is a file or a range of a large file, and its name is a hash of everything that
+affects its rows. After an interruption, reading continues with the missing parts, and only changed files are read
+again. All saved files end with a checksum. Corrupt files are rebuilt:
 
-    FOLDER/
-      parts/HASH.arrow         rows of one part, and what was skipped
-      tables/HASH/             rows.npy, merged.arrow, sources.npy, copies.npy; files derived from the table
+      FOLDER/
+        parts/HASH.arrow         rows of one part, and log of its skipped rows
+        tables/HASH/             rows.npy, merged.arrow, sources.npy, copies.npy; files derived from the table
 """
 
 import hashlib
@@ -65,22 +65,22 @@ from llm2clip.runs.output_folder import folder_lock
 
 FORMAT_VERSION = 5  # increase it if the files, their contents or the rules for merging change
 PART_BYTES = 16 << 20  # approximate size of a part of a large file
-MIN_PARALLEL_BYTES = 8 << 20  # smaller sources are read in this process, because starting processes takes a second
+MIN_PARALLEL_BYTES = 8 << 20  # smaller sources are read in the main process, because starting workers takes a second
 START_TIME = time.time_ns()  # approximate start of this process
 PREFETCH_FILES = 8  # number of remote files to download ahead
-MAX_VERIFIED_BYTES = 1 << 30  # the checksums of parts beyond this total size are not compared, to save time
+MAX_VERIFIED_BYTES = 1 << 30  # total size of the parts whose checksums are verified; verifying more would take too long
 UNUSED_DAYS = 30  # parts and tables that have not been opened for this long are deleted
 
 ARRAY_FILES = ("rows.npy", "sources.npy", "copies.npy")
-DAMAGED_FILE = "damaged, and therefore built again"
+CORRUPT_FILE = "corrupt, and therefore rebuilt"
 TRAIN_SPLITS = (NO_SPLIT, "train", "training", "restval")
-HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first of these splits that exists is held out
+HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first existing split is held out
 HELD_OUT_DIVISOR = 10  # one in this many images is held out if the data has no held-out split
 MAX_HELD_OUT = 1000  # maximum number of images to hold out if the data has no held-out split
 
 
 class NoImagesError(ValueError):
-    """Images are checked, but no record has an image."""
+    """Raised when images are checked but no record has an image."""
 
 
 def open_table(
@@ -94,17 +94,17 @@ def open_table(
 ) -> RecordTable:
     """Read all records from several sources into a table with one record per image, in order of first appearance.
 
-    Of the image files that an unchanged caption file lists, only those that could not be used are checked again.
+    Rows with the same image are merged into one record with all their distinct captions, across all sources. The record
+    keeps the id, split and source of its first row. Image files with equal bytes count as the same image. Rows without
+    an image are merged if they have the same id, source path and split. Merging takes about 60 bytes of memory per row.
 
-    Rows with the same image are merged into one record with all their distinct captions, even if the sources differ.
-    The record keeps the id, split and source of the first row. Image files with the same bytes are the same image. Rows
-    without an image are merged if they have the same id, source path and split. Merging takes about 60 bytes per row.
+    If a caption file has not changed, only its previously missing or invalid images are checked again.
 
     Args:
         columns: Column mapping that extends or overrides each source's own mapping.
         image_check: See `open_records`. If "ignore", the bytes of image files are not compared.
         folder: Folder for the table. Default: a folder in the user's cache.
-        workers: Number of processes. Default: one per core, or this process for small sources.
+        workers: Number of worker processes. Default: one per core, or none for small sources.
         require_captions: See `open_records`.
 
     Raises:
@@ -112,7 +112,7 @@ def open_table(
         ValueError: See `open_records`.
     """
     folder = folder or get_cache_dir() / "records"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # the URLs of remote images can contain signatures
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # URLs of remote images can contain signatures
     (folder / "parts").mkdir(exist_ok=True)
     (folder / "tables").mkdir(exist_ok=True)
     parsed = [Source.parse(source, columns) for source in sources]
@@ -120,7 +120,7 @@ def open_table(
         _delete_unused(folder)
         tasks = _list_parts(parsed, log, image_check, require_captions, folder)
         _read_parts(tasks, log, workers)
-        table_folder = _merge_parts(tasks, log, image_check, folder)
+        table_folder = _build_merged_table(tasks, log, image_check, folder)
     log.count_copies(np.load(table_folder / "copies.npy"))
     files = [*(task.file for task in tasks), *table_folder.glob("merged.arrow")]
     rows = np.load(table_folder / "rows.npy", mmap_mode="r")
@@ -135,7 +135,7 @@ def open_table(
 
 
 def load_source_indices(table: RecordTable) -> np.ndarray:
-    """Return the index of each record's source, of shape (N,), int16, for a table that `open_table` returned."""
+    """Load the index of each record's source, of shape (N,), int16, for a table returned by `open_table`."""
     assert table.folder is not None
     return np.load(table.folder / "sources.npy")
 
@@ -145,7 +145,7 @@ def load_source_indices(table: RecordTable) -> np.ndarray:
 
 @dataclass
 class _PartTask:
-    """A part of a source, the file in which its rows are saved, and the file's summary once the part has been read."""
+    """Part of a source, the file in which its rows are saved, and its summary once the part has been read."""
 
     source_index: int
     source: Source
@@ -163,7 +163,7 @@ class _PartTask:
 def _list_parts(
     sources: Sequence[Source], log: SkipLog, image_check: ImageCheck, require_captions: bool, folder: Path
 ) -> list[_PartTask]:
-    """List the parts of all sources in order. The name of a part's file is a hash of all that affects its rows."""
+    """List the parts of all sources in order. The file name of a part is a hash of everything that affects its rows."""
     tasks = []
     num_bytes = 0
     for index, source in enumerate(sources):
@@ -181,7 +181,7 @@ def _list_parts(
                     num_bytes += file.stat().st_size
                     summary = _read_summary(file, verify=num_bytes <= MAX_VERIFIED_BYTES)
                     if summary is None:
-                        log.add_note(DAMAGED_FILE, str(file))
+                        log.add_note(CORRUPT_FILE, str(file))
                 if summary is None or _must_read_again(part, summary):
                     remove_path(file)
                     summary = None
@@ -190,7 +190,7 @@ def _list_parts(
 
 
 def _read_summary(file: Path, verify: bool) -> ReadSummary | None:
-    """Return the summary of a part, or None if the part is damaged. If `verify`, compare its checksum."""
+    """Return the summary of a part, or None if its file is corrupt. `verify` compares the file's checksum."""
     with suppress(OSError, ValueError, LookupError, TypeError, pa.ArrowException):
         if not verify or has_valid_checksum(file):
             return ReadSummary(**read_metadata(str(file), "summary"))
@@ -198,9 +198,9 @@ def _read_summary(file: Path, verify: bool) -> ReadSummary | None:
 
 
 def _must_read_again(part: FilePart, summary: ReadSummary) -> bool:
-    """Return True if a part may have other rows, although its file has not changed."""
+    """Return True if the rows of a part may have changed, although its file has not."""
     skipped = [event for event in summary.events if event[0] == "skip"]  # "skip", file, row, reason, value, rows
-    # Another run tries again to download a file, but all processes of a run must use the same rows.
+    # A new run retries failed downloads, but all processes of one run must use the same rows.
     if is_remote(part.path) and summary.read_at < START_TIME and any(e[3] == UNREADABLE_FILE for e in skipped):
         return True
     for _, _, _, reason, value, _ in skipped:
@@ -214,9 +214,9 @@ def _must_read_again(part: FilePart, summary: ReadSummary) -> bool:
 
 
 def _read_parts(tasks: Sequence[_PartTask], log: SkipLog, workers: int | None) -> None:
-    """Read the parts that have not been read before, and check each source when all of its parts are complete."""
+    """Read the parts that have not been read before. Check each source as soon as all of its parts are complete."""
     missing = {task.file: task for task in tasks if task.summary is None}
-    work = _estimate_work([task.part for task in missing.values()])
+    work = _estimate_read_bytes([task.part for task in missing.values()])
     if workers is None:
         workers = count_cores() if work >= MIN_PARALLEL_BYTES else 1
     new_parts = iter(map_in_processes(_write_part, list(missing.values()), workers))
@@ -240,8 +240,8 @@ def _read_parts(tasks: Sequence[_PartTask], log: SkipLog, workers: int | None) -
             reader.finish()
 
 
-def _estimate_work(parts: Sequence[FilePart]) -> float:
-    """Return the size of the text in local files and of whole remote files, in bytes. Each file is counted once."""
+def _estimate_read_bytes(parts: Sequence[FilePart]) -> float:
+    """Estimate the bytes to read: the text in local files, and all of each remote file. Each file counts once."""
     formats = {part.path: part.format for part in parts}
     work = 0.0
     for path, source_format in formats.items():
@@ -253,7 +253,7 @@ def _estimate_work(parts: Sequence[FilePart]) -> float:
 
 
 def _write_part(task: _PartTask) -> Exception | None:
-    """Read a part and save its rows. Return an error that must be raised when all earlier parts are complete."""
+    """Read a part and save its rows. Return an error that must be raised only once all earlier parts are complete."""
     if task.version is not None:
         pin_versions({task.part.path: task.version})
     log = EventLog()
@@ -270,18 +270,18 @@ def _write_part(task: _PartTask) -> Exception | None:
 # ---- merging ---------------------------------------------------------------------------------------------------------
 
 
-def _merge_parts(tasks: Sequence[_PartTask], log: SkipLog, image_check: ImageCheck, folder: Path) -> Path:
-    """Merge rows with the same image, unless this table already exists. Return the table's folder."""
+def _build_merged_table(tasks: Sequence[_PartTask], log: SkipLog, image_check: ImageCheck, folder: Path) -> Path:
+    """Merge rows with the same image. If the merged table already exists, reuse it. Return the table's folder."""
     summaries = [task.summary for task in tasks if task.summary is not None]
     source_paths = {task.source_index: task.source.path for task in tasks}
-    # A part that was read again may have other rows.
+    # The time is included, because a part that was read again may have different rows.
     names = [(task.source_index, task.file.name, part.read_at) for task, part in zip(tasks, summaries, strict=True)]
     table_folder = folder / "tables" / _hash_json([FORMAT_VERSION, names, list(source_paths.values())])
     if table_folder.exists():
         if _is_intact(table_folder):
             os.utime(table_folder)
             return table_folder
-        log.add_note(DAMAGED_FILE, str(table_folder))
+        log.add_note(CORRUPT_FILE, str(table_folder))
     remove_path(table_folder)
     blocks = Blocks.open([str(task.file) for task in tasks])
     table = RecordTable(blocks, np.arange(blocks.num_rows))
@@ -324,7 +324,6 @@ def _is_intact(table_folder: Path) -> bool:
 def _build_merged_records(
     table: RecordTable, members: np.ndarray, groups: np.ndarray, source_paths: Sequence[str]
 ) -> Iterator[tuple[Record, str, ImageFacts]]:
-    """Yield one record per group of rows. `members` are row numbers, sorted by their `groups`."""
     starts = np.flatnonzero(np.diff(groups, prepend=-1))
     first_members = table.select(members[starts])
     facts = [first_members.column(name).to_pylist() for name in ("width", "height", "image_hash", "digest")]
@@ -352,15 +351,15 @@ def _hash_json(value: Any) -> str:
 class DataSplits:
     """Training records and held-out records.
 
-    `held_out` maps each caption field, and each column in `EvaluateConfig.fields`, to the held-out records with an
-    image. The `captions` of these records are the captions in that field.
+    `held_out` maps each caption field, and each column in `EvaluateConfig.fields`, to the held-out records that have an
+    image. The `captions` of these records are the captions in this field.
     """
 
-    records: RecordTable  # all records, also those of unused splits
+    records: RecordTable  # all records, including those in unused splits
     train: RecordTable
     held_out: dict[str, RecordTable]
     summary: str
-    rule: str  # how the held-out images were chosen, and how to use all images instead
+    rule: str  # explains how the held-out images were chosen and how to use all images instead
 
 
 def read_splits(
@@ -379,10 +378,11 @@ def read_splits(
     held-out records:
 
     1. If `config.data` lists sources, their records are held out, and their images are removed from the training data.
-    2. If a source has a split named val, validation, valid, dev or test, the first of them that exists is held out.
-    3. Otherwise, a tenth of the training images (at most 1,000) is held out, chosen by a hash of each record. Sources
-       with selected splits contribute held-out images only if all sources have selected splits; with
-       `keep_selected_splits`, no images are held out then.
+    2. If a source has a split named val, validation, valid, dev or test, the first of these splits that exists is held
+       out.
+    3. Otherwise, a tenth of the training images (at most 1,000) is held out, chosen by a hash of each record. Images
+       are held out from sources with selected splits only if all sources have selected splits and
+       `keep_selected_splits` is False.
     """
     records = open_table(sources, columns, log, image_check, folder)
     parsed = [Source.parse(source) for source in sources]
@@ -416,7 +416,7 @@ def read_splits(
     held_out_sources = [parsed[n] for n in np.unique(source_of_held_out[held_out.has_image])]
     held_out = held_out.select(held_out.has_image)
     train = records.select(is_training)
-    pa.default_memory_pool().release_unused()  # otherwise, this process would keep the memory of the columns read above
+    pa.default_memory_pool().release_unused()  # return the memory of the columns read above to the system
     return DataSplits(
         records=records,
         train=train,
@@ -446,7 +446,7 @@ def _list_names(split_names: Sequence[str], splits: np.ndarray) -> list[str]:
 
 
 def mask_training_splits(records: RecordTable) -> np.ndarray:
-    """Return a boolean mask of the records that are in a training split or have no split, of shape (N,)."""
+    """Return a boolean mask, of shape (N,), of the records with a training split or no split."""
     return _mask_splits(*_read_split_names(records), TRAIN_SPLITS)
 
 
@@ -459,7 +459,6 @@ def _read_split_names(records: RecordTable) -> tuple[list[str], np.ndarray]:
 
 
 def _mask_splits(names: Sequence[str], split_of_record: np.ndarray, splits: Sequence[str]) -> np.ndarray:
-    """Return a boolean mask of the records in these splits (in lower case), of shape (N,)."""
     is_selected = np.array([name.lower() in splits for name in names], bool)
     return is_selected[split_of_record] if len(names) else np.zeros(len(split_of_record), bool)
 
@@ -484,7 +483,7 @@ def _group_by_caption_field(
     columns: dict[str, str],
     folder: Path | None,
 ) -> dict[str, RecordTable]:
-    """Group held-out records by caption field. For each extra caption column, read the sources again."""
+    """Group held-out records by caption field. Each extra caption column requires another pass over the sources."""
     fields = {"captions": held_out.select(held_out.count_texts("captions") > 0)}
     for name in CAPTION_FIELDS[1:]:
         if held_out.count_texts(name).any():
@@ -492,7 +491,7 @@ def _group_by_caption_field(
     sources = [Source(path, splits) for path, splits in dict.fromkeys((s.path, s.splits) for s in sources)]
     for name in extra_columns:
         only_this_column = {**columns, **dict.fromkeys(CAPTION_FIELDS, ""), "captions": name}
-        quiet = SkipLog(max_skipped=1.0)  # some rows are expected to have no caption in this column
+        quiet = SkipLog(max_skipped=1.0)  # rows without a caption in this column are expected
         candidates = open_table(sources, only_this_column, quiet, "header", folder)
         fields[name] = candidates.select(mask_same_images(held_out, candidates))
     return fields

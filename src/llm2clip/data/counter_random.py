@@ -1,10 +1,10 @@
-"""Random numbers that are a hash of the seed and of counters such as the epoch, the image and the draw.
+"""Counter-based random numbers: hashes of a seed and of counters, such as the epoch, the image and the draw.
 
-A sample does not depend on the other samples of its batch, on the ranks or on the step at which a run was resumed.
+A sample does not depend on the other samples in its batch, on the ranks, or on the step from which a run is resumed.
 
 The hash is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014,
-https://doi.org/10.1145/2714064.2660195): `hash_counters(seed, epoch, image)` seeds the next generator with output
-`epoch` of the first one, and so on.
+https://doi.org/10.1145/2714064.2660195): in `hash_counters(seed, epoch, image)`, output `epoch` of the first generator
+seeds the second one, and so on.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ _MULTIPLIER_1, _MULTIPLIER_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049
 
 
 def hash_counters(seed: int, *counters: np.ndarray | int) -> np.ndarray:
-    """Return 64 random bits for each combination of counters, as a uint64 array of the counters' broadcast shape.
+    """Return 64 random bits per combination of counters, as a uint64 array with the broadcast shape of the counters.
 
     The seed and the counters must not be negative.
     """
@@ -29,14 +29,14 @@ def hash_counters(seed: int, *counters: np.ndarray | int) -> np.ndarray:
 
 
 def to_unit_interval(bits: np.ndarray) -> np.ndarray:
-    """Convert 64 random bits to a float64 number in [0, 1) with 53 random bits. Keep the shape."""
+    """Convert uint64 random bits to float64 values in [0, 1) with 53 random bits. The shape is unchanged."""
     return (bits >> np.uint64(11)) * (1.0 / (1 << 53))
 
 
 def shuffle_rows(values: np.ndarray, counts: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """Shuffle the first `counts[n]` values of each row n by sorting them by their random bits.
 
-    `values` and `bits` (uint64) have shape (N, M), and `counts` has shape (N,). The other values stay at the end.
+    `values` and `bits` (uint64) have shape (N, M), and `counts` has shape (N,). The remaining values stay at the end.
     """
     is_used = np.arange(values.shape[1]) < counts[:, None]
     keys = np.where(is_used, bits, np.uint64(0xFFFFFFFFFFFFFFFF))

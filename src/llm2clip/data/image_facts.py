@@ -1,8 +1,8 @@
-"""Sizes and hashes of images, computed without decoding them, and images that are copies of each other.
+"""Sizes and hashes of images, computed without decoding, and detection of duplicate images.
 
-A hash covers an image's size and a short sample from the middle. Only images with the same hash are read in full.
-The hashes of the training images are stored in the model folder, so that `evaluate` can warn if a model is evaluated on
-its training images. Anyone with a copy of an image can check whether the model was trained on it.
+A hash covers an image's size in bytes and a short sample from its middle. Only images with equal hashes are read in
+full. The hashes of the training images are stored in the model folder, so that `evaluate` can warn about evaluation on
+training images. Anyone who has a copy of an image can check whether the model was trained on this image.
 """
 
 from __future__ import annotations
@@ -40,25 +40,26 @@ if TYPE_CHECKING:
 
 TRAINING_IMAGES_FILE = "training_images.npy"
 SAMPLE_BYTES = 1024
-NUM_THREADS = 16  # many threads help on network file systems with high latency
+NUM_THREADS = 16  # hides the latency of network file systems
 ITEMS_PER_TASK = 32
 BATCH_IMAGES = 1 << 14  # number of images whose references are in memory at a time
 MISSING_IMAGE, UNREADABLE_IMAGE, TOO_LARGE_IMAGE = "missing image", "unreadable image", "image too large"
 
 
 class ImageFacts(NamedTuple):
-    """What reading an image without decoding it shows. Numbers are 0 if they are not known."""
+    """Properties of an image that are known without decoding it. Unknown integers are 0."""
 
     width: int = 0  # pixels
     height: int = 0
-    hash: int = 0  # see `hash_images`
-    digest: bytes | None = None  # SHA-256 of images in object storage, which would have to be downloaded again
+    hash: int = 0  # see `get_distinct_image_hashes`
+    digest: bytes | None = None  # SHA-256 of an image in object storage; avoids a second download
 
 
 def read_image_facts(image: LoadedImage, check: bool, compute_hash: bool) -> ImageFacts:
-    """Return the size of an image if `check`, and its hash if `compute_hash`.
+    """Read the size of an image if `check` is True, and its hash if `compute_hash` is True.
 
-    If `check`, raise `UnusableRow` unless the image is readable, judging from its header, and not too large.
+    Raises:
+        UnusableRow: `check` is True and, according to its header, the image is unreadable or too large.
     """
     samples = _read_samples(image) if check or compute_hash else None
     width = height = image_hash = 0
@@ -79,15 +80,15 @@ def read_image_facts(image: LoadedImage, check: bool, compute_hash: bool) -> Ima
 
 
 class _Samples(NamedTuple):
-    """Parts of an image's bytes."""
+    """Samples of an image's bytes."""
 
-    size: int  # size of the image in bytes
-    start: bytes  # at least the first bytes
+    size: int
+    start: bytes  # start of the file
     middle: bytes
 
 
 def _read_samples(image: LoadedImage) -> _Samples | None:
-    """Return parts of an image's bytes. Return None for other references, and for files that cannot be read."""
+    """Read samples of an image's bytes. Return None for other kinds of references and for unreadable files."""
     if image.data is not None:
         size = len(image.data)
         start, length = _locate_middle(size)
@@ -113,13 +114,11 @@ def _read_samples(image: LoadedImage) -> _Samples | None:
 
 
 def _locate_middle(size: int) -> tuple[int, int]:
-    """Return the position and length of the middle part of an image that is hashed."""
     length = min(SAMPLE_BYTES, size)
     return (size - length) // 2, length
 
 
 def _read_size_with_pillow(image: LoadedImage) -> tuple[int, int]:
-    """Return the width and height of an image. Raise `UnusableRow` if Pillow cannot open it."""
     try:
         with io.BytesIO(image.data) if image.data is not None else image.ref.open() as stream:
             return open_header(stream).size
@@ -127,7 +126,7 @@ def _read_size_with_pillow(image: LoadedImage) -> tuple[int, int]:
         raise UnusableRow(TOO_LARGE_IMAGE, f"{image.ref}: {error}") from error
     except FatalDataError:
         raise
-    except Exception as error:  # malicious bytes can make Pillow's plugins raise any type of exception
+    except Exception as error:  # malicious files can make Pillow's plugins raise any type of exception
         is_complete = isinstance(error, ImageFormatError | DecodingLimitError | OSError)
         reason = str(error) if is_complete else describe_error(error)
         raise UnusableRow(UNREADABLE_IMAGE, f"{image.ref}: {reason}") from error
@@ -136,10 +135,11 @@ def _read_size_with_pillow(image: LoadedImage) -> tuple[int, int]:
 # ---- hashes ----------------------------------------------------------------------------------------------------------
 
 
-def hash_images(images: Iterable[ImageRef | None]) -> np.ndarray:
+def get_distinct_image_hashes(images: Iterable[ImageRef | None]) -> np.ndarray:
     """Return the sorted hashes of all distinct images as a uint64 array of shape (N,). Missing images are omitted.
 
-    Image files and tar members are hashed by their size and middle 1,024 bytes, images in tables by all their bytes.
+    Image files and tar members are hashed by their size and their middle 1,024 bytes, images in tables by all their
+    bytes.
     """
     refs = list({image.key: image for image in images if image is not None}.values())
     with ThreadPool(NUM_THREADS) as pool:
@@ -149,7 +149,7 @@ def hash_images(images: Iterable[ImageRef | None]) -> np.ndarray:
 
 def count_training_images(training_images: np.ndarray, images: Iterable[ImageRef | None]) -> int:
     """Count the distinct images whose hashes are in the sorted array `training_images`."""
-    hashes = hash_images(images)
+    hashes = get_distinct_image_hashes(images)
     positions = np.searchsorted(training_images, hashes)
     is_inside = positions < len(training_images)
     return int((training_images[positions[is_inside]] == hashes[is_inside]).sum())
@@ -160,7 +160,7 @@ def save_training_image_hashes(folder: Path, training_images: np.ndarray) -> Non
 
 
 def load_training_image_hashes(model: str | Path) -> np.ndarray | None:
-    """Load the sorted image hashes of a model folder, or of a downloaded model's Hub id, as uint64 of shape (N,).
+    """Load a model's sorted training image hashes, of shape (N,), uint64, from its folder or downloaded Hub repository.
 
     Return None if the model has no hashes. Raise ValueError if they are corrupt.
     """
@@ -176,7 +176,7 @@ def load_training_image_hashes(model: str | Path) -> np.ndarray | None:
         if hashes.dtype != np.dtype("<u8") or hashes.ndim != 1:
             raise ValueError(f"it has dtype {hashes.dtype} and shape {hashes.shape}")
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{file} is not a valid array of image hashes ({error}). Delete this file") from error
+        raise ValueError(f"{file} is not a valid array of image hashes ({error}). Delete the file") from error
     return hashes
 
 
@@ -212,9 +212,9 @@ def _hash_content_cached(image: FileImage | TarImage, version: object) -> bytes:
 
 
 def mask_same_images(records: RecordTable, candidates: RecordTable) -> np.ndarray:
-    """Return a boolean mask of the candidates that have the same image as one of the records, of shape (candidates,).
+    """Return a boolean mask, of shape (candidates,), of the candidates whose image occurs in `records`.
 
-    Image files with the same bytes are treated as the same image.
+    Image files with equal bytes count as the same image.
     """
     keys = [table.numbers("key_high") for table in (records, candidates)]
     is_same = candidates.has_image & np.isin(keys[1], keys[0][records.has_image])
@@ -222,22 +222,22 @@ def mask_same_images(records: RecordTable, candidates: RecordTable) -> np.ndarra
     shared = np.intersect1d(known_hashes, candidate_hashes)
     shared = shared[shared > 0]
     positions = np.flatnonzero(np.isin(candidate_hashes, shared))
-    known = _hash_contents(records, np.flatnonzero(np.isin(known_hashes, shared)))
-    first = find_first_rows(*np.concatenate([known, _hash_contents(candidates, positions)], axis=1))
+    known = _hash_table_images(records, np.flatnonzero(np.isin(known_hashes, shared)))
+    first = find_first_rows(*np.concatenate([known, _hash_table_images(candidates, positions)], axis=1))
     num_known = known.shape[1]
     is_same[positions[first[num_known:] < num_known]] = True
     return is_same
 
 
 def find_first_rows(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Return, for each row, the first row with the same key, of shape (N,), int64. Rows with key 0 are all different.
+    """Return the index of the first row with the same key for each row, of shape (N,), int64. Keys of 0 never match.
 
     `high` and `low` are the upper and lower 64 bits of each key, uint64.
     """
     order = np.argsort(high, kind="stable")
     is_same = high[order[1:]] == high[order[:-1]]
     is_equal = is_same & (low[order[1:]] == low[order[:-1]])
-    if not np.array_equal(is_same, is_equal):  # different keys share their upper 64 bits
+    if not np.array_equal(is_same, is_equal):  # different keys have equal upper 64 bits
         order = np.lexsort((low, high))
         is_equal = (high[order[1:]] == high[order[:-1]]) & (low[order[1:]] == low[order[:-1]])
     is_equal &= (high[order[1:]] > 0) | (low[order[1:]] > 0)
@@ -248,21 +248,21 @@ def find_first_rows(high: np.ndarray, low: np.ndarray) -> np.ndarray:
 
 
 def find_copies(table: RecordTable, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first row of each image that is a copy, and the first row of the image of which it is a copy."""
+    """Return the first row of each duplicate image, and the first row of the image that it duplicates."""
     hashes = _read_copy_hashes(table)
     hashes[first != np.arange(len(first))] = 0
     values, counts = np.unique(hashes[hashes > 0], return_counts=True)
     rows = np.flatnonzero(np.isin(hashes, values[counts > 1]))
-    originals = rows[find_first_rows(*_hash_contents(table, rows))]
+    originals = rows[find_first_rows(*_hash_table_images(table, rows))]
     is_copy = originals != rows
     return rows[is_copy], originals[is_copy]
 
 
-def _hash_contents(table: RecordTable, positions: np.ndarray) -> np.ndarray:
+def _hash_table_images(table: RecordTable, positions: np.ndarray) -> np.ndarray:
     """Return the first 128 bits of the SHA-256 of each image's bytes, as a uint64 array of shape (2, N).
 
-    They are 0 for empty and unreadable images and for images in tables. Only images whose bytes were not hashed when
-    the table was built are read.
+    Empty images, unreadable images and images in tables have hash 0. An image is read only if its bytes were not hashed
+    when the table was built.
     """
     hashes = np.empty((2, len(positions)), np.uint64)
     for start in range(0, len(positions), BATCH_IMAGES):
@@ -279,7 +279,7 @@ def _hash_contents(table: RecordTable, positions: np.ndarray) -> np.ndarray:
 
 
 def _read_copy_hashes(table: RecordTable) -> np.ndarray:
-    """Return the hash of each record's image file or tar member, and 0 for other images, of shape (N,), uint64."""
+    """Return the hash of each record's image file or tar member, or 0 for other images, of shape (N,), uint64."""
     hashes, kinds = table.numbers("image_hash"), table.numbers("image_kind")
     kinds_with_hash = [number for number, kind in enumerate(IMAGE_KINDS) if kind.has_file_name]
     hashes[~np.isin(kinds, kinds_with_hash)] = 0

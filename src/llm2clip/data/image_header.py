@@ -1,7 +1,7 @@
-"""Image header parsing, supported formats, and limits on image size and decoding work.
+"""Image header parsing, supported formats, and limits on image size and decoding cost.
 
 A small file can make a decoder process the same pixels or bytes thousands of times. `open_header` and
-`check_decoding_work` reject such files; `benchmarks/hostile_images.py` measures the slowest ones that they accept.
+`check_decoding_cost` reject such files. `benchmarks/hostile_images.py` measures the slowest accepted files.
 """
 
 import io
@@ -15,7 +15,7 @@ from PIL import Image
 
 from llm2clip.io_utils import install_command
 
-# Larger images are rejected based on their header, before decoding. 100 million RGB pixels take 300 MB.
+# Larger images are rejected before decoding. 100 million RGB pixels take 300 MB.
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 1 << 30  # enough for 100 million uncompressed 16-bit RGBA pixels (800 MB)
 
@@ -29,7 +29,7 @@ MAX_SCANS = 100
 MAX_SCANNED_PIXELS = 2_000_000_000  # maximum product of the number of scans and the number of pixels in a JPEG
 MAX_HEADER_READS = 2048  # Pillow reads headers in pieces (such as PNG chunks) and runs Python code for each piece
 MAX_PNG_PROFILES = 16  # Pillow decompresses every colour profile in a PNG, although only one is allowed
-MAX_PYTHON_PIXELS = 2_000_000  # limit for PPM images with unusual maximum values, which Pillow decodes in Python
+MAX_PYTHON_PIXELS = 2_000_000  # limit for PPM images that Pillow decodes in Python because of an unusual maximum value
 
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA  # JPEG markers (ITU-T T.81, table B.1)
 _SEQUENTIAL_FRAMES = frozenset({0xC0, 0xC1})
@@ -45,7 +45,7 @@ _SIMPLE_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
 _unpack_segment_header = struct.Struct(">BBH").unpack_from  # 0xFF, marker, length
 MAX_SIMPLE_SEGMENTS = 100  # JPEG files with more segments are opened with Pillow
 MAX_SIMPLE_PIXELS = 50_000_000  # larger images are opened with Pillow, which has its own limit
-START_BYTES = 4096  # number of bytes at the start of a file that contain the headers of most images
+START_BYTES = 4096  # enough for the headers of most images
 
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_BYTES, _STRIP_BYTES = 322, 323, 325, 279  # TIFF tags
 _FILE_TYPE, _DNG_VERSION = 254, 50706  # TIFF tags
@@ -66,11 +66,11 @@ _UNSUPPORTED = {  # regular expression for the start of a file -> format name
 
 
 class ImageFormatError(ValueError):
-    """A file is not an image in a supported format. The message names the format if it is known."""
+    """Raised when a file is not an image in a supported format. The message names the format if it is known."""
 
 
 class DecodingLimitError(ValueError):
-    """Decoding an image would take far more work than its number of pixels suggests."""
+    """Raised when decoding an image would cost far more than its number of pixels suggests."""
 
 
 @cache
@@ -81,9 +81,9 @@ def list_formats() -> list[str]:
 
 
 def parse_image_size(data: bytes, file_size: int) -> tuple[int, int] | None:
-    """Return the width and height of a JPEG that starts with `data`, in a tenth of the time that `open_header` takes.
+    """Return the width and height of a JPEG that starts with `data`, about ten times faster than `open_header`.
 
-    Return None if the file must be opened with Pillow, in particular if it is one that `open_header` rejects.
+    Return None if the file must be opened with Pillow, which includes all files that `open_header` rejects.
     """
     if file_size > MAX_FILE_BYTES or not data.startswith(b"\xff\xd8\xff"):
         return None
@@ -97,7 +97,7 @@ def parse_image_size(data: bytes, file_size: int) -> tuple[int, int] | None:
 def _parse_jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Return the size of a baseline or progressive JPEG, or None if its header is unusual.
 
-    Segments are checked as in Pillow, up to the first scan.
+    Segments up to the first scan are checked as in Pillow.
     """
     size = None
     position = 2
@@ -185,12 +185,12 @@ def _register_heic() -> None:
             f"HEIC images require the package pillow-heif ({error}). Run {install_command('photos')}, or convert the "
             "image to JPEG"
         ) from error
-    # Thumbnails, depth maps and other auxiliary images are not needed and would take up memory.
+    # Thumbnails, depth maps and other auxiliary images are unused and would take memory.
     pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 
 
 def is_heic(start: bytes) -> bool:
-    """Return True if a file that starts with `start` is HEIC. AVIF files use the same container but are not HEIC."""
+    """Return True if a file that starts with `start` is HEIC. AVIF uses the same container but is not HEIC."""
     if start[4:8] != b"ftyp":
         return False
     box = start[: min(1024, int.from_bytes(start[:4], "big"))]
@@ -198,7 +198,7 @@ def is_heic(start: bytes) -> bool:
     return bool(brands & _HEIC_BRANDS) and not brands & {b"avif", b"avis"}
 
 
-def check_decoding_work(data: bytes, header: Image.Image) -> None:
+def check_decoding_cost(data: bytes, header: Image.Image) -> None:
     """Raise `DecodingLimitError` if decoding could process the pixels or bytes of an image too often.
 
     `header` is the image in `data`, opened with `open_header`.
@@ -211,7 +211,7 @@ def check_decoding_work(data: bytes, header: Image.Image) -> None:
     elif header.format == "PNG" and data.count(b"iCCP") > MAX_PNG_PROFILES:
         raise DecodingLimitError(f"a PNG must have at most {MAX_PNG_PROFILES} colour profiles")
     for codec, *_ in cast(Any, header).tile:
-        if codec in ("bmp_rle", "ppm_plain"):  # Pillow decodes these in Python
+        if codec in ("bmp_rle", "ppm_plain"):  # decoded in Python by Pillow
             raise DecodingLimitError("run-length encoded BMP images and plain-text PPM images are not supported")
         if codec == "ppm" and width * height > MAX_PYTHON_PIXELS:
             raise DecodingLimitError(
@@ -222,8 +222,8 @@ def check_decoding_work(data: bytes, header: Image.Image) -> None:
 class _BoundedReader:
     """Stream that limits a decoder to as many reads and bytes as a file of this size requires.
 
-    Without these limits, reading a header with a million empty chunks, or with thousands of references to the same
-    bytes, could take minutes or gigabytes of memory.
+    Without the limits, reading a header with a million empty chunks, or with thousands of references to the same bytes,
+    could take minutes or gigabytes of memory.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -245,7 +245,7 @@ class _BoundedReader:
         self._reads_left -= 1
         self._bytes_left -= len(data)
         if self._reads_left < 0 or self._bytes_left < 0:
-            raise DecodingLimitError("the file has too many small parts, or refers to the same bytes too often")
+            raise DecodingLimitError("the file has too many small chunks, or refers to the same bytes too often")
         return data
 
     def __getattr__(self, name: str) -> Any:
@@ -264,14 +264,14 @@ def _check_jpeg(data: bytes, num_pixels: int) -> None:
         if marker != _SOS:
             continue
         if data[position + 2 : position + 3] == num_components:
-            return  # as in most images, this scan has all components, so the decoder reads no other scans
+            return  # a scan with all components, as in most images, is the only one that is decoded
         num_scans += 1
         if num_scans > max_scans:
             raise DecodingLimitError(f"a JPEG of {num_pixels:,} pixels must have at most {max_scans} scans")
 
 
 def _iter_jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (marker, offset of the first byte after the marker) for each marker outside the segments of a JPEG."""
+    """Yield (marker, offset after the marker) for each marker outside the segments of a JPEG."""
     position = 0
     while (match := _MARKER.search(data, position)) is not None:
         marker, position = match[0][1], match.end()

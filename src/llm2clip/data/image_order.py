@@ -1,7 +1,7 @@
 """Order in which training reads the images of an epoch. It depends only on the data, the seed and the epoch.
 
-In a shard order, shards (tar or Parquet files) are read in random order, a window of shards at a time, and the images
-of a window are shuffled. Remote shards are then downloaded only once per epoch.
+In shard order, shards (tar or Parquet files) are read in random order, several shards at a time (a window), and the
+images of a window are shuffled. Each remote shard is then downloaded only once per epoch.
 """
 
 import os
@@ -21,7 +21,7 @@ SHARD_KINDS = [IMAGE_KINDS.index(kind) for kind in (TarImage, ParquetImage)]
 
 
 class EpochOrders:
-    """Images of each epoch, in the order in which they are used."""
+    """Images of each epoch, in training order."""
 
     def __init__(
         self,
@@ -31,9 +31,10 @@ class EpochOrders:
         image_order: ImageOrder | None = None,
         read_images: bool = True,
     ) -> None:
-        """`is_usable` is a mask of the records to use, of shape (N,). All records must have an image.
-
-        If `read_images` is True, remote shards are downloaded ahead.
+        """
+        Args:
+            is_usable: Boolean mask of the records to use, of shape (N,). All records must have an image.
+            read_images: Download remote shards ahead.
         """
         self.image_order = image_order or choose_image_order(records)
         self.seed, self.num_images = seed, int(is_usable.sum())
@@ -42,7 +43,7 @@ class EpochOrders:
         )
         self._shard_of_image, self._shards = np.empty(0, np.int32), _list_paths(records)
         self._prefetch_shards = read_images and any(map(is_remote, self._shards))
-        self._next_prefetch = 0  # position of the epoch at which the next shards are downloaded
+        self._next_prefetch = 0
         if self.image_order == "shards":
             self._shard_of_image, self._shards = number_shards(records)
             if self._usable is not None:
@@ -65,7 +66,7 @@ class EpochOrders:
         return images if self._usable is None else self._usable[images]
 
     def _prefetch(self, start: int) -> None:
-        """Download the remote shards that are needed after a position, until one more shard has been read."""
+        """Download the remote shards that are needed next, up to one shard ahead."""
         if self.image_order == "shards":
             upcoming = list_upcoming_shards(self._order, self._shard_of_image, start)
             prefetch([self._shards[shard] for shard in upcoming])
@@ -77,7 +78,7 @@ class EpochOrders:
 
 
 def draw_random_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a permutation of all images, of shape (num_images,), int32 if possible. This takes no other memory."""
+    """Return a permutation of all images, of shape (num_images,), int32 if possible. No other memory is allocated."""
     order = np.arange(num_images, dtype=_choose_dtype(num_images))
     np.random.default_rng([seed, epoch]).shuffle(order)
     return order
@@ -104,7 +105,7 @@ def list_upcoming_shards(
     order: np.ndarray, shard_of_image: np.ndarray, start: int, max_shards: int = 2 * WINDOW
 ) -> list[int]:
     """List the next shards that contain images of `order[start:]`, in the order in which they are first needed."""
-    shards: dict[int, None] = {}  # a dict, because a set has no order
+    shards: dict[int, None] = {}  # ordered, unlike a set
     for position in range(start, len(order), 1 << 16):
         shards_of_chunk, first_position = np.unique(
             shard_of_image[order[position : position + (1 << 16)]], return_index=True
@@ -116,10 +117,10 @@ def list_upcoming_shards(
 
 
 def number_shards(records: RecordTable) -> tuple[np.ndarray, list[str]]:
-    """Return the number of the shard that contains each record's image, of shape (N,), int32, and the shards' paths."""
+    """Return the index of the shard that contains each record's image, of shape (N,), int32, and the shards' paths."""
     blocks, paths = records.blocks, _list_paths(records)
     number_of_path = {path: number for number, path in enumerate(paths)}
-    # Number of each container of each batch, one batch after the other.
+    # shard index of each container, concatenated over the batches
     shard_of_container = np.array([number_of_path[path] for path in chain(*blocks.containers)], np.int32)
     first_container = np.cumsum([0, *map(len, blocks.containers)])
     parts = [np.empty(0, np.int32)]
@@ -140,7 +141,7 @@ def _list_paths(records: RecordTable) -> list[str]:
 
 
 def choose_image_order(records: RecordTable) -> ImageOrder:
-    """Return "shards" if all images are in more than `WINDOW` tar or Parquet files, one of which is remote.
+    """Return "shards" if all images are in more than `WINDOW` tar or Parquet files and at least one file is remote.
 
     The environment variable LLM2CLIP_IMAGE_ORDER overrides the choice, for example for local files on a hard disk.
     """

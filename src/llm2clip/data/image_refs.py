@@ -1,6 +1,6 @@
 """Image references, which specify where the encoded bytes of an image are stored.
 
-A kind of reference is one subclass of `ImageRef`. `IMAGE_KINDS` lists the kinds that a record table may contain.
+Each kind of reference is a subclass of `ImageRef`. `IMAGE_KINDS` lists the kinds that a record table may contain.
 """
 
 import functools
@@ -26,26 +26,26 @@ _resolve_real_path = functools.lru_cache(maxsize=4096)(os.path.realpath)
 
 
 class ImageColumns(NamedTuple):
-    """Image reference, as stored in the columns of a record table."""
+    """Column values that represent an image reference in a record table."""
 
     container: str | None = None  # path of the file or folder, or None if the bytes are stored in the table
     name: str = ""  # file name, tar member or table column
-    offset: int = 0  # position in a tar file, or row number in a table
-    size: int = 0  # number of bytes of a tar member
-    digest: bytes | None = None  # SHA-256 of the image's bytes, if they identify the image
+    offset: int = 0  # byte offset in a tar file, or row number in a table
+    size: int = 0  # size of a tar member in bytes
+    digest: bytes | None = None  # SHA-256 of the image's bytes, if it identifies the image
     data: bytes | None = None  # bytes of an image that cannot be read again
 
 
 class ImageRef(ABC):
-    """Reference to an image's encoded bytes, valid in any process. `str()` returns a name for use in messages."""
+    """Reference to an image's encoded bytes, valid in any process. `str()` returns a name for messages."""
 
     __slots__ = ()
-    kind_name: ClassVar[str] = "memory"  # where such images are stored, for reports
-    has_file_name: ClassVar[bool] = False  # whether the image is a file or a member of an archive
+    kind_name: ClassVar[str] = "memory"  # name of the storage in reports
+    has_file_name: ClassVar[bool] = False  # True for image files and tar members
 
     @property
     def key(self) -> str:
-        """String that is the same for all references to an image, even if they write its path differently."""
+        """String that is equal for all references to an image, even if their paths are written differently."""
         return self.canonical_path
 
     @property
@@ -58,7 +58,7 @@ class ImageRef(ABC):
 
     @property
     def identifies_image(self) -> bool:
-        """False for a table cell whose bytes have not been read, because other cells may contain the same image."""
+        """Whether `key` identifies the image. False for a table cell whose bytes have not been read."""
         return True
 
     @property
@@ -72,7 +72,7 @@ class ImageRef(ABC):
             return self._open()
 
     def read(self) -> bytes:
-        """Return all encoded bytes. Raise OSError if they cannot be read, or are more than `MAX_FILE_BYTES`."""
+        """Return all encoded bytes. Raise OSError if they cannot be read or exceed `MAX_FILE_BYTES`."""
         with self._convert_reader_errors(), self._open() as stream:
             size = stream.seek(0, os.SEEK_END)
             if size > MAX_FILE_BYTES:
@@ -92,7 +92,7 @@ class ImageRef(ABC):
 
     @abstractmethod
     def _open(self) -> BinaryIO:
-        """Open the encoded bytes as a stream. May raise any type of exception if the file is corrupt."""
+        """Open the encoded bytes as a stream. Corrupt files may raise any type of exception."""
 
     @contextmanager
     def _convert_reader_errors(self) -> Iterator[None]:
@@ -106,7 +106,7 @@ class ImageRef(ABC):
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """An image reference, together with the image's bytes if they have already been read."""
+    """Image reference, with the image's bytes if they have already been read."""
 
     ref: ImageRef
     data: bytes | None
@@ -115,7 +115,7 @@ class LoadedImage:
 
 @dataclass(frozen=True, slots=True)
 class FileImage(ImageRef):
-    """An image file."""
+    """Image file."""
 
     kind_name: ClassVar[str] = "image files"
     has_file_name: ClassVar[bool] = True
@@ -142,7 +142,7 @@ class FileImage(ImageRef):
 
 @dataclass(frozen=True, slots=True)
 class TarImage(ImageRef):
-    """A member of an uncompressed tar file. With its offset, the member can be read without scanning the file."""
+    """Member of an uncompressed tar file. Its offset allows reading without a scan of the file."""
 
     kind_name: ClassVar[str] = "tar files"
     has_file_name: ClassVar[bool] = True
@@ -164,8 +164,8 @@ class TarImage(ImageRef):
 
     def read(self) -> bytes:
         if self.size > MAX_FILE_BYTES:
-            return ImageRef.read(self)  # raises an error
-        with self._convert_reader_errors(), open_file(self.path) as file:  # much faster than through `FileSlice`
+            return ImageRef.read(self)  # raises the error
+        with self._convert_reader_errors(), open_file(self.path) as file:  # much faster than `FileSlice`
             file.seek(self.offset)
             return file.read(self.size)
 
@@ -177,7 +177,7 @@ class TarImage(ImageRef):
 
 
 class _TableCell(ImageRef):
-    """A table cell that contains an image, identified by a hash of its bytes, because other cells may contain it, too.
+    """Image in a table cell, identified by a hash of its bytes, because other cells may contain the same image.
 
     `digest` is empty if the bytes have not been read.
     """
@@ -196,7 +196,7 @@ class _TableCell(ImageRef):
 
 @dataclass(frozen=True, slots=True)
 class ParquetImage(_TableCell):
-    """A cell in a Parquet file, with bytes or a struct with bytes and a path. Reading in random order is slow."""
+    """Image in a cell of a Parquet file: bytes, or a struct with bytes and a path. Random access is slow."""
 
     kind_name: ClassVar[str] = "Parquet files"
     path: str
@@ -221,7 +221,7 @@ class ParquetImage(_TableCell):
 
 @dataclass(frozen=True, slots=True)
 class MemoryImage(ImageRef):
-    """An encoded image in memory, for sources that can be read only once."""
+    """Encoded image in memory, from a source that can be read only once."""
 
     data: bytes
     name: str = "image in memory"
@@ -244,7 +244,7 @@ class MemoryImage(ImageRef):
 
 @dataclass(frozen=True, slots=True)
 class StoredImage(_TableCell):
-    """An encoded image in a record table, for sources that can be read only once."""
+    """Encoded image in a record table, from a source that can be read only once."""
 
     kind_name: ClassVar[str] = "the record table"
     path: str
@@ -265,7 +265,7 @@ class StoredImage(_TableCell):
         return self.name
 
 
-# An image's kind is stored in record tables as its index in this list. An image of another kind is a `StoredImage`.
+# Record tables store an image's kind as its index in this tuple. Images of other kinds become `StoredImage`.
 IMAGE_KINDS: tuple[type[ImageRef], ...] = (FileImage, TarImage, ParquetImage, StoredImage)
 
 
@@ -318,7 +318,7 @@ def is_safe_relative_path(name: str) -> bool:
 
 
 def resolve_folder(path: str) -> str:
-    """Make a path absolute and resolve links in its folder, but not in its file name. Return URLs unchanged."""
+    """Make a path absolute and resolve symbolic links in its folder, but not in its file name. URLs are unchanged."""
     if is_remote(path):
         return path
     folder, name = os.path.split(path)

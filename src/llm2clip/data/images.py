@@ -1,4 +1,4 @@
-"""Image decoding to uint8 RGB tensors of shape (3, H, W), thumbnails, and batches of decoded images for inference."""
+"""Image decoding to uint8 RGB tensors of shape (3, H, W), thumbnails, and inference batches of decoded images."""
 
 import atexit
 import multiprocessing
@@ -28,7 +28,7 @@ from llm2clip.data.image_header import (
     MAX_PIXELS,
     DecodingLimitError,
     ImageFormatError,
-    check_decoding_work,
+    check_decoding_cost,
     open_header,
 )
 from llm2clip.data.image_refs import FileImage, ImageRef
@@ -38,9 +38,9 @@ from llm2clip.io_utils import FatalDataError, describe_error
 from llm2clip.parallel import count_cores
 
 T = TypeVar("T")
-MIN_IMAGES_FOR_WORKERS = 2048  # decoding fewer images takes less time than starting the workers
-PREFETCH_IMAGES = 4096  # remote files are downloaded ahead each time that this many images have been decoded
-_ORIENTATION = 0x0112  # EXIF tag of the image orientation
+MIN_IMAGES_FOR_WORKERS = 2048  # fewer images are decoded in less time than workers take to start
+PREFETCH_IMAGES = 4096  # interval, in decoded images, at which remote files are downloaded ahead
+_ORIENTATION = 0x0112  # EXIF tag
 _FAST_FORMATS = ("JPEG", "MPO", "WEBP")  # decoded with torchvision, whose PNG decoder segfaults on corrupt pixel data
 
 
@@ -50,7 +50,7 @@ class ImageError(ValueError):
 
 @runtime_checkable
 class Readable(Protocol):
-    """An open binary file, or any other object whose `read` method returns bytes."""
+    """Binary file, or any other object whose `read` method returns bytes."""
 
     def read(self) -> bytes: ...
 
@@ -79,7 +79,7 @@ def load_image(image: ImageLike) -> Tensor:
             with _convert_decoder_errors():
                 return _decode_with_pillow(image)
         if isinstance(image, str | Path):
-            image = FileImage(join_path("", str(image)))  # a URL is not downloaded
+            image = FileImage(join_path("", str(image)))  # URLs are not downloaded
         return decode_image(image.read())
     except (ImageError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -95,25 +95,25 @@ def to_image_list(images: Any) -> list[Any]:
 def decode_image(data: bytes) -> Tensor:
     """Decode an image to a uint8 RGB tensor of shape (3, H, W).
 
-    The EXIF orientation is applied, transparent pixels are blended with white, and only the first frame of an animation
-    is used. JPEG and WebP images are decoded with torchvision, which is twice as fast as Pillow. Colour profiles are
-    ignored, as they were when the vision towers were pretrained.
+    The EXIF orientation is applied, and transparent images are composited over white. Only the first frame of an
+    animation is used. JPEG and WebP images are decoded with torchvision, which is twice as fast as Pillow. Colour
+    profiles are ignored, as in the pretraining of the vision towers.
 
     Raises:
-        ImageError: The image is not supported, corrupt or too large, or decoding would take too much work.
+        ImageError: The image is unsupported, corrupt or too large, or too expensive to decode.
     """
     with _convert_decoder_errors():
         header = open_header(BytesIO(data))
         _check_size(header)
-        check_decoding_work(data, header)
+        check_decoding_cost(data, header)
         pixels = _decode_with_torchvision(data, header)
         return _decode_with_pillow(header) if pixels is None else pixels
 
 
 @contextmanager
 def _convert_decoder_errors() -> Iterator[None]:
-    """Convert decoder exceptions to `ImageError`. Corrupt files can make decoders raise any type of exception."""
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # other packages set it, and missing pixels would then become grey
+    """Convert decoder exceptions, which can be of any type for corrupt files, to `ImageError`."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # True in some other packages, which turns missing pixels grey
     try:
         yield
     except ImageError:
@@ -135,12 +135,12 @@ def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
 
 
 def make_thumbnail(image: Tensor, side: int) -> bytes:
-    """Shrink a uint8 image of shape (3, H, W) to at most `side` pixels on its longer side. Return it as JPEG bytes."""
+    """Shrink a uint8 image of shape (3, H, W) to a longer side of at most `side` pixels. Return JPEG bytes."""
     return cast(bytes, encode_jpeg(shrink_image(image, side).contiguous(), quality=80).numpy().tobytes())
 
 
 def shrink_image(image: Tensor, side: int) -> Tensor:
-    """Shrink an image of shape (3, H, W) to at most `side` pixels on its longer side. Smaller images are unchanged."""
+    """Shrink an image of shape (3, H, W) to a longer side of at most `side` pixels. Smaller images are unchanged."""
     height, width = image.shape[-2:]
     scale = side / max(height, width)
     if scale >= 1:
@@ -149,7 +149,7 @@ def shrink_image(image: Tensor, side: int) -> Tensor:
 
 
 def _get_file_name(image: object) -> object:
-    """Return an image's file name for error messages, or "" if unknown. Raise ImageError for unsupported types."""
+    """Return an image's file name for error messages, or "" if unknown. Raise `ImageError` for unsupported types."""
     if isinstance(image, ImageRef | str | Path):
         return image
     if isinstance(image, Image.Image):
@@ -195,7 +195,7 @@ def _check_size(image: Image.Image) -> None:
 
 
 def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
-    """Decode an image with torchvision. Return None if Pillow must decode it or report an error instead."""
+    """Decode an image with torchvision. Return None for images that require Pillow and for decoding errors."""
     if header.format not in _FAST_FORMATS or "transparency" in header.info:
         return None
     has_alpha = header.mode in ("RGBA", "LA")
@@ -214,7 +214,7 @@ def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
 def _decode_with_pillow(image: Image.Image) -> Tensor:
     _check_size(image)
     image.load()
-    _check_size(image)  # the size in a HEIC header can differ from the size of the decoded image
+    _check_size(image)  # a decoded HEIC image can differ in size from its header
     if image.mode == "F":
         raise ImageError("the pixels are floating-point values with an unknown range")
     if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255
@@ -228,7 +228,7 @@ def _decode_with_pillow(image: Image.Image) -> Tensor:
 
 
 def _read_orientation(image: Image.Image) -> int:
-    """Return an image's EXIF orientation (1 to 8), or 1 if it is missing or the EXIF data is corrupt."""
+    """Return the EXIF orientation (1 to 8), or 1 if it is missing or corrupt."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # corrupt EXIF data can make Pillow raise almost any type of exception
@@ -236,7 +236,7 @@ def _read_orientation(image: Image.Image) -> int:
 
 
 def _blend_with_white(pixels: Tensor) -> Tensor:
-    """Blend a uint8 RGBA image of shape (4, H, W) with white. Return a uint8 RGB image of shape (3, H, W)."""
+    """Composite a uint8 RGBA image of shape (4, H, W) over white. Return a uint8 RGB image of shape (3, H, W)."""
     result = torch.empty(3, *pixels.shape[1:], dtype=torch.uint8)
     num_rows = max(1, (1 << 20) // max(1, pixels.shape[-1]))  # blocks of rows, to limit the memory for int32 copies
     for chunk, out in zip(pixels.split(num_rows, dim=-2), result.split(num_rows, dim=-2), strict=True):
@@ -246,7 +246,7 @@ def _blend_with_white(pixels: Tensor) -> Tensor:
 
 
 def _apply_orientation(pixels: Tensor, orientation: int) -> Tensor:
-    """Rotate and flip an image according to its EXIF orientation (1 to 8). Other values have no effect."""
+    """Rotate and flip an image according to its EXIF orientation (1 to 8). Ignore other values."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 2)
     flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation)
@@ -257,7 +257,7 @@ def _apply_orientation(pixels: Tensor, orientation: int) -> Tensor:
 
 
 def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
-    """Decode and transform an image. On failure, including lack of memory, return an error message."""
+    """Decode and transform an image. If this fails or memory runs out, return an error message."""
     try:
         return transform(load_image(ref))
     except (ImageError, OSError) as error:
@@ -271,9 +271,10 @@ def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
 def iter_image_batches(
     refs: Sequence[ImageRef], transform: Callable[[Tensor], Any], batch_size: int = 64, workers: int | None = None
 ) -> Generator[tuple[list[int], list[Any], dict[int, str]]]:
-    """Yield decoded and transformed images in order, `batch_size` at a time.
+    """Yield decoded and transformed images in order, in batches of `batch_size`.
 
-    Worker processes are used for 2,048 or more images. Their default number is half the CPU cores, but at most 8.
+    For 2,048 or more images, worker processes are used. Their default number is half the number of CPU cores, at most
+    8.
 
     Yields:
         For each batch, the indices of the decoded images, the transformed images, and a dict {index: error message} for
@@ -288,7 +289,7 @@ def iter_image_batches(
         num_workers=workers,
         collate_fn=pack_batch if workers else list,
         **build_worker_options(workers, __name__),
-        generator=torch.Generator(),  # leaves the global random state unchanged
+        generator=torch.Generator(),  # keeps the global random state unchanged
     )
     next_prefetch = num_images = 0
     for batch in loader:
@@ -314,10 +315,10 @@ class _DecodedImages(Dataset):
 
 
 def build_worker_options(workers: int, *modules: str) -> dict[str, Any]:
-    """Return arguments of `DataLoader`: how its worker processes are started and initialized.
+    """Return the `DataLoader` arguments that determine how worker processes are started and initialised.
 
-    Forking a process that uses a GPU or threads is unsafe. With "forkserver", workers are forked from a process that
-    only imports `modules`, once for all workers.
+    Forking a process that uses a GPU or threads is unsafe. With "forkserver", all workers are forked from one process
+    that has only imported `modules`.
     """
     if not workers:
         return {}
@@ -330,11 +331,11 @@ def build_worker_options(workers: int, *modules: str) -> dict[str, Any]:
 
 
 def _initialize_worker(environment: dict[str, str], worker: int) -> None:
-    """Make a data loader worker exit with its main process, and without finalizing the interpreter.
+    """Make a data loader worker exit together with its main process and without finalising the interpreter.
 
-    Finalization would stop a thread that is still sending a batch inside C++ code, which aborts the process.
+    Finalisation would stop threads that are still sending a batch in C++ code, which aborts the process.
     """
-    os.environ.update(environment)  # the fork server has the environment of the first loader
+    os.environ.update(environment)  # the fork server keeps the environment of the first data loader
     atexit.register(os._exit, 0)
     sys.excepthook = _report_exception
     threading.Thread(target=_exit_with_main_process, daemon=True).start()
@@ -348,7 +349,7 @@ def _exit_with_main_process() -> None:
 
 
 def _report_exception(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Print an exception, unless it only says that the main process was interrupted while it received a batch."""
+    """Print an exception, unless it was caused only by the interruption of the main process."""
     if not issubclass(kind, EOFError | ConnectionError | AuthenticationError):
         sys.__excepthook__(kind, error, traceback)
 
@@ -356,7 +357,7 @@ def _report_exception(kind: type[BaseException], error: BaseException, traceback
 def pack_batch(items: list[Any]) -> Tensor:
     """Pickle a batch to a uint8 tensor, so that sending it from a worker process uses only one file descriptor.
 
-    Sending 512 images as separate tensors would exceed the usual limit of 1,024 open files.
+    Sending 512 images as separate tensors would exceed the standard limit of 1,024 open files.
     """
     stream = BytesIO()
     _TensorPickler(stream, pickle.HIGHEST_PROTOCOL).dump(items)
@@ -369,7 +370,7 @@ def unpack_batch(batch: Tensor) -> list[Any]:
 
 
 class _TensorPickler(pickle.Pickler):
-    """Pickler that does not use PyTorch's slower format for tensors."""
+    """Pickler that stores tensors as NumPy arrays, which is faster than PyTorch's format."""
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

@@ -1,7 +1,7 @@
-"""Short phrases, such as "dog" and "red hat", extracted from the captions of a record table and used as extra captions.
+"""Short phrases, such as "dog" and "red hat", extracted from captions and used as extra captions.
 
-The rules below are for English. For other languages, or to use the output of a parser, provide a `phrases` column.
-Noun phrase libraries (spaCy, NLTK) are not used, because their models are not available from PyPI.
+The rules below are for English. For other languages, or to use a parser's output, provide a `phrases` column. NLP
+libraries such as spaCy and NLTK are not used, because their models are not available from PyPI.
 
 The words between two function words or punctuation marks form a run, as in RAKE (Rose et al. 2010, "Automatic keyword
 extraction from individual documents"). Nouns are words that often stand alone between an article and a function word
@@ -29,19 +29,19 @@ from llm2clip.progress import ProgressBar
 from llm2clip.runs.output_folder import folder_lock
 
 T = TypeVar("T")
-MIN_IMAGES = 3  # phrases and nouns in the captions of fewer images are discarded, because they are often wrong
-MAX_WORDS = 4  # maximum number of words in a phrase
-PART_IMAGES = 1 << 16  # images that a worker process is given at once
-MIN_PARALLEL_IMAGES = 100_000  # smaller tables are processed by this process, because starting others takes seconds
+MIN_IMAGES = 3  # rarer phrases and nouns are often wrong and therefore discarded
+MAX_WORDS = 4  # maximum length of a phrase
+PART_IMAGES = 1 << 16  # images per task of a worker process
+MIN_PARALLEL_IMAGES = 100_000  # smaller tables are processed without workers, which take seconds to start
 LANGUAGE_SAMPLES = 10_000  # maximum number of records whose language is checked
-RULES_VERSION = 1  # increase it if the rules extract other phrases from the same captions
+RULES_VERSION = 1  # increase it if a change to the rules changes the extracted phrases
 
 
 def to_word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-ARTICLES = to_word_set("a an the his its their")  # a word that stands alone after one of these words is a noun
+ARTICLES = to_word_set("a an the his its their")  # a single word after one of these words is a noun
 NUMBERS = to_word_set("two three four five six seven eight nine ten")
 DETERMINERS = (
     ARTICLES
@@ -53,14 +53,14 @@ CONNECTIVES = to_word_set(
     "and or of in on at to with without for from by near over under through across into onto behind beside between "
     "along around against above below inside outside beneath next like toward towards past off during before after"
 )
-# Other function words. They end a run, but no phrase starts after them.
+# Function words that end a run without starting a phrase.
 FUNCTION_WORDS = to_word_set(
     "is are was were be been being am do does did has have had can could will would may might must should he she it "
     "they them him who whom which what where when while as if than then there here not only very also just so too but "
     "because that's it's i you we me us all any other others more most much such same own up down out away back "
     "together"
 )
-# Nouns that do not name anything visible in an image. Phrases that end with one are not used.
+# Nouns that do not name anything visible in an image. Phrases that end with such a noun are not used.
 VAGUE_NOUNS = to_word_set(
     "front top bottom side sides middle center centre left right end edge part parts kind type lot lots number group "
     "bunch couple pair pairs set image picture photo photograph view scene background foreground something someone"
@@ -69,9 +69,9 @@ VAGUE_NOUNS = to_word_set(
 ENGLISH_WORDS = to_word_set("the of with and is are on at")
 _BOUNDARIES = DETERMINERS | CONNECTIVES | FUNCTION_WORDS
 _BEFORE_PHRASE = DETERMINERS | CONNECTIVES | {"."}
-# A noun does not stand alone before "and" and "or": it may be an adjective ("a black and white dog").
+# A single word before "and" or "or" may be an adjective ("a black and white dog"), so it does not count as a noun.
 _AFTER_NOUN = (_BOUNDARIES - {"and", "or"}) | {"."}
-# A token: a word, which may contain single apostrophes and hyphens, a punctuation mark, or a number.
+# A token is a word (with optional inner apostrophes and hyphens), a punctuation mark or a number.
 _TOKEN = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]|\d+")
 
 
@@ -107,7 +107,7 @@ def split_into_runs(caption: str) -> Iterator[tuple[str, list[str], str]]:
 
 @lru_cache(maxsize=1 << 16)
 def _tokenize(word: str) -> tuple[tuple[str, bool], ...]:
-    """Return the tokens of a word with its punctuation marks, and whether each token is a content word."""
+    """Return the tokens of a word with its punctuation marks, each with a flag for content words."""
     tokens = _TOKEN.findall(word)
     return tuple((token, token[0].isalpha() and token not in _BOUNDARIES) for token in tokens)
 
@@ -120,7 +120,7 @@ def find_lone_nouns(caption: str) -> Iterator[str]:
 
 
 def find_phrases(caption: str, nouns: Collection[str]) -> Iterator[str]:
-    """Yield the phrases in a caption, each followed by its last noun. Phrases may occur several times.
+    """Yield the phrases in a caption, each followed by its last noun. A phrase may be yielded several times.
 
     A phrase ends with a noun and starts after a determiner or connective, or at the start of a sentence.
     """
@@ -145,10 +145,11 @@ def find_phrases(caption: str, nouns: Collection[str]) -> Iterator[str]:
 
 
 def add_phrases(records: RecordTable) -> RecordTable:
-    """Return the records with phrases extracted from their captions, saved in the table's folder.
+    """Return the records with phrases extracted from their captions. The phrases are saved in the table's folder.
 
-    The records are returned unchanged if any record already has phrases from a data column, or if the captions are not
-    in English. Time: about 60 microseconds of CPU per image. Memory: 200 bytes per distinct phrase, 4 per record.
+    If a record already has phrases from a data column, or if the captions are not in English, return the records
+    unchanged. Time: about 60 microseconds of CPU per image. Memory: 200 bytes per distinct phrase and 4 bytes per
+    record.
     """
     from llm2clip.runs.ranks import print_once  # imports PyTorch, which worker processes do not need
 
@@ -157,7 +158,7 @@ def add_phrases(records: RecordTable) -> RecordTable:
     if records.folder is None:
         phrases = list(_extract_phrases(records))
     else:
-        file = records.folder / f"phrases-{_hash_view(records)}.arrow"
+        file = records.folder / f"phrases-{_hash_phrase_inputs(records)}.arrow"
         with folder_lock(records.folder, "phrases.lock", timeout=-1):
             if not file.exists() or not has_valid_checksum(file):
                 _write_phrases(file, _extract_phrases(records))
@@ -171,8 +172,8 @@ def add_phrases(records: RecordTable) -> RecordTable:
     return records.with_phrases(pa.chunked_array(phrases, TEXTS))
 
 
-def _hash_view(records: RecordTable) -> str:
-    """Return a hash of what determines the phrases of a table in its folder: rows, caption column and rules."""
+def _hash_phrase_inputs(records: RecordTable) -> str:
+    """Return a hash of everything that determines a table's phrases: rows, caption column and rules."""
     digest = hashlib.sha256(f"{RULES_VERSION} {records.resolve_field('captions')} {records.rows.dtype}".encode())
     digest.update(np.ascontiguousarray(records.rows).data)
     return digest.hexdigest()[:32]
@@ -200,15 +201,14 @@ def _extract_phrases(records: RecordTable) -> Iterator[pa.ListArray]:
                 yield result
                 bar.update()
 
-        with tempfile.TemporaryDirectory() as folder:  # each process loads the words only once
+        with tempfile.TemporaryDirectory() as folder:
             nouns, frequent = Path(folder) / "nouns.txt", Path(folder) / "phrases.txt"
-            _write_frequent(nouns, process(partial(_count_texts_of_part, nouns_file=None)))
-            _write_frequent(frequent, process(partial(_count_texts_of_part, nouns_file=nouns)))
+            _save_frequent_texts(nouns, process(partial(_count_texts_of_part, nouns_file=None)))
+            _save_frequent_texts(frequent, process(partial(_count_texts_of_part, nouns_file=nouns)))
             yield from process(partial(_find_phrases_of_part, nouns_file=nouns, frequent_file=frequent))
 
 
-def _write_frequent(file: Path, counters: Iterator[Counter[str]]) -> None:
-    """Add up the counts of all parts, and save the words or phrases that occur in at least `MIN_IMAGES` images."""
+def _save_frequent_texts(file: Path, counters: Iterator[Counter[str]]) -> None:
     total = Counter[str]()
     for counter in counters:
         total.update(counter)
@@ -216,7 +216,7 @@ def _write_frequent(file: Path, counters: Iterator[Counter[str]]) -> None:
 
 
 @lru_cache(maxsize=2)
-def _load_frequent(file: Path) -> frozenset[str]:
+def _load_frequent_texts(file: Path) -> frozenset[str]:
     return frozenset(file.read_text(encoding="utf-8").split("\n"))
 
 
@@ -229,8 +229,8 @@ def _sample_captions(records: RecordTable) -> list[str]:
 
 
 def _count_texts_of_part(records: RecordTable, nouns_file: Path | None) -> Counter[str]:
-    """Return the number of images of each phrase or, if the nouns are not known yet, of each lone noun."""
-    find = find_lone_nouns if nouns_file is None else partial(find_phrases, nouns=_load_frequent(nouns_file))
+    """Count the images of each phrase or, if `nouns_file` is None, of each lone noun."""
+    find = find_lone_nouns if nouns_file is None else partial(find_phrases, nouns=_load_frequent_texts(nouns_file))
     counts = Counter[str]()
     for captions in _iterate_captions(records):
         counts.update({text for caption in captions for text in find(caption)})
@@ -238,8 +238,7 @@ def _count_texts_of_part(records: RecordTable, nouns_file: Path | None) -> Count
 
 
 def _find_phrases_of_part(records: RecordTable, nouns_file: Path, frequent_file: Path) -> pa.ListArray:
-    """Return the frequent phrases of each image, in order of first appearance."""
-    nouns, frequent = _load_frequent(nouns_file), _load_frequent(frequent_file)
+    nouns, frequent = _load_frequent_texts(nouns_file), _load_frequent_texts(frequent_file)
     texts: list[str] = []
     offsets = [0]
     for captions in _iterate_captions(records):

@@ -1,8 +1,9 @@
-"""Positive text pairs for `tune`: reading the sources and drawing batches.
+"""Positive text pairs for `tune`: data sources and batch sampling.
 
 A pair is either two captions of the same image or a general text pair in the format of E5's training data (arXiv
-2212.03533): `{"query": ..., "positive": ..., "negatives": [...], "instruction": ...}`, the last two being optional.
-For the same data and settings, the batches depend only on the seed, regardless of the number of processes.
+2212.03533): `{"query": ..., "positive": ..., "negatives": [...], "instruction": ...}`, where `negatives` and
+`instruction` are optional. For the same data and settings, the batches depend only on the seed, regardless of the
+number of processes.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ PAIR_COLUMN_NAMES = {  # pair field -> common column names, in order of preferen
     "instruction": ("instruction", "instruct", "task"),
     "split": ("split",),
 }
-ITEMS_PER_READ = 1024  # number of images whose captions are read at once
+ITEMS_PER_READ = 1024  # images whose captions are read at once
 MAX_VECTOR_DIM = 64  # maximum dimension of the vectors used to group similar captions
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A positive pair of texts."""
+    """Positive pair of texts."""
 
     anchor: str  # query
     positive: str  # text with the same meaning as the anchor, or an answer to it
@@ -67,7 +68,7 @@ class ImageCaptions:
 
 
 class CaptionItems:
-    """Captions of the images in a record table. They are read from the table when they are used."""
+    """Lazily read captions of the images in a record table."""
 
     def __init__(self, records: RecordTable) -> None:
         self.records = records
@@ -83,7 +84,7 @@ class CaptionItems:
 
     @cached_property
     def pairable(self) -> CaptionItems:
-        """Images with two different captions."""
+        """Images with at least two different captions."""
         is_pairable = np.fromiter(map(can_pair, self), bool, len(self))
         return CaptionItems(self.records.select(is_pairable))
 
@@ -104,7 +105,7 @@ def read_tuning_sources(
     training_sources: Sequence[str] = (),
     folder: Path | None = None,
 ) -> list[TuningItems]:
-    """Read the training data for `tune`; return the items of each caption source, then those of each text-pair source.
+    """Read the training data for `tune`. Return the items of each caption source, then those of each text-pair source.
 
     All caption sources except `train` are merged into one source. If no splits are selected for a source, only its
     records with a training split or no split are used. Held-out images are recognised by their files and, in
@@ -186,17 +187,16 @@ def _list_comparable_ids(records: RecordTable) -> Iterator[str]:
 
 
 def _mask_ids(records: RecordTable, comparable_ids: Collection[str]) -> np.ndarray:
-    """Return a boolean mask of the records with one of these comparable ids, of shape (N,)."""
     if not comparable_ids:
         return np.zeros(len(records), bool)
     return np.fromiter((name in comparable_ids for name in _list_comparable_ids(records)), bool, len(records))
 
 
 def to_comparable_id(record_id: str) -> str:
-    """Return the part of an image's id that is the same in all datasets that contain the image.
+    """Return the part of an image id that is the same in all datasets that contain the image.
 
-    It is a number without leading zeros (COCO's file names have them, COCO's ids do not), or the number with five or
-    more digits at the start of the id, or else the entire id.
+    For an id that is a number, this is the number without leading zeros, which COCO's file names have and COCO's ids do
+    not. For an id that starts with a number of at least five digits, it is that number. Otherwise, it is the entire id.
     """
     if record_id.isdecimal():
         return record_id.lstrip("0") or "0"
@@ -205,7 +205,7 @@ def to_comparable_id(record_id: str) -> str:
 
 
 def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
-    """Yield the pairs in a source (`PATH` or `PATH@split`) in order. If a row has several positives, use the first.
+    """Yield the pairs in a source (`PATH` or `PATH@split`) in order. If a row has several positives, the first is used.
 
     Raises:
         ValueError: The source has no query column, no positive column, or no pairs.
@@ -227,10 +227,10 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
             columns = _choose_columns(row_file, list(fields))
             columns_known = True
         except DataFormatError:
-            if not columns_known:  # the first row lacks these columns, so the file does not contain pairs
+            if not columns_known:  # the first row lacks the columns, so the file does not contain pairs
                 raise
             columns = {}  # this JSON object lacks the required keys
-        pair = _to_pair(fields, columns)
+        pair = _parse_pair(fields, columns)
         if pair.anchor == pair.positive or not pair.anchor or not pair.positive:
             log.skip(row_file, number, "missing or identical texts", f"{pair.anchor[:80]!r}, {pair.positive[:80]!r}")
             if log.rows_seen >= EARLY_CHECK_ROWS:
@@ -246,7 +246,7 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
 
 
 def _choose_columns(file: str, columns: Sequence[str]) -> dict[str, str]:
-    """Return a dict {pair field: column}. Raise DataFormatError if the query or positive column is missing."""
+    """Return a dict {pair field: column}. Raise `DataFormatError` if the query or positive column is missing."""
     chosen = guess_columns(PAIR_COLUMN_NAMES, columns)
     for field in ("query", "positive"):
         if field not in chosen:
@@ -257,7 +257,7 @@ def _choose_columns(file: str, columns: Sequence[str]) -> dict[str, str]:
     return chosen
 
 
-def _to_pair(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Pair:
+def _parse_pair(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Pair:
     query = _get_first_text(fields.get(columns.get("query", "")))
     positive = _get_first_text(fields.get(columns.get("positive", "")))
     negatives = _list_texts(fields.get(columns.get("negatives", "")))
@@ -276,7 +276,7 @@ def _get_first_text(value: Any) -> str:
 
 
 def _list_texts(value: Any) -> list[str]:
-    """Return the texts in a cell that contains either a single text or a list of texts."""
+    """Return the texts in a cell that contains a single text or a list of texts."""
     values = value if isinstance(value, list) else [value]
     return [text.strip() for text in values if isinstance(text, str) and text.strip()]
 
@@ -289,9 +289,9 @@ def iter_pair_batches(
 ) -> Iterator[list[Pair]]:
     """Yield `steps` batches of `batch_size` pairs. Images without two different captions are ignored.
 
-    Each batch comes from a single source, chosen with a probability proportional to its number of items. No image or
-    text occurs twice in a batch, so another caption of the anchor's image is never used as a negative: an item that
-    conflicts is deferred to the next batch. Each pass over a source draws a new order and new pairs.
+    Each batch comes from a single source, sampled in proportion to its number of items. No image or text occurs twice
+    in a batch, so another caption of the anchor's image is never used as a negative. Items that conflict with the batch
+    are deferred to the next one. Each pass over a source uses a new order and new pairs.
 
     `hard_negative_group_size` is the number of items per group of similar captions; see `draw_grouped_permutation`.
 
@@ -311,10 +311,10 @@ def iter_pair_batches(
 
 
 def resolve_pairs_per_step(sources: Sequence[TuningItems], batch_size: int, world_size: int) -> int:
-    """Return the total number of pairs per step across all ranks: `batch_size` per rank.
+    """Return the total number of pairs per step across all ranks: `batch_size` per rank, if the data allows it.
 
-    If no source has enough items for this, a step has as many pairs as can always be drawn from the smallest source,
-    rounded down to a multiple of the number of ranks.
+    If no source has enough items, a step has as many pairs as can always be drawn from the smallest source, rounded
+    down to a multiple of the number of ranks.
 
     Raises:
         ValueError: Only some of the sources have enough items, or a source is too small for any step.
@@ -335,7 +335,7 @@ def resolve_pairs_per_step(sources: Sequence[TuningItems], batch_size: int, worl
 
 
 def select_pairable_items(items: TuningItems, batch_size: int) -> TuningItems:
-    """Return the items from which a pair can be formed: text pairs, and images with two different captions.
+    """Return the items that can form a pair: text pairs, and images with two different captions.
 
     Raises:
         ValueError: There are fewer than `batch_size` such items.
@@ -361,7 +361,7 @@ def can_pair(captions: ImageCaptions) -> bool:
 def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
     """Draw two different captions of an image.
 
-    The kind of pair is drawn first: short and short, short and long, or long and long, each equally likely.
+    The kind of pair (short and short, short and long, or long and long) is drawn first, with equal probabilities.
     """
     kinds = _list_pair_kinds(captions)
     chosen = 0
@@ -377,15 +377,15 @@ def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
 
 
 def _count_unrelated_groups(items: TuningItems) -> int:
-    """Count the groups of items that are connected by shared texts.
+    """Count the connected groups of items, where items with a common text are connected.
 
-    Items in different groups share no text, so a batch with one pair per group can always be filled.
+    Items in different groups share no text, so a batch can always be filled with one pair per group.
     """
-    parents = list(range(len(items)))  # union-find: following the parents leads to the root of the item's group
+    parents = list(range(len(items)))  # union-find: each item's chain of parents ends at the root of its group
 
     def find_root(n: int) -> int:
         while parents[n] != n:
-            parents[n] = parents[parents[n]]  # shorten the path
+            parents[n] = parents[parents[n]]  # path halving
             n = parents[n]
         return n
 
@@ -397,7 +397,7 @@ def _count_unrelated_groups(items: TuningItems) -> int:
 
 
 def _list_pair_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]]]:
-    """For each kind of pair that the captions allow, return (candidates for one text, candidates for the other)."""
+    """Return (candidates for the first text, candidates for the second text) for each possible kind of pair."""
     short = list(dict.fromkeys(captions.short))
     long = [caption for caption in dict.fromkeys(captions.long) if caption not in short]
     kinds = []
@@ -423,14 +423,14 @@ def _draw_batches(items: TuningItems, batch_size: int, steps: int, seed: int, gr
         used_texts: set[str] = set()
         used_items: set[int] = set()
         deferred: list[tuple[int, TuningItem]] = []
-        num_conflicts = 0  # number of conflicts since the last pair was added
+        num_conflicts = 0
         while len(pairs) < batch_size:
             entry = waiting.pop() if waiting else next(upcoming, None)
             if entry is None:  # start a new pass that excludes the deferred items
                 order = draw_grouped_permutation(vectors, group_size, rng)[::-1]
                 upcoming = _read_items(usable, order[~np.isin(order, [index for index, _ in deferred])])
                 entry = next(upcoming, None)
-            if entry is None:  # only deferred items remain: try other captions of these items
+            if entry is None:  # only deferred items remain: try other captions
                 waiting, deferred = deferred, []
                 entry = waiting.pop()
             index, item = entry
@@ -448,12 +448,12 @@ def _draw_batches(items: TuningItems, batch_size: int, steps: int, seed: int, gr
             used_items.add(index)
             used_texts.update(pair.texts)
             pairs.append(pair)
-        waiting.extend(reversed(deferred))  # items deferred earliest are used first
+        waiting.extend(reversed(deferred))  # the earliest deferred items are used first
         yield pairs
 
 
 def _read_items(items: TuningItems, order: np.ndarray) -> Iterator[tuple[int, TuningItem]]:
-    """Yield (index, item) for each index in `order`. Several items of a record table are read at once."""
+    """Yield (index, item) for each index in `order`. Items of a record table are read several at a time."""
     for start in range(0, len(order), ITEMS_PER_READ):
         indices = order[start : start + ITEMS_PER_READ]
         if isinstance(items, CaptionItems):
@@ -464,13 +464,13 @@ def _read_items(items: TuningItems, order: np.ndarray) -> Iterator[tuple[int, Tu
 
 # ---- hard negatives --------------------------------------------------------------------------------------------------
 
-# In a random batch, nearly all negatives are about a different subject, so they soon become too easy. Each pass over
-# the data therefore divides the items into small groups with similar captions, with a random projection tree.
-# Similarity is computed from the words (TF-IDF), so it takes only seconds, and a resumed run forms the same groups.
+# In a random batch, most negatives describe a different subject and soon become too easy. Each pass over the data
+# therefore groups similar captions with a random projection tree. Similarity is based on TF-IDF, which takes only
+# seconds to compute, and a resumed run forms the same groups.
 
 
 def compute_caption_vectors(captions: Iterable[Sequence[str]]) -> np.ndarray:
-    """Compute an L2-normalised vector from each item's captions. Return an (N, D) float32 array with D at most 64.
+    """Compute an L2-normalised vector from each item's captions. Return shape (N, D), float32, with D at most 64.
 
     The method is latent semantic analysis: TF-IDF followed by truncated SVD. Memory: about 3 KB per item.
     """
@@ -486,9 +486,10 @@ def compute_caption_vectors(captions: Iterable[Sequence[str]]) -> np.ndarray:
 
 
 def draw_grouped_permutation(vectors: np.ndarray, group_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Return a random permutation of N items, as int64 indices. Groups of `group_size` similar items stay together.
+    """Return a random permutation of N items, as int64 indices, in which groups of similar items stay together.
 
-    `vectors` are from `compute_caption_vectors`, of shape (N, D). Each call forms new groups.
+    `vectors` are from `compute_caption_vectors`, of shape (N, D). Each call forms new groups of up to `group_size`
+    items.
     """
     if group_size <= 1:
         return rng.permutation(len(vectors))
@@ -513,5 +514,5 @@ def _split_into_groups(
 
 
 def _split_words(text: str) -> list[str]:
-    """Split a text into words. Scripts without spaces, such as Thai or Chinese, are split into characters."""
+    """Split a text into words. Text in scripts without spaces, such as Thai or Chinese, is split into characters."""
     return re.findall(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|\w+", text.lower()) or [text]

@@ -1,9 +1,9 @@
 """Files in object storage and on web servers: `s3://`, `gs://`, `hf://`, `https://` and `http://`.
 
-Files are downloaded as a whole into a local cache, from which the least recently used files are removed, except for
-files that are being read: readers hold a shared lock on them. Messages never contain credentials.
+Entire files are downloaded into a local cache. The least recently used files are removed when the cache is full.
+Readers hold a shared lock, so files that are being read are not removed. Messages never contain credentials.
 
-The first version of a file that a process sees is pinned: if the file is replaced later, reading it raises an error
+Each process pins the first version of a file that it sees: if the file is replaced later, reading it raises an error
 instead of mixing both versions.
 """
 
@@ -42,27 +42,29 @@ except ImportError:  # Windows
 T = TypeVar("T")
 
 PREFETCH_THREADS = 4
-FAILURE_SECONDS = 600  # a file that failed after all attempts is not requested again for this long
-MAX_FOLDERS = 30_000  # limits on the subfolders of a remote folder
+FAILURE_SECONDS = 600  # delay before a file is requested again after all attempts have failed
+MAX_FOLDERS = 30_000  # limits on the number and depth of a remote folder's subfolders
 MAX_FOLDER_DEPTH = 16
 SIZE_VARIABLE = "LLM2CLIP_SHARD_CACHE_GB"
 MAX_DEFAULT_BYTES = 200 * 10**9
-FILL_FRACTION = 0.95  # if the cache is full, files are removed until this fraction of the limit is in use
-UNLISTED_FRACTION = 0.02  # each process may add this fraction of the limit before it lists the files in the cache again
-TOUCH_SECONDS = 60  # a file's time of last use is updated at most this often
-# Modification time of complete files in the cache, in seconds. A file with another time was changed after its download.
+FILL_FRACTION = 0.95  # files are removed from a full cache until it uses this fraction of its limit
+UNLISTED_FRACTION = 0.02  # fraction of the limit that a process may add before it must list the cache again
+TOUCH_SECONDS = 60  # minimum interval between updates of a file's access time
+# Modification time of complete files in the cache, in seconds. If it differs, the file was changed after its download.
 # The access time is the time of last use.
 DOWNLOADED_TIME = 1_000_000_000
 
 _versions: dict[str, str] = {}  # URL -> pinned version
 _failures: dict[str, tuple[float, RemoteError]] = {}  # URL -> time and error of the last failure
-_room: dict[tuple[str, str], float] = {}  # cache folder and limit -> bytes that may be added before it is listed again
+_unlisted_allowances: dict[
+    tuple[str, str], float
+] = {}  # (cache folder, size limit) -> bytes to add before the next listing
 _pending: deque[str] = deque()  # URLs of files to download ahead
 _free_threads = threading.Semaphore(PREFETCH_THREADS)
 
 
 class CacheFullError(FatalDataError):
-    """A remote file does not fit in the cache."""
+    """Raised when a remote file does not fit in the cache."""
 
 
 # ---- listing ---------------------------------------------------------------------------------------------------------
@@ -71,11 +73,11 @@ class CacheFullError(FatalDataError):
 def find_remote_files(pattern: str) -> list[str]:
     """Resolve a URL, which may contain glob characters and {000..010} ranges, to URLs. Pin the versions of all files.
 
-    Folders are returned with a final slash. Raise MissingRemoteFileError if no file matches.
+    URLs of folders end with a slash. Raise `MissingRemoteFileError` if no file matches.
     """
     name = hide_url_secrets(pattern)
     if "@" in storage.split_url(pattern)[1] and not pattern.startswith("hf"):
-        raise ValueError(f"{name}: remove the user name and password from the URL. Put them in ~/.netrc instead")
+        raise ValueError(f"{name}: a URL must not contain a user name or password. Put them in ~/.netrc instead")
     address = storage.strip_query(pattern)
     is_pattern = (glob.has_magic(address) or "{" in address) and not _exists(pattern)
     urls = []
@@ -88,7 +90,7 @@ def find_remote_files(pattern: str) -> list[str]:
 
 
 def look_up_versions(urls: Sequence[str]) -> list[str]:
-    """Pin the current versions of many files, several at a time. Return their URLs, with a slash after folders."""
+    """Pin the current versions of many files in parallel. Return their URLs, with a slash at the end of folders."""
     with ThreadPoolExecutor(storage.LOOKUP_THREADS) as pool:
         return list(pool.map(_pin_file_or_mark_folder, urls))
 
@@ -101,7 +103,6 @@ def list_folder(folder: str) -> list[str]:
 
 
 def _list_remote_folder(folder: str) -> list[str]:
-    """Return the sorted names of the files and folders in a remote folder. Names of folders end with a slash."""
     folder = folder.rstrip("/") + "/"
     scheme = storage.get_scheme(folder)
     filesystem = storage.get_filesystem(scheme)
@@ -117,11 +118,14 @@ def _list_remote_folder(folder: str) -> list[str]:
 def walk_folder(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield the path, folder names and file names of a folder and its subfolders, as `os.walk` does.
 
-    The caller can remove folder names from the list, to skip these subfolders. Raise OSError for unreadable folders,
-    and for remote folders with too many subfolders: on a web server, a folder can contain itself.
+    To skip subfolders, the caller can remove their names from the list.
+
+    Raises:
+        OSError: A folder is unreadable, or a remote folder has too many subfolders. On a web server, a folder can
+            contain itself.
     """
     if not is_remote(folder):
-        yield from os.walk(folder, onerror=_raise)
+        yield from os.walk(folder, onerror=_raise_error)
         return
     pending = [(folder.rstrip("/"), 0)]
     num_folders = 0
@@ -144,7 +148,7 @@ def file_exists(path: str) -> bool:
         return os.path.isfile(path)
     try:
         _get_version(path)
-    except RemoteError as error:  # for example, no permission: opening the file reports the reason
+    except RemoteError as error:  # such as a missing permission, which opening the file reports
         return not isinstance(error, MissingRemoteFileError)
     return True
 
@@ -156,18 +160,18 @@ def get_file_size(path: str) -> int:
     return storage.parse_size(_get_version(path))
 
 
-def _raise(error: OSError) -> None:
+def _raise_error(error: OSError) -> None:
     raise error
 
 
 def _exists(url: str) -> bool:
-    with suppress(RemoteError):  # a name without listing permission, which is the usual case, counts as missing
+    with suppress(RemoteError):  # usually a missing permission to list the folder; counts as missing
         return get_remote_version(url) != ""
     return False
 
 
 def _glob(pattern: str) -> list[str]:
-    """Return the URLs that match a glob pattern. As in a local folder, hidden files match only a pattern with a dot."""
+    """Return the URLs that match a glob pattern. Hidden files match only patterns with a dot, as in local folders."""
     scheme = storage.get_scheme(pattern)
     filesystem = storage.get_filesystem(scheme)
     paths = storage.call_with_retries(
@@ -180,9 +184,9 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _pin_file_or_mark_folder(url: str) -> str:
-    """Pin the current version of a file, or return the URL of a folder with a final slash.
+    """Pin the current version of a file, or return the URL of a folder with a slash at its end.
 
-    Web servers do not distinguish files from folders, so a web address without a file suffix is a folder.
+    Web servers do not distinguish files from folders, so a web address without a file suffix is treated as a folder.
     """
     if url.endswith("/") or (
         url.startswith("http") and "." not in storage.split_url(storage.strip_query(url))[2].rpartition("/")[2]
@@ -199,7 +203,7 @@ def _pin_file_or_mark_folder(url: str) -> str:
 
 
 def get_remote_version(url: str) -> str:
-    """Return the pinned version of a remote file, looked up on first use: its size and etag or time."""
+    """Return the pinned version of a remote file, looked up on first use: its size and its etag or time."""
     version = _versions.get(url)
     if version is None:
         info = storage.read_info(url)
@@ -210,12 +214,12 @@ def get_remote_version(url: str) -> str:
 
 
 def get_pinned_versions(urls: Iterable[str]) -> dict[str, str]:
-    """Return the pinned versions of files, to pass them to other processes."""
+    """Return the pinned versions of files, for `pin_versions` in another process."""
     return {url: _versions[url] for url in urls if url in _versions}
 
 
 def pin_versions(versions: Mapping[str, str]) -> None:
-    """Pin the versions of files, for example in a worker process. Other versions are then rejected."""
+    """Pin the versions of files, for example in a worker process. Reading any other version raises an error."""
     _versions.update(versions)
 
 
@@ -229,7 +233,7 @@ def _check_version(url: str, version: str) -> None:
 
 
 def open_file(path: str) -> io.BufferedReader:
-    """Open a file in binary mode. A remote file is first downloaded into the cache, and stays there while open.
+    """Open a file in binary mode. A remote file is downloaded into the cache and not removed while it is open.
 
     Raise OSError, or a `FatalDataError` if a remote file was replaced or does not fit in the cache.
     """
@@ -238,13 +242,13 @@ def open_file(path: str) -> io.BufferedReader:
     version = _get_version(path)
     cached_path = get_cached_path(path, version)
     while (file := _open_cached(cached_path, storage.parse_size(version))) is None:
-        # Another process may remove the file again immediately.
+        # Another process may remove the file before it is opened.
         _remember_failure(path, functools.partial(_download, path, version, cached_path))
     return file
 
 
 def get_local_path(path: str) -> str:
-    """Return the path of a file, or of its copy in the cache. A remote file is downloaded, and may be removed later."""
+    """Return the path of a local file, or of the cached copy of a remote file, which may be removed later."""
     if not is_remote(path):
         return path
     with open_file(path) as file:
@@ -285,7 +289,7 @@ def _get_version(url: str) -> str:
 
 
 def _remember_failure(url: str, function: Callable[[], T]) -> T:
-    """Call a function that reads a file. If this failed recently, raise the same error again without a request."""
+    """Call a function that reads a file. If this failed recently, raise the same error without a new request."""
     failed_at, failure = _failures.get(url, (0.0, None))
     if failure is not None and time.monotonic() - failed_at < FAILURE_SECONDS:
         raise failure
@@ -306,7 +310,7 @@ def get_cache_folder() -> Path:
 
 
 def get_cached_path(url: str, version: str) -> Path:
-    """Return the path at which a version of a remote file is cached. It ends with the file's suffix."""
+    """Return the cache path for a version of a remote file. It ends with the file's suffix."""
     digest = hashlib.sha256(f"{url}\0{version}".encode("utf-8", "surrogatepass")).hexdigest()[:40]
     name = url.partition("?")[0].rpartition("/")[2]
     suffix = re.search(r"(\.[A-Za-z0-9]{1,9}){1,2}$", name)
@@ -314,7 +318,7 @@ def get_cached_path(url: str, version: str) -> Path:
 
 
 def _open_cached(path: Path, size: int) -> io.BufferedReader | None:
-    """Open a cached file, which is not removed while open. Return None if it is missing or has been changed."""
+    """Open a cached file, which is not removed while open. Return None if it is missing or was changed."""
     try:
         file = open_regular_file(path)
     except FileNotFoundError:
@@ -332,13 +336,13 @@ def _open_cached(path: Path, size: int) -> io.BufferedReader | None:
 
 
 def _download(url: str, version: str, path: Path) -> None:
-    """Download a file into the cache, unless another process has just done so."""
+    """Download a file into the cache, unless another process has just downloaded it."""
     size = storage.parse_size(version)
     with folder_lock(get_cache_folder() / "locks", path.name[:2], timeout=-1):
         if (file := _open_cached(path, size)) is not None:
             file.close()
             return
-        _make_room(size, url)
+        _free_cache_space(size, url)
         for is_last_attempt in (False, True):
             try:
                 _write_file(url, version, path)
@@ -352,7 +356,7 @@ def _download(url: str, version: str, path: Path) -> None:
                         "the environment variable LLM2CLIP_CACHE"
                     ) from error
                 _remove_files(sorted(_list_files()), size)
-                _room.clear()
+                _unlisted_allowances.clear()
 
 
 def _write_file(url: str, version: str, path: Path) -> None:
@@ -364,16 +368,16 @@ def _write_file(url: str, version: str, path: Path) -> None:
                 storage.fetch_block(url, version, stream.tell(), min(size, stream.tell() + storage.BLOCK_BYTES), stream)
             _check_version(url, version)
         os.utime(temporary, (time.time(), DOWNLOADED_TIME))
-        if temporary.stat().st_mtime != DOWNLOADED_TIME:  # otherwise, the file would be downloaded again and again
+        if temporary.stat().st_mtime != DOWNLOADED_TIME:  # otherwise, the file would be downloaded every time
             raise FatalDataError(
-                f"{path.parent}: this disk does not save modification times. Move the cache to another disk with the "
+                f"{path.parent}: this disk does not store modification times. Move the cache to another disk with the "
                 "environment variable LLM2CLIP_CACHE"
             )
 
 
-def _make_room(size: int, url: str) -> None:
+def _free_cache_space(size: int, url: str) -> None:
     key = (str(get_cache_folder()), os.environ.get(SIZE_VARIABLE, ""))
-    if size > _room.get(key, -1):
+    if size > _unlisted_allowances.get(key, -1):
         files = sorted(_list_files())
         used = sum(file_size for _, file_size, _ in files)
         limit = _get_size_limit(used)
@@ -384,12 +388,12 @@ def _make_room(size: int, url: str) -> None:
             )
         if used + size > limit:
             used -= _remove_files(files, used + size - FILL_FRACTION * limit)
-        _room[key] = min(limit - used, max(size, UNLISTED_FRACTION * limit))
-    _room[key] = _room.get(key, 0.0) - size  # another thread may have cleared it
+        _unlisted_allowances[key] = min(limit - used, max(size, UNLISTED_FRACTION * limit))
+    _unlisted_allowances[key] = _unlisted_allowances.get(key, 0.0) - size  # another thread may have removed the entry
 
 
 def _get_size_limit(used: int) -> float:
-    """Return the cache's size limit in bytes. Default: half of the disk space for the cache, but at most 200 GB."""
+    """Return the cache's size limit in bytes. Default: half of the available disk space, at most 200 GB."""
     text = os.environ.get(SIZE_VARIABLE)
     if not text:
         return min(MAX_DEFAULT_BYTES, (shutil.disk_usage(get_cache_folder()).free + used) / 2)
@@ -403,7 +407,7 @@ def _get_size_limit(used: int) -> float:
 
 
 def _list_files() -> Iterator[tuple[float, int, str]]:
-    """Yield the (time of last use, size, path) of each file in the cache, including unfinished downloads."""
+    """Yield the (time of last use, size, path) of each file in the cache, including incomplete downloads."""
     for parent, folders, names in os.walk(get_cache_folder()):
         if "locks" in folders:
             folders.remove("locks")
@@ -415,7 +419,7 @@ def _list_files() -> Iterator[tuple[float, int, str]]:
 
 
 def _remove_files(files: Iterable[tuple[float, int, str]], num_bytes: float) -> int:
-    """Remove the first files that no process is reading or writing. Return the number of bytes that were freed."""
+    """Remove the first files that are not in use by any process. Return the number of bytes freed."""
     num_freed = 0
     for _, size, path in files:
         if num_freed >= num_bytes:
@@ -428,14 +432,14 @@ def _remove_files(files: Iterable[tuple[float, int, str]], num_bytes: float) -> 
 
 
 def _lock(file: BinaryIO, exclusive: bool) -> bool:
-    """Lock an open file until it is closed. Return False if another process prevents an exclusive lock."""
+    """Lock an open file until it is closed. Return False if another process holds the lock."""
     if fcntl is None:
         return True
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
     except BlockingIOError:
         return False
-    except OSError:  # the file system does not support locks; on POSIX, an open file outlives its removal
+    except OSError:  # no lock support; on POSIX, an open file remains readable after its removal
         return True
     return True
 
@@ -446,7 +450,7 @@ def _lock(file: BinaryIO, exclusive: bool) -> bool:
 def prefetch(paths: Sequence[str]) -> None:
     """Download remote files into the cache in background threads, several at a time. Ignore errors and local files.
 
-    Each call with remote files replaces the files of earlier calls whose download has not started.
+    Each call with remote files replaces the pending downloads of earlier calls.
     """
     global _pending
     urls = [path for path in dict.fromkeys(paths) if is_remote(path)]
@@ -465,12 +469,11 @@ def _download_pending() -> None:
         except IndexError:
             _free_threads.release()
             return
-        with suppress(Exception):  # opening the file raises the same error
+        with suppress(Exception):  # raised again when the file is opened
             get_local_path(url)
 
 
 def _reset_threads() -> None:
-    """Forget the threads of the parent process after a fork."""
     global _free_threads
     _pending.clear()
     _free_threads = threading.Semaphore(PREFETCH_THREADS)

@@ -1,4 +1,4 @@
-"""Log of skipped rows, which raises an error if too many rows are skipped."""
+"""Log of skipped rows with a limit on their number."""
 
 import json
 import os
@@ -13,9 +13,9 @@ import numpy as np
 from llm2clip.io_utils import format_count, hide_url_secrets, to_valid_unicode
 
 MAX_NOTES = 5  # maximum number of notes in the summary
-MAX_VALUE_CHARACTERS = 200  # longer values are cut off
+MAX_VALUE_CHARACTERS = 200  # longer values are truncated
 MAX_PATH_CHARACTERS = 4096
-# Most common reason for skipping rows -> how to fix the source.
+# Reason for skipping rows -> how to fix the source.
 ADVICE_BY_REASON = {
     "missing image": "Relative image paths are resolved against the folder of the caption file. Move the caption file, "
     "or correct the paths",
@@ -27,7 +27,7 @@ ADVICE_BY_REASON = {
 
 
 class UnusableRow(Exception):
-    """A row cannot be converted to a record. Skipped rows are counted by `reason`."""
+    """Raised when a row cannot be converted to a record. Skipped rows are counted by `reason`."""
 
     def __init__(self, reason: str, value: object) -> None:
         super().__init__(reason, value)
@@ -35,14 +35,15 @@ class UnusableRow(Exception):
 
 
 class TooManySkipped(ValueError):
-    """Too many rows are skipped, which usually means that the source or its column mapping is wrong."""
+    """Raised when too many rows are skipped, usually because the source or its column mapping is wrong."""
 
 
 class SkipLog:
-    """Log that counts skipped rows and lists them in a JSON Lines file, which is overwritten, by a single process.
+    """Counter of skipped rows, which are also listed in a JSON Lines file.
 
-    `skipped` counts the skipped rows per reason, and `dropped` the rows from which a value was dropped. At most the
-    fraction `max_skipped` of the rows may be skipped.
+    An existing file is overwritten, and only one process may write to it. `skipped` counts the skipped rows by reason,
+    and `dropped` the rows from which a value was dropped. `max_skipped` is the maximum fraction of rows that may be
+    skipped.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, max_skipped: float = 0.05) -> None:
@@ -52,7 +53,7 @@ class SkipLog:
         self.dropped: Counter[str] = Counter()
         self.examples: list[str] = []
         self.notes: dict[str, dict[str, None]] = {}
-        self._copies = np.empty(0, np.uint64)  # distinct hashes of the images that are duplicates of other images
+        self._copies = np.empty(0, np.uint64)  # distinct hashes of duplicate images
         self._num_rows = 0  # number of rows counted with `count_rows`
         self._source_rows: dict[str, dict[str, int]] = {}  # path -> split -> number of rows
         self._recorded: set[tuple[str, int, str]] = set()  # (file, row, reason) of each skipped row or dropped value
@@ -67,7 +68,7 @@ class SkipLog:
 
     @property
     def num_copies(self) -> int:
-        """Number of images that were merged with identical images."""
+        """Number of duplicate images that were merged."""
         return len(self._copies)
 
     def count_rows(self, count: int) -> None:
@@ -75,16 +76,16 @@ class SkipLog:
         self._num_rows += count
 
     def count_source_rows(self, path: str, split: str, count: int) -> None:
-        """Update how many rows the current pass has read from a split of a source. `split` is "" if it is unknown."""
+        """Update the number of rows that the current pass has read from a split of a source. An unknown split is ""."""
         counts = self._source_rows.setdefault(path, {})
         counts[split] = max(count, counts.get(split, 0))
 
     def count_at_least(self, count: int) -> None:
-        """Increase the row count to at least `count`. Used for data whose rows were not counted when read."""
+        """Increase the row count to at least `count`, for data whose rows were not counted during reading."""
         self._num_rows += max(0, count - self.rows_seen)
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
-        """Record that `rows` consecutive rows, starting at `row`, were skipped, once per row and reason."""
+        """Record that `rows` consecutive rows, starting at `row`, were skipped. Repeated calls are ignored."""
         file = hide_url_secrets(file)
         if not self._record_once(file, row, reason):
             return
@@ -94,14 +95,14 @@ class SkipLog:
         self._write(file, row, reason, value)
 
     def record_dropped(self, file: str, row: int, reason: str, value: object) -> None:
-        """Record, once per row and reason, that part of a row was dropped. The rest of the row is used."""
+        """Record that part of a row was dropped while the rest is used. Repeated calls are ignored."""
         file = hide_url_secrets(file)
         if self._record_once(file, row, reason):
             self.dropped[reason] += 1
             self._write(file, row, reason, value)
 
     def count_copies(self, hashes: np.ndarray) -> None:
-        """Record that images were merged with identical images, given the uint64 hashes of the images' keys."""
+        """Record that duplicate images were merged. `hashes` (uint64) identify the images."""
         self._copies = np.union1d(self._copies, hashes)
 
     def add_note(self, text: str, file: str) -> None:
@@ -109,12 +110,12 @@ class SkipLog:
         self.notes.setdefault(text, {})[to_valid_unicode(hide_url_secrets(file))] = None
 
     def replay(self, events: Iterable[Sequence[Any]]) -> None:
-        """Record what an `EventLog` has recorded, in the same order."""
+        """Record the events of an `EventLog` in the same order."""
         for name, *args in events:
             getattr(self, name)(*args)
 
     def summary(self) -> str:
-        """Return a one-line summary: the numbers of skipped rows and dropped values by reason, then the notes."""
+        """Return a one-line summary: the counts of skipped rows and dropped values by reason, followed by the notes."""
         return "; ".join([self._format_totals(), *self.list_notes()])
 
     def check(self) -> None:
@@ -126,14 +127,14 @@ class SkipLog:
         notes = "".join(f"\n{note}" for note in self.list_notes())
         most_common, _ = self.skipped.most_common(1)[0]
         advice = f"\n{ADVICE_BY_REASON.get(most_common, 'Fix the source')}"
-        if self.skipped.total() < self.rows_seen / 2:  # otherwise, the source or the column mapping is wrong
+        if self.skipped.total() < self.rows_seen / 2:  # with more skipped rows, the source or column mapping is wrong
             advice += ", or raise the limit with --max_skipped"
         raise TooManySkipped(
             f"{self._format_totals()}, over the limit of {self.max_skipped:.1%}{examples}{listed}{notes}{advice}."
         )
 
     def list_notes(self) -> list[str]:
-        """Return the first notes. Each note names one file that it applies to and counts the others."""
+        """Return the first notes. Each note names one of the files that it applies to and counts the other files."""
         notes = []
         for text, files in islice(self.notes.items(), MAX_NOTES):
             others = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
@@ -159,21 +160,21 @@ class SkipLog:
         if self.path is None:
             return
         entry = {"file": file, "row": row, "reason": reason, "value": str(value)[:MAX_VALUE_CHARACTERS]}
-        # The file is reopened for each line, so that no line is lost if the run is killed. Bytes of file names that are
-        # not UTF-8, which are lone surrogates, are written as \udcXX, which is valid JSON.
+        # The file is reopened for each line, so that no line is lost if the run is killed. Lone surrogates, from
+        # file names that are not UTF-8, are written as \udcXX, which is valid JSON.
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 class EventLog(SkipLog):
-    """Skip log that collects the name and the arguments of each call, for `SkipLog.replay` in another process."""
+    """Skip log that collects all calls with their arguments, for `SkipLog.replay` in another process."""
 
     def __init__(self) -> None:
         super().__init__(max_skipped=1.0)
         self.events: list[list[Any]] = []
 
     def count_source_rows(self, path: str, split: str, count: int) -> None:
-        """Do nothing. The summary of the part contains the number of rows."""
+        """Do nothing, because the summary of the part contains the number of rows."""
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
         self.events.append(["skip", file, row, reason, str(value)[:MAX_PATH_CHARACTERS], rows])

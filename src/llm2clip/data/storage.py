@@ -1,4 +1,4 @@
-"""URLs of remote files, and requests to object storage and web servers with retries after temporary errors.
+"""Access to object storage and web servers: URLs, file versions, and requests with retries after temporary errors.
 
 Requests are sent through fsspec, with the credentials of each storage's own tools, such as AWS_PROFILE or ~/.netrc.
 """
@@ -22,45 +22,45 @@ from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets, 
 
 T = TypeVar("T")
 
-BLOCK_BYTES = 32 << 20  # bytes per request of a download; after an error, only this block is requested again
+BLOCK_BYTES = 32 << 20  # bytes per download request; after an error, only the current block is requested again
 BLOCK_TIMEOUT = 300.0  # seconds per block
 READ_TIMEOUT = 60.0  # seconds without any data
-MAX_LISTING_BYTES = 16 << 20  # size limit for a web server's list of the files in a folder
+MAX_LISTING_BYTES = 16 << 20  # size limit of a web server's folder listing
 CONNECT_TIMEOUT = 20.0  # seconds
-LOOKUP_ATTEMPTS = 4  # fewer than for downloads, so that a mistyped host is reported within seconds
+LOOKUP_ATTEMPTS = 4  # fewer than for downloads, to report a mistyped host within seconds
 LOOKUP_THREADS = 16
 UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}  # `_filesystems` is the only cache
 MAX_ATTEMPTS = 8
-FIRST_DELAY = 0.5  # seconds; doubles with each attempt, so that the default attempts span about a minute
+FIRST_DELAY = 0.5  # seconds; doubles with each attempt, so that the default number of attempts spans about a minute
 MAX_DELAY = 30.0  # seconds
-RETRIED_STATUSES = (408, 425, 429)  # and all from 500
+RETRIED_STATUSES = (408, 425, 429)  # in addition to all 5xx
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NETWORK_PACKAGES = ("aiohttp", "botocore", "aiobotocore", "gcsfs", "httpx", "httpx2", "httpcore", "requests", "urllib3")
-# Exceptions of these packages that another attempt cannot avoid, such as missing credentials.
+# Exceptions of storage packages for which a retry is pointless, such as missing credentials.
 PERMANENT_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "InvalidURL", "OfflineModeIsEnabled")
 _REMOTE = re.compile(r"(s3|gs|hf|https?)://")
-_random = random.Random()  # the global generator must not depend on the network
+_random = random.Random()  # separate, so that retries do not change the state of the global generator
 
-_filesystems: dict[tuple[int, str], Any] = {}  # (process id, scheme) -> file system; forked processes need their own
+_filesystems: dict[tuple[int, str], Any] = {}  # (process id, scheme) -> file system, not shared after a fork
 
 
 class RemoteError(OSError):
-    """A remote file cannot be read. The message contains its URL without credentials."""
+    """Raised when a remote file cannot be read. The message contains the file's URL without credentials."""
 
 
 class MissingRemoteFileError(RemoteError, FileNotFoundError):
-    """A remote file or folder does not exist."""
+    """Raised when a remote file or folder does not exist."""
 
 
 class ReplacedFileError(FatalDataError):
-    """A remote file changed during a run."""
+    """Raised when a remote file changes during a run."""
 
 
 # ---- URLs -----------------------------------------------------------------------------------------------------------
 
 
 def is_remote(path: str) -> bool:
-    """Return True if a path is the URL of a remote file or folder. `hf:NAME`, a dataset on the Hub, is not a path."""
+    """Return True if a path is the URL of a remote file or folder. `hf:NAME`, a dataset on the Hub, is not a URL."""
     path = str(path)
     return "://" in path and _REMOTE.match(path) is not None
 
@@ -77,8 +77,8 @@ def get_file_name(path: str) -> str:
 def join_path(folder: str, name: str) -> str:
     """Join a folder and a relative file name from a dataset.
 
-    A name never leads from a local folder to a remote file, or the other way round. In a remote folder, names are
-    resolved like relative URLs: an absolute name or `..` stays within the same bucket, dataset or host.
+    A name in a local folder never resolves to a remote file, nor a name in a remote folder to a local file. In a remote
+    folder, names are resolved like relative URLs: absolute names and `..` stay within the same bucket, dataset or host.
     """
     if not is_remote(folder):
         return os.path.join(folder or ".", name) if is_remote(name) else os.path.join(folder, name)
@@ -101,7 +101,7 @@ def split_url(url: str) -> tuple[str, str, str]:
 
 
 def strip_query(url: str) -> str:
-    """Return a web address without its query string. In object storage, `?` is part of the name."""
+    """Remove the query string from a web address. In object storage, `?` is part of the name."""
     return url.partition("?")[0] if url.startswith("http") else url
 
 
@@ -156,7 +156,7 @@ def build_replaced_error(url: str, version: str, current: str) -> ReplacedFileEr
 
 
 def fetch_block(url: str, version: str, start: int, end: int, file: BinaryIO) -> None:
-    """Write the bytes from `start` to `end` to the end of `file`. Write the whole file if the server has no ranges."""
+    """Append the bytes from `start` to `end` to `file`, or all bytes if the server does not support ranges."""
     from fsspec.asyn import sync
 
     filesystem = get_filesystem(get_scheme(url))
@@ -187,7 +187,7 @@ async def _stream_response(filesystem: Any, url: str, version: str, start: int, 
         stated = response.headers.get("Content-Range", "").partition("/")[0]
         if response.status == 206 and stated != f"bytes {start}-{end - 1}":
             raise ConnectionError(f"the response contains {stated or 'no range'} instead of bytes {start}-{end - 1}")
-        if response.status != 206:  # the server has no ranges
+        if response.status != 206:  # the server does not support ranges
             start, expected = 0, parse_size(version)
             file.seek(0)
         _check_response(response.headers, url, version)
@@ -203,7 +203,6 @@ async def _stream_response(filesystem: Any, url: str, version: str, start: int, 
 
 
 def _check_response(headers: Mapping[str, str], url: str, version: str) -> None:
-    """Raise `ReplacedFileError` if the headers of a response state a different version of the file."""
     total = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
     if total.isdecimal():
         info = {"size": int(total), "ETag": headers.get("ETag"), "Last-Modified": headers.get("Last-Modified")}
@@ -216,7 +215,7 @@ def _check_response(headers: Mapping[str, str], url: str, version: str) -> None:
 
 
 def get_filesystem(scheme: str) -> Any:
-    """Return this process's file system for a URL scheme. All threads share it, and thus its connections."""
+    """Return this process's file system for a URL scheme. All threads share it and its connections."""
     key = (os.getpid(), scheme)
     if key not in _filesystems:
         try:
@@ -239,7 +238,7 @@ def _open_filesystem(scheme: str) -> Any:
         return fsspec.filesystem("gs", **UNCACHED)
     from aiohttp import ClientTimeout
 
-    # trust_env: proxies from HTTPS_PROXY, and credentials from ~/.netrc, which are sent only to the host they are for.
+    # trust_env: use proxies from HTTPS_PROXY, and credentials from ~/.netrc, each sent only to its own host.
     timeout = ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
     options = {"timeout": timeout, "trust_env": True}
     return fsspec.filesystem("https", client_kwargs=options, get_client=_open_session, **UNCACHED)
@@ -254,7 +253,7 @@ def _open_s3() -> Any:
     config = {
         "connect_timeout": CONNECT_TIMEOUT,
         "read_timeout": READ_TIMEOUT,
-        "retries": {"total_max_attempts": 1},  # `retries` repeats requests instead
+        "retries": {"total_max_attempts": 1},  # `call_with_retries` repeats requests instead
         "max_pool_connections": 2 * LOOKUP_THREADS,
     }
     filesystem = fsspec.filesystem("s3", anon=anonymous, config_kwargs=config, **UNCACHED)
@@ -267,12 +266,12 @@ async def _open_session(loop: asyncio.AbstractEventLoop, **options: Any) -> Any:
 
     class Response(ClientResponse):
         async def text(self, encoding: str | None = None, errors: str = "replace") -> str:
-            """Return the list of a folder's files, which is the only text that fsspec requests."""
+            """Return a folder listing, the only response that fsspec reads as text."""
             data = bytearray()
             async for block in self.content.iter_any():
                 data += block
                 if len(data) > MAX_LISTING_BYTES:
-                    raise ValueError(f"the list of the files in this folder exceeds {MAX_LISTING_BYTES:,} bytes")
+                    raise ValueError(f"the listing of this folder exceeds {MAX_LISTING_BYTES:,} bytes")
             return data.decode(encoding or self.charset or "utf-8", errors)
 
     trace = TraceConfig()
@@ -281,7 +280,7 @@ async def _open_session(loop: asyncio.AbstractEventLoop, **options: Any) -> Any:
 
 
 async def _check_redirect(session: Any, context: Any, redirect: Any) -> None:
-    """Reject a redirect from https to http, over which anyone could read or change the data."""
+    """Raise ValueError for a redirect from https to http, which would allow others to read or change the data."""
     from yarl import URL
 
     headers = redirect.response.headers
@@ -294,7 +293,7 @@ async def _check_redirect(session: Any, context: Any, redirect: Any) -> None:
 
 
 def call_with_retries(function: Callable[[], T], url: str, max_attempts: int | None = None) -> T:
-    """Return the result of a function that sends requests. Call it again after temporary errors.
+    """Return the result of a function that sends requests. Retry after temporary errors.
 
     Raises:
         MissingRemoteFileError: The file does not exist.
@@ -311,7 +310,7 @@ def call_with_retries(function: Callable[[], T], url: str, max_attempts: int | N
         except Exception as error:
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
-            # The original exception is not chained, because its message can contain credentials.
+            # The original exception is not chained: its message can contain credentials.
             if not _is_temporary(error):
                 raise _convert_error(error, url) from None
             if attempt >= max_attempts:
@@ -320,15 +319,15 @@ def call_with_retries(function: Callable[[], T], url: str, max_attempts: int | N
 
 
 def compute_backoff(attempt: int, first: float, longest: float) -> float:
-    """Return the random delay in seconds before another attempt. Its limit doubles from `first` up to `longest`.
+    """Return a random delay in seconds before the next attempt. Its maximum doubles from `first` up to `longest`.
 
-    `attempt` is the number of the failed attempt, from 0.
+    `attempt` is the number of the failed attempt, starting at 0.
     """
     return min(longest, first * 2**attempt) * _random.uniform(0.5, 1.0)
 
 
 def parse_retry_after(value: str) -> float:
-    """Return the delay in seconds in a `Retry-After` header, which contains seconds or a date. 0 if it is invalid."""
+    """Return the delay in seconds from a `Retry-After` header (seconds or a date). Invalid values count as 0."""
     with suppress(ValueError):
         return float(value)
     with suppress(ValueError, TypeError, OverflowError):
@@ -372,7 +371,6 @@ def _describe(error: BaseException, url: str) -> str:
 
 
 def _get_status(error: BaseException) -> int | None:
-    """Return the HTTP status that caused an exception, or None if there was no response."""
     for cause in _list_causes(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):  # botocore
@@ -387,7 +385,6 @@ def _get_status(error: BaseException) -> int | None:
 
 
 def _list_causes(error: BaseException) -> list[BaseException]:
-    """Return an exception and its causes, at most 10."""
     causes = [error]
     while len(causes) < 10 and (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)

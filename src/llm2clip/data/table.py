@@ -1,7 +1,7 @@
-"""Record tables: columnar, memory-mapped lists of records.
+"""Record tables: columnar, memory-mapped sequences of records.
 
-A table consists of Arrow record batches and of the numbers of the selected rows. Batches are mapped from files, so all
-processes of a machine share their pages, and a process needs 4 bytes of its own per record.
+A table consists of Arrow record batches and the numbers of the selected rows. The batches are memory-mapped, so all
+processes of a machine share their pages, and each process needs only 4 bytes of private memory per record.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llm2clip.data.image_facts import ImageFacts, hash_images
+from llm2clip.data.image_facts import ImageFacts, get_distinct_image_hashes
 from llm2clip.data.image_refs import IMAGE_KINDS, ImageColumns, ImageRef, MemoryImage, StoredImage
 from llm2clip.data.records import TEXT_FIELDS, Record
 from llm2clip.data.remote import get_pinned_versions, pin_versions
@@ -27,7 +27,7 @@ from llm2clip.data.table_cells import MAX_BATCH_BYTES, map_arrow_file, map_batch
 from llm2clip.io_utils import append_checksum
 
 TEXTS = pa.list_(pa.string())
-# Names that come from file names may not be valid Unicode, so they are stored as bytes; see `encode_name`.
+# File names may not be valid Unicode, so names are stored as bytes; see `encode_name`.
 SCHEMA = pa.schema(
     [
         ("id", pa.binary()),
@@ -37,16 +37,16 @@ SCHEMA = pa.schema(
         ("image_kind", pa.int8()),  # index into IMAGE_KINDS, or NO_IMAGE
         ("container", pa.int32()),  # index into the file's list of containers
         ("image_name", pa.binary()),  # file name, tar member or column
-        ("offset", pa.int64()),  # position in the tar file, or row number in a table
+        ("offset", pa.int64()),  # byte offset in the tar file, or row number in a table
         ("size", pa.int64()),  # bytes, only for tar members
         ("digest", pa.binary()),  # SHA-256 of an image in a table or in object storage
         ("image_data", pa.binary()),  # bytes of an image that cannot be read again
         ("width", pa.int32()),  # pixels; 0 if the header was not checked
         ("height", pa.int32()),
-        ("image_hash", pa.uint64()),  # see `image_facts.hash_images`; 0 if the image was not read
-        ("key_high", pa.uint64()),  # rows with the same key are merged; 0 for rows that are never merged
+        ("image_hash", pa.uint64()),  # see `image_facts.get_distinct_image_hashes`; 0 if the image was not read
+        ("key_high", pa.uint64()),  # rows with equal keys are merged, except for key 0
         ("key_low", pa.uint64()),
-        ("draw_hash", pa.uint64()),  # order in which images are held out
+        ("draw_hash", pa.uint64()),  # images with the lowest hashes are held out
     ]
 )
 IMAGE_COLUMNS = ("image_kind", "container", "image_name", "offset", "size", "digest")
@@ -58,8 +58,8 @@ BATCH_ROWS = 1 << 16  # rows per batch when a table is read in batches
 class RecordTable(Sequence[Record]):
     """Sequence of records in memory-mapped batches. Selecting records copies no columns.
 
-    `rows` are the records' row numbers in `blocks`, of shape (N,). Files that are derived from the table are saved in
-    `folder`, which is None for a table in memory.
+    `rows` are the records' row numbers in `blocks`, of shape (N,). `folder` is for files derived from the table. It is
+    None for a table in memory.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class RecordTable(Sequence[Record]):
             yield from self._make_records(start, min(start + 1024, len(self)))
 
     def select(self, positions: np.ndarray) -> RecordTable:
-        """Return a table with the records at these positions (integers), or where a boolean mask is True."""
+        """Return a table with the records selected by integer positions or by a boolean mask."""
         positions = np.flatnonzero(positions) if positions.dtype == bool else positions
         phrases = self._phrases
         if phrases is not None:
@@ -107,9 +107,9 @@ class RecordTable(Sequence[Record]):
         return RecordTable(self.blocks, self.rows[positions], self.folder, self._caption_field, phrases)
 
     def split(self, size: int) -> list[RecordTable]:
-        """Split the table into tables of `size` records. Processes that receive them map only the files they need.
+        """Split the table into tables of `size` records. A process that receives a table maps only the files it needs.
 
-        The tables do not have the phrases from `with_phrases`, because every process would receive all of them.
+        The phrases from `with_phrases` are omitted, because every process would receive all of them.
         """
         tables = []
         for start in range(0, len(self), size):
@@ -118,17 +118,17 @@ class RecordTable(Sequence[Record]):
         return tables
 
     def use_as_captions(self, field: str) -> RecordTable:
-        """Return the records with the texts of one field as their captions, and without their other captions."""
+        """Return a table in which the texts of one field are the records' only captions."""
         return RecordTable(self.blocks, self.rows, self.folder, self.resolve_field(field), self._phrases)
 
     def with_phrases(self, phrases: pa.ChunkedArray) -> RecordTable:
-        """Return the records with other phrases: lists of strings, one per record."""
+        """Return a table with replaced phrases. `phrases` contains a list of strings per record."""
         assert len(phrases) == len(self)
         rows = np.arange(len(phrases), dtype=np.int32)
         return RecordTable(self.blocks, self.rows, self.folder, self._caption_field, _Phrases(phrases, rows))
 
     def resolve_field(self, field: str) -> str | None:
-        """Return the column with the texts of a field, or None if the records have no such texts."""
+        """Return the column that contains the texts of a field, or None if the records have no such texts."""
         if self._caption_field is None or field == "phrases":
             return field
         return self._caption_field if field == "captions" else None
@@ -146,12 +146,12 @@ class RecordTable(Sequence[Record]):
         return pa.chunked_array(chunks, TEXTS if name in TEXT_FIELDS else SCHEMA.field(name).type)
 
     def numbers(self, name: str) -> np.ndarray:
-        """Return a column of numbers without missing values, of shape (N,)."""
+        """Return a numeric column without missing values, of shape (N,)."""
         arrays = [batch.column(0).to_numpy(zero_copy_only=False) for batch in self.iterate_batches([name])]
         return np.concatenate([np.empty(0, SCHEMA.field(name).type.to_pandas_dtype()), *arrays])
 
     def count_texts(self, field: str) -> np.ndarray:
-        """Return the number of texts that each record has in a field, of shape (N,), int32."""
+        """Count the texts in a field of each record. Return shape (N,), int32."""
         counts = [_count_items(batch.column(0)) for batch in self.iterate_batches([field])]
         return np.concatenate([np.empty(0, np.int32), *counts])
 
@@ -171,14 +171,14 @@ class RecordTable(Sequence[Record]):
     def get_images(self) -> ImageList:
         return ImageList(self.blocks, self.rows)
 
-    def hash_images(self) -> np.ndarray:
-        """Return the sorted hashes of all distinct images, of shape (N,), uint64. See `image_facts.hash_images`."""
+    def get_distinct_image_hashes(self) -> np.ndarray:
+        """Return the sorted hashes of all distinct images, of shape (N,), uint64. See `image_facts`."""
         hashes = self.numbers("image_hash")
         unknown = self.select(self.has_image & (hashes == 0))
-        return np.union1d(hashes[hashes > 0], hash_images(unknown.get_images()))
+        return np.union1d(hashes[hashes > 0], get_distinct_image_hashes(unknown.get_images()))
 
     def compute_identity(self, *columns: str) -> str:
-        """Return a hash of some columns of the records. Image columns are hashed with the paths of their files."""
+        """Return a hash of some columns of all records. For image columns, the hash includes the paths of the files."""
         digest = hashlib.sha256()
         for batch in self.iterate_batches(columns):
             for name in columns:
@@ -222,7 +222,7 @@ class RecordTable(Sequence[Record]):
 
 @dataclass(frozen=True)
 class _Phrases:
-    """Phrases that replace those of a table: lists of strings, and the index of each record's list."""
+    """Phrases that replace the phrases of a table: lists of strings, and the index of each record's list."""
 
     lists: pa.ChunkedArray
     rows: np.ndarray
@@ -235,7 +235,7 @@ class _Phrases:
 
 
 class ImageList(Sequence[ImageRef | None]):
-    """Image references of the records in a table. A worker process that receives this list maps the same files."""
+    """Image references of the records in a table. Worker processes that receive the list map the same files."""
 
     def __init__(self, blocks: Blocks, rows: Any) -> None:
         self.blocks, self.rows = blocks, np.asarray(rows)
@@ -245,7 +245,7 @@ class ImageList(Sequence[ImageRef | None]):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        """Return an image reference (None if the record has no image) or, for a slice, a list of them."""
+        """Return an image reference (None if the record has no image) or, for a slice, a list of references."""
         if isinstance(index, slice):
             return self.take(index)
         return self.take([index])[0]
@@ -260,8 +260,8 @@ class ImageList(Sequence[ImageRef | None]):
     def __reduce__(self) -> tuple[Any, ...]:
         import torch
 
-        # PyTorch sends tensors to data loader workers in shared memory, so there is one copy of the row numbers. The
-        # shared memory must exist until the workers have mapped it, so this list refers to it.
+        # PyTorch sends tensors to data loader workers through shared memory, so the row numbers are stored only once.
+        # The shared memory must exist until the workers have mapped it, so this list holds a reference to it.
         if self._shared_rows is None:
             self._shared_rows = torch.from_numpy(np.array(self.rows))
         return ImageList, (self.blocks, self._shared_rows)
@@ -272,7 +272,7 @@ def _count_items(lists: pa.ListArray) -> np.ndarray:
 
 
 def _list_hashed_parts(array: pa.Array) -> Iterator[Any]:
-    """Yield byte buffers that determine an array's values, wherever the array is stored."""
+    """Yield byte buffers that determine an array's values, independently of its memory layout."""
     if pa.types.is_list(array.type):
         yield _count_items(array).tobytes()
         yield from _list_hashed_parts(array.flatten())
@@ -291,8 +291,8 @@ def _list_hashed_parts(array: pa.Array) -> Iterator[Any]:
 class Blocks:
     """Record batches with consecutive row numbers.
 
-    `containers` are the paths of the files and folders that contain the images of each batch. `paths` are the Arrow
-    file of each batch and the index of the batch in this file, and are empty for batches in memory.
+    `containers` lists, for each batch, the paths of the files and folders that contain its images. `paths` contains
+    each batch's Arrow file and index within this file. It is empty for batches in memory.
     """
 
     def __init__(
@@ -306,9 +306,9 @@ class Blocks:
 
     @classmethod
     def open(cls, files: Sequence[str], versions: Mapping[str, str] | None = None) -> Blocks:
-        """Map the batches in Arrow files that were written by `write_rows`.
+        """Memory-map the batches in Arrow files written by `write_rows`.
 
-        `versions` contains the versions of remote files with images to pin; see `remote.pin_versions`.
+        `versions` contains the versions to pin of remote files that contain images; see `remote.pin_versions`.
         """
         pin_versions(versions or {})
         batches: list[pa.RecordBatch] = []
@@ -334,7 +334,7 @@ class Blocks:
         return Blocks, (self.batches, self.containers)
 
     def select_files(self, rows: np.ndarray) -> tuple[Blocks, np.ndarray]:
-        """Return the batches of the files that contain these rows, and the numbers of the rows in these batches."""
+        """Return the batches of all files that contain these rows, and the row numbers within these batches."""
         if not self.paths:
             return self, rows
         batch_of_row = np.searchsorted(self.starts, rows, side="right") - 1
@@ -383,7 +383,6 @@ class Blocks:
         ]
 
     def _make_image(self, batch: int, row: int, cells: tuple[Any, ...]) -> ImageRef | None:
-        """Create the image reference of a row from the values of `IMAGE_COLUMNS`."""
         kind, container, name, offset, size, digest = cells
         if kind == NO_IMAGE:
             return None
@@ -400,24 +399,24 @@ class Blocks:
 
 
 def read_metadata(file: str, name: str) -> Any:
-    """Return the "summary" or the "containers" of a file written by `write_rows`."""
+    """Read the "summary" or the "containers" of a file written by `write_rows`."""
     reader = map_arrow_file(file)
     _, metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
     return json.loads(metadata[name])
 
 
 def encode_name(name: str) -> bytes:
-    """Encode a name that may come from a file name that is not valid Unicode."""
+    """Encode a name that may not be valid Unicode, such as a file name."""
     return name.encode("utf-8", "surrogatepass")
 
 
 def decode_name(name: bytes) -> str:
-    """Decode a name from `encode_name`."""
+    """Decode a name encoded by `encode_name`."""
     return name.decode("utf-8", "surrogatepass")
 
 
 def are_adjacent(rows: np.ndarray) -> bool:
-    """Return True if row numbers, of shape (N,), N > 0, are consecutive."""
+    """Return True if row numbers, of shape (N,) with N > 0, are consecutive."""
     return bool(rows[-1] - rows[0] == len(rows) - 1 and (len(rows) < 3 or np.all(np.diff(rows) == 1)))
 
 
@@ -425,10 +424,10 @@ def are_adjacent(rows: np.ndarray) -> bool:
 
 
 class RowBuilder:
-    """Collects records as rows of a batch. The bytes of images that are only in memory are stored."""
+    """Builder of record batches. The bytes of images that exist only in memory are stored in the batch."""
 
     def __init__(self) -> None:
-        self.num_bytes = 0  # size of the stored images
+        self.num_bytes = 0
         self._rows: list[tuple[Any, ...]] = []
         self._containers: dict[str, int] = {}
 
@@ -468,12 +467,12 @@ class RowBuilder:
                 facts.hash,
                 key_high,
                 key_low,
-                hash_draw(record),
+                compute_held_out_hash(record),
             )
         )
 
     def take_batch(self) -> pa.RecordBatch:
-        """Return the collected rows as a batch, and start a new one. The containers remain numbered."""
+        """Return the collected rows as a batch, and start a new batch. The containers keep their numbers."""
         columns = zip(*self._rows, strict=True) if self._rows else [()] * len(SCHEMA)
         arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
         self._rows, self.num_bytes = [], 0
@@ -483,7 +482,7 @@ class RowBuilder:
 def write_rows(file: Path, rows: Iterable[tuple[Record, str, ImageFacts]], metadata: Callable[[], Any]) -> None:
     """Write rows, given as the arguments of `RowBuilder.add`, to an Arrow file for `map_batches`.
 
-    `metadata` is called at the end. Its value is saved with the rows; see `read_metadata`.
+    `metadata` is called after the last row. Its result is saved in the file; see `read_metadata`.
     """
     builder = RowBuilder()
     with pa.OSFile(str(file), "wb") as stream, pa.ipc.new_file(stream, SCHEMA) as writer:
@@ -495,7 +494,7 @@ def write_rows(file: Path, rows: Iterable[tuple[Record, str, ImageFacts]], metad
             writer.write_batch(builder.take_batch())
         values = {"containers": builder.containers, "summary": metadata()}
         encoded = {name: json.dumps(value) for name, value in values.items()}
-        # An Arrow file starts with its schema, so what is known only at the end belongs to an empty last batch.
+        # An Arrow file starts with its schema, so metadata known only at the end is stored in an empty last batch.
         writer.write_batch(builder.take_batch(), custom_metadata=encoded)
     append_checksum(file)
 
@@ -503,7 +502,7 @@ def write_rows(file: Path, rows: Iterable[tuple[Record, str, ImageFacts]], metad
 def hash_merge_key(record: Record, source: str) -> tuple[int, int]:
     """Return a 128-bit hash of a record's image or, without an image, of its source, split and id.
 
-    Return (0, 0) if nothing identifies the record. Such records are never merged.
+    Records that nothing identifies have the hash (0, 0) and are never merged.
     """
     if record.image is not None and record.image.identifies_image:
         text = record.image.key
@@ -515,8 +514,8 @@ def hash_merge_key(record: Record, source: str) -> tuple[int, int]:
     return high, low
 
 
-def hash_draw(record: Record) -> int:
-    """Return the hash by which held-out images are chosen: the first 64 bits of SHA-256 of the id and the captions."""
+def compute_held_out_hash(record: Record) -> int:
+    """Return the hash that decides if an image is held out: 64 bits of the SHA-256 of the id and the captions."""
     # The captions are included because several records may have the same id.
     text = "\0".join([record.id, *record.texts])
     return int.from_bytes(hashlib.sha256(encode_name(text)).digest()[:8], "big")

@@ -1,7 +1,7 @@
-"""Reading single images in the cells of Parquet and Arrow files.
+"""Random access to images in the cells of Parquet and Arrow files.
 
-The sizes of what is decoded are limited, because a file of a few hundred bytes can expand to many gigabytes. The
-`version` of a file is part of the key of cached cells (see `image_refs.get_file_version`).
+The size of decoded data is limited, because a file of a few hundred bytes can expand to many gigabytes. The `version`
+of a file is part of the cache key of its cells (see `image_refs.get_file_version`).
 """
 
 import functools
@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from llm2clip.data.remote import open_file
 from llm2clip.io_utils import CHECKSUM_BYTES
 
-MAX_ROW_GROUP_BYTES = 2 << 30  # limit on the decoded bytes in a row group up to a cell
+MAX_ROW_GROUP_BYTES = 2 << 30  # limit on the bytes of a row group that are decoded to reach a cell
 MAX_BATCH_BYTES = 256 << 20  # approximate limit on the size of the rows decoded in one batch
-MAX_WINDOW_BYTES = 128 << 20  # approximate limit on the size of the adjacent cells that are kept when a cell is read
-MAX_CACHE_BYTES = 256 << 20  # limit on the total size of the decoded cells that each process caches
+MAX_WINDOW_BYTES = 128 << 20  # approximate limit on the size of the adjacent cells that are cached with a cell
+MAX_CACHE_BYTES = 256 << 20  # limit on the total size of the cached cells, per process
 MAX_CELL_BYTES = 256 << 20  # size limit for an image in a table cell
 
 
@@ -38,9 +38,9 @@ _windows: OrderedDict[tuple[object, ...], _Window] = OrderedDict()  # decoded ce
 
 
 def read_parquet_cell(path: str, version: object, row: int, column: str) -> pa.Scalar:
-    """Return a cell, if possible from a cached window of decoded cells. The total size of all windows is limited.
+    """Return a cell, from the cache of decoded windows if possible. The total size of all windows is limited.
 
-    No lock is used, because a process forked while another thread holds the lock would wait forever.
+    No lock is used: a process forked while another thread held the lock would wait forever.
     """
     starts, batch_size = _read_row_group_layout(path, version)
     group = bisect_right(starts, row) - 1
@@ -74,7 +74,7 @@ def _decode_window(path: str, group: int, column: str, row: int, batch_size: int
     start = num_bytes = num_decoded = 0
     with open_file(path) as source, pq.ParquetFile(source) as file:
         for batch in file.iter_batches(batch_size, row_groups=[group], columns=[column], use_threads=False):
-            index = batch.schema.get_field_index(column)  # the batch may have other columns, such as "image.x"
+            index = batch.schema.get_field_index(column)  # the batch may contain other columns, such as "image.x"
             if index < 0:
                 raise OSError(f"{path} must have exactly one column {column!r}")
             cells = batch.column(index)
@@ -95,19 +95,18 @@ def _decode_window(path: str, group: int, column: str, row: int, batch_size: int
 
 
 def choose_parquet_batch_size(metadata: pq.FileMetaData) -> int:
-    """Return the number of rows (at most 64) to read at a time, even if each value is as large as its row group."""
+    """Return how many rows (at most 64) to read at a time, assuming that a value can be as large as its row group."""
     return max(1, min(64, MAX_BATCH_BYTES // max([1, *_list_row_group_bytes(metadata)])))
 
 
 def check_row_group_sizes(metadata: pq.FileMetaData) -> None:
-    """Raise OSError if a Parquet file's metadata lists a row group larger than `MAX_ROW_GROUP_BYTES`."""
+    """Raise OSError if, according to its metadata, a Parquet file has a row group larger than `MAX_ROW_GROUP_BYTES`."""
     for group, num_bytes in enumerate(_list_row_group_bytes(metadata)):
         if num_bytes > MAX_ROW_GROUP_BYTES:
             raise _build_row_group_error(group)
 
 
 def _list_row_group_bytes(metadata: pq.FileMetaData) -> list[int]:
-    """Return the uncompressed size of each row group, as stated in the file's metadata."""
     # Column sizes are not used, because `RowGroupMetaData.column` crashes the process if the metadata is corrupt.
     return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
 
@@ -120,7 +119,7 @@ def _build_row_group_error(group: int) -> OSError:
 
 
 def map_arrow_file(path: str) -> pa.RecordBatchFileReader:
-    """Map an Arrow file that ends with a checksum; see `append_checksum`."""
+    """Memory-map an Arrow file that ends with a checksum; see `append_checksum`."""
     return pa.ipc.open_file(pa.memory_map(path), footer_offset=os.path.getsize(path) - CHECKSUM_BYTES)
 
 
@@ -133,9 +132,9 @@ map_cached_batches = functools.lru_cache(maxsize=1024)(map_batches)
 
 
 def open_cell(cell: pa.Scalar, name: str) -> BinaryIO:
-    """Open the image in a table cell, which contains bytes or a struct with bytes. Raise OSError if there are none.
+    """Open the image in a table cell, which contains bytes or a struct with bytes. Raise OSError if there are no bytes.
 
-    Paths in cells are not opened, because they could point to any file on this machine.
+    Paths in cells are not opened, because they could refer to any file on the machine.
     """
     data = cell.get("bytes") if isinstance(cell, pa.StructScalar) else cell
     if data is None or not data.is_valid:

@@ -1,4 +1,4 @@
-"""Statistics of a record table, computed in batches: caption lengths, image sizes, splits and languages."""
+"""Statistics of record tables: caption lengths, image sizes, splits and languages."""
 
 import functools
 from collections import Counter
@@ -14,16 +14,16 @@ from llm2clip.data.records import CAPTION_FIELDS, NO_SPLIT, TEXT_FIELDS
 from llm2clip.data.table import NO_IMAGE
 
 STATISTICS_COLUMNS = ("image_kind", "image_name", "width", "height", "split", *TEXT_FIELDS)
-LANGUAGE_CHARACTERS = 1000  # the language of a longer text is identified from its first characters
+LANGUAGE_CHARACTERS = 1000  # the language of a longer text is identified from this many characters at its start
 KINDS_WITH_NAME = pa.array([number for number, kind in enumerate(IMAGE_KINDS) if kind.has_file_name], pa.int8())
 _SUFFIX = r"\.(?P<suffix>[A-Za-z0-9]{1,5})$"
 
 
 class Histogram(Counter[int]):
-    """Number of occurrences of each integer, for exact percentiles of data that does not fit in memory."""
+    """Number of occurrences of each integer. Computes exact percentiles of data that does not fit in memory."""
 
     def add(self, values: pa.Array | pa.ChunkedArray) -> None:
-        """Count integers. Nulls are ignored."""
+        """Count the values of an integer array. Nulls are ignored."""
         self.update(count_values(values.drop_null()))
 
     @property
@@ -39,7 +39,7 @@ class Histogram(Counter[int]):
         return sum(value * count for value, count in self.items()) / self.count
 
     def percentile(self, percent: float) -> int:
-        """Return the smallest value such that at least `percent` of the values are less than or equal to it."""
+        """Return the smallest counted value that at least `percent` of the values do not exceed."""
         return int(np.percentile(list(self), percent, weights=list(self.values()), method="inverted_cdf"))
 
     def count_below(self, limit: int) -> int:
@@ -48,7 +48,7 @@ class Histogram(Counter[int]):
 
 @dataclass
 class TextStatistics:
-    """Lengths of the texts in a column, and the number of records with at least one text in this column."""
+    """Lengths of the texts in a column, and number of records with at least one text in the column."""
 
     num_records: int = 0
     words: Histogram = field(default_factory=Histogram)
@@ -63,15 +63,15 @@ class TextStatistics:
 
 @dataclass
 class TableStatistics:
-    """Statistics of a record table. Image sizes are in pixels, from the headers, before rotation."""
+    """Statistics of a record table. Image sizes are in pixels, from the headers, before EXIF rotation."""
 
     num_records: int = 0
-    num_images: int = 0  # records with an image
+    num_images: int = 0  # number of records with an image
     texts: dict[str, TextStatistics] = field(default_factory=lambda: {name: TextStatistics() for name in TEXT_FIELDS})
-    captions_per_image: Histogram = field(default_factory=Histogram)  # all caption fields together
+    captions_per_image: Histogram = field(default_factory=Histogram)  # over all caption fields
     splits: dict[str, tuple[int, int]] = field(default_factory=dict)  # split -> number of records and images
     kinds: Counter[int] = field(default_factory=Counter)  # index into `IMAGE_KINDS` -> number of images
-    suffixes: Counter[str] = field(default_factory=Counter)  # of image files and tar members, in lower case
+    suffixes: Counter[str] = field(default_factory=Counter)  # lower-case file name suffix -> number of images
     widths: Histogram = field(default_factory=Histogram)
     heights: Histogram = field(default_factory=Histogram)
     short_sides: Histogram = field(default_factory=Histogram)
@@ -88,7 +88,7 @@ class TableStatistics:
         self.captions_per_image.add(count_captions(images))
         self.kinds.update(count_values(images["image_kind"]))
         self._add_suffixes(images)
-        measured = images.filter(pc.greater(images["width"], 0))  # images whose header has been read
+        measured = images.filter(pc.greater(images["width"], 0))  # only images whose header has been read
         self.widths.add(measured["width"])
         self.heights.add(measured["height"])
         self.short_sides.add(pc.min_element_wise(measured["width"], measured["height"]))
@@ -108,7 +108,7 @@ class TableStatistics:
 
 
 def compute_statistics(batches: Iterable[pa.RecordBatch]) -> TableStatistics:
-    """Return the statistics of a table from record batches with the columns `STATISTICS_COLUMNS`."""
+    """Compute the statistics of a table from record batches with the columns `STATISTICS_COLUMNS`."""
     statistics = TableStatistics()
     for batch in batches:
         statistics.add(batch)
@@ -116,12 +116,12 @@ def compute_statistics(batches: Iterable[pa.RecordBatch]) -> TableStatistics:
 
 
 def count_words(texts: pa.Array) -> pa.Array:
-    """Return the number of words in each text, like `len(text.split())`. The texts must not start with whitespace."""
+    """Count the words of each text, like `len(text.split())`. The texts must not start with whitespace."""
     return pc.list_value_length(pc.utf8_split_whitespace(texts))
 
 
 def count_captions(batch: pa.RecordBatch) -> pa.Array:
-    """Return the number of captions of each record, all caption fields together."""
+    """Count the captions of each record, over all caption fields."""
     lengths = [pc.fill_null(pc.list_value_length(batch[name]), 0) for name in CAPTION_FIELDS]
     return functools.reduce(pc.add, lengths)
 
@@ -133,9 +133,9 @@ def count_values(values: pa.Array) -> Counter:
 
 
 def count_languages(texts: Iterable[str]) -> Counter[str]:
-    """Return the number of texts per language code, such as "en", or "zxx" for texts that are not in a language.
+    """Count the texts per language code, such as "en". Texts that are not in a language have the code "zxx".
 
-    Language identification of a short text is a guess: on English captions of about ten words, one in 250 is wrong.
+    Language identification is unreliable for short texts: for English captions of about ten words, one in 250 is wrong.
     """
     from py3langid import classify
 

@@ -1,6 +1,6 @@
 """Image preprocessing for vision towers: settings, evaluation transform and training transform.
 
-The transforms take and return uint8 RGB images. The vision tower normalises the pixels on its device.
+The transforms take and return uint8 RGB images. The vision tower normalises the pixel values on its device.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Preprocess:
     The image is resized to floor(size / crop_pct) and then centre-cropped, as in timm's evaluation transforms.
 
     Attributes:
-        size: Side length of the square input, in pixels.
-        resize: "shortest" resizes the shorter side and keeps the aspect ratio; "squash" resizes to a square.
-        crop_pct: Side length of the centre crop, divided by the (shorter) side length of the resized image.
-        mean, std: Normalisation of each channel, for pixel values in [0, 1].
+        size: Side length of the square model input, in pixels.
+        resize: "shortest" resizes the shorter side and keeps the aspect ratio. "squash" resizes to a square.
+        crop_pct: Side length of the centre crop, divided by the shorter side length of the resized image.
+        mean, std: Per-channel normalisation of pixel values in [0, 1].
         crop_rounding: Rounding of the crop's top left corner: "half_even" as in torchvision (timm, open_clip and the
             LLM2CLIP authors' code), "down" as in transformers.
     """
@@ -44,11 +44,11 @@ class Preprocess:
 
     @property
     def resize_size(self) -> int:
-        """(Shorter) side length in pixels after resizing, before the centre crop."""
+        """Side length in pixels after resizing, before the centre crop. For `resize="shortest"`, the shorter side."""
         return _compute_resize_size(self.size, self.crop_pct)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the contents of a preprocessor_config.json for transformers, with crop_pct and crop_rounding added."""
+        """Return the contents of a transformers preprocessor_config.json, with crop_pct and crop_rounding added."""
         side = self.resize_size
         return {
             "image_processor_type": "CLIPImageProcessor",
@@ -72,13 +72,13 @@ class Preprocess:
         """Create the settings from the output of `to_dict` or from a transformers image processor's config."""
         try:
             resize_config = config.get("size", config.get("crop_size"))
-            if isinstance(resize_config, int):  # in configs written before 2022, an int means the shorter side
+            if isinstance(resize_config, int):  # in configs from before 2022, an int is the shorter side
                 resize_config = {"shortest_edge": resize_config}
             resize: Literal["shortest", "squash"] = "shortest" if "shortest_edge" in (resize_config or {}) else "squash"
             resize_size = _parse_square_side(resize_config)
             size = _parse_square_side(config["crop_size"]) if config.get("do_center_crop") else resize_size
             crop_pct = config.get("crop_pct")
-            # In some image processors of transformers, crop_pct has another meaning and is inconsistent with the sizes.
+            # Some transformers image processors use crop_pct with another meaning, so that it contradicts the sizes.
             if not crop_pct or _compute_resize_size(size, crop_pct) != resize_size:
                 crop_pct = size / resize_size
             return cls(
@@ -96,7 +96,7 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Evaluation transform: resize and centre-crop a uint8 image of shape (3, H, W) to shape (3, S, S)."""
+    """Evaluation transform that resizes and centre-crops a uint8 image of shape (3, H, W) to shape (3, S, S)."""
 
     preprocess: Preprocess
 
@@ -104,7 +104,7 @@ class EvalTransform:
         size, resize_size = self.preprocess.size, self.preprocess.resize_size
         side = [resize_size, resize_size]
         if self.preprocess.resize == "shortest":
-            # The final centre crop discards the ends of an elongated image. They are cropped before resizing, because
+            # The centre crop discards the ends of an elongated image. The ends are cropped before resizing, because
             # resizing an image of 1 x 1,000,000 pixels would exhaust memory.
             height, width = image.shape[-2:]
             shortest = min(height, width)
@@ -112,21 +112,21 @@ class EvalTransform:
             side = [resize_size]
         image = F.resize(image, side, interpolation=InterpolationMode(self.preprocess.interpolation), antialias=True)
         if self.preprocess.crop_rounding == "down":
-            # If an odd number of rows or columns must be cropped, drop the last one first, so that nothing is rounded.
+            # If an odd number of rows or columns must be cropped, drop the last one first to avoid rounding.
             height, width = image.shape[-2:]
             image = image[..., : height - max(0, height - size) % 2, : width - max(0, width - size) % 2]
         return cast(Tensor, F.center_crop(image, [size, size]).contiguous())
 
 
-MIN_CROP_SCALE = 0.9  # minimum area of random crops, as in the authors' code
+MIN_CROP_SCALE = 0.9  # minimum fraction of the area that a random crop covers, as in the authors' code
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Training transform: resize a random crop of a uint8 image of shape (3, H, W) to shape (3, S, S).
+    """Training transform that resizes a random crop of a uint8 image of shape (3, H, W) to shape (3, S, S).
 
-    The crop covers a random fraction of the image area, at least `MIN_CROP_SCALE`, and has an aspect ratio between 3/4
-    and 4/3. Images are not flipped, because captions mention left and right.
+    The crop covers at least `MIN_CROP_SCALE` of the image area and has an aspect ratio between 3/4 and 4/3. Images are
+    not flipped, because captions mention left and right.
 
     All random numbers come from the `generator` argument.
     """
@@ -158,7 +158,7 @@ def _sample_crop_box(height: int, width: int, generator: torch.Generator) -> tup
 
 
 def _compute_resize_size(size: int, crop_pct: float) -> int:
-    # The small constant compensates for rounding errors, so that 224 / (224 / 256) results in 256.
+    # The constant compensates for rounding errors, so that 224 / (224 / 256) yields 256.
     return math.floor(size / crop_pct + 1e-6)
 
 
@@ -174,7 +174,7 @@ def _parse_square_side(size: Any) -> int:
 
 def _parse_interpolation(resample: int) -> Literal["bilinear", "bicubic"]:
     if resample not in (2, 3):
-        raise ValueError(f"the image processor's resampling filter must be 2 (bilinear) or 3 (bicubic), not {resample}")
+        raise ValueError(f"the image processor's resample must be 2 (bilinear) or 3 (bicubic) (got {resample})")
     return "bilinear" if resample == 2 else "bicubic"
 
 

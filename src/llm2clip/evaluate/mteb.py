@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from llm2clip.data.images import load_image
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder, wrap_llm2clip
 from llm2clip.models.llm2clip import encode_documents
-from llm2clip.models.loading import name_with_hash, read_config, split_revision
+from llm2clip.models.loading import get_name_with_hash, read_config, split_revision
 from llm2clip.models.model_folder import is_model_folder
 from llm2clip.models.official_checkpoint import attach_caption_encoder, load_official_checkpoint
 from llm2clip.models.official_layout import download_checkpoint
@@ -69,9 +69,9 @@ def get_model_meta(source: str, text: str | None = None) -> ModelMeta:
         raise ValueError(f"{name} is not an LLM2CLIP checkpoint: use mteb.get_model_meta({name!r})")
     experiment = {"loader": "llm2clip"} if listed else {}  # so mteb does not mix the results of the two loaders
     if text:
-        experiment["caption_encoder"] = name_with_hash(text) if Path(text).exists() else text
+        experiment["caption_encoder"] = get_name_with_hash(text) if Path(text).exists() else text
     if path.exists():
-        name, revision = "/".join(path.resolve().parts[-2:]), name_with_hash(source).rpartition("-")[2]
+        name, revision = "/".join(path.resolve().parts[-2:]), get_name_with_hash(source).rpartition("-")[2]
     elif listed and revision is None:
         source, revision = "", listed.revision
     else:

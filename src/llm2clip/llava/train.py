@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
-from llm2clip.data.image_facts import hash_images, load_training_image_hashes, save_training_image_hashes
+from llm2clip.data.image_facts import get_distinct_image_hashes, load_training_image_hashes, save_training_image_hashes
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import atomic_dir, atomic_path
 from llm2clip.llava import LlavaConfig
@@ -112,8 +112,8 @@ def train_llava(
 def _save_model(
     source: str, conversations: Sequence[Conversation], processor: Any, config: LlavaConfig, out: Path
 ) -> None:
-    """Save the model, and the hashes of all images on which it or its vision tower was trained."""
-    hashes = hash_images(conversation.image for conversation in conversations)
+    """Save the model with the hashes of all images that it, or its vision tower, was trained on."""
+    hashes = get_distinct_image_hashes(conversation.image for conversation in conversations)
     earlier = load_training_image_hashes(source)
     with atomic_dir(out / "model") as folder:
         _load_trained_model(source, config, out).save_pretrained(folder)

@@ -1,8 +1,8 @@
-"""CLIP models of other libraries: their text towers, and what a model inherits from them.
+"""CLIP models from other libraries: their text towers, and the parts that a model can inherit from them.
 
-Text towers are baselines for a caption encoder. Supported are transformers models of the types in
-`_TEXT_PREPROCESSING`, models that come with their own code (such as Jina-CLIP), and open_clip models. Texts longer than
-the context length are truncated, as is usual for these models.
+Text towers serve as baselines for a caption encoder. Supported are transformers models of the types in
+`_TEXT_PREPROCESSING`, models with their own code (such as Jina-CLIP), and open_clip models. Texts longer than the
+context length are truncated, as is usual for CLIP models.
 
 A model can inherit the logit scale, logit bias and embedding space of its vision tower's original CLIP model. The
 LLM2CLIP authors' code starts training with the pretrained logit scale, which is close to the maximum of 100.
@@ -34,16 +34,16 @@ OPEN_CLIP_PREFIX = "open_clip:"
 
 @dataclass(frozen=True)
 class _TextPreprocessing:
-    context_length: int | None = None  # maximum text length in tokens; if None, the number of position embeddings
+    context_length: int | None = None  # maximum text length in tokens. None: number of position embeddings
     fully_padded: bool = False  # training texts were padded to the context length, and no attention mask was used
     lower_case: bool = False
 
 
 _TEXT_PREPROCESSING = {
     "clip": _TextPreprocessing(),
-    # On padding, see the transformers documentation for SigLIP and SigLIP 2 ("make sure to set padding='max_length'").
+    # Padding: transformers documentation for SigLIP and SigLIP 2 ("make sure to set padding='max_length'").
     # Both models were trained on lower-case texts (arXiv 2502.14786 for SigLIP 2). SigLIP's tokenizer lower-cases texts
-    # (https://github.com/huggingface/transformers/pull/43101), the Gemma tokenizer in SigLIP 2 checkpoints does not.
+    # (https://github.com/huggingface/transformers/pull/43101), but the Gemma tokenizer of SigLIP 2 does not.
     "siglip": _TextPreprocessing(fully_padded=True, lower_case=True),
     "siglip2": _TextPreprocessing(fully_padded=True, lower_case=True),
     # Default of `cn_clip.clip.tokenize` (https://github.com/OFA-Sys/Chinese-CLIP). The BERT tower has 512 positions.
@@ -61,11 +61,11 @@ class ClipTextEncoder:
     """Text tower of a CLIP model.
 
     Attributes:
-        model: CLIP model with both towers.
-        context_length: maximum text length in tokens, or None if it is defined only in the model's own code.
-        tokenize: function that converts N texts to keyword arguments of `forward`, truncated to the context length.
-        forward: function that returns embeddings of shape (N, embed_dim).
-        count_tokens: function that counts a text's tokens before truncation, or None if this is not possible.
+        model: CLIP model with image and text towers.
+        context_length: Maximum text length in tokens, or None if it is defined only in the model's own code.
+        tokenize: Function that converts N texts to keyword arguments of `forward`, truncated to the context length.
+        forward: Function that returns embeddings of shape (N, embed_dim).
+        count_tokens: Function that counts a text's tokens before truncation, or None if this is not possible.
     """
 
     model: Any
@@ -82,7 +82,7 @@ class ClipTextEncoder:
     @torch.inference_mode()
     @onednn_matmul()
     def encode(self, captions: Sequence[str], *, progress: bool = False, batch_size: int = 64) -> Tensor:
-        """Encode N texts. Return a float32 CPU tensor of shape (N, embed_dim), with one unnormalised row per text."""
+        """Encode N texts. Return unnormalised embeddings of shape (N, embed_dim), float32, on the CPU."""
         order = sorted(range(len(captions)), key=lambda i: -len(captions[i]))
         embeddings = torch.empty(len(captions), self.embed_dim)
         for start in ProgressBar(range(0, len(order), batch_size), desc="encode", unit="batch", disable=not progress):
@@ -92,7 +92,7 @@ class ClipTextEncoder:
 
     def _encode_batch(self, texts: list[str]) -> Tensor:
         batch = self.tokenize(texts)
-        device = next(self.model.parameters()).device  # `model` may have been moved after loading
+        device = next(self.model.parameters()).device  # `model` may have been moved since it was loaded
         return self.forward(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
 
     def count_truncated(self, captions: Sequence[str]) -> int | None:
@@ -115,7 +115,7 @@ def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
         return hasattr(model_class, "get_text_features") or hasattr(model_class, "encode_text")
     try:
         config = load_config(path)
-    except (OSError, ValueError):  # not a transformers model; the loading function will report the error
+    except (OSError, ValueError):  # not a transformers model; reported when the model is loaded
         return False
     return type(config) in MODEL_MAPPING and hasattr(MODEL_MAPPING[type(config)], "get_text_features")
 
@@ -123,13 +123,13 @@ def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
 def load_clip_text_encoder(
     path: str, device: torch.device | None = None, trust_remote_code: bool = False
 ) -> ClipTextEncoder:
-    """Load the text tower of a CLIP model, by default on a GPU if one is available.
+    """Load the text tower of a CLIP model. Default device: a GPU if available.
 
     `path` is a folder or hub id for transformers. For open_clip, it is `open_clip:NAME/PRETRAINED`, `open_clip:FOLDER`
     (folder saved by open_clip) or `open_clip:hf-hub:ID`.
 
     Raises:
-        ValueError: the model's type is not supported, or the model comes with its own code and `trust_remote_code` is
+        ValueError: The model's type is not supported, or the model requires its own code and `trust_remote_code` is
             False.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -141,7 +141,6 @@ def load_clip_text_encoder(
 
 @hide_loading_bars()
 def _load_transformers(path: str, device: torch.device, remote_code: bool) -> ClipTextEncoder:
-    """Load a model with transformers' classes or, if `remote_code` is True, with the model's own code."""
     from transformers import AutoModel, AutoTokenizer
 
     config, preprocessing = None, _TextPreprocessing()
@@ -171,7 +170,7 @@ def _load_transformers(path: str, device: torch.device, remote_code: bool) -> Cl
     if not remote_code:
         positions = model.config.text_config.max_position_embeddings
         context_length = min(preprocessing.context_length or positions, positions, context_length)
-    # SigLIP's own tokenizer already lower-cases texts, except for special tokens.
+    # SigLIP's tokenizer already lower-cases texts, except for special tokens.
     lower_case = preprocessing.lower_case and type(tokenizer).__name__ != "SiglipTokenizer"
 
     def tokenize(texts: list[str]) -> dict[str, Tensor]:
@@ -217,7 +216,7 @@ def _load_open_clip(name: str, device: torch.device) -> ClipTextEncoder:
     def count_tokens(text: str) -> int:
         if hf_tokenizer is not None:
             return len(hf_tokenizer(text)["input_ids"])
-        return len(tokenizer.encode(text)) + 2  # including the start and end tokens
+        return len(tokenizer.encode(text)) + 2  # start and end tokens
 
     return ClipTextEncoder(
         model=model,
@@ -240,9 +239,10 @@ MIN_SIMILARITY = 0.99  # minimum cosine similarity between two implementations o
 
 
 def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
-    """Read the logit scale (the factor, not its logarithm) and logit bias (or None) of a vision tower's CLIP model.
+    """Read the logit scale (the factor, not its logarithm) and the logit bias (or None) of a tower's CLIP model.
 
-    For the tower, see `VisionTower.from_pretrained`. Raise ValueError if its checkpoint contains only a vision tower.
+    `tower` is a name for `VisionTower.from_pretrained`. Raise ValueError if its checkpoint contains only a vision
+    tower.
     """
     source = find_hub_id_or_folder(resolve_pretrained(tower))
     for name in _WEIGHT_FILES:
@@ -258,7 +258,7 @@ def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
 
 
 def _read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Read the named tensors from a weight file or from the shards in an index file. Skip missing tensors."""
+    """Read the named tensors from a weight file or from the shards of an index file. Missing tensors are omitted."""
     if file.name.endswith(".index.json"):
         shard_of = read_weight_map(file)
         tensors: dict[str, Tensor] = {}
@@ -298,7 +298,7 @@ def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -
 def find_visual_projection(clip: Any) -> nn.Linear | None:
     """Return the linear layer that maps image features to embeddings in a transformers or open_clip model.
 
-    Return None if the features are already the embeddings, as in SigLIP. Raise ValueError for other mappings.
+    Return None if the features are the embeddings, as in SigLIP. Raise ValueError for any other kind of projection.
     """
     if hasattr(clip, "get_image_features"):  # transformers
         return getattr(clip, "visual_projection", None)
@@ -323,8 +323,8 @@ def find_visual_projection(clip: Any) -> nn.Linear | None:
 def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: ClipTextEncoder) -> LLM2CLIP:
     """Build a model that has the same image embeddings as a CLIP model, and a randomly initialised text adapter.
 
-    The CLIP model determines the device and the config's `embed_dim`, `projection` and `projection_bias`. `tower` is
-    the CLIP model's image tower, loaded for training. Raise ValueError if it is another tower.
+    The CLIP model determines the device and the config's `embed_dim`, `projection` and `projection_bias`. `tower` must
+    be the CLIP model's image tower, loaded for training. Otherwise, raise ValueError.
     """
     projection = find_visual_projection(clip.model)
     feature_dim = clip.embed_dim if projection is None else projection.in_features
@@ -348,7 +348,7 @@ def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: 
 
 @torch.no_grad()
 def _check_image_embeddings(model: LLM2CLIP, clip: Any) -> None:
-    """Raise ValueError if the models encode a random image differently. Skip the check if their image sizes differ."""
+    """Raise ValueError if the models encode a random image differently. Skip the check for different image sizes."""
     tower, is_transformers = model.tower, hasattr(clip, "get_image_features")
     size = tower.preprocess.size
     clip_size = getattr(clip.config.vision_config, "image_size", None) if is_transformers else clip.visual.image_size
@@ -370,7 +370,7 @@ def _check_image_embeddings(model: LLM2CLIP, clip: Any) -> None:
 
 
 def find_hub_id_or_folder(tower: str) -> str:
-    """Return the folder or hub id of a tower's weights. For a timm model, timm's pretrained config names the hub id."""
+    """Return the folder or hub id of a tower's weights. For a timm model, the hub id is in timm's pretrained config."""
     prefix, colon, rest = tower.partition(":")
     name = rest if colon and prefix in ("timm", "hf") else tower
     if "/" in name or Path(name).is_dir():

@@ -4,7 +4,7 @@ Models are loaded by name, in one of these forms:
 
 MODEL                        folder or hub id of an llm2clip model
 NAME                         folder or hub id of a transformers model (CLIP, SigLIP, Chinese-CLIP, Jina-CLIP, ...)
-OWNER/NAME@REVISION          branch, tag or full commit hash of one of these hub ids
+OWNER/NAME@REVISION          hub id with a branch, tag or full commit hash
 open_clip:NAME/PRETRAINED    open_clip model
 st:NAME                      sentence-transformers model that encodes images and texts
 """
@@ -64,17 +64,18 @@ class DualEncoder:
     return unnormalised embeddings of shape (N, embed_dim) with any dtype and on any device.
 
     Attributes:
-        identity: returns a dict of everything, except the precision, that affects the embeddings.
-        transform: picklable function that preprocesses a uint8 image of shape (3, H, W) for the image encoder.
-        encode_images_raw: takes N outputs of `transform`.
-        encode_texts_raw: takes N texts and a bool (True to show a progress bar).
-        count_truncated: returns how many of N texts the text encoder truncates, or None if unknown.
-        dense: encoder for dense image features, or None if this type of model does not support them.
-        logit_scale: returns the learned factor by which cosine similarities are multiplied, or None if there is none.
-        query_templates: prompt templates for short search queries. `encode_texts` does not use them.
-        part_identities: returns two dicts of everything that affects the image embeddings and the text embeddings, or
-            None if unsupported. Models with equal first dicts can search the same index.
-        llm2clip: the llm2clip model without truncation, or None for models of other types.
+        identity: Function that returns a dict of everything, except the precision, that affects the embeddings.
+        transform: Picklable function that preprocesses a uint8 image of shape (3, H, W) for the image encoder.
+        encode_images_raw: Function of N outputs of `transform`.
+        encode_texts_raw: Function of N texts and a bool (True to show a progress bar).
+        count_truncated: Function that counts how many of N texts are truncated, or returns None if this is unknown.
+        dense: Encoder for dense image features, or None if this type of model does not support them.
+        logit_scale: Function that returns the learned factor applied to cosine similarities, or None if there is none.
+        query_templates: Prompt templates for short search queries. Not used by `encode_texts`.
+        part_identities: Function that returns two dicts: everything that affects the image embeddings, and everything
+            that affects the text embeddings. Models with equal first dicts can search the same index. None if
+            unsupported.
+        llm2clip: The llm2clip model without truncation, or None for models of other types.
     """
 
     name: str
@@ -94,12 +95,12 @@ class DualEncoder:
     @torch.inference_mode()
     @onednn_matmul()
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode N outputs of `transform`. Return L2-normalised float32 embeddings (N, embed_dim) as a CPU tensor."""
+        """Encode N outputs of `transform`. Return L2-normalised float32 embeddings (N, embed_dim) on the CPU."""
         return F.normalize(self.encode_images_raw(images).float(), dim=-1).cpu()
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], progress: bool = False) -> Tensor:
-        """Encode N texts. Return L2-normalised float32 embeddings of shape (N, embed_dim) as a CPU tensor."""
+        """Encode N texts. Return L2-normalised float32 embeddings of shape (N, embed_dim) on the CPU."""
         return F.normalize(self.encode_texts_raw(texts, progress).float(), dim=-1).cpu()
 
     @cached_property
@@ -113,7 +114,7 @@ class DualEncoder:
         return fingerprint(self.identity() if self.part_fingerprints is None else {"parts": self.part_fingerprints})
 
     def truncate(self, dim: int) -> DualEncoder:
-        """Return the same model, with embeddings truncated to their first `dim` dimensions and normalised again."""
+        """Return the model with embeddings truncated to their first `dim` dimensions and normalised again."""
         check_dim(dim, self.embed_dim, self.name)
         if dim == self.embed_dim:
             return self
@@ -149,16 +150,16 @@ def open_dual_encoder(
     """Load an image-text model by name, in one of the forms listed at the top of this module.
 
     Args:
-        device: device to load the model on. Default: a GPU if available.
-        precision: precision of an llm2clip model (see `wrap_llm2clip`). Models of other types always run in fp32.
-        trust_remote_code: if True, allow the model's own Python code to run. Required for Jina-CLIP.
-        stage: stage that determines which precision `auto` selects. For `serve`, the caption encoder is loaded
-            immediately, otherwise on first use.
+        device: Device to load the model on. Default: a GPU if available.
+        precision: Precision of an llm2clip model (see `wrap_llm2clip`). Models of other types always run in fp32.
+        trust_remote_code: Allow the model's own Python code to run. Required for Jina-CLIP.
+        stage: Stage for which `auto` selects the precision. For `serve`, the caption encoder is loaded immediately,
+            otherwise on first use.
 
     Raises:
-        ValueError: the model lacks an image encoder or a text encoder, its type is not supported, or it comes with its
+        ValueError: The model lacks an image encoder or a text encoder, its type is not supported, or it requires its
             own code and `trust_remote_code` is False.
-        OSError: the model does not exist.
+        OSError: The model does not exist.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name.startswith(SENTENCE_TRANSFORMERS_PREFIX):
@@ -184,8 +185,8 @@ def open_dual_encoder(
 def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str = "auto", stage: Stage = "evaluate") -> DualEncoder:
     """Switch an LLM2CLIP model to eval mode and wrap it. The caption encoder is loaded on first use.
 
-    `precision` is that of the caption encoder, as in `CaptionEncoder.encode`, or `auto` for the precision of the stage.
-    On GPUs with bf16 support, the vision tower runs in bf16 unless the precision is fp32.
+    `precision` is the precision of the caption encoder, as in `CaptionEncoder.encode`, or `auto` for the precision of
+    the stage. On GPUs with bf16 support, the vision tower runs in bf16 unless the precision is fp32.
     """
     model.eval()
     resolved = resolve_precision(stage, precision, model.device)
@@ -248,7 +249,7 @@ def _load_transformers(name: str, source: str, device: torch.device, trust_remot
     text_encoder = load_clip_text_encoder(source, device, trust_remote_code)
     model = text_encoder.model
     if hasattr(model, "encode_text") and hasattr(model, "encode_image"):  # Jina-CLIP's own code preprocesses the images
-        return _wrap_text_encoder(
+        return _build_clip_dual_encoder(
             name, text_encoder, to_pil_image, lambda images: torch.as_tensor(model.encode_image(images))
         )
     processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -257,7 +258,7 @@ def _load_transformers(name: str, source: str, device: torch.device, trust_remot
         batch = {key: torch.stack([image[key] for image in images]).to(device) for key in images[0]}
         return get_pooled_output(model.get_image_features(**batch))
 
-    return _wrap_text_encoder(
+    return _build_clip_dual_encoder(
         name,
         text_encoder,
         transform=partial(_apply_processor, processor),
@@ -267,7 +268,7 @@ def _load_transformers(name: str, source: str, device: torch.device, trust_remot
 
 
 def _apply_processor(processor: Any, image: Tensor) -> dict[str, Tensor]:
-    # A module-level function, because worker processes cannot unpickle local functions.
+    # Defined at module level, because worker processes cannot unpickle local functions.
     batch = processor(images=to_pil_image(image), return_tensors="pt")
     return {key: tensor[0] for key, tensor in batch.items()}
 
@@ -287,13 +288,13 @@ def _build_transformers_dense_encoder(model: Any, processor: Any) -> DenseEncode
 
 
 def _load_open_clip(name: str, device: torch.device) -> DualEncoder:
-    text_encoder = load_clip_text_encoder(name, device)  # raises ImportError if open_clip is not installed
+    text_encoder = load_clip_text_encoder(name, device)  # ImportError if open_clip is not installed
     from open_clip import get_model_preprocess_cfg
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     model = text_encoder.model
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(model)), is_train=False)
-    return _wrap_text_encoder(
+    return _build_clip_dual_encoder(
         name,
         text_encoder,
         transform=Compose([to_pil_image, transform]),
@@ -320,7 +321,7 @@ def _build_open_clip_dense_encoder(visual: Any, cfg: dict[str, Any], device: tor
     return _try_build_dense_encoder(tower, visual.head)
 
 
-def _wrap_text_encoder(
+def _build_clip_dual_encoder(
     name: str,
     text_encoder: ClipTextEncoder,
     transform: Callable[[Tensor], Any],
@@ -349,7 +350,7 @@ def _load_sentence_transformer(name: str, device: torch.device, trust_remote_cod
     from sentence_transformers import SentenceTransformer
 
     path = name.removeprefix(SENTENCE_TRANSFORMERS_PREFIX)
-    # For names without an owner, sentence-transformers also searches its own organisation on the hub.
+    # For names without an owner, sentence-transformers also searches its own hub organisation.
     check_model_source(path if "/" in path or Path(path).exists() else f"sentence-transformers/{path}")
     with explain_remote_code_error(name):
         model: Any = SentenceTransformer(

@@ -1,11 +1,11 @@
-"""Conversion of GGUF files (llama.cpp's format, usually quantized) to safetensors folders.
+"""Conversion of GGUF files (llama.cpp's format, usually quantised) to safetensors folders.
 
-transformers dequantizes a GGUF file on every load, and cannot save the loaded model. Converting the file once solves
-both problems: SmolLM2-135M loads in 17 s from a GGUF file, and in 1 s from safetensors.
+transformers dequantises a GGUF file on every load, and cannot save the loaded model. A one-time conversion solves both
+problems: SmolLM2-135M loads in 17 s from a GGUF file, and in 1 s from safetensors.
 
-The weights are written in float32 (4 bytes per parameter). In the Q4_1 format, a dequantized weight is the product of a
-4-bit integer and a float16 scale, plus a float16 offset. Neither float16 nor bfloat16 can represent all such values.
-Of SmolLM2-135M's 134.5 M dequantized weights, a cast to bfloat16 changes 106.6 M, and a cast to float16 55.9 M.
+The weights are written in float32 (4 bytes per parameter). In the Q4_1 format, a dequantised weight is the product of a
+4-bit integer and a float16 scale, plus a float16 offset. Neither float16 nor bfloat16 can represent all such values. Of
+SmolLM2-135M's 134.5 M dequantised weights, a cast to bfloat16 changes 106.6 M, and a cast to float16 55.9 M.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from llm2clip.models.loading import hide_loading_bars
 
-# GGUF type codes of strings and arrays, and the size in bytes of each other type of value, keyed by type code.
+# GGUF type codes of strings and arrays, and the size in bytes of all other types, keyed by type code.
 _STRING, _ARRAY = 8, 9
 _VALUE_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
@@ -36,7 +36,7 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     gguf_utils: Any = transformers.modeling_gguf_pytorch_utils
     tqdm = gguf_utils.tqdm
     try:
-        # Hide the progress bars for conversion, loading and saving, which would print three unexplained lines.
+        # Hide the progress bars for conversion, loading and saving, which have no labels.
         gguf_utils.tqdm = partial(tqdm, disable=True)
         model, report = AutoModel.from_pretrained(
             source, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
@@ -44,13 +44,13 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     finally:
         gguf_utils.tqdm = tqdm
     missing = sorted(report["missing_keys"])
-    if missing:  # transformers only logs a warning, and initialises missing weights randomly
+    if missing:  # transformers only warns, and initialises missing weights randomly
         raise ValueError(
             f"{gguf} is missing {len(missing):,} of the model's weights, including {missing[0]}. The file is "
             "incomplete, or the installed gguf package is too old"
         )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name, trust_remote_code=False)
-    # The model is dequantized, but `save_pretrained` fails if these attributes mark it as quantized.
+    # The weights are dequantised, but `save_pretrained` fails while these attributes mark the model as quantised.
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
         if hasattr(owner, name):
             delattr(owner, name)
@@ -62,8 +62,8 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
 def check_gguf_header(gguf: Path) -> None:
     """Raise ValueError if the metadata in a GGUF file's header extends past the end of the file.
 
-    The gguf package does not check array lengths: it would try to read an array of 2^40 values from a small file.
-    File format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+    The gguf package does not check array lengths, and would try to read an array of 2^40 values from a small file. File
+    format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
     with gguf.open("rb") as file:
         reader = _GGUFReader(file)

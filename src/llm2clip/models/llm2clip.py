@@ -52,12 +52,12 @@ class LLM2CLIP(DenseMethods, nn.Module):
     whereas training reads caption embeddings from an embedding store.
 
     Attributes:
-        projection: linear layer from feature_dim to embed_dim, or the identity if `config.projection` is False.
-        logit_scale: parameter of shape (1,), the logarithm of the factor applied to cosine similarities.
-        logit_bias: parameter of shape (1,), the bias added to the logits, or None if the model has no logit bias.
-        text_folder: folder of the saved caption encoder, if the model was loaded from a folder with an encoder.
-        training_images: sorted uint64 hashes of the training images (see `hash_images`), of shape (N,), or None if they
-            are unknown. The hashes are saved with the model.
+        projection: Linear layer from feature_dim to embed_dim, or the identity if `config.projection` is False.
+        logit_scale: Parameter of shape (1,), the logarithm of the factor applied to cosine similarities.
+        logit_bias: Parameter of shape (1,), the bias added to the logits, or None if the model has no logit bias.
+        text_folder: Folder of the saved caption encoder, if the model was loaded from a folder with an encoder.
+        training_images: Sorted uint64 hashes of the training images, of shape (N,), or None if
+            unknown. They are saved with the model.
     """
 
     def __init__(self, config: LLM2CLIPConfig, tower: VisionTower, encoder: CaptionEncoder | None = None) -> None:
@@ -81,7 +81,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         # Logit scale and bias are one-dimensional because FSDP cannot shard scalars.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(10 if config.logit_bias else 1 / 0.07)]))
         self.logit_bias = nn.Parameter(torch.tensor([-10.0])) if config.logit_bias else None
-        # Keep the encoder in a list so that PyTorch does not register it as a submodule.
+        # Wrapped in a list, so that PyTorch does not register the encoder as a submodule.
         self._encoder = [encoder] if encoder is not None else []
         self.text_folder: Path | None = None
         self.training_images: np.ndarray | None = None
@@ -96,10 +96,10 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """Embed images, texts, or both.
 
         Args:
-            pixels: uint8 images of shape (N, 3, S, S).
-            embeddings: unnormalised caption embeddings of shape (M, text_dim).
-            features: tower features of shape (N, feature_dim), used instead of `pixels`.
-            return_features: if True, also return the tower features as a fifth item.
+            pixels: Images of shape (N, 3, S, S), uint8.
+            embeddings: Unnormalised caption embeddings of shape (M, text_dim).
+            features: Tower features of shape (N, feature_dim), used instead of `pixels`.
+            return_features: Also return the tower features as a fifth item.
 
         Returns:
             (image embeddings, text embeddings, logit scale, logit bias). The embeddings are L2-normalised and float32,
@@ -127,7 +127,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Clamp the logit scale after an optimizer step: above the maximum of 100, its gradient would be zero."""
+        """Clamp the logit scale to 100 after an optimizer step. Above 100, its gradient would be zero."""
         self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE) - 1e-6)
 
     @property
@@ -149,10 +149,10 @@ class LLM2CLIP(DenseMethods, nn.Module):
         return self._encoder[0]
 
     def load_encoder(self, precision: str = "auto", stage: Stage = "serve") -> Precision:
-        """Load the caption encoder, unless it has been loaded, with only the weights needed to encode with `precision`.
+        """Load the caption encoder, unless it is loaded, with only the weights needed to encode in `precision`.
 
-        Return the encoder's precision. `auto` selects a precision for the stage (see `models/precision.py`). Instead of
-        a calibrated precision, a model trained on bf16 embeddings uses the precision of these embeddings.
+        Return the encoder's precision. `auto` selects a precision for the stage (see `models/precision.py`). A model
+        trained on bf16 embeddings uses their precision instead of a calibrated one.
         """
         encoder = self._encoder[0] if self._encoder else self._load_text_folder("cpu")
         resolved = resolve_precision(stage, precision, self.device, lambda: self._calibrate(encoder))
@@ -203,15 +203,15 @@ class LLM2CLIP(DenseMethods, nn.Module):
     @torch.no_grad()  # not inference_mode: users may train a linear probe on the embeddings
     @onednn_matmul()
     def encode_image(self, images: Any, batch_size: int = 64) -> Tensor:
-        """Encode N images. Return L2-normalised float32 embeddings of shape (N, embed_dim) as a CPU tensor.
+        """Encode N images. Return L2-normalised float32 embeddings of shape (N, embed_dim) on the CPU.
 
         Args:
-            images: one image, a list of N images, a tensor of shape (N, 3, H, W) or an array of shape (N, H, W, 3). An
-                image is a path, the bytes of an image file, a PIL image, a uint8 NumPy array of shape (H, W, 3) or
-                (H, W), or a tensor of shape (3, H, W), either uint8 or float with values from 0 to 1.
+            images: One image, a list of N images, a tensor of shape (N, 3, H, W) or an array of shape (N, H, W, 3). An
+                image is a path, the bytes of an image file, a PIL image, a uint8 NumPy array of shape (H, W, 3) or (H,
+                W), or a tensor of shape (3, H, W), either uint8 or float with values from 0 to 1.
 
         Raises:
-            ImageError: an image cannot be decoded.
+            ImageError: An image cannot be decoded.
         """
         items = to_image_list(images)
         transform = EvalTransform(self.tower.preprocess)
@@ -231,16 +231,16 @@ class LLM2CLIP(DenseMethods, nn.Module):
         precision: str | None = None,
         templates: str | Sequence[str] | None = None,
     ) -> Tensor:
-        """Encode N texts. Return L2-normalised float32 embeddings of shape (N, embed_dim) as a CPU tensor.
+        """Encode N texts. Return L2-normalised float32 embeddings of shape (N, embed_dim) on the CPU.
 
         Args:
-            precision: precision of the caption encoder, as in `CaptionEncoder.encode`.
-            templates: one or more prompt templates for class names and other short texts, such as "a photo of a {}".
-                Each text is inserted into every template, and its embedding is the normalised mean over these prompts.
-                To include the text itself, add the template "{}".
+            precision: Precision of the caption encoder, as in `CaptionEncoder.encode`.
+            templates: Prompt templates for class names and other short texts, such as "a photo of a {}". Each text is
+                inserted into every template, and its embedding is the normalised mean over these prompts. To include
+                the text itself, add the template "{}".
 
         Raises:
-            ValueError: a text is empty, or a template has no {} placeholder. For encoder errors, see `encoder`.
+            ValueError: A text is empty, or a template has no {} placeholder. For encoder errors, see `encoder`.
         """
         captions = [texts] if isinstance(texts, str) else list(texts)
         check_not_empty(captions)
@@ -255,20 +255,21 @@ class LLM2CLIP(DenseMethods, nn.Module):
     def encode_query(
         self, queries: str | Sequence[str], progress: bool = False, precision: str | None = None
     ) -> Tensor:
-        """Encode N search queries like `encode_text`, but a short query is also inserted into the model's templates.
+        """Encode N search queries. Unlike `encode_text`, insert short queries into `config.query_templates`.
 
-        Its embedding is the normalised mean over the query and these prompts (`config.query_templates`).
+        The embedding of a short query is the normalised mean over the query and the resulting prompts.
         """
         texts = [queries] if isinstance(queries, str) else list(queries)
         prompts, counts = build_query_prompts(texts, self.config.query_templates)
         return torch.from_numpy(average_prompts(self.encode_text(prompts, progress, precision).numpy(), counts))
 
     def encode_document(self, documents: Any, progress: bool = False, precision: str | None = None) -> Tensor:
-        """Encode N documents, which queries are compared with. Return embeddings like those of `encode_text`.
+        """Encode N documents that queries are compared with. Return embeddings like those of `encode_text`.
 
         Args:
-            documents: one document or N: texts, images as for `encode_image` except paths as strings, or dicts with a
-                "text", an "image" or both, whose embeddings are then added. An empty "text" is treated as missing.
+            documents: One document or a list of N documents. A document is a text, an image as for `encode_image`
+                except a path as a string, or a dict with a "text", an "image" or both. The embeddings of a text and an
+                image are added. An empty "text" is treated as missing.
         """
         is_single = isinstance(documents, str | bytes | Mapping) or getattr(documents, "ndim", 1) in (2, 3)
         items = list(documents) if isinstance(documents, Iterable) and not is_single else [documents]
@@ -277,22 +278,22 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @torch.no_grad()
     def project_text_embeddings(self, embeddings: Tensor) -> Tensor:
-        """Map caption embeddings (N, text_dim) to L2-normalised float32 embeddings (N, embed_dim) in a CPU tensor."""
-        self.adapter.eval()  # not self.eval(), which takes milliseconds for all modules of a vision tower
+        """Map caption embeddings (N, text_dim) to L2-normalised float32 embeddings (N, embed_dim) on the CPU."""
+        self.adapter.eval()  # self.eval() would take milliseconds for a vision tower
         _, text, *_ = self(embeddings=embeddings.to(self.device))
         assert text is not None
         return text.cpu()
 
     def similarity(self, texts: Tensor, images: Tensor) -> Tensor:
-        """Return a matrix of shape (texts, images) with the cosine similarities of L2-normalised embeddings."""
+        """Return the cosine similarities of L2-normalised embeddings as a matrix of shape (texts, images)."""
         return texts @ images.T
 
     def save_pretrained(self, folder: str | Path, encoder: CaptionEncoder | str | Path | None = None) -> Path:
         """Save the model to a folder atomically, without a model card. An existing model folder is replaced.
 
         Args:
-            encoder: caption encoder to save, or folder of a saved caption encoder. Default: the model's caption
-                encoder, if there is one.
+            encoder: Caption encoder to save, or folder of a saved caption encoder. Default: the model's caption
+                encoder, if any.
 
         Raises:
             FileExistsError: `folder` exists and is not a model folder.
@@ -301,7 +302,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         if folder.exists() and not is_model_folder(folder):
             raise FileExistsError(f"{folder} exists and is not a model folder: choose another folder")
         if encoder is None:
-            # An encoder with bf16 weights cannot be saved, but it was loaded from a folder, which can be copied.
+            # An encoder with bf16 weights cannot be saved, but its original folder can be copied.
             is_complete = self._encoder and self._encoder[0].has_full_precision
             encoder = self._encoder[0] if is_complete else self.text_folder
         replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
@@ -318,7 +319,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     def _write_config_and_weights(self, folder: Path) -> None:
         config = {"model_type": "llm2clip", "format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)}
-        config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # not read; lets users compare model folders
+        config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # only for users who compare model folders
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, folder / "model.safetensors")
@@ -331,12 +332,12 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """Load a model and switch it to eval mode. Code in the model folder is never run.
 
         Args:
-            path: folder, hub id or OWNER/NAME@REVISION. A revision is a branch, a tag or a full commit hash.
-            device: device to load the model on. Default: a GPU if available.
+            path: Folder, hub id or OWNER/NAME@REVISION. A revision is a branch, a tag or a full commit hash.
+            device: Device to load the model on. Default: a GPU if available.
 
         Raises:
-            FileNotFoundError: the model does not exist or cannot be downloaded, or files are missing.
-            ValueError: the folder is corrupt, does not contain an llm2clip model, or has another format version.
+            FileNotFoundError: The model does not exist or cannot be downloaded, or files are missing.
+            ValueError: The folder is corrupt, does not contain an llm2clip model, or has another format version.
         """
         folder = find_model_folder(path)
         file, values = folder / "config.json", read_model_config(folder, path)
@@ -347,9 +348,9 @@ class LLM2CLIP(DenseMethods, nn.Module):
             raise ValueError(f"{file}: {error}") from error
         except OSError:
             raise
-        except Exception as error:  # for a malformed config, timm and transformers can raise any exception
+        except Exception as error:  # timm and transformers can raise any exception for a malformed config
             raise ValueError(f"{file} is not a valid model config ({describe_error(error)})") from error
-        # Without one of these JSON files, the caption encoder would be loaded with other settings.
+        # Without one of these JSON files, the caption encoder would be loaded with different settings.
         tokenizer_file = "tokenizer_config.json" if (folder / "text/config.json").is_file() else "tokenizer.json"
         encoder_files = ("modules.json", "config_sentence_transformers.json", tokenizer_file, "*.safetensors")
         for name in ("model.safetensors", *(f"text/{name}" for name in encoder_files if (folder / "text").is_dir())):
@@ -367,7 +368,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 def encode_documents(
     documents: Sequence[Any], embed_dim: int, encoders: Mapping[str, Callable[[list[Any]], Tensor]]
 ) -> Tensor:
-    """Return the embeddings of documents (see `LLM2CLIP.encode_document`), given encoders for "image" and "text"."""
+    """Encode documents (see `LLM2CLIP.encode_document`) with the encoders for "image" and "text"."""
     parts = []
     for row, item in enumerate(documents):
         part = item if isinstance(item, Mapping) else {"text" if isinstance(item, str) else "image": item}
@@ -385,7 +386,7 @@ def encode_documents(
 
 
 def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
-    """Build an image projection with random weights, initialised as in the authors' code for EVA (bias) or CLIP."""
+    """Build a randomly initialised image projection, as in the authors' code for EVA (with bias) or CLIP (without)."""
     projection = nn.Linear(feature_dim, embed_dim, bias=bias)
     nn.init.normal_(projection.weight, std=SMALL_PROJECTION_STD if bias else feature_dim**-0.5)
     if bias:
@@ -394,7 +395,7 @@ def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
 
 
 def needs_projection_bias(tower: dict[str, Any]) -> bool:
-    """Return True if a new projection gets a bias and near-zero weights: only for EVA, as in the authors' code."""
+    """Return True if a new projection gets a bias and near-zero weights, as the authors' code does only for EVA."""
     architecture = tower["architecture"]  # a dict for transformers towers
     return isinstance(architecture, str) and architecture.startswith("eva")
 
@@ -416,12 +417,12 @@ def check_dim(dim: int, embed_dim: int, name: str) -> None:
 
 @torch.no_grad()
 def rotate_to_principal_components(model: LLM2CLIP, captions: Tensor) -> None:
-    """Rotate a model's embedding space in place, so that its first dimensions are those in which captions differ most.
+    """Rotate a model's embedding space in place, so that its first dimensions have the largest variance over captions.
 
     The rotation is applied to the last layers of both towers, which are linear, so cosine similarities do not change.
-    The rows of the rotation are the principal components of the text embeddings without centring: the eigenvectors of
-    their second-moment matrix, largest eigenvalue first. `captions` are unnormalised embeddings from the encoder,
-    float32 of shape (N, text_dim).
+    The rows of the rotation are the uncentred principal components of the text embeddings: the eigenvectors of their
+    second-moment matrix, largest eigenvalue first. `captions` are unnormalised embeddings from the encoder, float32 of
+    shape (N, text_dim).
     """
     if not isinstance(model.projection, nn.Linear) or model.config.adapter.depth == 0:
         raise ValueError("the embedding space can be rotated only in a model with an image projection and an adapter")
@@ -436,8 +437,8 @@ def rotate_to_principal_components(model: LLM2CLIP, captions: Tensor) -> None:
 def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
     """Return a copy of a model that computes only the first `dim` dimensions of its embeddings.
 
-    The last layers of both towers are linear, so only their first `dim` rows are kept. A tower without a projection
-    gets one that selects the first `dim` features. Without an adapter, the caption encoder is truncated.
+    The last layers of both towers are linear, so only their first `dim` rows are kept. If a tower has no projection, a
+    projection that selects the first `dim` features is added. Without an adapter, the caption encoder is truncated.
     """
     check_dim(dim, model.config.embed_dim, "the model")
     if dim == model.config.embed_dim:
@@ -467,7 +468,7 @@ def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
 
 def _rotate_outputs(layer: nn.Linear, rotation: Tensor) -> None:
     """Multiply a linear layer's outputs by a float64 CPU matrix, by changing the layer's weights in place."""
-    layer.weight.copy_(rotation @ layer.weight.cpu().double())  # on the CPU, because Apple GPUs do not support float64
+    layer.weight.copy_(rotation @ layer.weight.cpu().double())  # Apple GPUs do not support float64
     if layer.bias is not None:
         layer.bias.copy_(rotation @ layer.bias.cpu().double())
 

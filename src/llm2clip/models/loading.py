@@ -4,9 +4,10 @@ Given a mistyped path, a library would look for it on the hub and, if the machin
 Therefore, call `check_model_source` before passing a name to a library.
 
 A model folder may come from an untrusted source. It can contain Python code, as Jina-CLIP does, and its config can name
-code on the hub: the `kernels` package downloads and runs attention implementations with names such as `OWNER/NAME`, and
-the kernels of some quantisation methods. To ensure that only the user can choose an implementation, pass the result of
-`load_config` or `build_config` to every transformers model, and `WITHOUT_HUB_CODE` to every SentenceTransformer.
+code on the hub: attention implementations with names such as `OWNER/NAME`, which the `kernels` package downloads and
+runs, and the kernels of some quantisation methods. To ensure that only the user can choose an implementation, pass the
+result of `load_config` or `build_config` to every transformers model, and `WITHOUT_HUB_CODE` to every
+SentenceTransformer.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ DEFAULT_FILES = (
     *("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
     *("merges.txt", "special_tokens_map.json", "pytorch_model.bin"),
 )
-HUB_TIMEOUT = 5  # timeout of a request to the hub, in seconds
-MAX_TEXT_GROWTH = 1000  # by a tokenizer's normaliser
-# HTTP status, error code of the hub, exception type or errno -> what went wrong, and what to do.
+HUB_TIMEOUT = 5  # seconds per request to the hub
+MAX_TEXT_GROWTH = 1000  # maximum factor by which a tokenizer's normaliser may lengthen a text
+# HTTP status, hub error code, exception type or errno -> explanation and advice.
 _HUB_ERRORS: dict[Any, str] = {
     **dict.fromkeys((401, 403, 404), "{access_problem}: run `hf auth login` or set HF_TOKEN"),
     412: "the repository was changed by another push: check its files, then push again to replace them",
@@ -55,13 +56,12 @@ _FILE_SUFFIXES = (
     *(".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf", ".onnx", ".npz", ".npy", ".pkl"),
     *(".json", ".jsonl", ".yaml", ".yml", ".txt", ".csv", ".zip", ".tar", ".gz"),
 )
-# transformers config entries that do not affect a model's output, and is_causal, which encoders' identities contain.
+# transformers config entries that do not affect a model's output, and is_causal, which is part of encoder identities.
 ENTRIES_WITHOUT_EFFECT = (
     *("_name_or_path", "transformers_version", "architectures", "id2label", "label2id"),
     *("dtype", "torch_dtype", "use_cache", "is_causal"),
 )
-# `from_pretrained` arguments that override the values saved in a sentence-transformers folder. The arguments apply to
-# the configs of all model parts.
+# `from_pretrained` arguments that override the values saved in a sentence-transformers folder, for all model parts.
 WITHOUT_HUB_CODE: dict[str, Any] = {
     "attn_implementation": None,
     "experts_implementation": None,
@@ -105,7 +105,7 @@ def check_model_source(source: str | Path) -> None:
 
 @lru_cache(maxsize=1)
 def find_hub_problem() -> str:
-    """Return why the hub cannot be used, or "" if it can. The hub is contacted only once per process."""
+    """Return the reason why the hub cannot be used, or "" if it can. The hub is contacted only once per process."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
@@ -151,7 +151,7 @@ def load_config(source: str | Path, **kwargs: Any) -> Any:
     from transformers import AutoConfig
 
     check_model_source(source)
-    # By default, transformers would prompt the user to decide whether to run code from the folder.
+    # Otherwise, transformers would ask the user whether to run code from the folder.
     config = AutoConfig.from_pretrained(str(source), trust_remote_code=False, **kwargs)
     check_not_quantized(config.to_dict(), source)
     return _remove_code_entries(config)
@@ -165,7 +165,7 @@ def build_config(architecture: dict[str, Any]) -> Any:
 
 
 def check_not_quantized(config: dict[str, Any], source: str | Path) -> None:
-    """Raise ValueError if, according to the config, the weights of a model or any of its parts are quantised."""
+    """Raise ValueError if a config specifies quantised weights for a model or any of its parts."""
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         if part.get("quantization_config"):
             raise ValueError(
@@ -212,7 +212,7 @@ def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None
 
 
 def download_snapshot(hub_id: str, patterns: Sequence[str], **options: Any) -> Path:
-    """Download the matching files of OWNER/NAME[@REVISION], and return their folder. See also `snapshot_download`."""
+    """Download the matching files of OWNER/NAME[@REVISION]. Return their local folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
@@ -225,7 +225,7 @@ def download_snapshot(hub_id: str, patterns: Sequence[str], **options: Any) -> P
 
 
 def describe_hub_error(error: BaseException, access_problem: str = "it does not exist, or you lack access") -> str:
-    """Return a message for an exception from huggingface_hub: what went wrong, and what to do."""
+    """Return a message for an exception from huggingface_hub: explanation and advice."""
     from huggingface_hub.errors import HTTPError
 
     causes = [error]
@@ -285,30 +285,27 @@ def check_tokenizer(source: str | Path, subfolder: str = "") -> None:
     file = find_file(source, "tokenizer.json", subfolder)
     growth = 1 if file is None else _compute_text_growth(read_json_object(file).get("normalizer"))
     if growth > MAX_TEXT_GROWTH:
-        raise ValueError(
-            f"{file}: the normalizer can make texts too long, by a factor of {growth:,}. Use another model"
-        )
+        raise ValueError(f"{file}: the normalizer can lengthen texts by a factor of {growth:,}. Use a different model")
 
 
 def _compute_text_growth(normalizer: Any) -> int:
-    """Return an upper bound of the factor by which the replacements of a normaliser lengthen a text."""
     if not isinstance(normalizer, dict):
         return 1
     if normalizer.get("type") == "Sequence":
         return math.prod(_compute_text_growth(step) for step in normalizer["normalizers"])
     if normalizer.get("type") != "Replace":
         return 1
-    can_match_nothing = not normalizer["pattern"].get("String")  # an empty text, or any regular expression
+    can_match_nothing = not normalizer["pattern"].get("String")  # empty string, or any regular expression
     return max(1, len(normalizer["content"]) + can_match_nothing)
 
 
 @contextmanager
 def hide_loading_bars() -> Iterator[None]:
-    """Hide transformers' progress bars for weights, but not those for downloads. Also works as a decorator."""
+    """Hide transformers' progress bars for weights, but not for downloads. Also works as a decorator."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    # In transformers, the setting for all progress bars also changes the setting for downloads.
+    # Changing transformers' setting for progress bars also changes the setting for downloads.
     bars_enabled, downloads_hidden = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
     if not downloads_hidden:
@@ -340,13 +337,13 @@ def hide_load_report() -> Iterator[None]:
 def requires_remote_code(path: str, trust_remote_code: bool) -> bool:
     """Return True if loading a transformers model requires Python code that comes with it. The code is not run.
 
-    Raise ValueError if the code is required, but `trust_remote_code` is False.
+    Raise ValueError if the code is required but `trust_remote_code` is False.
     """
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     try:
         config, _ = PreTrainedConfig.get_config_dict(path)
-    except (OSError, ValueError):  # not a transformers model; the loading function will report the error
+    except (OSError, ValueError):  # not a transformers model; reported when the model is loaded
         return False
     code_classes = config.get("auto_map") or {}
     is_required = "AutoModel" in code_classes and config.get("model_type") not in CONFIG_MAPPING
@@ -357,7 +354,7 @@ def requires_remote_code(path: str, trust_remote_code: bool) -> bool:
 
 @contextmanager
 def explain_remote_code_error(path: str) -> Iterator[None]:
-    """Replace a library's `trust_remote_code=True` error with a ValueError that names llm2clip's flag."""
+    """Replace a library's error about `trust_remote_code` with a ValueError that names llm2clip's flag."""
     try:
         yield
     except ValueError as error:
@@ -374,7 +371,7 @@ def _build_remote_code_error(path: str) -> ValueError:
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
-    """Return a hash (32 hex digits) of an encoder's `identity()`. Equal hashes mean identical embeddings."""
+    """Return a hash (32 hex digits) of an encoder's `identity()`. Equal hashes imply identical embeddings."""
     return hash_text(json.dumps(identity, sort_keys=True))
 
 
@@ -383,7 +380,7 @@ def hash_text(text: str) -> str:
 
 
 def hash_weights(module: nn.Module) -> str:
-    """Return a hash (32 hex digits) of a module's weights and buffers, including names, dtypes and shapes."""
+    """Return a hash (32 hex digits) of a module's weights and buffers, including their names, dtypes and shapes."""
     import torch
 
     digest = hashlib.sha256()
@@ -398,24 +395,24 @@ def load_vision_language_model(name: str, device: torch.device, precision: Preci
     """Load a vision-language model and its processor for inference. Code in its folder is never run."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    # LLaVA models with a tower from timm need the classes of `llava.modeling_patches.register_classes`.
+    # LLaVA models with a timm tower need the classes of `llava.modeling_patches.register_classes`.
     model: Any = AutoModelForImageTextToText.from_pretrained(
         name, config=load_config(name), dtype=precision.dtype, trust_remote_code=False
     )
     return model.to(device).eval(), AutoProcessor.from_pretrained(name, trust_remote_code=False)
 
 
-def name_with_hash(source: str) -> str:
+def get_name_with_hash(source: str) -> str:
     """Return a model's name with a hash of its files, such as `llava-9f3a12cd` for the folder `llava` or `llava/model`.
 
-    Hub models must have been downloaded. Copies of a folder with the same name have the same name. Reading the weights
-    takes about a second per gigabyte.
+    Hub models must already be in the hub's cache. Copies of a folder with the same name get the same result. Reading
+    the weights takes about a second per gigabyte.
     """
     config_file = find_file(source, "config.json")
     folder = Path(source) if config_file is None else config_file.parent
     patterns = ("*model*.safetensors", "*model*.bin", "*.pt")
     weights = next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), [])
-    # A folder with EVA weights also contains other weights. The source can also be a file.
+    # A folder with EVA weights also contains other weights. The source can be a file.
     weights += [file for file in sorted(folder.glob("*EVA*.pt")) if file not in weights]
     weights += [folder, folder / "1_Pooling/config.json"]
     settings = [folder / name for name in ("config.json", "generation_config.json", "chat_template.jinja")]

@@ -1,10 +1,10 @@
-"""Model config and model folder layout.
+"""Model config and layout of a model folder.
 
 MODEL/
   config.json                model config (`LLM2CLIPConfig`)
   model.safetensors          weights of the vision tower, the projection and the adapter
-  preprocessor_config.json   image preprocessing, in transformers' format
-  text/                      caption encoder, in sentence-transformers' format
+  preprocessor_config.json   image preprocessing, in the transformers format
+  text/                      caption encoder, in the sentence-transformers format
   README.md                  model card
 """
 
@@ -34,7 +34,7 @@ _OFFICIAL_NAMES = {"norm": "ln", "up": "fn.0", "down": "fn.3"}
 class AdapterConfig:
     """Architecture of the text adapter, as saved in the model config (see `Adapter`)."""
 
-    depth: int = 4  # number of residual blocks, as in the paper; 0: caption embeddings are text embeddings
+    depth: int = 4  # number of residual blocks, as in the paper; 0: no adapter
     expansion: int = 2  # hidden size of a residual block, as a multiple of its input size
     normalize_input: bool = True
 
@@ -42,10 +42,10 @@ class AdapterConfig:
     def from_official(
         cls, names: Collection[str], get_shape: Callable[[str], tuple[int, ...]], normalize_input: bool
     ) -> tuple[AdapterConfig, int, int]:
-        """Infer the architecture from an official checkpoint. Return it with the input and output sizes.
+        """Infer the architecture from an official checkpoint. Return the config, the input size and the output size.
 
         In official checkpoints, the adapter is an nn.Sequential of residual blocks, a LayerNorm and a linear layer, so
-        the tensor names start with an index. `names` are the adapter's tensors, without the prefix of the adapter.
+        its tensor names start with an index. `names` are the adapter's tensor names, without the adapter's prefix.
         """
         depth = len({name.partition(".")[0] for name in names if ".ln." in name})
         text_dim = get_shape(f"{depth}.weight")[0]
@@ -54,7 +54,7 @@ class AdapterConfig:
         return cls(depth, hidden // text_dim, normalize_input), text_dim, embed_dim
 
     def get_official_name(self, name: str) -> str:
-        """Return the name in official checkpoints of the adapter's tensor `name`."""
+        """Return the name of an adapter tensor in official checkpoints."""
         *block, layer, kind = name.split(".")  # blocks.N.LAYER.weight, norm.weight, out.weight, ...
         if block:
             return f"{block[1]}.{_OFFICIAL_NAMES[layer]}.{kind}"
@@ -66,15 +66,15 @@ class LLM2CLIPConfig:
     """Architecture of a model.
 
     Attributes:
-        tower: vision tower config (`VisionTower.config`).
-        text_dim: dimension of the caption embeddings, which are the adapter's input.
-        embed_dim: dimension of the shared embedding space.
-        projection: if False, the tower's output is the image embedding, and `embed_dim` must equal the tower's feature
+        tower: Vision tower config (`VisionTower.config`).
+        text_dim: Dimension of the caption embeddings, which are the adapter's input.
+        embed_dim: Dimension of the shared embedding space.
+        projection: If False, the tower's output is the image embedding, and `embed_dim` must equal the tower's feature
             dimension.
-        logit_bias: if True, the model has a learned logit bias, for the sigmoid loss.
-        matryoshka_dims: truncated embedding sizes that the model was trained for, in addition to `embed_dim`.
-        encoder: `CaptionEncoder.identity()` of the encoder the adapter was trained with. Empty if unknown.
-        query_templates: prompt templates for short queries in search and evaluation. `encode_text` ignores them.
+        logit_bias: True for a model with a learned logit bias, as in the sigmoid loss.
+        matryoshka_dims: Truncated embedding sizes that the model was trained for, in addition to `embed_dim`.
+        encoder: `CaptionEncoder.identity()` of the encoder that the adapter was trained with. Empty if unknown.
+        query_templates: Prompt templates for short queries in search and evaluation. Not used by `encode_text`.
     """
 
     tower: dict[str, Any]
@@ -114,12 +114,12 @@ def is_model_folder(path: str | Path) -> bool:
 
 
 def read_model_config(folder: Path, source: str | Path) -> dict[str, Any]:
-    """Read the config.json of a model folder. `source` is the path or hub id of the model, for error messages.
+    """Read the config.json of a model folder. `source` is the model's path or hub id, for error messages.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is corrupt or does not belong to an llm2clip model.
-        FormatVersionError: the model folder has a different format version.
+        FileNotFoundError: The folder has no config.json.
+        ValueError: The file is corrupt or does not belong to an llm2clip model.
+        FormatVersionError: The model folder has a different format version.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -141,5 +141,5 @@ def save_query_templates(folder: Path, templates: QueryTemplates) -> None:
 
 
 def find_model_folder(path: str | Path) -> Path:
-    """Return the local folder of a model folder or hub id. Raise FileNotFoundError if there is no such model."""
+    """Return a model's local folder, given a folder or hub id. Raise FileNotFoundError if the model does not exist."""
     return Path(path) if Path(path).is_dir() else download_snapshot(str(path), MODEL_FILES)

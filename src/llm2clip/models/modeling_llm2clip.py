@@ -30,15 +30,15 @@ class LLM2CLIPExportConfig(PretrainedConfig):
     """Architecture of an exported model.
 
     Args:
-        tower: config of the vision tower. The keys are `library` ("timm" or "transformers"), `architecture`, `args`
+        tower: Config of the vision tower. The keys are `library` ("timm" or "transformers"), `architecture`, `args`
             (arguments for `timm.create_model`), `feature_dim`, `image_size` and `interpolate_pos_encoding` (True if a
             transformers tower must interpolate its position embeddings).
-        text: config of the LLM.
-        text_dim, embed_dim: input and output dimensions of the adapter.
-        adapter: other arguments of `Adapter`.
-        pooling: pooling mode of the LLM: "mean", "lasttoken" or "cls".
+        text: Config of the LLM.
+        text_dim, embed_dim: Input and output dimensions of the adapter.
+        adapter: Other arguments of `Adapter`.
+        pooling: Pooling mode of the LLM: "mean", "lasttoken" or "cls".
         dense: (input size, output size, has bias) of each linear layer between pooling and adapter.
-        prompt_tokens: number of tokens at the start of each text that are excluded from mean pooling.
+        prompt_tokens: Number of tokens at the start of each text that are excluded from mean pooling.
     """
 
     model_type = "llm2clip_export"
@@ -56,7 +56,7 @@ class LLM2CLIPExportConfig(PretrainedConfig):
 
 
 class LLM2CLIPImageProcessor(CLIPImageProcessor):
-    """Image processor for timm towers. It rounds the centre crop's position as timm does, not as transformers does."""
+    """Image processor for timm towers. It rounds the centre crop's position as timm does, unlike transformers."""
 
     def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Crop the centre of an image of shape (..., H, W) to shape (..., size.height, size.width)."""
@@ -111,7 +111,7 @@ class LLM2CLIPExport(PreTrainedModel):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> CLIPOutput:
-        """Encode texts, images or both. If both are passed, also return logits: scale * cosine similarity + bias."""
+        """Encode texts, images or both. For both, also return the logits: scale * cosine similarity + bias."""
         text = image = logits = None
         if input_ids is not None:
             text = self.get_text_features(input_ids, attention_mask).pooler_output
@@ -133,8 +133,8 @@ class Adapter(nn.Module):
     """Text adapter: L2-normalise (optional) -> `depth` residual blocks -> LayerNorm -> Linear. Depth 0: the identity.
 
     The adapter follows the LLM2CLIP paper (section 3.3), which uses depth 4 and expansion 2. With 4096 input and 1280
-    output dimensions, this adapter has 273.8 M parameters. In the checkpoints released with the paper, adapters trained
-    on cached embeddings L2-normalise their input, whereas adapters trained with the LLM in the training loop do not.
+    output dimensions, it has 273.8 M parameters. In the checkpoints released with the paper, adapters trained on cached
+    embeddings L2-normalise their input, whereas adapters trained with the LLM in the training loop do not.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class ResidualBlock(nn.Module):
 
 def pool_tokens(hidden: Tensor, mask: Tensor, pooling: str, prompt_tokens: int) -> Tensor:
     """Pool hidden states (N, T, D) with an int64 mask (N, T) to shape (N, D). Padding may be on either side."""
-    position = mask.cumsum(1)  # 1-based position of each token, not counting padding
+    position = mask.cumsum(1)  # 1-based position of each token, excluding padding
     if pooling == "mean":
         selected = mask * (position > prompt_tokens)
     elif pooling == "lasttoken":

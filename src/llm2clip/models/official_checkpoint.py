@@ -1,4 +1,4 @@
-"""Official checkpoints (released by the LLM2CLIP authors): conversion to and from `LLM2CLIP` models.
+"""Official checkpoints, released by the LLM2CLIP authors: conversion to and from `LLM2CLIP` models.
 
 The architecture is inferred from config.json and the tensor shapes. Loading is strict: each tensor must match a model
 parameter or a buffer that can be computed from the architecture, or have a name that the layout ignores.
@@ -60,7 +60,7 @@ CLIP_FIELDS = (
 # timm EVA-02 arguments that official checkpoints may set to values other than timm's defaults.
 EVA_ARGS = ("num_classes", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
-# Names of timm models, keyed by (patch size, width, depth, MLP width) and then by image size in pixels.
+# timm model names, keyed by (patch size, width, depth, MLP width) and then by image size in pixels.
 _TIMM_EVA_TOWERS = {
     (16, 768, 12, 2048): {224: "eva02_base_patch16_clip_224"},
     (14, 1024, 24, 2730): {224: "eva02_large_patch14_clip_224", 336: "eva02_large_patch14_clip_336"},
@@ -79,9 +79,9 @@ def load_official_checkpoint(
     """Load an official checkpoint as a float32 model on the CPU, in eval mode.
 
     Args:
-        source: folder, hub id or weight file (see `read_checkpoint`).
-        text: caption encoder that the adapter was trained with (see `attach_caption_encoder`). Default: no encoder.
-        normalize_input: if True, the adapter L2-normalises its input. For the default, see `infer_config`.
+        source: Folder, hub id or weight file (see `read_checkpoint`).
+        text: Caption encoder that the adapter was trained with (see `attach_caption_encoder`). Default: no encoder.
+        normalize_input: L2-normalise the adapter's input. For the default, see `infer_config`.
     """
     checkpoint = Checkpoint.from_tensors(str(source), *read_checkpoint(source))
     model_config = infer_config(checkpoint, normalize_input)
@@ -93,9 +93,9 @@ def load_official_checkpoint(
 
 
 def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | Path = "") -> None:
-    """Load a caption encoder and attach it to the model. LLMs released with LLM2CLIP get the template of their tuning.
+    """Load a caption encoder and attach it to the model. LLMs released with LLM2CLIP get their tuning template.
 
-    `path` is the folder or hub id of an encoder, or of a PEFT LoRA adapter, which is merged into its LLM. If its
+    `path` is the folder or hub id of an encoder, or of a PEFT LoRA adapter, which is merged into its LLM. If the
     embedding size is wrong, the error message suggests the right encoder for the official checkpoint.
     """
     if find_adapter(path) is not None:
@@ -163,8 +163,8 @@ def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
 def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) -> LLM2CLIPConfig:
     """Infer the model config from a checkpoint's tensor shapes and config.json.
 
-    `normalize_input` tells if the adapter L2-normalises its input, which checkpoints do not contain. As in the authors'
-    code, it defaults to False if the adapter was trained with the LLM in the training loop, and to True otherwise.
+    Checkpoints do not specify whether the adapter L2-normalises its input (`normalize_input`). As in the authors' code,
+    the default is False if the adapter was trained with the LLM in the training loop, and True otherwise.
     """
     layout, prefix = checkpoint.layout, checkpoint.layout.adapter
     adapter, text_dim, embed_dim = AdapterConfig.from_official(
@@ -185,7 +185,7 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
 
 
 def _infer_clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Read the tower config from config.json, or infer it, with the head dimension and activation of OpenAI's CLIP."""
+    """Read the tower config from config.json, or infer it for the head dimension and activation of OpenAI's CLIP."""
     from transformers import CLIPVisionConfig
 
     vision_config = checkpoint.config.get("vision_config")
@@ -215,7 +215,6 @@ def _infer_clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _infer_timm_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
-    """Return the config of an EVA or SigLIP 2 tower: a known timm model, or one with custom sizes."""
     is_eva, prefix = checkpoint.layout is EVA, checkpoint.layout.tower
     width, _, patch_size, _ = checkpoint.get_shape(f"{prefix}patch_embed.proj.weight")
     if not is_eva and width != embed_dim:
@@ -244,7 +243,7 @@ def _infer_timm_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
 
 
 def _get_preprocess(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
-    # The default is that of the authors' code. timm's default for 224-pixel EVA towers differs: it crops to 90%.
+    # Default of the authors' code. timm's default for 224-pixel EVA towers crops to 90%.
     default = Preprocess(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     return (checkpoint.preprocess or default).to_dict()
 
@@ -267,14 +266,16 @@ def _compute_num_heads(checkpoint: Checkpoint, width: int, head_dim: int) -> int
 
 
 def save_official_checkpoint(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
-    """Save a model atomically as a checkpoint with the tensor names from the LLM2CLIP authors' code. Return `out`.
+    """Save a model atomically as a checkpoint with the tensor names of the LLM2CLIP authors' code. Return `out`.
 
     An "hf" checkpoint is a folder with model.safetensors, config.json and preprocessor_config.json, for models with a
-    transformers CLIP tower. An "eva" checkpoint is a .pt file with a state dict, including the rotary embeddings that
-    the authors' code expects, for models with a timm EVA-02 CLIP tower. It contains no preprocessing config, because
-    the authors' code always resizes the shortest side to the tower's image size.
+    transformers CLIP tower. An "eva" checkpoint is a .pt file for models with a timm EVA-02 CLIP tower. It contains a
+    state dict, including the rotary embeddings that the authors' code expects. It contains no preprocessing config,
+    because the authors' code always resizes the shorter side to the tower's image size.
 
-    Raise ValueError if the layout cannot represent the model.
+    Raises:
+        ValueError: The layout is unknown or cannot represent the model.
+        FileExistsError: `out` exists.
     """
     out = Path(out)
     layout = SAVED_LAYOUTS.get(layout_name)

@@ -1,12 +1,12 @@
-"""Checkpoints of the LLM2CLIP authors: reading of weight files, and tensor names.
+"""Checkpoints of the LLM2CLIP authors: weight files and tensor names.
 
 Code in a checkpoint is never executed. Weights are read from safetensors files, or from pickle files with
 `weights_only=True`. The official checkpoints have four naming schemes, called layouts:
 
 - "hf": OpenAI's CLIP vision tower with transformers' tensor names, a projection without bias, and an adapter.
-- "openai": the same tensors, with the names in the original CLIP code, which are converted to the "hf" names.
-- "eva": an EVA-02 tower with the names in the EVA-CLIP code, a projection with bias, and an adapter.
-- "siglip2": a timm SigLIP 2 tower and an adapter. There is no projection: the image embedding is the tower's output.
+- "openai": the same tensors with the names of the original CLIP code, which are converted to the "hf" names.
+- "eva": an EVA-02 tower with the names of the EVA-CLIP code, a projection with bias, and an adapter.
+- "siglip2": a timm SigLIP 2 tower and an adapter. There is no projection: the tower's output is the image embedding.
 
 The layout is detected from the tensor names alone.
 """
@@ -44,10 +44,10 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any], Preprocess | None]:
-    """Read the tensors of a checkpoint, the contents of config.json ({} if missing), and the preprocessing (or None).
+    """Read a checkpoint's tensors, its config.json ({} if missing), and its preprocessing (or None).
 
     `source` is a folder, hub id or weight file. A folder or repository must contain model.safetensors or
-    pytorch_model.bin (either may be sharded), or a single .pt file. No configuration is read for a weight file.
+    pytorch_model.bin (either may be sharded), or a single .pt file. For a weight file, no configuration is read.
     """
     path = Path(source)
     if path.is_file():
@@ -62,8 +62,8 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any],
 def select_weights_file(names: list[str], source: str) -> str:
     """Return the name of the weight file, or of the index file if the weights are sharded.
 
-    A .pt file with "EVA" in its name takes precedence, because repositories with such a file also contain another
-    weight file with a different text tower.
+    A .pt file with "EVA" in its name takes precedence, because such repositories also contain a weight file with a
+    different text tower.
     """
     pt_files = [name for name in names if name.endswith(".pt") and "/" not in name]
     eva_files = [name for name in pt_files if "EVA" in name]
@@ -84,19 +84,19 @@ def _load_weights(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
-        # Some checkpoints also contain an LLM. With mmap, tensors that are not needed are never read from disk.
+        # Some checkpoints also contain an LLM. With mmap, unused tensors are not read from disk.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} contains objects other than tensors, and loading it could run code. If you trust the file, "
             f"extract the state dict and save it with safetensors.torch.save_file ({_get_first_line(error)})"
         ) from error
-    except Exception as error:  # for a corrupt file, torch can raise almost any type of exception
+    except Exception as error:  # corrupt files can make torch raise almost any type of exception
         raise ValueError(
             f"{path} is corrupt, incomplete or a TorchScript archive, whose state dict you must save with "
             f"safetensors.torch.save_file first ({_get_first_line(error)})"
         ) from error
-    for key in ("state_dict", "module", "model"):  # keys under which training scripts save the state dict
+    for key in ("state_dict", "module", "model"):  # common keys of the state dict in training checkpoints
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
@@ -124,7 +124,7 @@ def _load_shards(index: Path) -> dict[str, Any]:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Return an index file's mapping from tensor name to shard file name."""
+    """Read an index file's mapping from tensor name to shard file name."""
     shard_of = read_json_object(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise DataFormatError(f'{index} must have the form {{"weight_map": {{"TENSOR": "SHARD.safetensors"}}}}')
@@ -136,7 +136,7 @@ def _read_optional_json(path: Path) -> dict[str, Any]:
 
 
 def download_checkpoint(name: str) -> Path:
-    """Download the weights and configuration of OWNER/NAME[@REVISION]. If this fails, use a cached copy."""
+    """Download the weights and configuration of OWNER/NAME[@REVISION]. If the download fails, use a cached copy."""
     from huggingface_hub import list_repo_files
     from huggingface_hub.errors import HFValidationError, HTTPError
 
@@ -154,14 +154,14 @@ def download_checkpoint(name: str) -> Path:
 
 @dataclass(frozen=True)
 class Layout:
-    """Naming scheme of an official checkpoint, with the name prefixes of the tower, projection and adapter."""
+    """Naming scheme of an official checkpoint: the name prefixes of its tower, projection and adapter."""
 
     name: str
     required: tuple[str, ...]  # name prefixes that identify the layout; each must match at least one tensor
     tower: str
     projection: str
     adapter: str = "text.text_adaptor."
-    # Tensors that do not affect the embeddings: those of the LLM and of the original CLIP model's text tower.
+    # Tensors that do not affect the embeddings: the LLM and the original CLIP model's text tower.
     ignored: re.Pattern[str] = re.compile(r"text\.text\.")
 
 
@@ -190,7 +190,7 @@ EVA = Layout(
 SIGLIP2 = Layout(name="siglip2", required=("visual.trunk.", "text.text_adaptor."), tower="visual.trunk.", projection="")
 LAYOUTS = (HF, OPENAI, EVA, SIGLIP2)
 
-# Parts of tensor names in an EVA-02 block: timm's name -> name in the EVA-CLIP code.
+# Tensor name components in an EVA-02 block: timm -> EVA-CLIP code.
 _TIMM_TO_EVA = {
     "attn.norm.": "attn.inner_attn_ln.",
     "mlp.norm.": "mlp.ffn_ln.",
@@ -198,7 +198,7 @@ _TIMM_TO_EVA = {
     "mlp.fc1_x.": "mlp.w2.",
     "mlp.fc2.": "mlp.w3.",
 }
-# Parts of tensor names in an OpenAI tower: name in the original CLIP code -> transformers' name.
+# Tensor name components in an OpenAI tower: original CLIP code -> transformers.
 _OPENAI_TO_HF = {
     "text.text_adaptor.": HF.adapter,
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -213,10 +213,10 @@ _OPENAI_TO_HF = {
     ".mlp.c_fc.": ".mlp.fc1.",
     ".mlp.c_proj.": ".mlp.fc2.",
 }
-# Prefix of the adapter's tensor names if the adapter was trained with the LLM in the training loop.
+# Prefix of the tensor names of an adapter that was trained with the LLM in the training loop.
 _ONLINE_ADAPTER = "text.text_proj.text_adaptor."
 # Names in some versions of the LLM2CLIP authors' code -> canonical names. The original EVA-CLIP code stores the query
-# and value biases in the attention module rather than in the linear layers. Some checkpoints contain both forms.
+# and value biases in the attention module instead of the linear layers. Some checkpoints contain both.
 _ALIASES = {
     "attn.q_bias": "attn.q_proj.bias",
     "attn.v_bias": "attn.v_proj.bias",
@@ -227,12 +227,12 @@ _DEFAULT_LOGIT_SCALE = 2.6592  # default of logit_scale_init_value in transforme
 
 @dataclass
 class Checkpoint:
-    """Official checkpoint: tensors with canonical names, and configuration."""
+    """Official checkpoint: configuration, and tensors with canonical names."""
 
     source: str
     layout: Layout
     tensors: dict[str, Tensor]
-    online: bool  # True if the adapter was trained with the LLM in the training loop, not on cached embeddings
+    online: bool  # the adapter was trained with the LLM in the loop instead of on cached embeddings
     config: dict[str, Any]  # contents of config.json
     preprocess: Preprocess | None  # from preprocessor_config.json
 
@@ -240,7 +240,7 @@ class Checkpoint:
     def from_tensors(
         cls, source: str, tensors: Mapping[str, Any], config: dict[str, Any], preprocess: Preprocess | None = None
     ) -> Checkpoint:
-        """Create a checkpoint from a state dict: replace aliases with canonical names and detect the layout."""
+        """Create a checkpoint from a state dict. Replace aliases with canonical names, and detect the layout."""
         if tensors and all(name.startswith("module.") for name in tensors):  # saved from DistributedDataParallel
             tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
         online = any(name.startswith(_ONLINE_ADAPTER) for name in tensors)
@@ -258,7 +258,7 @@ class Checkpoint:
         return tuple(self.tensors[name].shape)
 
     def count_blocks(self, prefix: str) -> int:
-        """Count the distinct block numbers N in tensor names that start with `prefix` + N + "."."""
+        """Count the distinct block numbers N in the tensor names that start with `prefix` + N + "."."""
         pattern = re.compile(rf"{re.escape(prefix)}(\d+)\.")
         matches = [pattern.match(name) for name in self.tensors]
         return len({match[1] for match in matches if match})
@@ -278,7 +278,7 @@ def get_official_name(name: str, layout: Layout, adapter: AdapterConfig) -> str:
 
 
 def compute_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
-    """Compute an official checkpoint's optional buffers: position ids, or the rotary embeddings' cosines and sines."""
+    """Compute an official checkpoint's optional buffers: position ids, or cosines and sines of rotary embeddings."""
     if layout is SIGLIP2:
         return {}
     backbone: Any = model.tower.backbone
@@ -324,7 +324,7 @@ def _rename_openai_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of an "openai" checkpoint to the "hf" names. Some shapes also change:
 
     - `attn.in_proj_weight` of shape (3 * width, width) and `attn.in_proj_bias` of shape (3 * width,) contain the query,
-      key and value projections. Each of these tensors is split into three.
+      key and value projections. Each of them is split into three tensors.
     - `visual.proj` of shape (width, embed_dim) is used as `x @ proj`, so it is transposed for a linear layer.
     """
     renamed: dict[str, Tensor] = {}

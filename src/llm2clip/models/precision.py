@@ -1,11 +1,11 @@
 """Numerical precision: selection for each stage and device, calibration, and encoding in bf16.
 
 In some layers of an LLM, the MLP's output for a few tokens is a thousand times larger than for all other tokens
-(massive activations, arXiv 2402.17762). A token gets a massive activation when its hidden state crosses a threshold.
-In an untuned LLM with bidirectional attention, many tokens are close to the threshold, so small rounding errors of
-earlier layers decide which tokens cross it. In untuned SmolLM2-135M, the minimum cosine similarity between the bf16 and
-fp32 embeddings of 48 captions is 0.984. It is 0.9999 with layers 0 to 11 in fp32, with causal attention, or after
-tuning. The number of initial layers that must stay in fp32 is therefore measured once per encoder.
+(massive activations, arXiv 2402.17762). A token gets a massive activation when its hidden state crosses a threshold. In
+an untuned LLM with bidirectional attention, many tokens are close to the threshold, so small rounding errors in earlier
+layers decide which tokens cross it. For untuned SmolLM2-135M, the minimum cosine similarity between the bf16 and fp32
+embeddings of 48 captions is 0.984. It is 0.9999 with layers 0 to 11 in fp32, with causal attention, or after tuning.
+The number of initial layers that must stay in fp32 is therefore measured once per encoder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llm2clip.models.text.caption_encoder import CaptionEncoder
 
 CALIBRATED = "calibrated"  # stands for the fastest precision that is accurate enough (see `calibrate_precision`)
-# Precision that `auto` selects for each stage if the device has bf16 matmul hardware. Without it, `auto` selects fp32.
+# Precision that `auto` selects for each stage on devices with bf16 matmul hardware. On others, `auto` selects fp32.
 # On CPUs, `align`, `distill` and `evaluate` always run in fp32, so their results do not depend on the CPU. `serve` is
 # the search server. `caption` and `llava` run multimodal LLMs.
 AUTO_PRECISION: dict[Stage, dict[str, str]] = {
@@ -51,7 +51,8 @@ CALIBRATION_CAPTIONS = tuple(
 class Precision(str):
     """Precision of a model: fp32, bf16, fp16, or bf16+N, which is bf16 with the first N layers of the LLM in fp32.
 
-    It is a string, so it can be saved in JSON files. `resolve_precision` returns the precision of a stage.
+    A precision is a string, so that it can be saved in JSON files. `resolve_precision` returns the precision of a
+    stage.
     """
 
     def __new__(cls, name: str) -> Precision:
@@ -68,7 +69,7 @@ class Precision(str):
 
     @property
     def num_fp32_layers(self) -> int:
-        """Number of initial LLM layers in fp32, for a precision other than fp32."""
+        """Number of initial LLM layers in fp32. Undefined for the precision fp32."""
         return int(self.partition("+")[2] or 0)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
@@ -81,7 +82,7 @@ FP32 = Precision("fp32")
 def resolve_precision(
     stage: Stage, setting: str, device: torch.device, calibrate: Callable[[], str] = lambda: "bf16"
 ) -> Precision:
-    """Return the precision in which a stage runs on a device: the setting or, for `auto`, see `AUTO_PRECISION`.
+    """Return the precision in which a stage runs on a device: the setting or, for `auto`, a value of `AUTO_PRECISION`.
 
     `calibrate` returns the precision for stages whose precision is calibrated. Default: bf16, for vision towers and for
     models without a caption encoder.
@@ -97,7 +98,7 @@ def get_auto_precision(stage: Stage, device_type: str, has_bf16: bool) -> str:
 
 
 def has_bf16_hardware(device: torch.device) -> bool:
-    """Return True for NVIDIA GPUs from Ampere onwards, and for CPUs with AMX or AVX-512 bf16 instructions."""
+    """Return True for NVIDIA GPUs since Ampere, and for CPUs with AMX or AVX-512 bf16 instructions."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     get_capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
@@ -107,9 +108,10 @@ def has_bf16_hardware(device: torch.device) -> bool:
 def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = None) -> str:
     """Find the fastest precision that is accurate enough on a device (default: the encoder's device).
 
-    The encoder must have fp32 weights. The result is `bf16` if it is accurate enough, otherwise `bf16+N` with the
-    smallest sufficient N, or `fp32`. Embeddings of the calibration captions must have a cosine similarity of at least
-    0.999 to the fp32 embeddings. If the encoder is on the CPU and the device is a GPU, layers are moved one at a time.
+    The encoder must have fp32 weights. A precision is accurate enough if all embeddings of the calibration captions
+    have a cosine similarity of at least 0.999 to the fp32 embeddings. The result is `bf16`, `bf16+N` with the smallest
+    sufficient N, or `fp32`. If the encoder is on the CPU and the device is a GPU, layers are moved to the GPU one at a
+    time.
     """
     if device is not None and device.type != encoder.device.type:
         with offload_layers(encoder, device):
@@ -135,7 +137,7 @@ def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = N
 
 
 def get_layers(llm: Any) -> nn.ModuleList:
-    """Return the transformer layers of a model without a language-modelling head. Static embeddings have none."""
+    """Return the transformer layers of a model without a language-modelling head. Static embeddings have no layers."""
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding  # takes seconds to import
 
     if isinstance(llm, StaticEmbedding):
@@ -156,7 +158,7 @@ def offload_layers(encoder: CaptionEncoder, device: torch.device) -> Iterator[No
     """Run an encoder from the CPU on `device` inside the `with` block, with one LLM layer on the device at a time."""
     layers = get_layers(encoder.llm)
     set_layers(encoder.llm, nn.ModuleList())
-    encoder.to(device)  # moves all modules except the layers
+    encoder.to(device)  # all modules except the layers
     set_layers(encoder.llm, layers)
     hooks = []
     for layer in layers:
@@ -174,11 +176,11 @@ def offload_layers(encoder: CaptionEncoder, device: torch.device) -> Iterator[No
 
 
 def _move_layer(layer: nn.Module, device: torch.device | str) -> None:
-    layer.to(device)  # without a return value, because the result of a hook would replace inputs or outputs
+    layer.to(device)  # no return value, because a hook's result replaces inputs or outputs
 
 
 def tf32_matmul() -> AbstractContextManager[None]:
-    """Use TF32 for float32 matmuls on NVIDIA GPUs inside the `with` block. Similarities need full precision."""
+    """Use TF32 for float32 matmuls on NVIDIA GPUs inside the `with` block. Do not use it for cosine similarities."""
     return float32_matmul_precision("high") if torch.cuda.is_available() else nullcontext()
 
 
@@ -186,13 +188,13 @@ def cast_linear_weights(llm: nn.Module, precision: Precision) -> None:
     """Cast all weights of a transformers model that are used only in bf16 matmuls to bf16, in place.
 
     Autocast would cast these weights before every matmul anyway, so the embeddings are bit-identical. Norms, token
-    embeddings (also tied ones) and, with bf16+N, the first N layers stay in fp32.
+    embeddings (including tied ones) and, with bf16+N, the first N layers stay in fp32.
     """
     if precision == "fp32":
         return
     fp32_layers = get_layers(llm)[: precision.num_fp32_layers]
     fp32_parameters = {parameter for layer in fp32_layers for parameter in layer.parameters()}
-    # Skip subclasses of Linear, which may use their weights for something other than a matmul.
+    # Skip subclasses of Linear, which may use their weights outside of matmuls.
     linear_layers = [module for module in llm.modules() if type(module) is nn.Linear]
     for module in llm.modules():
         if type(module) is not nn.Linear:
@@ -206,7 +208,7 @@ def cast_linear_weights(llm: nn.Module, precision: Precision) -> None:
 def autocast_llm(llm: Any, device: torch.device, precision: Precision) -> Iterator[None]:
     """Make a transformers model compute in fp32, bf16 or bf16+N inside the `with` block."""
     count = precision.num_fp32_layers
-    # Only bf16+N needs the layers, whose name `get_layers` knows for fewer models than can be encoded.
+    # Layers are looked up only for bf16+N, because `get_layers` does not support all models.
     fp32_layers: Sequence[nn.Module] = list(get_layers(llm))[:count] if count else []
     for layer in fp32_layers:
         layer.forward = torch.autocast(device.type, enabled=False)(layer.forward)

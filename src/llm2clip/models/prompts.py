@@ -1,4 +1,4 @@
-"""Prompt ensembles: a text is inserted into several templates, and the resulting prompts' embeddings are averaged.
+"""Prompt ensembles: each text is inserted into several templates, and the prompts' embeddings are averaged.
 
 Ensembles of templates such as "a photo of a {}" improve zero-shot classification with CLIP (arXiv 2103.00020, section
 3.1.4), because class names and other short texts are unlike the captions that the model was trained on.
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 PLACEHOLDER = "{}"
-# Queries with more words or characters are never inserted into templates.
+# Longer queries are never inserted into templates.
 MAX_TEMPLATE_WORDS, MAX_TEMPLATE_CHARACTERS = 3, 50
 
 
 def check_templates(templates: Sequence[str], name: str = "templates") -> None:
-    """Raise ValueError if a template has no placeholder. `name` is the argument or flag that the message mentions."""
+    """Raise ValueError if a template has no placeholder. `name` is the argument or flag to name in the message."""
     for n, template in enumerate(templates):
         if PLACEHOLDER not in template:
             raise ValueError(
@@ -32,7 +32,7 @@ class QueryTemplates:
     """Prompt templates for short queries. Longer queries are encoded unchanged."""
 
     templates: tuple[str, ...] = ()  # such as "a photo of a {}"
-    max_words: int = MAX_TEMPLATE_WORDS  # maximum number of words of a short query
+    max_words: int = MAX_TEMPLATE_WORDS  # maximum number of words in a short query
 
     def __post_init__(self) -> None:
         check_templates(self.templates)
@@ -56,7 +56,7 @@ NO_TEMPLATES = QueryTemplates()  # all queries are encoded unchanged
 
 
 def fill_templates(texts: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Insert every text into every template. The prompts of each text are adjacent and in template order."""
+    """Insert every text into every template. The prompts of each text are adjacent, in the order of the templates."""
     return [template.replace(PLACEHOLDER, text) for text in texts for template in templates]
 
 
@@ -70,7 +70,7 @@ def average_prompts(prompts: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     """Return the mean prompt embedding of each of N texts (arXiv 2103.00020), float32 of shape (N, D).
 
     The prompt embeddings, of shape (P, D), are L2-normalised before averaging, and their mean is L2-normalised again.
-    The prompts of each text are adjacent, and `counts` contains their numbers, all at least 1.
+    The prompts of each text are adjacent. `counts` contains the number of prompts of each text, at least 1.
     """
     starts = np.cumsum([0, *counts])[:-1]
     return normalize(np.add.reduceat(normalize(prompts), starts, axis=0))
@@ -90,8 +90,7 @@ def is_short_text(text: str, max_words: int = MAX_TEMPLATE_WORDS) -> bool:
 def build_query_prompts(texts: Sequence[str], templates: QueryTemplates) -> tuple[list[str], list[int]]:
     """Return the prompts of all search queries, and the number of prompts for each query (see `average_prompts`).
 
-    A short query's prompts are the query itself and the filled templates. A longer query's only prompt is the query
-    itself.
+    The prompts of a short query are the query itself and the filled templates. A longer query is its own only prompt.
     """
     groups = []
     for text in texts:

@@ -1,4 +1,4 @@
-"""Published caption encoders: those of the LLM2CLIP authors, LLMs with LoRA adapters in PEFT format, and NV-Embed-v2.
+"""Published caption encoders: the LLM2CLIP authors' encoders, LLMs with PEFT LoRA adapters, and NV-Embed-v2.
 
 A checkpoint's text adapter works only with the encoder it was trained with. Two encoders have the same embedding size
 (4096), so the encoder is inferred from the vision tower and the checkpoint's name.
@@ -37,11 +37,11 @@ LLAMA_3_2_1B = "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned"
 LLAMA_3_1_8B = "microsoft/LLM2CLIP-Llama3.1-8B-siglip2-so400m-patch14-224/LLM2CLIP-Llama-3.1-8B"
 PUBLISHED_ENCODERS = {LLAMA_3_8B: 4096, LLAMA_3_1_8B: 4096, LLAMA_3_2_1B: 2048}  # embedding sizes
 
-# Template used to tune these caption encoders. The encoders' folders do not contain it.
+# Template that these caption encoders were tuned with. Their folders do not contain it.
 TEMPLATE = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
 TEMPLATE_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
-# Pattern for checkpoint names -> encoder these checkpoints were trained with. The first match is used.
+# Pattern for checkpoint names -> encoder that the checkpoints were trained with. The first match is used.
 _CHECKPOINT_NAMES = {
     re.compile(r"llama-?3[._]1", re.IGNORECASE): LLAMA_3_1_8B,
     re.compile(r"llama-?3-8b|LLM2CLIP-(openai|eva02)-", re.IGNORECASE): LLAMA_3_8B,
@@ -54,7 +54,7 @@ _HUB_PATH = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?")  # OWNER/NAME or OW
 # NV-Embed-v2
 _LLM_PREFIX = "embedding_model."
 _POOLING_PREFIX = "latent_attention_model."
-_ROTARY_BUFFER = "rotary_emb.inv_freq"  # not loaded, because transformers computes it from the config
+_ROTARY_BUFFER = "rotary_emb.inv_freq"  # skipped, because transformers computes it from the config
 # Module name in NV-Embed-v2 (without `_POOLING_PREFIX`) -> name in LatentAttentionPooling.
 _POOLING_NAMES = {
     "cross_attend_blocks.0.norm": "norm",
@@ -66,7 +66,7 @@ _POOLING_NAMES = {
     "cross_attend_blocks.1.fn.net.0": "mlp_in",
     "cross_attend_blocks.1.fn.net.2": "mlp_out",
 }
-# LLM config entries that determine the architecture. All other entries affect only text generation.
+# LLM config entries that determine the architecture. The others affect only text generation.
 _LLM_SETTINGS = (
     "vocab_size",
     "hidden_size",
@@ -82,9 +82,9 @@ _LLM_SETTINGS = (
 
 
 def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -> list[str]:
-    """Return the published caption encoders that a checkpoint whose adapter has input size `text_dim` may need.
+    """Return the published caption encoders that a checkpoint with an adapter input size of `text_dim` may need.
 
-    If the checkpoint cannot be identified, these are all published encoders with this embedding size (possibly none).
+    For an unknown checkpoint, return all published encoders with this embedding size (possibly none).
     """
     candidates = [name for name, size in PUBLISHED_ENCODERS.items() if size == text_dim]
     if len(candidates) < 2:
@@ -98,7 +98,7 @@ def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -
 
 
 def find_published_template(path: str | Path) -> str | None:
-    """Return the template of the LLMs released with LLM2CLIP for plain LLMs with Llama 3's special tokens, or None."""
+    """Return the template of the LLMs released with LLM2CLIP for a plain Llama 3 LLM, or None for other models."""
     from transformers import AutoTokenizer
 
     if (Path(path) / "text" / "modules.json").is_file() or str(path).endswith(".gguf"):
@@ -148,9 +148,9 @@ def _merge_adapter(encoder: CaptionEncoder, folder: Path) -> None:
     config: Any = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{folder} is a {config.peft_type} adapter; only LoRA adapters can be merged")
-    config.task_type = None  # the task type for causal LMs requires an LM head, which this LLM does not have
+    config.task_type = None  # the causal LM task type requires an LM head, which this LLM lacks
     weights = load_peft_weights(str(folder), device="cpu")
-    head_prefix = "base_model.model.model."  # of adapters that were trained on a model with an LM head
+    head_prefix = "base_model.model.model."  # prefix in adapters that were trained on a model with an LM head
     if all(name.startswith(head_prefix) for name in weights):
         weights = {name.replace(head_prefix, "base_model.model.", 1): tensor for name, tensor in weights.items()}
     model = get_peft_model(encoder.llm, config)
@@ -170,7 +170,7 @@ def _merge_adapter(encoder: CaptionEncoder, folder: Path) -> None:
 
 
 def _resolve_adapter_chain(sources: Sequence[str | Path]) -> tuple[str, list[Path]]:
-    """Return the base LLM and the adapter folders in the order in which they must be merged."""
+    """Return the base LLM and the adapter folders in merge order."""
     base = None
     if len(sources) > 1 and find_adapter(sources[0]) is None:
         base, sources = str(sources[0]), sources[1:]
@@ -205,7 +205,6 @@ def _read_llm2vec_settings(adapter: Path) -> dict[str, Any]:
 
 
 def _download_adapter(source: str) -> Path | None:
-    """Download an adapter from the hub. Return None if it does not exist or the hub cannot be reached."""
     match = _HUB_PATH.fullmatch(source)
     if match is None or Path(source).exists():
         return None
@@ -254,7 +253,6 @@ def load_nv_embed(source: str | Path) -> CaptionEncoder:
 
 
 def _split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the tensors of the LLM and of the pooling layer, with llm2clip's names."""
     llm: dict[str, Tensor] = {}
     pooling: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -292,7 +290,7 @@ def _load_llm(source: str | Path, tensors: dict[str, Tensor], settings: Mapping[
         config.save_pretrained(folder)
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
         _load_tokenizer(source).save_pretrained(folder)
-        tensors.clear()  # free this memory before the LLM is loaded again
+        tensors.clear()  # free the memory before the LLM is loaded again
         del model
         return CaptionEncoder.from_pretrained(folder, device="cpu")
 

@@ -1,15 +1,15 @@
 """Text encoder of a saved model as an ONNX graph, which encodes search queries without PyTorch.
 
-PyTorch and transformers take seconds to import, ONNX Runtime and tokenizers a fifth of a second. A search uses the
-graph instead of the model under these conditions:
+PyTorch and transformers take seconds to import, but ONNX Runtime and tokenizers only a fifth of a second. A search uses
+the graph instead of the model under these conditions:
 
 - The query has no images, and neither a device nor a precision was requested.
 - The model is a local llm2clip model whose text encoder has at most MAX_TEXT_BYTES and can be exported.
 - The graph is in the user's cache folder. `llm2clip index` saves it if the packages of the `onnx` extra are installed.
 
-A graph is stored with the sizes and times of all files of the model that affect text embeddings or fingerprints, so it
-is not used once the model has changed. It is also stored with the identities of the model's parts, so an index accepts
-or rejects a graph exactly like the model. Embeddings differ by at most MAX_DIFFERENCE from PyTorch's in float32.
+A graph is stored with the sizes and modification times of all model files that affect text embeddings or fingerprints,
+so an outdated graph is never used. It is also stored with the identities of the model's parts, so an index accepts or
+rejects the graph exactly like the model. In float32, its embeddings differ from PyTorch's by at most MAX_DIFFERENCE.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from llm2clip.models.prompts import QueryTemplates, normalize
 if TYPE_CHECKING:
     from llm2clip.models.dual_encoder import DualEncoder
 
-FORMAT_VERSION = 1  # increase it if the graph's files, the export or the identities of parts change
-MAX_TEXT_BYTES = 300_000_000  # of the text encoder's weights; larger encoders take minutes to export
-TEXTS_PER_BATCH = 16  # all are padded to the longest, so large batches take gigabytes
-MAX_DIFFERENCE = 1e-4  # of an element of an embedding
+FORMAT_VERSION = 1  # increase it if the files, the export or the identities change
+MAX_TEXT_BYTES = 300_000_000  # size limit of the text encoder's weights; larger encoders take minutes to export
+TEXTS_PER_BATCH = 16  # all texts are padded to the longest one, so large batches take gigabytes
+MAX_DIFFERENCE = 1e-4  # maximum absolute difference between embedding values
 CHECKED_TEXTS = ("dog", " two words\n", "Two children in red jackets are playing in the snow.", "一只猫", "a b " * 600)
 
 
 @dataclass(frozen=True)
 class TextGraph:
-    """The part of a `DualEncoder` that encodes texts, with attributes and methods of the same names.
+    """Text encoder with the same attributes and methods as a `DualEncoder`.
 
     Attributes:
         identities: `DualEncoder.part_identities()` of the model.
@@ -82,15 +82,15 @@ class TextGraph:
 
 
 def open_text_graph(name: str) -> TextGraph | None:
-    """Return the graph of a model's text encoder, or None if there is no graph for the model in its current state."""
+    """Return the graph of a model's text encoder, or None if no graph matches the current model files."""
     settings = _read_settings(name)
     return None if settings is None else _try_load_graph(name, settings)
 
 
 def save_text_graph(model: DualEncoder) -> None:
-    """Save the graph of a model's text encoder, unless there is one or the encoder is not suitable.
+    """Save the graph of a model's text encoder, unless a graph exists or the encoder is unsuitable.
 
-    If the encoder cannot be exported, its error is printed, and saved so that the export is not repeated.
+    If the export fails, the error is printed, and saved so that the export is not repeated.
     """
     name = model.name
     weights = [file.stat().st_size for file in Path(name, "text").rglob("*.safetensors")]
@@ -100,8 +100,8 @@ def save_text_graph(model: DualEncoder) -> None:
     if settings is not None and ("error" in settings or _try_load_graph(name, settings) is not None):
         return
     try:
-        folder = _get_folder(name)
-    except RuntimeError:  # the user has no home folder
+        folder = _get_graph_folder(name)
+    except RuntimeError:  # no home folder
         return
     print("Exporting the text encoder, which makes searches with this model faster...", flush=True)
     try:
@@ -120,29 +120,28 @@ def save_text_graph(model: DualEncoder) -> None:
 
 
 def _remove_old_graphs(folder: Path) -> None:
-    """Remove the graphs of models that no longer exist."""
     for file in folder.glob("*/graph.json"):
         with suppress(OSError, ValueError, KeyError):
             if not Path(read_json_object(file)["model"]).exists():
                 remove_path(file.parent)
 
 
-def _get_folder(name: str) -> Path:
+def _get_graph_folder(name: str) -> Path:
     source = Path(name).resolve()
     return get_cache_dir() / "text_graphs" / f"{source.name}-{hash_text(str(source))[:12]}"
 
 
 def _read_settings(name: str) -> dict[str, Any] | None:
-    """Return the settings of a saved graph, or None if there are none for the model in its current state."""
-    with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: the user has no home folder
-        settings = read_json_object(_get_folder(name) / "graph.json")
+    """Return the settings of a saved graph, or None if no graph matches the current model files."""
+    with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: no home folder
+        settings = read_json_object(_get_graph_folder(name) / "graph.json")
         if settings.items() >= _describe_files(name).items():
             return settings
     return None
 
 
 def _describe_files(name: str) -> dict[str, Any]:
-    """Return what must be equal for a graph to be used: its format and the state of the model's files."""
+    """Return the properties that a graph must match: the graph format and the state of the model's files."""
     root = Path(name).resolve()
     files = [root / "config.json", root / "model.safetensors"]
     files += sorted(file for file in (root / "text").rglob("*") if file.is_file())
@@ -155,8 +154,8 @@ def _describe_files(name: str) -> dict[str, Any]:
 
 def _try_load_graph(name: str, settings: dict[str, Any]) -> TextGraph | None:
     if "error" not in settings:
-        with suppress(Exception):  # the exceptions of onnxruntime and tokenizers have no common base class
-            return _load_graph(name, _get_folder(name), settings)
+        with suppress(Exception):  # onnxruntime and tokenizers have no common exception class
+            return _load_graph(name, _get_graph_folder(name), settings)
     return None
 
 
@@ -168,7 +167,7 @@ def _load_graph(name: str, folder: Path, settings: dict[str, Any]) -> TextGraph:
     tokenizer.enable_padding(pad_id=settings["pad_id"], pad_token="")
     tokenizer.enable_truncation(settings["max_length"])
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # a query is too short for more threads, which would only wait actively
+    options.intra_op_num_threads = 1  # a query is too short for several threads, which would only busy-wait
     return TextGraph(
         name=name,
         embed_dim=settings["embed_dim"],
@@ -200,6 +199,6 @@ def _export_graph(model: DualEncoder, folder: Path) -> dict[str, Any]:
     graph = _load_graph(model.name, folder, json.loads(json.dumps(settings)))
     expected = source.encode_text(CHECKED_TEXTS).numpy()
     difference = float(np.abs(graph.encode_texts(CHECKED_TEXTS) - expected).max())
-    if not difference <= MAX_DIFFERENCE:  # this form also catches NaN
+    if not difference <= MAX_DIFFERENCE:  # `not <=` also catches NaN
         raise ValueError(f"the graph's embeddings differ from PyTorch's by {difference:g}")
     return settings

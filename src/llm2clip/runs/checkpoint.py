@@ -10,7 +10,7 @@ number of images or pairs per step.
                                 weight (optimizer/WEIGHT/KEY)
     state.json                  learning rate schedule and gradient scaler
 
-The files do not depend on FSDP either: tensors are unsharded and stored under their parameter names. Checkpoints use
+The files do not depend on FSDP: tensors are unsharded and stored under their parameter names. Checkpoints use
 safetensors and JSON because, unlike pickle, these formats cannot execute code when they are loaded.
 """
 
@@ -45,7 +45,7 @@ from llm2clip.runs.ranks import distribute_like, full_tensor, print_once, proces
 
 FORMAT_VERSION = 1  # version of the checkpoint format
 TENSOR_FILE, JSON_FILE = "state-{}.safetensors", "state.json"
-MAX_FILE_BYTES = 4 * 2**30  # maximum file size; also limits the unsharded tensors in the main process's memory
+MAX_FILE_BYTES = 4 * 2**30  # maximum file size, and maximum size of the unsharded tensors in the main process's memory
 
 
 class Checkpoints:
@@ -59,16 +59,16 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         """Find the checkpoint to resume from and remove incomplete checkpoints.
 
-        If a complete checkpoint has been damaged, for example by a power failure, it is renamed to
-        checkpoint-N.damaged, and training resumes from the previous checkpoint.
+        If a complete checkpoint is corrupt, for example after a power failure, it is renamed to checkpoint-N.damaged,
+        and training resumes from the previous checkpoint.
 
         Raises:
             ValueError: The latest checkpoint has a different format version or is not visible on this rank, or all
-                checkpoints are damaged.
+                checkpoints are corrupt.
         """
         self.folder = folder
         state = process_state()
-        latest, error = _find_undamaged_checkpoint(folder) if state.is_main_process else (None, "")
+        latest, error = _find_intact_checkpoint(folder) if state.is_main_process else (None, "")
         if state.num_processes > 1:
             latest, error = broadcast_object_list([latest, error])
         if error:
@@ -77,7 +77,7 @@ class Checkpoints:
         self._signature: dict[str, Any] = {}
         if latest is not None:
             if not (latest / COMPLETE_MARKER).exists():
-                raise ValueError(f"{latest} is not visible on all ranks: put the run directory on a shared disk")
+                raise ValueError(f"{latest} is not visible on all ranks. Put the run directory on a shared disk")
             self._marker = json.loads((latest / COMPLETE_MARKER).read_text())
             advice = f"Delete {folder} to start this stage over"
             check_format_version(latest / COMPLETE_MARKER, self._marker.get("format_version"), FORMAT_VERSION, advice)
@@ -87,7 +87,7 @@ class Checkpoints:
     def get_saved_items_per_step(self, name: str) -> int | None:
         """Return the resumed run's items per step over all ranks. Print a message if the number of ranks has changed.
 
-        Return None if there is no checkpoint. `name` is the key of this number in the signature.
+        Return None if there is no checkpoint. `name` is the signature key of the number of items.
 
         Raises:
             ValueError: The number of items per step is not divisible by the number of ranks.
@@ -150,7 +150,7 @@ class Checkpoints:
 class TrainingLog(TrainerCallback):
     """Callback for transformers' Trainer that writes metrics, stops on non-finite values and commits checkpoints.
 
-    It also shows a progress bar, in place of the Trainer's own callbacks, which print a dict every few steps.
+    It also shows a progress bar. It replaces the Trainer's own callbacks, which print a dict every few steps.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class TrainingLog(TrainerCallback):
         Args:
             metrics: JSONL file to which the main process writes metrics.
             description: Label of the progress bar.
-            advice: Appended to the error message if the loss or gradient norm is not finite.
+            advice: Text to append to the error message if the loss or gradient norm is not finite.
             log_summary: Also write the Trainer's final summary (run time, mean loss).
         """
         self.checkpoints, self.description = checkpoints, description
@@ -180,7 +180,7 @@ class TrainingLog(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         logs = logs or {}
-        # In fp16, a non-finite gradient norm is not an error, because the gradient scaler skips such steps.
+        # In fp16, a non-finite gradient norm is not an error: the gradient scaler skips such steps.
         for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
             raise_if_not_finite(name, logs.get(name, 0.0), state.global_step, self.checkpoints, self.advice)
         if self.log is not None and ("loss" in logs or self.log_summary):
@@ -206,7 +206,7 @@ def raise_if_not_finite(name: str, value: float, step: int, checkpoints: Checkpo
 
 
 def hash_texts(texts: Iterable[str]) -> str:
-    """Return a hash of the texts as 16 hexadecimal digits. It depends on the order of the texts."""
+    """Return an order-dependent hash of the texts as 16 hexadecimal digits."""
     total = hashlib.sha256()
     for text in texts:
         total.update(hashlib.sha256(text.encode(errors="surrogateescape")).digest())
@@ -227,10 +227,10 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
     )
 
 
-def _find_undamaged_checkpoint(folder: Path) -> tuple[Path | None, str]:
-    """Return the latest undamaged checkpoint, and an error message if all checkpoints are damaged.
+def _find_intact_checkpoint(folder: Path) -> tuple[Path | None, str]:
+    """Return the latest intact checkpoint, and an error message if all checkpoints are corrupt.
 
-    Remove incomplete checkpoints. Rename damaged checkpoints that are later than the returned one.
+    Remove incomplete checkpoints. Rename corrupt checkpoints that are later than the returned one.
     """
     damages: dict[Path, str] = {}
     latest = None
@@ -238,14 +238,14 @@ def _find_undamaged_checkpoint(folder: Path) -> tuple[Path | None, str]:
         if not (checkpoint / COMPLETE_MARKER).exists():
             shutil.rmtree(checkpoint)
         elif latest is None:
-            if damage := _describe_damage(checkpoint):
+            if damage := _describe_corruption(checkpoint):
                 damages[checkpoint] = damage
             else:
                 latest = checkpoint
     if damages and latest is None:
         details = "; ".join(f"{checkpoint.name}: {damage}" for checkpoint, damage in damages.items())
         return None, (
-            f"All checkpoints in {folder} are damaged ({details}). Restore them from a backup, or delete {folder} to "
+            f"All checkpoints in {folder} are corrupt ({details}). Restore them from a backup, or delete {folder} to "
             "start this stage over"
         )
     for checkpoint, damage in damages.items():
@@ -253,14 +253,14 @@ def _find_undamaged_checkpoint(folder: Path) -> tuple[Path | None, str]:
         shutil.rmtree(new_path, ignore_errors=True)
         checkpoint.rename(new_path)
         print_once(
-            f"{checkpoint} is damaged ({damage}) and has been renamed to {new_path.name}. Resuming from {latest} "
+            f"{checkpoint} is corrupt ({damage}) and has been renamed to {new_path.name}. Resuming from {latest} "
             "instead"
         )
     return latest, ""
 
 
-def _describe_damage(checkpoint: Path) -> str:
-    """Describe the first damaged file of a complete checkpoint. Return "" if no file is damaged."""
+def _describe_corruption(checkpoint: Path) -> str:
+    """Describe the first corrupt file of a complete checkpoint. Return "" if all files are intact."""
     try:
         marker = json.loads((checkpoint / COMPLETE_MARKER).read_text())
     except ValueError:
@@ -313,9 +313,9 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     """Load a state saved by `save_training_state`. The number of ranks may differ. Must be called by all ranks.
 
     Raises:
-        ValueError: The saved weights do not match the weights that this run trains.
+        ValueError: The saved weights are not exactly the weights that this run trains.
     """
-    file_of: dict[str, Any] = {}  # name of each saved tensor -> the file that contains it
+    file_of: dict[str, Any] = {}  # tensor name -> file that contains the tensor
     for path in folder.glob(TENSOR_FILE.format("*")):
         file = safe_open(path, framework="pt")
         file_of.update(dict.fromkeys(file.keys(), file))
@@ -328,7 +328,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     for name, weight in weights.items():
         weight.copy_(distribute_like(weight, file_of[name].get_tensor(name)))
 
-    # In the optimizer's state dict, parameters are numbered in the order of the parameter groups.
+    # The optimizer's state dict numbers parameters in the order of the parameter groups.
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
@@ -337,7 +337,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
         values: dict[str, Tensor] = {}
         for name in sorted(name for name in file_of if name.startswith(prefix)):  # same order on all ranks
             value, key = file_of[name].get_tensor(name), name.removeprefix(prefix)
-            # All values except the step have the parameter's shape and are sharded in the same way.
+            # All values except the step have the parameter's shape and sharding.
             values[key] = value if key == "step" else distribute_like(parameter, value)
         if values:  # a parameter without a gradient has no state
             states[number] = values
@@ -354,8 +354,8 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
 class TrainingStateMixin:
     """Mixin for transformers' Trainer that saves the training state with `save_training_state`.
 
-    The Trainer alone would also save frozen weights and would pickle the state of sharded models. All other checkpoint
-    files are still written by the Trainer, which loads them as JSON or with `weights_only`.
+    The Trainer itself would also save frozen weights, and would pickle the state of sharded models. All other
+    checkpoint files are still written by the Trainer, which loads them as JSON or with `weights_only`.
     """
 
     args: Any
@@ -369,10 +369,10 @@ class TrainingStateMixin:
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Do nothing. `_save_optimizer_and_scheduler` also saves the weights."""
+        """Do nothing: `_save_optimizer_and_scheduler` also saves the weights."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Do nothing. `_load_optimizer_and_scheduler` also loads the weights."""
+        """Do nothing: `_load_optimizer_and_scheduler` also loads the weights."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_training_state(Path(output_dir), self.model, self.optimizer, self.lr_scheduler)

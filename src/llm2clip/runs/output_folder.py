@@ -1,4 +1,4 @@
-"""Output folders: format versions, locks, and the config, metrics and list of checkpoints of a run.
+"""Output folders: format versions, locks, and a run's config, metrics and list of checkpoints.
 
 Folders with an unsupported format version are rejected. Only one command can write to a folder at a time. A resumed run
 must have the settings that are saved in its run directory.
@@ -22,13 +22,13 @@ from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, explain_wri
 
 CONFIG_FILE = "config.yaml"  # all settings of a run
 CHECKPOINT_PREFIX = "checkpoint-"  # same prefix as in transformers' Trainer
-COMPLETE_MARKER = "complete"  # name of the file in a checkpoint that marks it as complete
-TAIL_BYTES = 1 << 14  # read from the end of a metrics file to find the latest metrics
-MAX_CHECKPOINTS = 2  # number of checkpoints to keep; older ones are removed
+COMPLETE_MARKER = "complete"  # file that marks a checkpoint as complete
+TAIL_BYTES = 1 << 14  # bytes read from the end of a metrics file to find the latest metrics
+MAX_CHECKPOINTS = 2  # older checkpoints are removed
 ENCODER_CHOICE_FILE = "encoder_choice.json"  # written by `fit --encoder.path auto`
-RUN_LOCK = ".run.lock"  # held during all stages of a run; an embedding store also has its own lock
+RUN_LOCK = ".run.lock"  # held during all stages of a run; embedding stores have an additional lock
 
-# Kind of folder whose files look like data -> glob patterns. A folder of this kind contains matches for all patterns.
+# Kind of folder whose files look like data -> glob patterns that all have matches in such a folder.
 _NOT_DATA = {
     "a run directory": (CONFIG_FILE, "skipped.jsonl"),
     "an embedding store": ("manifest.json", "keys-*.parquet"),
@@ -36,13 +36,13 @@ _NOT_DATA = {
 
 
 class FormatVersionError(ValueError):
-    """A file was written by a version of llm2clip that uses a different file format."""
+    """Raised when a file was written by a version of llm2clip that uses a different file format."""
 
 
 def check_format_version(path: str | Path, version: Any, supported: int, advice: str) -> None:
     """Raise FormatVersionError if the format version that a file states is not `supported`.
 
-    `advice` says how to replace a file of an older version, for the error message.
+    `advice` is the part of the error message that explains how to replace a file of an older version.
     """
     if version == supported:
         return
@@ -55,7 +55,7 @@ def check_format_version(path: str | Path, version: Any, supported: int, advice:
 
 
 def describe_output_folder(names: Collection[str]) -> str | None:
-    """Describe the llm2clip output folder that has files with these names, or return None if it may contain data."""
+    """Describe the llm2clip output folder that contains these files. Return None if the folder may contain data."""
     for description, patterns in _NOT_DATA.items():
         if all(fnmatch.filter(names, pattern) for pattern in patterns):
             return description
@@ -66,15 +66,15 @@ def describe_output_folder(names: Collection[str]) -> str | None:
 
 
 class FolderInUseError(ValueError):
-    """Another run is writing to a folder."""
+    """Raised when another run is writing to a folder."""
 
 
 @contextmanager
 def folder_lock(folder: Path, name: str = ".lock", timeout: float = 0) -> Iterator[None]:
     """Hold a lock on a folder. The operating system releases it when the process ends, even if the process is killed.
 
-    The folder is created if needed. Do nothing on file systems that do not support locks. Wait up to `timeout` seconds
-    for another run, or without a limit if `timeout` is negative.
+    The folder is created if needed. On file systems without locks, do nothing. Wait up to `timeout` seconds for another
+    run, or without a limit if `timeout` is negative.
 
     Raises:
         FolderInUseError: Another run holds the lock.
@@ -100,12 +100,12 @@ def folder_lock(folder: Path, name: str = ".lock", timeout: float = 0) -> Iterat
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the lock of a run directory on the main process. Acquire it before the run writes any files.
+    """Hold the lock of a run directory on the main process. It must be acquired before the run writes any files.
 
     Raises:
         FolderInUseError: Another run holds the lock.
     """
-    from llm2clip.runs.ranks import process_state  # imports torch, which would slow down the start of every command
+    from llm2clip.runs.ranks import process_state  # imports torch, which takes seconds
 
     with folder_lock(run_dir, RUN_LOCK) if process_state().is_main_process else nullcontext():
         yield
@@ -113,23 +113,23 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
 # ---- config of a run -------------------------------------------------------------------------------------------------
 
-# Section of a run's config -> command. The first of these sections that a config contains determines the command.
+# Section of a run's config -> command. The first section that a config contains determines the command.
 RUN_COMMANDS = {"llava": "llava", "distill": "distill", "embed": "fit", "align": "align", "tune": "tune"}
 # `align` settings may be changed until the run directory contains one of these files or folders.
 ALIGN_OUTPUTS = ("align/checkpoints", "checkpoints", "model")
-# Patterns of the names of files and folders in a run directory that do not count as outputs.
+# Name patterns of files and folders in a run directory that do not count as outputs.
 _NOT_OUTPUTS = (CONFIG_FILE, "skipped*.jsonl", "data", "captions.jsonl*", "captions_*", ".*")
 
 
 class ConfigChangedError(ValueError):
-    """The run directory was created with a different config."""
+    """Raised when the run directory was created with a different config."""
 
 
 def save_or_check_config(config: dict[str, Any], run_dir: Path) -> None:
     """Save the config of a run in its run directory. If the run is resumed, check the config first.
 
-    If the run directory already contains outputs, the config must match the saved one, except that `align` settings may
-    be changed until the `align` stage has written outputs. Dataclasses in `config` are converted to dicts.
+    If the run directory already contains outputs, the config must match the saved config, except that `align` settings
+    may be changed until the `align` stage has written outputs. Dataclasses in `config` are converted to dicts.
 
     Raises:
         ConfigChangedError: The saved config is different. The message lists the differences.
@@ -151,7 +151,7 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path) -> None:
 
 
 def has_outputs(run_dir: Path) -> bool:
-    """Return True if a run directory has a config and outputs. Captions and record tables do not count as outputs."""
+    """Return True if a run directory has a config and outputs. Captions and record tables are not outputs."""
     if not (run_dir / CONFIG_FILE).exists():
         return False
     names = (path.name for path in run_dir.iterdir())
@@ -161,7 +161,7 @@ def has_outputs(run_dir: Path) -> bool:
 def to_plain_types(value: Any) -> Any:
     """Convert dataclasses, tuples, paths and the command line's restricted number types to plain types for YAML.
 
-    Secrets are removed from URLs, because they would be saved with the settings.
+    Credentials are removed from URLs, so that they are not saved with the settings.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return to_plain_types(dataclasses.asdict(value))
@@ -190,7 +190,7 @@ def _find_differences(saved: Any, new: Any, name: str = "") -> list[tuple[str, A
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the complete checkpoint with the highest step, or None if there is no complete checkpoint."""
+    """Return the complete checkpoint with the highest step, or None if there is none."""
     complete = [path for path in list_checkpoints(folder) if (path / COMPLETE_MARKER).exists()]
     return complete[-1] if complete else None
 
@@ -209,7 +209,7 @@ class MetricsLog:
     """JSONL file of metrics, with one object per line. Each object has a `step` field."""
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """Prepare the file for appending. Drop lines for steps after `resume_step`, since these steps are repeated."""
+        """Prepare the file for appending. Drop the lines for steps after `resume_step`, which are repeated."""
         self.path = path
         lines = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
         atomic_write_jsonl(path, lines)
@@ -220,7 +220,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:
-    """Read the lines of a metrics file, or only those at its end. Ignore damaged lines, as after a killed process."""
+    """Read the lines of a metrics file, or only the lines at its end. Ignore lines truncated by a killed process."""
     if not path.is_file():
         return []
     with path.open("rb") as file:
@@ -236,5 +236,5 @@ def read_metrics(path: Path, tail_bytes: int | None = None) -> list[dict[str, An
 
 
 def read_latest_metrics(path: Path) -> dict[str, Any]:
-    """Return the latest value of each metric, from the end of a metrics file. Return {} if the file has no metrics."""
+    """Return the latest value of each metric at the end of a metrics file, or {} if the file has no metrics."""
     return {name: value for line in read_metrics(path, TAIL_BYTES) for name, value in line.items()}

@@ -1,4 +1,4 @@
-"""Distributed runs: ranks, barriers, collective operations, mixed precision and models sharded with FSDP2."""
+"""Distributed training: ranks, barriers, collective operations, mixed precision and FSDP2 sharding."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ PEER_FAILED = (
     "Another process exited, was killed or is not responding. The first error in the output of all processes shows the "
     "cause. Run the same command again to resume"
 )
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # after this time, a collective operation with a missing rank fails
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # collective operations fail if a rank is missing for this long
 WAIT_TIMEOUT = timedelta(days=1)  # maximum time that `wait_for_everyone` waits
 
 
@@ -39,8 +39,8 @@ def process_state() -> PartialState:
 def wait_for_everyone() -> None:
     """Wait until all ranks have called this function, for example while the main process evaluates the model.
 
-    The barrier uses Gloo, which fails immediately if another rank exits or is killed, because the connection to this
-    rank closes. NCCL would fail only after a timeout, so the timeout would have to be short.
+    The barrier uses Gloo, which fails immediately if another rank exits or is killed, because its connection closes.
+    NCCL would fail only after a timeout, which would have to be short.
 
     Raises:
         RuntimeError: Another rank exited, or did not call this function within `WAIT_TIMEOUT`.
@@ -57,12 +57,12 @@ def wait_for_everyone() -> None:
 
 @lru_cache(maxsize=1)
 def _get_gloo_group(world: Any) -> dist.ProcessGroup:
-    """Return a Gloo group of all ranks in `world`, the default group. The first call must be made by all ranks."""
+    """Return a Gloo group of all ranks in the default group `world`. All ranks must make the first call."""
     return dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
 
 
 def is_distributed() -> bool:
-    """Return True if this process is a member of an initialised process group."""
+    """Return True if this process belongs to an initialised process group."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -73,7 +73,7 @@ def print_once(*lines: str) -> None:
 
 
 def load_or_compute_json(file: Path, compute: Callable[[], Any]) -> Any:
-    """Return the contents of a JSON file. If the file does not exist, the main process computes and writes it first."""
+    """Load a JSON file. If it does not exist, the main process computes and writes its contents first."""
     state = process_state()
     if state.is_main_process and not file.exists():
         atomic_write_text(file, json.dumps(compute(), indent=1))
@@ -82,7 +82,7 @@ def load_or_compute_json(file: Path, compute: Callable[[], Any]) -> Any:
 
 
 def shut_down_process_group() -> None:
-    """Wait for all ranks, then destroy the process group. A rank that exits early could make others fail."""
+    """Wait for all ranks, then destroy the process group. A rank that exits early could make other ranks fail."""
     if is_distributed():
         wait_for_everyone()
         _get_gloo_group.cache_clear()
@@ -95,8 +95,8 @@ def shut_down_process_group() -> None:
 class RaggedGather:
     """All-gather for tensors whose number of rows may differ between ranks.
 
-    Each rank pads its tensor to the largest number of rows on any rank, and the padding is removed after the gather. In
-    a single process, tensors are returned unchanged. `offset` is the index of this rank's first row among all rows.
+    Each rank pads its tensor to the maximum number of rows on any rank, and the padding is removed after the gather. In
+    a single process, tensors are returned unchanged. `offset` is the global index of this rank's first row.
     """
 
     def __init__(self, local_size: int, device: torch.device, gather: bool = True) -> None:
@@ -158,7 +158,7 @@ def max_over_ranks(value: int, device: torch.device) -> int:
 
 # ---- mixed precision and FSDP ----------------------------------------------------------------------------------------
 
-# With `accelerate launch --use_fsdp --fsdp_version 2`, Accelerate shards the weights. Every forward pass then gathers
+# With `accelerate launch --use_fsdp --fsdp_version 2`, Accelerate shards the weights. Every forward pass gathers
 # weights from all ranks, so all ranks must run the same number of forward passes. Each rank has only a shard of each
 # parameter, so parameters must be gathered before they are saved.
 
@@ -184,7 +184,7 @@ def set_fsdp_wrap_policy(layers: Sequence[nn.Module]) -> None:
 
 
 def set_mixed_precision(precision: str) -> str:
-    """Set Accelerate's mixed precision to fp32, bf16 or fp16, and return Accelerate's name for this precision.
+    """Set Accelerate's mixed precision to fp32, bf16 or fp16. Return Accelerate's name for this precision.
 
     This setting overrides any precision set by the launcher or by an earlier stage in the same process.
     """
@@ -208,7 +208,7 @@ def enable_fp32_gradient_reduction(accelerator: Accelerator) -> None:
 
 
 def copy_to_meta_device(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with all parameters on the meta device, where they take up no memory."""
+    """Return a copy of a model with all parameters on the meta device, where they take no memory."""
     meta_parameters: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
     }
@@ -218,7 +218,7 @@ def copy_to_meta_device(model: nn.Module) -> nn.Module:
 def gather_to_cpu(empty_model: nn.Module, sharded_model: nn.Module) -> nn.Module:
     """Gather the weights of a sharded model on the CPU. Must be called by all ranks.
 
-    `empty_model` must be made with `copy_to_meta_device` before the model is sharded. It receives the weights.
+    `empty_model` receives the weights. It must be a copy made with `copy_to_meta_device` before the model was sharded.
     """
     state = {name: full_tensor(tensor).cpu() for name, tensor in sharded_model.state_dict().items()}
     empty_model.load_state_dict(state, assign=True)
@@ -232,7 +232,7 @@ def full_tensor(weight: Tensor) -> Tensor:
 
 
 def distribute_like(weight: Tensor, value: Tensor) -> Tensor:
-    """Move an unsharded value, the same on all ranks, to a parameter's device, and shard it like the parameter."""
+    """Move an unsharded value, identical on all ranks, to a parameter's device, and shard it like the parameter."""
     from torch.distributed.tensor import DTensor, distribute_tensor  # importing it takes half a second
 
     value = value.to(weight.device)

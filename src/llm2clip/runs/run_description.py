@@ -39,7 +39,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def describe_run(seconds: float) -> dict[str, Any]:
-    """Return the command, date, version, machine and duration of this run, for JSON files and reports."""
+    """Return this run's command, date, version, machine and duration, for JSON files and reports."""
     state = process_state()
     processes = f"{state.num_processes} processes, each on " if state.num_processes > 1 else ""
     return {
@@ -54,7 +54,7 @@ def describe_run(seconds: float) -> dict[str, Any]:
 def build_run_section(
     run: Mapping[str, Any], note: str = "", settings: str = "", code: str | None = None
 ) -> list[Block]:
-    """Return the last section of a report: how it was made. `code`, such as the sources, replaces the command."""
+    """Return the last section of a report, on how it was made. `code`, such as the sources, replaces the command."""
     date = datetime.fromisoformat(run["date"])
     text = f"llm2clip {run['version']}, {date.day} {date:%B %Y, %H:%M} UTC, {format_duration(run['seconds'])} on "
     text = f"{text}{run['machine']}. {note}".rstrip()
@@ -65,14 +65,14 @@ def build_run_section(
 
 
 class StageClock:
-    """Prints the title of each `fit` stage and adds the stage's duration to RUN/durations.json."""
+    """Printer of `fit` stage titles that saves each stage's duration in RUN/durations.json."""
 
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / DURATIONS_FILE
         self._stage, self._start = "", 0.0
 
     def start(self, title: str) -> None:
-        """Stop the previous stage and start one with a title such as "1/4 tune: training on captions"."""
+        """Stop the current stage and start a new one. `title` has the form "1/4 tune: training on captions"."""
         self.stop()
         print_once(title)
         self._stage, self._start = title.split()[1].rstrip(":"), time.time()

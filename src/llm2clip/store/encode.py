@@ -2,7 +2,7 @@
 
 Each distinct input is encoded only once. Inputs without an embedding are split into shards in input order. After an
 interruption, only the remaining shards are encoded. With n processes, each process encodes every n-th shard. The result
-is the same with any number of processes or Ray workers.
+does not depend on the number of processes or Ray workers.
 """
 
 import os
@@ -37,7 +37,7 @@ from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter, WritePlan, open_for_writing
 
 SHARD_SIZE = 8192  # maximum number of items per shard
-MAX_SHARD_BYTES = 1 << 30  # patch features of an image take megabytes, so their shards contain fewer images
+MAX_SHARD_BYTES = 1 << 30  # a shard with large patch features contains fewer items
 MAX_RETRIES = 4  # maximum number of retries per Ray worker and per shard; Ray Data's default is unlimited
 
 
@@ -51,7 +51,7 @@ def embed(
     dtype: str = "float16",
     device: torch.device | None = None,
 ) -> EmbeddingStore:
-    """Encode captions into the store at `folder`, which is created if needed; return the opened store.
+    """Encode captions into the store at `folder`, which is created if needed. Return the opened store.
 
     Captions longer than the encoder's `max_length` are truncated and listed in `folder/truncated-*.jsonl`. Captions
     that the tokenizer cannot encode are skipped and listed in `folder/refused-*.jsonl`.
@@ -86,9 +86,9 @@ def embed(
 def resolve_store_precision(
     precision: str, encoder: CaptionEncoder, folder: Path, device: torch.device | None = None
 ) -> str:
-    """Return the precision with which to encode captions for the store at `folder`.
+    """Return the precision in which to encode captions for the store at `folder`.
 
-    "auto" means the precision of the embeddings already in the store. If the store does not exist yet, the main process
+    "auto" selects the precision of the embeddings that are already in the store. For a new store, the main process
     chooses the precision for all processes (see `models/precision.py`). `device` defaults to the encoder's device.
     """
     if precision != "auto":
@@ -104,10 +104,10 @@ def resolve_store_precision(
 
 
 def load_or_tune_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:
-    """Return the number of tokens per batch that encodes these captions fastest, as measured by the main process.
+    """Return the number of tokens per batch with which these captions are encoded fastest, as measured by rank 0.
 
     The result is saved in the store's folder and reused, so that a resumed run computes bit-identical embeddings. For
-    fewer than 4096 captions, the encoder's default is returned.
+    fewer than 4,096 captions, the encoder's default is returned.
     """
     if len(captions) < MIN_CAPTIONS_TO_TUNE:
         return encoder.default_batch_tokens
@@ -119,7 +119,7 @@ def load_or_tune_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], 
 
 
 def _encode_local_shards(plan: WritePlan, encoder: CaptionEncoder, batch_tokens: int, precision: str) -> None:
-    """Encode this process's shards. Meanwhile, threads write the previous shard and tokenize the next one."""
+    """Encode this process's shards, while threads write the previous shard and tokenize the next one."""
     tokenized_shards = ((n, tokenize_shard(plan.read_captions(n), encoder)) for n in plan.list_local_shards())
     with (
         plan.create_progress_bar("embed", "caption") as bar,
@@ -146,12 +146,12 @@ class TokenizedShard:
 
 
 def tokenize_shard(captions: Sequence[str], encoder: CaptionEncoder) -> TokenizedShard:
-    """Tokenize captions. Captions that yield no tokens or cause a tokenizer error are listed in `refused`."""
+    """Tokenize captions. List captions that yield no tokens or cause a tokenizer error in `refused`."""
     try:
         tokens = encoder.tokenize(captions)
         if all(tokens.ids):
             return TokenizedShard(list(captions), tokens, [])
-    except Exception:  # the loop below finds the caption that fails
+    except Exception:  # the loop below finds the invalid captions
         pass
     valid, refused = [], []
     for caption in captions:
@@ -168,13 +168,13 @@ def tokenize_shard(captions: Sequence[str], encoder: CaptionEncoder) -> Tokenize
 def write_shard(
     writer: StoreWriter, number: int, shard: TokenizedShard, embeddings: np.ndarray, log: Callable[[str], object]
 ) -> None:
-    """Write a shard. List its truncated and refused captions in JSON Lines files, and log the files' paths."""
+    """Write a shard. List its truncated and refused captions in JSON Lines files, and log the paths of these files."""
     truncated = [{"caption": shard.captions[i]} for i in shard.tokens.truncated]
     refused = [{"caption": caption, "why": why} for caption, why in shard.refused]
     for name, rows in (("truncated", truncated), ("refused", refused)):
         if rows:
             file = writer.folder / f"{name}-{number:05d}.jsonl"
-            # The file already exists if an earlier run was killed before it had written the shard.
+            # The file exists if an earlier run was killed before it had written the shard.
             old_rows = [row for _, row in read_jsonl(file)] if file.is_file() else []
             by_caption = {row["caption"]: row for row in (*old_rows, *rows)}
             atomic_write_jsonl(file, by_caption.values())
@@ -186,7 +186,7 @@ def write_shard(
 
 
 class ImageEncoder(Protocol):
-    """A model that encodes images, such as a vision tower or the image encoder of a dual encoder."""
+    """Model that encodes images, such as a vision tower or the image encoder of a dual encoder."""
 
     @property
     def embed_dim(self) -> int: ...
@@ -199,7 +199,7 @@ class ImageEncoder(Protocol):
 
 
 class TowerEncoder:
-    """Image encoder that consists of a vision tower without a projection, to cache the features of a frozen tower."""
+    """Image encoder made of a vision tower without a projection, for caching the features of a frozen tower."""
 
     def __init__(self, tower: VisionTower, precision: Precision) -> None:
         """Set the tower to eval mode. It runs in fp32, or with autocast if `precision` is bf16 or fp16."""
@@ -233,11 +233,11 @@ def store_image_features(
     batch_size: int = 64,
     workers: int | None = None,
 ) -> EmbeddingStore:
-    """Encode images into the store at `folder`; return the opened store. Images already in the store are skipped.
+    """Encode images into the store at `folder`. Return the opened store. Images already in the store are skipped.
 
     Args:
         identity: All properties of the encoder that affect the features, such as its architecture and weights.
-        log: Records the images that cannot be decoded, which are not added to the store.
+        log: Log of undecodable images, which are not added to the store.
         dtype: Storage dtype: float16, float32 or int8.
         batch_size: Number of images per forward pass.
         workers: Number of processes that decode images; see `iter_image_batches`.
@@ -248,7 +248,7 @@ def store_image_features(
     """
     keys = make_image_keys(refs)
     shard_size = max(1, min(SHARD_SIZE, MAX_SHARD_BYTES // (DTYPES[dtype].itemsize * encoder.embed_dim)))
-    indices = map(str, range(len(refs)))  # written to the store's temporary files in place of the images' names
+    indices = map(str, range(len(refs)))  # stored in temporary files instead of image names
     with open_for_writing(
         indices, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size, keys=keys
     ) as plan:
@@ -261,7 +261,7 @@ def store_image_features(
                 plan.writer.write(number, names, [0] * len(names), features.numpy(), keys[shard_rows[decoded]])
     store = EmbeddingStore(folder)
     # All processes check the limit at the end: if one process raised an error earlier, the others would wait forever.
-    # This process's failures are already in the log, with reasons. Add the images that failed in other processes.
+    # The log already contains this process's failures. Add the images that failed in other processes.
     failed = np.flatnonzero(store.find_keys(keys) < 0)
     first_of_image = np.unique(keys[failed].view(f"V{KEY_BYTES}")[:, 0], return_index=True)[1]
     for n in failed[np.sort(first_of_image)].tolist():
@@ -279,7 +279,7 @@ def store_text_embeddings(
     *,
     dtype: str = "float32",
 ) -> EmbeddingStore:
-    """Encode texts into the store at `folder`; return the opened store. The texts may contain duplicates.
+    """Encode texts, which may contain duplicates, into the store at `folder`. Return the opened store.
 
     `encode` takes N texts and returns embeddings of shape (N, embed_dim).
     """
@@ -298,7 +298,7 @@ def encode_image_batches(
     batch_size: int = 64,
     workers: int | None = None,
 ) -> tuple[Tensor, list[int]]:
-    """Decode and encode images. Images that cannot be decoded are recorded in `log`.
+    """Decode and encode images. Undecodable images are recorded in `log`.
 
     Returns:
         Float32 embeddings of shape (N, embed_dim), and the index in `refs` of each of the N encoded images.
@@ -339,8 +339,8 @@ def embed_with_ray(
     after another. Workers may join or leave the cluster at any time. If a worker dies, Ray assigns its shard to another
     worker, at most `MAX_RETRIES` times.
 
-    The environment variable RAY_ADDRESS specifies the cluster. If it is not set, Ray is started on this machine
-    and accepts only connections with a random token, which this process passes to its workers.
+    The environment variable RAY_ADDRESS specifies the cluster. If it is not set, Ray is started on this machine and
+    accepts only connections with a random token, which this process passes to its workers.
 
     Args:
         captions, shard_size, precision, dtype: See `embed`.
@@ -366,7 +366,7 @@ def embed_with_ray(
     identity, embed_dim = encoder.identity(precision), encoder.embed_dim
     del encoder
     free_memory()  # the encoder contains reference cycles
-    torch.cuda.empty_cache()  # free the GPU memory that was used to select the precision
+    torch.cuda.empty_cache()  # free the GPU memory used to select the precision
     start_ray = not ray.is_initialized()
     if start_ray:
         _start_ray()
@@ -396,7 +396,7 @@ def _start_ray() -> None:
             f"(currently {os.environ['RAY_AUTH_MODE']!r})"
         )
     if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
-        # If no token is set, Ray stores one in a file that other users of this machine may be able to read.
+        # If no token is set, Ray stores a token in a file that other users of the machine may be able to read.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     ray.init("local", include_dashboard=False, log_to_driver=False)
 

@@ -10,8 +10,8 @@
       index-1a2b3c4d.npy     key index; see `KeyIndex`
 
 Each file in a shard is written under a temporary name, fsynced and renamed. The keys file is written last, so a shard
-with a keys file is complete. The manifest and the index only summarize the shards and are rebuilt from them after an
-interruption. Embeddings are looked up by caption hash, never by position, so you may reorder, extend or filter the
+with a keys file is complete. The manifest and the index only summarise the shards and are rebuilt from them after an
+interruption. Embeddings are looked up by caption hash, never by position, so you can reorder, extend or filter the
 captions of a dataset.
 """
 
@@ -45,13 +45,13 @@ FORMAT_VERSION = 1
 NEW_STORE_ADVICE = "Delete the store and create it again with `llm2clip embed`"
 MANIFEST = "manifest.json"
 KEY_BYTES = 16
-LOOKUP_CHUNK_SIZE = 1 << 18  # number of keys to compute or look up at once
+LOOKUP_CHUNK_SIZE = 1 << 18  # keys to compute or look up at once
 NUM_KEY_PARTS = 16  # keys are sorted in this many parts, which limits the memory for sorting
 # Spec shared by all shards of a store: encoder identity, embedding dimension and dtype.
 StoreSpec = tuple[dict[str, Any], int, str]
-# Exceptions that may be raised when reading a corrupt JSON, Parquet or .npy file.
+# Exceptions raised by corrupt JSON, Parquet and .npy files.
 READ_ERRORS = (ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError, TokenError, pa.ArrowException)
-_stat_cached = lru_cache(maxsize=65536)(os.stat)  # of tar files and tables, which may contain many images
+_stat_cached = lru_cache(maxsize=65536)(os.stat)  # for tar files and tables, which may contain many images
 
 
 class StoreError(ValueError):
@@ -60,10 +60,10 @@ class StoreError(ValueError):
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of a store. The field names are the keys in the manifest."""
+    """Shard of a store. The field names are the keys in the manifest."""
 
     number: int
-    start: int  # store row number of the shard's first row
+    start: int  # row number of the shard's first row in the store
     rows: int
     sha256: str  # see `compute_shard_checksum`
 
@@ -84,7 +84,7 @@ def scales_path(folder: Path, number: int) -> Path:
 
 
 def index_path(folder: Path, shards: Sequence[Shard]) -> Path:
-    """Return the path of the key index for exactly these shards. The name contains a hash of the shards' metadata."""
+    """Return the path of the key index for exactly these shards. The name contains a hash of their metadata."""
     digest = hashlib.sha256(repr([(s.number, s.rows, s.sha256) for s in shards]).encode()).hexdigest()
     return folder / f"index-{digest[:12]}.npy"
 
@@ -103,7 +103,7 @@ def list_shard_numbers(folder: Path) -> list[int]:
 
 
 def get_next_shard_number(folder: Path) -> int:
-    """Return one more than the largest complete shard number, or 0 if there are no complete shards."""
+    """Return the largest complete shard number plus 1, or 0 if there are no complete shards."""
     return max(list_shard_numbers(folder), default=-1) + 1
 
 
@@ -137,7 +137,7 @@ def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
         rows, sha256, shard_spec = read_shard_metadata(folder, number)
         if spec is not None and shard_spec != spec:
             raise StoreError(
-                f"{keys_path(folder, number)} has a different encoder, dimension or dtype from the rest of this store. "
+                f"{keys_path(folder, number)} differs from the other shards in encoder, dimension or dtype. "
                 f"Run `llm2clip store repair {folder}` to delete this shard"
             )
         shards.append(Shard(number, start, rows, sha256))
@@ -229,20 +229,22 @@ def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path 
     """Check that the embeddings in `path` were created by the expected encoder, by comparing encoder identities.
 
     Raises:
-        StoreError: The encoders differ. The message lists the settings that differ, with both values.
+        StoreError: The encoders differ. The message lists the different settings with both values.
     """
     if fingerprint(stored) == fingerprint(expected):
         return
     names = sorted(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
     differences = "; ".join(f"{name}: {stored.get(name)!r}, expected {expected.get(name)!r}" for name in names)
-    raise StoreError(f"{path} was made by a different encoder ({differences}). Use that encoder or a different folder")
+    raise StoreError(
+        f"{path} was created with a different encoder ({differences}). Use the same encoder or another folder"
+    )
 
 
 # ---- keys ----------------------------------------------------------------------------------------------------------
 
 
 def make_caption_keys(captions: Sequence[str]) -> np.ndarray:
-    """Return the keys of N captions, the first 16 bytes of their SHA-256 hashes, as a uint8 array of shape (N, 16).
+    """Return the keys of N captions (the first 16 bytes of their SHA-256 hashes) as a uint8 array of shape (N, 16).
 
     Raises:
         StoreError: A caption contains a lone surrogate, which cannot be encoded in UTF-8.
@@ -300,13 +302,13 @@ class KeyIndex:
         return len(self._high)
 
     def find_keys(self, keys: np.ndarray) -> np.ndarray:
-        """Look up keys of shape (N, 16), uint8; return row numbers of shape (N,), int64.
+        """Look up keys of shape (N, 16), uint8. Return row numbers of shape (N,), int64.
 
         The row number of a missing key is -1. If a key has several rows, the first row is returned.
         """
         high, low = _split_keys(keys)
         rows = np.full(len(keys), -1, np.int64)
-        pending = np.argsort(high)  # in sorted order, consecutive lookups touch the same pages
+        pending = np.argsort(high)  # sorted, so that consecutive lookups touch the same pages
         position = np.searchsorted(self._high, high[pending])
         # Each iteration compares one entry per pending key. Only keys with equal first halves need several iterations.
         while len(pending):
@@ -320,7 +322,7 @@ class KeyIndex:
         return rows
 
     def is_index_of(self, keys: np.ndarray) -> bool:
-        """Return True if the file is an intact index of these keys, which are the keys of all rows in the store."""
+        """Return True if the file is an intact index of these keys, the keys of all rows in the store."""
         start = 0
         for records in sort_keys(keys):
             stop = start + records.shape[1]
@@ -331,7 +333,7 @@ class KeyIndex:
 
 
 def build_key_index(file: Path, keys: np.ndarray) -> int:
-    """Write the index of all rows' keys, of shape (N, 16), to a .npy file; return the number of distinct keys."""
+    """Write the index of all rows' keys, of shape (N, 16), to a .npy file. Return the number of distinct keys."""
     with atomic_path(file) as temporary:
         index = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint64, shape=(3, len(keys)))
         _allocate_on_disk(temporary)
@@ -362,7 +364,7 @@ def sort_keys(keys: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def mask_repeated_keys(records: np.ndarray) -> np.ndarray:
-    """Return a boolean mask of the sorted keys from `sort_keys` that equal the previous key, of shape (n,)."""
+    """Return a boolean mask, of shape (n,), of the sorted keys from `sort_keys` that equal the previous key."""
     repeats = np.zeros(records.shape[1], np.bool_)
     repeats[1:] = (records[:2, 1:] == records[:2, :-1]).all(axis=0)
     return repeats
@@ -385,7 +387,7 @@ def _allocate_on_disk(file: Path) -> None:
 
 
 def remove_temp_files(folder: Path) -> list[str]:
-    """Delete temporary files left behind by killed processes; return the files' names."""
+    """Delete temporary files left behind by killed processes. Return their names."""
     leftovers = sorted({*folder.glob(".*.part"), *folder.glob(".*.part.*")})
     for path in leftovers:
         remove_path(path)
@@ -393,6 +395,6 @@ def remove_temp_files(folder: Path) -> list[str]:
 
 
 def read_refused_captions(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return each caption that the tokenizer could not encode, with its row: the keys "caption" and "why"."""
+    """Return the captions that the tokenizer could not encode, each with its row (keys "caption" and "why")."""
     rows = (row for file in sorted(folder.glob("refused-*.jsonl")) for _, row in read_jsonl(file))
     return {row["caption"]: row for row in rows}

@@ -19,7 +19,7 @@ from llm2clip.store.writer import StoreWriter, write_manifest
 
 
 def repair_store(folder: str | Path) -> list[str]:
-    """Delete corrupt shards and incomplete files; rewrite the manifest and the index from the intact shards.
+    """Delete corrupt shards and incomplete files. Rewrite the manifest and the index from the intact shards.
 
     To encode the captions of deleted shards again, run `llm2clip embed`.
 
@@ -42,7 +42,7 @@ def repair_store(folder: str | Path) -> list[str]:
                 raise StoreError(
                     f"{folder} has no intact manifest and no intact shard. Delete it and run `llm2clip embed`"
                 ) from error
-            spec = max(specs, key=specs.count)  # the spec of most shards
+            spec = max(specs, key=specs.count)  # the most common spec
         for number in unreadable:
             deleted.append(_delete_keys(folder, number))
         for number in find_corrupt_shards(folder, layout.read_shards(folder), spec):
@@ -65,7 +65,7 @@ def _read_specs(folder: Path) -> tuple[list[StoreSpec], list[int]]:
 
 
 def _delete_keys(folder: Path, number: int) -> str:
-    """Delete a shard's keys file, which makes the shard incomplete; return the file's name."""
+    """Delete a shard's keys file, which marks the shard as incomplete. Return the file's name."""
     path = layout.keys_path(folder, number)
     path.unlink()
     return path.name
@@ -86,10 +86,10 @@ def _delete_incomplete_shards(folder: Path) -> list[str]:
 
 
 def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingStore:
-    """Add the shards of `sources` to the store at `out`. Files are hard-linked where possible, and otherwise copied.
+    """Add the shards of `sources` to the store at `out`. Files are hard-linked if possible, otherwise copied.
 
-    Shards that are already in `out` are skipped, so the merge can be repeated. If several stores contain the same
-    caption, lookups return the embedding from the first such store.
+    Shards that are already in `out` are skipped, so a merge can be repeated. If several stores contain the same
+    caption, lookups return the embedding from the first of them.
 
     Raises:
         StoreError: A source is corrupt, or the sources differ in encoder, dimension or dtype.
@@ -132,12 +132,12 @@ def _check_sources(folders: Sequence[Path]) -> StoreSpec:
 
 
 def _compute_shard_checksums(folder: Path, shard: Shard) -> tuple[str, str]:
-    """Return the checksums of a shard's embeddings and keys. Shards with the same checksums are duplicates."""
+    """Return the checksums of a shard's embeddings and keys. Shards with equal checksums are duplicates."""
     return shard.sha256, sha256(layout.read_keys(folder, shard).tobytes()).hexdigest()
 
 
 def _link_shard(source: Path, source_number: int, out: Path, number: int) -> None:
-    """Link or copy a shard's files to another store. The keys file is written last: it marks the shard as complete."""
+    """Link or copy a shard's files to another store. The keys file, written last, marks the shard as complete."""
     for file_path in (layout.embeddings_path, layout.scales_path, layout.keys_path):
         file = file_path(source, source_number)
         if not file.is_file():  # only int8 stores have scales files

@@ -1,7 +1,7 @@
 """Read access to an embedding store, which contains an embedding of every caption in a dataset.
 
 `EmbeddingStore.find_rows` looks up the row numbers of captions, `EmbeddingStore.take` reads the embeddings in these
-rows, and `find_caption_rows` looks up all captions of a record table. The module `layout` describes the files.
+rows, and `find_caption_rows` looks up all captions of a record table. `layout.py` describes the files.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from llm2clip.runs.ranks import print_once
 from llm2clip.store import layout
 from llm2clip.store.layout import KeyIndex, Shard, StoreError, StoreSpec
 
-MAX_OPEN_FILES = 256  # maximum number of open files per cache; the limit per process is usually about a thousand
-CACHED_CHUNK = 1 << 18  # bytes to read before they are sorted; fits in the CPU's cache, so memory is passed only once
-UNCACHED_CHUNK = 1 << 24  # the same for reads from disk; many reads, so that the disk can reorder them
+MAX_OPEN_FILES = 256  # maximum number of open files per cache; a process can usually open about a thousand
+CACHED_CHUNK = 1 << 18  # bytes per read of cached pages; fits in the CPU's cache
+UNCACHED_CHUNK = 1 << 24  # bytes per read from disk; large, so that the disk can reorder the reads
 CAPTION_ROWS_VERSION = 1  # increase it if the files of `find_caption_rows` change
-MIN_PARALLEL_CAPTIONS = 4_000_000  # fewer captions are looked up in less time than processes take to start
+MIN_PARALLEL_CAPTIONS = 4_000_000  # looking up fewer captions takes less time than starting processes
 TASKS_PER_CORE = 4
 
 
 class EmbeddingStore:
-    """Read access to a complete store. Pickling keeps only the folder and `read_ahead`; unpickling opens the store."""
+    """Read access to a complete store. A pickled store contains only the folder and `read_ahead`, and is reopened."""
 
     def __init__(self, folder: str | Path, read_ahead: bool | None = None) -> None:
         """Open the store at `folder`. Keys and embeddings stay on disk.
 
         Args:
-            read_ahead: Whether to ask the operating system to read the pages of all rows of a chunk at once, and no
-                others. If the store is larger than memory, this is several times as fast: by default, the operating
-                system also reads the pages around each row, waits for each row in turn, and evicts the other pages
-                before they are used. Default: True if the embeddings take at least half of the available memory.
+            read_ahead: Ask the operating system to read exactly the pages that contain the rows of a chunk, all at
+                once. If the store is larger than memory, this is several times faster: otherwise, the operating system
+                reads the rows one at a time, together with surrounding pages that it evicts before they are used.
+                Default: True if the embeddings take at least half of the available memory.
 
         Raises:
             StoreError: The folder does not contain a complete store, or a shard is missing or has the wrong size.
@@ -60,7 +60,7 @@ class EmbeddingStore:
         self.manifest: dict[str, Any] = layout.read_manifest(self.folder)
         self.embed_dim: int = self.manifest["embed_dim"]
         self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
-        self._bounds = np.cumsum([0, *(shard.rows for shard in self.shards)])  # first row of each shard, total
+        self._bounds = np.cumsum([0, *(shard.rows for shard in self.shards)])  # first row of each shard, then the total
         self._dtype = layout.DTYPES[self.manifest["dtype"]]
         if read_ahead is None:
             size = int(self._bounds[-1]) * self.embed_dim * self._dtype.itemsize
@@ -88,7 +88,7 @@ class EmbeddingStore:
                 if len(index) == self._bounds[-1]:
                     return index
             except layout.READ_ERRORS:
-                pass  # the index is corrupt; it is rebuilt below
+                pass  # a corrupt index is rebuilt below
         layout.build_key_index(file, layout.read_all_keys(self.folder, self.shards))
         return KeyIndex(file)
 
@@ -103,13 +103,13 @@ class EmbeddingStore:
         return bool(self.find_keys(layout.make_caption_keys([caption]))[0] >= 0)
 
     def find_keys(self, keys: np.ndarray) -> np.ndarray:
-        """Look up keys of shape (N, 16), uint8; return row numbers of shape (N,), int64, with -1 for missing keys."""
+        """Look up keys of shape (N, 16), uint8. Return row numbers of shape (N,), int64, with -1 for missing keys."""
         starts = range(0, len(keys), layout.LOOKUP_CHUNK_SIZE)
         parts = [self._index.find_keys(keys[start : start + layout.LOOKUP_CHUNK_SIZE]) for start in starts]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     def find_rows(self, captions: Iterable[str]) -> np.ndarray:
-        """Look up N captions; return their row numbers, of shape (N,), int64.
+        """Look up N captions. Return their row numbers, of shape (N,), int64.
 
         Raises:
             StoreError: A caption is not in the store. The message quotes the caption.
@@ -130,8 +130,8 @@ class EmbeddingStore:
         """Read the embeddings in N rows as an array of shape (N, embed_dim), in the order of `rows`.
 
         Args:
-            out: Array to fill and return, for example in pinned memory. Its dtype is float32 or, for a float16 store,
-                float16. Default: a new float32 array.
+            out: Array to fill and return, for example in pinned memory. Its dtype must be float32 or, for a float16
+                store, float16. Default: a new float32 array.
 
         Raises:
             IndexError: A row number is out of range.
@@ -157,17 +157,17 @@ class EmbeddingStore:
         return embeddings
 
     def _read(self, sorted_rows: np.ndarray, out: np.ndarray) -> np.ndarray | None:
-        """Fill `out` with the stored values of the rows. Return their scale factors, or None if there are none."""
+        """Fill `out` with the stored values of the rows. Return their scale factors, or None if the store has none."""
         cuts = np.searchsorted(sorted_rows, self._bounds)
         parts = [(shard, start, stop) for shard, (start, stop) in enumerate(pairwise(cuts)) if start < stop]
         scales = []
-        for first in range(0, len(parts), MAX_OPEN_FILES):  # as many files as stay open
+        for first in range(0, len(parts), MAX_OPEN_FILES):  # at most as many files as the cache keeps open
             group = parts[first : first + MAX_OPEN_FILES]
             for shard, start, stop in group if self._uses_madvise else ():
                 self._request_pages(self._open_embeddings(shard), sorted_rows[start:stop] - self._bounds[shard])
             for shard, start, stop in group:
                 rows = sorted_rows[start:stop] - self._bounds[shard]
-                # All rows are in range, so nothing is clipped. With mode="raise", NumPy would buffer the output.
+                # mode="raise" would make NumPy buffer the output. All rows are in range, so nothing is clipped.
                 np.take(self._open_embeddings(shard), rows, axis=0, out=out[start:stop], mode="clip")
                 if self._dtype == np.int8:
                     scales.append(self._open_scales(shard)[rows])
@@ -178,7 +178,7 @@ class EmbeddingStore:
         starts = rows * row_bytes + array.offset % mmap.ALLOCATIONGRANULARITY
         first_bytes = starts // mmap.PAGESIZE * mmap.PAGESIZE
         sizes = starts + row_bytes - first_bytes
-        with suppress(OSError):  # some file systems do not support it
+        with suppress(OSError):  # some file systems do not support madvise
             for first_byte, size in zip(first_bytes.tolist(), sizes.tolist(), strict=True):
                 array._mmap.madvise(mmap.MADV_WILLNEED, first_byte, size)
 
@@ -200,7 +200,7 @@ class EmbeddingStore:
 
 
 def find_corrupt_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec) -> list[int]:
-    """List the numbers of the shards that are missing or have the wrong checksum or spec."""
+    """Return the numbers of the shards that are missing or have the wrong checksum or spec."""
 
     def is_intact(shard: Shard) -> bool:
         try:
@@ -273,7 +273,7 @@ class CaptionRows:
     """Row numbers of each record's captions of one kind, as two flat arrays.
 
     Attributes:
-        rows: Row numbers of all captions, uint32 or int64. Each record's row numbers are sorted and distinct.
+        rows: Row numbers of all captions, uint32 or int64. The row numbers of each record are sorted and distinct.
         starts: Position of each record's first row number in `rows`, of shape (records + 1,), int64.
     """
 
@@ -281,17 +281,17 @@ class CaptionRows:
     starts: np.ndarray
 
     def __getitem__(self, record: int) -> np.ndarray:
-        """Return the distinct row numbers of a record's captions, of shape (captions,)."""
+        """Return the distinct row numbers of a record's captions, as a 1-D array."""
         return self.rows[self.starts[record] : self.starts[record + 1]]
 
 
 def find_caption_rows(
     table: RecordTable, source: CaptionSource, fields: Sequence[str], identity: str
 ) -> dict[str, CaptionRows]:
-    """Find the captions of each record in the store, for each of the fields that has captions.
+    """Find the captions of each record in the store, for each field that has captions.
 
     Looking up a caption takes about 2 microseconds, mostly for its hash. All captions of a table are therefore looked
-    up once, in parallel, and their row numbers are saved in the table's folder, which all processes map into memory.
+    up once, in parallel, and their row numbers are saved in the table's folder and memory-mapped by all processes.
     Captions that the tokenizer could not encode and phrases without an embedding are skipped.
 
     Args:
@@ -363,9 +363,9 @@ def _look_up(table: RecordTable, field: str, source: CaptionSource) -> CaptionRo
 
 
 def _look_up_phrases(phrases: pa.Array, store: EmbeddingStore, row_of_phrase: dict[str, int]) -> np.ndarray:
-    """Return the rows of phrases, with -1 for phrases that were too rare to be embedded.
+    """Return the row numbers of phrases, or -1 for phrases that were too rare to be embedded.
 
-    Many images have the same phrases. Each phrase is therefore looked up only once, and added to `row_of_phrase`.
+    Many images share phrases. Each phrase is therefore looked up only once, and added to `row_of_phrase`.
     """
     encoded = phrases.dictionary_encode()
     names = encoded.dictionary.to_pylist()
@@ -376,7 +376,7 @@ def _look_up_phrases(phrases: pa.Array, store: EmbeddingStore, row_of_phrase: di
 
 
 def _look_up_captions(captions: list[str], store: EmbeddingStore, refused: Container[str]) -> np.ndarray:
-    """Return the rows of captions, with -1 for the refused captions, which the tokenizer could not encode."""
+    """Return the row numbers of captions, or -1 for refused captions, which the tokenizer could not encode."""
     rows = store.find_keys(layout.make_caption_keys(captions))
     missing = [captions[n] for n in np.flatnonzero(rows < 0).tolist()]
     store.find_rows(caption for caption in missing if caption not in refused)  # raises StoreError
@@ -384,8 +384,7 @@ def _look_up_captions(captions: list[str], store: EmbeddingStore, refused: Conta
 
 
 def _sort_rows(rows: np.ndarray, record_of_row: np.ndarray, num_records: int) -> CaptionRows:
-    """Sort each record's row numbers and remove duplicates."""
-    # Combine each record and row into a single integer, because NumPy sorts integers faster than pairs.
+    # Combine record and row into a single integer, because NumPy sorts integers faster than pairs.
     base = int(rows.max(initial=0)) + 1
     pairs = np.unique(record_of_row * base + rows)
     rows = pairs % base
@@ -400,7 +399,7 @@ def _concatenate(parts: Sequence[CaptionRows]) -> CaptionRows:
 
 
 def drop_refused_captions(records: Sequence[Record], store: EmbeddingStore) -> Sequence[Record]:
-    """Remove captions that the tokenizer could not encode, and drop records that have no captions left."""
+    """Remove captions that the tokenizer could not encode, and drop records without any remaining captions."""
     refused = layout.read_refused_captions(store.folder)
     if not refused:
         return records

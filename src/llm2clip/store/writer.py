@@ -1,14 +1,14 @@
-"""Store writing: shards for new captions, and the manifest and key index that summarize all shards.
+"""Writing of stores: shards for new captions, and the manifest and key index that summarise all shards.
 
 `open_for_writing` prepares a store for any number of processes. The main process reads all captions once and writes the
 captions that have no embedding yet to a folder:
 
     store/.incoming/
       captions.parquet   all captions, in input order; deleted once all duplicates have been found
-      00012.parquet      captions of shard 12, which is not encoded yet
+      00012.parquet      captions of shard 12, which has not been encoded yet
 
-Input order is preserved, so captions of the same image stay together. The keys of all captions are kept in memory, 17
-bytes per caption (2 GB for 120 million), and the captions of a few shards.
+Input order is preserved, so captions of the same image stay together. Memory: 17 bytes per caption for the keys (2 GB
+for 120 million captions), and the captions of a few shards.
 """
 
 import json
@@ -32,7 +32,7 @@ from llm2clip.store import layout
 from llm2clip.store.layout import StoreError
 from llm2clip.store.store import EmbeddingStore
 
-CHUNK_SIZE = 1 << 14  # number of captions to hash at once
+CHUNK_SIZE = 1 << 14  # captions to hash at once
 TEXTS_FILE = "captions.parquet"
 
 # ---- shards --------------------------------------------------------------------------------------------------------
@@ -82,8 +82,8 @@ class StoreWriter:
         """Write a new shard of N captions atomically. No shard with this number may exist yet.
 
         `embeddings` has shape (N, embed_dim) and a floating-point dtype. The N token counts are stored for resource
-        estimates and for plots by caption length. With `keys`, of shape (N, 16), uint8, `captions` are used only in
-        error messages.
+        estimates and for plots by caption length. If `keys`, of shape (N, 16), uint8, are passed, `captions` are used
+        only in error messages.
 
         Raises:
             StoreError: A value is not finite in the store's dtype, or a shape does not match the store.
@@ -142,7 +142,7 @@ class StoreWriter:
 
 
 def write_manifest(folder: Path, identity: dict[str, Any], embed_dim: int, dtype: str) -> None:
-    """Write the key index and the manifest for all complete shards in a folder; delete older indexes.
+    """Write the key index and the manifest for all complete shards in a folder. Delete older indexes.
 
     Raises:
         StoreError: A shard has a different identity, dimension or dtype.
@@ -168,9 +168,8 @@ def quantize_rows(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.nd
     """Convert embeddings of shape (N, embed_dim) to a store's dtype.
 
     Returns:
-        The converted embeddings and, for int8, float32 scale factors of shape (N,), by which the rows must be
-        multiplied to restore the embeddings. The largest absolute int8 value in each row is 127. For other dtypes, the
-        second value is None.
+        The converted embeddings and, for int8, the float32 scale factors of shape (N,) by which the rows must be
+        multiplied to restore the embeddings, otherwise None. The maximum absolute int8 value in each row is 127.
     """
     if dtype != "int8":
         return np.ascontiguousarray(embeddings, layout.DTYPES[dtype]), None
@@ -192,7 +191,7 @@ class WritePlan:
     shards: list[int]  # numbers of the new shards
 
     def list_local_shards(self) -> list[int]:
-        """List the numbers of the shards that this process must write: with n processes, every n-th shard."""
+        """List the numbers of the shards that this process must write: every n-th shard for n processes."""
         state = process_state()
         return self.shards[state.process_index :: state.num_processes]
 
@@ -202,7 +201,7 @@ class WritePlan:
         return captions
 
     def create_progress_bar(self, description: str, unit: str) -> ProgressBar:
-        """Create a progress bar for the captions of this process's shards. Only the main process shows the bar."""
+        """Create a progress bar for the captions of this process's shards, shown only on the main process."""
         total = sum(pq.read_metadata(shard_path(self.incoming, shard)).num_rows for shard in self.list_local_shards())
         hide = not process_state().is_main_process or not total
         return ProgressBar(total=total, desc=description, unit=unit, disable=hide)
@@ -250,7 +249,7 @@ def open_for_writing(
         wait_for_everyone()
         if state.is_main_process:
             writer.finish()
-            shutil.rmtree(incoming, ignore_errors=True)  # on network file systems, files that are still open may remain
+            shutil.rmtree(incoming, ignore_errors=True)  # on network file systems, open files may remain
         wait_for_everyone()
 
 

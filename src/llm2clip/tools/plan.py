@@ -40,8 +40,8 @@ from llm2clip.train.sampling import resolve_images_per_step
 CHARACTERS_PER_TOKEN = 4  # approximation for English text
 # Settings that reduce the memory of each stage.
 MEMORY_ADVICE = {
-    "tune": "To reduce it: --tune.gradient_checkpointing true, --tune.grad_cache true with a lower --tune.batch_tokens, "
-    "--tune.qlora true, or --use_fsdp with several devices.",
+    "tune": "To reduce it: --tune.gradient_checkpointing true, --tune.grad_cache true with a lower "
+    "--tune.batch_tokens, --tune.qlora true, or --use_fsdp with several devices.",
     "embed": "To reduce it: use a smaller model or fewer layers (--encoder.layers).",
     "align": "To reduce it: a lower --align.micro_batch_size, --align.lora_r 16, or --use_fsdp with several devices.",
 }

@@ -1,4 +1,4 @@
-"""The `align` stage, which trains the vision tower, its projection and the adapter on cached caption embeddings.
+"""The `align` stage: training of the vision tower, its projection and the adapter on cached caption embeddings.
 
 Each step minimises a contrastive loss between a batch of images and one or more captions per image. The LLM is not
 loaded: its caption embeddings are read from the embedding store. If the tower is frozen (`tower_lr` is 0), its image
@@ -66,17 +66,17 @@ def align(
     """Train a model on the images and captions of `records`, resuming from the latest checkpoint if one exists.
 
     Args:
-        records: Training data. Phrases that are not in the store are not used.
-        model: Model with a pretrained tower and newly initialised heads. The model is modified in place.
-        run_dir: Output folder for checkpoints/, metrics.jsonl and evaluations.jsonl. No other process may write
-            to this folder (see `run_lock`).
-        log: Log of images that cannot be decoded.
-        validate: Function that evaluates the model on held-out images. If None, the model is not evaluated.
-        features: Folder of the feature store of a frozen tower. Default: a folder in `run_dir`.
+        records: Training data. Phrases that are not in the store are ignored.
+        model: Model with a pretrained tower and newly initialised heads, modified in place.
+        run_dir: Output folder for checkpoints/, metrics.jsonl and evaluations.jsonl. No other process may write to this
+            folder (see `run_lock`).
+        log: Log of undecodable images.
+        validate: Function that evaluates the model on held-out images. Default: no evaluation.
+        features: Folder of a frozen tower's feature store. Default: a folder in `run_dir`.
 
     Returns:
-        The trained model in eval mode: `model` itself or, with FSDP, an unsharded copy. `training_images` is set on the
-        main process only.
+        The trained model in eval mode: `model` itself or, with FSDP, an unsharded copy. `training_images` is set only
+            on the main process.
 
     Raises:
         ValueError: There are too few images, settings contradict each other, or the existing checkpoints were saved
@@ -108,7 +108,7 @@ def align(
         model = gather_to_cpu(unsharded, model).to(loop.device)  # type: ignore[assignment]
     merge_tower_lora(model.tower)
     if loop.accelerator.is_main_process:
-        model.training_images = records.hash_images()
+        model.training_images = records.get_distinct_image_hashes()
     return model.requires_grad_(True).eval()
 
 
@@ -120,7 +120,7 @@ def _open_batches(
     features: Path | None,
     log: SkipLog,
 ) -> AlignBatches:
-    """Return the batches of a run, and check that a resumed run has the same data and settings.
+    """Return the batches of a run, after checking that a resumed run has the same data and settings.
 
     Batches contain pixels or, if the tower is frozen, its features, which are computed first.
     """
@@ -162,7 +162,7 @@ def _open_batches(
 
 def _pin_batches(data: AlignBatches, first_step: int, device: torch.device) -> Generator[Batch]:
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # in this thread; otherwise, pinning would also use memory on the first GPU
+        torch.cuda.set_device(device)  # set for this thread; otherwise, pinning would also use memory on the first GPU
     with closing(data.batches(first_step)) as batches:
         for batch in batches:
             yield batch.pin_memory() if device.type == "cuda" else batch
@@ -170,7 +170,7 @@ def _pin_batches(data: AlignBatches, first_step: int, device: torch.device) -> G
 
 def _compute_gradients(loop: StepLoop, pretrained_tower: VisionTower | None, step: int, batch: Batch) -> StepResult:
     config: Any = loop.config
-    # Seed the dropout, so that a run resumed on the same number of ranks draws the same dropout masks.
+    # Seed dropout, so that a run resumed on the same number of ranks uses the same dropout masks.
     seed = np.random.SeedSequence([config.seed, step, loop.accelerator.process_index])
     torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
     batch = batch.to(loop.device)
@@ -200,7 +200,7 @@ def _compute_loss(
     images, embeddings = batch.images, batch.embeddings
     image_argument = "pixels" if images.dtype == torch.uint8 else "features"
 
-    # Part n of the batch contains images bounds[n] to bounds[n + 1] - 1 and all of their texts. In a run resumed on
+    # Part n of the batch contains images bounds[n] to bounds[n + 1] - 1 and all of their texts. If a run is resumed on
     # fewer ranks, batches larger than `batch_size` are also split, so that the memory per rank does not grow.
     size = config.micro_batch_size or config.batch_size
     bounds = [*range(0, len(images), size), len(images)]

@@ -1,9 +1,9 @@
-"""The `distill` stage: teaches a small text encoder to produce a model's text embeddings.
+"""The `distill` stage: training of a small text encoder to reproduce a model's text embeddings.
 
 The student replaces the caption encoder and the adapter. Its last layer maps texts directly to the shared embedding
 space, so serving needs no LLM, and existing image embeddings remain valid. The loss is the cosine distance to the
 teacher's text embeddings, as in NanoVDR (arXiv 2603.12824), where it was the best of six objectives, and in LEAF (arXiv
-2509.12539). The teacher encodes each text once, before training. Texts of similar length form a batch.
+2509.12539). The teacher encodes each text once, before training. Batches consist of texts of similar length.
 """
 
 import copy
@@ -53,7 +53,7 @@ from llm2clip.train.loop import StepLoop, StepResult
 from llm2clip.train.optim import ADAM_BETAS
 
 DEFAULT_LR, STATIC_LR = 5e-4, 1e-2
-STATIC_LAYER_LR = 0.1  # learning rate of a static student's linear layers, relative to that of its token embeddings
+STATIC_LAYER_LR = 0.1  # learning rate of a static student's linear layers, relative to its token embeddings
 SORTED_STEPS = 64  # texts are sorted by length within groups of this many steps
 HEAD_TEXTS = 4096  # maximum number of texts for computing the initial weights of the student's last layer
 RIDGE = 1e-2  # ridge penalty, relative to the mean variance of the inputs
@@ -64,10 +64,10 @@ TOKENIZE_CHUNK = 1 << 16
 
 
 class Teacher:
-    """Text encoder of a model. Its caption embeddings are read from stores where possible.
+    """Text encoder of a model. Caption embeddings are read from stores where possible.
 
     Attributes:
-        model: The model. Its caption encoder is loaded only for texts that are in none of the stores.
+        model: Model whose caption encoder is loaded only for texts that are in none of the stores.
         stores: Stores with embeddings from the model's caption encoder.
     """
 
@@ -76,7 +76,7 @@ class Teacher:
 
         Raises:
             ValueError: The model has no caption encoder.
-            StoreError: The store was made by a different encoder.
+            StoreError: The store was created with a different encoder.
         """
         if not model.has_encoder:
             raise ValueError(
@@ -93,7 +93,7 @@ class Teacher:
                 self._add_store(neighbour)
 
     def _add_store(self, folder: Path) -> None:
-        """Add a store. Raise StoreError if it was made by a different encoder; its precision may differ."""
+        """Add a store. Raise StoreError if it was created with a different encoder. The precision may differ."""
         store = EmbeddingStore(folder)
         expected, stored = self.model.config.encoder or self.model.encoder.identity(), store.manifest["identity"]
         names = [name for name in expected if name not in ("precision", "config")]
@@ -111,18 +111,18 @@ class Teacher:
             free_memory()
 
     def open_store(self, folder: Path) -> None:
-        """Use a store that `embed` has written. If there is none, all texts were in the other stores."""
+        """Open the store that `embed` wrote. There is none if all texts were already in other stores."""
         if (folder / MANIFEST).is_file():
             self.stores.append(EmbeddingStore(folder))
 
     def select(self, texts: Iterable[str], is_stored: bool) -> Iterator[str]:
-        """Yield the texts that are in a store or, if `is_stored` is False, those that are in none of the stores."""
+        """Yield the texts that are in a store or, if `is_stored` is False, the texts that are in none of the stores."""
         for chunk in iter_chunks(texts, LOOKUP_CHUNK_SIZE):
             mask = (self._find(chunk)[0] >= 0) == is_stored
             yield from compress(chunk, mask.tolist())
 
     def _find(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return each text's store number, -1 if it is in no store, and its row, both int64 of shape (N,)."""
+        """Return each text's store number (-1 if it is in no store) and row, both of shape (N,), int64."""
         numbers, rows = np.full(len(texts), -1), np.full(len(texts), -1)
         keys = make_caption_keys(texts)
         for number, store in enumerate(self.stores):
@@ -153,9 +153,9 @@ def open_student(name: str, teacher_folder: Path, embed_dim: int, config: Distil
     """Load a student on the CPU, with a new last layer that maps its embeddings to the shared space.
 
     Args:
-        name: sentence-transformers model or LLM (a folder, a hub id, or the name of a built-in model), `layers:N` for
-            the first N layers of the teacher, `static` for an embedding per token of the teacher's tokenizer, or
-            `static:NAME` for an embedding per token of another model's tokenizer.
+        name: Folder, hub id or built-in name of a sentence-transformers model or LLM; `layers:N` for the first N layers
+            of the teacher; `static` for one embedding per token in the teacher's vocabulary; or `static:NAME` for one
+            embedding per token in another model's vocabulary.
         embed_dim: Dimension of the shared space.
 
     Raises:
@@ -214,7 +214,7 @@ def _build_static_model(tokenizer_path: str, embed_dim: int) -> SentenceTransfor
 
 
 def list_token_texts(student: CaptionEncoder) -> list[str]:
-    """Return the text of each token of a static student, "" for special tokens and parts of characters.
+    """Return the text of each token of a static student, or "" for special tokens and parts of characters.
 
     For other students, return an empty list.
     """
@@ -230,7 +230,7 @@ def initialize_student(student: CaptionEncoder, teacher: Teacher, data: "Distill
     """Compute the initial weights of a student's new layers.
 
     The token embeddings of a static student are the teacher's embeddings of the tokens' texts. For other students, the
-    last layer is the ridge regression from the student's embeddings of some training texts to the teacher's.
+    last layer is a ridge regression from the student's to the teacher's embeddings of a sample of the training texts.
     """
     if student.is_static:
         texts = list_token_texts(student)
@@ -254,7 +254,7 @@ def initialize_student(student: CaptionEncoder, teacher: Teacher, data: "Distill
 
 
 def fit_ridge_regression(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weight of shape (E, D) and the bias (E,) of a linear layer from inputs (N, D) to targets (N, E)."""
+    """Fit a linear layer from inputs (N, D) to targets (N, E). Return its weight (E, D) and bias (E,)."""
     input_mean, target_mean = inputs.mean(0), targets.mean(0)
     centred = inputs - input_mean
     gram = centred.T @ centred
@@ -266,7 +266,7 @@ def fit_ridge_regression(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 
 def build_student_model(teacher: LLM2CLIP, student: CaptionEncoder) -> LLM2CLIP:
-    """Return a model with the teacher's image encoder and the student as its text encoder, without an adapter."""
+    """Build a model with the teacher's image encoder and the student as its text encoder, without an adapter."""
     config = replace(teacher.config, text_dim=teacher.config.embed_dim, adapter=AdapterConfig(depth=0))
     config.encoder = student.identity()
     model = LLM2CLIP(config, teacher.tower, student)
@@ -283,10 +283,10 @@ class DistillTexts:
     """Distinct training texts, tokenized by the student: first the captions, then the phrases.
 
     Attributes:
-        tokens: Token ids of all texts, int32 of shape (T,), in a memory-mapped file.
-        offsets: Index in `tokens` of each text's first token, followed by T, int64 of shape (N + 1,).
+        tokens: Token ids of all texts, of shape (T,), int32, in a memory-mapped file.
+        offsets: Index in `tokens` of each text's first token, followed by T, of shape (N + 1,), int64.
         targets: Store of the teacher's text embeddings in the shared space.
-        rows: Each text's row in `targets`, int64 of shape (N,).
+        rows: Each text's row in `targets`, of shape (N,), int64.
     """
 
     tokens: np.ndarray
@@ -307,7 +307,7 @@ class DistillTexts:
         return [self.tokens[self.offsets[n] : self.offsets[n + 1]].tolist() for n in items.tolist()]
 
     def get_targets(self, items: np.ndarray) -> Tensor:
-        """Return the teacher's embeddings of the texts with these indices, float32 of shape (N, D)."""
+        """Return the teacher's embeddings of the texts with these indices, of shape (N, D), float32."""
         return torch.from_numpy(self.targets.take(self.rows[items]))
 
 
@@ -321,9 +321,9 @@ def prepare_texts(
 ) -> DistillTexts:
     """Embed the records' captions and phrases with the teacher, and tokenize them. Must be called by all ranks.
 
-    Texts that one of the tokenizers cannot encode are skipped. `folder` receives the teacher's text embeddings in the
-    shared space (the store `targets`) and a temporary file of the tokens, 4 bytes per token and rank. Memory: about 25
-    bytes per distinct text, up to 60 bytes at the peak, plus one chunk of texts (about 100 MB).
+    Texts that one of the tokenizers cannot encode are skipped. `folder` receives the store `targets`, which contains
+    the teacher's text embeddings in the shared space, and a temporary file with 4 bytes per token and rank. Memory:
+    about 25 bytes per distinct text, up to 60 bytes at the peak, plus one chunk of texts (about 100 MB).
 
     Args:
         other_texts: File with additional texts, one per line. They count as captions.
@@ -350,17 +350,17 @@ def prepare_texts(
 
 
 def iterate_texts(records: RecordTable, other_texts: Path | None) -> tuple[Iterator[str], Iterator[str]]:
-    """Return iterators over the captions (those of the records and the lines of a file) and over the phrases."""
+    """Return iterators over the captions (of the records and in the file) and over the phrases."""
     other_lines = iterate_lines(other_texts) if other_texts else ()
     return chain(records.iterate_texts(CAPTION_FIELDS), other_lines), records.iterate_texts(("phrases",))
 
 
 class _TokenWriter:
-    """Tokenizes distinct texts that have an embedding in `targets`, and writes their tokens to a file."""
+    """Tokenizer of distinct texts that have an embedding in `targets`. The tokens are written to a file."""
 
     def __init__(self, student: CaptionEncoder, targets: EmbeddingStore, file: IO[bytes]) -> None:
         self.student, self.targets, self.file = student, targets, file
-        self.count = 0  # number of texts so far
+        self.count = 0
         self._ignored_ids = _find_ignored_ids(student)
         self._is_seen = np.zeros(1 + sum(shard.rows for shard in targets.shards), bool)  # for each row of `targets`
         self._rows, self._lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -368,7 +368,7 @@ class _TokenWriter:
         self._num_failed, self._first_failed = 0, ""
 
     def add(self, texts: Sequence[str]) -> None:
-        """Tokenize those of the texts that are new and have an embedding."""
+        """Tokenize the new texts that have an embedding."""
         keys = make_caption_keys(texts)
         rows = self.targets.find_keys(keys)
         is_new = np.zeros(len(texts), bool)
@@ -416,7 +416,6 @@ class _TokenWriter:
 
 
 def _find_ignored_ids(student: CaptionEncoder) -> set[int]:
-    """Return the ids of the student's special tokens, including the unknown token."""
     if not student.is_static:
         return set(student.tokenizer.all_special_ids)
     unknown = getattr(student.tokenizer.model, "unk_token", None)
@@ -425,10 +424,10 @@ def _find_ignored_ids(student: CaptionEncoder) -> set[int]:
 
 
 def plan_epoch(data: DistillTexts, texts_per_step: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the indices of the texts for each step of an epoch, int64 of shape (steps, texts_per_step).
+    """Return the indices of the texts for each step of an epoch, of shape (steps, texts_per_step), int64.
 
     The texts of a step have similar lengths, and the steps are in random order. Phrases are repeated as in
-    `repeat_phrases`. The remaining texts that do not fill a step are omitted, different ones in each epoch.
+    `repeat_phrases`. The remaining texts that do not fill a step are omitted, different texts in each epoch.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(repeat_phrases(np.arange(len(data)), data.num_captions))
@@ -455,7 +454,7 @@ def distill(
 ) -> CaptionEncoder:
     """Train a student in place on the texts, resuming from the latest checkpoint if one exists.
 
-    Token embeddings are trained only if the student is static. `run_dir` receives checkpoints/ and metrics.jsonl.
+    Token embeddings are trained only in static students. `run_dir` receives checkpoints/ and metrics.jsonl.
 
     Raises:
         ValueError: Settings contradict each other, or the checkpoints were saved with different settings or data.
@@ -469,7 +468,7 @@ def distill(
         texts_per_step = min(config.batch_size, max(1, len(data) // world_size)) * world_size
     if texts_per_step > len(data):
         raise ValueError(f"there are fewer texts ({len(data)}) than processes ({world_size})")
-    # Phrases are repeated, so an epoch may have more texts than there are distinct texts.
+    # Phrases are repeated, so an epoch may have more texts than `data`.
     steps_per_epoch = len(plan_epoch(data, texts_per_step, config.seed, 0))
     properties = {
         "texts": data.text_hash,
@@ -481,7 +480,7 @@ def distill(
     if loop.checkpoints.latest is None:
         initialize_student(student, teacher, data)
     student.to(loop.device)
-    # Without dropout, because the targets are exact and the student underfits rather than overfits.
+    # Disable dropout: the targets are exact, and the student underfits rather than overfits.
     student.eval()
     groups = _select_parameters(student, config)
     loop.start(student.st, torch.optim.Adam(groups, betas=ADAM_BETAS), lr=groups[0]["lr"])
@@ -519,7 +518,6 @@ def _compute_gradients(
 
 
 def _select_parameters(student: CaptionEncoder, config: DistillConfig) -> list[dict[str, Any]]:
-    """Freeze unused weights and an LLM's token embeddings, and group the trained weights by learning rate."""
     lr = config.lr or (STATIC_LR if student.is_static else DEFAULT_LR)
     student.st.requires_grad_(True)
     if student.is_static:
@@ -530,7 +528,7 @@ def _select_parameters(student: CaptionEncoder, config: DistillConfig) -> list[d
             {"params": layer_weights, "lr": STATIC_LAYER_LR * lr},
         ]
     student.llm.get_input_embeddings().requires_grad_(False)  # a large matrix, of which texts use few rows
-    pooler = getattr(student.llm, "pooler", None)  # BERT-like models have a pooler, which llm2clip does not use
+    pooler = getattr(student.llm, "pooler", None)  # llm2clip does not use the pooler of BERT-like models
     if pooler is not None:
         pooler.requires_grad_(False)
     return [{"params": [p for p in student.st.parameters() if p.requires_grad], "lr": lr}]

@@ -1,9 +1,9 @@
 """Initial model for the `align` stage: a pretrained vision tower with new heads or with a CLIP model's heads.
 
-By default, the projection and the adapter are randomly initialised. With representation inheritance
-(`config.inherit`), the first stage of ProCLIP (arXiv 2510.18795), the projection is taken from the tower's CLIP model,
-and the adapter first learns from text alone to map the LLM embedding of a text to this CLIP model's embedding of it.
-The texts are the captions and phrases of the training data, with or without an image.
+By default, the projection and the adapter are randomly initialised. With representation inheritance (`config.inherit`),
+the first stage of ProCLIP (arXiv 2510.18795), the projection is taken from the tower's CLIP model. The adapter first
+learns from text alone to map the LLM embedding of a text to the CLIP model's embedding of the same text. The texts are
+the captions and phrases of the training data, with or without an image.
 """
 
 import hashlib
@@ -46,12 +46,12 @@ from llm2clip.train.optim import ADAM_BETAS, MAX_GRAD_NORM, WEIGHT_DECAY, make_c
 
 WEIGHTS = "inherited_adapter.safetensors"
 EPOCHS = 4
-MIN_STEPS = 500  # minimum number of steps; with few texts, training takes more than `EPOCHS` epochs
+MIN_STEPS = 500  # minimum number of steps; few texts are trained on for more than `EPOCHS` epochs
 BATCH_SIZE = 1024
 LR = 1e-3
 WARMUP_RATIO = 0.05
 MAX_REPEATS = 16  # maximum number of times that a phrase occurs per epoch
-MAX_TEST_TEXTS = 1000  # maximum number of held-out texts for measuring the cosine similarity
+MAX_TEST_TEXTS = 1000  # maximum number of held-out texts on which the cosine similarity is measured
 
 
 @dataclass
@@ -60,8 +60,8 @@ class PretrainedParts:
 
     tower: VisionTower
     clip: ClipTextEncoder | None  # CLIP model whose text space is inherited, or None without `--align.inherit`
-    logits: tuple[float, float | None] | None  # scale and bias of the tower's CLIP model, or None if not inherited
-    random_state: Tensor  # of PyTorch after the parts were loaded; restored before new weights are initialised
+    logits: tuple[float, float | None] | None  # scale and bias of the tower's CLIP model; None if not inherited
+    random_state: Tensor  # PyTorch's state after loading; restored before new weights are initialised
 
 
 @torch.random.fork_rng(devices=[])
@@ -76,13 +76,13 @@ def load_pretrained_parts(config: AlignConfig) -> PretrainedParts:
     tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
     clip = load_inherited_clip(config.tower, config.inherit, torch.device("cpu")) if config.inherit else None
     random_state = torch.get_rng_state()
-    _check_tower(tower, config)
+    _check_tower_supports_config(tower, config)
     logits = read_pretrained_logits(config.tower) if config.logit_scale == "inherit" else None
     return PretrainedParts(tower, clip, logits, random_state)
 
 
 @torch.no_grad()
-def _check_tower(tower: VisionTower, config: AlignConfig) -> None:
+def _check_tower_supports_config(tower: VisionTower, config: AlignConfig) -> None:
     if config.image_size is None:
         return
     try:
@@ -105,9 +105,9 @@ def create_initial_model(
     With `config.inherit`, the heads come from a CLIP model instead (see `inherit_text_space`).
 
     Args:
-        train: Training records whose texts the adapter is trained on with `config.inherit`.
+        train: Training records. With `config.inherit`, the adapter is trained on their texts.
         out: Folder for the adapter's weights and the cached CLIP text embeddings. Required with `config.inherit`.
-        parts: Pretrained parts, which become part of the model. Default: see `load_pretrained_parts`.
+        parts: Pretrained parts, which become part of the model. Default: from `load_pretrained_parts`.
     """
     parts = parts or load_pretrained_parts(config)
     device = process_state().device
@@ -168,13 +168,13 @@ def inherit_text_space(
     """Train the adapter of `model` to reproduce a CLIP model's text embeddings. Must be called by all ranks.
 
     The main process trains the adapter. The adapter's weights are saved in `folder`, with a signature of everything
-    that they depend on. If the folder already contains weights with this signature, these weights are loaded instead.
+    that they depend on. If `folder` already contains weights with the same signature, they are loaded instead.
 
     Args:
-        model: Model with a new adapter and the same `embed_dim` as the CLIP model. The model is modified in place.
+        model: Model with a new adapter and the same `embed_dim` as the CLIP model, modified in place.
         store: Store of the LLM embeddings of the captions and phrases of `records`. Captions that the tokenizer could
-            not encode and phrases that are not in the store are skipped.
-        precision: "bf16" enables autocast. With "fp32" or "fp16", the adapter is trained in float32.
+            not encode, and phrases that are not in the store, are skipped.
+        precision: "bf16" enables autocast. For "fp32" and "fp16", the adapter is trained in float32.
     """
     table = records if isinstance(records, RecordTable) else RecordTable.from_records(records)
     texts = (text for chunk in iterate_training_texts(table, store) for text in chunk.texts)
@@ -210,7 +210,7 @@ class TextChunk:
 
 @dataclass(frozen=True)
 class TrainingTexts:
-    """Distinct training texts: first the captions, then the phrases. A phrase that is also a caption is a caption."""
+    """Distinct training texts: first the captions, then the phrases that are not also captions."""
 
     store: EmbeddingStore  # LLM embeddings
     clip_store: EmbeddingStore
@@ -228,7 +228,7 @@ class TrainingTexts:
 def iterate_training_texts(records: RecordTable, store: EmbeddingStore) -> Iterator[TextChunk]:
     """Yield the captions to train on, then the phrases.
 
-    Long captions are used only if there are no other captions, because CLIP's text towers read at most 77 tokens.
+    Long captions are used only if there are no other captions, because CLIP text towers read at most 77 tokens.
 
     Raises:
         StoreError: A caption is not in the store.
@@ -279,9 +279,9 @@ def _read_signature(file: Path) -> object:
 
 
 def _train_adapter(adapter: nn.Module, texts: TrainingTexts, device: torch.device, seed: int, precision: str) -> float:
-    """Train the adapter. Print and return the mean cosine similarity of its outputs to CLIP's embeddings.
+    """Train the adapter. Print and return the mean cosine similarity of its outputs to the CLIP embeddings.
 
-    The similarity is measured on held-out texts or, if there are fewer than 20 texts, on the training texts.
+    The similarity is measured on held-out texts or, if there are fewer than 20 texts in total, on the training texts.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(texts.rows))
@@ -296,7 +296,7 @@ def _train_adapter(adapter: nn.Module, texts: TrainingTexts, device: torch.devic
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=ADAM_BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, make_cosine_schedule(steps, WARMUP_RATIO))
-    # fp16 would need loss scaling. On GPUs without bf16, the adapter is small enough for fp32.
+    # fp16 would need loss scaling. The adapter is small enough for fp32 on GPUs without bf16.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     adapter.train()
     for step in ProgressBar(range(steps), desc="inherit", unit="step"):
@@ -323,7 +323,7 @@ def _train_adapter(adapter: nn.Module, texts: TrainingTexts, device: torch.devic
 def repeat_phrases(texts: np.ndarray, num_captions: int) -> np.ndarray:
     """Repeat the phrases until they make up about half of the texts, at most `MAX_REPEATS` times.
 
-    `texts` contains int64 indices. Indices below `num_captions` refer to captions, and the others refer to phrases.
+    `texts` contains int64 indices. Indices below `num_captions` refer to captions, and higher indices to phrases.
     """
     captions, phrases = texts[texts < num_captions], texts[texts >= num_captions]
     repeats = min(MAX_REPEATS, max(1, len(captions) // max(1, len(phrases))))

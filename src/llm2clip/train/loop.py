@@ -1,7 +1,7 @@
 """Training loop shared by `align` and `distill`.
 
 A stage passes its model, its optimizer, its batches and a function that computes the gradients of a batch to
-`StepLoop`, which does the rest: mixed precision, gradient clipping, the learning rate schedule, metrics, evaluation on
+`StepLoop`. `StepLoop` handles mixed precision, gradient clipping, the learning rate schedule, metrics, evaluation on
 held-out images, checkpoints, experiment trackers, and exact resumption.
 """
 
@@ -43,8 +43,8 @@ from llm2clip.runs.ranks import (
 )
 from llm2clip.train.optim import MAX_GRAD_NORM, make_cosine_schedule
 
-# In fp16, the gradient scaler skips every step with non-finite gradients and then halves its scale factor. After this
-# many consecutive skipped steps, the scale factor cannot be the cause, so training stops with an error.
+# In fp16, the gradient scaler skips steps with non-finite gradients and then halves its scale factor. After this many
+# consecutive skipped steps, the scale factor cannot be the cause, so training stops with an error.
 MAX_SKIPPED_STEPS = 20
 
 
@@ -59,9 +59,9 @@ class StepResult:
     Attributes:
         loss: Loss of this rank's items, a scalar without gradients.
         num_items: Number of this rank's items.
-        metrics: Further scalars to log.
-        refs: This rank's items, which are listed as strings in a file if the loss is not finite.
-        failures: Error message for each of this rank's items that could not be decoded, keyed by name.
+        metrics: Additional scalars to log.
+        refs: This rank's items, which are listed in a file if the loss is not finite.
+        failures: Error messages for undecodable items of this rank, keyed by name.
     """
 
     loss: Tensor
@@ -78,7 +78,7 @@ class StepLoop:
         precision: Training precision: fp32, bf16 or fp16.
         checkpoints: Checkpoints in `run_dir/checkpoints`.
         items_per_step: Items per step over all ranks of the run to resume. None for a new run.
-        net: The model with its distributed wrapper, after `start`.
+        net: The model with its distributed wrapper, available after `start`.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class StepLoop:
         """Set up mixed precision and find the checkpoint to resume from.
 
         Args:
-            items: What the training data consists of, such as "images". Part of the names of metrics.
+            items: Plural noun for the training items, such as "images". Part of metric names.
             report_to: Names of experiment trackers.
         """
         state = process_state()  # must precede Accelerator(), which would set up the ranks differently
@@ -113,7 +113,7 @@ class StepLoop:
         self.items_per_step = self.checkpoints.get_saved_items_per_step(f"{items} per step")
 
     def check_signature(self, steps: int, items_per_step: int, data: Mapping[str, Any]) -> None:
-        """Raise ValueError if a resumed run has a different number of steps, other settings or other data.
+        """Raise ValueError if a resumed run has a different number of steps, different settings or different data.
 
         `data` contains hashes and other properties of the data and the models that affect the result.
         """
@@ -131,10 +131,10 @@ class StepLoop:
         validate: Validator | None = None,
         eval_steps: int = 0,
     ) -> None:
-        """Prepare the model and the optimizer, and load the latest checkpoint, if there is one.
+        """Prepare the model and the optimizer, and load the latest checkpoint, if any.
 
         Args:
-            lr: Peak learning rate to log.
+            lr: Peak learning rate, for logging.
             eval_steps: Number of steps between evaluations. 0 disables evaluation.
         """
         self.model, self.lr, self.eval_steps = model, lr, eval_steps
@@ -147,7 +147,7 @@ class StepLoop:
                 self.evaluations = MetricsLog(self.run_dir / "evaluations.jsonl", resume_step)
         if self._trackers:
             if "tensorboard" in self._trackers and resume_step:
-                self._trackers["tensorboard"]["purge_step"] = resume_step + 1  # later steps will be repeated
+                self._trackers["tensorboard"]["purge_step"] = resume_step + 1  # later steps are repeated
             plain = int, float, str, bool
             settings = {k: v if isinstance(v, plain) else str(v) for k, v in vars(self.config).items()}
             self.accelerator.init_trackers("llm2clip", settings, self._trackers)
@@ -168,9 +168,9 @@ class StepLoop:
 
         Args:
             batches: This rank's batch for each remaining step.
-            compute_gradients: Function of the step number, which starts at 1, and the batch. It runs the forward and
-                backward pass.
-            log: Log of items that cannot be decoded. Raises TooManySkipped if there are too many.
+            compute_gradients: Function that runs the forward and backward pass, given the step number (from 1) and the
+                batch.
+            log: Log of undecodable items. Raises TooManySkipped if there are too many of them.
             after_step: Function to call after each optimizer step.
 
         Raises:
@@ -188,7 +188,7 @@ class StepLoop:
                 loss, grad_norm = self._update_weights(result)
                 after_step()
 
-                # Metrics. On a GPU, `report.add` waits for the previous step, so the time between steps is measured.
+                # On a GPU, `report.add` waits for the previous step, so this measures the time between steps.
                 now = time.perf_counter()
                 step_seconds, clock = now - clock, now
                 items_per_second = result.num_items * self.accelerator.num_processes / step_seconds
@@ -215,7 +215,7 @@ class StepLoop:
         return loss, grad_norm
 
     def _evaluate_and_save(self, step: int, report: "StepReport") -> bool:
-        """Evaluate the model and save a checkpoint if they are due. Return True if either was done."""
+        """Evaluate the model and save a checkpoint if due. Return True if either was done."""
         is_last = step == self.steps
         evaluates = self.validate is not None and (step % self.eval_steps == 0 or is_last)
         saves = step % self.config.save_steps == 0 or is_last
@@ -230,7 +230,6 @@ class StepLoop:
         return evaluates or saves
 
     def _evaluate(self, step: int) -> None:
-        """Evaluate the model on the main process or, if the model is sharded, on all ranks. Log the metrics."""
         assert self.validate is not None
         if self.accelerator.is_main_process or is_fsdp_enabled():
             self.model.eval()
@@ -246,22 +245,22 @@ class StepLoop:
 
 
 class StepReport:
-    """Logs the metrics of each training step, and stops training if a value is not finite.
+    """Logger of each training step's metrics, which stops training if a value is not finite.
 
     Reading a value from a GPU waits until the GPU has computed it. On a GPU, the values of a step are therefore read
     when the next step is added, by which time they have usually been computed. Call `flush` before evaluating or saving
-    weights, so that the values of all previous steps have been checked.
+    weights, so that the values of all previous steps are checked.
     """
 
     def __init__(self, loop: StepLoop, log: SkipLog | None, progress: ProgressBar) -> None:
         self.loop, self.log, self.progress = loop, log, progress
-        self.skipped_steps = 0  # consecutive steps with non-finite gradients
+        self.skipped_steps = 0  # number of consecutive steps with non-finite gradients
         self._pending: list[tuple[int, StepResult, dict[str, float], DeviceValues]] = []
 
     def add(
         self, step: int, result: StepResult, loss: Tensor, grad_norm: Tensor, step_metrics: dict[str, float]
     ) -> None:
-        """Report a step that has just run. Must be called by all ranks. Can raise the same errors as `StepLoop.run`."""
+        """Report a completed step. Must be called by all ranks. Can raise the same errors as `StepLoop.run`."""
         accelerator = self.loop.accelerator
         values = [loss, grad_norm, *result.metrics.values()]
         if accelerator.num_processes > 1:
@@ -308,7 +307,7 @@ class StepReport:
             self.log.check()
 
     def _check_finite(self, name: str, value: float, step: int, result: StepResult) -> None:
-        """Raise FloatingPointError if a value is not finite, after listing the names of the step's items in a file."""
+        """Raise FloatingPointError if a value is not finite. First, list the names of the step's items in a file."""
         if math.isfinite(value):
             return
         stage, items = self.loop.stage, self.loop.items
@@ -336,7 +335,7 @@ class DeviceValues:
         self._copied.record(torch.cuda.current_stream(stacked.device))
 
     def read(self) -> list[float]:
-        """Wait until the device has computed the values, then return them."""
+        """Wait until the device has computed the values, and return them."""
         if self._copied is not None:
             self._copied.synchronize()
         values: list[float] = self._values.tolist()
@@ -347,7 +346,7 @@ class DeviceValues:
 
 
 def make_tracker_options(names: Sequence[str], run_dir: Path) -> dict[str, Any]:
-    """Return Accelerate's options for each tracker, keyed by tracker name. Resumed runs continue the same tracker run.
+    """Return Accelerate's options for each tracker, keyed by tracker name. A resumed run continues its tracker run.
 
     Raises:
         ValueError: A tracker name is unknown.

@@ -31,7 +31,7 @@ from torch import Tensor
 from llm2clip.models.llm2clip import truncate_and_normalize
 from llm2clip.runs.ranks import RaggedGather
 
-LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # a chunk fits in a CPU's cache or takes 256 MB on a GPU
+LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # a chunk fits in a CPU's cache, and takes 256 MB on a GPU
 
 
 def info_nce(
@@ -53,13 +53,13 @@ def info_nce(
         image, text: Embeddings of shapes (N, D) and (M, D), L2-normalised.
         logit_scale: Factor applied to the cosine similarities (1 / temperature).
         image_of_text: Index of each text's image, of shape (M,), int64, ascending. Every image must have at least one
-            text. If None, text i belongs to image i.
-        text_ids: Text ids of shape (M,), int64. Identical texts must have the same id. If None, all texts are treated
+            text. Default: text i belongs to image i.
+        text_ids: Text ids of shape (M,), int64. Identical texts must have the same id. Default: all texts are treated
             as distinct, which avoids a GPU synchronisation. Must be None on all ranks or on none.
-        other_texts: Known texts of the images, in or outside this batch, as (image index, text id) pairs of shape
+        other_texts: Known texts of the images, inside or outside this batch, as (image index, text id) pairs of shape
             (K, 2), int64. A known text is not used as a negative for its image. Default: none. Must be None on all
             ranks or on none. Requires `text_ids`.
-        gather: If True, use the texts and images of all ranks as negatives; all ranks must then call this function.
+        gather: Use the texts and images of all ranks as negatives. All ranks must then call this function.
 
     Returns:
         The loss as a float32 scalar, averaged over both directions and over this rank's images.
@@ -83,7 +83,7 @@ def sigmoid_loss(
 
     Returns:
         The loss as a float32 scalar: the weighted sum over all pairs, divided by the number of images. A pair's weight
-        is 1 / (number of texts of the image to which the pair's text belongs).
+        is 1 / (number of texts of the image that the pair's text belongs to).
     """
     scalars = [logit_scale, logit_bias]
     return _apply_loss(_Sigmoid, image, text, scalars, image_of_text, text_ids, other_texts, gather)
@@ -112,8 +112,8 @@ class Loss:
     Attributes:
         function: Function with the same arguments as `sigmoid_loss`, or as `info_nce` if `needs_bias` is False.
         needs_bias: True if a learned bias is added to the logits.
-        matmuls: Number of matmuls between all image and text embeddings of a step, for the loss and its gradient. The
-            first value is for a single process, the second for each process of a distributed run.
+        matmuls: Number of matmuls between all image and text embeddings of a step, for the loss and its gradient: in a
+            single process, and in each process of a distributed run.
         chunk_tensors: Number of chunk-sized tensors (see `LOGITS_PER_CHUNK`) in memory at the same time.
     """
 
@@ -136,7 +136,7 @@ def matryoshka_loss(
     bias: Tensor,
     *layout: Tensor | None,
 ) -> Tensor:
-    """Return the mean of a loss over the full embeddings and over each truncated size (Matryoshka, arXiv 2205.13147).
+    """Return the mean of a loss over the full embeddings and all truncated sizes (Matryoshka, arXiv 2205.13147).
 
     Truncated embeddings are normalised again.
     """
@@ -311,7 +311,7 @@ class _ImageTextLayout:
         self.weights = self.text_gather.gather(_compute_text_weights(image_of_text, num_images))
         self.num_images = num_images
 
-        # These tensors exist only if some texts are identical. `group` assigns the same number to identical texts,
+        # The next tensors exist only if some texts are identical. `group` assigns the same number to identical texts,
         # `by_group` lists the indices of all texts sorted by group, and `group_starts` contains the position in
         # `by_group` at which each group starts.
         self.group: Tensor | None = None
@@ -321,8 +321,8 @@ class _ImageTextLayout:
                 self.group, self.by_group = group, group.argsort(stable=True)
                 self.group_starts = F.pad(torch.bincount(group).cumsum(0), (1, 0))
 
-        # Pairs of an image and a text that `other_texts` lists for it, as two int64 vectors of image and text indices.
-        # The indices are global: they refer to the batch gathered from all ranks.
+        # Pairs of an image and a text in `other_texts`, as two int64 vectors of image and text indices. The indices are
+        # global: they refer to the batch gathered from all ranks.
         self.other_pairs: tuple[Tensor, Tensor] | None = None
         if other_texts is not None and text_ids is not None:
             self.other_pairs = self._find_other_pairs(text_ids, other_texts, gather)
@@ -353,7 +353,7 @@ class _ImageTextLayout:
     def text_starts(self) -> list[int]:
         """Index of each image's first text: image i has texts text_starts[i] to text_starts[i + 1] - 1.
 
-        Computing these indices synchronises with the GPU. This is needed only if the logits do not fit in one chunk.
+        Computing the indices synchronises with the GPU. They are needed only if the logits do not fit in one chunk.
         """
         images = torch.arange(self.num_images + 1, device=self.image_of_text.device)
         starts: list[int] = torch.searchsorted(self.image_of_text, images).tolist()
@@ -409,7 +409,7 @@ def _add_positive_grads(
     layout: _ImageTextLayout,
     rows: slice,
 ) -> None:
-    """Add the gradients of a slice of images' positive pairs in place. -coef is the derivative of their logits."""
+    """Add the gradients of the positive pairs of a slice of images in place. Their logits have derivatives -coef."""
     texts = layout.get_text_slice(rows)
     image_of_text, coef = layout.image_of_text[texts], coef[texts, None]
     grad_image.index_add_(0, image_of_text, text[texts] * coef, alpha=-1)
@@ -419,7 +419,7 @@ def _add_positive_grads(
 def _scale_grads(
     grad_image: Tensor, grad_text: Tensor, image: Tensor, scale: Tensor, grad_output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale the gradients of the embeddings in place. Return them and the gradient of the logit scale."""
+    """Scale the gradients of the embeddings in place. Return the gradients of the embeddings and the logit scale."""
     grad_scale = torch.linalg.vecdot(image, grad_image).sum() * grad_output  # logits = scale * cosines
     factor = scale * grad_output
     return grad_image.mul_(factor), grad_text.mul_(factor), grad_scale
@@ -438,7 +438,7 @@ def _compute_text_weights(image_of_text: Tensor, num_images: int) -> Tensor:
 
 
 def _concatenate_ranges(starts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Concatenate the ranges starts[k], ..., starts[k] + counts[k] - 1. Return each element's index k and value."""
+    """Concatenate the ranges starts[k], ..., starts[k] + counts[k] - 1. Return k and the value of each element."""
     range_of_element = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     first_element = counts.cumsum(0) - counts
     offset = torch.arange(len(range_of_element), device=counts.device) - first_element[range_of_element]
@@ -469,10 +469,10 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
     tower's features before the projection, because a new projection has no teacher. Memory use is quadratic in N.
 
     Args:
-        student, teacher: Embeddings of the same N items, of shape (N, D), which are L2-normalised here. The teacher's
+        student, teacher: Embeddings of the same N items, of shape (N, D), not necessarily normalised. The teacher's
             embeddings receive no gradients.
-        gather: If True, use the pairs of all ranks; all ranks must then call this function. If all ranks have the same
-            number of items, the loss and its gradients, averaged over ranks, equal those of a single process with all
+        gather: Use the pairs of all ranks. All ranks must then call this function. If all ranks have the same number of
+            items, the loss and its gradients, averaged over ranks, equal those of a single process with all
             items.
 
     Returns:
@@ -495,8 +495,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
 def _pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
     """Return the Euclidean distances, of shape (N, M), between L2-normalised vectors of shapes (N, D) and (M, D).
 
-    The distance between nearly identical vectors is set to 0, without a gradient, because the square root has an
-    infinite gradient at 0.
+    The distance between nearly identical vectors is set to 0 without a gradient, because the gradient of the square
+    root at 0 is infinite.
     """
     squares = 2 - 2 * a @ b.T
     is_distinct = squares > 1e-6  # in float32, the absolute error is about 1e-7

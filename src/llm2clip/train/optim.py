@@ -1,4 +1,4 @@
-"""Optimization of a model: trainable parameters, optimizer, learning rates, gradient caching and compilation."""
+"""Optimizer, learning rates, trainable parameters, gradient caching and compilation."""
 
 import math
 import re
@@ -21,13 +21,13 @@ from llm2clip.runs.ranks import print_once
 WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 5.0
 ADAM_BETAS = (0.9, 0.999)
-# Matches the names of the tower's learned position embeddings and tokens in timm and transformers. Weight decay would
-# pull these parameters towards zero.
+# Matches the names of learned position embeddings and tokens in timm and transformers towers, which are excluded from
+# weight decay.
 _EMBEDDING = re.compile(r"^tower\..*(pos_embed|position_embedding|cls_token|class_embedding|reg_token|register_token)")
 
 
 def select_trainable_weights(model: LLM2CLIP, config: AlignConfig) -> None:
-    """Freeze or unfreeze the tower, or add LoRA layers to it. All parameters outside the tower are always trained.
+    """Freeze or unfreeze the tower, or add LoRA layers to it. All other parameters are always trained.
 
     Raises:
         ValueError: The tower has no layers to which LoRA can be applied.
@@ -37,7 +37,7 @@ def select_trainable_weights(model: LLM2CLIP, config: AlignConfig) -> None:
     if config.lora_r:
         add_tower_lora(tower, config.lora_r, 2 * config.lora_r)
     for name, parameter in tower.named_parameters():
-        if name.endswith("mask_token"):  # only used during DINO pretraining, so it has no gradient
+        if name.endswith("mask_token"):  # used only in DINO pretraining, so it has no gradient
             parameter.requires_grad_(False)
 
 
@@ -49,7 +49,7 @@ def make_optimizer(model: LLM2CLIP, config: AlignConfig, device: torch.device) -
 def make_parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str, Any]]:
     """Group the trainable parameters by learning rate and weight decay.
 
-    The tower has its own learning rate, `tower_lr`, which is multiplied by `layer_decay` for each layer above the
+    The learning rate of a tower parameter is `tower_lr`, multiplied by `layer_decay` once for each layer above the
     parameter. As in the authors' code, weight decay is not applied to vectors and scalars (such as biases, norms and
     the logit scale) or to the tower's position embeddings and class tokens.
 
@@ -78,10 +78,10 @@ def make_parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str
 
 
 def make_cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
-    """Return a function that maps a step to its learning rate factor: linear warm-up, followed by cosine decay to zero.
+    """Return a function from step to learning rate factor: linear warm-up, followed by cosine decay to zero.
 
-    The schedule is taken from the LLM2CLIP authors' code (training/scheduler.py), where steps count from 0. Unlike in
-    transformers' cosine schedule, the learning rate of the first step is not 0, so this step is not wasted.
+    The schedule is taken from the LLM2CLIP authors' code (training/scheduler.py), where steps start at 0. Unlike in
+    transformers' cosine schedule, the first step has a learning rate greater than 0 and is not wasted.
     """
     warmup = round(steps * warmup_ratio)
 
@@ -98,7 +98,8 @@ def _index_tower_layers(tower: VisionTower) -> dict[str, int]:
     """Return the layer index of each tower parameter: 0 for the stem, then the blocks, then the final norm.
 
     As in the paper, the final norm is a separate layer above the last block. The norm therefore has the full learning
-    rate, and the last block has `layer_decay` times this rate. timm puts the norm and the last block in one layer.
+    rate, and the last block has `layer_decay` times this rate. timm assigns the norm and the last block to the same
+    layer.
     """
     layers = tower.get_parameter_depths()
     top_block = max((layer for name, layer in layers.items() if tower.is_in_block(name)), default=0)
@@ -111,9 +112,9 @@ def _index_tower_layers(tower: VisionTower) -> dict[str, int]:
 
 # ---- gradient caching ------------------------------------------------------------------------------------------------
 
-# GradCache (arXiv 2101.06983) is for contrastive losses over batches too large for one forward pass. A contrastive loss
-# is a function of the embeddings of the complete batch, and so is its gradient with respect to these embeddings. The
-# model's parameter gradients can therefore be computed in three steps:
+# GradCache (arXiv 2101.06983) computes contrastive losses over batches that are too large for one forward pass. The
+# loss, and its gradient with respect to the embeddings, depend only on the embeddings of the complete batch. The
+# parameter gradients can therefore be computed in three steps:
 #
 # 1. Run the model on each part of the batch in turn, without storing activations.
 # 2. Compute the loss over the embeddings of all parts, and its gradient with respect to these embeddings.
@@ -133,25 +134,25 @@ def compute_cached_loss(
     Args:
         passes: One function per part of the batch. Each function runs `model` on its part and returns a tuple of
             tensors with one row per item. All tuples must have the same length.
-        loss_function: Function that returns the scalar loss. Argument n is the concatenation of the n-th tensors from
-            all passes.
+        loss_function: Function that returns the scalar loss. Its n-th argument is the concatenation of the n-th tensors
+            from all passes.
         model: The model, including its DDP or FSDP wrapper. Gradients are reduced only once, in the last pass.
-        device: Device on which the passes run. Its random state is saved and restored, so that each pass uses the same
-            dropout masks when it is rerun.
+        device: Device on which the passes run. Its random state is saved and restored, so that reruns use the same
+            dropout masks.
     """
     # 1. Forward passes, without storing activations.
     random_states, outputs = [], []
     with torch.no_grad():
         for run in passes:
             random_states.append(_get_random_state(device))
-            # Detach, because an output that is a view of a parameter would require a gradient.
+            # Detached, because an output that is a view of a parameter would require a gradient.
             outputs.append(tuple(x.detach() for x in run()))
 
     # 2. Loss, and its gradient with respect to the outputs.
     joined = [torch.cat(parts).requires_grad_() for parts in zip(*outputs, strict=True)]
     loss = loss_function(*joined)
     loss.backward()
-    gradients = []  # gradient of each output tensor, split into one part for each pass
+    gradients = []  # gradient of each output tensor, split into one part per pass
     for x, parts in zip(joined, zip(*outputs, strict=True), strict=True):
         gradient = torch.zeros_like(x) if x.grad is None else x.grad
         gradients.append(gradient.split([len(part) for part in parts]))
@@ -173,7 +174,6 @@ def compute_cached_loss(
 
 @contextmanager
 def _sync_gradients(model: nn.Module, sync: bool) -> Iterator[None]:
-    """Reduce the gradients of a DDP or FSDP model inside the `with` block only if `sync` is True."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(sync)
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else nullcontext():
@@ -194,8 +194,7 @@ def _set_random_state(state: tuple[Tensor, Tensor | None]) -> None:
 
 # torch.compile fuses elementwise operations on GPUs. Each block of the tower is compiled separately ("regional
 # compilation"). All blocks of a vision transformer have the same code and shapes, so PyTorch compiles the first block
-# and reuses the result for the others. Compilation takes one to two minutes, which short runs do not regain (see
-# docs/results/speed.md).
+# and reuses the result for the others. Compilation takes one to two minutes, which short runs do not recoup.
 MIN_COMPILED_STEPS = 1000
 COMPILE_BACKEND = "inductor"
 
@@ -215,7 +214,7 @@ def should_compile(tower: VisionTower, device: torch.device, steps: int) -> bool
 def compile_blocks(tower: VisionTower) -> None:
     """Compile the tower's blocks in place for training. In eval mode, the blocks still run uncompiled.
 
-    The blocks are compiled in the first step. If compilation fails, they run uncompiled, and PyTorch logs a warning.
+    Compilation takes place in the first step. If it fails, the blocks run uncompiled, and PyTorch logs a warning.
     """
     print_once(
         "Compiling the vision tower: the first step takes about one to two minutes longer, and later steps are faster. "
@@ -235,7 +234,7 @@ def restore_blocks(tower: VisionTower) -> None:
 def _make_mode_dependent_forward(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
     """Return a `forward` that runs the compiled function in training mode and the uncompiled method in eval mode.
 
-    Evaluation uses other batch sizes and precisions, each of which would require recompilation.
+    Evaluation uses different batch sizes and precisions, each of which would require recompilation.
     """
     eager = block.forward
 

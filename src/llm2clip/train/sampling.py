@@ -30,13 +30,13 @@ from llm2clip.store.store import CaptionRows, CaptionSource, EmbeddingStore, fin
 
 HASH_DIGITS = 16
 Sample = tuple[int, int]  # (epoch, index of the image's record)
-# Uses of random numbers, as counters after the seed, the epoch and the image.
+# Counters that distinguish uses of random numbers, after the seed, the epoch and the image.
 _CROP, _KINDS, _CAPTIONS = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Part of a training step's batch that is processed by one rank: N images and M captions of these images."""
+    """One rank's part of the batch of a training step: N images and M captions of these images."""
 
     images: Tensor
     """Pixels of shape (N, 3, S, S), uint8, or, if the tower is frozen, features of shape (N, feature_dim). Features are
@@ -56,13 +56,13 @@ class Batch:
     """True if all captions of the step are known to be distinct and no phrases are used. The loss then does not compare
     row numbers, which avoids a GPU synchronisation."""
     image_refs: ImageList
-    """Reference to each image, whose name error messages contain. Names are read from the table only when needed."""
+    """Reference to each image, for error messages. Names are read from the table only when needed."""
     failures: dict[str, str]
     """Error message for each image that could not be decoded, keyed by image name. These images are replaced with
     duplicates of other images in the batch."""
 
     def to(self, device: torch.device) -> Batch:
-        """Copy the tensors to a device, and convert float16 to float32 there."""
+        """Copy the tensors to a device. float16 tensors are converted to float32 there."""
         is_cuda = device.type == "cuda"
 
         def move(tensor: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class AlignBatches:
         """
         Args:
             records: Training data. Records without an image or without captions are ignored.
-            ranks: This rank and the number of ranks.
+            ranks: (rank, world size).
             features: Store of a frozen tower's image features, which batches then contain instead of pixels. Images
                 without features are ignored.
             images_per_step: Total over all ranks. Default: see `resolve_images_per_step`.
@@ -149,7 +149,7 @@ class AlignBatches:
         Raises:
             ValueError: None of the images in a batch can be decoded.
         """
-        if first_step >= len(self):  # the run is complete; do not start any workers
+        if first_step >= len(self):  # the run is complete, so no workers are started
             return
         if self.features is not None:
             for samples in self.samples(first_step):
@@ -164,7 +164,7 @@ class AlignBatches:
             collate_fn=_collate,
             persistent_workers=False,
             **build_worker_options(workers, __name__),
-            generator=torch.Generator(),  # so that the loader does not use the global random state
+            generator=torch.Generator(),  # keeps the global random state unchanged
         )
         for pixels, samples, failures in loader:
             if pixels is None:
@@ -198,9 +198,9 @@ class AlignBatches:
 
 
 def _take_rows(source: CaptionSource, rows: np.ndarray) -> Tensor:
-    """Return the text inputs or embeddings in N rows. Embeddings are read into pinned memory if there is a GPU.
+    """Return the text inputs or embeddings of N rows. If there is a GPU, embeddings are read into pinned memory.
 
-    float16 embeddings are not converted, which halves the memory and the time for copying to a GPU.
+    float16 embeddings are not converted, which halves their memory and the time to copy them to a GPU.
     """
     if not isinstance(source, EmbeddingStore):
         return torch.from_numpy(source.take(rows))
@@ -211,7 +211,7 @@ def _take_rows(source: CaptionSource, rows: np.ndarray) -> Tensor:
 
 
 def allocate_pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    # PyTorch reuses the pinned memory of freed tensors, but not before their copies to a GPU are complete.
+    # PyTorch reuses the pinned memory of freed tensors only after their copies to a GPU are complete.
     return torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
 
 
@@ -225,7 +225,7 @@ def _list_caption_rows(captions: CaptionRows, images: np.ndarray) -> np.ndarray:
 
 
 def resolve_images_per_step(num_images: int, config: AlignConfig, world_size: int) -> int:
-    """Return the number of images per step over all ranks: `batch_size` per rank or, if there are fewer images, all.
+    """Return the number of images per step over all ranks: `batch_size` per rank, but at most all images.
 
     Raises:
         ValueError: There are too few images, or the caption mix is invalid.
@@ -248,7 +248,7 @@ def resolve_images_per_step(num_images: int, config: AlignConfig, world_size: in
 
 
 def resolve_decoding_workers(config: AlignConfig) -> int:
-    """Return the number of image decoding processes for this rank. Default: one per two CPU cores, at most 16."""
+    """Return the number of image decoding processes of this rank. Default: one per two CPU cores, at most 16."""
     if config.workers is not None:
         return config.workers
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -256,7 +256,7 @@ def resolve_decoding_workers(config: AlignConfig) -> int:
 
 
 class _ImageDataset(Dataset):
-    """Dataset that decodes and crops images. A sample's crop does not depend on the worker process."""
+    """Dataset of decoded random crops. A sample's crop does not depend on the worker process."""
 
     def __init__(self, refs: ImageList, transform: TrainTransform, seed: int) -> None:
         self.refs, self.transform, self.seed = refs, transform, seed
@@ -280,15 +280,15 @@ class _ImageDataset(Dataset):
 def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | None, list[Sample], dict[str, str]]:
     """Collate decoded images in the worker process. Return the pixels, the samples and a dict of error messages.
 
-    Pixels are stacked into a single tensor, because the main process needs one file descriptor for each tensor that it
-    receives. If none of the images can be decoded, None is returned instead of the pixels.
+    Pixels are stacked into a single tensor, because the main process needs one file descriptor per received tensor. If
+    none of the images can be decoded, the pixels are None.
     """
     failures = {name: result for name, result, _ in items if isinstance(result, str)}
     decoded = [(result, sample) for _, result, sample in items if not isinstance(result, str)]
     if not decoded:
         return None, [], failures
-    # Replace images that cannot be decoded with duplicates of other images in the batch. This is harmless because the
-    # loss does not use identical captions as negatives.
+    # Replace undecodable images with duplicates of other images in the batch. Duplicates are harmless, because the loss
+    # does not use identical captions as negatives.
     decoded += [decoded[n % len(decoded)] for n in range(len(items) - len(decoded))]
     return torch.stack([pixels for pixels, _ in decoded]), [sample for _, sample in decoded], failures
 
@@ -297,7 +297,7 @@ def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | No
 
 
 class CaptionSampler:
-    """Samples captions for all images of a batch at once.
+    """Sampler of captions for all images of a batch at once.
 
     The kind of each caption (such as short or long) is sampled according to the caption mix. Within a kind, captions
     are sampled without replacement, so an image with few captions may receive fewer than requested. If all of an
@@ -311,10 +311,10 @@ class CaptionSampler:
         self.seed, self.captions_per_image = config.seed, config.captions_per_image
 
     def sample(self, epochs: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sample captions for N images. `epochs` and `images` (their indices) have shape (N,), int64.
+        """Sample captions for N images. `epochs` and `images` (image indices) have shape (N,), int64.
 
         Returns:
-            The captions' row numbers in the store and the position of each caption's image in `images`, both of shape
+            The captions' row numbers in the store, and the position of each caption's image in `images`, both of shape
             (M,), int64. Positions are in ascending order.
         """
         starts = np.stack([captions.starts[images] for captions in self.captions_by_kind])
@@ -354,11 +354,11 @@ class CaptionSampler:
 
 
 def _take_captions(shuffled: list[np.ndarray], counts: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Take the next row of the sampled kind for each caption. Skip the caption if no rows of that kind are left.
+    """Take the next row of the sampled kind for each caption. Skip the caption if no rows of its kind are left.
 
     `shuffled` contains the permuted row numbers of each kind, of shape (N, captions). `counts` contains the number of
     valid row numbers per kind and image, of shape (kinds, N). `kinds` has shape (captions per image, N). Return the
-    selected row numbers and each one's image position, both of shape (M,), sorted by position. All arrays are int64.
+    selected row numbers and their image positions, both of shape (M,), sorted by position. All arrays are int64.
     """
     images = np.arange(kinds.shape[1])
     taken = np.zeros_like(counts)

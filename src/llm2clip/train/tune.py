@@ -5,8 +5,8 @@ negatives. General text pairs ("TC") can be added or used instead. LoRA is merge
 result is an ordinary sentence-transformers model.
 
 Captions have 10 to 200 tokens, so padding a complete batch to its longest text would waste half the compute. Texts are
-therefore sorted by length and encoded in several forward passes, each with a limited number of tokens. Gradient caching
-can then keep the activations of only one pass in memory at a time.
+therefore sorted by length and encoded in several forward passes, each with a limited number of tokens. With gradient
+caching, only one pass's activations are in memory at a time.
 """
 
 from collections.abc import Iterable, Sequence
@@ -67,10 +67,10 @@ def tune(sources: Sequence[TuningItems], encoder: CaptionEncoder, config: TuneCo
     """Tune a caption encoder in place, resuming from the latest checkpoint if one exists. Return `run_dir/encoder`.
 
     Args:
-        sources: For each source, a list of image captions or text pairs.
+        sources: Image captions or text pairs, one list per source.
         encoder: Caption encoder. If `steps` is 0, it is saved without tuning.
-        run_dir: Output folder for checkpoints/, metrics.jsonl and, after training, encoder/ in sentence-transformers
-            format. No other process may write to this folder (see `run_lock`).
+        run_dir: Output folder for checkpoints/, metrics.jsonl and, after training, encoder/ in the
+            sentence-transformers format. No other process may write to this folder (see `run_lock`).
 
     Raises:
         ValueError: A source has too few items, settings contradict each other, or the existing checkpoints were saved
@@ -104,7 +104,7 @@ def tune(sources: Sequence[TuningItems], encoder: CaptionEncoder, config: TuneCo
 def _sample_pairs(
     sources: Sequence[TuningItems], encoder: CaptionEncoder, config: TuneConfig, pairs_per_step: int | None
 ) -> pa.Table:
-    """Return the text pairs for all steps, identical on all ranks. `pairs_per_step` is None for a new run."""
+    """Sample the text pairs for all steps, identical on all ranks. `pairs_per_step` is None for a new run."""
     if pairs_per_step is None:
         world_size = process_state().num_processes
         pairs_per_step = resolve_pairs_per_step(sources, config.batch_size, world_size)
@@ -124,7 +124,7 @@ def _sample_pairs(
 
 
 def _select_trainable_weights(encoder: CaptionEncoder, config: TuneConfig) -> tuple[Precision, LoraSession | None]:
-    """Select the trainable weights: either newly added LoRA layers or all LLM weights except the token embeddings.
+    """Select the trainable weights: new LoRA layers, or all LLM weights except the token embeddings.
 
     With LoRA, the frozen matrices take up nearly all memory, so they are stored in the training precision or, with
     QLoRA, in 4 bits.
@@ -133,7 +133,7 @@ def _select_trainable_weights(encoder: CaptionEncoder, config: TuneConfig) -> tu
     device = process_state().device
     precision = resolve_precision("tune", config.precision, device)
     llm = encoder.llm
-    pooler = getattr(llm, "pooler", None)  # BERT-like models have a pooler, which llm2clip does not use
+    pooler = getattr(llm, "pooler", None)  # llm2clip does not use the pooler of BERT-like models
     encoder.st.requires_grad_(False)  # also freezes modules that follow the LLM
     lora = None
     if config.lora_r:
@@ -201,7 +201,7 @@ def _train(
     TrainingLog(run_dir / "metrics.jsonl", checkpoints, "tune", advice).add_to(trainer)
     enable_fp32_gradient_reduction(trainer.accelerator)
     unsharded = copy_to_meta_device(encoder.st) if trainer.is_fsdp_enabled else None
-    # On CPUs, compute attention with plain matmuls: in bf16, the backward pass of PyTorch's fused attention is slow for
+    # On CPUs, compute attention with plain matmuls: the bf16 backward pass of PyTorch's fused attention is slow for
     # short captions (see `benchmarks/tune.py`).
     with sdpa_kernel(SDPBackend.MATH) if args.device.type == "cpu" else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
@@ -209,7 +209,7 @@ def _train(
         encoder.st = gather_to_cpu(unsharded, encoder.st)
     else:
         trainer.accelerator.unwrap_model(encoder.st, keep_fp32_wrapper=False)  # removes the autocast wrapper
-        vars(encoder.st).pop("_is_accelerate_prepared", None)  # so that later training uses autocast again
+        vars(encoder.st).pop("_is_accelerate_prepared", None)  # makes later training use autocast again
 
 
 def _make_training_arguments(
@@ -244,11 +244,10 @@ def _make_training_arguments(
 
 class _TuneTrainer(TrainingStateMixin, SentenceTransformerTrainer):
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], None]:
-        """Pass a batch from `PairCollator` to the loss unchanged."""
         return [inputs], None
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """Do nothing. The callback would encode examples for a model card that is never saved."""
+        """Do nothing: the callback would encode examples for a model card that is never saved."""
 
 
 def _make_sequential_sampler(dataset: Dataset, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
@@ -277,12 +276,12 @@ def pair_loss(
         anchor, positive: Embeddings of this rank's pairs, of shape (N, D), L2-normalised. Row i of `anchor` and row i
             of `positive` form a pair. N must be the same on all ranks.
         scale: Factor applied to the cosine similarities (1 / temperature).
-        text_ids: Text ids of the anchors, positives and negatives, in this order, of shape (2 N + M,), int64. Identical
+        text_ids: Ids of the anchors, positives and negatives, in this order, of shape (2 N + M,), int64. Identical
             texts must have the same id.
         negatives: Embeddings of the hard negatives, of shape (M, D), L2-normalised. Each is a negative for all anchors.
             M may differ between ranks.
-        symmetric: If True, each positive must also retrieve its anchor from all anchors.
-        gather: If True, use the candidates of all ranks; all ranks must then call this function.
+        symmetric: Each positive must also retrieve its anchor from all anchors.
+        gather: Use the candidates of all ranks. All ranks must then call this function.
 
     Returns:
         The loss as a float32 scalar, averaged over this rank's pairs and, if symmetric, over both directions.
@@ -300,10 +299,9 @@ def pair_loss(
     all_negatives = extra.gather(negatives, gradients=True)
     all_anchor_ids, all_positive_ids = pairs.gather(anchor_ids), pairs.gather(positive_ids)
     candidate_ids = torch.cat([all_positive_ids, extra.gather(negative_ids)])
-    target = torch.arange(n, device=anchor.device) + pairs.offset  # index of each pair among the pairs of all ranks
+    target = torch.arange(n, device=anchor.device) + pairs.offset  # index of each pair over all ranks
 
     def retrieval_loss(query: Tensor, query_ids: Tensor, answer_ids: Tensor, items: Tensor, item_ids: Tensor) -> Tensor:
-        """Return the cross-entropy loss of retrieving each query's target item."""
         excluded = (item_ids[None, :] == query_ids[:, None]) | (item_ids[None, :] == answer_ids[:, None])
         excluded = excluded.scatter(1, target[:, None], False)  # never exclude the target itself
         logits = scale * query @ items.T  # (queries, items)
@@ -319,7 +317,7 @@ def pair_loss(
 
 @dataclass
 class PairCollator(SentenceTransformerDataCollator):
-    """Tokenizes a batch of pairs without padding: the anchors, then the positives, then the hard negatives.
+    """Collator that tokenizes a batch of pairs without padding: the anchors, then the positives and the hard negatives.
 
     `preprocess_fn` must be the encoder's `tokenize` method.
     """
@@ -339,7 +337,7 @@ class PairCollator(SentenceTransformerDataCollator):
 
 
 class PairLoss(nn.Module):
-    """Loss module for the sentence-transformers trainer. Computes `pair_loss` on batches from `PairCollator`."""
+    """Loss module for the sentence-transformers trainer: `pair_loss` on batches from `PairCollator`."""
 
     def __init__(
         self,
@@ -354,12 +352,11 @@ class PairLoss(nn.Module):
         Args:
             temperature: Value by which cosine similarities are divided.
             batch_tokens: Maximum number of tokens per forward pass, including padding.
-            grad_cache: If True, use gradient caching for batches that take several forward passes, so that only one
-                pass's activations are in memory at a time.
+            grad_cache: Use gradient caching for batches that take several forward passes.
         """
         super().__init__()
         self.model = encoder.st  # the trainer replaces this with its distributed wrapper
-        self._encoder = [encoder]  # in a list, so that the encoder is not registered as a submodule
+        self._encoder = [encoder]  # wrapped in a list, so that it is not registered as a submodule
         self.scale, self.batch_tokens = 1 / temperature, batch_tokens
         self.symmetric, self.grad_cache = symmetric, grad_cache
 
@@ -377,14 +374,14 @@ class PairLoss(nn.Module):
         sharded, most_passes, last_pass = isinstance(self.model, FSDPModule), len(passes), passes[-1]
         if sharded or self.grad_cache:
             most_passes = max_over_ranks(len(passes), device)
-        if sharded:  # ranks with fewer passes rerun the last one, without output, so that all run the same number
+        if sharded:  # ranks with fewer passes rerun the last one
             passes += [lambda: (last_pass()[0][:0],)] * (most_passes - len(passes))
 
         def loss_function(embeddings: Tensor) -> Tensor:
             return self._compute_loss(embeddings[order], batch["pairs"], batch["text_ids"].to(embeddings.device))
 
-        # With a single pass, gradient caching would only repeat this pass. Caching changes the order of collective
-        # operations, so all ranks must make the same choice.
+        # With a single pass, gradient caching would only repeat it. Caching changes the order of collective operations,
+        # so all ranks must make the same choice.
         if self.grad_cache and most_passes > 1 and torch.is_grad_enabled():
             return compute_cached_loss(passes, loss_function, self.model, device)
         return loss_function(torch.cat([run()[0] for run in passes]))

@@ -1,6 +1,6 @@
-"""Source formats: their interface, and the files that a path stands for.
+"""Source formats: common interface, format registry, and resolution of paths to files.
 
-To add a format, write a subclass of `SourceFormat` in this package, and add it to `load_formats`.
+To add a format, write a subclass of `SourceFormat` in this package and register it in `load_formats`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NOT_UTF8 = "not UTF-8"  # reason for skipping a row that cannot be decoded
 IMAGE_SUFFIXES = frozenset(
     {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "heic", "heif", "hif"}
 )
-# Unsupported image formats. Files in these formats are recorded in the skip log.
+# Suffixes of unsupported image formats. Such files are recorded in the skip log.
 UNSUPPORTED_SUFFIXES = frozenset({"dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raw", "psd", "svg", "jxl"})
 CAPTION_FILES = (
     "captions.jsonl", "captions.jsonl.gz", "captions.csv", "captions.tsv", "metadata.jsonl", "metadata.csv",
@@ -51,15 +51,15 @@ CAPTION_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be read. Skipped rows are counted by `reason`."""
+    """Unreadable row. Skipped rows are counted by `reason`."""
 
     reason: str
     value: str  # details for the skip log
-    rows: int = 1  # number of rows that cannot be read, including this row
+    rows: int = 1  # number of unreadable rows, including this one
 
 
-# File, row number and fields. The row number starts at 1; in a text file, it is the line number. The fields are a dict
-# {column name: raw value}, which `records` interprets.
+# (file, row number, fields). Rows are numbered from 1; in a text file, the row number is the line number. `fields` is a
+# dict {column name: raw value}, which `RecordReader` interprets.
 RawRow = tuple[str, int, dict[str, Any] | BadRow]
 ColumnChooser = Callable[[str, Sequence[str]], dict[str, str]]  # (file, column names) -> {field: column}
 
@@ -70,53 +70,53 @@ def choose_all_columns(file: str, names: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What to read from a file."""
+    """Options for reading a file."""
 
     choose: ColumnChooser = choose_all_columns  # selects the columns to read from a table
-    image_bytes: bool = True  # whether to read images embedded in tables and tar files
-    # Splits of a Hugging Face dataset to read (default: all). Unless `splits` is None, each row's `split` field is set
-    # to the name of its split.
+    image_bytes: bool = True  # read images embedded in tables and tar files
+    # Splits of a Hugging Face dataset to read (default: all). Unless it is None, each row's `split` field is set to the
+    # name of the row's split.
     splits: Sequence[str] | None = ()
-    log: SkipLog | None = None  # records notes about files, such as unusual encodings
+    log: SkipLog | None = None  # receives notes about files, such as unusual encodings
 
 
 @dataclass(frozen=True)
 class FilePart:
-    """Part of a source file, or a complete file or folder."""
+    """Part of a source file, or an entire file or folder."""
 
     format: SourceFormat
     path: str
-    start: int = 0  # byte position of a row, or index of a row group in a Parquet file
-    stop: int | None = None  # position of the next part's first row; None stands for the end of the file
-    first_row: int = 1  # row or line number of the part's first row in the file, starting at 1
+    start: int = 0  # byte offset of a row, or index of a row group in a Parquet file
+    stop: int | None = None  # `start` of the next part; None: end of the file
+    first_row: int = 1  # row number of the part's first row in the file, see `RawRow`
 
 
 class SourceFormat(ABC):
-    """A format of data sources."""
+    """Base class of all source formats."""
 
-    name: str  # unique
-    suffixes: tuple[str, ...] = ()  # of file names, in lower case
-    text_share = 1.0  # approximate share of a file that is text
-    is_folder = False  # whether a source is a folder whose files are listed and downloaded one by one
-    is_shard = False  # whether a folder of such files is a dataset
-    has_caption_columns = True  # otherwise, captions are stored in files next to the images
-    is_table = False  # whether all rows of a file have the same columns
-    is_plain_text = False  # whether each caption has its own row, and missing values are words such as "nan"
-    has_lists_as_text = False  # whether a text may contain a JSON or Python list of captions
+    name: str
+    suffixes: tuple[str, ...] = ()  # lower-case suffixes of file names
+    text_share = 1.0  # approximate fraction of a file that is text
+    is_folder = False  # a source is a folder whose files are listed and downloaded individually
+    is_shard = False  # a folder of such files is one dataset
+    has_caption_columns = True  # False: captions are in files next to the images
+    is_table = False  # all rows of a file have the same columns
+    is_plain_text = False  # each caption has its own row, and missing values are words such as "nan"
+    has_lists_as_text = False  # a text may contain a JSON or Python list of captions
 
     @abstractmethod
     def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
-        """Yield the rows in a part. If the entire file cannot be read, raise `DataFormatError`. See `read_rows`."""
+        """Yield the rows in a part; see `read_rows`. Raise `DataFormatError` if the entire file cannot be read."""
 
     def find_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield the position and number of the first row of each part of about `target_bytes`; see `FilePart`.
+        """Yield the `start` and `first_row` of consecutive parts (see `FilePart`) of about `target_bytes` each.
 
-        May raise any type of exception.
+        Any type of exception may be raised.
         """
         yield 0, 1
 
     def compute_version(self, path: str) -> str:
-        """Return a string that changes if a file, or a file in a folder, changes."""
+        """Return a string that changes whenever the file, or a file in the folder, changes."""
         if is_remote(path):
             return get_remote_version(path)
         files = [path]
@@ -125,15 +125,15 @@ class SourceFormat(ABC):
         digest = hashlib.sha256()
         for file in files:
             digest.update(os.fsencode(file))
-            with suppress(OSError):  # for example, a symbolic link whose target is missing, or that points to itself
+            with suppress(OSError):  # for example, a broken or circular symbolic link
                 status = os.stat(file)
                 digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         return digest.hexdigest()
 
 
 def split_file(file: FilePart, target_bytes: int) -> list[FilePart]:
-    """Divide a large file into parts of about `target_bytes`, which depend only on the file."""
-    with suppress(Exception):  # for example, corrupt Parquet metadata; `read_rows` reports the error
+    """Divide a large file into parts of about `target_bytes`. The parts depend only on the file."""
+    with suppress(Exception):  # such as corrupt Parquet metadata, which `read_rows` reports
         if get_file_size(file.path) > target_bytes:
             positions, rows = zip(*file.format.find_starts(file.path, target_bytes), strict=True)
             stops = [*positions[1:], None]
@@ -145,7 +145,7 @@ def read_rows(part: FilePart, options: ReadOptions = ReadOptions()) -> Iterator[
     """Yield the raw rows in a part of a file. If a library fails because the file is corrupt, end with a `BadRow`.
 
     Raises:
-        DataFormatError: No part of the file can be read. The message contains the reason.
+        DataFormatError: The entire file is unreadable. The message contains the reason.
         OSError: The file does not exist, or the disk cannot be read.
     """
     number = part.first_row - 1
@@ -171,7 +171,7 @@ def read_rows(part: FilePart, options: ReadOptions = ReadOptions()) -> Iterator[
 @cache
 def load_formats() -> Mapping[str, SourceFormat]:
     """Return all formats by name, in order of preference."""
-    # These modules import this module.
+    # imported here to avoid a circular import
     from llm2clip.data.formats.csv_files import CaptionsTxt, DelimitedText
     from llm2clip.data.formats.image_files import ImageFolder, TarFile
     from llm2clip.data.formats.tables import HubDataset, Parquet
@@ -197,11 +197,12 @@ def describe_formats() -> str:
 
 
 def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -> list[FilePart]:
-    """Resolve the path of a `Source` to files and folders with their formats, in the order in which they are read.
+    """Resolve the path of a `Source` to files and folders with their formats, in reading order.
 
     An existing path is never treated as a pattern, even if it contains glob or brace characters. If `all_files` is
-    True, all caption files, images, tar files and Parquet files in a folder and its subfolders are used, instead of
-    only the first of these kinds. `log` records folders that are not read, because they were written by llm2clip.
+    True, all caption files, images, tar files and Parquet files in a folder and its subfolders are used. Otherwise,
+    only the first of these kinds that the folder contains is used. Folders that are skipped because llm2clip wrote them
+    are recorded in `log`.
 
     Raises:
         FileNotFoundError: No file matches the path. The message suggests similar names.
@@ -220,7 +221,7 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
         return _find_in_folder(path, all_files, log)
     if os.path.exists(path):
         if not os.path.isfile(path):
-            raise ValueError(f"{path}: not a regular file, but a device or a named pipe. Save the data to a file first")
+            raise ValueError(f"{path} is a device or a named pipe, not a regular file. Save the data to a file first")
         return [find_format(path)]
     files = []
     for pattern in braceexpand(path) if "{" in path else [path]:
@@ -236,7 +237,7 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
 
 
 def find_format(path: str) -> FilePart:
-    """Return a file with the format that its suffix stands for. Raise ValueError if no format has this suffix."""
+    """Return a file with the format of its suffix. Raise ValueError if no format has this suffix."""
     name = get_file_name(path)
     for source_format in load_formats().values():
         if source_format.suffixes and name.lower().endswith(source_format.suffixes):
@@ -248,8 +249,11 @@ def find_format(path: str) -> FilePart:
 def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None) -> Iterator[str]:
     """Yield the paths of all files with these suffixes in a folder and its subfolders, sorted within each folder.
 
-    Hidden files and folders are skipped, as are llm2clip run directories and stores in subfolders, recorded in `log`.
-    Raise OSError if a folder cannot be listed: if it were skipped, its files would look deleted.
+    Hidden files and folders are skipped. Run directories and stores in subfolders are also skipped, and recorded in
+    `log`.
+
+    Raises:
+        OSError: A folder cannot be listed. Skipping it would make its files look deleted.
     """
     for parent, folders, names in walk_folder(folder):
         kind = describe_output_folder(names) if parent != folder else None
@@ -265,7 +269,7 @@ def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None
 
 
 def suggest_paths(path: str) -> str:
-    """Return a hint for a missing path: the most similar paths in its deepest existing parent folder."""
+    """Return a hint for a missing path: the most similar paths in its nearest existing ancestor."""
     parent, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
     while not os.path.isdir(parent):
         parent, name = os.path.split(parent)
@@ -274,12 +278,12 @@ def suggest_paths(path: str) -> str:
 
 
 def _find_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> list[FilePart]:
-    """List the files in a folder; see `find_files`. The names of caption files are case-insensitive."""
+    """List the files in a folder; see `find_files`. Names of caption files are case-insensitive."""
     names = list_folder(folder)
     formats = load_formats()
     if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names):
         raise ValueError(
-            f"{folder}: a folder written by save_to_disk. Convert it with datasets.load_from_disk(...) and to_parquet"
+            f"{folder} was written by save_to_disk. Convert it with datasets.load_from_disk(...) and to_parquet"
         )
     lower_names = {name.lower(): name for name in names}
     files: list[FilePart] = []
@@ -322,7 +326,7 @@ def _describe_unreadable_folder(folder: str, names: Sequence[str]) -> str:
 
 
 def _suggest_conversion(path: str) -> str:
-    """Return advice on how to convert a file in a common but unsupported format, or an empty string."""
+    """Return advice on converting a file in a common but unsupported format, or an empty string."""
     suffix = path.lower().rpartition(".")[2]
     if suffix in ("zip", "7z", "rar", "tgz", "gz", "bz2", "xz", "zst"):
         return "unpack the archive, and pass the folder or the uncompressed file"

@@ -1,6 +1,6 @@
 """Readers for CSV and TSV files, and for Flickr8k's captions.txt.
 
-The delimiter is detected automatically, because spreadsheets in many countries use semicolons.
+The delimiter is detected, because spreadsheets in many countries use semicolons.
 """
 
 import csv
@@ -34,9 +34,9 @@ SAMPLE_ROWS = 50
 
 
 class DelimitedText(SourceFormat):
-    """CSV or TSV file with a header line. The values of columns that share a name are combined into a list.
+    """CSV or TSV file with a header line. The values of columns with the same name are combined into a list.
 
-    The delimiter is the one that the suffix suggests, unless another one fits better.
+    The suffix determines the default delimiter. Another delimiter is used if more rows match the header with it.
     """
 
     is_table = is_plain_text = has_lists_as_text = True
@@ -68,13 +68,13 @@ class DelimitedText(SourceFormat):
                 yield from _read_csv_rows(lines, rows, path, delimiter, header, part.first_row, log)
 
     def find_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield the byte positions and line numbers of rows at least `target_bytes` apart, up to a malformed row."""
+        """Yield the byte offsets and line numbers of rows at least `target_bytes` apart, up to a malformed row."""
         yield 0, 1
         detected, header_line = _read_delimiter(path, self.delimiter)
         with open_text(path) as text:
             if text.encoding != "utf-8-sig" or not detected.isascii():
                 return
-        # All characters with a meaning in CSV files are ASCII, so rows have the same bounds in Latin-1.
+        # All special characters of CSV files are ASCII, so decoding as Latin-1 finds the same rows.
         with io.TextIOWrapper(open_file(path), "latin-1", newline="") as file:
             last = position = end = sum(len(file.readline()) for _ in range(header_line - 1))
             lines = BoundedLines(file, path)
@@ -97,9 +97,9 @@ class DelimitedText(SourceFormat):
 
 
 class CaptionsTxt(SourceFormat):
-    """Text file with one caption per row, in one of the two formats used for Flickr8k.
+    """Text file with one caption per row, in one of the two formats of Flickr8k.
 
-    The first format is `name.jpg,caption`, with an optional header line. The second is `name.jpg#0<TAB>caption`.
+    The formats are `name.jpg,caption`, with an optional header line, and `name.jpg#0<TAB>caption`.
     """
 
     name = "captions.txt"
@@ -139,7 +139,7 @@ def _read_csv_rows(
     first_line: int,
     log: SkipLog | None,
 ) -> Iterator[RawRow]:
-    """Yield the remaining rows of a `csv.reader`, which reads the `lines` of a file from the line `first_line` on."""
+    """Yield the remaining rows of a `csv.reader` that reads `lines` from line number `first_line` on."""
     repeated = {name for name in header if header.count(name) > 1}
     while True:
         number = rows.line_num + first_line
@@ -149,10 +149,10 @@ def _read_csv_rows(
         except StopIteration:
             return
         except (csv.Error, LineTooLong) as error:
-            num_lines = max(1, rows.line_num + first_line - number)  # `line_num` excludes a line that is too long
+            num_lines = max(1, rows.line_num + first_line - number)  # `line_num` does not count a line that is too long
             is_too_long = "field limit" in str(error)
             if "unexpected end" in str(error) or (is_too_long and num_lines > 1):
-                # All following rows are part of the quoted field.
+                # The quoted cell contains all following rows.
                 raise DataFormatError(f"{path}: a quote opened in the row at line {number} is not closed") from error
             problem = f"a cell has more than {MAX_CELL_CHARACTERS:,} characters" if is_too_long else str(error)
             if num_lines > 1:
@@ -176,8 +176,8 @@ def _read_delimiter(path: str, default: str, log: SkipLog | None = None) -> tupl
 def _detect_delimiter(sample: str, default: str) -> tuple[str, int]:
     """Return a CSV file's delimiter and the line number of its header.
 
-    The delimiter is the one for which the most rows have as many fields as the header, or `default` if there is a tie.
-    A first line such as `sep=;`, which is an Excel convention, sets the delimiter.
+    The delimiter is the one for which the most rows have as many cells as the header, or `default` in a tie. It can
+    also be set by a first line such as `sep=;`, an Excel convention.
     """
     specified = re.match(r'"?sep=([^\r\n"])"?\r?\n', sample)
     if specified is not None:
@@ -191,7 +191,7 @@ def _detect_delimiter(sample: str, default: str) -> tuple[str, int]:
 
 
 def _count_matching_rows(sample: str, delimiter: str) -> int:
-    """Count the rows that have as many fields as the header. Return 0 if the header has only one field."""
+    """Count the rows with as many cells as the header. Return 0 if the header has only one cell."""
     rows = csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
         lengths = [len(cells) for cells in islice(rows, SAMPLE_ROWS)]

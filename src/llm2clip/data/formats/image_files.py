@@ -1,4 +1,4 @@
-"""Images with captions in `x.json` or `x.txt` next to `x.jpg`, in a folder or in webdataset tar files."""
+"""Images whose captions are in `x.json` or `x.txt` next to `x.jpg`, in a folder or in webdataset tar files."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.storage import is_remote
 
 MAX_CAPTION_BYTES = 1 << 20  # size limit for the caption file of a single image
-MAX_TAR_HEADER_BYTES = 1 << 16  # maximum size of a member's headers (its name, links and attributes)
-MAX_GLOBAL_HEADERS = 100  # maximum number of PAX headers that apply to all members of a tar file
-WINDOW_BYTES = 1 << 20  # number of bytes of a tar file that are read at a time
-JUMP_BYTES = 1 << 14  # number of bytes that are read after a large image
-MAX_LOADED_BYTES = 1 << 17  # larger images are not read with the captions
-_PLAIN_HEADER = re.compile(  # the fields of a regular file's header or of a PAX header, after the name
+MAX_TAR_HEADER_BYTES = 1 << 16  # maximum size of a member's headers, which contain its name, links and attributes
+MAX_GLOBAL_HEADERS = 100  # maximum number of global PAX headers in a tar file
+WINDOW_BYTES = 1 << 20  # bytes per read of a tar file
+JUMP_BYTES = 1 << 14  # bytes to read after skipping a large image
+MAX_LOADED_BYTES = 1 << 17  # larger images are skipped when captions are read
+_PLAIN_HEADER = re.compile(  # fields after the name in the header of a regular file or PAX header
     rb"(?:[0-7]{7}[\0 ]|[0-7]{6} \0){3}"  # mode, user and group
     rb"([0-7]{11})[\0 ][0-7]{11}[\0 ]"  # size and time
     rb"([0-7]{6})\0 ([0x\0])\0{100}ustar.{67}"  # checksum, type, empty link, format, names of the user and the group
@@ -44,10 +44,10 @@ _TIME_RECORDS = re.compile(rb"(?:\d{1,3} [amc]time=[0-9.]+\n)+")  # PAX records:
 
 
 class ImageFolder(SourceFormat):
-    """Folder of images with captions in files next to them. File name suffixes are case-insensitive.
+    """Folder of images with caption files next to them. Suffixes are case-insensitive.
 
-    An image in an unsupported format becomes a `BadRow`, unless there is a supported image with the same name, such as
-    a JPEG file next to a camera's raw file.
+    An image in an unsupported format becomes a `BadRow`, unless a supported image has the same stem, such as a JPEG
+    file next to a camera's raw file.
     """
 
     name = "images"
@@ -63,7 +63,7 @@ class ImageFolder(SourceFormat):
 
     def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
         log, note_encoding = options.log, True
-        parent, files = "", dict[str, str]()  # file name with a lower-case suffix -> actual file name
+        parent, files = "", dict[str, str]()
         for number, path in enumerate(list_files(part.path, IMAGE_SUFFIXES | UNSUPPORTED_SUFFIXES, log), 1):
             if os.path.dirname(path) != parent:
                 parent = os.path.dirname(path)
@@ -84,7 +84,7 @@ class ImageFolder(SourceFormat):
 def _read_caption_files(
     parent: str, stem: str, files: Mapping[str, str], log: SkipLog | None, note_encoding: bool
 ) -> dict[str, Any] | BadRow:
-    """Return the fields in an image's JSON and text files, if these exist."""
+    """Return the fields in an image's JSON and text files, if any."""
     fields: dict[str, Any] | BadRow = {}
     json_path = os.path.join(parent, files.get(f"{stem}.json", ""))
     if f"{stem}.json" in files and file_exists(json_path):
@@ -112,7 +112,7 @@ def _build_too_large_row(name: str) -> BadRow:
 
 
 def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
-    """Parse a JSON caption file, which contains an object with fields, a list of captions or a single caption."""
+    """Parse a JSON caption file, which contains an object, a list of captions or a single caption."""
     value = parse_json(data)
     if isinstance(value, dict | BadRow):
         return value
@@ -128,7 +128,7 @@ class TarFile(SourceFormat):
     """Uncompressed webdataset tar file. A sample consists of adjacent members with the same name up to the first dot.
 
     If the file is truncated, its complete samples are yielded, followed by one `BadRow`. Member names are used only as
-    keys, and nothing is extracted to disk.
+    keys: nothing is extracted to disk.
     """
 
     name = "tar"
@@ -162,7 +162,7 @@ class TarFile(SourceFormat):
                         yield path, number, sample.to_row(path)
                     sample = _Sample(key)
                 sample.add(suffix, member, window, options.image_bytes)
-            if sample.members and (not damage or sample.is_complete()):  # skip a sample cut off by the damage
+            if sample.members and (not damage or sample.is_complete()):  # skip a truncated sample
                 number += 1
                 yield path, number, sample.to_row(path)
             if damage:
@@ -171,12 +171,12 @@ class TarFile(SourceFormat):
 
 class _Member(NamedTuple):
     name: str
-    offset: int  # position of the contents in the tar file
+    offset: int  # offset of the contents in the tar file
     size: int
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """Return a member's key, which is its path up to the first dot of the file name, and its lower-case suffix."""
+    """Split a member's path at the first dot of the file name into the sample's key and the lower-case suffix."""
     if "//" in name:
         name = os.path.join(*os.path.split(name))
     start = name.rfind("/") + 1
@@ -191,9 +191,9 @@ class _Sample:
 
     def __init__(self, key: str) -> None:
         self.key, self.members = key, dict[str, _Member]()
-        self.contents: dict[str, bytes] = {}  # contents of the captions and of the first image, unless they are large
-        self.image_suffix = ""  # suffix of the first image
-        self.duplicate = ""  # name of a member that occurs twice, if any
+        self.contents: dict[str, bytes] = {}  # captions and first image, unless they are large
+        self.image_suffix = ""
+        self.duplicate = ""  # name of a member that occurs twice, or ""
 
     def add(self, suffix: str, member: _Member, window: _Window, image_bytes: bool) -> None:
         if suffix in self.members:
@@ -233,7 +233,7 @@ class _Sample:
             if suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
                 ref = TarImage(path, member.offset, member.size, member.name)
                 images[suffix] = LoadedImage(ref, self.contents.get(suffix), member.name)
-        fields |= images  # images are also keyed by suffix, so that a column mapping can select one of them
+        fields |= images  # keyed by suffix, so that a column mapping can select one of several images
         fields["image"] = images.get(self.image_suffix)
         return {"id": self.key.rpartition("/")[2]} | fields
 
@@ -242,7 +242,7 @@ class _Sample:
 
 
 class _BoundedFile(io.BufferedReader):
-    """Tar file reader that limits the size of a member's headers, which can claim to be terabytes in a sparse file."""
+    """Tar file reader that limits the size of a member's headers. In a sparse file, headers can claim terabytes."""
 
     bytes_left = MAX_TAR_HEADER_BYTES
 
@@ -254,17 +254,17 @@ class _BoundedFile(io.BufferedReader):
 
 
 class _Window:
-    """Part of a file in memory. Ranges that are read in the order of the file share one large read."""
+    """Buffer for reads at increasing offsets of a file, so that nearby ranges share one large read."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self._file = file
         self._buffer = memoryview(bytearray(WINDOW_BYTES))
-        self._start = self._stop = 0  # range of the file that is in the buffer
+        self._start = self._stop = 0
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes at `offset`, or fewer at the end of the file. `size` must be at most `WINDOW_BYTES`."""
         if offset < self._start or offset + size > self._stop:
-            is_jump = not self._start <= offset <= self._stop  # past a large image, which is not needed
+            is_jump = not self._start <= offset <= self._stop  # past a large image that was skipped
             length = max(size, JUMP_BYTES) if is_jump else WINDOW_BYTES
             self._file.seek(offset)
             self._start = offset
@@ -273,9 +273,9 @@ class _Window:
 
 
 def _read_members(tar: tarfile.TarFile, file: _BoundedFile, window: _Window) -> Iterator[_Member | str]:
-    """Yield the regular files in a tar file. If it is corrupt, the last item is a string that describes the problem.
+    """Yield the regular files in a tar file. For a corrupt file, the last item is a string that describes the problem.
 
-    Plain headers are not parsed by `tarfile`, which takes 20 times as long and ignores corrupt positions.
+    Plain headers are parsed without `tarfile`, which takes 20 times as long and ignores corrupt offsets.
     """
     size, end = os.fstat(file.fileno()).st_size, 0
     while True:
@@ -289,19 +289,19 @@ def _read_members(tar: tarfile.TarFile, file: _BoundedFile, window: _Window) -> 
             yield member
             continue
         file.bytes_left = MAX_TAR_HEADER_BYTES
-        file.seek(0)  # so that `tarfile` checks that the file does not end before the next header
+        file.seek(0)  # makes `tarfile` detect a file that ends before the next header
         try:
             info = tar.next()
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             yield f"after byte {end}: {error}"
             return
-        cast(Any, tar).members.clear()  # saves memory: `tarfile` keeps every member with a copy of the global headers
+        cast(Any, tar).members.clear()  # `tarfile` stores every member with a copy of the global headers
         if len(tar.pax_headers) > MAX_GLOBAL_HEADERS:
             yield f"after byte {end}: more than {MAX_GLOBAL_HEADERS} global headers"
             return
         if info is None:
             break
-        if info.size < 0 or info.offset_data < end:  # a header that points backwards would cause an endless loop
+        if info.size < 0 or info.offset_data < end:  # a header with a lower offset would cause an endless loop
             yield f"after byte {end}: invalid header"
             return
         end = info.offset_data + info.size
@@ -317,9 +317,9 @@ def _read_members(tar: tarfile.TarFile, file: _BoundedFile, window: _Window) -> 
 
 
 def _parse_plain_headers(window: _Window, position: int) -> _Member | None:
-    """Parse the headers of a regular file. Return None for all other headers, which `tarfile` must parse.
+    """Parse the headers of a regular file. Return None for all other headers, which require `tarfile`.
 
-    A PAX header with only time stamps may come first, as in files written by webdataset.
+    The headers may start with a PAX header that contains only timestamps, as in files written by webdataset.
     """
     header = window.read(position, tarfile.BLOCKSIZE)
     fields = _parse_plain_block(header)
@@ -335,22 +335,22 @@ def _parse_plain_headers(window: _Window, position: int) -> _Member | None:
     name = header[:100].partition(b"\0")[0]
     if header[345]:
         name = header[345:500].partition(b"\0")[0] + b"/" + name
-    if name.endswith(b"/"):  # a folder, in old tar files
+    if name.endswith(b"/"):  # folder in an old tar file
         return None
     return _Member(name.decode(tarfile.ENCODING, "surrogateescape"), position + tarfile.BLOCKSIZE, fields[0])
 
 
 def _parse_plain_block(header: bytes) -> tuple[int, bytes] | None:
-    """Return the size and the type in a header, or None if `tarfile` must parse it."""
+    """Return the size and type from a header, or None if the header requires `tarfile`."""
     match = _PLAIN_HEADER.match(header, 100)
     if match is None or len(header) < tarfile.BLOCKSIZE:
         return None
-    # Adler-32 contains the sum of the bytes plus 1, modulo 65,521. The checksum counts its own bytes as spaces.
+    # Adler-32 contains 1 plus the sum of the bytes, modulo 65,521. The checksum field itself counts as spaces.
     checksum = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * ord(" ")
     return (int(match[1], 8), match[3]) if int(match[2], 8) == checksum else None
 
 
 def _has_only_times(records: bytes) -> bool:
-    """Return True if all PAX records in a header are time stamps with correct lengths."""
+    """Return True if all PAX records in a header are timestamps with correct lengths."""
     lines = records.splitlines(keepends=True)
     return _TIME_RECORDS.fullmatch(records) is not None and all(int(line.split()[0]) == len(line) for line in lines)

@@ -1,4 +1,7 @@
-"""Parquet files and datasets on the Hugging Face Hub. Only the columns selected by `ReadOptions.choose` are read."""
+"""Readers for Parquet files and for datasets on the Hugging Face Hub.
+
+Only the columns selected by `ReadOptions.choose` are read.
+"""
 
 import os
 from collections.abc import Iterator, Sequence, Set
@@ -26,7 +29,7 @@ class Parquet(SourceFormat):
     def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
         row = total = part.first_row - 1
         try:
-            # The open file cannot be removed from the cache of remote files.
+            # While the file is open, it is not removed from the cache of remote files.
             with open_file(part.path) as source, pq.ParquetFile(source.name, memory_map=True) as file:
                 total = file.metadata.num_rows
                 row_groups = None
@@ -57,9 +60,9 @@ class Parquet(SourceFormat):
             yield part.path, row + 1, BadRow(UNREADABLE_FILE, describe_error(error), max(1, total - row))
 
     def find_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield the starts of ranges of row groups with at least `target_bytes` of uncompressed data each."""
+        """Yield the first row groups of parts with at least `target_bytes` of uncompressed data each."""
         yield 0, 1
-        if is_remote(path):  # downloaded when it is read, ahead of time and by several processes
+        if is_remote(path):  # not split, so that it is downloaded only when it is read
             return
         metadata = pq.read_metadata(path)
         num_bytes, row = 0, 1
@@ -77,7 +80,7 @@ class Parquet(SourceFormat):
 class HubDataset(SourceFormat):
     """Dataset on the Hugging Face Hub: its name, optionally followed by `:CONFIG`. No code from the Hub is run.
 
-    It is streamed: only the selected splits are downloaded, and the images are kept in memory.
+    The dataset is streamed: only the selected splits are downloaded, and their images are kept in memory.
     """
 
     name = "hf"
@@ -95,7 +98,7 @@ class HubDataset(SourceFormat):
             )
         for split in (name for name in splits if not selected or name in selected):
             dataset, file = splits[split], f"hf:{part.path}/{split}"
-            names = dataset.column_names or list(next(iter(dataset), {}))  # streamed datasets may not list them
+            names = dataset.column_names or list(next(iter(dataset), {}))  # streamed datasets may not list columns
             columns = list(dict.fromkeys(options.choose(file, names).values()))
             dataset = dataset.select_columns(columns)
             for column, feature in (dataset.features or {}).items():
@@ -107,7 +110,7 @@ class HubDataset(SourceFormat):
                 yield file, row + 1, fields
 
     def compute_version(self, path: str) -> str:
-        """Return the commit of a dataset, or "offline" if the Hub cannot be reached."""
+        """Return the commit of the dataset, or "offline" if the Hub cannot be reached."""
         from huggingface_hub import HfApi
 
         repository = path.partition(":")[0]
@@ -115,12 +118,12 @@ class HubDataset(SourceFormat):
             return super().compute_version(repository)
         try:
             return str(HfApi().dataset_info(repository).sha)
-        except Exception:  # reading the dataset reports the error, unless it is in the local cache
+        except Exception:  # reported when the dataset is read, unless it is cached locally
             return "offline"
 
 
 def _list_leaves(schema: pa.Schema, names: Sequence[str], images: Set[str], image_bytes: bool) -> list[str]:
-    """Return the columns to read. Without `image_bytes`, only the paths in image columns are read."""
+    """Return the Parquet columns to read. Unless `image_bytes`, only the paths in image columns are read."""
     leaves = []
     for name in names:
         if image_bytes or name not in images:
@@ -143,5 +146,5 @@ def _convert_image_cell(image: ParquetImage, value: Any, bytes_skipped: bool) ->
         return None
     if data is not None:
         return LoadedImage(replace(image, digest=compute_content_digest(data)), data, name)
-    # A struct without bytes has the path of an image file.
+    # A struct without bytes contains the path of an image file.
     return LoadedImage(image, None, name) if bytes_skipped else name

@@ -1,7 +1,7 @@
-"""Reading text files, and the formats JSON Lines and JSON, including the JSON of COCO, Flickr30k and Flickr8k.
+"""Text file reading, and readers for JSON Lines and JSON, including the JSON formats of COCO, Flickr30k and Flickr8k.
 
-Text files are read in UTF-8 or UTF-16. They are never decoded with a guessed encoding, because some letters may then be
-wrong: a message explains how to convert the file to UTF-8.
+Text files must be UTF-8 or UTF-16. Decoding with a guessed encoding could corrupt letters, so an error message explains
+how to convert other files to UTF-8.
 
 - COCO's `captions_train2017.json`: {"images": [{"id", "file_name", "coco_url"}], "annotations": [{"image_id",
   "caption"}]} (cocodataset.org, "Data format")
@@ -42,22 +42,22 @@ from llm2clip.io_utils import (
     to_valid_unicode,
 )
 
-# Common encodings of caption files. The Windows encodings cover the corresponding ISO 8859 encodings.
+# Common encodings of caption files. The Windows encodings include the corresponding ISO 8859 encodings.
 _LIKELY_ENCODINGS = (
     "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r", "shift_jis", "euc_jp", "gb18030",
     "big5", "euc_kr",
 )  # fmt: skip
 MAX_LISTED_ENCODINGS = 3  # maximum number of likely encodings listed in a message
-MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the sample from which the encoding is guessed
+MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the sample for guessing the encoding
 MAX_SEARCHED_BYTES = 1 << 28  # maximum number of bytes to search for text that is not UTF-8
-MAX_SKIPPED_CHARACTERS = 1 << 30  # files with longer lines are rejected, because they are corrupt or sparse
-# Folders that may contain the images, relative to the caption file. COCO's `annotations/` is next to its image folders.
+MAX_SKIPPED_CHARACTERS = 1 << 30  # a file with a longer line is rejected as corrupt or sparse
+# Possible image folders, relative to the caption file. COCO's `annotations/` is next to its image folders.
 IMAGE_FOLDERS = (
     "", "images", "Images", "..", "../images", "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset",
     "Flickr8k_Dataset",
 )  # fmt: skip
-MAX_SEARCHED_IMAGES = 50  # number of images to look for when searching for the image folder
-MAX_SEARCHED_REMOTE_IMAGES = 3  # each candidate takes a request
+MAX_SEARCHED_IMAGES = 50  # number of images to look for in each candidate folder
+MAX_SEARCHED_REMOTE_IMAGES = 3  # fewer, because each lookup takes a request
 CHUNK_BYTES = 1 << 20
 UNUSED_KEYS = ("tokens", "sentids", "segmentation", "flickr_url", "license", "date_captured")
 
@@ -71,7 +71,7 @@ def open_text(
     """Open a UTF-8 or UTF-16 text file, which may be gzipped (.gz). To read lines, use `BoundedLines`.
 
     Undecodable bytes become lone surrogates; see `find_undecodable`. UTF-16 files are recorded in `log`. `newline` is
-    as in the built-in function `open`. `start` and `stop` are positions in a UTF-8 file, in bytes.
+    passed to the built-in `open`. `start` and `stop` are byte offsets in a UTF-8 file.
     """
     stream = _open_binary(path, start, stop)
     try:
@@ -88,11 +88,11 @@ def open_text(
 
 
 class LineTooLong(ValueError):
-    """A line or a multi-line row has too many characters."""
+    """Raised when a line or a multi-line row has too many characters."""
 
 
 class BoundedLines:
-    """Iterator over the lines of a text file. Raises `LineTooLong` after a row that is too long, and can be continued.
+    """Iterator over the lines of a text file that raises `LineTooLong` after an overlong row and can then be continued.
 
     A row may span several lines.
     """
@@ -128,7 +128,7 @@ class BoundedLines:
 def read_lines(
     path: str, log: SkipLog | None = None, newline: str | None = None, start: int = 0, stop: int | None = None
 ) -> Iterator[str | BadRow]:
-    """Yield the lines of a text file; see `open_text`. A line that is too long or undecodable becomes a `BadRow`."""
+    """Yield the lines of a text file; see `open_text`. An overlong or undecodable line becomes a `BadRow`."""
     with open_text(path, log, newline, start, stop) as file:
         lines = BoundedLines(file, path)
         while True:
@@ -144,7 +144,7 @@ def read_lines(
 
 
 def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow | None:
-    """Return None if a text was fully decoded. Otherwise, log the file's likely encodings and return a `BadRow`."""
+    """Return None for a fully decoded text. Otherwise, log the file's likely encodings and return a `BadRow`."""
     if is_valid_unicode(text):
         return None
     if log is not None:
@@ -154,7 +154,7 @@ def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow
 
 @functools.lru_cache(maxsize=64)
 def describe_encoding(path: str) -> str:
-    """Return a message with an undecodable line in each likely encoding, and how to convert the file."""
+    """Return a message that shows an undecodable line in each likely encoding and explains how to convert the file."""
     with _open_binary(path) as stream:
         encoding = detect_encoding(stream.read(4))
     if encoding != "utf-8-sig":
@@ -164,7 +164,7 @@ def describe_encoding(path: str) -> str:
         return "not UTF-8. Convert the file to UTF-8"
     likely = [match.encoding for match in from_bytes(sample, cp_isolation=list(_LIKELY_ENCODINGS))]
     if sum(byte > 127 for byte in sample) < 0.3 * len(sample):
-        likely.insert(0, "cp1252")  # the most common encoding of texts that are mostly ASCII
+        likely.insert(0, "cp1252")  # the most common encoding of mostly ASCII text
     readings: dict[str, str] = {}  # decoded line -> encoding
     for encoding in likely:
         with suppress(UnicodeDecodeError):
@@ -188,7 +188,7 @@ def _open_binary(path: str, start: int = 0, stop: int | None = None) -> BinaryIO
 
 
 def _sample_undecodable_lines(path: str) -> tuple[bytes, bytes]:
-    """Return a file's first lines that are not valid UTF-8, joined, and the first one of them."""
+    """Return the first lines that are not valid UTF-8, joined, and the first of these lines."""
     sample = first = b""
     num_searched = 0
     with _open_binary(path) as stream:
@@ -203,20 +203,20 @@ def _sample_undecodable_lines(path: str) -> tuple[bytes, bytes]:
     return sample[: 2 * MAX_SAMPLE_BYTES], first
 
 
-def _escape_undecodable(error: UnicodeError) -> tuple[str, int]:
-    """Replace undecodable bytes with lone surrogates. Unlike Python's surrogateescape, this also works for UTF-16."""
+def _escape_undecodable_bytes(error: UnicodeError) -> tuple[str, int]:
+    """Replace undecodable bytes with lone surrogates. Unlike Python's surrogateescape, this supports UTF-16."""
     assert isinstance(error, UnicodeDecodeError)
     return "\udc80" * (error.end - error.start), error.end
 
 
-codecs.register_error("escape_undecodable", _escape_undecodable)
+codecs.register_error("escape_undecodable", _escape_undecodable_bytes)
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
 class JsonLines(SourceFormat):
-    """One JSON object per line."""
+    """Text file with one JSON object per line."""
 
     name = "jsonl"
     suffixes = (".jsonl", ".jsonl.gz")
@@ -234,9 +234,9 @@ class JsonLines(SourceFormat):
             yield part.path, number + 1, BadRow("truncated file", str(error))
 
     def find_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield the byte positions and numbers of the first lines at or after each multiple of `target_bytes`.
+        """Yield the byte offsets and numbers of the first lines at or after each multiple of `target_bytes`.
 
-        Nothing more is yielded after a line that is too long, as in sparse files.
+        Stop at a line that is too long, as in sparse files.
         """
         start, number = 0, 1
         yield start, number
@@ -262,7 +262,7 @@ class JsonLines(SourceFormat):
 
 
 class JsonFile(SourceFormat):
-    """A list of JSON objects, or the images in a file with COCO's or Karpathy's format. The file is read at once."""
+    """JSON file with a list of objects or in COCO's or Karpathy's format. The entire file is read into memory."""
 
     name = "json"
     suffixes = (".json",)
@@ -307,7 +307,7 @@ def _require_object(value: Any) -> dict[str, Any] | BadRow:
 
 @dataclass(frozen=True)
 class KarpathyImage:
-    """An image with its captions from a file with Karpathy's splits."""
+    """Image with its captions from a file with Karpathy's splits."""
 
     id: str  # COCO image id, or the file name without its suffix
     name: str  # path relative to the dataset's image folder
@@ -324,14 +324,14 @@ class KarpathyImage:
 
 
 def drop_unused_keys(fields: dict[str, Any]) -> dict[str, Any]:
-    """Remove large unused fields. As an `object_hook` for `json.loads`, this more than halves memory use."""
+    """Remove large unused keys. Used as `object_hook` of `json.loads`, this more than halves memory use."""
     for key in UNUSED_KEYS:
         fields.pop(key, None)
     return fields
 
 
 def _read_caption_json(path: str, data: Mapping[str, Any]) -> Iterator[RawRow]:
-    """Return the rows in a JSON file in COCO's or Karpathy's format. Raise DataFormatError for other formats."""
+    """Yield the rows in a JSON file in COCO's or Karpathy's format. Raise `DataFormatError` for other formats."""
     images, annotations = data.get("images"), data.get("annotations")
     if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
         raise DataFormatError(
@@ -343,7 +343,7 @@ def _read_caption_json(path: str, data: Mapping[str, Any]) -> Iterator[RawRow]:
     if not isinstance(annotations, list) or not any(
         "caption" in item for item in annotations if isinstance(item, dict)
     ):
-        raise DataFormatError(f"{path}: its annotations have no captions. Use COCO's captions_*.json")
+        raise DataFormatError(f"{path}: the annotations have no captions. Use COCO's captions_*.json")
     return _read_coco_rows(path, images, annotations)
 
 
@@ -395,7 +395,7 @@ def _read_id(fields: Mapping[str, Any], key: str) -> str | int | float | None:
 
 
 def guess_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return likely names of a COCO split's image folder, such as train2017, from the file name and `coco_url`."""
+    """Guess the image folder of a COCO split, such as train2017, from the file name and `coco_url`."""
     match = re.fullmatch(r"[a-z_]+_([a-z]+\d*)", os.path.splitext(os.path.basename(path))[0])
     names = [match[1]] if match else []
     url = images[0].get("coco_url") if images else None

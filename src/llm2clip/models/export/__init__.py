@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class ExportFormat:
     """Format of another library to which a model can be exported.
 
-    The function takes a model and an empty folder, writes the model to the folder, and returns a list of messages for
-    the user, or None. It is imported only when needed, so that the command line can list the formats without PyTorch.
+    The function takes a model and an empty folder, writes the exported model to the folder, and returns a list of
+    messages for the user, or None. It is imported lazily, so that the command line can list the formats without
+    PyTorch.
     """
 
     function: str  # module and name
@@ -42,15 +43,16 @@ def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False, 
     """Export a model to another library's format, atomically.
 
     Args:
-        int8: if True, also write ONNX graphs with 8-bit weights. Supported only for "onnx".
-        dim: number of dimensions to which the exported model's embeddings are truncated. Default: all. Not supported
-            for "vision".
+        int8: Also write ONNX graphs with 8-bit weights. Supported only for "onnx".
+        dim: Dimension to which the exported model truncates its embeddings. Default: no truncation. Not supported for
+            "vision".
 
     Returns:
-        Messages for the user, for example about how closely the exported model matches the original.
+        Messages for the user, for example about the cosine similarity between the exported and the original model.
 
     Raises:
-        ValueError: the format is unknown, or cannot represent the model.
+        ValueError: The format is unknown, or cannot represent the model.
+        FileExistsError: `out` exists.
     """
     if to not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)} (got {to!r})")

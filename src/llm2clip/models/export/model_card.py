@@ -1,4 +1,4 @@
-"""Model cards in Markdown. A card describes a model's architecture, usage, evaluation and training config."""
+"""Model cards in Markdown, which describe a model's architecture, usage, evaluation and training config."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ INTRODUCTION = (
     "This LLM2CLIP model (arXiv 2411.04997) combines a vision tower and a pretrained language model, which is the text "
     "tower, in a shared embedding space. You can search images with words, sentences or paragraphs."
 )
-# Introductions of models that are only a part of an LLM2CLIP model, keyed by `pipeline_tag`.
+# Introductions for exported parts of an LLM2CLIP model, keyed by `pipeline_tag`.
 INTRODUCTIONS = {
     "image-feature-extraction": "Vision tower of an LLM2CLIP model (arXiv 2411.04997). It returns image features.",
     "sentence-similarity": "Caption encoder for LLM2CLIP models (arXiv 2411.04997). It returns embeddings of texts.",
@@ -48,7 +48,7 @@ LIMITATIONS = (
 
 
 def write_model_card(folder: Path, name: str) -> None:
-    """Write a model folder's model card to its README.md (see `render_model_card`). An existing card is replaced."""
+    """Write a model card (see `render_model_card`) to a model folder's README.md, replacing an existing file."""
     atomic_write_text(folder / "README.md", render_model_card(folder, name))
 
 
@@ -56,7 +56,7 @@ def render_model_card(folder: Path, name: str, license: str | None = None) -> st
     """Render the model card for a model folder as Markdown with YAML front matter.
 
     If the folder is RUN/model, the card includes the training config RUN/config.yaml and the report RUN/report.md, if
-    these files exist. Absolute paths in these files are shortened to file names. `license` is the hub's identifier.
+    these files exist. Absolute paths in them are shortened to file names. `license` is a hub license identifier.
     """
     config_file = folder / "config.json"
     config: dict[str, Any] = read_json(config_file) if config_file.is_file() else {}
@@ -85,7 +85,7 @@ def _build_hub_fields(folder: Path, model_type: str, license: str | None) -> dic
         library, task = "sentence-transformers", "sentence-similarity"
     else:
         library = "transformers"
-        if model_type not in USAGE:  # an exported vision tower without a text tower
+        if model_type not in USAGE:  # exported vision tower without a text tower
             task = "image-feature-extraction"
     fields: dict[str, Any] = {
         "library_name": library,
@@ -99,7 +99,7 @@ def _build_hub_fields(folder: Path, model_type: str, license: str | None) -> dic
 
 def _render_architecture_table(config: dict[str, Any], embed_dim: int | None) -> str:
     tower = config["tower"]
-    architecture = tower.get("architecture")  # a model name for timm towers, a config dict for transformers towers
+    architecture = tower.get("architecture")  # a name for timm towers, a config dict for transformers towers
     if not isinstance(architecture, str):
         architecture = (architecture or {}).get("model_type")
     image_size = (tower.get("preprocess") or {}).get("crop_size", {}).get("height") or tower.get("image_size")
@@ -139,7 +139,6 @@ def _render_asset_section(run: Path) -> list[str]:
 
 
 def _render_training_sections(run: Path) -> list[str]:
-    """Render the report and the config of a run directory as sections. Missing files are skipped."""
     sections = []
     report, config = run / "report.md", run / CONFIG_FILE
     if report.is_file():
@@ -151,7 +150,7 @@ def _render_training_sections(run: Path) -> list[str]:
 
 
 def _demote_headings(report: str) -> str:
-    """Demote a report's headings by two levels, and remove the report's title and its link to the plots."""
+    """Demote a report's headings by two levels, and remove its title and its link to the plots."""
     lines, in_code = [], False
     for line in report.splitlines():
         if line.startswith("```"):

@@ -1,4 +1,4 @@
-"""ONNX export of the image encoder and the text encoder. The graphs are checked against PyTorch's embeddings."""
+"""ONNX export of the image encoder and the text encoder. The graphs are verified against PyTorch's embeddings."""
 
 import copy
 import json
@@ -43,10 +43,10 @@ images = onnxruntime.InferenceSession("vision.onnx").run(None, {{"pixels": pixel
 scores = texts @ images.T
 ```
 """
-# If a graph has more bytes than this, its weights are stored in a separate file. ONNX files are limited to 2 GB.
+# The weights of a larger graph are stored in a separate file, because ONNX files are limited to 2 GB.
 EXTERNAL_DATA_BYTES = 1 << 30
 MIN_QUANTIZED_VALUES = 1024  # smaller weights stay in float32
-# Texts on which the loss from 8-bit weights is measured: short queries and captions of different lengths.
+# Texts on which the error caused by 8-bit weights is measured: short queries and captions of different lengths.
 CALIBRATION_TEXTS = (
     *("dog", "red car", "sunset at the beach", "children playing football", "an old bicycle", "people at a market"),
     "A black dog runs through shallow water with a stick in its mouth.",
@@ -66,11 +66,11 @@ CALIBRATION_TEXTS = (
 class _Graph:
     """ONNX graph to export."""
 
-    name: str  # of the file, without the suffix: vision or text
+    name: str  # file name without suffix: vision or text
     module: nn.Module
     inputs: dict[str, Tensor]  # at least two sample inputs
     dynamic_shapes: tuple[Any, ...]  # as in torch.onnx.export
-    calibration: dict[str, Tensor]  # inputs on which the loss from 8-bit weights is measured
+    calibration: dict[str, Tensor]  # inputs on which the error caused by 8-bit weights is measured
 
 
 class VisionModule(nn.Module):
@@ -89,8 +89,8 @@ class VisionModule(nn.Module):
 class TextModule(nn.Module):
     """Module that encodes token ids and masks, int64 of shape (N, T), as L2-normalised float32 embeddings.
 
-    The encoder can be a transformer with mean, last-token or CLS pooling, or a `StaticEmbedding`. Modules after the
-    pooling, such as Dense, are part of the graph.
+    The encoder can be a `StaticEmbedding`, or a transformer with mean, last-token or CLS pooling. Modules that follow
+    the pooling, such as Dense, are part of the graph.
     """
 
     def __init__(self, model: LLM2CLIP) -> None:
@@ -127,8 +127,8 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     """Write vision.onnx, text.onnx, the tokenizer, the preprocessing config, and USE.md with example code.
 
     If `int8` is True, also write vision-int8.onnx and text-int8.onnx with 8-bit weights (see `quantize_weights`).
-    Return messages with each graph's size and cosine similarity to PyTorch's embeddings. Raise ValueError if the
-    minimum similarity of a graph with float32 weights is below 0.9999.
+    Return messages with each graph's size and its cosine similarity to PyTorch's embeddings. Raise ValueError if the
+    minimum similarity of a float32 graph is below 0.9999.
     """
     check_extra("onnx", "exporting to ONNX")
     messages = [*_export_graph(_build_vision_graph(model), folder, int8), *export_text(model, folder, int8)]
@@ -142,7 +142,7 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
 @torch.no_grad()
 def export_text(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     tokenizer = build_tokenizer(model.encoder)
-    tokenizer.save_pretrained(folder)  # save first, because a call with padding changes the tokenizer's settings
+    tokenizer.save_pretrained(folder)  # saved first, because a call with padding changes the tokenizer's settings
     graph = _build_text_graph(model, tokenizer)
     check_text_embeddings(graph.module(*graph.inputs.values()), model)
     return _export_graph(graph, folder, int8)
@@ -162,7 +162,7 @@ def export_quantized_text(model: LLM2CLIP, folder: Path) -> str:
 
 
 def count_final_tokens(tokenizer: Any) -> int:
-    """Return the number of special tokens after each text, which truncation keeps."""
+    """Count the special tokens after each text, which truncation preserves."""
     mask = tokenizer.backend_tokenizer.encode("a").special_tokens_mask
     return len(list(takewhile(bool, reversed(mask))))
 
@@ -188,7 +188,7 @@ def _tokenize(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _export_graph(graph: _Graph, folder: Path, int8: bool) -> list[str]:
-    """Write a graph and, if `int8` is True, its copy with 8-bit weights. Return a message for each."""
+    """Write a graph and, if `int8`, a copy with 8-bit weights. Return a message for each file."""
     messages = [_write_graph(graph, folder)]
     if int8:
         file, quantized = folder / f"{graph.name}.onnx", folder / f"{graph.name}-int8.onnx"
@@ -198,13 +198,13 @@ def _export_graph(graph: _Graph, folder: Path, int8: bool) -> list[str]:
 
 
 def _write_graph(graph: _Graph, folder: Path) -> str:
-    """Write a graph and compare its embeddings with PyTorch's. Return a message with the result."""
+    """Write a graph and compare its embeddings with PyTorch's. Return a message with the cosine similarity."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     file = folder / f"{graph.name}.onnx"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`isinstance\\(treespec", FutureWarning)
-        warnings.filterwarnings("ignore", "# The axis name", UserWarning)  # texts and images have the same batch axis
+        warnings.filterwarnings("ignore", "# The axis name", UserWarning)  # the batch axes share a name
         program = torch.onnx.export(
             graph.module,
             tuple(graph.inputs.values()),
@@ -215,12 +215,12 @@ def _write_graph(graph: _Graph, folder: Path) -> str:
             verbose=False,
         )
     assert program is not None
-    ClearMetadataAndDocStringPass()(program.model)  # stack traces, which contain the paths of files on this machine
+    ClearMetadataAndDocStringPass()(program.model)  # remove stack traces, which contain local paths
     program.save(str(file))
     single_input = {name: tensor[:1] for name, tensor in graph.inputs.items()}
     cosines = [_compute_cosines(file, graph.module, inputs).min() for inputs in (graph.inputs, single_input)]
     cosine = float(torch.stack(cosines).min())
-    if not cosine >= MIN_COSINE:  # this form also catches NaN
+    if not cosine >= MIN_COSINE:  # `not >=` also catches NaN
         raise ValueError(f"the embeddings from {file.name} differ from PyTorch's: cosine similarity {cosine:.5f}")
     return f"{file.name}: minimum cosine similarity to PyTorch's embeddings {cosine:.6f}"
 
@@ -244,12 +244,12 @@ def _compute_cosines(file: Path, module: nn.Module, inputs: Mapping[str, Tensor]
 
 
 def quantize_weights(source: Path, target: Path) -> None:
-    """Write a copy of an ONNX graph in which weight matrices, convolutions and embedding tables are stored as int8.
+    """Write a copy of an ONNX graph whose weight matrices, convolutions and embedding tables are stored as int8.
 
-    Each output of a weight matrix or convolution and each row of an embedding table has its own float32 scale. The
-    graph computes in float32, unlike with onnxruntime's dynamic quantisation, which changes embeddings far more.
-    onnxruntime restores all float32 weights when it loads the graph, except embedding tables, of which each forward
-    pass restores the rows it reads.
+    Each output of a weight matrix or convolution, and each row of an embedding table, has its own float32 scale. The
+    graph computes in float32, unlike onnxruntime's dynamic quantisation, which changes embeddings far more. When
+    onnxruntime loads the graph, it dequantises all weights except embedding tables. Of these, each forward pass
+    dequantises only the rows that it reads.
     """
     import onnx
     from onnx import helper, numpy_helper
@@ -288,7 +288,7 @@ def quantize_weights(source: Path, target: Path) -> None:
 
 
 def _find_input_axes(tensor: Any, users: list[Any]) -> tuple[int, ...] | None:
-    """Return the axes of a weight over which its values share a scale, or None if it must stay in float32."""
+    """Return the axes of a weight along which its values share a scale, or None if the weight must stay in float32."""
     from onnx import TensorProto, helper
 
     is_large = len(tensor.dims) >= 2 and np.prod(tensor.dims) >= MIN_QUANTIZED_VALUES
@@ -310,7 +310,6 @@ def _find_input_axes(tensor: Any, users: list[Any]) -> tuple[int, ...] | None:
 
 
 def _build_restoring_nodes(values: str, scales: str, output: str) -> list[Any]:
-    """Return the nodes that compute output = float32(values) * scales."""
     from onnx import TensorProto, helper
 
     return [

@@ -22,7 +22,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
 from llm2clip.models.vision.vision_tower import VisionTower
 
-MAX_STATIC_TOKENS = 8192  # for exported static encoders, which have no limit of their own
+MAX_STATIC_TOKENS = 8192  # maximum text length of exported static encoders, which have no limit of their own
 POOLINGS = ("mean", "lasttoken", "cls")
 MIN_COSINE = 0.9999  # minimum cosine similarity between embeddings of the exported and the original model
 SAMPLE_TEXTS = (
@@ -34,7 +34,7 @@ CHECKED_TEXTS = ("a", "Two dogs, running.", "一只猫", "1")  # the template mu
 
 
 def export_transformers(model: LLM2CLIP, folder: Path) -> None:
-    """Write a folder that transformers can load without this package, with `trust_remote_code=True`."""
+    """Write a folder that transformers can load without llm2clip, with `trust_remote_code=True`."""
     exported = build_export_model(model)
     exported.config.architectures = [LLM2CLIPExport.__name__]
     module = Path(modeling_llm2clip.__file__).stem
@@ -74,7 +74,7 @@ def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
 
 
 def export_vision(model: LLM2CLIP, folder: Path) -> None:
-    """Write the vision tower, without the projection, for models that need patch features, such as LLaVA.
+    """Write the vision tower without the projection, for models that need patch features, such as LLaVA.
 
     `AutoModel.from_pretrained` can load the folder without remote code.
     """
@@ -146,7 +146,7 @@ def _find_dense_layers(encoder: CaptionEncoder) -> list[Any]:
 def _build_tower_config(tower: VisionTower) -> dict[str, Any]:
     library, architecture = tower.config["library"], tower.config["architecture"]
     is_timm = library == "timm"
-    # DINO towers always interpolate their position embeddings; CLIP and SigLIP towers require a flag.
+    # DINO towers always interpolate position embeddings. CLIP and SigLIP towers do so only with a flag.
     needs_flag = not is_timm and architecture["model_type"] in ("clip_vision_model", "siglip_vision_model")
     return {
         "library": library,
@@ -169,14 +169,14 @@ def _check_export_model(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
 
 
 def check_text_embeddings(embeddings: Tensor, model: LLM2CLIP) -> None:
-    """Raise ValueError if an exported model's normalised embeddings of `SAMPLE_TEXTS` differ from the original model's.
+    """Raise ValueError if an exported model's embeddings of `SAMPLE_TEXTS` differ from the original model's embeddings.
 
     This detects caption encoders with a module that the format cannot represent, such as an activation function.
     """
     cosine = float((embeddings * model.encode_text(SAMPLE_TEXTS)).sum(1).min())
-    if not cosine >= MIN_COSINE:  # this form also catches NaN
+    if not cosine >= MIN_COSINE:  # `not >=` also catches NaN
         raise ValueError(
-            f"the exported model's text embeddings would differ from the original ones (cosine similarity "
+            f"the exported model's text embeddings would differ from the original model's (cosine similarity "
             f"{cosine:.4f}): the caption encoder has a module that the format does not support"
         )
 
@@ -207,7 +207,7 @@ def build_vision_model(tower: VisionTower) -> Any:
 
 
 def build_tokenizer(encoder: CaptionEncoder) -> Any:
-    """Return a copy of the encoder's tokenizer that also strips each text and adds the template's tokens around it."""
+    """Return a copy of the encoder's tokenizer that also strips each text and adds the template's tokens."""
     from tokenizers import normalizers
 
     is_static = encoder.is_static
@@ -231,10 +231,10 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
 
 
 def _normalize_texts_as_a_whole(backend: Any) -> None:
-    """Find added tokens after normalisation, so that only the spaces at both ends of a text are stripped.
+    """Find added tokens after normalisation, so that only the whitespace at both ends of a text is stripped.
 
-    By default, the parts of a text between added tokens are normalised, and thus stripped, separately. This remains so
-    for added tokens that the normaliser would change, such as line breaks.
+    By default, the parts of a text between added tokens are normalised, and thus stripped, separately. This remains the
+    case for added tokens that the normaliser would change, such as line breaks.
     """
     from tokenizers import AddedToken
 
@@ -246,7 +246,7 @@ def _normalize_texts_as_a_whole(backend: Any) -> None:
 
 
 def _build_static_tokenizer(static: StaticEmbedding) -> Any:
-    """Return a transformers tokenizer that, like `StaticEmbedding`, adds no special tokens."""
+    """Return a transformers tokenizer that adds no special tokens, like `StaticEmbedding`."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 

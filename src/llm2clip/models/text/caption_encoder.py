@@ -1,8 +1,8 @@
 """Caption encoder, which maps a text to a single embedding.
 
 By default, the encoder is a decoder LLM with bidirectional attention and mean pooling. It can also be a BERT-like model
-or, for fast queries, a static encoder: an embedding for each token, averaged. The encoder is saved as an ordinary
-`SentenceTransformer`, so sentence-transformers can load it without llm2clip and compute the same embeddings. The only
+or, for fast queries, a static encoder, which averages one embedding per token. The encoder is saved as an ordinary
+`SentenceTransformer`, so sentence-transformers can load it without llm2clip and computes the same embeddings. The only
 exception is NV-Embed (see `models/text/latent_attention.py`).
 """
 
@@ -63,16 +63,16 @@ from llm2clip.models.text.sentence_transformer import (
 )
 from llm2clip.progress import ProgressBar
 
-MAX_EMBEDDINGS_ON_DEVICE = 8192  # when this many embeddings have accumulated, they are copied to the CPU
+MAX_EMBEDDINGS_ON_DEVICE = 8192  # embeddings are copied to the CPU once this many have accumulated
 
 
 class CaptionEncoder(nn.Module):
     """LLM with a caption template and a pooling layer. Use `from_pretrained` to load it and `encode` to run it.
 
     Attributes:
-        st: the SentenceTransformer. `st[0]` is the LLM and `st[1]` is the pooling layer, or `st[0]` is a
+        st: The SentenceTransformer. Either `st[0]` is the LLM and `st[1]` is the pooling layer, or `st[0]` is a
             `StaticEmbedding`, which has no attention and does its own pooling. Other layers may follow.
-        weights_precision: highest precision that the weights support. `move_for_encoding` can lower it.
+        weights_precision: Highest precision that the weights support. `move_for_encoding` can lower it.
     """
 
     def __init__(self, st: SentenceTransformer) -> None:
@@ -88,20 +88,20 @@ class CaptionEncoder(nn.Module):
         """Load a decoder LLM, a sentence-transformers model or a `.gguf` file as a caption encoder in float32.
 
         If an option is missing or None, the value saved with the model is used. Plain LLMs default to bidirectional
-        attention, mean pooling, no template and a maximum of 512 tokens.
+        attention, mean pooling, no template and a maximum length of 512 tokens.
 
         Args:
-            path: folder or hub id of a transformers or sentence-transformers model, an llm2clip model folder, a `.gguf`
-                file, or the name of a model that `llm2clip` can download (see `models/pretrained.py`).
-            device: device to load the encoder on. Default: a GPU if available.
+            path: Folder or hub id of a transformers or sentence-transformers model, an llm2clip model folder, a `.gguf`
+                file, or the name of a model that llm2clip can download (see `models/pretrained.py`).
+            device: Device to load the encoder on. Default: a GPU if available.
             options: `bidirectional`, `layers`, `template`, `pooling`, `max_length` and `truncate_dim`, as in
-                `EncoderConfig`, and `attention`: `packed` (see `models/text/packing.py`) or an attention implementation
-                of transformers such as sdpa, eager, flex_attention or flash_attention_2. Decoders that support `packed`
+                `EncoderConfig`, and `attention`: `packed` (see `models/text/packing.py`) or a transformers attention
+                implementation such as sdpa, eager, flex_attention or flash_attention_2. Decoders that support `packed`
                 use it by default. `packed` and flash attention need no padding. Flash attention requires bf16.
 
         Raises:
-            ValueError: an option is not valid for the model.
-            OSError: the model does not exist.
+            ValueError: An option is not valid for the model.
+            OSError: The model does not exist.
         """
         path = _resolve_path(path)
         check_model_source(path)
@@ -165,12 +165,12 @@ class CaptionEncoder(nn.Module):
 
     @property
     def is_static(self) -> bool:
-        """True if the encoder has an embedding for each token instead of an LLM."""
+        """True if the encoder averages one embedding per token instead of running an LLM."""
         return isinstance(self.st[0], StaticEmbedding)
 
     @property
     def llm(self) -> Any:
-        """The transformers model, without any PEFT wrapper. For static encoders, the token embeddings."""
+        """The transformers model without any PEFT wrapper or, for static encoders, the token embeddings."""
         if self.is_static:
             return self.st[0]
         model = self.st[0].model
@@ -206,8 +206,8 @@ class CaptionEncoder(nn.Module):
     def tokenize(self, captions: Sequence[str], prompts: Sequence[str] | None = None) -> TokenizedTexts:
         """Tokenize captions with the template and special tokens, and truncate them to the encoder's `max_length`.
 
-        Leading and trailing whitespace is stripped, as in the LLM2CLIP authors' code. Truncation removes the caption's
-        last tokens but keeps the special token that follows the caption.
+        Leading and trailing whitespace is stripped, as in the LLM2CLIP authors' code. Truncation removes tokens from
+        the end of the caption but keeps the special token that follows the caption.
 
         `prompts` contains an instruction for each caption, or "" for no instruction. It is inserted between the
         template's prefix and the caption, and excluded from pooling.
@@ -236,7 +236,7 @@ class CaptionEncoder(nn.Module):
         return self._prompt_lengths[prompt]
 
     def exclude_prompts_from_pooling(self, prompts: Iterable[str]) -> None:
-        """Exclude instruction tokens from pooling. This setting is saved with the encoder."""
+        """Exclude instruction tokens from pooling. The setting is saved with the encoder."""
         for prompt in prompts:
             if not has_consistent_prompt_length(self.st, self.prefix + prompt):
                 raise ValueError(
@@ -285,21 +285,21 @@ class CaptionEncoder(nn.Module):
         precision: str | None = None,
         progress: bool | ProgressBar = False,
     ) -> Tensor:
-        """Encode N captions. Return a float32 CPU tensor of shape (N, embed_dim): one unnormalised row per caption.
+        """Encode N captions. Return unnormalised embeddings of shape (N, embed_dim), float32, on the CPU.
 
-        Captions of similar length are batched together, so there is almost no padding. The other captions in a batch
-        change an embedding by at most about 1e-5. The embedding of a text without tokens is a zero vector.
+        Captions of similar length are batched together, so there is almost no padding. An embedding depends on the
+        other captions in its batch by at most about 1e-5. The embedding of a text without tokens is a zero vector.
 
         Args:
-            captions: texts, or the output of `tokenize`.
-            batch_tokens: maximum number of tokens per batch, including padding. Default: `default_batch_tokens`.
-            precision: fp32, bf16, which is two to three times as fast, or bf16+N, for models that are too inaccurate in
-                bf16 (see `models/precision.py`). Default: `weights_precision`.
+            captions: Texts, or the output of `tokenize`.
+            batch_tokens: Maximum number of tokens per batch, including padding. Default: `default_batch_tokens`.
+            precision: fp32, bf16 (two to three times as fast) or bf16+N, for models that are too inaccurate in bf16
+                (see `models/precision.py`). Default: `weights_precision`.
             progress: True to show a progress bar, or an existing `ProgressBar` to update.
 
         Raises:
-            TypeError: a caption is not a string.
-            ValueError: a caption is not valid Unicode, or the attention implementation does not support the precision.
+            TypeError: A caption is not a string.
+            ValueError: A caption is not valid Unicode, or the attention implementation does not support the precision.
         """
         checked_precision = self._check_weights(precision or self.weights_precision)
         if "flash" in self.attention and checked_precision == "fp32":
@@ -328,7 +328,7 @@ class CaptionEncoder(nn.Module):
         return embeddings
 
     def _encode_batch(self, batch: dict[str, Any]) -> Tensor:
-        """Encode a batch like `self.st`, but without a GPU synchronisation to exclude prompts from mean pooling."""
+        """Encode a batch like `self.st`, but exclude prompts from mean pooling without a GPU synchronisation."""
         first, *modules = self.st
         features = first(batch)
         if {"prompt_length", "caption_lengths"} <= features.keys():
@@ -341,11 +341,11 @@ class CaptionEncoder(nn.Module):
         return embeddings
 
     def move_for_encoding(self, device: str | torch.device, precision: str) -> None:
-        """Move the encoder to a device. Keep only the weights needed to encode with `precision`.
+        """Move the encoder to a device. Keep only the weights needed to encode in `precision`.
 
-        With bf16, the LLM's linear layers are stored in bf16 instead of fp32. Encoding then takes less than half the
-        memory and returns bit-identical embeddings. After this call, the encoder can no longer be saved, trained or
-        used in fp32, and `identity` raises an error.
+        In bf16, the LLM's linear layers are stored in bf16 instead of fp32. Encoding then takes less than half the
+        memory and returns bit-identical embeddings. Afterwards, the encoder can no longer be saved, trained or used in
+        fp32, and `identity` raises an error.
         """
         self.weights_precision = self._check_weights(precision)
         cast_linear_weights(self.llm, self.weights_precision)
@@ -353,11 +353,11 @@ class CaptionEncoder(nn.Module):
 
     @property
     def has_full_precision(self) -> bool:
-        """True if all weights are in fp32. False after `move_for_encoding` with bf16."""
+        """True if all weights are in fp32. False after `move_for_encoding` in bf16."""
         return self.weights_precision == "fp32"
 
     def _check_weights(self, name: str) -> Precision:
-        """Return a precision. Raise ValueError if it is invalid or higher than the precision of the stored weights."""
+        """Return a precision. Raise ValueError if it is invalid or exceeds the precision of the stored weights."""
         precision, available = Precision(name), self.weights_precision
         if precision == "fp16":
             raise ValueError("the precision must be fp32, bf16 or bf16+N, because caption encoders do not support fp16")
@@ -369,7 +369,7 @@ class CaptionEncoder(nn.Module):
         return precision
 
     def identity(self, precision: str = "fp32") -> dict[str, Any]:
-        """Return a dict of everything that affects the embeddings. It requires weights in fp32."""
+        """Return a dict of everything that affects the embeddings. The weights must be in fp32."""
         self._check_weights("fp32")
         common = {
             "weights": hash_weights(self.st),
@@ -393,16 +393,16 @@ class CaptionEncoder(nn.Module):
 
     @hide_loading_bars()
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save the encoder in sentence-transformers' format, with safetensors weights. They must be in fp32."""
+        """Save the encoder in the sentence-transformers format, as safetensors. The weights must be in fp32."""
         self._check_weights("fp32")
         self.st.save_pretrained(str(folder), create_model_card=False)
         if not self.is_static and not is_encoder_only(self.llm) and not getattr(self.llm.config, "is_causal", True):
-            file = Path(folder) / "config_sentence_transformers.json"  # sentence-transformers does not save this entry
+            file = Path(folder) / "config_sentence_transformers.json"  # not saved by sentence-transformers
             atomic_write_text(file, json.dumps({**read_json(file), "requirements": REQUIREMENTS}, indent=2))
 
 
 def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) -> CaptionEncoder:
-    """Load a caption encoder onto a device, with only the weights needed at the `evaluate` stage's precision."""
+    """Load a caption encoder onto a device, with only the weights needed for the `evaluate` stage's precision."""
     encoder = CaptionEncoder.from_pretrained(path, device="cpu", **options)
     precision = resolve_precision("evaluate", "auto", device, lambda: calibrate_precision(encoder, device))
     encoder.move_for_encoding(device, precision)
@@ -418,16 +418,16 @@ def _resolve_path(path: str | Path) -> str:
 
 
 def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) -> None:
-    """Copy the embeddings in `on_device` to the matching rows of the CPU tensor `embeddings`, and clear `on_device`."""
+    """Copy the accumulated embeddings to their rows of the CPU tensor `embeddings`, and clear `on_device`."""
     if on_device:
         rows = [row for batch_rows, _ in on_device for row in batch_rows]
-        # A single copy, because each copy synchronises with the GPU.
+        # A single copy is used, because each copy synchronises with the GPU.
         embeddings[rows] = torch.cat([batch for _, batch in on_device]).cpu()
         on_device.clear()
 
 
 def _serialize_tokenizer(tokenizer: Any) -> str:
-    """Serialise a tokenizer without its padding and truncation settings, which tokenizer calls may change."""
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)  # static encoders have only the backend
+    """Serialise a tokenizer without its padding and truncation settings, which calls to the tokenizer may change."""
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)  # a static encoder's tokenizer is the backend
     values = json.loads(backend.to_str())
     return json.dumps({k: v for k, v in values.items() if k not in ("padding", "truncation")}, sort_keys=True)

@@ -4,8 +4,8 @@ Each token's final hidden state attends to an array of trained vectors (the late
 outputs are averaged over the tokens. Tokens do not attend to each other in this layer, so packed and padded batches
 produce the same embeddings.
 
-The module is saved in sentence-transformers' format. sentence-transformers can load it only if llm2clip is installed
-and `trust_remote_code=True` is set, because `modules.json` contains an llm2clip class path.
+The module is saved in the sentence-transformers format. Because `modules.json` contains an llm2clip class path,
+sentence-transformers can load it only if llm2clip is installed and `trust_remote_code=True` is set.
 """
 
 from __future__ import annotations

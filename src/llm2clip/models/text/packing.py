@@ -1,9 +1,9 @@
-"""Batches of texts of similar length, and packed attention, which needs no padding.
+"""Length-bucketed batches of texts, and packed attention without padding.
 
-Packed attention concatenates all captions in a batch into a single row. Attention is computed within each caption:
-consecutive captions of equal length share one attention call without a mask. In 16-bit precision on recent NVIDIA GPUs,
+Packed attention concatenates all captions in a batch into a single row, but each token attends only to its own caption.
+Consecutive captions of equal length share one attention call without a mask. In 16-bit precision on recent NVIDIA GPUs,
 a single call computes attention for all captions (`varlen_attention`). The attention function is registered with
-transformers as `packed`, so every model family can use it. For padded batches, `packed` equals `sdpa`.
+transformers as `packed`, so every model family can use it. For padded batches, `packed` is equivalent to `sdpa`.
 
 Restarting `position_ids` at each caption would not be enough: with `sdpa` and bidirectional attention, tokens would
 still attend to other captions.
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 # Default number of tokens per batch, including padding.
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 32768
-# Maximum number of hidden-state elements (tokens * hidden size) in a default batch. An 8B LLM (hidden size 4,096) thus
-# encodes batches of 16,384 tokens, whose activations take 2.5 GB. Such batches are large enough for any GPU.
+# Maximum number of hidden-state elements (tokens * hidden size) in a default batch. An 8B LLM (hidden size 4,096)
+# therefore encodes 16,384 tokens per batch, which saturate any GPU. Their activations take 2.5 GB.
 MAX_HIDDEN_ELEMENTS = 1 << 26
-MIN_CAPTIONS_TO_TUNE = 4096  # with fewer captions, tuning takes more time than it saves
+MIN_CAPTIONS_TO_TUNE = 4096  # for fewer captions, tuning takes more time than it saves
 CPU_CANDIDATES = (512, 1024, 2048, 4096)
 GPU_CANDIDATES = (8192, 16384, 32768, 65536, 131072, 262144)
-MIN_SPEEDUP = 1.02  # larger batches need more memory, so they are used only if faster by this factor
+MIN_SPEEDUP = 1.02  # larger batches, which take more memory, must be faster by this factor
 
 
 def get_default_batch_tokens(device: torch.device) -> int:
@@ -68,7 +68,7 @@ def batch_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[in
     """Group texts of similar token length into batches, and yield the text indices of each batch.
 
     A batch has at most `max_tokens` tokens, including padding. A text longer than `max_tokens` forms its own batch. The
-    longest texts come first, so an out-of-memory error occurs in the first batch rather than late in a run.
+    longest texts come first, so that an out-of-memory error occurs in the first batch rather than late in a run.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
@@ -79,15 +79,15 @@ def batch_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[in
 
 
 def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision: str = "fp32") -> int:
-    """Find the `batch_tokens` value with which an encoder processes the given captions fastest.
+    """Find the `batch_tokens` value for which an encoder encodes the given captions fastest.
 
     Candidates are timed in increasing order, until one is slower than the best one so far or does not fit in memory.
-    With fewer than 4,096 captions, nothing is timed, and the encoder's default is returned.
+    For fewer than 4,096 captions, the encoder's default is returned without timing.
     """
     if len(tokens.ids) < MIN_CAPTIONS_TO_TUNE:
         return encoder.default_batch_tokens
     candidates = CPU_CANDIDATES if encoder.device.type == "cpu" else GPU_CANDIDATES
-    # If even the smallest candidate does not fit in memory, half of it is returned.
+    # If even the smallest candidate does not fit in memory, half its size is returned.
     best, best_speed = candidates[0] // 2, 0.0
     for candidate in candidates:
         try:
@@ -107,8 +107,8 @@ def measure_tokens_per_second(
 ) -> float:
     """Measure the encoding speed on up to four batches.
 
-    Batches are sorted by caption length and have about the same number of tokens. The timed batches are the one with
-    the longest captions and those 1/6, 3/6 and 5/6 of the way through the list.
+    The batches are sorted by caption length and have about the same number of tokens. The timed batches are the one
+    with the longest captions and the batches at 1/6, 3/6 and 5/6 of the list.
     """
     all_rows = [rows for _, rows in tokens.batches(batch_tokens)]
     indices = sorted({0, *(len(all_rows) * n // 6 for n in (1, 3, 5))})
@@ -125,7 +125,7 @@ def measure_tokens_per_second(
 
 
 PACKED = "packed"
-MAX_UNFUSED_LENGTH = 512  # in tokens; for longer captions, `unfused_attention` would need too much memory
+MAX_UNFUSED_LENGTH = 512  # in tokens; longer captions would take too much memory in `unfused_attention`
 MAX_VARLEN_HEAD_DIM = 256
 
 
@@ -176,8 +176,8 @@ def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.de
 def remove_prompts(features: dict[str, Any]) -> None:
     """Remove the hidden states of prompt tokens from the LLM output for a packed batch, in place.
 
-    sentence-transformers' own exclusion of prompts would synchronise with the GPU. `features` contains the entries from
-    `pack_captions` and `prompt_length`, the number of tokens to remove from the start of each caption.
+    sentence-transformers' own method of excluding prompts would synchronise with the GPU. `features` contains the
+    entries from `pack_captions` and `prompt_length`, the number of tokens to remove from the start of each caption.
     """
     prompt_length = features.pop("prompt_length")
     lengths = np.array(features["caption_lengths"])
@@ -197,15 +197,15 @@ def remove_prompts(features: dict[str, Any]) -> None:
 
 
 def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to a device. Copies to a GPU are asynchronous, so the CPU can prepare the next batch."""
+    """Copy a CPU tensor to a device. Copies to a GPU are asynchronous, so that the CPU can prepare the next batch."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def can_pack(llm: Any) -> bool:
     """Return True if a transformers model produces the same embeddings with packed attention as with padding.
 
-    The model must be a decoder, loaded with `sdpa`, whose tokens interact only through attention, not through layers
-    such as convolutions. The config must specify whether attention is causal, because the definition of a sliding
+    The model must be a decoder, loaded with `sdpa`, whose tokens interact only through attention and not, for example,
+    through convolutions. Its config must specify whether attention is causal, because the definition of a sliding
     window depends on it.
     """
     config = llm.config
@@ -232,16 +232,16 @@ def packed_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention within each caption of a packed row. transformers defines the signature.
+    """Compute attention within each caption of a packed row. The signature is defined by transformers.
 
     Args:
-        query: queries of shape (1, heads, T, D).
-        key, value: keys and values of shape (1, key heads, T, D). With grouped-query attention, consecutive query heads
+        query: Queries of shape (1, heads, T, D).
+        key, value: Keys and values of shape (1, key heads, T, D). In grouped-query attention, consecutive query heads
             share a key head.
-        attention_mask: mask for an ordinary padded batch. Ignored for packed rows.
-        caption_lengths: number of tokens in each caption, T in total. None for an ordinary padded batch.
-        sliding_window: attention span in tokens, as defined by transformers' masks. With causal attention, a token
-            attends to this many tokens, including itself. With bidirectional attention, a token attends to itself and
+        attention_mask: Mask for an ordinary padded batch. Ignored for packed rows.
+        caption_lengths: Number of tokens in each caption, T in total. None for an ordinary padded batch.
+        sliding_window: Attention span in tokens, as defined by transformers' masks. In causal attention, a token
+            attends to this many tokens, including itself. In bidirectional attention, a token attends to itself and to
             this many tokens on each side.
 
     Returns:
@@ -288,7 +288,7 @@ def _attend_by_length(
 ) -> Tensor:
     # One attention call for each group of consecutive captions of equal length. Captions without tokens are skipped.
     groups = [(length, len(list(group))) for length, group in groupby(caption_lengths) if length > 0]
-    # Use `split` instead of slices: each slice would allocate a gradient of length T in the backward pass.
+    # `split` is used because each slice would allocate a gradient of length T in the backward pass.
     group_sizes = [length * count for length, count in groups]
     queries, keys, values = (x[0].split(group_sizes, dim=1) for x in (query, key, value))
     outputs = []
@@ -345,7 +345,7 @@ def varlen_attention(
     sliding_window: int | None = None,
     scaling: float | None = None,
 ) -> Tensor:
-    """Use `torch.nn.attention.varlen` (flash attention) to compute attention within each caption of a packed row.
+    """Compute attention within each caption of a packed row with flash attention (`torch.nn.attention.varlen`).
 
     `boundaries` are the cumulative caption lengths, int32 of shape (B + 1,), on the device of `query`. For the other
     arguments and the output, see `packed_attention`.
@@ -366,7 +366,7 @@ def varlen_attention(
 
 
 def get_varlen_dtype(query: Tensor) -> torch.dtype:
-    """Return the dtype used for attention: the autocast dtype under autocast, otherwise the queries' dtype."""
+    """Return the dtype of the attention: the autocast dtype under autocast, otherwise the queries' dtype."""
     device_type = query.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else query.dtype
 
@@ -385,7 +385,7 @@ def can_use_varlen(query: Tensor, dropout: float) -> bool:
 
 @lru_cache
 def load_varlen_attn() -> Callable[..., Any] | None:
-    """Import PyTorch's `varlen_attn`. Return None if it is missing or does not support grouped-query attention."""
+    """Import PyTorch's `varlen_attn`. Return None if it is missing or lacks grouped-query attention."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

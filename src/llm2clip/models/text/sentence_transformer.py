@@ -1,4 +1,4 @@
-"""Loading of text encoders as SentenceTransformers, changes to their templates and layers, and LoRA training."""
+"""Text encoders as SentenceTransformers: loading, templates, layer truncation, and LoRA training."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ REQUIREMENTS = {
 
 @hide_loading_bars()
 def load_sentence_transformer(path: str, pooling: str, device: str | None) -> SentenceTransformer:
-    """Load a model from a folder or hub id as a float32 SentenceTransformer, by default on a GPU if one is available.
+    """Load a model from a folder or hub id as a float32 SentenceTransformer. Default device: a GPU if available.
 
     A sentence-transformers model is loaded as saved. A plain transformers model gets bidirectional attention and a
     pooling layer with the mode `pooling`. Raise ValueError if weights are missing or the model must be converted first.
@@ -55,7 +55,7 @@ def load_sentence_transformer(path: str, pooling: str, device: str | None) -> Se
         for module in read_json(Path(modules_file)):
             check_not_quantized(read_config(path, module["path"]), path)
             check_tokenizer(path, module["path"])
-        # The class of llm2clip's own module is passed directly, so no remote code is needed.
+        # llm2clip's own class is passed directly, so that no remote code is needed.
         return SentenceTransformer._load_with_module_classes(
             path,
             {MODULE_TYPE: LatentAttentionPooling},
@@ -79,11 +79,11 @@ def _load_transformer(path: str) -> Transformer:
         model_kwargs={"dtype": torch.float32, **WITHOUT_HUB_CODE},
         processor_kwargs={"trust_remote_code": False},
         config_kwargs={"trust_remote_code": False},
-        # By default, sentence-transformers would wrap texts in the tokenizer's chat template.
+        # Otherwise, sentence-transformers would apply the tokenizer's chat template.
         modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
         module_output_name="token_embeddings",
     )
-    transformer.__class__ = Transformer  # the class name is saved, and sentence-transformers must recognise it
+    transformer.__class__ = Transformer  # the class name is saved, so it must be known to sentence-transformers
     tokenizer: Any = transformer.tokenizer
     tokenizer.chat_template = None
     if tokenizer.pad_token is None:
@@ -92,13 +92,13 @@ def _load_transformer(path: str) -> Transformer:
 
 
 class _StrictTransformer(Transformer):
-    """Transformer module that raises ValueError for missing weights, which transformers would initialise randomly."""
+    """Transformer module that raises ValueError for missing weights instead of initialising them randomly."""
 
     @hide_load_report()
     def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         loaded: Any = super()._load_model(model_name_or_path, *args, **kwargs, output_loading_info=True)
         model, report = loaded
-        # The pooler is not used, so its weights may be missing.
+        # The pooler is unused, so its weights may be missing.
         missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
         if missing:
             raise ValueError(f"{model_name_or_path} is missing {len(missing):,} weights, including {missing[0]}")
@@ -106,7 +106,7 @@ class _StrictTransformer(Transformer):
 
 
 def truncate_embeddings(st: Any, dim: int) -> None:
-    """Append a linear layer that keeps only the first `dim` dimensions. Unlike `truncate_dim`, it is saved."""
+    """Append a linear layer that keeps only the first `dim` dimensions. Unlike `truncate_dim`, the layer is saved."""
     full_dim = st.get_embedding_dimension()
     if not 0 < dim <= full_dim:
         raise ValueError(f"truncate_dim must be between 1 and {full_dim}, the encoder's dimension (got {dim})")
@@ -119,7 +119,7 @@ def set_template(st: Any, template: str) -> None:
     """Set a SentenceTransformer's template, which is saved with the model.
 
     The text before the caption becomes the default prompt and is excluded from pooling. If a special token follows the
-    caption, the tokenizer will append this token to every text.
+    caption, the tokenizer appends this token to every text.
     """
     if template.count(CAPTION_PLACEHOLDER) != 1:
         raise ValueError(f"template must contain {CAPTION_PLACEHOLDER} exactly once (got {template!r})")
@@ -156,7 +156,7 @@ def count_prompt_tokens(tokenizer: Any, prompt: str) -> int:
     """Count the leading tokens that do not depend on the caption: special tokens and prompt tokens."""
     if not prompt:
         return 0
-    # Tokenizing the prompt alone would give a wrong count if its final space becomes part of the next token.
+    # If the prompt's final space merges with the next token, tokenizing the prompt alone gives a wrong count.
     first, second = tokenizer([prompt + "a", prompt + "1"], return_attention_mask=False)["input_ids"]
     return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
 
@@ -172,7 +172,7 @@ def is_encoder_only(llm: Any) -> bool:
 
 
 def truncate_layers(llm: Any, count: int) -> None:
-    """Keep only the first `count` transformer layers. A model with fewer layers is left unchanged."""
+    """Keep only the first `count` transformer layers. Models with fewer layers are unchanged."""
     layers = get_layers(llm)
     if count < 1:
         raise ValueError(f"layers must be at least 1 (got {count})")
@@ -197,16 +197,17 @@ def set_bidirectional(llm: Any, bidirectional: bool) -> None:
 class LoraSession:
     """LoRA training of an encoder's LLM. The constructor adds LoRA layers, and `finish` merges them into the LLM.
 
-    QLoRA (arXiv 2305.14314) stores the frozen matrices in 4 bits during training. Afterwards, LoRA is merged into the
-    original weights. Without QLoRA, the frozen matrices can be stored in 16 bits, and LoRA is then merged into the
-    rounded 16-bit values. Rounding has no effect if the LLM was released in the same 16-bit format.
+    In QLoRA (arXiv 2305.14314), the frozen matrices are stored in 4 bits during training, and LoRA is afterwards merged
+    into the original weights. Without QLoRA, the frozen matrices can be stored in 16 bits, and LoRA is merged into the
+    rounded weights. Rounding has no effect if the LLM was released in the same 16-bit format.
     """
 
     def __init__(self, encoder: Any, config: LoraConfig, dtype: torch.dtype, device: torch.device, quantize: bool):
         """Add LoRA to a `CaptionEncoder`'s LLM in place, and move the LLM to the training device.
 
-        If the LLM is on the CPU at first, its float32 weights need not fit in the device's memory. The frozen matrices
-        are stored in `dtype` or, with `quantize`, in 4 bits, with matmuls in `dtype` and the originals on the CPU.
+        If the LLM is initially on the CPU, its float32 weights need not fit in the device's memory. The frozen matrices
+        are stored in `dtype`. With `quantize`, they are stored in 4 bits and multiplied in `dtype`, and the originals
+        are kept on the CPU.
         """
         self.encoder, self.config = encoder, config
         transformer = encoder.st[0]
@@ -217,7 +218,7 @@ class LoraSession:
         transformer.model.to(device)
 
     def finish(self) -> None:
-        """Merge LoRA into the original weights in place, in float32, which may only fit in the CPU's memory."""
+        """Merge LoRA into the original weights in place, in float32, which may fit only in the CPU's memory."""
         transformer = self.encoder.st[0]
         model = transformer.model
         model = self._restore_original_layers(model) if self.original_layers else model.to("cpu")

@@ -1,8 +1,8 @@
-"""Dense image features: one embedding per image cell, in the embedding space shared by images and texts.
+"""Dense image features: one embedding per image patch, in the embedding space shared by images and texts.
 
 A cell is a patch of a vision transformer or a position in a convolutional network's last feature map. Its embedding is
-computed by applying the tower's head and the image projection to this cell alone. Images can have any size. A region
-embedding (for a box or a mask) is an average over the region's cells.
+computed by applying the tower's head and the image projection to this cell alone. Images can have any size. The
+embedding of a region (a box or a mask) is an average over the region's cells.
 
 CLIP is trained only to match complete images with texts, so nothing forces a patch's output to describe that patch, and
 the last block mixes all patches. The training-free variants change only this block. In the formulas, x is the block's
@@ -46,9 +46,9 @@ _GAUSSIAN_STD = 5.0  # standard deviation in NACLIP's attention bias, in patches
 # Ratio of the resized image's shorter side to the tower's training resolution, for localisation. As in SCLIP, a
 # 224-pixel tower receives images with a shorter side of 336 pixels.
 LOCALIZATION_SCALE = 1.5
-_MAX_ASPECT_RATIO = 8  # images with a larger aspect ratio are squeezed to this ratio, to limit their size
+_MAX_ASPECT_RATIO = 8  # images with a larger aspect ratio are squeezed to limit their size
 _DINO_PARTS = ("norm1", "attention", "layer_scale1")
-# Maps each supported class of pre-norm blocks to the attribute names of its norm, attention and layer scale.
+# Supported class of pre-norm blocks -> attribute names of its norm, attention and layer scale.
 _BLOCK_PARTS = {
     "timm.models.vision_transformer.Block": ("norm1", "attn", "ls1"),
     "timm.models.eva.EvaBlock": ("norm1", "attn", "gamma_1"),
@@ -65,12 +65,12 @@ class DenseEncoder:
     """Image encoder that returns one embedding per cell in the shared embedding space.
 
     Attributes:
-        cell_size: side length of a cell in pixels: the patch size, or a convolutional network's total stride.
-        image_size: the tower's training resolution, in pixels.
-        variants: supported variants. Convolutional networks support only "plain".
-        localization_variant: recommended variant for localisation: "naclip" for towers that pool a class token, because
-            training never compared patches with texts, and "plain" for towers that pool cells.
-        features: function that takes pixels of shape (N, 3, H, W) on `device` and a variant, and returns unnormalised
+        cell_size: Side length of a cell in pixels: the patch size, or a convolutional network's total stride.
+        image_size: The tower's training resolution, in pixels.
+        variants: Supported variants. Convolutional networks support only "plain".
+        localization_variant: Recommended variant for localisation: "naclip" for towers that pool a class token, because
+            training never compared their patches with texts, and "plain" for towers that pool patches.
+        features: Function that takes pixels of shape (N, 3, H, W) on `device` and a variant, and returns unnormalised
             embeddings of shape (N, H / cell_size, W / cell_size, D).
     """
 
@@ -84,7 +84,7 @@ class DenseEncoder:
 
     @property
     def localization_size(self) -> int:
-        """Shorter side of a resized image for localisation, in pixels. Pass this to `resize` as `image_size`."""
+        """Recommended `image_size` of `resize` for localisation, in pixels."""
         return round(LOCALIZATION_SCALE * self.image_size)
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class DenseEncoder:
 def build_dense_encoder(
     tower: VisionTower, project: Callable[[Tensor], Tensor], precision: Precision = FP32
 ) -> DenseEncoder:
-    """Build a dense encoder that shares the weights of a vision tower in eval mode and its image projection.
+    """Build a dense encoder that shares the weights of an image projection and of a vision tower in eval mode.
 
     Raise ValueError if the tower's architecture has no grid of cells.
     """
@@ -156,8 +156,8 @@ def feature_map(tower: VisionTower, pixels: Tensor) -> Tensor:
     """Compute the feature map before the tower's head, for example as input to a detector.
 
     Images of shape (N, 3, H, W), uint8 or float from 0 to 1, are mapped to shape (N, C, h, w), where h and w are H and
-    W divided by the cell size. Gradients flow to all of the tower's weights except interpolated position embeddings.
-    Raise ValueError if the tower's architecture has no grid of cells.
+    W divided by the cell size. Gradients flow to all tower weights except interpolated position embeddings. Raise
+    ValueError if the tower's architecture has no grid of cells.
     """
     return _encode_cells(tower, pixels, "plain").permute(0, 3, 1, 2)
 
@@ -219,15 +219,15 @@ def _apply_head(tower: VisionTower, cells: Tensor) -> Tensor:
         # In CLIP, the last norm is part of the head.
         return cast(Tensor, backbone.post_layernorm(cells) if hasattr(backbone, "post_layernorm") else cells)
     if isinstance(backbone, VisionTransformer | Eva):
-        # Some heads pool the class token, and others exclude it. If all tokens are copies of the cell, both kinds
-        # return the cell's features.
+        # Some heads pool the class token, and others exclude it. With copies of the cell in place of all tokens, both
+        # kinds of heads return the cell's features.
         return backbone.forward_head(cells[:, None].expand(-1, 1 + backbone.num_prefix_tokens, -1))
     maps = cells[:, None, None] if _is_channels_last(tower) else cells[:, :, None, None]
     return cast(Tensor, backbone.forward_head(maps))
 
 
 def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
-    """Return a timm backbone for images of shape `size`. It shares the tower's weights except position embeddings."""
+    """Return a timm backbone for images of shape `size`. Only its position embeddings are not shared with the tower."""
     backbone: Any = tower.backbone
     built_size = tower.config["args"].get("img_size")
     is_vit = isinstance(backbone, VisionTransformer | Eva)
@@ -258,7 +258,7 @@ def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
 
 
 def _replace_module(root: Any, name: str, module: nn.Module) -> Any:
-    """Return a copy of `root` with another submodule `name`. `root` is not modified, because threads may use it."""
+    """Return a copy of `root` with a different submodule `name`. `root` is unchanged: threads may be using it."""
     first, _, rest = name.partition(".")
     root = _shallow_copy(root)
     root._modules[first] = _replace_module(root._modules[first], rest, module) if rest else module
@@ -310,7 +310,7 @@ def _run_attention_branch(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any
 class _ReplacedAttention(TorchFunctionMode):
     """Context manager that makes `scaled_dot_product_attention` compute a dense variant's attention in this thread.
 
-    timm and transformers compute q, k and v in many ways, but always pass them to this function.
+    timm and transformers compute q, k and v in different ways, but always pass them to this function.
     """
 
     def __init__(self, variant: str, grid: tuple[int, int]) -> None:
@@ -367,7 +367,7 @@ def encode_boxes(
     (arXiv 1703.06870).
 
     Args:
-        boxes: For each image, R boxes of shape (R, 4), float32, as (left, top, right, bottom) in pixels.
+        boxes: R boxes per image, of shape (R, 4), float32, as (left, top, right, bottom) in pixels.
         image_size: Length of the resized image's shorter side in pixels. Default: `dense.localization_size`.
     """
     resized_by_shape: dict[torch.Size, dict[int, Tensor]] = {}  # images of the same shape are encoded together
@@ -391,12 +391,12 @@ def encode_boxes(
     return results
 
 
-def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
-    """For each mask, average an image's cell embeddings, weighted by the mask's area in each cell.
+def pool_features_by_mask(features: Tensor, masks: Tensor) -> Tensor:
+    """Average an image's cell embeddings for each mask, weighted by the mask's area in each cell.
 
-    `features` are float32 of shape (h, w, D), and `masks` are boolean of shape (N, H, W), at any resolution. Cell
-    (i, j) covers rows i * H / h to (i + 1) * H / h and columns j * W / w to (j + 1) * W / w. The result is
-    L2-normalised, of shape (N, D).
+    `features` are float32 of shape (h, w, D), and `masks` are boolean of shape (N, H, W), at any resolution. Cell (i,
+    j) covers rows i * H / h to (i + 1) * H / h and columns j * W / w to (j + 1) * W / w. The result is L2-normalised,
+    of shape (N, D).
     """
     h, w, dim = features.shape
     rows, columns = (
@@ -410,7 +410,7 @@ def pool_masks(features: Tensor, masks: Tensor) -> Tensor:
 
 
 def _compute_overlaps(num_cells: int, num_pixels: int) -> Tensor:
-    """Return the overlap of cells and pixels along an axis, in pixels, of shape (num_cells, num_pixels), float64."""
+    """Return the overlap of each cell and pixel along an axis, in pixels, of shape (num_cells, num_pixels), float64."""
     cell_edges = torch.arange(num_cells + 1, dtype=torch.float64) * num_pixels / num_cells
     pixel_edges = torch.arange(num_pixels + 1, dtype=torch.float64)
     ends = torch.minimum(cell_edges[1:, None], pixel_edges[1:])
@@ -419,7 +419,7 @@ def _compute_overlaps(num_cells: int, num_pixels: int) -> Tensor:
 
 
 def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
-    """Check N boxes (left, top, right, bottom) in pixels, and convert them to a float32 CPU tensor of shape (N, 4)."""
+    """Validate N boxes (left, top, right, bottom) in pixels. Return a float32 CPU tensor of shape (N, 4)."""
     tensor = torch.as_tensor(boxes, dtype=torch.float32).cpu()
     if tensor.numel() == 0:
         return tensor.new_empty(0, 4)
@@ -441,7 +441,7 @@ def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
 
 
 def check_masks(masks: Any, height: int, width: int) -> Tensor:
-    """Check N boolean masks, and convert them to a boolean CPU tensor of shape (N, H, W)."""
+    """Validate N boolean masks. Return a boolean CPU tensor of shape (N, H, W)."""
     tensor = torch.as_tensor(masks).cpu()
     if tensor.ndim != 3 or tensor.shape[1:] != (height, width):
         raise ValueError(

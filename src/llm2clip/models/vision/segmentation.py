@@ -1,4 +1,4 @@
-"""Zero-shot segmentation with a sliding window, and the `LLM2CLIP` methods for parts of an image.
+"""Zero-shot segmentation with a sliding window, and the `LLM2CLIP` methods for regions and patches.
 
 SCLIP (arXiv 2312.01597) upsamples each window's cell scores to the window's size, averages overlapping windows, and
 resizes the result to the size of the labels. Each of these steps is linear and separable into rows and columns. A
@@ -28,7 +28,7 @@ from llm2clip.models.vision.dense import (
     check_boxes,
     check_masks,
     encode_boxes,
-    pool_masks,
+    pool_features_by_mask,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class WindowAxis:
     def create(cls, length: int, window: int, cell_size: int) -> WindowAxis:
         """Place windows with a stride of half a window. The last window ends at the edge of the image.
 
-        If the image is shorter than a window, there is a single window of the image's length, rounded to whole cells.
+        If the image is shorter than a window, it is covered by a single window of the image's length, rounded to whole
+        cells.
         """
         if length < window:
             length = window = max(1, round(length / cell_size)) * cell_size
@@ -107,7 +108,7 @@ class ResizeForWindows:
         return resized, (height, width)
 
 
-def cut_windows(image: Tensor, rows: WindowAxis, columns: WindowAxis) -> Tensor:
+def extract_windows(image: Tensor, rows: WindowAxis, columns: WindowAxis) -> Tensor:
     """Return all windows of a resized image in row-major order, as a uint8 tensor of shape (windows, 3, H, W)."""
     windows = []
     for top in rows.starts:
@@ -142,7 +143,7 @@ class PixelScores:
             yield rows, tile
 
     def compute_class_scores(self, names_per_class: Sequence[int]) -> Tensor:
-        """Return class scores of shape (classes, H, W): for each pixel, the highest score of the class's names."""
+        """Return class scores of shape (classes, H, W): the maximum over each class's names, per pixel."""
         return torch.cat([_max_over_names(tile, names_per_class) for _, tile in self.iterate_tiles()], 1)
 
 
@@ -153,7 +154,7 @@ def encode_windows(
     queries: Tensor,
     transform: ResizeForWindows,
 ) -> dict[int, PixelScores]:
-    """Encode the windows of all images in batches, and return each image's pixel scores at its original size.
+    """Encode the windows of all images in batches. Return each image's pixel scores at its original size.
 
     `images` contains the outputs of `transform`. `queries` are the embeddings of all class names, of shape (K, D).
     """
@@ -163,7 +164,7 @@ def encode_windows(
         indices_by_window.setdefault((rows.window, columns.window), []).append(index)
     results = {}
     for indices in indices_by_window.values():
-        windows = [cut_windows(images[i][0], *axes[i]) for i in indices]
+        windows = [extract_windows(images[i][0], *axes[i]) for i in indices]
         batches = torch.cat(windows).split(WINDOWS_PER_BATCH)
         with onednn_matmul():
             scores = torch.cat([dense.encode(batch, variant) @ queries.T for batch in batches])  # (windows, h, w, K)
@@ -216,7 +217,7 @@ def segment(
 
 
 def _max_over_names(tile: Tensor, names_per_class: Sequence[int]) -> Tensor:
-    """Return each class's highest score over its names, of shape (classes, rows, W)."""
+    """Return the maximum score over each class's names, of shape (classes, rows, W)."""
     if len(names_per_class) == len(tile):
         return tile
     return torch.stack([scores.amax(0) for scores in tile.split(list(names_per_class))])
@@ -240,13 +241,13 @@ class DenseMethods:
     ) -> list[Tensor]:
         """Encode each image cell (ViT patch or CNN feature map position) in the shared embedding space.
 
-        Images keep their aspect ratio, so the grids of cells may have different shapes.
+        Images keep their aspect ratio, so their grids of cells may have different shapes.
 
         Args:
-            images: one image or a list of N images, as for `encode_image`.
+            images: One image or a list of N images, as for `encode_image`.
             variant: `plain` or, for vision transformers only, a variant that improves localisation: `maskclip`,
                 `sclip`, `clearclip` or `naclip` (see `models/vision/dense.py`).
-            image_size: length of the resized image's shorter side in pixels, rounded to a multiple of the cell size.
+            image_size: Length of the resized image's shorter side in pixels, rounded to a multiple of the cell size.
                 Default: the tower's training resolution.
 
         Returns:
@@ -269,23 +270,23 @@ class DenseMethods:
         variant: str | None = None,
         image_size: int | None = None,
     ) -> Tensor:
-        """Encode N regions of an image. Return L2-normalised float32 embeddings (N, embed_dim) as a CPU tensor.
+        """Encode N regions of an image. Return L2-normalised float32 embeddings (N, embed_dim) on the CPU.
 
         The entire image is encoded once. A box's embedding is the average of the embeddings of its cells, computed with
         RoIAlign as in the `coco-boxes` benchmark. A mask's embedding is the average over all cells of the image,
         weighted by the mask's area in each cell.
 
         Args:
-            boxes: array of shape (N, 4) with (x0, y0, x1, y1) in pixels of the original image, after its EXIF
+            boxes: Array of shape (N, 4) with (x0, y0, x1, y1) in pixels of the original image, after its EXIF
                 orientation has been applied.
-            masks: boolean array of shape (N, H, W), used instead of `boxes`. H and W are the original image's height
+            masks: Boolean array of shape (N, H, W), used instead of `boxes`. H and W are the original image's height
                 and width.
-            variant: see `encode_dense`. Default: the tower's `DenseEncoder.localization_variant`.
-            image_size: length of the resized image's shorter side in pixels. Default: 1.5 times the tower's training
+            variant: See `encode_dense`. Default: the tower's `DenseEncoder.localization_variant`.
+            image_size: Length of the resized image's shorter side in pixels. Default: 1.5 times the tower's training
                 resolution.
         """
         if (boxes is None) == (masks is None):
-            raise ValueError("encode_regions needs either boxes or masks, but not both")
+            raise ValueError("encode_regions requires either boxes or masks, but not both")
         model, dense = self._prepare_dense()
         variant = variant or dense.localization_variant
         pixels = load_image(image)
@@ -293,7 +294,7 @@ class DenseMethods:
         if boxes is None:
             checked = check_masks(masks, height, width)
             resized = dense.resize(pixels, image_size or dense.localization_size)
-            return pool_masks(dense.encode(resized[None], variant)[0], checked).cpu()
+            return pool_features_by_mask(dense.encode(resized[None], variant)[0], checked).cpu()
         checked = check_boxes(boxes, height, width)
         return encode_boxes(dense, [pixels], [checked], variant, model.config.embed_dim, image_size)[0]
 
@@ -314,9 +315,9 @@ class DenseMethods:
         resolution then slides over the image.
 
         Args:
-            names: one or more names for each class. A class's score is the highest score of its names.
-            templates: prompt templates for the names, as for `encode_text`. The benchmarks use OpenAI's 80 templates.
-            variant: see `encode_dense`. Default: the tower's `DenseEncoder.localization_variant`.
+            names: One or more names for each class. A class's score is the maximum over its names.
+            templates: Prompt templates for the names, as for `encode_text`. The benchmarks use OpenAI's 80 templates.
+            variant: See `encode_dense`. Default: the tower's `DenseEncoder.localization_variant`.
 
         Returns:
             The class index of each pixel, as an int64 CPU tensor of shape (H, W). With `return_scores`, also the class

@@ -1,8 +1,8 @@
 """Pretrained image encoders (vision towers) from timm and transformers, with LoRA support.
 
 A tower maps uint8 pixels to pooled features, without any projection, and stores the preprocessing it was trained with.
-Its architecture can be rebuilt from its `config` without network access, so a model can save the tower's weights in its
-own state dict. The config is JSON-serialisable:
+Its architecture can be rebuilt from its `config` without network access, so the weights can be part of a model's own
+state dict. The config is JSON-serialisable:
 
 library        timm or transformers
 architecture   name of the architecture (timm) or the model's config as a dict (transformers)
@@ -43,8 +43,8 @@ from llm2clip.models.pretrained import resolve_pretrained
 
 log = logging.getLogger(__name__)
 
-# Default preprocessing for each supported transformers model type, used if there is no preprocessor_config.json. The
-# model's image size replaces 224. Only models whose pooled output was trained are supported.
+# Preprocessing for each supported transformers model type, used if there is no preprocessor_config.json. The model's
+# image size replaces 224. Only models whose pooled output was trained are supported.
 _CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -57,10 +57,10 @@ _DEFAULT_PREPROCESS = {
 }
 # Model types of dual encoders. Only their vision model is used.
 _DUAL_ENCODER_TYPES = ("clip", "metaclip_2", "siglip")
-# Matches the names of repeated blocks. Alternatives, in order: timm's ViTs and EfficientNets; ConvNeXt and similar
-# models; ResNets; transformers' ViTs.
+# Matches the names of repeated blocks in timm's ViTs and EfficientNets, in ConvNeXt and similar models, in ResNets, and
+# in transformers' ViTs.
 _BLOCK = re.compile(r"(?:blocks\.(?:\d+\.)+|stages\.\d+\.blocks\.\d+\.|layer[1-4]\.\d+\.|layers?\.\d+\.)")
-# transformers model types that interpolate position embeddings only on request. Other types always interpolate them.
+# transformers model types that interpolate position embeddings only on request. Other types always do.
 _INTERPOLATES_ON_REQUEST = ("clip_vision_model", "siglip_vision_model")
 
 
@@ -69,10 +69,10 @@ class VisionTower(nn.Module):
 
     Attributes:
         config: JSON-serialisable dict from which `from_config` rebuilds the architecture.
-        preprocess: image preprocessing. `preprocess.size` is S.
-        freeze_norm: if True, batch norms stay in eval mode during training. In training mode, small batches would
-            distort the running statistics, and features would depend on the other images in the batch. Changes to this
-            attribute take effect at the next call to `train()`.
+        preprocess: Image preprocessing. `preprocess.size` is S.
+        freeze_norm: Keep batch norms in eval mode during training. In training mode, small batches would distort the
+            running statistics, and features would depend on the other images in the batch. Changes take effect at the
+            next call to `train()`.
     """
 
     mean: Tensor
@@ -91,10 +91,10 @@ class VisionTower(nn.Module):
         self.register_buffer("mean", torch.empty(0), persistent=False)
         self.register_buffer("std", torch.empty(0), persistent=False)
         self._set_normalization(torch.get_default_device())
-        # The channels-last format speeds up networks with many convolutions, but not ViTs, which have only one.
+        # The channels-last format speeds up networks with many convolutions. A ViT has only one.
         self._channels_last = sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 4
         for name, parameter in backbone.named_parameters():
-            # DINO uses the mask token only in pretraining, and DDP would wait for its gradient.
+            # DINO uses the mask token only in pretraining. It gets no gradient, for which DDP would wait.
             if name.endswith("mask_token"):
                 parameter.requires_grad_(False)
 
@@ -106,13 +106,13 @@ class VisionTower(nn.Module):
         Args:
             name: `timm:NAME` loads a model with timm, and `hf:NAME` with transformers. Without a prefix, the name is a
                 folder saved by either library, a hub id (with a slash), the name of a timm model, or the name of a
-                model that `llm2clip` can download (see `models/pretrained.py`).
-            image_size: image size in pixels. Default: the tower's training resolution.
-            pretrained: if False, initialise the weights randomly.
+                model that llm2clip can download (see `models/pretrained.py`).
+            image_size: Image size in pixels. Default: the tower's training resolution.
+            pretrained: If False, initialise the weights randomly.
 
         Raises:
-            ValueError: the model is not supported.
-            OSError: the model does not exist.
+            ValueError: The model is not supported.
+            OSError: The model does not exist.
         """
         library, source = _parse_name(resolve_pretrained(str(name)))
         load = _load_timm if library == "timm" else _load_transformers
@@ -190,7 +190,7 @@ class VisionTower(nn.Module):
         return self
 
     def get_parameter_depths(self) -> dict[str, int]:
-        """Return the depth of each parameter, keyed by name. The stem or embeddings have depth 0."""
+        """Return the depth of each parameter, keyed by name. The stem or the embeddings have depth 0."""
         if self.config["library"] == "timm":
             if not hasattr(self.backbone, "group_matcher"):  # timm does not specify the layers of this architecture
                 return {name: 0 for name, _ in self.named_parameters()}
@@ -202,11 +202,11 @@ class VisionTower(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """Number of distinct depths: the largest value in `get_parameter_depths` plus 1."""
+        """Number of distinct parameter depths; see `get_parameter_depths`."""
         return 1 + max(self.get_parameter_depths().values())
 
     def get_blocks(self) -> list[nn.Module]:
-        """Return the repeated blocks in order from input to output. The list is empty if there are no such blocks."""
+        """Return the repeated blocks in order from input to output, or an empty list if there are none."""
         blocks = []
         for name, module in self.backbone.named_modules():
             match = _BLOCK.search(f"{name}.")
@@ -221,7 +221,7 @@ class VisionTower(nn.Module):
 
 
 def _compute_transformers_depths(names: list[str]) -> dict[str, int]:
-    """The embeddings and the norm after them have depth 0, L layers depths 1 to L, the other parameters depth L + 1."""
+    """Compute depths: 0 for the embeddings and their norm, 1 to L for L layers, and L + 1 for all other parameters."""
     layer_indices = {name: int(match[1]) for name in names if (match := re.search(r"\blayers?\.(\d+)\.", name))}
     depths = dict.fromkeys(names, 2 + max(layer_indices.values()))
     depths |= {name: index + 1 for name, index in layer_indices.items()}
@@ -264,7 +264,7 @@ def merge_tower_lora(tower: VisionTower) -> None:
 
 
 def _set_qkv_module_call(tower: VisionTower, enable: bool) -> None:
-    """Set whether timm's EVA models call their qkv layer. By default, they only use its weight, which bypasses LoRA."""
+    """Set whether timm's EVA models call their qkv layer. By default, they use only its weight, which bypasses LoRA."""
     for module in tower.backbone.modules():
         if hasattr(module, "qkv_bias_separate"):
             cast(Any, module).qkv_bias_separate = enable
@@ -284,8 +284,8 @@ def build_backbone(config: dict[str, Any]) -> nn.Module:
 def _create_timm(architecture: str, args: dict[str, Any]) -> nn.Module:
     """Create a timm model with random weights from a saved architecture and arguments.
 
-    A model folder may come from an untrusted source. Therefore, names that trigger downloads, such as
-    `hf-hub:OWNER/NAME`, are rejected, and `timm.create_model`'s own arguments, such as `checkpoint_path`, are ignored.
+    A model folder may come from an untrusted source. Names that trigger downloads, such as `hf-hub:OWNER/NAME`, are
+    therefore rejected, and the arguments of `timm.create_model` itself, such as `checkpoint_path`, are ignored.
     """
     if not timm.is_model(architecture):
         raise ValueError(f"timm {timm.__version__} has no architecture {architecture!r}")
@@ -326,8 +326,8 @@ def _load_timm(source: str, image_size: int | None, pretrained: bool) -> tuple[n
         check_model_source(cfg["hf_hub_id"])  # timm downloads the weights from the hub
     args = {**args, "num_classes": 0}
     if cfg.get("fixed_input_size") or "img_size" in args:
-        # Position embeddings or attention windows are built for one image size. timm resizes the pretrained weights.
-        # The size is always saved in the config, because an architecture's default size depends on the tag.
+        # Position embeddings or attention windows depend on the image size; timm resizes weights. The size is
+        # always saved in the config, because an architecture's default size depends on the tag.
         built_size = args.get("img_size") or cfg["input_size"][-2:]
         sides = {built_size} if isinstance(built_size, int) else set(built_size)
         if image_size is None and len(sides) > 1:
@@ -361,7 +361,7 @@ def _resolve_timm_source(source: str) -> tuple[str, str, dict[str, Any], dict[st
 
 
 def _read_timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> Preprocess:
-    """Return the preprocessing that a timm model was trained with. If `size` is set, it replaces the image size."""
+    """Return the preprocessing that a timm model was trained with. `size` overrides the image size."""
     data = resolve_model_data_config(backbone)
     height, width = data["input_size"][-2:]  # before timm 1.0.31, this is the original size even if `img_size` is set
     if size is None and height != width:
@@ -385,7 +385,7 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
     if config.model_type in _DUAL_ENCODER_TYPES:
         config = config.vision_config
     if config.model_type == "metaclip_2_vision_model":
-        # MetaCLIP 2's vision model has CLIP's architecture and weight names, but AutoModel does not support its type.
+        # MetaCLIP 2's vision model has CLIP's architecture and weight names, but AutoModel does not support it.
         fields = {key: value for key, value in config.to_dict().items() if key != "model_type"}
         config = CLIPVisionConfig.from_dict(fields)
     if config.model_type.startswith("siglip2"):
@@ -405,7 +405,6 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
 
 @hide_load_report()
 def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
-    """Build the vision model of a transformers config, with weights from `source` or, if None, with random weights."""
     from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
 
     # Given a folder with a complete CLIP model, AutoModel would build both towers.
@@ -415,12 +414,12 @@ def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
         model = model_class(config) if model_class else AutoModel.from_config(config)
         model = model.float()
     else:
-        # By default, transformers 5 loads half-precision checkpoints in half precision.
+        # Otherwise, transformers 5 loads half-precision checkpoints in half precision.
         model, report = (model_class or AutoModel).from_pretrained(
             source, config=config, dtype=torch.float32, output_loading_info=True
         )
         missing = sorted(report["missing_keys"])
-        if missing:  # transformers would only warn and initialise these weights randomly
+        if missing:  # transformers only warns, and initialises missing weights randomly
             raise ValueError(f"{source} is missing {len(missing):,} weights, including {missing[0]}")
     return cast(nn.Module, model)
 
