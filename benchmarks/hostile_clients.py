@@ -2,13 +2,13 @@
 
     python benchmarks/hostile_clients.py [--minutes 10] [--index INDEX] [--hostile 8] [--only scan_bomb key_bomb ...]
 
-The honest client sends 5 requests per second: text searches, searches with a caption filter, small images and
-thumbnails. Latencies are measured from the time at which a request was due, so delays caused by a hanging server
-are counted in full. The honest client first runs alone for 20 seconds, and then together with the hostile clients. Each
-hostile client is a process with its own loopback address. It knows the token and runs all attacks at the same time. An
-attack is repeated 0.1 seconds after it ends. The hostile processes have low priority, because clients usually run on
-other machines and do not compete with the server for its CPU. At the end, the server is stopped with SIGTERM while the
-attacks continue.
+The honest client first sends 50 requests of each kind, one after the other. Then it sends 5 requests per second (text
+searches, searches with a caption filter, small images and thumbnails), for 20 seconds alone, and then together with the
+hostile clients. Latencies are measured from the time at which a request was due, so delays caused by a hanging server
+are counted in full. Each hostile client is a process with its own loopback address. It knows the token and runs all
+attacks at the same time. An attack is repeated 0.1 seconds after it ends. The hostile processes have low priority,
+because clients usually run on other machines and do not compete with the server for its CPU. At the end, the server is
+stopped with SIGTERM while the attacks continue.
 
 By default, the model is the tiny random model of the tests, and the index contains 20,000 images with 5 captions each.
 One of the image files is 23 MB in size. An index passed with `--index` must contain images with the ids 1 to 20.
@@ -309,19 +309,19 @@ class HonestClient:
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (240, 320, 3), np.uint8)).save(stream, "JPEG")
         if immich:
             self.headers = dict([MULTIPART.strip().split(": ")])
-            self.requests: list[tuple[str, str, bytes | str | None]] = [
-                ("POST", "/predict", make_form(TEXTUAL, text="a red dog")),
-                ("POST", "/predict", make_form(VISUAL, stream.getvalue())),
-                ("GET", "/ping", None),
+            self.requests: list[tuple[str, str, str, bytes | str | None]] = [
+                ("text", "POST", "/predict", make_form(TEXTUAL, text="a red dog")),
+                ("image", "POST", "/predict", make_form(VISUAL, stream.getvalue())),
+                ("health check", "GET", "/ping", None),
             ]
             return
         image = json.dumps({"input": data_uri(stream.getvalue())})
         search, filtered = {"texts": ["a red dog"]}, {"texts": ["a red dog"], "filter": {"caption": "dog"}}
         self.requests = [
-            ("POST", "/search", json.dumps(search)),
-            ("POST", "/search", json.dumps(filtered)),
-            ("POST", "/embed", image),
-            ("GET", "/thumbnail/2", None),
+            ("search", "POST", "/search", json.dumps(search)),
+            ("filtered search", "POST", "/search", json.dumps(filtered)),
+            ("image", "POST", "/embed", image),
+            ("thumbnail", "GET", "/thumbnail/2", None),
         ]
 
     def run(self, seconds: float) -> None:
@@ -331,7 +331,7 @@ class HonestClient:
             for n in range(round(seconds * RATE)):
                 due = start + n / RATE
                 time.sleep(max(0.0, due - time.perf_counter()))
-                pool.submit(self.request, due, *self.requests[n % len(self.requests)])
+                pool.submit(self.request, due, *self.requests[n % len(self.requests)][1:])
 
     def request(self, due: float, method: str, path: str, body: bytes | str | None) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -437,6 +437,11 @@ def measure(
     print("| attacks | requests | median, ms | p95, ms | maximum, ms | errors |")
     print("|---|---|---|---|---|---|")
     alone, attacked = create_client(), create_client()
+    for name, method, path, body in alone.requests:
+        client = create_client()
+        for _ in range(50):
+            client.request(time.perf_counter(), method, path, body)
+        print(f"| no, only {name} | {client.summary()} |", flush=True)
     alone.run(BASELINE_SECONDS)
     print(f"| no | {alone.summary()} |", flush=True)
     memory_before = memory_mb("VmHWM", server.pid)
