@@ -221,7 +221,7 @@ def append_checksum(file: Path) -> None:
 
 
 def has_valid_checksum(file: Path) -> bool:
-    """Return True if a file has not changed since `append_checksum`. Speed: several GB per second."""
+    """Return True if a file has not changed since `append_checksum`. Raise OSError if it cannot be read."""
     return _compute_crc32(file) == _CRC32_RESIDUE
 
 

@@ -61,7 +61,7 @@ _REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)
 class CaptionRequest:
     image: Any  # in the form that the captioner's `prepare` returns
     prompt: Prompt
-    image_hash: str  # SHA-256 of the image file
+    image_hash: str  # SHA-256 of the image's bytes
     sample: int = 0  # zero-based sample number
     caption: str | None = None  # caption of the image in the source
 

@@ -83,7 +83,7 @@ class _Samples(NamedTuple):
     """Samples of an image's bytes."""
 
     size: int
-    start: bytes  # start of the file
+    start: bytes  # at least the first bytes of the image file
     middle: bytes
 
 

@@ -128,8 +128,8 @@ def open_records(
         image_check: "header" checks each image's format and size (about 0.1 ms), but not for truncated pixel data.
             "unchecked" skips no row because of its image. "ignore" also skips reading images embedded in tables, so
             duplicates among them are not detected.
-        require_captions: If True, skip rows without captions. If False, skip only rows with neither captions nor an
-            image, and search folders recursively for images, tar files and tables.
+        require_captions: If True, skip rows without captions. If False, keep those that have an image, and search
+            folders recursively for images, tar files and tables.
 
     Raises:
         FileNotFoundError: The path does not exist.

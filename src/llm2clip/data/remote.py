@@ -393,7 +393,7 @@ def _free_cache_space(size: int, url: str) -> None:
 
 
 def _get_size_limit(used: int) -> float:
-    """Return the cache's size limit in bytes. Default: half of the available disk space, at most 200 GB."""
+    """Return the cache's size limit in bytes. Default: half of the free space plus the cache, at most 200 GB."""
     text = os.environ.get(SIZE_VARIABLE)
     if not text:
         return min(MAX_DEFAULT_BYTES, (shutil.disk_usage(get_cache_folder()).free + used) / 2)

@@ -85,7 +85,7 @@ class SkipLog:
         self._num_rows += max(0, count - self.rows_seen)
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
-        """Record that `rows` consecutive rows, starting at `row`, were skipped. Repeated calls are ignored."""
+        """Record that `rows` consecutive rows, starting at `row`, were skipped, once per row and reason."""
         file = hide_url_secrets(file)
         if not self._record_once(file, row, reason):
             return
@@ -95,7 +95,7 @@ class SkipLog:
         self._write(file, row, reason, value)
 
     def record_dropped(self, file: str, row: int, reason: str, value: object) -> None:
-        """Record that part of a row was dropped while the rest is used. Repeated calls are ignored."""
+        """Record, once per row and reason, that part of a row was dropped while the rest is used."""
         file = hide_url_secrets(file)
         if self._record_once(file, row, reason):
             self.dropped[reason] += 1

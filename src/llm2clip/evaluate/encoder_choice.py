@@ -94,8 +94,8 @@ def describe_choice(choice: Mapping[str, Any]) -> str:
     chosen = f"Caption encoder: {describe_encoder(EncoderConfig(**choice['encoder']))} (not tuned)."
     if not choice["scores"]:
         return (
-            f"{chosen} It was not compared with others: a comparison requires {MIN_IMAGES} images, but only "
-            f"{choice['images']:,} could be encoded within a minute."
+            f"{chosen} It was not compared with others: a comparison requires {MIN_IMAGES} images that can be encoded "
+            f"within a minute, but only {choice['images']:,} were encoded."
         )
     (_, score), *others = choice["scores"].items()
     compared = f" ({', '.join(f'{name}: {other:.1%}' for name, other in others)})" if others else ""

@@ -46,7 +46,7 @@ def plot_curves(
 def plot_interval_curves(
     curves: Mapping[str, Sequence[tuple[float, float, float]]], tick_labels: Sequence[str], xlabel: str, ylabel: str
 ) -> str | None:
-    """Plot curves with shaded intervals, as in `plot_curves`. A curve consists of points (value, low, high)."""
+    """Plot curves with shaded intervals, as in `plot_curves`. A curve has one point (value, low, high) per label."""
     values, bands = {}, {}
     for name, points in curves.items():
         values[name] = [value for value, _, _ in points]

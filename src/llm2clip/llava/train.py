@@ -304,7 +304,7 @@ def _set_trainable_parts(model: Any, stage: str, config: LlavaConfig, out: Path)
 
 
 def _add_lora(model: Any, config: LlavaConfig) -> Any:
-    """Add float32 LoRA adapters to all linear layers of the LLM. The projector gets no adapters."""
+    """Add float32 LoRA adapters to all linear layers of the LLM. The projector has no adapters: it is fully trained."""
     from peft import LoraConfig, get_peft_model
 
     lora_config = LoraConfig(

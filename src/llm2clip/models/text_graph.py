@@ -42,7 +42,7 @@ CHECKED_TEXTS = ("dog", " two words\n", "Two children in red jackets are playing
 
 @dataclass(frozen=True)
 class TextGraph:
-    """Text encoder with the same attributes and methods as a `DualEncoder`.
+    """Text encoder of a `DualEncoder`, with the same names of attributes and methods.
 
     Attributes:
         identities: `DualEncoder.part_identities()` of the model.

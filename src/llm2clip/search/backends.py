@@ -48,7 +48,7 @@ Query = Callable[[str, Mapping[str, Any]], list[tuple[Any, ...]]]
 
 @dataclass
 class SqlConditions:
-    """SQL conditions of a filter, separated by the table to which they apply."""
+    """SQL conditions of a filter: on rows of `images`, on the captions of these rows, and on rows of `contents`."""
 
     images: list[str] = field(default_factory=list)
     captions: str | None = None
@@ -415,7 +415,7 @@ def open_backend(location: str, write: bool = False) -> Backend:
     Raises:
         FileNotFoundError: `write` is False, and there is no index at the location.
         ImportError: A required package is not installed.
-        ValueError: The URL is invalid, or the connection would not be encrypted.
+        ValueError: The URL is invalid, or disables encryption for a connection to another machine.
         IndexUnavailableError: The server does not respond.
     """
     check_backend_packages(location)

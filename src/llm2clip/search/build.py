@@ -342,7 +342,7 @@ def scan_source(
 
 
 def _find_source_folder(source: str) -> str:
-    """Return the folder that must contain the images of a source: the source itself, or the folder of its file.
+    """Return the folder that must contain the images of a source: the deepest existing folder of the source's path.
 
     For a file in a folder called `annotations`, such as COCO's caption files, return the parent of `annotations`.
     """

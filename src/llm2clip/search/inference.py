@@ -3,8 +3,8 @@
 Each request runs in a worker thread, which calls the Python interface (`search.index`). The model passes its inputs to
 a `Batcher`, so a single forward pass encodes the texts of many requests.
 
-Full queues: each queue holds at most `Limits.max_queue` items. There are queues of searches, embedding requests, texts
-and images. If a queue is full, `QueueFull` is raised (status 429).
+Full queues: at most `Limits.max_queue` searches, embedding requests, texts or images wait for, or occupy, a worker
+thread. Beyond this limit, `QueueFull` is raised (status 429).
 
 Timeouts: `RequestMiddleware` cancels a request after `Limits.timeout` (status 504). A request that is still queued then
 never starts. In a running request, all waits for the model, a decoder, the index or a database connection end at the
@@ -74,7 +74,11 @@ class WorkerPool:
         self._pool = ThreadPoolExecutor(threads, unit, initializer=partial(torch.set_num_threads, 1))
 
     async def run(self, function: Callable[..., Result], *args: Any) -> Result:
-        """Call a function in a worker thread with the caller's context variables. Raise QueueFull if too many wait."""
+        """Call a function in a worker thread with the caller's context variables.
+
+        Raises:
+            QueueFull: Too many calls are waiting or running.
+        """
         check_capacity(1, self.waiting, self._max_waiting, self._unit)
         future = self._pool.submit(copy_context().run, function, *args)
         self.waiting += 1

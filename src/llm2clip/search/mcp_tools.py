@@ -31,7 +31,7 @@ class SearchPhotos(schemas.StrictModel):
     """
 
     text: schemas.AnyText = Field("", description="what the photos should show; empty for the newest photos")
-    top: int = Field(10, ge=1, le=MAX_PHOTOS, description="maximum number of photos, not counting similar ones")
+    top: int = Field(10, ge=1, le=MAX_PHOTOS, description="maximum number of photos, not counting similar photos")
     offset: int = Field(0, ge=0, le=schemas.MAX_OFFSET, description="offset of the next photos, from the last result")
     filters: schemas.FilterRequest | None = None
 

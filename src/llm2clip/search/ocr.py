@@ -1,7 +1,7 @@
 """Text recognition in images (OCR) with the PP-OCR models and weights of the package rapidocr.
 
-The time per image is limited: large images are scaled down, and the number and the aspect ratio of text lines are
-limited.
+The time per image is limited: large images are scaled down, and the number of text lines, their aspect ratio and the
+total time are limited.
 """
 
 import time
@@ -22,7 +22,7 @@ from llm2clip.search.backends import Backend
 MAX_SIDE = 960  # longer side to which larger images are scaled down, in pixels
 MAX_LINES = 100  # maximum number of text lines per image
 MAX_ASPECT = 60  # width / height, to which the reading time is proportional; longer lines are not read
-MAX_SECONDS = 30.0  # per image; lines after this time are not read
+MAX_SECONDS = 30.0  # per image, checked before each line
 MAX_TEXT_LENGTH = 10_000  # in characters, per image
 MIN_CONFIDENCE = 0.5  # of a line, from 0 to 1
 BATCH_SIZE = 16  # number of images per commit

@@ -1,7 +1,7 @@
 """PostgreSQL index backend, for indexes that several machines search or that are backed up with a database.
 
-Each index has its own schema. All filters are SQL conditions, so a search reads only matching rows. With more than
-APPROXIMATE_ABOVE distinct images, `finish` builds an HNSW graph in the database.
+Each index has its own schema. All filters are SQL conditions, so a search reads only matching rows. From
+APPROXIMATE_ABOVE distinct images on, `finish` builds an HNSW graph in the database.
 
 Word search finds the same matches as the SQLite backend. Texts are split into words in Python, because PostgreSQL's
 parser splits file names and numbers differently and does not remove diacritics.

@@ -241,7 +241,7 @@ def _build_captions(overview: DataOverview) -> list[Block]:
             f"maximum {counts_per_image.maximum:,}."
         )
         if num_single := counts_per_image.count_below(2):
-            text += f" Images with a single caption: {num_single:,}. `tune` requires at least two captions per image."
+            text += f" Images with a single caption: {num_single:,}. `tune` uses only images with several captions."
         blocks.append(Paragraph(text))
     words = {FIELD_LABELS[name]: statistics.words for name, statistics in texts.items()}
     blocks.append(Figure(plot_histograms(words, "words", "texts"), "Lengths of the texts."))

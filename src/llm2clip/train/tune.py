@@ -374,7 +374,7 @@ class PairLoss(nn.Module):
         sharded, most_passes, last_pass = isinstance(self.model, FSDPModule), len(passes), passes[-1]
         if sharded or self.grad_cache:
             most_passes = max_over_ranks(len(passes), device)
-        if sharded:  # ranks with fewer passes rerun the last one
+        if sharded:  # all ranks must run the same number of passes, so some rerun the last one
             passes += [lambda: (last_pass()[0][:0],)] * (most_passes - len(passes))
 
         def loss_function(embeddings: Tensor) -> Tensor:
