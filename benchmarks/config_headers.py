@@ -19,7 +19,7 @@ import yaml
 
 from llm2clip.cli import build_parser
 from llm2clip.cli.commands import read_builtin_configs
-from llm2clip.cli.setup import make_plan
+from llm2clip.cli.tools import make_plan
 from llm2clip.tools.plan import Plan, format_hours
 from llm2clip.tools.plan_memory import compute_peak_memory
 

@@ -82,7 +82,9 @@ def test_data_page_shows_broken_images_and_escapes_all_texts(
     ]
     page = tmp_path / "data.html"
     text = run_data(capsys, write_jsonl(tmp_path / "rows.jsonl", rows), "--report", page)
-    assert text.startswith("25.0% of the rows cannot be used, so `fit` would stop. Main reason: missing image (1 row).")
+    assert text.startswith(
+        "`fit` would stop: 25.0% of the rows cannot be used. Most common reason: missing image (1 row)."
+    )
     assert "records without an image 1\n" in text and "\x1b" not in text
     assert "25.0% of the rows are skipped. `fit` stops above 5%" in text and "missing image 1\n" in text
     html = page.read_text()

@@ -34,7 +34,7 @@ def test_fit_without_adapter_keeps_the_encoders_vectors_to_the_bit(run: Path, ll
     assert (model.config.text_dim, model.config.embed_dim, model.config.matryoshka_dims) == (32, 32, [8, 16])
     encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
     assert torch.equal(model.encode_text(TEXTS), F.normalize(encoder.encode(TEXTS), dim=-1))
-    assert "none (text embeddings are caption embeddings)" in (run / "model/README.md").read_text()
+    assert "none (images are embedded in the caption encoder's space)" in (run / "model/README.md").read_text()
     assert [file.name for file in (run / "tune").glob("cra_*.json")] == ["cra_raw.json"], "nothing was tuned"
     assert "after tuning |" not in (run / "report.md").read_text().partition("## Caption encoder")[2]
     lines = (run / "align/metrics.jsonl").read_text().splitlines()

@@ -93,7 +93,9 @@ def test_a_caption_of_many_images_neither_slows_sampling_nor_excludes_images(mon
 
 
 def test_pair_batches_raises_for_too_few_items() -> None:
-    with pytest.raises(ValueError, match="at least 41 images with two different captions, but a source has only 40"):
+    with pytest.raises(
+        ValueError, match="a source has only 40 images with two different captions, but a batch needs 41"
+    ):
         batches_of(IMAGES, 41, 1, seed=0)
     with pytest.raises(ValueError, match="fewer than 2 pairs that share no text"):
         batches_of([ImageCaptions(("a", "b")), ImageCaptions(("b", "a")), ImageCaptions(("a", "b"))], 2, 1, seed=0)
@@ -111,7 +113,7 @@ def test_small_sources_reduce_the_number_of_pairs_per_step() -> None:
     assert resolve(IMAGES, batch_size=16, ranks=2) == 32
     assert resolve(IMAGES) == 40 and resolve(IMAGES, ranks=3) == 39
     assert resolve(text_pairs, IMAGES) == 40
-    with pytest.raises(ValueError, match=r"at least 48 images .* a source has only 40.* or remove this source"):
+    with pytest.raises(ValueError, match=r"a source has only 40 images .* a batch needs 48.* or remove this source"):
         resolve(text_pairs, IMAGES, batch_size=48)
     for few in (IMAGES[:1], [*IMAGES[:1], *IMAGES[:1]]):
         with pytest.raises(ValueError, match=r"at least 2 pairs that have no text in common.*--tune\.steps 0"):

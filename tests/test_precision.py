@@ -94,7 +94,7 @@ def test_encoder_in_bf16_rejects_uses_that_need_fp32_weights(encoder: CaptionEnc
     expected = encoder.encode(TEXTS, precision="bf16")
     encoder.move_for_encoding("cpu", "bf16+1")
     for use in uses:
-        with pytest.raises(ValueError, match=r"stored in bf16\+1.*load the encoder again"):
+        with pytest.raises(ValueError, match=r"converted to bf16\+1.*Load the encoder again"):
             use()
     assert torch.equal(encoder.encode(TEXTS, precision="bf16"), expected)  # the fp32 weights are cast again
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ from llm2clip.evaluate.metrics import (
 )
 from llm2clip.evaluate.retrieval import (
     RetrievalRanks,
-    analyze_errors,
+    analyse_errors,
     compute_recall_by_length,
     find_worst_captions,
     make_length_bins,
@@ -191,8 +191,8 @@ def test_worst_captions_are_of_different_images(ranks: RetrievalRanks) -> None:
     assert all(ranks.text_ranks[t] > 0 for t in failures)
 
 
-def test_analyze_errors_shows_top_images_and_the_correct_one(ranks: RetrievalRanks) -> None:
-    analysis = analyze_errors(ranks, num_queries=3)
+def test_analyse_errors_shows_top_images_and_the_correct_one(ranks: RetrievalRanks) -> None:
+    analysis = analyse_errors(ranks, num_queries=3)
     assert [example.title for example in analysis.examples] == [ranks.captions[t] for t in (0, 29, 59)]
     scores = ranks.images @ ranks.texts[29]
     best = scores.argsort(descending=True)[:5].tolist()
@@ -206,4 +206,4 @@ def test_analyze_errors_shows_top_images_and_the_correct_one(ranks: RetrievalRan
     last = analysis.failures[0].images[-1]  # the correct image, after the top five
     assert len(analysis.failures) == 3 and len(analysis.failures[0].images) == 6 and last.is_correct
     assert last.caption.startswith(f"{int(ranks.text_ranks.max()) + 1}. cosine ")
-    assert analyze_errors(ranks, num_queries=0).examples == []
+    assert analyse_errors(ranks, num_queries=0).examples == []

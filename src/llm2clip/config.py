@@ -164,8 +164,8 @@ class AlignConfig:
     embedding, as in the authors' SigLIP 2 model. With --align.adapter_depth 0, the caption encoder's dimension is used
     instead."""
     adapter_depth: int = 1
-    """Number of residual blocks in the adapter. The paper uses 4. 0 removes the adapter: images are embedded in the
-    caption encoder's own space, so that an index of text embeddings can also contain images."""
+    """Number of residual blocks in the adapter (4 in the paper). With 0, there is no adapter: images are embedded
+    directly in the caption encoder's space, so that an index of text embeddings can also contain images."""
     normalize_input: bool = True
     """L2-normalise the cached embeddings before the adapter, as the paper does."""
     loss: str = "infonce"
@@ -334,7 +334,7 @@ class EvaluateOptions:
     trust_remote_code: bool = False
     """Run the Python code that is part of models such as Jina-CLIP. Use this only for models that you trust."""
     captions: list[str] = field(default_factory=list)
-    """Sources for caption retrieval accuracy (CRA)."""
+    """Sources of the captions with which caption retrieval accuracy (CRA) is measured."""
     columns: dict[str, str] = field(default_factory=dict)
     """Source column for each field, e.g. captions=text,image=file."""
     max_skipped: float = 0.05

@@ -1,8 +1,9 @@
 """Training runs: `fit`, its stages `tune`, `embed`, `align` and `evaluate`, and `distill`.
 
 `open_run` locks a run directory and saves its settings. The stages then work on this run. Each stage writes its result
-atomically and skips completed work, so running the same command again resumes an interrupted run. `fit` runs all stages
-in a run directory with this layout; the commands `tune`, `embed` and `align` each run one stage in their own directory:
+atomically and skips completed work, so running the same command again resumes an interrupted run. The commands `tune`,
+`embed` and `align` each run one stage in a directory of its own. `fit` runs all stages in one run directory, which is
+laid out as follows:
 
     RUN/
       config.yaml            all settings; a resumed run must not change settings that affect the result

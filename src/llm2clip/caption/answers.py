@@ -63,7 +63,7 @@ class CaptionRequest:
     prompt: Prompt
     image_hash: str  # SHA-256 of the image's bytes
     sample: int = 0  # zero-based sample number
-    caption: str | None = None  # caption of the image in the source
+    caption: str | None = None  # the image's caption in the source, inserted into the prompt
 
     @property
     def text(self) -> str:
@@ -97,12 +97,12 @@ def clean_answer(text: str, truncated: bool, input_tokens: int = 0, output_token
         return Answer(None, f"too long: {len(text):,} characters", *tokens)
     text = _REASONING_END.split(text)[-1]  # the start of the reasoning may be part of the chat template
     if _REASONING_START.search(text):
-        return Answer(None, "the reasoning did not end within max_tokens of the prompt", *tokens)
+        return Answer(None, "the reasoning is longer than the prompt's max_tokens", *tokens)
     text = _strip_markup(text)
     if truncated:
         complete = _SENTENCE_END.match(text)
         if complete is None:
-            return Answer(None, f"truncated at max_tokens of the prompt: {text[:100]!r}", *tokens)
+            return Answer(None, f"truncated at the prompt's max_tokens: {text[:100]!r}", *tokens)
         text = complete[0]
     if not any(character.isalnum() for character in text):
         return Answer(None, "empty answer", *tokens)

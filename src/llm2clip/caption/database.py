@@ -203,7 +203,7 @@ class CaptionDatabase:
         return Counter(dict(self._select(query, model, prompts)))
 
     def count_errors(self, model: str, prompts: Sequence[Prompt], limit: int) -> list[tuple[str, int, str]]:
-        """Return the most common reasons for failed requests, with their number of requests and an example error."""
+        """Return (reason, number of requests, example error) for the most common reasons why requests failed."""
         return self._select(_COUNT_ERRORS, model, prompts, limit)
 
     def count_images_without_caption(self, model: str, prompts: Sequence[Prompt]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Files of a captioning run: images in the sources, and the records, failures and report that the run writes.
+"""Input and output files of a captioning run.
 
 With --out captions.jsonl, a run writes the following files:
 
@@ -26,6 +26,7 @@ from typing import Any, TextIO
 
 from llm2clip.caption.checks import (
     DUPLICATE,
+    MANY_IMAGES,
     MISMATCH,
     ScoredCaptions,
     TextChecks,
@@ -321,7 +322,7 @@ def build_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block
         Heading("Rejected captions"),
         Table(["problem", "captions", "share"], rows) if rows else Paragraph("No caption is rejected."),
         Paragraph(_describe_comparison(report.scores, problems[MISMATCH])),
-        Paragraph(f"A caption fits many images if more than {report.checks.max_images:,} images share it."),
+        Paragraph(f'Captions shared by more than {report.checks.max_images:,} images are rejected as "{MANY_IMAGES}".'),
     ]
     rows = []
     for reason, count, example in database.count_errors(report.model, report.prompts, MAX_ERRORS):

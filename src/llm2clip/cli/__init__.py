@@ -8,7 +8,7 @@ import warnings
 from functools import cache
 
 from llm2clip import __version__
-from llm2clip.cli import caption, evaluate, export, llava, search, serve, setup, train
+from llm2clip.cli import caption, evaluate, export, llava, search, serve, tools, train
 from llm2clip.cli.commands import ArgumentParser, CommandFunction, Commands, HelpFormatter
 
 DESCRIPTION = """Give a CLIP model a large language model's understanding of text.
@@ -58,7 +58,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, CommandFunction]]:
         allow_abbrev=False,  # so argparse does not accept a misspelt setting as an abbreviation
     )
     commands = Commands(parser, is_listed=False)  # the description lists them
-    for module in (setup, caption, train, evaluate, search, serve, export, llava):
+    for module in (tools, caption, train, evaluate, search, serve, export, llava):
         module.add_commands(commands)
     return parser, commands.run
 

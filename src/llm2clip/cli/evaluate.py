@@ -38,7 +38,7 @@ def add_commands(commands: Commands) -> None:
         default=[],
         help=f"{DATA_HELP} For a source without splits, the images that `fit` would hold out are used.",
     )
-    parser.add_argument("--baselines", nargs="+", type=str, help="Other models with which the model is compared.")
+    parser.add_argument("--baselines", nargs="+", type=str, help="Other models to compare with.")
     add_flags(parser, EvaluateOptions, skip={"columns", "max_skipped"})
     add_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")

@@ -337,7 +337,7 @@ def _explain_no_results(args: Namespace, index: Index | ServerIndex, image_filte
         return "No results: the index is empty, or no image matches the filters."
     if not index.backend.count()[0]:
         return "No results: the index is empty."
-    unmatched = []  # filters that no image matches, even without the other filters
+    unmatched = []  # filters that match no image even on their own
     for name, value in image_filter.values.items():
         if not index.backend.count_matches(Filter(**{name: value})):
             unmatched.append(name)

@@ -1,4 +1,4 @@
-"""Construction of record tables from data sources, and the split into training and held-out records.
+"""Builder of record tables from data sources, which also splits the records into training and held-out records.
 
 Sources are read in parts. A part is a file or a range of a large file, and its name is a hash of everything that
 affects its rows. After an interruption, reading continues with the missing parts, and only changed files are read
@@ -47,7 +47,7 @@ from llm2clip.data.records import (
     merge_records,
 )
 from llm2clip.data.remote import get_file_size, pin_versions, prefetch
-from llm2clip.data.skip_log import EventLog, SkipLog
+from llm2clip.data.skip_log import RecordingSkipLog, SkipLog
 from llm2clip.data.storage import is_remote
 from llm2clip.data.table import Blocks, RecordTable, decode_name, read_metadata, write_rows
 from llm2clip.io_utils import (
@@ -92,7 +92,7 @@ def open_table(
     workers: int | None = None,
     require_captions: bool = True,
 ) -> RecordTable:
-    """Read all records from several sources into a table with one record per image, in order of first appearance.
+    """Read sources into a table with one record per image, in order of the images' first appearance.
 
     Rows with the same image are merged into one record with all their distinct captions, across all sources. The record
     keeps the id, split and source of its first row. Image files with equal bytes count as the same image. Rows without
@@ -241,7 +241,7 @@ def _read_parts(tasks: Sequence[_PartTask], log: SkipLog, workers: int | None) -
 
 
 def _estimate_read_bytes(parts: Sequence[FilePart]) -> float:
-    """Estimate the bytes to read: the text in local files, and all of each remote file. Each file counts once."""
+    """Estimate the number of bytes to read, counting only the text of local files, but all of each remote file."""
     formats = {part.path: part.format for part in parts}
     work = 0.0
     for path, source_format in formats.items():
@@ -256,7 +256,7 @@ def _write_part(task: _PartTask) -> Exception | None:
     """Read a part and save its rows. Return an error that must be raised only once all earlier parts are complete."""
     if task.version is not None:
         pin_versions({task.part.path: task.version})
-    log = EventLog()
+    log = RecordingSkipLog()
     reader = task.open_reader(log)
     rows = ((record, task.source.path, facts) for record, facts in reader.read_part(task.part, hash_images=True))
     try:

@@ -34,9 +34,12 @@ def to_unit_interval(bits: np.ndarray) -> np.ndarray:
 
 
 def shuffle_rows(values: np.ndarray, counts: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Shuffle the first `counts[n]` values of each row n by sorting them by their random bits.
+    """Shuffle the first `counts[n]` values of each row n. The remaining values keep their positions.
 
-    `values` and `bits` (uint64) have shape (N, M), and `counts` has shape (N,). The remaining values stay at the end.
+    Args:
+        values: Array of shape (N, M).
+        counts: Number of values to shuffle in each row, of shape (N,).
+        bits: Random sort keys, a uint64 array of shape (N, M).
     """
     is_used = np.arange(values.shape[1]) < counts[:, None]
     keys = np.where(is_used, bits, np.uint64(0xFFFFFFFFFFFFFFFF))

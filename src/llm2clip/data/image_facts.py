@@ -218,7 +218,7 @@ def mask_same_images(records: RecordTable, candidates: RecordTable) -> np.ndarra
     """
     keys = [table.numbers("key_high") for table in (records, candidates)]
     is_same = candidates.has_image & np.isin(keys[1], keys[0][records.has_image])
-    known_hashes, candidate_hashes = _read_copy_hashes(records), _read_copy_hashes(candidates)
+    known_hashes, candidate_hashes = _read_duplicate_hashes(records), _read_duplicate_hashes(candidates)
     shared = np.intersect1d(known_hashes, candidate_hashes)
     shared = shared[shared > 0]
     positions = np.flatnonzero(np.isin(candidate_hashes, shared))
@@ -248,8 +248,15 @@ def find_first_rows(high: np.ndarray, low: np.ndarray) -> np.ndarray:
 
 
 def find_copies(table: RecordTable, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first row of each duplicate image, and the first row of the image that it duplicates."""
-    hashes = _read_copy_hashes(table)
+    """Find images with different keys but equal bytes.
+
+    Args:
+        first: Index of the first row with the same image key for each row, of shape (N,); see `find_first_rows`.
+
+    Returns:
+        The first row of each duplicate image, and the first row of its original, both of shape (D,), int64.
+    """
+    hashes = _read_duplicate_hashes(table)
     hashes[first != np.arange(len(first))] = 0
     values, counts = np.unique(hashes[hashes > 0], return_counts=True)
     rows = np.flatnonzero(np.isin(hashes, values[counts > 1]))
@@ -278,7 +285,7 @@ def _hash_table_images(table: RecordTable, positions: np.ndarray) -> np.ndarray:
     return hashes
 
 
-def _read_copy_hashes(table: RecordTable) -> np.ndarray:
+def _read_duplicate_hashes(table: RecordTable) -> np.ndarray:
     """Return the hash of each record's image file or tar member, or 0 for other images, of shape (N,), uint64."""
     hashes, kinds = table.numbers("image_hash"), table.numbers("image_kind")
     kinds_with_hash = [number for number, kind in enumerate(IMAGE_KINDS) if kind.has_file_name]

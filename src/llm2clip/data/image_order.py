@@ -66,7 +66,7 @@ class EpochOrders:
         return images if self._usable is None else self._usable[images]
 
     def _prefetch(self, start: int) -> None:
-        """Download the remote shards that are needed next, up to one shard ahead."""
+        """Start to download the remote shards that are needed next, and set when to call this method again."""
         if self.image_order == "shards":
             upcoming = list_upcoming_shards(self._order, self._shard_of_image, start)
             prefetch([self._shards[shard] for shard in upcoming])

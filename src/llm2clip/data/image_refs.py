@@ -58,7 +58,7 @@ class ImageRef(ABC):
 
     @property
     def identifies_image(self) -> bool:
-        """Whether `key` identifies the image. False for a table cell whose bytes have not been read."""
+        """True if `key` identifies the image. False for a table cell whose bytes have not been read."""
         return True
 
     @property

@@ -313,8 +313,8 @@ def iter_pair_batches(
 def resolve_pairs_per_step(sources: Sequence[TuningItems], batch_size: int, world_size: int) -> int:
     """Return the total number of pairs per step across all ranks: `batch_size` per rank, if the data allows it.
 
-    If no source has enough items, a step has as many pairs as can always be drawn from the smallest source, rounded
-    down to a multiple of the number of ranks.
+    If no source has that many items, the number is reduced until every source can always fill a step with pairs that
+    have no text in common, and rounded down to a multiple of the number of ranks.
 
     Raises:
         ValueError: Only some of the sources have enough items, or a source is too small for any step.
@@ -348,7 +348,7 @@ def select_pairable_items(items: TuningItems, batch_size: int) -> TuningItems:
     if len(usable) < batch_size:
         kind = "text pairs" if any(isinstance(item, Pair) for item in items) else "images with two different captions"
         raise ValueError(
-            f"a batch of {batch_size} pairs needs at least {batch_size} {kind}, but a source has only {len(usable)}. "
+            f"a source has only {len(usable)} {kind}, but a batch needs {batch_size}. "
             "Lower --tune.batch_size, add data or remove this source"
         )
     return usable

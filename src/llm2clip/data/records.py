@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from llm2clip.data.formats import NOT_UTF8, BadRow, FilePart, RawRow, ReadOptions, SourceFormat, find_files, read_rows
 from llm2clip.data.image_facts import ImageFacts, read_image_facts
 from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, is_null, parse_image
-from llm2clip.data.skip_log import EventLog, SkipLog, UnusableRow
+from llm2clip.data.skip_log import RecordingSkipLog, SkipLog, UnusableRow
 from llm2clip.data.storage import is_remote
 from llm2clip.io_utils import DataFormatError, FatalDataError, describe_error, hide_url_secrets, to_valid_unicode
 
@@ -164,7 +164,7 @@ class ReadSummary:
     row_counts: Counter[str] = field(default_factory=Counter)  # rows per selected split
     split_counts: Counter[str] = field(default_factory=Counter)  # rows per split
     columns: list[str] = field(default_factory=list)
-    events: list[list[Any]] = field(default_factory=list)  # from the part's `EventLog`; empty for a complete source
+    events: list[list[Any]] = field(default_factory=list)  # of the part's skip log; empty for a complete source
     read_at: int = field(default_factory=time.time_ns)  # start of reading, in nanoseconds since the epoch
 
     def __post_init__(self) -> None:
@@ -216,7 +216,7 @@ class RecordReader:
             self.summary.num_records += 1
             yield row.record, facts
 
-    def summarize(self, log: EventLog) -> ReadSummary:
+    def summarize(self, log: RecordingSkipLog) -> ReadSummary:
         """Return the summary of the rows that this reader has read. `log` must be this reader's skip log."""
         return replace(self.summary, columns=list(self.mapper.columns), events=log.events)
 
@@ -384,7 +384,7 @@ class ColumnMapper:
         self._cache: dict[tuple[str, ...], dict[str, str]] = {}
 
     def map_table(self, file: str, columns: Sequence[str]) -> dict[str, str]:
-        """Return a dict {field: column} for a table with these columns. For the errors raised, see `check`."""
+        """Return a dict {field: column} for a table with these columns. Raise the same errors as `check`."""
         key = tuple(columns)
         if key not in self._cache:
             self.columns |= dict.fromkeys(columns)

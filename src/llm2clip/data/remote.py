@@ -419,7 +419,7 @@ def _list_files() -> Iterator[tuple[float, int, str]]:
 
 
 def _remove_files(files: Iterable[tuple[float, int, str]], num_bytes: float) -> int:
-    """Remove the first files that are not in use by any process. Return the number of bytes freed."""
+    """Remove files in the given order until `num_bytes` are freed, but no file in use. Return the bytes freed."""
     num_freed = 0
     for _, size, path in files:
         if num_freed >= num_bytes:

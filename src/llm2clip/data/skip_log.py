@@ -76,7 +76,7 @@ class SkipLog:
         self._num_rows += count
 
     def count_source_rows(self, path: str, split: str, count: int) -> None:
-        """Update the number of rows that the current pass has read from a split of a source. An unknown split is ""."""
+        """Set the number of rows read so far from a split of a source in this pass. `split` is "" if unknown."""
         counts = self._source_rows.setdefault(path, {})
         counts[split] = max(count, counts.get(split, 0))
 
@@ -110,7 +110,7 @@ class SkipLog:
         self.notes.setdefault(text, {})[to_valid_unicode(hide_url_secrets(file))] = None
 
     def replay(self, events: Iterable[Sequence[Any]]) -> None:
-        """Record the events of an `EventLog` in the same order."""
+        """Record the events of an `RecordingSkipLog` in the same order."""
         for name, *args in events:
             getattr(self, name)(*args)
 
@@ -166,7 +166,7 @@ class SkipLog:
             stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-class EventLog(SkipLog):
+class RecordingSkipLog(SkipLog):
     """Skip log that collects all calls with their arguments, for `SkipLog.replay` in another process."""
 
     def __init__(self) -> None:

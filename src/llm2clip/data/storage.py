@@ -1,6 +1,7 @@
 """Access to object storage and web servers: URLs, file versions, and requests with retries after temporary errors.
 
-Requests are sent through fsspec, with the credentials of each storage's own tools, such as AWS_PROFILE or ~/.netrc.
+Requests are sent through fsspec. The credentials are those that each service's own tools use, such as AWS_PROFILE or
+~/.netrc.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ T = TypeVar("T")
 BLOCK_BYTES = 32 << 20  # bytes per download request; after an error, only the current block is requested again
 BLOCK_TIMEOUT = 300.0  # seconds per block
 READ_TIMEOUT = 60.0  # seconds without any data
-MAX_LISTING_BYTES = 16 << 20  # size limit of a web server's folder listing
+MAX_LISTING_BYTES = 16 << 20  # maximum size of a web server's directory listing
 CONNECT_TIMEOUT = 20.0  # seconds
 LOOKUP_ATTEMPTS = 4  # fewer than for downloads, to report a mistyped host within seconds
 LOOKUP_THREADS = 16
@@ -253,7 +254,7 @@ def _open_s3() -> Any:
     config = {
         "connect_timeout": CONNECT_TIMEOUT,
         "read_timeout": READ_TIMEOUT,
-        "retries": {"total_max_attempts": 1},  # `call_with_retries` repeats requests instead
+        "retries": {"total_max_attempts": 1},  # no retries, because `call_with_retries` already retries
         "max_pool_connections": 2 * LOOKUP_THREADS,
     }
     filesystem = fsspec.filesystem("s3", anon=anonymous, config_kwargs=config, **UNCACHED)

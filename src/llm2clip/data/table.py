@@ -178,7 +178,7 @@ class RecordTable(Sequence[Record]):
         return np.union1d(hashes[hashes > 0], get_distinct_image_hashes(unknown.get_images()))
 
     def compute_identity(self, *columns: str) -> str:
-        """Return a hash of some columns of all records. For image columns, the hash includes the paths of the files."""
+        """Return a hash of the given columns of all records. If they include "container", file paths are hashed too."""
         digest = hashlib.sha256()
         for batch in self.iterate_batches(columns):
             for name in columns:

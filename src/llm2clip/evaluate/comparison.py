@@ -27,8 +27,8 @@ REFERENCE_MODELS = ("2024: Llama3-8B-CC", "2024: EVA02 + LLM2CLIP", "2026: Llama
 CLASS_METRICS = ("class top-1", "IoU", "class AP50")  # per-class metrics in the rows of `BenchmarkResult.summary`
 MEAN_BENCHMARKS = ("xm3600",)  # only the mean over all languages was published for these benchmarks
 BYTES_PER_VALUE = 2  # search indexes store vectors in float16
-MIN_IMAGES = 50  # with fewer images, the recall is only a rough estimate
-MIN_ROUGH_IMAGES = 20  # with fewer images, even a random order has a high recall, so there is no verdict
+MIN_IMAGES = 50  # with fewer images, results are described as rough estimates
+MIN_ROUGH_IMAGES = 20  # with fewer images, there is no verdict, because even a random order has a high recall
 K = 10  # verdicts are about R@K
 
 

@@ -235,12 +235,12 @@ def _draw_detections(image: Tensor, detected: Detections, names: Sequence[str]) 
 def compute_detection_metrics(
     data: DetectionData, detections: Mapping[ImageId, Detections], resamples: int = 1000
 ) -> tuple[BootstrapMetrics, dict[str, float]]:
-    """Return the average precision of each class group and each class, in percent.
+    """Compute the average precision (AP) of each class and each group of classes, in percent.
 
     COCOeval from pycocotools matches detections to objects and computes the precision at 101 recall values. AP50 uses
-    an IoU threshold of 0.5, and AP is the mean over the thresholds 0.5, 0.55, ..., 0.95. The value of a group is the
-    mean over its classes that have objects. The bootstrap over images reuses COCOeval's matches and recomputes only the
-    precision. Images without an entry in `detections` have no detections.
+    an IoU threshold of 0.5, and AP is the mean over the thresholds 0.5, 0.55, ..., 0.95. A group's AP is the mean over
+    its classes that have objects. The bootstrap over images reuses COCOeval's matches and recomputes only the
+    precision. Images that are missing from `detections` are treated as images without detections.
 
     Returns:
         Metrics "AP50 GROUP" and "AP GROUP" for each group in `data.groups` and for the group "all", and the AP50 of

@@ -306,11 +306,11 @@ def draw_bootstrap_counts(num_groups: int, num_resamples: int = 1000) -> Iterato
 
 
 def compute_percentile_interval(means: Tensor, num_groups: int, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-    """Compute central 95% confidence intervals from resampled means, using Efron's percentile method.
+    """Return central 95% bootstrap confidence intervals of the mean, using Efron's percentile method.
 
-    If all groups have the same mean, such as 0% or 100%, the percentile interval is a single point. A wider interval is
-    returned instead: its ends are the means that would result if a fraction p of the groups were at the lower or at the
-    upper bound. p = 1 - 0.025 ** (1 / n) is the Clopper-Pearson upper bound for 0 deviating groups out of n.
+    If all groups have the same mean, such as 0% or 100%, the percentile interval would be a single point. In this case,
+    the ends of the interval are the means that would result if a fraction p of the groups were at the lower or the
+    upper bound, where p = 1 - 0.025 ** (1 / n) is the Clopper-Pearson upper bound for 0 deviating groups out of n.
 
     Args:
         means: Means of the resamples, of shape (resamples, ...). The result has shape (2, ...).

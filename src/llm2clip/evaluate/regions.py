@@ -42,7 +42,7 @@ from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 CROP = "crop"
 CROP_SCALE = 1.5  # factor by which a box is enlarged before it is cropped
 SIZE_LIMITS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
-"""Lower (inclusive) and upper (exclusive) limit of the object area in square pixels, for each COCO size class."""
+"""Minimum area (inclusive) and maximum area (exclusive) of objects in each COCO size class, in square pixels."""
 THUMBNAIL_SIDE = 280  # maximum thumbnail width and height, in pixels
 IMAGES_PER_BATCH = 8  # number of decoded images in memory at a time
 LEARNED_SCALE = ", learned scale"  # name suffix of methods that use the model's learned logit scale
@@ -275,7 +275,7 @@ def build_wrong_region_blocks(
 
 
 def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[Tensor], method: str) -> list[Tensor]:
-    """Return the L2-normalised embeddings of R boxes as one CPU tensor of shape (R, D), float32, per image.
+    """Return the L2-normalised embeddings of the R boxes in each image as a float32 CPU tensor of shape (R, D).
 
     Args:
         images: Images, uint8 of shape (3, H, W).

@@ -186,7 +186,7 @@ class ErrorAnalysis:
     failures: list[Examples]  # images retrieved for the captions whose correct images have the worst ranks
 
 
-def analyze_errors(ranks: RetrievalRanks, num_queries: int = 6) -> ErrorAnalysis:
+def analyse_errors(ranks: RetrievalRanks, num_queries: int = 6) -> ErrorAnalysis:
     """Analyse errors. Include up to `num_queries` examples and as many failures."""
     unit, lengths = measure_caption_lengths(ranks.captions)
     bins = make_length_bins(lengths)

@@ -33,7 +33,7 @@ from llm2clip.evaluate.comparison import (
 from llm2clip.evaluate.detection import evaluate_detection
 from llm2clip.evaluate.embeddings import EmbeddingSource, open_embedding_source
 from llm2clip.evaluate.regions import evaluate_regions
-from llm2clip.evaluate.retrieval import analyze_errors, compute_retrieval_difference, evaluate_retrieval
+from llm2clip.evaluate.retrieval import analyse_errors, compute_retrieval_difference, evaluate_retrieval
 from llm2clip.evaluate.segmentation import evaluate_segmentation
 from llm2clip.evaluate.short_queries import build_short_query_blocks, score_short_queries
 from llm2clip.io_utils import MissingFileError, atomic_write_text, format_count, sanitize_name
@@ -150,7 +150,7 @@ class _Evaluation:
         self._is_distributed = process_state().num_processes > 1
 
     def write(self, title: str, run: dict[str, Any], settings: dict[str, Any]) -> Path:
-        """Write all files. Return the path of report.html."""
+        """Write results.json, report.html and report.md. Return the path of report.html."""
         assert self.out is not None
         plain_settings = to_plain_types(settings)
         self._save("run", run | {"settings": plain_settings})
@@ -186,7 +186,10 @@ class _Evaluation:
         self._add_section("Caption retrieval", describe_caption_retrieval(name, metrics), blocks)
 
     def run_benchmarks(self, models: Sequence[str], benchmarks: Sequence[Benchmark], log: SkipLog) -> None:
-        """Evaluate all models on all benchmarks and add the results to the report. `log` is for the user's data."""
+        """Evaluate all models on all benchmarks and add the results to the report.
+
+        `log` records what is skipped in the user's data. Each public benchmark has a separate log.
+        """
         missing = []
         for benchmark in benchmarks:
             try:
@@ -259,7 +262,7 @@ class _Evaluation:
                 source.log = run.log
                 result = self._evaluate_source(run, source, source_name, training_images)
                 if result is not None:
-                    self._analyze_result(result, is_baseline or n > 0)
+                    self._analyse_result(result, is_baseline or n > 0)
                     if self._options.dims:
                         result.summary |= {"full model": name, "dimensions": source.embed_dim}
                     run.results.append(result)
@@ -308,13 +311,13 @@ class _Evaluation:
                 row["short queries with templates"] = [length.to_dict() for length in scores.with_templates]
                 row["query templates"] = dataclasses.asdict(templates)
 
-    def _analyze_result(self, result: BenchmarkResult, is_baseline: bool) -> None:
+    def _analyse_result(self, result: BenchmarkResult, is_baseline: bool) -> None:
         """Analyse errors and draw examples for the report, then free the images and embeddings."""
         if self.out is not None and process_state().is_main_process:
             for n, (caption_field, ranks) in enumerate(result.ranks.items()):
                 # With examples in all 36 languages of Crossmodal-3600, the report would contain 2,000 images.
                 with_examples = not is_baseline and n == 0
-                result.error_analysis[caption_field] = analyze_errors(ranks, EXAMPLE_QUERIES if with_examples else 0)
+                result.error_analysis[caption_field] = analyse_errors(ranks, EXAMPLE_QUERIES if with_examples else 0)
             if result.draw_examples is not None and not is_baseline:
                 result.examples = result.draw_examples()
         result.draw_examples = None

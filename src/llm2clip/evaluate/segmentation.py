@@ -33,8 +33,8 @@ OVERLAY_OPACITY = 0.6  # opacity of the class colours drawn over example images
 class SegmentationResult:
     """Result of a segmentation benchmark.
 
-    A method is a variant with the protocol's logit scale or the model's learned scale (see `get_logit_scales`). The
-    learned scale is omitted if it does not affect the result.
+    A method combines a dense feature variant with a logit scale: the protocol's scale or the model's learned scale (see
+    `get_logit_scales`). The learned scale is omitted if it does not affect the result.
     """
 
     images: list[int]  # indices of the evaluated images

@@ -315,7 +315,7 @@ def describe_distillation(result: Mapping[str, Any]) -> str:
 
 
 def compare_text_embeddings(name: str, ranks: RetrievalRanks, texts: Tensor) -> dict[str, Any]:
-    """Compare a student's caption embeddings with the teacher's, using the same image embeddings.
+    """Compare the caption embeddings of a student with those of its teacher. Both use the same image embeddings.
 
     Args:
         name: Caption field.

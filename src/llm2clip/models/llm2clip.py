@@ -96,7 +96,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """Embed images, texts, or both.
 
         Args:
-            pixels: Images of shape (N, 3, S, S), uint8.
+            pixels: uint8 tensor of shape (N, 3, S, S).
             embeddings: Unnormalised caption embeddings of shape (M, text_dim).
             features: Tower features of shape (N, feature_dim), used instead of `pixels`.
             return_features: Also return the tower features as a fifth item.

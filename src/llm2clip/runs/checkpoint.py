@@ -148,9 +148,10 @@ class Checkpoints:
 
 
 class TrainingLog(TrainerCallback):
-    """Callback for transformers' Trainer that writes metrics, stops on non-finite values and commits checkpoints.
+    """Callback for transformers' Trainer that logs metrics, marks complete checkpoints and shows a progress bar.
 
-    It also shows a progress bar. It replaces the Trainer's own callbacks, which print a dict every few steps.
+    It stops training if the loss or gradient norm is not finite. It replaces the Trainer's own callbacks, which print a
+    dict every few steps.
     """
 
     def __init__(
@@ -322,7 +323,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     weights = {f"model/{name}": weight for name, weight in _iterate_trained_tensors(model)}
     if {name for name in file_of if name.startswith("model/")} != weights.keys():
         raise ValueError(
-            f"{folder} does not contain exactly the weights that this run trains. Use the same settings, or delete "
+            f"the tensors in {folder} are not those that this run trains. Use the same settings, or delete "
             f"{folder.parent} to start this stage over"
         )
     for name, weight in weights.items():

@@ -173,7 +173,7 @@ class Backend(ABC):
         id.
 
         Args:
-            vector: L2-normalised query vector of shape (D,), float32, or None.
+            vector: L2-normalised float32 query vector of shape (D,), or None.
             offset: Number of hits to skip.
             words: Query texts for word search. Ignored without a query vector.
         """
@@ -443,7 +443,7 @@ def get_backend_name(location: str) -> str:
 
 
 def hide_password(location: str) -> str:
-    """Remove passwords and other secrets from an index URL, so that it can be part of a message."""
+    """Remove the password and other secrets from an index URL, so that it can be shown in messages."""
     if "://" not in location:
         return location
     location = re.sub(r"^([\w+]+://[^/?#:@]*):.*@", r"\1@", location)  # a password may contain @

@@ -151,8 +151,8 @@ def compute_heatmap(dense: DenseEncoder, pixels: Tensor, query: np.ndarray) -> n
     """Return the cosine similarity between a query and each cell of an image, as a float32 array of shape (h, w).
 
     Args:
-        pixels: Image of shape (3, H, W), uint8, resized by `dense.resize`, usually to `dense.localization_size`.
-        query: L2-normalised query vector of shape (D,), float32.
+        pixels: uint8 image of shape (3, H, W), resized by `dense.resize`, usually to `dense.localization_size`.
+        query: L2-normalised float32 vector of shape (D,).
 
     Raises:
         ValueError: The model returned NaN or infinity.

@@ -217,18 +217,18 @@ def iterate_hits(backend: Backend) -> Iterator[Hit]:
 
 
 def quantize_vectors(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rotate L2-normalised vectors and round their differences from the mean to int8.
+    """Rotate L2-normalised vectors, subtract their mean and quantise them to int8 with one scale per vector.
 
     The embeddings of aligned models are rotated to principal components. A few dimensions are much larger than the
     others, which would be rounded coarsely. The discrete Hartley transform, an orthogonal matrix that the page can
     compute, spreads the values evenly over all dimensions.
 
     Args:
-        vectors: Vectors of shape (N, D), float32.
+        vectors: float32 array of shape (N, D).
 
     Returns:
-        The mean of the rotated vectors of shape (D,), float32; scales of shape (N,), float32; and values of shape
-        (N, D), int8. The rotated vectors are approximately mean + scale * value.
+        Three arrays: the mean of the rotated vectors (float32, shape (D,)), a scale for each vector (float32, shape
+        (N,)) and the values (int8, shape (N, D)). The rotated vectors are approximately mean + scale * value.
     """
     rotated = vectors @ make_hartley_matrix(vectors.shape[1])
     mean = rotated.mean(axis=0)

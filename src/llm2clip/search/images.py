@@ -120,7 +120,7 @@ def decode_data_uri(uri: str) -> bytes:
 
 
 def load_request_image(data: bytes, max_pixels: int, is_indexed: bool = False) -> Tensor:
-    """Decode an image file to a uint8 tensor of shape (3, H, W). For the errors, see `read_image_size`."""
+    """Decode an image file to a uint8 tensor of shape (3, H, W). Raise the same errors as `read_image_size`."""
     read_image_size(data, max_pixels, is_indexed)
     return load_image(data)
 

@@ -168,9 +168,9 @@ class Batcher(Generic[Item, Result]):
                 raise deadline.make_error()
             return results
         finally:
-            self._discard(entries)
+            self._cancel_unfinished(entries)
 
-    def _discard(self, entries: Sequence[_Pending[Item, Result]]) -> None:
+    def _cancel_unfinished(self, entries: Sequence[_Pending[Item, Result]]) -> None:
         """Cancel entries without a result, after a timeout of the caller or a failure of another of its items."""
         cancelled = [entry.result.cancel() for entry in entries]
         if not any(cancelled):

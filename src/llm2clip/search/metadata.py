@@ -273,7 +273,7 @@ def read_exif(data: bytes, modified: float = 0.0) -> dict[str, Any]:
     EXIF dates have no time zone, so they are interpreted as local times. Without a date, `taken` is `modified`, the
     modification time of the file.
     """
-    from llm2clip.data.image_header import open_header  # imported here, because the commands import this module
+    from llm2clip.data.image_header import open_header  # deferred, because importing Pillow is slow
 
     metadata: dict[str, Any] = {"taken": modified}
     try:

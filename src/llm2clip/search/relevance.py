@@ -392,7 +392,7 @@ def _fit_to_captions(
 
 
 def _standardize(scale: Scale, query: str, neighbours: Neighbours) -> np.ndarray:
-    """Return x of each hit, ignoring captions that are equal to the query."""
+    """Return the value x, as defined in the module docstring, of each hit. Ignore captions equal to the query."""
     stems = split_stems([query])
     overlaps = [compute_overlap(stems, [text for text in texts if text != query]) for texts in neighbours.captions]
     return scale.standardize(neighbours.values, np.nan_to_num(overlaps))

@@ -412,7 +412,7 @@ async def _handle_error(request: Request, error: Exception) -> Response:
 
 
 def make_client_message(error: Exception, app: FastAPI) -> str:
-    """Return the message that clients receive about an exception. Log exceptions that are not in STATUS_CODES."""
+    """Return an error message that can be sent to clients. Log exceptions whose details clients must not see."""
     if isinstance(error, RequestValidationError | ValidationError):
         problems = []
         for problem in error.errors()[:3]:

@@ -42,7 +42,7 @@ from llm2clip.search.words import (
     add_texts,
     find_matches,
     make_caption_condition,
-    read_fields,
+    read_searchable_fields,
     remove_texts,
     set_recognized_text,
     sort_distinct,
@@ -223,7 +223,7 @@ class SqliteBackend(Backend):
         therefore do not depend on `count`, so the pages of a query neither repeat nor skip images.
 
         Args:
-            query: L2-normalised query vector of shape (D,), float32.
+            query: L2-normalised float32 vector of shape (D,).
             allowed_ids: Sorted ids of the vectors to search. Default: all vectors.
         """
         if allowed_ids is not None and len(allowed_ids) <= EXACT_BELOW:
@@ -254,7 +254,7 @@ class SqliteBackend(Backend):
 
     def _read_word_fields(self, run: Query, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
         with self._db.snapshot() as db:
-            return read_fields(db, query, ids)
+            return read_searchable_fields(db, query, ids)
 
     def _read_images(
         self, run: Query, ids: Sequence[int], conditions: SqlConditions

@@ -26,7 +26,7 @@ MAX_LOCATIONS = 100  # per hit; web datasets contain some images hundreds of tho
 
 @dataclass(frozen=True, slots=True)
 class IndexedImage(ImageMetadata):
-    """An image at a specific location, with its metadata."""
+    """An indexed image file, tar member or table cell, with its captions and metadata."""
 
     name: str  # canonical path: `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`; unique within an index
     ref: ImageRef

@@ -161,7 +161,9 @@ def sort_distinct(ids: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return ids[np.sort(first)]
 
 
-def read_fields(db: sqlite3.Connection, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
+def read_searchable_fields(
+    db: sqlite3.Connection, query: WordQuery, ids: Sequence[int]
+) -> list[tuple[int, dict[str, str]]]:
     """Return pairs of content id and text fields, for the images of the given contents that contain all words."""
     tables, conditions, parameters = _make_match(query)
     # With CROSS JOIN, SQLite looks up the given contents instead of reading all matches.

@@ -69,9 +69,9 @@ class EmbeddingStore:
         self._chunk_bytes = UNCACHED_CHUNK if self._uses_madvise else CACHED_CHUNK
         # Cached methods would create a reference cycle, which would keep files open until the next garbage collection.
         map_embeddings = partial(
-            _map_embeddings, self.folder, self.shards, self.embed_dim, self._dtype, self._uses_madvise
+            _memory_map_embeddings, self.folder, self.shards, self.embed_dim, self._dtype, self._uses_madvise
         )
-        map_scales = partial(_map_scales, self.folder, self.shards)
+        map_scales = partial(_memory_map_scales, self.folder, self.shards)
         for n in range(len(self.shards)):  # checks the files
             map_embeddings(n)
             if self._dtype == np.int8:
@@ -219,7 +219,7 @@ def find_corrupt_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec) 
         return [shard.number for shard, intact in zip(shards, results, strict=True) if not intact]
 
 
-def _map_embeddings(
+def _memory_map_embeddings(
     folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: np.dtype[Any], uses_madvise: bool, shard: int
 ) -> np.memmap[Any, Any]:
     path = layout.embeddings_path(folder, shards[shard].number)
@@ -230,7 +230,7 @@ def _map_embeddings(
     return array
 
 
-def _map_scales(folder: Path, shards: Sequence[Shard], shard: int) -> np.memmap[Any, Any]:
+def _memory_map_scales(folder: Path, shards: Sequence[Shard], shard: int) -> np.memmap[Any, Any]:
     return _open_array(layout.scales_path(folder, shards[shard].number), (shards[shard].rows,), np.dtype(np.float32))
 
 

@@ -41,8 +41,8 @@ TEXTS_FILE = "captions.parquet"
 class StoreWriter:
     """Writer that adds shards to a store.
 
-    Several processes may write shards with distinct numbers at the same time. Afterwards, one process must call
-    `finish`.
+    Several processes can write to the same store concurrently if they use different shard numbers. Afterwards, one
+    process must call `finish`.
     """
 
     def __init__(self, folder: str | Path, identity: dict[str, Any], embed_dim: int, dtype: str = "float16") -> None:

@@ -67,7 +67,7 @@ class DataOverview:
     num_held_out: int
     log: SkipLog
     skipped: list[SkippedRow]  # first skipped rows for each reason
-    other_files: Counter[str]  # number of files per suffix in folders, except images
+    other_files: Counter[str]  # see `count_other_files`
     table_bytes: int  # size of the record table on disk
     seconds: float  # time to build or open the table
 
@@ -177,7 +177,7 @@ def describe_data(overview: DataOverview) -> str:
         [(reason, count)] = log.skipped.most_common(1)
         share = 100 * skipped / log.rows_seen
         rows = format_count(count, "row")
-        return f"{share:.1f}% of the rows cannot be used, so `fit` would stop. Main reason: {reason} ({rows})."
+        return f"`fit` would stop: {share:.1f}% of the rows cannot be used. Most common reason: {reason} ({rows})."
     if not overview.num_training:
         return f"{size}, but all of them would be held out: no image is left for training."
     if overview.num_held_out < MIN_HELD_OUT:
@@ -207,7 +207,7 @@ def _build_summary(overview: DataOverview) -> list[Block]:
         *((FIELD_LABELS[name], texts.words.count) for name, texts in statistics.texts.items() if texts.num_records),
         ("rows read", log.rows_seen),
         ("rows skipped", log.skipped.total()),
-        ("duplicate images merged with the originals", log.num_copies),
+        ("duplicate images merged", log.num_copies),
     ]
     splits = list(statistics.splits.items())
     split_rows = [(name, f"{records:,}", f"{images:,}") for name, (records, images) in splits[:MAX_LISTED]]

@@ -74,7 +74,7 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
         if not data.exists():
             _write_training_data(emoji, data)
 
-    # A fixed batch size, instead of a measured one, makes the embeddings reproducible.
+    # Save a fixed batch size, so that `embed` does not measure the fastest one and the embeddings are reproducible.
     load_or_compute_json(out / "store" / f"batch_tokens-{process_state().device.type}.json", lambda: 1024)
     with open_run("fit", [str(data)], out, _make_config(llm, tower, emoji)) as run:
         model_dir = fit(run)

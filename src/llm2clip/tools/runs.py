@@ -28,7 +28,8 @@ def list_runs(folder: Path) -> list[str]:
     for parent, subfolders, names in os.walk(folder, onerror=lambda error: skipped.append(f"Skipped: {error}")):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
-            is_store = name == "manifest.json" and output_folder.RUN_LOCK in names  # other stores are parts of runs
+            # A store without a run lock is part of a run.
+            is_store = name == "manifest.json" and output_folder.RUN_LOCK in names
             if is_store or name in (output_folder.CONFIG_FILE, "index.sqlite") or name.endswith(".jsonl.sqlite"):
                 try:
                     rows.append(_describe_run(Path(parent, name)))

@@ -111,7 +111,7 @@ class Teacher:
             free_memory()
 
     def open_store(self, folder: Path) -> None:
-        """Open the store that `embed` wrote. There is none if all texts were already in other stores."""
+        """Open the store that `embed` wrote. It does not exist if the other stores already contained all texts."""
         if (folder / MANIFEST).is_file():
             self.stores.append(EmbeddingStore(folder))
 

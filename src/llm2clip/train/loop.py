@@ -54,7 +54,7 @@ Validator = Callable[[Any], dict[str, float]]
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of the forward and backward pass of a training step on one rank. Tensors stay on the device.
+    """Result of one rank's forward and backward pass in a training step. Tensors are on the training device.
 
     Attributes:
         loss: Loss of this rank's items, a scalar without gradients.

@@ -54,7 +54,7 @@ def info_nce(
         logit_scale: Factor applied to the cosine similarities (1 / temperature).
         image_of_text: Index of each text's image, of shape (M,), int64, ascending. Every image must have at least one
             text. Default: text i belongs to image i.
-        text_ids: Text ids of shape (M,), int64. Identical texts must have the same id. Default: all texts are treated
+        text_ids: int64 tensor of shape (M,). Identical texts must have the same id. Default: all texts are treated
             as distinct, which avoids a GPU synchronisation. Must be None on all ranks or on none.
         other_texts: Known texts of the images, inside or outside this batch, as (image index, text id) pairs of shape
             (K, 2), int64. A known text is not used as a negative for its image. Default: none. Must be None on all

@@ -158,7 +158,7 @@ def compute_cached_loss(
         gradients.append(gradient.split([len(part) for part in parts]))
 
     # 3. Forward and backward passes, run when backward() is called on the loss.
-    def backward(grad_output: Tensor) -> None:
+    def backpropagate_each_pass(grad_output: Tensor) -> None:
         state_after = _get_random_state(device)
         for n, (run, state) in enumerate(zip(passes, random_states, strict=True)):
             with torch.enable_grad(), _sync_gradients(model, n == len(passes) - 1):
@@ -168,7 +168,7 @@ def compute_cached_loss(
         _set_random_state(state_after)
 
     loss = loss.detach().requires_grad_()
-    loss.register_hook(backward)
+    loss.register_hook(backpropagate_each_pass)
     return loss
 
 

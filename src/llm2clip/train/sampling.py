@@ -237,7 +237,7 @@ def resolve_images_per_step(num_images: int, config: AlignConfig, world_size: in
         )
     images_per_step = min(config.batch_size, num_images // world_size) * world_size
     if config.batch_size * world_size < 2:
-        raise ValueError("--align.batch_size must be at least 2, because a step compares different images (got 1)")
+        raise ValueError("--align.batch_size must be at least 2 (got 1), because each step compares different images")
     if images_per_step < 2:
         processes = "" if world_size == 1 else f" with {world_size} processes"
         raise ValueError(

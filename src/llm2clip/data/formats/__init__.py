@@ -142,7 +142,9 @@ def split_file(file: FilePart, target_bytes: int) -> list[FilePart]:
 
 
 def read_rows(part: FilePart, options: ReadOptions = ReadOptions()) -> Iterator[RawRow]:
-    """Yield the raw rows in a part of a file. If a library fails because the file is corrupt, end with a `BadRow`.
+    """Yield the raw rows in a part of a file.
+
+    If the part cannot be downloaded, or a library fails because the file is corrupt, the last row is a `BadRow`.
 
     Raises:
         DataFormatError: The entire file is unreadable. The message contains the reason.

@@ -29,7 +29,7 @@ class Parquet(SourceFormat):
     def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
         row = total = part.first_row - 1
         try:
-            # While the file is open, it is not removed from the cache of remote files.
+            # The file stays open, so that it is not evicted from the cache of remote files.
             with open_file(part.path) as source, pq.ParquetFile(source.name, memory_map=True) as file:
                 total = file.metadata.num_rows
                 row_groups = None

@@ -92,9 +92,10 @@ class LineTooLong(ValueError):
 
 
 class BoundedLines:
-    """Iterator over the lines of a text file that raises `LineTooLong` after an overlong row and can then be continued.
+    """Iterator over the lines of a text file that limits the length of rows.
 
-    A row may span several lines.
+    If a row is too long, `LineTooLong` is raised, and iteration can continue after the row. For formats in which a row
+    can span several lines, call `start_row` before each row.
     """
 
     def __init__(self, file: TextIO, path: str) -> None:

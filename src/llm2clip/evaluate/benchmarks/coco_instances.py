@@ -175,9 +175,9 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
 def _decompress_run_lengths(data: bytes) -> list[int]:
     """Decode COCO's compressed run lengths (`rleFrString` in pycocotools' maskApi.c).
 
-    Each number is split into groups of five bits, lowest group first. A sixth bit is set if another group of the number
-    follows. A group is stored as the character with the code 48 plus its value. The fifth bit of the last group is the
-    sign. From the fourth number on, each number is the difference from the run length two positions earlier.
+    From the fourth run length on, the difference from the run length two positions earlier is stored instead. Each
+    number is a two's complement integer, split into groups of five bits, least significant group first. A sixth bit is
+    set in all groups except the last one of a number. The six bits, plus 48, are the ASCII code of a character.
     """
     runs: list[int] = []
     value, shift = 0, 0

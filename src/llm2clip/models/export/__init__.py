@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """Format of another library to which a model can be exported.
+    """Third-party format to which a model can be exported.
 
     The function takes a model and an empty folder, writes the exported model to the folder, and returns a list of
     messages for the user, or None. It is imported lazily, so that the command line can list the formats without

@@ -110,7 +110,7 @@ def _render_architecture_table(config: dict[str, Any], embed_dim: int | None) ->
         "LLM layers": encoder.get("layers") or llm.get("num_hidden_layers"),
         "bidirectional attention": encoder.get("bidirectional", not llm.get("is_causal", True)),
         "caption embedding": config.get("text_dim"),
-        "adapter": f"{depth} residual blocks" if depth else "none (text embeddings are caption embeddings)",
+        "adapter": f"{depth} residual blocks" if depth else "none (images are embedded in the caption encoder's space)",
         "shared embedding": embed_dim,
         "truncated sizes trained (Matryoshka)": ", ".join(map(str, config.get("matryoshka_dims", ()))) or None,
     }

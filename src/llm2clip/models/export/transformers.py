@@ -231,10 +231,11 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
 
 
 def _normalize_texts_as_a_whole(backend: Any) -> None:
-    """Find added tokens after normalisation, so that only the whitespace at both ends of a text is stripped.
+    """Make the backend normalise the whole text before it searches the text for added tokens.
 
-    By default, the parts of a text between added tokens are normalised, and thus stripped, separately. This remains the
-    case for added tokens that the normaliser would change, such as line breaks.
+    By default, a text is first split at added tokens, and each part is normalised separately, so that whitespace next
+    to the added tokens would also be stripped. Added tokens that the normaliser would change, such as line breaks, are
+    still split off before normalisation.
     """
     from tokenizers import AddedToken
 

@@ -360,10 +360,13 @@ class CaptionEncoder(nn.Module):
         """Return a precision. Raise ValueError if it is invalid or exceeds the precision of the stored weights."""
         precision, available = Precision(name), self.weights_precision
         if precision == "fp16":
-            raise ValueError("the precision must be fp32, bf16 or bf16+N, because caption encoders do not support fp16")
+            raise ValueError(
+                "caption encoders do not support fp16: the precision must be fp32, bf16, or bf16+N with the first N "
+                "layers in fp32"
+            )
         if available != "fp32" and (precision == "fp32" or precision.num_fp32_layers > available.num_fp32_layers):
             raise ValueError(
-                f"the encoder's weights are stored in {available}, so precision {precision} is not possible: load the "
+                f"the encoder cannot run in {precision}, because its weights were converted to {available}. Load the "
                 "encoder again"
             )
         return precision

@@ -367,7 +367,7 @@ def encode_boxes(
     (arXiv 1703.06870).
 
     Args:
-        boxes: R boxes per image, of shape (R, 4), float32, as (left, top, right, bottom) in pixels.
+        boxes: float32 tensor of shape (R, 4) for each image, with rows (left, top, right, bottom) in pixels.
         image_size: Length of the resized image's shorter side in pixels. Default: `dense.localization_size`.
     """
     resized_by_shape: dict[torch.Size, dict[int, Tensor]] = {}  # images of the same shape are encoded together

@@ -44,18 +44,17 @@ IMAGE_SCALE = 1.5  # default ratio of the resized image's shorter side to the wi
 
 @dataclass(frozen=True)
 class WindowAxis:
-    """Window positions along one axis, in pixels of the resized image. `starts` are the windows' first pixels."""
+    """Positions of the sliding windows along one axis of the resized image, in pixels."""
 
-    length: int
-    window: int
-    starts: tuple[int, ...]
+    length: int  # length of the image along this axis
+    window: int  # length of a window
+    starts: tuple[int, ...]  # first pixel of each window
 
     @classmethod
     def create(cls, length: int, window: int, cell_size: int) -> WindowAxis:
         """Place windows with a stride of half a window. The last window ends at the edge of the image.
 
-        If the image is shorter than a window, it is covered by a single window of the image's length, rounded to whole
-        cells.
+        An image shorter than a window gets a single window of the image's length, rounded to a multiple of `cell_size`.
         """
         if length < window:
             length = window = max(1, round(length / cell_size)) * cell_size
@@ -64,7 +63,15 @@ class WindowAxis:
         return cls(length, window, tuple(min(n * stride, length - window) for n in range(count)))
 
     def build_matrix(self, cells: int, size: int) -> Tensor:
-        """Return the matrix (size, windows * cells), float32, that maps the cells of all windows to output pixels."""
+        """Return a matrix that interpolates the cells of each window to pixels, and averages overlapping windows.
+
+        Args:
+            cells: Number of cells per window.
+            size: Number of output pixels.
+
+        Returns:
+            A float32 matrix of shape (size, windows * cells).
+        """
         upsample = _build_interpolation_matrix(cells, self.window)
         average = torch.zeros(self.length, len(self.starts) * cells, dtype=torch.float64)
         count = torch.zeros(self.length, 1, dtype=torch.float64)

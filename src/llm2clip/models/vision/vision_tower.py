@@ -55,7 +55,7 @@ _DEFAULT_PREPROCESS = {
     "dinov2_with_registers": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS, crop_rounding="down"),
     "dinov3_vit": Preprocess(224, "squash", 1.0, "bilinear", *_IMAGENET_STATS, crop_rounding="down"),
 }
-# Model types of dual encoders. Only their vision model is used.
+# Model types of image-text models in transformers. Only their vision model is used as the tower.
 _DUAL_ENCODER_TYPES = ("clip", "metaclip_2", "siglip")
 # Matches the names of repeated blocks in timm's ViTs and EfficientNets, in ConvNeXt and similar models, in ResNets, and
 # in transformers' ViTs.

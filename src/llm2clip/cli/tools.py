@@ -1,4 +1,4 @@
-"""Commands for setup and inspection: `doctor`, `quickstart`, `data`, `configs`, `plan` and `runs`."""
+"""Commands that run the modules in `tools/`: `doctor`, `quickstart`, `data`, `configs`, `plan` and `runs`."""
 
 from __future__ import annotations
 
