@@ -101,7 +101,7 @@ def test_pair_batches_raises_for_too_few_items() -> None:
         batches_of([ImageCaptions(("a", "b")), ImageCaptions(("b", "a")), ImageCaptions(("a", "b"))], 2, 1, seed=0)
     with pytest.raises(ValueError, match="a source has no captions or pairs to tune on"):
         next(iter_pair_batches([IMAGES, []], 2, 1, seed=0))
-    with pytest.raises(ValueError, match="at least 2 text pairs, but a source has only 1"):
+    with pytest.raises(ValueError, match="a source has only 1 text pairs, but a batch needs 2"):
         next(iter_pair_batches([[Pair("a", "b")]], 2, 1, seed=0))
 
 
