@@ -6,6 +6,7 @@ import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from llm2clip.search.middleware import (
 )
 from llm2clip.search.schemas import EmbedRequest, SearchRequest
 from llm2clip.search.sqlite_backend import SqliteBackend
+from llm2clip.search.types import Deadline, DeadlineExceeded, Slots, current_deadline
 from search_fixtures import create_patient_app, make_index, running_server
 
 BASE_URL = "http://localhost"
@@ -286,3 +288,28 @@ def test_time_limit_ends_when_the_response_starts(dual_encoder: DualEncoder, mon
     with TestClient(app, base_url=BASE_URL) as client:
         assert client.get("/download").content == b"firstlast"
     assert deadlines[0] is not None and deadlines[1] is None
+
+
+def test_slots_are_assigned_in_the_order_of_arrival() -> None:
+    slots, order = Slots(1), []
+
+    def enter() -> None:
+        with slots:
+            order.append("waiting thread")
+
+    thread = threading.Thread(target=enter)
+    with slots:
+        thread.start()
+        while not slots._waiting:
+            time.sleep(0.001)
+    with slots:  # entered at once, as a request with many images does
+        order.append("main thread")
+    thread.join()
+    assert order == ["waiting thread", "main thread"]
+    with slots:
+        token = current_deadline.set(Deadline(time.monotonic() + 0.01, 0.01))
+        with pytest.raises(DeadlineExceeded, match=r"longer than 0\.01 seconds"), slots:
+            pass
+        current_deadline.reset(token)
+    with slots:
+        assert not slots._waiting

@@ -5,6 +5,7 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -158,15 +159,37 @@ current_deadline: ContextVar[Deadline] = ContextVar("current_deadline", default=
 
 
 class Slots:
-    """Semaphore as a context manager. Entering it raises DeadlineExceeded after the request's deadline."""
+    """Semaphore as a context manager, which serves waiting threads in the order of their arrival.
+
+    With `threading.Semaphore`, a request that releases and enters in a loop would keep all other requests waiting.
+    Entering raises DeadlineExceeded after the request's deadline.
+    """
 
     def __init__(self, count: int) -> None:
-        self._semaphore = threading.BoundedSemaphore(count)
+        self._free = count
+        self._waiting: deque[threading.Semaphore] = deque()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> None:
+        turn = threading.Semaphore(0)
+        with self._lock:
+            self._waiting.append(turn)
+            self._wake_waiting()
         deadline = current_deadline.get()
-        if not self._semaphore.acquire(timeout=deadline.remaining):
-            raise deadline.make_error()
+        if turn.acquire(timeout=deadline.remaining):
+            return
+        with self._lock:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+                raise deadline.make_error()
+        # The slot was assigned at the moment of the deadline.
 
     def __exit__(self, *_: object) -> None:
-        self._semaphore.release()
+        with self._lock:
+            self._free += 1
+            self._wake_waiting()
+
+    def _wake_waiting(self) -> None:
+        while self._free and self._waiting:
+            self._free -= 1
+            self._waiting.popleft().release()
