@@ -124,3 +124,32 @@ print(used - kept, kept - memory())
     released_by_malloc, released_by_free_memory = map(float, output.stdout.split())
     assert released_by_malloc < 64
     assert released_by_free_memory > 192
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has arenas")
+@pytest.mark.parametrize("limited", [True, False])
+def test_limit_malloc_arenas_lets_threads_share_arenas(limited: bool, tmp_path: Path) -> None:
+    script = f"""
+import ctypes, threading
+from llm2clip.cpu_tuning import limit_malloc_arenas
+
+if {limited}:
+    limit_malloc_arenas()
+libc, barrier = ctypes.CDLL("libc.so.6"), threading.Barrier(16)
+libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+libc.fopen.restype, libc.malloc_info.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+libc.fclose.argtypes = [ctypes.c_void_p]
+threads = [threading.Thread(target=lambda: (libc.malloc(1000), barrier.wait())) for _ in range(16)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+file = libc.fopen({str(tmp_path / "info.xml").encode()!r}, b"w")
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(cpu_tuning.__file__).parents[1])}
+    environment.pop("MALLOC_ARENA_MAX", None)
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    arenas = (tmp_path / "info.xml").read_text().count("<heap nr=")
+    assert arenas <= 3 if limited else arenas > 3

@@ -17,7 +17,7 @@ import torch
 # thousand times larger.
 FLOAT32_TOLERANCE = 1e-6
 # mallopt parameters, from malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -33,6 +33,16 @@ def keep_freed_memory(device: torch.device) -> None:
     if not libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30):
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the maximum before glibc 2.35
     libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def limit_malloc_arenas() -> None:
+    """Let all threads that start later share two malloc arenas, so that not every thread keeps freed memory.
+
+    By default, each thread of a server keeps the memory of the images that it has decoded. With large images, a server
+    with 64 worker threads grows to several times its size (`benchmarks/hostile_clients.py`).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, 2)
 
 
 def free_memory() -> None:

@@ -25,6 +25,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import Receive, Scope, Send
 
 from llm2clip import __version__
+from llm2clip.cpu_tuning import limit_malloc_arenas
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.llm2clip import check_dim, truncate_and_normalize
 from llm2clip.search.backends import Backend
@@ -156,6 +157,7 @@ def serve(
             if self.started:
                 on_start(self.servers[0].sockets[0].getsockname()[1])
 
+    limit_malloc_arenas()
     with suppress(KeyboardInterrupt):  # uvicorn re-raises it after handling SIGINT
         Server(make_server_config(app, host, port, behind_proxy)).run()
 
