@@ -131,6 +131,7 @@ def test_second_run_changes_no_file(
         (4, "f has format version 4, but .* reads only format version 3. Update llm2clip"),
         (None, "f has no format version, but .* reads only format version 3. Build it again"),
         ("3", "f has format version 3, but"),
+        (3.0, "f has format version 3.0, but"),
     ],
 )
 def test_format_version_must_be_supported(version: object, message: str) -> None:

@@ -44,10 +44,11 @@ def check_format_version(path: str | Path, version: Any, supported: int, advice:
 
     `advice` is the part of the error message that explains how to replace a file of an older version.
     """
-    if version == supported:
+    is_number = isinstance(version, int)
+    if is_number and version == supported:
         return
     actual = "no format version" if version is None else f"format version {version}"
-    if isinstance(version, int) and version > supported:
+    if is_number and version > supported:
         advice = "Update llm2clip: pip install --upgrade llm2clip"
     raise FormatVersionError(
         f"{path} has {actual}, but this version of llm2clip reads only format version {supported}. {advice}"
