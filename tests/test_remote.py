@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
 import stat
 import subprocess
 import sys
@@ -150,16 +149,20 @@ def test_tables_and_batches_from_s3_equal_those_from_disk(folder: Path, bucket: 
     assert batches[0] == batches[1] and not batches[0][0][2]
 
 
-def test_batches_download_the_next_shards_ahead(folder: Path, web_server: WebServer) -> None:
+def test_batches_download_the_next_shards_ahead(
+    folder: Path, web_server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(20):
         write_tar(folder / f"{number:03}.tar", [("a.jpg", image_bytes(number)), ("a.txt", b"caption")])
     web_server.add_folder(folder)
+    urls = [f"{web_server.url}/{number:03}.tar" for number in range(20)]
     table = open_table([f"{web_server.url}/{{000..019}}.tar"], {}, SkipLog())
+    wait_until_cached(urls)  # background threads may still be downloading
     orders = EpochOrders(table, np.ones(20, bool), seed=1)
     assert orders.image_order == "shards"
-    shutil.rmtree(remote.get_cache_folder())
+    monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path / "empty-cache"))
     first_image = int(orders.take(0, 0, 1)[0])
-    wait_until_cached([f"{web_server.url}/{number:03}.tar" for number in range(20)])
+    wait_until_cached(urls)
     num_requests = web_server.count("GET")
     orders.take(0, 1, 2)
     image = table.get_images()[first_image]
