@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conftest import HANG_TIMEOUT
 from format_fixtures import (
     FORMATS,
     ROWS,
@@ -66,8 +67,8 @@ def read_all(path: str, log: SkipLog | None = None) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture(autouse=True)
-def clean_remote_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give each test an empty cache, no pinned versions, and short delays."""
+def clean_remote_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """Give each test an empty cache, no pinned versions, and short delays. Wait for its background downloads."""
     monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
@@ -79,6 +80,12 @@ def clean_remote_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     monkeypatch.setattr(remote, "_unlisted_allowances", {})
     monkeypatch.setattr(remote, "TOUCH_SECONDS", -1)
     monkeypatch.setattr(storage, "FIRST_DELAY", 0.01)
+    yield
+    remote._pending.clear()
+    for _ in range(remote.PREFETCH_THREADS):
+        assert remote._free_threads.acquire(timeout=HANG_TIMEOUT)
+    for _ in range(remote.PREFETCH_THREADS):
+        remote._free_threads.release()
 
 
 @pytest.fixture
@@ -476,22 +483,24 @@ def test_prefetch_downloads_in_the_background(web_server: WebServer) -> None:
 
 
 def test_prefetch_has_few_threads_and_prefers_the_latest_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    started, proceed = [], threading.Event()
+    started, threads, proceed = [], set(), threading.Event()
 
     def download(url: str) -> None:
         started.append(url)
+        threads.add(threading.current_thread())
         proceed.wait()
 
     monkeypatch.setattr(remote, "get_local_path", download)
-    before = threading.active_count()
     for call in range(20):
-        remote.prefetch([f"http://host/{call}-{n}.tar" for n in range(3)])
-    assert threading.active_count() - before == remote.PREFETCH_THREADS
-    proceed.set()
-    while threading.active_count() > before:
+        remote.prefetch([f"http://host/{call}-{n}.tar" for n in range(10)])
+    while len(started) < remote.PREFETCH_THREADS:
         time.sleep(0.001)
-    assert {"http://host/19-1.tar", "http://host/19-2.tar"} <= set(started)
-    assert len(started) <= remote.PREFETCH_THREADS + 3
+    proceed.set()
+    while "http://host/19-9.tar" not in started:
+        time.sleep(0.001)
+    assert len(threads) == remote.PREFETCH_THREADS
+    assert {f"http://host/19-{n}.tar" for n in range(4, 10)} <= set(started)
+    assert len(started) <= remote.PREFETCH_THREADS + 10
 
 
 def test_damaged_files_are_downloaded_again(web_server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
