@@ -264,7 +264,7 @@ def test_postgres_reader_with_the_documented_privileges_can_search(server: Postg
     backend: Any = create_index(tmp_path)
     add_images(backend, [1, 2])
     statements = block.replace("photos", backend.schema).replace("reader", "search_reader").splitlines()
-    with backend._db.write() as connection:
+    with backend._db.open_transaction() as connection:
         for statement in ("CREATE ROLE search_reader LOGIN", *statements):
             connection.execute(statement)
     reader = open_backend(make_postgres_url(tmp_path / "postgres").replace("postgres@", "search_reader@"))
@@ -432,7 +432,7 @@ def _delete_until_killed(url: str, marker: Path) -> None:
     with backend.lock():
         for number in range(3):
             add_images(backend, [number])
-        with backend._db.write() as connection:  # type: ignore[attr-defined]
+        with backend._db.open_transaction() as connection:  # type: ignore[attr-defined]
             connection.execute("DELETE FROM images")
             marker.touch()
             signal.pause()
@@ -517,7 +517,7 @@ def test_postgres_rejects_missing_indexes_and_other_versions(
         open_backend(server.url("none"))
     backend = create_index(tmp_path)
     assert backend.metadata() == {"model": "m", "fingerprint": "f", "embed_dim": DIM}
-    with backend._db.write() as connection:  # type: ignore[attr-defined]
+    with backend._db.open_transaction() as connection:  # type: ignore[attr-defined]
         connection.execute("UPDATE metadata SET value = '1' WHERE key = 'format_version'")
     with pytest.raises(FormatVersionError, match=r"format version 1, but.* version 2.*`llm2clip index`"):
         open_backend(make_postgres_url(tmp_path / "postgres"))

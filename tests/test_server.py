@@ -371,7 +371,7 @@ def test_server_returns_503_while_a_table_of_the_index_cannot_be_read(
 ) -> None:
     """For PostgreSQL, see test_postgres_backend.py."""
     monkeypatch.setattr("llm2clip.search.schemas.LOG_SECONDS", 1e9)
-    begin_write = make_index(tmp_path / "index", image_folder, dual_encoder)._db.transaction
+    begin_write = make_index(tmp_path / "index", image_folder, dual_encoder)._db.open_transaction
     backend = SqliteBackend(tmp_path / "index")
     request = {"texts": ["red"], "show_weak": True}
     with TestClient(create_patient_app(dual_encoder, backend), base_url=BASE_URL) as client:

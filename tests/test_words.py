@@ -86,7 +86,7 @@ def names_of(found: list[Hit]) -> set[int]:
 
 def check_full_text(backend: Backend) -> None:
     if isinstance(backend, SqliteBackend):
-        with backend._db.transaction() as connection:
+        with backend._db.open_transaction() as connection:
             for table in words.FULL_TEXT_TABLES:  # raises an exception if a table is corrupt
                 connection.execute(f"INSERT INTO {table} ({table}, rank) VALUES ('integrity-check', 1)")
 

@@ -173,7 +173,7 @@ class Backend(ABC):
         """
         query = WordQuery() if vector is None else WordQuery.parse(words)
 
-        def read(run: SqlRunner) -> list[Hit]:
+        def find_hits(run: SqlRunner) -> list[Hit]:
             matches = self._find_word_matches(run, query, image_filter) if query else np.empty(0, np.int64)
             scores: dict[int, float] = {}
             if vector is None and image_filter:
@@ -194,7 +194,7 @@ class Backend(ABC):
                 matched = find_matched_fields(query, self._read_texts(run, query, matched_ids))
             return self._read_hits(run, ids, scores, matched, image_filter)
 
-        return self._run_read_only(read)
+        return self._run_read_only(find_hits)
 
     def _read_hits(
         self,

@@ -3,7 +3,7 @@
 Each request runs in a worker thread, which calls the Python interface (`search.index`). The model passes its inputs to
 a `Batcher`, so that a single forward pass encodes the texts of many requests.
 
-If a queue has `Limits.max_queue` waiting or running items, new items raise `QueueFull` (status 429).
+Each queue holds at most `Limits.max_queue` items. Further items raise `QueueFull` (status 429).
 
 `RequestMiddleware` cancels a request after `Limits.timeout` (status 504). A queued request then never starts. A running
 request stops waiting for the model, a decoder, the index or a database connection (`types.Deadline`). However, a
@@ -300,7 +300,7 @@ class InferenceService:
                 dense, features=lambda pixels, variant: dense_batcher.submit([(pixels, variant)])[0]
             )
 
-        def submit(batcher: Batcher[Any, Tensor], items: Sequence[Any]) -> Tensor:
+        def submit_in_steps(batcher: Batcher[Any, Tensor], items: Sequence[Any]) -> Tensor:
             # Items are submitted in several steps, so that the queue has space for other requests.
             step = min(self.limits.batch_size, self.limits.max_queue)
             vectors: list[Tensor] = []
@@ -310,8 +310,8 @@ class InferenceService:
 
         return dataclasses.replace(
             model,
-            encode_texts_raw=lambda texts, progress: submit(text_batcher, texts),
-            encode_images_raw=lambda images: submit(image_batcher, images),
+            encode_texts_raw=lambda texts, progress: submit_in_steps(text_batcher, texts),
+            encode_images_raw=lambda images: submit_in_steps(image_batcher, images),
             dense=dense,
         )
 

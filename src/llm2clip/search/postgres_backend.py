@@ -176,18 +176,18 @@ class PostgresBackend(Backend):
         return self._db.lock()
 
     def metadata(self) -> dict[str, Any]:
-        def read(run: SqlRunner) -> list[tuple[Any, ...]]:
+        def read_rows(run: SqlRunner) -> list[tuple[Any, ...]]:
             has_table = _relation_exists(run, f"{self.schema}.metadata")
             return run("SELECT key, value FROM metadata", {}) if has_table else []
 
-        metadata = {key: json.loads(value) for key, value in self._run_read_only(read)}
+        metadata = {key: json.loads(value) for key, value in self._run_read_only(read_rows)}
         if metadata:
             version = metadata.pop("format_version", None)
             check_format_version(self.location, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
         return metadata
 
     def initialize(self, metadata: Mapping[str, Any]) -> None:
-        with self._db.write() as connection:
+        with self._db.open_transaction() as connection:
             if not _relation_exists(make_sql_runner(connection), f"{self.schema}.metadata"):
                 self._db.create_schema(connection)
                 _create_tables(connection, int(metadata["embed_dim"]))
@@ -206,7 +206,7 @@ class PostgresBackend(Backend):
             row = {"hash": content.hash, "vector": HalfVector(content.vector), "thumbnail": content.thumbnail}
             content_rows.append({**row, **get_columns(content, CONTENT_FIELDS)})
         self._has_changes = self._may_have_orphans = True
-        with self._db.write() as connection, connection.cursor() as cursor:
+        with self._db.open_transaction() as connection, connection.cursor() as cursor:
             if content_rows:
                 cursor.executemany(convert_parameters(INSERT_CONTENT), content_rows)
             if images:
@@ -231,7 +231,7 @@ class PostgresBackend(Backend):
         if not names and not self._may_have_orphans:
             return
         keys = [self._hash_name(name) for name in names]
-        with self._db.write() as connection:
+        with self._db.open_transaction() as connection:
             removed = connection.execute("DELETE FROM images WHERE key = ANY(%s)", (keys,)).rowcount
             orphans = connection.execute(
                 "DELETE FROM contents WHERE NOT EXISTS (SELECT FROM images WHERE content = contents.id)"
@@ -244,7 +244,7 @@ class PostgresBackend(Backend):
             return
         self._has_changes = True
         text_rows = [{"text": self._escape(to_valid_unicode(text)), "hash": digest} for digest, text in texts.items()]
-        with self._db.write() as connection, connection.cursor() as cursor:
+        with self._db.open_transaction() as connection, connection.cursor() as cursor:
             cursor.executemany(convert_parameters(INSERT_TEXT), text_rows)
             statement = f"{TEXT_ROWS} WHERE images.content IN (SELECT id FROM contents WHERE hash = ANY(:hashes))"
             rows = make_sql_runner(connection)(statement, {"hashes": list(texts)})
@@ -256,7 +256,7 @@ class PostgresBackend(Backend):
         """Build the HNSW graph if the index is large, and update the statistics of the query planner."""
         _, contents = self.count()
         dim = int(self.metadata()["embed_dim"])
-        with self._db.write() as connection:
+        with self._db.open_transaction() as connection:
             if contents >= self.approximate_above and dim <= MAX_HNSW_DIM:
                 connection.execute(
                     f"CREATE INDEX IF NOT EXISTS {HNSW_INDEX} ON contents USING hnsw (vector halfvec_ip_ops)"
@@ -270,11 +270,11 @@ class PostgresBackend(Backend):
     # ---- statements
 
     def _run_read_only(self, function: Callable[[SqlRunner], Result]) -> Result:
-        return self._db.read(lambda connection: function(make_sql_runner(connection)))
+        return self._db.run_read_only(lambda connection: function(make_sql_runner(connection)))
 
     @contextmanager
     def _open_transaction(self) -> Iterator[SqlRunner]:
-        with self._db.write() as connection:
+        with self._db.open_transaction() as connection:
             yield make_sql_runner(connection)
 
     def _make_source_condition(self, source: str) -> tuple[str, dict[str, Any]]:
@@ -324,7 +324,7 @@ class PostgresBackend(Backend):
         condition, parameters = self._make_content_condition(image_filter)
         parameters |= {"query": HalfVector(vector), "depth": depth}
 
-        def select(distance: str, order: str) -> list[tuple[Any, ...]]:
+        def select_nearest(distance: str, order: str) -> list[tuple[Any, ...]]:
             statement = (
                 "SELECT id, distance FROM ("
                 f"  SELECT id, {distance} AS distance FROM contents WHERE {condition}"
@@ -340,9 +340,9 @@ class PostgresBackend(Backend):
                 "set_config('hnsw.iterative_scan', 'strict_order', true)",
                 {"ef": str(ef_search)},
             )
-            rows = select("vector <#> :query", "vector <#> :query")
+            rows = select_nearest("vector <#> :query", "vector <#> :query")
         if len(rows) < depth:  # pgvector may stop before it has found enough matches
-            rows = select("(vector <#> :query) + 0", "distance, id")  # adding 0 avoids the HNSW graph
+            rows = select_nearest("(vector <#> :query) + 0", "distance, id")  # adding 0 avoids the HNSW graph
         ids, distances = np.array(rows, np.float64).reshape(-1, 2).T
         return ids.astype(np.int64), -distances
 
@@ -381,14 +381,14 @@ class PostgresBackend(Backend):
     def _read_images(
         self, run: SqlRunner, ids: Sequence[int], conditions: SqlConditions
     ) -> dict[int, tuple[IndexedImage, ...]]:
-        def select(matches: str, image_conditions: Sequence[str]) -> str:
+        def make_select(matches: str, image_conditions: Sequence[str]) -> str:
             where = " AND ".join(["content = page.id", *image_conditions])
             columns = f"{matches} AS matches, {', '.join(IMAGE_COLUMNS)}"
             return f"(SELECT {columns} FROM images WHERE {where} ORDER BY images.id LIMIT :locations)"
 
-        selected = select("false", [])
+        selected = make_select("false", [])
         if conditions.images:
-            selected = f"{select('true', conditions.images)} UNION ALL {selected}"
+            selected = f"{make_select('true', conditions.images)} UNION ALL {selected}"
         rows = run(
             f"SELECT page.id, image.* FROM unnest(:ids::bigint[]) AS page(id), LATERAL ({selected}) AS image",
             {**conditions.parameters, "ids": list(ids), "locations": MAX_LOCATIONS},

@@ -110,7 +110,7 @@ class PostgresDatabase:
 
     # ---- reading
 
-    def read(self, function: Callable[[Connection], Result]) -> Result:
+    def run_read_only(self, function: Callable[[Connection], Result]) -> Result:
         """Call a function with a connection in a read-only transaction, which reads a snapshot of the database.
 
         If the connection is lost, for example because the server has restarted, call the function again.
@@ -176,7 +176,7 @@ class PostgresDatabase:
             writer.close()
 
     @contextmanager
-    def write(self) -> Iterator[Connection]:
+    def open_transaction(self) -> Iterator[Connection]:
         with self._write_lock, self._convert_errors():
             writer = self._get_writer()
             with writer.transaction():
@@ -289,11 +289,11 @@ class PostgresDatabase:
 def make_sql_runner(connection: Connection) -> SqlRunner:
     """Return a function that runs SQL statements with parameters of the form `:NAME`."""
 
-    def run(statement: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    def run_statement(statement: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         cursor = connection.execute(convert_parameters(statement), parameters)
         return [] if cursor.description is None else cursor.fetchall()
 
-    return run
+    return run_statement
 
 
 def convert_parameters(statement: str) -> str:

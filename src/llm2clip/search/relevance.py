@@ -303,13 +303,13 @@ def calibrate(backend: Backend, model: DualEncoder) -> Calibration | None:
         neighbours = _find_neighbours(backend, vectors[hit_id], reference, vectors[hit_id])
         if neighbours.is_other.any():
             image_values.append(max_over_top_hits(neighbours.values[neighbours.is_other]))
-    texts = _make_scale([max_over_top_hits(item.values) for item in background], TEXT_SLOPE, TEXT_INTERCEPT)
-    images = _make_scale(image_values, IMAGE_SLOPE, IMAGE_INTERCEPT)
+    texts = _estimate_scale([max_over_top_hits(item.values) for item in background], TEXT_SLOPE, TEXT_INTERCEPT)
+    images = _estimate_scale(image_values, IMAGE_SLOPE, IMAGE_INTERCEPT)
     if texts is None or images is None:
         print_once("Relevance is not calibrated, because too many images of the index are similar.")
         return None
     captions = dataclasses.replace(texts, slope=CAPTION_SLOPE, intercept=CAPTION_INTERCEPT)
-    captions = _fit_to_captions(captions, background, backend, model, query_ids, reference)
+    captions = _fit_caption_scale(captions, background, backend, model, query_ids, reference)
     captioned_count = _count_captioned_images(backend, ids[:MAX_QUERIES])
     return Calibration(*reference, ids, image_count, captioned_count, model.fingerprint, texts, images, captions)
 
@@ -321,7 +321,7 @@ def embed_texts(model: DualEncoder, texts: Sequence[str]) -> np.ndarray:
     return np.stack([combine_embeddings([mean]) for mean in means])
 
 
-def _make_scale(values: Sequence[float], slope: float, intercept: float) -> RelevanceScale | None:
+def _estimate_scale(values: Sequence[float], slope: float, intercept: float) -> RelevanceScale | None:
     """Return a scale with the mean and standard deviation of the values, or None if the values are too few or equal."""
     if len(values) < MIN_QUERIES or not np.std(values) > 1e-4 or not np.isfinite(values).all():
         return None
@@ -365,7 +365,7 @@ def max_over_top_hits(values: np.ndarray) -> float:
     return float(values[:CLOSEST].max())
 
 
-def _fit_to_captions(
+def _fit_caption_scale(
     scale: RelevanceScale,
     background: Sequence[Neighbours],
     backend: Backend,

@@ -59,12 +59,12 @@ MAX_TEMPLATES = MAX_TEXTS // (2 * MAX_IMAGES) - 1
 
 
 def _make_validator(is_valid: Callable[[str], bool], message: str) -> AfterValidator:
-    def validate(text: str) -> str:
+    def check_text(text: str) -> str:
         if not is_valid(text):
             raise ValueError(message)
         return text
 
-    return AfterValidator(validate)
+    return AfterValidator(check_text)
 
 
 def _limit_text_length(text: str) -> str:

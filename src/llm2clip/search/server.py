@@ -150,7 +150,7 @@ def serve(
     `on_start` is called with the port once the server accepts connections. Port 0 selects any free port.
     """
 
-    class Server(uvicorn.Server):
+    class NotifyingServer(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started:
@@ -158,7 +158,7 @@ def serve(
 
     limit_malloc_arenas()
     with suppress(KeyboardInterrupt):  # uvicorn re-raises KeyboardInterrupt after handling SIGINT
-        Server(make_server_config(app, host, port, behind_proxy)).run()
+        NotifyingServer(make_server_config(app, host, port, behind_proxy)).run()
 
 
 def make_server_config(app: FastAPI, host: str, port: int, behind_proxy: bool) -> uvicorn.Config:

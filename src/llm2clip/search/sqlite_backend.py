@@ -45,7 +45,7 @@ from llm2clip.search.words import (
     read_searchable_fields,
     remove_texts,
     set_recognized_text,
-    sort_distinct,
+    sort_distinct_ids,
 )
 
 # Minimum number of candidates that are re-scored. For a million vectors, 128 candidates gave an exact top 10.
@@ -114,7 +114,7 @@ class SqliteBackend(Backend):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # thumbnails and captions may be private
         self.folder, self._db = folder, SqliteDatabase(folder, write)
         self._may_have_orphans = True  # an interrupted run may have left contents that belong to no image
-        self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_cached`
+        self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_or_compute`
         self._vectors: tuple[tuple[Any, ...], QuantizedVectors] | None = None  # database state and its vectors
         self._vectors_lock = threading.Lock()
         if not write and (self._db.is_empty or not self.metadata()):
@@ -132,14 +132,14 @@ class SqliteBackend(Backend):
 
     def initialize(self, metadata: Mapping[str, Any]) -> None:
         rows = [(key, json.dumps(value)) for key, value in metadata.items()]
-        with self._db.transaction() as connection:
+        with self._db.open_transaction() as connection:
             connection.executemany("INSERT OR REPLACE INTO metadata VALUES (?, ?)", rows)
 
     def find_existing_hashes(self, hashes: Iterable[bytes]) -> set[bytes]:
         return {digest for digest in hashes if self._db.query("SELECT 1 FROM contents WHERE hash = ?", (digest,))}
 
     def add_images(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        with self._db.transaction() as connection:
+        with self._db.open_transaction() as connection:
             self._may_have_orphans = True
             for content in contents:
                 row = get_columns(content, CONTENT_FIELDS)
@@ -156,14 +156,14 @@ class SqliteBackend(Backend):
     def remove_images(self, names: Sequence[str]) -> None:
         if not names and not self._may_have_orphans:
             return  # an unnecessary write would make all readers look for changes
-        with self._db.transaction() as connection:
+        with self._db.open_transaction() as connection:
             remove_texts(connection, names)
             connection.executemany("DELETE FROM images WHERE name = ?", [(name,) for name in names])
             connection.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM images)")
             self._may_have_orphans = False
 
     def save_recognized_texts(self, texts: Mapping[bytes, str]) -> None:
-        with self._db.transaction() as connection:
+        with self._db.open_transaction() as connection:
             for digest, text in texts.items():
                 row = connection.execute("SELECT id FROM contents WHERE hash = ?", (digest,)).fetchone()
                 if row is not None:
@@ -176,7 +176,7 @@ class SqliteBackend(Backend):
 
     @contextmanager
     def _open_transaction(self) -> Iterator[SqlRunner]:
-        with self._db.transaction() as connection:
+        with self._db.open_transaction() as connection:
             yield lambda statement, parameters: connection.execute(statement, parameters).fetchall()
 
     def _make_source_condition(self, source: str) -> tuple[str, dict[str, Any]]:
@@ -243,16 +243,16 @@ class SqliteBackend(Backend):
         return ids[ranking[:count]], scores[ranking[:count]]
 
     def _find_word_matches(self, run: SqlRunner, query: WordQuery, image_filter: Filter) -> np.ndarray:
-        def find() -> np.ndarray:
+        def find_ids() -> np.ndarray:
             allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
-            with self._db.snapshot() as db:
+            with self._db.open_snapshot() as db:
                 return find_word_matches(db, query, allowed_ids)
 
-        ids: np.ndarray = self._get_cached("word matches", (self._db.read_state(), query, image_filter), find)
+        ids: np.ndarray = self._get_or_compute("word matches", (self._db.read_state(), query, image_filter), find_ids)
         return ids
 
     def _read_texts(self, run: SqlRunner, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
-        with self._db.snapshot() as db:
+        with self._db.open_snapshot() as db:
             return read_searchable_fields(db, query, ids)
 
     def _read_images(
@@ -260,16 +260,16 @@ class SqliteBackend(Backend):
     ) -> dict[int, tuple[IndexedImage, ...]]:
         columns = ", ".join(IMAGE_COLUMNS)
 
-        def select(content_id: int, where: Sequence[str]) -> list[IndexedImage]:
+        def select_images(content_id: int, where: Sequence[str]) -> list[IndexedImage]:
             statement = f"SELECT {columns} FROM images WHERE {' AND '.join(where)} ORDER BY id LIMIT :limit"
             rows = run(statement, {**conditions.parameters, "content": content_id, "limit": MAX_LOCATIONS})
             return sorted(map(self._image_from_row, rows), key=lambda image: image.name)
 
         images = {}
         for content_id in ids:
-            content_images = select(content_id, ["content = :content"])
+            content_images = select_images(content_id, ["content = :content"])
             if conditions.images and content_images:
-                matching = select(content_id, ["content = :content", *conditions.images])
+                matching = select_images(content_id, ["content = :content", *conditions.images])
                 content_images = list(dict.fromkeys([*matching, *content_images]))[:MAX_LOCATIONS]
             if content_images:
                 images[content_id] = tuple(content_images)
@@ -278,9 +278,9 @@ class SqliteBackend(Backend):
     def _get_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
         key = self._db.read_state(), image_filter
         slot = "newest ids" if newest_first else "ids"
-        ids: np.ndarray = self._get_cached(slot, key, lambda: self._find_matching_ids(image_filter, newest_first))
+        ids: np.ndarray = self._get_or_compute(slot, key, lambda: self._find_matching_ids(image_filter, newest_first))
         if newest_first:
-            self._get_cached("ids", key, lambda: np.sort(ids))  # for `count_matches`
+            self._get_or_compute("ids", key, lambda: np.sort(ids))  # for `count_matches`
         return ids
 
     def _find_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
@@ -289,13 +289,13 @@ class SqliteBackend(Backend):
         where = [*conditions.images, *conditions.contents]
         if conditions.captions is not None:
             where.append(conditions.captions)
-        with self._db.snapshot() as db:
+        with self._db.open_snapshot() as db:
             sql = (
                 "SELECT images.content, images.taken FROM images JOIN contents ON contents.id = images.content "
                 f"WHERE {' AND '.join(where)}"
             )
             rows = np.fromiter(db.execute(sql, conditions.parameters), MATCH_DTYPE)
-        return sort_distinct(rows["content"], -rows["taken"]) if newest_first else np.unique(rows["content"])
+        return sort_distinct_ids(rows["content"], -rows["taken"]) if newest_first else np.unique(rows["content"])
 
     # ---- vectors
 
@@ -305,7 +305,7 @@ class SqliteBackend(Backend):
             state = self._db.read_state()
             if self._vectors is not None and self._vectors[0] == state:
                 return self._vectors[1]
-            with self._db.snapshot() as db:
+            with self._db.open_snapshot() as db:
                 ((max_abs,),) = db.execute("SELECT max(max_abs) FROM contents")
                 vectors, last = QuantizedVectors(127 / max(max_abs or 0, 1e-6)), self._vectors
                 if last is not None and last[0][-1] == state[-1] and last[1].scale <= vectors.scale:
@@ -332,7 +332,7 @@ class SqliteBackend(Backend):
         joined = b"".join(vectors.get(content_id, zeros) for content_id in ids.tolist())
         return np.frombuffer(joined, "<f2").reshape(-1, dim)
 
-    def _get_cached(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:
+    def _get_or_compute(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:
         """Return the cached value of a name. If the state has changed since the last call, compute the value again."""
         cached = self._cache.get(name)
         if cached is None or cached[0] != state:
@@ -457,14 +457,14 @@ class SqliteDatabase:
             return self.connection.execute(sql, parameters).fetchall()
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def open_transaction(self) -> Iterator[sqlite3.Connection]:
         """Open a transaction, which is rolled back if the `with` block raises an exception."""
         with self._lock, self._convert_errors(), self.connection:
             self.connection.execute("BEGIN IMMEDIATE")
             yield self.connection
 
     @contextmanager
-    def snapshot(self) -> Iterator[sqlite3.Connection]:
+    def open_snapshot(self) -> Iterator[sqlite3.Connection]:
         """Open a separate connection that reads a snapshot of the database without blocking other threads.
 
         If the database file has been deleted or moved, yield the main connection, which blocks other threads.

@@ -149,10 +149,10 @@ def find_word_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.
         return np.empty(0, np.int64)
     if allowed_ids is not None:
         rows = rows[np.isin(rows["content"], allowed_ids)]
-    return sort_distinct(rows["content"], rows["rank"])[:MAX_FUSED]  # a lower rank is better
+    return sort_distinct_ids(rows["content"], rows["rank"])[:MAX_FUSED]  # a lower rank is better
 
 
-def sort_distinct(ids: np.ndarray, keys: np.ndarray) -> np.ndarray:
+def sort_distinct_ids(ids: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Return the distinct ids, sorted by the lowest key of each id, then by id."""
     ids = ids[np.lexsort((ids, keys))]
     _, first = np.unique(ids, return_index=True)
