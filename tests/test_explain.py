@@ -125,8 +125,8 @@ def test_server_explains_a_hit(client: TestClient, dual_encoder: DualEncoder, ba
 @pytest.mark.parametrize(
     ("request_fields", "code", "message"),
     [
-        ({"id": "1"}, 400, "the query must contain at least one text"),
-        ({"id": "1", "like": ["2"]}, 400, "the query must contain at least one text"),
+        ({"id": "1"}, 400, "the query has no texts"),
+        ({"id": "1", "like": ["2"]}, 400, "the query has no texts"),
         ({"id": "999", "texts": ["a"]}, 404, "the index contains no image with id 999"),
         ({"texts": ["a"]}, 422, "id"),
         ({"id": "1", "texts": ["a"], "top": 3}, 422, "unknown field 'top'"),

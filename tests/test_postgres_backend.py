@@ -513,7 +513,7 @@ def test_add_is_atomic_and_remove_deletes_contents_without_images(tmp_path: Path
 def test_postgres_rejects_missing_indexes_and_other_versions(
     server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no llm2clip index in the schema 'none'"):
+    with pytest.raises(FileNotFoundError, match=r"the schema 'none' does not contain an llm2clip index"):
         open_backend(server.url("none"))
     backend = create_index(tmp_path)
     assert backend.metadata() == {"model": "m", "fingerprint": "f", "embed_dim": DIM}

@@ -87,7 +87,7 @@ class Backend(ABC):
         """Store the metadata and prepare the backend for adding images."""
 
     def read_image_states(self, sources: Sequence[str]) -> dict[str, ImageState]:
-        """Return the states of all images that belong to the given sources or are inside their paths, keyed by name."""
+        """Return the file version and captions of every image from the given sources, keyed by image name."""
         states = {}
         for source in sources:
             condition, parameters = self._make_source_condition(source)
@@ -343,7 +343,7 @@ class Backend(ABC):
 
     @abstractmethod
     def _find_word_matches(self, run: SqlRunner, query: WordQuery, image_filter: Filter) -> np.ndarray:
-        """Return the ids of at most MAX_FUSED contents with all words, best first. If too many match, return none."""
+        """Return the ids of at most MAX_FUSED contents with all words, best first, or none if too many match."""
 
     @abstractmethod
     def _read_texts(self, run: SqlRunner, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
@@ -353,7 +353,7 @@ class Backend(ABC):
     def _read_images(
         self, run: SqlRunner, ids: Sequence[int], conditions: SqlConditions
     ) -> dict[int, tuple[IndexedImage, ...]]:
-        """Return at most MAX_LOCATIONS images per content. Sort matching images first, then by name.
+        """Return at most MAX_LOCATIONS images per content, matching images first. Each group is sorted by name.
 
         If a content has more images, return those that were indexed first, so that the database can stop reading early.
         """

@@ -31,7 +31,7 @@ from llm2clip.search.query import truncate_model_to_index
 from llm2clip.search.relevance import update_calibration
 from llm2clip.search.types import REF_TYPES, ImageState, IndexedContent, IndexedImage
 
-THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
+THUMBNAIL_SIDE = 256  # length of the longer side of a thumbnail, in pixels
 # If more images of a source are missing than both limits allow, a disk may be unmounted, so `prune` is required.
 MAX_DELETED, MAX_DELETED_FRACTION = 10, 0.2
 CHUNK = 8192  # number of images that are hashed before the new images among them are embedded
@@ -81,8 +81,8 @@ def build_index(
 
     Raises:
         FolderInUseError: Another run is writing to the index.
-        ValueError: The index was built with a different model or embedding dimension. Or many images of a source no
-            longer exist, so new images have been added, but no images have been removed.
+        ValueError: The index was built with a different model or embedding dimension. Also raised if many images of a
+            source no longer exist, after new images have been added and before any image is removed.
         OSError: A source does not exist, or a folder cannot be listed.
         TooManySkipped: Too many images cannot be read.
     """

@@ -21,7 +21,7 @@ from llm2clip.models.vision.dense import DenseEncoder
 from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.types import UnsupportedQuery
 
-MAX_WORDS = 40  # each word takes at least one text embedding
+MAX_WORDS = 40  # limited, because each word requires at least one text embedding
 UNSPACED_WORDS = re.compile(
     r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[\u3040-\u309f]+|[\u30a0-\u30ff]+|"
     rf"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+|(?:(?!{UNSPACED.pattern})[^\W_])+"
@@ -41,7 +41,7 @@ class QueryWord:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Cosine similarity between an image and a query, and the first MAX_WORDS words of the query."""
+    """Cosine similarity between an image and a query, and the effects of the first MAX_WORDS words of the query."""
 
     score: float
     words: list[QueryWord]

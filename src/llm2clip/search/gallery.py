@@ -70,7 +70,7 @@ def export_gallery(
         Messages about the accuracy of the 8-bit text encoder and the size of the gallery.
 
     Raises:
-        ValueError: The index is empty or was built with a different model. Or the text encoder cannot be exported or is
+        ValueError: The index is empty or was built with a different model, the text encoder cannot be exported or is
             too large for a browser, or the gallery would be larger than `max_mb`.
         FileExistsError: `out` exists and does not contain a gallery.
         AssetError: The JavaScript libraries cannot be downloaded.
@@ -89,7 +89,7 @@ def export_gallery(
     libraries = [(package, resolve_npm_package(package)) for package in (ONNXRUNTIME_WEB, TOKENIZERS)]
     target = Path(out) / NEW_FILES if is_update else Path(out)
     if is_update:
-        shutil.rmtree(target, ignore_errors=True)  # left behind by an interrupted update
+        shutil.rmtree(target, ignore_errors=True)  # an interrupted update may have left this folder
     with atomic_dir(target) as folder:
         for file in (*PAGE_FOLDER.iterdir(), STATIC_FOLDER / "common.js", STATIC_FOLDER / "page.css"):
             shutil.copyfile(file, folder / file.name)

@@ -51,13 +51,13 @@ class QueueFull(Exception):
 class Limits:
     """Resource limits for requests to a server. To limit individual clients, use a proxy (see `deploy/`)."""
 
-    max_body_bytes: int = 32 << 20  # per request; larger requests are rejected with status 413
+    max_body_bytes: int = 32 << 20  # maximum size of a request body; larger requests are rejected with status 413
     # Maximum total size of all request and response bodies in memory, in bytes.
     # If the limit is exceeded, requests of more than 64 KB are rejected with status 429.
     max_bytes_in_flight: int = 512 << 20
-    max_pixels: int = 50_000_000  # per image; larger images are rejected with status 413
+    max_pixels: int = 50_000_000  # maximum number of pixels per image; larger images are rejected with status 413
     max_queue: int = 512  # maximum number of items in each queue; further items are rejected with status 429
-    timeout: float = 30.0  # per request, in seconds; slower requests fail with status 504
+    timeout: float = 30.0  # time limit per request, in seconds; slower requests fail with status 504
     batch_size: int = 32  # number of texts or images per forward pass
     max_connections: int = 512  # if there are more connections, the server aborts the oldest idle connection
     idle_timeout: float = 10.0  # seconds to wait for request headers, or for a client to read more of a response

@@ -89,7 +89,7 @@ def prepare_image_for_ocr(image: Tensor) -> np.ndarray:
 def recognize_texts(
     sources: Sequence[str], backend: Backend, recognize: RecognizeText, log: SkipLog, workers: int | None = None
 ) -> int:
-    """Recognise the text in all images of the given sources without an OCR result. Return the number of new results.
+    """Recognise the text in all images of the sources that have no OCR result. Return the number of new results.
 
     Images whose text recognition fails are recorded in the log. The next call reads these images again.
     """

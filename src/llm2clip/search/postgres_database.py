@@ -201,7 +201,7 @@ class PostgresDatabase:
                 )
             self._writer = self._connect(create_extensions=True)
             self._writer.prepare_threshold = 5  # planning an INSERT takes a quarter of the time for adding an image
-            self._close_idle_connections()  # they may predate the extensions, and lack the vector types
+            self._close_idle_connections()  # idle connections may lack the types of the new extensions
         return self._writer
 
     @contextmanager

@@ -59,11 +59,11 @@ VERSION = 3  # version of the calibration format; `llm2clip index` replaces cali
 SAMPLE_SIZE = 2048  # number of images from which the mean embedding is estimated
 HUBNESS_WEIGHT = 0.25
 OVERLAP_WEIGHT = 8.0
-MAX_CAPTIONS, MAX_CAPTION_LENGTH = 5, 500  # captions per hit, and characters per caption
+MAX_CAPTIONS, MAX_CAPTION_LENGTH = 5, 500  # maximum numbers of captions per hit and of characters per caption
 STEM_LENGTH = 5  # words are truncated to this number of letters, so that most inflected forms match
 VOICING_MARKS = "\u3099\u309a"
 CLOSEST = 10  # number of top hits that determine whether a query has an answer
-MIN_RELEVANCE = 0.2  # low, because hiding an answer is worse than showing irrelevant images
+MIN_RELEVANCE = 0.2  # the threshold is low, because hiding an answer is worse than showing irrelevant images
 TEXT_SLOPE, TEXT_INTERCEPT = 1.2, -0.6
 CAPTION_SLOPE, CAPTION_INTERCEPT = 0.6, -1.3
 IMAGE_SLOPE, IMAGE_INTERCEPT = 1.2, 1.1
@@ -339,7 +339,7 @@ class Neighbours(NamedTuple):
 def _find_neighbours(
     backend: Backend, query: np.ndarray, reference: ReferenceEmbeddings, image: np.ndarray | None = None
 ) -> Neighbours:
-    """Find the top hits of a query. `image` is the embedding of the image that is excluded."""
+    """Find the top hits of a query, and mark near duplicates of the image whose embedding is `image`."""
     hits = backend.search(query, CLOSEST if image is None else NEIGHBOURS, Filter())
     vectors = backend.read_vectors([hit.id for hit in hits])
     stacked = np.stack(list(vectors.values()))

@@ -492,7 +492,7 @@ class SqliteDatabase:
         return sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, timeout=60)
 
     def _reopen_if_replaced(self) -> bool:
-        """Open the new index file if the file has been replaced. Return True if the connection reads the current file.
+        """If the index file has been replaced, open the new file. Return True if the connection reads the current file.
 
         If the file has been deleted, or the new index has no metadata yet, keep reading the old file and return False.
         Raise IndexUnavailableError if the new index has a different model or format.

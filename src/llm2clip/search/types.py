@@ -88,7 +88,7 @@ class Hit(ContentMetadata):
 
     id: str  # identifier of the image content; unique within an index
     score: float | None  # cosine similarity to the query vector, or None without a query
-    images: tuple[IndexedImage, ...]  # at most MAX_LOCATIONS, images that match the filter first
+    images: tuple[IndexedImage, ...]  # at most MAX_LOCATIONS images, of which matching images come first
     image_count: int  # total number of images with this content
     # Fields (`caption`, `text`, `name`, `camera`, `date`) with query words, if the image contains all query words.
     matched: tuple[str, ...] = ()

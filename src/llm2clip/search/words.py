@@ -133,7 +133,7 @@ def make_caption_condition(caption: str) -> tuple[str, dict[str, str]]:
 
 
 def find_word_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.ndarray | None) -> np.ndarray:
-    """Return the ids of at most MAX_FUSED contents with all words, by BM25 score. If too many match, return none."""
+    """Return the ids of at most MAX_FUSED contents with all words, sorted by BM25 score, or none if too many match."""
     tables, conditions, parameters = _make_match_condition(query)
     ranks = [f"{table}.rank" for table in FULL_TEXT_TABLES if table in tables]
     source = f"FROM {tables} WHERE {' AND '.join(conditions)}"
@@ -202,7 +202,7 @@ def _make_match_condition(query: WordQuery) -> tuple[str, list[str], dict[str, s
     if query.words:
         tables += " JOIN words ON words.rowid = texts.id"
         conditions.append("words MATCH :words")
-        parameters["words"] = " ".join(map(quote_fts5, query.words))  # the operator between words is AND
+        parameters["words"] = " ".join(map(quote_fts5, query.words))  # FTS5 combines consecutive words with AND
     long_substrings = [text for text in query.substrings if len(text) >= TRIGRAM_LENGTH]
     if long_substrings:
         tables += " JOIN trigrams ON trigrams.rowid = texts.id"
