@@ -155,7 +155,7 @@ def test_search_averages_short_texts_with_the_templates_of_the_model(
         texts = [f"a{n}" for n in range(MAX_IMAGES)]  # the largest number of texts is accepted
         assert client.post("/search", json={"texts": texts, "negative_texts": texts}).status_code == 200
     too_many = QueryTemplates((*templates.templates, "{}"))
-    with pytest.raises(ValueError, match=r"8 prompt templates, but the limit is 7.*`query_templates` in .*config\.json"):
+    with pytest.raises(ValueError, match=r"8 prompt templates, but the limit is 7b.*`query_templates` in .*config\.json"):
         create_app(dataclasses.replace(dual_encoder, query_templates=too_many), backend)
 
 
@@ -334,7 +334,7 @@ def decompression_bomb(side: int) -> bytes:
         ("/embed", {"messages": [[user([image_part("data:image/png;base64,%%%")])]]}, 422, "invalid base64"),
         ("/embed", {"messages": [[user("a")]] * 10_000}, 422, "at most 256"),
         ("/embed", {"messages": [[user([image_part(data_uri(b"x"))])]] * 33}, 422, "the limit is 32"),
-        ("/embed", {"messages": [[user([{"type": "text", "text": "a"}] * 2)]] * 256}, 422, "512 texts, but the limit is 256"),
+        ("/embed", {"messages": [[user([{"type": "text", "text": "a"}] * 2)]] * 256}, 422, "512 texts, but the limit"),
     ],
 )
 def test_invalid_requests_are_explained(
