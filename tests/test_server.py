@@ -155,7 +155,7 @@ def test_search_averages_short_texts_with_the_templates_of_the_model(
         texts = [f"a{n}" for n in range(MAX_IMAGES)]  # the largest number of texts is accepted
         assert client.post("/search", json={"texts": texts, "negative_texts": texts}).status_code == 200
     too_many = QueryTemplates((*templates.templates, "{}"))
-    with pytest.raises(ValueError, match=r"8 prompt templates, but the limit is 7b.*`query_templates` in .*config\.json"):
+    with pytest.raises(ValueError, match=r"8 prompt templates, .* limit is 7.*`query_templates` in .*config\.json"):
         create_app(dataclasses.replace(dual_encoder, query_templates=too_many), backend)
 
 
