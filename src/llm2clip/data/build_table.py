@@ -237,7 +237,7 @@ def _read_parts(tasks: Sequence[_PartTask], log: SkipLog, workers: int | None) -
                 num_rows += task.summary.num_records
                 bar.set_postfix_str(f"{num_rows:,} rows", refresh=False)
                 bar.update()
-            reader.finish()
+            reader.check_complete_source()
 
 
 def _estimate_read_bytes(parts: Sequence[FilePart]) -> float:

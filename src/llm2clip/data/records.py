@@ -192,7 +192,7 @@ class RecordReader:
             for record, _ in self.read_part(file, hash_images=False):
                 yield record
         self.mapper.require_captions = self.require_captions
-        self.finish()
+        self.check_complete_source()
 
     def read_part(self, part: FilePart, hash_images: bool) -> Iterator[tuple[Record, ImageFacts]]:
         """Yield the valid records in a part of a file, each with the size and hashes of its image."""
@@ -231,7 +231,7 @@ class RecordReader:
         if self.log.skipped:
             self._check_skip_limit_early()
 
-    def finish(self) -> None:
+    def check_complete_source(self) -> None:
         """Raise ValueError if the complete source has no records or too many of its rows were skipped."""
         if self.mapper.columns:
             self.mapper.check()

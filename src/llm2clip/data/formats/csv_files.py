@@ -202,7 +202,7 @@ def _count_matching_rows(sample: str, delimiter: str) -> int:
 
 def _build_fields(header: Sequence[str], repeated: Set[str], cells: Sequence[str]) -> dict[str, Any] | BadRow:
     if len(cells) != len(header):
-        return BadRow("malformed row", f"the header has {len(header)} cells, but this row has {len(cells)}: {cells}")
+        return BadRow("malformed row", f"must have {len(header)} cells, like the header (got {len(cells)}): {cells}")
     fields: dict[str, Any] = dict(zip(header, cells, strict=True))
     for name in repeated:
         fields[name] = [cell for column, cell in zip(header, cells, strict=True) if column == name]
