@@ -44,7 +44,7 @@ _SIMPLE_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
 _unpack_segment_header = struct.Struct(">BBH").unpack_from  # 0xFF, marker, length
 MAX_SIMPLE_SEGMENTS = 100  # JPEG files with more segments are opened with Pillow
 MAX_SIMPLE_PIXELS = 50_000_000  # larger images are opened with Pillow, which has its own limit
-START_BYTES = 4096  # number of bytes that is enough for the headers of most images
+START_BYTES = 4096  # number of bytes at the start that contain the headers of most images
 
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_BYTES, _STRIP_BYTES = 322, 323, 325, 279  # TIFF tags
 _FILE_TYPE, _DNG_VERSION = 254, 50706  # TIFF tags

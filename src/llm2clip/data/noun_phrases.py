@@ -230,7 +230,7 @@ def _sample_captions(records: RecordTable) -> list[str]:
 
 
 def _count_texts_of_part(records: RecordTable, nouns_file: Path | None) -> Counter[str]:
-    """Count the images that each phrase or, if `nouns_file` is None, each lone noun occurs in."""
+    """Count the images per phrase or, if `nouns_file` is None, per lone noun."""
     find = find_lone_nouns if nouns_file is None else partial(find_phrases, nouns=_load_frequent_texts(nouns_file))
     counts = Counter[str]()
     for captions in _iterate_captions(records):

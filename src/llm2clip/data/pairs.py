@@ -195,8 +195,8 @@ def _mask_records_by_id(records: RecordTable, comparable_ids: Collection[str]) -
 def to_comparable_id(record_id: str) -> str:
     """Return the part of an image id that is the same in all datasets that contain the image.
 
-    Leading zeros are removed from numeric ids, because COCO uses them in its file names but not in its ids. Of an id
-    that starts with at least five digits, only these digits are returned. Other ids are returned unchanged.
+    Leading zeros are removed from numeric ids, because COCO uses them in its file names but not in its ids. If
+    another id starts with at least five digits, only these digits are returned. All other ids are unchanged.
     """
     if record_id.isdecimal():
         return record_id.lstrip("0") or "0"

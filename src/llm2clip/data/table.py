@@ -122,7 +122,7 @@ class RecordTable(Sequence[Record]):
         return RecordTable(self.blocks, self.rows, self.folder, self.resolve_field(field), self._phrases)
 
     def with_phrases(self, phrases: pa.ChunkedArray) -> RecordTable:
-        """Return a copy of the table with other phrases. `phrases` contains one list of strings per record."""
+        """Return a copy of the table with the given phrases. `phrases` contains one list of strings per record."""
         assert len(phrases) == len(self)
         lists = _PhraseLists(phrases, np.arange(len(phrases), dtype=np.int32))
         return RecordTable(self.blocks, self.rows, self.folder, self._caption_field, lists)

@@ -94,7 +94,7 @@ def _decode_window(path: str, group: int, column: str, row: int, batch_size: int
 
 
 def choose_parquet_batch_size(metadata: pq.FileMetaData) -> int:
-    """Return the number of rows to decode at a time (at most 64). A single value can be as large as its row group."""
+    """Return a safe number of rows to decode at a time, at most 64. A value can be as large as its row group."""
     return max(1, min(64, MAX_BATCH_BYTES // max([1, *_list_row_group_bytes(metadata)])))
 
 

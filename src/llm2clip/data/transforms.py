@@ -117,7 +117,7 @@ class EvalTransform:
         return cast(Tensor, F.center_crop(image, [size, size]).contiguous())
 
 
-MIN_CROP_SCALE = 0.9  # minimum fraction of the area that a random crop covers, as in the authors' code
+MIN_CROP_SCALE = 0.9  # minimum fraction of the image area in a random crop, as in the LLM2CLIP authors' code
 
 
 @dataclass(frozen=True)

@@ -176,8 +176,8 @@ def _read_delimiter(path: str, default: str, log: SkipLog | None = None) -> tupl
 def _detect_delimiter(sample: str, default: str) -> tuple[str, int]:
     """Return a CSV file's delimiter and the line number of its header.
 
-    The delimiter with which the most rows have as many cells as the header is chosen, and `default` in a tie. A first
-    line such as `sep=;`, which Excel writes, overrides the choice.
+    The chosen delimiter is the one with which most rows have as many cells as the header. In a tie, `default` is
+    preferred. A first line such as `sep=;`, which Excel writes, overrides the choice.
     """
     specified = re.match(r'"?sep=([^\r\n"])"?\r?\n', sample)
     if specified is not None:

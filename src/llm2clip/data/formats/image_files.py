@@ -253,7 +253,7 @@ class _BoundedHeaderReader(io.BufferedReader):
 
 
 class _ReadBuffer:
-    """Read buffer for increasing offsets in a file, so that nearby byte ranges share one large read."""
+    """Buffer for reads at increasing offsets of a file, in which nearby byte ranges share one large read."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self._file = file
