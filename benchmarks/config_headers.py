@@ -68,7 +68,7 @@ def _build_parser() -> Any:
 def describe_stage(plan: Plan, stage: str) -> str:
     """Describe the duration of a stage and its memory per device."""
     size = f"{compute_peak_memory(plan.memory[stage]) / 1e9:.0f} GB"
-    if not plan.fits[stage]:
+    if not plan.stage_fits[stage]:
         return f"{stage} does not fit ({size})"
     if stage == "tune":
         longest = plan.config.encoder.max_length or 512

@@ -164,7 +164,7 @@ def test_tar_members_are_copied_and_duplicates_are_asked_once(tmp_path: Path, ph
 def test_copies_of_images_never_follow_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caption_files.secrets, "token_hex", lambda size: "0" * 2 * size)
     data = (make_photos(tmp_path / "photos", 1) / "0000.png").read_bytes()
-    output, target = caption_files.CaptionOutput(tmp_path / "out.jsonl"), tmp_path / "target"
+    output, target = caption_files.CaptionOutputPaths(tmp_path / "out.jsonl"), tmp_path / "target"
     output.images.mkdir()
     (output.images / f".{'0' * 16}.part").symlink_to(target)  # its real name cannot be guessed
     with pytest.raises(FileExistsError):
@@ -224,16 +224,16 @@ def _caption_on_rank(folder: Path) -> None:
         return SimpleNamespace(name="encoder")
 
     num_requests = 0
-    ask = FixedCaptioner.ask
+    generate_answers = FixedCaptioner.generate_answers
 
     def count(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
         nonlocal num_requests
         num_requests += len(requests)
-        return ask(self, requests)
+        return generate_answers(self, requests)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(caption_run, "score_captions", lambda *_: None)
-        patch.setattr(FixedCaptioner, "ask", count)
+        patch.setattr(FixedCaptioner, "generate_answers", count)
         caption_photos(folder / "photos", open_encoder=open_encoder, max_skipped=0.5)
     (folder / f"requests{process_state().process_index}").write_text(str(num_requests))
 
@@ -253,7 +253,7 @@ def _stop_second_rank(folder: Path) -> None:
         raise StoppedError
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(FixedCaptioner, "ask", stop)
+        patch.setattr(FixedCaptioner, "generate_answers", stop)
         _caption_on_rank(folder)
 
 
@@ -284,7 +284,7 @@ def test_run_without_any_accepted_caption_ends_with_an_error(tmp_path: Path, pho
 
 
 def test_images_with_only_rejected_captions_are_reported(tmp_path: Path, photos: Path) -> None:
-    def ask(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
+    def generate_answers(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
         numbers = [int(request.image.sum()) for request in requests]
         return [Answer("Dog." if number in rejected else f"A dog runs over meadow {number}.") for number in numbers]
 
@@ -292,7 +292,7 @@ def test_images_with_only_rejected_captions_are_reported(tmp_path: Path, photos:
     rejected = [int(load_image(image).sum()) for image in images[:2]]
     warning = "Warning: no caption for 2 of 6 images, because quality control"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FixedCaptioner, "ask", ask)
+        patch.setattr(FixedCaptioner, "generate_answers", generate_answers)
         for max_skipped in (0.3, 0.35):
             lines = caption_photos(photos, max_skipped=max_skipped)
             assert (warning in "\n".join(lines)) == (max_skipped < 2 / 6)
@@ -307,13 +307,15 @@ def test_answers_beyond_the_number_of_samples_do_not_count(tmp_path: Path) -> No
         return StoredAnswer(image, prompt.key, sample, "tiny", text, error, temperature=0.7, date="2026-11-29")
 
     with closing(CaptionDatabase(tmp_path / "out.jsonl.sqlite")) as database:
-        database.replace_images(ImageRow(number, name, name, {}) for number, name in enumerate("ab"))
+        database.replace_image_rows(ImageRow(number, name, name, {}) for number, name in enumerate("ab"))
         database.add_answers([make_answer("a", 0, None), make_answer("a", 1, "A dog runs.")])
         database.add_answers([make_answer("b", 0, "A dog runs."), make_answer("b", 1, None)])
         for samples, num_failed, num_errors in ((1, 1, 1), (2, 0, 2)):
             prompts = [replace(prompt, samples=samples)]
             assert database.count_images_without_caption("tiny", prompts) == (num_failed, 0)
-            assert [number for _, number, _ in database.count_errors("tiny", prompts, limit=9)] == [1] * num_errors
+            assert [number for _, number, _ in database.count_errors_by_reason("tiny", prompts, limit=9)] == [
+                1
+            ] * num_errors
 
 
 def test_output_of_other_captioning_runs_is_not_read_unless_it_is_named(tmp_path: Path, photos: Path) -> None:
@@ -482,12 +484,12 @@ def test_second_interrupt_while_an_image_is_read_does_not_wait_for_requests(
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, previous))
     started, finish, numbers = threading.Event(), threading.Event(), itertools.count()
 
-    def ask(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
+    def generate_answers(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
         started.set()
         finish.wait(20)
         raise StoppedError
 
-    def prepare(self: FixedCaptioner, image: torch.Tensor) -> torch.Tensor:
+    def prepare_image(self: FixedCaptioner, image: torch.Tensor) -> torch.Tensor:
         if next(numbers) == FixedCaptioner.batch_size:  # the earlier images fill the first batch
             assert started.wait(20)
             signal.raise_signal(signal.SIGINT)
@@ -496,8 +498,8 @@ def test_second_interrupt_while_an_image_is_read_does_not_wait_for_requests(
             signal.raise_signal(signal.SIGINT)
         return image
 
-    monkeypatch.setattr(FixedCaptioner, "ask", ask)
-    monkeypatch.setattr(FixedCaptioner, "prepare", prepare)
+    monkeypatch.setattr(FixedCaptioner, "generate_answers", generate_answers)
+    monkeypatch.setattr(FixedCaptioner, "prepare_image", prepare_image)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         caption_photos(photos)

@@ -343,7 +343,7 @@ def test_refused_filtered_and_compressed_responses_are_not_captions(monkeypatch:
     assert "content filter" in str(parse({"content": "A man in a park is about to"}, "content_filter").error)
     response = httpx.Response(200, headers={"Content-Encoding": "gzip"}, content=gzip.compress(b"x"))
     with pytest.raises(captioners._RequestError, match="compressed"):
-        asyncio.run(captioners._read_limited(response))
+        asyncio.run(captioners._read_limited_body(response))
 
 
 @pytest.mark.parametrize("content", [5, {"text": "A dog runs."}, ["A dog runs."], [{"text": 5}]])
@@ -369,9 +369,9 @@ def test_invalid_endpoints_are_rejected(url: str, message: str) -> None:
 
 
 def test_unencrypted_connections_to_other_machines_are_reported() -> None:
-    assert len(captioners.EndpointCaptioner("http://127.0.0.1:1/v1", "tiny").describe()) == 1
-    assert len(captioners.EndpointCaptioner("https://example.org/v1", "tiny").describe()) == 1
-    first, second = captioners.EndpointCaptioner("http://example.org/v1", "tiny").describe()
+    assert len(captioners.EndpointCaptioner("http://127.0.0.1:1/v1", "tiny").describe_endpoint()) == 1
+    assert len(captioners.EndpointCaptioner("https://example.org/v1", "tiny").describe_endpoint()) == 1
+    first, second = captioners.EndpointCaptioner("http://example.org/v1", "tiny").describe_endpoint()
     assert first == "Images are sent to http://example.org (model tiny)." and "not encrypted" in second
 
 
@@ -388,13 +388,13 @@ def test_local_model_captions_images_and_resumes(
         two={"kind": "dense", "text": "Describe all.", "max_tokens": 9},
     )
     batches = []
-    ask = LocalCaptioner.ask
+    generate_answers = LocalCaptioner.generate_answers
 
     def record(self: LocalCaptioner, requests: list[CaptionRequest]) -> list[Answer]:
         batches.append([request.prompt.name for request in requests])
-        return ask(self, requests)
+        return generate_answers(self, requests)
 
-    monkeypatch.setattr(LocalCaptioner, "ask", record)
+    monkeypatch.setattr(LocalCaptioner, "generate_answers", record)
     words = ["caption", photos, "--model", tiny_llava, "--prompts", file, "--batch_size", 4]
     for _ in range(2):
         run_command(*words, "--out", tmp_path / "out.jsonl")
@@ -412,9 +412,9 @@ def test_local_captioner_answers_in_batches_as_alone(tiny_llava: Path) -> None:
     captions = ["a long caption with <image> in it", None, "short"]
     requests = []
     for image, text in zip(images, captions, strict=True):
-        requests.append(CaptionRequest(captioner.prepare(image), prompt, image_hash="", caption=text))
-    alone = [captioner.ask([request])[0] for request in requests]
-    assert captioner.ask(requests) == alone
+        requests.append(CaptionRequest(captioner.prepare_image(image), prompt, image_hash="", caption=text))
+    alone = [captioner.generate_answers([request])[0] for request in requests]
+    assert captioner.generate_answers(requests) == alone
     assert len({answer.text for answer in alone}) == 3 and all(answer.output_tokens <= 6 for answer in alone)
 
 
@@ -439,8 +439,8 @@ def test_sampled_answers_differ_between_processes_and_retries(
     for _ in range(2):
         torch.manual_seed(0)
         captioner = LocalCaptioner(str(tiny_llava), 4)
-        image = captioner.prepare(torch.zeros(3, 40, 60, dtype=torch.uint8))
-        answers.append(captioner.ask([CaptionRequest(image, prompt, image_hash="")] * 4))
+        image = captioner.prepare_image(torch.zeros(3, 40, 60, dtype=torch.uint8))
+        answers.append(captioner.generate_answers([CaptionRequest(image, prompt, image_hash="")] * 4))
     assert answers[0] != answers[1]
 
 

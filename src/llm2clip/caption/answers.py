@@ -59,15 +59,15 @@ _REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class CaptionRequest:
-    image: Any  # in the form that the captioner's `prepare` returns
+    image: Any  # in the form that the captioner's `prepare_image` returns
     prompt: Prompt
     image_hash: str  # SHA-256 of the image's bytes
     sample: int = 0  # zero-based sample number
     caption: str | None = None  # the image's caption in the source, inserted into the prompt
 
     @property
-    def text(self) -> str:
-        return self.prompt.fill(self.caption)
+    def prompt_text(self) -> str:
+        return self.prompt.insert_caption(self.caption)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,8 +69,8 @@ class EndpointCaptioner:
 
     Attributes:
         name: Name of the model, which is stored with each caption.
-        batch_size: Number of requests with the same prompt per call to `ask`.
-        workers: Number of threads that call `ask` concurrently.
+        batch_size: Number of requests with the same prompt per call to `generate_answers`.
+        workers: Number of threads that call `generate_answers` concurrently.
         worked_before: True if an earlier run has stored captions from this model. In this case, rejected images do not
             stop the run.
 
@@ -105,7 +105,7 @@ class EndpointCaptioner:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
-    def describe(self) -> list[str]:
+    def describe_endpoint(self) -> list[str]:
         lines = [f"Images are sent to {self.url.scheme}://{self.url.netloc.decode()} (model {self.name})."]
         if self.url.scheme == "http" and not self.is_loopback:
             lines.append(
@@ -114,30 +114,30 @@ class EndpointCaptioner:
             )
         return lines
 
-    def prepare(self, image: Tensor) -> str:
+    def prepare_image(self, image: Tensor) -> str:
         """Encode a uint8 image of shape (3, H, W) as a JPEG data URI."""
         data = encode_jpeg(image.contiguous(), quality=JPEG_QUALITY).numpy().tobytes()
         return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
 
     def stop(self) -> None:
-        """Make `ask` raise StoppedError instead of waiting before another attempt."""
+        """Make `generate_answers` raise StoppedError instead of waiting before another attempt."""
         self._stopped.set()
 
-    def ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
+    def generate_answers(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
         """Return an answer for each request.
 
         Raises:
             StoppedError: The captioner was stopped before an answer was received. The next run repeats the requests.
             EndpointError: No request can succeed, for example because the key is wrong.
         """
-        return [self._ask_with_retries(request) for request in requests]
+        return [self._request_with_retries(request) for request in requests]
 
-    def _ask_with_retries(self, request: CaptionRequest) -> Answer:
+    def _request_with_retries(self, request: CaptionRequest) -> Answer:
         attempt, started_at = 0, time.monotonic()
         while not self._stopped.is_set():
             max_tokens_field = self._max_tokens_field
             try:
-                answer = self._send(request, max_tokens_field)
+                answer = self._send_request(request, max_tokens_field)
             except _RequestError as error:
                 if error.status == 400 and max_tokens_field == "max_tokens" and NEW_MAX_TOKENS_FIELD in str(error):
                     self._max_tokens_field = NEW_MAX_TOKENS_FIELD  # for all further requests
@@ -164,7 +164,7 @@ class EndpointCaptioner:
                 counts = True
             elif status < 400 or status in SETTINGS_STATUSES:
                 if not self._has_succeeded:
-                    raise EndpointError(f"{self.url}: {error}{_advise(status)}")
+                    raise EndpointError(f"{self.url}: {error}{_suggest_fix(status)}")
                 counts = True
             else:  # the image is rejected; if all images are rejected, the model may not accept images at all
                 counts = not (self._has_succeeded or self.worked_before)
@@ -173,11 +173,11 @@ class EndpointCaptioner:
                 raise EndpointError(f"{self.url}: the last {self._failures_in_a_row} requests failed. {error}")
         return Answer(None, str(error))
 
-    def _send(self, request: CaptionRequest, max_tokens_field: str) -> Answer:
+    def _send_request(self, request: CaptionRequest, max_tokens_field: str) -> Answer:
         # The image comes first, so that servers can reuse its prefix cache for the next prompt.
         content = [
             {"type": "image_url", "image_url": {"url": request.image}},
-            {"type": "text", "text": request.text},
+            {"type": "text", "text": request.prompt_text},
         ]
         body = {
             "model": self.name,
@@ -188,18 +188,20 @@ class EndpointCaptioner:
         try:
             response, data = asyncio.run_coroutine_threadsafe(self._post(body), self._loop).result()
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            problem = _RequestError(f"the connection failed: {_shorten(str(error)) or 'timeout'}")
+            problem = _RequestError(f"the connection failed: {_sanitize_message(str(error)) or 'timeout'}")
             problem.was_connected = False
             raise problem from error
         except (TimeoutError, httpx.TimeoutException) as error:
             raise _RequestError(f"no response within {self.timeout:g} seconds") from error
         except (httpx.HTTPError, httpx.StreamError) as error:
-            raise _RequestError(f"the connection failed: {_shorten(str(error)) or type(error).__name__}") from error
+            raise _RequestError(
+                f"the connection failed: {_sanitize_message(str(error)) or type(error).__name__}"
+            ) from error
         status = response.status_code
         if status != 200:
             seconds = parse_retry_after(response.headers.get("retry-after", ""))
             retry_after = min(MAX_RETRY_AFTER, seconds) if seconds > 0 else 0.0
-            raise _RequestError(_describe_status(response, data), status, is_temporary_status(status), retry_after)
+            raise _RequestError(_describe_http_error(response, data), status, is_temporary_status(status), retry_after)
         return _parse_response(data)
 
     async def _post(self, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
@@ -210,7 +212,7 @@ class EndpointCaptioner:
             _RequestError: The response is compressed or too large.
         """
         async with asyncio.timeout(self.timeout), self._client.stream("POST", self.url, json=body) as response:
-            return response, await _read_limited(response)
+            return response, await _read_limited_body(response)
 
 
 def _parse_endpoint(endpoint: str) -> httpx.URL:
@@ -236,18 +238,18 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def _get_key() -> str:
+def _get_api_key() -> str:
     return os.environ.get(KEY_VARIABLE, "").strip()
 
 
 def _build_headers() -> dict[str, str]:
-    headers, key = {"Accept-Encoding": "identity"}, _get_key()
+    headers, key = {"Accept-Encoding": "identity"}, _get_api_key()
     if not key.isascii() or not key.isprintable():
         raise ValueError(f"the environment variable {KEY_VARIABLE} contains characters that are not allowed in a key")
     return headers | {"Authorization": f"Bearer {key}"} if key else headers
 
 
-async def _read_limited(response: httpx.Response) -> bytes:
+async def _read_limited_body(response: httpx.Response) -> bytes:
     data = bytearray()
     if response.headers.get("content-encoding", "identity") != "identity":  # could expand to gigabytes
         raise _RequestError("the response is compressed, although the request does not allow it")
@@ -265,29 +267,29 @@ def _parse_response(data: bytes) -> Answer:
         choice = response["choices"][0]
         content = choice["message"].get("content") or ""
         usage = response.get("usage") or {}
-        tokens = [_to_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+        tokens = [_parse_token_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        excerpt = _shorten(data.decode(errors="replace"))
+        excerpt = _sanitize_message(data.decode(errors="replace"))
         raise _RequestError(f"the response is not a chat completion ({type(error).__name__}): {excerpt}") from error
     try:
         text = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
     except (TypeError, AttributeError) as error:  # another attempt would also cost money and have the same result
-        excerpt = _shorten(data.decode(errors="replace"))
+        excerpt = _sanitize_message(data.decode(errors="replace"))
         raise _RequestError(f"the content of the answer is not text: {excerpt}", retry=False) from error
     if choice.get("finish_reason") == "content_filter":
         return Answer(None, "the server's content filter blocked the answer", *tokens)
     # The key is replaced first, because `clean_answer` quotes truncated texts in its errors.
-    return clean_answer(_hide_key(text), choice.get("finish_reason") == "length", *tokens)
+    return clean_answer(_redact_key(text), choice.get("finish_reason") == "length", *tokens)
 
 
-def _to_count(value: Any) -> int:
+def _parse_token_count(value: Any) -> int:
     return min(value, 1 << 40) if type(value) is int and value > 0 else 0
 
 
-def _describe_status(response: httpx.Response, data: bytes) -> str:
+def _describe_http_error(response: httpx.Response, data: bytes) -> str:
     status = f"HTTP {response.status_code}"
     if 300 <= response.status_code < 400:
-        location = _shorten(response.headers.get("location", ""))
+        location = _sanitize_message(response.headers.get("location", ""))
         return f"{status}: the server redirects to {location}. Redirects are not followed"
     text = data.decode(errors="replace")
     try:
@@ -295,21 +297,21 @@ def _describe_status(response: httpx.Response, data: bytes) -> str:
         text = str(error["message"] if isinstance(error, dict) else error)
     except (ValueError, TypeError, KeyError, RecursionError):
         pass  # not in OpenAI's format
-    return f"{status}: {_shorten(text or response.reason_phrase)}"
+    return f"{status}: {_sanitize_message(text or response.reason_phrase)}"
 
 
-def _shorten(text: str) -> str:
+def _sanitize_message(text: str) -> str:
     """Remove control characters and the key from a server's message, and truncate it."""
-    text = escape_control_characters(" ".join(_hide_key(text).split())).encode(errors="replace").decode()
+    text = escape_control_characters(" ".join(_redact_key(text).split())).encode(errors="replace").decode()
     return text if len(text) <= MAX_MESSAGE_CHARACTERS else f"{text[:MAX_MESSAGE_CHARACTERS]}..."
 
 
-def _hide_key(text: str) -> str:
-    key = _get_key()
+def _redact_key(text: str) -> str:
+    key = _get_api_key()
     return text.replace(key, "[key]") if key else text
 
 
-def _advise(status: int) -> str:
+def _suggest_fix(status: int) -> str:
     if status in (401, 403):
         return f". Put the server's key in the environment variable {KEY_VARIABLE}"
     if status == 404:
@@ -352,11 +354,11 @@ class LocalCaptioner:
         keep_freed_memory(self.device)
         torch.seed()  # with PyTorch's default seed, all ranks, and all retries of a request, would get equal answers
 
-    def prepare(self, image: Tensor) -> Image.Image:
+    def prepare_image(self, image: Tensor) -> Image.Image:
         pil_image: Image.Image = to_pil_image(image)
         return pil_image
 
-    def ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
+    def generate_answers(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
         """Return an answer for each request. All requests must have the same prompt.
 
         Raises:
@@ -379,39 +381,39 @@ class LocalCaptioner:
         answers: list[Answer] = []  # retry outside the `except` blocks, which keep the memory of the failed batch
         for size in sizes:
             start = len(answers)
-            answers += self.ask(requests[start : start + size])
+            answers += self.generate_answers(requests[start : start + size])
         return answers
 
     def stop(self) -> None:
-        """Do nothing: `ask` never waits."""
+        """Do nothing: `generate_answers` never waits."""
 
     @torch.inference_mode()
     @onednn_matmul()
     def _generate(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
         inputs = self.processor.apply_chat_template(
-            [self._to_messages(request) for request in requests],
+            [self._build_messages(request) for request in requests],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True},
         ).to(self.device, self.model.dtype)
-        tokens = self.model.generate(**inputs, **self._make_options(requests[0].prompt))
+        tokens = self.model.generate(**inputs, **self._make_generation_options(requests[0].prompt))
         num_input = inputs["input_ids"].shape[1]
         answers = []
         for attention, new_tokens in zip(inputs["attention_mask"], tokens[:, num_input:].tolist(), strict=True):
-            answers.append(self._to_answer(int(attention.sum()), new_tokens))
+            answers.append(self._decode_answer(int(attention.sum()), new_tokens))
         return answers
 
-    def _to_messages(self, request: CaptionRequest) -> list[dict[str, Any]]:
-        text = request.text
+    def _build_messages(self, request: CaptionRequest) -> list[dict[str, Any]]:
+        text = request.prompt_text
         for token in filter(None, self.tokenizer.all_special_tokens):  # such as image placeholders
             text = text.replace(token, " ")
         return [
             {"role": "user", "content": [{"type": "image", "image": request.image}, {"type": "text", "text": text}]}
         ]
 
-    def _make_options(self, prompt: Prompt) -> dict[str, Any]:
+    def _make_generation_options(self, prompt: Prompt) -> dict[str, Any]:
         options: dict[str, Any] = {"max_new_tokens": prompt.max_tokens, "pad_token_id": self.tokenizer.pad_token_id}
         options["do_sample"] = prompt.temperature > 0
         if prompt.temperature > 0:
@@ -421,7 +423,7 @@ class LocalCaptioner:
             options["bad_words_ids"] = [[image_token]]
         return options
 
-    def _to_answer(self, num_input_tokens: int, new_tokens: list[int]) -> Answer:
+    def _decode_answer(self, num_input_tokens: int, new_tokens: list[int]) -> Answer:
         end = self.model.generation_config.eos_token_id
         end_tokens = {end} if isinstance(end, int) else set(end or ())
         length = next((n for n, token in enumerate(new_tokens) if token in end_tokens), len(new_tokens))

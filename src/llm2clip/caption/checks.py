@@ -107,12 +107,12 @@ _OTHER_OPENINGS = (
 )
 
 
-def _compile(patterns: Iterable[str], suffix: str = "") -> re.Pattern[str]:
+def _compile_alternatives(patterns: Iterable[str], suffix: str = "") -> re.Pattern[str]:
     return re.compile(f"(?:{'|'.join(patterns)}){suffix}", re.IGNORECASE)
 
 
-_ENGLISH_OPENING = _compile(_ENGLISH_OPENINGS, _AFTER_OPENING)
-_ANY_OPENING = _compile((*_ENGLISH_OPENINGS, *_OTHER_OPENINGS))
+_ENGLISH_OPENING = _compile_alternatives(_ENGLISH_OPENINGS, _AFTER_OPENING)
+_ANY_OPENING = _compile_alternatives((*_ENGLISH_OPENINGS, *_OTHER_OPENINGS))
 
 
 # ---- checks of one text ----------------------------------------------------------------------------------------------
@@ -144,17 +144,17 @@ def normalize_words(words: Sequence[str]) -> str:
     return unicodedata.normalize("NFKC", " ".join(words)).casefold()
 
 
-def find_problem(text: str, kind: Kind) -> str | None:
+def find_text_problem(text: str, kind: Kind) -> str | None:
     """Return why a caption is rejected, or None. Apply `strip_boilerplate_opening` to the text first."""
     if _ANY_OPENING.match(text.replace("’", "'")):
         return BOILERPLATE
     words = split_words(text)
-    if problem := _check_length(text, words, kind):
+    if problem := _find_length_problem(text, words, kind):
         return problem
     return REPETITION if _is_repetitive([word.casefold() for word in words]) else None
 
 
-def _check_length(text: str, words: Sequence[str], kind: Kind) -> str | None:
+def _find_length_problem(text: str, words: Sequence[str], kind: Kind) -> str | None:
     num_characters = len(UNSPACED.findall(text))
     is_unspaced = 2 * num_characters > len(words)
     if len(words) < (MIN_CHARACTERS if is_unspaced else MIN_WORDS):
@@ -234,7 +234,7 @@ WHERE answers.hash = checks.hash AND answers.sample = checks.sample AND answers.
 
 
 @dataclass
-class TextChecks:
+class TextCheckSummary:
     """Result of `check_captions`."""
 
     max_images: int  # captions that more images share are rejected
@@ -244,7 +244,7 @@ class TextChecks:
 
 def check_captions(
     database: CaptionDatabase, model: str, prompts: Sequence[Prompt], language: str | None = None
-) -> TextChecks:
+) -> TextCheckSummary:
     """Check the texts of a model's captions. Store the problem of each rejected caption in the database.
 
     Args:
@@ -252,12 +252,12 @@ def check_captions(
             prompt is kept.
         language: Expected language. Default: the language of most captions of each prompt.
     """
-    checks = TextChecks(max_images=max(MIN_SHARED_IMAGES, int(MAX_SHARED_FRACTION * database.count_images())))
+    checks = TextCheckSummary(max_images=max(MIN_SHARED_IMAGES, int(MAX_SHARED_FRACTION * database.count_images())))
     with database.transaction():
         database.connection.execute(_TEMPORARY_TABLE)
         for position, prompt in enumerate(prompts):
             for batch in _iterate_captions(database, model, prompt):
-                rows = [_check_answer(answer, position, prompt, checks) for answer in batch]
+                rows = [_make_check_row(answer, position, prompt, checks) for answer in batch]
                 database.connection.executemany("INSERT INTO temp.checks VALUES (?, ?, ?, ?, ?, ?)", rows)
             code = find_language_code(language) if language else _find_main_language(database, position)
             if code is not None:
@@ -286,13 +286,13 @@ def _iterate_captions(database: CaptionDatabase, model: str, prompt: Prompt) -> 
         last = rows[-1][:2]
 
 
-def _check_answer(
-    answer: tuple[str, int, str], position: int, prompt: Prompt, checks: TextChecks
+def _make_check_row(
+    answer: tuple[str, int, str], position: int, prompt: Prompt, checks: TextCheckSummary
 ) -> tuple[str, int, int, int, str | None, str | None]:
     """Return the row for the temporary table, and count the text in `checks`."""
     image_hash, sample, text = answer
     shortened = strip_boilerplate_opening(text)
-    problem = find_problem(shortened, prompt.kind)
+    problem = find_text_problem(shortened, prompt.kind)
     checks.num_captions += 1
     checks.num_shortened += shortened != text
     language = None if problem else identify_language(shortened)
@@ -312,7 +312,7 @@ def _find_main_language(database: CaptionDatabase, position: int) -> str | None:
 
 
 @dataclass
-class ScoredCaptions:
+class ImageCheckSummary:
     """Result of `score_captions`."""
 
     encoder: str  # name of the dual encoder
@@ -328,7 +328,7 @@ def score_captions(
     prompts: Sequence[Prompt],
     encoder: DualEncoder,
     max_rank: float,
-) -> ScoredCaptions:
+) -> ImageCheckSummary:
     """Compare captions without other problems with their images, and reject captions that match other images better.
 
     The score of a caption is its cosine similarity to its image. The rank is the fraction of a sample of other images
@@ -338,9 +338,9 @@ def score_captions(
     depend on the encoder.
     """
     sample_hashes, sample = _encode_sample(database, encoder)
-    result = ScoredCaptions(encoder.name, max_rank, sample_size=len(sample_hashes))
+    result = ImageCheckSummary(encoder.name, max_rank, sample_size=len(sample_hashes))
     with ProgressBar(total=database.count_images(), desc="checking", unit="image") as bar:
-        for rows in iter_chunks(database.iterate_images(distinct=True), IMAGES_PER_BATCH):
+        for rows in iter_chunks(database.iterate_image_rows(distinct=True), IMAGES_PER_BATCH):
             hashes, embeddings = _encode_images(database, rows, encoder)
             result.num_unreadable += len(rows) - len(hashes)
             answers, owners = [], []
@@ -358,7 +358,7 @@ def score_captions(
                 for answer, score, rank in zip(answers, scores.tolist(), ranks.tolist(), strict=True):
                     problem = MISMATCH if rank > max_rank else None
                     scored.append(replace(answer, problem=problem, score=score, rank=rank))
-                database.update_checks(scored)
+                database.update_check_results(scored)
                 result.num_captions += len(scored)
             bar.update(len(rows))
     return result
@@ -392,7 +392,7 @@ def _encode_sample(database: CaptionDatabase, encoder: DualEncoder) -> tuple[lis
     """
     query = "SELECT min(number) FROM images GROUP BY hash ORDER BY hash LIMIT ?"
     numbers = [number for (number,) in database.connection.execute(query, (SAMPLE_SIZE + 1,))]
-    return _encode_images(database, [database.read_image(number) for number in numbers], encoder)
+    return _encode_images(database, [database.read_image_row(number) for number in numbers], encoder)
 
 
 def _encode_images(

@@ -126,7 +126,7 @@ class CaptionDatabase:
 
     # ---- images
 
-    def replace_images(self, rows: Iterable[ImageRow]) -> None:
+    def replace_image_rows(self, rows: Iterable[ImageRow]) -> None:
         """Replace all rows of the table `images` in one transaction.
 
         Records with the same key are merged into the first of them.
@@ -134,7 +134,7 @@ class CaptionDatabase:
         with self.transaction():
             self.connection.execute("DELETE FROM images")
             for row in rows:
-                earlier = self.find_image(row.key)
+                earlier = self.find_image_row(row.key)
                 if earlier is not None:
                     record = json.dumps(_merge_records(earlier.record, row.record))
                     self.connection.execute("UPDATE images SET record = ? WHERE number = ?", (record, earlier.number))
@@ -142,11 +142,11 @@ class CaptionDatabase:
                     values = (row.number, row.key, row.hash, json.dumps(row.record), row.version)
                     self.connection.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?)", values)
 
-    def find_image(self, key: str) -> ImageRow | None:
+    def find_image_row(self, key: str) -> ImageRow | None:
         row = self.connection.execute("SELECT * FROM images WHERE key = ?", (key,)).fetchone()
         return None if row is None else _to_image_row(row)
 
-    def read_image(self, number: int) -> ImageRow:
+    def read_image_row(self, number: int) -> ImageRow:
         row = self.connection.execute("SELECT * FROM images WHERE number = ?", (number,)).fetchone()
         return _to_image_row(row)
 
@@ -159,7 +159,7 @@ class CaptionDatabase:
         ((count,),) = self.connection.execute("SELECT count(DISTINCT hash) FROM images")
         return int(count)
 
-    def iterate_images(self, distinct: bool = False) -> Iterator[ImageRow]:
+    def iterate_image_rows(self, distinct: bool = False) -> Iterator[ImageRow]:
         """Yield all records in source order. The database may change during the iteration.
 
         With `distinct`, yield only the first record of each image.
@@ -194,17 +194,19 @@ class CaptionDatabase:
     def count_answers(self, model: str, prompts: Sequence[Prompt], only_captions: bool = False) -> int:
         """Return the number of answers for the current images. `only_captions` excludes failed requests."""
         query = f"SELECT count(*) {_CURRENT_ANSWERS}"
-        ((count,),) = self._select(f"{query} AND error IS NULL" if only_captions else query, model, prompts)
+        ((count,),) = self._query_current_answers(
+            f"{query} AND error IS NULL" if only_captions else query, model, prompts
+        )
         return int(count)
 
-    def count_problems(self, model: str, prompts: Sequence[Prompt]) -> Counter[str]:
+    def count_rejected_by_problem(self, model: str, prompts: Sequence[Prompt]) -> Counter[str]:
         """Return the number of rejected captions of the current images for each problem."""
         query = f"SELECT problem, count(*) {_CURRENT_ANSWERS} AND problem IS NOT NULL GROUP BY problem"
-        return Counter(dict(self._select(query, model, prompts)))
+        return Counter(dict(self._query_current_answers(query, model, prompts)))
 
-    def count_errors(self, model: str, prompts: Sequence[Prompt], limit: int) -> list[tuple[str, int, str]]:
+    def count_errors_by_reason(self, model: str, prompts: Sequence[Prompt], limit: int) -> list[tuple[str, int, str]]:
         """Return (reason, number of requests, example error) for the most common reasons why requests failed."""
-        return self._select(_COUNT_ERRORS, model, prompts, limit)
+        return self._query_current_answers(_COUNT_ERRORS, model, prompts, limit)
 
     def count_images_without_caption(self, model: str, prompts: Sequence[Prompt]) -> tuple[int, int]:
         """Count the current images without an accepted caption. All images must have been requested.
@@ -212,10 +214,12 @@ class CaptionDatabase:
         Returns:
             The number of images for which all requests failed, and the number of images with only rejected captions.
         """
-        ((num_failed, num_rejected),) = self._select(_COUNT_WITHOUT_CAPTION, model, prompts)
+        ((num_failed, num_rejected),) = self._query_current_answers(_COUNT_WITHOUT_CAPTION, model, prompts)
         return int(num_failed), int(num_rejected)
 
-    def _select(self, query: str, model: str, prompts: Sequence[Prompt], *parameters: object) -> list[Any]:
+    def _query_current_answers(
+        self, query: str, model: str, prompts: Sequence[Prompt], *parameters: object
+    ) -> list[Any]:
         """Run a query that contains `_CURRENT_ANSWERS`."""
         condition = " OR ".join(["prompt = ? AND sample < ?"] * len(prompts))
         samples = [value for prompt in prompts for value in (prompt.key, prompt.samples)]
@@ -226,7 +230,7 @@ class CaptionDatabase:
         query = "SELECT coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0) FROM answers WHERE model = ?"
         return self.connection.execute(query, (model,)).fetchone()
 
-    def update_checks(self, answers: Iterable[StoredAnswer]) -> None:
+    def update_check_results(self, answers: Iterable[StoredAnswer]) -> None:
         """Store the problem, score and rank of answers in one transaction."""
         query = """UPDATE answers SET problem = ?, score = ?, rank = ?
           WHERE hash = ? AND prompt = ? AND sample = ? AND model = ?"""

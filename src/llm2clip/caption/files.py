@@ -28,8 +28,8 @@ from llm2clip.caption.checks import (
     DUPLICATE,
     MANY_IMAGES,
     MISMATCH,
-    ScoredCaptions,
-    TextChecks,
+    ImageCheckSummary,
+    TextCheckSummary,
     find_image_file,
     strip_boilerplate_opening,
 )
@@ -65,7 +65,7 @@ ORDER BY sum(error IS NOT NULL OR coalesce(problem, ?) != ?) DESC, max(rank) DES
 """
 
 
-class CaptionOutput:
+class CaptionOutputPaths:
     """Paths of the files of a captioning run, derived from the output path, which must end with .jsonl."""
 
     def __init__(self, records: Path) -> None:
@@ -76,7 +76,7 @@ class CaptionOutput:
         self.skipped = records.with_name(f"{records.stem}_skipped.jsonl")
         self.images = records.with_name(f"{records.stem}_images")
 
-    def check(self) -> None:
+    def check_records_path(self) -> None:
         """Raise ValueError if the path is invalid, or if a file exists that was not written by a captioning run."""
         if self.records.suffix.lower() != ".jsonl":
             raise ValueError(f"--out must be a .jsonl file (got {self.records})")
@@ -93,7 +93,7 @@ class CaptionOutput:
 def list_images(
     sources: Sequence[str],
     columns: dict[str, str],
-    output: CaptionOutput,
+    output: CaptionOutputPaths,
     log: SkipLog,
     earlier: CaptionDatabase,
 ) -> Iterator[ImageRow]:
@@ -106,12 +106,12 @@ def list_images(
     number = 0
     with ProgressBar(desc="read", unit="image") as bar:
         for source in sources:
-            for record, image in _open_images(source, columns, output, log):
+            for record, image in _iterate_image_records(source, columns, output, log):
                 key = image.key.encode(errors="backslashreplace").decode()  # file names can contain invalid bytes
                 try:
                     if isinstance(image, FileImage) and not is_remote(image.path):
                         path = os.path.abspath(image.path)
-                        image_hash, version = _hash_file(image, earlier.find_image(key))
+                        image_hash, version = _hash_file(image, earlier.find_image_row(key))
                     else:
                         path, image_hash, version = *_copy_image(image.read(), output), None
                 except (OSError, ImageFormatError, DecodingLimitError) as error:
@@ -123,8 +123,8 @@ def list_images(
                 bar.update()
 
 
-def _open_images(
-    source: str, columns: dict[str, str], output: CaptionOutput, log: SkipLog
+def _iterate_image_records(
+    source: str, columns: dict[str, str], output: CaptionOutputPaths, log: SkipLog
 ) -> Iterator[tuple[Record, ImageRef]]:
     """Yield pairs of record and image. Omit records without an image and the output of captioning runs."""
     parsed = Source.parse(source, columns)
@@ -165,7 +165,7 @@ def _hash_file(image: FileImage, earlier: ImageRow | None) -> tuple[str, str]:
     return hashlib.sha256(image.read()).hexdigest(), version
 
 
-def _copy_image(data: bytes, output: CaptionOutput) -> tuple[str, str]:
+def _copy_image(data: bytes, output: CaptionOutputPaths) -> tuple[str, str]:
     image_hash = hashlib.sha256(data).hexdigest()
     image_format = (open_header(BytesIO(data)).format or "").lower()
     suffix = {"jpeg": "jpg", "mpo": "jpg", "heif": "heic"}.get(image_format, image_format)
@@ -195,7 +195,7 @@ def write_records(database: CaptionDatabase, file: Path, model: str, prompts: Se
     """Write the records with their accepted captions. Return the number of records and of generated captions."""
     num_records = num_captions = 0
     with _open_jsonl(file) as stream:
-        for row in database.iterate_images():
+        for row in database.iterate_image_rows():
             answers = database.list_answers(row.hash, model, prompts)
             accepted = [answer for answer in answers if answer.text is not None and answer.problem is None]
             record = _add_captions(row, accepted, prompts, database.has_source_captions(row.hash))
@@ -237,7 +237,7 @@ def write_failures(database: CaptionDatabase, file: Path, model: str, prompts: S
     """Write all failed requests and their reasons to a file, unless there are none. Return the number of requests."""
     num_failures = 0
     with _open_jsonl(file) as stream:
-        for row in database.iterate_images(distinct=True):
+        for row in database.iterate_image_rows(distinct=True):
             for answer in database.list_answers(row.hash, model, prompts):
                 if answer.error is not None:
                     failure = {"image": row.record["image"], "id": row.record["id"], "prompt": answer.prompt}
@@ -265,14 +265,14 @@ class CaptionReport:
     sources: Sequence[str]  # as specified by the user
     model: str  # name of the captioner
     prompts: Sequence[Prompt]
-    checks: TextChecks
-    scores: ScoredCaptions | None = None  # None if the captions were not compared with their images
+    checks: TextCheckSummary
+    scores: ImageCheckSummary | None = None  # None if the captions were not compared with their images
     seconds: float = 0.0  # duration of the run
 
 
 def write_caption_report(file: Path, database: CaptionDatabase, report: CaptionReport) -> None:
-    blocks = build_blocks(database, report)
-    cards = [_make_card(database, row, report) for row in find_worst_images(database, report)]
+    blocks = build_report_blocks(database, report)
+    cards = [_make_caption_card(database, row, report) for row in select_worst_images(database, report)]
     if cards:
         text = f"{format_count(len(cards), 'image')}: failed or rejected captions first, then by highest rank."
         blocks += [Heading("Images"), Paragraph(text), Examples(cards, as_cards=True)]
@@ -283,8 +283,8 @@ def write_caption_report(file: Path, database: CaptionDatabase, report: CaptionR
 
 def describe_captions(database: CaptionDatabase, report: CaptionReport) -> str:
     num_captions = report.checks.num_captions
-    problems = database.count_problems(report.model, report.prompts)
-    num_failed = sum(count for _, count, _ in database.count_errors(report.model, report.prompts, MAX_ERRORS))
+    problems = database.count_rejected_by_problem(report.model, report.prompts)
+    num_failed = sum(count for _, count, _ in database.count_errors_by_reason(report.model, report.prompts, MAX_ERRORS))
     failures = f" {format_count(num_failed, 'request')} failed." if num_failed else ""
     if not num_captions:
         return f"No image has a caption.{failures}"
@@ -300,8 +300,8 @@ def describe_captions(database: CaptionDatabase, report: CaptionReport) -> str:
     return verdict + failures
 
 
-def build_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block]:
-    problems = database.count_problems(report.model, report.prompts)
+def build_report_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block]:
+    problems = database.count_rejected_by_problem(report.model, report.prompts)
     input_tokens, output_tokens = database.count_tokens(report.model)
     numbers = {
         "images": database.count_images(),
@@ -325,14 +325,14 @@ def build_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block
         Paragraph(f'Captions shared by more than {report.checks.max_images:,} images are rejected as "{MANY_IMAGES}".'),
     ]
     rows = []
-    for reason, count, example in database.count_errors(report.model, report.prompts, MAX_ERRORS):
+    for reason, count, example in database.count_errors_by_reason(report.model, report.prompts, MAX_ERRORS):
         rows.append((shorten_text(reason), f"{count:,}", shorten_text(example.removeprefix(reason).removeprefix(": "))))
     if rows:
         blocks += [Heading("Failed requests"), Table(["reason", "requests", "example"], rows)]
     return blocks
 
 
-def _describe_comparison(scores: ScoredCaptions | None, num_mismatches: int) -> str:
+def _describe_comparison(scores: ImageCheckSummary | None, num_mismatches: int) -> str:
     if scores is not None:
         text = (
             f"Captions compared with {format_count(scores.sample_size, 'image')} by {scores.encoder}: "
@@ -348,16 +348,16 @@ def _describe_comparison(scores: ScoredCaptions | None, num_mismatches: int) -> 
     return "The captions were not compared with their images. To compare them, use --check MODEL."
 
 
-def find_worst_images(database: CaptionDatabase, report: CaptionReport) -> list[ImageRow]:
+def select_worst_images(database: CaptionDatabase, report: CaptionReport) -> list[ImageRow]:
     """Return at most `MAX_IMAGES` images, most failed or rejected captions first, then by highest rank."""
     keys = [prompt.key for prompt in report.prompts]
     query = _WORST_IMAGES.format(prompts=", ".join("?" * len(keys)))
     parameters = (report.model, *keys, DUPLICATE, DUPLICATE, MAX_IMAGES)
     numbers = [number for (number,) in database.connection.execute(query, parameters)]
-    return [database.read_image(number) for number in numbers]
+    return [database.read_image_row(number) for number in numbers]
 
 
-def _make_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) -> Example:
+def _make_caption_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) -> Example:
     texts: dict[str, list[str]] = {}
     for answer in database.list_answers(row.hash, report.model, report.prompts):
         label, text = "failed requests", shorten_text(answer.error or "")

@@ -80,15 +80,19 @@ class Prompt:
     max_tokens: int = 100  # per answer
 
     def __post_init__(self) -> None:
-        self._require("kind", self.kind in get_args(Kind), " or ".join(get_args(Kind)))
+        self._require_valid("kind", self.kind in get_args(Kind), " or ".join(get_args(Kind)))
         is_text = isinstance(self.text, str) and 0 < len(self.text.strip()) <= MAX_TEXT_CHARACTERS
-        self._require("text", is_text, f"a text of 1 to {MAX_TEXT_CHARACTERS:,} characters")
-        self._require("samples", _is_integer(self.samples, MAX_SAMPLES), f"an integer from 1 to {MAX_SAMPLES}")
+        self._require_valid("text", is_text, f"a text of 1 to {MAX_TEXT_CHARACTERS:,} characters")
+        self._require_valid(
+            "samples", _is_integer_up_to(self.samples, MAX_SAMPLES), f"an integer from 1 to {MAX_SAMPLES}"
+        )
         is_temperature = type(self.temperature) in (int, float) and 0 <= self.temperature <= 2
-        self._require("temperature", is_temperature, "a number from 0 to 2")
-        self._require("max_tokens", _is_integer(self.max_tokens, MAX_TOKENS), f"an integer from 1 to {MAX_TOKENS}")
+        self._require_valid("temperature", is_temperature, "a number from 0 to 2")
+        self._require_valid(
+            "max_tokens", _is_integer_up_to(self.max_tokens, MAX_TOKENS), f"an integer from 1 to {MAX_TOKENS}"
+        )
 
-    def _require(self, field: str, is_valid: bool, description: str) -> None:
+    def _require_valid(self, field: str, is_valid: bool, description: str) -> None:
         if not is_valid:
             value = repr(getattr(self, field))
             shown = value if len(value) <= 100 else f"{value[:100]}..."
@@ -99,7 +103,7 @@ class Prompt:
         """Prompt name plus a hash of its text, so that changing the text requests the captions again."""
         return f"{self.name}-{hashlib.sha256(self.text.encode()).hexdigest()[:8]}"
 
-    def fill(self, caption: str | None) -> str:
+    def insert_caption(self, caption: str | None) -> str:
         """Return the instruction for an image. Without a caption, lines with {caption} are omitted."""
         if CAPTION_FIELD not in self.text:
             return self.text
@@ -166,5 +170,5 @@ def _drop_caption_lines(text: str) -> str:
     return "\n".join(line for line in text.split("\n") if CAPTION_FIELD not in line)
 
 
-def _is_integer(value: Any, largest: int) -> bool:
+def _is_integer_up_to(value: Any, largest: int) -> bool:
     return type(value) is int and 1 <= value <= largest

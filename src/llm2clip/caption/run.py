@@ -25,9 +25,9 @@ from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError
 from llm2clip.caption.checks import check_captions, find_image_file, score_captions
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.files import (
-    CaptionOutput,
+    CaptionOutputPaths,
     CaptionReport,
-    build_blocks,
+    build_report_blocks,
     describe_captions,
     list_images,
     write_caption_report,
@@ -66,7 +66,7 @@ def run_captioning(sources: Sequence[str], out: Path, model: str, options: Capti
     check_extra("caption", "captioning")  # py3langid is needed only after captioning
     from llm2clip.caption.captioners import EndpointCaptioner, LocalCaptioner
 
-    CaptionOutput(out).check()
+    CaptionOutputPaths(out).check_records_path()
     prompts = load_prompts(options.prompts, options.language, options.use_captions)
     open_encoder = None
     if options.check is not None:
@@ -85,7 +85,7 @@ def run_captioning(sources: Sequence[str], out: Path, model: str, options: Capti
                 "concurrent requests with --concurrency"
             )
         endpoint = EndpointCaptioner(options.endpoint, model, options.concurrency, options.retries, options.timeout)
-        print_once(*endpoint.describe())
+        print_once(*endpoint.describe_endpoint())
         captioner = endpoint
     return caption_images(sources, out, captioner, prompts, options, open_encoder)
 
@@ -114,8 +114,8 @@ def caption_images(
         ValueError: The server rejects all requests, another rank was interrupted, or no image has an accepted caption.
         FolderInUseError: Another run is writing to the same folder.
     """
-    output = CaptionOutput(out)
-    output.check()
+    output = CaptionOutputPaths(out)
+    output.check_records_path()
     is_main = process_state().is_main_process
     with folder_lock(out.parent, f".{out.name}.lock") if is_main else nullcontext():
         log = SkipLog(output.skipped if is_main else None, options.max_skipped)
@@ -124,7 +124,7 @@ def caption_images(
                 closing(CaptionDatabase(output.database)) as database,
                 closing(CaptionDatabase(output.database)) as earlier,  # reads the old images until the transaction ends
             ):
-                database.replace_images(list_images(sources, options.columns, output, log, earlier))
+                database.replace_image_rows(list_images(sources, options.columns, output, log, earlier))
                 if not database.count_images():
                     raise ValueError(f"there are no images to caption: {log.summary()}")
         wait_for_everyone()
@@ -133,22 +133,22 @@ def caption_images(
             lines: list[str] = []
             try:
                 with _stop_on_signals(run):
-                    run.ask_all()
+                    run.request_missing_captions()
             finally:
                 if sys.exception() is None:  # after an exception, torchrun stops the other ranks
                     wait_for_everyone()
                 if is_main and not isinstance(sys.exception(), KeyboardInterrupt):  # not after a second Ctrl+C
                     was_completed = sys.exception() is None and not run.was_interrupted and not run.count_missing()
-                    lines = _write_output(run, sources, log, open_encoder if was_completed else None)
+                    lines = _check_and_write_captions(run, sources, log, open_encoder if was_completed else None)
             if is_main and not run.was_interrupted:
-                _check_result(run)
+                _check_missing_captions(run)
             wait_for_everyone()
             if run.was_interrupted:
                 raise KeyboardInterrupt
     return lines
 
 
-def _write_output(
+def _check_and_write_captions(
     run: _CaptionRun, sources: Sequence[str], log: SkipLog, open_encoder: OpenEncoder | None
 ) -> list[str]:
     """Check all captions and write the output files.
@@ -157,11 +157,11 @@ def _write_output(
     """
     database, model, prompts = run.database, run.captioner.name, run.prompts
     checks = check_captions(database, model, prompts, run.options.language)
-    report = CaptionReport(sources, model, prompts, checks, seconds=run.seconds)
+    report = CaptionReport(sources, model, prompts, checks, seconds=run.elapsed_seconds)
     lines = _write_files(run, report, log)
     if open_encoder is not None:
         scores = score_captions(database, model, prompts, open_encoder(), run.options.check_max_rank)
-        lines = _write_files(run, replace(report, scores=scores, seconds=run.seconds), log)
+        lines = _write_files(run, replace(report, scores=scores, seconds=run.elapsed_seconds), log)
     return lines
 
 
@@ -170,7 +170,7 @@ def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> list[
     num_records, num_captions = write_records(database, output.records, model, prompts)
     num_failures = write_failures(database, output.failures, model, prompts)
     write_caption_report(output.report, database, report)
-    lines = [render_text(build_blocks(database, report), describe_captions(database, report)), ""]
+    lines = [render_text(build_report_blocks(database, report), describe_captions(database, report)), ""]
     num_images = database.count_images()
     _, num_rejected = database.count_images_without_caption(model, prompts)
     if num_rejected > run.options.max_skipped * num_images:
@@ -191,7 +191,7 @@ def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> list[
     return lines
 
 
-def _check_result(run: _CaptionRun) -> None:
+def _check_missing_captions(run: _CaptionRun) -> None:
     if num_missing := run.count_missing():  # a rank does not know whether other ranks were interrupted
         raise ValueError(
             f"{format_count(num_missing, 'caption')} not requested, because another process was stopped. All other "
@@ -200,7 +200,7 @@ def _check_result(run: _CaptionRun) -> None:
     num_failed, num_rejected = run.database.count_images_without_caption(run.captioner.name, run.prompts)
     num_images = run.database.count_images()
     if num_failed > run.options.max_skipped * num_images:
-        _, num_requests, example = run.database.count_errors(run.captioner.name, run.prompts, limit=1)[0]
+        _, num_requests, example = run.database.count_errors_by_reason(run.captioner.name, run.prompts, limit=1)[0]
         raise TooManySkipped(
             f"no caption for {num_failed:,} of {format_count(num_images, 'image')} because requests failed, over the "
             f"limit of {run.options.max_skipped:.1%}. Most common reason, for {format_count(num_requests, 'request')}: "
@@ -229,7 +229,7 @@ class _CaptionRun:
 
     def __init__(
         self,
-        output: CaptionOutput,
+        output: CaptionOutputPaths,
         captioner: Captioner,
         prompts: Sequence[Prompt],
         options: CaptionOptions,
@@ -246,10 +246,10 @@ class _CaptionRun:
         self._batches_lock = threading.Lock()
 
     @property
-    def seconds(self) -> float:
+    def elapsed_seconds(self) -> float:
         return time.monotonic() - self._started_at
 
-    def ask_all(self) -> None:
+    def request_missing_captions(self) -> None:
         state, model = process_state(), self.captioner.name
         num_stored = self.database.count_answers(model, self.prompts, only_captions=True)
         num_missing = self.database.count_images() * self._captions_per_image - num_stored
@@ -260,11 +260,11 @@ class _CaptionRun:
         is_main = state.is_main_process
         with (
             ProgressBar(total=total, initial=num_stored, desc="caption", unit="caption", disable=not is_main) as bar,
-            closing(Prefetcher(self._read_batches(), depth=max(2, self.captioner.workers))) as batches,
+            closing(Prefetcher(self._iterate_batches(), depth=max(2, self.captioner.workers))) as batches,
         ):
             threads = []
             for _ in range(self.captioner.workers):  # daemon threads do not delay the exit after a second Ctrl+C
-                threads.append(threading.Thread(target=self._request_captions, args=(batches, bar), daemon=True))
+                threads.append(threading.Thread(target=self._process_batches, args=(batches, bar), daemon=True))
                 threads[-1].start()
             for thread in threads:
                 while thread.is_alive():  # Python handles signals only between calls to join
@@ -281,12 +281,12 @@ class _CaptionRun:
         num_answers = self.database.count_answers(self.captioner.name, self.prompts)
         return self.database.count_images() * self._captions_per_image - num_answers
 
-    def _read_batches(self) -> Generator[list[CaptionRequest]]:
+    def _iterate_batches(self) -> Generator[list[CaptionRequest]]:
         """Yield batches of requests with the same prompt until the run is stopped."""
         state = process_state()
         batches: dict[str, list[CaptionRequest]] = defaultdict(list)
         with closing(CaptionDatabase(self.output.database)) as database:  # not used by other threads
-            for row in database.iterate_images(distinct=True):
+            for row in database.iterate_image_rows(distinct=True):
                 if self._stopped.is_set():
                     return
                 if int(row.hash[:8], 16) % state.num_processes != state.process_index:
@@ -314,22 +314,24 @@ class _CaptionRun:
             data = find_image_file(database, row).read()
             if hashlib.sha256(data).hexdigest() != row.hash:
                 raise OSError("the file was changed during the run")
-            prepared = self.captioner.prepare(shrink_image(load_image(data), self.options.image_size))
+            prepared = self.captioner.prepare_image(shrink_image(load_image(data), self.options.image_size))
         except (ImageError, OSError) as error:
             failure = Answer(None, f"{UNREADABLE_IMAGE}: {error}")
         requests = [CaptionRequest(prepared, prompt, row.hash, sample, caption) for prompt, sample in missing]
         if failure is None:
             return requests
         with self._lock:
-            self.database.add_answers([self._make_answer(request, failure) for request in requests])
+            self.database.add_answers([self._make_stored_answer(request, failure) for request in requests])
         return []
 
-    def _request_captions(self, batches: Iterator[list[CaptionRequest]], bar: ProgressBar) -> None:
+    def _process_batches(self, batches: Iterator[list[CaptionRequest]], bar: ProgressBar) -> None:
         """Request captions and store the answers. All threads share `batches`. An error stops the run."""
         try:
-            while batch := self._take_batch(batches):
-                answers = self.captioner.ask(batch)
-                rows = [self._make_answer(request, answer) for request, answer in zip(batch, answers, strict=True)]
+            while batch := self._get_next_batch(batches):
+                answers = self.captioner.generate_answers(batch)
+                rows = [
+                    self._make_stored_answer(request, answer) for request, answer in zip(batch, answers, strict=True)
+                ]
                 with self._lock:
                     self.database.add_answers(rows)
                     bar.total = max(bar.total or 0, bar.n + len(rows))  # an estimate for several ranks
@@ -340,12 +342,12 @@ class _CaptionRun:
             self._error = self._error or error
             self.stop()
 
-    def _take_batch(self, batches: Iterator[list[CaptionRequest]]) -> list[CaptionRequest] | None:
+    def _get_next_batch(self, batches: Iterator[list[CaptionRequest]]) -> list[CaptionRequest] | None:
         with self._batches_lock:
             batch = next(batches, None)
         return None if self._stopped.is_set() else batch
 
-    def _make_answer(self, request: CaptionRequest, answer: Answer) -> StoredAnswer:
+    def _make_stored_answer(self, request: CaptionRequest, answer: Answer) -> StoredAnswer:
         prompt = request.prompt
         return StoredAnswer(
             hash=request.image_hash,
@@ -364,24 +366,24 @@ class _CaptionRun:
 @contextmanager
 def _stop_on_signals(run: _CaptionRun) -> Iterator[None]:
     """Stop the run at the first SIGINT or SIGTERM. A second signal has its default effect."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle_signal signals
         yield
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def restore() -> None:
+    def restore_handlers() -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    def handle(*_: Any) -> None:
-        restore()
+    def handle_signal(*_: Any) -> None:
+        restore_handlers()
         run.was_interrupted = True
         run.stop()
         print("\nStopping. Waiting for the answers to the requests that have been sent.", file=sys.stderr)
 
     for number in previous:
-        signal.signal(number, handle)
+        signal.signal(number, handle_signal)
     try:
         yield
     finally:
-        restore()
+        restore_handlers()

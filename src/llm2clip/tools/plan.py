@@ -107,7 +107,7 @@ class Plan:
         return memory
 
     @property
-    def fits(self) -> dict[str, bool]:
+    def stage_fits(self) -> dict[str, bool]:
         return {stage: fits_in_memory(parts, self.machine.device_spec.memory) for stage, parts in self.memory.items()}
 
     @property
@@ -179,7 +179,9 @@ def plan_fit(
 
 def format_plan(plan: Plan) -> str:
     limit = f"{plan.machine.device_spec.memory:g} GB of each {plan.machine.device_spec.name}"
-    problems = [f"OUT OF MEMORY in {stage}. {MEMORY_ADVICE[stage]}" for stage, fits in plan.fits.items() if not fits]
+    problems = [
+        f"OUT OF MEMORY in {stage}. {MEMORY_ADVICE[stage]}" for stage, fits in plan.stage_fits.items() if not fits
+    ]
     verdict = " ".join(problems) or f"Every stage fits in the {limit}."
     tables = [_make_parameter_table(plan), _make_flops_table(plan), _make_memory_table(plan), _make_time_table(plan)]
     lines = [f"Embedding store ({plan.config.embed.dtype}): {format_bytes(plan.store_bytes)} on disk."]
@@ -281,7 +283,7 @@ def check_resources(config: FitConfig, run_dir: Path, records: RecordTable | Non
             return []
     try:
         plan = plan_fit(config, _detect_machine(), **data)
-        fits = {} if records is None else plan.fits
+        fits = {} if records is None else plan.stage_fits
     except (ValueError, RuntimeError) as error:  # fake tensors may not support all of the model's operations
         return [f"Could not check memory and disk space: {error}"]
     _check_disk_space(plan, run_dir)

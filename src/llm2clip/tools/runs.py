@@ -32,7 +32,7 @@ def list_runs(folder: Path) -> list[str]:
             is_store = name == "manifest.json" and output_folder.RUN_LOCK in names
             if is_store or name in (output_folder.CONFIG_FILE, "index.sqlite") or name.endswith(".jsonl.sqlite"):
                 try:
-                    rows.append(_describe_run(Path(parent, name)))
+                    rows.append(_make_table_row(Path(parent, name)))
                 except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
                     skipped.append(f"Skipped {Path(parent, name)}: not a valid run file ({describe_error(error)})")
     rows.sort(key=lambda row: row["last change"] or "")
@@ -41,7 +41,7 @@ def list_runs(folder: Path) -> list[str]:
     return list(map(to_valid_unicode, lines))
 
 
-def _describe_run(file: Path) -> dict[str, str | None]:
+def _make_table_row(file: Path) -> dict[str, str | None]:
     """Return a table row for a run, keyed by column. Unknown values are omitted."""
     folder, is_caption = file.parent, file.name.endswith(".jsonl.sqlite")
     locks = (f".{file.stem}.lock",) if is_caption else (output_folder.RUN_LOCK, ".lock")
@@ -49,7 +49,7 @@ def _describe_run(file: Path) -> dict[str, str | None]:
     held = LOCKS_FILE.read_text() if LOCKS_FILE.exists() else ""  # read first, because the run may end at any time
     is_running = any(re.search(rf"FLOCK .*:{inode} \d+ EOF", held) for inode in inodes)  # device numbers can differ
     if file.name == output_folder.CONFIG_FILE:
-        row = _read_training(file)
+        row = _read_training_state(file)
     elif file.name == "manifest.json":
         row = {"command": "embed", "result": f"{read_json(file)['captions']:,} captions"}
         row["stage"] = "embed" if file.with_name(".incoming").exists() else None
@@ -66,7 +66,7 @@ def _describe_run(file: Path) -> dict[str, str | None]:
     return row | {"run": str(file.with_suffix("") if is_caption else folder)}
 
 
-def _read_training(file: Path) -> dict[str, str | None]:
+def _read_training_state(file: Path) -> dict[str, str | None]:
     with open_regular_file(file) as stream:  # parsing the YAML would take most of the time
         sections = re.findall(r"^(\w+):", stream.read().decode(errors="replace"), re.MULTILINE)
     command = next((name for section, name in output_folder.RUN_COMMANDS.items() if section in sections), None)
@@ -80,10 +80,10 @@ def _read_training(file: Path) -> dict[str, str | None]:
         log_folder /= "tune" if stage == "tune" else "align"
     elif command == "llava":
         log_folder /= "pretrain" if stage == "pretrain" else "instruct"
-    return {"command": command, "stage": stage, **_read_progress(log_folder, file.stat().st_mtime)}
+    return {"command": command, "stage": stage, **_read_training_progress(log_folder, file.stat().st_mtime)}
 
 
-def _read_progress(folder: Path, started: float) -> dict[str, str | None]:
+def _read_training_progress(folder: Path, started: float) -> dict[str, str | None]:
     """Read the logs of a training stage. `started` is the time when the run was started or resumed."""
     log = folder / "metrics.jsonl"
     metrics = output_folder.read_latest_metrics(log)
