@@ -27,8 +27,8 @@ from llm2clip.models.text.packing import PACKED, TokenizedTexts, get_default_enc
 from llm2clip.models.text.sentence_transformer import cast_frozen_linear_layers
 from llm2clip.tools.plan_costs import (
     TextCosts,
-    build_llm,
     build_align_model,
+    build_llm,
     get_llm_config,
 )
 from llm2clip.tools.plan_memory import (
