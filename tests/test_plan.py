@@ -323,6 +323,6 @@ def test_format_plan_shows_tables_and_advice() -> None:
         assert part in page
     assert "OUT OF MEMORY" not in page
     page = format_plan(plan_fit(change_align(batch_size=16384), Machine("l4"), 100_000, 2, 30))
-    assert "OUT OF MEMORY in align. To reduce it: a lower --align.micro_batch_size" in page
+    assert "OUT OF MEMORY in align. To reduce memory use, set a lower --align.micro_batch_size" in page
     untuned = plan_small(dataclasses.replace(SMALL, tune=TuneConfig(steps=0)))
     assert "tune" not in untuned.memory and format_plan(untuned)
