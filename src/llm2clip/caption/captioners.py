@@ -1,4 +1,4 @@
-"""Captioners: a server with OpenAI's chat API (vLLM, llama.cpp, Ollama), or a model that runs in this process."""
+"""Captioners that use a server with OpenAI's chat API (vLLM, llama.cpp, Ollama) or a model in this process."""
 
 import asyncio
 import base64
@@ -29,14 +29,14 @@ from llm2clip.runs.ranks import process_state
 KEY_VARIABLE = "LLM2CLIP_API_KEY"
 CONNECT_TIMEOUT = 10.0  # seconds
 MAX_RESPONSE_BYTES = 1_000_000
-MAX_MESSAGE_CHARACTERS = 300  # of a server's error message
+MAX_MESSAGE_CHARACTERS = 300  # maximum length of a quoted server message
 MAX_FAILURES_IN_A_ROW = 20  # after this number of consecutive failures, the server is assumed to be down
 MAX_RETRY_AFTER = 300.0  # seconds
-FIRST_DELAY, MAX_DELAY = 1.0, 60.0  # seconds before the second attempt, and maximum before later attempts
-MAX_CONNECT_SECONDS = 3.0  # for retrying to connect to a server that has not responded yet
-SETTINGS_STATUSES = frozenset({401, 402, 403, 404})  # wrong key, credit, URL or model name
+FIRST_DELAY, MAX_DELAY = 1.0, 60.0  # seconds before the first retry, and maximum before later retries
+MAX_CONNECT_SECONDS = 3.0  # maximum time for connecting to a server that has never responded
+SETTINGS_STATUSES = frozenset({401, 402, 403, 404})  # wrong key, no credit, wrong URL or wrong model name
 JPEG_QUALITY = 90
-NEW_MAX_TOKENS_FIELD = "max_completion_tokens"  # new name of the field max_tokens, which some servers require
+NEW_MAX_TOKENS_FIELD = "max_completion_tokens"  # replacement of the field max_tokens that some servers require
 
 
 class EndpointError(ValueError):
@@ -52,7 +52,7 @@ class _RequestError(Exception):
         super().__init__(message)
         self.status = status  # HTTP status, or None if there was no valid response
         self.retry = retry
-        self.retry_after = retry_after  # minimum delay that the server requests, in seconds
+        self.retry_after = retry_after  # minimum delay requested by the server, in seconds
 
 
 class EndpointCaptioner:
@@ -71,8 +71,8 @@ class EndpointCaptioner:
         name: Name of the model, which is stored with each caption.
         batch_size: Number of requests with the same prompt per call to `generate_answers`.
         workers: Number of threads that call `generate_answers` concurrently.
-        worked_before: True if an earlier run has stored captions from this model. In this case, rejected images do not
-            stop the run.
+        worked_before: True if an earlier run has stored captions from this model. If True, rejected images do not stop
+            the run.
 
     Raises:
         ValueError: The URL is invalid, or the key contains characters that are not allowed in a header.
@@ -99,7 +99,7 @@ class EndpointCaptioner:
             limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
             headers=_build_headers(),
             verify=httpx.create_ssl_context(),
-            # A proxy could see unencrypted images, and it could not reach a server on this machine.
+            # A proxy could read unencrypted images, and could not reach a server on this machine.
             trust_env=self.url.scheme == "https" and not self.is_loopback,
         )
         self._loop = asyncio.new_event_loop()
@@ -120,7 +120,7 @@ class EndpointCaptioner:
         return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
 
     def stop(self) -> None:
-        """Make `generate_answers` raise StoppedError instead of waiting before another attempt."""
+        """Make `generate_answers` raise StoppedError instead of waiting before a retry."""
         self._stopped.set()
 
     def generate_answers(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
@@ -140,7 +140,7 @@ class EndpointCaptioner:
                 answer = self._send_request(request, max_tokens_field)
             except _RequestError as error:
                 if error.status == 400 and max_tokens_field == "max_tokens" and NEW_MAX_TOKENS_FIELD in str(error):
-                    self._max_tokens_field = NEW_MAX_TOKENS_FIELD  # for all further requests
+                    self._max_tokens_field = NEW_MAX_TOKENS_FIELD  # also used for all later requests
                     continue
                 self._was_connected |= error.was_connected
                 if not self._was_connected and time.monotonic() - started_at > MAX_CONNECT_SECONDS:
@@ -157,16 +157,16 @@ class EndpointCaptioner:
         raise StoppedError
 
     def _handle_failure(self, error: _RequestError) -> Answer:
-        """Return the answer to a failed request. Raise EndpointError if the requests for all images fail."""
+        """Return the answer for a failed request. Raise EndpointError if the server appears to fail for all images."""
         status = error.status
         with self._lock:
-            if status is None or error.retry:  # the server does not work
+            if status is None or error.retry:  # the server has failed rather than rejected the image
                 counts = True
             elif status < 400 or status in SETTINGS_STATUSES:
                 if not self._has_succeeded:
                     raise EndpointError(f"{self.url}: {error}{_suggest_fix(status)}")
                 counts = True
-            else:  # the image is rejected; if all images are rejected, the model may not accept images at all
+            else:  # the server rejects the image; a model without vision rejects every image
                 counts = not (self._has_succeeded or self.worked_before)
             self._failures_in_a_row += counts
             if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
@@ -174,7 +174,7 @@ class EndpointCaptioner:
         return Answer(None, str(error))
 
     def _send_request(self, request: CaptionRequest, max_tokens_field: str) -> Answer:
-        # The image comes first, so that servers can reuse its prefix cache for the next prompt.
+        # The image comes first, so that servers can reuse the cached prefix for the next prompt.
         content = [
             {"type": "image_url", "image_url": {"url": request.image}},
             {"type": "text", "text": request.prompt_text},
@@ -205,7 +205,7 @@ class EndpointCaptioner:
         return _parse_response(data)
 
     async def _post(self, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
-        """Return the response and its content. Limit the total time, because httpx only limits the time per read.
+        """Return the response and its content. The total time is limited here, because httpx limits only each read.
 
         Raises:
             TimeoutError: The response is incomplete after `timeout` seconds.
@@ -251,7 +251,7 @@ def _build_headers() -> dict[str, str]:
 
 async def _read_limited_body(response: httpx.Response) -> bytes:
     data = bytearray()
-    if response.headers.get("content-encoding", "identity") != "identity":  # could expand to gigabytes
+    if response.headers.get("content-encoding", "identity") != "identity":  # decompression could yield gigabytes
         raise _RequestError("the response is compressed, although the request does not allow it")
     async for chunk in response.aiter_raw(65536):
         data += chunk
@@ -261,7 +261,7 @@ async def _read_limited_body(response: httpx.Response) -> bytes:
 
 
 def _parse_response(data: bytes) -> Answer:
-    """Raise _RequestError if the response is not a chat completion."""
+    """Return the answer in a chat completion. Raise _RequestError if the response is not a chat completion."""
     try:
         response = json.loads(data)
         choice = response["choices"][0]
@@ -273,12 +273,12 @@ def _parse_response(data: bytes) -> Answer:
         raise _RequestError(f"the response is not a chat completion ({type(error).__name__}): {excerpt}") from error
     try:
         text = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
-    except (TypeError, AttributeError) as error:  # another attempt would also cost money and have the same result
+    except (TypeError, AttributeError) as error:  # another attempt would have the same result
         excerpt = _sanitize_message(data.decode(errors="replace"))
         raise _RequestError(f"the content of the answer is not text: {excerpt}", retry=False) from error
     if choice.get("finish_reason") == "content_filter":
         return Answer(None, "the server's content filter blocked the answer", *tokens)
-    # The key is replaced first, because `clean_answer` quotes truncated texts in its errors.
+    # The key is redacted before `clean_answer`, which quotes parts of the text in its errors.
     return clean_answer(_redact_key(text), choice.get("finish_reason") == "length", *tokens)
 
 
@@ -296,12 +296,12 @@ def _describe_http_error(response: httpx.Response, data: bytes) -> str:
         error = json.loads(text)["error"]
         text = str(error["message"] if isinstance(error, dict) else error)
     except (ValueError, TypeError, KeyError, RecursionError):
-        pass  # not in OpenAI's format
+        pass  # the error is not in OpenAI's format
     return f"{status}: {_sanitize_message(text or response.reason_phrase)}"
 
 
 def _sanitize_message(text: str) -> str:
-    """Remove control characters and the key from a server's message, and truncate it."""
+    """Escape control characters in a server's message, redact the key, and truncate the message."""
     text = escape_control_characters(" ".join(_redact_key(text).split())).encode(errors="replace").decode()
     return text if len(text) <= MAX_MESSAGE_CHARACTERS else f"{text[:MAX_MESSAGE_CHARACTERS]}..."
 
@@ -316,7 +316,7 @@ def _suggest_fix(status: int) -> str:
         return f". Put the server's key in the environment variable {KEY_VARIABLE}"
     if status == 404:
         return ". Check --model and --endpoint, which must end with /v1 for most servers"
-    return ". If you trust this address, pass it as --endpoint" if status < 400 else ""
+    return ". If you trust the new address, use it as --endpoint" if status < 400 else ""
 
 
 # ---- model in this process -------------------------------------------------------------------------------------------
@@ -327,8 +327,8 @@ class LocalCaptioner:
 
     Args:
         model: Model folder or hub id.
-        batch_size: Number of images per batch. It is reduced if a batch does not fit in device memory.
-        precision: "fp32", "bf16", or "auto" for bf16 if the hardware supports it.
+        batch_size: Number of images per batch. Halved if a batch does not fit in device memory.
+        precision: "fp32", "bf16", or "auto" for bf16 if the hardware supports bf16.
 
     Raises:
         ValueError: The model is not supported, for example because it has no chat template.
@@ -352,7 +352,7 @@ class LocalCaptioner:
         if not (self.processor.chat_template or self.tokenizer.chat_template):
             raise ValueError(f"{model} has no chat template, so it cannot write captions. Use a chat model")
         keep_freed_memory(self.device)
-        torch.seed()  # with PyTorch's default seed, all ranks, and all retries of a request, would get equal answers
+        torch.seed()  # with PyTorch's default seed, all ranks and all retries would sample equal answers
 
     def prepare_image(self, image: Tensor) -> Image.Image:
         pil_image: Image.Image = to_pil_image(image)
@@ -378,14 +378,14 @@ class LocalCaptioner:
                 ) from error
             self.batch_size = len(requests) // 2
             sizes = [self.batch_size, len(requests) - self.batch_size]
-        answers: list[Answer] = []  # retry outside the `except` blocks, which keep the memory of the failed batch
+        answers: list[Answer] = []  # filled outside the `except` blocks, where the exception holds the failed batch
         for size in sizes:
             start = len(answers)
             answers += self.generate_answers(requests[start : start + size])
         return answers
 
     def stop(self) -> None:
-        """Do nothing: `generate_answers` never waits."""
+        """Do nothing, because `generate_answers` never waits before a retry."""
 
     @torch.inference_mode()
     @onednn_matmul()
@@ -407,7 +407,7 @@ class LocalCaptioner:
 
     def _build_messages(self, request: CaptionRequest) -> list[dict[str, Any]]:
         text = request.prompt_text
-        for token in filter(None, self.tokenizer.all_special_tokens):  # such as image placeholders
+        for token in filter(None, self.tokenizer.all_special_tokens):  # special tokens include image placeholders
             text = text.replace(token, " ")
         return [
             {"role": "user", "content": [{"type": "image", "image": request.image}, {"type": "text", "text": text}]}

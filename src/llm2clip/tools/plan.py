@@ -188,7 +188,7 @@ def format_plan(plan: Plan) -> str:
         lines.append(f"Cached tower features (float16): {format_bytes(plan.feature_bytes)} on disk.")
     mfu = ", ".join(f"{stage} {plan.machine.get_mfu(stage):.0%}" for stage in plan.stage_hours)
     lines.append(
-        f"All values are estimates. Assumed model FLOPs utilisation: {mfu}. Other assumptions: "
+        f"All values are estimates. Assumed model FLOPs utilisation (MFU): {mfu}. Other assumptions: "
         f"{1 - USABLE_FRACTION:.0%} of memory lost to fragmentation, captions of {plan.tokens_per_caption:.0f} tokens, "
         "no duplicate captions, and fast image decoding. To estimate the caption length from your captions, pass DATA."
     )
