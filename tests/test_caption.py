@@ -278,7 +278,7 @@ def test_run_without_any_accepted_caption_ends_with_an_error(tmp_path: Path, pho
     out = tmp_path / "out.jsonl"
     with run_server() as server:
         server.answers = {"": "Dog."}  # too short
-        with pytest.raises(ValueError, match=r"no image has a caption.* quality control: 6") as error:
+        with pytest.raises(ValueError, match=r"no image has an accepted caption.* quality control: 6") as error:
             caption(server, photos, out, "--max_skipped", 1)
     assert str(tmp_path / "out_report.html") in str(error.value)
 
@@ -332,7 +332,7 @@ def test_output_of_other_captioning_runs_is_not_read_unless_it_is_named(tmp_path
             caption(server, first, first)
         with pytest.raises(ValueError, match=r"there are no images to caption: .*captions_images: not read, because"):
             caption(server, photos / "captions_images", tmp_path / "d.jsonl")
-    assert f"{first} and 1 more: not read, because `llm2clip caption` has written it" in lines
+    assert f"{first} and 1 more: not read, because written by `llm2clip caption`" in lines
     rows = read_rows(second)
     assert len(rows) == len(read_rows(first)) == 8
     assert all(len(row["captions"]) == 2 and "short_captions" not in row for row in rows)
@@ -352,7 +352,7 @@ def test_photos_named_by_their_hashes_are_captioned(tmp_path: Path) -> None:
         file.rename(file.with_stem(hashlib.sha256(file.read_bytes()).hexdigest()))
     with run_server() as server:
         lines = caption(server, photos, out)
-    assert len(read_rows(out)) == 2 and "has written it" not in lines
+    assert len(read_rows(out)) == 2 and "not read" not in lines
 
 
 def test_each_record_without_an_image_counts_as_skipped(tmp_path: Path, photos: Path) -> None:

@@ -314,7 +314,7 @@ def test_unreadable_images_are_not_scored(tmp_path: Path, image_folder: Path, du
     assert result.num_captions == 2
     report = replace(make_report(database, [SHORT]), scores=result)
     text = " ".join(format_report(database, report).split())
-    assert "1 image could not be decoded, so the captions were not compared" in text
+    assert "The captions of 1 image were not compared, because decoding failed" in text
     scores = [database.list_answers(make_hash(n), MODEL, [SHORT])[0].score for n in range(3)]
     assert [score is None for score in scores] == [False, True, False]
 
@@ -334,7 +334,7 @@ def test_report_lists_problems_and_failures(tmp_path: Path) -> None:
     captions = [["A dog runs in the park", None], ["A cat", None], ["A red bus on a street", "Two old men talk"]]
     database = make_database(tmp_path / "c.sqlite", captions)
     text = " ".join(format_report(database, make_report(database)).split())
-    assert text.startswith("Rejected: 1 of 4 captions (25.0%): too short. 2 requests failed. content number")
+    assert text.startswith("Rejected: 1 of 4 captions (25.0%). Main reason: too short (1). 2 requests failed. content")
     for part in (
         "images 3",
         "captions 4",
@@ -413,7 +413,7 @@ def test_run_writes_only_accepted_captions_and_a_report(
     assert opened == [8]  # after all captions have been requested
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["captions"] for record in records] == [["A red shape on grey"]] * 4
-    assert "(4 captions of 4 records)" in text and "too short" in text and "compared with 4 images" in text
+    assert "(4 captions of 4 records)" in text and "too short" in text and "compared 4 captions with 4 images" in text
     html = (tmp_path / "captions_report.html").read_text()
     assert html.count("<article>") == 4 and "rejected: too short" in html and "(rank " in html
     caption_images([str(photos)], out, captioner, prompts, CaptionOptions(check_max_rank=0.0), lambda: dual_encoder)
@@ -422,4 +422,4 @@ def test_run_writes_only_accepted_captions_and_a_report(
     text = " ".join("\n".join(lines).split())
     assert num_best < 4 and f"({num_best} caption of" in text
     assert f"rejected captions {8 - num_best}" in text and f"{MISMATCH} {4 - num_best} " in text
-    assert "Earlier rejections remain valid" in text
+    assert "Rejections by earlier comparisons remain in effect" in text

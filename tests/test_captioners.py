@@ -124,7 +124,7 @@ def photos(tmp_path: Path) -> Path:
         ("a: {kind: short, text: x, samples: true}", "prompt a: samples must be an integer from 1 to 100 .got True"),
         ("a: {kind: short, text: x, temperature: hot}", "prompt a: temperature must be a number from 0 to 2"),
         ("a: {kind: short, text: x, max_tokens: 1.5}", "prompt a: max_tokens must be an integer from 1 to 8192"),
-        ("a: {kind: short, text: 'Say {caption}'}", "prompt a: text must be an instruction with a line without"),
+        ("a: {kind: short, text: 'Say {caption}'}", "prompt a: text must contain a line without"),
     ],
 )
 def test_prompt_errors_name_file_prompt_and_field(tmp_path: Path, content: str, message: str) -> None:
@@ -255,7 +255,7 @@ def test_run_stops_soon_if_no_server_responds(tmp_path: Path, photos: Path, monk
     monkeypatch.setattr(captioners, "FIRST_DELAY", 0.06)
     with run_server() as server:
         pass  # nothing listens on its port any more
-    message = r"no server responds at 127\.0\.0\.1:\d+\. Start it, or check the URL"
+    message = r"no server responds at 127\.0\.0\.1:\d+ \(.*\)\. Start the server, or check the URL"
     with pytest.raises(OSError, match=message):
         caption(server, photos, tmp_path / "out.jsonl")
     monkeypatch.setattr("llm2clip.cli.caption._check_server", lambda *_: None)  # as if it stopped after this check

@@ -90,7 +90,7 @@ def clean_answer(text: str, truncated: bool, input_tokens: int = 0, output_token
     Reasoning, control characters, invisible characters, markdown and surrounding quotes are removed.
 
     Args:
-        truncated: True if the output reached the maximum number of tokens. If True, an incomplete last sentence is removed.
+        truncated: True if the output reached the maximum number of tokens. An incomplete last sentence is removed.
     """
     tokens = input_tokens, output_tokens
     if len(text) > 10 * MAX_CHARACTERS:

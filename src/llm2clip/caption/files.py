@@ -9,7 +9,7 @@ With --out captions.jsonl, a run writes the following files:
     captions_skipped.jsonl     unreadable images
     captions_images/           copies of images that are not local files: members of tars, cells of tables, URLs
 
-Runs ignore these files in folders that they read as sources.
+Runs ignore these output files in source folders.
 """
 
 import hashlib
@@ -48,10 +48,10 @@ from llm2clip.progress import ProgressBar
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph, Table, write_report
 from llm2clip.runs.run_description import build_run_section, describe_run
 
-WRITTEN_BY_CAPTION = "not read, because `llm2clip caption` has written it"
-MAX_IMAGES = 200  # in the report
-MAX_ERRORS = 20  # reasons for failed requests in the report
-MAX_SOURCE_CAPTIONS = 10  # per image in the report
+WRITTEN_BY_CAPTION = "not read, because written by `llm2clip caption`"
+MAX_IMAGES = 200  # maximum number of images in the report
+MAX_ERRORS = 20  # maximum number of reasons for failed requests in the report
+MAX_SOURCE_CAPTIONS = 10  # maximum number of source captions per image in the report
 MAX_TEXT_CHARACTERS = 2000  # longer texts are truncated in the report
 THUMBNAIL_SIDE = 320  # in pixels
 _COPIED_IMAGE = re.compile(r"(.*)_images/[0-9a-f]{64}\.\w+", re.DOTALL)
@@ -66,7 +66,7 @@ ORDER BY sum(error IS NOT NULL OR coalesce(problem, ?) != ?) DESC, max(rank) DES
 
 
 class CaptionOutputPaths:
-    """Paths of the files of a captioning run, derived from the output path, which must end with .jsonl."""
+    """Paths of the output files of a captioning run, derived from the path of the records."""
 
     def __init__(self, records: Path) -> None:
         self.records = records
@@ -77,13 +77,13 @@ class CaptionOutputPaths:
         self.images = records.with_name(f"{records.stem}_images")
 
     def check_records_path(self) -> None:
-        """Raise ValueError if the path is invalid, or if a file exists that was not written by a captioning run."""
+        """Raise ValueError if the records are not a .jsonl file, or were not written by a captioning run."""
         if self.records.suffix.lower() != ".jsonl":
             raise ValueError(f"--out must be a .jsonl file (got {self.records})")
         if self.records.exists() and not self.database.exists():
             raise ValueError(
-                f"--out {self.records} already exists, and was not written by `llm2clip caption`, because "
-                f"{self.database.name} does not exist. Choose another file"
+                f"--out {self.records} already exists, but was not written by `llm2clip caption` "
+                f"({self.database.name} does not exist). Choose another file"
             )
 
 
@@ -100,8 +100,8 @@ def list_images(
     """Yield a row for each record with an image. Copy images that are not local files to the images folder.
 
     Args:
-        columns: Mapping from fields to source columns; see `Source`.
-        earlier: Database with the images of the previous run. Unchanged files are not read again.
+        columns: Source column of each field.
+        earlier: Database of the previous run, from which the hashes of unchanged files are reused.
     """
     number = 0
     with ProgressBar(desc="read", unit="image") as bar:
@@ -126,7 +126,7 @@ def list_images(
 def _iterate_image_records(
     source: str, columns: dict[str, str], output: CaptionOutputPaths, log: SkipLog
 ) -> Iterator[tuple[Record, ImageRef]]:
-    """Yield pairs of record and image. Omit records without an image and the output of captioning runs."""
+    """Yield each record with its image. Skip records without an image, and the output of captioning runs."""
     parsed = Source.parse(source, columns)
     source_path = os.path.realpath(os.path.expanduser(parsed.path))
     # The output of another run is read only if the user names the file.
@@ -157,7 +157,7 @@ def _make_record(record: Record, path: str) -> dict[str, Any]:
 
 
 def _hash_file(image: FileImage, earlier: ImageRow | None) -> tuple[str, str]:
-    """Return the hash and version of an image file, which is read only if it has changed since the previous run."""
+    """Return the hash and version of an image file. Read the file only if its version has changed."""
     ((size, modified),) = get_file_version(image.path)
     version = f"{size} {modified}"
     if earlier is not None and earlier.version == version:
@@ -172,7 +172,7 @@ def _copy_image(data: bytes, output: CaptionOutputPaths) -> tuple[str, str]:
     path = output.images.absolute() / f"{image_hash}.{suffix}"
     if not path.exists() or path.stat().st_size != len(data):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # random, so other users cannot plant a link
+        temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # random, so that other users cannot place a link
         with explain_write_errors(path), temporary.open("xb") as stream:
             stream.write(data)
         temporary.replace(path)
@@ -192,7 +192,7 @@ def _is_copied_image(path: str) -> bool:
 
 
 def write_records(database: CaptionDatabase, file: Path, model: str, prompts: Sequence[Prompt]) -> tuple[int, int]:
-    """Write the records with their accepted captions. Return the number of records and of generated captions."""
+    """Write the records with their accepted captions. Return the numbers of records and generated captions."""
     num_records = num_captions = 0
     with _open_jsonl(file) as stream:
         for row in database.iterate_image_rows():
@@ -234,7 +234,7 @@ def _add_captions(
 
 
 def write_failures(database: CaptionDatabase, file: Path, model: str, prompts: Sequence[Prompt]) -> int:
-    """Write all failed requests and their reasons to a file, unless there are none. Return the number of requests."""
+    """Write the failed requests and their reasons to a file, if there are any. Return the number of requests."""
     num_failures = 0
     with _open_jsonl(file) as stream:
         for row in database.iterate_image_rows(distinct=True):
@@ -260,21 +260,21 @@ def _open_jsonl(file: Path) -> Iterator[TextIO]:
 
 @dataclass(frozen=True)
 class CaptionReport:
-    """Results of a captioning run for its report."""
+    """Data for the report of a captioning run."""
 
-    sources: Sequence[str]  # as specified by the user
-    model: str  # name of the captioner
+    sources: Sequence[str]  # source strings from the command line
+    model: str
     prompts: Sequence[Prompt]
     checks: TextCheckSummary
     scores: ImageCheckSummary | None = None  # None if the captions were not compared with their images
-    seconds: float = 0.0  # duration of the run
+    seconds: float = 0.0  # duration of the run in seconds
 
 
 def write_caption_report(file: Path, database: CaptionDatabase, report: CaptionReport) -> None:
     blocks = build_report_blocks(database, report)
     cards = [_make_caption_card(database, row, report) for row in select_worst_images(database, report)]
     if cards:
-        text = f"{format_count(len(cards), 'image')}: failed or rejected captions first, then by highest rank."
+        text = f"{format_count(len(cards), 'image')}, sorted by number of failed or rejected captions, then by rank."
         blocks += [Heading("Images"), Paragraph(text), Examples(cards, as_cards=True)]
     sources = "\n".join(to_valid_unicode(hide_url_secrets(source)) for source in report.sources)
     blocks += build_run_section(describe_run(report.seconds), code=sources)
@@ -293,10 +293,9 @@ def describe_captions(database: CaptionDatabase, report: CaptionReport) -> str:
     if problems:
         [(problem, count)] = problems.most_common(1)
         share = 100 * problems.total() / num_captions
-        verdict = f"Rejected: {problems.total():,} of {captions} ({share:.1f}%)"
-        verdict += f", most of them because: {problem} ({count:,})." if len(problems) > 1 else f": {problem}."
+        verdict = f"Rejected: {problems.total():,} of {captions} ({share:.1f}%). Main reason: {problem} ({count:,})."
     if not num_failed and report.scores is None:
-        verdict += " They were not compared with their images."
+        verdict += " The captions were not compared with their images."
     return verdict + failures
 
 
@@ -307,7 +306,7 @@ def build_report_blocks(database: CaptionDatabase, report: CaptionReport) -> lis
         "images": database.count_images(),
         "captions": report.checks.num_captions,
         "rejected captions": problems.total(),
-        "captions whose opening was removed": report.checks.num_shortened,
+        "captions with a removed boilerplate opening": report.checks.num_shortened,
         "input tokens": input_tokens,
         "output tokens": output_tokens,
     }
@@ -335,21 +334,21 @@ def build_report_blocks(database: CaptionDatabase, report: CaptionReport) -> lis
 def _describe_comparison(scores: ImageCheckSummary | None, num_mismatches: int) -> str:
     if scores is not None:
         text = (
-            f"Captions compared with {format_count(scores.sample_size, 'image')} by {scores.encoder}: "
-            f"{scores.num_captions:,}. "
-            f"A caption is rejected if more than {scores.max_rank:.0%} of these images match it better than its image."
+            f"{scores.encoder} compared {format_count(scores.num_captions, 'caption')} with "
+            f"{format_count(scores.sample_size, 'image')}. A caption is rejected if more than {scores.max_rank:.0%} of "
+            "the other images match the caption better than its own image."
         )
         if scores.num_unreadable:
             unreadable = format_count(scores.num_unreadable, "image")
-            text += f" {unreadable} could not be decoded, so the captions were not compared."
+            text += f" The captions of {unreadable} were not compared, because decoding failed."
         return text
     if num_mismatches:
-        return "This run did not compare the captions with their images. Earlier rejections remain valid."
-    return "The captions were not compared with their images. To compare them, use --check MODEL."
+        return "The captions were not compared with their images. Rejections by earlier comparisons remain in effect."
+    return "The captions were not compared with their images. To compare captions with images, use --check MODEL."
 
 
 def select_worst_images(database: CaptionDatabase, report: CaptionReport) -> list[ImageRow]:
-    """Return at most `MAX_IMAGES` images, most failed or rejected captions first, then by highest rank."""
+    """Return at most `MAX_IMAGES` rows, sorted by number of failed or rejected captions, then by highest rank."""
     keys = [prompt.key for prompt in report.prompts]
     query = _WORST_IMAGES.format(prompts=", ".join("?" * len(keys)))
     parameters = (report.model, *keys, DUPLICATE, DUPLICATE, MAX_IMAGES)
@@ -373,7 +372,7 @@ def _make_caption_card(database: CaptionDatabase, row: ImageRow, report: Caption
 
 
 def make_image_card(image: ImageRef, details: Sequence[str], texts: Mapping[str, Sequence[str]]) -> Example:
-    """Return a card with the thumbnail, name and size of an image, or with the error if it cannot be decoded."""
+    """Return a card with the thumbnail, name and size of an image, or with the decoding error."""
     jpeg, size, error = None, [], ""
     try:
         pixels = load_image(image)

@@ -1,7 +1,6 @@
-"""Captioning runs, which request captions for all images of the sources and write records with these captions.
+"""Captioning runs, which request captions for source images and write records with the captions.
 
-The first pass over the sources lists and hashes the images, and the second pass requests the missing captions. Then all
-captions are checked, and the accepted captions are written.
+A run lists and hashes the images, requests the missing captions, checks all captions, and writes the accepted captions.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
     from llm2clip.caption.captioners import Captioner
     from llm2clip.models.dual_encoder import DualEncoder
 
-POLL_INTERVAL = 0.1  # seconds between checks of the stop signal
+POLL_INTERVAL = 0.1  # maximum delay until a signal is handled, in seconds
 
 OpenEncoder = Callable[[], "DualEncoder"]
 
@@ -63,7 +62,7 @@ def run_captioning(sources: Sequence[str], out: Path, model: str, options: Capti
 
     For the exceptions, see `caption_images`.
     """
-    check_extra("caption", "captioning")  # py3langid is needed only after captioning
+    check_extra("caption", "captioning")  # checked now, because py3langid is needed only after captioning
     from llm2clip.caption.captioners import EndpointCaptioner, LocalCaptioner
 
     CaptionOutputPaths(out).check_records_path()
@@ -73,7 +72,7 @@ def run_captioning(sources: Sequence[str], out: Path, model: str, options: Capti
         from llm2clip.models.dual_encoder import open_dual_encoder
 
         open_encoder = partial(open_dual_encoder, options.check, process_state().device)
-        if process_state().is_main_process:  # the encoder is needed only after captioning, but must be valid
+        if process_state().is_main_process:  # fails before captioning if the encoder is invalid
             open_encoder()
             free_memory()
     if options.endpoint is None:
@@ -100,19 +99,19 @@ def caption_images(
 ) -> list[str]:
     """Write captions for all images in the sources to a JSONL file. Return lines to print. Must be called by all ranks.
 
-    Captions that are already in the database are not requested again, so an interrupted run can be resumed, and images
-    can be added.
+    Captions that are already in the database are not requested again, so an interrupted run can be resumed, and later
+    runs can add images.
 
     Args:
         open_encoder: Function that opens the dual encoder for comparing captions with their images. The main process
             calls it after all captions have been requested.
 
     Raises:
-        KeyboardInterrupt: The process received SIGINT or SIGTERM. As after any error, all answers have been stored.
+        KeyboardInterrupt: The process received SIGINT or SIGTERM. All received answers have been stored.
         TooManySkipped: More than `options.max_skipped` of the images are unreadable, or have no caption because
             requests failed.
         ValueError: The server rejects all requests, another rank was interrupted, or no image has an accepted caption.
-        FolderInUseError: Another run is writing to the same folder.
+        FolderInUseError: Another run is writing to the same file.
     """
     output = CaptionOutputPaths(out)
     output.check_records_path()
@@ -122,7 +121,7 @@ def caption_images(
         if is_main:
             with (
                 closing(CaptionDatabase(output.database)) as database,
-                closing(CaptionDatabase(output.database)) as earlier,  # reads the old images until the transaction ends
+                closing(CaptionDatabase(output.database)) as earlier,  # reads the rows before the transaction
             ):
                 database.replace_image_rows(list_images(sources, options.columns, output, log, earlier))
                 if not database.count_images():
@@ -153,7 +152,7 @@ def _check_and_write_captions(
 ) -> list[str]:
     """Check all captions and write the output files.
 
-    The files are written before the comparison with the images, which can fail, and again after it.
+    Because the comparison with the images can fail, the files are written both before and after the comparison.
     """
     database, model, prompts = run.database, run.captioner.name, run.prompts
     checks = check_captions(database, model, prompts, run.options.language)
@@ -176,7 +175,7 @@ def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> list[
     if num_rejected > run.options.max_skipped * num_images:
         lines.append(
             f"Warning: no caption for {num_rejected:,} of {format_count(num_images, 'image')}, because quality control "
-            "has rejected all captions\n"
+            "rejected all captions\n"
         )
     captions = format_count(num_captions, "caption")
     lines += [
@@ -186,7 +185,7 @@ def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> list[
     ]
     if num_failures:
         lines.append(
-            f"Failed requests: {num_failures:,}, listed in {output.failures}. To retry them, run the same command again"
+            f"Failed requests: {num_failures:,}, listed in {output.failures}. To retry, run the same command again"
         )
     return lines
 
@@ -194,8 +193,8 @@ def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> list[
 def _check_missing_captions(run: _CaptionRun) -> None:
     if num_missing := run.count_missing():  # a rank does not know whether other ranks were interrupted
         raise ValueError(
-            f"{format_count(num_missing, 'caption')} not requested, because another process was stopped. All other "
-            "captions are stored. To request the missing captions, run the same command again"
+            f"another process was stopped. Captions that have not been requested: {num_missing:,}. All other captions "
+            "are stored. To request the missing captions, run the same command again"
         )
     num_failed, num_rejected = run.database.count_images_without_caption(run.captioner.name, run.prompts)
     num_images = run.database.count_images()
@@ -204,21 +203,22 @@ def _check_missing_captions(run: _CaptionRun) -> None:
         raise TooManySkipped(
             f"no caption for {num_failed:,} of {format_count(num_images, 'image')} because requests failed, over the "
             f"limit of {run.options.max_skipped:.1%}. Most common reason, for {format_count(num_requests, 'request')}: "
-            f"{example[:MAX_VALUE_CHARACTERS]}\nAll failed requests are listed in {run.output.failures}. To retry "
-            "them, run the same command again. To accept images without captions, raise the limit with --max_skipped"
+            f"{example[:MAX_VALUE_CHARACTERS]}\nAll failed requests are listed in {run.output.failures}. To retry, run "
+            "the same command again. To accept images without captions, raise the limit with --max_skipped"
         )
     if num_failed + num_rejected == num_images:
         raise ValueError(
-            f"no image has a caption. Images whose captions were rejected by quality control: {num_rejected:,}. Images "
-            f"whose requests failed: {num_failed:,}. Reasons: {run.output.report}. Use another model or other prompts"
+            f"no image has an accepted caption. Images whose captions were rejected by quality control: "
+            f"{num_rejected:,}. Images whose requests failed: {num_failed:,}. The reasons are listed in "
+            f"{run.output.report}. Use another model or other prompts"
         )
 
 
-# ---- ask for captions ------------------------------------------------------------------------------------------------
+# ---- request captions ------------------------------------------------------------------------------------------------
 
 
 class _CaptionRun:
-    """Requests the missing captions. One thread reads the images, and other threads call the captioner.
+    """Captioning run in which one thread reads the images, and other threads call the captioner.
 
     Each thread stores its answers before it sends the next requests, so if the process is killed, at most one call per
     thread is lost.
@@ -242,7 +242,7 @@ class _CaptionRun:
         self.was_interrupted = False
         self._stopped = threading.Event()
         self._error: BaseException | None = None  # error in a thread that calls the captioner
-        self._lock = threading.Lock()  # for the database and the progress bar
+        self._lock = threading.Lock()  # protects the database and the progress bar
         self._batches_lock = threading.Lock()
 
     @property
@@ -285,7 +285,7 @@ class _CaptionRun:
         """Yield batches of requests with the same prompt until the run is stopped."""
         state = process_state()
         batches: dict[str, list[CaptionRequest]] = defaultdict(list)
-        with closing(CaptionDatabase(self.output.database)) as database:  # not used by other threads
+        with closing(CaptionDatabase(self.output.database)) as database:  # connection that only this thread uses
             for row in database.iterate_image_rows(distinct=True):
                 if self._stopped.is_set():
                     return
@@ -299,7 +299,7 @@ class _CaptionRun:
         yield from batches.values()
 
     def _make_requests(self, row: ImageRow, database: CaptionDatabase) -> list[CaptionRequest]:
-        """Return the requests for the missing captions of an image, or [] if it cannot be read."""
+        """Return the requests for missing captions of an image. If the image is unreadable, store failures instead."""
         captions = row.record.get("captions") if self.options.use_captions else None
         caption = captions[0] if captions else None
         answers = database.list_answers(row.hash, self.captioner.name, self.prompts)
@@ -334,7 +334,7 @@ class _CaptionRun:
                 ]
                 with self._lock:
                     self.database.add_answers(rows)
-                    bar.total = max(bar.total or 0, bar.n + len(rows))  # an estimate for several ranks
+                    bar.total = max(bar.total or 0, bar.n + len(rows))  # with several ranks, the total is an estimate
                     bar.update(len(rows))
         except StoppedError:
             pass
@@ -366,7 +366,7 @@ class _CaptionRun:
 @contextmanager
 def _stop_on_signals(run: _CaptionRun) -> Iterator[None]:
     """Stop the run at the first SIGINT or SIGTERM. A second signal has its default effect."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle_signal signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -379,7 +379,7 @@ def _stop_on_signals(run: _CaptionRun) -> Iterator[None]:
         restore_handlers()
         run.was_interrupted = True
         run.stop()
-        print("\nStopping. Waiting for the answers to the requests that have been sent.", file=sys.stderr)
+        print("\nStopping. Waiting for the answers to requests in flight.", file=sys.stderr)
 
     for number in previous:
         signal.signal(number, handle_signal)
