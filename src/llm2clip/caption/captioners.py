@@ -194,9 +194,8 @@ class EndpointCaptioner:
         except (TimeoutError, httpx.TimeoutException) as error:
             raise _RequestError(f"no response within {self.timeout:g} seconds") from error
         except (httpx.HTTPError, httpx.StreamError) as error:
-            raise _RequestError(
-                f"the connection failed: {_sanitize_message(str(error)) or type(error).__name__}"
-            ) from error
+            message = _sanitize_message(str(error)) or type(error).__name__
+            raise _RequestError(f"the connection failed: {message}") from error
         status = response.status_code
         if status != 200:
             seconds = parse_retry_after(response.headers.get("retry-after", ""))
@@ -205,12 +204,7 @@ class EndpointCaptioner:
         return _parse_response(data)
 
     async def _post(self, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
-        """Return the response and its content. The total time is limited here, because httpx limits only each read.
-
-        Raises:
-            TimeoutError: The response is incomplete after `timeout` seconds.
-            _RequestError: The response is compressed or too large.
-        """
+        """Return the response and its content. The total time is limited here, because httpx limits only each read."""
         async with asyncio.timeout(self.timeout), self._client.stream("POST", self.url, json=body) as response:
             return response, await _read_limited_body(response)
 
@@ -261,7 +255,6 @@ async def _read_limited_body(response: httpx.Response) -> bytes:
 
 
 def _parse_response(data: bytes) -> Answer:
-    """Return the answer in a chat completion. Raise _RequestError if the response is not a chat completion."""
     try:
         response = json.loads(data)
         choice = response["choices"][0]

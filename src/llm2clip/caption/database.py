@@ -58,7 +58,7 @@ SELECT count(*) FILTER (WHERE num_captions = 0), count(*) FILTER (WHERE num_capt
 class StoredAnswer:
     """Row of the table `answers`. The fields are in column order, and the first four are the primary key."""
 
-    hash: str  # of the image; see `ImageRow`
+    hash: str  # `ImageRow.hash`
     prompt: str  # `Prompt.key`
     sample: int  # from 0
     model: str

@@ -80,19 +80,19 @@ class Prompt:
     max_tokens: int = 100  # per answer
 
     def __post_init__(self) -> None:
-        self._require_valid("kind", self.kind in get_args(Kind), " or ".join(get_args(Kind)))
+        self._check_field("kind", self.kind in get_args(Kind), " or ".join(get_args(Kind)))
         is_text = isinstance(self.text, str) and 0 < len(self.text.strip()) <= MAX_TEXT_CHARACTERS
-        self._require_valid("text", is_text, f"a text of 1 to {MAX_TEXT_CHARACTERS:,} characters")
-        self._require_valid(
-            "samples", _is_integer_up_to(self.samples, MAX_SAMPLES), f"an integer from 1 to {MAX_SAMPLES}"
-        )
+        self._check_field("text", is_text, f"a text of 1 to {MAX_TEXT_CHARACTERS:,} characters")
+        self._check_integer("samples", MAX_SAMPLES)
         is_temperature = type(self.temperature) in (int, float) and 0 <= self.temperature <= 2
-        self._require_valid("temperature", is_temperature, "a number from 0 to 2")
-        self._require_valid(
-            "max_tokens", _is_integer_up_to(self.max_tokens, MAX_TOKENS), f"an integer from 1 to {MAX_TOKENS}"
-        )
+        self._check_field("temperature", is_temperature, "a number from 0 to 2")
+        self._check_integer("max_tokens", MAX_TOKENS)
 
-    def _require_valid(self, field: str, is_valid: bool, description: str) -> None:
+    def _check_integer(self, field: str, maximum: int) -> None:
+        value = getattr(self, field)
+        self._check_field(field, type(value) is int and 1 <= value <= maximum, f"an integer from 1 to {maximum}")
+
+    def _check_field(self, field: str, is_valid: bool, description: str) -> None:
         if not is_valid:
             value = repr(getattr(self, field))
             shown = value if len(value) <= 100 else f"{value[:100]}..."
@@ -168,7 +168,3 @@ def _parse_prompt(name: str, values: Any, language: str | None, use_captions: bo
 
 def _drop_caption_lines(text: str) -> str:
     return "\n".join(line for line in text.split("\n") if CAPTION_FIELD not in line)
-
-
-def _is_integer_up_to(value: Any, largest: int) -> bool:
-    return type(value) is int and 1 <= value <= largest

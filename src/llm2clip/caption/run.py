@@ -222,9 +222,6 @@ class _CaptionRun:
 
     Each thread stores its answers before it sends the next requests, so if the process is killed, at most one call per
     thread is lost.
-
-    Attributes:
-        was_interrupted: True if the process received a signal to stop.
     """
 
     def __init__(
@@ -239,7 +236,7 @@ class _CaptionRun:
         self.options, self.database = options, database
         self._captions_per_image = sum(prompt.samples for prompt in prompts)
         self._started_at = time.monotonic()
-        self.was_interrupted = False
+        self.was_interrupted = False  # True after a signal to stop
         self._stopped = threading.Event()
         self._error: BaseException | None = None  # error in a thread that calls the captioner
         self._lock = threading.Lock()  # protects the database and the progress bar
@@ -329,9 +326,7 @@ class _CaptionRun:
         try:
             while batch := self._get_next_batch(batches):
                 answers = self.captioner.generate_answers(batch)
-                rows = [
-                    self._make_stored_answer(request, answer) for request, answer in zip(batch, answers, strict=True)
-                ]
+                rows = [self._make_stored_answer(*pair) for pair in zip(batch, answers, strict=True)]
                 with self._lock:
                     self.database.add_answers(rows)
                     bar.total = max(bar.total or 0, bar.n + len(rows))  # with several ranks, the total is an estimate

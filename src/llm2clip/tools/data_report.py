@@ -186,9 +186,7 @@ def describe_data(overview: DataOverview) -> str:
     num_small = statistics.short_sides.count_below(SMALL_SIDE)
     if num_small > statistics.short_sides.count / 2:
         share = 100 * num_small / statistics.short_sides.count
-        return (
-            f"{size}. {share:.0f}% of the images are smaller than {SMALL_SIDE} pixels, a common input size of models."
-        )
+        return f"{size}. {share:.0f}% of the images are smaller than {SMALL_SIDE} pixels, a common input size."
     return f"{size} can be used for training."
 
 

@@ -34,7 +34,7 @@ MIN_SHARED_MEMORY_MB = 64  # shared memory for one batch of decoded images per w
 
 @dataclass(frozen=True)
 class CheckResult:
-    name: str  # such as "memory"
+    name: str
     result: str  # measured values, or what is wrong
     fix: str = ""  # how to fix the problem, or "" if there is no problem
     failed: bool = False  # True if the problem makes `llm2clip fit` fail

@@ -38,7 +38,6 @@ from llm2clip.train.losses import get_loss
 from llm2clip.train.sampling import resolve_images_per_step
 
 CHARACTERS_PER_TOKEN = 4  # approximate value for English text
-# Settings that reduce the memory of each stage.
 MEMORY_ADVICE = {
     "tune": "To reduce memory use, set --tune.gradient_checkpointing true, --tune.grad_cache true with a lower "
     "--tune.batch_tokens, --tune.qlora true, or --use_fsdp with several devices.",

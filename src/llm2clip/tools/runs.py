@@ -48,8 +48,7 @@ def _make_table_row(file: Path) -> dict[str, str | None]:
     inodes = [file.with_name(name).stat().st_ino for name in locks if file.with_name(name).exists()]
     # The locks are read before the run files, because a run that ends in between would otherwise look interrupted.
     held = LOCKS_FILE.read_text() if LOCKS_FILE.exists() else ""
-    # Locks are matched by inode only, because device numbers in /proc/locks can differ from st_dev.
-    is_running = any(re.search(rf"FLOCK .*:{inode} \d+ EOF", held) for inode in inodes)
+    is_running = any(re.search(rf"FLOCK .*:{inode} \d+ EOF", held) for inode in inodes)  # st_dev can differ
     if file.name == output_folder.CONFIG_FILE:
         row = _read_training_state(file)
     elif file.name == "manifest.json":
