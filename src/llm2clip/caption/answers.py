@@ -1,4 +1,4 @@
-"""Requests to captioners, their answers, and the cleaning of answers, which are untrusted text."""
+"""Caption requests, and their answers, which are cleaned because model output is untrusted."""
 
 import re
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ MAX_CHARACTERS = 10_000  # longer answers are rejected
 _REASONING_START = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
 _REASONING_END = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-# Text direction marks, zero-width spaces and lone surrogates. Words and emoji can contain zero-width joiners.
+# Direction marks, zero-width spaces and lone surrogates, but not zero-width joiners, which words and emoji contain.
 _INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 _MARKDOWN_LINE = re.compile(r"^[ \t]*(?:#{1,6}[ \t]+|>[ \t]+|[-*•][ \t]+|```\w{0,20}$)", re.MULTILINE)
 _LABEL = re.compile(r"^(?:caption|description|answer|sentence)\s*:\s*", re.IGNORECASE)

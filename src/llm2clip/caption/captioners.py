@@ -33,7 +33,7 @@ MAX_MESSAGE_CHARACTERS = 300  # maximum length of a quoted server message
 MAX_FAILURES_IN_A_ROW = 20  # after this number of consecutive failures, the server is assumed to be down
 MAX_RETRY_AFTER = 300.0  # seconds
 FIRST_DELAY, MAX_DELAY = 1.0, 60.0  # seconds before the first retry, and maximum before later retries
-MAX_CONNECT_SECONDS = 3.0  # maximum time for connecting to a server that has never responded
+MAX_CONNECT_SECONDS = 3.0  # maximum time for connecting to a server that has never responded, in seconds
 SETTINGS_STATUSES = frozenset({401, 402, 403, 404})  # wrong key, no credit, wrong URL or wrong model name
 JPEG_QUALITY = 90
 NEW_MAX_TOKENS_FIELD = "max_completion_tokens"  # replacement of the field max_tokens that some servers require
@@ -204,7 +204,7 @@ class EndpointCaptioner:
         return _parse_response(data)
 
     async def _post(self, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
-        """Return the response and its content. The total time is limited here, because httpx limits only each read."""
+        """Return the response and its content. Limit the total time, because httpx limits only the time of a read."""
         async with asyncio.timeout(self.timeout), self._client.stream("POST", self.url, json=body) as response:
             return response, await _read_limited_body(response)
 
@@ -371,7 +371,7 @@ class LocalCaptioner:
                 ) from error
             self.batch_size = len(requests) // 2
             sizes = [self.batch_size, len(requests) - self.batch_size]
-        answers: list[Answer] = []  # filled outside the `except` blocks, where the exception holds the failed batch
+        answers: list[Answer] = []  # retry after the `except` blocks have released the failed batch
         for size in sizes:
             start = len(answers)
             answers += self.generate_answers(requests[start : start + size])

@@ -89,7 +89,7 @@ _ENGLISH_OPENINGS = (
 _AFTER_OPENING = (
     r"(?: of\b)?(?: what (?:appears|seems|looks) (?:to be|like)\b)?(?: that\b)?(?: there (?:is|are)\b)?[\s,]*"
 )
-# After an opening, these words begin a text that is not a caption, as in "The image shows how a dog jumps".
+# Words after an opening that do not begin a caption, as in "The image shows how a dog jumps".
 _INCOMPLETE = re.compile(r"(?:how|what|where|when|why|whether|of|and|or)\b|$", re.IGNORECASE)
 _CHINESE_IMAGE = "(?:图片|圖片|照片|图像|圖像|相片|画面|畫面|图|圖)"
 _OTHER_OPENINGS = (
@@ -140,7 +140,7 @@ def split_words(text: str) -> list[str]:
 
 
 def normalize_words(words: Sequence[str]) -> str:
-    """Join words into a key without differences in case and Unicode compatibility variants."""
+    """Join words into a key that ignores case and Unicode compatibility variants."""
     return unicodedata.normalize("NFKC", " ".join(words)).casefold()
 
 
@@ -224,7 +224,7 @@ _MARK_SHARED = """
 UPDATE temp.checks SET problem = ? WHERE problem IS NULL AND words_key IN (
   SELECT words_key FROM temp.checks WHERE problem IS NULL GROUP BY words_key HAVING count(*) > ?)
 """
-# Without a new problem, a rejection by an earlier comparison with the image (--check) is kept.
+# A rejection by an earlier comparison (--check) is kept if the text checks find no problem.
 _STORE_PROBLEMS = """
 UPDATE answers SET problem = checks.problem FROM temp.checks
 WHERE answers.hash = checks.hash AND answers.sample = checks.sample AND answers.model = ? AND answers.prompt = ?
@@ -235,7 +235,7 @@ WHERE answers.hash = checks.hash AND answers.sample = checks.sample AND answers.
 
 @dataclass
 class TextCheckSummary:
-    """Numbers of captions, counted by `check_captions`."""
+    """Summary of the text checks."""
 
     max_images: int  # maximum number of images that may share a caption
     num_captions: int = 0  # number of checked captions
@@ -313,7 +313,7 @@ def _find_main_language(database: CaptionDatabase, position: int) -> str | None:
 
 @dataclass
 class ImageCheckSummary:
-    """Numbers of captions and images, counted by `score_captions`."""
+    """Summary of the comparison of captions with their images."""
 
     encoder: str  # name of the dual encoder
     max_rank: float

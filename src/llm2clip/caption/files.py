@@ -77,7 +77,7 @@ class CaptionOutputPaths:
         self.images = records.with_name(f"{records.stem}_images")
 
     def check_records_path(self) -> None:
-        """Raise ValueError if the records are not a .jsonl file, or were not written by a captioning run."""
+        """Raise ValueError if `records` is not a .jsonl path, or exists but was not written by a captioning run."""
         if self.records.suffix.lower() != ".jsonl":
             raise ValueError(f"--out must be a .jsonl file (got {self.records})")
         if self.records.exists() and not self.database.exists():
@@ -234,7 +234,7 @@ def _add_captions(
 
 
 def write_failures(database: CaptionDatabase, file: Path, model: str, prompts: Sequence[Prompt]) -> int:
-    """Write the failed requests and their reasons to a file, if there are any. Return the number of requests."""
+    """Write the failed requests, if any, and their reasons to a file. Return the number of failed requests."""
     num_failures = 0
     with _open_jsonl(file) as stream:
         for row in database.iterate_image_rows(distinct=True):

@@ -104,7 +104,7 @@ class Prompt:
         return f"{self.name}-{hashlib.sha256(self.text.encode()).hexdigest()[:8]}"
 
     def insert_caption(self, caption: str | None) -> str:
-        """Return the instruction with the caption of an image. Without a caption, omit lines with {caption}."""
+        """Return the instruction with an inserted caption. If there is no caption, omit lines with {caption}."""
         if CAPTION_FIELD not in self.text:
             return self.text
         if caption is None:

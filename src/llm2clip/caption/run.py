@@ -121,7 +121,7 @@ def caption_images(
         if is_main:
             with (
                 closing(CaptionDatabase(output.database)) as database,
-                closing(CaptionDatabase(output.database)) as earlier,  # reads the rows before the transaction
+                closing(CaptionDatabase(output.database)) as earlier,  # reads the rows of the previous run
             ):
                 database.replace_image_rows(list_images(sources, options.columns, output, log, earlier))
                 if not database.count_images():
@@ -296,7 +296,7 @@ class _CaptionRun:
         yield from batches.values()
 
     def _make_requests(self, row: ImageRow, database: CaptionDatabase) -> list[CaptionRequest]:
-        """Return the requests for missing captions of an image. If the image is unreadable, store failures instead."""
+        """Return the requests for missing captions of an image. If the image is unreadable, store the error instead."""
         captions = row.record.get("captions") if self.options.use_captions else None
         caption = captions[0] if captions else None
         answers = database.list_answers(row.hash, self.captioner.name, self.prompts)

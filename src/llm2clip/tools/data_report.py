@@ -48,13 +48,13 @@ MIN_LANGUAGE_SHARE = 0.01  # rarer languages are counted as "other", because mos
 MAX_LISTED = 20  # maximum number of listed splits or file name suffixes
 MAX_TEXTS = 50  # maximum number of texts per field on an image card
 MIN_HELD_OUT = 50  # with fewer held-out images, recall is only a rough estimate
-FILE_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,4}$")  # at most 5 characters after the last dot
+FILE_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,4}$")  # longer strings after a dot are usually not suffixes
 SMALL_SIDE = 224  # input resolution of most vision towers, in pixels
-FIT_MAX_SKIPPED = 0.05  # default of `fit --max_skipped`
+FIT_MAX_SKIPPED = 0.05  # default value of --max_skipped in `fit`
 FIELD_LABELS = {name: name.replace("_", " ") for name in TEXT_FIELDS}
 
 
-SkippedRow = tuple[str, int, str, str]  # file, row number, reason, and value of a skipped row
+SkippedRow = tuple[str, int, str, str]  # (file, row number, reason, value) of a skipped row
 
 
 @dataclass
@@ -69,7 +69,7 @@ class DataOverview:
     skipped: list[SkippedRow]  # first skipped rows for each reason
     unsupported_files: Counter[str]  # see `count_unsupported_files`
     table_bytes: int  # size of the record table on disk
-    seconds: float  # duration of building or opening the record table
+    seconds: float  # time for building or opening the record table
 
     @property
     def num_captions(self) -> int:
@@ -164,7 +164,7 @@ def get_evenly_spaced_indices(length: int, count: int) -> np.ndarray:
 
 
 def describe_data(overview: DataOverview) -> str:
-    """Return a sentence about the most severe problem, or the size of the data if it can be used for training."""
+    """Return a sentence that states the worst problem of the data, or that the data can be used for training."""
     statistics, log = overview.statistics, overview.log
     captions = overview.num_captions
     size = f"{format_count(statistics.num_images, 'image')} with {format_count(captions, 'caption')}"
@@ -179,14 +179,14 @@ def describe_data(overview: DataOverview) -> str:
         rows = format_count(count, "row")
         return f"`fit` would fail: {share:.1f}% of the rows cannot be used. Most common reason: {reason} ({rows})."
     if not overview.num_training:
-        return f"{size}, but `fit` would hold out all images, so none would be left for training."
+        return f"{size}, but `fit` would hold out all images, so no image would be left for training."
     if overview.num_held_out < MIN_HELD_OUT:
         held_out = format_count(overview.num_held_out, "image")
         return f"{size}. `fit` would hold out only {held_out}, which is not enough to evaluate a model."
     num_small = statistics.short_sides.count_below(SMALL_SIDE)
     if num_small > statistics.short_sides.count / 2:
         share = 100 * num_small / statistics.short_sides.count
-        return f"{size}. {share:.0f}% of the images are smaller than {SMALL_SIDE} pixels, a common input size."
+        return f"{size}. {share:.0f}% of the images have a side of less than {SMALL_SIDE} pixels, a common input size."
     return f"{size} can be used for training."
 
 
@@ -300,7 +300,7 @@ def _build_unsupported_file_blocks(suffixes: Counter[str]) -> list[Block]:
     if not suffixes:
         return []
     rows = [(suffix, f"{count:,}") for suffix, count in suffixes.most_common(MAX_LISTED)]
-    text = "The following files are ignored, because their formats are not supported."
+    text = "The following files are ignored because their formats are not supported."
     return [Heading("Other files"), Paragraph(text), Table(["suffix", "files"], rows)]
 
 

@@ -1,7 +1,6 @@
 """The command `doctor`, which checks the machine and the Python environment.
 
-The verdict "bad" of a check means that `llm2clip fit` would fail, and "note" means that some features are missing or
-slow.
+The verdict of a check is "bad" if `llm2clip fit` would fail, "note" if some features are missing or slow, or "ok".
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ MIN_SHARED_MEMORY_MB = 64  # shared memory for one batch of decoded images per w
 @dataclass(frozen=True)
 class CheckResult:
     name: str
-    result: str  # measured values, or what is wrong
+    result: str  # measured values, or a description of the problem
     fix: str = ""  # how to fix the problem, or "" if there is no problem
     failed: bool = False  # True if the problem makes `llm2clip fit` fail
 
@@ -45,7 +44,7 @@ class CheckResult:
 
 
 def run_doctor(run_dir: Path, offline: bool = False) -> list[str]:
-    """Return a table of all check results and a summary, as lines. If `offline` is True, skip the network checks.
+    """Return the lines of a table of all check results and of a summary. If `offline` is True, skip the network checks.
 
     Raises:
         OSError: A check failed. The error message contains the table.
@@ -67,7 +66,7 @@ def run_doctor(run_dir: Path, offline: bool = False) -> list[str]:
 
 
 def read_requirements() -> dict[str, dict[str, str]]:
-    """Return the version bounds of llm2clip's requirements, keyed by extra ("" for no extra) and package name."""
+    """Return the version bounds of dependencies, keyed by extra ("" for required dependencies) and package name."""
     by_extra: dict[str, dict[str, str]] = {}
     for line in metadata.requires("llm2clip") or []:
         name, bounds, extra = REQUIREMENT.findall(line)[0]
@@ -114,14 +113,14 @@ def check_device() -> Iterator[CheckResult]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
     precision = "bf16" if has_bf16_hardware(device) else "fp32"
-    fix = "" if precision == "bf16" else "no bf16 support, so training and encoding run in fp32, at half the speed"
+    fix = "" if precision == "bf16" else "no bf16 support, so training and encoding run in fp32, about half as fast"
     yield CheckResult("device", f"{describe_device(device)}; precision auto selects {precision}", fix)
 
     if shutil.which("nvidia-smi") and device.type != "cuda":
         yield CheckResult(
             "torch",
             f"an NVIDIA driver is installed, but torch {torch.__version__} cannot find a GPU",
-            "install the torch build for your driver version; see pytorch.org/get-started",
+            "install the torch build for your driver version (pytorch.org/get-started)",
             failed=True,
         )
     yield check_gradient(device)
@@ -195,7 +194,7 @@ def check_model_hub() -> Iterator[CheckResult]:
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
-        yield CheckResult("hub", "HF_HUB_OFFLINE is set", "only models in the local cache of the model hub can be used")
+        yield CheckResult("hub", "HF_HUB_OFFLINE is set", "only models in the local hub cache can be used")
         return
     fix = "use model folders or built-in names such as smollm2-135m, or set HF_ENDPOINT to a mirror of the hub"
     yield _check_url("hub", ENDPOINT, fix)

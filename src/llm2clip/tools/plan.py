@@ -1,7 +1,7 @@
 """Estimates of the parameters, FLOPs, memory and hours of a `fit` run, and checks of free memory and disk space.
 
-The duration of a stage is its FLOPs divided by the peak throughput and by the model FLOPs utilisation, for which
-`plan_memory.MFU` is assumed. Small models, small batches and slow image decoding reduce the actual utilisation.
+The duration of a stage is FLOPs / (peak throughput * MFU). The model FLOPs utilisation (MFU) is assumed, see
+`plan_memory.MFU`. Small models, small batches and slow image decoding reduce the actual MFU.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Plan:
     """Resource estimates for a `fit` run.
 
     The precisions in `config` are resolved for the device, and `align.batch_size` is reduced if there are too few
-    images. `text` contains the costs of the caption encoder, and `image` those of the model that `align` trains.
+    images. `text` contains the costs of the caption encoder, and `image` the costs of the model that `align` trains.
     """
 
     config: FitConfig
@@ -122,7 +122,7 @@ class Plan:
 
     @property
     def images_per_second(self) -> float:
-        """Image decoding rate that `align` requires, in images per second and device. 0 if the tower is frozen."""
+        """Image decoding rate that `align` requires, in images per second per device. 0 if the tower is frozen."""
         align = self.config.align
         if align.tower_lr == 0:
             return 0.0
@@ -220,7 +220,7 @@ def _make_flops_table(plan: Plan) -> Table:
     source = ", from cached features" if align.tower_lr == 0 else ""
     counts = {f"{caption}, forward": plan.text.forward}
     if "tune" in plan.memory:
-        counts[f"{caption}, in a tuning step"] = plan.text.count_tune_flops(plan.config.tune)
+        counts[f"{caption}, tune step"] = plan.text.count_tune_flops(plan.config.tune)
     counts["image through the tower"] = plan.image.tower_forward
     counts[f"image and {captions} in an align step"] = flops["total"]
     counts[f"  forward and backward{source}"] = flops["once"]
@@ -228,7 +228,7 @@ def _make_flops_table(plan: Plan) -> Table:
         counts["  repeated forward (micro_batch_size)"] = flops["repeated"]
     counts["  loss"] = flops["loss"]
     rows = [(name, f"{count / 1e9:,.0f}" if count >= 1e11 else f"{count / 1e9:,.2f}") for name, count in counts.items()]
-    return Table(("GFLOPs (10^9 FLOPs; a multiply-add counts as 2)", "number"), rows)
+    return Table(("GFLOPs (a multiply-add counts as 2 FLOPs)", "number"), rows)
 
 
 def _make_memory_table(plan: Plan) -> Table:

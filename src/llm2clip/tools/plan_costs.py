@@ -71,7 +71,7 @@ class TextCosts:
 
 @dataclass(frozen=True)
 class ImageCosts(PassCosts):
-    """Costs of the model of the `align` stage per image with its captions. `forward` excludes a frozen tower."""
+    """Costs of an image and its captions in the `align` stage. `forward` excludes a frozen tower."""
 
     tower: int  # number of parameters in the tower
     projection: int  # number of parameters in the projection
@@ -88,7 +88,7 @@ class ImageCosts(PassCosts):
 
 
 def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, is_cpu: bool = False) -> TextCosts:
-    """Measure the costs of a caption encoder per caption of `tokens` tokens, including the template.
+    """Measure the costs of a caption encoder for captions of `tokens` tokens. `tokens` includes the template.
 
     `tune.precision` must be fp32, bf16 or fp16. If `is_cpu` is True, decoders use the CPU attention for packed
     sequences, which is not fused.
@@ -123,12 +123,12 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
 
 
 def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCosts:
-    """Measure the FLOPs and memory of the model of the `align` stage per image with `captions` captions."""
+    """Measure the costs of an image with `captions` captions in the `align` stage."""
     model = build_align_model(config, text_dim)
     tower = model.tower
     tower_parameters = count_parameters(tower)
     with torch.device("meta"):
-        select_trainable_weights(model, config)  # freezes the tower or adds LoRA layers if configured
+        select_trainable_weights(model, config)  # freezes the tower or adds LoRA layers, depending on the config
 
     def make_pixels(images: int) -> Tensor:
         return torch.zeros(images, 3, tower.preprocess.size, tower.preprocess.size, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Accelerator specifications, assumed utilisation of each stage, and estimates of the memory of each component.
+"""Accelerator specifications, assumed model FLOPs utilisation, and memory estimates for each stage.
 
 A trained fp32 weight takes 4 bytes, its gradient 4 bytes, and AdamW's two moments 8 bytes. With several processes,
 DistributedDataParallel keeps a second copy of the gradients in its communication buckets. The backward pass frees
@@ -28,7 +28,7 @@ MFU = {"tune": 0.4, "embed": 0.4, "align": 0.25}
 FRAMEWORK_OVERHEAD = 1e9  # bytes per device for the CUDA context and PyTorch's libraries
 CPU_FRAMEWORK_OVERHEAD = 0.75e9  # bytes per process for PyTorch, transformers and the interpreter
 USABLE_FRACTION = 0.93  # fraction of device memory that is not lost to fragmentation
-NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # 4 bits, plus an 8-bit scale per 64 weights and a 32-bit scale per 256 scales
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # per weight: 4 bits, an 8-bit scale per 64 weights, a 32-bit scale per 256 scales
 MIN_EMBED_TOKENS = 8192  # smallest batch that `embed` tries on GPUs, in tokens
 
 Parts = dict[str, float]  # component name -> bytes
@@ -41,7 +41,7 @@ class Device:
     name: str  # value of --device
     half: float  # throughput in bf16 with fp32 accumulation, or in fp16 if `bf16` is False
     full: float  # throughput in fp32 without TF32 tensor cores, which PyTorch does not use by default
-    memory: float  # in GB (10^9 bytes). The driver reserves the rest of the GiB: an 80 GB device has 80 * 2^30 bytes
+    memory: float  # in GB (10^9 bytes). An 80 GB device has 80 * 2^30 bytes, but the driver uses the difference
     bf16: bool = True  # True if the hardware supports bf16 matmuls
 
     def resolve_precision(self, setting: str, stage: Stage = "tune") -> str:
@@ -104,7 +104,7 @@ class Machine:
     count: int = 1
     """Number of devices, with one process per device."""
     mfu: float | None = None
-    """Model FLOPs utilisation (MFU), from 0 to 1. Default: 0.25 for align, 0.4 for tune and embed."""
+    """Model FLOPs utilisation (MFU), as a fraction. Default: 0.25 for align, 0.4 for tune and embed."""
     tflops: float | None = None
     """Peak throughput per device at the configured precision, in 10^12 FLOP/s. Default: from the data sheet."""
     memory: float | None = None
@@ -215,7 +215,7 @@ def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignC
     parts = {"model": 4 * image.parameters / machine.num_shards} | estimate_optimizer_memory(image.trained, machine)
     if config.precision != "fp32":
         parts["half-precision copies"] = image.copies / machine.num_shards
-    # The additional layer is for gradients, as in `count_activation_bytes`.
+    # `saved_per_layer` is added for the activation gradients of one layer.
     activations = micro_batch * (image.saved + image.saved_per_layer)
     several_passes = micro_batch < config.batch_size
     parts["activations"] = _subtract_gradient_bytes(activations, image.trained / machine.num_shards, several_passes)
@@ -231,7 +231,7 @@ def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignC
 
 
 def count_activation_bytes(text: "TextCosts", gradient_checkpointing: bool) -> float:
-    """Return the bytes of saved activations per token, plus one layer for the gradients of activations."""
+    """Return the bytes per token of all saved activations, and of the activation gradients of one layer."""
     saved = text.layers * text.saved_per_token
     if gradient_checkpointing:
         saved = text.layers * 4 * text.hidden_size + text.saved_per_token
@@ -250,7 +250,7 @@ def get_bytes_per_value(precision: str) -> int:
 
 
 def compute_peak_memory(parts: Parts) -> float:
-    """Return the peak memory in bytes. The peak is reached either in training or while the LLM is loaded."""
+    """Return the peak memory in bytes, either of training or of loading the LLM."""
     training = sum(size for part, size in parts.items() if part != "loading")
     return max(training, parts.get("loading", 0.0))
 

