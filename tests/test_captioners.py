@@ -424,7 +424,7 @@ def test_local_model_that_rejects_all_images_ends_the_run_with_an_error(
     def reject(*_: Any) -> None:
         raise ValueError("too narrow")
 
-    monkeypatch.setattr(LocalCaptioner, "_generate", reject)
+    monkeypatch.setattr(LocalCaptioner, "_generate_batch", reject)
     with pytest.raises(TooManySkipped, match=r"6 of 6 images .* the model's processor rejects the image: too narrow"):
         run_command("caption", photos, "--model", tiny_llava, "--out", tmp_path / "out.jsonl")
 
@@ -482,7 +482,7 @@ def test_batches_are_halved_until_they_fit_in_the_memory(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return [Answer(f"A dog runs over {int(np.asarray(request.image).sum())}.") for request in requests]
 
-    monkeypatch.setattr(LocalCaptioner, "_generate", generate)
+    monkeypatch.setattr(LocalCaptioner, "_generate_batch", generate)
     prompts = write_prompts(tmp_path / "prompts.yaml", one={"kind": "short", "text": "Describe it."})
     words = ["caption", photos, "--model", tiny_llava, "--prompts", prompts, "--batch_size", 5]
     run_command(*words, "--out", tmp_path / "out.jsonl")

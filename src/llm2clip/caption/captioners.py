@@ -358,7 +358,7 @@ class LocalCaptioner:
             ValueError: A single image does not fit in device memory.
         """
         try:
-            return self._generate(requests)
+            return self._generate_batch(requests)
         except ValueError as error:  # a processor rejects some images, for example because they are too narrow
             if len(requests) == 1:
                 return [Answer(None, f"the model's processor rejects the image: {error}")]
@@ -382,7 +382,7 @@ class LocalCaptioner:
 
     @torch.inference_mode()
     @onednn_matmul()
-    def _generate(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
+    def _generate_batch(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
         inputs = self.processor.apply_chat_template(
             [self._build_messages(request) for request in requests],
             add_generation_prompt=True,

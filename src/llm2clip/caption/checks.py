@@ -184,12 +184,12 @@ def identify_language(text: str) -> str | None:
 
     Misidentified captions: 0 of 13,468 English captions from Flickr8k and COCO, and 1 of 6,548 German captions.
     """
-    language, probability = _load_identifier().classify(text[:LANGUAGE_CHARACTERS])
+    language, probability = _load_language_identifier().classify(text[:LANGUAGE_CHARACTERS])
     return str(language) if probability >= MIN_LANGUAGE_PROBABILITY else None
 
 
 @cache
-def _load_identifier() -> Any:
+def _load_language_identifier() -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
@@ -337,7 +337,7 @@ def score_captions(
     Captions with a rank above `max_rank` are rejected. The mean rank of random captions is 0.5 for any encoder, so,
     unlike a score threshold, `max_rank` does not depend on the encoder.
     """
-    sample_hashes, sample = _encode_sample(database, encoder)
+    sample_hashes, sample = _encode_sample_images(database, encoder)
     result = ImageCheckSummary(encoder.name, max_rank, sample_size=len(sample_hashes))
     with ProgressBar(total=database.count_images(), desc="checking", unit="image") as bar:
         for rows in iter_chunks(database.iterate_image_rows(distinct=True), IMAGES_PER_BATCH):
@@ -385,7 +385,7 @@ def rank_captions(texts: Tensor, images: Tensor, sample: Tensor, is_own: Tensor)
     return scores, num_better / num_others.clamp(min=1)
 
 
-def _encode_sample(database: CaptionDatabase, encoder: DualEncoder) -> tuple[list[str], Tensor]:
+def _encode_sample_images(database: CaptionDatabase, encoder: DualEncoder) -> tuple[list[str], Tensor]:
     """Return the hashes and embeddings of a sample of the images.
 
     The sample consists of the images with the smallest hashes, so adding images hardly changes the sample.

@@ -141,11 +141,11 @@ class CaptionDatabase:
 
     def find_image_row(self, key: str) -> ImageRow | None:
         row = self.connection.execute("SELECT * FROM images WHERE key = ?", (key,)).fetchone()
-        return None if row is None else _to_image_row(row)
+        return None if row is None else _parse_image_row(row)
 
     def read_image_row(self, number: int) -> ImageRow:
         row = self.connection.execute("SELECT * FROM images WHERE number = ?", (number,)).fetchone()
-        return _to_image_row(row)
+        return _parse_image_row(row)
 
     def has_source_captions(self, image_hash: str) -> bool:
         """Return True if any source record with this image has captions."""
@@ -166,7 +166,7 @@ class CaptionDatabase:
         query = f"SELECT * FROM images WHERE {condition} ORDER BY number LIMIT 1000"
         last = -1
         while rows := self.connection.execute(query, (last,)).fetchall():
-            yield from map(_to_image_row, rows)
+            yield from map(_parse_image_row, rows)
             last = rows[-1][0]
 
     # ---- answers
@@ -245,7 +245,7 @@ class CaptionDatabase:
             raise OSError(f"{self.file}: {error}") from error
 
 
-def _to_image_row(row: tuple[int, str, str, str, str | None]) -> ImageRow:
+def _parse_image_row(row: tuple[int, str, str, str, str | None]) -> ImageRow:
     number, key, image_hash, record, version = row
     return ImageRow(number, key, image_hash, json.loads(record), version)
 

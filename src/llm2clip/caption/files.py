@@ -90,7 +90,7 @@ class CaptionOutputPaths:
 # ---- list the images -------------------------------------------------------------------------------------------------
 
 
-def list_images(
+def list_image_rows(
     sources: Sequence[str],
     columns: dict[str, str],
     output: CaptionOutputPaths,
@@ -118,7 +118,7 @@ def list_images(
                     log.skip(str(image), number, UNREADABLE_IMAGE, error)
                     continue
                 path = path.removeprefix(os.path.join(os.path.abspath(output.records.parent), ""))
-                yield ImageRow(number, key, image_hash, _make_record(record, path), version)
+                yield ImageRow(number, key, image_hash, _make_source_record(record, path), version)
                 number += 1
                 bar.update()
 
@@ -146,7 +146,7 @@ def _iterate_image_records(
             yield record, record.image
 
 
-def _make_record(record: Record, path: str) -> dict[str, Any]:
+def _make_source_record(record: Record, path: str) -> dict[str, Any]:
     fields: dict[str, Any] = {"image": path, "id": record.id}
     for name in TEXT_FIELDS:
         if texts := getattr(record, name):

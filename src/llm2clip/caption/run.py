@@ -28,7 +28,7 @@ from llm2clip.caption.files import (
     CaptionReport,
     build_report_blocks,
     describe_captions,
-    list_images,
+    list_image_rows,
     write_caption_report,
     write_failures,
     write_records,
@@ -123,7 +123,7 @@ def caption_images(
                 closing(CaptionDatabase(output.database)) as database,
                 closing(CaptionDatabase(output.database)) as earlier,  # reads the rows of the previous run
             ):
-                database.replace_image_rows(list_images(sources, options.columns, output, log, earlier))
+                database.replace_image_rows(list_image_rows(sources, options.columns, output, log, earlier))
                 if not database.count_images():
                     raise ValueError(f"there are no images to caption: {log.summary()}")
         wait_for_everyone()
@@ -257,7 +257,7 @@ class _CaptionRun:
         is_main = state.is_main_process
         with (
             ProgressBar(total=total, initial=num_stored, desc="caption", unit="caption", disable=not is_main) as bar,
-            closing(Prefetcher(self._iterate_batches(), depth=max(2, self.captioner.workers))) as batches,
+            closing(Prefetcher(self._iterate_request_batches(), depth=max(2, self.captioner.workers))) as batches,
         ):
             threads = []
             for _ in range(self.captioner.workers):  # daemon threads do not delay the exit after a second Ctrl+C
@@ -278,7 +278,7 @@ class _CaptionRun:
         num_answers = self.database.count_answers(self.captioner.name, self.prompts)
         return self.database.count_images() * self._captions_per_image - num_answers
 
-    def _iterate_batches(self) -> Generator[list[CaptionRequest]]:
+    def _iterate_request_batches(self) -> Generator[list[CaptionRequest]]:
         """Yield batches of requests with the same prompt until the run is stopped."""
         state = process_state()
         batches: dict[str, list[CaptionRequest]] = defaultdict(list)

@@ -95,7 +95,7 @@ class Plan:
         }
 
     @cached_property
-    def memory(self) -> dict[str, Parts]:
+    def stage_memory(self) -> dict[str, Parts]:
         """Memory per device in bytes, keyed by stage and then by component. Without tuning steps, `tune` is omitted."""
         memory = {
             "tune": estimate_tune_memory(self.text, self.config.tune, self.machine),
@@ -108,7 +108,8 @@ class Plan:
 
     @property
     def stage_fits(self) -> dict[str, bool]:
-        return {stage: fits_in_memory(parts, self.machine.device_spec.memory) for stage, parts in self.memory.items()}
+        memory = self.machine.device_spec.memory
+        return {stage: fits_in_memory(parts, memory) for stage, parts in self.stage_memory.items()}
 
     @property
     def store_bytes(self) -> float:
@@ -219,7 +220,7 @@ def _make_flops_table(plan: Plan) -> Table:
     captions = "its caption" if plan.image.captions == 1 else f"its {round(plan.image.captions, 1):g} captions"
     source = ", from cached features" if align.tower_lr == 0 else ""
     counts = {f"{caption}, forward": plan.text.forward}
-    if "tune" in plan.memory:
+    if "tune" in plan.stage_memory:
         counts[f"{caption}, tune step"] = plan.text.count_tune_flops(plan.config.tune)
     counts["image through the tower"] = plan.image.tower_forward
     counts[f"image and {captions} in an align step"] = flops["total"]
@@ -232,15 +233,15 @@ def _make_flops_table(plan: Plan) -> Table:
 
 
 def _make_memory_table(plan: Plan) -> Table:
-    parts = dict.fromkeys(part for memory in plan.memory.values() for part in memory)  # without duplicates
+    parts = dict.fromkeys(part for memory in plan.stage_memory.values() for part in memory)  # without duplicates
     ordered = sorted(parts, key=("libraries", "loading").__contains__)  # moves libraries and loading to the end
     rows: list[list[str | None]] = []
     for part in ordered:
         name = "loading (before training)" if part == "loading" else part
-        sizes = [memory.get(part) for memory in plan.memory.values()]
+        sizes = [memory.get(part) for memory in plan.stage_memory.values()]
         rows.append([name, *(None if size is None else f"{size / 1e9:.1f}" for size in sizes)])
-    rows.append(["peak", *(f"{compute_peak_memory(memory) / 1e9:.1f}" for memory in plan.memory.values())])
-    return Table(("Memory per device, GB (10^9 bytes)", *plan.memory), rows)
+    rows.append(["peak", *(f"{compute_peak_memory(memory) / 1e9:.1f}" for memory in plan.stage_memory.values())])
+    return Table(("Memory per device, GB (10^9 bytes)", *plan.stage_memory), rows)
 
 
 def _make_time_table(plan: Plan) -> Table:
@@ -254,7 +255,7 @@ def _make_time_table(plan: Plan) -> Table:
         "embed": f"{plan.images * plan.captions_per_image:,.0f} captions",
         "align": align,
     }
-    rows = [(stage, format_hours(plan.stage_hours[stage]), details[stage]) for stage in plan.memory]
+    rows = [(stage, format_hours(plan.stage_hours[stage]), details[stage]) for stage in plan.stage_memory]
     return Table((f"Time on {count} x {plan.machine.device_spec.name}", "duration", "work"), rows)
 
 
@@ -285,7 +286,7 @@ def check_resources(config: FitConfig, run_dir: Path, records: RecordTable | Non
     _check_disk_space(plan, run_dir)
     warnings = []
     for stage in [stage for stage, is_enough in fits.items() if not is_enough]:
-        needed = format_bytes(compute_peak_memory(plan.memory[stage]))
+        needed = format_bytes(compute_peak_memory(plan.stage_memory[stage]))
         free = format_bytes(plan.machine.device_spec.memory * 1e9)
         warnings.append(f"Warning: {stage} needs about {needed} of memory, but only {free} is free.")
         warnings.append(f"  {MEMORY_ADVICE[stage]}")

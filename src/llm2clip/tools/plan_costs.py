@@ -176,7 +176,7 @@ def measure_pass_costs(model: nn.Module, run: Callable[[int], Tensor], precision
     for items in (2, 1):  # the difference between 2 items and 1 item is the number of bytes per item
         sizes: dict[int, int] = {}  # storage id -> bytes, so that shared storages are counted once
 
-        def record(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+        def record_size(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in weights:
                 sizes[storage._cdata] = storage.nbytes()
@@ -184,7 +184,7 @@ def measure_pass_costs(model: nn.Module, run: Callable[[int], Tensor], precision
 
         # fp16 and bf16 values have the same size, so bf16 autocast represents both.
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
-        hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
+        hooks = torch.autograd.graph.saved_tensors_hooks(record_size, lambda tensor: tensor)
         counter = FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS)
         with autocast, hooks, counter:
             output = run(items)  # the output keeps the saved tensors alive
@@ -229,7 +229,7 @@ def _measure_shortened_llm(config: Any, tune: TuneConfig, num_layers: int, token
             net = get_peft_model(llm, lora)
         cast_frozen_linear_layers(net, Precision(tune.precision).dtype)
 
-    def encode(captions: int) -> Tensor:
+    def encode_captions(captions: int) -> Tensor:
         if is_packed:
             inputs = pack_captions([[0] * tokens] * captions, PACKED, torch.device("cpu"))
         else:
@@ -239,7 +239,7 @@ def _measure_shortened_llm(config: Any, tune: TuneConfig, num_layers: int, token
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         net.to_empty(device="cpu")
-        return measure_pass_costs(net, encode, tune.precision)
+        return measure_pass_costs(net, encode_captions, tune.precision)
 
 
 def _count_linear_weights(module: nn.Module) -> int:
