@@ -1,6 +1,6 @@
 """Caption retrieval accuracy (CRA) of a text encoder (arXiv 2411.04997, section 3.1).
 
-The first caption of each image retrieves the second caption, and vice versa. A tie between a correct and a wrong
+The first caption of each image retrieves its second caption, and vice versa. A tie between a correct and a wrong
 caption counts as an error.
 """
 
@@ -31,7 +31,7 @@ def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_co
     """Load the text encoder of a model. If `model` is None, load the caption encoder that `encoder` describes.
 
     Raises:
-        ValueError: The model has no separate text encoder, or settings of `encoder` do not apply to it.
+        ValueError: The model has no separate text encoder, or is a CLIP text tower that does not support the settings.
     """
     device = process_state().device
     if model is not None:
@@ -51,7 +51,7 @@ def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_co
     changed = [f"--encoder.{name}" for name, value in vars(encoder).items() if value != defaults[name]]
     if changed:
         raise ValueError(
-            f"{path} is a CLIP text tower, which does not support these settings: remove {', '.join(changed)}"
+            f"{path} is a CLIP text tower and does not support these settings: remove {', '.join(changed)}"
         )
     return load_clip_text_encoder(path, trust_remote_code=trust_remote_code)
 
@@ -64,12 +64,12 @@ def caption_retrieval_accuracy(
     return_hits: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure how well a text encoder matches the first two captions of each image, in percent.
+    """Measure how often the first two captions of an image retrieve each other, in percent.
 
     Args:
         images: Captions of each image. Images with fewer than two distinct captions are excluded.
-        num_mistakes: Maximum number of mistakes to return, worst first. See `find_worst_mistakes`.
-        return_hits: Also return the accuracy for each image.
+        num_mistakes: Maximum number of mistakes to return.
+        return_hits: Also return the accuracy of each image.
 
     Returns:
         A dict with the following keys:
@@ -79,9 +79,10 @@ def caption_retrieval_accuracy(
             "first to second", "second to first": R@1, R@5 and R@10 in each direction.
             "positive cosine", "negative cosine": Mean cosine similarity between captions of the same image, and between
                 captions of different images.
-            "images", "excluded": Number of evaluated images, and of excluded images.
+            "images", "excluded": Number of evaluated images, and number of excluded images.
             "truncated": Number of truncated captions.
-            "hits": If requested, the accuracy of each image: 0, 0.5 or 1.
+            "hits": With `return_hits`, the accuracy of each image: 0, 0.5 or 1.
+            "mistakes": With `num_mistakes` > 0, the result of `find_worst_mistakes`.
 
     Raises:
         ValueError: No image has two distinct captions.

@@ -102,7 +102,7 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
     ]
     verdict = describe_retrieval("The model", trained[0], "held-out captions")
     if verdict.startswith("The model"):
-        verdict += f" Before training, it did so for {describe_share(untrained[0]['T2I'][f'R@{K}'])}."
+        verdict += f" Before training: {describe_share(untrained[0]['T2I'][f'R@{K}'])}."
     if trained[0]["images"] < MIN_IMAGES:
         verdict += " To evaluate on other images, list their sources in `--evaluate.data`."
     verdict += describe_failed_tuning(cra)
@@ -171,7 +171,7 @@ def _build_caption_retrieval_section(cra: Sequence[dict[str, Any]], encoder: str
         rows.append([name, metrics["CRA"], format_interval(metrics["CRA interval"])])
     header = [f"caption encoder ({format_count(cra[0]['images'], 'image')})", "CRA top-1, %", "95% interval"]
     return [
-        Paragraph(describe_caption_retrieval("the encoder", cra[-1])),
+        Paragraph(describe_caption_retrieval("The encoder", cra[-1])),
         Table(header, rows, frozenset([2] if len(cra) == 2 else [])),
     ]
 
