@@ -253,7 +253,7 @@ def test_proposal_file_with_a_malformed_row_is_rejected(tmp_path: Path, row: Any
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("gone.json", MissingFileError, r"gone\.json: no such file"),
+        ("gone.json", MissingFileError, r"gone\.json does not exist"),
         ("dict.json", DataFormatError, r"dict\.json must be a list"),
         ("ids.json", DataFormatError, r"ids\.json has no boxes for .* check the image_id values"),
         ("nothing", ValueError, "not a transformers object detection model"),
@@ -457,7 +457,7 @@ def test_proposal_recall_counts_the_objects_that_a_proposal_covers(tmp_path: Pat
     half = [second[0], second[1], second[2], 12]  # of 25 pixels
     rows = [{"image_id": 10, "bbox": box, "score": 0.5} for box in (first, first, half)]
     results = detect(data, write_proposals(tmp_path, rows))
-    assert (results.num_boxes, results.num_covered, results.num_objects) == (3, 1, 8)
+    assert (results.num_proposals, results.num_covered, results.num_objects) == (3, 1, 8)
     assert "3 of 4 images have no boxes" in results.note
 
 

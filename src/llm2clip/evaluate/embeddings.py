@@ -37,7 +37,7 @@ def open_embedding_source(
 ) -> EmbeddingSource:
     """Open a model (see `open_dual_encoder`), or an .npz file of precomputed embeddings.
 
-    The model's embeddings are cached in `cache_dir`, unless it is None.
+    The model's embeddings are cached in `cache_dir`. If `cache_dir` is None, they are not cached.
 
     Raises:
         ValueError: The model is not an image-text model, or the .npz file is invalid.
@@ -54,9 +54,9 @@ class ModelEmbeddings:
     """Embedding source that runs a model. The model's `query_templates` are not applied to texts."""
 
     def __init__(self, model: DualEncoder, log: SkipLog, cache_dir: Path | None = None, progress: bool = True) -> None:
-        """Cache embeddings in a subfolder of `cache_dir`, unless it is None."""
+        """Cache embeddings in a subfolder of `cache_dir`, or do not cache them if `cache_dir` is None."""
         self.model, self.log, self.progress = model, log, progress
-        self._full_model = model  # never truncated, because the cache contains full embeddings
+        self._full_model = model  # not truncated, because the cache contains full-size embeddings
         self.query_templates = model.query_templates
         self.identity = model.identity() if cache_dir is not None else {}
         if model.precision != "fp32":
@@ -74,7 +74,7 @@ class ModelEmbeddings:
             TooManySkipped: Too many images cannot be decoded.
             ValueError: An embedding contains NaN or infinity.
         """
-        self.log.count_at_least(len(refs))  # benchmark readers do not count rows, so the images are counted here
+        self.log.count_at_least(len(refs))  # benchmark readers do not count images
         if self.folder is None:
             with ProgressBar(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
                 embeddings, indices = encode_image_batches(refs, self.model, self.log, bar, BATCH_SIZE)
@@ -137,7 +137,7 @@ class PrecomputedEmbeddings:
     """
 
     def __init__(self, file: Path, log: SkipLog) -> None:
-        """Raise ValueError if the file is invalid."""
+        """Read the embeddings. Raise ValueError if the file is invalid."""
         self.file, self.log = file, log
         self.query_templates = NO_TEMPLATES
         try:
@@ -149,7 +149,7 @@ class PrecomputedEmbeddings:
         for name, embeddings, keys in (("images, image_names", images, names), ("texts, captions", texts, captions)):
             if embeddings.ndim != 2 or keys.ndim != 1 or len(embeddings) != len(keys):
                 raise ValueError(
-                    f"{file}: arrays {name} must have shapes (N, D) and (N,), not {embeddings.shape} and {keys.shape}"
+                    f"{file}: arrays {name} must have shapes (N, D) and (N,) (got {embeddings.shape} and {keys.shape})"
                 )
         if images.shape[1] != texts.shape[1]:
             raise ValueError(f"{file}: images have {images.shape[1]} dimensions, but texts have {texts.shape[1]}")
@@ -158,10 +158,10 @@ class PrecomputedEmbeddings:
         check_finite(self._images, self._texts)
         self._row_of_image = {PurePosixPath(str(name)).as_posix(): row for row, name in enumerate(names)}
         if len(self._row_of_image) < len(names):
-            raise ValueError(f"{file}: some of the {len(names):,} image_names are duplicates; use longer paths")
+            raise ValueError(f"{file}: some of the {len(names):,} image_names are duplicates: use longer paths")
         self._row_of_text: dict[str, int] = {}
         for row, caption in enumerate(captions):
-            first_row = self._row_of_text.setdefault(str(caption).strip(), row)  # captions in records are stripped, too
+            first_row = self._row_of_text.setdefault(str(caption).strip(), row)  # captions in records are also stripped
             if not torch.allclose(self._texts[first_row], self._texts[row], atol=1e-3):
                 raise ValueError(f"{file}: the caption {str(caption)!r} has two different embeddings")
 
@@ -177,7 +177,7 @@ class PrecomputedEmbeddings:
             other = image_of_row.setdefault(row, ref)
             if other.key != ref.key:
                 raise ValueError(
-                    f"{self.file}: {other} and {ref} match the same entry of image_names: use longer paths there"
+                    f"{self.file}: {other} and {ref} match the same entry of image_names: use longer image_names"
                 )
         return self._images[torch.tensor(rows)], list(range(len(refs)))
 

@@ -22,7 +22,7 @@ from llm2clip.cpu_tuning import onednn_matmul
 KS = (1, 5, 10)
 TILE = 512  # images per tile; with four times as many texts, the float32 scores of a tile (4 MB) fit in the CPU cache
 QUERY_TILE = 32  # number of queries that `compute_positive_ranks` scores at a time
-LEVEL = 0.95  # confidence level of intervals
+LEVEL = 0.95  # confidence level of all intervals
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def compute_positive_ranks(
     positives: Sequence[Sequence[int]],
     tile_size: int = 2 * TILE,
 ) -> list[Tensor]:
-    """Return one tensor per query with the zero-based ranks of its positives, ascending, int64 of shape (positives,).
+    """Return the zero-based ranks of each query's positives in ascending order, as int64 tensors of shape (positives,).
 
     An item can be a positive for several queries.
 
@@ -68,10 +68,10 @@ def compute_positive_ranks(
 def _rank_positives(scores: Tensor, positives: Tensor) -> Tensor:
     positive_scores = scores[positives].sort().values  # ascending
     negative_scores = scores.index_fill(0, positives, -torch.inf)
-    # For each negative, count the positives that it beats, i.e. whose score is not higher.
+    # A negative beats a positive if the score of the negative is at least as high.
     num_beaten = torch.bucketize(negative_scores, positive_scores, right=True)
     negatives_by_beaten = torch.bincount(num_beaten, minlength=len(positives) + 1)
-    # Counting from 0, positive n (of P, best first) is beaten by the negatives that beat at least P - n positives.
+    # Positive n of P, counted from 0 and best first, is beaten by the negatives that beat at least P - n positives.
     negatives_before = negatives_by_beaten.flip(0).cumsum(0)[:-1]
     return negatives_before + torch.arange(len(positives))
 
@@ -83,10 +83,10 @@ def two_way_ranks(
     image_of_text: Sequence[int] | Tensor,
     tile_size: int = TILE,
 ) -> tuple[Tensor, Tensor]:
-    """Return the zero-based rank of each image's best caption (I,) and of each caption's image (T,), int64 on the CPU.
+    """Return the zero-based ranks of each image's best caption (I,) and of each caption's image (T,), int64 on the CPU.
 
     Args:
-        images, texts: L2-normalised embeddings of shape (I, D) and (T, D), float32 or float16. Scores are in float32.
+        images, texts: L2-normalised embeddings of shape (I, D) and (T, D), float32 or float16. Scores are float32.
         image_of_text: Image index of each text. Every image must have at least one text.
         tile_size: Number of images per tile. Must be a multiple of 16, or identical vectors may get different scores.
 
@@ -97,7 +97,7 @@ def two_way_ranks(
     counts = torch.bincount(owner, minlength=len(images))
     if len(counts) > len(images) or not counts.all():
         raise ValueError(
-            f"each of the {len(images)} images must have a text, and each text must belong to one of these images"
+            f"each of the {len(images)} images must have a text, and each text must belong to one of the images"
         )
     check_finite(images, texts)
     order = owner.argsort(stable=True)
@@ -109,7 +109,7 @@ def two_way_ranks(
         best_text[text_range.start + tile_texts] = scores[positives]
         best_image[image_range].scatter_reduce_(0, tile_images, scores[positives], "amax")
 
-    # Wrong answers are scored with the same matmuls as above, so ties are exact. Counts are float32, exact up to 2**24.
+    # The same matmuls as above score the wrong answers, so ties are exact. Counts are float32, exact up to 2**24.
     image_counts, text_counts = torch.zeros_like(best_image), torch.zeros_like(best_text)
     for image_range, text_range, scores, positives in _iterate_tiles(images, texts, order, owner, tile_size):
         scores[positives] = -torch.inf
@@ -142,7 +142,7 @@ def _iterate_tiles(
 
 
 def _pad_tile(vectors: Tensor, size: int) -> Tensor:
-    """Append zero vectors, because only matmuls of the same shape give equal vectors exactly equal scores."""
+    """Append zero vectors up to `size`, because equal vectors get equal scores only in matmuls of the same shape."""
     return vectors if len(vectors) == size else F.pad(vectors, (0, 0, 0, size - len(vectors)))
 
 
@@ -154,7 +154,7 @@ def _is_at_least(scores: Tensor, threshold: Tensor) -> Tensor:
 def check_finite(*embeddings: Tensor) -> None:
     """Raise ValueError if an embedding contains NaN or infinity.
 
-    Comparisons with NaN are always false, so without this check, a model that returns NaN would get perfect ranks.
+    Comparisons with NaN are always false. Without the check, a model that returns NaN would get perfect ranks.
     """
     for vectors in embeddings:
         if not all(torch.isfinite(part).all() for part in vectors.split(8192)):
@@ -252,9 +252,9 @@ def compute_average_precision(ranks: Tensor) -> float:
 def compute_chance_average_precision(num_relevant: int, num_images: int) -> float:
     """Return the expected average precision of a random ranking.
 
-    If P of N images are relevant and the image at rank r is one of them, each of the r - 1 images before it is relevant
-    with probability (P - 1) / (N - 1), so the expected precision at this rank is (1 + (r - 1) (P - 1) / (N - 1)) / r.
-    The expected average precision is the mean of this value over all ranks.
+    If P of N images and the image at rank r are relevant, each of the r - 1 images before rank r is relevant with
+    probability (P - 1) / (N - 1), so the expected precision at rank r is (1 + (r - 1) (P - 1) / (N - 1)) / r. The
+    expected average precision is the mean of the expected precision over all ranks.
     """
     positions = torch.arange(1, num_images + 1, dtype=torch.float64)
     precisions = (1 + (positions - 1) * (num_relevant - 1) / max(1, num_images - 1)) / positions
@@ -295,7 +295,7 @@ def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float
 
 
 def draw_bootstrap_counts(num_groups: int, num_resamples: int = 1000) -> Iterator[Tensor]:
-    """For each resample, yield the number of times each group is drawn, float64 of shape (num_groups,).
+    """Yield the number of times that each group is drawn in a resample, float64 of shape (num_groups,).
 
     The draws depend only on the arguments, so the resamples of models evaluated on the same data are paired.
     """
@@ -308,9 +308,9 @@ def draw_bootstrap_counts(num_groups: int, num_resamples: int = 1000) -> Iterato
 def compute_percentile_interval(means: Tensor, num_groups: int, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """Return central 95% bootstrap confidence intervals of the mean, using Efron's percentile method.
 
-    If all groups have the same mean, such as 0% or 100%, the percentile interval would be a single point. In this case,
-    the ends of the interval are the means that would result if a fraction p of the groups were at the lower or the
-    upper bound, where p = 1 - 0.025 ** (1 / n) is the Clopper-Pearson upper bound for 0 deviating groups out of n.
+    If all groups have the same mean, such as 0% or 100%, the percentile interval would be a single point. Its ends are
+    then the means that would result if a fraction p of the groups were at the lower or the upper bound, where
+    p = 1 - 0.025 ** (1 / n) is the Clopper-Pearson upper bound for 0 deviating groups out of n.
 
     Args:
         means: Means of the resamples, of shape (resamples, ...). The result has shape (2, ...).
@@ -339,12 +339,15 @@ class BootstrapMetrics:
 
     @classmethod
     def from_function(
-        cls, images: Sequence[int | str], names: Sequence[str], metrics: Callable[[np.ndarray], Sequence[float]]
+        cls, images: Sequence[int | str], names: Sequence[str], compute: Callable[[np.ndarray], Sequence[float]]
     ) -> BootstrapMetrics:
-        """Compute metrics, in the order of `names`. `metrics` takes image weights of shape (images,), and must count
-        image i `weights[i]` times."""
-        samples = np.array([metrics(weights.numpy()) for weights in draw_bootstrap_counts(len(images))], np.float64)
-        values = [float(value) for value in metrics(np.ones(len(images)))]
+        """Compute metrics and their resamples.
+
+        `compute` takes image weights of shape (images,), counts image i `weights[i]` times, and returns the metrics in
+        the order of `names`.
+        """
+        samples = np.array([compute(weights.numpy()) for weights in draw_bootstrap_counts(len(images))], np.float64)
+        values = [float(value) for value in compute(np.ones(len(images)))]
         return cls(tuple(images), dict(zip(names, values, strict=True)), dict(zip(names, samples.T, strict=True)))
 
     @property

@@ -16,8 +16,8 @@ from llm2clip.io_utils import DataFormatError, MissingFileError, read_json
 from llm2clip.models.loading import load_config
 
 GROUND_TRUTH = "ground-truth"
-MAX_COORDINATE = 1 << 24  # limit for pixel coordinates; float32 represents integers exactly up to this value
-MAX_PROPOSALS = 300  # highest-scoring proposals used per image
+MAX_COORDINATE = 1 << 24  # limit for pixel coordinates, up to which float32 represents all integers exactly
+MAX_PROPOSALS = 300  # maximum number of proposals per image
 
 
 @dataclass
@@ -46,8 +46,8 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> tupl
     A detector is the folder or hub id of a transformers object detection model, whose class labels are ignored.
 
     Returns:
-        A function that finds the proposals of an image, and a warning about unused boxes and images without boxes, if
-        any.
+        A function that finds the proposals of an image, and a warning about unused boxes and images without boxes. The
+        warning is empty if there are none.
 
     Raises:
         MissingFileError: The JSON file does not exist.
@@ -78,7 +78,7 @@ def get_object_boxes(data: DetectionData) -> dict[ImageId, Tensor]:
 def _read_proposals(file: Path, data: DetectionData) -> tuple[dict[ImageId, Proposals], str]:
     """Read a JSON file in COCO's results format: a list of {"image_id", "bbox": [x, y, w, h], "score"}."""
     if not file.is_file():
-        raise MissingFileError(f"{file}: no such file; --proposals expects a JSON file in COCO's results format")
+        raise MissingFileError(f"{file} does not exist: --proposals expects a JSON file in COCO's results format")
     rows = read_json(file)
     if not isinstance(rows, list):
         raise DataFormatError(f"{file} must be a list of {{image_id, bbox, score}} objects (got {type(rows).__name__})")
