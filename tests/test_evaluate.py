@@ -127,7 +127,7 @@ def test_evaluate_compares_baselines_in_a_report(
     assert other["rows"][0]["truncated"] is None and ours["rows"][0]["truncated"] > 0
     page, report = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert page.count("data:image/jpeg") >= 5 * 6
-    assert "right: " in page and "wrong: " not in page and "<script" not in page
+    assert "correct: " in page and "wrong: " not in page and "<script" not in page
     assert "paper 2024: Llama3-8B-CC | 92.0" in report
     limit = 100 * binomtest(0, 8).proportion_ci(method="exact").high
     assert f"{clip.name} minus other.npz | +0.0 | {-limit:.1f} to {limit:+.1f} |" in report, "all hits are equal"
@@ -336,7 +336,7 @@ def test_evaluate_reports_missing_benchmarks_and_models(
     assert main(["evaluate", str(clip), "--benchmarks", "all", "--root", str(root)]) == 0, "requests only what exists"
     assert "Skipped coco" in capsys.readouterr().out
     assert main(["evaluate", "--benchmarks", "docci", "--root", str(root)]) == 1
-    assert "put the model first" in capsys.readouterr().err
+    assert "pass a model before the data" in capsys.readouterr().err
     command = ["evaluate", str(clip), "--benchmarks", "flickr30k", "--root", str(root)]
     assert main([*command, "--dense_variants", "slip"]) == 1
     assert "unknown dense variant 'slip'; choose from plain" in capsys.readouterr().err

@@ -234,7 +234,7 @@ def test_unusable_images_are_skipped_and_counted(tmp_path: Path) -> None:
     with pytest.raises(TooManySkipped, match="2 of 3 rows skipped"):
         classify_regions(data, colour_embeddings(), ["plain"])
     (tmp_path / "coco/val2017/0.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"none of the 3 images can be used; first failure: .*0.png \(not an image"):
+    with pytest.raises(ValueError, match=r"none of the 3 images can be used: for example, .*0.png \(not an image"):
         classify_regions(data, colour_embeddings(max_skipped=1.0), ["plain"])
 
 
@@ -243,15 +243,15 @@ def test_unsupported_variants_and_sources_are_reported(tmp_path: Path, capsys: p
     data = BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
     embeddings = colour_embeddings()
     assert list(classify_regions(data, embeddings, ["naclip", "plain"])) == ["crop", "plain"]
-    assert "the dense variants naclip are skipped: the model supports only plain, sclip" in capsys.readouterr().out
+    assert "does not support --dense_variants naclip (supported: plain, sclip)" in capsys.readouterr().out
     segmentation = make_segmentation(tmp_path)
     assert list(segment_images(segmentation, embeddings, ["naclip", "plain"]).counts) == ["plain"]
-    with pytest.raises(ValueError, match="naclip are not supported: the model supports only plain, sclip"):
+    with pytest.raises(ValueError, match=r"does not support --dense_variants naclip \(supported: plain, sclip\)"):
         segment_images(segmentation, embeddings, ["naclip"])
     embeddings.model.dense = None
     assert list(classify_regions(data, embeddings, ["plain"])) == ["crop"], "crops need no dense features"
-    assert "plain are skipped: the model has no dense features" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="plain are not supported: the model has no dense features"):
+    assert "does not support --dense_variants plain (supported: none)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"does not support --dense_variants plain \(supported: none\)"):
         segment_images(segmentation, embeddings, ["plain"])
     file = tmp_path / "x.npz"
     np.savez(file, images=np.eye(1, 3), image_names=["1.jpg"], texts=np.eye(1, 3), captions=["x"])

@@ -61,7 +61,7 @@ def test_report_escapes_all_texts(tmp_path: Path) -> None:
     page, markdown = (tmp_path / "page.html").read_text(), (tmp_path / "page.md").read_text()
     assert "<img src=x" not in page and page.count("&lt;img src=x") == 27
     assert "<code>code</code>" in page and ">1.2<" in page and ">–<" in page
-    assert "right: " in page and "wrong: " not in page
+    assert "correct: " in page and "wrong: " not in page
     assert "page.html" in markdown and "\\| `code`" in markdown
     code = f"```\n{text}\n```"
     assert "<img" not in markdown.replace(code, "") and code in markdown

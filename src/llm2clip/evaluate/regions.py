@@ -8,8 +8,8 @@ Methods:
 - Dense variants: the entire image is encoded. As in CLIPSelf, the patch embeddings within the box are averaged with
     RoIAlign (arXiv 1703.06870) at an adaptive sampling ratio, and the mean is L2-normalised.
 
-The predicted class has the highest cosine similarity to the region embedding. By default, class embeddings are averaged
-over OpenAI's prompt templates for ImageNet.
+The predicted class is the class whose embedding has the highest cosine similarity to the region embedding. By default,
+class embeddings are averaged over OpenAI's prompt templates for ImageNet.
 """
 
 from __future__ import annotations
@@ -67,16 +67,16 @@ def select_variants(model: DualEncoder, variants: Sequence[str], required: bool)
     available = model.dense.variants if model.dense is not None else ()
     supported = [variant for variant in variants if variant in available]
     skipped = ", ".join(variant for variant in variants if variant not in available)
-    reason = f"the model supports only {', '.join(available)}" if available else "the model has no dense features"
+    problem = f"{model.name} does not support --dense_variants {skipped} (supported: {', '.join(available) or 'none'})"
     if required and not supported:
-        raise ValueError(f"{model.name}: the dense variants {skipped} are not supported: {reason}")
+        raise ValueError(problem)
     if skipped:
-        print_once(f"{model.name}: the dense variants {skipped} are skipped: {reason}")
+        print_once(f"Skipped dense variants: {problem}")
     return supported
 
 
 def get_logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, float]:
-    """Return the logit scales to evaluate: the protocol's scale and the model's learned scale, if it has one.
+    """Return the logit scales to evaluate: the protocol's scale and, if it exists, the model's learned scale.
 
     Published protocols use CLIP's scale, which may not suit models that learned a different scale. The keys are
     suffixes of method names: "" for the protocol's scale, and `LEARNED_SCALE` for the learned scale.
@@ -90,8 +90,8 @@ def decode_batches(
 ) -> Iterator[dict[int, T]]:
     """Decode and transform this rank's share of the images. Yield batches, keyed by image index in `refs`.
 
-    `transform` takes a uint8 tensor of shape (3, H, W), and must be picklable. Errors are added to `failures`, also
-    keyed by image index.
+    `transform` takes a uint8 tensor of shape (3, H, W), and must be picklable. Errors are added to `failures`, which is
+    also keyed by image index.
     """
     state = process_state()
     indices = range(state.process_index, len(refs), state.num_processes)
@@ -147,7 +147,7 @@ def gather_results(
     if not refs:
         raise ValueError("the benchmark contains no images")
     if len(failures) == len(refs):
-        raise ValueError(f"none of the {len(refs):,} images can be used; first failure: {refs[0]} ({failures[0]})")
+        raise ValueError(f"none of the {len(refs):,} images can be used: for example, {refs[0]} ({failures[0]})")
     return dict(sorted(results.items()))
 
 
@@ -202,7 +202,7 @@ def classify_regions(
     model = get_model(embeddings)
     methods = [CROP, *select_variants(model, variants, required=False)]
     classes = encode_classes(embeddings, data.names, data.templates)
-    batches: dict[int, dict[str, RegionPredictions]] = {}  # predictions per batch, keyed by its lowest image index
+    batches: dict[int, dict[str, RegionPredictions]] = {}  # predictions, keyed by the lowest image index in the batch
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "regions", failures):
         boxes = [torch.from_numpy(data.boxes[index]) for index in images]
@@ -266,7 +266,7 @@ def build_wrong_region_blocks(
             break
     if not images:
         return []
-    text = f"Largest-margin errors of the method {method}. Each image and each class is shown at most once."
+    text = f"Errors of the method {method} with the largest margins. Each image and each class is shown at most once."
     examples = Examples(images, "Correct class and predicted class:")
     return [Heading("Misclassified regions", 3), Paragraph(text), examples]
 

@@ -187,7 +187,7 @@ class ErrorAnalysis:
 
 
 def analyse_errors(ranks: RetrievalRanks, num_queries: int = 6) -> ErrorAnalysis:
-    """Analyse errors. Include up to `num_queries` examples and as many failures."""
+    """Analyse a model's errors, with up to `num_queries` example queries and up to `num_queries` failed queries."""
     unit, lengths = measure_caption_lengths(ranks.captions)
     bins = make_length_bins(lengths)
     return ErrorAnalysis(
@@ -277,7 +277,7 @@ def find_worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
 
 
 def _retrieve_images(ranks: RetrievalRanks, text: int) -> Examples:
-    """Return the `TOP_IMAGES` top-ranked images for a caption, and the correct image if it is not among them."""
+    """Return the `TOP_IMAGES` top-ranked images for a caption, followed by the correct image if it ranks lower."""
     correct_image, correct_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
     scores = ranks.images @ ranks.texts[text]
     top_images = scores.topk(min(TOP_IMAGES, len(scores))).indices.tolist()
@@ -305,7 +305,7 @@ def build_error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[B
         svg = plots.plot_interval_curves(points, labels, f"{first.length_unit} in the caption", "T2I R@1, %")
         blocks.append(Figure(svg, "Recall by caption length, with 95% confidence intervals."))
     if first.examples:
-        text = f"Captions sampled at regular intervals, with the images retrieved by {name}. The right image is marked."
+        text = f"Evenly spaced captions, and the images that {name} retrieves. Correct images are marked."
         blocks += [Heading("Examples", 3), Paragraph(text), *first.examples]
     if first.failures:
         text = "Captions whose correct images rank lowest."

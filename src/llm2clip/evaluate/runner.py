@@ -47,11 +47,11 @@ from llm2clip.runs.run_description import build_run_section, describe_run
 
 
 class IncompleteEvaluationError(ValueError):
-    """Raised if some of the requested evaluations failed, after all other results have been written."""
+    """Error for failed evaluations, raised after all other results have been written."""
 
 
 USER_DATA = "data"  # benchmark name for the user's own images and captions
-NUM_MISTAKES = 3  # number of caption retrieval mistakes in the report
+NUM_MISTAKES = 3  # maximum number of caption retrieval mistakes in the report
 EXAMPLE_QUERIES = 6  # maximum number of example queries, and of failed queries, in the report
 
 
@@ -72,15 +72,15 @@ def evaluate_models(
     "results" also has the following keys:
 
     - "model": Name of the model.
-    - "images trained on": Number of benchmark images on which the model was trained, if it is known.
-    - "difference": For baselines, the first model's metrics minus the baseline's metrics. Retrieval results have this
-        key in each row.
-    - "short queries", "short queries with templates", "query templates": In each row of a retrieval result, with
-        `options.short_queries` (the last two only if there are templates).
+    - "images trained on": Number of benchmark images on which the model was trained, if the number is known.
+    - "difference": For baselines, the first model's metrics minus the baseline's metrics. In an entry with "rows", each
+        row has a "difference".
+    - "short queries": With `options.short_queries`, metrics for each query length, in each row of a retrieval result.
+        If there are templates, the row also has "short queries with templates" and "query templates".
 
     Args:
         models: Model to evaluate, followed by the baselines (see `open_embedding_source`).
-        data: Sources of images and captions. If they specify no splits, the images that `fit` would hold out are
+        data: Sources of images and captions. If the sources specify no splits, the images that `fit` would hold out are
             evaluated.
         encoder: Caption encoder whose caption retrieval accuracy is measured if `models` is empty.
         config: Evaluation settings, such as additional caption fields to evaluate.
@@ -188,7 +188,7 @@ class _Evaluation:
     def run_benchmarks(self, models: Sequence[str], benchmarks: Sequence[Benchmark], log: SkipLog) -> None:
         """Evaluate all models on all benchmarks and add the results to the report.
 
-        `log` records what is skipped in the user's data. Each public benchmark has a separate log.
+        `log` records skipped rows of the user's data. Each public benchmark has a separate log.
         """
         missing = []
         for benchmark in benchmarks:
@@ -202,7 +202,7 @@ class _Evaluation:
             self._runs.append(_BenchmarkRun(benchmark, folder, benchmark_log))
         for n, name in enumerate(get_display_names(models) if self._runs else []):
             for _ in self._evaluate_model(models[n], name, is_baseline=n > 0):
-                self._save("results", self._get_summaries())  # so no results are lost if a later benchmark fails
+                self._save("results", self._get_summaries())  # so that no results are lost if a later benchmark fails
         with_results = [run for run in self._runs if run.results]
         if not with_results:
             raise ValueError("\n".join(["nothing could be evaluated:", *missing, *self.failures]))
@@ -216,20 +216,20 @@ class _Evaluation:
 
     def _collect_messages(self, missing: list[str]) -> None:
         for run in self._runs:
-            if run.log.skipped or run.benchmark.name == USER_DATA:  # the user's data always gets a line
+            if run.log.skipped or run.benchmark.name == USER_DATA:  # always report the user's data
                 self.skipped.append(f"{run.benchmark.name}: {run.log.summary()}.")
             if run.results and "proposals" in run.results[0].summary:
                 description = run.results[0].summary["proposals"]["description"]
                 self.proposals.append(f"{run.benchmark.name}: {description}")
-        if "all" in self._options.benchmarks:  # missing benchmarks then do not count as failures
+        if "all" in self._options.benchmarks:  # "all" includes benchmarks that are not downloaded
             self.skipped += missing
         else:
             self.failures = missing + self.failures
         for summary in self._get_summaries():
             if summary.get("images trained on"):
                 self.warnings.append(
-                    f"Warning: {summary['model']} was trained on {summary['images trained on']:,} of the images "
-                    f"in {summary['benchmark']}. These results do not predict performance on new images."
+                    f"Warning: {summary['model']} was trained on {summary['images trained on']:,} of the images in "
+                    f"{summary['benchmark']}, so its results do not predict the performance on new images."
                 )
 
     def _evaluate_model(self, model: str, name: str, is_baseline: bool) -> Iterator[BenchmarkResult]:
@@ -242,7 +242,7 @@ class _Evaluation:
             cache_dir = self.out / "vectors" if self.out else None
             embeddings = open_embedding_source(model, self._runs[0].log, cache_dir, self._options.trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
-            if not is_baseline or self._is_distributed:  # if only this rank skipped a model, other ranks would wait
+            if not is_baseline or self._is_distributed:  # if only one rank skipped a model, the others would wait
                 raise
             self.failures.append(f"Skipped {name}: {error}")
             return
@@ -362,7 +362,7 @@ def _add_differences(first: BenchmarkResult, result: BenchmarkResult) -> None:
 def _check_ranks_and_variants(options: EvaluateOptions) -> None:
     """Raise ValueError if a distributed evaluation has no output folder, or a dense variant is unknown."""
     if process_state().num_processes > 1 and options.out is None:
-        raise ValueError("a distributed evaluation needs --out: the ranks exchange embeddings through this folder")
+        raise ValueError("a distributed evaluation needs --out, because ranks exchange embeddings through the folder")
     for variant in options.dense_variants:
         if variant not in DENSE_VARIANTS:
             raise ValueError(f"unknown dense variant {variant!r}; choose from {', '.join(DENSE_VARIANTS)}")
@@ -389,7 +389,7 @@ def _read_user_benchmark(
         name=USER_DATA,
         kind="retrieval",
         description=description.partition(" (")[0],
-        folders=(str(Path.cwd()),),  # unused, but a folder must exist
+        folders=(str(Path.cwd()),),  # not read, but must be an existing folder
         read=lambda _: splits.held_out,
         source="images with captions",
     )

@@ -2,7 +2,7 @@
 
 Each patch embedding is compared with the embeddings of all class names, and the scores are upsampled. The protocol
 follows SCLIP (see `models/vision/segmentation.py` and `SegmentationData`). The metrics follow mmsegmentation, which
-sums intersections and unions over all images before it divides them.
+sums intersections and unions over all images before dividing.
 """
 
 import colorsys
@@ -55,7 +55,7 @@ def evaluate_segmentation(
         bootstrap[method] = compute_segmentation_metrics(counts, result.images)
         row = bootstrap[method].to_row(method)
         row["IoU"] = dict(zip(class_names, compute_class_iou(counts), strict=True))
-        if data.min_probability > 0:  # without a threshold, the logit scale does not affect predictions
+        if data.min_probability > 0:
             row["logit scale"] = result.logit_scales[method]
         rows.append(row)
     all_names = [name for names in data.names for name in names]
@@ -81,10 +81,10 @@ def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants
     queries = encode_classes(embeddings, names, data.templates).to(dense.device)
     transform = ResizeForWindows.for_encoder(dense, data.scale)
     example_indices = set(np.linspace(0, len(data.images) - 1, NUM_EXAMPLES).astype(int).tolist())
-    # Without a minimum probability, the scale does not change which class is most probable.
+    # Without a minimum probability, the logit scale does not affect the predictions.
     scales = get_logit_scales(model, data.logit_scale) if data.min_probability > 0 else {"": data.logit_scale}
     scale_of_method = {variant + suffix: scale for variant in variants for suffix, scale in scales.items()}
-    results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # counts and label maps per image
+    results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # counts and label maps by image index
     failures: dict[int, str] = {}
     for resized in decode_batches(data.images, transform, "segmentation", failures):
         scores = {name: encode_windows(resized, dense, name, queries, transform) for name in variants}
@@ -130,7 +130,7 @@ def compute_segmentation_metrics(counts: np.ndarray, images: Sequence[int]) -> B
     """
     counts = counts.astype(np.float64)
 
-    def metrics(weights: np.ndarray) -> list[float]:
+    def compute_metrics(weights: np.ndarray) -> list[float]:
         intersection, labelled, predicted = np.tensordot(weights, counts, 1)  # (3, classes)
         with np.errstate(invalid="ignore"):  # 0 / 0 for classes that do not occur
             iou = intersection / (labelled + predicted - intersection)
@@ -138,7 +138,7 @@ def compute_segmentation_metrics(counts: np.ndarray, images: Sequence[int]) -> B
         values = np.nanmean(iou), intersection.sum() / labelled.sum(), np.nanmean(accuracy)
         return [100.0 * float(value) for value in values]
 
-    return BootstrapMetrics.from_function(images, ("mIoU", "pixel accuracy", "mean class accuracy"), metrics)
+    return BootstrapMetrics.from_function(images, ("mIoU", "pixel accuracy", "mean class accuracy"), compute_metrics)
 
 
 def compute_class_iou(counts: np.ndarray) -> list[float | None]:

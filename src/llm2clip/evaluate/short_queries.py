@@ -4,11 +4,12 @@ Queries are built from the captions of the evaluated images. For queries of up t
 one of its captions mentions the query. Longer queries are complete captions, and all images with the same caption are
 relevant. Metrics are computed from exact ranks, and ties count against the model (see `metrics`).
 
-An image may show what a query names even if no caption mentions it. Such images count as wrong answers, so the metrics
-usually underestimate models. Use the metrics only to compare models on the same images.
+Images that show what a query names, but whose captions do not mention the query, count as wrong answers. The metrics
+therefore usually underestimate models. Use the metrics only to compare models on the same images.
 
 Templates such as "a photo of {}" help models trained on complete captions. Models that were trained on short phrases,
-or that use CLIP's embedding space, may not need templates. `fit` therefore compares `CANDIDATES` on held-out images.
+or that use CLIP's embedding space, may not need templates. `fit` therefore compares the templates in `CANDIDATES` on
+held-out images.
 """
 
 import random
@@ -59,8 +60,8 @@ CANDIDATES = (("a photo of {}",), ("a photo of {}", "a photo of a {}.", "a pictu
 MAX_CANDIDATE_QUERIES = 300  # maximum number of queries per length when candidates are compared
 REPORT_NOTE = (
     "One- to three-word queries are words and phrases from the captions. Every image with a caption that mentions the "
-    "query is a correct answer. Other images are wrong answers, even if they show what the query names. Longer queries "
-    "are complete captions. Intervals are 95% bootstrap intervals over queries."
+    "query is a correct answer. All other images are wrong answers, even if they show what the query describes. Longer "
+    "queries are complete captions. Intervals are 95% bootstrap intervals over queries."
 )
 
 
@@ -124,7 +125,7 @@ class ShortQueryResult:
             if int(before.words) <= self.templates.max_words:
                 gains.append(f"{before.mean_ap:.1f} to {after.mean_ap:.1f} for {before.words}-word queries")
         templates = ", ".join(map(repr, self.templates.templates))
-        return f"Templates for short queries: {templates}. They increase mAP from {', '.join(gains)}"
+        return f"Templates for short queries: {templates}. The templates increase the mAP from {', '.join(gains)}"
 
     def to_dict(self) -> dict[str, Any]:
         with_templates = self.with_templates
@@ -158,7 +159,7 @@ def score_short_queries(
 
 
 def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -> ShortQueryResult:
-    """Choose prompt templates, and the maximum number of words of queries to which they are applied.
+    """Choose prompt templates, and the maximum length of the queries to which the templates are applied.
 
     A candidate helps at a query length if the 95% bootstrap interval of its mAP gain is above 0. The maximum length of
     a candidate is the largest n for which it helps at all lengths from 1 to n. The candidate with the largest total
@@ -287,7 +288,7 @@ def build_queries(
 
 
 def _sample(items: Iterable[Item], count: int, seed: int) -> list[Item]:
-    """Return a sorted random sample of up to `count` items, which does not depend on their order."""
+    """Return a sorted random sample of up to `count` items, which does not depend on the order of the items."""
     ordered = sorted(items)
     return ordered if len(ordered) <= count else sorted(random.Random(seed).sample(ordered, count))
 
@@ -324,8 +325,10 @@ Curves = Mapping[str, Sequence[LengthScores]]
 
 
 def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
-    """Return a report section for each caption field with short-query results, which also shows the accuracies on
-    classification benchmarks."""
+    """Return a report section for each caption field with short-query results.
+
+    Each section also shows the accuracies on classification benchmarks.
+    """
     accuracies = {b.name: _format_accuracy_cells(r) for b, r in results if b.kind == "classification"}
     blocks: list[Block] = []
     for benchmark, model_results in results:
