@@ -40,7 +40,7 @@ def test_coco_boxes_are_clipped_and_crowds_and_degenerate_boxes_are_excluded(tmp
     data["categories"][1]["name"] = "traffic_light"
     data["images"].append({"id": 99, "file_name": "without boxes.png", "width": 9, "height": 9})
     file.write_text(json.dumps(data))
-    result = BENCHMARKS["coco-boxes"].load(BENCHMARKS["coco-boxes"].find(tmp_path))
+    result = BENCHMARKS["coco-boxes"].load(BENCHMARKS["coco-boxes"].find_folder(tmp_path))
     assert [Path(str(ref)).name for ref in result.images] == ["0.png", "1.png", "2.png"]
     assert result.sizes == [(64, 48), (48, 64), (64, 48)]
     assert result.boxes[0].tolist() == [[4, 4, 28, 20], [36, 20, 56, 44], [50, 40, 64, 48]]
@@ -61,7 +61,7 @@ def test_lvis_boxes_find_images_of_both_splits_by_url(tmp_path: Path) -> None:
     for annotation in data["annotations"]:
         del annotation["iscrowd"]
     (tmp_path / "coco/annotations/lvis_v1_val.json").write_text(json.dumps(data))
-    result = BENCHMARKS["lvis-boxes"].load(BENCHMARKS["lvis-boxes"].find(tmp_path))
+    result = BENCHMARKS["lvis-boxes"].load(BENCHMARKS["lvis-boxes"].find_folder(tmp_path))
     assert [Path(str(ref)).parent.name for ref in result.images] == ["val2017", "train2017", "val2017"]
 
 
@@ -69,10 +69,10 @@ def test_boxes_prefix_reads_a_file_beside_its_images(tmp_path: Path) -> None:
     file = make_coco(tmp_path / "coco")
     mine = file.rename(tmp_path / "coco/val2017/mine.json")
     [benchmark] = get_benchmarks([f"boxes:{mine}"])
-    assert benchmark.kind == "regions" and len(benchmark.load(benchmark.find(Path("unused"))).images) == 3
+    assert benchmark.kind == "regions" and len(benchmark.load(benchmark.find_folder(Path("unused"))).images) == 3
     [benchmark] = get_benchmarks([f"boxes:{tmp_path}/coco/val2017/other.json"])
     with pytest.raises(MissingFileError, match=r"no other.json"):
-        benchmark.load(benchmark.find(Path("unused")))
+        benchmark.load(benchmark.find_folder(Path("unused")))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_categories_with_the_same_name_are_reported(tmp_path: Path, capsys: pyte
     content["categories"][2]["name"] = " red_"
     file.write_text(json.dumps(content))
     assert list(BENCHMARKS["coco-boxes"].load(tmp_path / "coco").names) == ["red", "green", "red"]
-    assert "2 categories have the name 'red'. The model cannot distinguish them" in capsys.readouterr().out
+    assert "2 categories have the name 'red'. The model cannot distinguish the categories" in capsys.readouterr().out
 
 
 def test_files_without_images_and_malformed_files_are_reported(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_unusable_images_are_skipped_and_counted(tmp_path: Path) -> None:
     predictions = classify_regions(data, embeddings, ["plain"])["plain"]
     assert predictions.image.tolist() == [0, 0] and embeddings.log.skipped == {"unusable image": 2}
     assert "not an image" in embeddings.log.examples[0]
-    assert "the image is 64 x 48 pixels, but its boxes are for an image of 70 x 48 pixels" in embeddings.log.examples[1]
+    assert "the image is 64 x 48 pixels, but the boxes are for an image of 70 x 48 pixels" in embeddings.log.examples[1]
     metrics = compute_region_metrics(data, predictions).values
     assert metrics["top-1"] == 100
     with pytest.raises(TooManySkipped, match="2 of 3 rows skipped"):
@@ -340,7 +340,7 @@ def test_differences_have_paired_intervals() -> None:
 @pytest.mark.data
 def test_coco_boxes_on_real_images(real_data: Path) -> None:
     """The part of COCO val2017 has 895 objects, of which 11 are crowds."""
-    data = BENCHMARKS["coco-boxes"].load(BENCHMARKS["coco-boxes"].find(real_data))
+    data = BENCHMARKS["coco-boxes"].load(BENCHMARKS["coco-boxes"].find_folder(real_data))
     assert len(data.names) == 80 and len(data.images) <= 80
     assert sum(map(len, data.labels)) + sum(data.excluded.values()) == 895 and data.excluded["crowd"] == 11
     columns = {name: getattr(data, name)[:2] for name in ("images", "sizes", "boxes", "labels", "areas")}

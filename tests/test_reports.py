@@ -264,7 +264,7 @@ def test_fit_report_of_an_untuned_encoder_has_no_row_for_the_tuned_one() -> None
 def test_fit_report_says_if_tuning_did_not_help() -> None:
     raw, worse, better = ({"images": 50, "CRA": accuracy} for accuracy in (42.0, 41.0, 43.0))
     assert describe_failed_tuning([raw, worse]) == (
-        " Tuning did not improve the caption encoder: its CRA was 42.0 before and 41.0 after tuning. Use "
+        " Tuning did not improve the caption encoder: the CRA was 42.0 before and 41.0 after tuning. Use "
         "`--tune.steps 0`, or lower `--tune.lr`."
     )
     assert describe_failed_tuning([raw, raw])
@@ -275,10 +275,10 @@ def test_fit_report_says_if_tuning_did_not_help() -> None:
 def test_distillation_verdict_states_quality_and_speed() -> None:
     field = {"images": 100, "teacher": {"T2I": {"R@1": 20.0}}, "student": {"T2I": {"R@1": 19.6}}}
     result = {"fields": [field], "teacher": {"queries per second": 10.0}, "student": {"queries per second": 123.0}}
-    speed = "encodes 12 times as many queries per second on one CPU core"
+    speed = "encodes 12 times as many queries per second as the teacher on one CPU core"
     assert (
-        describe_distillation(result) == f"The student retains 98% of the teacher's T2I R@1 (19.6 of 20.0). It {speed}."
+        describe_distillation(result) == f"The student retains 98% of the teacher's T2I R@1 (19.6 of 20.0) and {speed}."
     )
-    assert describe_distillation({**result, "fields": []}).startswith(f"The student {speed}. No images were held out")
+    assert describe_distillation({**result, "fields": []}).endswith("measure the recall of the student.")
     few = describe_distillation({**result, "fields": [{**field, "images": 4}]})
-    assert "98%" not in few and few.endswith("with fewer than 50 held-out images (4), its recall says little.")
+    assert "98%" not in few and few.endswith("With 4 held-out images, the recall of the student cannot be judged.")

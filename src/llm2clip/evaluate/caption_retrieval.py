@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm2clip.config import EncoderConfig
 from llm2clip.evaluate.embeddings import PRECOMPUTED_SUFFIX
-from llm2clip.evaluate.metrics import compute_mean_interval, recall, two_way_ranks
+from llm2clip.evaluate.metrics import compute_mean_interval, compute_recall, two_way_ranks
 from llm2clip.models.clip_models import ClipTextEncoder, has_text_tower, load_clip_text_encoder
 from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -77,8 +77,8 @@ def caption_retrieval_accuracy(
             "CRA interval": 95% bootstrap confidence interval of the CRA over images.
             "chance": Chance level of the CRA.
             "first to second", "second to first": R@1, R@5 and R@10 in each direction.
-            "positive cosine", "negative cosine": Mean cosine similarity between captions of the same image, and between
-                captions of different images.
+            "positive cosine": Mean cosine similarity between captions of the same image.
+            "negative cosine": Mean cosine similarity between captions of different images.
             "images", "excluded": Number of evaluated images, and number of excluded images.
             "truncated": Number of truncated captions.
             "hits": With `return_hits`, the accuracy of each image: 0, 0.5 or 1.
@@ -89,13 +89,13 @@ def caption_retrieval_accuracy(
     """
     pairs = [captions[:2] for captions in map(list, map(dict.fromkeys, images)) if len(captions) > 1]
     if not pairs:
-        raise ValueError("caption retrieval needs images with two distinct captions, but there are none")
+        raise ValueError("no image has two distinct captions, which caption retrieval requires")
     texts = list(dict.fromkeys(caption for captions in pairs for caption in captions))
     row_of_text = {text: row for row, text in enumerate(texts)}
     embeddings = F.normalize(encoder.encode(texts, progress=progress), dim=-1)
     first, second = (embeddings[[row_of_text[captions[n]] for captions in pairs]] for n in (0, 1))
     first_ranks, second_ranks = two_way_ranks(first, second, range(len(first)))
-    first_recall, second_recall = recall(first_ranks), recall(second_ranks)
+    first_recall, second_recall = compute_recall(first_ranks), compute_recall(second_ranks)
     hits = ((first_ranks < 1).double() + (second_ranks < 1)) / 2
     positive_cosine, negative_cosine = compute_mean_cosines(first, second)
     metrics: dict[str, Any] = {

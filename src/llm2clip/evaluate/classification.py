@@ -16,11 +16,11 @@ from llm2clip.models.prompts import average_prompts, fill_templates
 
 
 def evaluate_classification(data: ClassificationData, embeddings: EmbeddingSource) -> BenchmarkResult:
-    """Classify each image by its most similar class embedding, and measure the accuracy."""
+    """Measure how often the most similar class embedding of an image belongs to the correct class."""
     images, indices = embeddings.encode_images(data.images)
     labels = [data.labels[i] for i in indices]
     classes = encode_classes(embeddings, data.names, data.templates)
-    accuracy = classification_accuracy(images, labels, classes, indices)
+    accuracy = compute_classification_accuracy(images, labels, classes, indices)
     summary = {
         "intervals": accuracy.intervals,
         "images": len(images),
@@ -40,12 +40,12 @@ def encode_classes(embeddings: EmbeddingSource, names: Sequence[str], templates:
 def count_texts(
     embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str] = ("{}",)
 ) -> dict[str, int | None]:
-    """Return the number of prompts ("texts") and how many of them exceed the model's maximum length ("truncated")."""
+    """Return the number of prompts ("texts") and of prompts that exceed the model's maximum length ("truncated")."""
     texts = fill_templates(names, templates)
     return {"texts": len(texts), "truncated": embeddings.count_truncated(texts)}
 
 
-def classification_accuracy(
+def compute_classification_accuracy(
     images: Tensor, labels: Sequence[int], classes: Tensor, indices: Sequence[int], chunk_size: int = 4096
 ) -> BootstrapMetrics:
     """Return accuracies in percent: "top-1", "top-5" and "mean per class" (top-1 accuracy averaged over classes).
@@ -100,8 +100,8 @@ def bootstrap_accuracy(
 def compute_class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the zero-based rank of each item's correct class, int64 of shape (N,). `scores` has shape (N, classes).
 
-    Classes with equal scores are ranked by index, as in argmax. Such ties occur because some ImageNet classes have the
-    same name.
+    Classes with equal scores are ranked by index, as in argmax. Classes can have equal scores, because some ImageNet
+    classes have the same name.
     """
     correct_score = scores.gather(1, labels[:, None])
     is_earlier_class = torch.arange(scores.shape[1]) < labels[:, None]

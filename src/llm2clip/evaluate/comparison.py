@@ -9,7 +9,7 @@ from llm2clip.evaluate.benchmarks.coco_instances import DEGENERATE
 from llm2clip.evaluate.metrics import KS
 from llm2clip.evaluate.retrieval import build_error_analysis_blocks
 from llm2clip.io_utils import format_count
-from llm2clip.published_results import CRA, CRA_NOTE, get_published_metrics, get_published_notes, get_published_rows
+from llm2clip.published_results import CRA, CRA_NOTE, get_published_metrics, get_published_notes, get_published_recalls
 from llm2clip.reports import (
     Block,
     Details,
@@ -22,13 +22,13 @@ from llm2clip.reports import (
 )
 
 DIRECTIONS = ("I2T", "T2I")
-# Published LLM2CLIP models with which the first evaluated model is compared. See `get_published_rows`.
+# Published LLM2CLIP models with which the first evaluated model is compared. See `get_published_recalls`.
 REFERENCE_MODELS = ("2024: Llama3-8B-CC", "2024: EVA02 + LLM2CLIP", "2026: Llama-3.1-8B-CC", "2026: SigLIP2 + LLM2CLIP")
 CLASS_METRICS = ("class top-1", "IoU", "class AP50")  # per-class metrics in the rows of `BenchmarkResult.summary`
-MEAN_BENCHMARKS = ("xm3600",)  # benchmarks for which only the mean over all languages was published
+MEAN_BENCHMARKS = ("xm3600",)  # published results are means over all languages
 BYTES_PER_VALUE = 2  # search indexes store vectors in float16
 MIN_IMAGES = 50  # with fewer images, verdicts describe the recall as imprecise
-MIN_ROUGH_IMAGES = 20  # with fewer images, there is no verdict, because even a random order has a high recall
+MIN_ROUGH_IMAGES = 20  # no verdict with fewer images, because even a random order has a high recall
 K = 10  # verdicts report R@K
 
 
@@ -41,7 +41,7 @@ def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResu
         if "proposals" in results[0].summary:
             blocks.append(Paragraph(results[0].summary["proposals"]["description"]))
         return [*blocks, *notes, *(block for result in results for block in result.examples)]
-    published = get_published_rows(benchmark.name)
+    published = get_published_recalls(benchmark.name)
     is_mean = benchmark.name in MEAN_BENCHMARKS
     if is_mean:
         blocks += [Heading("Mean over the languages", 3), build_mean_recall_table(results, published)]
@@ -77,8 +77,8 @@ def _describe_benchmark(benchmark: Benchmark, summary: Mapping[str, Any]) -> str
         count = summary["images"]
     if count >= total:
         return benchmark.description
-    has_published = get_published_rows(benchmark.name) or get_published_metrics(benchmark.name)
-    note = "; published results are for the complete benchmark" if has_published else ""
+    has_published = get_published_recalls(benchmark.name) or get_published_metrics(benchmark.name)
+    note = " (published results: complete benchmark)" if has_published else ""
     return f"part of the benchmark, {count:,} of {total:,} {unit}{note}"
 
 
@@ -104,8 +104,8 @@ def build_caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[B
             f"{metrics['negative cosine']:.3f} between captions of different images."
         ),
         Paragraph(
-            f"Images excluded because they have fewer than two distinct captions: {metrics['excluded']:,}. Captions "
-            f"truncated to the encoder's maximum length: {truncated}."
+            f"Excluded images (fewer than two distinct captions): {metrics['excluded']:,}. Captions truncated to the "
+            f"encoder's maximum length: {truncated}."
         ),
     ]
     mistakes: list[list[Any]] = []
@@ -128,7 +128,7 @@ def build_recall_table(
     Args:
         results: Rows of `compute_field_metrics`, keyed by model name. Baselines also have "difference" (see
             `compute_retrieval_difference`).
-        published: Result of `get_published_rows`, keyed by model name.
+        published: Result of `get_published_recalls`, keyed by model name.
     """
     header = ["model"]
     for direction in DIRECTIONS:
@@ -198,9 +198,8 @@ def build_mean_recall_table(
 def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[str, Mapping[str, float]]) -> Table:
     """Return a metrics table for a benchmark of any kind except "retrieval".
 
-    The table has rows for the published results, the chance level (unless the chance level is one of the metrics), each
-    model and method, and the differences between the first model and each baseline. The columns "method" and "logit
-    scale" are omitted if they would be empty.
+    The table has rows for the published results, the chance level, each model and method, and the differences between
+    the first model and each baseline. If the chance level is a metric, it has no row. Empty columns are omitted.
     """
     metric_rows = [(result, row) for result in results for row in result.summary.get("rows", [result.summary])]
     names = list(dict.fromkeys(name for _, row in metric_rows for name in row["metrics"]))
@@ -275,7 +274,7 @@ def _make_recall_row(
 def _subtract_recalls(
     recalls: Mapping[str, Sequence[float | None]], published: Mapping[str, tuple[float | None, ...]]
 ) -> dict[str, list[str | None]]:
-    """Subtract the recalls of each other model and of each published reference model from those of the first model."""
+    """Return the recalls of the first model minus the recalls of each other model and published reference model."""
     (first_model, first_recalls), *other_models = recalls.items()
     others: dict[str, Sequence[float | None]] = dict(other_models)
     others |= {f"paper {model}": published[model] for model in REFERENCE_MODELS if model in published}
@@ -294,7 +293,7 @@ def _get_both_recalls(row: dict[str, Any], suffix: str = "") -> list[float | Non
 
 
 def get_recalls(row: Mapping[str, Any], direction: str, suffix: str = "") -> list[float | None]:
-    """Return R@1, R@5 and R@10. A value is None if there are so few items that a random order also reaches 100.0.
+    """Return R@1, R@5 and R@10. A value is None if a random order also reaches 100.0, because there are few items.
 
     `row` is a row of `compute_field_metrics`. The suffix " chance" selects the chance levels.
     """
@@ -323,7 +322,7 @@ def describe_retrieval(model: str, row: Mapping[str, Any], captions: str = "capt
     if images < MIN_ROUGH_IMAGES:
         return (
             f"Only {format_count(images, 'image')} evaluated: too few to judge the model. "
-            f"Use at least {MIN_IMAGES} images that are not in its training data."
+            f"Use at least {MIN_IMAGES} images that are not in the training data."
         )
     if images < MIN_IMAGES:
         low, high = row["T2I interval"][f"R@{K}"]

@@ -35,8 +35,8 @@ from llm2clip.evaluate.regions import (
     decode_images,
     encode_boxes,
     gather_results,
+    get_dual_encoder,
     get_logit_scales,
-    get_model,
     select_variants,
 )
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
@@ -45,10 +45,10 @@ from llm2clip.runs.ranks import process_state
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
-LOGIT_SCALE = 100.0  # as in CLIP; equivalent to RegionCLIP's temperature of 0.01
+LOGIT_SCALE = 100.0  # as in CLIP, and equivalent to RegionCLIP's temperature of 0.01
 NMS_IOU = 0.5  # IoU threshold for non-maximum suppression, as in RegionCLIP
 MAX_CANDIDATES = 1000  # maximum number of box-class pairs per image before non-maximum suppression
-RECALL_IOU = 0.5  # a proposal covers an object if their IoU is at least this value
+RECALL_IOU = 0.5  # minimum IoU of an object and a proposal that covers the object
 EXAMPLE_SIDE = 480  # longer side of example images, in pixels
 EXAMPLE_BOXES = 8  # maximum number of boxes drawn on an example image
 MAX_DETECTIONS = 100  # maximum number of detections per image, as in COCO's AP
@@ -108,7 +108,7 @@ def evaluate_detection(data: DetectionData, embeddings: EmbeddingSource, options
         metrics, class_ap50 = compute_detection_metrics(usable, detections)
         values = {**metrics.values, "proposal recall": description["recall"]}
         bootstrap[method] = dataclasses.replace(metrics, values=values)
-        row = bootstrap[method].to_row(method)
+        row = bootstrap[method].to_summary_row(method)
         rows.append(row | {"class AP50": class_ap50, "logit scale": results.logit_scales[method]})
     first_method, first_detections = next(iter(results.by_method.items()))
     summary = {
@@ -133,7 +133,7 @@ def detect_objects(
         ValueError: The embeddings are precomputed, or the model supports none of the variants.
         TooManySkipped: Too many images are unusable.
     """
-    model = get_model(embeddings)
+    model = get_dual_encoder(embeddings)
     methods = select_variants(model, variants, required=not with_crops) + ([CROP] if with_crops else [])
     find_proposals, note = open_proposals(proposals, data, process_state().device)
     classes = encode_classes(embeddings, data.names, data.templates)
@@ -239,8 +239,10 @@ def compute_detection_metrics(
 
     COCOeval from pycocotools matches detections to objects and computes the precision at 101 recall values. AP50 uses
     an IoU threshold of 0.5, and AP is the mean over the thresholds 0.5, 0.55, ..., 0.95. A group's AP is the mean over
-    its classes that have objects. The bootstrap over images reuses COCOeval's matches and recomputes only the
-    precision. Images that are missing from `detections` are treated as images without detections.
+    the classes of the group that have objects. Images that are missing from `detections` count as images without
+    detections.
+
+    The bootstrap over images reuses COCOeval's matches and recomputes only the precision.
 
     Returns:
         Metrics "AP50 GROUP" and "AP GROUP" for each group in `data.groups` and for the group "all", and the AP50 of
@@ -279,7 +281,7 @@ def compute_detection_metrics(
     return metrics, {name: float(class_ap50[k]) for k, name in enumerate(data.names) if not np.isnan(class_ap50[k])}
 
 
-def to_result_rows(data: DetectionData, detections: Mapping[ImageId, Detections]) -> list[dict[str, Any]]:
+def convert_to_coco_results(data: DetectionData, detections: Mapping[ImageId, Detections]) -> list[dict[str, Any]]:
     rows = []
     for image_id, detected in detections.items():
         boxes = box_convert(detected.boxes.double(), "xyxy", "xywh").tolist()
@@ -335,7 +337,7 @@ def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]
     ordered_ids = sorted(data.image_ids, key=lambda image_id: (isinstance(image_id, str), image_id))
     image_ids = {image_id: number for number, image_id in enumerate(ordered_ids)}
 
-    def to_coco(rows: Sequence[Mapping[str, Any]]) -> COCO:
+    def build_coco(rows: Sequence[Mapping[str, Any]]) -> COCO:
         annotations = []
         for number, row in enumerate(rows, 1):  # COCOeval treats a match with id 0 as no match
             _, _, width, height = row["bbox"]
@@ -353,7 +355,8 @@ def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]
         return coco
 
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = COCOeval(to_coco(data.annotations), to_coco(to_result_rows(data, detections)), "bbox")
+        results = build_coco(convert_to_coco_results(data, detections))
+        evaluator = COCOeval(build_coco(data.annotations), results, "bbox")
         evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, float("inf")]], ["all"]
         evaluator.params.maxDets = [MAX_DETECTIONS]
         evaluator.evaluate()

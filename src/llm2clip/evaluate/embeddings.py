@@ -37,7 +37,7 @@ def open_embedding_source(
 ) -> EmbeddingSource:
     """Open a model (see `open_dual_encoder`), or an .npz file of precomputed embeddings.
 
-    The model's embeddings are cached in `cache_dir`. If `cache_dir` is None, they are not cached.
+    The embeddings of a model are cached in `cache_dir`. If `cache_dir` is None, nothing is cached.
 
     Raises:
         ValueError: The model is not an image-text model, or the .npz file is invalid.
@@ -54,7 +54,7 @@ class ModelEmbeddings:
     """Embedding source that runs a model. The model's `query_templates` are not applied to texts."""
 
     def __init__(self, model: DualEncoder, log: SkipLog, cache_dir: Path | None = None, progress: bool = True) -> None:
-        """Cache embeddings in a subfolder of `cache_dir`, or do not cache them if `cache_dir` is None."""
+        """Cache embeddings in a subfolder of `cache_dir`. If `cache_dir` is None, nothing is cached."""
         self.model, self.log, self.progress = model, log, progress
         self._full_model = model  # not truncated, because the cache contains full-size embeddings
         self.query_templates = model.query_templates
@@ -158,7 +158,7 @@ class PrecomputedEmbeddings:
         check_finite(self._images, self._texts)
         self._row_of_image = {PurePosixPath(str(name)).as_posix(): row for row, name in enumerate(names)}
         if len(self._row_of_image) < len(names):
-            raise ValueError(f"{file}: some of the {len(names):,} image_names are duplicates: use longer paths")
+            raise ValueError(f"{file} has duplicates among its {len(names):,} image_names: use longer paths")
         self._row_of_text: dict[str, int] = {}
         for row, caption in enumerate(captions):
             first_row = self._row_of_text.setdefault(str(caption).strip(), row)  # captions in records are also stripped
@@ -170,18 +170,18 @@ class PrecomputedEmbeddings:
         return self._images.shape[1]
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        rows = [self._find_image(ref) for ref in refs]
-        self._check_found("images", refs, rows)
+        rows = [self._find_image_row(ref) for ref in refs]
+        self._check_all_found("images", refs, rows)
         image_of_row: dict[int | None, ImageRef] = {}
         for ref, row in zip(refs, rows, strict=True):
             other = image_of_row.setdefault(row, ref)
             if other.key != ref.key:
                 raise ValueError(
-                    f"{self.file}: {other} and {ref} match the same entry of image_names: use longer image_names"
+                    f"{other} and {ref} match the same entry of image_names in {self.file}: use longer image_names"
                 )
         return self._images[torch.tensor(rows)], list(range(len(refs)))
 
-    def _find_image(self, ref: ImageRef) -> int | None:
+    def _find_image_row(self, ref: ImageRef) -> int | None:
         """Return the row of an image. Images in tar files may be named FILE.tar!MEMBER or MEMBER."""
         for path in (PurePosixPath(str(ref)), PurePosixPath(str(ref).replace("!", "/"))):
             for start in range(len(path.parts)):
@@ -192,10 +192,10 @@ class PrecomputedEmbeddings:
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         rows = [self._row_of_text.get(text) for text in texts]
-        self._check_found("texts", [repr(text) for text in texts], rows)
+        self._check_all_found("texts", [repr(text) for text in texts], rows)
         return self._texts[torch.tensor(rows)]
 
-    def _check_found(self, kind: str, names: Sequence[object], rows: Sequence[int | None]) -> None:
+    def _check_all_found(self, kind: str, names: Sequence[object], rows: Sequence[int | None]) -> None:
         missing = [name for name, row in zip(names, rows, strict=True) if row is None]
         if missing:
             raise ValueError(

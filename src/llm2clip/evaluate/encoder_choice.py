@@ -1,9 +1,9 @@
 """Choice of a caption encoder before training (`fit --encoder.path auto`).
 
-The pretrained vision tower encodes a sample of the training images, and each candidate encodes their captions. The
-score of a candidate is its mutual nearest-neighbour alignment with the vision tower (arXiv 2405.07987): images with
-similar embeddings should have captions with similar embeddings. For encoders that are not tuned, the score predicts
-which encoder leads to better retrieval after `align` (see docs/results/quality.md).
+The pretrained vision tower encodes a sample of the training images, and each candidate encodes the captions of the
+sample. The score of a candidate is the mutual nearest-neighbour alignment of the caption and image embeddings (arXiv
+2405.07987). If encoders are not tuned, the score predicts which encoder leads to better retrieval after `align` (see
+docs/results/quality.md).
 """
 
 import time
@@ -94,8 +94,8 @@ def describe_choice(choice: Mapping[str, Any]) -> str:
     chosen = f"Caption encoder: {describe_encoder(EncoderConfig(**choice['encoder']))} (not tuned)."
     if not choice["scores"]:
         return (
-            f"{chosen} No other encoder was evaluated: a comparison requires {MIN_IMAGES} images that can be encoded "
-            f"within a minute (got {choice['images']:,})."
+            f"{chosen} No other encoder was evaluated, because fewer than {MIN_IMAGES} images could be encoded "
+            f"within a minute ({choice['images']:,})."
         )
     (_, score), *others = choice["scores"].items()
     compared = f" ({', '.join(f'{name}: {other:.1%}' for name, other in others)})" if others else ""

@@ -1,8 +1,8 @@
 """Retrieval ranks and metrics, and bootstrap confidence intervals.
 
-The score matrix is computed in tiles and never stored in full. Scores are not sorted: a rank is the number of wrong
-answers that score at least as high as the best correct answer. Ties therefore count against the model: if all scores
-are equal, all ranks are the worst possible ranks.
+The score matrix is computed in tiles and never stored in full. Scores are not sorted, because a rank is the number of
+wrong answers that score at least as high as the best correct answer. Ties therefore count against the model. If all
+scores are equal, all ranks are the worst possible ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from llm2clip.cpu_tuning import onednn_matmul
 
 KS = (1, 5, 10)
-TILE = 512  # images per tile; with four times as many texts, the float32 scores of a tile (4 MB) fit in the CPU cache
+TILE = 512  # images per tile, so that the float32 scores of a tile (512 images, 2048 texts) fit in the CPU cache
 QUERY_TILE = 32  # number of queries that `compute_positive_ranks` scores at a time
 LEVEL = 0.95  # confidence level of all intervals
 
@@ -176,7 +176,7 @@ def retrieval_metrics(
     owner = torch.as_tensor(image_of_text)
     metrics: dict[str, dict[str, Any]] = {}
     for direction, ranks, groups in (("I2T", image_ranks, torch.arange(len(image_ranks))), ("T2I", text_ranks, owner)):
-        metrics[direction] = recall(ranks) | {"median rank": float(ranks.double().quantile(0.5)) + 1}
+        metrics[direction] = compute_recall(ranks) | {"median rank": float(ranks.double().quantile(0.5)) + 1}
         metrics[f"{direction} interval"] = compute_recall_intervals(ranks, groups)
     captions_per_image = torch.bincount(owner, minlength=len(image_ranks)).tolist()
     metrics["I2T chance"] = compute_chance_recall(captions_per_image, len(owner))
@@ -184,7 +184,7 @@ def retrieval_metrics(
     return metrics
 
 
-def recall(ranks: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
+def compute_recall(ranks: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
     """Return R@k: the percentage of queries with a positive among the top k items."""
     return {f"R@{k}": 100.0 * float((ranks < k).double().mean()) for k in ks}
 
@@ -287,8 +287,7 @@ def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float
     Returns:
         Lower and upper bounds of the intervals, float64 of shape (2, K).
     """
-    # One matmul per resample, weighted by how often each group was drawn. scipy.stats.bootstrap copies the resampled
-    # rows, which is 1.5 to 5 times as slow, and keeps all resamples in memory.
+    # scipy.stats.bootstrap, which copies the resampled rows, is 1.5 to 5 times as slow as one matmul per resample.
     sums, counts = sums.double()[counts > 0], counts.double()[counts > 0]
     means = [weights @ sums / (weights @ counts) for weights in draw_bootstrap_counts(len(sums))]
     return compute_percentile_interval(torch.stack(means), len(sums), bounds)
@@ -308,9 +307,9 @@ def draw_bootstrap_counts(num_groups: int, num_resamples: int = 1000) -> Iterato
 def compute_percentile_interval(means: Tensor, num_groups: int, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """Return central 95% bootstrap confidence intervals of the mean, using Efron's percentile method.
 
-    If all groups have the same mean, such as 0% or 100%, the percentile interval would be a single point. Its ends are
-    then the means that would result if a fraction p of the groups were at the lower or the upper bound, where
-    p = 1 - 0.025 ** (1 / n) is the Clopper-Pearson upper bound for 0 deviating groups out of n.
+    If all groups have the same mean, such as 0% or 100%, the percentile interval would be a single point. The interval
+    then extends to the means that would result if a fraction p of the groups were at the lower or the upper bound,
+    where p = 1 - 0.025 ** (1 / n) is the Clopper-Pearson upper bound for 0 deviating groups out of n.
 
     Args:
         means: Means of the resamples, of shape (resamples, ...). The result has shape (2, ...).
@@ -352,9 +351,9 @@ class BootstrapMetrics:
 
     @property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        return {name: self._interval(samples, (0.0, 100.0)) for name, samples in self.resamples.items()}
+        return {name: self._compute_interval(samples, (0.0, 100.0)) for name, samples in self.resamples.items()}
 
-    def to_row(self, method: str) -> dict[str, Any]:
+    def to_summary_row(self, method: str) -> dict[str, Any]:
         return {"method": method, "metrics": dict(self.values), "intervals": self.intervals}
 
     def subtract(self, baseline: BootstrapMetrics) -> dict[str, Any]:
@@ -369,11 +368,11 @@ class BootstrapMetrics:
         for name in names:
             if self.images == baseline.images and name in self.resamples:
                 differences = self.resamples[name] - baseline.resamples[name]
-                intervals[name] = self._interval(differences, (-100.0, 100.0))
+                intervals[name] = self._compute_interval(differences, (-100.0, 100.0))
         metrics = {name: self.values[name] - baseline.values[name] for name in names}
         return {"metrics": metrics, "intervals": intervals}
 
-    def _interval(self, samples: np.ndarray, bounds: tuple[float, float]) -> tuple[float, float]:
+    def _compute_interval(self, samples: np.ndarray, bounds: tuple[float, float]) -> tuple[float, float]:
         defined = torch.from_numpy(samples[~np.isnan(samples)])
         low, high = compute_percentile_interval(defined, len(self.images), bounds).tolist()
         return low, high

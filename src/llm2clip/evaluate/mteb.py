@@ -32,7 +32,7 @@ from llm2clip.models.published_encoders import suggest_encoders
 
 
 class MTEBModel(AbsEncoder):
-    """Encoder of texts, images and pairs. The embedding of a pair is the normalised sum of its two embeddings."""
+    """Encoder of texts, images and pairs. The embedding of a pair is the normalised sum of both embeddings."""
 
     def __init__(self, model: DualEncoder) -> None:
         self.model = model

@@ -80,7 +80,7 @@ def plot_histograms(histograms: Mapping[str, Mapping[int, int]], xlabel: str, yl
 
 
 def create_axes(width: float, height: float) -> tuple[Any, Any]:
-    """Create a figure with the given size in inches. Return the figure and its axes."""
+    """Create a figure with one plot. `width` and `height` are in inches."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

@@ -2,10 +2,10 @@
 
 Methods:
 
-- "crop": the region is cropped and encoded as an image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged by a
-    factor of 1.5 around its centre, clipped to the image, and padded with black to a square. Preprocessing therefore
-    does not crop the longer side, but a `crop_pct` below 1 still cuts off the edges.
-- Dense variants: the entire image is encoded. As in CLIPSelf, the patch embeddings within the box are averaged with
+- "crop": The region is cropped and encoded as an image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged by a
+    factor of 1.5 around its centre, clipped to the image, and padded with black to a square.
+
+- Dense variants: The entire image is encoded. As in CLIPSelf, the patch embeddings within the box are averaged with
     RoIAlign (arXiv 1703.06870) at an adaptive sampling ratio, and the mean is L2-normalised.
 
 The predicted class is the class whose embedding has the highest cosine similarity to the region embedding. By default,
@@ -40,7 +40,7 @@ from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 
 CROP = "crop"
-CROP_SCALE = 1.5  # factor by which a box is enlarged before it is cropped
+CROP_SCALE = 1.5  # factor by which boxes are enlarged before cropping
 SIZE_LIMITS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
 """Minimum area (inclusive) and maximum area (exclusive) of objects in each COCO size class, in square pixels."""
 THUMBNAIL_SIDE = 280  # maximum thumbnail width and height, in pixels
@@ -52,7 +52,7 @@ T = TypeVar("T")
 # ---- helpers for regions, segmentation and detection -----------------------------------------------------------------
 
 
-def get_model(embeddings: EmbeddingSource) -> DualEncoder:
+def get_dual_encoder(embeddings: EmbeddingSource) -> DualEncoder:
     if not isinstance(embeddings, ModelEmbeddings):
         raise ValueError("regions and pixels must be encoded by a model, so precomputed embeddings cannot be used")
     return embeddings.model
@@ -76,7 +76,7 @@ def select_variants(model: DualEncoder, variants: Sequence[str], required: bool)
 
 
 def get_logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, float]:
-    """Return the logit scales to evaluate: the protocol's scale and, if it exists, the model's learned scale.
+    """Return the logit scales to evaluate: the protocol's scale, and the learned scale of models that have one.
 
     Published protocols use CLIP's scale, which may not suit models that learned a different scale. The keys are
     suffixes of method names: "" for the protocol's scale, and `LEARNED_SCALE` for the learned scale.
@@ -85,7 +85,7 @@ def get_logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, flo
     return {"": protocol_scale} if learned is None else {"": protocol_scale, LEARNED_SCALE: learned}
 
 
-def decode_batches(
+def decode_image_batches(
     refs: Sequence[ImageRef], transform: Callable[[Tensor], T], description: str, failures: dict[int, str]
 ) -> Iterator[dict[int, T]]:
     """Decode and transform this rank's share of the images. Yield batches, keyed by image index in `refs`.
@@ -105,18 +105,18 @@ def decode_batches(
 def decode_images(
     refs: Sequence[ImageRef], sizes: Sequence[tuple[int, int]], description: str, failures: dict[int, str]
 ) -> Iterator[dict[int, Tensor]]:
-    """Decode this rank's images in batches, as uint8 tensors of shape (3, H, W). See `decode_batches`.
+    """Decode this rank's images in batches, as uint8 tensors of shape (3, H, W). See `decode_image_batches`.
 
     If the (width, height) of an image differs from `sizes`, the image is recorded in `failures` and not returned,
-    because its boxes would be wrong.
+    because the boxes would be wrong.
     """
-    for images in decode_batches(refs, nn.Identity(), description, failures):
+    for images in decode_image_batches(refs, nn.Identity(), description, failures):
         for index in list(images):
             width, height = sizes[index]
             actual_height, actual_width = images[index].shape[1:]
             if (actual_width, actual_height) != (width, height):
                 failures[index] = (
-                    f"the image is {actual_width} x {actual_height} pixels, but its boxes are for an image of "
+                    f"the image is {actual_width} x {actual_height} pixels, but the boxes are for an image of "
                     f"{width} x {height} pixels"
                 )
                 del images[index]
@@ -156,11 +156,11 @@ def gather_results(
 
 @dataclass(frozen=True)
 class RegionPredictions:
-    """Class predictions of one method for all R regions. Each array has shape (R,)."""
+    """Class predictions of one method for R regions, as arrays of shape (R,)."""
 
     image: np.ndarray  # index of the region's image
     region: np.ndarray  # index of the region within its image
-    rank: np.ndarray  # zero-based rank of the correct class; see `compute_class_ranks`
+    rank: np.ndarray  # zero-based rank of the correct class (see `compute_class_ranks`)
     predicted: np.ndarray  # index of the class with the highest score
     margin: np.ndarray  # score of the predicted class minus the score of the correct class, float32
 
@@ -177,7 +177,7 @@ def evaluate_regions(data: RegionData, embeddings: EmbeddingSource, variants: Se
     for method, method_predictions in predictions.items():
         bootstrap[method] = compute_region_metrics(data, method_predictions)
         accuracies = dict(zip(data.names, compute_class_accuracy(data, method_predictions), strict=True))
-        rows.append(bootstrap[method].to_row(method) | {"class top-1": accuracies})
+        rows.append(bootstrap[method].to_summary_row(method) | {"class top-1": accuracies})
     first_method, first_predictions = next(iter(predictions.items()))
     summary = {
         "images": len(set(first_predictions.image.tolist())),
@@ -199,7 +199,7 @@ def classify_regions(
     Unusable images are recorded in `embeddings.log`. Variants that the model does not support are skipped. In a
     distributed run, the images are split across the ranks, and every rank returns all predictions.
     """
-    model = get_model(embeddings)
+    model = get_dual_encoder(embeddings)
     methods = [CROP, *select_variants(model, variants, required=False)]
     classes = encode_classes(embeddings, data.names, data.templates)
     batches: dict[int, dict[str, RegionPredictions]] = {}  # predictions, keyed by the lowest image index in the batch

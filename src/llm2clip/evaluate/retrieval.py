@@ -19,9 +19,9 @@ from llm2clip.evaluate import plots
 from llm2clip.evaluate.benchmarks.base import BenchmarkResult, CaptionFields
 from llm2clip.evaluate.embeddings import EmbeddingSource, ModelEmbeddings
 from llm2clip.evaluate.metrics import (
+    compute_recall,
     compute_recall_differences,
     compute_recall_intervals,
-    recall,
     retrieval_metrics,
     two_way_ranks,
 )
@@ -36,7 +36,7 @@ TOP_IMAGES = 5  # number of top-ranked images shown per query
 
 @dataclass(frozen=True)
 class RetrievalRanks:
-    """Retrieval ranks of a caption field in both directions, with the ranked records and their embeddings."""
+    """Retrieval ranks of a caption field in both directions, with the ranked records and the embeddings."""
 
     records: list[Record]  # records that have a caption and a decodable image
     images: Tensor  # embeddings of shape (I, D)
@@ -92,7 +92,7 @@ def compute_field_ranks(embeddings: EmbeddingSource, fields: CaptionFields) -> d
 
 
 def compute_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, RetrievalRanks]) -> list[dict[str, Any]]:
-    """Compute retrieval metrics for each caption field from its ranks.
+    """Compute retrieval metrics from the ranks of each caption field.
 
     Returns:
         One row per caption field: "captions" (field name), the counts "images", "texts" and "truncated" (texts that
@@ -147,15 +147,15 @@ def make_validator(
 ) -> Callable[[LLM2CLIP], dict[str, float]]:
     """Create a function that evaluates a model during training with the stored caption embeddings.
 
-    The function returns R@1 for each caption field in both directions. It raises ValueError if no image has a caption.
+    The function returns R@1 for each caption field in both directions, or raises ValueError if no image has a caption.
     """
 
     def validate(model: LLM2CLIP) -> dict[str, float]:
         embeddings = ModelEmbeddings(build_dual_encoder_from_store(model, store), log, progress=False)
         metrics = {}
         for name, ranks in compute_field_ranks(embeddings, fields).items():
-            metrics[f"{name} I2T R@1"] = recall(ranks.image_ranks, (1,))["R@1"]
-            metrics[f"{name} T2I R@1"] = recall(ranks.text_ranks, (1,))["R@1"]
+            metrics[f"{name} I2T R@1"] = compute_recall(ranks.image_ranks, (1,))["R@1"]
+            metrics[f"{name} T2I R@1"] = compute_recall(ranks.text_ranks, (1,))["R@1"]
         return metrics
 
     return validate
@@ -179,7 +179,7 @@ def build_dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> Dua
 class ErrorAnalysis:
     """Analysis of a model's retrieval errors for a caption field."""
 
-    length_unit: str  # unit of caption lengths; see `measure_caption_lengths`
+    length_unit: str  # unit of caption lengths (see `measure_caption_lengths`)
     length_bins: list[tuple[int, int]]  # minimum and maximum caption length of each bin
     recall_by_length: list[tuple[float, float, float]]  # see `compute_recall_by_length`
     examples: list[Examples]  # images retrieved for evenly spaced captions
@@ -259,7 +259,7 @@ def compute_recall_by_length(
         in_bin = (length >= first) & (length <= last)
         bin_ranks = ranks.text_ranks[in_bin]
         low, high = compute_recall_intervals(bin_ranks, ranks.image_of_text[in_bin], (1,))["R@1"]
-        recalls.append((recall(bin_ranks, (1,))["R@1"], low, high))
+        recalls.append((compute_recall(bin_ranks, (1,))["R@1"], low, high))
     return recalls
 
 
@@ -277,7 +277,7 @@ def find_worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
 
 
 def _retrieve_images(ranks: RetrievalRanks, text: int) -> Examples:
-    """Return the `TOP_IMAGES` top-ranked images for a caption, followed by the correct image if it ranks lower."""
+    """Return the `TOP_IMAGES` top-ranked images for a caption, and the correct image if it has a lower rank."""
     correct_image, correct_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
     scores = ranks.images @ ranks.texts[text]
     top_images = scores.topk(min(TOP_IMAGES, len(scores))).indices.tolist()

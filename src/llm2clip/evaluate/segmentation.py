@@ -1,4 +1,4 @@
-"""Zero-shot semantic segmentation with dense features, and its metrics.
+"""Evaluation of zero-shot semantic segmentation with dense features.
 
 Each patch embedding is compared with the embeddings of all class names, and the scores are upsampled. The protocol
 follows SCLIP (see `models/vision/segmentation.py` and `SegmentationData`). The metrics follow mmsegmentation, which
@@ -20,7 +20,13 @@ from llm2clip.evaluate.benchmarks.base import IGNORED, BenchmarkResult, Segmenta
 from llm2clip.evaluate.classification import count_texts, encode_classes
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.metrics import BootstrapMetrics
-from llm2clip.evaluate.regions import decode_batches, gather_results, get_logit_scales, get_model, select_variants
+from llm2clip.evaluate.regions import (
+    decode_image_batches,
+    gather_results,
+    get_dual_encoder,
+    get_logit_scales,
+    select_variants,
+)
 from llm2clip.models.vision.segmentation import PixelScores, ResizeForWindows, encode_windows, segment
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
 
@@ -34,11 +40,11 @@ class SegmentationResult:
     """Result of a segmentation benchmark.
 
     A method combines a dense feature variant with a logit scale: the protocol's scale or the model's learned scale (see
-    `get_logit_scales`). The learned scale is omitted if it does not affect the result.
+    `get_logit_scales`). The learned scale is omitted if the scale does not affect the result.
     """
 
     images: list[int]  # indices of the evaluated images
-    counts: dict[str, np.ndarray]  # per method, int64 of shape (images, 3, classes); see `_segment_and_count`
+    counts: dict[str, np.ndarray]  # per method, int64 of shape (images, 3, classes) (see `_segment_and_count`)
     logit_scales: dict[str, float]
     examples: dict[int, dict[str, np.ndarray]]
     """Downsampled predictions for a few images, uint8 of shape (h, w), keyed by image index and then by method. The key
@@ -53,7 +59,7 @@ def evaluate_segmentation(
     class_names = [data.get_class_name(label) for label in range(len(data.names))]
     for method, counts in result.counts.items():
         bootstrap[method] = compute_segmentation_metrics(counts, result.images)
-        row = bootstrap[method].to_row(method)
+        row = bootstrap[method].to_summary_row(method)
         row["IoU"] = dict(zip(class_names, compute_class_iou(counts), strict=True))
         if data.min_probability > 0:
             row["logit scale"] = result.logit_scales[method]
@@ -73,7 +79,7 @@ def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants
         ValueError: The embeddings are precomputed, or the model supports none of the variants.
         TooManySkipped: Too many images are unusable.
     """
-    model = get_model(embeddings)
+    model = get_dual_encoder(embeddings)
     variants = select_variants(model, variants, required=True)
     dense = model.dense
     assert dense is not None
@@ -86,7 +92,7 @@ def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants
     scale_of_method = {variant + suffix: scale for variant in variants for suffix, scale in scales.items()}
     results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # counts and label maps by image index
     failures: dict[int, str] = {}
-    for resized in decode_batches(data.images, transform, "segmentation", failures):
+    for resized in decode_image_batches(data.images, transform, "segmentation", failures):
         scores = {name: encode_windows(resized, dense, name, queries, transform) for name in variants}
         for index, (_, size) in resized.items():
             try:
@@ -172,8 +178,8 @@ def _segment_and_count(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Segment an image. Return pixel counts, int64 of shape (3, classes), and predictions, uint8 of shape (H, W).
 
-    The rows of the counts are, for each class, the number of pixels both labelled and predicted as the class, the
-    number labelled as the class, and the number predicted as the class. Ignored pixels are not counted.
+    For each class, the three rows of the counts are the number of pixels that are labelled and predicted as the class,
+    labelled as the class, and predicted as the class. Ignored pixels are not counted.
     """
     num_classes = len(data.names)
     prediction = np.empty(labels.shape, np.uint8)
