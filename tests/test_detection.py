@@ -346,7 +346,7 @@ def test_ov_coco_rejects_files_without_objects_categories_or_images(
             BENCHMARKS["ov-coco"].load(tmp_path)
 
     load(DataFormatError, "val2017.json contains only crowds, so the average precision is undefined", iscrowd=1)
-    load(DataFormatError, "contains no objects of the classes", bbox=[70, 4, 20, 20])
+    load(DataFormatError, "contains no objects of the selected classes", bbox=[70, 4, 20, 20])
     ov_coco_file(tmp_path)
     (tmp_path / "val2017/0.png").unlink()
     with pytest.raises(MissingFileError, match="1 of 1 images"):

@@ -57,7 +57,7 @@ class Table:
     header: Sequence[str]  # column names, not empty because screen readers read the names aloud
     rows: Sequence[Sequence[Any]]
     highlight: frozenset[int] = frozenset()  # indices of the rows to highlight
-    statuses: Mapping[str, str] = field(default_factory=dict)  # statuses of cells, keyed by text, e.g. {"holds": GOOD}
+    statuses: Mapping[str, str] = field(default_factory=dict)  # keyed by the text of a cell, e.g. {"holds": GOOD}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Example:
-    """Image with texts."""
+    """Image with a caption and other texts."""
 
     jpeg: bytes | None  # None if the image cannot be decoded
     caption: str = ""  # below the image
@@ -246,7 +246,7 @@ def _add_text_alternative(figure: Figure) -> str:
 
 
 def format_cell(value: Any) -> str:
-    """Format a table cell. Floats have one decimal place, or one significant digit from 0.0005 to 0.1."""
+    """Format a table cell. Floats have one decimal place, or one significant digit between 0.0005 and 0.1."""
     if isinstance(value, float):
         return f"{value:.1g}" if 0.0005 <= abs(value) < 0.1 else f"{value:.1f}"
     return "–" if value is None else str(value)

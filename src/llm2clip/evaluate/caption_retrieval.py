@@ -68,7 +68,6 @@ def caption_retrieval_accuracy(
 
     Args:
         images: Captions of each image. Images with fewer than two distinct captions are excluded.
-        num_mistakes: Maximum number of mistakes to return.
         return_hits: Also return the accuracy of each image.
 
     Returns:

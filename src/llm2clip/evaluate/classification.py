@@ -40,7 +40,7 @@ def encode_classes(embeddings: EmbeddingSource, names: Sequence[str], templates:
 def count_texts(
     embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str] = ("{}",)
 ) -> dict[str, int | None]:
-    """Return the number of prompts ("texts") and of prompts that exceed the model's maximum length ("truncated")."""
+    """Return the number of prompts ("texts") and the number of truncated prompts ("truncated", None if unknown)."""
     texts = fill_templates(names, templates)
     return {"texts": len(texts), "truncated": embeddings.count_truncated(texts)}
 

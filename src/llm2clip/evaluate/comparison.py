@@ -293,7 +293,7 @@ def _get_both_recalls(row: dict[str, Any], suffix: str = "") -> list[float | Non
 
 
 def get_recalls(row: Mapping[str, Any], direction: str, suffix: str = "") -> list[float | None]:
-    """Return R@1, R@5 and R@10. A value is None if a random order also reaches 100.0, because there are few items.
+    """Return R@1, R@5 and R@10. A value is None if a random order also reaches 100.0, because there are so few items.
 
     `row` is a row of `compute_field_metrics`. The suffix " chance" selects the chance levels.
     """

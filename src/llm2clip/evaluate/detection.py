@@ -35,8 +35,8 @@ from llm2clip.evaluate.regions import (
     decode_images,
     encode_boxes,
     gather_results,
-    get_dual_encoder,
     get_logit_scales,
+    require_model,
     select_variants,
 )
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
@@ -133,7 +133,7 @@ def detect_objects(
         ValueError: The embeddings are precomputed, or the model supports none of the variants.
         TooManySkipped: Too many images are unusable.
     """
-    model = get_dual_encoder(embeddings)
+    model = require_model(embeddings)
     methods = select_variants(model, variants, required=not with_crops) + ([CROP] if with_crops else [])
     find_proposals, note = open_proposals(proposals, data, process_state().device)
     classes = encode_classes(embeddings, data.names, data.templates)
@@ -168,7 +168,7 @@ def detect_objects(
 
 
 def drop_images(data: DetectionData, excluded: Collection[int]) -> DetectionData:
-    """Return a copy of the data without the images at the given indices and their annotations."""
+    """Return a copy of the data without the images whose indices are in `excluded`, and without their annotations."""
     indices = [index for index in range(len(data.images)) if index not in excluded]
     image_ids = [data.image_ids[index] for index in indices]
     remaining = set(image_ids)
@@ -239,10 +239,7 @@ def compute_detection_metrics(
 
     COCOeval from pycocotools matches detections to objects and computes the precision at 101 recall values. AP50 uses
     an IoU threshold of 0.5, and AP is the mean over the thresholds 0.5, 0.55, ..., 0.95. A group's AP is the mean over
-    the classes of the group that have objects. Images that are missing from `detections` count as images without
-    detections.
-
-    The bootstrap over images reuses COCOeval's matches and recomputes only the precision.
+    the group's classes that have objects. Images that are missing from `detections` count as images without detections.
 
     Returns:
         Metrics "AP50 GROUP" and "AP GROUP" for each group in `data.groups` and for the group "all", and the AP50 of
@@ -369,7 +366,7 @@ def _extract_class_matches(evaluator: Any, k: int) -> _ClassMatches:
     scores, images, is_correct = [np.zeros(0)], [np.zeros(0, int)], [np.zeros(0, bool)]
     objects = np.zeros(num_images)
     for i, result in enumerate(evaluator.evalImgs[k * num_images : (k + 1) * num_images]):
-        if result is None:  # the image has neither objects nor detections of this class
+        if result is None:  # the image has neither objects nor detections of the class
             continue
         counted = ~result["dtIgnore"][AP50_INDEX].astype(bool)
         scores.append(np.asarray(result["dtScores"], float)[counted])

@@ -74,7 +74,7 @@ class ModelEmbeddings:
             TooManySkipped: Too many images cannot be decoded.
             ValueError: An embedding contains NaN or infinity.
         """
-        self.log.count_at_least(len(refs))  # benchmark readers do not count images
+        self.log.count_at_least(len(refs))  # counted here, because benchmark readers do not count images
         if self.folder is None:
             with ProgressBar(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
                 embeddings, indices = encode_image_batches(refs, self.model, self.log, bar, BATCH_SIZE)
@@ -132,7 +132,7 @@ class PrecomputedEmbeddings:
     captions=strings), with arrays of shape (N, D), (N,), (M, D) and (M,).
 
     Images are looked up by full path. If a path is not in `image_names`, leading folders are removed one at a time,
-    down to the bare file name. For the methods, see `ModelEmbeddings`. In addition, `encode_images` and `encode_texts`
+    down to the bare file name. Methods are documented in `ModelEmbeddings`. `encode_images` and `encode_texts` also
     raise ValueError if the file lacks an image or text, or if two images match the same entry.
     """
 
@@ -152,7 +152,8 @@ class PrecomputedEmbeddings:
                     f"{file}: arrays {name} must have shapes (N, D) and (N,) (got {embeddings.shape} and {keys.shape})"
                 )
         if images.shape[1] != texts.shape[1]:
-            raise ValueError(f"{file}: images have {images.shape[1]} dimensions, but texts have {texts.shape[1]}")
+            dims = f"images ({images.shape[1]}) and texts ({texts.shape[1]})"
+            raise ValueError(f"{file}: the dimensions of {dims} differ")
         self._images = F.normalize(torch.from_numpy(images).float(), dim=-1)
         self._texts = F.normalize(torch.from_numpy(texts).float(), dim=-1)
         check_finite(self._images, self._texts)

@@ -35,7 +35,7 @@ CANDIDATES = (EncoderConfig("all-minilm-l6-v2"), EncoderConfig("smollm2-135m", l
 MAX_IMAGES = 1000
 MIN_IMAGES = 100  # with fewer images, the first candidate is chosen
 MAX_SECONDS = 60  # time limit for encoding the images
-BLOCK_SIZE = 50  # the sample consists of blocks of consecutive records, so that few remote shards are read
+BLOCK_SIZE = 50  # consecutive records per block of the sample, so that few remote shards are read
 MAX_CAPTIONS = 5  # per image
 NEIGHBOURS = 10
 
@@ -75,7 +75,7 @@ def choose_candidate(train: RecordTable, tower: VisionTower, candidates: Sequenc
         tower: Vision tower on the CPU. The tower is temporarily moved to this process's device.
 
     Returns:
-        A dict with the `EncoderConfig` of the chosen candidate as a dict ("encoder"), the number of images in the
+        A dict with the chosen candidate ("encoder", a dict of `EncoderConfig` fields), the number of images in the
         sample ("images"), and the score of each candidate between 0 and 1, best first, keyed by `describe_encoder`
         ("scores"). "scores" is empty if the sample has fewer than `MIN_IMAGES` images.
     """

@@ -122,11 +122,11 @@ def two_way_ranks(
 def _iterate_tiles(
     images: Tensor, texts: Tensor, order: Tensor, owner: Tensor, tile_size: int, with_all: bool = True
 ) -> Iterator[tuple[slice, slice, Tensor, tuple[Tensor, Tensor]]]:
-    """Yield the tiles of the score matrix: image range, text range, scores, and indices of the positives in the tile.
+    """Yield the image range, the text range, the scores and the indices of the positives of each tile.
 
-    A tile has `tile_size` images and 4 * `tile_size` texts. `order` sorts the texts by image, and `owner` is the image
-    of each sorted text, so only a few tiles contain positives. If `with_all` is False, only tiles with positives are
-    computed.
+    A tile of the score matrix has `tile_size` images and 4 * `tile_size` texts. `order` sorts the texts by image, and
+    `owner` is the image of each sorted text, so only a few tiles contain positives. If `with_all` is False, only tiles
+    with positives are computed.
     """
     for text_start in range(0, len(texts), 4 * tile_size):
         text_range = slice(text_start, min(text_start + 4 * tile_size, len(texts)))
@@ -340,11 +340,7 @@ class BootstrapMetrics:
     def from_function(
         cls, images: Sequence[int | str], names: Sequence[str], compute: Callable[[np.ndarray], Sequence[float]]
     ) -> BootstrapMetrics:
-        """Compute metrics and their resamples.
-
-        `compute` takes image weights of shape (images,), counts image i `weights[i]` times, and returns the metrics in
-        the order of `names`.
-        """
+        """Call `compute`, which returns metrics for image weights of shape (images,), in the order of `names`."""
         samples = np.array([compute(weights.numpy()) for weights in draw_bootstrap_counts(len(images))], np.float64)
         values = [float(value) for value in compute(np.ones(len(images)))]
         return cls(tuple(images), dict(zip(names, values, strict=True)), dict(zip(names, samples.T, strict=True)))

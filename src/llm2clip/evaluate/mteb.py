@@ -32,7 +32,7 @@ from llm2clip.models.published_encoders import suggest_encoders
 
 
 class MTEBModel(AbsEncoder):
-    """Encoder of texts, images and pairs. The embedding of a pair is the normalised sum of both embeddings."""
+    """Encoder of texts, images and pairs. A pair is encoded as the normalised sum of its two embeddings."""
 
     def __init__(self, model: DualEncoder) -> None:
         self.model = model
@@ -67,7 +67,7 @@ def get_model_meta(source: str, text: str | None = None) -> ModelMeta:
     listed = None if path.exists() else MODEL_REGISTRY.get(name)
     if listed and "llm2clip" not in name.lower():
         raise ValueError(f"{name} is not an LLM2CLIP checkpoint: use mteb.get_model_meta({name!r})")
-    experiment = {"loader": "llm2clip"} if listed else {}  # so mteb does not mix the results of the two loaders
+    experiment = {"loader": "llm2clip"} if listed else {}  # so that mteb does not mix the results of the two loaders
     if text:
         experiment["caption_encoder"] = get_name_with_hash(text) if Path(text).exists() else text
     if path.exists():

@@ -1,4 +1,4 @@
-"""Box proposals for open-vocabulary detection, from a file, a detector, or the ground-truth boxes (an upper bound)."""
+"""Box proposals for open-vocabulary detection, from a file, a detector, or ground-truth boxes (an upper bound)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Proposals:
 
 
 ProposalFinder = Callable[[ImageId, Tensor], Proposals]
-"""Function that takes an image id and a uint8 image of shape (3, H, W), and returns the proposals for this image."""
+"""Function that takes an image id and a uint8 image of shape (3, H, W), and returns the proposals for the image."""
 
 
 def open_proposals(name: str, data: DetectionData, device: torch.device) -> tuple[ProposalFinder, str]:
@@ -46,8 +46,8 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> tupl
     A detector is the folder or hub id of a transformers object detection model, whose class labels are ignored.
 
     Returns:
-        A function that finds the proposals of an image, and a warning about unused boxes and images without boxes,
-        which can be empty.
+        A function that finds the proposals of an image, and a (possibly empty) warning about unused boxes and images
+        without boxes.
 
     Raises:
         MissingFileError: The JSON file does not exist.

@@ -52,7 +52,7 @@ T = TypeVar("T")
 # ---- helpers for regions, segmentation and detection -----------------------------------------------------------------
 
 
-def get_dual_encoder(embeddings: EmbeddingSource) -> DualEncoder:
+def require_model(embeddings: EmbeddingSource) -> DualEncoder:
     if not isinstance(embeddings, ModelEmbeddings):
         raise ValueError("regions and pixels must be encoded by a model, so precomputed embeddings cannot be used")
     return embeddings.model
@@ -85,7 +85,7 @@ def get_logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, flo
     return {"": protocol_scale} if learned is None else {"": protocol_scale, LEARNED_SCALE: learned}
 
 
-def decode_image_batches(
+def decode_batches(
     refs: Sequence[ImageRef], transform: Callable[[Tensor], T], description: str, failures: dict[int, str]
 ) -> Iterator[dict[int, T]]:
     """Decode and transform this rank's share of the images. Yield batches, keyed by image index in `refs`.
@@ -105,12 +105,12 @@ def decode_image_batches(
 def decode_images(
     refs: Sequence[ImageRef], sizes: Sequence[tuple[int, int]], description: str, failures: dict[int, str]
 ) -> Iterator[dict[int, Tensor]]:
-    """Decode this rank's images in batches, as uint8 tensors of shape (3, H, W). See `decode_image_batches`.
+    """Decode this rank's images in batches, as uint8 tensors of shape (3, H, W). See `decode_batches`.
 
     If the (width, height) of an image differs from `sizes`, the image is recorded in `failures` and not returned,
     because the boxes would be wrong.
     """
-    for images in decode_image_batches(refs, nn.Identity(), description, failures):
+    for images in decode_batches(refs, nn.Identity(), description, failures):
         for index in list(images):
             width, height = sizes[index]
             actual_height, actual_width = images[index].shape[1:]
@@ -199,7 +199,7 @@ def classify_regions(
     Unusable images are recorded in `embeddings.log`. Variants that the model does not support are skipped. In a
     distributed run, the images are split across the ranks, and every rank returns all predictions.
     """
-    model = get_dual_encoder(embeddings)
+    model = require_model(embeddings)
     methods = [CROP, *select_variants(model, variants, required=False)]
     classes = encode_classes(embeddings, data.names, data.templates)
     batches: dict[int, dict[str, RegionPredictions]] = {}  # predictions, keyed by the lowest image index in the batch
@@ -248,7 +248,7 @@ def compute_class_accuracy(data: RegionData, predictions: RegionPredictions) -> 
 def build_wrong_region_blocks(
     data: RegionData, method: str, predictions: RegionPredictions, count: int = 12
 ) -> list[Block]:
-    """Return a report section on the errors with the largest margins, with each image and class at most once."""
+    """Return a report section with the largest-margin errors, at most one error per image and per class."""
     order = np.argsort(-predictions.margin, kind="stable")
     images: list[Example] = []
     shown_images, shown_classes = set(), set()

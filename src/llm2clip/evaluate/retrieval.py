@@ -277,7 +277,7 @@ def find_worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
 
 
 def _retrieve_images(ranks: RetrievalRanks, text: int) -> Examples:
-    """Return the `TOP_IMAGES` top-ranked images for a caption, and the correct image if it has a lower rank."""
+    """Return the `TOP_IMAGES` top-ranked images for a caption, and the correct image if it ranks lower."""
     correct_image, correct_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
     scores = ranks.images @ ranks.texts[text]
     top_images = scores.topk(min(TOP_IMAGES, len(scores))).indices.tolist()

@@ -272,7 +272,7 @@ class _Evaluation:
     def _evaluate_source(
         self, run: _BenchmarkRun, embeddings: EmbeddingSource, name: str, training_images: np.ndarray | None
     ) -> BenchmarkResult | None:
-        """Evaluate an embedding source on a benchmark. Record an error in `failures`, and return None."""
+        """Evaluate an embedding source on a benchmark. If the evaluation fails, record the error and return None."""
         benchmark = run.benchmark
         print_once(f"{name}: {benchmark.name}")
         try:
@@ -362,7 +362,7 @@ def _add_differences(first: BenchmarkResult, result: BenchmarkResult) -> None:
 
 def _check_output_folder_and_variants(options: EvaluateOptions) -> None:
     if process_state().num_processes > 1 and options.out is None:
-        raise ValueError("a distributed evaluation needs --out, because ranks exchange embeddings through the folder")
+        raise ValueError("a distributed evaluation needs --out: ranks exchange embeddings through the output folder")
     for variant in options.dense_variants:
         if variant not in DENSE_VARIANTS:
             raise ValueError(f"unknown dense variant {variant!r}: choose from {', '.join(DENSE_VARIANTS)}")

@@ -20,13 +20,7 @@ from llm2clip.evaluate.benchmarks.base import IGNORED, BenchmarkResult, Segmenta
 from llm2clip.evaluate.classification import count_texts, encode_classes
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.metrics import BootstrapMetrics
-from llm2clip.evaluate.regions import (
-    decode_image_batches,
-    gather_results,
-    get_dual_encoder,
-    get_logit_scales,
-    select_variants,
-)
+from llm2clip.evaluate.regions import decode_batches, gather_results, get_logit_scales, require_model, select_variants
 from llm2clip.models.vision.segmentation import PixelScores, ResizeForWindows, encode_windows, segment
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
 
@@ -44,7 +38,7 @@ class SegmentationResult:
     """
 
     images: list[int]  # indices of the evaluated images
-    counts: dict[str, np.ndarray]  # per method, int64 of shape (images, 3, classes) (see `_segment_and_count`)
+    counts: dict[str, np.ndarray]  # int64 of shape (images, 3, classes), keyed by method (see `_segment_and_count`)
     logit_scales: dict[str, float]
     examples: dict[int, dict[str, np.ndarray]]
     """Downsampled predictions for a few images, uint8 of shape (h, w), keyed by image index and then by method. The key
@@ -79,7 +73,7 @@ def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants
         ValueError: The embeddings are precomputed, or the model supports none of the variants.
         TooManySkipped: Too many images are unusable.
     """
-    model = get_dual_encoder(embeddings)
+    model = require_model(embeddings)
     variants = select_variants(model, variants, required=True)
     dense = model.dense
     assert dense is not None
@@ -92,7 +86,7 @@ def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants
     scale_of_method = {variant + suffix: scale for variant in variants for suffix, scale in scales.items()}
     results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # counts and label maps by image index
     failures: dict[int, str] = {}
-    for resized in decode_image_batches(data.images, transform, "segmentation", failures):
+    for resized in decode_batches(data.images, transform, "segmentation", failures):
         scores = {name: encode_windows(resized, dense, name, queries, transform) for name in variants}
         for index, (_, size) in resized.items():
             try:

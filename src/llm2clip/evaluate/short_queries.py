@@ -163,8 +163,7 @@ def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -
 
     A candidate helps at a query length if the 95% bootstrap interval of the mAP gain is above 0. The maximum length of
     a candidate is the largest n for which the candidate helps at all lengths from 1 to n. The candidate with the
-    largest total gain up to the maximum length is chosen. If no candidate helps single-word queries, no templates are
-    chosen.
+    largest total gain at lengths 1 to n is chosen, or no templates if no candidate helps single-word queries.
 
     Raises:
         ValueError: No short queries can be built from the captions (see `build_queries`).
@@ -246,7 +245,7 @@ def build_queries(
 
     Queries of one to three words are phrases (see `extract_caption_phrases`) that occur in the captions of at least
     `min_images` images, but at most a fraction `max_share` of all images. Matching ignores case but does not use
-    stemming: "dog" does not match "dogs".
+    stemming, so "dog" does not match "dogs".
 
     Longer queries are complete captions of four to seven words, or of eight or more words. All images with the same
     caption, ignoring case and punctuation, are relevant.
@@ -325,10 +324,7 @@ Curves = Mapping[str, Sequence[QueryLengthResult]]
 
 
 def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
-    """Return a report section for each caption field with short-query results.
-
-    Each section also shows the accuracies on classification benchmarks.
-    """
+    """Return a report section for each caption field, including accuracies on classification benchmarks."""
     accuracies = {b.name: _format_accuracy_cells(r) for b, r in results if b.kind == "classification"}
     blocks: list[Block] = []
     for benchmark, model_results in results:

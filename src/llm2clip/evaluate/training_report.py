@@ -225,7 +225,7 @@ def _build_short_query_section(result: Mapping[str, Any]) -> list[Block]:
         templates = ", ".join(map(repr, result["templates"]))
         limit = "one word" if result["max_words"] == 1 else f"up to {result['max_words']} words"
         text += (
-            f"When searching, queries of {limit} are also encoded with the templates {templates}, and the embeddings "
+            f"In searches, queries of {limit} are also encoded with the templates {templates}, and the embeddings "
             "are averaged. Because the templates were chosen on the same images, the values with templates are "
             "slightly too high."
         )
@@ -262,7 +262,7 @@ def write_distill_report(
     """Compare the model in `folder/model` with its teacher. Write report.json, report.md and report.html to `folder`.
 
     Args:
-        encode_teacher_texts: Function that takes N texts and returns the teacher's L2-normalised embeddings (N, D).
+        encode_teacher_texts: Function that takes N texts and returns L2-normalised embeddings of shape (N, D).
         held_out: Held-out records, keyed by caption field. May be empty.
         seconds: Duration of the run so far.
     """

@@ -71,7 +71,7 @@ class SegmentationData:
     images: Sequence[ImageRef]
     read_labels: Callable[[int], np.ndarray]
     """Function that takes an image index and returns each pixel's class index or `IGNORED`, uint8 of shape (H, W)."""
-    names: Sequence[Sequence[str]]  # names of each class, whose score is the maximum over its names
+    names: Sequence[Sequence[str]]  # names of each class (the score of a class is the maximum over its names)
     templates: Sequence[str]
     has_background: bool = False  # True if class 0 is the background
     scale: float = 1.5  # ratio of the resized image's shorter side to the side of the sliding window

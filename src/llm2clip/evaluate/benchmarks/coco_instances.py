@@ -266,7 +266,7 @@ def _select_objects(
         if row["category_id"] in used_categories and right > left and bottom > top:
             annotations.append({**row, "bbox": [left, top, right - left, bottom - top]})
     if all(row.get("iscrowd") for row in annotations):
-        problem = "only crowds" if annotations else "no objects of the classes"
+        problem = "only crowds" if annotations else "no objects of the selected classes"
         raise DataFormatError(f"{instances.file} contains {problem}, so the average precision is undefined")
     annotated = {row["image_id"] for row in annotations}
     image_ids = [image_id for image_id in instances.images if with_empty or image_id in annotated]
