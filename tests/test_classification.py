@@ -9,7 +9,7 @@ from llm2clip.evaluate.benchmarks.base import CompositionalExample
 from llm2clip.evaluate.classification import (
     compute_classification_accuracy,
     compute_compositional_accuracy,
-    encode_classes,
+    encode_class_names,
 )
 from llm2clip.evaluate.metrics import bootstrap_intervals
 
@@ -29,7 +29,7 @@ class FakeEmbeddings:
 
 
 def test_class_embedding_is_the_mean_of_its_prompts() -> None:
-    classes = encode_classes(FakeEmbeddings(), ["dog", "big cat"], ["a {}.", "the {}!", "{} {}"])  # type: ignore[arg-type]
+    classes = encode_class_names(FakeEmbeddings(), ["dog", "big cat"], ["a {}.", "the {}!", "{} {}"])  # type: ignore[arg-type]
     for n in range(2):
         vectors = [vector.double() / vector.double().norm() for vector in FakeEmbeddings.vectors[3 * n : 3 * n + 3]]
         mean = sum(vectors) / 3

@@ -19,25 +19,25 @@ def evaluate_classification(data: ClassificationData, embeddings: EmbeddingSourc
     """Measure how often the most similar class embedding of an image belongs to the correct class."""
     images, indices = embeddings.encode_images(data.images)
     labels = [data.labels[i] for i in indices]
-    classes = encode_classes(embeddings, data.names, data.templates)
+    classes = encode_class_names(embeddings, data.names, data.templates)
     accuracy = compute_classification_accuracy(images, labels, classes, indices)
     summary = {
         "intervals": accuracy.intervals,
         "images": len(images),
-        **count_texts(embeddings, data.names, data.templates),
+        **count_prompts(embeddings, data.names, data.templates),
         "metrics": {**accuracy.values, "chance": 100.0 / len(set(labels))},
     }
     return BenchmarkResult(summary, data.images, bootstrap={"": accuracy})
 
 
-def encode_classes(embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+def encode_class_names(embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Return the mean prompt embedding of each class, of shape (classes, D), float32. See `average_prompts`."""
     prompts = fill_templates(names, templates)
     averages = average_prompts(embeddings.encode_texts(prompts).numpy(), [len(templates)] * len(names))
     return torch.from_numpy(averages)
 
 
-def count_texts(
+def count_prompts(
     embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str] = ("{}",)
 ) -> dict[str, int | None]:
     """Return the number of prompts ("texts") and the number of truncated prompts ("truncated", None if unknown)."""
@@ -119,7 +119,7 @@ def evaluate_compositional(examples: Sequence[CompositionalExample], embeddings:
     image_embeddings = {refs[i].key: image for i, image in zip(indices, images, strict=True)}
     text_embeddings = dict(zip(texts, embeddings.encode_texts(texts), strict=True))
     complete = [example for example in examples if example.image.key in image_embeddings]
-    counts = {"examples": len(complete), "images": len(images), **count_texts(embeddings, texts)}
+    counts = {"examples": len(complete), "images": len(images), **count_prompts(embeddings, texts)}
     metrics = compute_compositional_accuracy(complete, image_embeddings, text_embeddings)
     return BenchmarkResult(counts | {"metrics": metrics}, [example.image for example in examples])
 

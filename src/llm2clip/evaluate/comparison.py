@@ -144,7 +144,7 @@ def build_recall_table(
             is_trivial = get_recalls(row, direction)[0] is None
             intervals.append(None if is_trivial else format_interval(row[f"{direction} interval"]["R@1"]))
         median_ranks = [f"{row[direction]['median rank']:g}" for direction in DIRECTIONS]
-        truncated = _format_truncated(row["truncated"], row["texts"])
+        truncated = _format_truncated_share(row["truncated"], row["texts"])
         rows.append(_make_recall_row(model, recalls[model], intervals, median_ranks, truncated))
     paired = {f"{first_model} minus {model}": row.get("difference") for model, row in results.items()}
     for name, values in _subtract_recalls(recalls, published).items():
@@ -216,7 +216,7 @@ def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[s
         is_upper_bound = summary.get("proposals", {}).get("is_upper_bound", False)
         name = f"{result.model} (upper bound)" if is_upper_bound else result.model
         cells = [_format_metric_cell(row["metrics"], row.get("intervals", {}), metric) for metric in names]
-        truncated = _format_truncated(summary["truncated"], summary["texts"])
+        truncated = _format_truncated_share(summary["truncated"], summary["texts"])
         rows.append([name, *map(row.get, settings), summary["images"], *cells, truncated])
     for result, row in metric_rows:
         if "difference" in row:
@@ -251,7 +251,7 @@ def build_class_details(results: Sequence[BenchmarkResult]) -> list[Block]:
     return [Details(f"{metric.removeprefix('class ')} per class, %", "\n".join(lines))]
 
 
-def _format_truncated(truncated: int | None, texts: int) -> str:
+def _format_truncated_share(truncated: int | None, texts: int) -> str:
     if truncated is None:
         return "unknown"
     return f"{100 * truncated / max(1, texts):.1f}% of the texts" if truncated else "none"

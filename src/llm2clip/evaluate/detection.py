@@ -26,7 +26,7 @@ from torchvision.utils import draw_bounding_boxes
 from llm2clip.config import EvaluateOptions
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import BenchmarkResult, DetectionData, ImageId
-from llm2clip.evaluate.classification import count_texts, encode_classes
+from llm2clip.evaluate.classification import count_prompts, encode_class_names
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.metrics import BootstrapMetrics, draw_bootstrap_counts
 from llm2clip.evaluate.proposals import GROUND_TRUTH, Proposals, get_object_boxes, open_proposals
@@ -113,7 +113,7 @@ def evaluate_detection(data: DetectionData, embeddings: EmbeddingSource, options
     first_method, first_detections = next(iter(results.by_method.items()))
     summary = {
         "images": len(first_detections),
-        **count_texts(embeddings, data.names, data.templates),
+        **count_prompts(embeddings, data.names, data.templates),
         "proposals": description,
         "rows": rows,
     }
@@ -136,7 +136,7 @@ def detect_objects(
     model = require_model(embeddings)
     methods = select_variants(model, variants, required=not with_crops) + ([CROP] if with_crops else [])
     find_proposals, note = open_proposals(proposals, data, process_state().device)
-    classes = encode_classes(embeddings, data.names, data.templates)
+    classes = encode_class_names(embeddings, data.names, data.templates)
     objects = get_object_boxes(data)
     scales = get_logit_scales(model, LOGIT_SCALE)
     # For each image: the detections of each method, and the numbers of proposals, covered objects and all objects.

@@ -213,7 +213,7 @@ def compute_recall_intervals(ranks: Tensor, groups: Tensor, ks: Sequence[int] = 
     Images are resampled together with all their queries, because captions of the same image are correlated. `groups` is
     the image index of each query.
     """
-    return _bootstrap_by_image([(ranks < k).double() for k in ks], groups, ks, (0.0, 1.0))
+    return _bootstrap_recall_by_image([(ranks < k).double() for k in ks], groups, ks, (0.0, 1.0))
 
 
 def compute_recall_differences(
@@ -222,10 +222,10 @@ def compute_recall_differences(
     """Return R@k of a model minus R@k of a baseline, in percentage points, and paired 95% bootstrap intervals."""
     differences = [(ranks < k).double() - (baseline_ranks < k).double() for k in ks]
     means = {f"R@{k}": 100.0 * float(d.mean()) for k, d in zip(ks, differences, strict=True)}
-    return means, _bootstrap_by_image(differences, groups, ks, (-1.0, 1.0))
+    return means, _bootstrap_recall_by_image(differences, groups, ks, (-1.0, 1.0))
 
 
-def _bootstrap_by_image(
+def _bootstrap_recall_by_image(
     values: Sequence[Tensor], groups: Tensor, ks: Sequence[int], bounds: tuple[float, float]
 ) -> dict[str, tuple[float, float]]:
     stacked = torch.stack(list(values), 1)  # (Q, K)

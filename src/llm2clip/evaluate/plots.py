@@ -40,7 +40,7 @@ def plot_curves(
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, labelcolor=GREY, fontsize=8)
-    return to_svg(figure)
+    return render_svg(figure)
 
 
 def plot_interval_curves(
@@ -76,7 +76,7 @@ def plot_histograms(histograms: Mapping[str, Mapping[int, int]], xlabel: str, yl
     axes.set(xlabel=f"{xlabel} (logarithmic)", ylabel=ylabel)
     if len(histograms) > 1:
         axes.legend(frameon=False, labelcolor=GREY, fontsize=8)
-    return to_svg(figure)
+    return render_svg(figure)
 
 
 def create_axes(width: float, height: float) -> tuple[Any, Any]:
@@ -100,7 +100,7 @@ def create_axes(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def to_svg(figure: Any) -> str:
+def render_svg(figure: Any) -> str:
     """Convert a figure to SVG text. Identical figures produce identical text."""
     import matplotlib
     from matplotlib.text import Text

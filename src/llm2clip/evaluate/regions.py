@@ -30,7 +30,7 @@ from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import iter_image_batches, load_image, make_thumbnail
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.benchmarks.base import BenchmarkResult, RegionData
-from llm2clip.evaluate.classification import bootstrap_accuracy, compute_class_ranks, count_texts, encode_classes
+from llm2clip.evaluate.classification import bootstrap_accuracy, compute_class_ranks, count_prompts, encode_class_names
 from llm2clip.evaluate.embeddings import BATCH_SIZE, EmbeddingSource, ModelEmbeddings
 from llm2clip.evaluate.metrics import BootstrapMetrics
 from llm2clip.models.dual_encoder import DualEncoder
@@ -183,7 +183,7 @@ def evaluate_regions(data: RegionData, embeddings: EmbeddingSource, variants: Se
         "images": len(set(first_predictions.image.tolist())),
         "regions": len(first_predictions.image),
         "excluded regions": dict(data.excluded),
-        **count_texts(embeddings, data.names, data.templates),
+        **count_prompts(embeddings, data.names, data.templates),
         "chance": 100.0 / len(data.names),
         "rows": rows,
     }
@@ -201,7 +201,7 @@ def classify_regions(
     """
     model = require_model(embeddings)
     methods = [CROP, *select_variants(model, variants, required=False)]
-    classes = encode_classes(embeddings, data.names, data.templates)
+    classes = encode_class_names(embeddings, data.names, data.templates)
     batches: dict[int, dict[str, RegionPredictions]] = {}  # predictions, keyed by the lowest image index in the batch
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "regions", failures):

@@ -150,7 +150,7 @@ def make_validator(
     The function returns R@1 for each caption field in both directions, or raises ValueError if no image has a caption.
     """
 
-    def validate(model: LLM2CLIP) -> dict[str, float]:
+    def validate_model(model: LLM2CLIP) -> dict[str, float]:
         embeddings = ModelEmbeddings(build_dual_encoder_from_store(model, store), log, progress=False)
         metrics = {}
         for name, ranks in compute_field_ranks(embeddings, fields).items():
@@ -158,17 +158,17 @@ def make_validator(
             metrics[f"{name} T2I R@1"] = compute_recall(ranks.text_ranks, (1,))["R@1"]
         return metrics
 
-    return validate
+    return validate_model
 
 
 def build_dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncoder:
     """Return a dual encoder that reads text embeddings from a store instead of running the caption encoder."""
 
-    def read_texts(texts: Sequence[str], progress: bool) -> Tensor:
+    def read_text_embeddings(texts: Sequence[str], progress: bool) -> Tensor:
         return model.project_text_embeddings(torch.from_numpy(store.take(store.find_rows(texts))))
 
     return dataclasses.replace(
-        wrap_llm2clip(model, "llm2clip"), encode_texts_raw=read_texts, count_truncated=lambda texts: None
+        wrap_llm2clip(model, "llm2clip"), encode_texts_raw=read_text_embeddings, count_truncated=lambda texts: None
     )
 
 
@@ -194,8 +194,8 @@ def analyse_errors(ranks: RetrievalRanks, num_queries: int = 6) -> ErrorAnalysis
         length_unit=unit,
         length_bins=bins,
         recall_by_length=compute_recall_by_length(ranks, lengths, bins),
-        examples=[_retrieve_images(ranks, text) for text in _sample_caption_indices(ranks, num_queries)],
-        failures=[_retrieve_images(ranks, text) for text in find_worst_captions(ranks, num_queries)],
+        examples=[_retrieve_example_images(ranks, text) for text in _sample_caption_indices(ranks, num_queries)],
+        failures=[_retrieve_example_images(ranks, text) for text in find_worst_captions(ranks, num_queries)],
     )
 
 
@@ -203,7 +203,7 @@ def collect_example_searches(ranks: RetrievalRanks, count: int = 5) -> list[dict
     """Retrieve images for `count` captions. Return JSON-compatible dicts for `read_example_searches`."""
     searches = []
     for text in _sample_caption_indices(ranks, count):
-        search = _retrieve_images(ranks, text)
+        search = _retrieve_example_images(ranks, text)
         images = []
         for image in search.images:
             jpeg = image.jpeg and base64.b64encode(image.jpeg).decode()
@@ -276,7 +276,7 @@ def find_worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
     return list(caption_of_image.values())
 
 
-def _retrieve_images(ranks: RetrievalRanks, text: int) -> Examples:
+def _retrieve_example_images(ranks: RetrievalRanks, text: int) -> Examples:
     """Return the `TOP_IMAGES` top-ranked images for a caption, and the correct image if it ranks lower."""
     correct_image, correct_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
     scores = ranks.images @ ranks.texts[text]

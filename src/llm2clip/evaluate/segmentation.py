@@ -17,7 +17,7 @@ from torch import Tensor
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import IGNORED, BenchmarkResult, SegmentationData
-from llm2clip.evaluate.classification import count_texts, encode_classes
+from llm2clip.evaluate.classification import count_prompts, encode_class_names
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.metrics import BootstrapMetrics
 from llm2clip.evaluate.regions import decode_batches, gather_results, get_logit_scales, require_model, select_variants
@@ -59,7 +59,7 @@ def evaluate_segmentation(
             row["logit scale"] = result.logit_scales[method]
         rows.append(row)
     all_names = [name for names in data.names for name in names]
-    summary = {"images": len(result.images), **count_texts(embeddings, all_names, data.templates), "rows": rows}
+    summary = {"images": len(result.images), **count_prompts(embeddings, all_names, data.templates), "rows": rows}
     draw_examples = partial(build_segmentation_blocks, data, result)
     return BenchmarkResult(summary, data.images, bootstrap=bootstrap, draw_examples=draw_examples)
 
@@ -78,7 +78,7 @@ def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants
     dense = model.dense
     assert dense is not None
     names = [name for class_names in data.names for name in class_names]
-    queries = encode_classes(embeddings, names, data.templates).to(dense.device)
+    queries = encode_class_names(embeddings, names, data.templates).to(dense.device)
     transform = ResizeForWindows.for_encoder(dense, data.scale)
     example_indices = set(np.linspace(0, len(data.images) - 1, NUM_EXAMPLES).astype(int).tolist())
     # Without a minimum probability, the logit scale does not affect the predictions.

@@ -76,11 +76,11 @@ def _make_user_benchmark(name: str, templates: Sequence[str]) -> Benchmark:
     is_folder = prefix == "folder:" or (prefix == "segmentation:" and not name.endswith(".json"))
     kind, description, source, read_data = (FOLDER_READERS if is_folder else FILE_READERS)[prefix]
 
-    def read(folder: Path) -> Any:
+    def read_folder(folder: Path) -> Any:
         return read_data(folder if is_folder else find_first(folder, path.name), templates)
 
     folders = (str(path if is_folder else path.parent),)
-    return Benchmark(name=name, kind=kind, description=description, folders=folders, read=read, source=source)
+    return Benchmark(name=name, kind=kind, description=description, folders=folders, read=read_folder, source=source)
 
 
 def list_benchmarks(root: Path) -> list[str]:

@@ -184,7 +184,7 @@ def resolve_image(folder: Path, name: str) -> FileImage:
     return FileImage(str(folder / name))
 
 
-def find_coco_roots(folder: Path) -> list[Path]:
+def find_coco_folders(folder: Path) -> list[Path]:
     """Return the folders that can contain COCO's images: the benchmark folder and any coco folders next to it."""
     return [folder, *(path for name in COCO_FOLDERS if (path := folder.parent / name).is_dir())]
 

@@ -18,7 +18,7 @@ from llm2clip.evaluate.benchmarks.base import (
     ClassificationData,
     CompositionalExample,
     check_image_files,
-    find_coco_roots,
+    find_coco_folders,
     resolve_image,
 )
 from llm2clip.io_utils import (
@@ -151,7 +151,7 @@ def _read_cifar(folder: Path, file: str, names_file: str, skipped_labels: int = 
 def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
     """Read 7,511 examples, each with a COCO val2017 image, a correct caption and a wrong caption (arXiv 2306.14610)."""
     data_dir = folder / "data" if (folder / "data").is_dir() else folder
-    image_dir = next((root / "val2017" for root in find_coco_roots(folder) if (root / "val2017").is_dir()), None)
+    image_dir = next((root / "val2017" for root in find_coco_folders(folder) if (root / "val2017").is_dir()), None)
     if image_dir is None:
         raise MissingFileError(f"no val2017 folder in {folder} or in a coco folder next to it")
     examples = []

@@ -37,7 +37,7 @@ CROWD, DEGENERATE = "crowd", "smaller than a pixel"  # reasons for excluding a b
 
 
 @dataclass(frozen=True)
-class Instances:
+class CocoAnnotations:
     """Contents of an annotation file in COCO's format."""
 
     file: Path
@@ -47,7 +47,7 @@ class Instances:
     names: dict[Any, str]  # keyed by category id, sorted by id, and with spaces instead of underscores
 
 
-def read_instances(file: Path, with_masks: bool = False, needs_pycocotools: bool = False) -> Instances:
+def read_coco_annotations(file: Path, with_masks: bool = False, needs_pycocotools: bool = False) -> CocoAnnotations:
     """Read a JSON file in COCO's format. Print a warning if several categories have the same name.
 
     Args:
@@ -76,7 +76,7 @@ def read_instances(file: Path, with_masks: bool = False, needs_pycocotools: bool
                     "which does not exist"
                 )
     sizes = {image_id: _parse_image_size(file, image) for image_id, image in images.items()}
-    return Instances(file, images, sizes, data["annotations"], names)
+    return CocoAnnotations(file, images, sizes, data["annotations"], names)
 
 
 def _parse_category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -> dict[Any, str]:
@@ -99,7 +99,7 @@ def _parse_category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -
     return names
 
 
-def find_instances_file(folder: Path) -> Path:
+def find_coco_annotations(folder: Path) -> Path:
     return find_first(folder, "annotations/instances_val2017.json", "instances_val2017.json")
 
 
@@ -206,7 +206,7 @@ def read_region_data(file: Path, templates: Sequence[str] = ()) -> RegionData:
     Boxes are clipped to the image. Crowd boxes and boxes smaller than a pixel are excluded. The default templates are
     OpenAI's prompt templates for ImageNet.
     """
-    instances = read_instances(file)
+    instances = read_coco_annotations(file)
     label_of_category = {category_id: label for label, category_id in enumerate(instances.names)}
     rows: dict[Any, list[tuple[list[float], int, float]]] = defaultdict(list)
     excluded: Counter[str] = Counter()
@@ -243,12 +243,12 @@ def load_ov_coco_classes() -> dict[str, list[str]]:
 
 def read_detection_data(file: Path, templates: Sequence[str] = ()) -> DetectionData:
     """Read all images and the objects of all categories from a JSON file in COCO's format."""
-    instances = read_instances(file, needs_pycocotools=True)
+    instances = read_coco_annotations(file, needs_pycocotools=True)
     return _select_objects(instances, list(instances.names), {}, templates, with_empty=True)
 
 
 def _select_objects(
-    instances: Instances,
+    instances: CocoAnnotations,
     category_ids: Sequence[Any],
     groups: Mapping[str, Sequence[str]],
     templates: Sequence[str] = (),
@@ -283,7 +283,7 @@ def _select_objects(
 
 
 def _read_ov_coco(folder: Path) -> DetectionData:
-    instances = read_instances(find_instances_file(folder), needs_pycocotools=True)
+    instances = read_coco_annotations(find_coco_annotations(folder), needs_pycocotools=True)
     groups = load_ov_coco_classes()
     names = [name for group in groups.values() for name in group]
     category_ids = {name: category_id for category_id, name in instances.names.items()}
@@ -297,7 +297,7 @@ def _read_ov_coco(folder: Path) -> DetectionData:
 
 LVIS_FILES = ("annotations/lvis_v1_val.json", "lvis_v1_val.json")
 READERS = {
-    "coco-boxes": lambda folder: read_region_data(find_instances_file(folder)),
+    "coco-boxes": lambda folder: read_region_data(find_coco_annotations(folder)),
     "lvis-boxes": lambda folder: read_region_data(find_first(folder, *LVIS_FILES)),
     "ov-coco": _read_ov_coco,
 }

@@ -22,7 +22,7 @@ from llm2clip.data.image_refs import ImageRef, MemoryImage
 from llm2clip.data.records import Record
 from llm2clip.evaluate.benchmarks.base import (
     CaptionFields,
-    find_coco_roots,
+    find_coco_folders,
     make_captioned_records,
     resolve_image,
 )
@@ -152,7 +152,7 @@ def _read_xtd10(folder: Path) -> CaptionFields:
     refs = []
     for name in names:
         split = "train2014" if "train2014" in name else "val2014"
-        root = next((root for root in find_coco_roots(folder) if (root / split / name).is_file()), folder)
+        root = next((root for root in find_coco_folders(folder) if (root / split / name).is_file()), folder)
         refs.append(resolve_image(root, f"{split}/{name}"))
     fields: dict[str, list[Record]] = {}
     for name, language in XTD10_FILES.items():

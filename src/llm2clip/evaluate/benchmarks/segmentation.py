@@ -27,11 +27,11 @@ from llm2clip.evaluate.benchmarks.base import (
 )
 from llm2clip.evaluate.benchmarks.classification import IMAGE_SUFFIXES, get_imagenet_templates
 from llm2clip.evaluate.benchmarks.coco_instances import (
-    Instances,
+    CocoAnnotations,
     decode_mask,
-    find_instances_file,
+    find_coco_annotations,
     make_image_refs,
-    read_instances,
+    read_coco_annotations,
 )
 from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, format_count, read_lines
 
@@ -55,9 +55,9 @@ def read_class_names(name: str) -> list[list[str]]:
 
 def read_coco_masks(file: Path, templates: Sequence[str]) -> SegmentationData:
     """Read a JSON file in COCO's format with segmentation masks."""
-    instances = read_instances(file, with_masks=True)
+    instances = read_coco_annotations(file, with_masks=True)
     names = [[class_name] for class_name in instances.names.values()]
-    return _build_from_instances(instances, names, templates or get_imagenet_templates())
+    return _build_from_masks(instances, names, templates or get_imagenet_templates())
 
 
 def read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData:
@@ -93,7 +93,7 @@ def read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData
         names[0] = read_class_names("background")[0]
     images = [image_of_stem[file.stem] for file in label_files]
     protocol = _WITH_BACKGROUND if has_background else {}
-    return _build_from_files(images, label_files, table, label_dir, names, templates, **protocol)
+    return _build_from_label_files(images, label_files, table, label_dir, names, templates, **protocol)
 
 
 def _make_label_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -> np.ndarray:
@@ -122,7 +122,7 @@ def _read_label_file(file: Path, table: np.ndarray) -> np.ndarray:
     return labels.astype(np.uint8)
 
 
-def _build_from_files(
+def _build_from_label_files(
     images: Sequence[FileImage],
     label_files: Sequence[Path],
     table: np.ndarray,
@@ -156,22 +156,22 @@ def _read_voc(folder: Path, with_background: bool) -> SegmentationData:
     names = read_class_names("voc20")
     if not with_background:
         table = _make_label_table({value: value - 1 for value in range(1, 21)}, ignored=[0])
-        return _build_from_files(images, label_files, table, split_file, names)
+        return _build_from_label_files(images, label_files, table, split_file, names)
     table = _make_label_table({value: value for value in range(21)})
     names = [*read_class_names("background"), *names]
     protocol = {**_WITH_BACKGROUND, "logit_scale": 65, "min_area": 0.1}
-    return _build_from_files(images, label_files, table, split_file, names, **protocol)
+    return _build_from_label_files(images, label_files, table, split_file, names, **protocol)
 
 
 def _read_coco_object(folder: Path) -> SegmentationData:
-    instances = read_instances(find_instances_file(folder), with_masks=True)
+    instances = read_coco_annotations(find_coco_annotations(folder), with_masks=True)
     names = read_class_names("coco_object")
     if len(instances.names) != len(names):
         raise DataFormatError(f"{instances.file} has {len(instances.names)} categories, but COCO has {len(names)}")
-    return _build_from_instances(instances, names, get_imagenet_templates())
+    return _build_from_masks(instances, names, get_imagenet_templates())
 
 
-def _build_from_instances(instances: Instances, names: list[list[str]], templates: Sequence[str]) -> SegmentationData:
+def _build_from_masks(instances: CocoAnnotations, names: list[list[str]], templates: Sequence[str]) -> SegmentationData:
     """Return a dataset whose labels come from the object masks. Pixels outside all masks are background.
 
     Pixels that belong to several objects get the label of the smallest object. `names` are sorted by category id.
@@ -217,7 +217,7 @@ def _read_coco_stuff(folder: Path) -> SegmentationData:
     images = [resolve_image(image_dir, f"{file.stem}.jpg") for file in label_files]
     values = [value for value in range(182) if value not in _COCO_REMOVED]
     table = _make_label_table({value: label for label, value in enumerate(values)})
-    return _build_from_files(images, label_files, table, label_dir, read_class_names("coco_stuff"), scale=2.0)
+    return _build_from_label_files(images, label_files, table, label_dir, read_class_names("coco_stuff"), scale=2.0)
 
 
 def _read_ade20k(folder: Path) -> SegmentationData:
@@ -226,7 +226,7 @@ def _read_ade20k(folder: Path) -> SegmentationData:
     label_files = sorted(label_dir.glob("*.png"))
     images = [resolve_image(root / "images" / "validation", f"{file.stem}.jpg") for file in label_files]
     table = _make_label_table({value: value - 1 for value in range(1, 151)}, ignored=[0])
-    return _build_from_files(images, label_files, table, label_dir, read_class_names("ade20k"))
+    return _build_from_label_files(images, label_files, table, label_dir, read_class_names("ade20k"))
 
 
 def _read_cityscapes(folder: Path) -> SegmentationData:
@@ -238,7 +238,7 @@ def _read_cityscapes(folder: Path) -> SegmentationData:
         images.append(resolve_image(folder / "leftImg8bit" / "val", f"{file.parent.name}/{name}"))
     others = [value for value in range(34) if value not in _CITYSCAPES_IDS]
     table = _make_label_table({value: label for label, value in enumerate(_CITYSCAPES_IDS)}, ignored=others)
-    return _build_from_files(images, label_files, table, label_dir, read_class_names("cityscapes"), scale=2.5)
+    return _build_from_label_files(images, label_files, table, label_dir, read_class_names("cityscapes"), scale=2.5)
 
 
 READERS = {
