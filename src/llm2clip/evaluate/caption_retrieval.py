@@ -50,9 +50,7 @@ def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_co
     defaults = vars(EncoderConfig(path=encoder.path))
     changed = [f"--encoder.{name}" for name, value in vars(encoder).items() if value != defaults[name]]
     if changed:
-        raise ValueError(
-            f"{path} is a CLIP text tower and does not support these settings: remove {', '.join(changed)}"
-        )
+        raise ValueError(f"{path} is a CLIP text tower and does not support all settings: remove {', '.join(changed)}")
     return load_clip_text_encoder(path, trust_remote_code=trust_remote_code)
 
 

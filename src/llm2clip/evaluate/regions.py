@@ -202,7 +202,7 @@ def classify_regions(
     model = require_model(embeddings)
     methods = [CROP, *select_variants(model, variants, required=False)]
     classes = encode_class_names(embeddings, data.names, data.templates)
-    batches: dict[int, dict[str, RegionPredictions]] = {}  # predictions, keyed by the lowest image index in the batch
+    batches: dict[int, dict[str, RegionPredictions]] = {}  # predictions of each batch, keyed by lowest image index
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "regions", failures):
         boxes = [torch.from_numpy(data.boxes[index]) for index in images]

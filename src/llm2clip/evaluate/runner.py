@@ -139,7 +139,7 @@ class _Evaluation:
     def __init__(self, options: EvaluateOptions) -> None:
         self.out = Path(options.out) if options.out else None
         self.skipped: list[str] = []  # descriptions of skipped rows and benchmarks
-        self.proposals: list[str] = []  # descriptions of the proposals for detection benchmarks
+        self.proposals: list[str] = []  # descriptions of the box proposals of detection benchmarks
         self.warnings: list[str] = []
         self.failures: list[str] = []
         self._options = options

@@ -60,8 +60,8 @@ CANDIDATES = (("a photo of {}",), ("a photo of {}", "a photo of a {}.", "a pictu
 MAX_CANDIDATE_QUERIES = 300  # maximum number of queries per length when candidates are compared
 REPORT_NOTE = (
     "One- to three-word queries are words and phrases from the captions. Every image with a caption that mentions the "
-    "query is a correct answer. All other images are wrong answers, even if they show what the query describes. Longer "
-    "queries are complete captions. Intervals are 95% bootstrap intervals over queries."
+    "query is a correct answer. All other images are wrong answers, even if the images match the query. Longer queries "
+    "are complete captions. Intervals are 95% bootstrap intervals over queries."
 )
 
 

@@ -86,7 +86,7 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
         ),
         *read_example_searches(read_json(evaluations / "examples.json")),
         Heading("Caption encoder"),
-        Paragraph("Caption retrieval accuracy (CRA): how often two captions of the same image retrieve each other."),
+        Paragraph("Caption retrieval accuracy (CRA): how often an image's first two captions retrieve each other."),
         *_build_caption_retrieval_section(cra, describe_encoder(encoder)),
         *([Paragraph(describe_choice(choice))] if choice else []),
         Heading("Training"),
