@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
-from llm2clip.evaluate.plots import COLOURS, GREY, create_axes, to_svg
+from llm2clip.evaluate.plots import COLOURS, GREY, create_axes, render_svg
 
 FIGURES = Path(__file__).parents[1] / "docs/figures"
 TEXT, IMAGE, TRAINED, SHARED = COLOURS[:4]
@@ -36,7 +36,7 @@ def plot_intervals(intervals: Mapping[str, tuple[float, float, float]], xlabel: 
     axes.set_yticks([-n for n in range(len(intervals))], list(intervals), fontsize=8)
     axes.set_ylim(-len(intervals) + 0.4, 0.6)
     axes.set(xlabel=xlabel)
-    return to_svg(figure)
+    return render_svg(figure)
 
 
 def draw_data_flow() -> str:
@@ -53,7 +53,7 @@ def draw_data_flow() -> str:
     for start, end in [*pairwise(text_path), *pairwise(image_path)]:
         axes.annotate("", xy=BOXES[end][:2], xytext=BOXES[start][:2], arrowprops=arrow)
     axes.text(4.9, -0.35, "green: trained by align", ha="center", color=TRAINED, fontsize=8)
-    return to_svg(figure)
+    return render_svg(figure)
 
 
 def draw_caption_retrieval(run_dir: Path) -> str:

@@ -30,7 +30,7 @@ def main() -> None:
     model = open_dual_encoder(args.model)
     dense = require_dense_encoder(model)
     benchmark = BENCHMARKS["coco-boxes"]
-    data = benchmark.load(benchmark.find(args.root))
+    data = benchmark.load(benchmark.find_folder(args.root))
     queries = model.encode_texts([f"a photo of a {name}." for name in data.names]).numpy()
     hits: list[list[float]] = []  # for each image, 1 or 0 for each class in it
     chances: list[float] = []

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip.evaluate.metrics import KS, recall, two_way_ranks
+from llm2clip.evaluate.metrics import KS, compute_recall, two_way_ranks
 from measurements import memory_mb, reset_peak_memory, run_in_new_process
 
 IMAGES, DIM, REPEATS = 5000, 512, 3
@@ -38,7 +38,7 @@ def random_embeddings(num_images: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def llm2clip_recalls(images: Tensor, texts: Tensor, owner: Tensor) -> list[float]:
     image_ranks, text_ranks = two_way_ranks(images, texts, owner)
-    return [*recall(image_ranks).values(), *recall(text_ranks).values()]
+    return [*compute_recall(image_ranks).values(), *compute_recall(text_ranks).values()]
 
 
 def clip_benchmark_recalls(images: Tensor, texts: Tensor, owner: Tensor) -> list[float]:

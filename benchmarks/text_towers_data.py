@@ -38,7 +38,7 @@ from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.retrieval import RetrievalRanks, build_dual_encoder_from_store, compute_field_ranks
-from llm2clip.evaluate.short_queries import CANDIDATES, build_queries, score_short_queries
+from llm2clip.evaluate.short_queries import CANDIDATES, build_queries, evaluate_short_queries
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import FP32
 from llm2clip.models.prompts import QueryTemplates, build_query_prompts
@@ -291,7 +291,7 @@ class Benchmark:
             new = [n for n, record in enumerate(ranks.records) if record.id not in self.known_ids]
             hits[NEW] = {direction: [values[n] for n in new] for direction, values in hits[test].items()}
             if len(tests) > 1:
-                short = score_short_queries(embeddings, ranks, TEMPLATES)
+                short = evaluate_short_queries(embeddings, ranks, TEMPLATES)
                 precisions = {length.words: length.scores.tolist() for length in short.plain[:3]}
                 for length in (short.with_templates or [])[:3]:
                     precisions[f"{length.words}, templates"] = length.scores.tolist()

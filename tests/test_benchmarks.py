@@ -30,7 +30,7 @@ def write(file: Path, content: Any) -> None:
 
 
 def read(name: str, root: Path) -> Any:
-    return BENCHMARKS[name].read(BENCHMARKS[name].find(root))
+    return BENCHMARKS[name].read(BENCHMARKS[name].find_folder(root))
 
 
 def names_and_captions(records: Sequence[Record]) -> list[tuple[str, tuple[str, ...]]]:

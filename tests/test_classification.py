@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from llm2clip.data.image_refs import FileImage
 from llm2clip.evaluate.benchmarks.base import CompositionalExample
 from llm2clip.evaluate.classification import (
-    classification_accuracy,
+    compute_classification_accuracy,
     compute_compositional_accuracy,
-    encode_classes,
+    encode_class_names,
 )
 from llm2clip.evaluate.metrics import bootstrap_intervals
 
@@ -29,7 +29,7 @@ class FakeEmbeddings:
 
 
 def test_class_embedding_is_the_mean_of_its_prompts() -> None:
-    classes = encode_classes(FakeEmbeddings(), ["dog", "big cat"], ["a {}.", "the {}!", "{} {}"])  # type: ignore[arg-type]
+    classes = encode_class_names(FakeEmbeddings(), ["dog", "big cat"], ["a {}.", "the {}!", "{} {}"])  # type: ignore[arg-type]
     for n in range(2):
         vectors = [vector.double() / vector.double().norm() for vector in FakeEmbeddings.vectors[3 * n : 3 * n + 3]]
         mean = sum(vectors) / 3
@@ -44,7 +44,7 @@ def test_classification_accuracy_matches_sorting(chunk_size: int) -> None:
     scores = images.double() @ classes.double().T
     order = scores.argsort(descending=True)
     hits = {k: [labels[i] in order[i, :k] for i in range(60)] for k in (1, 5)}
-    result = classification_accuracy(images, labels, classes, range(60), chunk_size)
+    result = compute_classification_accuracy(images, labels, classes, range(60), chunk_size)
     accuracy = result.values
     assert accuracy["top-1"] == pytest.approx(100 * sum(hits[1]) / 60)
     assert accuracy["top-5"] == pytest.approx(100 * sum(hits[5]) / 60)
@@ -62,7 +62,8 @@ def test_classification_accuracy_matches_sorting(chunk_size: int) -> None:
 def test_classification_accuracy_ranks_the_first_of_equal_classes_first() -> None:
     classes = random(3, 4)
     classes[2] = classes[0]
-    assert classification_accuracy(classes, [0, 1, 2], classes, range(3)).values["top-1"] == pytest.approx(200 / 3)
+    accuracy = compute_classification_accuracy(classes, [0, 1, 2], classes, range(3))
+    assert accuracy.values["top-1"] == pytest.approx(200 / 3)
 
 
 def test_compositional_accuracy_of_sugarcrepe_is_averaged_over_kinds() -> None:

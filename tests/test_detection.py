@@ -240,7 +240,7 @@ def test_proposals_are_read_from_files_and_annotations(tmp_path: Path) -> None:
         ({"image_id": 10, "bbox": [-1e300, 0, 1e300, 5], "score": 0.5}, "in pixels"),
         ({"image_id": 10, "bbox": [10**400, 0, 1, 1], "score": 0.5}, "OverflowError"),
         ({"image_id": math.inf, "bbox": [0, 0, 1, 1], "score": 0.5}, "image_id inf"),
-        ({"image_id": 10, "bbox": [1, 2, 3, 4], "score": 3.5}, r"between 0 and 1 \(got 3\.5\); apply a sigmoid"),
+        ({"image_id": 10, "bbox": [1, 2, 3, 4], "score": 3.5}, r"between 0 and 1 \(got 3\.5\)\. Apply a sigmoid"),
         ("text", "text"),
     ],
 )
@@ -253,7 +253,7 @@ def test_proposal_file_with_a_malformed_row_is_rejected(tmp_path: Path, row: Any
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("gone.json", MissingFileError, r"gone\.json: no such file"),
+        ("gone.json", MissingFileError, r"gone\.json does not exist"),
         ("dict.json", DataFormatError, r"dict\.json must be a list"),
         ("ids.json", DataFormatError, r"ids\.json has no boxes for .* check the image_id values"),
         ("nothing", ValueError, "not a transformers object detection model"),
@@ -346,7 +346,7 @@ def test_ov_coco_rejects_files_without_objects_categories_or_images(
             BENCHMARKS["ov-coco"].load(tmp_path)
 
     load(DataFormatError, "val2017.json contains only crowds, so the average precision is undefined", iscrowd=1)
-    load(DataFormatError, "contains no objects of these classes", bbox=[70, 4, 20, 20])
+    load(DataFormatError, "contains no objects of the selected classes", bbox=[70, 4, 20, 20])
     ov_coco_file(tmp_path)
     (tmp_path / "val2017/0.png").unlink()
     with pytest.raises(MissingFileError, match="1 of 1 images"):
@@ -371,7 +371,7 @@ def test_the_users_coco_file_is_read_with_all_images(tmp_path: Path) -> None:
     content["categories"][0]["name"] = "red_cat"
     file.write_text(json.dumps(content))
     [benchmark] = get_benchmarks([f"detection:{file}"], ["a {}"])
-    data = benchmark.load(benchmark.find(Path("unused")))
+    data = benchmark.load(benchmark.find_folder(Path("unused")))
     assert (benchmark.kind, data.image_ids, data.templates) == ("detection", [10, 11], ["a {}"])
     assert len(data.names) == 20 and data.names[0] == "red cat" and data.category_ids[:2] == [1, 3]
     detections = {10: Detections(torch.tensor([[4.0, 4, 24, 24]]), torch.ones(1).double(), torch.tensor([5]))}
@@ -457,7 +457,7 @@ def test_proposal_recall_counts_the_objects_that_a_proposal_covers(tmp_path: Pat
     half = [second[0], second[1], second[2], 12]  # of 25 pixels
     rows = [{"image_id": 10, "bbox": box, "score": 0.5} for box in (first, first, half)]
     results = detect(data, write_proposals(tmp_path, rows))
-    assert (results.num_boxes, results.num_covered, results.num_objects) == (3, 1, 8)
+    assert (results.num_proposals, results.num_covered, results.num_objects) == (3, 1, 8)
     assert "3 of 4 images have no boxes" in results.note
 
 

@@ -110,7 +110,7 @@ def test_fit_uses_the_best_candidate_without_tuning(
     assert choice["encoder"] == asdict(candidates[0]), "the candidates are compared again with the new image size"
     assert (choice["tower"], choice["image_size"], choice["images"]) == (str(tower), 64, 30)
     sentence = (
-        f"Caption encoder: {llm} (not tuned). Agreement between nearest neighbours by image and by caption: 75.0% "
+        f"Caption encoder: {llm} (not tuned). Nearest-neighbour agreement between images and captions: 75.0% "
         f"({llm}, 1 layer: 50.0%)."
     )
     assert sentence in capsys.readouterr().out
@@ -170,7 +170,7 @@ def test_too_few_images_are_not_compared(
     choice = choose_candidate(train[:4], vision_tower, candidates)
     assert (choice["encoder"], choice["images"], choice["scores"]) == (asdict(candidates[0]), 4, {})
     description = describe_choice(choice)
-    assert "not compared with others" in description and "only 4 were encoded" in description
+    assert "No other encoder was evaluated" in description and "within a minute (4)" in description
     assert choose_candidate(train[:0], vision_tower, candidates)["images"] == 0
     monkeypatch.setattr(encoder_choice, "MAX_SECONDS", -1)  # as with a slow tower
     assert choose_candidate(train, vision_tower, candidates)["images"] == 0
@@ -208,5 +208,5 @@ def test_settings_that_auto_would_ignore_are_errors() -> None:
 
 def test_describe_choice_with_a_single_candidate() -> None:
     choice = {"encoder": {"path": "x"}, "images": 1000, "scores": {"x": 0.125}}
-    sentence = "Agreement between nearest neighbours by image and by caption: 12.5%."
+    sentence = "Nearest-neighbour agreement between images and captions: 12.5%."
     assert describe_choice(choice) == f"Caption encoder: x (not tuned). {sentence}"

@@ -78,7 +78,7 @@ def test_evaluate_command_matches_direct_computation(
     assert main(command) == 1, "coco is missing"
     output, errors = capsys.readouterr()
     assert "Skipped coco" in errors and "karpathy" in errors.lower() and "% of the texts" in output
-    assert "## flickr30k: part of the benchmark, 8 of 1,000 images; published results are for the complete" in output
+    assert "## flickr30k: part of the benchmark, 8 of 1,000 images (published results: complete" in output
     assert "## sugarcrepe: part of the benchmark, 3 of 7,511 images\n" in output
     results = read_results(out)
     assert [result["benchmark"] for result in results] == names[:3]
@@ -127,7 +127,7 @@ def test_evaluate_compares_baselines_in_a_report(
     assert other["rows"][0]["truncated"] is None and ours["rows"][0]["truncated"] > 0
     page, report = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert page.count("data:image/jpeg") >= 5 * 6
-    assert "right: " in page and "wrong: " not in page and "<script" not in page
+    assert "correct: " in page and "wrong: " not in page and "<script" not in page
     assert "paper 2024: Llama3-8B-CC | 92.0" in report
     limit = 100 * binomtest(0, 8).proportion_ci(method="exact").high
     assert f"{clip.name} minus other.npz | +0.0 | {-limit:.1f} to {limit:+.1f} |" in report, "all hits are equal"
@@ -175,9 +175,9 @@ def test_precomputed_embeddings_reject_invalid_files(tmp_path: Path) -> None:
     )
     for names, texts, captions, message in (
         (["1.jpg"], np.eye(2, 3), [" x ", "x"], "'x' has two different embeddings"),
-        (["1.jpg", "1.jpg"], np.ones((1, 3)), ["x"], "image_names are duplicates"),
+        (["1.jpg", "1.jpg"], np.ones((1, 3)), ["x"], "duplicates among its 2 image_names"),
         (["1.jpg"], np.full((1, 3), np.nan), ["x"], "NaN or infinity"),
-        (["1.jpg"], np.ones((1, 2)), ["x"], "images have 3 dimensions, but texts have 2"),
+        (["1.jpg"], np.ones((1, 2)), ["x"], r"dimensions of images \(3\) and texts \(2\) differ"),
     ):
         with pytest.raises(ValueError, match=message):
             save(names, texts, captions)
@@ -336,10 +336,10 @@ def test_evaluate_reports_missing_benchmarks_and_models(
     assert main(["evaluate", str(clip), "--benchmarks", "all", "--root", str(root)]) == 0, "requests only what exists"
     assert "Skipped coco" in capsys.readouterr().out
     assert main(["evaluate", "--benchmarks", "docci", "--root", str(root)]) == 1
-    assert "put the model first" in capsys.readouterr().err
+    assert "pass a model before the data" in capsys.readouterr().err
     command = ["evaluate", str(clip), "--benchmarks", "flickr30k", "--root", str(root)]
     assert main([*command, "--dense_variants", "slip"]) == 1
-    assert "unknown dense variant 'slip'; choose from plain" in capsys.readouterr().err
+    assert "unknown dense variant 'slip': choose from plain" in capsys.readouterr().err
 
 
 def test_evaluate_states_what_it_evaluates_and_warns_about_training_images(
@@ -370,6 +370,6 @@ def test_evaluate_states_what_it_evaluates_and_warns_about_training_images(
 def test_benchmarks_command_lists_sources_and_published_results(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmarks", "--root", str(root)]) == 0
     output = capsys.readouterr().out
-    assert "docci_images.tar.gz" in output and "To use the missing benchmarks" in output
+    assert "docci_images.tar.gz" in output and "To use a missing benchmark" in output
     assert "dataset_flickr30k.json" not in output and re.search(r"\| docci \|.*\| 22 \| – \|", output)
     assert re.search(r"\| xm3600 \|.*\| 4 \| – \|", output) and re.search(r"\| xtd10 \|.*\| – \| – \|", output)

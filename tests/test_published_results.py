@@ -20,7 +20,7 @@ from llm2clip.published_results import (
     VISION_TRANSFER_METRICS,
     get_published_metrics,
     get_published_notes,
-    get_published_rows,
+    get_published_recalls,
 )
 from llm2clip.reports import Table, render_markdown
 
@@ -32,22 +32,23 @@ def test_published_rows_have_the_values_of_the_project_page() -> None:
         "CLIP-L/14": 25.2, "EVA02-L/14": 27.11, "Llama3-8B": 5.2, "Llama3.2-1B": 5.6, "Llama3-8B-CC": 29.5,
         "Llama3.2-1B-CC": 29.4,
     }  # fmt: skip
-    assert get_published_rows("flickr30k")["2026: CLIP"] == (89.6, None, None, 77.8, None, None)
-    assert get_published_rows("coco")["2026: Llama-3-8B-CC"] == (62.7, None, None, 51.9, None, None)
-    assert get_published_rows("sharegpt4v")["2026: LLM2Vec-Llama-3-8B"] == (94.5, None, None, 96.4, None, None)
-    assert get_published_rows("urban1k")["2026: VLM2Vec"] == (90.9, None, None, 92.0, None, None)
-    assert get_published_rows("docci")["2026: DeepSeek-R1-Distill-Llama-8B-CC"] == (82.5, None, None, 85.2, None, None)
-    assert get_published_rows("docci")["2024: Llama3-8B-TC"] == (85.0, None, None, 87.8, None, None)
-    assert get_published_rows("flickr30k-cn")["2026: SigLIP2 + LLM2CLIP"] == (90.0, None, None, 76.1, None, None)
-    assert get_published_rows("coco-cn")["2024: EVA02 + LLM2CLIP"] == (69.1, 92.5, 97.2, 70.0, 92.6, 96.7)
-    assert get_published_rows("xm3600") == {
+    assert get_published_recalls("flickr30k")["2026: CLIP"] == (89.6, None, None, 77.8, None, None)
+    assert get_published_recalls("coco")["2026: Llama-3-8B-CC"] == (62.7, None, None, 51.9, None, None)
+    assert get_published_recalls("sharegpt4v")["2026: LLM2Vec-Llama-3-8B"] == (94.5, None, None, 96.4, None, None)
+    assert get_published_recalls("urban1k")["2026: VLM2Vec"] == (90.9, None, None, 92.0, None, None)
+    docci = get_published_recalls("docci")
+    assert docci["2026: DeepSeek-R1-Distill-Llama-8B-CC"] == (82.5, None, None, 85.2, None, None)
+    assert docci["2024: Llama3-8B-TC"] == (85.0, None, None, 87.8, None, None)
+    assert get_published_recalls("flickr30k-cn")["2026: SigLIP2 + LLM2CLIP"] == (90.0, None, None, 76.1, None, None)
+    assert get_published_recalls("coco-cn")["2024: EVA02 + LLM2CLIP"] == (69.1, 92.5, 97.2, 70.0, 92.6, 96.7)
+    assert get_published_recalls("xm3600") == {
         "2026: EVA-L-224": (14.0, None, None, 8.0, None, None),
         "2026: EVA-L-224 + LLM2CLIP": (68.3, None, None, 56.0, None, None),
         "2026: SigLIP2": (59.7, None, None, 48.2, None, None),
         "2026: SigLIP2 + LLM2CLIP": (69.1, None, None, 56.3, None, None),
     }
     assert TABLES["vision_transfer"].get_cell("EVA02 + LLM2CLIP", "OV-COCO") == (28.9, 54.7, 48.0)
-    assert get_published_rows("xtd10") == {} == get_published_rows("data")
+    assert get_published_recalls("xtd10") == {} == get_published_recalls("data")
     assert get_published_metrics("ade20k") == {"2026: EVA02": {"mIoU": 11.5}, "2026: EVA02 + LLM2CLIP": {"mIoU": 15.8}}
     assert get_published_metrics("cityscapes")["2026: EVA02 + LLM2CLIP"] == {"mIoU": 20.1}
     assert get_published_metrics("coco-object") == {}

@@ -40,7 +40,7 @@ def test_coco_boxes_are_clipped_and_crowds_and_degenerate_boxes_are_excluded(tmp
     data["categories"][1]["name"] = "traffic_light"
     data["images"].append({"id": 99, "file_name": "without boxes.png", "width": 9, "height": 9})
     file.write_text(json.dumps(data))
-    result = BENCHMARKS["coco-boxes"].load(BENCHMARKS["coco-boxes"].find(tmp_path))
+    result = BENCHMARKS["coco-boxes"].load(BENCHMARKS["coco-boxes"].find_folder(tmp_path))
     assert [Path(str(ref)).name for ref in result.images] == ["0.png", "1.png", "2.png"]
     assert result.sizes == [(64, 48), (48, 64), (64, 48)]
     assert result.boxes[0].tolist() == [[4, 4, 28, 20], [36, 20, 56, 44], [50, 40, 64, 48]]
@@ -61,7 +61,7 @@ def test_lvis_boxes_find_images_of_both_splits_by_url(tmp_path: Path) -> None:
     for annotation in data["annotations"]:
         del annotation["iscrowd"]
     (tmp_path / "coco/annotations/lvis_v1_val.json").write_text(json.dumps(data))
-    result = BENCHMARKS["lvis-boxes"].load(BENCHMARKS["lvis-boxes"].find(tmp_path))
+    result = BENCHMARKS["lvis-boxes"].load(BENCHMARKS["lvis-boxes"].find_folder(tmp_path))
     assert [Path(str(ref)).parent.name for ref in result.images] == ["val2017", "train2017", "val2017"]
 
 
@@ -69,10 +69,10 @@ def test_boxes_prefix_reads_a_file_beside_its_images(tmp_path: Path) -> None:
     file = make_coco(tmp_path / "coco")
     mine = file.rename(tmp_path / "coco/val2017/mine.json")
     [benchmark] = get_benchmarks([f"boxes:{mine}"])
-    assert benchmark.kind == "regions" and len(benchmark.load(benchmark.find(Path("unused"))).images) == 3
+    assert benchmark.kind == "regions" and len(benchmark.load(benchmark.find_folder(Path("unused"))).images) == 3
     [benchmark] = get_benchmarks([f"boxes:{tmp_path}/coco/val2017/other.json"])
     with pytest.raises(MissingFileError, match=r"no other.json"):
-        benchmark.load(benchmark.find(Path("unused")))
+        benchmark.load(benchmark.find_folder(Path("unused")))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_categories_with_the_same_name_are_reported(tmp_path: Path, capsys: pyte
     content["categories"][2]["name"] = " red_"
     file.write_text(json.dumps(content))
     assert list(BENCHMARKS["coco-boxes"].load(tmp_path / "coco").names) == ["red", "green", "red"]
-    assert "2 categories have the name 'red'. The model cannot distinguish them" in capsys.readouterr().out
+    assert "2 categories have the name 'red'. The model cannot distinguish the categories" in capsys.readouterr().out
 
 
 def test_files_without_images_and_malformed_files_are_reported(tmp_path: Path) -> None:
@@ -228,13 +228,13 @@ def test_unusable_images_are_skipped_and_counted(tmp_path: Path) -> None:
     predictions = classify_regions(data, embeddings, ["plain"])["plain"]
     assert predictions.image.tolist() == [0, 0] and embeddings.log.skipped == {"unusable image": 2}
     assert "not an image" in embeddings.log.examples[0]
-    assert "the image is 64 x 48 pixels, but its boxes are for an image of 70 x 48 pixels" in embeddings.log.examples[1]
+    assert "the image is 64 x 48 pixels, but the boxes are for an image of 70 x 48 pixels" in embeddings.log.examples[1]
     metrics = compute_region_metrics(data, predictions).values
     assert metrics["top-1"] == 100
     with pytest.raises(TooManySkipped, match="2 of 3 rows skipped"):
         classify_regions(data, colour_embeddings(), ["plain"])
     (tmp_path / "coco/val2017/0.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"none of the 3 images can be used; first failure: .*0.png \(not an image"):
+    with pytest.raises(ValueError, match=r"none of the 3 images can be used: for example, .*0.png \(not an image"):
         classify_regions(data, colour_embeddings(max_skipped=1.0), ["plain"])
 
 
@@ -243,15 +243,15 @@ def test_unsupported_variants_and_sources_are_reported(tmp_path: Path, capsys: p
     data = BENCHMARKS["coco-boxes"].load(tmp_path / "coco")
     embeddings = colour_embeddings()
     assert list(classify_regions(data, embeddings, ["naclip", "plain"])) == ["crop", "plain"]
-    assert "the dense variants naclip are skipped: the model supports only plain, sclip" in capsys.readouterr().out
+    assert "does not support --dense_variants naclip (supported: plain, sclip)" in capsys.readouterr().out
     segmentation = make_segmentation(tmp_path)
     assert list(segment_images(segmentation, embeddings, ["naclip", "plain"]).counts) == ["plain"]
-    with pytest.raises(ValueError, match="naclip are not supported: the model supports only plain, sclip"):
+    with pytest.raises(ValueError, match=r"does not support --dense_variants naclip \(supported: plain, sclip\)"):
         segment_images(segmentation, embeddings, ["naclip"])
     embeddings.model.dense = None
     assert list(classify_regions(data, embeddings, ["plain"])) == ["crop"], "crops need no dense features"
-    assert "plain are skipped: the model has no dense features" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="plain are not supported: the model has no dense features"):
+    assert "does not support --dense_variants plain (supported: none)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"does not support --dense_variants plain \(supported: none\)"):
         segment_images(segmentation, embeddings, ["plain"])
     file = tmp_path / "x.npz"
     np.savez(file, images=np.eye(1, 3), image_names=["1.jpg"], texts=np.eye(1, 3), captions=["x"])
@@ -340,7 +340,7 @@ def test_differences_have_paired_intervals() -> None:
 @pytest.mark.data
 def test_coco_boxes_on_real_images(real_data: Path) -> None:
     """The part of COCO val2017 has 895 objects, of which 11 are crowds."""
-    data = BENCHMARKS["coco-boxes"].load(BENCHMARKS["coco-boxes"].find(real_data))
+    data = BENCHMARKS["coco-boxes"].load(BENCHMARKS["coco-boxes"].find_folder(real_data))
     assert len(data.names) == 80 and len(data.images) <= 80
     assert sum(map(len, data.labels)) + sum(data.excluded.values()) == 895 and data.excluded["crowd"] == 11
     columns = {name: getattr(data, name)[:2] for name in ("images", "sizes", "boxes", "labels", "areas")}

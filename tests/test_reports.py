@@ -61,7 +61,7 @@ def test_report_escapes_all_texts(tmp_path: Path) -> None:
     page, markdown = (tmp_path / "page.html").read_text(), (tmp_path / "page.md").read_text()
     assert "<img src=x" not in page and page.count("&lt;img src=x") == 27
     assert "<code>code</code>" in page and ">1.2<" in page and ">–<" in page
-    assert "right: " in page and "wrong: " not in page
+    assert "correct: " in page and "wrong: " not in page
     assert "page.html" in markdown and "\\| `code`" in markdown
     code = f"```\n{text}\n```"
     assert "<img" not in markdown.replace(code, "") and code in markdown
@@ -148,7 +148,7 @@ def test_text_report_is_aligned_and_has_no_control_characters() -> None:
 @pytest.mark.parametrize(
     ("percent", "text"),
     [
-        (0.0, "none"), (0.4, "fewer than 1 of 100"), (3.2, "3 of 100"), (9.4, "9 of 100"), (9.6, "1 of 10"),
+        (0.0, "0 of 100"), (0.4, "fewer than 1 of 100"), (3.2, "3 of 100"), (9.4, "9 of 100"), (9.6, "1 of 10"),
         (62.0, "6 of 10"), (94.9, "9 of 10"), (95.0, "95 of 100"), (99.9, "99 of 100"), (100.0, "all"),
     ],
 )  # fmt: skip
@@ -166,15 +166,15 @@ def make_baseline(difference: float, low: float, high: float) -> BenchmarkResult
     return make_retrieval_result("B", 50.0, difference=values)
 
 
-FINDS = "M finds the right image among the first 10 of 1,000 for 6 of 10 captions (a random order: 1 of 100)."
+FINDS = "M ranks the correct image in the top 10 of 1,000 for 6 of 10 captions (random order: 1 of 100)."
 
 
 @pytest.mark.parametrize(
     ("others", "verdict"),
     [
         ([], ""),
-        ([make_baseline(2.1, 0.8, 3.4)], " It beats B by 2.1 points of R@10 (95% interval 0.8 to 3.4)."),
-        ([make_baseline(-2.0, -3.4, -0.8)], " It is 2.0 points of R@10 worse than B (95% interval 0.8 to 3.4)."),
+        ([make_baseline(2.1, 0.8, 3.4)], " M beats B by 2.1 points of R@10 (95% interval 0.8 to 3.4)."),
+        ([make_baseline(-2.0, -3.4, -0.8)], " M is 2.0 points of R@10 worse than B (95% interval 0.8 to 3.4)."),
         (
             [make_baseline(9.0, 8.0, 9.9), make_baseline(0.5, -1.0, 2.0)],  # the better baseline counts
             " The difference from B may be chance: +0.5 points of R@10 (95% interval -1.0 to +2.0).",
@@ -188,12 +188,12 @@ def test_retrieval_verdict_names_the_share_and_the_best_baseline(others: list[Be
 def test_verdict_says_that_too_few_images_were_evaluated() -> None:
     assert "Only 1 image evaluated: too few" in describe_results("data", [make_retrieval_result("M", 100.0, images=1)])
     rough = describe_results("data", [make_retrieval_result("M", 62.0, images=30)])
-    assert "of 30 for 6 of 10" in rough and rough.endswith("this is a rough estimate (95% interval 50 to 71%).")
+    assert "of 30 for 6 of 10" in rough and rough.endswith("recall is imprecise (95% interval 50 to 71%).")
     assert "Only 3 images with two captions" in describe_caption_retrieval("E", {"images": 3, "CRA": 100.0})
     metrics = {"images": 5000, "CRA": 27.3}
     assert (
         describe_caption_retrieval("E", metrics)
-        == "For 3 of 10 of 5,000 images, E finds the second caption from the first."
+        == "E retrieves the other caption of the same image for 3 of 10 captions (5,000 images)."
     )
 
 
@@ -211,8 +211,8 @@ def test_recall_that_a_random_order_reaches_is_not_shown() -> None:
 @pytest.mark.parametrize(
     ("summary", "verdict"),
     [
-        ({"metrics": {"top-1": 71.0, "top-5": 90.0}}, "M names the right class for 7 of 10 images of b."),
-        ({"regions": 9, "rows": [{"metrics": {"top-1": 40.0}}]}, "M names the right class for 4 of 10 boxes of b."),
+        ({"metrics": {"top-1": 71.0, "top-5": 90.0}}, "M predicts the correct class for 7 of 10 images in b."),
+        ({"regions": 9, "rows": [{"metrics": {"top-1": 40}}]}, "M predicts the correct class for 4 of 10 boxes in b."),
         ({"metrics": {"text": 30.0, "image": 20.0, "group": 10.0}}, "M reaches 10.0% group on b."),
         ({"metrics": {"add_att": 30.0, "mean": 70.0}}, "M reaches 70.0% mean on b."),
         ({"rows": [{"metrics": {"mIoU": 16.5}}]}, "M reaches 16.5% mIoU on b."),
@@ -254,7 +254,9 @@ def test_fit_report_compares_recall_of_each_caption_field_before_and_after_train
 def test_fit_report_of_an_untuned_encoder_has_no_row_for_the_tuned_one() -> None:
     raw = {"images": 100, "chance": 1.0, "CRA": 42.0, "CRA interval": (32.0, 52.0)}
     text, table = _build_caption_retrieval_section([raw], "minilm")
-    assert text == Paragraph("For 4 of 10 of 100 images, the encoder finds the second caption from the first.")
+    assert text == Paragraph(
+        "The encoder retrieves the other caption of the same image for 4 of 10 captions (100 images)."
+    )
     assert table == Table(table.header, [["chance", 1.0, None], ["minilm", 42.0, "32.0 to 52.0"]])  # type: ignore[union-attr]
     assert _build_caption_retrieval_section([raw, raw], "minilm")[1].highlight == {2}  # type: ignore[union-attr]
 
@@ -262,7 +264,7 @@ def test_fit_report_of_an_untuned_encoder_has_no_row_for_the_tuned_one() -> None
 def test_fit_report_says_if_tuning_did_not_help() -> None:
     raw, worse, better = ({"images": 50, "CRA": accuracy} for accuracy in (42.0, 41.0, 43.0))
     assert describe_failed_tuning([raw, worse]) == (
-        " Tuning did not improve the caption encoder: its CRA was 42.0 before and 41.0 after tuning. Use "
+        " Tuning did not improve the caption encoder: the CRA was 42.0 before and 41.0 after tuning. Use "
         "`--tune.steps 0`, or lower `--tune.lr`."
     )
     assert describe_failed_tuning([raw, raw])
@@ -273,10 +275,10 @@ def test_fit_report_says_if_tuning_did_not_help() -> None:
 def test_distillation_verdict_states_quality_and_speed() -> None:
     field = {"images": 100, "teacher": {"T2I": {"R@1": 20.0}}, "student": {"T2I": {"R@1": 19.6}}}
     result = {"fields": [field], "teacher": {"queries per second": 10.0}, "student": {"queries per second": 123.0}}
-    speed = "encodes 12 times as many queries per second on one CPU core"
+    speed = "encodes 12 times as many queries per second as the teacher on one CPU core"
     assert (
-        describe_distillation(result) == f"The student retains 98% of the teacher's T2I R@1 (19.6 of 20.0). It {speed}."
+        describe_distillation(result) == f"The student retains 98% of the teacher's T2I R@1 (19.6 of 20.0) and {speed}."
     )
-    assert describe_distillation({**result, "fields": []}).startswith(f"The student {speed}. No images were held out")
+    assert describe_distillation({**result, "fields": []}).endswith("measure the recall of the student.")
     few = describe_distillation({**result, "fields": [{**field, "images": 4}]})
-    assert "98%" not in few and few.endswith("with fewer than 50 held-out images (4), its recall says little.")
+    assert "98%" not in few and few.endswith("With 4 held-out images, the recall of the student cannot be judged.")

@@ -10,9 +10,9 @@ from llm2clip.data.image_refs import MemoryImage
 from llm2clip.data.records import Record
 from llm2clip.evaluate.metrics import (
     compute_positive_ranks,
+    compute_recall,
     compute_recall_differences,
     compute_recall_intervals,
-    recall,
     retrieval_metrics,
     two_way_ranks,
 )
@@ -109,7 +109,7 @@ def test_recall_differences_are_paired_by_image() -> None:
     ranks = torch.randint(0, 3, (600,), generator=g)
     other = torch.where(torch.rand(600, generator=g) < 0.1, 2, ranks)
     differences, intervals = compute_recall_differences(ranks, other, groups, (1, 5))
-    assert differences["R@1"] == pytest.approx(recall(ranks, (1,))["R@1"] - recall(other, (1,))["R@1"])
+    assert differences["R@1"] == pytest.approx(compute_recall(ranks, (1,))["R@1"] - compute_recall(other, (1,))["R@1"])
     per_image = ((ranks < 1).double() - (other < 1).double()).view(300, 2).mean(1)
     half_width = 196 * float(per_image.std()) / 300**0.5
     low, high = intervals["R@1"]
@@ -124,7 +124,7 @@ def test_two_way_ranks_are_worst_if_all_scores_are_equal() -> None:
     embeddings = torch.ones(10, 4) / 2
     ranks, text_ranks = two_way_ranks(embeddings, embeddings, range(10))
     assert ranks.tolist() == text_ranks.tolist() == [9] * 10
-    assert recall(ranks) == {"R@1": 0.0, "R@5": 0.0, "R@10": 100.0}
+    assert compute_recall(ranks) == {"R@1": 0.0, "R@5": 0.0, "R@10": 100.0}
 
 
 def test_positive_ranks_reject_queries_without_positive_and_nan() -> None:

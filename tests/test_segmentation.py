@@ -69,7 +69,7 @@ def test_labels_are_read_as_class_indices(
 ) -> None:
     root = tmp_path / "VOCdevkit/VOC2012" if layout is VOC else tmp_path
     layout.save(root, values)
-    data = BENCHMARKS[name].load(BENCHMARKS[name].find(tmp_path))
+    data = BENCHMARKS[name].load(BENCHMARKS[name].find_folder(tmp_path))
     labels = data.read_labels(0)
     assert [str(image) for image in data.images] == [str(root / layout.image)]
     assert labels.shape == LABEL_SIZE[::-1] and labels.dtype == np.uint8
@@ -87,7 +87,7 @@ def test_protocols_of_data_sets_differ(tmp_path: Path) -> None:
     assert (data.logit_scale, data.min_probability, data.min_area, data.has_background) == (40, 0, 0, False)
     for name, layout, scale in (("coco-stuff", STUFF, 2), ("cityscapes", CITYSCAPES, 2.5)):
         layout.save(tmp_path, [11])
-        assert BENCHMARKS[name].load(BENCHMARKS[name].find(tmp_path)).scale == scale
+        assert BENCHMARKS[name].load(BENCHMARKS[name].find_folder(tmp_path)).scale == scale
 
 
 def make_coco_object(folder: Path) -> None:
@@ -145,7 +145,7 @@ def test_invalid_label_files_are_reported(tmp_path: Path) -> None:
     content = file.read_bytes()
     for corrupt in (b"x", content[: content.index(b"IDAT") + 6], content.replace(b"IDAT", b"I\0\0\0")):
         file.write_bytes(corrupt)
-        with pytest.raises(DataFormatError, match=r"2007_1.png: unreadable label file"):
+        with pytest.raises(DataFormatError, match=r"2007_1.png: cannot read the label file"):
             benchmark.load(root).read_labels(0)
     file.unlink()
     with pytest.raises(MissingFileError, match=r"1 of 1 images listed in .*val.txt are missing, e.g. .*2007_1.png"):
@@ -431,7 +431,7 @@ def make_mask_folder(folder: Path, classes: str = "red\ngreen, grass\nblue\n") -
 def test_folder_of_masks_is_read_with_its_class_names(tmp_path: Path) -> None:
     expected = make_mask_folder(tmp_path)
     [benchmark] = get_benchmarks([f"segmentation:{tmp_path}"], ["a {}", "the {}"])
-    data = benchmark.load(benchmark.find(Path("unused")))
+    data = benchmark.load(benchmark.find_folder(Path("unused")))
     assert benchmark.kind == "segmentation" and data.names == [["red"], ["green", "grass"], ["blue"]]
     assert list(data.templates) == ["a {}", "the {}"] and not data.has_background and data.min_probability == 0
     for index in range(3):
@@ -446,7 +446,7 @@ def test_folder_of_masks_is_read_with_its_class_names(tmp_path: Path) -> None:
 def test_invalid_folders_of_masks_are_reported(tmp_path: Path) -> None:
     make_mask_folder(tmp_path, classes="red\ngreen\n")
     [benchmark] = get_benchmarks([f"segmentation:{tmp_path}"], ["a {}"])
-    with pytest.raises(DataFormatError, match=r"2.png contains the label 2, which does not exist in this dataset"):
+    with pytest.raises(DataFormatError, match=r"2.png contains the label 2, which does not exist in the dataset"):
         benchmark.load(tmp_path).read_labels(2)
     for classes in ("red\n, x\n", "red\n\nblue\n", "".join(f"c{n}\n" for n in range(256)), ""):
         (tmp_path / "classes.txt").write_text(classes)
@@ -458,7 +458,7 @@ def test_invalid_folders_of_masks_are_reported(tmp_path: Path) -> None:
         benchmark.load(tmp_path)
     for name in ("0.jpg", "0.png"):
         (tmp_path / "images" / name).unlink()
-    with pytest.raises(MissingFileError, match=r"images has no image for 1 masks, e.g. .*0.png"):
+    with pytest.raises(MissingFileError, match=r"images has no image for 1 mask, e.g. .*0.png"):
         benchmark.load(tmp_path)
     (tmp_path / "classes.txt").unlink()
     with pytest.raises(MissingFileError, match=r"has no classes.txt"):
@@ -467,7 +467,7 @@ def test_invalid_folders_of_masks_are_reported(tmp_path: Path) -> None:
 
 def test_masks_of_the_users_coco_file_are_read(tmp_path: Path) -> None:
     [benchmark] = get_benchmarks([f"segmentation:{make_coco(tmp_path)}"])
-    data = benchmark.load(benchmark.find(Path("unused")))
+    data = benchmark.load(benchmark.find_folder(Path("unused")))
     labels = np.zeros((48, 64), np.uint8)
     labels[4:20, 4:28], labels[20:44, 36:56] = 1, 3
     assert np.array_equal(data.read_labels(0), labels) and len(data.templates) == 80
@@ -480,7 +480,7 @@ def test_coco_object_on_real_masks(real_data: Path) -> None:
     from pycocotools.coco import COCO
 
     benchmark = BENCHMARKS["coco-object"]
-    folder = benchmark.find(real_data)
+    folder = benchmark.find_folder(real_data)
     data = benchmark.load(folder)
     coco = COCO(folder / "annotations/instances_val2017.json")
     for index in range(0, len(data.images), 10):

@@ -24,12 +24,12 @@ from llm2clip.evaluate.retrieval import RetrievalRanks
 from llm2clip.evaluate.short_queries import (
     CANDIDATES,
     LabelledQuery,
-    LengthScores,
-    build_overview_table,
+    QueryLengthResult,
     build_queries,
+    build_query_length_table,
     choose_query_templates,
+    evaluate_short_queries,
     extract_caption_phrases,
-    score_short_queries,
     split_words,
 )
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
@@ -162,11 +162,11 @@ def test_models_with_other_queries_have_no_difference() -> None:
     """Images that one model cannot decode, but another has precomputed embeddings for, change the queries."""
     scores = torch.rand(3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     queries = [LabelledQuery(text, (0, 1)) for text in ("dog", "cat", "sofa")]
-    lengths = LengthScores("1", queries, scores, 0.0, 2.0)
-    other = LengthScores("1", [*queries[:2], LabelledQuery("sofa", (0, 2))], scores - 0.1, 0.0, 2.0)
-    fewer = LengthScores("1", queries[:2], scores[:2], 0.0, 2.0)
+    lengths = QueryLengthResult("1", queries, scores, 0.0, 2.0)
+    other = QueryLengthResult("1", [*queries[:2], LabelledQuery("sofa", (0, 2))], scores - 0.1, 0.0, 2.0)
+    fewer = QueryLengthResult("1", queries[:2], scores[:2], 0.0, 2.0)
     same = dataclasses.replace(lengths, scores=scores - 0.1)
-    table = build_overview_table({"a": [lengths], "b": [other], "c": [fewer], "d": [same]}, {})
+    table = build_query_length_table({"a": [lengths], "b": [other], "c": [fewer], "d": [same]}, {})
     assert table.rows[-3:-1] == [["a minus b", None], ["a minus c", None]]
     assert table.rows[-1][0] == "a minus d" and table.rows[-1][1].startswith("+10.0 (")
 
@@ -194,11 +194,11 @@ class FakeEmbeddings:
         return None
 
 
-def test_score_short_queries_with_and_without_templates() -> None:
+def test_evaluate_short_queries_with_and_without_templates() -> None:
     captions = [("a red dog", "the dog runs"), ("a red cat on a big grey wall",), ("a dog", "red dog"), ("blue sky",)]
     embeddings = FakeEmbeddings()
     ranks = make_ranks(captions * 3, random_vectors(12, 8))
-    result = score_short_queries(embeddings, ranks, QueryTemplates(("a photo of a {}",)))
+    result = evaluate_short_queries(embeddings, ranks, QueryTemplates(("a photo of a {}",)))
     assert [length.words for length in result.plain] == ["1", "2", "3", "8+"]
     queries = build_queries([record.captions for record in ranks.records])
     for lengths in (result.plain, result.with_templates):
@@ -220,20 +220,20 @@ def test_score_short_queries_with_and_without_templates() -> None:
     assert entry["mAP chance"] == pytest.approx(100 * np.mean(chances))
     low, high = entry["mAP interval"]
     assert low <= entry["mAP"] <= high
-    assert score_short_queries(embeddings, ranks).with_templates is None
+    assert evaluate_short_queries(embeddings, ranks).with_templates is None
 
 
 @pytest.mark.parametrize(
     ("captions", "message"),
     [
-        (["一只狗在雪地里奔跑", "两个孩子在沙滩上玩耍", "一只猫坐在窗台上"], "no spaces between words"),
+        (["一只狗在雪地里奔跑", "两个孩子在沙滩上玩耍", "一只猫坐在窗台上"], "without spaces between words"),
         (["red", "blue sky", "green"], "no caption has four or more words.* at most a third of all images"),
     ],
 )
 def test_captions_without_queries_are_rejected(captions: list[str], message: str) -> None:
     ranks = make_ranks([(text,) for text in captions], random_vectors(3))
     with pytest.raises(ValueError, match=message):
-        score_short_queries(FakeEmbeddings(), ranks)
+        evaluate_short_queries(FakeEmbeddings(), ranks)
 
 
 class NoisyEmbeddings(FakeEmbeddings):
@@ -255,7 +255,7 @@ def test_choose_query_templates_compares_the_candidates_on_the_images() -> None:
     choice = choose_query_templates(embeddings, ranks)
     results = {}
     for candidate in CANDIDATES:
-        result = score_short_queries(embeddings, ranks, QueryTemplates(candidate))
+        result = evaluate_short_queries(embeddings, ranks, QueryTemplates(candidate))
         assert result.with_templates is not None
         pairs = zip(result.plain[:3], result.with_templates[:3], strict=True)
         gains = [after.scores.mean() - before.scores.mean() for before, after in pairs]

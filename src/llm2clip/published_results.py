@@ -15,7 +15,7 @@ class PublishedTable:
     """Table of published results."""
 
     title: str
-    year: int  # of the project page version that contains the table
+    year: int  # year of the project page version that contains the table
     source: str  # project page version, with commit and date
     columns: tuple[str, ...]
     rows: dict[str, tuple[Cell, ...]]  # one cell per column, keyed by row name
@@ -51,7 +51,7 @@ CRA_NOTE = TABLES["cra"].note
 
 
 def get_published_metrics(benchmark: str) -> dict[str, dict[str, float]]:
-    """Return the authors' segmentation or detection metrics, keyed by model as in `get_published_rows`."""
+    """Return the authors' segmentation or detection metrics, keyed by model ("YEAR: MODEL") and then by metric."""
     if benchmark not in VISION_TRANSFER_METRICS:
         return {}
     column, metrics = VISION_TRANSFER_METRICS[benchmark]
@@ -62,15 +62,15 @@ def get_published_metrics(benchmark: str) -> dict[str, dict[str, float]]:
     return rows
 
 
-def get_published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
+def get_published_recalls(benchmark: str) -> dict[str, tuple[float | None, ...]]:
     """Return the authors' results on a retrieval benchmark. For xm3600, the results are means over all languages.
 
     Returns:
-        Six values per model: R@1, R@5 and R@10 for I2T, then for T2I. R@5 and R@10 are None if only R@1 was published.
-            Keys have the form "YEAR: MODEL", such as "2026: Llama-3-8B-CC". The dict may be empty.
+        R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I, keyed by "YEAR: MODEL", such as "2026:
+        Llama-3-8B-CC". R@5 and R@10 are None if only R@1 was published. The dict may be empty.
     """
     rows: dict[str, tuple[float | None, ...]] = {}
-    for table in _find_tables(benchmark):
+    for table in _find_retrieval_tables(benchmark):
         for model in table.rows:
             values = table.get_cell(model, PUBLISHED_NAMES[benchmark])
             if values is not None and len(values) == 2:
@@ -81,13 +81,13 @@ def get_published_rows(benchmark: str) -> dict[str, tuple[float | None, ...]]:
 
 
 def get_published_notes(benchmark: str) -> list[str]:
-    """Return one line per published table that covers a benchmark: its year, title, source and note."""
-    tables = _find_tables(benchmark)
+    """Return the year, title, source and note of the published tables that cover a benchmark, one line per table."""
+    tables = _find_retrieval_tables(benchmark)
     if benchmark in VISION_TRANSFER_METRICS:
         tables = [TABLES["vision_transfer"]]
     return [f"Paper {table.year}: {table.title} ({table.source}). {table.note}".rstrip() for table in tables]
 
 
-def _find_tables(benchmark: str) -> list[PublishedTable]:
+def _find_retrieval_tables(benchmark: str) -> list[PublishedTable]:
     column = PUBLISHED_NAMES.get(benchmark)
     return [TABLES[name] for name in RETRIEVAL_TABLES if column in TABLES[name].columns]

@@ -1,8 +1,8 @@
-"""Reports made of blocks, rendered as an HTML page, as Markdown and as text for a terminal.
+"""Reports that consist of blocks, rendered as an HTML page, as Markdown and as text for a terminal.
 
-Every report starts with a verdict: one or two sentences that state the main result. The page uses the template
-`templates/report.html.jinja`, which has one macro per kind of block, and inlines `templates/report.css`. It contains no
-scripts and loads nothing from the network. All text is escaped.
+Every report starts with a verdict: one or two sentences that state the main result. The HTML template
+`templates/report.html.jinja` has one macro per kind of block, and inlines `templates/report.css`. HTML pages contain no
+scripts and load nothing from the network. All text is escaped.
 """
 
 import base64
@@ -24,8 +24,8 @@ from rich.text import Text
 
 from llm2clip.io_utils import atomic_write_text, escape_control_characters, install_command
 
-GOOD, BAD, UNSURE = "good", "bad", "unsure"  # status of a paragraph or table cell; determines its colour
-LONG_CELL = 30  # in characters; longer table cells may wrap
+GOOD, BAD, UNSURE = "good", "bad", "unsure"  # status of a paragraph or table cell, shown as a colour
+LONG_CELL = 30  # maximum length of a table cell without line breaks, in characters
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Code:
 class Table:
     """Table whose values are formatted by `format_cell`."""
 
-    header: Sequence[str]  # column names, not empty, because screen readers read them aloud
+    header: Sequence[str]  # column names, not empty because screen readers read the names aloud
     rows: Sequence[Sequence[Any]]
     highlight: frozenset[int] = frozenset()  # indices of the rows to highlight
-    statuses: Mapping[str, str] = field(default_factory=dict)  # keyed by the cell's text, e.g. {"holds": GOOD}
+    statuses: Mapping[str, str] = field(default_factory=dict)  # keyed by the text of a cell, e.g. {"holds": GOOD}
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Example:
-    """Image with texts."""
+    """Image with a caption and other texts."""
 
     jpeg: bytes | None  # None if the image cannot be decoded
     caption: str = ""  # below the image
     is_correct: bool | None = None  # True if the image is a correct result for a query, None if unknown
-    title: str = ""  # above the image, such as its file name
+    title: str = ""  # title above the image, such as the file name
     details: Sequence[str] = ()  # short texts below the title, such as the size of the image
-    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # label, such as "captions" -> texts
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # keyed by label, such as "captions"
     error: str = "image not available"  # shown in place of an image that cannot be decoded
 
 
@@ -87,13 +87,13 @@ class Examples:
 
     images: Sequence[Example]
     title: str = ""  # title above the images, such as the query that retrieved them
-    as_cards: bool = False  # True: wide cards with space for texts; False: thumbnails
-    legend: Sequence[tuple[str, str]] = ()  # (name, CSS colour) of each legend entry, such as ("cat", "#ff0000")
+    as_cards: bool = False  # show wide cards with space for texts instead of thumbnails
+    legend: Sequence[tuple[str, str]] = ()  # names and CSS colours of the legend entries, such as ("cat", "#ff0000")
 
 
 @dataclass(frozen=True)
 class Details:
-    """Collapsed text, such as a run's settings. Clicking the summary expands it."""
+    """Collapsed text, such as a run's settings. Clicking the summary expands the text."""
 
     summary: str
     text: str
@@ -106,7 +106,7 @@ _ONLY_HTML = Figure | Examples | Details
 def write_report(
     html_file: Path, title: str, verdict: str, blocks: Sequence[Block], with_markdown: bool = True
 ) -> None:
-    """Write a report as HTML and, in the same folder, as Markdown. `verdict` is the main result in 1-2 sentences."""
+    """Write a report as HTML and, in the same folder, as Markdown. `verdict` states the main result."""
     if with_markdown:
         markdown = render_markdown(title, blocks, verdict, html_file.name)
         atomic_write_text(html_file.with_suffix(".md"), markdown)
@@ -123,7 +123,7 @@ def render_markdown(title: str, blocks: Sequence[Block], verdict: str = "", html
     """Render a report as Markdown, without figures, images and collapsed text.
 
     Sections with visual blocks but no tables or code are omitted. If blocks were omitted and `html_name` is not empty,
-    a paragraph refers to this HTML file.
+    a paragraph refers to the HTML file.
     """
     parts = [f"# {_escape_tags(title)}"]
     if verdict:
@@ -140,7 +140,7 @@ def render_markdown(title: str, blocks: Sequence[Block], verdict: str = "", html
         elif isinstance(block, Code):
             parts.append(f"```{block.language}\n{block.text}\n```")
         elif isinstance(block, Table):
-            parts.append(_format_table(block))
+            parts.append(_format_markdown_table(block))
     return "\n\n".join(parts) + "\n"
 
 
@@ -164,7 +164,7 @@ def _make_terminal_table(table: Table) -> RichTable:
     rows = [[escape_control_characters(format_cell(value)) for value in row] for row in table.rows]
     terminal_table = RichTable(box=None, pad_edge=False)
     for number, name in enumerate(table.header):
-        is_numeric = all(_is_number(row[number]) for row in rows)
+        is_numeric = all(_is_numeric(row[number]) for row in rows)
         terminal_table.add_column(Text(name), justify="right" if is_numeric else "left", overflow="fold")
     for row in rows:
         terminal_table.add_row(*map(Text, row))
@@ -172,7 +172,7 @@ def _make_terminal_table(table: Table) -> RichTable:
 
 
 def _escape_tags(text: str) -> str:
-    """Escape HTML tags outside of code in backticks, because Markdown would interpret them."""
+    """Escape HTML tags outside of code in backticks, because Markdown allows HTML."""
     return re.sub(r"(`[^`]+`)|<(?=[a-z/!?])", lambda match: match[1] or "&lt;", text, flags=re.IGNORECASE)
 
 
@@ -195,7 +195,7 @@ def _omit_visual_sections(blocks: Sequence[Block]) -> list[Block]:
     return remaining
 
 
-def _format_table(table: Table) -> str:
+def _format_markdown_table(table: Table) -> str:
     rows = [list(table.header), ["---"] * len(table.header)]
     rows += [[format_cell(value) for value in row] for row in table.rows]
     lines = []
@@ -221,10 +221,10 @@ def _load_template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {
-        "inline": _format_inline,
+        "inline": _format_inline_html,
         "cell": format_cell,
         "cell_classes": _choose_cell_classes,
-        "labelled_svg": _label_svg,
+        "labelled_svg": _add_text_alternative,
         "base64": lambda data: base64.b64encode(data).decode(),
         "type_name": lambda block: type(block).__name__,
     }
@@ -232,13 +232,13 @@ def _load_template() -> jinja2.Template:
     return environment.from_string(source)
 
 
-def _format_inline(text: str) -> str:
+def _format_inline_html(text: str) -> str:
     """Escape text for HTML, and convert backticks to <code> elements."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
-def _label_svg(figure: Figure) -> str:
-    """Add a text alternative to a figure's SVG. Otherwise, screen readers would read out each axis label."""
+def _add_text_alternative(figure: Figure) -> str:
+    """Add a text alternative to a figure's SVG, because screen readers would otherwise read out each axis label."""
     if figure.svg is None:
         command = install_command("reports")
         return f"<p>Matplotlib is not installed. To add plots to reports, run <code>{command}</code></p>"
@@ -246,7 +246,7 @@ def _label_svg(figure: Figure) -> str:
 
 
 def format_cell(value: Any) -> str:
-    """Format a table cell. Floats have one decimal place, or one significant digit from 0.0005 to 0.1."""
+    """Format a table cell. Floats have one decimal place, or one significant digit between 0.0005 and 0.1."""
     if isinstance(value, float):
         return f"{value:.1g}" if 0.0005 <= abs(value) < 0.1 else f"{value:.1f}"
     return "–" if value is None else str(value)
@@ -269,10 +269,10 @@ def _choose_cell_classes(text: str, statuses: Mapping[str, str]) -> str:
         classes.append(statuses[text])
     if len(text) > LONG_CELL:
         classes.append("long")
-    if _is_number(text):
+    if _is_numeric(text):
         classes.append("number")
     return " ".join(classes)
 
 
-def _is_number(text: str) -> bool:
+def _is_numeric(text: str) -> bool:
     return re.fullmatch(r"[-+±–×x., \d%]+", text) is not None

@@ -1,4 +1,4 @@
-"""Argument checks of an evaluation, without heavy imports, so that mistakes are reported immediately."""
+"""Argument checks for `llm2clip evaluate`, without heavy imports, so that mistakes are reported immediately."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ def check_arguments(models: Sequence[str], data: Sequence[str], options: Evaluat
     """Raise ValueError if there is nothing to evaluate, a benchmark is unknown, or an option has no effect."""
     has_images = bool(data or options.benchmarks)
     if has_images and not models:
-        raise ValueError("no model given: put the model first, before the data or --benchmarks")
+        raise ValueError("no model given: pass a model before the data or --benchmarks")
     if not (options.captions or has_images):
         raise ValueError(
-            "nothing to evaluate: pass a model and either data or --benchmarks; for caption retrieval, pass --captions"
+            "nothing to evaluate: pass a model and either data or --benchmarks, or --captions for caption retrieval"
         )
     if options.short_queries and not has_images:
         raise ValueError("--short_queries needs images with captions: pass data or --benchmarks")

@@ -1,6 +1,6 @@
 """Caption retrieval accuracy (CRA) of a text encoder (arXiv 2411.04997, section 3.1).
 
-The first caption of each image retrieves the second caption, and vice versa. A tie between a correct and a wrong
+The first caption of each image retrieves its second caption, and vice versa. A tie between a correct and a wrong
 caption counts as an error.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm2clip.config import EncoderConfig
 from llm2clip.evaluate.embeddings import PRECOMPUTED_SUFFIX
-from llm2clip.evaluate.metrics import compute_mean_interval, recall, two_way_ranks
+from llm2clip.evaluate.metrics import compute_mean_interval, compute_recall, two_way_ranks
 from llm2clip.models.clip_models import ClipTextEncoder, has_text_tower, load_clip_text_encoder
 from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -31,7 +31,7 @@ def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_co
     """Load the text encoder of a model. If `model` is None, load the caption encoder that `encoder` describes.
 
     Raises:
-        ValueError: The model has no separate text encoder, or settings of `encoder` do not apply to it.
+        ValueError: The model has no separate text encoder, or is a CLIP text tower that does not support the settings.
     """
     device = process_state().device
     if model is not None:
@@ -50,9 +50,7 @@ def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_co
     defaults = vars(EncoderConfig(path=encoder.path))
     changed = [f"--encoder.{name}" for name, value in vars(encoder).items() if value != defaults[name]]
     if changed:
-        raise ValueError(
-            f"{path} is a CLIP text tower, which does not support these settings: remove {', '.join(changed)}"
-        )
+        raise ValueError(f"{path} is a CLIP text tower and does not support all settings: remove {', '.join(changed)}")
     return load_clip_text_encoder(path, trust_remote_code=trust_remote_code)
 
 
@@ -64,12 +62,11 @@ def caption_retrieval_accuracy(
     return_hits: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure how well a text encoder matches the first two captions of each image, in percent.
+    """Measure how often the first two captions of an image retrieve each other, in percent.
 
     Args:
         images: Captions of each image. Images with fewer than two distinct captions are excluded.
-        num_mistakes: Maximum number of mistakes to return, worst first. See `find_worst_mistakes`.
-        return_hits: Also return the accuracy for each image.
+        return_hits: Also return the accuracy of each image.
 
     Returns:
         A dict with the following keys:
@@ -77,24 +74,25 @@ def caption_retrieval_accuracy(
             "CRA interval": 95% bootstrap confidence interval of the CRA over images.
             "chance": Chance level of the CRA.
             "first to second", "second to first": R@1, R@5 and R@10 in each direction.
-            "positive cosine", "negative cosine": Mean cosine similarity between captions of the same image, and between
-                captions of different images.
-            "images", "excluded": Number of evaluated images, and of excluded images.
+            "positive cosine": Mean cosine similarity between captions of the same image.
+            "negative cosine": Mean cosine similarity between captions of different images.
+            "images", "excluded": Number of evaluated images, and number of excluded images.
             "truncated": Number of truncated captions.
-            "hits": If requested, the accuracy of each image: 0, 0.5 or 1.
+            "hits": With `return_hits`, the accuracy of each image: 0, 0.5 or 1.
+            "mistakes": With `num_mistakes` > 0, the result of `find_worst_mistakes`.
 
     Raises:
         ValueError: No image has two distinct captions.
     """
     pairs = [captions[:2] for captions in map(list, map(dict.fromkeys, images)) if len(captions) > 1]
     if not pairs:
-        raise ValueError("caption retrieval needs images with two distinct captions, but there are none")
+        raise ValueError("no image has two distinct captions, which caption retrieval requires")
     texts = list(dict.fromkeys(caption for captions in pairs for caption in captions))
     row_of_text = {text: row for row, text in enumerate(texts)}
     embeddings = F.normalize(encoder.encode(texts, progress=progress), dim=-1)
     first, second = (embeddings[[row_of_text[captions[n]] for captions in pairs]] for n in (0, 1))
     first_ranks, second_ranks = two_way_ranks(first, second, range(len(first)))
-    first_recall, second_recall = recall(first_ranks), recall(second_ranks)
+    first_recall, second_recall = compute_recall(first_ranks), compute_recall(second_ranks)
     hits = ((first_ranks < 1).double() + (second_ranks < 1)) / 2
     positive_cosine, negative_cosine = compute_mean_cosines(first, second)
     metrics: dict[str, Any] = {

@@ -1,6 +1,6 @@
-"""Zero-shot classification and compositional benchmarks.
+"""Evaluation of zero-shot classification and of compositional benchmarks.
 
-In compositional benchmarks, a tie between the correct caption and a wrong caption counts as an error.
+In compositional benchmarks, a tie between the correct and the wrong caption counts as an error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,42 +16,43 @@ from llm2clip.models.prompts import average_prompts, fill_templates
 
 
 def evaluate_classification(data: ClassificationData, embeddings: EmbeddingSource) -> BenchmarkResult:
-    """Classify images by the nearest class embedding."""
+    """Measure how often the most similar class embedding of an image belongs to the correct class."""
     images, indices = embeddings.encode_images(data.images)
     labels = [data.labels[i] for i in indices]
-    accuracy = classification_accuracy(images, labels, encode_classes(embeddings, data.names, data.templates), indices)
+    classes = encode_class_names(embeddings, data.names, data.templates)
+    accuracy = compute_classification_accuracy(images, labels, classes, indices)
     summary = {
         "intervals": accuracy.intervals,
         "images": len(images),
-        **count_texts(embeddings, data.names, data.templates),
+        **count_prompts(embeddings, data.names, data.templates),
         "metrics": {**accuracy.values, "chance": 100.0 / len(set(labels))},
     }
     return BenchmarkResult(summary, data.images, bootstrap={"": accuracy})
 
 
-def encode_classes(embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+def encode_class_names(embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Return the mean prompt embedding of each class, of shape (classes, D), float32. See `average_prompts`."""
     prompts = fill_templates(names, templates)
     averages = average_prompts(embeddings.encode_texts(prompts).numpy(), [len(templates)] * len(names))
     return torch.from_numpy(averages)
 
 
-def count_texts(
+def count_prompts(
     embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str] = ("{}",)
 ) -> dict[str, int | None]:
-    """Return the number of prompts ("texts") and of prompts that exceed the model's maximum length ("truncated")."""
+    """Return the number of prompts ("texts") and the number of truncated prompts ("truncated", None if unknown)."""
     texts = fill_templates(names, templates)
     return {"texts": len(texts), "truncated": embeddings.count_truncated(texts)}
 
 
-def classification_accuracy(
+def compute_classification_accuracy(
     images: Tensor, labels: Sequence[int], classes: Tensor, indices: Sequence[int], chunk_size: int = 4096
 ) -> BootstrapMetrics:
     """Return accuracies in percent: "top-1", "top-5" and "mean per class" (top-1 accuracy averaged over classes).
 
     Args:
         images, classes: L2-normalised embeddings of shape (N, D) and (classes, D).
-        indices: Index of each image in the benchmark, by which images are matched when models are compared.
+        indices: Index of each image in the benchmark, used to match the images of different models.
         chunk_size: Number of images per matmul.
     """
     targets = torch.tensor(labels)
@@ -78,13 +79,13 @@ def bootstrap_accuracy(
         ranks: Zero-based rank of each item's class, int64 of shape (N,).
         labels: Class index of each item, int64 of shape (N,).
         image_of_item: Position of each item's image in `image_indices`, int64 of shape (N,).
-        image_indices: Index of each image in the benchmark, by which images are matched when models are compared.
-        subsets: Mask of the items in each subset, bool of shape (N,), keyed by subset name.
+        image_indices: Index of each image in the benchmark, used to match the images of different models.
+        subsets: Masks that select the items of each subset, bool of shape (N,), keyed by subset name.
     """
     top1, top5 = (ranks < 1).astype(np.float64), (ranks < 5).astype(np.float64)
     subsets = subsets or {}
 
-    def metrics(image_weights: np.ndarray) -> list[float]:
+    def compute_metrics(image_weights: np.ndarray) -> list[float]:
         weights = image_weights[image_of_item]  # weight of each item
         values = [weights @ top1 / weights.sum(), weights @ top5 / weights.sum()]
         with np.errstate(invalid="ignore"):  # a resample may lack items of a subset or class (0 / 0)
@@ -92,14 +93,15 @@ def bootstrap_accuracy(
             class_accuracy = np.bincount(labels, weights * top1) / np.bincount(labels, weights)
         return [100.0 * float(value) for value in (*values, np.nanmean(class_accuracy))]
 
-    return BootstrapMetrics.from_function(image_indices, ("top-1", "top-5", *subsets, "mean per class"), metrics)
+    names = ("top-1", "top-5", *subsets, "mean per class")
+    return BootstrapMetrics.from_function(image_indices, names, compute_metrics)
 
 
 def compute_class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the zero-based rank of each item's correct class, int64 of shape (N,). `scores` has shape (N, classes).
 
-    Classes with equal scores are ranked by index, as in argmax. Such ties occur because some ImageNet classes have the
-    same name.
+    Classes with equal scores are ranked by index, as in argmax. Classes can have equal scores, because some ImageNet
+    classes have the same name.
     """
     correct_score = scores.gather(1, labels[:, None])
     is_earlier_class = torch.arange(scores.shape[1]) < labels[:, None]
@@ -117,7 +119,7 @@ def evaluate_compositional(examples: Sequence[CompositionalExample], embeddings:
     image_embeddings = {refs[i].key: image for i, image in zip(indices, images, strict=True)}
     text_embeddings = dict(zip(texts, embeddings.encode_texts(texts), strict=True))
     complete = [example for example in examples if example.image.key in image_embeddings]
-    counts = {"examples": len(complete), "images": len(images), **count_texts(embeddings, texts)}
+    counts = {"examples": len(complete), "images": len(images), **count_prompts(embeddings, texts)}
     metrics = compute_compositional_accuracy(complete, image_embeddings, text_embeddings)
     return BenchmarkResult(counts | {"metrics": metrics}, [example.image for example in examples])
 
@@ -127,10 +129,10 @@ def compute_compositional_accuracy(
     image_embeddings: Mapping[str, Tensor],
     text_embeddings: Mapping[str, Tensor],
 ) -> dict[str, float]:
-    """Return the accuracy for each kind of example and "mean", the average over the kinds, in percent. Chance is 50%.
+    """Return the accuracy on each kind of example, and "mean" (the average over all kinds), in percent.
 
-    Embeddings are L2-normalised, of shape (D,). Image embeddings are keyed by `ImageRef.key`, text embeddings by
-    caption.
+    The chance level is 50%. The embeddings are L2-normalised and of shape (D,). Image embeddings are keyed by
+    `ImageRef.key`, and text embeddings by caption.
     """
     hits: dict[str, list[bool]] = {}
     for example in examples:

@@ -9,7 +9,7 @@ from llm2clip.evaluate.benchmarks.coco_instances import DEGENERATE
 from llm2clip.evaluate.metrics import KS
 from llm2clip.evaluate.retrieval import build_error_analysis_blocks
 from llm2clip.io_utils import format_count
-from llm2clip.published_results import CRA, CRA_NOTE, get_published_metrics, get_published_notes, get_published_rows
+from llm2clip.published_results import CRA, CRA_NOTE, get_published_metrics, get_published_notes, get_published_recalls
 from llm2clip.reports import (
     Block,
     Details,
@@ -22,14 +22,14 @@ from llm2clip.reports import (
 )
 
 DIRECTIONS = ("I2T", "T2I")
-# Published LLM2CLIP models with which the first evaluated model is compared. See `get_published_rows`.
+# Published LLM2CLIP models with which the first evaluated model is compared. See `get_published_recalls`.
 REFERENCE_MODELS = ("2024: Llama3-8B-CC", "2024: EVA02 + LLM2CLIP", "2026: Llama-3.1-8B-CC", "2026: SigLIP2 + LLM2CLIP")
 CLASS_METRICS = ("class top-1", "IoU", "class AP50")  # per-class metrics in the rows of `BenchmarkResult.summary`
-MEAN_BENCHMARKS = ("xm3600",)  # only the mean over all languages was published for these benchmarks
+MEAN_BENCHMARKS = ("xm3600",)  # published results are means over all languages
 BYTES_PER_VALUE = 2  # search indexes store vectors in float16
-MIN_IMAGES = 50  # with fewer images, results are described as rough estimates
-MIN_ROUGH_IMAGES = 20  # with fewer images, there is no verdict, because even a random order has a high recall
-K = 10  # verdicts are about R@K
+MIN_IMAGES = 50  # with fewer images, verdicts describe the recall as imprecise
+MIN_ROUGH_IMAGES = 20  # no verdict with fewer images, because even a random order has a high recall
+K = 10  # verdicts report R@K
 
 
 def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResult]) -> list[Block]:
@@ -41,7 +41,7 @@ def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResu
         if "proposals" in results[0].summary:
             blocks.append(Paragraph(results[0].summary["proposals"]["description"]))
         return [*blocks, *notes, *(block for result in results for block in result.examples)]
-    published = get_published_rows(benchmark.name)
+    published = get_published_recalls(benchmark.name)
     is_mean = benchmark.name in MEAN_BENCHMARKS
     if is_mean:
         blocks += [Heading("Mean over the languages", 3), build_mean_recall_table(results, published)]
@@ -60,7 +60,7 @@ def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResu
 
 
 def _describe_benchmark(benchmark: Benchmark, summary: Mapping[str, Any]) -> str:
-    """Return the benchmark's description, or the size of the evaluated part if it is not the complete benchmark."""
+    """Return a benchmark's description, or the size of the evaluated part if only a part was evaluated."""
     if benchmark.size is None and "images" in summary:
         regions = f", {summary['regions']:,} boxes" if "regions" in summary else ""
         return f"{benchmark.description}: {format_count(summary['images'], 'image')}{regions}"
@@ -77,13 +77,13 @@ def _describe_benchmark(benchmark: Benchmark, summary: Mapping[str, Any]) -> str
         count = summary["images"]
     if count >= total:
         return benchmark.description
-    has_published = get_published_rows(benchmark.name) or get_published_metrics(benchmark.name)
-    note = "; published results are for the complete benchmark" if has_published else ""
+    has_published = get_published_recalls(benchmark.name) or get_published_metrics(benchmark.name)
+    note = " (published results: complete benchmark)" if has_published else ""
     return f"part of the benchmark, {count:,} of {total:,} {unit}{note}"
 
 
 def build_caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
-    """Return the report section on caption retrieval, which also shows the CRA in the paper (5,000 images).
+    """Return the report section on caption retrieval, including the CRA published in the paper (5,000 COCO images).
 
     `metrics` is a result of `caption_retrieval_accuracy`.
     """
@@ -100,12 +100,12 @@ def build_caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[B
         Paragraph(CRA_NOTE),
         Table(["direction", *(f"R@{k}, %" for k in KS), "chance R@1"], direction_rows),
         Paragraph(
-            f"Mean cosine: {metrics['positive cosine']:.3f} for captions of the same image, "
-            f"{metrics['negative cosine']:.3f} for captions of different images."
+            f"Mean cosine similarity: {metrics['positive cosine']:.3f} between captions of the same image, "
+            f"{metrics['negative cosine']:.3f} between captions of different images."
         ),
         Paragraph(
-            f"Images excluded because they have fewer than two distinct captions: {metrics['excluded']:,}. Captions "
-            f"truncated to the encoder's maximum length: {truncated}."
+            f"Excluded images (fewer than two distinct captions): {metrics['excluded']:,}. Captions truncated to the "
+            f"encoder's maximum length: {truncated}."
         ),
     ]
     mistakes: list[list[Any]] = []
@@ -128,7 +128,7 @@ def build_recall_table(
     Args:
         results: Rows of `compute_field_metrics`, keyed by model name. Baselines also have "difference" (see
             `compute_retrieval_difference`).
-        published: Result of `get_published_rows`, keyed by model name.
+        published: Result of `get_published_recalls`, keyed by model name.
     """
     header = ["model"]
     for direction in DIRECTIONS:
@@ -144,7 +144,7 @@ def build_recall_table(
             is_trivial = get_recalls(row, direction)[0] is None
             intervals.append(None if is_trivial else format_interval(row[f"{direction} interval"]["R@1"]))
         median_ranks = [f"{row[direction]['median rank']:g}" for direction in DIRECTIONS]
-        truncated = _format_truncated(row["truncated"], row["texts"])
+        truncated = _format_truncated_share(row["truncated"], row["texts"])
         rows.append(_make_recall_row(model, recalls[model], intervals, median_ranks, truncated))
     paired = {f"{first_model} minus {model}": row.get("difference") for model, row in results.items()}
     for name, values in _subtract_recalls(recalls, published).items():
@@ -157,7 +157,7 @@ def build_recall_table(
 
 
 def build_dimension_blocks(results: Sequence[BenchmarkResult]) -> list[Block]:
-    """Return a table of R@1 by embedding dimension, or [] without truncated embeddings."""
+    """Return a table of R@1 by embedding dimension, or [] if no truncated embeddings were evaluated."""
     recalls: dict[str, dict[int, list[float]]] = {}  # (I2T R@1, T2I R@1), keyed by model and dimension
     for result in results:
         if "dimensions" in result.summary:
@@ -173,8 +173,8 @@ def build_dimension_blocks(results: Sequence[BenchmarkResult]) -> list[Block]:
             fractions = [100 * value / whole if whole else None for value, whole in zip(values, full, strict=True)]
             rows.append([model, dim, BYTES_PER_VALUE * dim, *values, *fractions])
     header = ["model", "dimensions", "bytes per image", *(f"{direction} R@1" for direction in DIRECTIONS)]
-    header += [f"{direction}, % of full size" for direction in DIRECTIONS]
-    note = "Sizes are for float16 vectors, as in search indexes."
+    header += [f"{direction} R@1, % of full size" for direction in DIRECTIONS]
+    note = "Sizes are for float16 embeddings, as stored in search indexes."
     return [Heading("Truncated embeddings", 3), Table(header, rows), Paragraph(note)]
 
 
@@ -198,8 +198,8 @@ def build_mean_recall_table(
 def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[str, Mapping[str, float]]) -> Table:
     """Return a metrics table for a benchmark of any kind except "retrieval".
 
-    It has rows for the published results, the chance level (unless it is a metric), each model and method, and the
-    differences between the first model and each baseline. The method and logit scale columns are omitted if unused.
+    The table has rows for the published results, the chance level, each model and method, and the differences between
+    the first model and each baseline. If the chance level is a metric, it has no row. Empty columns are omitted.
     """
     metric_rows = [(result, row) for result in results for row in result.summary.get("rows", [result.summary])]
     names = list(dict.fromkeys(name for _, row in metric_rows for name in row["metrics"]))
@@ -216,7 +216,7 @@ def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[s
         is_upper_bound = summary.get("proposals", {}).get("is_upper_bound", False)
         name = f"{result.model} (upper bound)" if is_upper_bound else result.model
         cells = [_format_metric_cell(row["metrics"], row.get("intervals", {}), metric) for metric in names]
-        truncated = _format_truncated(summary["truncated"], summary["texts"])
+        truncated = _format_truncated_share(summary["truncated"], summary["texts"])
         rows.append([name, *map(row.get, settings), summary["images"], *cells, truncated])
     for result, row in metric_rows:
         if "difference" in row:
@@ -238,7 +238,7 @@ def format_difference(difference: Mapping[str, Any], name: str) -> str | None:
 
 
 def build_class_details(results: Sequence[BenchmarkResult]) -> list[Block]:
-    """Return a collapsed section with the per-class metrics of each model and method, or [] without such metrics."""
+    """Return a collapsed section with the metrics of each class, or [] if the benchmark has no per-class metrics."""
     columns = [(result.model, row) for result in results for row in result.summary.get("rows", ())]
     metric = next((name for name in CLASS_METRICS if columns and name in columns[0][1]), None)
     if metric is None:
@@ -251,7 +251,7 @@ def build_class_details(results: Sequence[BenchmarkResult]) -> list[Block]:
     return [Details(f"{metric.removeprefix('class ')} per class, %", "\n".join(lines))]
 
 
-def _format_truncated(truncated: int | None, texts: int) -> str:
+def _format_truncated_share(truncated: int | None, texts: int) -> str:
     if truncated is None:
         return "unknown"
     return f"{100 * truncated / max(1, texts):.1f}% of the texts" if truncated else "none"
@@ -264,7 +264,6 @@ def _make_recall_row(
     median_ranks: Sequence[str | None] = (None, None),
     truncated: str | None = None,
 ) -> list[Any]:
-    """Return a row of `build_recall_table`. `recalls` must be ordered as in `_get_both_recalls`."""
     cells: list[Any] = [name]
     for n, (interval, median_rank) in enumerate(zip(intervals, median_ranks, strict=True)):
         first, *others = recalls[n * len(KS) : (n + 1) * len(KS)]
@@ -275,7 +274,7 @@ def _make_recall_row(
 def _subtract_recalls(
     recalls: Mapping[str, Sequence[float | None]], published: Mapping[str, tuple[float | None, ...]]
 ) -> dict[str, list[str | None]]:
-    """Subtract the recalls of each other model, including `REFERENCE_MODELS`, from the recalls of the first model."""
+    """Return the recalls of the first model minus the recalls of each other model and published reference model."""
     (first_model, first_recalls), *other_models = recalls.items()
     others: dict[str, Sequence[float | None]] = dict(other_models)
     others |= {f"paper {model}": published[model] for model in REFERENCE_MODELS if model in published}
@@ -294,12 +293,12 @@ def _get_both_recalls(row: dict[str, Any], suffix: str = "") -> list[float | Non
 
 
 def get_recalls(row: Mapping[str, Any], direction: str, suffix: str = "") -> list[float | None]:
-    """Return R@1, R@5 and R@10. A value is None if there are so few items that a random order also reaches 100.0.
+    """Return R@1, R@5 and R@10. A value is None if a random order also reaches 100.0, because there are so few items.
 
     `row` is a row of `compute_field_metrics`. The suffix " chance" selects the chance levels.
     """
     chances = row[f"{direction} chance"]
-    is_trivial = [chances[f"R@{k}"] >= 99.95 for k in KS]  # rounded to 100.0 in tables
+    is_trivial = [chances[f"R@{k}"] >= 99.95 for k in KS]  # tables would show 100.0
     return [None if trivial else row[direction + suffix][f"R@{k}"] for k, trivial in zip(KS, is_trivial, strict=True)]
 
 
@@ -309,7 +308,7 @@ def get_recalls(row: Mapping[str, Any], direction: str, suffix: str = "") -> lis
 def describe_share(percent: float) -> str:
     """Express a percentage as a fraction in words, such as "6 of 10" or "3 of 100"."""
     if percent in (0, 100):
-        return "none" if percent == 0 else "all"
+        return "0 of 100" if percent == 0 else "all"
     if percent < 0.5:
         return "fewer than 1 of 100"
     if 9.5 <= percent < 95:
@@ -323,47 +322,45 @@ def describe_retrieval(model: str, row: Mapping[str, Any], captions: str = "capt
     if images < MIN_ROUGH_IMAGES:
         return (
             f"Only {format_count(images, 'image')} evaluated: too few to judge the model. "
-            f"Use at least {MIN_IMAGES} images on which it was not trained."
+            f"Use at least {MIN_IMAGES} images that are not in the training data."
         )
     if images < MIN_IMAGES:
         low, high = row["T2I interval"][f"R@{K}"]
-        note = (
-            f" With fewer than {MIN_IMAGES} images, this is a rough estimate (95% interval {low:.0f} to {high:.0f}%)."
-        )
+        note = f" With fewer than {MIN_IMAGES} images, the recall is imprecise (95% interval {low:.0f} to {high:.0f}%)."
     share, chance = describe_share(row["T2I"][f"R@{K}"]), describe_share(row["T2I chance"][f"R@{K}"])
     return (
-        f"{model} finds the right image among the first {K} of {images:,} for {share} {captions} "
-        f"(a random order: {chance}).{note}"
+        f"{model} ranks the correct image in the top {K} of {images:,} for {share} {captions} "
+        f"(random order: {chance}).{note}"
     )
 
 
-def _describe_difference(baseline: str, difference: float, interval: Sequence[float] | None, metric: str) -> str:
+def _describe_difference(
+    model: str, baseline: str, difference: float, interval: Sequence[float] | None, metric: str
+) -> str:
     if interval is None:
-        return f"It differs from {baseline} by {difference:+.1f} points of {metric}."
+        return f"{model} differs from {baseline} by {difference:+.1f} points of {metric}."
     low, high = interval
     if low > 0:
-        return f"It beats {baseline} by {difference:.1f} points of {metric} (95% interval {low:.1f} to {high:.1f})."
+        limits = format_interval(interval)
+        return f"{model} beats {baseline} by {difference:.1f} points of {metric} (95% interval {limits})."
     if high < 0:
-        return (
-            f"It is {-difference:.1f} points of {metric} worse than {baseline} "
-            f"(95% interval {-high:.1f} to {-low:.1f})."
-        )
-    return (
-        f"The difference from {baseline} may be chance: {difference:+.1f} points of {metric} "
-        f"(95% interval {low:+.1f} to {high:+.1f})."
-    )
+        limits = format_interval((-high, -low))
+        return f"{model} is {-difference:.1f} points of {metric} worse than {baseline} (95% interval {limits})."
+    size = f"{difference:+.1f} points of {metric} (95% interval {format_interval(interval, '+.1f')})"
+    return f"The difference from {baseline} may be chance: {size}."
 
 
 def describe_caption_retrieval(encoder: str, metrics: Mapping[str, Any]) -> str:
     """Describe the caption retrieval accuracy in words. `metrics` is a result of `caption_retrieval_accuracy`."""
     images = format_count(metrics["images"], "image")
     if metrics["images"] < MIN_IMAGES:
-        return f"Only {images} with two captions: too few to judge the encoder. Use at least {MIN_IMAGES}."
-    return f"For {describe_share(metrics['CRA'])} of {images}, {encoder} finds the second caption from the first."
+        return f"Only {images} with two captions: too few to judge the encoder. Use at least {MIN_IMAGES} images."
+    share = describe_share(metrics["CRA"])
+    return f"{encoder} retrieves the other caption of the same image for {share} captions ({images})."
 
 
 def describe_results(benchmark: str, results: Sequence[BenchmarkResult]) -> str:
-    """Describe the first model's main result on a benchmark in words, and compare it with the best baseline.
+    """Describe the first model's main result on a benchmark in words, and compare the result with the best baseline.
 
     Truncated embeddings of the first model do not count as baselines.
     """
@@ -378,7 +375,7 @@ def describe_results(benchmark: str, results: Sequence[BenchmarkResult]) -> str:
         if metric == "top-1":
             things = "boxes" if "regions" in first.summary else "images"
             share = describe_share(metrics[metric])
-            verdict = f"{first.model} names the right class for {share} {things} of {benchmark}."
+            verdict = f"{first.model} predicts the correct class for {share} {things} in {benchmark}."
     differences = []
     for result in results[1:]:
         difference = result.first_entry.get("difference")
@@ -388,5 +385,5 @@ def describe_results(benchmark: str, results: Sequence[BenchmarkResult]) -> str:
             differences.append((difference[direction][metric], result.model, intervals.get(metric)))
     if differences:
         value, baseline, interval = min(differences)
-        verdict += " " + _describe_difference(baseline, value, interval, metric)
+        verdict += " " + _describe_difference(first.model, baseline, value, interval, metric)
     return verdict

@@ -1,4 +1,4 @@
-"""Open-vocabulary detection: classify class-agnostic boxes with an image-text model and compute average precision.
+"""Evaluation of open-vocabulary detection, in which an image-text model classifies class-agnostic boxes.
 
 The model embeds each box, and cosine similarities to the class embeddings determine the class probabilities. As in
 RegionCLIP (arXiv 2112.09106), the score of a box for a class is the geometric mean of the objectness and the class
@@ -26,7 +26,7 @@ from torchvision.utils import draw_bounding_boxes
 from llm2clip.config import EvaluateOptions
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import BenchmarkResult, DetectionData, ImageId
-from llm2clip.evaluate.classification import count_texts, encode_classes
+from llm2clip.evaluate.classification import count_prompts, encode_class_names
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.metrics import BootstrapMetrics, draw_bootstrap_counts
 from llm2clip.evaluate.proposals import GROUND_TRUTH, Proposals, get_object_boxes, open_proposals
@@ -36,7 +36,7 @@ from llm2clip.evaluate.regions import (
     encode_boxes,
     gather_results,
     get_logit_scales,
-    get_model,
+    require_model,
     select_variants,
 )
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
@@ -45,13 +45,13 @@ from llm2clip.runs.ranks import process_state
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
-LOGIT_SCALE = 100.0  # as in CLIP; equivalent to RegionCLIP's temperature of 0.01
+LOGIT_SCALE = 100.0  # as in CLIP, and equivalent to RegionCLIP's temperature of 0.01
 NMS_IOU = 0.5  # IoU threshold for non-maximum suppression, as in RegionCLIP
-MAX_CANDIDATES = 1000  # box-class pairs per image before non-maximum suppression
-RECALL_IOU = 0.5  # an object is covered if its IoU with a proposal is at least this value
+MAX_CANDIDATES = 1000  # maximum number of box-class pairs per image before non-maximum suppression
+RECALL_IOU = 0.5  # minimum IoU of an object and a proposal that covers the object
 EXAMPLE_SIDE = 480  # longer side of example images, in pixels
 EXAMPLE_BOXES = 8  # maximum number of boxes drawn on an example image
-MAX_DETECTIONS = 100  # per image, as in COCO's AP
+MAX_DETECTIONS = 100  # maximum number of detections per image, as in COCO's AP
 AP50_INDEX = 0  # position of 0.5 in COCO's IoU thresholds 0.5, 0.55, ..., 0.95
 
 
@@ -68,12 +68,12 @@ class Detections:
 class DetectionResults:
     """A model's detections in all images, keyed by method.
 
-    A method is a dense variant or "crop", with the protocol's or the model's logit scale (see `get_logit_scales`).
+    A method combines a dense feature variant or "crop" with a logit scale (see `get_logit_scales`).
     """
 
     by_method: dict[str, dict[ImageId, Detections]]
     logit_scales: dict[str, float]
-    num_boxes: int  # number of proposals
+    num_proposals: int
     num_covered: int  # number of objects that a proposal covers (see RECALL_IOU)
     num_objects: int  # number of objects except crowds
     note: str  # see `open_proposals`
@@ -82,15 +82,15 @@ class DetectionResults:
     def describe_proposals(self, source: str) -> dict[str, Any]:
         recall = 100.0 * self.num_covered / max(1, self.num_objects)
         description = (
-            f"Proposals from {source}: {self.num_boxes:,} boxes, covering {recall:.1f}% of the objects at an IoU of "
-            f"{RECALL_IOU}."
+            f"Proposals from {source}: {self.num_proposals:,} boxes, which cover {recall:.1f}% of the objects at an "
+            f"IoU of {RECALL_IOU}."
         )
         if self.note:
             description += f" {self.note}."
         is_upper_bound = source == GROUND_TRUTH
         if is_upper_bound:
-            description += " These are the annotated boxes, so the AP is an upper bound."
-        values = {"source": source, "boxes": self.num_boxes, "recall": recall, "is_upper_bound": is_upper_bound}
+            description += " The proposals are the annotated boxes, so the AP is an upper bound."
+        values = {"source": source, "boxes": self.num_proposals, "recall": recall, "is_upper_bound": is_upper_bound}
         return values | {"description": description}
 
 
@@ -108,12 +108,12 @@ def evaluate_detection(data: DetectionData, embeddings: EmbeddingSource, options
         metrics, class_ap50 = compute_detection_metrics(usable, detections)
         values = {**metrics.values, "proposal recall": description["recall"]}
         bootstrap[method] = dataclasses.replace(metrics, values=values)
-        row = bootstrap[method].to_row(method)
+        row = bootstrap[method].to_summary_row(method)
         rows.append(row | {"class AP50": class_ap50, "logit scale": results.logit_scales[method]})
     first_method, first_detections = next(iter(results.by_method.items()))
     summary = {
         "images": len(first_detections),
-        **count_texts(embeddings, data.names, data.templates),
+        **count_prompts(embeddings, data.names, data.templates),
         "proposals": description,
         "rows": rows,
     }
@@ -126,20 +126,20 @@ def detect_objects(
 ) -> DetectionResults:
     """Classify the proposals (see `open_proposals`) in all images with each method.
 
-    In a distributed run, the images are split across the ranks, and every rank returns all detections. With
-    `with_crops`, there is also the method "crop", which encodes each box as a separate image (see `regions.py`).
+    In a distributed run, the images are split across the ranks, and every rank returns all detections. `with_crops`
+    adds the method "crop", which encodes each box as a separate image (see `regions.py`).
 
     Raises:
         ValueError: The embeddings are precomputed, or the model supports none of the variants.
         TooManySkipped: Too many images are unusable.
     """
-    model = get_model(embeddings)
+    model = require_model(embeddings)
     methods = select_variants(model, variants, required=not with_crops) + ([CROP] if with_crops else [])
     find_proposals, note = open_proposals(proposals, data, process_state().device)
-    classes = encode_classes(embeddings, data.names, data.templates)
+    classes = encode_class_names(embeddings, data.names, data.templates)
     objects = get_object_boxes(data)
     scales = get_logit_scales(model, LOGIT_SCALE)
-    # For each image: the detections of each method, and the number of boxes, of covered objects and of all objects.
+    # For each image: the detections of each method, and the numbers of proposals, covered objects and all objects.
     results: dict[int, tuple[dict[str, Detections], tuple[int, int, int]]] = {}
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "detection", failures):
@@ -158,17 +158,17 @@ def detect_objects(
             is_covered = (box_iou(true_boxes, boxes[index].boxes) >= RECALL_IOU).any(1)
             results[index] = detections[index], (len(boxes[index].boxes), int(is_covered.sum()), len(true_boxes))
     results = gather_results(results, failures, data.images, embeddings.log)
-    num_boxes, num_covered, num_objects = np.array([counts for _, counts in results.values()]).sum(0).tolist()
+    num_proposals, num_covered, num_objects = np.array([counts for _, counts in results.values()]).sum(0).tolist()
     scale_of_method = {method + suffix: scale for method in methods for suffix, scale in scales.items()}
     by_method: dict[str, dict[ImageId, Detections]] = {method: {} for method in scale_of_method}
     for index, (image_detections, _) in results.items():
         for method, detected in image_detections.items():
             by_method[method][data.image_ids[index]] = detected
-    return DetectionResults(by_method, scale_of_method, num_boxes, num_covered, num_objects, note, failures)
+    return DetectionResults(by_method, scale_of_method, num_proposals, num_covered, num_objects, note, failures)
 
 
 def drop_images(data: DetectionData, excluded: Collection[int]) -> DetectionData:
-    """Return a copy of the data without the images at the given indices and their annotations."""
+    """Return a copy of the data without the images whose indices are in `excluded`, and without their annotations."""
     indices = [index for index in range(len(data.images)) if index not in excluded]
     image_ids = [data.image_ids[index] for index in indices]
     remaining = set(image_ids)
@@ -189,7 +189,7 @@ def classify_boxes(
     score(box, class) = sqrt(objectness * p) in float64, where p is the softmax over classes of logit_scale * cosine.
     Detections with equal scores are sorted by box index, then by class index. The embeddings must be L2-normalised.
     """
-    # float32 would round many probabilities to 1, and the order of equal scores would be arbitrary.
+    # float32 would round many probabilities to 1, so the order of the boxes would be arbitrary.
     probabilities = (logit_scale * box_embeddings.double() @ classes.double().T).softmax(1)  # (boxes, classes)
     scores = (proposals.scores.double()[:, None] * probabilities).sqrt().flatten()
     positions = scores.argsort(descending=True, stable=True)[:MAX_CANDIDATES]
@@ -211,8 +211,8 @@ def build_detection_blocks(
     if not images:
         return []
     text = (
-        f"The {EXAMPLE_BOXES} highest-scoring detections per image for the method {method}. Of overlapping "
-        "detections, only the highest-scoring one is shown."
+        f"The {EXAMPLE_BOXES} highest-scoring detections per image with the method {method}. Of overlapping "
+        "detections, only the detection with the highest score is shown."
     )
     examples = Examples(images, "Example images, evenly spaced through the dataset:")
     return [Heading("Detections", 3), Paragraph(text), examples]
@@ -239,8 +239,7 @@ def compute_detection_metrics(
 
     COCOeval from pycocotools matches detections to objects and computes the precision at 101 recall values. AP50 uses
     an IoU threshold of 0.5, and AP is the mean over the thresholds 0.5, 0.55, ..., 0.95. A group's AP is the mean over
-    its classes that have objects. The bootstrap over images reuses COCOeval's matches and recomputes only the
-    precision. Images that are missing from `detections` are treated as images without detections.
+    the group's classes that have objects. Images that are missing from `detections` count as images without detections.
 
     Returns:
         Metrics "AP50 GROUP" and "AP GROUP" for each group in `data.groups` and for the group "all", and the AP50 of
@@ -279,7 +278,7 @@ def compute_detection_metrics(
     return metrics, {name: float(class_ap50[k]) for k, name in enumerate(data.names) if not np.isnan(class_ap50[k])}
 
 
-def to_result_rows(data: DetectionData, detections: Mapping[ImageId, Detections]) -> list[dict[str, Any]]:
+def convert_to_coco_results(data: DetectionData, detections: Mapping[ImageId, Detections]) -> list[dict[str, Any]]:
     rows = []
     for image_id, detected in detections.items():
         boxes = box_convert(detected.boxes.double(), "xyxy", "xywh").tolist()
@@ -305,7 +304,7 @@ def _compute_weighted_ap(matches: _ClassMatches, weights: np.ndarray, recall_val
     """Return the interpolated average precision of a class, counting image i `weights[i]` times.
 
     Except for ties, COCOeval returns the same value for a dataset in which the images are repeated. The precision is
-    averaged over `recall_values`. The result is NaN without objects.
+    averaged over `recall_values`. Return NaN if there are no objects.
     """
     num_objects = float(weights @ matches.objects)
     if num_objects == 0:
@@ -316,7 +315,7 @@ def _compute_weighted_ap(matches: _ClassMatches, weights: np.ndarray, recall_val
     true_positives = np.cumsum(weight * matches.is_correct)
     num_detections = np.cumsum(weight)
     precision = true_positives / np.maximum(num_detections, 1)
-    precision = np.maximum.accumulate(precision[::-1])[::-1]  # maximum precision at this or any higher recall
+    precision = np.maximum.accumulate(precision[::-1])[::-1]  # maximum precision at the same or a higher recall
     positions = np.searchsorted(true_positives / num_objects, recall_values)
     reached = positions < len(precision)
     return float(np.where(reached, precision[np.minimum(positions, len(precision) - 1)], 0.0).mean())
@@ -335,7 +334,7 @@ def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]
     ordered_ids = sorted(data.image_ids, key=lambda image_id: (isinstance(image_id, str), image_id))
     image_ids = {image_id: number for number, image_id in enumerate(ordered_ids)}
 
-    def to_coco(rows: Sequence[Mapping[str, Any]]) -> COCO:
+    def build_coco(rows: Sequence[Mapping[str, Any]]) -> COCO:
         annotations = []
         for number, row in enumerate(rows, 1):  # COCOeval treats a match with id 0 as no match
             _, _, width, height = row["bbox"]
@@ -353,7 +352,8 @@ def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]
         return coco
 
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = COCOeval(to_coco(data.annotations), to_coco(to_result_rows(data, detections)), "bbox")
+        results = build_coco(convert_to_coco_results(data, detections))
+        evaluator = COCOeval(build_coco(data.annotations), results, "bbox")
         evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, float("inf")]], ["all"]
         evaluator.params.maxDets = [MAX_DETECTIONS]
         evaluator.evaluate()
@@ -366,7 +366,7 @@ def _extract_class_matches(evaluator: Any, k: int) -> _ClassMatches:
     scores, images, is_correct = [np.zeros(0)], [np.zeros(0, int)], [np.zeros(0, bool)]
     objects = np.zeros(num_images)
     for i, result in enumerate(evaluator.evalImgs[k * num_images : (k + 1) * num_images]):
-        if result is None:  # the image has neither objects nor detections of this class
+        if result is None:  # the image has neither objects nor detections of the class
             continue
         counted = ~result["dtIgnore"][AP50_INDEX].astype(bool)
         scores.append(np.asarray(result["dtScores"], float)[counted])

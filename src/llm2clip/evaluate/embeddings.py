@@ -37,7 +37,7 @@ def open_embedding_source(
 ) -> EmbeddingSource:
     """Open a model (see `open_dual_encoder`), or an .npz file of precomputed embeddings.
 
-    The model's embeddings are cached in `cache_dir`, unless it is None.
+    The embeddings of a model are cached in `cache_dir`. If `cache_dir` is None, nothing is cached.
 
     Raises:
         ValueError: The model is not an image-text model, or the .npz file is invalid.
@@ -54,9 +54,9 @@ class ModelEmbeddings:
     """Embedding source that runs a model. The model's `query_templates` are not applied to texts."""
 
     def __init__(self, model: DualEncoder, log: SkipLog, cache_dir: Path | None = None, progress: bool = True) -> None:
-        """Cache embeddings in a subfolder of `cache_dir`, unless it is None."""
+        """Cache embeddings in a subfolder of `cache_dir`. If `cache_dir` is None, nothing is cached."""
         self.model, self.log, self.progress = model, log, progress
-        self._full_model = model  # never truncated, because the cache contains full embeddings
+        self._full_model = model  # not truncated, because the cache contains full-size embeddings
         self.query_templates = model.query_templates
         self.identity = model.identity() if cache_dir is not None else {}
         if model.precision != "fp32":
@@ -74,7 +74,7 @@ class ModelEmbeddings:
             TooManySkipped: Too many images cannot be decoded.
             ValueError: An embedding contains NaN or infinity.
         """
-        self.log.count_at_least(len(refs))  # benchmark readers do not count rows, so the images are counted here
+        self.log.count_at_least(len(refs))  # counted here, because benchmark readers do not count images
         if self.folder is None:
             with ProgressBar(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
                 embeddings, indices = encode_image_batches(refs, self.model, self.log, bar, BATCH_SIZE)
@@ -132,12 +132,12 @@ class PrecomputedEmbeddings:
     captions=strings), with arrays of shape (N, D), (N,), (M, D) and (M,).
 
     Images are looked up by full path. If a path is not in `image_names`, leading folders are removed one at a time,
-    down to the bare file name. For the methods, see `ModelEmbeddings`. In addition, `encode_images` and `encode_texts`
+    down to the bare file name. Methods are documented in `ModelEmbeddings`. `encode_images` and `encode_texts` also
     raise ValueError if the file lacks an image or text, or if two images match the same entry.
     """
 
     def __init__(self, file: Path, log: SkipLog) -> None:
-        """Raise ValueError if the file is invalid."""
+        """Read the embeddings. Raise ValueError if the file is invalid."""
         self.file, self.log = file, log
         self.query_templates = NO_TEMPLATES
         try:
@@ -149,19 +149,20 @@ class PrecomputedEmbeddings:
         for name, embeddings, keys in (("images, image_names", images, names), ("texts, captions", texts, captions)):
             if embeddings.ndim != 2 or keys.ndim != 1 or len(embeddings) != len(keys):
                 raise ValueError(
-                    f"{file}: arrays {name} must have shapes (N, D) and (N,), not {embeddings.shape} and {keys.shape}"
+                    f"{file}: arrays {name} must have shapes (N, D) and (N,) (got {embeddings.shape} and {keys.shape})"
                 )
         if images.shape[1] != texts.shape[1]:
-            raise ValueError(f"{file}: images have {images.shape[1]} dimensions, but texts have {texts.shape[1]}")
+            dims = f"images ({images.shape[1]}) and texts ({texts.shape[1]})"
+            raise ValueError(f"{file}: the dimensions of {dims} differ")
         self._images = F.normalize(torch.from_numpy(images).float(), dim=-1)
         self._texts = F.normalize(torch.from_numpy(texts).float(), dim=-1)
         check_finite(self._images, self._texts)
         self._row_of_image = {PurePosixPath(str(name)).as_posix(): row for row, name in enumerate(names)}
         if len(self._row_of_image) < len(names):
-            raise ValueError(f"{file}: some of the {len(names):,} image_names are duplicates; use longer paths")
+            raise ValueError(f"{file} has duplicates among its {len(names):,} image_names: use longer paths")
         self._row_of_text: dict[str, int] = {}
         for row, caption in enumerate(captions):
-            first_row = self._row_of_text.setdefault(str(caption).strip(), row)  # captions in records are stripped, too
+            first_row = self._row_of_text.setdefault(str(caption).strip(), row)  # captions in records are also stripped
             if not torch.allclose(self._texts[first_row], self._texts[row], atol=1e-3):
                 raise ValueError(f"{file}: the caption {str(caption)!r} has two different embeddings")
 
@@ -170,18 +171,18 @@ class PrecomputedEmbeddings:
         return self._images.shape[1]
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        rows = [self._find_image(ref) for ref in refs]
-        self._check_found("images", refs, rows)
+        rows = [self._find_image_row(ref) for ref in refs]
+        self._check_all_found("images", refs, rows)
         image_of_row: dict[int | None, ImageRef] = {}
         for ref, row in zip(refs, rows, strict=True):
             other = image_of_row.setdefault(row, ref)
             if other.key != ref.key:
                 raise ValueError(
-                    f"{self.file}: {other} and {ref} match the same entry of image_names: use longer paths there"
+                    f"{other} and {ref} match the same entry of image_names in {self.file}: use longer image_names"
                 )
         return self._images[torch.tensor(rows)], list(range(len(refs)))
 
-    def _find_image(self, ref: ImageRef) -> int | None:
+    def _find_image_row(self, ref: ImageRef) -> int | None:
         """Return the row of an image. Images in tar files may be named FILE.tar!MEMBER or MEMBER."""
         for path in (PurePosixPath(str(ref)), PurePosixPath(str(ref).replace("!", "/"))):
             for start in range(len(path.parts)):
@@ -192,10 +193,10 @@ class PrecomputedEmbeddings:
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         rows = [self._row_of_text.get(text) for text in texts]
-        self._check_found("texts", [repr(text) for text in texts], rows)
+        self._check_all_found("texts", [repr(text) for text in texts], rows)
         return self._texts[torch.tensor(rows)]
 
-    def _check_found(self, kind: str, names: Sequence[object], rows: Sequence[int | None]) -> None:
+    def _check_all_found(self, kind: str, names: Sequence[object], rows: Sequence[int | None]) -> None:
         missing = [name for name, row in zip(names, rows, strict=True) if row is None]
         if missing:
             raise ValueError(

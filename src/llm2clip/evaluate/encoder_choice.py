@@ -1,9 +1,9 @@
 """Choice of a caption encoder before training (`fit --encoder.path auto`).
 
-The pretrained vision tower encodes a sample of the training images, and each candidate encodes their captions. The
-score of a candidate is its mutual nearest-neighbour alignment with the tower (arXiv 2405.07987): similar images should
-have similar captions. For encoders that are not tuned, the score predicts which encoder leads to better retrieval after
-`align` (see docs/results/quality.md).
+The pretrained vision tower encodes a sample of the training images, and each candidate encodes the captions of the
+sample. The score of a candidate is the mutual nearest-neighbour alignment of the caption and image embeddings (arXiv
+2405.07987). If encoders are not tuned, the score predicts which encoder leads to better retrieval after `align` (see
+docs/results/quality.md).
 """
 
 import time
@@ -35,7 +35,7 @@ CANDIDATES = (EncoderConfig("all-minilm-l6-v2"), EncoderConfig("smollm2-135m", l
 MAX_IMAGES = 1000
 MIN_IMAGES = 100  # with fewer images, the first candidate is chosen
 MAX_SECONDS = 60  # time limit for encoding the images
-BLOCK_SIZE = 50  # the sample consists of blocks of consecutive records, so that few remote shards are read
+BLOCK_SIZE = 50  # consecutive records per block of the sample, so that few remote shards are read
 MAX_CAPTIONS = 5  # per image
 NEIGHBOURS = 10
 
@@ -51,7 +51,7 @@ def describe_encoder(encoder: EncoderConfig) -> str:
 
 
 def find_candidates() -> list[EncoderConfig]:
-    """Download the candidates if necessary, and return those that are available.
+    """Download the candidates if necessary, and return the available candidates.
 
     Raises:
         AssetUnavailableError: No candidate can be downloaded.
@@ -72,12 +72,12 @@ def choose_candidate(train: RecordTable, tower: VisionTower, candidates: Sequenc
     """Score all candidates on a random sample of the training records, and choose the best one.
 
     Args:
-        tower: Vision tower on the CPU. It is temporarily moved to this process's device.
+        tower: Vision tower on the CPU. The tower is temporarily moved to this process's device.
 
     Returns:
-        "encoder" is the `EncoderConfig` of the chosen candidate as a dict, "images" is the size of the sample, and
-        "scores" contains the score of each candidate between 0 and 1, best first, keyed by `describe_encoder`. "scores"
-        is empty if the sample is smaller than `MIN_IMAGES`.
+        A dict with the chosen candidate ("encoder", a dict of `EncoderConfig` fields), the number of images in the
+        sample ("images"), and the score of each candidate between 0 and 1, best first, keyed by `describe_encoder`
+        ("scores"). "scores" is empty if the sample has fewer than `MIN_IMAGES` images.
     """
     records, images = _encode_images(_draw_sample(train), tower)
     choice: dict[str, Any] = {"encoder": asdict(candidates[0]), "images": len(records), "scores": {}}
@@ -94,12 +94,12 @@ def describe_choice(choice: Mapping[str, Any]) -> str:
     chosen = f"Caption encoder: {describe_encoder(EncoderConfig(**choice['encoder']))} (not tuned)."
     if not choice["scores"]:
         return (
-            f"{chosen} It was not compared with others: a comparison requires {MIN_IMAGES} images that can be encoded "
-            f"within a minute, but only {choice['images']:,} were encoded."
+            f"{chosen} No other encoder was evaluated, because fewer than {MIN_IMAGES} images could be encoded "
+            f"within a minute ({choice['images']:,})."
         )
     (_, score), *others = choice["scores"].items()
     compared = f" ({', '.join(f'{name}: {other:.1%}' for name, other in others)})" if others else ""
-    return f"{chosen} Agreement between nearest neighbours by image and by caption: {score:.1%}{compared}."
+    return f"{chosen} Nearest-neighbour agreement between images and captions: {score:.1%}{compared}."
 
 
 def _draw_sample(train: RecordTable) -> list[Record]:

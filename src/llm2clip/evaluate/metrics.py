@@ -1,8 +1,8 @@
 """Retrieval ranks and metrics, and bootstrap confidence intervals.
 
-The score matrix is computed in tiles and never stored in full. Scores are not sorted: a rank is the number of wrong
-answers that score at least as high as the best correct answer. Ties therefore count against the model: if all scores
-are equal, all ranks are the worst possible ranks.
+The score matrix is computed in tiles and never stored in full. Scores are not sorted, because a rank is the number of
+wrong answers that score at least as high as the best correct answer. Ties therefore count against the model. If all
+scores are equal, all ranks are the worst possible ranks.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 from llm2clip.cpu_tuning import onednn_matmul
 
 KS = (1, 5, 10)
-TILE = 512  # images per tile; with four times as many texts, the float32 scores of a tile (4 MB) fit in the CPU cache
+TILE = 512  # images per tile, so that the float32 scores of a tile (512 images, 2048 texts) fit in the CPU cache
 QUERY_TILE = 32  # number of queries that `compute_positive_ranks` scores at a time
-LEVEL = 0.95  # confidence level of intervals
+LEVEL = 0.95  # confidence level of all intervals
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def compute_positive_ranks(
     positives: Sequence[Sequence[int]],
     tile_size: int = 2 * TILE,
 ) -> list[Tensor]:
-    """Return one tensor per query with the zero-based ranks of its positives, ascending, int64 of shape (positives,).
+    """Return the zero-based ranks of each query's positives in ascending order, as int64 tensors of shape (positives,).
 
     An item can be a positive for several queries.
 
@@ -68,10 +68,10 @@ def compute_positive_ranks(
 def _rank_positives(scores: Tensor, positives: Tensor) -> Tensor:
     positive_scores = scores[positives].sort().values  # ascending
     negative_scores = scores.index_fill(0, positives, -torch.inf)
-    # For each negative, count the positives that it beats, i.e. whose score is not higher.
+    # A negative beats a positive if the score of the negative is at least as high.
     num_beaten = torch.bucketize(negative_scores, positive_scores, right=True)
     negatives_by_beaten = torch.bincount(num_beaten, minlength=len(positives) + 1)
-    # Counting from 0, positive n (of P, best first) is beaten by the negatives that beat at least P - n positives.
+    # Positive n of P, counted from 0 and best first, is beaten by the negatives that beat at least P - n positives.
     negatives_before = negatives_by_beaten.flip(0).cumsum(0)[:-1]
     return negatives_before + torch.arange(len(positives))
 
@@ -83,10 +83,10 @@ def two_way_ranks(
     image_of_text: Sequence[int] | Tensor,
     tile_size: int = TILE,
 ) -> tuple[Tensor, Tensor]:
-    """Return the zero-based rank of each image's best caption (I,) and of each caption's image (T,), int64 on the CPU.
+    """Return the zero-based ranks of each image's best caption (I,) and of each caption's image (T,), int64 on the CPU.
 
     Args:
-        images, texts: L2-normalised embeddings of shape (I, D) and (T, D), float32 or float16. Scores are in float32.
+        images, texts: L2-normalised embeddings of shape (I, D) and (T, D), float32 or float16. Scores are float32.
         image_of_text: Image index of each text. Every image must have at least one text.
         tile_size: Number of images per tile. Must be a multiple of 16, or identical vectors may get different scores.
 
@@ -97,7 +97,7 @@ def two_way_ranks(
     counts = torch.bincount(owner, minlength=len(images))
     if len(counts) > len(images) or not counts.all():
         raise ValueError(
-            f"each of the {len(images)} images must have a text, and each text must belong to one of these images"
+            f"each of the {len(images)} images must have a text, and each text must belong to one of the images"
         )
     check_finite(images, texts)
     order = owner.argsort(stable=True)
@@ -109,7 +109,7 @@ def two_way_ranks(
         best_text[text_range.start + tile_texts] = scores[positives]
         best_image[image_range].scatter_reduce_(0, tile_images, scores[positives], "amax")
 
-    # Wrong answers are scored with the same matmuls as above, so ties are exact. Counts are float32, exact up to 2**24.
+    # The same matmuls as above score the wrong answers, so ties are exact. Counts are float32, exact up to 2**24.
     image_counts, text_counts = torch.zeros_like(best_image), torch.zeros_like(best_text)
     for image_range, text_range, scores, positives in _iterate_tiles(images, texts, order, owner, tile_size):
         scores[positives] = -torch.inf
@@ -122,11 +122,11 @@ def two_way_ranks(
 def _iterate_tiles(
     images: Tensor, texts: Tensor, order: Tensor, owner: Tensor, tile_size: int, with_all: bool = True
 ) -> Iterator[tuple[slice, slice, Tensor, tuple[Tensor, Tensor]]]:
-    """Yield the tiles of the score matrix: image range, text range, scores, and indices of the positives in the tile.
+    """Yield the image range, the text range, the scores and the indices of the positives of each tile.
 
-    A tile has `tile_size` images and 4 * `tile_size` texts. `order` sorts the texts by image, and `owner` is the image
-    of each sorted text, so only a few tiles contain positives. If `with_all` is False, only tiles with positives are
-    computed.
+    A tile of the score matrix has `tile_size` images and 4 * `tile_size` texts. `order` sorts the texts by image, and
+    `owner` is the image of each sorted text, so only a few tiles contain positives. If `with_all` is False, only tiles
+    with positives are computed.
     """
     for text_start in range(0, len(texts), 4 * tile_size):
         text_range = slice(text_start, min(text_start + 4 * tile_size, len(texts)))
@@ -142,7 +142,7 @@ def _iterate_tiles(
 
 
 def _pad_tile(vectors: Tensor, size: int) -> Tensor:
-    """Append zero vectors, because only matmuls of the same shape give equal vectors exactly equal scores."""
+    """Append zero vectors up to `size`, because equal vectors get equal scores only in matmuls of the same shape."""
     return vectors if len(vectors) == size else F.pad(vectors, (0, 0, 0, size - len(vectors)))
 
 
@@ -154,7 +154,7 @@ def _is_at_least(scores: Tensor, threshold: Tensor) -> Tensor:
 def check_finite(*embeddings: Tensor) -> None:
     """Raise ValueError if an embedding contains NaN or infinity.
 
-    Comparisons with NaN are always false, so without this check, a model that returns NaN would get perfect ranks.
+    Comparisons with NaN are always false. Without the check, a model that returns NaN would get perfect ranks.
     """
     for vectors in embeddings:
         if not all(torch.isfinite(part).all() for part in vectors.split(8192)):
@@ -176,7 +176,7 @@ def retrieval_metrics(
     owner = torch.as_tensor(image_of_text)
     metrics: dict[str, dict[str, Any]] = {}
     for direction, ranks, groups in (("I2T", image_ranks, torch.arange(len(image_ranks))), ("T2I", text_ranks, owner)):
-        metrics[direction] = recall(ranks) | {"median rank": float(ranks.double().quantile(0.5)) + 1}
+        metrics[direction] = compute_recall(ranks) | {"median rank": float(ranks.double().quantile(0.5)) + 1}
         metrics[f"{direction} interval"] = compute_recall_intervals(ranks, groups)
     captions_per_image = torch.bincount(owner, minlength=len(image_ranks)).tolist()
     metrics["I2T chance"] = compute_chance_recall(captions_per_image, len(owner))
@@ -184,7 +184,7 @@ def retrieval_metrics(
     return metrics
 
 
-def recall(ranks: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
+def compute_recall(ranks: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
     """Return R@k: the percentage of queries with a positive among the top k items."""
     return {f"R@{k}": 100.0 * float((ranks < k).double().mean()) for k in ks}
 
@@ -213,7 +213,7 @@ def compute_recall_intervals(ranks: Tensor, groups: Tensor, ks: Sequence[int] = 
     Images are resampled together with all their queries, because captions of the same image are correlated. `groups` is
     the image index of each query.
     """
-    return _bootstrap_by_image([(ranks < k).double() for k in ks], groups, ks, (0.0, 1.0))
+    return _bootstrap_recall_by_image([(ranks < k).double() for k in ks], groups, ks, (0.0, 1.0))
 
 
 def compute_recall_differences(
@@ -222,10 +222,10 @@ def compute_recall_differences(
     """Return R@k of a model minus R@k of a baseline, in percentage points, and paired 95% bootstrap intervals."""
     differences = [(ranks < k).double() - (baseline_ranks < k).double() for k in ks]
     means = {f"R@{k}": 100.0 * float(d.mean()) for k, d in zip(ks, differences, strict=True)}
-    return means, _bootstrap_by_image(differences, groups, ks, (-1.0, 1.0))
+    return means, _bootstrap_recall_by_image(differences, groups, ks, (-1.0, 1.0))
 
 
-def _bootstrap_by_image(
+def _bootstrap_recall_by_image(
     values: Sequence[Tensor], groups: Tensor, ks: Sequence[int], bounds: tuple[float, float]
 ) -> dict[str, tuple[float, float]]:
     stacked = torch.stack(list(values), 1)  # (Q, K)
@@ -252,9 +252,9 @@ def compute_average_precision(ranks: Tensor) -> float:
 def compute_chance_average_precision(num_relevant: int, num_images: int) -> float:
     """Return the expected average precision of a random ranking.
 
-    If P of N images are relevant and the image at rank r is one of them, each of the r - 1 images before it is relevant
-    with probability (P - 1) / (N - 1), so the expected precision at this rank is (1 + (r - 1) (P - 1) / (N - 1)) / r.
-    The expected average precision is the mean of this value over all ranks.
+    If P of N images and the image at rank r are relevant, each of the r - 1 images before rank r is relevant with
+    probability (P - 1) / (N - 1), so the expected precision at rank r is (1 + (r - 1) (P - 1) / (N - 1)) / r. The
+    expected average precision is the mean of the expected precision over all ranks.
     """
     positions = torch.arange(1, num_images + 1, dtype=torch.float64)
     precisions = (1 + (positions - 1) * (num_relevant - 1) / max(1, num_images - 1)) / positions
@@ -287,15 +287,14 @@ def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float
     Returns:
         Lower and upper bounds of the intervals, float64 of shape (2, K).
     """
-    # One matmul per resample, weighted by how often each group was drawn. scipy.stats.bootstrap copies the resampled
-    # rows, which is 1.5 to 5 times as slow, and keeps all resamples in memory.
+    # scipy.stats.bootstrap, which copies the resampled rows, is 1.5 to 5 times as slow as one matmul per resample.
     sums, counts = sums.double()[counts > 0], counts.double()[counts > 0]
     means = [weights @ sums / (weights @ counts) for weights in draw_bootstrap_counts(len(sums))]
     return compute_percentile_interval(torch.stack(means), len(sums), bounds)
 
 
 def draw_bootstrap_counts(num_groups: int, num_resamples: int = 1000) -> Iterator[Tensor]:
-    """For each resample, yield the number of times each group is drawn, float64 of shape (num_groups,).
+    """Yield the number of times that each group is drawn in a resample, float64 of shape (num_groups,).
 
     The draws depend only on the arguments, so the resamples of models evaluated on the same data are paired.
     """
@@ -308,9 +307,9 @@ def draw_bootstrap_counts(num_groups: int, num_resamples: int = 1000) -> Iterato
 def compute_percentile_interval(means: Tensor, num_groups: int, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """Return central 95% bootstrap confidence intervals of the mean, using Efron's percentile method.
 
-    If all groups have the same mean, such as 0% or 100%, the percentile interval would be a single point. In this case,
-    the ends of the interval are the means that would result if a fraction p of the groups were at the lower or the
-    upper bound, where p = 1 - 0.025 ** (1 / n) is the Clopper-Pearson upper bound for 0 deviating groups out of n.
+    If all groups have the same mean, such as 0% or 100%, the percentile interval would be a single point. The interval
+    then extends to the means that would result if a fraction p of the groups were at the lower or the upper bound,
+    where p = 1 - 0.025 ** (1 / n) is the Clopper-Pearson upper bound for 0 deviating groups out of n.
 
     Args:
         means: Means of the resamples, of shape (resamples, ...). The result has shape (2, ...).
@@ -339,19 +338,18 @@ class BootstrapMetrics:
 
     @classmethod
     def from_function(
-        cls, images: Sequence[int | str], names: Sequence[str], metrics: Callable[[np.ndarray], Sequence[float]]
+        cls, images: Sequence[int | str], names: Sequence[str], compute: Callable[[np.ndarray], Sequence[float]]
     ) -> BootstrapMetrics:
-        """Compute metrics, in the order of `names`. `metrics` takes image weights of shape (images,), and must count
-        image i `weights[i]` times."""
-        samples = np.array([metrics(weights.numpy()) for weights in draw_bootstrap_counts(len(images))], np.float64)
-        values = [float(value) for value in metrics(np.ones(len(images)))]
+        """Call `compute`, which returns metrics for image weights of shape (images,), in the order of `names`."""
+        samples = np.array([compute(weights.numpy()) for weights in draw_bootstrap_counts(len(images))], np.float64)
+        values = [float(value) for value in compute(np.ones(len(images)))]
         return cls(tuple(images), dict(zip(names, values, strict=True)), dict(zip(names, samples.T, strict=True)))
 
     @property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        return {name: self._interval(samples, (0.0, 100.0)) for name, samples in self.resamples.items()}
+        return {name: self._compute_interval(samples, (0.0, 100.0)) for name, samples in self.resamples.items()}
 
-    def to_row(self, method: str) -> dict[str, Any]:
+    def to_summary_row(self, method: str) -> dict[str, Any]:
         return {"method": method, "metrics": dict(self.values), "intervals": self.intervals}
 
     def subtract(self, baseline: BootstrapMetrics) -> dict[str, Any]:
@@ -366,11 +364,11 @@ class BootstrapMetrics:
         for name in names:
             if self.images == baseline.images and name in self.resamples:
                 differences = self.resamples[name] - baseline.resamples[name]
-                intervals[name] = self._interval(differences, (-100.0, 100.0))
+                intervals[name] = self._compute_interval(differences, (-100.0, 100.0))
         metrics = {name: self.values[name] - baseline.values[name] for name in names}
         return {"metrics": metrics, "intervals": intervals}
 
-    def _interval(self, samples: np.ndarray, bounds: tuple[float, float]) -> tuple[float, float]:
+    def _compute_interval(self, samples: np.ndarray, bounds: tuple[float, float]) -> tuple[float, float]:
         defined = torch.from_numpy(samples[~np.isnan(samples)])
         low, high = compute_percentile_interval(defined, len(self.images), bounds).tolist()
         return low, high

@@ -32,7 +32,7 @@ from llm2clip.models.published_encoders import suggest_encoders
 
 
 class MTEBModel(AbsEncoder):
-    """Encoder of texts, images and pairs. The embedding of a pair is the normalised sum of its two embeddings."""
+    """Encoder of texts, images and pairs. A pair is encoded as the normalised sum of its two embeddings."""
 
     def __init__(self, model: DualEncoder) -> None:
         self.model = model
@@ -56,18 +56,18 @@ class MTEBModel(AbsEncoder):
 
 
 def get_model_meta(source: str, text: str | None = None) -> ModelMeta:
-    """Return mteb's metadata of a model. Its method `load_model` loads the model.
+    """Return mteb's metadata for a model. The method `load_model` of the metadata loads the model.
 
     Args:
         source: Folder or hub id of an llm2clip model or of a checkpoint of the LLM2CLIP authors. If mteb lists the
-            checkpoint, mteb's metadata is used, but the checkpoint is loaded without llm2vec and code from the hub.
-        text: Caption encoder of the checkpoint. Default: the published encoder with which it was trained.
+            checkpoint, mteb's metadata is used, but the checkpoint is loaded without llm2vec or code from the hub.
+        text: Caption encoder of the checkpoint. Default: the published encoder with which the checkpoint was trained.
     """
     path, (name, revision) = Path(source), split_revision(source)
     listed = None if path.exists() else MODEL_REGISTRY.get(name)
     if listed and "llm2clip" not in name.lower():
         raise ValueError(f"{name} is not an LLM2CLIP checkpoint: use mteb.get_model_meta({name!r})")
-    experiment = {"loader": "llm2clip"} if listed else {}  # so mteb does not mix the results of the two loaders
+    experiment = {"loader": "llm2clip"} if listed else {}  # so that mteb does not mix the results of the two loaders
     if text:
         experiment["caption_encoder"] = get_name_with_hash(text) if Path(text).exists() else text
     if path.exists():
@@ -96,7 +96,7 @@ def get_model_meta(source: str, text: str | None = None) -> ModelMeta:
 def load_model(
     name: str, revision: str | None = None, source: str = "", text: str | None = None, device: Any = None, **_: Any
 ) -> MTEBModel:
-    """Load a model for mteb (see `get_model_meta`). Default: the hub id `name`, on a GPU if available."""
+    """Load a model for mteb, by default on a GPU if available. An empty `source` stands for `name` at `revision`."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = source or f"{name}@{revision}"
     if is_model_folder(source if Path(source).exists() else download_checkpoint(source)):
@@ -106,7 +106,7 @@ def load_model(
     if len(encoders) != 1:
         raise ValueError(
             f"the caption encoder of {name} is not known (candidates: {', '.join(encoders) or 'none'}). Pass the "
-            "encoder with which it was trained: get_model_meta(CHECKPOINT, text=ENCODER)"
+            "encoder with which the checkpoint was trained: get_model_meta(CHECKPOINT, text=ENCODER)"
         )
     attach_caption_encoder(model, encoders[0], source)
     precision = model.to(device).load_encoder(stage="evaluate")

@@ -19,7 +19,7 @@ def plot_curves(
     bands: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     tick_labels: Sequence[str] | None = None,
 ) -> str | None:
-    """Plot curves that share x values as an SVG. Return None if Matplotlib is not installed.
+    """Plot curves that share x values. Return an SVG, or None if Matplotlib is not installed.
 
     Args:
         curves: Values of each curve on the y axis, keyed by curve name.
@@ -40,7 +40,7 @@ def plot_curves(
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, labelcolor=GREY, fontsize=8)
-    return to_svg(figure)
+    return render_svg(figure)
 
 
 def plot_interval_curves(
@@ -55,9 +55,9 @@ def plot_interval_curves(
 
 
 def plot_histograms(histograms: Mapping[str, Mapping[int, int]], xlabel: str, ylabel: str) -> str | None:
-    """Plot histograms on a logarithmic axis as an SVG. Return None if Matplotlib is not installed.
+    """Plot histograms of positive integers on a log axis. Return an SVG, or None if Matplotlib is not installed.
 
-    `histograms` contains the number of occurrences of each positive integer, keyed by curve name.
+    `histograms` contains the number of occurrences of each integer, keyed by histogram name.
     """
     if find_spec("matplotlib") is None:
         return None
@@ -65,7 +65,7 @@ def plot_histograms(histograms: Mapping[str, Mapping[int, int]], xlabel: str, yl
 
     figure, axes = create_axes(4.8, 2.9)
     low, high = min(map(min, histograms.values())), max(map(max, histograms.values()))
-    bins = np.unique(np.geomspace(low, max(high + 1, 2 * low), 31).round())  # each contains an integer
+    bins = np.unique(np.geomspace(low, max(high + 1, 2 * low), 31).round())  # each bin contains at least one integer
     for n, (name, counts) in enumerate(histograms.items()):
         weights, colour = list(counts.values()), COLOURS[n % len(COLOURS)]
         axes.hist(list(counts), bins, weights=weights, histtype="step", color=colour, linewidth=1.8, label=name)
@@ -76,11 +76,11 @@ def plot_histograms(histograms: Mapping[str, Mapping[int, int]], xlabel: str, yl
     axes.set(xlabel=f"{xlabel} (logarithmic)", ylabel=ylabel)
     if len(histograms) > 1:
         axes.legend(frameon=False, labelcolor=GREY, fontsize=8)
-    return to_svg(figure)
+    return render_svg(figure)
 
 
 def create_axes(width: float, height: float) -> tuple[Any, Any]:
-    """Create a figure with the given size in inches. Return the figure and its axes."""
+    """Create a figure with one plot. `width` and `height` are in inches."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -100,14 +100,14 @@ def create_axes(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def to_svg(figure: Any) -> str:
+def render_svg(figure: Any) -> str:
     """Convert a figure to SVG text. Identical figures produce identical text."""
     import matplotlib
     from matplotlib.text import Text
 
     stream = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    # Labels may contain dollar signs, for example in model names. They must not be parsed as math.
+    # Dollar signs in labels, for example in model names, must not be parsed as math.
     for label in figure.findobj(Text):
         label.set_parse_math(False)
     options: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "llm2clip", "font.family": "sans-serif"}

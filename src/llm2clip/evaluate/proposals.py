@@ -1,4 +1,4 @@
-"""Box proposals for open-vocabulary detection, from a file, a detector, or the ground-truth boxes (an upper bound)."""
+"""Box proposals for open-vocabulary detection, from a file, a detector, or ground-truth boxes (an upper bound)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from llm2clip.io_utils import DataFormatError, MissingFileError, read_json
 from llm2clip.models.loading import load_config
 
 GROUND_TRUTH = "ground-truth"
-MAX_COORDINATE = 1 << 24  # limit for pixel coordinates; float32 represents integers exactly up to this value
-MAX_PROPOSALS = 300  # highest-scoring proposals used per image
+MAX_COORDINATE = 1 << 24  # limit for pixel coordinates, up to which float32 represents all integers exactly
+MAX_PROPOSALS = 300  # maximum number of proposals per image
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Proposals:
 
 
 ProposalFinder = Callable[[ImageId, Tensor], Proposals]
-"""Function that takes an image id and a uint8 image of shape (3, H, W), and returns the proposals for this image."""
+"""Function that takes an image id and a uint8 image of shape (3, H, W), and returns the proposals for the image."""
 
 
 def open_proposals(name: str, data: DetectionData, device: torch.device) -> tuple[ProposalFinder, str]:
@@ -46,8 +46,8 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> tupl
     A detector is the folder or hub id of a transformers object detection model, whose class labels are ignored.
 
     Returns:
-        A function that finds the proposals of an image, and a warning about unused boxes and images without boxes, if
-        any.
+        A function that finds the proposals of an image, and a (possibly empty) warning about unused boxes and images
+        without boxes.
 
     Raises:
         MissingFileError: The JSON file does not exist.
@@ -60,8 +60,8 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> tupl
     elif name.endswith(".json"):
         proposals, note = _read_proposals(Path(name), data)
     else:
-        detect = _load_detector(name, device)
-        return lambda image_id, image: detect(image), ""
+        detect_boxes = _load_detector(name, device)
+        return lambda image_id, image: detect_boxes(image), ""
     nothing = Proposals(torch.zeros(0, 4), torch.zeros(0))
     return lambda image_id, image: proposals.get(image_id, nothing), note
 
@@ -78,7 +78,7 @@ def get_object_boxes(data: DetectionData) -> dict[ImageId, Tensor]:
 def _read_proposals(file: Path, data: DetectionData) -> tuple[dict[ImageId, Proposals], str]:
     """Read a JSON file in COCO's results format: a list of {"image_id", "bbox": [x, y, w, h], "score"}."""
     if not file.is_file():
-        raise MissingFileError(f"{file}: no such file; --proposals expects a JSON file in COCO's results format")
+        raise MissingFileError(f"{file} does not exist: --proposals expects a JSON file in COCO's results format")
     rows = read_json(file)
     if not isinstance(rows, list):
         raise DataFormatError(f"{file} must be a list of {{image_id, bbox, score}} objects (got {type(rows).__name__})")
@@ -86,7 +86,7 @@ def _read_proposals(file: Path, data: DetectionData) -> tuple[dict[ImageId, Prop
     rows_of_image: dict[ImageId, list[list[float]]] = {}
     num_unknown = 0
     for number, row in enumerate(rows, 1):
-        id_text, values = _parse_row(file, number, row)
+        id_text, values = _parse_proposal(file, number, row)
         image_id = ids_by_text.get(id_text)
         if image_id is not None:
             rows_of_image.setdefault(image_id, []).append(values)
@@ -108,7 +108,7 @@ def _read_proposals(file: Path, data: DetectionData) -> tuple[dict[ImageId, Prop
     return proposals, f"{file}: {'; '.join(notes)}" if notes else ""
 
 
-def _parse_row(file: Path, number: int, row: Any) -> tuple[str, list[float]]:
+def _parse_proposal(file: Path, number: int, row: Any) -> tuple[str, list[float]]:
     try:
         image_id = row["image_id"]
         if isinstance(image_id, float) and image_id.is_integer():  # pandas may write the id 139 as 139.0
@@ -128,7 +128,7 @@ def _parse_row(file: Path, number: int, row: Any) -> tuple[str, list[float]]:
         )
     if not 0 <= values[4] <= 1:
         raise DataFormatError(
-            f"{file}, row {number}: the score must be between 0 and 1 (got {values[4]:g}); apply a sigmoid to logits"
+            f"{file}, row {number}: the score must be between 0 and 1 (got {values[4]:g}). Apply a sigmoid to logits"
         )
     return str(image_id), values
 
@@ -148,10 +148,10 @@ def _load_detector(name: str, device: torch.device) -> Callable[[Tensor], Propos
         ) from error
 
     @torch.inference_mode()
-    def detect(image: Tensor) -> Proposals:
+    def detect_boxes(image: Tensor) -> Proposals:
         inputs = processor(images=image, return_tensors="pt").to(device)
         size = torch.tensor([image.shape[-2:]])
         [result] = processor.post_process_object_detection(model(**inputs), threshold=0.0, target_sizes=size)
         return Proposals(result["boxes"].float().cpu(), result["scores"].float().cpu())
 
-    return detect
+    return detect_boxes

@@ -2,14 +2,14 @@
 
 Methods:
 
-- "crop": the region is cropped and encoded as an image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged by a
-    factor of 1.5 around its centre, clipped to the image, and padded with black to a square. Preprocessing therefore
-    does not crop the longer side, but a `crop_pct` below 1 still cuts off the edges.
-- Dense variants: the entire image is encoded. As in CLIPSelf, the patch embeddings within the box are averaged with
+- "crop": The region is cropped and encoded as an image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged by a
+    factor of 1.5 around its centre, clipped to the image, and padded with black to a square.
+
+- Dense variants: The entire image is encoded. As in CLIPSelf, the patch embeddings within the box are averaged with
     RoIAlign (arXiv 1703.06870) at an adaptive sampling ratio, and the mean is L2-normalised.
 
-The predicted class has the highest cosine similarity to the region embedding. By default, class embeddings are averaged
-over OpenAI's prompt templates for ImageNet.
+The predicted class is the class whose embedding has the highest cosine similarity to the region embedding. By default,
+class embeddings are averaged over OpenAI's prompt templates for ImageNet.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import iter_image_batches, load_image, make_thumbnail
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.benchmarks.base import BenchmarkResult, RegionData
-from llm2clip.evaluate.classification import bootstrap_accuracy, compute_class_ranks, count_texts, encode_classes
+from llm2clip.evaluate.classification import bootstrap_accuracy, compute_class_ranks, count_prompts, encode_class_names
 from llm2clip.evaluate.embeddings import BATCH_SIZE, EmbeddingSource, ModelEmbeddings
 from llm2clip.evaluate.metrics import BootstrapMetrics
 from llm2clip.models.dual_encoder import DualEncoder
@@ -40,7 +40,7 @@ from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 
 CROP = "crop"
-CROP_SCALE = 1.5  # factor by which a box is enlarged before it is cropped
+CROP_SCALE = 1.5  # factor by which boxes are enlarged before cropping
 SIZE_LIMITS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
 """Minimum area (inclusive) and maximum area (exclusive) of objects in each COCO size class, in square pixels."""
 THUMBNAIL_SIDE = 280  # maximum thumbnail width and height, in pixels
@@ -52,7 +52,7 @@ T = TypeVar("T")
 # ---- helpers for regions, segmentation and detection -----------------------------------------------------------------
 
 
-def get_model(embeddings: EmbeddingSource) -> DualEncoder:
+def require_model(embeddings: EmbeddingSource) -> DualEncoder:
     if not isinstance(embeddings, ModelEmbeddings):
         raise ValueError("regions and pixels must be encoded by a model, so precomputed embeddings cannot be used")
     return embeddings.model
@@ -67,16 +67,16 @@ def select_variants(model: DualEncoder, variants: Sequence[str], required: bool)
     available = model.dense.variants if model.dense is not None else ()
     supported = [variant for variant in variants if variant in available]
     skipped = ", ".join(variant for variant in variants if variant not in available)
-    reason = f"the model supports only {', '.join(available)}" if available else "the model has no dense features"
+    problem = f"{model.name} does not support --dense_variants {skipped} (supported: {', '.join(available) or 'none'})"
     if required and not supported:
-        raise ValueError(f"{model.name}: the dense variants {skipped} are not supported: {reason}")
+        raise ValueError(problem)
     if skipped:
-        print_once(f"{model.name}: the dense variants {skipped} are skipped: {reason}")
+        print_once(f"Skipped dense variants: {problem}")
     return supported
 
 
 def get_logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, float]:
-    """Return the logit scales to evaluate: the protocol's scale and the model's learned scale, if it has one.
+    """Return the logit scales to evaluate: the protocol's scale, and the learned scale of models that have one.
 
     Published protocols use CLIP's scale, which may not suit models that learned a different scale. The keys are
     suffixes of method names: "" for the protocol's scale, and `LEARNED_SCALE` for the learned scale.
@@ -90,8 +90,8 @@ def decode_batches(
 ) -> Iterator[dict[int, T]]:
     """Decode and transform this rank's share of the images. Yield batches, keyed by image index in `refs`.
 
-    `transform` takes a uint8 tensor of shape (3, H, W), and must be picklable. Errors are added to `failures`, also
-    keyed by image index.
+    `transform` takes a uint8 tensor of shape (3, H, W), and must be picklable. Errors are added to `failures`, which is
+    also keyed by image index.
     """
     state = process_state()
     indices = range(state.process_index, len(refs), state.num_processes)
@@ -108,7 +108,7 @@ def decode_images(
     """Decode this rank's images in batches, as uint8 tensors of shape (3, H, W). See `decode_batches`.
 
     If the (width, height) of an image differs from `sizes`, the image is recorded in `failures` and not returned,
-    because its boxes would be wrong.
+    because the boxes would be wrong.
     """
     for images in decode_batches(refs, nn.Identity(), description, failures):
         for index in list(images):
@@ -116,7 +116,7 @@ def decode_images(
             actual_height, actual_width = images[index].shape[1:]
             if (actual_width, actual_height) != (width, height):
                 failures[index] = (
-                    f"the image is {actual_width} x {actual_height} pixels, but its boxes are for an image of "
+                    f"the image is {actual_width} x {actual_height} pixels, but the boxes are for an image of "
                     f"{width} x {height} pixels"
                 )
                 del images[index]
@@ -147,7 +147,7 @@ def gather_results(
     if not refs:
         raise ValueError("the benchmark contains no images")
     if len(failures) == len(refs):
-        raise ValueError(f"none of the {len(refs):,} images can be used; first failure: {refs[0]} ({failures[0]})")
+        raise ValueError(f"none of the {len(refs):,} images can be used: for example, {refs[0]} ({failures[0]})")
     return dict(sorted(results.items()))
 
 
@@ -156,11 +156,11 @@ def gather_results(
 
 @dataclass(frozen=True)
 class RegionPredictions:
-    """Class predictions of one method for all R regions. Each array has shape (R,)."""
+    """Class predictions of one method for R regions, as arrays of shape (R,)."""
 
     image: np.ndarray  # index of the region's image
     region: np.ndarray  # index of the region within its image
-    rank: np.ndarray  # zero-based rank of the correct class; see `compute_class_ranks`
+    rank: np.ndarray  # zero-based rank of the correct class (see `compute_class_ranks`)
     predicted: np.ndarray  # index of the class with the highest score
     margin: np.ndarray  # score of the predicted class minus the score of the correct class, float32
 
@@ -177,13 +177,13 @@ def evaluate_regions(data: RegionData, embeddings: EmbeddingSource, variants: Se
     for method, method_predictions in predictions.items():
         bootstrap[method] = compute_region_metrics(data, method_predictions)
         accuracies = dict(zip(data.names, compute_class_accuracy(data, method_predictions), strict=True))
-        rows.append(bootstrap[method].to_row(method) | {"class top-1": accuracies})
+        rows.append(bootstrap[method].to_summary_row(method) | {"class top-1": accuracies})
     first_method, first_predictions = next(iter(predictions.items()))
     summary = {
         "images": len(set(first_predictions.image.tolist())),
         "regions": len(first_predictions.image),
         "excluded regions": dict(data.excluded),
-        **count_texts(embeddings, data.names, data.templates),
+        **count_prompts(embeddings, data.names, data.templates),
         "chance": 100.0 / len(data.names),
         "rows": rows,
     }
@@ -199,10 +199,10 @@ def classify_regions(
     Unusable images are recorded in `embeddings.log`. Variants that the model does not support are skipped. In a
     distributed run, the images are split across the ranks, and every rank returns all predictions.
     """
-    model = get_model(embeddings)
+    model = require_model(embeddings)
     methods = [CROP, *select_variants(model, variants, required=False)]
-    classes = encode_classes(embeddings, data.names, data.templates)
-    batches: dict[int, dict[str, RegionPredictions]] = {}  # predictions per batch, keyed by its lowest image index
+    classes = encode_class_names(embeddings, data.names, data.templates)
+    batches: dict[int, dict[str, RegionPredictions]] = {}  # predictions of each batch, keyed by lowest image index
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "regions", failures):
         boxes = [torch.from_numpy(data.boxes[index]) for index in images]
@@ -248,7 +248,7 @@ def compute_class_accuracy(data: RegionData, predictions: RegionPredictions) -> 
 def build_wrong_region_blocks(
     data: RegionData, method: str, predictions: RegionPredictions, count: int = 12
 ) -> list[Block]:
-    """Return a report section on the errors with the largest margins, with each image and class at most once."""
+    """Return a report section with the largest-margin errors, at most one error per image and per class."""
     order = np.argsort(-predictions.margin, kind="stable")
     images: list[Example] = []
     shown_images, shown_classes = set(), set()
@@ -266,7 +266,7 @@ def build_wrong_region_blocks(
             break
     if not images:
         return []
-    text = f"Largest-margin errors of the method {method}. Each image and each class is shown at most once."
+    text = f"Errors of the method {method} with the largest margins. Each image and each class is shown at most once."
     examples = Examples(images, "Correct class and predicted class:")
     return [Heading("Misclassified regions", 3), Paragraph(text), examples]
 

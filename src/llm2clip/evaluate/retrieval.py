@@ -19,9 +19,9 @@ from llm2clip.evaluate import plots
 from llm2clip.evaluate.benchmarks.base import BenchmarkResult, CaptionFields
 from llm2clip.evaluate.embeddings import EmbeddingSource, ModelEmbeddings
 from llm2clip.evaluate.metrics import (
+    compute_recall,
     compute_recall_differences,
     compute_recall_intervals,
-    recall,
     retrieval_metrics,
     two_way_ranks,
 )
@@ -36,7 +36,7 @@ TOP_IMAGES = 5  # number of top-ranked images shown per query
 
 @dataclass(frozen=True)
 class RetrievalRanks:
-    """Retrieval ranks of a caption field in both directions, with the ranked records and their embeddings."""
+    """Retrieval ranks of a caption field in both directions, with the ranked records and the embeddings."""
 
     records: list[Record]  # records that have a caption and a decodable image
     images: Tensor  # embeddings of shape (I, D)
@@ -92,7 +92,7 @@ def compute_field_ranks(embeddings: EmbeddingSource, fields: CaptionFields) -> d
 
 
 def compute_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, RetrievalRanks]) -> list[dict[str, Any]]:
-    """Compute retrieval metrics for each caption field from its ranks.
+    """Compute retrieval metrics from the ranks of each caption field.
 
     Returns:
         One row per caption field: "captions" (field name), the counts "images", "texts" and "truncated" (texts that
@@ -147,28 +147,28 @@ def make_validator(
 ) -> Callable[[LLM2CLIP], dict[str, float]]:
     """Create a function that evaluates a model during training with the stored caption embeddings.
 
-    The function returns R@1 for each caption field in both directions. It raises ValueError if no image has a caption.
+    The function returns R@1 for each caption field in both directions, or raises ValueError if no image has a caption.
     """
 
-    def validate(model: LLM2CLIP) -> dict[str, float]:
+    def validate_model(model: LLM2CLIP) -> dict[str, float]:
         embeddings = ModelEmbeddings(build_dual_encoder_from_store(model, store), log, progress=False)
         metrics = {}
         for name, ranks in compute_field_ranks(embeddings, fields).items():
-            metrics[f"{name} I2T R@1"] = recall(ranks.image_ranks, (1,))["R@1"]
-            metrics[f"{name} T2I R@1"] = recall(ranks.text_ranks, (1,))["R@1"]
+            metrics[f"{name} I2T R@1"] = compute_recall(ranks.image_ranks, (1,))["R@1"]
+            metrics[f"{name} T2I R@1"] = compute_recall(ranks.text_ranks, (1,))["R@1"]
         return metrics
 
-    return validate
+    return validate_model
 
 
 def build_dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncoder:
     """Return a dual encoder that reads text embeddings from a store instead of running the caption encoder."""
 
-    def read_texts(texts: Sequence[str], progress: bool) -> Tensor:
+    def read_text_embeddings(texts: Sequence[str], progress: bool) -> Tensor:
         return model.project_text_embeddings(torch.from_numpy(store.take(store.find_rows(texts))))
 
     return dataclasses.replace(
-        wrap_llm2clip(model, "llm2clip"), encode_texts_raw=read_texts, count_truncated=lambda texts: None
+        wrap_llm2clip(model, "llm2clip"), encode_texts_raw=read_text_embeddings, count_truncated=lambda texts: None
     )
 
 
@@ -179,7 +179,7 @@ def build_dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> Dua
 class ErrorAnalysis:
     """Analysis of a model's retrieval errors for a caption field."""
 
-    length_unit: str  # unit of caption lengths; see `measure_caption_lengths`
+    length_unit: str  # unit of caption lengths (see `measure_caption_lengths`)
     length_bins: list[tuple[int, int]]  # minimum and maximum caption length of each bin
     recall_by_length: list[tuple[float, float, float]]  # see `compute_recall_by_length`
     examples: list[Examples]  # images retrieved for evenly spaced captions
@@ -187,15 +187,15 @@ class ErrorAnalysis:
 
 
 def analyse_errors(ranks: RetrievalRanks, num_queries: int = 6) -> ErrorAnalysis:
-    """Analyse errors. Include up to `num_queries` examples and as many failures."""
+    """Analyse a model's errors, with up to `num_queries` example queries and up to `num_queries` failed queries."""
     unit, lengths = measure_caption_lengths(ranks.captions)
     bins = make_length_bins(lengths)
     return ErrorAnalysis(
         length_unit=unit,
         length_bins=bins,
         recall_by_length=compute_recall_by_length(ranks, lengths, bins),
-        examples=[_retrieve_images(ranks, text) for text in _sample_caption_indices(ranks, num_queries)],
-        failures=[_retrieve_images(ranks, text) for text in find_worst_captions(ranks, num_queries)],
+        examples=[_retrieve_example_images(ranks, text) for text in _sample_caption_indices(ranks, num_queries)],
+        failures=[_retrieve_example_images(ranks, text) for text in find_worst_captions(ranks, num_queries)],
     )
 
 
@@ -203,7 +203,7 @@ def collect_example_searches(ranks: RetrievalRanks, count: int = 5) -> list[dict
     """Retrieve images for `count` captions. Return JSON-compatible dicts for `read_example_searches`."""
     searches = []
     for text in _sample_caption_indices(ranks, count):
-        search = _retrieve_images(ranks, text)
+        search = _retrieve_example_images(ranks, text)
         images = []
         for image in search.images:
             jpeg = image.jpeg and base64.b64encode(image.jpeg).decode()
@@ -259,7 +259,7 @@ def compute_recall_by_length(
         in_bin = (length >= first) & (length <= last)
         bin_ranks = ranks.text_ranks[in_bin]
         low, high = compute_recall_intervals(bin_ranks, ranks.image_of_text[in_bin], (1,))["R@1"]
-        recalls.append((recall(bin_ranks, (1,))["R@1"], low, high))
+        recalls.append((compute_recall(bin_ranks, (1,))["R@1"], low, high))
     return recalls
 
 
@@ -276,8 +276,8 @@ def find_worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
     return list(caption_of_image.values())
 
 
-def _retrieve_images(ranks: RetrievalRanks, text: int) -> Examples:
-    """Return the `TOP_IMAGES` top-ranked images for a caption, and the correct image if it is not among them."""
+def _retrieve_example_images(ranks: RetrievalRanks, text: int) -> Examples:
+    """Return the `TOP_IMAGES` top-ranked images for a caption, and the correct image if it ranks lower."""
     correct_image, correct_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
     scores = ranks.images @ ranks.texts[text]
     top_images = scores.topk(min(TOP_IMAGES, len(scores))).indices.tolist()
@@ -305,7 +305,7 @@ def build_error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[B
         svg = plots.plot_interval_curves(points, labels, f"{first.length_unit} in the caption", "T2I R@1, %")
         blocks.append(Figure(svg, "Recall by caption length, with 95% confidence intervals."))
     if first.examples:
-        text = f"Captions sampled at regular intervals, with the images retrieved by {name}. The right image is marked."
+        text = f"Evenly spaced captions, and the images that {name} retrieves. Correct images are marked."
         blocks += [Heading("Examples", 3), Paragraph(text), *first.examples]
     if first.failures:
         text = "Captions whose correct images rank lowest."

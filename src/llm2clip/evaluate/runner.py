@@ -35,7 +35,7 @@ from llm2clip.evaluate.embeddings import EmbeddingSource, open_embedding_source
 from llm2clip.evaluate.regions import evaluate_regions
 from llm2clip.evaluate.retrieval import analyse_errors, compute_retrieval_difference, evaluate_retrieval
 from llm2clip.evaluate.segmentation import evaluate_segmentation
-from llm2clip.evaluate.short_queries import build_short_query_blocks, score_short_queries
+from llm2clip.evaluate.short_queries import build_short_query_blocks, evaluate_short_queries
 from llm2clip.io_utils import MissingFileError, atomic_write_text, format_count, sanitize_name
 from llm2clip.models.loading import get_display_names
 from llm2clip.models.prompts import QueryTemplates
@@ -47,11 +47,11 @@ from llm2clip.runs.run_description import build_run_section, describe_run
 
 
 class IncompleteEvaluationError(ValueError):
-    """Raised if some of the requested evaluations failed, after all other results have been written."""
+    """Error for failed evaluations, raised after all other results have been written."""
 
 
 USER_DATA = "data"  # benchmark name for the user's own images and captions
-NUM_MISTAKES = 3  # number of caption retrieval mistakes in the report
+NUM_MISTAKES = 3  # maximum number of caption retrieval mistakes in the report
 EXAMPLE_QUERIES = 6  # maximum number of example queries, and of failed queries, in the report
 
 
@@ -72,15 +72,15 @@ def evaluate_models(
     "results" also has the following keys:
 
     - "model": Name of the model.
-    - "images trained on": Number of benchmark images on which the model was trained, if it is known.
-    - "difference": For baselines, the first model's metrics minus the baseline's metrics. Retrieval results have this
-        key in each row.
-    - "short queries", "short queries with templates", "query templates": In each row of a retrieval result, with
-        `options.short_queries` (the last two only if there are templates).
+    - "images trained on": Number of benchmark images on which the model was trained, if the number is known.
+    - "difference": For baselines, the first model's metrics minus the baseline's metrics. In an entry with "rows", each
+        row has a "difference".
+    - "short queries": With `options.short_queries`, metrics for each query length, in each row of a retrieval result.
+        If there are templates, the row also has "short queries with templates" and "query templates".
 
     Args:
         models: Model to evaluate, followed by the baselines (see `open_embedding_source`).
-        data: Sources of images and captions. If they specify no splits, the images that `fit` would hold out are
+        data: Sources of images and captions. If the sources specify no splits, the images that `fit` would hold out are
             evaluated.
         encoder: Caption encoder whose caption retrieval accuracy is measured if `models` is empty.
         config: Evaluation settings, such as additional caption fields to evaluate.
@@ -95,7 +95,7 @@ def evaluate_models(
     start = time.time()
     encoder, config = encoder or EncoderConfig(), config or EvaluateConfig()
     check_arguments(models, data, options)
-    _check_ranks_and_variants(options)
+    _check_output_folder_and_variants(options)
     log = _make_skip_log(options, "records")
     title_name = get_display_names(models or [encoder.path])[0]
     evaluation = _Evaluation(options)
@@ -110,7 +110,7 @@ def evaluate_models(
     last_lines += evaluation.skipped + evaluation.proposals + evaluation.warnings
     if evaluation.out is not None and process_state().is_main_process:
         settings = {"models": models, "data": data, **vars(options), "encoder": encoder, "config": config}
-        page = evaluation.write(f"Evaluation of {title_name}", describe_run(time.time() - start), settings)
+        page = evaluation.write_results(f"Evaluation of {title_name}", describe_run(time.time() - start), settings)
         last_lines.append(f"Report: {page}")
     if evaluation.failures:
         print_once(*last_lines)
@@ -139,7 +139,7 @@ class _Evaluation:
     def __init__(self, options: EvaluateOptions) -> None:
         self.out = Path(options.out) if options.out else None
         self.skipped: list[str] = []  # descriptions of skipped rows and benchmarks
-        self.proposals: list[str] = []  # descriptions of the proposals for detection benchmarks
+        self.proposals: list[str] = []  # descriptions of the box proposals of detection benchmarks
         self.warnings: list[str] = []
         self.failures: list[str] = []
         self._options = options
@@ -149,11 +149,11 @@ class _Evaluation:
         self._blocks: list[Block] = []
         self._is_distributed = process_state().num_processes > 1
 
-    def write(self, title: str, run: dict[str, Any], settings: dict[str, Any]) -> Path:
+    def write_results(self, title: str, run: dict[str, Any], settings: dict[str, Any]) -> Path:
         """Write results.json, report.html and report.md. Return the path of report.html."""
         assert self.out is not None
         plain_settings = to_plain_types(settings)
-        self._save("run", run | {"settings": plain_settings})
+        self._save_results("run", run | {"settings": plain_settings})
         problems = [Paragraph(line, BAD) for line in [*self.warnings, *self.failures]]
         settings_text = yaml.safe_dump(plain_settings, sort_keys=False, allow_unicode=True)
         page = self.out / "report.html"
@@ -162,7 +162,7 @@ class _Evaluation:
         write_report(page, title, self._verdict, [*problems, *self._blocks, *run_section])
         return page
 
-    def _save(self, key: str, values: Any) -> None:
+    def _save_results(self, key: str, values: Any) -> None:
         self._results[key] = values
         if self.out is not None and process_state().is_main_process:
             text = json.dumps(self._results, indent=1, ensure_ascii=False)
@@ -181,19 +181,19 @@ class _Evaluation:
             encoder,
             num_mistakes=NUM_MISTAKES,
         )
-        self._save("caption retrieval", metrics)
+        self._save_results("caption retrieval", metrics)
         blocks = build_caption_retrieval_blocks(name, metrics)
         self._add_section("Caption retrieval", describe_caption_retrieval(name, metrics), blocks)
 
     def run_benchmarks(self, models: Sequence[str], benchmarks: Sequence[Benchmark], log: SkipLog) -> None:
         """Evaluate all models on all benchmarks and add the results to the report.
 
-        `log` records what is skipped in the user's data. Each public benchmark has a separate log.
+        `log` records skipped rows of the user's data. Each public benchmark has a separate log.
         """
         missing = []
         for benchmark in benchmarks:
             try:
-                folder = benchmark.find(Path(self._options.root))
+                folder = benchmark.find_folder(Path(self._options.root))
             except MissingFileError as error:
                 missing.append(_describe_failure(benchmark.name, benchmark, error))
                 continue
@@ -202,7 +202,8 @@ class _Evaluation:
             self._runs.append(_BenchmarkRun(benchmark, folder, benchmark_log))
         for n, name in enumerate(get_display_names(models) if self._runs else []):
             for _ in self._evaluate_model(models[n], name, is_baseline=n > 0):
-                self._save("results", self._get_summaries())  # so no results are lost if a later benchmark fails
+                # Save the results now, so that no results are lost if a later benchmark fails.
+                self._save_results("results", self._get_summaries())
         with_results = [run for run in self._runs if run.results]
         if not with_results:
             raise ValueError("\n".join(["nothing could be evaluated:", *missing, *self.failures]))
@@ -216,24 +217,24 @@ class _Evaluation:
 
     def _collect_messages(self, missing: list[str]) -> None:
         for run in self._runs:
-            if run.log.skipped or run.benchmark.name == USER_DATA:  # the user's data always gets a line
+            if run.log.skipped or run.benchmark.name == USER_DATA:  # always report the user's data
                 self.skipped.append(f"{run.benchmark.name}: {run.log.summary()}.")
             if run.results and "proposals" in run.results[0].summary:
                 description = run.results[0].summary["proposals"]["description"]
                 self.proposals.append(f"{run.benchmark.name}: {description}")
-        if "all" in self._options.benchmarks:  # missing benchmarks then do not count as failures
+        if "all" in self._options.benchmarks:  # "all" includes benchmarks that are not downloaded
             self.skipped += missing
         else:
             self.failures = missing + self.failures
         for summary in self._get_summaries():
             if summary.get("images trained on"):
                 self.warnings.append(
-                    f"Warning: {summary['model']} was trained on {summary['images trained on']:,} of the images "
-                    f"in {summary['benchmark']}. These results do not predict performance on new images."
+                    f"Warning: {summary['model']} was trained on {summary['images trained on']:,} of the images in "
+                    f"{summary['benchmark']}, so the results do not predict the performance on new images."
                 )
 
     def _evaluate_model(self, model: str, name: str, is_baseline: bool) -> Iterator[BenchmarkResult]:
-        """Evaluate a model on all benchmarks. Yield each result as soon as it is available.
+        """Evaluate a model on all benchmarks. Yield each result as soon as the result is available.
 
         With `EvaluateOptions.dims`, truncated embeddings are evaluated like additional baselines. A baseline that
         cannot be loaded is skipped.
@@ -242,7 +243,7 @@ class _Evaluation:
             cache_dir = self.out / "vectors" if self.out else None
             embeddings = open_embedding_source(model, self._runs[0].log, cache_dir, self._options.trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
-            if not is_baseline or self._is_distributed:  # if only this rank skipped a model, other ranks would wait
+            if not is_baseline or self._is_distributed:  # a rank that skips a model would block the other ranks
                 raise
             self.failures.append(f"Skipped {name}: {error}")
             return
@@ -271,13 +272,13 @@ class _Evaluation:
     def _evaluate_source(
         self, run: _BenchmarkRun, embeddings: EmbeddingSource, name: str, training_images: np.ndarray | None
     ) -> BenchmarkResult | None:
-        """Evaluate an embedding source on a benchmark. After an error, record it in `failures` and return None."""
+        """Evaluate an embedding source on a benchmark. If the evaluation fails, record the error and return None."""
         benchmark = run.benchmark
         print_once(f"{name}: {benchmark.name}")
         try:
-            result = _run_benchmark(benchmark, run.folder, embeddings, self._options)
+            result = _evaluate_benchmark(benchmark, run.folder, embeddings, self._options)
         except (OSError, ValueError) as error:
-            # Invalid data causes the same error on every rank. Other errors may occur only on this rank.
+            # Invalid data causes the same error on every rank. Other errors may occur on a single rank.
             if self._is_distributed and not isinstance(error, MissingFileError | ValueError):
                 raise
             self.failures.append(_describe_failure(f"{name} on {benchmark.name}", benchmark, error))
@@ -297,7 +298,7 @@ class _Evaluation:
             templates = QueryTemplates(tuple(self._options.templates))
         for caption_field, ranks in result.ranks.items():
             try:
-                scores = score_short_queries(embeddings, ranks, templates)
+                scores = evaluate_short_queries(embeddings, ranks, templates)
             except ValueError as error:
                 benchmark = result.summary["benchmark"]
                 self.failures.append(
@@ -328,7 +329,7 @@ class _Evaluation:
         return [{"model": result.model, **result.summary} for run in self._runs for result in run.results]
 
 
-def _run_benchmark(
+def _evaluate_benchmark(
     benchmark: Benchmark, folder: Path, embeddings: EmbeddingSource, options: EvaluateOptions
 ) -> BenchmarkResult:
     data, variants = benchmark.load(folder), options.dense_variants
@@ -359,13 +360,12 @@ def _add_differences(first: BenchmarkResult, result: BenchmarkResult) -> None:
             row["difference"] = first.bootstrap[method].subtract(result.bootstrap[method])
 
 
-def _check_ranks_and_variants(options: EvaluateOptions) -> None:
-    """Raise ValueError if a distributed evaluation has no output folder, or a dense variant is unknown."""
+def _check_output_folder_and_variants(options: EvaluateOptions) -> None:
     if process_state().num_processes > 1 and options.out is None:
-        raise ValueError("a distributed evaluation needs --out: the ranks exchange embeddings through this folder")
+        raise ValueError("a distributed evaluation needs --out: ranks exchange embeddings through the output folder")
     for variant in options.dense_variants:
         if variant not in DENSE_VARIANTS:
-            raise ValueError(f"unknown dense variant {variant!r}; choose from {', '.join(DENSE_VARIANTS)}")
+            raise ValueError(f"unknown dense variant {variant!r}: choose from {', '.join(DENSE_VARIANTS)}")
 
 
 def _read_user_benchmark(
@@ -389,7 +389,7 @@ def _read_user_benchmark(
         name=USER_DATA,
         kind="retrieval",
         description=description.partition(" (")[0],
-        folders=(str(Path.cwd()),),  # unused, but a folder must exist
+        folders=(str(Path.cwd()),),  # not read, but must be an existing folder
         read=lambda _: splits.held_out,
         source="images with captions",
     )

@@ -1,8 +1,8 @@
-"""Zero-shot semantic segmentation with dense features, and its metrics.
+"""Evaluation of zero-shot semantic segmentation with dense features.
 
 Each patch embedding is compared with the embeddings of all class names, and the scores are upsampled. The protocol
 follows SCLIP (see `models/vision/segmentation.py` and `SegmentationData`). The metrics follow mmsegmentation, which
-sums intersections and unions over all images before it divides them.
+sums intersections and unions over all images before dividing.
 """
 
 import colorsys
@@ -17,10 +17,10 @@ from torch import Tensor
 from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import IGNORED, BenchmarkResult, SegmentationData
-from llm2clip.evaluate.classification import count_texts, encode_classes
+from llm2clip.evaluate.classification import count_prompts, encode_class_names
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.metrics import BootstrapMetrics
-from llm2clip.evaluate.regions import decode_batches, gather_results, get_logit_scales, get_model, select_variants
+from llm2clip.evaluate.regions import decode_batches, gather_results, get_logit_scales, require_model, select_variants
 from llm2clip.models.vision.segmentation import PixelScores, ResizeForWindows, encode_windows, segment
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
 
@@ -34,11 +34,11 @@ class SegmentationResult:
     """Result of a segmentation benchmark.
 
     A method combines a dense feature variant with a logit scale: the protocol's scale or the model's learned scale (see
-    `get_logit_scales`). The learned scale is omitted if it does not affect the result.
+    `get_logit_scales`). The learned scale is omitted if the scale does not affect the result.
     """
 
     images: list[int]  # indices of the evaluated images
-    counts: dict[str, np.ndarray]  # per method, int64 of shape (images, 3, classes); see `_segment_and_count`
+    counts: dict[str, np.ndarray]  # int64 of shape (images, 3, classes), keyed by method (see `_segment_and_count`)
     logit_scales: dict[str, float]
     examples: dict[int, dict[str, np.ndarray]]
     """Downsampled predictions for a few images, uint8 of shape (h, w), keyed by image index and then by method. The key
@@ -53,13 +53,13 @@ def evaluate_segmentation(
     class_names = [data.get_class_name(label) for label in range(len(data.names))]
     for method, counts in result.counts.items():
         bootstrap[method] = compute_segmentation_metrics(counts, result.images)
-        row = bootstrap[method].to_row(method)
+        row = bootstrap[method].to_summary_row(method)
         row["IoU"] = dict(zip(class_names, compute_class_iou(counts), strict=True))
-        if data.min_probability > 0:  # without a threshold, the logit scale does not affect predictions
+        if data.min_probability > 0:
             row["logit scale"] = result.logit_scales[method]
         rows.append(row)
     all_names = [name for names in data.names for name in names]
-    summary = {"images": len(result.images), **count_texts(embeddings, all_names, data.templates), "rows": rows}
+    summary = {"images": len(result.images), **count_prompts(embeddings, all_names, data.templates), "rows": rows}
     draw_examples = partial(build_segmentation_blocks, data, result)
     return BenchmarkResult(summary, data.images, bootstrap=bootstrap, draw_examples=draw_examples)
 
@@ -73,18 +73,18 @@ def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants
         ValueError: The embeddings are precomputed, or the model supports none of the variants.
         TooManySkipped: Too many images are unusable.
     """
-    model = get_model(embeddings)
+    model = require_model(embeddings)
     variants = select_variants(model, variants, required=True)
     dense = model.dense
     assert dense is not None
     names = [name for class_names in data.names for name in class_names]
-    queries = encode_classes(embeddings, names, data.templates).to(dense.device)
+    queries = encode_class_names(embeddings, names, data.templates).to(dense.device)
     transform = ResizeForWindows.for_encoder(dense, data.scale)
     example_indices = set(np.linspace(0, len(data.images) - 1, NUM_EXAMPLES).astype(int).tolist())
-    # Without a minimum probability, the scale does not change which class is most probable.
+    # Without a minimum probability, the logit scale does not affect the predictions.
     scales = get_logit_scales(model, data.logit_scale) if data.min_probability > 0 else {"": data.logit_scale}
     scale_of_method = {variant + suffix: scale for variant in variants for suffix, scale in scales.items()}
-    results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # counts and label maps per image
+    results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # counts and label maps by image index
     failures: dict[int, str] = {}
     for resized in decode_batches(data.images, transform, "segmentation", failures):
         scores = {name: encode_windows(resized, dense, name, queries, transform) for name in variants}
@@ -130,7 +130,7 @@ def compute_segmentation_metrics(counts: np.ndarray, images: Sequence[int]) -> B
     """
     counts = counts.astype(np.float64)
 
-    def metrics(weights: np.ndarray) -> list[float]:
+    def compute_metrics(weights: np.ndarray) -> list[float]:
         intersection, labelled, predicted = np.tensordot(weights, counts, 1)  # (3, classes)
         with np.errstate(invalid="ignore"):  # 0 / 0 for classes that do not occur
             iou = intersection / (labelled + predicted - intersection)
@@ -138,7 +138,7 @@ def compute_segmentation_metrics(counts: np.ndarray, images: Sequence[int]) -> B
         values = np.nanmean(iou), intersection.sum() / labelled.sum(), np.nanmean(accuracy)
         return [100.0 * float(value) for value in values]
 
-    return BootstrapMetrics.from_function(images, ("mIoU", "pixel accuracy", "mean class accuracy"), metrics)
+    return BootstrapMetrics.from_function(images, ("mIoU", "pixel accuracy", "mean class accuracy"), compute_metrics)
 
 
 def compute_class_iou(counts: np.ndarray) -> list[float | None]:
@@ -172,8 +172,8 @@ def _segment_and_count(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Segment an image. Return pixel counts, int64 of shape (3, classes), and predictions, uint8 of shape (H, W).
 
-    The rows of the counts are, for each class, the number of pixels both labelled and predicted as the class, the
-    number labelled as the class, and the number predicted as the class. Ignored pixels are not counted.
+    For each class, the three rows of the counts are the number of pixels that are labelled and predicted as the class,
+    labelled as the class, and predicted as the class. Ignored pixels are not counted.
     """
     num_classes = len(data.names)
     prediction = np.empty(labels.shape, np.uint8)

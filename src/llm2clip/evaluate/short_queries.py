@@ -1,14 +1,15 @@
 """Text-to-image retrieval by query length, and the choice of prompt templates for short search queries.
 
 Queries are built from the captions of the evaluated images. For queries of up to three words, an image is relevant if
-one of its captions mentions the query. Longer queries are complete captions, and all images with the same caption are
-relevant. Metrics are computed from exact ranks, and ties count against the model (see `metrics`).
+a caption of the image mentions the query. Longer queries are complete captions, and all images with the same caption
+are relevant. Metrics are computed from exact ranks, and ties count against the model (see `metrics`).
 
-An image may show what a query names even if no caption mentions it. Such images count as wrong answers, so the metrics
-usually underestimate models. Use the metrics only to compare models on the same images.
+Images that show what a query names, but whose captions do not mention the query, count as wrong answers. The metrics
+therefore usually underestimate models. Use the metrics only to compare models on the same images.
 
 Templates such as "a photo of {}" help models trained on complete captions. Models that were trained on short phrases,
-or that use CLIP's embedding space, may not need templates. `fit` therefore compares `CANDIDATES` on held-out images.
+or that use CLIP's embedding space, may not need templates. `fit` therefore compares the templates in `CANDIDATES` on
+held-out images.
 """
 
 import random
@@ -45,8 +46,8 @@ _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 # Spaces before possessive endings in tokenized captions, as in "the dog 's mouth".
 _SEPARATE_POSSESSIVE = re.compile(r"\s+(?=['’]s\b)")
 _PUNCTUATION = re.compile(r"[^\w\s'’-]+")
-# English words that do not name anything visible. Stop word lists for document retrieval, such as scikit-learn's, are
-# not used, because they also contain "two", "three", "fire" and "empty", which are useful in image queries.
+# English words that do not name anything visible.
+# Stop word lists for document retrieval are not used, because such lists also contain "two", "fire" and "empty".
 _OTHER_STOP_WORDS = """
 having doing get gets getting appears seems isn't aren't
 hers herself himself itself mine myself ours theirs themselves yours whose someone something he's she's there's
@@ -59,7 +60,7 @@ CANDIDATES = (("a photo of {}",), ("a photo of {}", "a photo of a {}.", "a pictu
 MAX_CANDIDATE_QUERIES = 300  # maximum number of queries per length when candidates are compared
 REPORT_NOTE = (
     "One- to three-word queries are words and phrases from the captions. Every image with a caption that mentions the "
-    "query is a correct answer. Other images are wrong answers, even if they show what the query names. Longer queries "
+    "query is a correct answer. All other images are wrong answers, even if the images match the query. Longer queries "
     "are complete captions. Intervals are 95% bootstrap intervals over queries."
 )
 
@@ -73,8 +74,8 @@ class LabelledQuery:
 
 
 @dataclass(frozen=True)
-class LengthScores:
-    """Results for all queries of one length."""
+class QueryLengthResult:
+    """Retrieval results for all queries of the same length."""
 
     words: str  # number of words in the queries, such as "2" or "4–7"
     queries: Sequence[LabelledQuery]
@@ -112,11 +113,11 @@ class ShortQueryResult:
     """
 
     templates: QueryTemplates
-    plain: list[LengthScores]
-    with_templates: list[LengthScores] | None = None
+    plain: list[QueryLengthResult]
+    with_templates: list[QueryLengthResult] | None = None
 
     def describe_choice(self) -> str:
-        """Describe in one line which templates were chosen and how much they increase the mAP."""
+        """Describe in one line which templates were chosen and how much the templates increase the mAP."""
         if self.with_templates is None:
             return "Short queries are encoded without templates: no templates improve results on the held-out images"
         gains = []
@@ -124,7 +125,7 @@ class ShortQueryResult:
             if int(before.words) <= self.templates.max_words:
                 gains.append(f"{before.mean_ap:.1f} to {after.mean_ap:.1f} for {before.words}-word queries")
         templates = ", ".join(map(repr, self.templates.templates))
-        return f"Templates for short queries: {templates}. They increase mAP from {', '.join(gains)}"
+        return f"Templates for short queries: {templates}. The templates increase the mAP from {', '.join(gains)}"
 
     def to_dict(self) -> dict[str, Any]:
         with_templates = self.with_templates
@@ -136,13 +137,13 @@ class ShortQueryResult:
         }
 
 
-def score_short_queries(
+def evaluate_short_queries(
     embeddings: EmbeddingSource, ranks: RetrievalRanks, templates: QueryTemplates = NO_TEMPLATES
 ) -> ShortQueryResult:
     """Compute retrieval metrics for each query length.
 
-    If there are templates, short queries are also evaluated with templates: the embeddings of the query and of all
-    prompts are averaged (see `build_query_prompts`).
+    If there are templates, short queries are also evaluated with the mean embedding of the query and all prompts (see
+    `build_query_prompts`).
 
     Raises:
         ValueError: The source has no embedding for a query, or no queries can be built from the captions.
@@ -154,15 +155,15 @@ def score_short_queries(
             "captions of at least three images but at most a third of all images"
         )
     candidates = [NO_TEMPLATES, templates] if templates.templates else [NO_TEMPLATES]
-    return ShortQueryResult(templates, *_score_queries(embeddings, ranks.images, queries, candidates))
+    return ShortQueryResult(templates, *_evaluate_queries(embeddings, ranks.images, queries, candidates))
 
 
 def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -> ShortQueryResult:
-    """Choose prompt templates, and the maximum number of words of queries to which they are applied.
+    """Choose prompt templates, and the maximum length of the queries to which the templates are applied.
 
-    A candidate helps at a query length if the 95% bootstrap interval of its mAP gain is above 0. The maximum length of
-    a candidate is the largest n for which it helps at all lengths from 1 to n. The candidate with the largest total
-    gain up to its maximum length is chosen. If no candidate helps single-word queries, no templates are chosen.
+    A candidate helps at a query length if the 95% bootstrap interval of the mAP gain is above 0. The maximum length of
+    a candidate is the largest n for which the candidate helps at all lengths from 1 to n. The candidate with the
+    largest total gain at lengths 1 to n is chosen, or no templates if no candidate helps single-word queries.
 
     Raises:
         ValueError: No short queries can be built from the captions (see `build_queries`).
@@ -172,7 +173,7 @@ def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -
     if not queries:
         raise ValueError("no word or short phrase occurs in the captions of three or more held-out images")
     candidates = [NO_TEMPLATES, *(QueryTemplates(templates) for templates in CANDIDATES)]
-    plain, *results = _score_queries(embeddings, ranks.images, queries, candidates)
+    plain, *results = _evaluate_queries(embeddings, ranks.images, queries, candidates)
     best, best_scores, best_gain = NO_TEMPLATES, None, 0.0
     for candidate, scores in zip(candidates[1:], results, strict=True):
         max_words, gain = _measure_gain(plain, scores)
@@ -182,8 +183,8 @@ def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -
     return ShortQueryResult(best, plain, best_scores)
 
 
-def _measure_gain(plain: Sequence[LengthScores], scores: Sequence[LengthScores]) -> tuple[int, float]:
-    """Return the maximum query length at which templates help and the total mAP gain up to this length, or (0, 0)."""
+def _measure_gain(plain: Sequence[QueryLengthResult], scores: Sequence[QueryLengthResult]) -> tuple[int, float]:
+    """Return the maximum query length at which templates help, and the total mAP gain up to the maximum, or (0, 0)."""
     max_words, gain = 0, 0.0
     for words, before, after in zip(PHRASE_LENGTHS, plain, scores, strict=False):
         differences = after.scores - before.scores
@@ -194,12 +195,12 @@ def _measure_gain(plain: Sequence[LengthScores], scores: Sequence[LengthScores])
     return max_words, gain
 
 
-def _score_queries(
+def _evaluate_queries(
     embeddings: EmbeddingSource,
     images: Tensor,
     queries: Mapping[str, Sequence[LabelledQuery]],
     candidates: Sequence[QueryTemplates],
-) -> list[list[LengthScores]]:
+) -> list[list[QueryLengthResult]]:
     texts = [query.text for length_queries in queries.values() for query in length_queries]
     prompts = list(
         dict.fromkeys(prompt for templates in candidates for prompt in build_query_prompts(texts, templates)[0])
@@ -218,7 +219,7 @@ def _score_queries(
             precisions = [compute_average_precision(query_ranks) for query_ranks in ranks]
             chances = [compute_chance_average_precision(len(indices), len(images)) for indices in relevant]
             scores.append(
-                LengthScores(
+                QueryLengthResult(
                     words=words,
                     queries=length_queries,
                     scores=torch.tensor(precisions, dtype=torch.float64),
@@ -242,15 +243,15 @@ def build_queries(
 ) -> dict[str, list[LabelledQuery]]:
     """Build queries of different lengths from image captions.
 
-    Queries of one to three words are phrases (see `extract_caption_phrases`). A phrase is used if it occurs in the
-    captions of at least `min_images` images, but at most a fraction `max_share` of all images. Matching ignores case
-    but does not use stemming: "dog" does not match "dogs".
+    Queries of one to three words are phrases (see `extract_caption_phrases`) that occur in the captions of at least
+    `min_images` images, but at most a fraction `max_share` of all images. Matching ignores case but does not use
+    stemming, so "dog" does not match "dogs".
 
-    Longer queries are complete captions of four to seven words, or of eight or more words. If several images share a
-    caption, ignoring case and punctuation, all of these images are relevant.
+    Longer queries are complete captions of four to seven words, or of eight or more words. All images with the same
+    caption, ignoring case and punctuation, are relevant.
 
     Args:
-        max_queries: Maximum number of queries per length. If there are more, a random sample is used.
+        max_queries: Maximum number of queries per length, above which a random sample is used.
 
     Returns:
         Queries keyed by their number of words: "1", "2", "3", "4–7" and "8+". Lengths without queries are omitted.
@@ -259,14 +260,14 @@ def build_queries(
         ValueError: The captions are in a language without spaces between words.
     """
     if measure_caption_lengths([text for texts in captions for text in texts])[0] != "words":
-        raise ValueError("the captions have no spaces between words, so they cannot be split into phrases")
+        raise ValueError("captions without spaces between words cannot be split into phrases")
     queries = {}
     for num_words in PHRASE_LENGTHS:
         counts = Counter(phrase for texts in captions for phrase in extract_caption_phrases(texts, num_words))
         max_images = max_share * len(captions)
         frequent = {phrase for phrase, count in counts.items() if min_images <= count <= max_images}
         del counts  # frees much memory, because most phrases are rare
-        selected = _sample(frequent, max_queries, seed)
+        selected = _draw_sorted_sample(frequent, max_queries, seed)
         images = defaultdict(list)
         for image, texts in enumerate(captions):
             for phrase in extract_caption_phrases(texts, num_words).intersection(selected):
@@ -281,13 +282,13 @@ def build_queries(
                 if len(words) in lengths:
                     texts_of_words.setdefault(words, text)
                     images_of_words[words].add(image)
-        selected_words = _sample(texts_of_words, max_queries, seed)
+        selected_words = _draw_sorted_sample(texts_of_words, max_queries, seed)
         queries[name] = [LabelledQuery(texts_of_words[w], tuple(sorted(images_of_words[w]))) for w in selected_words]
     return {name: length_queries for name, length_queries in queries.items() if length_queries}
 
 
-def _sample(items: Iterable[Item], count: int, seed: int) -> list[Item]:
-    """Return a sorted random sample of up to `count` items, which does not depend on their order."""
+def _draw_sorted_sample(items: Iterable[Item], count: int, seed: int) -> list[Item]:
+    """Return a sorted random sample of up to `count` items, which does not depend on the order of the items."""
     ordered = sorted(items)
     return ordered if len(ordered) <= count else sorted(random.Random(seed).sample(ordered, count))
 
@@ -300,9 +301,8 @@ def split_words(text: str) -> list[str]:
 def extract_caption_phrases(captions: Iterable[str], num_words: int) -> set[str]:
     """Return the phrases of `num_words` words that occur in an image's captions, in lower case.
 
-    A phrase is a sequence of words without punctuation in between. Its first and last word must have at least two
-    characters and at least one letter, and must not be in `STOP_WORDS`. The words in between can be any words, as in
-    "man in red".
+    A phrase is a sequence of words without punctuation between the words. The first and the last word must have at
+    least two characters and at least one letter, and must not be in `STOP_WORDS`.
     """
     return {
         " ".join(phrase)
@@ -319,13 +319,12 @@ def _is_content_word(word: str) -> bool:
 
 # ---- report ----------------------------------------------------------------------------------------------------------
 
-Curves = Mapping[str, Sequence[LengthScores]]
+Curves = Mapping[str, Sequence[QueryLengthResult]]
 """Results for each query length, keyed by model name, with the suffix ", with templates" if templates are used."""
 
 
 def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
-    """Return a report section for each caption field with short-query results, which also shows the accuracies on
-    classification benchmarks."""
+    """Return a report section for each caption field, including accuracies on classification benchmarks."""
     accuracies = {b.name: _format_accuracy_cells(r) for b, r in results if b.kind == "classification"}
     blocks: list[Block] = []
     for benchmark, model_results in results:
@@ -339,13 +338,13 @@ def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[Benchma
                         curves[f"{result.model}, with templates"] = scores.with_templates
             blocks += [
                 Heading(f"{benchmark.name}, {field}: retrieval quality by query length"),
-                build_overview_table(curves, accuracies),
+                build_query_length_table(curves, accuracies),
                 Paragraph(REPORT_NOTE),
             ]
     return blocks
 
 
-def build_overview_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | None]]) -> Table:
+def build_query_length_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | None]]) -> Table:
     """Return a table of mAP by query length and of `accuracies`, keyed by benchmark name and then by row label.
 
     The last rows are the differences between the first model and each other model, with paired 95% intervals.
@@ -375,7 +374,7 @@ def _format_accuracy_cells(results: Sequence[BenchmarkResult]) -> dict[str, str 
     return cells
 
 
-def _format_mean_ap_difference(first: LengthScores, other: LengthScores) -> str | None:
+def _format_mean_ap_difference(first: QueryLengthResult, other: QueryLengthResult) -> str | None:
     if first.queries != other.queries:
         return None
     differences = first.scores - other.scores

@@ -1,4 +1,4 @@
-"""Reports on `fit` runs (metrics before and after each stage) and `distill` runs (student and teacher)."""
+"""Reports on `fit` runs (metrics before and after training) and on `distill` runs (student and teacher)."""
 
 import dataclasses
 import itertools
@@ -29,7 +29,7 @@ from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.encoder_choice import describe_choice, describe_encoder
 from llm2clip.evaluate.metrics import KS, retrieval_metrics, two_way_ranks
 from llm2clip.evaluate.retrieval import RetrievalRanks, compute_field_ranks, read_example_searches
-from llm2clip.evaluate.short_queries import score_short_queries
+from llm2clip.evaluate.short_queries import evaluate_short_queries
 from llm2clip.io_utils import atomic_write_text, format_bytes, format_count, format_duration, read_json
 from llm2clip.models.dual_encoder import wrap_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -81,12 +81,12 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
     blocks += [
         Heading("Example searches"),
         Paragraph(
-            "Held-out captions and the images that the model retrieves for them. The image of the caption is marked; "
-            "other images may also match the caption."
+            "Held-out captions, and the images that the model retrieves for each caption. The captioned image is "
+            "marked, but other images may also match the caption."
         ),
         *read_example_searches(read_json(evaluations / "examples.json")),
         Heading("Caption encoder"),
-        Paragraph("Caption retrieval accuracy: how often a held-out image's first two captions retrieve each other."),
+        Paragraph("Caption retrieval accuracy (CRA): how often an image's first two captions retrieve each other."),
         *_build_caption_retrieval_section(cra, describe_encoder(encoder)),
         *([Paragraph(describe_choice(choice))] if choice else []),
         Heading("Training"),
@@ -102,9 +102,9 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
     ]
     verdict = describe_retrieval("The model", trained[0], "held-out captions")
     if verdict.startswith("The model"):
-        verdict += f" Before training, it did so for {describe_share(untrained[0]['T2I'][f'R@{K}'])}."
+        verdict += f" Before training: {describe_share(untrained[0]['T2I'][f'R@{K}'])}."
     if trained[0]["images"] < MIN_IMAGES:
-        verdict += " To evaluate on other images, list their sources in `--evaluate.data`."
+        verdict += " To evaluate the model on other images, pass the sources of the images to `--evaluate.data`."
     verdict += describe_failed_tuning(cra)
     page = run_dir / "report.html"
     write_report(page, f"Training results: {run_dir.resolve().name}", verdict, blocks)
@@ -138,7 +138,7 @@ def _build_usage_section(run_dir: Path) -> list[Block]:
 def build_summary_table(
     cra: Sequence[dict[str, Any]], untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]
 ) -> Table:
-    """Return a table of the main metrics of a `fit` run. `cra` has the results before and, if it ran, after `tune`."""
+    """Return a table of the main metrics of a `fit` run. `cra` has one result, or two if the encoder was tuned."""
     rows: list[list[Any]] = []
     if len(cra) == 2:
         name = f"CRA ({format_count(cra[0]['images'], 'image')})"
@@ -157,21 +157,20 @@ def describe_failed_tuning(cra: Sequence[Mapping[str, Any]]) -> str:
         return ""
     before, after = (metrics["CRA"] for metrics in cra)
     return (
-        f" Tuning did not improve the caption encoder: its CRA was {before:.1f} before and {after:.1f} after tuning. "
+        f" Tuning did not improve the caption encoder: the CRA was {before:.1f} before and {after:.1f} after tuning. "
         "Use `--tune.steps 0`, or lower `--tune.lr`."
     )
 
 
 def _build_caption_retrieval_section(cra: Sequence[dict[str, Any]], encoder: str) -> list[Block]:
-    """Return a report section on the caption encoder. `cra` is empty if caption retrieval was not evaluated."""
     if not cra:
-        return [Paragraph("Not measured: too few held-out images have two captions.")]
+        return [Paragraph("CRA was not measured, because too few held-out images have two captions.")]
     rows: list[list[Any]] = [["chance", cra[0]["chance"], None]]
     for name, metrics in zip((encoder, "after tuning"), cra, strict=False):
         rows.append([name, metrics["CRA"], format_interval(metrics["CRA interval"])])
     header = [f"caption encoder ({format_count(cra[0]['images'], 'image')})", "CRA top-1, %", "95% interval"]
     return [
-        Paragraph(describe_caption_retrieval("the encoder", cra[-1])),
+        Paragraph(describe_caption_retrieval("The encoder", cra[-1])),
         Table(header, rows, frozenset([2] if len(cra) == 2 else [])),
     ]
 
@@ -188,18 +187,17 @@ def _build_retrieval_section(untrained: Sequence[dict[str, Any]], trained: Seque
         header += [f"{direction} R@1", "95% interval", *(f"{direction} R@{k}" for k in KS[1:])]
     return [
         Paragraph(
-            "Recall on held-out images, in percent. I2T: an image retrieves one of its captions; T2I: a caption "
+            "Recall on held-out images, in percent. In I2T, an image retrieves one of its captions. In T2I, a caption "
             "retrieves its image. A tie with a wrong answer counts as a miss. Confidence intervals are 95% bootstrap "
             "intervals over images. A dash instead of a recall means that there are so few images that a random order "
-            "reaches 100%. These results use the embeddings in the store, whereas `evaluate` encodes the captions "
-            "again, on a CPU in fp32. The results can therefore differ by a few captions."
+            "reaches 100%. The recall is computed from stored embeddings. The results of `evaluate`, which encodes the "
+            "captions again (on a CPU in fp32), can differ slightly."
         ),
         Table(header, rows, highlight=frozenset(range(2, len(rows), 3))),
     ]
 
 
 def _format_recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
-    """Format the recalls from `get_recalls` as table cells. The suffix " chance" selects the chance levels."""
     cells: list[Any] = []
     for direction in ("I2T", "T2I"):
         first, *others = get_recalls(row, direction, suffix)
@@ -209,7 +207,7 @@ def _format_recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
 
 
 def _build_short_query_section(result: Mapping[str, Any]) -> list[Block]:
-    """Return a report section on one- to three-word queries. `result` is the result of `ShortQueryResult.to_dict`."""
+    """Return a report section on a result of `ShortQueryResult.to_dict`."""
     literal, with_templates = result["short queries"], result["short queries with templates"]
     header = ["query", *(f"{row['words']} {'word' if row['words'] == '1' else 'words'}: mAP" for row in literal)]
     rows = [
@@ -227,12 +225,12 @@ def _build_short_query_section(result: Mapping[str, Any]) -> list[Block]:
         templates = ", ".join(map(repr, result["templates"]))
         limit = "one word" if result["max_words"] == 1 else f"up to {result['max_words']} words"
         text += (
-            f"When searching, queries of {limit} are also encoded with the templates {templates}, and the embeddings "
-            "are averaged. Because the templates were chosen on these images, the values with templates are slightly "
-            "too high."
+            f"In searches, queries of {limit} are also encoded with the templates {templates}, and the embeddings "
+            "are averaged. Because the templates were chosen on the same images, the values with templates are "
+            "slightly too high."
         )
     else:
-        text += "No templates improve the results of these queries, so searches do not use templates."
+        text += "No templates improve the mAP, so searches do not use templates."
     return [Heading("Short queries"), Paragraph(text), Table(header, rows, frozenset([len(rows) - 1]))]
 
 
@@ -264,7 +262,7 @@ def write_distill_report(
     """Compare the model in `folder/model` with its teacher. Write report.json, report.md and report.html to `folder`.
 
     Args:
-        encode_teacher_texts: Function that takes N texts and returns the teacher's L2-normalised embeddings (N, D).
+        encode_teacher_texts: Function that takes N texts and returns L2-normalised embeddings of shape (N, D).
         held_out: Held-out records, keyed by caption field. May be empty.
         seconds: Duration of the run so far.
     """
@@ -288,7 +286,7 @@ def write_distill_report(
     for name, model_folder in (("teacher", teacher_folder), ("student", folder / "model")):
         result[name] = measure_text_encoder(model_folder, queries)
     atomic_write_text(folder / "report.json", json.dumps(result, indent=1))
-    tables, verdict = _build_comparison(result), describe_distillation(result)
+    tables, verdict = _build_comparison_section(result), describe_distillation(result)
     page = folder / "report.html"
     run_section = build_run_section(describe_run(seconds))
     blocks = [*tables, *_build_usage_section(folder), *run_section]
@@ -297,29 +295,28 @@ def write_distill_report(
 
 
 def describe_distillation(result: Mapping[str, Any]) -> str:
-    """Describe in words how much of the teacher's recall the student retains, and how much faster it is."""
+    """Describe in words how much of the teacher's recall the student retains, and how much faster the student is."""
     speedup = result["student"]["queries per second"] / result["teacher"]["queries per second"]
     speed = f"{speedup:.0f} times" if speedup >= 10 else f"{speedup:.1f} times"
-    speed_text = f"encodes {speed} as many queries per second on one CPU core"
+    speed_text = f"encodes {speed} as many queries per second as the teacher on one CPU core"
     if not result["fields"]:
-        return f"The student {speed_text}. No images were held out, so its retrieval was not evaluated."
+        return f"The student {speed_text}. No images were held out to measure the recall of the student."
     entry = result["fields"][0]
     if entry["images"] < MIN_IMAGES:
-        few = f"with fewer than {MIN_IMAGES} held-out images ({entry['images']:,}), its recall says little"
-        return f"The student {speed_text}. Whether it finds the right images cannot be judged: {few}."
+        held_out_images = format_count(entry["images"], "held-out image")
+        return f"The student {speed_text}. With {held_out_images}, the recall of the student cannot be judged."
     teacher, student = (entry[side]["T2I"]["R@1"] for side in ("teacher", "student"))
-    quality = f"reaches {student:.1f}% T2I R@1 on {entry['images']:,} held-out images, and the teacher {teacher:.1f}%"
+    quality = f"reaches {student:.1f}% T2I R@1 on {entry['images']:,} held-out images (teacher: {teacher:.1f}%)"
     if teacher:
         quality = f"retains {100 * student / teacher:.0f}% of the teacher's T2I R@1 ({student:.1f} of {teacher:.1f})"
-    return f"The student {quality}. It {speed_text}."
+    return f"The student {quality} and {speed_text}."
 
 
 def compare_text_embeddings(name: str, ranks: RetrievalRanks, texts: Tensor) -> dict[str, Any]:
-    """Compare the caption embeddings of a student with those of its teacher. Both use the same image embeddings.
+    """Compare the caption embeddings of a student and its teacher, which have the same image embeddings.
 
     Args:
-        name: Caption field.
-        ranks: Teacher's retrieval ranks.
+        ranks: Teacher's retrieval ranks for the caption field `name`.
         texts: Student's L2-normalised embeddings of `ranks.captions`, of shape (T, D).
 
     Returns:
@@ -350,13 +347,13 @@ def compare_text_embeddings(name: str, ranks: RetrievalRanks, texts: Tensor) -> 
 def _compare_short_queries(
     teacher: ModelEmbeddings, student: ModelEmbeddings, ranks: RetrievalRanks
 ) -> list[dict[str, Any]]:
-    """Return both models' mAP for each query length, with their own templates. Return [] without queries."""
+    """Return both models' mAP for each query length, with each model's templates, or [] if there are no queries."""
     scores = []
     for source in (teacher, student):
         try:
-            result = score_short_queries(source, ranks, source.query_templates)
+            result = evaluate_short_queries(source, ranks, source.query_templates)
         except ValueError as error:
-            print_once(f"Short queries are not compared: {error}")
+            print_once(f"Short queries are not evaluated: {error}")
             return []
         scores.append(result.with_templates or result.plain)
     entries = []
@@ -397,7 +394,7 @@ def measure_text_encoder(folder: Path, queries: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _build_comparison(result: Mapping[str, Any]) -> list[Block]:
+def _build_comparison_section(result: Mapping[str, Any]) -> list[Block]:
     sides = (result["teacher"], result["student"])
     rows: list[list[Any]] = [
         ["queries per second on one core", *(f"{side['queries per second']:,.0f}" for side in sides)],
@@ -405,7 +402,7 @@ def _build_comparison(result: Mapping[str, Any]) -> list[Block]:
         ["memory of the weights in fp32", *(format_bytes(side["bytes of weights"]) for side in sides)],
         ["size on disk", *(format_bytes(side["bytes on disk"]) for side in sides)],
     ]
-    text = "Queries are encoded one at a time in fp32. Teacher and student have the same image encoder."
+    text = "Queries are encoded one at a time in fp32. The teacher and the student have the same image encoder."
     encoders: list[Block] = [
         Heading("Text encoders"),
         Paragraph(text),
@@ -428,13 +425,13 @@ def _build_comparison(result: Mapping[str, Any]) -> list[Block]:
     ]
     return [
         Heading("Retrieval"),
-        Paragraph("Held-out images, in percent. Both models use the same image embeddings."),
+        Paragraph("Metrics on held-out images, in percent. Both models use the same image embeddings."),
         Table(["metric", "chance", "teacher", "student"], recalls),
         *encoders,
         Heading("Agreement"),
         Paragraph(
-            "Mean cosine similarity between the student's and the teacher's text embeddings, and percentage of the "
-            f"teacher's top {OVERLAP_K} images that are also in the student's top {OVERLAP_K}."
+            "Mean cosine similarity between the student's and the teacher's text embeddings, and mean percentage of "
+            f"the teacher's top {OVERLAP_K} images that are also in the student's top {OVERLAP_K}."
         ),
         Table(["captions", "texts", "cosine", f"overlap@{OVERLAP_K}"], agreement),
     ]

@@ -1,4 +1,4 @@
-"""Readers of public benchmarks, as distributed by their authors, and the protocol and source of each benchmark."""
+"""Public benchmarks, with readers for the files that the authors of the benchmarks distribute."""
 
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -10,10 +10,10 @@ import yaml
 from llm2clip.evaluate.benchmarks import classification, coco_instances, retrieval, segmentation
 from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkKind
 from llm2clip.evaluate.benchmarks.classification import read_class_folders
-from llm2clip.evaluate.benchmarks.coco_instances import read_boxes, read_objects
+from llm2clip.evaluate.benchmarks.coco_instances import read_detection_data, read_region_data
 from llm2clip.evaluate.benchmarks.segmentation import read_coco_masks, read_mask_folder
 from llm2clip.io_utils import MissingFileError, find_first
-from llm2clip.published_results import get_published_metrics, get_published_rows
+from llm2clip.published_results import get_published_metrics, get_published_recalls
 from llm2clip.reports import Table, render_markdown
 
 CLASS_FOLDERS = "one folder of images per class"
@@ -26,9 +26,9 @@ FOLDER_READERS: UserReaders = {
     "segmentation:": ("segmentation", "images with masks", MASK_FOLDER, read_mask_folder),
 }
 FILE_READERS: UserReaders = {
-    "boxes:": ("regions", "boxes with class names", COCO_FILE, read_boxes),
+    "boxes:": ("regions", "boxes with class names", COCO_FILE, read_region_data),
     "segmentation:": ("segmentation", "images with masks", COCO_FILE, read_coco_masks),
-    "detection:": ("detection", "objects with boxes", COCO_FILE, read_objects),
+    "detection:": ("detection", "objects with boxes", COCO_FILE, read_detection_data),
 }
 USER_PREFIXES = tuple(dict.fromkeys((*FOLDER_READERS, *FILE_READERS)))
 
@@ -65,7 +65,7 @@ def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[
             user_benchmarks.append(_make_user_benchmark(name, templates))
         elif name not in BENCHMARKS and name != "all":
             choices = [*BENCHMARKS, "all", *(f"{prefix}PATH" for prefix in USER_PREFIXES)]
-            raise ValueError(f"unknown benchmark {name!r}; choose from {', '.join(choices)}")
+            raise ValueError(f"unknown benchmark {name!r}: choose from {', '.join(choices)}")
     public = [benchmark for benchmark in BENCHMARKS.values() if "all" in names or benchmark.name in names]
     return public + user_benchmarks
 
@@ -76,26 +76,26 @@ def _make_user_benchmark(name: str, templates: Sequence[str]) -> Benchmark:
     is_folder = prefix == "folder:" or (prefix == "segmentation:" and not name.endswith(".json"))
     kind, description, source, read_data = (FOLDER_READERS if is_folder else FILE_READERS)[prefix]
 
-    def read(folder: Path) -> Any:
+    def read_folder(folder: Path) -> Any:
         return read_data(folder if is_folder else find_first(folder, path.name), templates)
 
     folders = (str(path if is_folder else path.parent),)
-    return Benchmark(name=name, kind=kind, description=description, folders=folders, read=read, source=source)
+    return Benchmark(name=name, kind=kind, description=description, folders=folders, read=read_folder, source=source)
 
 
 def list_benchmarks(root: Path) -> list[str]:
-    """Return lines that list all benchmarks, their number of published results, and download locations."""
+    """Return lines that list all public benchmarks, and where to download those that are missing in `root`."""
     rows, missing = [], []
     for benchmark in BENCHMARKS.values():
         try:
-            folder = str(benchmark.find(root).relative_to(root))
+            folder = str(benchmark.find_folder(root).relative_to(root))
         except MissingFileError:
             folder = "–"
             missing.append(f"{benchmark.name} ({benchmark.folders[0]}/): {benchmark.source}")
-        published = len(get_published_rows(benchmark.name) or get_published_metrics(benchmark.name)) or None
+        published = len(get_published_recalls(benchmark.name) or get_published_metrics(benchmark.name)) or None
         rows.append([benchmark.name, benchmark.kind, benchmark.description, published, folder])
     table = Table(["benchmark", "kind", "description", "published results", f"folder in {root}"], rows)
     lines = [render_markdown("Benchmarks", [table])]
     if missing:
-        lines += [f"To use the missing benchmarks, put their files into these folders in {root}:", *missing]
+        lines += [f"To use a missing benchmark, download the files into the given folder in {root}:", *missing]
     return lines

@@ -1,4 +1,4 @@
-"""Data types for benchmarks and their results, and helpers shared by the benchmark readers."""
+"""Data types for benchmarks and results, and helpers shared by the benchmark readers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IGNORED = 255  # label of ignored pixels in segmentation
 BenchmarkKind = Literal["retrieval", "compositional", "classification", "regions", "segmentation", "detection"]
 
 CaptionFields = Mapping[str, Sequence[Record]]
-"""Records for each caption field (captions, captions_zh, ...). Their `captions` are the texts in this field."""
+"""Records for each caption field (captions, captions_zh, ...). `Record.captions` contains the texts of the field."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,15 @@ class SegmentationData:
     images: Sequence[ImageRef]
     read_labels: Callable[[int], np.ndarray]
     """Function that takes an image index and returns each pixel's class index or `IGNORED`, uint8 of shape (H, W)."""
-    names: Sequence[Sequence[str]]  # of each class; the score of a class is the maximum over its names
+    names: Sequence[Sequence[str]]  # names of each class (the score of a class is the maximum over its names)
     templates: Sequence[str]
-    has_background: bool = False  # True if class 0 is the background, whose names are things in no other class
+    has_background: bool = False  # True if class 0 is the background
     scale: float = 1.5  # ratio of the resized image's shorter side to the side of the sliding window
     logit_scale: float = 40.0  # factor by which cosine similarities are multiplied before the softmax
     min_probability: float = 0.0
-    """Pixels whose maximum class probability is below this value are assigned to class 0, the background."""
+    """Pixels whose maximum class probability is below `min_probability` are assigned to class 0, the background."""
     min_area: float = 0.0
-    """Foreground classes that cover at most this fraction of the foreground are not predicted."""
+    """Foreground classes that cover at most a fraction `min_area` of the foreground are not predicted."""
 
     def get_class_name(self, label: int) -> str:
         return "background" if label == 0 and self.has_background else self.names[label][0]
@@ -104,14 +104,13 @@ class DetectionData:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark, read from the files that its authors distribute.
+    """A public benchmark, or a benchmark on the user's data.
 
     Args:
-        kind: Kind of benchmark, which determines the metrics and the return type of `read`: `CaptionFields` for
-            "retrieval", a list of `CompositionalExample` for "compositional", and otherwise the class of that name.
+        kind: Kind of benchmark, which determines the metrics and the data type that `read` returns.
         description: One-line description that states the size and the split.
         folders: Possible names of the benchmark's folder inside the root folder, in order of preference.
-        source: Names of the required files and where to download them.
+        source: Names and download locations of the required files.
     """
 
     name: str
@@ -123,14 +122,11 @@ class Benchmark:
 
     @property
     def size(self) -> tuple[int, str] | None:
-        """Size of the complete benchmark and its unit ("images" or "boxes"), parsed from `description`.
-
-        None if the description does not state the size, as for the user's own data.
-        """
+        """Size of the complete benchmark and its unit ("images" or "boxes"), or None if `description` has no size."""
         match = re.search(r"([\d,]+) (?:test )?(images|boxes)", self.description)
         return (int(match[1].replace(",", "")), match[2]) if match else None
 
-    def find(self, root: Path) -> Path:
+    def find_folder(self, root: Path) -> Path:
         """Return the folder of the benchmark. Raise MissingFileError if `root` contains none of `folders`."""
         for name in self.folders:
             if (root / name).is_dir():
@@ -138,7 +134,7 @@ class Benchmark:
         raise MissingFileError(f"{root} has no folder {' or '.join(self.folders)}")
 
     def load(self, folder: Path) -> Any:
-        """Read the data. The return type depends on `kind`. Raise MissingFileError or DataFormatError."""
+        """Read the data. Raise MissingFileError if a file is missing, or DataFormatError if a file is invalid."""
         try:
             return self.read(folder)
         except (KeyError, IndexError, TypeError, AttributeError) as error:  # a row has missing or invalid fields
@@ -150,12 +146,14 @@ class BenchmarkResult:
     """Result of a model on a benchmark."""
 
     summary: dict[str, Any]
-    """Entry for results.json, with "benchmark" and "kind". Metrics are in percent. Retrieval entries have
-    "rows" (see `compute_field_metrics`). All other entries have the counts "images", "texts" and
+    """Entry for results.json, with "benchmark", "kind" and metrics in percent.
+
+    Retrieval entries have "rows" (see `compute_field_metrics`). All other entries have the counts "images", "texts" and
     "truncated" (texts that exceed the model's maximum length). Compositional and classification entries have "metrics",
-    and "examples" (number of decodable examples) or "intervals" (95% confidence intervals). Region, segmentation and
-    detection entries have "rows", one per method, with "method", "metrics", "intervals", per-class metrics ("class
-    top-1", "IoU" or "class AP50") and, if it affects the metrics, "logit scale"."""
+    and "examples" (number of decodable examples) or "intervals" (95% confidence intervals).
+
+    Region, segmentation and detection entries have "rows", one per method, with "method", "metrics", "intervals",
+    per-class metrics ("class top-1", "IoU" or "class AP50") and "logit scale" (if the scale affects the metrics)."""
     images: Sequence[ImageRef] = ()
     """All images in the benchmark, including undecodable images."""
     ranks: dict[str, RetrievalRanks] = field(default_factory=dict)
@@ -171,7 +169,7 @@ class BenchmarkResult:
 
     @property
     def first_entry(self) -> Mapping[str, Any]:
-        """First row of the summary, or the summary itself if it has no rows."""
+        """First row of the summary, or the summary itself if the summary has no rows."""
         rows: Sequence[Mapping[str, Any]] = self.summary.get("rows", [self.summary])
         return rows[0]
 
@@ -180,18 +178,18 @@ class BenchmarkResult:
 
 
 def resolve_image(folder: Path, name: str) -> FileImage:
-    """Return a reference to the image at the path `name`. Raise DataFormatError if it is outside the folder."""
+    """Return a reference to `folder/name`. Raise DataFormatError if the path is outside the folder."""
     if not is_safe_relative_path(name):
         raise DataFormatError(f"{folder}: the image path {name!r} points outside the folder")
     return FileImage(str(folder / name))
 
 
-def find_coco_roots(folder: Path) -> list[Path]:
+def find_coco_folders(folder: Path) -> list[Path]:
     """Return the folders that can contain COCO's images: the benchmark folder and any coco folders next to it."""
     return [folder, *(path for name in COCO_FOLDERS if (path := folder.parent / name).is_dir())]
 
 
-def check_files(refs: Sequence[ImageRef], source: Path) -> None:
+def check_image_files(refs: Sequence[ImageRef], source: Path) -> None:
     """Raise MissingFileError if image files are missing."""
     missing = [ref for ref in refs if isinstance(ref, FileImage) and not Path(ref.path).is_file()]
     if missing:
@@ -214,7 +212,7 @@ def make_captioned_records(pairs: Iterable[tuple[ImageRef, Sequence[str]]], sour
             raise DataFormatError(f"{source}: {image} has no captions or an empty caption")
         record_id = Path(image.path).stem if isinstance(image, FileImage) else str(image)
         records.append(Record(record_id, image, texts))
-    check_files([record.image for record in records if record.image is not None], source)
+    check_image_files([record.image for record in records if record.image is not None], source)
     if not records:
         raise DataFormatError(f"{source} contains no test images")
     return records

@@ -1,7 +1,7 @@
-"""Zero-shot classification (ImageNet and its variants, CIFAR, and any folder of class folders), and SugarCrepe.
+"""Readers of classification benchmarks (ImageNet, its variants, CIFAR and the user's class folders) and SugarCrepe.
 
 As in CLIP (arXiv 2103.00020), each class name is inserted into all prompt templates, and the class embedding is the
-mean embedding of these prompts. For ImageNet, OpenAI's class names and 80 templates come from open_clip. The classes
+mean embedding of the prompts. For ImageNet, OpenAI's class names and 80 templates come from open_clip. The classes
 are sorted by WordNet id, and the list of ids comes from timm.
 """
 
@@ -17,8 +17,8 @@ from llm2clip.data.image_refs import FileImage, ImageRef, MemoryImage
 from llm2clip.evaluate.benchmarks.base import (
     ClassificationData,
     CompositionalExample,
-    check_files,
-    find_coco_roots,
+    check_image_files,
+    find_coco_folders,
     resolve_image,
 )
 from llm2clip.io_utils import (
@@ -38,11 +38,11 @@ SUGARCREPE_KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace
 
 
 def read_class_folders(folder: Path, templates: Sequence[str] = ()) -> ClassificationData:
-    """Read images from one subfolder per class in `folder`, `folder/test` or `folder/val`.
+    """Read images from `folder`, `folder/test` or `folder/val`, which must contain one subfolder per class.
 
-    Class names are read from `folder/classnames.txt`, whose lines have the form "FOLDER<tab>NAME". Without this file,
-    the folder names are used, with underscores replaced by spaces. By default, the prompt templates are the lines of
-    `folder/templates.txt`, if the file exists.
+    Class names are read from `folder/classnames.txt`, whose lines have the form "FOLDER<tab>NAME". If the file is
+    missing, the folder names are used, with underscores replaced by spaces. The default prompt templates are the lines
+    of `folder/templates.txt`, if the file exists.
     """
     root = folder / next((split for split in ("test", "val") if any(folder.glob(f"{split}/*/"))), "")
     class_dirs = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
@@ -81,7 +81,6 @@ def _list_image_files(folder: Path) -> list[Path]:
 
 
 def _read_images(class_dirs: Sequence[Path], names: Sequence[str], templates: Sequence[str]) -> ClassificationData:
-    """Return the images in all class folders. The label of an image is the index of its folder."""
     images: list[ImageRef] = []
     labels: list[int] = []
     for label, class_dir in enumerate(class_dirs):
@@ -133,14 +132,14 @@ def _read_cifar(folder: Path, file: str, names_file: str, skipped_labels: int = 
     data = np.fromfile(find_first(folder, file), np.uint8)
     if len(data) % row_size:
         raise DataFormatError(
-            f"{folder / file}: the file size, {len(data):,} bytes, is not a multiple of {row_size:,} (one image)"
+            f"{folder / file}: the file size, {len(data):,} bytes, is not a multiple of {row_size:,} bytes (one image)"
         )
     images: list[ImageRef] = []
     labels: list[int] = []
     for n, row in enumerate(data.reshape(-1, row_size)):
         label = int(row[skipped_labels])
         if label >= len(names):
-            raise DataFormatError(f"{folder / file}: found label {label}, but there are only {len(names)} classes")
+            raise DataFormatError(f"{folder / file}: image {n} has label {label}, but there are {len(names)} classes")
         pixels = row[skipped_labels + 1 :].reshape(3, 32, 32).transpose(1, 2, 0)
         png = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(pixels)).save(png, "PNG", compress_level=1)
@@ -152,7 +151,7 @@ def _read_cifar(folder: Path, file: str, names_file: str, skipped_labels: int = 
 def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
     """Read 7,511 examples, each with a COCO val2017 image, a correct caption and a wrong caption (arXiv 2306.14610)."""
     data_dir = folder / "data" if (folder / "data").is_dir() else folder
-    image_dir = next((root / "val2017" for root in find_coco_roots(folder) if (root / "val2017").is_dir()), None)
+    image_dir = next((root / "val2017" for root in find_coco_folders(folder) if (root / "val2017").is_dir()), None)
     if image_dir is None:
         raise MissingFileError(f"no val2017 folder in {folder} or in a coco folder next to it")
     examples = []
@@ -161,7 +160,7 @@ def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
             image = resolve_image(image_dir, row["filename"])
             captions = row["caption"].strip(), row["negative_caption"].strip()
             examples.append(CompositionalExample(kind, image, *captions))
-    check_files([example.image for example in examples], data_dir)
+    check_image_files([example.image for example in examples], data_dir)
     return examples
 
 

@@ -1,4 +1,4 @@
-"""Region classification and open-vocabulary detection on COCO, LVIS, or the user's own file in COCO's format.
+"""Readers of region classification and detection benchmarks: COCO, LVIS, OV-COCO and files in COCO's format.
 
 The format is {"images": [{"id", "file_name", "width", "height"}], "annotations": [{"id", "image_id", "category_id",
 "bbox", "segmentation", "area", "iscrowd"}], "categories": [{"id", "name"}]}, where "bbox" is [left, top, width, height]
@@ -26,7 +26,7 @@ from llm2clip.evaluate.benchmarks.base import (
     DetectionData,
     ImageId,
     RegionData,
-    check_files,
+    check_image_files,
     resolve_image,
 )
 from llm2clip.evaluate.benchmarks.classification import get_imagenet_templates
@@ -37,21 +37,21 @@ CROWD, DEGENERATE = "crowd", "smaller than a pixel"  # reasons for excluding a b
 
 
 @dataclass(frozen=True)
-class Instances:
+class CocoAnnotations:
     """Contents of an annotation file in COCO's format."""
 
     file: Path
     images: dict[ImageId, dict[str, Any]]
     sizes: dict[ImageId, tuple[int, int]]  # width and height of each image in pixels
-    annotations: list[dict[str, Any]]  # objects; their "image_id" and "category_id" are keys of `images` and `names`
-    names: dict[Any, str]  # keyed by category id and sorted by id; underscores are replaced by spaces
+    annotations: list[dict[str, Any]]  # objects, whose "image_id" and "category_id" are keys of `images` and `names`
+    names: dict[Any, str]  # keyed by category id, sorted by id, and with spaces instead of underscores
 
 
-def read_instances(file: Path, with_masks: bool = False, needs_pycocotools: bool = False) -> Instances:
+def read_coco_annotations(file: Path, with_masks: bool = False, needs_pycocotools: bool = False) -> CocoAnnotations:
     """Read a JSON file in COCO's format. Print a warning if several categories have the same name.
 
     Args:
-        with_masks: Keep the "segmentation" of each object. Polygons take up much memory.
+        with_masks: Keep the "segmentation" of each object, which takes up much memory.
 
     Raises:
         MissingFileError: pycocotools, which is required for masks and average precision, is not installed.
@@ -76,7 +76,7 @@ def read_instances(file: Path, with_masks: bool = False, needs_pycocotools: bool
                     "which does not exist"
                 )
     sizes = {image_id: _parse_image_size(file, image) for image_id, image in images.items()}
-    return Instances(file, images, sizes, data["annotations"], names)
+    return CocoAnnotations(file, images, sizes, data["annotations"], names)
 
 
 def _parse_category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -> dict[Any, str]:
@@ -93,13 +93,13 @@ def _parse_category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -
             from llm2clip.runs.ranks import print_once  # imports PyTorch
 
             print_once(
-                f"{file}: {count} categories have the name {name!r}. The model cannot distinguish them, so only the "
-                "first one can be predicted"
+                f"{file}: {count} categories have the name {name!r}. The model cannot distinguish the "
+                "categories, and always predicts the first category"
             )
     return names
 
 
-def find_instances_file(folder: Path) -> Path:
+def find_coco_annotations(folder: Path) -> Path:
     return find_first(folder, "annotations/instances_val2017.json", "instances_val2017.json")
 
 
@@ -110,7 +110,7 @@ def make_image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[Ima
         names.append(image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:]))
     folder = Path(find_image_folder(str(file), names, guess_folders(str(file), images)))
     refs: list[ImageRef] = [resolve_image(folder, name) for name in names]
-    check_files(refs, file)
+    check_image_files(refs, file)
     return refs
 
 
@@ -120,13 +120,13 @@ def _parse_image_size(file: Path, image: Mapping[str, Any]) -> tuple[int, int]:
     is_valid = isinstance(width, int) and isinstance(height, int) and min(width, height) > 0
     if not is_valid or width * height > MAX_PIXELS:
         raise DataFormatError(
-            f"{file}: image {image.get('id')} has width {width!r} and height {height!r}, but these must be positive "
-            f"integers, with at most {MAX_PIXELS:,} pixels in total"
+            f"{file}: image {image.get('id')} has width {width!r} and height {height!r}, but both must be positive "
+            f"integers, and the image must have at most {MAX_PIXELS:,} pixels"
         )
     return width, height
 
 
-def clip_box(file: Path, annotation: Mapping[str, Any], image_size: tuple[int, int]) -> list[float]:
+def get_clipped_box(file: Path, annotation: Mapping[str, Any], image_size: tuple[int, int]) -> list[float]:
     """Return an annotation's box as [left, top, right, bottom] in pixels, clipped to an image of (width, height)."""
     box: Any = annotation.get("bbox")
     is_valid = isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)
@@ -147,9 +147,9 @@ def clip_box(file: Path, annotation: Mapping[str, Any], image_size: tuple[int, i
 def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     """Decode polygons or COCO's run-length encoding (RLE) into a mask, bool of shape (height, width).
 
-    pycocotools does not validate its input: polygons far outside the image use unlimited memory, and masks with missing
-    run lengths contain uninitialised memory. Polygons are therefore checked before pycocotools decodes them, and RLE is
-    decoded without pycocotools. Invalid masks raise ValueError.
+    pycocotools does not validate masks: polygons far outside the image use unlimited memory, and masks with missing run
+    lengths contain uninitialised memory. The coordinates of polygons are therefore checked, and RLE is decoded without
+    pycocotools. Raise ValueError if the mask is invalid.
     """
     if isinstance(segmentation, list):
         from pycocotools import mask
@@ -175,9 +175,9 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
 def _decompress_run_lengths(data: bytes) -> list[int]:
     """Decode COCO's compressed run lengths (`rleFrString` in pycocotools' maskApi.c).
 
-    From the fourth run length on, the difference from the run length two positions earlier is stored instead. Each
-    number is a two's complement integer, split into groups of five bits, least significant group first. A sixth bit is
-    set in all groups except the last one of a number. The six bits, plus 48, are the ASCII code of a character.
+    From the fourth run length on, the difference from the run length two positions earlier is stored. Each number is a
+    two's complement integer, split into groups of five bits, least significant group first. A sixth bit is set in all
+    groups except the last group of a number. The six bits, plus 48, are the ASCII code of a character.
     """
     runs: list[int] = []
     value, shift = 0, 0
@@ -200,19 +200,19 @@ def _decompress_run_lengths(data: bytes) -> list[int]:
     return runs
 
 
-def read_boxes(file: Path, templates: Sequence[str] = ()) -> RegionData:
+def read_region_data(file: Path, templates: Sequence[str] = ()) -> RegionData:
     """Read boxes from a JSON file in COCO's format. Images without boxes are omitted.
 
     Boxes are clipped to the image. Crowd boxes and boxes smaller than a pixel are excluded. The default templates are
     OpenAI's prompt templates for ImageNet.
     """
-    instances = read_instances(file)
+    instances = read_coco_annotations(file)
     label_of_category = {category_id: label for label, category_id in enumerate(instances.names)}
     rows: dict[Any, list[tuple[list[float], int, float]]] = defaultdict(list)
     excluded: Counter[str] = Counter()
     for annotation in instances.annotations:
         image_id = annotation["image_id"]
-        box = clip_box(file, annotation, instances.sizes[image_id])
+        box = get_clipped_box(file, annotation, instances.sizes[image_id])
         if annotation.get("iscrowd"):
             excluded[CROWD] += 1
         elif min(box[2] - box[0], box[3] - box[1]) < MIN_SIDE:
@@ -241,32 +241,32 @@ def load_ov_coco_classes() -> dict[str, list[str]]:
     return {group: content[group] for group in ("novel", "base")}
 
 
-def read_objects(file: Path, templates: Sequence[str] = ()) -> DetectionData:
+def read_detection_data(file: Path, templates: Sequence[str] = ()) -> DetectionData:
     """Read all images and the objects of all categories from a JSON file in COCO's format."""
-    instances = read_instances(file, needs_pycocotools=True)
+    instances = read_coco_annotations(file, needs_pycocotools=True)
     return _select_objects(instances, list(instances.names), {}, templates, with_empty=True)
 
 
 def _select_objects(
-    instances: Instances,
+    instances: CocoAnnotations,
     category_ids: Sequence[Any],
     groups: Mapping[str, Sequence[str]],
     templates: Sequence[str] = (),
     with_empty: bool = False,
 ) -> DetectionData:
-    """Return the objects of the given categories and the images that contain them, or all images with `with_empty`.
+    """Return the objects of the given categories, and the images that contain the objects.
 
-    Boxes are clipped to the image, like predicted boxes. Objects whose clipped boxes are empty are excluded. Raise
-    DataFormatError if there are no objects other than crowds.
+    With `with_empty`, images without objects are also returned. Boxes are clipped to the image, like predicted boxes.
+    Objects whose clipped boxes are empty are excluded. Raise DataFormatError if there are no objects except crowds.
     """
     used_categories = set(category_ids)
     annotations = []
     for row in instances.annotations:
-        left, top, right, bottom = clip_box(instances.file, row, instances.sizes[row["image_id"]])
+        left, top, right, bottom = get_clipped_box(instances.file, row, instances.sizes[row["image_id"]])
         if row["category_id"] in used_categories and right > left and bottom > top:
             annotations.append({**row, "bbox": [left, top, right - left, bottom - top]})
     if all(row.get("iscrowd") for row in annotations):
-        problem = "only crowds" if annotations else "no objects of these classes"
+        problem = "only crowds" if annotations else "no objects of the selected classes"
         raise DataFormatError(f"{instances.file} contains {problem}, so the average precision is undefined")
     annotated = {row["image_id"] for row in annotations}
     image_ids = [image_id for image_id in instances.images if with_empty or image_id in annotated]
@@ -283,7 +283,7 @@ def _select_objects(
 
 
 def _read_ov_coco(folder: Path) -> DetectionData:
-    instances = read_instances(find_instances_file(folder), needs_pycocotools=True)
+    instances = read_coco_annotations(find_coco_annotations(folder), needs_pycocotools=True)
     groups = load_ov_coco_classes()
     names = [name for group in groups.values() for name in group]
     category_ids = {name: category_id for category_id, name in instances.names.items()}
@@ -295,8 +295,9 @@ def _read_ov_coco(folder: Path) -> DetectionData:
     return _select_objects(instances, [category_ids[name] for name in names], groups)
 
 
+LVIS_FILES = ("annotations/lvis_v1_val.json", "lvis_v1_val.json")
 READERS = {
-    "coco-boxes": lambda folder: read_boxes(find_instances_file(folder)),
-    "lvis-boxes": lambda folder: read_boxes(find_first(folder, "annotations/lvis_v1_val.json", "lvis_v1_val.json")),
+    "coco-boxes": lambda folder: read_region_data(find_coco_annotations(folder)),
+    "lvis-boxes": lambda folder: read_region_data(find_first(folder, *LVIS_FILES)),
     "ov-coco": _read_ov_coco,
 }

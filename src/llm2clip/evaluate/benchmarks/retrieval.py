@@ -1,9 +1,9 @@
-"""Retrieval with English captions (Flickr30k, COCO, Flickr8k, ShareGPT4V-1k, Urban-1k and DOCCI) and with captions in
-other languages (Flickr30k-CN, COCO-CN, Crossmodal-3600 and XTD10).
+"""Readers of retrieval benchmarks with English captions (Flickr30k, COCO, Flickr8k, ShareGPT4V-1k, Urban-1k and DOCCI)
+and with captions in other languages (Flickr30k-CN, COCO-CN, Crossmodal-3600 and XTD10).
 
-For each language, all test images and captions form a single pool, which is ranked by cosine similarity, without
-prompts. In image-to-text retrieval (I2T), a query is correct if any of the image's captions is in the top k. VSE++
-(arXiv 1707.05612) and CLIP (arXiv 2103.00020) use this protocol.
+For each language, all test images and captions are ranked by cosine similarity in a single pool, without prompts. In
+image-to-text retrieval (I2T), a query is correct if any of the image's captions is in the top k. VSE++ (arXiv
+1707.05612) and CLIP (arXiv 2103.00020) use the same protocol.
 
 Flickr30k, COCO and Flickr8k use Karpathy's test splits (arXiv 1412.2306). COCO's 5,000 test images have five to seven
 captions each. All 25,010 captions are used, whereas code derived from VSE++ uses only the first five captions of each
@@ -22,14 +22,14 @@ from llm2clip.data.image_refs import ImageRef, MemoryImage
 from llm2clip.data.records import Record
 from llm2clip.evaluate.benchmarks.base import (
     CaptionFields,
-    find_coco_roots,
+    find_coco_folders,
     make_captioned_records,
     resolve_image,
 )
 from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, read_json, read_jsonl, read_lines
 
 SHAREGPT4V_FILE = "share-captioner_coco_lcs_sam_1246k_1107.json"
-READ_SIZE = 1 << 25  # in characters; the first 1,000 records of ShareGPT4V have about 2 million characters
+READ_SIZE = 1 << 25  # in characters, enough for the first 1,000 records of ShareGPT4V (about 2 million characters)
 XTD10_FILES = {
     **{f"XTD10/test_1kcaptions_{name}.txt": name for name in ("es", "it", "ko", "pl", "ru", "tr", "zh")},
     **{f"MIC/test_1kcaptions_{name}.txt": name for name in ("en", "de", "fr")},
@@ -38,7 +38,7 @@ XTD10_FILES = {
 
 
 def _read_karpathy(folder: Path, name: str, image_dir: Path) -> CaptionFields:
-    """Read the test split of Karpathy's `dataset_NAME.json`; see `llm2clip.data.formats.text_files`."""
+    """Read the test split of Karpathy's `dataset_NAME.json` (see `KarpathyImage`)."""
     file = find_first(folder, f"dataset_{name}.json", f"annotations/dataset_{name}.json")
     images = [KarpathyImage.parse(row) for row in read_json(file)["images"]]
     pairs = [(resolve_image(image_dir, image.name), image.captions) for image in images if image.split == "test"]
@@ -68,7 +68,7 @@ def read_first_json_objects(file: Path, count: int) -> list[dict[str, Any]]:
 
 
 def _read_sharegpt4v(folder: Path) -> CaptionFields:
-    """Read the first 1,000 records. Their images are from SA-1B and must be in `sam/images/`.
+    """Read the first 1,000 records, whose images are from SA-1B and must be in `sam/images/`.
 
     As in Long-CLIP (arXiv 2403.15378), the caption is `conversations[1].value` with newlines replaced by spaces.
     """
@@ -104,7 +104,7 @@ def _read_docci(folder: Path) -> CaptionFields:
 
 
 def _read_chinese_clip(folder: Path) -> CaptionFields:
-    """Read a benchmark in Chinese-CLIP's format (arXiv 2211.01335): {"text", "image_ids"} and "ID<tab>BASE64"."""
+    """Read Chinese-CLIP's format (arXiv 2211.01335), with texts {"text", "image_ids"} and images "ID<tab>BASE64"."""
     texts, images = folder / "test_texts.jsonl", folder / "test_imgs.tsv"
     captions: dict[str, list[str]] = {}
     for number, row in read_jsonl(texts):
@@ -152,7 +152,7 @@ def _read_xtd10(folder: Path) -> CaptionFields:
     refs = []
     for name in names:
         split = "train2014" if "train2014" in name else "val2014"
-        root = next((root for root in find_coco_roots(folder) if (root / split / name).is_file()), folder)
+        root = next((root for root in find_coco_folders(folder) if (root / split / name).is_file()), folder)
         refs.append(resolve_image(root, f"{split}/{name}"))
     fields: dict[str, list[Record]] = {}
     for name, language in XTD10_FILES.items():

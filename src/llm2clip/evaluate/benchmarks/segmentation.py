@@ -1,9 +1,11 @@
-"""Zero-shot semantic segmentation with SCLIP's protocol, on SCLIP's datasets or on the user's images.
+"""Readers of segmentation benchmarks with SCLIP's protocol: SCLIP's datasets and the user's images.
 
 SCLIP (arXiv 2312.01597, github.com/wangf3014/SCLIP) resizes the shorter side of each image to 336 pixels (COCO-Stuff:
-448, Cityscapes: 560) and slides a window of 224 pixels over it. Here, the window has the vision tower's training
-resolution, and the image sizes are scaled accordingly. In datasets with a background class, a softmax over all names
-yields probabilities, and pixels without a probable class are assigned to the background.
+448, Cityscapes: 560) and slides a window of 224 pixels over the image. In llm2clip, the window has the vision tower's
+training resolution, and the image sizes are scaled accordingly.
+
+In datasets with a background class, a softmax over all names yields probabilities, and pixels without a probable class
+are assigned to the background.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,28 +22,28 @@ from llm2clip.evaluate.benchmarks.base import (
     IGNORED,
     ImageId,
     SegmentationData,
-    check_files,
+    check_image_files,
     resolve_image,
 )
 from llm2clip.evaluate.benchmarks.classification import IMAGE_SUFFIXES, get_imagenet_templates
 from llm2clip.evaluate.benchmarks.coco_instances import (
-    Instances,
+    CocoAnnotations,
     decode_mask,
-    find_instances_file,
+    find_coco_annotations,
     make_image_refs,
-    read_instances,
+    read_coco_annotations,
 )
-from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, read_lines
+from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, format_count, read_lines
 
 CLASSES_FILE = "classes.txt"
 BACKGROUND = "background"  # name of the first class in `CLASSES_FILE` if the dataset has a background
 _WITH_BACKGROUND: dict[str, Any] = {"has_background": True, "logit_scale": 50, "min_probability": 0.1}
 _INVALID = -1  # label table entry for invalid pixel values
-# Ids of Cityscapes' 19 evaluated classes, in the order of their train ids (github.com/mcordts/cityscapesScripts,
-# helpers/labels.py).
+# Ids of Cityscapes' 19 evaluated classes, in the order of the train ids.
+# Source: helpers/labels.py in github.com/mcordts/cityscapesScripts
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-# Pixel values (category ids minus one) that do not occur in COCO-Stuff's PNGs because COCO removed these object classes
-# (github.com/nightrome/cocostuff, labels.txt).
+# Category ids, minus one, of the object classes that COCO removed and that do not occur in COCO-Stuff's PNGs.
+# Source: labels.txt in github.com/nightrome/cocostuff
 _COCO_REMOVED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
 
 
@@ -53,9 +55,9 @@ def read_class_names(name: str) -> list[list[str]]:
 
 def read_coco_masks(file: Path, templates: Sequence[str]) -> SegmentationData:
     """Read a JSON file in COCO's format with segmentation masks."""
-    instances = read_instances(file, with_masks=True)
+    instances = read_coco_annotations(file, with_masks=True)
     names = [[class_name] for class_name in instances.names.values()]
-    return _build_from_instances(instances, names, templates or get_imagenet_templates())
+    return _build_from_masks(instances, names, templates or get_imagenet_templates())
 
 
 def read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData:
@@ -66,13 +68,13 @@ def read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData
     """
     classes_file = find_first(folder, CLASSES_FILE)
     try:
-        # Keep empty lines between classes, which would shift the class indices and are reported as errors below.
+        # Empty lines are not dropped, because every line defines a class index.
         lines = classes_file.read_text(encoding="utf-8").rstrip().split("\n")
     except UnicodeDecodeError as error:
         raise DataFormatError(f"{classes_file}: not UTF-8 text ({error})") from error
     names = [[name.strip() for name in line.split(",")] for line in lines]
     if len(names) > IGNORED or not all(all(class_names) for class_names in names):
-        raise DataFormatError(f"{classes_file} must contain 1 to {IGNORED} lines, one per class")
+        raise DataFormatError(f"{classes_file} must contain 1 to {IGNORED} lines, one per class, without empty names")
     image_dir, label_dir = find_first(folder, "images"), find_first(folder, "masks")
     image_of_stem: dict[str, FileImage] = {}
     for file in sorted(image_dir.iterdir()):
@@ -83,14 +85,15 @@ def read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData
     label_files = sorted(label_dir.glob("*.png"))
     without_image = [file for file in label_files if file.stem not in image_of_stem]
     if without_image:
-        raise MissingFileError(f"{image_dir} has no image for {len(without_image):,} masks, e.g. {without_image[0]}")
+        count = format_count(len(without_image), "mask")
+        raise MissingFileError(f"{image_dir} has no image for {count}, e.g. {without_image[0]}")
     table = _make_label_table({value: value for value in range(len(names))})
     has_background = names[0] == [BACKGROUND]
     if has_background:
         names[0] = read_class_names("background")[0]
     images = [image_of_stem[file.stem] for file in label_files]
     protocol = _WITH_BACKGROUND if has_background else {}
-    return _build_from_files(images, label_files, table, label_dir, names, templates, **protocol)
+    return _build_from_label_files(images, label_files, table, label_dir, names, templates, **protocol)
 
 
 def _make_label_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -> np.ndarray:
@@ -108,18 +111,18 @@ def _read_label_file(file: Path, table: np.ndarray) -> np.ndarray:
         with Image.open(file, formats=["PNG"]) as image:
             mode, values = image.mode, np.asarray(image)
     except Exception as error:  # Pillow can raise almost any exception for a corrupt file
-        raise DataFormatError(f"{file}: unreadable label file: {error!r}") from error
+        raise DataFormatError(f"{file}: cannot read the label file ({error!r})") from error
     if mode not in ("L", "P"):
         raise DataFormatError(f"{file}: label files must have one 8-bit channel (got mode {mode})")
     labels = table[values]
     is_invalid = labels == _INVALID
     if is_invalid.any():
         value = values[is_invalid].flat[0]
-        raise DataFormatError(f"{file} contains the label {value}, which does not exist in this dataset")
+        raise DataFormatError(f"{file} contains the label {value}, which does not exist in the dataset")
     return labels.astype(np.uint8)
 
 
-def _build_from_files(
+def _build_from_label_files(
     images: Sequence[FileImage],
     label_files: Sequence[Path],
     table: np.ndarray,
@@ -132,8 +135,8 @@ def _build_from_files(
     if not images:
         raise MissingFileError(f"{source} contains no images")
     refs: list[ImageRef] = [*images]
-    check_files(refs, source)
-    check_files([FileImage(str(file)) for file in label_files], source)
+    check_image_files(refs, source)
+    check_image_files([FileImage(str(file)) for file in label_files], source)
 
     def read_labels(index: int) -> np.ndarray:
         return _read_label_file(label_files[index], table)
@@ -153,29 +156,29 @@ def _read_voc(folder: Path, with_background: bool) -> SegmentationData:
     names = read_class_names("voc20")
     if not with_background:
         table = _make_label_table({value: value - 1 for value in range(1, 21)}, ignored=[0])
-        return _build_from_files(images, label_files, table, split_file, names)
+        return _build_from_label_files(images, label_files, table, split_file, names)
     table = _make_label_table({value: value for value in range(21)})
     names = [*read_class_names("background"), *names]
     protocol = {**_WITH_BACKGROUND, "logit_scale": 65, "min_area": 0.1}
-    return _build_from_files(images, label_files, table, split_file, names, **protocol)
+    return _build_from_label_files(images, label_files, table, split_file, names, **protocol)
 
 
 def _read_coco_object(folder: Path) -> SegmentationData:
-    instances = read_instances(find_instances_file(folder), with_masks=True)
+    instances = read_coco_annotations(find_coco_annotations(folder), with_masks=True)
     names = read_class_names("coco_object")
     if len(instances.names) != len(names):
         raise DataFormatError(f"{instances.file} has {len(instances.names)} categories, but COCO has {len(names)}")
-    return _build_from_instances(instances, names, get_imagenet_templates())
+    return _build_from_masks(instances, names, get_imagenet_templates())
 
 
-def _build_from_instances(instances: Instances, names: list[list[str]], templates: Sequence[str]) -> SegmentationData:
+def _build_from_masks(instances: CocoAnnotations, names: list[list[str]], templates: Sequence[str]) -> SegmentationData:
     """Return a dataset whose labels come from the object masks. Pixels outside all masks are background.
 
     Pixels that belong to several objects get the label of the smallest object. `names` are sorted by category id.
     """
     file = instances.file
     if len(names) >= IGNORED:
-        raise DataFormatError(f"{file} has {len(names)} categories; segmentation supports at most {IGNORED - 1}")
+        raise DataFormatError(f"{file} has {len(names)} categories, but segmentation supports at most {IGNORED - 1}")
     label_of_category = {category_id: label for label, category_id in enumerate(instances.names, 1)}
     sizes = list(instances.sizes.values())
     objects: dict[ImageId, list[dict[str, Any]]] = {image_id: [] for image_id in instances.images}
@@ -214,7 +217,7 @@ def _read_coco_stuff(folder: Path) -> SegmentationData:
     images = [resolve_image(image_dir, f"{file.stem}.jpg") for file in label_files]
     values = [value for value in range(182) if value not in _COCO_REMOVED]
     table = _make_label_table({value: label for label, value in enumerate(values)})
-    return _build_from_files(images, label_files, table, label_dir, read_class_names("coco_stuff"), scale=2.0)
+    return _build_from_label_files(images, label_files, table, label_dir, read_class_names("coco_stuff"), scale=2.0)
 
 
 def _read_ade20k(folder: Path) -> SegmentationData:
@@ -223,7 +226,7 @@ def _read_ade20k(folder: Path) -> SegmentationData:
     label_files = sorted(label_dir.glob("*.png"))
     images = [resolve_image(root / "images" / "validation", f"{file.stem}.jpg") for file in label_files]
     table = _make_label_table({value: value - 1 for value in range(1, 151)}, ignored=[0])
-    return _build_from_files(images, label_files, table, label_dir, read_class_names("ade20k"))
+    return _build_from_label_files(images, label_files, table, label_dir, read_class_names("ade20k"))
 
 
 def _read_cityscapes(folder: Path) -> SegmentationData:
@@ -235,7 +238,7 @@ def _read_cityscapes(folder: Path) -> SegmentationData:
         images.append(resolve_image(folder / "leftImg8bit" / "val", f"{file.parent.name}/{name}"))
     others = [value for value in range(34) if value not in _CITYSCAPES_IDS]
     table = _make_label_table({value: label for label, value in enumerate(_CITYSCAPES_IDS)}, ignored=others)
-    return _build_from_files(images, label_files, table, label_dir, read_class_names("cityscapes"), scale=2.5)
+    return _build_from_label_files(images, label_files, table, label_dir, read_class_names("cityscapes"), scale=2.5)
 
 
 READERS = {
