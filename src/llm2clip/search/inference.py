@@ -60,7 +60,7 @@ class Limits:
     max_queue: int = 512  # requests, texts, images and heat maps in progress; others are rejected with status 429
     timeout: float = 30.0  # seconds per request; slower requests fail with status 504
     batch_size: int = 32  # number of texts or images per forward pass
-    max_connections: int = 512  # beyond this number, the server aborts the oldest idle connection
+    max_connections: int = 512  # beyond this number, the server aborts idle connections
     idle_timeout: float = 10.0  # seconds to wait for request headers, or for a client to read more of a response
 
 
