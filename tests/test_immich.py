@@ -214,7 +214,7 @@ def make_clip(kind: str, name: str = MODEL_NAME) -> str:
         ({"entries": make_clip("textual"), "text": "a" * (MAX_TEXT_LENGTH + 1)}, None, 422, "at most 20000"),
         ({"entries": make_clip("textual")}, b"x", 422, "the type must be `visual` for an image"),
         ({"entries": make_clip("visual"), "text": "a"}, None, 422, "and `textual` for a text"),
-        ({"text": "a"}, None, 422, "entries: Field required"),
+        ({"text": "a"}, None, 422, "body.entries: Field required"),
         ({"entries": "{", "text": "a"}, None, 422, "JSON"),
         ({"entries": "[" * 500_000, "text": "a"}, None, 422, "JSON"),
         ({"entries": "[]", "text": "a"}, None, 422, "entries"),

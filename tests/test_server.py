@@ -314,9 +314,11 @@ def decompression_bomb(side: int) -> bytes:
         ("/search", {"texts": [" \n"], "filter": {"path": "a"}}, 422, "the text is empty"),
         ("/search", {"texts": ["a"], "offset": 10**6}, 422, "less than or equal to 10000"),
         ("/embed", {"input": ["a"] * (MAX_TEXTS + 1)}, 422, "at most 256"),
+        ("/embed", {"input": [[1, 2]]}, 422, "body.input.0: Input should be a valid string"),
+        ("/embed", ["a"], 422, "the body must be a JSON object, sent with the header Content-Type: application/json"),
         ("/embed", {"input": "a", "dimensions": 17}, 422, "cannot be truncated to 17"),
         ("/embed", {"input": [data_uri(b"x")] * 33}, 422, "the request contains 33 images, but the limit is 32"),
-        ("/embed", {"input": ["a"] * 10_000}, 422, "at most 256"),
+        ("/embed", {"input": ["a"] * 10_000}, 422, "body.input: List should have at most 256 items"),
         ("/embed", {"input": "https://example.com/a.png", "modality": "image"}, 422, "URLs are not downloaded"),
         ("/embed", {"input": data_uri(b"x"), "modality": "text"}, 422, "'text': it is a data URI of an image"),
         ("/embed", {"model": "a"}, 422, "either `input` or `messages`"),
@@ -337,12 +339,20 @@ def decompression_bomb(side: int) -> bytes:
         ("/embed", {"messages": [[user([{"type": "text", "text": "a"}] * 2)]] * 256}, 422, "512 texts, but the limit"),
     ],
 )
-def test_invalid_requests_are_explained(
-    client: TestClient, path: str, body: dict[str, Any], code: int, message: str
-) -> None:
+def test_invalid_requests_are_explained(client: TestClient, path: str, body: Any, code: int, message: str) -> None:
     response = client.post(path, json=body)
     assert response.status_code == code, response.text
-    assert message in response.json()["error"]["message"]
+    error = response.json()["error"]["message"]
+    assert message in error and "function-after" not in error
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"), [("{", "application/json"), ('{"input": "a"}', "text/plain"), ("", "")]
+)
+def test_requests_without_json_are_explained(client: TestClient, body: str, content_type: str) -> None:
+    response = client.post("/embed", content=body, headers={"content-type": content_type})
+    assert response.status_code == 422
+    assert response.json()["error"]["message"].startswith("the body must be a JSON object, sent with the header")
 
 
 @pytest.mark.parametrize(

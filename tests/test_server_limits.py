@@ -1,10 +1,11 @@
 """Limits of the server on memory and connections, with clients that behave badly on real sockets."""
 
 import asyncio
-import http.client
 import io
 import json
+import select
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -35,12 +36,13 @@ from llm2clip.search.middleware import (
 from llm2clip.search.schemas import EmbedRequest, SearchRequest
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Deadline, DeadlineExceeded, FairSemaphore, current_deadline
-from search_fixtures import create_patient_app, make_index, running_server
+from search_fixtures import create_patient_app, make_index, running_server, wait_until
 
 BASE_URL = "http://localhost"
 HALF_HEADERS = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 REQUEST_WITHOUT_BODY = b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
 SHORT_TIMEOUT = 0.05  # seconds
+needs_loopback_addresses = pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is not a loopback address")
 
 
 @contextmanager
@@ -79,14 +81,9 @@ def read_all(client: socket.socket) -> bytes:
     return b"".join(pieces)
 
 
-def get_status(address: tuple[str, int], source: str = "127.0.0.1") -> int:
-    """Request /health on a new connection, and return the status code."""
-    connection = http.client.HTTPConnection(*address, timeout=HANG_TIMEOUT, source_address=(source, 0))
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status
-    finally:
-        connection.close()
+def count_open(clients: list[socket.socket]) -> int:
+    """Return the number of connections that the server has neither closed nor aborted. No response may be unread."""
+    return len(clients) - len(select.select(clients, [], [], 0)[0])
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -242,19 +239,61 @@ def test_a_new_connection_replaces_an_idle_one(dual_encoder: DualEncoder) -> Non
     with limited_server(dual_encoder, max_connections=3) as address, ExitStack() as stack:
         busy = stack.enter_context(start_request(address))
         idle = [stack.enter_context(connect(address, HALF_HEADERS)) for _ in range(2)]
-        assert get_status(address) == 200
+        new = stack.enter_context(start_request(address))
         assert read_all(idle[0]) == b""  # the oldest idle connection was aborted
-        busy.sendall(b"123456789")
-        assert busy.recv(1000).startswith(b"HTTP/1.1 422")
+        for client in (busy, new):
+            client.sendall(b"123456789")
+            assert client.recv(1000).startswith(b"HTTP/1.1 422")
 
 
-def test_a_new_connection_does_not_replace_a_busy_one(dual_encoder: DualEncoder) -> None:
+@pytest.mark.parametrize("data", [b"", REQUEST_WITHOUT_BODY])
+def test_a_new_connection_does_not_replace_a_busy_one(dual_encoder: DualEncoder, data: bytes) -> None:
     with limited_server(dual_encoder, max_connections=3) as address, ExitStack() as stack:
         busy = [stack.enter_context(start_request(address)) for _ in range(3)]
-        new = stack.enter_context(connect(address, b""))
-        assert read_all(new) == b""  # a new connection is idle
-        busy[0].sendall(b"123456789")
-        assert busy[0].recv(1000).startswith(b"HTTP/1.1 422")
+        new = stack.enter_context(connect(address, data))
+        read_all(new)  # until the new connection is aborted
+        for client in busy:
+            client.sendall(b"123456789")
+            assert client.recv(1000).startswith(b"HTTP/1.1 422")
+
+
+@needs_loopback_addresses
+def test_idle_connections_are_aborted_at_the_address_with_the_most(dual_encoder: DualEncoder) -> None:
+    attackers = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
+    with limited_server(dual_encoder, max_connections=8) as address, ExitStack() as stack:
+        honest = [stack.enter_context(connect(address, HALF_HEADERS)) for _ in range(2)]  # the oldest connections
+        silent = [stack.enter_context(connect(address, b"", source)) for source in attackers for _ in range(10)]
+        wait_until(lambda: count_open(honest + silent) == 8)
+        assert [count_open(silent[start : start + 10]) for start in (0, 10, 20)] == [2, 2, 2]
+        for client in honest:
+            client.sendall(b"\r\n")
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_requests_among_many_silent_connections_of_the_same_address_are_answered(dual_encoder: DualEncoder) -> None:
+    """While the event loop is busy, more connections arrive than the server keeps open."""
+    app = create_patient_app(dual_encoder, idle_timeout=HANG_TIMEOUT, max_connections=8)
+    is_blocked, resume = threading.Event(), threading.Event()
+
+    async def block() -> None:
+        is_blocked.set()
+        resume.wait(HANG_TIMEOUT)
+
+    app.add_api_route("/block", block)
+    connection_class = make_connection_class(app.state.service.limits)
+    with running_server(app, http=connection_class, ws="none") as url, ExitStack() as stack:
+        address = (str(urlsplit(url).hostname), int(urlsplit(url).port or 0))
+        blocking = stack.enter_context(connect(address, b"GET /block HTTP/1.1\r\nHost: localhost\r\n\r\n"))
+        assert is_blocked.wait(HANG_TIMEOUT)
+        clients = []
+        for n in range(50):
+            data = HALF_HEADERS + b"\r\n" if n % 10 == 0 else b""
+            clients.append(stack.enter_context(connect(address, data)))
+        resume.set()
+        for client in (blocking, *clients[::10]):
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        silent = [client for n, client in enumerate(clients) if n % 10]
+        wait_until(lambda: count_open(silent) == 8 - 5)  # the connections of the five requests are still open
 
 
 def test_transfer_encoding_with_content_length_is_rejected(dual_encoder: DualEncoder) -> None:

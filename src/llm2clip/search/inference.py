@@ -59,7 +59,7 @@ class Limits:
     max_queue: int = 512  # maximum number of items in each queue; further items are rejected with status 429
     timeout: float = 30.0  # time limit per request, in seconds; slower requests fail with status 504
     batch_size: int = 32  # number of texts or images per forward pass
-    max_connections: int = 512  # if there are more connections, the server aborts the oldest idle connection
+    max_connections: int = 512  # if there are more connections, the server aborts idle connections
     idle_timeout: float = 10.0  # seconds to wait for request headers, or for a client to read more of a response
 
 

@@ -28,6 +28,7 @@ COUNTED_METHODS = ("GET", "POST", "HEAD", "OPTIONS")
 MAX_JSON_VALUES = 200_000
 CHUNK_SIZE = 64 << 10  # size of the chunks in which response bodies are sent, in bytes
 ALWAYS_ACCEPTED = 64 << 10  # in bytes; requests up to this size are accepted even if the budget is exhausted
+GRACE_PERIOD = 0.01  # in seconds; time in which the server reads what new clients send, before it aborts connections
 # Page for browsers that have not sent the token. Its CSS is inline, because all other files require the token.
 TOKEN_PAGE = Path(__file__).parent / "static" / "token.html"
 TOKEN_PAGE_POLICY = (
@@ -296,20 +297,20 @@ class LimitedConnection(H11Protocol):
     """
 
     limits: Limits
-    opened: dict[LimitedConnection, None]  # open connections, oldest first
+    idle: dict[str, dict[LimitedConnection, None]]  # by address, in the order in which the connections became idle
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._address = self.client[0] if self.client else ""
         self._timer: asyncio.TimerHandle | None = None
-        self.opened[self] = None
         self._update_timer()
         if len(self.connections) > self.limits.max_connections:
-            self._abort_one_connection()
+            self.loop.call_later(GRACE_PERIOD, self._enforce_limit)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._stop_timer()
-        self._unregister()
+        self._set_idle(False)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -327,11 +328,10 @@ class LimitedConnection(H11Protocol):
         super().resume_writing()
         self._update_timer()
 
-    def _is_idle(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
-
     def _update_timer(self) -> None:
-        if not (self._is_idle() or self.flow.write_paused):
+        is_idle = self.cycle is None or self.cycle.response_complete
+        self._set_idle(is_idle)
+        if not (is_idle or self.flow.write_paused):
             self._stop_timer()
         elif self._timer is None:
             self._timer = self.loop.call_later(self.limits.idle_timeout, self.transport.abort)
@@ -341,18 +341,27 @@ class LimitedConnection(H11Protocol):
             self._timer.cancel()
             self._timer = None
 
-    def _abort_one_connection(self) -> None:
-        """Abort the oldest idle connection, which may be the new one. If none is idle, abort the oldest connection."""
-        oldest = next(iter(self.opened))
-        connection = next((connection for connection in self.opened if connection._is_idle()), oldest)
-        connection._unregister()  # connection_lost is called later, possibly after another connection is made
-        connection.transport.abort()
+    def _set_idle(self, is_idle: bool) -> None:
+        connections = self.idle.setdefault(self._address, {})
+        if is_idle:
+            connections.setdefault(self)
+        else:
+            connections.pop(self, None)
+        if not connections:
+            del self.idle[self._address]
 
-    def _unregister(self) -> None:
-        self.connections.discard(self)
-        self.opened.pop(self, None)
+    def _enforce_limit(self) -> None:
+        """Abort idle connections until there are not too many. If none is idle, abort this new connection."""
+        while self in self.connections and len(self.connections) > self.limits.max_connections:
+            # Attackers open many connections and stay silent. Other clients have few connections and send a request at
+            # once, so their connections remain open even if they share the attackers' address.
+            connections = max(self.idle.values(), key=len, default={self: None})
+            connection = next(iter(connections))
+            self.connections.discard(connection)  # connection_lost is called only after this loop
+            connection._set_idle(False)
+            connection.transport.abort()
 
 
 def make_connection_class(limits: Limits) -> type[LimitedConnection]:
     """Return a connection class with the given limits, for uvicorn's `http` setting."""
-    return type("LimitedConnection", (LimitedConnection,), {"limits": limits, "opened": {}})
+    return type("LimitedConnection", (LimitedConnection,), {"limits": limits, "idle": {}})

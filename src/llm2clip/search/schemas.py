@@ -89,6 +89,8 @@ Item = TypeVar("Item")
 # Without `fail_fast`, pydantic would create an error object for every invalid item of a long list.
 Items = Annotated[list[Item], Field(fail_fast=True)]
 QueryItems = Annotated[Items[Item], Field(max_length=MAX_IMAGES)]
+Inputs = Annotated[Items[TextOrDataUri], Field(min_length=1, max_length=MAX_TEXTS)]
+parse_input, parse_inputs = TypeAdapter(TextOrDataUri | None).validate_python, TypeAdapter(Inputs).validate_python
 
 
 class StrictModel(BaseModel):
@@ -284,7 +286,10 @@ def _parse_messages(value: Any, parse: Callable[[Any], Any]) -> Any:
 class EmbedRequest(BaseModel):
     """A request in the format of OpenAI's embeddings API, with `messages` as in vLLM and `modality` as in Infinity."""
 
-    input: TextOrDataUri | Annotated[Items[TextOrDataUri], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
+    input: Annotated[
+        TextOrDataUri | Inputs | None,  # pydantic would report the errors of all these types
+        WrapValidator(lambda value, _: parse_inputs(value) if isinstance(value, list) else parse_input(value)),
+    ] = None
     messages: (
         Annotated[Items[Conversation], Field(min_length=1, max_length=MAX_TEXTS), WrapValidator(_parse_messages)] | None
     ) = Field(None, description="conversations to embed instead of `input`, each with a single message")
@@ -426,8 +431,12 @@ def make_client_message(error: Exception, app: FastAPI) -> str:
         problems = []
         for problem in error.errors()[:3]:
             field = ".".join(str(part) for part in problem["loc"])
-            problems.append(f"{field}: {problem['msg']}" if field else problem["msg"])
-        return to_valid_unicode("; ".join(problems))[:MAX_MESSAGE_LENGTH]
+            is_object = field != "body" or problem["type"] not in ("missing", "model_attributes_type")
+            if problem["msg"] == "JSON decode error" or not is_object:
+                problems.append("the body must be a JSON object, sent with the header Content-Type: application/json")
+            else:
+                problems.append(f"{field}: {problem['msg']}" if field else problem["msg"])
+        return to_valid_unicode("; ".join(dict.fromkeys(problems)))[:MAX_MESSAGE_LENGTH]
     if not isinstance(error, tuple(STATUS_CODES)):
         logger.error("internal error", exc_info=error)
         return "internal error; see the server's log"
