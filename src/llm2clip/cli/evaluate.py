@@ -36,7 +36,7 @@ def add_commands(commands: Commands) -> None:
         nargs="*",
         type=str,
         default=[],
-        help=f"{DATA_HELP} For a source without splits, the images that `fit` would hold out are used.",
+        help=f"{DATA_HELP} Of a source without splits, only the images that `fit` would hold out are used.",
     )
     parser.add_argument("--baselines", nargs="+", type=str, help="Other models to compare with.")
     add_flags(parser, EvaluateOptions, skip={"columns", "max_skipped"})

@@ -61,7 +61,7 @@ def add_commands(commands: Commands) -> None:
         type=str,
         help="Base folder for relative image paths in LLaVA's JSON files. Default: the folder of each JSON file.",
     )
-    parser.add_argument("--out", type=str, required=True, help="Run directory; the result is OUT/model.")
+    parser.add_argument("--out", type=str, required=True, help="Run directory. The trained model is in OUT/model.")
     add_reading_arguments(parser)
     parser.add_class_arguments(LlavaConfig, "llava")
 

@@ -75,21 +75,21 @@ def _add_tune(commands: Commands) -> None:
         help="Caption sources; images are not needed. In a source without splits, the captions of images that `fit` "
         "would hold out are skipped.",
     )
-    parser.add_argument("--out", type=str, required=True, help="Output folder; the result is OUT/encoder.")
+    parser.add_argument("--out", type=str, required=True, help="Output folder. The tuned encoder is in OUT/encoder.")
     add_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(TuneConfig, "tune")
 
 
 def _add_embed(commands: Commands) -> None:
-    parser = commands.add("embed", _embed, "Encode every caption in DATA once and write the embeddings to a store.")
+    parser = commands.add("embed", _embed, "Encode every caption in DATA once, and write the embeddings to a store.")
     parser.add_argument("data", nargs="+", type=str, help="Caption sources; images are not needed.")
     parser.add_argument("--out", type=str, required=True, help="Store folder.")
     parser.add_argument(
         "--engine",
         choices=["local", "ray"],
         default="local",
-        help="local: run in this process, or in all ranks started by torchrun or accelerate. ray: use a Ray cluster.",
+        help="local: use this process, or all ranks started by torchrun or accelerate. ray: use a Ray cluster.",
     )
     parser.add_argument(
         "--ray_workers",
@@ -101,7 +101,7 @@ def _add_embed(commands: Commands) -> None:
         "--phrases",
         type=bool,
         default=True,
-        help="Also encode the short phrases in DATA, which `align` uses for training by default. Reads all captions "
+        help="Also encode short phrases, such as 'red hat', on which `align` trains by default. Reads all captions "
         "into memory.",
     )
     add_reading_arguments(parser)
@@ -127,7 +127,7 @@ def _add_align(commands: Commands) -> None:
         help="Store for image features of the frozen tower (--align.tower_lr 0), which several runs can share. "
         "Default: a folder in OUT.",
     )
-    parser.add_argument("--out", type=str, required=True, help="Output folder; the result is OUT/model.")
+    parser.add_argument("--out", type=str, required=True, help="Output folder. The trained model is in OUT/model.")
     add_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(AlignConfig, "align")
@@ -158,7 +158,7 @@ def _add_distill(commands: Commands) -> None:
         help="Store with caption embeddings from the teacher's encoder. Only texts that are not in the store are "
         "encoded. Default: the store next to the model, if there is one.",
     )
-    parser.add_argument("--out", type=str, required=True, help="Output folder; the result is OUT/model.")
+    parser.add_argument("--out", type=str, required=True, help="Output folder. The trained model is in OUT/model.")
     add_reading_arguments(parser)
     parser.add_class_arguments(DistillConfig, "distill")
     parser.add_class_arguments(EvaluateConfig, "evaluate")
@@ -196,7 +196,7 @@ def _fit(args: Namespace) -> list[str]:
 
 
 def _check_resources(run: Run, records: RecordTable | None) -> list[str]:
-    """On the main process, check the resources for a model that is not yet trained. Return warnings to print."""
+    """Check disk space and memory for a model that is not yet trained. Return warnings to print."""
     from llm2clip.runs.ranks import process_state
     from llm2clip.tools.plan import check_resources
 
@@ -274,7 +274,7 @@ def _distill(args: Namespace) -> list[str]:
 def _format_next_commands(
     model: Path, args: Namespace, *flags: str, index_data: Sequence[str] | None = None
 ) -> list[str]:
-    """Return hints about the next commands. `flags` are additional arguments of `evaluate`."""
+    """Format the commands to run next. `flags` are additional arguments for `evaluate`."""
     index_data = index_data or _format_index_data(args)
     index = model.parent / "index"
     return [
@@ -286,12 +286,12 @@ def _format_next_commands(
 
 
 def _format_index_data(args: Namespace) -> list[str]:
-    """Return the sources that `index` can read, and the flags for their columns."""
+    """Return the sources that `index` can read, and the --columns flag."""
     return [*list_local_sources(args.data), *format_column_flags(args.columns)]
 
 
 def _make_encoder_flags(encoder: EncoderConfig) -> list[str]:
-    """Return the --encoder flags that are needed to use a store of this encoder."""
+    """Return the --encoder flags that `align` needs for a store created with this encoder."""
     flags = []
     for name, value in vars(encoder).items():
         if name == "path":
