@@ -76,11 +76,11 @@ def onednn_matmul() -> Iterator[None]:
     """Compute float32 matmuls on the CPU with oneDNN instead of MKL if oneDNN is faster. Also works as a decorator.
 
     On AMD CPUs, MKL does not use AVX-512. oneDNN does, and is more than twice as fast. PyTorch uses oneDNN for float32
-    only if the matmul precision is "medium". This precision also allows rounding to bfloat16, so `onednn_is_faster`
+    only if the matmul precision is "medium". This precision also allows rounding to bfloat16, so `is_onednn_faster`
     verifies that oneDNN does not round. On machines with a GPU, the precision is left unchanged, because it also
     applies to matmuls on the GPU.
     """
-    use_onednn = not torch.accelerator.is_available() and onednn_is_faster()
+    use_onednn = not torch.accelerator.is_available() and is_onednn_faster()
     with float32_matmul_precision("medium") if use_onednn else nullcontext():
         yield
 
@@ -98,7 +98,7 @@ def float32_matmul_precision(precision: str) -> Iterator[None]:
 
 @lru_cache
 @torch.inference_mode()
-def onednn_is_faster() -> bool:
+def is_onednn_faster() -> bool:
     """Return True if oneDNN computes float32 matmuls faster than MKL on this CPU, and with float32 accuracy.
 
     The speed is inferred from the CPU model, because measurements could differ between ranks. Ranks with different

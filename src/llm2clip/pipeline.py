@@ -78,10 +78,10 @@ from llm2clip.train.distill import (
     DistillTexts,
     Teacher,
     build_student_model,
+    decode_vocabulary,
     iterate_texts,
-    list_token_texts,
-    open_student,
-    prepare_texts,
+    load_student,
+    prepare_training_texts,
 )
 from llm2clip.train.distill import distill as train_student
 from llm2clip.train.initial_model import PretrainedParts, create_initial_model, load_pretrained_parts
@@ -116,7 +116,7 @@ class Run:
         self.encoders: list[EncoderConfig] | None = None  # candidates of `choose_encoder`
         self.log = SkipLog()
 
-    def stage_folder(self, stage: str) -> Path:
+    def get_stage_folder(self, stage: str) -> Path:
         return self.out / stage if self.command == "fit" else self.out
 
     def check_models(self) -> None:
@@ -131,7 +131,7 @@ class Run:
             make_tracker_options(self.config.align.report_to, Path())
         if self.command == "fit":
             self.parts = load_pretrained_parts(self.config.align)
-        if self.command in ("fit", "tune") and not (self.stage_folder("tune") / "encoder").exists():
+        if self.command in ("fit", "tune") and not (self.get_stage_folder("tune") / "encoder").exists():
             if self.config.encoder.path == AUTO:
                 self.encoders = find_candidates()
             else:
@@ -147,10 +147,10 @@ class Run:
         if config.align.uses_phrases:
             data.train = add_phrases(data.train)
         # Raises an error if there are too few images. A resumed run keeps its number of images per step.
-        if latest_checkpoint(self.stage_folder("align") / "checkpoints") is None:
+        if latest_checkpoint(self.get_stage_folder("align") / "checkpoints") is None:
             num_images = int(data.train.has_image.sum())
             resolve_images_per_step(num_images, config.align, process_state().num_processes)
-        tune, is_tuned = config.tune, (self.stage_folder("tune") / "encoder").exists()
+        tune, is_tuned = config.tune, (self.get_stage_folder("tune") / "encoder").exists()
         if is_fit and tune.steps and not (tune.data or tune.text_pairs or is_tuned):
             check_pairable(CaptionItems(data.train))  # so that errors occur before the LLM is loaded
         return data
@@ -278,7 +278,7 @@ def tune(run: Run) -> Path:
     Raises:
         ValueError: There are no captions or text pairs to tune on.
     """
-    out, encoder, config = run.stage_folder("tune"), run.config.encoder, run.config.tune
+    out, encoder, config = run.get_stage_folder("tune"), run.config.encoder, run.config.tune
     encoder_dir = out / "encoder"
     is_done = encoder_dir.exists()
     wait_for_everyone()  # every rank must check whether the folder exists before any rank creates it
@@ -317,7 +317,7 @@ def embed(
         engine: "local" uses the ranks started by the launcher, "ray" a Ray cluster.
         ray_workers: Number of Ray workers. Default (0): one per GPU or, without GPUs, one per two CPU cores.
     """
-    texts, out = run.iterate_texts(phrases), run.stage_folder("store")
+    texts, out = run.iterate_texts(phrases), run.get_stage_folder("store")
     options = dataclasses.asdict(run.config.embed)
     if engine == "ray":
         store = embed_with_ray(texts, partial(open_encoder, encoder), out, workers=ray_workers, **options)
@@ -340,12 +340,12 @@ def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Pat
         encoder: Caption encoder that created the store. It is saved with the model.
         features: Folder of the frozen tower's cached features, which runs can share. Default: in the run directory.
     """
-    model_dir, out, config = run.model_dir, run.stage_folder("align"), run.config.align
+    model_dir, out, config = run.model_dir, run.get_stage_folder("align"), run.config.align
     if model_dir.exists():
         return model_dir
     parts = run.parts or load_pretrained_parts(config)
     if run.command == "align":
-        _check_store(store, encoder)
+        _check_store_encoder(store, encoder)
     train = run.data.train
     held_out: HeldOut = run.data.held_out if run.command == "fit" or run.config.evaluate.data else {}
     free_memory()  # the LLM is no longer needed
@@ -376,7 +376,7 @@ def evaluate(run: Run, store: EmbeddingStore) -> list[dict[str, Any]]:
     If the model has a caption encoder, also choose prompt templates for short queries (see `choose_query_templates`),
     and save them in the model's config. Return one row of metrics per caption column (see `evaluate_caption_fields`).
     """
-    out = run.stage_folder("evaluate")
+    out = run.get_stage_folder("evaluate")
     held_out = _drop_unencodable_captions(run.data.held_out, store)
     model = LLM2CLIP.from_pretrained(run.model_dir)
     embeddings = ModelEmbeddings(build_dual_encoder_from_store(model, store), run.log)
@@ -403,7 +403,7 @@ class DistillOptions:
 
     model: str  # folder or hub id of the teacher, an llm2clip model with a caption encoder
     data: Sequence[str]  # data sources; images are needed only for the held-out records
-    student: str  # see `open_student`
+    student: str  # see `load_student`
     distill: DistillConfig
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     columns: dict[str, str] = field(default_factory=dict)
@@ -432,7 +432,7 @@ def distill(options: DistillOptions, out: Path) -> Path:
         folder = find_model_folder(options.model)
         teacher = Teacher(LLM2CLIP.from_pretrained(folder, process_state().device), folder, options.store)
         if not is_trained:
-            student = open_student(options.student, folder, teacher.model.config.embed_dim, options.distill)
+            student = load_student(options.student, folder, teacher.model.config.embed_dim, options.distill)
     if options.texts is not None:
         for _ in iterate_lines(Path(options.texts)):  # raises an error if the file is unreadable
             pass
@@ -468,11 +468,11 @@ def _embed_distill_texts(
     train = add_phrases(data.train)
     other_texts = Path(options.texts) if options.texts else None
     held_out_texts = [table.iterate_texts(CAPTION_FIELDS) for table in data.held_out.values()]
-    token_texts = list(filter(None, list_token_texts(student)))
+    token_texts = list(filter(None, decode_vocabulary(student)))
     if token_texts:
         print_once(f"The teacher encodes the captions and the student's vocabulary of {len(token_texts):,} tokens")
     teacher.embed(chain(*iterate_texts(train, other_texts), token_texts, *held_out_texts), out / "store")
-    return prepare_texts(train, other_texts, student, teacher, out, options.max_skipped)
+    return prepare_training_texts(train, other_texts, student, teacher, out, options.max_skipped)
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
@@ -501,7 +501,7 @@ def check_encoder(config: EncoderConfig) -> None:
         )
 
 
-def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
+def _check_store_encoder(store: EmbeddingStore, encoder: EncoderConfig) -> None:
     if process_state().is_main_process:
         store.verify()
         identity = store.manifest["identity"]

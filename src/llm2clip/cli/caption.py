@@ -27,7 +27,7 @@ CAPTIONS_FILE = "captions.jsonl"  # captions written by `fit --caption` in the r
 
 def add_commands(commands: Commands) -> None:
     parser = commands.add(
-        "caption", _caption, "Caption images with a multimodal model. Run the command again to resume."
+        "caption", _run_caption, "Caption images with a multimodal model. Run the command again to resume."
     )
     parser.add_argument("data", nargs="+", type=str, help="Image sources, with or without captions.")
     parser.add_argument("--out", type=str, required=True, help="JSON Lines file with the captions to write.")
@@ -42,7 +42,7 @@ def add_commands(commands: Commands) -> None:
     add_reading_arguments(parser)
 
 
-def _caption(args: Namespace) -> list[str]:
+def _run_caption(args: Namespace) -> list[str]:
     check_extra("caption", "`caption`")
     check_data(args, require_captions=False)
     options = make_options(CaptionOptions, args)
@@ -83,7 +83,7 @@ def _run_captioning(sources: Sequence[str], out: Path, model: str, options: Capt
 # ---- fit -------------------------------------------------------------------------------------------------------------
 
 
-def add_fit_arguments(parser: ArgumentParser) -> None:
+def add_caption_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--caption",
         type=str,

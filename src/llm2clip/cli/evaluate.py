@@ -20,7 +20,7 @@ from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions
 def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "evaluate",
-        _evaluate,
+        _run_evaluate,
         "Evaluate a model on your data or public benchmarks, or measure the caption retrieval accuracy (CRA) of a text "
         "encoder.",
     )
@@ -48,7 +48,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--root", type=str, default="data/benchmarks", help="Folder with one subfolder per benchmark.")
 
 
-def _evaluate(args: Namespace) -> list[str]:
+def _run_evaluate(args: Namespace) -> list[str]:
     if args.out is not None:
         check_output_folder(args.out, "evaluation")
     check_data(args, args.captions)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "convert",
-        _convert,
+        _run_convert,
         "Convert an official LLM2CLIP checkpoint to a model folder, or vice versa. Also converts caption encoders "
         "(LoRA adapters, NV-Embed-v2).",
     )
@@ -46,7 +46,7 @@ def add_commands(commands: Commands) -> None:
 
     parser = commands.add(
         "export",
-        _export,
+        _run_export,
         "Export a model to transformers, sentence-transformers or ONNX, or an index to a static web page or Parquet.",
     )
     parser.add_argument("model", nargs="?", type=str, help="Model folder or hub id. Not used with --to vectors.")
@@ -70,7 +70,7 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument("--gps", action="store_true", help="With --to gallery or vectors: include GPS positions.")
 
-    parser = commands.add("push", _push, "Upload a model folder or exported model to the hub, with a model card.")
+    parser = commands.add("push", _run_push, "Upload a model folder or exported model to the hub, with a model card.")
     parser.add_argument("model", type=str, help="Folder to upload.")
     parser.add_argument("repo_id", type=str, help="Repository USER/NAME on the hub, which is created if needed.")
     parser.add_argument("--private", action="store_true", help="Create a private repository.")
@@ -94,7 +94,7 @@ def _add_store_commands(commands: Commands) -> None:
     parser.add_argument("--out", type=str, required=True, help="Folder for the merged store.")
 
 
-def _convert(args: Namespace) -> list[str]:
+def _run_convert(args: Namespace) -> list[str]:
     for source in args.source:
         if "/" not in source:  # a name with a slash may refer to a file in a hub repository
             resolve_model(source)
@@ -173,7 +173,7 @@ def _format_closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[st
     ]
 
 
-def _export(args: Namespace) -> list[str]:
+def _run_export(args: Namespace) -> list[str]:
     if args.to == "vectors":
         return _export_vectors(args)
     if args.model is None:
@@ -226,7 +226,7 @@ def _export_vectors(args: Namespace) -> list[str]:
     return [f"Exported: {args.out} ({format_count(count, 'image')})"]
 
 
-def _push(args: Namespace) -> list[str]:
+def _run_push(args: Namespace) -> list[str]:
     args.model = resolve_model(args.model)
     if not is_hub_id(args.repo_id):
         raise ValueError(f"the name on the hub must be of the form USER/NAME (got {args.repo_id})")

@@ -43,9 +43,9 @@ NOT_CALIBRATED = "Relevance is not calibrated for this index, so the images may 
 
 
 def add_commands(commands: Commands) -> None:
-    _add_index_arguments(commands.add("index", _index, "Build or update an image index for `search` and `serve`."))
+    _add_index_arguments(commands.add("index", _run_index, "Build or update an image index for `search` and `serve`."))
     sub = commands.add(
-        "search", _search, "Search an index by text (in any language that the model supports) and by image."
+        "search", _run_search, "Search an index by text (in any language that the model supports) and by image."
     )
     sub.add_argument("index", nargs="?", type=str, help="Index folder or URL. Omit it with --server.")
     _add_query_arguments(sub)
@@ -162,7 +162,7 @@ def _add_output_arguments(sub: ArgumentParser) -> None:
     sub.add_argument("--paths", action="store_true", help="Print only the paths, one per line.")
 
 
-def _index(args: Namespace) -> list[str]:
+def _run_index(args: Namespace) -> list[str]:
     from llm2clip.io_utils import check_extra
     from llm2clip.search.backends import check_backend_packages, get_backend_name, hide_password, open_backend
 
@@ -259,7 +259,7 @@ def _choose_model(location: str) -> str:
     return DEFAULT_MODEL
 
 
-def _search(args: Namespace) -> list[str]:
+def _run_search(args: Namespace) -> list[str]:
     if args["index"] is None and args.server is None:
         raise ValueError("pass an index, or the address of a running server with --server")
     if args.server is None:
@@ -268,8 +268,8 @@ def _search(args: Namespace) -> list[str]:
         args.words.insert(0, args["index"])  # with --server, all positional arguments are words of the query
     args.texts = [*([" ".join(args.words)] if args.words else []), *args.text]
     _check_query(args)
-    _check_output(args)
-    image_filter = _make_filter(args)
+    _check_output_flags(args)
+    image_filter = _parse_filter(args)
     if args.server is not None:
         return _search_server(args, image_filter)
     if args.model is not None:
@@ -350,7 +350,7 @@ def _explain_no_results(args: Namespace, index: Index | ServerIndex, image_filte
     return f"No results: no image matches {' and '.join(flags)}."
 
 
-def _check_output(args: Namespace) -> None:
+def _check_output_flags(args: Namespace) -> None:
     if args.json and args.paths:
         raise ValueError("--json and --paths cannot be combined")
     if args.explain and not args.texts:
@@ -372,7 +372,7 @@ def _check_query(args: Namespace) -> None:
             raise FileNotFoundError(f"No such file: {image}")
 
 
-def _make_filter(args: Namespace) -> Filter:
+def _parse_filter(args: Namespace) -> Filter:
     """Create a filter. Raise ValueError if a time is invalid, or if --after is later than --before."""
     values = {name: args[name] for name in CONDITIONS}
     for name, condition in CONDITIONS.items():

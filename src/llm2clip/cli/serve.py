@@ -17,7 +17,7 @@ from llm2clip.io_utils import check_extra
 
 
 def add_commands(commands: Commands) -> None:
-    sub = commands.add("serve", _serve, "Serve a search API, an embeddings API and a search page over HTTP.")
+    sub = commands.add("serve", _run_serve, "Serve a search API, an embeddings API and a search page over HTTP.")
     sub.add_argument("index", nargs="?", type=str, help="Index folder or URL. Default: serve embeddings only.")
     sub.add_argument(
         "--model",
@@ -93,7 +93,7 @@ def _add_model_arguments(sub: ArgumentParser) -> None:
     )
 
 
-def _serve(args: Namespace) -> list[str]:
+def _run_serve(args: Namespace) -> list[str]:
     if args.port is None:
         args.port = 3003 if args.immich else 7860
     _check_immich_options(args)

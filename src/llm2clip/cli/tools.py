@@ -49,7 +49,7 @@ def add_commands(commands: Commands) -> None:
 
     parser = commands.add(
         "plan",
-        _plan,
+        _run_plan,
         "Estimate the number of parameters, FLOPs, memory and duration of `fit`, without downloading a model.",
     )
     parser.add_argument(
@@ -148,7 +148,7 @@ def make_plan(args: Namespace) -> Plan:
     return plan_fit(make_options(FitConfig, args), make_options(Machine, args), **data)
 
 
-def _plan(args: Namespace) -> list[str]:
+def _run_plan(args: Namespace) -> list[str]:
     from llm2clip.tools.plan import format_plan
 
     lines = format_plan(make_plan(args)).splitlines()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 
-from llm2clip.cli.caption import add_fit_arguments, prepare_captions
+from llm2clip.cli.caption import add_caption_arguments, prepare_captions
 from llm2clip.cli.checks import (
     check_data,
     check_output_folder,
@@ -56,17 +56,17 @@ def add_commands(commands: Commands) -> None:
 
 
 def _add_fit(commands: Commands) -> None:
-    parser = commands.add("fit", _fit, "Train on your images and captions: tune, embed, align, evaluate.")
+    parser = commands.add("fit", _run_fit, "Train on your images and captions: tune, embed, align, evaluate.")
     parser.add_argument("data", nargs="+", type=str, help=DATA_HELP)
     parser.add_argument("--out", type=str, required=True, help="Run directory.")
-    add_fit_arguments(parser)
+    add_caption_arguments(parser)
     add_reading_arguments(parser)
     add_stage_settings(parser)
     parser.add_class_arguments(EvaluateConfig, "evaluate")
 
 
 def _add_tune(commands: Commands) -> None:
-    parser = commands.add("tune", _tune, "Tune a language model contrastively on captions.")
+    parser = commands.add("tune", _run_tune, "Tune a language model contrastively on captions.")
     parser.add_argument(
         "data",
         nargs="*",
@@ -82,7 +82,7 @@ def _add_tune(commands: Commands) -> None:
 
 
 def _add_embed(commands: Commands) -> None:
-    parser = commands.add("embed", _embed, "Encode every caption in DATA once, and write the embeddings to a store.")
+    parser = commands.add("embed", _run_embed, "Encode every caption in DATA once, and store the embeddings.")
     parser.add_argument("data", nargs="+", type=str, help="Caption sources; images are not needed.")
     parser.add_argument("--out", type=str, required=True, help="Store folder.")
     parser.add_argument(
@@ -110,7 +110,7 @@ def _add_embed(commands: Commands) -> None:
 
 
 def _add_align(commands: Commands) -> None:
-    parser = commands.add("align", _align, "Train a vision tower on images and the caption embeddings in a store.")
+    parser = commands.add("align", _run_align, "Train a vision tower on images and the caption embeddings in a store.")
     parser.add_argument(
         "data",
         nargs="+",
@@ -134,7 +134,7 @@ def _add_align(commands: Commands) -> None:
 
 
 def _add_distill(commands: Commands) -> None:
-    parser = commands.add("distill", _distill, "Train a small text encoder to replace the LLM and adapter of a model.")
+    parser = commands.add("distill", _run_distill, "Train a small text encoder to replace the LLM and adapter.")
     parser.add_argument("model", type=str, help="Teacher: a model folder or hub id of an llm2clip model.")
     parser.add_argument(
         "data",
@@ -172,7 +172,7 @@ def add_stage_settings(parser: ArgumentParser) -> None:
     parser.add_class_arguments(AlignConfig, "align")
 
 
-def _fit(args: Namespace) -> list[str]:
+def _run_fit(args: Namespace) -> list[str]:
     check_output_folder(args.out, "fit")
     if args.tune.qlora:
         check_extra("qlora", "--tune.qlora")
@@ -205,7 +205,7 @@ def _check_resources(run: Run, records: RecordTable | None) -> list[str]:
     return check_resources(run.config, run.out, records)
 
 
-def _tune(args: Namespace) -> list[str]:
+def _run_tune(args: Namespace) -> list[str]:
     check_output_folder(args.out, "tune")
     if args.tune.qlora:
         check_extra("qlora", "--tune.qlora")
@@ -220,7 +220,7 @@ def _tune(args: Namespace) -> list[str]:
     return [f"Caption encoder: {encoder}", f"Next: {hint}"]
 
 
-def _embed(args: Namespace) -> list[str]:
+def _run_embed(args: Namespace) -> list[str]:
     check_output_folder(args.out, "store")
     if args.engine == "ray":
         check_extra("ray", "--engine ray")
@@ -236,7 +236,7 @@ def _embed(args: Namespace) -> list[str]:
     return [f"Store: {out} ({captions})", f"Next: {format_command('align', *args.data, *flags)}"]
 
 
-def _align(args: Namespace) -> list[str]:
+def _run_align(args: Namespace) -> list[str]:
     check_output_folder(args.out, "align")
     check_data(args, args.held_out)
     check_stores(args.store)
@@ -253,7 +253,7 @@ def _align(args: Namespace) -> list[str]:
     return [f"Model: {model}", *_format_next_commands(model, args)]
 
 
-def _distill(args: Namespace) -> list[str]:
+def _run_distill(args: Namespace) -> list[str]:
     check_output_folder(args.out, "distill")
     check_data(args, args.evaluate.data, image_check="ignore")
     check_stores(*([args.store] if args.store else []))

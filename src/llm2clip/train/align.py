@@ -39,15 +39,15 @@ from llm2clip.runs.ranks import (
 )
 from llm2clip.store.encode import TowerEncoder, store_image_features
 from llm2clip.store.store import CaptionSource
-from llm2clip.train.loop import StepLoop, StepResult, Validator
+from llm2clip.train.loop import StepResult, TrainingLoop, Validator
 from llm2clip.train.losses import distillation_loss, get_loss, matryoshka_loss
 from llm2clip.train.optim import (
     compile_blocks,
     compute_cached_loss,
     make_optimizer,
-    restore_blocks,
     select_trainable_weights,
     should_compile,
+    uncompile_blocks,
 )
 from llm2clip.train.sampling import AlignBatches, Batch, resolve_decoding_workers
 
@@ -87,8 +87,8 @@ def align(
     set_seed(config.seed)
     select_trainable_weights(model, config)  # also initialises the LoRA layers
     set_fsdp_wrap_policy(model.tower.get_blocks())
-    loop = StepLoop("align", "images", config, run_dir, config.report_to)
-    data = _open_batches(records, store, model, loop, features, log)
+    loop = TrainingLoop("align", "images", config, run_dir, config.report_to)
+    data = _make_batches(records, store, model, loop, features, log)
 
     optimizer = make_optimizer(model, config, loop.device)
     unsharded = copy_to_meta_device(model) if is_fsdp_enabled() else None
@@ -102,7 +102,7 @@ def align(
         loop.run(batches, partial(_compute_gradients, loop, pretrained_tower), log, model.clamp_logit_scale)
 
     # Restore the original model structure: remove compilation, sharding and LoRA layers.
-    restore_blocks(model.tower)
+    uncompile_blocks(model.tower)
     if unsharded is not None:
         model = gather_to_cpu(unsharded, model).to(loop.device)  # type: ignore[assignment]
     merge_tower_lora(model.tower)
@@ -111,11 +111,11 @@ def align(
     return model.requires_grad_(True).eval()
 
 
-def _open_batches(
+def _make_batches(
     records: RecordTable,
     store: CaptionSource,
     model: LLM2CLIP,
-    loop: StepLoop,
+    loop: TrainingLoop,
     features: Path | None,
     log: SkipLog,
 ) -> AlignBatches:
@@ -162,12 +162,12 @@ def _open_batches(
 def _pin_batches(data: AlignBatches, first_step: int, device: torch.device) -> Generator[Batch]:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the default in a new thread is GPU 0, on which pinning would allocate memory
-    with closing(data.batches(first_step)) as batches:
+    with closing(data.iterate_batches(first_step)) as batches:
         for batch in batches:
             yield batch.pin_memory() if device.type == "cuda" else batch
 
 
-def _compute_gradients(loop: StepLoop, pretrained_tower: VisionTower | None, step: int, batch: Batch) -> StepResult:
+def _compute_gradients(loop: TrainingLoop, pretrained_tower: VisionTower | None, step: int, batch: Batch) -> StepResult:
     config: Any = loop.config
     # A run resumed on the same number of ranks must use the same dropout masks.
     seed = np.random.SeedSequence([config.seed, step, loop.accelerator.process_index])

@@ -49,7 +49,7 @@ from llm2clip.store.layout import (
 )
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.initial_model import repeat_phrases
-from llm2clip.train.loop import StepLoop, StepResult
+from llm2clip.train.loop import StepResult, TrainingLoop
 from llm2clip.train.optim import ADAM_BETAS
 
 DEFAULT_LR, STATIC_LR = 5e-4, 1e-2
@@ -121,10 +121,10 @@ class Teacher:
     def select(self, texts: Iterable[str], is_stored: bool) -> Iterator[str]:
         """Yield the texts that are in one of the stores or, if `is_stored` is False, in none of the stores."""
         for chunk in iter_chunks(texts, LOOKUP_CHUNK_SIZE):
-            mask = (self._find(chunk)[0] >= 0) == is_stored
+            mask = (self._find_rows(chunk)[0] >= 0) == is_stored
             yield from compress(chunk, mask.tolist())
 
-    def _find(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _find_rows(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the store index (-1 if no store contains the text) and row of each text, both of shape (N,), int64."""
         numbers, rows = np.full(len(texts), -1), np.full(len(texts), -1)
         keys = make_caption_keys(texts)
@@ -136,7 +136,7 @@ class Teacher:
 
     def encode(self, texts: Sequence[str], progress: bool = False) -> Tensor:
         """Return L2-normalised text embeddings in the shared space, float32 of shape (N, embed_dim), on the CPU."""
-        numbers, rows = self._find(texts)
+        numbers, rows = self._find_rows(texts)
         embeddings = torch.zeros(len(texts), self.model.config.text_dim)
         for number, store in enumerate(self.stores):
             members = np.flatnonzero(numbers == number)
@@ -152,7 +152,7 @@ class Teacher:
 # ---- student ---------------------------------------------------------------------------------------------------------
 
 
-def open_student(name: str, teacher_folder: Path, embed_dim: int, config: DistillConfig) -> CaptionEncoder:
+def load_student(name: str, teacher_folder: Path, embed_dim: int, config: DistillConfig) -> CaptionEncoder:
     """Load a student on the CPU, and add a new last layer that maps its embeddings to the shared space.
 
     Args:
@@ -216,7 +216,7 @@ def _build_static_model(tokenizer_path: str, embed_dim: int) -> SentenceTransfor
     )
 
 
-def list_token_texts(student: CaptionEncoder) -> list[str]:
+def decode_vocabulary(student: CaptionEncoder) -> list[str]:
     """Return the text of each token in a static student's vocabulary, or an empty list for other students.
 
     The texts of special tokens and of incomplete UTF-8 characters are "".
@@ -237,7 +237,7 @@ def initialize_student(student: CaptionEncoder, teacher: Teacher, data: "Distill
     sample of the training texts.
     """
     if student.is_static:
-        texts = list_token_texts(student)
+        texts = decode_vocabulary(student)
         tokens = [token for token, text in enumerate(texts) if text]
         weights = student.st[0].embedding.weight
         for chunk in iter_chunks(tokens, TOKENIZE_CHUNK):
@@ -246,7 +246,7 @@ def initialize_student(student: CaptionEncoder, teacher: Teacher, data: "Distill
         return
     sample = np.linspace(0, len(data) - 1, min(HEAD_TEXTS, len(data))).astype(np.int64)
     head = student.st.pop(-1)
-    ids = data.get_ids(sample)
+    ids = data.get_token_ids(sample)
     prompt_length = student.count_prompt_tokens(student.prefix)
     inputs = student.to(process_state().device).encode(
         TokenizedTexts(ids, [], [prompt_length] * len(ids)), progress=True
@@ -307,7 +307,7 @@ class DistillTexts:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def get_ids(self, items: np.ndarray) -> list[list[int]]:
+    def get_token_ids(self, items: np.ndarray) -> list[list[int]]:
         return [self.tokens[self.offsets[n] : self.offsets[n + 1]].tolist() for n in items.tolist()]
 
     def get_targets(self, items: np.ndarray) -> Tensor:
@@ -315,7 +315,7 @@ class DistillTexts:
         return torch.from_numpy(self.targets.take(self.rows[items]))
 
 
-def prepare_texts(
+def prepare_training_texts(
     records: RecordTable,
     other_texts: Path | None,
     student: CaptionEncoder,
@@ -366,7 +366,7 @@ class _TokenWriter:
     def __init__(self, student: CaptionEncoder, targets: EmbeddingStore, file: IO[bytes]) -> None:
         self.student, self.targets, self.file = student, targets, file
         self.count = 0
-        self._ignored_ids = _find_ignored_ids(student)
+        self._ignored_ids = _list_ignored_token_ids(student)
         self._is_seen = np.zeros(1 + sum(shard.rows for shard in targets.shards), bool)  # for each row of `targets`
         self._rows, self._lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         self._hash = hashlib.sha256()
@@ -419,7 +419,7 @@ class _TokenWriter:
         )
 
 
-def _find_ignored_ids(student: CaptionEncoder) -> set[int]:
+def _list_ignored_token_ids(student: CaptionEncoder) -> set[int]:
     if not student.is_static:
         return set(student.tokenizer.all_special_ids)
     unknown = getattr(student.tokenizer.model, "unk_token", None)
@@ -427,7 +427,7 @@ def _find_ignored_ids(student: CaptionEncoder) -> set[int]:
     return ids | ({student.tokenizer.token_to_id(unknown)} if unknown is not None else set())
 
 
-def plan_epoch(data: DistillTexts, texts_per_step: int, seed: int, epoch: int) -> np.ndarray:
+def sample_epoch_batches(data: DistillTexts, texts_per_step: int, seed: int, epoch: int) -> np.ndarray:
     """Return the indices of the texts for each step of an epoch, of shape (steps, texts_per_step), int64.
 
     The texts of a step have similar lengths, and the steps are in random order. Phrases are repeated as in
@@ -466,14 +466,14 @@ def distill(
     """
     if is_fsdp_enabled():
         raise ValueError("distill does not support FSDP, because students are small: remove --use_fsdp")
-    loop = StepLoop("distill", "texts", config, run_dir)
+    loop = TrainingLoop("distill", "texts", config, run_dir)
     texts_per_step, world_size = loop.items_per_step, loop.accelerator.num_processes
     if texts_per_step is None:
         texts_per_step = min(config.batch_size, max(1, len(data) // world_size)) * world_size
     if texts_per_step > len(data):
         raise ValueError(f"there are fewer texts ({len(data)}) than processes ({world_size}). Add texts to train on")
     # Phrases are repeated, so an epoch may have more texts than `data`.
-    steps_per_epoch = len(plan_epoch(data, texts_per_step, config.seed, 0))
+    steps_per_epoch = len(sample_epoch_batches(data, texts_per_step, config.seed, 0))
     properties = {
         "texts": data.text_hash,
         "teacher": data.targets.manifest["fingerprint"],
@@ -495,24 +495,24 @@ def distill(
 
 
 def _iterate_batches(
-    data: DistillTexts, loop: StepLoop, texts_per_step: int, steps_per_epoch: int
+    data: DistillTexts, loop: TrainingLoop, texts_per_step: int, steps_per_epoch: int
 ) -> Iterator[np.ndarray]:
     rank, world_size = loop.accelerator.process_index, loop.accelerator.num_processes
     first_epoch, first_step = divmod(loop.checkpoints.step, steps_per_epoch)
     for epoch in count(first_epoch):
-        steps = plan_epoch(data, texts_per_step, loop.config.seed, epoch)
+        steps = sample_epoch_batches(data, texts_per_step, loop.config.seed, epoch)
         for items in steps[first_step if epoch == first_epoch else 0 :]:
             yield items[rank::world_size]
 
 
 def _compute_gradients(
-    loop: StepLoop, student: CaptionEncoder, data: DistillTexts, step: int, items: np.ndarray
+    loop: TrainingLoop, student: CaptionEncoder, data: DistillTexts, step: int, items: np.ndarray
 ) -> StepResult:
     # The loss is a mean over texts, so splitting the batch into several forward passes does not change the gradients.
     loss = torch.zeros((), device=loop.device)
     parts = list(batch_by_length(data.lengths[items].tolist(), get_default_batch_tokens(loop.device)))
     for number, part in enumerate(parts, 1):
-        batch = student.collate(data.get_ids(items[part]))
+        batch = student.collate(data.get_token_ids(items[part]))
         targets = data.get_targets(items[part]).to(loop.device)
         with nullcontext() if number == len(parts) else loop.accelerator.no_sync(loop.net):
             part_loss = cosine_loss(loop.net(batch)["sentence_embedding"], targets) * (len(part) / len(items))

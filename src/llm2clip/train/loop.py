@@ -1,7 +1,7 @@
 """Training loop shared by `align` and `distill`.
 
 The stages provide the model, the optimizer, the batches and a function that computes the gradients of a batch.
-`StepLoop` provides mixed precision, gradient clipping, the learning rate schedule, metrics, evaluation on held-out
+`TrainingLoop` provides mixed precision, gradient clipping, the learning rate schedule, metrics, evaluation on held-out
 images, checkpoints, experiment trackers and exact resumption.
 """
 
@@ -71,7 +71,7 @@ class StepResult:
     failures: Mapping[str, str] = field(default_factory=dict)
 
 
-class StepLoop:
+class TrainingLoop:
     """Training loop of one stage. All methods must be called by all ranks, in the order in which they are defined.
 
     Attributes:
@@ -178,7 +178,7 @@ class StepLoop:
         """
         is_hidden, start = self.metrics is None, self.checkpoints.step
         with ProgressBar(total=self.steps, initial=start, desc=self.stage, unit="step", disable=is_hidden) as progress:
-            report = StepReport(self, log, progress)
+            report = StepLogger(self, log, progress)
             clock = time.perf_counter()
             for step in range(start + 1, self.steps + 1):
                 data_start = time.perf_counter()
@@ -214,7 +214,7 @@ class StepLoop:
         self.schedule.step()
         return loss, grad_norm
 
-    def _evaluate_and_save(self, step: int, report: "StepReport") -> bool:
+    def _evaluate_and_save(self, step: int, report: "StepLogger") -> bool:
         """Evaluate the model if due, and save a checkpoint if due. Return True if either was due."""
         is_last = step == self.steps
         evaluates = self.validate is not None and (step % self.eval_steps == 0 or is_last)
@@ -244,7 +244,7 @@ class StepLoop:
         wait_for_everyone()
 
 
-class StepReport:
+class StepLogger:
     """Logger of each training step's metrics, which raises an error if the loss or gradient norm is not finite.
 
     Reading a value from a GPU waits until the GPU has computed the value. On a GPU, the values of a step are therefore
@@ -252,21 +252,21 @@ class StepReport:
     that the values of all previous steps are checked.
     """
 
-    def __init__(self, loop: StepLoop, log: SkipLog | None, progress: ProgressBar) -> None:
+    def __init__(self, loop: TrainingLoop, log: SkipLog | None, progress: ProgressBar) -> None:
         self.loop, self.log, self.progress = loop, log, progress
         self.skipped_steps = 0  # number of consecutive steps with non-finite gradients
-        self._pending: list[tuple[int, StepResult, dict[str, float], DeviceValues]] = []
+        self._pending: list[tuple[int, StepResult, dict[str, float], AsyncScalars]] = []
 
     def add(
         self, step: int, result: StepResult, loss: Tensor, grad_norm: Tensor, step_metrics: dict[str, float]
     ) -> None:
-        """Add a completed step. Must be called by all ranks. Raises the same errors as `StepLoop.run`."""
+        """Add a completed step. Must be called by all ranks. Raises the same errors as `TrainingLoop.run`."""
         accelerator = self.loop.accelerator
         values = [loss, grad_norm, *result.metrics.values()]
         if accelerator.num_processes > 1:
             failures = torch.full((), len(result.failures), dtype=torch.float32, device=loss.device)
             values.append(accelerator.reduce(failures, "sum"))
-        self._pending.append((step, result, step_metrics, DeviceValues(values)))
+        self._pending.append((step, result, step_metrics, AsyncScalars(values)))
         self._report(pending=1 if loss.device.type == "cuda" else 0)
 
     def flush(self) -> None:
@@ -320,7 +320,7 @@ class StepReport:
         raise_if_not_finite(name, value, step, self.loop.checkpoints, advice)
 
 
-class DeviceValues:
+class AsyncScalars:
     """Scalars that are copied from the device to the host in the background."""
 
     def __init__(self, values: list[Tensor]) -> None:

@@ -224,7 +224,7 @@ def compile_blocks(tower: VisionTower) -> None:
         block.forward = _make_mode_dependent_forward(block, torch.compile(block.forward, backend=COMPILE_BACKEND))
 
 
-def restore_blocks(tower: VisionTower) -> None:
+def uncompile_blocks(tower: VisionTower) -> None:
     for block in tower.get_blocks():
         block.__dict__.pop("forward", None)
 

@@ -143,7 +143,7 @@ class AlignBatches:
         """Return the number of steps in the run."""
         return max(1, round(self.steps_per_epoch * self.config.epochs))
 
-    def batches(self, first_step: int) -> Generator[Batch]:
+    def iterate_batches(self, first_step: int) -> Generator[Batch]:
         """Yield this rank's batch for each step, starting at `first_step`.
 
         Raises:
@@ -152,14 +152,14 @@ class AlignBatches:
         if first_step >= len(self):  # returns without starting workers, because the run is complete
             return
         if self.features is not None:
-            for samples in self.samples(first_step):
+            for samples in self.iterate_samples(first_step):
                 features = _take_rows(self.features, self.feature_rows[[image for _, image in samples]])
                 yield self._make_batch(features, samples, failures={})
             return
         workers = resolve_decoding_workers(self.config)
         loader = DataLoader(
             self.images,
-            batch_sampler=cast(Any, self.samples(first_step)),
+            batch_sampler=cast(Any, self.iterate_samples(first_step)),
             num_workers=workers,
             collate_fn=_collate,
             persistent_workers=False,
@@ -172,7 +172,7 @@ class AlignBatches:
                 raise ValueError(f"none of the images in a batch can be decoded; first failure: {name}: {reason}")
             yield self._make_batch(pixels, samples, failures)
 
-    def samples(self, first_step: int) -> Iterator[list[Sample]]:
+    def iterate_samples(self, first_step: int) -> Iterator[list[Sample]]:
         for step in range(first_step, len(self)):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             start = step_in_epoch * self.images_per_step
@@ -205,12 +205,12 @@ def _take_rows(source: CaptionSource, rows: np.ndarray) -> Tensor:
     if not isinstance(source, EmbeddingStore):
         return torch.from_numpy(source.take(rows))
     dtype = torch.float16 if source.manifest["dtype"] == "float16" else torch.float32
-    embeddings = allocate_pinned((len(rows), source.embed_dim), dtype)
+    embeddings = allocate_pinned_tensor((len(rows), source.embed_dim), dtype)
     source.take(rows, out=embeddings.numpy())
     return embeddings
 
 
-def allocate_pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def allocate_pinned_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     # PyTorch reuses the pinned memory of freed tensors only after their copies to a GPU are complete.
     return torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
 
